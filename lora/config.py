@@ -1,0 +1,202 @@
+"""Settings of a run, as frozen dataclasses that check themselves when they are made.
+
+The only place where defaults stand. Flags, YAML keys and documentation are made from the fields
+and from the text under each. No torch here, so that `lora --help` stays quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from lora.errors import ConfigError, did_you_mean, gather
+
+Schedule = Literal["cosine", "linear", "constant"]
+Precision = Literal["auto", "fp32", "bf16"]
+LearnOn = Literal["assistant", "all"]
+LongExamples = Literal["truncate", "split", "drop"]
+ConfigT = TypeVar("ConfigT")
+
+FULL_LEARNING_RATE = 1e-4
+"""Default learning rate of full fine-tuning; LoRA's is ten times it."""
+LORA_LEARNING_RATE = 10 * FULL_LEARNING_RATE
+
+
+def _check(condition: bool, name: str, seen: object, allowed: str) -> list[str]:
+    return [] if condition else [f"{name}={seen!r}: allowed is {allowed}"]
+
+
+def _raise_if(faults: list[str], owner: object) -> None:
+    if faults:
+        kind = type(owner).__name__
+        raise ConfigError(gather(faults, f"{kind} has settings out of range:", "Change them."))
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What LoRA adds to a model (arXiv 2106.09685), in PEFT's terms where PEFT has one."""
+
+    rank: int = 8
+    """Rows of A and columns of B, R; at most the smaller side of each adapted linear."""
+    alpha: float = 16.0
+    """Numerator of the scaling: alpha / rank (alpha / sqrt(rank) with rslora)."""
+    dropout: float = 0.0
+    """Share of LoRA's inputs set to zero during training, 0 ≤ dropout < 1."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """Which linears to adapt: "all-linear" (all but the output head), name endings such as
+    q_proj, full names, or one regular expression that must match the whole name."""
+    exclude: tuple[str, ...] = ()
+    """Name endings or full names that are left alone although `targets` takes them in."""
+    modules_to_save: tuple[str, ...] = ()
+    """Name endings of modules that train whole and are saved with the adapter (embeddings)."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) (arXiv 2312.03732)."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Rank by name ending, for linears whose rank is not `rank`."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Alpha by name ending, for linears whose alpha is not `alpha`."""
+    layers: tuple[int, ...] | None = None
+    """Numbers of the blocks to adapt; None adapts all."""
+    seed: int | None = None
+    """Seed of A's first values; None draws from torch's global generator."""
+
+    def __post_init__(self) -> None:
+        faults = _check(_is_int(self.rank) and self.rank >= 1, "rank", self.rank, "an int ≥ 1")
+        faults += _check(_is_positive(self.alpha), "alpha", self.alpha, "a finite number > 0")
+        in_range = _is_number(self.dropout) and 0 <= self.dropout < 1
+        faults += _check(in_range, "dropout", self.dropout, "0 ≤ dropout < 1")
+        faults += _check(bool(self.targets), "targets", self.targets, "at least one name")
+        for name, rank in self.rank_pattern.items():
+            faults += _check(_is_int(rank) and rank >= 1, f"rank_pattern[{name!r}]", rank, "≥ 1")
+        for name, alpha in self.alpha_pattern.items():
+            faults += _check(_is_positive(alpha), f"alpha_pattern[{name!r}]", alpha, "> 0")
+        _raise_if(faults, self)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimisation: how many steps of what size, and how the rate moves."""
+
+    steps: int = 200
+    """Optimizer steps of the whole run."""
+    batch_size: int = 8
+    """Rows of one optimizer step, over all micro-batches."""
+    micro_batches: int = 1
+    """Parts that a step's rows are split into to save memory; the result is the same."""
+    learning_rate: float | None = None
+    """Peak rate; None takes the method's default (LoRA 1e-3, full fine-tuning 1e-4)."""
+    schedule: Schedule = "cosine"
+    """How the rate falls after the warm-up."""
+    warmup_fraction: float = 0.05
+    """Share of `steps` over which the rate rises from zero."""
+    min_rate_fraction: float = 0.1
+    """Where cosine and linear end, as a share of the peak rate."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay; norms, biases and embeddings get none."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them alone."""
+    seed: int = 1337
+    """Seed of everything random: A's first values, dropout, order of the data, samples."""
+    precision: Precision = "auto"
+    """Type of the products: auto takes bf16 where the device is good at it."""
+
+    def __post_init__(self) -> None:
+        faults = _check(_is_int(self.steps) and self.steps >= 1, "steps", self.steps, "≥ 1")
+        faults += _check(self.batch_size >= 1, "batch_size", self.batch_size, "≥ 1")
+        divides = self.micro_batches >= 1 and self.batch_size % self.micro_batches == 0
+        allowed = f"a divisor of batch_size={self.batch_size}"
+        faults += _check(divides, "micro_batches", self.micro_batches, allowed)
+        rate = self.learning_rate
+        faults += _check(rate is None or _is_positive(rate), "learning_rate", rate, "> 0")
+        for name in ("warmup_fraction", "min_rate_fraction"):
+            value = getattr(self, name)
+            faults += _check(0 <= value <= 1, name, value, "0 to 1")
+        for name in ("weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            faults += _check(math.isfinite(value) and value >= 0, name, value, "≥ 0")
+        _raise_if(faults, self)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how it becomes rows of tokens."""
+
+    max_length: int = 512
+    """Tokens of a row, T."""
+    packing: bool = True
+    """Put several examples into one row; none sees another."""
+    learn_on: LearnOn = "assistant"
+    """Learn the assistant's turns (or the completion) only, or every token."""
+    long_examples: LongExamples = "truncate"
+    """What becomes of examples longer than `max_length`."""
+    eval_fraction: float = 0.05
+    """Share of the examples split off for evaluation when no file is given for it."""
+    max_eval_examples: int = 200
+    """At most so many examples are split off for evaluation."""
+    chat_template: Path | None = None
+    """File with a jinja chat template to use instead of the model's own."""
+
+    def __post_init__(self) -> None:
+        faults = _check(self.max_length >= 2, "max_length", self.max_length, "≥ 2")
+        in_range = 0 <= self.eval_fraction < 1
+        faults += _check(in_range, "eval_fraction", self.eval_fraction, "0 ≤ fraction < 1")
+        faults += _check(self.max_eval_examples >= 1, "max_eval_examples", None, "≥ 1")
+        _raise_if(faults, self)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run's results go and how often it reports."""
+
+    out: Path = Path("runs")
+    """Folder that holds the runs."""
+    name: str | None = None
+    """Name of this run's folder; None makes one from the date and the model."""
+    eval_every_steps: int = 0
+    """Steps between evaluations; 0 evaluates ten times a run."""
+    save_every_steps: int = 0
+    """Steps between checkpoints; 0 saves at each evaluation."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    patience: int = 0
+    """Stop after so many evaluations without a better loss; 0 never stops early."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 …"""
+    tensorboard: bool = False
+    """Also write TensorBoard's event files into the run's folder."""
+
+    def __post_init__(self) -> None:
+        faults = []
+        for name in ("eval_every_steps", "save_every_steps", "patience"):
+            value = getattr(self, name)
+            faults += _check(value >= 0, name, value, "≥ 0")
+        faults += _check(self.keep_checkpoints >= 1, "keep_checkpoints", None, "≥ 1")
+        _raise_if(faults, self)
+
+
+def config_from_dict(kind: type[ConfigT], values: dict[str, Any]) -> ConfigT:
+    """Return a `kind` made of `values`; lists become tuples.
+
+    Raises ConfigError for keys that `kind` does not have, all of them at once.
+    """
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = [f"{key!r}.{did_you_mean(key, fields)}" for key in values if key not in fields]
+    if unknown:
+        advice = "Allowed are: " + ", ".join(sorted(fields)) + "."
+        raise ConfigError(gather(unknown, f"{kind.__name__} has no such setting:", advice))
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_positive(value: object) -> bool:
+    return _is_number(value) and value > 0  # type: ignore[operator]
