@@ -1,0 +1,259 @@
+"""Adapt a whole model: which layers get LoRA, what else trains, what is frozen.
+
+Works on any nn.Module: the layers are found by name and replaced in place. Names of the base's
+parameters do not change.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol, cast, runtime_checkable
+
+import torch
+from torch import nn
+
+from lora.config import LoRAConfig
+from lora.errors import LoraError, TargetError, did_you_mean
+from lora.lora_module import LoRALayer
+from lora.variants import build_lora_layer, is_adaptable
+
+ALL_LINEAR = "all-linear"
+_PLAIN_NAME = re.compile(r"[\w.-]+")
+
+
+@runtime_checkable
+class HasOutputHead(Protocol):
+    """A language model that knows its output head: transformers' models, our decoders."""
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the linear that makes logits, or None."""
+
+
+@dataclass
+class AppliedLoRA:
+    """What `apply_lora` did to a model; kept on the model as `applied_lora`."""
+
+    config: LoRAConfig
+    target_names: tuple[str, ...]
+    """Full names of the layers that were wrapped, in the model's order."""
+    originals: dict[str, nn.Module] = field(default_factory=dict)
+    """By full name, the module as it was before its copy began to train (`modules_to_save`)."""
+
+
+def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
+    """Changes `model` in place: wrap the layers that `config` names, freeze everything else.
+
+    Modules named in `modules_to_save` are replaced by trainable copies, so that a tensor shared
+    with them (a tied head) stays as it is. Returns `model`.
+
+    Raises TargetError if names match nothing, if nothing is left to adapt or if `model` has LoRA
+    already, and ConfigError for a rank too large for a layer; `model` is then unchanged.
+    """
+    config = config or LoRAConfig()
+    _refuse_second_time(model)
+    names = find_targets(model, config)
+    saved = _find_saved(model, config, names)
+    generator = None
+    if config.seed is not None:
+        generator = torch.Generator().manual_seed(config.seed)
+    # All layers are built before the first is put in place: an error leaves the model whole.
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        layers = {name: _build_layer(model, name, config, generator) for name in names}
+    except LoraError:
+        for parameter in trainable:  # building a layer froze its base
+            parameter.requires_grad_(True)
+        raise
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        replace_module(model, name, layer)
+    applied = AppliedLoRA(config, tuple(names))
+    for name in saved:
+        applied.originals[name] = model.get_submodule(name)
+        trained = copy.deepcopy(applied.originals[name]).requires_grad_(True)
+        replace_module(model, name, trained)
+    model.applied_lora = applied  # type: ignore[assignment]
+    return model
+
+
+def applied_lora(model: nn.Module) -> AppliedLoRA:
+    """Return what `apply_lora` did to `model`. Raises TargetError if it was never applied."""
+    applied = vars(model).get("applied_lora")
+    if not isinstance(applied, AppliedLoRA):
+        raise TargetError(
+            f"An adapted model was asked for, and this {type(model).__name__} has no LoRA. "
+            "Call apply_lora(model, LoRAConfig(...)) or load_adapter(model, folder) first."
+        )
+    return applied
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """Return the LoRA layers of `model` by full name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALayer)}
+
+
+def remove_lora(model: nn.Module) -> nn.Module:
+    """Changes `model` in place: the base as it was before `apply_lora`, all of it frozen."""
+    applied = applied_lora(model)
+    for name, layer in lora_layers(model).items():
+        replace_module(model, name, layer.unwrap())
+    for name, original in applied.originals.items():
+        replace_module(model, name, original)
+    del model.applied_lora
+    return model
+
+
+@contextmanager
+def disabled_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block `model` computes as its base did; afterwards it is adapted again."""
+    applied = applied_lora(model)
+    adapted = {name: model.get_submodule(name) for name in applied.target_names}
+    adapted |= {name: model.get_submodule(name) for name in applied.originals}
+    device = next(model.parameters()).device
+    for name, module in adapted.items():
+        plain = module.unwrap() if isinstance(module, LoRALayer) else applied.originals[name]
+        replace_module(model, name, plain.to(device).train(module.training))
+    try:
+        yield model
+    finally:
+        for name, module in adapted.items():
+            replace_module(model, name, module)
+
+
+def output_head_name(model: nn.Module) -> str | None:
+    """Return the full name of the linear that makes logits, if the model says which it is."""
+    if not isinstance(model, HasOutputHead):
+        return None
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Return the full names of the layers that `config` takes in, in the model's order.
+
+    Raises TargetError for a name, pattern or exclusion that matches nothing.
+    """
+    linears = [name for name, module in model.named_modules() if is_adaptable(module)]
+    if config.targets == ALL_LINEAR:
+        head = output_head_name(model)
+        names = [name for name in linears if name != head]
+    else:
+        names = _match_all(config.targets, linears, "target")
+    if config.exclude:
+        excluded = set(_match_all(config.exclude, linears, "excluded name"))
+        names = [name for name in names if name not in excluded]
+    if config.layers is not None:
+        names = [name for name in names if _block_number(name) in config.layers]
+    for pattern in (config.rank_pattern, config.alpha_pattern):
+        if pattern:
+            _match_all(tuple(pattern), names, "pattern")
+    if not names:
+        raise TargetError(
+            f"LoRA was asked for targets={config.targets!r}, exclude={config.exclude!r}, "
+            f"layers={config.layers!r}: no linear layer of this {type(model).__name__} is left. "
+            f"It has {_endings(linears)}. Name at least one of them."
+        )
+    return names
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Changes `model` in place: put `new` where the submodule called `name` is."""
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    parent._modules[child] = new  # setattr would refuse the digits of a ModuleList
+
+
+def matches(name: str, target: str) -> bool:
+    """Whether `target` is the full `name` or its ending after a dot."""
+    return name == target or name.endswith("." + target)
+
+
+def _match_all(targets: str | tuple[str, ...], linears: list[str], what: str) -> list[str]:
+    if isinstance(targets, str) and not _PLAIN_NAME.fullmatch(targets):
+        found = {name for name in linears if re.fullmatch(targets, name)}
+        if not found:
+            raise _no_match(what, targets, linears)
+        return [name for name in linears if name in found]
+    found = set()
+    for target in (targets,) if isinstance(targets, str) else targets:
+        matched = {name for name in linears if matches(name, target)}
+        if not matched:
+            raise _no_match(what, target, linears)
+        found |= matched
+    return [name for name in linears if name in found]
+
+
+def _no_match(what: str, target: str, linears: list[str]) -> TargetError:
+    endings = sorted({name.rpartition(".")[2] for name in linears})
+    near = did_you_mean(target.rpartition(".")[2], endings)
+    return TargetError(
+        f"{what} {target!r} matches no linear layer. {_endings(linears)[:1].upper()}"
+        f"{_endings(linears)[1:]}.{near} Pass targets={ALL_LINEAR!r} to adapt all of them."
+    )
+
+
+def _endings(linears: list[str]) -> str:
+    endings = sorted({name.rpartition(".")[2] for name in linears})
+    if not endings:
+        return "no linear layers that LoRA can wrap"
+    return "the model's linear layers end in: " + ", ".join(endings)
+
+
+def _find_saved(model: nn.Module, config: LoRAConfig, adapted: list[str]) -> list[str]:
+    modules = [name for name, _ in model.named_modules() if name]
+    saved: list[str] = []
+    for wanted in config.modules_to_save:
+        found = [name for name in modules if matches(name, wanted)]
+        if not found:
+            with_weights = {n.rpartition(".")[0] for n, _ in model.named_parameters()}
+            near = did_you_mean(wanted, {n.rpartition(".")[2] for n in with_weights})
+            raise TargetError(
+                f"modules_to_save names {wanted!r}, which is no module of this "
+                f"{type(model).__name__}.{near} Name a module that has parameters."
+            )
+        saved += [name for name in found if name not in saved]
+    both = [name for name in saved if name in adapted]
+    if both:
+        raise TargetError(
+            f"{both[0]!r} is both a LoRA target and in modules_to_save. "
+            "A layer trains either whole or through LoRA: take it out of one of the two."
+        )
+    return saved
+
+
+def _build_layer(
+    model: nn.Module, name: str, config: LoRAConfig, generator: torch.Generator | None
+) -> LoRALayer:
+    rank = _by_name(name, config.rank_pattern, config.rank)
+    alpha = _by_name(name, config.alpha_pattern, config.alpha)
+    scaling = alpha / (rank**0.5 if config.rslora else rank)
+    base = model.get_submodule(name)
+    return build_lora_layer(
+        base,
+        rank=cast(int, rank),
+        alpha=alpha,
+        dropout=config.dropout,
+        scaling=scaling,
+        generator=generator,
+    )
+
+
+def _by_name(name: str, pattern: dict[str, int] | dict[str, float], default: float) -> float:
+    return next((v for key, v in pattern.items() if matches(name, key)), default)
+
+
+def _block_number(name: str) -> int | None:
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _refuse_second_time(model: nn.Module) -> None:
+    wrapped = next(iter(lora_layers(model)), None)
+    if wrapped is not None:
+        raise TargetError(
+            f"LoRA was asked for a model that already has it (at {wrapped!r}, for one). "
+            "Merge it (merge_lora) or take it off (remove_lora) first."
+        )
