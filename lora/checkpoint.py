@@ -1,0 +1,161 @@
+"""A run's state on disk: written whole or not at all, checksummed, read back exactly.
+
+A checkpoint is a folder `step-000120/` with `tensors.safetensors` (what trains, the optimizer's
+moments, the states of the random generators), `state.json` (everything else) and `manifest.json`
+(size and SHA-256 of both). It is built under a temporary name and renamed when complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from lora.errors import CheckpointError, gather
+from lora.runs import atomic_write
+
+TENSORS_FILE, STATE_FILE, MANIFEST_FILE = "tensors.safetensors", "state.json", "manifest.json"
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int
+) -> Path:
+    """Write the checkpoint of `step` into `folder`, then remove all but the `keep` newest.
+
+    Raises CheckpointError if the disk refuses; older checkpoints are then untouched.
+    """
+    final = folder / f"step-{step:06d}"
+    building = folder / f".{final.name}.building"
+    files = {
+        TENSORS_FILE: save({name: _to_save(t) for name, t in tensors.items()}),
+        STATE_FILE: (json.dumps({**state, "step": step}, sort_keys=True) + "\n").encode(),
+    }
+    manifest = {name: {"bytes": len(b), "sha256": _sha256(b)} for name, b in files.items()}
+    files[MANIFEST_FILE] = (json.dumps(manifest, indent=2) + "\n").encode()
+    try:
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        for name, data in files.items():
+            atomic_write(building / name, data)
+        shutil.rmtree(final, ignore_errors=True)
+        building.rename(final)
+    except OSError as error:
+        shutil.rmtree(building, ignore_errors=True)
+        raise CheckpointError(
+            f"The checkpoint of step {step} could not be written to {folder}: {error.strerror}. "
+            "Earlier checkpoints are untouched. Free some space or make the folder writable."
+        ) from error
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints in `folder`, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if (p / MANIFEST_FILE).is_file())
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the state of one checkpoint.
+
+    Raises CheckpointError if a file is missing or its size or SHA-256 is not the manifest's.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+        files = {name: (path / name).read_bytes() for name in (TENSORS_FILE, STATE_FILE)}
+        faults = [
+            f"{name}: {len(data)} bytes, SHA-256 {_sha256(data)[:12]}…, where the manifest says "
+            f"{manifest[name]['bytes']} and {manifest[name]['sha256'][:12]}…"
+            for name, data in files.items()
+            if manifest[name] != {"bytes": len(data), "sha256": _sha256(data)}
+        ]
+        if faults:
+            raise CheckpointError(gather(faults, f"{path} is damaged:", "Use an earlier one."))
+        return load(files[TENSORS_FILE]), json.loads(files[STATE_FILE])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Use an earlier one.") from None
+
+
+def load_newest(
+    folder: Path, report: Callable[[str], None]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the newest checkpoint in `folder` that is whole; `report` hears of broken ones.
+
+    Raises CheckpointError if there is none.
+    """
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return load_checkpoint(path)
+        except CheckpointError as error:
+            report(f"{error} Trying the one before.")
+    raise CheckpointError(
+        f"A run was to be resumed from {folder}: no whole checkpoint is there. Start the run anew."
+    )
+
+
+def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return what training changes: trainable parameters, optimizer moments, generators' states.
+
+    Keys begin with `model.`, `optimizer.` and `random.`; parameters go by their names.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    tensors = {f"model.{name}": p.detach() for name, p in named.items()}
+    for name, parameter in named.items():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    tensors["random.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        for number, state in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"random.cuda.{number}"] = state
+    return tensors
+
+
+@torch.no_grad()
+def restore_training_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    """Changes `model`, `optimizer` and torch's generators in place, to what was saved.
+
+    Raises CheckpointError if names or shapes differ from the model's, all of them at once.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    saved = {key.removeprefix("model."): t for key, t in tensors.items() if key[:6] == "model."}
+    faults = [f"missing: {name}" for name in named if name not in saved]
+    faults += [f"not trained here: {name}" for name in saved if name not in named]
+    for name in named.keys() & saved.keys():
+        if named[name].shape != saved[name].shape:
+            shapes = f"{tuple(saved[name].shape)} saved, {tuple(named[name].shape)} here"
+            faults.append(f"{name}: {shapes}")
+    if faults:
+        advice = "Resume with the settings that the run began with."
+        raise CheckpointError(gather(sorted(faults), "The checkpoint is of another run:", advice))
+    for name, parameter in named.items():
+        parameter.copy_(saved[name])
+        moments = {}
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            value = tensors.get(f"optimizer.{key}.{name}")
+            if value is not None:
+                moments[key] = value.to(parameter.device)
+        if moments:
+            optimizer.state[parameter] = moments
+    torch.set_rng_state(tensors["random.cpu"])
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        states = [tensors.get(f"random.cuda.{number}") for number in range(count)]
+        torch.cuda.set_rng_state_all([state for state in states if state is not None])
+
+
+def _to_save(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().clone()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

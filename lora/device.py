@@ -1,0 +1,105 @@
+"""Where a run computes and in which number format, decided once, with the reason.
+
+Reads two environment variables, and nothing else in lora does: `LORALM_FORCE_BF16=1` allows bf16
+where it is slow, `CUDA_VISIBLE_DEVICES` is torch's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from lora.errors import ConfigError, did_you_mean
+
+FORCE_BF16 = "LORALM_FORCE_BF16"
+
+
+@dataclass(frozen=True)
+class DeviceChoice:
+    """A device, the type its products are computed in, and why."""
+
+    device: torch.device
+    compute_dtype: torch.dtype
+    """fp32, or bf16 through autocast: parameters and optimizer state stay fp32."""
+    reason: str
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Return the context that a forward pass runs in."""
+        if self.compute_dtype is torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+
+def choose_device(requested: str = "auto", precision: str = "auto") -> DeviceChoice:
+    """Return where to compute and how.
+
+    Raises ConfigError for a device that is not there, an unknown precision, and for bf16 on a
+    device without fast bf16 products unless LORALM_FORCE_BF16=1.
+    """
+    device = _find_device(requested)
+    fast_bf16, why = _bf16(device)
+    if precision not in ("auto", "fp32", "bf16"):
+        near = did_you_mean(precision, ("auto", "fp32", "bf16"))
+        raise ConfigError(f"precision={precision!r}: allowed are auto, fp32, bf16.{near}")
+    if precision == "bf16" and not fast_bf16 and os.environ.get(FORCE_BF16) != "1":
+        raise ConfigError(
+            f"precision='bf16' was asked for on {device}: {why}. Use precision='fp32' (or auto), "
+            f"or set {FORCE_BF16}=1 to have it all the same."
+        )
+    if precision == "fp32" or (precision == "auto" and not fast_bf16):
+        asked = "as asked" if precision == "fp32" else why
+        return DeviceChoice(device, torch.float32, f"{device}, fp32: {asked}")
+    return DeviceChoice(device, torch.bfloat16, f"{device}, bf16 products, fp32 weights: {why}")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory this process has held: the allocator's on CUDA, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given; at once on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _find_device(requested: str) -> torch.device:
+    if requested == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(requested)
+    except RuntimeError:
+        near = did_you_mean(requested, ("auto", "cpu", "cuda"))
+        raise ConfigError(
+            f"device={requested!r}: allowed are auto, cpu, cuda, cuda:N, mps.{near}"
+        ) from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={requested!r} was asked for: torch sees {torch.cuda.device_count()} CUDA "
+            "devices. Use device=cpu, or install a torch with CUDA on a machine that has a GPU."
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device='mps' was asked for: torch sees no Apple GPU. Use device=cpu.")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"device={requested!r}: allowed are auto, cpu, cuda, cuda:N, mps.")
+    return device
+
+
+def _bf16(device: torch.device) -> tuple[bool, str]:
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        name = f"{torch.cuda.get_device_name(device)} (capability {major}.{minor})"
+        if major >= 8:
+            return True, f"{name} has bf16 matrix units"
+        return False, f"{name} has no bf16 matrix units, and fp16 is not supported in training"
+    if device.type == "mps":
+        return False, "bf16 training on Apple's GPU is untested here"
+    return False, "bf16 products on a CPU without its matrix units are tens of times slower"

@@ -1,0 +1,213 @@
+"""A run's folder: what was asked, what came of it, and nothing half-written.
+
+    runs/NAME/
+      run.json        settings, versions, seeds, fingerprints
+      metrics.jsonl   what a second run would repeat to the byte: steps, losses, rates, tokens
+      timings.jsonl   what it would not: seconds, memory
+      checkpoints/  adapter/ or model/  pictures
+
+No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from lora.errors import CheckpointError
+
+METRICS_FILE, TIMINGS_FILE, LOCK_FILE = "metrics.jsonl", "timings.jsonl", ".lock"
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write `data` to `path` whole or not at all, and only return when it is on the disk.
+
+    Raises CheckpointError if the disk refuses; a former file at `path` is then untouched.
+    """
+    temporary: str | None = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only the owner reads
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise disk_error(path, error) from error
+
+
+def disk_error(path: Path, error: OSError) -> CheckpointError:
+    """Return the error to raise when `path` could not be written."""
+    advice = {
+        errno.ENOSPC: "Free some space on that disk.",
+        errno.EACCES: "Make the folder writable, or choose another output folder.",
+        errno.EROFS: "The file system is read-only: choose another output folder.",
+        errno.ENOENT: "The folder has vanished: make it again, or choose another.",
+        errno.ENOTDIR: "A file stands where a folder is needed: choose another output folder.",
+    }.get(error.errno or 0, "Look at that disk, or choose another output folder.")
+    return CheckpointError(f"{path} could not be written: {error.strerror}. {advice}")
+
+
+@dataclass
+class Run:
+    """An open run folder; use it as a context manager, or call `close`."""
+
+    folder: Path
+    _lock: IO[str] | None = field(default=None, repr=False)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write `value` as the JSON file `name` of the folder, whole or not at all."""
+        text = json.dumps(value, indent=2, sort_keys=True, default=str) + "\n"
+        atomic_write(self.folder / name, text.encode())
+
+    def read_json(self, name: str) -> Any:
+        """Return the JSON file `name` of the folder. Raises CheckpointError if it is damaged."""
+        return read_json(self.folder / name)
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Add a row of reproducible values; it has a `step`."""
+        self._append(METRICS_FILE, row)
+
+    def append_timing(self, row: dict[str, Any]) -> None:
+        """Add a row of values that another run would not repeat; it has a `step`."""
+        self._append(TIMINGS_FILE, row)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the rows of `metrics.jsonl`."""
+        return read_rows(self.folder / METRICS_FILE)
+
+    def cut_metrics_after(self, step: int) -> None:
+        """Drop the rows of later steps, which a resumed run will write again."""
+        for name in (METRICS_FILE, TIMINGS_FILE):
+            path = self.folder / name
+            if path.is_file():
+                rows = [row for row in read_rows(path) if row["step"] <= step]
+                atomic_write(path, "".join(_line(row) for row in rows).encode())
+
+    def close(self) -> None:
+        """Let another process use the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        try:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write(_line(row))
+        except OSError as error:
+            raise disk_error(self.folder / name, error) from error
+
+
+def create_run(
+    out: Path, name: str, *, described: dict[str, Any] | None = None, resume: bool = False
+) -> Run:
+    """Make the folder `out`/`name`, or open it again with `resume`, and lock it.
+
+    A folder whose run is over is replaced under a new name: `name-2`, `name-3` … `described`
+    becomes `run.json`. Raises CheckpointError if the disk refuses, if another process is using the
+    folder, or if there is nothing to resume.
+    """
+    folder = out / name if resume else _free_folder(out, name)
+    if resume and not folder.is_dir():
+        raise CheckpointError(
+            f"The run {folder} was to be resumed: there is no such folder. Start it anew."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK_FILE).open("w", encoding="utf-8")
+    except OSError as error:
+        raise disk_error(folder, error) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel if we die
+    except OSError:
+        lock.close()
+        raise CheckpointError(
+            f"The run {folder} is in use by another process. Wait for it, or choose another name."
+        ) from None
+    run = Run(folder, lock)
+    if described is not None:
+        run.write_json("run.json", {**described, "environment": environment()})
+    return run
+
+
+def default_name(model: str) -> str:
+    """Return a name for a run on `model`: its last part and the date."""
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return f"{Path(model).stem or 'run'}-{now}"
+
+
+def environment() -> dict[str, Any]:
+    """Return the versions and the machine's kind, without its name or paths."""
+    versions = {}
+    for package in ("lora-lm", "torch", "safetensors", "tokenizers", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu_count": os.cpu_count(),
+        "versions": versions,
+    }
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a JSON-lines file; a last line cut short by a crash is left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise CheckpointError(f"{path}, line {number}, is no JSON: {error}.") from None
+    return rows
+
+
+def read_json(path: Path) -> Any:
+    """Return a JSON file's value. Raises CheckpointError if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON: {error}.") from None
+
+
+def _free_folder(out: Path, name: str) -> Path:
+    number, folder = 1, out / name
+    while folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        number += 1
+        folder = out / f"{name}-{number}"
+    return folder
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, sort_keys=True) + "\n"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,261 @@
+"""The base character GPT, in the style of Karpathy's bigram_lm_v2. It knows nothing of LoRA.
+
+What differs from the original: one key, one query and one value linear serve all heads, attention
+is torch's fused one, and a model is saved with the sizes that are needed to build it again.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle  # for the name of its error; nothing is unpickled here
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from lora.errors import ConfigError, DataError, ModelError, gather
+from lora.runs import atomic_write
+
+WEIGHTS_FILE = "model.safetensors"
+SIZES_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class BigramSizes:
+    """All that is needed to build the model again."""
+
+    vocab_size: int
+    n_embd: int = 64
+    """Model width, C; a multiple of n_head."""
+    n_head: int = 4
+    n_layer: int = 2
+    block_size: int = 32
+    """Most tokens the model sees at once, T."""
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        whole = {k: v for k, v in asdict(self).items() if k != "dropout"}
+        faults = [f"{k}={v!r}: allowed is an int ≥ 1" for k, v in whole.items() if v < 1]
+        if not faults and self.n_embd % self.n_head:
+            faults.append(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
+        if not 0 <= self.dropout < 1:
+            faults.append(f"dropout={self.dropout!r}: allowed is 0 ≤ dropout < 1")
+        if faults:
+            raise ConfigError(gather(faults, "The model's sizes do not fit:", "Change them."))
+
+
+class SelfAttention(nn.Module):
+    """Causal attention of all heads at once."""
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
+        super().__init__()
+        self.n_head, self.dropout = n_head, dropout
+        self.key = nn.Linear(n_embd, n_embd, bias=False)
+        self.query = nn.Linear(n_embd, n_embd, bias=False)
+        self.value = nn.Linear(n_embd, n_embd, bias=False)
+        self.proj = nn.Linear(n_embd, n_embd)
+        self.proj_dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        q, k, v = (self._heads(linear(x)) for linear in (self.query, self.key, self.value))
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        out = out.transpose(1, 2).flatten(2)  # (B, T, C)
+        return self.proj_dropout(self.proj(out))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, H, T, D)
+
+
+class FeedForward(nn.Module):
+    """Two linears with a ReLU between them, four times as wide inside."""
+
+    def __init__(self, n_embd: int, dropout: float) -> None:
+        super().__init__()
+        wide, narrow = nn.Linear(n_embd, 4 * n_embd), nn.Linear(4 * n_embd, n_embd)
+        self.net = nn.Sequential(wide, nn.ReLU(), narrow, nn.Dropout(dropout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each behind a norm and beside the residual stream."""
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
+        super().__init__()
+        self.sa = SelfAttention(n_embd, n_head, dropout)
+        self.ffwd = FeedForward(n_embd, dropout)
+        self.ln1 = nn.LayerNorm(n_embd)
+        self.ln2 = nn.LayerNorm(n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.sa(self.ln1(x))
+        return x + self.ffwd(self.ln2(x))
+
+
+class BigramLanguageModel(nn.Module):
+    """A decoder of characters: embeddings, pre-norm blocks, a final norm and a head."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        n_embd: int = 64,
+        n_head: int = 4,
+        n_layer: int = 2,
+        block_size: int = 32,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.sizes = BigramSizes(vocab_size, n_embd, n_head, n_layer, block_size, dropout)
+        self.block_size = block_size
+        self.token_embedding_table = nn.Embedding(vocab_size, n_embd)
+        self.position_embedding_table = nn.Embedding(block_size, n_embd)
+        self.blocks = nn.Sequential(*(Block(n_embd, n_head, dropout) for _ in range(n_layer)))
+        self.ln_f = nn.LayerNorm(n_embd)
+        self.lm_head = nn.Linear(n_embd, vocab_size)
+        self.apply(_init_weights)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return logits (B, T, V) and, with `targets` (B, T), the mean loss in nats, ().
+
+        Raises DataError if T is more than the block size.
+        """
+        length = idx.shape[1]
+        if length > self.block_size:
+            raise DataError(
+                f"The model was given {length} tokens: it sees at most block_size="
+                f"{self.block_size}. Give it the last {self.block_size}, as generate() does."
+            )
+        places = torch.arange(length, device=idx.device)
+        x = self.token_embedding_table(idx) + self.position_embedding_table(places)  # (B, T, C)
+        logits = self.lm_head(self.ln_f(self.blocks(x)))  # (B, T, V)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return `idx` (B, T) with `max_new_tokens` more, (B, T + max_new_tokens).
+
+        `temperature` 0 takes the likeliest character each time.
+        """
+        was_training = self.training
+        self.eval()
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -self.block_size :])[0][:, -1]  # (B, V)
+            idx = torch.cat([idx, _pick(logits, temperature, top_k, generator)], dim=1)
+        self.train(was_training)
+        return idx
+
+
+def save_bigram(model: BigramLanguageModel, folder: Path) -> None:
+    """Write the model's weights and sizes into `folder`, each file at once or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    atomic_write(folder / WEIGHTS_FILE, save(tensors))
+    sizes = json.dumps(asdict(model.sizes), indent=2) + "\n"
+    atomic_write(folder / SIZES_FILE, sizes.encode())
+
+
+def load_bigram(path: Path, sizes: BigramSizes | None = None) -> BigramLanguageModel:
+    """Return the model saved in a folder, or in a file with its `sizes` given.
+
+    A `.pt` file is read as a bare state dict with `weights_only=True`. Raises ModelError for a
+    missing or damaged file and for tensors that do not fit the sizes, all of them at once.
+    """
+    if path.is_dir():
+        sizes = _read_sizes(path / SIZES_FILE)
+        path = path / WEIGHTS_FILE
+    if sizes is None:
+        raise ModelError(f"{path} holds tensors only: pass sizes=BigramSizes(...) to load it.")
+    state = read_state(path)
+    with torch.device("meta"):  # every tensor is replaced: do not draw them first
+        model = BigramLanguageModel(**asdict(sizes))
+    _check_state(path, model.state_dict(), state)
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(True)
+
+
+def bigram_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The trainer's loss function: (inputs, targets), both (B, T) -> (loss sum, tokens), (1,)."""
+    inputs, targets = batch
+    logits, _ = model(inputs)
+    total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+    return total[None], torch.tensor([targets.numel()], device=total.device)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, mean=0.0, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def _pick(
+    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
+) -> Tensor:
+    if temperature <= 0:
+        return logits.argmax(-1, keepdim=True)  # (B, 1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)  # (B, 1)
+
+
+def _read_sizes(path: Path) -> BigramSizes:
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        return BigramSizes(**values)
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing: the folder holds no saved character model.") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{path} does not hold the model's sizes: {error}.") from None
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a `.safetensors` file, or of a `.pt` file with `weights_only=True`.
+
+    Raises ModelError if the file is missing, damaged or anything but a plain state dict.
+    """
+    if not path.is_file():
+        raise ModelError(f"The base weights {path} were asked for: there is no such file.")
+    try:
+        if path.suffix == ".safetensors":
+            return load(path.read_bytes())
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelError(f"{path} is no plain state dict, and is not read: {error}") from None
+    except (SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise ModelError(f"{path} is damaged or no file of weights: {error}") from None
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ModelError(f"{path} holds no state dict: allowed is a dict of names and tensors.")
+    return state
+
+
+def _check_state(path: Path, wanted: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    faults = [
+        f"missing: {name} {tuple(t.shape)}" for name, t in wanted.items() if name not in state
+    ]
+    faults += [f"not of this model: {name}" for name in state if name not in wanted]
+    for name in wanted.keys() & state.keys():
+        if wanted[name].shape != state[name].shape:
+            shapes = f"{tuple(state[name].shape)}, wanted {tuple(wanted[name].shape)}"
+            faults.append(f"{name} has shape {shapes}")
+    if faults:
+        advice = "Give the sizes that the weights were trained with."
+        raise ModelError(gather(sorted(faults), f"{path} does not fit the model:", advice))
