@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora.lora_module import ParameterCounts
 from lora.runs import atomic_write
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from lora.lora_module import ParameterCounts
 
 # Okabe and Ito's colours: told apart by people with any colour vision, and in grey by line style.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -1,0 +1,72 @@
+"""The character model's text: read, checked, turned into the tokens of the right vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora.data.characters import CharTokenizer
+from lora.data.embedded import Corpus, code, corpus_from_file, prose
+from models.bigram_lm_v2 import read_state
+
+
+@dataclass(frozen=True)
+class Text:
+    """A corpus as tokens, with the vocabulary that made them."""
+
+    tokenizer: CharTokenizer
+    train: Tensor
+    held_out: Tensor
+    described: str
+    prompt: str
+
+
+def read_text(data_path: str, base_path: Path | None, *, adapts: bool) -> Text:
+    """Return the run's text as tokens of the base's vocabulary, or of its own for a new base.
+
+    Raises DataError for a text that cannot be used: missing, too short, too many unknowns.
+    """
+    if data_path:
+        corpus = corpus_from_file(Path(data_path))
+    else:
+        corpus = code() if adapts else prose()
+    if base_path is not None:
+        tokenizer = load_vocabulary(base_path, corpus)
+    elif data_path:
+        tokenizer = CharTokenizer.from_text(corpus.train + corpus.held_out)
+    else:
+        tokenizer = CharTokenizer()
+    note = tokenizer.check(corpus.train + corpus.held_out, corpus.described)
+    if note:
+        print(note)
+    train, held_out = (
+        torch.from_numpy(tokenizer.encode(t)) for t in (corpus.train, corpus.held_out)
+    )
+    prompt = corpus.held_out[:32] if data_path else ("def " if adapts else "The ")
+    return Text(tokenizer, train, held_out, corpus.described, prompt)
+
+
+def load_vocabulary(base_path: Path, corpus: Corpus) -> CharTokenizer:
+    """Return the base's vocabulary: `vocab.json` beside its weights, or the text's own.
+
+    A bare state dict comes without one: then it is the fixed one, or the text's if the sizes fit.
+    """
+    beside = (base_path if base_path.is_dir() else base_path.parent) / "vocab.json"
+    if beside.is_file() or base_path.is_dir():
+        return CharTokenizer.load(beside)
+    rows = _count_rows(base_path)
+    fixed = CharTokenizer()
+    return (
+        fixed
+        if rows == fixed.vocab_size
+        else CharTokenizer.from_text(corpus.train + corpus.held_out)
+    )
+
+
+def _count_rows(path: Path) -> int:
+    """Return V of a bare state dict, from its token embedding."""
+    table = read_state(path).get("token_embedding_table.weight")
+    return 0 if table is None else table.shape[0]

@@ -1,0 +1,297 @@
+"""Train the character GPT, or adapt a trained one with LoRA, driven by environment variables.
+
+    python training.py                                    # the base, on English prose
+    USE_LORA=True LORA_RANK=16 LORA_ALPHA=32.0 LORA_DROPOUT=0.1 python training.py
+    USE_LORA=True TEST_MODE=True python training.py       # a small one, under 30 seconds
+
+LORA_USAGE.md explains every variable. Exits with 2 and one message when something is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora.errors import LoraError
+from models.classic_settings import AUTO, ClassicSettings, notes, read_settings
+
+if TYPE_CHECKING:
+    from lora.device import DeviceChoice
+    from lora.runs import Run
+    from lora.trainer import TrainResult
+    from models.bigram_lm_v2 import BigramLanguageModel
+    from models.char_text import Text
+
+EVAL_TOKENS = 50_000
+SAMPLE_CHARACTERS = 240
+
+
+def main() -> int:
+    """Run what the environment asks for; return the exit code."""
+    try:
+        run_classic(read_settings(os.environ))
+    except LoraError as error:
+        print(f"training.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("training.py: interrupted; the last checkpoint is kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run_classic(settings: ClassicSettings) -> Run:
+    """Do one run: the base from random weights, or LoRA or full fine-tuning from a base.
+
+    Returns the folder of the run.
+    """
+    from lora.device import choose_device
+
+    choice = choose_device(settings.device, settings.precision)
+    for line in [f"device: {choice.reason}", *notes(settings)]:
+        print(line)
+    if not settings.adapts:
+        from models.char_text import read_text
+
+        text = read_text(settings.data_path, None, adapts=False)
+        return train_base(settings, text, choice, settings.run_name or "base")
+    base_folder = find_base(settings, choice)
+    return adapt(settings, base_folder, choice)
+
+
+def find_base(settings: ClassicSettings, choice: DeviceChoice) -> Path:
+    """Return the folder (or `.pt` file) of the base, training it on prose if there is none."""
+    if settings.base_checkpoint not in ("", AUTO):
+        path = Path(settings.base_checkpoint)
+        inside = path / "model"
+        return inside if inside.is_dir() else path
+    from models.char_text import read_text
+
+    run_folder = Path(settings.output_dir) / settings.auto_base_name
+    if (run_folder / "model" / "config.json").is_file():
+        print(f"base: reusing {run_folder}")
+        return run_folder / "model"
+    print("base: none given, and LoRA on random weights is meaningless; training one on prose")
+    prose = settings.for_base()
+    run = train_base(prose, read_text("", None, adapts=False), choice, settings.auto_base_name)
+    return run.folder / "model"
+
+
+def train_base(settings: ClassicSettings, text: Text, choice: DeviceChoice, name: str) -> Run:
+    """Train all of a new model on `text` and save it with its vocabulary."""
+    import torch
+
+    from models.bigram_lm_v2 import BigramLanguageModel, save_bigram
+
+    torch.manual_seed(settings.seed)
+    model = BigramLanguageModel(
+        vocab_size=text.tokenizer.vocab_size,
+        n_embd=settings.n_embd,
+        n_head=settings.n_head,
+        n_layer=settings.n_layer,
+        block_size=settings.block_size,
+        dropout=settings.dropout,
+    ).to(choice.device)
+    run, result = train_on(settings, model, text, choice, name, base=None)
+    save_bigram(model, run.folder / "model")
+    text.tokenizer.save(run.folder / "model" / "vocab.json")
+    finish(run, result, {"model": folder_bytes(run.folder / "model")})
+    return run
+
+
+def adapt(settings: ClassicSettings, base_path: Path, choice: DeviceChoice) -> Run:
+    """Fine-tune the base, through LoRA or whole, and save the adapter or the model."""
+    import torch
+
+    from models.bigram_lm_v2 import save_bigram
+
+    base, text = load_base(settings, base_path)
+    torch.manual_seed(settings.seed)
+    if not settings.use_lora:
+        model: BigramLanguageModel = base.to(choice.device)
+        run, result = train_on(settings, model, text, choice, "full", base=base_path)
+        save_bigram(model, run.folder / "model")
+        text.tokenizer.save(run.folder / "model" / "vocab.json")
+        finish(run, result, {"model": folder_bytes(run.folder / "model")})
+        return run
+
+    from lora.adapter_io import save_adapter
+    from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+
+    model = BigramLanguageModelLoRA.from_base(
+        base,
+        lora_rank=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        train_embeddings=settings.train_embeddings,
+        seed=settings.seed,
+    ).to(choice.device)
+    name = f"lora-r{settings.lora_rank}"
+    run, result = train_on(settings, model, text, choice, name, base=base_path)
+    folder = run.folder / "adapter"
+    save_adapter(model, folder, base_name=base_path.name)
+    check_reloaded(settings, base_path, folder, text, choice, result.eval_loss)
+    sizes = {"adapter": folder_bytes(folder), "base": folder_bytes(base_path)}
+    finish(run, result, sizes)
+    return run
+
+
+def train_on(
+    settings: ClassicSettings,
+    model: BigramLanguageModel,
+    text: Text,
+    choice: DeviceChoice,
+    name: str,
+    *,
+    base: Path | None,
+) -> tuple[Run, TrainResult]:
+    """Run the one training loop on `text` and return the run's folder and how it ended."""
+    from lora.data.blocks import BlockStream, check_length, ordered_blocks
+    from lora.progress import RichProgress
+    from lora.runs import create_run
+    from lora.trainer import TrainingJob, train
+    from models.bigram_lm_v2 import bigram_loss
+
+    # Everything that can be wrong with the input is found before the folder is made.
+    check_length(text.held_out, model.block_size, "The held-out text")
+    rows = settings.batch_size // settings.micro_batches
+    stream = BlockStream(text.train, model.block_size, rows, settings.seed, choice.device)
+    show_parameters(model, settings.use_lora)
+    run = create_run(Path(settings.output_dir), settings.run_name or name)
+    described = {"settings": asdict(settings), "data": text.described, "device": choice.reason}
+    run.write_json("run.json", {**described, "base": str(base) if base else None})
+    show_sample(run, model, text, choice, "before")
+    job = TrainingJob(
+        model=model,
+        loss_fn=bigram_loss,
+        stream=stream,
+        eval_batches=lambda: ordered_blocks(
+            text.held_out, model.block_size, settings.batch_size, EVAL_TOKENS, choice.device
+        ),
+        train_config=settings.train_config(),
+        learning_rate=settings.rate,
+        run_config=settings.run_config(),
+        run=run,
+        choice=choice,
+        progress=RichProgress(name),
+    )
+    print(f"{name}: {settings.steps} steps on {text.described}, learning rate {settings.rate:g}")
+    result = train(job)
+    show_sample(run, model, text, choice, "after")
+    return run, result
+
+
+def load_base(settings: ClassicSettings, base_path: Path) -> tuple[BigramLanguageModel, Text]:
+    """Return the base and the run's text in the base's vocabulary."""
+    from models.bigram_lm_v2 import BigramSizes, load_bigram
+    from models.char_text import read_text
+
+    if base_path.is_dir() or not base_path.exists():
+        model = load_bigram(base_path)
+        return model, read_text(settings.data_path, base_path, adapts=True)
+    text = read_text(settings.data_path, base_path, adapts=True)
+    sizes = BigramSizes(
+        text.tokenizer.vocab_size,
+        settings.n_embd,
+        settings.n_head,
+        settings.n_layer,
+        settings.block_size,
+        settings.dropout,
+    )
+    return load_bigram(base_path, sizes), text
+
+
+def check_reloaded(
+    settings: ClassicSettings,
+    base_path: Path,
+    adapter: Path,
+    text: Text,
+    choice: DeviceChoice,
+    expected: float,
+) -> None:
+    """Load the adapter onto the base anew: the held-out loss must be the same to the last digit.
+
+    Raises AdapterError if it is not.
+    """
+    from lora.adapter_io import load_adapter
+    from lora.data.blocks import ordered_blocks
+    from lora.errors import AdapterError
+    from lora.trainer import evaluate
+    from models.bigram_lm_v2 import bigram_loss
+
+    model, _ = load_base(settings, base_path)
+    load_adapter(model.to(choice.device), adapter)
+    blocks = ordered_blocks(
+        text.held_out, model.block_size, settings.batch_size, EVAL_TOKENS, choice.device
+    )
+    loss = evaluate(model, blocks, bigram_loss, choice.autocast)
+    if loss != expected:
+        raise AdapterError(
+            f"The adapter {adapter} was loaded again and gives a held-out loss of {loss!r}, not "
+            f"{expected!r} as before it was saved. Do not use it; please report this."
+        )
+    print(f"adapter loaded again: held-out loss {loss:.6f}, the same to the last digit")
+
+
+def show_parameters(model: BigramLanguageModel, use_lora: bool) -> None:
+    """Print what trains and what does not."""
+    if not use_lora:  # nothing of LoRA is loaded here: plain training needs none of it
+        print(f"parameters: all {sum(p.numel() for p in model.parameters()):,} train")
+        return
+    from rich.console import Console
+
+    from lora.lora_module import count_lora_parameters
+    from lora.report import parameter_table
+
+    Console().print(parameter_table(count_lora_parameters(model)))
+
+
+def show_sample(
+    run: Run, model: BigramLanguageModel, text: Text, choice: DeviceChoice, when: str
+) -> None:
+    """Let the model write, print it and keep it in `samples.json`."""
+    import torch
+
+    start = torch.from_numpy(text.tokenizer.encode(text.prompt))[None].to(choice.device)
+    generator = torch.Generator(choice.device).manual_seed(1)
+    tokens = model.generate(start, SAMPLE_CHARACTERS, temperature=0.8, generator=generator)
+    written = text.tokenizer.decode(tokens[0].tolist())
+    path = run.folder / "samples.json"
+    kept = run.read_json("samples.json") if path.is_file() else {}
+    run.write_json("samples.json", {**kept, when: written})
+    print(f"--- sample {when} training ---\n{written}\n---")
+
+
+def finish(run: Run, result: TrainResult, sizes: dict[str, int]) -> None:
+    """Write the result and the picture, and print what a person wants to know."""
+    from lora.report import draw_loss_curves
+
+    summary = {**asdict(result), "stored_bytes": sizes}
+    run.write_json("result.json", summary)
+    rows = run.read_metrics()
+    draw_loss_curves([(run.folder.name, rows)], run.folder / "loss.png", title=run.folder.name)
+    first = next(row["eval_loss"] for row in rows if "eval_loss" in row)
+    step_ms = 1000 * result.train_s / max(1, result.steps)
+    print(
+        f"held-out loss {first:.4f} -> {result.eval_loss:.4f} nats in {result.steps} steps, "
+        f"{result.train_s:.1f} s ({step_ms:.1f} ms a step), "
+        f"peak memory {result.peak_memory_bytes / 1e6:.0f} MB"
+    )
+    for name, size in sizes.items():
+        print(f"{name}: {size / 1e3:,.0f} kB on disk")
+    if "adapter" in sizes:
+        print(f"the adapter is {sizes['adapter'] / sizes['base']:.1%} of the base's size")
+    print(f"everything is in {run.folder}")
+    run.close()
+
+
+def folder_bytes(path: Path) -> int:
+    """Return the bytes of the tensors in a model's or adapter's folder (or of one file)."""
+    files = list(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
