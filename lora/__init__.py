@@ -1,0 +1,77 @@
+"""LoRA fine-tuning of language models (arXiv 2106.09685).
+
+Public names are loaded on first use, so `import lora` is quick and brings no torch.
+
+The letters of tensor shapes, here and in every module:
+
+    B batch · T time · C model width · H heads · D head width · F feed-forward width
+    V vocabulary · I, O a linear's inputs and outputs · R rank · K adapters trained together
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora.adapter_io import load_adapter, save_adapter
+    from lora.apply import apply_lora, disabled_adapter, remove_lora
+    from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+    from lora.errors import LoraError
+    from lora.lora_module import (
+        LoRALinear,
+        ParameterCounts,
+        apply_lora_to_linear,
+        count_lora_parameters,
+    )
+    from lora.merge import merge_lora
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DataConfig": "lora.config",
+    "LoRAConfig": "lora.config",
+    "LoRALinear": "lora.lora_module",
+    "LoraError": "lora.errors",
+    "ParameterCounts": "lora.lora_module",
+    "RunConfig": "lora.config",
+    "TrainConfig": "lora.config",
+    "apply_lora": "lora.apply",
+    "apply_lora_to_linear": "lora.lora_module",
+    "count_lora_parameters": "lora.lora_module",
+    "disabled_adapter": "lora.apply",
+    "load_adapter": "lora.adapter_io",
+    "merge_lora": "lora.merge",
+    "remove_lora": "lora.apply",
+    "save_adapter": "lora.adapter_io",
+}
+
+__all__ = [
+    "DataConfig",
+    "LoRAConfig",
+    "LoRALinear",
+    "LoraError",
+    "ParameterCounts",
+    "RunConfig",
+    "TrainConfig",
+    "apply_lora",
+    "apply_lora_to_linear",
+    "count_lora_parameters",
+    "disabled_adapter",
+    "load_adapter",
+    "merge_lora",
+    "remove_lora",
+    "save_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lora' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value  # found at once the next time
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
