@@ -1,0 +1,184 @@
+"""Who attends to whom, decided once per forward, and the attention modules.
+
+A token attends to the tokens of its own document at its own position and before, and inside the
+window where its block has one. Padding is document −1: it attends to padding, so that no row is
+empty (an empty row would be NaN), and nothing attends to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora.decoder.cache import KVCache, NoCache
+from lora.decoder.config import DecoderConfig, LayerConfig, RopeConfig
+from lora.decoder.rope import Tables, leave, rotate
+
+NO_CACHE = NoCache()
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a forward stand."""
+
+    position_ids: Tensor
+    """(B or 1, T) int64."""
+    document_ids: Tensor | None
+    """(B, T) int64; None where every row is one document without padding."""
+    cache: KVCache | NoCache
+
+
+@dataclass(frozen=True)
+class View:
+    """What the blocks with one window may attend to."""
+
+    mask: Tensor | None
+    """(B or 1, 1, T, S) bool, true where a query may attend; None: every key, unless causal."""
+    is_causal: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all blocks of one forward share."""
+
+    tables: dict[RopeConfig | None, Tables]
+    views: dict[int | None, View]
+    """By the window, in tokens."""
+    cache: KVCache | NoCache
+
+
+def find_places(
+    n_new: int,
+    device: torch.device,
+    position_ids: Tensor | None,
+    document_ids: Tensor | None,
+    cache: KVCache | None,
+) -> Places:
+    """Return where `n_new` tokens stand; a cache takes note of them.
+
+    Positions left out count up within each document; with a filled cache, positions and
+    documents left out continue each row's last token.
+    """
+    is_one = _is_one_document(document_ids, cache)
+    if cache is not None and cache.n_tokens:
+        next_positions, same_documents = cache.continued(n_new)
+        position_ids = next_positions if position_ids is None else position_ids
+        document_ids = same_documents if document_ids is None else document_ids
+    if position_ids is None:
+        steps = torch.arange(n_new, device=device)
+        position_ids = steps[None] if is_one else positions_within(document_ids, steps)  # (B|1, T)
+    if cache is None:
+        return Places(position_ids, None if is_one else document_ids, NO_CACHE)
+    noted = position_ids.new_zeros(1, n_new) if document_ids is None else document_ids
+    cache.begin(position_ids, noted, is_one_document=is_one)
+    is_one = cache.is_one_document
+    return Places(position_ids, None if is_one else noted, cache)
+
+
+def positions_within(document_ids: Tensor | None, steps: Tensor) -> Tensor:
+    """Return positions (B, T) that begin at 0 with every run of equal document ids (B, T)."""
+    assert document_ids is not None
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    first = torch.where(starts, steps, 0).cummax(1).values  # (B, T)
+    return steps - first
+
+
+def _is_one_document(document_ids: Tensor | None, cache: KVCache | None) -> bool:
+    if document_ids is None:
+        return True
+    first = document_ids[:, :1]
+    if cache is not None and cache.n_tokens:
+        first = cache.documents[:, :1]
+    elif document_ids.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False  # the host cannot ask while a graph is captured: a mask is always right
+    # The host waits for the device here, before anything is launched: a mask would cost more.
+    return bool((document_ids == first).all())
+
+
+def build_view(places: Places, window_tokens: int | None) -> View:
+    """Return what blocks with this window (None: global) may attend to."""
+    n_new, cache = places.position_ids.shape[1], places.cache
+    n_keys = cache.n_tokens or n_new
+    if window_tokens is not None and window_tokens >= n_keys:
+        window_tokens = None
+    if places.document_ids is None and window_tokens is None and n_new in (1, n_keys):
+        return View(mask=None, is_causal=n_new > 1)
+    positions, documents = places.position_ids, places.document_ids
+    key_positions, key_documents = positions, documents
+    if isinstance(cache, KVCache):
+        key_positions = cache.positions[:, :n_keys]  # (B, S)
+        key_documents = cache.documents[:, :n_keys]  # (B, S)
+    distance = positions[:, :, None] - key_positions[:, None, :]  # (B|1, T, S)
+    mask = distance >= 0
+    if window_tokens is not None:
+        mask &= distance < window_tokens
+    if documents is not None and key_documents is not None:
+        mask = mask & (documents[:, :, None] == key_documents[:, None, :])  # (B, T, S)
+    return View(mask=mask[:, None], is_causal=False)  # (B|1, 1, T, S)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float) -> Tensor:
+    """Return softmax(q kᵀ · scale) v; q (B, H, T, D), k and v (B, heads, S, D) -> (B, T, H·D)."""
+    y = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        view.mask,
+        is_causal=view.is_causal,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # (B, H, T, D)
+    return y.transpose(1, 2).flatten(2)  # (B, T, H·D)
+
+
+class Attention(nn.Module):
+    """Llama's attention: separate projections, shared key/value heads, rotary positions."""
+
+    def __init__(
+        self, config: DecoderConfig, layer: LayerConfig, index: int, norm: type[nn.Module]
+    ) -> None:
+        super().__init__()
+        heads, width = config.attention, config.hidden_size
+        inner = heads.num_attention_heads * heads.head_dim
+        shared = heads.num_key_value_heads * heads.head_dim
+        self.layer, self.index, self.head_dim = layer, index, heads.head_dim
+        self.q_proj = nn.Linear(width, inner, bias=heads.qkv_bias)
+        self.k_proj = nn.Linear(width, shared, bias=heads.qkv_bias)
+        self.v_proj = nn.Linear(width, shared, bias=heads.qkv_bias)
+        self.o_proj = nn.Linear(inner, width, bias=heads.output_bias)
+        sizes = heads.head_dim, config.norm_eps
+        self.rotate = leave if layer.rope is None else rotate
+        self.q_norm = norm(*sizes) if heads.qk_norm else nn.Identity()
+        self.k_norm = norm(*sizes) if heads.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:  # (B, T, C) -> (B, T, C)
+        shape = *x.shape[:-1], -1, self.head_dim
+        q = self.q_norm(self.q_proj(x).view(shape))  # (B, T, H, D)
+        k = self.k_norm(self.k_proj(x).view(shape))  # (B, T, heads, D)
+        v = self.v_proj(x).view(shape).transpose(1, 2)  # (B, heads, T, D)
+        q, k = self.rotate(q, k, step.tables.get(self.layer.rope))
+        k, v = step.cache.append(self.index, k.transpose(1, 2), v)  # (B, heads, S, D)
+        view = step.views[self.layer.window_tokens]
+        return self.o_proj(attend(q.transpose(1, 2), k, v, view, self.layer.scale))
+
+
+class FusedAttention(nn.Module):
+    """GPT-2's attention: one projection for queries, keys and values."""
+
+    def __init__(self, config: DecoderConfig, layer: LayerConfig, index: int) -> None:
+        super().__init__()
+        heads, width = config.attention, config.hidden_size
+        self.layer, self.index, self.n_heads = layer, index, heads.num_attention_heads
+        self.c_attn = nn.Linear(width, 3 * width, bias=heads.qkv_bias)
+        self.c_proj = nn.Linear(width, width, bias=heads.output_bias)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:  # (B, T, C) -> (B, T, C)
+        qkv = self.c_attn(x).unflatten(-1, (3, self.n_heads, -1))  # (B, T, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, D)
+        k, v = step.cache.append(self.index, k, v)  # (B, H, S, D)
+        view = step.views[self.layer.window_tokens]
+        return self.c_proj(attend(q, k, v, view, self.layer.scale))

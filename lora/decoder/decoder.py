@@ -1,0 +1,264 @@
+"""The decoder: embedding, blocks, final norm, output head.
+
+What differs from the textbook: what the blocks share (rotary tables, masks, the cache) is made
+once per forward and handed to them as one `Step`; and a decoder is always built on the meta
+device, so that loading never spends time on values that are replaced at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lora.decoder.attention import Step, build_view, find_places
+from lora.decoder.cache import KVCache
+from lora.decoder.config import DecoderConfig
+from lora.decoder.layers import BLOCKS, OffsetRMSNorm, RMSNorm
+from lora.decoder.rope import Rope
+from lora.errors import ModelError
+
+INIT_STD = 0.02
+
+
+class Trunk(nn.Module):
+    """Everything but the output head; the subclasses give the parts their family's names."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        distinct = {layer.rope for layer in config.layers if layer.rope is not None}
+        self.ropes = {rope: Rope(rope, config.head_dim) for rope in distinct}
+        self.windows = {layer.window_tokens for layer in config.layers}
+
+    def embedding(self) -> nn.Module:
+        """Return the module that turns tokens into vectors."""
+        raise NotImplementedError
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Return the first hidden states (B, T, C)."""
+        raise NotImplementedError
+
+    def blocks(self) -> nn.ModuleList:
+        """Return the blocks in order."""
+        raise NotImplementedError
+
+    def final_norm(self) -> nn.Module:
+        """Return the norm after the last block."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        document_ids: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:  # (B, T) -> (B, T, C)
+        n_new, device = input_ids.shape[1], input_ids.device
+        places = find_places(n_new, device, position_ids, document_ids, cache)
+        x = self.embed(input_ids, places.position_ids)  # (B, T, C)
+        positions = places.position_ids
+        step = Step(
+            tables={config: rope.tables(positions, x.dtype) for config, rope in self.ropes.items()},
+            views={window: build_view(places, window) for window in self.windows},
+            cache=places.cache,
+        )
+        for block in self.blocks():
+            x = block(x, step)
+        return self.final_norm()(x)
+
+
+class LlamaTrunk(Trunk):
+    """The trunk of Llama and its relatives."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        block = BLOCKS[config.block]
+        self.layers = nn.ModuleList(block(config, la, i) for i, la in enumerate(config.layers))
+        norm = OffsetRMSNorm if config.block == "sandwich" else RMSNorm
+        self.norm = norm(config.hidden_size, config.norm_eps)
+
+    def embedding(self) -> nn.Module:
+        return self.embed_tokens
+
+    def blocks(self) -> nn.ModuleList:
+        return self.layers
+
+    def final_norm(self) -> nn.Module:
+        return self.norm
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.embed_tokens(input_ids)
+
+
+class GemmaTrunk(LlamaTrunk):
+    """Gemma's trunk: the embeddings are scaled."""
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        x = self.embed_tokens(input_ids)  # (B, T, C)
+        # The factor is rounded to x's type first, as Gemma was trained.
+        return x * torch.tensor(self.config.embedding_scale, dtype=x.dtype, device="cpu").item()
+
+
+class GPT2Trunk(Trunk):
+    """GPT-2's trunk: learned positions."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        block = BLOCKS[config.block]
+        self.h = nn.ModuleList(block(config, la, i) for i, la in enumerate(config.layers))
+        self.ln_f = nn.LayerNorm(config.hidden_size, config.norm_eps)
+
+    def embedding(self) -> nn.Module:
+        return self.wte
+
+    def blocks(self) -> nn.ModuleList:
+        return self.h
+
+    def final_norm(self) -> nn.Module:
+        return self.ln_f
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        most = self.config.max_position_embeddings
+        # On a GPU only the length is checked: to look at the positions the host would wait.
+        longest = input_ids.shape[1] if position_ids.is_cuda else int(position_ids.max()) + 1
+        if longest > most:
+            raise ModelError(
+                f"{longest} positions were asked of a model that has learned {most}. "
+                f"Use rows of at most {most} tokens."
+            )
+        return self.wte(input_ids) + self.wpe(position_ids)  # (B, T, C)
+
+
+_TRUNKS: dict[str, tuple[str, type[Trunk]]] = {
+    "pre_norm": ("model", LlamaTrunk),
+    "sandwich": ("model", GemmaTrunk),
+    "gpt2": ("transformer", GPT2Trunk),
+}
+"""Kind of block -> Hugging Face's name of the trunk, and its class."""
+
+
+class Decoder(nn.Module):
+    """A causal language model whose parameters have exactly Hugging Face's names.
+
+    Made by `build_decoder` (random values) or `load_decoder`. `position_ids` and `document_ids`
+    are (B, T) int64, see `lora.data.batches`; left out, every row is one document from position
+    0, or with a filled cache the continuation of each row's last token.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.trunk_name, trunk = _TRUNKS[config.block]
+        self.add_module(self.trunk_name, trunk(config))
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_head()
+
+    @property
+    def trunk(self) -> Trunk:
+        """Everything but the output head."""
+        return cast(Trunk, self._modules[self.trunk_name])
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Return the logits (B, T, V) of `input_ids` (B, T); `cache` takes the tokens in."""
+        x = self.trunk(input_ids, position_ids, document_ids, cache)  # (B, T, C)
+        return self.lm_head(x)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Return what the output head would get: (B, T, C) after the final norm."""
+        return self.trunk(input_ids, position_ids, document_ids, cache)
+
+    def output_head(self) -> nn.Linear:
+        """Return the linear C -> V; its weight is the embedding's where the config ties them."""
+        return self.lm_head
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """Return the output head, under the name that transformers' models have for it."""
+        return self.lm_head
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding, under the name that transformers' models have for it."""
+        return self.trunk.embedding()
+
+    def tie_head(self) -> None:
+        """Changes the head in place: its weight becomes the embedding's, if the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = cast(nn.Embedding, self.trunk.embedding()).weight
+
+    def new_cache(
+        self,
+        batch_size: int,
+        max_tokens: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> KVCache:
+        """Return an empty cache of `batch_size` rows with room for `max_tokens` tokens each.
+
+        Type and device are those of the model's first parameter where they are left out.
+        """
+        first = next(self.parameters())
+        place = first.device if device is None else torch.device(device)
+        return KVCache(self.config, batch_size, max_tokens, dtype or first.dtype, place)
+
+
+def build_empty_decoder(config: DecoderConfig) -> Decoder:
+    """Return a decoder without values: every parameter is on the meta device."""
+    with torch.device("meta"):
+        return Decoder(config)
+
+
+def build_decoder(
+    config: DecoderConfig,
+    seed: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Decoder:
+    """Return a decoder with random values: normal with std 0.02, biases 0, norms neutral.
+
+    The draw is made on the CPU in fp32, so a seed gives the same values on every device.
+    """
+    model = build_empty_decoder(config)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {
+        name: _first_value(model, name, generator).to(device=device, dtype=dtype)
+        for name, _ in model.named_parameters()
+    }
+    assign_parameters(model, drawn.items())
+    return model
+
+
+def assign_parameters(model: Decoder, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Changes `model` in place: its parameters become `tensors`, not copies; the head is tied."""
+    for name, tensor in tensors:
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+    model.tie_head()
+
+
+def _first_value(model: Decoder, name: str, generator: torch.Generator) -> Tensor:
+    owner_name, _, leaf = name.rpartition(".")
+    owner, shape = model.get_submodule(owner_name), model.get_parameter(name).shape
+    if isinstance(owner, nn.Linear | nn.Embedding) and leaf == "weight":
+        return torch.empty(shape).normal_(0.0, INIT_STD, generator=generator)
+    is_zero = leaf == "bias" or isinstance(owner, OffsetRMSNorm)
+    return torch.zeros(shape) if is_zero else torch.ones(shape)

@@ -1,0 +1,189 @@
+"""Reading config.json field by field, gathering what is wrong instead of stopping at it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lora.decoder.config import RopeConfig
+
+_MISSING = object()
+
+
+class Fields:
+    """The fields of one config.json; a fault is noted and a harmless value returned.
+
+    `names` maps our names to the family's own, `defaults` (by our names) are what transformers
+    takes where a field is absent. Names that were asked for are kept in `used`.
+    """
+
+    def __init__(
+        self, values: dict[str, Any], names: dict[str, str], defaults: dict[str, Any]
+    ) -> None:
+        self.values, self.names, self.defaults = values, names, defaults
+        self.used: set[str] = set()
+        self.faults: list[str] = []
+
+    def get(self, name: str) -> Any:
+        """Return the field, its default where it is absent or null, else None."""
+        own = self.names.get(name, name)
+        self.used.add(own)
+        value = self.values.get(own)
+        return self.defaults.get(name) if value is None else value
+
+    def fault(self, name: str, value: object, allowed: str) -> None:
+        """Note that field `name` has a `value` that is not allowed."""
+        self.faults.append(f"{self.names.get(name, name)}={value!r}: allowed is {allowed}")
+
+    def count(self, name: str, otherwise: int | None = None) -> int:
+        """Return an int ≥ 1; `otherwise` where the field is absent."""
+        value = self.get(name)
+        value = otherwise if value is None else value
+        if value is None:
+            self.faults.append(f"{self.names.get(name, name)} is missing")
+            return 1
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            self.fault(name, value, "an int ≥ 1")
+            return 1
+        return value
+
+    def number(self, name: str, otherwise: float | None = None) -> float:
+        """Return a finite number > 0; `otherwise` where the field is absent."""
+        value = self.get(name)
+        value = otherwise if value is None else value
+        if value is None:
+            self.faults.append(f"{self.names.get(name, name)} is missing")
+            return 1.0
+        if not is_positive_number(value):
+            self.fault(name, value, "a finite number > 0")
+            return 1.0
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        """Return true or false; false where the field is absent and has no default."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, bool):
+            self.fault(name, value, "true or false")
+        return bool(value)
+
+    def choice(self, name: str, allowed: tuple[str, ...]) -> str:
+        """Return one of `allowed`."""
+        value = self.get(name)
+        if value not in allowed:
+            self.fault(name, value, ", ".join(allowed))
+            return allowed[0]
+        return str(value)
+
+    def listed(self, name: str, length: int, allowed: tuple[Any, ...]) -> list[Any] | None:
+        """Return a list of at least `length` values out of `allowed`, cut to it, or None."""
+        value = self.get(name)
+        if value is None:
+            return None
+        good = isinstance(value, list) and len(value) >= length
+        if not good or any(item not in allowed for item in value):
+            kinds = " or ".join(repr(item) for item in allowed)
+            self.fault(name, value, f"a list of {length} values, each {kinds}")
+            return None
+        return value[:length]
+
+
+def is_positive_number(value: object) -> bool:
+    """Whether `value` is a finite number > 0."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value > 0  # type: ignore[arg-type,operator]
+
+
+_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "original_max_position_embeddings",
+        "low_freq_factor",
+        "high_freq_factor",
+    ),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+}
+_ROPE_OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+
+
+def read_rope(fields: Fields, where: str, parameters: object, theta: float) -> RopeConfig:
+    """Return the rotary embedding that `parameters` (the field called `where`) describe.
+
+    `theta` counts where `parameters` have none. Kinds, fields and values that we do not compute
+    are noted as faults.
+    """
+    if not isinstance(parameters, dict):
+        fields.faults.append(f"{where}={parameters!r}: allowed is an object")
+        return RopeConfig(theta)
+    values = {name: value for name, value in parameters.items() if value is not None}
+    kind = values.get("rope_type", values.get("type", "default"))
+    if kind not in _ROPE_FIELDS:
+        allowed = ", ".join(_ROPE_FIELDS)
+        fields.faults.append(f"{where}.rope_type={kind!r}: supported are {allowed}")
+        return RopeConfig(theta)
+    _note_odd_rope_fields(fields, where, kind, values)
+    theta = values.get("rope_theta", theta)
+    if not is_positive_number(theta):
+        fields.faults.append(f"{where}.rope_theta={theta!r}: allowed is a finite number > 0")
+        return RopeConfig(1.0)
+    if kind != "default":
+        values = _rope_numbers(fields, where, kind, values)
+    if kind == "yarn":
+        values["attention_factor"] = _yarn_attention_factor(values)
+    known = RopeConfig.__dataclass_fields__
+    kept = {name: value for name, value in values.items() if name in known}
+    return RopeConfig(**{**kept, "rope_theta": float(theta), "rope_type": kind})
+
+
+def _note_odd_rope_fields(fields: Fields, where: str, kind: str, values: dict[str, Any]) -> None:
+    known = {"rope_type", "type", "rope_theta", *_ROPE_FIELDS[kind]}
+    harmless = {"partial_rotary_factor": 1.0}
+    for name, value in values.items():
+        # A factor of another kind than the one in force changes nothing: transformers ignores it.
+        is_other_kinds = any(name in names for names in _ROPE_FIELDS.values())
+        if name not in known and not is_other_kinds and harmless.get(name, _MISSING) != value:
+            fields.faults.append(f"{where}.{name}={value!r}: not supported for {kind!r}")
+
+
+def _rope_numbers(fields: Fields, where: str, kind: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the numbers that `kind` needs, checked, defaults filled in."""
+    longest = fields.get("max_position_embeddings")
+    original = fields.get("original_max_position_embeddings")  # older files have it outside
+    original = original or values.get("original_max_position_embeddings") or longest
+    values = {name: values[name] for name in _ROPE_FIELDS[kind] if name in values}
+    if "original_max_position_embeddings" in _ROPE_FIELDS[kind]:
+        values["original_max_position_embeddings"] = original
+    if kind == "yarn" and "factor" not in values and original and longest:
+        values["factor"] = longest / original
+    for name in _ROPE_FIELDS[kind]:
+        needed = name not in _ROPE_OPTIONAL and name != "truncate"
+        if name not in values and needed:
+            fields.faults.append(f"{where}.{name} is missing; rope_type {kind!r} needs it")
+        elif name in values and name != "truncate" and not is_positive_number(values[name]):
+            seen = f"{where}.{name}={values.pop(name)!r}"
+            fields.faults.append(f"{seen}: allowed is a finite number > 0")
+    return values
+
+
+def _yarn_attention_factor(values: dict[str, Any]) -> float:
+    """Return the factor of cosine and sine (arXiv 2309.00071, section 3.4)."""
+    if "attention_factor" in values:
+        return float(values["attention_factor"])
+    factor = values.get("factor", 1.0)
+
+    def temperature(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if "mscale" in values and "mscale_all_dim" in values:
+        return temperature(values["mscale"]) / temperature(values["mscale_all_dim"])
+    return temperature(1.0)

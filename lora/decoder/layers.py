@@ -1,0 +1,135 @@
+"""Norms, feed-forward parts and blocks. Submodules carry Hugging Face's names.
+
+Every linear is called as a module, so that another module (LoRA's) can stand in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora.decoder.attention import Attention, FusedAttention, Step
+from lora.decoder.config import BlockKind, DecoderConfig, LayerConfig
+
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": F.relu,
+}
+"""By transformers' names."""
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight (arXiv 1910.07467); the mean square in fp32 or wider."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class OffsetRMSNorm(RMSNorm):
+    """x / rms(x) · (1 + weight), Gemma's: all in fp32 or wider, rounded once at the end."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = 1.0 + self.weight.to(wide)
+        return F.rms_norm(x.to(wide), weight.shape, weight, self.eps).to(x.dtype)
+
+
+class GatedFeedForward(nn.Module):
+    """down(act(gate(x)) · up(x)), arXiv 2002.05202."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        part, width = config.feed_forward, config.hidden_size
+        self.gate_proj = nn.Linear(width, part.intermediate_size, bias=part.bias)
+        self.up_proj = nn.Linear(width, part.intermediate_size, bias=part.bias)
+        self.down_proj = nn.Linear(part.intermediate_size, width, bias=part.bias)
+        self.activation = ACTIVATIONS[part.activation]
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class PlainFeedForward(nn.Module):
+    """proj(act(fc(x))), GPT-2's."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        part, width = config.feed_forward, config.hidden_size
+        self.c_fc = nn.Linear(width, part.intermediate_size, bias=part.bias)
+        self.c_proj = nn.Linear(part.intermediate_size, width, bias=part.bias)
+        self.activation = ACTIVATIONS[part.activation]
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        return self.c_proj(self.activation(self.c_fc(x)))
+
+
+class PreNormBlock(nn.Module):
+    """Llama's block: a norm before each half."""
+
+    def __init__(self, config: DecoderConfig, layer: LayerConfig, index: int) -> None:
+        super().__init__()
+        sizes = config.hidden_size, config.norm_eps
+        self.input_layernorm = RMSNorm(*sizes)
+        self.self_attn = Attention(config, layer, index, RMSNorm)
+        self.post_attention_layernorm = RMSNorm(*sizes)
+        self.mlp = GatedFeedForward(config)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:  # (B, T, C) -> (B, T, C)
+        x = x + self.self_attn(self.input_layernorm(x), step)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class SandwichBlock(nn.Module):
+    """Gemma 3's block: a norm before and after each half."""
+
+    def __init__(self, config: DecoderConfig, layer: LayerConfig, index: int) -> None:
+        super().__init__()
+        sizes = config.hidden_size, config.norm_eps
+        self.input_layernorm = OffsetRMSNorm(*sizes)
+        self.self_attn = Attention(config, layer, index, OffsetRMSNorm)
+        self.post_attention_layernorm = OffsetRMSNorm(*sizes)
+        self.pre_feedforward_layernorm = OffsetRMSNorm(*sizes)
+        self.mlp = GatedFeedForward(config)
+        self.post_feedforward_layernorm = OffsetRMSNorm(*sizes)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:  # (B, T, C) -> (B, T, C)
+        attended = self.self_attn(self.input_layernorm(x), step)
+        x = x + self.post_attention_layernorm(attended)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class GPT2Block(nn.Module):
+    """GPT-2's block: layer norms, fused attention, no gate."""
+
+    def __init__(self, config: DecoderConfig, layer: LayerConfig, index: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.attn = FusedAttention(config, layer, index)
+        self.ln_2 = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.mlp = PlainFeedForward(config)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:  # (B, T, C) -> (B, T, C)
+        x = x + self.attn(self.ln_1(x), step)
+        return x + self.mlp(self.ln_2(x))
+
+
+BLOCKS: dict[BlockKind, type[nn.Module]] = {
+    "pre_norm": PreNormBlock,
+    "sandwich": SandwichBlock,
+    "gpt2": GPT2Block,
+}

@@ -1,0 +1,129 @@
+"""Rotary position embedding (arXiv 2104.09864) in Hugging Face's layout: halves, not pairs.
+
+What differs from the textbook: sine carries the sign of the half it belongs to, so a rotation is
+x · cos + swapped(x) · sin with the halves of x swapped; the gradient is the rotation backwards,
+computed without autograd's intermediate tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lora.decoder.config import RopeConfig
+
+Tables = tuple[Tensor, Tensor]
+"""Cosine and signed sine, each (B or 1, T, 1, D)."""
+
+
+class Rope:
+    """The frequencies of one rotary embedding; makes tables for the positions of a forward.
+
+    Not a buffer: a model cast to bf16 keeps its frequencies in fp32.
+    """
+
+    def __init__(self, config: RopeConfig, head_dim: int) -> None:
+        self.config = config
+        self._frequencies = {torch.device("cpu"): inverse_frequencies(config, head_dim)}
+
+    def tables(self, position_ids: Tensor, dtype: torch.dtype) -> Tables:
+        """Return cosine and signed sine for `position_ids` (B or 1, T); angles are fp32."""
+        device = position_ids.device
+        if device not in self._frequencies:  # copied once per device
+            self._frequencies[device] = self._frequencies[torch.device("cpu")].to(device)
+        angles = position_ids[..., None].float() * self._frequencies[device]  # (B, T, D/2)
+        cos, sin = angles.cos(), angles.sin()
+        factor = self.config.attention_factor
+        cos = torch.cat((cos, cos), -1).mul_(factor)  # (B, T, D)
+        sin = torch.cat((-sin, sin), -1).mul_(factor)  # (B, T, D)
+        return cos.to(dtype).unsqueeze(2), sin.to(dtype).unsqueeze(2)  # (B, T, 1, D)
+
+
+def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
+    """Return the angle per position of each pair of dimensions, (D/2,) fp32, on the CPU."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim  # (D/2,)
+    frequencies = config.rope_theta**-exponents  # (D/2,)
+    return _STRETCHES[config.rope_type](frequencies, config)
+
+
+def _keep(frequencies: Tensor, config: RopeConfig) -> Tensor:
+    return frequencies
+
+
+def _stretch_all(frequencies: Tensor, config: RopeConfig) -> Tensor:
+    return frequencies / config.factor
+
+
+def _stretch_llama3(frequencies: Tensor, config: RopeConfig) -> Tensor:
+    """Long waves are stretched, short ones stay, between them it ramps (Llama 3.1)."""
+    turns = config.original_max_position_embeddings * frequencies / (2 * math.pi)
+    low, high = config.low_freq_factor, config.high_freq_factor
+    stays = ((turns - low) / (high - low)).clamp(0, 1)  # 0: stretched, 1: as it was
+    return frequencies * (stays + (1 - stays) / config.factor)
+
+
+def _stretch_yarn(frequencies: Tensor, config: RopeConfig) -> Tensor:
+    """As llama3, with a ramp that is linear in the dimension (arXiv 2309.00071, section 3.2)."""
+    n_pairs = len(frequencies)
+
+    def pair_that_turns(turns: float) -> float:
+        wave = config.original_max_position_embeddings / (turns * 2 * math.pi)
+        return n_pairs * math.log(wave) / math.log(config.rope_theta)
+
+    first, last = pair_that_turns(config.beta_fast), pair_that_turns(config.beta_slow)
+    if config.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * n_pairs - 1)
+    width = last - first if last != first else 0.001
+    ramp = (torch.arange(n_pairs, dtype=torch.float32, device="cpu") - first) / width
+    stretched = ramp.clamp(0, 1)
+    return frequencies * (1 - stretched + stretched / config.factor)
+
+
+_STRETCHES = {
+    "default": _keep,
+    "linear": _stretch_all,
+    "llama3": _stretch_llama3,
+    "yarn": _stretch_yarn,
+}
+
+
+def rotate_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return x (B, T, H, D) rotated by tables (B or 1, T, 1, D); the twin that autograd follows."""
+    half = x.shape[-1] // 2
+    swapped = torch.cat((x[..., half:], x[..., :half]), -1)  # (B, T, H, D)
+    return x * cos + swapped * sin
+
+
+class _Rotate(torch.autograd.Function):
+    """`rotate_plain` with fewer passes over memory; its gradient is the opposite rotation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grads[0], cos, sin, -1), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    half = x.shape[-1] // 2
+    swapped = torch.cat((x[..., half:], x[..., :half]), -1)  # (B, T, H, D)
+    return swapped.mul_(sin if direction > 0 else -sin).addcmul_(x, cos)
+
+
+def rotate(q: Tensor, k: Tensor, tables: Tables | None) -> tuple[Tensor, Tensor]:
+    """Return queries and keys (B, T, heads, D) rotated by `tables`."""
+    cos, sin = cast(Tables, tables)  # None only for blocks that were built with `leave`
+    return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
+
+
+def leave(q: Tensor, k: Tensor, tables: Tables | None) -> tuple[Tensor, Tensor]:
+    """Return queries and keys as they are: what blocks without a rope do instead of `rotate`."""
+    return q, k

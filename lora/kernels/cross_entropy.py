@@ -1,0 +1,129 @@
+"""Output head and cross-entropy in one: the logits of all tokens never exist at once.
+
+What differs from the textbook: rows that are not learned are taken out before the product; the
+gradients are made in the forward, chunk by chunk, while a chunk's logits are still there; and the
+softmax is never normalised over (n, V): the division is done on its product with the weight,
+which is (n, C). `plain_linear_cross_entropy` is the twin with full logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a row that is not learned."""
+CHUNK_TOKENS = 512
+"""Rows whose logits exist at once."""
+
+
+def plain_linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what `linear_cross_entropy` returns, from the logits (N, V) of all rows."""
+    logits = F.linear(hidden, weight)  # (N, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss_sum = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    return loss_sum, (labels != IGNORE).sum()
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int = CHUNK_TOKENS
+) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropy of hidden · weightᵀ, and how many rows were learned.
+
+    Args:
+        hidden: (N, C), any floating type.
+        weight: (V, C), of the same type; its gradient is made only if it is required.
+        labels: (N,) int64, each 0 … V − 1, or −100 for a row that is not learned.
+        chunk_tokens: at most chunk_tokens × V logits exist at once.
+
+    Returns the loss in nats () in fp32 (fp64 for fp64 inputs; so is the log-sum-exp) and the
+    count () int64. Without a single learned row the loss and its gradients are zero.
+    """
+    is_learned = labels != IGNORE
+    rows = is_learned.nonzero().squeeze(1)  # (n,); the host waits for the device: n is a shape
+    learned = hidden if len(rows) == len(labels) else hidden.index_select(0, rows)  # (n, C)
+    labels = labels if len(rows) == len(labels) else labels.index_select(0, rows)  # (n,)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        loss_sum = _LinearCrossEntropy.apply(learned, weight, labels, chunk_tokens)
+    else:
+        loss_sum = _loss_sum(learned, weight, labels, chunk_tokens)
+    return loss_sum, is_learned.sum()
+
+
+def _loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
+    total = hidden.new_zeros((), dtype=_wide(hidden))
+    for start in range(0, len(labels), chunk_tokens):
+        part = slice(start, start + chunk_tokens)
+        total += _chunk_loss(hidden[part], weight, labels[part])[0]
+    return total
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int
+    ) -> Tensor:
+        wide = _wide(hidden)
+        loss_sum = hidden.new_zeros((), dtype=wide)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        for start in range(0, len(labels), chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            into = None if grad_hidden is None else grad_hidden[part]
+            loss_sum += _learn_chunk(hidden[part], weight, labels[part], into, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_type = weight.dtype
+        return loss_sum
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grads[0].to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grads[0]).to(ctx.weight_type)
+        return grad_hidden, grad_weight, None, None
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss (), exp(logits − max) (n, V) and its sum over V (n, 1), all fp32 or wider."""
+    logits = F.linear(hidden, weight).to(_wide(hidden))  # (n, V)
+    logits -= logits.amax(1, keepdim=True)
+    of_label = logits.gather(1, labels[:, None])  # (n, 1)
+    powers = logits.exp_()
+    total = powers.sum(1, keepdim=True)  # (n, 1)
+    return (total.log() - of_label).sum(), powers, total
+
+
+def _learn_chunk(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+) -> Tensor:
+    """Return the chunk's loss; fill `grad_hidden` (n, C) and add to `grad_weight` (V, C).
+
+    d loss / d logits = powers / total − one-hot(label), never formed: its two products are.
+    """
+    loss, powers, total = _chunk_loss(hidden, weight, labels)
+    powers = powers.to(weight.dtype)
+    if grad_hidden is not None:
+        grad = (powers @ weight).to(total.dtype).div_(total)  # (n, C)
+        grad_hidden.copy_(grad.sub_(weight.index_select(0, labels)))
+    if grad_weight is not None:
+        wide = hidden.to(total.dtype)
+        grad_weight += powers.T @ (wide / total).to(hidden.dtype)  # (V, C)
+        grad_weight.index_add_(0, labels, wide, alpha=-1)
+    return loss
