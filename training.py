@@ -83,7 +83,7 @@ def train_base(settings: ClassicSettings, text: Text, choice: DeviceChoice, name
     """Train all of a new model on `text` and save it with its vocabulary."""
     import torch
 
-    from models.bigram_lm_v2 import BigramLanguageModel, save_bigram
+    from models.bigram_lm_v2 import BigramLanguageModel
 
     torch.manual_seed(settings.seed)
     model = BigramLanguageModel(
@@ -95,9 +95,7 @@ def train_base(settings: ClassicSettings, text: Text, choice: DeviceChoice, name
         dropout=settings.dropout,
     ).to(choice.device)
     run, result = train_on(settings, model, text, choice, name, base=None)
-    save_bigram(model, run.folder / "model")
-    text.tokenizer.save(run.folder / "model" / "vocab.json")
-    finish(run, result, {"model": folder_bytes(run.folder / "model")})
+    save_model(run, model, text, result)
     return run
 
 
@@ -105,18 +103,24 @@ def adapt(settings: ClassicSettings, base_path: Path, choice: DeviceChoice) -> R
     """Fine-tune the base, through LoRA or whole, and save the adapter or the model."""
     import torch
 
-    from models.bigram_lm_v2 import save_bigram
-
     base, text = load_base(settings, base_path)
     torch.manual_seed(settings.seed)
     if not settings.use_lora:
-        model: BigramLanguageModel = base.to(choice.device)
+        model = base.to(choice.device)
         run, result = train_on(settings, model, text, choice, "full", base=base_path)
-        save_bigram(model, run.folder / "model")
-        text.tokenizer.save(run.folder / "model" / "vocab.json")
-        finish(run, result, {"model": folder_bytes(run.folder / "model")})
+        save_model(run, model, text, result)
         return run
+    return adapt_with_lora(settings, base, base_path, text, choice)
 
+
+def adapt_with_lora(
+    settings: ClassicSettings,
+    base: BigramLanguageModel,
+    base_path: Path,
+    text: Text,
+    choice: DeviceChoice,
+) -> Run:
+    """Train LoRA on `base`, save the adapter alone, and check that it loads to the same loss."""
     from lora.adapter_io import save_adapter
     from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
@@ -134,8 +138,24 @@ def adapt(settings: ClassicSettings, base_path: Path, choice: DeviceChoice) -> R
     save_adapter(model, folder, base_name=base_path.name)
     check_reloaded(settings, base_path, folder, text, choice, result.eval_loss)
     sizes = {"adapter": folder_bytes(folder), "base": folder_bytes(base_path)}
-    finish(run, result, sizes)
+    finish(run, result, sizes, count_parameters(model, base))
     return run
+
+
+def save_model(run: Run, model: BigramLanguageModel, text: Text, result: TrainResult) -> None:
+    """Save a whole model with its vocabulary, and finish its run."""
+    from models.bigram_lm_v2 import save_bigram
+
+    save_bigram(model, run.folder / "model")
+    text.tokenizer.save(run.folder / "model" / "vocab.json")
+    sizes = {"model": folder_bytes(run.folder / "model")}
+    finish(run, result, sizes, count_parameters(model, model))
+
+
+def count_parameters(model: BigramLanguageModel, base: BigramLanguageModel) -> dict[str, int]:
+    """Return how many parameters train and how many the base has."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"trainable": trainable, "base": sum(p.numel() for p in base.parameters())}
 
 
 def train_on(
@@ -264,11 +284,13 @@ def show_sample(
     print(f"--- sample {when} training ---\n{written}\n---")
 
 
-def finish(run: Run, result: TrainResult, sizes: dict[str, int]) -> None:
+def finish(
+    run: Run, result: TrainResult, sizes: dict[str, int], parameters: dict[str, int]
+) -> None:
     """Write the result and the picture, and print what a person wants to know."""
     from lora.report import draw_loss_curves
 
-    summary = {**asdict(result), "stored_bytes": sizes}
+    summary = {**asdict(result), "stored_bytes": sizes, "parameters": parameters}
     run.write_json("result.json", summary)
     rows = run.read_metrics()
     draw_loss_curves([(run.folder.name, rows)], run.folder / "loss.png", title=run.folder.name)

@@ -1,0 +1,161 @@
+"""The character GPT's story: a base learns prose, then code by full fine-tuning and by LoRA.
+
+    python demo_classic.py              # about four minutes on two cores
+    python demo_classic.py --quick      # a small one, half a minute, to see that it runs
+
+Every run is a process of its own (`training.py`), so that each peak of memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora.errors import LoraError, TrainingError
+from lora.report import draw_loss_curves
+from lora.runs import atomic_write, read_json, read_rows
+
+HERE = Path(__file__).resolve().parent
+FULL = {"USE_LORA": "False", "LEARNING_RATE": "2e-3", "RUN_NAME": "full"}
+
+
+def lora_variables(rank: int, rate: str) -> dict[str, str]:
+    """Return the variables of a LoRA run; alpha is twice the rank, as usual."""
+    return {
+        "USE_LORA": "True",
+        "LORA_RANK": str(rank),
+        "LORA_ALPHA": str(2 * rank),
+        "LEARNING_RATE": rate,
+        "RUN_NAME": f"lora-r{rank}",
+    }
+
+
+# Each method at the best of the rates tried for it: see benchmarks/char_rates.py.
+ADAPTATIONS = [FULL, lora_variables(8, "5e-3"), lora_variables(32, "3e-3")]
+DEMO = {"BATCH_SIZE": "8", "BASE_STEPS": "1500", "MAX_STEPS": "600"}
+QUICK = {"TEST_MODE": "True", "BASE_STEPS": "150", "MAX_STEPS": "60"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run left in its folder."""
+
+    name: str
+    rows: list[dict[str, Any]]
+    result: dict[str, Any]
+    samples: dict[str, str]
+
+    @property
+    def first_loss(self) -> float:
+        return next(row["eval_loss"] for row in self.rows if "eval_loss" in row)
+
+    @property
+    def last_loss(self) -> float:
+        return float(self.result["eval_loss"])
+
+
+def main() -> int:
+    """Run the story; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="a small one, half a minute")
+    parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/demo-DATE)")
+    arguments = parser.parse_args()
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    out = arguments.out or Path("runs") / f"demo-classic-{now}"
+    try:
+        tell_story(out, QUICK if arguments.quick else DEMO)
+    except LoraError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def tell_story(out: Path, sizes: dict[str, str]) -> None:
+    """Train the base, adapt it each way, and show what came of it."""
+    began_s = time.perf_counter()
+    print("1. A base learns English prose from random weights.")
+    run_training(out, {**sizes, "RUN_NAME": "base"})
+    print("2. From that base, source code is learned: by all weights, and through LoRA.")
+    for variables in ADAPTATIONS:
+        base = {"BASE_CHECKPOINT": str(out / "base")}
+        run_training(out, {**sizes, **base, **variables})
+    outcomes = [read_outcome(out / variables["RUN_NAME"]) for variables in ADAPTATIONS]
+    show_table(outcomes)
+    show_samples(outcomes)
+    picture = out / "loss.png"
+    curves = [(outcome.name, outcome.rows) for outcome in outcomes]
+    draw_loss_curves(curves, picture, title="From prose to code: full fine-tuning and LoRA")
+    print(f"The picture: {picture}. All in {time.perf_counter() - began_s:.0f} s.")
+
+
+def run_training(out: Path, variables: dict[str, str]) -> None:
+    """Run training.py in a process of its own; its talk goes to a file, its progress is shown."""
+    own = ("LORA_", "USE_LORA", "TEST_MODE")  # a user's own settings would change the story
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(own)}
+    environment |= {"OUTPUT_DIR": str(out), **variables}
+    out.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(HERE / "training.py")]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    atomic_write(out / f"{variables['RUN_NAME']}.log", done.stdout.encode())
+    if done.returncode:
+        name = variables["RUN_NAME"]
+        raise TrainingError(f"The run {name} ended with code {done.returncode}: see above.")
+    said = [line for line in done.stdout.splitlines() if line.startswith(("held-out", "adapter"))]
+    print("\n".join(f"   {variables['RUN_NAME']}: {line}" for line in said))
+
+
+def read_outcome(folder: Path) -> Outcome:
+    """Return what the run in `folder` left."""
+    result, samples = read_json(folder / "result.json"), read_json(folder / "samples.json")
+    return Outcome(folder.name, read_rows(folder / "metrics.jsonl"), result, samples)
+
+
+def show_table(outcomes: list[Outcome]) -> None:
+    """Print time, memory, trained parameters, loss and the share of the improvement."""
+    from rich.console import Console
+    from rich.table import Table
+
+    full = outcomes[0]
+    gained = full.first_loss - full.last_loss
+    table = Table(title=f"Held-out loss on code before: {full.first_loss:.3f} nats a character")
+    table.add_column("run")
+    for column in (
+        "trained",
+        "on disk",
+        "ms a step",
+        "peak memory",
+        "loss after",
+        "of full's gain",
+    ):
+        table.add_column(column, justify="right")
+    for outcome in outcomes:
+        result = outcome.result
+        stored = result["stored_bytes"].get("adapter", result["stored_bytes"].get("model"))
+        table.add_row(
+            outcome.name,
+            f"{result['parameters']['trainable'] / result['parameters']['base']:.1%}",
+            f"{stored / 1e3:,.0f} kB",
+            f"{1000 * result['train_s'] / result['steps']:.1f}",
+            f"{result['peak_memory_bytes'] / 1e6:.0f} MB",
+            f"{outcome.last_loss:.3f}",
+            f"{(outcome.first_loss - outcome.last_loss) / gained:.1%}",
+        )
+    Console().print(table)
+
+
+def show_samples(outcomes: list[Outcome]) -> None:
+    """Print what the base and each adapted model write after the same prompt."""
+    print(f"--- the base writes ---\n{outcomes[0].samples['before']}")
+    for outcome in outcomes:
+        print(f"--- {outcome.name} writes ---\n{outcome.samples['after']}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
