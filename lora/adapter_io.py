@@ -6,29 +6,33 @@ is checked, and all faults come in one error, before the model is touched.
 
 from __future__ import annotations
 
-import copy
-import json
 import logging
+import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from lora.adapter_config import CONFIG_FILE, describe_adapter, read_description
-from lora.apply import AppliedLoRA, applied_lora, apply_lora, lora_layers, remove_lora
+from lora.adapter_config import (
+    build_config,
+    describe_adapter,
+    parse_description,
+    read_description,
+)
+from lora.adapter_files import AdapterFiles, read_adapter_files, write_adapter_files
+from lora.apply import applied_lora, apply_lora, lora_layers
 from lora.config import LoRAConfig
-from lora.errors import AdapterError, did_you_mean, gather
+from lora.errors import AdapterError, gather
 from lora.fingerprint import base_fingerprint
 from lora.lora_module import LoRALayer
-from lora.runs import atomic_write
 from lora.variants import is_conv1d
 
-TENSORS_FILE = "adapter_model.safetensors"
 FINGERPRINT_KEY = "lora_lm_base_fingerprint"
 _PREFIX = "base_model.model."
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_ADVICE = "Load it onto the base it was trained on, with both of its files as they were saved."
 
 log = logging.getLogger(__name__)
 
@@ -36,188 +40,193 @@ log = logging.getLogger(__name__)
 def save_adapter(model: nn.Module, folder: Path | str, *, base_name: str | None = None) -> None:
     """Write the adapter that is on `model`: A and B of every layer, and what trained whole.
 
-    Each file is written at once or not at all, the tensors first: a failed save leaves a former
-    adapter as it was. `base_name` is what PEFT should load as the base.
+    Both files are complete on the disk before they take the place of a former adapter's, so a
+    failed save leaves that as it was. `base_name` is the base that PEFT should load.
+
+    Raises AdapterError for values that are not finite, and CheckpointError if the disk refuses.
     """
     folder, applied = Path(folder), applied_lora(model)
+    described = describe_adapter(model, applied, base_name)
     tensors = {
         name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in _adapter_tensors(model, applied).items()
+        for name, tensor in _adapter_tensors(model).items()
     }
+    faults = [f"{name} has values that are not finite" for name, t in tensors.items() if _bad(t)]
+    if faults:
+        advice = "Nothing was written. Go back to a checkpoint from before the loss went wrong."
+        raise AdapterError(gather(faults, f"An adapter was to be saved to {folder}:", advice))
     metadata = {"format": "pt", FINGERPRINT_KEY: base_fingerprint(model)}
-    described = json.dumps(describe_adapter(model, applied, base_name), indent=2, sort_keys=True)
-    _make_folder(folder)
-    atomic_write(folder / TENSORS_FILE, save(tensors, metadata))
-    atomic_write(folder / CONFIG_FILE, (described + "\n").encode())
+    write_adapter_files(folder, described, tensors, metadata)
 
 
 def load_adapter(model: nn.Module, folder: Path | str, *, trainable: bool = False) -> nn.Module:
     """Changes `model` in place: put the adapter in `folder` on it. Returns `model`.
 
-    A model without LoRA is wrapped as the adapter says; one with LoRA must have the same layers
-    and ranks, and is filled. `trainable` leaves A, B and what trains whole ready for training.
+    A model without LoRA is wrapped as the adapter says; one with LoRA must have the same layers,
+    ranks and scalings, and is filled. With `trainable` A, B and what trains whole are ready for
+    training; everything else is frozen either way. Values take the model's own dtype.
 
     Raises AdapterError that names every fault: another base (by its fingerprint), missing, extra
     or misshapen tensors, settings that change the result and that lora does not honour. `model` is
     then as it was. An adapter without a fingerprint loads, and a log line says so.
     """
-    folder = Path(folder)
-    described = read_json_object(folder)
-    config, faults = read_description(described, _plain_view(model))
-    metadata, tensors, tensor_faults = _read_tensors(folder / TENSORS_FILE)
-    faults += tensor_faults
-    faults += _check_fingerprint(metadata, model, folder)
-    if config is not None and tensors:
-        faults += _check_tensors(_expected_shapes(model, config), tensors)
+    files = read_adapter_files(Path(folder))
+    config, faults = read_description(files.described, model)
+    faults = files.faults + faults + _check_fingerprint(files, model)
+    tensors = files.tensors
+    if config is not None and not files.faults:
+        expected = _expected_tensors(model, config)
+        tensors, changed = _without_base_copies(model, expected, tensors)
+        faults += _check_ranks(model, config) + changed + _check_tensors(expected, tensors)
+        faults += _check_same_layers(model, config) if lora_layers(model) else []
     if config is None or faults:
-        advice = "Load it onto the base it was trained on, with all of its files as they were."
-        raise AdapterError(gather(faults, f"The adapter {folder} does not fit:", advice))
-    if lora_layers(model):
-        _check_same_layers(model, config, folder)
-    else:
-        apply_lora(model, config)
-    _fill(model, tensors)
-    if not trainable:
-        model.requires_grad_(False)
+        raise AdapterError(gather(faults, f"The adapter {folder} does not fit:", _ADVICE))
+    if not lora_layers(model):
+        # With a seed, torch's global generator is left alone: A's first values go at once.
+        apply_lora(model, replace(config, seed=0))
+        applied_lora(model).config = config
+    model.requires_grad_(False)
+    with torch.no_grad():
+        for name, tensor in _adapter_tensors(model).items():
+            tensor.copy_(tensors[name])
+    for parameter in _trained_parameters(model):
+        parameter.requires_grad_(trainable)
     return model
 
 
-def read_json_object(folder: Path) -> dict[str, Any]:
-    """Return `adapter_config.json` of `folder`. Raises AdapterError if it is missing or broken."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        near = ""
-        if folder.parent.is_dir() and not folder.is_dir():
-            near = did_you_mean(folder.name, (p.name for p in folder.parent.iterdir()))
-        seen = "has no adapter_config.json" if folder.is_dir() else "is no folder"
-        raise AdapterError(
-            f"An adapter was asked for from {folder}, which {seen}.{near} "
-            "Name a folder with adapter_config.json and adapter_model.safetensors."
-        )
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is no JSON: {error}. Copy the adapter again.") from None
-    if not isinstance(described, dict):
-        raise AdapterError(f"{path} holds a {type(described).__name__}: it must be an object.")
-    return described
+def read_adapter_config(folder: Path | str) -> LoRAConfig:
+    """Return the settings of the adapter in `folder`, its layers by full name.
+
+    Raises AdapterError for damaged files and for settings that lora does not honour.
+    """
+    files = read_adapter_files(Path(folder))
+    description, faults = parse_description(files.described)
+    faults = files.faults + faults
+    if description is None or faults:
+        raise AdapterError(gather(faults, f"The adapter {folder} cannot be used:", _ADVICE))
+    names, ending = [], ".lora_A.weight"
+    for key in files.tensors:
+        if key.startswith(_PREFIX) and key.endswith(ending):
+            names.append(key.removeprefix(_PREFIX).removesuffix(ending))
+    return build_config(description, names, list(description.saved))
 
 
-def _adapter_tensors(model: nn.Module, applied: AppliedLoRA) -> dict[str, Tensor]:
+def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, layer in lora_layers(model).items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B
-    for name in applied.originals:
-        for key, parameter in model.get_submodule(name).named_parameters():
-            tensors[f"{_PREFIX}{name}.{key}"] = parameter
+    for name in applied_lora(model).originals:
+        for key, tensor in model.get_submodule(name).state_dict().items():
+            tensors[f"{_PREFIX}{name}.{key}"] = tensor
     return tensors
 
 
-def _expected_shapes(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
+def _trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    trained = [p for x in lora_layers(model).values() for p in (x.lora_A, x.lora_B)]
+    for name in applied_lora(model).originals:
+        trained += model.get_submodule(name).parameters()
+    return trained
+
+
+def _expected_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
+    """Return, on the meta device, what the file should hold: names, shapes, types on `model`."""
+    expected: dict[str, Tensor] = {}
     for name in config.targets:
+        layer = model.get_submodule(name)
         rank = config.rank_pattern.get(name, config.rank)
-        outputs, inputs = _linear_shape(model.get_submodule(name))
-        shapes[f"{_PREFIX}{name}.lora_A.weight"] = (rank, inputs)
-        shapes[f"{_PREFIX}{name}.lora_B.weight"] = (outputs, rank)
+        outputs, inputs = _linear_shape(layer)
+        own = layer.lora_A if isinstance(layer, LoRALayer) else cast(Tensor, layer.weight)
+        for key, shape in (("lora_A", (rank, inputs)), ("lora_B", (outputs, rank))):
+            meta = torch.empty(shape, dtype=own.dtype, device="meta")
+            expected[f"{_PREFIX}{name}.{key}.weight"] = meta
     for name in config.modules_to_save:
-        for key, parameter in model.get_submodule(name).named_parameters():
-            shapes[f"{_PREFIX}{name}.{key}"] = tuple(parameter.shape)
-    return shapes
+        for key, tensor in model.get_submodule(name).state_dict().items():
+            expected[f"{_PREFIX}{name}.{key}"] = tensor.to("meta")
+    return expected
 
 
 def _linear_shape(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, LoRALayer):
         return layer.out_features, layer.in_features
-    outputs, inputs = layer.weight.shape  # type: ignore[union-attr,misc]
-    return (inputs, outputs) if is_conv1d(layer) else (outputs, inputs)  # type: ignore[return-value]
+    outputs, inputs = cast(Tensor, layer.weight).shape
+    return (inputs, outputs) if is_conv1d(layer) else (outputs, inputs)
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor], list[str]]:
-    if not path.is_file():
-        binary = path.with_name("adapter_model.bin")
-        if binary.is_file():
-            why = (
-                "is a pickle, which can run code when it is read; save it with PEFT as safetensors"
-            )
-            return {}, {}, [f"{binary.name} {why}"]
-        return {}, {}, [f"{path.name} is missing"]
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return file.metadata() or {}, tensors, []
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        return {}, {}, [f"{path.name} is damaged: {error}"]
+def _without_base_copies(
+    model: nn.Module, expected: dict[str, Tensor], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return `tensors` without copies of the base's own values, and those copies that differ.
+
+    PEFT writes the embedding and the head beside an adapter whenever one of them is adapted.
+    """
+    own, kept, faults = dict(model.named_parameters(remove_duplicate=False)), {}, []
+    for key, tensor in tensors.items():
+        base = own.get(key.removeprefix(_PREFIX).replace(".base_layer.", "."))
+        if key in expected or base is None or base.shape != tensor.shape:
+            kept[key] = tensor
+        elif not torch.equal(tensor.to(base.device, base.dtype), base):
+            faults.append(f"{key} is a weight of the base, with other values than here")
+    return kept, faults
 
 
-def _check_fingerprint(metadata: dict[str, str], model: nn.Module, folder: Path) -> list[str]:
-    expected = metadata.get(FINGERPRINT_KEY)
-    if expected is None:
-        if metadata:
-            log.info("%s names no base fingerprint: the base could not be checked", folder)
+def _check_fingerprint(files: AdapterFiles, model: nn.Module) -> list[str]:
+    trained_on = files.metadata.get(FINGERPRINT_KEY)
+    if files.faults:
+        return []
+    if trained_on is None:
+        log.warning("%s names no base fingerprint: the base could not be checked", files.folder)
         return []
     seen = base_fingerprint(model)
-    if seen == expected:
-        return []
-    return [f"it was trained on a base with fingerprint {expected}, and this one has {seen}"]
+    name = files.described.get("base_model_name_or_path")
+    called = f" ({name})" if name else ""
+    fault = f"it was made for a base{called} with fingerprint {trained_on}, this one has {seen}"
+    return [] if seen == trained_on else [fault]
 
 
-def _check_tensors(shapes: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]) -> list[str]:
-    faults = [f"missing: {name} {shape}" for name, shape in shapes.items() if name not in tensors]
-    faults += [f"not of this model: {name}" for name in tensors if name not in shapes]
-    for name, tensor in tensors.items():
-        if name in shapes and tuple(tensor.shape) != shapes[name]:
-            faults.append(f"{name} has shape {tuple(tensor.shape)}, wanted {shapes[name]}")
-        elif not tensor.dtype.is_floating_point:
-            faults.append(f"{name} is {tensor.dtype}, wanted a floating-point type")
-        elif not torch.isfinite(tensor).all():
-            faults.append(f"{name} has values that are not finite")
+def _check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:
+    faults = [f"missing: {n} {tuple(t.shape)}" for n, t in expected.items() if n not in tensors]
+    faults += [f"not of this model: {n}" for n in tensors if n not in expected]
+    for name in expected.keys() & tensors.keys():
+        tensor, wanted = tensors[name], expected[name]
+        if tensor.shape != wanted.shape:
+            faults.append(f"{name} has shape {_shape(tensor)}, the model wants {_shape(wanted)}")
+        elif tensor.dtype not in _DTYPES and tensor.dtype != wanted.dtype:
+            faults.append(f"{name} is {tensor.dtype}, allowed are fp32, bf16, fp16 and fp64")
+        elif _bad(tensor.to(wanted.dtype)):
+            faults.append(f"{name} has values that are not finite in {wanted.dtype}")
+    return sorted(faults)
+
+
+def _check_ranks(model: nn.Module, config: LoRAConfig) -> list[str]:
+    faults = []
+    for name in config.targets:
+        rank = config.rank_pattern.get(name, config.rank)
+        most = min(_linear_shape(model.get_submodule(name)))
+        if rank > most:
+            faults.append(f"{name}: rank {rank}, and the layer's smaller side has {most}")
     return faults
 
 
-def _check_same_layers(model: nn.Module, config: LoRAConfig, folder: Path) -> None:
-    applied, layers = applied_lora(model), lora_layers(model)
-    faults = []
-    if set(config.targets) != set(layers) or set(config.modules_to_save) != set(applied.originals):
-        faults.append("it adapts other layers than the LoRA that is on the model")
-    else:
-        wanted = {name: _scaling(config, name) for name in layers}
-        faults = [
-            f"{name}: scaling {wanted[name]:g}, on the model {layer.scaling:g}"
-            for name, layer in layers.items()
-            if wanted[name] != layer.scaling
-        ]
-    if faults:
-        advice = "Take the model's own LoRA off first (remove_lora), or use the adapter's settings."
-        raise AdapterError(gather(faults, f"The adapter {folder} does not fit:", advice))
+def _check_same_layers(model: nn.Module, config: LoRAConfig) -> list[str]:
+    layers, saved = lora_layers(model), set(applied_lora(model).originals)
+    wanted = set(config.targets)
+    faults = [f"adapted on the model, not in the file: {n}" for n in layers.keys() - wanted]
+    faults += [f"in the file, not adapted on the model: {n}" for n in wanted - layers.keys()]
+    faults += [f"trained whole on one side only: {n}" for n in saved ^ set(config.modules_to_save)]
+    for name in layers.keys() & wanted:
+        rank = config.rank_pattern.get(name, config.rank)
+        alpha = config.alpha_pattern.get(name, config.alpha)
+        scaling, layer = alpha / (math.sqrt(rank) if config.rslora else rank), layers[name]
+        if rank != layer.rank or not math.isclose(scaling, layer.scaling):
+            here = f"rank {layer.rank} and scaling {layer.scaling:g} on the model"
+            faults.append(f"{name}: rank {rank} and scaling {scaling:g} in the file, {here}")
+    return sorted(faults)
 
 
-def _scaling(config: LoRAConfig, name: str) -> float:
-    rank = config.rank_pattern.get(name, config.rank)
-    alpha = config.alpha_pattern.get(name, config.alpha)
-    return alpha / (rank**0.5 if config.rslora else rank)
+def _bad(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
 
 
-@torch.no_grad()
-def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    for name, parameter in _adapter_tensors(model, applied_lora(model)).items():
-        parameter.copy_(tensors[name])
-
-
-def _plain_view(model: nn.Module) -> nn.Module:
-    """Return `model`, or, if it has LoRA, a shell of it with plain layers to look names up in."""
-    if not lora_layers(model):
-        return model
-    memo: dict[int, Any] = {id(p): p for p in model.parameters()}  # shares every tensor
-    memo |= {id(b): b for b in model.buffers()}
-    return remove_lora(copy.deepcopy(model, memo))
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AdapterError(
-            f"The adapter could not be saved to {folder}: {error.strerror}. Choose another folder."
-        ) from error
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)

@@ -6,6 +6,7 @@ The sample is rounded to bf16 first, so the same weights loaded as fp32 and as b
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
@@ -23,21 +24,22 @@ SAMPLES_PER_TENSOR = 64
 def base_fingerprint(model: nn.Module) -> str:
     """Return 32 hexadecimal digits that tell this base from others.
 
-    LoRA's own tensors are left out, modules that train whole count as they were, a tensor shared
-    by two names counts once, and Conv1D's weights as (O, I). Raises ModelError for a model without
-    values (on the meta device).
+    At most 64 evenly spaced values of each parameter are read. LoRA's own tensors are left out,
+    modules that train whole count as they were before, a tensor with two names counts once, and
+    Conv1D's weights count as (O, I). Buffers do not count. Raises ModelError for a model on the
+    meta device.
     """
+    tensors = sorted(_base_tensors(model), key=lambda item: item[0])
     digest = hashlib.sha256()
-    samples = []
-    for name, tensor in sorted(_base_tensors(model), key=lambda item: item[0]):
+    for name, tensor in tensors:
         if tensor.is_meta:
-            raise ModelError(f"{name} has no values yet (meta device): load the weights first.")
+            raise ModelError(
+                f"A fingerprint was asked of a model whose {name} has no values (meta device). "
+                "Load the weights first."
+            )
         digest.update(f"{name}{tuple(tensor.shape)};".encode())
-        count = min(SAMPLES_PER_TENSOR, tensor.numel())
-        places = torch.linspace(0, max(0, tensor.numel() - 1), count).long()
-        samples.append(_pick(tensor, places.to(tensor.device)).to(torch.bfloat16).view(torch.int16))
-    if samples:
-        digest.update(torch.cat(samples).cpu().numpy().tobytes())  # one transfer from a GPU
+    for sample in _to_host([_sample(tensor) for _, tensor in tensors]):
+        digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -45,20 +47,41 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     applied = vars(model).get("applied_lora")
     originals = applied.originals if isinstance(applied, AppliedLoRA) else {}
     seen: set[int] = set()
-    for module_name, module in model.named_modules(remove_duplicate=False):
-        owner = originals.get(module_name, module)
-        for key, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
-            own = isinstance(module, LoRALayer) and key in ("lora_A", "lora_B")
-            if own or id(parameter) in seen:
+    for name, module in model.named_modules(remove_duplicate=False):
+        base = _before_training(name, originals) or module
+        transposed = isinstance(base, LoRAConv1D) or is_conv1d(base)
+        for key, parameter in base.named_parameters(recurse=False):
+            of_lora = isinstance(base, LoRALayer) and key in ("lora_A", "lora_B")
+            if of_lora or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            transposed = isinstance(module, LoRAConv1D) or is_conv1d(module)
             value = parameter.T if transposed and key == "weight" else parameter
-            yield f"{module_name}.{key}" if module_name else key, value
+            yield f"{name}.{key}" if name else key, value
 
 
-def _pick(tensor: Tensor, places: Tensor) -> Tensor:
-    if tensor.is_contiguous():
-        return tensor.view(-1)[places]
-    rows = torch.div(places, tensor.shape[-1], rounding_mode="floor")  # a transposed matrix
-    return tensor[rows, places % tensor.shape[-1]]
+def _before_training(name: str, originals: dict[str, nn.Module]) -> nn.Module | None:
+    for saved, original in originals.items():
+        if name == saved or name.startswith(saved + "."):
+            return original.get_submodule(name[len(saved) + 1 :])
+    return None
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    count = min(SAMPLES_PER_TENSOR, tensor.numel())
+    places = torch.arange(count, device=tensor.device) * (tensor.numel() - 1) // max(1, count - 1)
+    # By coordinates, so that neither a transposed nor a sliced tensor is copied whole.
+    picked = tensor[torch.unravel_index(places, tensor.shape)] if tensor.dim() else tensor.view(1)
+    return picked.to(torch.bfloat16).view(torch.int16)
+
+
+def _to_host(samples: list[Tensor]) -> list[Tensor]:
+    by_device: defaultdict[torch.device, list[int]] = defaultdict(list)
+    for place, sample in enumerate(samples):
+        by_device[sample.device].append(place)
+    on_host = list(samples)
+    for places in by_device.values():
+        joined = torch.cat([samples[p] for p in places]).cpu()  # the host waits once a device
+        parts = joined.split([len(samples[p]) for p in places])
+        for place, part in zip(places, parts, strict=True):
+            on_host[place] = part
+    return on_host

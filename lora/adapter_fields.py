@@ -1,0 +1,133 @@
+"""The fields of PEFT's `adapter_config.json`: which are honoured, which do nothing, which refused.
+
+Source: PEFT's LoraConfig, version 0.21.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+_HONOURED = {
+    "alpha_pattern",
+    "exclude_modules",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "modules_to_save",
+    "peft_type",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "use_rslora",
+}
+_WITHOUT_EFFECT = {  # on what a loaded adapter computes
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",  # these four only prepare a start, which init_lora_weights names
+    "eva_config",
+    "loftq_config",
+    "lora_ga_config",
+    "fan_in_fan_out",  # how the base's weight lies: the base itself shows that
+    "inference_mode",
+    "megatron_core",  # a module's name, used only with megatron_config
+    "peft_version",
+    "qalora_group_size",  # used only with use_qalora
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+_NEUTRAL_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_WHY_REFUSED = {
+    "alora_invocation_tokens": "the adapter acts from certain tokens on only",
+    "bias": "the base's biases were trained too",
+    "ensure_weight_tying": "two modules share one trained copy",
+    "init_lora_weights": "this start changes the base's weights (PEFT can convert such an adapter:"
+    " save_pretrained with path_initial_model_for_weight_conversion)",
+    "layer_replication": "blocks of the base are repeated",
+    "lora_bias": "B has a bias of its own",
+    "megatron_config": "the base's linears are Megatron's",
+    "target_parameters": "parameters outside linear layers were adapted",
+    "trainable_token_indices": "single rows of the embedding were trained",
+    "use_dora": "DoRA scales each column by a trained magnitude",
+    "use_qalora": "QA-LoRA pools the inputs in groups",
+}
+
+
+def check_fields(values: dict[str, Any]) -> list[str]:
+    """Return what in `values`, read from `adapter_config.json`, is wrong or cannot be honoured.
+
+    A field that lora does not know is accepted if it is switched off (false, null, empty).
+    """
+    faults = _wrong_types(values)
+    for name, value in values.items():
+        neutral = not value or (name == "bias" and value == "none")
+        if name == "init_lora_weights":
+            neutral = value in _NEUTRAL_STARTS
+        if name not in _HONOURED | _WITHOUT_EFFECT and not neutral:
+            why = _WHY_REFUSED.get(name, "lora does not know this setting and cannot honour it")
+            faults.append(f"{name}={value!r}: {why}")
+    return faults
+
+
+def _wrong_types(values: dict[str, Any]) -> list[str]:
+    checks: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "peft_type": (lambda v: v == "LORA", "'LORA'"),
+        "r": (lambda v: _is_int(v) and v >= 1, "an int ≥ 1"),
+        "lora_alpha": (_is_positive, "a finite number > 0"),
+        "lora_dropout": (lambda v: not v or (_is_positive(v) and v < 1), "0 ≤ dropout < 1"),
+        "use_rslora": (lambda v: v is None or isinstance(v, bool), "true or false"),
+        "target_modules": (lambda v: bool(v) and _are_names(v), "a pattern or a list of names"),
+        "exclude_modules": (lambda v: not v or _are_names(v), "a pattern or a list of names"),
+        "modules_to_save": (
+            lambda v: not v or (not isinstance(v, str) and _are_names(v)),
+            "a list of names",
+        ),
+        "layers_to_transform": (
+            lambda v: v is None or _is_int(v) or (isinstance(v, list) and all(map(_is_int, v))),
+            "an int or a list of ints",
+        ),
+        "layers_pattern": (lambda v: not v or _are_names(v), "a name or a list of names"),
+        "rank_pattern": (
+            lambda v: not v or _is_pattern(v, lambda rank: _is_int(rank) and rank >= 1),
+            "names with ints ≥ 1",
+        ),
+        "alpha_pattern": (
+            lambda v: not v or _is_pattern(v, _is_positive),
+            "names with numbers > 0",
+        ),
+    }
+    return [
+        f"{name}={values.get(name)!r}: allowed is {allowed}"
+        for name, (is_right, allowed) in checks.items()
+        if not is_right(values.get(name))
+    ]
+
+
+def _are_names(value: Any) -> bool:
+    words = [value] if isinstance(value, str) else value
+    return isinstance(words, list) and all(isinstance(w, str) and _compiles(w) for w in words)
+
+
+def _is_pattern(value: Any, is_right: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(_compiles(k) and is_right(v) for k, v in value.items())
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_positive(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value > 0
