@@ -2,108 +2,203 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lora.apply import applied_lora, lora_layers, output_head_name, replace_module
-from lora.errors import AdapterError
+from lora.apply import AppliedLoRA, applied_lora, lora_layers, output_head_name, replace_module
+from lora.decoder.decoder import Decoder
+from lora.errors import AdapterError, ModelError
+from lora.lora_module import LoRALayer
+from lora.variants import LoRAConv1D
 
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest ‖difference‖ / ‖reference‖ of the logits, by the type of the weights."""
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+"""Largest ‖difference‖ / ‖reference‖ of the logits, by the type of the weights.
 
-Forward = Callable[[nn.Module, Tensor], Tensor]
+Measured on random Llamas of 30 blocks, the worst case: 5e-16, 4e-6, 5e-2 and 6e-3."""
+
+Forward = Callable[[nn.Module, Any], Tensor]
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What merging changed."""
+    """What merging changed. Errors are relative: ‖difference‖ / ‖reference‖."""
 
     layers: int
     """Layers that were merged."""
     relative_error: float | None
-    """‖difference‖ / ‖reference‖ of the logits; None where no inputs were given."""
+    """Of the merged model's logits against the adapted one's; None where no inputs were given."""
     max_error: float | None
     """Largest difference of two logits."""
     tolerance: float
+    """Largest `relative_error` that was allowed."""
+    rounding_error: float
+    """Of the merged weights against W + scaling · B A, from rounding to the weights' type."""
+    update_error: float
+    """The same rounding against scaling · B A alone: the share of the update that was lost."""
     untied_head: bool
-    """The head was tied to the embedding and adapted: it now has a weight of its own."""
+    """The head was tied to the embedding, and has a weight of its own now."""
 
 
 def merge_lora(
     model: nn.Module,
-    inputs: Tensor | None = None,
+    sample_inputs: Any = None,
     *,
     forward: Forward | None = None,
     tolerance: float | None = None,
 ) -> MergeReport:
     """Changes `model` in place: every LoRA layer becomes the plain layer with W + scaling · B A.
 
-    The logits on `inputs` (token ids, (B, T)) are compared before and after; `forward` returns
-    them, by default `model(inputs)` with its `.logits` or first item. Weights are summed in fp32
-    and rounded once. What trained whole stays as trained.
+    The logits on `sample_inputs` (token ids, (B, T)) are compared before and after; `forward`
+    returns them, by default `model(sample_inputs)`. Weights are summed in fp32 and rounded once,
+    into new tensors: for a moment both versions are in memory. What trained whole stays as
+    trained. A tied head whose weight is no longer the embedding's is untied in the model's config
+    too, so that it is saved.
 
-    Raises AdapterError if the logits differ by more than the tolerance (by default TOLERANCES of
-    the weights' type); `model` is then adapted as before.
+    Raises AdapterError if the logits differ by more than `tolerance` (by default TOLERANCES of the
+    weights' type) or a merged weight is not finite; `model` is then adapted as before.
     """
-    applied_lora(model)  # raises if there is nothing to merge
-    layers = lora_layers(model)
+    applied, layers = applied_lora(model), lora_layers(model)
+    was_tied = _is_tied_before(model, applied)
     if tolerance is None:
-        dtype = next(iter(layers.values())).weight.dtype
-        tolerance = TOLERANCES.get(dtype, TOLERANCES[torch.float32])
-    was_training, run = model.training, forward or _logits
-    model.eval()
-    try:
-        before = None if inputs is None else _run(run, model, inputs)
-        untied = _adapts_tied_head(model)
-        for name, layer in layers.items():
-            replace_module(model, name, layer.merge())
-        relative, largest = None, None
-        if before is not None and inputs is not None:
-            difference = _run(run, model, inputs) - before
-            relative = (difference.norm() / before.norm().clamp(min=1e-30)).item()
-            largest = difference.abs().max().item()
-            if not relative <= tolerance:  # NaN is refused too
-                for name, layer in layers.items():
-                    replace_module(model, name, layer)
-                raise AdapterError(
-                    f"Merging was asked for, and the merged model's logits differ by "
-                    f"{relative:.2e} (‖difference‖/‖reference‖); allowed is {tolerance:.0e}. The "
-                    "model is left unmerged. Merge in fp32, or use the adapter without merging."
-                )
-    finally:
-        model.train(was_training)
-    if untied:
-        _untie(model)
+        tolerance = max(TOLERANCES.get(layer.weight.dtype, 1e-4) for layer in layers.values())
+    merged = {name: layer.merge() for name, layer in layers.items()}
+    rounding_error, update_error = _rounding(layers, merged)
+    errors: tuple[float, float] | None = None
+    if sample_inputs is None:
+        _put(model, merged)
+    else:
+        errors = _put_checked(
+            model, layers, merged, sample_inputs, forward or default_forward, tolerance
+        )
     del model.applied_lora
-    return MergeReport(len(layers), relative, largest, tolerance, untied)
+    untied_head = was_tied and not _is_tied(model)
+    if untied_head:
+        _untie_config(model)
+    return MergeReport(
+        layers=len(layers),
+        relative_error=errors[0] if errors else None,
+        max_error=errors[1] if errors else None,
+        tolerance=tolerance,
+        rounding_error=rounding_error,
+        update_error=update_error,
+        untied_head=untied_head,
+    )
 
 
-def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
+def default_forward(model: nn.Module, inputs: Any) -> Tensor:
+    """Return the logits of `model(inputs)`: its result, the result's `logits` or first item.
+
+    Raises ModelError if the result holds no tensor there.
+    """
     output = model(inputs)
-    if isinstance(output, Tensor):
-        return output
-    return output[0]  # logits come first: in transformers' outputs without labels, in tuples
+    if isinstance(output, Mapping):  # transformers' outputs
+        output = output.get("logits")
+    elif isinstance(output, tuple) and output:
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise ModelError(
+            f"Logits were asked of a {type(model).__name__}, which returned no tensor first and "
+            "no `logits`. Pass forward=, a function of model and inputs that returns the logits."
+        )
+    return output
+
+
+def _put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        replace_module(model, name, module)
 
 
 @torch.no_grad()
-def _run(forward: Forward, model: nn.Module, inputs: Tensor) -> Tensor:
-    return forward(model, inputs).double()
+def _put_checked(
+    model: nn.Module,
+    layers: dict[str, LoRALayer],
+    merged: dict[str, nn.Module],
+    inputs: Any,
+    forward: Forward,
+    tolerance: float,
+) -> tuple[float, float]:
+    """Changes `model` in place unless it raises; return relative and largest error of logits."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    is_merged = False
+    model.eval()  # dropout would make the two runs differ
+    try:
+        before = forward(model, inputs).double()
+        _put(model, {name: module.eval() for name, module in merged.items()})
+        difference = forward(model, inputs).double() - before
+        relative = (difference.norm() / before.norm().clamp(min=1e-30)).item()
+        if not relative <= tolerance:  # NaN is refused too
+            raise AdapterError(
+                f"Merging was asked for, and the merged model's logits differ by {relative:.2e} "
+                f"(‖difference‖ / ‖reference‖); allowed is {tolerance:.2g}. The model is left "
+                "adapted. Merge it in fp32, or use the adapter without merging."
+            )
+        is_merged = True
+    finally:
+        if not is_merged:
+            _put(model, layers)
+        for name, module in model.named_modules():
+            module.training = modes[name]
+    return relative, difference.abs().max().item()
 
 
-def _adapts_tied_head(model: nn.Module) -> bool:
-    head = output_head_name(model)
-    layer = lora_layers(model).get(head) if head else None
-    if layer is None:
+@torch.no_grad()
+def _rounding(layers: dict[str, LoRALayer], merged: dict[str, nn.Module]) -> tuple[float, float]:
+    lost = whole = update = 0.0
+    for name, layer in layers.items():
+        weight = cast(Tensor, merged[name].weight)
+        if not torch.isfinite(weight).all():
+            raise AdapterError(
+                f"Merging was asked for, and the merged weight of {name} is not finite in "
+                f"{weight.dtype}. The model is left adapted. Check the adapter, or merge in fp32."
+            )
+        wide = torch.float64 if weight.dtype in (torch.float32, torch.float64) else torch.float32
+        delta = (layer.lora_B.to(wide) @ layer.lora_A.to(wide)) * layer.scaling  # (O, I)
+        delta = delta.T if isinstance(layer, LoRAConv1D) else delta  # (I, O) for Conv1D
+        exact = layer.weight.to(wide) + delta
+        lost += (weight.to(wide) - exact).norm().item() ** 2
+        whole += exact.norm().item() ** 2
+        update += delta.norm().item() ** 2
+    return (
+        math.sqrt(lost / whole) if whole else 0.0,
+        math.sqrt(lost / update) if update else 0.0,
+    )
+
+
+def _is_tied_before(model: nn.Module, applied: AppliedLoRA) -> bool:
+    """Whether the base's head shared its weight with an embedding."""
+    name = output_head_name(model)
+    if name is None:
         return False
-    weights = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    return any(weight is layer.weight for weight in weights)
+    head = applied.originals.get(name) or model.get_submodule(name)
+    owners = [model, *applied.originals.values()]
+    return any(_is_embedding_of(head, module) for owner in owners for module in owner.modules())
 
 
-def _untie(model: nn.Module) -> None:
-    """Changes `model` in place: a transformers model must not tie its head again when saved."""
-    config = vars(model).get("config")
-    if config is not None and not isinstance(config, dict):
-        config.tie_word_embeddings = False
+def _is_tied(model: nn.Module) -> bool:
+    name = output_head_name(model)
+    head = model.get_submodule(name) if name else None
+    return head is not None and any(_is_embedding_of(head, m) for m in model.modules())
+
+
+def _is_embedding_of(head: nn.Module, module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and module.weight is head.weight
+
+
+def _untie_config(model: nn.Module) -> None:
+    """Changes the config of `model`: else saving would drop the head, or loading tie it again."""
+    if isinstance(model, Decoder):
+        source = {**model.config.source, "tie_word_embeddings": False}
+        model.config = dataclasses.replace(model.config, tie_word_embeddings=False, source=source)
+        return
+    transformers = sys.modules.get("transformers.modeling_utils")
+    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
+        config = cast(Any, model).config
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
