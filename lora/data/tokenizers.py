@@ -1,0 +1,186 @@
+"""Subword tokenizers of real models, read from a Hugging Face folder.
+
+The work is done by the `tokenizers` library; here stand which tokens end a turn, which pad, and the
+chat template.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from lora.errors import DataError
+from lora.runs import atomic_write
+
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "</s>")
+"""Special tokens that end an assistant's turn in the chat templates in use."""
+_MOST_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """Text to token ids and back, with the special tokens of a model.
+
+    Nothing is added to a text unless it is asked for: `encode` keeps special tokens that stand in
+    the text as what they are.
+    """
+
+    backend: Tokenizer
+    bos_token: str | None = None
+    eos_token: str | None = None
+    pad_token: str | None = None
+    chat_template: str | None = None
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end an answer: the end of the text, and the end of a turn."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included."""
+        return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._id(self.bos_token)
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._id(self.eos_token)
+
+    @property
+    def pad_id(self) -> int | None:
+        return self._id(self.pad_token)
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Return the ids of `text`; `add_special_tokens` adds what the model's own does."""
+        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of `text` and, for each, its first character and the one after it."""
+        encoded = self.backend.encode(text, add_special_tokens=False)
+        return list(encoded.ids), list(encoded.offsets)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of many texts, tokenised in parallel."""
+        batch = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [list(encoded.ids) for encoded in batch]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of `ids`."""
+        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json` into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / "tokenizer.json", self.backend.to_str().encode())
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+            "pad_token": self.pad_token,
+            "chat_template": self.chat_template,
+            "clean_up_tokenization_spaces": False,
+        }
+        known = {key: value for key, value in config.items() if value is not None}
+        atomic_write(
+            folder / "tokenizer_config.json", (json.dumps(known, indent=2) + "\n").encode()
+        )
+
+    def _id(self, token: str | None) -> int | None:
+        return None if token is None else self.backend.token_to_id(token)
+
+
+def load_tokenizer(folder: Path) -> TextTokenizer:
+    """Return the tokenizer in a model's folder.
+
+    Raises DataError if `tokenizer.json` is missing or damaged, and says how to make one.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(_missing(folder))
+    if path.stat().st_size > _MOST_BYTES:
+        raise DataError(f"{path} has {path.stat().st_size:,} bytes: more than any tokenizer's.")
+    try:
+        backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, OSError | ValueError):
+            raise  # the library raises bare Exception for a file it cannot read
+        raise DataError(f"{path} is no tokenizer that can be read: {error}.") from None
+    # What the file says of truncating and padding would change what is learned.
+    backend.no_truncation()
+    backend.no_padding()
+    config = _read_object(folder / "tokenizer_config.json")
+    special = _read_object(folder / "special_tokens_map.json") | config
+    eos = _token(special.get("eos_token"))
+    template = _chat_template(folder, config)
+    return TextTokenizer(
+        backend=backend,
+        bos_token=_token(special.get("bos_token")),
+        eos_token=eos,
+        pad_token=_token(special.get("pad_token")),
+        chat_template=template,
+        stop_ids=find_stop_ids(backend, eos, template, _generation_eos(folder)),
+    )
+
+
+def find_stop_ids(
+    backend: Tokenizer, eos: str | None, template: str | None, more: Sequence[int] = ()
+) -> tuple[int, ...]:
+    """Return the tokens that end an answer, sorted.
+
+    They are the end of the text, `more` (what generation_config.json lists), and those tokens of
+    TURN_ENDS that the chat template uses.
+    """
+    words = [eos] if eos else []
+    words += [word for word in TURN_ENDS if template and word in template]
+    ids = {backend.token_to_id(word) for word in words} | set(more)
+    return tuple(sorted(i for i in ids if i is not None))
+
+
+def _missing(folder: Path) -> str:
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    found = sorted(names & {"tokenizer.model", "vocab.json", "merges.txt", "spiece.model"})
+    seen = f"only {', '.join(found)}, which only slow tokenizers read" if found else "no tokenizer"
+    return (
+        f"A tokenizer was asked for from {folder}: there is {seen}. A tokenizer.json is needed. "
+        "Make one with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is no JSON: {error}. Copy it again.") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path} holds a {type(value).__name__}: it must be an object.")
+    return value
+
+
+def _token(value: Any) -> str | None:
+    if isinstance(value, dict):  # an added token with its flags
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name: transformers takes the one called default
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _generation_eos(folder: Path) -> list[int]:
+    value = _read_object(folder / "generation_config.json").get("eos_token_id")
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
