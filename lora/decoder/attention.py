@@ -51,17 +51,17 @@ class Step:
 
 
 def find_places(
-    n_new: int,
-    device: torch.device,
+    input_ids: Tensor,
     position_ids: Tensor | None,
     document_ids: Tensor | None,
     cache: KVCache | None,
 ) -> Places:
-    """Return where `n_new` tokens stand; a cache takes note of them.
+    """Return where the tokens `input_ids` (B, T) stand; a cache takes note of them.
 
     Positions left out count up within each document; with a filled cache, positions and
     documents left out continue each row's last token.
     """
+    n_new, device = input_ids.shape[1], input_ids.device
     is_one = _is_one_document(document_ids, cache)
     if cache is not None and cache.n_tokens:
         next_positions, same_documents = cache.continued(n_new)
@@ -72,7 +72,7 @@ def find_places(
         position_ids = steps[None] if is_one else positions_within(document_ids, steps)  # (B|1, T)
     if cache is None:
         return Places(position_ids, None if is_one else document_ids, NO_CACHE)
-    noted = position_ids.new_zeros(1, n_new) if document_ids is None else document_ids
+    noted = torch.zeros_like(input_ids) if document_ids is None else document_ids  # (B, T)
     cache.begin(position_ids, noted, is_one_document=is_one)
     is_one = cache.is_one_document
     return Places(position_ids, None if is_one else noted, cache)

@@ -74,13 +74,13 @@ class KVCache:
         )
 
     def begin(self, position_ids: Tensor, document_ids: Tensor, *, is_one_document: bool) -> None:
-        """Take room for new tokens (B or 1, T) and note where they stand.
+        """Take room for new tokens (B, T) and note where they stand.
 
         Raises ModelError if there is no room for them.
         """
         rows, room = self.positions.shape
         start, n_new = self.n_tokens, document_ids.shape[1]
-        if start + n_new > room or document_ids.shape[0] not in (1, rows):
+        if start + n_new > room or document_ids.shape[0] != rows:
             raise ModelError(
                 f"The cache was asked to take {n_new} more tokens for {document_ids.shape[0]} "
                 f"rows: it has {rows} rows of {room} tokens, {start} of them filled. Make a "

@@ -56,8 +56,7 @@ class Trunk(nn.Module):
         document_ids: Tensor | None,
         cache: KVCache | None,
     ) -> Tensor:  # (B, T) -> (B, T, C)
-        n_new, device = input_ids.shape[1], input_ids.device
-        places = find_places(n_new, device, position_ids, document_ids, cache)
+        places = find_places(input_ids, position_ids, document_ids, cache)
         x = self.embed(input_ids, places.position_ids)  # (B, T, C)
         positions = places.position_ids
         step = Step(

@@ -93,7 +93,9 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     heads = fields.count("num_attention_heads")
     attention = _attention(fields, family, hidden_size, heads)
     feed_forward = _feed_forward(fields, family, hidden_size)
-    scale = fields.number("query_pre_attn_scalar", attention.head_dim) ** -0.5
+    scale = attention.head_dim**-0.5
+    if "query_pre_attn_scalar" in family.defaults:
+        scale = fields.number("query_pre_attn_scalar") ** -0.5
     parts: dict[str, Any] = {
         "vocab_size": fields.count("vocab_size"),
         "max_position_embeddings": fields.count("max_position_embeddings"),
@@ -124,16 +126,17 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
 def _find_family(config: dict[str, Any]) -> str:
     model_type, architectures = config.get("model_type"), config.get("architectures")
     by_architecture = {family.architecture: name for name, family in FAMILIES.items()}
-    named = architectures[0] if isinstance(architectures, list) and architectures else None
+    named = str(architectures[0]) if isinstance(architectures, list) and architectures else None
+    model_type = model_type if model_type is None else str(model_type)
     if model_type is None and named in by_architecture:
         return by_architecture[named]
     known = sorted(FAMILIES) if model_type is not None or named is None else sorted(by_architecture)
     seen = f"model_type={model_type!r}" if model_type is not None else f"architectures={named!r}"
     if model_type in FAMILIES:
         if named is None or named == FAMILIES[model_type].architecture:
-            return str(model_type)
+            return model_type
         known, seen = [FAMILIES[model_type].architecture], f"architectures=[{named!r}]"
-    near = did_you_mean(str(model_type or named), known)
+    near = did_you_mean(model_type or str(named), known)
     raise ModelError(
         f"A decoder was asked for, and config.json says {seen}. Supported here: "
         f"{', '.join(known)}.{near} A model of another architecture can be loaded with "
@@ -170,8 +173,8 @@ def _note_unsupported(fields: Fields) -> None:
         if name not in fields.used and value is not None and value != neutral:
             fields.faults.append(f"{name}={value!r}: not supported for this family")
     kinds = fields.values.get("layer_types")
-    if "layer_types" not in fields.used and kinds and set(kinds) != {_FULL}:
-        fields.faults.append(f"layer_types={sorted(set(kinds))}: this family has {_FULL!r} only")
+    if "layer_types" not in fields.used and kinds is not None:
+        fields.listed("layer_types", 0, (_FULL,))
 
 
 def _one_rope(fields: Fields) -> RopeConfig:
@@ -206,7 +209,7 @@ def _windows_by_type(fields: Fields, n_layers: int, kinds: list[str]) -> list[in
 def _qwen_layers(fields: Fields, n_layers: int, scale: float) -> tuple[LayerConfig, ...]:
     first = n_layers
     if fields.flag("use_sliding_window"):
-        first = fields.get("max_window_layers")
+        first = fields.count("max_window_layers", least=0)
     kinds = [_SLIDING if i >= first else _FULL for i in range(n_layers)]
     if not fields.flag("use_sliding_window"):  # then transformers drops the window altogether
         fields.get("sliding_window")
@@ -238,6 +241,9 @@ def _gemma3_layers(fields: Fields, n_layers: int, scale: float) -> tuple[LayerCo
     windows = _windows_by_type(fields, n_layers, kinds)
     thetas = {_FULL: fields.number("rope_theta"), _SLIDING: fields.number("rope_local_base_freq")}
     nested = fields.get("rope_parameters") or {}
+    if not isinstance(nested, dict):
+        fields.fault("rope_parameters", nested, "an object")
+        nested = {}
     scaling = fields.get("rope_scaling")  # of version 4: for the global layers only
     ropes = {}
     for kind, theta in thetas.items():
@@ -272,6 +278,7 @@ _LLAMA_DEFAULTS = {
 _QWEN_DEFAULTS = {
     **_LLAMA_DEFAULTS,
     "max_position_embeddings": 32_768,
+    "num_key_value_heads": 32,
     "sliding_window": 4096,
     "max_window_layers": 28,
 }

@@ -35,16 +35,16 @@ class Fields:
         """Note that field `name` has a `value` that is not allowed."""
         self.faults.append(f"{self.names.get(name, name)}={value!r}: allowed is {allowed}")
 
-    def count(self, name: str, otherwise: int | None = None) -> int:
-        """Return an int ≥ 1; `otherwise` where the field is absent."""
+    def count(self, name: str, otherwise: int | None = None, *, least: int = 1) -> int:
+        """Return an int ≥ `least`; `otherwise` where the field is absent."""
         value = self.get(name)
         value = otherwise if value is None else value
         if value is None:
             self.faults.append(f"{self.names.get(name, name)} is missing")
             return 1
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self.fault(name, value, "an int ≥ 1")
-            return 1
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            self.fault(name, value, f"an int ≥ {least}")
+            return least
         return value
 
     def number(self, name: str, otherwise: float | None = None) -> float:

@@ -1,0 +1,236 @@
+"""config.json → DecoderConfig: both layouts of transformers, and refusals that name the field."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora.decoder.families import FAMILIES, decoder_config
+from lora.errors import ModelError
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def config_of(family: str, **fields: Any) -> dict[str, Any]:
+    return {"model_type": family, **SIZES, **fields}
+
+
+def test_sizes_are_read() -> None:
+    config = decoder_config(config_of("llama", rms_norm_eps=1e-5, tie_word_embeddings=True))
+    assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (100, 64, 96)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 2, 16)
+    assert (config.num_hidden_layers, config.norm_eps) == (6, 1e-5)
+    assert config.tie_word_embeddings
+    assert config.layers[0].scale == 16**-0.5
+
+
+def test_absent_fields_take_transformers_defaults() -> None:
+    config = decoder_config(config_of("llama"))
+    assert (config.norm_eps, config.tie_word_embeddings) == (1e-6, False)
+    assert config.layers[0].rope is not None
+    assert config.layers[0].rope.rope_theta == 10_000.0
+    assert decoder_config(config_of("smollm3")).tie_word_embeddings
+    assert decoder_config(config_of("mistral")).layers[0].window_tokens == 4096
+    assert decoder_config(config_of("mistral", sliding_window=None)).layers[0].window_tokens is None
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_defaults_are_those_of_transformers(family: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    names = FAMILIES[family].names
+    given = {**SIZES, "num_attention_heads": 32}
+    del given["num_key_value_heads"]
+    absent = {"model_type": family, **{names.get(k, k): value for k, value in given.items()}}
+    filled = transformers.AutoConfig.for_model(**absent).to_dict()
+    assert decoder_config(absent) == decoder_config(filled)
+
+
+def test_layout_of_version_4_equals_that_of_version_5() -> None:
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    older = decoder_config(config_of("llama", rope_theta=500_000.0, rope_scaling=scaling))
+    newer = config_of("llama", rope_parameters={"rope_theta": 500_000.0, **scaling})
+    assert older == decoder_config(newer)
+    rope = older.layers[0].rope
+    assert rope is not None
+    assert (rope.rope_type, rope.rope_theta, rope.factor) == ("llama3", 500_000.0, 32.0)
+
+
+def test_the_older_name_of_the_rope_type() -> None:
+    config = decoder_config(config_of("llama", rope_scaling={"type": "linear", "factor": 2.0}))
+    assert config.layers[0].rope is not None
+    assert config.layers[0].rope.rope_type == "linear"
+
+
+def test_gemma3_layouts_agree() -> None:
+    linear = {"rope_type": "linear", "factor": 8.0}
+    older = config_of(
+        "gemma3_text",
+        rope_theta=1e6,
+        rope_local_base_freq=1e4,
+        rope_scaling=linear,
+        sliding_window=512,
+        sliding_window_pattern=3,
+    )
+    newer = config_of(
+        "gemma3_text",
+        sliding_window=512,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        rope_parameters={
+            "full_attention": {"rope_theta": 1e6, **linear},
+            "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+        },
+    )
+    config = decoder_config(older)
+    assert config == decoder_config(newer)
+    windows = [layer.window_tokens for layer in config.layers]
+    assert windows == [512, 512, None] * 2
+    assert config.layers[0].scale == 256**-0.5
+    assert config.embedding_scale == 8.0
+
+
+def test_yarns_attention_factor() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+    rope = decoder_config(config_of("qwen3", rope_scaling=yarn)).layers[0].rope
+    assert rope is not None
+    assert rope.attention_factor == pytest.approx(1.1386294)
+    given = {**yarn, "attention_factor": 1.5}
+    rope = decoder_config(config_of("qwen3", rope_scaling=given)).layers[0].rope
+    assert rope is not None
+    assert rope.attention_factor == 1.5
+
+
+def test_smollm3_blocks_without_rope() -> None:
+    config = decoder_config(config_of("smollm3", no_rope_layers=[1, 0, 1, 1, 1, 0]))
+    assert [layer.rope is None for layer in config.layers] == [
+        False,
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]
+
+
+def test_an_unknown_model_type_says_what_is_supported() -> None:
+    with pytest.raises(ModelError) as error:
+        decoder_config(config_of("mistrel"))
+    message = str(error.value)
+    assert "model_type='mistrel'" in message
+    assert ", ".join(sorted(FAMILIES)) in message
+    assert "Did you mean 'mistral'?" in message
+    assert "apply_lora" in message
+
+
+def test_an_architecture_counts_where_the_model_type_is_absent() -> None:
+    config = {"architectures": ["Qwen2ForCausalLM"], **SIZES}
+    assert decoder_config(config).family == "qwen2"
+    with pytest.raises(ModelError, match="architectures='MambaForCausalLM'"):
+        decoder_config({"architectures": ["MambaForCausalLM"], **SIZES})
+    with pytest.raises(ModelError, match="architectures=None"):
+        decoder_config(SIZES)
+
+
+def test_a_classifier_is_refused() -> None:
+    config = config_of("llama", architectures=["LlamaForSequenceClassification"])
+    with pytest.raises(ModelError, match=r"LlamaForSequenceClassification.*LlamaForCausalLM"):
+        decoder_config(config)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "words"),
+    [
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
+        ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "supported are default, linear"),
+        ("llama", {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": -1}}, "factor=-1"),
+        ("llama", {"rope_scaling": "linear"}, "rope_scaling='linear'"),
+        ("llama", {"rope_parameters": {"rope_theta": "big"}}, "rope_theta='big'"),
+        ("llama", {"rope_parameters": {"mrope_section": [1, 2]}}, "mrope_section"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("llama", {"hidden_act": "mish"}, "hidden_act='mish': allowed is silu"),
+        ("llama", {"sliding_window": 128}, "sliding_window=128"),
+        ("llama", {"layer_types": ["sliding_attention"] * 6}, "layer_types"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("llama", {"vocab_size": None}, "vocab_size is missing"),
+        ("llama", {"hidden_size": 64.5}, "hidden_size=64.5"),
+        ("llama", {"num_attention_heads": True}, "num_attention_heads=True"),
+        ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
+        ("llama", {"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes'"),
+        ("mistral", {"attention_bias": True}, "attention_bias=True"),
+        ("mistral", {"layer_types": ["full_attention"] * 6}, "each 'sliding_attention'"),
+        ("qwen2", {"mlp_bias": True}, "mlp_bias=True"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 6}, "each 'full_attention'"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": "2"}, "max_window_layers='2'"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers=[1, 0]"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 1.0}}, "rope_parameters=['rope_theta']"),
+        ("gemma3_text", {"rope_parameters": [1]}, "rope_parameters=[1]"),
+    ],
+)
+def test_what_changes_the_result_is_refused_by_name(
+    family: str, fields: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ModelError) as error:
+        decoder_config(config_of(family, **fields))
+    assert words in str(error.value)
+
+
+def test_neutral_values_pass() -> None:
+    neutral = {
+        "final_logit_softcapping": None,
+        "mlp_bias": False,
+        "rope_interleaved": False,
+        "partial_rotary_factor": 1,
+        "layer_types": ["full_attention"] * 6,
+        "pretraining_tp": 2,
+        "attention_dropout": 0.1,
+        "transformers.js_config": {"dtype": "q4"},
+    }
+    assert decoder_config(config_of("llama", **neutral)) == decoder_config(config_of("llama"))
+
+
+def test_all_faults_are_raised_together() -> None:
+    with pytest.raises(ModelError) as error:
+        decoder_config(config_of("llama", hidden_act="mish", vocab_size=0, sliding_window=3))
+    for word in ("hidden_act", "vocab_size", "sliding_window", "transformers"):
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide"),
+        ({"head_dim": 7}, "head_dim=7"),
+        ({"num_attention_heads": 5}, "not a multiple of 5 heads"),
+    ],
+)
+def test_sizes_must_fit(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelError) as error:
+        decoder_config(config_of("llama", **fields))
+    assert words in str(error.value)
+
+
+def test_what_was_read_is_kept_whole(tmp_path: Path) -> None:
+    source = config_of("llama", something_of_the_authors={"a": 1})
+    kept = decoder_config(source).source
+    assert kept == source
+    assert json.loads(json.dumps(kept)) == source

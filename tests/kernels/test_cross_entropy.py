@@ -1,0 +1,149 @@
+"""The chunked loss agrees with its plain twin, and never holds all logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora.kernels.cross_entropy import IGNORE, linear_cross_entropy, plain_linear_cross_entropy
+
+N, C, V = 37, 12, 53
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def make_inputs(dtype: torch.dtype, learned: str = "some") -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, C, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(V, C, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.randint(0, V, (N,), generator=generator)
+    if learned == "some":
+        labels[torch.rand(N, generator=generator) < 0.6] = IGNORE
+    if learned == "none":
+        labels[:] = IGNORE
+    return hidden.requires_grad_(True), weight.requires_grad_(True), labels
+
+
+def relative(seen: Tensor, wanted: Tensor) -> float:
+    return ((seen - wanted).norm() / wanted.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize("learned", ["some", "all"])
+@pytest.mark.parametrize("chunk_tokens", [1, 5, N, 1000])
+def test_agrees_with_the_plain_twin(dtype: torch.dtype, learned: str, chunk_tokens: int) -> None:
+    hidden, weight, labels = make_inputs(dtype, learned)
+    loss, count = linear_cross_entropy(hidden, weight, labels, chunk_tokens=chunk_tokens)
+    wanted, wanted_count = plain_linear_cross_entropy(hidden, weight, labels)
+    assert loss.shape == count.shape == ()
+    assert (loss.dtype, count.dtype) == (dtype, torch.int64)
+    assert count.item() == wanted_count.item() == (labels != IGNORE).sum().item()
+    assert relative(loss, wanted) < TOLERANCES[dtype]
+    gradients = torch.autograd.grad(loss * 0.3, (hidden, weight))
+    wanted_gradients = torch.autograd.grad(wanted * 0.3, (hidden, weight))
+    for seen, reference in zip(gradients, wanted_gradients, strict=True):
+        assert relative(seen, reference) < TOLERANCES[dtype]
+
+
+def test_bf16_inputs_give_an_fp32_loss_near_the_exact_one() -> None:
+    hidden, weight, labels = make_inputs(torch.bfloat16)
+    loss, _ = linear_cross_entropy(hidden, weight, labels, chunk_tokens=4)
+    exact_hidden = hidden.detach().double().requires_grad_(True)
+    exact_weight = weight.detach().double().requires_grad_(True)
+    wanted, _ = plain_linear_cross_entropy(exact_hidden, exact_weight, labels)
+    assert loss.dtype == torch.float32
+    assert relative(loss.double(), wanted) < 1e-2
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    wanted_gradients = torch.autograd.grad(wanted, (exact_hidden, exact_weight))
+    for seen, reference in zip(gradients, wanted_gradients, strict=True):
+        assert seen.dtype == torch.bfloat16
+        assert relative(seen.double(), reference) < 2e-2
+
+
+def test_nothing_to_learn_is_zero_everywhere() -> None:
+    hidden, weight, labels = make_inputs(torch.float32, "none")
+    loss, count = linear_cross_entropy(hidden, weight, labels)
+    assert (loss.item(), count.item()) == (0.0, 0)
+    loss.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+def test_huge_logits_stay_finite() -> None:
+    hidden, weight, labels = make_inputs(torch.float32)
+    loss, _ = linear_cross_entropy(hidden * 1e4, weight, labels)
+    wanted, _ = plain_linear_cross_entropy(hidden * 1e4, weight, labels)
+    assert loss.isfinite()
+    assert relative(loss, wanted) < 1e-5
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("trained", ["hidden", "weight"])
+def test_only_what_is_required_gets_a_gradient(trained: str) -> None:
+    hidden, weight, labels = make_inputs(torch.float64)
+    hidden.requires_grad_(trained == "hidden")
+    weight.requires_grad_(trained == "weight")
+    linear_cross_entropy(hidden, weight, labels, chunk_tokens=4)[0].backward()
+    wanted, _ = plain_linear_cross_entropy(hidden, weight, labels)
+    (reference,) = torch.autograd.grad(wanted, hidden if trained == "hidden" else weight)
+    seen, other = (hidden, weight) if trained == "hidden" else (weight, hidden)
+    assert other.grad is None
+    assert seen.grad is not None
+    assert relative(seen.grad, reference) < 1e-10
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the sizes of all tensors that are made, and which products were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self.n_products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.sizes.append(out.numel())
+        self.n_products += func is torch.ops.aten.mm.default
+        return out
+
+
+def test_never_more_logits_than_a_chunks() -> None:
+    hidden, weight, labels = make_inputs(torch.float32, "all")
+    weight.requires_grad_(False)
+    with Recorder() as recorder:
+        linear_cross_entropy(hidden, weight, labels, chunk_tokens=15)[0].backward()
+    assert max(recorder.sizes) == 15 * V
+    assert recorder.n_products == 3 * 2  # three chunks: logits, and the hidden gradient
+
+
+def test_ignored_rows_are_left_out_of_the_products() -> None:
+    hidden, weight, labels = make_inputs(torch.float32)
+    n_learned = int((labels != IGNORE).sum())
+    assert n_learned * V > V * C  # so that the logits are the largest tensor
+    with Recorder() as recorder:
+        linear_cross_entropy(hidden, weight.detach(), labels)[0].backward()
+    assert max(recorder.sizes) == n_learned * V
+
+
+def test_without_gradients_only_the_logits_are_made() -> None:
+    hidden, weight, labels = make_inputs(torch.float32)
+    with torch.no_grad(), Recorder() as recorder:
+        loss, _ = linear_cross_entropy(hidden, weight, labels)
+    assert recorder.n_products == 1
+    assert not loss.requires_grad
+    assert relative(loss, plain_linear_cross_entropy(hidden, weight, labels)[0]) < 1e-5
+
+
+def test_one_row() -> None:
+    hidden, weight, labels = make_inputs(torch.float64, "all")
+    loss, count = linear_cross_entropy(hidden[:1], weight, labels[:1])
+    wanted, _ = plain_linear_cross_entropy(hidden[:1], weight, labels[:1])
+    assert count.item() == 1
+    assert relative(loss, wanted) < 1e-10
