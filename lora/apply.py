@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lora.config import LoRAConfig
-from lora.errors import LoraError, TargetError, did_you_mean
+from lora.errors import ConfigError, LoraError, TargetError, did_you_mean
 from lora.lora_module import LoRALayer
 from lora.variants import build_lora_layer, is_adaptable
 
@@ -102,7 +102,7 @@ def remove_lora(model: nn.Module) -> nn.Module:
     for name, layer in lora_layers(model).items():
         replace_module(model, name, layer.unwrap())
     for name, original in applied.originals.items():
-        replace_module(model, name, original)
+        replace_module(model, name, _moved_beside(original, model.get_submodule(name)))
     del model.applied_lora
     return model
 
@@ -113,10 +113,12 @@ def disabled_adapter(model: nn.Module) -> Iterator[nn.Module]:
     applied = applied_lora(model)
     adapted = {name: model.get_submodule(name) for name in applied.target_names}
     adapted |= {name: model.get_submodule(name) for name in applied.originals}
-    device = next(model.parameters()).device
     for name, module in adapted.items():
-        plain = module.unwrap() if isinstance(module, LoRALayer) else applied.originals[name]
-        replace_module(model, name, plain.to(device).train(module.training))
+        if isinstance(module, LoRALayer):
+            plain = module.unwrap()
+        else:
+            plain = _moved_beside(applied.originals[name], module)
+        replace_module(model, name, plain.train(module.training))
     try:
         yield model
     finally:
@@ -137,7 +139,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
 
     Raises TargetError for a name, pattern or exclusion that matches nothing.
     """
-    linears = [name for name, module in model.named_modules() if is_adaptable(module)]
+    linears = [name for name, module in model.named_modules() if name and is_adaptable(module)]
     if config.targets == ALL_LINEAR:
         head = output_head_name(model)
         names = [name for name in linears if name != head]
@@ -147,6 +149,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
         excluded = set(_match_all(config.exclude, linears, "excluded name"))
         names = [name for name in names if name not in excluded]
     if config.layers is not None:
+        _check_layers(config.layers, names)
         names = [name for name in names if _block_number(name) in config.layers]
     for pattern in (config.rank_pattern, config.alpha_pattern):
         if pattern:
@@ -155,8 +158,9 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
         raise TargetError(
             f"LoRA was asked for targets={config.targets!r}, exclude={config.exclude!r}, "
             f"layers={config.layers!r}: no linear layer of this {type(model).__name__} is left. "
-            f"It has {_endings(linears)}. Name at least one of them."
+            f"{_endings(linears)} Name at least one of them."
         )
+    _refuse_shared(model, names)
     return names
 
 
@@ -191,20 +195,43 @@ def _no_match(what: str, target: str, linears: list[str]) -> TargetError:
     endings = sorted({name.rpartition(".")[2] for name in linears})
     near = did_you_mean(target.rpartition(".")[2], endings)
     return TargetError(
-        f"{what} {target!r} matches no linear layer. {_endings(linears)[:1].upper()}"
-        f"{_endings(linears)[1:]}.{near} Pass targets={ALL_LINEAR!r} to adapt all of them."
+        f"{what} {target!r} matches no linear layer. {_endings(linears)}{near} "
+        f"Pass targets={ALL_LINEAR!r} to adapt all of them."
     )
 
 
 def _endings(linears: list[str]) -> str:
     endings = sorted({name.rpartition(".")[2] for name in linears})
     if not endings:
-        return "no linear layers that LoRA can wrap"
-    return "the model's linear layers end in: " + ", ".join(endings)
+        return "The model has no linear layers inside that LoRA can wrap."
+    return f"The model's linear layers end in: {', '.join(endings)}."
+
+
+def _check_layers(layers: tuple[int, ...], names: list[str]) -> None:
+    blocks = sorted({number for number in map(_block_number, names) if number is not None})
+    missing = [number for number in layers if number not in blocks]
+    if missing:
+        seen = f"numbers {blocks[0]} to {blocks[-1]}" if blocks else "no numbered blocks"
+        raise TargetError(
+            f"layers={layers!r} was asked for, and the layers to choose from have {seen}: "
+            f"{missing[0]} is not among them. Change layers."
+        )
+
+
+def _refuse_shared(model: nn.Module, names: list[str]) -> None:
+    """One module under two names would be adapted under the first only."""
+    chosen = {id(model.get_submodule(name)): name for name in names}
+    for name, module in model.named_modules(remove_duplicate=False):
+        first = chosen.get(id(module), name)
+        if first != name:
+            raise TargetError(
+                f"LoRA was asked for {first!r}, which is the same module as {name!r}. "
+                "Leave it out of the targets (exclude), or give each place a module of its own."
+            )
 
 
 def _find_saved(model: nn.Module, config: LoRAConfig, adapted: list[str]) -> list[str]:
-    modules = [name for name, _ in model.named_modules() if name]
+    modules = [n for n, m in model.named_modules() if n and any(True for _ in m.parameters())]
     saved: list[str] = []
     for wanted in config.modules_to_save:
         found = [name for name in modules if matches(name, wanted)]
@@ -212,16 +239,23 @@ def _find_saved(model: nn.Module, config: LoRAConfig, adapted: list[str]) -> lis
             with_weights = {n.rpartition(".")[0] for n, _ in model.named_parameters()}
             near = did_you_mean(wanted, {n.rpartition(".")[2] for n in with_weights})
             raise TargetError(
-                f"modules_to_save names {wanted!r}, which is no module of this "
-                f"{type(model).__name__}.{near} Name a module that has parameters."
+                f"modules_to_save names {wanted!r}, which is no module with parameters of this "
+                f"{type(model).__name__}.{near} Name a module such as an embedding."
             )
         saved += [name for name in found if name not in saved]
-    both = [name for name in saved if name in adapted]
-    if both:
-        raise TargetError(
-            f"{both[0]!r} is both a LoRA target and in modules_to_save. "
-            "A layer trains either whole or through LoRA: take it out of one of the two."
-        )
+    for outer in saved:
+        both = [name for name in adapted if name == outer or name.startswith(outer + ".")]
+        if both:
+            raise TargetError(
+                f"{both[0]!r} is both a LoRA target and in modules_to_save ({outer!r}). "
+                "A layer trains either whole or through LoRA: take it out of one of the two."
+            )
+        nested = [name for name in saved if name.startswith(outer + ".")]
+        if nested:
+            raise TargetError(
+                f"modules_to_save names {nested[0]!r} and {outer!r}, which contains it. "
+                "Name one of the two."
+            )
     return saved
 
 
@@ -231,19 +265,26 @@ def _build_layer(
     rank = _by_name(name, config.rank_pattern, config.rank)
     alpha = _by_name(name, config.alpha_pattern, config.alpha)
     scaling = alpha / (rank**0.5 if config.rslora else rank)
-    base = model.get_submodule(name)
-    return build_lora_layer(
-        base,
-        rank=cast(int, rank),
-        alpha=alpha,
-        dropout=config.dropout,
-        scaling=scaling,
-        generator=generator,
-    )
+    try:
+        return build_lora_layer(
+            model.get_submodule(name),
+            rank=cast(int, rank),
+            alpha=alpha,
+            dropout=config.dropout,
+            scaling=scaling,
+            generator=generator,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def _by_name(name: str, pattern: dict[str, int] | dict[str, float], default: float) -> float:
     return next((v for key, v in pattern.items() if matches(name, key)), default)
+
+
+def _moved_beside(original: nn.Module, trained: nn.Module) -> nn.Module:
+    """Changes `original` in place: to the device and type that its trained copy now has."""
+    return original.to(next(trained.parameters()))  # in place, so a tied head follows
 
 
 def _block_number(name: str) -> int | None:

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from lora.errors import ConfigError, did_you_mean, gather
 
@@ -27,6 +27,22 @@ LORA_LEARNING_RATE = 10 * FULL_LEARNING_RATE
 
 def _check(condition: bool, name: str, seen: object, allowed: str) -> list[str]:
     return [] if condition else [f"{name}={seen!r}: allowed is {allowed}"]
+
+
+def _check_counts(owner: object, least: int, *names: str) -> list[str]:
+    values = {name: getattr(owner, name) for name in names}
+    allowed = f"an int ≥ {least}"
+    return [
+        fault
+        for name, value in values.items()
+        for fault in _check(_is_int(value) and value >= least, name, value, allowed)
+    ]
+
+
+def _check_choice(name: str, seen: object, choices: object) -> list[str]:
+    words: tuple[str, ...] = get_args(choices)
+    near = did_you_mean(str(seen), words)
+    return _check(seen in words, name, seen, f"one of {', '.join(words)}.{near}")
 
 
 def _raise_if(faults: list[str], owner: object) -> None:
@@ -64,11 +80,22 @@ class LoRAConfig:
     """Seed of A's first values; None draws from torch's global generator."""
 
     def __post_init__(self) -> None:
+        for name in ("targets", "exclude", "modules_to_save", "layers"):
+            if isinstance(getattr(self, name), list):  # as PEFT's users write them
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         faults = _check(_is_int(self.rank) and self.rank >= 1, "rank", self.rank, "an int ≥ 1")
         faults += _check(_is_positive(self.alpha), "alpha", self.alpha, "a finite number > 0")
         in_range = _is_number(self.dropout) and 0 <= self.dropout < 1
         faults += _check(in_range, "dropout", self.dropout, "0 ≤ dropout < 1")
-        faults += _check(bool(self.targets), "targets", self.targets, "at least one name")
+        in_range = isinstance(self.targets, str) or _is_tuple_of(str, self.targets)
+        in_range = in_range and bool(self.targets)
+        faults += _check(in_range, "targets", self.targets, "a pattern or at least one name")
+        for name in ("exclude", "modules_to_save"):
+            names = getattr(self, name)
+            faults += _check(_is_tuple_of(str, names), name, names, "a tuple of names")
+        in_range = self.layers is None or _is_tuple_of(int, self.layers)
+        faults += _check(in_range, "layers", self.layers, "a tuple of ints")
+        faults += _check(isinstance(self.rslora, bool), "rslora", self.rslora, "true or false")
         for name, rank in self.rank_pattern.items():
             faults += _check(_is_int(rank) and rank >= 1, f"rank_pattern[{name!r}]", rank, "≥ 1")
         for name, alpha in self.alpha_pattern.items():
@@ -104,19 +131,22 @@ class TrainConfig:
     """Type of the products: auto takes bf16 where the device is good at it."""
 
     def __post_init__(self) -> None:
-        faults = _check(_is_int(self.steps) and self.steps >= 1, "steps", self.steps, "≥ 1")
-        faults += _check(self.batch_size >= 1, "batch_size", self.batch_size, "≥ 1")
-        divides = self.micro_batches >= 1 and self.batch_size % self.micro_batches == 0
-        allowed = f"a divisor of batch_size={self.batch_size}"
-        faults += _check(divides, "micro_batches", self.micro_batches, allowed)
+        faults = _check_counts(self, 1, "steps", "batch_size", "micro_batches")
+        if not faults:
+            divides = self.batch_size % self.micro_batches == 0
+            allowed = f"a divisor of batch_size={self.batch_size}"
+            faults += _check(divides, "micro_batches", self.micro_batches, allowed)
         rate = self.learning_rate
         faults += _check(rate is None or _is_positive(rate), "learning_rate", rate, "> 0")
         for name in ("warmup_fraction", "min_rate_fraction"):
             value = getattr(self, name)
-            faults += _check(0 <= value <= 1, name, value, "0 to 1")
+            faults += _check(_is_number(value) and 0 <= value <= 1, name, value, "0 to 1")
         for name in ("weight_decay", "max_grad_norm"):
             value = getattr(self, name)
-            faults += _check(math.isfinite(value) and value >= 0, name, value, "≥ 0")
+            faults += _check(_is_number(value) and value >= 0, name, value, "≥ 0")
+        faults += _check(_is_int(self.seed), "seed", self.seed, "an int")
+        faults += _check_choice("schedule", self.schedule, Schedule)
+        faults += _check_choice("precision", self.precision, Precision)
         _raise_if(faults, self)
 
 
@@ -140,10 +170,13 @@ class DataConfig:
     """File with a jinja chat template to use instead of the model's own."""
 
     def __post_init__(self) -> None:
-        faults = _check(self.max_length >= 2, "max_length", self.max_length, "≥ 2")
-        in_range = 0 <= self.eval_fraction < 1
+        faults = _check_counts(self, 2, "max_length")
+        in_range = _is_number(self.eval_fraction) and 0 <= self.eval_fraction < 1
         faults += _check(in_range, "eval_fraction", self.eval_fraction, "0 ≤ fraction < 1")
-        faults += _check(self.max_eval_examples >= 1, "max_eval_examples", None, "≥ 1")
+        faults += _check_counts(self, 1, "max_eval_examples")
+        faults += _check(isinstance(self.packing, bool), "packing", self.packing, "true or false")
+        faults += _check_choice("learn_on", self.learn_on, LearnOn)
+        faults += _check_choice("long_examples", self.long_examples, LongExamples)
         _raise_if(faults, self)
 
 
@@ -169,11 +202,10 @@ class RunConfig:
     """Also write TensorBoard's event files into the run's folder."""
 
     def __post_init__(self) -> None:
-        faults = []
-        for name in ("eval_every_steps", "save_every_steps", "patience"):
-            value = getattr(self, name)
-            faults += _check(value >= 0, name, value, "≥ 0")
-        faults += _check(self.keep_checkpoints >= 1, "keep_checkpoints", None, "≥ 1")
+        faults = _check_counts(self, 0, "eval_every_steps", "save_every_steps", "patience")
+        faults += _check_counts(self, 1, "keep_checkpoints")
+        in_range = isinstance(self.tensorboard, bool)
+        faults += _check(in_range, "tensorboard", self.tensorboard, "true or false")
         _raise_if(faults, self)
 
 
@@ -192,6 +224,11 @@ def config_from_dict(kind: type[ConfigT], values: dict[str, Any]) -> ConfigT:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_tuple_of(kind: type, value: object) -> bool:
+    right = isinstance(value, tuple) and all(isinstance(item, kind) for item in value)
+    return right and not any(isinstance(item, bool) for item in value)  # type: ignore[attr-defined]
 
 
 def _is_number(value: object) -> bool:

@@ -162,10 +162,14 @@ def check_lora_numbers(
             f"outputs: allowed is an int from 1 to {smaller}. Choose a smaller rank, or leave "
             "this linear out of the targets."
         )
-    if not (math.isfinite(alpha) and alpha > 0):
+    if not (_is_number(alpha) and alpha > 0):
         raise ConfigError(f"alpha={alpha!r}: allowed is a finite number > 0 (usual: 2 · rank).")
-    if not 0 <= dropout < 1:
+    if not (_is_number(dropout) and 0 <= dropout < 1):
         raise ConfigError(f"dropout={dropout!r}: allowed is 0 ≤ dropout < 1 (usual: 0 to 0.1).")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)

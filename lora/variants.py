@@ -67,10 +67,13 @@ def is_conv1d(module: nn.Module) -> bool:
 def is_adaptable(module: nn.Module) -> bool:
     """Whether LoRA can wrap `module`.
 
-    Linears with a forward of their own (quantised ones) cannot be wrapped, nor the output
-    projection inside nn.MultiheadAttention, whose weight is read without calling the layer.
+    Linears with a forward or a computed weight of their own (quantised, parametrised) cannot be
+    wrapped, nor the output projection inside nn.MultiheadAttention, whose weight is read without
+    calling the layer.
     """
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False
+    if "weight" not in dict(module.named_parameters(recurse=False)):
         return False
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     return plain or is_conv1d(module)
