@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,28 +12,39 @@ from torch import Tensor, nn
 from lora.config import TrainConfig
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Return AdamW's groups: matrices decay; norms, biases and embeddings do not."""
+def parameter_groups(
+    model: nn.Module, weight_decay: float, whole_rate_fraction: float = 1.0
+) -> list[dict[str, Any]]:
+    """Return AdamW's groups: matrices decay; norms, biases and embeddings do not.
+
+    Where LoRA trains, what trains whole beside it (embeddings) takes `whole_rate_fraction` of the
+    rate: full weights want a lower one than A and B. A group's share stands in `rate_share`.
+    """
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
     }
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings]
-    chosen = {id(p) for p in decayed}
-    rest = [p for p in trainable if id(p) not in chosen]
-    groups: list[dict[str, object]] = []
-    if decayed:
-        groups.append({"params": decayed, "weight_decay": weight_decay})
-    if rest:
-        groups.append({"params": rest, "weight_decay": 0.0})
-    return groups
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    of_lora = {name for name in named if name.endswith(("lora_A", "lora_B"))}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        decays = parameter.ndim >= 2 and id(parameter) not in embeddings
+        share = whole_rate_fraction if of_lora and name not in of_lora else 1.0
+        key = (weight_decay if decays else 0.0, share)
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "rate_share": share}
+        for (decay, share), parameters in groups.items()
+    ]
 
 
-def build_optimizer(model: nn.Module, rate: float, weight_decay: float) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, rate: float, weight_decay: float, whole_rate_fraction: float = 1.0
+) -> torch.optim.AdamW:
     """Return AdamW (fused: one pass over each tensor) over what trains in `model`."""
-    return torch.optim.AdamW(
-        parameter_groups(model, weight_decay), lr=rate, betas=(0.9, 0.99), fused=True
-    )
+    groups = parameter_groups(model, weight_decay, whole_rate_fraction)
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), fused=True)
+    set_rate(optimizer, rate)
+    return optimizer
 
 
 def rate_factor(step: int, config: TrainConfig) -> float:
@@ -50,9 +62,9 @@ def rate_factor(step: int, config: TrainConfig) -> float:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Changes `optimizer` in place: every group takes `rate`."""
+    """Changes `optimizer` in place: every group takes its share of `rate`."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate_share"]
 
 
 @torch.no_grad()

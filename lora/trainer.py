@@ -165,7 +165,9 @@ def train(job: TrainingJob) -> TrainResult:
     """Changes `job.model` in place: run the job to its end, or from its newest checkpoint on."""
     config = job.train_config
     job.model.train()
-    optimizer = build_optimizer(job.model, job.learning_rate, config.weight_decay)
+    optimizer = build_optimizer(
+        job.model, job.learning_rate, config.weight_decay, config.whole_rate_fraction
+    )
     at = _resume(job, optimizer) if job.resume else _Position()
     if at.step == 0:
         _evaluate_and_note(job, at)
