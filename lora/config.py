@@ -115,6 +115,8 @@ class TrainConfig:
     """Parts that a step's rows are split into to save memory; the result is the same."""
     learning_rate: float | None = None
     """Peak rate; None takes the method's default (LoRA 1e-3, full fine-tuning 1e-4)."""
+    whole_rate_fraction: float = 0.2
+    """Beside LoRA, the rate of what trains whole (embeddings), as a share of LoRA's."""
     schedule: Schedule = "cosine"
     """How the rate falls after the warm-up."""
     warmup_fraction: float = 0.05
@@ -138,7 +140,7 @@ class TrainConfig:
             faults += _check(divides, "micro_batches", self.micro_batches, allowed)
         rate = self.learning_rate
         faults += _check(rate is None or _is_positive(rate), "learning_rate", rate, "> 0")
-        for name in ("warmup_fraction", "min_rate_fraction"):
+        for name in ("warmup_fraction", "min_rate_fraction", "whole_rate_fraction"):
             value = getattr(self, name)
             faults += _check(_is_number(value) and 0 <= value <= 1, name, value, "0 to 1")
         for name in ("weight_decay", "max_grad_norm"):
