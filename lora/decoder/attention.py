@@ -123,16 +123,21 @@ def build_view(places: Places, window_tokens: int | None) -> View:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float) -> Tensor:
     """Return softmax(q kᵀ · scale) v; q (B, H, T, D), k and v (B, heads, S, D) -> (B, T, H·D)."""
+    is_shared = q.shape[1] != k.shape[1]
+    if is_shared and view.mask is not None and q.is_cuda:
+        # CUDA's memory-efficient kernel takes masks but no shared heads; what takes both would
+        # hold the logits of all pairs, (B, H, T, S).
+        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+        is_shared = False
     y = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        view.mask,
-        is_causal=view.is_causal,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        q, k, v, view.mask, is_causal=view.is_causal, scale=scale, enable_gqa=is_shared
     )  # (B, H, T, D)
     return y.transpose(1, 2).flatten(2)  # (B, T, H·D)
+
+
+def repeat_heads(x: Tensor, n_heads: int) -> Tensor:
+    """Return x (B, heads, S, D) with every head repeated, (B, n_heads, S, D)."""
+    return x.repeat_interleave(n_heads // x.shape[1], dim=1)
 
 
 class Attention(nn.Module):

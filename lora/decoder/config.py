@@ -117,6 +117,8 @@ class DecoderConfig:
         whole = heads.num_attention_heads * heads.head_dim
         if self.block == "gpt2" and whole != self.hidden_size:
             faults.append(f"hidden size {self.hidden_size} is not heads · head width = {whole}")
+        if self.block == "gpt2" and heads.num_key_value_heads != heads.num_attention_heads:
+            faults.append(f"num_key_value_heads={heads.num_key_value_heads}: GPT-2 shares no heads")
         if not self.layers:
             faults.append("no layers")
         if faults:

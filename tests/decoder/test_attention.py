@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lora.decoder.attention import NO_CACHE, Places, build_view, find_places, positions_within
+from lora.decoder.attention import (
+    NO_CACHE,
+    Places,
+    build_view,
+    find_places,
+    positions_within,
+    repeat_heads,
+)
 from lora.decoder.cache import KVCache
 from lora.decoder.families import decoder_config
 
@@ -125,3 +133,12 @@ def test_without_a_cache_nothing_is_kept() -> None:
     assert places.cache is NO_CACHE
     keys, values = torch.ones(1), torch.zeros(1)
     assert NO_CACHE.append(0, keys, values) == (keys, values)
+
+
+def test_repeated_heads_are_what_shared_heads_mean() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 6, 5, 4, generator=generator)
+    k, v = torch.randn(2, 2, 2, 5, 4, generator=generator).unbind(0)
+    shared = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    repeated = F.scaled_dot_product_attention(q, repeat_heads(k, 6), repeat_heads(v, 6))
+    assert torch.allclose(shared, repeated, atol=1e-6)

@@ -229,6 +229,15 @@ def test_sizes_must_fit(fields: dict[str, Any], words: str) -> None:
     assert words in str(error.value)
 
 
+def test_gpt2_shares_no_heads_and_fills_its_width() -> None:
+    sizes = {"model_type": "gpt2", "vocab_size": 9, "n_embd": 32, "n_layer": 1, "n_head": 4}
+    assert decoder_config(sizes).intermediate_size == 128
+    with pytest.raises(ModelError, match="num_key_value_heads=2: GPT-2 shares no heads"):
+        decoder_config({**sizes, "num_key_value_heads": 2})
+    with pytest.raises(ModelError, match="hidden size 32 is not heads · head width = 64"):
+        decoder_config({**sizes, "head_dim": 16})
+
+
 def test_what_was_read_is_kept_whole(tmp_path: Path) -> None:
     source = config_of("llama", something_of_the_authors={"a": 1})
     kept = decoder_config(source).source
