@@ -94,12 +94,18 @@ class LlamaTrunk(Trunk):
 
 
 class GemmaTrunk(LlamaTrunk):
-    """Gemma's trunk: the embeddings are scaled."""
+    """Gemma's trunk: the embeddings are scaled, by a factor rounded to their type as in training."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        self.scales = {
+            kind: torch.tensor(config.embedding_scale, dtype=kind, device="cpu").item()
+            for kind in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        }
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         x = self.embed_tokens(input_ids)  # (B, T, C)
-        # The factor is rounded to x's type first, as Gemma was trained.
-        return x * torch.tensor(self.config.embedding_scale, dtype=x.dtype, device="cpu").item()
+        return x * self.scales[x.dtype]
 
 
 class GPT2Trunk(Trunk):
