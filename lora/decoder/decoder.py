@@ -94,7 +94,7 @@ class LlamaTrunk(Trunk):
 
 
 class GemmaTrunk(LlamaTrunk):
-    """Gemma's trunk: the embeddings are scaled, by a factor rounded to their type as in training."""
+    """Gemma's trunk: embeddings are scaled, by a factor rounded to their type as in training."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
