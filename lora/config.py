@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -87,7 +88,7 @@ class LoRAConfig:
         faults += _check(_is_positive(self.alpha), "alpha", self.alpha, "a finite number > 0")
         in_range = _is_number(self.dropout) and 0 <= self.dropout < 1
         faults += _check(in_range, "dropout", self.dropout, "0 ≤ dropout < 1")
-        in_range = isinstance(self.targets, str) or _is_tuple_of(str, self.targets)
+        in_range = _is_pattern(self.targets) or _is_tuple_of(str, self.targets)
         in_range = in_range and bool(self.targets)
         faults += _check(in_range, "targets", self.targets, "a pattern or at least one name")
         for name in ("exclude", "modules_to_save"):
@@ -231,6 +232,13 @@ def _is_int(value: object) -> bool:
 def _is_tuple_of(kind: type, value: object) -> bool:
     right = isinstance(value, tuple) and all(isinstance(item, kind) for item in value)
     return right and not any(isinstance(item, bool) for item in value)  # type: ignore[attr-defined]
+
+
+def _is_pattern(value: object) -> bool:
+    try:
+        return isinstance(value, str) and bool(re.compile(value))
+    except re.error:
+        return False
 
 
 def _is_number(value: object) -> bool:

@@ -1,0 +1,123 @@
+"""Settings check themselves, all faults at once, with the allowed values in the message."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from lora.config import (
+    FULL_LEARNING_RATE,
+    LORA_LEARNING_RATE,
+    DataConfig,
+    LoRAConfig,
+    RunConfig,
+    TrainConfig,
+    config_from_dict,
+)
+from lora.errors import ConfigError
+
+KINDS = (LoRAConfig, TrainConfig, DataConfig, RunConfig)
+
+
+def test_the_defaults_of_lora() -> None:
+    config = LoRAConfig()
+    assert (config.rank, config.alpha, config.dropout) == (8, 16.0, 0.0)
+    assert config.targets == "all-linear"
+    assert math.isclose(LORA_LEARNING_RATE, 10 * FULL_LEARNING_RATE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_setting_has_its_default_and_cannot_be_changed(kind: type) -> None:
+    config = kind()
+    assert len(dataclasses.fields(kind)) <= 12
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, dataclasses.fields(kind)[0].name, 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_config_made_of_its_own_fields_is_the_same(kind: type) -> None:
+    assert config_from_dict(kind, dataclasses.asdict(kind())) == kind()
+
+
+REFUSED: list[tuple[type, str, Any, str]] = [
+    *((LoRAConfig, "rank", value, "an int ≥ 1") for value in (0, -1, 1.0, "8", True, None)),
+    *((LoRAConfig, "alpha", v, "finite number > 0") for v in (0, -1, math.nan, math.inf, "16")),
+    *((LoRAConfig, "dropout", v, "0 ≤ dropout < 1") for v in (-0.1, 1, 1.0, math.nan, "0", True)),
+    *((LoRAConfig, "targets", v, "a pattern or at least one name") for v in ("", (), [], None, 3)),
+    (LoRAConfig, "targets", "q_proj(", "a pattern"),
+    (LoRAConfig, "targets", ("q_proj", 3), "a pattern or at least one name"),
+    (LoRAConfig, "exclude", "q_proj", "a tuple of names"),
+    (LoRAConfig, "modules_to_save", "embed_tokens", "a tuple of names"),
+    (LoRAConfig, "layers", (0, "1"), "a tuple of ints"),
+    (LoRAConfig, "layers", (True,), "a tuple of ints"),
+    (LoRAConfig, "layers", 3, "a tuple of ints"),
+    (LoRAConfig, "rslora", "no", "true or false"),
+    *((TrainConfig, "steps", value, "an int ≥ 1") for value in (0, 1.5, "200", True)),
+    (TrainConfig, "batch_size", "8", "an int ≥ 1"),
+    (TrainConfig, "micro_batches", 0, "an int ≥ 1"),
+    (TrainConfig, "micro_batches", 3, "a divisor of batch_size=8"),
+    *((TrainConfig, "learning_rate", v, "> 0") for v in (0, -1e-4, math.nan, "1e-4")),
+    *((TrainConfig, "warmup_fraction", value, "0 to 1") for value in (-0.1, 1.1, math.nan, "0")),
+    (TrainConfig, "min_rate_fraction", 2, "0 to 1"),
+    *((TrainConfig, "weight_decay", value, "≥ 0") for value in (-1, math.nan, math.inf, None)),
+    (TrainConfig, "max_grad_norm", -1.0, "≥ 0"),
+    (TrainConfig, "seed", "1", "an int"),
+    (TrainConfig, "schedule", "cosin", "cosine, linear, constant. Did you mean 'cosine'?"),
+    (TrainConfig, "precision", "fp16", "auto, fp32, bf16. Did you mean"),
+    *((DataConfig, "max_length", value, "an int ≥ 2") for value in (1, 2.0, "512")),
+    (DataConfig, "packing", "false", "true or false"),
+    (DataConfig, "learn_on", "user", "assistant, all"),
+    (DataConfig, "long_examples", "cut", "truncate, split, drop"),
+    *((DataConfig, "eval_fraction", v, "0 ≤ fraction < 1") for v in (-0.1, 1, math.nan, "0.1")),
+    (DataConfig, "max_eval_examples", 0, "an int ≥ 1"),
+    *((RunConfig, n, -1, "an int ≥ 0") for n in ("eval_every_steps", "save_every_steps")),
+    (RunConfig, "patience", 1.5, "an int ≥ 0"),
+    (RunConfig, "keep_checkpoints", 0, "an int ≥ 1"),
+    (RunConfig, "tensorboard", "yes", "true or false"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "value", "allowed"), REFUSED)
+def test_a_setting_out_of_range_is_refused(kind: type, name: str, value: Any, allowed: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        kind(**{name: value})
+    message = str(caught.value)
+    seen = tuple(value) if isinstance(value, list) else value
+    assert f"{kind.__name__} has settings out of range" in message
+    assert f"{name}={seen!r}: allowed is" in message
+    assert allowed in message
+
+
+def test_all_faults_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        LoRAConfig(rank=0, alpha=-1, rank_pattern={"q_proj": 0}, alpha_pattern={"v_proj": math.nan})
+    for words in ("rank=0", "alpha=-1", "rank_pattern['q_proj']=0", "alpha_pattern['v_proj']=nan"):
+        assert words in str(caught.value)
+
+
+def test_lists_become_tuples() -> None:
+    config = LoRAConfig(targets=["q_proj"], layers=[0, 1])  # type: ignore[arg-type]
+    assert config.targets == ("q_proj",)
+    assert config.layers == (0, 1)
+    read = config_from_dict(LoRAConfig, {"targets": ["q_proj"], "rank_pattern": {"q_proj": 2}})
+    assert read == LoRAConfig(targets=("q_proj",), rank_pattern={"q_proj": 2})
+
+
+def test_unknown_keys_are_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict(LoRAConfig, {"rnk": 4, "alpa": 8, "rank": 8})
+    message = str(caught.value)
+    assert "LoRAConfig has no such setting" in message
+    assert "'rnk'. Did you mean 'rank'?" in message
+    assert "'alpa'. Did you mean 'alpha'?" in message
+    assert "Allowed are: alpha, alpha_pattern, dropout, exclude" in message
+
+
+def test_settings_load_no_torch() -> None:
+    code = "import sys, lora.config; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
