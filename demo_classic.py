@@ -23,22 +23,14 @@ from lora.report import draw_loss_curves
 from lora.runs import atomic_write, read_json, read_rows
 
 HERE = Path(__file__).resolve().parent
-FULL = {"USE_LORA": "False", "LEARNING_RATE": "2e-3", "RUN_NAME": "full"}
-
-
-def lora_variables(rank: int, rate: str) -> dict[str, str]:
-    """Return the variables of a LoRA run; alpha is twice the rank, as usual."""
-    return {
-        "USE_LORA": "True",
-        "LORA_RANK": str(rank),
-        "LORA_ALPHA": str(2 * rank),
-        "LEARNING_RATE": rate,
-        "RUN_NAME": f"lora-r{rank}",
-    }
 
 
 # Each method at the best of the rates tried for it: see benchmarks/char_rates.py.
-ADAPTATIONS = [FULL, lora_variables(8, "5e-3"), lora_variables(32, "3e-3")]
+ADAPTATIONS = [
+    {"RUN_NAME": "full", "LEARNING_RATE": "2e-3"},
+    {"RUN_NAME": "lora-r8", "USE_LORA": "True", "LORA_RANK": "8", "LEARNING_RATE": "7e-3"},
+    {"RUN_NAME": "lora-r32", "USE_LORA": "True", "LORA_RANK": "32", "LEARNING_RATE": "1e-2"},
+]
 DEMO = {"BATCH_SIZE": "8", "BASE_STEPS": "1500", "MAX_STEPS": "600"}
 QUICK = {"TEST_MODE": "True", "BASE_STEPS": "150", "MAX_STEPS": "60"}
 

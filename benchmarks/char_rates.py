@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL_RATES = (1e-3, 2e-3, 4e-3)
-LORA_RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
+LORA_RATES = (3.5e-3, 5e-3, 7e-3, 1e-2, 1.4e-2)
 RANKS = (8, 32)
 SIZES = {"BATCH_SIZE": "8"}
 

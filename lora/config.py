@@ -116,7 +116,7 @@ class TrainConfig:
     """Parts that a step's rows are split into to save memory; the result is the same."""
     learning_rate: float | None = None
     """Peak rate; None takes the method's default (LoRA 1e-3, full fine-tuning 1e-4)."""
-    whole_rate_fraction: float = 0.2
+    whole_rate_fraction: float = 0.3
     """Beside LoRA, the rate of what trains whole (embeddings), as a share of LoRA's."""
     schedule: Schedule = "cosine"
     """How the rate falls after the warm-up."""
