@@ -141,7 +141,7 @@ def find_described(
     faults = [] if names else [f"target_modules={description.targets!r} matches no layer here"]
     for name in sorted(set(names) - set(linears)):
         kind = type(modules[name]).__name__
-        faults.append(f"target {name!r} is a {kind}: LoRA can wrap linear layers only")
+        faults.append(f"target {name!r} is of type {kind}: LoRA can wrap linears only")
     for name in description.saved:
         if not any(f"base_model.model.{module}".endswith(name) for module in modules):
             near = did_you_mean(name, {module.rpartition(".")[2] for module in modules})

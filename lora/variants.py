@@ -91,8 +91,8 @@ def build_lora_layer(
     """Return the LoRA layer that fits `base`. Raises TargetError if none does."""
     if not is_adaptable(base):
         raise TargetError(
-            f"LoRA was asked for a {type(base).__name__}: allowed are nn.Linear and transformers' "
-            "Conv1D. Leave this layer out of the targets."
+            f"LoRA was asked for a layer of type {type(base).__name__}: allowed are nn.Linear and "
+            "transformers' Conv1D. Leave this layer out of the targets."
         )
     if is_conv1d(base):
         return LoRAConv1D(base, rank, alpha, dropout, scaling=scaling, generator=generator)
