@@ -1,0 +1,114 @@
+"""A run's folder: whole files, reproducible rows, one process at a time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora.errors import CheckpointError
+from lora.runs import atomic_write, create_run, default_name, environment, read_json, read_rows
+
+
+def test_atomic_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    atomic_write(path, b"one")
+    atomic_write(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_atomic_write_into_a_vanished_folder_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"gone/file could not be written.*vanished"):
+        atomic_write(tmp_path / "gone" / "file", b"x")
+
+
+def test_atomic_write_keeps_the_former_file_when_the_disk_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    atomic_write(path, b"old")
+
+    def refuse(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(CheckpointError, match="Free some space"):
+        atomic_write(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_rows_are_written_alike_and_cut_after_a_step(tmp_path: Path) -> None:
+    with create_run(tmp_path, "run") as run:
+        for step in (1, 2, 3):
+            run.append_metrics({"step": step, "loss": 1 / step})
+            run.append_timing({"step": step, "step_s": 0.1})
+        first = (run.folder / "metrics.jsonl").read_bytes()
+        run.cut_metrics_after(2)
+        assert [row["step"] for row in run.read_metrics()] == [1, 2]
+        assert [row["step"] for row in read_rows(run.folder / "timings.jsonl")] == [1, 2]
+        run.append_metrics({"loss": 1 / 3, "step": 3})
+        assert (run.folder / "metrics.jsonl").read_bytes() == first
+
+
+def test_a_last_line_cut_short_is_left_out_and_a_damaged_one_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert [row["step"] for row in read_rows(path)] == [1, 2]
+    path.write_text('{"step": 1}\nnonsense\n')
+    with pytest.raises(CheckpointError, match="line 2"):
+        read_rows(path)
+
+
+def test_a_second_run_of_the_same_name_gets_its_own_folder(tmp_path: Path) -> None:
+    with create_run(tmp_path, "run", described={"seed": 1}) as first:
+        assert read_json(first.folder / "run.json")["seed"] == 1
+    with create_run(tmp_path, "run") as second:
+        assert second.folder.name == "run-2"
+
+
+def test_a_run_in_use_is_refused_and_free_again_when_its_process_dies(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from lora.runs import create_run\n"
+        f"run = create_run(Path({str(tmp_path)!r}), 'run'); print('open', flush=True)\n"
+        "sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    assert other.stdin is not None
+    assert other.stdout.readline() == "open\n"
+    with pytest.raises(CheckpointError, match="in use by another process"):
+        create_run(tmp_path, "run", resume=True)
+    other.kill()
+    other.wait()
+    other.stdin.close()
+    other.stdout.close()
+    create_run(tmp_path, "run", resume=True).close()
+
+
+def test_resuming_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such folder"):
+        create_run(tmp_path, "run", resume=True)
+
+
+def test_a_file_where_the_folder_should_be_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(CheckpointError, match="choose another output folder"):
+        create_run(tmp_path / "out", "run")
+
+
+def test_the_environment_names_versions_and_no_place() -> None:
+    described = environment()
+    assert set(described) == {"python", "platform", "cpu_count", "versions"}
+    assert "torch" in described["versions"]
+    assert os.uname().nodename not in str(described)
+
+
+def test_names_of_runs_begin_with_the_model() -> None:
+    assert default_name("some/folder/tiny-llama").startswith("tiny-llama-2")
