@@ -101,13 +101,15 @@ def read_adapter_config(folder: Path | str) -> LoRAConfig:
     """
     files = read_adapter_files(Path(folder))
     description, faults = parse_description(files.described)
-    faults = files.faults + faults
-    if description is None or faults:
-        raise AdapterError(gather(faults, f"The adapter {folder} cannot be used:", _ADVICE))
     names, ending = [], ".lora_A.weight"
     for key in files.tensors:
         if key.startswith(_PREFIX) and key.endswith(ending):
             names.append(key.removeprefix(_PREFIX).removesuffix(ending))
+    faults = files.faults + faults
+    if not names and not files.faults:
+        faults.append(f"no tensor is called {_PREFIX}…{ending}")
+    if description is None or faults:
+        raise AdapterError(gather(faults, f"The adapter {folder} cannot be used:", _ADVICE))
     return build_config(description, names, list(description.saved))
 
 

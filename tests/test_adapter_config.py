@@ -124,6 +124,9 @@ def test_all_linear_means_the_same_as_in_peft(
     names, _, faults = find_described(model, ours)
     assert faults == []
     assert set(names) == expected
+    without = parsed(target_modules="all-linear", exclude_modules=["q_proj", "c_attn"])
+    fewer = {name for name in expected if not name.endswith(("q_proj", "c_attn"))}
+    assert set(find_described(model, without)[0]) == fewer < expected
     apply_lora(model, LoRAConfig(rank=2))
     assert set(find_described(model, ours)[0]) == expected
 

@@ -249,6 +249,7 @@ def test_what_trains_after_loading(
     model = tiny_model("llama-tied")
     if has_lora:
         model = adapted(targets="q_proj", modules_to_save=("embed_tokens",)).requires_grad_(False)
+        model.get_parameter("model.norm.weight").requires_grad_(True)  # frozen with the rest
     assert load_adapter(model, folder, trainable=trainable) is model
     trained = {
         n.rpartition("self_attn.")[2] for n, p in model.named_parameters() if p.requires_grad
@@ -304,6 +305,12 @@ def test_settings_of_a_damaged_adapter_are_refused(folder: Path) -> None:
         read_adapter_config(folder)
     assert "is damaged" in str(caught.value)
     assert "DoRA" in str(caught.value)
+
+
+def test_settings_of_an_adapter_without_layers_are_refused(folder: Path) -> None:
+    edit_tensors(folder, lambda t: [t.pop(key) for key in list(t) if "lora_A" in key])
+    with pytest.raises(AdapterError, match=r"no tensor is called base_model.model.….lora_A.weight"):
+        read_adapter_config(folder)
 
 
 def test_a_plain_model_has_nothing_to_save(tiny_model: Build, tmp_path: Path) -> None:

@@ -278,13 +278,14 @@ def test_removing_gives_the_base_back(
     apply_lora(tied_toy, LoRAConfig(rank=2))  # and LoRA can be put on again
 
 
-def test_originals_follow_the_model_to_another_type(tied_toy: nn.Module) -> None:
-    apply_lora(tied_toy, LoRAConfig(rank=2, modules_to_save=("embed",)))
-    tied_toy.double()
-    with disabled_adapter(tied_toy):
-        assert tied_toy(IDS).dtype == torch.float64
-    remove_lora(tied_toy)
-    assert tied_toy(IDS).dtype == torch.float64
+@pytest.mark.parametrize("kind", [Toy, TiedToy])
+def test_originals_follow_the_model_to_another_type(kind: type[Toy]) -> None:
+    with_disabled, removed = (
+        apply_lora(kind(), LoRAConfig(rank=2, modules_to_save=("embed",))).double() for _ in "12"
+    )
+    with disabled_adapter(with_disabled):
+        assert with_disabled(IDS).dtype == torch.float64
+    assert remove_lora(removed)(IDS).dtype == torch.float64
 
 
 def test_training_mode_is_kept(toy: nn.Module) -> None:
