@@ -176,8 +176,9 @@ def _misspelt(environment: Mapping[str, str], known: list[str]) -> list[str]:
         if variable in known or variable in OTHER_PEOPLES:
             continue
         ours = variable.startswith("LORA_")
-        # Others' variables are left alone unless they are one slip away from ours.
-        near = difflib.get_close_matches(variable, known, n=1, cutoff=0.85)
+        # Others' variables are left alone unless they are a slip away from a name like ours.
+        unmistakable = [name for name in known if "_" in name]
+        near = difflib.get_close_matches(variable, unmistakable, n=1, cutoff=0.85)
         if ours or near:
             hint = did_you_mean(variable, known) or f" Allowed: {', '.join(known)}."
             faults.append(f"{variable} is no variable of training.py.{hint}")

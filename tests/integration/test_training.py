@@ -1,0 +1,151 @@
+"""training.py as a user runs it: a process, the environment, a folder of results."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = {"N_EMBD": "32", "N_HEAD": "2", "N_LAYER": "1", "BLOCK_SIZE": "16", "BATCH_SIZE": "4"}
+TINY |= {"BASE_STEPS": "20", "MAX_STEPS": "12", "EVAL_INTERVAL": "6", "OMP_NUM_THREADS": "1"}
+LORA_MODULES = ("lora_module", "variants", "apply", "adapter_io", "adapter_config", "merge")
+
+
+def environment(out: Path, **variables: str) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("LORA_")}
+    return {**kept, **TINY, "OUTPUT_DIR": str(out), **variables}
+
+
+def run(out: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "training.py")]
+    return subprocess.run(
+        command, env=environment(out, **variables), capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog\n" * 60)
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    out = tmp_path_factory.mktemp("base")
+    done = run(out, DATA_PATH=str(text))
+    assert done.returncode == 0, done.stderr
+    return out / "base"
+
+
+def test_a_base_leaves_a_whole_folder(base: Path) -> None:
+    names = {path.name for path in base.iterdir()}
+    wanted = {"run.json", "metrics.jsonl", "timings.jsonl", "result.json", "samples.json"}
+    assert wanted | {"loss.png", "model", "checkpoints"} <= names
+    assert (base / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    result = json.loads((base / "result.json").read_text())
+    assert result["steps"] == 20
+    assert result["eval_loss"] < 3.0
+    assert result["peak_memory_bytes"] > 50e6
+    assert {path.name for path in (base / "model").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "vocab.json",
+    }
+
+
+def test_lora_saves_the_adapter_alone_and_loads_it_again(
+    base: Path, text: Path, tmp_path: Path
+) -> None:
+    variables = {"LORA_RANK": "4", "LORA_ALPHA": "8.0", "LORA_DROPOUT": "0.1"}
+    done = run(
+        tmp_path, USE_LORA="True", BASE_CHECKPOINT=str(base), DATA_PATH=str(text), **variables
+    )
+    assert done.returncode == 0, done.stderr
+    assert "LoRA (A and B)" in done.stdout
+    assert "the same to the last digit" in done.stdout
+    folder = tmp_path / "lora-r4"
+    assert {path.name for path in (folder / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert not (folder / "model").exists()
+    described = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert (described["r"], described["lora_alpha"], described["lora_dropout"]) == (4, 8, 0.1)
+    assert set(json.loads((folder / "samples.json").read_text())) == {"before", "after"}
+
+
+def test_two_runs_give_the_same_metrics_to_the_byte(base: Path, text: Path, tmp_path: Path) -> None:
+    variables = {"USE_LORA": "1", "BASE_CHECKPOINT": str(base), "DATA_PATH": str(text)}
+    for name in ("a", "b"):
+        assert run(tmp_path, RUN_NAME=name, **variables).returncode == 0
+    first, second = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("a", "b"))
+    assert first == second
+
+
+def test_plain_training_is_the_same_where_loras_code_is_absent(
+    base: Path, text: Path, tmp_path: Path
+) -> None:
+    absent = "".join(f"sys.modules['lora.{name}'] = None\n" for name in LORA_MODULES)
+    code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{absent}import training\n"
+    code += "sys.exit(training.main())"
+    variables = environment(tmp_path, DATA_PATH=str(text))
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    metrics = (tmp_path / "base" / "metrics.jsonl").read_bytes()
+    assert metrics == (base / "metrics.jsonl").read_bytes()
+
+
+def test_lora_without_a_base_trains_one_and_reuses_it(tmp_path: Path) -> None:
+    first = run(tmp_path, USE_LORA="True")
+    assert first.returncode == 0, first.stderr
+    assert "LoRA on random weights is meaningless" in first.stdout
+    second = run(tmp_path, USE_LORA="True")
+    assert second.returncode == 0, second.stderr
+    assert "base: reusing" in second.stdout
+    bases = [path.name for path in tmp_path.iterdir() if path.name.startswith("base")]
+    assert len(bases) == 1
+    assert {"lora-r8", "lora-r8-2"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_full_fine_tuning_from_the_same_base(base: Path, text: Path, tmp_path: Path) -> None:
+    done = run(tmp_path, BASE_CHECKPOINT=str(base), DATA_PATH=str(text))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "full" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("content", "variables", "seen"),
+    [
+        (None, {}, "does not exist"),
+        ("", {}, "is empty"),
+        ("aaaa", {}, "only the character 'a'"),
+        ("short text", {}, "block_size + 1 = 17"),
+        ("héllo wörld " * 100, {"BASE": "yes"}, "1% is allowed"),
+        ("plain " * 100, {"LORA_RNAK": "8"}, "Did you mean 'LORA_RANK'"),
+        ("plain " * 100, {"USE_LORA": "maybe"}, "allowed are True and False"),
+        ("plain " * 100, {"USE_LORA": "True", "BASE": "yes", "LORA_RANK": "40"}, "from 1 to"),
+        ("plain " * 100, {"BASE_CHECKPOINT": "nowhere"}, "nowhere"),
+        ("plain " * 100, {"DEVICE": "gpu"}, "device='gpu'"),
+    ],
+)
+def test_bad_input_ends_with_one_message_and_leaves_nothing(
+    base: Path, tmp_path: Path, content: str | None, variables: dict[str, str], seen: str
+) -> None:
+    path, out = tmp_path / "text.txt", tmp_path / "out"
+    if content is not None:
+        path.write_text(content)
+    if variables.pop("BASE", None):
+        variables["BASE_CHECKPOINT"] = str(base)
+    done = run(out, DATA_PATH=str(path), **variables)
+    assert done.returncode == 2
+    assert seen in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not out.exists() or not any(out.iterdir())
