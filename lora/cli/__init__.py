@@ -1,31 +1,52 @@
 """The command `lora`; one module of this folder a command, loaded when it is called.
 
-The only reader of the command line. Errors of ours are printed without a traceback and exit with
-2; `--debug` shows the traceback.
+    lora --help
+    lora COMMAND --help
+    lora COMMAND … --config FILE.yaml     settings from a file, under the flags' names
+    LORALM_COMMAND_FLAG=…                 settings from the environment
+
+A flag beats the environment, and the environment beats the file. The only reader of the command
+line. Errors of ours are printed without a traceback and exit with 2; `--debug` shows the traceback.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from cyclopts import App, CycloptsError
-from cyclopts.config import Env
+from cyclopts import App, CycloptsError, UnknownOptionError
+from cyclopts.config import Dict, Env
 
 from lora import __version__
-from lora.errors import LoraError
+from lora.errors import ConfigError, LoraError, did_you_mean
 
 COMMANDS: dict[str, tuple[str, str]] = {}
 """By name: where the command's function is ("module:function"), and its line in the help."""
 
+ENVIRONMENT_PREFIX = "LORALM_"
+HELP_END = (
+    "Every command also takes `--config FILE.yaml` (its flags, without dashes, as keys), settings "
+    f"from the environment (`{ENVIRONMENT_PREFIX}COMMAND_FLAG`), and `--debug` (the traceback of "
+    "an error)."
+)
 
-def build_app() -> App:
-    """Return the application with every command, none of them imported yet."""
+
+def build_app(settings: dict[str, Any] | None = None, source: str = "") -> App:
+    """Return the application with every command, none of them imported yet.
+
+    `settings` are defaults that stand in the file `source`; flags and environment beat them.
+    """
+    files = () if settings is None else (Dict(settings, source=source, use_commands_as_keys=False),)
     app = App(
         name="lora",
         help="LoRA fine-tuning of language models.",
+        help_epilogue=HELP_END,
         version=f"lora {__version__}",
-        config=(Env("LORALM_"),),
+        config=(Env(ENVIRONMENT_PREFIX), *files),
+        suppress_keyboard_interrupt=False,  # `main` answers it
     )
     for name, (target, line) in COMMANDS.items():
         app.command(target, name=name, help=line)
@@ -35,18 +56,95 @@ def build_app() -> App:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in words
+    is_debugging = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
-        code = build_app()(words, exit_on_error=False, result_action="return_value")
-    except CycloptsError:
-        return 2  # cyclopts has printed what was wrong
-    except LoraError as error:
-        if debug:
+        return _run(words)
+    except (LoraError, CycloptsError) as error:
+        if is_debugging:
             raise
-        print(f"lora: {error}", file=sys.stderr)
+        print(f"lora: {_describe(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("lora: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(words: list[str]) -> int:
+    words, path = _take_config(words)
+    _check_command(words)
+    app = build_app() if path is None else build_app(_read_settings(path), str(path))
+    code = app(words, exit_on_error=False, print_error=False, result_action="return_value")
     return code if isinstance(code, int) else 0
+
+
+def _check_command(words: list[str]) -> None:
+    # Before cyclopts, which would import every command to suggest one.
+    word = words[0] if words else "--help"
+    if word in COMMANDS or word in ("--help", "-h", "--version"):
+        return
+    known = ", ".join(sorted(COMMANDS)) or "none yet"
+    kind = "option" if word.startswith("-") else "command"
+    near = did_you_mean(word, [*COMMANDS, "--help", "--version"])
+    raise ConfigError(
+        f"There is no {kind} {word!r}.{near} Commands are: {known}. `lora --help` explains them."
+    )
+
+
+def _take_config(words: list[str]) -> tuple[list[str], Path | None]:
+    rest: list[str] = []
+    paths: list[str] = []
+    remaining = iter(words)
+    for word in remaining:
+        if word == "--config":
+            paths.append(next(remaining, ""))
+        elif word.startswith("--config="):
+            paths.append(word.removeprefix("--config="))
+        else:
+            rest.append(word)
+    if len(paths) > 1 or "" in paths:
+        raise ConfigError(
+            f"--config takes one YAML file, and {len([p for p in paths if p])} were given. "
+            "Write --config FILE.yaml once."
+        )
+    return rest, Path(paths[0]) if paths else None
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = did_you_mean(path.name, names)
+        raise ConfigError(
+            f"The settings {path} cannot be read: {error.strerror}.{near} Name a YAML file."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The settings {path} are no YAML: {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(
+            f"The settings {path} are no list of `name: value` lines. Write flags, without "
+            "dashes, as names, for example `rank: 16`."
+        )
+    # As on the command line, `_` and `-` are one.
+    return {key.replace("_", "-"): value for key, value in values.items()}
+
+
+def _describe(error: LoraError | CycloptsError) -> str:
+    if not isinstance(error, UnknownOptionError):
+        return str(error)
+    key = error.token.keyword or ""
+    if not key.startswith("["):  # which is how a file's key is written
+        return str(error)
+    key = key.strip("[]")
+    names = [name for argument in error.argument_collection or () for name in argument.names]
+    allowed = sorted(name.removeprefix("--") for name in names if name.startswith("--"))
+    near = did_you_mean(key, allowed)
+    return f"{error.token.source} has an unknown setting {key!r}.{near} Allowed are: " + (
+        ", ".join(allowed) + "."
+    )
