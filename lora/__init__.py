@@ -17,7 +17,17 @@ if TYPE_CHECKING:
     from lora.adapter_io import load_adapter, save_adapter
     from lora.apply import apply_lora, disabled_adapter, remove_lora
     from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
-    from lora.errors import LoraError
+    from lora.errors import (
+        AdapterError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        DependencyError,
+        LoraError,
+        ModelError,
+        TargetError,
+        TrainingError,
+    )
     from lora.lora_module import (
         LoRALinear,
         ParameterCounts,
@@ -29,13 +39,21 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdapterError": "lora.errors",
+    "CheckpointError": "lora.errors",
+    "ConfigError": "lora.errors",
     "DataConfig": "lora.config",
+    "DataError": "lora.errors",
+    "DependencyError": "lora.errors",
     "LoRAConfig": "lora.config",
     "LoRALinear": "lora.lora_module",
     "LoraError": "lora.errors",
+    "ModelError": "lora.errors",
     "ParameterCounts": "lora.lora_module",
     "RunConfig": "lora.config",
+    "TargetError": "lora.errors",
     "TrainConfig": "lora.config",
+    "TrainingError": "lora.errors",
     "apply_lora": "lora.apply",
     "apply_lora_to_linear": "lora.lora_module",
     "count_lora_parameters": "lora.lora_module",
@@ -47,13 +65,21 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdapterError",
+    "CheckpointError",
+    "ConfigError",
     "DataConfig",
+    "DataError",
+    "DependencyError",
     "LoRAConfig",
     "LoRALinear",
     "LoraError",
+    "ModelError",
     "ParameterCounts",
     "RunConfig",
+    "TargetError",
     "TrainConfig",
+    "TrainingError",
     "apply_lora",
     "apply_lora_to_linear",
     "count_lora_parameters",
