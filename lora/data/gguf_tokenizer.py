@@ -1,34 +1,74 @@
 """The tokenizer inside a GGUF file's metadata, as one of the `tokenizers` library.
 
-Source of the keys: the GGUF specification, `tokenizer.ggml.*` and `tokenizer.chat_template`.
+Source of the keys: the GGUF specification, `tokenizer.ggml.*` and `tokenizer.chat_template`. What
+the names in `tokenizer.ggml.pre` stand for, and what a missing key means: llama.cpp; where it
+departs from the tokenizers that the models were trained with (it never normalises), they count.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from lora.data.tokenizers import TextTokenizer, find_stop_ids
 from lora.errors import DataError, did_you_mean
 
-_CONTROL, _USER_DEFINED, _UNKNOWN, _BYTE = 3, 4, 2, 6  # values of tokenizer.ggml.token_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+_ENDS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
-# Where words may end in byte-level BPE, by the names of `tokenizer.ggml.pre`. The patterns are
-# facts of the models that were trained with them.
-_GPT2 = ("default", "gpt-2", "gpt2")
-_DIGITS_ALONE = ("smollm", "refact", "starcoder")
-_WORDS = {
-    "llama-bpe": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ),
-    "qwen2": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ),
+
+@dataclass(frozen=True)
+class _Words:
+    """One row: where byte-level BPE may end a word, and what goes with it."""
+
+    pattern: str | None = None
+    """None: GPT-2's own."""
+    digits_alone: bool = False
+    ignore_merges: bool = False
+    """A word that is a token is that token, whatever the merges would make of it."""
+    add_bos: bool = False
+    """What a file means that does not say tokenizer.ggml.add_bos_token."""
+    normal_form: bool = False
+    """Unicode's form C first."""
+
+
+_LLAMA3 = _ENGLISH + r"|\p{N}{1,3}" + _ENDS
+_QWEN2 = _Words(_ENGLISH + r"|\p{N}" + _ENDS, normal_form=True)
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PRE: dict[str, _Words] = {
+    "default": _Words(),
+    "gpt-2": _Words(),
+    "gpt2": _Words(),
+    "smollm": _Words(digits_alone=True),
+    "starcoder": _Words(digits_alone=True),
+    "refact": _Words(digits_alone=True),
+    "llama-bpe": _Words(_LLAMA3, ignore_merges=True, add_bos=True),
+    "llama3": _Words(_LLAMA3, ignore_merges=True, add_bos=True),
+    "llama-v3": _Words(_LLAMA3, ignore_merges=True, add_bos=True),
+    "smaug-bpe": _Words(_LLAMA3),
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "megrez": _QWEN2,
+    "tekken": _Words(_TEKKEN, ignore_merges=True, add_bos=True),
 }
+"""By tokenizer.ggml.pre. The patterns are facts of the models that were trained with them."""
 
 
 def build_gguf_tokenizer(metadata: dict[str, Any]) -> TextTokenizer:
@@ -38,70 +78,106 @@ def build_gguf_tokenizer(metadata: dict[str, Any]) -> TextTokenizer:
     DataError for other kinds and for metadata that contradicts itself.
     """
     kind = metadata.get("tokenizer.ggml.model")
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) for t in tokens):
-        raise DataError("The GGUF file has no list of tokens (tokenizer.ggml.tokens): use another.")
+    tokens = _tokens(metadata)
+    kinds = _per_token(metadata, "token_type", len(tokens)) or [_NORMAL] * len(tokens)
     if kind == "gpt2":
-        backend = _byte_level(tokens, metadata)
+        words = _find_words(metadata)
+        backend, adds_bos = _byte_level(tokens, metadata, words), words.add_bos
     elif kind == "llama":
-        backend = _sentence_piece(tokens, metadata)
+        backend, adds_bos = _sentence_piece(tokens, kinds, metadata), True
     else:
         raise DataError(
             f"tokenizer.ggml.model is {kind!r}: allowed are 'gpt2' (byte-level BPE) and 'llama' "
             "(SentencePiece). Use the model's Hugging Face folder instead."
         )
-    _add_special(backend, tokens, metadata.get("tokenizer.ggml.token_type"))
-    named = {name: _named(metadata, name, tokens) for name in ("bos", "eos", "padding")}
+    _add_special(backend, tokens, kinds)
+    names = ("bos", "eos", "padding", "eot", "eom")
+    named = {name: _named(metadata, name, tokens) for name in names}
+    _add_ends(backend, metadata, named, adds_bos)
     template = metadata.get("tokenizer.chat_template")
     template = template if isinstance(template, str) else None
+    ends = [metadata[f"tokenizer.ggml.{name}_token_id"] for name in ("eot", "eom") if named[name]]
     return TextTokenizer(
         backend=backend,
         bos_token=named["bos"],
         eos_token=named["eos"],
         pad_token=named["padding"],
         chat_template=template,
-        stop_ids=find_stop_ids(backend, named["eos"], template),
+        stop_ids=find_stop_ids(backend, named["eos"], template, ends),
     )
 
 
-def _byte_level(tokens: list[str], metadata: dict[str, Any]) -> Tokenizer:
-    pairs = metadata.get("tokenizer.ggml.merges") or []
+def _tokens(metadata: dict[str, Any]) -> list[str]:
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) for t in tokens):
+        raise DataError("The GGUF file has no list of tokens (tokenizer.ggml.tokens): use another.")
+    if len(set(tokens)) != len(tokens):
+        twice = next(token for token in tokens if tokens.count(token) > 1)
+        raise DataError(f"tokenizer.ggml.tokens has {twice!r} twice: copy the file again.")
+    return tokens
+
+
+def _per_token(metadata: dict[str, Any], name: str, n_tokens: int) -> list[Any] | None:
+    values = metadata.get(f"tokenizer.ggml.{name}")
+    if values is None or (isinstance(values, list) and len(values) == n_tokens):
+        return values
+    seen = len(values) if isinstance(values, list) else repr(values)
+    raise DataError(f"tokenizer.ggml.{name} must have {n_tokens} values, one a token, not {seen}.")
+
+
+def _find_words(metadata: dict[str, Any]) -> _Words:
+    # Files made before the key existed: only of Qwen is it certain what they mean.
+    is_qwen = str(metadata.get("general.architecture")).startswith("qwen")
+    name = str(metadata.get("tokenizer.ggml.pre", "qwen2" if is_qwen else "default"))
+    if name not in _PRE:
+        raise DataError(
+            f"tokenizer.ggml.pre is {name!r}: known are {', '.join(_PRE)}."
+            f"{did_you_mean(name, _PRE)} Use the model's Hugging Face folder instead."
+        )
+    return _PRE[name]
+
+
+def _byte_level(tokens: list[str], metadata: dict[str, Any], words: _Words) -> Tokenizer:
+    pairs = metadata.get("tokenizer.ggml.merges")
+    if not isinstance(pairs, list) or not all(isinstance(pair, str) for pair in pairs):
+        raise DataError("tokenizer.ggml.merges is no list of pairs: use another file.")
     merges = [tuple(pair.split(" ", 1)) for pair in pairs]
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    faulty = next((m for m in merges if len(m) != 2 or not set(m) <= vocabulary.keys()), None)
-    if faulty is not None:
-        raise DataError(f"tokenizer.ggml.merges joins {faulty!r}, which are no two tokens.")
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    backend.pre_tokenizer = _word_pattern(str(metadata.get("tokenizer.ggml.pre", "default")))
+    for merge in merges:
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
+            raise DataError(f"tokenizer.ggml.merges joins {merge!r}, which are no two tokens.")
+    model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=words.ignore_merges)
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = _pre_tokenizer(words)
     backend.decoder = decoders.ByteLevel()
+    if words.normal_form:
+        backend.normalizer = normalizers.NFC()
     return backend
 
 
-def _word_pattern(name: str) -> pre_tokenizers.PreTokenizer:
-    if name in _GPT2:
-        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if name in _DIGITS_ALONE:
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        return pre_tokenizers.Sequence([digits, words])
-    if name in _WORDS:
-        split = pre_tokenizers.Split(Regex(_WORDS[name]), behavior="isolated")
-        plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        return pre_tokenizers.Sequence([split, plain])
-    known = (*_GPT2, *_DIGITS_ALONE, *_WORDS)
-    raise DataError(
-        f"tokenizer.ggml.pre is {name!r}: known are {', '.join(known)}.{did_you_mean(name, known)} "
-        "Use the model's Hugging Face folder instead."
-    )
+def _pre_tokenizer(words: _Words) -> pre_tokenizers.PreTokenizer:
+    own = words.pattern is None
+    steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own)]
+    if words.pattern is not None:
+        steps.insert(0, pre_tokenizers.Split(Regex(words.pattern), behavior="isolated"))
+    if words.digits_alone:
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    return pre_tokenizers.Sequence(steps)
 
 
-def _sentence_piece(tokens: list[str], metadata: dict[str, Any]) -> Tokenizer:
-    scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
-        raise DataError("tokenizer.ggml.scores must give one number for each token.")
+def _sentence_piece(tokens: list[str], kinds: list[int], metadata: dict[str, Any]) -> Tokenizer:
+    scores = _per_token(metadata, "scores", len(tokens))
+    if scores is None:
+        raise DataError("tokenizer.ggml.scores is missing: SentencePiece's tokens need them.")
+    for key in ("remove_extra_whitespaces", "precompiled_charsmap"):
+        if metadata.get(f"tokenizer.ggml.{key}"):
+            raise DataError(
+                f"tokenizer.ggml.{key} is set: the text would be normalised in a way that is not "
+                "supported. Use the model's Hugging Face folder instead."
+            )
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    unknown = tokens[int(metadata.get("tokenizer.ggml.unknown_token_id", 0))]
-    merges = _merges_from_scores(vocabulary, scores)
+    merges = _merges_from_scores(tokens, kinds, scores)
+    unknown = _named(metadata, "unknown", tokens)
     model = models.BPE(
         vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True
     )
@@ -116,32 +192,47 @@ def _sentence_piece(tokens: list[str], metadata: dict[str, Any]) -> Tokenizer:
     return backend
 
 
-def _merges_from_scores(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+def _merges_from_scores(
+    tokens: list[str], kinds: list[int], scores: list[float]
+) -> list[tuple[str, str]]:
     """Return BPE merges: SentencePiece joins the pair whose result has the highest score first."""
+    pieces = {t: n for n, (t, k) in enumerate(zip(tokens, kinds, strict=True)) if k == _NORMAL}
     merges = []
-    for token, number in vocabulary.items():
+    for token, number in pieces.items():
         for place in range(1, len(token)):
             left, right = token[:place], token[place:]
-            if left in vocabulary and right in vocabulary:
-                order = (-scores[number], vocabulary[left], vocabulary[right])
+            if left in pieces and right in pieces:
+                order = (-scores[number], number, pieces[left], pieces[right])
                 merges.append((order, (left, right)))
     merges.sort(key=lambda merge: merge[0])
     return [pair for _, pair in merges]
 
 
-def _add_special(backend: Tokenizer, tokens: list[str], kinds: Any) -> None:
-    if not isinstance(kinds, list) or len(kinds) != len(tokens):
-        return
+def _add_special(backend: Tokenizer, tokens: list[str], kinds: list[int]) -> None:
     control = [t for t, k in zip(tokens, kinds, strict=True) if k in (_CONTROL, _UNKNOWN)]
     own = [t for t, k in zip(tokens, kinds, strict=True) if k == _USER_DEFINED]
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
     backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in own])
 
 
+def _add_ends(
+    backend: Tokenizer, metadata: dict[str, Any], named: dict[str, str | None], adds_bos: bool
+) -> None:
+    """Set what `add_special_tokens=True` adds before and after a text."""
+    with_bos = metadata.get("tokenizer.ggml.add_bos_token", adds_bos)
+    bos = named["bos"] if with_bos else None
+    eos = named["eos"] if metadata.get("tokenizer.ggml.add_eos_token", False) else None
+    ends = [token for token in (bos, eos) if token is not None]
+    if ends:
+        whole = [token for token in (bos, "$A", eos) if token is not None]
+        numbers = [(token, backend.token_to_id(token)) for token in dict.fromkeys(ends)]
+        backend.post_processor = processors.TemplateProcessing(whole, special_tokens=numbers)
+
+
 def _named(metadata: dict[str, Any], name: str, tokens: list[str]) -> str | None:
     number = metadata.get(f"tokenizer.ggml.{name}_token_id")
     if number is None:
         return None
-    if not isinstance(number, int) or not 0 <= number < len(tokens):
+    if type(number) is not int or not 0 <= number < len(tokens):
         raise DataError(f"tokenizer.ggml.{name}_token_id is {number!r}, and no token's number.")
     return tokens[number]

@@ -6,8 +6,9 @@ chat template.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from lora.runs import atomic_write
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "</s>")
 """Special tokens that end an assistant's turn in the chat templates in use."""
+_PIECES = {"tokenizer.model", "spiece.model"}
+_OTHER_FILES = _PIECES | {"vocab.json", "merges.txt", "vocab.txt", "tekken.json"}
 _MOST_BYTES = 256 * 1024 * 1024
 
 
@@ -57,16 +60,22 @@ class TextTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Return the ids of `text`; `add_special_tokens` adds what the model's own does."""
-        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        with _text_errors([text]):
+            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the ids of `text` and, for each, its first character and the one after it."""
-        encoded = self.backend.encode(text, add_special_tokens=False)
+        """Return the ids of `text` and, for each, its first character and the one after it.
+
+        A character that takes several tokens is in the span of each of them.
+        """
+        with _text_errors([text]):
+            encoded = self.backend.encode(text, add_special_tokens=False)
         return list(encoded.ids), list(encoded.offsets)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of many texts, tokenised in parallel."""
-        batch = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        with _text_errors(texts):
+            batch = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [list(encoded.ids) for encoded in batch]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -74,7 +83,11 @@ class TextTokenizer:
         return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json` into `folder`."""
+        """Write `tokenizer.json` and `tokenizer_config.json` into `folder`.
+
+        `generation_config.json`, which tells other programs where to stop, is written if `folder`
+        has none.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder / "tokenizer.json", self.backend.to_str().encode())
         config = {
@@ -85,10 +98,10 @@ class TextTokenizer:
             "chat_template": self.chat_template,
             "clean_up_tokenization_spaces": False,
         }
-        known = {key: value for key, value in config.items() if value is not None}
-        atomic_write(
-            folder / "tokenizer_config.json", (json.dumps(known, indent=2) + "\n").encode()
-        )
+        _write_object(folder / "tokenizer_config.json", config)
+        if self.stop_ids and not (folder / "generation_config.json").exists():
+            ids = {"bos_token_id": self.bos_id, "eos_token_id": list(self.stop_ids)}
+            _write_object(folder / "generation_config.json", {**ids, "pad_token_id": self.pad_id})
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self.backend.token_to_id(token)
@@ -114,17 +127,21 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     backend.no_truncation()
     backend.no_padding()
     config = _read_object(folder / "tokenizer_config.json")
-    special = _read_object(folder / "special_tokens_map.json") | config
-    eos = _token(special.get("eos_token"))
+    special = _read_object(folder / "special_tokens_map.json")
+    words = ("bos_token", "eos_token", "pad_token")
+    named = {word: _token(config.get(word)) or _token(special.get(word)) for word in words}
+    for word, token in named.items():
+        if token is None or backend.token_to_id(token) is not None:
+            continue
+        if word != "pad_token":  # any token can pad, for what pads is masked
+            raise DataError(
+                f"{folder}: tokenizer_config.json says that {word} is {token!r}, and "
+                f"{path.name} has no such token. Correct the one or the other."
+            )
+        named[word] = None
     template = _chat_template(folder, config)
-    return TextTokenizer(
-        backend=backend,
-        bos_token=_token(special.get("bos_token")),
-        eos_token=eos,
-        pad_token=_token(special.get("pad_token")),
-        chat_template=template,
-        stop_ids=find_stop_ids(backend, eos, template, _generation_eos(folder)),
-    )
+    stops = find_stop_ids(backend, named["eos_token"], template, _generation_eos(folder))
+    return TextTokenizer(backend=backend, chat_template=template, stop_ids=stops, **named)
 
 
 def find_stop_ids(
@@ -133,21 +150,28 @@ def find_stop_ids(
     """Return the tokens that end an answer, sorted.
 
     They are the end of the text, `more` (what generation_config.json lists), and those tokens of
-    TURN_ENDS that the chat template uses.
+    TURN_ENDS that the chat template uses and that text is never split into: a word that merely
+    looks like one would end answers that contain it.
     """
-    words = [eos] if eos else []
-    words += [word for word in TURN_ENDS if template and word in template]
-    ids = {backend.token_to_id(word) for word in words} | set(more)
-    return tuple(sorted(i for i in ids if i is not None))
+    added = {token.content: number for number, token in backend.get_added_tokens_decoder().items()}
+    ids = {added[word] for word in TURN_ENDS if template and word in template and word in added}
+    ids |= {number for number in more if backend.id_to_token(number) is not None}
+    end = None if eos is None else backend.token_to_id(eos)
+    return tuple(sorted(ids if end is None else {*ids, end}))
 
 
 def _missing(folder: Path) -> str:
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    found = sorted(names & {"tokenizer.model", "vocab.json", "merges.txt", "spiece.model"})
-    seen = f"only {', '.join(found)}, which only slow tokenizers read" if found else "no tokenizer"
+    if not folder.is_dir():
+        return f"A tokenizer was asked for from {folder}: there is no such folder. Name another."
+    names = {path.name for path in folder.iterdir()}
+    found = sorted(names & _OTHER_FILES)
+    seen = f"only {', '.join(found)}, which leaves rules unsaid" if found else "no tokenizer"
+    needs = " (and pip install sentencepiece protobuf)" if names & _PIECES else ""
     return (
-        f"A tokenizer was asked for from {folder}: there is {seen}. A tokenizer.json is needed. "
-        "Make one with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+        f"A tokenizer was asked for from {folder}: there is {seen}. tokenizer.json is needed. Make "
+        f"it once with transformers{needs}: AutoTokenizer.from_pretrained({str(folder)!r})"
+        f".save_pretrained({str(folder)!r}). A tokenizer that transformers itself has only in "
+        "slow form cannot be used."
     )
 
 
@@ -163,6 +187,31 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def _write_object(path: Path, values: dict[str, Any]) -> None:
+    known = {key: value for key, value in values.items() if value is not None}
+    atomic_write(path, (json.dumps(known, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+@contextlib.contextmanager
+def _text_errors(texts: Sequence[str]) -> Iterator[None]:
+    """Say which text cannot be encoded: half a surrogate pair, as damaged JSON has them."""
+    try:
+        yield
+    except (TypeError, UnicodeEncodeError):
+        for text in texts:
+            if not isinstance(text, str):
+                kind = type(text).__name__
+                raise DataError(f"A text to tokenise is of type {kind}: it must be str.") from None
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"The text {text[:40]!r}… cannot be tokenised: character {error.start} is half "
+                    "of a surrogate pair. Remove it, or save the data again as UTF-8."
+                ) from None
+        raise
+
+
 def _token(value: Any) -> str | None:
     if isinstance(value, dict):  # an added token with its flags
         value = value.get("content")
@@ -172,7 +221,10 @@ def _token(value: Any) -> str | None:
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read as text: {error}. Copy it again.") from None
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name: transformers takes the one called default
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}

@@ -1,0 +1,221 @@
+"""A GGUF file, opened and checked: what it says of itself, and its tensors' values.
+
+Read without the `gguf` package's own reader, which believes the lengths that a damaged file claims
+and makes an object of every token. Here every length is held against the file's size before
+anything is allocated. Source: the GGUF specification, versions 2 and 3, little-endian.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora.errors import ModelError
+
+_MOST_TENSORS, _MOST_KEYS, _MOST_ITEMS = 100_000, 10_000, 4_000_000
+_MOST_HEADER_BYTES = 256 * 1024 * 1024
+_BLOCK_BYTES = 32 * 1024 * 1024  # of fp32: what one block of rows takes when it is dequantised
+_NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+_STRING, _ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """Where one tensor lies in the file, and how."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Slowest dimension first, as in torch; the file has it the other way round."""
+    kind: int
+    """Number of its type in ggml: 0 is F32, 1 is F16, 2 is Q4_0 …"""
+    offset_bytes: int
+    n_bytes: int
+
+
+class GGUFFile:
+    """An open GGUF file: `metadata` by key, as plain values, and `tensors` by name.
+
+    Raises ModelError for a file that is no GGUF, is cut short, or says what cannot be.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                start = file.read(24)
+                _check_start(path, start)
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
+        cursor = _Cursor(path, self._data)
+        n_tensors, n_keys = struct.unpack("<QQ", start[8:])
+        self.metadata: dict[str, Any] = {}
+        for _ in range(n_keys):
+            key = cursor.text()
+            if key in self.metadata:
+                raise cursor.fault(f"the key {key!r} is there twice")
+            self.metadata[key] = cursor.value()
+        n_parts = self.metadata.get("split.count", 1)
+        if n_parts != 1:
+            raise ModelError(
+                f"{path} is one of {n_parts} parts of a model: join them with llama.cpp's "
+                "gguf-split --merge, and name the whole file."
+            )
+        self.tensors = _read_tensors(cursor, n_tensors, self._alignment())
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """Yield the values of tensor `name`, dequantised to fp32, in blocks (rows, row length).
+
+        Raises ModelError if they are of a type that cannot be dequantised, or not finite.
+        """
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        tensor = self.tensors[name]
+        kind = GGMLQuantizationType(tensor.kind)
+        row_length = tensor.shape[-1]
+        n_rows = math.prod(tensor.shape[:-1])
+        row_bytes = tensor.n_bytes // n_rows
+        at_once = max(1, _BLOCK_BYTES // (4 * row_length))
+        for first in range(0, n_rows, at_once):
+            rows = min(at_once, n_rows - first)
+            start = tensor.offset_bytes + first * row_bytes
+            raw = np.frombuffer(self._data, np.uint8, rows * row_bytes, start)
+            try:
+                # A flipped bit can make a scale infinite: that is said below, in better words.
+                with np.errstate(all="ignore"):
+                    values = dequantize(raw.reshape(rows, row_bytes), kind)
+            except NotImplementedError:
+                raise ModelError(
+                    f"{self.path}: {name} is of type {kind.name}, which the gguf package cannot "
+                    "dequantise. Use a file of another type, such as Q8_0 or Q4_K_M."
+                ) from None
+            values = values.astype(np.float32, copy=False)
+            if not np.isfinite(values).all():
+                raise ModelError(f"{self.path} is damaged: {name} is not finite. Copy it again.")
+            yield values  # (rows, row_length)
+
+    def values(self, name: str) -> np.ndarray:
+        """Return the values of tensor `name`, fp32, in its shape. Raises as `blocks` does."""
+        tensor = self.tensors[name]
+        return np.concatenate(list(self.blocks(name))).reshape(tensor.shape)
+
+    def _alignment(self) -> int:
+        value = self.metadata.get("general.alignment", 32)
+        if not isinstance(value, int) or not 1 <= value <= 2**20 or value & (value - 1):
+            raise ModelError(f"{self.path} is damaged: general.alignment is {value!r}.")
+        return value
+
+
+def _check_start(path: Path, start: bytes) -> None:
+    if len(start) < 24 or start[:4] != b"GGUF":
+        raise ModelError(f"{path} is no GGUF file: it begins with {start[:4]!r}, not with b'GGUF'.")
+    version, n_tensors, n_keys = struct.unpack("<IQQ", start[4:])
+    if version not in (2, 3):
+        swapped = struct.unpack(">I", start[4:8])[0] in (2, 3)
+        seen = "big-endian" if swapped else f"of version {version}"
+        raise ModelError(
+            f"{path} is a GGUF file {seen}: allowed are little-endian files of version 2 and 3. "
+            "Get a newer file, or copy this one again."
+        )
+    if n_tensors > _MOST_TENSORS or n_keys > _MOST_KEYS:
+        claims = f"it claims {n_tensors:,} tensors and {n_keys:,} keys"
+        raise ModelError(f"{path} is damaged: {claims}. Copy it again.")
+
+
+class _Cursor:
+    """A place in the file's header that moves on; it never reads beyond the end."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path, self.data, self.place = path, data, 24
+        self.end = min(len(data), _MOST_HEADER_BYTES)
+
+    def fault(self, what: str) -> ModelError:
+        return ModelError(
+            f"{self.path} is damaged near byte {self.place:,}: {what}. Copy it again."
+        )
+
+    def take(self, n_bytes: int) -> int:
+        """Return the place, and move on by `n_bytes`."""
+        place = self.place
+        if n_bytes > self.end - place:
+            raise self.fault(f"{n_bytes:,} more bytes were announced than there are")
+        self.place += n_bytes
+        return place
+
+    def number(self, code: str) -> Any:
+        return struct.unpack_from(f"<{code}", self.data, self.take(struct.calcsize(f"<{code}")))[0]
+
+    def text(self) -> str:
+        n_bytes = self.number("Q")
+        start = self.take(n_bytes)
+        try:
+            return self.data[start : start + n_bytes].decode()
+        except UnicodeDecodeError:
+            raise self.fault("a text is no UTF-8") from None
+
+    def value(self) -> Any:
+        kind = self.number("I")
+        if kind != _ARRAY:
+            return self._scalar(kind)
+        kind, n_items = self.number("I"), self.number("Q")
+        if n_items > _MOST_ITEMS:
+            raise self.fault(f"a list claims {n_items:,} items")
+        if kind == _STRING:
+            return [self.text() for _ in range(n_items)]
+        code = self._code(kind)
+        start = self.take(n_items * struct.calcsize(f"<{code}"))
+        return list(struct.unpack_from(f"<{n_items}{code}", self.data, start))
+
+    def _scalar(self, kind: int) -> Any:
+        return self.text() if kind == _STRING else self.number(self._code(kind))
+
+    def _code(self, kind: int) -> str:
+        if kind not in _NUMBERS:
+            raise self.fault(f"a value is of the unknown type {kind}")
+        return _NUMBERS[kind]
+
+
+def _read_tensors(cursor: _Cursor, n_tensors: int, alignment: int) -> dict[str, GGUFTensor]:
+    heads = [_read_head(cursor) for _ in range(n_tensors)]
+    base = cursor.place + -cursor.place % alignment
+    tensors: dict[str, GGUFTensor] = {}
+    end = base
+    for name, shape, kind, offset in sorted(heads, key=lambda head: head[3]):
+        n_bytes = _size_bytes(cursor, name, shape, kind)
+        tensor = GGUFTensor(name, shape, kind, base + offset, n_bytes)
+        if tensor.offset_bytes < end or offset % alignment or name in tensors:
+            raise cursor.fault(f"the place of {name} contradicts another tensor's")
+        end = tensor.offset_bytes + n_bytes
+        if end > len(cursor.data):
+            places = f"{name} ends at byte {end:,}, the file at {len(cursor.data):,}"
+            raise ModelError(f"{cursor.path} is cut short: {places}. Copy it again.")
+        tensors[name] = tensor
+    return tensors
+
+
+def _read_head(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+    name, n_sizes = cursor.text(), cursor.number("I")
+    if not 1 <= n_sizes <= 4:
+        raise cursor.fault(f"{name} has {n_sizes} dimensions")
+    sizes = tuple(cursor.number("Q") for _ in range(n_sizes))
+    return name, sizes[::-1], cursor.number("I"), cursor.number("Q")
+
+
+def _size_bytes(cursor: _Cursor, name: str, shape: tuple[int, ...], kind: int) -> int:
+    from gguf import GGML_QUANT_SIZES
+
+    known = {int(number): sizes for number, sizes in GGML_QUANT_SIZES.items()}
+    if kind not in known:
+        raise cursor.fault(f"{name} is of the unknown type {kind}")
+    values, n_bytes = known[kind]  # of one block
+    if not math.prod(shape) or shape[-1] % values:
+        raise cursor.fault(f"{name} of shape {shape} cannot be of type {kind}")
+    return math.prod(shape) // values * n_bytes
