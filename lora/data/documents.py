@@ -49,7 +49,9 @@ class DocumentsBuilder:
         self._learned: list[NDArray[np.bool_]] = []
         self._owners: list[int] = []
 
-    def add(self, ids: Sequence[int], learned: NDArray[np.bool_], owner: int) -> None:
+    def add(
+        self, ids: Sequence[int] | NDArray[np.int32], learned: NDArray[np.bool_], owner: int
+    ) -> None:
         """Add the document of `ids`, (n,), of which those `learned`, (n,), are targets.
 
         The first token is never a target, for nothing stands before it.

@@ -1,0 +1,96 @@
+"""From a path to rows: what every command that trains calls first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lora.config import DataConfig
+from lora.data.batches import TokenRows, build_rows
+from lora.data.examples import EncodedExamples, check_learnable, encode_examples
+from lora.data.formats import Example
+from lora.data.readers import Source, read_examples
+from lora.data.splitting import split_examples
+from lora.data.templates import choose_template
+from lora.data.tokenizers import TextTokenizer
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Rows to learn from and to evaluate on, and how they came about."""
+
+    train: TokenRows
+    held_out: TokenRows | None
+    """None if nothing is held out."""
+    train_encoded: EncodedExamples
+    held_out_encoded: EncodedExamples | None
+    train_examples: list[Example]
+    held_out_examples: list[Example]
+    tokenizer: TextTokenizer
+    """With the chat template that was used: save it with the model."""
+    template_origin: str | None
+    """Where the chat template comes from, in words; None if there are no conversations."""
+
+
+def prepare_data(
+    source: Source,
+    tokenizer: TextTokenizer,
+    config: DataConfig,
+    seed: int,
+    *,
+    held_out_source: Source | None = None,
+    say: Callable[[str], None] = lambda message: None,
+    on_progress: Callable[[float], None] = lambda fraction: None,
+) -> PreparedData:
+    """Return rows of `config.max_length` tokens; the same arguments give the same rows.
+
+    Args:
+        source: a file, a folder, or rows in memory; see `read_examples`.
+        tokenizer: the model's.
+        config: how examples become rows.
+        seed: of what is held out and of the packing.
+        held_out_source: what to evaluate on; None holds out a part of `source`.
+        say: hears what was decided: what was left out, which template is used.
+        on_progress: hears the fraction that is tokenised, if that takes more than two seconds.
+
+    Raises:
+        DataError: the data are damaged, the template refuses them, or there is nothing to learn.
+        DependencyError: a file's format needs a package that is not installed.
+    """
+    if held_out_source is None:
+        examples = read_examples(source, say)
+        train, held_out = split_examples(
+            examples, config.eval_fraction, config.max_eval_examples, seed
+        )
+    else:
+        train, held_out = read_examples(source, say), read_examples(held_out_source, say)
+    origin = None
+    if any(example.messages is not None for example in train + held_out):
+        tokenizer, origin = choose_template(tokenizer, config.chat_template)
+        say(f"conversations are written in {origin}")
+    encoded = encode_examples(train, tokenizer, config, on_progress)
+    check_learnable(encoded, config.learn_on)
+    held_out_encoded = encode_examples(held_out, tokenizer, config) if held_out else None
+    if held_out_encoded is not None and not len(held_out_encoded.documents):
+        say("nothing is left to evaluate on: none of the held-out examples has a token to learn")
+        held_out_encoded = None
+    return PreparedData(
+        train=_rows(encoded, tokenizer, config, seed),
+        held_out=held_out_encoded and _rows(held_out_encoded, tokenizer, config, seed),
+        train_encoded=encoded,
+        held_out_encoded=held_out_encoded,
+        train_examples=train,
+        held_out_examples=held_out,
+        tokenizer=tokenizer,
+        template_origin=origin,
+    )
+
+
+def _rows(
+    encoded: EncodedExamples, tokenizer: TextTokenizer, config: DataConfig, seed: int
+) -> TokenRows:
+    ids = (tokenizer.pad_id, tokenizer.eos_id, 0)
+    pad_id = next(number for number in ids if number is not None)
+    return build_rows(
+        encoded.documents, config.max_length, packing=config.packing, pad_id=pad_id, seed=seed
+    )

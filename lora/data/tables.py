@@ -1,0 +1,231 @@
+"""Rows of JSON Lines, JSON, CSV and Parquet files, each with the place where it stands.
+
+A damaged row is put among the faults, and reading goes on behind it where the format allows.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora.errors import DataError, DependencyError, gather
+
+Rows = Iterator[tuple[str, object]]
+"""A place such as "file:line", and what stands there."""
+
+_BOM = "\N{ZERO WIDTH NO-BREAK SPACE}"
+_MOST_FAULTS = 1000  # of different kinds; then the rest of the data is not looked at
+_MOST_FIELD_CHARACTERS = 1 << 30
+_SPACES = re.compile(r"[ \t\n\r]*")
+
+
+class Faults:
+    """Gathers what is wrong and where; the same fault of many rows is told once."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, list[str]] = {}
+
+    def add(self, where: str, what: object) -> None:
+        self._places.setdefault(str(what), []).append(where)
+
+    @property
+    def are_too_many(self) -> bool:
+        return len(self._places) >= _MOST_FAULTS
+
+    def raise_if_any(self, heading: str, advice: str) -> None:
+        if not self._places:
+            return
+        faults = [f"{_list_places(places)}: {what}" for what, places in self._places.items()]
+        raise DataError(gather(faults, heading, advice))
+
+
+def _list_places(places: list[str]) -> str:
+    return places[0] if len(places) == 1 else f"{places[0]} and {len(places) - 1} more places"
+
+
+def decode_file(path: Path, faults: Faults) -> str | None:
+    """Return a file's text, its line ends as \\n and byte order marks at its beginning dropped."""
+    data = path.read_bytes()
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        faults.add(f"{path}:{line}", _not_utf8(data, error))
+        return None
+    return text.lstrip(_BOM).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
+    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    advice = "it looks like UTF-16: save it as UTF-8" if utf16 else "save the file as UTF-8"
+    return f"byte {data[error.start]:#04x} is not UTF-8 ({error.reason}); {advice}"
+
+
+def _read_json_lines(path: Path, faults: Faults) -> Rows:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode().lstrip(_BOM).strip()
+                if text:
+                    yield f"{path}:{number}", json.loads(text)
+            except UnicodeDecodeError as error:
+                faults.add(f"{path}:{number}", _not_utf8(line, error))
+            except (ValueError, RecursionError) as error:
+                faults.add(f"{path}:{number}", _not_json(error))
+            if faults.are_too_many:
+                return
+
+
+def _not_json(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"no JSON: {error.msg} at character {error.colno}"
+    return f"no JSON: {error}"
+
+
+def _read_json(path: Path, faults: Faults) -> Rows:
+    """Yield the rows of a list, of the one list in an object, or of JSON Lines in disguise."""
+    if _begins_with_a_row(path):
+        yield from _read_json_lines(path, faults)
+        return
+    text = decode_file(path, faults)
+    if text is None:
+        return
+    try:
+        start = _list_start(text)
+        yield from _items(text, start, path)
+    except (ValueError, RecursionError) as error:
+        line = text.count("\n", 0, error.pos) + 1 if isinstance(error, json.JSONDecodeError) else 1
+        faults.add(f"{path}:{line}", _not_json(error))
+
+
+def _begins_with_a_row(path: Path) -> bool:
+    """Return whether the first line is a whole object and other lines follow."""
+    with path.open("rb") as file:
+        if file.read(64).lstrip(_BOM.encode() + b" \t\r\n")[:1] != b"{":
+            return False
+        file.seek(0)
+        first, second = file.readline(), file.readline(64)
+    try:
+        row = json.loads(first.decode().lstrip(_BOM)) if second else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and _only_list(row) is None
+
+
+def _only_list(value: Mapping[str, Any]) -> str | None:
+    """Return the key of the one list of objects that an object wraps, as exports do."""
+    names = [k for k in ("data", "train", "rows", "examples") if isinstance(value.get(k), list)]
+    return names[0] if len(names) == 1 else None
+
+
+def _list_start(text: str) -> int:
+    """Return where the list of rows begins."""
+    first = len(text) - len(text.lstrip())
+    if text.startswith("[", first):
+        return first
+    found = re.compile(r'\s*\{\s*"(data|train|rows|examples)"\s*:\s*(?=\[)').match(text)
+    return found.end() if found else first
+
+
+def _items(text: str, start: int, path: Path) -> Rows:
+    """Yield a list's items with their lines, or the one value that `text` is."""
+    decoder, line, counted = json.JSONDecoder(), 1, 0
+    if not text.startswith("[", start):
+        whole = decoder.decode(text[start:])
+        key = _only_list(whole) if isinstance(whole, dict) else None
+        yield from ((f"{path}:1", item) for item in ([whole] if key is None else whole[key]))
+        return
+    place = _skip_spaces(text, start + 1)
+    while not text.startswith("]", place):
+        line += text.count("\n", counted, place)
+        counted = place
+        value, place = decoder.raw_decode(text, place)
+        yield f"{path}:{line}", value
+        place = _skip_spaces(text, place)
+        if text.startswith(",", place):
+            place = _skip_spaces(text, place + 1)
+        elif not text.startswith("]", place):
+            raise json.JSONDecodeError("a comma or the list's end is missing", text, place)
+
+
+def _skip_spaces(text: str, place: int) -> int:
+    found = _SPACES.match(text, place)
+    return found.end() if found else place
+
+
+def _read_csv(path: Path, faults: Faults) -> Rows:
+    former = csv.field_size_limit(_MOST_FIELD_CHARACTERS)  # the whole process's; put back below
+    try:
+        # Bytes that are not UTF-8 become halves of surrogate pairs, which no row may hold.
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            yield from _csv_rows(path, file, faults)
+    finally:
+        csv.field_size_limit(former)
+
+
+def _csv_rows(path: Path, file: Iterable[str], faults: Faults) -> Rows:
+    lines = iter(file)
+    header = next(lines, "")
+    delimiter = max("\t,;", key=header.count)
+    names = [n.strip().lstrip(_BOM) for n in next(csv.reader([header], delimiter=delimiter), [])]
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    number = 2
+    while True:
+        try:
+            values = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            faults.add(f"{path}:{number}", f"no CSV: {error}")
+            return
+        where, number = f"{path}:{number}", reader.line_num + 2
+        if len(values) == len(names):
+            yield where, dict(zip(names, values, strict=True))
+        elif values:
+            faults.add(where, f"{len(values)} fields, and the header names {len(names)}")
+
+
+def _read_parquet(path: Path, faults: Faults) -> Rows:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise DependencyError(
+            f"{path} is a Parquet file, and pyarrow is not installed: pip install 'lora-lm[data]'"
+        ) from None
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for part in file.iter_batches(batch_size=1024):
+                for row in part.to_pylist():
+                    number += 1
+                    yield f"{path}:row {number}", without_nulls(row)
+    except (pyarrow.ArrowException, OSError) as error:
+        faults.add(f"{path}:row {number + 1}", f"no Parquet that can be read: {error}")
+
+
+def without_nulls(value: Any) -> Any:
+    """Return `value` without null fields inside its columns: tables fill objects up with them."""
+    if isinstance(value, Mapping):
+        return {k: _drop_nulls(v) for k, v in value.items()}
+    return value
+
+
+def _drop_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _drop_nulls(v) for k, v in value.items() if v is not None}
+    return [_drop_nulls(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+TABLE_READERS: dict[str, Callable[[Path, Faults], Rows]] = {
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+}

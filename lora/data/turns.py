@@ -1,0 +1,124 @@
+"""Which text of a conversation is learned: the assistant's turns, as the model will write them.
+
+If the template marks them itself (`{% generation %}`), its marks are taken. Else a turn is what the
+text of the messages up to it has more than the text of those before it, which ends in the prompt
+for the answer. Templates may show a turn in another way once others follow (some drop its
+thinking). Such a turn is learned from the text that ends with it, which is what the model sees
+when it writes that turn: the conversation then becomes several texts, each turn learned once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lora.data.chat import ChatTemplate, Span
+from lora.data.formats import Example
+from lora.data.messages import Message
+from lora.errors import DataError
+
+
+@dataclass(frozen=True)
+class SpannedText:
+    """A text, and which of its characters are learned."""
+
+    text: str
+    spans: list[Span]
+    """Not overlapping, in order."""
+
+
+@dataclass
+class ConversationTexts:
+    """What a conversation becomes."""
+
+    texts: list[SpannedText] = field(default_factory=list)
+    n_lost_turns: int = 0
+    """Turns of the assistant that could not be found in any text, and are not learned."""
+
+
+def render_conversation(template: ChatTemplate, example: Example) -> ConversationTexts:
+    """Return the texts of an example with messages, and what is learned of each.
+
+    All turns of the assistant behind the prompt's messages are learned. Raises DataError if the
+    template refuses the conversation.
+    """
+    if template.has_generation_blocks:
+        return _take_marks(template, example)
+    renderer = _Renderer(template, example)
+    found, pending = ConversationTexts(), list[_Turn]()
+    for number in _answers(example):
+        turn = renderer.find_turn(number)
+        if turn is None:
+            found.n_lost_turns += 1
+        else:
+            pending.append(turn)
+    text = renderer.whole
+    while pending:
+        spans = [turn.span for turn in pending if text.startswith(turn.text)]
+        pending = [turn for turn in pending if not text.startswith(turn.text)]
+        if spans:
+            found.texts.append(SpannedText(text, spans))
+        text = pending[-1].text if pending else ""
+    return found
+
+
+def _take_marks(template: ChatTemplate, example: Example) -> ConversationTexts:
+    messages, asked = example.messages or (), example.n_prompt_messages
+    tools, documents = example.tools, example.documents
+    text, spans = template.render_with_spans(messages, tools=tools, documents=documents)
+    if asked:
+        before = template.render_with_spans(messages[:asked], tools=tools, documents=documents)
+        spans = spans[len(before[1]) :]
+    texts = [SpannedText(text, [s for s in spans if s[0] < s[1]])]
+    return ConversationTexts(texts)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    text: str
+    """The conversation up to this turn, which is its end."""
+    span: Span
+
+
+def _count_shared(one: str, other: str) -> int:
+    """Return how many characters two texts share at their beginnings."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _answers(example: Example) -> list[int]:
+    """Return the numbers of the messages that are learned."""
+    numbered = list(enumerate(example.messages or ()))[example.n_prompt_messages :]
+    return [number for number, message in numbered if message["role"] == "assistant"]
+
+
+class _Renderer:
+    """Renders a conversation's beginnings."""
+
+    def __init__(self, template: ChatTemplate, example: Example) -> None:
+        self._template, self._example = template, example
+        self._messages: tuple[Message, ...] = example.messages or ()
+        self.whole = self._render(len(self._messages))
+
+    def find_turn(self, number: int) -> _Turn | None:
+        """Return the turn of message `number`, or None if it cannot be told from what is before."""
+        try:
+            is_last = number + 1 == len(self._messages)
+            text = self.whole if is_last else self._render(number + 1)
+            prompt = self._render(number, add_generation_prompt=True)
+            if text.startswith(prompt):
+                return _Turn(text, (len(prompt), len(text)))
+            # The prompt for an answer may hold more than an answer begins with ("<think>").
+            before = self._render(number)
+        except DataError:
+            return None  # the template takes the whole, and not its beginning
+        start = _count_shared(prompt, text)
+        is_found = prompt.startswith(before) and len(before) <= start < len(text)
+        return _Turn(text, (start, len(text))) if is_found else None
+
+    def _render(self, n_messages: int, *, add_generation_prompt: bool = False) -> str:
+        return self._template.render(
+            self._messages[:n_messages],
+            tools=self._example.tools,
+            documents=self._example.documents,
+            add_generation_prompt=add_generation_prompt,
+        )
