@@ -83,7 +83,7 @@ def load_adapter(model: nn.Module, folder: Path | str, *, trainable: bool = Fals
         raise AdapterError(gather(faults, f"The adapter {folder} does not fit:", _ADVICE))
     if not lora_layers(model):
         # With a seed, torch's global generator is left alone: A's first values go at once.
-        apply_lora(model, replace(config, seed=0))
+        apply_lora(model, replace(config, init_seed=0))
         applied_lora(model).config = config
     model.requires_grad_(False)
     with torch.no_grad():

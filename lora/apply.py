@@ -58,8 +58,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
     names = find_targets(model, config)
     saved = _find_saved(model, config, names)
     generator = None
-    if config.seed is not None:
-        generator = torch.Generator().manual_seed(config.seed)
+    if config.init_seed is not None:
+        generator = torch.Generator().manual_seed(config.init_seed)
     # All layers are built before the first is put in place: an error leaves the model whole.
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:

@@ -77,7 +77,7 @@ class LoRAConfig:
     """Alpha by name ending, for linears whose alpha is not `alpha`."""
     layers: tuple[int, ...] | None = None
     """Numbers of the blocks to adapt; None adapts all."""
-    seed: int | None = None
+    init_seed: int | None = None
     """Seed of A's first values; None draws from torch's global generator."""
 
     def __post_init__(self) -> None:

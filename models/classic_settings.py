@@ -69,6 +69,8 @@ class ClassicSettings:
     """Steps of an adaptation."""
     learning_rate: float = 0.0
     """Peak rate; 0 takes the tuned one: 2e-3 for all weights, 7e-3 for LoRA."""
+    embedding_rate_fraction: float = TrainConfig.whole_rate_fraction
+    """With LoRA, the embeddings' rate as a share of the learning rate."""
     eval_interval: int = 0
     """Steps between evaluations; 0 makes ten in a run."""
     device: str = AUTO
@@ -128,6 +130,7 @@ class ClassicSettings:
             batch_size=self.batch_size,
             micro_batches=self.micro_batches,
             learning_rate=self.rate,
+            whole_rate_fraction=self.embedding_rate_fraction,
             weight_decay=0.0 if self.use_lora else 0.01,
             seed=self.seed,
         )

@@ -194,7 +194,7 @@ def test_rslora_scales_by_the_root_of_the_rank(toy: nn.Module) -> None:
 
 def test_a_seed_gives_the_same_a(fill_random: Callable[..., nn.Module]) -> None:
     first, again, other = (
-        apply_lora(fill_random(Toy(), 0), LoRAConfig(rank=2, seed=seed)) for seed in (7, 7, 8)
+        apply_lora(fill_random(Toy(), 0), LoRAConfig(rank=2, init_seed=seed)) for seed in (7, 7, 8)
     )
     a, b, c = (m.get_submodule("layers.1.q_proj") for m in (first, again, other))
     assert torch.equal(a.lora_A, b.lora_A)  # type: ignore[arg-type]
@@ -203,7 +203,7 @@ def test_a_seed_gives_the_same_a(fill_random: Callable[..., nn.Module]) -> None:
 
 def test_a_seed_leaves_the_global_generator_alone(toy: nn.Module) -> None:
     state = torch.get_rng_state()
-    apply_lora(toy, LoRAConfig(rank=2, seed=7))
+    apply_lora(toy, LoRAConfig(rank=2, init_seed=7))
     assert torch.equal(torch.get_rng_state(), state)
 
 
