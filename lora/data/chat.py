@@ -221,7 +221,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         if time.monotonic() > self.deadline_s:
             raise SecurityError(f"it takes more than {MOST_RENDER_S:.0f} s")
 
-    def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         self.check_time()  # an endless loop cannot do without calls: range() is one
         return super().call(context, obj, *args, **kwargs)
 

@@ -74,9 +74,12 @@ def prepare_data(
     if held_out_encoded is not None and not len(held_out_encoded.documents):
         say("nothing is left to evaluate on: none of the held-out examples has a token to learn")
         held_out_encoded = None
+    held_out_rows = None
+    if held_out_encoded is not None:
+        held_out_rows = _rows(held_out_encoded, tokenizer, config, seed)
     return PreparedData(
         train=_rows(encoded, tokenizer, config, seed),
-        held_out=held_out_encoded and _rows(held_out_encoded, tokenizer, config, seed),
+        held_out=held_out_rows,
         train_encoded=encoded,
         held_out_encoded=held_out_encoded,
         train_examples=train,

@@ -59,7 +59,8 @@ def _choose(groups: list[list[int]], wanted: int, seed: int) -> set[int]:
     for place in order[:-1]:
         if len(chosen) + len(groups[place]) <= wanted:
             chosen.update(groups[place])
-    return chosen or set(min(groups, key=len))
+    smallest: list[int] = min(groups, key=len)
+    return chosen or set(smallest)
 
 
 def _split_files(
