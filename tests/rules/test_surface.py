@@ -1,0 +1,112 @@
+"""What a user meets first: the public names, and what importing them costs."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import lora
+
+HEAVY = [
+    "transformers",
+    "matplotlib",
+    "rich",
+    "cyclopts",
+    "datasets",
+    "pyarrow",
+    "huggingface_hub",
+    "tokenizers",
+    "gguf",
+    "peft",
+    "tensorboard",
+    "pandas",
+    "jinja2",
+    "yaml",
+    "fastapi",
+]
+MOST_HELP_CPU_S = 1.0  # 0.2 on an idle machine
+
+Trees = dict[str, ast.Module]
+
+
+def modules_after(code: str) -> set[str]:
+    """Return the top-level packages that a fresh Python has loaded after running `code`."""
+    show = "; import sys; print(); print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", code + show], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_importing_lora_loads_no_torch() -> None:
+    loaded = modules_after("import lora")
+    assert "lora" in loaded
+    assert not loaded & {"torch", "numpy", *HEAVY}
+
+
+def test_the_help_loads_no_torch() -> None:
+    loaded = modules_after("from lora.cli import main; main(['--help'])")
+    assert "cyclopts" in loaded
+    assert not loaded & {"torch", "numpy", "transformers", "matplotlib", "tokenizers"}
+
+
+def test_the_layer_loads_torch_and_nothing_heavier() -> None:
+    loaded = modules_after("from lora import LoRALinear")
+    assert "torch" in loaded
+    assert not loaded & set(HEAVY)
+
+
+def test_the_help_is_there_at_once() -> None:
+    code = (
+        "import time; from lora.cli import main; main(['--help']); "
+        "print(); print(time.process_time())"
+    )
+    seconds = [
+        float(
+            subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True
+            ).stdout.split()[-1]
+        )
+        for _ in range(3)
+    ]
+    assert min(seconds) < MOST_HELP_CPU_S
+
+
+def test_public_names_are_sorted_and_there() -> None:
+    assert lora.__all__ == sorted(set(lora.__all__))
+    for name in lora.__all__:
+        assert getattr(lora, name) is getattr(importlib.import_module(lora._HOMES[name]), name)
+    assert set(lora.__all__) <= set(dir(lora))
+
+
+def test_type_checkers_see_the_same_names(trees: Trees) -> None:
+    guarded = [node for node in trees["lora/__init__.py"].body if isinstance(node, ast.If)]
+    seen = {
+        alias.name: node.module
+        for guard in guarded
+        for node in guard.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == lora._HOMES
+    assert sorted(seen) == lora.__all__
+
+
+def test_an_unknown_name_is_the_usual_error() -> None:
+    with pytest.raises(AttributeError, match="module 'lora' has no attribute 'LoRALinaer'"):
+        lora.LoRALinaer  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_the_version_is_that_of_the_project_file(root: Path) -> None:
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    assert lora.__version__ == project["project"]["version"]
+
+
+def test_the_package_tells_type_checkers_that_it_is_typed(root: Path) -> None:
+    assert (root / "lora" / "py.typed").is_file()

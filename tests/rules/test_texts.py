@@ -1,0 +1,177 @@
+"""What stands in the repository's texts: no foreign places, and commands that exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lora import cli
+
+# Written in pieces, so that this file keeps its own rule.
+REGISTRY_HOSTS = (
+    *("pypi" + ".org", "python" + "hosted.org", "npm" + "js.org", "deb." + "debian.org"),
+    *("download." + "pytorch.org", "crates" + ".io", "conda." + "anaconda.org"),
+)
+MACHINE_PATHS = r"(?<![\w./~}-])/(?:work|root|home/\w+|Users/\w+|opt|mnt|scratch)/[\w.]"
+ISSUE_NUMBERS = r"(?i)\b(?:issue|pull request|PR|fixe[sd]|close[sd]|bug)s? ?#\d+"
+FORBIDDEN = {
+    "a registry's host": "|".join(map(re.escape, REGISTRY_HOSTS)),
+    "a path of one machine": MACHINE_PATHS,
+    "an issue's number": ISSUE_NUMBERS,
+}
+TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".sh", ".json", ".jsonl", ".html"}
+OTHER_TEXTS = {"Makefile", "run", "LICENSE", ".gitignore"}
+
+
+@pytest.fixture(scope="session")
+def texts(root: Path, tracked: list[Path]) -> dict[str, str]:
+    """By path inside the repository: the content of each text file."""
+    return {
+        path.relative_to(root).as_posix(): path.read_text(encoding="utf-8")
+        for path in tracked
+        if path.suffix in TEXT_SUFFIXES or path.name in OTHER_TEXTS
+    }
+
+
+@pytest.fixture(scope="session")
+def make_targets(root: Path) -> set[str]:
+    """The Makefile's targets."""
+    text = (root / "Makefile").read_text(encoding="utf-8")
+    return set(re.findall(r"^([a-z][\w-]*):(?!=)", text, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_no_text_names(what: str, texts: dict[str, str]) -> None:
+    faults = [
+        f"{path}:{number}: {line.strip()[:90]}"
+        for path, text in texts.items()
+        for number, line in enumerate(text.splitlines(), start=1)
+        if re.search(FORBIDDEN[what], line)
+    ]
+    assert not faults, "\n".join([f"{what} stands in", *faults])
+
+
+@pytest.mark.parametrize(
+    ("what", "line"),
+    [
+        ("a registry's host", "see https://" + REGISTRY_HOSTS[0] + "/x"),
+        ("a path of one machine", "cd /" + "work/main"),
+        ("a path of one machine", '"/' + 'home/someone/x"'),
+        ("an issue's number", "see issue" + " #12"),
+    ],
+)
+def test_the_patterns_find_what_they_forbid(what: str, line: str) -> None:
+    assert re.search(FORBIDDEN[what], line)
+
+
+@pytest.mark.parametrize("line", ["runs/lora-r8/adapter", "./network/home", "../opt/x", "a #3 b"])
+def test_the_patterns_let_ordinary_words_pass(line: str) -> None:
+    assert not any(re.search(pattern, line) for pattern in FORBIDDEN.values())
+
+
+def commands_in(text: str) -> Iterator[list[str]]:
+    """Yield the words of each command line in the fenced blocks of a Markdown text.
+
+    Comments, prompts and environment variables before the command are left out.
+    """
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.M | re.S):
+        if language in ("", "bash", "sh", "console", "shell"):
+            for line in block.replace("\\\n", " ").splitlines():
+                yield from _commands_of(line)
+
+
+def _commands_of(line: str) -> Iterator[list[str]]:
+    for part in re.split(r"&&|\|\|?|;", line.removeprefix("$ ")):
+        try:
+            words = shlex.split(part, comments=True)
+        except ValueError:
+            continue  # prose or a drawing, not a command
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            words = words[1:]
+        if words:
+            yield words
+
+
+def fault_of(words: list[str], root: Path, make_targets: set[str]) -> str | None:
+    """Return what is wrong with a command of our documentation, or None."""
+    program = Path(words[0]).name
+    if program == "make":
+        wanted = [w for w in words[1:] if not w.startswith("-") and "=" not in w]
+        missing = [w for w in wanted if w not in make_targets]
+        return f"the Makefile has no target {missing}" if missing else None
+    if program.startswith("python"):
+        words = words[1:]
+        if words[:2] == ["-m", "lora"]:
+            return fault_of_lora(words[2:])
+        script = words[0] if words else ""
+        is_gone = script.endswith(".py") and not (root / script).is_file()
+        return f"there is no {script}" if is_gone else None
+    return fault_of_lora(words[1:]) if program == "lora" else None
+
+
+def fault_of_lora(words: list[str]) -> str | None:
+    """Return what is wrong with the arguments of a `lora` command, or None."""
+    if not words or words[0] in ("--help", "--version", "COMMAND"):
+        return None
+    if words[0] not in cli.COMMANDS:
+        return f"lora has no command {words[0]}"
+    flags = {re.split("[= ]", word)[0] for word in words[1:] if word.startswith("--")}
+    known = help_of(words[0])
+    # A flag of a switch also has its opposite in the help, `--no-packing`.
+    missing = [f for f in flags if not re.search(rf"{re.escape(f)}(?![\w-])", known)]
+    return f"lora {words[0]} has no {', '.join(sorted(missing))}" if missing else None
+
+
+def help_of(command: str) -> str:
+    """Return the help of one command of ours, with the flags that all have."""
+    import contextlib
+    import io
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert cli.main([command, "--help"]) == 0
+    return out.getvalue() + " --config --debug --help"
+
+
+def test_every_command_in_the_documentation_exists(
+    root: Path, texts: dict[str, str], make_targets: set[str]
+) -> None:
+    documents = {path: text for path, text in texts.items() if path.endswith(".md")}
+    assert "LORA_USAGE.md" in documents
+    faults = [
+        f"{path}: `{shlex.join(words)}`: {fault}"
+        for path, text in documents.items()
+        for words in commands_in(text)
+        if (fault := fault_of(words, root, make_targets))
+    ]
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    ("line", "seen"),
+    [
+        ("make tset", "no target"),
+        ("USE_LORA=True .venv/bin/python trainings.py", "no trainings.py"),
+        (".venv/bin/lora fientune --rank 3", "no command fientune"),
+        ("python -m lora fientune", "no command fientune"),
+    ],
+)
+def test_a_wrong_command_is_found(line: str, seen: str, root: Path, make_targets: set[str]) -> None:
+    (words,) = commands_in(f"text\n```\n{line}   # why\n```\n")
+    assert seen in (fault_of(words, root, make_targets) or "")
+
+
+@pytest.mark.parametrize("line", ["make test", "make test PYTHON=python3.12", "lora --help", "ls"])
+def test_a_right_command_passes(line: str, root: Path, make_targets: set[str]) -> None:
+    (words,) = commands_in(f"```bash\n$ {line}\n```\n")
+    assert fault_of(words, root, make_targets) is None
+
+
+def test_scripts_can_be_run(root: Path) -> None:
+    done = subprocess.run(["bash", "-n", str(root / ".ci" / "run")], check=False)
+    assert done.returncode == 0
