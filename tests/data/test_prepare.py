@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora.config import DataConfig
+from lora.data.batches import BatchStream, ordered_batches
+from lora.data.prepare import prepare_data
+from lora.data.tokenizers import TextTokenizer
+from lora.errors import DataError
+
+ROWS = [{"instruction": f"Add {n} and 3.", "output": f"The sum is {n + 3}."} for n in range(60)]
+CONFIG = DataConfig(max_length=128, eval_fraction=0.1)
+
+
+def test_a_file_becomes_rows_of_both_sides(chatml_tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    said: list[str] = []
+    data = prepare_data(path, chatml_tokenizer, CONFIG, seed=1, say=said.append)
+    assert said == ["conversations are written in the model's chat template"]
+    assert (len(data.train_examples), len(data.held_out_examples)) == (54, 6)
+    assert data.held_out is not None
+    assert data.train.row_tokens == 128
+    assert data.train.n_target_tokens == data.train_encoded.documents.n_target_tokens
+    batch = next(BatchStream(data.train, 4, seed=1))
+    assert batch.input_ids.shape == (4, 128)
+    n_held_out = sum(b.n_target_tokens for b in ordered_batches(data.held_out, 4))
+    assert n_held_out == data.held_out.n_target_tokens > 0
+    assert (batch.input_ids[batch.document_ids < 0] == chatml_tokenizer.pad_id).all()
+
+
+def test_the_same_arguments_give_the_same_rows(chatml_tokenizer: TextTokenizer) -> None:
+    first, again, other = (
+        prepare_data(ROWS, chatml_tokenizer, CONFIG, seed=s).train for s in (1, 1, 2)
+    )
+    batches = [rows.batch(range(len(rows))).input_ids for rows in (first, again, other)]
+    assert torch.equal(batches[0], batches[1])
+    assert not torch.equal(batches[0], batches[2])
+
+
+def test_given_held_out_data_leave_the_rest_whole(tokenizer: TextTokenizer) -> None:
+    held_out = [{"text": "the dog"}]
+    said: list[str] = []
+    data = prepare_data(ROWS, tokenizer, CONFIG, seed=1, held_out_source=held_out, say=said.append)
+    assert len(data.train_examples) == 60
+    assert data.held_out is not None
+    assert len(data.held_out) == 1
+    assert data.tokenizer.chat_template is not None  # the plain format, to be saved
+    assert "plain format" in said[0]
+    assert data.template_origin is not None
+
+
+def test_nothing_may_be_held_out(tokenizer: TextTokenizer) -> None:
+    config = DataConfig(max_length=64, eval_fraction=0, packing=False)
+    data = prepare_data([{"text": "the dog"}], tokenizer, config, seed=1)
+    assert data.held_out is None
+    assert data.template_origin is None
+    assert data.train.row_tokens == 8
+
+
+def test_held_out_examples_without_anything_to_learn_are_told(tokenizer: TextTokenizer) -> None:
+    said: list[str] = []
+    data = prepare_data(
+        [{"text": "the dog"}], tokenizer, CONFIG, 1, held_out_source=[{"text": ""}], say=said.append
+    )
+    assert data.held_out is None
+    assert "nothing is left to evaluate on" in said[0]
+
+
+def test_nothing_to_learn_is_refused(tokenizer: TextTokenizer) -> None:
+    with pytest.raises(DataError, match="none of 54 examples has a token to learn"):
+        prepare_data(
+            [{"messages": [{"role": "user", "content": str(n)}]} for n in range(60)],
+            tokenizer,
+            CONFIG,
+            seed=1,
+        )
