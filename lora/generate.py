@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora.decoder.decoder import Decoder
-from lora.errors import ConfigError, DataError
+from lora.errors import ConfigError, DataError, ModelError, gather
 
 PADDING_DOCUMENT = -1
 
@@ -30,14 +32,29 @@ class SamplingConfig:
     """Of the draws; row number n of a batch draws with seed + n."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens={self.max_new_tokens}: allowed is an int ≥ 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature={self.temperature}: allowed is a number ≥ 0")
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ConfigError(
-                f"top_k={self.top_k}, top_p={self.top_p}: allowed are ≥ 0 and 0 < top_p ≤ 1"
-            )
+        rules = [
+            ("max_new_tokens", _is_int(self.max_new_tokens, 1), "an int ≥ 1"),
+            ("temperature", _is_number(self.temperature, 0), "a finite number ≥ 0"),
+            ("top_k", _is_int(self.top_k, 0), "an int ≥ 0"),
+            ("top_p", _is_number(self.top_p, 0) and 0 < self.top_p <= 1, "0 < top_p ≤ 1"),
+            ("seed", _is_int(self.seed, 0), "an int ≥ 0"),
+        ]
+        faults = [
+            f"{name}={getattr(self, name)!r}: allowed is {allowed}"
+            for name, holds, allowed in rules
+            if not holds
+        ]
+        if faults:
+            raise ConfigError(gather(faults, "SamplingConfig is out of range:", "Change it."))
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object, least: int) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value >= least  # type: ignore[arg-type, operator]
 
 
 @torch.inference_mode()
@@ -53,19 +70,39 @@ def generate(
 
     Prompts of different length share a batch; a row's answer does not depend on its neighbours
     beyond rounding. `on_token(row, token)` hears of each token as it comes. Raises DataError for
-    an empty prompt.
+    an empty prompt or a token that the model does not have, ModelError if its logits are not
+    finite.
     """
     sampling = sampling or SamplingConfig()
-    if any(not prompt for prompt in prompts):
-        raise DataError("An answer was asked for to an empty prompt: give it at least one token.")
+    _check_prompts(prompts, model.config.vocab_size)
     if not prompts:
         return []
-    was_training = model.training
+    with _evaluating(model):
+        return _generate(model, prompts, sampling, frozenset(stop_ids), on_token)
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise DataError("An answer was asked for to an empty prompt: give it a token at least.")
+        outside = [token for token in (min(prompt), max(prompt)) if not 0 <= token < vocab_size]
+        if outside:
+            raise DataError(
+                f"Prompt {number} has token {outside[0]}: the model has {vocab_size:,} tokens, "
+                f"from 0. Use the tokenizer that belongs to it."
+            )
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off for a while; what was switched off before stays so afterwards."""
+    were_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        return _generate(model, prompts, sampling, frozenset(stop_ids), on_token)
+        yield
     finally:
-        model.train(was_training)
+        for module in were_training:
+            module.training = True
 
 
 def _generate(
@@ -127,12 +164,15 @@ def _choose(
     logits: Tensor, sampling: SamplingConfig, draws: Sequence[torch.Generator]
 ) -> list[int]:
     if sampling.temperature == 0:
-        return [int(token) for token in logits.argmax(-1).tolist()]  # the host waits here
+        best = logits.max(-1)
+        _check_finite(best.values)  # the host waits here
+        return [int(token) for token in best.indices.tolist()]
     wide = logits.float().cpu() / sampling.temperature  # (B, V); draws are made on the CPU
+    ordered, order = wide.sort(dim=-1, descending=True, stable=True)  # (B, V)
+    _check_finite(ordered[:, 0])
     if sampling.top_k:
-        least = wide.topk(min(sampling.top_k, wide.shape[-1])).values[:, -1:]  # (B, 1)
-        wide = wide.masked_fill(wide < least, -torch.inf)
-    shares, order = wide.softmax(-1).sort(-1, descending=True)  # (B, V)
+        ordered[:, sampling.top_k :] = -torch.inf
+    shares = ordered.softmax(-1)  # (B, V)
     if sampling.top_p < 1:
         # The token that crosses the limit stays in, so there is always one to draw.
         shares = shares.masked_fill(shares.cumsum(-1) - shares >= sampling.top_p, 0.0)
@@ -141,3 +181,12 @@ def _choose(
         for share, draw in zip(shares, draws, strict=True)
     ]
     return [int(places[place]) for places, place in zip(order, chosen, strict=True)]
+
+
+def _check_finite(largest: Tensor) -> None:
+    """Raise ModelError unless the `largest` logits (B,) are numbers; NaN counts as largest."""
+    if not bool(largest.isfinite().all()):
+        raise ModelError(
+            "The model's logits are not finite: no token can be chosen from them. Its weights are "
+            "damaged or a training run diverged, or it needs bf16 or fp32 instead of fp16."
+        )
