@@ -123,10 +123,11 @@ def create_run(
 ) -> Run:
     """Make the folder `out`/`name`, or open it again with `resume`, and lock it.
 
-    A folder whose run is over is replaced under a new name: `name-2`, `name-3` … `described`
-    becomes `run.json`. Raises CheckpointError if the disk refuses, if another process is using the
-    folder, or if there is nothing to resume.
+    A folder that holds anything is left alone, and the run takes the next free name: `name-2`,
+    `name-3` … `described` becomes `run.json`. Raises CheckpointError for a name with slashes, if
+    the disk refuses, if another process is using the folder, or if there is nothing to resume.
     """
+    _check_name(name)
     folder = out / name if resume else _free_folder(out, name)
     if resume and not folder.is_dir():
         raise CheckpointError(
@@ -153,7 +154,7 @@ def create_run(
 def default_name(model: str) -> str:
     """Return a name for a run on `model`: its last part and the date."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return f"{Path(model).stem or 'run'}-{now}"
+    return f"{Path(model).name.removesuffix('.gguf') or 'run'}-{now}"
 
 
 def environment() -> dict[str, Any]:
@@ -171,18 +172,15 @@ def environment() -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a JSON-lines file; a last line cut short by a crash is left out."""
+    """Return the rows of a JSON-lines file; a last line cut short by a crash is left out.
+
+    Raises CheckpointError for a file that cannot be read and a line that is no object.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    rows = []
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise CheckpointError(f"{path}, line {number}, is no JSON: {error}.") from None
-    return rows
+    return [_parse_row(line, path, number) for number, line in enumerate(lines[:-1], start=1)]
 
 
 def read_json(path: Path) -> Any:
@@ -191,8 +189,26 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
+    except ValueError as error:  # also what is not UTF-8
         raise CheckpointError(f"{path} is no JSON: {error}.") from None
+
+
+def _parse_row(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise CheckpointError(f"{path}, line {number}, is no JSON: {error}.") from None
+    if not isinstance(row, dict) or "step" not in row:
+        raise CheckpointError(f"{path}, line {number}, is no object with a step: {row!r:.60}.")
+    return row
+
+
+def _check_name(name: str) -> None:
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise CheckpointError(
+            f"A run was to be named {name!r}: a name is that of one folder, without slashes. "
+            "Choose the folder that holds the runs with `out`."
+        )
 
 
 def _free_folder(out: Path, name: str) -> Path:

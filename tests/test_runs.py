@@ -64,6 +64,29 @@ def test_a_last_line_cut_short_is_left_out_and_a_damaged_one_named(tmp_path: Pat
         read_rows(path)
 
 
+@pytest.mark.parametrize("line", [b"\xff\xfe", b"[1]", b'{"loss": 1}'])
+def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b"\n")
+    with pytest.raises(CheckpointError, match=r"rows\.jsonl, line 2, is no"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"{", b""])
+def test_a_damaged_json_file_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "run.json"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"run\.json is no JSON"):
+        read_json(path)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "../a"])
+def test_a_run_stays_in_the_folder_of_runs(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match="a name is that of one folder"):
+        create_run(tmp_path / "runs", name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_second_run_of_the_same_name_gets_its_own_folder(tmp_path: Path) -> None:
     with create_run(tmp_path, "run", described={"seed": 1}) as first:
         assert read_json(first.folder / "run.json")["seed"] == 1
@@ -110,5 +133,14 @@ def test_the_environment_names_versions_and_no_place() -> None:
     assert os.uname().nodename not in str(described)
 
 
-def test_names_of_runs_begin_with_the_model() -> None:
-    assert default_name("some/folder/tiny-llama").startswith("tiny-llama-2")
+@pytest.mark.parametrize(
+    ("model", "start"),
+    [
+        ("some/folder/tiny-llama", "tiny-llama-2"),
+        ("small.Q4_1.gguf", "small.Q4_1-2"),
+        ("owner/Some2.5-0.5B", "Some2.5-0.5B-2"),
+        (".", "run-2"),
+    ],
+)
+def test_names_of_runs_begin_with_the_model(model: str, start: str) -> None:
+    assert default_name(model).startswith(start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from lora.errors import DataError
 
 HELD_OUT_FRACTION = 0.1
 CODE_PACKAGES = ("asyncio", "collections", "concurrent", "email", "http", "json", "logging", "xml")
+MACHINES_OWN = ("_sysconfigdata", "sitecustomize")
+"""Beginnings of the names of files that describe the machine, not the library."""
 MOST_CODE_CHARACTERS = 2_000_000
 
 
@@ -27,6 +30,7 @@ class Corpus:
 def prose() -> Corpus:
     """Return the help texts of Python's language reference; the last topics are held out.
 
+    Topics repeat each other: the paragraphs that are held out are taken out of the training part.
     Raises DataError where the standard library comes without them.
     """
     try:
@@ -47,16 +51,10 @@ def code() -> Corpus:
     comes without its source.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
-    paths = sorted(library.glob("*.py"))
+    paths = sorted(p for p in library.glob("*.py") if not p.name.startswith(MACHINES_OWN))
     for package in CODE_PACKAGES:
         paths += sorted((library / package).rglob("*.py"))
-    texts, total = [], 0
-    for path in paths:
-        if total >= MOST_CODE_CHARACTERS:
-            break
-        text = path.read_text(encoding="utf-8", errors="replace")
-        texts.append(text)
-        total += len(text)
+    texts = _read_files(paths, MOST_CODE_CHARACTERS)
     if len(texts) < 10:
         raise DataError(
             "The standard library's source was asked for: this Python comes without it. "
@@ -76,10 +74,38 @@ def corpus_from_file(path: Path) -> Corpus:
     return Corpus(text[:place], text[place:], str(path))
 
 
+def _read_files(paths: list[Path], most_characters: int) -> list[str]:
+    texts: list[str] = []
+    total = 0
+    for path in paths:
+        if total >= most_characters:
+            break
+        try:
+            texts.append(path.read_text(encoding="utf-8", errors="replace"))
+        except OSError as error:
+            raise DataError(
+                f"{path} of the standard library cannot be read: {error.strerror}. "
+                "Give a text file of your own."
+            ) from None
+        total += len(texts[-1])
+    return texts
+
+
 def _split(texts: list[str], described: str) -> Corpus:
     wanted = sum(map(len, texts)) * (1 - HELD_OUT_FRACTION)
     length, number = 0, 0
     while length < wanted:
         length += len(texts[number])
         number += 1
-    return Corpus("\n".join(texts[:number]), "\n".join(texts[number:]), described)
+    held_out = "\n".join(texts[number:])
+    apart = {_words(paragraph) for paragraph in _paragraphs(held_out)}
+    kept = (p for p in _paragraphs("\n".join(texts[:number])) if _words(p) not in apart)
+    return Corpus("\n\n".join(kept), held_out, described)
+
+
+def _paragraphs(text: str) -> list[str]:
+    return re.split(r"\n[ \t]*\n", text)
+
+
+def _words(paragraph: str) -> str:
+    return " ".join(paragraph.split())  # an indented copy is the same paragraph
