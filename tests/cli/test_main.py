@@ -67,7 +67,7 @@ def test_a_commands_help_names_its_flags(capsys: pytest.CaptureFixture[str]) -> 
     assert cli.main(["show", "--help"]) == 0
     out = capsys.readouterr().out
     assert "--learning-rate" in out
-    assert "LORALM_SHOW_RANK" in out
+    assert "LORALM_COMMAND_FLAG" in out
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
