@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.data.batches import IGNORE, Batch
 from lora.decoder.decoder import Decoder
-from lora.errors import ModelError
+from lora.errors import DataError, ModelError
 from lora.kernels.cross_entropy import linear_cross_entropy
 from lora.lora_module import LoRALayer
 
@@ -30,20 +31,30 @@ def adapted_head_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Of our decoders whose head has LoRA: logits of the learned tokens only."""
     decoder, labels = cast(Decoder, model), batch.labels.flatten()
     learned = labels != IGNORE
-    logits = decoder.output_head()(_hidden(decoder, batch)[learned]).float()  # (N, V)
-    return F.cross_entropy(logits, labels[learned], reduction="sum")[None], learned.sum()[None]
+    logits = decoder.output_head()(_hidden(decoder, batch)[learned])  # (N, V)
+    return _sum_of(logits, labels[learned])
 
 
 def transformers_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Of transformers' causal models: one document a row, padded on the right."""
+    """Of transformers' causal models: one document a row, padded on either side.
+
+    Raises DataError for rows of several documents, which would see each other.
+    """
+    if bool((batch.document_ids > 0).any()):  # the host waits for the device
+        raise DataError(
+            "Rows of several documents were given to one of transformers' models: there they "
+            "would see each other. Set packing to false, or load the model as lora's Decoder."
+        )
     mask = (batch.document_ids >= 0).long()  # (B, T)
     output: Any = model(
-        input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids
+        input_ids=batch.input_ids,
+        attention_mask=mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
     )
     labels = batch.labels.flatten()
-    logits = output.logits.flatten(0, 1).float()  # (B·T, V)
-    total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-    return total[None], (labels != IGNORE).sum()[None]
+    learned = labels != IGNORE
+    return _sum_of(output.logits.flatten(0, 1)[learned], labels[learned])
 
 
 def loss_for(model: nn.Module) -> Any:
@@ -60,6 +71,13 @@ def loss_for(model: nn.Module) -> Any:
         f"A loss was asked for {type(model).__name__}: known are lora's Decoder and transformers' "
         "causal models. Pass a function (model, batch) -> (loss sum, target tokens) of your own."
     )
+
+
+def _sum_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the summed loss and the number of `labels` (N,), from logits (N, V)."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    n_tokens = torch.tensor([len(labels)], device=labels.device)
+    return F.cross_entropy(wide, labels, reduction="sum")[None], n_tokens
 
 
 def _hidden(decoder: Decoder, batch: Batch) -> Tensor:
