@@ -212,6 +212,31 @@ class RunConfig:
         _raise_if(faults, self)
 
 
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is chosen."""
+
+    max_new_tokens: int = 256
+    """Most tokens of an answer."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; 1 draws from the model's own distribution."""
+    top_k: int = 0
+    """Draw from so many of the likeliest tokens; 0: from all."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Of the draws; row number n of a batch draws with seed + n."""
+
+    def __post_init__(self) -> None:
+        faults = _check_counts(self, 1, "max_new_tokens")
+        faults += _check_counts(self, 0, "top_k", "seed")
+        in_range = _is_number(self.temperature) and self.temperature >= 0
+        faults += _check(in_range, "temperature", self.temperature, "a finite number ≥ 0")
+        in_range = _is_number(self.top_p) and 0 < self.top_p <= 1
+        faults += _check(in_range, "top_p", self.top_p, "0 < top_p ≤ 1")
+        _raise_if(faults, self)
+
+
 def config_from_dict(kind: type[ConfigT], values: dict[str, Any]) -> ConfigT:
     """Return a `kind` made of `values`; lists become tuples.
 

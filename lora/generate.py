@@ -3,58 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lora.config import SamplingConfig
 from lora.decoder.decoder import Decoder
-from lora.errors import ConfigError, DataError, ModelError, gather
+from lora.errors import DataError, ModelError
 
 PADDING_DOCUMENT = -1
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How the next token is chosen."""
-
-    max_new_tokens: int = 256
-    """Most tokens of an answer."""
-    temperature: float = 0.0
-    """0 takes the likeliest token; 1 draws from the model's own distribution."""
-    top_k: int = 0
-    """Draw from so many of the likeliest tokens; 0: from all."""
-    top_p: float = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
-    seed: int = 0
-    """Of the draws; row number n of a batch draws with seed + n."""
-
-    def __post_init__(self) -> None:
-        rules = [
-            ("max_new_tokens", _is_int(self.max_new_tokens, 1), "an int ≥ 1"),
-            ("temperature", _is_number(self.temperature, 0), "a finite number ≥ 0"),
-            ("top_k", _is_int(self.top_k, 0), "an int ≥ 0"),
-            ("top_p", _is_number(self.top_p, 0) and 0 < self.top_p <= 1, "0 < top_p ≤ 1"),
-            ("seed", _is_int(self.seed, 0), "an int ≥ 0"),
-        ]
-        faults = [
-            f"{name}={getattr(self, name)!r}: allowed is {allowed}"
-            for name, holds, allowed in rules
-            if not holds
-        ]
-        if faults:
-            raise ConfigError(gather(faults, "SamplingConfig is out of range:", "Change it."))
-
-
-def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value: object, least: int) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value >= least  # type: ignore[arg-type, operator]
 
 
 @torch.inference_mode()

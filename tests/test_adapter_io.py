@@ -265,7 +265,7 @@ def test_loading_leaves_torchs_generator_alone(folder: Path, tiny_model: Build) 
     model, state = tiny_model("llama-tied"), torch.get_rng_state()
     load_adapter(model, folder)
     assert torch.equal(torch.get_rng_state(), state)
-    assert applied_lora(model).config.seed is None
+    assert applied_lora(model).config.init_seed is None
 
 
 def test_a_loaded_adapter_can_be_taken_off(

@@ -17,13 +17,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cyclopts import App, CycloptsError, UnknownOptionError
+from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
 from cyclopts.config import Dict, Env
 
 from lora import __version__
 from lora.errors import ConfigError, LoraError, did_you_mean
 
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "finetune": ("lora.cli.finetune:finetune", "Fine-tune a model on examples."),
+    "generate": ("lora.cli.generate:generate", "Answer prompts, many at a time."),
+    "chat": ("lora.cli.chat:chat", "Talk to a model; switch adapters while talking."),
+    "eval": ("lora.cli.eval:evaluate", "Measure a model and its adapter on examples."),
+    "merge": ("lora.cli.merge:merge", "Merge an adapter into its base, verified."),
+}
 """By name: where the command's function is ("module:function"), and its line in the help."""
 
 ENVIRONMENT_PREFIX = "LORALM_"
@@ -34,22 +40,27 @@ HELP_END = (
 )
 
 
-def build_app(settings: dict[str, Any] | None = None, source: str = "") -> App:
+def build_app(
+    settings: dict[str, Any] | None = None, source: str = "", chosen: str | None = None
+) -> App:
     """Return the application with every command, none of them imported yet.
 
-    `settings` are defaults that stand in the file `source`; flags and environment beat them.
+    The command `chosen` is explained by its own docstring, the others by their line. `settings`
+    are defaults that stand in the file `source`; flags and environment beat them.
     """
     files = () if settings is None else (Dict(settings, source=source, use_commands_as_keys=False),)
     app = App(
         name="lora",
         help="LoRA fine-tuning of language models.",
         help_epilogue=HELP_END,
+        help_format="plaintext",
         version=f"lora {__version__}",
         config=(Env(ENVIRONMENT_PREFIX), *files),
+        default_parameter=Parameter(show_env_var=False, negative_iterable=()),
         suppress_keyboard_interrupt=False,  # `main` answers it
     )
     for name, (target, line) in COMMANDS.items():
-        app.command(target, name=name, help=line)
+        app.command(target, name=name, help=None if name == chosen else line)
     return app
 
 
@@ -76,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     words, path = _take_config(words)
     _check_command(words)
-    app = build_app() if path is None else build_app(_read_settings(path), str(path))
+    settings, source = (None, "") if path is None else (_read_settings(path), str(path))
+    app = build_app(settings, source, words[0] if words else None)
     code = app(words, exit_on_error=False, print_error=False, result_action="return_value")
     return code if isinstance(code, int) else 0
 

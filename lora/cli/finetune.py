@@ -1,0 +1,101 @@
+"""`lora finetune`: examples in, an adapter out."""
+
+from __future__ import annotations
+
+import json as json_format
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lora.finetune import FinetuneResult
+
+Flat = Parameter(name="*")
+
+
+def finetune(
+    *,
+    data: Path,
+    model: str | None = None,
+    eval_data: Path | None = None,
+    full: bool = False,
+    from_adapter: Path | None = None,
+    resume: bool = False,
+    json: bool = False,
+    lora: Annotated[LoRAConfig | None, Flat] = None,
+    train: Annotated[TrainConfig | None, Flat] = None,
+    data_config: Annotated[DataConfig | None, Flat] = None,
+    run: Annotated[RunConfig | None, Flat] = None,
+) -> int:
+    """Fine-tune a model on examples, through LoRA unless --full is given.
+
+    Examples:
+
+        lora finetune --data orders.jsonl
+        lora finetune --model ./llama --data chats.jsonl --rank 16 --steps 500 --name chats
+        lora finetune --data orders.jsonl --name orders --resume
+
+    Examples are chats (messages), prompt and completion, instruction and output, ShareGPT or text,
+    in JSONL, JSON, CSV, Parquet or text files. The adapter is in PEFT's format.
+
+    Parameters
+    ----------
+    data
+        File or folder of examples.
+    model
+        A folder in Hugging Face's layout, a .gguf file or a hub's owner/name; left out, it is
+        SmolLM2-135M-Instruct.
+    eval_data
+        Examples to measure on; left out, some of the data are held out.
+    full
+        Train all weights instead of LoRA.
+    from_adapter
+        Go on from this adapter; its rank and targets hold.
+    resume
+        Go on with the run called --name from its newest checkpoint.
+    json
+        Print the result as one JSON object.
+    """
+    from lora.finetune import FinetuneJob
+    from lora.finetune import finetune as run_job
+    from lora.progress import RichProgress
+
+    _check_flags(resume and (run is None or run.name is None), full, lora or from_adapter)
+    job = FinetuneJob(
+        data=data,
+        model=model,
+        eval_data=eval_data,
+        lora=None if full else lora or LoRAConfig(),
+        train=train or TrainConfig(),
+        data_config=data_config or DataConfig(),
+        run=run or RunConfig(),
+        from_adapter=from_adapter,
+        resume=resume,
+    )
+    return _report(run_job(job, RichProgress("finetune")), json)
+
+
+def _check_flags(is_nameless: bool, full: bool, of_lora: object) -> None:
+    if is_nameless:
+        raise ConfigError("--resume was given without --name: name the run to go on with.")
+    if full and of_lora is not None:
+        raise ConfigError("--full trains all weights: leave out LoRA's flags and --from-adapter.")
+
+
+def _report(done: FinetuneResult, json: bool) -> int:
+    result = done.result
+    if json:
+        found = {"folder": str(done.folder), "saved": str(done.saved), **asdict(result)}
+        print(json_format.dumps(found))
+        return 0
+    print(
+        f"held-out loss {result.eval_loss:.4f} after {result.steps} steps, "
+        f"{result.train_s:.0f} s of training, peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
+    )
+    print(f"saved: {done.saved}")
+    return 0

@@ -1,0 +1,47 @@
+"""`lora merge`: a base and its adapter become one model that transformers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lora.cli.loading import load_model
+
+CHECKED_TEXT = "A merged model must answer as the adapted one did. 1 + 1 = 2; def f(x): return x"
+
+
+def merge(adapter: Path, out: Path, *, model: str | None = None, device: str = "cpu") -> int:
+    """Merge an adapter into its base, compare the logits, and save the model.
+
+    Examples:
+
+        lora merge runs/orders/adapter merged
+
+    Parameters
+    ----------
+    adapter
+        The adapter's folder.
+    out
+        Folder of the merged model; it must not exist or be empty.
+    model
+        The base, as in lora finetune; left out, SmolLM2-135M-Instruct.
+    device
+        Where the merging is computed.
+    """
+    import torch
+
+    from lora.decoder.hf_weights import save_decoder
+    from lora.errors import ConfigError
+    from lora.merge import merge_lora
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not empty: name a new folder for the merged model.")
+    loaded = load_model(model, adapter, device)
+    ids = torch.tensor([loaded.tokenizer.encode(CHECKED_TEXT)], device=loaded.choice.device)
+    report = merge_lora(loaded.model, ids)
+    save_decoder(loaded.model, out)
+    loaded.tokenizer.save(out)
+    print(
+        f"merged {report.layers} layers into {out}; the logits differ by "
+        f"{report.relative_error:.1e} (allowed {report.tolerance:.0e})"
+    )
+    return 0

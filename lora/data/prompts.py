@@ -1,0 +1,57 @@
+"""What a model is asked, and what it should have answered, of examples and of questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora.data.formats import Example
+from lora.data.messages import Message
+from lora.data.templates import begin_ids, compile_template
+from lora.data.tokenizers import TextTokenizer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question as tokens, with the reference answer where there is one."""
+
+    ids: list[int]
+    text: str
+    """What a person reads: the last thing said before the answer."""
+    reference: str | None = None
+
+
+def chat_prompt(messages: Sequence[Message], tokenizer: TextTokenizer) -> Prompt:
+    """Return the conversation up to where the assistant's next turn begins.
+
+    Raises DataError if the tokenizer has no chat template, or its template refuses.
+    """
+    template = compile_template(tokenizer)
+    rendered = template.render(messages, add_generation_prompt=True)
+    return Prompt(tokenizer.encode(rendered), str(messages[-1]["content"]))
+
+
+def plain_prompt(text: str, tokenizer: TextTokenizer) -> Prompt:
+    """Return a text to go on with, behind the BOS token if the model wants one."""
+    return Prompt([*begin_ids(tokenizer), *tokenizer.encode(text)], text)
+
+
+def prompt_of(example: Example, tokenizer: TextTokenizer) -> Prompt | None:
+    """Return what `example` asks last and its answer; None for plain texts, which ask nothing."""
+    if example.completion is not None:
+        prompt = plain_prompt(example.prompt or "", tokenizer)
+        return Prompt(prompt.ids, prompt.text, example.completion) if prompt.ids else None
+    messages = example.messages or ()
+    answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers or answers[-1] == 0:
+        return None
+    last = answers[-1]
+    template = compile_template(tokenizer)
+    rendered = template.render(
+        messages[:last],
+        tools=example.tools,
+        documents=example.documents,
+        add_generation_prompt=True,
+    )
+    asked, reference = str(messages[last - 1]["content"]), str(messages[last]["content"])
+    return Prompt(tokenizer.encode(rendered), asked, reference)

@@ -1,0 +1,147 @@
+"""How well a model does on examples: loss, and answers against references."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lora.config import DataConfig, SamplingConfig
+from lora.data.batches import build_rows, ordered_batches
+from lora.data.examples import check_learnable, encode_examples
+from lora.data.formats import Example
+from lora.data.prompts import Prompt, prompt_of
+from lora.data.tokenizers import TextTokenizer
+from lora.decoder.decoder import Decoder
+from lora.device import DeviceChoice
+from lora.errors import DependencyError
+from lora.generate import generate
+from lora.losses import loss_for
+from lora.trainer import evaluate
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer beside what it should have been."""
+
+    asked: str
+    answer: str
+    reference: str
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was measured; the shares are None where no answers were asked for."""
+
+    loss: float
+    """Mean over the learned tokens, nats."""
+    perplexity: float
+    n_answers: int = 0
+    exact_match: float | None = None
+    """Share of answers equal to their reference, white space at the ends aside."""
+    valid_json: float | None = None
+    """Share of answers that parse as JSON; None unless every reference does."""
+    fields_right: float | None = None
+    """Share of the references' JSON fields that the answers have with the same value."""
+    bleu: float | None = None
+    """Corpus BLEU by sacrebleu, 0 to 100; None unless asked for."""
+
+
+def measure_loss(
+    model: Decoder,
+    examples: Sequence[Example],
+    tokenizer: TextTokenizer,
+    config: DataConfig,
+    choice: DeviceChoice,
+    batch_rows: int = 8,
+) -> float:
+    """Return the mean loss in nats over the learned tokens of `examples`.
+
+    Raises DataError if nothing in them is learned.
+    """
+    encoded = encode_examples(examples, tokenizer, config)
+    check_learnable(encoded, config.learn_on)
+    pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
+    rows = build_rows(
+        encoded.documents, config.max_length, packing=config.packing, pad_id=pad, seed=0
+    )
+    batches = ordered_batches(rows, batch_rows, choice.device)
+    return evaluate(model, batches, loss_for(model), choice.autocast)
+
+
+def answer_examples(
+    model: Decoder,
+    examples: Sequence[Example],
+    tokenizer: TextTokenizer,
+    sampling: SamplingConfig,
+    *,
+    batch_rows: int = 16,
+    on_progress: Callable[[float], None] = lambda fraction: None,
+) -> list[Answer]:
+    """Return the model's answers to the examples that ask something, in their order."""
+    found = (prompt_of(example, tokenizer) for example in examples)
+    prompts: list[Prompt] = [p for p in found if p is not None and p.reference is not None]
+    # Prompts of like length share a batch, so that little of it is padding.
+    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n].ids))
+    answers: dict[int, Answer] = {}
+    for first in range(0, len(order), batch_rows):
+        numbers = order[first : first + batch_rows]
+        ids = [prompts[n].ids for n in numbers]
+        tokens = generate(model, ids, sampling, stop_ids=tokenizer.stop_ids)
+        for n, new in zip(numbers, tokens, strict=True):
+            text = tokenizer.decode(new)
+            answers[n] = Answer(prompts[n].text, text, prompts[n].reference or "")
+        on_progress(len(answers) / len(prompts))
+    return [answers[n] for n in range(len(prompts))]
+
+
+def score(loss: float, answers: Sequence[Answer], *, bleu: bool = False) -> Scores:
+    """Return the scores of `answers` beside the loss.
+
+    Raises DependencyError if BLEU is asked for and sacrebleu is not installed.
+    """
+    perplexity = math.exp(min(loss, 700.0))
+    if not answers:
+        return Scores(loss, perplexity)
+    exact = sum(a.answer.strip() == a.reference.strip() for a in answers) / len(answers)
+    references = [_parse(answer.reference) for answer in answers]
+    valid = fields = None
+    if all(reference is not None for reference in references):
+        parsed = [_parse(answer.answer) for answer in answers]
+        valid = sum(value is not None for value in parsed) / len(answers)
+        fields = _fields_right(parsed, references)
+    measured = _bleu(answers) if bleu else None
+    return Scores(loss, perplexity, len(answers), exact, valid, fields, measured)
+
+
+def _parse(text: str) -> object:
+    """Return the JSON value in `text`; None if it holds none (or null)."""
+    try:
+        value: object = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value
+
+
+def _fields_right(parsed: Sequence[object], references: Sequence[object]) -> float | None:
+    right = total = 0
+    for value, reference in zip(parsed, references, strict=True):
+        if not isinstance(reference, dict):
+            return None
+        total += len(reference)
+        if isinstance(value, dict):
+            right += sum(key in value and value[key] == want for key, want in reference.items())
+    return right / total if total else None
+
+
+def _bleu(answers: Sequence[Answer]) -> float:
+    try:
+        import sacrebleu
+    except ImportError:
+        raise DependencyError(
+            "BLEU was asked for: sacrebleu is not installed. Run: pip install sacrebleu"
+        ) from None
+    hypotheses = [answer.answer for answer in answers]
+    references = [[answer.reference for answer in answers]]
+    return float(sacrebleu.corpus_bleu(hypotheses, references).score)

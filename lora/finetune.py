@@ -1,0 +1,200 @@
+"""Fine-tune a real model on a file of examples: the whole job, from names to an adapter.
+
+The order is the user's friend: what can be wrong with the settings, the data and the device is
+found before the weights are loaded, and the run's folder is made last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora.adapter_io import load_adapter, save_adapter
+from lora.apply import apply_lora
+from lora.config import (
+    FULL_LEARNING_RATE,
+    LORA_LEARNING_RATE,
+    DataConfig,
+    LoRAConfig,
+    RunConfig,
+    TrainConfig,
+)
+from lora.data.batches import BatchStream, ordered_batches
+from lora.data.prepare import PreparedData, prepare_data
+from lora.data.readers import Source
+from lora.data.tokenizers import TextTokenizer, load_tokenizer
+from lora.decoder.decoder import Decoder
+from lora.decoder.hf_weights import load_decoder, save_decoder
+from lora.decoder.sources import ModelSource, find_model
+from lora.device import DeviceChoice, choose_device
+from lora.fingerprint import base_fingerprint
+from lora.losses import loss_for
+from lora.progress import NoProgress, Progress
+from lora.runs import Run, create_run, default_name
+from lora.trainer import TrainingJob, TrainResult, train
+
+
+@dataclass(frozen=True)
+class FinetuneJob:
+    """What to fine-tune, on what, and how."""
+
+    data: Source
+    """A file or folder of examples, or a list of dicts."""
+    model: str | None = None
+    """A folder, a .gguf file, a hub's owner/name; None: SmolLM2-135M-Instruct."""
+    eval_data: Source | None = None
+    """Examples to measure on; None splits some off `data`."""
+    lora: LoRAConfig | None = field(default_factory=LoRAConfig)
+    """None trains all weights: full fine-tuning."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data_config: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    from_adapter: Path | None = None
+    """Go on from this adapter instead of a fresh one; its settings replace `lora`."""
+    resume: bool = False
+    """Go on with the run of this name from its newest checkpoint."""
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """Where the results are, and how the run ended."""
+
+    folder: Path
+    """The run's folder."""
+    saved: Path
+    """The adapter's folder in it, or the whole model's after full fine-tuning."""
+    result: TrainResult
+
+
+def finetune(job: FinetuneJob, progress: Progress | None = None) -> FinetuneResult:
+    """Run `job` to its end and save what was learned.
+
+    Raises ConfigError, DataError or ModelError for what cannot work, before anything is written;
+    TrainingError if the loss is no longer finite (the newest checkpoint is kept).
+    """
+    progress = progress or NoProgress()
+    choice = choose_device(job.run.device, job.train.precision)
+    source = find_model(job.model)
+    data = check_data(job, source.folder, progress)
+    progress.say(f"{source.name} on {choice.reason}")
+    model = _load_model(job, source, choice)
+    rate = job.train.learning_rate
+    if rate is None:
+        rate = FULL_LEARNING_RATE if job.lora is None else LORA_LEARNING_RATE
+    name = job.run.name or default_name(source.name)
+    described = {**_describe(job, source, data, choice), "learning_rate": rate}
+    described["base_fingerprint"] = base_fingerprint(model)
+    with create_run(job.run.out, name, resume=job.resume, described=described) as run:
+        result = train(_training_job(job, model, data, choice, rate, run, progress))
+        saved = _save(job, model, data.tokenizer, source, run)
+        run.write_json("result.json", asdict(result))
+        return FinetuneResult(run.folder, saved, result)
+
+
+def check_data(job: FinetuneJob, model_folder: Path, progress: Progress) -> PreparedData:
+    """Return `job`'s examples as rows of tokens, and say what they are; no weights are loaded.
+
+    Raises DataError if nothing can be learned from them.
+    """
+    data = prepare_data(
+        job.data,
+        load_tokenizer(model_folder),
+        job.data_config,
+        job.train.seed,
+        held_out_source=job.eval_data,
+        say=progress.say,
+    )
+    progress.say(
+        f"{len(data.train_examples)} examples to learn ({data.train.n_target_tokens:,} learned "
+        f"tokens in {len(data.train)} rows), {len(data.held_out_examples)} to measure"
+    )
+    counts = data.train_encoded.counts
+    for count, what in (
+        (counts.n_truncated, "were cut at max_length"),
+        (counts.n_dropped, "were dropped as too long"),
+        (counts.n_nothing_to_learn, "have nothing to learn"),
+    ):
+        if count:
+            progress.say(f"note: {count} of {counts.n_examples} examples {what}")
+    return data
+
+
+def _load_model(job: FinetuneJob, source: ModelSource, choice: DeviceChoice) -> Decoder:
+    model = load_decoder(source.folder, device=choice.device)
+    if job.from_adapter is not None:
+        load_adapter(model, job.from_adapter, trainable=True)
+    elif job.lora is not None:
+        seed = job.train.seed if job.lora.init_seed is None else job.lora.init_seed
+        apply_lora(model, replace(job.lora, init_seed=seed))
+    else:
+        model.requires_grad_(True)
+    torch.manual_seed(job.train.seed)
+    return model
+
+
+def _training_job(
+    job: FinetuneJob,
+    model: nn.Module,
+    data: PreparedData,
+    choice: DeviceChoice,
+    rate: float,
+    run: Run,
+    progress: Progress,
+) -> TrainingJob:
+    rows = job.train.batch_size // job.train.micro_batches
+    held_out = data.held_out
+    return TrainingJob(
+        model=model,
+        loss_fn=loss_for(model),
+        stream=BatchStream(data.train, rows, job.train.seed, choice.device),
+        eval_batches=lambda: (
+            [] if held_out is None else ordered_batches(held_out, rows, choice.device)
+        ),
+        train_config=job.train,
+        learning_rate=rate,
+        run_config=job.run,
+        run=run,
+        choice=choice,
+        progress=progress,
+        resume=job.resume,
+    )
+
+
+def _save(
+    job: FinetuneJob, model: Decoder, tokenizer: TextTokenizer, source: ModelSource, run: Run
+) -> Path:
+    if job.lora is None and job.from_adapter is None:
+        folder = run.folder / "model"
+        save_decoder(model, folder)
+    else:
+        folder = run.folder / "adapter"
+        save_adapter(model, folder, base_name=source.name)
+    tokenizer.save(folder)  # with the chat template that was learned
+    return folder
+
+
+def _describe(
+    job: FinetuneJob, source: ModelSource, data: PreparedData, choice: DeviceChoice
+) -> dict[str, Any]:
+    named = job.data if isinstance(job.data, Path | str) else "rows given in Python"
+    return {
+        "model": source.name,
+        "device": choice.reason,
+        "data": {
+            "source": str(named),
+            "examples": len(data.train_examples),
+            "held_out_examples": len(data.held_out_examples),
+            "rows": len(data.train),
+            "learned_tokens": data.train.n_target_tokens,
+            "counts": asdict(data.train_encoded.counts),
+            "chat_template": data.template_origin,
+        },
+        "lora": None if job.lora is None else asdict(job.lora),
+        "train": asdict(job.train),
+        "data_config": asdict(job.data_config),
+        "run": asdict(job.run),
+    }
