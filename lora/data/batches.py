@@ -12,12 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lora.data.documents import IGNORE, Documents
-from lora.data.packing import Layout, one_a_row, pack
+from lora.data.packing import Layout, one_a_row, pack, padded_width
 from lora.errors import DataError
 
 __all__ = ["IGNORE", "Batch", "BatchStream", "TokenRows", "build_rows", "ordered_batches"]
-
-_PADDED_TO = 8  # rows without packing are as long as the longest document, rounded up to this
 
 
 @dataclass(frozen=True)
@@ -134,9 +132,8 @@ def build_rows(
     lengths = np.diff(documents.starts)
     if packing:
         return TokenRows(documents, pack(lengths, row_tokens, seed), row_tokens, pad_id)
-    longest = int(lengths.max()) if len(lengths) else 1
-    row_tokens = min(row_tokens, -(-longest // _PADDED_TO) * _PADDED_TO)
-    return TokenRows(documents, one_a_row(lengths, row_tokens), row_tokens, pad_id)
+    width = padded_width(lengths, row_tokens)
+    return TokenRows(documents, one_a_row(lengths, width), width, pad_id)
 
 
 class BatchStream:

@@ -43,18 +43,18 @@ _PIECES_AT_ONCE = 64
 class EncodingCounts:
     """What became of the examples."""
 
-    n_examples: int
-    n_truncated: int
+    n_examples: int = 0
+    n_truncated: int = 0
     """Examples that lost their end because they were too long."""
-    n_split: int
+    n_split: int = 0
     """Examples that were split over several rows because they were too long."""
-    n_dropped: int
+    n_dropped: int = 0
     """Examples that were left out because they were too long."""
-    n_cut_tokens: int
+    n_cut_tokens: int = 0
     """Tokens of truncated and dropped examples that no row holds."""
-    n_nothing_to_learn: int
+    n_nothing_to_learn: int = 0
     """Examples of which no token is left to learn; no row holds them."""
-    n_lost_turns: int
+    n_lost_turns: int = 0
     """Answers that the template shows in a way in which they cannot be found."""
 
 

@@ -15,6 +15,8 @@ WINDOW_DOCUMENTS = 8192
 """Documents sorted by length together. Larger windows fill rows a little better; smaller ones mix
 long and short documents more evenly over the rows."""
 
+_PADDED_TO = 8
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -54,6 +56,15 @@ def pack(
         window = order[first : first + window_documents]
         rows += _pack_window(window, lengths[window], row_tokens)
     return _layout(rows)
+
+
+def padded_width(lengths: Ints, row_tokens: int) -> int:
+    """Return T for rows of one document each: the longest one's, rounded up to a multiple of 8.
+
+    It is at most `row_tokens`, and that where there are no documents.
+    """
+    longest = int(lengths.max()) if len(lengths) else row_tokens
+    return min(row_tokens, -(-longest // _PADDED_TO) * _PADDED_TO)
 
 
 def one_a_row(lengths: Ints, row_tokens: int) -> Layout:

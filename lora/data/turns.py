@@ -36,7 +36,7 @@ class ConversationTexts:
 
 
 def render_conversation(template: ChatTemplate, example: Example) -> ConversationTexts:
-    """Return the texts of an example with messages, and what is learned of each.
+    """Return the texts of an example with messages, at least one, and what is learned of each.
 
     All turns of the assistant behind the prompt's messages are learned. Raises DataError if the
     template refuses the conversation.
@@ -58,6 +58,8 @@ def render_conversation(template: ChatTemplate, example: Example) -> Conversatio
         if spans:
             found.texts.append(SpannedText(text, spans))
         text = pending[-1].text if pending else ""
+    if not found.texts:
+        found.texts.append(SpannedText(renderer.whole, []))
     return found
 
 

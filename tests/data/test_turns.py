@@ -107,14 +107,15 @@ def test_turns_without_the_thinking_that_the_prompt_asks_for_are_learned(
 
 def test_turns_that_cannot_be_found_are_counted() -> None:
     numbered = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    assert learned(numbered, turns("a", "b")) == ([], 1)
+    assert learned(numbered, turns("a", "b")) == ([("2ab", [])], 1)
     at_once = "{% if messages | length < 4 %}{{ raise_exception('short') }}{% endif %}text"
-    assert learned(at_once, turns("a", "b", "c", "d")) == ([], 2)
+    assert learned(at_once, turns("a", "b", "c", "d")) == ([("text", [])], 2)
 
 
 def test_nothing_is_learned_without_answers(templates: dict[str, str]) -> None:
-    assert learned(templates["chatml"], turns("a")) == ([], 0)
-    assert learned(templates["marked"], turns("a"))[0][0][1] == []
+    for name in ("chatml", "marked"):
+        whole = ChatTemplate(templates[name], TOKENS).render(turns("a"))
+        assert learned(templates[name], turns("a")) == ([(whole, [])], 0)
 
 
 def test_a_refusal_of_the_whole_is_told(templates: dict[str, str]) -> None:

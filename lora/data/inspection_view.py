@@ -1,0 +1,105 @@
+"""A data report on the terminal; what is learned can be told without colours too."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from lora.data.inspection import DataReport, Preview
+
+_BAR_CELLS = 40
+_CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def print_report(report: DataReport, console: Console) -> None:
+    """Print a report: what was understood, lengths, what is learned, and the first examples.
+
+    Learned text stands in colour and between marks. Control characters of the data are shown as
+    escapes, so that data cannot steer the terminal.
+    """
+    from rich.text import Text
+
+    is_ascii = console.options.ascii_only
+    console.print(Text(f"Data: {_visible(report.source, is_ascii)}", style="bold"))
+    if report.n_examples:
+        console.print(_summary(report))
+    if report.histogram:
+        console.print(Text("\nTokens of an example, before any cut", style="bold"))
+        console.print(_bars(report, is_ascii))
+    for preview in report.previews:
+        console.print(_preview(preview, is_ascii))
+    for note in report.notes:
+        console.print(Text(f"note: {_visible(note, is_ascii)}"))
+    for warning in report.warnings:
+        console.print(Text(f"warning: {_visible(warning, is_ascii)}", style="yellow"))
+    for error in report.errors:
+        console.print(Text(f"error: {_visible(error, is_ascii)}", style="red"))
+
+
+def _summary(report: DataReport) -> Table:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    all_tokens = max(1, report.n_learned_tokens + report.n_ignored_tokens)
+    formats = ", ".join(f"{count:,} {name}" for name, count in report.formats.items())
+    rows = [
+        ("examples", f"{report.n_examples:,} ({formats})"),
+        ("written in", report.template_origin or ""),
+        ("learned", f"{report.n_learned_tokens:,} tokens, {report.learn_on}"),
+        ("read only", f"{report.n_ignored_tokens:,} tokens"),
+        ("share learned", f"{report.n_learned_tokens / all_tokens:.1%}"),
+        ("rows", f"{report.n_rows:,}, {report.fill_fraction:.1%} filled"),
+        ("truncated", f"{report.counts.n_truncated:,}" if report.counts.n_truncated else ""),
+        ("split", f"{report.counts.n_split:,}" if report.counts.n_split else ""),
+        ("dropped", f"{report.counts.n_dropped:,}" if report.counts.n_dropped else ""),
+    ]
+    for name, value in rows:
+        if value:
+            table.add_row(name, value)
+    return table
+
+
+def _bars(report: DataReport, is_ascii: bool) -> Table:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_column(justify="right")
+    most = max(count for _, _, count in report.histogram)
+    for fewest, largest, count in report.histogram:
+        n_cells = -(-count * _BAR_CELLS // most)
+        fate = "longer than a row" if fewest > report.max_length else ""
+        bar = ("#" if is_ascii else "█") * n_cells
+        table.add_row(f"{fewest:,}-{largest:,}", bar, f"{count:,}", fate)
+    quantiles = ", ".join(f"{name} {n:,}" for name, n in report.quantiles_tokens.items())
+    table.add_row("", quantiles)
+    return table
+
+
+def _preview(preview: Preview, is_ascii: bool) -> Text:
+    from rich.text import Text
+
+    begin, end = ("[[", "]]") if is_ascii else ("⟦", "⟧")
+    text = Text()
+    text.append(f"\n{_visible(preview.source, is_ascii)}", style="bold")
+    text.append(f"  (learned is between {begin} and {end})\n", style="dim")
+    for content, is_learned in preview.spans:
+        if is_learned:
+            text.append(f"{begin}{_visible(content, is_ascii)}{end}", style="bold green")
+        else:
+            text.append(_visible(content, is_ascii), style="dim")
+    if preview.n_more_tokens:
+        text.append(f" ... and {preview.n_more_tokens:,} tokens more", style="dim")
+    return text
+
+
+def _visible(text: str, is_ascii: bool) -> str:
+    """Return the text with control characters, and those that turn its direction, as escapes."""
+    safe = _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return safe.encode("ascii", "backslashreplace").decode() if is_ascii else safe

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from lora.config import DataConfig
+from lora.data.inspection import DataReport, inspect_data, print_report
+from lora.data.prepare import prepare_data
+from lora.data.tokenizers import TextTokenizer
+
+ROWS = [{"instruction": f"Add {n} and 3.", "output": f"The sum is {n + 3}."} for n in range(20)]
+
+
+def printed(report: DataReport, **options: Any) -> str:
+    stream = io.StringIO()
+    print_report(report, Console(file=stream, width=120, **options))
+    return stream.getvalue()
+
+
+def test_figures_are_those_of_training(chatml_tokenizer: TextTokenizer) -> None:
+    for packing in (True, False):
+        config = DataConfig(max_length=128, eval_fraction=0, packing=packing)
+        report = inspect_data(ROWS, chatml_tokenizer, config)
+        data = prepare_data(ROWS, chatml_tokenizer, config, seed=0)
+        assert report.errors == report.warnings == report.notes == []
+        assert report.formats == {"instruction and output": 20}
+        assert report.n_learned_tokens == data.train.n_target_tokens
+        n_tokens = int(data.train_encoded.lengths.sum())
+        assert report.n_learned_tokens + report.n_ignored_tokens == n_tokens
+        assert report.n_rows == len(data.train)
+        assert report.fill_fraction == pytest.approx(data.train.fill_fraction)
+        assert report.template_origin == "the model's chat template"
+        lengths = data.train_encoded.lengths
+        assert report.quantiles_tokens["shortest"] == lengths.min()
+        assert report.quantiles_tokens["longest"] == lengths.max()
+
+
+def test_sizes_are_counted_by_powers_of_two(tokenizer: TextTokenizer) -> None:
+    rows = [{"text": "a" * n} for n in (1, 2, 3, 30)]  # and the end of the text
+    config = DataConfig(max_length=16)
+    report = inspect_data(rows, tokenizer, config)
+    sizes = [n + 1 for n in (1, 2, 3, 30)]
+    assert sum(count for _, _, count in report.histogram) == 4
+    for fewest, most, count in report.histogram:
+        assert count == sum(fewest <= size <= most for size in sizes)
+    assert report.counts.n_truncated == 1
+
+
+def test_previews_show_what_is_learned(chatml_tokenizer: TextTokenizer) -> None:
+    report = inspect_data(ROWS, chatml_tokenizer, DataConfig(), n_previews=2)
+    assert [p.source for p in report.previews] == ["row 1", "row 2"]
+    assert report.previews[0].spans[1:] == [("The sum is 3.<|im_end|>", True), ("\n", False)]
+    assert (
+        report.previews[0].spans[0][0].endswith("Add 0 and 3.<|im_end|>\n<|im_start|>assistant\n")
+    )
+
+
+def test_long_previews_are_cut(tokenizer: TextTokenizer) -> None:
+    report = inspect_data([{"text": "é" * 500}], tokenizer, DataConfig(max_length=2000))
+    (preview,) = report.previews
+    assert preview.n_more_tokens == 1000 + 1 - 400
+    assert f"{preview.n_more_tokens} tokens more" in printed(report)
+
+
+def test_what_is_likely_not_meant_is_a_warning(
+    chatml_tokenizer: TextTokenizer,
+) -> None:
+    question = {"role": "user", "content": "q"}
+    rows = [
+        *ROWS[:3],
+        ROWS[0],
+        {"instruction": "q", "output": " "},
+        {"messages": [question]},
+        {"instruction": "q" * 300, "output": "a"},
+    ]
+    report = inspect_data(rows, chatml_tokenizer, DataConfig(max_length=200))
+    assert report.errors == []
+    assert (report.n_duplicates, report.n_empty_answers) == (1, 1)
+    told = "\n".join(report.warnings)
+    assert "1 of 7 examples are copies" in told
+    assert "1 of 7 examples have an empty answer" in told
+    assert "2 of 7 examples have no token to learn" in told
+    assert "1 of 7 examples are longer than max_length=200" in told
+    assert "never stop" not in told
+
+
+def test_answers_without_an_end_are_a_warning(tokenizer: TextTokenizer) -> None:
+    endless = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+    tokenizer = dataclasses.replace(tokenizer, chat_template=endless)
+    report = inspect_data(ROWS, tokenizer, DataConfig())
+    assert report.n_without_end == 20
+    assert "20 of 20 examples learn no token that ends an answer" in report.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"txet": "a"}], "row 1: the keys txet fit no format"),
+        ([], "holds none"),
+        ([{"messages": [{"role": "user", "content": "q"}]}], "none of 1 examples has a token"),
+    ],
+)
+def test_what_must_be_mended_is_an_error(
+    chatml_tokenizer: TextTokenizer, rows: list[Any], words: str
+) -> None:
+    report = inspect_data(rows, chatml_tokenizer, DataConfig())
+    assert words in report.errors[0]
+    shown = printed(report)
+    assert "error: " in shown
+    assert report.errors[0].split("\n")[0][:60] in shown
+
+
+def test_a_missing_template_file_is_an_error(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    report = inspect_data(ROWS, tokenizer, DataConfig(chat_template=tmp_path / "no.jinja"))
+    assert "no.jinja cannot be read" in report.errors[0]
+    assert report.n_examples == 20
+
+
+def test_the_report_is_json(chatml_tokenizer: TextTokenizer) -> None:
+    report = inspect_data(ROWS, chatml_tokenizer, DataConfig())
+    values = json.loads(report.to_json())
+    assert values["counts"]["n_examples"] == 20
+    assert values["previews"][0]["spans"][1] == ["The sum is 3.<|im_end|>", True]
+    assert set(values) == {field.name for field in dataclasses.fields(DataReport)}
+
+
+def test_learned_text_is_coloured_and_marked_without_colours_too(
+    chatml_tokenizer: TextTokenizer,
+) -> None:
+    report = inspect_data(ROWS, chatml_tokenizer, DataConfig(), n_previews=1)
+    plain = printed(report, no_color=True)
+    assert "\n⟦The sum is 3.<|im_end|>⟧" in plain
+    assert "█" in plain
+    coloured = printed(report, force_terminal=True, color_system="standard")
+    assert "\x1b[1;32m⟦The sum is 3.<|im_end|>⟧\x1b[0m" in coloured
+
+
+def test_terminals_without_unicode_get_other_marks(chatml_tokenizer: TextTokenizer) -> None:
+    rows = [{"prompt": "é", "completion": "The sum is 3."}]
+    report = inspect_data(rows, chatml_tokenizer, DataConfig(), n_previews=1)
+    report.errors.append("… and 3 more")
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    print_report(report, Console(file=stream, width=120))
+    stream.seek(0)
+    shown = stream.read()
+    assert r"\xe9[[The sum is 3.</s>]]" in shown
+    assert r"error: \u2026 and 3 more" in shown
+    assert "####" in shown
+
+
+def test_data_cannot_steer_the_terminal(chatml_tokenizer: TextTokenizer) -> None:
+    rows = [{"prompt": "[red]p[/red]", "completion": "a\x1b[2J\x07\u202eb\tc\r\nd"}]
+    report = inspect_data(rows, chatml_tokenizer, DataConfig())
+    shown = printed(report, no_color=True)
+    assert "[red]p[/red]⟦a\\x1b[2J\\x07\\u202eb\\tc\\r\nd</s>⟧" in shown
+
+
+def test_notes_of_reading_are_kept(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    for name in ("train.txt", "test.txt"):
+        (tmp_path / name).write_text("the dog", encoding="utf-8")
+    report = inspect_data(tmp_path, tokenizer, DataConfig())
+    assert report.formats == {"text (whole files)": 1}
+    assert "note: left for evaluation, not read: test.txt" in printed(report)
