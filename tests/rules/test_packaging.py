@@ -1,0 +1,92 @@
+"""What pip installs, what the project file promises, and that warnings are errors in tests."""
+
+from __future__ import annotations
+
+import tomllib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from setuptools import find_packages
+
+import lora.cli
+
+
+@pytest.fixture(scope="module")
+def project(root: Path) -> dict[str, Any]:
+    """The content of pyproject.toml."""
+    return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def packages_of(project: dict[str, Any], root: Path) -> set[str]:
+    """Return the packages that setuptools puts into the wheel."""
+    settings = project["tool"]["setuptools"]
+    assert "py-modules" not in settings, "single modules would be installed beside lora/"
+    assert set(settings["packages"]) == {"find"}, "packages are found, not listed by hand"
+    return set(find_packages(str(root), **settings["packages"]["find"]))
+
+
+def test_the_wheel_holds_lora_only(project: dict[str, Any], root: Path) -> None:
+    others = {name for name in packages_of(project, root) if name.split(".")[0] != "lora"}
+    assert not others, f"pip would also install {sorted(others)}: narrow packages.find.include"
+
+
+def test_the_wheel_holds_every_folder_of_lora(
+    project: dict[str, Any], root: Path, trees: dict[str, Any]
+) -> None:
+    folders = {path.rsplit("/", 1)[0] for path in trees if path.startswith("lora/")}
+    missing = {name.replace("/", ".") for name in folders} - packages_of(project, root)
+    assert not missing, f"pip would leave out {sorted(missing)}: an __init__.py is missing there"
+
+
+def test_the_wheel_holds_every_file_that_is_no_module(
+    project: dict[str, Any], root: Path, tracked: list[Path]
+) -> None:
+    files = {path.relative_to(root) for path in tracked if path.suffix != ".py"}
+    data = {path for path in files if path.parts[0] == "lora"}
+    patterns = project["tool"]["setuptools"]["package-data"]
+    installed = {
+        path.relative_to(root)
+        for package, globs in patterns.items()
+        for glob in globs
+        for path in (root / package.replace(".", "/")).glob(glob)
+    }
+    left_out = sorted(map(str, data - installed))
+    assert not left_out, f"pip would leave out {left_out}: name them in setuptools.package-data"
+
+
+def test_the_command_is_lora(project: dict[str, Any]) -> None:
+    assert project["project"]["scripts"] == {"lora": "lora.cli:main"}
+    assert callable(lora.cli.main)
+
+
+def test_warnings_are_errors(project: dict[str, Any]) -> None:
+    filters = project["tool"]["pytest"]["ini_options"]["filterwarnings"]
+    assert filters[0] == "error", 'filterwarnings begins with "error"; exceptions come after it'
+
+
+def test_warnings_are_errors_in_this_very_run(pytestconfig: pytest.Config) -> None:
+    assert pytestconfig.getini("filterwarnings")[0] == "error"
+    with pytest.raises(UserWarning, match="a trial"):
+        warnings.warn("a trial", stacklevel=1)
+
+
+def test_every_extra_that_an_error_offers_exists(project: dict[str, Any], root: Path) -> None:
+    extras = set(project["project"]["optional-dependencies"])
+    offered = {
+        name
+        for path in (root / "lora").rglob("*.py")
+        for name in extras_named_in(path.read_text(encoding="utf-8"))
+    }
+    assert offered <= extras, f"an install line names {sorted(offered - extras)}, which is no extra"
+
+
+def extras_named_in(text: str) -> set[str]:
+    """Return the extras that install lines in `text` ask for: lora-lm[a,b]."""
+    parts = [part.split("]")[0] for part in text.split("lora-lm[")[1:]]
+    return {name.strip() for part in parts for name in part.split(",") if "{" not in name}
+
+
+def test_the_extras_of_an_install_line_are_found() -> None:
+    assert extras_named_in("pip install 'lora-lm[data, hub]' x[y]") == {"data", "hub"}
