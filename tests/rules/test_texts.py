@@ -18,13 +18,23 @@ REGISTRY_HOSTS = (
     *("download." + "pytorch.org", "crates" + ".io", "conda." + "anaconda.org"),
 )
 MACHINE_PATHS = (
-    r"(?<![\w./~}-])/(?:work|root|home/(?!someone\b)\w+|Users/\w+|opt|mnt|scratch)/[\w.]"
+    r"(?<![\w./~}-])/(?:work|root|tmp|home/(?!someone\b)\w+|Users/\w+|opt|mnt|scratch)/[\w.]"
+    r"|(?<![\w./~}-])/(?:work|root|tmp)(?=[\s\"'`,;)]|$)"
 )
 ISSUE_NUMBERS = r"(?i)\b(?:issue|pull request|PR|fixe[sd]|close[sd]|bug)s? ?#\d+"
+# Who or what wrote the code, and papers that do not come with it.
+OUTSIDE_TOOLS = "|".join(
+    [
+        r"(?i:\b(?:" + "clau" + "de|anthro" + "pic|copi" + "lot|code" + r"x|sub-?agents?)\b)",
+        r"\b(?:DE" + "SIGN|ST" + "YLE|SP" + "EED|bri" + r"ef)\.md\b",
+        r"\.(?:libr" + "ary|mir" + r"ror)/",
+    ]
+)
 FORBIDDEN = {
     "a registry's host": "|".join(map(re.escape, REGISTRY_HOSTS)),
     "a path of one machine": MACHINE_PATHS,
     "an issue's number": ISSUE_NUMBERS,
+    "an outside tool": OUTSIDE_TOOLS,
 }
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".sh", ".json", ".jsonl", ".html"}
 OTHER_TEXTS = {"Makefile", "run", "LICENSE", ".gitignore"}
@@ -64,14 +74,25 @@ def test_no_text_names(what: str, texts: dict[str, str]) -> None:
         ("a registry's host", "see https://" + REGISTRY_HOSTS[0] + "/x"),
         ("a path of one machine", "cd /" + "work/main"),
         ("a path of one machine", '"/' + 'home/ada/x"'),
+        ("a path of one machine", 'open("/' + 'tmp/x.json")'),
+        ("a path of one machine", "cd /" + "work"),
         ("an issue's number", "see issue" + " #12"),
+        ("an outside tool", "written with Clau" + "de"),
+        ("an outside tool", "as DE" + "SIGN.md says"),
+        ("an outside tool", "see x/.libr" + "ary/env"),
     ],
 )
 def test_the_patterns_find_what_they_forbid(what: str, line: str) -> None:
     assert re.search(FORBIDDEN[what], line)
 
 
-@pytest.mark.parametrize("line", ["runs/lora-r8/adapter", "./network/home", "../opt/x", "a #3 b"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("runs/lora-r8/adapter", "./network/home", "../opt/x", "a #3 b", "work/tmp/x"),
+        *("the cursor moves", "chatgpt and openai are roles of data", "docs/design.md"),
+    ],
+)
 def test_the_patterns_let_ordinary_words_pass(line: str) -> None:
     assert not any(re.search(pattern, line) for pattern in FORBIDDEN.values())
 
