@@ -77,6 +77,15 @@ def swallowed_errors(tree: ast.Module) -> Iterator[Fault]:
             yield node.lineno, f"catches {kinds} and never raises it again"
 
 
+def probed_objects(tree: ast.Module) -> Iterator[Fault]:
+    """What we built is known: nobody asks an object what it has, or takes what may be there."""
+    for node in ast.walk(tree):
+        if called_name(node) in ("hasattr", "builtins.hasattr"):
+            yield node.lineno, "hasattr: use a protocol or isinstance"  # type: ignore[attr-defined]
+        if called_name(node) == "getattr" and isinstance(node, ast.Call) and len(node.args) == 3:
+            yield node.lineno, "getattr with a default: use a protocol or isinstance"
+
+
 def work_at_import(tree: ast.Module) -> Iterator[Fault]:
     """Importing a module defines things and does nothing."""
     for node in tree.body:
@@ -158,6 +167,7 @@ RULES = (
     evaluated_text,
     unsafe_reading,
     swallowed_errors,
+    probed_objects,
     work_at_import,
     borrowed_modules,
     early_optional_imports,
@@ -206,6 +216,11 @@ CASES = [
         swallowed_errors,
         "try:\n    f()\nexcept:\n pass\n\ntry:\n    g()\nexcept (OSError, Exception):\n    pass",
         "try:\n    f()\nexcept BaseException:\n    undo()\n    raise\nexcept ValueError:\n    pass",
+    ),
+    (
+        probed_objects,
+        "hasattr(model, 'x')\n\nif not hasattr(model, 'x'):\n    pass\n\ngetattr(x, name, None)",
+        "getattr(config, name)\nisinstance(model, Linear)\nattr.has(x)",
     ),
     (
         work_at_import,

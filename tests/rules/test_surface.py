@@ -56,6 +56,16 @@ def test_the_help_loads_no_torch() -> None:
     assert not loaded & {"torch", "numpy", "transformers", "matplotlib", "tokenizers"}
 
 
+def test_the_process_of_the_help_loads_no_torch() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "lora", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    loaded = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in lines}
+    assert {"lora", "cyclopts"} <= loaded
+    assert "Usage: lora COMMAND" in done.stdout
+    assert not loaded & {"torch", "numpy", "transformers", "matplotlib", "tokenizers"}
+
+
 def test_the_layer_loads_torch_and_nothing_heavier() -> None:
     loaded = modules_after("from lora import LoRALinear")
     assert "torch" in loaded
