@@ -17,11 +17,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
+from cyclopts import (
+    App,
+    ArgumentCollection,
+    CycloptsError,
+    Parameter,
+    UnknownOptionError,
+    UnusedCliTokensError,
+)
 from cyclopts.config import Dict, Env
 
 from lora import __version__
-from lora.errors import ConfigError, LoraError, did_you_mean
+from lora.errors import ConfigError, LoraError, did_you_mean, gather
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "finetune": ("lora.cli.finetune:finetune", "Fine-tune a model on examples."),
@@ -55,7 +62,7 @@ def build_app(
         help_epilogue=HELP_END,
         help_format="plaintext",
         version=f"lora {__version__}",
-        config=(Env(ENVIRONMENT_PREFIX), *files),
+        config=(_check_environment, Env(ENVIRONMENT_PREFIX), *files),
         default_parameter=Parameter(show_env_var=False, negative_iterable=()),
         suppress_keyboard_interrupt=False,  # `main` answers it
     )
@@ -106,6 +113,29 @@ def _check_command(words: list[str]) -> None:
     )
 
 
+def _check_environment(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    # cyclopts would pass over a misspelt variable in silence.
+    prefix = ENVIRONMENT_PREFIX + "".join(f"{command.upper()}_" for command in commands)
+    if not commands:
+        return
+    faults = []
+    for variable in sorted(name for name in os.environ if name.startswith(prefix)):
+        try:
+            arguments.match(variable.removeprefix(prefix), transform=_to_variable, delimiter="_")
+        except ValueError:
+            flags = (name for argument in arguments for name in argument.names)
+            known = [prefix + _to_variable(flag) for flag in flags if flag.startswith("--")]
+            faults.append(f"{variable}.{did_you_mean(variable, known)}")
+    if faults:
+        what = f"The environment sets what lora {' '.join(commands)} does not have:"
+        advice = f"Mend or unset it; `lora {' '.join(commands)} --help` lists the flags."
+        raise ConfigError(gather(faults, what, advice))
+
+
+def _to_variable(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_").upper()
+
+
 def _take_config(words: list[str]) -> tuple[list[str], Path | None]:
     rest: list[str] = []
     paths: list[str] = []
@@ -148,12 +178,16 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _describe(error: LoraError | CycloptsError) -> str:
-    if not isinstance(error, UnknownOptionError):
+    if isinstance(error, LoraError):
         return str(error)
-    key = error.token.keyword or ""
-    if not key.startswith("["):  # which is how a file's key is written
-        return str(error)
-    key = key.strip("[]")
+    command = " ".join(["lora", *(error.command_chain or ())])
+    advice = f"`{command} --help` explains what it takes."
+    if isinstance(error, UnusedCliTokensError):
+        return f"{command} has no use for {' '.join(error.unused_tokens or ())!r}. {advice}"
+    key = (error.token.keyword or "") if isinstance(error, UnknownOptionError) else ""
+    if not (isinstance(error, UnknownOptionError) and key.startswith("[")):
+        return f"{error} {advice}"
+    key = key.strip("[]")  # which is how a file's key is written
     names = [name for argument in error.argument_collection or () for name in argument.names]
     allowed = sorted(name.removeprefix("--") for name in names if name.startswith("--"))
     near = did_you_mean(key, allowed)

@@ -116,7 +116,10 @@ def test_a_faulty_file_of_settings_is_explained(
         (["shwo"], ["no command 'shwo'", "Did you mean 'show'?", "fail, show"]),
         (["--verison"], ["no option '--verison'", "Did you mean '--version'?"]),
         (["show", "m", "--rnak", "3"], ["--rnak", "Did you mean --rank?"]),
-        (["show", "m", "--rank", "many"], ["--rank", "many", "int"]),
+        (["show", "m", "--nothing-like-it", "3"], ["--nothing-like-it", "`lora show --help`"]),
+        (["show", "m", "--rank", "many"], ["--rank", "many", "int", "`lora show --help`"]),
+        (["show", "m", "--rank"], ["--rank", "requires an argument", "`lora show --help`"]),
+        (["show", "m", "two", "three"], ["lora show has no use for 'two three'"]),
         (["show"], ["model"]),
         (["show", "bad"], ["The model is bad. Take a good one."]),
         (["show", "m", "--config"], ["--config takes one YAML file, and 0 were given"]),
@@ -136,9 +139,36 @@ def test_a_users_error_is_one_message_and_exit_2(
 
 
 @pytest.mark.usefixtures("commands")
-def test_debug_lets_the_error_through() -> None:
+def test_misspelt_variables_are_named_together(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORALM_SHOW_RNAK", "3")
+    monkeypatch.setenv("LORALM_SHOW_LEARNING_RATES", "3")
+    assert cli.main(["show", "m"]) == 2
+    seen = capsys.readouterr().err
+    assert "lora show does not have" in seen
+    assert "LORALM_SHOW_RNAK. Did you mean 'LORALM_SHOW_RANK'?" in seen
+    assert "LORALM_SHOW_LEARNING_RATES. Did you mean 'LORALM_SHOW_LEARNING_RATE'?" in seen
+    assert "`lora show --help`" in seen
+
+
+@pytest.mark.usefixtures("commands")
+def test_variables_of_other_commands_and_of_the_library_are_left_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("LORALM_CACHE", "LORALM_FAIL_RNAK", "LORALM_FORCE_BF16", "SHOW_RNAK"):
+        monkeypatch.setenv(variable, "1")
+    monkeypatch.setenv("LORALM_SHOW_LEARNING_RATE", "0.5")
+    assert cli.main(["show", "m"]) == 0
+    assert cli.main(["--help"]) == 0
+    assert capsys.readouterr().out.startswith("m 8 0.5\n")
+
+
+@pytest.mark.usefixtures("commands")
+@pytest.mark.parametrize("argv", [["--debug", "show", "bad"], ["show", "bad", "--debug"]])
+def test_debug_lets_the_error_through(argv: list[str]) -> None:
     with pytest.raises(DataError, match="The model is bad"):
-        cli.main(["show", "bad", "--debug"])
+        cli.main(argv)
 
 
 @pytest.mark.usefixtures("commands")
@@ -150,9 +180,74 @@ def test_a_command_decides_its_exit_code_and_an_interrupt_is_130(
     assert "interrupted" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("commands")
+def test_an_error_that_is_not_ours_is_never_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(words: list[str]) -> int:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(cli, "_run", run)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        cli.main(["show", "m"])
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_the_help_is_what_nothing_asks_for(
+    capsys: pytest.CaptureFixture[str], argv: list[str]
+) -> None:
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out.startswith("Usage: lora COMMAND")
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_is_there_and_explains_itself(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    module = cli.COMMANDS[command][0].split(":")[0]
+    assert module.startswith("lora.cli."), "one module of lora/cli/ a command"
+    assert cli.main([command, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"Usage: lora {command}")
+
+
+def run_lora(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m lora` as a user would."""
+    command = [sys.executable, "-m", "lora", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
 def test_python_m_lora_is_the_command() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "lora", "nonsense"], capture_output=True, text=True, check=False
-    )
+    done = run_lora("nonsense")
     assert done.returncode == 2
+    assert done.stdout == ""
     assert "no command 'nonsense'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_process_with_debug_shows_the_traceback() -> None:
+    done = run_lora("nonsense", "--debug")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+    assert "no command 'nonsense'" in done.stderr
+
+
+def test_python_m_lora_tells_its_version() -> None:
+    done = run_lora("--version")
+    assert (done.returncode, done.stdout.strip()) == (0, f"lora {__version__}")
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "flood.py").write_text(
+        "def flood():\n    for n in range(10**6):\n        print(n)\n"
+    )
+    code = (
+        "import sys; from lora import cli; cli.COMMANDS['flood'] = ('flood:flood', 'Flood.'); "
+        "sys.exit(cli.main(['flood']))"
+    )
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"0\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
