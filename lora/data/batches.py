@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,19 @@ class TokenRows:
     def fill_fraction(self) -> float:
         """Share of the rows' places that hold tokens and no padding."""
         return len(self.documents.ids) / max(1, len(self) * self.row_tokens)
+
+    def fingerprint(self) -> str:
+        """Return a digest of all rows' tokens, labels and order."""
+        digest = hashlib.blake2b(digest_size=16)
+        for array in (
+            self.documents.ids,
+            self.documents.labels,
+            self.documents.starts,
+            self.layout.members,
+            self.layout.starts,
+        ):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> Batch:
         """Return the rows of these numbers, (B, T); number -1 is a row of padding."""
@@ -163,6 +177,7 @@ class BatchStream:
         if not len(rows):
             raise DataError("Batches were asked for, and there are no rows: give more examples.")
         self._rows, self._batch_rows, self._seed = rows, batch_rows, seed
+        self._fingerprint = rows.fingerprint()
         self._device = torch.device(device)
         self._row = 0
         self._shuffled: tuple[int, NDArray[np.int64]] | None = None
@@ -182,17 +197,22 @@ class BatchStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and what it is a position in, as values that JSON holds."""
-        return {"row": self._row, "seed": self._seed, "rows_per_epoch": len(self._rows)}
+        return {
+            "row": self._row,
+            "seed": self._seed,
+            "rows_per_epoch": len(self._rows),
+            "fingerprint": self._fingerprint,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the row that `state_dict` returned.
 
-        Raises DataError if the state is of another seed or of another number of rows.
+        Raises DataError if the state is of another seed or of other rows.
         """
         own = self.state_dict()
         faults = [
             f"{key} was {state.get(key)!r} and is {own[key]!r} now"
-            for key in ("seed", "rows_per_epoch")
+            for key in ("seed", "rows_per_epoch", "fingerprint")
             if state.get(key) != own[key]
         ]
         if faults:

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import cast
 
 import numpy as np
@@ -73,6 +74,8 @@ def encode_examples(
     tokenizer: TextTokenizer,
     config: DataConfig,
     on_progress: OnProgress = lambda fraction: None,
+    *,
+    now: datetime | None = None,
 ) -> EncodedExamples:
     """Return the tokens of all examples, of at most `config.max_length` each.
 
@@ -82,11 +85,15 @@ def encode_examples(
         config: what is learned, and what becomes of long examples. The text of a whole file is
             always split.
         on_progress: called a few times a second once it has taken two seconds.
+        now: the date for chat templates that tell one; None asks the clock.
 
     Raises:
         DataError: the template refuses conversations; all are named in one message.
     """
-    encoder = _Encoder(examples, tokenizer, config, _Clock(on_progress, len(examples)))
+    has_chats = any(example.messages is not None for example in examples)
+    template = compile_template(tokenizer, now) if has_chats else None
+    clock = _Clock(on_progress, len(examples))
+    encoder = _Encoder(len(examples), tokenizer, config, template, clock)
     for first in range(0, len(examples), _CHUNK_EXAMPLES):
         encoder.add_chunk(first, examples[first : first + _CHUNK_EXAMPLES])
     return encoder.finish()
@@ -129,20 +136,20 @@ class _Encoder:
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        n_examples: int,
         tokenizer: TextTokenizer,
         config: DataConfig,
+        template: ChatTemplate | None,
         clock: _Clock,
     ) -> None:
-        self._tokenizer, self._config, self._clock = tokenizer, config, clock
+        self._tokenizer, self._config = tokenizer, config
+        self._template, self._clock = template, clock
         self._learns_all = config.learn_on == "all"
         self._begin, self._stops = begin_ids(tokenizer), frozenset(tokenizer.stop_ids)
-        has_chats = any(example.messages is not None for example in examples)
-        self._template = compile_template(tokenizer) if has_chats else None
         self._builder, self._faults = DocumentsBuilder(), Faults()
-        self._lengths = np.zeros(len(examples), np.int64)
+        self._lengths = np.zeros(n_examples, np.int64)
         self._fates = {
-            name: np.zeros(len(examples), np.bool_)
+            name: np.zeros(n_examples, np.bool_)
             for name in ("kept", "truncated", "split", "dropped")
         }
         self._n_cut_tokens = self._n_lost_turns = 0

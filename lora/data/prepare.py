@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 
 from lora.config import DataConfig
 from lora.data.batches import TokenRows, build_rows
@@ -30,6 +31,8 @@ class PreparedData:
     """With the chat template that was used: save it with the model."""
     template_origin: str | None
     """Where the chat template comes from, in words; None if there are no conversations."""
+    now: datetime
+    """The date that templates with a date in them told: give it again to get the same rows."""
 
 
 def prepare_data(
@@ -39,6 +42,7 @@ def prepare_data(
     seed: int,
     *,
     held_out_source: Source | None = None,
+    now: datetime | None = None,
     say: Callable[[str], None] = lambda message: None,
     on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> PreparedData:
@@ -50,6 +54,7 @@ def prepare_data(
         config: how examples become rows.
         seed: of what is held out and of the packing.
         held_out_source: what to evaluate on; None holds out a part of `source`.
+        now: the date for chat templates that tell one (Llama 3's do); None is today.
         say: hears what was decided: what was left out, which template is used.
         on_progress: hears the fraction that is tokenised, if that takes more than two seconds.
 
@@ -64,13 +69,15 @@ def prepare_data(
         )
     else:
         train, held_out = read_examples(source, say), read_examples(held_out_source, say)
-    origin = None
+    origin, now = None, now or datetime.now()
     if any(example.messages is not None for example in train + held_out):
         tokenizer, origin = choose_template(tokenizer, config.chat_template)
         say(f"conversations are written in {origin}")
-    encoded = encode_examples(train, tokenizer, config, on_progress)
+    encoded = encode_examples(train, tokenizer, config, on_progress, now=now)
     check_learnable(encoded, config.learn_on)
-    held_out_encoded = encode_examples(held_out, tokenizer, config) if held_out else None
+    held_out_encoded = None
+    if held_out:
+        held_out_encoded = encode_examples(held_out, tokenizer, config, now=now)
     if held_out_encoded is not None and not len(held_out_encoded.documents):
         say("nothing is left to evaluate on: none of the held-out examples has a token to learn")
         held_out_encoded = None
@@ -86,6 +93,7 @@ def prepare_data(
         held_out_examples=held_out,
         tokenizer=tokenizer,
         template_origin=origin,
+        now=now,
     )
 
 

@@ -94,6 +94,11 @@ def _find_files(path: Path, say: Say) -> list[Path]:
 def _find_in_folder(folder: Path, say: Say) -> list[Path]:
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
     paths = [p for p in paths if not any(n.startswith(".") for n in p.relative_to(folder).parts)]
+    if any(p.suffix == ".arrow" for p in paths):
+        raise DataError(
+            f"{folder} was asked for examples: it holds Arrow files, as save_to_disk writes them. "
+            "Write Parquet files with to_parquet, or pass what load_from_disk returns."
+        )
     tables = [p for p in paths if p.suffix.lower() in TABLE_SUFFIXES]
     texts = [p for p in paths if p.suffix.lower() in TEXT_SUFFIXES]
     found = tables or texts  # beside tables, texts are a README

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from datetime import datetime
 from pathlib import Path
 
 from lora.data.chat import MOST_TEMPLATE_BYTES, ChatTemplate
@@ -50,10 +51,11 @@ def choose_template(tokenizer: TextTokenizer, path: Path | None) -> tuple[TextTo
     return _with_template(tokenizer, source), "the plain format, for the model has no chat template"
 
 
-def compile_template(tokenizer: TextTokenizer, name: str = "the chat template") -> ChatTemplate:
+def compile_template(tokenizer: TextTokenizer, now: datetime | None = None) -> ChatTemplate:
     """Return the tokenizer's chat template, with its special tokens.
 
-    Raises DataError if it has none, or it is no jinja.
+    `now` is the time that templates with a date in them tell; None asks the clock. Raises DataError
+    if there is no template, or it is no jinja.
     """
     if tokenizer.chat_template is None:
         raise DataError(
@@ -66,7 +68,7 @@ def compile_template(tokenizer: TextTokenizer, name: str = "the chat template") 
         "pad_token": tokenizer.pad_token,
     }
     known = {key: token for key, token in tokens.items() if token is not None}
-    return ChatTemplate(tokenizer.chat_template, known, name=name)
+    return ChatTemplate(tokenizer.chat_template, known, now=now)
 
 
 def begin_ids(tokenizer: TextTokenizer) -> list[int]:

@@ -5,7 +5,16 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from lora.data.tokenizers import TextTokenizer
 
@@ -54,6 +63,22 @@ def bos_tokenizer() -> TextTokenizer:
     return TextTokenizer(
         backend, bos_token="<s>", eos_token="</s>", pad_token="</s>", stop_ids=stops
     )
+
+
+@pytest.fixture(scope="session")
+def sentencepiece() -> Tokenizer:
+    """One that puts a space before each piece of text and falls back to bytes."""
+    space = "\N{LOWER ONE EIGHTH BLOCK}"
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), space, *"ab.é", f"{space}a"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    backend = Tokenizer(
+        models.BPE(vocabulary, [(space, "a")], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(space), normalizers.Replace(" ", space)]
+    )
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    return backend
 
 
 @pytest.fixture(scope="session")

@@ -140,6 +140,16 @@ def test_a_state_of_other_data_or_another_seed_is_refused() -> None:
         BatchStream(rows_of([ROW_TOKENS] * 8), 3, seed=6).load_state_dict(state)
 
 
+def test_a_state_of_changed_tokens_or_labels_is_refused() -> None:
+    lengths = [ROW_TOKENS] * 7
+    state = BatchStream(rows_of(lengths), 3, seed=5).state_dict()
+    changed = build_rows(
+        build_documents(lengths, seed=1), ROW_TOKENS, packing=True, pad_id=PAD, seed=0
+    )
+    with pytest.raises(DataError, match=r"cannot go on where they stopped: fingerprint was"):
+        BatchStream(changed, 3, seed=5).load_state_dict(state)
+
+
 def test_a_stream_of_nothing_is_refused() -> None:
     with pytest.raises(DataError, match="no rows"):
         BatchStream(rows_of([]), 3, seed=5)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from lora.data.masks import find_learned
 from lora.data.tokenizers import TextTokenizer
@@ -59,15 +60,24 @@ def test_white_space_behind_a_turns_end_is_not_learned() -> None:
 texts = st.text(st.sampled_from("ab \n.éß漢🙂"), max_size=12)
 
 
-@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4))
-def test_real_tokens_of_any_text_cover_the_spans_and_no_whole_token_more(
-    tokenizer: TextTokenizer, bos_tokenizer: TextTokenizer, pieces: list[tuple[str, str]]
-) -> None:
+def build_text(pieces: list[tuple[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+    """Turns between <|im_start|> and <|im_end|>, and where their contents stand."""
     text, spans = "", []
     for before, inside in pieces:
         text += before + "<|im_start|>"
         spans.append((len(text), len(text) + len(inside)))
         text += inside + "<|im_end|>"
+    return text, spans
+
+
+turns = st.lists(st.tuples(texts, texts), min_size=1, max_size=4)
+
+
+@given(turns)
+def test_byte_level_tokens_of_any_text_are_those_of_the_spans(
+    tokenizer: TextTokenizer, bos_tokenizer: TextTokenizer, pieces: list[tuple[str, str]]
+) -> None:
+    text, spans = build_text(pieces)
     for any_tokenizer in (tokenizer, bos_tokenizer):
         ids, offsets = any_tokenizer.encode_with_offsets(text)
         end = any_tokenizer.backend.token_to_id("<|im_end|>")
@@ -78,3 +88,21 @@ def test_real_tokens_of_any_text_cover_the_spans_and_no_whole_token_more(
         )
         # An empty span learns its end too, for it comes right behind it.
         assert found == "".join(inside + "<|im_end|>" for _, inside in pieces)
+
+
+@given(turns)
+def test_sentencepiece_tokens_of_any_text_are_those_of_the_spans(
+    sentencepiece: Tokenizer, pieces: list[tuple[str, str]]
+) -> None:
+    text, spans = build_text(pieces)
+    encoded = sentencepiece.encode(text, add_special_tokens=False)
+    end = sentencepiece.token_to_id("<|im_end|>")
+    learned = find_learned(text, spans, encoded.ids, encoded.offsets, {end})
+    covered = {
+        place
+        for (first, stop), is_learned in zip(encoded.offsets, learned, strict=True)
+        if is_learned
+        for place in range(first, stop)
+    }
+    wanted = [place for a, b in spans for place in range(a, b + len("<|im_end|>"))]
+    assert sorted(covered) == wanted

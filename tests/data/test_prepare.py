@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,17 @@ def test_the_same_arguments_give_the_same_rows(chatml_tokenizer: TextTokenizer) 
     batches = [rows.batch(range(len(rows))).input_ids for rows in (first, again, other)]
     assert torch.equal(batches[0], batches[1])
     assert not torch.equal(batches[0], batches[2])
+
+
+def test_rows_of_another_day_differ_unless_the_day_is_given(tokenizer: TextTokenizer) -> None:
+    source = "{% for m in messages %}{{ strftime_now('%d %m %Y') + m.content }}{% endfor %}"
+    dated = dataclasses.replace(tokenizer, chat_template=source)
+    days = [datetime(2024, 7, 26), datetime(2024, 7, 26), datetime(2024, 7, 27)]
+    first, again, other = (prepare_data(ROWS, dated, CONFIG, seed=1, now=day) for day in days)
+    assert first.now == days[0]
+    assert first.train.fingerprint() == again.train.fingerprint() != other.train.fingerprint()
+    today = prepare_data(ROWS, dated, CONFIG, seed=1).now
+    assert abs((datetime.now() - today).total_seconds()) < 60
 
 
 def test_given_held_out_data_leave_the_rest_whole(tokenizer: TextTokenizer) -> None:

@@ -203,6 +203,13 @@ def test_what_is_missing_is_told_with_the_nearest_name(tmp_path: Path) -> None:
         read_examples(tmp_path / "pictures")
 
 
+def test_folders_of_arrow_files_are_told_apart(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match=r"Arrow files.*to_parquet.*load_from_disk"):
+        read_examples(tmp_path / "saved")
+
+
 def test_large_csv_fields_are_read_and_the_processs_limit_put_back(tmp_path: Path) -> None:
     import csv
 
