@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from setuptools import find_packages
+from setuptools import find_namespace_packages, find_packages
 
 import lora.cli
 
@@ -24,7 +24,11 @@ def packages_of(project: dict[str, Any], root: Path) -> set[str]:
     settings = project["tool"]["setuptools"]
     assert "py-modules" not in settings, "single modules would be installed beside lora/"
     assert set(settings["packages"]) == {"find"}, "packages are found, not listed by hand"
-    return set(find_packages(str(root), **settings["packages"]["find"]))
+    find = dict(settings["packages"]["find"])
+    where = [str(root / folder) for folder in find.pop("where", ["."])]
+    # A project file finds folders without __init__.py too, unless it says otherwise.
+    finder = find_namespace_packages if find.pop("namespaces", True) else find_packages
+    return {name for folder in where for name in finder(folder, **find)}
 
 
 def test_the_wheel_holds_lora_only(project: dict[str, Any], root: Path) -> None:
@@ -37,7 +41,9 @@ def test_the_wheel_holds_every_folder_of_lora(
 ) -> None:
     folders = {path.rsplit("/", 1)[0] for path in trees if path.startswith("lora/")}
     missing = {name.replace("/", ".") for name in folders} - packages_of(project, root)
-    assert not missing, f"pip would leave out {sorted(missing)}: an __init__.py is missing there"
+    bare = sorted(name for name in folders if f"{name}/__init__.py" not in trees)
+    assert not missing, f"pip would leave out {sorted(missing)}: widen packages.find.include"
+    assert not bare, f"{bare} have no __init__.py: type checkers would not see them as packages"
 
 
 def test_the_wheel_holds_every_file_that_is_no_module(
