@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora.config import SamplingConfig
 from lora.decoder.cache import KVCache
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.decoder.families import decoder_config
 from lora.errors import ConfigError, DataError, ModelError
-from lora.generate import SamplingConfig, generate
+from lora.generate import generate
 
 VOCAB = 53
 _LLAMA = {
