@@ -19,7 +19,9 @@ def char_lora_config(
 ) -> LoRAConfig:
     """Return the settings that adapt the char model: all linears, and the embeddings whole."""
     saved = EMBEDDINGS if train_embeddings else ()
-    return LoRAConfig(rank=rank, alpha=alpha, dropout=dropout, modules_to_save=saved, init_seed=seed)
+    return LoRAConfig(
+        rank=rank, alpha=alpha, dropout=dropout, modules_to_save=saved, init_seed=seed
+    )
 
 
 class BigramLanguageModelLoRA(BigramLanguageModel):

@@ -1,0 +1,146 @@
+"""Order notes in many phrasings with the JSON they mean: a small real task, made here.
+
+Names, items, cities and phrasings are split: what the validation and test parts use is never seen
+in training, so a right answer there is understood, not remembered.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lora.errors import ConfigError
+
+Part = Literal["train", "validation", "test"]
+
+FIELDS = ("customer", "city", "item", "quantity", "colour", "express")
+_NUMBER_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+@dataclass(frozen=True)
+class _Words:
+    """What the notes of one part are made of."""
+
+    customers: tuple[str, ...]
+    cities: tuple[str, ...]
+    items: tuple[tuple[str, str], ...]
+    """One of it, several of it."""
+    colours: tuple[str, ...]
+    phrasings: tuple[str, ...]
+    urgent: tuple[str, ...]
+    patient: tuple[str, ...]
+
+
+_TRAIN = _Words(
+    customers=(
+        "Amara Okafor", "Ben Wallace", "Chiara Rossi", "Daniel Weber", "Elena Petrova",
+        "Farid Haddad", "Greta Lind", "Hiro Tanaka", "Ines Costa", "Jonas Berg", "Kavya Rao",
+        "Liam Byrne", "Mei Chen", "Nadia Karim", "Oscar Nilsson", "Priya Nair",
+    ),
+    cities=(
+        "Lisbon", "Hamburg", "Toronto", "Nairobi", "Kyoto", "Bergen", "Porto", "Denver", "Krakow",
+        "Leeds", "Lyon", "Mumbai", "Quito", "Riga", "Seville", "Tunis",
+    ),
+    items=(
+        ("desk lamp", "desk lamps"), ("oak chair", "oak chairs"), ("notebook", "notebooks"),
+        ("coffee mug", "coffee mugs"), ("wool scarf", "wool scarves"), ("backpack", "backpacks"),
+        ("wall clock", "wall clocks"), ("bicycle bell", "bicycle bells"), ("tea towel", "tea towels"),
+        ("picture frame", "picture frames"), ("garden hose", "garden hoses"), ("kettle", "kettles"),
+    ),
+    colours=("red", "blue", "green", "black", "white", "yellow"),
+    phrasings=(
+        "{customer} from {city} would like {count} {item} in {colour}. {hurry}",
+        "Please send {count} {colour} {item} to {customer} in {city}. {hurry}",
+        "Order for {customer}, {city}: {count} {item}, colour {colour}. {hurry}",
+        "{hurry} {customer} ({city}) has ordered {count} {item}; make them {colour}.",
+        "We need {count} {colour} {item} delivered to {city}. The customer is {customer}. {hurry}",
+        "Hi, this is {customer} calling from {city}. Could I get {count} {item}, {colour} ones? {hurry}",
+        "{count} {item} ({colour}) for {customer}. Ship to {city}. {hurry}",
+        "A note from {city}: {customer} wants {count} {item}, all {colour}. {hurry}",
+    ),
+    urgent=("It is urgent.", "Express delivery, please.", "As fast as you can.", "Rush this one."),
+    patient=("No hurry.", "Standard delivery is fine.", "Take your time.", "Normal shipping."),
+)  # fmt: skip
+_VALIDATION = _Words(
+    customers=("Rosa Delgado", "Samir Aziz", "Tilda Holm", "Umar Sayed", "Vera Novak", "Will Mason"),
+    cities=("Antwerp", "Bogota", "Cairo", "Dublin", "Turin", "Utrecht"),
+    items=(
+        ("door mat", "door mats"), ("rain coat", "rain coats"), ("soup bowl", "soup bowls"),
+        ("flower pot", "flower pots"),
+    ),
+    colours=("purple", "grey", "orange"),
+    phrasings=(
+        "Could you ship {count} {item}, {colour}, over to {customer}? The address is in {city}. {hurry}",
+        "{customer} rang: {count} {colour} {item} for the shop in {city}. {hurry}",
+        "For {city}, attention {customer}: {item}, {colour}, quantity {count}. {hurry}",
+    ),
+    urgent=("They need it at once.", "Please use the express service."),
+    patient=("There is no rush.", "The ordinary post will do."),
+)  # fmt: skip
+_TEST = _Words(
+    customers=(
+        "Xenia Popov", "Yusuf Demir", "Zoe Martin", "Andre Silva", "Bianca Moretti", "Caleb Stone",
+        "Dina Farah", "Erik Dahl",
+    ),
+    cities=("Vienna", "Warsaw", "Zurich", "Oslo", "Naples", "Montreal", "Lima", "Helsinki"),
+    items=(
+        ("paper lantern", "paper lanterns"), ("steel ladder", "steel ladders"),
+        ("bread knife", "bread knives"), ("floor cushion", "floor cushions"),
+        ("travel pillow", "travel pillows"), ("sun hat", "sun hats"),
+    ),
+    colours=("pink", "brown", "silver", "turquoise"),
+    phrasings=(
+        "{customer} asks whether we can bring {count} {item} to {city}; the colour should be {colour}. {hurry}",
+        "New order! {count} {colour} {item}, going to {city}, name of {customer}. {hurry}",
+        "I am writing for {customer}. In {city} they are waiting for {count} {item} in {colour}. {hurry}",
+        "Put down {count} {item} for {customer}, please, {colour} if possible, to be sent to {city}. {hurry}",
+    ),
+    urgent=("They cannot wait.", "Send it by express."),
+    patient=("It can wait.", "Regular delivery is enough."),
+)  # fmt: skip
+_PARTS: dict[str, _Words] = {"train": _TRAIN, "validation": _VALIDATION, "test": _TEST}
+
+
+def make_orders(part: Part, count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Return `count` different examples in the chat format: a note, and its JSON as the answer.
+
+    The same arguments give the same examples. Raises ConfigError for an unknown part and for more
+    examples than there are.
+    """
+    if part not in _PARTS:
+        raise ConfigError(f"part={part!r}: allowed are {', '.join(_PARTS)}.")
+    draw = random.Random(f"{part} {seed}")
+    made: dict[str, dict[str, Any]] = {}
+    for _ in range(50 * count):
+        if len(made) == count:
+            return list(made.values())
+        note, fields = _make_order(_PARTS[part], draw)
+        answer = json.dumps(fields)
+        turns = [{"role": "user", "content": note}, {"role": "assistant", "content": answer}]
+        made.setdefault(note, {"messages": turns})
+    raise ConfigError(f"count={count}: the {part} part has not so many different orders.")
+
+
+def _make_order(words: _Words, draw: random.Random) -> tuple[str, dict[str, Any]]:
+    quantity = draw.randint(1, 10)
+    one, several = draw.choice(words.items)
+    express = draw.random() < 0.5
+    fields = {
+        "customer": draw.choice(words.customers),
+        "city": draw.choice(words.cities),
+        "item": one,
+        "quantity": quantity,
+        "colour": draw.choice(words.colours),
+        "express": express,
+    }
+    written = str(quantity) if draw.random() < 0.5 else _NUMBER_WORDS[quantity - 1]
+    hurry: Sequence[str] = words.urgent if express else words.patient
+    note = draw.choice(words.phrasings).format(
+        **fields | {"item": one if quantity == 1 else several},
+        count=written,
+        hurry=draw.choice(hurry),
+    )
+    return note, fields
