@@ -24,15 +24,16 @@ from tokenizers import (
 from lora.data.tokenizers import TextTokenizer, find_stop_ids
 from lora.errors import DataError, did_you_mean
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+# Values of tokenizer.ggml.token_type.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 _ENDS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
 
 @dataclass(frozen=True)
-class _Words:
+class WordRule:
     """One row: where byte-level BPE may end a word, and what goes with it."""
 
     pattern: str | None = None
@@ -47,26 +48,26 @@ class _Words:
 
 
 _LLAMA3 = _ENGLISH + r"|\p{N}{1,3}" + _ENDS
-_QWEN2 = _Words(_ENGLISH + r"|\p{N}" + _ENDS, normal_form=True)
+_QWEN2 = WordRule(_ENGLISH + r"|\p{N}" + _ENDS, normal_form=True)
 _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_PRE: dict[str, _Words] = {
-    "default": _Words(),
-    "gpt-2": _Words(),
-    "gpt2": _Words(),
-    "smollm": _Words(digits_alone=True),
-    "starcoder": _Words(digits_alone=True),
-    "refact": _Words(digits_alone=True),
-    "llama-bpe": _Words(_LLAMA3, ignore_merges=True, add_bos=True),
-    "llama3": _Words(_LLAMA3, ignore_merges=True, add_bos=True),
-    "llama-v3": _Words(_LLAMA3, ignore_merges=True, add_bos=True),
-    "smaug-bpe": _Words(_LLAMA3),
+WORD_RULES: dict[str, WordRule] = {
+    "default": WordRule(),
+    "gpt-2": WordRule(),
+    "gpt2": WordRule(),
+    "smollm": WordRule(digits_alone=True),
+    "starcoder": WordRule(digits_alone=True),
+    "refact": WordRule(digits_alone=True),
+    "llama-bpe": WordRule(_LLAMA3, ignore_merges=True, add_bos=True),
+    "llama3": WordRule(_LLAMA3, ignore_merges=True, add_bos=True),
+    "llama-v3": WordRule(_LLAMA3, ignore_merges=True, add_bos=True),
+    "smaug-bpe": WordRule(_LLAMA3),
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
     "megrez": _QWEN2,
-    "tekken": _Words(_TEKKEN, ignore_merges=True, add_bos=True),
+    "tekken": WordRule(_TEKKEN, ignore_merges=True, add_bos=True),
 }
 """By tokenizer.ggml.pre. The patterns are facts of the models that were trained with them."""
 
@@ -79,7 +80,8 @@ def build_gguf_tokenizer(metadata: dict[str, Any]) -> TextTokenizer:
     """
     kind = metadata.get("tokenizer.ggml.model")
     tokens = _tokens(metadata)
-    kinds = _per_token(metadata, "token_type", len(tokens)) or [_NORMAL] * len(tokens)
+    kinds = _per_token(metadata, "token_type", len(tokens)) or [NORMAL] * len(tokens)
+    tokens, kinds = _without_padding(tokens, kinds)
     if kind == "gpt2":
         words = _find_words(metadata)
         backend, adds_bos = _byte_level(tokens, metadata, words), words.add_bos
@@ -125,19 +127,31 @@ def _per_token(metadata: dict[str, Any], name: str, n_tokens: int) -> list[Any] 
     raise DataError(f"tokenizer.ggml.{name} must have {n_tokens} values, one a token, not {seen}.")
 
 
-def _find_words(metadata: dict[str, Any]) -> _Words:
+def padding_token(number: int) -> str:
+    """Return what stands in a file for a row of the embedding that no token has."""
+    return f"[PAD{number}]"
+
+
+def _without_padding(tokens: list[str], kinds: list[int]) -> tuple[list[str], list[int]]:
+    end = len(tokens)
+    while end and kinds[end - 1] == UNUSED and tokens[end - 1] == padding_token(end - 1):
+        end -= 1
+    return tokens[:end], kinds[:end]
+
+
+def _find_words(metadata: dict[str, Any]) -> WordRule:
     # Files made before the key existed: only of Qwen is it certain what they mean.
     is_qwen = str(metadata.get("general.architecture")).startswith("qwen")
     name = str(metadata.get("tokenizer.ggml.pre", "qwen2" if is_qwen else "default"))
-    if name not in _PRE:
+    if name not in WORD_RULES:
         raise DataError(
-            f"tokenizer.ggml.pre is {name!r}: known are {', '.join(_PRE)}."
-            f"{did_you_mean(name, _PRE)} Use the model's Hugging Face folder instead."
+            f"tokenizer.ggml.pre is {name!r}: known are {', '.join(WORD_RULES)}."
+            f"{did_you_mean(name, WORD_RULES)} Use the model's Hugging Face folder instead."
         )
-    return _PRE[name]
+    return WORD_RULES[name]
 
 
-def _byte_level(tokens: list[str], metadata: dict[str, Any], words: _Words) -> Tokenizer:
+def _byte_level(tokens: list[str], metadata: dict[str, Any], words: WordRule) -> Tokenizer:
     pairs = metadata.get("tokenizer.ggml.merges")
     if not isinstance(pairs, list) or not all(isinstance(pair, str) for pair in pairs):
         raise DataError("tokenizer.ggml.merges is no list of pairs: use another file.")
@@ -155,7 +169,7 @@ def _byte_level(tokens: list[str], metadata: dict[str, Any], words: _Words) -> T
     return backend
 
 
-def _pre_tokenizer(words: _Words) -> pre_tokenizers.PreTokenizer:
+def _pre_tokenizer(words: WordRule) -> pre_tokenizers.PreTokenizer:
     own = words.pattern is None
     steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own)]
     if words.pattern is not None:
@@ -166,7 +180,7 @@ def _pre_tokenizer(words: _Words) -> pre_tokenizers.PreTokenizer:
 
 
 def _sentence_piece(tokens: list[str], kinds: list[int], metadata: dict[str, Any]) -> Tokenizer:
-    scores = _per_token(metadata, "scores", len(tokens))
+    scores = _per_token(metadata, "scores", len(metadata["tokenizer.ggml.tokens"]))
     if scores is None:
         raise DataError("tokenizer.ggml.scores is missing: SentencePiece's tokens need them.")
     for key in ("remove_extra_whitespaces", "precompiled_charsmap"):
@@ -176,18 +190,18 @@ def _sentence_piece(tokens: list[str], kinds: list[int], metadata: dict[str, Any
                 "supported. Use the model's Hugging Face folder instead."
             )
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    merges = _merges_from_scores(tokens, kinds, scores)
+    merges = _merges_from_scores(tokens, kinds, scores[: len(tokens)])
     unknown = _named(metadata, "unknown", tokens)
     model = models.BPE(
         vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True
     )
     backend = Tokenizer(model)
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    steps: list[Any] = [normalizers.Prepend(_SPACE)] if prefix else []
-    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+    steps: list[Any] = [normalizers.Prepend(SPACE)] if prefix else []
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     backend.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     return backend
 
@@ -196,7 +210,7 @@ def _merges_from_scores(
     tokens: list[str], kinds: list[int], scores: list[float]
 ) -> list[tuple[str, str]]:
     """Return BPE merges: SentencePiece joins the pair whose result has the highest score first."""
-    pieces = {t: n for n, (t, k) in enumerate(zip(tokens, kinds, strict=True)) if k == _NORMAL}
+    pieces = {t: n for n, (t, k) in enumerate(zip(tokens, kinds, strict=True)) if k == NORMAL}
     merges = []
     for token, number in pieces.items():
         for place in range(1, len(token)):
@@ -209,8 +223,8 @@ def _merges_from_scores(
 
 
 def _add_special(backend: Tokenizer, tokens: list[str], kinds: list[int]) -> None:
-    control = [t for t, k in zip(tokens, kinds, strict=True) if k in (_CONTROL, _UNKNOWN)]
-    own = [t for t, k in zip(tokens, kinds, strict=True) if k == _USER_DEFINED]
+    control = [t for t, k in zip(tokens, kinds, strict=True) if k in (CONTROL, UNKNOWN)]
+    own = [t for t, k in zip(tokens, kinds, strict=True) if k == USER_DEFINED]
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
     backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in own])
 

@@ -52,12 +52,13 @@ _NEUTRAL: dict[str, Any] = {
     "use_parallel_residual": False,
 }
 """Keys that change the result, with the value at which they do not."""
-_LLAMA3 = {
+LLAMA3 = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+"""Scaling of Llama 3.1 to 3.3, all but the factor: files hold its result and not the settings."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def _rope_scaling(fields: Fields, file: GGUFFile, config: dict[str, Any]) -> dic
 def _llama3_scaling(fields: Fields, file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     """Return Llama 3's settings if the file's factors are what they give."""
     seen = file.values(ROPE_FACTORS).reshape(-1).astype(np.float64)
-    scaling = {**_LLAMA3, "factor": _rounded(seen.max())}
+    scaling = {**LLAMA3, "factor": _rounded(seen.max())}
     wanted = llama3_factors(config["rope_theta"], config["head_dim"], scaling)
     if seen.shape != wanted.shape or not np.allclose(seen, wanted, rtol=1e-3):
         fields.faults.append(f"the factors in {ROPE_FACTORS} are not those of Llama 3.1 to 3.3")
@@ -228,4 +229,4 @@ def llama3_factors(theta: float, head_dim: int, scaling: dict[str, Any]) -> np.n
 
 def _rounded(value: float) -> float:
     """Return an fp32 setting as the short decimal that was meant: 1e-05, not 9.99999974e-06."""
-    return float(f"{float(value):.6g}")
+    return float(f"{float(value):.7g}")
