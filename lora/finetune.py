@@ -7,6 +7,7 @@ found before the weights are loaded, and the run's folder is made last.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from lora.device import DeviceChoice, choose_device
 from lora.fingerprint import base_fingerprint
 from lora.losses import loss_for
 from lora.progress import NoProgress, Progress
-from lora.runs import Run, create_run, default_name
+from lora.runs import Run, create_run, default_name, read_json
 from lora.trainer import TrainingJob, TrainResult, train
 
 
@@ -98,6 +99,7 @@ def finetune(job: FinetuneJob, progress: Progress | None = None) -> FinetuneResu
 def check_data(job: FinetuneJob, model_folder: Path, progress: Progress) -> PreparedData:
     """Return `job`'s examples as rows of tokens, and say what they are; no weights are loaded.
 
+    A resumed run tells chat templates the date on which it began, so that its rows are the same.
     Raises DataError if nothing can be learned from them.
     """
     data = prepare_data(
@@ -106,6 +108,7 @@ def check_data(job: FinetuneJob, model_folder: Path, progress: Progress) -> Prep
         job.data_config,
         job.train.seed,
         held_out_source=job.eval_data,
+        now=_first_day(job),
         say=progress.say,
     )
     progress.say(
@@ -121,6 +124,13 @@ def check_data(job: FinetuneJob, model_folder: Path, progress: Progress) -> Prep
         if count:
             progress.say(f"note: {count} of {counts.n_examples} examples {what}")
     return data
+
+
+def _first_day(job: FinetuneJob) -> datetime | None:
+    if not job.resume:
+        return None
+    described = read_json(job.run.out / str(job.run.name) / "run.json")
+    return datetime.fromisoformat(described["data"]["now"])
 
 
 def _load_model(job: FinetuneJob, source: ModelSource, choice: DeviceChoice) -> Decoder:
@@ -192,6 +202,7 @@ def _describe(
             "learned_tokens": data.train.n_target_tokens,
             "counts": asdict(data.train_encoded.counts),
             "chat_template": data.template_origin,
+            "now": data.now.isoformat(),
         },
         "lora": None if job.lora is None else asdict(job.lora),
         "train": asdict(job.train),

@@ -32,6 +32,7 @@ from lora.errors import ConfigError, LoraError, did_you_mean, gather
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "finetune": ("lora.cli.finetune:finetune", "Fine-tune a model on examples."),
+    "data": ("lora.cli.data:data", "Show what a model would learn from examples."),
     "generate": ("lora.cli.generate:generate", "Answer prompts, many at a time."),
     "chat": ("lora.cli.chat:chat", "Talk to a model; switch adapters while talking."),
     "eval": ("lora.cli.eval:evaluate", "Measure a model and its adapter on examples."),
