@@ -1,0 +1,237 @@
+"""Whole fine-tuning runs on a tiny model: what is saved, what stays, what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora.adapter_io import load_adapter
+from lora.apply import apply_lora
+from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.data.batches import BatchStream, ordered_batches
+from lora.data.orders import make_orders
+from lora.data.prepare import prepare_data
+from lora.data.tokenizers import load_tokenizer
+from lora.decoder.hf_weights import load_decoder
+from lora.device import choose_device
+from lora.errors import DataError, LoraError
+from lora.finetune import FinetuneJob, FinetuneResult, finetune
+from lora.losses import loss_for
+from lora.runs import create_run, read_json, read_rows
+from lora.trainer import TrainingJob, train
+
+TOKENS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def job(tiny_folder: Path, tmp_path: Path) -> FinetuneJob:
+    return FinetuneJob(
+        data=make_orders("train", 24),
+        model=str(tiny_folder),
+        lora=LoRAConfig(rank=4),
+        train=TrainConfig(steps=12, batch_size=4, micro_batches=2, learning_rate=2e-2),
+        data_config=DataConfig(max_length=128),
+        run=RunConfig(out=tmp_path, name="run", eval_every_steps=4, save_every_steps=3),
+    )
+
+
+def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
+    model = load_decoder(folder)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    with torch.no_grad():
+        return model(TOKENS)
+
+
+def test_it_learns_and_leaves_a_whole_folder(job: FinetuneJob, tiny_folder: Path) -> None:
+    before = (tiny_folder / "model.safetensors").read_bytes()
+    done = finetune(job)
+    rows = read_rows(done.folder / "metrics.jsonl")
+    losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    assert losses[-1] < losses[0] - 0.1
+    assert done.result.eval_loss == losses[-1]
+    assert (tiny_folder / "model.safetensors").read_bytes() == before
+    described = read_json(done.folder / "run.json")
+    assert described["lora"]["rank"] == 4
+    assert described["learning_rate"] == 2e-2
+    assert described["base_fingerprint"]
+    assert read_json(done.folder / "result.json")["steps"] == 12
+    assert load_tokenizer(done.saved).chat_template is not None
+
+
+def test_peft_loads_the_adapter_with_equal_logits(job: FinetuneJob, tiny_folder: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    done = finetune(job)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
+        model = peft.PeftModel.from_pretrained(model, done.saved)
+    with torch.no_grad():
+        theirs = model(TOKENS).logits
+    ours = logits(tiny_folder, done.saved)
+    assert (ours - theirs).abs().max() < 1e-5
+    assert (ours - logits(tiny_folder)).abs().max() > 0.01
+
+
+def strip(result: FinetuneResult) -> tuple[bytes, bytes]:
+    adapter = (result.saved / "adapter_model.safetensors").read_bytes()
+    return adapter, (result.folder / "metrics.jsonl").read_bytes()
+
+
+def test_a_killed_run_that_is_resumed_ends_with_the_same_bytes(
+    job: FinetuneJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = finetune(replace(job, run=replace(job.run, out=tmp_path / "whole")))
+
+    class Killed(Exception):
+        pass
+
+    steps: list[int] = []
+
+    class Fragile:
+        def start(self, total_steps: int, done_steps: int) -> None: ...
+        def say(self, message: str) -> None: ...
+        def stop(self) -> None: ...
+        def step(self, step: int, loss: float, tokens_per_s: float, memory_bytes: int) -> None:
+            steps.append(step)
+            if steps == [1, 2, 3, 4, 5, 6, 7]:
+                raise Killed
+
+    with pytest.raises(Killed):
+        finetune(job, Fragile())
+    resumed = finetune(replace(job, resume=True), Fragile())
+    assert steps[7:] == [7, 8, 9, 10, 11, 12]
+    assert strip(resumed) == strip(whole)
+
+
+def test_going_on_from_an_adapter_starts_where_it_ended(job: FinetuneJob) -> None:
+    first = finetune(job)
+    more = finetune(
+        replace(job, from_adapter=first.saved, run=replace(job.run, name="more")),
+    )
+    start = next(r["eval_loss"] for r in read_rows(more.folder / "metrics.jsonl") if not r["step"])
+    assert start == pytest.approx(first.result.eval_loss, rel=1e-6)
+    assert more.result.eval_loss < first.result.eval_loss
+
+
+def test_full_fine_tuning_saves_a_model(job: FinetuneJob, tiny_folder: Path) -> None:
+    train_config = replace(job.train, learning_rate=1e-2)
+    done = finetune(replace(job, lora=None, train=train_config))
+    assert done.saved.name == "model"
+    assert (logits(done.saved) - logits(tiny_folder)).abs().max() > 0.01
+
+
+def test_the_loss_does_not_depend_on_packing_padding_or_the_split(
+    job: FinetuneJob, tiny_folder: Path
+) -> None:
+    tokenizer, model = load_tokenizer(tiny_folder), load_decoder(tiny_folder)
+    apply_lora(model, LoRAConfig(rank=4, init_seed=0))
+    losses = []
+    for packing, rows in ((True, 1), (True, 3), (False, 1), (False, 5)):
+        config = DataConfig(max_length=192, packing=packing, eval_fraction=0.0)
+        data = prepare_data(make_orders("train", 12), tokenizer, config, 0)
+        total = count = 0.0
+        with torch.no_grad():
+            for batch in ordered_batches(data.train, rows):
+                loss, n_tokens = loss_for(model)(model, batch)
+                total, count = total + loss.item(), count + n_tokens.item()
+        losses.append(total / count)
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "seen"),
+    [
+        ({"data": [{"txt": "hello"}]}, "row 1"),
+        ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"model": "nowhere"}, "no such folder or file"),
+        ({"lora": LoRAConfig(targets=("q_prj",))}, "Did you mean 'q_proj'"),
+        ({"lora": LoRAConfig(rank=64)}, "rank=64"),
+        ({"from_adapter": Path("nowhere")}, "nowhere"),
+    ],
+)
+def test_what_cannot_work_is_refused_and_leaves_nothing(
+    job: FinetuneJob, change: dict[str, Any], seen: str
+) -> None:
+    with pytest.raises(LoraError, match=seen):
+        finetune(replace(job, **change))
+    assert not list(job.run.out.iterdir())
+
+
+def test_nothing_to_learn_is_known_before_the_weights_are_loaded(
+    job: FinetuneJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("lora.finetune.load_decoder", never)
+    asked_only = [{"messages": [{"role": "user", "content": f"note {n}"}]} for n in range(9)]
+    with pytest.raises(DataError):
+        finetune(replace(job, data=asked_only))
+
+
+def test_a_transformers_model_goes_through_the_same_trainer(
+    job: FinetuneJob, tiny_folder: Path, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    apply_lora(model, LoRAConfig(rank=4, init_seed=0))
+    config = DataConfig(max_length=128, packing=False)
+    data = prepare_data(make_orders("train", 24), load_tokenizer(tiny_folder), config, 0)
+    held_out = data.held_out
+    assert held_out is not None
+    with create_run(tmp_path, "run") as run:
+        result = train(
+            TrainingJob(
+                model=model,
+                loss_fn=loss_for(model),
+                stream=BatchStream(data.train, 4, 0),
+                eval_batches=lambda: ordered_batches(held_out, 4),
+                train_config=TrainConfig(steps=8, batch_size=4),
+                learning_rate=2e-2,
+                run_config=RunConfig(),
+                run=run,
+                choice=choose_device("cpu"),
+            )
+        )
+        first = next(row["eval_loss"] for row in run.read_metrics() if "eval_loss" in row)
+    assert result.eval_loss < first - 0.1
+
+
+def test_the_step_is_pefts_step(tiny_folder: Path) -> None:
+    """Gradients of one step on the same batch, B random, agree with PEFT's within 1e-5."""
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    settings = peft.LoraConfig(r=4, lora_alpha=16, target_modules="all-linear")
+    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
+        theirs = peft.get_peft_model(base, settings)
+    ours = apply_lora(load_decoder(tiny_folder), LoRAConfig(rank=4))
+    generator = torch.Generator().manual_seed(3)
+    pairs = {}
+    for name, layer in theirs.base_model.model.named_modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            mine = ours.get_submodule(name)
+            for key, theirs_weight in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+                parameter = theirs_weight["default"].weight
+                drawn = torch.randn(parameter.shape, generator=generator) * 0.1
+                parameter.data.copy_(drawn)
+                mine.get_parameter(key).data.copy_(drawn)
+                pairs[f"{name}.{key}"] = parameter, mine.get_parameter(key)
+    assert len(pairs) == 2 * 14
+    theirs(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    flat = ours(TOKENS)[:, :-1].flatten(0, 1)
+    torch.nn.functional.cross_entropy(flat, TOKENS[:, 1:].flatten()).backward()
+    for name, (a, b) in pairs.items():
+        assert (a.grad - b.grad).norm() / a.grad.norm() <= 1e-5, name
+
+
+def test_run_json_is_json_a_person_can_read(job: FinetuneJob) -> None:
+    done = finetune(replace(job, train=replace(job.train, steps=1)))
+    text = (done.folder / "run.json").read_text(encoding="utf-8")
+    assert json.loads(text)["data"]["source"] == "rows given in Python"
