@@ -361,7 +361,13 @@ FAULTS: dict[str, tuple[list[str], dict[str, Any], str]] = {
     "bias": ([], {"bias": "lora_only"}, "bias='lora_only': only 'none'"),
     "lora_bias": ([], {"lora_bias": True}, "biases of B"),
     "rank": ([], {"r": 600}, "rank 600: at most 512"),
-    "no rank": ([], {"r": None}, "r=None: an int"),
+    "no rank": ([], {"r": None}, "r=None: allowed is an int ≥ 1. Save"),
+    "rank of a wrong type": ([], {"r": True}, "r=True: allowed is an int"),
+    "no alpha": ([], {"lora_alpha": None}, "lora_alpha=None: allowed is a finite number > 0"),
+    "no targets": ([], {"target_modules": None}, "target_modules=None: allowed is a pattern"),
+    "odd pattern": ([], {"rank_pattern": [1]}, "rank_pattern=[1]: allowed is names with ints"),
+    "odd modules": ([], {"modules_to_save": [["x"]]}, "allowed is a list of names"),
+    "another method": ([], {"peft_type": "IA3"}, "peft_type='IA3': allowed is 'LORA'"),
     "rank pattern": ([], {"rank_pattern": {"q_proj": 4}}, "ignore it and scale every layer"),
     "alpha pattern": ([], {"alpha_pattern": {"q_proj": 4}}, "alpha_pattern="),
     "pissa": ([], {"init_lora_weights": "pissa_niter_4"}, "changes the base's weights"),
@@ -407,6 +413,17 @@ def test_the_command_asks_for_the_smallest_rank_with_room(
     command = vllm_command(folder, "owner/base", "mine")
     assert command.startswith(f"vllm serve owner/base --enable-lora --max-lora-rank {room} ")
     assert command.endswith(f"--lora-modules 'mine={folder}'")
+
+
+@pytest.mark.parametrize("changes", [{"r": None}, {"r": 0}, {"r": "8"}])
+def test_no_command_for_an_adapter_without_a_rank(changes: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"cannot be served.*\n.*r=.*an int ≥ 1"):
+        vllm_command(write_adapter(tmp_path, **changes), "owner/base")
+
+
+def test_the_command_has_room_for_the_layer_of_the_highest_rank(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path, r=8, rank_pattern={"q_proj": 40})
+    assert "--max-lora-rank 64 " in vllm_command(folder, "owner/base")
 
 
 def test_relative_error_is_what_it_says() -> None:
