@@ -1,0 +1,149 @@
+"""The commands on a tiny model, called as `lora` calls them."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora.cli import main
+from lora.decoder.hf_weights import load_decoder
+
+Read = Callable[[], tuple[str, str]]
+
+
+@pytest.fixture
+def read(capsys: pytest.CaptureFixture[str]) -> Read:
+    """What was printed since the last time: out, err."""
+
+    def take() -> tuple[str, str]:
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    return take
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_folder: Path, orders_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs")
+    words = ["finetune", "--model", str(tiny_folder), "--data", str(orders_file), "--rank", "4"]
+    words += ["--steps", "6", "--batch-size", "4", "--max-length", "128", "--learning-rate", "0.02"]
+    assert main([*words, "--out", str(out), "--name", "run"]) == 0
+    return out / "run" / "adapter"
+
+
+def test_finetune_prints_json(
+    tiny_folder: Path, orders_file: Path, tmp_path: Path, read: Read
+) -> None:
+    words = ["finetune", "--model", str(tiny_folder), "--data", str(orders_file), "--json"]
+    words += ["--steps", "2", "--batch-size", "2", "--max-length", "128", "--out", str(tmp_path)]
+    assert main(words) == 0
+    found = json.loads(read()[0])
+    assert found["steps"] == 2
+    assert Path(found["saved"], "adapter_model.safetensors").is_file()
+
+
+def test_finetune_takes_a_yaml_file(
+    tiny_folder: Path, orders_file: Path, tmp_path: Path, read: Read
+) -> None:
+    settings = tmp_path / "run.yaml"
+    settings.write_text(f"model: {tiny_folder}\nsteps: 1\nbatch_size: 2\nmax_length: 128\n")
+    words = ["finetune", "--data", str(orders_file), "--config", str(settings), "--json"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    assert json.loads(read()[0])["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "seen"),
+    [
+        (["--resume"], "--resume was given without --name"),
+        (["--full", "--rank", "4"], "leave out LoRA's flags"),
+        (["--rank", "0"], "rank=0"),
+        (["--steps", "many"], "many"),
+        (["--rnak", "4"], "Did you mean --rank"),
+        (["--precision", "bf16", "--device", "cpu"], "tens of times slower"),
+    ],
+)
+def test_finetune_refuses_with_two_and_leaves_nothing(
+    words: list[str], seen: str, tiny_folder: Path, orders_file: Path, tmp_path: Path, read: Read
+) -> None:
+    start = ["finetune", "--model", str(tiny_folder), "--data", str(orders_file)]
+    assert main([*start, "--out", str(tmp_path), *words]) == 2
+    assert seen in read()[1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_generate_answers_all_prompts(
+    tiny_folder: Path, adapter: Path, tmp_path: Path, read: Read
+) -> None:
+    asked = tmp_path / "asked.txt"
+    asked.write_text("second\n\nthird\n")
+    words = ["generate", "first", "--model", str(tiny_folder), "--adapter", str(adapter)]
+    words += ["--prompts-file", str(asked), "--max-new-tokens", "5", "--json"]
+    assert main(words) == 0
+    rows = [json.loads(line) for line in read()[0].splitlines()]
+    assert [row["prompt"] for row in rows] == ["first", "second", "third"]
+    assert main(["generate", "--model", str(tiny_folder)]) == 2
+    assert "No prompt was given" in read()[1]
+
+
+def test_eval_shows_base_beside_adapter(
+    tiny_folder: Path, adapter: Path, orders_file: Path, read: Read
+) -> None:
+    words = ["eval", str(orders_file), "--model", str(tiny_folder), "--adapter", str(adapter)]
+    assert main([*words, "--answers", "3", "--max-new-tokens", "4", "--json"]) == 0
+    found = json.loads(read()[0])
+    assert found["adapter"]["loss"] < found["base"]["loss"]
+    assert found["adapter"]["n_answers"] == 3
+    assert found["adapter"]["valid_json"] == 0.0
+    assert main(words) == 0
+    assert "perplexity" in read()[0]
+
+
+def test_merge_writes_a_model_that_answers_the_same_and_never_over_one(
+    tiny_folder: Path, adapter: Path, tmp_path: Path, read: Read
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    out = tmp_path / "merged"
+    words = ["merge", str(adapter), str(out), "--model", str(tiny_folder)]
+    assert main(words) == 0
+    assert "merged 14 layers" in read()[0]
+    tokens = torch.arange(20)[None]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        difference = theirs(tokens).logits - load_decoder(out)(tokens)
+    assert difference.abs().max() < 1e-4
+    assert main(words) == 2
+    assert "not empty" in read()[1]
+
+
+def test_data_shows_what_is_learned_and_exits_two_on_faults(
+    tiny_folder: Path, orders_file: Path, tmp_path: Path, read: Read
+) -> None:
+    assert main(["data", str(orders_file), "--model", str(tiny_folder), "--json"]) == 0
+    assert json.loads(read()[0])["n_examples"] == 40
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"a": 1}\n')
+    assert main(["data", str(bad), "--model", str(tiny_folder)]) == 2
+    assert "bad.jsonl:1" in read()[0].replace("\n", "")
+
+
+def test_chat_switches_adapters_and_outlives_a_wrong_one(
+    tiny_folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, read: Read
+) -> None:
+    said = (
+        f"hello\n/adapter none\nhello\n/adapter nowhere\n/adapter {adapter}\n/what\n/new\n/quit\n"
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO(said))
+    words = ["chat", "--model", str(tiny_folder), "--adapter", str(adapter)]
+    assert main([*words, "--max-new-tokens", "4", "--temperature", "0"]) == 0
+    out, err = read()
+    assert len(out.splitlines()) >= 2
+    assert "the base" in err
+    assert "nowhere" in err
+    assert f"adapter: {adapter}" in err
+    assert "unknown: /what" in err
