@@ -25,6 +25,7 @@ from lora.losses import loss_for
 from lora.runs import create_run, read_json, read_rows
 from lora.trainer import TrainingJob, train
 
+PEFTS_OWN = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 TOKENS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -64,13 +65,13 @@ def test_it_learns_and_leaves_a_whole_folder(job: FinetuneJob, tiny_folder: Path
     assert load_tokenizer(done.saved).chat_template is not None
 
 
+@PEFTS_OWN
 def test_peft_loads_the_adapter_with_equal_logits(job: FinetuneJob, tiny_folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
     done = finetune(job)
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
-        model = peft.PeftModel.from_pretrained(model, done.saved)
+    model = peft.PeftModel.from_pretrained(model, done.saved)
     with torch.no_grad():
         theirs = model(TOKENS).logits
     ours = logits(tiny_folder, done.saved)
@@ -203,14 +204,14 @@ def test_a_transformers_model_goes_through_the_same_trainer(
     assert result.eval_loss < first - 0.1
 
 
+@PEFTS_OWN
 def test_the_step_is_pefts_step(tiny_folder: Path) -> None:
     """Gradients of one step on the same batch, B random, agree with PEFT's within 1e-5."""
     transformers = pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     settings = peft.LoraConfig(r=4, lora_alpha=16, target_modules="all-linear")
-    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
-        theirs = peft.get_peft_model(base, settings)
+    theirs = peft.get_peft_model(base, settings)
     ours = apply_lora(load_decoder(tiny_folder), LoRAConfig(rank=4))
     generator = torch.Generator().manual_seed(3)
     pairs = {}

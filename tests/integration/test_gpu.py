@@ -44,7 +44,7 @@ def test_bf16_and_fp32_on_the_gpu_learn_like_the_cpu(job: FinetuneJob) -> None:
     gained = first - cpu.result.eval_loss
     assert gained > 0.1
     assert abs(fp32.result.eval_loss - cpu.result.eval_loss) < 0.02 * gained
-    assert abs(bf16.result.eval_loss - cpu.result.eval_loss) < 0.1 * gained
+    assert abs(bf16.result.eval_loss - cpu.result.eval_loss) < 0.2 * gained
 
 
 def test_a_run_on_the_gpu_can_be_resumed(job: FinetuneJob) -> None:
