@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora.data.formats import Example, example_from_file, example_from_row
+from lora.data.messages import kind_of
 from lora.data.tables import TABLE_READERS, Faults, decode_file, without_nulls
 from lora.errors import DataError, did_you_mean
 
@@ -41,6 +42,11 @@ def read_examples(source: Source, say: Say = lambda message: None) -> list[Examp
             f"Examples were asked for from a {type(source).__name__} with the keys "
             f"{', '.join(map(str, source))}: rows are needed. Pass one split, as in data['train']."
         )
+    if not isinstance(source, str | Path | Iterable):
+        raise DataError(
+            f"Examples were asked for from {kind_of(source)}: allowed are a path, a list of dicts "
+            "and a datasets.Dataset."
+        )
     faults = Faults()
     examples = list(_read_all(source, say, faults))
     heading = f"{_name(source)} was read for examples and has faults:"
@@ -56,12 +62,19 @@ def _read_all(source: Source, say: Say, faults: Faults) -> Iterator[Example]:
         yield from _parse_rows(rows, faults)
         return
     for path in _find_files(Path(source), say):
-        if path.stat().st_size == 0:
-            faults.add(str(path), "the file is empty")
-        elif path.suffix.lower() in TEXT_SUFFIXES:
-            yield from _read_text(path, faults)
-        else:
-            yield from _parse_rows(TABLE_READERS[path.suffix.lower()](path, faults), faults)
+        try:
+            yield from _read_file(path, faults)
+        except OSError as error:
+            faults.add(str(path), f"the file cannot be read: {error.strerror or error}")
+
+
+def _read_file(path: Path, faults: Faults) -> Iterator[Example]:
+    if path.stat().st_size == 0:
+        faults.add(str(path), "the file is empty")
+    elif path.suffix.lower() in TEXT_SUFFIXES:
+        yield from _read_text(path, faults)
+    else:
+        yield from _parse_rows(TABLE_READERS[path.suffix.lower()](path, faults), faults)
 
 
 def _parse_rows(rows: Iterable[tuple[str, object]], faults: Faults) -> Iterator[Example]:

@@ -6,6 +6,7 @@ A damaged row is put among the faults, and reading goes on behind it where the f
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +22,8 @@ _BOM = "\N{ZERO WIDTH NO-BREAK SPACE}"
 _MOST_FAULTS = 1000  # of different kinds; then the rest of the data is not looked at
 _MOST_FIELD_CHARACTERS = 1 << 30
 _SPACES = re.compile(r"[ \t\n\r]*")
+_WRAPPERS = ("data", "train", "rows", "examples")  # under which exports put their one list
+_WRAPPED = re.compile(rf'\s*\{{\s*"({"|".join(_WRAPPERS)})"\s*:\s*(?=\[)')
 
 
 class Faults:
@@ -95,8 +98,7 @@ def _read_json(path: Path, faults: Faults) -> Rows:
     if text is None:
         return
     try:
-        start = _list_start(text)
-        yield from _items(text, start, path)
+        yield from _items(text, path, faults)
     except (ValueError, RecursionError) as error:
         line = text.count("\n", 0, error.pos) + 1 if isinstance(error, json.JSONDecodeError) else 1
         faults.add(f"{path}:{line}", _not_json(error))
@@ -118,22 +120,15 @@ def _begins_with_a_row(path: Path) -> bool:
 
 def _only_list(value: Mapping[str, Any]) -> str | None:
     """Return the key of the one list of objects that an object wraps, as exports do."""
-    names = [k for k in ("data", "train", "rows", "examples") if isinstance(value.get(k), list)]
+    names = [key for key in _WRAPPERS if isinstance(value.get(key), list)]
     return names[0] if len(names) == 1 else None
 
 
-def _list_start(text: str) -> int:
-    """Return where the list of rows begins."""
-    first = len(text) - len(text.lstrip())
-    if text.startswith("[", first):
-        return first
-    found = re.compile(r'\s*\{\s*"(data|train|rows|examples)"\s*:\s*(?=\[)').match(text)
-    return found.end() if found else first
-
-
-def _items(text: str, start: int, path: Path) -> Rows:
+def _items(text: str, path: Path, faults: Faults) -> Rows:
     """Yield a list's items with their lines, or the one value that `text` is."""
     decoder, line, counted = json.JSONDecoder(), 1, 0
+    wrapped = _WRAPPED.match(text)
+    start = wrapped.end() if wrapped else _skip_spaces(text, 0)
     if not text.startswith("[", start):
         whole = decoder.decode(text[start:])
         key = _only_list(whole) if isinstance(whole, dict) else None
@@ -150,6 +145,23 @@ def _items(text: str, start: int, path: Path) -> Rows:
             place = _skip_spaces(text, place + 1)
         elif not text.startswith("]", place):
             raise json.JSONDecodeError("a comma or the list's end is missing", text, place)
+    if wrapped:
+        others = _only_list(_read_rest(text, place + 1))
+        if others is not None:
+            what = f"the object holds two lists of rows, {wrapped[1]} and {others}: keep one"
+            faults.add(f"{path}:1", what)
+    elif text[place + 1 :].strip():
+        raise json.JSONDecodeError("there is more behind the list's end", text, place + 1)
+
+
+def _read_rest(text: str, place: int) -> dict[str, Any]:
+    """Return the fields of an object that stand behind its first, which ends at `place`."""
+    first = '{"": 0'
+    try:
+        rest: dict[str, Any] = json.loads(first + text[place:])
+    except json.JSONDecodeError as error:
+        raise json.JSONDecodeError(error.msg, text, place + error.pos - len(first)) from None
+    return rest
 
 
 def _skip_spaces(text: str, place: int) -> int:
@@ -170,10 +182,11 @@ def _read_csv(path: Path, faults: Faults) -> Rows:
 def _csv_rows(path: Path, file: Iterable[str], faults: Faults) -> Rows:
     lines = iter(file)
     header = next(lines, "")
-    delimiter = max("\t,;", key=header.count)
-    names = [n.strip().lstrip(_BOM) for n in next(csv.reader([header], delimiter=delimiter), [])]
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    number = 2
+    # Of delimiters that stand there equally often (in a header of one name: never) the first.
+    delimiter = max("\t,;" if path.suffix.lower() == ".tsv" else ",;\t", key=header.count)
+    reader = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+    names: list[str] = []
+    number = 1
     while True:
         try:
             values = next(reader)
@@ -182,11 +195,28 @@ def _csv_rows(path: Path, file: Iterable[str], faults: Faults) -> Rows:
         except csv.Error as error:
             faults.add(f"{path}:{number}", f"no CSV: {error}")
             return
-        where, number = f"{path}:{number}", reader.line_num + 2
-        if len(values) == len(names):
+        where, number = f"{path}:{number}", reader.line_num + 1
+        if not names:
+            names = [name.strip().lstrip(_BOM) for name in values]
+            if not _is_header(names, where, faults):
+                return
+        elif len(values) == len(names):
             yield where, dict(zip(names, values, strict=True))
         elif values:
             faults.add(where, f"{len(values)} fields, and the header names {len(names)}")
+
+
+def _is_header(names: list[str], where: str, faults: Faults) -> bool:
+    data = ",".join(names).encode(errors="surrogateescape")
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        faults.add(where, _not_utf8(data, error))
+        return False
+    twice = [name for name in dict.fromkeys(names) if name and names.count(name) > 1]
+    if twice:
+        faults.add(where, f"the header names {', '.join(map(repr, twice))} more than once")
+    return not twice
 
 
 def _read_parquet(path: Path, faults: Faults) -> Rows:

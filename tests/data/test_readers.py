@@ -35,6 +35,7 @@ def texts(source: object) -> list[str | None]:
         ("a.JSONL", '{"text": "ü"}\n{"text": "b\\nc"}\n'),
         ("a.csv", 'text,n\nü,1\n"b\nc",2\n'),
         ("a.csv", f'{BOM}n;text\r\n1;ü\r\n\r\n2;"b\nc"\r\n'),
+        ("a.csv", 'text,"a\nname",,\nü,1,,\n"b\nc",2,,\n'),
         ("a.tsv", 'text\tn\nü\t1\n"b\nc"\t2\n'),
     ],
 )
@@ -51,6 +52,11 @@ def test_places_of_rows_are_told(tmp_path: Path) -> None:
     for name, (content, lines) in cases.items():
         path = write(tmp_path / name, content)
         assert [e.source for e in read_examples(path)] == [f"{path}:{line}" for line in lines]
+
+
+def test_one_column_may_hold_the_delimiters_of_others(tmp_path: Path) -> None:
+    assert texts(write(tmp_path / "a.csv", 'text\na\tb; c\n"d, e"\n')) == ["a\tb; c", "d, e"]
+    assert texts(write(tmp_path / "a.tsv", "text\na, b; c\n")) == ["a, b; c"]
 
 
 def test_one_object_is_one_row(tmp_path: Path) -> None:
@@ -182,6 +188,15 @@ def test_reading_stops_when_everything_is_wrong() -> None:
         ("a.json", b"[]", "holds none"),
         ("a.json", b'[{"text": "a"}', "comma or the list's end"),
         ("a.json", b"nonsense", r"a\.json:1: no JSON"),
+        (
+            "a.json",
+            b'[{"text": "a"}]\n[{"text": "b"}]',
+            r"a\.json:1: no JSON: there is more behind",
+        ),
+        ("a.json", b'{"data": [{"text": "a"}],\n"n": 1', r"a\.json:2: no JSON: Expecting ',' del"),
+        ("a.json", b'{"data": [{"text": "a"}], "train": []}', "two lists of rows, data and train"),
+        ("a.csv", "text,n\na,1\n".encode("utf-16"), r"a\.csv:1: .*looks like UTF-16"),
+        ("a.csv", b"text,n,text\na,1,b\n", "a.csv:1: the header names 'text' more than once"),
         ("a.jsonl", b"[" * 200_000, r"a\.jsonl:1: no JSON"),
         ("a.xlsx", b"x", r"end in '\.xlsx' are not read; allowed are \.jsonl"),
         ("a.jsonn", b"x", r"Did you mean '\.json"),
@@ -190,6 +205,27 @@ def test_reading_stops_when_everything_is_wrong() -> None:
 def test_damaged_files_are_refused(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     with pytest.raises(DataError, match=words):
         read_examples(write(tmp_path / name, content))
+
+
+def test_a_file_that_may_not_be_read_is_a_fault_like_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    write(tmp_path / "a.txt", "")
+    write(tmp_path / "b.txt", "b")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(
+        DataError, match=r"a\.txt: the file is empty\n.*b\.txt: .*Permission denied"
+    ):
+        read_examples(tmp_path)
+
+
+@pytest.mark.parametrize(("source", "words"), [(None, "from null"), (3, "from a number")])
+def test_what_holds_no_rows_is_refused(source: object, words: str) -> None:
+    with pytest.raises(DataError, match=f"{words}: allowed are a path, a list of dicts"):
+        read_examples(source)  # type: ignore[arg-type]
 
 
 def test_what_is_missing_is_told_with_the_nearest_name(tmp_path: Path) -> None:
