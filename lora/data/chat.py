@@ -24,7 +24,7 @@ from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 
-from lora.data.messages import Message
+from lora.data.messages import Message, check_text
 from lora.errors import DataError
 
 Span = tuple[int, int]
@@ -47,7 +47,7 @@ _TEMPLATE_ERRORS = (
     ArithmeticError,
     LookupError,
     AttributeError,
-    RecursionError,
+    RuntimeError,
     MemoryError,
 )
 
@@ -115,6 +115,11 @@ class ChatTemplate:
 
         Raises DataError as `render` does.
         """
+        values = [messages, tools, documents]
+        if _MARKS.search(json.dumps(values, ensure_ascii=False, default=str)):
+            raise DataError(
+                "The conversation holds U+FDD0 or U+FDD1, which are no characters: remove them."
+            )
         marked = self._render(self._marked, messages, tools, documents, False)
         pieces, spans, length = _MARKS.split(marked), [], 0
         for number, mark in enumerate(_MARKS.findall(marked)):
@@ -141,10 +146,12 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return _join(template, values)
+            text = _join(template, values)
         except _TEMPLATE_ERRORS as error:
             problem = str(error) or type(error).__name__
             raise DataError(f"{self.name} refuses the conversation: {problem}") from None
+        check_text(text, f"what {self.name} makes of the conversation")
+        return text
 
 
 def _join(template: jinja2.Template, values: dict[str, Any]) -> str:

@@ -191,6 +191,24 @@ def test_runaway_templates_are_stopped(
     assert time.monotonic() - began_s < 10
 
 
+def test_marks_of_our_own_in_a_conversation_are_refused_where_they_would_move_spans() -> None:
+    source = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    messages = [{"role": "assistant", "content": "a\ufdd0b\ufdd1c"}]
+    with pytest.raises(DataError, match=r"U\+FDD0 or U\+FDD1.*remove them"):
+        ChatTemplate(source).render_with_spans(messages)
+    assert ChatTemplate(source).render(messages) == "a\ufdd0b\ufdd1c"
+
+
+def test_half_a_character_that_a_template_makes_is_refused() -> None:
+    with pytest.raises(DataError, match=r"my\.jinja makes .*'.ud800' at character 1"):
+        ChatTemplate("a{{ '\\ud800' }}", name="my.jinja").render([USER])
+
+
+def test_failures_inside_a_template_are_refusals() -> None:
+    with pytest.raises(DataError, match="refuses the conversation: at least one item"):
+        ChatTemplate("{{ cycler() }}").render([USER])
+
+
 def test_messages_stay_as_they_were() -> None:
     messages = json.loads(json.dumps(TOOL_TURNS))
     source = "{% set m = messages[0] %}{% set m = dict(role='x') %}{{ m.role }}"
