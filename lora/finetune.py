@@ -6,6 +6,7 @@ found before the weights are loaded, and the run's folder is made last.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -32,6 +33,7 @@ from lora.decoder.decoder import Decoder
 from lora.decoder.hf_weights import load_decoder, save_decoder
 from lora.decoder.sources import ModelSource, find_model
 from lora.device import DeviceChoice, choose_device
+from lora.errors import DependencyError
 from lora.fingerprint import base_fingerprint
 from lora.losses import loss_for
 from lora.progress import NoProgress, Progress
@@ -79,6 +81,7 @@ def finetune(job: FinetuneJob, progress: Progress | None = None) -> FinetuneResu
     """
     progress = progress or NoProgress()
     choice = choose_device(job.run.device, job.train.precision)
+    open_board = _find_tensorboard() if job.run.tensorboard else None
     source = find_model(job.model)
     data = check_data(job, source.folder, progress)
     progress.say(f"{source.name} on {choice.reason}")
@@ -90,6 +93,8 @@ def finetune(job: FinetuneJob, progress: Progress | None = None) -> FinetuneResu
     described = {**_describe(job, source, data, choice), "learning_rate": rate}
     described["base_fingerprint"] = base_fingerprint(model)
     with create_run(job.run.out, name, resume=job.resume, described=described) as run:
+        if open_board is not None:
+            run.on_metrics = open_board(run.folder / "tensorboard")
         result = train(_training_job(job, model, data, choice, rate, run, progress))
         saved = _save(job, model, data.tokenizer, source, run)
         run.write_json("result.json", asdict(result))
@@ -124,6 +129,28 @@ def check_data(job: FinetuneJob, model_folder: Path, progress: Progress) -> Prep
         if count:
             progress.say(f"note: {count} of {counts.n_examples} examples {what}")
     return data
+
+
+def _find_tensorboard() -> Callable[[Path], Callable[[dict[str, Any]], None]]:
+    """Return what opens event files in a folder and gives back where rows of metrics go."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise DependencyError(
+            "tensorboard=True was asked for: tensorboard is not installed. "
+            "Run: pip install 'lora-lm[track]'"
+        ) from None
+
+    def open_board(folder: Path) -> Callable[[dict[str, Any]], None]:
+        writer = SummaryWriter(str(folder), flush_secs=10)
+
+        def write(row: dict[str, Any]) -> None:
+            for name in row.keys() - {"step"}:
+                writer.add_scalar(name, row[name], row["step"])
+
+        return write
+
+    return open_board
 
 
 def _first_day(job: FinetuneJob) -> datetime | None:

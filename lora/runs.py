@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -68,6 +69,8 @@ class Run:
 
     folder: Path
     _lock: IO[str] | None = field(default=None, repr=False)
+    on_metrics: Callable[[dict[str, Any]], None] = lambda row: None
+    """Hears of each row of metrics after it is written."""
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` as the JSON file `name` of the folder, whole or not at all."""
@@ -81,6 +84,7 @@ class Run:
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add a row of reproducible values; it has a `step`."""
         self._append(METRICS_FILE, row)
+        self.on_metrics(row)
 
     def append_timing(self, row: dict[str, Any]) -> None:
         """Add a row of values that another run would not repeat; it has a `step`."""

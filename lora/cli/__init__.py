@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("lora.cli.generate:generate", "Answer prompts, many at a time."),
     "chat": ("lora.cli.chat:chat", "Talk to a model; switch adapters while talking."),
     "eval": ("lora.cli.eval:evaluate", "Measure a model and its adapter on examples."),
+    "export": ("lora.cli.export:export", "Write a model as GGUF; check an adapter for vLLM."),
     "merge": ("lora.cli.merge:merge", "Merge an adapter into its base, verified."),
 }
 """By name: where the command's function is ("module:function"), and its line in the help."""

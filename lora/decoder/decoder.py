@@ -23,6 +23,11 @@ from lora.errors import ModelError
 INIT_STD = 0.02
 
 
+def _empty_embedding(rows: int, width: int) -> nn.Embedding:
+    """Return an embedding without drawing it: on the meta device a draw loads torch's compiler."""
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
+
+
 class Trunk(nn.Module):
     """Everything but the output head; the subclasses give the parts their family's names."""
 
@@ -74,7 +79,7 @@ class LlamaTrunk(Trunk):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = _empty_embedding(config.vocab_size, config.hidden_size)
         block = BLOCKS[config.block]
         self.layers = nn.ModuleList(block(config, la, i) for i, la in enumerate(config.layers))
         norm = OffsetRMSNorm if config.block == "sandwich" else RMSNorm
@@ -113,8 +118,8 @@ class GPT2Trunk(Trunk):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
-        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.wte = _empty_embedding(config.vocab_size, config.hidden_size)
+        self.wpe = _empty_embedding(config.max_position_embeddings, config.hidden_size)
         block = BLOCKS[config.block]
         self.h = nn.ModuleList(block(config, la, i) for i, la in enumerate(config.layers))
         self.ln_f = nn.LayerNorm(config.hidden_size, config.norm_eps)

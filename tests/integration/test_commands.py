@@ -147,3 +147,17 @@ def test_chat_switches_adapters_and_outlives_a_wrong_one(
     assert "nowhere" in err
     assert f"adapter: {adapter}" in err
     assert "unknown: /what" in err
+
+
+def test_export_writes_gguf_that_is_a_model_again_and_checks_for_vllm(
+    tiny_folder: Path, adapter: Path, tmp_path: Path, read: Read
+) -> None:
+    out = tmp_path / "tiny.gguf"
+    words = ["export", str(out), "--model", str(tiny_folder), "--adapter", str(adapter)]
+    assert main([*words, "--dtype", "f32"]) == 0
+    assert "read back" in read()[0]
+    assert out.read_bytes()[:4] == b"GGUF"
+    assert main(["export", "--vllm", "--adapter", str(adapter)]) == 0
+    assert "--max-lora-rank 8" in read()[0]
+    assert main(["export"]) == 2
+    assert main(["export", "--vllm"]) == 2

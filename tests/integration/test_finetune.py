@@ -236,3 +236,13 @@ def test_run_json_is_json_a_person_can_read(job: FinetuneJob) -> None:
     done = finetune(replace(job, train=replace(job.train, steps=1)))
     text = (done.folder / "run.json").read_text(encoding="utf-8")
     assert json.loads(text)["data"]["source"] == "rows given in Python"
+
+
+def test_tensorboard_gets_the_metrics(job: FinetuneJob) -> None:
+    pytest.importorskip("tensorboard")
+    run = replace(job.run, tensorboard=True)
+    done = finetune(replace(job, run=run, train=replace(job.train, steps=2)))
+    (events,) = (done.folder / "tensorboard").iterdir()
+    data = events.read_bytes()
+    assert b"eval_loss" in data
+    assert b"learning_rate" in data
