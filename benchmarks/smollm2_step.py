@@ -1,0 +1,96 @@
+"""One training step of SmolLM2-135M: LoRA and full fine-tuning, ours and the peers'.
+
+    python benchmarks/smollm2_step.py                 # 4×128 tokens, rank 8, about five minutes
+    python benchmarks/smollm2_step.py --rounds 1      # a short look
+
+The variants take turns in one process, so that a change of the machine's speed hits all of them.
+The first round is not counted. Prints one JSON object a line; needs transformers and peft.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora.apply import apply_lora
+from lora.config import LoRAConfig
+from lora.data.batches import Batch
+from lora.decoder.hf_weights import load_decoder
+from lora.decoder.sources import find_model
+from lora.losses import loss_for, transformers_loss
+from lora.optim import build_optimizer
+from lora.trainer import train_step
+
+Variant = tuple[nn.Module, Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]]
+
+
+def build_variants(folder: Path, rank: int) -> dict[str, Variant]:
+    """Return the models that are compared, by name."""
+    import peft
+    import transformers
+
+    def theirs() -> Any:
+        return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    full = load_decoder(folder).requires_grad_(True)
+    lora = apply_lora(load_decoder(folder), LoRAConfig(rank=rank))
+    settings = peft.LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(theirs(), settings)
+    return {
+        "full, transformers": (theirs(), transformers_loss),
+        "full, ours": (full, loss_for(full)),
+        "LoRA, PEFT": (adapted, transformers_loss),
+        "LoRA, ours": (lora, loss_for(lora)),
+    }
+
+
+def random_batch(rows: int, tokens: int) -> Batch:
+    """Return rows of random tokens without padding, everything learned."""
+    ids = torch.randint(0, 49152, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    labels = ids.roll(-1, dims=1)
+    positions = torch.arange(tokens).expand(rows, -1)
+    return Batch(ids, labels, positions, torch.zeros_like(ids))
+
+
+def main() -> None:
+    """Time the variants in turn and print medians and ratios."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    variants = build_variants(find_model().folder, arguments.rank)
+    optimizers = {name: build_optimizer(model, 1e-4, 0.0) for name, (model, _) in variants.items()}
+    batch = random_batch(arguments.rows, arguments.tokens)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(arguments.rounds + 1):
+        for name, (model, loss_fn) in variants.items():
+            began_s = time.perf_counter()
+            train_step(model, [batch], loss_fn, optimizers[name])
+            seconds[name].append(time.perf_counter() - began_s)
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    for name, median_s in medians.items():
+        row = {"case": f"SmolLM2-135M {arguments.rows}x{arguments.tokens} rank {arguments.rank}"}
+        row |= {
+            "variant": name,
+            "step_ms": round(1000 * median_s),
+            "threads": torch.get_num_threads(),
+        }
+        row["against LoRA, ours"] = round(median_s / medians["LoRA, ours"], 2)
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
