@@ -187,7 +187,7 @@ def _compile(
             f"{name} is no chat template that can be read: line {error.lineno}: {error.message}. "
             "Give another with chat_template."
         ) from None
-    except RecursionError:
+    except (RecursionError, SyntaxError):  # of jinja's reader, of the Python that jinja writes
         raise DataError(f"{name} is nested too deeply to be read.") from None
 
 

@@ -5,16 +5,23 @@ text of the messages up to it has more than the text of those before it, which e
 for the answer. Templates may show a turn in another way once others follow (some drop its
 thinking). Such a turn is learned from the text that ends with it, which is what the model sees
 when it writes that turn: the conversation then becomes several texts, each turn learned once.
+Templates may also show a question in another way once it is answered (Mistral's leave out the
+system's words): there the answer is put behind the prompt that the model will see.
+
+A turn is lost, and counted, if it cannot be found, or if no word of it stands in what was found.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from lora.data.chat import ChatTemplate, Span
 from lora.data.formats import Example
 from lora.data.messages import Message
 from lora.errors import DataError
+
+_WORD, _SIGNS = re.compile(r"\w+"), re.compile(r"\S+")
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ def render_conversation(template: ChatTemplate, example: Example) -> Conversatio
     found, pending = ConversationTexts(), list[_Turn]()
     for number in _answers(example):
         turn = renderer.find_turn(number)
-        if turn is None:
+        if turn is None or not _tells(turn.text[slice(*turn.span)], renderer.content(number)):
             found.n_lost_turns += 1
         else:
             pending.append(turn)
@@ -70,8 +77,12 @@ def _take_marks(template: ChatTemplate, example: Example) -> ConversationTexts:
     if asked:
         before = template.render_with_spans(messages[:asked], tools=tools, documents=documents)
         spans = spans[len(before[1]) :]
-    texts = [SpannedText(text, [s for s in spans if s[0] < s[1]])]
-    return ConversationTexts(texts)
+    told = "".join(text[slice(*span)] for span in spans)
+    answers = [str(messages[number]["content"]) for number in _answers(example)]
+    n_lost_turns = sum(not _tells(told, answer) for answer in answers)
+    if n_lost_turns == len(answers):
+        spans = []
+    return ConversationTexts([SpannedText(text, [s for s in spans if s[0] < s[1]])], n_lost_turns)
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,13 @@ def _count_shared(one: str, other: str) -> int:
     """Return how many characters two texts share at their beginnings."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _tells(text: str, content: str) -> bool:
+    """Return whether a word of `content` stands in `text`, or `content` has none."""
+    pattern = _WORD if _WORD.search(content) else _SIGNS
+    words = pattern.finditer(content)  # the first mostly decides, so they are not all sought
+    return not content.strip() or any(word[0] in text for word in words)
 
 
 def _answers(example: Example) -> list[int]:
@@ -114,8 +132,22 @@ class _Renderer:
         except DataError:
             return None  # the template takes the whole, and not its beginning
         start = _count_shared(prompt, text)
-        is_found = prompt.startswith(before) and len(before) <= start < len(text)
-        return _Turn(text, (start, len(text))) if is_found else None
+        if prompt.startswith(before) and len(before) <= start < len(text):
+            return _Turn(text, (start, len(text)))
+        return self._put_behind(prompt, text, number)
+
+    def content(self, number: int) -> str:
+        return str(self._messages[number]["content"])
+
+    def _put_behind(self, prompt: str, text: str, number: int) -> _Turn | None:
+        """Return the prompt with what `text` has behind the same question and its closing mark."""
+        question = self.content(number - 1).strip() if number else ""
+        closed = prompt[prompt.rfind(question) :]
+        place = text.rfind(closed)
+        if not question or question not in prompt or len(closed) == len(question) or place < 0:
+            return None
+        whole = prompt + text[place + len(closed) :]
+        return _Turn(whole, (len(prompt), len(whole)))
 
     def _render(self, n_messages: int, *, add_generation_prompt: bool = False) -> str:
         return self._template.render(

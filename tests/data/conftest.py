@@ -195,6 +195,16 @@ _TEMPLATES = {
 <|im_start|>assistant
 {% endif %}
 """,
+    # Tells the system's words before a question that is not answered yet, and never else.
+    "last_system": """\
+{{ bos_token }}
+{%- set system = messages[0].content + ': ' if messages[0].role == 'system' else '' %}
+{%- for m in messages if m.role != 'system' %}
+    {%- if m.role == 'user' %}{{ '[INST]' + (system if loop.last else '') + m.content + '[/INST]' }}
+    {%- else %}{{ ' ' + m.content + eos_token }}
+    {%- endif %}
+{%- endfor %}
+""",
     # Shows the thinking of the last turn only, and asks for an answer with "<think>".
     "thinking": """\
 {%- for m in messages %}

@@ -159,6 +159,18 @@ def test_no_jinja_is_refused_with_its_line() -> None:
         ChatTemplate("a\n{% en %}", name="my.jinja")
 
 
+@pytest.mark.parametrize(
+    "opens", [("{{ ", "(", "1", ")", " }}"), ("", "{% if 1 %}", "", "{% endif %}", "")]
+)
+def test_deep_nesting_is_refused(opens: tuple[str, ...]) -> None:
+    before, begin, middle, end, after = opens
+    with pytest.raises(DataError, match="nested too deeply"):
+        ChatTemplate(before + begin * 3000 + middle + end * 3000 + after)
+    loops = "{% for x in messages %}" * 30 + "{% endfor %}" * 30
+    with pytest.raises(DataError, match="nested too deeply"):
+        ChatTemplate(loops)
+
+
 def test_a_template_of_any_size_is_refused() -> None:
     with pytest.raises(DataError, match=r"300,000 bytes: at most 262,144"):
         ChatTemplate("x" * 300_000)

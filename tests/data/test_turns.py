@@ -105,6 +105,32 @@ def test_turns_without_the_thinking_that_the_prompt_asks_for_are_learned(
     assert answers == ["b<|im_end|>\n", "d<|im_end|>\n"]
 
 
+def test_answers_stand_behind_the_prompt_where_the_system_is_left_out_later(
+    templates: dict[str, str],
+) -> None:
+    messages = turns("a", "b", "c", "[INST]d", system=True)
+    texts, lost = learned(templates["last_system"], messages)
+    assert lost == 0
+    assert texts == [
+        ("<s>[INST]a[/INST] b</s>[INST]S: c[/INST] [INST]d</s>", [" [INST]d</s>"]),
+        ("<s>[INST]S: a[/INST] b</s>", [" b</s>"]),
+    ]
+    template = ChatTemplate(templates["last_system"], TOKENS)
+    for (text, _), n in zip(texts, (4, 2), strict=True):
+        assert text.startswith(template.render(messages[:n], add_generation_prompt=True))
+    ((_, answers),), _ = learned(templates["last_system"], turns("a", "b", "c", "d"))
+    assert answers == [" b</s>", " d</s>"]
+
+
+def test_answers_of_which_no_word_is_told_are_lost() -> None:
+    parts = "{% for m in messages %}{{ m.role }}: {{ m.content[0].text }};{% endfor %}"
+    assert learned(parts, turns("a", "b")) == ([("user: ;assistant: ;", [])], 1)
+    marked = "{% for m in messages %}{% generation %}<{{ m.text }}>{% endgeneration %}{% endfor %}"
+    assert learned(marked, turns("a", "b", "c", "d")) == ([("<><><><>", [])], 2)
+    shouting = "{% for m in messages %}{{ m.content | upper }};{% endfor %}"
+    assert learned(shouting, turns("a", "b 3"))[1] == 0
+
+
 def test_turns_that_cannot_be_found_are_counted() -> None:
     numbered = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     assert learned(numbered, turns("a", "b")) == ([("2ab", [])], 1)
