@@ -69,12 +69,18 @@ def prepare_data(
         )
     else:
         train, held_out = read_examples(source, say), read_examples(held_out_source, say)
+        _tell_shared(train, held_out, say)
     origin, now = None, now or datetime.now()
     if any(example.messages is not None for example in train + held_out):
         tokenizer, origin = choose_template(tokenizer, config.chat_template)
         say(f"conversations are written in {origin}")
     encoded = encode_examples(train, tokenizer, config, on_progress, now=now)
     check_learnable(encoded, config.learn_on)
+    if encoded.counts.n_lost_turns:
+        say(
+            f"note: {encoded.counts.n_lost_turns} answers cannot be told from the rest of what the "
+            "chat template makes of them, and are not learned; set learn_on to 'all' to learn all"
+        )
     held_out_encoded = None
     if held_out:
         held_out_encoded = encode_examples(held_out, tokenizer, config, now=now)
@@ -95,6 +101,16 @@ def prepare_data(
         template_origin=origin,
         now=now,
     )
+
+
+def _tell_shared(train: list[Example], held_out: list[Example], say: Callable[[str], None]) -> None:
+    learned = {example.content_key() for example in train}
+    n_shared = sum(example.content_key() in learned for example in held_out)
+    if n_shared:
+        say(
+            f"note: {n_shared} of {len(held_out)} examples to evaluate on are also learned from: "
+            "their loss says nothing of new ones"
+        )
 
 
 def _rows(

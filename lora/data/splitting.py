@@ -81,7 +81,7 @@ def _split_files(
     if not held_out:
         raise DataError(
             f"The ends of {len(files)} text files were to be held out for evaluation, and they are "
-            "too short to be cut. Give longer texts, or set eval_fraction to 0."
+            "too short to be cut between words. Give longer texts, or set eval_fraction to 0."
         )
     return train, held_out
 
