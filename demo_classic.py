@@ -25,13 +25,19 @@ from lora.runs import atomic_write, read_json, read_rows
 HERE = Path(__file__).resolve().parent
 
 
+def lora_variables(rank: int, rate: str) -> dict[str, str]:
+    """Return the variables of a LoRA run; alpha is twice the rank."""
+    chosen = {"LORA_RANK": str(rank), "LORA_ALPHA": str(2 * rank), "LEARNING_RATE": rate}
+    return {"RUN_NAME": f"lora-r{rank}", "USE_LORA": "True", **chosen}
+
+
 # Each method at the best of the rates tried for it: see benchmarks/char_rates.py.
 ADAPTATIONS = [
-    {"RUN_NAME": "full", "LEARNING_RATE": "2e-3"},
-    {"RUN_NAME": "lora-r8", "USE_LORA": "True", "LORA_RANK": "8", "LEARNING_RATE": "7e-3"},
-    {"RUN_NAME": "lora-r32", "USE_LORA": "True", "LORA_RANK": "32", "LEARNING_RATE": "1e-2"},
+    {"RUN_NAME": "full", "LEARNING_RATE": "1e-3"},
+    lora_variables(8, "5e-3"),
+    lora_variables(32, "2.5e-3"),
 ]
-DEMO = {"BATCH_SIZE": "8", "BASE_STEPS": "1500", "MAX_STEPS": "600"}
+DEMO = {"BASE_STEPS": "1500", "MAX_STEPS": "600"}
 QUICK = {"TEST_MODE": "True", "BASE_STEPS": "150", "MAX_STEPS": "60"}
 
 

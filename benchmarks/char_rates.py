@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-FULL_RATES = (1e-3, 2e-3, 4e-3)
-LORA_RATES = (5e-3, 7e-3, 1e-2)
-RANKS = (8, 32)
-EMBEDDING_FRACTIONS = (0.1, 1.0)  # beside the default of 0.3, at rank 8 and the middle rate
+FULL_RATES = (5e-4, 1e-3, 2e-3)
+LORA_RATES = {8: (3.5e-3, 5e-3, 7e-3), 32: (1.2e-3, 2.5e-3, 5e-3)}
+EMBEDDING_FRACTIONS = (0.1, 1.0)  # beside the default of 0.3, at rank 8
 SIZES = {"BATCH_SIZE": "8"}
 
 
@@ -51,12 +50,12 @@ def main() -> None:
         candidates: list[tuple[str, int, float, dict[str, str]]] = [
             ("full", 0, rate, {}) for rate in FULL_RATES
         ]
-        for rank in RANKS:
-            lora = {"USE_LORA": "True", "LORA_RANK": str(rank)}
-            candidates += [("lora", rank, rate, lora) for rate in LORA_RATES]
+        for rank, rates in LORA_RATES.items():
+            lora = {"USE_LORA": "True", "LORA_RANK": str(rank), "LORA_ALPHA": str(2 * rank)}
+            candidates += [("lora", rank, rate, lora) for rate in rates]
         for fraction in EMBEDDING_FRACTIONS:
             lora = {"USE_LORA": "True", "EMBEDDING_RATE_FRACTION": str(fraction)}
-            candidates.append(("lora", 8, LORA_RATES[1], lora))
+            candidates.append(("lora", 8, LORA_RATES[8][1], lora))
         for number, (method, rank, rate, variables) in enumerate(candidates):
             name = f"{number}-{method}"
             result = run(out, name, {**common, **variables, "LEARNING_RATE": str(rate)})

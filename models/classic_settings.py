@@ -68,7 +68,8 @@ class ClassicSettings:
     max_steps: int = 600
     """Steps of an adaptation."""
     learning_rate: float = 0.0
-    """Peak rate; 0 takes the tuned one: 2e-3 for all weights, 7e-3 for LoRA."""
+    """Peak rate; 0 takes the tuned one: 5e-3 for LoRA, 1e-3 for full fine-tuning, 2e-3 for a
+    base."""
     embedding_rate_fraction: float = TrainConfig.whole_rate_fraction
     """With LoRA, the embeddings' rate as a share of the learning rate."""
     eval_interval: int = 0
@@ -100,7 +101,13 @@ class ClassicSettings:
     @property
     def rate(self) -> float:
         """Peak learning rate of the run."""
-        return self.learning_rate or (7e-3 if self.use_lora else 2e-3)
+        return self.learning_rate or self._tuned_rate
+
+    @property
+    def _tuned_rate(self) -> float:
+        if self.use_lora:
+            return 5e-3
+        return 1e-3 if self.adapts else 2e-3  # from random weights more
 
     @property
     def steps(self) -> int:
