@@ -50,6 +50,7 @@ def test_sizes_are_counted_by_powers_of_two(tokenizer: TextTokenizer) -> None:
     for fewest, most, count in report.histogram:
         assert count == sum(fewest <= size <= most for size in sizes)
     assert report.counts.n_truncated == 1
+    assert report.n_without_end == 0  # the cut one has lost its end to the cut
 
 
 def test_previews_show_what_is_learned(chatml_tokenizer: TextTokenizer) -> None:

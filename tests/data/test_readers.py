@@ -193,7 +193,7 @@ def test_reading_stops_when_everything_is_wrong() -> None:
             b'[{"text": "a"}]\n[{"text": "b"}]',
             r"a\.json:1: no JSON: there is more behind",
         ),
-        ("a.json", b'{"data": [{"text": "a"}],\n"n": 1', r"a\.json:2: no JSON: Expecting ',' del"),
+        ("a.json", b'{"data": [{"text": "a"}],\n"n": 1', r"a\.json:2: no JSON: .* at character 7"),
         ("a.json", b'{"data": [{"text": "a"}], "train": []}', "two lists of rows, data and train"),
         ("a.csv", "text,n\na,1\n".encode("utf-16"), r"a\.csv:1: .*looks like UTF-16"),
         ("a.csv", b"text,n,text\na,1,b\n", "a.csv:1: the header names 'text' more than once"),

@@ -120,6 +120,8 @@ def test_answers_stand_behind_the_prompt_where_the_system_is_left_out_later(
         assert text.startswith(template.render(messages[:n], add_generation_prompt=True))
     ((_, answers),), _ = learned(templates["last_system"], turns("a", "b", "c", "d"))
     assert answers == [" b</s>", " d</s>"]
+    again, _ = learned(templates["last_system"], turns("a", "b", "a", "d", system=True))
+    assert [answers for _, answers in again] == [[" d</s>"], [" b</s>"]]
 
 
 def test_answers_of_which_no_word_is_told_are_lost() -> None:
@@ -127,13 +129,21 @@ def test_answers_of_which_no_word_is_told_are_lost() -> None:
     assert learned(parts, turns("a", "b")) == ([("user: ;assistant: ;", [])], 1)
     marked = "{% for m in messages %}{% generation %}<{{ m.text }}>{% endgeneration %}{% endfor %}"
     assert learned(marked, turns("a", "b", "c", "d")) == ([("<><><><>", [])], 2)
+    last = "{% for m in messages %}{% generation %}<{{ m.content if loop.last else '' }}>"
+    last += "{% endgeneration %}{% endfor %}"
+    ((text, answers),), lost = learned(last, turns("a", "b", "c", "d"))
+    assert (text, answers, lost) == ("<><><><d>", ["<>", "<>", "<>", "<d>"], 1)
+    assert learned(parts, turns("a", "!?"))[1] == 1
+    assert learned(parts, turns("a", " \n"))[1] == 0
     shouting = "{% for m in messages %}{{ m.content | upper }};{% endfor %}"
-    assert learned(shouting, turns("a", "b 3"))[1] == 0
+    assert [learned(shouting, turns("a", answer))[1] for answer in ("b 3", "!?")] == [0, 0]
 
 
 def test_turns_that_cannot_be_found_are_counted() -> None:
     numbered = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     assert learned(numbered, turns("a", "b")) == ([("2ab", [])], 1)
+    silent = "{{ messages | length }}{% for m in messages %}.{{ m.content if m.role != 'user' }}"
+    assert learned(silent + "{% endfor %}", turns("ab", "c")) == ([("2..c", [])], 1)
     at_once = "{% if messages | length < 4 %}{{ raise_exception('short') }}{% endif %}text"
     assert learned(at_once, turns("a", "b", "c", "d")) == ([("text", [])], 2)
 
