@@ -37,7 +37,7 @@ ADAPTATIONS = [
     lora_variables(8, "5e-3"),
     lora_variables(32, "2.5e-3"),
 ]
-DEMO = {"BASE_STEPS": "1500", "MAX_STEPS": "600"}
+DEMO = {"BASE_STEPS": "1500", "MAX_STEPS": "400"}
 QUICK = {"TEST_MODE": "True", "BASE_STEPS": "150", "MAX_STEPS": "60"}
 
 

@@ -1,7 +1,8 @@
 """Which learning rate is best for each way of adapting the character model?
 
-    python benchmarks/char_rates.py               # about 15 minutes on two cores
+    python benchmarks/char_rates.py               # about 20 minutes on two cores
     python benchmarks/char_rates.py --steps 60    # a short look
+    OMP_NUM_THREADS=1 python benchmarks/char_rates.py    # the same digits every time
 
 One base learns prose; then full fine-tuning and LoRA of two ranks learn code from it, each at
 several rates, every run a process of its own (training.py). Prints one JSON object a line.
@@ -19,9 +20,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-FULL_RATES = (5e-4, 1e-3, 2e-3)
-LORA_RATES = {8: (3.5e-3, 5e-3, 7e-3), 32: (1.2e-3, 2.5e-3, 5e-3)}
-EMBEDDING_FRACTIONS = (0.1, 1.0)  # beside the default of 0.3, at rank 8
+FULL_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+LORA = [  # rank, alpha, learning rate, the embeddings' share of it
+    *((8, 16, rate, 0.3) for rate in (3.5e-3, 5e-3, 7e-3, 1e-2)),
+    *((8, 16, 7e-3, share) for share in (0.1, 1.0)),
+    *((32, 16, rate, 0.3) for rate in (2.5e-3, 3.5e-3, 5e-3, 7e-3, 1e-2)),
+    (32, 32, 3.5e-3, 0.3),
+    (32, 64, 2.5e-3, 0.3),
+]
 SIZES = {"BATCH_SIZE": "8"}
 
 
@@ -47,23 +53,23 @@ def main() -> None:
         common["EVAL_INTERVAL"] = str(arguments.steps)
         run(out, "base", {"BASE_STEPS": str(arguments.base_steps), "SEED": common["SEED"]})
         common["BASE_CHECKPOINT"] = str(out / "base")
-        candidates: list[tuple[str, int, float, dict[str, str]]] = [
-            ("full", 0, rate, {}) for rate in FULL_RATES
-        ]
-        for rank, rates in LORA_RATES.items():
-            lora = {"USE_LORA": "True", "LORA_RANK": str(rank), "LORA_ALPHA": str(2 * rank)}
-            candidates += [("lora", rank, rate, lora) for rate in rates]
-        for fraction in EMBEDDING_FRACTIONS:
-            lora = {"USE_LORA": "True", "EMBEDDING_RATE_FRACTION": str(fraction)}
-            candidates.append(("lora", 8, LORA_RATES[8][1], lora))
-        for number, (method, rank, rate, variables) in enumerate(candidates):
-            name = f"{number}-{method}"
-            result = run(out, name, {**common, **variables, "LEARNING_RATE": str(rate)})
-            row = {"method": method, "rank": rank, "learning_rate": rate, "seed": arguments.seed}
-            fraction = float(variables.get("EMBEDDING_RATE_FRACTION", 0.3))
-            row |= {"embedding_rate_fraction": fraction} if method == "lora" else {}
-            row |= {"steps": result["steps"], "held_out_loss": result["eval_loss"]}
-            print(json.dumps(row), flush=True)
+        for number, (settings, variables) in enumerate(candidates()):
+            result = run(out, f"{number}", {**common, **variables})
+            row = {**settings, "seed": arguments.seed, "steps": result["steps"]}
+            print(json.dumps({**row, "held_out_loss": result["eval_loss"]}), flush=True)
+
+
+def candidates() -> list[tuple[dict[str, Any], dict[str, str]]]:
+    """Return what is tried: as a row of the results, and as variables of training.py."""
+    tried: list[tuple[dict[str, Any], dict[str, str]]] = []
+    for rate in FULL_RATES:
+        tried.append(({"method": "full", "learning_rate": rate}, {"LEARNING_RATE": str(rate)}))
+    for rank, alpha, rate, share in LORA:
+        row = {"method": "lora", "rank": rank, "alpha": alpha, "learning_rate": rate}
+        variables = {"USE_LORA": "True", "LORA_RANK": str(rank), "LORA_ALPHA": str(alpha)}
+        variables |= {"LEARNING_RATE": str(rate), "EMBEDDING_RATE_FRACTION": str(share)}
+        tried.append(({**row, "embedding_rate_fraction": share}, variables))
+    return tried
 
 
 if __name__ == "__main__":
