@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from lora.errors import CheckpointError, gather
-from lora.runs import atomic_write
+from lora.runs import atomic_write, disk_error
 
 TENSORS_FILE, STATE_FILE, MANIFEST_FILE = "tensors.safetensors", "state.json", "manifest.json"
 
@@ -47,11 +47,11 @@ def save_checkpoint(
             atomic_write(building / name, data)
         shutil.rmtree(final, ignore_errors=True)
         building.rename(final)
-    except OSError as error:
+    except (OSError, CheckpointError) as error:  # atomic_write raises the latter
         shutil.rmtree(building, ignore_errors=True)
+        cause = disk_error(folder, error) if isinstance(error, OSError) else error
         raise CheckpointError(
-            f"The checkpoint of step {step} could not be written to {folder}: {error.strerror}. "
-            "Earlier checkpoints are untouched. Free some space or make the folder writable."
+            f"The checkpoint of step {step} was not saved, earlier ones are untouched: {cause}"
         ) from error
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -60,7 +60,8 @@ def save_checkpoint(
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints in `folder`, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if (p / MANIFEST_FILE).is_file())
+    whole = (p for p in folder.glob("step-*") if (p / MANIFEST_FILE).is_file())
+    return sorted(whole, key=lambda p: (len(p.name), p.name))  # step-1000000 is one digit longer
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
