@@ -93,6 +93,7 @@ def work_at_import(tree: ast.Module) -> Iterator[Fault]:
         is_entry = isinstance(node, ast.Expr) and called_name(node.value) == "sys.exit"
         is_guard = isinstance(node, ast.If) and (
             ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'")
+            or _only_defines(node)
         )
         defines = isinstance(
             node,
@@ -106,6 +107,13 @@ def work_at_import(tree: ast.Module) -> Iterator[Fault]:
         )
         if not (is_doc or is_guard or defines or is_entry):
             yield node.lineno, f"does something when imported: {ast.unparse(node)[:60]}"
+
+
+def _only_defines(node: ast.If) -> bool:
+    """Whether both branches import and define, and the test is a name (of an optional package)."""
+    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.Assign, ast.AnnAssign)
+    parts = [*node.body, *node.orelse]
+    return isinstance(node.test, ast.Name) and all(isinstance(part, kinds) for part in parts)
 
 
 def borrowed_modules(tree: ast.Module) -> Iterator[Fault]:

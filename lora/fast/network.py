@@ -1,0 +1,313 @@
+"""A Llama-style decoder's forward and backward written by hand over fixed buffers.
+
+What differs from the textbook: linears that read the same input are one product; what lies between
+the products is one pass each; gradients overwrite what they are gradients of; the gradients of
+weights are left to the end, where all blocks' are made together.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lora.decoder.attention import Attention
+from lora.decoder.config import RopeConfig
+from lora.decoder.decoder import Decoder, LlamaTrunk
+from lora.decoder.layers import GatedFeedForward, PreNormBlock
+from lora.decoder.rope import Rope
+from lora.fast.adapted import DroppedProjection, Masks, MergedProjection, SplitProjection
+from lora.fast.attention import (
+    Attended,
+    Shape,
+    attend_documents,
+    attend_documents_plain,
+    attend_rows,
+)
+from lora.fast.buffers import Buffers, Inputs, Widths
+from lora.fast.flat import FlatParameters
+from lora.fast.ops import Ops
+from lora.fast.projections import FrozenProjection, FullProjection, Projection
+from lora.fast.weights import Weights
+from lora.lora_module import LoRALayer
+
+HalfTables = tuple[Tensor, Tensor]
+"""Cosine and sine, each (N, D/2), fp32 or wider."""
+
+
+class FastNetwork:
+    """A decoder's hidden states and their gradients; parameters become views of its tensors."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        flat: FlatParameters,
+        ops: Ops,
+        dtype: torch.dtype,
+        *,
+        trains_all: bool,
+        merges: bool,
+        masks: Masks | None = None,
+    ) -> None:
+        self.model, self.config, self.ops, self.dtype = model, model.config, ops, dtype
+        self.trains_all = trains_all
+        trunk = cast(LlamaTrunk, model.trunk)
+        blocks = [cast(PreNormBlock, block) for block in trunk.layers]
+        heads = [block.self_attn for block in blocks]
+        feeds = [block.mlp for block in blocks]
+
+        def project(parts: list[list[nn.Module]]) -> Projection:
+            if trains_all:
+                return FullProjection(parts, flat, dtype)
+            if not any(isinstance(module, LoRALayer) for part in parts for module in part):
+                return FrozenProjection(parts, dtype)
+            if masks is not None:
+                return DroppedProjection(parts, flat, dtype, ops, masks)
+            if merges:
+                return MergedProjection(parts, flat, dtype, ops)
+            return SplitProjection(parts, flat, dtype)
+
+        self.qkv = project([[a.q_proj, a.k_proj, a.v_proj] for a in heads])
+        self.output = project([[a.o_proj] for a in heads])
+        self.gate_up = project([[f.gate_proj, f.up_proj] for f in feeds])
+        self.down = project([[f.down_proj] for f in feeds])
+        self.projections = (self.qkv, self.output, self.gate_up, self.down)
+        norms = [m for b in blocks for m in (b.input_layernorm, b.post_attention_layernorm)]
+        self.norms = Weights([*norms, trunk.norm], flat, dtype, trains=trains_all)
+        self.embedding = Weights([trunk.embed_tokens], flat, dtype, trains=trains_all)
+        self.head = self.embedding
+        if not model.config.tie_word_embeddings:
+            self.head = Weights([model.lm_head], flat, dtype, trains=trains_all, decays=True)
+        self.weights = [self.norms, self.embedding]
+        if self.head is not self.embedding:
+            self.weights.append(self.head)
+        self.ropes = trunk.ropes
+        self.first = 0 if trains_all else self._first_adapted(heads, feeds)
+
+    def _first_adapted(self, heads: list[Attention], feeds: list[GatedFeedForward]) -> int:
+        """Return the first block in which something trains: gradients end there."""
+        for number, (attention, feed) in enumerate(zip(heads, feeds, strict=True)):
+            parts = (*attention.modules(), *feed.modules())
+            if any(isinstance(module, LoRALayer) for module in parts):
+                return number
+        return len(heads)
+
+    def fill(self) -> None:
+        """Put all values into their slots, once these are allocated."""
+        for projection in self.projections:
+            projection.fill()
+        for weights in self.weights:
+            weights.fill()
+
+    def refresh(self) -> None:
+        """Bring everything that products read up to date with the slots."""
+        for projection in self.projections:
+            projection.refresh()
+        for weights in self.weights:
+            weights.refresh()
+
+    def buffers(self, rows: int, tokens: int) -> Buffers:
+        """Return the tensors that a step over `rows` × `tokens` tokens writes."""
+        self.prepare(tokens)
+        sizes = self.config
+        inner = sizes.num_attention_heads * sizes.head_dim
+        widths = Widths(
+            hidden=sizes.hidden_size,
+            qkv=(self.qkv.outputs, self.qkv.extra),
+            inner=(inner, self.output.extra),
+            gate_up=(self.gate_up.outputs, self.gate_up.extra),
+            feed_forward=(sizes.intermediate_size, self.down.extra),
+            vocabulary=sizes.vocab_size,
+        )
+        like = self.embedding.tensors[0]
+        return Buffers(self.qkv.n_layers, rows, tokens, widths, like, self.wide)
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Type of sums: fp32, or fp64 where the products are."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def prepare(self, tokens: int) -> None:
+        """Make cosines and sines for all positions of a row of `tokens` tokens."""
+        positions = torch.arange(tokens, device=self.embedding.tensors[0].device)[None]
+
+        def halves(rope: Rope) -> HalfTables:
+            cos, sin = rope.tables(positions, self.wide)  # (1, T, 1, D)
+            half = cos.shape[-1] // 2
+            return cos[0, :, 0, :half].contiguous(), sin[0, :, 0, half:].contiguous()  # (T, D/2)
+
+        self.all_tables = {config: halves(rope) for config, rope in self.ropes.items()}
+
+    def tables(self, position_ids: Tensor) -> dict[RopeConfig, HalfTables]:
+        """Return cosine and sine for `position_ids` (N,), by kind of rotation."""
+        return {
+            config: (cos.index_select(0, position_ids), sin.index_select(0, position_ids))
+            for config, (cos, sin) in self.all_tables.items()
+        }
+
+    def forward(self, inputs: Inputs, kept: Buffers, *, packed: bool) -> FastPass:
+        """Return the pass whose `kept.final` holds the hidden states after the final norm."""
+        step = FastPass(self, inputs, kept, packed)
+        step.run()
+        return step
+
+    def receive(self, kept: Buffers, *, first: bool) -> None:
+        """Put the gradients of all projections but down into their slots, after the way back."""
+        layers = slice(self.first, self.qkv.n_layers)
+        pairs = (
+            (self.qkv, kept.attention_in, kept.qkv),
+            (self.output, kept.attended, kept.between),
+            (self.gate_up, kept.feed_in, kept.gate_up),
+        )
+        for projection, x, dy in pairs:
+            projection.receive(layers, x[layers], dy[layers], first=first)
+        if kept.keeps_activations:
+            dy = kept.before[self.first + 1 :]
+            self.down.receive(layers, kept.activated[layers], dy, first=first)
+
+
+class FastPass:
+    """One forward and the way back over the same buffers."""
+
+    def __init__(self, net: FastNetwork, inputs: Inputs, kept: Buffers, packed: bool) -> None:
+        self.net, self.inputs, self.kept, self.packed = net, inputs, kept, packed
+        self.tables = net.tables(inputs.position_ids)
+        self.attended: dict[int, Attended] = {}
+
+    def run(self) -> None:
+        """Go through all blocks."""
+        net, kept, ops = self.net, self.kept, self.net.ops
+        c, n_layers = net.config.hidden_size, net.qkv.n_layers
+        embedded = net.embedding.tensors[0].index_select(0, self.inputs.input_ids)  # (N, C)
+        self._add_norm(embedded, None, 0, kept.before[0], kept.attention_in[0])
+        for layer in range(n_layers):
+            self._attend(layer)
+            net.output.forward(layer, kept.attended[layer], kept.hidden)
+            between = kept.between[layer]
+            before = kept.before[layer][:, :c]
+            self._add_norm(before, kept.hidden, 2 * layer + 1, between, kept.feed_in[layer])
+            net.gate_up.forward(
+                layer, kept.feed_in[layer], self._plain(kept.gate_up, net.gate_up, layer)
+            )
+            x = self._activated(layer)
+            ops.swiglu(self._plain(kept.gate_up, net.gate_up, layer), x[:, : net.down.inputs])
+            net.down.forward(layer, x, kept.hidden)
+            if not kept.keeps_activations:
+                kept.activated_low[layer].copy_(x[:, net.down.inputs :])
+            after = kept.attention_in[layer + 1] if layer + 1 < n_layers else kept.final
+            self._add_norm(
+                between[:, :c], kept.hidden, 2 * layer + 2, kept.before[layer + 1], after
+            )
+
+    def _add_norm(
+        self, residual: Tensor, delta: Tensor | None, number: int, total: Tensor, normed: Tensor
+    ) -> None:
+        net, c = self.net, self.net.config.hidden_size
+        weight, eps = net.norms.tensors[number], net.config.norm_eps
+        rstd = self.kept.rstd[number]
+        net.ops.add_norm(residual, delta, weight, eps, total[:, :c], normed[:, :c], rstd)
+
+    def _activated(self, layer: int) -> Tensor:
+        return self.kept.activated[layer if self.kept.keeps_activations else 0]
+
+    @staticmethod
+    def _plain(stack: Tensor, projection: Projection, layer: int) -> Tensor:
+        return stack[layer][:, : projection.outputs]
+
+    def _heads(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        sizes = self.net.config
+        qkv = self._plain(self.kept.qkv, self.net.qkv, layer)
+        heads = qkv.unflatten(1, (-1, sizes.head_dim))  # (N, heads of all three, D)
+        shared = sizes.num_key_value_heads
+        q, k, v = heads.split((sizes.num_attention_heads, shared, shared), 1)
+        return q, k, v
+
+    def _attend(self, layer: int) -> None:
+        net, kept, sizes = self.net, self.kept, self.net.config
+        qkv = self._plain(kept.qkv, net.qkv, layer)
+        net.qkv.forward(layer, kept.attention_in[layer], qkv)
+        own = sizes.layers[layer]
+        if own.rope is not None:
+            n_heads = sizes.num_attention_heads + sizes.num_key_value_heads
+            net.ops.rotate_heads(qkv, *self.tables[own.rope], n_heads)
+        window = own.window_tokens
+        if window is not None and window >= kept.tokens:
+            window = None
+        shape = Shape(kept.rows, kept.tokens, own.scale, window)
+        q, k, v = self._heads(layer)
+        if not self.packed:
+            attended = attend_rows(q, k, v, shape)
+        else:
+            kernel = attend_documents if q.is_cuda else attend_documents_plain
+            attended = kernel(q, k, v, self.inputs.bounds, shape)
+        kept.attended[layer][:, : net.output.inputs].copy_(attended.result.flatten(1))
+        self.attended[layer] = attended
+
+    def backward(self, d_hidden: Tensor, *, first: bool) -> None:
+        """Go back from `d_hidden` (N, C), the gradient of `kept.final`, to the first block."""
+        net, kept = self.net, self.kept
+        n_layers = net.qkv.n_layers
+        self._norm_back(d_hidden, 2 * n_layers, kept.before[n_layers], None, first)
+        for layer in reversed(range(net.first, n_layers)):
+            self._feed_forward_back(layer, first)
+            self._attention_back(layer, first)
+        net.receive(kept, first=first)
+        if net.trains_all:
+            self._embedding_back(first)
+
+    def _norm_back(
+        self, dy: Tensor, number: int, x: Tensor, beside: Tensor | None, first: bool
+    ) -> None:
+        """Changes `x` in place: the norm's input becomes its gradient, `beside` added."""
+        net, c = self.net, self.net.config.hidden_size
+        x, rstd = x[:, :c], self.kept.rstd[number]
+        if net.norms.slot is not None:
+            gradient = net.ops.norm_weight_gradient(dy, x, rstd)
+            target = net.norms.slot.gradients[number]
+            target.copy_(gradient) if first else target.add_(gradient)
+        beside = None if beside is None else beside[:, :c]
+        net.ops.norm_backward(dy, x, rstd, net.norms.tensors[number], beside, x)
+
+    def _feed_forward_back(self, layer: int, first: bool) -> None:
+        net, kept = self.net, self.kept
+        dy, feed = kept.before[layer + 1], net.down.inputs
+        d_activated = kept.wide[:, :feed]
+        net.down.backward(layer, dy, d_activated)
+        gate_up = self._plain(kept.gate_up, net.gate_up, layer)
+        x = self._activated(layer)
+        if kept.keeps_activations:
+            net.ops.swiglu_backward(gate_up, d_activated, None)
+        else:
+            net.ops.swiglu_backward(gate_up, d_activated, x[:, :feed])
+            x[:, feed:].copy_(kept.activated_low[layer])
+            net.down.receive(slice(layer, layer + 1), x[None], dy[None], first=first)
+        net.gate_up.backward(layer, kept.gate_up[layer], kept.hidden)
+        self._norm_back(kept.hidden, 2 * layer + 1, kept.between[layer], dy, first)
+
+    def _attention_back(self, layer: int, first: bool) -> None:
+        net, kept = self.net, self.kept
+        dy = kept.between[layer]
+        inner = net.output.inputs
+        d_attended = kept.wide[:, :inner]
+        net.output.backward(layer, dy, d_attended)
+        heads = d_attended.unflatten(1, (-1, net.config.head_dim))  # (N, H, D)
+        gradients = self.attended.pop(layer).backward(heads)
+        rope = net.config.layers[layer].rope
+        tables: tuple[Tensor | None, Tensor | None]
+        tables = (None, None) if rope is None else self.tables[rope]
+        net.ops.gather_gradients(*gradients, *tables, self._plain(kept.qkv, net.qkv, layer))
+        is_last = layer == net.first and not net.trains_all
+        net.qkv.backward(layer, kept.qkv[layer], None if is_last else kept.hidden)
+        if not is_last:
+            self._norm_back(kept.hidden, 2 * layer, kept.before[layer], dy, first)
+
+    def _embedding_back(self, first: bool) -> None:
+        net, slot = self.net, self.net.embedding.slot
+        assert slot is not None
+        gradients = slot.gradients[0]
+        if first and net.head is not net.embedding:
+            gradients.zero_()  # a tied head has begun it
+        c = net.config.hidden_size
+        rows = self.kept.before[0][:, :c].to(gradients.dtype)
+        gradients.index_add_(0, self.inputs.input_ids, rows)

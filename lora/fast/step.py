@@ -1,0 +1,283 @@
+"""The fast training step: forward, backward and AdamW over fixed buffers, captured on a GPU.
+
+What differs from the textbook: the host only copies a batch in and launches; whether the loss is
+finite is decided on the device, where a step that is not becomes a step not taken, and is read one
+step late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora.data.batches import IGNORE, Batch
+from lora.decoder.decoder import Decoder
+from lora.fast.adapted import Masks
+from lora.fast.buffers import Buffers, Inputs
+from lora.fast.flat import FlatParameters
+from lora.fast.network import FastNetwork
+from lora.fast.ops import Ops
+from lora.kernels.adamw import AdamWSettings
+from lora.lora_module import LoRALayer
+
+REPORT = ("loss", "tokens", "gradient_norm", "taken")
+"""What the device reports of a step, in this order."""
+MERGE_BELOW_WIDTH = 1024
+"""Models narrower than this merge W + s·B·A once a step; wider ones keep LoRA in the products."""
+WARM_UP_PASSES = 2
+
+
+class FastStep:
+    """Trains `model` on batches of one shape.
+
+    Args:
+        model: a decoder whose LoRA parameters, or all of whose parameters, train; they become views
+            of one flat buffer, and frozen weights take `dtype`.
+        ops: what lies between the products.
+        dtype: of products and activations.
+        weight_decay: of matrices.
+        seed: of dropout's masks, with the step's number.
+        max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
+        merges: add s·B·A to the weights once a step; None decides by the model's width.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        ops: Ops,
+        dtype: torch.dtype,
+        *,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        seed: int = 0,
+        merges: bool | None = None,
+    ) -> None:
+        self.model, self.ops, self.seed = model, ops, seed
+        self.weight_decay, self.max_grad_norm = weight_decay, max_grad_norm
+        self.device = next(model.parameters()).device
+        wide = torch.promote_types(dtype, torch.float32)
+        self.flat = FlatParameters(self.device, wide)
+        self.masks = self._find_masks()
+        self.merges = model.config.hidden_size < MERGE_BELOW_WIDTH if merges is None else merges
+        with torch.no_grad():
+            self.network = FastNetwork(
+                model,
+                self.flat,
+                ops,
+                dtype,
+                trains_all=trains_whole(model),
+                merges=self.merges,
+                masks=self.masks,
+            )
+            self.flat.allocate()
+            self.network.fill()
+        self.settings = AdamWSettings()
+        self.taken_steps = torch.zeros((), dtype=torch.float32, device=self.device)
+        self.rate = torch.zeros((), dtype=torch.float32, device=self.device)
+        self.is_live = torch.ones((), dtype=torch.bool, device=self.device)
+        self.control = torch.zeros(4, dtype=torch.float32, device=self.device)
+        self.loss_sum = torch.zeros((), dtype=wide, device=self.device)
+        self.n_learned = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.report = torch.zeros(len(REPORT), dtype=torch.float32, device=self.device)
+        self.buffers: Buffers | None = None
+        self.inputs: Inputs | None = None
+        self.graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
+        self.pool: Any = None
+
+    @torch.no_grad()
+    def launch(self, batches: Sequence[Batch], rate: float, number: int = 1) -> None:
+        """Train step `number` on the micro-batches; `report` says afterwards what came of it.
+
+        All batches of a run have one shape (B, T). On a GPU this returns before the step is done.
+        """
+        self._make_room(batches[0])
+        self.rate.fill_(rate)
+        for place, batch in enumerate(batches):
+            key = self._put(batch)
+            if self.masks is not None:
+                self.masks.seed.fill_(_mask_seed(self.seed, number, place))
+            if len(batches) == 1:
+                self._run(("step", *key), partial(self._whole, key))
+            else:
+                first = place == 0
+                self._run(("micro", first, *key), partial(self._micro, key, first=first))
+        if len(batches) > 1:
+            self._run(("update",), self._update)
+
+    def adopt_moments(self, optimizer: torch.optim.Optimizer) -> None:
+        """Changes `optimizer` in place: its state becomes views of the flat moments.
+
+        Moments that it holds (of a resumed run) are taken over first.
+        """
+        places = self._places()
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                mean, square = places[id(parameter)]
+                state = optimizer.state[parameter]
+                if state:
+                    mean.copy_(state["exp_avg"])
+                    square.copy_(state["exp_avg_sq"])
+                    self.taken_steps.copy_(state["step"])
+                optimizer.state[parameter] = {
+                    "step": self.taken_steps,
+                    "exp_avg": mean,
+                    "exp_avg_sq": square,
+                }
+        with torch.no_grad():
+            self.network.refresh()
+
+    def _find_masks(self) -> Masks | None:
+        layers = [m for m in self.model.modules() if isinstance(m, LoRALayer)]
+        shares = {m.dropout.p for m in layers if isinstance(m.dropout, nn.Dropout)}
+        return Masks(shares.pop(), self.device) if shares else None
+
+    def _places(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return the flat moments of each trained parameter, as views of its shape."""
+        values, size = self.flat.values, self.flat.values.element_size()
+        places = {}
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                start = (parameter.data_ptr() - values.data_ptr()) // size
+                shape, strides = parameter.shape, parameter.stride()
+                mean = self.flat.mean.as_strided(shape, strides, start)
+                square = self.flat.square.as_strided(shape, strides, start)
+                places[id(parameter)] = (mean, square)
+        return places
+
+    def _make_room(self, batch: Batch) -> None:
+        rows, tokens = batch.input_ids.shape
+        if self.buffers is not None and (self.buffers.rows, self.buffers.tokens) == (rows, tokens):
+            return
+        self.graphs.clear()
+        self.buffers = None
+        self.buffers = self.network.buffers(rows, tokens)
+        ids, labels, positions = torch.zeros(
+            3, rows * tokens, dtype=torch.int64, device=self.device
+        ).unbind()
+        bounds = torch.full((2,), rows * tokens, dtype=torch.int32, device=self.device)
+        self.inputs = Inputs(ids, labels, positions, bounds)
+
+    def _put(self, batch: Batch) -> tuple[bool, int]:
+        """Copy `batch` to where the step reads it; return whether it is packed, and its room."""
+        inputs = cast(Inputs, self.inputs)
+        for target, source in (
+            (inputs.input_ids, batch.input_ids),
+            (inputs.labels, batch.labels),
+            (inputs.position_ids, batch.position_ids),
+        ):
+            target.copy_(_staged(source.reshape(-1), target.device), non_blocking=True)
+        documents = batch.document_ids
+        starts = torch.ones_like(documents, dtype=torch.bool)
+        starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        is_plain = bool((documents == 0).all()) and not self._has_windows(documents.shape[1])
+        places = starts.reshape(-1).nonzero().squeeze(1).to(torch.int32)  # (documents,)
+        if is_plain:
+            return False, 0
+        room = max(64, 1 << (len(places) - 1).bit_length())
+        if len(inputs.bounds) < room + 1:
+            self.graphs = {key: g for key, g in self.graphs.items() if True not in key[1:]}
+            inputs.bounds = inputs.bounds.new_full((room + 1,), documents.numel())
+        bounds = torch.full((len(inputs.bounds),), documents.numel(), dtype=torch.int32)
+        bounds[: len(places)] = places
+        inputs.bounds.copy_(_staged(bounds, inputs.bounds.device), non_blocking=True)
+        return True, len(inputs.bounds)
+
+    def _has_windows(self, tokens: int) -> bool:
+        windows = (layer.window_tokens for layer in self.model.config.layers)
+        return any(window is not None and window < tokens for window in windows)
+
+    def _whole(self, key: tuple[bool, int]) -> None:
+        self._micro(key, first=True)
+        self._update()
+
+    def _micro(self, key: tuple[bool, int], *, first: bool) -> None:
+        inputs, kept = cast(Inputs, self.inputs), cast(Buffers, self.buffers)
+        step = self.network.forward(inputs, kept, packed=key[0])
+        self._learn_head(inputs.labels, kept, first)
+        step.backward(kept.hidden, first=first)
+
+    def _learn_head(self, labels: Tensor, kept: Buffers, first: bool) -> None:
+        """Changes `kept.hidden` in place: the gradient of `kept.final`; sums the loss."""
+        head = self.network.head
+        weight, chunk = head.tensors[0], len(kept.logits)
+        for start in range(0, kept.n_tokens, chunk):
+            part = slice(start, min(start + chunk, kept.n_tokens))
+            hidden, logits = kept.final[part], kept.logits[: part.stop - part.start]
+            torch.mm(hidden, weight.T, out=logits)
+            self.ops.token_loss(logits, labels[part], kept.losses[part])
+            torch.mm(logits, weight, out=kept.hidden[part])
+            if head.slot is not None:
+                gradient, target = logits.T @ hidden, head.slot.gradients[0]
+                begins = first and start == 0
+                target.copy_(gradient) if begins else target.add_(gradient)
+        total, learned = kept.losses.sum(), (labels != IGNORE).sum()
+        if first:
+            self.loss_sum.copy_(total)
+            self.n_learned.copy_(learned)
+        else:
+            self.loss_sum.add_(total)
+            self.n_learned.add_(learned)
+
+    def _update(self) -> None:
+        """AdamW on the mean gradient, scaled to `max_grad_norm`, if all is finite."""
+        flat = self.flat
+        count = self.n_learned.clamp(min=1)
+        norm = torch.linalg.vector_norm(flat.gradients).float() / count
+        loss = self.loss_sum.float() / count
+        scale = 1 / count
+        if self.max_grad_norm > 0:
+            scale = scale * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        taken = torch.isfinite(norm + loss) & self.is_live
+        self.taken_steps.add_(taken)
+        steps = self.taken_steps.clamp(min=1)
+        self.control.copy_(torch.stack((self.rate, steps, scale.float(), taken.float())))
+        for part, decay in flat.segments(self.weight_decay):
+            self.ops.adamw(
+                flat.values[part], flat.gradients[part], flat.mean[part], flat.square[part],
+                self.control, decay, self.settings,
+            )  # fmt: skip
+        self.network.refresh()
+        self.report.copy_(torch.stack((loss, self.n_learned.float(), norm, taken.float())))
+
+    def _run(self, key: tuple[Any, ...], function: Callable[[], Any]) -> None:
+        """Call `function`, on a GPU as a graph that is captured the first time."""
+        if self.device.type != "cuda":
+            function()
+            return
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(function)
+        self.graphs[key].replay()
+
+    def _capture(self, function: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+        self.is_live.fill_(False)  # passes before the capture compile kernels and change nothing
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_PASSES):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            function()
+        self.pool = self.pool or graph.pool()
+        self.is_live.fill_(True)
+        return graph
+
+
+def _staged(source: Tensor, device: torch.device) -> Tensor:
+    """Return `source` in memory from which `device` copies by itself."""
+    return source.pin_memory() if device.type == "cuda" and not source.is_cuda else source
+
+
+def _mask_seed(seed: int, step: int, place: int) -> int:
+    """Return a number that no other micro-batch of a run has, whatever was resumed before it."""
+    return ((seed * 1_000_003 + step) * 1_009 + place) % 2**31
+
+
+def trains_whole(model: nn.Module) -> bool:
+    """Whether every parameter of `model` trains."""
+    return all(p.requires_grad for p in model.parameters())

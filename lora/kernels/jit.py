@@ -1,0 +1,35 @@
+"""Triton where it is installed, and without it a decorator that leaves functions alone.
+
+A file of kernels imports from here, so that its plain twins can be read and tested anywhere.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    jit: Any = triton.jit
+else:
+    triton = None
+    tl = None
+
+    def jit(function: Any) -> Any:
+        """Return `function` as it is: nothing compiles it, and nothing calls it."""
+        return function
+
+
+def next_power_of_2(n: int) -> int:
+    """Return the smallest power of two that is at least `n`."""
+    return 1 << (n - 1).bit_length()
+
+
+def row_stride(x: Any) -> int:
+    """Return the elements between rows of `x` (N, W), whose columns must lie side by side."""
+    assert x.stride(-1) == 1, "columns must lie side by side"
+    return int(x.stride(0))

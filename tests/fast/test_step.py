@@ -1,0 +1,196 @@
+"""The fast step against the plain one, in fp64 on a CPU: losses, gradients, parameters, moments."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lora.apply import apply_lora, lora_layers
+from lora.config import LoRAConfig
+from lora.data.batches import Batch
+from lora.decoder.decoder import Decoder
+from lora.fast import buffers
+from lora.fast.ops import PLAIN
+from lora.fast.step import FastStep
+from lora.kernels.dropout import drop
+from lora.losses import loss_for
+from lora.optim import build_optimizer, set_rate
+from lora.trainer import train_step
+
+RATES = (1e-2, 2e-2, 5e-3)
+LORA = {"rank": 3, "alpha": 6.0, "init_seed": 0}
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
+    "tied": ({}, {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"up_proj": 2.0}}),
+    "untied": ({"tied": False}, {}),
+    "biases": ({"bias": True}, {}),
+    "window": ({"window": 4}, {}),
+    "one block": ({}, {"layers": (1,)}),
+    "two targets": ({}, {"targets": ("q_proj", "down_proj")}),
+    "full": ({}, None),
+    "full, untied, biases": ({"tied": False, "bias": True}, None),
+}
+
+
+def adapt(model: Decoder, settings: dict[str, Any] | None) -> Decoder:
+    if settings is None:
+        return model.requires_grad_(True)
+    apply_lora(model, LoRAConfig(**{**LORA, **settings}))
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.copy_(0.3 * torch.randn(layer.lora_B.shape, generator=draw))
+    return model
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).detach().norm() / other.detach().norm().clamp(min=1e-9))
+
+
+@pytest.mark.parametrize("merges", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_steps_are_the_plain_ones(
+    tiny_decoder: Callable[..., Decoder],
+    make_batch: Callable[..., Batch],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    packed: bool,
+    merges: bool,
+) -> None:
+    sizes, settings = CASES[name]
+    n_micro = 2 if packed else 1
+    monkeypatch.setattr(buffers, "KEPT_ACTIVATIONS_BYTES", 1e9 if merges else 0)
+    monkeypatch.setattr(buffers, "LOGITS_ELEMENTS", 97 * 20)  # the head in two parts
+    plain = adapt(tiny_decoder(**sizes), settings)
+    fast = copy.deepcopy(plain)
+    frozen = {n: p.detach().clone() for n, p in plain.named_parameters() if not p.requires_grad}
+    step = FastStep(fast, PLAIN, torch.float64, weight_decay=0.1, merges=merges)
+    optimizer = build_optimizer(plain, 1.0, 0.1)
+    mirrored = build_optimizer(fast, 1.0, 0.1)
+    step.adopt_moments(mirrored)
+    for number, rate in enumerate(RATES):
+        batches = [make_batch(10 * number + place, packed=packed) for place in range(n_micro)]
+        set_rate(optimizer, rate)
+        expected = train_step(plain, batches, loss_for(plain), optimizer)
+        step.launch(batches, rate, number + 1)
+        loss, tokens, norm, taken = step.report.tolist()
+        assert loss == pytest.approx(expected.loss.item(), rel=1e-6)
+        assert norm == pytest.approx(expected.gradient_norm.item(), rel=1e-5)
+        assert (tokens, taken) == (expected.n_tokens.item(), 1.0)
+    others = dict(plain.named_parameters())
+    for key, parameter in fast.named_parameters():
+        assert relative(parameter, others[key]) < 1e-5, key
+        if key in frozen:
+            assert torch.equal(parameter, frozen[key]), key
+        else:
+            state, own = optimizer.state[others[key]], mirrored.state[parameter]
+            assert relative(own["exp_avg"], state["exp_avg"]) < 1e-4, key
+            assert relative(own["exp_avg_sq"], state["exp_avg_sq"]) < 1e-4, key
+            assert float(own["step"]) == float(state["step"]) == len(RATES)
+
+
+class SharedMask(nn.Module):
+    """Dropout as the fast step draws it, in place of a LoRA layer's own."""
+
+    def __init__(self, step: FastStep, number: int, share: float) -> None:
+        super().__init__()
+        self.step, self.number, self.share = step, number, share
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.step.masks is not None
+        flat = torch.ones_like(x.flatten(0, -2))
+        drop(flat.clone(), flat, self.step.masks.seed, self.number, self.share)
+        return x * flat.view(x.shape)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_dropout_is_the_plain_one_under_the_same_masks(
+    tiny_decoder: Callable[..., Decoder], make_batch: Callable[..., Batch], packed: bool
+) -> None:
+    plain = adapt(tiny_decoder(), {"dropout": 0.3})
+    fast = copy.deepcopy(plain)
+    step = FastStep(fast, PLAIN, torch.float64, seed=5)
+    step.adopt_moments(build_optimizer(fast, 1.0, 0.0))
+    order = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    order += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    group = (0, 0, 0, 1, 2, 2, 3)
+    for name, layer in lora_layers(plain).items():
+        block, part = name.split(".layers.")[1].split(".", 1)
+        number = 3 * group[order.index(part)] + int(block)
+        layer.dropout = SharedMask(step, number, 0.3)  # type: ignore[assignment]
+    optimizer = build_optimizer(plain, 1e-2, 0.0)
+    losses = set()
+    for number in (1, 2, 3):
+        batches = [make_batch(0, packed=packed)]
+        step.launch(batches, 1e-2, number)
+        expected = train_step(plain, batches, loss_for(plain), optimizer)
+        assert step.report[0].item() == pytest.approx(expected.loss.item(), rel=1e-6)
+        assert step.report[2].item() == pytest.approx(expected.gradient_norm.item(), rel=1e-5)
+        losses.add(step.report[0].item())
+    assert len(losses) == 3
+    others = dict(plain.named_parameters())
+    for key, parameter in fast.named_parameters():
+        assert relative(parameter, others[key]) < 1e-5, key
+
+
+def test_a_step_that_is_not_finite_is_not_taken(
+    tiny_decoder: Callable[..., Decoder], make_batch: Callable[..., Batch]
+) -> None:
+    model = adapt(tiny_decoder(), {})
+    step = FastStep(model, PLAIN, torch.float64)
+    step.launch([make_batch(0, packed=False)], 1e-2)
+    before = step.flat.values.clone(), step.flat.mean.clone(), step.flat.square.clone()
+    norm = step.network.norms.tensors[3]
+    whole = norm.clone()
+    norm[5] = float("nan")
+    step.launch([make_batch(1, packed=False)], 1e-2)
+    assert step.report[3] == 0
+    assert step.taken_steps == 1
+    for kept, now in zip(before, (step.flat.values, step.flat.mean, step.flat.square), strict=True):
+        assert torch.equal(kept, now)
+    norm.copy_(whole)
+    step.launch([make_batch(1, packed=False)], 1e-2)
+    assert step.report[3] == 1
+    assert step.report.isfinite().all()
+
+
+def test_moments_of_a_resumed_run_are_taken_over(
+    tiny_decoder: Callable[..., Decoder], make_batch: Callable[..., Batch]
+) -> None:
+    batches = [make_batch(number, packed=True) for number in range(4)]
+    whole = adapt(tiny_decoder(), {})
+    halves = copy.deepcopy(whole)
+    step = FastStep(whole, PLAIN, torch.float64)
+    optimizer = build_optimizer(whole, 1.0, 0.0)
+    step.adopt_moments(optimizer)
+    for number, batch in enumerate(batches):
+        step.launch([batch], 1e-2, number + 1)
+    first = FastStep(halves, PLAIN, torch.float64)
+    saved = build_optimizer(halves, 1.0, 0.0)
+    first.adopt_moments(saved)
+    for number in (0, 1):
+        first.launch([batches[number]], 1e-2, number + 1)
+    values = {name: p.detach().clone() for name, p in halves.named_parameters()}
+    moments = {
+        name: {key: value.clone() for key, value in saved.state[p].items()}
+        for name, p in halves.named_parameters()
+        if p.requires_grad
+    }
+    resumed = adapt(tiny_decoder(), {})
+    second = FastStep(resumed, PLAIN, torch.float64)
+    restored = build_optimizer(resumed, 1.0, 0.0)
+    with torch.no_grad():
+        for name, parameter in resumed.named_parameters():
+            parameter.copy_(values[name])
+            if name in moments:
+                restored.state[parameter] = moments[name]
+    second.adopt_moments(restored)
+    for number in (2, 3):
+        second.launch([batches[number]], 1e-2, number + 1)
+    assert torch.equal(second.flat.values, step.flat.values)
+    assert torch.equal(second.flat.square, step.flat.square)

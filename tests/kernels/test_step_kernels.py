@@ -1,0 +1,155 @@
+"""The fast step's Triton kernels against their plain twins: on a GPU, or in Triton's interpreter.
+
+Without a GPU: TRITON_INTERPRET=1 pytest tests/kernels/test_step_kernels.py (triton installed).
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora.kernels import adamw, dropout, merge, norm, rotary, swiglu, token_loss
+from lora.kernels.jit import HAS_TRITON
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not (HAS_TRITON and (torch.cuda.is_available() or INTERPRETED)),
+        reason="needs Triton with a CUDA device or its interpreter",
+    ),
+]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+# One rounding of bf16 may fall to either side; fp32 differs by the order of sums.
+TOLERANCE = 4e-3 if TYPE is torch.bfloat16 else 1e-6
+ROWS, WIDTH = 37, 72
+
+
+@pytest.fixture
+def draw() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def random(draw: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=draw).to(TYPE).to(DEVICE)
+
+
+def assert_close(fast: Tensor, plain: Tensor, tolerance: float = TOLERANCE) -> None:
+    difference = (fast.double() - plain.double()).norm() / plain.double().norm()
+    assert difference <= tolerance
+
+
+@pytest.mark.parametrize("with_delta", [True, False])
+def test_norm_and_its_gradients(draw: torch.Generator, with_delta: bool) -> None:
+    x, delta, dy = (random(draw, ROWS, WIDTH) for _ in range(3))
+    weight = random(draw, WIDTH)
+    results = []
+    for function in (norm.add_norm, norm.add_norm_triton):
+        total, rstd = torch.empty_like(x), torch.empty(ROWS, device=DEVICE)
+        normed = torch.full((ROWS, WIDTH + 16), 7.0, device=DEVICE, dtype=TYPE)
+        function(x, delta if with_delta else None, weight, 1e-5, total, normed[:, :WIDTH], rstd)
+        assert (normed[:, WIDTH:] == 7).all()
+        results.append((total, normed, rstd))
+    for fast, plain in zip(results[1], results[0], strict=True):
+        assert_close(fast, plain)
+    total, _, rstd = results[0]
+    plain, fast = torch.empty_like(x), total.clone()
+    beside = delta if with_delta else None
+    norm.norm_backward(dy, total, rstd, weight, beside, plain)
+    norm.norm_backward_triton(dy, fast, rstd, weight, beside, fast)  # over its own input
+    assert_close(fast, plain)
+    plain = norm.norm_weight_gradient(dy, total, rstd)
+    assert_close(norm.norm_weight_gradient_triton(dy, total, rstd), plain, 1e-5)
+
+
+@pytest.mark.parametrize("remade", [True, False])
+def test_swiglu_and_its_gradient(draw: torch.Generator, remade: bool) -> None:
+    width = 1300
+    gate_up = random(draw, ROWS, 2 * width + 16)[:, : 2 * width]
+    dy = random(draw, ROWS, width)
+    plain, fast = torch.zeros_like(dy), torch.zeros_like(dy)
+    swiglu.swiglu(gate_up, plain)
+    swiglu.swiglu_triton(gate_up, fast)
+    assert_close(fast, plain)
+    grads, outs = [], []
+    for function in (swiglu.swiglu_backward, swiglu.swiglu_backward_triton):
+        grads.append(gate_up.clone())
+        outs.append(torch.zeros_like(dy))
+        function(grads[-1], dy, outs[-1] if remade else None)
+    assert_close(grads[1], grads[0])
+    if remade:
+        assert_close(outs[1], plain)
+
+
+@pytest.mark.parametrize("rotates", [True, False])
+def test_rotation_and_the_way_back(draw: torch.Generator, rotates: bool) -> None:
+    heads, shared, width = 9, 3, 16
+    columns = (heads + 2 * shared) * width
+    cos, sin = (torch.randn(ROWS, width // 2, generator=draw).to(DEVICE) for _ in range(2))
+    plain = random(draw, ROWS, columns + 8)
+    fast = plain.clone()
+    rotary.rotate_heads(plain, cos, sin, heads + shared)
+    rotary.rotate_heads_triton(fast, cos, sin, heads + shared)
+    assert_close(fast, plain)
+    dq, dv = random(draw, ROWS, heads, width), random(draw, ROWS, shared, width)
+    dk = random(draw, shared, ROWS, width).transpose(0, 1)
+    tables = (cos, sin) if rotates else (None, None)
+    rotary.gather_gradients(dq, dk, dv, *tables, plain[:, :columns])
+    rotary.gather_gradients_triton(dq, dk, dv, *tables, fast[:, :columns])
+    assert_close(fast, plain)
+
+
+def test_token_loss_and_its_gradient(draw: torch.Generator) -> None:
+    width = 20001
+    plain = 3 * random(draw, ROWS, width)
+    fast = plain.clone()
+    labels = torch.randint(0, width, (ROWS,), generator=draw).to(DEVICE)
+    labels[::5] = token_loss.IGNORE
+    expected = torch.nn.functional.cross_entropy(plain.float(), labels, reduction="none")
+    losses = torch.full((2, ROWS), 7.0, device=DEVICE)
+    token_loss.token_loss(plain, labels, losses[0])
+    token_loss.token_loss_triton(fast, labels, losses[1])
+    assert_close(losses[0], expected, 1e-5)
+    assert_close(losses[1], expected, 1e-5)
+    assert_close(fast, plain)
+    assert (fast[::5] == 0).all()
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_adamw(draw: torch.Generator, taken: bool) -> None:
+    values, gradients, mean, square = torch.randn(4, 5000, generator=draw).to(DEVICE)
+    square.abs_()
+    results = []
+    control = torch.tensor([1e-2, 3.0, 0.5, float(taken)], device=DEVICE)
+    for function in (adamw.adamw, adamw.adamw_triton):
+        own = values.clone(), mean.clone(), square.clone()
+        function(own[0], gradients, own[1], own[2], control, 0.1, adamw.AdamWSettings())
+        results.append(own)
+    for fast, plain in zip(results[1], results[0], strict=True):
+        assert_close(fast, plain, 1e-6)
+    assert torch.equal(results[1][0], values) is not taken
+
+
+def test_dropout_makes_the_same_mask_in_both_twins(draw: torch.Generator) -> None:
+    x = random(draw, ROWS, 1300)
+    seed = torch.tensor(123456789, device=DEVICE)
+    plain, fast = torch.zeros_like(x), torch.zeros_like(x)
+    dropout.drop(x, plain, seed, 7, 0.1)
+    dropout.drop_triton(x, fast, seed, 7, 0.1)
+    assert torch.equal(plain == 0, fast == 0)
+    assert_close(fast, plain)
+    dropout.add_dropped(x, plain, seed, 8, 0.1)
+    dropout.add_dropped_triton(x, fast, seed, 8, 0.1)
+    assert_close(fast, plain, 2 * TOLERANCE)
+
+
+def test_adding_low_rank_to_all_blocks(draw: torch.Generator) -> None:
+    b, base, a = random(draw, 2, 70, 16), random(draw, 2, 70, 136), random(draw, 2, 16, 136)
+    plain, fast = torch.zeros_like(base), torch.zeros_like(base)
+    merge.add_low_rank(base, b, a, plain)
+    merge.add_low_rank_triton(base, b, a, fast)
+    assert_close(fast, plain)
