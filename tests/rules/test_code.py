@@ -110,10 +110,11 @@ def work_at_import(tree: ast.Module) -> Iterator[Fault]:
 
 
 def _only_defines(node: ast.If) -> bool:
-    """Whether both branches import and define, and the test is a name (of an optional package)."""
+    """Whether both branches import and define, by whether an optional package is there."""
     kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.Assign, ast.AnnAssign)
     parts = [*node.body, *node.orelse]
-    return isinstance(node.test, ast.Name) and all(isinstance(part, kinds) for part in parts)
+    is_there = isinstance(node.test, ast.Name) and node.test.id.startswith("HAS_")
+    return is_there and all(isinstance(part, kinds) for part in parts)
 
 
 def borrowed_modules(tree: ast.Module) -> Iterator[Fault]:
@@ -233,7 +234,8 @@ CASES = [
     (
         work_at_import,
         "print('hello')\n\nfor x in y:\n    pass\n\nif x:\n    y = 1",
-        "'''doc'''\nimport x\nA = 1\nA: int = 1\nif __name__ == '__main__':\n    main()",
+        "'''doc'''\nimport x\nA = 1\nA: int = 1\nif __name__ == '__main__':\n    main()\n"
+        "if HAS_X:\n    import y\nelse:\n    y = None",
     ),
     (
         borrowed_modules,
