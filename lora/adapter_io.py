@@ -140,7 +140,8 @@ def _expected_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]
         outputs, inputs = _linear_shape(layer)
         own = layer.lora_A if isinstance(layer, LoRALayer) else cast(Tensor, layer.weight)
         for key, shape in (("lora_A", (rank, inputs)), ("lora_B", (outputs, rank))):
-            meta = torch.empty(shape, dtype=own.dtype, device="meta")
+            wide = torch.promote_types(own.dtype, torch.float32)
+            meta = torch.empty(shape, dtype=wide, device="meta")
             expected[f"{_PREFIX}{name}.{key}.weight"] = meta
     for name in config.modules_to_save:
         for key, tensor in model.get_submodule(name).state_dict().items():

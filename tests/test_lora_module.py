@@ -137,7 +137,8 @@ def test_a_seed_gives_the_same_a_in_every_dtype() -> None:
     bf16 = LoRALinear(build_linear(9, 9, dtype=torch.bfloat16), rank=2, generator=generator(3))
     assert torch.equal(fp32.lora_A, again.lora_A)
     assert not torch.equal(fp32.lora_A, other.lora_A)
-    assert torch.equal(fp32.lora_A.bfloat16(), bf16.lora_A)
+    assert torch.equal(fp32.lora_A, bf16.lora_A)  # A and B are fp32 on a bf16 base too
+    assert bf16.lora_B.dtype is torch.float32
 
 
 def test_gradients_reach_a_and_b_only() -> None:
