@@ -201,14 +201,17 @@ class RunConfig:
     """Stop after so many evaluations without a better loss; 0 never stops early."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 …"""
+    fast: bool = True
+    """Take the fast step where it can train the model; false always takes the plain one."""
     tensorboard: bool = False
     """Also write TensorBoard's event files into the run's folder."""
 
     def __post_init__(self) -> None:
         faults = _check_counts(self, 0, "eval_every_steps", "save_every_steps", "patience")
         faults += _check_counts(self, 1, "keep_checkpoints")
-        in_range = isinstance(self.tensorboard, bool)
-        faults += _check(in_range, "tensorboard", self.tensorboard, "true or false")
+        for name in ("fast", "tensorboard"):
+            value = getattr(self, name)
+            faults += _check(isinstance(value, bool), name, value, "true or false")
         _raise_if(faults, self)
 
 

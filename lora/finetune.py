@@ -34,10 +34,13 @@ from lora.decoder.hf_weights import load_decoder, save_decoder
 from lora.decoder.sources import ModelSource, find_model
 from lora.device import DeviceChoice, choose_device
 from lora.errors import DependencyError
+from lora.fast.choose import why_not_fast
+from lora.fast.runner import FastSteps
 from lora.fingerprint import base_fingerprint
 from lora.losses import loss_for
 from lora.progress import NoProgress, Progress
 from lora.runs import Run, create_run, default_name, read_json
+from lora.steps import Steps
 from lora.trainer import TrainingJob, TrainResult, train
 
 
@@ -92,10 +95,11 @@ def finetune(job: FinetuneJob, progress: Progress | None = None) -> FinetuneResu
     name = job.run.name or default_name(source.name)
     described = {**_describe(job, source, data, choice), "learning_rate": rate}
     described["base_fingerprint"] = base_fingerprint(model)
+    steps = _choose_steps(job, model, choice, progress)
     with create_run(job.run.out, name, resume=job.resume, described=described) as run:
         if open_board is not None:
             run.on_metrics = open_board(run.folder / "tensorboard")
-        result = train(_training_job(job, model, data, choice, rate, run, progress))
+        result = train(_training_job(job, model, data, choice, rate, run, progress, steps))
         saved = _save(job, model, data.tokenizer, source, run)
         run.write_json("result.json", asdict(result))
         return FinetuneResult(run.folder, saved, result)
@@ -161,7 +165,10 @@ def _first_day(job: FinetuneJob) -> datetime | None:
 
 
 def _load_model(job: FinetuneJob, source: ModelSource, choice: DeviceChoice) -> Decoder:
-    model = load_decoder(source.folder, device=choice.device)
+    # What stays frozen is read in the products' type; what trains whole keeps fp32.
+    is_frozen = job.lora is not None or job.from_adapter is not None
+    dtype = choice.compute_dtype if is_frozen else torch.float32
+    model = load_decoder(source.folder, dtype=dtype, device=choice.device)
     if job.from_adapter is not None:
         load_adapter(model, job.from_adapter, trainable=True)
     elif job.lora is not None:
@@ -181,13 +188,20 @@ def _training_job(
     rate: float,
     run: Run,
     progress: Progress,
+    steps: Steps | None,
 ) -> TrainingJob:
     rows = job.train.batch_size // job.train.micro_batches
     held_out = data.held_out
     return TrainingJob(
         model=model,
         loss_fn=loss_for(model),
-        stream=BatchStream(data.train, rows, job.train.seed, choice.device),
+        stream=BatchStream(
+            # The fast step copies batches to the device by itself.
+            data.train,
+            rows,
+            job.train.seed,
+            choice.device if steps is None else "cpu",
+        ),
         eval_batches=lambda: (
             [] if held_out is None else ordered_batches(held_out, rows, choice.device)
         ),
@@ -198,7 +212,29 @@ def _training_job(
         choice=choice,
         progress=progress,
         resume=job.resume,
+        steps=steps,
     )
+
+
+def _choose_steps(
+    job: FinetuneJob, model: Decoder, choice: DeviceChoice, progress: Progress
+) -> Steps | None:
+    """Return the fast step where it can train `model`, and say which it is and why."""
+    if choice.device.type != "cuda":
+        return None
+    why_not = why_not_fast(model, choice) if job.run.fast else "as asked"
+    if why_not is not None:
+        progress.say(f"plain step: {why_not}")
+        return None
+    steps = FastSteps(
+        model,
+        choice,
+        weight_decay=job.train.weight_decay,
+        max_grad_norm=job.train.max_grad_norm,
+        seed=job.train.seed,
+    )
+    progress.say(steps.describe())
+    return steps
 
 
 def _save(

@@ -24,10 +24,12 @@ from lora.checkpoint import (
 )
 from lora.config import RunConfig, TrainConfig
 from lora.device import DeviceChoice, peak_memory_bytes, synchronize
+from lora.diagnosis import find_nonfinite
 from lora.errors import TrainingError
 from lora.optim import build_optimizer, rate_factor, scale_and_clip, set_rate
 from lora.progress import NoProgress, Progress
 from lora.runs import Run
+from lora.steps import StepDone, Steps
 
 LossFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
@@ -146,6 +148,47 @@ class TrainingJob:
     on_eval: Callable[[int], None] = lambda step: None
     """Called after each evaluation with the step's number: for samples, for example."""
     resume: bool = False
+    steps: Steps | None = None
+    """What takes the steps; None: `train_step`, one after the other."""
+
+
+class PlainSteps:
+    """`lora.steps.Steps` through `train_step`: a step is done when it is launched."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        self._job = job
+        self._done: list[StepDone] = []
+
+    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
+        """Step with `optimizer`."""
+        self._optimizer = optimizer
+
+    def launch(self, number: int, batches: Sequence[Any], rate: float) -> None:
+        """Take step `number`."""
+        job = self._job
+        set_rate(self._optimizer, rate)
+        try:
+            result = train_step(
+                job.model,
+                batches,
+                job.loss_fn,
+                self._optimizer,
+                max_grad_norm=job.train_config.max_grad_norm,
+                autocast=job.choice.autocast,
+            )
+        except TrainingError as error:
+            where = find_nonfinite(job.model, batches, job.loss_fn, job.choice.autocast)
+            total = job.train_config.steps
+            raise TrainingError(f"Step {number} of {total}: {error} {where}") from None
+        synchronize(job.choice.device)
+        losses, tokens = result.loss.tolist(), int(result.n_tokens.sum())
+        norm = result.gradient_norm.item()
+        self._done.append(StepDone(number, losses, tokens, norm, rate))
+
+    def finished(self, *, wait: bool) -> list[StepDone]:
+        """Return the steps taken since the last call."""
+        done, self._done = self._done, []
+        return done
 
 
 @dataclass
@@ -159,6 +202,8 @@ class _Position:
     evals_since_best: int = 0
     eval_loss: float = math.nan
     stopped_early: bool = False
+    marked_s: float = 0.0
+    """Clock when the last step was noted, or steps began again."""
 
 
 def train(job: TrainingJob) -> TrainResult:
@@ -169,17 +214,25 @@ def train(job: TrainingJob) -> TrainResult:
         job.model, job.learning_rate, config.weight_decay, config.whole_rate_fraction
     )
     at = _resume(job, optimizer) if job.resume else _Position()
+    steps = job.steps or PlainSteps(job)
+    steps.adopt(optimizer)
     if at.step == 0:
         _evaluate_and_note(job, at)
     eval_every, save_every = _intervals(job)
     job.progress.start(config.steps, at.step)
+    at.marked_s = time.perf_counter()
     try:
         while at.step < config.steps and not at.stopped_early:
-            _one_step(job, optimizer, at)
-            if at.step % eval_every == 0 or at.step == config.steps:
+            number = at.step + 1
+            evaluates = number % eval_every == 0 or number == config.steps
+            saves = number % save_every == 0 or number == config.steps
+            _one_step(job, steps, at, wait=evaluates or saves)
+            if evaluates:
                 _evaluate_and_note(job, at)
-            if at.step % save_every == 0 or at.step == config.steps or at.stopped_early:
+            if saves or at.stopped_early:
                 _save(job, optimizer, at)
+            if evaluates or saves:
+                at.marked_s = time.perf_counter()
     finally:
         job.progress.stop()
     return TrainResult(
@@ -193,36 +246,28 @@ def train(job: TrainingJob) -> TrainResult:
     )
 
 
-def _one_step(job: TrainingJob, optimizer: torch.optim.Optimizer, at: _Position) -> None:
+def _one_step(job: TrainingJob, steps: Steps, at: _Position, *, wait: bool) -> None:
+    """Launch the next step and note those that are done: all of them if `wait`."""
     rate = job.learning_rate * rate_factor(at.step, job.train_config)
-    set_rate(optimizer, rate)
-    began_s = time.perf_counter()
-    batches = [next(job.stream) for _ in range(job.train_config.micro_batches)]
-    try:
-        result = train_step(
-            job.model,
-            batches,
-            job.loss_fn,
-            optimizer,
-            max_grad_norm=job.train_config.max_grad_norm,
-            autocast=job.choice.autocast,
-        )
-    except TrainingError as error:
-        raise TrainingError(f"Step {at.step + 1} of {job.train_config.steps}: {error}") from None
-    synchronize(job.choice.device)
-    step_s = time.perf_counter() - began_s
     at.step += 1
-    tokens = int(result.n_tokens.sum())
-    at.n_tokens += tokens
+    batches = [next(job.stream) for _ in range(job.train_config.micro_batches)]
+    steps.launch(at.step, batches, rate)
+    for done in steps.finished(wait=wait):
+        _note(job, at, done)
+
+
+def _note(job: TrainingJob, at: _Position, done: StepDone) -> None:
+    now_s = time.perf_counter()
+    step_s, at.marked_s = now_s - at.marked_s, now_s
+    at.n_tokens += done.n_tokens
     at.train_s += step_s
-    losses = result.loss.tolist()
-    loss = losses[0] if len(losses) == 1 else losses
-    norm = result.gradient_norm.item()
-    row = {"step": at.step, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
-    job.run.append_metrics({**row, "tokens": at.n_tokens})
+    loss = done.losses[0] if len(done.losses) == 1 else done.losses
+    row = {"step": done.number, "loss": loss, "learning_rate": done.rate}
+    row |= {"gradient_norm": done.gradient_norm, "tokens": at.n_tokens}
+    job.run.append_metrics(row)
     memory = peak_memory_bytes(job.choice.device)
-    job.run.append_timing({"step": at.step, "step_s": step_s, "peak_memory_bytes": memory})
-    job.progress.step(at.step, losses[0], at.n_tokens / at.train_s, memory)
+    job.run.append_timing({"step": done.number, "step_s": step_s, "peak_memory_bytes": memory})
+    job.progress.step(done.number, done.losses[0], at.n_tokens / at.train_s, memory)
 
 
 def _evaluate_and_note(job: TrainingJob, at: _Position) -> None:
@@ -247,7 +292,8 @@ def _intervals(job: TrainingJob) -> tuple[int, int]:
 
 
 def _save(job: TrainingJob, optimizer: torch.optim.Optimizer, at: _Position) -> None:
-    state = {"position": vars(at), "stream": job.stream.state_dict()}
+    position = {key: value for key, value in vars(at).items() if key != "marked_s"}
+    state = {"position": position, "stream": job.stream.state_dict()}
     tensors = training_tensors(job.model, optimizer)
     folder = job.run.folder / "checkpoints"
     save_checkpoint(folder, at.step, tensors, state, keep=job.run_config.keep_checkpoints)

@@ -1,0 +1,79 @@
+"""Where a loss or a gradient that is not finite comes from: which row, which layer first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def find_nonfinite(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss_fn: Callable[[nn.Module, Any], tuple[Tensor, Tensor]],
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> str:
+    """Return one sentence on where NaN or infinity appears first when `batches` are run again.
+
+    Weights are looked at first, then each module's output in the order of computation, then the
+    parameters' gradients. The model is left as it was, without gradients.
+    """
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            return f"The weights themselves are not finite: {name}."
+    for place, batch in enumerate(batches, 1):
+        found = _first_output(model, batch, loss_fn, autocast)
+        if found is not None:
+            return f"It appears first in {found}, micro-batch {place} of {len(batches)}."
+    for batch in batches:
+        with autocast():
+            loss_sum, _ = loss_fn(model, batch)
+        loss_sum.sum().backward()
+    damaged = [
+        name
+        for name, p in model.named_parameters()
+        if p.grad is not None and not bool(torch.isfinite(p.grad).all())
+    ]
+    model.zero_grad(set_to_none=True)
+    if damaged:  # the way back begins at the end
+        return f"The loss is finite; its gradient is not, first in {damaged[-1]}."
+    return "It did not appear when the batch was run again step by step."
+
+
+def _first_output(
+    model: nn.Module,
+    batch: Any,
+    loss_fn: Callable[[nn.Module, Any], tuple[Tensor, Tensor]],
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> str | None:
+    """Return the module and the rows of `batch` where a value is not finite first, if any is."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not found and isinstance(output, Tensor) and output.is_floating_point():
+                damaged = ~torch.isfinite(output.detach())
+                if bool(damaged.any()):
+                    rows = damaged.flatten(1).any(1).nonzero().flatten().tolist()
+                    found.append(f"{name or 'the model'} ({_say_rows(rows, len(output))})")
+
+        return look
+
+    hooks = [m.register_forward_hook(watch(name)) for name, m in model.named_modules()]
+    try:
+        with torch.no_grad(), autocast():
+            loss_sum, _ = loss_fn(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found and not bool(torch.isfinite(loss_sum).all()):
+        return "the loss itself"
+    return found[0] if found else None
+
+
+def _say_rows(rows: list[int], n_rows: int) -> str:
+    shown = ", ".join(str(row + 1) for row in rows[:8])
+    return f"row {shown}{', …' if len(rows) > 8 else ''} of {n_rows}"

@@ -1,0 +1,43 @@
+"""How the loop takes optimizer steps: launched now, read when they are done.
+
+The loop knows no more than this, so that a step may run on a GPU while the host prepares the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """What one optimizer step came to, on the host."""
+
+    number: int
+    """Of the step, from 1."""
+    losses: list[float]
+    """Mean over the step's target tokens, in nats, one for each adapter that trains."""
+    n_tokens: int
+    """Target tokens."""
+    gradient_norm: float
+    """Of the mean gradient, before clipping."""
+    rate: float
+
+
+class Steps(Protocol):
+    """Takes steps, and says afterwards what came of them."""
+
+    def launch(self, number: int, batches: Sequence[Any], rate: float) -> None:
+        """Begin step `number` at the rate `rate` on its micro-batches."""
+
+    def finished(self, *, wait: bool) -> list[StepDone]:
+        """Return steps that are done and were not returned before; with `wait`, all launched.
+
+        Raises TrainingError for a step whose loss or gradient is not finite; it was not taken.
+        """
+
+    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
+        """Use `optimizer`'s state, of a resumed run for example, and keep it up to date."""

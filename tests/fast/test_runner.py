@@ -1,0 +1,146 @@
+"""The loop with the fast step: the plain step's figures, exact resume, and what is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora.apply import apply_lora
+from lora.checkpoint import list_checkpoints
+from lora.config import LoRAConfig, RunConfig, TrainConfig
+from lora.data.batches import Batch
+from lora.decoder.decoder import Decoder
+from lora.device import choose_device
+from lora.errors import TrainingError
+from lora.fast.runner import FastSteps
+from lora.losses import loss_for
+from lora.runs import create_run, read_rows
+from lora.trainer import TrainingJob, TrainResult, train
+
+STEPS = 12
+
+
+class Stream:
+    """Packed batches by number."""
+
+    def __init__(self, make: Callable[..., Batch]) -> None:
+        self.make, self.number = make, 0
+
+    def __next__(self) -> Batch:
+        self.number += 1
+        return self.make(self.number, packed=self.number % 3 > 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"number": self.number}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.number = state["number"]
+
+
+@pytest.fixture
+def run_job(
+    tiny_decoder: Callable[..., Decoder], make_batch: Callable[..., Batch], tmp_path: Path
+) -> Callable[..., tuple[TrainResult, Path, Decoder]]:
+    choice = choose_device("cpu")
+
+    def run(
+        name: str,
+        *,
+        fast: bool,
+        lora: LoRAConfig | None,
+        resume: bool = False,
+        damage: Callable[[Decoder], None] = lambda model: None,
+    ) -> tuple[TrainResult, Path, Decoder]:
+        model = tiny_decoder(dtype=torch.float32)
+        apply_lora(model, lora) if lora is not None else model.requires_grad_(True)
+        config = TrainConfig(steps=STEPS, batch_size=4, micro_batches=2, weight_decay=0.01)
+        steps = None
+        if fast:
+            steps = FastSteps(model, choice, weight_decay=0.01, max_grad_norm=1.0, seed=config.seed)
+            assert "fast step: no graph, plain torch kernels" in steps.describe()
+        damage(model)
+        with create_run(tmp_path, name, resume=resume, described={}) as folder:
+            job = TrainingJob(
+                model=model,
+                loss_fn=loss_for(model),
+                stream=Stream(make_batch),
+                eval_batches=lambda: [make_batch(1000, packed=True)],
+                train_config=config,
+                learning_rate=5e-3,
+                run_config=RunConfig(eval_every_steps=4, save_every_steps=4, keep_checkpoints=9),
+                run=folder,
+                choice=choice,
+                resume=resume,
+                steps=steps,
+            )
+            return train(job), folder.folder, model
+
+    return run
+
+
+@pytest.mark.parametrize("lora", [LoRAConfig(rank=4, init_seed=0), None], ids=["lora", "full"])
+def test_the_loop_gets_the_plain_steps_figures(
+    run_job: Callable[..., tuple[TrainResult, Path, Decoder]], lora: LoRAConfig | None
+) -> None:
+    plain, plain_folder, _ = run_job("plain", fast=False, lora=lora)
+    fast, fast_folder, _ = run_job("fast", fast=True, lora=lora)
+    rows = [read_rows(f / "metrics.jsonl") for f in (plain_folder, fast_folder)]
+    assert len(rows[0]) == len(rows[1]) == STEPS + 1 + STEPS // 4
+    for expected, row in zip(*rows, strict=True):
+        assert row.keys() == expected.keys()
+        for key, value in expected.items():
+            assert row[key] == pytest.approx(value, rel=2e-4), key
+    assert (fast.steps, fast.n_tokens) == (plain.steps, plain.n_tokens)
+    assert len(read_rows(fast_folder / "timings.jsonl")) == STEPS
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    run_job: Callable[..., tuple[TrainResult, Path, Decoder]], tmp_path: Path, dropout: float
+) -> None:
+    lora = LoRAConfig(rank=4, init_seed=0, dropout=dropout)
+    _, folder, whole = run_job("run", fast=True, lora=lora)
+    written = (folder / "metrics.jsonl").read_bytes()
+    for path in list_checkpoints(folder / "checkpoints")[-1:]:
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    _, _, resumed = run_job("run", fast=True, lora=lora, resume=True)
+    assert (folder / "metrics.jsonl").read_bytes() == written
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_is_not_finite_names_step_layer_and_row(
+    run_job: Callable[..., tuple[TrainResult, Path, Decoder]],
+) -> None:
+    def damage(model: Decoder) -> None:
+        with torch.no_grad():  # finite itself, infinite in the product
+            model.get_parameter("model.layers.1.mlp.down_proj.weight").mul_(1e38)
+
+    with pytest.raises(TrainingError) as caught:
+        run_job("run", fast=True, lora=LoRAConfig(rank=4, init_seed=0), damage=damage)
+    for words in ("Step 1", "not taken", "first in model.layers.1", "of 2"):
+        assert words in str(caught.value)
+
+
+def test_both_kinds_of_step_tell_the_same_of_a_damaged_row(
+    run_job: Callable[..., tuple[TrainResult, Path, Decoder]],
+) -> None:
+    def damage(model: Decoder) -> None:
+        with torch.no_grad():
+            model.get_parameter("model.layers.0.mlp.up_proj.weight").mul_(1e38)
+
+    messages = []
+    for fast in (True, False):
+        with pytest.raises(TrainingError) as caught:
+            lora = LoRAConfig(rank=4, init_seed=0)
+            run_job(f"run-{fast}", fast=fast, lora=replace(lora), damage=damage)
+        messages.append(str(caught.value).split("damaged examples. ")[1])
+    assert messages[0] == messages[1]
+    assert "up_proj (row 1, 2 of 2), micro-batch 1 of 2" in messages[0]
