@@ -1,0 +1,147 @@
+"""The peers of `gpu_step.py`, as their users run them: transformers, PEFT, Liger, Unsloth.
+
+Each function takes a shape and a rank and returns step_ms, peak_gb and start_s of bf16 training
+with fused AdamW, without reading the loss in between.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+WARM_UP_STEPS, TIMED_STEPS = 5, 30
+
+
+class PeerMissing(Exception):
+    """A peer's package is not installed; says which."""
+
+
+def build_llama(shape: Any) -> Any:
+    """Return transformers' Llama of this shape in bf16 on the GPU, random."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.shared,
+        intermediate_size=shape.feed_forward,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+        use_cache=False,
+    )
+    with torch.device("cuda"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def add_peft(model: Any, rank: int) -> Any:
+    """Return `model` with PEFT's LoRA on all linears, adapters in bf16 as the base."""
+    import peft
+
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def measure(model: Any, shape: Any, build_s: float) -> dict[str, Any]:
+    """Return the median of steps over random tokens."""
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
+    draw = torch.Generator().manual_seed(0)
+    size = (8, shape.rows, shape.tokens)
+    ids = torch.randint(0, shape.vocabulary, size, generator=draw).cuda()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for number in range(WARM_UP_STEPS + TIMED_STEPS):
+        began_s = time.perf_counter()
+        batch = ids[number % len(ids)]
+        model(input_ids=batch, labels=batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began_s)
+    timed = sorted(seconds[WARM_UP_STEPS:])
+    return {
+        "step_ms": 1000 * timed[len(timed) // 2],
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "start_s": seconds[0],
+        "build_s": build_s,
+    }
+
+
+def _timed(build: Callable[[], Any]) -> tuple[Any, float]:
+    began_s = time.perf_counter()
+    model = build()
+    torch.cuda.synchronize()
+    return model, time.perf_counter() - began_s
+
+
+def full_transformers(shape: Any, rank: int) -> dict[str, Any]:
+    """Full fine-tuning of transformers' model."""
+    model, build_s = _timed(lambda: build_llama(shape))
+    return measure(model, shape, build_s)
+
+
+def full_transformers_compiled(shape: Any, rank: int) -> dict[str, Any]:
+    """The same through torch.compile."""
+    model, build_s = _timed(lambda: build_llama(shape))
+    return measure(torch.compile(model), shape, build_s)
+
+
+def peft(shape: Any, rank: int) -> dict[str, Any]:
+    """PEFT's LoRA on transformers' model."""
+    model, build_s = _timed(lambda: add_peft(build_llama(shape), rank))
+    return measure(model, shape, build_s)
+
+
+def peft_compiled(shape: Any, rank: int) -> dict[str, Any]:
+    """PEFT's LoRA through torch.compile."""
+    model, build_s = _timed(lambda: add_peft(build_llama(shape), rank))
+    return measure(torch.compile(model), shape, build_s)
+
+
+def peft_liger(shape: Any, rank: int) -> dict[str, Any]:
+    """PEFT's LoRA on transformers' model with Liger's kernels in it."""
+    try:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+    except ImportError as error:
+        raise PeerMissing(f"liger-kernel cannot be imported: {error}") from None
+    apply_liger_kernel_to_llama()
+    model, build_s = _timed(lambda: add_peft(build_llama(shape), rank))
+    return measure(model, shape, build_s)
+
+
+def unsloth(shape: Any, rank: int) -> dict[str, Any]:
+    """Unsloth's LoRA."""
+    try:
+        from unsloth import FastLanguageModel
+    except (ImportError, NotImplementedError, RuntimeError) as error:
+        raise PeerMissing(f"unsloth cannot be imported: {error}") from None
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        build_llama(shape).save_pretrained(folder)
+        began_s = time.perf_counter()
+        model, _ = FastLanguageModel.from_pretrained(
+            folder, max_seq_length=shape.tokens, dtype=torch.bfloat16, load_in_4bit=False
+        )
+        model = FastLanguageModel.get_peft_model(model, r=rank, lora_alpha=2 * rank)
+        return measure(model, shape, time.perf_counter() - began_s)
+
+
+PEERS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
+    "full_transformers": full_transformers,
+    "full_transformers_compiled": full_transformers_compiled,
+    "peft": peft,
+    "peft_compiled": peft_compiled,
+    "peft_liger": peft_liger,
+    "unsloth": unsloth,
+}

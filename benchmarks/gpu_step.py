@@ -1,0 +1,262 @@
+"""One training step on a GPU: ours beside the peers, each in a process of its own.
+
+    python benchmarks/gpu_step.py                              # all cases and variants, minutes
+    python benchmarks/gpu_step.py --cases 135M-4x512 --variants ours_lora peft
+    python benchmarks/gpu_step.py --out benchmarks/results/gpu_step_h200.jsonl
+
+Random Llama-shaped weights in bf16, rank 16 on all linears, AdamW. "Ours" goes through the trainer
+and the real loader; `packed` variants read rows of several documents. Prints one JSON object a
+line. step_ms is the median of steps after the warm-up, peak_gb (10⁹ bytes) the allocator's peak,
+start_s the time from building the step to the end of the first one, its compilation included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_peers import PEERS, TIMED_STEPS, WARM_UP_STEPS, PeerMissing
+
+from lora.apply import apply_lora
+from lora.config import LoRAConfig, RunConfig, TrainConfig
+from lora.data.batches import BatchStream, build_rows
+from lora.data.documents import Documents
+from lora.decoder.config import (
+    AttentionConfig,
+    DecoderConfig,
+    FeedForwardConfig,
+    LayerConfig,
+    RopeConfig,
+)
+from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
+from lora.device import choose_device
+from lora.fast.choose import why_not_fast
+from lora.fast.runner import FastSteps
+from lora.losses import loss_for
+from lora.runs import create_run, read_rows
+from lora.trainer import TrainingJob, train
+
+RANK = 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes and a step's."""
+
+    hidden: int
+    layers: int
+    heads: int
+    shared: int
+    feed_forward: int
+    vocabulary: int
+    rows: int
+    tokens: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def parameters(self) -> int:
+        """Of the matrix products, the tied head once."""
+        kv = self.shared * self.head_dim
+        block = self.hidden * (2 * self.hidden + 2 * kv + 3 * self.feed_forward)
+        return self.layers * block + self.vocabulary * self.hidden
+
+
+CASES = {
+    "135M-4x512": Shape(576, 30, 9, 3, 1536, 49152, 4, 512),
+    "1B-1x512": Shape(2048, 16, 32, 8, 8192, 128256, 1, 512),
+    "1B-4x2048": Shape(2048, 16, 32, 8, 8192, 128256, 4, 2048),
+}
+OURS = ("ours_lora", "ours_lora_packed", "ours_lora_plain", "ours_full")
+
+
+def build_model(shape: Shape, dtype: torch.dtype) -> Decoder:
+    """Return a decoder of this shape with random values, on the GPU."""
+    layer = LayerConfig(RopeConfig(10000.0), None, shape.head_dim**-0.5)
+    config = DecoderConfig(
+        family="llama",
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        max_position_embeddings=4096,
+        norm_eps=1e-5,
+        block="pre_norm",
+        embedding_scale=1.0,
+        tie_word_embeddings=True,
+        attention=AttentionConfig(shape.heads, shape.shared, shape.head_dim),
+        feed_forward=FeedForwardConfig(shape.feed_forward, "silu"),
+        layers=(layer,) * shape.layers,
+    )
+    model = build_empty_decoder(config)
+    draw = torch.Generator("cuda").manual_seed(0)
+
+    def value(parameter: torch.Tensor) -> torch.Tensor:
+        if parameter.ndim == 1:
+            return torch.ones(parameter.shape, dtype=dtype, device="cuda")
+        drawn = torch.randn(parameter.shape, dtype=dtype, device="cuda", generator=draw)
+        return drawn.mul_(0.02)
+
+    assign_parameters(model, [(name, value(p)) for name, p in model.named_parameters()])
+    return model
+
+
+def build_stream(shape: Shape, device: torch.device | str, *, packed: bool) -> BatchStream:
+    """Return the real loader over random tokens: one document a row, or several."""
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    n_rows = 64 * shape.rows
+    if packed:
+        lengths = draw.integers(40, 400, n_rows * shape.tokens // 200)
+    else:
+        lengths = np.full(n_rows, shape.tokens)
+    starts = np.concatenate(([0], lengths.cumsum()))
+    ids = draw.integers(0, shape.vocabulary, starts[-1]).astype(np.int32)
+    labels = np.roll(ids, -1)
+    documents = Documents(ids, labels, starts, np.arange(len(lengths)))
+    rows = build_rows(documents, shape.tokens, packing=packed, pad_id=0, seed=0)
+    return BatchStream(rows, shape.rows, 0, device)
+
+
+def time_ours(shape: Shape, variant: str) -> dict[str, Any]:
+    """Return what a run through the trainer took."""
+    full, plain = variant == "ours_full", variant == "ours_lora_plain"
+    choice = choose_device("cuda")
+    began_s = time.perf_counter()
+    model = build_model(shape, torch.float32 if full else torch.bfloat16)
+    if full:
+        model.requires_grad_(True)
+    else:
+        apply_lora(model, LoRAConfig(rank=RANK, alpha=2.0 * RANK, init_seed=0))
+    n_steps = WARM_UP_STEPS + TIMED_STEPS
+    config = TrainConfig(steps=n_steps, batch_size=shape.rows, warmup_fraction=0.0)
+    device = choice.device if plain else "cpu"  # the fast step copies batches by itself
+    stream = build_stream(shape, device, packed=variant.endswith("packed"))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    built_s = time.perf_counter()
+    steps = None
+    if not plain:
+        assert why_not_fast(model, choice) is None
+        steps = FastSteps(model, choice, weight_decay=0.0, max_grad_norm=1.0, seed=0)
+    with tempfile.TemporaryDirectory() as folder, create_run(Path(folder), "run") as run:
+        job = TrainingJob(
+            model=model,
+            loss_fn=loss_for(model),
+            stream=stream,
+            eval_batches=list,
+            train_config=config,
+            learning_rate=1e-4,
+            run_config=RunConfig(eval_every_steps=10**6, save_every_steps=10**6),
+            run=run,
+            choice=choice,
+            steps=steps,
+        )
+        result = train(job)
+        rows = read_rows(run.folder / "timings.jsonl")
+        losses = [row["loss"] for row in read_rows(run.folder / "metrics.jsonl")]
+    seconds = [row["step_s"] for row in rows]
+    timed = sorted(seconds[WARM_UP_STEPS:])
+    return {
+        "step_ms": 1000 * timed[len(timed) // 2],
+        "peak_gb": result.peak_memory_bytes / 1e9,
+        "start_s": seconds[0],
+        "build_s": built_s - began_s,
+        "first_and_last_loss": [round(losses[0], 4), round(losses[-1], 4)],
+    }
+
+
+def measure_ceiling() -> float:
+    """Return the TFLOP/s of a large bf16 matrix product on random data."""
+    size = 8192
+    x, y = torch.randn(2, size, size, device="cuda", dtype=torch.bfloat16).unbind()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(5):
+        x @ y
+    begin.record()
+    for _ in range(30):
+        x @ y
+    end.record()
+    torch.cuda.synchronize()
+    return 30 * 2 * size**3 / (begin.elapsed_time(end) * 1e-3) / 1e12
+
+
+def run_child(case: str, variant: str) -> dict[str, Any]:
+    """Return the whole row of one case and variant, measured in this process."""
+    shape = CASES[case]
+    if variant in OURS:
+        found = time_ours(shape, variant)
+    else:
+        found = PEERS[variant](shape, RANK)
+    ceiling = measure_ceiling()
+    tokens = shape.rows * shape.tokens
+    is_full = "full" in variant
+    work = (6 if is_full else 4) * shape.parameters * tokens
+    rate = work / (found["step_ms"] * 1e-3) / 1e12
+    import transformers
+    import triton
+
+    return {
+        "case": case,
+        "variant": variant,
+        "hardware": f"one {torch.cuda.get_device_name()}",
+        "versions": {
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "transformers": transformers.__version__,
+        },
+        **{key: round(v, 2) if isinstance(v, float) else v for key, v in found.items()},
+        "tokens_per_s": round(tokens / (found["step_ms"] * 1e-3)),
+        "model_tflops": round(rate, 1),
+        "share_of_ceiling": round(rate / ceiling, 3),
+    }
+
+
+def main() -> int:
+    """Measure each case and variant in a process of its own; print JSON lines."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    variants = [*OURS, *PEERS]
+    parser.add_argument("--variants", nargs="+", choices=variants, default=variants)
+    parser.add_argument("--out", type=Path, help="also append the lines to this file")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        try:
+            row = run_child(arguments.cases[0], arguments.variants[0])
+        except PeerMissing as missing:
+            row = {"case": arguments.cases[0], "variant": arguments.variants[0]}
+            row["skipped"] = str(missing)
+        print(json.dumps(row), flush=True)
+        return 0
+    for case in arguments.cases:
+        for variant in arguments.variants:
+            line = _in_process(case, variant)
+            print(line, flush=True)
+            if arguments.out:
+                with arguments.out.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+    return 0
+
+
+def _in_process(case: str, variant: str) -> str:
+    command = [sys.executable, __file__, "--child", "--cases", case, "--variants", variant]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        failed = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return json.dumps({"case": case, "variant": variant, "failed": failed[:300]})
+    return lines[-1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
