@@ -32,18 +32,20 @@ class Answer:
 
 @dataclass(frozen=True)
 class Scores:
-    """What was measured; the shares are None where no answers were asked for."""
+    """What was measured; the counts are None where they say nothing of these answers."""
 
     loss: float
     """Mean over the learned tokens, nats."""
     perplexity: float
     n_answers: int = 0
-    exact_match: float | None = None
-    """Share of answers equal to their reference, white space at the ends aside."""
-    valid_json: float | None = None
-    """Share of answers that parse as JSON; None unless every reference does."""
-    fields_right: float | None = None
-    """Share of the references' JSON fields that the answers have with the same value."""
+    n_fields: int | None = None
+    """Fields of the references, where each is a JSON object."""
+    valid_json: int | None = None
+    """Answers that parse as JSON; None unless every reference does."""
+    fields_right: int | None = None
+    """Fields, of `n_fields`, that the answers have with the reference's value."""
+    exact_match: int | None = None
+    """Answers equal to their reference, white space at the ends aside."""
     bleu: float | None = None
     """Corpus BLEU by sacrebleu, 0 to 100; None unless asked for."""
 
@@ -104,15 +106,15 @@ def score(loss: float, answers: Sequence[Answer], *, bleu: bool = False) -> Scor
     perplexity = math.exp(min(loss, 700.0))
     if not answers:
         return Scores(loss, perplexity)
-    exact = sum(a.answer.strip() == a.reference.strip() for a in answers) / len(answers)
+    exact = sum(a.answer.strip() == a.reference.strip() for a in answers)
     references = [_parse(answer.reference) for answer in answers]
-    valid = fields = None
+    valid = fields = right = None
     if all(reference is not None for reference in references):
         parsed = [_parse(answer.answer) for answer in answers]
-        valid = sum(value is not None for value in parsed) / len(answers)
-        fields = _fields_right(parsed, references)
+        valid = sum(value is not None for value in parsed)
+        fields, right = _count_fields(parsed, references)
     measured = _bleu(answers) if bleu else None
-    return Scores(loss, perplexity, len(answers), exact, valid, fields, measured)
+    return Scores(loss, perplexity, len(answers), fields, valid, right, exact, measured)
 
 
 def _parse(text: str) -> object:
@@ -124,15 +126,23 @@ def _parse(text: str) -> object:
     return value
 
 
-def _fields_right(parsed: Sequence[object], references: Sequence[object]) -> float | None:
+def _count_fields(
+    parsed: Sequence[object], references: Sequence[object]
+) -> tuple[int, int] | tuple[None, None]:
+    """Return the references' fields and the right ones; None unless all are JSON objects."""
     right = total = 0
     for value, reference in zip(parsed, references, strict=True):
         if not isinstance(reference, dict):
-            return None
+            return None, None
         total += len(reference)
         if isinstance(value, dict):
-            right += sum(key in value and value[key] == want for key, want in reference.items())
-    return right / total if total else None
+            right += sum(k in value and _equal(value[k], want) for k, want in reference.items())
+    return total, right
+
+
+def _equal(value: object, want: object) -> bool:
+    # To Python true is 1; in JSON it is not.
+    return value == want and isinstance(value, bool) is isinstance(want, bool)
 
 
 def _bleu(answers: Sequence[Answer]) -> float:

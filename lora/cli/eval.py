@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_format
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -102,13 +102,17 @@ def _print_table(scores: dict[str, Scores], n_examples: int) -> None:
         table.add_column(name, justify="right")
     rows = {name: asdict(found) for name, found in scores.items()}
     for key in next(iter(rows.values())):
-        values = [row[key] for row in rows.values()]
-        if any(value is not None for value in values):
-            table.add_row(key.replace("_", " "), *(_shown(value) for value in values))
+        if any(row[key] is not None for row in rows.values()) and key != "n_fields":
+            table.add_row(key.replace("_", " "), *(_shown(row, key) for row in rows.values()))
     Console().print(table)
 
 
-def _shown(value: float | int | None) -> str:
+def _shown(row: dict[str, Any], key: str) -> str:
+    value = row[key]
     if value is None:
         return "–"
+    if key in ("valid_json", "exact_match"):
+        return f"{value}/{row['n_answers']}"
+    if key == "fields_right":
+        return f"{value}/{row['n_fields']}"
     return str(value) if isinstance(value, int) else f"{value:.4f}"
