@@ -38,19 +38,25 @@ _TRAIN = _Words(
     customers=(
         "Amara Okafor", "Ben Wallace", "Chiara Rossi", "Daniel Weber", "Elena Petrova",
         "Farid Haddad", "Greta Lind", "Hiro Tanaka", "Ines Costa", "Jonas Berg", "Kavya Rao",
-        "Liam Byrne", "Mei Chen", "Nadia Karim", "Oscar Nilsson", "Priya Nair",
+        "Liam Byrne", "Mei Chen", "Nadia Karim", "Oscar Nilsson", "Priya Nair", "Quentin Leroy",
+        "Rania Saleh", "Stefan Ilic", "Tara Singh", "Ugo Ferrari", "Wendy Clark", "Yara Mansour",
+        "Zoltan Kovacs",
     ),
     cities=(
         "Lisbon", "Hamburg", "Toronto", "Nairobi", "Kyoto", "Bergen", "Porto", "Denver", "Krakow",
-        "Leeds", "Lyon", "Mumbai", "Quito", "Riga", "Seville", "Tunis",
+        "Leeds", "Lyon", "Mumbai", "Quito", "Riga", "Seville", "Tunis", "Ankara", "Boston",
+        "Geneva", "Hanoi", "Jakarta", "Perth", "Sofia", "Valencia",
     ),
     items=(
         ("desk lamp", "desk lamps"), ("oak chair", "oak chairs"), ("notebook", "notebooks"),
         ("coffee mug", "coffee mugs"), ("wool scarf", "wool scarves"), ("backpack", "backpacks"),
         ("wall clock", "wall clocks"), ("bicycle bell", "bicycle bells"), ("tea towel", "tea towels"),
         ("picture frame", "picture frames"), ("garden hose", "garden hoses"), ("kettle", "kettles"),
+        ("hair brush", "hair brushes"), ("candle", "candles"), ("leather belt", "leather belts"),
+        ("umbrella", "umbrellas"), ("toy train", "toy trains"), ("book shelf", "book shelves"),
+        ("tennis ball", "tennis balls"), ("bed sheet", "bed sheets"),
     ),
-    colours=("red", "blue", "green", "black", "white", "yellow"),
+    colours=("red", "blue", "green", "black", "white", "yellow", "violet", "gold"),
     phrasings=(
         "{customer} from {city} would like {count} {item} in {colour}. {hurry}",
         "Please send {count} {colour} {item} to {customer} in {city}. {hurry}",
@@ -60,25 +66,44 @@ _TRAIN = _Words(
         "Hi, this is {customer} calling from {city}. Could I get {count} {item}, {colour} ones? {hurry}",
         "{count} {item} ({colour}) for {customer}. Ship to {city}. {hurry}",
         "A note from {city}: {customer} wants {count} {item}, all {colour}. {hurry}",
+        "Sold: {count} {item}, {colour}. Buyer: {customer}, {city}. {hurry}",
+        "My name is {customer}, I live in {city} and I need {count} {item} in {colour}. {hurry}",
+        "{hurry} {city} branch here, {customer} bought {count} {item}. Only {colour} is all right.",
+        "Dear shop, I would love {count} {item}. My colour is {colour}. Yours, {customer}, {city}. {hurry}",
+        "{item} again for {customer} in {city}, this time {count}, in {colour}. {hurry}",
+        "City: {city}. Customer: {customer}. Item: {item}. Colour: {colour}. How many: {count}. {hurry}",
     ),
-    urgent=("It is urgent.", "Express delivery, please.", "As fast as you can.", "Rush this one."),
-    patient=("No hurry.", "Standard delivery is fine.", "Take your time.", "Normal shipping."),
+    urgent=(
+        "It is urgent.", "Express delivery, please.", "As fast as you can.", "Rush this one.",
+        "The sooner the better.", "It has to leave today.", "Top priority!",
+        "We want it there by tomorrow morning.",
+    ),
+    patient=(
+        "No hurry.", "Standard delivery is fine.", "Take your time.", "Normal shipping.",
+        "Nothing urgent about it.", "Next month is soon enough.", "The cheapest shipping, please.",
+        "No express needed.",
+    ),
 )  # fmt: skip
 _VALIDATION = _Words(
-    customers=("Rosa Delgado", "Samir Aziz", "Tilda Holm", "Umar Sayed", "Vera Novak", "Will Mason"),
-    cities=("Antwerp", "Bogota", "Cairo", "Dublin", "Turin", "Utrecht"),
+    customers=(
+        "Rosa Delgado", "Samir Aziz", "Tilda Holm", "Umar Sayed", "Vera Novak", "Will Mason",
+        "Abel Moreno", "Celia Brandt",
+    ),
+    cities=("Antwerp", "Bogota", "Cairo", "Dublin", "Turin", "Utrecht", "Gdansk", "Malaga"),
     items=(
         ("door mat", "door mats"), ("rain coat", "rain coats"), ("soup bowl", "soup bowls"),
-        ("flower pot", "flower pots"),
+        ("flower pot", "flower pots"), ("hand mirror", "hand mirrors"), ("butter dish", "butter dishes"),
     ),
-    colours=("purple", "grey", "orange"),
+    colours=("purple", "grey", "orange", "beige"),
     phrasings=(
         "Could you ship {count} {item}, {colour}, over to {customer}? The address is in {city}. {hurry}",
         "{customer} rang: {count} {colour} {item} for the shop in {city}. {hurry}",
         "For {city}, attention {customer}: {item}, {colour}, quantity {count}. {hurry}",
+        "Our friend {customer} has moved to {city}; let us post {count} {item} there, {colour} if you have them. {hurry}",
+        "It is {customer} again. {count} of the {colour} {item}, same address in {city}. {hurry}",
     ),
-    urgent=("They need it at once.", "Please use the express service."),
-    patient=("There is no rush.", "The ordinary post will do."),
+    urgent=("They need it at once.", "Please use the express service.", "They are in a great hurry."),
+    patient=("There is no rush.", "The ordinary post will do.", "Whenever it suits you."),
 )  # fmt: skip
 _TEST = _Words(
     customers=(

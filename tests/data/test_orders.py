@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 
 import pytest
 
@@ -15,14 +17,14 @@ from lora.errors import ConfigError
 def test_every_note_says_what_its_json_says(part: str) -> None:
     for row in make_orders(part, 100):  # type: ignore[arg-type]
         note, answer = (turn["content"] for turn in row["messages"])
-        fields = json.loads(answer)
-        assert tuple(fields) == FIELDS
+        found = json.loads(answer)
+        assert tuple(found) == FIELDS
         for name in ("customer", "city", "colour"):
-            assert fields[name] in note
+            assert found[name] in note
         urgent = any(words in note for words in _PARTS[part].urgent)
-        assert fields["express"] is urgent
-        if fields["quantity"] == 1:
-            assert fields["item"] in note
+        assert found["express"] is urgent
+        if found["quantity"] == 1:
+            assert found["item"] in note
 
 
 def test_the_same_arguments_give_the_same_notes_and_no_note_comes_twice() -> None:
@@ -32,12 +34,45 @@ def test_the_same_arguments_give_the_same_notes_and_no_note_comes_twice() -> Non
     assert len({row["messages"][0]["content"] for row in first}) == 200
 
 
-def test_the_parts_share_no_name_item_city_colour_or_phrasing() -> None:
-    parts = list(_PARTS.values())
-    for number, one in enumerate(parts):
-        for other in parts[number + 1 :]:
-            for field in ("customers", "cities", "items", "colours", "phrasings"):
-                assert not set(getattr(one, field)) & set(getattr(other, field)), field
+PAIRS = list(itertools.combinations(_PARTS, 2))
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+def test_two_parts_share_no_name_item_city_colour_or_phrasing(one: str, other: str) -> None:
+    for field in fields(_PARTS[one]):
+        ours, theirs = (set(getattr(_PARTS[part], field.name)) for part in (one, other))
+        assert ours, field.name
+        assert not ours & theirs, field.name
+    for words in (customer_names, item_forms):
+        assert not words(one) & words(other)
+
+
+@pytest.mark.parametrize("held_out", ["validation", "test"])
+def test_training_notes_never_say_what_a_held_out_part_is_made_of(held_out: str) -> None:
+    asked = _PARTS[held_out]
+    said = "\n".join(row["messages"][0]["content"] for row in make_orders("train", 3000)).lower()
+    assert all(city.lower() in said for city in _PARTS["train"].cities)  # enough notes to tell
+    held = {*asked.cities, *asked.colours, *asked.urgent, *asked.patient}
+    held |= customer_names(held_out) | item_forms(held_out)
+    assert not [words for words in held if re.search(rf"\b{re.escape(words.lower())}\b", said)]
+
+
+def test_every_piece_of_the_held_out_parts_is_asked() -> None:
+    for part, count in (("validation", 60), ("test", 40)):
+        notes = "\n".join(row["messages"][0]["content"] for row in make_orders(part, count))
+        words = _PARTS[part]
+        pieces = {*words.customers, *words.cities, *words.colours, *words.urgent, *words.patient}
+        assert not [piece for piece in pieces if piece not in notes], part
+
+
+def customer_names(part: str) -> set[str]:
+    """First and last names, each alone."""
+    return {name for customer in _PARTS[part].customers for name in customer.split()}
+
+
+def item_forms(part: str) -> set[str]:
+    """Each item, one and several of it."""
+    return {form for item in _PARTS[part].items for form in item}
 
 
 def test_an_unknown_part_and_too_many_notes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
