@@ -66,6 +66,12 @@ class Buffers:
         self.logits = like.new_empty(chunk, widths.vocabulary)
         self.losses = torch.empty(n, dtype=wide, device=like.device)
 
+    def add_attention(self, n_heads: int, width: int) -> None:
+        """Make room for what our kernels of attention keep and pass."""
+        n_layers = len(self.qkv)
+        self.lse = self.rstd.new_empty(n_layers, n_heads, self.n_tokens)
+        self.partial = self.rstd.new_empty(self.n_tokens, n_heads, 2, width)
+
 
 @dataclass
 class Inputs:

@@ -30,7 +30,12 @@ from lora.fast.flat import FlatParameters
 from lora.fast.ops import Ops
 from lora.fast.projections import FrozenProjection, FullProjection, Projection
 from lora.fast.weights import Weights
+from lora.kernels.attention import find_begins, find_ends
 from lora.lora_module import LoRALayer
+
+OWN_ATTENTION_TOKENS = 2048
+"""Packed rows up to this length go through our kernels of attention; beyond, torch's are faster."""
+OWN_ATTENTION_WIDTHS = (16, 32, 64, 128)
 
 HalfTables = tuple[Tensor, Tensor]
 """Cosine and sine, each (N, D/2), fp32 or wider."""
@@ -49,9 +54,10 @@ class FastNetwork:
         trains_all: bool,
         merges: bool,
         masks: Masks | None = None,
+        own_attention: bool | None = None,
     ) -> None:
         self.model, self.config, self.ops, self.dtype = model, model.config, ops, dtype
-        self.trains_all = trains_all
+        self.trains_all, self._own_attention = trains_all, own_attention
         trunk = cast(LlamaTrunk, model.trunk)
         blocks = [cast(PreNormBlock, block) for block in trunk.layers]
         heads = [block.self_attn for block in blocks]
@@ -121,12 +127,21 @@ class FastNetwork:
             vocabulary=sizes.vocab_size,
         )
         like = self.embedding.tensors[0]
-        return Buffers(self.qkv.n_layers, rows, tokens, widths, like, self.wide)
+        kept = Buffers(self.qkv.n_layers, rows, tokens, widths, like, self.wide)
+        if self.owns_attention(tokens):
+            kept.add_attention(sizes.num_attention_heads, sizes.head_dim)
+        return kept
 
     @property
     def wide(self) -> torch.dtype:
         """Type of sums: fp32, or fp64 where the products are."""
         return torch.promote_types(self.dtype, torch.float32)
+
+    def owns_attention(self, tokens: int) -> bool:
+        """Whether packed rows of `tokens` tokens go through our kernels of attention."""
+        if self._own_attention is not None:
+            return self._own_attention
+        return tokens <= OWN_ATTENTION_TOKENS and self.config.head_dim in OWN_ATTENTION_WIDTHS
 
     def prepare(self, tokens: int) -> None:
         """Make cosines and sines for all positions of a row of `tokens` tokens."""
@@ -174,6 +189,10 @@ class FastPass:
         self.net, self.inputs, self.kept, self.packed = net, inputs, kept, packed
         self.tables = net.tables(inputs.position_ids)
         self.attended: dict[int, Attended] = {}
+        self.owns_attention = packed and net.owns_attention(kept.tokens)
+        if self.owns_attention:
+            self.begins = find_begins(inputs.position_ids)
+            self.ends = find_ends(self.begins)
 
     def run(self) -> None:
         """Go through all blocks."""
@@ -231,9 +250,13 @@ class FastPass:
         if own.rope is not None:
             n_heads = sizes.num_attention_heads + sizes.num_key_value_heads
             net.ops.rotate_heads(qkv, *self.tables[own.rope], n_heads)
-        window = own.window_tokens
-        if window is not None and window >= kept.tokens:
-            window = None
+        window = self._window(layer)
+        if self.owns_attention:
+            out = kept.attended[layer][:, : net.output.inputs]
+            heads = self._sizes_of_heads()
+            lse = kept.lse[layer]
+            net.ops.attend(qkv, self.begins, heads, own.scale, window or 0, out, lse)
+            return
         shape = Shape(kept.rows, kept.tokens, own.scale, window)
         q, k, v = self._heads(layer)
         if not self.packed:
@@ -291,16 +314,35 @@ class FastPass:
         inner = net.output.inputs
         d_attended = kept.wide[:, :inner]
         net.output.backward(layer, dy, d_attended)
-        heads = d_attended.unflatten(1, (-1, net.config.head_dim))  # (N, H, D)
-        gradients = self.attended.pop(layer).backward(heads)
-        rope = net.config.layers[layer].rope
-        tables: tuple[Tensor | None, Tensor | None]
-        tables = (None, None) if rope is None else self.tables[rope]
-        net.ops.gather_gradients(*gradients, *tables, self._plain(kept.qkv, net.qkv, layer))
+        self._heads_back(layer, d_attended)
         is_last = layer == net.first and not net.trains_all
         net.qkv.backward(layer, kept.qkv[layer], None if is_last else kept.hidden)
         if not is_last:
             self._norm_back(kept.hidden, 2 * layer, kept.before[layer], dy, first)
+
+    def _heads_back(self, layer: int, d_attended: Tensor) -> None:
+        """Changes queries, keys and values in place: they become their gradients, unrotated."""
+        net, kept, own = self.net, self.kept, self.net.config.layers[layer]
+        qkv = self._plain(kept.qkv, net.qkv, layer)
+        tables = None if own.rope is None else self.tables[own.rope]
+        if self.owns_attention:
+            out = kept.attended[layer][:, : net.output.inputs]
+            net.ops.attend_backward(
+                qkv, self.begins, self.ends, self._sizes_of_heads(), own.scale,
+                self._window(layer) or 0, out, kept.lse[layer], d_attended, kept.partial, tables,
+            )  # fmt: skip
+            return
+        heads = d_attended.unflatten(1, (-1, net.config.head_dim))  # (N, H, D)
+        gradients = self.attended.pop(layer).backward(heads)
+        net.ops.gather_gradients(*gradients, *(tables or (None, None)), qkv)
+
+    def _sizes_of_heads(self) -> tuple[int, int, int]:
+        sizes = self.net.config
+        return sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim
+
+    def _window(self, layer: int) -> int | None:
+        window = self.net.config.layers[layer].window_tokens
+        return None if window is not None and window >= self.kept.tokens else window
 
     def _embedding_back(self, first: bool) -> None:
         net, slot = self.net, self.net.embedding.slot

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lora.kernels import adamw, dropout, merge, norm, rotary, swiglu, token_loss
+from lora.kernels import adamw, attention, dropout, merge, norm, rotary, swiglu, token_loss
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Ops:
     drop: Callable[..., None]
     add_dropped: Callable[..., None]
     add_low_rank: Callable[..., None]
+    attend: Callable[..., None]
+    attend_backward: Callable[..., None]
 
 
 PLAIN = Ops(
@@ -43,6 +45,8 @@ PLAIN = Ops(
     drop=dropout.drop,
     add_dropped=dropout.add_dropped,
     add_low_rank=merge.add_low_rank,
+    attend=attention.attend,
+    attend_backward=attention.attend_backward,
 )
 
 TRITON = Ops(
@@ -59,4 +63,6 @@ TRITON = Ops(
     drop=dropout.drop_triton,
     add_dropped=dropout.add_dropped_triton,
     add_low_rank=merge.add_low_rank_triton,
+    attend=attention.attend_triton,
+    attend_backward=attention.attend_backward_triton,
 )

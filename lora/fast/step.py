@@ -43,6 +43,7 @@ class FastStep:
         seed: of dropout's masks, with the step's number.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
         merges: add s·B·A to the weights once a step; None decides by the model's width.
+        own_attention: of packed rows through our kernels; None decides by the rows' length.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class FastStep:
         max_grad_norm: float = 1.0,
         seed: int = 0,
         merges: bool | None = None,
+        own_attention: bool | None = None,
     ) -> None:
         self.model, self.ops, self.seed = model, ops, seed
         self.weight_decay, self.max_grad_norm = weight_decay, max_grad_norm
@@ -72,6 +74,7 @@ class FastStep:
                 trains_all=trains_whole(model),
                 merges=self.merges,
                 masks=self.masks,
+                own_attention=own_attention,
             )
             self.flat.allocate()
             self.network.fill()
@@ -153,6 +156,7 @@ class FastStep:
         if self.buffers is not None and (self.buffers.rows, self.buffers.tokens) == (rows, tokens):
             return
         self.graphs.clear()
+        self.pool = None
         self.buffers = None
         self.buffers = self.network.buffers(rows, tokens)
         ids, labels, positions = torch.zeros(
@@ -170,21 +174,27 @@ class FastStep:
             (inputs.position_ids, batch.position_ids),
         ):
             target.copy_(_staged(source.reshape(-1), target.device), non_blocking=True)
-        documents = batch.document_ids
+        tokens = batch.input_ids.shape[1]
+        if bool((batch.document_ids == 0).all()) and not self._has_windows(tokens):
+            return False, 0
+        if self.network.owns_attention(tokens):
+            return True, 0
+        return True, self._put_bounds(batch.document_ids, inputs)
+
+    def _put_bounds(self, documents: Tensor, inputs: Inputs) -> int:
+        """Tell torch's attention where documents begin; return for how many there is room."""
         starts = torch.ones_like(documents, dtype=torch.bool)
         starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        is_plain = bool((documents == 0).all()) and not self._has_windows(documents.shape[1])
         places = starts.reshape(-1).nonzero().squeeze(1).to(torch.int32)  # (documents,)
-        if is_plain:
-            return False, 0
-        room = max(64, 1 << (len(places) - 1).bit_length())
-        if len(inputs.bounds) < room + 1:
-            self.graphs = {key: g for key, g in self.graphs.items() if True not in key[1:]}
+        if len(inputs.bounds) < len(places) + 1:
+            room = max(64, 2 << (len(places) - 1).bit_length())  # a larger batch captures anew
+            self.graphs.clear()
+            self.pool = None
             inputs.bounds = inputs.bounds.new_full((room + 1,), documents.numel())
         bounds = torch.full((len(inputs.bounds),), documents.numel(), dtype=torch.int32)
         bounds[: len(places)] = places
         inputs.bounds.copy_(_staged(bounds, inputs.bounds.device), non_blocking=True)
-        return True, len(inputs.bounds)
+        return len(inputs.bounds)
 
     def _has_windows(self, tokens: int) -> bool:
         windows = (layer.window_tokens for layer in self.model.config.layers)

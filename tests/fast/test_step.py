@@ -69,7 +69,9 @@ def test_steps_are_the_plain_ones(
     plain = adapt(tiny_decoder(**sizes), settings)
     fast = copy.deepcopy(plain)
     frozen = {n: p.detach().clone() for n, p in plain.named_parameters() if not p.requires_grad}
-    step = FastStep(fast, PLAIN, torch.float64, weight_decay=0.1, merges=merges)
+    step = FastStep(
+        fast, PLAIN, torch.float64, weight_decay=0.1, merges=merges, own_attention=merges
+    )
     optimizer = build_optimizer(plain, 1.0, 0.1)
     mirrored = build_optimizer(fast, 1.0, 0.1)
     step.adopt_moments(mirrored)

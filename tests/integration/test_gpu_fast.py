@@ -186,7 +186,7 @@ def test_finetune_takes_it_and_learns_like_the_plain_step(job: FinetuneJob) -> N
         for done in (fast, plain)
     ]
     gained = curves[1][0] - plain.result.eval_loss
-    assert gained > 0.5
+    assert gained > 0.2
     for one, other in zip(*curves, strict=True):
         assert abs(one - other) < 0.1 * gained
     assert abs(fast.result.eval_loss - plain.result.eval_loss) < 0.05 * gained

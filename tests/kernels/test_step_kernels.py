@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora.kernels import adamw, dropout, merge, norm, rotary, swiglu, token_loss
+from lora.kernels import adamw, attention, dropout, merge, norm, rotary, swiglu, token_loss
 from lora.kernels.jit import HAS_TRITON
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
     pytest.mark.gpu,
+    # torch's own, where autograd's thread is the first to multiply
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),
     pytest.mark.skipif(
         not (HAS_TRITON and (torch.cuda.is_available() or INTERPRETED)),
         reason="needs Triton with a CUDA device or its interpreter",
@@ -153,3 +155,49 @@ def test_adding_low_rank_to_all_blocks(draw: torch.Generator) -> None:
     merge.add_low_rank(base, b, a, plain)
     merge.add_low_rank_triton(base, b, a, fast)
     assert_close(fast, plain)
+
+
+@pytest.mark.parametrize(
+    ("heads", "count", "window", "rotates"),
+    [
+        ((6, 2, 16), 150, 0, True),
+        ((4, 4, 32), 130, 40, True),
+        ((3, 1, 64), 64, 0, False),
+        ((9, 3, 64), 300, 0, True),
+    ],
+)
+def test_attention_and_its_gradient(
+    draw: torch.Generator, heads: tuple[int, int, int], count: int, window: int, rotates: bool
+) -> None:
+    n_heads, shared, width = heads
+    columns, inner = (n_heads + 2 * shared) * width, n_heads * width
+    positions = torch.arange(count)
+    for start in (17, 18, count // 2):
+        positions[start:] = torch.arange(count - start)
+    positions[-5:] = 0  # padding
+    begins = attention.find_begins(positions.to(DEVICE))
+    ends = attention.find_ends(begins)
+    whole = random(draw, count, columns + 16)
+    qkv, dy = whole[:, :columns], random(draw, count, inner)
+    tables = None
+    if rotates:
+        cos, sin = (torch.randn(count, width // 2, generator=draw).to(DEVICE) for _ in range(2))
+        tables = (cos, sin)
+    expected = qkv.double()
+    y = torch.empty(count, inner, device=DEVICE, dtype=torch.float64)
+    lse = torch.empty(n_heads, count, device=DEVICE)
+    settings = (heads, width**-0.5, window)
+    attention.attend(expected, begins, *settings, y, lse)
+    out = torch.full((count, inner + 16), 7.0, device=DEVICE, dtype=TYPE)
+    attention.attend_triton(qkv, begins, *settings, out[:, :inner], lse)
+    assert_close(out[:, :inner], y, 5e-3 if TYPE is torch.bfloat16 else 1e-6)
+    assert (out[:, inner:] == 7).all()
+    wide = None if tables is None else (tables[0].double(), tables[1].double())
+    partial = torch.full((count, n_heads, 2, width), 7.0, device=DEVICE)
+    attention.attend_backward(expected, begins, ends, *settings, y, lse, dy.double(), partial, wide)
+    attention.attend_backward_triton(
+        qkv, begins, ends, *settings, out[:, :inner], lse, dy, partial, tables
+    )
+    parts = (n_heads * width, shared * width, shared * width)
+    for fast, plain in zip(qkv.split(parts, 1), expected.split(parts, 1), strict=True):
+        assert_close(fast, plain, 1e-2 if TYPE is torch.bfloat16 else 1e-6)
