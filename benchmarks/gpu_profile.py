@@ -1,0 +1,56 @@
+"""Where the time of our step goes on a GPU: kernels of one step, by time.
+
+python benchmarks/gpu_profile.py --case 1B-4x2048 --variant ours_lora
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+from gpu_step import CASES, OURS, RANK, build_model, build_stream
+
+from lora.apply import apply_lora
+from lora.config import LoRAConfig
+from lora.device import choose_device
+from lora.fast.runner import FastSteps
+
+WARM_UP_STEPS = 4
+
+
+def main() -> int:
+    """Profile one step after the warm-up and print its kernels."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--case", choices=CASES, default="135M-4x512")
+    variants = [variant for variant in OURS if not variant.endswith("plain")]
+    parser.add_argument("--variant", choices=variants, default="ours_lora")
+    parser.add_argument("--kernels", type=int, default=25, help="rows of the table")
+    arguments = parser.parse_args()
+    shape, full = CASES[arguments.case], arguments.variant == "ours_full"
+    model = build_model(shape, torch.float32 if full else torch.bfloat16)
+    if full:
+        model.requires_grad_(True)
+    else:
+        apply_lora(model, LoRAConfig(rank=RANK, alpha=2.0 * RANK, init_seed=0))
+    choice = choose_device("cuda")
+    steps = FastSteps(model, choice, weight_decay=0.0, max_grad_norm=1.0, seed=0)
+    print(steps.describe())
+    stream = build_stream(shape, "cpu", packed=arguments.variant.endswith("packed"))
+    for number in range(1, WARM_UP_STEPS + 1):
+        steps.launch(number, [next(stream)], 1e-4)
+    steps.finished(wait=True)
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        steps.launch(WARM_UP_STEPS + 1, [next(stream)], 1e-4)
+        steps.finished(wait=True)
+    by_time = profile.key_averages()
+    table = by_time.table(
+        sort_by="cuda_time_total", row_limit=arguments.kernels, max_name_column_width=70
+    )
+    print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

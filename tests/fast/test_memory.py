@@ -1,0 +1,96 @@
+"""What a fast step is said to hold against what it holds, and against peaks measured on a GPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora.apply import apply_lora
+from lora.config import LoRAConfig
+from lora.decoder.config import (
+    AttentionConfig,
+    DecoderConfig,
+    FeedForwardConfig,
+    LayerConfig,
+    RopeConfig,
+)
+from lora.decoder.decoder import Decoder, build_empty_decoder
+from lora.fast.memory import fast_memory
+from lora.fast.ops import PLAIN
+from lora.fast.step import FastStep
+
+SHAPES = {  # hidden, layers, heads, shared, feed-forward, vocabulary, rows, tokens
+    "135M-4x512": (576, 30, 9, 3, 1536, 49152, 4, 512),
+    "1B-1x512": (2048, 16, 32, 8, 8192, 128256, 1, 512),
+    "1B-4x2048": (2048, 16, 32, 8, 8192, 128256, 4, 2048),
+}
+
+
+def build(case: str, *, full: bool) -> Decoder:
+    hidden, layers, heads, shared, wide, vocabulary, _, _ = SHAPES[case]
+    width = hidden // heads
+    config = DecoderConfig(
+        family="llama",
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        max_position_embeddings=4096,
+        norm_eps=1e-5,
+        block="pre_norm",
+        embedding_scale=1.0,
+        tie_word_embeddings=True,
+        attention=AttentionConfig(heads, shared, width),
+        feed_forward=FeedForwardConfig(wide, "silu"),
+        layers=(LayerConfig(RopeConfig(1e4), None, width**-0.5),) * layers,
+    )
+    model = build_empty_decoder(config)
+    if full:
+        return model.requires_grad_(True)
+    return apply_lora(model.bfloat16(), LoRAConfig(rank=16, alpha=32.0))  # type: ignore[return-value]
+
+
+def measured() -> list[tuple[str, str, float]]:
+    results = Path(__file__).parents[2] / "benchmarks" / "results"
+    lines = [
+        json.loads(line)
+        for name in ("gpu_step_h200.jsonl", "gpu_step_h200_before.jsonl")
+        for line in (results / name).read_text(encoding="utf-8").splitlines()
+    ]
+    ours = [r for r in lines if r["variant"] in ("ours_lora", "ours_lora_packed", "ours_full")]
+    return [(r["case"], r["variant"], r["peak_gb"]) for r in ours]
+
+
+@pytest.mark.parametrize(("case", "variant", "peak_gb"), measured())
+def test_predictions_are_near_the_peaks_measured_on_an_h200(
+    case: str, variant: str, peak_gb: float
+) -> None:
+    model = build(case, full=variant == "ours_full")
+    rows, tokens = SHAPES[case][-2:]
+    predicted = fast_memory(model, rows, tokens, packed=variant.endswith("packed"))
+    assert predicted.total / 1e9 == pytest.approx(peak_gb, rel=0.15)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_parts_are_those_of_a_real_step(tiny_decoder: Callable[..., Decoder], full: bool) -> None:
+    def make() -> Decoder:
+        model = tiny_decoder(dtype=torch.float32)
+        if full:
+            return model.requires_grad_(True)
+        return apply_lora(model, LoRAConfig(rank=4))  # type: ignore[return-value]
+
+    step = FastStep(make(), PLAIN, torch.bfloat16)
+    storages = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
+        for p in step.model.parameters()
+    }
+    flat = step.flat.values.untyped_storage()
+    held = sum(storages.values()) - (0 if flat.data_ptr() in storages else flat.nbytes())
+    predicted = fast_memory(make(), 2, 16)
+    assert predicted.gradients == flat.nbytes()
+    assert predicted.optimizer == 2 * flat.nbytes()
+    # The products' own copies of what trains come on top of what the parameters are views of.
+    assert predicted.weights >= held
+    assert predicted.weights - held <= sum(p.numel() * 2 for p in step.model.parameters()) * 2
