@@ -26,6 +26,7 @@ from lora.config import (
     TrainConfig,
 )
 from lora.data.batches import BatchStream, ordered_batches
+from lora.data.inspection import DataReport, inspect_prepared
 from lora.data.prepare import PreparedData, prepare_data
 from lora.data.readers import Source
 from lora.data.tokenizers import TextTokenizer, load_tokenizer
@@ -76,8 +77,16 @@ class FinetuneResult:
     result: TrainResult
 
 
-def finetune(job: FinetuneJob, progress: Progress | None = None) -> FinetuneResult:
+def finetune(
+    job: FinetuneJob,
+    progress: Progress | None = None,
+    *,
+    show_data: Callable[[DataReport], None] | None = None,
+) -> FinetuneResult:
     """Run `job` to its end and save what was learned.
+
+    `show_data` gets the report on the data before the weights are loaded; left out, `progress`
+    hears what in it is likely not meant.
 
     Raises ConfigError, DataError or ModelError for what cannot work, before anything is written;
     TrainingError if the loss is no longer finite (the newest checkpoint is kept).
@@ -86,7 +95,12 @@ def finetune(job: FinetuneJob, progress: Progress | None = None) -> FinetuneResu
     choice = choose_device(job.run.device, job.train.precision)
     open_board = _find_tensorboard() if job.run.tensorboard else None
     source = find_model(job.model)
-    data = check_data(job, source.folder, progress)
+    data, report = check_data(job, source.folder, progress)
+    if show_data is not None:
+        show_data(report)
+    else:
+        for told in report.notes + report.warnings:
+            progress.say(f"note: {told}")
     progress.say(f"{source.name} on {choice.reason}")
     model = _load_model(job, source, choice)
     rate = job.train.learning_rate
@@ -94,6 +108,7 @@ def finetune(job: FinetuneJob, progress: Progress | None = None) -> FinetuneResu
         rate = FULL_LEARNING_RATE if job.lora is None else LORA_LEARNING_RATE
     name = job.run.name or default_name(source.name)
     described = {**_describe(job, source, data, choice), "learning_rate": rate}
+    described["data"]["warnings"] = report.warnings
     described["base_fingerprint"] = base_fingerprint(model)
     steps = _choose_steps(job, model, choice, progress)
     with create_run(job.run.out, name, resume=job.resume, described=described) as run:
@@ -105,8 +120,10 @@ def finetune(job: FinetuneJob, progress: Progress | None = None) -> FinetuneResu
         return FinetuneResult(run.folder, saved, result)
 
 
-def check_data(job: FinetuneJob, model_folder: Path, progress: Progress) -> PreparedData:
-    """Return `job`'s examples as rows of tokens, and say what they are; no weights are loaded.
+def check_data(
+    job: FinetuneJob, model_folder: Path, progress: Progress
+) -> tuple[PreparedData, DataReport]:
+    """Return `job`'s examples as rows of tokens, and what they are; no weights are loaded.
 
     A resumed run tells chat templates the date on which it began, so that its rows are the same.
     Raises DataError if nothing can be learned from them.
@@ -124,15 +141,7 @@ def check_data(job: FinetuneJob, model_folder: Path, progress: Progress) -> Prep
         f"{len(data.train_examples)} examples to learn ({data.train.n_target_tokens:,} learned "
         f"tokens in {len(data.train)} rows), {len(data.held_out_examples)} to measure"
     )
-    counts = data.train_encoded.counts
-    for count, what in (
-        (counts.n_truncated, "were cut at max_length"),
-        (counts.n_dropped, "were dropped as too long"),
-        (counts.n_nothing_to_learn, "have nothing to learn"),
-    ):
-        if count:
-            progress.say(f"note: {count} of {counts.n_examples} examples {what}")
-    return data
+    return data, inspect_prepared(data, job.data, job.data_config)
 
 
 def _find_tensorboard() -> Callable[[Path], Callable[[dict[str, Any]], None]]:

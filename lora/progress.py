@@ -49,7 +49,7 @@ class RichProgress:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._console = Console(file=sys.stderr, highlight=False)
+        self.console = Console(file=sys.stderr, highlight=False)
         self._title = title
         columns = [
             TextColumn("{task.description}"),
@@ -58,7 +58,7 @@ class RichProgress:
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
         ]
-        self._bar = Progress(*columns, console=self._console, transient=True)
+        self._bar = Progress(*columns, console=self.console, transient=True)
         self._task = self._bar.add_task(title, total=None, figures="")
         self._total_steps = 0
         self._last_line_s = 0.0
@@ -66,19 +66,19 @@ class RichProgress:
     def start(self, total_steps: int, done_steps: int) -> None:
         self._total_steps, self._last_line_s = total_steps, time.monotonic()
         self._bar.update(self._task, total=total_steps, completed=done_steps)
-        if self._console.is_terminal:
+        if self.console.is_terminal:
             self._bar.start()
 
     def step(self, step: int, loss: float, tokens_per_s: float, memory_bytes: int) -> None:
         figures = f"loss {loss:.3f} · {tokens_per_s:,.0f} tokens/s · {memory_bytes / 1e9:.2f} GB"
-        if self._console.is_terminal:
+        if self.console.is_terminal:
             self._bar.update(self._task, completed=step, figures=figures)
         elif time.monotonic() - self._last_line_s > 10:
             self._last_line_s = time.monotonic()
-            self._console.print(f"{self._title} {step}/{self._total_steps} · {figures}")
+            self.console.print(f"{self._title} {step}/{self._total_steps} · {figures}")
 
     def say(self, message: str) -> None:
-        self._console.print(message, markup=False)
+        self.console.print(message, markup=False)
 
     def stop(self) -> None:
         self._bar.stop()

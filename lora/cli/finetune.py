@@ -61,6 +61,7 @@ def finetune(
     json
         Print the result as one JSON object.
     """
+    from lora.data.inspection_view import print_report
     from lora.finetune import FinetuneJob
     from lora.finetune import finetune as run_job
     from lora.progress import RichProgress
@@ -77,7 +78,13 @@ def finetune(
         from_adapter=from_adapter,
         resume=resume,
     )
-    return _report(run_job(job, RichProgress("finetune")), json)
+    progress = RichProgress("finetune")  # on standard error: the result alone goes to the other
+    done = run_job(
+        job,
+        progress,
+        show_data=lambda report: print_report(report, progress.console, is_compact=True),
+    )
+    return _report(done, json)
 
 
 def _check_flags(is_nameless: bool, full: bool, of_lora: object) -> None:

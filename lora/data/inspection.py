@@ -22,14 +22,16 @@ from lora.data.examples import (
 from lora.data.formats import Example
 from lora.data.inspection_view import print_report
 from lora.data.packing import pack, padded_width
+from lora.data.prepare import PreparedData
 from lora.data.readers import Source, read_examples
 from lora.data.templates import choose_template
 from lora.data.tokenizers import TextTokenizer
 from lora.errors import DataError
 
-__all__ = ["DataReport", "Preview", "inspect_data", "print_report"]
+__all__ = ["DataReport", "Preview", "inspect_data", "inspect_prepared", "print_report"]
 
-_MOST_PREVIEW_TOKENS = 400
+_PREVIEW_TOKENS = 400
+_COMPACT_PREVIEW_TOKENS = 4000  # the compact view takes their middle out and shows the end
 _MUCH = 0.1  # of the examples: from here on a cut is worth a warning
 
 
@@ -98,21 +100,45 @@ def inspect_data(
     Nothing is held out here: the figures are of all examples. Raises DependencyError if a file's
     format needs a package that is not installed.
     """
-    name = str(source) if isinstance(source, str | Path) else "rows in memory"
-    report = DataReport(name, config.max_length, config.learn_on)
+    report = DataReport(_name_of(source), config.max_length, config.learn_on)
     try:
         examples = read_examples(source, report.notes.append)
         _describe_examples(report, examples)
         if any(example.messages is not None for example in examples):
             tokenizer, report.template_origin = choose_template(tokenizer, config.chat_template)
         encoded = encode_examples(examples, tokenizer, config, on_progress)
-        _describe_tokens(report, encoded, tokenizer, config)
-        report.previews = _preview(examples, encoded, tokenizer, n_previews)
+        _describe_tokens(report, encoded, tokenizer)
+        _count_rows(report, encoded, config)
+        report.previews = _preview(examples, encoded, tokenizer, n_previews, _PREVIEW_TOKENS)
         _warn(report)
         check_learnable(encoded, config.learn_on)
     except DataError as error:
         report.errors.append(str(error))
     return report
+
+
+def inspect_prepared(
+    data: PreparedData, source: Source, config: DataConfig, *, n_previews: int = 1
+) -> DataReport:
+    """Return the same report of `data`, made from `source` and about to be learned.
+
+    Nothing is read or tokenised again. The figures are of the examples that are learned from;
+    those that are held out do not count.
+    """
+    report = DataReport(_name_of(source), config.max_length, config.learn_on)
+    report.template_origin = data.template_origin
+    _describe_examples(report, data.train_examples)
+    _describe_tokens(report, data.train_encoded, data.tokenizer)
+    report.n_rows, report.fill_fraction = len(data.train), data.train.fill_fraction
+    report.previews = _preview(
+        data.train_examples, data.train_encoded, data.tokenizer, n_previews, _COMPACT_PREVIEW_TOKENS
+    )
+    _warn(report)
+    return report
+
+
+def _name_of(source: Source) -> str:
+    return str(source) if isinstance(source, str | Path) else "rows in memory"
 
 
 def _describe_examples(report: DataReport, examples: Sequence[Example]) -> None:
@@ -125,17 +151,12 @@ def _describe_examples(report: DataReport, examples: Sequence[Example]) -> None:
 
 
 def _describe_tokens(
-    report: DataReport, encoded: EncodedExamples, tokenizer: TextTokenizer, config: DataConfig
+    report: DataReport, encoded: EncodedExamples, tokenizer: TextTokenizer
 ) -> None:
     documents, lengths = encoded.documents, encoded.lengths
     report.counts = encoded.counts
     report.n_learned_tokens = documents.n_target_tokens
     report.n_ignored_tokens = len(documents.ids) - report.n_learned_tokens
-    sizes = np.diff(documents.starts)
-    width = config.max_length if config.packing else padded_width(sizes, config.max_length)
-    packed = config.packing and len(sizes)
-    report.n_rows = pack(sizes, width, seed=0).n_rows if packed else len(sizes)
-    report.fill_fraction = len(documents.ids) / max(1, report.n_rows * width)
     values = np.quantile(lengths, [0, 0.5, 0.95, 1], method="nearest").tolist()
     names = ("shortest", "median", "95 %", "longest")
     report.quantiles_tokens = dict(zip(names, values, strict=True))
@@ -143,8 +164,16 @@ def _describe_tokens(
     if len(documents):
         is_end = np.isin(documents.labels, tokenizer.stop_ids).astype(np.int64)
         has_end = np.add.reduceat(is_end, documents.starts[:-1]) > 0
-        is_whole = lengths[documents.owners] <= config.max_length
+        is_whole = lengths[documents.owners] <= report.max_length
         report.n_without_end = int((is_whole & ~has_end).sum())
+
+
+def _count_rows(report: DataReport, encoded: EncodedExamples, config: DataConfig) -> None:
+    sizes = np.diff(encoded.documents.starts)
+    width = config.max_length if config.packing else padded_width(sizes, config.max_length)
+    packed = config.packing and len(sizes)
+    report.n_rows = pack(sizes, width, seed=0).n_rows if packed else len(sizes)
+    report.fill_fraction = len(encoded.documents.ids) / max(1, report.n_rows * width)
 
 
 def _count_by_size(lengths: np.ndarray) -> list[tuple[int, int, int]]:
@@ -156,14 +185,18 @@ def _count_by_size(lengths: np.ndarray) -> list[tuple[int, int, int]]:
 
 
 def _preview(
-    examples: Sequence[Example], encoded: EncodedExamples, tokenizer: TextTokenizer, most: int
+    examples: Sequence[Example],
+    encoded: EncodedExamples,
+    tokenizer: TextTokenizer,
+    most: int,
+    most_tokens: int,
 ) -> list[Preview]:
     documents = encoded.documents
     _, firsts = np.unique(documents.owners, return_index=True)
     previews = []
     for number in firsts[:most].tolist():
         ids, learned = documents.tokens(number)
-        shown = ids[:_MOST_PREVIEW_TOKENS].tolist()
+        shown = ids[:most_tokens].tolist()
         changes = np.flatnonzero(np.diff(learned[: len(shown)])) + 1
         spans, told = [], 0
         for begin, end in itertools.pairwise([0, *changes.tolist(), len(shown)]):
@@ -179,6 +212,10 @@ def _preview(
 def _warn(report: DataReport) -> None:
     n, counts = report.n_examples, report.counts
     cut = counts.n_truncated + counts.n_dropped
+    long = (
+        f"{cut} of {n} examples are longer than max_length={report.max_length} and lose "
+        f"{counts.n_cut_tokens:,} tokens"
+    )
     told = {
         f"{report.n_duplicates} of {n} examples are copies of earlier ones": report.n_duplicates,
         f"{report.n_empty_answers} of {n} examples have an empty answer: the model learns to say "
@@ -186,11 +223,14 @@ def _warn(report: DataReport) -> None:
         f"{counts.n_nothing_to_learn} of {n} examples have no token to learn and are left out": (
             counts.n_nothing_to_learn
         ),
-        f"{cut} of {n} examples are longer than max_length={report.max_length} and lose "
-        f"{counts.n_cut_tokens:,} tokens": cut > _MUCH * n,
+        long: cut > _MUCH * n,
         f"{counts.n_lost_turns} answers cannot be told from the rest of what the chat template "
-        "makes of them, and are not learned": counts.n_lost_turns,
+        "makes of them, and are not learned; set learn_on to 'all' to learn all": (
+            counts.n_lost_turns
+        ),
         f"{report.n_without_end} of {n} examples learn no token that ends an answer: the model may "
         "never stop": report.n_without_end,
     }
     report.warnings += [warning for warning, is_so in told.items() if is_so]
+    if 0 < cut <= _MUCH * n:
+        report.notes.append(long)

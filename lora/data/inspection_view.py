@@ -13,35 +13,37 @@ if TYPE_CHECKING:
     from lora.data.inspection import DataReport, Preview
 
 _BAR_CELLS = 40
+_SHORT_CHARACTERS = 240
 _CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-def print_report(report: DataReport, console: Console) -> None:
+def print_report(report: DataReport, console: Console, *, is_compact: bool = False) -> None:
     """Print a report: what was understood, lengths, what is learned, and the first examples.
 
-    Learned text stands in colour and between marks. Control characters of the data are shown as
-    escapes, so that data cannot steer the terminal.
+    A compact one has no bars, and long texts of the examples lose their middle. Learned text stands
+    in colour and between marks. Control characters of the data are shown as escapes, so that data
+    cannot steer the terminal.
     """
     from rich.text import Text
 
     is_ascii = console.options.ascii_only
-    console.print(Text(f"Data: {_visible(report.source, is_ascii)}", style="bold"))
+    console.print(Text(f"Data: {visible(report.source, is_ascii)}", style="bold"))
     if report.n_examples:
-        console.print(_summary(report))
-    if report.histogram:
+        console.print(_summary(report, is_compact))
+    if report.histogram and not is_compact:
         console.print(Text("\nTokens of an example, before any cut", style="bold"))
         console.print(_bars(report, is_ascii))
     for preview in report.previews:
-        console.print(_preview(preview, is_ascii))
+        console.print(_preview(preview, is_ascii, _SHORT_CHARACTERS if is_compact else None))
     for note in report.notes:
-        console.print(Text(f"note: {_visible(note, is_ascii)}"))
+        console.print(Text(f"note: {visible(note, is_ascii)}"))
     for warning in report.warnings:
-        console.print(Text(f"warning: {_visible(warning, is_ascii)}", style="yellow"))
+        console.print(Text(f"warning: {visible(warning, is_ascii)}", style="yellow"))
     for error in report.errors:
-        console.print(Text(f"error: {_visible(error, is_ascii)}", style="red"))
+        console.print(Text(f"error: {visible(error, is_ascii)}", style="red"))
 
 
-def _summary(report: DataReport) -> Table:
+def _summary(report: DataReport, is_compact: bool) -> Table:
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
@@ -49,7 +51,7 @@ def _summary(report: DataReport) -> Table:
     formats = ", ".join(f"{count:,} {name}" for name, count in report.formats.items())
     rows = [
         ("examples", f"{report.n_examples:,} ({formats})"),
-        ("written in", report.template_origin or ""),
+        ("written in", "" if is_compact else report.template_origin or ""),  # was said before
         ("learned", f"{report.n_learned_tokens:,} tokens, {report.learn_on}"),
         ("read only", f"{report.n_ignored_tokens:,} tokens"),
         ("share learned", f"{report.n_learned_tokens / all_tokens:.1%}"),
@@ -57,6 +59,7 @@ def _summary(report: DataReport) -> Table:
         ("truncated", f"{report.counts.n_truncated:,}" if report.counts.n_truncated else ""),
         ("split", f"{report.counts.n_split:,}" if report.counts.n_split else ""),
         ("dropped", f"{report.counts.n_dropped:,}" if report.counts.n_dropped else ""),
+        ("tokens of one", _quantiles(report) if is_compact else ""),
     ]
     for name, value in rows:
         if value:
@@ -77,29 +80,41 @@ def _bars(report: DataReport, is_ascii: bool) -> Table:
         fate = "longer than a row" if fewest > report.max_length else ""
         bar = ("#" if is_ascii else "█") * n_cells
         table.add_row(f"{fewest:,}-{largest:,}", bar, f"{count:,}", fate)
-    quantiles = ", ".join(f"{name} {n:,}" for name, n in report.quantiles_tokens.items())
-    table.add_row("", quantiles)
+    table.add_row("", _quantiles(report))
     return table
 
 
-def _preview(preview: Preview, is_ascii: bool) -> Text:
+def _quantiles(report: DataReport) -> str:
+    return ", ".join(f"{name} {n:,}" for name, n in report.quantiles_tokens.items())
+
+
+def _preview(preview: Preview, is_ascii: bool, most_characters: int | None) -> Text:
     from rich.text import Text
 
     begin, end = ("[[", "]]") if is_ascii else ("⟦", "⟧")
     text = Text()
-    text.append(f"\n{_visible(preview.source, is_ascii)}", style="bold")
+    text.append(f"\n{visible(preview.source, is_ascii)}", style="bold")
     text.append(f"  (learned is between {begin} and {end})\n", style="dim")
     for content, is_learned in preview.spans:
+        shown = visible(_shortened(content, most_characters), is_ascii)
         if is_learned:
-            text.append(f"{begin}{_visible(content, is_ascii)}{end}", style="bold green")
+            text.append(f"{begin}{shown}{end}", style="bold green")
         else:
-            text.append(_visible(content, is_ascii), style="dim")
+            text.append(shown, style="dim")
     if preview.n_more_tokens:
         text.append(f" ... and {preview.n_more_tokens:,} tokens more", style="dim")
     return text
 
 
-def _visible(text: str, is_ascii: bool) -> str:
+def _shortened(text: str, most_characters: int | None) -> str:
+    """Return the text, without its middle if it is long."""
+    if most_characters is None or len(text) <= most_characters:
+        return text
+    half = most_characters // 2
+    return f"{text[:half]} [...] {text[-half:]}"
+
+
+def visible(text: str, is_ascii: bool = False) -> str:
     """Return the text with control characters, and those that turn its direction, as escapes."""
     safe = _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
     return safe.encode("ascii", "backslashreplace").decode() if is_ascii else safe

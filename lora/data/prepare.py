@@ -76,11 +76,6 @@ def prepare_data(
         say(f"conversations are written in {origin}")
     encoded = encode_examples(train, tokenizer, config, on_progress, now=now)
     check_learnable(encoded, config.learn_on)
-    if encoded.counts.n_lost_turns:
-        say(
-            f"note: {encoded.counts.n_lost_turns} answers cannot be told from the rest of what the "
-            "chat template makes of them, and are not learned; set learn_on to 'all' to learn all"
-        )
     held_out_encoded = None
     if held_out:
         held_out_encoded = encode_examples(held_out, tokenizer, config, now=now)

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from lora.config import DataConfig
-from lora.data.inspection import DataReport, inspect_data, print_report
+from lora.data.inspection import DataReport, inspect_data, inspect_prepared, print_report
 from lora.data.prepare import prepare_data
 from lora.data.tokenizers import TextTokenizer
 
@@ -91,6 +91,13 @@ def test_what_is_likely_not_meant_is_a_warning(
     assert "never stop" not in told
 
 
+def test_a_few_cut_examples_are_a_note(chatml_tokenizer: TextTokenizer) -> None:
+    rows = [*ROWS, {"instruction": "q", "output": "a" * 300}]
+    report = inspect_data(rows, chatml_tokenizer, DataConfig(max_length=200))
+    assert report.warnings == []
+    assert "1 of 21 examples are longer than max_length=200 and lose" in report.notes[0]
+
+
 def test_answers_without_an_end_are_a_warning(tokenizer: TextTokenizer) -> None:
     endless = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
     tokenizer = dataclasses.replace(tokenizer, chat_template=endless)
@@ -168,3 +175,57 @@ def test_notes_of_reading_are_kept(tokenizer: TextTokenizer, tmp_path: Path) -> 
     report = inspect_data(tmp_path, tokenizer, DataConfig())
     assert report.formats == {"text (whole files)": 1}
     assert "note: left for evaluation, not read: test.txt" in printed(report)
+
+
+def lossy(tokenizer: TextTokenizer) -> TextTokenizer:
+    """A tokenizer whose template hides the answer of conversations of two turns."""
+    source = "{% for m in messages %}{{ m.content if loop.length != 2 else '-' }};{% endfor %}"
+    return dataclasses.replace(tokenizer, chat_template=source)
+
+
+def test_answers_that_are_not_learned_are_a_warning(tokenizer: TextTokenizer) -> None:
+    turns = [{"role": r, "content": r} for r in ("user", "assistant", "user", "assistant")]
+    rows = [{"messages": turns[:2]}, {"messages": turns}] * 2
+    config = DataConfig(eval_fraction=0)
+    prepared = prepare_data(rows, lossy(tokenizer), config, seed=1)
+    for report in (
+        inspect_data(rows, lossy(tokenizer), config),
+        inspect_prepared(prepared, rows, config),
+    ):
+        assert report.counts.n_lost_turns == 4
+        (told,) = (line for line in report.warnings if line.startswith("4 answers cannot be told"))
+        assert "set learn_on to 'all'" in told
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_prepared_data_give_the_same_report(chatml_tokenizer: TextTokenizer, packing: bool) -> None:
+    rows = [*ROWS, ROWS[3], {"instruction": "q" * 300, "output": "a"}]
+    config = DataConfig(max_length=128, eval_fraction=0, packing=packing)
+    prepared = prepare_data(rows, chatml_tokenizer, config, seed=0)
+    report = inspect_prepared(prepared, rows, config, n_previews=3)
+    assert report == inspect_data(rows, chatml_tokenizer, config)
+    assert report.n_duplicates == 1
+
+
+def test_what_is_held_out_does_not_count(chatml_tokenizer: TextTokenizer) -> None:
+    config = DataConfig(max_length=128, eval_fraction=0.2)
+    prepared = prepare_data(ROWS, chatml_tokenizer, config, seed=0)
+    report = inspect_prepared(prepared, "rows.jsonl", config)
+    assert (report.source, report.n_examples) == ("rows.jsonl", 16)
+    assert report.n_learned_tokens == prepared.train.n_target_tokens
+
+
+def test_a_compact_report_is_short(chatml_tokenizer: TextTokenizer) -> None:
+    rows = [{"instruction": "b" + "x" * 600 + "e", "output": "short"}, *ROWS]
+    config = DataConfig(max_length=1000, eval_fraction=0)
+    report = inspect_prepared(prepare_data(rows, chatml_tokenizer, config, 0), rows, config)
+    stream = io.StringIO()
+    print_report(report, Console(file=stream, width=120), is_compact=True)
+    shown = stream.getvalue()
+    assert "shortest " in shown
+    assert "█" not in shown
+    assert "[...]" in shown
+    assert "x" * 241 not in shown
+    assert "⟦short<|im_end|>⟧" in shown
+    assert "x" * 600 in printed(report).replace("\n", "")
+    assert len(shown.splitlines()) < len(printed(report).splitlines())

@@ -74,23 +74,6 @@ def test_held_out_examples_that_are_also_learned_are_told(tokenizer: TextTokeniz
     assert "2 of 3 examples to evaluate on are also learned from" in said[0]
 
 
-def test_answers_that_are_not_learned_are_told(tokenizer: TextTokenizer) -> None:
-    source = "{% for m in messages %}{{ m.content if loop.length != 2 else '-' }};{% endfor %}"
-    tokenizer = dataclasses.replace(tokenizer, chat_template=source)
-    turns = [{"role": r, "content": r} for r in ("user", "assistant", "user", "assistant")]
-    said: list[str] = []
-    data = prepare_data(
-        [{"messages": turns[:2]}, {"messages": turns}] * 2,
-        tokenizer,
-        DataConfig(eval_fraction=0),
-        seed=1,
-        say=said.append,
-    )
-    assert data.train_encoded.counts.n_lost_turns == 4
-    assert "note: 4 answers cannot be told" in said[-1]
-    assert "set learn_on to 'all'" in said[-1]
-
-
 def test_nothing_may_be_held_out(tokenizer: TextTokenizer) -> None:
     config = DataConfig(max_length=64, eval_fraction=0, packing=False)
     data = prepare_data([{"text": "the dog"}], tokenizer, config, seed=1)

@@ -42,8 +42,11 @@ def test_finetune_prints_json(
     words = ["finetune", "--model", str(tiny_folder), "--data", str(orders_file), "--json"]
     words += ["--steps", "2", "--batch-size", "2", "--max-length", "128", "--out", str(tmp_path)]
     assert main(words) == 0
-    found = json.loads(read()[0])
+    out, err = read()
+    found = json.loads(out)  # nothing else is there
     assert found["steps"] == 2
+    assert "share learned" in err
+    assert "⟦" in err  # an example, what is learned between marks
     assert Path(found["saved"], "adapter_model.safetensors").is_file()
 
 

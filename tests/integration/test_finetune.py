@@ -14,6 +14,7 @@ from lora.adapter_io import load_adapter
 from lora.apply import apply_lora
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.batches import BatchStream, ordered_batches
+from lora.data.inspection import DataReport
 from lora.data.orders import make_orders
 from lora.data.prepare import prepare_data
 from lora.data.tokenizers import load_tokenizer
@@ -22,6 +23,7 @@ from lora.device import choose_device
 from lora.errors import DataError, LoraError
 from lora.finetune import FinetuneJob, FinetuneResult, finetune
 from lora.losses import loss_for
+from lora.progress import NoProgress
 from lora.runs import create_run, read_json, read_rows
 from lora.trainer import TrainingJob, train
 
@@ -112,8 +114,9 @@ def test_a_killed_run_that_is_resumed_ends_with_the_same_bytes(
 
 def test_going_on_from_an_adapter_starts_where_it_ended(job: FinetuneJob) -> None:
     first = finetune(job)
+    slower = replace(job.train, learning_rate=5e-3)  # or the warm-up's jump may undo what was won
     more = finetune(
-        replace(job, from_adapter=first.saved, run=replace(job.run, name="more")),
+        replace(job, from_adapter=first.saved, train=slower, run=replace(job.run, name="more")),
     )
     start = next(r["eval_loss"] for r in read_rows(more.folder / "metrics.jsonl") if not r["step"])
     assert start == pytest.approx(first.result.eval_loss, rel=1e-6)
@@ -164,16 +167,68 @@ def test_what_cannot_work_is_refused_and_leaves_nothing(
     assert not list(job.run.out.iterdir())
 
 
+ASKED_ONLY = [{"messages": [{"role": "user", "content": f"note {n}"}]} for n in range(9)]
+LONG = [{"prompt": "word " * 200 + str(n), "completion": "end"} for n in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "seen"),
+    [
+        (ASKED_ONLY, "they have no answers"),
+        (LONG, "were cut before their answers ended"),
+    ],
+)
 def test_nothing_to_learn_is_known_before_the_weights_are_loaded(
-    job: FinetuneJob, monkeypatch: pytest.MonkeyPatch
+    job: FinetuneJob, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]], seen: str
 ) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr("lora.finetune.load_decoder", never)
-    asked_only = [{"messages": [{"role": "user", "content": f"note {n}"}]} for n in range(9)]
-    with pytest.raises(DataError):
-        finetune(replace(job, data=asked_only))
+    with pytest.raises(DataError, match=seen):
+        finetune(replace(job, data=rows))
+    assert not job.run.out.exists() or not list(job.run.out.iterdir())
+
+
+class Heard(NoProgress):
+    """Keeps what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
+def test_the_data_are_reported_before_the_weights_are_loaded(
+    job: FinetuneJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Loading(Exception):
+        pass
+
+    def refuse(*_: object, **__: object) -> None:
+        raise Loading
+
+    monkeypatch.setattr("lora.finetune.load_decoder", refuse)
+    orders = make_orders("train", 24)
+    job = replace(job, data=[*orders, *orders[:3]])
+    reports: list[DataReport] = []
+    with pytest.raises(Loading):
+        finetune(job, show_data=reports.append)
+    assert reports[0].n_examples > 20
+    assert reports[0].warnings
+    heard = Heard()
+    with pytest.raises(Loading):
+        finetune(job, heard)
+    assert f"note: {reports[0].warnings[0]}" in heard.said
+
+
+def test_the_run_keeps_what_was_likely_not_meant(job: FinetuneJob) -> None:
+    orders = make_orders("train", 24)
+    short = replace(job.train, steps=1)
+    done = finetune(replace(job, data=[*orders, *orders[:3]], train=short))
+    told = read_json(done.folder / "run.json")["data"]["warnings"]
+    assert any("are copies of earlier ones" in warning for warning in told)
 
 
 def test_a_transformers_model_goes_through_the_same_trainer(
