@@ -199,6 +199,10 @@ class RunConfig:
     """Newest checkpoints that are kept."""
     patience: int = 0
     """Stop after so many evaluations without a better loss; 0 never stops early."""
+    samples: int = 2
+    """Held-out prompts that are answered, greedily, at each evaluation; 0: none."""
+    sample_tokens: int = 48
+    """Most tokens of such an answer."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 …"""
     fast: bool = True
@@ -207,8 +211,9 @@ class RunConfig:
     """Also write TensorBoard's event files into the run's folder."""
 
     def __post_init__(self) -> None:
-        faults = _check_counts(self, 0, "eval_every_steps", "save_every_steps", "patience")
-        faults += _check_counts(self, 1, "keep_checkpoints")
+        counts = ("eval_every_steps", "save_every_steps", "patience", "samples")
+        faults = _check_counts(self, 0, *counts)
+        faults += _check_counts(self, 1, "keep_checkpoints", "sample_tokens")
         for name in ("fast", "tensorboard"):
             value = getattr(self, name)
             faults += _check(isinstance(value, bool), name, value, "true or false")

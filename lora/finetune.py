@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lora.adapter_io import load_adapter, save_adapter
 from lora.apply import apply_lora
@@ -41,6 +40,7 @@ from lora.fingerprint import base_fingerprint
 from lora.losses import loss_for
 from lora.progress import NoProgress, Progress
 from lora.runs import Run, create_run, default_name, read_json
+from lora.samples import Sampler, choose_prompts
 from lora.steps import Steps
 from lora.trainer import TrainingJob, TrainResult, train
 
@@ -191,7 +191,7 @@ def _load_model(job: FinetuneJob, source: ModelSource, choice: DeviceChoice) -> 
 
 def _training_job(
     job: FinetuneJob,
-    model: nn.Module,
+    model: Decoder,
     data: PreparedData,
     choice: DeviceChoice,
     rate: float,
@@ -220,9 +220,24 @@ def _training_job(
         run=run,
         choice=choice,
         progress=progress,
+        on_eval=_sampler(job, model, data, run, progress),
         resume=job.resume,
         steps=steps,
     )
+
+
+def _sampler(
+    job: FinetuneJob, model: Decoder, data: PreparedData, run: Run, progress: Progress
+) -> Sampler:
+    room_tokens = model.config.max_position_embeddings - job.run.sample_tokens
+    prompts = choose_prompts(
+        data.held_out_examples,
+        data.tokenizer,
+        job.run.samples,
+        most_tokens=min(job.data_config.max_length, room_tokens),
+        now=data.now,
+    )
+    return Sampler(model, prompts, data.tokenizer, run, progress, job.run.sample_tokens)
 
 
 def _choose_steps(

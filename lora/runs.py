@@ -3,7 +3,8 @@
     runs/NAME/
       run.json        settings, versions, seeds, fingerprints
       metrics.jsonl   what a second run would repeat to the byte: steps, losses, rates, tokens
-      timings.jsonl   what it would not: seconds, memory
+      samples.jsonl   answers to a few held-out prompts at each evaluation
+      timings.jsonl   what another run would not repeat: seconds, memory
       checkpoints/  adapter/ or model/  pictures
 
 No torch here.
@@ -28,6 +29,7 @@ from typing import IO, Any
 from lora.errors import CheckpointError
 
 METRICS_FILE, TIMINGS_FILE, LOCK_FILE = "metrics.jsonl", "timings.jsonl", ".lock"
+SAMPLES_FILE = "samples.jsonl"
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -90,13 +92,17 @@ class Run:
         """Add a row of values that another run would not repeat; it has a `step`."""
         self._append(TIMINGS_FILE, row)
 
+    def append_sample(self, row: dict[str, Any]) -> None:
+        """Add an answer of the model; the row has a `step` and is reproducible."""
+        self._append(SAMPLES_FILE, row)
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the rows of `metrics.jsonl`."""
         return read_rows(self.folder / METRICS_FILE)
 
     def cut_metrics_after(self, step: int) -> None:
         """Drop the rows of later steps, which a resumed run will write again."""
-        for name in (METRICS_FILE, TIMINGS_FILE):
+        for name in (METRICS_FILE, TIMINGS_FILE, SAMPLES_FILE):
             path = self.folder / name
             if path.is_file():
                 rows = [row for row in read_rows(path) if row["step"] <= step]

@@ -79,6 +79,8 @@ REFUSED: list[tuple[type, str, Any, str]] = [
     (RunConfig, "patience", 1.5, "an int ≥ 0"),
     (RunConfig, "keep_checkpoints", 0, "an int ≥ 1"),
     (RunConfig, "tensorboard", "yes", "true or false"),
+    *((RunConfig, "samples", value, "an int ≥ 0") for value in (-1, 1.5, True)),
+    (RunConfig, "sample_tokens", 0, "an int ≥ 1"),
 ]
 
 

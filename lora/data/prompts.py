@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from lora.data.formats import Example
 from lora.data.messages import Message
 from lora.data.templates import begin_ids, compile_template
 from lora.data.tokenizers import TextTokenizer
+
+_BEGINNING_TOKENS, _BEGINNING_CHARACTERS = 32, 2000
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,27 @@ def plain_prompt(text: str, tokenizer: TextTokenizer) -> Prompt:
     return Prompt([*begin_ids(tokenizer), *tokenizer.encode(text)], text)
 
 
-def prompt_of(example: Example, tokenizer: TextTokenizer) -> Prompt | None:
-    """Return what `example` asks last and its answer; None for plain texts, which ask nothing."""
+def beginning_of(text: str, tokenizer: TextTokenizer) -> Prompt | None:
+    """Return the beginning of a plain text and what follows there; None if it is too short.
+
+    The beginning has at most 32 tokens and at most half of the text's.
+    """
+    tokens = tokenizer.encode(text[:_BEGINNING_CHARACTERS])
+    n_given = min(_BEGINNING_TOKENS, len(tokens) // 2)
+    if not n_given:
+        return None
+    given = tokenizer.decode(tokens[:n_given], skip_special_tokens=False)
+    rest = tokenizer.decode(tokens[n_given : 2 * _BEGINNING_TOKENS], skip_special_tokens=False)
+    return Prompt([*begin_ids(tokenizer), *tokens[:n_given]], given, rest)
+
+
+def prompt_of(
+    example: Example, tokenizer: TextTokenizer, *, now: datetime | None = None
+) -> Prompt | None:
+    """Return what `example` asks last and its answer; None for plain texts, which ask nothing.
+
+    `now` is the date for chat templates that tell one; None asks the clock.
+    """
     if example.completion is not None:
         prompt = plain_prompt(example.prompt or "", tokenizer)
         return Prompt(prompt.ids, prompt.text, example.completion) if prompt.ids else None
@@ -46,7 +68,7 @@ def prompt_of(example: Example, tokenizer: TextTokenizer) -> Prompt | None:
     if not answers or answers[-1] == 0:
         return None
     last = answers[-1]
-    template = compile_template(tokenizer)
+    template = compile_template(tokenizer, now)
     rendered = template.render(
         messages[:last],
         tools=example.tools,

@@ -43,6 +43,16 @@ def job(tiny_folder: Path, tmp_path: Path) -> FinetuneJob:
     )
 
 
+class Heard(NoProgress):
+    """Keeps what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
 def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
     model = load_decoder(folder)
     if adapter is not None:
@@ -81,9 +91,10 @@ def test_peft_loads_the_adapter_with_equal_logits(job: FinetuneJob, tiny_folder:
     assert (ours - logits(tiny_folder)).abs().max() > 0.01
 
 
-def strip(result: FinetuneResult) -> tuple[bytes, bytes]:
+def strip(result: FinetuneResult) -> tuple[bytes, bytes, bytes]:
     adapter = (result.saved / "adapter_model.safetensors").read_bytes()
-    return adapter, (result.folder / "metrics.jsonl").read_bytes()
+    samples = (result.folder / "samples.jsonl").read_bytes()
+    return adapter, (result.folder / "metrics.jsonl").read_bytes(), samples
 
 
 def test_a_killed_run_that_is_resumed_ends_with_the_same_bytes(
@@ -110,6 +121,31 @@ def test_a_killed_run_that_is_resumed_ends_with_the_same_bytes(
     resumed = finetune(replace(job, resume=True), Fragile())
     assert steps[7:] == [7, 8, 9, 10, 11, 12]
     assert strip(resumed) == strip(whole)
+
+
+def test_samples_are_kept_at_each_evaluation_and_change_nothing(job: FinetuneJob) -> None:
+    job = replace(job, lora=LoRAConfig(rank=4, dropout=0.2))  # what draws could disturb
+    done = finetune(replace(job, run=replace(job.run, samples=1, sample_tokens=5)))
+    rows = read_rows(done.folder / "samples.jsonl")
+    assert [row["step"] for row in rows] == [0, 4, 8, 12]
+    assert all(row["prompt"] and row["reference"] and row["tokens"] <= 5 for row in rows)
+    without = finetune(replace(job, run=replace(job.run, samples=0, name="without")))
+    assert not (without.folder / "samples.jsonl").exists()
+    for file in ("metrics.jsonl", "adapter/adapter_model.safetensors"):
+        assert (done.folder / file).read_bytes() == (without.folder / file).read_bytes()
+
+
+def test_samples_that_fail_leave_the_run_alone(
+    job: FinetuneJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr("lora.samples.generate", full)
+    heard = Heard()
+    done = finetune(job, heard)
+    assert done.result.steps == 12
+    assert sum("no memory left" in line for line in heard.said) == 1
 
 
 def test_going_on_from_an_adapter_starts_where_it_ended(job: FinetuneJob) -> None:
@@ -188,16 +224,6 @@ def test_nothing_to_learn_is_known_before_the_weights_are_loaded(
     with pytest.raises(DataError, match=seen):
         finetune(replace(job, data=rows))
     assert not job.run.out.exists() or not list(job.run.out.iterdir())
-
-
-class Heard(NoProgress):
-    """Keeps what was said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
 
 
 def test_the_data_are_reported_before_the_weights_are_loaded(
