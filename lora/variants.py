@@ -1,6 +1,7 @@
 """Siblings of LoRALinear for other base layers, and the one table that chooses between them.
 
-`Conv1D` is what transformers' GPT-2 calls its linears: the weight lies transposed, (I, O).
+`Conv1D` is what transformers' GPT-2 calls its linears: the weight lies transposed, (I, O). A linear
+in fp32 (or fp64) without dropout gets `FusedLoRALinear`, everything else the plain layers.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.errors import TargetError
+from lora.kernels.linear import lora_linear
 from lora.lora_module import LoRALayer, LoRALinear
 
 
@@ -58,6 +60,16 @@ class LoRAConv1D(LoRALayer):
         return cast(nn.Module, plain).train(self.training)
 
 
+class FusedLoRALinear(LoRALinear):
+    """LoRALinear without dropout as one operation: fewer passes, less kept for the backward.
+
+    Agrees with LoRALinear within 1e-5 in fp32, outputs and gradients (‖difference‖/‖reference‖).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
+        return lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling)
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether `module` is transformers' Conv1D; never imports transformers."""
     loaded = sys.modules.get("transformers.pytorch_utils")
@@ -97,4 +109,6 @@ def build_lora_layer(
     if is_conv1d(base):
         return LoRAConv1D(base, rank, alpha, dropout, scaling=scaling, generator=generator)
     linear = cast(nn.Linear, base)
-    return LoRALinear(linear, rank, alpha, dropout, scaling=scaling, generator=generator)
+    is_wide = linear.weight.dtype in (torch.float32, torch.float64)
+    kind = FusedLoRALinear if dropout == 0 and is_wide else LoRALinear
+    return kind(linear, rank, alpha, dropout, scaling=scaling, generator=generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from lora.errors import ConfigError, TargetError
 from lora.lora_module import LoRALinear
-from lora.variants import LoRAConv1D, build_lora_layer, is_adaptable, is_conv1d
+from lora.variants import FusedLoRALinear, LoRAConv1D, build_lora_layer, is_adaptable, is_conv1d
 
 NUMBERS: dict[str, Any] = {"rank": 3, "alpha": 6.0, "dropout": 0.0, "scaling": 2.0}
 
@@ -82,7 +83,7 @@ def test_conv1d_rank_is_limited_by_its_smaller_side(conv1d: nn.Module) -> None:
 def test_the_layer_fits_the_base(conv1d: nn.Module) -> None:
     assert type(build_lora_layer(conv1d, **NUMBERS)) is LoRAConv1D
     layer = build_lora_layer(nn.Linear(8, 8), **NUMBERS)
-    assert type(layer) is LoRALinear
+    assert type(layer) is FusedLoRALinear
     assert layer.scaling == 2.0
 
 
@@ -115,3 +116,55 @@ def test_a_linear_whose_weight_is_computed_cannot_be_wrapped() -> None:
     linear = nn.Linear(4, 4)
     parametrize.register_parametrization(linear, "weight", nn.Tanh())
     assert not is_adaptable(linear)
+
+
+def test_a_linear_without_dropout_gets_the_fused_layer() -> None:
+    kinds = {
+        (dtype, dropout): type(
+            build_lora_layer(
+                nn.Linear(6, 4, dtype=dtype), rank=2, alpha=4.0, dropout=dropout, scaling=2.0
+            )
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+        for dropout in (0.0, 0.1)
+    }
+    assert kinds[torch.float32, 0.0] is FusedLoRALinear
+    assert set(kinds.values()) == {FusedLoRALinear, LoRALinear}
+    assert kinds[torch.bfloat16, 0.0] is LoRALinear  # A and B are wider than W there
+
+
+def test_training_through_either_layer_gives_the_same_curve() -> None:
+    curves = []
+    for kind in (LoRALinear, FusedLoRALinear):
+        draw = torch.Generator().manual_seed(0)
+        torch.manual_seed(1)
+        parts = [kind(nn.Linear(12, 12), 3, generator=draw) for _ in range(3)]
+        model = nn.Sequential(parts[0], nn.Tanh(), parts[1], nn.Tanh(), parts[2])
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert len(trained) == 6
+        optimizer = torch.optim.AdamW(trained, lr=3e-2)
+        x = torch.randn(64, 12, generator=draw)
+        y = torch.randn(64, 12, generator=draw)
+        losses = []
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss = (model(x) - y).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(losses)
+    assert curves[0][-1] < 0.9 * curves[0][0]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_the_fused_layer_merges_unwraps_and_copies_as_the_plain_one() -> None:
+    torch.manual_seed(0)
+    layer = FusedLoRALinear(nn.Linear(6, 4), 2)
+    with torch.no_grad():
+        layer.lora_B.normal_()
+    x = torch.randn(3, 5, 6)
+    y = layer(x).detach()
+    torch.testing.assert_close(layer.merge()(x), y)
+    assert layer.unwrap().weight is layer.weight
+    torch.testing.assert_close(copy.deepcopy(layer)(x), y)
+    assert isinstance(layer, LoRALinear)

@@ -33,6 +33,7 @@ def lora_linear(
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.bfloat16)
     def forward(
         ctx: Any,
         x: Tensor,
@@ -51,6 +52,7 @@ class _LoRALinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])  # (..., O)
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cuda")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         flat, low, weight, a, b = ctx.saved_tensors
         dy = grads[0].reshape(-1, weight.shape[0])  # (N, O)
