@@ -26,6 +26,11 @@ FULL_LEARNING_RATE = 1e-4
 LORA_LEARNING_RATE = 10 * FULL_LEARNING_RATE
 
 
+MOST_EVALUATIONS, LEAST_EVAL_STEPS = 10, 10
+"""Unless `eval_every_steps` is given: evaluations after the start, and steps between them."""
+LARGEST_SEED = 2**63 - 1
+
+
 def _check(condition: bool, name: str, seen: object, allowed: str) -> list[str]:
     return [] if condition else [f"{name}={seen!r}: allowed is {allowed}"]
 
@@ -38,6 +43,11 @@ def _check_counts(owner: object, least: int, *names: str) -> list[str]:
         for name, value in values.items()
         for fault in _check(_is_int(value) and value >= least, name, value, allowed)
     ]
+
+
+def _check_seed(name: str, seed: object) -> list[str]:
+    in_range = _is_int(seed) and 0 <= seed <= LARGEST_SEED  # type: ignore[operator]
+    return _check(in_range, name, seed, "an int from 0 to 2**63 - 1")
 
 
 def _check_choice(name: str, seen: object, choices: object) -> list[str]:
@@ -97,6 +107,8 @@ class LoRAConfig:
         in_range = self.layers is None or _is_tuple_of(int, self.layers)
         faults += _check(in_range, "layers", self.layers, "a tuple of ints")
         faults += _check(isinstance(self.rslora, bool), "rslora", self.rslora, "true or false")
+        if self.init_seed is not None:
+            faults += _check_seed("init_seed", self.init_seed)
         for name, rank in self.rank_pattern.items():
             faults += _check(_is_int(rank) and rank >= 1, f"rank_pattern[{name!r}]", rank, "≥ 1")
         for name, alpha in self.alpha_pattern.items():
@@ -147,7 +159,7 @@ class TrainConfig:
         for name in ("weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             faults += _check(_is_number(value) and value >= 0, name, value, "≥ 0")
-        faults += _check(_is_int(self.seed), "seed", self.seed, "an int")
+        faults += _check_seed("seed", self.seed)
         faults += _check_choice("schedule", self.schedule, Schedule)
         faults += _check_choice("precision", self.precision, Precision)
         _raise_if(faults, self)
@@ -192,7 +204,8 @@ class RunConfig:
     name: str | None = None
     """Name of this run's folder; None makes one from the date and the model."""
     eval_every_steps: int = 0
-    """Steps between evaluations; 0 evaluates ten times a run."""
+    """Steps between evaluations; 0 makes at most ten in a run, at least ten steps apart. The start
+    and the end are always evaluated."""
     save_every_steps: int = 0
     """Steps between checkpoints; 0 saves at each evaluation."""
     keep_checkpoints: int = 2
@@ -237,7 +250,8 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         faults = _check_counts(self, 1, "max_new_tokens")
-        faults += _check_counts(self, 0, "top_k", "seed")
+        faults += _check_counts(self, 0, "top_k")
+        faults += _check_seed("seed", self.seed)
         in_range = _is_number(self.temperature) and self.temperature >= 0
         faults += _check(in_range, "temperature", self.temperature, "a finite number ≥ 0")
         in_range = _is_number(self.top_p) and 0 < self.top_p <= 1

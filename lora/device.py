@@ -1,5 +1,8 @@
 """Where a run computes and in which number format, decided once, with the reason.
 
+Without a GPU, or on one without bf16 matrix units (before capability 8.0: V100, T4), products are
+fp32; fp16 is never computed in, for its range needs a scaled loss. Apple's GPUs are refused.
+
 Reads two environment variables, and nothing else in lora does: `LORALM_FORCE_BF16=1` allows bf16
 where it is slow, `CUDA_VISIBLE_DEVICES` is torch's own.
 """
@@ -79,17 +82,21 @@ def _find_device(requested: str) -> torch.device:
     except RuntimeError:
         near = did_you_mean(requested, ("auto", "cpu", "cuda"))
         raise ConfigError(
-            f"device={requested!r}: allowed are auto, cpu, cuda, cuda:N, mps.{near}"
+            f"device={requested!r}: allowed are auto, cpu, cuda, cuda:N.{near}"
         ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device={requested!r} was asked for: torch sees {torch.cuda.device_count()} CUDA "
             "devices. Use device=cpu, or install a torch with CUDA on a machine that has a GPU."
         )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("device='mps' was asked for: torch sees no Apple GPU. Use device=cpu.")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise ConfigError(f"device={requested!r}: allowed are auto, cpu, cuda, cuda:N, mps.")
+    if device.type == "mps":
+        raise ConfigError(
+            f"device={requested!r} was asked for: Apple's GPUs have no fp64, in which losses are "
+            "summed and merges are checked, and nothing here has been tested on one. Allowed are "
+            "auto, cpu, cuda, cuda:N. Use device=cpu."
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={requested!r}: allowed are auto, cpu, cuda, cuda:N.")
     return device
 
 
@@ -99,7 +106,5 @@ def _bf16(device: torch.device) -> tuple[bool, str]:
         name = f"{torch.cuda.get_device_name(device)} (capability {major}.{minor})"
         if major >= 8:
             return True, f"{name} has bf16 matrix units"
-        return False, f"{name} has no bf16 matrix units, and fp16 is not supported in training"
-    if device.type == "mps":
-        return False, "bf16 training on Apple's GPU is untested here"
+        return False, f"{name} has no bf16 matrix units, and fp16 would need a scaled loss"
     return False, "bf16 products on a CPU without its matrix units are tens of times slower"

@@ -90,8 +90,8 @@ class Sampler:
         if not self.has_told_cost:
             self.has_told_cost = True
             took_s = time.perf_counter() - began_s
-            n = len(answers)
-            self.progress.say(f"({n} samples took {took_s:.1f} s; samples=0 leaves them out)")
+            cost = f"{len(answers)} samples took {took_s:.1f} s, as at each evaluation"
+            self.progress.say(f"({cost}; samples=0 leaves them out)")
 
     def _keep(self, step: int, prompt: Prompt, tokens: list[int]) -> None:
         answer = self.tokenizer.decode(tokens)

@@ -22,7 +22,7 @@ from lora.checkpoint import (
     save_checkpoint,
     training_tensors,
 )
-from lora.config import RunConfig, TrainConfig
+from lora.config import LEAST_EVAL_STEPS, MOST_EVALUATIONS, RunConfig, TrainConfig
 from lora.device import DeviceChoice, peak_memory_bytes, synchronize
 from lora.diagnosis import find_nonfinite
 from lora.errors import TrainingError
@@ -287,7 +287,8 @@ def _evaluate_and_note(job: TrainingJob, at: _Position) -> None:
 
 
 def _intervals(job: TrainingJob) -> tuple[int, int]:
-    eval_every = job.run_config.eval_every_steps or max(1, job.train_config.steps // 10)
+    spread = math.ceil(job.train_config.steps / MOST_EVALUATIONS)
+    eval_every = job.run_config.eval_every_steps or max(LEAST_EVAL_STEPS, spread)
     return eval_every, job.run_config.save_every_steps or eval_every
 
 

@@ -73,7 +73,7 @@ class ClassicSettings:
     embedding_rate_fraction: float = TrainConfig.whole_rate_fraction
     """With LoRA, the embeddings' rate as a share of the learning rate."""
     eval_interval: int = 0
-    """Steps between evaluations; 0 makes ten in a run."""
+    """Steps between evaluations; 0 makes at most ten, at least ten steps apart."""
     device: str = AUTO
     """auto, cpu, cuda, cuda:1 …"""
     precision: str = AUTO

@@ -8,14 +8,18 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from lora.config import (
     FULL_LEARNING_RATE,
+    LARGEST_SEED,
     LORA_LEARNING_RATE,
     DataConfig,
     LoRAConfig,
     RunConfig,
+    SamplingConfig,
     TrainConfig,
     config_from_dict,
 )
@@ -66,7 +70,9 @@ REFUSED: list[tuple[type, str, Any, str]] = [
     (TrainConfig, "min_rate_fraction", 2, "0 to 1"),
     *((TrainConfig, "weight_decay", value, "≥ 0") for value in (-1, math.nan, math.inf, None)),
     (TrainConfig, "max_grad_norm", -1.0, "≥ 0"),
-    (TrainConfig, "seed", "1", "an int"),
+    *((TrainConfig, "seed", value, "an int from 0") for value in ("1", -1, 1.0, True, 2**63)),
+    *((SamplingConfig, "seed", value, "an int from 0") for value in (-1, None, 2**63)),
+    *((LoRAConfig, "init_seed", value, "an int from 0") for value in (-1, "1", 2**63)),
     (TrainConfig, "schedule", "cosin", "cosine, linear, constant. Did you mean 'cosine'?"),
     (TrainConfig, "precision", "fp16", "auto, fp32, bf16. Did you mean"),
     *((DataConfig, "max_length", value, "an int ≥ 2") for value in (1, 2.0, "512")),
@@ -118,6 +124,13 @@ def test_unknown_keys_are_refused_with_the_nearest() -> None:
     assert "'rnk'. Did you mean 'rank'?" in message
     assert "'alpa'. Did you mean 'alpha'?" in message
     assert "Allowed are: alpha, alpha_pattern, dropout, exclude" in message
+
+
+def test_the_largest_seed_is_one_that_generators_take() -> None:
+    config = TrainConfig(seed=LARGEST_SEED)
+    assert LoRAConfig(init_seed=config.seed).init_seed == 2**63 - 1
+    torch.Generator().manual_seed(config.seed)
+    np.random.default_rng([config.seed, 3])
 
 
 def test_settings_load_no_torch() -> None:

@@ -38,6 +38,41 @@ def test_what_is_not_there_is_named(device: str, precision: str, seen: str) -> N
         choose_device(device, precision)
 
 
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+
+def test_a_gpu_without_bf16_units_computes_in_fp32_and_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(FORCE_BF16, raising=False)
+    pretend_gpu(monkeypatch, (7, 5))
+    choice = choose_device()
+    assert (choice.device.type, choice.compute_dtype) == ("cuda", torch.float32)
+    assert "Tesla T4 (capability 7.5) has no bf16 matrix units" in choice.reason
+    with pytest.raises(ConfigError, match=r"no bf16 matrix units.*Use precision='fp32'"):
+        choose_device("cuda", "bf16")
+    with pytest.raises(ConfigError, match="allowed are auto, fp32, bf16"):
+        choose_device("cuda", "fp16")
+    pretend_gpu(monkeypatch, (8, 0))
+    assert choose_device().compute_dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_apples_gpus_are_refused_with_the_reason_and_never_chosen(
+    monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: is_there)
+    for name in ("mps", "mps:0"):
+        with pytest.raises(ConfigError, match=r"have no fp64.*Use device=cpu"):
+            choose_device(name)
+    assert choose_device("auto").device.type == "cpu"
+
+
 def test_peak_memory_grows_with_what_is_held() -> None:
     before = peak_memory_bytes(torch.device("cpu"))
     held = torch.ones(40_000_000)  # 160 MB

@@ -193,6 +193,41 @@ def test_it_stops_early_when_the_loss_no_longer_falls(tmp_path: Path) -> None:
     assert said == ["0", "2", "4", "6"]
 
 
+@pytest.mark.parametrize(
+    ("steps", "asked", "expected"),
+    [
+        (1, 0, [0, 1]),
+        (9, 0, [0, 9]),
+        (10, 0, [0, 10]),
+        (25, 0, [0, 10, 20, 25]),
+        (100, 0, [0, *range(10, 101, 10)]),
+        (101, 0, [0, *range(11, 100, 11), 101]),
+        (9, 4, [0, 4, 8, 9]),
+    ],
+)
+def test_evaluations_are_few_and_always_at_both_ends(
+    tmp_path: Path, steps: int, asked: int, expected: list[int]
+) -> None:
+    seen: list[int] = []
+    tokens = torch.arange(20).repeat(9)
+    with create_run(tmp_path, "run") as run:
+        train(
+            TrainingJob(
+                model=char_model("lora"),
+                loss_fn=bigram_loss,
+                stream=BlockStream(tokens, 8, 2, seed=1, device=CPU),
+                eval_batches=lambda: ordered_blocks(tokens[:20], 8, 2, 1, CPU),
+                train_config=TrainConfig(steps=steps, batch_size=2),
+                learning_rate=1e-3,
+                run_config=RunConfig(eval_every_steps=asked),
+                run=run,
+                choice=choose_device("cpu"),
+                on_eval=seen.append,
+            )
+        )
+    assert seen == expected
+
+
 def test_a_run_names_the_step_that_was_not_finite(tmp_path: Path) -> None:
     calls: list[int] = []
 

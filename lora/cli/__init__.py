@@ -65,12 +65,19 @@ def build_app(
         help_format="plaintext",
         version=f"lora {__version__}",
         config=(_check_environment, Env(ENVIRONMENT_PREFIX), *files),
-        default_parameter=Parameter(show_env_var=False, negative_iterable=()),
+        default_parameter=Parameter(
+            show_env_var=False, negative_iterable=(), show_default=_show_default
+        ),
         suppress_keyboard_interrupt=False,  # `main` answers it
     )
     for name, (target, line) in COMMANDS.items():
         app.command(target, name=name, help=None if name == chosen else line)
     return app
+
+
+def _show_default(value: object) -> str | None:
+    # What is left out by default says so in its description; `()` and `{}` would say nothing.
+    return None if value is None or value in ((), {}) else str(value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

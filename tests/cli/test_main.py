@@ -12,7 +12,7 @@ from lora import __version__, cli
 from lora.errors import DataError
 
 COMMAND = '''
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 from cyclopts import Parameter
 from lora.errors import DataError
@@ -23,6 +23,10 @@ class Settings:
     """The rank."""
     learning_rate: float | None = None
     """The rate."""
+    exclude: tuple[str, ...] = ()
+    """Left alone."""
+    pattern: dict[str, int] = field(default_factory=dict)
+    """By name."""
 
 def show(model: str, *, settings: Annotated[Settings, Parameter(name="*")] = Settings()) -> None:
     """Show."""
@@ -68,6 +72,14 @@ def test_a_commands_help_names_its_flags(capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out
     assert "--learning-rate" in out
     assert "LORALM_COMMAND_FLAG" in out
+
+
+@pytest.mark.usefixtures("commands")
+def test_empty_defaults_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["show", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "[default: 8]" in out
+    assert out.count("[default:") == 1
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
