@@ -20,6 +20,7 @@ from lora.fast.adapted import Masks
 from lora.fast.buffers import Buffers, Inputs
 from lora.fast.flat import FlatParameters
 from lora.fast.network import FastNetwork
+from lora.fast.passes import FastPass
 from lora.fast.ops import Ops
 from lora.kernels.adamw import AdamWSettings
 from lora.lora_module import LoRALayer
@@ -206,7 +207,8 @@ class FastStep:
 
     def _micro(self, key: tuple[bool, int], *, first: bool) -> None:
         inputs, kept = cast(Inputs, self.inputs), cast(Buffers, self.buffers)
-        step = self.network.forward(inputs, kept, packed=key[0])
+        step = FastPass(self.network, inputs, kept, packed=key[0])
+        step.run()
         self._learn_head(inputs.labels, kept, first)
         step.backward(kept.hidden, first=first)
 
