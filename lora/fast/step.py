@@ -20,8 +20,8 @@ from lora.fast.adapted import Masks
 from lora.fast.buffers import Buffers, Inputs
 from lora.fast.flat import FlatParameters
 from lora.fast.network import FastNetwork
-from lora.fast.passes import FastPass
 from lora.fast.ops import Ops
+from lora.fast.passes import FastPass
 from lora.kernels.adamw import AdamWSettings
 from lora.lora_module import LoRALayer
 
