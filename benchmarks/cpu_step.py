@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -37,6 +36,7 @@ from lora.config import LoRAConfig
 from lora.data.batches import Batch
 from lora.decoder.hf_weights import load_decoder
 from lora.decoder.sources import find_model
+from lora.device import peak_memory_bytes
 from lora.lora_module import LoRALinear
 from lora.losses import loss_for
 from lora.optim import build_optimizer
@@ -216,7 +216,7 @@ def main() -> int:
         step = build(CASES[arguments.peak_of[0]], arguments.peak_of[1])
         for _ in range(3):
             step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
+        print(peak_memory_bytes(torch.device("cpu")) / 1e6)
         return 0
     for name in arguments.cases:
         case = CASES[name]
