@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn, cast
 
@@ -20,7 +20,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.runtime import Context, Macro
+from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 
@@ -38,6 +38,8 @@ _MOST_POWER_BITS = 4096
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # no characters, by Unicode's own word: free for inside use
 _MARKS = re.compile(f"[{_BEGIN}{_END}]")
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+_LOOP_VALUES = frozenset(("index", "index0", "first", "last", "length"))
+_DICT_NAMES = frozenset(dir(dict))
 
 # What a template can raise, beside jinja2's own: it computes with strings, numbers and lists.
 _TEMPLATE_ERRORS = (
@@ -169,6 +171,8 @@ def _join(template: jinja2.Template, values: dict[str, Any]) -> str:
 
 def _with_reasoning(message: Message) -> Message:
     """Return the message with its reasoning under the names by which templates look for it."""
+    if message.keys().isdisjoint(_REASONING_KEYS):
+        return message
     known = [message[key] for key in _REASONING_KEYS if message.get(key) is not None]
     if not known:
         return message
@@ -223,6 +227,18 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.globals["raise_exception"] = _raise_exception
         self.globals["dict"] = _build_dict
         self.globals["namespace"] = _SafeNamespace
+
+    def make_globals(self, d: MutableMapping[str, Any] | None) -> MutableMapping[str, Any]:
+        """Return a plain dict: jinja2's chain of two is most of what a short render costs."""
+        return {**self.globals, **(d or {})}
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """Look names up as the sandbox does; what it allows at once is found without its checks."""
+        if type(obj) is LoopContext and attribute in _LOOP_VALUES:
+            return getattr(obj, attribute)
+        if type(obj) is dict and attribute in obj and attribute not in _DICT_NAMES:
+            return obj[attribute]  # no attribute of a dict: the sandbox would take the item too
+        return super().getattr(obj, attribute)
 
     def check_time(self) -> None:
         if time.monotonic() > self.deadline_s:

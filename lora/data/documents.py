@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 IGNORE = -100
 """Label of a position from which nothing is learned."""
+_BLOCK_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class Documents:
 
 
 class DocumentsBuilder:
-    """Collects documents one at a time."""
+    """Collects documents one at a time; nothing is held twice, also while they are put together."""
 
     def __init__(self) -> None:
-        self._ids: list[NDArray[np.int32]] = []
-        self._learned: list[NDArray[np.bool_]] = []
+        self._ids, self._labels = _Blocks(), _Blocks()
+        self._lengths: list[int] = []
         self._owners: list[int] = []
 
     def add(
@@ -54,19 +55,47 @@ class DocumentsBuilder:
     ) -> None:
         """Add the document of `ids`, (n,), of which those `learned`, (n,), are targets.
 
-        The first token is never a target, for nothing stands before it.
+        The first token is never a target, for nothing stands before it; nothing is predicted
+        across documents.
         """
-        self._ids.append(np.asarray(ids, np.int32))
-        self._learned.append(learned)
+        tokens = np.asarray(ids, np.int32)
+        labels = np.full(len(tokens), IGNORE, np.int32)
+        np.copyto(labels[:-1], tokens[1:], where=learned[1:])
+        self._ids.add(tokens)
+        self._labels.add(labels)
+        self._lengths.append(len(tokens))
         self._owners.append(owner)
 
     def build(self) -> Documents:
-        """Return all documents that were added, in their order."""
-        lengths = np.fromiter((len(ids) for ids in self._ids), np.int64, len(self._ids))
-        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        ids = np.concatenate([*self._ids, np.empty(0, np.int32)])
-        learned = np.concatenate([*self._learned, np.empty(0, np.bool_)])
-        labels = np.full(len(ids), IGNORE, np.int32)
-        labels[:-1] = np.where(learned[1:], ids[1:], IGNORE)
-        labels[starts[1:] - 1] = IGNORE  # nothing is predicted across documents
-        return Documents(ids, labels, starts, np.asarray(self._owners, np.int64))
+        """Return all documents that were added, in their order; the builder is empty then."""
+        starts = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)]).astype(np.int64)
+        owners = np.asarray(self._owners, np.int64)
+        self._lengths, self._owners = [], []
+        return Documents(self._ids.take(), self._labels.take(), starts, owners)
+
+
+class _Blocks:
+    """A long array that grows by blocks, each given back as soon as it is copied."""
+
+    def __init__(self) -> None:
+        self._full: list[NDArray[np.int32]] = []
+        self._last, self._n_in_last = np.empty(0, np.int32), 0
+
+    def add(self, values: NDArray[np.int32]) -> None:
+        end = self._n_in_last + len(values)
+        if end > len(self._last):
+            self._full.append(self._last[: self._n_in_last])
+            self._last = np.empty(max(_BLOCK_TOKENS, len(values)), np.int32)
+            end = len(values)
+        self._last[end - len(values) : end] = values
+        self._n_in_last = end
+
+    def take(self) -> NDArray[np.int32]:
+        blocks = [*self._full, self._last[: self._n_in_last]]
+        self._full, self._last, self._n_in_last = [], np.empty(0, np.int32), 0
+        whole, place = np.empty(sum(map(len, blocks)), np.int32), 0
+        for number, block in enumerate(blocks):
+            whole[place : place + len(block)] = block
+            place += len(block)
+            blocks[number] = block[:0].copy()
+        return whole

@@ -8,35 +8,37 @@ the end-of-text token, which is always learned.
 
 from __future__ import annotations
 
-import re
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Encoding
 
 from lora.config import DataConfig
+from lora.data.ahead import Ahead
 from lora.data.chat import ChatTemplate, Span
 from lora.data.documents import Documents, DocumentsBuilder
 from lora.data.formats import Example
+from lora.data.long_texts import PIECE_CHARACTERS, Ids, Mask, RowCutter, cut_text
 from lora.data.masks import find_learned
+from lora.data.places import PlaceFinder
 from lora.data.tables import Faults
 from lora.data.templates import begin_ids, compile_template
 from lora.data.tokenizers import TextTokenizer
 from lora.data.turns import SpannedText, render_conversation
 from lora.errors import DataError
 
-Ids = NDArray[np.int32]
-Mask = NDArray[np.bool_]
 OnProgress = Callable[[float], None]
 """Hears which fraction of the work is done."""
 
-_CHUNK_EXAMPLES = 512
+_CHUNK_EXAMPLES, _CHUNK_CHARACTERS = 512, 1 << 21
 _QUIET_S, _PROGRESS_EVERY_S = 2.0, 0.5
-_PIECE_CHARACTERS = 1 << 16  # a file is tokenised in such pieces, many at a time
 _PIECES_AT_ONCE = 64
 
 
@@ -94,8 +96,7 @@ def encode_examples(
     template = compile_template(tokenizer, now) if has_chats else None
     clock = _Clock(on_progress, len(examples))
     encoder = _Encoder(len(examples), tokenizer, config, template, clock)
-    for first in range(0, len(examples), _CHUNK_EXAMPLES):
-        encoder.add_chunk(first, examples[first : first + _CHUNK_EXAMPLES])
+    encoder.add_all(examples)
     return encoder.finish()
 
 
@@ -145,6 +146,7 @@ class _Encoder:
         self._tokenizer, self._config = tokenizer, config
         self._template, self._clock = template, clock
         self._learns_all = config.learn_on == "all"
+        self._places = PlaceFinder(tokenizer)
         self._begin, self._stops = begin_ids(tokenizer), frozenset(tokenizer.stop_ids)
         self._builder, self._faults = DocumentsBuilder(), Faults()
         self._lengths = np.zeros(n_examples, np.int64)
@@ -154,17 +156,21 @@ class _Encoder:
         }
         self._n_cut_tokens = self._n_lost_turns = 0
 
-    def add_chunk(self, first: int, examples: Sequence[Example]) -> None:
-        texts: list[_Text] = []
-        for number, example in enumerate(examples, first):
-            if example.is_file:
-                self._tokenise(texts)  # documents keep the order of the examples
-                texts = []
-                self._add_file(number, example.text or "")
-            else:
-                texts += self._find_texts(number, example)
-        self._tokenise(texts)
-        self._clock.tick(first + len(examples))
+    def add_all(self, examples: Sequence[Example]) -> None:
+        has_spans = not self._learns_all and any(example.text is None for example in examples)
+        work = self._places.encode if has_spans else self._tokenizer.encode_fast
+        with Ahead(work) as ahead:
+            for chunk in _chunks(examples):
+                texts: list[_Text] = []
+                for number in chunk:
+                    if examples[number].is_file:
+                        self._tokenise(ahead, texts)  # documents keep the order of the examples
+                        texts = []
+                        self._add_file(ahead, number, examples[number].text or "")
+                    else:
+                        texts += self._find_texts(number, examples[number])
+                self._tokenise(ahead, texts)
+                self._clock.tick(chunk.stop)
 
     def finish(self) -> EncodedExamples:
         self._faults.raise_if_any(
@@ -207,51 +213,67 @@ class _Encoder:
         self._n_lost_turns += found.n_lost_turns
         return found.texts
 
-    def _tokenise(self, texts: list[_Text]) -> None:
-        if self._learns_all or all(text.spans is None for text in texts):
-            for text, ids in zip(
-                texts, self._tokenizer.encode_batch([t.text for t in texts]), strict=True
-            ):
-                self._add(text, ids, np.ones(len(ids), np.bool_))
-            return
-        backend = self._tokenizer.backend
-        encodings = backend.encode_batch([t.text for t in texts], add_special_tokens=False)
+    def _tokenise(self, ahead: Ahead[list[Encoding]], texts: list[_Text]) -> None:
+        if texts:
+            ahead.put([t.text for t in texts], partial(self._add_texts, texts))
+
+    def _add_texts(self, texts: list[_Text], encodings: list[Encoding]) -> None:
         for text, encoding in zip(texts, encodings, strict=True):
             ids = encoding.ids
-            learned = np.ones(len(ids), np.bool_)
-            if text.spans is not None:
-                learned = find_learned(text.text, text.spans, ids, encoding.offsets, self._stops)
-            self._add(text, ids, learned)
+            tokens = np.asarray(ids, np.int32)
+            if text.spans is None or self._learns_all:
+                learned = np.ones(len(ids), np.bool_)
+            else:
+                places = self._places.find(text.text, encoding, ids, tokens)
+                learned = find_learned(text.text, text.spans, ids, places, self._stops)
+            self._add(text, tokens, learned)
 
-    def _add_file(self, owner: int, text: str) -> None:
-        parts: list[Ids] = []
-        pieces = list(_cut(text))
-        for first in range(0, len(pieces), _PIECES_AT_ONCE):
-            for ids in self._tokenizer.encode_batch(pieces[first : first + _PIECES_AT_ONCE]):
-                parts.append(np.asarray(ids, np.int32))
-            self._clock.tick(owner + first / len(pieces))
-        tokens = np.concatenate(parts)
-        learned = np.ones(len(tokens), np.bool_)
-        self._add(_Text(owner, text, None, True), tokens, learned, is_file=True)
+    def _add_file(self, ahead: Ahead[list[Encoding]], owner: int, text: str) -> None:
+        pieces, n_done = cut_text(text, PIECE_CHARACTERS), 0
+        rows = RowCutter(self._config.max_length)
+        while batch := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
+            n_done += sum(map(len, batch))
+            ahead.put(batch, partial(self._add_pieces, owner, rows, n_done == len(text)))
+            self._clock.tick(owner + n_done / max(1, len(text)))
 
-    def _add(
-        self, text: _Text, ids: Sequence[int] | Ids, learned: Mask, is_file: bool = False
+    def _add_pieces(
+        self, owner: int, rows: RowCutter, are_last: bool, encodings: list[Encoding]
     ) -> None:
-        tokens = np.asarray(ids, np.int32)
-        if text.is_plain:
-            tokens, learned = self._with_ends(tokens, learned)
-        self._lengths[text.owner] += len(tokens)
-        long_examples = "split" if is_file else self._config.long_examples
-        for part in self._fit(len(tokens), long_examples, text.owner):
-            if learned[part][1:].any():  # a document's first token is never a target
-                self._builder.add(tokens[part], learned[part], text.owner)
-                self._fates["kept"][text.owner] = True
+        for number, encoding in enumerate(encodings, 1):
+            tokens = np.asarray(encoding.ids, np.int32)
+            learned = np.ones(len(tokens), np.bool_)
+            if rows.n_tokens == 0:
+                tokens, learned = self._with_begin(tokens, learned)
+            if are_last and number == len(encodings):
+                tokens, learned = self._with_end(tokens, learned)
+            for row in rows.cut(tokens, learned):
+                self._keep(owner, *row)
+        if are_last:
+            self._keep(owner, *rows.rest())
+            self._lengths[owner] = rows.n_tokens
+            self._fates["split"][owner] = rows.n_tokens > self._config.max_length
 
-    def _with_ends(self, tokens: Ids, learned: Mask) -> tuple[Ids, Mask]:
-        begin, eos = self._begin, self._tokenizer.eos_id
-        if begin and tokens[: len(begin)].tolist() != begin:
-            tokens = np.concatenate([np.asarray(begin, np.int32), tokens])
-            learned = np.concatenate([np.full(len(begin), self._learns_all), learned])
+    def _add(self, text: _Text, tokens: Ids, learned: Mask) -> None:
+        if text.is_plain:
+            tokens, learned = self._with_end(*self._with_begin(tokens, learned))
+        self._lengths[text.owner] += len(tokens)
+        for part in self._fit(len(tokens), text.owner):
+            self._keep(text.owner, tokens[part], learned[part])
+
+    def _keep(self, owner: int, tokens: Ids, learned: Mask) -> None:
+        if learned[1:].any():  # a document's first token is never a target
+            self._builder.add(tokens, learned, owner)
+            self._fates["kept"][owner] = True
+
+    def _with_begin(self, tokens: Ids, learned: Mask) -> tuple[Ids, Mask]:
+        begin = self._begin
+        if not begin or tokens[: len(begin)].tolist() == begin:
+            return tokens, learned
+        tokens = np.concatenate([np.asarray(begin, np.int32), tokens])
+        return tokens, np.concatenate([np.full(len(begin), self._learns_all), learned])
+
+    def _with_end(self, tokens: Ids, learned: Mask) -> tuple[Ids, Mask]:
+        eos = self._tokenizer.eos_id
         if eos is None:
             return tokens, learned
         if len(tokens) == 0 or tokens[-1] != eos:
@@ -260,9 +282,9 @@ class _Encoder:
         learned[-1] = True
         return tokens, learned
 
-    def _fit(self, n_tokens: int, long_examples: str, owner: int) -> list[slice]:
+    def _fit(self, n_tokens: int, owner: int) -> list[slice]:
         """Return the parts of a text that rows hold, and note what that means for its example."""
-        most = self._config.max_length
+        most, long_examples = self._config.max_length, self._config.long_examples
         if n_tokens <= most:
             return [slice(0, n_tokens)]
         if long_examples == "split":
@@ -275,19 +297,15 @@ class _Encoder:
         return [slice(0, kept)] if kept else []
 
 
-def _cut(text: str) -> Iterator[str]:
-    """Yield the text in pieces that end in a newline before a word, where no token crosses."""
-    first = 0
-    while len(text) - first > _PIECE_CHARACTERS:
-        border = _BORDER.search(text, first + _PIECE_CHARACTERS)
-        if border is None:
-            break
-        yield text[first : border.end()]
-        first = border.end()
-    yield text[first:]
-
-
-_BORDER = re.compile(r"\n(?=\S)")
+def _chunks(examples: Sequence[Example]) -> Iterator[range]:
+    """Yield the numbers of the examples, so many at a time that their tokens take little memory."""
+    first = n_characters = 0
+    for number, example in enumerate(examples):
+        if number - first == _CHUNK_EXAMPLES or n_characters > _CHUNK_CHARACTERS:
+            yield range(first, number)
+            first, n_characters = number, 0
+        n_characters += 0 if example.is_file else example.n_characters
+    yield range(first, len(examples))
 
 
 class _Clock:

@@ -66,6 +66,13 @@ class Example:
             for m in answers
         )
 
+    @property
+    def n_characters(self) -> int:
+        """Characters of its texts and turns, before any chat template."""
+        texts = (self.text, self.prompt, self.completion)
+        said = sum(len(message["content"]) for message in self.messages or ())
+        return said + sum(len(text) for text in texts if text is not None)
+
     def content_key(self) -> bytes:
         """Return a digest that is equal for examples of equal content."""
         content = (

@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora.data.chat import Span
+from lora.data.places import Ints, Places
 
 
 def find_learned(
     text: str,
     spans: Sequence[Span],
     ids: Sequence[int],
-    offsets: Sequence[Span],
+    places: Places,
     stop_ids: Collection[int],
 ) -> NDArray[np.bool_]:
     """Return which tokens are learned, (n,): those that hold a character of a span.
@@ -28,15 +29,15 @@ def find_learned(
         text: what was tokenised.
         spans: characters to learn.
         ids: the tokens, (n,).
-        offsets: the characters of each token.
+        places: the characters of each token.
         stop_ids: tokens that end a turn.
     """
     learned = np.zeros(len(ids), np.bool_)
-    ends = [end for _, end in offsets]
+    starts, ends = places
     for start, stop in spans:
         # By where tokens end: some tokenizers count the space before a word out of its offsets.
         first, last = bisect_right(ends, start), bisect_right(ends, stop)
-        if last < len(ids) and offsets[last][0] < stop:
+        if last < len(ids) and starts[last] < stop:
             last += 1
         learned[first : _find_end(text, first, last, stop, ids, ends, stop_ids)] = True
     return learned
@@ -48,7 +49,7 @@ def _find_end(
     last: int,
     stop: int,
     ids: Sequence[int],
-    ends: Sequence[int],
+    ends: Sequence[int] | Ints,
     stop_ids: Collection[int],
 ) -> int:
     """Return the token behind the one that ends the turn, if one does; else `last`."""

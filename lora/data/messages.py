@@ -171,12 +171,12 @@ def _from_json(value: object, name: str, *, always: bool = False) -> Any:
 
 def _plain(value: Any, name: str) -> Any:
     """Return a copy made of JSON's types only; templates are strangers' code and get no others."""
-    if value is None or isinstance(value, bool | int | float):
-        return value
     if isinstance(value, str):
         check_text(value, name)
         return value
-    if isinstance(value, Mapping):
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, dict | Mapping):  # a dict is told at once, any other mapping slowly
         return {_key(k, name): _plain(v, f"{name}.{k}") for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v, name) for v in value]

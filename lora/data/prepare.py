@@ -63,10 +63,8 @@ def prepare_data(
         DependencyError: a file's format needs a package that is not installed.
     """
     if held_out_source is None:
-        examples = read_examples(source, say)
-        train, held_out = split_examples(
-            examples, config.eval_fraction, config.max_eval_examples, seed
-        )
+        sizes = config.eval_fraction, config.max_eval_examples
+        train, held_out = split_examples(read_examples(source, say), *sizes, seed)
     else:
         train, held_out = read_examples(source, say), read_examples(held_out_source, say)
         _tell_shared(train, held_out, say)

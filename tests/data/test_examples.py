@@ -245,7 +245,7 @@ def test_large_files_are_tokenised_in_pieces_with_the_tokens_of_the_whole(
 ) -> None:
     text = "".join(f"line {n}\n{'  indented' * (n % 3)}\n\n\nThe dog — {n}é\n" for n in range(60))
     whole = [bos_tokenizer.bos_id, *bos_tokenizer.encode(text), bos_tokenizer.eos_id]
-    monkeypatch.setattr(module, "_PIECE_CHARACTERS", 50)
+    monkeypatch.setattr(module, "PIECE_CHARACTERS", 50)
     monkeypatch.setattr(module, "_PIECES_AT_ONCE", 3)
     encoded = encode([example_from_file(text, "a.txt")], bos_tokenizer, max_length=10_000)
     assert encoded.documents.tokens(0)[0].tolist() == whole
