@@ -74,7 +74,7 @@ class StackedLoRALinear(nn.Module):
         for rank, scaling, dropout in zip(ranks, scalings, dropouts, strict=True):
             check_lora_numbers(self.in_features, self.out_features, rank, scaling, dropout)
         self.stack, self.ranks, self.dropouts = stack, tuple(ranks), tuple(dropouts)
-        self.weight = base.weight.requires_grad_(False)
+        self.weight = base.weight.requires_grad_(False)  # type: ignore[assignment]
         self.register_parameter("bias", base.bias)
         if base.bias is not None:
             base.bias.requires_grad_(False)
