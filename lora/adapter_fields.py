@@ -22,6 +22,7 @@ _HONOURED = {
     "r",
     "rank_pattern",
     "target_modules",
+    "trainable_token_indices",
     "use_rslora",
 }
 _WITHOUT_EFFECT = {  # on what a loaded adapter computes
@@ -51,7 +52,6 @@ _WHY_REFUSED = {
     "lora_bias": "B has a bias of its own",
     "megatron_config": "the base's linears are Megatron's",
     "target_parameters": "parameters outside linear layers were adapted",
-    "trainable_token_indices": "single rows of the embedding were trained",
     "use_dora": "DoRA scales each column by a trained magnitude",
     "use_qalora": "QA-LoRA pools the inputs in groups",
 }
@@ -90,6 +90,10 @@ def _wrong_types(values: dict[str, Any]) -> list[str]:
             lambda v: v is None or _is_int(v) or (isinstance(v, list) and all(map(_is_int, v))),
             "an int or a list of ints",
         ),
+        "trainable_token_indices": (
+            lambda v: not v or all(map(_are_rows, v.values() if isinstance(v, dict) else [v])),
+            "a list of ids ≥ 0, each once, or such lists by module",
+        ),
         "layers_pattern": (lambda v: not v or _are_names(v), "a name or a list of names"),
         "rank_pattern": (
             lambda v: not v or _is_pattern(v, lambda rank: _is_int(rank) and rank >= 1),
@@ -114,6 +118,11 @@ def _are_names(value: Any) -> bool:
 
 def _is_pattern(value: Any, is_right: Callable[[Any], bool]) -> bool:
     return isinstance(value, dict) and all(_compiles(k) and is_right(v) for k, v in value.items())
+
+
+def _are_rows(value: Any) -> bool:
+    are_ids = isinstance(value, list) and all(_is_int(number) and number >= 0 for number in value)
+    return are_ids and 0 < len(set(value)) == len(value)
 
 
 def _compiles(pattern: str) -> bool:

@@ -22,7 +22,23 @@ from lora.adapter_config import (
     read_description,
 )
 from lora.adapter_files import AdapterFiles, read_adapter_files, write_adapter_files
-from lora.apply import applied_lora, apply_lora, lora_layers
+from lora.adapter_rows import (
+    FIELD,
+    Rows,
+    describe_rows,
+    expected_rows,
+    fill_new_rows,
+    find_rows,
+    row_tensors,
+    split_copies,
+)
+from lora.apply import (
+    applied_lora,
+    apply_lora,
+    lora_layers,
+    train_token_rows,
+    trained_parameters,
+)
 from lora.config import LoRAConfig
 from lora.errors import AdapterError, gather
 from lora.fingerprint import base_fingerprint
@@ -38,7 +54,7 @@ log = logging.getLogger(__name__)
 
 
 def save_adapter(model: nn.Module, folder: Path | str, *, base_name: str | None = None) -> None:
-    """Write the adapter that is on `model`: A and B of every layer, and what trained whole.
+    """Write the adapter that is on `model`: A and B, what trained whole, and rows of tokens.
 
     Both files are complete on the disk before they take the place of a former adapter's, so a
     failed save leaves that as it was. `base_name` is the base that PEFT should load.
@@ -46,7 +62,7 @@ def save_adapter(model: nn.Module, folder: Path | str, *, base_name: str | None 
     Raises AdapterError for values that are not finite, and CheckpointError if the disk refuses.
     """
     folder, applied = Path(folder), applied_lora(model)
-    described = describe_adapter(model, applied, base_name)
+    described = describe_adapter(model, applied, base_name) | describe_rows(model, applied)
     tensors = {
         name: tensor.detach().cpu().contiguous().clone()
         for name, tensor in _adapter_tensors(model).items()
@@ -64,7 +80,8 @@ def load_adapter(model: nn.Module, folder: Path | str, *, trainable: bool = Fals
 
     A model without LoRA is wrapped as the adapter says; one with LoRA must have the same layers,
     ranks and scalings, and is filled. With `trainable` A, B and what trains whole are ready for
-    training; everything else is frozen either way. Values take the model's own dtype.
+    training; everything else is frozen either way. Values take the model's own dtype. A vocabulary
+    that is too small for the adapter's tokens grows, and a log line says so.
 
     Raises AdapterError that names every fault: another base (by its fingerprint), missing, extra
     or misshapen tensors, settings that change the result and that lora does not honour. `model` is
@@ -73,23 +90,27 @@ def load_adapter(model: nn.Module, folder: Path | str, *, trainable: bool = Fals
     files = read_adapter_files(Path(folder))
     config, faults = read_description(files.described, model)
     faults = files.faults + faults + _check_fingerprint(files, model)
-    tensors = files.tensors
+    tensors, rows, fills = files.tensors, cast(Rows, {}), cast(dict[str, Tensor], {})
     if config is not None and not files.faults:
-        expected = _expected_tensors(model, config)
+        rows, wrong = find_rows(model, files.described.get(FIELD), config)
+        tensors, fills = _split_copies(model, rows, tensors)
+        expected = _expected_tensors(model, config, rows)
         tensors, changed = _without_base_copies(model, expected, tensors)
-        faults += _check_ranks(model, config) + changed + _check_tensors(expected, tensors)
-        faults += _check_same_layers(model, config) if lora_layers(model) else []
+        faults += _check_ranks(model, config) + wrong + changed + _check_tensors(expected, tensors)
+        faults += _check_same_layers(model, config, rows) if lora_layers(model) else []
     if config is None or faults:
         raise AdapterError(gather(faults, f"The adapter {folder} does not fit:", _ADVICE))
     if not lora_layers(model):
         # With a seed, torch's global generator is left alone: A's first values go at once.
         apply_lora(model, replace(config, init_seed=0))
         applied_lora(model).config = config
+        _add_rows(model, rows, files.folder)
+    fill_new_rows(model, fills)
     model.requires_grad_(False)
     with torch.no_grad():
         for name, tensor in _adapter_tensors(model).items():
             tensor.copy_(tensors[name])
-    for parameter in _trained_parameters(model):
+    for parameter in trained_parameters(model):
         parameter.requires_grad_(trainable)
     return model
 
@@ -121,17 +142,30 @@ def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name in applied_lora(model).originals:
         for key, tensor in model.get_submodule(name).state_dict().items():
             tensors[f"{_PREFIX}{name}.{key}"] = tensor
-    return tensors
+    rows = row_tensors(applied_lora(model))
+    return tensors | {_PREFIX + name: tensor for name, tensor in rows.items()}
 
 
-def _trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    trained = [p for x in lora_layers(model).values() for p in (x.lora_A, x.lora_B)]
-    for name in applied_lora(model).originals:
-        trained += model.get_submodule(name).parameters()
-    return trained
+def _add_rows(model: nn.Module, rows: Rows, folder: Path) -> None:
+    if not rows:
+        return
+    train_token_rows(model, rows)
+    layer = next(iter(applied_lora(model).rows.values()))
+    if len(layer.weight) > layer.base_rows:
+        words = "%s has tokens of its own: the vocabulary grows from %d to %d"
+        log.warning(words, folder, layer.base_rows, len(layer.weight))
 
 
-def _expected_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
+def _split_copies(
+    model: nn.Module, rows: Rows, tensors: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    inside = {k.removeprefix(_PREFIX): t for k, t in tensors.items() if k.startswith(_PREFIX)}
+    outside = {k: t for k, t in tensors.items() if not k.startswith(_PREFIX)}
+    kept, fills = split_copies(model, rows, inside)
+    return {_PREFIX + name: tensor for name, tensor in kept.items()} | outside, fills
+
+
+def _expected_tensors(model: nn.Module, config: LoRAConfig, rows: Rows) -> dict[str, Tensor]:
     """Return, on the meta device, what the file should hold: names, shapes, types on `model`."""
     expected: dict[str, Tensor] = {}
     for name in config.targets:
@@ -146,7 +180,7 @@ def _expected_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]
     for name in config.modules_to_save:
         for key, tensor in model.get_submodule(name).state_dict().items():
             expected[f"{_PREFIX}{name}.{key}"] = tensor.to("meta")
-    return expected
+    return expected | {_PREFIX + name: meta for name, meta in expected_rows(model, rows).items()}
 
 
 def _linear_shape(layer: nn.Module) -> tuple[int, int]:
@@ -163,7 +197,10 @@ def _without_base_copies(
 
     PEFT writes the embedding and the head beside an adapter whenever one of them is adapted.
     """
-    own, kept, faults = dict(model.named_parameters(remove_duplicate=False)), {}, []
+    own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for name, layer in applied_lora(model).rows.items() if lora_layers(model) else ():
+        own[f"{name}.weight"] = layer.weight[: layer.base_rows]
+    kept, faults = {}, []
     for key, tensor in tensors.items():
         base = own.get(key.removeprefix(_PREFIX).replace(".base_layer.", "."))
         if key in expected or base is None or base.shape != tensor.shape:
@@ -211,19 +248,26 @@ def _check_ranks(model: nn.Module, config: LoRAConfig) -> list[str]:
     return faults
 
 
-def _check_same_layers(model: nn.Module, config: LoRAConfig) -> list[str]:
+def _check_same_layers(model: nn.Module, config: LoRAConfig, rows: Rows) -> list[str]:
     layers, saved = lora_layers(model), set(applied_lora(model).originals)
     wanted = set(config.targets)
     faults = [f"adapted on the model, not in the file: {n}" for n in layers.keys() - wanted]
     faults += [f"in the file, not adapted on the model: {n}" for n in wanted - layers.keys()]
     faults += [f"trained whole on one side only: {n}" for n in saved ^ set(config.modules_to_save)]
+    here = {name: layer.ids for name, layer in applied_lora(model).rows.items()}
+    for name in here.keys() | rows.keys():
+        if here.get(name) != rows.get(name):
+            seen = (
+                f"{list(rows.get(name, ()))} in the file, {list(here.get(name, ()))} on the model"
+            )
+            faults.append(f"trained rows of {name}: {seen}")
     for name in layers.keys() & wanted:
         rank = config.rank_pattern.get(name, config.rank)
         alpha = config.alpha_pattern.get(name, config.alpha)
         scaling, layer = alpha / (math.sqrt(rank) if config.rslora else rank), layers[name]
         if rank != layer.rank or not math.isclose(scaling, layer.scaling):
-            here = f"rank {layer.rank} and scaling {layer.scaling:g} on the model"
-            faults.append(f"{name}: rank {rank} and scaling {scaling:g} in the file, {here}")
+            own = f"rank {layer.rank} and scaling {layer.scaling:g} on the model"
+            faults.append(f"{name}: rank {rank} and scaling {scaling:g} in the file, {own}")
     return sorted(faults)
 
 

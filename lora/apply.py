@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, cast, runtime_checkable
@@ -19,6 +19,15 @@ from torch import nn
 from lora.config import LoRAConfig
 from lora.errors import ConfigError, LoraError, TargetError, did_you_mean
 from lora.lora_module import LoRALayer
+from lora.token_rows import (
+    RowsEmbedding,
+    RowsLayer,
+    RowsLinear,
+    build_rows_layers,
+    find_tables,
+    resize_vocabulary,
+    rows_by_table,
+)
 from lora.variants import build_lora_layer, is_adaptable
 
 ALL_LINEAR = "all-linear"
@@ -42,6 +51,13 @@ class AppliedLoRA:
     """Full names of the layers that were wrapped, in the model's order."""
     originals: dict[str, nn.Module] = field(default_factory=dict)
     """By full name, the module as it was before its copy began to train (`modules_to_save`)."""
+    rows: dict[str, RowsLayer] = field(default_factory=dict)
+    """By full name, the embedding and the head of which some rows train (`train_token_rows`)."""
+
+    @property
+    def base_vocab_size(self) -> int | None:
+        """Rows of the base's tables before new ones were added; None: no rows train."""
+        return next((layer.base_rows for layer in self.rows.values()), None)
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
@@ -91,6 +107,47 @@ def applied_lora(model: nn.Module) -> AppliedLoRA:
     return applied
 
 
+def train_token_rows(
+    model: nn.Module,
+    ids: Sequence[int] | Mapping[str, Sequence[int]],
+    *,
+    n_known: int | None = None,
+) -> nn.Module:
+    """Changes `model`, which has LoRA, in place: the rows `ids` of its token tables train too.
+
+    The tables are the embedding and the head; `ids` by full name says which, otherwise both, and a
+    tied head always goes with the embedding. Tables that are too small grow first. Ids from
+    `n_known` on (by default the table's rows) are new tokens and start at the mean of those before;
+    the others start as they are. Returns `model`.
+
+    Raises TargetError for tables that train otherwise already or that cannot be wrapped, and
+    ConfigError for ids that are no rows; `model` is then unchanged.
+    """
+    applied, tables = applied_lora(model), find_tables(model)
+    by_name = rows_by_table(ids, tables)
+    _refuse_other_training(by_name, applied)
+    base_rows = tables.embedding.num_embeddings
+    n_rows = max(base_rows, *(max(chosen) + 1 for chosen in by_name.values()))
+    resize_vocabulary(model, n_rows)
+    known = base_rows if n_known is None else min(n_known, n_rows)
+    applied.rows = build_rows_layers(find_tables(model), by_name, known, base_rows)
+    for name, layer in applied.rows.items():
+        replace_module(model, name, layer)
+    model.requires_grad_(False)
+    for parameter in trained_parameters(model):
+        parameter.requires_grad_(True)
+    return model
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return what trains on an adapted model: A and B, what trains whole, and rows of tokens."""
+    applied = applied_lora(model)
+    trained = [p for x in lora_layers(model).values() for p in (x.lora_A, x.lora_B)]
+    for name in applied.originals:
+        trained += model.get_submodule(name).parameters()
+    return trained + [layer.token_rows for layer in applied.rows.values()]
+
+
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """Return the LoRA layers of `model` by full name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALayer)}
@@ -103,18 +160,25 @@ def remove_lora(model: nn.Module) -> nn.Module:
         replace_module(model, name, layer.unwrap())
     for name, original in applied.originals.items():
         replace_module(model, name, _moved_beside(original, model.get_submodule(name)))
+    for name in applied.rows:
+        replace_module(model, name, _current_rows(model, name).unwrap())
+    if applied.base_vocab_size is not None:
+        resize_vocabulary(model, applied.base_vocab_size)
     del model.applied_lora
     return model
 
 
 @contextmanager
 def disabled_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block `model` computes as its base did; afterwards it is adapted again."""
+    """Within the block `model` computes as its base did; afterwards it is adapted again.
+
+    Tokens that were added are there for the base too: their rows are the mean of its own.
+    """
     applied = applied_lora(model)
     adapted = {name: model.get_submodule(name) for name in applied.target_names}
-    adapted |= {name: model.get_submodule(name) for name in applied.originals}
+    adapted |= {name: model.get_submodule(name) for name in [*applied.originals, *applied.rows]}
     for name, module in adapted.items():
-        if isinstance(module, LoRALayer):
+        if isinstance(module, LoRALayer | RowsEmbedding | RowsLinear):
             plain = module.unwrap()
         else:
             plain = _moved_beside(applied.originals[name], module)
@@ -285,6 +349,24 @@ def _by_name(name: str, pattern: dict[str, int] | dict[str, float], default: flo
 def _moved_beside(original: nn.Module, trained: nn.Module) -> nn.Module:
     """Changes `original` in place: to the device and type that its trained copy now has."""
     return original.to(next(trained.parameters()))  # in place, so a tied head follows
+
+
+def _refuse_other_training(by_name: dict[str, tuple[int, ...]], applied: AppliedLoRA) -> None:
+    if applied.rows:
+        raise TargetError(
+            "Rows of tokens were to train in a model of which rows train already. Merge it "
+            "(merge_lora) and begin anew, or give all the tokens at once."
+        )
+    for name in by_name:
+        if any(matches(name, saved) or name.startswith(f"{saved}.") for saved in applied.originals):
+            raise TargetError(
+                f"Rows of {name!r} were to train, which modules_to_save trains whole. A table "
+                "trains either whole or by rows: leave it out of modules_to_save."
+            )
+
+
+def _current_rows(model: nn.Module, name: str) -> RowsLayer:
+    return cast(RowsLayer, model.get_submodule(name))
 
 
 def _block_number(name: str) -> int | None:

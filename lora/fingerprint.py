@@ -25,9 +25,9 @@ def base_fingerprint(model: nn.Module) -> str:
     """Return 32 hexadecimal digits that tell this base from others.
 
     At most 64 evenly spaced values of each parameter are read. LoRA's own tensors are left out,
-    modules that train whole count as they were before, a tensor with two names counts once, and
-    Conv1D's weights count as (O, I). Buffers do not count. Raises ModelError for a model on the
-    meta device.
+    modules that train whole count as they were before, token tables as they were before rows were
+    added, a tensor with two names counts once, and Conv1D's weights count as (O, I). Buffers do
+    not count. Raises ModelError for a model on the meta device.
     """
     tensors = sorted(_base_tensors(model), key=lambda item: item[0])
     digest = hashlib.sha256()
@@ -46,16 +46,18 @@ def base_fingerprint(model: nn.Module) -> str:
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     applied = vars(model).get("applied_lora")
     originals = applied.originals if isinstance(applied, AppliedLoRA) else {}
+    rows = applied.rows if isinstance(applied, AppliedLoRA) else {}
     seen: set[int] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         base = _before_training(name, originals) or module
         transposed = isinstance(base, LoRAConv1D) or is_conv1d(base)
         for key, parameter in base.named_parameters(recurse=False):
             of_lora = isinstance(base, LoRALayer) and key in ("lora_A", "lora_B")
-            if of_lora or id(parameter) in seen:
+            if of_lora or (name in rows and key == "token_rows") or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             value = parameter.T if transposed and key == "weight" else parameter
+            value = value[: rows[name].base_rows] if name in rows else value
             yield f"{name}.{key}" if name else key, value
 
 

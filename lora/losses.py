@@ -15,7 +15,9 @@ from lora.data.batches import IGNORE, Batch
 from lora.decoder.decoder import Decoder
 from lora.errors import DataError, ModelError
 from lora.kernels.cross_entropy import linear_cross_entropy
+from lora.kernels.rows_cross_entropy import rows_cross_entropy
 from lora.lora_module import LoRALayer
+from lora.token_rows import RowsLinear
 
 
 def decoder_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -24,6 +26,16 @@ def decoder_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     hidden = _hidden(decoder, batch)
     weight = decoder.output_head().weight
     loss, n_tokens = linear_cross_entropy(hidden, weight, batch.labels.flatten())
+    return loss[None], n_tokens[None]
+
+
+def token_rows_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of our decoders whose head has rows that train: the logits are never held all at once."""
+    decoder = cast(Decoder, model)
+    head = cast(RowsLinear, decoder.output_head())
+    loss, n_tokens = rows_cross_entropy(
+        _hidden(decoder, batch), head.weight, head.token_rows, head.columns, batch.labels.flatten()
+    )
     return loss[None], n_tokens[None]
 
 
@@ -63,6 +75,8 @@ def loss_for(model: nn.Module) -> Any:
     Raises ModelError for a model that is neither a Decoder nor one of transformers' causal models.
     """
     if isinstance(model, Decoder):
+        if isinstance(model.output_head(), RowsLinear):
+            return token_rows_loss
         adapted = isinstance(model.output_head(), LoRALayer)
         return adapted_head_loss if adapted else decoder_loss
     if any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__):

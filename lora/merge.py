@@ -16,6 +16,7 @@ from lora.apply import AppliedLoRA, applied_lora, lora_layers, output_head_name,
 from lora.decoder.decoder import Decoder
 from lora.errors import AdapterError, ModelError
 from lora.lora_module import LoRALayer
+from lora.token_rows import RowsLayer, RowsLinear, plain_linear
 from lora.variants import LoRAConv1D
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
@@ -58,8 +59,8 @@ def merge_lora(
     The logits on `sample_inputs` (token ids, (B, T)) are compared before and after; `forward`
     returns them, by default `model(sample_inputs)`. Weights are summed in fp32 and rounded once,
     into new tensors: for a moment both versions are in memory. What trained whole stays as
-    trained. A tied head whose weight is no longer the embedding's is untied in the model's config
-    too, so that it is saved.
+    trained, rows of tokens are written into the embedding and the head. A tied head whose weight is
+    no longer the embedding's is untied in the model's config too, so that it is saved.
 
     Raises AdapterError if the logits differ by more than `tolerance` (by default TOLERANCES of the
     weights' type) or a merged weight is not finite; `model` is then adapted as before.
@@ -70,12 +71,18 @@ def merge_lora(
         tolerance = max(TOLERANCES.get(layer.weight.dtype, 1e-4) for layer in layers.values())
     merged = {name: layer.merge() for name, layer in layers.items()}
     rounding_error, update_error = _rounding(layers, merged)
+    merged |= _merged_rows(applied)
     errors: tuple[float, float] | None = None
     if sample_inputs is None:
         _put(model, merged)
     else:
         errors = _put_checked(
-            model, layers, merged, sample_inputs, forward or default_forward, tolerance
+            model,
+            {**layers, **applied.rows},
+            merged,
+            sample_inputs,
+            forward or default_forward,
+            tolerance,
         )
     del model.applied_lora
     untied_head = was_tied and not _is_tied(model)
@@ -90,6 +97,24 @@ def merge_lora(
         update_error=update_error,
         untied_head=untied_head,
     )
+
+
+def _merged_rows(applied: AppliedLoRA) -> dict[str, nn.Module]:
+    """Return the plain token tables, by name; a tied head gets the embedding's new weight."""
+    merged: dict[str, nn.Module] = {}
+    first: RowsLayer | None = None
+    for name, layer in applied.rows.items():
+        if not torch.isfinite(layer.token_rows).all():
+            raise AdapterError(
+                f"Merging was asked for, and trained rows of {name} are not finite. The model is "
+                "left adapted. Check the adapter."
+            )
+        if first is not None and isinstance(layer, RowsLinear) and layer.weight is first.weight:
+            shared = cast(nn.Embedding, next(iter(merged.values()))).weight
+            merged[name] = plain_linear(shared, layer)
+        else:
+            first, merged[name] = layer, layer.merge()
+    return merged
 
 
 def default_forward(model: nn.Module, inputs: Any) -> Tensor:
@@ -118,7 +143,7 @@ def _put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 @torch.no_grad()
 def _put_checked(
     model: nn.Module,
-    layers: dict[str, LoRALayer],
+    layers: Mapping[str, nn.Module],
     merged: dict[str, nn.Module],
     inputs: Any,
     forward: Forward,

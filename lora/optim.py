@@ -27,7 +27,8 @@ def parameter_groups(
     of_lora = {name for name in named if name.endswith(("lora_A", "lora_B"))}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named.items():
-        decays = parameter.ndim >= 2 and id(parameter) not in embeddings
+        is_embedding = id(parameter) in embeddings or name.endswith("token_rows")
+        decays = parameter.ndim >= 2 and not is_embedding
         share = whole_rate_fraction if of_lora and name not in of_lora else 1.0
         key = (weight_decay if decays else 0.0, share)
         groups.setdefault(key, []).append(parameter)

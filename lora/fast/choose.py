@@ -11,6 +11,7 @@ from lora.device import DeviceChoice
 from lora.fast.step import trains_whole
 from lora.kernels.jit import HAS_TRITON
 from lora.lora_module import LoRALinear
+from lora.token_rows import RowsEmbedding, RowsLinear
 
 WIDEST_HEAD = 256
 
@@ -48,6 +49,8 @@ def _of_shape(config: DecoderConfig) -> str | None:
 def _of_training(model: Decoder) -> str | None:
     if trains_whole(model):
         return None
+    if any(isinstance(module, RowsEmbedding | RowsLinear) for module in model.modules()):
+        return "token rows train"
     inside = {id(p) for p in model.trunk.blocks().parameters()}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     other = [n for n, p in trained if id(p) not in inside or not n.endswith(("lora_A", "lora_B"))]

@@ -1,0 +1,113 @@
+"""Output head and cross-entropy in one, for a frozen head some of whose rows train.
+
+What differs from `lora.kernels.cross_entropy`: the weight has no gradient; the logits of the
+trained rows take the place of the frozen ones' in each chunk, so the full weight is never copied.
+`plain_rows_cross_entropy` is the twin with the full weight and full logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora.kernels.cross_entropy import CHUNK_TOKENS, IGNORE, plain_linear_cross_entropy
+
+
+def plain_rows_cross_entropy(
+    hidden: Tensor, weight: Tensor, rows: Tensor, ids: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what `rows_cross_entropy` returns, from the whole weight and the logits of all."""
+    return plain_linear_cross_entropy(hidden, weight.index_copy(0, ids, rows.to(weight)), labels)
+
+
+def rows_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    ids: Tensor,
+    labels: Tensor,
+    *,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropy of hidden · headᵀ, and how many rows were learned.
+
+    Args:
+        hidden: (N, C), any floating type.
+        weight: (V, C), of the same type, frozen.
+        rows: (R, C), the head's rows at `ids`, fp32 or wider.
+        ids: (R,) int64, each once, 0 … V − 1.
+        labels: (N,) int64, each 0 … V − 1, or −100 for what is not learned.
+        chunk_tokens: at most chunk_tokens × V logits exist at once.
+
+    Returns the loss in nats () in fp32 or wider and the count () int64.
+    """
+    is_learned = labels != IGNORE
+    places = is_learned.nonzero().squeeze(1)  # (n,); the host waits for the device: n is a shape
+    learned, labels = hidden.index_select(0, places), labels.index_select(0, places)
+    loss_sum = _RowsCrossEntropy.apply(learned, weight, rows, ids, labels, chunk_tokens)
+    return loss_sum, is_learned.sum()
+
+
+class _RowsCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        rows: Tensor,
+        ids: Tensor,
+        labels: Tensor,
+        chunk_tokens: int,
+    ) -> Tensor:
+        loss_sum = rows.new_zeros(())
+        needs_grad = any(ctx.needs_input_grad)
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_rows = torch.zeros_like(rows) if needs_grad else None
+        for start in range(0, len(labels), chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            into = None if grad_hidden is None else grad_hidden[part]
+            loss_sum += _learn_chunk(hidden[part], weight, rows, ids, labels[part], into, grad_rows)
+        ctx.save_for_backward(grad_hidden, grad_rows)
+        return loss_sum
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_rows = ctx.saved_tensors
+        scale = grads[0]
+        return grad_hidden * scale.to(grad_hidden.dtype), None, grad_rows * scale, None, None, None
+
+
+def _learn_chunk(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    ids: Tensor,
+    labels: Tensor,
+    grad_hidden: Tensor | None,
+    grad_rows: Tensor | None,
+) -> Tensor:
+    """Return the chunk's loss; fill `grad_hidden` (n, C) and add to `grad_rows` (R, C).
+
+    d loss / d logits = powers / total − one-hot(label), for frozen and trained columns apart.
+    """
+    wide = hidden.to(rows.dtype)
+    logits = F.linear(hidden, weight).to(rows.dtype)  # (n, V)
+    logits.index_copy_(1, ids, F.linear(wide, rows))
+    logits -= logits.amax(1, keepdim=True)
+    of_label = logits.gather(1, labels[:, None])  # (n, 1)
+    powers = logits.exp_()
+    total = powers.sum(1, keepdim=True)  # (n, 1)
+    if grad_hidden is not None and grad_rows is not None:
+        is_trained = labels[:, None] == ids  # (n, R)
+        of_rows = powers.index_select(1, ids) / total - is_trained.to(rows.dtype)  # (n, R)
+        grad_rows += of_rows.T @ wide
+        powers.index_fill_(1, ids, 0.0)
+        grad = (powers.to(weight.dtype) @ weight).to(rows.dtype).div_(total)  # (n, C)
+        of_frozen = (~is_trained.any(1, keepdim=True)).to(weight.dtype)  # (n, 1)
+        grad -= weight.index_select(0, labels) * of_frozen
+        grad_hidden.copy_(grad.addmm_(of_rows, rows))
+    return (total.log() - of_label).sum()
