@@ -199,13 +199,13 @@ class StackedEmbedding(nn.Module):
         self.train(base.training)
 
     def forward(self, ids: Tensor) -> Tensor:  # (K·B, T) or (T,) -> (K·B, T, C)
-        n_adapters, rows, width = self.weight.shape
-        firsts = torch.arange(n_adapters, device=ids.device) * rows  # (K,)
+        # By two indices: the weight may be a view whose adapters do not lie side by side.
+        own = torch.arange(len(self.weight), device=ids.device)[:, None]  # (K, 1)
         if ids.ndim == 1:
-            shared = F.embedding(firsts[:, None] + ids, self.weight.view(-1, width))  # (K, T, C)
+            shared = self.weight[own, ids]  # (K, T, C)
             return shared.repeat_interleave(self._rows_each(), dim=0)  # (K·B, T, C)
-        places = ids.unflatten(0, (n_adapters, -1)) + firsts[:, None, None]  # (K, B, T)
-        return F.embedding(places.flatten(0, 1), self.weight.view(-1, width))  # (K·B, T, C)
+        by_adapter = ids.unflatten(0, (len(own), -1))  # (K, B, T)
+        return self.weight[own[:, :, None], by_adapter].flatten(0, 1)  # (K·B, T, C)
 
     def unwrap(self) -> nn.Embedding:
         """Return the embedding as it was."""

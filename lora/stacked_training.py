@@ -1,0 +1,153 @@
+"""Training K stacked adapters at once: each with its own rate, clipping, data and fate.
+
+What differs from the textbook: what trains lies in one buffer (K, n), a row an adapter, so that the
+norm, the clipping, the check and AdamW's step of all adapters are a few operations over rows.
+An adapter whose loss or gradient is not finite is stopped with its reason; its gradient is masked
+to zero and its rate is 0 from then on, and the bits of the others do not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora.apply_stacked import Stacked
+from lora.config import TrainConfig
+from lora.kernels.adamw import AdamWSettings
+from lora.optim import rate_factor
+
+LossFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+
+
+class StackedAdamW:
+    """AdamW over what trains of K stacked adapters, with a rate and a decay for each.
+
+    Changes the layers: their parameters become views of its buffer. As in
+    `lora.optim.parameter_groups`, A and B decay, and embeddings take their share of the rate.
+    """
+
+    def __init__(self, stacked: Stacked, configs: Sequence[TrainConfig]) -> None:
+        lora = [p for la in stacked.layers.values() for p in (la.lora_A, la.lora_B)]
+        whole = [embedding.weight for embedding in stacked.embeddings.values()]
+        self._parameters, self._n_lora = lora + whole, sum(p[0].numel() for p in lora)
+        self.values = torch.cat([p.detach().flatten(1) for p in self._parameters], 1)  # (K, n)
+        self.grads = torch.zeros_like(self.values)
+        self.mean, self.square = torch.zeros_like(self.values), torch.zeros_like(self.values)
+        widths = [p[0].numel() for p in self._parameters]
+        self._grad_parts = self.grads.split(widths, dim=1)  # each (K, numbers of one tensor)
+        for p, part in zip(self._parameters, self.values.split(widths, dim=1), strict=True):
+            p.data = part.view(p.shape)
+        self._decays = self._column([config.weight_decay for config in configs])
+        self._shares = self._column([config.whole_rate_fraction for config in configs])
+
+    @torch.no_grad()
+    def take_grads(self) -> None:
+        """Move the parameters' gradients into `grads`, which replaces what was there."""
+        for p, part in zip(self._parameters, self._grad_parts, strict=True):
+            if p.grad is None:
+                part.zero_()
+            else:
+                part.copy_(p.grad.flatten(1))
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self, number: int, rates: Sequence[float]) -> None:
+        """Take step `number` (from 1); an adapter at rate 0 stays where it is."""
+        settings = AdamWSettings()
+        self.mean.lerp_(self.grads, 1 - settings.beta1)
+        self.square.mul_(settings.beta2).addcmul_(self.grads, self.grads, value=1 - settings.beta2)
+        root = (1 - settings.beta2**number) ** 0.5
+        update = self.mean / self.square.sqrt().div_(root).add_(settings.eps)  # (K, n)
+        rate = self._column(rates)  # (K, 1)
+        of_lora, whole = slice(0, self._n_lora), slice(self._n_lora, None)
+        self.values[:, of_lora].mul_(1 - rate * self._decays)
+        update[:, of_lora].mul_(rate / (1 - settings.beta1**number))
+        update[:, whole].mul_(rate * self._shares / (1 - settings.beta1**number))
+        self.values.sub_(update)
+
+    def _column(self, numbers: Sequence[float]) -> Tensor:
+        return self.values.new_tensor(list(numbers))[:, None]  # (K, 1)
+
+
+class StackedTraining:
+    """Steps of K adapters on one model, each as `lora.trainer.train_step` takes them alone.
+
+    Args:
+        model: with `stacked` on it.
+        loss_fn: (model, batch) -> (loss sums, target tokens), both (K,).
+        configs: one for each adapter, with its learning rate.
+        autocast: the context of a forward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stacked: Stacked,
+        loss_fn: LossFn,
+        configs: Sequence[TrainConfig],
+        rates: Sequence[float],
+        *,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self._model, self._loss_fn, self._autocast = model, loss_fn, autocast
+        self._configs, self._rates = tuple(configs), tuple(rates)
+        self.optimizer = StackedAdamW(stacked, configs)
+        self.step_number = 0
+        self.failures: dict[int, str] = {}
+        """Why adapter k was stopped, by k."""
+
+    def step(self, micro_batches: Iterable[Any]) -> list[float]:
+        """Changes the adapters in place: one step; return each one's mean loss in nats, (K,)."""
+        optimizer = self.optimizer
+        losses, counts = [], []
+        for batch in micro_batches:
+            with self._autocast():
+                loss_sum, n_tokens = self._loss_fn(self._model, batch)  # (K,), (K,)
+            loss_sum.sum().backward()
+            losses.append(loss_sum.detach())
+            counts.append(n_tokens)
+        count = torch.stack(counts).sum(0).clamp(min=1)  # (K,)
+        loss = torch.stack(losses).sum(0) / count  # (K,)
+        optimizer.take_grads()
+        norm = optimizer.grads.norm(dim=1) / count  # (K,)
+        self._note_failures(loss, norm)
+        self._scale_and_clip(count, norm)
+        rates = [
+            0.0 if k in self.failures else rate * rate_factor(self.step_number, config)
+            for k, (rate, config) in enumerate(zip(self._rates, self._configs, strict=True))
+        ]
+        self.step_number += 1
+        optimizer.step(self.step_number, rates)
+        return [float(value) for value in loss]
+
+    def _note_failures(self, loss: Tensor, norm: Tensor) -> None:
+        # The host waits for the device here: nothing may move before the check.
+        for k, (value, length) in enumerate(zip(loss.tolist(), norm.tolist(), strict=True)):
+            if k not in self.failures and not torch.isfinite(torch.tensor(value + length)):
+                self.failures[k] = (
+                    f"step {self.step_number + 1}: the loss is {value} and the gradient's norm "
+                    f"{length}, not finite. Lower the learning rate, or look for damaged examples."
+                )
+
+    def _scale_and_clip(self, count: Tensor, norm: Tensor) -> None:
+        longest = norm.new_tensor([c.max_grad_norm or torch.inf for c in self._configs])
+        factor = (longest / (norm + 1e-6)).clamp(max=1.0) / count  # (K,)
+        grads = self.optimizer.grads
+        grads.mul_(factor[:, None].to(grads.dtype))
+        if self.failures:  # masked: a NaN times zero would stay NaN
+            grads[sorted(self.failures)] = 0
+
+
+def stacked_loss_sums(logits: Tensor, targets: Tensor, n_adapters: int) -> tuple[Tensor, Tensor]:
+    """Return each adapter's summed loss in nats and target tokens, (K,), (K,).
+
+    `logits` is (K·B, T, V); `targets` (K·B, T) int64, −100 where nothing is learned.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)  # (K·B·T, V)
+    losses = torch.nn.functional.cross_entropy(wide, targets.flatten(), reduction="none")
+    learned = (targets != -100).view(n_adapters, -1).sum(1)  # (K,)
+    return losses.view(n_adapters, -1).sum(1), learned
