@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from lora.errors import ConfigError, did_you_mean, gather
 
@@ -183,9 +183,15 @@ class DataConfig:
     """At most so many examples are split off for evaluation."""
     chat_template: Path | None = None
     """File with a jinja chat template to use instead of the model's own."""
+    special_tokens: tuple[str, ...] = ()
+    """Tokens to add to the vocabulary, with commas between: each becomes one token that is never
+    split, and its row of the embedding and the head trains beside LoRA. Tokens that the model has
+    already keep their number, and their rows train too."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "special_tokens", _split_words(self.special_tokens))
         faults = _check_counts(self, 2, "max_length")
+        faults += _check_special_tokens(self.special_tokens)
         in_range = _is_number(self.eval_fraction) and 0 <= self.eval_fraction < 1
         faults += _check(in_range, "eval_fraction", self.eval_fraction, "0 ≤ fraction < 1")
         faults += _check_counts(self, 1, "max_eval_examples")
@@ -270,6 +276,23 @@ def config_from_dict(kind: type[ConfigT], values: dict[str, Any]) -> ConfigT:
         advice = "Allowed are: " + ", ".join(sorted(fields)) + "."
         raise ConfigError(gather(unknown, f"{kind.__name__} has no such setting:", advice))
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _split_words(value: object) -> object:
+    """Return a tuple of the words in `value`, which commas part too; anything else as it is."""
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+        return value
+    return tuple(part.strip() for word in words for part in word.split(","))
+
+
+def _check_special_tokens(tokens: object) -> list[str]:
+    if not _is_tuple_of(str, tokens):
+        return _check(False, "special_tokens", tokens, "a list of words")
+    words = cast(tuple[str, ...], tokens)
+    faults = _check("" not in words, "special_tokens", words, "words that are not empty")
+    twice = sorted({word for word in words if words.count(word) > 1})
+    return faults + _check(not twice, "special_tokens", words, f"each once, not {twice} twice")
 
 
 def _is_int(value: object) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lora.adapter_io import load_adapter, save_adapter
+from lora.added_tokens import add_tokens_to_all, add_tokens_to_lora
 from lora.apply import apply_lora
 from lora.config import (
     FULL_LEARNING_RATE,
@@ -102,14 +103,14 @@ def finetune(
         for told in report.notes + report.warnings:
             progress.say(f"note: {told}")
     progress.say(f"{source.name} on {choice.reason}")
-    model = _load_model(job, source, choice)
+    model, fingerprint = _load_model(job, source, choice, data.tokenizer, progress)
     rate = job.train.learning_rate
     if rate is None:
         rate = FULL_LEARNING_RATE if job.lora is None else LORA_LEARNING_RATE
     name = job.run.name or default_name(source.name)
     described = {**_describe(job, source, data, choice), "learning_rate": rate}
     described["data"]["warnings"] = report.warnings
-    described["base_fingerprint"] = base_fingerprint(model)
+    described["base_fingerprint"] = fingerprint
     steps = _choose_steps(job, model, choice, progress)
     with create_run(job.run.out, name, resume=job.resume, described=described) as run:
         if open_board is not None:
@@ -130,7 +131,7 @@ def check_data(
     """
     data = prepare_data(
         job.data,
-        load_tokenizer(model_folder),
+        load_tokenizer(_tokenizer_folder(job, model_folder)),
         job.data_config,
         job.train.seed,
         held_out_source=job.eval_data,
@@ -173,20 +174,38 @@ def _first_day(job: FinetuneJob) -> datetime | None:
     return datetime.fromisoformat(described["data"]["now"])
 
 
-def _load_model(job: FinetuneJob, source: ModelSource, choice: DeviceChoice) -> Decoder:
+def _tokenizer_folder(job: FinetuneJob, model_folder: Path) -> Path:
+    """Return where the tokenizer is: an adapter has its own if it has tokens of its own."""
+    own = job.from_adapter
+    return own if own is not None and (own / "tokenizer.json").is_file() else model_folder
+
+
+def _load_model(
+    job: FinetuneJob,
+    source: ModelSource,
+    choice: DeviceChoice,
+    tokenizer: TextTokenizer,
+    progress: Progress,
+) -> tuple[Decoder, str]:
+    """Return the model as it will train, and the fingerprint of its base."""
     # What stays frozen is read in the products' type; what trains whole keeps fp32.
     is_frozen = job.lora is not None or job.from_adapter is not None
     dtype = choice.compute_dtype if is_frozen else torch.float32
     model = load_decoder(source.folder, dtype=dtype, device=choice.device)
+    fingerprint = base_fingerprint(model)
     if job.from_adapter is not None:
         load_adapter(model, job.from_adapter, trainable=True)
     elif job.lora is not None:
         seed = job.train.seed if job.lora.init_seed is None else job.lora.init_seed
         apply_lora(model, replace(job.lora, init_seed=seed))
-    else:
+    add_tokens = add_tokens_to_lora if is_frozen else add_tokens_to_all
+    told = add_tokens(model, tokenizer, job.data_config.special_tokens)
+    if told is not None:
+        progress.say(told)
+    if not is_frozen:
         model.requires_grad_(True)
     torch.manual_seed(job.train.seed)
-    return model
+    return model, fingerprint
 
 
 def _training_job(

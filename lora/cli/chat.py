@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lora.cli.loading import LoadedModel, load_model
+from lora.cli.loading import LoadedModel, load_model, load_tokenizer_of
 from lora.config import SamplingConfig
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def chat(
         if line is None or line == "/quit":
             return 0
         if line.startswith("/"):
-            said = list(first) if _obey(line, loaded) else said
+            loaded, begins_anew = _obey(line, loaded)
+            said = list(first) if begins_anew else said
             continue
         if line:
             drawn = replace(sampling, seed=sampling.seed + len(said))  # or answers would repeat
@@ -71,33 +72,34 @@ def _ask() -> str | None:
         return None
 
 
-def _obey(line: str, loaded: LoadedModel) -> bool:
-    """Do what a line with a slash says; return whether the conversation begins anew."""
+def _obey(line: str, loaded: LoadedModel) -> tuple[LoadedModel, bool]:
+    """Do what a line with a slash says; return the model, and whether all begins anew."""
     from lora.adapter_io import load_adapter
     from lora.apply import lora_layers, remove_lora
     from lora.errors import LoraError
 
     command, _, name = line.partition(" ")
     if command == "/new":
-        return True
+        return loaded, True
     if command != "/adapter" or not name:
         print(f"unknown: {line}. {HELP}", file=sys.stderr)
-        return False
+        return loaded, False
     try:
         folder = None if name == "none" else Path(name.strip()).expanduser()
         if folder is not None:
             from lora.adapter_io import read_adapter_config
 
             read_adapter_config(folder)  # what is wrong with it is known before the old one goes
+        tokenizer = load_tokenizer_of(loaded.source, folder)
         if lora_layers(loaded.model):
             remove_lora(loaded.model)
         if folder is not None:
             load_adapter(loaded.model, folder)
     except LoraError as error:
         print(f"{error}", file=sys.stderr)
-        return False
+        return loaded, False
     print("the base" if folder is None else f"adapter: {folder}", file=sys.stderr)
-    return True
+    return replace(loaded, tokenizer=tokenizer), True
 
 
 def _answer(loaded: LoadedModel, said: list[Message], sampling: SamplingConfig) -> str:

@@ -58,9 +58,15 @@ def evaluate(
     """
     from lora.apply import disabled_adapter
     from lora.data.readers import read_examples
+    from lora.errors import ConfigError
 
     examples = read_examples(data)
     config = data_config or DataConfig()
+    if config.special_tokens:
+        raise ConfigError(
+            "lora eval was given --special-tokens: they are added when a model learns them (lora "
+            "finetune), and an adapter brings its own. Leave them out."
+        )
     loaded = load_model(model, adapter, device)
     scores = {}
     sizes = answers, max_new_tokens, bleu

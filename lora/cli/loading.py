@@ -29,19 +29,24 @@ def load_model(name: str | None, adapter: Path | None, device: str = "auto") -> 
     An adapter that brings a tokenizer (with the chat template it learned) is asked with that one.
     """
     from lora.adapter_io import load_adapter
-    from lora.data.templates import choose_template
-    from lora.data.tokenizers import load_tokenizer
     from lora.decoder.hf_weights import load_decoder
     from lora.decoder.sources import find_model
     from lora.device import choose_device
 
     choice = choose_device(device)
     source = find_model(name)
-    folder = source.folder
-    if adapter is not None and (adapter / "tokenizer.json").is_file():
-        folder = adapter
-    tokenizer, _ = choose_template(load_tokenizer(folder), None)
+    tokenizer = load_tokenizer_of(source, adapter)
     model = load_decoder(source.folder, device=choice.device)
     if adapter is not None:
         load_adapter(model, adapter)
     return LoadedModel(source, model.eval(), tokenizer, choice)
+
+
+def load_tokenizer_of(source: ModelSource, adapter: Path | None) -> TextTokenizer:
+    """Return the tokenizer that `adapter` brings, else the model's, with a chat template."""
+    from lora.data.templates import choose_template
+    from lora.data.tokenizers import load_tokenizer
+
+    is_own = adapter is not None and (adapter / "tokenizer.json").is_file()
+    folder = adapter if adapter is not None and is_own else source.folder
+    return choose_template(load_tokenizer(folder), None)[0]

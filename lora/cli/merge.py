@@ -8,6 +8,8 @@ from lora.cli.loading import load_model
 
 CHECKED_TEXT = "A merged model must answer as the adapted one did. 1 + 1 = 2; def f(x): return x"
 
+MOST_CHECKED_ROWS = 64
+
 
 def merge(adapter: Path, out: Path, *, model: str | None = None, device: str = "cpu") -> int:
     """Merge an adapter into its base, compare the logits, and save the model.
@@ -29,6 +31,7 @@ def merge(adapter: Path, out: Path, *, model: str | None = None, device: str = "
     """
     import torch
 
+    from lora.apply import applied_lora
     from lora.decoder.hf_weights import save_decoder
     from lora.errors import ConfigError
     from lora.merge import merge_lora
@@ -36,7 +39,9 @@ def merge(adapter: Path, out: Path, *, model: str | None = None, device: str = "
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty: name a new folder for the merged model.")
     loaded = load_model(model, adapter, device)
-    ids = torch.tensor([loaded.tokenizer.encode(CHECKED_TEXT)], device=loaded.choice.device)
+    rows = {n for layer in applied_lora(loaded.model).rows.values() for n in layer.ids}
+    tokens = loaded.tokenizer.encode(CHECKED_TEXT) + sorted(rows)[:MOST_CHECKED_ROWS]
+    ids = torch.tensor([tokens], device=loaded.choice.device)
     report = merge_lora(loaded.model, ids)
     save_decoder(loaded.model, out)
     loaded.tokenizer.save(out)

@@ -80,6 +80,8 @@ class DataReport:
     n_duplicates: int = 0
     """Examples that say exactly what an earlier one says."""
     n_empty_answers: int = 0
+    special_tokens: dict[str, int] = field(default_factory=dict)
+    """How often each token that was added stands in the rows."""
     previews: list[Preview] = field(default_factory=list)
 
     def to_json(self) -> str:
@@ -102,12 +104,15 @@ def inspect_data(
     """
     report = DataReport(_name_of(source), config.max_length, config.learn_on)
     try:
+        if config.special_tokens:
+            tokenizer = tokenizer.with_tokens(config.special_tokens)
         examples = read_examples(source, report.notes.append)
         _describe_examples(report, examples)
         if any(example.messages is not None for example in examples):
             tokenizer, report.template_origin = choose_template(tokenizer, config.chat_template)
         encoded = encode_examples(examples, tokenizer, config, on_progress)
         _describe_tokens(report, encoded, tokenizer)
+        _count_special_tokens(report, encoded, tokenizer, config)
         _count_rows(report, encoded, config)
         report.previews = _preview(examples, encoded, tokenizer, n_previews, _PREVIEW_TOKENS)
         _warn(report)
@@ -129,6 +134,7 @@ def inspect_prepared(
     report.template_origin = data.template_origin
     _describe_examples(report, data.train_examples)
     _describe_tokens(report, data.train_encoded, data.tokenizer)
+    _count_special_tokens(report, data.train_encoded, data.tokenizer, config)
     report.n_rows, report.fill_fraction = len(data.train), data.train.fill_fraction
     report.previews = _preview(
         data.train_examples, data.train_encoded, data.tokenizer, n_previews, _COMPACT_PREVIEW_TOKENS
@@ -166,6 +172,14 @@ def _describe_tokens(
         has_end = np.add.reduceat(is_end, documents.starts[:-1]) > 0
         is_whole = lengths[documents.owners] <= report.max_length
         report.n_without_end = int((is_whole & ~has_end).sum())
+
+
+def _count_special_tokens(
+    report: DataReport, encoded: EncodedExamples, tokenizer: TextTokenizer, config: DataConfig
+) -> None:
+    numbers = tokenizer.ids_of(config.special_tokens)
+    for token, number in zip(config.special_tokens, numbers, strict=True):
+        report.special_tokens[token] = int((encoded.documents.ids == number).sum())
 
 
 def _count_rows(report: DataReport, encoded: EncodedExamples, config: DataConfig) -> None:
@@ -230,6 +244,11 @@ def _warn(report: DataReport) -> None:
         ),
         f"{report.n_without_end} of {n} examples learn no token that ends an answer: the model may "
         "never stop": report.n_without_end,
+    }
+    told |= {
+        f"the special token {token!r} never appears in the examples: its row learns only that it "
+        "is not said": not count
+        for token, count in report.special_tokens.items()
     }
     report.warnings += [warning for warning, is_so in told.items() if is_so]
     if 0 < cut <= _MUCH * n:

@@ -56,6 +56,7 @@ def _summary(report: DataReport, is_compact: bool) -> Table:
         ("read only", f"{report.n_ignored_tokens:,} tokens"),
         ("share learned", f"{report.n_learned_tokens / all_tokens:.1%}"),
         ("rows", f"{report.n_rows:,}, {report.fill_fraction:.1%} filled"),
+        ("special", ", ".join(f"{t} {n:,} times" for t, n in report.special_tokens.items())),
         ("truncated", f"{report.counts.n_truncated:,}" if report.counts.n_truncated else ""),
         ("split", f"{report.counts.n_split:,}" if report.counts.n_split else ""),
         ("dropped", f"{report.counts.n_dropped:,}" if report.counts.n_dropped else ""),

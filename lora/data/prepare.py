@@ -62,6 +62,8 @@ def prepare_data(
         DataError: the data are damaged, the template refuses them, or there is nothing to learn.
         DependencyError: a file's format needs a package that is not installed.
     """
+    if config.special_tokens:
+        tokenizer = tokenizer.with_tokens(config.special_tokens)
     if held_out_source is None:
         sizes = config.eval_fraction, config.max_eval_examples
         train, held_out = split_examples(read_examples(source, say), *sizes, seed)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 
 from lora.errors import DataError
 from lora.runs import atomic_write
@@ -40,6 +40,8 @@ class TextTokenizer:
     chat_template: str | None = None
     stop_ids: tuple[int, ...] = ()
     """Tokens that end an answer: the end of the text, and the end of a turn."""
+    n_known: int | None = None
+    """Ids before `with_tokens` added some; None: it added none."""
 
     @property
     def vocab_size(self) -> int:
@@ -85,6 +87,35 @@ class TextTokenizer:
         """Return the text of `ids`."""
         return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
+    def with_tokens(self, tokens: Sequence[str]) -> TextTokenizer:
+        """Return a tokenizer that never splits `tokens`; this one stays as it is.
+
+        Those it does not know get the next ids, the others keep theirs. They are shown in what
+        `decode` returns, as the tool and thinking tokens of released models are; one that the chat
+        template ends turns with ends answers too.
+
+        Raises DataError for a token that does not come out as one id: the tokenizer changes texts
+        before it looks for tokens.
+        """
+        unknown = [token for token in tokens if self.backend.token_to_id(token) is None]
+        known = {t.content for t in self.backend.get_added_tokens_decoder().values()}
+        backend = Tokenizer.from_str(self.backend.to_str())
+        backend.add_tokens(
+            [AddedToken(token, normalized=False) for token in tokens if token not in known]
+        )
+        numbers = dict(zip(tokens, _ids_of(backend, tokens), strict=True))
+        for token, number in numbers.items():
+            ids = backend.encode(f"a{token}b", add_special_tokens=False).ids
+            if ids.count(number) != 1:
+                raise DataError(
+                    f"The special token {token!r} is not found as one token after it was added: "
+                    f"{backend.encode(token, add_special_tokens=False).tokens} is. Choose another "
+                    "spelling, such as <|word|>."
+                )
+        n_known = min((numbers[token] for token in unknown), default=None)
+        stops = find_stop_ids(backend, self.eos_token, self.chat_template, self.stop_ids)
+        return replace(self, backend=backend, stop_ids=stops, n_known=n_known)
+
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json` into `folder`.
 
@@ -106,8 +137,17 @@ class TextTokenizer:
             ids = {"bos_token_id": self.bos_id, "eos_token_id": list(self.stop_ids)}
             _write_object(folder / "generation_config.json", {**ids, "pad_token_id": self.pad_id})
 
+    def ids_of(self, tokens: Sequence[str]) -> list[int]:
+        """Return the ids of `tokens`, each of which the tokenizer knows by this name."""
+        return _ids_of(self.backend, tokens)
+
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self.backend.token_to_id(token)
+
+
+def _ids_of(backend: Tokenizer, tokens: Sequence[str]) -> list[int]:
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    return [vocabulary[token] for token in tokens]
 
 
 def load_tokenizer(folder: Path) -> TextTokenizer:
@@ -144,7 +184,8 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
         named[word] = None
     template = _chat_template(folder, config)
     stops = find_stop_ids(backend, named["eos_token"], template, _generation_eos(folder))
-    return TextTokenizer(backend=backend, chat_template=template, stop_ids=stops, **named)
+    bos, eos, pad = (named[word] for word in words)
+    return TextTokenizer(backend, bos, eos, pad, chat_template=template, stop_ids=stops)
 
 
 def find_stop_ids(
