@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora.errors import LoraError
+from lora.errors import Interrupted, LoraError
 from models.classic_settings import AUTO, ClassicSettings, notes, read_settings
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ def main() -> int:
     """Run what the environment asks for; return the exit code."""
     try:
         run_classic(read_settings(os.environ))
+    except Interrupted as stopped:
+        print(f"training.py: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     except LoraError as error:
         print(f"training.py: {error}", file=sys.stderr)
         return 2

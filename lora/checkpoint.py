@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,13 +27,19 @@ TENSORS_FILE, STATE_FILE, MANIFEST_FILE = "tensors.safetensors", "state.json", "
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    *,
+    keep: int,
+    best_step: int | None = None,
 ) -> Path:
-    """Write the checkpoint of `step` into `folder`, then remove all but the `keep` newest.
+    """Write the checkpoint of `step` into `folder`; remove all but the `keep` newest and the best.
 
     Raises CheckpointError if the disk refuses; older checkpoints are then untouched.
     """
-    final = folder / f"step-{step:06d}"
+    final = folder / _name(step)
     building = folder / f".{final.name}.building"
     files = {
         TENSORS_FILE: save({name: _to_save(t) for name, t in tensors.items()}),
@@ -41,12 +48,15 @@ def save_checkpoint(
     manifest = {name: {"bytes": len(b), "sha256": _sha256(b)} for name, b in files.items()}
     files[MANIFEST_FILE] = (json.dumps(manifest, indent=2) + "\n").encode()
     try:
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
+        folder.mkdir(exist_ok=True)  # not its parents: a run that was removed stays removed
+        for left in folder.glob(".step-*.building"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        building.mkdir()
         for name, data in files.items():
             atomic_write(building / name, data)
         shutil.rmtree(final, ignore_errors=True)
         building.rename(final)
+        _sync_folder(folder)
     except (OSError, CheckpointError) as error:  # atomic_write raises the latter
         shutil.rmtree(building, ignore_errors=True)
         cause = disk_error(folder, error) if isinstance(error, OSError) else error
@@ -54,7 +64,8 @@ def save_checkpoint(
             f"The checkpoint of step {step} was not saved, earlier ones are untouched: {cause}"
         ) from error
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if best_step is None or old.name != _name(best_step):
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -152,6 +163,18 @@ def restore_training_tensors(
         count = torch.cuda.device_count()
         states = [tensors.get(f"random.cuda.{number}") for number in range(count)]
         torch.cuda.set_rng_state_all([state for state in states if state is not None])
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)  # a rename is on the disk when its folder is
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _to_save(tensor: Tensor) -> Tensor:

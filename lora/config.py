@@ -215,7 +215,7 @@ class RunConfig:
     save_every_steps: int = 0
     """Steps between checkpoints; 0 saves at each evaluation."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept; the one with the best held-out loss stays besides."""
     patience: int = 0
     """Stop after so many evaluations without a better loss; 0 never stops early."""
     samples: int = 2
@@ -226,11 +226,14 @@ class RunConfig:
     """auto, cpu, cuda, cuda:1 …"""
     fast: bool = True
     """Take the fast step where it can train the model; false always takes the plain one."""
+    skip_nonfinite: int = 0
+    """Steps whose loss or gradient is not finite that are left out and counted; one more stops the
+    run."""
     tensorboard: bool = False
     """Also write TensorBoard's event files into the run's folder."""
 
     def __post_init__(self) -> None:
-        counts = ("eval_every_steps", "save_every_steps", "patience", "samples")
+        counts = ("eval_every_steps", "save_every_steps", "patience", "samples", "skip_nonfinite")
         faults = _check_counts(self, 0, *counts)
         faults += _check_counts(self, 1, "keep_checkpoints", "sample_tokens")
         for name in ("fast", "tensorboard"):

@@ -8,10 +8,12 @@
     ├── DataError         text, examples, chat templates, tokenizers
     ├── CheckpointError   a run's folder or a checkpoint in it
     ├── TrainingError     a run that cannot go on: loss or gradient not finite
+    ├── Interrupted       a run that a signal stopped, its state saved
     └── DependencyError   an optional package that is not installed
 
 A message says, in this order: what was asked, what was seen, what is allowed (nearest match
-first), what to do. The command line prints it without a traceback and exits 2.
+first), what to do. The command line prints it without a traceback and exits 2; after a signal 130
+or 143.
 """
 
 from __future__ import annotations
@@ -50,6 +52,14 @@ class CheckpointError(LoraError):
 
 class TrainingError(LoraError):
     """A run cannot go on, for example because the loss is no longer finite."""
+
+
+class Interrupted(LoraError):
+    """A signal stopped a run between two steps; the command line exits with `exit_code`."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class DependencyError(LoraError):

@@ -109,6 +109,7 @@ def finetune(
         rate = FULL_LEARNING_RATE if job.lora is None else LORA_LEARNING_RATE
     name = job.run.name or default_name(source.name)
     described = {**_describe(job, source, data, choice), "learning_rate": rate}
+    described["from_adapter"] = job.from_adapter
     described["data"]["warnings"] = report.warnings
     described["base_fingerprint"] = fingerprint
     steps = _choose_steps(job, model, choice, progress)
@@ -170,7 +171,10 @@ def _find_tensorboard() -> Callable[[Path], Callable[[dict[str, Any]], None]]:
 def _first_day(job: FinetuneJob) -> datetime | None:
     if not job.resume:
         return None
-    described = read_json(job.run.out / str(job.run.name) / "run.json")
+    path = job.run.out / str(job.run.name) / "run.json"
+    if not path.is_file():  # `create_run` says what is there, and what is not
+        return None
+    described = read_json(path)
     return datetime.fromisoformat(described["data"]["now"])
 
 
@@ -309,6 +313,8 @@ def _describe(
             "counts": asdict(data.train_encoded.counts),
             "chat_template": data.template_origin,
             "now": data.now.isoformat(),
+            "fingerprint": data.train.fingerprint(),
+            "held_out_fingerprint": data.held_out.fingerprint() if data.held_out else None,
         },
         "lora": None if job.lora is None else asdict(job.lora),
         "train": asdict(job.train),

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lora.errors import CheckpointError
+from lora.resuming import check_same_run
 
 METRICS_FILE, TIMINGS_FILE, LOCK_FILE = "metrics.jsonl", "timings.jsonl", ".lock"
 SAMPLES_FILE = "samples.jsonl"
@@ -60,6 +61,7 @@ def disk_error(path: Path, error: OSError) -> CheckpointError:
         errno.EACCES: "Make the folder writable, or choose another output folder.",
         errno.EROFS: "The file system is read-only: choose another output folder.",
         errno.ENOENT: "The folder has vanished: make it again, or choose another.",
+        errno.EEXIST: "A file stands where a folder is needed: choose another output folder.",
         errno.ENOTDIR: "A file stands where a folder is needed: choose another output folder.",
     }.get(error.errno or 0, "Look at that disk, or choose another output folder.")
     return CheckpointError(f"{path} could not be written: {error.strerror}. {advice}")
@@ -73,6 +75,9 @@ class Run:
     _lock: IO[str] | None = field(default=None, repr=False)
     on_metrics: Callable[[dict[str, Any]], None] = lambda row: None
     """Hears of each row of metrics after it is written."""
+    on_trouble: Callable[[str], None] = lambda message: None
+    """Hears, once, that rows cannot be written and are kept in memory until they can."""
+    _waiting: dict[str, list[str]] = field(default_factory=dict, repr=False)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` as the JSON file `name` of the folder, whole or not at all."""
@@ -100,6 +105,18 @@ class Run:
         """Return the rows of `metrics.jsonl`."""
         return read_rows(self.folder / METRICS_FILE)
 
+    def sync(self) -> None:
+        """Return when every row is on the disk. Raises CheckpointError if the disk refuses."""
+        for name in (METRICS_FILE, TIMINGS_FILE, SAMPLES_FILE):
+            path = self.folder / name
+            try:
+                self._write_waiting(name)
+                if path.is_file():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+            except OSError as error:
+                raise disk_error(path, error) from error
+
     def cut_metrics_after(self, step: int) -> None:
         """Drop the rows of later steps, which a resumed run will write again."""
         for name in (METRICS_FILE, TIMINGS_FILE, SAMPLES_FILE):
@@ -121,11 +138,29 @@ class Run:
         self.close()
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
+        had_trouble = any(self._waiting.values())
+        self._waiting.setdefault(name, []).append(_line(row))
         try:
-            with (self.folder / name).open("a", encoding="utf-8") as file:
-                file.write(_line(row))
+            self._write_waiting(name)
         except OSError as error:
-            raise disk_error(self.folder / name, error) from error
+            if not had_trouble:
+                cause = disk_error(self.folder / name, error)
+                self.on_trouble(f"{cause} The rows are kept in memory until they can be written.")
+
+    def _write_waiting(self, name: str) -> None:
+        """Write the rows that wait, all of them or none."""
+        data = "".join(self._waiting.get(name, ())).encode()
+        if not data:
+            return
+        with (self.folder / name).open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except OSError:
+                file.truncate(end)  # a full disk takes a part of a row
+                raise
+        self._waiting[name] = []
 
 
 def create_run(
@@ -145,20 +180,37 @@ def create_run(
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK_FILE).open("w", encoding="utf-8")
+        lock = (folder / LOCK_FILE).open("a+", encoding="utf-8")
+        _take(lock, folder)
     except OSError as error:
         raise disk_error(folder, error) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel if we die
-    except OSError:
-        lock.close()
-        raise CheckpointError(
-            f"The run {folder} is in use by another process. Wait for it, or choose another name."
-        ) from None
     run = Run(folder, lock)
+    if resume and described is not None and (folder / "run.json").is_file():
+        try:
+            check_same_run(run.read_json("run.json"), described, folder)
+        except CheckpointError:
+            run.close()
+            raise
     if described is not None:
         run.write_json("run.json", {**described, "environment": environment()})
     return run
+
+
+def _take(lock: IO[str], folder: Path) -> None:
+    """Lock the folder, until we close `lock` or die, and write into it who we are."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it if we die
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise CheckpointError(
+            f"The run {folder} is in use by {holder}. Wait for it, or choose another name."
+        ) from None
+    lock.truncate(0)
+    started = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
+    lock.write(f"process {os.getpid()}, since {started}\n")
+    lock.flush()
 
 
 def default_name(model: str) -> str:

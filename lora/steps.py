@@ -25,6 +25,8 @@ class StepDone:
     gradient_norm: float
     """Of the mean gradient, before clipping."""
     rate: float
+    not_finite: str = ""
+    """Why the step was not taken: where loss or gradient are not finite; "" if it was taken."""
 
 
 class Steps(Protocol):
@@ -36,7 +38,7 @@ class Steps(Protocol):
     def finished(self, *, wait: bool) -> list[StepDone]:
         """Return steps that are done and were not returned before; with `wait`, all launched.
 
-        Raises TrainingError for a step whose loss or gradient is not finite; it was not taken.
+        A step whose loss or gradient is not finite was not taken and says so (`not_finite`).
         """
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:

@@ -7,6 +7,7 @@ with K = 1 unless several adapters train together. Nothing here knows what a bat
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.checkpoint import (
+    list_checkpoints,
     load_newest,
     restore_training_tensors,
     save_checkpoint,
@@ -25,10 +27,12 @@ from lora.checkpoint import (
 from lora.config import LEAST_EVAL_STEPS, MOST_EVALUATIONS, RunConfig, TrainConfig
 from lora.device import DeviceChoice, peak_memory_bytes, synchronize
 from lora.diagnosis import find_nonfinite
-from lora.errors import TrainingError
+from lora.errors import CheckpointError, Interrupted, TrainingError
+from lora.interrupts import StopRequests
 from lora.optim import build_optimizer, rate_factor, scale_and_clip, set_rate
 from lora.progress import NoProgress, Progress
 from lora.runs import Run
+from lora.spikes import WINDOW_STEPS, is_spike
 from lora.steps import StepDone, Steps
 
 LossFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
@@ -178,8 +182,9 @@ class PlainSteps:
             )
         except TrainingError as error:
             where = find_nonfinite(job.model, batches, job.loss_fn, job.choice.autocast)
-            total = job.train_config.steps
-            raise TrainingError(f"Step {number} of {total}: {error} {where}") from None
+            why = f"{error} {where}"
+            self._done.append(StepDone(number, [math.nan], 0, math.nan, rate, why))
+            return
         synchronize(job.choice.device)
         losses, tokens = result.loss.tolist(), int(result.n_tokens.sum())
         norm = result.gradient_norm.item()
@@ -202,6 +207,13 @@ class _Position:
     evals_since_best: int = 0
     eval_loss: float = math.nan
     stopped_early: bool = False
+    skipped_steps: int = 0
+    best_step: int | None = None
+    """The step of the best evaluation, if it was saved."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Of the last steps, for spikes."""
+    saved_step: int | None = None
+    """The newest that is on the disk."""
     marked_s: float = 0.0
     """Clock when the last step was noted, or steps began again."""
 
@@ -213,28 +225,18 @@ def train(job: TrainingJob) -> TrainResult:
     optimizer = build_optimizer(
         job.model, job.learning_rate, config.weight_decay, config.whole_rate_fraction
     )
+    job.run.on_trouble = job.progress.say
     at = _resume(job, optimizer) if job.resume else _Position()
     steps = job.steps or PlainSteps(job)
     steps.adopt(optimizer)
-    if at.step == 0:
-        _evaluate_and_note(job, at)
-    eval_every, save_every = _intervals(job)
     job.progress.start(config.steps, at.step)
-    at.marked_s = time.perf_counter()
     try:
-        while at.step < config.steps and not at.stopped_early:
-            number = at.step + 1
-            evaluates = number % eval_every == 0 or number == config.steps
-            saves = number % save_every == 0 or number == config.steps
-            _one_step(job, steps, at, wait=evaluates or saves)
-            if evaluates:
-                _evaluate_and_note(job, at)
-            if saves or at.stopped_early:
-                _save(job, optimizer, at)
-            if evaluates or saves:
-                at.marked_s = time.perf_counter()
+        with StopRequests(job.progress.say) as stop:
+            _loop(job, steps, optimizer, at, stop)
     finally:
         job.progress.stop()
+    if stop.received is not None and not _is_over(job, at):
+        raise Interrupted(_say_interrupted(job, at, stop), stop.exit_code)
     return TrainResult(
         steps=at.step,
         eval_loss=at.eval_loss,
@@ -243,6 +245,49 @@ def train(job: TrainingJob) -> TrainResult:
         n_tokens=at.n_tokens,
         peak_memory_bytes=peak_memory_bytes(job.choice.device),
         stopped_early=at.stopped_early,
+    )
+
+
+def _loop(
+    job: TrainingJob,
+    steps: Steps,
+    optimizer: torch.optim.Optimizer,
+    at: _Position,
+    stop: StopRequests,
+) -> None:
+    """Take steps, evaluate and save until the run is over or a signal asks to stop."""
+    if at.step == 0:
+        _evaluate_and_note(job, at)
+    eval_every, save_every = _intervals(job)
+    at.marked_s = time.perf_counter()
+    while not _is_over(job, at) and stop.received is None:
+        number = at.step + 1
+        evaluates = number % eval_every == 0 or number == job.train_config.steps
+        saves = number % save_every == 0 or number == job.train_config.steps
+        _one_step(job, steps, at, wait=evaluates or saves)
+        if evaluates:
+            _evaluate_and_note(job, at)
+        if saves or at.stopped_early:
+            _save(job, optimizer, at)
+        if evaluates or saves:
+            at.marked_s = time.perf_counter()
+    for done in steps.finished(wait=True):  # of an interrupted run
+        _note(job, at, done)
+    if at.saved_step != at.step:
+        _save(job, optimizer, at)
+
+
+def _is_over(job: TrainingJob, at: _Position) -> bool:
+    return at.step >= job.train_config.steps or at.stopped_early
+
+
+def _say_interrupted(job: TrainingJob, at: _Position, stop: StopRequests) -> str:
+    name = stop.received.name if stop.received else ""
+    saved = "nothing could be saved" if at.saved_step is None else f"step {at.saved_step} is saved"
+    total = job.train_config.steps
+    return (
+        f"{name} stopped {job.run.folder} after step {at.step} of {total}; {saved}. Give --resume "
+        "to go on."
     )
 
 
@@ -259,15 +304,36 @@ def _one_step(job: TrainingJob, steps: Steps, at: _Position, *, wait: bool) -> N
 def _note(job: TrainingJob, at: _Position, done: StepDone) -> None:
     now_s = time.perf_counter()
     step_s, at.marked_s = now_s - at.marked_s, now_s
+    if done.not_finite:
+        _skip(job, at, done)
+        return
     at.n_tokens += done.n_tokens
     at.train_s += step_s
     loss = done.losses[0] if len(done.losses) == 1 else done.losses
     row = {"step": done.number, "loss": loss, "learning_rate": done.rate}
     row |= {"gradient_norm": done.gradient_norm, "tokens": at.n_tokens}
+    if is_spike(done.losses[0], at.recent_losses):
+        row["spike"] = True
+        usual = statistics.median(at.recent_losses)
+        job.progress.say(
+            f"step {done.number}: the loss {done.losses[0]:.4g} leaps from {usual:.4g}"
+        )
+    at.recent_losses = [*at.recent_losses, done.losses[0]][-WINDOW_STEPS:]
     job.run.append_metrics(row)
     memory = peak_memory_bytes(job.choice.device)
     job.run.append_timing({"step": done.number, "step_s": step_s, "peak_memory_bytes": memory})
     job.progress.step(done.number, done.losses[0], at.n_tokens / at.train_s, memory)
+
+
+def _skip(job: TrainingJob, at: _Position, done: StepDone) -> None:
+    """Count a step that was not taken. Raises TrainingError if that is one too many."""
+    at.skipped_steps += 1
+    most, total = job.run_config.skip_nonfinite, job.train_config.steps
+    message = f"Step {done.number} of {total}: {done.not_finite}"
+    if at.skipped_steps > most:
+        raise TrainingError(message)
+    job.run.append_metrics({"step": done.number, "skipped": at.skipped_steps})
+    job.progress.say(f"{message} Left out: {at.skipped_steps} of at most {most}.")
 
 
 def _evaluate_and_note(job: TrainingJob, at: _Position) -> None:
@@ -293,18 +359,39 @@ def _intervals(job: TrainingJob) -> tuple[int, int]:
 
 
 def _save(job: TrainingJob, optimizer: torch.optim.Optimizer, at: _Position) -> None:
-    position = {key: value for key, value in vars(at).items() if key != "marked_s"}
+    """Save the run's state; if the disk refuses, say so: the next save is another try."""
+    if at.eval_loss == at.best_eval_loss and at.evals_since_best == 0:
+        at.best_step = at.step
+    position = {k: v for k, v in vars(at).items() if k not in ("marked_s", "saved_step")}
     state = {"position": position, "stream": job.stream.state_dict()}
-    tensors = training_tensors(job.model, optimizer)
-    folder = job.run.folder / "checkpoints"
-    save_checkpoint(folder, at.step, tensors, state, keep=job.run_config.keep_checkpoints)
+    try:
+        job.run.sync()
+        save_checkpoint(
+            job.run.folder / "checkpoints",
+            at.step,
+            training_tensors(job.model, optimizer),
+            state,
+            keep=job.run_config.keep_checkpoints,
+            best_step=at.best_step,
+        )
+    except CheckpointError as error:
+        newest = "none" if at.saved_step is None else f"step {at.saved_step}"
+        job.progress.say(f"{error} The newest checkpoint is {newest}; the next save tries again.")
+        return
+    at.saved_step = at.step
 
 
 def _resume(job: TrainingJob, optimizer: torch.optim.Optimizer) -> _Position:
-    tensors, state = load_newest(job.run.folder / "checkpoints", job.progress.say)
+    folder = job.run.folder / "checkpoints"
+    if not list_checkpoints(folder):  # stopped before the first was whole
+        job.run.cut_metrics_after(-1)
+        job.progress.say("no checkpoint yet: beginning at step 0")
+        return _Position()
+    tensors, state = load_newest(folder, job.progress.say)
     restore_training_tensors(job.model, optimizer, tensors)
     job.stream.load_state_dict(state["stream"])
     at = _Position(**state["position"])
+    at.saved_step = at.step
     job.run.cut_metrics_after(at.step)
     job.progress.say(f"going on from step {at.step} of {job.train_config.steps}")
     return at

@@ -24,7 +24,7 @@ def test_every_error_is_a_lora_error_and_in_the_drawn_tree(kind: type[LoraError]
 
 
 def test_the_drawn_tree_has_no_other_errors() -> None:
-    assert str(lora.errors.__doc__).count("── ") == len(CHILDREN) == 8
+    assert str(lora.errors.__doc__).count("── ") == len(CHILDREN) == 9
 
 
 def test_the_nearest_word_is_offered() -> None:

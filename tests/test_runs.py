@@ -106,7 +106,7 @@ def test_a_run_in_use_is_refused_and_free_again_when_its_process_dies(tmp_path: 
     assert other.stdout is not None
     assert other.stdin is not None
     assert other.stdout.readline() == "open\n"
-    with pytest.raises(CheckpointError, match="in use by another process"):
+    with pytest.raises(CheckpointError, match=f"in use by process {other.pid}, since 20"):
         create_run(tmp_path, "run", resume=True)
     other.kill()
     other.wait()

@@ -28,7 +28,7 @@ from cyclopts import (
 from cyclopts.config import Dict, Env
 
 from lora import __version__
-from lora.errors import ConfigError, LoraError, did_you_mean, gather
+from lora.errors import ConfigError, Interrupted, LoraError, did_you_mean, gather
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "finetune": ("lora.cli.finetune:finetune", "Fine-tune a model on examples."),
@@ -81,12 +81,18 @@ def _show_default(value: object) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
+    """Run the command line; return its exit code: 0, 2 for a user's error.
+
+    Ctrl-C makes it 130 and SIGTERM 143, after a run has saved its state.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     is_debugging = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
         return _run(words)
+    except Interrupted as stopped:
+        print(f"lora: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     except (LoraError, CycloptsError) as error:
         if is_debugging:
             raise

@@ -14,7 +14,6 @@ from lora.data.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
 from lora.diagnosis import find_nonfinite
-from lora.errors import TrainingError
 from lora.fast.ops import PLAIN, TRITON
 from lora.fast.step import MERGE_BELOW_WIDTH, FastStep, trains_whole
 from lora.losses import loss_for
@@ -104,9 +103,8 @@ class FastSteps:
         if launched.event is not None:
             launched.event.synchronize()
         loss, n_tokens, norm, taken = launched.report.tolist()
-        if not taken:
-            raise TrainingError(self._explain(launched, loss, norm))
-        return StepDone(launched.number, [loss], int(n_tokens), norm, launched.rate)
+        why = "" if taken else self._explain(launched, loss, norm)
+        return StepDone(launched.number, [loss], int(n_tokens), norm, launched.rate, why)
 
     def _explain(self, launched: _Launched, loss: float, norm: float) -> str:
         device = self.choice.device

@@ -1,0 +1,293 @@
+"""Real processes of `lora finetune`, killed, stopped and starved of disk."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora.checkpoint import list_checkpoints
+from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.data.orders import make_orders
+from lora.errors import CheckpointError, TrainingError
+from lora.finetune import FinetuneJob, finetune
+from lora.losses import loss_for
+from lora.progress import NoProgress
+from lora.runs import create_run, read_rows
+
+STEPS = 50
+BYTES = ("metrics.jsonl", "samples.jsonl")
+
+
+def start(
+    tiny_folder: Path, orders_file: Path, out: Path, kind: str, *more: str
+) -> subprocess.Popen[str]:
+    words = (
+        f"finetune --data {orders_file} --model {tiny_folder} --out {out} --name run --device cpu"
+    )
+    words += f" --steps {STEPS} --batch-size 4 --eval-every-steps 10 --save-every-steps 3"
+    words += " --max-length 128 --samples 1 --sample-tokens 4"
+    words += " --full" if kind == "full" else " --rank 4 --dropout 0.1"
+    return subprocess.Popen(
+        [sys.executable, "-m", "lora", *words.split(), *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    return said
+
+
+def results(folder: Path, kind: str) -> dict[str, bytes]:
+    weights = "model/model.safetensors" if kind == "full" else "adapter/adapter_model.safetensors"
+    return {name: (folder / name).read_bytes() for name in (weights, *BYTES)}
+
+
+def kill_at_random(process: subprocess.Popen[str], run: Path, draw: random.Random) -> str:
+    """Wait for a random step, or for a save to begin, and kill; return what was hit."""
+    metrics, checkpoints = run / "metrics.jsonl", run / "checkpoints"
+    waits_for_save, target = draw.random() < 0.4, draw.randrange(1, STEPS)
+
+    def is_due() -> bool:
+        if waits_for_save:
+            return any(checkpoints.glob(".step-*.building")) and draw.random() < 0.3
+        return metrics.is_file() and metrics.read_bytes().count(b"gradient_norm") >= target
+
+    while process.poll() is None and not is_due():
+        time.sleep(draw.random() * 0.003)
+    hit = "save" if list(checkpoints.glob(".step-*.building")) else "step"
+    process.kill()
+    process.communicate()
+    return hit
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_kill_9_at_ten_random_moments_changes_no_byte(
+    tiny_folder: Path, orders_file: Path, tmp_path: Path, kind: str
+) -> None:
+    """Ten moments each for LoRA and full fine-tuning; each run is killed, resumed and compared."""
+    finish(start(tiny_folder, orders_file, tmp_path / "whole", kind))
+    expected = results(tmp_path / "whole" / "run", kind)
+    draw, hits = random.Random(kind), []
+    for number in range(10):
+        out = tmp_path / f"killed-{number}"
+        hits.append(kill_at_random(start(tiny_folder, orders_file, out, kind), out / "run", draw))
+        finish(start(tiny_folder, orders_file, out, kind, "--resume"))
+        assert results(out / "run", kind) == expected, (number, hits)
+    assert "save" in hits
+    assert "step" in hits
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.slow
+def test_a_signal_saves_between_steps_and_the_run_goes_on_to_the_same_bytes(
+    tiny_folder: Path, orders_file: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    finish(start(tiny_folder, orders_file, tmp_path / "whole", "lora"))
+    process = start(tiny_folder, orders_file, tmp_path, "lora")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.is_file() or metrics.read_bytes().count(b"\n") < 8:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    last = read_rows(metrics)[-1]["step"]
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == f"step-{last:06d}"
+    assert f"step {last} is saved" in " ".join(said.split())
+    finish(start(tiny_folder, orders_file, tmp_path, "lora", "--resume"))
+    assert results(tmp_path / "run", "lora") == results(tmp_path / "whole" / "run", "lora")
+
+
+class Heard(NoProgress):
+    """Keeps what was said, and does something at one step."""
+
+    def __init__(self, at_step: int = 0, do: Any = None) -> None:
+        self.said: list[str] = []
+        self._at_step, self._do = at_step, do
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def step(self, step: int, loss: float, tokens_per_s: float, memory_bytes: int) -> None:
+        if step == self._at_step:
+            self._do()
+
+
+@pytest.fixture
+def job(tiny_folder: Path, tmp_path: Path) -> FinetuneJob:
+    return FinetuneJob(
+        data=make_orders("train", 24),
+        model=str(tiny_folder),
+        lora=LoRAConfig(rank=4),
+        train=TrainConfig(steps=12, batch_size=4, learning_rate=2e-2),
+        data_config=DataConfig(max_length=128),
+        run=RunConfig(out=tmp_path, name="run", save_every_steps=3, samples=0, device="cpu"),
+    )
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_row_and_no_step(
+    job: FinetuneJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = finetune(replace(job, run=replace(job.run, name="whole")))
+    sync, is_full = os.fsync, [False]
+
+    def refuse(handle: int) -> None:
+        if is_full[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+
+    class Filling(Heard):
+        def step(self, step: int, loss: float, tokens_per_s: float, memory_bytes: int) -> None:
+            is_full[0] = 5 <= step <= 7  # the save of step 6 meets it
+
+    heard = Filling()
+    done = finetune(job, heard)
+    told = [line for line in heard.said if "No space left" in line]
+    assert len(told) == 1
+    assert "newest checkpoint is step 3; the next save tries again" in told[0]
+    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors"):
+        assert (done.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+
+
+def test_rows_wait_in_memory_while_they_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    with create_run(tmp_path, "run") as run:
+        run.on_trouble = told.append
+        run.append_metrics({"step": 1})
+        away = run.folder.rename(tmp_path / "away")
+        run.append_metrics({"step": 2})
+        run.append_metrics({"step": 3})
+        assert len(told) == 1
+        assert "vanished" in told[0]
+        with pytest.raises(CheckpointError, match="vanished"):
+            run.sync()
+        away.rename(run.folder)
+        run.append_metrics({"step": 4})
+        assert [row["step"] for row in run.read_metrics()] == [1, 2, 3, 4]
+
+
+def test_a_vanished_folder_is_told_and_the_adapter_is_saved_all_the_same(
+    job: FinetuneJob, tmp_path: Path
+) -> None:
+    heard = Heard(4, lambda: shutil.rmtree(tmp_path / "run"))
+    done = finetune(job, heard)
+    assert any("has vanished" in line for line in heard.said)
+    assert (done.saved / "adapter_model.safetensors").is_file()
+
+
+@pytest.fixture
+def spoilt_losses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of the training batches whose loss is NaN."""
+    spoilt: list[int] = []
+    count = [0]
+
+    def build(model: torch.nn.Module) -> Any:
+        inner = loss_for(model)
+
+        def loss(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            total, n_tokens = inner(model, batch)
+            if model.training and torch.is_grad_enabled():
+                count[0] += 1
+                if count[0] in spoilt:
+                    total = total * math.nan
+            return total, n_tokens
+
+        return loss
+
+    monkeypatch.setattr("lora.finetune.loss_for", build)
+    return spoilt
+
+
+def test_steps_that_are_not_finite_are_left_out_up_to_the_limit(
+    job: FinetuneJob, spoilt_losses: list[int]
+) -> None:
+    spoilt_losses.append(5)
+    heard = Heard()
+    done = finetune(replace(job, run=replace(job.run, skip_nonfinite=1)), heard)
+    rows = read_rows(done.folder / "metrics.jsonl")
+    assert [row for row in rows if "skipped" in row] == [{"skipped": 1, "step": 5}]
+    assert any("Left out: 1 of at most 1" in line for line in heard.said)
+    assert done.result.steps == 12
+
+
+def test_the_first_one_over_the_limit_stops_the_run(
+    job: FinetuneJob, spoilt_losses: list[int]
+) -> None:
+    spoilt_losses.append(5)
+    with pytest.raises(TrainingError, match=r"Step 5 of 12.*not finite"):
+        finetune(job)
+
+
+def test_another_rank_data_or_rate_cannot_resume_a_run_and_more_steps_can(
+    job: FinetuneJob,
+) -> None:
+    finetune(job)
+    before = (job.run.out / "run" / "run.json").read_bytes()
+    for change, seen in (
+        ({"lora": LoRAConfig(rank=2)}, r"lora\.rank: 4 then, 2 now"),
+        ({"data": make_orders("train", 25)}, r"data\.fingerprint"),
+        ({"train": replace(job.train, learning_rate=1e-3)}, "learning_rate: 0.02 then, 0.001 now"),
+    ):
+        with pytest.raises(CheckpointError, match=seen):
+            finetune(replace(job, resume=True, **change))
+    assert (job.run.out / "run" / "run.json").read_bytes() == before
+    more = replace(job.train, steps=15)
+    assert finetune(replace(job, resume=True, train=more)).result.steps == 15
+
+
+def test_the_best_checkpoint_stays(job: FinetuneJob, tmp_path: Path) -> None:
+    wild = replace(job.train, steps=20, learning_rate=0.3, schedule="constant")
+    run = replace(job.run, eval_every_steps=2, save_every_steps=2, keep_checkpoints=1)
+    done = finetune(replace(job, train=wild, run=run))
+    losses = {
+        row["step"]: row["eval_loss"]
+        for row in read_rows(done.folder / "metrics.jsonl")
+        if row["step"] and "eval_loss" in row
+    }
+    best = min(losses, key=lambda step: losses[step])
+    kept = {path.name for path in list_checkpoints(done.folder / "checkpoints")}
+    assert kept == {f"step-{best:06d}", "step-000020"}
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_two_thousand_steps(job: FinetuneJob) -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    seen: dict[int, int] = {}
+
+    class Watch(Heard):
+        def step(self, step: int, loss: float, tokens_per_s: float, memory_bytes: int) -> None:
+            if step in (200, 2000):
+                seen[step] = resident_bytes()
+
+    train = replace(job.train, steps=2000, batch_size=1, learning_rate=1e-4)
+    finetune(
+        replace(job, train=train, run=replace(job.run, save_every_steps=200, eval_every_steps=200)),
+        Watch(),
+    )
+    assert seen[2000] - seen[200] < 16e6
