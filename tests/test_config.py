@@ -81,6 +81,9 @@ REFUSED: list[tuple[type, str, Any, str]] = [
     (DataConfig, "long_examples", "cut", "truncate, split, drop"),
     *((DataConfig, "eval_fraction", v, "0 ≤ fraction < 1") for v in (-0.1, 1, math.nan, "0.1")),
     (DataConfig, "max_eval_examples", 0, "an int ≥ 1"),
+    (DataConfig, "special_tokens", ("<a>", ""), "words that are not empty"),
+    (DataConfig, "special_tokens", ("<a>", "<b>", "<a>"), "each once, not ['<a>'] twice"),
+    *((DataConfig, "special_tokens", value, "a list of words") for value in (3, None, (1,))),
     *((RunConfig, n, -1, "an int ≥ 0") for n in ("eval_every_steps", "save_every_steps")),
     (RunConfig, "patience", 1.5, "an int ≥ 0"),
     (RunConfig, "keep_checkpoints", 0, "an int ≥ 1"),
@@ -112,6 +115,9 @@ def test_lists_become_tuples() -> None:
     config = LoRAConfig(targets=["q_proj"], layers=[0, 1])  # type: ignore[arg-type]
     assert config.targets == ("q_proj",)
     assert config.layers == (0, 1)
+    for written in ("<a>, <b>", "<a>,<b>", ["<a>", "<b>"], ("<a>,<b>",)):  # flag, YAML, Python
+        data = DataConfig(special_tokens=written)  # type: ignore[arg-type]
+        assert data.special_tokens == ("<a>", "<b>")
     read = config_from_dict(LoRAConfig, {"targets": ["q_proj"], "rank_pattern": {"q_proj": 2}})
     assert read == LoRAConfig(targets=("q_proj",), rank_pattern={"q_proj": 2})
 

@@ -105,8 +105,7 @@ class TextTokenizer:
         )
         numbers = dict(zip(tokens, _ids_of(backend, tokens), strict=True))
         for token, number in numbers.items():
-            ids = backend.encode(f"a{token}b", add_special_tokens=False).ids
-            if ids.count(number) != 1:
+            if number not in backend.encode(f"a{token}b", add_special_tokens=False).ids:
                 raise DataError(
                     f"The special token {token!r} is not found as one token after it was added: "
                     f"{backend.encode(token, add_special_tokens=False).tokens} is. Choose another "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -278,3 +279,48 @@ def test_a_text_must_be_a_string(make_folder: Callable[..., Path]) -> None:
     tokenizer = load_tokenizer(make_folder())
     with pytest.raises(DataError, match="of type int"):
         tokenizer.encode_batch(["a", 3])  # type: ignore[list-item]
+
+
+def test_added_tokens_are_never_split_and_shown(make_folder: Callable[..., Path]) -> None:
+    before = load_tokenizer(make_folder())
+    size = before.vocab_size
+    added = before.with_tokens(["<|tool|>", "<|im_end|>", "def"])
+    assert (before.vocab_size, added.vocab_size) == (size, size + 1 + (not before_knows(before)))
+    assert before.n_known is None
+    assert added.n_known == size
+    tool, end, word = added.ids_of(["<|tool|>", "<|im_end|>", "def"])
+    assert tool == size
+    assert end == before.ids_of(["<|im_end|>"])[0]
+    ids = added.encode("x<|tool|>undefined<|tool|>")
+    assert ids.count(tool) == 2
+    assert ids.count(word) == 1
+    assert added.decode(ids) == "x<|tool|>undefined<|tool|>"
+    assert tool not in before.encode("<|tool|>")
+
+
+def before_knows(tokenizer: TextTokenizer) -> bool:
+    return tokenizer.backend.token_to_id("def") is not None
+
+
+def test_an_added_end_of_a_turn_ends_answers(make_folder: Callable[..., Path]) -> None:
+    tokenizer = load_tokenizer(make_folder())
+    tokenizer = dataclasses.replace(tokenizer, chat_template="{{ x }}<|eot_id|>")
+    added = tokenizer.with_tokens(["<|eot_id|>"])
+    assert set(added.stop_ids) - set(tokenizer.stop_ids) == set(added.ids_of(["<|eot_id|>"]))
+
+
+def test_added_tokens_come_back_from_a_folder(
+    make_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    added = load_tokenizer(make_folder()).with_tokens(["<|tool|>"])
+    added.save(tmp_path / "again")
+    again = load_tokenizer(tmp_path / "again")
+    assert again.encode("a<|tool|>b") == added.encode("a<|tool|>b")
+    assert again.with_tokens(["<|tool|>"]).n_known is None
+
+
+def test_a_token_that_is_not_found_as_one_is_refused(make_folder: Callable[..., Path]) -> None:
+    tokenizer = load_tokenizer(make_folder())
+    tokenizer.backend.add_tokens([AddedToken("<|w|>", single_word=True)])
+    with pytest.raises(DataError, match=r"'<\|w\|>' is not found as one token.*<\|word\|>"):
+        tokenizer.with_tokens(["<|w|>"])

