@@ -35,8 +35,8 @@ def rows_cross_entropy(
     """Return the summed cross-entropy of hidden · headᵀ, and how many rows were learned.
 
     Args:
-        hidden: (N, C), any floating type.
-        weight: (V, C), of the same type, frozen.
+        hidden: (N, C), any floating type; taken in the weight's.
+        weight: (V, C), frozen.
         rows: (R, C), the head's rows at `ids`, fp32 or wider.
         ids: (R,) int64, each once, 0 … V − 1.
         labels: (N,) int64, each 0 … V − 1, or −100 for what is not learned.
@@ -47,7 +47,11 @@ def rows_cross_entropy(
     is_learned = labels != IGNORE
     places = is_learned.nonzero().squeeze(1)  # (n,); the host waits for the device: n is a shape
     learned, labels = hidden.index_select(0, places), labels.index_select(0, places)
-    loss_sum = _RowsCrossEntropy.apply(learned, weight, rows, ids, labels, chunk_tokens)
+    # Autocast would round the rows and their gradients: few products, so they stay wide.
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss_sum = _RowsCrossEntropy.apply(
+            learned.to(weight.dtype), weight, rows, ids, labels, chunk_tokens
+        )
     return loss_sum, is_learned.sum()
 
 

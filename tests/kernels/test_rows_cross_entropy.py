@@ -49,6 +49,16 @@ def test_in_bf16_the_rows_keep_fp32_gradients() -> None:
     assert (seen - reference).norm() / reference.norm() < 2e-2
 
 
+def test_autocast_changes_nothing_for_a_weight_in_bf16() -> None:
+    hidden, weight, rows, ids, labels = inputs(torch.bfloat16)
+    wanted = rows_cross_entropy(hidden, weight, rows, ids, labels)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = rows_cross_entropy(hidden.float(), weight, rows, ids, labels)[0]
+    assert torch.equal(loss, wanted)
+    seen, other = (torch.autograd.grad(each, rows)[0] for each in (loss, wanted))
+    assert torch.equal(seen, other)
+
+
 def test_with_nothing_to_learn_all_is_zero() -> None:
     hidden, weight, rows, ids, labels = inputs()
     loss, count = rows_cross_entropy(hidden, weight, rows, ids, torch.full_like(labels, -100))
