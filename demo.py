@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-LEARNING_RATE, STEPS, BATCH_ROWS = 2e-3, 60, 4
+LEARNING_RATE, STEPS, BATCH_ROWS = 2e-3, 75, 4
 DATA = DataConfig(max_length=192, packing=False)
 LONGEST_ANSWER_TOKENS = 60  # the references have at most 46
 VALIDATION_NOTES, TEST_NOTES = 16, 40
