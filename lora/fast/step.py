@@ -7,9 +7,9 @@ step late.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,15 @@ from lora.decoder.decoder import Decoder
 from lora.fast.adapted import Masks
 from lora.fast.buffers import Buffers, Inputs
 from lora.fast.flat import FlatParameters
+from lora.fast.graphs import Graphs
 from lora.fast.network import FastNetwork
 from lora.fast.ops import Ops
 from lora.fast.passes import FastPass
-from lora.kernels.adamw import AdamWSettings
+from lora.fast.update import FlatUpdate
 from lora.lora_module import LoRALayer
 
-REPORT = ("loss", "tokens", "gradient_norm", "taken")
-"""What the device reports of a step, in this order."""
 MERGE_BELOW_WIDTH = 1024
 """Models narrower than this merge W + s·B·A once a step; wider ones keep LoRA in the products."""
-WARM_UP_PASSES = 2
 
 
 class FastStep:
@@ -60,7 +58,6 @@ class FastStep:
         own_attention: bool | None = None,
     ) -> None:
         self.model, self.ops, self.seed = model, ops, seed
-        self.weight_decay, self.max_grad_norm = weight_decay, max_grad_norm
         self.device = next(model.parameters()).device
         wide = torch.promote_types(dtype, torch.float32)
         self.flat = FlatParameters(self.device, wide)
@@ -79,18 +76,13 @@ class FastStep:
             )
             self.flat.allocate()
             self.network.fill()
-        self.settings = AdamWSettings()
-        self.taken_steps = torch.zeros((), dtype=torch.float32, device=self.device)
-        self.rate = torch.zeros((), dtype=torch.float32, device=self.device)
-        self.is_live = torch.ones((), dtype=torch.bool, device=self.device)
-        self.control = torch.zeros(4, dtype=torch.float32, device=self.device)
-        self.loss_sum = torch.zeros((), dtype=wide, device=self.device)
-        self.n_learned = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.report = torch.zeros(len(REPORT), dtype=torch.float32, device=self.device)
+        self.update = FlatUpdate(
+            self.flat, ops.adamw, weight_decay=weight_decay, max_grad_norm=max_grad_norm
+        )
+        self.report, self.taken_steps = self.update.report, self.update.taken_steps
+        self.graphs = Graphs(self.device, self.update.is_live)
         self.buffers: Buffers | None = None
         self.inputs: Inputs | None = None
-        self.graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
-        self.pool: Any = None
 
     @torch.no_grad()
     def launch(self, batches: Sequence[Batch], rate: float, number: int = 1) -> None:
@@ -99,38 +91,25 @@ class FastStep:
         All batches of a run have one shape (B, T). On a GPU this returns before the step is done.
         """
         self._make_room(batches[0])
-        self.rate.fill_(rate)
+        self.update.rate.fill_(rate)
         for place, batch in enumerate(batches):
             key = self._put(batch)
             if self.masks is not None:
                 self.masks.seed.fill_(_mask_seed(self.seed, number, place))
             if len(batches) == 1:
-                self._run(("step", *key), partial(self._whole, key))
+                self.graphs.run(("step", *key), partial(self._whole, key))
             else:
                 first = place == 0
-                self._run(("micro", first, *key), partial(self._micro, key, first=first))
+                self.graphs.run(("micro", first, *key), partial(self._micro, key, first=first))
         if len(batches) > 1:
-            self._run(("update",), self._update)
+            self.graphs.run(("update",), self._update)
 
     def adopt_moments(self, optimizer: torch.optim.Optimizer) -> None:
-        """Changes `optimizer` in place: its state becomes views of the flat moments.
+        """Changes `optimizer` in place: its state becomes views of the fast step's.
 
         Moments that it holds (of a resumed run) are taken over first.
         """
-        places = self._places()
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                mean, square = places[id(parameter)]
-                state = optimizer.state[parameter]
-                if state:
-                    mean.copy_(state["exp_avg"])
-                    square.copy_(state["exp_avg_sq"])
-                    self.taken_steps.copy_(state["step"])
-                optimizer.state[parameter] = {
-                    "step": self.taken_steps,
-                    "exp_avg": mean,
-                    "exp_avg_sq": square,
-                }
+        self.update.adopt_moments(self.model, optimizer)
         with torch.no_grad():
             self.network.refresh()
 
@@ -139,25 +118,11 @@ class FastStep:
         shares = {m.dropout.p for m in layers if isinstance(m.dropout, nn.Dropout)}
         return Masks(shares.pop(), self.device) if shares else None
 
-    def _places(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Return the flat moments of each trained parameter, as views of its shape."""
-        values, size = self.flat.values, self.flat.values.element_size()
-        places = {}
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                start = (parameter.data_ptr() - values.data_ptr()) // size
-                shape, strides = parameter.shape, parameter.stride()
-                mean = self.flat.mean.as_strided(shape, strides, start)
-                square = self.flat.square.as_strided(shape, strides, start)
-                places[id(parameter)] = (mean, square)
-        return places
-
     def _make_room(self, batch: Batch) -> None:
         rows, tokens = batch.input_ids.shape
         if self.buffers is not None and (self.buffers.rows, self.buffers.tokens) == (rows, tokens):
             return
         self.graphs.clear()
-        self.pool = None
         self.buffers = None
         self.buffers = self.network.buffers(rows, tokens)
         ids, labels, positions = torch.zeros(
@@ -190,7 +155,6 @@ class FastStep:
         if len(inputs.bounds) < len(places) + 1:
             room = max(64, 2 << (len(places) - 1).bit_length())  # a larger batch captures anew
             self.graphs.clear()
-            self.pool = None
             inputs.bounds = inputs.bounds.new_full((room + 1,), documents.numel())
         bounds = torch.full((len(inputs.bounds),), documents.numel(), dtype=torch.int32)
         bounds[: len(places)] = places
@@ -226,58 +190,11 @@ class FastStep:
                 gradient, target = logits.T @ hidden, head.slot.gradients[0]
                 begins = first and start == 0
                 target.copy_(gradient) if begins else target.add_(gradient)
-        total, learned = kept.losses.sum(), (labels != IGNORE).sum()
-        if first:
-            self.loss_sum.copy_(total)
-            self.n_learned.copy_(learned)
-        else:
-            self.loss_sum.add_(total)
-            self.n_learned.add_(learned)
+        self.update.count(kept.losses.sum(), (labels != IGNORE).sum(), first=first)
 
     def _update(self) -> None:
-        """AdamW on the mean gradient, scaled to `max_grad_norm`, if all is finite."""
-        flat = self.flat
-        count = self.n_learned.clamp(min=1)
-        norm = torch.linalg.vector_norm(flat.gradients).float() / count
-        loss = self.loss_sum.float() / count
-        scale = 1 / count
-        if self.max_grad_norm > 0:
-            scale = scale * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        taken = torch.isfinite(norm + loss) & self.is_live
-        self.taken_steps.add_(taken)
-        steps = self.taken_steps.clamp(min=1)
-        self.control.copy_(torch.stack((self.rate, steps, scale.float(), taken.float())))
-        for part, decay in flat.segments(self.weight_decay):
-            self.ops.adamw(
-                flat.values[part], flat.gradients[part], flat.mean[part], flat.square[part],
-                self.control, decay, self.settings,
-            )  # fmt: skip
+        self.update.run()
         self.network.refresh()
-        self.report.copy_(torch.stack((loss, self.n_learned.float(), norm, taken.float())))
-
-    def _run(self, key: tuple[Any, ...], function: Callable[[], Any]) -> None:
-        """Call `function`, on a GPU as a graph that is captured the first time."""
-        if self.device.type != "cuda":
-            function()
-            return
-        if key not in self.graphs:
-            self.graphs[key] = self._capture(function)
-        self.graphs[key].replay()
-
-    def _capture(self, function: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-        self.is_live.fill_(False)  # passes before the capture compile kernels and change nothing
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_PASSES):
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            function()
-        self.pool = self.pool or graph.pool()
-        self.is_live.fill_(True)
-        return graph
 
 
 def _staged(source: Tensor, device: torch.device) -> Tensor:
