@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-OURS = ("lora", "models", "training", "demo_classic", "benchmarks", "tests")
+OURS = ("lora", "models", "training", "demo", "demo_classic", "benchmarks", "tests")
 LORA_CODE = {"lora_module", "variants", "stacked", "apply", "adapter_io", "merge", "fast"}
 NO_LORA = ("lora/data/", "lora/decoder/", "lora/kernels/", "models/bigram_lm_v2.py")
 NO_TORCH = ("errors", "config", "runs", "progress", "models/classic_settings")
