@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_peers import PEERS, TIMED_STEPS, WARM_UP_STEPS, PeerMissing
+from gpu_peers import PEERS, TIMED_STEPS, WARM_UP_STEPS, PeerMissing, build_llama
 
 from lora.apply import apply_lora
 from lora.config import LoRAConfig, RunConfig, TrainConfig
@@ -37,9 +37,9 @@ from lora.decoder.config import (
     RopeConfig,
 )
 from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
-from lora.device import choose_device
+from lora.device import DeviceChoice, choose_device
 from lora.fast.choose import why_not_fast
-from lora.fast.runner import FastSteps
+from lora.fast.runner import CapturedSteps, FastSteps, LaunchedSteps
 from lora.losses import loss_for
 from lora.runs import create_run, read_rows
 from lora.trainer import TrainingJob, train
@@ -77,7 +77,17 @@ CASES = {
     "1B-1x512": Shape(2048, 16, 32, 8, 8192, 128256, 1, 512),
     "1B-4x2048": Shape(2048, 16, 32, 8, 8192, 128256, 4, 2048),
 }
-OURS = ("ours_lora", "ours_lora_packed", "ours_lora_plain", "ours_full")
+OURS = (
+    "ours_lora",
+    "ours_lora_packed",
+    "ours_lora_captured",
+    "ours_lora_plain",
+    "ours_full",
+    "theirs_lora_plain",
+    "theirs_lora_captured",
+    "theirs_lora_compiled",
+)
+"""`theirs`: transformers' model through `apply_lora` and our trainer."""
 
 
 def build_model(shape: Shape, dtype: torch.dtype) -> Decoder:
@@ -129,10 +139,14 @@ def build_stream(shape: Shape, device: torch.device | str, *, packed: bool) -> B
 
 def time_ours(shape: Shape, variant: str) -> dict[str, Any]:
     """Return what a run through the trainer took."""
-    full, plain = variant == "ours_full", variant == "ours_lora_plain"
+    full, plain = variant == "ours_full", variant.endswith("plain")
     choice = choose_device("cuda")
     began_s = time.perf_counter()
-    model = build_model(shape, torch.float32 if full else torch.bfloat16)
+    model: Any
+    if variant.startswith("theirs"):
+        model = build_llama(shape)
+    else:
+        model = build_model(shape, torch.float32 if full else torch.bfloat16)
     if full:
         model.requires_grad_(True)
     else:
@@ -144,10 +158,7 @@ def time_ours(shape: Shape, variant: str) -> dict[str, Any]:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     built_s = time.perf_counter()
-    steps = None
-    if not plain:
-        assert why_not_fast(model, choice) is None
-        steps = FastSteps(model, choice, weight_decay=0.0, max_grad_norm=1.0, seed=0)
+    steps = None if plain else build_steps(model, choice, variant)
     with tempfile.TemporaryDirectory() as folder, create_run(Path(folder), "run") as run:
         job = TrainingJob(
             model=model,
@@ -173,6 +184,15 @@ def time_ours(shape: Shape, variant: str) -> dict[str, Any]:
         "build_s": built_s - began_s,
         "first_and_last_loss": [round(losses[0], 4), round(losses[-1], 4)],
     }
+
+
+def build_steps(model: Any, choice: DeviceChoice, variant: str) -> LaunchedSteps:
+    """Return what takes the steps of one of our variants."""
+    if variant.endswith(("captured", "compiled")):
+        compiles = variant.endswith("compiled")
+        return CapturedSteps(model, choice, weight_decay=0.0, max_grad_norm=1.0, compiles=compiles)
+    assert why_not_fast(model, choice) is None
+    return FastSteps(model, choice, weight_decay=0.0, max_grad_norm=1.0, seed=0)
 
 
 def measure_ceiling() -> float:

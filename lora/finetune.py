@@ -35,8 +35,7 @@ from lora.decoder.hf_weights import load_decoder, save_decoder
 from lora.decoder.sources import ModelSource, find_model
 from lora.device import DeviceChoice, choose_device
 from lora.errors import DependencyError
-from lora.fast.choose import why_not_fast
-from lora.fast.runner import FastSteps
+from lora.fast.choose import choose_steps
 from lora.fingerprint import base_fingerprint
 from lora.losses import loss_for
 from lora.progress import NoProgress, Progress
@@ -112,7 +111,7 @@ def finetune(
     described["from_adapter"] = job.from_adapter
     described["data"]["warnings"] = report.warnings
     described["base_fingerprint"] = fingerprint
-    steps = _choose_steps(job, model, choice, progress)
+    steps = choose_steps(model, choice, job.train, fast=job.run.fast, say=progress.say)
     with create_run(job.run.out, name, resume=job.resume, described=described) as run:
         if open_board is not None:
             run.on_metrics = open_board(run.folder / "tensorboard")
@@ -261,27 +260,6 @@ def _sampler(
         now=data.now,
     )
     return Sampler(model, prompts, data.tokenizer, run, progress, job.run.sample_tokens)
-
-
-def _choose_steps(
-    job: FinetuneJob, model: Decoder, choice: DeviceChoice, progress: Progress
-) -> Steps | None:
-    """Return the fast step where it can train `model`, and say which it is and why."""
-    if choice.device.type != "cuda":
-        return None
-    why_not = why_not_fast(model, choice) if job.run.fast else "as asked"
-    if why_not is not None:
-        progress.say(f"plain step: {why_not}")
-        return None
-    steps = FastSteps(
-        model,
-        choice,
-        weight_decay=job.train.weight_decay,
-        max_grad_norm=job.train.max_grad_norm,
-        seed=job.train.seed,
-    )
-    progress.say(steps.describe())
-    return steps
 
 
 def _save(

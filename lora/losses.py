@@ -79,12 +79,17 @@ def loss_for(model: nn.Module) -> Any:
             return token_rows_loss
         adapted = isinstance(model.output_head(), LoRALayer)
         return adapted_head_loss if adapted else decoder_loss
-    if any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__):
+    if is_transformers(model):
         return transformers_loss
     raise ModelError(
         f"A loss was asked for {type(model).__name__}: known are lora's Decoder and transformers' "
         "causal models. Pass a function (model, batch) -> (loss sum, target tokens) of your own."
     )
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether `model` is one of transformers'; never imports transformers."""
+    return any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__)
 
 
 def _sum_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

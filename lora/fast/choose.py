@@ -1,19 +1,73 @@
-"""Whether the fast step can train a model, and if not, why."""
+"""Which step trains a model on this device, and why not a faster one."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
 
+from lora.config import TrainConfig
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
+from lora.fast.runner import CapturedSteps, FastSteps, LaunchedSteps
 from lora.fast.step import trains_whole
 from lora.kernels.jit import HAS_TRITON
 from lora.lora_module import LoRALinear
+from lora.losses import is_transformers
+from lora.optim import parameter_groups
+from lora.steps import Steps
 from lora.token_rows import RowsEmbedding, RowsLinear
 
 WIDEST_HEAD = 256
+COMPILES_FROM_STEPS = 500
+"""Runs shorter than this do not wait for torch.compile."""
+
+
+def choose_steps(
+    model: nn.Module,
+    choice: DeviceChoice,
+    config: TrainConfig,
+    *,
+    fast: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+) -> Steps | None:
+    """Return the fastest step that can train `model`, and say which it is and why.
+
+    None is the plain step: on a CPU, where `fast` is false, and where nothing else can. What trains
+    in `model` may become views of the step's own tensors.
+    """
+    if choice.device.type != "cuda":
+        return None
+    if not fast:
+        say("plain step: as asked")
+        return None
+    why_not = why_not_fast(model, choice)
+    if why_not is None:
+        steps: LaunchedSteps = FastSteps(
+            cast(Decoder, model),
+            choice,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            seed=config.seed,
+        )
+        say(steps.describe())
+        return steps
+    why_not_either = why_not_captured(model, config)
+    if why_not_either is not None:
+        say(f"plain step: {why_not}; {why_not_either}")
+        return None
+    steps = CapturedSteps(
+        model,
+        choice,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        compiles=HAS_TRITON and config.steps >= COMPILES_FROM_STEPS,
+    )
+    say(f"{steps.describe()} (the fast step cannot: {why_not})")
+    return steps
 
 
 def why_not_fast(model: nn.Module, choice: DeviceChoice) -> str | None:
@@ -27,6 +81,16 @@ def why_not_fast(model: nn.Module, choice: DeviceChoice) -> str | None:
     if not isinstance(model, Decoder):
         return f"{type(model).__name__} is not lora's Decoder"
     return _of_shape(model.config) or _of_training(model)
+
+
+def why_not_captured(model: nn.Module, config: TrainConfig) -> str | None:
+    """Return why `model`'s step cannot be captured as it is, or None if it can."""
+    if not isinstance(model, Decoder) and not is_transformers(model):
+        return f"{type(model).__name__} has a loss of its own"
+    groups = parameter_groups(model, config.weight_decay, config.whole_rate_fraction)
+    if any(group["rate_share"] != 1 for group in groups):
+        return "what trains beside LoRA has a rate of its own"
+    return None
 
 
 def _of_shape(config: DecoderConfig) -> str | None:

@@ -22,24 +22,29 @@ class Graphs:
 
     def __init__(self, device: torch.device, is_live: Tensor) -> None:
         self.device, self.is_live = device, is_live
+        self.why_not: str | None = None
+        """Why there are no graphs, if a capture failed."""
         self._graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
 
     def run(self, key: tuple[Any, ...], function: Callable[[], Any]) -> None:
-        """Call `function`, or replay what it launched when `key` was new."""
-        if self.device.type != "cuda":
+        """Call `function`, or replay what it launched when `key` was new.
+
+        What cannot be captured, because the host looks at a value in it, is called each time.
+        """
+        if self.device.type == "cuda" and self.why_not is None and key not in self._graphs:
+            self._capture(key, function)
+        if key in self._graphs:
+            self._graphs[key].replay()
+        else:
             function()
-            return
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(function)
-        self._graphs[key].replay()
 
     def clear(self) -> None:
         """Forget all graphs: what they read or write is about to move."""
         self._graphs.clear()
         self._pool = None
 
-    def _capture(self, function: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    def _capture(self, key: tuple[Any, ...], function: Callable[[], Any]) -> None:
         self.is_live.fill_(False)
         drawn = torch.cuda.get_rng_state(self.device)
         stream = torch.cuda.Stream()
@@ -50,8 +55,13 @@ class Graphs:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.set_rng_state(drawn, self.device)  # a rehearsal draws nothing
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            function()
-        self._pool = self._pool or graph.pool()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                function()
+        except torch.AcceleratorError as error:
+            self.clear()
+            self.why_not = str(error).splitlines()[0]
+        else:
+            self._pool = self._pool or graph.pool()
+            self._graphs[key] = graph
         self.is_live.fill_(True)
-        return graph

@@ -1,21 +1,23 @@
-"""The fast step as the loop takes it: launched ahead, read one step late."""
+"""Steps of a GPU as the loop takes them: launched ahead, read one step late."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora.data.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
 from lora.diagnosis import find_nonfinite
+from lora.fast.captured import CapturedStep, decoder_logits, transformers_logits
 from lora.fast.ops import PLAIN, TRITON
 from lora.fast.step import MERGE_BELOW_WIDTH, FastStep, trains_whole
+from lora.kernels.jit import HAS_TRITON
 from lora.losses import loss_for
 from lora.steps import StepDone
 
@@ -32,60 +34,49 @@ class _Launched:
     event: torch.cuda.Event | None
 
 
-class FastSteps:
-    """`lora.steps.Steps` of a decoder that `why_not_fast` has nothing against.
+class DeviceStep(Protocol):
+    """A step that is launched on the device and leaves its report there."""
+
+    report: Tensor
+    """Loss, tokens, gradient's norm, whether it was taken, (4,)."""
+
+    def launch(self, batches: Sequence[Batch], rate: float, number: int = 1) -> None:
+        """Begin step `number`."""
+
+    def adopt_moments(self, optimizer: torch.optim.Optimizer) -> None:
+        """Changes `optimizer` in place: its state becomes views of the step's."""
+
+
+class LaunchedSteps:
+    """`lora.steps.Steps` of a step on the device.
 
     Args:
-        model: becomes views of the fast step's tensors.
+        model: what `step` trains.
+        step: how.
         choice: where it runs, and the type of its products.
-        weight_decay: of matrices.
-        max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
-        seed: of dropout.
+        about: one line for the user.
     """
 
     def __init__(
-        self,
-        model: Decoder,
-        choice: DeviceChoice,
-        *,
-        weight_decay: float,
-        max_grad_norm: float,
-        seed: int,
+        self, model: nn.Module, step: DeviceStep, choice: DeviceChoice, about: str
     ) -> None:
-        self.model, self.choice = model, choice
+        self.model, self.choice, self.about = model, choice, about
         self.is_cuda = choice.device.type == "cuda"
-        self.step = FastStep(
-            model,
-            TRITON if self.is_cuda else PLAIN,
-            choice.compute_dtype,
-            weight_decay=weight_decay,
-            max_grad_norm=max_grad_norm,
-            seed=seed,
-        )
+        self._step = step
         self._launched: deque[_Launched] = deque()
 
     def describe(self) -> str:
         """Return one line on what the step does with this model."""
-        width = self.model.config.hidden_size
-        how = "LoRA inside the weights' products"
-        if trains_whole(self.model):
-            how = "all weights train"
-        elif self.step.masks is not None:
-            how = "LoRA beside the weights, with dropout"
-        elif self.step.merges:
-            how = f"LoRA merged once a step (width {width} < {MERGE_BELOW_WIDTH})"
-        graph = "one CUDA graph" if self.is_cuda else "no graph"
-        kind = str(self.choice.compute_dtype).removeprefix("torch.")
-        return f"fast step: {graph}, {self.step.ops.name} kernels, {kind} products; {how}"
+        return self.about
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         """Use `optimizer`'s moments; its state becomes views of the fast step's."""
-        self.step.adopt_moments(optimizer)
+        self._step.adopt_moments(optimizer)
 
     def launch(self, number: int, batches: Sequence[Any], rate: float) -> None:
         """Begin step `number`; on a GPU this returns at once."""
-        self.step.launch(batches, rate, number)
-        report, event = self.step.report.clone(), None
+        self._step.launch(batches, rate, number)
+        report, event = self._step.report.clone(), None
         if self.is_cuda:
             report = report.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
@@ -115,3 +106,85 @@ class FastSteps:
             "finite, so the step was not taken. Lower the learning rate, or look for damaged "
             f"examples. {where}"
         )
+
+
+class FastSteps(LaunchedSteps):
+    """The step written by hand, of a decoder that `why_not_fast` has nothing against.
+
+    Args:
+        model: becomes views of the fast step's tensors.
+        choice: where it runs, and the type of its products.
+        weight_decay: of matrices.
+        max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
+        seed: of dropout.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        choice: DeviceChoice,
+        *,
+        weight_decay: float,
+        max_grad_norm: float,
+        seed: int,
+    ) -> None:
+        self.step = FastStep(
+            model,
+            TRITON if choice.device.type == "cuda" else PLAIN,
+            choice.compute_dtype,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            seed=seed,
+        )
+        super().__init__(model, self.step, choice, _about_fast(self.step, choice))
+
+
+class CapturedSteps(LaunchedSteps):
+    """Autograd's step in one graph, of any model that `why_not_captured` has nothing against.
+
+    Args:
+        model: what trains becomes views of one flat buffer.
+        choice: where it runs, and the type of its products.
+        weight_decay: of matrices.
+        max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
+        compiles: send blocks and loss through torch.compile: faster steps, a later first one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        choice: DeviceChoice,
+        *,
+        weight_decay: float,
+        max_grad_norm: float,
+        compiles: bool,
+    ) -> None:
+        is_cuda = choice.device.type == "cuda"
+        self.step = CapturedStep(
+            model,
+            decoder_logits if isinstance(model, Decoder) else transformers_logits,
+            TRITON if is_cuda and HAS_TRITON else PLAIN,
+            choice,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            compiles=compiles,
+        )
+        kind = str(choice.compute_dtype).removeprefix("torch.")
+        blocks = "compiled blocks" if compiles else "blocks as they are"
+        graph = "one CUDA graph" if is_cuda else "no graph"
+        about = f"captured step: {graph}, autograd, {blocks}, {kind} products"
+        super().__init__(model, self.step, choice, about)
+
+
+def _about_fast(step: FastStep, choice: DeviceChoice) -> str:
+    width = step.model.config.hidden_size
+    how = "LoRA inside the weights' products"
+    if trains_whole(step.model):
+        how = "all weights train"
+    elif step.masks is not None:
+        how = "LoRA beside the weights, with dropout"
+    elif step.merges:
+        how = f"LoRA merged once a step (width {width} < {MERGE_BELOW_WIDTH})"
+    graph = "one CUDA graph" if choice.device.type == "cuda" else "no graph"
+    kind = str(choice.compute_dtype).removeprefix("torch.")
+    return f"fast step: {graph}, {step.ops.name} kernels, {kind} products; {how}"

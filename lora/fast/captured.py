@@ -1,0 +1,214 @@
+"""A captured step of any causal model: autograd's forward and backward in one CUDA graph.
+
+For models that the hand-written step does not know: transformers' models, and our own decoders of
+other families. What differs from the textbook: no host between the kernels of a step; what trains
+lies in one flat buffer, so that AdamW is one kernel; blocks go through torch.compile while the
+graph is captured and are left as they were. The model's own code is not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora.data.batches import IGNORE, Batch
+from lora.device import DeviceChoice
+from lora.errors import DataError
+from lora.fast.flat import FlatParameters, Slot
+from lora.fast.graphs import Graphs
+from lora.fast.ops import Ops
+from lora.fast.update import FlatUpdate
+from lora.optim import parameter_groups
+
+Forward = Callable[[nn.Module, Batch, bool], Tensor]
+"""(model, batch, needs a mask) -> logits (B, T, V), without the host looking at the batch."""
+
+
+class CapturedStep:
+    """Trains `model` on batches of one shape.
+
+    Args:
+        model: any causal model that `forward` can call; what trains becomes views of one buffer.
+        forward: the model's logits.
+        ops: the update's kernel.
+        choice: the device, and the type of products.
+        weight_decay: of matrices.
+        max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
+        compiles: send the repeated blocks and the loss through torch.compile.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Forward,
+        ops: Ops,
+        choice: DeviceChoice,
+        *,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        compiles: bool = False,
+    ) -> None:
+        self.model, self.forward, self.choice, self.compiles = model, forward, choice, compiles
+        self.device = choice.device
+        self.flat = flatten_trained(model, self.device)
+        self.update = FlatUpdate(
+            self.flat, ops.adamw, weight_decay=weight_decay, max_grad_norm=max_grad_norm
+        )
+        self.report = self.update.report
+        self.graphs = Graphs(self.device, self.update.is_live)
+        self.loss = torch.compile(summed_loss, dynamic=False) if compiles else summed_loss
+        self.batch: Batch | None = None
+
+    def launch(self, batches: Sequence[Batch], rate: float, number: int = 1) -> None:
+        """Train a step on the micro-batches; `report` says afterwards what came of it.
+
+        All batches of a run have one shape (B, T). On a GPU this returns before the step is done.
+        """
+        self.update.rate.fill_(rate)
+        for place, batch in enumerate(batches):
+            packed = self._put(batch)
+            if len(batches) == 1:
+                self._run(("step", packed), partial(self._whole, packed))
+            else:
+                first = place == 0
+                self._run(("micro", first, packed), partial(self._micro, packed, first=first))
+        if len(batches) > 1:
+            self.graphs.run(("update",), self._update)
+
+    def adopt_moments(self, optimizer: torch.optim.Optimizer) -> None:
+        """Changes `optimizer` in place: its state becomes views of the flat moments."""
+        self.update.adopt_moments(self.model, optimizer)
+
+    def _put(self, batch: Batch) -> bool:
+        """Copy `batch` to where the graphs read it; return whether its documents need a mask."""
+        if self.batch is None or self.batch.input_ids.shape != batch.input_ids.shape:
+            self.graphs.clear()
+            fields = batch.input_ids, batch.labels, batch.position_ids, batch.document_ids
+            self.batch = Batch(*(x.to(self.device, copy=True) for x in fields))
+        fixed = self.batch
+        for target, source in (
+            (fixed.input_ids, batch.input_ids),
+            (fixed.labels, batch.labels),
+            (fixed.position_ids, batch.position_ids),
+            (fixed.document_ids, batch.document_ids),
+        ):
+            staged = source.pin_memory() if self.device.type == "cuda" else source
+            target.copy_(staged, non_blocking=True)
+        return needs_mask(batch)
+
+    def _run(self, key: tuple[Any, ...], function: Callable[[], None]) -> None:
+        with compiled_blocks(self.model) if self.compiles else nullcontext():
+            self.graphs.run(key, function)
+
+    def _whole(self, packed: bool) -> None:
+        self._micro(packed, first=True)
+        self._update()
+
+    def _micro(self, packed: bool, *, first: bool) -> None:
+        assert self.batch is not None
+        fixed = self.batch
+        if first:
+            self.flat.gradients.zero_()
+        for slot, parameter in zip(self.flat.slots, trained(self.model), strict=True):
+            parameter.grad = slot.gradients  # autograd adds in place
+        with self.choice.autocast():
+            logits = self.forward(self.model, fixed, packed)  # (B, T, V)
+            loss_sum = self.loss(logits, fixed.labels)
+        loss_sum.backward()
+        n_learned = (fixed.labels != IGNORE).sum()
+        self.update.count(loss_sum.detach(), n_learned, first=first)
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        self.update.run()
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """Return what trains, each tensor once."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@torch.no_grad()
+def flatten_trained(model: nn.Module, device: torch.device) -> FlatParameters:
+    """Changes what trains in `model` in place: fp32 views of one flat buffer, values kept.
+
+    Slots are in the order of `trained(model)`.
+    """
+    parameters = trained(model)
+    wide = torch.float64 if all(p.dtype == torch.float64 for p in parameters) else torch.float32
+    decaying = {
+        id(p) for group in parameter_groups(model, 1.0) if group["weight_decay"] > 0
+        for p in group["params"]
+    }  # fmt: skip
+    flat = FlatParameters(device, wide)
+    slots: list[Slot] = [flat.reserve(tuple(p.shape), decays=id(p) in decaying) for p in parameters]
+    flat.allocate()
+    for slot, parameter in zip(slots, parameters, strict=True):
+        slot.values.copy_(parameter)
+        parameter.data = slot.values
+    return flat
+
+
+def needs_mask(batch: Batch) -> bool:
+    """Whether tokens of `batch` may see tokens that causal order alone does not keep from them.
+
+    Padding at the end of a row of one document needs none: nothing learned looks that way.
+    """
+    documents = batch.document_ids
+    before, after = documents[:, :-1], documents[:, 1:]
+    return bool((documents[:, 0] != 0).any() or ((after != before) & (after != -1)).any())
+
+
+def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy () of logits (B, T, V), summed over what `labels` (B, T) learn."""
+    wide = logits.flatten(0, 1)
+    wide = wide.to(torch.promote_types(wide.dtype, torch.float32))
+    return F.cross_entropy(wide, labels.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def decoder_logits(model: nn.Module, batch: Batch, packed: bool) -> Tensor:
+    """Of our decoders: packed rows through a mask."""
+    documents = batch.document_ids if packed else None
+    logits: Tensor = model(batch.input_ids, position_ids=batch.position_ids, document_ids=documents)
+    return logits
+
+
+def transformers_logits(model: nn.Module, batch: Batch, packed: bool) -> Tensor:
+    """Of transformers' causal models: one document a row, padded at its end.
+
+    Raises DataError for rows of several documents, which would see each other.
+    """
+    if packed:
+        raise DataError(
+            "Rows of several documents, or padded at their beginning, were given to one of "
+            "transformers' models: there they would see each other. Set packing to false, pad at "
+            "the end, or load the model as lora's Decoder."
+        )
+    output: Any = model(input_ids=batch.input_ids, use_cache=False)
+    logits: Tensor = output.logits
+    return logits
+
+
+@contextmanager
+def compiled_blocks(model: nn.Module) -> Iterator[None]:
+    """Within the block the blocks of `model` go through torch.compile; then they are as before.
+
+    Blocks are the modules of its longest list of one type. They share one compilation.
+    """
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    alike = [m for m in lists if len({type(block) for block in m}) == 1]
+    blocks = max(alike, key=len, default=nn.ModuleList())
+    plain = list(blocks)
+    for place, block in enumerate(plain):
+        blocks[place] = torch.compile(block, dynamic=False)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for place, block in enumerate(plain):
+            blocks[place] = block

@@ -1,0 +1,183 @@
+"""The captured step without a graph: the plain step's figures, for our decoders and others'."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lora.apply import apply_lora, lora_layers
+from lora.config import LoRAConfig, TrainConfig
+from lora.data.batches import Batch
+from lora.decoder.decoder import Decoder
+from lora.device import choose_device
+from lora.errors import DataError
+from lora.fast.captured import compiled_blocks, needs_mask
+from lora.fast.choose import choose_steps, why_not_captured
+from lora.fast.runner import CapturedSteps
+from lora.losses import loss_for
+from lora.optim import build_optimizer, set_rate
+from lora.trainer import train_step
+
+CPU = choose_device("cpu")
+RATES = (1e-2, 3e-2, 1e-2)
+
+
+def adapt(model: nn.Module, **settings: Any) -> nn.Module:
+    apply_lora(model, LoRAConfig(rank=4, init_seed=0, **settings))
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.copy_(0.2 * torch.randn(layer.lora_B.shape, generator=draw))
+    return model
+
+
+def captured(model: nn.Module) -> CapturedSteps:
+    return CapturedSteps(model, CPU, weight_decay=0.1, max_grad_norm=1.0, compiles=False)
+
+
+@pytest.fixture
+def llama() -> nn.Module:
+    """Make one of transformers' tiny Llamas with every tensor drawn."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        vocab_size=97,
+        max_position_embeddings=64,
+    )
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+    return model
+
+
+def padded(batch: Batch) -> Batch:
+    """Return the batch with padding at the end of its second row."""
+    labels, documents = batch.labels.clone(), batch.document_ids.clone()
+    labels[1, 11:], documents[1, 11:] = -100, -1
+    positions = batch.position_ids.clone()
+    positions[1, 11:] = 0
+    return Batch(batch.input_ids, labels, positions, documents)
+
+
+def check(model: nn.Module, batches: list[list[Batch]]) -> None:
+    """Train copies of `model` both ways on the same steps and compare all that comes of it."""
+    plain, own = model, copy.deepcopy(model)
+    steps = captured(own)
+    optimizer, mirrored = build_optimizer(plain, 1.0, 0.1), build_optimizer(own, 1.0, 0.1)
+    steps.adopt(mirrored)
+    for number, (rate, micro) in enumerate(zip(RATES, batches, strict=True), 1):
+        set_rate(optimizer, rate)
+        expected = train_step(plain, micro, loss_for(plain), optimizer)
+        steps.launch(number, micro, rate)
+        (done,) = steps.finished(wait=True)
+        assert done.losses == [pytest.approx(expected.loss.item(), rel=1e-5)]
+        assert done.gradient_norm == pytest.approx(expected.gradient_norm.item(), rel=1e-4)
+        assert (done.n_tokens, done.not_finite) == (expected.n_tokens.item(), "")
+    others = dict(plain.named_parameters())
+    for name, parameter in own.named_parameters():
+        difference = (parameter - others[name]).norm()
+        assert difference <= 2e-4 * others[name].norm(), name
+        if not parameter.requires_grad:
+            assert difference == 0
+
+
+@pytest.mark.parametrize("n_micro", [1, 2])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_decoders_step_as_the_plain_step(
+    tiny_decoder: Callable[..., Decoder],
+    make_batch: Callable[..., Batch],
+    packed: bool,
+    kind: str,
+    n_micro: int,
+) -> None:
+    model = tiny_decoder(window=5, dtype=torch.float32)
+    prepared = adapt(model) if kind == "lora" else model.requires_grad_(True)
+    numbers = [range(10 * n, 10 * n + n_micro) for n in range(len(RATES))]
+    check(prepared, [[make_batch(n, packed=packed) for n in step] for step in numbers])
+
+
+def test_transformers_models_step_as_the_plain_step(
+    llama: nn.Module, make_batch: Callable[..., Batch]
+) -> None:
+    whole, short = make_batch(0, packed=False), padded(make_batch(1, packed=False))
+    check(adapt(llama), [[whole], [short], [whole, short]])
+
+
+def test_transformers_models_refuse_packed_rows(
+    llama: nn.Module, make_batch: Callable[..., Batch]
+) -> None:
+    steps = captured(adapt(llama))
+    with pytest.raises(DataError, match="packing to false"):
+        steps.launch(1, [make_batch(0, packed=True)], 1e-2)
+
+
+def test_a_mask_is_needed_where_order_does_not_keep_tokens_apart(
+    make_batch: Callable[..., Batch],
+) -> None:
+    whole = make_batch(0, packed=False)
+    assert not needs_mask(whole)
+    assert not needs_mask(padded(whole))
+    assert needs_mask(make_batch(0, packed=True))
+    before = whole.document_ids.clone()
+    before[0, :3] = -1
+    assert needs_mask(Batch(whole.input_ids, whole.labels, whole.position_ids, before))
+
+
+def test_the_step_leaves_the_callers_batch_alone(
+    tiny_decoder: Callable[..., Decoder], make_batch: Callable[..., Batch]
+) -> None:
+    steps = captured(adapt(tiny_decoder(dtype=torch.float32)))
+    first, second = make_batch(0, packed=False), make_batch(1, packed=False)
+    kept = first.input_ids.clone()
+    for number, batch in enumerate((first, second), 1):
+        steps.launch(number, [batch], 1e-2)
+    assert torch.equal(first.input_ids, kept)
+
+
+def test_what_is_not_finite_is_not_taken_and_named(
+    tiny_decoder: Callable[..., Decoder], make_batch: Callable[..., Batch]
+) -> None:
+    model = adapt(tiny_decoder(dtype=torch.float32))
+    steps = captured(model)
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.up_proj.weight")[2] = float("nan")
+    before = steps.step.flat.values.clone()
+    steps.launch(1, [make_batch(0, packed=False)], 1e-2)
+    (done,) = steps.finished(wait=True)
+    assert "model.layers.1.mlp.up_proj.weight" in done.not_finite
+    assert torch.equal(steps.step.flat.values, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own
+def test_blocks_are_compiled_inside_and_themselves_after(
+    tiny_decoder: Callable[..., Decoder],
+) -> None:
+    model = tiny_decoder()
+    blocks = model.trunk.blocks()
+    plain = list(blocks)
+    with compiled_blocks(model):
+        assert not any(one is other for one, other in zip(blocks, plain, strict=True))
+    assert all(one is other for one, other in zip(blocks, plain, strict=True))
+
+
+def test_reasons_against_it(tiny_decoder: Callable[..., Decoder]) -> None:
+    config = TrainConfig()
+    assert why_not_captured(adapt(tiny_decoder()), config) is None
+    assert "loss of its own" in (
+        why_not_captured(adapt(nn.Sequential(nn.Linear(8, 8))), config) or ""
+    )
+    beside = adapt(tiny_decoder(), modules_to_save=("embed_tokens",))
+    assert "a rate of its own" in (why_not_captured(beside, config) or "")
+    assert choose_steps(adapt(tiny_decoder()), CPU, config) is None
