@@ -9,7 +9,7 @@ graph is captured and are left as they were. The model's own code is not touched
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from lora.data.batches import IGNORE, Batch
 from lora.device import DeviceChoice
-from lora.errors import DataError
 from lora.fast.flat import FlatParameters, Slot
+from lora.fast.foreign import unmasked_attention
 from lora.fast.graphs import Graphs
 from lora.fast.ops import Ops
 from lora.fast.update import FlatUpdate
@@ -41,6 +41,7 @@ class CapturedStep:
         weight_decay: of matrices.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
         compiles: send the repeated blocks and the loss through torch.compile.
+        unmasked: one of transformers' models that needs no masks of its own.
     """
 
     def __init__(
@@ -53,8 +54,10 @@ class CapturedStep:
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
         compiles: bool = False,
+        unmasked: bool = False,
     ) -> None:
-        self.model, self.forward, self.choice, self.compiles = model, forward, choice, compiles
+        self.model, self.forward, self.choice = model, forward, choice
+        self.compiles, self.unmasked = compiles, unmasked
         self.device = choice.device
         self.flat = flatten_trained(model, self.device)
         self.update = FlatUpdate(
@@ -103,7 +106,12 @@ class CapturedStep:
         return needs_mask(batch)
 
     def _run(self, key: tuple[Any, ...], function: Callable[[], None]) -> None:
-        with compiled_blocks(self.model) if self.compiles else nullcontext():
+        with ExitStack() as entered:
+            if not self.graphs.has(key):
+                if self.unmasked:
+                    entered.enter_context(unmasked_attention(self.model))
+                if self.compiles:
+                    entered.enter_context(compiled_blocks(self.model))
             self.graphs.run(key, function)
 
     def _whole(self, packed: bool) -> None:
@@ -176,22 +184,6 @@ def decoder_logits(model: nn.Module, batch: Batch, packed: bool) -> Tensor:
     """Of our decoders: packed rows through a mask."""
     documents = batch.document_ids if packed else None
     logits: Tensor = model(batch.input_ids, position_ids=batch.position_ids, document_ids=documents)
-    return logits
-
-
-def transformers_logits(model: nn.Module, batch: Batch, packed: bool) -> Tensor:
-    """Of transformers' causal models: one document a row, padded at its end.
-
-    Raises DataError for rows of several documents, which would see each other.
-    """
-    if packed:
-        raise DataError(
-            "Rows of several documents, or padded at their beginning, were given to one of "
-            "transformers' models: there they would see each other. Set packing to false, pad at "
-            "the end, or load the model as lora's Decoder."
-        )
-    output: Any = model(input_ids=batch.input_ids, use_cache=False)
-    logits: Tensor = output.logits
     return logits
 
 

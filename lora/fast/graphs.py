@@ -39,6 +39,10 @@ class Graphs:
         else:
             function()
 
+    def has(self, key: tuple[Any, ...]) -> bool:
+        """Whether `run` of this key replays."""
+        return key in self._graphs
+
     def clear(self) -> None:
         """Forget all graphs: what they read or write is about to move."""
         self._graphs.clear()

@@ -14,7 +14,8 @@ from lora.data.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
 from lora.diagnosis import find_nonfinite
-from lora.fast.captured import CapturedStep, decoder_logits, transformers_logits
+from lora.fast.captured import CapturedStep, decoder_logits
+from lora.fast.foreign import transformers_logits, why_masked
 from lora.fast.ops import PLAIN, TRITON
 from lora.fast.step import MERGE_BELOW_WIDTH, FastStep, trains_whole
 from lora.kernels.jit import HAS_TRITON
@@ -160,19 +161,25 @@ class CapturedSteps(LaunchedSteps):
         compiles: bool,
     ) -> None:
         is_cuda = choice.device.type == "cuda"
+        is_ours = isinstance(model, Decoder)
+        masked = None if is_ours else why_masked(model)
+        compiles = compiles and masked is None  # a mask that only a capture has compiles anew there
         self.step = CapturedStep(
             model,
-            decoder_logits if isinstance(model, Decoder) else transformers_logits,
+            decoder_logits if is_ours else transformers_logits,
             TRITON if is_cuda and HAS_TRITON else PLAIN,
             choice,
             weight_decay=weight_decay,
             max_grad_norm=max_grad_norm,
             compiles=compiles,
+            unmasked=not is_ours and masked is None,
         )
         kind = str(choice.compute_dtype).removeprefix("torch.")
         blocks = "compiled blocks" if compiles else "blocks as they are"
         graph = "one CUDA graph" if is_cuda else "no graph"
         about = f"captured step: {graph}, autograd, {blocks}, {kind} products"
+        if masked is not None:
+            about += f"; attention takes masks, for {masked}"
         super().__init__(model, self.step, choice, about)
 
 

@@ -115,6 +115,25 @@ def test_transformers_models_step_as_the_plain_step(
     check(adapt(llama), [[whole], [short], [whole, short]])
 
 
+def test_windows_keep_their_masks(llama: nn.Module, make_batch: Callable[..., Batch]) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MistralConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, vocab_size=97, sliding_window=5,
+    )  # fmt: skip
+    model = adapt(transformers.AutoModelForCausalLM.from_config(config))
+    assert "has a window" in captured(copy.deepcopy(model)).describe()
+    assert "masks" not in captured(llama).describe()
+    check(model, [[make_batch(n, packed=False)] for n in range(len(RATES))])
+
+
+def test_attention_is_theirs_again_after_a_step(
+    llama: nn.Module, make_batch: Callable[..., Batch]
+) -> None:
+    captured(adapt(llama)).launch(1, [make_batch(0, packed=False)], 1e-2)
+    assert llama.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
+
+
 def test_transformers_models_refuse_packed_rows(
     llama: nn.Module, make_batch: Callable[..., Batch]
 ) -> None:

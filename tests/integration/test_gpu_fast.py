@@ -237,6 +237,7 @@ def test_other_families_are_captured_and_learn_like_the_plain_step(job: Finetune
         assert done.gradient_norm == pytest.approx(expected.gradient_norm.item(), rel=0.05)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own
 @pytest.mark.parametrize("compiles", [False, True])
 def test_a_transformers_model_is_captured(tiny_folder: Path, compiles: bool) -> None:
     transformers = pytest.importorskip("transformers")
