@@ -41,6 +41,8 @@ _WITHOUT_EFFECT = {  # on what a loaded adapter computes
     "runtime_config",
     "task_type",
 }
+_REPEATED_REPEAT = re.compile(r"[*+}][^()]*\)+\??[*+{]|\([^()]*[*+}][^()]*\)[*+{]")
+"""A group repeated as a whole that repeats inside, as in (a+)+: matching may take for ever."""
 _NEUTRAL_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _WHY_REFUSED = {
     "alora_invocation_tokens": "the adapter acts from certain tokens on only",
@@ -128,9 +130,9 @@ def _are_rows(value: Any) -> bool:
 def _compiles(pattern: str) -> bool:
     try:
         re.compile(pattern)
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return False
-    return True
+    return _REPEATED_REPEAT.search(pattern) is None
 
 
 def _is_int(value: Any) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -22,6 +23,7 @@ from lora.runs import atomic_write, disk_error
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
 _CONFIG_DIGEST_KEY = "lora_lm_config_sha256"
+_TENSORS_DIGEST_KEY = "lora_lm_tensors_sha256"
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,13 @@ def read_adapter_files(folder: Path) -> AdapterFiles:
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         fault = f"{TENSORS_FILE} is damaged: {error}"
         return AdapterFiles(folder, described, {}, {}, [fault])
+    digest = metadata.get(_TENSORS_DIGEST_KEY)
+    if digest is not None and digest != _digest(tensors):
+        fault = (
+            f"{TENSORS_FILE} is damaged: its values are not those that were saved. If a program "
+            f"changed them on purpose, it must drop {_TENSORS_DIGEST_KEY} from the metadata"
+        )
+        return AdapterFiles(folder, described, {}, {}, [fault])
     digest = metadata.get(_CONFIG_DIGEST_KEY)
     if digest is not None and digest != hashlib.sha256(text).hexdigest():
         log.warning("%s was changed after it was saved", folder / CONFIG_FILE)
@@ -80,7 +89,10 @@ def write_adapter_files(
     CheckpointError if the disk refuses; a former adapter is then untouched.
     """
     text = (json.dumps(described, indent=2, sort_keys=True) + "\n").encode()
-    metadata = metadata | {_CONFIG_DIGEST_KEY: hashlib.sha256(text).hexdigest()}
+    metadata = metadata | {
+        _CONFIG_DIGEST_KEY: hashlib.sha256(text).hexdigest(),
+        _TENSORS_DIGEST_KEY: _digest(tensors),
+    }
     contents = {TENSORS_FILE: _to_bytes(tensors, metadata), CONFIG_FILE: text}
     staging = None
     try:
@@ -122,6 +134,15 @@ def _why_missing(folder: Path) -> str:
         f"{_PICKLE_FILE} is a pickle, which can run any code when it is read; allowed is "
         f"{TENSORS_FILE}. Load the adapter in PEFT and save_pretrained(safe_serialization=True)"
     )
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of names, types, shapes and values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:

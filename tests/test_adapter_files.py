@@ -55,6 +55,15 @@ def test_the_library_reads_the_header_that_we_write(folder: Path) -> None:
     assert length % 8 == 0
 
 
+def test_a_flipped_bit_in_the_values_is_found(folder: Path) -> None:
+    data = bytearray((folder / TENSORS_FILE).read_bytes())
+    data[-1] ^= 1
+    (folder / TENSORS_FILE).write_bytes(data)
+    files = read_adapter_files(folder)
+    assert "its values are not those that were saved" in files.faults[0]
+    assert files.tensors == {}
+
+
 def test_the_same_content_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     for number in range(20):
         write_adapter_files(tmp_path / str(number), DESCRIBED, TENSORS, METADATA)

@@ -108,6 +108,7 @@ def edit(folder: Path, **fields: Any) -> None:
 def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     with safe_open(folder / TENSORS, framework="pt") as file:
         metadata = file.metadata()
+    metadata.pop("lora_lm_tensors_sha256", None)  # as another program would write them
     tensors = load_file(folder / TENSORS)
     change(tensors)
     save_file(tensors, folder / TENSORS, metadata)
