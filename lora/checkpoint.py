@@ -92,7 +92,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if faults:
             raise CheckpointError(gather(faults, f"{path} is damaged:", "Use an earlier one."))
         return load(files[TENSORS_FILE]), json.loads(files[STATE_FILE])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Use an earlier one.") from None
 
 

@@ -251,14 +251,14 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:  # also what is not UTF-8
+    except (ValueError, RecursionError) as error:  # also what is not UTF-8
         raise CheckpointError(f"{path} is no JSON: {error}.") from None
 
 
 def _parse_row(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}, line {number}, is no JSON: {error}.") from None
     if not isinstance(row, dict) or "step" not in row:
         raise CheckpointError(f"{path}, line {number}, is no object with a step: {row!r:.60}.")

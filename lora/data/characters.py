@@ -108,7 +108,7 @@ class CharTokenizer:
             characters = value["characters"]
         except OSError as error:
             raise DataError(f"The vocabulary {path} cannot be read: {error.strerror}.") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{path} holds no vocabulary of characters: {error!r}.") from None
         if not isinstance(characters, str):
             raise DataError(f"{path}: characters is {type(characters).__name__}, must be a string.")

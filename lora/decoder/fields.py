@@ -8,6 +8,10 @@ from typing import Any
 from lora.decoder.config import RopeConfig
 
 _MISSING = object()
+MOST_SIZE, MOST_HEADS, MOST_HEAD_DIM = 2**24, 2**16, 2**14
+MOST_LAYERS, MOST_TOKENS = 1000, 2**31 - 1
+"""Beyond these only damaged files go: shapes are made of products of sizes, and objects for each
+layer."""
 
 
 class Fields:
@@ -35,8 +39,10 @@ class Fields:
         """Note that field `name` has a `value` that is not allowed."""
         self.faults.append(f"{self.names.get(name, name)}={value!r}: allowed is {allowed}")
 
-    def count(self, name: str, otherwise: int | None = None, *, least: int = 1) -> int:
-        """Return an int ≥ `least`; `otherwise` where the field is absent."""
+    def count(
+        self, name: str, otherwise: int | None = None, *, least: int = 1, most: int = MOST_TOKENS
+    ) -> int:
+        """Return an int from `least` to `most`; `otherwise` where the field is absent."""
         value = self.get(name)
         value = otherwise if value is None else value
         if value is None:
@@ -44,6 +50,9 @@ class Fields:
             return 1
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             self.fault(name, value, f"an int ≥ {least}")
+            return least
+        if value > most:
+            self.fault(name, value, f"at most {most:,}")
             return least
         return value
 

@@ -73,7 +73,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {error}. Fetch it again.") from error
     if not isinstance(contents, dict):
         raise ModelError(f"{path} holds a {type(contents).__name__}: a JSON object is needed.")

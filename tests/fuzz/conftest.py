@@ -19,7 +19,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from lora.data.tokenizers import TextTokenizer
+from lora.decoder.decoder import build_decoder
+from lora.decoder.families import decoder_config
+from lora.decoder.hf_weights import save_decoder
 from lora.errors import LoraError
 
 QUICK, LONG = 120, 2500
@@ -78,7 +83,10 @@ def fuzz(request: pytest.FixtureRequest) -> Fuzz:
                 try:
                     check(value)
                 except LoraError as error:
-                    assert str(error).strip()
+                    said = str(error)
+                else:
+                    said = "nothing"
+                assert said.strip()
 
         trial()
 
@@ -172,6 +180,53 @@ def lying_headers(valid: bytes) -> st.SearchStrategy[bytes]:
         return struct.pack("<Q", len(text)) + text + valid[8 + length :]
 
     return st.lists(st.tuples(st.sampled_from(tensors), lies), min_size=1, max_size=3).map(tell)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> dict[str, Any]:
+    """The config.json of `tiny_folder`."""
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 260,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_config: dict[str, Any]) -> Path:
+    """A model's folder with a tokenizer of bytes and a chat template."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_decoder(build_decoder(decoder_config(tiny_config), seed=1), folder)
+    special = ["<|end|>", "<|im_start|>", "<|im_end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {word: number for number, word in enumerate([*special, *letters, "ab"])}
+    backend = Tokenizer(models.BPE(vocab, [("a", "b")]))
+    backend.add_special_tokens(special)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    TextTokenizer(
+        backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|end|>",
+        chat_template=template,
+        stop_ids=(2,),
+    ).save(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
