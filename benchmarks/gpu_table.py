@@ -22,7 +22,22 @@ NAMES = {
     "ours_lora_packed": "LoRA, ours, packed documents",
     "ours_full": "full fine-tuning, ours",
     "ours_lora_plain": "LoRA, our plain step",
+    "theirs_lora_compiled": "LoRA, transformers' model, our captured step, compiled",
+    "theirs_lora_captured": "the same, blocks as they are",
+    "theirs_lora_plain": "LoRA, transformers' model, our plain step",
+    "ours_lora_captured": "LoRA, our decoder, captured step",
     "full_transformers": "full fine-tuning, transformers",
+    "full_transformers_compiled": "the same, compiled",
+    "peft": "LoRA, PEFT",
+    "peft_liger": "LoRA, PEFT + Liger",
+}
+
+
+DRAWN = {
+    "ours_lora": "LoRA, ours",
+    "theirs_lora_compiled": "LoRA, transformers' model,\nour captured step",
+    "ours_full": "full, ours",
+    "full_transformers": "full, transformers",
     "full_transformers_compiled": "the same, compiled",
     "peft": "LoRA, PEFT",
     "peft_liger": "LoRA, PEFT + Liger",
@@ -66,20 +81,21 @@ def draw(rows: dict[tuple[str, str], dict[str, Any]], path: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    variants = [v for v in NAMES if v not in ("ours_lora_plain", "ours_lora_packed")]
     figure, axes = pyplot.subplots(1, 3, figsize=(9.5, 3.0))
     for case, axis in zip(CASES, axes, strict=True):
-        there = [v for v in reversed(variants) if (case, v) in rows]
+        there = [v for v in reversed(DRAWN) if (case, v) in rows]
         times = [rows[case, v]["step_ms"] for v in there]
-        colors = ["#c44e00" if v == "ours_lora" else "#8a9bb0" for v in there]
-        bars = axis.barh([NAMES[v] for v in there], times, color=colors)
+        colors = [
+            "#c44e00" if "captured" in DRAWN[v] or v == "ours_lora" else "#8a9bb0" for v in there
+        ]
+        bars = axis.barh([DRAWN[v] for v in there], times, color=colors)
         axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
         axis.set_title(f"{case.replace('-', ', ').replace('x', '×')} tokens", fontsize=9)
         axis.set_xlabel("ms a step", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.margins(x=0.18)
         axis.spines[["top", "right"]].set_visible(False)
-        if axis is not axes[0] and len(there) == len(variants):
+        if axis is not axes[0] and len(there) == len(DRAWN):
             axis.set_yticklabels([])
     figure.tight_layout()
     figure.savefig(path)

@@ -22,8 +22,8 @@ from lora.steps import Steps
 from lora.token_rows import RowsEmbedding, RowsLinear
 
 WIDEST_HEAD = 256
-COMPILES_FROM_STEPS = 500
-"""Runs shorter than this do not wait for torch.compile."""
+COMPILES_FROM_STEPS = 300
+"""Shorter runs do not wait 14 s for torch.compile, which saves 7 to 70 ms a step."""
 
 
 def choose_steps(

@@ -219,11 +219,11 @@ def test_other_families_are_captured_and_learn_like_the_plain_step(job: Finetune
     steps = choose_steps(model.cuda(), choice, config, say=said.say)
     assert isinstance(steps, CapturedSteps)
     assert said.lines[0].startswith("captured step: one CUDA graph")
-    steps.adopt(build_optimizer(model, 1e-3, 0.0))
-    optimizer = build_optimizer(plain, 1e-3, 0.0)
+    steps.adopt(build_optimizer(model, 1e-4, 0.0))
+    optimizer = build_optimizer(plain, 1e-4, 0.0)
     for number in range(1, 7):
         batches = [batch(packed=number % 2 > 0), batch(packed=False)]
-        steps.launch(number, batches, 1e-3)
+        steps.launch(number, batches, 1e-4)
         expected = train_step(
             plain,
             [x.to("cuda") for x in batches],
