@@ -56,6 +56,13 @@ def _check_choice(name: str, seen: object, choices: object) -> list[str]:
     return _check(seen in words, name, seen, f"one of {', '.join(words)}.{near}")
 
 
+def _pairs_of(name: str, value: object, faults: list[str]) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return list(value.items())
+    faults += _check(False, name, value, "numbers by name ending")
+    return []
+
+
 def _raise_if(faults: list[str], owner: object) -> None:
     if faults:
         kind = type(owner).__name__
@@ -109,9 +116,9 @@ class LoRAConfig:
         faults += _check(isinstance(self.rslora, bool), "rslora", self.rslora, "true or false")
         if self.init_seed is not None:
             faults += _check_seed("init_seed", self.init_seed)
-        for name, rank in self.rank_pattern.items():
+        for name, rank in _pairs_of("rank_pattern", self.rank_pattern, faults):
             faults += _check(_is_int(rank) and rank >= 1, f"rank_pattern[{name!r}]", rank, "≥ 1")
-        for name, alpha in self.alpha_pattern.items():
+        for name, alpha in _pairs_of("alpha_pattern", self.alpha_pattern, faults):
             faults += _check(_is_positive(alpha), f"alpha_pattern[{name!r}]", alpha, "> 0")
         _raise_if(faults, self)
 

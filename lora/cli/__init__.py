@@ -181,7 +181,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"The settings {path} cannot be read: {error.strerror}.{near} Name a YAML file."
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"The settings {path} are no YAML: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(

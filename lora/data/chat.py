@@ -25,16 +25,24 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 
 from lora.data.messages import Message, check_text
+from lora.data.template_limits import (
+    MOST_CHARACTERS,
+    add_checks,
+    check_binop,
+    check_method,
+    concat,
+    guard_filters,
+)
 from lora.errors import DataError
 
 Span = tuple[int, int]
 """First character and the one after the last."""
 
 MOST_TEMPLATE_BYTES = 256 * 1024
-MOST_RENDERED_CHARACTERS = 64 * 1024 * 1024
-MOST_RENDER_S = 20.0
+MOST_RENDERED_CHARACTERS = MOST_CHARACTERS
+MOST_RENDER_S = 5.0
+"""Of this thread's own time, so that a busy machine refuses no template."""
 
-_MOST_POWER_BITS = 4096
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # no characters, by Unicode's own word: free for inside use
 _MARKS = re.compile(f"[{_BEGIN}{_END}]")
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
@@ -158,7 +166,7 @@ class ChatTemplate:
 
 def _join(template: jinja2.Template, values: dict[str, Any]) -> str:
     environment = cast(_Environment, template.environment)
-    environment.deadline_s = time.monotonic() + MOST_RENDER_S
+    environment.deadline_s = time.thread_time() + MOST_RENDER_S
     pieces, length = [], 0
     for piece in template.generate(values):
         length += len(piece)
@@ -185,7 +193,7 @@ def _compile(
     environment = _Environment(begin, end)
     environment.globals["strftime_now"] = lambda form: (now or datetime.now()).strftime(form)
     try:
-        return environment.from_string(source)
+        return environment.from_string(add_checks(environment.parse(source), environment))
     except jinja2.TemplateSyntaxError as error:
         raise DataError(
             f"{name} is no chat template that can be read: line {error.lineno}: {error.message}. "
@@ -213,7 +221,7 @@ class _Generation(Extension):
 class _Environment(ImmutableSandboxedEnvironment):
     """jinja2's sandbox with what chat templates expect, and limits on time and on repetition."""
 
-    intercepted_binops = frozenset(("*", "**"))
+    intercepted_binops = frozenset(("*", "**", "+", "%"))
 
     def __init__(self, begin: str, end: str) -> None:
         super().__init__(
@@ -224,6 +232,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.begin, self.end = begin, end
         self.deadline_s = 0.0
         self.filters["tojson"] = _to_json
+        guard_filters(self.filters)
+        del self.globals["lipsum"]
         self.globals["raise_exception"] = _raise_exception
         self.globals["dict"] = _build_dict
         self.globals["namespace"] = _SafeNamespace
@@ -241,33 +251,22 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().getattr(obj, attribute)
 
     def check_time(self) -> None:
-        if time.monotonic() > self.deadline_s:
+        """Raise SecurityError if the template has had its time."""
+        if time.thread_time() > self.deadline_s:
             raise SecurityError(f"it takes more than {MOST_RENDER_S:.0f} s")
 
+    def checked_concat(self, *values: object) -> str:
+        """Return the texts of `values`, one after the other."""
+        return concat(*values)
+
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        self.check_time()  # an endless loop cannot do without calls: range() is one
+        self.check_time()
+        check_method(obj, args, kwargs)
         return super().call(context, obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*":
-            too_large = _repeats_too_much(left, right) or _repeats_too_much(right, left)
-        else:
-            too_large = _power_too_large(left, right)
-        if too_large:
-            raise SecurityError(f"it computes {operator} with values that are too large")
+        check_binop(operator, left, right)
         return super().call_binop(context, operator, left, right)
-
-
-def _repeats_too_much(sequence: object, times: object) -> bool:
-    if not isinstance(sequence, str | list | tuple) or not isinstance(times, int):
-        return False
-    return len(sequence) * times > MOST_RENDERED_CHARACTERS
-
-
-def _power_too_large(base: object, exponent: object) -> bool:
-    if not isinstance(base, int) or not isinstance(exponent, int):
-        return False
-    return base.bit_length() * exponent > _MOST_POWER_BITS
 
 
 class _SafeNamespace(Namespace):

@@ -234,7 +234,7 @@ def _read_parquet(path: Path, faults: Faults) -> Rows:
                 for row in part.to_pylist():
                     number += 1
                     yield f"{path}:row {number}", without_nulls(row)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         faults.add(f"{path}:row {number + 1}", f"no Parquet that can be read: {error}")
 
 

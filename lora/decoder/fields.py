@@ -9,7 +9,7 @@ from lora.decoder.config import RopeConfig
 
 _MISSING = object()
 MOST_SIZE, MOST_HEADS, MOST_HEAD_DIM = 2**24, 2**16, 2**14
-MOST_LAYERS, MOST_TOKENS = 1000, 2**31 - 1
+MOST_LAYERS, MOST_TOKENS = 1000, 2**32
 """Beyond these only damaged files go: shapes are made of products of sizes, and objects for each
 layer."""
 

@@ -177,6 +177,26 @@ def test_a_template_of_any_size_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ 'a' ~ 1 ~ missing }}", "a1"),
+        ("{{ 'a' + 'b' }}{{ 7 % 4 }}{{ [1] + [2] }}", "ab3[1, 2]"),
+        ("{{ '%s-%03d' % ('a', 5) }}{{ '%s' | format('b') }}", "a-005b"),
+        ("{{ '{:>5}|{}'.format('a', 10**10) }}", "    a|10000000000"),
+        ("{{ 'a'.ljust(3) }}|{{ 'a' | center(3) }}|{{ ['a', 1] | join(', ') }}", "a  | a |a, 1"),
+        ("{{ 'aXb'.replace('X', '--') }}{{ 'aXb' | replace('X', '+') }}", "a--ba+b"),
+        ("{% for i in [1, 2] recursive %}{{ i }}{% else %}none{% endfor %}", "12"),
+        ("{% for i in [] %}{{ i }}{% else %}none{% endfor %}", "none"),
+        ("{{ [1, 2, 3] | batch(2) | list }}{{ {'a': 1} | tojson }}", '[[1, 2], [3]]{"a": 1}'),
+        ("{{ [1, 2, 3] | slice(2) | list }}", "[[1, 2], [3]]"),
+        ("{{ messages | map(attribute='role') | join('|') }}", "user"),
+    ],
+)
+def test_limits_leave_ordinary_templates_alone(source: str, expected: str) -> None:
+    assert ChatTemplate(source).render([USER]) == expected
+
+
+@pytest.mark.parametrize(
     ("source", "words"),
     [
         ("{% for i in range(10**9) %}{% endfor %}", "too big|Range"),
@@ -190,6 +210,34 @@ def test_a_template_of_any_size_is_refused() -> None:
             "more than 0 s",
         ),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion|more than 0 s"),
+        (
+            "{% set a = [1] * 99999 %}{% for i in a %}{% for j in a %}{% endfor %}{% endfor %}",
+            "more than 0 s",
+        ),
+        ("{{ lipsum(10**9) }}", "undefined"),
+        (
+            "{% set ns = namespace(a='x') %}"
+            "{% for i in range(99) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}",
+            "~ with values that are too large",
+        ),
+        (
+            "{% set ns = namespace(a='x') %}"
+            "{% for i in range(99) %}{% set ns.a = ns.a + ns.a %}{% endfor %}",
+            r"\+ with values that are too large",
+        ),
+        ("{{ 'x'.ljust(10**10) }}", "10,000,000,000 characters, which is too large"),
+        ("{{ 'x' | center(10**10) }}", "10,000,000,000 characters, which is too large"),
+        ("{{ 'x' | indent(10**10, true) }}", "10,000,000,000 characters, which is too large"),
+        ("{{ messages | tojson(indent=10**10) }}", "10,000,000,000 characters"),
+        ("{{ [] | batch(10**10, 'x') | list }}", "which is too large"),
+        ("{{ '%9999999999d' % 1 }}", "formats to a width that is too large"),
+        ("{{ '{:>9999999999}'.format(1) }}", "formats to a width that is too large"),
+        ("{{ '{:>{}}'.format(1, 10**10) }}", "which is too large"),
+        ("{{ '%*d' % (10**10, 1) }}", "which is too large"),
+        ("{% set a = 'x' * 99999 %}{{ a.replace('x', a) }}", "replace with values"),
+        ("{% set a = 'x' * 99999 %}{{ a | replace('x', a) }}", "replace with values"),
+        ("{% set a = 'x' * 99999 %}{{ ([a] * 9999) | join }}", "join with values"),
+        ("{% set a = 'x' * 99999 %}{{ a.join([a] * 9999) }}", "join with values"),
     ],
 )
 def test_runaway_templates_are_stopped(
