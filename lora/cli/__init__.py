@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("lora.cli.eval:evaluate", "Measure a model and its adapter on examples."),
     "export": ("lora.cli.export:export", "Write a model as GGUF; check an adapter for vLLM."),
     "merge": ("lora.cli.merge:merge", "Merge an adapter into its base, verified."),
+    "doctor": ("lora.cli.doctor:doctor", "Look whether this machine is ready."),
 }
 """By name: where the command's function is ("module:function"), and its line in the help."""
 

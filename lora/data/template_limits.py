@@ -32,7 +32,7 @@ _PADDING = ("center", "expandtabs", "ljust", "rjust", "zfill")
 
 
 def add_checks(tree: nodes.Template, environment: jinja2.Environment) -> nodes.Template:
-    """Changes `tree` in place: loops call `environment.check_time`, `~` calls its `checked_concat`."""
+    """Changes `tree` in place: loops call the environment's `check_time`, `~` `checked_concat`."""
     _Checks(environment).visit(tree)
     return tree
 

@@ -54,7 +54,8 @@ def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_any_command_line(fuzz: Any, answer: Any) -> None:
-    commands = st.sampled_from([*cli.COMMANDS, "finetun", "--version", ""])
+    quick = cli.COMMANDS.keys() - {"doctor"}  # which trains
+    commands = st.sampled_from([*sorted(quick), "finetun", "--version", ""])
     text = st.text(max_size=9).filter(lambda word: "\x00" not in word)
     words = st.lists(st.sampled_from(WORDS) | text, max_size=6)
     fuzz(st.tuples(commands, words).map(lambda parts: [parts[0], *parts[1]]), answer)

@@ -1,0 +1,253 @@
+"""Is this machine ready? Versions, device, room on disk and in memory, and a trial in seconds."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora.adapter_io import load_adapter, save_adapter
+from lora.apply import apply_lora, lora_layers
+from lora.checkpoint import load_checkpoint, save_checkpoint, training_tensors
+from lora.config import LoRAConfig, TrainConfig
+from lora.data.batches import Batch
+from lora.decoder.decoder import Decoder, build_decoder
+from lora.decoder.families import decoder_config
+from lora.decoder.sources import cache_folder
+from lora.device import DeviceChoice, choose_device
+from lora.errors import LoraError
+from lora.fast.choose import choose_steps, why_not_captured, why_not_fast
+from lora.kernels.jit import HAS_TRITON
+from lora.losses import loss_for
+from lora.optim import build_optimizer
+from lora.plain_step import PlainSteps
+
+LEAST_FREE_BYTES = 2**30
+"""On the disk of the runs, and of memory: below that nothing real can be trained."""
+NEEDED = ("torch", "safetensors", "tokenizers", "numpy", "jinja2", "gguf", "rich")
+OPTIONAL = {
+    "transformers": "transformers' own models, and scoring with them",
+    "peft": "comparisons",
+    "pyarrow": "Parquet files: pip install 'lora-lm[data]'",
+    "huggingface_hub": "models by their hub's name: pip install 'lora-lm[hub]'",
+    "tensorboard": "--tensorboard: pip install 'lora-lm[track]'",
+    "triton": "the GPU's kernels; comes with torch's CUDA builds",
+}
+TRIAL_STEPS, TRIAL_RATE = 8, 2e-2
+_TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    seen: str
+    is_well: bool = True
+    advice: str = ""
+    """What to do if it is not well."""
+
+
+def examine(runs: Path = Path("runs")) -> list[Check]:
+    """Return what was found, in the order in which a person would look.
+
+    `runs` is where runs are kept: its disk is the one that matters. Nothing is left behind.
+    """
+    checks = [_python(), *_packages()]
+    try:
+        choice = choose_device()
+    except LoraError as error:
+        return [*checks, Check("device", str(error), False, "Choose another with --device.")]
+    checks += [_device(choice), _kernels(choice), _memory(choice), _disk("runs", runs)]
+    checks += [_disk("model cache", cache_folder()), _cache()]
+    for name, trial in (("training", _try_training), ("saving", _try_saving)):
+        checks.append(_try(name, trial, choice))
+    return checks
+
+
+def _python() -> Check:
+    seen = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    return Check("python", seen, sys.version_info >= (3, 11), "Install Python 3.11 or newer.")
+
+
+def _packages() -> list[Check]:
+    found = [Check("lora-lm", _version("lora-lm") or "run from its folder, not installed")]
+    for name in NEEDED:
+        version = _version(name)
+        advice = f"Run: pip install {name}"
+        found.append(Check(name, version or "missing", version is not None, advice))
+    for name, use in OPTIONAL.items():
+        found.append(Check(name, _version(name) or f"not installed; needed for {use}"))
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _device(choice: DeviceChoice) -> Check:
+    count = torch.cuda.device_count()
+    others = f"; {count} CUDA devices" if count > 1 else ""
+    if choice.device.type == "cpu":
+        others += f"; {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+        others += "; no CUDA device is seen by torch " + torch.__version__
+    return Check("device", choice.reason + others)
+
+
+def _kernels(choice: DeviceChoice) -> Check:
+    """Say which step a usual decoder would take, and why not a faster one."""
+    model = _adapted(choice)
+    why_not = why_not_fast(model, choice)
+    if why_not is None:
+        return Check("kernels", "fast step: Triton kernels, one CUDA graph")
+    either = why_not_captured(model, TrainConfig()) if choice.device.type == "cuda" else None
+    is_captured = choice.device.type == "cuda" and either is None
+    step = "captured step" if is_captured else "plain step"
+    triton = "" if HAS_TRITON else "; Triton is not installed"
+    return Check("kernels", f"{step}: {why_not}{f'; {either}' if either else ''}{triton}")
+
+
+def _memory(choice: DeviceChoice) -> Check:
+    if choice.device.type == "cuda":
+        free_bytes, total_bytes = torch.cuda.mem_get_info(choice.device)
+    else:
+        free_bytes, total_bytes = _host_memory()
+    seen = f"{free_bytes / 1e9:.1f} GB free of {total_bytes / 1e9:.1f} GB"
+    advice = "Close other programs that use this memory."
+    return Check("memory", seen, free_bytes >= LEAST_FREE_BYTES, advice)
+
+
+def _host_memory() -> tuple[int, int]:
+    path = Path("/proc/meminfo")
+    if path.is_file():
+        lines = dict(line.split(":", 1) for line in path.read_text().splitlines())
+        kib = [int(lines[name].split()[0]) for name in ("MemAvailable", "MemTotal")]
+        return kib[0] * 1024, kib[1] * 1024
+    page_bytes, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
+    return page_bytes * pages, page_bytes * pages  # what is free is not told everywhere
+
+
+def _disk(name: str, folder: Path) -> Check:
+    place = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
+    free_bytes = shutil.disk_usage(place).free
+    advice = f"Free some space there, or choose another folder than {folder}."
+    if not os.access(place, os.W_OK):
+        return Check(f"disk of {name}", f"{place} cannot be written to", False, advice)
+    seen = f"{free_bytes / 1e9:.1f} GB free at {place}"
+    return Check(f"disk of {name}", seen, free_bytes >= LEAST_FREE_BYTES, advice)
+
+
+def _cache() -> Check:
+    folder = cache_folder()
+    models = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    n_bytes = sum(_sizes(path for model in models for path in model.rglob("*")))
+    return Check("model cache", f"{len(models)} models, {n_bytes / 1e9:.2f} GB in {folder}")
+
+
+def _sizes(paths: Iterable[Path]) -> list[int]:
+    return [path.stat().st_size for path in paths if path.is_file()]
+
+
+def _try(name: str, trial: Callable[[DeviceChoice], str], choice: DeviceChoice) -> Check:
+    advice = "Run with --debug, and report what you see."
+    began_s = time.perf_counter()
+    try:
+        seen = trial(choice)
+    except (LoraError, RuntimeError, OSError, ImportError) as error:
+        return Check(f"trial of {name}", f"{type(error).__name__}: {error}", False, advice)
+    return Check(f"trial of {name}", f"{seen}, {time.perf_counter() - began_s:.1f} s")
+
+
+def _adapted(choice: DeviceChoice) -> Decoder:
+    model = build_decoder(
+        decoder_config(_TINY), seed=1, dtype=choice.compute_dtype, device=choice.device
+    )
+    apply_lora(model, LoRAConfig(rank=8, init_seed=1))
+    return model
+
+
+def _batch(choice: DeviceChoice) -> Batch:
+    ids = torch.randint(0, 256, (4, 33), generator=torch.Generator().manual_seed(2))  # (B, T+1)
+    rows, places = ids.size(0), torch.arange(32)
+    batch = Batch(
+        input_ids=ids[:, :-1],
+        labels=ids[:, 1:],
+        position_ids=places.repeat(rows, 1),  # (B, T)
+        document_ids=torch.zeros(rows, 32, dtype=torch.int64),
+    )
+    return batch.to(choice.device)
+
+
+def _try_training(choice: DeviceChoice) -> str:
+    """Train a few steps with the step that a run would take; the loss must fall."""
+    model, config = _adapted(choice), TrainConfig(steps=TRIAL_STEPS)
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not _trains(p)}
+    chosen: list[str] = []
+    steps = choose_steps(model, choice, config, say=chosen.append)
+    steps = steps or PlainSteps(model, loss_for(model), choice, config.max_grad_norm)
+    steps.adopt(build_optimizer(model, TRIAL_RATE, 0.0, 1.0))
+    batch = _batch(choice)
+    for number in range(1, TRIAL_STEPS + 1):
+        steps.launch(number, [batch], TRIAL_RATE)
+    losses = [done.losses[0] for done in steps.finished(wait=True)]
+    if not losses[-1] < losses[0]:
+        raise RuntimeError(f"the loss did not fall: {losses}")
+    parameters = dict(model.named_parameters())
+    moved = [name for name, before in frozen.items() if not torch.equal(before, parameters[name])]
+    if moved:
+        raise RuntimeError(f"frozen weights have moved: {', '.join(moved[:3])}")
+    how = chosen[0].split(":")[0] if chosen else "plain step"
+    return f"{how}: loss {losses[0]:.3f} to {losses[-1]:.3f}, frozen weights as they were"
+
+
+def _trains(parameter: torch.Tensor) -> bool:
+    return parameter.requires_grad
+
+
+def _try_saving(choice: DeviceChoice) -> str:
+    """Save and load an adapter and a checkpoint; every bit must come back."""
+    model = _adapted(choice)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator))
+    batch = _batch(choice)
+    with tempfile.TemporaryDirectory(prefix="lora-doctor-") as name:
+        save_adapter(model, Path(name) / "adapter")
+        loaded = build_decoder(
+            decoder_config(_TINY), seed=1, dtype=choice.compute_dtype, device=choice.device
+        )
+        load_adapter(loaded, Path(name) / "adapter")
+        with torch.no_grad():
+            same = torch.equal(loaded(batch.input_ids), model(batch.input_ids))
+        tensors = training_tensors(model, build_optimizer(model, TRIAL_RATE, 0.0, 1.0))
+        path = save_checkpoint(Path(name), 1, tensors, {}, keep=1)
+        back, _ = load_checkpoint(path)
+    if not same:
+        raise RuntimeError("an adapter that was saved and loaded gives other logits")
+    if any(not torch.equal(back[key], tensor.cpu()) for key, tensor in tensors.items()):
+        raise RuntimeError("a checkpoint that was saved and loaded holds other values")
+    return "an adapter and a checkpoint came back bit for bit"

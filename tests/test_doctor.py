@@ -1,0 +1,97 @@
+"""The doctor finds a well machine well, and each illness by its name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora import cli, doctor
+from lora.doctor import Check, examine
+from lora.errors import CheckpointError
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(autouse=True)
+def room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine with room, and a cache of its own, wherever the test runs."""
+    monkeypatch.setenv("LORALM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(doctor, "LEAST_FREE_BYTES", 1)
+
+
+def by_name(folder: Path) -> dict[str, Check]:
+    return {check.name: check for check in examine(folder)}
+
+
+def test_a_well_machine(tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    checks = by_name(tmp_path / "runs")
+    assert all(check.is_well for check in checks.values()), checks
+    assert checks["torch"].seen == torch.__version__.split("+")[0] or checks["torch"].seen
+    assert "frozen weights as they were" in checks["trial of training"].seen
+    assert "bit for bit" in checks["trial of saving"].seen
+    assert "GB free of" in checks["memory"].seen
+    assert str(tmp_path) in checks["disk of runs"].seen
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_cache_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "cache" / "a-model").mkdir(parents=True)
+    (tmp_path / "cache" / "a-model" / "model.safetensors").write_bytes(b"x" * 20_000_000)
+    assert "1 models, 0.02 GB" in by_name(tmp_path)["model cache"].seen
+
+
+def test_a_full_disk_and_a_missing_package_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(10, 10, 0))
+    monkeypatch.setattr(doctor, "NEEDED", ("torch", "no-such-package"))
+    checks = by_name(tmp_path)
+    assert not checks["disk of runs"].is_well
+    assert "Free some space" in checks["disk of runs"].advice
+    assert checks["no-such-package"] == Check(
+        "no-such-package", "missing", False, "Run: pip install no-such-package"
+    )
+
+
+def test_a_save_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise CheckpointError("no space")
+
+    monkeypatch.setattr(doctor, "save_adapter", refuse)
+    check = by_name(tmp_path)["trial of saving"]
+    assert not check.is_well
+    assert check.seen == "CheckpointError: no space"
+
+
+def test_an_adapter_that_comes_back_otherwise_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "load_adapter", lambda model, folder: model)
+    assert "other logits" in by_name(tmp_path)["trial of saving"].seen
+
+
+def test_a_loss_that_does_not_fall_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "TRIAL_RATE", 0.0)
+    check = by_name(tmp_path)["trial of training"]
+    assert not check.is_well
+    assert "did not fall" in check.seen
+
+
+def test_the_command_prints_text_and_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main(["doctor", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("all is well\n")
+    assert "!!" not in out
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(10, 10, 0))
+    assert cli.main(["doctor", "--out", str(tmp_path), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["is_well"] is False
+    assert {"name", "seen", "is_well", "advice"} == set(found["checks"][0])
