@@ -38,6 +38,7 @@ from lora.errors import DependencyError
 from lora.fast.choose import choose_steps
 from lora.fingerprint import base_fingerprint
 from lora.losses import loss_for
+from lora.out_of_memory import LOADING_ADVICE, explained
 from lora.progress import NoProgress, Progress
 from lora.runs import Run, create_run, default_name, read_json
 from lora.samples import Sampler, choose_prompts
@@ -102,7 +103,8 @@ def finetune(
         for told in report.notes + report.warnings:
             progress.say(f"note: {told}")
     progress.say(f"{source.name} on {choice.reason}")
-    model, fingerprint = _load_model(job, source, choice, data.tokenizer, progress)
+    with explained(lambda: f"while the weights were loaded. {LOADING_ADVICE}"):
+        model, fingerprint = _load_model(job, source, choice, data.tokenizer, progress)
     rate = job.train.learning_rate
     if rate is None:
         rate = FULL_LEARNING_RATE if job.lora is None else LORA_LEARNING_RATE
@@ -111,7 +113,8 @@ def finetune(
     described["from_adapter"] = job.from_adapter
     described["data"]["warnings"] = report.warnings
     described["base_fingerprint"] = fingerprint
-    steps = choose_steps(model, choice, job.train, fast=job.run.fast, say=progress.say)
+    with explained(lambda: f"while the step was prepared. {LOADING_ADVICE}"):
+        steps = choose_steps(model, choice, job.train, fast=job.run.fast, say=progress.say)
     with create_run(job.run.out, name, resume=job.resume, described=described) as run:
         if open_board is not None:
             run.on_metrics = open_board(run.folder / "tensorboard")

@@ -17,6 +17,7 @@ from lora.device import peak_memory_bytes
 from lora.errors import Interrupted, TrainingError
 from lora.interrupts import StopRequests
 from lora.optim import build_optimizer, rate_factor
+from lora.out_of_memory import advise, count_held, explained, say_held
 from lora.plain_step import LossFn, PlainSteps, StepResult, evaluate, train_step
 from lora.spikes import WINDOW_STEPS, is_spike
 from lora.steps import StepDone, Steps
@@ -55,7 +56,7 @@ def train(job: TrainingJob) -> TrainResult:
     steps.adopt(optimizer)
     job.progress.start(config.steps, at.step)
     try:
-        with StopRequests(job.progress.say) as stop:
+        with StopRequests(job.progress.say) as stop, explained(lambda: _say_memory(job, at)):
             _loop(job, steps, optimizer, at, stop)
     finally:
         job.progress.stop()
@@ -103,6 +104,21 @@ def _loop(
 
 def _is_over(job: TrainingJob, at: Position) -> bool:
     return at.step >= job.train_config.steps or at.stopped_early
+
+
+def _say_memory(job: TrainingJob, at: Position) -> str:
+    config, held = job.train_config, count_held(job.model)
+    rows = config.batch_size // config.micro_batches
+    has_lora = held.frozen_bytes > 0
+    sizes = {"batch_size": config.batch_size, "micro_batches": config.micro_batches}
+    saved = "No checkpoint was written yet."
+    if at.saved_step is not None:
+        saved = f"The checkpoint of step {at.saved_step} is whole: --resume goes on from there."
+    return (
+        f"at step {at.step} of {config.steps} on {job.choice.device}. "
+        f"{say_held(held, peak_memory_bytes(job.choice.device), rows)} "
+        f"{advise(held, **sizes, has_lora=has_lora)} {saved}"
+    )
 
 
 def _say_interrupted(job: TrainingJob, at: Position, stop: StopRequests) -> str:

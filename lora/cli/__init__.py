@@ -29,6 +29,7 @@ from cyclopts.config import Dict, Env
 
 from lora import __version__
 from lora.errors import ConfigError, Interrupted, LoraError, did_you_mean, gather
+from lora.out_of_memory import is_out_of_memory
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "finetune": ("lora.cli.finetune:finetune", "Fine-tune a model on examples."),
@@ -42,6 +43,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """By name: where the command's function is ("module:function"), and its line in the help."""
 
+MEMORY_ADVICE = "Give it less at once, take a smaller model, or a device with more memory."
 ENVIRONMENT_PREFIX = "LORALM_"
 HELP_END = (
     "Every command also takes `--config FILE.yaml` (its flags, without dashes, as keys), settings "
@@ -98,6 +100,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_debugging:
             raise
         print(f"lora: {_describe(error)}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if is_debugging or not is_out_of_memory(error):
+            raise
+        first = (str(error) or "MemoryError").splitlines()[0]
+        print(f"lora: memory ran out: {first}. {MEMORY_ADVICE}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("lora: interrupted", file=sys.stderr)
