@@ -4,7 +4,8 @@ Without a GPU, or on one without bf16 matrix units (before capability 8.0: V100,
 fp32; fp16 is never computed in, for its range needs a scaled loss. Apple's GPUs are refused.
 
 Reads two environment variables, and nothing else in lora does: `LORALM_FORCE_BF16=1` allows bf16
-where it is slow, `CUDA_VISIBLE_DEVICES` is torch's own.
+where it is slow, `CUDA_VISIBLE_DEVICES` is torch's own. Sets one, `CUBLAS_WORKSPACE_CONFIG`, for
+runs that repeat to the bit.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import os
 import resource
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import torch
 from lora.errors import ConfigError, did_you_mean
 
 FORCE_BF16 = "LORALM_FORCE_BF16"
+CUBLAS_VARIABLE, CUBLAS_REPEATABLE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,45 @@ def peak_memory_bytes(device: torch.device) -> int:
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes() -> int:
+    """Return the memory this process holds now; its peak where the system does not tell."""
+    status = Path("/proc/self/statm")
+    if status.is_file():
+        return int(status.read_text().split()[1]) * resource.getpagesize()
+    return peak_memory_bytes(torch.device("cpu"))
+
+
+def available_bytes(device_type: str) -> int | None:
+    """Return how much a run of this process may hold, what it holds already included.
+
+    None where it cannot be known: a GPU that is not here, or a system that does not tell.
+    """
+    if device_type == "cuda":
+        return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))
+    return free + resident_bytes()
+
+
+@contextlib.contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """While entered, torch takes only algorithms that repeat to the bit, and raises where none is.
+
+    Sets CUBLAS_WORKSPACE_CONFIG for the process if it is not set, without which cuBLAS may choose
+    otherwise from call to call; that stays, for it counts when CUDA is first used.
+    """
+    os.environ.setdefault(CUBLAS_VARIABLE, CUBLAS_REPEATABLE)
+    former = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(former)
 
 
 def synchronize(device: torch.device) -> None:

@@ -7,6 +7,7 @@ found before the weights are loaded, and the run's folder is made last.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lora.adapter_io import load_adapter, save_adapter
+from lora.adapter_io import load_adapter, read_adapter_config, save_adapter
 from lora.added_tokens import add_tokens_to_all, add_tokens_to_lora
 from lora.apply import apply_lora
 from lora.config import (
@@ -33,13 +34,15 @@ from lora.data.tokenizers import TextTokenizer, load_tokenizer
 from lora.decoder.decoder import Decoder
 from lora.decoder.hf_weights import load_decoder, save_decoder
 from lora.decoder.sources import ModelSource, find_model
-from lora.device import DeviceChoice, choose_device
+from lora.device import DeviceChoice, choose_device, deterministic_algorithms
 from lora.errors import DependencyError
 from lora.fast.choose import choose_steps
 from lora.fingerprint import base_fingerprint
 from lora.losses import loss_for
 from lora.out_of_memory import LOADING_ADVICE, explained
+from lora.plan import MemoryPlan
 from lora.progress import NoProgress, Progress
+from lora.run_memory import RunMemory, describe_plan, plan_run
 from lora.runs import Run, create_run, default_name, read_json
 from lora.samples import Sampler, choose_prompts
 from lora.steps import Steps
@@ -65,6 +68,8 @@ class FinetuneJob:
     """Go on from this adapter instead of a fresh one; its settings replace `lora`."""
     resume: bool = False
     """Go on with the run of this name from its newest checkpoint."""
+    deterministic: bool = False
+    """Repeat to the bit on a GPU too: torch's deterministic algorithms, and the plain step."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ class FinetuneResult:
     saved: Path
     """The adapter's folder in it, or the whole model's after full fine-tuning."""
     result: TrainResult
+    memory: RunMemory
+    """What was planned against what was measured."""
 
 
 def finetune(
@@ -92,7 +99,13 @@ def finetune(
     Raises ConfigError, DataError or ModelError for what cannot work, before anything is written;
     TrainingError if the loss is no longer finite (the newest checkpoint is kept).
     """
-    progress = progress or NoProgress()
+    with deterministic_algorithms() if job.deterministic else nullcontext():
+        return _finetune(job, progress or NoProgress(), show_data)
+
+
+def _finetune(
+    job: FinetuneJob, progress: Progress, show_data: Callable[[DataReport], None] | None
+) -> FinetuneResult:
     choice = choose_device(job.run.device, job.train.precision)
     open_board = _find_tensorboard() if job.run.tensorboard else None
     source = find_model(job.model)
@@ -103,6 +116,8 @@ def finetune(
         for told in report.notes + report.warnings:
             progress.say(f"note: {told}")
     progress.say(f"{source.name} on {choice.reason}")
+    memory_plan = _plan(job, source, data, choice)
+    progress.say(describe_plan(memory_plan))
     with explained(lambda: f"while the weights were loaded. {LOADING_ADVICE}"):
         model, fingerprint = _load_model(job, source, choice, data.tokenizer, progress)
     rate = job.train.learning_rate
@@ -113,15 +128,20 @@ def finetune(
     described["from_adapter"] = job.from_adapter
     described["data"]["warnings"] = report.warnings
     described["base_fingerprint"] = fingerprint
+    if job.deterministic:
+        described["deterministic"] = True
+        progress.say("deterministic: torch's algorithms that repeat to the bit, and the plain step")
     with explained(lambda: f"while the step was prepared. {LOADING_ADVICE}"):
-        steps = choose_steps(model, choice, job.train, fast=job.run.fast, say=progress.say)
+        fast = job.run.fast and not job.deterministic
+        steps = choose_steps(model, choice, job.train, fast=fast, say=progress.say)
     with create_run(job.run.out, name, resume=job.resume, described=described) as run:
         if open_board is not None:
             run.on_metrics = open_board(run.folder / "tensorboard")
         result = train(_training_job(job, model, data, choice, rate, run, progress, steps))
         saved = _save(job, model, data.tokenizer, source, run)
-        run.write_json("result.json", asdict(result))
-        return FinetuneResult(run.folder, saved, result)
+        memory = RunMemory(memory_plan, result.peak_memory_bytes)
+        run.write_json("result.json", {**asdict(result), "memory": memory.to_dict()})
+        return FinetuneResult(run.folder, saved, result, memory)
 
 
 def check_data(
@@ -146,6 +166,14 @@ def check_data(
         f"tokens in {len(data.train)} rows), {len(data.held_out_examples)} to measure"
     )
     return data, inspect_prepared(data, job.data, job.data_config)
+
+
+def _plan(
+    job: FinetuneJob, source: ModelSource, data: PreparedData, choice: DeviceChoice
+) -> MemoryPlan:
+    lora = job.lora if job.from_adapter is None else read_adapter_config(job.from_adapter)
+    fast = job.run.fast and not job.deterministic
+    return plan_run(source.folder, lora, job.train, data, choice, fast=fast)
 
 
 def _find_tensorboard() -> Callable[[Path], Callable[[dict[str, Any]], None]]:

@@ -15,6 +15,7 @@ FIXED = (
     "lora",
     "train",
     "data_config",
+    "deterministic",
     "data",
 )
 """Parts of `run.json` that a resumed run must share."""

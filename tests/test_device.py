@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
+from lora import device
 from lora.device import FORCE_BF16, choose_device, peak_memory_bytes
 from lora.errors import ConfigError
 
@@ -89,3 +92,16 @@ def test_a_gpu_with_bf16_units_uses_them() -> None:
     assert choice.device.type == "cuda"
     assert choice.compute_dtype is torch.bfloat16
     assert choose_device("cuda", "fp32").compute_dtype is torch.float32
+
+
+def test_deterministic_algorithms_are_on_inside_and_as_before_outside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(device.CUBLAS_VARIABLE, raising=False)
+    with device.deterministic_algorithms():
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ[device.CUBLAS_VARIABLE] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setenv(device.CUBLAS_VARIABLE, ":16:8")
+    with device.deterministic_algorithms():
+        assert os.environ[device.CUBLAS_VARIABLE] == ":16:8"

@@ -26,6 +26,7 @@ def finetune(
     full: bool = False,
     from_adapter: Path | None = None,
     resume: bool = False,
+    deterministic: bool = False,
     json: bool = False,
     lora: Annotated[LoRAConfig | None, Flat] = None,
     train: Annotated[TrainConfig | None, Flat] = None,
@@ -58,6 +59,9 @@ def finetune(
         Go on from this adapter; its rank and targets hold.
     resume
         Go on with the run called --name from its newest checkpoint.
+    deterministic
+        Repeat to the bit on a GPU too: torch's deterministic algorithms and the plain step, which
+        is slower.
     json
         Print the result as one JSON object.
     """
@@ -77,6 +81,7 @@ def finetune(
         run=run or RunConfig(),
         from_adapter=from_adapter,
         resume=resume,
+        deterministic=deterministic,
     )
     progress = RichProgress("finetune")  # on standard error: the result alone goes to the other
     done = run_job(
@@ -98,11 +103,13 @@ def _report(done: FinetuneResult, json: bool) -> int:
     result = done.result
     if json:
         found = {"folder": str(done.folder), "saved": str(done.saved), **asdict(result)}
+        found["memory"] = done.memory.to_dict()
         print(json_format.dumps(found))
         return 0
     print(
         f"held-out loss {result.eval_loss:.4f} after {result.steps} steps, "
         f"{result.train_s:.0f} s of training, peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
     )
+    print(done.memory.describe())
     print(f"saved: {done.saved}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 import random
@@ -116,6 +117,41 @@ def test_a_signal_saves_between_steps_and_the_run_goes_on_to_the_same_bytes(
     assert f"step {last} is saved" in " ".join(said.split())
     finish(start(tiny_folder, orders_file, tmp_path, "lora", "--resume"))
     assert results(tmp_path / "run", "lora") == results(tmp_path / "whole" / "run", "lora")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.slow
+def test_a_second_signal_leaves_at_once_and_loses_no_byte(
+    tiny_folder: Path, orders_file: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """An evaluation that takes long stands between the first signal and the run's end."""
+    slow = ("--eval-data", str(long_file(tmp_path)))
+    process = start(tiny_folder, orders_file, tmp_path, "lora", *slow)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.is_file() or metrics.read_bytes().count(b"gradient_norm") < 10:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(number)  # it evaluates step 10
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(number)
+    began_s = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert time.monotonic() - began_s < 5
+    assert process.returncode == code, said
+    assert "once more leaves at once" in " ".join(said.split())
+    assert "Traceback" not in said
+    finish(start(tiny_folder, orders_file, tmp_path, "lora", *slow, "--resume"))
+    finish(start(tiny_folder, orders_file, tmp_path / "whole", "lora", *slow))
+    assert results(tmp_path / "run", "lora") == results(tmp_path / "whole" / "run", "lora")
+
+
+def long_file(folder: Path) -> Path:
+    """Return examples whose evaluation takes seconds."""
+    path = folder / "held_out.jsonl"
+    rows = make_orders("train", 800)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 class Heard(NoProgress):
@@ -257,6 +293,18 @@ def test_another_rank_data_or_rate_cannot_resume_a_run_and_more_steps_can(
     assert (job.run.out / "run" / "run.json").read_bytes() == before
     more = replace(job.train, steps=15)
     assert finetune(replace(job, resume=True, train=more)).result.steps == 15
+
+
+def test_a_deterministic_run_says_so_and_is_resumed_as_one(job: FinetuneJob) -> None:
+    heard = Heard()
+    done = finetune(replace(job, deterministic=True), heard)
+    assert sum("repeat to the bit" in line for line in heard.said) == 1
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(CheckpointError, match="deterministic: True then, not given now"):
+        finetune(replace(job, resume=True))
+    other = finetune(replace(job, run=replace(job.run, name="other")))
+    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors"):  # on a CPU all are
+        assert (done.folder / name).read_bytes() == (other.folder / name).read_bytes()
 
 
 def test_the_best_checkpoint_stays(job: FinetuneJob, tmp_path: Path) -> None:
