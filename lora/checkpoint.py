@@ -7,7 +7,6 @@ moments, the states of the random generators), `state.json` (everything else) an
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,11 +16,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lora.errors import CheckpointError, gather
 from lora.runs import atomic_write, disk_error
+from lora.tensor_files import Digest, digest_file, write_tensors
 
 TENSORS_FILE, STATE_FILE, MANIFEST_FILE = "tensors.safetensors", "state.json", "manifest.json"
 
@@ -41,19 +41,17 @@ def save_checkpoint(
     """
     final = folder / _name(step)
     building = folder / f".{final.name}.building"
-    files = {
-        TENSORS_FILE: save({name: _to_save(t) for name, t in tensors.items()}),
-        STATE_FILE: (json.dumps({**state, "step": step}, sort_keys=True) + "\n").encode(),
-    }
-    manifest = {name: {"bytes": len(b), "sha256": _sha256(b)} for name, b in files.items()}
-    files[MANIFEST_FILE] = (json.dumps(manifest, indent=2) + "\n").encode()
+    state_file = (json.dumps({**state, "step": step}, sort_keys=True) + "\n").encode()
     try:
         folder.mkdir(exist_ok=True)  # not its parents: a run that was removed stays removed
         for left in folder.glob(".step-*.building"):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         building.mkdir()
-        for name, data in files.items():
-            atomic_write(building / name, data)
+        written = {TENSORS_FILE: write_tensors(building / TENSORS_FILE, tensors)}
+        atomic_write(building / STATE_FILE, state_file)
+        written[STATE_FILE] = digest_file(building / STATE_FILE)
+        manifest = json.dumps({n: _noted(d) for n, d in written.items()}, indent=2) + "\n"
+        atomic_write(building / MANIFEST_FILE, manifest.encode())
         shutil.rmtree(final, ignore_errors=True)
         building.rename(final)
         _sync_folder(folder)
@@ -82,16 +80,17 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
-        files = {name: (path / name).read_bytes() for name in (TENSORS_FILE, STATE_FILE)}
+        found = {name: digest_file(path / name) for name in (TENSORS_FILE, STATE_FILE)}
         faults = [
-            f"{name}: {len(data)} bytes, SHA-256 {_sha256(data)[:12]}…, where the manifest says "
+            f"{name}: {seen.n_bytes} bytes, SHA-256 {seen.sha256[:12]}…, where the manifest says "
             f"{manifest[name]['bytes']} and {manifest[name]['sha256'][:12]}…"
-            for name, data in files.items()
-            if manifest[name] != {"bytes": len(data), "sha256": _sha256(data)}
+            for name, seen in found.items()
+            if manifest[name] != _noted(seen)
         ]
         if faults:
             raise CheckpointError(gather(faults, f"{path} is damaged:", "Use an earlier one."))
-        return load(files[TENSORS_FILE]), json.loads(files[STATE_FILE])
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        return load_file(path / TENSORS_FILE), state
     except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Use an earlier one.") from None
 
@@ -177,9 +176,5 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _to_save(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous().clone()
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _noted(digest: Digest) -> dict[str, Any]:
+    return {"bytes": digest.n_bytes, "sha256": digest.sha256}

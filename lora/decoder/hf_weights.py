@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
 from lora.decoder.families import FAMILIES, decoder_config
 from lora.errors import ModelError, did_you_mean, gather
+from lora.tensor_files import write_tensors
 
 MAX_SHARD_BYTES = 4 * 2**30
 """safetensors builds a whole file in memory before it writes: shards bound that."""
@@ -228,7 +228,7 @@ def save_decoder(
     for file_name, shard in zip(names, shards, strict=True):
         ready = {name: _file_layout(model.config, name, tensors[name]) for name in shard}
         beside = folder / f".{file_name}.part"
-        save_file(ready, beside, metadata={"format": "pt"})
+        write_tensors(beside, ready, {"format": "pt"})
         os.replace(beside, folder / file_name)
     if n > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())

@@ -1,0 +1,96 @@
+"""Tensors into a safetensors file, one at a time: nothing is held twice.
+
+The format: eight bytes of length, a JSON header with type, shape and place of each tensor, then the
+values. https://huggingface.co/docs/safetensors says more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_KINDS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_CHUNK_BYTES = 2**20
+_LINE_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What a manifest says of a file."""
+
+    n_bytes: int
+    sha256: str
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Digest:
+    """Write `tensors` to `path` as safetensors and return when they are on the disk.
+
+    Those of other devices come over one at a time. The bytes depend on the content alone. Raises
+    OSError if the disk refuses; what was begun stays then.
+    """
+    # Wide types first, so that every tensor begins at a multiple of its type's size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    digest, n_bytes = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for piece in _pieces(tensors, names, metadata):
+            file.write(piece)
+            digest.update(piece)
+            n_bytes += len(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return Digest(n_bytes, digest.hexdigest())
+
+
+def digest_file(path: Path) -> Digest:
+    """Return the size and the SHA-256 of a file, read in parts."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(_CHUNK_BYTES):
+            digest.update(part)
+        return Digest(file.tell(), digest.hexdigest())
+
+
+def _pieces(
+    tensors: Mapping[str, Tensor], names: list[str], metadata: Mapping[str, str] | None
+) -> Iterator[memoryview]:
+    yield memoryview(_header(tensors, names, metadata))
+    for name in names:
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        yield memoryview(flat.view(torch.uint8).numpy().data)
+
+
+def _header(
+    tensors: Mapping[str, Tensor], names: list[str], metadata: Mapping[str, str] | None
+) -> bytes:
+    entries: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    start = 0
+    for name in names:
+        tensor = tensors[name]
+        end = start + tensor.numel() * tensor.element_size()
+        kind = _KINDS[tensor.dtype]
+        entries[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _LINE_BYTES)
+    return struct.pack("<Q", len(text)) + text
