@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("lora.cli.chat:chat", "Talk to a model; switch adapters while talking."),
     "eval": ("lora.cli.eval:evaluate", "Measure a model and its adapter on examples."),
     "export": ("lora.cli.export:export", "Write a model as GGUF; check an adapter for vLLM."),
+    "plan": ("lora.cli.plan:plan", "Show what a run would hold in memory, and which batch fits."),
     "merge": ("lora.cli.merge:merge", "Merge an adapter into its base, verified."),
     "doctor": ("lora.cli.doctor:doctor", "Look whether this machine is ready."),
 }
@@ -113,6 +114,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if is_debugging or error.filename is None:
+            raise
+        print(f"lora: {str(error.filename)[:200]!r}: {error.strerror}.", file=sys.stderr)
+        return 2
 
 
 def _run(words: list[str]) -> int:

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lora.decoder.attention import Step, build_view, find_places
+from lora.decoder.attention import Places, Step, build_view, find_places
 from lora.decoder.cache import KVCache
 from lora.decoder.config import DecoderConfig
 from lora.decoder.layers import BLOCKS, OffsetRMSNorm, RMSNorm
@@ -62,7 +62,10 @@ class Trunk(nn.Module):
         cache: KVCache | None,
     ) -> Tensor:  # (B, T) -> (B, T, C)
         places = find_places(input_ids, position_ids, document_ids, cache)
-        x = self.embed(input_ids, places.position_ids)  # (B, T, C)
+        return self.through_blocks(self.embed(input_ids, places.position_ids), places)
+
+    def through_blocks(self, x: Tensor, places: Places) -> Tensor:  # (B, T, C) -> (B, T, C)
+        """Return what the blocks and the final norm make of first hidden states."""
         positions = places.position_ids
         step = Step(
             tables={config: rope.tables(positions, x.dtype) for config, rope in self.ropes.items()},

@@ -80,6 +80,11 @@ def why_not_fast(model: nn.Module, choice: DeviceChoice) -> str | None:
         return "Triton is not installed"
     if not isinstance(model, Decoder):
         return f"{type(model).__name__} is not lora's Decoder"
+    return why_not_written(model)
+
+
+def why_not_written(model: Decoder) -> str | None:
+    """Return what in `model` the hand-written step does not know, or None."""
     return _of_shape(model.config) or _of_training(model)
 
 

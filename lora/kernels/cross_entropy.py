@@ -48,11 +48,17 @@ def linear_cross_entropy(
     rows = is_learned.nonzero().squeeze(1)  # (n,); the host waits for the device: n is a shape
     learned = hidden if len(rows) == len(labels) else hidden.index_select(0, rows)  # (n, C)
     labels = labels if len(rows) == len(labels) else labels.index_select(0, rows)  # (n,)
+    return learned_cross_entropy(learned, weight, labels, chunk_tokens), is_learned.sum()
+
+
+def learned_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int
+) -> Tensor:
+    """Return the summed cross-entropy () of rows that are all learned; see the function above."""
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        loss_sum = _LinearCrossEntropy.apply(learned, weight, labels, chunk_tokens)
-    else:
-        loss_sum = _loss_sum(learned, weight, labels, chunk_tokens)
-    return loss_sum, is_learned.sum()
+        loss_sum: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, chunk_tokens)
+        return loss_sum
+    return _loss_sum(hidden, weight, labels, chunk_tokens)
 
 
 def _loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:

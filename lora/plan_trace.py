@@ -1,0 +1,145 @@
+"""What a training step holds at its fullest, found by running it without values.
+
+Fake tensors have shapes and no memory, so a step of any size is traced in seconds, on any machine.
+Every storage is counted from the operation that makes it to the moment nobody holds it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lora.decoder.attention import NO_CACHE, Places
+from lora.decoder.config import DecoderConfig
+from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
+from lora.kernels.cross_entropy import CHUNK_TOKENS, learned_cross_entropy
+
+Phase = str
+"""forward, loss or backward: what a tensor was made in."""
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes beside the weights when a step holds the most."""
+
+    activations: int
+    """Made in the forward pass and kept for the way back; what the way back makes."""
+    loss: int
+    """Logits and what else the loss makes."""
+    gradients: int
+    """Of what trains."""
+
+
+def trace_step(
+    config: DecoderConfig,
+    prepare: Callable[[Decoder], nn.Module],
+    rows: int,
+    tokens: int,
+    *,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    packed: bool,
+    learned_fraction: float = 1.0,
+) -> StepMemory:
+    """Return what forward, loss and backward of one micro-batch hold at their fullest.
+
+    Args:
+        config: of the decoder.
+        prepare: applies LoRA, or lets all weights train.
+        rows: B.
+        tokens: T.
+        dtype: of the base's weights.
+        compute_dtype: of products, through autocast where it is bf16.
+        packed: rows of several documents, which need a mask (B, 1, T, T).
+        learned_fraction: share of the tokens that the loss is made of.
+    """
+    with FakeTensorMode(), _autocast(compute_dtype):
+        model = build_empty_decoder(config)
+        shapes = [(name, p.shape) for name, p in model.named_parameters()]
+        assign_parameters(model, [(name, torch.empty(x, dtype=dtype)) for name, x in shapes])
+        prepare(model)
+        ids = torch.zeros(rows, tokens, dtype=torch.int64)
+        n_learned = max(1, round(learned_fraction * rows * tokens))
+        live = _Live(model)
+        with live:
+            hidden = _hidden(model, ids, packed=packed)
+            live.phase = "loss"
+            learned = hidden if n_learned == rows * tokens else hidden[:n_learned].clone()
+            labels = ids.flatten()[:n_learned]
+            weight = model.output_head().weight
+            loss = learned_cross_entropy(learned, weight, labels, CHUNK_TOKENS)
+            live.phase = "backward"
+            del hidden, learned
+            if loss.requires_grad:
+                loss.backward()
+    return live.fullest
+
+
+def _hidden(model: Decoder, ids: Tensor, *, packed: bool) -> Tensor:
+    """Return what the head gets (B·T, C), through the mask that packed rows have."""
+    places = Places(torch.zeros_like(ids), ids if packed else None, NO_CACHE)
+    x = model.get_input_embeddings()(ids)  # (B, T, C)
+    return model.trunk.through_blocks(x, places).flatten(0, 1)  # (B·T, C)
+
+
+def _autocast(dtype: torch.dtype) -> AbstractContextManager[object]:
+    return nullcontext() if dtype is torch.float32 else torch.autocast("cpu", dtype=dtype)
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes that operations make and nobody has let go of, by phase."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.phase: Phase = "forward"
+        self.bytes_in: dict[Phase, int] = {"forward": 0, "loss": 0, "backward": 0}
+        self.gradients, self.most = 0, -1
+        self.fullest = StepMemory(0, 0, 0)
+        self._seen = WeakIdKeyDictionary()
+        for parameter in model.parameters():
+            self._seen[parameter.untyped_storage()] = True
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._note_gradient)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._note, made)
+        return made
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._seen:
+            return
+        self._seen[storage] = True
+        n_bytes, phase = storage.nbytes(), self.phase
+        self.bytes_in[phase] += n_bytes
+        weakref.finalize(storage, self._forget, phase, n_bytes)
+        self._look()
+
+    def _forget(self, phase: Phase, n_bytes: int) -> None:
+        self.bytes_in[phase] -= n_bytes
+
+    def _note_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self.gradients += parameter.grad.untyped_storage().nbytes()
+        self._look()
+
+    def _look(self) -> None:
+        total = sum(self.bytes_in.values())
+        if total >= self.most:
+            self.most = total
+            made = self.bytes_in
+            activations = max(0, made["forward"] + made["backward"] - self.gradients)
+            self.fullest = StepMemory(activations, made["loss"], self.gradients)
