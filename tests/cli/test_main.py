@@ -263,3 +263,10 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+def test_a_path_that_the_system_refuses_is_told_in_a_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["eval", "9" * 400]) == 2
+    assert "File name too long" in capsys.readouterr().err

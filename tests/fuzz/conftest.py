@@ -27,7 +27,7 @@ from lora.decoder.families import decoder_config
 from lora.decoder.hf_weights import save_decoder
 from lora.errors import LoraError
 
-QUICK, LONG = 120, 2500
+QUICK, LONG = 120, 1500
 MOST_CPU_S = 8.0
 MOST_NEW_BYTES = 600 * 2**20
 """Of address space in one trial: far above what inputs of a few kilobytes need."""
