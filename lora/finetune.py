@@ -117,8 +117,9 @@ def _finetune(
             progress.say(f"note: {told}")
     progress.say(f"{source.name} on {choice.reason}")
     memory_plan = _plan(job, source, data, choice)
-    progress.say(describe_plan(memory_plan))
-    with explained(lambda: f"while the weights were loaded. {LOADING_ADVICE}"):
+    planned = describe_plan(memory_plan)
+    progress.say(planned)
+    with explained(lambda: f"while the weights were loaded. {planned}. {LOADING_ADVICE}"):
         model, fingerprint = _load_model(job, source, choice, data.tokenizer, progress)
     rate = job.train.learning_rate
     if rate is None:
@@ -131,7 +132,7 @@ def _finetune(
     if job.deterministic:
         described["deterministic"] = True
         progress.say("deterministic: torch's algorithms that repeat to the bit, and the plain step")
-    with explained(lambda: f"while the step was prepared. {LOADING_ADVICE}"):
+    with explained(lambda: f"while the step was prepared. {planned}. {LOADING_ADVICE}"):
         fast = job.run.fast and not job.deterministic
         steps = choose_steps(model, choice, job.train, fast=fast, say=progress.say)
     with create_run(job.run.out, name, resume=job.resume, described=described) as run:

@@ -92,7 +92,7 @@ def advise(held: Held, *, batch_size: int, micro_batches: int, has_lora: bool) -
     if held.trained_bytes + held.state_bytes > _LARGE_SHARE * held.total_bytes:
         ways.append("a smaller --rank or fewer --targets" if has_lora else "LoRA instead of --full")
     ways.append("a smaller model or a device with more memory")
-    return f"Try, in this order: {'; '.join(ways)}."
+    return f"Try, in this order: {'; '.join(ways)}. `lora plan` shows which batch fits."
 
 
 def _gb(n_bytes: int) -> str:

@@ -70,6 +70,7 @@ def test_the_advice_begins_with_what_costs_nothing(
     said = advise(held, batch_size=sizes[0], micro_batches=sizes[1], has_lora=has_lora)
     assert said.startswith(f"Try, in this order: {first}")
     assert later in said.partition(first)[2]
+    assert "`lora plan` shows which batch fits" in said
 
 
 def test_a_command_without_training_says_it_in_a_line(

@@ -307,6 +307,18 @@ def test_a_deterministic_run_says_so_and_is_resumed_as_one(job: FinetuneJob) -> 
         assert (done.folder / name).read_bytes() == (other.folder / name).read_bytes()
 
 
+def test_memory_that_runs_out_while_loading_names_the_plan(
+    job: FinetuneJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("lora.finetune.load_decoder", refuse)
+    with pytest.raises(TrainingError, match=r"while the weights were loaded\. planned memory:"):
+        finetune(job)
+    assert not (job.run.out / "run").exists()
+
+
 def test_the_best_checkpoint_stays(job: FinetuneJob, tmp_path: Path) -> None:
     wild = replace(job.train, steps=20, learning_rate=0.3, schedule="constant")
     run = replace(job.run, eval_every_steps=2, save_every_steps=2, keep_checkpoints=1)
