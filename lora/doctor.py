@@ -189,16 +189,15 @@ def _adapted(choice: DeviceChoice) -> Decoder:
     return model
 
 
-def _batch(choice: DeviceChoice) -> Batch:
+def _batch() -> Batch:
     ids = torch.randint(0, 256, (4, 33), generator=torch.Generator().manual_seed(2))  # (B, T+1)
     rows, places = ids.size(0), torch.arange(32)
-    batch = Batch(
-        input_ids=ids[:, :-1],
-        labels=ids[:, 1:],
+    return Batch(
+        input_ids=ids[:, :-1].contiguous(),  # (B, T)
+        labels=ids[:, 1:].contiguous(),  # (B, T)
         position_ids=places.repeat(rows, 1),  # (B, T)
         document_ids=torch.zeros(rows, 32, dtype=torch.int64),
     )
-    return batch.to(choice.device)
 
 
 def _try_training(choice: DeviceChoice) -> str:
@@ -206,10 +205,12 @@ def _try_training(choice: DeviceChoice) -> str:
     model, config = _adapted(choice), TrainConfig(steps=TRIAL_STEPS)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not _trains(p)}
     chosen: list[str] = []
+    batch = _batch()
     steps = choose_steps(model, choice, config, say=chosen.append)
-    steps = steps or PlainSteps(model, loss_for(model), choice, config.max_grad_norm)
+    if steps is None:
+        steps = PlainSteps(model, loss_for(model), choice, config.max_grad_norm)
+        batch = batch.to(choice.device)  # the others copy batches to the device by themselves
     steps.adopt(build_optimizer(model, TRIAL_RATE, 0.0, 1.0))
-    batch = _batch(choice)
     for number in range(1, TRIAL_STEPS + 1):
         steps.launch(number, [batch], TRIAL_RATE)
     losses = [done.losses[0] for done in steps.finished(wait=True)]
@@ -234,7 +235,7 @@ def _try_saving(choice: DeviceChoice) -> str:
     with torch.no_grad():
         for layer in lora_layers(model).values():
             layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator))
-    batch = _batch(choice)
+    batch = _batch().to(choice.device)
     with tempfile.TemporaryDirectory(prefix="lora-doctor-") as name:
         save_adapter(model, Path(name) / "adapter")
         loaded = build_decoder(
