@@ -8,7 +8,7 @@ to zero and its rate is 0 from then on, and the bits of the others do not change
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -33,6 +33,7 @@ class StackedAdamW:
     def __init__(self, stacked: Stacked, configs: Sequence[TrainConfig]) -> None:
         lora = [p for la in stacked.layers.values() for p in (la.lora_A, la.lora_B)]
         whole = [embedding.weight for embedding in stacked.embeddings.values()]
+        self._stacked = stacked
         self._parameters, self._n_lora = lora + whole, sum(p[0].numel() for p in lora)
         self.values = torch.cat([p.detach().flatten(1) for p in self._parameters], 1)  # (K, n)
         self.grads = torch.zeros_like(self.values)
@@ -55,19 +56,39 @@ class StackedAdamW:
             p.grad = None
 
     @torch.no_grad()
-    def step(self, number: int, rates: Sequence[float]) -> None:
-        """Take step `number` (from 1); an adapter at rate 0 stays where it is."""
+    def step(self, numbers: Sequence[int], rates: Sequence[float]) -> None:
+        """Take each adapter's own step number (from 1); one at rate 0 stays where it is."""
         settings = AdamWSettings()
         self.mean.lerp_(self.grads, 1 - settings.beta1)
         self.square.mul_(settings.beta2).addcmul_(self.grads, self.grads, value=1 - settings.beta2)
-        root = (1 - settings.beta2**number) ** 0.5
+        root = self._column([(1 - settings.beta2**number) ** 0.5 for number in numbers])
         update = self.mean / self.square.sqrt().div_(root).add_(settings.eps)  # (K, n)
         rate = self._column(rates)  # (K, 1)
+        risen = self._column([1 - settings.beta1**number for number in numbers])  # (K, 1)
         of_lora, whole = slice(0, self._n_lora), slice(self._n_lora, None)
         self.values[:, of_lora].mul_(1 - rate * self._decays)
-        update[:, of_lora].mul_(rate / (1 - settings.beta1**number))
-        update[:, whole].mul_(rate * self._shares / (1 - settings.beta1**number))
+        update[:, of_lora].mul_(rate / risen)
+        update[:, whole].mul_(rate * self._shares / risen)
         self.values.sub_(update)
+
+    def moments(self, k: int) -> dict[str, Tensor]:
+        """Return views of adapter `k`'s moments by tensor (`mean.NAME`), without padding."""
+        return {
+            f"{kind}.{name}": part
+            for kind, buffer in (("mean", self.mean), ("square", self.square))
+            for name, part in self._own(buffer, k)
+        }
+
+    def _own(self, buffer: Tensor, k: int) -> Iterator[tuple[str, Tensor]]:
+        """Yield adapter `k`'s part of `buffer` (K, n) for each tensor that trains, unpadded."""
+        widths = [p[0].numel() for p in self._parameters]
+        parts = iter(buffer[k].split(widths))
+        for name, layer in self._stacked.layers.items():
+            rank = layer.ranks[k]
+            yield f"{name}.lora_A", next(parts).view(layer.lora_A.shape[1:])[:rank]  # (R_k, I)
+            yield f"{name}.lora_B", next(parts).view(layer.lora_B.shape[1:])[:, :rank]  # (O, R_k)
+        for name, embedding in self._stacked.embeddings.items():
+            yield f"{name}.weight", next(parts).view(embedding.weight.shape[1:])  # (V, C)
 
     def _column(self, numbers: Sequence[float]) -> Tensor:
         return self.values.new_tensor(list(numbers))[:, None]  # (K, 1)
@@ -96,7 +117,9 @@ class StackedTraining:
         self._model, self._loss_fn, self._autocast = model, loss_fn, autocast
         self._configs, self._rates = tuple(configs), tuple(rates)
         self.optimizer = StackedAdamW(stacked, configs)
-        self.step_number = 0
+        self.stacked = stacked
+        self.steps = [0] * stacked.stack.n_adapters
+        """Taken so far, by adapter."""
         self.failures: dict[int, str] = {}
         """Why adapter k was stopped, by k."""
 
@@ -117,19 +140,39 @@ class StackedTraining:
         self._note_failures(loss, norm)
         self._scale_and_clip(count, norm)
         rates = [
-            0.0 if k in self.failures else rate * rate_factor(self.step_number, config)
+            0.0 if k in self.failures else rate * rate_factor(self.steps[k], config)
             for k, (rate, config) in enumerate(zip(self._rates, self._configs, strict=True))
         ]
-        self.step_number += 1
-        optimizer.step(self.step_number, rates)
+        self.steps = [step + 1 for step in self.steps]
+        optimizer.step(self.steps, rates)
         return [float(value) for value in loss]
+
+    def state(self, k: int) -> dict[str, Tensor]:
+        """Return copies of all that adapter `k` needs to go on, in this stack or another.
+
+        Its values (`value.NAME`), moments (`mean.NAME`, `square.NAME`) and the state of its
+        dropout's generator (`dropout`); the number of its step is in `steps`.
+        """
+        values = {f"value.{name}": tensor for name, tensor in self.stacked.values(k).items()}
+        moments = {name: tensor.clone() for name, tensor in self.optimizer.moments(k).items()}
+        return {**values, **moments, "dropout": self.stacked.stack.generators[k].get_state()}
+
+    @torch.no_grad()
+    def restore(self, k: int, state: dict[str, Tensor], step: int) -> None:
+        """Changes adapter `k` in place: it goes on from `state` after `step` steps."""
+        named = {name.removeprefix("value."): tensor for name, tensor in state.items()}
+        self.stacked.fill(k, named)
+        for name, part in self.optimizer.moments(k).items():
+            part.copy_(state[name])
+        self.stacked.stack.generators[k].set_state(state["dropout"].cpu())
+        self.steps[k] = step
 
     def _note_failures(self, loss: Tensor, norm: Tensor) -> None:
         # The host waits for the device here: nothing may move before the check.
         for k, (value, length) in enumerate(zip(loss.tolist(), norm.tolist(), strict=True)):
             if k not in self.failures and not torch.isfinite(torch.tensor(value + length)):
                 self.failures[k] = (
-                    f"step {self.step_number + 1}: the loss is {value} and the gradient's norm "
+                    f"step {self.steps[k] + 1}: the loss is {value} and the gradient's norm "
                     f"{length}, not finite. Lower the learning rate, or look for damaged examples."
                 )
 

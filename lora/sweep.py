@@ -1,0 +1,332 @@
+"""Train many adapters at once on one frozen base, and say which settings are best.
+
+    runs/NAME/
+      run.json      what was asked          sweep.json   what became of each candidate
+      candidates/   by name: run.json, metrics.jsonl, adapter/
+      best/         the adapter with the lowest held-out loss
+      report.html, report.json, pictures
+
+Each candidate ends where `lora finetune` would bring it with the same settings, data and seed,
+within floating-point noise.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lora.adapter_io import save_adapter
+from lora.apply_stacked import single_adapter
+from lora.config import (
+    LEAST_EVAL_STEPS,
+    MOST_EVALUATIONS,
+)
+from lora.data.batches import ordered_batches
+from lora.data.inspection import DataReport, inspect_prepared
+from lora.data.prepare import PreparedData, prepare_data
+from lora.data.tokenizers import load_tokenizer
+from lora.decoder.decoder import Decoder
+from lora.decoder.hf_weights import load_decoder
+from lora.decoder.sources import ModelSource, find_model
+from lora.device import DeviceChoice, choose_device, peak_memory_bytes
+from lora.errors import (
+    DataError,
+    Interrupted,
+    TrainingError,
+    gather,
+)
+from lora.fingerprint import base_fingerprint
+from lora.interrupts import StopRequests
+from lora.losses import decoder_loss
+from lora.out_of_memory import LOADING_ADVICE, explained
+from lora.plain_step import evaluate
+from lora.runs import Run, create_run, default_name
+from lora.sweep_grid import Candidate, build_candidates
+from lora.sweep_job import SweepJob, check_job, check_same_sweep, describe_job, first_day
+from lora.sweep_ledger import LEDGER_FILE, Ledger, Standing, find_rungs, read_ledger
+from lora.sweep_progress import NoSweepProgress, SweepProgress
+from lora.sweep_room import find_room
+from lora.sweep_wave import State, SweepBase, Wave, candidate_run, finish_wave, load_wave
+
+BEST = "best"
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """Where the results are, and how the candidates ended, the best first."""
+
+    folder: Path
+    best: Path
+    """The best candidate's adapter."""
+    standings: list[Standing]
+    train_s: float
+    """Seconds this process spent in steps."""
+    peak_memory_bytes: int
+
+
+def sweep(
+    job: SweepJob,
+    progress: SweepProgress | None = None,
+    *,
+    show_data: Callable[[DataReport], None] | None = None,
+) -> SweepResult:
+    """Run `job` to its end: train all candidates, save their adapters, and choose the best.
+
+    Raises ConfigError, DataError or ModelError for what cannot work, before anything is written;
+    TrainingError if no candidate came through; Interrupted after a signal, the state saved.
+    """
+    progress = progress or NoSweepProgress()
+    candidates = build_candidates(job.grid, job.lora, job.train)
+    check_job(job, candidates)
+    choice = choose_device(job.run.device, job.train.precision)
+    source = find_model(job.model)
+    data = _prepare(job, source.folder, progress)
+    report = inspect_prepared(data, job.data, job.data_config)
+    if show_data is not None:
+        show_data(report)
+    progress.say(f"{len(candidates)} candidates on {source.name}, {choice.reason}")
+    with explained(lambda: f"while the weights were loaded. {LOADING_ADVICE}"):
+        model = load_decoder(source.folder, dtype=choice.compute_dtype, device=choice.device)
+    model.requires_grad_(False)
+    at_once = _choose_at_once(job, model, candidates, data, choice, progress)
+    described = describe_job(job, source, data, choice, at_once)
+    described["base_fingerprint"] = base_fingerprint(model)
+    name = job.run.name or default_name(source.name)
+    check_same_sweep(job, described)
+    with create_run(job.run.out, name, resume=job.resume, described=described) as run:
+        run.on_trouble = progress.say
+        base = _base(job, model, data, choice, run, progress)
+        ledger = _open_ledger(job, base, candidates, at_once)
+        return _run_all(base, ledger, candidates, data, source, job.grid.swept())
+
+
+def _run_all(
+    base: SweepBase,
+    ledger: Ledger,
+    candidates: list[Candidate],
+    data: PreparedData,
+    source: ModelSource,
+    swept: tuple[str, ...],
+) -> SweepResult:
+    progress, train_s = base.progress, 0.0
+
+    def save(candidate: Candidate, state: State) -> None:
+        values = {n.removeprefix("value."): t for n, t in state.items() if n[:6] == "value."}
+        folder = candidate_run(base.run, candidate).folder / "adapter"
+        with single_adapter(base.model, candidate.lora, values) as adapted:
+            save_adapter(adapted, folder, base_name=source.name)
+        data.tokenizer.save(folder)
+
+    progress.start(swept)
+    try:
+        with StopRequests(progress.say) as stop, explained(lambda: _say_memory(ledger)):
+            while (group := _next_wave(base, ledger, candidates)) is not None:
+                train_s += _run_wave(base, ledger, *group, stop, save)
+    finally:
+        progress.stop()
+    return _finish(base, ledger, candidates, train_s)
+
+
+Group = tuple[list[Candidate], int, "tuple[State, dict[str, Any]] | None"]
+
+
+def _next_wave(base: SweepBase, ledger: Ledger, candidates: list[Candidate]) -> Group | None:
+    """Return who trains next, to which step, and the checkpoint to go on from if there is one."""
+    saved = load_wave(base, ledger)
+    if saved is not None:
+        members = [candidates[number - 1] for number in saved[1]["numbers"]]
+        base.progress.say(f"going on from step {saved[1]['wave_step']} of {len(members)} at once")
+        return members, int(saved[1]["until"]), saved
+    before = {s.name for s in ledger.standings if s.status == "stopped"}
+    found = ledger.next_group()
+    stopped = [s.name for s in ledger.standings if s.status == "stopped" and s.name not in before]
+    if stopped:
+        base.progress.say(f"halving stops {', '.join(stopped)}")
+        ledger.write(base.run)
+    return None if found is None else ([candidates[n] for n in found[0]], found[1], None)
+
+
+def _run_wave(
+    base: SweepBase,
+    ledger: Ledger,
+    members: list[Candidate],
+    until: int,
+    saved: tuple[State, dict[str, Any]] | None,
+    stop: StopRequests,
+    save: Callable[[Candidate, State], None],
+) -> float:
+    """Train one wave and put it into the ledger; return the seconds its steps took.
+
+    Raises Interrupted if a signal stopped it, its state saved.
+    """
+    began_s = time.perf_counter()
+    with Wave(base, members, ledger, until) as wave:
+        if saved is None:
+            wave.begin()
+        else:
+            wave.resume(*saved)
+        wave.run(stop)
+        states = wave.states()
+    if not wave.is_over:
+        raise Interrupted(_say_interrupted(base, wave, stop), stop.exit_code)
+    for candidate, standing, state in zip(members, wave.standings, states, strict=True):
+        if standing.status == "training":
+            save(candidate, state)
+    finish_wave(wave, states)
+    took_s = time.perf_counter() - began_s
+    row = {"step": ledger.steps_taken, "candidates": [c.name for c in members], "until": until}
+    memory = peak_memory_bytes(base.choice.device)
+    times = {"train_s": wave.train_s, "wave_s": took_s, "peak_memory_bytes": memory}
+    base.run.append_timing({**row, **times})
+    if stop.received is not None and ledger.next_group() is not None:
+        raise Interrupted(_say_interrupted(base, wave, stop), stop.exit_code)
+    return wave.train_s
+
+
+def _finish(
+    base: SweepBase, ledger: Ledger, candidates: list[Candidate], train_s: float
+) -> SweepResult:
+    run, best = base.run, ledger.best()
+    if best is None:
+        reasons = [f"{s.name}: {s.reason}" for s in ledger.standings if s.reason]
+        advice = "Lower the learning rates, or look for damaged examples."
+        raise TrainingError(gather(reasons, f"No candidate of {run.folder} came through:", advice))
+    by_name = {candidate.name: candidate for candidate in candidates}
+    for standing in ledger.standings:
+        folder = candidate_run(run, by_name[standing.name]).folder
+        shutil.rmtree(folder / "state", ignore_errors=True)
+    adapter = candidate_run(run, by_name[best.name]).folder / "adapter"
+    building = run.folder / f".{BEST}.building"
+    shutil.rmtree(building, ignore_errors=True)
+    shutil.copytree(adapter, building)
+    shutil.rmtree(run.folder / BEST, ignore_errors=True)
+    building.rename(run.folder / BEST)
+    result = SweepResult(
+        folder=run.folder,
+        best=run.folder / BEST,
+        standings=ledger.ranked(),
+        train_s=train_s,
+        peak_memory_bytes=peak_memory_bytes(base.choice.device),
+    )
+    shown = {"best": best.name, "eval_loss": best.eval_loss}
+    run.write_json("result.json", {**shown, "train_s": train_s})
+    return result
+
+
+def _prepare(job: SweepJob, model_folder: Path, progress: SweepProgress) -> PreparedData:
+    data = prepare_data(
+        job.data,
+        load_tokenizer(model_folder),
+        job.data_config,
+        int(job.grid.seed[0]),
+        held_out_source=job.eval_data,
+        now=first_day(job),
+        say=progress.say,
+    )
+    if data.held_out is None:
+        raise DataError(
+            "A sweep chooses by held-out loss, and nothing is held out: give more examples, "
+            "--eval-data, or an --eval-fraction above 0."
+        )
+    progress.say(
+        f"{len(data.train_examples)} examples to learn ({data.train.n_target_tokens:,} learned "
+        f"tokens in {len(data.train)} rows), {len(data.held_out_examples)} to compare by"
+    )
+    return data
+
+
+def _base(
+    job: SweepJob,
+    model: Decoder,
+    data: PreparedData,
+    choice: DeviceChoice,
+    run: Run,
+    progress: SweepProgress,
+) -> SweepBase:
+    spread = math.ceil(job.train.steps / MOST_EVALUATIONS)
+    every = job.run.eval_every_steps or max(LEAST_EVAL_STEPS, spread)
+    assert data.held_out is not None
+    return SweepBase(
+        model=model,
+        train=data.train,
+        held_out=data.held_out,
+        rows=job.train.batch_size // job.train.micro_batches,
+        micro_batches=job.train.micro_batches,
+        eval_every_steps=every,
+        save_every_steps=job.run.save_every_steps or every,
+        choice=choice,
+        run=run,
+        progress=progress,
+    )
+
+
+def _open_ledger(
+    job: SweepJob, base: SweepBase, candidates: list[Candidate], at_once: int
+) -> Ledger:
+    if job.resume and (base.run.folder / LEDGER_FILE).is_file():
+        return replace(read_ledger(base.run.read_json(LEDGER_FILE)), at_once=at_once)
+    batches = ordered_batches(base.held_out, base.rows, base.choice.device)
+    loss = evaluate(base.model, batches, decoder_loss, base.choice.autocast)
+    base.progress.say(f"held-out loss without an adapter: {loss:.4f}")
+    standings = [Standing(name=c.name, settings=c.settings()) for c in candidates]
+    rungs = find_rungs(job.train.steps, halving=job.halving)
+    ledger = Ledger(standings, rungs, at_once, base_eval_loss=loss)
+    described = base.run.read_json("run.json")
+    for candidate in candidates:
+        own: dict[str, Any] = {"learning_rate": candidate.rate, "sweep": None}
+        own |= {"lora": asdict(candidate.lora), "train": asdict(candidate.train)}
+        candidate_run(base.run, candidate).write_json("run.json", {**described, **own})
+    ledger.write(base.run)
+    return ledger
+
+
+def _choose_at_once(
+    job: SweepJob,
+    model: Decoder,
+    candidates: list[Candidate],
+    data: PreparedData,
+    choice: DeviceChoice,
+    progress: SweepProgress,
+) -> int:
+    room = find_room(
+        model,
+        candidates,
+        job.train.batch_size // job.train.micro_batches,
+        data.train.row_tokens,
+        packed=job.data_config.packing,
+        learned_fraction=data.train.n_target_tokens / (len(data.train) * data.train.row_tokens),
+        choice=choice,
+    )
+    fit = len(candidates) if room.n_fit is None else max(1, room.n_fit)
+    at_once = min(job.at_once or fit, len(candidates))
+    waves = math.ceil(len(candidates) / at_once)
+    at_once = at_once if job.at_once else math.ceil(len(candidates) / waves)  # waves of one size
+    told = f"{at_once} at once, {waves} {'wave' if waves == 1 else 'waves'}"
+    progress.say(f"memory: {room.describe()}; {told}")
+    if room.n_fit is not None and at_once > room.n_fit:
+        progress.say(
+            f"note: {at_once} at once may be more than memory holds: --at-once "
+            f"{max(1, room.n_fit)}, more --micro-batches or a shorter --max-length take less"
+        )
+    return at_once
+
+
+def _say_interrupted(base: SweepBase, wave: Wave, stop: StopRequests) -> str:
+    name = stop.received.name if stop.received else ""
+    return (
+        f"{name} stopped {base.run.folder} after step {wave.step} of a wave of "
+        f"{len(wave.candidates)}; it is saved. Give --resume to go on."
+    )
+
+
+def _say_memory(ledger: Ledger) -> str:
+    return (
+        f"with {ledger.at_once} candidates at once. Give a smaller --at-once, more "
+        "--micro-batches (the result stays the same) or a shorter --max-length; a sweep that has "
+        "finished a wave goes on with --resume."
+    )

@@ -1,0 +1,187 @@
+"""The candidates of a sweep: every combination of the settings that were given. No torch here.
+
+--rank 4,8 --learning-rate 1e-4,3e-4 --alpha 2r     four candidates, alpha twice the rank
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any, cast
+
+from lora.config import LORA_LEARNING_RATE, LoRAConfig, Schedule, TrainConfig
+from lora.errors import ConfigError, LoraError, gather
+
+SWEPT = ("rank", "learning_rate", "alpha", "dropout", "seed", "schedule")
+"""In the order in which candidates are numbered: the last changes fastest."""
+_OF_LORA = ("rank", "alpha", "dropout")
+SHORT_NAMES = {"learning_rate": "rate"}
+MOST_CANDIDATES = 999
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What the candidates differ in: one value each, or several with commas between."""
+
+    rank: tuple[int | str, ...] = (LoRAConfig.rank,)
+    """Ranks to try: 4,8,16."""
+    learning_rate: tuple[float | str, ...] = (LORA_LEARNING_RATE,)
+    """Peak rates to try: 1e-4,3e-4,1e-3."""
+    alpha: tuple[float | str, ...] = (LoRAConfig.alpha,)
+    """Alphas to try: numbers, or multiples of the rank such as 2r, which keep the scaling."""
+    dropout: tuple[float | str, ...] = (LoRAConfig.dropout,)
+    """Dropouts to try."""
+    seed: tuple[int | str, ...] = (TrainConfig.seed,)
+    """Seeds to try: of A's first values, dropout and the order of the rows. What is held out and
+    how examples are packed into rows is the first one's, so that all are measured alike."""
+    schedule: tuple[Schedule | str, ...] = (TrainConfig.schedule,)
+    """Schedules to try: cosine, linear, constant."""
+
+    def __post_init__(self) -> None:
+        faults: list[str] = []
+        for name in SWEPT:
+            words = _split(getattr(self, name))
+            values = [_read(name, word, faults) for word in words]
+            if not words:
+                faults.append(f"{name}: no value was given")
+            twice = sorted({str(word) for word in words if words.count(word) > 1})
+            if twice:
+                faults.append(f"{name}: given twice: {', '.join(twice)}")
+            object.__setattr__(self, name, tuple(values))
+        if faults:
+            advice = "Write values with commas between, as in --rank 4,8,16."
+            raise ConfigError(gather(faults, "The sweep's values cannot be used:", advice))
+
+    def swept(self) -> tuple[str, ...]:
+        """Return the names of the settings that have several values."""
+        return tuple(name for name in SWEPT if len(getattr(self, name)) > 1)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One combination: what it adds to the model, and how it trains."""
+
+    number: int
+    """From 1."""
+    name: str
+    """Of its folder: the number, and what sets it apart."""
+    lora: LoRAConfig
+    train: TrainConfig
+    """Its `learning_rate` is a number."""
+
+    @property
+    def rate(self) -> float:
+        """Peak learning rate."""
+        return cast(float, self.train.learning_rate)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the values of the swept settings, by name."""
+        values = {**asdict(self.train), **asdict(self.lora)}
+        return {name: values[name] for name in SWEPT}
+
+
+def build_candidates(grid: Grid, lora: LoRAConfig, train: TrainConfig) -> list[Candidate]:
+    """Return every combination of `grid`, the other settings from `lora` and `train`.
+
+    Raises ConfigError for fewer than two or more than 999 combinations, and, all at once, for
+    combinations whose settings are out of range.
+    """
+    combinations = list(product(*(getattr(grid, name) for name in SWEPT)))
+    if len(combinations) < 2:
+        raise ConfigError(
+            "A sweep was asked for with 1 candidate: it compares at least 2. Give several values, "
+            "as in --rank 4,8,16 --learning-rate 3e-4,1e-3, or use lora finetune."
+        )
+    if len(combinations) > MOST_CANDIDATES:
+        raise ConfigError(
+            f"A sweep of {len(combinations):,} candidates was asked for: allowed are at most "
+            f"{MOST_CANDIDATES}. Sweep the rate first, then the rest around the best."
+        )
+    swept, faults, candidates = grid.swept(), [], []
+    for number, values in enumerate(combinations, start=1):
+        chosen = dict(zip(SWEPT, values, strict=True))
+        try:
+            candidates.append(_build(number, chosen, swept, lora, train))
+        except LoraError as error:
+            faults.append(f"candidate {number}: {' '.join(str(error).split())}")
+    if faults:
+        raise ConfigError(gather(faults, "Candidates cannot be made:", "Change these values."))
+    return candidates
+
+
+def short_number(value: float) -> str:
+    """Return `value` without needless digits: 0.0003 as 3e-4, 16.0 as 16."""
+    if value and not 1e-3 < abs(value) < 1e4:
+        digits, power = f"{value:.6e}".split("e")
+        return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
+    return f"{value:g}"
+
+
+def _build(
+    number: int,
+    chosen: dict[str, Any],
+    swept: tuple[str, ...],
+    lora: LoRAConfig,
+    train: TrainConfig,
+) -> Candidate:
+    if isinstance(chosen["alpha"], str):  # a multiple of the rank
+        chosen["alpha"] = float(chosen["alpha"].removesuffix("r") or 1) * chosen["rank"]
+    of_lora = {name: chosen[name] for name in _OF_LORA}
+    of_train = {name: value for name, value in chosen.items() if name not in _OF_LORA}
+    seed = chosen["seed"]
+    parts = [f"{number:03d}", *(_label(name, chosen[name]) for name in swept)]
+    config = replace(lora, **of_lora, init_seed=seed)
+    return Candidate(number, "-".join(parts), config, replace(train, **of_train))
+
+
+def _label(name: str, value: Any) -> str:
+    shown = value if isinstance(value, str | int) else short_number(value)
+    return f"{SHORT_NAMES.get(name, name)}{shown}"
+
+
+def _split(value: object) -> list[object]:
+    """Return the values in `value`, parted at commas too."""
+    items = list(value) if isinstance(value, list | tuple) else [value]
+    parts: list[object] = []
+    for item in items:
+        parts += [word.strip() for word in item.split(",")] if isinstance(item, str) else [item]
+    return parts
+
+
+def _read(name: str, word: object, faults: list[str]) -> Any:
+    """Return the value that `word` means for the setting `name`; what cannot be is a fault."""
+    kind, allowed = _KINDS[name]
+    if isinstance(word, bool) or word is None:
+        faults.append(f"{name}={word!r}: allowed is {allowed}")
+        return word
+    if name == "schedule" or (name == "alpha" and _is_multiple(word)):
+        return word
+    try:
+        value = kind(word)
+    except (TypeError, ValueError, OverflowError):
+        faults.append(f"{name}={word!r}: allowed is {allowed}")
+        return word
+    if not math.isfinite(value) or (isinstance(word, float) and value != word):
+        faults.append(f"{name}={word!r}: allowed is {allowed}")
+    return value
+
+
+def _is_multiple(word: object) -> bool:
+    if not isinstance(word, str) or not word.endswith("r"):
+        return False
+    try:
+        return float(word.removesuffix("r") or 1) > 0
+    except ValueError:
+        return False
+
+
+_KINDS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "rank": (int, "ints ≥ 1"),
+    "learning_rate": (float, "numbers > 0"),
+    "alpha": (float, "numbers > 0, or multiples of the rank such as 2r"),
+    "dropout": (float, "numbers from 0 to below 1"),
+    "seed": (int, "ints ≥ 0"),
+    "schedule": (str, "cosine, linear, constant"),
+}

@@ -1,0 +1,294 @@
+"""One wave of a sweep: K candidates on one model, from the step where each stands to the next rung.
+
+    runs/NAME/checkpoints/           the wave that is under way, all of its candidates together
+    runs/NAME/candidates/001-…/      of each candidate: metrics.jsonl, state/ between two waves
+
+A candidate that fails keeps its place in the stack to the end of the wave, at rate 0: taking it
+out would change the shapes of the others' products, and so the last bits of their results.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora.apply_stacked import apply_stacked, remove_stacked
+from lora.checkpoint import list_checkpoints, load_newest, save_checkpoint
+from lora.data.batches import Batch, BatchStream, TokenRows, ordered_batches
+from lora.device import DeviceChoice, peak_memory_bytes
+from lora.errors import CheckpointError
+from lora.interrupts import StopRequests
+from lora.optim import rate_factor
+from lora.runs import Run
+from lora.stacked_losses import StackedDecoderLoss, stack_batches
+from lora.stacked_training import StackedTraining
+from lora.sweep_grid import Candidate
+from lora.sweep_ledger import Ledger, Standing
+from lora.sweep_progress import SweepProgress
+
+CHECKPOINTS, CANDIDATES, STATE = "checkpoints", "candidates", "state"
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class SweepBase:
+    """What all waves of a sweep share."""
+
+    model: nn.Module
+    """The frozen base, without adapters."""
+    train: TokenRows
+    held_out: TokenRows
+    rows: int
+    """Of one micro-batch of one candidate, B."""
+    micro_batches: int
+    eval_every_steps: int
+    save_every_steps: int
+    choice: DeviceChoice
+    run: Run
+    progress: SweepProgress
+
+
+class Wave:
+    """K candidates that train together up to step `until`.
+
+    Changes `base.model`: while the wave is open, the candidates' adapters are stacked on it. Use it
+    as a context manager.
+    """
+
+    def __init__(
+        self, base: SweepBase, candidates: Sequence[Candidate], ledger: Ledger, until: int
+    ) -> None:
+        self.base, self.candidates, self.ledger, self.until = base, candidates, ledger, until
+        self.standings = [ledger.standings[c.number - 1] for c in candidates]
+        self.step = self.standings[0].step
+        self.saved_step: int | None = None
+        self.runs = [candidate_run(base.run, c) for c in candidates]
+        self.train_s = 0.0
+        """Seconds spent in steps by this process."""
+        self._n_tokens = 0
+
+    def __enter__(self) -> Wave:
+        seeds = [c.train.seed for c in self.candidates]
+        model, configs = self.base.model, [c.lora for c in self.candidates]
+        self.stacked = apply_stacked(model, configs, seeds)
+        model.train()
+        self._loss_fn = StackedDecoderLoss(self.stacked)
+        self.training = StackedTraining(
+            model,
+            self.stacked,
+            self._loss_fn,
+            [c.train for c in self.candidates],
+            [c.rate for c in self.candidates],
+            autocast=self.base.choice.autocast,
+        )
+        device = self.base.choice.device
+        self._streams = [BatchStream(self.base.train, self.base.rows, s, device) for s in seeds]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        remove_stacked(self.base.model, self.stacked)
+
+    def begin(self) -> None:
+        """Go to where the candidates stand: their first values, or what an earlier rung left."""
+        for k, (standing, run) in enumerate(zip(self.standings, self.runs, strict=True)):
+            run.cut_metrics_after(standing.step if standing.step else -1)
+            if standing.step:
+                state, _ = load_newest(run.folder / STATE, self.base.progress.say)
+                self._restore(k, state, standing)
+            else:
+                run.append_metrics({"step": 0, "eval_loss": self.ledger.base_eval_loss})
+            standing.status = "training"
+
+    def resume(self, tensors: State, state: dict[str, Any]) -> None:
+        """Go to where a checkpoint of this wave says."""
+        for k, saved in enumerate(state["standings"]):
+            standing = Standing(**saved)
+            self.standings[k].__dict__.update(vars(standing))
+            start = f"{k}."
+            own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+            self._restore(k, own, standing)
+            self.runs[k].cut_metrics_after(standing.step)
+            if standing.status == "failed":
+                self.training.failures[k] = standing.reason
+        self.step = self.saved_step = int(state["wave_step"])
+
+    def run(self, stop: StopRequests) -> None:
+        """Take steps to the end of the wave, or until a signal asks to stop; save on the way."""
+        while self.step < self.until and stop.received is None and self._any_alive():
+            self._one_step()
+            is_last = self.step == self.until or not self._any_alive()
+            if is_last or self.step % self.base.eval_every_steps == 0:
+                self._evaluate()
+            if is_last or self.step % self.base.save_every_steps == 0:
+                self.save()
+        if self.saved_step != self.step:
+            self.save()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all have come to the wave's end, or none is left."""
+        return self.step >= self.until or not self._any_alive()
+
+    def states(self) -> list[State]:
+        """Return what each candidate needs to go on."""
+        return [self.training.state(k) for k in range(len(self.candidates))]
+
+    def save(self) -> None:
+        """Save the whole wave; if the disk refuses, say so: the next save is another try."""
+        tensors = {f"{k}.{n}": t for k, s in enumerate(self.states()) for n, t in s.items()}
+        state = {
+            "numbers": [c.number for c in self.candidates],
+            "standings": [vars(s) for s in self.standings],
+            "until": self.until,
+            "wave_step": self.step,
+            "steps_before": self.ledger.steps_taken,
+        }
+        number = self.ledger.steps_taken + self.step - self.first_step
+        try:
+            for run in self.runs:
+                run.sync()
+            save_checkpoint(self.base.run.folder / CHECKPOINTS, number, tensors, state, keep=1)
+        except CheckpointError as error:
+            self.base.progress.say(f"{error} The next save tries again.")
+            return
+        self.saved_step = self.step
+
+    @property
+    def first_step(self) -> int:
+        """The rung below `until`, at which the wave began."""
+        lower = [rung for rung in self.ledger.rungs if rung < self.until]
+        return lower[-1] if lower else 0
+
+    def _restore(self, k: int, state: State, standing: Standing) -> None:
+        self.training.restore(k, state, standing.step)
+        own = self._streams[k].state_dict()
+        self._streams[k].load_state_dict({**own, "row": standing.row})
+
+    def _any_alive(self) -> bool:
+        return len(self.training.failures) < len(self.candidates)
+
+    def _one_step(self) -> None:
+        began_s = time.perf_counter()
+        micro = [
+            stack_batches([next(stream) for stream in self._streams])
+            for _ in range(self.base.micro_batches)
+        ]
+        losses = self.training.step(micro)
+        self.step += 1
+        self.train_s += time.perf_counter() - began_s
+        self._n_tokens += sum(batch.input_ids.numel() for batch in micro)
+        for k, (standing, loss) in enumerate(zip(self.standings, losses, strict=True)):
+            self._note(k, standing, loss)
+        self.base.progress.step(self._title(), self.ledger.standings)
+
+    def _note(self, k: int, standing: Standing, loss: float) -> None:
+        if standing.status == "failed":
+            return
+        reason = self.training.failures.get(k)
+        if reason is not None:
+            self._drop(k, reason)
+            return
+        standing.step, standing.loss = self.step, loss
+        standing.row += self.base.rows * self.base.micro_batches
+        candidate = self.candidates[k]
+        rate = candidate.rate * rate_factor(self.step - 1, candidate.train)
+        self.runs[k].append_metrics({"step": self.step, "loss": loss, "learning_rate": rate})
+
+    def _drop(self, k: int, reason: str) -> None:
+        self.training.failures[k] = reason
+        self.standings[k].fail(reason)
+        self.base.progress.say(f"{self.candidates[k].name} is dropped: {reason}")
+
+    def _evaluate(self) -> None:
+        losses = stacked_evaluate(
+            self.base.model,
+            ordered_batches(self.base.held_out, self.base.rows, self.base.choice.device),
+            self._loss_fn,
+            len(self.candidates),
+            self.base.choice,
+        )
+        for k, (standing, loss) in enumerate(zip(self.standings, losses, strict=True)):
+            if standing.status == "failed":
+                continue
+            if not math.isfinite(loss):
+                self._drop(k, f"step {self.step}: the held-out loss is {loss}, not finite.")
+                continue
+            standing.note_eval(loss)
+            self.runs[k].append_metrics({"step": self.step, "eval_loss": loss})
+        self.base.progress.evaluated(self._title(), self.ledger.standings)
+
+    def _title(self) -> str:
+        speed = self._n_tokens / max(self.train_s, 1e-9)
+        memory = peak_memory_bytes(self.base.choice.device) / 1e9
+        together = len(self.candidates)
+        return (
+            f"{together} at once · step {self.step}/{self.until} · {speed:,.0f} tokens/s · "
+            f"{memory:.2f} GB"
+        )
+
+
+def finish_wave(wave: Wave, states: list[State]) -> None:
+    """Write the ledger and what the candidates need for the next rung; the checkpoint goes."""
+    base, ledger = wave.base, wave.ledger
+    for standing, run, state in zip(wave.standings, wave.runs, states, strict=True):
+        if standing.status == "training" and wave.until == ledger.rungs[-1]:
+            standing.status = "done"
+        elif standing.status == "training":
+            standing.status = "waiting"
+            save_checkpoint(run.folder / STATE, standing.step, state, {}, keep=1)
+        if standing.status == "done":
+            shutil.rmtree(run.folder / STATE, ignore_errors=True)
+    ledger.steps_taken += wave.step - wave.first_step
+    ledger.write(base.run)
+    shutil.rmtree(base.run.folder / CHECKPOINTS, ignore_errors=True)
+
+
+def load_wave(base: SweepBase, ledger: Ledger) -> tuple[State, dict[str, Any]] | None:
+    """Return the checkpoint of the wave that was under way, or None if there is none.
+
+    Raises CheckpointError if there are checkpoints and none of them can be used.
+    """
+    folder = base.run.folder / CHECKPOINTS
+    if not list_checkpoints(folder):
+        return None
+    tensors, state = load_newest(folder, base.progress.say)
+    if state["steps_before"] != ledger.steps_taken:  # of a wave that the ledger has already
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    return tensors, state
+
+
+def candidate_run(run: Run, candidate: Candidate) -> Run:
+    """Return the candidate's own folder, made if it is not there."""
+    folder = run.folder / CANDIDATES / candidate.name
+    folder.mkdir(parents=True, exist_ok=True)
+    return Run(folder, on_trouble=run.on_trouble)
+
+
+@torch.no_grad()
+def stacked_evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss_fn: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]],
+    n_adapters: int,
+    choice: DeviceChoice,
+) -> list[float]:
+    """Return each adapter's mean loss in nats over all target tokens of `batches`, dropout off."""
+    was_training = model.training
+    model.eval()
+    total = torch.zeros(n_adapters, dtype=torch.float64, device=choice.device)
+    count = 0
+    for batch in batches:
+        with choice.autocast():
+            sums, counts = loss_fn(model, stack_batches([batch] * n_adapters))  # (K,), (K,)
+        total += sums.double()
+        count += int(counts[0])
+    model.train(was_training)
+    return [float(value) / count if count else math.nan for value in total]
