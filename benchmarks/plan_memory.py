@@ -3,6 +3,7 @@
     python benchmarks/plan_memory.py                                  # SmolLM2, two cores, minutes
     python benchmarks/plan_memory.py --only lora-4x128 full-4x128     # a part of the grid
     python benchmarks/plan_memory.py --device cuda                    # random models on a GPU
+    python benchmarks/plan_memory.py --again FILE.jsonl      # the present plan of measured GPU runs
 
 Each child trains for two steps through `lora.finetune` and reports what was planned before the
 weights were read and what was measured at the end. Prints one JSON object a line, then a table.
@@ -138,6 +139,27 @@ def run_child(case: Case, device: str) -> dict[str, Any]:
         return finetune(job).memory.to_dict()
 
 
+def plan_again(case: Case) -> int:
+    """Return the bytes planned now for a GPU case, no GPU needed: rows of texts, all learned."""
+    import torch
+
+    from lora.config import LoRAConfig
+    from lora.decoder.families import decoder_config
+    from lora.plan import Setting, plan_memory
+
+    setting = Setting(
+        config=decoder_config({**COMMON, **SHAPES[case.shape]}),
+        lora=None if case.rank is None else LoRAConfig(rank=case.rank),
+        rows=case.rows // case.micro_batches,
+        tokens=case.tokens,
+        device_type="cuda",
+        compute_dtype=torch.bfloat16,
+        micro_batches=case.micro_batches,
+        fast=case.fast,
+    )
+    return plan_memory(setting).total
+
+
 def measure(name: str, device: str) -> dict[str, Any]:
     """Return the row of one setting, run in a process of its own."""
     command = [sys.executable, __file__, "--child", name, "--device", device]
@@ -153,6 +175,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", choices=[*ON_CPU, *ON_GPU])
     parser.add_argument("--out", type=Path, help="also append the lines to this file")
+    parser.add_argument("--again", type=Path, help="plan the runs in this file anew")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -162,6 +185,13 @@ def main() -> None:
         return
     if arguments.child:
         print(json.dumps(run_child(grid[arguments.child], arguments.device)))
+        return
+    if arguments.again:
+        for line in arguments.again.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            total = plan_again(ON_GPU[row["case"]])
+            off = round(total / row["measured_bytes"] - 1, 4)
+            print(json.dumps({**row, "planned_now": total, "error_fraction_now": off}), flush=True)
         return
     for name in arguments.only or grid:
         row = measure(name, arguments.device)

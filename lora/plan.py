@@ -27,8 +27,8 @@ from lora.plan_trace import StepMemory, trace_step
 CPU_SLACK = 0.3
 """Share of what a step makes that the allocator of a CPU holds besides: pieces too small for what
 comes next (docs/memory.md has the measurements)."""
-CAPTURED_LOSS_BYTES = 16
-"""A logit in a captured step: bf16 and fp32 values, log-softmax, and their gradients."""
+CAPTURED_LOSS_BYTES = 14
+"""A logit in a captured step: its bf16 and fp32 values, log-softmax, and two gradients in part."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class MemoryPlan:
     activations: int
     loss: int
     other: int
-    """Of the process: Python and its libraries, the allocator's slack, the GPU library's room."""
+    """Of the process: Python and its libraries, the allocator's slack; on a GPU its library's room,
+    and an evaluation beside a graph that keeps its buffers."""
 
     @property
     def total(self) -> int:
@@ -147,38 +148,55 @@ def _prepare(setting: Setting) -> Callable[[Decoder], nn.Module]:
 
 def _plan_fast(setting: Setting, model: Decoder, counts: ParameterCounts) -> MemoryPlan:
     held = fast_memory(model, setting.rows, setting.tokens, packed=setting.packed)
-    return MemoryPlan("fast", counts.trainable, counts.total, **vars(held))
+    parts = {**vars(held), "other": held.other + _evaluation_bytes(setting)}
+    return MemoryPlan("fast", counts.trainable, counts.total, **parts)
 
 
 def _plan_traced(setting: Setting, counts: ParameterCounts, step: str, base: int) -> MemoryPlan:
-    frozen_dtype = torch.float32 if setting.lora is None else setting.compute_dtype
-    made = trace_step(
-        setting.config,
-        _prepare(setting),
-        setting.rows,
-        setting.tokens,
-        dtype=frozen_dtype,
-        compute_dtype=setting.compute_dtype,
-        packed=setting.packed,
-        learned_fraction=setting.learned_fraction,
-    )
+    made = _trace(setting)
     trained = counts.trainable * 4
     gradients, loss = made.gradients, made.loss
     if step == "captured":
         loss = CAPTURED_LOSS_BYTES * setting.rows * setting.tokens * setting.config.vocab_size
+        base += _evaluation_bytes(setting)
     if step == "captured" or setting.micro_batches > 1 or setting.lora is not None:
         gradients = trained  # those of the micro-batches before, or one flat buffer
     return MemoryPlan(
         step=step,
         trained_parameters=counts.trainable,
         parameters=counts.total,
-        weights=counts.frozen * frozen_dtype.itemsize + trained,
+        weights=counts.frozen * _base_dtype(setting).itemsize + trained,
         gradients=gradients,
         optimizer=2 * trained,
         activations=made.activations,
         loss=loss,
         other=base + _slack(setting, made),
     )
+
+
+def _evaluation_bytes(setting: Setting) -> int:
+    """Return what evaluating takes: beside a graph, whose buffers stay, it comes on top."""
+    made = _trace(setting, learns=False)
+    return made.activations + made.loss
+
+
+def _trace(setting: Setting, *, learns: bool = True) -> StepMemory:
+    return trace_step(
+        setting.config,
+        _prepare(setting),
+        setting.rows,
+        setting.tokens,
+        dtype=_base_dtype(setting),
+        compute_dtype=setting.compute_dtype,
+        packed=setting.packed,
+        learned_fraction=setting.learned_fraction,
+        learns=learns,
+    )
+
+
+def _base_dtype(setting: Setting) -> torch.dtype:
+    """Return the type of the weights that stay frozen; what trains is fp32."""
+    return torch.float32 if setting.lora is None else setting.compute_dtype
 
 
 def _slack(setting: Setting, made: StepMemory) -> int:

@@ -50,6 +50,7 @@ def trace_step(
     compute_dtype: torch.dtype,
     packed: bool,
     learned_fraction: float = 1.0,
+    learns: bool = True,
 ) -> StepMemory:
     """Return what forward, loss and backward of one micro-batch hold at their fullest.
 
@@ -62,8 +63,9 @@ def trace_step(
         compute_dtype: of products, through autocast where it is bf16.
         packed: rows of several documents, which need a mask (B, 1, T, T).
         learned_fraction: share of the tokens that the loss is made of.
+        learns: False for an evaluation, which keeps nothing for a way back.
     """
-    with FakeTensorMode(), _autocast(compute_dtype):
+    with FakeTensorMode(), _autocast(compute_dtype), torch.set_grad_enabled(learns):
         model = build_empty_decoder(config)
         shapes = [(name, p.shape) for name, p in model.named_parameters()]
         assign_parameters(model, [(name, torch.empty(x, dtype=dtype)) for name, x in shapes])
