@@ -42,10 +42,11 @@ def why_masked(model: nn.Module) -> str | None:
     attention = config._attn_implementation
     if attention not in ("sdpa", UNMASKED):
         return f"its attention is {attention}, not sdpa"
-    kinds = set(getattr(config, "layer_types", None) or ())
+    told: dict[str, Any] = config.to_dict()
+    kinds = set(told.get("layer_types") or ())
     if kinds - {"full_attention"}:
         return f"it has blocks of other attention ({', '.join(sorted(kinds))})"
-    if not kinds and getattr(config, "sliding_window", None):
+    if not kinds and told.get("sliding_window"):
         return "its attention has a window"
     return None
 
