@@ -16,10 +16,11 @@ from typing import Any
 from torch import nn
 
 from lora.adapter_fields import check_fields
-from lora.apply import ALL_LINEAR, AppliedLoRA, lora_layers, matches, output_head_name
+from lora.apply import AppliedLoRA, lora_layers
 from lora.config import LoRAConfig
 from lora.errors import AdapterError, did_you_mean
 from lora.lora_module import LoRALayer
+from lora.targets import ALL_LINEAR, matches, output_head_name
 from lora.variants import LoRAConv1D, is_adaptable
 
 

@@ -12,10 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora.apply import AppliedLoRA, applied_lora, lora_layers, output_head_name, replace_module
+from lora.apply import AppliedLoRA, applied_lora, lora_layers, replace_module
 from lora.decoder.decoder import Decoder
 from lora.errors import AdapterError, ModelError
 from lora.lora_module import LoRALayer
+from lora.targets import output_head_name
 from lora.token_rows import RowsLayer, RowsLinear, plain_linear
 from lora.variants import LoRAConv1D
 

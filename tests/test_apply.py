@@ -12,14 +12,13 @@ from lora.apply import (
     applied_lora,
     apply_lora,
     disabled_adapter,
-    find_targets,
     lora_layers,
-    output_head_name,
     remove_lora,
 )
 from lora.config import LoRAConfig
 from lora.errors import ConfigError, TargetError
 from lora.lora_module import LoRALayer, LoRALinear, count_lora_parameters
+from lora.targets import find_targets, output_head_name
 from lora.variants import LoRAConv1D
 
 
