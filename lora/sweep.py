@@ -4,7 +4,7 @@
       run.json      what was asked          sweep.json   what became of each candidate
       candidates/   by name: run.json, metrics.jsonl, adapter/
       best/         the adapter with the lowest held-out loss
-      report.html, report.json, pictures
+      loss.png      the losses of all candidates
 
 Each candidate ends where `lora finetune` would bring it with the same settings, data and seed,
 within floating-point noise.
@@ -45,7 +45,8 @@ from lora.interrupts import StopRequests
 from lora.losses import decoder_loss
 from lora.out_of_memory import LOADING_ADVICE, explained
 from lora.plain_step import evaluate
-from lora.runs import Run, create_run, default_name
+from lora.report import draw_loss_curves
+from lora.runs import Run, create_run, default_name, read_rows
 from lora.sweep_grid import Candidate, build_candidates
 from lora.sweep_job import SweepJob, check_job, check_same_sweep, describe_job, first_day
 from lora.sweep_ledger import LEDGER_FILE, Ledger, Standing, find_rungs, read_ledger
@@ -54,6 +55,8 @@ from lora.sweep_room import find_room
 from lora.sweep_wave import State, SweepBase, Wave, candidate_run, finish_wave, load_wave
 
 BEST = "best"
+DRAWN = 6
+"""Candidates in the picture."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,17 @@ def _finish(
     )
     shown = {"best": best.name, "eval_loss": best.eval_loss}
     run.write_json("result.json", {**shown, "train_s": train_s})
+    _draw(run, [by_name[standing.name] for standing in result.standings])
     return result
+
+
+def _draw(run: Run, ranked: list[Candidate]) -> None:
+    """Write the losses of the best candidates, as many as a picture shows apart."""
+    shown = ranked[:DRAWN]
+    rows = [read_rows(candidate_run(run, c).folder / "metrics.jsonl") for c in shown]
+    names = [candidate.name for candidate in shown]
+    title = f"the best {len(shown)} of {len(ranked)} candidates"
+    draw_loss_curves(list(zip(names, rows, strict=True)), run.folder / "loss.png", title=title)
 
 
 def _prepare(job: SweepJob, model_folder: Path, progress: SweepProgress) -> PreparedData:

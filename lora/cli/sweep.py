@@ -102,7 +102,7 @@ def sweep(
 
     Every combination of the values is a candidate. Each becomes the adapter that lora finetune
     would make with the same settings. The best one, by held-out loss at the end, is in best/, all
-    of them under candidates/, and report.html shows how they compare.
+    of them under candidates/, their losses in loss.png.
 
     Parameters
     ----------

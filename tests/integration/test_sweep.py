@@ -1,0 +1,104 @@
+"""A sweep: each candidate as it would be alone, waves, halving, resume, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora.cli import main
+from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.data.orders import make_orders
+from lora.errors import CheckpointError, ConfigError
+from lora.finetune import FinetuneJob, finetune
+from lora.runs import read_json, read_rows
+from lora.sweep import sweep
+from lora.sweep_grid import Grid, build_candidates
+from lora.sweep_job import SweepJob
+
+TRAIN = TrainConfig(steps=12, batch_size=4)
+DATA = DataConfig(max_length=128, packing=False)
+
+
+@pytest.fixture
+def job(tiny_folder: Path, tmp_path: Path) -> SweepJob:
+    return SweepJob(
+        data=make_orders("train", 32),
+        grid=Grid(rank=(2, 4), learning_rate=(5e-3, 1e-2)),
+        model=str(tiny_folder),
+        train=TRAIN,
+        data_config=DATA,
+        run=RunConfig(out=tmp_path, name="sweep", eval_every_steps=4),
+    )
+
+
+def adapters(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    found = sorted((folder / "candidates").iterdir())
+    return {p.name: load_file(p / "adapter" / "adapter_model.safetensors") for p in found}
+
+
+def test_each_candidate_is_what_finetune_makes_and_the_best_is_chosen(job: SweepJob) -> None:
+    done = sweep(job)
+    together = adapters(done.folder)
+    assert len(together) == 4
+    losses = {}
+    for name, tensors in together.items():
+        settings = read_json(done.folder / "candidates" / name / "run.json")
+        lora, train = LoRAConfig(**settings["lora"]), TrainConfig(**settings["train"])
+        one = FinetuneJob(
+            data=job.data, model=job.model, lora=lora, train=train, data_config=DATA,
+            run=RunConfig(out=job.run.out, name=name, eval_every_steps=4, samples=0),
+        )  # fmt: skip
+        alone = finetune(one)
+        expected = load_file(alone.saved / "adapter_model.safetensors")
+        assert tensors.keys() == expected.keys()
+        for key, tensor in tensors.items():
+            assert (tensor - expected[key]).norm() <= 1e-3 * expected[key].norm(), (name, key)
+        rows = read_rows(done.folder / "candidates" / name / "metrics.jsonl")
+        losses[name] = [row["eval_loss"] for row in rows if "eval_loss" in row][-1]
+        assert losses[name] == pytest.approx(alone.result.eval_loss, rel=1e-4)
+    best = min(losses, key=lambda name: losses[name])
+    chosen = load_file(done.best / "adapter_model.safetensors")
+    assert all(torch.equal(chosen[key], tensor) for key, tensor in together[best].items())
+    assert done.standings[0].name == best
+    assert (done.folder / "loss.png").stat().st_size > 1000
+
+
+def test_waves_end_where_one_wave_ends(job: SweepJob) -> None:
+    at_once = sweep(job)
+    run = replace(job.run, name="waves")
+    waves = sweep(replace(job, run=run, at_once=3))
+    others = adapters(waves.folder)
+    for name, tensors in adapters(at_once.folder).items():
+        for key, tensor in tensors.items():
+            assert (tensor - others[name][key]).norm() <= 1e-3 * tensor.norm(), (name, key)
+
+
+def test_halving_stops_the_worse_and_keeps_the_best(job: SweepJob) -> None:
+    done = sweep(replace(job, halving=True))
+    ended = [standing.status for standing in done.standings]
+    assert ended.count("stopped") >= 2
+    assert done.standings[0].status == "done"
+
+
+def test_another_grid_is_not_resumed(job: SweepJob) -> None:
+    sweep(job)
+    changed = replace(job, grid=Grid(rank=(2, 8)), resume=True)
+    with pytest.raises(CheckpointError, match="rank"):
+        sweep(changed)
+
+
+@pytest.mark.parametrize("words", [("0",), ("a", 4), (4, 4)])
+def test_values_that_cannot_be_used_are_named(words: tuple[str | int, ...]) -> None:
+    with pytest.raises(ConfigError, match="rank"):
+        build_candidates(Grid(rank=words), LoRAConfig(), TRAIN)
+
+
+def test_the_command_refuses_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["sweep", "--data", str(tmp_path / "none.jsonl"), "--rank", "2,x"]) == 2
+    assert "rank" in capsys.readouterr().err
