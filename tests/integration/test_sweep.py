@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,3 +107,44 @@ def test_the_command_refuses_without_a_traceback(
 ) -> None:
     assert main(["sweep", "--data", str(tmp_path / "none.jsonl"), "--rank", "2,x"]) == 2
     assert "rank" in capsys.readouterr().err
+
+
+def start(tiny_folder: Path, file: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    words = f"sweep --data {file} --model {tiny_folder} --out {out} --name run --rank 2,4"
+    words += " --learning-rate 5e-3,1e-2 --dropout 0.1 --steps 40 --batch-size 4 --at-once 3"
+    words += " --max-length 128 --eval-every-steps 10 --save-every-steps 5"
+    return subprocess.Popen(
+        [sys.executable, "-m", "lora", *words.split(), *more],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+
+
+@pytest.mark.slow
+def test_kill_9_changes_no_byte(tiny_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "orders.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in make_orders("train", 32)))
+    finish(start(tiny_folder, file, tmp_path / "whole"))
+    out = tmp_path / "killed"
+    for moment, more in ((7, ()), (23, ("--resume",)), (33, ("--resume",))):
+        process = start(tiny_folder, file, out, *more)
+        metrics = out / "run" / "candidates" / "001-rank2-rate0.005" / "metrics.jsonl"
+        while process.poll() is None:
+            if metrics.is_file() and metrics.read_bytes().count(b'"loss"') >= moment:
+                break
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    finish(start(tiny_folder, file, out, "--resume"))
+    names = ("adapter/adapter_model.safetensors", "metrics.jsonl")
+    for folder in sorted((tmp_path / "whole" / "run" / "candidates").iterdir()):
+        for name in names:
+            other = out / "run" / "candidates" / folder.name / name
+            assert other.read_bytes() == (folder / name).read_bytes(), (folder.name, name)
