@@ -72,6 +72,26 @@ def test_each_candidate_is_what_finetune_makes_and_the_best_is_chosen(job: Sweep
     assert (done.folder / "loss.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
+def test_mixed_candidates_are_as_alone_over_fifty_steps(job: SweepJob) -> None:
+    grid = Grid(rank=(2, 4), alpha=(8.0, "2r"), dropout=(0.0, 0.1), seed=(0, 1))
+    train, eval_data = replace(TRAIN, steps=50), make_orders("validation", 8)
+    job = replace(job, grid=grid, train=train, eval_data=eval_data)
+    done = sweep(job)
+    for name, tensors in adapters(done.folder).items():
+        settings = read_json(done.folder / "candidates" / name / "run.json")
+        alone = finetune(
+            FinetuneJob(
+                data=job.data, model=job.model, eval_data=eval_data, data_config=DATA,
+                lora=LoRAConfig(**settings["lora"]), train=TrainConfig(**settings["train"]),
+                run=RunConfig(out=job.run.out, name=name, eval_every_steps=25, samples=0),
+            )
+        )  # fmt: skip
+        expected = load_file(alone.saved / "adapter_model.safetensors")
+        for key, tensor in tensors.items():
+            assert (tensor - expected[key]).norm() <= 5e-3 * expected[key].norm(), (name, key)
+
+
 def test_waves_end_where_one_wave_ends(job: SweepJob) -> None:
     at_once = sweep(job)
     run = replace(job.run, name="waves")
