@@ -6,10 +6,9 @@ found before the weights are loaded, and the run's folder is made last.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +42,13 @@ from lora.out_of_memory import LOADING_ADVICE, explained
 from lora.plan import MemoryPlan
 from lora.progress import NoProgress, Progress
 from lora.run_memory import RunMemory, describe_plan, plan_run
-from lora.runs import Run, create_run, default_name, read_json
+from lora.runs import Run, create_run, default_name, read_first_day
 from lora.samples import Sampler, choose_prompts
 from lora.steps import Steps
 from lora.trainer import TrainingJob, TrainResult, train
+
+MOST_NAMED = 8
+"""Examples that a message on a step that is not finite names."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,8 @@ def _finetune(
         fast = job.run.fast and not job.deterministic
         steps = choose_steps(model, choice, job.train, fast=fast, say=progress.say)
     with create_run(job.run.out, name, resume=job.resume, described=described) as run:
+        if run.note:
+            progress.say(run.note)
         if open_board is not None:
             run.on_metrics = open_board(run.folder / "tensorboard")
         result = train(_training_job(job, model, data, choice, rate, run, progress, steps))
@@ -159,7 +163,7 @@ def check_data(
         job.data_config,
         job.train.seed,
         held_out_source=job.eval_data,
-        now=_first_day(job),
+        now=read_first_day(job.run.out / str(job.run.name)) if job.resume else None,
         say=progress.say,
     )
     progress.say(
@@ -197,16 +201,6 @@ def _find_tensorboard() -> Callable[[Path], Callable[[dict[str, Any]], None]]:
         return write
 
     return open_board
-
-
-def _first_day(job: FinetuneJob) -> datetime | None:
-    if not job.resume:
-        return None
-    path = job.run.out / str(job.run.name) / "run.json"
-    if not path.is_file():  # `create_run` says what is there, and what is not
-        return None
-    described = read_json(path)
-    return datetime.fromisoformat(described["data"]["now"])
 
 
 def _tokenizer_folder(job: FinetuneJob, model_folder: Path) -> Path:
@@ -255,16 +249,13 @@ def _training_job(
 ) -> TrainingJob:
     rows = job.train.batch_size // job.train.micro_batches
     held_out = data.held_out
+    # The fast step copies batches to the device by itself.
+    place = choice.device if steps is None else "cpu"
+    stream = BatchStream(data.train, rows, job.train.seed, place)
     return TrainingJob(
         model=model,
         loss_fn=loss_for(model),
-        stream=BatchStream(
-            # The fast step copies batches to the device by itself.
-            data.train,
-            rows,
-            job.train.seed,
-            choice.device if steps is None else "cpu",
-        ),
+        stream=stream,
         eval_batches=lambda: (
             [] if held_out is None else ordered_batches(held_out, rows, choice.device)
         ),
@@ -275,9 +266,26 @@ def _training_job(
         choice=choice,
         progress=progress,
         on_eval=_sampler(job, model, data, run, progress),
+        name_examples=_namer(stream, data, job.train),
         resume=job.resume,
         steps=steps,
     )
+
+
+def _namer(
+    stream: BatchStream, data: PreparedData, train: TrainConfig
+) -> Callable[[int, Sequence[tuple[int, int]]], str]:
+    """Return what names the examples in rows of a step: see `TrainingJob.name_examples`."""
+    rows = train.batch_size // train.micro_batches
+
+    def name(step: int, places: Sequence[tuple[int, int]]) -> str:
+        chosen = [micro * rows + row for micro, row in places] or range(train.batch_size)
+        numbers = stream.numbers((step - 1) * train.batch_size + place for place in chosen)
+        sources = [data.train_examples[owner].source for owner in data.train.owners(numbers)]
+        more = f" and {len(sources) - MOST_NAMED} more" if len(sources) > MOST_NAMED else ""
+        return f"Read there: {', '.join(sources[:MOST_NAMED])}{more}."
+
+    return name
 
 
 def _sampler(
@@ -314,6 +322,7 @@ def _describe(
     return {
         "model": source.name,
         "device": choice.reason,
+        "threads": torch.get_num_threads(),
         "data": {
             "source": str(named),
             "examples": len(data.train_examples),

@@ -121,8 +121,9 @@ class PlainSteps:
             )
         except TrainingError as error:
             where = find_nonfinite(self._model, batches, self._loss_fn, self._choice.autocast)
-            why = f"{error} {where}"
-            self._done.append(StepDone(number, [math.nan], 0, math.nan, rate, why))
+            why = f"{error} {where.sentence}"
+            places = where.places if where.is_of_data else None
+            self._done.append(StepDone(number, [math.nan], 0, math.nan, rate, why, places))
             return
         synchronize(self._choice.device)
         losses, tokens = result.loss.tolist(), int(result.n_tokens.sum())

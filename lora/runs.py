@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lora.errors import CheckpointError
-from lora.resuming import check_same_run
+from lora.resuming import check_same_run, find_changed_machine
 
 METRICS_FILE, TIMINGS_FILE, LOCK_FILE = "metrics.jsonl", "timings.jsonl", ".lock"
 SAMPLES_FILE = "samples.jsonl"
@@ -77,6 +77,8 @@ class Run:
     """Hears of each row of metrics after it is written."""
     on_trouble: Callable[[str], None] = lambda message: None
     """Hears, once, that rows cannot be written and are kept in memory until they can."""
+    note: str = ""
+    """What is to be told of the resume, if anything."""
     _waiting: dict[str, list[str]] = field(default_factory=dict, repr=False)
 
     def write_json(self, name: str, value: Any) -> None:
@@ -185,14 +187,18 @@ def create_run(
     except OSError as error:
         raise disk_error(folder, error) from error
     run = Run(folder, lock)
-    if resume and described is not None and (folder / "run.json").is_file():
-        try:
-            check_same_run(run.read_json("run.json"), described, folder)
-        except CheckpointError:
-            run.close()
-            raise
-    if described is not None:
-        run.write_json("run.json", {**described, "environment": environment()})
+    if described is None:
+        return run
+    described = {**described, "environment": environment()}
+    try:
+        if resume and (folder / "run.json").is_file():
+            former = run.read_json("run.json")
+            check_same_run(former, described, folder)
+            run.note = find_changed_machine(former, described)
+        run.write_json("run.json", described)
+    except CheckpointError:
+        run.close()
+        raise
     return run
 
 
@@ -245,6 +251,23 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [_parse_row(line, path, number) for number, line in enumerate(lines[:-1], start=1)]
 
 
+def read_first_day(folder: Path) -> datetime.datetime | None:
+    """Return when the run in `folder` began, which chat templates are told again; None: no run.
+
+    Raises CheckpointError if its run.json does not say it.
+    """
+    path = folder / "run.json"
+    if not path.is_file():  # `create_run` says what is there, and what is not
+        return None
+    try:
+        return datetime.datetime.fromisoformat(read_json(path)["data"]["now"])
+    except (LookupError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{path} does not say when the run began (data.now): it is not as lora wrote it. "
+            "Begin a new run."
+        ) from None
+
+
 def read_json(path: Path) -> Any:
     """Return a JSON file's value. Raises CheckpointError if it is missing or damaged."""
     try:
@@ -260,7 +283,7 @@ def _parse_row(line: bytes, path: Path, number: int) -> dict[str, Any]:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}, line {number}, is no JSON: {error}.") from None
-    if not isinstance(row, dict) or "step" not in row:
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         raise CheckpointError(f"{path}, line {number}, is no object with a step: {row!r:.60}.")
     return row
 

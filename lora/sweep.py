@@ -22,6 +22,7 @@ from typing import Any
 
 from lora.adapter_io import save_adapter
 from lora.apply_stacked import single_adapter
+from lora.checkpoint import reading
 from lora.config import (
     LEAST_EVAL_STEPS,
     MOST_EVALUATIONS,
@@ -46,9 +47,9 @@ from lora.losses import decoder_loss
 from lora.out_of_memory import LOADING_ADVICE, explained
 from lora.plain_step import evaluate
 from lora.report import draw_loss_curves
-from lora.runs import Run, create_run, default_name, read_rows
+from lora.runs import Run, create_run, default_name, read_first_day, read_json, read_rows
 from lora.sweep_grid import Candidate, build_candidates
-from lora.sweep_job import SweepJob, check_job, check_same_sweep, describe_job, first_day
+from lora.sweep_job import SweepJob, check_job, check_same_sweep, describe_job
 from lora.sweep_ledger import LEDGER_FILE, Ledger, Standing, find_rungs, read_ledger
 from lora.sweep_progress import NoSweepProgress, SweepProgress
 from lora.sweep_room import find_room
@@ -86,6 +87,7 @@ def sweep(
     progress = progress or NoSweepProgress()
     candidates = build_candidates(job.grid, job.lora, job.train)
     check_job(job, candidates)
+    check_same_sweep(job)
     choice = choose_device(job.run.device, job.train.precision)
     source = find_model(job.model)
     data = _prepare(job, source.folder, progress)
@@ -96,15 +98,17 @@ def sweep(
     with explained(lambda: f"while the weights were loaded. {LOADING_ADVICE}"):
         model = load_decoder(source.folder, dtype=choice.compute_dtype, device=choice.device)
     model.requires_grad_(False)
-    at_once = _choose_at_once(job, model, candidates, data, choice, progress)
+    former = _read_former(job, candidates)
+    at_once = _choose_at_once(job, model, candidates, data, choice, progress, former)
     described = describe_job(job, source, data, choice, at_once)
     described["base_fingerprint"] = base_fingerprint(model)
     name = job.run.name or default_name(source.name)
-    check_same_sweep(job, described)
     with create_run(job.run.out, name, resume=job.resume, described=described) as run:
         run.on_trouble = progress.say
+        if run.note:
+            progress.say(run.note)
         base = _base(job, model, data, choice, run, progress)
-        ledger = _open_ledger(job, base, candidates, at_once)
+        ledger = _open_ledger(job, base, candidates, at_once, former)
         return _run_all(base, ledger, candidates, data, source, job.grid.swept())
 
 
@@ -142,9 +146,11 @@ def _next_wave(base: SweepBase, ledger: Ledger, candidates: list[Candidate]) -> 
     """Return who trains next, to which step, and the checkpoint to go on from if there is one."""
     saved = load_wave(base, ledger)
     if saved is not None:
-        members = [candidates[number - 1] for number in saved[1]["numbers"]]
-        base.progress.say(f"going on from step {saved[1]['wave_step']} of {len(members)} at once")
-        return members, int(saved[1]["until"]), saved
+        with reading(base.run.folder / "checkpoints"):
+            members = [candidates[number - 1] for number in saved[1]["numbers"]]
+            step, until = int(saved[1]["wave_step"]), int(saved[1]["until"])
+        base.progress.say(f"going on from step {step} of {len(members)} at once")
+        return members, until, saved
     before = {s.name for s in ledger.standings if s.status == "stopped"}
     found = ledger.next_group()
     stopped = [s.name for s in ledger.standings if s.status == "stopped" and s.name not in before]
@@ -172,7 +178,8 @@ def _run_wave(
         if saved is None:
             wave.begin()
         else:
-            wave.resume(*saved)
+            with reading(base.run.folder / "checkpoints"):
+                wave.resume(*saved)
         wave.run(stop)
         states = wave.states()
     if not wave.is_over:
@@ -238,7 +245,7 @@ def _prepare(job: SweepJob, model_folder: Path, progress: SweepProgress) -> Prep
         job.data_config,
         int(job.grid.seed[0]),
         held_out_source=job.eval_data,
-        now=first_day(job),
+        now=read_first_day(job.run.out / str(job.run.name)) if job.resume else None,
         say=progress.say,
     )
     if data.held_out is None:
@@ -278,11 +285,24 @@ def _base(
     )
 
 
+def _read_former(job: SweepJob, candidates: list[Candidate]) -> Ledger | None:
+    """Return how a sweep that is resumed stood; None if it had not begun."""
+    path = job.run.out / str(job.run.name) / LEDGER_FILE
+    if not job.resume or not path.is_file():
+        return None
+    with reading(path):
+        return read_ledger(read_json(path), [candidate.name for candidate in candidates])
+
+
 def _open_ledger(
-    job: SweepJob, base: SweepBase, candidates: list[Candidate], at_once: int
+    job: SweepJob,
+    base: SweepBase,
+    candidates: list[Candidate],
+    at_once: int,
+    former: Ledger | None,
 ) -> Ledger:
-    if job.resume and (base.run.folder / LEDGER_FILE).is_file():
-        return replace(read_ledger(base.run.read_json(LEDGER_FILE)), at_once=at_once)
+    if former is not None:
+        return replace(former, at_once=at_once)
     batches = ordered_batches(base.held_out, base.rows, base.choice.device)
     loss = evaluate(base.model, batches, decoder_loss, base.choice.autocast)
     base.progress.say(f"held-out loss without an adapter: {loss:.4f}")
@@ -305,7 +325,9 @@ def _choose_at_once(
     data: PreparedData,
     choice: DeviceChoice,
     progress: SweepProgress,
+    former: Ledger | None,
 ) -> int:
+    """Return how many train together; a sweep that goes on keeps the number, and so its bytes."""
     room = find_room(
         model,
         candidates,
@@ -316,9 +338,10 @@ def _choose_at_once(
         choice=choice,
     )
     fit = len(candidates) if room.n_fit is None else max(1, room.n_fit)
-    at_once = min(job.at_once or fit, len(candidates))
+    asked = job.at_once or (former.at_once if former else None)
+    at_once = min(asked or fit, len(candidates))
     waves = math.ceil(len(candidates) / at_once)
-    at_once = at_once if job.at_once else math.ceil(len(candidates) / waves)  # waves of one size
+    at_once = at_once if asked else math.ceil(len(candidates) / waves)  # waves of one size
     told = f"{at_once} at once, {waves} {'wave' if waves == 1 else 'waves'}"
     progress.say(f"memory: {room.describe()}; {told}")
     if room.n_fit is not None and at_once > room.n_fit:

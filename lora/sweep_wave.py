@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.apply_stacked import apply_stacked, remove_stacked
-from lora.checkpoint import list_checkpoints, load_newest, save_checkpoint
+from lora.checkpoint import list_checkpoints, load_newest, reading, save_checkpoint
 from lora.data.batches import Batch, BatchStream, TokenRows, ordered_batches
 from lora.device import DeviceChoice, peak_memory_bytes
 from lora.errors import CheckpointError
@@ -259,7 +259,9 @@ def load_wave(base: SweepBase, ledger: Ledger) -> tuple[State, dict[str, Any]] |
     if not list_checkpoints(folder):
         return None
     tensors, state = load_newest(folder, base.progress.say)
-    if state["steps_before"] != ledger.steps_taken:  # of a wave that the ledger has already
+    with reading(folder):
+        before = state["steps_before"]
+    if before != ledger.steps_taken:  # of a wave that the ledger has already
         shutil.rmtree(folder, ignore_errors=True)
         return None
     return tensors, state

@@ -6,6 +6,7 @@ also found here, where the rest of lora looks for them.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -170,6 +171,8 @@ def _skip(job: TrainingJob, at: Position, done: StepDone) -> None:
     at.skipped_steps += 1
     most, total = job.run_config.skip_nonfinite, job.train_config.steps
     message = f"Step {done.number} of {total}: {done.not_finite}"
+    if done.places is not None and (named := job.name_examples(done.number, done.places)):
+        message += f" {named}"
     if at.skipped_steps > most:
         raise TrainingError(message)
     job.run.append_metrics({"step": done.number, "skipped": at.skipped_steps})
@@ -177,8 +180,20 @@ def _skip(job: TrainingJob, at: Position, done: StepDone) -> None:
 
 
 def _evaluate_and_note(job: TrainingJob, at: Position) -> None:
-    at.eval_loss = evaluate(job.model, job.eval_batches(), job.loss_fn, job.choice.autocast)
-    if math.isnan(at.eval_loss):
+    batches = iter(job.eval_batches())
+    first = next(batches, None)
+    if first is None:  # nothing is held out
+        return
+    every = itertools.chain((first,), batches)
+    at.eval_loss = evaluate(job.model, every, job.loss_fn, job.choice.autocast)
+    if not math.isfinite(at.eval_loss):
+        job.run.append_metrics({"step": at.step, "eval_not_finite": str(at.eval_loss)})
+        job.progress.say(
+            f"step {at.step}: the held-out loss is {at.eval_loss}, not finite: look for damaged "
+            "held-out examples, or lower the learning rate"
+        )
+        at.eval_loss = math.nan
+        job.on_eval(at.step)
         return
     job.run.append_metrics({"step": at.step, "eval_loss": at.eval_loss})
     job.progress.say(f"step {at.step}: held-out loss {at.eval_loss:.4f}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from torch import nn
 from lora.checkpoint import (
     list_checkpoints,
     load_newest,
+    reading,
     restore_training_tensors,
     save_checkpoint,
     training_tensors,
@@ -71,6 +72,8 @@ class TrainingJob:
     on_eval: Callable[[int], None] = lambda step: None
     """Called after each evaluation with the step's number: for samples, for example."""
     resume: bool = False
+    name_examples: Callable[[int, Sequence[tuple[int, int]]], str] = lambda step, places: ""
+    """(step, (micro-batch, row) of it; () for all) -> which examples these are, in words."""
     steps: Steps | None = None
     """What takes the steps; None: `train_step`, one after the other."""
 
@@ -131,9 +134,10 @@ def resume_position(job: TrainingJob, optimizer: torch.optim.Optimizer) -> Posit
         job.progress.say("no checkpoint yet: beginning at step 0")
         return Position()
     tensors, state = load_newest(folder, job.progress.say)
-    restore_training_tensors(job.model, optimizer, tensors)
-    job.stream.load_state_dict(state["stream"])
-    at = Position(**state["position"])
+    with reading(folder):
+        restore_training_tensors(job.model, optimizer, tensors)
+        job.stream.load_state_dict(state["stream"])
+        at = Position(**state["position"])
     at.saved_step = at.step
     job.run.cut_metrics_after(at.step)
     job.progress.say(f"going on from step {at.step} of {job.train_config.steps}")

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ import torch
 from lora.checkpoint import list_checkpoints
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.orders import make_orders
+from lora.data.tokenizers import load_tokenizer
 from lora.errors import CheckpointError, TrainingError
 from lora.finetune import FinetuneJob, finetune
 from lora.losses import loss_for
@@ -276,6 +278,55 @@ def test_the_first_one_over_the_limit_stops_the_run(
     spoilt_losses.append(5)
     with pytest.raises(TrainingError, match=r"Step 5 of 12.*not finite"):
         finetune(job)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_the_examples_layer_and_step_are_named(
+    job: FinetuneJob, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    """An example of which one word makes the first layer's output NaN is found among 24."""
+    damaged = job.data[6]["messages"][-1]["content"]
+
+    def build(model: torch.nn.Module) -> Any:
+        def spoil(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            (ids,) = inputs
+            texts = [tokenizer.backend.decode(row) for row in ids.tolist()]
+            hit = torch.tensor([damaged in text for text in texts])
+            return output.masked_fill(hit[:, None, None], math.nan) if module.training else output
+
+        model.get_submodule("model.embed_tokens").register_forward_hook(spoil)
+        return loss_for(model)
+
+    tokenizer = load_tokenizer(Path(str(job.model)))
+    monkeypatch.setattr("lora.finetune.loss_for", build)
+    config = replace(job.data_config, packing=False, eval_fraction=0.0)
+    job = replace(job, data_config=config, lora=None if full else job.lora)
+    with pytest.raises(TrainingError) as caught:
+        finetune(job)
+    said = str(caught.value)
+    assert re.search(r"Step \d of 12: .* so the step was not taken", said)
+    assert re.search(r"first in model\.embed_tokens \(row \d of 4\)", said)
+    assert said.endswith("Read there: row 7.")
+
+
+def test_held_out_examples_that_are_not_finite_are_told(
+    job: FinetuneJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(model: torch.nn.Module) -> Any:
+        inner = loss_for(model)
+
+        def loss(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            total, n_tokens = inner(model, batch)
+            return (total if model.training else total * math.nan), n_tokens
+
+        return loss
+
+    monkeypatch.setattr("lora.finetune.loss_for", build)
+    heard = Heard()
+    done = finetune(job, heard)
+    assert any("the held-out loss is nan, not finite" in line for line in heard.said)
+    rows = [row for row in read_rows(done.folder / "metrics.jsonl") if "eval_not_finite" in row]
+    assert [row["step"] for row in rows] == [0, 10, 12]
 
 
 def test_another_rank_data_or_rate_cannot_resume_a_run_and_more_steps_can(
