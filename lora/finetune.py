@@ -38,7 +38,7 @@ from lora.errors import DependencyError
 from lora.fast.choose import choose_steps
 from lora.fingerprint import base_fingerprint
 from lora.losses import loss_for
-from lora.out_of_memory import LOADING_ADVICE, explained
+from lora.out_of_memory import LOADING_ADVICE, advise, explained
 from lora.plan import MemoryPlan
 from lora.progress import NoProgress, Progress
 from lora.run_memory import RunMemory, describe_plan, plan_run
@@ -134,7 +134,7 @@ def _finetune(
     if job.deterministic:
         described["deterministic"] = True
         progress.say("deterministic: torch's algorithms that repeat to the bit, and the plain step")
-    with explained(lambda: f"while the step was prepared. {planned}. {LOADING_ADVICE}"):
+    with explained(lambda: f"while the step was prepared. {planned}. {_advice(job, memory_plan)}"):
         fast = job.run.fast and not job.deterministic
         steps = choose_steps(model, choice, job.train, fast=fast, say=progress.say)
     with create_run(job.run.out, name, resume=job.resume, described=described) as run:
@@ -142,7 +142,9 @@ def _finetune(
             progress.say(run.note)
         if open_board is not None:
             run.on_metrics = open_board(run.folder / "tensorboard")
-        result = train(_training_job(job, model, data, choice, rate, run, progress, steps))
+        whole = _training_job(job, model, data, choice, rate, run, progress, steps)
+        whole.memory_plan = memory_plan
+        result = train(whole)
         saved = _save(job, model, data.tokenizer, source, run)
         memory = RunMemory(memory_plan, result.peak_memory_bytes)
         run.write_json("result.json", {**asdict(result), "memory": memory.to_dict()})
@@ -179,6 +181,12 @@ def _plan(
     lora = job.lora if job.from_adapter is None else read_adapter_config(job.from_adapter)
     fast = job.run.fast and not job.deterministic
     return plan_run(source.folder, lora, job.train, data, choice, fast=fast)
+
+
+def _advice(job: FinetuneJob, plan: MemoryPlan) -> str:
+    has_lora = job.lora is not None or job.from_adapter is not None
+    sizes = {"batch_size": job.train.batch_size, "micro_batches": job.train.micro_batches}
+    return advise(plan, **sizes, has_lora=has_lora)
 
 
 def _find_tensorboard() -> Callable[[Path], Callable[[dict[str, Any]], None]]:

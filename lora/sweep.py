@@ -53,7 +53,15 @@ from lora.sweep_job import SweepJob, check_job, check_same_sweep, describe_job
 from lora.sweep_ledger import LEDGER_FILE, Ledger, Standing, find_rungs, read_ledger
 from lora.sweep_progress import NoSweepProgress, SweepProgress
 from lora.sweep_room import find_room
-from lora.sweep_wave import State, SweepBase, Wave, candidate_run, finish_wave, load_wave
+from lora.sweep_wave import (
+    State,
+    SweepBase,
+    Wave,
+    candidate_run,
+    finish_wave,
+    load_wave,
+    split_wave,
+)
 
 BEST = "best"
 DRAWN = 6
@@ -99,7 +107,7 @@ def sweep(
         model = load_decoder(source.folder, dtype=choice.compute_dtype, device=choice.device)
     model.requires_grad_(False)
     former = _read_former(job, candidates)
-    at_once = _choose_at_once(job, model, candidates, data, choice, progress, former)
+    at_once, room = _choose_at_once(job, model, candidates, data, choice, progress, former)
     described = describe_job(job, source, data, choice, at_once)
     described["base_fingerprint"] = base_fingerprint(model)
     name = job.run.name or default_name(source.name)
@@ -107,7 +115,7 @@ def sweep(
         run.on_trouble = progress.say
         if run.note:
             progress.say(run.note)
-        base = _base(job, model, data, choice, run, progress)
+        base = _base(job, model, data, choice, run, progress, room)
         ledger = _open_ledger(job, base, candidates, at_once, former)
         return _run_all(base, ledger, candidates, data, source, job.grid.swept())
 
@@ -131,7 +139,7 @@ def _run_all(
 
     progress.start(swept)
     try:
-        with StopRequests(progress.say) as stop, explained(lambda: _say_memory(ledger)):
+        with StopRequests(progress.say) as stop, explained(lambda: _say_memory(base, ledger)):
             while (group := _next_wave(base, ledger, candidates)) is not None:
                 train_s += _run_wave(base, ledger, *group, stop, save)
     finally:
@@ -145,6 +153,10 @@ Group = tuple[list[Candidate], int, "tuple[State, dict[str, Any]] | None"]
 def _next_wave(base: SweepBase, ledger: Ledger, candidates: list[Candidate]) -> Group | None:
     """Return who trains next, to which step, and the checkpoint to go on from if there is one."""
     saved = load_wave(base, ledger)
+    with reading(base.run.folder / "checkpoints"):
+        if saved is not None and len(saved[1]["numbers"]) > ledger.at_once:
+            split_wave(base, ledger, candidates, *saved)
+            saved = None
     if saved is not None:
         with reading(base.run.folder / "checkpoints"):
             members = [candidates[number - 1] for number in saved[1]["numbers"]]
@@ -267,6 +279,7 @@ def _base(
     choice: DeviceChoice,
     run: Run,
     progress: SweepProgress,
+    room: str,
 ) -> SweepBase:
     spread = math.ceil(job.train.steps / MOST_EVALUATIONS)
     every = job.run.eval_every_steps or max(LEAST_EVAL_STEPS, spread)
@@ -282,6 +295,7 @@ def _base(
         choice=choice,
         run=run,
         progress=progress,
+        room=room,
     )
 
 
@@ -326,8 +340,11 @@ def _choose_at_once(
     choice: DeviceChoice,
     progress: SweepProgress,
     former: Ledger | None,
-) -> int:
-    """Return how many train together; a sweep that goes on keeps the number, and so its bytes."""
+) -> tuple[int, str]:
+    """Return how many train together, and what was planned, in words.
+
+    A sweep that goes on keeps the number if none is asked for, and so its bytes.
+    """
     room = find_room(
         model,
         candidates,
@@ -349,7 +366,7 @@ def _choose_at_once(
             f"note: {at_once} at once may be more than memory holds: --at-once "
             f"{max(1, room.n_fit)}, more --micro-batches or a shorter --max-length take less"
         )
-    return at_once
+    return at_once, room.describe()
 
 
 def _say_interrupted(base: SweepBase, wave: Wave, stop: StopRequests) -> str:
@@ -360,9 +377,11 @@ def _say_interrupted(base: SweepBase, wave: Wave, stop: StopRequests) -> str:
     )
 
 
-def _say_memory(ledger: Ledger) -> str:
+def _say_memory(base: SweepBase, ledger: Ledger) -> str:
+    peak_bytes, fewer = peak_memory_bytes(base.choice.device), max(1, ledger.at_once // 2)
     return (
-        f"with {ledger.at_once} candidates at once. Give a smaller --at-once, more "
-        "--micro-batches (the result stays the same) or a shorter --max-length; a sweep that has "
-        "finished a wave goes on with --resume."
+        f"with {ledger.at_once} candidates at once, after a peak of {peak_bytes / 1e9:.2f} GB. "
+        f"{base.room}. Try, in this order: --at-once {fewer}; more --micro-batches than "
+        f"{base.micro_batches} (the result stays the same); in a new sweep a shorter --max-length. "
+        "With --resume it goes on from its newest checkpoint, in smaller waves if asked to."
     )

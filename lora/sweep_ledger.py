@@ -79,8 +79,10 @@ class Ledger:
         """
         for rung in self.rungs:
             left = [n for n, s in enumerate(self.standings) if s.is_alive and s.step < rung]
-            if left:
-                return left[: self.at_once], rung
+            if left:  # a wave that was split left some half-way: those that stand alike go on
+                step = self.standings[left[0]].step
+                alike = [n for n in left if self.standings[n].step == step]
+                return alike[: self.at_once], rung
             if rung != self.rungs[-1]:
                 self.halve(rung)
         return None

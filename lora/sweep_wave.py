@@ -53,6 +53,8 @@ class SweepBase:
     choice: DeviceChoice
     run: Run
     progress: SweepProgress
+    room: str = ""
+    """What a wave was planned to hold, in words, quoted if memory runs out."""
 
 
 class Wave:
@@ -67,7 +69,8 @@ class Wave:
     ) -> None:
         self.base, self.candidates, self.ledger, self.until = base, candidates, ledger, until
         self.standings = [ledger.standings[c.number - 1] for c in candidates]
-        self.step = self.standings[0].step
+        self.step = self.first_step = self.standings[0].step
+        """Where the wave is, and where it began: at a rung, or where a wave was split."""
         self.saved_step: int | None = None
         self.runs = [candidate_run(base.run, c) for c in candidates]
         self.train_s = 0.0
@@ -159,12 +162,6 @@ class Wave:
             self.base.progress.say(f"{error} The next save tries again.")
             return
         self.saved_step = self.step
-
-    @property
-    def first_step(self) -> int:
-        """The rung below `until`, at which the wave began."""
-        lower = [rung for rung in self.ledger.rungs if rung < self.until]
-        return lower[-1] if lower else 0
 
     def _restore(self, k: int, state: State, standing: Standing) -> None:
         self.training.restore(k, state, standing.step)
@@ -265,6 +262,30 @@ def load_wave(base: SweepBase, ledger: Ledger) -> tuple[State, dict[str, Any]] |
         shutil.rmtree(folder, ignore_errors=True)
         return None
     return tensors, state
+
+
+def split_wave(
+    base: SweepBase,
+    ledger: Ledger,
+    candidates: Sequence[Candidate],
+    tensors: State,
+    state: dict[str, Any],
+) -> None:
+    """Let each candidate of a saved wave wait where it is, so that fewer go on at once."""
+    members = [candidates[number - 1] for number in state["numbers"]]
+    first_step = ledger.standings[members[0].number - 1].step
+    for k, (member, saved) in enumerate(zip(members, state["standings"], strict=True)):
+        standing, start = ledger.standings[member.number - 1], f"{k}."
+        standing.__dict__.update(vars(Standing(**saved)))
+        if standing.status == "training":
+            standing.status = "waiting"
+            own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+            run = candidate_run(base.run, member)
+            save_checkpoint(run.folder / STATE, standing.step, own, {}, keep=1)
+    ledger.steps_taken += int(state["wave_step"]) - first_step
+    ledger.write(base.run)
+    shutil.rmtree(base.run.folder / CHECKPOINTS, ignore_errors=True)
+    base.progress.say(f"the {len(members)} that were at step {state['wave_step']} go on in parts")
 
 
 def candidate_run(run: Run, candidate: Candidate) -> Run:

@@ -18,7 +18,7 @@ from lora.device import peak_memory_bytes
 from lora.errors import Interrupted, TrainingError
 from lora.interrupts import StopRequests
 from lora.optim import build_optimizer, rate_factor
-from lora.out_of_memory import advise, count_held, explained, say_held
+from lora.out_of_memory import advise, count_parts, describe_parts, explained
 from lora.plain_step import LossFn, PlainSteps, StepResult, evaluate, train_step
 from lora.spikes import WINDOW_STEPS, is_spike
 from lora.steps import StepDone, Steps
@@ -108,17 +108,18 @@ def _is_over(job: TrainingJob, at: Position) -> bool:
 
 
 def _say_memory(job: TrainingJob, at: Position) -> str:
-    config, held = job.train_config, count_held(job.model)
-    rows = config.batch_size // config.micro_batches
-    has_lora = held.frozen_bytes > 0
+    config, peak_bytes = job.train_config, peak_memory_bytes(job.choice.device)
+    parts = job.memory_plan or count_parts(job.model, peak_bytes)
+    kind = "counted" if job.memory_plan is None else "planned"
+    has_lora = not all(p.requires_grad for p in job.model.parameters())
     sizes = {"batch_size": config.batch_size, "micro_batches": config.micro_batches}
     saved = "No checkpoint was written yet."
     if at.saved_step is not None:
         saved = f"The checkpoint of step {at.saved_step} is whole: --resume goes on from there."
     return (
-        f"at step {at.step} of {config.steps} on {job.choice.device}. "
-        f"{say_held(held, peak_memory_bytes(job.choice.device), rows)} "
-        f"{advise(held, **sizes, has_lora=has_lora)} {saved}"
+        f"at step {at.step} of {config.steps} on {job.choice.device}, after a peak of "
+        f"{peak_bytes / 1e9:.2f} GB. It was {kind} to take {describe_parts(parts)}. "
+        f"{advise(parts, **sizes, has_lora=has_lora)} {saved}"
     )
 
 

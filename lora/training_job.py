@@ -22,6 +22,7 @@ from lora.config import RunConfig, TrainConfig
 from lora.device import DeviceChoice
 from lora.errors import CheckpointError
 from lora.plain_step import LossFn
+from lora.plan import MemoryPlan
 from lora.progress import NoProgress, Progress
 from lora.runs import Run
 from lora.steps import Steps
@@ -74,6 +75,8 @@ class TrainingJob:
     resume: bool = False
     name_examples: Callable[[int, Sequence[tuple[int, int]]], str] = lambda step, places: ""
     """(step, (micro-batch, row) of it; () for all) -> which examples these are, in words."""
+    memory_plan: MemoryPlan | None = None
+    """What a step was planned to hold, quoted if memory runs out."""
     steps: Steps | None = None
     """What takes the steps; None: `train_step`, one after the other."""
 

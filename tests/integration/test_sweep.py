@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,12 +18,14 @@ from safetensors.torch import load_file
 from lora.cli import main
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.orders import make_orders
-from lora.errors import CheckpointError, ConfigError
+from lora.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from lora.finetune import FinetuneJob, finetune
 from lora.runs import read_json, read_rows
 from lora.sweep import sweep
 from lora.sweep_grid import Grid, build_candidates
 from lora.sweep_job import SweepJob
+from lora.sweep_ledger import Standing
+from lora.sweep_progress import NoSweepProgress
 
 TRAIN = TrainConfig(steps=12, batch_size=4)
 DATA = DataConfig(max_length=128, packing=False)
@@ -107,6 +110,69 @@ def test_halving_stops_the_worse_and_keeps_the_best(job: SweepJob) -> None:
     ended = [standing.status for standing in done.standings]
     assert ended.count("stopped") >= 2
     assert done.standings[0].status == "done"
+
+
+class Stopping(NoSweepProgress):
+    """Sends Ctrl-C at one step."""
+
+    def __init__(self, at_step: int) -> None:
+        self.said: list[str] = []
+        self._at_step = at_step
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def step(self, title: str, standings: list[Standing]) -> None:
+        if standings[0].step == self._at_step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_wave_that_was_stopped_goes_on_in_smaller_ones(job: SweepJob) -> None:
+    """Which is what is left to do when memory runs out."""
+    whole = sweep(replace(job, run=replace(job.run, name="whole")))
+    with pytest.raises(Interrupted):
+        sweep(job, Stopping(5))
+    heard = Stopping(0)
+    done = sweep(replace(job, at_once=3, resume=True), heard)
+    assert any("the 4 that were at step 5 go on in parts" in line for line in heard.said)
+    others = adapters(done.folder)
+    for name, tensors in adapters(whole.folder).items():
+        for key, tensor in tensors.items():
+            assert (tensor - others[name][key]).norm() <= 1e-3 * tensor.norm(), (name, key)
+        rows = read_rows(done.folder / "candidates" / name / "metrics.jsonl")
+        assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
+
+
+def test_a_sweep_goes_on_with_as_many_at_once_as_it_began_with(
+    job: SweepJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Interrupted):
+        sweep(replace(job, at_once=3), Stopping(5))
+    heard = Stopping(0)
+    sweep(replace(job, resume=True), heard)  # all four would fit
+    assert any("3 at once, 2 waves" in line for line in heard.said)
+
+
+def test_memory_that_runs_out_names_the_plan_and_smaller_waves(
+    job: SweepJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("lora.sweep_wave.stack_batches", refuse)
+    with pytest.raises(TrainingError) as caught:
+        sweep(job)
+    for words in ("with 4 candidates at once", "GB for each", "--at-once 2", "--micro-batches"):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"standings": []}', '{"standings": [{"name": 1}]}', "{"])
+def test_a_ledger_that_lies_is_refused(job: SweepJob, text: str) -> None:
+    with pytest.raises(Interrupted):
+        sweep(job, Stopping(2))
+    (job.run.out / "sweep" / "sweep.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"sweep\.json"):
+        sweep(replace(job, resume=True))
 
 
 def test_another_grid_is_not_resumed(job: SweepJob) -> None:
