@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -22,10 +22,12 @@ from lora.config import RunConfig, TrainConfig
 from lora.device import DeviceChoice
 from lora.errors import CheckpointError
 from lora.plain_step import LossFn
-from lora.plan import MemoryPlan
 from lora.progress import NoProgress, Progress
 from lora.runs import Run
 from lora.steps import Steps
+
+if TYPE_CHECKING:  # the plan knows LoRA, and plain training does without it
+    from lora.plan import MemoryPlan
 
 
 class Stream(Protocol):
