@@ -42,7 +42,7 @@ from lora.out_of_memory import LOADING_ADVICE, advise, explained
 from lora.plan import MemoryPlan
 from lora.progress import NoProgress, Progress
 from lora.run_memory import RunMemory, describe_plan, plan_run
-from lora.runs import Run, create_run, default_name, read_first_day
+from lora.runs import Run, check_place, create_run, default_name, read_first_day
 from lora.samples import Sampler, choose_prompts
 from lora.steps import Steps
 from lora.trainer import TrainingJob, TrainResult, train
@@ -108,6 +108,7 @@ def finetune(
 def _finetune(
     job: FinetuneJob, progress: Progress, show_data: Callable[[DataReport], None] | None
 ) -> FinetuneResult:
+    check_place(job.run.out, job.run.name, resume=job.resume)
     choice = choose_device(job.run.device, job.train.precision)
     open_board = _find_tensorboard() if job.run.tensorboard else None
     source = find_model(job.model)

@@ -47,7 +47,15 @@ from lora.losses import decoder_loss
 from lora.out_of_memory import LOADING_ADVICE, explained
 from lora.plain_step import evaluate
 from lora.report import draw_loss_curves
-from lora.runs import Run, create_run, default_name, read_first_day, read_json, read_rows
+from lora.runs import (
+    Run,
+    check_place,
+    create_run,
+    default_name,
+    read_first_day,
+    read_json,
+    read_rows,
+)
 from lora.sweep_grid import Candidate, build_candidates
 from lora.sweep_job import SweepJob, check_job, check_same_sweep, describe_job
 from lora.sweep_ledger import LEDGER_FILE, Ledger, Standing, find_rungs, read_ledger
@@ -95,6 +103,7 @@ def sweep(
     progress = progress or NoSweepProgress()
     candidates = build_candidates(job.grid, job.lora, job.train)
     check_job(job, candidates)
+    check_place(job.run.out, job.run.name, resume=job.resume)
     check_same_sweep(job)
     choice = choose_device(job.run.device, job.train.precision)
     source = find_model(job.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -197,13 +198,14 @@ def test_the_command_refuses_without_a_traceback(
 
 def start(tiny_folder: Path, file: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     words = f"sweep --data {file} --model {tiny_folder} --out {out} --name run --rank 2,4"
-    words += " --learning-rate 5e-3,1e-2 --dropout 0.1 --steps 40 --batch-size 4 --at-once 3"
-    words += " --max-length 128 --eval-every-steps 10 --save-every-steps 5"
+    words += " --learning-rate 5e-3,1e-2 --dropout 0.1 --steps 50 --batch-size 4 --at-once 3"
+    words += " --max-length 128 --eval-every-steps 10 --save-every-steps 3 --device cpu"
     return subprocess.Popen(
         [sys.executable, "-m", "lora", *words.split(), *more],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -212,25 +214,53 @@ def finish(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, said
 
 
+def results(folder: Path) -> dict[str, bytes]:
+    names = ("metrics.jsonl", "sweep.json", "adapter_model.safetensors")
+    files = [path for path in folder.rglob("*") if path.name in names]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(files)}
+
+
+def kill(process: subprocess.Popen[str], run: Path, draw: random.Random, *, in_save: bool) -> str:
+    """Kill some rows of metrics later, or while something is saved; return what was hit."""
+
+    def is_saving() -> bool:
+        return any((run / "checkpoints").glob(".step-*.building"))
+
+    def count_rows() -> int:
+        files = (run / "candidates").glob("*/metrics.jsonl")
+        return sum(file.read_bytes().count(b'"loss"') for file in files)
+
+    begin, target = count_rows(), draw.randrange(4, 30)
+    while process.poll() is None:
+        if in_save and is_saving() and draw.random() < 0.5:
+            break
+        if not in_save and count_rows() not in range(begin - 9, begin + target):
+            break
+        time.sleep(draw.random() * 0.001)
+    hit = "save" if is_saving() else "step"
+    process.kill()
+    process.communicate()
+    return hit if process.returncode == -signal.SIGKILL else "end"
+
+
 @pytest.mark.slow
-def test_kill_9_changes_no_byte(tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("halving", [False, True], ids=["waves", "halving"])
+def test_kill_9_at_eight_random_moments_changes_no_byte(
+    tiny_folder: Path, tmp_path: Path, halving: bool
+) -> None:
+    """One sweep of two waves, killed eight times on its way, four of them in a save."""
+    more = ("--halving",) if halving else ()
     file = tmp_path / "orders.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in make_orders("train", 32)))
-    finish(start(tiny_folder, file, tmp_path / "whole"))
-    out = tmp_path / "killed"
-    for moment, more in ((7, ()), (23, ("--resume",)), (33, ("--resume",))):
-        process = start(tiny_folder, file, out, *more)
-        metrics = out / "run" / "candidates" / "001-rank2-rate0.005" / "metrics.jsonl"
-        while process.poll() is None:
-            if metrics.is_file() and metrics.read_bytes().count(b'"loss"') >= moment:
-                break
-            time.sleep(0.002)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    finish(start(tiny_folder, file, out, "--resume"))
-    names = ("adapter/adapter_model.safetensors", "metrics.jsonl")
-    for folder in sorted((tmp_path / "whole" / "run" / "candidates").iterdir()):
-        for name in names:
-            other = out / "run" / "candidates" / folder.name / name
-            assert other.read_bytes() == (folder / name).read_bytes(), (folder.name, name)
+    finish(start(tiny_folder, file, tmp_path / "whole", *more))
+    out, draw, hits = tmp_path / "killed", random.Random(str(more)), []
+    for number in range(8):
+        process = start(tiny_folder, file, out, *more, *(("--resume",) if number else ()))
+        hits.append(kill(process, out / "run", draw, in_save=number % 2 == 1))
+    finish(start(tiny_folder, file, out, *more, "--resume"))
+    expected = results(tmp_path / "whole" / "run")
+    assert len(expected) == 10, sorted(expected)  # of four candidates, the best and the ledger
+    assert results(out / "run") == expected, hits
+    assert hits.count("save") >= 2, hits
+    assert hits.count("step") >= 2, hits
