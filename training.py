@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from models.bigram_lm_v2 import BigramLanguageModel
     from models.char_text import Text
 
-EVAL_TOKENS = 50_000
-SAMPLE_CHARACTERS = 240
-
 
 def main() -> int:
     """Run what the environment asks for; return the exit code."""
@@ -106,6 +103,8 @@ def adapt(settings: ClassicSettings, base_path: Path, choice: DeviceChoice) -> R
     """Fine-tune the base, through LoRA or whole, and save the adapter or the model."""
     import torch
 
+    from models.char_text import load_base
+
     base, text = load_base(settings, base_path)
     torch.manual_seed(settings.seed)
     if not settings.use_lora:
@@ -176,6 +175,7 @@ def train_on(
     from lora.runs import create_run
     from lora.trainer import TrainingJob, train
     from models.bigram_lm_v2 import bigram_loss
+    from models.char_text import EVAL_TOKENS
 
     # Everything that can be wrong with the input is found before the folder is made.
     check_length(text.held_out, model.block_size, "The held-out text")
@@ -206,26 +206,6 @@ def train_on(
     return run, result
 
 
-def load_base(settings: ClassicSettings, base_path: Path) -> tuple[BigramLanguageModel, Text]:
-    """Return the base and the run's text in the base's vocabulary."""
-    from models.bigram_lm_v2 import BigramSizes, load_bigram
-    from models.char_text import read_text
-
-    if base_path.is_dir() or not base_path.exists():
-        model = load_bigram(base_path)
-        return model, read_text(settings.data_path, base_path, adapts=True)
-    text = read_text(settings.data_path, base_path, adapts=True)
-    sizes = BigramSizes(
-        text.tokenizer.vocab_size,
-        settings.n_embd,
-        settings.n_head,
-        settings.n_layer,
-        settings.block_size,
-        settings.dropout,
-    )
-    return load_bigram(base_path, sizes), text
-
-
 def check_reloaded(
     settings: ClassicSettings,
     base_path: Path,
@@ -243,6 +223,7 @@ def check_reloaded(
     from lora.errors import AdapterError
     from lora.trainer import evaluate
     from models.bigram_lm_v2 import bigram_loss
+    from models.char_text import EVAL_TOKENS, load_base
 
     model, _ = load_base(settings, base_path)
     load_adapter(model.to(choice.device), adapter)
@@ -275,12 +256,9 @@ def show_sample(
     run: Run, model: BigramLanguageModel, text: Text, choice: DeviceChoice, when: str
 ) -> None:
     """Let the model write, print it and keep it in `samples.json`."""
-    import torch
+    from models.char_text import write_sample
 
-    start = torch.from_numpy(text.tokenizer.encode(text.prompt))[None].to(choice.device)
-    generator = torch.Generator(choice.device).manual_seed(1)
-    tokens = model.generate(start, SAMPLE_CHARACTERS, temperature=0.8, generator=generator)
-    written = text.tokenizer.decode(tokens[0].tolist())
+    written = write_sample(model, text, choice.device)
     path = run.folder / "samples.json"
     kept = run.read_json("samples.json") if path.is_file() else {}
     run.write_json("samples.json", {**kept, when: written})
