@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from lora.compare_record import Method, Same
 from lora.config import FULL_LEARNING_RATE, LORA_LEARNING_RATE, RunConfig, TrainConfig
@@ -20,9 +20,9 @@ LEAST_RATE_STEPS = 20
 class Rates:
     """Learning rates: those to try, one that is given, or the defaults."""
 
-    rates: tuple[float, ...] = ()
+    rates: tuple[float | str, ...] = ()
     """LoRA's rates to try: 3e-4,1e-3,3e-3. Its best is taken."""
-    full_rates: tuple[float, ...] = ()
+    full_rates: tuple[float | str, ...] = ()
     """Full fine-tuning's rates to try; left out, a tenth of each of LoRA's."""
     full_learning_rate: float | None = None
     """Full fine-tuning's peak rate, instead of tries; left out, 1e-4."""
@@ -48,9 +48,11 @@ class Rates:
 
     def to_try(self, method: Method) -> tuple[float, ...]:
         """Return the rates to try for `method`; () if it has one that is given or its default."""
+        rates = cast(tuple[float, ...], self.rates)
         if method != "full":
-            return self.rates
-        return self.full_rates or tuple(_round(rate / 10) for rate in self.rates)
+            return rates
+        given = cast(tuple[float, ...], self.full_rates)
+        return given or tuple(_round(rate / 10) for rate in rates)
 
 
 @dataclass(frozen=True)

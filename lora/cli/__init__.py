@@ -34,6 +34,7 @@ from lora.out_of_memory import is_out_of_memory
 COMMANDS: dict[str, tuple[str, str]] = {
     "finetune": ("lora.cli.finetune:finetune", "Fine-tune a model on examples."),
     "sweep": ("lora.cli.sweep:sweep", "Train many settings at once, keep the best."),
+    "compare": ("lora.cli.compare:compare", "LoRA beside full fine-tuning, measured alike."),
     "data": ("lora.cli.data:data", "Show what a model would learn from examples."),
     "generate": ("lora.cli.generate:generate", "Answer prompts, many at a time."),
     "chat": ("lora.cli.chat:chat", "Talk to a model; switch adapters while talking."),
