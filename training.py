@@ -3,6 +3,7 @@
     python training.py                                    # the base, on English prose
     USE_LORA=True LORA_RANK=16 LORA_ALPHA=32.0 LORA_DROPOUT=0.1 python training.py
     USE_LORA=True TEST_MODE=True python training.py       # a small one, under 30 seconds
+    COMPARE=True python training.py                       # LoRA beside full fine-tuning
 
 LORA_USAGE.md explains every variable. Exits with 2 and one message when something is wrong.
 """
@@ -29,7 +30,11 @@ if TYPE_CHECKING:
 def main() -> int:
     """Run what the environment asks for; return the exit code."""
     try:
-        run_classic(read_settings(os.environ))
+        settings = read_settings(os.environ)
+        if settings.compare:
+            compare_classic(settings)
+        else:
+            run_classic(settings)
     except Interrupted as stopped:
         print(f"training.py: {stopped}", file=sys.stderr)
         return stopped.exit_code
@@ -59,6 +64,28 @@ def run_classic(settings: ClassicSettings) -> Run:
         return train_base(settings, text, choice, settings.run_name or "base")
     base_folder = find_base(settings, choice)
     return adapt(settings, base_folder, choice)
+
+
+def compare_classic(settings: ClassicSettings) -> CompareResult:
+    """Adapt the base through LoRA and whole, on the same batches, and print both side by side."""
+    from rich.console import Console
+
+    from lora.compare import compare
+    from lora.compare_factory import FactoryContest
+    from lora.compare_table import print_comparison
+    from lora.device import choose_device
+    from lora.progress import RichProgress
+    from models.char_compare import CharFactory, char_config
+
+    config = char_config(settings)
+    choice = choose_device(settings.device, settings.precision)
+    for line in [f"device: {choice.reason}", *notes(settings)]:
+        print(line)
+    contest = FactoryContest(CharFactory(settings, find_base(settings, choice)))
+    done = compare(contest, config, RichProgress)
+    print_comparison(done.comparison, Console(highlight=False))
+    print(f"everything is in {done.folder}")
+    return done
 
 
 def find_base(settings: ClassicSettings, choice: DeviceChoice) -> Path:

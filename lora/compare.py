@@ -54,6 +54,8 @@ from lora.runs import Run, create_run, default_name, read_json, read_rows
 BASE_FILE, MEMBER_FILE, RATES, TIMING = "base.json", "member.json", "rates", "timing"
 TIMED_STEPS, UNTIMED_STEPS = 8, 2
 """Of the short run that says how long a step is; the first are left out."""
+MOST_APART = 0.02
+"""Relative difference of losses before the first step, in bf16 too."""
 ProgressOf = Callable[[str], Progress]
 
 
@@ -221,7 +223,9 @@ def _finish(
     run, config = going.run, going.config
     _check_same_order(run.folder, members, config)
     tried = any(rate.rate_chosen == "sweep" for rate in rates.values())
-    notes = [note for method, rate in rates.items() if (note := edge_note(method, rate))]
+    own = {method: rate for method, rate in rates.items() if method != "peft"}
+    notes = [note for method, rate in own.items() if (note := edge_note(method, rate))]
+    notes += _note_other_beginnings(run.folder, members, base)
     if not config.isolated and "cuda" not in base.device:
         notes.append("all members ran in one process: the peaks of memory are not their own")
     comparison = Comparison(
@@ -242,6 +246,20 @@ def _finish(
     ]
     draw_loss_curves(curves, run.folder / "loss.png", title=f"{base.name}: the same data and order")
     return CompareResult(run.folder, comparison)
+
+
+def _note_other_beginnings(folder: Path, members: list[Member], base: Base) -> list[str]:
+    """Return what to say of members whose loss before the first step is not the base's."""
+    notes = []
+    for member in members:
+        rows = read_rows(folder / member.folder / "metrics.jsonl")
+        first = next((row["eval_loss"] for row in rows if row.get("eval_loss")), base.eval_loss)
+        if abs(first - base.eval_loss) > MOST_APART * abs(base.eval_loss):
+            notes.append(
+                f"{METHOD_NAMES[member.method]} begins at a held-out loss of {first:.4f}, the base "
+                f"has {base.eval_loss:.4f}: it does not compute what the others do"
+            )
+    return notes
 
 
 def _check_same_order(folder: Path, members: list[Member], config: CompareConfig) -> None:

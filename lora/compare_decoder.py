@@ -53,6 +53,21 @@ class Measures:
 
 
 @dataclass(frozen=True)
+class Ended:
+    """How a member's training ended, before what it saved is measured."""
+
+    folder: Path
+    saved: Path
+    """The adapter's folder, or the whole model's."""
+    steps: int
+    train_s: float
+    peak_memory_bytes: int
+    planned_memory_bytes: int | None
+    eval_loss: float
+    best_eval_loss: float
+
+
+@dataclass(frozen=True)
 class DecoderContest:
     """A real model, what it learns, and what is measured."""
 

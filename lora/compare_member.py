@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora.adapter_io import load_adapter
 from lora.compare_contest import Base, short_run
-from lora.compare_decoder import DecoderContest
+from lora.compare_decoder import DecoderContest, Ended
 from lora.compare_factory import stored_bytes
 from lora.compare_record import Measured, Method, Sample, Trained, Tried, measured_peak
 from lora.config import RunConfig, SamplingConfig, TrainConfig
@@ -45,21 +45,6 @@ from lora.sweep_ledger import Standing, rank
 FORGETTING_CHARACTERS = 20_000
 """Of the built-in prose: about five thousand tokens."""
 METRIC_NAMES = {"exact-match": "exact match", "json-fields": "JSON fields"}
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a member's training ended, before what it saved is measured."""
-
-    folder: Path
-    saved: Path
-    """The adapter's folder, or the whole model's."""
-    steps: int
-    train_s: float
-    peak_memory_bytes: int
-    planned_memory_bytes: int | None
-    eval_loss: float
-    best_eval_loss: float
 
 
 def measure_base(

@@ -36,10 +36,12 @@ def members_table(comparison: Comparison) -> Table:
     table.add_column("")
     for member in comparison.members:
         table.add_column(METHOD_NAMES[member.method], justify="right")
+    metric = comparison.members[0].task_metric
     for name, shown in _ROWS:
         cells = [shown(member) for member in comparison.members]
         if any(cells):
-            table.add_row(name, *(cell or "–" for cell in cells))
+            label = metric.name if metric is not None and shown is _metric else name
+            table.add_row(label, *(cell or "–" for cell in cells))
     if comparison.base_eval_loss is not None:
         table.caption = f"held-out loss of the base: {comparison.base_eval_loss:.4f}"
         table.caption_justify = "left"
@@ -71,9 +73,16 @@ def _trained(member: Member) -> str:
 
 
 def _peak(member: Member) -> str:
+    return _gigabytes(member.peak_memory_bytes)
+
+
+def _planned(member: Member) -> str:
     planned = member.planned_memory_bytes
-    told = "" if planned is None else f" ({planned / 1e9:.2f} planned)"
-    return f"{member.peak_memory_bytes / 1e9:.2f} GB{told}"
+    return "" if planned is None else _gigabytes(planned)
+
+
+def _gigabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB"
 
 
 def _forgetting(member: Member) -> str:
@@ -83,7 +92,7 @@ def _forgetting(member: Member) -> str:
 
 def _metric(member: Member) -> str:
     found = member.task_metric
-    return "" if found is None else f"{found.before:.1%} → {found.after:.1%} ({found.name})"
+    return "" if found is None else f"{found.before:.1%} → {found.after:.1%}"
 
 
 _ROWS: tuple[tuple[str, Callable[[Member], str]], ...] = (
@@ -92,6 +101,7 @@ _ROWS: tuple[tuple[str, Callable[[Member], str]], ...] = (
     ("a step", lambda m: f"{1000 * m.step_s_median:,.1f} ms"),
     ("all steps", lambda m: f"{m.train_s:,.1f} s"),
     ("peak memory", _peak),
+    ("planned memory", _planned),
     ("trained parameters", _trained),
     ("on disk", lambda m: f"{m.stored_bytes / 1e6:,.2f} MB"),
     ("held-out loss at the end", lambda m: f"{m.final_eval_loss:.4f}"),

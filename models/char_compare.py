@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from lora.adapter_io import save_adapter
 from lora.compare_factory import Subject
 from lora.compare_record import Method, Sample
-from lora.config import TrainConfig
+from lora.compare_job import CompareConfig, Rates
+from lora.config import RunConfig, TrainConfig
 from lora.data.blocks import BlockStream, check_length, ordered_blocks
 from lora.data.embedded import prose
 from lora.device import DeviceChoice, choose_device
@@ -82,6 +83,27 @@ class CharFactory:
             train_embeddings=self.settings.train_embeddings,
             seed=seed,
         )
+
+
+def char_config(settings: ClassicSettings) -> CompareConfig:
+    """Return the comparison that the variables of training.py ask for."""
+    tuned = [replace(settings, use_lora=use, learning_rate=0.0).rate for use in (True, False)]
+    train = replace(settings.train_config(), learning_rate=settings.learning_rate or None)
+    return CompareConfig(
+        train=train,
+        run=RunConfig(
+            out=Path(settings.output_dir),
+            name=settings.run_name or f"compare-r{settings.lora_rank}",
+            eval_every_steps=settings.eval_interval,
+            device=settings.device,
+        ),
+        rates=Rates(_words(settings.compare_rates), _words(settings.compare_full_rates)),
+        default_rates=(tuned[0], tuned[1]),
+    )
+
+
+def _words(rates: str) -> tuple[str, ...]:
+    return (rates,) if rates else ()
 
 
 def _blocks(
