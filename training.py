@@ -20,6 +20,7 @@ from lora.errors import Interrupted, LoraError
 from models.classic_settings import AUTO, ClassicSettings, notes, read_settings
 
 if TYPE_CHECKING:
+    from lora.compare import CompareResult
     from lora.device import DeviceChoice
     from lora.runs import Run
     from lora.trainer import TrainResult

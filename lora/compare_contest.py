@@ -33,6 +33,21 @@ class Base:
     measured: Measured
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How a member's training ended, before what it saved is measured."""
+
+    folder: Path
+    saved: Path
+    """The adapter's folder, or the whole model's."""
+    steps: int
+    train_s: float
+    peak_memory_bytes: int
+    planned_memory_bytes: int | None
+    eval_loss: float
+    best_eval_loss: float
+
+
 class Contest(Protocol):
     """Models to compare; it is pickled into the process of each member."""
 

@@ -5,9 +5,10 @@ Members are `lora finetune`'s own runs, so that each is what a user of it gets.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from lora.compare_contest import Base, try_one_by_one
 from lora.compare_record import Method, Trained, Tried
@@ -50,21 +51,6 @@ class Measures:
             faults.append("test_data without metric: name the metric that it is for")
         if faults:
             raise ConfigError(gather(faults, "These measures cannot be taken:", "Change them."))
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a member's training ended, before what it saved is measured."""
-
-    folder: Path
-    saved: Path
-    """The adapter's folder, or the whole model's."""
-    steps: int
-    train_s: float
-    peak_memory_bytes: int
-    planned_memory_bytes: int | None
-    eval_loss: float
-    best_eval_loss: float
 
 
 @dataclass(frozen=True)
@@ -143,4 +129,4 @@ def _named(value: object) -> object:
         return value
     if isinstance(value, Path):
         return str(value)
-    return f"{sum(1 for _ in value)} rows given in Python"  # type: ignore[attr-defined]
+    return f"{len(list(cast(Iterable[Any], value)))} rows given in Python"

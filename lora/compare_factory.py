@@ -107,7 +107,8 @@ class FactoryContest:
         assert run.name is not None
         decay = train.weight_decay if subject.weight_decay is None else subject.weight_decay
         config = replace(train, weight_decay=decay)
-        described = {"method": method, "learning_rate": train.learning_rate, "train": vars(config)}
+        described: dict[str, Any] = {"method": method, "train": vars(config)}
+        described["learning_rate"] = train.learning_rate
         described |= {"device": subject.choice.reason, "base": self.factory.base_name}
         torch.manual_seed(train.seed)
         with create_run(run.out, run.name, resume=resume, described=described) as folder:

@@ -10,11 +10,10 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora.adapter_io import load_adapter
-from lora.compare_contest import Base, short_run
-from lora.compare_decoder import DecoderContest, Ended
+from lora.compare_contest import Base, Ended, short_run
 from lora.compare_factory import stored_bytes
 from lora.compare_record import Measured, Method, Sample, Trained, Tried, measured_peak
 from lora.config import RunConfig, SamplingConfig, TrainConfig
@@ -41,6 +40,9 @@ from lora.sweep import sweep
 from lora.sweep_grid import Grid
 from lora.sweep_job import SweepJob
 from lora.sweep_ledger import Standing, rank
+
+if TYPE_CHECKING:
+    from lora.compare_decoder import DecoderContest
 
 FORGETTING_CHARACTERS = 20_000
 """Of the built-in prose: about five thousand tokens."""

@@ -11,12 +11,12 @@ import importlib.util
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lora.compare_decoder import DecoderContest, Ended
+from lora.compare_contest import Ended
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.batches import IGNORE, Batch, BatchStream, ordered_batches
 from lora.data.prepare import PreparedData
@@ -27,6 +27,9 @@ from lora.finetune import FinetuneJob, check_data
 from lora.progress import Progress
 from lora.runs import Run, create_run
 from lora.trainer import TrainingJob, train
+
+if TYPE_CHECKING:
+    from lora.compare_decoder import DecoderContest
 
 PACKAGES = ("peft", "transformers")
 
@@ -95,11 +98,13 @@ def build_peft(folder: Path, lora: LoRAConfig, seed: int, choice: DeviceChoice) 
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=choice.compute_dtype)
+    base: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=choice.compute_dtype
+    )
     base.to(choice.device)
     base.config.use_cache = False
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-    config = peft.LoraConfig(
+    described: dict[str, Any] = dict(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
@@ -113,7 +118,7 @@ def build_peft(folder: Path, lora: LoRAConfig, seed: int, choice: DeviceChoice) 
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
-    return peft.get_peft_model(base, config)
+    return peft.get_peft_model(base, peft.LoraConfig(**described))
 
 
 def peft_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -68,11 +68,11 @@ def _listen(process: Any, ours: Connection, stop: StopRequests, progress: Progre
             process.join()
             return value
         else:
-            raise _error(*value, stop)
+            raise _error(value, stop)
 
 
 def _tell(progress: Progress, name: str, arguments: tuple[Any, ...]) -> None:
-    hears = {
+    hears: dict[str, Callable[..., None]] = {
         "start": progress.start,
         "step": progress.step,
         "say": progress.say,
@@ -81,8 +81,9 @@ def _tell(progress: Progress, name: str, arguments: tuple[Any, ...]) -> None:
     hears[name](*arguments)
 
 
-def _error(name: str, message: str, exit_code: int, stop: StopRequests) -> Exception:
+def _error(told: tuple[str, str, int], stop: StopRequests) -> Exception:
     """Return the error that the child had, as one of this process."""
+    name, message, exit_code = told
     if name == "Interrupted":
         code = stop.exit_code if stop.received is not None else exit_code
         return Interrupted(message, code)

@@ -252,9 +252,10 @@ def read_comparison(folder: Path) -> Comparison:
 
 def member_from(values: dict[str, Any]) -> Member:
     """Return a member from its JSON values."""
-    kinds = {"forgetting": Forgetting, "task_metric": TaskMetric}
+    kept, metric = values["forgetting"], values["task_metric"]
     made: dict[str, Any] = {
-        name: None if values[name] is None else kind(**values[name]) for name, kind in kinds.items()
+        "forgetting": None if kept is None else Forgetting(**kept),
+        "task_metric": None if metric is None else TaskMetric(**metric),
     }
     made["rates_tried"] = tuple(Tried(**t) for t in values["rates_tried"])
     made["samples"] = tuple(Sample(**s) for s in values["samples"])

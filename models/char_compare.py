@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lora.adapter_io import save_adapter
 from lora.compare_factory import Subject
-from lora.compare_record import Method, Sample
 from lora.compare_job import CompareConfig, Rates
+from lora.compare_record import Method, Sample
 from lora.config import RunConfig, TrainConfig
 from lora.data.blocks import BlockStream, check_length, ordered_blocks
 from lora.data.embedded import prose
