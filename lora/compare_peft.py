@@ -104,19 +104,19 @@ def build_peft(folder: Path, lora: LoRAConfig, seed: int, choice: DeviceChoice) 
     base.to(choice.device)
     base.config.use_cache = False
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-    described: dict[str, Any] = dict(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        exclude_modules=list(lora.exclude) or None,
-        modules_to_save=list(lora.modules_to_save) or None,
-        use_rslora=lora.rslora,
-        rank_pattern=dict(lora.rank_pattern),
-        alpha_pattern=dict(lora.alpha_pattern),
-        layers_to_transform=None if lora.layers is None else list(lora.layers),
-        task_type="CAUSAL_LM",
-    )
+    described: dict[str, Any] = {
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": targets,
+        "exclude_modules": list(lora.exclude) or None,
+        "modules_to_save": list(lora.modules_to_save) or None,
+        "use_rslora": lora.rslora,
+        "rank_pattern": dict(lora.rank_pattern),
+        "alpha_pattern": dict(lora.alpha_pattern),
+        "layers_to_transform": None if lora.layers is None else list(lora.layers),
+        "task_type": "CAUSAL_LM",
+    }
     torch.manual_seed(seed)
     return peft.get_peft_model(base, peft.LoraConfig(**described))
 
