@@ -1,4 +1,4 @@
-"""Comparisons of a tiny model: the same data for all, each as it would be alone, resume, refusals."""
+"""Comparisons of a tiny model: the same data, each member as alone, resume, what is refused."""
 
 from __future__ import annotations
 
@@ -270,11 +270,11 @@ def test_a_rate_that_destroys_the_model_is_told(
     assert tried[1e30] is None or tried[1e30] > 100
 
 
-def words(tiny_folder: Path, tmp_path: Path, out: Path) -> list[str]:
+def words(tiny_folder: Path, tmp_path: Path, out: Path, steps: int = 60) -> list[str]:
     file = tmp_path / "orders.jsonl"
     if not file.is_file():
         file.write_text("".join(json.dumps(row) + "\n" for row in make_orders("train", 40)))
-    told = f"compare --data {file} --model {tiny_folder} --out {out} --name run --steps 60"
+    told = f"compare --data {file} --model {tiny_folder} --out {out} --name run --steps {steps}"
     told += " --batch-size 4 --max-length 128 --dropout 0.1 --sample-tokens 4 --save-every-steps 10"
     return told.split()
 
@@ -282,7 +282,7 @@ def words(tiny_folder: Path, tmp_path: Path, out: Path) -> list[str]:
 def test_the_command_prints_a_table_and_json(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = [*words(tiny_folder, tmp_path, tmp_path / "out"), "--steps", "4"]
+    asked = words(tiny_folder, tmp_path, tmp_path / "out", steps=4)
     assert main([*asked, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [m["method"] for m in found["members"]] == ["lora", "full"]
