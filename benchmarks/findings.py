@@ -9,6 +9,7 @@ code         the character GPT from prose to code: three seeds
 shakespeare  the same, to the plays in the folder that LORA_BENCH_DATA names
 ranks        ranks 4, 8, 16 and 32, each at its best rate, on the order notes and on code
 rates        a grid of rates for LoRA and for full fine-tuning on the order notes
+methods      LoRA, full fine-tuning and PEFT on the order notes: time a step, peak memory
 
 Rates are chosen on one seed and on the held-out examples, as many tries for either method. Prints
 one JSON object a line, and writes into --out: QUESTION.jsonl, QUESTION.svg and .png, and all runs.
@@ -26,14 +27,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from findings_pictures import draw_ranks, draw_rates, draw_sides
+from findings_pictures import draw_methods, draw_ranks, draw_rates, draw_sides
 
 from lora.compare import compare
 from lora.compare_contest import short_run, try_one_by_one
 from lora.compare_decoder import DecoderContest, Measures
 from lora.compare_factory import FactoryContest
 from lora.compare_job import CompareConfig, Rates
-from lora.compare_record import Comparison, best_rate
+from lora.compare_record import Comparison, best_rate, ratios
 from lora.config import DataConfig, RunConfig, TrainConfig
 from lora.data.orders import make_orders
 from lora.progress import NoProgress
@@ -215,6 +216,22 @@ def member_rows(found: Comparison) -> Iterator[Row]:
         }
 
 
+def ask_methods(task: Task) -> Iterator[Row]:
+    """LoRA, full fine-tuning and PEFT, each a process of its own: time and memory."""
+    found = compare(
+        orders_contest(task, 0),
+        CompareConfig(
+            train=replace(orders_train(task.sizes.orders_steps), learning_rate=2e-3),
+            run=task.run("run"),
+            rates=Rates(full_learning_rate=2e-4),
+            methods=("lora", "full", "peft"),
+        ),
+    ).comparison
+    yield from member_rows(found)
+    for one in ratios(found):
+        yield {"kind": "ratios", **asdict(one)}
+
+
 # ---- which rank
 
 
@@ -356,6 +373,7 @@ QUESTIONS: dict[str, tuple[Callable[[Task], Iterator[Row]], Callable[[list[Row],
     "shakespeare": (ask_shakespeare, draw_sides),
     "ranks": (ask_ranks, draw_ranks),
     "rates": (ask_rates, draw_rates),
+    "methods": (ask_methods, draw_methods),
 }
 
 

@@ -62,6 +62,24 @@ def draw_ranks(rows: list[Row], path: Path) -> None:
     _save(figure, path, "held-out loss against rank, each at its best rate; dots: seeds")
 
 
+def draw_methods(rows: list[Row], path: Path) -> None:
+    """Write time a step, peak memory and held-out loss of each member as bars."""
+    members = [row for row in rows if row["kind"] == "member"]
+    names = [{"lora": "LoRA", "full": "full", "peft": "PEFT"}[row["method"]] for row in members]
+    figure, panels = _figure(3)
+    shown = (
+        ("ms a step", [1000 * row["step_s_median"] for row in members]),
+        ("peak memory, GB", [row["peak_memory_bytes"] / 1e9 for row in members]),
+        ("held-out loss at the end, nats", [row["final_eval_loss"] for row in members]),
+    )
+    for axes, (title, values) in zip(panels, shown, strict=True):
+        bars = axes.bar(names, values, color=COLOURS[: len(names)])
+        axes.bar_label(bars, [f"{value:.3g}" for value in values])
+        axes.set_ylabel(title)
+        axes.grid(visible=False, axis="x")
+    _save(figure, path, f"{members[0]['base']}, the same batches")
+
+
 def draw_rates(rows: list[Row], path: Path) -> None:
     """Write held-out loss against rate for both methods."""
     figure, (axes,) = _figure(1)
@@ -142,7 +160,9 @@ def main() -> None:
     lines = arguments.rows.read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     own = [row for row in rows if row["question"] == arguments.question]
-    draw = {"ranks": draw_ranks, "rates": draw_rates}.get(arguments.question, draw_sides)
+    draw = {"ranks": draw_ranks, "rates": draw_rates, "methods": draw_methods}.get(
+        arguments.question, draw_sides
+    )
     draw(own, arguments.picture)
 
 

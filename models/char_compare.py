@@ -57,7 +57,7 @@ class CharFactory:
 
         def save(folder: Path) -> None:
             if method == "lora":
-                save_adapter(model, folder, base_name=self.base_name)
+                save_adapter(model, folder, base_name=self.base_path.name)
             else:
                 save_bigram(model, folder)
                 text.tokenizer.save(folder / "vocab.json")

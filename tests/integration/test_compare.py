@@ -191,7 +191,10 @@ def killed_at(title: str, step: int) -> Callable[[str], NoProgress]:
 
 
 @PEFTS_OWN
-@pytest.mark.parametrize("title", ["LoRA", "full fine-tuning", "LoRA, PEFT"])
+@pytest.mark.parametrize(
+    "title",
+    ["LoRA", "full fine-tuning", pytest.param("LoRA, PEFT", marks=pytest.mark.slow)],
+)
 def test_a_comparison_that_was_stopped_ends_with_the_same_bytes(
     contest: DecoderContest, config: CompareConfig, tmp_path: Path, title: str
 ) -> None:
