@@ -50,6 +50,8 @@ class Subject:
     """Another text than the one that is learned: its name, and its batches."""
     answer: Callable[[], list[Sample]] = list
     """Let the model write, the same prompts each time."""
+    metric: tuple[str, Callable[[], float]] | None = None
+    """A score of the model, 0 to 1: its name, and what measures it."""
     weight_decay: float | None = None
     """Of this method; None takes the comparison's."""
 
@@ -167,7 +169,11 @@ def _measure(subject: Subject) -> Measured:
     if subject.forgetting is not None:
         text, batches = subject.forgetting
         loss = _loss(subject, batches())
-    return Measured(forgetting_text=text, forgetting_loss=loss, samples=tuple(subject.answer()))
+    name = score = None
+    if subject.metric is not None:
+        name, measure = subject.metric
+        score = measure()
+    return Measured(text, loss, name, score, tuple(subject.answer()))
 
 
 def _loss(subject: Subject, batches: Iterable[Any]) -> float:

@@ -66,6 +66,8 @@ def _listen(process: Any, ours: Connection, stop: StopRequests, progress: Progre
             _tell(progress, name, arguments)
         elif kind == "done":
             process.join()
+            if stop.received is not None:  # it had no step left to stop before
+                raise Interrupted(_say_stopped(stop), stop.exit_code)
             return value
         else:
             raise _error(value, stop)
@@ -95,13 +97,17 @@ def _error(told: tuple[str, str, int], stop: StopRequests) -> Exception:
 
 def _died(exit_code: int | None, stop: StopRequests) -> LoraError:
     if stop.received is not None:
-        name = stop.received.name
-        return Interrupted(f"{name} stopped a member as it began.", stop.exit_code)
+        return Interrupted(_say_stopped(stop), stop.exit_code)
     why = f"with code {exit_code}"
     if exit_code is not None and exit_code < 0:
         why = f"by {signal.Signals(-exit_code).name}"
     advice = "memory may have run out" if exit_code == -signal.SIGKILL else "see what it said above"
     return TrainingError(f"The process of a member was ended {why}: {advice}.")
+
+
+def _say_stopped(stop: StopRequests) -> str:
+    name = stop.received.name if stop.received is not None else ""
+    return f"{name} stopped it before or after the steps of a part; what is done is kept."
 
 
 class _Told:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -93,3 +94,15 @@ def test_one_peak_is_not_the_next_one_s(tasks: ModuleType) -> None:
     _, small = run_apart(tasks.grow, 1, progress=NoProgress())
     assert large > 290_000
     assert small < large - 200_000
+
+
+def test_a_signal_while_no_step_is_taken_ends_it(tasks: ModuleType) -> None:
+    class Stops(NoProgress):
+        def say(self, message: str) -> None:
+            if message == "half":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="SIGTERM") as stopped:
+        run_apart(tasks.add, 1, 2, progress=Stops())
+    assert stopped.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
