@@ -85,6 +85,7 @@ def sweep(
     at_once: int | None = None,
     halving: bool = False,
     resume: bool = False,
+    report: bool = True,
     json: bool = False,
     grid: Annotated[Grid | None, Flat] = None,
     lora: Annotated[SharedLoRA | None, Flat] = None,
@@ -102,7 +103,7 @@ def sweep(
 
     Every combination of the values is a candidate. Each becomes the adapter that lora finetune
     would make with the same settings. The best one, by held-out loss at the end, is in best/, all
-    of them under candidates/, their losses in loss.png.
+    of them under candidates/, their losses in loss.png and report.html.
 
     Parameters
     ----------
@@ -120,6 +121,8 @@ def sweep(
         those that are left.
     resume
         Go on with the sweep called --name, after a kill for example.
+    report
+        Write report.html, report.json and pictures into the sweep's folder at the end.
     json
         Print the result as one JSON object.
     """
@@ -142,6 +145,7 @@ def sweep(
         at_once=at_once,
         halving=halving,
         resume=resume,
+        report=report,
     )
     progress = RichSweepProgress()  # on standard error: the result alone goes to the other
     done = run_job(
@@ -159,6 +163,7 @@ def _report(done: SweepResult, swept: tuple[str, ...], json: bool) -> int:
             "candidates": [asdict(standing) for standing in done.standings],
             "train_s": done.train_s,
             "peak_memory_bytes": done.peak_memory_bytes,
+            "report": None if done.report is None else str(done.report),
         }
         print(json_format.dumps({**found, **found_all}))
         return 0
@@ -171,4 +176,6 @@ def _report(done: SweepResult, swept: tuple[str, ...], json: bool) -> int:
         f"{done.train_s:.0f} s of training, peak memory {done.peak_memory_bytes / 1e9:.2f} GB\n"
         f"best: {done.best}\nall: {done.folder / 'candidates'}"
     )
+    if done.report is not None:
+        print(f"report: {done.report}")
     return 0

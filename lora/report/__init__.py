@@ -1,10 +1,10 @@
 """Pictures, tables and pages of runs, made from what stands in their folders.
 
-    read_runs    a run's folder, sweep's or comparison's -> records (reading, runs, sweeps, contests)
-    records      what a report holds: also report.json
-    figures      records -> pictures: SVG that follows the page's colours, and PNG
-    page         records and pictures -> one self-contained page
-    table        records -> a table for the terminal
+    collect     run folders -> records (reading, runs, sweeps, contests, command)
+    records     what a report holds; as JSON it is report.json
+    figures     records -> pictures (canvas, curves), as SVG in the page's colours (svg) and PNG
+    tables      records -> tables of text (numbers), for page and terminal
+    page        records, pictures and tables -> one self-contained page
 
 No torch here; matplotlib and jinja2 are loaded when something is drawn.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from lora.report.curves import COLOURS, LINE_STYLES, draw_loss_curves, parameter_table
 from lora.report.records import Report
-from lora.report.write import ReportFiles, write_report
+from lora.report.write import ReportFiles, report_on, write_report
 
 __all__ = [
     "COLOURS",
@@ -22,5 +22,6 @@ __all__ = [
     "ReportFiles",
     "draw_loss_curves",
     "parameter_table",
+    "report_on",
     "write_report",
 ]

@@ -20,16 +20,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SERIES = tuple(colour.lower() for colour in COLOURS)
-INK, MUTED, RULE, BAND = "#1c1d1f", "#5d6066", "#d4d6da", "#eceef1"
-"""Text, lesser text, lines of the grid, areas: the page gives each its own colour when dark."""
+INK, MUTED, RULE, BAND, PAPER = "#1c1d1f", "#5d6066", "#d4d6da", "#eceef1", "#fdfdfc"
+"""Text, lesser text, lines of the grid, areas, what lies behind: the page gives each its own colour when dark."""
 WIDTH_IN, HEIGHT_IN, DPI = 4.8, 3.0, 160
 FONT_PT = 9.0
-_CHARACTER_PT = 5.1
+_CHARACTER_PT = 4.8
 _MOST_CHARACTERS = 18
 _LABEL_GAP = 0.062
 """Of the axes' height: between two names at the ends of lines."""
 _CLIP = 1.6
 """Held-out losses above so many times the highest at the start leave the picture."""
+
+_LOG_FROM = 5
+"""The axis of losses is logarithmic where the highest is more than so many times the lowest."""
+_LOG_TICKS = [digit * 10.0**power for power in range(-6, 4) for digit in (1, 2, 5)]
 
 Points = Sequence[tuple[float, float]]
 
@@ -62,7 +66,14 @@ def draw_curves(named: Sequence[Curve], pale: Sequence[Curve], x_label: str) -> 
         _plot(axes, curve.points, color=_colour(curve), linestyle=style, marker="o", markersize=2.6,
               linewidth=1.5, zorder=3)  # fmt: skip
     axes.set_xlim(left=0)
-    axes.set_ylim(*_limits(named, pale))
+    low, high = _limits(named, pale)
+    if low > 0 and high > _LOG_FROM * low:
+        axes.set_yscale("log")
+        low, high = 0.9 * low, 1.1 * high
+        shown = [tick for tick in _LOG_TICKS if low <= tick <= high]
+        axes.set_yticks(shown, [short(tick) for tick in shown])
+        axes.minorticks_off()
+    axes.set_ylim(low, high)
     canvas.label_ends(labels, named)
     return canvas.figure
 
@@ -136,7 +147,8 @@ def draw_bars(bars: Sequence[tuple[str, Memory]]) -> Figure:
     for place, (_, memory) in enumerate(bars):
         left = 0.0
         for number, size in enumerate(memory.planned.values()):
-            axes.barh(place, size / 1e9, 0.56, left / 1e9, color=SERIES[number % len(SERIES)])
+            axes.barh(place, size / 1e9, 0.56, left / 1e9, color=SERIES[number % len(SERIES)],
+                      edgecolor=PAPER, linewidth=0.8)  # fmt: skip
             left += size
         if memory.measured is not None:
             at = memory.measured / 1e9
@@ -187,20 +199,17 @@ class Canvas:
 
     def label_ends(self, labels: Sequence[str], curves: Sequence[Curve]) -> None:
         """Write each name beside the end of its line, apart from the others."""
-        low, high = self.axes.get_ylim()
+        to_display, to_axes = self.axes.transData, self.axes.transAxes.inverted()
         ends = [(n, curve) for n, curve in enumerate(curves) if curve.points]
-        wanted = [
-            min(1.0, max(0.0, (curve.points[-1][1] - low) / (high - low))) for _, curve in ends
-        ]
-        right = self.axes.get_xlim()[1]
-        for (n, curve), at, y in zip(ends, spread(wanted, _LABEL_GAP), wanted, strict=True):
-            end_x = curve.points[-1][0]
+        places = [to_axes.transform(to_display.transform(c.points[-1])) for _, c in ends]
+        wanted = [(float(x), min(1.0, max(0.0, float(y)))) for x, y in places]
+        apart = spread([y for _, y in wanted], _LABEL_GAP)
+        for (n, curve), at, end in zip(ends, apart, wanted, strict=True):
             self.axes.annotate(
-                labels[n], (end_x, low + y * (high - low)), (1.025, at),
-                textcoords="axes fraction", va="center", fontsize=FONT_PT, color=INK,
-                parse_math=False, annotation_clip=False,
-                arrowprops={"arrowstyle": "-", "color": _colour(curve), "linewidth": 0.7,
-                            "shrinkA": 1, "shrinkB": 2, "alpha": 0.8 if end_x <= right else 0},
+                labels[n], end, (1.03, at), xycoords="axes fraction", textcoords="axes fraction",
+                va="center", fontsize=FONT_PT, color=INK, parse_math=False, annotation_clip=False,
+                arrowprops={"arrowstyle": "-", "linestyle": ":", "color": _colour(curve), "linewidth": 0.9,
+                            "shrinkA": 1, "shrinkB": 2, "alpha": 0.8},
             )  # fmt: skip
 
 
@@ -229,11 +238,13 @@ def _limits(named: Sequence[Curve], pale: Sequence[Curve]) -> tuple[float, float
     start = max(curve.points[0][1] for curve in curves)
     low, high = min(losses), min(max(losses), _CLIP * start)
     room = max(high - low, 1e-3)
-    return max(0.0, low - 0.06 * room) if low >= 0 else low - 0.06 * room, high + 0.04 * room
+    if low > 0 and high > _LOG_FROM * low:
+        return low, high
+    return low - 0.06 * room, high + 0.04 * room
 
 
 def _line_label(curve: Curve, *, alone: bool) -> str:
-    end = loss_text(curve.points[-1][1])[:-1] if curve.points else ""
+    end = f"{curve.points[-1][1]:.3f}" if curve.points else ""
     return end if alone else f"{_cut(curve.label)} {end}"
 
 

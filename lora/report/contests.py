@@ -71,7 +71,9 @@ def find_ratios(runs: Sequence[RunRecord]) -> tuple[Ratios, ...]:
     found = []
     for group in dict.fromkeys(run.group for run in runs):
         members = [run for run in runs if run.group == group]
-        others = [run for run in members if run.method in (("full", "peft") if group else ("full",))]
+        others = [
+            run for run in members if run.method in (("full", "peft") if group else ("full",))
+        ]
         if group == "" and len(others) != 1:
             continue
         ours = [run for run in members if run.method == "lora"]

@@ -127,9 +127,7 @@ def sweep_pictures(sweep: SweepRecord, number: int) -> list[Picture]:
     return pictures
 
 
-def comparison_pictures(
-    report: Report, comparison: ComparisonRecord, number: int
-) -> list[Picture]:
+def comparison_pictures(report: Report, comparison: ComparisonRecord, number: int) -> list[Picture]:
     """Return rate against loss of each member whose rates were tried."""
     lines = []
     for member in comparison.members:
@@ -189,9 +187,7 @@ def _rate_picture(name: str, lines: list[Curve], base_loss: float | None) -> Pic
     )
 
 
-def _curve(
-    run: RunRecord, number: int | None, *, by_time: bool, divisor: float = 1.0
-) -> Curve:
+def _curve(run: RunRecord, number: int | None, *, by_time: bool, divisor: float = 1.0) -> Curve:
     def points(given: Sequence[object]) -> list[tuple[float, float]]:
         found = []
         for point in given:

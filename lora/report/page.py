@@ -47,6 +47,7 @@ class Answer:
     who: str
     text: str
     is_expected: bool
+    is_cut: bool
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,7 @@ def _sweep_finding(report: Report, sweep: SweepRecord) -> str:
     )  # fmt: skip
     spot = sweep.sweet_spot
     if spot is not None and spot.rank != spot.best_rank:
-        said += (
-            f" Rank {spot.rank} is enough: {loss_text(spot.loss)} is within noise of the best."
-        )
+        said += f" Rank {spot.rank} is enough: {loss_text(spot.loss)} is within noise of the best."
     elif spot is not None:
         said += " No smaller rank comes within noise of it."
     return said
@@ -229,7 +228,7 @@ def find_asked(report: Report) -> list[Asked]:
             prompt=prompt,
             expected=next((s.expected for _, s in said if s.expected is not None), None),
             answers=tuple(
-                Answer(who, sample.answer, _is_expected(sample))
+                Answer(who, sample.answer, _is_expected(sample), sample.is_cut)
                 for who, sample in said[:MOST_ANSWERS]
             ),
         )

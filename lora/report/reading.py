@@ -30,7 +30,9 @@ class Values:
 
     def section(self, name: str) -> Values:
         """Return the object `name`, empty if it is absent."""
-        return Values(self._get(name, dict, "an object") or {}, f"{self.where}: {name}", self.faults)
+        return Values(
+            self._get(name, dict, "an object") or {}, f"{self.where}: {name}", self.faults
+        )
 
     def items(self, name: str) -> Iterator[Values]:
         """Yield the objects of the list `name`."""

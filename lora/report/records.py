@@ -41,6 +41,8 @@ class Sample:
     prompt: str
     answer: str
     expected: str | None = None
+    is_cut: bool = False
+    """Whether the answer would have gone on."""
 
 
 @dataclass(frozen=True)

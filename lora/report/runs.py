@@ -196,6 +196,7 @@ def _samples(folder: Path, faults: Faults) -> tuple[Sample, ...]:
             prompt=row.text("prompt") or "",
             answer=row.text("answer") or "",
             expected=row.text("reference"),
+            is_cut=row.values.get("ended") is False,
         )
         for row in read_lines(folder / SAMPLES_FILE, faults)
     )

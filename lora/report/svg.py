@@ -12,12 +12,12 @@ import re
 import warnings
 from typing import TYPE_CHECKING
 
-from lora.report.canvas import BAND, DPI, INK, MUTED, RULE, SERIES
+from lora.report.canvas import BAND, DPI, INK, MUTED, PAPER, RULE, SERIES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", BAND: "--band"} | {
+VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", BAND: "--band", PAPER: "--paper"} | {
     colour: f"--series-{number}" for number, colour in enumerate(SERIES)
 }
 """By colour of a figure: the page's variable that takes its place."""
@@ -60,7 +60,9 @@ def _inside(text: str, name: str, alt: str) -> str:
     kept = {one or other for one, other in used}
     body = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in kept else "", body)
     for reference in sorted(kept, key=len, reverse=True):
-        body = re.sub(rf'(id="|#){re.escape(reference)}(?=["\)])', rf"\g<1>{name}-{reference}", body)
+        body = re.sub(
+            rf'(id="|#){re.escape(reference)}(?=["\)])', rf"\g<1>{name}-{reference}", body
+        )
     for colour, variable in VARIABLES.items():
         body = re.sub(rf"{colour}\b", f"var({variable})", body, flags=re.IGNORECASE)
     body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)

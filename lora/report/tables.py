@@ -10,7 +10,7 @@ from typing import Any
 from lora.report import numbers
 from lora.report.numbers import DASH
 from lora.report.records import (
-    METHOD_NAMES,
+    Method,
     ComparisonRecord,
     Ratios,
     Report,
@@ -25,6 +25,7 @@ PART_NAMES = {
     "loss": "loss",
     "other": "process and library",
 }
+_METHOD_CELLS: dict[Method, str] = {"lora": "LoRA", "full": "full", "peft": "PEFT", "unknown": DASH}
 _CHOSEN = {"sweep": "best of those tried", "default": "the default", "given": "given"}
 
 
@@ -60,18 +61,18 @@ class Table:
 Cell = tuple[Column, Callable[[RunRecord], str]]
 
 _RUN_CELLS: tuple[Cell, ...] = (
-    (Column("method", is_numeric=False), lambda r: _known(METHOD_NAMES[r.method])),
+    (Column("method", is_numeric=False), lambda r: _METHOD_CELLS[r.method]),
     (Column("rank"), lambda r: numbers.count_text(r.rank)),
     (Column("alpha"), lambda r: numbers.short(r.alpha)),
     (Column("rate"), lambda r: numbers.short(r.learning_rate)),
     (Column("seed"), lambda r: DASH if r.seed is None else str(r.seed)),
     (Column("steps"), lambda r: _steps(r)),
-    (Column("held-out loss", "best"), lambda r: numbers.loss_text(r.best_eval_loss)),
-    (Column("held-out loss", "at the end"), lambda r: numbers.loss_text(r.eval_loss)),
+    (Column("held-out", "best loss"), lambda r: numbers.loss_text(r.best_eval_loss)),
+    (Column("held-out", "at the end"), lambda r: numbers.loss_text(r.eval_loss)),
     (Column("step", "ms"), lambda r: numbers.figures(_times(r.step_s, 1000))),
-    (Column("speed", "learned tokens/s"), lambda r: numbers.figures(r.tokens_per_s)),
-    (Column("peak memory", "GB"), lambda r: numbers.figures(_times(r.peak_memory_bytes, 1e-9))),
-    (Column("trained", "parameters"), lambda r: numbers.count_text(r.trainable_parameters)),
+    (Column("learned", "tokens/s"), lambda r: numbers.figures(r.tokens_per_s)),
+    (Column("peak", "GB"), lambda r: numbers.figures(_times(r.peak_memory_bytes, 1e-9))),
+    (Column("trained", "million"), lambda r: numbers.figures(_times(r.trainable_parameters, 1e-6))),
     (Column("trained", "share"), lambda r: numbers.share_text(r.trainable_share)),
     (Column("stored", "MB"), lambda r: numbers.figures(_times(r.stored_bytes, 1e-6))),
 )
@@ -146,7 +147,9 @@ def memory_table(report: Report, most: int) -> Table | None:
         rows.append(Row(PART_NAMES.get(part, part), cells, number))
     rows.append(Row("planned", tuple(_gigabytes(memory.planned_total) for _, memory in known)))
     rows.append(Row("measured", tuple(_gigabytes(memory.measured) for _, memory in known)))
-    rows.append(Row("planned too much", tuple(_error(m.planned_total, m.measured) for _, m in known)))
+    rows.append(
+        Row("planned too much", tuple(_error(m.planned_total, m.measured) for _, m in known))
+    )
     columns = tuple(Column(run.label, "GB") for run, _ in known)
     return Table("part", columns, tuple(rows))
 
@@ -215,7 +218,7 @@ def value_text(value: Any) -> str:
         return numbers.short(value)
     if isinstance(value, list):
         return ", ".join(value_text(item) for item in value) or "none"
-    return str(value) or "none"
+    return "none" if value in ("", {}) else str(value)
 
 
 def describe_ratios(report: Report, one: Ratios) -> str:
@@ -266,10 +269,6 @@ def _steps(run: RunRecord) -> str:
 
 def _times(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
-
-
-def _known(method: str) -> str:
-    return DASH if method == "unknown" else method
 
 
 def _gigabytes(n_bytes: int | None) -> str:

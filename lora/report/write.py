@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora.errors import CheckpointError
 from lora.report.collect import read_report
 from lora.report.figures import (
     Picture,
@@ -62,6 +63,18 @@ def write_report(folders: Sequence[Path], out: Path, title: str | None = None) -
     atomic_write(data, f"{text}\n".encode())
     atomic_write(html, page.encode("utf-8", errors="replace"))  # JSON may hold half a surrogate
     return ReportFiles(html, data, tuple(written), report)
+
+
+def report_on(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """Write the report of a run into its own folder, at its end; return the page.
+
+    A disk that refuses is told to `say`: what the run has saved stays as good as it is.
+    """
+    try:
+        return write_report([folder], folder).html
+    except CheckpointError as error:
+        say(f"note: no report: {error} lora report {folder} makes it later.")
+        return None
 
 
 def _pictures(report: Report) -> dict[str, list[Picture]]:
