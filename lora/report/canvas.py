@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora.report.curves import COLOURS, LINE_STYLES, smooth
-from lora.report.numbers import loss_text, short
+from lora.report.numbers import short
 from lora.report.records import Memory, SweetSpot, Tried
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 SERIES = tuple(colour.lower() for colour in COLOURS)
 INK, MUTED, RULE, BAND, PAPER = "#1c1d1f", "#5d6066", "#d4d6da", "#eceef1", "#fdfdfc"
-"""Text, lesser text, lines of the grid, areas, what lies behind: the page gives each its own colour when dark."""
+"""Text, lesser text, lines of the grid, areas, what lies behind: when dark, the page gives each its
+own colour."""
 WIDTH_IN, HEIGHT_IN, DPI = 4.8, 3.0, 160
 FONT_PT = 9.0
 _CHARACTER_PT = 4.8
@@ -208,8 +209,8 @@ class Canvas:
             self.axes.annotate(
                 labels[n], end, (1.03, at), xycoords="axes fraction", textcoords="axes fraction",
                 va="center", fontsize=FONT_PT, color=INK, parse_math=False, annotation_clip=False,
-                arrowprops={"arrowstyle": "-", "linestyle": ":", "color": _colour(curve), "linewidth": 0.9,
-                            "shrinkA": 1, "shrinkB": 2, "alpha": 0.8},
+                arrowprops={"arrowstyle": "-", "linestyle": ":", "color": _colour(curve),
+                            "linewidth": 0.9, "shrinkA": 1, "shrinkB": 2, "alpha": 0.8},
             )  # fmt: skip
 
 

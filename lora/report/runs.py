@@ -96,11 +96,12 @@ def _settings_of_method(asked: Values) -> dict[str, Any]:
     is_lora = _method(asked) in ("lora", "peft")
     rate = asked.number("learning_rate")
     rates = (train.number("learning_rate"), settings.number("learning_rate"))
+    seeds = (train.count("seed"), settings.count("seed"))
     return {
         "rank": (lora.count("rank") or settings.count("lora_rank")) if is_lora else None,
         "alpha": (lora.number("alpha") or settings.number("lora_alpha")) if is_lora else None,
         "learning_rate": next((r for r in (rate, *rates) if r is not None), None),
-        "seed": next((s for s in (train.count("seed"), settings.count("seed")) if s is not None), None),
+        "seed": next((s for s in seeds if s is not None), None),
     }  # fmt: skip
 
 

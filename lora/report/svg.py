@@ -29,10 +29,10 @@ def svg_of(figure: Figure, name: str, alt: str) -> str:
 
     file = io.StringIO()
     # Text stays text, and names of clips are made from their content, not drawn at random.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        with warnings.catch_warnings():
-            _ignore_glyphs()
-            figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    settings = {"svg.fonttype": "none", "svg.hashsalt": name}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        _ignore_glyphs()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return _inside(file.getvalue(), name, alt)
 
 
@@ -54,7 +54,8 @@ def _inside(text: str, name: str, alt: str) -> str:
     body = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     opening = re.match(r"<svg[^>]*>", body)
     box = re.search(r'viewBox="([^"]*)"', body)
-    assert opening is not None and box is not None
+    assert opening is not None
+    assert box is not None
     body = body[opening.end() :].replace("xlink:href", "href")
     used = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', body))
     kept = {one or other for one, other in used}

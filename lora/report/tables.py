@@ -10,8 +10,8 @@ from typing import Any
 from lora.report import numbers
 from lora.report.numbers import DASH
 from lora.report.records import (
-    Method,
     ComparisonRecord,
+    Method,
     Ratios,
     Report,
     RunRecord,
