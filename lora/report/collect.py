@@ -59,7 +59,7 @@ def read_report(folders: Sequence[Path], out: Path, title: str | None = None) ->
         runs=tuple(runs),
         sweeps=tuple(sweeps),
         comparisons=tuple(comparisons),
-        ratios=find_ratios(runs),
+        ratios=find_ratios(runs, sweeps),
         notes=_notes(runs),
         command=_command(folders, title),
     )

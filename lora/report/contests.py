@@ -19,6 +19,7 @@ from lora.report.records import (
     Ratios,
     RunRecord,
     Sample,
+    SweepRecord,
 )
 from lora.report.runs import RUN_FILE, read_run
 
@@ -62,13 +63,16 @@ def read_comparison(
     return record, runs
 
 
-def find_ratios(runs: Sequence[RunRecord]) -> tuple[Ratios, ...]:
+def find_ratios(
+    runs: Sequence[RunRecord], sweeps: Sequence[SweepRecord] = ()
+) -> tuple[Ratios, ...]:
     """Return each LoRA run against what it can be compared with.
 
-    In a comparison that is every other member. Among runs that stand alone it is the one that
+    In a comparison that is every other member, in a sweep its best against full fine-tuning. Among runs that stand alone it is the one that
     trained all weights; with several of those nobody can say which is meant.
     """
     found = []
+    best = {sweep.name: sweep.best for sweep in sweeps}
     for group in dict.fromkeys(run.group for run in runs):
         members = [run for run in runs if run.group == group]
         others = [
@@ -77,6 +81,8 @@ def find_ratios(runs: Sequence[RunRecord]) -> tuple[Ratios, ...]:
         if group == "" and len(others) != 1:
             continue
         ours = [run for run in members if run.method == "lora"]
+        if group in best:
+            ours = [run for run in ours if run.name == best[group]]
         found += [_ratios(one, other) for one in ours for other in others]
     return tuple(found)
 

@@ -17,7 +17,8 @@ from lora.runs import TIMINGS_FILE
 from lora.sweep_grid import SWEPT, short_number
 from lora.sweep_ledger import LEDGER_FILE, Standing, rank
 
-CANDIDATES = "candidates"
+CANDIDATES, FULL = "candidates", "full"
+"""Folders of the candidates, and of full fine-tuning beside them."""
 NOISE_FRACTION = 0.01
 """Of the best loss: what is held to be noise where one seed cannot tell."""
 _STATUSES: dict[str, Status] = {"done": "finished", "stopped": "stopped", "failed": "failed"}
@@ -36,6 +37,9 @@ def read_sweep(
     swept = tuple(key for key in SWEPT if len(list_of(sweep.section("grid"), key)) > 1)
     standings = rank(_standings(ledger))
     runs = [_candidate(folder, base, name, s, swept, faults) for s in standings]
+    runs.sort(key=_place)
+    if (folder / FULL / RUN_FILE).is_file():
+        runs.append(replace(read_run(folder / FULL, base, faults, group=name), label=FULL))
     best = result.text("best")
     base_loss = ledger.number("base_eval_loss")
     tried = find_tried(runs)
@@ -65,6 +69,13 @@ def list_of(values: Values, key: str) -> list[object]:
     """Return a list, or nothing where there is none."""
     found = values.values.get(key)
     return found if isinstance(found, list) else []
+
+
+def _place(run: RunRecord) -> tuple[int, float]:
+    """Return what to sort by: those under way by their loss, the others stay as they come."""
+    if run.status == "unfinished":
+        return 1, math.inf if run.eval_loss is None else run.eval_loss
+    return {"finished": 0}.get(run.status, 2), 0.0
 
 
 def _standings(ledger: Values) -> list[Standing]:
@@ -103,7 +114,7 @@ def _candidate(
         label=candidate_label(run, standing, swept),
         status=_STATUSES.get(standing.status, "unfinished"),
         reason=standing.reason,
-        steps=standing.step,
+        steps=max(standing.step, run.steps or 0),  # the ledger knows of whole waves only
     )
 
 
@@ -140,7 +151,7 @@ def _by_setting(runs: Sequence[RunRecord]) -> dict[Key, list[float]]:
     for run in runs:
         if run.status != "finished" or run.eval_loss is None:
             continue
-        if run.rank is None or run.learning_rate is None:
+        if run.rank is None or run.learning_rate is None:  # or full fine-tuning
             continue
         rest = {k: v for k, v in run.settings.items() if k not in ("train.seed", "lora.init_seed")}
         found[(run.rank, run.learning_rate, repr(sorted(rest.items(), key=str)))].append(
