@@ -42,6 +42,7 @@ def read_run(folder: Path, base: Path, faults: Faults, *, group: str = "") -> Ru
     held_out = _points(metrics, "eval_loss", elapsed)
     training = _points(metrics, "loss", elapsed)
     best = min(held_out, key=lambda point: point.loss, default=None)
+    not_finite = _not_finite(metrics)
     trained, total = _parameters(folder, asked, result, faults)
     return RunRecord(
         name=f"{group}/{folder.name}" if group else folder.name,
@@ -55,7 +56,7 @@ def read_run(folder: Path, base: Path, faults: Faults, *, group: str = "") -> Ru
         **_settings_of_method(asked),
         steps=result.count("steps") or _last_step(metrics),
         total_steps=_total_steps(asked),
-        eval_loss=held_out[-1].loss if held_out else None,
+        eval_loss=held_out[-1].loss if held_out and not_finite is None else None,
         best_eval_loss=best.loss if best else None,
         best_step=best.step if best else None,
         **_speed(metrics, timings, result),
@@ -71,7 +72,7 @@ def read_run(folder: Path, base: Path, faults: Faults, *, group: str = "") -> Ru
         data={k: v for k, v in _data(asked).items() if k != "warnings"},
         environment=flatten(asked.section("environment").values),
         base_fingerprint=asked.text("base_fingerprint"),
-        notes=_warnings(asked),
+        notes=_warnings(asked) + (() if not_finite is None else (not_finite,)),
         command=None if group else finetune_command(asked.values, folder.name),
     )
 
@@ -129,6 +130,15 @@ def _points(rows: Sequence[Values], name: str, elapsed: dict[int, float]) -> tup
         if step is not None and loss is not None:
             found.append(Point(step, loss, elapsed.get(step)))
     return tuple(found)
+
+
+def _not_finite(metrics: Sequence[Values]) -> str | None:
+    """Return a note if the newest held-out loss is not finite."""
+    told = [row for row in metrics if {"eval_loss", "eval_not_finite"} & row.values.keys()]
+    if not told or "eval_not_finite" not in told[-1].values:
+        return None
+    step, seen = told[-1].count("step"), told[-1].values["eval_not_finite"]
+    return f"The held-out loss at step {step} is {seen}, not finite."
 
 
 def _speed(
