@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora.report.curves import COLOURS, LINE_STYLES, smooth
-from lora.report.numbers import short
+from lora.report.numbers import loss_text, short
 from lora.report.records import Memory, SweetSpot, Tried
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ def _limits(named: Sequence[Curve], pale: Sequence[Curve]) -> tuple[float, float
 
 
 def _line_label(curve: Curve, *, alone: bool) -> str:
-    end = f"{curve.points[-1][1]:.3f}" if curve.points else ""
+    end = loss_text(curve.points[-1][1], 3) if curve.points else ""
     return end if alone else f"{_cut(curve.label)} {end}"
 
 

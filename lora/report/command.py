@@ -46,7 +46,7 @@ def sweep_command(asked: dict[str, Any], name: str) -> str | None:
         return None
     for key in SWEPT:
         values = grid.get(key)
-        default = list(Grid.__dataclass_fields__[key].default)
+        default = list(getattr(Grid(), key))
         if isinstance(values, list) and values != default:
             words += [_flag(key), ",".join(_written(value) for value in values)]
     words += ["--halving"] if sweep.get("halving") is True else []

@@ -68,8 +68,9 @@ def find_ratios(
 ) -> tuple[Ratios, ...]:
     """Return each LoRA run against what it can be compared with.
 
-    In a comparison that is every other member, in a sweep its best against full fine-tuning. Among runs that stand alone it is the one that
-    trained all weights; with several of those nobody can say which is meant.
+    In a comparison that is every other member, in a sweep its best against full fine-tuning. Among
+    runs that stand alone it is the one that trained all weights; with several of those nobody can
+    say which is meant.
     """
     found = []
     best = {sweep.name: sweep.best for sweep in sweeps}

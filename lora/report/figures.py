@@ -129,7 +129,7 @@ def sweep_pictures(sweep: SweepRecord, number: int) -> list[Picture]:
 
 def comparison_pictures(report: Report, comparison: ComparisonRecord, number: int) -> list[Picture]:
     """Return rate against loss of each member whose rates were tried."""
-    lines = []
+    lines: list[Curve] = []
     for member in comparison.members:
         points = [
             (tried.learning_rate, tried.eval_loss)

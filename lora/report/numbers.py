@@ -9,9 +9,11 @@ from lora.sweep_grid import short_number
 DASH = "–"
 
 
-def loss_text(value: float | None) -> str:
-    """Return a loss in nats, to four digits after the point."""
-    return DASH if not _is_known(value) else f"{value:.4f}"
+def loss_text(value: float | None, places: int = 4) -> str:
+    """Return a loss in nats, to four digits after the point; one that has run away, in short."""
+    if value is None or not _is_known(value):
+        return DASH
+    return f"{value:.{places}f}" if abs(value) < 1e4 else short(value, 3)
 
 
 def signed_loss(value: float | None) -> str:

@@ -80,7 +80,7 @@ def read_run(folder: Path, base: Path, faults: Faults, *, group: str = "") -> Ru
 def _method(asked: Values) -> Method:
     named = asked.values.get("method")
     if named in ("lora", "full", "peft"):
-        return named  # type: ignore[no-any-return]
+        return named
     if isinstance(asked.values.get("settings"), dict):  # of training.py
         settings = asked.section("settings")
         adapts = settings.flag("use_lora") and asked.values.get("base") is not None
@@ -141,9 +141,7 @@ def _not_finite(metrics: Sequence[Values]) -> str | None:
     return f"The held-out loss at step {step} is {seen}, not finite."
 
 
-def _speed(
-    metrics: Sequence[Values], timings: Sequence[Values], result: Values
-) -> dict[str, float | None]:
+def _speed(metrics: Sequence[Values], timings: Sequence[Values], result: Values) -> dict[str, Any]:
     """Return the median of a step, the time in all steps, and tokens a second."""
     times = [s for row in timings if (s := row.number("step_s")) is not None]
     train_s = result.number("train_s") or (sum(times) if times else None)

@@ -10,7 +10,7 @@ import html
 import io
 import re
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora.report.canvas import BAND, DPI, INK, MUTED, PAPER, RULE, SERIES
 
@@ -29,7 +29,7 @@ def svg_of(figure: Figure, name: str, alt: str) -> str:
 
     file = io.StringIO()
     # Text stays text, and names of clips are made from their content, not drawn at random.
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         _ignore_glyphs()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
@@ -67,6 +67,7 @@ def _inside(text: str, name: str, alt: str) -> str:
     for colour, variable in VARIABLES.items():
         body = re.sub(rf"{colour}\b", f"var({variable})", body, flags=re.IGNORECASE)
     body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)
+    body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.DOTALL)
     body = re.sub(r"\s*\n\s*", "\n", body)
-    label = html.escape(alt, quote=True)
+    label = html.escape("".join(c if c.isprintable() else "�" for c in alt), quote=True)
     return f'<svg viewBox="{box[1]}" role="img" aria-label="{label}">{body.strip()}'

@@ -36,7 +36,9 @@ def write_adapter(folder: Path, n_values: int = 640) -> None:
     (folder / "adapter_model.safetensors").write_bytes(data)
 
 
-def described(lora: LoRAConfig | None, train: TrainConfig, name: str, rate: float) -> dict[str, Any]:
+def described(
+    lora: LoRAConfig | None, train: TrainConfig, name: str, rate: float
+) -> dict[str, Any]:
     return {
         "model": "tiny",
         "model_source": "models/tiny",
@@ -196,11 +198,14 @@ def make_comparison(tmp_path: Path, make_run: Make) -> Make:
                 {
                     "name": method, "method": method, "folder": f"members/{method}",
                     "learning_rate": rates[1], "rate_chosen": "sweep",
-                    "rates_tried": [{"learning_rate": r, "eval_loss": 0.9 - 100 * r} for r in rates],
+                    "rates_tried": [
+                        {"learning_rate": r, "eval_loss": 0.9 - 100 * r} for r in rates
+                    ],
                     "steps": STEPS, "train_s": 10.0 if is_full else 5.0,
                     "step_s_median": 0.5 if is_full else 0.25,
                     "peak_memory_bytes": 3_000_000_000 if is_full else 1_200_000_000,
-                    "planned_memory_bytes": None, "trainable_parameters": 10_000 if is_full else 640,
+                    "planned_memory_bytes": None,
+                    "trainable_parameters": 10_000 if is_full else 640,
                     "total_parameters": 10_000 if is_full else 10_640,
                     "stored_bytes": 40_000 if is_full else 2_560,
                     "final_eval_loss": 0.6 if is_full else 0.5,

@@ -211,7 +211,9 @@ def test_every_fault_of_every_folder_is_told_at_once(make_run: Make, tmp_path: P
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '"run"', "{}", '{"train": 3, "lora": [], "data": 7}'])
-def test_a_strange_run_file_is_a_fault_or_a_bare_run(make_run: Make, tmp_path: Path, text: str) -> None:
+def test_a_strange_run_file_is_a_fault_or_a_bare_run(
+    make_run: Make, tmp_path: Path, text: str
+) -> None:
     folder = make_run()
     (folder / "run.json").write_text(text)
     if text == "{}":
