@@ -68,13 +68,14 @@ def draw_curves(named: Sequence[Curve], pale: Sequence[Curve], x_label: str) -> 
               linewidth=1.5, zorder=3)  # fmt: skip
     axes.set_xlim(left=0)
     low, high = _limits(named, pale)
-    if low > 0 and high > _LOG_FROM * low:
+    is_log = low > 0 and high > _LOG_FROM * low
+    low, high = (0.9 * low, 1.1 * high) if is_log else (low, high)
+    axes.set_ylim(low, high)  # before the scale, which would look at losses that have run away
+    if is_log:
         axes.set_yscale("log")
-        low, high = 0.9 * low, 1.1 * high
         shown = [tick for tick in _LOG_TICKS if low <= tick <= high]
         axes.set_yticks(shown, [short(tick) for tick in shown])
         axes.minorticks_off()
-    axes.set_ylim(low, high)
     canvas.label_ends(labels, named)
     return canvas.figure
 

@@ -23,11 +23,9 @@ def signed_loss(value: float | None) -> str:
 
 def short(value: float | None, digits: int = 6) -> str:
     """Return a number without needless digits: 3e-4, 16, 0.25."""
-    return (
-        DASH
-        if value is None or not _is_known(value)
-        else short_number(float(f"{value:.{digits}g}"))
-    )
+    if value is None or not _is_known(value):
+        return DASH
+    return short_number(float(f"{value:.{digits}g}"))
 
 
 def count_text(value: float | None) -> str:
