@@ -53,7 +53,10 @@ class Curve:
 def draw_curves(named: Sequence[Curve], pale: Sequence[Curve], x_label: str) -> Figure:
     """Draw held-out loss of `named` with names at the lines' ends, and of `pale` without."""
     labels = [_line_label(curve, alone=len(named) == 1) for curve in named]
-    canvas = Canvas(labels, "held-out loss, nats per token", x_label)
+    low, high = _limits(named, pale)
+    is_log = low > 0 and high > _LOG_FROM * low
+    y_label = "held-out loss, nats per token" + (", logarithmic" if is_log else "")
+    canvas = Canvas(labels, y_label, x_label)
     axes = canvas.axes
     for curve in pale:
         _plot(axes, curve.points, color=RULE, linewidth=0.8, zorder=1)
@@ -67,8 +70,7 @@ def draw_curves(named: Sequence[Curve], pale: Sequence[Curve], x_label: str) -> 
         _plot(axes, curve.points, color=_colour(curve), linestyle=style, marker="o", markersize=2.6,
               linewidth=1.5, zorder=3)  # fmt: skip
     axes.set_xlim(left=0)
-    low, high = _limits(named, pale)
-    is_log = low > 0 and high > _LOG_FROM * low
+    axes.locator_params(axis="x", integer=True)
     low, high = (0.9 * low, 1.1 * high) if is_log else (low, high)
     axes.set_ylim(low, high)  # before the scale, which would look at losses that have run away
     if is_log:
