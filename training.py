@@ -85,7 +85,7 @@ def compare_classic(settings: ClassicSettings) -> CompareResult:
     contest = FactoryContest(CharFactory(settings, find_base(settings, choice)))
     done = compare(contest, config, RichProgress)
     print_comparison(done.comparison, Console(highlight=False))
-    print(f"everything is in {done.folder}")
+    print(f"everything is in {done.folder}, as a page in {done.report}")
     return done
 
 

@@ -48,7 +48,7 @@ from lora.compare_record import (
 from lora.config import RunConfig
 from lora.errors import CheckpointError, TrainingError
 from lora.progress import NoProgress, Progress
-from lora.report import draw_loss_curves
+from lora.report import draw_loss_curves, report_on
 from lora.runs import Run, create_run, default_name, read_json, read_rows
 
 BASE_FILE, MEMBER_FILE, RATES, TIMING = "base.json", "member.json", "rates", "timing"
@@ -65,6 +65,8 @@ class CompareResult:
 
     folder: Path
     comparison: Comparison
+    report: Path | None = None
+    """The page, if one was asked for and written."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,9 @@ def compare(
         for method in config.methods:
             steps = _choose_steps(going, method, rates[method], members)
             members.append(_run_member(going, method, rates[method], steps, base))
-        return _finish(going, base, members, rates)
+        done = _finish(going, base, members, rates)
+        page = report_on(run.folder, progress_of("report").say) if config.report else None
+        return replace(done, report=page)
 
 
 def _measure_base(contest: Contest, config: CompareConfig, progress_of: ProgressOf) -> Base:

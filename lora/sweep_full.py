@@ -22,7 +22,7 @@ from lora.data.inspection import DataReport
 from lora.errors import CheckpointError
 from lora.finetune import FinetuneJob, finetune
 from lora.progress import NoProgress, Progress
-from lora.report import draw_loss_curves
+from lora.report import draw_loss_curves, report_on
 from lora.runs import Run, read_json, read_rows
 from lora.sweep import DRAWN, SweepResult, sweep
 from lora.sweep_grid import SWEPT
@@ -60,7 +60,7 @@ def sweep_with_full(
     A sweep that was run without it can be resumed with it. Raises what `sweep` and `finetune`
     raise, and CheckpointError if the two did not get the same data.
     """
-    done = sweep(job, progress, show_data=show_data)
+    done = sweep(replace(job, report=False), progress, show_data=show_data)
     gc.collect()  # the sweep's base
     run = Run(done.folder)
     path = done.folder / FULL_FILE
@@ -73,7 +73,8 @@ def sweep_with_full(
     shutil.rmtree(done.folder / FULL / "checkpoints", ignore_errors=True)
     full = _read(done.folder)
     _draw(done, full)
-    return done, full
+    page = report_on(done.folder, progress.say) if job.report else None
+    return replace(done, report=page), full
 
 
 def _full_job(job: SweepJob, folder: Path, rate: float | None) -> FinetuneJob:

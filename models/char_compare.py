@@ -98,6 +98,7 @@ def char_config(settings: ClassicSettings) -> CompareConfig:
             device=settings.device,
         ),
         rates=Rates(_words(settings.compare_rates), _words(settings.compare_full_rates)),
+        report=True,
         default_rates=(tuned[0], tuned[1]),
     )
 

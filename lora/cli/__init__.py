@@ -41,6 +41,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("lora.cli.eval:evaluate", "Measure a model and its adapter on examples."),
     "export": ("lora.cli.export:export", "Write a model as GGUF; check an adapter for vLLM."),
     "plan": ("lora.cli.plan:plan", "Show what a run would hold in memory, and which batch fits."),
+    "report": ("lora.cli.report:report", "Make a page from runs: curves, tables, answers."),
     "merge": ("lora.cli.merge:merge", "Merge an adapter into its base, verified."),
     "doctor": ("lora.cli.doctor:doctor", "Look whether this machine is ready."),
 }

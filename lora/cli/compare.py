@@ -69,6 +69,7 @@ def compare(
     same: Same = CompareConfig.same,
     peft: bool = False,
     resume: bool = False,
+    report: bool = True,
     json: bool = False,
     rates: Annotated[Rates | None, Flat] = None,
     measures: Annotated[AskedMeasures | None, Flat] = None,
@@ -103,6 +104,8 @@ def compare(
         Also LoRA by PEFT, on transformers' model.
     resume
         Go on with the comparison called --name: what is done stays, what was under way goes on.
+    report
+        Write report.html, report.json and pictures into the comparison's folder at the end.
     json
         Print the result as one JSON object.
     """
@@ -128,6 +131,7 @@ def compare(
         methods=methods,
         same=same,
         resume=resume,
+        report=report,
     )
     done = run_comparison(contest, config, RichProgress)  # told on standard error
     return _report(done, json)
@@ -136,7 +140,8 @@ def compare(
 def _report(done: CompareResult, json: bool) -> int:
     if json:
         found = read_json(done.folder / COMPARE_FILE)
-        print(json_format.dumps({"folder": str(done.folder), **found}))
+        page = None if done.report is None else str(done.report)
+        print(json_format.dumps({"folder": str(done.folder), "report": page, **found}))
         return 0
     from rich.console import Console
 
@@ -144,4 +149,6 @@ def _report(done: CompareResult, json: bool) -> int:
 
     print_comparison(done.comparison, Console(highlight=False))
     print(f"all of it: {done.folder}")
+    if done.report is not None:
+        print(f"report: {done.report}")
     return 0

@@ -89,6 +89,7 @@ def sweep(
     full: bool = False,
     full_learning_rate: float | None = None,
     resume: bool = False,
+    report: bool = True,
     json: bool = False,
     grid: Annotated[Grid | None, Flat] = None,
     lora: Annotated[SharedLoRA | None, Flat] = None,
@@ -107,7 +108,7 @@ def sweep(
 
     Every combination of the values is a candidate. Each becomes the adapter that lora finetune
     would make with the same settings. The best one, by held-out loss at the end, is in best/, all
-    of them under candidates/, their losses in loss.png.
+    of them under candidates/, their losses in loss.png and report.html.
 
     Parameters
     ----------
@@ -129,6 +130,8 @@ def sweep(
         The peak rate of it; left out, 1e-4.
     resume
         Go on with the sweep called --name, after a kill for example.
+    report
+        Write report.html, report.json and pictures into the sweep's folder at the end.
     json
         Print the result as one JSON object.
     """
@@ -155,6 +158,7 @@ def sweep(
         at_once=at_once,
         halving=halving,
         resume=resume,
+        report=report,
     )
     progress = RichSweepProgress()  # on standard error: the result alone goes to the other
 
@@ -189,6 +193,7 @@ def _report(done: SweepResult, full: FullResult | None, swept: tuple[str, ...], 
             "train_s": done.train_s,
             "peak_memory_bytes": done.peak_memory_bytes,
             "full": None if full is None else {**asdict(full), "folder": str(full.folder)},
+            "report": None if done.report is None else str(done.report),
         }
         print(json_format.dumps({**found, **found_all}))
         return 0
@@ -208,4 +213,6 @@ def _report(done: SweepResult, full: FullResult | None, swept: tuple[str, ...], 
         f"{done.train_s:.0f} s of training, peak memory {done.peak_memory_bytes / 1e9:.2f} GB\n"
         f"best: {done.best}\nall: {done.folder / 'candidates'}"
     )
+    if done.report is not None:
+        print(f"report: {done.report}")
     return 0
