@@ -41,6 +41,7 @@ from lora.losses import loss_for
 from lora.out_of_memory import LOADING_ADVICE, advise, explained
 from lora.plan import MemoryPlan
 from lora.progress import NoProgress, Progress
+from lora.report import report_on
 from lora.run_memory import RunMemory, describe_plan, plan_run
 from lora.runs import Run, check_place, create_run, default_name, read_first_day
 from lora.samples import Sampler, choose_prompts
@@ -70,6 +71,8 @@ class FinetuneJob:
     """Go on from this adapter instead of a fresh one; its settings replace `lora`."""
     resume: bool = False
     """Go on with the run of this name from its newest checkpoint."""
+    report: bool = False
+    """Write `report.html`, `report.json` and pictures into the run's folder at the end."""
     deterministic: bool = False
     """Repeat to the bit on a GPU too: torch's deterministic algorithms, and the plain step."""
 
@@ -85,6 +88,8 @@ class FinetuneResult:
     result: TrainResult
     memory: RunMemory
     """What was planned against what was measured."""
+    report: Path | None = None
+    """The page, if one was asked for and could be written."""
 
 
 def finetune(
@@ -149,7 +154,8 @@ def _finetune(
         saved = _save(job, model, data.tokenizer, source, run)
         memory = RunMemory(memory_plan, result.peak_memory_bytes)
         run.write_json("result.json", {**asdict(result), "memory": memory.to_dict()})
-        return FinetuneResult(run.folder, saved, result, memory)
+        report_page = report_on(run.folder, progress.say) if job.report else None
+        return FinetuneResult(run.folder, saved, result, memory, report_page)
 
 
 def check_data(
@@ -327,13 +333,14 @@ def _save(
 def _describe(
     job: FinetuneJob, source: ModelSource, data: PreparedData, choice: DeviceChoice
 ) -> dict[str, Any]:
-    named = job.data if isinstance(job.data, Path | str) else "rows given in Python"
     return {
         "model": source.name,
+        "model_source": job.model,
         "device": choice.reason,
         "threads": torch.get_num_threads(),
         "data": {
-            "source": str(named),
+            "source": _named(job.data),
+            "eval_source": _named(job.eval_data),
             "examples": len(data.train_examples),
             "held_out_examples": len(data.held_out_examples),
             "rows": len(data.train),
@@ -349,3 +356,9 @@ def _describe(
         "data_config": asdict(job.data_config),
         "run": asdict(job.run),
     }
+
+
+def _named(source: Source | None) -> str | None:
+    if source is None:
+        return None
+    return str(source) if isinstance(source, Path | str) else "rows given in Python"

@@ -5,6 +5,7 @@
       candidates/   by name: run.json, metrics.jsonl, adapter/
       best/         the adapter with the lowest held-out loss
       loss.png      the losses of all candidates
+      report.html   all of it to look at, if it was asked for; report.json, pictures/
 
 Each candidate ends where `lora finetune` would bring it with the same settings, data and seed,
 within floating-point noise.
@@ -46,7 +47,7 @@ from lora.interrupts import StopRequests
 from lora.losses import decoder_loss
 from lora.out_of_memory import LOADING_ADVICE, explained
 from lora.plain_step import evaluate
-from lora.report import draw_loss_curves
+from lora.report import draw_loss_curves, report_on
 from lora.runs import (
     Run,
     check_place,
@@ -87,6 +88,8 @@ class SweepResult:
     train_s: float
     """Seconds this process spent in steps."""
     peak_memory_bytes: int
+    report: Path | None = None
+    """The page, if one was asked for and could be written."""
 
 
 def sweep(
@@ -119,6 +122,7 @@ def sweep(
     at_once, room = _choose_at_once(job, model, candidates, data, choice, progress, former)
     described = describe_job(job, source, data, choice, at_once)
     described["base_fingerprint"] = base_fingerprint(model)
+    described["base_parameters"] = sum(p.numel() for p in model.parameters())
     name = job.run.name or default_name(source.name)
     with create_run(job.run.out, name, resume=job.resume, described=described) as run:
         run.on_trouble = progress.say
@@ -126,7 +130,9 @@ def sweep(
             progress.say(run.note)
         base = _base(job, model, data, choice, run, progress, room)
         ledger = _open_ledger(job, base, candidates, at_once, former)
-        return _run_all(base, ledger, candidates, data, source, job.grid.swept())
+        done = _run_all(base, ledger, candidates, data, source, job.grid.swept())
+        page = report_on(run.folder, progress.say) if job.report else None
+        return replace(done, report=page)
 
 
 def _run_all(

@@ -39,6 +39,8 @@ class SweepJob:
     """Of it: out, name, device, and the intervals of evaluations and saves."""
     at_once: int | None = None
     """Candidates that train together; None: as many as fit into memory."""
+    report: bool = False
+    """Write `report.html`, `report.json` and pictures into the sweep's folder at the end."""
     halving: bool = False
     """Stop the worse half at a quarter and at half of the steps."""
     resume: bool = False
@@ -98,6 +100,7 @@ def describe_job(
     assert data.held_out is not None
     return {
         "model": source.name,
+        "model_source": job.model,
         "device": choice.reason,
         "threads": torch.get_num_threads(),
         "sweep": asked,

@@ -26,6 +26,7 @@ def finetune(
     full: bool = False,
     from_adapter: Path | None = None,
     resume: bool = False,
+    report: bool = True,
     deterministic: bool = False,
     json: bool = False,
     lora: Annotated[LoRAConfig | None, Flat] = None,
@@ -59,6 +60,8 @@ def finetune(
         Go on from this adapter; its rank and targets hold.
     resume
         Go on with the run called --name from its newest checkpoint.
+    report
+        Write report.html, report.json and pictures into the run's folder at the end.
     deterministic
         Repeat to the bit on a GPU too: torch's deterministic algorithms and the plain step, which
         is slower.
@@ -81,6 +84,7 @@ def finetune(
         run=run or RunConfig(),
         from_adapter=from_adapter,
         resume=resume,
+        report=report,
         deterministic=deterministic,
     )
     progress = RichProgress("finetune")  # on standard error: the result alone goes to the other
@@ -104,6 +108,7 @@ def _report(done: FinetuneResult, json: bool) -> int:
     if json:
         found = {"folder": str(done.folder), "saved": str(done.saved), **asdict(result)}
         found["memory"] = done.memory.to_dict()
+        found["report"] = None if done.report is None else str(done.report)
         print(json_format.dumps(found))
         return 0
     print(
@@ -112,4 +117,6 @@ def _report(done: FinetuneResult, json: bool) -> int:
     )
     print(done.memory.describe())
     print(f"saved: {done.saved}")
+    if done.report is not None:
+        print(f"report: {done.report}")
     return 0

@@ -23,9 +23,10 @@ from lora.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from lora.finetune import FinetuneJob, finetune
 from lora.runs import read_json, read_rows
 from lora.sweep import sweep
+from lora.sweep_full import sweep_with_full
 from lora.sweep_grid import Grid, build_candidates
 from lora.sweep_job import SweepJob
-from lora.sweep_ledger import Standing
+from lora.sweep_ledger import Standing, rank
 from lora.sweep_progress import NoSweepProgress
 
 TRAIN = TrainConfig(steps=12, batch_size=4)
@@ -194,6 +195,43 @@ def test_the_command_refuses_without_a_traceback(
 ) -> None:
     assert main(["sweep", "--data", str(tmp_path / "none.jsonl"), "--rank", "2,x"]) == 2
     assert "rank" in capsys.readouterr().err
+
+
+def test_full_fine_tuning_joins_the_sweep_and_is_what_finetune_makes(job: SweepJob) -> None:
+    done, full = sweep_with_full(job, NoSweepProgress(), 2e-3)
+    assert full.standing.settings["learning_rate"] == 2e-3
+    assert full.standing.step == TRAIN.steps
+    assert full.peak_memory_bytes > 1e8
+    alone = finetune(
+        FinetuneJob(
+            data=job.data, model=job.model, lora=None, data_config=DATA,
+            train=replace(TRAIN, learning_rate=2e-3),
+            run=RunConfig(out=job.run.out, name="alone", eval_every_steps=4, samples=0),
+        )
+    )  # fmt: skip
+    file = Path("model") / "model.safetensors"
+    assert (full.folder / file).read_bytes() == (alone.folder / file).read_bytes()
+    before = (full.folder / file).stat().st_mtime_ns
+    _, again = sweep_with_full(replace(job, resume=True), NoSweepProgress(), 2e-3)
+    assert again == full
+    assert (full.folder / file).stat().st_mtime_ns == before
+    ranked = rank([*done.standings, full.standing])
+    losses = [standing.eval_loss for standing in ranked]
+    assert losses == sorted(losses)  # type: ignore[type-var]
+
+
+def test_the_command_shows_full_fine_tuning_in_the_table(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "orders.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in make_orders("train", 32)))
+    words = f"sweep --data {file} --model {tiny_folder} --out {tmp_path} --rank 2,4 --steps 3"
+    assert main([*words.split(), "--max-length", "128", "--name", "run", "--full"]) == 0
+    out = capsys.readouterr().out
+    assert "full fine-tuning" in out
+    assert "│ full │" in out
+    assert main([*words.split(), "--full-learning-rate", "1e-4"]) == 2
+    assert "--full" in capsys.readouterr().err
 
 
 def start(tiny_folder: Path, file: Path, out: Path, *more: str) -> subprocess.Popen[str]:
