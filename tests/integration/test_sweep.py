@@ -51,7 +51,7 @@ def adapters(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def test_each_candidate_is_what_finetune_makes_and_the_best_is_chosen(job: SweepJob) -> None:
-    done = sweep(job)
+    done = sweep(replace(job, report=True))
     together = adapters(done.folder)
     assert len(together) == 4
     losses = {}
@@ -75,6 +75,12 @@ def test_each_candidate_is_what_finetune_makes_and_the_best_is_chosen(job: Sweep
     assert all(torch.equal(chosen[key], tensor) for key, tensor in together[best].items())
     assert done.standings[0].name == best
     assert (done.folder / "loss.png").stat().st_size > 1000
+    assert done.report == done.folder / "report.html"
+    told = read_json(done.folder / "report.json")
+    assert [r["name"] for r in told["runs"]] == [f"sweep/{s.name}" for s in done.standings]
+    assert {r["eval_loss"] for r in told["runs"]} == set(losses.values())
+    assert told["sweeps"][0]["best"] == f"sweep/{best}"
+    assert told["runs"][0]["total_parameters"] > told["runs"][0]["trainable_parameters"] > 0
 
 
 @pytest.mark.slow
