@@ -207,6 +207,7 @@ def _run_wave(
         else:
             with reading(base.run.folder / "checkpoints"):
                 wave.resume(*saved)
+        resumed_step = wave.step
         wave.run(stop)
         states = wave.states()
     if not wave.is_over:
@@ -219,6 +220,7 @@ def _run_wave(
     row = {"step": ledger.steps_taken, "candidates": [c.name for c in members], "until": until}
     memory = peak_memory_bytes(base.choice.device)
     times = {"train_s": wave.train_s, "wave_s": took_s, "peak_memory_bytes": memory}
+    times["timed_steps"] = wave.step - resumed_step  # those before a kill are in no row
     base.run.append_timing({**row, **times})
     if stop.received is not None and ledger.next_group() is not None:
         raise Interrupted(_say_interrupted(base, wave, stop), stop.exit_code)

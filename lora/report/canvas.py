@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lora.report.curves import COLOURS, LINE_STYLES, smooth
@@ -72,12 +72,7 @@ def draw_curves(named: Sequence[Curve], pale: Sequence[Curve], x_label: str) -> 
     axes.set_xlim(left=0)
     axes.locator_params(axis="x", integer=True)
     low, high = (0.9 * low, 1.1 * high) if is_log else (low, high)
-    axes.set_ylim(low, high)  # before the scale, which would look at losses that have run away
-    if is_log:
-        axes.set_yscale("log")
-        shown = [tick for tick in _LOG_TICKS if low <= tick <= high]
-        axes.set_yticks(shown, [short(tick) for tick in shown])
-        axes.minorticks_off()
+    _set_losses(axes, low, high, is_log=is_log)
     canvas.label_ends(labels, named)
     return canvas.figure
 
@@ -91,45 +86,50 @@ def draw_ranks(tried: Sequence[Tried], spot: SweetSpot) -> Figure:
     best = [min(one.loss for one in tried if one.rank == rank) for rank in ranks]
     low, high = min(best), max(max(best), spot.best_loss + spot.noise)
     room = max(high - low, 1e-3)
-    top = high + 0.7 * room
+    top = high + 0.5 * room
     axes.axhspan(spot.best_loss, spot.best_loss + spot.noise, color=BAND, linewidth=0, zorder=0)
     for one in tried:
-        above = one.loss > top
-        axes.plot([place[one.rank]], [min(one.loss, top - 0.02 * room)], color=MUTED,
-                  marker="^" if above else "o", markersize=3.2, alpha=0.55, zorder=2)  # fmt: skip
+        if one.loss <= top:
+            axes.plot([place[one.rank]], [one.loss], color=MUTED, marker="o", markersize=3.2,
+                      alpha=0.55, zorder=2)  # fmt: skip
     axes.plot(range(len(ranks)), best, color=SERIES[0], marker="o", markersize=4.5, zorder=3)
     where = place[spot.rank], spot.loss
     axes.plot(*where, marker="o", markersize=11, color=SERIES[1], fillstyle="none",
               markeredgewidth=1.6, zorder=4)  # fmt: skip
-    right = place[spot.rank] > 0.6 * (len(ranks) - 1)
+    is_last = spot.rank == ranks[-1]
+    told = "is best" if spot.rank == spot.best_rank else "is enough"
     axes.annotate(
-        f"rank {spot.rank} is enough", where, (-9 if right else 9, 11), color=INK,
-        textcoords="offset points", fontsize=FONT_PT, ha="right" if right else "left",
+        f"rank {spot.rank} {told}", where, (8 if is_last else 0, -13), color=INK, va="top",
+        textcoords="offset points", fontsize=FONT_PT, ha="right" if is_last else "center",
     )  # fmt: skip
     axes.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
     axes.set_xlim(-0.4, len(ranks) - 0.6)
-    axes.set_ylim(low - 0.25 * room, top)
+    axes.set_ylim(low - 0.4 * room, top)
     return canvas.figure
 
 
 def draw_rates(lines: Sequence[Curve], base_loss: float | None) -> Figure:
     """Draw loss against learning rate, a line each; what lies above the start is cut off."""
     labels = [_cut(line.label) for line in lines]
-    canvas = Canvas(labels, "held-out loss at the end, nats per token", "learning rate")
-    axes = canvas.axes
-    axes.set_xscale("log")
     losses = [loss for line in lines for _, loss in line.points]
     low, high = min(losses), max(losses)
     if base_loss is not None and base_loss > low:
         high = min(high, base_loss)
+    is_log = low > 0 and high > _LOG_FROM * low
+    y_label = "held-out loss at the end, nats per token" + (", logarithmic" if is_log else "")
+    canvas = Canvas(labels, y_label, "learning rate")
+    axes = canvas.axes
     room = max(high - low, 1e-3)
-    top = high + 0.08 * room
+    top = 1.15 * high if is_log else high + 0.08 * room
+    _set_losses(axes, 0.8 * low if is_log else low - 0.1 * room, top, is_log=is_log)
+    axes.set_xscale("log")
     for line in lines:
         style = LINE_STYLES[(line.number or 0) % len(LINE_STYLES)]
-        kept = [(rate, min(loss, top)) for rate, loss in line.points]
-        _plot(axes, kept, color=_colour(line), linestyle=style, marker="o", markersize=3.6)
-        cut = [(rate, top - 0.03 * room) for rate, loss in line.points if loss > top]
-        _plot(axes, cut, color=_colour(line), linestyle="none", marker="^", markersize=5)
+        _plot(axes, [(rate, min(loss, top)) for rate, loss in line.points], color=_colour(line),
+              linestyle=style, marker="o", markersize=3.6)  # fmt: skip
+        cut = [(rate, top) for rate, loss in line.points if loss > top]
+        _plot(axes, cut, color=_colour(line), linestyle="none", marker="^", markersize=6,
+              clip_on=False, zorder=5)  # fmt: skip
         best = min(line.points, key=lambda point: point[1])
         axes.plot(*best, marker="o", markersize=10, color=_colour(line), fillstyle="none",
                   markeredgewidth=1.4)  # fmt: skip
@@ -137,8 +137,12 @@ def draw_rates(lines: Sequence[Curve], base_loss: float | None) -> Figure:
     shown = rates if len(rates) <= 5 else rates[:: math.ceil(len(rates) / 5)]
     axes.set_xticks(shown, [short(rate) for rate in shown])
     axes.minorticks_off()
-    axes.set_ylim(low - 0.1 * room, top)
-    canvas.label_ends(labels, lines)
+    # A name stands beside the last point that is inside: at the top edge all lines meet.
+    inside = [[point for point in line.points if point[1] <= top] for line in lines]
+    ends = [
+        replace(line, points=own or line.points) for line, own in zip(lines, inside, strict=True)
+    ]
+    canvas.label_ends(labels, ends)
     return canvas.figure
 
 
@@ -232,6 +236,16 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
     for n, at in zip(order, placed, strict=True):
         found[n] = at
     return found
+
+
+def _set_losses(axes: Axes, low: float, high: float, *, is_log: bool) -> None:
+    """Let the axis of losses go from `low` to `high`."""
+    axes.set_ylim(low, high)  # before the scale, which would look at losses that have run away
+    if is_log:
+        axes.set_yscale("log")
+        shown = [tick for tick in _LOG_TICKS if low <= tick <= high]
+        axes.set_yticks(shown, [short(tick) for tick in shown])
+        axes.minorticks_off()
 
 
 def _limits(named: Sequence[Curve], pale: Sequence[Curve]) -> tuple[float, float]:

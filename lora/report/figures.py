@@ -111,7 +111,8 @@ def sweep_pictures(sweep: SweepRecord, number: int) -> list[Picture]:
             Picture(
                 f"rank{suffix}",
                 "Best held-out loss at the end, by rank. The band is what counts as noise: "
-                f"{spot.noise_from}. Small dots are the other learning rates.",
+                f"{spot.noise_from}. Small dots are other learning rates "
+                "(far worse ones are left out).",
                 f"Held-out loss by rank: the best is rank {spot.best_rank} with "
                 f"{loss_text(spot.best_loss)}; rank {spot.rank} with {loss_text(spot.loss)} is the "
                 "smallest within noise of it.",
@@ -181,7 +182,8 @@ def _rate_picture(name: str, lines: list[Curve], base_loss: float | None) -> Pic
     )
     return Picture(
         name,
-        "Held-out loss at the end, by learning rate. The ring marks the best.",
+        "Held-out loss at the end, by learning rate. Rings mark the best; triangles at the top "
+        "edge lie above the loss before training.",
         f"Held-out loss by learning rate: {told}.",
         lambda: draw_rates(lines, base_loss),
     )

@@ -23,7 +23,16 @@ from lora.runs import METRICS_FILE, SAMPLES_FILE, TIMINGS_FILE
 
 RUN_FILE, RESULT_FILE = "run.json", "result.json"
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "other")
-_SETTINGS = ("lora", "train", "data_config", "run", "settings", "deterministic", "from_adapter")
+_SETTINGS = (
+    "learning_rate",
+    "lora",
+    "train",
+    "data_config",
+    "run",
+    "settings",
+    "deterministic",
+    "from_adapter",
+)
 _NO_SETTINGS = ("run.name", "run.out", "train.learning_rate", "lora.init_seed")
 """Where a run lies is no setting; the rate and the seed that were used stand beside."""
 

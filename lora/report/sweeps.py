@@ -43,7 +43,6 @@ def read_sweep(
     best = result.text("best")
     base_loss = ledger.number("base_eval_loss")
     tried = find_tried(runs)
-    times = [t for row in timings if (t := row.number("train_s")) is not None]
     peaks = [p for row in timings if (p := row.count("peak_memory_bytes"))]
     record = SweepRecord(
         name=name,
@@ -56,13 +55,22 @@ def read_sweep(
         swept=swept,
         base_eval_loss=base_loss,
         best=None if best is None else f"{name}/{best}",
-        train_s=sum(times) if times else None,
+        train_s=_train_s(timings, ledger),
         peak_memory_bytes=max(peaks, default=None),
         tried=tried,
         sweet_spot=find_sweet_spot(tried, runs),
         command=sweep_command(asked.values, folder.name),
     )
     return record, runs
+
+
+def _train_s(timings: Sequence[Values], ledger: Values) -> float | None:
+    """Return the seconds of all steps; None if some were not timed, as those before a kill are."""
+    times = [row.number("train_s") for row in timings]
+    timed = sum(row.count("timed_steps") or 0 for row in timings)
+    if not times or timed != ledger.count("steps_taken"):
+        return None
+    return sum(seconds for seconds in times if seconds is not None)
 
 
 def list_of(values: Values, key: str) -> list[object]:
@@ -188,7 +196,7 @@ def _noise(runs: Sequence[RunRecord], best_loss: float) -> tuple[float, str]:
             best[one_rank] = losses
     several = [losses for losses in best.values() if len(losses) > 1]
     if not several:
-        told = f"{NOISE_FRACTION:.0%} of the best loss: with one seed, noise cannot be measured"
+        told = f"{100 * NOISE_FRACTION:g} % of the best loss: with one seed, noise cannot be measured"
         return NOISE_FRACTION * abs(best_loss), told
     squares = sum(statistics.variance(losses) * (len(losses) - 1) for losses in several)
     degrees = sum(len(losses) - 1 for losses in several)

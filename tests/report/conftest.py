@@ -162,7 +162,12 @@ def make_sweep(tmp_path: Path) -> Make:
         write_json(folder / "run.json", asked)
         ledger = {"standings": standings, "rungs": [5, 10, STEPS], "at_once": 6}
         write_json(folder / "sweep.json", {**ledger, "base_eval_loss": 2.0, "steps_taken": 20})
-        timing = {"step": 20, "train_s": 12.5, "peak_memory_bytes": 2_000_000_000}
+        timing = {
+            "step": 20,
+            "timed_steps": 20,
+            "train_s": 12.5,
+            "peak_memory_bytes": 2_000_000_000,
+        }
         write_lines(folder / "timings.jsonl", [timing])
         if is_finished:
             best = next(s["name"] for s in standings if s["eval_loss"] == 0.35)

@@ -125,6 +125,14 @@ def test_noise_is_measured_where_there_are_seeds(make_sweep: Make, tmp_path: Pat
     assert next(t for t in sweep.tried if t.rank == 16).n_seeds == 2
 
 
+def test_the_time_of_a_sweep_that_was_killed_is_not_known(make_sweep: Make, tmp_path: Path) -> None:
+    folder = make_sweep()
+    rewrite(folder / "sweep.json", lambda v: v.update(steps_taken=26))
+    (sweep,) = read_report([folder], tmp_path).sweeps
+    assert sweep.train_s is None
+    assert sweep.peak_memory_bytes == 2_000_000_000
+
+
 def test_an_unfinished_sweep_has_no_best(make_sweep: Make, tmp_path: Path) -> None:
     (sweep,) = read_report([make_sweep(is_finished=False)], tmp_path).sweeps
     assert (sweep.status, sweep.best) == ("unfinished", None)

@@ -35,7 +35,9 @@ def test_any_name_can_be_drawn(name: str) -> None:
 def test_ranks_and_rates_that_ran_away_can_be_drawn() -> None:
     tried = [Tried(4, 1e-3, 0.5, 1), Tried(8, 1e-3, 0.4, 1), Tried(8, 1e-1, 1e6, 1)]
     spot = SweetSpot(8, 0.4, 8, 0.4, 0.0, "one seed")
-    assert "rank 8 is enough" in svg_of(draw_ranks(tried, spot), "x", "")
+    assert "rank 8 is best" in svg_of(draw_ranks(tried, spot), "x", "")
+    enough = SweetSpot(4, 0.5, 8, 0.4, 0.2, "one seed")
+    assert "rank 4 is enough" in svg_of(draw_ranks(tried, enough), "x", "")
     lines = [Curve("rank 8", [(1e-3, 0.4), (1e-1, 1e6)], 0), Curve("rank 4", [(1e-3, 0.5)], 1)]
     for base in (None, 2.0, 0.1):
         assert "rank 4" in svg_of(draw_rates(lines, base), "x", "")
