@@ -60,7 +60,7 @@ def read_report(folders: Sequence[Path], out: Path, title: str | None = None) ->
         sweeps=tuple(sweeps),
         comparisons=tuple(comparisons),
         ratios=find_ratios(runs, sweeps),
-        notes=_notes(runs),
+        notes=(*_notes(runs), *_notes_of(comparisons)),
         command=_command(folders, title),
     )
 
@@ -98,6 +98,15 @@ def _title(folders: Sequence[Path]) -> str:
 def _command(folders: Sequence[Path], title: str | None) -> str:
     words = ["lora", "report", *(str(folder) for folder in folders)]
     return shlex.join([*words, *(["--title", title] if title else [])])
+
+
+def _notes_of(comparisons: Sequence[ComparisonRecord]) -> list[str]:
+    several = len(comparisons) > 1
+    return [
+        f"{one.name}: {note}" if several else f"{note[:1].upper()}{note[1:]}."
+        for one in comparisons
+        for note in one.notes
+    ]
 
 
 def _notes(runs: Sequence[RunRecord]) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ def loss_pictures(report: Report) -> list[Picture]:
     shown = [_curve(run, number, by_time=False) for number, run in enumerate(named)]
     faint = [_curve(run, None, by_time=False) for run in pale[:MOST_PALE]]
     ends = "; ".join(f"{run.name} ends at {loss_text(run.eval_loss)}" for run in named)
-    left_out = f" The best {len(named)} are named." if pale else ""
+    left_out = f" The best {len(named)} are named, the others grey." if pale else ""
     told = f"Dots are evaluations, pale lines the training loss.{left_out}"
     pictures = [
         Picture(

@@ -33,6 +33,16 @@ def count_text(value: float | None) -> str:
     return DASH if not _is_known(value) else f"{value:,.0f}"
 
 
+def parameters_text(value: float | None) -> str:
+    """Return a number of parameters: 640, 305 k, 4.88 M."""
+    if value is None or not _is_known(value):
+        return DASH
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{figures(value / size)} {unit}"
+    return f"{value:.0f}"
+
+
 def figures(value: float | None, digits: int = 3) -> str:
     """Return a number to `digits` significant digits, never as a power of ten."""
     if value is None or not _is_known(value):

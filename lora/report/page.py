@@ -180,6 +180,9 @@ def describe_comparison(comparison: ComparisonRecord) -> str:
     text = " ".join(parts) + "."
     if comparison.base_eval_loss is not None:
         text += f" Held-out loss of the base: {loss_text(comparison.base_eval_loss)}."
+    text_name = next((m.forgetting.name for m in comparison.members if m.forgetting), None)
+    if text_name:
+        text += f" The other text, which is not learned: {text_name}."
     if comparison.rate_steps:
         text += f" Learning rates were tried for {count_text(comparison.rate_steps)} steps each."
     return text if comparison.status == "finished" else f"{text} It is unfinished."

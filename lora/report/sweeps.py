@@ -196,7 +196,8 @@ def _noise(runs: Sequence[RunRecord], best_loss: float) -> tuple[float, str]:
             best[one_rank] = losses
     several = [losses for losses in best.values() if len(losses) > 1]
     if not several:
-        told = f"{100 * NOISE_FRACTION:g} % of the best loss: with one seed, noise cannot be measured"
+        share = f"{100 * NOISE_FRACTION:g} % of the best loss"
+        told = f"{share}: with one seed, noise cannot be measured"
         return NOISE_FRACTION * abs(best_loss), told
     squares = sum(statistics.variance(losses) * (len(losses) - 1) for losses in several)
     degrees = sum(len(losses) - 1 for losses in several)

@@ -26,7 +26,7 @@ PART_NAMES = {
     "other": "process and library",
 }
 _METHOD_CELLS: dict[Method, str] = {"lora": "LoRA", "full": "full", "peft": "PEFT", "unknown": DASH}
-_CHOSEN = {"sweep": "best of those tried", "default": "the default", "given": "given"}
+_CHOSEN = {"sweep": "best tried", "default": "default", "given": "given"}
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ _RUN_CELLS: tuple[Cell, ...] = (
     (Column("step", "ms"), lambda r: numbers.figures(_times(r.step_s, 1000))),
     (Column("learned", "tokens/s"), lambda r: numbers.figures(r.tokens_per_s)),
     (Column("peak", "GB"), lambda r: numbers.figures(_times(r.peak_memory_bytes, 1e-9))),
-    (Column("trained", "million"), lambda r: numbers.figures(_times(r.trainable_parameters, 1e-6))),
+    (Column("trained", "parameters"), lambda r: numbers.parameters_text(r.trainable_parameters)),
     (Column("trained", "share"), lambda r: numbers.share_text(r.trainable_share)),
-    (Column("stored", "MB"), lambda r: numbers.figures(_times(r.stored_bytes, 1e-6))),
+    (Column("stored", "on disk"), lambda r: numbers.size_text(r.stored_bytes)),
 )
 
 
@@ -118,14 +118,14 @@ def members_table(report: Report, comparison: ComparisonRecord) -> Table:
     runs = [report.run(member.run) for member in members]
     chosen = [_CHOSEN.get(member.rate_chosen, DASH) for member in members]
     cells.append((Column("rate"), [numbers.short(run.learning_rate) for run in runs]))
-    cells.append((Column("how it was chosen", is_numeric=False), chosen))
+    cells.append((Column("chosen", is_numeric=False), chosen))
     for title, changes, shown in (
-        ("loss on", [m.forgetting for m in members], numbers.loss_text),
+        ("loss on another text", [m.forgetting for m in members], numbers.loss_text),
         ("", [m.task for m in members], numbers.share_text),
     ):
         named = next((change.name for change in changes if change is not None), None)
         if named is not None:
-            heading = f"{title} {named}".strip()
+            heading = title or named
             before = [DASH if c is None else shown(c.before) for c in changes]
             after = [DASH if c is None else shown(c.after) for c in changes]
             cells += [(Column(heading, "before"), before), (Column(heading, "after"), after)]
@@ -227,8 +227,9 @@ def describe_ratios(report: Report, one: Ratios) -> str:
     if one.step_speed is not None:
         parts.append(f"{one.step_speed:.2f} times as fast a step")
     if one.memory_saved is not None:
-        side = "less" if one.memory_saved >= 0 else "more"
-        parts.append(f"{abs(one.memory_saved):.0%} {side} memory at the peak".replace("%", " %"))
+        percent = round(100 * abs(one.memory_saved))
+        side = "less" if one.memory_saved > 0 else "more"
+        parts.append(f"{percent} % {side} memory at the peak" if percent else "as much memory")
     if one.loss_difference is not None:
         side = "lower" if one.loss_difference < 0 else "higher"
         parts.append(f"held-out loss {abs(one.loss_difference):.4f} {side} at the end")

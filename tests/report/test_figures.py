@@ -7,7 +7,14 @@ import pytest
 
 from lora.report.canvas import Curve, draw_bars, draw_curves, draw_ranks, draw_rates, spread
 from lora.report.figures import choose_curves, time_unit
-from lora.report.numbers import figures, loss_text, share_text, size_text, time_text
+from lora.report.numbers import (
+    figures,
+    loss_text,
+    parameters_text,
+    share_text,
+    size_text,
+    time_text,
+)
 from lora.report.records import Memory, Point, RunRecord, SweetSpot, Tried
 from lora.report.svg import png_of, svg_of
 
@@ -78,6 +85,9 @@ def test_numbers_have_sensible_digits() -> None:
     ]  # fmt: skip
     assert [time_text(v) for v in (2.5, 299.0, 600.0, 7200.0)] == [
         "2.50 s", "299 s", "10.0 min", "2.00 h"
+    ]  # fmt: skip
+    assert [parameters_text(v) for v in (None, 640, 304_920, 4_884_480, 8.03e9)] == [
+        "–", "640", "305 k", "4.88 M", "8.03 B"
     ]  # fmt: skip
     assert share_text(0.0178) == "1.78 %"
     assert time_unit(100) == ("seconds", 1.0)
