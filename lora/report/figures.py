@@ -86,18 +86,21 @@ def loss_pictures(report: Report) -> list[Picture]:
 def choose_curves(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list[RunRecord]]:
     """Return the runs to name in a picture, and those to draw pale.
 
-    Runs that stand alone come first, then members, then candidates by their loss at the end.
+    Runs that stand alone come first, then members, then candidates (which have no times of their
+    own) by their loss at the end.
     """
     measured = [run for run in runs if run.held_out]
     if len(measured) <= MOST_CURVES:
         return measured, []
     alone = [run for run in measured if not run.group]
-    grouped = sorted(
-        (run for run in measured if run.group),
-        key=lambda run: (run.status == "failed", run.status == "stopped", run.eval_loss or 0.0),
-    )
+    grouped = sorted((run for run in measured if run.group), key=_place)
     ranked = [*alone, *grouped]
     return ranked[:MOST_CURVES], ranked[MOST_CURVES:]
+
+
+def _place(run: RunRecord) -> tuple[bool, bool, bool, float]:
+    loss = math.inf if run.eval_loss is None else run.eval_loss
+    return run.step_s is None, run.status == "failed", run.status == "stopped", loss
 
 
 def sweep_pictures(sweep: SweepRecord, number: int) -> list[Picture]:

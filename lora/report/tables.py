@@ -17,6 +17,8 @@ from lora.report.records import (
     RunRecord,
 )
 
+SINGLE = "single runs"
+"""Heading of runs that belong to no sweep or comparison, where others do."""
 PART_NAMES = {
     "weights": "weights",
     "gradients": "gradients",
@@ -90,7 +92,7 @@ def runs_table(report: Report, keys: dict[str, int] | None = None) -> Table:
             run.name.removeprefix(f"{run.group}/") if run.group else run.name,
             row,
             (keys or {}).get(run.name),
-            run.group if len(groups) > 1 else "",
+            (run.group or SINGLE) if len(groups) > 1 else "",
         )
         for run, row in zip(runs, rows, strict=True)
     )
