@@ -111,15 +111,17 @@ def find_findings(report: Report) -> list[str]:
     found += [text for sweep in report.sweeps if (text := _sweep_finding(report, sweep))]
     alone = [run for run in report.runs if not run.group]
     if len(alone) == 1 or not found:
-        found += [_run_finding(run) for run in alone[:3]]
+        named = len(report.runs) > 1
+        found += [f"{run.name}: {_run_finding(run)}" if named else _run_finding(run)
+                  for run in alone[:3]]  # fmt: skip
     return found
 
 
 def _run_finding(run: RunRecord) -> str:
     if not run.held_out:
-        return f"{run.name}: nothing has been measured yet."
+        return "Nothing has been measured yet."
     first, last = run.held_out[0], run.held_out[-1]
-    took = f", {time_text(run.train_s)} in steps" if run.train_s else ""
+    took = f" and {time_text(run.train_s)}" if run.train_s else ""
     so_far = "" if run.status == "finished" else f" It is unfinished: {_progress(run)}."
     if first is last:
         return f"Held-out loss {loss_text(last.loss)} at step {last.step}.{so_far}"

@@ -71,7 +71,7 @@ def test_empty_metrics_are_told_as_they_stand(
 ) -> None:
     (folder / "metrics.jsonl").write_text("")
     assert main(["report", str(folder)]) == 0
-    assert "nothing has been measured yet" in capsys.readouterr().out
+    assert "Nothing has been measured yet" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_written_is_told(

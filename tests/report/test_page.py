@@ -187,7 +187,7 @@ def test_a_run_of_nothing_still_has_a_page(make_run: Make, tmp_path: Path) -> No
         (folder / name).unlink()
     files = write_report([folder], folder)
     assert files.pictures == ()
-    assert "nothing has been measured yet" in Page(files.html.read_text()).text
+    assert "Nothing has been measured yet" in Page(files.html.read_text()).text
 
 
 def test_a_disk_that_refuses_is_told_and_harms_nothing(make_run: Make, tmp_path: Path) -> None:
