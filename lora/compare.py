@@ -112,6 +112,7 @@ def compare(
     base = _measure_base(contest, config, progress_of)
     name = config.run.name or default_name(f"compare-{base.name}")
     asked = {"kind": "compare", "compare": described, "model": base.name, "device": base.device}
+    asked["run"] = asdict(config.run)  # where and how often: may change when it is resumed
     with create_run(config.run.out, name, resume=config.resume, described=asked) as run:
         going = _Going(contest, config, run, progress_of)
         going.once(BASE_FILE, lambda: asdict(base))

@@ -10,7 +10,7 @@ import dataclasses
 import shlex
 from typing import Any
 
-from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.config import FULL_LEARNING_RATE, DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.sweep_grid import SWEPT, Grid, short_number
 
 IN_MEMORY = "rows given in Python"
@@ -38,8 +38,11 @@ def finetune_command(asked: dict[str, Any], name: str) -> str | None:
     return shlex.join(["lora", "finetune", *words])
 
 
-def sweep_command(asked: dict[str, Any], name: str) -> str | None:
-    """Return the `lora sweep` of a `run.json`; None if it was not on files."""
+def sweep_command(asked: dict[str, Any], name: str, full_rate: float | None = None) -> str | None:
+    """Return the `lora sweep` of a `run.json`; None if it was not on files.
+
+    `full_rate` is that of full fine-tuning beside it; None: there was none.
+    """
     words, sweep = _source_words(asked), asked.get("sweep")
     grid = sweep.get("grid") if isinstance(sweep, dict) else None
     if words is None or not isinstance(grid, dict) or not isinstance(sweep, dict):
@@ -49,6 +52,10 @@ def sweep_command(asked: dict[str, Any], name: str) -> str | None:
         default = list(getattr(Grid(), key))
         if isinstance(values, list) and values != default:
             words += [_flag(key), ",".join(_written(value) for value in values)]
+    if full_rate is not None:
+        words += ["--full"]
+        is_default = full_rate == FULL_LEARNING_RATE
+        words += [] if is_default else ["--full-learning-rate", _written(full_rate)]
     words += ["--halving"] if sweep.get("halving") is True else []
     words += _flags(asked.get("lora"), LoRAConfig, without=SWEPT)
     words += _flags(asked.get("train"), TrainConfig, without=SWEPT)

@@ -38,8 +38,11 @@ def read_sweep(
     standings = rank(_standings(ledger))
     runs = [_candidate(folder, base, name, s, swept, faults) for s in standings]
     runs.sort(key=_place)
+    full_rate = None
     if (folder / FULL / RUN_FILE).is_file():
-        runs.append(replace(read_run(folder / FULL, base, faults, group=name), label=FULL))
+        full = replace(read_run(folder / FULL, base, faults, group=name), label=FULL)
+        full_rate = full.learning_rate
+        runs.append(full)
     best = result.text("best")
     base_loss = ledger.number("base_eval_loss")
     tried = find_tried(runs)
@@ -59,7 +62,7 @@ def read_sweep(
         peak_memory_bytes=max(peaks, default=None),
         tried=tried,
         sweet_spot=find_sweet_spot(tried, runs),
-        command=sweep_command(asked.values, folder.name),
+        command=sweep_command(asked.values, folder.name, full_rate),
     )
     return record, runs
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lora.cli import build_app
+from lora.compare_job import Rates
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.report.command import comparison_command, finetune_command, sweep_command
 from lora.sweep_grid import Grid
@@ -71,9 +72,11 @@ def test_the_command_of_a_sweep_asks_for_the_same() -> None:
     asked = {"data": DATA, "sweep": {"grid": asdict(grid), "halving": True}}
     asked |= {"lora": lora, "train": train, "data_config": asdict(DataConfig(max_length=99))}
     asked |= {"run": asdict(RunConfig(name="s", eval_every_steps=3))}
-    command = sweep_command(as_json(asked), "s")
+    command = sweep_command(as_json(asked), "s", 2e-5)
     assert command is not None
     found = parsed(command)
+    assert (found["full"], found["full_learning_rate"]) == (True, 2e-5)
+    assert "--full-learning-rate" not in (sweep_command(as_json(asked), "s", 1e-4) or "")
     assert found["grid"] == grid
     assert found["halving"] is True
     assert found["lora"].rslora is True
@@ -92,12 +95,17 @@ def test_the_command_of_a_comparison_names_what_was_asked() -> None:
         "measures": {"forgetting_data": None, "metric": "exact-match", "test_data": None,
                      "answers": 40, "answer_tokens": 64},
     }  # fmt: skip
-    command = comparison_command(as_json({"compare": compare}), "fair")
+    run = asdict(RunConfig(name="fair", samples=3))
+    command = comparison_command(as_json({"compare": compare, "run": run}), "fair")
     assert command == (
         "lora compare --data orders.jsonl --eval-data held.jsonl --same time --peft "
         "--rates 3e-4,1e-3 --rate-steps 20 --metric exact-match --answers 40 --answer-tokens 64 "
-        "--rank 4 --steps 50 --name fair"
+        "--rank 4 --steps 50 --name fair --samples 3"
     )
+    found = parsed(command)
+    assert found["rates"] == Rates(rates=(3e-4, 1e-3), rate_steps=20)
+    assert (found["same"], found["peft"], found["run"].samples) == ("time", True, 3)
+    assert found["measures"].metric == "exact-match"
 
 
 def test_what_was_started_from_python_has_no_command() -> None:
