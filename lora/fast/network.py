@@ -20,8 +20,11 @@ from lora.fast.buffers import Buffers, Widths
 from lora.fast.flat import FlatParameters
 from lora.fast.ops import Ops
 from lora.fast.projections import FrozenProjection, FullProjection, Projection
+from lora.fast.stacked_flat import StackedFlat
+from lora.fast.stacked_projection import StackedProjection
 from lora.fast.weights import Weights
 from lora.lora_module import LoRALayer
+from lora.stacked import StackedLoRALinear
 
 OWN_ATTENTION_TOKENS = 2048
 """Packed rows up to this length go through our kernels of attention; beyond, torch's are faster."""
@@ -37,7 +40,7 @@ class FastNetwork:
     def __init__(
         self,
         model: Decoder,
-        flat: FlatParameters,
+        flat: FlatParameters | StackedFlat,
         ops: Ops,
         dtype: torch.dtype,
         *,
@@ -54,10 +57,12 @@ class FastNetwork:
         feeds = [block.mlp for block in blocks]
 
         def project(parts: list[list[nn.Module]]) -> Projection:
+            if not trains_all and not any(has_lora(module) for part in parts for module in part):
+                return FrozenProjection(parts, dtype)
+            if isinstance(flat, StackedFlat):
+                return StackedProjection(parts, flat, dtype, ops)
             if trains_all:
                 return FullProjection(parts, flat, dtype)
-            if not any(isinstance(module, LoRALayer) for part in parts for module in part):
-                return FrozenProjection(parts, dtype)
             if masks is not None:
                 return DroppedProjection(parts, flat, dtype, ops, masks)
             if merges:
@@ -85,7 +90,7 @@ class FastNetwork:
         """Return the first block in which something trains: gradients end there."""
         for number, (attention, feed) in enumerate(zip(heads, feeds, strict=True)):
             parts = (*attention.modules(), *feed.modules())
-            if any(isinstance(module, LoRALayer) for module in parts):
+            if any(has_lora(module) for module in parts):
                 return number
         return len(heads)
 
@@ -164,3 +169,8 @@ class FastNetwork:
         if kept.keeps_activations:
             dy = kept.before[self.first + 1 :]
             self.down.receive(layers, kept.activated[layers], dy, first=first)
+
+
+def has_lora(module: nn.Module) -> bool:
+    """Whether LoRA of one adapter or of several is on this linear."""
+    return isinstance(module, LoRALayer | StackedLoRALinear)

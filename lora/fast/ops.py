@@ -7,7 +7,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lora.kernels import adamw, attention, dropout, merge, norm, rotary, swiglu, token_loss
+from lora.kernels import (
+    adamw,
+    attention,
+    dropout,
+    merge,
+    norm,
+    rotary,
+    stacked_adamw,
+    stacked_linear,
+    swiglu,
+    token_loss,
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,8 @@ class Ops:
     add_low_rank: Callable[..., None]
     attend: Callable[..., None]
     attend_backward: Callable[..., None]
+    stacked_product: Callable[..., None]
+    stacked_adamw: Callable[..., None]
 
 
 PLAIN = Ops(
@@ -47,6 +60,8 @@ PLAIN = Ops(
     add_low_rank=merge.add_low_rank,
     attend=attention.attend,
     attend_backward=attention.attend_backward,
+    stacked_product=stacked_linear.stacked_product,
+    stacked_adamw=stacked_adamw.stacked_adamw,
 )
 
 TRITON = Ops(
@@ -65,4 +80,6 @@ TRITON = Ops(
     add_low_rank=merge.add_low_rank_triton,
     attend=attention.attend_triton,
     attend_backward=attention.attend_backward_triton,
+    stacked_product=stacked_linear.stacked_product,
+    stacked_adamw=stacked_adamw.stacked_adamw_triton,
 )

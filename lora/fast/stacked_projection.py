@@ -1,0 +1,122 @@
+"""Projections with the LoRA of K adapters: one product of all rows with W, small ones by adapter.
+
+What differs from `lora.fast.adapted`: the rows of the buffers are those of adapter 0, then those
+of adapter 1, and so on, and the A of linears that read the same input are one matrix (K, R, I) for
+each block. A row of a product depends on that row alone, and the low-rank part of an adapter on its
+own rows, so a NaN in one adapter's rows goes nowhere else. Smaller ranks are padded with zero rows
+of A and columns of B; as both factors are zero there, the gradients of padding are zero too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lora.fast.flat import Slot
+from lora.fast.ops import Ops
+from lora.fast.projections import Member, Projection
+from lora.fast.stacked_flat import StackedFlat
+from lora.stacked import StackedLoRALinear
+
+RANK_STEP = 16
+"""Columns for LoRA come in multiples of this, so that rows of every tensor stay aligned."""
+
+
+class StackedProjection(Projection):
+    """y = x Wᵀ + (x A_kᵀ) (s_k B_k)ᵀ for the rows of each adapter k.
+
+    `x` (K·N, I + R) keeps x Aᵀ in its last columns, `dy` (K·N, O + R) keeps s · dy B.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Sequence[nn.Module]],
+        flat: StackedFlat,
+        dtype: torch.dtype,
+        ops: Ops,
+    ) -> None:
+        super().__init__(blocks, dtype)
+        self.n_adapters, self.ops = flat.n_adapters, ops
+        self.adapted: list[tuple[Member, slice, Slot, Tensor]] = []
+        start = 0
+        for member in self.members:
+            ranks = [m.lora_A.shape[1] for m in member.modules if isinstance(m, StackedLoRALinear)]
+            if ranks:
+                part = slice(start, start + max(ranks))
+                height = member.rows.stop - member.rows.start
+                slot = flat.reserve((self.n_layers, height, max(ranks)), decays=True)
+                self.adapted.append((member, part, slot, self._scales(member)))
+                start = part.stop
+        self.width = self.extra = -(-start // RANK_STEP) * RANK_STEP
+        """Columns of h, all members' ranks together, rounded up."""
+        self.a_slot = flat.reserve((self.n_layers, self.width, self.inputs), decays=True)
+        self.base = self.empty(self.n_layers, self.outputs, self.inputs)
+        self.place(self.base)
+        n_layers, n_adapters = self.n_layers, self.n_adapters
+        self.a = self.empty(n_layers, n_adapters, self.width, self.inputs)
+        self.b = self.empty(n_layers, n_adapters, self.outputs, self.width).zero_()
+
+    def _scales(self, member: Member) -> Tensor:
+        """Return every adapter's scaling in every block, (L, K, 1, 1)."""
+        none = torch.zeros(self.n_adapters)
+        scales = [m.scaling if isinstance(m, StackedLoRALinear) else none for m in member.modules]
+        return torch.stack([s.to(self.device) for s in scales])[:, :, None, None]
+
+    def fill(self) -> None:
+        for member, part, slot, _ in self.adapted:
+            for layer, module in enumerate(member.modules):
+                if isinstance(module, StackedLoRALinear):
+                    rank = module.lora_A.shape[1]
+                    rows = slice(part.start, part.start + rank)
+                    _move(module.lora_A, self.a_slot.values[:, layer, rows])
+                    _move(module.lora_B, slot.values[:, layer, :, :rank])
+        self.refresh()
+
+    def refresh(self) -> None:
+        self.a.copy_(self.a_slot.values.transpose(0, 1))
+        for member, part, slot, scale in self.adapted:
+            torch.mul(slot.values.transpose(0, 1), scale, out=self.b[:, :, member.rows, part])
+
+    def forward(self, layer: int, x: Tensor, out: Tensor) -> None:
+        x, low = x[:, : self.inputs], x[:, self.inputs :]
+        bias = None if self.bias is None else self.bias[layer]
+        self.ops.stacked_product(
+            self._each(x), self.base[layer].T, bias, self.a[layer].mT, self.b[layer].mT,
+            self._each(low), self._each(out),
+        )  # fmt: skip
+
+    def backward(self, layer: int, dy: Tensor, dx: Tensor | None) -> None:
+        dy, low = self._each(dy[:, : self.outputs]), self._each(dy[:, self.outputs :])
+        if dx is None:
+            torch.bmm(dy, self.b[layer], out=low)
+            return
+        self.ops.stacked_product(
+            dy, self.base[layer], None, self.b[layer], self.a[layer], low, self._each(dx)
+        )
+
+    def receive(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
+        x, dy = self._each(x.flatten(0, 1), len(x)), self._each(dy.flatten(0, 1), len(dy))
+        shape = (-1, self.n_adapters)
+        h, dh = x[..., self.inputs :], dy[..., self.outputs :]  # (layers · K, N, R)
+        da = torch.bmm(dh.mT, x[..., : self.inputs]).unflatten(0, shape)  # (layers, K, R, I)
+        db = torch.bmm(dy[..., : self.outputs].mT, h).unflatten(0, shape)  # (layers, K, O, R)
+        _put(self.a_slot.gradients[:, layers], da.transpose(0, 1), first)
+        for member, part, slot, scale in self.adapted:
+            block = db[:, :, member.rows, part] * scale[layers]  # (layers, K, O, R)
+            _put(slot.gradients[:, layers], block.transpose(0, 1), first)
+
+    def _each(self, rows: Tensor, times: int = 1) -> Tensor:
+        """Return `rows` (times · K · N, W) by adapter, (times · K, N, W)."""
+        return rows.unflatten(0, (times * self.n_adapters, -1))
+
+
+def _put(target: Tensor, gradient: Tensor, first: bool) -> None:
+    target.copy_(gradient) if first else target.add_(gradient)
+
+
+def _move(parameter: nn.Parameter, view: Tensor) -> None:
+    view.copy_(parameter)
+    parameter.data = cast(Tensor, view)

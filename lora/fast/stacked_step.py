@@ -1,0 +1,68 @@
+"""The fast training step of K stacked adapters: one forward and backward over the rows of all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lora.apply_stacked import Stacked
+from lora.decoder.decoder import Decoder
+from lora.fast.network import FastNetwork
+from lora.fast.ops import Ops
+from lora.fast.stacked_flat import StackedFlat
+from lora.fast.stacked_update import StackedUpdate
+from lora.fast.step import WrittenStep
+
+
+class StackedFastStep(WrittenStep):
+    """Trains the adapters of `stacked`, all at once, on batches (K·B, T), adapter 0's rows first.
+
+    Args:
+        model: its frozen weights take `dtype` and become views of the step's tensors.
+        stacked: its layers' A and B become views of one buffer (K, n).
+        ops: what lies between the products.
+        dtype: of products and activations.
+        weight_decays: of each adapter.
+        max_grad_norms: of each adapter; 0 leaves its gradients alone.
+        own_attention: of packed rows through our kernels; None decides by the rows' length.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        stacked: Stacked,
+        ops: Ops,
+        dtype: torch.dtype,
+        *,
+        weight_decays: Sequence[float],
+        max_grad_norms: Sequence[float],
+        own_attention: bool | None = None,
+    ) -> None:
+        device = next(model.parameters()).device
+        wide = torch.promote_types(dtype, torch.float32)
+        self.flat = StackedFlat(stacked.stack.n_adapters, device, wide)
+        with torch.no_grad():
+            network = FastNetwork(
+                model,
+                self.flat,
+                ops,
+                dtype,
+                trains_all=False,
+                merges=False,
+                own_attention=own_attention,
+            )
+            self.flat.allocate()
+            network.fill()
+        self.update = StackedUpdate(
+            self.flat,
+            ops.stacked_adamw,
+            weight_decays=weight_decays,
+            max_grad_norms=max_grad_norms,
+        )
+        super().__init__(model, ops, network, self.update)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring what products read up to date, after A and B were changed from outside."""
+        self.network.refresh()
