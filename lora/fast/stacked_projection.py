@@ -10,7 +10,6 @@ of A and columns of B; as both factors are zero there, the gradients of padding 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -119,4 +118,4 @@ def _put(target: Tensor, gradient: Tensor, first: bool) -> None:
 
 def _move(parameter: nn.Parameter, view: Tensor) -> None:
     view.copy_(parameter)
-    parameter.data = cast(Tensor, view)
+    parameter.data = view

@@ -62,6 +62,12 @@ class StackedFastStep(WrittenStep):
         )
         super().__init__(model, ops, network, self.update)
 
+    def describe(self) -> str:
+        """Return in words what lies between the products, and how LoRA goes beside them."""
+        kind = str(self.network.dtype).removeprefix("torch.")
+        n = self.flat.n_adapters
+        return f"{self.ops.name} kernels, {kind} products; LoRA of {n} adapters beside the weights"
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Bring what products read up to date, after A and B were changed from outside."""
