@@ -148,7 +148,7 @@ def _prepare(setting: Setting) -> Callable[[Decoder], nn.Module]:
 
 def _plan_fast(setting: Setting, model: Decoder, counts: ParameterCounts) -> MemoryPlan:
     held = fast_memory(model, setting.rows, setting.tokens, packed=setting.packed)
-    parts = {**vars(held), "other": held.other + _evaluation_bytes(setting)}
+    parts = {**vars(held), "other": held.other + evaluation_bytes(setting)}
     return MemoryPlan("fast", counts.trainable, counts.total, **parts)
 
 
@@ -158,7 +158,7 @@ def _plan_traced(setting: Setting, counts: ParameterCounts, step: str, base: int
     gradients, loss = made.gradients, made.loss
     if step == "captured":
         loss = CAPTURED_LOSS_BYTES * setting.rows * setting.tokens * setting.config.vocab_size
-        base += _evaluation_bytes(setting)
+        base += evaluation_bytes(setting)
     if step == "captured" or setting.micro_batches > 1 or setting.lora is not None:
         gradients = trained  # those of the micro-batches before, or one flat buffer
     return MemoryPlan(
@@ -174,7 +174,7 @@ def _plan_traced(setting: Setting, counts: ParameterCounts, step: str, base: int
     )
 
 
-def _evaluation_bytes(setting: Setting) -> int:
+def evaluation_bytes(setting: Setting) -> int:
     """Return what evaluating takes: beside a graph, whose buffers stay, it comes on top."""
     made = _trace(setting, learns=False)
     return made.activations + made.loss

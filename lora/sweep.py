@@ -17,6 +17,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,12 @@ from lora.data.tokenizers import load_tokenizer
 from lora.decoder.decoder import Decoder
 from lora.decoder.hf_weights import load_decoder
 from lora.decoder.sources import ModelSource, find_model
-from lora.device import DeviceChoice, choose_device, peak_memory_bytes
+from lora.device import (
+    DeviceChoice,
+    choose_device,
+    deterministic_algorithms,
+    peak_memory_bytes,
+)
 from lora.errors import (
     DataError,
     Interrupted,
@@ -58,7 +64,7 @@ from lora.runs import (
     read_rows,
 )
 from lora.sweep_grid import Candidate, build_candidates
-from lora.sweep_job import SweepJob, check_job, check_same_sweep, describe_job
+from lora.sweep_job import SweepJob, check_job, check_same_sweep, describe_job, takes_fast
 from lora.sweep_ledger import LEDGER_FILE, Ledger, Standing, find_rungs, read_ledger
 from lora.sweep_progress import NoSweepProgress, SweepProgress
 from lora.sweep_room import find_room
@@ -124,7 +130,13 @@ def sweep(
     described["base_fingerprint"] = base_fingerprint(model)
     described["base_parameters"] = sum(p.numel() for p in model.parameters())
     name = job.run.name or default_name(source.name)
-    with create_run(job.run.out, name, resume=job.resume, described=described) as run:
+    if job.deterministic:
+        described["deterministic"] = True
+        progress.say("deterministic: torch's algorithms that repeat to the bit, and the plain step")
+    with (
+        deterministic_algorithms() if job.deterministic else nullcontext(),
+        create_run(job.run.out, name, resume=job.resume, described=described) as run,
+    ):
         run.on_trouble = progress.say
         if run.note:
             progress.say(run.note)
@@ -313,6 +325,7 @@ def _base(
         run=run,
         progress=progress,
         room=room,
+        fast=takes_fast(job),
     )
 
 
@@ -370,6 +383,7 @@ def _choose_at_once(
         packed=job.data_config.packing,
         learned_fraction=data.train.n_target_tokens / (len(data.train) * data.train.row_tokens),
         choice=choice,
+        fast=takes_fast(job),
     )
     fit = len(candidates) if room.n_fit is None else max(1, room.n_fit)
     asked = job.at_once or (former.at_once if former else None)

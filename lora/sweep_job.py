@@ -36,7 +36,7 @@ class SweepJob:
     """What all candidates share; the grid's values replace its own."""
     data_config: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
-    """Of it: out, name, device, and the intervals of evaluations and saves."""
+    """Of it: out, name, device, fast, and the intervals of evaluations and saves."""
     at_once: int | None = None
     """Candidates that train together; None: as many as fit into memory."""
     report: bool = False
@@ -45,6 +45,13 @@ class SweepJob:
     """Stop the worse half at a quarter and at half of the steps."""
     resume: bool = False
     """Go on with the sweep of this name."""
+    deterministic: bool = False
+    """Repeat to the bit on a GPU too: torch's deterministic algorithms, and the plain step."""
+
+
+def takes_fast(job: SweepJob) -> bool:
+    """Whether the fast step may train the candidates."""
+    return job.run.fast and not job.deterministic
 
 
 def check_job(job: SweepJob, candidates: list[Candidate]) -> None:

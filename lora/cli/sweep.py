@@ -77,6 +77,9 @@ class SweepRun:
     """Steps between checkpoints; 0 saves at each evaluation."""
     device: str = RunConfig.device
     """auto, cpu, cuda, cuda:1 …"""
+    fast: bool = RunConfig.fast
+    """On a GPU, train the candidates through the fast stacked step where it can be; --no-fast
+    takes the plain one."""
 
 
 def sweep(
@@ -90,6 +93,7 @@ def sweep(
     full_learning_rate: float | None = None,
     resume: bool = False,
     report: bool = True,
+    deterministic: bool = False,
     json: bool = False,
     grid: Annotated[Grid | None, Flat] = None,
     lora: Annotated[SharedLoRA | None, Flat] = None,
@@ -132,6 +136,8 @@ def sweep(
         Go on with the sweep called --name, after a kill for example.
     report
         Write report.html, report.json and pictures into the sweep's folder at the end.
+    deterministic
+        Make a second sweep on the same GPU end with the same bits: slower, through the plain step.
     json
         Print the result as one JSON object.
     """
@@ -159,6 +165,7 @@ def sweep(
         halving=halving,
         resume=resume,
         report=report,
+        deterministic=deterministic,
     )
     progress = RichSweepProgress()  # on standard error: the result alone goes to the other
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from lora.decoder.decoder import Decoder
+from lora.apply_stacked import apply_stacked
+from lora.config import LoRAConfig
+from lora.decoder.config import DecoderConfig
+from lora.decoder.decoder import Decoder, build_empty_decoder
 from lora.fast.buffers import Buffers
+from lora.fast.flat import FlatParameters
+from lora.fast.network import FastNetwork
 from lora.fast.ops import PLAIN
-from lora.fast.step import FastStep
+from lora.fast.stacked_flat import StackedFlat
+from lora.fast.stacked_projection import StackedProjection
+from lora.fast.stacked_step import StackedFastStep
+from lora.fast.step import FastStep, WrittenStep
 
 CUBLAS_WORKSPACE_BYTES = 32 * 2**20
 
@@ -45,31 +54,63 @@ def fast_memory(model: Decoder, rows: int, tokens: int, *, packed: bool = True) 
     if not all(p.is_meta for p in model.parameters()):
         model = model.to("meta")
     step = FastStep(model, PLAIN, torch.bfloat16)
+    return _count(step, step.flat, rows, tokens, packed=packed)
+
+
+@torch.no_grad()
+def stacked_memory(
+    config: DecoderConfig, loras: Sequence[LoRAConfig], rows: int, tokens: int, *, packed: bool
+) -> FastMemory:
+    """Return what a fast stacked step holds: `rows` × `tokens` tokens for each of `loras`."""
+    model = build_empty_decoder(config).bfloat16()
+    stacked = apply_stacked(model, loras, range(len(loras)))
+    none = [0.0] * len(loras)
+    step = StackedFastStep(
+        model, stacked, PLAIN, torch.bfloat16, weight_decays=none, max_grad_norms=none
+    )
+    held = _count(step, step.flat, len(loras) * rows, tokens, packed=packed)
+    return replace(held, gradients=held.gradients + _made_by_receiving(step))
+
+
+def _made_by_receiving(step: StackedFastStep) -> int:
+    """Return what the gradients of one projection take before they are in the flat buffer."""
+    most = 0
+    for projection in step.network.projections:
+        if isinstance(projection, StackedProjection):
+            share = projection.layers_together / projection.n_layers
+            scaled = max(slot.values.numel() for _, _, slot, _ in projection.adapted)
+            made = 2 * (projection.a.numel() + projection.b.numel()) + 4 * scaled
+            most = max(most, round(share * made))
+    return most
+
+
+def _count(
+    step: WrittenStep, flat: FlatParameters | StackedFlat, rows: int, tokens: int, *, packed: bool
+) -> FastMemory:
     kept = step.network.buffers(rows, tokens)
-    flat = step.flat.values.numel() * 4
+    trained = flat.values.numel() * 4
     return FastMemory(
-        weights=_frozen_bytes(step) + flat,
-        gradients=flat,
-        optimizer=2 * flat,
+        weights=_frozen_bytes(step.network, flat) + trained,
+        gradients=trained,
+        optimizer=2 * trained,
         activations=_bytes_of(kept) + _kept_by_attention(step, kept, packed=packed),
         loss=kept.logits.numel() * kept.logits.element_size(),
         other=CUBLAS_WORKSPACE_BYTES,
     )
 
 
-def _frozen_bytes(step: FastStep) -> int:
+def _frozen_bytes(network: FastNetwork, flat: FlatParameters | StackedFlat) -> int:
     """Return the bytes of all tensors that projections and norms hold, each storage once."""
-    network = step.network
     owners = (*network.projections, *network.weights)
     storages = {}
-    flat = step.flat.values.untyped_storage()._cdata
+    trained = flat.values.untyped_storage()._cdata
     for owner in owners:
         for value in vars(owner).values():
             for tensor in value if isinstance(value, list) else [value]:
                 if isinstance(tensor, torch.Tensor):
                     storage = tensor.untyped_storage()
                     storages[storage._cdata] = storage.nbytes()
-    storages.pop(flat, None)
+    storages.pop(trained, None)
     return sum(storages.values())
 
 
@@ -79,7 +120,7 @@ def _bytes_of(kept: Buffers) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def _kept_by_attention(step: FastStep, kept: Buffers, *, packed: bool) -> int:
+def _kept_by_attention(step: WrittenStep, kept: Buffers, *, packed: bool) -> int:
     """Return what torch's attention keeps for autograd: its output and the sums of its rows."""
     if packed and step.network.owns_attention(kept.tokens):
         return 0

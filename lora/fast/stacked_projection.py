@@ -22,6 +22,8 @@ from lora.stacked import StackedLoRALinear
 
 RANK_STEP = 16
 """Columns for LoRA come in multiples of this, so that rows of every tensor stay aligned."""
+MADE_TOGETHER_ELEMENTS = 2**25
+"""Gradients of A and B that are there twice, in the products' type beside the flat buffer."""
 
 
 class StackedProjection(Projection):
@@ -97,6 +99,19 @@ class StackedProjection(Projection):
         )
 
     def receive(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
+        numbers, count = range(self.n_layers)[layers], self.layers_together
+        for start in range(0, len(numbers), count):
+            some = numbers[start : start + count]
+            part = slice(start, start + count)
+            self._receive(slice(some[0], some[-1] + 1), x[part], dy[part], first=first)
+
+    @property
+    def layers_together(self) -> int:
+        """Blocks whose gradients are made at once, before they go into the flat buffer."""
+        each = self.n_adapters * self.width * (self.inputs + self.outputs)
+        return max(1, min(self.n_layers, MADE_TOGETHER_ELEMENTS // each))
+
+    def _receive(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
         x, dy = self._each(x.flatten(0, 1), len(x)), self._each(dy.flatten(0, 1), len(dy))
         shape = (-1, self.n_adapters)
         h, dh = x[..., self.inputs :], dy[..., self.outputs :]  # (layers · K, N, R)
