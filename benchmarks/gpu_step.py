@@ -90,10 +90,10 @@ OURS = (
 """`theirs`: transformers' model through `apply_lora` and our trainer."""
 
 
-def build_model(shape: Shape, dtype: torch.dtype) -> Decoder:
-    """Return a decoder of this shape with random values, on the GPU."""
+def build_config(shape: Shape, *, tied: bool = True) -> DecoderConfig:
+    """Return the config of a Llama of this shape."""
     layer = LayerConfig(RopeConfig(10000.0), None, shape.head_dim**-0.5)
-    config = DecoderConfig(
+    return DecoderConfig(
         family="llama",
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
@@ -101,12 +101,16 @@ def build_model(shape: Shape, dtype: torch.dtype) -> Decoder:
         norm_eps=1e-5,
         block="pre_norm",
         embedding_scale=1.0,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         attention=AttentionConfig(shape.heads, shape.shared, shape.head_dim),
         feed_forward=FeedForwardConfig(shape.feed_forward, "silu"),
         layers=(layer,) * shape.layers,
     )
-    model = build_empty_decoder(config)
+
+
+def build_model(shape: Shape, dtype: torch.dtype, *, tied: bool = True) -> Decoder:
+    """Return a decoder of this shape with random values, on the GPU."""
+    model = build_empty_decoder(build_config(shape, tied=tied))
     draw = torch.Generator("cuda").manual_seed(0)
 
     def value(parameter: torch.Tensor) -> torch.Tensor:

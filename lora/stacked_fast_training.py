@@ -60,6 +60,7 @@ class FastStackedTraining:
     ) -> None:
         self.stacked, self._configs, self._rates = stacked, tuple(configs), tuple(rates)
         self.is_cuda = choice.device.type == "cuda"
+        self.late_steps = READ_LATE_STEPS if self.is_cuda else 0
         self.step = StackedFastStep(
             model,
             stacked,
@@ -97,7 +98,7 @@ class FastStackedTraining:
         All but the newest unless `wait`. An adapter that failed in one is in `failures` then.
         """
         done = []
-        while len(self._launched) > (0 if wait or not self.is_cuda else READ_LATE_STEPS):
+        while len(self._launched) > (0 if wait else self.late_steps):
             done.append(self._read(self._launched.popleft()))
         return done
 

@@ -50,7 +50,7 @@ class FastNetwork:
         own_attention: bool | None = None,
     ) -> None:
         self.model, self.config, self.ops, self.dtype = model, model.config, ops, dtype
-        self.trains_all, self._own_attention = trains_all, own_attention
+        self.trains_all, self.own_attention = trains_all, own_attention
         trunk = cast(LlamaTrunk, model.trunk)
         blocks = [cast(PreNormBlock, block) for block in trunk.layers]
         heads = [block.self_attn for block in blocks]
@@ -134,8 +134,8 @@ class FastNetwork:
 
     def owns_attention(self, tokens: int) -> bool:
         """Whether packed rows of `tokens` tokens go through our kernels of attention."""
-        if self._own_attention is not None:
-            return self._own_attention
+        if self.own_attention is not None:
+            return self.own_attention
         return tokens <= OWN_ATTENTION_TOKENS and self.config.head_dim in OWN_ATTENTION_WIDTHS
 
     def prepare(self, tokens: int) -> None:

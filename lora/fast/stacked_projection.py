@@ -54,8 +54,11 @@ class StackedProjection(Projection):
         self.width = self.extra = -(-start // RANK_STEP) * RANK_STEP
         """Columns of h, all members' ranks together, rounded up."""
         self.a_slot = flat.reserve((self.n_layers, self.width, self.inputs), decays=True)
-        self.base = self.empty(self.n_layers, self.outputs, self.inputs)
-        self.place(self.base)
+        placed = None if self.device.type == "meta" else self.placed()
+        self.base = (
+            self.empty(self.n_layers, self.outputs, self.inputs) if placed is None else placed
+        )
+        self.place(self.base)  # onto themselves where they lie right, as in a sweep's second wave
         n_layers, n_adapters = self.n_layers, self.n_adapters
         self.a = self.empty(n_layers, n_adapters, self.width, self.inputs)
         self.b = self.empty(n_layers, n_adapters, self.outputs, self.width).zero_()

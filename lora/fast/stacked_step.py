@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from lora.apply_stacked import Stacked
+from lora.data.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.fast.network import FastNetwork
 from lora.fast.ops import Ops
 from lora.fast.stacked_flat import StackedFlat
 from lora.fast.stacked_update import StackedUpdate
 from lora.fast.step import WrittenStep
+from lora.kernels.attention import BLOCK_KEYS
 
 
 class StackedFastStep(WrittenStep):
@@ -39,6 +41,7 @@ class StackedFastStep(WrittenStep):
         max_grad_norms: Sequence[float],
         own_attention: bool | None = None,
     ) -> None:
+        self._own_attention = own_attention
         device = next(model.parameters()).device
         wide = torch.promote_types(dtype, torch.float32)
         self.flat = StackedFlat(stacked.stack.n_adapters, device, wide)
@@ -61,6 +64,12 @@ class StackedFastStep(WrittenStep):
             max_grad_norms=max_grad_norms,
         )
         super().__init__(model, ops, network, self.update)
+
+    def _make_room(self, batch: Batch) -> None:
+        each = batch.input_ids.numel() // self.flat.n_adapters
+        # A tile of our attention kernels that spans two adapters would bring a NaN across.
+        self.network.own_attention = self._own_attention if each % BLOCK_KEYS == 0 else False
+        super()._make_room(batch)
 
     def describe(self) -> str:
         """Return in words what lies between the products, and how LoRA goes beside them."""

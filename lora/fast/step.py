@@ -63,6 +63,8 @@ class WrittenStep:
         self.ending = update
         self.report = update.report
         self.graphs = Graphs(self.device, update.is_live)
+        self.own_rows = False
+        """Whether rows of one document go through our kernels of attention where they can."""
         self.buffers: Buffers | None = None
         self.inputs: Inputs | None = None
 
@@ -112,7 +114,7 @@ class WrittenStep:
             target.copy_(_staged(source.reshape(-1), target.device), non_blocking=True)
         tokens = batch.input_ids.shape[1]
         if bool((batch.document_ids == 0).all()) and not self._has_windows(tokens):
-            return False, 0
+            return self.own_rows and self.network.owns_attention(tokens), 0
         if self.network.owns_attention(tokens):
             return True, 0
         return True, self._put_bounds(batch.document_ids, inputs)

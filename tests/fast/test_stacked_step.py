@@ -100,9 +100,9 @@ def test_steps_are_the_plain_ones(
     step = build(fast, own, TRAIN, own_attention=packed)
     for number in range(STEPS):
         batches = [
-            stack_batches([make_batch(100 * k + 10 * number + place, packed=packed) for k in (0, 1, 2)])
-            for place in range(n_micro)
-        ]  # fmt: skip
+            stack_batches([make_batch(seed + 10 * number + k, packed=packed) for k in (0, 1, 2)])
+            for seed in range(0, 100 * n_micro, 100)
+        ]
         losses = training.step(batches)
         step.launch(batches, RATES, number + 1)
         assert step.report[:, 0].tolist() == pytest.approx(losses, rel=1e-6)
@@ -160,20 +160,24 @@ def test_one_adapter_is_trained_as_by_the_fast_step_of_one(
         assert relative(stacked.values(0)[f"{name}.lora_B"], layer.lora_B) < 1e-6
 
 
+@pytest.mark.parametrize(("packed", "own"), [(False, None), (True, True), (True, False)])
 def test_an_adapter_that_is_not_finite_is_stopped_and_leaves_the_bits_of_the_others(
-    tiny_decoder: Callable[..., Decoder], make_batch: Callable[..., Batch]
+    tiny_decoder: Callable[..., Decoder],
+    make_batch: Callable[..., Batch],
+    packed: bool,
+    own: bool | None,
 ) -> None:
     def train(break_at: int) -> tuple[StackedFastStep, list[list[float]]]:
         model = tiny_decoder()
         stacked = stack(model, configs())
-        step, taken = build(model, stacked, TRAIN), []
+        step, taken = build(model, stacked, TRAIN, own_attention=own), []
         for number in range(5):
             if number == break_at:
                 kept = next(iter(stacked.layers.values())).lora_A
                 with torch.no_grad():
                     kept[1, 0, 0] = math.nan
                 step.refresh()
-            batch = stack_batches([make_batch(10 * k + number, packed=False) for k in range(3)])
+            batch = stack_batches([make_batch(10 * k + number, packed=packed) for k in range(3)])
             step.launch([batch], RATES, number + 1)
             taken.append(step.report[:, 3].tolist())
             if number == break_at:  # whole again, and still stopped
