@@ -60,7 +60,7 @@ class FastNetwork:
             if not trains_all and not any(has_lora(module) for part in parts for module in part):
                 return FrozenProjection(parts, dtype)
             if isinstance(flat, StackedFlat):
-                return StackedProjection(parts, flat, dtype, ops)
+                return StackedProjection(parts, flat, dtype, ops, fuses=merges)
             if trains_all:
                 return FullProjection(parts, flat, dtype)
             if masks is not None:

@@ -41,6 +41,7 @@ class Ops:
     attend: Callable[..., None]
     attend_backward: Callable[..., None]
     stacked_product: Callable[..., None]
+    fused_stacked_product: Callable[..., None]
     stacked_adamw: Callable[..., None]
 
 
@@ -61,6 +62,7 @@ PLAIN = Ops(
     attend=attention.attend,
     attend_backward=attention.attend_backward,
     stacked_product=stacked_linear.stacked_product,
+    fused_stacked_product=stacked_linear.stacked_product,
     stacked_adamw=stacked_adamw.stacked_adamw,
 )
 
@@ -81,5 +83,6 @@ TRITON = Ops(
     attend=attention.attend_triton,
     attend_backward=attention.attend_backward_triton,
     stacked_product=stacked_linear.stacked_product,
+    fused_stacked_product=stacked_linear.fused_stacked_product_triton,
     stacked_adamw=stacked_adamw.stacked_adamw_triton,
 )

@@ -38,9 +38,12 @@ class StackedProjection(Projection):
         flat: StackedFlat,
         dtype: torch.dtype,
         ops: Ops,
+        *,
+        fuses: bool,
     ) -> None:
         super().__init__(blocks, dtype)
-        self.n_adapters, self.ops = flat.n_adapters, ops
+        self.n_adapters = flat.n_adapters
+        self.product = ops.fused_stacked_product if fuses else ops.stacked_product
         self.adapted: list[tuple[Member, slice, Slot, Tensor]] = []
         start = 0
         for member in self.members:
@@ -51,7 +54,7 @@ class StackedProjection(Projection):
                 slot = flat.reserve((self.n_layers, height, max(ranks)), decays=True)
                 self.adapted.append((member, part, slot, self._scales(member)))
                 start = part.stop
-        self.width = self.extra = -(-start // RANK_STEP) * RANK_STEP
+        self.width = self.extra = _rounded(start, fuses)
         """Columns of h, all members' ranks together, rounded up."""
         self.a_slot = flat.reserve((self.n_layers, self.width, self.inputs), decays=True)
         placed = None if self.device.type == "meta" else self.placed()
@@ -87,7 +90,7 @@ class StackedProjection(Projection):
     def forward(self, layer: int, x: Tensor, out: Tensor) -> None:
         x, low = x[:, : self.inputs], x[:, self.inputs :]
         bias = None if self.bias is None else self.bias[layer]
-        self.ops.stacked_product(
+        self.product(
             self._each(x), self.base[layer].T, bias, self.a[layer].mT, self.b[layer].mT,
             self._each(low), self._each(out),
         )  # fmt: skip
@@ -97,9 +100,7 @@ class StackedProjection(Projection):
         if dx is None:
             torch.bmm(dy, self.b[layer], out=low)
             return
-        self.ops.stacked_product(
-            dy, self.base[layer], None, self.b[layer], self.a[layer], low, self._each(dx)
-        )
+        self.product(dy, self.base[layer], None, self.b[layer], self.a[layer], low, self._each(dx))
 
     def receive(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
         numbers, count = range(self.n_layers)[layers], self.layers_together
@@ -128,6 +129,13 @@ class StackedProjection(Projection):
     def _each(self, rows: Tensor, times: int = 1) -> Tensor:
         """Return `rows` (times · K · N, W) by adapter, (times · K, N, W)."""
         return rows.unflatten(0, (times * self.n_adapters, -1))
+
+
+def _rounded(ranks: int, fuses: bool) -> int:
+    """Return `ranks` rounded up, so that rows stay aligned; the kernel wants a power of two."""
+    if fuses:
+        return max(RANK_STEP, 1 << (ranks - 1).bit_length())
+    return -(-ranks // RANK_STEP) * RANK_STEP
 
 
 def _put(target: Tensor, gradient: Tensor, first: bool) -> None:

@@ -13,7 +13,7 @@ from lora.fast.network import FastNetwork
 from lora.fast.ops import Ops
 from lora.fast.stacked_flat import StackedFlat
 from lora.fast.stacked_update import StackedUpdate
-from lora.fast.step import WrittenStep
+from lora.fast.step import MERGE_BELOW_WIDTH, WrittenStep
 from lora.kernels.attention import BLOCK_KEYS
 
 
@@ -27,6 +27,7 @@ class StackedFastStep(WrittenStep):
         dtype: of products and activations.
         weight_decays: of each adapter.
         max_grad_norms: of each adapter; 0 leaves its gradients alone.
+        fuses: make W's and LoRA's products in one kernel; None decides by the model's width.
         own_attention: of packed rows through our kernels; None decides by the rows' length.
     """
 
@@ -39,9 +40,11 @@ class StackedFastStep(WrittenStep):
         *,
         weight_decays: Sequence[float],
         max_grad_norms: Sequence[float],
+        fuses: bool | None = None,
         own_attention: bool | None = None,
     ) -> None:
         self._own_attention = own_attention
+        self.fuses = model.config.hidden_size < MERGE_BELOW_WIDTH if fuses is None else fuses
         device = next(model.parameters()).device
         wide = torch.promote_types(dtype, torch.float32)
         self.flat = StackedFlat(stacked.stack.n_adapters, device, wide)
@@ -52,7 +55,7 @@ class StackedFastStep(WrittenStep):
                 ops,
                 dtype,
                 trains_all=False,
-                merges=False,
+                merges=self.fuses,
                 own_attention=own_attention,
             )
             self.flat.allocate()
@@ -75,7 +78,8 @@ class StackedFastStep(WrittenStep):
         """Return in words what lies between the products, and how LoRA goes beside them."""
         kind = str(self.network.dtype).removeprefix("torch.")
         n = self.flat.n_adapters
-        return f"{self.ops.name} kernels, {kind} products; LoRA of {n} adapters beside the weights"
+        how = "within the weights' products" if self.fuses else "beside them"
+        return f"{self.ops.name} kernels, {kind} products, LoRA of {n} adapters {how}"
 
     @torch.no_grad()
     def refresh(self) -> None:
