@@ -102,10 +102,11 @@ def batch(seed: int, *, packed: bool, tokens: int = 192) -> Batch:
     positions = torch.arange(tokens).expand(2, -1).clone()
     labels[:, ::7] = -100
     if packed:
-        for start in (50, 51, 130):
+        for start in (10, 11, 40):
             documents[0, start:] += 1
             positions[0, start:] = torch.arange(tokens - start)
-        documents[1, 150:], labels[1, 150:] = -1, -100
+        documents[1, 50:], labels[1, 50:] = -1, -100
+        positions[1, 50:] = 0
     return Batch(ids, labels, positions, documents)
 
 
