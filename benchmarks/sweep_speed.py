@@ -84,22 +84,23 @@ def gpu_together(shape: Shape, n: int, *, tied: bool = True) -> dict[str, Any]:
     stacked = apply_stacked(model, loras(n), range(n))
     training = build_training(model, stacked, *configs(n), choice, say=said.append)
     streams = [build_stream(shape, training.batch_device, packed=False) for _ in range(n)]
+    losses: list[list[float]] = []
     for k, stream in enumerate(streams):  # each its own rows
         stream.load_state_dict({**stream.state_dict(), "row": k})
 
     def step() -> None:
         training.launch([stack_batches([next(stream) for stream in streams])])
-        training.finished(wait=False)
+        losses.extend(training.finished(wait=False))
 
     began_s = time.perf_counter()
     step()
     torch.cuda.synchronize()
     start_s = time.perf_counter() - began_s
     found = {"step_ms": median_ms(step, WARM_UP, TIMED), "start_s": start_s, "step": said[0]}
-    losses = training.finished(wait=True)[-1]
+    losses.extend(training.finished(wait=True))
     assert not training.failures, training.failures
     peak = torch.cuda.max_memory_allocated() / 1e9
-    return {**found, "peak_gb": peak, "losses": [round(loss, 3) for loss in losses]}
+    return {**found, "peak_gb": peak, "losses": [round(loss, 3) for loss in losses[-1]]}
 
 
 def gpu_one(shape: Shape) -> dict[str, Any]:
