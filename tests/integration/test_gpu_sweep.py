@@ -188,7 +188,7 @@ def test_one_adapter_is_trained_as_by_the_fast_step_of_one() -> None:
         batches = [batch(number, packed=True)]
         step.launch(batches, [1e-3], number + 1)
         one.launch(batches, 1e-3, number + 1)
-        assert step.report[0, :3].tolist() == pytest.approx(one.report[:3].tolist(), rel=1e-2)
+        assert step.report[0, :3].tolist() == pytest.approx(one.report[:3].tolist(), rel=2e-2)
     assert step.report[0, 3] == one.report[3] == 1
 
 
