@@ -21,7 +21,7 @@ from lora.fast.flat import FlatParameters
 from lora.fast.ops import Ops
 from lora.fast.projections import FrozenProjection, FullProjection, Projection
 from lora.fast.stacked_flat import StackedFlat
-from lora.fast.stacked_projection import StackedProjection
+from lora.fast.stacked_projection import MergedStackedProjection, StackedProjection
 from lora.fast.weights import Weights
 from lora.lora_module import LoRALayer
 from lora.stacked import StackedLoRALinear
@@ -60,7 +60,9 @@ class FastNetwork:
             if not trains_all and not any(has_lora(module) for part in parts for module in part):
                 return FrozenProjection(parts, dtype)
             if isinstance(flat, StackedFlat):
-                return StackedProjection(parts, flat, dtype, ops, fuses=merges)
+                if merges:
+                    return MergedStackedProjection(parts, flat, dtype, ops)
+                return StackedProjection(parts, flat, dtype)
             if trains_all:
                 return FullProjection(parts, flat, dtype)
             if masks is not None:

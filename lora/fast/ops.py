@@ -15,7 +15,6 @@ from lora.kernels import (
     norm,
     rotary,
     stacked_adamw,
-    stacked_linear,
     swiglu,
     token_loss,
 )
@@ -40,8 +39,6 @@ class Ops:
     add_low_rank: Callable[..., None]
     attend: Callable[..., None]
     attend_backward: Callable[..., None]
-    stacked_product: Callable[..., None]
-    fused_stacked_product: Callable[..., None]
     stacked_adamw: Callable[..., None]
 
 
@@ -61,8 +58,6 @@ PLAIN = Ops(
     add_low_rank=merge.add_low_rank,
     attend=attention.attend,
     attend_backward=attention.attend_backward,
-    stacked_product=stacked_linear.stacked_product,
-    fused_stacked_product=stacked_linear.stacked_product,
     stacked_adamw=stacked_adamw.stacked_adamw,
 )
 
@@ -82,7 +77,5 @@ TRITON = Ops(
     add_low_rank=merge.add_low_rank_triton,
     attend=attention.attend_triton,
     attend_backward=attention.attend_backward_triton,
-    stacked_product=stacked_linear.stacked_product,
-    fused_stacked_product=stacked_linear.fused_stacked_product_triton,
     stacked_adamw=stacked_adamw.stacked_adamw_triton,
 )

@@ -27,7 +27,7 @@ class StackedFastStep(WrittenStep):
         dtype: of products and activations.
         weight_decays: of each adapter.
         max_grad_norms: of each adapter; 0 leaves its gradients alone.
-        fuses: make W's and LoRA's products in one kernel; None decides by the model's width.
+        merges: make W + s·B·A of each adapter once a step; None decides by the model's width.
         own_attention: of packed rows through our kernels; None decides by the rows' length.
     """
 
@@ -40,11 +40,11 @@ class StackedFastStep(WrittenStep):
         *,
         weight_decays: Sequence[float],
         max_grad_norms: Sequence[float],
-        fuses: bool | None = None,
+        merges: bool | None = None,
         own_attention: bool | None = None,
     ) -> None:
         self._own_attention = own_attention
-        self.fuses = model.config.hidden_size < MERGE_BELOW_WIDTH if fuses is None else fuses
+        self.merges = model.config.hidden_size < MERGE_BELOW_WIDTH if merges is None else merges
         device = next(model.parameters()).device
         wide = torch.promote_types(dtype, torch.float32)
         self.flat = StackedFlat(stacked.stack.n_adapters, device, wide)
@@ -55,7 +55,7 @@ class StackedFastStep(WrittenStep):
                 ops,
                 dtype,
                 trains_all=False,
-                merges=self.fuses,
+                merges=self.merges,
                 own_attention=own_attention,
             )
             self.flat.allocate()
@@ -78,7 +78,7 @@ class StackedFastStep(WrittenStep):
         """Return in words what lies between the products, and how LoRA goes beside them."""
         kind = str(self.network.dtype).removeprefix("torch.")
         n = self.flat.n_adapters
-        how = "within the weights' products" if self.fuses else "beside them"
+        how = "merged once a step, a weight for each" if self.merges else "beside the weights"
         return f"{self.ops.name} kernels, {kind} products, LoRA of {n} adapters {how}"
 
     @torch.no_grad()

@@ -97,7 +97,7 @@ def test_steps_are_the_plain_ones(
     frozen = {n: p.detach().clone() for n, p in plain.named_parameters()}
     reference, own = stack(plain, adapters), stack(fast, adapters)
     training = StackedTraining(plain, reference, StackedDecoderLoss(reference), TRAIN, RATES)
-    step = build(fast, own, TRAIN, own_attention=packed, fuses=packed)
+    step = build(fast, own, TRAIN, own_attention=packed, merges=packed)
     for number in range(STEPS):
         batches = [
             stack_batches([make_batch(seed + 10 * number + k, packed=packed) for k in (0, 1, 2)])

@@ -115,7 +115,7 @@ def together(seed: int, **settings: object) -> Batch:
 
 
 def fast_step(
-    model: Decoder, stacked: Stacked, train: Sequence[TrainConfig], *, fuses: bool | None = None
+    model: Decoder, stacked: Stacked, train: Sequence[TrainConfig], *, merges: bool | None = None
 ) -> StackedFastStep:
     return StackedFastStep(
         model,
@@ -124,7 +124,7 @@ def fast_step(
         torch.bfloat16,
         weight_decays=[config.weight_decay for config in train],
         max_grad_norms=[config.max_grad_norm for config in train],
-        fuses=fuses,
+        merges=merges,
     )
 
 
@@ -133,13 +133,13 @@ def gradient_of(step: StackedFastStep, parameter: torch.Tensor) -> torch.Tensor:
     return step.flat.gradients.as_strided(parameter.shape, parameter.stride(), place)
 
 
-@pytest.mark.parametrize("fuses", [True, False])
+@pytest.mark.parametrize("merges", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
-def test_gradients_are_those_of_autograd(packed: bool, fuses: bool) -> None:
+def test_gradients_are_those_of_autograd(packed: bool, merges: bool) -> None:
     plain, fast = build(), build()
     reference, stacked = stack(plain), stack(fast)
     plain.float()  # what fp32 makes of the same values
-    step = fast_step(fast, stacked, TRAIN, fuses=fuses)
+    step = fast_step(fast, stacked, TRAIN, merges=merges)
     batches = together(1, packed=packed)
     step.launch([batches], [0.0] * 3)
     sums, counts = StackedDecoderLoss(reference)(plain, batches.to("cuda"))
@@ -192,17 +192,17 @@ def test_one_adapter_is_trained_as_by_the_fast_step_of_one() -> None:
     assert step.report[0, 3] == one.report[3] == 1
 
 
-@pytest.mark.parametrize("fuses", [True, False])
+@pytest.mark.parametrize("merges", [True, False])
 @pytest.mark.parametrize(
     ("packed", "tokens"), [(False, 192), (True, 192), (True, 200), (False, 200)]
 )
 def test_an_adapter_that_is_not_finite_leaves_the_bits_of_the_others(
-    packed: bool, tokens: int, fuses: bool
+    packed: bool, tokens: int, merges: bool
 ) -> None:
     def train(breaks: bool) -> StackedFastStep:
         model = build()
         stacked = stack(model)
-        step = fast_step(model, stacked, TRAIN, fuses=fuses)
+        step = fast_step(model, stacked, TRAIN, merges=merges)
         for number in range(4):
             if breaks and number == 2:
                 next(iter(stacked.layers.values())).lora_A.data[1, 0, 0] = math.nan
