@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,8 +44,6 @@ pytestmark = [
     ),
 ]
 VOCABULARY = 1000
-TOLERANCE = 0.035
-"""Relative, a tensor: bf16 products through four blocks, as in test_gpu_fast.py."""
 ADAPTERS = [
     LoRAConfig(rank=8, alpha=16.0, init_seed=0),
     LoRAConfig(rank=16, alpha=8.0, init_seed=1),
@@ -133,25 +131,49 @@ def gradient_of(step: StackedFastStep, parameter: torch.Tensor) -> torch.Tensor:
     return step.flat.gradients.as_strided(parameter.shape, parameter.stride(), place)
 
 
+def errors_of(
+    exact: Stacked, gradient: Callable[[str, str], torch.Tensor]
+) -> dict[tuple[str, str, int], float]:
+    """Return how far each adapter's gradient of each tensor is from the exact one, relative."""
+    found = {}
+    for name, layer in exact.layers.items():
+        for part in ("lora_A", "lora_B"):
+            expected, own = getattr(layer, part).grad, gradient(name, part)
+            for k in range(len(expected)):
+                difference = (own[k] - expected[k]).norm() / expected[k].norm()
+                found[name, part, k] = float(difference)
+    return found
+
+
 @pytest.mark.parametrize("merges", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
-def test_gradients_are_those_of_autograd(packed: bool, merges: bool) -> None:
-    plain, fast = build(), build()
-    reference, stacked = stack(plain), stack(fast)
-    plain.float()  # what fp32 makes of the same values
+def test_gradients_are_as_near_to_those_of_fp32_as_autocast_in_bf16_is(
+    packed: bool, merges: bool
+) -> None:
+    models = wide, half, fast = build(), build(), build()
+    exact, plain, stacked = (stack(model) for model in models)
+    wide.float()  # what fp32 makes of the same values
     step = fast_step(fast, stacked, TRAIN, merges=merges)
     batches = together(1, packed=packed)
+    on_device = batches.to("cuda")
     step.launch([batches], [0.0] * 3)
-    sums, counts = StackedDecoderLoss(reference)(plain, batches.to("cuda"))
+    sums, counts = StackedDecoderLoss(exact)(wide, on_device)
     sums.sum().backward()
+    with torch.autocast("cuda", torch.bfloat16):
+        half_sums, _ = StackedDecoderLoss(plain)(half, on_device)
+    half_sums.sum().backward()
     assert step.report[:, 0].tolist() == pytest.approx((sums / counts).tolist(), rel=4e-3)
-    for name, layer in reference.layers.items():
-        for part in ("lora_A", "lora_B"):
-            expected = getattr(layer, part).grad
-            own = gradient_of(step, getattr(stacked.layers[name], part))
-            for k in range(3):
-                difference = (own[k] - expected[k]).norm()
-                assert difference <= TOLERANCE * expected[k].norm(), (name, part, k)
+    known = errors_of(exact, lambda name, part: getattr(plain.layers[name], part).grad)
+    own = errors_of(
+        exact, lambda name, part: gradient_of(step, getattr(stacked.layers[name], part))
+    )
+    assert sum(own.values()) <= 1.2 * sum(known.values())
+    for k in range(3):
+        worst, allowed = (
+            max(error for (_, _, number), error in errors.items() if number == k)
+            for errors in (own, known)
+        )
+        assert worst <= 1.5 * allowed, k
 
 
 def test_losses_follow_the_plain_stacked_step() -> None:
