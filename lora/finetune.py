@@ -6,6 +6,7 @@ found before the weights are loaded, and the run's folder is made last.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -34,7 +35,7 @@ from lora.decoder.decoder import Decoder
 from lora.decoder.hf_weights import load_decoder, save_decoder
 from lora.decoder.sources import ModelSource, find_model
 from lora.device import DeviceChoice, choose_device, deterministic_algorithms
-from lora.errors import DependencyError
+from lora.errors import CheckpointError, DependencyError
 from lora.fast.choose import choose_steps
 from lora.fingerprint import base_fingerprint
 from lora.losses import loss_for
@@ -151,10 +152,14 @@ def _finetune(
         whole = _training_job(job, model, data, choice, rate, run, progress, steps)
         whole.memory_plan = memory_plan
         result = train(whole)
-        saved = _save(job, model, data.tokenizer, source, run)
+        saved = _save(job, model, data.tokenizer, source, run, progress)
         memory = RunMemory(memory_plan, result.peak_memory_bytes)
-        run.write_json("result.json", {**asdict(result), "memory": memory.to_dict()})
-        report_page = report_on(run.folder, progress.say) if job.report else None
+        report_page = None
+        try:
+            run.write_json("result.json", {**asdict(result), "memory": memory.to_dict()})
+            report_page = report_on(run.folder, progress.say) if job.report else None
+        except CheckpointError as error:  # the disk is full, and what was learned is saved
+            progress.say(str(error))
         return FinetuneResult(run.folder, saved, result, memory, report_page)
 
 
@@ -318,16 +323,31 @@ def _sampler(
 
 
 def _save(
-    job: FinetuneJob, model: Decoder, tokenizer: TextTokenizer, source: ModelSource, run: Run
+    job: FinetuneJob,
+    model: Decoder,
+    tokenizer: TextTokenizer,
+    source: ModelSource,
+    run: Run,
+    progress: Progress,
 ) -> Path:
-    if job.lora is None and job.from_adapter is None:
-        folder = run.folder / "model"
-        save_decoder(model, folder)
-    else:
-        folder = run.folder / "adapter"
-        save_adapter(model, folder, base_name=source.name)
-    tokenizer.save(folder)  # with the chat template that was learned
-    return folder
+    """Return where what was learned is: in the run's folder, or in a new one if that is full."""
+    is_full = job.lora is None and job.from_adapter is None
+    kind = "model" if is_full else "adapter"
+
+    def save(folder: Path) -> Path:
+        if is_full:
+            save_decoder(model, folder)
+        else:
+            save_adapter(model, folder, base_name=source.name)
+        tokenizer.save(folder)  # with the chat template that was learned
+        return folder
+
+    try:
+        return save(run.folder / kind)
+    except CheckpointError as error:  # hours of training are not to be lost to a full disk
+        elsewhere = save(Path(tempfile.mkdtemp(prefix=f"lora-{run.folder.name}-")) / kind)
+        progress.say(f"{error} What was learned is in {elsewhere}: copy it to a safe place.")
+        return elsewhere
 
 
 def _describe(

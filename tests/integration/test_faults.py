@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -235,6 +236,32 @@ def test_a_vanished_folder_is_told_and_the_adapter_is_saved_all_the_same(
     done = finetune(job, heard)
     assert any("has vanished" in line for line in heard.said)
     assert (done.saved / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_what_was_learned_goes_elsewhere_if_the_disk_has_no_room_at_the_end(
+    job: FinetuneJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    job = replace(job, lora=None if full else job.lora)
+    whole = finetune(replace(job, run=replace(job.run, name="whole")))
+    sync, heard = os.fsync, Heard(12, lambda: is_full.append(True))
+    is_full: list[bool] = []
+
+    def refuse(handle: int) -> None:
+        if is_full and str(Path(f"/proc/self/fd/{handle}").readlink()).startswith(str(runs)):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(handle)
+
+    runs = tmp_path / "run"
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    done = finetune(job, heard)
+    name = "model.safetensors" if full else "adapter_model.safetensors"
+    assert (done.saved / name).read_bytes() == (whole.saved / name).read_bytes()
+    assert done.saved.parent.name.startswith("lora-run-")
+    assert any(f"What was learned is in {done.saved}" in line for line in heard.said)
+    assert sum("The newest checkpoint is step 9" in line for line in heard.said) == 1
+    assert not list((runs / done.saved.name).glob(".*"))
 
 
 @pytest.fixture
