@@ -36,7 +36,7 @@ BYTES = ("metrics.jsonl", "samples.jsonl")
 
 
 def start(
-    tiny_folder: Path, orders_file: Path, out: Path, kind: str, *more: str
+    tiny_folder: Path, orders_file: Path, out: Path, kind: str, *more: str, data_threads: int = 1
 ) -> subprocess.Popen[str]:
     words = (
         f"finetune --data {orders_file} --model {tiny_folder} --out {out} --name run --device cpu"
@@ -49,7 +49,7 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(data_threads)},
     )
 
 
@@ -88,14 +88,18 @@ def kill_at_random(process: subprocess.Popen[str], run: Path, draw: random.Rando
 def test_kill_9_at_ten_random_moments_changes_no_byte(
     tiny_folder: Path, orders_file: Path, tmp_path: Path, kind: str
 ) -> None:
-    """Ten moments each for LoRA and full fine-tuning; each run is killed, resumed and compared."""
+    """Ten moments each for LoRA and full fine-tuning; each run is killed, resumed and compared.
+
+    The resumed one prepares its data with another number of threads.
+    """
     finish(start(tiny_folder, orders_file, tmp_path / "whole", kind))
     expected = results(tmp_path / "whole" / "run", kind)
     draw, hits = random.Random(kind), []
     for number in range(10):
         out = tmp_path / f"killed-{number}"
         hits.append(kill_at_random(start(tiny_folder, orders_file, out, kind), out / "run", draw))
-        finish(start(tiny_folder, orders_file, out, kind, "--resume"))
+        threads = 2 + number % 3
+        finish(start(tiny_folder, orders_file, out, kind, "--resume", data_threads=threads))
         assert results(out / "run", kind) == expected, (number, hits)
     assert "save" in hits
     assert "step" in hits
