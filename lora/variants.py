@@ -98,7 +98,7 @@ def is_computed(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear):
         attention = nn.modules.linear.NonDynamicallyQuantizableLinear  # of nn.MultiheadAttention
         return not isinstance(module, attention)
-    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    sizes = (vars(module).get(name) for name in ("in_features", "out_features"))
     return "Linear" in type(module).__name__ and all(isinstance(size, int) for size in sizes)
 
 
