@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora.data.batches import IGNORE, Batch
 from lora.decoder.decoder import Decoder
 from lora.fast.adapted import Masks
+from lora.fast.blocks import Keep
 from lora.fast.buffers import Buffers, Inputs
 from lora.fast.flat import FlatParameters
 from lora.fast.graphs import Graphs
@@ -43,6 +44,7 @@ class FastStep:
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
         merges: add s·B·A to the weights once a step; None decides by the model's width.
         own_attention: of packed rows through our kernels; None decides by the rows' length.
+        keep: what stays of the blocks between forward and backward; None: nearly all.
     """
 
     def __init__(
@@ -56,8 +58,9 @@ class FastStep:
         seed: int = 0,
         merges: bool | None = None,
         own_attention: bool | None = None,
+        keep: Keep | None = None,
     ) -> None:
-        self.model, self.ops, self.seed = model, ops, seed
+        self.model, self.ops, self.seed, self.keep = model, ops, seed, keep or Keep()
         self.device = next(model.parameters()).device
         wide = torch.promote_types(dtype, torch.float32)
         self.flat = FlatParameters(self.device, wide)
@@ -124,7 +127,7 @@ class FastStep:
             return
         self.graphs.clear()
         self.buffers = None
-        self.buffers = self.network.buffers(rows, tokens)
+        self.buffers = self.network.buffers(rows, tokens, self.keep)
         ids, labels, positions = torch.zeros(
             3, rows * tokens, dtype=torch.int64, device=self.device
         ).unbind()
