@@ -127,6 +127,8 @@ class FastStep:
             return
         self.graphs.clear()
         self.buffers = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what lay in pieces is no use to the buffers, nor to a graph
         self.buffers = self.network.buffers(rows, tokens, self.keep)
         ids, labels, positions = torch.zeros(
             3, rows * tokens, dtype=torch.int64, device=self.device
