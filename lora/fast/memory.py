@@ -13,6 +13,8 @@ from lora.fast.ops import PLAIN
 from lora.fast.step import FastStep
 
 CUBLAS_WORKSPACE_BYTES = 32 * 2**20
+ROOM_FRACTION = 0.95
+"""Of the memory that is free: what may be planned for. The rest is for pieces nobody can use."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,9 @@ from lora.lora_module import LoRALayer
 MERGE_BELOW_WIDTH = 1024
 """Models narrower than this merge W + s·B·A once a step; wider ones keep LoRA in the products."""
 
+CAPTURE_BELOW_TOKENS = 2**15
+"""Larger micro-batches take seconds where models are large: rehearsals cost more than launches."""
+
 
 class FastStep:
     """Trains `model` on batches of one shape.
@@ -126,6 +129,7 @@ class FastStep:
         if self.buffers is not None and (self.buffers.rows, self.buffers.tokens) == (rows, tokens):
             return
         self.graphs.clear()
+        self.graphs.captures = rows * tokens < CAPTURE_BELOW_TOKENS
         self.buffers = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what lay in pieces is no use to the buffers, nor to a graph
