@@ -23,6 +23,7 @@ from lora.config import (
     LORA_LEARNING_RATE,
     DataConfig,
     LoRAConfig,
+    MemoryConfig,
     RunConfig,
     TrainConfig,
 )
@@ -36,6 +37,7 @@ from lora.decoder.hf_weights import load_decoder, save_decoder
 from lora.decoder.sources import ModelSource, find_model
 from lora.device import DeviceChoice, choose_device, deterministic_algorithms
 from lora.errors import DependencyError
+from lora.fast.blocks import Keep
 from lora.fast.choose import choose_steps
 from lora.fingerprint import base_fingerprint
 from lora.losses import loss_for
@@ -64,6 +66,7 @@ class FinetuneJob:
     train: TrainConfig = field(default_factory=TrainConfig)
     data_config: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     from_adapter: Path | None = None
     """Go on from this adapter instead of a fresh one; its settings replace `lora`."""
     resume: bool = False
@@ -119,6 +122,8 @@ def _finetune(
     memory_plan = _plan(job, source, data, choice)
     planned = describe_plan(memory_plan)
     progress.say(planned)
+    if memory_plan.reason:
+        progress.say(memory_plan.reason)
     with explained(lambda: f"while the weights were loaded. {planned}. {LOADING_ADVICE}"):
         model, fingerprint = _load_model(job, source, choice, data.tokenizer, progress)
     rate = job.train.learning_rate
@@ -129,12 +134,15 @@ def _finetune(
     described["from_adapter"] = job.from_adapter
     described["data"]["warnings"] = report.warnings
     described["base_fingerprint"] = fingerprint
+    if memory_plan.keep is not None:
+        described["kept_of_blocks"] = asdict(memory_plan.keep)
     if job.deterministic:
         described["deterministic"] = True
         progress.say("deterministic: torch's algorithms that repeat to the bit, and the plain step")
     with explained(lambda: f"while the step was prepared. {planned}. {LOADING_ADVICE}"):
         fast = job.run.fast and not job.deterministic
-        steps = choose_steps(model, choice, job.train, fast=fast, say=progress.say)
+        keep = memory_plan.keep
+        steps = choose_steps(model, choice, job.train, fast=fast, keep=keep, say=progress.say)
     with create_run(job.run.out, name, resume=job.resume, described=described) as run:
         if open_board is not None:
             run.on_metrics = open_board(run.folder / "tensorboard")
@@ -174,7 +182,12 @@ def _plan(
 ) -> MemoryPlan:
     lora = job.lora if job.from_adapter is None else read_adapter_config(job.from_adapter)
     fast = job.run.fast and not job.deterministic
-    return plan_run(source.folder, lora, job.train, data, choice, fast=fast)
+    # Another way of keeping blocks rounds otherwise: a resumed run keeps what it kept.
+    kept = (_former(job) or {}).get("kept_of_blocks")
+    keep = None if kept is None else Keep(**kept)
+    return plan_run(
+        source.folder, lora, job.train, data, choice, fast=fast, memory=job.memory, keep=keep
+    )
 
 
 def _find_tensorboard() -> Callable[[Path], Callable[[dict[str, Any]], None]]:
@@ -199,14 +212,18 @@ def _find_tensorboard() -> Callable[[Path], Callable[[dict[str, Any]], None]]:
     return open_board
 
 
-def _first_day(job: FinetuneJob) -> datetime | None:
-    if not job.resume:
-        return None
+def _former(job: FinetuneJob) -> dict[str, Any] | None:
+    """Return the `run.json` of the run that is resumed."""
     path = job.run.out / str(job.run.name) / "run.json"
-    if not path.is_file():  # `create_run` says what is there, and what is not
+    if not job.resume or not path.is_file():  # `create_run` says what is there, and what is not
         return None
-    described = read_json(path)
-    return datetime.fromisoformat(described["data"]["now"])
+    described: dict[str, Any] = read_json(path)
+    return described
+
+
+def _first_day(job: FinetuneJob) -> datetime | None:
+    described = _former(job)
+    return None if described is None else datetime.fromisoformat(described["data"]["now"])
 
 
 def _tokenizer_folder(job: FinetuneJob, model_folder: Path) -> Path:

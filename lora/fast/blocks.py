@@ -31,6 +31,15 @@ class Keep:
     offloads: bool = False
     """The residuals between blocks wait in host memory."""
 
+    @property
+    def mode(self) -> str:
+        """The name of the mode that this belongs to."""
+        if self.norms:
+            return "none"
+        if self.inner is None:
+            return "cheap"
+        return "full+offload" if self.offloads else "full"
+
     def counts(self, n_layers: int) -> tuple[int, int]:
         """Return of how many blocks gate and up stay, and the inner tensors."""
         inner = n_layers if self.inner is None else min(self.inner, n_layers)

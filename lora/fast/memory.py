@@ -120,9 +120,15 @@ def fit_memory(plan: FastPlan, mode: str, room_bytes: int | None, other_bytes: i
     def fits(keep: Keep) -> bool:
         return room_bytes is None or plan.memory(keep).total + other_bytes <= room_bytes
 
-    name, keep = next((way for way in ways if fits(way[1])), ways[-1])
+    _, keep = next((way for way in ways if fits(way[1])), ways[-1])
+    return fit_of(plan, keep, other_bytes, room_bytes)
+
+
+def fit_of(plan: FastPlan, keep: Keep, other_bytes: int = 0, room_bytes: int | None = None) -> Fit:
+    """Return what keeping this of the blocks comes to."""
     found, none = plan.memory(keep), plan.memory(MODES["none"])
     totals = found.total + other_bytes, none.total + other_bytes
+    name = keep.mode
     return Fit(name, keep, found, _explain(name, keep, plan, totals, room_bytes))
 
 
