@@ -18,11 +18,13 @@ import torch
 from lora.adapter_io import load_adapter, read_adapter_config, save_adapter
 from lora.added_tokens import add_tokens_to_all, add_tokens_to_lora
 from lora.apply import apply_lora
+from lora.checkpoint import reading
 from lora.config import (
     FULL_LEARNING_RATE,
     LORA_LEARNING_RATE,
     DataConfig,
     LoRAConfig,
+    MemoryConfig,
     RunConfig,
     TrainConfig,
 )
@@ -36,6 +38,7 @@ from lora.decoder.hf_weights import load_decoder, save_decoder
 from lora.decoder.sources import ModelSource, find_model
 from lora.device import DeviceChoice, choose_device, deterministic_algorithms
 from lora.errors import CheckpointError, DependencyError
+from lora.fast.blocks import Keep
 from lora.fast.choose import choose_steps
 from lora.fingerprint import base_fingerprint
 from lora.losses import loss_for
@@ -44,7 +47,7 @@ from lora.plan import MemoryPlan
 from lora.progress import NoProgress, Progress
 from lora.report import report_on
 from lora.run_memory import RunMemory, describe_plan, plan_run
-from lora.runs import Run, check_place, create_run, default_name, read_first_day
+from lora.runs import Run, check_place, create_run, default_name, read_first_day, read_json
 from lora.samples import Sampler, choose_prompts
 from lora.steps import Steps
 from lora.trainer import TrainingJob, TrainResult, train
@@ -68,6 +71,7 @@ class FinetuneJob:
     train: TrainConfig = field(default_factory=TrainConfig)
     data_config: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     from_adapter: Path | None = None
     """Go on from this adapter instead of a fresh one; its settings replace `lora`."""
     resume: bool = False
@@ -128,6 +132,8 @@ def _finetune(
     memory_plan = _plan(job, source, data, choice)
     planned = describe_plan(memory_plan)
     progress.say(planned)
+    if memory_plan.reason:
+        progress.say(memory_plan.reason)
     with explained(lambda: f"while the weights were loaded. {planned}. {LOADING_ADVICE}"):
         model, fingerprint = _load_model(job, source, choice, data.tokenizer, progress)
     rate = job.train.learning_rate
@@ -138,12 +144,15 @@ def _finetune(
     described["from_adapter"] = job.from_adapter
     described["data"]["warnings"] = report.warnings
     described["base_fingerprint"] = fingerprint
+    if memory_plan.keep is not None:
+        described["kept_of_blocks"] = asdict(memory_plan.keep)
     if job.deterministic:
         described["deterministic"] = True
         progress.say("deterministic: torch's algorithms that repeat to the bit, and the plain step")
     with explained(lambda: f"while the step was prepared. {planned}. {_advice(job, memory_plan)}"):
         fast = job.run.fast and not job.deterministic
-        steps = choose_steps(model, choice, job.train, fast=fast, say=progress.say)
+        keep = memory_plan.keep
+        steps = choose_steps(model, choice, job.train, fast=fast, keep=keep, say=progress.say)
     with create_run(job.run.out, name, resume=job.resume, described=described) as run:
         if run.note:
             progress.say(run.note)
@@ -192,7 +201,10 @@ def _plan(
 ) -> MemoryPlan:
     lora = job.lora if job.from_adapter is None else read_adapter_config(job.from_adapter)
     fast = job.run.fast and not job.deterministic
-    return plan_run(source.folder, lora, job.train, data, choice, fast=fast)
+    keep = _kept_before(job)
+    return plan_run(
+        source.folder, lora, job.train, data, choice, fast=fast, memory=job.memory, keep=keep
+    )
 
 
 def _advice(job: FinetuneJob, plan: MemoryPlan) -> str:
@@ -221,6 +233,16 @@ def _find_tensorboard() -> Callable[[Path], Callable[[dict[str, Any]], None]]:
         return write
 
     return open_board
+
+
+def _kept_before(job: FinetuneJob) -> Keep | None:
+    """Return what a resumed run kept of its blocks: kept otherwise, they would round otherwise."""
+    path = job.run.out / str(job.run.name) / "run.json"
+    if not job.resume or not path.is_file():  # `create_run` says what is there, and what is not
+        return None
+    with reading(path.parent):
+        kept = read_json(path).get("kept_of_blocks")
+        return None if kept is None else Keep(**kept)
 
 
 def _tokenizer_folder(job: FinetuneJob, model_folder: Path) -> Path:

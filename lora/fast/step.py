@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora.data.batches import IGNORE, Batch
 from lora.decoder.decoder import Decoder
 from lora.fast.adapted import Masks
+from lora.fast.blocks import Keep
 from lora.fast.buffers import Buffers, Inputs
 from lora.fast.flat import FlatParameters
 from lora.fast.graphs import Graphs
@@ -28,6 +29,9 @@ from lora.lora_module import LoRALayer
 
 MERGE_BELOW_WIDTH = 1024
 """Models narrower than this merge W + s·B·A once a step; wider ones keep LoRA in the products."""
+
+CAPTURE_BELOW_TOKENS = 2**15
+"""Larger micro-batches take seconds where models are large: rehearsals cost more than launches."""
 
 
 class FastStep:
@@ -43,6 +47,7 @@ class FastStep:
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
         merges: add s·B·A to the weights once a step; None decides by the model's width.
         own_attention: of packed rows through our kernels; None decides by the rows' length.
+        keep: what stays of the blocks between forward and backward; None: nearly all.
     """
 
     def __init__(
@@ -56,8 +61,9 @@ class FastStep:
         seed: int = 0,
         merges: bool | None = None,
         own_attention: bool | None = None,
+        keep: Keep | None = None,
     ) -> None:
-        self.model, self.ops, self.seed = model, ops, seed
+        self.model, self.ops, self.seed, self.keep = model, ops, seed, keep or Keep()
         self.device = next(model.parameters()).device
         wide = torch.promote_types(dtype, torch.float32)
         self.flat = FlatParameters(self.device, wide)
@@ -123,8 +129,11 @@ class FastStep:
         if self.buffers is not None and (self.buffers.rows, self.buffers.tokens) == (rows, tokens):
             return
         self.graphs.clear()
+        self.graphs.captures = rows * tokens < CAPTURE_BELOW_TOKENS
         self.buffers = None
-        self.buffers = self.network.buffers(rows, tokens)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what lay in pieces is no use to the buffers, nor to a graph
+        self.buffers = self.network.buffers(rows, tokens, self.keep)
         ids, labels, positions = torch.zeros(
             3, rows * tokens, dtype=torch.int64, device=self.device
         ).unbind()
