@@ -85,7 +85,9 @@ def compare_classic(settings: ClassicSettings) -> CompareResult:
     contest = FactoryContest(CharFactory(settings, find_base(settings, choice)))
     done = compare(contest, config, RichProgress)
     print_comparison(done.comparison, Console(highlight=False))
-    print(f"everything is in {done.folder}, as a page in {done.report}")
+    print(f"everything is in {done.folder}")
+    if done.report is not None:
+        print(f"report: {done.report}")
     return done
 
 

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-WARM_UP_STEPS, TIMED_STEPS = 5, 30
-
 
 class PeerMissing(Exception):
     """A peer's package is not installed; says which."""
@@ -30,8 +28,8 @@ def build_llama(shape: Any) -> Any:
         num_key_value_heads=shape.shared,
         intermediate_size=shape.feed_forward,
         vocab_size=shape.vocabulary,
-        tie_word_embeddings=True,
-        max_position_embeddings=4096,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=max(4096, shape.tokens),
         use_cache=False,
     )
     with torch.device("cuda"):
@@ -59,7 +57,7 @@ def measure(model: Any, shape: Any, build_s: float) -> dict[str, Any]:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     seconds = []
-    for number in range(WARM_UP_STEPS + TIMED_STEPS):
+    for number in range(shape.warm_up_steps + shape.timed_steps):
         began_s = time.perf_counter()
         batch = ids[number % len(ids)]
         model(input_ids=batch, labels=batch).loss.backward()
@@ -68,7 +66,7 @@ def measure(model: Any, shape: Any, build_s: float) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began_s)
-    timed = sorted(seconds[WARM_UP_STEPS:])
+    timed = sorted(seconds[shape.warm_up_steps :])
     return {
         "step_ms": 1000 * timed[len(timed) // 2],
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
@@ -110,13 +108,31 @@ def peft_compiled(shape: Any, rank: int) -> dict[str, Any]:
 
 def peft_liger(shape: Any, rank: int) -> dict[str, Any]:
     """PEFT's LoRA on transformers' model with Liger's kernels in it."""
+    _use_liger()
+    model, build_s = _timed(lambda: add_peft(build_llama(shape), rank))
+    return measure(model, shape, build_s)
+
+
+def peft_liger_recompute(shape: Any, rank: int) -> dict[str, Any]:
+    """The same with transformers' gradient checkpointing: whole blocks are made again."""
+    _use_liger()
+
+    def build() -> Any:
+        model = add_peft(build_llama(shape), rank)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        return model
+
+    model, build_s = _timed(build)
+    return measure(model, shape, build_s)
+
+
+def _use_liger() -> None:
     try:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
     except ImportError as error:
         raise PeerMissing(f"liger-kernel cannot be imported: {error}") from None
     apply_liger_kernel_to_llama()
-    model, build_s = _timed(lambda: add_peft(build_llama(shape), rank))
-    return measure(model, shape, build_s)
 
 
 def unsloth(shape: Any, rank: int) -> dict[str, Any]:
@@ -143,5 +159,6 @@ PEERS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
     "peft": peft,
     "peft_compiled": peft_compiled,
     "peft_liger": peft_liger,
+    "peft_liger_recompute": peft_liger_recompute,
     "unsloth": unsloth,
 }

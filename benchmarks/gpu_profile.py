@@ -1,6 +1,7 @@
 """Where the time of our step goes on a GPU: kernels of one step, by time.
 
 python benchmarks/gpu_profile.py --case 1B-4x2048 --variant ours_lora
+python benchmarks/gpu_profile.py --case 8B-4x2048 --variant ours_lora_cheap
 """
 
 from __future__ import annotations
@@ -9,12 +10,11 @@ import argparse
 import sys
 
 import torch
-from gpu_step import CASES, OURS, RANK, build_model, build_stream
+from gpu_step import CASES, OURS, RANK, build_model, build_steps, build_stream, fit_mode
 
 from lora.apply import apply_lora
 from lora.config import LoRAConfig
 from lora.device import choose_device
-from lora.fast.runner import FastSteps
 
 WARM_UP_STEPS = 4
 
@@ -23,7 +23,7 @@ def main() -> int:
     """Profile one step after the warm-up and print its kernels."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--case", choices=CASES, default="135M-4x512")
-    variants = [variant for variant in OURS if not variant.endswith("plain")]
+    variants = [variant for variant in OURS if "ours" in variant and "plain" not in variant]
     parser.add_argument("--variant", choices=variants, default="ours_lora")
     parser.add_argument("--kernels", type=int, default=25, help="rows of the table")
     arguments = parser.parse_args()
@@ -34,7 +34,8 @@ def main() -> int:
     else:
         apply_lora(model, LoRAConfig(rank=RANK, alpha=2.0 * RANK, init_seed=0))
     choice = choose_device("cuda")
-    steps = FastSteps(model, choice, weight_decay=0.0, max_grad_norm=1.0, seed=0)
+    fit = None if full else fit_mode(shape, arguments.variant)
+    steps = build_steps(model, choice, arguments.variant, fit)
     print(steps.describe())
     stream = build_stream(shape, "cpu", packed=arguments.variant.endswith("packed"))
     for number in range(1, WARM_UP_STEPS + 1):

@@ -2,12 +2,14 @@
 
     python benchmarks/gpu_step.py                              # all cases and variants, minutes
     python benchmarks/gpu_step.py --cases 135M-4x512 --variants ours_lora peft
+    python benchmarks/gpu_step.py --cases 8B-4x2048 --variants ours_lora_cheap --limit-s 60
     python benchmarks/gpu_step.py --out benchmarks/results/gpu_step_h200.jsonl
 
 Random Llama-shaped weights in bf16, rank 16 on all linears, AdamW. "Ours" goes through the trainer
 and the real loader; `packed` variants read rows of several documents. Prints one JSON object a
 line. step_ms is the median of steps after the warm-up, peak_gb (10⁹ bytes) the allocator's peak,
-start_s the time from building the step to the end of the first one, its compilation included.
+start_s the time from building the step to the end of the first one, its compilation included;
+planned_gb what `lora.fast.memory` said of it beforehand.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_peers import PEERS, TIMED_STEPS, WARM_UP_STEPS, PeerMissing, build_llama
+from gpu_peers import PEERS, PeerMissing, build_llama
 
 from lora.apply import apply_lora
 from lora.config import LoRAConfig, RunConfig, TrainConfig
@@ -39,6 +41,7 @@ from lora.decoder.config import (
 from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
 from lora.device import DeviceChoice, choose_device
 from lora.fast.choose import why_not_fast
+from lora.fast.memory import ROOM_FRACTION, FastPlan, Fit, fit_memory
 from lora.fast.runner import CapturedSteps, FastSteps, LaunchedSteps
 from lora.losses import loss_for
 from lora.runs import create_run, read_rows
@@ -59,6 +62,9 @@ class Shape:
     vocabulary: int
     rows: int
     tokens: int
+    tied: bool = True
+    warm_up_steps: int = 5
+    timed_steps: int = 30
 
     @property
     def head_dim(self) -> int:
@@ -66,7 +72,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Of the matrix products, the tied head once."""
+        """Of the matrix products, the head once."""
         kv = self.shared * self.head_dim
         block = self.hidden * (2 * self.hidden + 2 * kv + 3 * self.feed_forward)
         return self.layers * block + self.vocabulary * self.hidden
@@ -76,9 +82,18 @@ CASES = {
     "135M-4x512": Shape(576, 30, 9, 3, 1536, 49152, 4, 512),
     "1B-1x512": Shape(2048, 16, 32, 8, 8192, 128256, 1, 512),
     "1B-4x2048": Shape(2048, 16, 32, 8, 8192, 128256, 4, 2048),
+    "8B-4x2048": Shape(4096, 32, 32, 8, 14336, 128256, 4, 2048, False, 3, 8),
+    "8B-1x32768": Shape(4096, 32, 32, 8, 14336, 128256, 1, 32768, False, 1, 2),
+    "8B-1x131072": Shape(4096, 32, 32, 8, 14336, 128256, 1, 131072, False, 1, 1),
 }
+MEMORY_GB = {"ours_lora_cheap": 32.0}
+"""What a mode may hold; without it a mode holds what is free."""
 OURS = (
     "ours_lora",
+    "ours_lora_auto",
+    "ours_lora_cheap",
+    "ours_lora_full",
+    "ours_lora_offload",
     "ours_lora_packed",
     "ours_lora_captured",
     "ours_lora_plain",
@@ -87,30 +102,33 @@ OURS = (
     "theirs_lora_captured",
     "theirs_lora_compiled",
 )
-"""`theirs`: transformers' model through `apply_lora` and our trainer."""
+"""`theirs`: transformers' model through `apply_lora` and our trainer. auto, cheap, full and offload
+are memory modes of `lora finetune --memory`; without one it is none."""
+MODE_OF = {"ours_lora_offload": "full+offload"}
 
 
-def build_config(shape: Shape, *, tied: bool = True) -> DecoderConfig:
-    """Return the config of a Llama of this shape."""
+def build_empty(shape: Shape) -> Decoder:
+    """Return a decoder of this shape on the meta device."""
     layer = LayerConfig(RopeConfig(10000.0), None, shape.head_dim**-0.5)
-    return DecoderConfig(
+    config = DecoderConfig(
         family="llama",
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
-        max_position_embeddings=4096,
+        max_position_embeddings=max(4096, shape.tokens),
         norm_eps=1e-5,
         block="pre_norm",
         embedding_scale=1.0,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=shape.tied,
         attention=AttentionConfig(shape.heads, shape.shared, shape.head_dim),
         feed_forward=FeedForwardConfig(shape.feed_forward, "silu"),
         layers=(layer,) * shape.layers,
     )
+    return build_empty_decoder(config)
 
 
-def build_model(shape: Shape, dtype: torch.dtype, *, tied: bool = True) -> Decoder:
+def build_model(shape: Shape, dtype: torch.dtype) -> Decoder:
     """Return a decoder of this shape with random values, on the GPU."""
-    model = build_empty_decoder(build_config(shape, tied=tied))
+    model = build_empty(shape)
     draw = torch.Generator("cuda").manual_seed(0)
 
     def value(parameter: torch.Tensor) -> torch.Tensor:
@@ -145,6 +163,7 @@ def time_ours(shape: Shape, variant: str) -> dict[str, Any]:
     """Return what a run through the trainer took."""
     full, plain = variant == "ours_full", variant.endswith("plain")
     choice = choose_device("cuda")
+    fit = None if full else fit_mode(shape, variant)
     began_s = time.perf_counter()
     model: Any
     if variant.startswith("theirs"):
@@ -155,14 +174,14 @@ def time_ours(shape: Shape, variant: str) -> dict[str, Any]:
         model.requires_grad_(True)
     else:
         apply_lora(model, LoRAConfig(rank=RANK, alpha=2.0 * RANK, init_seed=0))
-    n_steps = WARM_UP_STEPS + TIMED_STEPS
+    n_steps = shape.warm_up_steps + shape.timed_steps
     config = TrainConfig(steps=n_steps, batch_size=shape.rows, warmup_fraction=0.0)
     device = choice.device if plain else "cpu"  # the fast step copies batches by itself
     stream = build_stream(shape, device, packed=variant.endswith("packed"))
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     built_s = time.perf_counter()
-    steps = None if plain else build_steps(model, choice, variant)
+    steps = None if plain else build_steps(model, choice, variant, fit)
     with tempfile.TemporaryDirectory() as folder, create_run(Path(folder), "run") as run:
         job = TrainingJob(
             model=model,
@@ -180,23 +199,42 @@ def time_ours(shape: Shape, variant: str) -> dict[str, Any]:
         rows = read_rows(run.folder / "timings.jsonl")
         losses = [row["loss"] for row in read_rows(run.folder / "metrics.jsonl")]
     seconds = [row["step_s"] for row in rows]
-    timed = sorted(seconds[WARM_UP_STEPS:])
+    timed = sorted(seconds[shape.warm_up_steps :])
     return {
         "step_ms": 1000 * timed[len(timed) // 2],
         "peak_gb": result.peak_memory_bytes / 1e9,
         "start_s": seconds[0],
         "build_s": built_s - began_s,
         "first_and_last_loss": [round(losses[0], 4), round(losses[-1], 4)],
+        **({} if fit is None else {"planned_gb": fit.memory.total / 1e9, "mode": fit.reason}),
     }
 
 
-def build_steps(model: Any, choice: DeviceChoice, variant: str) -> LaunchedSteps:
+def fit_mode(shape: Shape, variant: str) -> Fit | None:
+    """Return what a variant of the fast step keeps of its blocks."""
+    kind = variant.removeprefix("ours_lora")
+    if not variant.startswith("ours_lora") or kind in ("_captured", "_plain"):
+        return None
+    model = build_empty(shape).bfloat16()
+    apply_lora(model, LoRAConfig(rank=RANK, alpha=2.0 * RANK, init_seed=0))
+    is_packed = kind == "_packed"
+    plan = FastPlan(model, shape.rows, shape.tokens, packed=is_packed)
+    if kind in ("", "_packed"):
+        return fit_memory(plan, "none", None)
+    room = torch.cuda.mem_get_info()[0] * ROOM_FRACTION
+    if variant in MEMORY_GB:
+        room = MEMORY_GB[variant] * 1e9
+    return fit_memory(plan, MODE_OF.get(variant, kind[1:]), int(room))
+
+
+def build_steps(model: Any, choice: DeviceChoice, variant: str, fit: Fit | None) -> LaunchedSteps:
     """Return what takes the steps of one of our variants."""
     if variant.endswith(("captured", "compiled")):
         compiles = variant.endswith("compiled")
         return CapturedSteps(model, choice, weight_decay=0.0, max_grad_norm=1.0, compiles=compiles)
     assert why_not_fast(model, choice) is None
-    return FastSteps(model, choice, weight_decay=0.0, max_grad_norm=1.0, seed=0)
+    keep = None if fit is None else fit.keep
+    return FastSteps(model, choice, weight_decay=0.0, max_grad_norm=1.0, seed=0, keep=keep)
 
 
 def measure_ceiling() -> float:
@@ -252,6 +290,7 @@ def main() -> int:
     variants = [*OURS, *PEERS]
     parser.add_argument("--variants", nargs="+", choices=variants, default=variants)
     parser.add_argument("--out", type=Path, help="also append the lines to this file")
+    parser.add_argument("--limit-s", type=float, help="seconds after which a cell has failed")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -264,7 +303,7 @@ def main() -> int:
         return 0
     for case in arguments.cases:
         for variant in arguments.variants:
-            line = _in_process(case, variant)
+            line = _in_process(case, variant, arguments.limit_s)
             print(line, flush=True)
             if arguments.out:
                 with arguments.out.open("a", encoding="utf-8") as file:
@@ -272,9 +311,12 @@ def main() -> int:
     return 0
 
 
-def _in_process(case: str, variant: str) -> str:
+def _in_process(case: str, variant: str, limit_s: float | None) -> str:
     command = [sys.executable, __file__, "--child", "--cases", case, "--variants", variant]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return json.dumps({"case": case, "variant": variant, "failed": f"not in {limit_s:.0f} s"})
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         failed = (done.stderr.strip().splitlines() or ["no output"])[-1]

@@ -31,12 +31,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from cpu_step import CASES as CHAR_CASES
 from cpu_step import char_batch, char_step
 from gpu_peers import peft
-from gpu_step import Shape, build_config, build_model, build_stream
+from gpu_step import Shape, build_empty, build_model, build_stream
 
 from lora.apply import apply_lora
 from lora.apply_stacked import apply_stacked
 from lora.config import LoRAConfig, TrainConfig
-from lora.decoder.decoder import build_empty_decoder
 from lora.device import choose_device
 from lora.fast.choose import choose_steps
 from lora.fast.memory import fast_memory, stacked_memory
@@ -52,7 +51,7 @@ GPU_CASES = {
     "135M-1x512": Shape(576, 30, 9, 3, 1536, 49152, 1, 512),
     "1B-1x512": Shape(2048, 16, 32, 8, 8192, 128256, 1, 512),
 }
-SHAPE_8B = Shape(4096, 32, 32, 8, 14336, 128256, 1, 512)
+SHAPE_8B = Shape(4096, 32, 32, 8, 14336, 128256, 1, 512, tied=False)
 CASES = ("S", *GPU_CASES, "8B-memory")
 
 
@@ -76,10 +75,10 @@ def configs(n: int) -> tuple[list[TrainConfig], list[float]]:
     return [TrainConfig(steps=1000, seed=k) for k in range(n)], [1e-4 * (1 + k) for k in range(n)]
 
 
-def gpu_together(shape: Shape, n: int, *, tied: bool = True) -> dict[str, Any]:
+def gpu_together(shape: Shape, n: int) -> dict[str, Any]:
     """Return what a step of `n` candidates takes, through the sweep's step and loader."""
     choice = choose_device("cuda")
-    model = build_model(shape, torch.bfloat16, tied=tied)
+    model = build_model(shape, torch.bfloat16)
     said: list[str] = []
     stacked = apply_stacked(model, loras(n), range(n))
     training = build_training(model, stacked, *configs(n), choice, say=said.append)
@@ -130,16 +129,15 @@ def gpu_peft(shape: Shape) -> dict[str, Any]:
 
 def memory_8b(n: int) -> dict[str, Any]:
     """Return the peak of `n` candidates on the 8B shape beside what is planned and allowed."""
-    config = build_config(SHAPE_8B, tied=False)
     rows, tokens = SHAPE_8B.rows, SHAPE_8B.tokens
-    planned = stacked_memory(config, loras(n), rows, tokens, packed=False).total
-    empty = build_empty_decoder(config).bfloat16()
+    empty = build_empty(SHAPE_8B).bfloat16()
+    planned = stacked_memory(empty.config, loras(n), rows, tokens, packed=False).total
     base = 2 * sum(p.numel() for p in empty.parameters())
     adapted: Any = apply_lora(empty, loras(1)[0])
     adds = fast_memory(adapted, rows, tokens, packed=False).total - base
     allowed = base + n * adds
     bytes_of = {"base": base, "one_adds": adds, "allowed": allowed, "planned": planned}
-    found = gpu_together(SHAPE_8B, n, tied=False)
+    found = gpu_together(SHAPE_8B, n)
     return {**found, **{f"{name}_gb": value / 1e9 for name, value in bytes_of.items()}}
 
 

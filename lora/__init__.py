@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora.adapter_io import load_adapter, save_adapter
     from lora.apply import apply_lora, disabled_adapter, remove_lora
-    from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+    from lora.config import DataConfig, LoRAConfig, MemoryConfig, RunConfig, TrainConfig
     from lora.errors import (
         AdapterError,
         CheckpointError,
@@ -48,6 +48,7 @@ _HOMES = {
     "LoRAConfig": "lora.config",
     "LoRALinear": "lora.lora_module",
     "LoraError": "lora.errors",
+    "MemoryConfig": "lora.config",
     "ModelError": "lora.errors",
     "ParameterCounts": "lora.lora_module",
     "RunConfig": "lora.config",
@@ -74,6 +75,7 @@ __all__ = [
     "LoRAConfig",
     "LoRALinear",
     "LoraError",
+    "MemoryConfig",
     "ModelError",
     "ParameterCounts",
     "RunConfig",

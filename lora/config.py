@@ -17,6 +17,7 @@ from lora.errors import ConfigError, did_you_mean, gather
 
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "fp32", "bf16"]
+MemoryMode = Literal["auto", "none", "cheap", "full", "full+offload"]
 LearnOn = Literal["assistant", "all"]
 LongExamples = Literal["truncate", "split", "drop"]
 ConfigT = TypeVar("ConfigT")
@@ -246,6 +247,24 @@ class RunConfig:
         for name in ("fast", "tensorboard"):
             value = getattr(self, name)
             faults += _check(isinstance(value, bool), name, value, "true or false")
+        _raise_if(faults, self)
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What the fast step of a GPU keeps between forward and backward; the rest is made again."""
+
+    memory: MemoryMode = "auto"
+    """What is kept: none makes nothing again; cheap makes norms and SwiGLU again, and gate and up
+    in as many blocks as it takes to fit; full keeps only each block's input; full+offload has that
+    wait in host memory. auto takes the first of these that fits."""
+    memory_gb: float | None = None
+    """What the run may hold on the GPU, in GB (10⁹ bytes); None: nearly all that is free."""
+
+    def __post_init__(self) -> None:
+        faults = _check_choice("memory", self.memory, MemoryMode)
+        gb = self.memory_gb
+        faults += _check(gb is None or _is_positive(gb), "memory_gb", gb, "a finite number > 0")
         _raise_if(faults, self)
 
 

@@ -6,6 +6,7 @@ found before the weights are loaded, and the run's folder is made last.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -17,11 +18,13 @@ import torch
 from lora.adapter_io import load_adapter, read_adapter_config, save_adapter
 from lora.added_tokens import add_tokens_to_all, add_tokens_to_lora
 from lora.apply import apply_lora
+from lora.checkpoint import reading
 from lora.config import (
     FULL_LEARNING_RATE,
     LORA_LEARNING_RATE,
     DataConfig,
     LoRAConfig,
+    MemoryConfig,
     RunConfig,
     TrainConfig,
 )
@@ -34,7 +37,8 @@ from lora.decoder.decoder import Decoder
 from lora.decoder.hf_weights import load_decoder, save_decoder
 from lora.decoder.sources import ModelSource, find_model
 from lora.device import DeviceChoice, choose_device, deterministic_algorithms
-from lora.errors import DependencyError
+from lora.errors import CheckpointError, DependencyError
+from lora.fast.blocks import Keep
 from lora.fast.choose import choose_steps
 from lora.fingerprint import base_fingerprint
 from lora.losses import loss_for
@@ -43,7 +47,7 @@ from lora.plan import MemoryPlan
 from lora.progress import NoProgress, Progress
 from lora.report import report_on
 from lora.run_memory import RunMemory, describe_plan, plan_run
-from lora.runs import Run, check_place, create_run, default_name, read_first_day
+from lora.runs import Run, check_place, create_run, default_name, read_first_day, read_json
 from lora.samples import Sampler, choose_prompts
 from lora.steps import Steps
 from lora.trainer import TrainingJob, TrainResult, train
@@ -67,6 +71,7 @@ class FinetuneJob:
     train: TrainConfig = field(default_factory=TrainConfig)
     data_config: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     from_adapter: Path | None = None
     """Go on from this adapter instead of a fresh one; its settings replace `lora`."""
     resume: bool = False
@@ -127,6 +132,8 @@ def _finetune(
     memory_plan = _plan(job, source, data, choice)
     planned = describe_plan(memory_plan)
     progress.say(planned)
+    if memory_plan.reason:
+        progress.say(memory_plan.reason)
     with explained(lambda: f"while the weights were loaded. {planned}. {LOADING_ADVICE}"):
         model, fingerprint = _load_model(job, source, choice, data.tokenizer, progress)
     rate = job.train.learning_rate
@@ -137,12 +144,15 @@ def _finetune(
     described["from_adapter"] = job.from_adapter
     described["data"]["warnings"] = report.warnings
     described["base_fingerprint"] = fingerprint
+    if memory_plan.keep is not None:
+        described["kept_of_blocks"] = asdict(memory_plan.keep)
     if job.deterministic:
         described["deterministic"] = True
         progress.say("deterministic: torch's algorithms that repeat to the bit, and the plain step")
     with explained(lambda: f"while the step was prepared. {planned}. {_advice(job, memory_plan)}"):
         fast = job.run.fast and not job.deterministic
-        steps = choose_steps(model, choice, job.train, fast=fast, say=progress.say)
+        keep = memory_plan.keep
+        steps = choose_steps(model, choice, job.train, fast=fast, keep=keep, say=progress.say)
     with create_run(job.run.out, name, resume=job.resume, described=described) as run:
         if run.note:
             progress.say(run.note)
@@ -151,10 +161,14 @@ def _finetune(
         whole = _training_job(job, model, data, choice, rate, run, progress, steps)
         whole.memory_plan = memory_plan
         result = train(whole)
-        saved = _save(job, model, data.tokenizer, source, run)
+        saved = _save(job, model, data.tokenizer, source, run, progress)
         memory = RunMemory(memory_plan, result.peak_memory_bytes)
-        run.write_json("result.json", {**asdict(result), "memory": memory.to_dict()})
-        report_page = report_on(run.folder, progress.say) if job.report else None
+        report_page = None
+        try:
+            run.write_json("result.json", {**asdict(result), "memory": memory.to_dict()})
+            report_page = report_on(run.folder, progress.say) if job.report else None
+        except CheckpointError as error:  # the disk is full, and what was learned is saved
+            progress.say(str(error))
         return FinetuneResult(run.folder, saved, result, memory, report_page)
 
 
@@ -187,7 +201,10 @@ def _plan(
 ) -> MemoryPlan:
     lora = job.lora if job.from_adapter is None else read_adapter_config(job.from_adapter)
     fast = job.run.fast and not job.deterministic
-    return plan_run(source.folder, lora, job.train, data, choice, fast=fast)
+    keep = _kept_before(job)
+    return plan_run(
+        source.folder, lora, job.train, data, choice, fast=fast, memory=job.memory, keep=keep
+    )
 
 
 def _advice(job: FinetuneJob, plan: MemoryPlan) -> str:
@@ -216,6 +233,16 @@ def _find_tensorboard() -> Callable[[Path], Callable[[dict[str, Any]], None]]:
         return write
 
     return open_board
+
+
+def _kept_before(job: FinetuneJob) -> Keep | None:
+    """Return what a resumed run kept of its blocks: kept otherwise, they would round otherwise."""
+    path = job.run.out / str(job.run.name) / "run.json"
+    if not job.resume or not path.is_file():  # `create_run` says what is there, and what is not
+        return None
+    with reading(path.parent):
+        kept = read_json(path).get("kept_of_blocks")
+        return None if kept is None else Keep(**kept)
 
 
 def _tokenizer_folder(job: FinetuneJob, model_folder: Path) -> Path:
@@ -318,16 +345,31 @@ def _sampler(
 
 
 def _save(
-    job: FinetuneJob, model: Decoder, tokenizer: TextTokenizer, source: ModelSource, run: Run
+    job: FinetuneJob,
+    model: Decoder,
+    tokenizer: TextTokenizer,
+    source: ModelSource,
+    run: Run,
+    progress: Progress,
 ) -> Path:
-    if job.lora is None and job.from_adapter is None:
-        folder = run.folder / "model"
-        save_decoder(model, folder)
-    else:
-        folder = run.folder / "adapter"
-        save_adapter(model, folder, base_name=source.name)
-    tokenizer.save(folder)  # with the chat template that was learned
-    return folder
+    """Return where what was learned is: in the run's folder, or in a new one if that is full."""
+    is_full = job.lora is None and job.from_adapter is None
+    kind = "model" if is_full else "adapter"
+
+    def save(folder: Path) -> Path:
+        if is_full:
+            save_decoder(model, folder)
+        else:
+            save_adapter(model, folder, base_name=source.name)
+        tokenizer.save(folder)  # with the chat template that was learned
+        return folder
+
+    try:
+        return save(run.folder / kind)
+    except CheckpointError as error:  # hours of training are not to be lost to a full disk
+        elsewhere = save(Path(tempfile.mkdtemp(prefix=f"lora-{run.folder.name}-")) / kind)
+        progress.say(f"{error} What was learned is in {elsewhere}: copy it to a safe place.")
+        return elsewhere
 
 
 def _describe(

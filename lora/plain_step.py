@@ -65,8 +65,9 @@ def train_step(
     # The host waits for the device here: nothing may move before the check.
     if not torch.isfinite(norm + loss.sum()):
         optimizer.zero_grad(set_to_none=True)
+        losses_shown = ", ".join(map(str, loss.tolist()))
         raise TrainingError(
-            f"The loss is {loss.tolist()} and the gradient's norm {norm.item()}: not finite, so "
+            f"The loss is {losses_shown} and the gradient's norm {norm.item()}: not finite, so "
             "the step was not taken. Lower the learning rate, or look for damaged examples."
         )
     optimizer.step()

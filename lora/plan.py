@@ -7,20 +7,21 @@ planned as the step that it will take and measured by torch's allocator.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from lora.apply import apply_lora
-from lora.config import LoRAConfig
+from lora.config import LoRAConfig, MemoryConfig
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder, build_empty_decoder
 from lora.device import resident_bytes
 from lora.errors import ConfigError
+from lora.fast.blocks import Keep
 from lora.fast.choose import why_not_written
-from lora.fast.memory import CUBLAS_WORKSPACE_BYTES, fast_memory
+from lora.fast.memory import CUBLAS_WORKSPACE_BYTES, FastPlan, fit_memory, fit_of
 from lora.lora_module import ParameterCounts, count_lora_parameters
 from lora.plan_trace import StepMemory, trace_step
 
@@ -51,6 +52,10 @@ class Setting:
     """Share of the tokens that are learned from."""
     fast: bool = True
     """Take the fastest step that can train the model; false: the plain one."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """What the fast step keeps; "auto" without `memory_gb` is "none"."""
+    keep: Keep | None = None
+    """The same, where it was decided before."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,10 @@ class MemoryPlan:
     other: int
     """Of the process: Python and its libraries, the allocator's slack; on a GPU its library's room,
     and an evaluation beside a graph that keeps its buffers."""
+    keep: Keep | None = None
+    """What the fast step keeps of its blocks."""
+    reason: str = ""
+    """The same in one line, and why."""
 
     @property
     def total(self) -> int:
@@ -128,7 +137,7 @@ def largest_batch(setting: Setting, available_bytes: int, base_bytes: int | None
 
 
 def _with_rows(setting: Setting, rows: int) -> Setting:
-    return Setting(**{**vars(setting), "rows": rows})
+    return replace(setting, rows=rows)
 
 
 def _adapted(setting: Setting) -> Decoder:
@@ -147,9 +156,17 @@ def _prepare(setting: Setting) -> Callable[[Decoder], nn.Module]:
 
 
 def _plan_fast(setting: Setting, model: Decoder, counts: ParameterCounts) -> MemoryPlan:
-    held = fast_memory(model, setting.rows, setting.tokens, packed=setting.packed)
-    parts = {**vars(held), "other": held.other + evaluation_bytes(setting)}
-    return MemoryPlan("fast", counts.trainable, counts.total, **parts)
+    plan = FastPlan(model, setting.rows, setting.tokens, packed=setting.packed)
+    evaluation, gb = evaluation_bytes(setting), setting.memory.memory_gb
+    if setting.keep is not None:
+        fit = fit_of(plan, setting.keep, evaluation)
+    else:
+        room = None if gb is None else round(gb * 1e9)
+        fit = fit_memory(plan, setting.memory.memory, room, evaluation)
+    parts = {**vars(fit.memory), "other": fit.memory.other + evaluation}
+    return MemoryPlan(
+        "fast", counts.trainable, counts.total, **parts, keep=fit.keep, reason=fit.reason
+    )
 
 
 def _plan_traced(setting: Setting, counts: ParameterCounts, step: str, base: int) -> MemoryPlan:

@@ -43,6 +43,7 @@ def check_same_run(former: dict[str, Any], now: dict[str, Any], folder: Path) ->
         for name in sorted(before.keys() | after.keys())
         if _is_fixed(name) and before.get(name) != after.get(name)
     ]
+    faults = [_with_data(fault, before, after) for fault in faults]
     steps_before, steps_now = before.get("train.steps", 0), after.get("train.steps", 0)
     if not isinstance(steps_before, int) or steps_now < steps_before:
         faults.append(f"train.steps: {steps_before} then, {steps_now} now: fewer")
@@ -56,6 +57,19 @@ def check_same_run(former: dict[str, Any], now: dict[str, Any], folder: Path) ->
                 f"Allowed are: {allowed}, other intervals of evaluations and saves.",
             )
         )
+
+
+def _with_data(fault: str, before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Return `fault` with what is known of both data, if it is about them."""
+    kinds = {"data.fingerprint": "examples", "data.held_out_fingerprint": "held_out_examples"}
+    kind = kinds.get(fault.partition(":")[0])
+    if kind is None:
+        return fault
+    then, now = (
+        f"{known.get(f'data.{kind}')} {kind.replace('_', ' ')} of {known.get('data.source')}"
+        for known in (before, after)
+    )
+    return f"{fault} ({then} then, {now} now)"
 
 
 def find_changed_machine(former: dict[str, Any], now: dict[str, Any]) -> str:

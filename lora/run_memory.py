@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora.config import LoRAConfig, TrainConfig
+from lora.config import LoRAConfig, MemoryConfig, TrainConfig
 from lora.data.prepare import PreparedData
 from lora.decoder.families import decoder_config
 from lora.decoder.hf_weights import read_config
-from lora.device import DeviceChoice
+from lora.device import DeviceChoice, available_bytes
+from lora.errors import ConfigError
+from lora.fast.blocks import Keep
+from lora.fast.memory import ROOM_FRACTION
 from lora.out_of_memory import describe_parts
 from lora.plan import MemoryPlan, Setting, plan_memory
 
@@ -54,8 +57,18 @@ def plan_run(
     choice: DeviceChoice,
     *,
     fast: bool,
+    memory: MemoryConfig,
+    keep: Keep | None = None,
 ) -> MemoryPlan:
-    """Return the plan of a run on these data; the process holds what it holds without a model."""
+    """Return the plan of a run on these data; the process holds what it holds without a model.
+
+    `keep` is what a resumed run kept of its blocks when it began. Raises ConfigError for a memory
+    mode of a step that has none.
+    """
+    if memory.memory_gb is None:
+        free = available_bytes(choice.device.type)
+        room_gb = None if free is None else ROOM_FRACTION * free / 1e9
+        memory = replace(memory, memory_gb=room_gb)
     rows = data.train
     n_tokens = len(rows) * rows.row_tokens
     setting = Setting(
@@ -69,8 +82,17 @@ def plan_run(
         packed=rows.fill_fraction < 1 or len(rows) < len(data.train_examples),
         learned_fraction=rows.n_target_tokens / max(1, n_tokens),
         fast=fast,
+        memory=memory,
+        keep=keep,
     )
-    return plan_memory(setting)
+    plan = plan_memory(setting)
+    if plan.step != "fast" and memory.memory not in ("auto", "none"):
+        raise ConfigError(
+            f"memory={memory.memory!r} was asked for: modes of memory belong to the fast step, and "
+            f"this run on {choice.device.type} takes the {plan.step} one. Leave it out; "
+            "micro_batches save memory in every step."
+        )
+    return plan
 
 
 def describe_plan(plan: MemoryPlan) -> str:

@@ -85,7 +85,7 @@ def _loop(
     if at.step == 0:
         _evaluate_and_note(job, at)
     eval_every, save_every = _intervals(job)
-    at.marked_s = time.perf_counter()
+    at.marked_s, tried_step = time.perf_counter(), None
     while not _is_over(job, at) and stop.received is None:
         number = at.step + 1
         evaluates = number % eval_every == 0 or number == job.train_config.steps
@@ -95,11 +95,12 @@ def _loop(
             _evaluate_and_note(job, at)
         if saves or at.stopped_early:
             save_position(job, optimizer, at)
+            tried_step = at.step
         if evaluates or saves:
             at.marked_s = time.perf_counter()
     for done in steps.finished(wait=True):  # of an interrupted run
         _note(job, at, done)
-    if at.saved_step != at.step:
+    if at.step not in (at.saved_step, tried_step):
         save_position(job, optimizer, at)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora.apply import apply_lora
-from lora.config import LoRAConfig
+from lora.config import LoRAConfig, MemoryConfig
 from lora.decoder.config import (
     AttentionConfig,
     DecoderConfig,
@@ -100,6 +100,60 @@ def test_which_step_is_planned() -> None:
     assert plan(on_gpu).step == "fast"
     assert plan(replace(on_gpu, config=normed)).step == "captured"
     assert plan(replace(on_gpu, fast=False)).step == "plain"
+
+
+def on_gpu(**memory: object) -> Setting:
+    config = replace(TINY, layers=TINY.layers * 3)
+    return replace(
+        SETTING,
+        config=config,
+        rows=64,
+        device_type="cuda",
+        compute_dtype=torch.bfloat16,
+        memory=MemoryConfig(**memory),  # type: ignore[arg-type]
+    )
+
+
+def test_modes_of_memory_hold_less_and_less() -> None:
+    totals = [plan(on_gpu(memory=m)).total for m in ("none", "cheap", "full", "full+offload")]
+    assert totals == sorted(totals, reverse=True)
+    assert len(set(totals)) == 4
+
+
+def test_the_fastest_mode_that_fits_is_found() -> None:
+    none, cheap, full = (plan(on_gpu(memory=m)) for m in ("none", "cheap", "full"))
+    cheapest = plan(on_gpu(memory="cheap", memory_gb=1e-6))
+    assert plan(on_gpu()).keep == none.keep  # no room is known
+    for room, mode in (
+        (2 * none.total, "none"),
+        (none.total, "none"),
+        (none.total - 1, "cheap"),
+        (cheap.total - 1, "cheap"),
+        (cheapest.total, "cheap"),
+        (cheapest.total - 1, "full"),
+        ((cheapest.total + full.total) // 2, "full"),
+        (full.total, "full"),
+        (full.total - 1, "full+offload"),
+    ):
+        planned = plan(on_gpu(memory_gb=room / 1e9))
+        assert planned.total <= room
+        assert planned.reason.startswith(f"memory {mode}: "), planned.reason
+    tight = plan(on_gpu(memory_gb=1e-6))
+    assert tight.reason.startswith("memory full+offload: ")
+    assert "may not fit" in tight.reason
+
+
+def test_cheap_makes_as_much_again_as_it_takes() -> None:
+    most, least = plan(on_gpu(memory="cheap")), plan(on_gpu(memory="cheap", memory_gb=1e-6))
+    assert most.keep is not None
+    assert least.keep is not None
+    assert (most.keep.gate_up, least.keep.gate_up) == (6, 0)
+    between = plan(on_gpu(memory="cheap", memory_gb=(most.total + least.total) / 2e9))
+    assert between.keep is not None
+    assert between.keep.gate_up in (2, 3)
+    assert least.total < between.total < most.total
+    again = plan(replace(on_gpu(memory_gb=1.0), keep=between.keep))  # a resumed run's
+    assert again.total == between.total
 
 
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.config import DataConfig, LoRAConfig, MemoryConfig, RunConfig, TrainConfig
 from lora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def finetune(
     train: Annotated[TrainConfig | None, Flat] = None,
     data_config: Annotated[DataConfig | None, Flat] = None,
     run: Annotated[RunConfig | None, Flat] = None,
+    memory: Annotated[MemoryConfig | None, Flat] = None,
 ) -> int:
     """Fine-tune a model on examples, through LoRA unless --full is given.
 
@@ -41,6 +42,7 @@ def finetune(
         lora finetune --data orders.jsonl
         lora finetune --model ./llama --data chats.jsonl --rank 16 --steps 500 --name chats
         lora finetune --data orders.jsonl --name orders --resume
+        lora finetune --model ./llama-8b --data chats.jsonl --max-length 8192 --memory full
 
     Examples are chats (messages), prompt and completion, instruction and output, ShareGPT or text,
     in JSONL, JSON, CSV, Parquet or text files. The adapter is in PEFT's format.
@@ -82,6 +84,7 @@ def finetune(
         train=train or TrainConfig(),
         data_config=data_config or DataConfig(),
         run=run or RunConfig(),
+        memory=memory or MemoryConfig(),
         from_adapter=from_adapter,
         resume=resume,
         report=report,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from lora.cli.loading import checked_ids, load_model
@@ -33,8 +34,14 @@ def merge(adapter: Path, out: Path, *, model: str | None = None, device: str = "
         raise ConfigError(f"{out} exists and is not empty: name a new folder for the merged model.")
     loaded = load_model(model, adapter, device)
     report = merge_lora(loaded.model, checked_ids(loaded))
-    save_decoder(loaded.model, out)
-    loaded.tokenizer.save(out)
+    building = out.with_name(f".{out.name}.building")  # it has its name when it is whole
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        save_decoder(loaded.model, building)
+        loaded.tokenizer.save(building)
+        building.replace(out)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
     print(
         f"merged {report.layers} layers into {out}; the logits differ by "
         f"{report.relative_error:.1e} (allowed {report.tolerance:.0e})"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json as json_format
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from lora.config import LoRAConfig
+from lora.config import LoRAConfig, MemoryConfig, MemoryMode
 from lora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def plan(
     max_length: int = 512,
     packing: bool = True,
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    memory: MemoryMode = "auto",
     memory_gb: float | None = None,
     json: bool = False,
     lora: Annotated[LoRAConfig | None, Parameter(name="*")] = None,
@@ -61,6 +63,9 @@ def plan(
         Rows hold several examples.
     device
         Where the run would be; a GPU can be planned for where there is none.
+    memory
+        How the fast step of a GPU saves memory, as in `lora finetune`; auto shows the fastest
+        (none), and which one a run would take if that does not fit.
     memory_gb
         What the run may hold, in GB (10⁹ bytes); left out, what this machine has free.
     json
@@ -72,11 +77,14 @@ def plan(
     from lora.decoder.hf_weights import read_config
     from lora.decoder.sources import find_model
     from lora.device import available_bytes, choose_device
+    from lora.fast.memory import ROOM_FRACTION
     from lora.plan import Setting, plan_memory
 
     _check(batch_size, micro_batches, max_length, memory_gb)
     kind = choose_device().device.type if device == "auto" else device
     source = find_model(model)
+    room = available_bytes(kind) if memory_gb is None else round(memory_gb * 1e9)
+    room_gb = None if room is None else room / 1e9 * (ROOM_FRACTION if memory_gb is None else 1)
     setting = Setting(
         config=decoder_config(read_config(source.folder)),
         lora=lora or LoRAConfig(),
@@ -86,15 +94,19 @@ def plan(
         compute_dtype=torch.bfloat16 if kind == "cuda" else torch.float32,
         micro_batches=micro_batches,
         packed=packing,
+        memory=MemoryConfig("none" if memory == "auto" else memory, room_gb),
     )
-    of_full = Setting(**{**vars(setting), "lora": None})
-    room = available_bytes(kind) if memory_gb is None else round(memory_gb * 1e9)
-    plans = {"lora": plan_memory(setting), "full": plan_memory(of_full)}
-    fits = {name: _fit(each, room) for name, each in (("lora", setting), ("full", of_full))}
+    of_full = replace(setting, lora=None)
+    settings = {"lora": setting, "full": of_full}
+    plans = {name: plan_memory(each) for name, each in settings.items()}
+    fits = {name: _fit(each, room) for name, each in settings.items()}
+    ways = {}
+    if memory == "auto":
+        ways = {name: _way(settings[name], plans[name], room) for name in settings}
     if json:
-        print(json_format.dumps(_as_json(source.name, setting, plans, room, fits)))
+        print(json_format.dumps(_as_json(source.name, setting, plans, room, fits, ways)))
     else:
-        _show(source.name, setting, plans, room, fits)
+        _show(source.name, setting, plans, room, fits, ways)
     return 0
 
 
@@ -116,12 +128,27 @@ def _fit(setting: Setting, room: int | None) -> int | None:
     return None if room is None else largest_batch(setting, room)
 
 
+def _way(setting: Setting, planned: MemoryPlan, room: int | None) -> str:
+    """Return how a run would save memory, and how many rows would fit at most; "" if it cannot."""
+    if room is None or planned.step != "fast":
+        return ""
+    from lora.plan import plan_memory
+
+    gb = setting.memory.memory_gb
+    least = _fit(replace(setting, memory=MemoryConfig("full+offload", gb)), room) or 0
+    text = f"with --memory full+offload up to {least} rows"
+    if planned.total > room:
+        text = f"{plan_memory(replace(setting, memory=MemoryConfig('auto', gb))).reason}; {text}"
+    return text
+
+
 def _as_json(
     name: str,
     setting: Setting,
     plans: dict[str, MemoryPlan],
     room: int | None,
     fits: dict[str, int | None],
+    ways: dict[str, str],
 ) -> dict[str, Any]:
     return {
         "model": name,
@@ -132,6 +159,7 @@ def _as_json(
         **{kind: plan.to_dict() for kind, plan in plans.items()},
         "available_bytes": room,
         "largest_rows": fits,
+        "ways_to_save": ways,
     }
 
 
@@ -141,6 +169,7 @@ def _show(
     plans: dict[str, MemoryPlan],
     room: int | None,
     fits: dict[str, int | None],
+    ways: dict[str, str],
 ) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -170,8 +199,10 @@ def _show(
     if room is None:
         console.print("What fits: unknown here, for there is no such GPU. Give --memory-gb.")
         return
-    for words, rows in (("LoRA", fits["lora"]), ("full fine-tuning", fits["full"])):
-        console.print(_say_fit(words, rows or 0, room, setting))
+    for kind, words in (("lora", "LoRA"), ("full", "full fine-tuning")):
+        console.print(_say_fit(words, fits[kind] or 0, room, setting))
+        if ways.get(kind):
+            console.print(f"  {ways[kind]}.")
 
 
 def _say_fit(words: str, rows: int, room: int, setting: Setting) -> str:

@@ -21,6 +21,8 @@ from lora.lora_module import LoRALayer
 
 RANK_STEP = 16
 """Columns for LoRA come in multiples of this, so that rows of every tensor stay aligned."""
+GROUP_BYTES = 1.2e9
+"""Weights of one projection that are moved at once."""
 
 
 class Masks:
@@ -72,11 +74,14 @@ class _LoRAProjection(Projection):
                     _move(module.lora_B, slot.values[layer, :, : module.rank])
         self.refresh()
 
-    def copy_adapters(self, a: Tensor, b: Tensor) -> None:
-        """Changes `a` (L, R, I) and `b` (L, O, R) in place: the slots' A, and B · scaling."""
-        a.copy_(self.a_slot.values)
+    def copy_adapters(self, a: Tensor, b: Tensor, layers: slice = slice(None)) -> None:
+        """Changes `a` (L, R, I) and `b` (L, O, R) in place: the slots' A, and B · scaling.
+
+        Of some `layers`, L counts those.
+        """
+        a.copy_(self.a_slot.values[layers])
         for member, part, slot, scale in self.adapted:
-            torch.mul(slot.values, scale, out=b[:, member.rows, part])
+            torch.mul(slot.values[layers], scale[layers], out=b[:, member.rows, part])
 
     def put(
         self, layers: slice, x: Tensor, dy: Tensor, h: Tensor, dh: Tensor, *, first: bool
@@ -96,33 +101,51 @@ class _LoRAProjection(Projection):
 
 
 class SplitProjection(_LoRAProjection):
-    """LoRA's matrices in the same tensor as W: (L, O + R, I + R)."""
+    """LoRA's matrices in the same tensor as W: (O + R, I + R) a block.
+
+    Blocks are moved in groups, so that the whole of a large base is never there twice.
+    """
 
     def __init__(
         self, blocks: Sequence[Sequence[nn.Module]], flat: FlatParameters, dtype: torch.dtype
     ) -> None:
         super().__init__(blocks, flat, dtype)
         self.extra = self.width
-        whole = self.empty(self.n_layers, self.outputs + self.width, self.inputs + self.width)
-        whole[:, self.outputs :, self.inputs :] = 0
-        self.rows = whole[:, : self.outputs]  # (L, O, I + R): [W, s·B]
-        self.columns = whole[:, :, : self.inputs]  # (L, O + R, I): [W; A]
-        self.a = whole[:, self.outputs :, : self.inputs]  # (L, R, I)
-        self.b = whole[:, : self.outputs, self.inputs :]  # (L, O, R), scaled
-        self.b.zero_()
-        self.place(whole[:, : self.outputs, : self.inputs])
+        self.groups: list[tuple[slice, Tensor]] = []
+        """Blocks, and their [[W, s·B], [A, 0]]: (some of L, O + R, I + R)."""
+        self.wholes: list[Tensor] = []
+        """The same by block, (O + R, I + R)."""
+        a_block = (self.outputs + self.width) * (self.inputs + self.width) * dtype.itemsize
+        at_once = max(1, int(GROUP_BYTES / a_block))
+        for start in range(0, self.n_layers, at_once):
+            layers = slice(start, min(start + at_once, self.n_layers))
+            count = layers.stop - start
+            whole = self.empty(count, self.outputs + self.width, self.inputs + self.width)
+            whole[:, : self.outputs, self.inputs :] = 0
+            whole[:, self.outputs :, self.inputs :] = 0
+            self.groups.append((layers, whole))
+            self.wholes += list(whole)
+            self.move([w[: self.outputs, : self.inputs] for w in whole], layers)
+        self._place_biases()
 
     def refresh(self) -> None:
-        self.copy_adapters(self.a, self.b)
+        for layers, whole in self.groups:
+            a = whole[:, self.outputs :, : self.inputs]  # (layers, R, I)
+            b = whole[:, : self.outputs, self.inputs :]  # (layers, O, R), scaled
+            self.copy_adapters(a, b, layers)
 
     def forward(self, layer: int, x: Tensor, out: Tensor) -> None:
-        torch.mm(x[:, : self.inputs], self.a[layer].T, out=x[:, self.inputs :])
-        self.multiply(layer, x, self.rows[layer], out)
+        whole = self.wholes[layer]
+        a = whole[self.outputs :, : self.inputs]  # (R, I)
+        torch.mm(x[:, : self.inputs], a.T, out=x[:, self.inputs :])
+        self.multiply(layer, x, whole[: self.outputs], out)  # by [W, s·B]
 
     def backward(self, layer: int, dy: Tensor, dx: Tensor | None) -> None:
-        torch.mm(dy[:, : self.outputs], self.b[layer], out=dy[:, self.outputs :])
+        whole = self.wholes[layer]
+        b = whole[: self.outputs, self.inputs :]  # (O, R), scaled
+        torch.mm(dy[:, : self.outputs], b, out=dy[:, self.outputs :])
         if dx is not None:
-            torch.mm(dy, self.columns[layer], out=dx)
+            torch.mm(dy, whole[:, : self.inputs], out=dx)  # by [W; A]
 
     def receive(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
         x, h = x[..., : self.inputs], x[..., self.inputs :]

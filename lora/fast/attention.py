@@ -6,11 +6,14 @@ keys and values come as views (N, heads, D) of one tensor.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -25,57 +28,78 @@ class Shape:
     window_tokens: int | None
 
 
-class Attended:
-    """One block's attention: its output, and the way back."""
+@dataclass
+class Saved:
+    """A tensor that autograd saved for the way back."""
 
-    def __init__(self, output: Tensor, inputs: Gradients, result: Tensor) -> None:
-        self._output, self._inputs = output, inputs
-        self.result = result
-        """(N, H, D)."""
+    tensor: Tensor
+
+
+class Attended:
+    """One block's attention, and the way back.
+
+    Args:
+        output: what torch's attention gave, with its graph; it is not kept.
+        inputs: queries, keys and values, the leaves of the graph.
+        saved: what the graph saved.
+        out: (N, H · D), takes the output's values; the graph reads them from there.
+    """
+
+    def __init__(self, output: Tensor, inputs: Gradients, saved: list[Saved], out: Tensor) -> None:
+        self._shape, self._inputs = output.shape, inputs
+        self._edge = get_gradient_edge(output)  # holds the graph, and not the output
+        heads = out.unflatten(1, (-1, output.shape[-1]))  # (N, H, D)
+        if output.ndim == 4:
+            heads = _by_row(heads, output.shape[0])  # (B, H, T, D)
+        heads.copy_(output.detach())
+        for one in saved:
+            if _is_same(one.tensor, output):
+                one.tensor = heads
 
     def backward(self, d_result: Tensor) -> Gradients:
         """Return the gradients of queries, keys and values, each (N, heads, D)."""
-        if self._output.ndim == 4:  # (B, H, T, D)
-            b, h, t, d = self._output.shape
-            d_output = d_result.view(b, t, h, d).transpose(1, 2)
-            grads = torch.autograd.grad(self._output, self._inputs, d_output)
+        if len(self._shape) == 4:  # (B, H, T, D)
+            d_output = _by_row(d_result, self._shape[0])
+            grads = torch.autograd.grad(self._edge, self._inputs, d_output)
             return tuple(g.transpose(1, 2).flatten(0, 1) for g in grads)  # type: ignore[return-value]
-        return torch.autograd.grad(self._output, self._inputs, d_result)  # type: ignore[return-value]
+        return torch.autograd.grad(self._edge, self._inputs, d_result)  # type: ignore[return-value]
 
 
-def attend_rows(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Attended:
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, shape: Shape, out: Tensor) -> Attended:
     """Attention where every row is one document without padding."""
-    q, k, v = (_by_row(x, shape).requires_grad_() for x in (q, k, v))
+    q, k, v = (_by_row(x, shape.rows).requires_grad_() for x in (q, k, v))
     shared = q.shape[1] != k.shape[1]
-    with torch.enable_grad():
+    with torch.enable_grad(), _saving() as saved:
         y = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=shape.scale, enable_gqa=shared
         )  # (B, H, T, D)
-    return Attended(y, (q, k, v), y.detach().transpose(1, 2).flatten(0, 1))
+    return Attended(y, (q, k, v), saved, out)
 
 
-def attend_documents(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, shape: Shape) -> Attended:
+def attend_documents(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, shape: Shape, out: Tensor
+) -> Attended:
     """Attention within documents whose `bounds` (documents + 1,) lie on a GPU."""
     q, k, v = (x.data.requires_grad_() for x in (q, k, v))
     window = -1 if shape.window_tokens is None else shape.window_tokens - 1
-    with torch.enable_grad():
+    with torch.enable_grad(), _saving() as saved:
         y = torch.ops.aten._flash_attention_forward(
             q, k, v, bounds, bounds, shape.tokens, shape.tokens, 0.0, True, False,
             scale=shape.scale, window_size_left=window, window_size_right=0,
         )[0]  # (N, H, D)  # fmt: skip
-    return Attended(y, (q, k, v), y.detach())
+    return Attended(y, (q, k, v), saved, out)
 
 
 def attend_documents_plain(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, shape: Shape
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, shape: Shape, out: Tensor
 ) -> Attended:
     """The plain twin of `attend_documents`: one document after the other."""
     q, k, v = (x.data.requires_grad_() for x in (q, k, v))
     sizes = [size for size in bounds.diff().tolist() if size]  # the room beyond the last is empty
-    with torch.enable_grad():
+    with torch.enable_grad(), _saving() as saved:
         parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
         y = torch.cat([_attend_document(*part, shape) for part in parts])  # (N, H, D)
-    return Attended(y, (q, k, v), y.detach())
+    return Attended(y, (q, k, v), saved, out)
 
 
 def _attend_document(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
@@ -90,6 +114,27 @@ def _attend_document(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
     )[0].transpose(0, 1)  # (n, H, D)
 
 
-def _by_row(x: Tensor, shape: Shape) -> Tensor:
+@contextmanager
+def _saving() -> Iterator[list[Saved]]:
+    """Within the block, what autograd saves can be replaced by tensors of the same values."""
+    saved: list[Saved] = []
+
+    def pack(tensor: Tensor) -> Saved:
+        saved.append(Saved(tensor))
+        return saved[-1]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor):
+        yield saved
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return (
+        one.data_ptr() == other.data_ptr()
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+    )
+
+
+def _by_row(x: Tensor, rows: int) -> Tensor:
     # .data, so that autograd does not take writes to other parts of the tensor for changes.
-    return x.data.unflatten(0, (shape.rows, shape.tokens)).transpose(1, 2)  # (B, heads, T, D)
+    return x.data.unflatten(0, (rows, -1)).transpose(1, 2)  # (B, heads, T, D)

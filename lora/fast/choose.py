@@ -13,6 +13,7 @@ from lora.config import TrainConfig
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
+from lora.fast.blocks import Keep
 from lora.fast.runner import CapturedSteps, FastSteps, LaunchedSteps
 from lora.fast.step import trains_whole
 from lora.kernels.jit import HAS_TRITON
@@ -33,12 +34,14 @@ def choose_steps(
     config: TrainConfig,
     *,
     fast: bool = True,
+    keep: Keep | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Steps | None:
     """Return the fastest step that can train `model`, and say which it is and why.
 
     None is the plain step: on a CPU, where `fast` is false, and where nothing else can. What trains
-    in `model` may become views of the step's own tensors.
+    in `model` may become views of the step's own tensors. `keep` is what the fast step keeps of its
+    blocks between forward and backward; None: nearly all.
     """
     if choice.device.type != "cuda":
         return None
@@ -53,6 +56,7 @@ def choose_steps(
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
             seed=config.seed,
+            keep=keep,
         )
         say(steps.describe())
         return steps

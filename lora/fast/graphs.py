@@ -24,6 +24,8 @@ class Graphs:
         self.device, self.is_live = device, is_live
         self.why_not: str | None = None
         """Why there are no graphs, if a capture failed."""
+        self.captures = True
+        """False where launches are nothing beside what they launch: then nothing is rehearsed."""
         self._graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
 
@@ -32,7 +34,8 @@ class Graphs:
 
         What cannot be captured, because the host looks at a value in it, is called each time.
         """
-        if self.device.type == "cuda" and self.why_not is None and key not in self._graphs:
+        captures = self.captures and self.why_not is None and self.device.type == "cuda"
+        if captures and key not in self._graphs:
             self._capture(key, function)
         if key in self._graphs:
             self._graphs[key].replay()

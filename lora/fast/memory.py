@@ -11,6 +11,7 @@ from lora.apply_stacked import apply_stacked
 from lora.config import LoRAConfig
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder, build_empty_decoder
+from lora.fast.blocks import MODES, Keep, OffloadedResiduals
 from lora.fast.buffers import Buffers
 from lora.fast.flat import FlatParameters
 from lora.fast.network import FastNetwork
@@ -21,6 +22,8 @@ from lora.fast.stacked_step import StackedFastStep
 from lora.fast.step import FastStep, WrittenStep
 
 CUBLAS_WORKSPACE_BYTES = 32 * 2**20
+ROOM_FRACTION = 0.95
+"""Of the memory that is free: what may be planned for. The rest is for pieces nobody can use."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +48,40 @@ class FastMemory:
         return sum(parts) + self.loss + self.other
 
 
-@torch.no_grad()
-def fast_memory(model: Decoder, rows: int, tokens: int, *, packed: bool = True) -> FastMemory:
+class FastPlan:
+    """Sizes of fast steps of `model` by what they keep, found without values.
+
+    `model` is moved to the meta device, with LoRA applied or all of it training; it is changed.
+    """
+
+    def __init__(self, model: Decoder, rows: int, tokens: int, *, packed: bool = True) -> None:
+        if not all(p.is_meta for p in model.parameters()):
+            model = model.to("meta")
+        with torch.no_grad():
+            self.step = FastStep(model, PLAIN, torch.bfloat16)
+        self.rows, self.tokens, self.packed = rows, tokens, packed
+        self.n_layers = self.step.network.qkv.n_layers
+
+    @torch.no_grad()
+    def memory(self, keep: Keep) -> FastMemory:
+        """Return what a step holds that keeps this of its blocks."""
+        step = self.step
+        return _count(step, step.flat, self.rows, self.tokens, packed=self.packed, keep=keep)
+
+    def host_bytes(self, keep: Keep) -> int:
+        """Return how much pinned host memory the residuals take."""
+        kept = self.step.network.buffers(self.rows, self.tokens, keep).before
+        return kept.host_bytes if isinstance(kept, OffloadedResiduals) else 0
+
+
+def fast_memory(
+    model: Decoder, rows: int, tokens: int, *, packed: bool = True, keep: Keep | None = None
+) -> FastMemory:
     """Return what a fast step of `model` over `rows` × `tokens` tokens holds.
 
     `model` is on the meta device, with LoRA applied or all of it training; it is changed.
     """
-    if not all(p.is_meta for p in model.parameters()):
-        model = model.to("meta")
-    step = FastStep(model, PLAIN, torch.bfloat16)
-    return _count(step, step.flat, rows, tokens, packed=packed)
+    return FastPlan(model, rows, tokens, packed=packed).memory(keep or Keep())
 
 
 @torch.no_grad()
@@ -68,7 +95,7 @@ def stacked_memory(
     step = StackedFastStep(
         model, stacked, PLAIN, torch.bfloat16, weight_decays=none, max_grad_norms=none
     )
-    held = _count(step, step.flat, len(loras) * rows, tokens, packed=packed)
+    held = _count(step, step.flat, len(loras) * rows, tokens, packed=packed, keep=Keep())
     return replace(held, gradients=held.gradients + _made_by_receiving(step))
 
 
@@ -84,19 +111,107 @@ def _made_by_receiving(step: StackedFastStep) -> int:
     return most
 
 
+@dataclass(frozen=True)
+class Fit:
+    """The mode that was found for a room, and why."""
+
+    mode: str
+    keep: Keep
+    memory: FastMemory
+    reason: str
+
+
+def fit_memory(plan: FastPlan, mode: str, room_bytes: int | None, other_bytes: int = 0) -> Fit:
+    """Return the fastest way to keep blocks that fits into `room_bytes`.
+
+    `mode` narrows it down to one of `lora.fast.blocks.MODES`; "auto" goes through all. None as room
+    is no limit. `other_bytes` are held besides. Where nothing fits it is the smallest.
+    """
+    modes = list(MODES) if mode == "auto" else [mode]
+    ways = [(name, keep) for name in modes for keep in _ways(name, plan.n_layers, mode == "auto")]
+
+    def fits(keep: Keep) -> bool:
+        return room_bytes is None or plan.memory(keep).total + other_bytes <= room_bytes
+
+    _, keep = next((way for way in ways if fits(way[1])), ways[-1])
+    return fit_of(plan, keep, other_bytes, room_bytes)
+
+
+def fit_of(plan: FastPlan, keep: Keep, other_bytes: int = 0, room_bytes: int | None = None) -> Fit:
+    """Return what keeping this of the blocks comes to."""
+    found, none = plan.memory(keep), plan.memory(MODES["none"])
+    totals = found.total + other_bytes, none.total + other_bytes
+    name = keep.mode
+    return Fit(name, keep, found, _explain(name, keep, plan, totals, room_bytes))
+
+
+def _ways(name: str, n_layers: int, of_several: bool) -> list[Keep]:
+    """Return the ways of one mode, the fastest first."""
+    if name == "cheap":
+        return [Keep(norms=False, gate_up=n) for n in range(n_layers, -1, -1)]
+    if name == "full" and of_several:
+        return [Keep(norms=False, gate_up=0, inner=n) for n in range(n_layers - 1, -1, -1)]
+    return [MODES[name]]
+
+
+def _explain(
+    name: str, keep: Keep, plan: FastPlan, totals: tuple[int, int], room_bytes: int | None
+) -> str:
+    total, none = totals
+    n, (gate_up, inner) = plan.n_layers, keep.counts(plan.n_layers)
+    again = {
+        "none": "nearly nothing is made again",
+        "cheap": "norms and SwiGLU are made again"
+        + (f", gate and up in {n - gate_up} of {n} blocks" if gate_up < n else ""),
+        "full": f"{n - inner} of {n} blocks are made again"
+        + (f", {inner} in part" if inner else ""),
+        "full+offload": "blocks are made again from residuals in host memory "
+        f"({plan.host_bytes(keep) / 1e9:.1f} GB)",
+    }[name]
+    text = f"memory {name}: {again}; {total / 1e9:.1f} GB planned"
+    if room_bytes is not None:
+        text += f" of {room_bytes / 1e9:.1f} GB"
+    if name != "none":
+        text += f", without it {none / 1e9:.1f}"
+    if room_bytes is not None and total > room_bytes:
+        text += "; it may not fit"
+    return text
+
+
 def _count(
-    step: WrittenStep, flat: FlatParameters | StackedFlat, rows: int, tokens: int, *, packed: bool
+    step: WrittenStep,
+    flat: FlatParameters | StackedFlat,
+    rows: int,
+    tokens: int,
+    *,
+    packed: bool,
+    keep: Keep,
 ) -> FastMemory:
-    kept = step.network.buffers(rows, tokens)
+    kept = step.network.buffers(rows, tokens, keep)
     trained = flat.values.numel() * 4
     return FastMemory(
         weights=_frozen_bytes(step.network, flat) + trained,
         gradients=trained,
         optimizer=2 * trained,
-        activations=_bytes_of(kept) + _kept_by_attention(step, kept, packed=packed),
+        activations=_bytes_of(kept) + _of_attention(step, kept, packed=packed),
         loss=kept.logits.numel() * kept.logits.element_size(),
         other=CUBLAS_WORKSPACE_BYTES,
     )
+
+
+def _of_attention(step: WrittenStep, kept: Buffers, *, packed: bool) -> int:
+    """Return what torch's attention keeps, sums of its rows, and makes on one block's way back.
+
+    That are its output or gradients of queries, keys and values, and dq in fp32.
+    """
+    if packed and step.network.owns_attention(kept.tokens):
+        return 0
+    sizes = step.model.config
+    inner = sizes.num_attention_heads * sizes.head_dim
+    sums = kept.n_tokens * sizes.num_attention_heads * 4
+    stays = len(kept.attended.kept) or 1
+    made = kept.n_tokens * (2 * step.network.qkv.outputs + 4 * inner)
+    return stays * sums + made
 
 
 def _frozen_bytes(network: FastNetwork, flat: FlatParameters | StackedFlat) -> int:
@@ -115,16 +230,5 @@ def _frozen_bytes(network: FastNetwork, flat: FlatParameters | StackedFlat) -> i
 
 
 def _bytes_of(kept: Buffers) -> int:
-    tensors = {name: t for name, t in vars(kept).items() if isinstance(t, torch.Tensor)}
-    tensors.pop("logits")
-    return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-def _kept_by_attention(step: WrittenStep, kept: Buffers, *, packed: bool) -> int:
-    """Return what torch's attention keeps for autograd: its output and the sums of its rows."""
-    if packed and step.network.owns_attention(kept.tokens):
-        return 0
-    sizes = step.model.config
-    inner = sizes.num_attention_heads * sizes.head_dim
-    a_layer = kept.n_tokens * (inner * 2 + sizes.num_attention_heads * 4)
-    return sizes.num_hidden_layers * a_layer
+    storages = {storage._cdata: storage.nbytes() for storage in kept.storages()}
+    return sum(storages.values())

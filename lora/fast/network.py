@@ -16,6 +16,7 @@ from lora.decoder.decoder import Decoder, LlamaTrunk
 from lora.decoder.layers import GatedFeedForward, PreNormBlock
 from lora.decoder.rope import Rope
 from lora.fast.adapted import DroppedProjection, Masks, MergedProjection, SplitProjection
+from lora.fast.blocks import Keep
 from lora.fast.buffers import Buffers, Widths
 from lora.fast.flat import FlatParameters
 from lora.fast.ops import Ops
@@ -51,6 +52,7 @@ class FastNetwork:
     ) -> None:
         self.model, self.config, self.ops, self.dtype = model, model.config, ops, dtype
         self.trains_all, self.own_attention = trains_all, own_attention
+        self.drops = masks is not None
         trunk = cast(LlamaTrunk, model.trunk)
         blocks = [cast(PreNormBlock, block) for block in trunk.layers]
         heads = [block.self_attn for block in blocks]
@@ -110,7 +112,7 @@ class FastNetwork:
         for weights in self.weights:
             weights.refresh()
 
-    def buffers(self, rows: int, tokens: int) -> Buffers:
+    def buffers(self, rows: int, tokens: int, keep: Keep | None = None) -> Buffers:
         """Return the tensors that a step over `rows` × `tokens` tokens writes."""
         self.prepare(tokens)
         sizes = self.config
@@ -124,7 +126,17 @@ class FastNetwork:
             vocabulary=sizes.vocab_size,
         )
         like = self.embedding.tensors[0]
-        kept = Buffers(self.qkv.n_layers, rows, tokens, widths, like, self.wide)
+        kept = Buffers(
+            self.qkv.n_layers,
+            rows,
+            tokens,
+            widths,
+            like,
+            self.wide,
+            first=self.first,
+            keep=keep,
+            in_parts=not self.drops,  # a mask belongs to all tokens of a batch
+        )
         if self.owns_attention(tokens):
             kept.add_attention(sizes.num_attention_heads, sizes.head_dim)
         return kept
@@ -159,18 +171,22 @@ class FastNetwork:
         }
 
     def receive(self, kept: Buffers, *, first: bool) -> None:
-        """Put the gradients of all projections but down into their slots, after the way back."""
+        """Put the gradients of all weights that wait for it into their slots, after the way back.
+
+        Where blocks are made again, each has done so by itself.
+        """
         layers = slice(self.first, self.qkv.n_layers)
-        pairs = (
-            (self.qkv, kept.attention_in, kept.qkv),
-            (self.output, kept.attended, kept.between),
-            (self.gate_up, kept.feed_in, kept.gate_up),
-        )
-        for projection, x, dy in pairs:
-            projection.receive(layers, x[layers], dy[layers], first=first)
+        if not kept.is_lean:
+            pairs = (
+                (self.qkv, kept.attention_in, kept.qkv),
+                (self.output, kept.attended, kept.between),
+                (self.gate_up, kept.feed_in, kept.gate_up),
+            )
+            for projection, x, dy in pairs:
+                projection.receive(layers, x.kept, dy.kept, first=first)
         if kept.keeps_activations:
-            dy = kept.before[self.first + 1 :]
-            self.down.receive(layers, kept.activated[layers], dy, first=first)
+            dy_of_down = kept.before.kept[self.first + 1 :]
+            self.down.receive(layers, kept.activated.kept, dy_of_down, first=first)
 
 
 def has_lora(module: nn.Module) -> bool:

@@ -29,6 +29,8 @@ class FastPass:
         self.net, self.inputs, self.kept, self.packed = net, inputs, kept, packed
         self.tables = net.tables(inputs.position_ids)
         self.attended: dict[int, Attended] = {}
+        self.held = -1
+        """The block whose values lie in what blocks share."""
         self.owns_attention = packed and net.owns_attention(kept.tokens)
         if self.owns_attention:
             self.begins = find_begins(inputs.position_ids)
@@ -36,28 +38,19 @@ class FastPass:
 
     def run(self) -> None:
         """Go through all blocks."""
-        net, kept, ops = self.net, self.kept, self.net.ops
+        net, kept = self.net, self.kept
         c, n_layers = net.config.hidden_size, net.qkv.n_layers
         embedded = net.embedding.tensors[0].index_select(0, self.inputs.input_ids)  # (N, C)
         self._add_norm(embedded, None, 0, kept.before[0], kept.attention_in[0])
         for layer in range(n_layers):
-            self._attend(layer)
-            net.output.forward(layer, kept.attended[layer], kept.hidden)
-            between = kept.between[layer]
-            before = kept.before[layer][:, :c]
-            self._add_norm(before, kept.hidden, 2 * layer + 1, between, kept.feed_in[layer])
-            net.gate_up.forward(
-                layer, kept.feed_in[layer], self._plain(kept.gate_up, net.gate_up, layer)
-            )
-            x = self._activated(layer)
-            ops.swiglu(self._plain(kept.gate_up, net.gate_up, layer), x[:, : net.down.inputs])
-            net.down.forward(layer, x, kept.hidden)
-            if not kept.keeps_activations:
-                kept.activated_low[layer].copy_(x[:, net.down.inputs :])
+            self._attention(layer)
+            kept.before.store(layer)
+            self._feed_forward(layer)
+            kept.before.make_room(layer + 1)
             after = kept.attention_in[layer + 1] if layer + 1 < n_layers else kept.final
-            self._add_norm(
-                between[:, :c], kept.hidden, 2 * layer + 2, kept.before[layer + 1], after
-            )
+            between = kept.between[layer][:, :c]
+            self._add_norm(between, kept.hidden, 2 * layer + 2, kept.before[layer + 1], after)
+        self.held = n_layers - 1
 
     def _add_norm(
         self, residual: Tensor, delta: Tensor | None, number: int, total: Tensor, normed: Tensor
@@ -67,45 +60,72 @@ class FastPass:
         rstd = self.kept.rstd[number]
         net.ops.add_norm(residual, delta, weight, eps, total[:, :c], normed[:, :c], rstd)
 
-    def _activated(self, layer: int) -> Tensor:
-        return self.kept.activated[layer if self.kept.keeps_activations else 0]
+    def _attention(self, layer: int) -> None:
+        """From the first norm's output to the second norm's."""
+        net, kept, c = self.net, self.kept, self.net.config.hidden_size
+        self._attend(layer)
+        net.output.forward(layer, kept.attended[layer], kept.hidden)
+        before, between = kept.before[layer][:, :c], kept.between[layer]
+        self._add_norm(before, kept.hidden, 2 * layer + 1, between, kept.feed_in[layer])
 
-    @staticmethod
-    def _plain(stack: Tensor, projection: Projection, layer: int) -> Tensor:
-        return stack[layer][:, : projection.outputs]
+    def _feed_forward(self, layer: int) -> None:
+        net, kept, feed = self.net, self.kept, self.net.down.inputs
+        for part in kept.parts:
+            gate_up = self._gate_up(layer, part)
+            x = kept.activated.part(layer, part)
+            net.ops.swiglu(gate_up[:, : net.gate_up.outputs], x[:, :feed])
+            net.down.forward(layer, x, kept.hidden[part])
+            if kept.activated_low.stays(layer):
+                kept.activated_low[layer][part].copy_(x[:, feed:])
+            if kept.feed_low.stays(layer):
+                kept.feed_low[layer][part].copy_(kept.feed_in[layer][part, net.gate_up.inputs :])
+
+    def _gate_up(self, layer: int, part: slice) -> Tensor:
+        """Return gate and up (tokens of `part`, 2F + extra), just made."""
+        net, kept = self.net, self.kept
+        gate_up = kept.gate_up.part(layer, part)
+        net.gate_up.forward(layer, kept.feed_in[layer][part], gate_up[:, : net.gate_up.outputs])
+        return gate_up
+
+    def _qkv(self, layer: int) -> Tensor:
+        return self.kept.qkv[layer][:, : self.net.qkv.outputs]
 
     def _heads(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         sizes = self.net.config
-        qkv = self._plain(self.kept.qkv, self.net.qkv, layer)
-        heads = qkv.unflatten(1, (-1, sizes.head_dim))  # (N, heads of all three, D)
+        heads = self._qkv(layer).unflatten(1, (-1, sizes.head_dim))  # (N, heads of all three, D)
         shared = sizes.num_key_value_heads
         q, k, v = heads.split((sizes.num_attention_heads, shared, shared), 1)
         return q, k, v
 
     def _attend(self, layer: int) -> None:
         net, kept, sizes = self.net, self.kept, self.net.config
-        qkv = self._plain(kept.qkv, net.qkv, layer)
-        net.qkv.forward(layer, kept.attention_in[layer], qkv)
+        qkv, x = self._qkv(layer), kept.attention_in[layer]
+        net.qkv.forward(layer, x, qkv)
+        if kept.attention_low.stays(layer):
+            kept.attention_low[layer].copy_(x[:, net.qkv.inputs :])
         own = sizes.layers[layer]
         if own.rope is not None:
             n_heads = sizes.num_attention_heads + sizes.num_key_value_heads
             net.ops.rotate_heads(qkv, *self.tables[own.rope], n_heads)
         window = self._window(layer)
+        out = kept.attended[layer][:, : net.output.inputs]
         if self.owns_attention:
-            out = kept.attended[layer][:, : net.output.inputs]
-            heads = self._sizes_of_heads()
-            lse = kept.lse[layer]
+            heads, lse = self._sizes_of_heads(), kept.lse[layer]
             net.ops.attend(qkv, self.begins, heads, own.scale, window or 0, out, lse)
             return
         shape = Shape(kept.rows, kept.tokens, own.scale, window)
         q, k, v = self._heads(layer)
+        self.attended.pop(self._place(layer), None)
         if not self.packed:
-            attended = attend_rows(q, k, v, shape)
+            attended = attend_rows(q, k, v, shape, out)
         else:
             kernel = attend_documents if q.is_cuda else attend_documents_plain
-            attended = kernel(q, k, v, self.inputs.bounds, shape)
-        kept.attended[layer][:, : net.output.inputs].copy_(attended.result.flatten(1))
-        self.attended[layer] = attended
+            attended = kernel(q, k, v, self.inputs.bounds, shape, out)
+        self.attended[self._place(layer)] = attended
+
+    def _place(self, layer: int) -> int:
+        """Return a number that blocks with one tensor in common share."""
+        return layer if self.kept.attended.stays(layer) else -1
 
     def backward(self, d_hidden: Tensor, *, first: bool) -> None:
         """Go back from `d_hidden` (N, C), the gradient of `kept.final`, to the first block."""
@@ -113,11 +133,33 @@ class FastPass:
         n_layers = net.qkv.n_layers
         self._norm_back(d_hidden, 2 * n_layers, kept.before[n_layers], None, first)
         for layer in reversed(range(net.first, n_layers)):
+            kept.before.fetch(layer, net.first)
+            self._make_again(layer)
             self._feed_forward_back(layer, first)
             self._attention_back(layer, first)
+        kept.before.join()
         net.receive(kept, first=first)
         if net.trains_all:
             self._embedding_back(first)
+
+    def _make_again(self, layer: int) -> None:
+        """Make what a block's way forward gave and did not keep, up to its second norm."""
+        net, kept = self.net, self.kept
+        if kept.attention_in.stays(layer) or self.held == layer:
+            return
+        self.held = layer
+        self._norm_again(kept.before[layer], 2 * layer, kept.attention_in[layer])
+        if not kept.between.stays(layer):
+            self._attention(layer)
+            return
+        kept.attention_in[layer][:, net.qkv.inputs :].copy_(kept.attention_low[layer])
+        self._norm_again(kept.between[layer], 2 * layer + 1, kept.feed_in[layer])
+        if kept.feed_low.stays(layer):
+            kept.feed_in[layer][:, net.gate_up.inputs :].copy_(kept.feed_low[layer])
+
+    def _norm_again(self, residual: Tensor, number: int, normed: Tensor) -> None:
+        x = residual[:, : self.net.config.hidden_size]
+        self._add_norm(x, None, number, x, normed)
 
     def _norm_back(
         self, dy: Tensor, number: int, x: Tensor, beside: Tensor | None, first: bool
@@ -134,36 +176,54 @@ class FastPass:
 
     def _feed_forward_back(self, layer: int, first: bool) -> None:
         net, kept = self.net, self.kept
-        dy, feed = kept.before[layer + 1], net.down.inputs
-        d_activated = kept.wide[:, :feed]
+        dy = kept.before[layer + 1]
+        for part in kept.parts:
+            begins = first and part.start == 0
+            stays = kept.gate_up.stays(layer)
+            gate_up = kept.gate_up.part(layer, part) if stays else self._gate_up(layer, part)
+            self._activated_back(layer, part, gate_up, begins)
+            net.gate_up.backward(layer, gate_up, kept.hidden[part])
+            if kept.is_lean:
+                self._receive(net.gate_up, layer, kept.feed_in[layer][part], gate_up, begins)
+        self._norm_back(kept.hidden, 2 * layer + 1, kept.between[layer], dy, first)
+
+    def _activated_back(self, layer: int, part: slice, gate_up: Tensor, begins: bool) -> None:
+        """Changes `gate_up` in place: gate and up become their gradients."""
+        net, kept, feed = self.net, self.kept, self.net.down.inputs
+        dy, d_activated = kept.before[layer + 1][part], kept.d_activated[: part.stop - part.start]
         net.down.backward(layer, dy, d_activated)
-        gate_up = self._plain(kept.gate_up, net.gate_up, layer)
-        x = self._activated(layer)
+        gate_up = gate_up[:, : net.gate_up.outputs]
         if kept.keeps_activations:
             net.ops.swiglu_backward(gate_up, d_activated, None)
-        else:
-            net.ops.swiglu_backward(gate_up, d_activated, x[:, :feed])
-            x[:, feed:].copy_(kept.activated_low[layer])
-            net.down.receive(slice(layer, layer + 1), x[None], dy[None], first=first)
-        net.gate_up.backward(layer, kept.gate_up[layer], kept.hidden)
-        self._norm_back(kept.hidden, 2 * layer + 1, kept.between[layer], dy, first)
+            return
+        x = kept.activated.part(layer, part)
+        net.ops.swiglu_backward(gate_up, d_activated, x[:, :feed])
+        x[:, feed:].copy_(kept.activated_low[layer][part])
+        self._receive(net.down, layer, x, dy, begins)
 
     def _attention_back(self, layer: int, first: bool) -> None:
         net, kept = self.net, self.kept
-        dy = kept.between[layer]
-        inner = net.output.inputs
-        d_attended = kept.wide[:, :inner]
-        net.output.backward(layer, dy, d_attended)
-        self._heads_back(layer, d_attended)
+        dy, qkv = kept.between[layer], kept.qkv[layer]
+        net.output.backward(layer, dy, kept.d_attended)
+        if kept.is_lean:
+            self._receive(net.output, layer, kept.attended[layer], dy, first)
+        self._heads_back(layer)
         is_last = layer == net.first and not net.trains_all
-        net.qkv.backward(layer, kept.qkv[layer], None if is_last else kept.hidden)
+        net.qkv.backward(layer, qkv, None if is_last else kept.hidden)
+        if kept.is_lean:
+            self._receive(net.qkv, layer, kept.attention_in[layer], qkv, first)
         if not is_last:
             self._norm_back(kept.hidden, 2 * layer, kept.before[layer], dy, first)
 
-    def _heads_back(self, layer: int, d_attended: Tensor) -> None:
+    def _receive(
+        self, projection: Projection, layer: int, x: Tensor, dy: Tensor, first: bool
+    ) -> None:
+        projection.receive(slice(layer, layer + 1), x[None], dy[None], first=first)
+
+    def _heads_back(self, layer: int) -> None:
         """Changes queries, keys and values in place: they become their gradients, unrotated."""
         net, kept, own = self.net, self.kept, self.net.config.layers[layer]
-        qkv = self._plain(kept.qkv, net.qkv, layer)
+        qkv, d_attended = self._qkv(layer), kept.d_attended
         tables = None if own.rope is None else self.tables[own.rope]
         if self.owns_attention:
             out = kept.attended[layer][:, : net.output.inputs]
@@ -173,7 +233,7 @@ class FastPass:
             )  # fmt: skip
             return
         heads = d_attended.unflatten(1, (-1, net.config.head_dim))  # (N, H, D)
-        gradients = self.attended.pop(layer).backward(heads)
+        gradients = self.attended.pop(self._place(layer)).backward(heads)
         net.ops.gather_gradients(*gradients, *(tables or (None, None)), qkv)
 
     def _sizes_of_heads(self) -> tuple[int, int, int]:

@@ -51,12 +51,16 @@ class Projection:
 
     def place(self, weight: Tensor) -> None:
         """Changes the modules in place: their weights move into `weight` (L, O, I), as views."""
+        self.move(list(weight), slice(None))
+        self._place_biases()
+
+    def move(self, weights: Sequence[Tensor], layers: slice) -> None:
+        """Changes the modules of `layers` in place: their weights become views of (O, I) each."""
         for member in self.members:
-            for layer, module in enumerate(member.modules):
-                view = weight[layer, member.rows]  # (O of the member, I)
+            for weight, module in zip(weights, member.modules[layers], strict=True):
+                view = weight[member.rows]  # (O of the member, I)
                 view.copy_(weight_of(module))
                 weight_of(module).data = view
-        self._place_biases()
 
     def placed(self) -> Tensor | None:
         """Return the weights as one tensor (L, O, I) if an earlier step has put them there."""
@@ -126,15 +130,18 @@ class FrozenProjection(Projection):
 
     def __init__(self, blocks: Sequence[Sequence[nn.Module]], dtype: torch.dtype) -> None:
         super().__init__(blocks, dtype)
-        self.weight = self.empty(self.n_layers, self.outputs, self.inputs)
-        self.place(self.weight)
+        self.weights: list[Tensor] = []
+        for layer in range(self.n_layers):  # one by one: a large base is never there twice
+            self.weights.append(self.empty(self.outputs, self.inputs))
+            self.move(self.weights[layer:], slice(layer, layer + 1))
+        self._place_biases()
 
     def forward(self, layer: int, x: Tensor, out: Tensor) -> None:
-        self.multiply(layer, x, self.weight[layer], out)
+        self.multiply(layer, x, self.weights[layer], out)
 
     def backward(self, layer: int, dy: Tensor, dx: Tensor | None) -> None:
         if dx is not None:
-            torch.mm(dy, self.weight[layer], out=dx)
+            torch.mm(dy, self.weights[layer], out=dx)
 
 
 class FullProjection(Projection):

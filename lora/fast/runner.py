@@ -14,6 +14,7 @@ from lora.data.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
 from lora.diagnosis import find_nonfinite
+from lora.fast.blocks import Keep
 from lora.fast.captured import CapturedStep, decoder_logits
 from lora.fast.foreign import transformers_logits, why_masked
 from lora.fast.ops import PLAIN, TRITON
@@ -117,6 +118,7 @@ class FastSteps(LaunchedSteps):
         weight_decay: of matrices.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
         seed: of dropout.
+        keep: what stays of the blocks between forward and backward; None: nearly all.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class FastSteps(LaunchedSteps):
         weight_decay: float,
         max_grad_norm: float,
         seed: int,
+        keep: Keep | None = None,
     ) -> None:
         self.step = FastStep(
             model,
@@ -135,6 +138,7 @@ class FastSteps(LaunchedSteps):
             weight_decay=weight_decay,
             max_grad_norm=max_grad_norm,
             seed=seed,
+            keep=keep,
         )
         super().__init__(model, self.step, choice, _about_fast(self.step, choice))
 

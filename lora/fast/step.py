@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora.data.batches import IGNORE, Batch
 from lora.decoder.decoder import Decoder
 from lora.fast.adapted import Masks
+from lora.fast.blocks import Keep
 from lora.fast.buffers import Buffers, Inputs
 from lora.fast.flat import FlatParameters
 from lora.fast.graphs import Graphs
@@ -28,6 +29,9 @@ from lora.lora_module import LoRALayer
 
 MERGE_BELOW_WIDTH = 1024
 """Models narrower than this merge W + s·B·A once a step; wider ones keep LoRA in the products."""
+
+CAPTURE_BELOW_TOKENS = 2**15
+"""Larger micro-batches take seconds where models are large: rehearsals cost more than launches."""
 
 
 class Ending(Protocol):
@@ -55,16 +59,22 @@ class WrittenStep:
         ops: what lies between the products.
         network: what the model's parameters have become views of.
         update: the end of a step.
+        keep: what stays of the blocks between forward and backward; None: nearly all.
     """
 
-    def __init__(self, model: Decoder, ops: Ops, network: FastNetwork, update: Ending) -> None:
-        self.model, self.ops, self.network = model, ops, network
+    def __init__(
+        self,
+        model: Decoder,
+        ops: Ops,
+        network: FastNetwork,
+        update: Ending,
+        keep: Keep | None = None,
+    ) -> None:
+        self.model, self.ops, self.network, self.keep = model, ops, network, keep or Keep()
         self.device = update.is_live.device
         self.ending = update
         self.report = update.report
         self.graphs = Graphs(self.device, update.is_live)
-        self.own_rows = False
-        """Whether rows of one document go through our kernels of attention where they can."""
         self.buffers: Buffers | None = None
         self.inputs: Inputs | None = None
 
@@ -95,8 +105,11 @@ class WrittenStep:
         if self.buffers is not None and (self.buffers.rows, self.buffers.tokens) == (rows, tokens):
             return
         self.graphs.clear()
+        self.graphs.captures = rows * tokens < CAPTURE_BELOW_TOKENS
         self.buffers = None
-        self.buffers = self.network.buffers(rows, tokens)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what lay in pieces is no use to the buffers, nor to a graph
+        self.buffers = self.network.buffers(rows, tokens, self.keep)
         ids, labels, positions = torch.zeros(
             3, rows * tokens, dtype=torch.int64, device=self.device
         ).unbind()
@@ -114,7 +127,7 @@ class WrittenStep:
             target.copy_(_staged(source.reshape(-1), target.device), non_blocking=True)
         tokens = batch.input_ids.shape[1]
         if bool((batch.document_ids == 0).all()) and not self._has_windows(tokens):
-            return self.own_rows and self.network.owns_attention(tokens), 0
+            return False, 0
         if self.network.owns_attention(tokens):
             return True, 0
         return True, self._put_bounds(batch.document_ids, inputs)
@@ -182,6 +195,7 @@ class FastStep(WrittenStep):
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
         merges: add s·B·A to the weights once a step; None decides by the model's width.
         own_attention: of packed rows through our kernels; None decides by the rows' length.
+        keep: what stays of the blocks between forward and backward; None: nearly all.
     """
 
     def __init__(
@@ -195,6 +209,7 @@ class FastStep(WrittenStep):
         seed: int = 0,
         merges: bool | None = None,
         own_attention: bool | None = None,
+        keep: Keep | None = None,
     ) -> None:
         self.seed = seed
         device = next(model.parameters()).device
@@ -219,7 +234,7 @@ class FastStep(WrittenStep):
             self.flat, ops.adamw, weight_decay=weight_decay, max_grad_norm=max_grad_norm
         )
         self.taken_steps = self.update.taken_steps
-        super().__init__(model, ops, network, self.update)
+        super().__init__(model, ops, network, self.update, keep)
 
     def adopt_moments(self, optimizer: torch.optim.Optimizer) -> None:
         """Changes `optimizer` in place: its state becomes views of the fast step's.

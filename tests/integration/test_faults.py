@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ BYTES = ("metrics.jsonl", "samples.jsonl")
 
 
 def start(
-    tiny_folder: Path, orders_file: Path, out: Path, kind: str, *more: str
+    tiny_folder: Path, orders_file: Path, out: Path, kind: str, *more: str, data_threads: int = 1
 ) -> subprocess.Popen[str]:
     words = (
         f"finetune --data {orders_file} --model {tiny_folder} --out {out} --name run --device cpu"
@@ -48,7 +49,7 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(data_threads)},
     )
 
 
@@ -87,14 +88,18 @@ def kill_at_random(process: subprocess.Popen[str], run: Path, draw: random.Rando
 def test_kill_9_at_ten_random_moments_changes_no_byte(
     tiny_folder: Path, orders_file: Path, tmp_path: Path, kind: str
 ) -> None:
-    """Ten moments each for LoRA and full fine-tuning; each run is killed, resumed and compared."""
+    """Ten moments each for LoRA and full fine-tuning; each run is killed, resumed and compared.
+
+    The resumed one prepares its data with another number of threads.
+    """
     finish(start(tiny_folder, orders_file, tmp_path / "whole", kind))
     expected = results(tmp_path / "whole" / "run", kind)
     draw, hits = random.Random(kind), []
     for number in range(10):
         out = tmp_path / f"killed-{number}"
         hits.append(kill_at_random(start(tiny_folder, orders_file, out, kind), out / "run", draw))
-        finish(start(tiny_folder, orders_file, out, kind, "--resume"))
+        threads = 2 + number % 3
+        finish(start(tiny_folder, orders_file, out, kind, "--resume", data_threads=threads))
         assert results(out / "run", kind) == expected, (number, hits)
     assert "save" in hits
     assert "step" in hits
@@ -235,6 +240,32 @@ def test_a_vanished_folder_is_told_and_the_adapter_is_saved_all_the_same(
     done = finetune(job, heard)
     assert any("has vanished" in line for line in heard.said)
     assert (done.saved / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_what_was_learned_goes_elsewhere_if_the_disk_has_no_room_at_the_end(
+    job: FinetuneJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    job = replace(job, lora=None if full else job.lora)
+    whole = finetune(replace(job, run=replace(job.run, name="whole")))
+    sync, heard = os.fsync, Heard(12, lambda: is_full.append(True))
+    is_full: list[bool] = []
+
+    def refuse(handle: int) -> None:
+        if is_full and str(Path(f"/proc/self/fd/{handle}").readlink()).startswith(str(runs)):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(handle)
+
+    runs = tmp_path / "run"
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    done = finetune(job, heard)
+    name = "model.safetensors" if full else "adapter_model.safetensors"
+    assert (done.saved / name).read_bytes() == (whole.saved / name).read_bytes()
+    assert done.saved.parent.name.startswith("lora-run-")
+    assert any(f"What was learned is in {done.saved}" in line for line in heard.said)
+    assert sum("The newest checkpoint is step 9" in line for line in heard.said) == 1
+    assert not list((runs / done.saved.name).glob(".*"))
 
 
 @pytest.fixture

@@ -1,0 +1,134 @@
+"""Every memory mode against mode none, in fp64 on a CPU: losses, parameters and moments."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from lora.apply import apply_lora, lora_layers
+from lora.config import LoRAConfig
+from lora.data.batches import Batch
+from lora.decoder.decoder import Decoder
+from lora.fast import blocks, buffers
+from lora.fast.blocks import MODES, Blocks, Keep, OffloadedResiduals
+from lora.fast.ops import PLAIN
+from lora.fast.step import FastStep
+
+KEEPS = {
+    **{name: keep for name, keep in MODES.items() if name != "none"},
+    "cheap, gate and up of one block": Keep(norms=False, gate_up=1),
+    "full but one block": Keep(norms=False, gate_up=0, inner=1),
+    "full but two blocks, one with gate and up": Keep(norms=False, gate_up=1, inner=2),
+}
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
+    "tied": ({}, {"rank_pattern": {"k_proj": 2}}),
+    "untied, biases": ({"tied": False, "bias": True}, {}),
+    "window": ({"window": 4}, {}),
+    "last block": ({}, {"layers": (2,)}),
+    "two targets": ({}, {"targets": ("q_proj", "down_proj")}),
+    "dropout": ({}, {"dropout": 0.3}),
+    "full fine-tuning": ({"tied": False, "bias": True}, None),
+}
+
+
+def adapt(model: Decoder, settings: dict[str, Any] | None) -> Decoder:
+    if settings is None:
+        return model.requires_grad_(True)
+    apply_lora(model, LoRAConfig(**{"rank": 3, "alpha": 6.0, "init_seed": 0, **settings}))
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.copy_(0.3 * torch.randn(layer.lora_B.shape, generator=draw))
+    return model
+
+
+def train(
+    model: Decoder, steps: Sequence[Sequence[Batch]], **settings: Any
+) -> tuple[list[list[float]], list[torch.Tensor]]:
+    """Return the reports of all steps, and values and moments after them."""
+    step = FastStep(model, PLAIN, torch.float64, weight_decay=0.1, seed=5, **settings)
+    reports = []
+    for number, batches in enumerate(steps, 1):
+        step.launch(batches, 1e-2, number)
+        reports.append(step.report.tolist())
+    return reports, [step.flat.values, step.flat.mean, step.flat.square]
+
+
+@pytest.mark.parametrize("merges", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_all_modes_are_mode_none(
+    tiny_decoder: Callable[..., Decoder],
+    make_batch: Callable[..., Batch],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    packed: bool,
+    merges: bool,
+) -> None:
+    monkeypatch.setattr(buffers, "PART_TOKENS", 13)  # feed-forwards in three parts, one shorter
+    monkeypatch.setattr(buffers, "LEAN_LOGITS_ELEMENTS", 97 * 20)
+    monkeypatch.setattr(blocks, "HOST_PIECE_BYTES", 3000)
+    sizes, settings = SETTINGS[name]
+    base = adapt(tiny_decoder(**sizes), settings)
+    n_micro = 2 if packed else 1
+    steps = [
+        [make_batch(10 * number + place, packed=packed) for place in range(n_micro)]
+        for number in range(3)
+    ]
+    ways = {"merges": merges, "own_attention": merges}
+    reports, values = train(copy.deepcopy(base), steps, **ways)
+    assert reports[0][0] != reports[1][0]
+    for keep_name, keep in KEEPS.items():
+        own_reports, own_values = train(copy.deepcopy(base), steps, keep=keep, **ways)
+        for own, expected in zip(own_reports, reports, strict=True):
+            assert own == pytest.approx(expected, rel=1e-6), keep_name  # reports are fp32
+        for own_value, value in zip(own_values, values, strict=True):
+            assert (own_value - value).norm() <= 1e-12 * value.norm(), keep_name
+
+
+def test_residuals_come_back_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through six blocks as a pass does it: what is fetched is what was stored."""
+    monkeypatch.setattr(blocks, "HOST_PIECE_BYTES", 200)
+    kept = OffloadedResiduals(torch.empty(0, dtype=torch.float64), 7, 11, 5)
+    assert len(kept.host) == 4
+    assert kept.host_bytes == 4 * 11 * 5 * 8
+    for place in range(7):
+        kept.make_room(place)
+        kept[place].fill_(place)
+        if place < 6:
+            kept.store(place)
+    for place in reversed(range(6)):
+        kept.fetch(place, 0)
+        assert bool((kept[place] == place).all())
+        assert bool((kept[place + 1] == (6 if place == 5 else -place - 1)).all())
+        kept[place].fill_(-place)  # the gradient
+    kept.join()
+
+
+def test_the_last_blocks_have_tensors_of_their_own() -> None:
+    kept = Blocks(torch.empty(0), 4, 2, 6, 3, 5)
+    places = [kept[layer].data_ptr() for layer in range(4)]
+    assert places[0] == places[1] != places[2] != places[3]
+    assert [kept.stays(layer) for layer in range(4)] == [False, False, True, True]
+    assert kept.part(3, slice(2, 5)).data_ptr() == kept[3][2:5].data_ptr()
+    assert kept.part(0, slice(2, 5)).data_ptr() == kept[0].data_ptr()
+    assert Blocks(torch.empty(0), 4, 4, 6, 3, 5).shared.numel() == 0
+
+
+def test_modes_hold_less_and_less(tiny_decoder: Callable[..., Decoder]) -> None:
+    model = apply_lora(tiny_decoder(), LoRAConfig(rank=3)).to("meta")
+    step = FastStep(model, PLAIN, torch.bfloat16)  # type: ignore[arg-type]
+
+    def held(keep: Keep) -> int:
+        kept = step.network.buffers(2, 4096, keep)
+        storages = {s._cdata: s.nbytes() for s in kept.storages()}
+        return sum(storages.values())
+
+    sizes = [held(keep) for keep in MODES.values()]
+    assert sizes == sorted(sizes, reverse=True)
+    assert held(MODES["full"]) < held(KEEPS["full but one block"]) < held(MODES["cheap"])
+    assert held(KEEPS["cheap, gate and up of one block"]) < held(MODES["cheap"])
