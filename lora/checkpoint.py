@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,18 +110,6 @@ def load_newest(
     raise CheckpointError(
         f"A run was to be resumed from {folder}: no whole checkpoint is there. Start the run anew."
     )
-
-
-@contextmanager
-def reading(folder: Path) -> Iterator[None]:
-    """Within the block, values of other kinds than lora writes become a CheckpointError."""
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{folder} holds other values than lora writes ({type(error).__name__}: {error}). "
-            "Resume from a copy of it, or begin a new run."
-        ) from error
 
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

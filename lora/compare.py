@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lora.compare_contest import (
     Base,
@@ -49,7 +49,7 @@ from lora.config import RunConfig
 from lora.errors import CheckpointError, TrainingError
 from lora.progress import NoProgress, Progress
 from lora.report import draw_loss_curves, report_on
-from lora.runs import Run, create_run, default_name, read_json, read_rows
+from lora.runs import Run, create_run, default_name, read_json, read_rows, reading
 
 BASE_FILE, MEMBER_FILE, RATES, TIMING = "base.json", "member.json", "rates", "timing"
 TIMED_STEPS, UNTIMED_STEPS = 8, 2
@@ -57,6 +57,7 @@ TIMED_STEPS, UNTIMED_STEPS = 8, 2
 MOST_APART = 0.02
 """Relative difference of losses before the first step, in bf16 too."""
 ProgressOf = Callable[[str], Progress]
+MadeT = TypeVar("MadeT")
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,17 @@ class _Going:
             self.run.write_json(name, make())
         found: dict[str, Any] = read_json(path)
         return found
+
+    def once_as(
+        self,
+        name: str,
+        make: Callable[[], dict[str, Any]],
+        build: Callable[[dict[str, Any]], MadeT],
+    ) -> MadeT:
+        """Return what `build` makes of the JSON file `name`, made first if it is not there."""
+        values = self.once(name, make)
+        with reading(self.run.folder / name):
+            return build(values)
 
 
 def compare(
@@ -130,7 +142,8 @@ def _measure_base(contest: Contest, config: CompareConfig, progress_of: Progress
     """Return what the base does; that of a resumed comparison is read."""
     kept = config.run.out / str(config.run.name) / BASE_FILE
     if config.resume and kept.is_file():
-        return base_from(read_json(kept))
+        with reading(kept):
+            return base_from(read_json(kept))
     base: Base = _call(config, progress_of("base"), contest.measure_base, config.train, config.run)
     return base
 
@@ -175,7 +188,7 @@ def _choose_rate(going: _Going, method: Method) -> Rate:
             )
         return asdict(Rate(best, "sweep", tuple(tried), config.steps_tried))
 
-    return rate_from(going.once(f"{RATES}/{method}.json", choose))
+    return going.once_as(f"{RATES}/{method}.json", choose, rate_from)
 
 
 def _choose_steps(going: _Going, method: Method, rate: Rate, members: list[Member]) -> int:
@@ -195,7 +208,7 @@ def _choose_steps(going: _Going, method: Method, rate: Rate, members: list[Membe
         remove_weights(folder)
         return {"step_s": step_s, "steps": max(1, round(members[0].train_s / step_s))}
 
-    return int(going.once(f"{TIMING}/{method}.json", choose)["steps"])
+    return going.once_as(f"{TIMING}/{method}.json", choose, lambda found: int(found["steps"]))
 
 
 def _run_member(going: _Going, method: Method, rate: Rate, steps: int, base: Base) -> Member:
@@ -212,7 +225,7 @@ def _run_member(going: _Going, method: Method, rate: Rate, steps: int, base: Bas
         task = going.contest.run_member
         return asdict(going.call(title, task, method, config, run, resume, True))
 
-    trained = trained_from(going.once(f"{MEMBERS}/{method}/{MEMBER_FILE}", train))
+    trained = going.once_as(f"{MEMBERS}/{method}/{MEMBER_FILE}", train, trained_from)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return build_member(method, folder, rate, trained, base.measured)
 

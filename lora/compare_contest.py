@@ -16,7 +16,7 @@ from lora.compare_record import Measured, Method, Trained, Tried, measured_from
 from lora.config import RunConfig, TrainConfig
 from lora.errors import TrainingError
 from lora.progress import Progress
-from lora.runs import Run, read_json
+from lora.runs import Run, read_json, reading
 
 TRIED_FILE = "tried.json"
 
@@ -107,7 +107,8 @@ def try_one_by_one(
             config, own = replace(train, learning_rate=rate), short_run(run, name, train.steps)
             tried = _try(run_member, method, config, own, progress)
             Run(folder).write_json(TRIED_FILE, asdict(tried))
-        found.append(Tried(**read_json(folder / TRIED_FILE)))
+        with reading(folder / TRIED_FILE):
+            found.append(Tried(**read_json(folder / TRIED_FILE)))
     return found
 
 

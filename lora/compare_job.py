@@ -123,7 +123,8 @@ def check_same_comparison(config: CompareConfig, described: dict[str, Any]) -> N
     path = config.run.out / str(config.run.name) / "run.json"
     if not config.resume or not path.is_file():
         return
-    former = read_json(path).get("compare")
+    whole = read_json(path)
+    former = whole.get("compare") if isinstance(whole, dict) else None
     if former is None:
         raise CheckpointError(
             f"The run {path.parent} was to be resumed as a comparison, and it is none. Give the "

@@ -21,7 +21,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -297,6 +297,18 @@ def read_first_day(folder: Path) -> datetime.datetime | None:
             f"{path} does not say when the run began (data.now): it is not as lora wrote it. "
             "Begin a new run."
         ) from None
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Within the block, values of other kinds than lora writes become a CheckpointError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} holds other values than lora writes ({type(error).__name__}: {error}). "
+            "Resume from a copy of it, or begin a new run."
+        ) from error
 
 
 def read_json(path: Path) -> Any:

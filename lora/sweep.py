@@ -24,7 +24,6 @@ from typing import Any
 
 from lora.adapter_io import save_adapter
 from lora.apply_stacked import single_adapter
-from lora.checkpoint import reading
 from lora.config import (
     LEAST_EVAL_STEPS,
     MOST_EVALUATIONS,
@@ -62,6 +61,7 @@ from lora.runs import (
     read_first_day,
     read_json,
     read_rows,
+    reading,
 )
 from lora.sweep_grid import Candidate, build_candidates
 from lora.sweep_job import SweepJob, check_job, check_same_sweep, describe_job, takes_fast

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from lora.apply_stacked import apply_stacked, remove_stacked
-from lora.checkpoint import list_checkpoints, load_newest, reading, save_checkpoint
+from lora.checkpoint import list_checkpoints, load_newest, save_checkpoint
 from lora.data.batches import Batch, BatchStream, TokenRows, ordered_batches
 from lora.device import DeviceChoice, peak_memory_bytes
 from lora.errors import CheckpointError
 from lora.interrupts import StopRequests
 from lora.optim import rate_factor
-from lora.runs import Run
+from lora.runs import Run, reading
 from lora.stacked_fast_training import build_training
 from lora.stacked_losses import StackedDecoderLoss, stack_batches
 from lora.sweep_grid import Candidate

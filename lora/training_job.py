@@ -13,7 +13,6 @@ from torch import nn
 from lora.checkpoint import (
     list_checkpoints,
     load_newest,
-    reading,
     restore_training_tensors,
     save_checkpoint,
     training_tensors,
@@ -23,7 +22,7 @@ from lora.device import DeviceChoice
 from lora.errors import CheckpointError
 from lora.plain_step import LossFn
 from lora.progress import NoProgress, Progress
-from lora.runs import Run
+from lora.runs import Run, reading
 from lora.steps import Steps
 
 if TYPE_CHECKING:  # the plan knows LoRA, and plain training does without it

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora import cli
-from lora.checkpoint import load_checkpoint, reading, save_checkpoint, training_tensors
+from lora.checkpoint import load_checkpoint, save_checkpoint, training_tensors
 from lora.config import DataConfig, LoRAConfig, RunConfig, SamplingConfig, TrainConfig
 from lora.progress import NoProgress
-from lora.runs import create_run, read_first_day, read_json
+from lora.runs import create_run, read_first_day, read_json, reading
 from lora.sweep_ledger import Standing, read_ledger
 from lora.training_job import Position, resume_position
 
