@@ -247,7 +247,7 @@ def _kept_before(job: FinetuneJob) -> Keep | None:
     path = job.run.out / str(job.run.name) / "run.json"
     if not job.resume or not path.is_file():  # `create_run` says what is there, and what is not
         return None
-    with reading(path.parent):
+    with reading(path):
         kept = read_json(path).get("kept_of_blocks")
         return None if kept is None else Keep(**kept)
 
