@@ -59,15 +59,18 @@ def test_the_fast_step_is_planned_as_it_is_built(
     room_of: Callable[..., sweep_room.Room],
 ) -> None:
     room = room_of(None)
-    for n in (1, 2, 5):
-        line = room.shared_bytes + n * room.each_bytes
-        assert line == pytest.approx(fast_stack_bytes(setting(), n), rel=0.01)
+    assert room.n_fit is not None
+    assert room.n_fit > 5
+
+    def line(n: int) -> int:
+        return room.shared_bytes + n * room.each_bytes
+
+    for n in (1, 2, 5, room.n_fit):
+        held = fast_stack_bytes(setting(), n)
+        assert held <= line(n) <= 1.05 * held  # many are evaluated in parts, and hold less
+    assert line(room.n_fit) <= (1 - SPARED) * FREE < line(room.n_fit + 1)
     base = 2 * sum(p.numel() for p in build_decoder(TINY, 0).parameters())
     assert room.shared_bytes >= base
-    n_fit = room.n_fit
-    assert n_fit is not None and n_fit > 1
-    assert fast_stack_bytes(setting(), n_fit) <= (1 - SPARED) * FREE * 1.01
-    assert fast_stack_bytes(setting(), n_fit + 1) > (1 - SPARED) * FREE * 0.99
 
 
 def test_the_plain_step_is_planned_where_the_fast_one_is_not_taken(
