@@ -98,7 +98,7 @@ def _header(
 
 
 def sample_values(tensor: Tensor) -> Tensor:
-    """Return the bits of at most SAMPLES_PER_TENSOR evenly spaced values of `tensor` in bf16, int16."""
+    """Return the bits of at most 64 evenly spaced values of `tensor` in bf16, int16."""
     count = min(SAMPLES_PER_TENSOR, tensor.numel())
     places = torch.arange(count, device=tensor.device) * (tensor.numel() - 1) // max(1, count - 1)
     # By coordinates, so that neither a transposed nor a sliced tensor is copied whole.

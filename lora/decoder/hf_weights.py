@@ -47,7 +47,9 @@ def load_decoder(
     """Return the decoder in `folder`, its parameters of type `dtype` on `device`.
 
     With `fp8` the linears of its blocks are kept in eight bits (`lora.decoder.quantised`), rounded
-    one after the other while they are read. Raises ModelError for a folder without config.json or safetensors files, an unsupported
+    one after the other while they are read.
+
+    Raises ModelError for a folder without config.json or safetensors files, an unsupported
     architecture, a damaged file, and once for all tensors that are missing, unexpected,
     misshapen or not floating-point; with `fp8` for one that is not finite.
     """

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora.fast.blocks import Blocks, Keep, OffloadedResiduals, Residuals
+from lora.kernels.fp8 import FP8
 
 KEPT_ACTIVATIONS_BYTES = 400e6
 """Up to this size silu(gate) · up of all blocks is kept; beyond, it is made again."""
@@ -125,6 +126,19 @@ class Buffers:
             for tensor in owned:
                 if isinstance(tensor, Tensor) and name != "logits":
                     yield tensor.untyped_storage()
+
+    def add_codes(self, inputs: int, outputs: int, turned: int, kind: torch.dtype) -> None:
+        """Make room for rows in eight bits that pass to a product, and for weights turned around.
+
+        `inputs` and `outputs` are the widest projections' own.
+        """
+        device, n = self.hidden.device, self.n_tokens
+        self.input_codes = torch.empty(n * inputs, dtype=kind, device=device)
+        self.gradient_codes = torch.empty(n * outputs, dtype=kind, device=device)
+        scales = torch.empty(2, n, 1, dtype=torch.float32, device=device)
+        self.input_scales, self.gradient_scales = scales.unbind()
+        self.turned_codes = torch.empty(turned, dtype=FP8, device=device)
+        self.unit_scales = torch.ones(1, inputs, dtype=torch.float32, device=device)
 
 
 @dataclass

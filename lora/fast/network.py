@@ -14,11 +14,13 @@ from lora.decoder.attention import Attention
 from lora.decoder.config import RopeConfig
 from lora.decoder.decoder import Decoder, LlamaTrunk
 from lora.decoder.layers import GatedFeedForward, PreNormBlock
+from lora.decoder.quantised import has_fp8_base
 from lora.decoder.rope import Rope
-from lora.fast.adapted import DroppedProjection, Masks, MergedProjection, SplitProjection
+from lora.fast.adapted import ApartProjection, Masks, MergedProjection, SplitProjection
 from lora.fast.blocks import Keep
 from lora.fast.buffers import Buffers, Widths
 from lora.fast.flat import FlatParameters
+from lora.fast.fp8 import Codes, fp8_projection
 from lora.fast.ops import Ops
 from lora.fast.projections import FrozenProjection, FullProjection, Projection
 from lora.fast.weights import Weights
@@ -46,10 +48,12 @@ class FastNetwork:
         merges: bool,
         masks: Masks | None = None,
         own_attention: bool | None = None,
+        two_copies: bool = True,
     ) -> None:
         self.model, self.config, self.ops, self.dtype = model, model.config, ops, dtype
         self.trains_all, self._own_attention = trains_all, own_attention
         self.drops = masks is not None
+        self.codes = Codes(ops, two_copies=two_copies) if has_fp8_base(model) else None
         trunk = cast(LlamaTrunk, model.trunk)
         blocks = [cast(PreNormBlock, block) for block in trunk.layers]
         heads = [block.self_attn for block in blocks]
@@ -58,10 +62,12 @@ class FastNetwork:
         def project(parts: list[list[nn.Module]]) -> Projection:
             if trains_all:
                 return FullProjection(parts, flat, dtype)
+            if self.codes is not None:
+                return fp8_projection(parts, flat, dtype, ops, masks, self.codes)
             if not any(isinstance(module, LoRALayer) for part in parts for module in part):
                 return FrozenProjection(parts, dtype)
             if masks is not None:
-                return DroppedProjection(parts, flat, dtype, ops, masks)
+                return ApartProjection(parts, flat, dtype, ops, masks)
             if merges:
                 return MergedProjection(parts, flat, dtype, ops)
             return SplitProjection(parts, flat, dtype)
@@ -132,6 +138,8 @@ class FastNetwork:
         )
         if self.owns_attention(tokens):
             kept.add_attention(sizes.num_attention_heads, sizes.head_dim)
+        if self.codes is not None:
+            self.codes.allocate(kept, self.projections)
         return kept
 
     @property

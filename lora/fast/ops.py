@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from lora.kernels import adamw, attention, dropout, merge, norm, rotary, swiglu, token_loss
+from lora.kernels import adamw, attention, dropout, fp8, merge, norm, rotary, swiglu, token_loss
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Ops:
     add_low_rank: Callable[..., None]
     attend: Callable[..., None]
     attend_backward: Callable[..., None]
+    quantise_rows: Callable[..., None]
+    scaled_product: Callable[..., None]
+    turn_codes: Callable[..., None]
+    code_type: torch.dtype = fp8.FP8
+    """Of rows in eight bits; a wide type rounds nothing, so that tests compare the rest in fp64."""
 
 
 PLAIN = Ops(
@@ -47,6 +53,9 @@ PLAIN = Ops(
     add_low_rank=merge.add_low_rank,
     attend=attention.attend,
     attend_backward=attention.attend_backward,
+    quantise_rows=fp8.quantise_rows,
+    scaled_product=fp8.scaled_product,
+    turn_codes=fp8.turn_codes,
 )
 
 TRITON = Ops(
@@ -65,4 +74,7 @@ TRITON = Ops(
     add_low_rank=merge.add_low_rank_triton,
     attend=attention.attend_triton,
     attend_backward=attention.attend_backward_triton,
+    quantise_rows=fp8.quantise_rows_triton,
+    scaled_product=fp8.scaled_product_device,
+    turn_codes=fp8.turn_codes_triton,
 )

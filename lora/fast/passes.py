@@ -41,7 +41,7 @@ class FastPass:
         net, kept = self.net, self.kept
         c, n_layers = net.config.hidden_size, net.qkv.n_layers
         embedded = net.embedding.tensors[0].index_select(0, self.inputs.input_ids)  # (N, C)
-        self._add_norm(embedded, None, 0, kept.before[0], kept.attention_in[0])
+        self._add_norm(embedded, None, 0, kept.before[0], kept.attention_in[0], net.qkv)
         for layer in range(n_layers):
             self._attention(layer)
             kept.before.store(layer)
@@ -53,12 +53,21 @@ class FastPass:
         self.held = n_layers - 1
 
     def _add_norm(
-        self, residual: Tensor, delta: Tensor | None, number: int, total: Tensor, normed: Tensor
+        self,
+        residual: Tensor,
+        delta: Tensor | None,
+        number: int,
+        total: Tensor,
+        normed: Tensor,
+        reader: Projection | None,
     ) -> None:
+        """`reader`: whose inputs `normed` becomes."""
         net, c = self.net, self.net.config.hidden_size
         weight, eps = net.norms.tensors[number], net.config.norm_eps
         rstd = self.kept.rstd[number]
-        net.ops.add_norm(residual, delta, weight, eps, total[:, :c], normed[:, :c], rstd)
+        normed = normed[:, :c]
+        coded = None if reader is None else reader.coded_inputs(normed)
+        net.ops.add_norm(residual, delta, weight, eps, total[:, :c], normed, rstd, coded)
 
     def _attention(self, layer: int) -> None:
         """From the first norm's output to the second norm's."""
@@ -131,7 +140,8 @@ class FastPass:
         """Go back from `d_hidden` (N, C), the gradient of `kept.final`, to the first block."""
         net, kept = self.net, self.kept
         n_layers = net.qkv.n_layers
-        self._norm_back(d_hidden, 2 * n_layers, kept.before[n_layers], None, first)
+        reader = (net.down, n_layers - 1)
+        self._norm_back(d_hidden, 2 * n_layers, kept.before[n_layers], None, first, reader)
         for layer in reversed(range(net.first, n_layers)):
             kept.before.fetch(layer, net.first)
             self._make_again(layer)
@@ -162,9 +172,18 @@ class FastPass:
         self._add_norm(x, None, number, x, normed)
 
     def _norm_back(
-        self, dy: Tensor, number: int, x: Tensor, beside: Tensor | None, first: bool
+        self,
+        dy: Tensor,
+        number: int,
+        x: Tensor,
+        beside: Tensor | None,
+        first: bool,
+        reader: tuple[Projection, int] | None,
     ) -> None:
-        """Changes `x` in place: the norm's input becomes its gradient, `beside` added."""
+        """Changes `x` in place: the norm's input becomes its gradient, `beside` added.
+
+        `reader`: the projection and the block whose outputs' gradient that is.
+        """
         net, c = self.net, self.net.config.hidden_size
         x, rstd = x[:, :c], self.kept.rstd[number]
         if net.norms.slot is not None:
@@ -172,7 +191,8 @@ class FastPass:
             target = net.norms.slot.gradients[number]
             target.copy_(gradient) if first else target.add_(gradient)
         beside = None if beside is None else beside[:, :c]
-        net.ops.norm_backward(dy, x, rstd, net.norms.tensors[number], beside, x)
+        coded = None if reader is None else reader[0].coded_gradients(reader[1], x)
+        net.ops.norm_backward(dy, x, rstd, net.norms.tensors[number], beside, x, coded)
 
     def _feed_forward_back(self, layer: int, first: bool) -> None:
         net, kept = self.net, self.kept
@@ -213,7 +233,8 @@ class FastPass:
         if kept.is_lean:
             self._receive(net.qkv, layer, kept.attention_in[layer], qkv, first)
         if not is_last:
-            self._norm_back(kept.hidden, 2 * layer, kept.before[layer], dy, first)
+            reader = (net.down, layer - 1) if layer > net.first else None
+            self._norm_back(kept.hidden, 2 * layer, kept.before[layer], dy, first, reader)
 
     def _receive(
         self, projection: Projection, layer: int, x: Tensor, dy: Tensor, first: bool

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.fast.flat import FlatParameters, Slot
+from lora.kernels.fp8 import CodedRows
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,14 @@ class Projection:
 
     def refresh(self) -> None:
         """Bring what the products read up to date with the slots."""
+
+    def coded_inputs(self, x: Tensor) -> CodedRows | None:
+        """Return where the maker of `x` (N, I) also puts it in eight bits; None: nowhere."""
+        return None
+
+    def coded_gradients(self, layer: int, dy: Tensor) -> CodedRows | None:
+        """Return where the maker of `dy` (N, O) also puts it in eight bits."""
+        return None
 
     def forward(self, layer: int, x: Tensor, out: Tensor) -> None:
         """Changes `out` (N, O) in place: the outputs for `x` (N, I + extra)."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora.data.batches import IGNORE, Batch
 from lora.decoder.decoder import Decoder
+from lora.decoder.quantised import has_fp8_base
 from lora.fast.adapted import Masks
 from lora.fast.blocks import Keep
 from lora.fast.buffers import Buffers, Inputs
@@ -48,6 +49,7 @@ class FastStep:
         merges: add s·B·A to the weights once a step; None decides by the model's width.
         own_attention: of packed rows through our kernels; None decides by the rows' length.
         keep: what stays of the blocks between forward and backward; None: nearly all.
+        two_copies: of weights in eight bits, each turned for one of the two products with it.
     """
 
     def __init__(
@@ -62,13 +64,15 @@ class FastStep:
         merges: bool | None = None,
         own_attention: bool | None = None,
         keep: Keep | None = None,
+        two_copies: bool = True,
     ) -> None:
         self.model, self.ops, self.seed, self.keep = model, ops, seed, keep or Keep()
         self.device = next(model.parameters()).device
         wide = torch.promote_types(dtype, torch.float32)
         self.flat = FlatParameters(self.device, wide)
         self.masks = self._find_masks()
-        self.merges = model.config.hidden_size < MERGE_BELOW_WIDTH if merges is None else merges
+        narrow = model.config.hidden_size < MERGE_BELOW_WIDTH and not has_fp8_base(model)
+        self.merges = narrow if merges is None else merges
         with torch.no_grad():
             self.network = FastNetwork(
                 model,
@@ -79,6 +83,7 @@ class FastStep:
                 merges=self.merges,
                 masks=self.masks,
                 own_attention=own_attention,
+                two_copies=two_copies,
             )
             self.flat.allocate()
             self.network.fill()

@@ -23,11 +23,6 @@ SIZES_STEP = 16
 """The device's product wants inputs and outputs in multiples of this."""
 TILE = 64
 
-# Triton reads globals of its kernels only if they are constants of its own.
-if tl is not None:
-    _LARGEST: tl.constexpr = tl.constexpr(LARGEST)
-    _LEAST_PEAK: tl.constexpr = tl.constexpr(LEAST_PEAK)
-
 
 @dataclass(frozen=True)
 class CodedRows:
@@ -92,8 +87,8 @@ def turn_codes(weight: Tensor, out: Tensor) -> None:
 @jit
 def scale_of(peak):
     """Return the scale of a row with this largest value, and its inverse."""
-    peak = tl.maximum(peak, _LEAST_PEAK)
-    return peak / _LARGEST, _LARGEST / peak
+    peak = tl.maximum(peak, 1e-30)  # LEAST_PEAK, LARGEST: kernels read no globals
+    return peak / 448.0, 448.0 / peak
 
 
 @jit
@@ -123,8 +118,8 @@ def quantise_rows_triton(x: Tensor, into: CodedRows) -> None:
     rows, width = x.shape
     block = next_power_of_2(width)
     _quantise_kernel[(rows,)](
-        x, *code_tensors(into, x), row_stride(x), width, HAS_FACTORS=into.factors is not None, BLOCK=block,
-        num_warps=warps_of(block),
+        x, *code_tensors(into, x), row_stride(x), width,
+        HAS_FACTORS=into.factors is not None, BLOCK=block, num_warps=warps_of(block),
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """silu(gate) · up (arXiv 2002.05202) on gate and up side by side in one tensor, and its gradient.
 
 The gradient is written over its input: no concatenation, no second tensor of twice the width.
-Where results go into eight bits too, a program makes a whole row, whose largest value sets its scale.
+Where results go into eight bits too, a program makes a whole row: its largest value sets the
+scale.
 """
 
 from __future__ import annotations
