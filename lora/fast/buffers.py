@@ -127,16 +127,18 @@ class Buffers:
                 if isinstance(tensor, Tensor) and name != "logits":
                     yield tensor.untyped_storage()
 
-    def add_codes(self, inputs: int, outputs: int, turned: int, kind: torch.dtype) -> None:
+    def add_codes(self, rows: int, inputs: int, turned: int, kind: torch.dtype) -> None:
         """Make room for rows in eight bits that pass to a product, and for weights turned around.
 
-        `inputs` and `outputs` are the widest projections' own.
+        Args:
+            rows: codes of all rows that are there at once.
+            inputs: of the widest projection.
+            turned: codes of the largest weight.
+            kind: of rows' codes.
         """
-        device, n = self.hidden.device, self.n_tokens
-        self.input_codes = torch.empty(n * inputs, dtype=kind, device=device)
-        self.gradient_codes = torch.empty(n * outputs, dtype=kind, device=device)
-        scales = torch.empty(2, n, 1, dtype=torch.float32, device=device)
-        self.input_scales, self.gradient_scales = scales.unbind()
+        device = self.hidden.device
+        self.row_codes = torch.empty(rows, dtype=kind, device=device)
+        self.row_scales = torch.empty(4, self.n_tokens, 1, dtype=torch.float32, device=device)
         self.turned_codes = torch.empty(turned, dtype=FP8, device=device)
         self.unit_scales = torch.ones(1, inputs, dtype=torch.float32, device=device)
 

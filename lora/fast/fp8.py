@@ -2,14 +2,14 @@
 
 What differs from the textbook: the scales of W's rows, which are its outputs, go into dy before dy
 is rounded, so that forward and backward read the same codes: dx = (dy · s) codes. The device wants
-both factors of a product with the summed side contiguous, hence the codes turned around, in a
-second copy or once more at each product.
+both factors of a product with the summed side contiguous, so the codes are turned around before
+each product on the way back: a second copy of them all would save one part in a hundred of a step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,11 @@ from lora.fast.flat import FlatParameters
 from lora.fast.ops import Ops
 from lora.fast.projections import Projection
 from lora.kernels.fp8 import CodedRows
+from lora.kernels.swiglu_codes import WIDEST_RANK
 from lora.lora_module import LoRALayer
+
+Side = Literal["nothing", "inputs", "outputs"]
+"""Of a projection, where SwiGLU's kernels can do LoRA's part."""
 
 
 class PassingRows:
@@ -29,49 +33,78 @@ class PassingRows:
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         self.codes, self.scales = codes, scales  # flat; (N, 1)
-        self._holds: tuple[int, int] | None = None
+        self._first, self._strides, self._shape = 0, (0, 0), (0, 0)
+        """Where the rows lie that these are, in bytes, and how."""
+        self._unread = 0
+        """How many of them no product has read yet."""
 
     def rows_for(self, x: Tensor, factors: Tensor | None = None) -> CodedRows:
         """Return room for the rows of `x` (N, W), which its maker fills."""
-        n, width = x.shape
-        self._holds = x.data_ptr(), width
-        return CodedRows(self.codes[: n * width].view(n, width), self.scales, factors)
+        self._first, self._strides, self._shape = x.data_ptr(), x.stride(), x.shape
+        self._unread = len(x)
+        return self._rows(slice(0, len(x)), x.shape[1], factors)
 
     def rows_of(self, x: Tensor, ops: Ops, factors: Tensor | None = None) -> CodedRows:
-        """Return the rows of `x` (N, W): those that its maker left, once, or made now."""
-        is_there = self._holds == (x.data_ptr(), x.shape[1])
-        rows = self.rows_for(x, factors)
-        if not is_there:
-            ops.quantise_rows(x, rows)
-        self._holds = None
-        return rows
+        """Return the rows of `x` (N, W): those that its maker left, once, or made now.
+
+        `x` may be some of the rows that were made together.
+        """
+        start = self._place_of(x)
+        if start is None:
+            ops.quantise_rows(x, self.rows_for(x, factors))
+            start = 0
+        self._unread -= len(x)
+        return self._rows(slice(start, start + len(x)), x.shape[1], factors)
+
+    def _place_of(self, x: Tensor) -> int | None:
+        rows, width = self._shape
+        if not self._unread or x.shape[1] != width or x.stride() != self._strides:
+            return None
+        start = (x.data_ptr() - self._first) // (x.stride(0) * x.element_size())
+        return start if 0 <= start <= rows - len(x) else None
+
+    def _rows(self, part: slice, width: int, factors: Tensor | None) -> CodedRows:
+        codes = self.codes[part.start * width : part.stop * width].view(-1, width)
+        return CodedRows(codes, self.scales[part], factors)
 
 
 class Codes:
-    """What the projections of one network share.
+    """What the projections of one network share: `ops` and the tensors of one step."""
 
-    Args:
-        ops: how rows are rounded and multiplied.
-        two_copies: keep the weights turned around too; otherwise they are turned at each product.
-    """
+    def __init__(self, ops: Ops) -> None:
+        self.ops = ops
+        self.inputs: dict[Projection, PassingRows] = {}
+        self.gradients: dict[Projection, PassingRows] = {}
+        self.turned = self.ones = torch.empty(0)
 
-    def __init__(self, ops: Ops, *, two_copies: bool) -> None:
-        self.ops, self.two_copies = ops, two_copies
-        self.inputs: PassingRows
-        self.gradients: PassingRows
-        self.turned: Tensor
-        self.ones: Tensor
+    def release(self) -> None:
+        """Let the tensors of a former step go."""
+        self.inputs, self.gradients = {}, {}
+        self.turned = self.ones = torch.empty(0)
 
-    def allocate(self, kept: Buffers, projections: Sequence[Projection]) -> None:
-        """Changes `kept` in place: it gets the tensors that rows pass through."""
-        inputs = max(projection.inputs for projection in projections)
-        outputs = max(projection.outputs for projection in projections)
-        turned = 0
-        if not self.two_copies:
-            turned = max(projection.inputs * projection.outputs for projection in projections)
-        kept.add_codes(inputs, outputs, turned, self.ops.code_type)
-        self.inputs = PassingRows(kept.input_codes, kept.input_scales)
-        self.gradients = PassingRows(kept.gradient_codes, kept.gradient_scales)
+    def allocate(
+        self, kept: Buffers, projections: tuple[Projection, Projection, Projection, Projection]
+    ) -> None:
+        """Changes `kept` in place: it gets the tensors that rows pass through.
+
+        `projections` are q/k/v, the output's, gate/up and down. A feed-forward may take its tokens
+        in parts, so what is of its width has room of its own.
+        """
+        qkv, output, gate_up, down = projections
+        n, a_part = kept.n_tokens, max(part.stop - part.start for part in kept.parts)
+        sizes = (
+            n * max(qkv.inputs, output.inputs),
+            a_part * down.inputs,
+            n * down.outputs,
+            max(n * qkv.outputs, a_part * gate_up.outputs),
+        )
+        largest = max(one.inputs * one.outputs for one in projections)
+        widest = max(one.inputs for one in projections)
+        kept.add_codes(sum(sizes), widest, largest, self.ops.code_type)
+        places = zip(kept.row_codes.split(sizes), kept.row_scales, strict=True)
+        rows = [PassingRows(codes, scales) for codes, scales in places]
+        self.inputs = {qkv: rows[0], output: rows[0], gate_up: rows[0], down: rows[1]}
+        self.gradients = {qkv: rows[3], output: rows[2], gate_up: rows[3], down: rows[2]}
         self.turned, self.ones = kept.turned_codes, kept.unit_scales
 
 
@@ -81,34 +114,32 @@ class Fp8Weights(Projection):
     codes: Codes
 
     def place_base(self) -> None:
-        """Changes the modules in place: their codes and scales move into two stacks, as views."""
-        shape = self.n_layers, self.outputs, self.inputs
+        """Changes the modules in place: their codes and scales become views, a block at a time."""
         kind = weight_codes(self.members[0].modules[0]).dtype
-        self.weights = torch.empty(shape, dtype=kind, device=self.device)
+        like = torch.empty(0, dtype=kind, device=self.device)
+        self.weights: list[Tensor] = []
+        for layer in range(self.n_layers):
+            self.weights.append(like.new_empty(self.outputs, self.inputs))
+            self.move(self.weights[layer:], slice(layer, layer + 1))
+        self._place_biases()
         self.scales = torch.empty(
             self.n_layers, self.outputs, 1, dtype=torch.float32, device=self.device
         )
-        self.place(self.weights)
         for member in self.members:
             for layer, module in enumerate(member.modules):
                 view = self.scales[layer, member.rows]  # (O of the member, 1)
                 view.copy_(cast(Fp8Weight, module).weight_scale)
                 cast(Fp8Weight, module).weight_scale = view
-        self.turned: Tensor | None = None
-        if self.codes.two_copies:
-            self.turned = self.weights.new_empty(self.n_layers, self.inputs, self.outputs)
-            for weight, out in zip(self.weights, self.turned, strict=True):
-                self.codes.ops.turn_codes(weight, out)
 
     def coded_inputs(self, x: Tensor) -> CodedRows | None:
-        return self.codes.inputs.rows_for(x)
+        return self.codes.inputs[self].rows_for(x)
 
     def coded_gradients(self, layer: int, dy: Tensor) -> CodedRows | None:
-        return self.codes.gradients.rows_for(dy, self.scales[layer].squeeze(1))
+        return self.codes.gradients[self].rows_for(dy, self.scales[layer].squeeze(1))
 
     def multiply_base(self, layer: int, x: Tensor, out: Tensor) -> None:
         """Changes `out` (N, O) in place: x Wᵀ and the bias, for x (N, I)."""
-        rows = self.codes.inputs.rows_of(x, self.codes.ops)
+        rows = self.codes.inputs[self].rows_of(x, self.codes.ops)
         bias = None if self.bias is None else self.bias[layer]
         scales = self.scales[layer].T  # (1, O)
         self.codes.ops.scaled_product(rows, self.weights[layer], scales, bias, out)
@@ -116,13 +147,9 @@ class Fp8Weights(Projection):
     def multiply_back(self, layer: int, dy: Tensor, dx: Tensor) -> None:
         """Changes `dx` (N, I) in place: dy W, for dy (N, O)."""
         ops = self.codes.ops
-        rows = self.codes.gradients.rows_of(dy, ops, self.scales[layer].squeeze(1))
-        if self.turned is not None:
-            turned = self.turned[layer]  # (I, O)
-        else:
-            turned = self.codes.turned[: self.inputs * self.outputs]
-            turned = turned.view(self.inputs, self.outputs)
-            ops.turn_codes(self.weights[layer], turned)
+        rows = self.codes.gradients[self].rows_of(dy, ops, self.scales[layer].squeeze(1))
+        turned = self.codes.turned[: self.inputs * self.outputs].view(self.inputs, self.outputs)
+        ops.turn_codes(self.weights[layer], turned)
         ops.scaled_product(rows, turned, self.codes.ones[:, : self.inputs], None, dx)
 
 
@@ -137,9 +164,13 @@ class Fp8Projection(Fp8Weights, ApartProjection):
         ops: Ops,
         masks: Masks | None,
         codes: Codes,
+        swiglu: Side,
     ) -> None:
         self.codes = codes
         super().__init__(blocks, flat, dtype, ops, masks)
+        drops_inputs = swiglu == "inputs" and masks is not None
+        if self.width <= WIDEST_RANK and not drops_inputs:
+            self.leaves = swiglu
 
 
 class FrozenFp8Projection(Fp8Weights):
@@ -167,10 +198,14 @@ def fp8_projection(
     ops: Ops,
     masks: Masks | None,
     codes: Codes,
+    swiglu: Side,
 ) -> Projection:
-    """Return the projection of linears in eight bits, by block and then by place."""
+    """Return the projection of linears in eight bits, by block and then by place.
+
+    `swiglu`: on which side of them it is.
+    """
     if any(isinstance(module, LoRALayer) for part in blocks for module in part):
-        return Fp8Projection(blocks, flat, dtype, ops, masks, codes)
+        return Fp8Projection(blocks, flat, dtype, ops, masks, codes, swiglu)
     return FrozenFp8Projection(blocks, dtype, codes)
 
 

@@ -20,7 +20,7 @@ from lora.fast.adapted import ApartProjection, Masks, MergedProjection, SplitPro
 from lora.fast.blocks import Keep
 from lora.fast.buffers import Buffers, Widths
 from lora.fast.flat import FlatParameters
-from lora.fast.fp8 import Codes, fp8_projection
+from lora.fast.fp8 import Codes, Side, fp8_projection
 from lora.fast.ops import Ops
 from lora.fast.projections import FrozenProjection, FullProjection, Projection
 from lora.fast.weights import Weights
@@ -48,22 +48,21 @@ class FastNetwork:
         merges: bool,
         masks: Masks | None = None,
         own_attention: bool | None = None,
-        two_copies: bool = True,
     ) -> None:
         self.model, self.config, self.ops, self.dtype = model, model.config, ops, dtype
         self.trains_all, self._own_attention = trains_all, own_attention
         self.drops = masks is not None
-        self.codes = Codes(ops, two_copies=two_copies) if has_fp8_base(model) else None
+        self.codes = Codes(ops) if has_fp8_base(model) else None
         trunk = cast(LlamaTrunk, model.trunk)
         blocks = [cast(PreNormBlock, block) for block in trunk.layers]
         heads = [block.self_attn for block in blocks]
         feeds = [block.mlp for block in blocks]
 
-        def project(parts: list[list[nn.Module]]) -> Projection:
+        def project(parts: list[list[nn.Module]], swiglu: Side = "nothing") -> Projection:
             if trains_all:
                 return FullProjection(parts, flat, dtype)
             if self.codes is not None:
-                return fp8_projection(parts, flat, dtype, ops, masks, self.codes)
+                return fp8_projection(parts, flat, dtype, ops, masks, self.codes, swiglu)
             if not any(isinstance(module, LoRALayer) for part in parts for module in part):
                 return FrozenProjection(parts, dtype)
             if masks is not None:
@@ -74,8 +73,8 @@ class FastNetwork:
 
         self.qkv = project([[a.q_proj, a.k_proj, a.v_proj] for a in heads])
         self.output = project([[a.o_proj] for a in heads])
-        self.gate_up = project([[f.gate_proj, f.up_proj] for f in feeds])
-        self.down = project([[f.down_proj] for f in feeds])
+        self.gate_up = project([[f.gate_proj, f.up_proj] for f in feeds], "outputs")
+        self.down = project([[f.down_proj] for f in feeds], "inputs")
         self.projections = (self.qkv, self.output, self.gate_up, self.down)
         norms = [m for b in blocks for m in (b.input_layernorm, b.post_attention_layernorm)]
         self.norms = Weights([*norms, trunk.norm], flat, dtype, trains=trains_all)
@@ -114,6 +113,8 @@ class FastNetwork:
     def buffers(self, rows: int, tokens: int, keep: Keep | None = None) -> Buffers:
         """Return the tensors that a step over `rows` × `tokens` tokens writes."""
         self.prepare(tokens)
+        if self.codes is not None:
+            self.codes.release()
         sizes = self.config
         inner = sizes.num_attention_heads * sizes.head_dim
         widths = Widths(
@@ -139,7 +140,7 @@ class FastNetwork:
         if self.owns_attention(tokens):
             kept.add_attention(sizes.num_attention_heads, sizes.head_dim)
         if self.codes is not None:
-            self.codes.allocate(kept, self.projections)
+            self.codes.allocate(kept, (self.qkv, self.output, self.gate_up, self.down))
         return kept
 
     @property

@@ -8,7 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora.kernels import adamw, attention, dropout, fp8, merge, norm, rotary, swiglu, token_loss
+from lora.kernels import (
+    adamw,
+    attention,
+    dropout,
+    fp8,
+    merge,
+    norm,
+    rotary,
+    swiglu,
+    swiglu_codes,
+    token_loss,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,8 @@ class Ops:
     add_low_rank: Callable[..., None]
     attend: Callable[..., None]
     attend_backward: Callable[..., None]
+    swiglu_codes: Callable[..., None]
+    swiglu_codes_backward: Callable[..., None]
     quantise_rows: Callable[..., None]
     scaled_product: Callable[..., None]
     turn_codes: Callable[..., None]
@@ -53,6 +66,8 @@ PLAIN = Ops(
     add_low_rank=merge.add_low_rank,
     attend=attention.attend,
     attend_backward=attention.attend_backward,
+    swiglu_codes=swiglu_codes.swiglu_codes,
+    swiglu_codes_backward=swiglu_codes.swiglu_codes_backward,
     quantise_rows=fp8.quantise_rows,
     scaled_product=fp8.scaled_product,
     turn_codes=fp8.turn_codes,
@@ -74,6 +89,8 @@ TRITON = Ops(
     add_low_rank=merge.add_low_rank_triton,
     attend=attention.attend_triton,
     attend_backward=attention.attend_backward_triton,
+    swiglu_codes=swiglu_codes.swiglu_codes_triton,
+    swiglu_codes_backward=swiglu_codes.swiglu_codes_backward_triton,
     quantise_rows=fp8.quantise_rows_triton,
     scaled_product=fp8.scaled_product_device,
     turn_codes=fp8.turn_codes_triton,

@@ -49,7 +49,8 @@ class FastPass:
             kept.before.make_room(layer + 1)
             after = kept.attention_in[layer + 1] if layer + 1 < n_layers else kept.final
             between = kept.between[layer][:, :c]
-            self._add_norm(between, kept.hidden, 2 * layer + 2, kept.before[layer + 1], after)
+            total, reader = kept.before[layer + 1], None if layer + 1 == n_layers else net.qkv
+            self._add_norm(between, kept.hidden, 2 * layer + 2, total, after, reader)
         self.held = n_layers - 1
 
     def _add_norm(
@@ -75,19 +76,33 @@ class FastPass:
         self._attend(layer)
         net.output.forward(layer, kept.attended[layer], kept.hidden)
         before, between = kept.before[layer][:, :c], kept.between[layer]
-        self._add_norm(before, kept.hidden, 2 * layer + 1, between, kept.feed_in[layer])
+        number, normed = 2 * layer + 1, kept.feed_in[layer]
+        self._add_norm(before, kept.hidden, number, between, normed, net.gate_up)
 
     def _feed_forward(self, layer: int) -> None:
         net, kept, feed = self.net, self.kept, self.net.down.inputs
         for part in kept.parts:
             gate_up = self._gate_up(layer, part)
             x = kept.activated.part(layer, part)
-            net.ops.swiglu(gate_up[:, : net.gate_up.outputs], x[:, :feed])
+            self._activate(layer, part, gate_up, x)
             net.down.forward(layer, x, kept.hidden[part])
             if kept.activated_low.stays(layer):
                 kept.activated_low[layer][part].copy_(x[:, feed:])
             if kept.feed_low.stays(layer):
                 kept.feed_low[layer][part].copy_(kept.feed_in[layer][part, net.gate_up.inputs :])
+
+    def _activate(self, layer: int, part: slice, gate_up: Tensor, x: Tensor) -> None:
+        """Changes `x` (tokens of `part`, F + extra) in place: silu(gate) · up."""
+        net, kept = self.net, self.kept
+        both, out = gate_up[:, : net.gate_up.outputs], x[:, : net.down.inputs]
+        coded = net.down.coded_inputs(out)
+        if coded is None:
+            net.ops.swiglu(both, out)
+            return
+        before = net.gate_up.beside(layer, kept.feed_in[layer][part], gate_up)
+        after = net.down.beside(layer, x, None)
+        is_read = kept.keeps_activations or after is None  # but for its codes
+        net.ops.swiglu_codes(both, out if is_read else None, coded, before, after)
 
     def _gate_up(self, layer: int, part: slice) -> Tensor:
         """Return gate and up (tokens of `part`, 2F + extra), just made."""
@@ -158,18 +173,23 @@ class FastPass:
         if kept.attention_in.stays(layer) or self.held == layer:
             return
         self.held = layer
-        self._norm_again(kept.before[layer], 2 * layer, kept.attention_in[layer])
-        if not kept.between.stays(layer):
+        whole = not kept.between.stays(layer)
+        reader: Projection | None = net.qkv if whole else None
+        self._norm_again(kept.before[layer], 2 * layer, kept.attention_in[layer], reader)
+        if whole:
             self._attention(layer)
             return
         kept.attention_in[layer][:, net.qkv.inputs :].copy_(kept.attention_low[layer])
-        self._norm_again(kept.between[layer], 2 * layer + 1, kept.feed_in[layer])
+        reader = None if kept.gate_up.stays(layer) else net.gate_up
+        self._norm_again(kept.between[layer], 2 * layer + 1, kept.feed_in[layer], reader)
         if kept.feed_low.stays(layer):
             kept.feed_in[layer][:, net.gate_up.inputs :].copy_(kept.feed_low[layer])
 
-    def _norm_again(self, residual: Tensor, number: int, normed: Tensor) -> None:
+    def _norm_again(
+        self, residual: Tensor, number: int, normed: Tensor, reader: Projection | None
+    ) -> None:
         x = residual[:, : self.net.config.hidden_size]
-        self._add_norm(x, None, number, x, normed)
+        self._add_norm(x, None, number, x, normed, reader)
 
     def _norm_back(
         self,
@@ -205,21 +225,27 @@ class FastPass:
             net.gate_up.backward(layer, gate_up, kept.hidden[part])
             if kept.is_lean:
                 self._receive(net.gate_up, layer, kept.feed_in[layer][part], gate_up, begins)
-        self._norm_back(kept.hidden, 2 * layer + 1, kept.between[layer], dy, first)
+        between, reader = kept.between[layer], (net.output, layer)
+        self._norm_back(kept.hidden, 2 * layer + 1, between, dy, first, reader)
 
     def _activated_back(self, layer: int, part: slice, gate_up: Tensor, begins: bool) -> None:
         """Changes `gate_up` in place: gate and up become their gradients."""
         net, kept, feed = self.net, self.kept, self.net.down.inputs
         dy, d_activated = kept.before[layer + 1][part], kept.d_activated[: part.stop - part.start]
         net.down.backward(layer, dy, d_activated)
-        gate_up = gate_up[:, : net.gate_up.outputs]
-        if kept.keeps_activations:
-            net.ops.swiglu_backward(gate_up, d_activated, None)
-            return
         x = kept.activated.part(layer, part)
-        net.ops.swiglu_backward(gate_up, d_activated, x[:, :feed])
-        x[:, feed:].copy_(kept.activated_low[layer][part])
-        self._receive(net.down, layer, x, dy, begins)
+        out = None if kept.keeps_activations else x[:, :feed]
+        both = gate_up[:, : net.gate_up.outputs]
+        coded = net.gate_up.coded_gradients(layer, both)
+        if coded is None:
+            net.ops.swiglu_backward(both, d_activated, out)
+        else:
+            before = net.gate_up.beside(layer, kept.feed_in[layer][part], gate_up)
+            after = net.down.beside(layer, None, dy)
+            net.ops.swiglu_codes_backward(both, d_activated, out, coded, before, after)
+        if out is not None:
+            x[:, feed:].copy_(kept.activated_low[layer][part])
+            self._receive(net.down, layer, x, dy, begins)
 
     def _attention_back(self, layer: int, first: bool) -> None:
         net, kept = self.net, self.kept

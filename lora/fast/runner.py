@@ -193,8 +193,7 @@ def _about_fast(step: FastStep, choice: DeviceChoice) -> str:
     if trains_whole(step.model):
         how = "all weights train"
     elif step.network.codes is not None:
-        copies = "two copies" if step.network.codes.two_copies else "one copy"
-        how = f"frozen products in fp8, {copies} of the weights, LoRA beside them"
+        how = "frozen products in fp8, LoRA beside them"
     elif step.masks is not None:
         how = "LoRA beside the weights, with dropout"
     elif step.merges:

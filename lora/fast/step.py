@@ -49,7 +49,6 @@ class FastStep:
         merges: add s·B·A to the weights once a step; None decides by the model's width.
         own_attention: of packed rows through our kernels; None decides by the rows' length.
         keep: what stays of the blocks between forward and backward; None: nearly all.
-        two_copies: of weights in eight bits, each turned for one of the two products with it.
     """
 
     def __init__(
@@ -64,7 +63,6 @@ class FastStep:
         merges: bool | None = None,
         own_attention: bool | None = None,
         keep: Keep | None = None,
-        two_copies: bool = True,
     ) -> None:
         self.model, self.ops, self.seed, self.keep = model, ops, seed, keep or Keep()
         self.device = next(model.parameters()).device
@@ -83,7 +81,6 @@ class FastStep:
                 merges=self.merges,
                 masks=self.masks,
                 own_attention=own_attention,
-                two_copies=two_copies,
             )
             self.flat.allocate()
             self.network.fill()
