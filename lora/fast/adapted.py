@@ -203,6 +203,8 @@ class ApartProjection(_LoRAProjection):
     leaves: Literal["nothing", "inputs", "outputs"] = "nothing"
     """The side on which SwiGLU's kernels do LoRA's part: make h and add dh A, or add h Bᵀ and make
     dh."""
+    gate_rank = 0
+    """Of gate and up together: the columns of h that are gate's."""
 
     def __init__(
         self,
@@ -270,7 +272,7 @@ class ApartProjection(_LoRAProjection):
             return None
         h = None if x is None else x[:, self.inputs :]
         dh = None if dy is None else dy[:, self.outputs :]
-        return LowRank(self.a[layer], self.b[layer], h, dh)
+        return LowRank(self.a[layer], self.b[layer], h, dh, self.gate_rank)
 
     def receive(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
         if self.masks is None:

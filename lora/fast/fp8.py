@@ -171,6 +171,8 @@ class Fp8Projection(Fp8Weights, ApartProjection):
         drops_inputs = swiglu == "inputs" and masks is not None
         if self.width <= WIDEST_RANK and not drops_inputs:
             self.leaves = swiglu
+            gate = [part.stop for member, part, *_ in self.adapted if member is self.members[0]]
+            self.gate_rank = gate[0] if gate else 0
 
 
 class FrozenFp8Projection(Fp8Weights):

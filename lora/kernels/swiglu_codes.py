@@ -41,6 +41,8 @@ class LowRank:
     """(N, R)."""
     dh: Tensor | None
     """(N, R)."""
+    gate_rank: int = 0
+    """Of gate and up together: the first columns of h, which are gate's; the others are up's."""
 
 
 def swiglu_codes(
@@ -107,34 +109,30 @@ def _padded(rank: int) -> int:
 
 
 @jit
-def _gate_and_up(
+def _half_tile(
     x, columns, here, width, h, b, b_stride, rank, ADDS: tl.constexpr, RANK: tl.constexpr
 ):
-    """Return tiles of gate and up, and of b for both, which is (RANK, columns)."""
+    """Return a tile of gate or up, and the tile of b, (RANK, columns), that went into it."""
     inside = (columns < width)[None, :]
-    there = here[:, None] & inside
-    gate = tl.load(x + columns[None, :], mask=there, other=0.0).to(tl.float32)
-    up = tl.load(x + width + columns[None, :], mask=there, other=0.0).to(tl.float32)
-    b_gate, b_up = h, h
+    y = tl.load(x + columns[None, :], mask=here[:, None] & inside, other=0.0).to(tl.float32)
+    b_tile = h
     if ADDS:
         ranks = tl.arange(0, RANK)[:, None]
         b_at = b + columns[None, :].to(tl.int64) * b_stride + ranks
-        known = inside & (ranks < rank)
-        b_gate = tl.load(b_at, mask=known, other=0.0)
-        b_up = tl.load(b_at + width * b_stride, mask=known, other=0.0)
-        gate = tl.dot(h, b_gate, acc=gate)
-        up = tl.dot(h, b_up, acc=up)
-    return gate, up, b_gate, b_up
+        b_tile = tl.load(b_at, mask=inside & (ranks < rank), other=0.0)
+        y = tl.dot(h, b_tile, acc=y)
+    return y, b_tile
 
 
 @jit
 def _low_tile(low, low_stride, rows, here, rank, HAS: tl.constexpr, RANK: tl.constexpr):
     """Return (rows, RANK) of a narrow tensor, or a placeholder."""
     ranks = tl.arange(0, RANK)[None, :]
+    tile = ranks
     if HAS:
         known = here[:, None] & (ranks < rank)
-        return tl.load(low + rows[:, None] * low_stride + ranks, mask=known, other=0.0)
-    return ranks
+        tile = tl.load(low + rows[:, None] * low_stride + ranks, mask=known, other=0.0)
+    return tile
 
 
 @jit
@@ -148,7 +146,7 @@ def _guess(peak):
 def _swiglu_codes_kernel(
     gate_up, out, codes, scales, h, b, a, low,
     gate_up_stride, out_stride, h_stride, b_stride, a_stride, low_stride,
-    n_rows, width, rank, low_rank,
+    n_rows, width, gate_rank, rank, low_rank,
     ADDS: tl.constexpr, MAKES_LOW: tl.constexpr, KEEPS_OUT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr, LOW_RANK: tl.constexpr,
 ):  # fmt: skip
@@ -157,17 +155,24 @@ def _swiglu_codes_kernel(
     kind = gate_up.dtype.element_ty
     x = gate_up + rows[:, None] * gate_up_stride
     codes_at = codes + rows[:, None] * width
-    h_tile = _low_tile(h, h_stride, rows, here, rank, ADDS, RANK)
+    up_rank = rank - gate_rank
+    h_gate = _low_tile(h, h_stride, rows, here, gate_rank, ADDS, RANK)
+    h_up = _low_tile(h + gate_rank, h_stride, rows, here, up_rank, ADDS, RANK)
+    b_of_up = b + width * b_stride + gate_rank
     columns = tl.arange(0, BLOCK)
     low_ranks = tl.arange(0, LOW_RANK)
-    gate, up, _, _ = _gate_and_up(x, columns, here, width, h_tile, b, b_stride, rank, ADDS, RANK)
+    gate, _ = _half_tile(x, columns, here, width, h_gate, b, b_stride, gate_rank, ADDS, RANK)
+    up, _ = _half_tile(
+        x + width, columns, here, width, h_up, b_of_up, b_stride, up_rank, ADDS, RANK
+    )
     scale, inverse = _guess(tl.max(tl.abs(gate * tl.sigmoid(gate) * up), 1))  # (rows,)
     peak = tl.zeros([ROWS], dtype=tl.float32)
     sums = tl.zeros([ROWS, LOW_RANK], dtype=tl.float32)
     for start in range(0, width, BLOCK):
         at = start + columns
         there = here[:, None] & (at < width)[None, :]
-        gate, up, _, _ = _gate_and_up(x, at, here, width, h_tile, b, b_stride, rank, ADDS, RANK)
+        gate, _ = _half_tile(x, at, here, width, h_gate, b, b_stride, gate_rank, ADDS, RANK)
+        up, _ = _half_tile(x + width, at, here, width, h_up, b_of_up, b_stride, up_rank, ADDS, RANK)
         y = (gate * tl.sigmoid(gate) * up).to(kind)
         if KEEPS_OUT:
             tl.store(out + rows[:, None] * out_stride + at[None, :], y, mask=there)
@@ -185,7 +190,10 @@ def _swiglu_codes_kernel(
         for start in range(0, width, BLOCK):
             at = start + columns
             there = here[:, None] & (at < width)[None, :]
-            gate, up, _, _ = _gate_and_up(x, at, here, width, h_tile, b, b_stride, rank, ADDS, RANK)
+            gate, _ = _half_tile(x, at, here, width, h_gate, b, b_stride, gate_rank, ADDS, RANK)
+            up, _ = _half_tile(
+                x + width, at, here, width, h_up, b_of_up, b_stride, up_rank, ADDS, RANK
+            )
             wide = (gate * tl.sigmoid(gate) * up).to(kind).to(tl.float32)
             coded = (wide * inverse[:, None]).to(codes.dtype.element_ty)
             tl.store(codes_at + at[None, :], coded, mask=there)
@@ -207,18 +215,18 @@ def swiglu_codes_triton(
     n_rows, width = coded.codes.shape
     codes, scales, _ = code_tensors(coded, gate_up)
     kept = gate_up if out is None else out
-    h, b, rank = gate_up, gate_up, 1
+    h, b, gate_rank, rank = gate_up, gate_up, 1, 2
     if before is not None and before.h is not None:
-        h, b, rank = before.h, before.b, before.b.shape[1]
+        h, b, gate_rank, rank = before.h, before.b, before.gate_rank, before.b.shape[1]
     low, a, low_rank = gate_up, gate_up, 1
     if after is not None and after.h is not None:
         low, a, low_rank = after.h, after.a, len(after.a)
     _swiglu_codes_kernel[(-(-n_rows // ROWS),)](
         gate_up, kept, codes, scales, h, b, a, low,
         row_stride(gate_up), row_stride(kept), row_stride(h), row_stride(b), row_stride(a),
-        row_stride(low), n_rows, width, rank, low_rank,
+        row_stride(low), n_rows, width, gate_rank, rank, low_rank,
         ADDS=before is not None, MAKES_LOW=after is not None, KEEPS_OUT=out is not None,
-        ROWS=ROWS, BLOCK=COLUMNS, RANK=_padded(rank), LOW_RANK=_padded(low_rank),
+        ROWS=ROWS, BLOCK=COLUMNS, RANK=_padded(max(gate_rank, rank - gate_rank)), LOW_RANK=_padded(low_rank),
         num_warps=WARPS,
     )  # fmt: skip
 
@@ -250,22 +258,29 @@ def _d_out_tile(
 def _swiglu_codes_backward_kernel(
     gate_up, d_out, out, codes, scales, factors, h, b, dh, a, low,
     gate_up_stride, d_out_stride, out_stride, h_stride, b_stride, dh_stride, a_stride, low_stride,
-    n_rows, width, rank, low_rank,
+    n_rows, width, gate_rank, rank, low_rank,
     ADDS: tl.constexpr, ADDS_LOW: tl.constexpr, KEEPS_OUT: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr, LOW_RANK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     here = rows < n_rows
-    kind, code_kind = gate_up.dtype.element_ty, codes.dtype.element_ty
+    kind = gate_up.dtype.element_ty
+    code_kind = codes.dtype.element_ty
     x = gate_up + rows[:, None] * gate_up_stride
     d_out_at = d_out + rows[:, None] * d_out_stride
     codes_at = codes + rows[:, None] * 2 * width
-    h_tile = _low_tile(h, h_stride, rows, here, rank, ADDS, RANK)
+    up_rank = rank - gate_rank
+    h_gate = _low_tile(h, h_stride, rows, here, gate_rank, ADDS, RANK)
+    h_up = _low_tile(h + gate_rank, h_stride, rows, here, up_rank, ADDS, RANK)
+    b_of_up = b + width * b_stride + gate_rank
     low_tile = _low_tile(low, low_stride, rows, here, low_rank, ADDS_LOW, LOW_RANK)
     columns = tl.arange(0, BLOCK)
     ranks = tl.arange(0, RANK)
-    gate, up, _, _ = _gate_and_up(x, columns, here, width, h_tile, b, b_stride, rank, ADDS, RANK)
+    gate, _ = _half_tile(x, columns, here, width, h_gate, b, b_stride, gate_rank, ADDS, RANK)
+    up, _ = _half_tile(
+        x + width, columns, here, width, h_up, b_of_up, b_stride, up_rank, ADDS, RANK
+    )
     dy = _d_out_tile(
         d_out_at, columns, here, width, low_tile, a, a_stride, low_rank, ADDS_LOW, LOW_RANK
     )
@@ -276,13 +291,15 @@ def _swiglu_codes_backward_kernel(
     scale, inverse = _guess(tl.max(tl.maximum(tl.abs(left), tl.abs(right)), 1))  # (rows,)
     tl.debug_barrier()  # the first tile has been read by all before it is written
     peak = tl.zeros([ROWS], dtype=tl.float32)
-    sums = tl.zeros([ROWS, RANK], dtype=tl.float32)
+    sums_gate = tl.zeros([ROWS, RANK], dtype=tl.float32)
+    sums_up = tl.zeros([ROWS, RANK], dtype=tl.float32)
     for start in range(0, width, BLOCK):
         at = start + columns
         inside = at < width
         there = here[:, None] & inside[None, :]
-        gate, up, b_gate, b_up = _gate_and_up(
-            x, at, here, width, h_tile, b, b_stride, rank, ADDS, RANK
+        gate, b_gate = _half_tile(x, at, here, width, h_gate, b, b_stride, gate_rank, ADDS, RANK)
+        up, b_up = _half_tile(
+            x + width, at, here, width, h_up, b_of_up, b_stride, up_rank, ADDS, RANK
         )
         dy = _d_out_tile(
             d_out_at, at, here, width, low_tile, a, a_stride, low_rank, ADDS_LOW, LOW_RANK
@@ -294,8 +311,8 @@ def _swiglu_codes_backward_kernel(
         tl.store(x + at[None, :], d_gate, mask=there)
         tl.store(x + width + at[None, :], d_up, mask=there)
         if ADDS:
-            sums = tl.dot(d_gate, tl.trans(b_gate), acc=sums)
-            sums = tl.dot(d_up, tl.trans(b_up), acc=sums)
+            sums_gate = tl.dot(d_gate, tl.trans(b_gate), acc=sums_gate)
+            sums_up = tl.dot(d_up, tl.trans(b_up), acc=sums_up)
         left, right = d_gate.to(tl.float32), d_up.to(tl.float32)
         if HAS_FACTORS:
             left *= tl.load(factors + at, mask=inside, other=0.0)[None, :]
@@ -317,7 +334,9 @@ def _swiglu_codes_backward_kernel(
     tl.store(scales + rows, scale, mask=here)
     if ADDS:
         dh_at = dh + rows[:, None] * dh_stride + ranks[None, :]
-        tl.store(dh_at, sums.to(kind), mask=here[:, None] & (ranks < rank)[None, :])
+        tl.store(dh_at, sums_gate.to(kind), mask=here[:, None] & (ranks < gate_rank)[None, :])
+        known = here[:, None] & (ranks < up_rank)[None, :]
+        tl.store(dh_at + gate_rank, sums_up.to(kind), mask=known)
 
 
 def swiglu_codes_backward_triton(
@@ -332,18 +351,19 @@ def swiglu_codes_backward_triton(
     n_rows, width = d_out.shape
     codes, scales, factors = code_tensors(coded, gate_up)
     kept = gate_up if out is None else out
-    h, b, dh, rank = gate_up, gate_up, gate_up, 1
+    h, b, dh, gate_rank, rank = gate_up, gate_up, gate_up, 1, 2
     if before is not None and before.h is not None and before.dh is not None:
-        h, b, dh, rank = before.h, before.b, before.dh, before.b.shape[1]
+        h, b, dh = before.h, before.b, before.dh
+        gate_rank, rank = before.gate_rank, before.b.shape[1]
     low, a, low_rank = gate_up, gate_up, 1
     if after is not None and after.dh is not None:
         low, a, low_rank = after.dh, after.a, len(after.a)
     _swiglu_codes_backward_kernel[(-(-n_rows // BACK_ROWS),)](
         gate_up, d_out, kept, codes, scales, factors, h, b, dh, a, low,
         row_stride(gate_up), row_stride(d_out), row_stride(kept), row_stride(h), row_stride(b),
-        row_stride(dh), row_stride(a), row_stride(low), n_rows, width, rank, low_rank,
+        row_stride(dh), row_stride(a), row_stride(low), n_rows, width, gate_rank, rank, low_rank,
         ADDS=before is not None, ADDS_LOW=after is not None, KEEPS_OUT=out is not None,
         HAS_FACTORS=coded.factors is not None,
-        ROWS=BACK_ROWS, BLOCK=BACK_COLUMNS, RANK=_padded(rank), LOW_RANK=_padded(low_rank),
+        ROWS=BACK_ROWS, BLOCK=BACK_COLUMNS, RANK=_padded(max(gate_rank, rank - gate_rank)), LOW_RANK=_padded(low_rank),
         num_warps=BACK_WARPS,
     )  # fmt: skip
