@@ -3,8 +3,9 @@
 What differs from `lora.kernels.swiglu`: gate and up may come without LoRA's share, h bᵀ, and the
 gradient of silu(gate) · up without dh a. The kernels add both where they read, and make the narrow
 products of what they write (arXiv 2106.09685): nothing of F columns passes through memory once more
-for LoRA. A program holds some rows and walks over their columns. The rows' scales are guessed from
-the first ones, with room to spare; rows that prove to hold larger values are coded again.
+for LoRA. A program takes some rows and some of their columns. The rows' scales are guessed from the
+first columns, with room to spare; rows that prove to hold larger values are coded again. Sums over
+columns are kept by program and added up afterwards, always in the same order.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from torch import Tensor
 from lora.kernels.fp8 import CodedRows, code_tensors, scale_of
 from lora.kernels.jit import jit, next_power_of_2, row_stride, tl
 
-ROWS, COLUMNS, WARPS = 32, 128, 8
-"""Of the forward kernel."""
-BACK_ROWS, BACK_COLUMNS, BACK_WARPS = 32, 128, 8
-"""Of the backward kernel."""
+ROWS, COLUMNS, WARPS = 64, 64, 4
+"""Of a tile of the forward kernel; rows in sixteens for each warp."""
+BACK_ROWS, BACK_COLUMNS, BACK_WARPS = 64, 32, 4
+"""Of a tile of the backward kernel."""
+A_PROGRAM = 1024
+"""Columns that a program walks over."""
 WIDEST_RANK = 128
 """Columns of h that a program can hold."""
 
@@ -103,9 +106,26 @@ def _with_low_rank(gate_up: Tensor, before: LowRank | None) -> Tensor:
     return both + before.h.to(both.dtype) @ before.b.to(both.dtype).T
 
 
-def _padded(rank: int) -> int:
-    """Return the columns that a program takes a narrow tensor of `rank` columns for."""
-    return max(16, next_power_of_2(rank))
+@dataclass(frozen=True)
+class _Reads:
+    """A kernel's view of LoRA on one side; without it, placeholders of which nothing is read."""
+
+    narrow: Tensor
+    wide: Tensor
+    gate_rank: int
+    rank: int
+
+    @property
+    def padded(self) -> int:
+        """Columns that a program takes one of the two narrow tensors for."""
+        return max(16, next_power_of_2(max(self.gate_rank, self.rank - self.gate_rank)))
+
+
+def _reads(narrow: Tensor | None, wide: Tensor | None, other: Tensor, gate_rank: int = 0) -> _Reads:
+    if narrow is None or wide is None:
+        return _Reads(other, other, 0, 1)
+    assert wide.is_contiguous(), "LoRA's matrices must be contiguous"
+    return _Reads(narrow, wide, gate_rank, narrow.shape[1])
 
 
 @jit
@@ -118,7 +138,7 @@ def _half_tile(
     b_tile = h
     if ADDS:
         ranks = tl.arange(0, RANK)[:, None]
-        b_at = b + columns[None, :].to(tl.int64) * b_stride + ranks
+        b_at = b + columns[None, :] * b_stride + ranks
         b_tile = tl.load(b_at, mask=inside & (ranks < rank), other=0.0)
         y = tl.dot(h, b_tile, acc=y)
     return y, b_tile
@@ -136,72 +156,116 @@ def _low_tile(low, low_stride, rows, here, rank, HAS: tl.constexpr, RANK: tl.con
 
 
 @jit
-def _guess(peak):
-    """Return a scale, and its inverse, for rows whose first columns have this largest value."""
-    scale, inverse = scale_of(peak)
-    return scale * 16.0, inverse * 0.0625
+def _store_guess(y, scales, rows, here):
+    """Store scales for rows whose first columns are `y`, with room for sixteen times as much."""
+    scale, _ = scale_of(tl.max(tl.abs(y), 1))
+    tl.store(scales + rows, scale * 16.0, mask=here)
+
+
+@jit
+def _row_peaks(peaks, rows, here, n_rows, programs, ROWS: tl.constexpr):
+    """Return the largest value of each row."""
+    peak = tl.zeros([ROWS], dtype=tl.float32)
+    for place in range(programs):
+        found = tl.load(peaks + place * n_rows + rows, mask=here, other=0.0)
+        peak = tl.maximum(peak, found)
+    return peak
+
+
+@jit
+def _store_sums(
+    sums, at, out, out_stride, rows, here, rank, n_rows, programs,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """Store the programs' sums (programs, N, WIDTH), of columns from `at` on, added up."""
+    ranks = tl.arange(0, RANK)[None, :]
+    total = tl.zeros([ROWS, RANK], dtype=tl.float32)
+    for place in range(programs):
+        row = place * n_rows + rows[:, None]
+        total += tl.load(sums + row * WIDTH + at + ranks, mask=here[:, None], other=0.0)
+    out_at = out + rows[:, None] * out_stride + ranks
+    tl.store(out_at, total.to(out.dtype.element_ty), mask=here[:, None] & (ranks < rank))
+
+
+@jit
+def _silu_tile(
+    x, columns, here, width, h_gate, h_up, b, gate_rank, rank,
+    ADDS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """Return a tile of silu(gate) · up, fp32."""
+    up_rank = rank - gate_rank
+    b_of_up = b + width * rank + gate_rank
+    gate, _ = _half_tile(x, columns, here, width, h_gate, b, rank, gate_rank, ADDS, RANK)
+    up, _ = _half_tile(x + width, columns, here, width, h_up, b_of_up, rank, up_rank, ADDS, RANK)
+    return gate * tl.sigmoid(gate) * up
 
 
 @jit
 def _swiglu_codes_kernel(
-    gate_up, out, codes, scales, h, b, a, low,
-    gate_up_stride, out_stride, h_stride, b_stride, a_stride, low_stride,
-    n_rows, width, gate_rank, rank, low_rank,
-    ADDS: tl.constexpr, MAKES_LOW: tl.constexpr, KEEPS_OUT: tl.constexpr,
+    gate_up, out, codes, scales, h, b, a, peaks, sums, low,
+    gate_up_stride, out_stride, h_stride, low_stride, n_rows, width, gate_rank, rank, low_rank,
+    programs, STAGE: tl.constexpr,
+    ADDS: tl.constexpr, MAKES_LOW: tl.constexpr, KEEPS_OUT: tl.constexpr, A_PROGRAM: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr, LOW_RANK: tl.constexpr,
 ):  # fmt: skip
+    """In three stages: guess the scales; make everything; finish what goes over all columns."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     here = rows < n_rows
     kind = gate_up.dtype.element_ty
     x = gate_up + rows[:, None] * gate_up_stride
     codes_at = codes + rows[:, None] * width
-    up_rank = rank - gate_rank
     h_gate = _low_tile(h, h_stride, rows, here, gate_rank, ADDS, RANK)
-    h_up = _low_tile(h + gate_rank, h_stride, rows, here, up_rank, ADDS, RANK)
-    b_of_up = b + width * b_stride + gate_rank
+    h_up = _low_tile(h + gate_rank, h_stride, rows, here, rank - gate_rank, ADDS, RANK)
     columns = tl.arange(0, BLOCK)
-    low_ranks = tl.arange(0, LOW_RANK)
-    gate, _ = _half_tile(x, columns, here, width, h_gate, b, b_stride, gate_rank, ADDS, RANK)
-    up, _ = _half_tile(
-        x + width, columns, here, width, h_up, b_of_up, b_stride, up_rank, ADDS, RANK
-    )
-    scale, inverse = _guess(tl.max(tl.abs(gate * tl.sigmoid(gate) * up), 1))  # (rows,)
-    peak = tl.zeros([ROWS], dtype=tl.float32)
-    sums = tl.zeros([ROWS, LOW_RANK], dtype=tl.float32)
-    for start in range(0, width, BLOCK):
-        at = start + columns
-        there = here[:, None] & (at < width)[None, :]
-        gate, _ = _half_tile(x, at, here, width, h_gate, b, b_stride, gate_rank, ADDS, RANK)
-        up, _ = _half_tile(x + width, at, here, width, h_up, b_of_up, b_stride, up_rank, ADDS, RANK)
-        y = (gate * tl.sigmoid(gate) * up).to(kind)
-        if KEEPS_OUT:
-            tl.store(out + rows[:, None] * out_stride + at[None, :], y, mask=there)
-        if MAKES_LOW:
-            known = (at < width)[:, None] & (low_ranks < low_rank)[None, :]
-            a_at = a + low_ranks[None, :] * a_stride + at[:, None]
-            sums = tl.dot(y, tl.load(a_at, mask=known, other=0.0), acc=sums)
-        wide = y.to(tl.float32)
-        peak = tl.maximum(peak, tl.max(tl.abs(wide), 1))
-        coded = (wide * inverse[:, None]).to(codes.dtype.element_ty)
-        tl.store(codes_at + at[None, :], coded, mask=there)
-    if tl.max((peak > scale * 448.0).to(tl.int32), 0) > 0:
-        scale, inverse = scale_of(peak)
-        tl.debug_barrier()  # another warp may store an element's first code
-        for start in range(0, width, BLOCK):
+    if STAGE == 0:
+        y = _silu_tile(x, columns, here, width, h_gate, h_up, b, gate_rank, rank, ADDS, RANK)
+        _store_guess(y, scales, rows, here)
+    if STAGE == 1:
+        program = tl.program_id(1)
+        inverse = 1.0 / tl.load(scales + rows, mask=here, other=1.0)
+        ranks = tl.arange(0, LOW_RANK)[None, :]
+        peak = tl.zeros([ROWS], dtype=tl.float32)
+        total = tl.zeros([ROWS, LOW_RANK], dtype=tl.float32)
+        for start in range(program * A_PROGRAM, min((program + 1) * A_PROGRAM, width), BLOCK):
             at = start + columns
-            there = here[:, None] & (at < width)[None, :]
-            gate, _ = _half_tile(x, at, here, width, h_gate, b, b_stride, gate_rank, ADDS, RANK)
-            up, _ = _half_tile(
-                x + width, at, here, width, h_up, b_of_up, b_stride, up_rank, ADDS, RANK
+            inside = at < width
+            there = here[:, None] & inside[None, :]
+            y = _silu_tile(x, at, here, width, h_gate, h_up, b, gate_rank, rank, ADDS, RANK).to(
+                kind
             )
-            wide = (gate * tl.sigmoid(gate) * up).to(kind).to(tl.float32)
+            if KEEPS_OUT:
+                tl.store(out + rows[:, None] * out_stride + at[None, :], y, mask=there)
+            if MAKES_LOW:
+                known = inside[:, None] & (ranks < low_rank)
+                a_tile = tl.load(a + ranks * width + at[:, None], mask=known, other=0.0)
+                total = tl.dot(y, a_tile, acc=total)
+            wide = y.to(tl.float32)
+            peak = tl.maximum(peak, tl.max(tl.abs(wide), 1))
             coded = (wide * inverse[:, None]).to(codes.dtype.element_ty)
             tl.store(codes_at + at[None, :], coded, mask=there)
-    tl.store(scales + rows, scale, mask=here)
-    if MAKES_LOW:
-        low_at = low + rows[:, None] * low_stride + low_ranks[None, :]
-        known = here[:, None] & (low_ranks < low_rank)[None, :]
-        tl.store(low_at, sums.to(kind), mask=known)
+        place = program * n_rows + rows
+        tl.store(peaks + place, peak, mask=here)
+        if MAKES_LOW:
+            tl.store(sums + place[:, None] * LOW_RANK + ranks, total, mask=here[:, None])
+    if STAGE == 2:
+        if MAKES_LOW:
+            _store_sums(
+                sums, 0, low, low_stride, rows, here, low_rank, n_rows, programs,
+                ROWS, LOW_RANK, LOW_RANK,
+            )  # fmt: skip
+        peak = _row_peaks(peaks, rows, here, n_rows, programs, ROWS)
+        guessed = tl.load(scales + rows, mask=here, other=1.0)
+        if tl.max((peak > guessed * 448.0).to(tl.int32), 0) > 0:
+            scale, inverse = scale_of(peak)
+            tl.store(scales + rows, scale, mask=here)
+            for start in range(0, width, BLOCK):
+                at = start + columns
+                y = _silu_tile(x, at, here, width, h_gate, h_up, b, gate_rank, rank, ADDS, RANK).to(
+                    kind
+                )
+                coded = (y.to(tl.float32) * inverse[:, None]).to(codes.dtype.element_ty)
+                there = here[:, None] & (at < width)[None, :]
+                tl.store(codes_at + at[None, :], coded, mask=there)
 
 
 def swiglu_codes_triton(
@@ -215,128 +279,144 @@ def swiglu_codes_triton(
     n_rows, width = coded.codes.shape
     codes, scales, _ = code_tensors(coded, gate_up)
     kept = gate_up if out is None else out
-    h, b, gate_rank, rank = gate_up, gate_up, 1, 2
-    if before is not None and before.h is not None:
-        h, b, gate_rank, rank = before.h, before.b, before.gate_rank, before.b.shape[1]
-    low, a, low_rank = gate_up, gate_up, 1
-    if after is not None and after.h is not None:
-        low, a, low_rank = after.h, after.a, len(after.a)
-    _swiglu_codes_kernel[(-(-n_rows // ROWS),)](
-        gate_up, kept, codes, scales, h, b, a, low,
-        row_stride(gate_up), row_stride(kept), row_stride(h), row_stride(b), row_stride(a),
-        row_stride(low), n_rows, width, gate_rank, rank, low_rank,
-        ADDS=before is not None, MAKES_LOW=after is not None, KEEPS_OUT=out is not None,
-        ROWS=ROWS, BLOCK=COLUMNS, RANK=_padded(max(gate_rank, rank - gate_rank)), LOW_RANK=_padded(low_rank),
-        num_warps=WARPS,
-    )  # fmt: skip
+    first, second = _reads(None, None, gate_up), _reads(None, None, gate_up)
+    if before is not None:
+        first = _reads(before.h, before.b, gate_up, before.gate_rank)
+    if after is not None:
+        second = _reads(after.h, after.a, gate_up)
+    programs = -(-width // A_PROGRAM)
+    peaks = scales.new_empty(programs, n_rows)
+    low_rank = max(16, next_power_of_2(second.rank))
+    sums = scales.new_empty(programs, n_rows, low_rank) if after is not None else peaks
+    for stage in range(3):
+        grid = (-(-n_rows // ROWS), programs if stage == 1 else 1)
+        _swiglu_codes_kernel[grid](
+            gate_up, kept, codes, scales, first.narrow, first.wide, second.wide, peaks, sums,
+            second.narrow,
+            row_stride(gate_up), row_stride(kept), row_stride(first.narrow),
+            row_stride(second.narrow), n_rows, width, first.gate_rank, first.rank, second.rank,
+            programs, STAGE=stage,
+            ADDS=before is not None, MAKES_LOW=after is not None, KEEPS_OUT=out is not None,
+            A_PROGRAM=A_PROGRAM, ROWS=ROWS, BLOCK=COLUMNS, RANK=first.padded, LOW_RANK=low_rank,
+            num_warps=WARPS,
+        )  # fmt: skip
 
 
 @jit
-def _gradients(gate, up, dy):
-    """Return silu(gate) · up, and the gradients of gate and up."""
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    return silu * up, dy * up * (sigmoid + silu * (1 - sigmoid)), dy * silu
-
-
-@jit
-def _d_out_tile(
-    d_out, columns, here, width, low, a, a_stride, rank, ADDS: tl.constexpr, RANK: tl.constexpr
-):
-    """Return a tile of the gradient of silu(gate) · up."""
+def _gradient_tiles(
+    x, d_out, columns, here, width, h_gate, h_up, b, low, a, gate_rank, rank, low_rank,
+    ADDS: tl.constexpr, ADDS_LOW: tl.constexpr, RANK: tl.constexpr, LOW_RANK: tl.constexpr,
+):  # fmt: skip
+    """Return tiles of silu(gate) · up, of the gradients of gate and up, and of b for both."""
+    up_rank = rank - gate_rank
+    b_of_up = b + width * rank + gate_rank
+    gate, b_gate = _half_tile(x, columns, here, width, h_gate, b, rank, gate_rank, ADDS, RANK)
+    up, b_up = _half_tile(x + width, columns, here, width, h_up, b_of_up, rank, up_rank, ADDS, RANK)
     inside = (columns < width)[None, :]
     dy = tl.load(d_out + columns[None, :], mask=here[:, None] & inside, other=0.0).to(tl.float32)
-    if ADDS:
-        ranks = tl.arange(0, RANK)[:, None]
-        known = inside & (ranks < rank)
-        a_tile = tl.load(a + ranks * a_stride + columns[None, :], mask=known, other=0.0)
-        dy = tl.dot(low, a_tile, acc=dy)
-    return dy
+    if ADDS_LOW:
+        ranks = tl.arange(0, LOW_RANK)[:, None]
+        known = inside & (ranks < low_rank)
+        dy = tl.dot(
+            low, tl.load(a + ranks * width + columns[None, :], mask=known, other=0.0), acc=dy
+        )
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    return silu * up, dy * up * (sigmoid + silu * (1 - sigmoid)), dy * silu, b_gate, b_up
+
+
+@jit
+def _scaled(y, factors, columns, width, HAS_FACTORS: tl.constexpr):
+    """Return a tile with its columns multiplied by their factors."""
+    wide = y.to(tl.float32)
+    if HAS_FACTORS:
+        wide *= tl.load(factors + columns, mask=columns < width, other=0.0)[None, :]
+    return wide
 
 
 @jit
 def _swiglu_codes_backward_kernel(
-    gate_up, d_out, out, codes, scales, factors, h, b, dh, a, low,
-    gate_up_stride, d_out_stride, out_stride, h_stride, b_stride, dh_stride, a_stride, low_stride,
-    n_rows, width, gate_rank, rank, low_rank,
+    gate_up, d_out, out, codes, scales, factors, h, b, low, a, peaks, sums, dh,
+    gate_up_stride, d_out_stride, out_stride, h_stride, low_stride, dh_stride,
+    n_rows, width, gate_rank, rank, low_rank, programs, STAGE: tl.constexpr,
     ADDS: tl.constexpr, ADDS_LOW: tl.constexpr, KEEPS_OUT: tl.constexpr,
-    HAS_FACTORS: tl.constexpr,
+    HAS_FACTORS: tl.constexpr, A_PROGRAM: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr, LOW_RANK: tl.constexpr,
 ):  # fmt: skip
+    """In the forward kernel's three stages."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     here = rows < n_rows
     kind = gate_up.dtype.element_ty
     code_kind = codes.dtype.element_ty
     x = gate_up + rows[:, None] * gate_up_stride
-    d_out_at = d_out + rows[:, None] * d_out_stride
+    dy = d_out + rows[:, None] * d_out_stride
     codes_at = codes + rows[:, None] * 2 * width
-    up_rank = rank - gate_rank
     h_gate = _low_tile(h, h_stride, rows, here, gate_rank, ADDS, RANK)
-    h_up = _low_tile(h + gate_rank, h_stride, rows, here, up_rank, ADDS, RANK)
-    b_of_up = b + width * b_stride + gate_rank
+    h_up = _low_tile(h + gate_rank, h_stride, rows, here, rank - gate_rank, ADDS, RANK)
     low_tile = _low_tile(low, low_stride, rows, here, low_rank, ADDS_LOW, LOW_RANK)
     columns = tl.arange(0, BLOCK)
-    ranks = tl.arange(0, RANK)
-    gate, _ = _half_tile(x, columns, here, width, h_gate, b, b_stride, gate_rank, ADDS, RANK)
-    up, _ = _half_tile(
-        x + width, columns, here, width, h_up, b_of_up, b_stride, up_rank, ADDS, RANK
-    )
-    dy = _d_out_tile(
-        d_out_at, columns, here, width, low_tile, a, a_stride, low_rank, ADDS_LOW, LOW_RANK
-    )
-    _, left, right = _gradients(gate, up, dy)
-    if HAS_FACTORS:
-        left *= tl.load(factors + columns, mask=columns < width, other=0.0)[None, :]
-        right *= tl.load(factors + width + columns, mask=columns < width, other=0.0)[None, :]
-    scale, inverse = _guess(tl.max(tl.maximum(tl.abs(left), tl.abs(right)), 1))  # (rows,)
-    tl.debug_barrier()  # the first tile has been read by all before it is written
-    peak = tl.zeros([ROWS], dtype=tl.float32)
-    sums_gate = tl.zeros([ROWS, RANK], dtype=tl.float32)
-    sums_up = tl.zeros([ROWS, RANK], dtype=tl.float32)
-    for start in range(0, width, BLOCK):
-        at = start + columns
-        inside = at < width
-        there = here[:, None] & inside[None, :]
-        gate, b_gate = _half_tile(x, at, here, width, h_gate, b, b_stride, gate_rank, ADDS, RANK)
-        up, b_up = _half_tile(
-            x + width, at, here, width, h_up, b_of_up, b_stride, up_rank, ADDS, RANK
-        )
-        dy = _d_out_tile(
-            d_out_at, at, here, width, low_tile, a, a_stride, low_rank, ADDS_LOW, LOW_RANK
-        )
-        y, d_gate, d_up = _gradients(gate, up, dy)
-        d_gate, d_up = d_gate.to(kind), d_up.to(kind)
-        if KEEPS_OUT:
-            tl.store(out + rows[:, None] * out_stride + at[None, :], y.to(kind), mask=there)
-        tl.store(x + at[None, :], d_gate, mask=there)
-        tl.store(x + width + at[None, :], d_up, mask=there)
-        if ADDS:
-            sums_gate = tl.dot(d_gate, tl.trans(b_gate), acc=sums_gate)
-            sums_up = tl.dot(d_up, tl.trans(b_up), acc=sums_up)
-        left, right = d_gate.to(tl.float32), d_up.to(tl.float32)
-        if HAS_FACTORS:
-            left *= tl.load(factors + at, mask=inside, other=0.0)[None, :]
-            right *= tl.load(factors + width + at, mask=inside, other=0.0)[None, :]
-        peak = tl.maximum(peak, tl.max(tl.maximum(tl.abs(left), tl.abs(right)), 1))
-        left, right = left * inverse[:, None], right * inverse[:, None]
-        tl.store(codes_at + at[None, :], left.to(code_kind), mask=there)
-        tl.store(codes_at + width + at[None, :], right.to(code_kind), mask=there)
-    if tl.max((peak > scale * 448.0).to(tl.int32), 0) > 0:
-        scale, inverse = scale_of(peak)
-        tl.debug_barrier()  # the gradient was written by other warps
-        for start in range(0, 2 * width, BLOCK):
+    if STAGE == 0:
+        _, left, right, _, _ = _gradient_tiles(
+            x, dy, columns, here, width, h_gate, h_up, b, low_tile, a, gate_rank, rank, low_rank,
+            ADDS, ADDS_LOW, RANK, LOW_RANK,
+        )  # fmt: skip
+        left = _scaled(left, factors, columns, width, HAS_FACTORS)
+        right = _scaled(right, factors + width, columns, width, HAS_FACTORS)
+        _store_guess(tl.maximum(tl.abs(left), tl.abs(right)), scales, rows, here)
+    if STAGE == 1:
+        program = tl.program_id(1)
+        inverse = 1.0 / tl.load(scales + rows, mask=here, other=1.0)[:, None]
+        ranks = tl.arange(0, RANK)[None, :]
+        peak = tl.zeros([ROWS], dtype=tl.float32)
+        of_gate = tl.zeros([ROWS, RANK], dtype=tl.float32)
+        of_up = tl.zeros([ROWS, RANK], dtype=tl.float32)
+        for start in range(program * A_PROGRAM, min((program + 1) * A_PROGRAM, width), BLOCK):
             at = start + columns
-            there = here[:, None] & (at < 2 * width)[None, :]
-            wide = tl.load(x + at[None, :], mask=there, other=0.0).to(tl.float32)
-            if HAS_FACTORS:
-                wide *= tl.load(factors + at, mask=at < 2 * width, other=0.0)[None, :]
-            tl.store(codes_at + at[None, :], (wide * inverse[:, None]).to(code_kind), mask=there)
-    tl.store(scales + rows, scale, mask=here)
-    if ADDS:
-        dh_at = dh + rows[:, None] * dh_stride + ranks[None, :]
-        tl.store(dh_at, sums_gate.to(kind), mask=here[:, None] & (ranks < gate_rank)[None, :])
-        known = here[:, None] & (ranks < up_rank)[None, :]
-        tl.store(dh_at + gate_rank, sums_up.to(kind), mask=known)
+            there = here[:, None] & (at < width)[None, :]
+            y, d_gate, d_up, b_gate, b_up = _gradient_tiles(
+                x, dy, at, here, width, h_gate, h_up, b, low_tile, a, gate_rank, rank, low_rank,
+                ADDS, ADDS_LOW, RANK, LOW_RANK,
+            )  # fmt: skip
+            d_gate, d_up = d_gate.to(kind), d_up.to(kind)
+            if KEEPS_OUT:
+                tl.store(out + rows[:, None] * out_stride + at[None, :], y.to(kind), mask=there)
+            tl.store(x + at[None, :], d_gate, mask=there)
+            tl.store(x + width + at[None, :], d_up, mask=there)
+            if ADDS:
+                of_gate = tl.dot(d_gate, tl.trans(b_gate), acc=of_gate)
+                of_up = tl.dot(d_up, tl.trans(b_up), acc=of_up)
+            left = _scaled(d_gate, factors, at, width, HAS_FACTORS)
+            right = _scaled(d_up, factors + width, at, width, HAS_FACTORS)
+            peak = tl.maximum(peak, tl.max(tl.maximum(tl.abs(left), tl.abs(right)), 1))
+            tl.store(codes_at + at[None, :], (left * inverse).to(code_kind), mask=there)
+            tl.store(codes_at + width + at[None, :], (right * inverse).to(code_kind), mask=there)
+        place = program * n_rows + rows
+        tl.store(peaks + place, peak, mask=here)
+        if ADDS:
+            sums_at = sums + place[:, None] * (2 * RANK) + ranks
+            tl.store(sums_at, of_gate, mask=here[:, None])
+            tl.store(sums_at + RANK, of_up, mask=here[:, None])
+    if STAGE == 2:
+        if ADDS:
+            _store_sums(
+                sums, 0, dh, dh_stride, rows, here, gate_rank, n_rows, programs,
+                ROWS, 2 * RANK, RANK,
+            )  # fmt: skip
+            _store_sums(
+                sums, RANK, dh + gate_rank, dh_stride, rows, here, rank - gate_rank, n_rows,
+                programs, ROWS, 2 * RANK, RANK,
+            )  # fmt: skip
+        peak = _row_peaks(peaks, rows, here, n_rows, programs, ROWS)
+        guessed = tl.load(scales + rows, mask=here, other=1.0)
+        if tl.max((peak > guessed * 448.0).to(tl.int32), 0) > 0:
+            scale, inverse = scale_of(peak)
+            tl.store(scales + rows, scale, mask=here)
+            for start in range(0, 2 * width, BLOCK):
+                at = start + columns
+                there = here[:, None] & (at < 2 * width)[None, :]
+                y = tl.load(x + at[None, :], mask=there, other=0.0)
+                wide = _scaled(y, factors, at, 2 * width, HAS_FACTORS) * inverse[:, None]
+                tl.store(codes_at + at[None, :], wide.to(code_kind), mask=there)
 
 
 def swiglu_codes_backward_triton(
@@ -351,19 +431,24 @@ def swiglu_codes_backward_triton(
     n_rows, width = d_out.shape
     codes, scales, factors = code_tensors(coded, gate_up)
     kept = gate_up if out is None else out
-    h, b, dh, gate_rank, rank = gate_up, gate_up, gate_up, 1, 2
-    if before is not None and before.h is not None and before.dh is not None:
-        h, b, dh = before.h, before.b, before.dh
-        gate_rank, rank = before.gate_rank, before.b.shape[1]
-    low, a, low_rank = gate_up, gate_up, 1
-    if after is not None and after.dh is not None:
-        low, a, low_rank = after.dh, after.a, len(after.a)
-    _swiglu_codes_backward_kernel[(-(-n_rows // BACK_ROWS),)](
-        gate_up, d_out, kept, codes, scales, factors, h, b, dh, a, low,
-        row_stride(gate_up), row_stride(d_out), row_stride(kept), row_stride(h), row_stride(b),
-        row_stride(dh), row_stride(a), row_stride(low), n_rows, width, gate_rank, rank, low_rank,
-        ADDS=before is not None, ADDS_LOW=after is not None, KEEPS_OUT=out is not None,
-        HAS_FACTORS=coded.factors is not None,
-        ROWS=BACK_ROWS, BLOCK=BACK_COLUMNS, RANK=_padded(max(gate_rank, rank - gate_rank)), LOW_RANK=_padded(low_rank),
-        num_warps=BACK_WARPS,
-    )  # fmt: skip
+    first, second, dh = _reads(None, None, gate_up), _reads(None, None, gate_up), gate_up
+    if before is not None and before.dh is not None:
+        first, dh = _reads(before.h, before.b, gate_up, before.gate_rank), before.dh
+    if after is not None:
+        second = _reads(after.dh, after.a, gate_up)
+    programs = -(-width // A_PROGRAM)
+    peaks = scales.new_empty(programs, n_rows)
+    sums = scales.new_empty(programs, n_rows, 2 * first.padded) if before is not None else peaks
+    for stage in range(3):
+        grid = (-(-n_rows // BACK_ROWS), programs if stage == 1 else 1)
+        _swiglu_codes_backward_kernel[grid](
+            gate_up, d_out, kept, codes, scales, factors, first.narrow, first.wide, second.narrow,
+            second.wide, peaks, sums, dh,
+            row_stride(gate_up), row_stride(d_out), row_stride(kept), row_stride(first.narrow),
+            row_stride(second.narrow), row_stride(dh), n_rows, width, first.gate_rank, first.rank,
+            second.rank, programs, STAGE=stage,
+            ADDS=before is not None, ADDS_LOW=after is not None, KEEPS_OUT=out is not None,
+            HAS_FACTORS=coded.factors is not None, A_PROGRAM=A_PROGRAM, ROWS=BACK_ROWS,
+            BLOCK=BACK_COLUMNS, RANK=first.padded, LOW_RANK=max(16, next_power_of_2(second.rank)),
+            num_warps=BACK_WARPS,
+        )  # fmt: skip

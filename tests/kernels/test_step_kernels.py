@@ -116,8 +116,8 @@ def test_norms_put_codes_beside_their_results(draw: torch.Generator, with_factor
         assert_coded(fast, plain)
 
 
-FEED = 328
-"""Columns of SwiGLU's result: more than two tiles of a program, the last one not full."""
+FEED = 1112
+"""Columns of SwiGLU's result: more than one program's, the last tile not full."""
 
 
 def low_rank(
