@@ -23,12 +23,13 @@ from lora.decoder.config import (
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.decoder.quantised import Fp8Linear, has_fp8_base, use_fp8_linears
 from lora.device import choose_device
+from lora.fast import buffers
+from lora.fast.blocks import MODES
 from lora.fast.choose import why_not_fast, why_not_fp8
 from lora.fast.ops import PLAIN, TRITON
 from lora.fast.step import FastStep
 from lora.finetune import FinetuneJob, finetune
 from lora.kernels.jit import HAS_TRITON
-from lora.losses import loss_for
 from lora.progress import NoProgress
 from lora.runs import read_json, read_rows
 
@@ -44,13 +45,15 @@ PLAIN_ROWS = replace(
     TRITON,
     add_norm=PLAIN.add_norm,
     norm_backward=PLAIN.norm_backward,
-    swiglu=PLAIN.swiglu,
-    swiglu_backward=PLAIN.swiglu_backward,
+    swiglu_codes=PLAIN.swiglu_codes,
+    swiglu_codes_backward=PLAIN.swiglu_codes_backward,
     quantise_rows=PLAIN.quantise_rows,
     scaled_product=PLAIN.scaled_product,
     turn_codes=PLAIN.turn_codes,
 )
 """The fast step's operations, with the plain twins of all that has to do with eight bits."""
+EXACT = replace(PLAIN, code_type=torch.float32)
+"""Rows that nothing rounds."""
 
 
 def build() -> Decoder:
@@ -106,31 +109,36 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("two_copies", [True, False])
-def test_the_device_computes_what_plain_operations_do(two_copies: bool, packed: bool) -> None:
+@pytest.mark.parametrize("mode", ["none", "cheap", "full"])
+def test_the_device_is_as_near_to_rows_not_rounded_as_plain_operations(
+    mode: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Device and plain twin cannot be near each other: what differs by 1e-4 before a value is
+    rounded puts codes on either side of an edge, which moves gradients by as much as rounding does.
+    """
+    monkeypatch.setattr(buffers, "PART_TOKENS", 256)
     model = build()
-    fast = FastStep(copy.deepcopy(model), TRITON, torch.bfloat16, two_copies=two_copies)
-    plain = FastStep(copy.deepcopy(model), PLAIN_ROWS, torch.bfloat16)
+    fast = FastStep(copy.deepcopy(model), TRITON, torch.bfloat16, keep=MODES[mode])
+    plain = FastStep(copy.deepcopy(model), PLAIN_ROWS, torch.bfloat16, keep=MODES[mode])
+    exact = FastStep(copy.deepcopy(model), EXACT, torch.float32)
     batches = batch(packed=packed)
-    for step in (fast, plain):
+    for step in (fast, plain, exact):
         step.launch([batches], 0.0)
     assert fast.graphs.why_not is None
     assert fast.report[0].item() == pytest.approx(plain.report[0].item(), rel=2e-3)
-    # A value on the edge between two codes falls to either side of it, through four blocks.
-    assert relative(fast.flat.gradients, plain.flat.gradients) < 0.05
-    loss_sum, n_tokens = loss_for(model)(model, batches.to("cuda"))
-    loss_sum.sum().backward()
-    assert fast.report[0].item() == pytest.approx((loss_sum / n_tokens).item(), rel=0.02)
-    own = {name: p for name, p in fast.model.named_parameters() if p.requires_grad}
-    start, errors = fast.flat.values.data_ptr(), []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            place = (own[name].data_ptr() - start) // 4
-            view = fast.flat.gradients.as_strided(own[name].shape, own[name].stride(), place)
-            if not name.endswith("k_proj.bias"):
-                errors.append(relative(view, parameter.grad))  # type: ignore[arg-type]
-    print("errors of gradients against rows not rounded:", min(errors), max(errors))
-    assert max(errors) < 0.25
+    assert fast.report[0].item() == pytest.approx(exact.report[0].item(), rel=0.02)
+    errors = [
+        [
+            relative(slot.gradients, other.gradients)
+            for slot, other in zip(step.flat.slots, exact.flat.slots, strict=True)
+        ]
+        for step in (fast, plain)
+    ]
+    own, twins = (relative(step.flat.gradients, exact.flat.gradients) for step in (fast, plain))
+    print(f"gradients' errors, {mode}: device {own:.4f} {max(errors[0]):.4f}, twins {twins:.4f}")
+    assert own < 1.15 * twins + 0.01 < 0.2
+    for found, twin in zip(*errors, strict=True):
+        assert found < 1.3 * twin + 0.02
 
 
 def test_steps_learn_and_leave_the_codes_alone() -> None:
