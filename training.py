@@ -3,6 +3,7 @@
     python training.py                                    # the base, on English prose
     USE_LORA=True LORA_RANK=16 LORA_ALPHA=32.0 LORA_DROPOUT=0.1 python training.py
     USE_LORA=True TEST_MODE=True python training.py       # a small one, under 30 seconds
+    COMPARE=True python training.py                       # LoRA beside full fine-tuning
 
 LORA_USAGE.md explains every variable. Exits with 2 and one message when something is wrong.
 """
@@ -19,20 +20,22 @@ from lora.errors import Interrupted, LoraError
 from models.classic_settings import AUTO, ClassicSettings, notes, read_settings
 
 if TYPE_CHECKING:
+    from lora.compare import CompareResult
     from lora.device import DeviceChoice
     from lora.runs import Run
     from lora.trainer import TrainResult
     from models.bigram_lm_v2 import BigramLanguageModel
     from models.char_text import Text
 
-EVAL_TOKENS = 50_000
-SAMPLE_CHARACTERS = 240
-
 
 def main() -> int:
     """Run what the environment asks for; return the exit code."""
     try:
-        run_classic(read_settings(os.environ))
+        settings = read_settings(os.environ)
+        if settings.compare:
+            compare_classic(settings)
+        else:
+            run_classic(settings)
     except Interrupted as stopped:
         print(f"training.py: {stopped}", file=sys.stderr)
         return stopped.exit_code
@@ -62,6 +65,30 @@ def run_classic(settings: ClassicSettings) -> Run:
         return train_base(settings, text, choice, settings.run_name or "base")
     base_folder = find_base(settings, choice)
     return adapt(settings, base_folder, choice)
+
+
+def compare_classic(settings: ClassicSettings) -> CompareResult:
+    """Adapt the base through LoRA and whole, on the same batches, and print both side by side."""
+    from rich.console import Console
+
+    from lora.compare import compare
+    from lora.compare_factory import FactoryContest
+    from lora.compare_table import print_comparison
+    from lora.device import choose_device
+    from lora.progress import RichProgress
+    from models.char_compare import CharFactory, char_config
+
+    config = char_config(settings)
+    choice = choose_device(settings.device, settings.precision)
+    for line in [f"device: {choice.reason}", *notes(settings)]:
+        print(line)
+    contest = FactoryContest(CharFactory(settings, find_base(settings, choice)))
+    done = compare(contest, config, RichProgress)
+    print_comparison(done.comparison, Console(highlight=False))
+    print(f"everything is in {done.folder}")
+    if done.report is not None:
+        print(f"report: {done.report}")
+    return done
 
 
 def find_base(settings: ClassicSettings, choice: DeviceChoice) -> Path:
@@ -105,6 +132,8 @@ def train_base(settings: ClassicSettings, text: Text, choice: DeviceChoice, name
 def adapt(settings: ClassicSettings, base_path: Path, choice: DeviceChoice) -> Run:
     """Fine-tune the base, through LoRA or whole, and save the adapter or the model."""
     import torch
+
+    from models.char_text import load_base
 
     base, text = load_base(settings, base_path)
     torch.manual_seed(settings.seed)
@@ -176,6 +205,7 @@ def train_on(
     from lora.runs import create_run
     from lora.trainer import TrainingJob, train
     from models.bigram_lm_v2 import bigram_loss
+    from models.char_text import EVAL_TOKENS
 
     # Everything that can be wrong with the input is found before the folder is made.
     check_length(text.held_out, model.block_size, "The held-out text")
@@ -206,26 +236,6 @@ def train_on(
     return run, result
 
 
-def load_base(settings: ClassicSettings, base_path: Path) -> tuple[BigramLanguageModel, Text]:
-    """Return the base and the run's text in the base's vocabulary."""
-    from models.bigram_lm_v2 import BigramSizes, load_bigram
-    from models.char_text import read_text
-
-    if base_path.is_dir() or not base_path.exists():
-        model = load_bigram(base_path)
-        return model, read_text(settings.data_path, base_path, adapts=True)
-    text = read_text(settings.data_path, base_path, adapts=True)
-    sizes = BigramSizes(
-        text.tokenizer.vocab_size,
-        settings.n_embd,
-        settings.n_head,
-        settings.n_layer,
-        settings.block_size,
-        settings.dropout,
-    )
-    return load_bigram(base_path, sizes), text
-
-
 def check_reloaded(
     settings: ClassicSettings,
     base_path: Path,
@@ -243,6 +253,7 @@ def check_reloaded(
     from lora.errors import AdapterError
     from lora.trainer import evaluate
     from models.bigram_lm_v2 import bigram_loss
+    from models.char_text import EVAL_TOKENS, load_base
 
     model, _ = load_base(settings, base_path)
     load_adapter(model.to(choice.device), adapter)
@@ -275,12 +286,9 @@ def show_sample(
     run: Run, model: BigramLanguageModel, text: Text, choice: DeviceChoice, when: str
 ) -> None:
     """Let the model write, print it and keep it in `samples.json`."""
-    import torch
+    from models.char_text import write_sample
 
-    start = torch.from_numpy(text.tokenizer.encode(text.prompt))[None].to(choice.device)
-    generator = torch.Generator(choice.device).manual_seed(1)
-    tokens = model.generate(start, SAMPLE_CHARACTERS, temperature=0.8, generator=generator)
-    written = text.tokenizer.decode(tokens[0].tolist())
+    written = write_sample(model, text, choice.device)
     path = run.folder / "samples.json"
     kept = run.read_json("samples.json") if path.is_file() else {}
     run.write_json("samples.json", {**kept, when: written})

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.kernels import norm, swiglu
+from lora.kernels import norm, swiglu, swiglu_codes
 from lora.kernels.fp8 import FP8, CodedRows, quantise_rows_triton, turn_codes_triton
+from lora.kernels.swiglu_codes import LowRank
 
 TOKENS, RANK, GROUPS, CALLS = 8192, 16, 5, 6
 SHAPES = {  # projection: inputs, outputs, linears with LoRA
@@ -113,6 +114,19 @@ def low_rank(inputs: int, outputs: int, linears: int) -> Iterator[tuple[str, Cal
     yield "dB", lambda: out[:, :outputs].T @ x[:, inputs:]
 
 
+def low_ranks(hidden: int, feed: int) -> tuple[LowRank, LowRank]:
+    """Return LoRA of gate and up, and of down, with narrow tensors beside nothing."""
+
+    def one(inputs: int, outputs: int, rank: int, gate_rank: int = 0) -> LowRank:
+        a, b, h, dh = (
+            torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * 0.01
+            for shape in ((rank, inputs), (outputs, rank), (TOKENS, rank), (TOKENS, rank))
+        )
+        return LowRank(a, b, h, dh, gate_rank)
+
+    return one(hidden, 2 * feed, 2 * RANK, RANK), one(feed, hidden, RANK)
+
+
 def makers(hidden: int, feed: int, qkv: int) -> Iterator[tuple[str, int, Callable[[], Any]]]:
     """Yield the kernels that make rows, without and with codes, and the bytes that they move."""
     draw = {"device": "cuda", "dtype": torch.bfloat16}
@@ -141,20 +155,25 @@ def makers(hidden: int, feed: int, qkv: int) -> Iterator[tuple[str, int, Callabl
                 delta, total, rstd, weight, x, normed, rows
             ),
         )
-    for name, rows in (("", None), (" and codes", middle)):
-        size = n * f * (6 + (1 if rows else 0))
-        yield (
-            f"swiglu{name}",
-            size,
-            lambda rows=rows: swiglu.swiglu_triton(gate_up, activated, rows),
-        )
-    for name, rows in (("", None), (" and codes", double)):
-        size = n * f * (12 + (2 if rows else 0))
-        yield (
-            f"swiglu_backward{name}",
-            size,
-            lambda rows=rows: swiglu.swiglu_backward_triton(gate_up, activated, again, rows),
-        )
+    yield "swiglu", 6 * n * f, lambda: swiglu.swiglu_triton(gate_up, activated)
+    yield (
+        "swiglu_backward",
+        12 * n * f,
+        lambda: swiglu.swiglu_backward_triton(gate_up, activated, again),
+    )
+    before, after = low_ranks(c, f)
+    yield (
+        "swiglu, codes and LoRA",
+        5 * n * f,
+        lambda: swiglu_codes.swiglu_codes_triton(gate_up, None, middle, before, after),
+    )
+    yield (
+        "swiglu_backward, codes and LoRA",
+        14 * n * f,
+        lambda: swiglu_codes.swiglu_codes_backward_triton(
+            gate_up, activated, again, double, before, after
+        ),
+    )
     for width, source, rows in ((c, x, narrow), (f, activated, middle), (2 * f, gate_up, double)):
         yield (
             f"quantise {width}",
@@ -171,8 +190,8 @@ def turning(inputs: int, outputs: int) -> Iterator[tuple[str, Callable[[], Any]]
     yield "turned by torch", lambda: out.view(torch.uint8).copy_(weight.view(torch.uint8).T)
 
 
-def rows_of(name: str) -> Iterator[dict[str, Any]]:
-    """Yield what was measured of one model's shapes."""
+def of_products(name: str) -> Iterator[dict[str, Any]]:
+    """Yield what was measured of the products of one model's shapes."""
     for projection, (inputs, outputs, linears) in SHAPES[name].items():
         for way, (i, o) in (("forward", (inputs, outputs)), ("backward", (outputs, inputs))):
             for kind, function in products(i, o):
@@ -183,6 +202,10 @@ def rows_of(name: str) -> Iterator[dict[str, Any]]:
         for kind, function in turning(inputs, outputs):
             row = {"model": name, "part": projection, "kind": kind}
             yield timed(row, function, n_bytes=2 * inputs * outputs)
+
+
+def of_makers(name: str) -> Iterator[dict[str, Any]]:
+    """Yield what was measured of the kernels that make rows."""
     shapes = SHAPES[name]
     hidden, feed, qkv = shapes["output"][0], shapes["down"][0], shapes["qkv"][1]
     for kind, n_bytes, function in makers(hidden, feed, qkv):
@@ -210,11 +233,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--out", type=Path, help="also append the lines to this file")
+    parser.add_argument("--makers", action="store_true", help="only the kernels that make rows")
     arguments = parser.parse_args()
     hardware = f"one {torch.cuda.get_device_name()}"
     torch.manual_seed(0)
     for name in arguments.shapes:
-        for row in rows_of(name):
+        found = () if arguments.makers else of_products(name)
+        for row in itertools.chain(found, of_makers(name)):
             line = json.dumps({**row, "hardware": hardware, "torch": torch.__version__})
             print(line, flush=True)
             if arguments.out:

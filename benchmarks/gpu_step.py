@@ -98,7 +98,7 @@ OURS = (
     "ours_lora_offload",
     "ours_lora_packed",
     "ours_lora_fp8",
-    "ours_lora_fp8_one_copy",
+    "ours_lora_fp8_full",
     "ours_lora_fp8_packed",
     "ours_lora_captured",
     "ours_lora_plain",
@@ -108,7 +108,7 @@ OURS = (
     "theirs_lora_compiled",
 )
 """`theirs`: transformers' model through `apply_lora` and our trainer. auto, cheap, full and offload
-are memory modes of `lora finetune --memory`; without one it is none."""
+are memory modes of `lora finetune --memory`; without one it is none. fp8 is `--base-dtype fp8`."""
 MODE_OF = {"ours_lora_offload": "full+offload"}
 
 
@@ -131,8 +131,8 @@ def build_empty(shape: Shape) -> Decoder:
     return build_empty_decoder(config)
 
 
-def build_model(shape: Shape, dtype: torch.dtype) -> Decoder:
-    """Return a decoder of this shape with random values, on the GPU."""
+def build_model(shape: Shape, dtype: torch.dtype, *, fp8: bool = False) -> Decoder:
+    """Return a decoder of this shape with random values, on the GPU; `fp8` as the base dtype."""
     model = build_empty(shape)
     draw = torch.Generator("cuda").manual_seed(0)
 
@@ -229,10 +229,12 @@ def time_ours(shape: Shape, variant: str) -> dict[str, Any]:
 
 def fit_mode(shape: Shape, variant: str) -> Fit | None:
     """Return what a variant of the fast step keeps of its blocks."""
-    kind = variant.removeprefix("ours_lora")
+    kind = variant.removeprefix("ours_lora").replace("_fp8", "")
     if not variant.startswith("ours_lora") or kind in ("_captured", "_plain"):
         return None
     model = build_empty(shape).bfloat16()
+    if "fp8" in variant:
+        use_fp8_linears(model)
     apply_lora(model, LoRAConfig(rank=RANK, alpha=2.0 * RANK, init_seed=0))
     is_packed = kind == "_packed"
     plan = FastPlan(model, shape.rows, shape.tokens, packed=is_packed)

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Where a value that is not finite appears first."""
+
+    sentence: str
+    places: tuple[tuple[int, int], ...] = ()
+    """(micro-batch, row in it), both from 0, where rows are known."""
+    is_of_data: bool = True
+    """Whether the batch has to do with it: damaged weights are so whatever they read."""
 
 
 def find_nonfinite(
@@ -15,8 +27,8 @@ def find_nonfinite(
     batches: Sequence[Any],
     loss_fn: Callable[[nn.Module, Any], tuple[Tensor, Tensor]],
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
-) -> str:
-    """Return one sentence on where NaN or infinity appears first when `batches` are run again.
+) -> Finding:
+    """Return where NaN or infinity appears first when `batches` are run again.
 
     Weights are looked at first, then each module's output in the order of computation, then the
     parameters' gradients. The model is left as it was, without gradients.
@@ -24,11 +36,15 @@ def find_nonfinite(
     for name, parameter in model.named_parameters():
         # Codes of eight bits have no isfinite, and they were looked at when they were made.
         if parameter.element_size() > 1 and not bool(torch.isfinite(parameter).all()):
-            return f"The weights themselves are not finite: {name}."
-    for place, batch in enumerate(batches, 1):
+            return Finding(f"The weights themselves are not finite: {name}.", is_of_data=False)
+    for place, batch in enumerate(batches):
         found = _first_output(model, batch, loss_fn, autocast)
         if found is not None:
-            return f"It appears first in {found}, micro-batch {place} of {len(batches)}."
+            where, rows = found
+            return Finding(
+                f"It appears first in {where}, micro-batch {place + 1} of {len(batches)}.",
+                tuple((place, row) for row in rows),
+            )
     for batch in batches:
         with autocast():
             loss_sum, _ = loss_fn(model, batch)
@@ -40,8 +56,8 @@ def find_nonfinite(
     ]
     model.zero_grad(set_to_none=True)
     if damaged:  # the way back begins at the end
-        return f"The loss is finite; its gradient is not, first in {damaged[-1]}."
-    return "It did not appear when the batch was run again step by step."
+        return Finding(f"The loss is finite; its gradient is not, first in {damaged[-1]}.")
+    return Finding("It did not appear when the batch was run again step by step.")
 
 
 def _first_output(
@@ -49,9 +65,9 @@ def _first_output(
     batch: Any,
     loss_fn: Callable[[nn.Module, Any], tuple[Tensor, Tensor]],
     autocast: Callable[[], AbstractContextManager[object]],
-) -> str | None:
+) -> tuple[str, list[int]] | None:
     """Return the module and the rows of `batch` where a value is not finite first, if any is."""
-    found: list[str] = []
+    found: list[tuple[str, list[int]]] = []
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -59,7 +75,8 @@ def _first_output(
                 damaged = ~torch.isfinite(output.detach())
                 if bool(damaged.any()):
                     rows = damaged.flatten(1).any(1).nonzero().flatten().tolist()
-                    found.append(f"{name or 'the model'} ({_say_rows(rows, len(output))})")
+                    where = f"{name or 'the model'} ({_say_rows(rows, len(output))})"
+                    found.append((where, rows))
 
         return look
 
@@ -71,7 +88,7 @@ def _first_output(
         for hook in hooks:
             hook.remove()
     if not found and not bool(torch.isfinite(loss_sum).all()):
-        return "the loss itself"
+        return "the loss itself", []
     return found[0] if found else None
 
 

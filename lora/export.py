@@ -28,6 +28,7 @@ from lora.decoder.decoder import Decoder, build_empty_decoder
 from lora.decoder.families import decoder_config
 from lora.decoder.gguf_config import gguf_config
 from lora.decoder.gguf_file import GGUFFile
+from lora.decoder.gguf_weights import read_gguf_decoder
 from lora.decoder.gguf_writer import (
     GGUFType,
     describe_decoder,
@@ -36,12 +37,20 @@ from lora.decoder.gguf_writer import (
     write_gguf,
 )
 from lora.decoder.hf_weights import load_decoder
+from lora.device import available_bytes, resident_bytes
 from lora.errors import AdapterError, ConfigError, ModelError, did_you_mean, gather
+from lora.merge import TOLERANCES as MERGE_TOLERANCES
 
 TOLERANCES: dict[str, float] = {"f32": 0.0, "f16": 1e-3, "q8_0": 1e-2}
 """Largest ‖difference‖ / ‖reference‖ of a tensor, read back, by type.
 
 Rounding of normally distributed values gives 0, 2e-4 and 6e-3."""
+
+
+LOGITS_TOLERANCES: dict[str, float] = {"f32": 1e-4, "f16": 1e-2, "q8_0": 1e-1}
+"""Largest ‖difference‖ / ‖reference‖ of the logits, by type; of models that are not in fp32 that
+of merging in their type, if it is larger."""
+CHECKED_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,9 @@ class GGUFReport:
     errors: dict[str, float]
     """‖difference‖ / ‖reference‖ of each tensor, by Hugging Face's names."""
     tolerance: float
+    logits_error: float | None
+    """‖difference‖ / ‖reference‖ of the logits; None where memory holds no second model."""
+    logits_tolerance: float
 
     @property
     def worst(self) -> tuple[str, float]:
@@ -72,8 +84,8 @@ def export_gguf(
 
     `source` is a model's folder, or a decoder without LoRA (merge it first) and its `tokenizer`.
     Matrices are stored as `dtype`; norms and biases as F32. The file's settings and tokenizer must
-    come back the same, its tensors within TOLERANCES. Raises ModelError and DataError for what
-    the format cannot hold.
+    come back the same, its tensors within TOLERANCES and its logits within LOGITS_TOLERANCES.
+    Raises ModelError and DataError for what the format cannot hold.
     """
     out = Path(out)
     if dtype not in get_args(GGUFType):
@@ -96,6 +108,11 @@ def export_gguf(
             part = Path(folder) / "model.gguf"
             write_gguf(part, model.config, parameters, metadata, dtype)
             errors = _compare(part, model.config, parameters, metadata, TOLERANCES[dtype])
+            logits_tolerance = max(
+                LOGITS_TOLERANCES[dtype],
+                *(MERGE_TOLERANCES.get(p.dtype, 0) for p in parameters.values()),
+            )
+            logits_error = _compare_logits(part, model, logits_tolerance)
             with part.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(part, out)
@@ -104,7 +121,8 @@ def export_gguf(
             f"{out} could not be written: {error.strerror}. Free some space, or choose another "
             "folder."
         ) from error
-    return GGUFReport(out, out.stat().st_size, errors, TOLERANCES[dtype])
+    size_bytes, tolerance = out.stat().st_size, TOLERANCES[dtype]
+    return GGUFReport(out, size_bytes, errors, tolerance, logits_error, logits_tolerance)
 
 
 def _load(folder: Path) -> Decoder:
@@ -158,6 +176,31 @@ def _compare(
         heading = "The model cannot be written as GGUF without loss:"
         raise ModelError(gather(faults, heading, "Use another type, or keep the folder."))
     return errors
+
+
+@torch.no_grad()
+def _compare_logits(path: Path, model: Decoder, tolerance: float) -> float | None:
+    """Return how far the file's model answers from `model`; None if memory cannot hold both.
+
+    Raises ModelError if that is too far.
+    """
+    needed = 4 * sum(p.numel() for p in model.parameters())
+    held, available = resident_bytes(), available_bytes("cpu")
+    if available is not None and held + needed > available:
+        return None
+    draw = torch.Generator().manual_seed(0)
+    length = min(CHECKED_TOKENS, model.config.max_position_embeddings)
+    ids = torch.randint(0, model.config.vocab_size, (1, length), generator=draw)
+    device = next(model.parameters()).device
+    before = model(ids.to(device)).double().cpu()
+    error = float((read_gguf_decoder(path)(ids).double() - before).norm() / before.norm())
+    if not error <= tolerance:  # NaN is refused too
+        raise ModelError(
+            f"The model was to be written as GGUF, and the file's logits differ by {error:.2e} "
+            f"(‖difference‖ / ‖reference‖); allowed is {tolerance:.2g}. Nothing was written. Use "
+            "another type, or keep the folder."
+        )
+    return error
 
 
 def _relative_error(value: np.ndarray, reference: np.ndarray) -> float:

@@ -6,10 +6,10 @@ found before the weights are loaded, and the run's folder is made last.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +18,7 @@ import torch
 from lora.adapter_io import load_adapter, read_adapter_config, save_adapter
 from lora.added_tokens import add_tokens_to_all, add_tokens_to_lora
 from lora.apply import apply_lora
+from lora.checkpoint import reading
 from lora.config import (
     FULL_LEARNING_RATE,
     LORA_LEARNING_RATE,
@@ -37,19 +38,23 @@ from lora.decoder.decoder import Decoder
 from lora.decoder.hf_weights import load_decoder, save_decoder
 from lora.decoder.sources import ModelSource, find_model
 from lora.device import DeviceChoice, choose_device, deterministic_algorithms
-from lora.errors import ConfigError, DependencyError, did_you_mean
+from lora.errors import CheckpointError, ConfigError, DependencyError, did_you_mean
 from lora.fast.blocks import Keep
 from lora.fast.choose import choose_steps
 from lora.fingerprint import base_fingerprint
 from lora.losses import loss_for
-from lora.out_of_memory import LOADING_ADVICE, explained
+from lora.out_of_memory import LOADING_ADVICE, advise, explained
 from lora.plan import MemoryPlan
 from lora.progress import NoProgress, Progress
+from lora.report import report_on
 from lora.run_memory import RunMemory, describe_plan, plan_run
-from lora.runs import Run, create_run, default_name, read_json
+from lora.runs import Run, check_place, create_run, default_name, read_first_day, read_json
 from lora.samples import Sampler, choose_prompts
 from lora.steps import Steps
 from lora.trainer import TrainingJob, TrainResult, train
+
+MOST_NAMED = 8
+"""Examples that a message on a step that is not finite names."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class FinetuneJob:
     base_dtype: BaseDtype = "auto"
     """How the frozen linears are kept: auto in the products' type; fp8 in eight bits, with a scale
     for each output."""
+    report: bool = False
+    """Write `report.html`, `report.json` and pictures into the run's folder at the end."""
     deterministic: bool = False
     """Repeat to the bit on a GPU too: torch's deterministic algorithms, and the plain step."""
 
@@ -90,6 +97,8 @@ class FinetuneResult:
     result: TrainResult
     memory: RunMemory
     """What was planned against what was measured."""
+    report: Path | None = None
+    """The page, if one was asked for and could be written."""
 
 
 def finetune(
@@ -114,6 +123,7 @@ def _finetune(
     job: FinetuneJob, progress: Progress, show_data: Callable[[DataReport], None] | None
 ) -> FinetuneResult:
     _check_base_dtype(job)
+    check_place(job.run.out, job.run.name, resume=job.resume)
     choice = choose_device(job.run.device, job.train.precision)
     open_board = _find_tensorboard() if job.run.tensorboard else None
     source = find_model(job.model)
@@ -146,18 +156,27 @@ def _finetune(
     if job.deterministic:
         described["deterministic"] = True
         progress.say("deterministic: torch's algorithms that repeat to the bit, and the plain step")
-    with explained(lambda: f"while the step was prepared. {planned}. {LOADING_ADVICE}"):
+    with explained(lambda: f"while the step was prepared. {planned}. {_advice(job, memory_plan)}"):
         fast = job.run.fast and not job.deterministic
         keep = memory_plan.keep
         steps = choose_steps(model, choice, job.train, fast=fast, keep=keep, say=progress.say)
     with create_run(job.run.out, name, resume=job.resume, described=described) as run:
+        if run.note:
+            progress.say(run.note)
         if open_board is not None:
             run.on_metrics = open_board(run.folder / "tensorboard")
-        result = train(_training_job(job, model, data, choice, rate, run, progress, steps))
-        saved = _save(job, model, data.tokenizer, source, run)
+        whole = _training_job(job, model, data, choice, rate, run, progress, steps)
+        whole.memory_plan = memory_plan
+        result = train(whole)
+        saved = _save(job, model, data.tokenizer, source, run, progress)
         memory = RunMemory(memory_plan, result.peak_memory_bytes)
-        run.write_json("result.json", {**asdict(result), "memory": memory.to_dict()})
-        return FinetuneResult(run.folder, saved, result, memory)
+        report_page = None
+        try:
+            run.write_json("result.json", {**asdict(result), "memory": memory.to_dict()})
+            report_page = report_on(run.folder, progress.say) if job.report else None
+        except CheckpointError as error:  # the disk is full, and what was learned is saved
+            progress.say(str(error))
+        return FinetuneResult(run.folder, saved, result, memory, report_page)
 
 
 def _check_base_dtype(job: FinetuneJob) -> None:
@@ -188,7 +207,7 @@ def check_data(
         job.data_config,
         job.train.seed,
         held_out_source=job.eval_data,
-        now=_first_day(job),
+        now=read_first_day(job.run.out / str(job.run.name)) if job.resume else None,
         say=progress.say,
     )
     progress.say(
@@ -203,9 +222,7 @@ def _plan(
 ) -> MemoryPlan:
     lora = job.lora if job.from_adapter is None else read_adapter_config(job.from_adapter)
     fast = job.run.fast and not job.deterministic
-    # Another way of keeping blocks rounds otherwise: a resumed run keeps what it kept.
-    kept = (_former(job) or {}).get("kept_of_blocks")
-    keep = None if kept is None else Keep(**kept)
+    keep = _kept_before(job)
     return plan_run(
         source.folder,
         lora,
@@ -217,6 +234,12 @@ def _plan(
         keep=keep,
         fp8=job.base_dtype == "fp8",
     )
+
+
+def _advice(job: FinetuneJob, plan: MemoryPlan) -> str:
+    has_lora = job.lora is not None or job.from_adapter is not None
+    sizes = {"batch_size": job.train.batch_size, "micro_batches": job.train.micro_batches}
+    return advise(plan, **sizes, has_lora=has_lora)
 
 
 def _find_tensorboard() -> Callable[[Path], Callable[[dict[str, Any]], None]]:
@@ -241,18 +264,14 @@ def _find_tensorboard() -> Callable[[Path], Callable[[dict[str, Any]], None]]:
     return open_board
 
 
-def _former(job: FinetuneJob) -> dict[str, Any] | None:
-    """Return the `run.json` of the run that is resumed."""
+def _kept_before(job: FinetuneJob) -> Keep | None:
+    """Return what a resumed run kept of its blocks: kept otherwise, they would round otherwise."""
     path = job.run.out / str(job.run.name) / "run.json"
     if not job.resume or not path.is_file():  # `create_run` says what is there, and what is not
         return None
-    described: dict[str, Any] = read_json(path)
-    return described
-
-
-def _first_day(job: FinetuneJob) -> datetime | None:
-    described = _former(job)
-    return None if described is None else datetime.fromisoformat(described["data"]["now"])
+    with reading(path.parent):
+        kept = read_json(path).get("kept_of_blocks")
+        return None if kept is None else Keep(**kept)
 
 
 def _tokenizer_folder(job: FinetuneJob, model_folder: Path) -> Path:
@@ -302,16 +321,13 @@ def _training_job(
 ) -> TrainingJob:
     rows = job.train.batch_size // job.train.micro_batches
     held_out = data.held_out
+    # The fast step copies batches to the device by itself.
+    place = choice.device if steps is None else "cpu"
+    stream = BatchStream(data.train, rows, job.train.seed, place)
     return TrainingJob(
         model=model,
         loss_fn=loss_for(model),
-        stream=BatchStream(
-            # The fast step copies batches to the device by itself.
-            data.train,
-            rows,
-            job.train.seed,
-            choice.device if steps is None else "cpu",
-        ),
+        stream=stream,
         eval_batches=lambda: (
             [] if held_out is None else ordered_batches(held_out, rows, choice.device)
         ),
@@ -322,9 +338,26 @@ def _training_job(
         choice=choice,
         progress=progress,
         on_eval=_sampler(job, model, data, run, progress),
+        name_examples=_namer(stream, data, job.train),
         resume=job.resume,
         steps=steps,
     )
+
+
+def _namer(
+    stream: BatchStream, data: PreparedData, train: TrainConfig
+) -> Callable[[int, Sequence[tuple[int, int]]], str]:
+    """Return what names the examples in rows of a step: see `TrainingJob.name_examples`."""
+    rows = train.batch_size // train.micro_batches
+
+    def name(step: int, places: Sequence[tuple[int, int]]) -> str:
+        chosen = [micro * rows + row for micro, row in places] or range(train.batch_size)
+        numbers = stream.numbers((step - 1) * train.batch_size + place for place in chosen)
+        sources = [data.train_examples[owner].source for owner in data.train.owners(numbers)]
+        more = f" and {len(sources) - MOST_NAMED} more" if len(sources) > MOST_NAMED else ""
+        return f"Read there: {', '.join(sources[:MOST_NAMED])}{more}."
+
+    return name
 
 
 def _sampler(
@@ -342,27 +375,44 @@ def _sampler(
 
 
 def _save(
-    job: FinetuneJob, model: Decoder, tokenizer: TextTokenizer, source: ModelSource, run: Run
+    job: FinetuneJob,
+    model: Decoder,
+    tokenizer: TextTokenizer,
+    source: ModelSource,
+    run: Run,
+    progress: Progress,
 ) -> Path:
-    if job.lora is None and job.from_adapter is None:
-        folder = run.folder / "model"
-        save_decoder(model, folder)
-    else:
-        folder = run.folder / "adapter"
-        save_adapter(model, folder, base_name=source.name)
-    tokenizer.save(folder)  # with the chat template that was learned
-    return folder
+    """Return where what was learned is: in the run's folder, or in a new one if that is full."""
+    is_full = job.lora is None and job.from_adapter is None
+    kind = "model" if is_full else "adapter"
+
+    def save(folder: Path) -> Path:
+        if is_full:
+            save_decoder(model, folder)
+        else:
+            save_adapter(model, folder, base_name=source.name)
+        tokenizer.save(folder)  # with the chat template that was learned
+        return folder
+
+    try:
+        return save(run.folder / kind)
+    except CheckpointError as error:  # hours of training are not to be lost to a full disk
+        elsewhere = save(Path(tempfile.mkdtemp(prefix=f"lora-{run.folder.name}-")) / kind)
+        progress.say(f"{error} What was learned is in {elsewhere}: copy it to a safe place.")
+        return elsewhere
 
 
 def _describe(
     job: FinetuneJob, source: ModelSource, data: PreparedData, choice: DeviceChoice
 ) -> dict[str, Any]:
-    named = job.data if isinstance(job.data, Path | str) else "rows given in Python"
     return {
         "model": source.name,
+        "model_source": job.model,
         "device": choice.reason,
+        "threads": torch.get_num_threads(),
         "data": {
-            "source": str(named),
+            "source": _named(job.data),
+            "eval_source": _named(job.eval_data),
             "examples": len(data.train_examples),
             "held_out_examples": len(data.held_out_examples),
             "rows": len(data.train),
@@ -378,3 +428,9 @@ def _describe(
         "data_config": asdict(job.data_config),
         "run": asdict(job.run),
     }
+
+
+def _named(source: Source | None) -> str | None:
+    if source is None:
+        return None
+    return str(source) if isinstance(source, Path | str) else "rows given in Python"

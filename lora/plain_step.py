@@ -65,8 +65,9 @@ def train_step(
     # The host waits for the device here: nothing may move before the check.
     if not torch.isfinite(norm + loss.sum()):
         optimizer.zero_grad(set_to_none=True)
+        losses_shown = ", ".join(map(str, loss.tolist()))
         raise TrainingError(
-            f"The loss is {loss.tolist()} and the gradient's norm {norm.item()}: not finite, so "
+            f"The loss is {losses_shown} and the gradient's norm {norm.item()}: not finite, so "
             "the step was not taken. Lower the learning rate, or look for damaged examples."
         )
     optimizer.step()
@@ -121,8 +122,9 @@ class PlainSteps:
             )
         except TrainingError as error:
             where = find_nonfinite(self._model, batches, self._loss_fn, self._choice.autocast)
-            why = f"{error} {where}"
-            self._done.append(StepDone(number, [math.nan], 0, math.nan, rate, why))
+            why = f"{error} {where.sentence}"
+            places = where.places if where.is_of_data else None
+            self._done.append(StepDone(number, [math.nan], 0, math.nan, rate, why, places))
             return
         synchronize(self._choice.device)
         losses, tokens = result.loss.tolist(), int(result.n_tokens.sum())

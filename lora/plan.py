@@ -166,7 +166,7 @@ def _prepare(setting: Setting) -> Callable[[Decoder], nn.Module]:
 
 def _plan_fast(setting: Setting, model: Decoder, counts: ParameterCounts) -> MemoryPlan:
     plan = FastPlan(model, setting.rows, setting.tokens, packed=setting.packed)
-    evaluation, gb = _evaluation_bytes(setting), setting.memory.memory_gb
+    evaluation, gb = evaluation_bytes(setting), setting.memory.memory_gb
     if setting.keep is not None:
         fit = fit_of(plan, setting.keep, evaluation)
     else:
@@ -184,7 +184,7 @@ def _plan_traced(setting: Setting, counts: ParameterCounts, step: str, base: int
     gradients, loss = made.gradients, made.loss
     if step == "captured":
         loss = CAPTURED_LOSS_BYTES * setting.rows * setting.tokens * setting.config.vocab_size
-        base += _evaluation_bytes(setting)
+        base += evaluation_bytes(setting)
     if step == "captured" or setting.micro_batches > 1 or setting.lora is not None:
         gradients = trained  # those of the micro-batches before, or one flat buffer
     return MemoryPlan(
@@ -209,7 +209,7 @@ def _frozen_bytes(setting: Setting, counts: ParameterCounts) -> int:
     return sum(t.numel() * t.element_size() for t in (*frozen, *model.buffers()))
 
 
-def _evaluation_bytes(setting: Setting) -> int:
+def evaluation_bytes(setting: Setting) -> int:
     """Return what evaluating takes: beside a graph, whose buffers stay, it comes on top."""
     made = _trace(setting, learns=False)
     return made.activations + made.loss

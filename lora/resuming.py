@@ -28,17 +28,25 @@ FREE = {
 FINGERPRINTS = ("data.fingerprint", "data.held_out_fingerprint")
 """Of the data only these count: a file may be moved."""
 
+MACHINE = ("device", "threads", "environment.versions.torch")
+"""What may change, and changes the last bits."""
+
 
 def check_same_run(former: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     """Raise CheckpointError with every difference that would make it another run."""
+    if not isinstance(former, dict):
+        raise CheckpointError(
+            f"{folder / 'run.json'} holds no settings: it is not as lora wrote it. Begin a new run."
+        )
     before, after = (_flatten(json.loads(json.dumps(d, default=str))) for d in (former, now))
     faults = [
         f"{name}: {before.get(name, 'not given')} then, {after.get(name, 'not given')} now"
         for name in sorted(before.keys() | after.keys())
         if _is_fixed(name) and before.get(name) != after.get(name)
     ]
+    faults = [_with_data(fault, before, after) for fault in faults]
     steps_before, steps_now = before.get("train.steps", 0), after.get("train.steps", 0)
-    if steps_now < steps_before:
+    if not isinstance(steps_before, int) or steps_now < steps_before:
         faults.append(f"train.steps: {steps_before} then, {steps_now} now: fewer")
     if faults:
         allowed = ", ".join(text for text in FREE.values() if text)
@@ -50,6 +58,35 @@ def check_same_run(former: dict[str, Any], now: dict[str, Any], folder: Path) ->
                 f"Allowed are: {allowed}, other intervals of evaluations and saves.",
             )
         )
+
+
+def _with_data(fault: str, before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Return `fault` with what is known of both data, if it is about them."""
+    kinds = {"data.fingerprint": "examples", "data.held_out_fingerprint": "held_out_examples"}
+    kind = kinds.get(fault.partition(":")[0])
+    if kind is None:
+        return fault
+    then, now = (
+        f"{known.get(f'data.{kind}')} {kind.replace('_', ' ')} of {known.get('data.source')}"
+        for known in (before, after)
+    )
+    return f"{fault} ({then} then, {now} now)"
+
+
+def find_changed_machine(former: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return a note if the run goes on where other bits may come out, or "" if nothing changed."""
+    before, after = _flatten(former), _flatten(now)
+    changed = [
+        f"{name.rpartition('.')[2]}: {before[name]} then, {after[name]} now"
+        for name in MACHINE
+        if name in before and name in after and before[name] != after[name]
+    ]
+    if not changed:
+        return ""
+    return (
+        f"note: the run goes on where other last bits may come out ({'; '.join(changed)}): it will "
+        "end near the run without a break, not with the same bytes"
+    )
 
 
 def _is_fixed(name: str) -> bool:

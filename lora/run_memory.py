@@ -14,6 +14,7 @@ from lora.device import DeviceChoice, available_bytes
 from lora.errors import ConfigError
 from lora.fast.blocks import Keep
 from lora.fast.memory import ROOM_FRACTION
+from lora.out_of_memory import describe_parts
 from lora.plan import MemoryPlan, Setting, plan_memory
 
 
@@ -98,13 +99,4 @@ def plan_run(
 
 def describe_plan(plan: MemoryPlan) -> str:
     """Return one line for a person: the sum and its parts in GB (10⁹ bytes)."""
-    named = {
-        "weights": plan.weights,
-        "gradients": plan.gradients,
-        "optimizer": plan.optimizer,
-        "activations": plan.activations,
-        "loss": plan.loss,
-        "process": plan.other,
-    }
-    parts = ", ".join(f"{name} {part / 1e9:.2f}" for name, part in named.items())
-    return f"planned memory: {plan.total / 1e9:.2f} GB ({parts})"
+    return f"planned memory: {describe_parts(plan)}"

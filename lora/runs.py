@@ -21,13 +21,13 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from lora.errors import CheckpointError
-from lora.resuming import check_same_run
+from lora.errors import CheckpointError, did_you_mean
+from lora.resuming import check_same_run, find_changed_machine
 
 METRICS_FILE, TIMINGS_FILE, LOCK_FILE = "metrics.jsonl", "timings.jsonl", ".lock"
 SAMPLES_FILE = "samples.jsonl"
@@ -77,6 +77,8 @@ class Run:
     """Hears of each row of metrics after it is written."""
     on_trouble: Callable[[str], None] = lambda message: None
     """Hears, once, that rows cannot be written and are kept in memory until they can."""
+    note: str = ""
+    """What is to be told of the folder, if anything: it has another name, or goes on elsewhere."""
     _waiting: dict[str, list[str]] = field(default_factory=dict, repr=False)
 
     def write_json(self, name: str, value: Any) -> None:
@@ -174,10 +176,7 @@ def create_run(
     """
     _check_name(name)
     folder = out / name if resume else _free_folder(out, name)
-    if resume and not folder.is_dir():
-        raise CheckpointError(
-            f"The run {folder} was to be resumed: there is no such folder. Start it anew."
-        )
+    check_place(out, name, resume=resume)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK_FILE).open("a+", encoding="utf-8")
@@ -185,19 +184,61 @@ def create_run(
     except OSError as error:
         raise disk_error(folder, error) from error
     run = Run(folder, lock)
-    if resume and described is not None and (folder / "run.json").is_file():
-        try:
-            check_same_run(run.read_json("run.json"), described, folder)
-        except CheckpointError:
-            run.close()
-            raise
-    if described is not None:
-        run.write_json("run.json", {**described, "environment": environment()})
+    if folder.name != name:
+        run.note = f"note: {out / name} is taken: this run is {folder} (resume goes on with that)"
+    if described is None:
+        return run
+    described = {**described, "environment": environment()}
+    try:
+        if resume and (folder / "run.json").is_file():
+            former = run.read_json("run.json")
+            check_same_run(former, described, folder)
+            run.note = find_changed_machine(former, described)
+        run.write_json("run.json", described)
+    except CheckpointError:
+        run.close()
+        raise
     return run
+
+
+def check_place(out: Path, name: str | None, *, resume: bool) -> None:
+    """Raise what `create_run` would, as far as it can be known without writing anything.
+
+    For the beginning of a job whose folder is made late: see there.
+    """
+    if name is not None:
+        _check_name(name)
+    folder = out / (name or "")
+    if resume and not folder.is_dir():
+        runs = sorted(p.parent.name for p in out.glob("*/run.json")) if out.is_dir() else []
+        seen = f" Runs there: {', '.join(runs[:8])}." if runs else ""
+        raise CheckpointError(
+            f"The run {folder} was to be resumed: there is no such folder."
+            f"{did_you_mean(name or '', runs)}{seen} Start it anew, without resume."
+        )
+    if resume and (folder / LOCK_FILE).is_file():
+        with (folder / LOCK_FILE).open(encoding="utf-8") as lock:
+            _lock(lock, folder)
+    place = folder if resume else out
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    kind = 0 if os.access(place, os.W_OK | os.X_OK) else errno.EACCES
+    kind = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else kind
+    kind = kind if place.is_dir() else errno.ENOTDIR
+    if kind:
+        raise disk_error(folder, OSError(kind, os.strerror(kind)))
 
 
 def _take(lock: IO[str], folder: Path) -> None:
     """Lock the folder, until we close `lock` or die, and write into it who we are."""
+    _lock(lock, folder)
+    lock.truncate(0)
+    started = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
+    lock.write(f"process {os.getpid()}, since {started}\n")
+    lock.flush()
+
+
+def _lock(lock: IO[str], folder: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it if we die
     except BlockingIOError:
@@ -207,10 +248,6 @@ def _take(lock: IO[str], folder: Path) -> None:
         raise CheckpointError(
             f"The run {folder} is in use by {holder}. Wait for it, or choose another name."
         ) from None
-    lock.truncate(0)
-    started = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
-    lock.write(f"process {os.getpid()}, since {started}\n")
-    lock.flush()
 
 
 def default_name(model: str) -> str:
@@ -245,6 +282,35 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [_parse_row(line, path, number) for number, line in enumerate(lines[:-1], start=1)]
 
 
+def read_first_day(folder: Path) -> datetime.datetime | None:
+    """Return when the run in `folder` began, which chat templates are told again; None: no run.
+
+    Raises CheckpointError if its run.json does not say it.
+    """
+    path = folder / "run.json"
+    if not path.is_file():  # `create_run` says what is there, and what is not
+        return None
+    try:
+        return datetime.datetime.fromisoformat(read_json(path)["data"]["now"])
+    except (LookupError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{path} does not say when the run began (data.now): it is not as lora wrote it. "
+            "Begin a new run."
+        ) from None
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Within the block, values of other kinds than lora writes become a CheckpointError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} holds other values than lora writes ({type(error).__name__}: {error}). "
+            "Resume from a copy of it, or begin a new run."
+        ) from error
+
+
 def read_json(path: Path) -> Any:
     """Return a JSON file's value. Raises CheckpointError if it is missing or damaged."""
     try:
@@ -260,7 +326,7 @@ def _parse_row(line: bytes, path: Path, number: int) -> dict[str, Any]:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}, line {number}, is no JSON: {error}.") from None
-    if not isinstance(row, dict) or "step" not in row:
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         raise CheckpointError(f"{path}, line {number}, is no object with a step: {row!r:.60}.")
     return row
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,36 @@ from lora.config import TrainConfig
 from lora.kernels.adamw import AdamWSettings
 from lora.optim import rate_factor
 
+CPU = torch.device("cpu")
 LossFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+State = dict[str, Tensor]
+
+
+class StackedTrainer(Protocol):
+    """Steps of K adapters at once, launched now and read when they are done."""
+
+    batch_device: torch.device
+    """Where batches are wanted."""
+    failures: dict[int, str]
+    """Why adapter k was stopped, by k."""
+
+    def launch(self, micro_batches: Sequence[Any]) -> None:
+        """Begin a step."""
+
+    def finished(self, *, wait: bool) -> list[list[float]]:
+        """Return each adapter's mean loss, (K,), of the steps that are done and were not returned.
+
+        With `wait`, of all that were launched. An adapter that failed in one is in `failures` then.
+        """
+
+    def drop(self, k: int, reason: str) -> None:
+        """Stop adapter `k` for `reason`."""
+
+    def state(self, k: int) -> State:
+        """Return copies of all that adapter `k` needs to go on."""
+
+    def restore(self, k: int, state: State, step: int) -> None:
+        """Changes adapter `k` in place: it goes on from `state` after `step` steps."""
 
 
 class StackedAdamW:
@@ -102,6 +131,7 @@ class StackedTraining:
         loss_fn: (model, batch) -> (loss sums, target tokens), both (K,).
         configs: one for each adapter, with its learning rate.
         autocast: the context of a forward.
+        device: where batches are wanted.
     """
 
     def __init__(
@@ -113,7 +143,10 @@ class StackedTraining:
         rates: Sequence[float],
         *,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        device: torch.device = CPU,
     ) -> None:
+        self.batch_device = device
+        self._done: list[list[float]] = []
         self._model, self._loss_fn, self._autocast = model, loss_fn, autocast
         self._configs, self._rates = tuple(configs), tuple(rates)
         self.optimizer = StackedAdamW(stacked, configs)
@@ -139,15 +172,26 @@ class StackedTraining:
         norm = optimizer.grads.norm(dim=1) / count  # (K,)
         self._note_failures(loss, norm)
         self._scale_and_clip(count, norm)
-        rates = [
-            0.0 if k in self.failures else rate * rate_factor(self.steps[k], config)
-            for k, (rate, config) in enumerate(zip(self._rates, self._configs, strict=True))
-        ]
+        rates = scheduled_rates(self._rates, self._configs, self.steps)
+        rates = [0.0 if k in self.failures else rate for k, rate in enumerate(rates)]
         self.steps = [step + 1 for step in self.steps]
         optimizer.step(self.steps, rates)
         return [float(value) for value in loss]
 
-    def state(self, k: int) -> dict[str, Tensor]:
+    def launch(self, micro_batches: Iterable[Any]) -> None:
+        """Take a step: this one is done at once."""
+        self._done.append(self.step(micro_batches))
+
+    def finished(self, *, wait: bool) -> list[list[float]]:
+        """Return each adapter's mean loss, (K,), of the steps that were not returned before."""
+        done, self._done = self._done, []
+        return done
+
+    def drop(self, k: int, reason: str) -> None:
+        """Stop adapter `k` for `reason`: it stays where it is from now on."""
+        self.failures[k] = reason
+
+    def state(self, k: int) -> State:
         """Return copies of all that adapter `k` needs to go on, in this stack or another.
 
         Its values (`value.NAME`), moments (`mean.NAME`, `square.NAME`) and the state of its
@@ -158,7 +202,7 @@ class StackedTraining:
         return {**values, **moments, "dropout": self.stacked.stack.generators[k].get_state()}
 
     @torch.no_grad()
-    def restore(self, k: int, state: dict[str, Tensor], step: int) -> None:
+    def restore(self, k: int, state: State, step: int) -> None:
         """Changes adapter `k` in place: it goes on from `state` after `step` steps."""
         named = {name.removeprefix("value."): tensor for name, tensor in state.items()}
         self.stacked.fill(k, named)
@@ -171,10 +215,7 @@ class StackedTraining:
         # The host waits for the device here: nothing may move before the check.
         for k, (value, length) in enumerate(zip(loss.tolist(), norm.tolist(), strict=True)):
             if k not in self.failures and not torch.isfinite(torch.tensor(value + length)):
-                self.failures[k] = (
-                    f"step {self.steps[k] + 1}: the loss is {value} and the gradient's norm "
-                    f"{length}, not finite. Lower the learning rate, or look for damaged examples."
-                )
+                self.failures[k] = why_stopped(self.steps[k] + 1, value, length)
 
     def _scale_and_clip(self, count: Tensor, norm: Tensor) -> None:
         longest = norm.new_tensor([c.max_grad_norm or torch.inf for c in self._configs])
@@ -183,6 +224,22 @@ class StackedTraining:
         grads.mul_(factor[:, None].to(grads.dtype))
         if self.failures:  # masked: a NaN times zero would stay NaN
             grads[sorted(self.failures)] = 0
+
+
+def scheduled_rates(
+    peaks: Sequence[float], configs: Sequence[TrainConfig], steps: Sequence[int]
+) -> list[float]:
+    """Return each adapter's rate after so many steps of its own."""
+    each = zip(peaks, configs, steps, strict=True)
+    return [peak * rate_factor(step, config) for peak, config, step in each]
+
+
+def why_stopped(step: int, loss: float, norm: float) -> str:
+    """Return why an adapter is stopped whose loss or gradient is not finite at `step` (from 1)."""
+    return (
+        f"step {step}: the loss is {loss} and the gradient's norm {norm}, not finite. Lower the "
+        "learning rate, or look for damaged examples."
+    )
 
 
 def stacked_loss_sums(logits: Tensor, targets: Tensor, n_adapters: int) -> tuple[Tensor, Tensor]:

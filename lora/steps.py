@@ -27,6 +27,9 @@ class StepDone:
     rate: float
     not_finite: str = ""
     """Why the step was not taken: where loss or gradient are not finite; "" if it was taken."""
+    places: tuple[tuple[int, int], ...] | None = None
+    """Of a step that was not taken: (micro-batch, row in it) where it began, () if that can be any
+    of them; None where the batch has nothing to do with it."""
 
 
 class Steps(Protocol):

@@ -5,6 +5,7 @@
       candidates/   by name: run.json, metrics.jsonl, adapter/
       best/         the adapter with the lowest held-out loss
       loss.png      the losses of all candidates
+      report.html   all of it to look at, if it was asked for; report.json, pictures/
 
 Each candidate ends where `lora finetune` would bring it with the same settings, data and seed,
 within floating-point noise.
@@ -16,6 +17,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,12 @@ from lora.data.tokenizers import load_tokenizer
 from lora.decoder.decoder import Decoder
 from lora.decoder.hf_weights import load_decoder
 from lora.decoder.sources import ModelSource, find_model
-from lora.device import DeviceChoice, choose_device, peak_memory_bytes
+from lora.device import (
+    DeviceChoice,
+    choose_device,
+    deterministic_algorithms,
+    peak_memory_bytes,
+)
 from lora.errors import (
     DataError,
     Interrupted,
@@ -45,14 +52,31 @@ from lora.interrupts import StopRequests
 from lora.losses import decoder_loss
 from lora.out_of_memory import LOADING_ADVICE, explained
 from lora.plain_step import evaluate
-from lora.report import draw_loss_curves
-from lora.runs import Run, create_run, default_name, read_rows
+from lora.report import draw_loss_curves, report_on
+from lora.runs import (
+    Run,
+    check_place,
+    create_run,
+    default_name,
+    read_first_day,
+    read_json,
+    read_rows,
+    reading,
+)
 from lora.sweep_grid import Candidate, build_candidates
-from lora.sweep_job import SweepJob, check_job, check_same_sweep, describe_job, first_day
+from lora.sweep_job import SweepJob, check_job, check_same_sweep, describe_job, takes_fast
 from lora.sweep_ledger import LEDGER_FILE, Ledger, Standing, find_rungs, read_ledger
 from lora.sweep_progress import NoSweepProgress, SweepProgress
 from lora.sweep_room import find_room
-from lora.sweep_wave import State, SweepBase, Wave, candidate_run, finish_wave, load_wave
+from lora.sweep_wave import (
+    State,
+    SweepBase,
+    Wave,
+    candidate_run,
+    finish_wave,
+    load_wave,
+    split_wave,
+)
 
 BEST = "best"
 DRAWN = 6
@@ -70,6 +94,8 @@ class SweepResult:
     train_s: float
     """Seconds this process spent in steps."""
     peak_memory_bytes: int
+    report: Path | None = None
+    """The page, if one was asked for and could be written."""
 
 
 def sweep(
@@ -86,6 +112,8 @@ def sweep(
     progress = progress or NoSweepProgress()
     candidates = build_candidates(job.grid, job.lora, job.train)
     check_job(job, candidates)
+    check_place(job.run.out, job.run.name, resume=job.resume)
+    check_same_sweep(job)
     choice = choose_device(job.run.device, job.train.precision)
     source = find_model(job.model)
     data = _prepare(job, source.folder, progress)
@@ -96,16 +124,27 @@ def sweep(
     with explained(lambda: f"while the weights were loaded. {LOADING_ADVICE}"):
         model = load_decoder(source.folder, dtype=choice.compute_dtype, device=choice.device)
     model.requires_grad_(False)
-    at_once = _choose_at_once(job, model, candidates, data, choice, progress)
+    former = _read_former(job, candidates)
+    at_once, room = _choose_at_once(job, model, candidates, data, choice, progress, former)
     described = describe_job(job, source, data, choice, at_once)
     described["base_fingerprint"] = base_fingerprint(model)
+    described["base_parameters"] = sum(p.numel() for p in model.parameters())
     name = job.run.name or default_name(source.name)
-    check_same_sweep(job, described)
-    with create_run(job.run.out, name, resume=job.resume, described=described) as run:
+    if job.deterministic:
+        described["deterministic"] = True
+        progress.say("deterministic: torch's algorithms that repeat to the bit, and the plain step")
+    with (
+        deterministic_algorithms() if job.deterministic else nullcontext(),
+        create_run(job.run.out, name, resume=job.resume, described=described) as run,
+    ):
         run.on_trouble = progress.say
-        base = _base(job, model, data, choice, run, progress)
-        ledger = _open_ledger(job, base, candidates, at_once)
-        return _run_all(base, ledger, candidates, data, source, job.grid.swept())
+        if run.note:
+            progress.say(run.note)
+        base = _base(job, model, data, choice, run, progress, room)
+        ledger = _open_ledger(job, base, candidates, at_once, former)
+        done = _run_all(base, ledger, candidates, data, source, job.grid.swept())
+        page = report_on(run.folder, progress.say) if job.report else None
+        return replace(done, report=page)
 
 
 def _run_all(
@@ -127,7 +166,7 @@ def _run_all(
 
     progress.start(swept)
     try:
-        with StopRequests(progress.say) as stop, explained(lambda: _say_memory(ledger)):
+        with StopRequests(progress.say) as stop, explained(lambda: _say_memory(base, ledger)):
             while (group := _next_wave(base, ledger, candidates)) is not None:
                 train_s += _run_wave(base, ledger, *group, stop, save)
     finally:
@@ -141,10 +180,16 @@ Group = tuple[list[Candidate], int, "tuple[State, dict[str, Any]] | None"]
 def _next_wave(base: SweepBase, ledger: Ledger, candidates: list[Candidate]) -> Group | None:
     """Return who trains next, to which step, and the checkpoint to go on from if there is one."""
     saved = load_wave(base, ledger)
+    with reading(base.run.folder / "checkpoints"):
+        if saved is not None and len(saved[1]["numbers"]) > ledger.at_once:
+            split_wave(base, ledger, candidates, *saved)
+            saved = None
     if saved is not None:
-        members = [candidates[number - 1] for number in saved[1]["numbers"]]
-        base.progress.say(f"going on from step {saved[1]['wave_step']} of {len(members)} at once")
-        return members, int(saved[1]["until"]), saved
+        with reading(base.run.folder / "checkpoints"):
+            members = [candidates[number - 1] for number in saved[1]["numbers"]]
+            step, until = int(saved[1]["wave_step"]), int(saved[1]["until"])
+        base.progress.say(f"going on from step {step} of {len(members)} at once")
+        return members, until, saved
     before = {s.name for s in ledger.standings if s.status == "stopped"}
     found = ledger.next_group()
     stopped = [s.name for s in ledger.standings if s.status == "stopped" and s.name not in before]
@@ -172,7 +217,9 @@ def _run_wave(
         if saved is None:
             wave.begin()
         else:
-            wave.resume(*saved)
+            with reading(base.run.folder / "checkpoints"):
+                wave.resume(*saved)
+        resumed_step = wave.step
         wave.run(stop)
         states = wave.states()
     if not wave.is_over:
@@ -185,6 +232,7 @@ def _run_wave(
     row = {"step": ledger.steps_taken, "candidates": [c.name for c in members], "until": until}
     memory = peak_memory_bytes(base.choice.device)
     times = {"train_s": wave.train_s, "wave_s": took_s, "peak_memory_bytes": memory}
+    times["timed_steps"] = wave.step - resumed_step  # those before a kill are in no row
     base.run.append_timing({**row, **times})
     if stop.received is not None and ledger.next_group() is not None:
         raise Interrupted(_say_interrupted(base, wave, stop), stop.exit_code)
@@ -238,7 +286,7 @@ def _prepare(job: SweepJob, model_folder: Path, progress: SweepProgress) -> Prep
         job.data_config,
         int(job.grid.seed[0]),
         held_out_source=job.eval_data,
-        now=first_day(job),
+        now=read_first_day(job.run.out / str(job.run.name)) if job.resume else None,
         say=progress.say,
     )
     if data.held_out is None:
@@ -260,6 +308,7 @@ def _base(
     choice: DeviceChoice,
     run: Run,
     progress: SweepProgress,
+    room: str,
 ) -> SweepBase:
     spread = math.ceil(job.train.steps / MOST_EVALUATIONS)
     every = job.run.eval_every_steps or max(LEAST_EVAL_STEPS, spread)
@@ -275,14 +324,29 @@ def _base(
         choice=choice,
         run=run,
         progress=progress,
+        room=room,
+        fast=takes_fast(job),
     )
 
 
+def _read_former(job: SweepJob, candidates: list[Candidate]) -> Ledger | None:
+    """Return how a sweep that is resumed stood; None if it had not begun."""
+    path = job.run.out / str(job.run.name) / LEDGER_FILE
+    if not job.resume or not path.is_file():
+        return None
+    with reading(path):
+        return read_ledger(read_json(path), [candidate.name for candidate in candidates])
+
+
 def _open_ledger(
-    job: SweepJob, base: SweepBase, candidates: list[Candidate], at_once: int
+    job: SweepJob,
+    base: SweepBase,
+    candidates: list[Candidate],
+    at_once: int,
+    former: Ledger | None,
 ) -> Ledger:
-    if job.resume and (base.run.folder / LEDGER_FILE).is_file():
-        return replace(read_ledger(base.run.read_json(LEDGER_FILE)), at_once=at_once)
+    if former is not None:
+        return replace(former, at_once=at_once)
     batches = ordered_batches(base.held_out, base.rows, base.choice.device)
     loss = evaluate(base.model, batches, decoder_loss, base.choice.autocast)
     base.progress.say(f"held-out loss without an adapter: {loss:.4f}")
@@ -305,7 +369,12 @@ def _choose_at_once(
     data: PreparedData,
     choice: DeviceChoice,
     progress: SweepProgress,
-) -> int:
+    former: Ledger | None,
+) -> tuple[int, str]:
+    """Return how many train together, and what was planned, in words.
+
+    A sweep that goes on keeps the number if none is asked for, and so its bytes.
+    """
     room = find_room(
         model,
         candidates,
@@ -314,11 +383,13 @@ def _choose_at_once(
         packed=job.data_config.packing,
         learned_fraction=data.train.n_target_tokens / (len(data.train) * data.train.row_tokens),
         choice=choice,
+        fast=takes_fast(job),
     )
     fit = len(candidates) if room.n_fit is None else max(1, room.n_fit)
-    at_once = min(job.at_once or fit, len(candidates))
+    asked = job.at_once or (former.at_once if former else None)
+    at_once = min(asked or fit, len(candidates))
     waves = math.ceil(len(candidates) / at_once)
-    at_once = at_once if job.at_once else math.ceil(len(candidates) / waves)  # waves of one size
+    at_once = at_once if asked else math.ceil(len(candidates) / waves)  # waves of one size
     told = f"{at_once} at once, {waves} {'wave' if waves == 1 else 'waves'}"
     progress.say(f"memory: {room.describe()}; {told}")
     if room.n_fit is not None and at_once > room.n_fit:
@@ -326,7 +397,7 @@ def _choose_at_once(
             f"note: {at_once} at once may be more than memory holds: --at-once "
             f"{max(1, room.n_fit)}, more --micro-batches or a shorter --max-length take less"
         )
-    return at_once
+    return at_once, room.describe()
 
 
 def _say_interrupted(base: SweepBase, wave: Wave, stop: StopRequests) -> str:
@@ -337,9 +408,11 @@ def _say_interrupted(base: SweepBase, wave: Wave, stop: StopRequests) -> str:
     )
 
 
-def _say_memory(ledger: Ledger) -> str:
+def _say_memory(base: SweepBase, ledger: Ledger) -> str:
+    peak_bytes, fewer = peak_memory_bytes(base.choice.device), max(1, ledger.at_once // 2)
     return (
-        f"with {ledger.at_once} candidates at once. Give a smaller --at-once, more "
-        "--micro-batches (the result stays the same) or a shorter --max-length; a sweep that has "
-        "finished a wave goes on with --resume."
+        f"with {ledger.at_once} candidates at once, after a peak of {peak_bytes / 1e9:.2f} GB. "
+        f"{base.room}. Try, in this order: --at-once {fewer}; more --micro-batches than "
+        f"{base.micro_batches} (the result stays the same); in a new sweep a shorter --max-length. "
+        "With --resume it goes on from its newest checkpoint, in smaller waves if asked to."
     )

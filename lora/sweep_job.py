@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.prepare import PreparedData
@@ -35,13 +36,22 @@ class SweepJob:
     """What all candidates share; the grid's values replace its own."""
     data_config: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
-    """Of it: out, name, device, and the intervals of evaluations and saves."""
+    """Of it: out, name, device, fast, and the intervals of evaluations and saves."""
     at_once: int | None = None
     """Candidates that train together; None: as many as fit into memory."""
+    report: bool = False
+    """Write `report.html`, `report.json` and pictures into the sweep's folder at the end."""
     halving: bool = False
     """Stop the worse half at a quarter and at half of the steps."""
     resume: bool = False
     """Go on with the sweep of this name."""
+    deterministic: bool = False
+    """Repeat to the bit on a GPU too: torch's deterministic algorithms, and the plain step."""
+
+
+def takes_fast(job: SweepJob) -> bool:
+    """Whether the fast step may train the candidates."""
+    return job.run.fast and not job.deterministic
 
 
 def check_job(job: SweepJob, candidates: list[Candidate]) -> None:
@@ -60,13 +70,19 @@ def check_job(job: SweepJob, candidates: list[Candidate]) -> None:
         )
 
 
-def check_same_sweep(job: SweepJob, described: dict[str, Any]) -> None:
+def _what_was_asked(job: SweepJob) -> dict[str, Any]:
+    grid = {name: list(values) for name, values in asdict(job.grid).items()}
+    return {"grid": grid, "halving": job.halving, "steps": job.train.steps}
+
+
+def check_same_sweep(job: SweepJob) -> None:
     """Raise CheckpointError if another sweep is to be resumed as this one."""
     path = job.run.out / str(job.run.name) / "run.json"
     if not job.resume or not path.is_file():
         return
-    former, now = read_json(path).get("sweep"), described["sweep"]
-    if former is None:
+    whole, now = read_json(path), _what_was_asked(job)
+    former = whole.get("sweep") if isinstance(whole, dict) else None
+    if not isinstance(former, dict):
         raise CheckpointError(
             f"The run {path.parent} was to be resumed as a sweep, and it is none. Give the name "
             "of a sweep, or use lora finetune --resume."
@@ -82,25 +98,19 @@ def check_same_sweep(job: SweepJob, described: dict[str, Any]) -> None:
         raise CheckpointError(gather(faults, heading, advice))
 
 
-def first_day(job: SweepJob) -> datetime | None:
-    """Return the date that a resumed sweep began on, which chat templates are told again."""
-    path = job.run.out / str(job.run.name) / "run.json"
-    if not job.resume or not path.is_file():
-        return None
-    return datetime.fromisoformat(read_json(path)["data"]["now"])
-
-
 def describe_job(
     job: SweepJob, source: ModelSource, data: PreparedData, choice: DeviceChoice, at_once: int
 ) -> dict[str, Any]:
     """Return what `run.json` says of the sweep."""
     named = job.data if isinstance(job.data, Path | str) else "rows given in Python"
-    grid = {name: list(values) for name, values in asdict(job.grid).items()}
+    asked = _what_was_asked(job)
     assert data.held_out is not None
     return {
         "model": source.name,
+        "model_source": job.model,
         "device": choice.reason,
-        "sweep": {"grid": grid, "halving": job.halving, "steps": job.train.steps},
+        "threads": torch.get_num_threads(),
+        "sweep": asked,
         "at_once": at_once,
         "data": {
             "source": str(named),
@@ -114,8 +124,8 @@ def describe_job(
             "fingerprint": data.train.fingerprint(),
             "held_out_fingerprint": data.held_out.fingerprint(),
         },
-        "lora": {k: v for k, v in asdict(job.lora).items() if k not in grid},
-        "train": {k: v for k, v in asdict(job.train).items() if k not in grid},
+        "lora": {k: v for k, v in asdict(job.lora).items() if k not in asked["grid"]},
+        "train": {k: v for k, v in asdict(job.train).items() if k not in asked["grid"]},
         "data_config": asdict(job.data_config),
         "run": asdict(job.run),
     }

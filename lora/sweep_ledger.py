@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lora.runs import Run
 
@@ -79,8 +79,10 @@ class Ledger:
         """
         for rung in self.rungs:
             left = [n for n, s in enumerate(self.standings) if s.is_alive and s.step < rung]
-            if left:
-                return left[: self.at_once], rung
+            if left:  # a wave that was split left some half-way: those that stand alike go on
+                step = self.standings[left[0]].step
+                alike = [n for n in left if self.standings[n].step == step]
+                return alike[: self.at_once], rung
             if rung != self.rungs[-1]:
                 self.halve(rung)
         return None
@@ -111,10 +113,22 @@ class Ledger:
         run.write_json(LEDGER_FILE, {**vars(self), "standings": [vars(s) for s in self.standings]})
 
 
-def read_ledger(values: dict[str, Any]) -> Ledger:
-    """Return the ledger that `Ledger.write` wrote."""
+def read_ledger(values: dict[str, Any], names: Sequence[str]) -> Ledger:
+    """Return the ledger that `Ledger.write` wrote of the candidates of these names.
+
+    Raises ValueError, LookupError or TypeError if it is no such ledger.
+    """
     standings = [Standing(**s) for s in values["standings"]]
-    return Ledger(**{**values, "standings": standings, "rungs": tuple(values["rungs"])})
+    ledger = Ledger(**{**values, "standings": standings, "rungs": tuple(values["rungs"])})
+    if [standing.name for standing in standings] != list(names):
+        raise ValueError("it lists other candidates")
+    numbers = [*ledger.rungs, ledger.at_once, ledger.steps_taken]
+    numbers += [number for s in standings for number in (s.step, s.row)]
+    if not all(type(number) is int and number >= 0 for number in numbers) or not ledger.at_once:
+        raise ValueError("its numbers are none of steps")
+    if {standing.status for standing in standings} - set(get_args(Status)):
+        raise ValueError(f"a candidate's status is none of {', '.join(get_args(Status))}")
+    return ledger
 
 
 def find_rungs(steps: int, *, halving: bool) -> tuple[int, ...]:

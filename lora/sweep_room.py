@@ -1,8 +1,8 @@
 """How many candidates of a sweep fit into memory at once.
 
-One candidate is planned as `lora plan` plans a run with the plain step, then a stack of two, whose
-step has twice the rows; memory grows with the stack along that line. A tenth of what is free is
-left alone.
+One candidate is planned, then a stack of two; memory grows with the stack along that line. The
+fast stacked step is counted as it is built, the plain one planned as `lora plan` plans a run whose
+step has as many rows. A tenth of what is free is left alone.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lora.decoder.decoder import Decoder
+from lora.apply_stacked import apply_stacked
+from lora.decoder.decoder import Decoder, build_empty_decoder
 from lora.device import DeviceChoice, available_bytes, resident_bytes
-from lora.plan import Setting, plan_memory
+from lora.fast.choose import why_not_stacked
+from lora.fast.memory import stacked_memory
+from lora.plan import Setting, evaluation_bytes, plan_memory
 from lora.sweep_grid import Candidate
 
 SPARED = 0.1
@@ -63,10 +66,12 @@ def find_room(
     packed: bool,
     learned_fraction: float,
     choice: DeviceChoice,
+    fast: bool = True,
 ) -> Room:
     """Return what a stack of these candidates takes, planned for the one with the largest rank.
 
     `model` is loaded already; `rows` (B) and `tokens` (T) are of one candidate's micro-batch.
+    `fast`: the fast stacked step may be taken.
     """
     largest = max(candidates, key=lambda c: c.lora.rank)
     setting = Setting(
@@ -80,12 +85,40 @@ def find_room(
         learned_fraction=learned_fraction,
         fast=False,
     )
-    one = plan_memory(setting, 0)
-    two = plan_memory(replace(setting, rows=2 * rows), 0)
-    trained = 4 * one.trained_parameters
-    each = max(0, two.total - one.total) + (4 + STATE_COPIES) * trained
+    is_fast = fast and _why_not_fast(model, candidates, choice) is None
+    shared, each = _of_fast_step(setting) if is_fast else (0, _of_plain_step(setting))
     if choice.device.type == "cuda":
         held = torch.cuda.memory_allocated(choice.device)
         free = torch.cuda.mem_get_info(choice.device)[0] + held
-        return Room(held, each, free)
+        return Room(max(held, shared), each, free)
     return Room(resident_bytes(), each, available_bytes("cpu"))
+
+
+def _why_not_fast(
+    model: Decoder, candidates: Sequence[Candidate], choice: DeviceChoice
+) -> str | None:
+    empty = build_empty_decoder(model.config)
+    stacked = apply_stacked(empty, [c.lora for c in candidates], [0] * len(candidates))
+    return why_not_stacked(empty, stacked, choice)
+
+
+def _of_plain_step(setting: Setting) -> int:
+    """Return the bytes of each candidate more."""
+    one = plan_memory(setting, 0)
+    two = plan_memory(replace(setting, rows=2 * setting.rows), 0)
+    return max(0, two.total - one.total) + (4 + STATE_COPIES) * 4 * one.trained_parameters
+
+
+def _of_fast_step(setting: Setting) -> tuple[int, int]:
+    """Return the bytes that are for all, the base among them, and those of each candidate."""
+    one, two = (fast_stack_bytes(setting, n) for n in (1, 2))
+    return 2 * one - two, two - one
+
+
+def fast_stack_bytes(setting: Setting, n_adapters: int) -> int:
+    """Return what a fast stacked step of `n_adapters` like the setting's holds, evaluation too."""
+    assert setting.lora is not None
+    lora = replace(setting.lora, init_seed=0)
+    rows, tokens = setting.rows, setting.tokens
+    held = stacked_memory(setting.config, [lora] * n_adapters, rows, tokens, packed=setting.packed)
+    return held.total + evaluation_bytes(replace(setting, rows=n_adapters * rows))

@@ -26,9 +26,9 @@ from lora.device import DeviceChoice, peak_memory_bytes
 from lora.errors import CheckpointError
 from lora.interrupts import StopRequests
 from lora.optim import rate_factor
-from lora.runs import Run
+from lora.runs import Run, reading
+from lora.stacked_fast_training import build_training
 from lora.stacked_losses import StackedDecoderLoss, stack_batches
-from lora.stacked_training import StackedTraining
 from lora.sweep_grid import Candidate
 from lora.sweep_ledger import Ledger, Standing
 from lora.sweep_progress import SweepProgress
@@ -53,6 +53,10 @@ class SweepBase:
     choice: DeviceChoice
     run: Run
     progress: SweepProgress
+    room: str = ""
+    """What a wave was planned to hold, in words, quoted if memory runs out."""
+    fast: bool = True
+    """Take the fastest step that can train the candidates; false: the plain one."""
 
 
 class Wave:
@@ -67,7 +71,9 @@ class Wave:
     ) -> None:
         self.base, self.candidates, self.ledger, self.until = base, candidates, ledger, until
         self.standings = [ledger.standings[c.number - 1] for c in candidates]
-        self.step = self.standings[0].step
+        self.step = self.noted_step = self.first_step = self.standings[0].step
+        """Launched, known to be done (a GPU is one step behind), and where the wave began: at a
+        rung, or where a wave was split."""
         self.saved_step: int | None = None
         self.runs = [candidate_run(base.run, c) for c in candidates]
         self.train_s = 0.0
@@ -80,15 +86,16 @@ class Wave:
         self.stacked = apply_stacked(model, configs, seeds)
         model.train()
         self._loss_fn = StackedDecoderLoss(self.stacked)
-        self.training = StackedTraining(
+        self.training = build_training(
             model,
             self.stacked,
-            self._loss_fn,
             [c.train for c in self.candidates],
             [c.rate for c in self.candidates],
-            autocast=self.base.choice.autocast,
+            self.base.choice,
+            fast=self.base.fast,
+            say=self._say_first,
         )
-        device = self.base.choice.device
+        device = self.training.batch_device
         self._streams = [BatchStream(self.base.train, self.base.rows, s, device) for s in seeds]
         return self
 
@@ -116,18 +123,23 @@ class Wave:
             self._restore(k, own, standing)
             self.runs[k].cut_metrics_after(standing.step)
             if standing.status == "failed":
-                self.training.failures[k] = standing.reason
-        self.step = self.saved_step = int(state["wave_step"])
+                self.training.drop(k, standing.reason)
+        self.step = self.noted_step = self.saved_step = int(state["wave_step"])
 
     def run(self, stop: StopRequests) -> None:
         """Take steps to the end of the wave, or until a signal asks to stop; save on the way."""
         while self.step < self.until and stop.received is None and self._any_alive():
             self._one_step()
             is_last = self.step == self.until or not self._any_alive()
-            if is_last or self.step % self.base.eval_every_steps == 0:
+            evaluates = is_last or self.step % self.base.eval_every_steps == 0
+            saves = is_last or self.step % self.base.save_every_steps == 0
+            if evaluates or saves:
+                self._note_finished(wait=True)
+            if evaluates:
                 self._evaluate()
-            if is_last or self.step % self.base.save_every_steps == 0:
+            if saves:
                 self.save()
+        self._note_finished(wait=True)
         if self.saved_step != self.step:
             self.save()
 
@@ -160,12 +172,6 @@ class Wave:
             return
         self.saved_step = self.step
 
-    @property
-    def first_step(self) -> int:
-        """The rung below `until`, at which the wave began."""
-        lower = [rung for rung in self.ledger.rungs if rung < self.until]
-        return lower[-1] if lower else 0
-
     def _restore(self, k: int, state: State, standing: Standing) -> None:
         self.training.restore(k, state, standing.step)
         own = self._streams[k].state_dict()
@@ -180,13 +186,21 @@ class Wave:
             stack_batches([next(stream) for stream in self._streams])
             for _ in range(self.base.micro_batches)
         ]
-        losses = self.training.step(micro)
+        self.training.launch(micro)
         self.step += 1
-        self.train_s += time.perf_counter() - began_s
         self._n_tokens += sum(batch.input_ids.numel() for batch in micro)
-        for k, (standing, loss) in enumerate(zip(self.standings, losses, strict=True)):
-            self._note(k, standing, loss)
+        self.train_s += time.perf_counter() - began_s
+        self._note_finished(wait=False)
         self.base.progress.step(self._title(), self.ledger.standings)
+
+    def _note_finished(self, *, wait: bool) -> None:
+        began_s = time.perf_counter()
+        finished = self.training.finished(wait=wait)
+        self.train_s += time.perf_counter() - began_s
+        for losses in finished:
+            self.noted_step += 1
+            for k, (standing, loss) in enumerate(zip(self.standings, losses, strict=True)):
+                self._note(k, standing, loss)
 
     def _note(self, k: int, standing: Standing, loss: float) -> None:
         if standing.status == "failed":
@@ -195,14 +209,14 @@ class Wave:
         if reason is not None:
             self._drop(k, reason)
             return
-        standing.step, standing.loss = self.step, loss
+        standing.step, standing.loss = self.noted_step, loss
         standing.row += self.base.rows * self.base.micro_batches
         candidate = self.candidates[k]
-        rate = candidate.rate * rate_factor(self.step - 1, candidate.train)
-        self.runs[k].append_metrics({"step": self.step, "loss": loss, "learning_rate": rate})
+        rate = candidate.rate * rate_factor(self.noted_step - 1, candidate.train)
+        self.runs[k].append_metrics({"step": self.noted_step, "loss": loss, "learning_rate": rate})
 
     def _drop(self, k: int, reason: str) -> None:
-        self.training.failures[k] = reason
+        self.training.drop(k, reason)
         self.standings[k].fail(reason)
         self.base.progress.say(f"{self.candidates[k].name} is dropped: {reason}")
 
@@ -223,6 +237,11 @@ class Wave:
             standing.note_eval(loss)
             self.runs[k].append_metrics({"step": self.step, "eval_loss": loss})
         self.base.progress.evaluated(self._title(), self.ledger.standings)
+
+    def _say_first(self, text: str) -> None:
+        """Say `text`, unless an earlier wave has said it."""
+        if self.ledger.steps_taken == 0:
+            self.base.progress.say(text)
 
     def _title(self) -> str:
         speed = self._n_tokens / max(self.train_s, 1e-9)
@@ -259,10 +278,36 @@ def load_wave(base: SweepBase, ledger: Ledger) -> tuple[State, dict[str, Any]] |
     if not list_checkpoints(folder):
         return None
     tensors, state = load_newest(folder, base.progress.say)
-    if state["steps_before"] != ledger.steps_taken:  # of a wave that the ledger has already
+    with reading(folder):
+        before = state["steps_before"]
+    if before != ledger.steps_taken:  # of a wave that the ledger has already
         shutil.rmtree(folder, ignore_errors=True)
         return None
     return tensors, state
+
+
+def split_wave(
+    base: SweepBase,
+    ledger: Ledger,
+    candidates: Sequence[Candidate],
+    tensors: State,
+    state: dict[str, Any],
+) -> None:
+    """Let each candidate of a saved wave wait where it is, so that fewer go on at once."""
+    members = [candidates[number - 1] for number in state["numbers"]]
+    first_step = ledger.standings[members[0].number - 1].step
+    for k, (member, saved) in enumerate(zip(members, state["standings"], strict=True)):
+        standing, start = ledger.standings[member.number - 1], f"{k}."
+        standing.__dict__.update(vars(Standing(**saved)))
+        if standing.status == "training":
+            standing.status = "waiting"
+            own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+            run = candidate_run(base.run, member)
+            save_checkpoint(run.folder / STATE, standing.step, own, {}, keep=1)
+    ledger.steps_taken += int(state["wave_step"]) - first_step
+    ledger.write(base.run)
+    shutil.rmtree(base.run.folder / CHECKPOINTS, ignore_errors=True)
+    base.progress.say(f"the {len(members)} that were at step {state['wave_step']} go on in parts")
 
 
 def candidate_run(run: Run, candidate: Candidate) -> Run:

@@ -9,7 +9,7 @@ from torch import nn
 
 from lora.config import LoRAConfig
 from lora.errors import TargetError, did_you_mean
-from lora.variants import is_adaptable
+from lora.variants import is_adaptable, is_computed
 
 ALL_LINEAR = "all-linear"
 
@@ -35,9 +35,12 @@ def output_head_name(model: nn.Module) -> str | None:
 def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Return the full names of the layers that `config` takes in, in the model's order.
 
-    Raises TargetError for a name, pattern or exclusion that matches nothing.
+    Raises TargetError for a name, pattern or exclusion that matches nothing, and for quantised
+    layers among them.
     """
+    computed = [name for name, module in model.named_modules() if name and is_computed(module)]
     linears = [name for name, module in model.named_modules() if name and is_adaptable(module)]
+    linears += computed  # which are refused below, unless they are left out
     if config.targets == ALL_LINEAR:
         head = output_head_name(model)
         names = [name for name in linears if name != head]
@@ -46,6 +49,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     if config.exclude:
         excluded = set(_match_all(config.exclude, linears, "excluded name"))
         names = [name for name in names if name not in excluded]
+    _refuse_computed(model, [name for name in names if name in computed])
     if config.layers is not None:
         _check_layers(config.layers, names)
         names = [name for name in names if _block_number(name) in config.layers]
@@ -107,6 +111,18 @@ def _check_layers(layers: tuple[int, ...], names: list[str]) -> None:
             f"layers={layers!r} was asked for, and the layers to choose from have {seen}: "
             f"{missing[0]} is not among them. Change layers."
         )
+
+
+def _refuse_computed(model: nn.Module, names: list[str]) -> None:
+    if not names:
+        return
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    kind = type(model.get_submodule(names[0])).__name__
+    raise TargetError(
+        f"LoRA was asked for {names[0]!r}{more}, a {kind}: its weight is quantised or computed, "
+        "and plain linears are needed. Load the base without quantisation (GGUF files are "
+        "dequantised when lora reads them), or leave these layers out (exclude)."
+    )
 
 
 def _refuse_shared(model: nn.Module, names: list[str]) -> None:

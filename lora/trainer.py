@@ -6,6 +6,7 @@ also found here, where the rest of lora looks for them.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -17,7 +18,7 @@ from lora.device import peak_memory_bytes
 from lora.errors import Interrupted, TrainingError
 from lora.interrupts import StopRequests
 from lora.optim import build_optimizer, rate_factor
-from lora.out_of_memory import advise, count_held, explained, say_held
+from lora.out_of_memory import advise, count_parts, describe_parts, explained
 from lora.plain_step import LossFn, PlainSteps, StepResult, evaluate, train_step
 from lora.spikes import WINDOW_STEPS, is_spike
 from lora.steps import StepDone, Steps
@@ -84,7 +85,7 @@ def _loop(
     if at.step == 0:
         _evaluate_and_note(job, at)
     eval_every, save_every = _intervals(job)
-    at.marked_s = time.perf_counter()
+    at.marked_s, tried_step = time.perf_counter(), None
     while not _is_over(job, at) and stop.received is None:
         number = at.step + 1
         evaluates = number % eval_every == 0 or number == job.train_config.steps
@@ -94,11 +95,12 @@ def _loop(
             _evaluate_and_note(job, at)
         if saves or at.stopped_early:
             save_position(job, optimizer, at)
+            tried_step = at.step
         if evaluates or saves:
             at.marked_s = time.perf_counter()
     for done in steps.finished(wait=True):  # of an interrupted run
         _note(job, at, done)
-    if at.saved_step != at.step:
+    if at.step not in (at.saved_step, tried_step):
         save_position(job, optimizer, at)
 
 
@@ -107,17 +109,18 @@ def _is_over(job: TrainingJob, at: Position) -> bool:
 
 
 def _say_memory(job: TrainingJob, at: Position) -> str:
-    config, held = job.train_config, count_held(job.model)
-    rows = config.batch_size // config.micro_batches
-    has_lora = held.frozen_bytes > 0
+    config, peak_bytes = job.train_config, peak_memory_bytes(job.choice.device)
+    parts = job.memory_plan or count_parts(job.model, peak_bytes)
+    kind = "counted" if job.memory_plan is None else "planned"
+    has_lora = not all(p.requires_grad for p in job.model.parameters())
     sizes = {"batch_size": config.batch_size, "micro_batches": config.micro_batches}
     saved = "No checkpoint was written yet."
     if at.saved_step is not None:
         saved = f"The checkpoint of step {at.saved_step} is whole: --resume goes on from there."
     return (
-        f"at step {at.step} of {config.steps} on {job.choice.device}. "
-        f"{say_held(held, peak_memory_bytes(job.choice.device), rows)} "
-        f"{advise(held, **sizes, has_lora=has_lora)} {saved}"
+        f"at step {at.step} of {config.steps} on {job.choice.device}, after a peak of "
+        f"{peak_bytes / 1e9:.2f} GB. It was {kind} to take {describe_parts(parts)}. "
+        f"{advise(parts, **sizes, has_lora=has_lora)} {saved}"
     )
 
 
@@ -170,6 +173,8 @@ def _skip(job: TrainingJob, at: Position, done: StepDone) -> None:
     at.skipped_steps += 1
     most, total = job.run_config.skip_nonfinite, job.train_config.steps
     message = f"Step {done.number} of {total}: {done.not_finite}"
+    if done.places is not None and (named := job.name_examples(done.number, done.places)):
+        message += f" {named}"
     if at.skipped_steps > most:
         raise TrainingError(message)
     job.run.append_metrics({"step": done.number, "skipped": at.skipped_steps})
@@ -177,8 +182,20 @@ def _skip(job: TrainingJob, at: Position, done: StepDone) -> None:
 
 
 def _evaluate_and_note(job: TrainingJob, at: Position) -> None:
-    at.eval_loss = evaluate(job.model, job.eval_batches(), job.loss_fn, job.choice.autocast)
-    if math.isnan(at.eval_loss):
+    batches = iter(job.eval_batches())
+    first = next(batches, None)
+    if first is None:  # nothing is held out
+        return
+    every = itertools.chain((first,), batches)
+    at.eval_loss = evaluate(job.model, every, job.loss_fn, job.choice.autocast)
+    if not math.isfinite(at.eval_loss):
+        job.run.append_metrics({"step": at.step, "eval_not_finite": str(at.eval_loss)})
+        job.progress.say(
+            f"step {at.step}: the held-out loss is {at.eval_loss}, not finite: look for damaged "
+            "held-out examples, or lower the learning rate"
+        )
+        at.eval_loss = math.nan
+        job.on_eval(at.step)
         return
     job.run.append_metrics({"step": at.step, "eval_loss": at.eval_loss})
     job.progress.say(f"step {at.step}: held-out loss {at.eval_loss:.4f}")

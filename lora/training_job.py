@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -22,8 +22,11 @@ from lora.device import DeviceChoice
 from lora.errors import CheckpointError
 from lora.plain_step import LossFn
 from lora.progress import NoProgress, Progress
-from lora.runs import Run
+from lora.runs import Run, reading
 from lora.steps import Steps
+
+if TYPE_CHECKING:  # the plan knows LoRA, and plain training does without it
+    from lora.plan import MemoryPlan
 
 
 class Stream(Protocol):
@@ -71,6 +74,10 @@ class TrainingJob:
     on_eval: Callable[[int], None] = lambda step: None
     """Called after each evaluation with the step's number: for samples, for example."""
     resume: bool = False
+    name_examples: Callable[[int, Sequence[tuple[int, int]]], str] = lambda step, places: ""
+    """(step, (micro-batch, row) of it; () for all) -> which examples these are, in words."""
+    memory_plan: MemoryPlan | None = None
+    """What a step was planned to hold, quoted if memory runs out."""
     steps: Steps | None = None
     """What takes the steps; None: `train_step`, one after the other."""
 
@@ -131,9 +138,10 @@ def resume_position(job: TrainingJob, optimizer: torch.optim.Optimizer) -> Posit
         job.progress.say("no checkpoint yet: beginning at step 0")
         return Position()
     tensors, state = load_newest(folder, job.progress.say)
-    restore_training_tensors(job.model, optimizer, tensors)
-    job.stream.load_state_dict(state["stream"])
-    at = Position(**state["position"])
+    with reading(folder):
+        restore_training_tensors(job.model, optimizer, tensors)
+        job.stream.load_state_dict(state["stream"])
+        at = Position(**state["position"])
     at.saved_step = at.step
     job.run.cut_metrics_after(at.step)
     job.progress.say(f"going on from step {at.step} of {job.train_config.steps}")

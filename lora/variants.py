@@ -132,6 +132,17 @@ def is_adaptable(module: nn.Module) -> bool:
     return plain or is_conv1d(module) or isinstance(module, Fp8Linear)
 
 
+def is_computed(module: nn.Module) -> bool:
+    """Whether `module` is a linear in all but its weight: quantised (bitsandbytes, GPTQ), say."""
+    if isinstance(module, LoRALayer) or is_adaptable(module):
+        return False
+    if isinstance(module, nn.Linear):
+        attention = nn.modules.linear.NonDynamicallyQuantizableLinear  # of nn.MultiheadAttention
+        return not isinstance(module, attention)
+    sizes = (vars(module).get(name) for name in ("in_features", "out_features"))
+    return "Linear" in type(module).__name__ and all(isinstance(size, int) for size in sizes)
+
+
 def build_lora_layer(
     base: nn.Module,
     *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,11 @@ from torch import Tensor
 
 from lora.data.characters import CharTokenizer
 from lora.data.embedded import Corpus, code, corpus_from_file, prose
-from models.bigram_lm_v2 import read_state
+from models.bigram_lm_v2 import BigramLanguageModel, BigramSizes, load_bigram, read_state
+from models.classic_settings import ClassicSettings
+
+EVAL_TOKENS = 50_000
+SAMPLE_CHARACTERS = 240
 
 
 @dataclass(frozen=True)
@@ -24,8 +29,16 @@ class Text:
     prompt: str
 
 
-def read_text(data_path: str, base_path: Path | None, *, adapts: bool) -> Text:
+def read_text(
+    data_path: str,
+    base_path: Path | None,
+    *,
+    adapts: bool,
+    say: Callable[[str], None] = print,
+) -> Text:
     """Return the run's text as tokens of the base's vocabulary, or of its own for a new base.
+
+    `say` hears of unknown characters.
 
     Raises DataError for a text that cannot be used: missing, too short, too many unknowns.
     """
@@ -41,12 +54,39 @@ def read_text(data_path: str, base_path: Path | None, *, adapts: bool) -> Text:
         tokenizer = CharTokenizer()
     note = tokenizer.check(corpus.train + corpus.held_out, corpus.described)
     if note:
-        print(note)
+        say(note)
     train, held_out = (
         torch.from_numpy(tokenizer.encode(t)) for t in (corpus.train, corpus.held_out)
     )
     prompt = corpus.held_out[:32] if data_path else ("def " if adapts else "The ")
     return Text(tokenizer, train, held_out, corpus.described, prompt)
+
+
+def load_base(
+    settings: ClassicSettings, base_path: Path, say: Callable[[str], None] = print
+) -> tuple[BigramLanguageModel, Text]:
+    """Return the base and the run's text in the base's vocabulary."""
+    if base_path.is_dir() or not base_path.exists():
+        model = load_bigram(base_path)
+        return model, read_text(settings.data_path, base_path, adapts=True, say=say)
+    text = read_text(settings.data_path, base_path, adapts=True, say=say)
+    sizes = BigramSizes(
+        text.tokenizer.vocab_size,
+        settings.n_embd,
+        settings.n_head,
+        settings.n_layer,
+        settings.block_size,
+        settings.dropout,
+    )
+    return load_bigram(base_path, sizes), text
+
+
+def write_sample(model: BigramLanguageModel, text: Text, device: torch.device) -> str:
+    """Return what the model writes after the text's prompt, the same draws each time."""
+    start = torch.from_numpy(text.tokenizer.encode(text.prompt))[None].to(device)
+    generator = torch.Generator(device).manual_seed(1)
+    tokens = model.generate(start, SAMPLE_CHARACTERS, temperature=0.8, generator=generator)
+    return text.tokenizer.decode(tokens[0].tolist())
 
 
 def load_vocabulary(base_path: Path, corpus: Corpus) -> CharTokenizer:

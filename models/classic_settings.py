@@ -36,6 +36,12 @@ class ClassicSettings:
     """Share of LoRA's inputs set to zero in training."""
     train_embeddings: bool = True
     """With LoRA, whether the two embedding tables train whole."""
+    compare: bool = False
+    """Adapt a trained base through LoRA and by full fine-tuning, and compare the two."""
+    compare_rates: str = ""
+    """With COMPARE, rates for LoRA to try, with commas between; empty tries none."""
+    compare_full_rates: str = ""
+    """With COMPARE_RATES, those of full fine-tuning; empty takes a tenth of each."""
     test_mode: bool = False
     """A small model and few steps: under 30 seconds on two cores."""
     data_path: str = ""
@@ -90,13 +96,15 @@ class ClassicSettings:
             faults.append(f"EVAL_INTERVAL={self.eval_interval}: allowed is an int ≥ 0")
         if faults:
             raise ConfigError(gather(faults, "Settings out of range:", "Change them."))
+        if (self.compare_rates or self.compare_full_rates) and not self.compare:
+            raise ConfigError("COMPARE_RATES is for COMPARE=True. Set that too, or unset this.")
         self.train_config()  # the library's own checks, before anything is read or written
         LoRAConfig(rank=self.lora_rank, alpha=self.lora_alpha, dropout=self.lora_dropout)
 
     @property
     def adapts(self) -> bool:
         """Whether the run starts from a trained base."""
-        return self.use_lora or bool(self.base_checkpoint)
+        return self.use_lora or self.compare or bool(self.base_checkpoint)
 
     @property
     def rate(self) -> float:
@@ -124,6 +132,9 @@ class ClassicSettings:
         return dataclasses.replace(
             self,
             use_lora=False,
+            compare=False,
+            compare_rates="",
+            compare_full_rates="",
             data_path="",
             base_checkpoint="",
             learning_rate=0.0,
@@ -174,7 +185,8 @@ def read_settings(environment: Mapping[str, str]) -> ClassicSettings:
 
 def notes(settings: ClassicSettings) -> list[str]:
     """Return what a user should hear about settings that are allowed and unusual."""
-    if settings.use_lora and settings.lora_rank not in USUAL_RANKS:
+    uses_lora = settings.use_lora or settings.compare
+    if uses_lora and settings.lora_rank not in USUAL_RANKS:
         usual = f"{USUAL_RANKS.start} to {USUAL_RANKS.stop - 1}"
         return [f"note: LORA_RANK={settings.lora_rank} is outside the usual {usual}"]
     return []

@@ -345,6 +345,32 @@ def test_an_error_leaves_the_model_as_it_was(toy: nn.Module) -> None:
     assert "applied_lora" not in vars(toy)
 
 
+class Linear4bit(nn.Linear):
+    """A linear with a forward of its own, as bitsandbytes has them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class QuantLinear(nn.Module):
+    """A linear without a weight, as GPTQ's are."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+
+
+@pytest.mark.parametrize("kind", [Linear4bit, QuantLinear])
+def test_quantised_layers_are_refused_and_never_passed_over(kind: type[nn.Module]) -> None:
+    model = nn.ModuleDict({"q_proj": kind(4, 4), "k_proj": nn.Linear(4, 4)})
+    for targets in ("all-linear", ("q_proj",), "q_.*"):
+        with pytest.raises(TargetError, match=rf"'q_proj', a {kind.__name__}: .*exclude"):
+            apply_lora(model, LoRAConfig(rank=2, targets=targets))
+    apply_lora(model, LoRAConfig(rank=2, exclude=("q_proj",)))
+    assert type(model["q_proj"]) is kind
+    assert list(lora_layers(model)) == ["k_proj"]
+
+
 def test_a_second_time_is_refused(toy: nn.Module) -> None:
     apply_lora(toy, LoRAConfig(rank=2))
     with pytest.raises(TargetError, match=r"already has it \(at 'layers.0.q_proj'.*merge_lora"):

@@ -20,7 +20,13 @@ from lora.decoder.gguf_file import GGUFFile
 from lora.decoder.gguf_weights import convert_gguf
 from lora.decoder.hf_weights import load_decoder
 from lora.errors import AdapterError, ConfigError, DataError, ModelError
-from lora.export import TOLERANCES, check_adapter_for_vllm, export_gguf, vllm_command
+from lora.export import (
+    LOGITS_TOLERANCES,
+    TOLERANCES,
+    check_adapter_for_vllm,
+    export_gguf,
+    vllm_command,
+)
 
 VOCAB = 300
 SIZES: dict[str, Any] = {
@@ -135,6 +141,8 @@ def test_f32_gives_the_same_model_back(name: str, make_folder: MakeFolder, tmp_p
     folder = make_folder(name)
     report = export_gguf(folder, tmp_path / "out.gguf", "f32")
     assert report.worst[1] == 0.0
+    assert report.logits_error is not None
+    assert report.logits_error <= (1e-5 if name == "gemma3" else 0.0)
     assert report.size_bytes == (tmp_path / "out.gguf").stat().st_size
     again = read_back(report.path)
     if name == "gemma3":  # norms go through 1 + w in fp32
@@ -297,6 +305,26 @@ def test_rounding_above_the_bound_is_refused(
     with pytest.raises(ModelError, match=r"is off by 0\.00\d+, more than 0\.0001"):
         export_gguf(make_folder("llama"), tmp_path / "out.gguf", "q8_0")
     assert not (tmp_path / "out.gguf").exists()
+
+
+def test_answers_that_differ_are_refused(
+    make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = export_gguf(make_folder("llama"), tmp_path / "near.gguf", "q8_0")
+    assert report.logits_error is not None
+    assert 1e-4 < report.logits_error < report.logits_tolerance == 0.1
+    monkeypatch.setitem(LOGITS_TOLERANCES, "q8_0", 1e-5)
+    with pytest.raises(ModelError, match=r"logits differ by .*; allowed is 0\.0001\. Nothing was"):
+        export_gguf(make_folder("llama"), tmp_path / "out.gguf", "q8_0")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_without_room_for_a_second_model_the_logits_are_not_compared(
+    make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora.export.available_bytes", lambda kind: 1)
+    report = export_gguf(make_folder("llama"), tmp_path / "out.gguf", "f16")
+    assert report.logits_error is None
 
 
 def test_a_folder_that_is_not_there(make_folder: MakeFolder, tmp_path: Path) -> None:

@@ -10,7 +10,14 @@ from torch import nn
 
 from lora import cli
 from lora.errors import TrainingError
-from lora.out_of_memory import Held, advise, count_held, explained, is_out_of_memory, say_held
+from lora.out_of_memory import (
+    Counted,
+    advise,
+    count_parts,
+    describe_parts,
+    explained,
+    is_out_of_memory,
+)
 
 GB = 10**9
 
@@ -47,30 +54,52 @@ def test_other_errors_stay_what_they_are() -> None:
 def test_what_is_held_is_counted() -> None:
     model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(8, 2, bias=False).bfloat16())
     model[1].requires_grad_(False)
-    held = count_held(model)
-    assert held == Held(frozen_bytes=32, trained_bytes=128, state_bytes=384)
-    said = say_held(Held(4 * GB, GB, 3 * GB), 10 * GB, rows=2)
-    assert "4.00 GB of frozen weights" in said
-    assert "the other 2.00 GB are activations of 2 rows at once" in said
+    parts = count_parts(model, 1000)
+    assert parts == Counted(weights=160, gradients=128, optimizer=256, activations=456)
+    assert parts.total == 1000
+    said = describe_parts(Counted(4 * GB, GB, 2 * GB, 3 * GB))
+    assert said.startswith("10.00 GB (weights 4.00, gradients 1.00, optimizer 2.00, activations")
 
 
 @pytest.mark.parametrize(
-    ("held", "sizes", "has_lora", "first", "later"),
+    ("parts", "sizes", "has_lora", "most", "ways"),
     [
-        (Held(9, 0, 0), (8, 1), True, "--micro-batches 2 instead of 1", "--max-length"),
-        (Held(9, 0, 0), (6, 2), True, "--micro-batches 3 instead of 2", "2 rows at once"),
-        (Held(9, 0, 0), (4, 4), True, "a shorter --max-length", "a smaller model"),
-        (Held(1, 1, 3), (4, 4), True, "a shorter --max-length", "a smaller --rank"),
-        (Held(0, 1, 3), (4, 1), False, "--micro-batches 2", "LoRA instead of --full"),
+        (
+            (2, 0, 0, 8), (8, 1), True, "activations and loss of 8 rows at once",
+            ("--micro-batches 2 instead of 1", "4 rows at once and about 6.00 GB", "--max-length"),
+        ),
+        (
+            (1, 0, 0, 9), (6, 2), True, "activations and loss of 3 rows at once",
+            ("--micro-batches 3 instead of 2", "2 rows at once and about 7.00 GB"),
+        ),
+        ((2, 0, 0, 8), (4, 4), True, "of 1 row at once", ("a shorter --max-length", "a smaller")),
+        ((2, 2, 4, 2), (4, 4), True, "gradients and moments", ("--max-length", "--rank")),
+        ((2, 2, 4, 2), (4, 4), False, "gradients and moments", ("LoRA instead of --full",)),
+        ((9, 1, 0, 0), (4, 1), True, "the weights", ("a smaller model or a device",)),
     ],
-)
-def test_the_advice_begins_with_what_costs_nothing(
-    held: Held, sizes: tuple[int, int], has_lora: bool, first: str, later: str
+)  # fmt: skip
+def test_the_advice_is_of_what_took_most_and_begins_with_what_costs_nothing(
+    parts: tuple[int, ...],
+    sizes: tuple[int, int],
+    has_lora: bool,
+    most: str,
+    ways: tuple[str, ...],
 ) -> None:
-    said = advise(held, batch_size=sizes[0], micro_batches=sizes[1], has_lora=has_lora)
-    assert said.startswith(f"Try, in this order: {first}")
-    assert later in said.partition(first)[2]
+    counted = Counted(*(part * GB for part in parts))
+    said = advise(counted, batch_size=sizes[0], micro_batches=sizes[1], has_lora=has_lora)
+    assert said.startswith("Most are ")
+    assert most in said.partition(". Try")[0]
+    rest = said.partition(". Try, in this order: ")[2]
+    for way in ways:
+        assert way in rest
+        rest = rest.partition(way)[2]
     assert "`lora plan` shows which batch fits" in said
+
+
+def test_what_would_not_help_is_left_out() -> None:
+    said = advise(Counted(9 * GB, 0, 0, GB // 2), batch_size=8, micro_batches=1, has_lora=True)
+    assert "--micro-batches" not in said
+    assert "--max-length" not in said
 
 
 def test_a_command_without_training_says_it_in_a_line(

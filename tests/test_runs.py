@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from lora.errors import CheckpointError
-from lora.runs import atomic_write, create_run, default_name, environment, read_json, read_rows
+from lora.runs import (
+    atomic_write,
+    check_place,
+    create_run,
+    default_name,
+    environment,
+    read_first_day,
+    read_json,
+    read_rows,
+)
 
 
 def test_atomic_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -92,6 +101,53 @@ def test_a_second_run_of_the_same_name_gets_its_own_folder(tmp_path: Path) -> No
         assert read_json(first.folder / "run.json")["seed"] == 1
     with create_run(tmp_path, "run") as second:
         assert second.folder.name == "run-2"
+
+
+def test_a_place_is_looked_at_before_anything_is_written(tmp_path: Path) -> None:
+    check_place(tmp_path / "not" / "yet", "run", resume=False)
+    check_place(tmp_path, None, resume=False)
+    assert not list(tmp_path.iterdir())
+    with create_run(tmp_path, "order", described={"train": {}}):
+        with pytest.raises(CheckpointError, match=rf"in use by process {os.getpid()}"):
+            check_place(tmp_path, "order", resume=True)
+        with create_run(tmp_path, "order") as second:
+            assert "order is taken: this run is" in second.note
+    check_place(tmp_path, "order", resume=True)
+    with pytest.raises(CheckpointError, match=r"Did you mean 'order'\? Runs there: order\."):
+        check_place(tmp_path, "orders", resume=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="Not a directory"):
+        check_place(tmp_path / "file", "run", resume=False)
+    with pytest.raises(CheckpointError, match="without slashes"):
+        check_place(tmp_path, "../run", resume=False)
+
+
+def test_a_place_that_is_read_only_is_known_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(CheckpointError, match=r"Permission denied\. Make the folder writable"):
+        check_place(tmp_path, "run", resume=False)
+
+
+def test_a_run_that_goes_on_elsewhere_is_told(tmp_path: Path) -> None:
+    described = {"train": {"steps": 3}, "device": "cuda:0, bf16", "threads": 1}
+    create_run(tmp_path, "run", described=described).close()
+    with create_run(tmp_path, "run", described=described, resume=True) as run:
+        assert run.note == ""
+    elsewhere = {**described, "device": "cpu, fp32"}
+    with create_run(tmp_path, "run", described=elsewhere, resume=True) as run:
+        assert "device: cuda:0, bf16 then, cpu, fp32 now" in run.note
+        assert "not with the same bytes" in run.note
+
+
+@pytest.mark.parametrize("text", ["3", '{"data": 3}', '{"data": {"now": "x"}}', "{"])
+def test_a_run_json_that_lies_is_refused(tmp_path: Path, text: str) -> None:
+    create_run(tmp_path, "run").close()
+    assert read_first_day(tmp_path / "run") is None
+    (tmp_path / "run" / "run.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"run\.json"):
+        read_first_day(tmp_path / "run")
 
 
 def test_a_run_in_use_is_refused_and_free_again_when_its_process_dies(tmp_path: Path) -> None:

@@ -34,12 +34,14 @@ from lora.out_of_memory import is_out_of_memory
 COMMANDS: dict[str, tuple[str, str]] = {
     "finetune": ("lora.cli.finetune:finetune", "Fine-tune a model on examples."),
     "sweep": ("lora.cli.sweep:sweep", "Train many settings at once, keep the best."),
+    "compare": ("lora.cli.compare:compare", "LoRA beside full fine-tuning, measured alike."),
     "data": ("lora.cli.data:data", "Show what a model would learn from examples."),
     "generate": ("lora.cli.generate:generate", "Answer prompts, many at a time."),
     "chat": ("lora.cli.chat:chat", "Talk to a model; switch adapters while talking."),
     "eval": ("lora.cli.eval:evaluate", "Measure a model and its adapter on examples."),
     "export": ("lora.cli.export:export", "Write a model as GGUF; check an adapter for vLLM."),
     "plan": ("lora.cli.plan:plan", "Show what a run would hold in memory, and which batch fits."),
+    "report": ("lora.cli.report:report", "Make a page from runs: curves, tables, answers."),
     "merge": ("lora.cli.merge:merge", "Merge an adapter into its base, verified."),
     "doctor": ("lora.cli.doctor:doctor", "Look whether this machine is ready."),
 }

@@ -34,6 +34,7 @@ def finetune(
     from_adapter: Path | None = None,
     resume: bool = False,
     base_dtype: BaseDtype = "auto",
+    report: bool = True,
     deterministic: bool = False,
     json: bool = False,
     lora: Annotated[LoRAConfig | None, Flat] = None,
@@ -73,6 +74,8 @@ def finetune(
         How the frozen linears are kept: auto in the products' type, fp8 in eight bits, rounded
         while the model is loaded. fp8 halves their memory; products are in fp8 too, and faster, on
         GPUs of capability 9.0 (H100, H200), and slower than bf16 elsewhere.
+    report
+        Write report.html, report.json and pictures into the run's folder at the end.
     deterministic
         Repeat to the bit on a GPU too: torch's deterministic algorithms and the plain step, which
         is slower.
@@ -97,6 +100,7 @@ def finetune(
         from_adapter=from_adapter,
         resume=resume,
         base_dtype=base_dtype,
+        report=report,
         deterministic=deterministic,
     )
     progress = RichProgress("finetune")  # on standard error: the result alone goes to the other
@@ -120,6 +124,7 @@ def _report(done: FinetuneResult, json: bool) -> int:
     if json:
         found = {"folder": str(done.folder), "saved": str(done.saved), **asdict(result)}
         found["memory"] = done.memory.to_dict()
+        found["report"] = None if done.report is None else str(done.report)
         print(json_format.dumps(found))
         return 0
     print(
@@ -128,4 +133,6 @@ def _report(done: FinetuneResult, json: bool) -> int:
     )
     print(done.memory.describe())
     print(f"saved: {done.saved}")
+    if done.report is not None:
+        print(f"report: {done.report}")
     return 0

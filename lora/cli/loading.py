@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lora.data.tokenizers import TextTokenizer
     from lora.decoder.decoder import Decoder
     from lora.decoder.sources import ModelSource
     from lora.device import DeviceChoice
+
+CHECKED_TEXT = "A merged model must answer as the adapted one did. 1 + 1 = 2; def f(x): return x"
+MOST_CHECKED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,20 @@ def load_model(name: str | None, adapter: Path | None, device: str = "auto") -> 
     if adapter is not None:
         load_adapter(model, adapter)
     return LoadedModel(source, model.eval(), tokenizer, choice)
+
+
+def checked_ids(loaded: LoadedModel) -> Tensor:
+    """Return tokens, (1, T), on which an adapted model is compared with the merged one.
+
+    A text, and the tokens whose rows trained.
+    """
+    import torch
+
+    from lora.apply import applied_lora
+
+    rows = {n for layer in applied_lora(loaded.model).rows.values() for n in layer.ids}
+    tokens = loaded.tokenizer.encode(CHECKED_TEXT) + sorted(rows)[:MOST_CHECKED_ROWS]
+    return torch.tensor([tokens], device=loaded.choice.device)
 
 
 def load_tokenizer_of(source: ModelSource, adapter: Path | None) -> TextTokenizer:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
-from lora.cli.loading import load_model
-
-CHECKED_TEXT = "A merged model must answer as the adapted one did. 1 + 1 = 2; def f(x): return x"
-
-MOST_CHECKED_ROWS = 64
+from lora.cli.loading import checked_ids, load_model
 
 
 def merge(adapter: Path, out: Path, *, model: str | None = None, device: str = "cpu") -> int:
@@ -29,9 +26,6 @@ def merge(adapter: Path, out: Path, *, model: str | None = None, device: str = "
     device
         Where the merging is computed.
     """
-    import torch
-
-    from lora.apply import applied_lora
     from lora.decoder.hf_weights import save_decoder
     from lora.errors import ConfigError
     from lora.merge import merge_lora
@@ -39,12 +33,15 @@ def merge(adapter: Path, out: Path, *, model: str | None = None, device: str = "
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty: name a new folder for the merged model.")
     loaded = load_model(model, adapter, device)
-    rows = {n for layer in applied_lora(loaded.model).rows.values() for n in layer.ids}
-    tokens = loaded.tokenizer.encode(CHECKED_TEXT) + sorted(rows)[:MOST_CHECKED_ROWS]
-    ids = torch.tensor([tokens], device=loaded.choice.device)
-    report = merge_lora(loaded.model, ids)
-    save_decoder(loaded.model, out)
-    loaded.tokenizer.save(out)
+    report = merge_lora(loaded.model, checked_ids(loaded))
+    building = out.with_name(f".{out.name}.building")  # it has its name when it is whole
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        save_decoder(loaded.model, building)
+        loaded.tokenizer.save(building)
+        building.replace(out)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
     print(
         f"merged {report.layers} layers into {out}; the logits differ by "
         f"{report.relative_error:.1e} (allowed {report.tolerance:.0e})"

@@ -14,7 +14,9 @@ from lora.errors import ConfigError
 from lora.sweep_grid import Grid
 
 if TYPE_CHECKING:
+    from lora.data.inspection import DataReport
     from lora.sweep import SweepResult
+    from lora.sweep_full import FullResult
 
 Flat = Parameter(name="*")
 
@@ -75,6 +77,9 @@ class SweepRun:
     """Steps between checkpoints; 0 saves at each evaluation."""
     device: str = RunConfig.device
     """auto, cpu, cuda, cuda:1 …"""
+    fast: bool = RunConfig.fast
+    """On a GPU, train the candidates through the fast stacked step where it can be; --no-fast
+    takes the plain one."""
 
 
 def sweep(
@@ -84,7 +89,11 @@ def sweep(
     eval_data: Path | None = None,
     at_once: int | None = None,
     halving: bool = False,
+    full: bool = False,
+    full_learning_rate: float | None = None,
     resume: bool = False,
+    report: bool = True,
+    deterministic: bool = False,
     json: bool = False,
     grid: Annotated[Grid | None, Flat] = None,
     lora: Annotated[SharedLoRA | None, Flat] = None,
@@ -99,10 +108,11 @@ def sweep(
         lora sweep --data orders.jsonl --rank 4,8,16,32 --learning-rate 1e-4,3e-4,1e-3
         lora sweep --data orders.jsonl --rank 4,16 --alpha 2r --seed 0,1,2 --halving
         lora sweep --data orders.jsonl --rank 4,8 --name ranks --resume
+        lora sweep --data orders.jsonl --rank 4,8,16 --full
 
     Every combination of the values is a candidate. Each becomes the adapter that lora finetune
     would make with the same settings. The best one, by held-out loss at the end, is in best/, all
-    of them under candidates/, their losses in loss.png.
+    of them under candidates/, their losses in loss.png and report.html.
 
     Parameters
     ----------
@@ -118,15 +128,27 @@ def sweep(
     halving
         Stop the worse half at a quarter of the steps, and again at half of them; their places go to
         those that are left.
+    full
+        Also train all weights, on the same data in the same order, and put that into the table.
+    full_learning_rate
+        The peak rate of it; left out, 1e-4.
     resume
         Go on with the sweep called --name, after a kill for example.
+    report
+        Write report.html, report.json and pictures into the sweep's folder at the end.
+    deterministic
+        Make a second sweep on the same GPU end with the same bits: slower, through the plain step.
     json
         Print the result as one JSON object.
     """
     from lora.data.inspection_view import print_report
-    from lora.sweep import SweepJob
+    from lora.progress import RichProgress
     from lora.sweep import sweep as run_job
+    from lora.sweep_full import sweep_with_full
+    from lora.sweep_job import SweepJob
     from lora.sweep_progress import RichSweepProgress
+
+    _check_full(full, full_learning_rate)
 
     if resume and (run is None or run.name is None):
         raise ConfigError("--resume was given without --name: name the sweep to go on with.")
@@ -142,23 +164,43 @@ def sweep(
         at_once=at_once,
         halving=halving,
         resume=resume,
+        report=report,
+        deterministic=deterministic,
     )
     progress = RichSweepProgress()  # on standard error: the result alone goes to the other
-    done = run_job(
-        job,
-        progress,
-        show_data=lambda report: print_report(report, progress.console, is_compact=True),
-    )
-    return _report(done, job.grid.swept(), json)
+
+    def show_data(report: DataReport) -> None:
+        print_report(report, progress.console, is_compact=True)
+
+    beside: FullResult | None = None
+    if full:
+        bar = RichProgress("full fine-tuning")
+        done, beside = sweep_with_full(
+            job, progress, full_learning_rate, show_data=show_data, full_progress=bar
+        )
+    else:
+        done = run_job(job, progress, show_data=show_data)
+    return _report(done, beside, job.grid.swept(), json)
 
 
-def _report(done: SweepResult, swept: tuple[str, ...], json: bool) -> int:
+def _check_full(full: bool, rate: float | None) -> None:
+    if rate is None:
+        return
+    if not full:
+        raise ConfigError("--full-learning-rate is the rate of --full: give that too.")
+    if not rate > 0:
+        raise ConfigError(f"--full-learning-rate {rate}: allowed is a number > 0. Change it.")
+
+
+def _report(done: SweepResult, full: FullResult | None, swept: tuple[str, ...], json: bool) -> int:
     if json:
         found = {"folder": str(done.folder), "best": str(done.best)}
         found_all = {
             "candidates": [asdict(standing) for standing in done.standings],
             "train_s": done.train_s,
             "peak_memory_bytes": done.peak_memory_bytes,
+            "full": None if full is None else {**asdict(full), "folder": str(full.folder)},
+            "report": None if done.report is None else str(done.report),
         }
         print(json_format.dumps({**found, **found_all}))
         return 0
@@ -166,9 +208,18 @@ def _report(done: SweepResult, swept: tuple[str, ...], json: bool) -> int:
 
     from lora.sweep_progress import standings_table
 
-    Console(highlight=False).print(standings_table(done.standings, swept))
+    names = tuple(dict.fromkeys((*swept, "rank", "learning_rate"))) if full else swept
+    standings = done.standings if full is None else [*done.standings, full.standing]
+    Console(highlight=False).print(standings_table(standings, names))
+    if full is not None:
+        print(
+            f"full fine-tuning: {full.train_s:.0f} s of training, peak memory "
+            f"{full.peak_memory_bytes / 1e9:.2f} GB, in {full.folder}"
+        )
     print(
         f"{done.train_s:.0f} s of training, peak memory {done.peak_memory_bytes / 1e9:.2f} GB\n"
         f"best: {done.best}\nall: {done.folder / 'candidates'}"
     )
+    if done.report is not None:
+        print(f"report: {done.report}")
     return 0

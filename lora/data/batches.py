@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,12 @@ class TokenRows:
     def fill_fraction(self) -> float:
         """Share of the rows' places that hold tokens and no padding."""
         return len(self.documents.ids) / max(1, len(self) * self.row_tokens)
+
+    def owners(self, rows: Sequence[int]) -> list[int]:
+        """Return the numbers of the examples whose tokens are in these rows, each once."""
+        starts, members = self.layout.starts, self.layout.members
+        found = [self.documents.owners[members[starts[r] : starts[r + 1]]] for r in rows]
+        return list(dict.fromkeys(np.concatenate(found).tolist())) if found else []
 
     def fingerprint(self) -> str:
         """Return a digest of all rows' tokens, labels and order."""
@@ -188,12 +194,16 @@ class BatchStream:
         return self._row / len(self._rows)
 
     def __next__(self) -> Batch:
-        numbers = [self._number(n) for n in range(self._row, self._row + self._batch_rows)]
+        numbers = self.numbers(range(self._row, self._row + self._batch_rows))
         self._row += self._batch_rows
         return self._rows.batch(numbers).to(self._device)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
+
+    def numbers(self, places: Iterable[int]) -> list[int]:
+        """Return which rows stand at these places of the run, counted from 0."""
+        return [self._number(place) for place in places]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and what it is a position in, as values that JSON holds."""

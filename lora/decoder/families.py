@@ -172,7 +172,10 @@ def _note_unsupported(fields: Fields) -> None:
     for name, neutral in _NEUTRAL.items():
         value = fields.values.get(name)
         if name not in fields.used and value is not None and value != neutral:
-            fields.faults.append(f"{name}={value!r}: not supported for this family")
+            why = "not supported for this family"
+            if name == "quantization_config":
+                why = "quantised weights are not read; take the model that is not, or a GGUF file"
+            fields.faults.append(f"{name}={value!r}: {why}")
     kinds = fields.values.get("layer_types")
     if "layer_types" not in fields.used and kinds is not None:
         fields.listed("layer_types", 0, (_FULL,))

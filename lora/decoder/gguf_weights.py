@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from lora.data.gguf_tokenizer import build_gguf_tokenizer
 from lora.data.tokenizers import TextTokenizer
-from lora.decoder.decoder import build_empty_decoder
+from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
 from lora.decoder.families import decoder_config
 from lora.decoder.gguf_config import ROPE_FACTORS, gguf_config
 from lora.decoder.gguf_file import GGUFFile
@@ -74,6 +75,26 @@ def convert_gguf(path: Path, folder: Path, report: Report = lambda share: None) 
     shapes = {new: file.tensors[old].shape for new, old in names.items()}
     blocks = (block for new, old in names.items() for block in _blocks(file, old, new, config))
     _write_fp32(folder / "model.safetensors", shapes, blocks, report)
+
+
+def read_gguf_decoder(path: Path) -> Decoder:
+    """Return the model in the GGUF file `path`, in fp32, all of it in memory.
+
+    Raises ModelError as `convert_gguf` does.
+    """
+    file = GGUFFile(path)
+    config = gguf_config(file)
+    names = _match_names(file, config)
+    model = build_empty_decoder(decoder_config(config))
+    values = (
+        (
+            new,
+            np.concatenate(list(_blocks(file, old, new, config))).reshape(file.tensors[old].shape),
+        )
+        for new, old in names.items()
+    )
+    assign_parameters(model, ((name, torch.from_numpy(value)) for name, value in values))
+    return model
 
 
 def _check_space(folder: Path, n_bytes: int) -> None:

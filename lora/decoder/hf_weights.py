@@ -23,6 +23,7 @@ from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
 from lora.decoder.families import FAMILIES, decoder_config
 from lora.decoder.quantised import Fp8Linear, has_fp8_base, use_fp8_linears
 from lora.errors import ModelError, did_you_mean, gather
+from lora.runs import disk_error
 from lora.tensor_files import write_tensors
 
 MAX_SHARD_BYTES = 4 * 2**30
@@ -237,11 +238,23 @@ def save_decoder(
 
     A tied head is written once. Every file is written beside its place and then moved there, so
     that a folder may be written over while a model is mapped from it. Raises ModelError if
-    `model` has tensors that the format has no place for (LoRA that was not merged).
+    `model` has tensors that the format has no place for (LoRA that was not merged), and
+    CheckpointError if the disk refuses.
     """
     folder = Path(folder)
     tensors = _tensors_to_save(model)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_decoder(model, tensors, folder, max_shard_bytes)
+    except OSError as error:
+        for part in folder.glob(".*.part"):
+            part.unlink(missing_ok=True)
+        raise disk_error(folder, error) from error
+
+
+def _write_decoder(
+    model: Decoder, tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int
+) -> None:
     shards = _split(tensors, max_shard_bytes)
     n = len(shards)
     names = [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)] if n > 1 else [_SINGLE]

@@ -93,20 +93,25 @@ def attend_documents(
 def attend_documents_plain(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, shape: Shape, out: Tensor
 ) -> Attended:
-    """The plain twin of `attend_documents`, with a mask over all pairs of tokens."""
+    """The plain twin of `attend_documents`: one document after the other."""
+    q, k, v = (x.data.requires_grad_() for x in (q, k, v))
+    sizes = [size for size in bounds.diff().tolist() if size]  # the room beyond the last is empty
+    with torch.enable_grad(), _saving() as saved:
+        parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+        y = torch.cat([_attend_document(*part, shape) for part in parts])  # (N, H, D)
+    return Attended(y, (q, k, v), saved, out)
+
+
+def _attend_document(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
     place = torch.arange(len(q), device=q.device)
-    document = torch.searchsorted(bounds.long(), place, right=True)  # (N,)
-    mask = (document[:, None] == document) & (place[:, None] >= place)  # (N, N)
+    mask = place[:, None] >= place  # (n, n)
     if shape.window_tokens is not None:
         mask &= place[:, None] - place < shape.window_tokens
-    q, k, v = (x.data.requires_grad_() for x in (q, k, v))
     shared = q.shape[1] != k.shape[1]
-    with torch.enable_grad(), _saving() as saved:
-        heads = [x.transpose(0, 1)[None] for x in (q, k, v)]  # each (1, heads, N, D)
-        y = F.scaled_dot_product_attention(
-            heads[0], heads[1], heads[2], mask, scale=shape.scale, enable_gqa=shared
-        )[0].transpose(0, 1)  # (N, H, D)
-    return Attended(y, (q, k, v), saved, out)
+    heads = [x.transpose(0, 1)[None] for x in (q, k, v)]  # each (1, heads, n, D)
+    return F.scaled_dot_product_attention(
+        heads[0], heads[1], heads[2], mask, scale=shape.scale, enable_gqa=shared
+    )[0].transpose(0, 1)  # (n, H, D)
 
 
 @contextmanager

@@ -104,8 +104,10 @@ class Buffers:
         self.rstd = torch.empty(2 * n_layers + 1, n, dtype=wide, device=like.device)
         self.hidden = like.new_empty(n, c)  # what passes: outputs forward, gradients backward
         self.final = like.new_empty(n, c)
-        passing = like.new_empty(max(n * inner, a_part * feed))
-        self.d_attended = passing[: n * inner].view(n, inner)
+        # Strides as those of `attended`: cuDNN wants an output and its gradient alike.
+        wide_inner = inner + inner_extra
+        passing = like.new_empty(max(n * wide_inner, a_part * feed))
+        self.d_attended = passing[: n * wide_inner].view(n, wide_inner)[:, :inner]
         self.d_activated = passing[: a_part * feed].view(a_part, feed)
         elements = LEAN_LOGITS_ELEMENTS if self.is_lean else LOGITS_ELEMENTS
         self.logits = like.new_empty(

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from lora.apply_stacked import Stacked
 from lora.config import TrainConfig
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
@@ -81,15 +82,28 @@ def choose_steps(
 
 def why_not_fast(model: nn.Module, choice: DeviceChoice) -> str | None:
     """Return why `model` cannot take the fast step on this device, or None if it can."""
-    if choice.device.type != "cuda":
-        return "the fast step is for CUDA devices"
-    if choice.compute_dtype is not torch.bfloat16:
-        return "the fast step computes in bf16"
-    if not HAS_TRITON:
-        return "Triton is not installed"
     if not isinstance(model, Decoder):
-        return f"{type(model).__name__} is not lora's Decoder"
-    return why_not_written(model) or (why_not_fp8(choice) if has_fp8_base(model) else None)
+        return _of_device(choice) or f"{type(model).__name__} is not lora's Decoder"
+    why = _of_device(choice) or why_not_written(model)
+    return why or (why_not_fp8(choice) if has_fp8_base(model) else None)
+
+
+def why_not_stacked(model: nn.Module, stacked: Stacked, choice: DeviceChoice) -> str | None:
+    """Return why the adapters of `stacked` cannot take the fast stacked step, or None."""
+    if not isinstance(model, Decoder):
+        return _of_device(choice) or f"{type(model).__name__} is not lora's Decoder"
+    return _of_device(choice) or _of_shape(model.config) or why_not_stacked_written(model, stacked)
+
+
+def why_not_stacked_written(model: Decoder, stacked: Stacked) -> str | None:
+    """Return what of `stacked` the hand-written stacked step does not know, or None."""
+    blocks = set(model.trunk.blocks().modules())
+    outside = [name for name, layer in stacked.layers.items() if layer not in blocks]
+    if stacked.embeddings or outside:
+        return f"{(*stacked.embeddings, *outside)[0]} trains beside the blocks"
+    if any(config.dropout for config in stacked.configs):
+        return "dropout is drawn for every candidate apart"
+    return None
 
 
 def why_not_fp8(choice: DeviceChoice) -> str | None:
@@ -113,6 +127,16 @@ def why_not_captured(model: nn.Module, config: TrainConfig) -> str | None:
     groups = parameter_groups(model, config.weight_decay, config.whole_rate_fraction)
     if any(group["rate_share"] != 1 for group in groups):
         return "what trains beside LoRA has a rate of its own"
+    return None
+
+
+def _of_device(choice: DeviceChoice) -> str | None:
+    if choice.device.type != "cuda":
+        return "the fast step is for CUDA devices"
+    if choice.compute_dtype is not torch.bfloat16:
+        return "the fast step computes in bf16"
+    if not HAS_TRITON:
+        return "Triton is not installed"
     return None
 
 

@@ -33,14 +33,15 @@ class PassingRows:
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         self.codes, self.scales = codes, scales  # flat; (N, 1)
-        self._first, self._strides, self._shape = 0, (0, 0), (0, 0)
+        self._first, self._stride, self._shape = 0, 0, (0, 0)
         """Where the rows lie that these are, in bytes, and how."""
         self._unread = 0
         """How many of them no product has read yet."""
 
     def rows_for(self, x: Tensor, factors: Tensor | None = None) -> CodedRows:
         """Return room for the rows of `x` (N, W), which its maker fills."""
-        self._first, self._strides, self._shape = x.data_ptr(), x.stride(), x.shape
+        self._first, self._stride = x.data_ptr(), x.stride(0)
+        self._shape = len(x), x.shape[1]
         self._unread = len(x)
         return self._rows(slice(0, len(x)), x.shape[1], factors)
 
@@ -58,7 +59,7 @@ class PassingRows:
 
     def _place_of(self, x: Tensor) -> int | None:
         rows, width = self._shape
-        if not self._unread or x.shape[1] != width or x.stride() != self._strides:
+        if not self._unread or x.shape[1] != width or x.stride(0) != self._stride:
             return None
         start = (x.data_ptr() - self._first) // (x.stride(0) * x.element_size())
         return start if 0 <= start <= rows - len(x) else None

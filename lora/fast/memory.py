@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from lora.decoder.decoder import Decoder
+from lora.apply_stacked import apply_stacked
+from lora.config import LoRAConfig
+from lora.decoder.config import DecoderConfig
+from lora.decoder.decoder import Decoder, build_empty_decoder
 from lora.fast.blocks import MODES, Keep, OffloadedResiduals
 from lora.fast.buffers import Buffers
+from lora.fast.flat import FlatParameters
+from lora.fast.network import FastNetwork
 from lora.fast.ops import PLAIN
-from lora.fast.step import FastStep
+from lora.fast.stacked_flat import StackedFlat
+from lora.fast.stacked_projection import StackedProjection
+from lora.fast.stacked_step import StackedFastStep
+from lora.fast.step import FastStep, WrittenStep
 
 CUBLAS_WORKSPACE_BYTES = 32 * 2**20
 ROOM_FRACTION = 0.95
@@ -52,40 +61,17 @@ class FastPlan:
             self.step = FastStep(model, PLAIN, torch.bfloat16)
         self.rows, self.tokens, self.packed = rows, tokens, packed
         self.n_layers = self.step.network.qkv.n_layers
-        self.frozen_bytes = _frozen_bytes(self.step)
 
     @torch.no_grad()
     def memory(self, keep: Keep) -> FastMemory:
         """Return what a step holds that keeps this of its blocks."""
-        kept = self.step.network.buffers(self.rows, self.tokens, keep)
-        flat = self.step.flat.values.numel() * 4
-        return FastMemory(
-            weights=self.frozen_bytes + flat,
-            gradients=flat,
-            optimizer=2 * flat,
-            activations=_bytes_of(kept) + self._of_attention(kept),
-            loss=kept.logits.numel() * kept.logits.element_size(),
-            other=CUBLAS_WORKSPACE_BYTES,
-        )
+        step = self.step
+        return _count(step, step.flat, self.rows, self.tokens, packed=self.packed, keep=keep)
 
     def host_bytes(self, keep: Keep) -> int:
         """Return how much pinned host memory the residuals take."""
         kept = self.step.network.buffers(self.rows, self.tokens, keep).before
         return kept.host_bytes if isinstance(kept, OffloadedResiduals) else 0
-
-    def _of_attention(self, kept: Buffers) -> int:
-        """Return what torch's attention keeps, sums of its rows, and makes on one block's way back.
-
-        That are its output or gradients of queries, keys and values, and dq in fp32.
-        """
-        if self.packed and self.step.network.owns_attention(kept.tokens):
-            return 0
-        sizes = self.step.model.config
-        inner = sizes.num_attention_heads * sizes.head_dim
-        sums = kept.n_tokens * sizes.num_attention_heads * 4
-        stays = len(kept.attended.kept) or 1
-        made = kept.n_tokens * (2 * self.step.network.qkv.outputs + 4 * inner)
-        return stays * sums + made
 
 
 def fast_memory(
@@ -96,6 +82,33 @@ def fast_memory(
     `model` is on the meta device, with LoRA applied or all of it training; it is changed.
     """
     return FastPlan(model, rows, tokens, packed=packed).memory(keep or Keep())
+
+
+@torch.no_grad()
+def stacked_memory(
+    config: DecoderConfig, loras: Sequence[LoRAConfig], rows: int, tokens: int, *, packed: bool
+) -> FastMemory:
+    """Return what a fast stacked step holds: `rows` × `tokens` tokens for each of `loras`."""
+    model = build_empty_decoder(config).bfloat16()
+    stacked = apply_stacked(model, loras, range(len(loras)))
+    none = [0.0] * len(loras)
+    step = StackedFastStep(
+        model, stacked, PLAIN, torch.bfloat16, weight_decays=none, max_grad_norms=none
+    )
+    held = _count(step, step.flat, len(loras) * rows, tokens, packed=packed, keep=Keep())
+    return replace(held, gradients=held.gradients + _made_by_receiving(step))
+
+
+def _made_by_receiving(step: StackedFastStep) -> int:
+    """Return what the gradients of one projection take before they are in the flat buffer."""
+    most = 0
+    for projection in step.network.projections:
+        if isinstance(projection, StackedProjection):
+            share = projection.layers_together / projection.n_layers
+            scaled = max(slot.values.numel() for _, _, slot, _ in projection.adapted)
+            made = 2 * (projection.a.numel() + projection.b.numel()) + 4 * scaled
+            most = max(most, round(share * made))
+    return most
 
 
 @dataclass(frozen=True)
@@ -165,19 +178,54 @@ def _explain(
     return text
 
 
-def _frozen_bytes(step: FastStep) -> int:
+def _count(
+    step: WrittenStep,
+    flat: FlatParameters | StackedFlat,
+    rows: int,
+    tokens: int,
+    *,
+    packed: bool,
+    keep: Keep,
+) -> FastMemory:
+    kept = step.network.buffers(rows, tokens, keep)
+    trained = flat.values.numel() * 4
+    return FastMemory(
+        weights=_frozen_bytes(step.network, flat) + trained,
+        gradients=trained,
+        optimizer=2 * trained,
+        activations=_bytes_of(kept) + _of_attention(step, kept, packed=packed),
+        loss=kept.logits.numel() * kept.logits.element_size(),
+        other=CUBLAS_WORKSPACE_BYTES,
+    )
+
+
+def _of_attention(step: WrittenStep, kept: Buffers, *, packed: bool) -> int:
+    """Return what torch's attention keeps, sums of its rows, and makes on one block's way back.
+
+    That are its output or gradients of queries, keys and values, and dq in fp32.
+    """
+    if packed and step.network.owns_attention(kept.tokens):
+        return 0
+    sizes = step.model.config
+    inner = sizes.num_attention_heads * sizes.head_dim
+    sums = kept.n_tokens * sizes.num_attention_heads * 4
+    stays = len(kept.attended.kept) or 1
+    made = kept.n_tokens * (2 * step.network.qkv.outputs + 4 * inner)
+    return stays * sums + made
+
+
+def _frozen_bytes(network: FastNetwork, flat: FlatParameters | StackedFlat) -> int:
     """Return the bytes of all tensors that projections and norms hold, each storage once."""
-    network = step.network
     owners = (*network.projections, *network.weights)
     storages = {}
-    flat = step.flat.values.untyped_storage()._cdata
+    trained = flat.values.untyped_storage()._cdata
     for owner in owners:
         for value in vars(owner).values():
             for tensor in value if isinstance(value, list) else [value]:
                 if isinstance(tensor, torch.Tensor):
                     storage = tensor.untyped_storage()
                     storages[storage._cdata] = storage.nbytes()
-    storages.pop(flat, None)
+    storages.pop(trained, None)
     return sum(storages.values())
 
 

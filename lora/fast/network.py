@@ -23,8 +23,11 @@ from lora.fast.flat import FlatParameters
 from lora.fast.fp8 import Codes, Side, fp8_projection
 from lora.fast.ops import Ops
 from lora.fast.projections import FrozenProjection, FullProjection, Projection
+from lora.fast.stacked_flat import StackedFlat
+from lora.fast.stacked_projection import MergedStackedProjection, StackedProjection
 from lora.fast.weights import Weights
 from lora.lora_module import LoRALayer
+from lora.stacked import StackedLoRALinear
 
 OWN_ATTENTION_TOKENS = 2048
 """Packed rows up to this length go through our kernels of attention; beyond, torch's are faster."""
@@ -40,7 +43,7 @@ class FastNetwork:
     def __init__(
         self,
         model: Decoder,
-        flat: FlatParameters,
+        flat: FlatParameters | StackedFlat,
         ops: Ops,
         dtype: torch.dtype,
         *,
@@ -50,7 +53,7 @@ class FastNetwork:
         own_attention: bool | None = None,
     ) -> None:
         self.model, self.config, self.ops, self.dtype = model, model.config, ops, dtype
-        self.trains_all, self._own_attention = trains_all, own_attention
+        self.trains_all, self.own_attention = trains_all, own_attention
         self.drops = masks is not None
         self.codes = Codes(ops) if has_fp8_base(model) else None
         trunk = cast(LlamaTrunk, model.trunk)
@@ -59,12 +62,16 @@ class FastNetwork:
         feeds = [block.mlp for block in blocks]
 
         def project(parts: list[list[nn.Module]], swiglu: Side = "nothing") -> Projection:
+            if self.codes is not None and isinstance(flat, FlatParameters):
+                return fp8_projection(parts, flat, dtype, ops, masks, self.codes, swiglu)
+            if not trains_all and not any(has_lora(module) for part in parts for module in part):
+                return FrozenProjection(parts, dtype)
+            if isinstance(flat, StackedFlat):
+                if merges:
+                    return MergedStackedProjection(parts, flat, dtype, ops)
+                return StackedProjection(parts, flat, dtype)
             if trains_all:
                 return FullProjection(parts, flat, dtype)
-            if self.codes is not None:
-                return fp8_projection(parts, flat, dtype, ops, masks, self.codes, swiglu)
-            if not any(isinstance(module, LoRALayer) for part in parts for module in part):
-                return FrozenProjection(parts, dtype)
             if masks is not None:
                 return ApartProjection(parts, flat, dtype, ops, masks)
             if merges:
@@ -92,7 +99,7 @@ class FastNetwork:
         """Return the first block in which something trains: gradients end there."""
         for number, (attention, feed) in enumerate(zip(heads, feeds, strict=True)):
             parts = (*attention.modules(), *feed.modules())
-            if any(isinstance(module, LoRALayer) for module in parts):
+            if any(has_lora(module) for module in parts):
                 return number
         return len(heads)
 
@@ -150,8 +157,8 @@ class FastNetwork:
 
     def owns_attention(self, tokens: int) -> bool:
         """Whether packed rows of `tokens` tokens go through our kernels of attention."""
-        if self._own_attention is not None:
-            return self._own_attention
+        if self.own_attention is not None:
+            return self.own_attention
         return tokens <= OWN_ATTENTION_TOKENS and self.config.head_dim in OWN_ATTENTION_WIDTHS
 
     def prepare(self, tokens: int) -> None:
@@ -189,3 +196,8 @@ class FastNetwork:
         if kept.keeps_activations:
             dy_of_down = kept.before.kept[self.first + 1 :]
             self.down.receive(layers, kept.activated.kept, dy_of_down, first=first)
+
+
+def has_lora(module: nn.Module) -> bool:
+    """Whether LoRA of one adapter or of several is on this linear."""
+    return isinstance(module, LoRALayer | StackedLoRALinear)

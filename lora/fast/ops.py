@@ -16,6 +16,7 @@ from lora.kernels import (
     merge,
     norm,
     rotary,
+    stacked_adamw,
     swiglu,
     swiglu_codes,
     token_loss,
@@ -41,6 +42,7 @@ class Ops:
     add_low_rank: Callable[..., None]
     attend: Callable[..., None]
     attend_backward: Callable[..., None]
+    stacked_adamw: Callable[..., None]
     swiglu_codes: Callable[..., None]
     swiglu_codes_backward: Callable[..., None]
     quantise_rows: Callable[..., None]
@@ -71,6 +73,7 @@ PLAIN = Ops(
     quantise_rows=fp8.quantise_rows,
     scaled_product=fp8.scaled_product,
     turn_codes=fp8.turn_codes,
+    stacked_adamw=stacked_adamw.stacked_adamw,
 )
 
 TRITON = Ops(
@@ -94,4 +97,5 @@ TRITON = Ops(
     quantise_rows=fp8.quantise_rows_triton,
     scaled_product=fp8.scaled_product_device,
     turn_codes=fp8.turn_codes_triton,
+    stacked_adamw=stacked_adamw.stacked_adamw_triton,
 )

@@ -64,6 +64,23 @@ class Projection:
                 view.copy_(weight_of(module))
                 weight_of(module).data = view
 
+    def placed(self) -> Tensor | None:
+        """Return the weights as one tensor (L, O, I) if an earlier step has put them there."""
+        first = weight_of(self.members[0].modules[0])
+        start, size = first.data_ptr(), first.element_size() * self.inputs
+        for member in self.members:
+            for layer, module in enumerate(member.modules):
+                weight = weight_of(module)
+                place = start + (layer * self.outputs + member.rows.start) * size
+                if weight.data_ptr() != place or weight.dtype is not self.dtype:
+                    return None
+        whole = self.n_layers * self.outputs * size
+        if start + whole > first.untyped_storage().data_ptr() + first.untyped_storage().nbytes():
+            return None
+        return first.detach().as_strided(
+            (self.n_layers, self.outputs, self.inputs), (self.outputs * self.inputs, self.inputs, 1)
+        )
+
     def _place_biases(self) -> None:
         modules = [m.modules[0] for m in self.members]
         if all(bias_of(module) is None for module in modules):

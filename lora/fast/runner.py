@@ -96,18 +96,17 @@ class LaunchedSteps:
         if launched.event is not None:
             launched.event.synchronize()
         loss, n_tokens, norm, taken = launched.report.tolist()
-        why = "" if taken else self._explain(launched, loss, norm)
-        return StepDone(launched.number, [loss], int(n_tokens), norm, launched.rate, why)
-
-    def _explain(self, launched: _Launched, loss: float, norm: float) -> str:
-        device = self.choice.device
-        batches = [batch.to(device) for batch in launched.batches]
+        number, rate = launched.number, launched.rate
+        if taken:
+            return StepDone(number, [loss], int(n_tokens), norm, rate)
+        batches = [batch.to(self.choice.device) for batch in launched.batches]
         where = find_nonfinite(self.model, batches, loss_for(self.model), self.choice.autocast)
-        return (
-            f"Step {launched.number}: The loss is {loss} and the gradient's norm {norm}: not "
-            "finite, so the step was not taken. Lower the learning rate, or look for damaged "
-            f"examples. {where}"
+        why = (
+            f"The loss is {loss} and the gradient's norm {norm}: not finite, so the step was not "
+            f"taken. Lower the learning rate, or look for damaged examples. {where.sentence}"
         )
+        places = where.places if where.is_of_data else None
+        return StepDone(number, [loss], int(n_tokens), norm, rate, why, places)
 
 
 class FastSteps(LaunchedSteps):

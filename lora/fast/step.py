@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,19 +35,31 @@ CAPTURE_BELOW_TOKENS = 2**15
 """Larger micro-batches take seconds where models are large: rehearsals cost more than launches."""
 
 
-class FastStep:
-    """Trains `model` on batches of one shape.
+class Ending(Protocol):
+    """How a step ends: loss and tokens counted, what trains brought up to date."""
+
+    report: Tensor
+    """What came of the step."""
+    is_live: Tensor
+    """(), bool: false while a step is only rehearsed, which changes nothing."""
+
+    def set_rate(self, rate: Any) -> None:
+        """Take the next step at this rate, or at one for each adapter."""
+
+    def count_tokens(self, losses: Tensor, is_learned: Tensor, *, first: bool) -> None:
+        """Add a micro-batch's losses (N,) and which of its tokens are learned (N,)."""
+
+    def run(self) -> None:
+        """Bring what trains up to date with its gradients."""
+
+
+class WrittenStep:
+    """What the fast steps share: a batch is put in place, forward and backward run, an update ends.
 
     Args:
-        model: a decoder whose LoRA parameters, or all of whose parameters, train; they become views
-            of one flat buffer, and frozen weights take `dtype`.
         ops: what lies between the products.
-        dtype: of products and activations.
-        weight_decay: of matrices.
-        seed: of dropout's masks, with the step's number.
-        max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
-        merges: add s·B·A to the weights once a step; None decides by the model's width.
-        own_attention: of packed rows through our kernels; None decides by the rows' length.
+        network: what the model's parameters have become views of.
+        update: the end of a step.
         keep: what stays of the blocks between forward and backward; None: nearly all.
     """
 
@@ -55,55 +67,29 @@ class FastStep:
         self,
         model: Decoder,
         ops: Ops,
-        dtype: torch.dtype,
-        *,
-        weight_decay: float = 0.0,
-        max_grad_norm: float = 1.0,
-        seed: int = 0,
-        merges: bool | None = None,
-        own_attention: bool | None = None,
+        network: FastNetwork,
+        update: Ending,
         keep: Keep | None = None,
     ) -> None:
-        self.model, self.ops, self.seed, self.keep = model, ops, seed, keep or Keep()
-        self.device = next(model.parameters()).device
-        wide = torch.promote_types(dtype, torch.float32)
-        self.flat = FlatParameters(self.device, wide)
-        self.masks = self._find_masks()
-        narrow = model.config.hidden_size < MERGE_BELOW_WIDTH and not has_fp8_base(model)
-        self.merges = narrow if merges is None else merges
-        with torch.no_grad():
-            self.network = FastNetwork(
-                model,
-                self.flat,
-                ops,
-                dtype,
-                trains_all=trains_whole(model),
-                merges=self.merges,
-                masks=self.masks,
-                own_attention=own_attention,
-            )
-            self.flat.allocate()
-            self.network.fill()
-        self.update = FlatUpdate(
-            self.flat, ops.adamw, weight_decay=weight_decay, max_grad_norm=max_grad_norm
-        )
-        self.report, self.taken_steps = self.update.report, self.update.taken_steps
-        self.graphs = Graphs(self.device, self.update.is_live)
+        self.model, self.ops, self.network, self.keep = model, ops, network, keep or Keep()
+        self.device = update.is_live.device
+        self.ending = update
+        self.report = update.report
+        self.graphs = Graphs(self.device, update.is_live)
         self.buffers: Buffers | None = None
         self.inputs: Inputs | None = None
 
     @torch.no_grad()
-    def launch(self, batches: Sequence[Batch], rate: float, number: int = 1) -> None:
+    def launch(self, batches: Sequence[Batch], rate: Any, number: int = 1) -> None:
         """Train step `number` on the micro-batches; `report` says afterwards what came of it.
 
         All batches of a run have one shape (B, T). On a GPU this returns before the step is done.
         """
         self._make_room(batches[0])
-        self.update.rate.fill_(rate)
+        self.ending.set_rate(rate)
         for place, batch in enumerate(batches):
             key = self._put(batch)
-            if self.masks is not None:
-                self.masks.seed.fill_(_mask_seed(self.seed, number, place))
+            self._draw(number, place)
             if len(batches) == 1:
                 self.graphs.run(("step", *key), partial(self._whole, key))
             else:
@@ -112,19 +98,8 @@ class FastStep:
         if len(batches) > 1:
             self.graphs.run(("update",), self._update)
 
-    def adopt_moments(self, optimizer: torch.optim.Optimizer) -> None:
-        """Changes `optimizer` in place: its state becomes views of the fast step's.
-
-        Moments that it holds (of a resumed run) are taken over first.
-        """
-        self.update.adopt_moments(self.model, optimizer)
-        with torch.no_grad():
-            self.network.refresh()
-
-    def _find_masks(self) -> Masks | None:
-        layers = [m for m in self.model.modules() if isinstance(m, LoRALayer)]
-        shares = {m.dropout.p for m in layers if isinstance(m.dropout, nn.Dropout)}
-        return Masks(shares.pop(), self.device) if shares else None
+    def _draw(self, number: int, place: int) -> None:
+        """Get ready what is random in micro-batch `place` of step `number`."""
 
     def _make_room(self, batch: Batch) -> None:
         rows, tokens = batch.input_ids.shape
@@ -201,11 +176,86 @@ class FastStep:
                 gradient, target = logits.T @ hidden, head.slot.gradients[0]
                 begins = first and start == 0
                 target.copy_(gradient) if begins else target.add_(gradient)
-        self.update.count(kept.losses.sum(), (labels != IGNORE).sum(), first=first)
+        self.ending.count_tokens(kept.losses, labels != IGNORE, first=first)
 
     def _update(self) -> None:
-        self.update.run()
+        self.ending.run()
         self.network.refresh()
+
+
+class FastStep(WrittenStep):
+    """Trains `model` on batches of one shape.
+
+    Args:
+        model: a decoder whose LoRA parameters, or all of whose parameters, train; they become views
+            of one flat buffer, and frozen weights take `dtype`.
+        ops: what lies between the products.
+        dtype: of products and activations.
+        weight_decay: of matrices.
+        seed: of dropout's masks, with the step's number.
+        max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
+        merges: add s·B·A to the weights once a step; None decides by the model's width.
+        own_attention: of packed rows through our kernels; None decides by the rows' length.
+        keep: what stays of the blocks between forward and backward; None: nearly all.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        ops: Ops,
+        dtype: torch.dtype,
+        *,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        seed: int = 0,
+        merges: bool | None = None,
+        own_attention: bool | None = None,
+        keep: Keep | None = None,
+    ) -> None:
+        self.seed = seed
+        device = next(model.parameters()).device
+        wide = torch.promote_types(dtype, torch.float32)
+        self.flat = FlatParameters(device, wide)
+        self.masks = _find_masks(model, device)
+        narrow = model.config.hidden_size < MERGE_BELOW_WIDTH and not has_fp8_base(model)
+        self.merges = narrow if merges is None else merges
+        with torch.no_grad():
+            network = FastNetwork(
+                model,
+                self.flat,
+                ops,
+                dtype,
+                trains_all=trains_whole(model),
+                merges=self.merges,
+                masks=self.masks,
+                own_attention=own_attention,
+            )
+            self.flat.allocate()
+            network.fill()
+        self.update = FlatUpdate(
+            self.flat, ops.adamw, weight_decay=weight_decay, max_grad_norm=max_grad_norm
+        )
+        self.taken_steps = self.update.taken_steps
+        super().__init__(model, ops, network, self.update, keep)
+
+    def adopt_moments(self, optimizer: torch.optim.Optimizer) -> None:
+        """Changes `optimizer` in place: its state becomes views of the fast step's.
+
+        Moments that it holds (of a resumed run) are taken over first.
+        """
+        self.update.adopt_moments(self.model, optimizer)
+        with torch.no_grad():
+            self.network.refresh()
+
+    def _draw(self, number: int, place: int) -> None:
+        if self.masks is not None:
+            self.masks.seed.fill_(_mask_seed(self.seed, number, place))
+
+
+def _find_masks(model: Decoder, device: torch.device) -> Masks | None:
+    layers = [m for m in model.modules() if isinstance(m, LoRALayer)]
+    shares = {m.dropout.p for m in layers if isinstance(m.dropout, nn.Dropout)}
+    return Masks(shares.pop(), device) if shares else None
 
 
 def _staged(source: Tensor, device: torch.device) -> Tensor:

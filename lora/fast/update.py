@@ -49,6 +49,14 @@ class FlatUpdate:
         self.n_learned = torch.zeros((), dtype=torch.int64, device=device)
         self.report = torch.zeros(len(REPORT), dtype=torch.float32, device=device)
 
+    def set_rate(self, rate: float) -> None:
+        """Take the next step at this rate."""
+        self.rate.fill_(rate)
+
+    def count_tokens(self, losses: Tensor, is_learned: Tensor, *, first: bool) -> None:
+        """Add a micro-batch's losses (N,) and which of its tokens are learned (N,)."""
+        self.count(losses.sum(), is_learned.sum(), first=first)
+
     def count(self, loss_sum: Tensor, n_learned: Tensor, *, first: bool) -> None:
         """Add a micro-batch's loss () and learned tokens (); the `first` of a step begins anew."""
         if first:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora.fast.flat import FlatParameters, Slot
 from lora.fast.projections import weight_of
+from lora.fast.stacked_flat import StackedFlat
 
 
 class Weights:
@@ -17,7 +18,7 @@ class Weights:
     def __init__(
         self,
         modules: Sequence[nn.Module],
-        flat: FlatParameters,
+        flat: FlatParameters | StackedFlat,
         dtype: torch.dtype,
         *,
         trains: bool,

@@ -39,19 +39,28 @@ def document_attention(
 ) -> Tensor:
     """Return the attention's output (N, H·D); the twin that autograd follows.
 
+    Document by document, so that a NaN in one goes into no other.
     `qkv` (N, W) holds H heads of queries, then the shared heads of keys, then of values, each of
     width D; `heads` is (H, shared, D). `window_tokens` 0: a token sees all of its document.
     """
+    _, sizes = begins.unique_consecutive(return_counts=True)
+    parts = qkv.split(sizes.tolist())
+    return torch.cat([_attend_one(part, heads, scale, window_tokens) for part in parts])
+
+
+def _attend_one(
+    qkv: Tensor, heads: tuple[int, int, int], scale: float, window_tokens: int
+) -> Tensor:
     n_heads, shared, width = heads
-    q, k, v = qkv.unflatten(1, (-1, width)).split((n_heads, shared, shared), 1)  # (N, heads, D)
-    k, v = (x.repeat_interleave(n_heads // shared, 1) for x in (k, v))  # (N, H, D)
+    q, k, v = qkv.unflatten(1, (-1, width)).split((n_heads, shared, shared), 1)  # (n, heads, D)
+    k, v = (x.repeat_interleave(n_heads // shared, 1) for x in (k, v))  # (n, H, D)
     place = torch.arange(len(qkv), device=qkv.device)
-    sees = (place >= begins[:, None]) & (place <= place[:, None])  # (N, N)
+    sees = place <= place[:, None]  # (n, n)
     if window_tokens:
         sees &= place[:, None] - place < window_tokens
     logits = torch.einsum("qhd,khd->hqk", q, k) * scale
     weights = logits.masked_fill(~sees, -torch.inf).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)  # (N, H·D)
+    return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)  # (n, H·D)
 
 
 def attend(

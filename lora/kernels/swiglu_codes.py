@@ -335,6 +335,34 @@ def _scaled(y, factors, columns, width, HAS_FACTORS: tl.constexpr):
 
 
 @jit
+def _code_again(
+    x, codes_at, factors, inverse, here, width, BLOCK: tl.constexpr, HAS_FACTORS: tl.constexpr
+):
+    """Store whole rows as codes once more."""
+    for start in range(0, width, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        there = here[:, None] & (at < width)[None, :]
+        y = tl.load(x + at[None, :], mask=there, other=0.0)
+        wide = _scaled(y, factors, at, width, HAS_FACTORS) * inverse[:, None]
+        tl.store(codes_at + at[None, :], wide.to(codes_at.dtype.element_ty), mask=there)
+
+
+@jit
+def _finish_sums(
+    sums, dh, dh_stride, rows, here, gate_rank, rank, n_rows, programs,
+    ROWS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """Store dh of gate and of up, added up over the programs."""
+    _store_sums(
+        sums, 0, dh, dh_stride, rows, here, gate_rank, n_rows, programs, ROWS, 2 * RANK, RANK
+    )
+    up, up_rank = dh + gate_rank, rank - gate_rank
+    _store_sums(
+        sums, RANK, up, dh_stride, rows, here, up_rank, n_rows, programs, ROWS, 2 * RANK, RANK
+    )
+
+
+@jit
 def _swiglu_codes_backward_kernel(
     gate_up, d_out, out, codes, scales, factors, h, b, low, a, peaks, sums, dh,
     gate_up_stride, d_out_stride, out_stride, h_stride, low_stride, dh_stride,
@@ -398,25 +426,15 @@ def _swiglu_codes_backward_kernel(
             tl.store(sums_at + RANK, of_up, mask=here[:, None])
     if STAGE == 2:
         if ADDS:
-            _store_sums(
-                sums, 0, dh, dh_stride, rows, here, gate_rank, n_rows, programs,
-                ROWS, 2 * RANK, RANK,
-            )  # fmt: skip
-            _store_sums(
-                sums, RANK, dh + gate_rank, dh_stride, rows, here, rank - gate_rank, n_rows,
-                programs, ROWS, 2 * RANK, RANK,
-            )  # fmt: skip
+            _finish_sums(
+                sums, dh, dh_stride, rows, here, gate_rank, rank, n_rows, programs, ROWS, RANK
+            )
         peak = _row_peaks(peaks, rows, here, n_rows, programs, ROWS)
         guessed = tl.load(scales + rows, mask=here, other=1.0)
         if tl.max((peak > guessed * 448.0).to(tl.int32), 0) > 0:
             scale, inverse = scale_of(peak)
             tl.store(scales + rows, scale, mask=here)
-            for start in range(0, 2 * width, BLOCK):
-                at = start + columns
-                there = here[:, None] & (at < 2 * width)[None, :]
-                y = tl.load(x + at[None, :], mask=there, other=0.0)
-                wide = _scaled(y, factors, at, 2 * width, HAS_FACTORS) * inverse[:, None]
-                tl.store(codes_at + at[None, :], wide.to(code_kind), mask=there)
+            _code_again(x, codes_at, factors, inverse, here, 2 * width, BLOCK, HAS_FACTORS)
 
 
 def swiglu_codes_backward_triton(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.decoder.families import decoder_config
 from lora.decoder.hf_weights import load_decoder, read_config, save_decoder
-from lora.errors import ModelError
+from lora.errors import CheckpointError, ModelError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -246,6 +248,29 @@ def test_pickles_are_refused_with_the_way_out(folder: Path) -> None:
     message = failure(folder)
     for words in ("pytorch_model.bin", "run any code", "save_pretrained"):
         assert words in message
+
+
+def test_code_in_a_folder_is_never_run(folder: Path, tmp_path: Path) -> None:
+    """There is no trust_remote_code: a folder that asks for its own code is read as data or not."""
+    ran = tmp_path / "ran"
+    (folder / "modeling_own.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Own: ...\n")
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+    load_decoder(folder)
+    edit_config(folder, model_type="own", architectures=["Own"])
+    assert "own" in failure(folder)
+    assert not ran.exists()
+
+
+def test_a_full_disk_leaves_no_part_of_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(CheckpointError, match=r"full.*No space left on device\. Free some space"):
+        save_decoder(build_tiny(), tmp_path / "full")
+    assert not list((tmp_path / "full").iterdir())
 
 
 def test_missing_parts_are_named(folder: Path, tmp_path: Path) -> None:

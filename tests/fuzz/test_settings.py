@@ -11,16 +11,22 @@ import json
 import os
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import strategies as st
+from torch import nn
 
 from lora import cli
-from lora.checkpoint import load_checkpoint
+from lora.checkpoint import load_checkpoint, save_checkpoint, training_tensors
 from lora.config import DataConfig, LoRAConfig, RunConfig, SamplingConfig, TrainConfig
-from lora.runs import create_run, read_rows
+from lora.progress import NoProgress
+from lora.runs import create_run, read_first_day, read_json, reading
+from lora.sweep_ledger import Standing, read_ledger
+from lora.training_job import Position, resume_position
 
 CONFIGS = (LoRAConfig, TrainConfig, DataConfig, RunConfig, SamplingConfig)
 WORDS = (
@@ -111,13 +117,25 @@ def test_any_files_of_a_run(fuzz: Any, make: dict[str, Any], tmp_path: Path) -> 
     manifest = st.fixed_dictionaries(
         {"tensors.safetensors": make["json"](), "state.json": make["json"]()}
     ).map(lambda value: json.dumps(value).encode())
+
+    def begun() -> None:
+        read_first_day(tmp_path / "run")
+
+    def rows() -> None:
+        with create_run(tmp_path, "run", resume=True) as run:
+            run.cut_metrics_after(3)
+
+    def ledger() -> None:
+        with reading(tmp_path / "run" / "sweep.json"):
+            read_ledger(read_json(tmp_path / "run" / "sweep.json"), ["a", "b"])
+
     checks = {
         "manifest.json": lambda: load_checkpoint(folder),
-        "run.json": lambda: create_run(
-            tmp_path, "run", resume=True, described={"train": {}}
-        ).close(),
-        "metrics.jsonl": lambda: read_rows(tmp_path / "run" / "metrics.jsonl"),
+        "run.json": lambda: (begun(), create_run(tmp_path, "run", **resumed).close()),
+        "metrics.jsonl": rows,
+        "sweep.json": ledger,
     }
+    resumed: dict[str, Any] = {"resume": True, "described": {"train": {"steps": 3}}}
     (folder / "tensors.safetensors").write_bytes(b"")
     (folder / "state.json").write_bytes(b"{}")
 
@@ -126,5 +144,37 @@ def test_any_files_of_a_run(fuzz: Any, make: dict[str, Any], tmp_path: Path) -> 
         place = folder if name == "manifest.json" else tmp_path / "run"
         (place / name).write_bytes(data)
         checks[name]()
+        (place / name).unlink()
 
-    fuzz(st.tuples(st.sampled_from(sorted(checks)), values | manifest), check)
+    standing = make["object"](vars(Standing("a", {})))
+    told = {"standings": [vars(Standing("a", {})), vars(Standing("b", {}))], "rungs": [4, 8]}
+    whole = {**told, "at_once": 2, "base_eval_loss": 1.5, "steps_taken": 4}
+    ledgers = make["object"](whole) | standing.map(lambda s: {**whole, "standings": [s, s]})
+    described = {"train": {"steps": 3}, "data": {"now": "2026-01-01"}, "sweep": {"grid": {}}}
+    likely = (ledgers | make["object"](described)).map(lambda value: json.dumps(value).encode())
+    fuzz(st.tuples(st.sampled_from(sorted(checks)), values | manifest | likely), check)
+
+
+def test_any_state_in_a_checkpoint_whose_digests_are_right(
+    fuzz: Any, make: dict[str, Any], tmp_path: Path
+) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    run = create_run(tmp_path, "run")
+    valid = {"position": vars(Position()), "stream": {"row": 0}}
+
+    class Rows:
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            int(state["row"])
+
+    job = SimpleNamespace(run=run, model=model, stream=Rows(), progress=NoProgress())
+    job.train_config = TrainConfig(steps=3)
+
+    def check(state: Any) -> None:
+        tensors = training_tensors(model, optimizer)
+        save_checkpoint(run.folder / "checkpoints", 1, tensors, state, keep=1)
+        resume_position(job, optimizer)  # type: ignore[arg-type]
+
+    positions = make["object"](valid["position"]).map(lambda value: {**valid, "position": value})
+    with run:
+        fuzz(positions | make["object"](valid), check)

@@ -36,18 +36,33 @@ def adapter(tiny_folder: Path, orders_file: Path, tmp_path_factory: pytest.TempP
     return out / "run" / "adapter"
 
 
+def test_finetune_ends_with_a_report(adapter: Path, orders_file: Path) -> None:
+    folder = adapter.parent
+    found = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    (run,) = found["runs"]
+    assert (run["status"], run["method"], run["steps"], run["rank"]) == ("finished", "lora", 6, 4)
+    assert 0 < run["trainable_parameters"] < run["total_parameters"]
+    assert run["command"].startswith(f"lora finetune --data {orders_file} --model ")
+    assert "--rank 4 --steps 6 --batch-size 4" in run["command"]
+    assert run["samples"]
+    assert "<h1>run</h1>" in (folder / "report.html").read_text(encoding="utf-8")
+    assert (folder / "pictures" / "loss_by_time.png").is_file()
+
+
 def test_finetune_prints_json(
     tiny_folder: Path, orders_file: Path, tmp_path: Path, read: Read
 ) -> None:
     words = ["finetune", "--model", str(tiny_folder), "--data", str(orders_file), "--json"]
     words += ["--steps", "2", "--batch-size", "2", "--max-length", "128", "--out", str(tmp_path)]
-    assert main(words) == 0
+    assert main([*words, "--no-report"]) == 0
     out, err = read()
     found = json.loads(out)  # nothing else is there
     assert found["steps"] == 2
     assert "share learned" in err
     assert "⟦" in err  # an example, what is learned between marks
     assert Path(found["saved"], "adapter_model.safetensors").is_file()
+    assert found["report"] is None
+    assert not Path(found["folder"], "report.html").exists()
 
 
 def test_finetune_takes_a_yaml_file(

@@ -7,10 +7,12 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ import torch
 from lora.checkpoint import list_checkpoints
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.orders import make_orders
+from lora.data.tokenizers import load_tokenizer
 from lora.errors import CheckpointError, TrainingError
 from lora.finetune import FinetuneJob, finetune
 from lora.losses import loss_for
@@ -33,7 +36,7 @@ BYTES = ("metrics.jsonl", "samples.jsonl")
 
 
 def start(
-    tiny_folder: Path, orders_file: Path, out: Path, kind: str, *more: str
+    tiny_folder: Path, orders_file: Path, out: Path, kind: str, *more: str, data_threads: int = 1
 ) -> subprocess.Popen[str]:
     words = (
         f"finetune --data {orders_file} --model {tiny_folder} --out {out} --name run --device cpu"
@@ -46,7 +49,7 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(data_threads)},
     )
 
 
@@ -85,14 +88,18 @@ def kill_at_random(process: subprocess.Popen[str], run: Path, draw: random.Rando
 def test_kill_9_at_ten_random_moments_changes_no_byte(
     tiny_folder: Path, orders_file: Path, tmp_path: Path, kind: str
 ) -> None:
-    """Ten moments each for LoRA and full fine-tuning; each run is killed, resumed and compared."""
+    """Ten moments each for LoRA and full fine-tuning; each run is killed, resumed and compared.
+
+    The resumed one prepares its data with another number of threads.
+    """
     finish(start(tiny_folder, orders_file, tmp_path / "whole", kind))
     expected = results(tmp_path / "whole" / "run", kind)
     draw, hits = random.Random(kind), []
     for number in range(10):
         out = tmp_path / f"killed-{number}"
         hits.append(kill_at_random(start(tiny_folder, orders_file, out, kind), out / "run", draw))
-        finish(start(tiny_folder, orders_file, out, kind, "--resume"))
+        threads = 2 + number % 3
+        finish(start(tiny_folder, orders_file, out, kind, "--resume", data_threads=threads))
         assert results(out / "run", kind) == expected, (number, hits)
     assert "save" in hits
     assert "step" in hits
@@ -235,6 +242,32 @@ def test_a_vanished_folder_is_told_and_the_adapter_is_saved_all_the_same(
     assert (done.saved / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_what_was_learned_goes_elsewhere_if_the_disk_has_no_room_at_the_end(
+    job: FinetuneJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    job = replace(job, lora=None if full else job.lora)
+    whole = finetune(replace(job, run=replace(job.run, name="whole")))
+    sync, heard = os.fsync, Heard(12, lambda: is_full.append(True))
+    is_full: list[bool] = []
+
+    def refuse(handle: int) -> None:
+        if is_full and str(Path(f"/proc/self/fd/{handle}").readlink()).startswith(str(runs)):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(handle)
+
+    runs = tmp_path / "run"
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    done = finetune(job, heard)
+    name = "model.safetensors" if full else "adapter_model.safetensors"
+    assert (done.saved / name).read_bytes() == (whole.saved / name).read_bytes()
+    assert done.saved.parent.name.startswith("lora-run-")
+    assert any(f"What was learned is in {done.saved}" in line for line in heard.said)
+    assert sum("The newest checkpoint is step 9" in line for line in heard.said) == 1
+    assert not list((runs / done.saved.name).glob(".*"))
+
+
 @pytest.fixture
 def spoilt_losses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of the training batches whose loss is NaN."""
@@ -276,6 +309,55 @@ def test_the_first_one_over_the_limit_stops_the_run(
     spoilt_losses.append(5)
     with pytest.raises(TrainingError, match=r"Step 5 of 12.*not finite"):
         finetune(job)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_the_examples_layer_and_step_are_named(
+    job: FinetuneJob, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    """An example of which one word makes the first layer's output NaN is found among 24."""
+    damaged = job.data[6]["messages"][-1]["content"]
+
+    def build(model: torch.nn.Module) -> Any:
+        def spoil(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            (ids,) = inputs
+            texts = [tokenizer.backend.decode(row) for row in ids.tolist()]
+            hit = torch.tensor([damaged in text for text in texts])
+            return output.masked_fill(hit[:, None, None], math.nan) if module.training else output
+
+        model.get_submodule("model.embed_tokens").register_forward_hook(spoil)
+        return loss_for(model)
+
+    tokenizer = load_tokenizer(Path(str(job.model)))
+    monkeypatch.setattr("lora.finetune.loss_for", build)
+    config = replace(job.data_config, packing=False, eval_fraction=0.0)
+    job = replace(job, data_config=config, lora=None if full else job.lora)
+    with pytest.raises(TrainingError) as caught:
+        finetune(job)
+    said = str(caught.value)
+    assert re.search(r"Step \d of 12: .* so the step was not taken", said)
+    assert re.search(r"first in model\.embed_tokens \(row \d of 4\)", said)
+    assert said.endswith("Read there: row 7.")
+
+
+def test_held_out_examples_that_are_not_finite_are_told(
+    job: FinetuneJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(model: torch.nn.Module) -> Any:
+        inner = loss_for(model)
+
+        def loss(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            total, n_tokens = inner(model, batch)
+            return (total if model.training else total * math.nan), n_tokens
+
+        return loss
+
+    monkeypatch.setattr("lora.finetune.loss_for", build)
+    heard = Heard()
+    done = finetune(job, heard)
+    assert any("the held-out loss is nan, not finite" in line for line in heard.said)
+    rows = [row for row in read_rows(done.folder / "metrics.jsonl") if "eval_not_finite" in row]
+    assert [row["step"] for row in rows] == [0, 10, 12]
 
 
 def test_another_rank_data_or_rate_cannot_resume_a_run_and_more_steps_can(

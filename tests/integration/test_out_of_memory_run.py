@@ -60,8 +60,12 @@ def test_a_run_that_is_starved_says_what_to_change_and_goes_on(
     said, resumed = done.stdout.strip().splitlines()
     (step,) = re.findall(r"Memory ran out at step (\d) of 8 on cpu", said)
     assert int(step) > 4
-    assert "activations of 32 rows at once" in said
-    assert "--micro-batches 2 instead of 1" in said
+    planned = re.findall(r"It was planned to take ([\d.]+) GB \(weights [\d.]+, gradients", said)
+    assert planned
+    assert re.search(r"activations ([\d.]+), loss ([\d.]+), process ([\d.]+)\)", said)
+    assert "Most are activations and loss of 32 rows at once" in said
+    (less,) = re.findall(r"--micro-batches 2 instead of 1 \(.* about ([\d.]+) GB\)", said)
+    assert float(less) < float(planned[0])
     assert f"The checkpoint of step {(int(step) - 1) // 2 * 2} is whole" in said
     assert "can't allocate memory" in said
     assert resumed == "resumed to 8"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,12 +19,15 @@ from safetensors.torch import load_file
 from lora.cli import main
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.orders import make_orders
-from lora.errors import CheckpointError, ConfigError
+from lora.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from lora.finetune import FinetuneJob, finetune
 from lora.runs import read_json, read_rows
 from lora.sweep import sweep
+from lora.sweep_full import sweep_with_full
 from lora.sweep_grid import Grid, build_candidates
 from lora.sweep_job import SweepJob
+from lora.sweep_ledger import Standing, rank
+from lora.sweep_progress import NoSweepProgress
 
 TRAIN = TrainConfig(steps=12, batch_size=4)
 DATA = DataConfig(max_length=128, packing=False)
@@ -46,7 +51,7 @@ def adapters(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def test_each_candidate_is_what_finetune_makes_and_the_best_is_chosen(job: SweepJob) -> None:
-    done = sweep(job)
+    done = sweep(replace(job, report=True))
     together = adapters(done.folder)
     assert len(together) == 4
     losses = {}
@@ -70,6 +75,12 @@ def test_each_candidate_is_what_finetune_makes_and_the_best_is_chosen(job: Sweep
     assert all(torch.equal(chosen[key], tensor) for key, tensor in together[best].items())
     assert done.standings[0].name == best
     assert (done.folder / "loss.png").stat().st_size > 1000
+    assert done.report == done.folder / "report.html"
+    told = read_json(done.folder / "report.json")
+    assert [r["name"] for r in told["runs"]] == [f"sweep/{s.name}" for s in done.standings]
+    assert {r["eval_loss"] for r in told["runs"]} == set(losses.values())
+    assert told["sweeps"][0]["best"] == f"sweep/{best}"
+    assert told["runs"][0]["total_parameters"] > told["runs"][0]["trainable_parameters"] > 0
 
 
 @pytest.mark.slow
@@ -109,6 +120,69 @@ def test_halving_stops_the_worse_and_keeps_the_best(job: SweepJob) -> None:
     assert done.standings[0].status == "done"
 
 
+class Stopping(NoSweepProgress):
+    """Sends Ctrl-C at one step."""
+
+    def __init__(self, at_step: int) -> None:
+        self.said: list[str] = []
+        self._at_step = at_step
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def step(self, title: str, standings: list[Standing]) -> None:
+        if standings[0].step == self._at_step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_wave_that_was_stopped_goes_on_in_smaller_ones(job: SweepJob) -> None:
+    """Which is what is left to do when memory runs out."""
+    whole = sweep(replace(job, run=replace(job.run, name="whole")))
+    with pytest.raises(Interrupted):
+        sweep(job, Stopping(5))
+    heard = Stopping(0)
+    done = sweep(replace(job, at_once=3, resume=True), heard)
+    assert any("the 4 that were at step 5 go on in parts" in line for line in heard.said)
+    others = adapters(done.folder)
+    for name, tensors in adapters(whole.folder).items():
+        for key, tensor in tensors.items():
+            assert (tensor - others[name][key]).norm() <= 1e-3 * tensor.norm(), (name, key)
+        rows = read_rows(done.folder / "candidates" / name / "metrics.jsonl")
+        assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
+
+
+def test_a_sweep_goes_on_with_as_many_at_once_as_it_began_with(
+    job: SweepJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Interrupted):
+        sweep(replace(job, at_once=3), Stopping(5))
+    heard = Stopping(0)
+    sweep(replace(job, resume=True), heard)  # all four would fit
+    assert any("3 at once, 2 waves" in line for line in heard.said)
+
+
+def test_memory_that_runs_out_names_the_plan_and_smaller_waves(
+    job: SweepJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("lora.sweep_wave.stack_batches", refuse)
+    with pytest.raises(TrainingError) as caught:
+        sweep(job)
+    for words in ("with 4 candidates at once", "GB for each", "--at-once 2", "--micro-batches"):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"standings": []}', '{"standings": [{"name": 1}]}', "{"])
+def test_a_ledger_that_lies_is_refused(job: SweepJob, text: str) -> None:
+    with pytest.raises(Interrupted):
+        sweep(job, Stopping(2))
+    (job.run.out / "sweep" / "sweep.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"sweep\.json"):
+        sweep(replace(job, resume=True))
+
+
 def test_another_grid_is_not_resumed(job: SweepJob) -> None:
     sweep(job)
     changed = replace(job, grid=Grid(rank=(2, 8)), resume=True)
@@ -129,15 +203,53 @@ def test_the_command_refuses_without_a_traceback(
     assert "rank" in capsys.readouterr().err
 
 
+def test_full_fine_tuning_joins_the_sweep_and_is_what_finetune_makes(job: SweepJob) -> None:
+    done, full = sweep_with_full(job, NoSweepProgress(), 2e-3)
+    assert full.standing.settings["learning_rate"] == 2e-3
+    assert full.standing.step == TRAIN.steps
+    assert full.peak_memory_bytes > 1e8
+    alone = finetune(
+        FinetuneJob(
+            data=job.data, model=job.model, lora=None, data_config=DATA,
+            train=replace(TRAIN, learning_rate=2e-3),
+            run=RunConfig(out=job.run.out, name="alone", eval_every_steps=4, samples=0),
+        )
+    )  # fmt: skip
+    file = Path("model") / "model.safetensors"
+    assert (full.folder / file).read_bytes() == (alone.folder / file).read_bytes()
+    before = (full.folder / file).stat().st_mtime_ns
+    _, again = sweep_with_full(replace(job, resume=True), NoSweepProgress(), 2e-3)
+    assert again == full
+    assert (full.folder / file).stat().st_mtime_ns == before
+    ranked = rank([*done.standings, full.standing])
+    losses = [standing.eval_loss for standing in ranked]
+    assert losses == sorted(losses)  # type: ignore[type-var]
+
+
+def test_the_command_shows_full_fine_tuning_in_the_table(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "orders.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in make_orders("train", 32)))
+    words = f"sweep --data {file} --model {tiny_folder} --out {tmp_path} --rank 2,4 --steps 3"
+    assert main([*words.split(), "--max-length", "128", "--name", "run", "--full"]) == 0
+    out = capsys.readouterr().out
+    assert "full fine-tuning" in out
+    assert "│ full │" in out
+    assert main([*words.split(), "--full-learning-rate", "1e-4"]) == 2
+    assert "--full" in capsys.readouterr().err
+
+
 def start(tiny_folder: Path, file: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     words = f"sweep --data {file} --model {tiny_folder} --out {out} --name run --rank 2,4"
-    words += " --learning-rate 5e-3,1e-2 --dropout 0.1 --steps 40 --batch-size 4 --at-once 3"
-    words += " --max-length 128 --eval-every-steps 10 --save-every-steps 5"
+    words += " --learning-rate 5e-3,1e-2 --dropout 0.1 --steps 50 --batch-size 4 --at-once 3"
+    words += " --max-length 128 --eval-every-steps 10 --save-every-steps 3 --device cpu"
     return subprocess.Popen(
         [sys.executable, "-m", "lora", *words.split(), *more],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -146,25 +258,53 @@ def finish(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, said
 
 
+def results(folder: Path) -> dict[str, bytes]:
+    names = ("metrics.jsonl", "sweep.json", "adapter_model.safetensors")
+    files = [path for path in folder.rglob("*") if path.name in names]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(files)}
+
+
+def kill(process: subprocess.Popen[str], run: Path, draw: random.Random, *, in_save: bool) -> str:
+    """Kill some rows of metrics later, or while something is saved; return what was hit."""
+
+    def is_saving() -> bool:
+        return any((run / "checkpoints").glob(".step-*.building"))
+
+    def count_rows() -> int:
+        files = (run / "candidates").glob("*/metrics.jsonl")
+        return sum(file.read_bytes().count(b'"loss"') for file in files)
+
+    begin, target = count_rows(), draw.randrange(4, 30)
+    while process.poll() is None:
+        if in_save and is_saving() and draw.random() < 0.5:
+            break
+        if not in_save and count_rows() not in range(begin - 9, begin + target):
+            break
+        time.sleep(draw.random() * 0.001)
+    hit = "save" if is_saving() else "step"
+    process.kill()
+    process.communicate()
+    return hit if process.returncode == -signal.SIGKILL else "end"
+
+
 @pytest.mark.slow
-def test_kill_9_changes_no_byte(tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("halving", [False, True], ids=["waves", "halving"])
+def test_kill_9_at_eight_random_moments_changes_no_byte(
+    tiny_folder: Path, tmp_path: Path, halving: bool
+) -> None:
+    """One sweep of two waves, killed eight times on its way, four of them in a save."""
+    more = ("--halving",) if halving else ()
     file = tmp_path / "orders.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in make_orders("train", 32)))
-    finish(start(tiny_folder, file, tmp_path / "whole"))
-    out = tmp_path / "killed"
-    for moment, more in ((7, ()), (23, ("--resume",)), (33, ("--resume",))):
-        process = start(tiny_folder, file, out, *more)
-        metrics = out / "run" / "candidates" / "001-rank2-rate0.005" / "metrics.jsonl"
-        while process.poll() is None:
-            if metrics.is_file() and metrics.read_bytes().count(b'"loss"') >= moment:
-                break
-            time.sleep(0.002)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    finish(start(tiny_folder, file, out, "--resume"))
-    names = ("adapter/adapter_model.safetensors", "metrics.jsonl")
-    for folder in sorted((tmp_path / "whole" / "run" / "candidates").iterdir()):
-        for name in names:
-            other = out / "run" / "candidates" / folder.name / name
-            assert other.read_bytes() == (folder / name).read_bytes(), (folder.name, name)
+    finish(start(tiny_folder, file, tmp_path / "whole", *more))
+    out, draw, hits = tmp_path / "killed", random.Random(str(more)), []
+    for number in range(8):
+        process = start(tiny_folder, file, out, *more, *(("--resume",) if number else ()))
+        hits.append(kill(process, out / "run", draw, in_save=number % 2 == 1))
+    finish(start(tiny_folder, file, out, *more, "--resume"))
+    expected = results(tmp_path / "whole" / "run")
+    assert len(expected) == 10, sorted(expected)  # of four candidates, the best and the ledger
+    assert results(out / "run") == expected, hits
+    assert hits.count("save") >= 2, hits
+    assert hits.count("step") >= 2, hits

@@ -149,3 +149,40 @@ def test_bad_input_ends_with_one_message_and_leaves_nothing(
     assert seen in done.stderr
     assert "Traceback" not in done.stderr
     assert not out.exists() or not any(out.iterdir())
+
+
+def test_compare_sets_lora_beside_full_fine_tuning(base: Path, text: Path, tmp_path: Path) -> None:
+    variables = {"BASE_CHECKPOINT": str(base), "DATA_PATH": str(text)}
+    rates = {"COMPARE": "True", "COMPARE_RATES": "5e-3,2e-2", "COMPARE_FULL_RATES": "1e-3,1e-2"}
+    done = run(tmp_path, **variables, **rates)
+    assert done.returncode == 0, done.stderr
+    assert "LoRA against full fine-tuning" in done.stdout
+    folder = tmp_path / "compare-r8"
+    found = json.loads((folder / "compare.json").read_text())
+    lora, full = found["members"]
+    assert (lora["method"], full["method"], found["base"]) == ("lora", "full", "base")
+    assert {t["learning_rate"] for t in full["rates_tried"]} == {1e-3, 1e-2}
+    assert lora["steps"] == full["steps"] == 12
+    assert lora["trainable_parameters"] < full["trainable_parameters"]
+    assert lora["final_eval_loss"] < found["base_eval_loss"]
+    tokens = [
+        [row["tokens"] for row in map(json.loads, path.read_text().splitlines()) if "loss" in row]
+        for path in sorted(folder.glob("members/*/metrics.jsonl"))
+    ]
+    assert tokens[0] == tokens[1] == [64 * n for n in range(1, 13)]
+    rate = str(lora["learning_rate"])
+    alone = run(tmp_path, **variables, USE_LORA="True", LEARNING_RATE=rate)
+    assert alone.returncode == 0, alone.stderr
+    name = "adapter/adapter_model.safetensors"
+    wanted = (tmp_path / "lora-r8" / name).read_bytes()
+    assert (folder / "members" / "lora" / name).read_bytes() == wanted
+
+
+def test_rates_to_compare_want_a_comparison(tmp_path: Path) -> None:
+    done = run(tmp_path, COMPARE_RATES="1e-3")
+    assert done.returncode == 2
+    assert "COMPARE=True" in done.stderr
+    done = run(tmp_path, COMPARE="True", COMPARE_RATES="1e-3,x")
+    assert done.returncode == 2
+    assert "'x'" in done.stderr
+    assert not any(tmp_path.iterdir())

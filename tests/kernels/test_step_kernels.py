@@ -20,6 +20,7 @@ from lora.kernels import (
     merge,
     norm,
     rotary,
+    stacked_adamw,
     swiglu,
     swiglu_codes,
     token_loss,
@@ -312,12 +313,32 @@ def test_dropout_makes_the_same_mask_in_both_twins(draw: torch.Generator) -> Non
     assert_close(fast, plain, 2 * TOLERANCE)
 
 
-def test_adding_low_rank_to_all_blocks(draw: torch.Generator) -> None:
-    b, base, a = random(draw, 2, 70, 16), random(draw, 2, 70, 136), random(draw, 2, 16, 136)
-    plain, fast = torch.zeros_like(base), torch.zeros_like(base)
+@pytest.mark.parametrize("adapters", [1, 3])
+def test_adding_low_rank_to_all_blocks(draw: torch.Generator, adapters: int) -> None:
+    many = 2 * adapters
+    b, base, a = random(draw, many, 70, 16), random(draw, 2, 70, 136), random(draw, many, 16, 136)
+    plain, fast = (base.new_zeros(many, 70, 136) for _ in range(2))
     merge.add_low_rank(base, b, a, plain)
     merge.add_low_rank_triton(base, b, a, fast)
     assert_close(fast, plain)
+
+
+def test_stacked_adamw(draw: torch.Generator) -> None:
+    n, count = 3, 2500
+    values = [torch.randn(n, count, generator=draw).to(DEVICE) for _ in range(2)]
+    moments = [torch.rand(n, count, generator=draw).to(DEVICE) for _ in range(2)]
+    values[1][1] = float("nan")  # of the adapter whose step is not taken
+    control = torch.tensor([[1e-2, 1, 0.5, 1, 0.1], [1e-2, 4, 1, 0, 0], [3e-3, 7, 2, 1, 0.0]])
+    results = []
+    for function in (stacked_adamw.stacked_adamw, stacked_adamw.stacked_adamw_triton):
+        own = [t.clone() for t in (*values, *moments)]
+        function(*own, control.to(DEVICE), adamw.AdamWSettings())
+        for tensor, before in zip(own, (*values, *moments), strict=True):
+            assert torch.equal(tensor[1].nan_to_num(5.0), before[1].nan_to_num(5.0))
+        results.append([own[0], own[2], own[3]])
+    for fast, plain in zip(results[1], results[0], strict=True):
+        assert_close(fast, plain, 1e-5)
+        assert not torch.equal(plain[0], plain[1])
 
 
 @pytest.mark.parametrize(

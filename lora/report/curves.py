@@ -43,7 +43,7 @@ def draw_loss_curves(
         held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
         if trained:
             steps, losses = zip(*trained, strict=True)
-            axes.plot(steps, _smooth(losses), color=colour, alpha=0.3, linewidth=1)
+            axes.plot(steps, smooth(losses), color=colour, alpha=0.3, linewidth=1)
         if held_out:
             steps, losses = zip(*held_out, strict=True)
             label = f"{name}: {losses[-1]:.3f}"
@@ -79,7 +79,8 @@ def parameter_table(counts: ParameterCounts) -> Table:
     return table
 
 
-def _smooth(losses: Sequence[float]) -> list[float]:
+def smooth(losses: Sequence[float]) -> list[float]:
+    """Return a running mean over about a fiftieth of the losses."""
     weight = math.exp(-50 / max(50, len(losses)))
     smoothed, value = [], losses[0]
     for loss in losses:

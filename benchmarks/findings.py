@@ -1,0 +1,381 @@
+"""Does LoRA learn as well as full fine-tuning, each at its own best rate? Which rank, which rate?
+
+    PYTHONPATH=. python benchmarks/findings.py orders rates --device cuda    # a few minutes
+    PYTHONPATH=. python benchmarks/findings.py code shakespeare ranks        # an hour on two cores
+    PYTHONPATH=. python benchmarks/findings.py code --smoke                  # to see that it runs
+
+orders       SmolLM2-135M-Instruct on the order notes of demo.py: three seeds, held-out loss, score
+code         the character GPT from prose to code: three seeds
+shakespeare  the same, to the plays in the folder that LORA_BENCH_DATA names
+ranks        ranks 4, 8, 16 and 32, each at its best rate, on the order notes and on code
+rates        a grid of rates for LoRA and for full fine-tuning on the order notes
+methods      LoRA, full fine-tuning and PEFT on the order notes: time a step, peak memory
+
+Rates are chosen on one seed and on the held-out examples, as many tries for either method. Prints
+one JSON object a line, and writes into --out: QUESTION.jsonl, QUESTION.svg and .png, and all runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from findings_pictures import draw_methods, draw_ranks, draw_rates, draw_sides
+
+from lora.compare import compare
+from lora.compare_contest import short_run, try_one_by_one
+from lora.compare_decoder import DecoderContest, Measures
+from lora.compare_factory import FactoryContest
+from lora.compare_job import CompareConfig, Rates
+from lora.compare_record import Comparison, best_rate, ratios
+from lora.config import DataConfig, RunConfig, TrainConfig
+from lora.data.orders import make_orders
+from lora.progress import NoProgress
+from lora.sweep import sweep
+from lora.sweep_grid import Grid
+from lora.sweep_job import SweepJob
+from models.char_compare import CharFactory
+from models.classic_settings import AUTO, TEST_SIZES, ClassicSettings
+
+DATA = DataConfig(max_length=192, packing=False)
+ORDERS_ROWS, VALIDATION_NOTES, TEST_NOTES = 4, 60, 40
+RANKS, SEEDS = (4, 8, 16, 32), (0, 1, 2)
+GRID_LORA = (2e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2)
+GRID_FULL = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3)
+ORDERS_LORA, ORDERS_FULL = (5e-4, 1e-3, 2e-3, 3e-3, 5e-3), (5e-5, 1e-4, 2e-4, 3e-4, 5e-4)
+CHAR_LORA, CHAR_FULL = (2.5e-3, 3.5e-3, 5e-3, 7e-3, 1e-2), (5e-4, 1e-3, 2e-3, 3e-3, 4e-3)
+RANK_RATES, CHAR_RANK_RATES = (1e-3, 2e-3, 4e-3), (2.5e-3, 5e-3, 1e-2)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is trained."""
+
+    orders_steps: int = 150
+    char_steps: int = 600
+    base_steps: int = 1500
+    notes: int = VALIDATION_NOTES
+    answers: int = TEST_NOTES
+    seeds: tuple[int, ...] = SEEDS
+    most_rates: int = 99
+    ranks: tuple[int, ...] = RANKS
+    is_smoke: bool = False
+
+
+SMOKE = Sizes(3, 20, 60, 4, 2, (0, 1), 2, (4, 8), is_smoke=True)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question, and where and how it is asked."""
+
+    name: str
+    out: Path
+    device: str
+    model: str | None
+    sizes: Sizes
+
+    def rates(self, all_of_them: tuple[float, ...]) -> tuple[float, ...]:
+        """Return the rates to try: those in the middle if only few shall be."""
+        most = self.sizes.most_rates
+        first = max(0, (len(all_of_them) - most) // 2)
+        return all_of_them[first : first + most]
+
+    def run(self, name: str) -> RunConfig:
+        """Return where a run goes; it answers nothing on the way."""
+        return RunConfig(
+            out=self.out / self.name, name=name, device=self.device, samples=2, sample_tokens=60
+        )
+
+
+def main() -> int:
+    """Ask the questions that are named; return the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("questions", nargs="+", choices=sorted(QUESTIONS))
+    parser.add_argument("--out", type=Path, default=Path("runs") / "findings")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda …")
+    parser.add_argument("--model", help="as in lora finetune; left out, SmolLM2-135M-Instruct")
+    parser.add_argument("--smoke", action="store_true", help="few steps, to see that it runs")
+    parser.add_argument("--steps", type=int, help="of each run on the order notes")
+    parser.add_argument("--char-steps", type=int, help="of each run of the character GPT")
+    arguments = parser.parse_args()
+    sizes = SMOKE if arguments.smoke else Sizes()
+    sizes = replace(sizes, orders_steps=arguments.steps or sizes.orders_steps)
+    sizes = replace(sizes, char_steps=arguments.char_steps or sizes.char_steps)
+    for name in arguments.questions:
+        task = Task(name, arguments.out, arguments.device, arguments.model, sizes)
+        ask(task)
+    return 0
+
+
+def ask(task: Task) -> None:
+    """Print and keep what `task` finds, and draw it."""
+    question, draw = QUESTIONS[task.name]
+    task.out.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    out = sys.stdout
+    path = task.out / f"{task.name}.jsonl"
+    with path.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(sys.stderr):
+        for found in question(task):
+            row = {"question": task.name, **found}
+            rows.append(row)
+            line = json.dumps(row)
+            print(line, file=out, flush=True)
+            print(line, file=file, flush=True)
+    if not any("skipped" in row for row in rows):
+        draw(rows, task.out / task.name)
+
+
+# ---- LoRA at its best against full fine-tuning at its best
+
+
+def ask_orders(task: Task) -> Iterator[Row]:
+    """SmolLM2 on the order notes; scores on notes of the test part, which chose nothing."""
+
+    def contest(seed: int) -> DecoderContest:
+        return orders_contest(task, seed)
+
+    train = orders_train(task.sizes.orders_steps)
+    yield from both_sides(task, contest, train, (ORDERS_LORA, ORDERS_FULL))
+
+
+def ask_code(task: Task) -> Iterator[Row]:
+    """The character GPT from prose to the source of Python's library."""
+    yield from char_sides(task, "")
+
+
+def ask_shakespeare(task: Task) -> Iterator[Row]:
+    """The character GPT from prose to Shakespeare's plays."""
+    folder = os.environ.get("LORA_BENCH_DATA")
+    text = Path(folder or ".") / "tiny_shakespeare.txt"
+    if not folder or not text.is_file():
+        yield {"skipped": "LORA_BENCH_DATA names no folder with tiny_shakespeare.txt"}
+        return
+    yield from char_sides(task, str(text))
+
+
+def char_sides(task: Task, data_path: str) -> Iterator[Row]:
+    """Both sides of the character GPT on one text."""
+    settings, base = char_base(task, data_path)
+
+    def contest(seed: int) -> FactoryContest:
+        return FactoryContest(CharFactory(replace(settings, seed=seed), base))
+
+    yield from both_sides(task, contest, char_train(settings), (CHAR_LORA, CHAR_FULL))
+
+
+def both_sides(
+    task: Task,
+    contest: Callable[[int], Any],
+    train: TrainConfig,
+    tries: tuple[tuple[float, ...], tuple[float, ...]],
+) -> Iterator[Row]:
+    """Choose each side's rate on the first seed, then train both sides with every seed."""
+    first, *others = task.sizes.seeds
+    rates = Rates(task.rates(tries[0]), task.rates(tries[1]), rate_steps=train.steps)
+    config = CompareConfig(
+        train=replace(train, seed=first), run=task.run(f"seed{first}"), rates=rates, isolated=False
+    )
+    found = compare(contest(first), config).comparison
+    for member in found.members:
+        for tried in member.rates_tried:
+            yield {"kind": "rate", "method": member.method, "seed": first, **asdict(tried)}
+    yield from member_rows(found)
+    lora, full = found.members
+    for seed in others:
+        config = CompareConfig(
+            train=replace(train, seed=seed, learning_rate=lora.learning_rate),
+            run=task.run(f"seed{seed}"),
+            rates=Rates(full_learning_rate=full.learning_rate),
+            isolated=False,
+        )
+        yield from member_rows(compare(contest(seed), config).comparison)
+
+
+def member_rows(found: Comparison) -> Iterator[Row]:
+    """Yield a row for each member of a comparison."""
+    for member in found.members:
+        kept = asdict(member)
+        for name in ("samples", "rates_tried", "folder", "name", "rate_chosen"):
+            del kept[name]
+        yield {
+            "kind": "member",
+            "base": found.base,
+            "device": found.device,
+            "seed": found.seed,
+            "eval_loss_before": found.base_eval_loss,
+            **kept,
+        }
+
+
+def ask_methods(task: Task) -> Iterator[Row]:
+    """LoRA, full fine-tuning and PEFT, each a process of its own: time and memory."""
+    found = compare(
+        orders_contest(task, 0),
+        CompareConfig(
+            train=replace(orders_train(task.sizes.orders_steps), learning_rate=2e-3),
+            run=task.run("run"),
+            rates=Rates(full_learning_rate=2e-4),
+            methods=("lora", "full", "peft"),
+        ),
+    ).comparison
+    yield from member_rows(found)
+    for one in ratios(found):
+        yield {"kind": "ratios", **asdict(one)}
+
+
+# ---- which rank
+
+
+def ask_ranks(task: Task) -> Iterator[Row]:
+    """Each rank at the best of a few rates, on the order notes and on code."""
+    sizes = task.sizes
+    grid = Grid(
+        rank=sizes.ranks, learning_rate=task.rates(RANK_RATES), alpha=("2r",), seed=sizes.seeds
+    )
+    for row in swept(task, "orders", grid):
+        yield {"task": "orders", **row}
+    settings, base = char_base(task, "")
+    for rank in sizes.ranks:
+        own = replace(settings, lora_rank=rank, lora_alpha=2.0 * rank)
+        for row in char_rank(task, own, base):
+            yield {"task": "code", "rank": rank, **row}
+
+
+def char_rank(task: Task, settings: ClassicSettings, base: Path) -> Iterator[Row]:
+    """Choose the rank's rate on the first seed, then train the other seeds with it."""
+    first, *others = task.sizes.seeds
+    train, rank = char_train(settings), settings.lora_rank
+    tried = char_tries(task, settings, base, first, task.rates(CHAR_RANK_RATES), train)
+    for one in tried:
+        yield {"seed": first, **asdict(one)}
+    best = best_rate(tried)
+    for seed in others if best is not None else ():
+        own = replace(settings, lora_rank=rank)
+        for one in char_tries(task, own, base, seed, (best,), train):
+            yield {"seed": seed, **asdict(one)}
+
+
+def char_tries(
+    task: Task,
+    settings: ClassicSettings,
+    base: Path,
+    seed: int,
+    rates: tuple[float, ...],
+    train: TrainConfig,
+) -> list[Any]:
+    """Return the held-out loss of LoRA on the character GPT at each rate."""
+    contest = FactoryContest(CharFactory(replace(settings, seed=seed), base))
+    run = task.run("x")
+    run = replace(run, out=run.out / f"code-rank{settings.lora_rank}-seed{seed}")
+    config = replace(train, seed=seed)
+    return try_one_by_one(contest.run_member, "lora", rates, config, run, NoProgress())
+
+
+# ---- which rate
+
+
+def ask_rates(task: Task) -> Iterator[Row]:
+    """A grid of rates for both methods on the order notes."""
+    sizes = task.sizes
+    grid = Grid(rank=(8,), learning_rate=task.rates(GRID_LORA), seed=sizes.seeds)
+    for row in swept(task, "lora", grid):
+        yield {"method": "lora", **row}
+    train = orders_train(sizes.orders_steps)
+    for seed in sizes.seeds:
+        run = task.run("x")
+        run = replace(run, out=run.out / f"full-seed{seed}")
+        contest, config = orders_contest(task, 0), replace(train, seed=seed)
+        rates = task.rates(GRID_FULL)
+        for tried in try_one_by_one(contest.run_member, "full", rates, config, run, NoProgress()):
+            yield {"method": "full", "rank": None, "seed": seed, **asdict(tried)}
+
+
+# ---- what the questions share
+
+
+def orders_train(steps: int) -> TrainConfig:
+    """Return the training on order notes, each of which is seen once."""
+    return TrainConfig(steps=steps, batch_size=ORDERS_ROWS)
+
+
+def orders_contest(task: Task, seed: int) -> DecoderContest:
+    """Return SmolLM2 and its notes: validation notes choose, test notes are scored."""
+    sizes = task.sizes
+    measures = Measures(
+        metric="json-fields",
+        test_data=make_orders("test", sizes.answers),
+        answers=sizes.answers,
+        answer_tokens=60,
+    )
+    return DecoderContest(
+        data=make_orders("train", sizes.orders_steps * ORDERS_ROWS, seed),
+        model=task.model,
+        eval_data=make_orders("validation", sizes.notes),
+        data_config=DATA,
+        measures=measures,
+    )
+
+
+def swept(task: Task, name: str, grid: Grid) -> Iterator[Row]:
+    """Yield the held-out loss of each candidate of one sweep on the order notes."""
+    contest, train = orders_contest(task, 0), orders_train(task.sizes.orders_steps)
+    job = SweepJob(
+        data=contest.data,
+        grid=grid,
+        model=task.model,
+        eval_data=contest.eval_data,
+        train=train,
+        data_config=DATA,
+        run=short_run(task.run(name), name, train.steps),
+    )
+    for standing in sweep(job).standings:
+        kept = {key: standing.settings[key] for key in ("rank", "learning_rate", "seed")}
+        yield {**kept, "eval_loss": standing.eval_loss if standing.status == "done" else None}
+
+
+def char_base(task: Task, data_path: str) -> tuple[ClassicSettings, Path]:
+    """Return the settings of the character GPT, and its base: prose learned from random weights."""
+    from lora.device import choose_device
+    from training import find_base
+
+    sizes = task.sizes
+    small = {k: v for k, v in TEST_SIZES.items() if sizes.is_smoke and not k.endswith("steps")}
+    settings = ClassicSettings(
+        use_lora=True,
+        data_path=data_path,
+        base_checkpoint=AUTO,
+        output_dir=str(task.out / task.name),
+        base_steps=sizes.base_steps,
+        max_steps=sizes.char_steps,
+        device=task.device,
+        **small,
+    )
+    return settings, find_base(settings, choose_device(task.device, settings.precision))
+
+
+def char_train(settings: ClassicSettings) -> TrainConfig:
+    """Return the training that both sides share; a rate comes with each run."""
+    return replace(settings.train_config(), learning_rate=None)
+
+
+QUESTIONS: dict[str, tuple[Callable[[Task], Iterator[Row]], Callable[[list[Row], Path], None]]] = {
+    "orders": (ask_orders, draw_sides),
+    "code": (ask_code, draw_sides),
+    "shakespeare": (ask_shakespeare, draw_sides),
+    "ranks": (ask_ranks, draw_ranks),
+    "rates": (ask_rates, draw_rates),
+    "methods": (ask_methods, draw_methods),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""Candidates of a sweep trained together, beside one after another: ours and PEFT's.
+
+    python benchmarks/sweep_speed.py --cases S                     # two cores, a minute
+    python benchmarks/sweep_speed.py --cases 135M-1x512 1B-1x512 8B-memory
+    python benchmarks/sweep_speed.py --out benchmarks/results/sweep_speed_h200.jsonl
+
+Each cell is a process of its own; a line of JSON each. `together` trains K candidates through the
+step that `lora sweep` takes, `one` trains one through the step that `lora finetune` takes, both
+with the real loader and reading every loss; `peft` is PEFT's step for one, whose runs one after
+another take K times as long. Times are medians. Random Llama-shaped weights, random tokens, rank
+16 on all linears (the character GPT: rank 8, embeddings train too). `8B-memory` holds the peak of
+eight candidates against the plan, and against the base and eight times what one adds to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from cpu_step import CASES as CHAR_CASES
+from cpu_step import char_batch, char_step
+from gpu_peers import peft
+from gpu_step import Shape, build_empty, build_model, build_stream
+
+from lora.apply import apply_lora
+from lora.apply_stacked import apply_stacked
+from lora.config import LoRAConfig, TrainConfig
+from lora.device import choose_device
+from lora.fast.choose import choose_steps
+from lora.fast.memory import fast_memory, stacked_memory
+from lora.stacked_fast_training import build_training
+from lora.stacked_losses import stack_batches
+from lora.stacked_training import StackedTraining, stacked_loss_sums
+from models.bigram_lm_v2 import BigramLanguageModel
+from models.bigram_lm_v2_lora import EMBEDDINGS
+
+RANK, WARM_UP, TIMED = 16, 8, 40
+TOGETHER = (1, 2, 4, 8)
+GPU_CASES = {
+    "135M-1x512": Shape(576, 30, 9, 3, 1536, 49152, 1, 512),
+    "1B-1x512": Shape(2048, 16, 32, 8, 8192, 128256, 1, 512),
+}
+SHAPE_8B = Shape(4096, 32, 32, 8, 14336, 128256, 1, 512, tied=False)
+CASES = ("S", *GPU_CASES, "8B-memory")
+
+
+def median_ms(step: Callable[[], None], warm_up: int, timed: int) -> float:
+    """Return the median of `timed` calls, milliseconds."""
+    seconds = []
+    for _ in range(warm_up + timed):
+        began_s = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - began_s)
+    return 1000 * statistics.median(seconds[warm_up:])
+
+
+def loras(n: int, rank: int = RANK, **settings: Any) -> list[LoRAConfig]:
+    """Return the candidates' adapters: each with its seed."""
+    return [LoRAConfig(rank=rank, alpha=2.0 * rank, init_seed=k, **settings) for k in range(n)]
+
+
+def configs(n: int) -> tuple[list[TrainConfig], list[float]]:
+    """Return the candidates' training and their rates, which differ."""
+    return [TrainConfig(steps=1000, seed=k) for k in range(n)], [1e-4 * (1 + k) for k in range(n)]
+
+
+def gpu_together(shape: Shape, n: int) -> dict[str, Any]:
+    """Return what a step of `n` candidates takes, through the sweep's step and loader."""
+    choice = choose_device("cuda")
+    model = build_model(shape, torch.bfloat16)
+    said: list[str] = []
+    stacked = apply_stacked(model, loras(n), range(n))
+    training = build_training(model, stacked, *configs(n), choice, say=said.append)
+    streams = [build_stream(shape, training.batch_device, packed=False) for _ in range(n)]
+    losses: list[list[float]] = []
+    for k, stream in enumerate(streams):  # each its own rows
+        stream.load_state_dict({**stream.state_dict(), "row": k})
+
+    def step() -> None:
+        training.launch([stack_batches([next(stream) for stream in streams])])
+        losses.extend(training.finished(wait=False))
+
+    began_s = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    start_s = time.perf_counter() - began_s
+    found = {"step_ms": median_ms(step, WARM_UP, TIMED), "start_s": start_s, "step": said[0]}
+    losses.extend(training.finished(wait=True))
+    assert not training.failures, training.failures
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    return {**found, "peak_gb": peak, "losses": [round(loss, 3) for loss in losses[-1]]}
+
+
+def gpu_one(shape: Shape) -> dict[str, Any]:
+    """Return what a step of one run takes, through finetune's step and loader."""
+    choice = choose_device("cuda")
+    model = apply_lora(build_model(shape, torch.bfloat16), loras(1)[0])
+    said: list[str] = []
+    steps = choose_steps(model, choice, TrainConfig(steps=1000), say=said.append)
+    assert steps is not None
+    stream, done = build_stream(shape, "cpu", packed=False), 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        steps.launch(done, [next(stream)], 1e-4)
+        steps.finished(wait=False)
+
+    found = {"step_ms": median_ms(step, WARM_UP, TIMED), "step": said[0]}
+    return {**found, "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+
+
+def gpu_peft(shape: Shape) -> dict[str, Any]:
+    """Return what a step of PEFT takes."""
+    found = peft(shape, RANK)
+    return {"step_ms": found["step_ms"], "peak_gb": found["peak_gb"]}
+
+
+def memory_8b(n: int) -> dict[str, Any]:
+    """Return the peak of `n` candidates on the 8B shape beside what is planned and allowed."""
+    rows, tokens = SHAPE_8B.rows, SHAPE_8B.tokens
+    empty = build_empty(SHAPE_8B).bfloat16()
+    planned = stacked_memory(empty.config, loras(n), rows, tokens, packed=False).total
+    base = 2 * sum(p.numel() for p in empty.parameters())
+    adapted: Any = apply_lora(empty, loras(1)[0])
+    adds = fast_memory(adapted, rows, tokens, packed=False).total - base
+    allowed = base + n * adds
+    bytes_of = {"base": base, "one_adds": adds, "allowed": allowed, "planned": planned}
+    found = gpu_together(SHAPE_8B, n)
+    return {**found, **{f"{name}_gb": value / 1e9 for name, value in bytes_of.items()}}
+
+
+def cpu_together(n: int) -> dict[str, Any]:
+    """Return what a step of `n` candidates on the character GPT takes."""
+    case = CHAR_CASES["S"]
+    torch.manual_seed(0)
+    model = BigramLanguageModel(96, case.width, 4, case.layers, case.tokens)
+    adapters = loras(n, rank=case.rank, modules_to_save=EMBEDDINGS)
+    stacked = apply_stacked(model, adapters, range(n))
+    stacked.stack.rows_each = case.rows
+
+    def loss_fn(model: Any, batch: Any) -> Any:
+        return stacked_loss_sums(model(batch[0])[0], batch[1], n)
+
+    training = StackedTraining(model, stacked, loss_fn, *configs(n))
+    inputs, targets = char_batch(case)
+    batch = inputs.repeat(n, 1), targets.repeat(n, 1)
+    return {"step_ms": median_ms(lambda: training.step([batch]) and None, 50, 300)}
+
+
+def cpu_one() -> dict[str, Any]:
+    """Return what a step of one run on the character GPT takes, as cpu_step.py's `ours`."""
+    return {"step_ms": median_ms(char_step(CHAR_CASES["S"], "ours"), 50, 300)}
+
+
+def cpu_peft() -> dict[str, Any]:
+    """Return what a step of PEFT on the character GPT takes."""
+    return {"step_ms": median_ms(char_step(CHAR_CASES["S"], "peft"), 50, 300)}
+
+
+def run_child(case: str, cell: str) -> dict[str, Any]:
+    """Return the row of one cell, measured in this process."""
+    kind, _, number = cell.partition("-")
+    where: dict[str, Any] = {"case": case, "cell": cell}
+    if case == "S":
+        one = {"one": cpu_one, "peft": cpu_peft}
+        found = one[kind]() if kind in one else cpu_together(int(number))
+        where |= {"hardware": "two CPU cores", "threads": torch.get_num_threads()}
+    elif case == "8B-memory":
+        found = memory_8b(int(number))
+    else:
+        on_gpu = {"one": gpu_one, "peft": gpu_peft}
+        shape = GPU_CASES[case]
+        found = on_gpu[kind](shape) if kind in on_gpu else gpu_together(shape, int(number))
+    if case != "S":
+        where["hardware"] = f"one {torch.cuda.get_device_name()}"
+    rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}
+    return {**where, "torch": torch.__version__, **rounded}
+
+
+def cells_of(case: str) -> list[str]:
+    """Return the names of a case's cells."""
+    if case == "8B-memory":
+        return ["together-8"]
+    return ["one", *(f"together-{n}" for n in TOGETHER), "peft"]
+
+
+def compared(rows: list[dict[str, Any]]) -> list[str]:
+    """Return what the rows of each case say of the ratios that count."""
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        ms = {r["cell"]: r["step_ms"] for r in rows if r["case"] == case and "step_ms" in r}
+        for n in TOGETHER:
+            together = ms.get(f"together-{n}")
+            if together is None or "one" not in ms:
+                continue
+            text = f"{case}: {n} together {together:.2f} ms, {together / ms['one']:.2f}x one; "
+            text += f"{n * ms['one'] / together:.2f}x faster than one after another"
+            if "peft" in ms:
+                text += f", {n * ms['peft'] / together:.1f}x faster than PEFT's {n}"
+            lines.append(text)
+    return lines
+
+
+def main() -> int:
+    """Measure each cell in a process of its own; print JSON lines, then what they say."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["S"])
+    parser.add_argument("--cells", nargs="+", help="of them, such as one together-4 peft")
+    parser.add_argument("--out", type=Path, help="also append the lines to this file")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(run_child(*arguments.child)), flush=True)
+        return 0
+    rows = []
+    for case in arguments.cases:
+        for cell in cells_of(case):
+            if arguments.cells and cell not in arguments.cells:
+                continue
+            line = _in_process(case, cell)
+            print(line, flush=True)
+            rows.append(json.loads(line))
+            if arguments.out:
+                with arguments.out.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+    print("\n".join(compared(rows)), file=sys.stderr)
+    return 0
+
+
+def _in_process(case: str, cell: str) -> str:
+    command = [sys.executable, __file__, "--child", case, cell]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        failed = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return json.dumps({"case": case, "cell": cell, "failed": failed[:300]})
+    return lines[-1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

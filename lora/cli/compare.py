@@ -1,0 +1,154 @@
+"""`lora compare`: LoRA beside full fine-tuning, with the same measures."""
+
+from __future__ import annotations
+
+import json as json_format
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from lora.compare_decoder import Measures, Metric
+from lora.compare_job import CompareConfig, Rates
+from lora.compare_record import COMPARE_FILE, Method, Same
+from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.errors import ConfigError
+from lora.runs import read_json
+
+if TYPE_CHECKING:
+    from lora.compare import CompareResult
+
+Flat = Parameter(name="*")
+
+
+@dataclass(frozen=True)
+class AskedMeasures:
+    """What is measured besides speed, memory and held-out loss."""
+
+    forgetting_data: Path | None = None
+    """Another text than the one that is learned, whose loss is measured before and after; left out,
+    prose that every Python has."""
+    metric: Metric = Measures.metric
+    """Score of answers: exact-match, or json-fields (those of a JSON object that are right)."""
+    test_data: Path | None = None
+    """Examples that are answered for the metric; left out, the held-out ones."""
+    answers: int = Measures.answers
+    """At most so many of them are answered."""
+    answer_tokens: int = Measures.answer_tokens
+    """Most tokens of such an answer."""
+
+
+@dataclass(frozen=True)
+class CompareRun:
+    """Where the results go and how often the members are measured."""
+
+    out: Path = RunConfig.out
+    """Folder that holds the runs."""
+    name: str | None = RunConfig.name
+    """Name of this comparison's folder; left out, one from the date and the model."""
+    eval_every_steps: int = RunConfig.eval_every_steps
+    """Steps between evaluations; 0 makes at most ten, at least ten steps apart."""
+    save_every_steps: int = RunConfig.save_every_steps
+    """Steps between checkpoints; 0 saves at each evaluation. They go when a member is done."""
+    samples: int = RunConfig.samples
+    """Held-out prompts that the base and each member answer, greedily; 0: none."""
+    sample_tokens: int = RunConfig.sample_tokens
+    """Most tokens of such an answer."""
+    device: str = RunConfig.device
+    """auto, cpu, cuda, cuda:1 …"""
+    fast: bool = RunConfig.fast
+    """Take the fast step where it can train the model; false always takes the plain one."""
+
+
+def compare(
+    *,
+    data: Path,
+    model: str | None = None,
+    eval_data: Path | None = None,
+    same: Same = CompareConfig.same,
+    peft: bool = False,
+    resume: bool = False,
+    report: bool = True,
+    json: bool = False,
+    rates: Annotated[Rates | None, Flat] = None,
+    measures: Annotated[AskedMeasures | None, Flat] = None,
+    lora: Annotated[LoRAConfig | None, Flat] = None,
+    train: Annotated[TrainConfig | None, Flat] = None,
+    data_config: Annotated[DataConfig | None, Flat] = None,
+    run: Annotated[CompareRun | None, Flat] = None,
+) -> int:
+    """Train through LoRA and train all weights, from the same base on the same batches.
+
+    Examples:
+
+        lora compare --data orders.jsonl
+        lora compare --data orders.jsonl --rates 3e-4,1e-3,3e-3 --metric json-fields --peft
+        lora compare --data orders.jsonl --same time --name fair
+        lora compare --data orders.jsonl --same time --name fair --resume
+
+    Each member is a process of its own, so that its peak of memory is its own. Measured are time,
+    memory, bytes, held-out loss, loss on another text, answers, and a metric if one is named.
+
+    Parameters
+    ----------
+    data
+        File or folder of examples.
+    model
+        As in lora finetune; left out, SmolLM2-135M-Instruct.
+    eval_data
+        Examples to measure on; left out, some of the data are held out.
+    same
+        What the members share: steps, or time (as many steps as LoRA's time in steps holds).
+    peft
+        Also LoRA by PEFT, on transformers' model.
+    resume
+        Go on with the comparison called --name: what is done stays, what was under way goes on.
+    report
+        Write report.html, report.json and pictures into the comparison's folder at the end.
+    json
+        Print the result as one JSON object.
+    """
+    from lora.compare import compare as run_comparison
+    from lora.compare_decoder import DecoderContest
+    from lora.progress import RichProgress
+
+    if resume and (run is None or run.name is None):
+        raise ConfigError("--resume was given without --name: name the comparison to go on with.")
+    contest = DecoderContest(
+        data=data,
+        model=model,
+        eval_data=eval_data,
+        lora=lora or LoRAConfig(),
+        data_config=data_config or DataConfig(),
+        measures=Measures(**vars(measures or AskedMeasures())),
+    )
+    methods: tuple[Method, ...] = ("lora", "full", "peft") if peft else ("lora", "full")
+    config = CompareConfig(
+        train=train or TrainConfig(),
+        run=RunConfig(**vars(run or CompareRun())),
+        rates=rates or Rates(),
+        methods=methods,
+        same=same,
+        resume=resume,
+        report=report,
+    )
+    done = run_comparison(contest, config, RichProgress)  # told on standard error
+    return _report(done, json)
+
+
+def _report(done: CompareResult, json: bool) -> int:
+    if json:
+        found = read_json(done.folder / COMPARE_FILE)
+        page = None if done.report is None else str(done.report)
+        print(json_format.dumps({"folder": str(done.folder), "report": page, **found}))
+        return 0
+    from rich.console import Console
+
+    from lora.compare_table import print_comparison
+
+    print_comparison(done.comparison, Console(highlight=False))
+    print(f"all of it: {done.folder}")
+    if done.report is not None:
+        print(f"report: {done.report}")
+    return 0

@@ -1,0 +1,208 @@
+"""The pictures of a report: what each shows, and what a reader who cannot see it is told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora.report.canvas import (
+    LINE_STYLES,
+    SERIES,
+    Canvas,
+    Curve,
+    draw_bars,
+    draw_curves,
+    draw_ranks,
+    draw_rates,
+)
+from lora.report.numbers import loss_text, short, size_text
+from lora.report.records import METHOD_NAMES, ComparisonRecord, Report, RunRecord, SweepRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_CURVES = len(SERIES)
+MOST_PALE = 60
+"""Further runs, drawn pale and without a name."""
+MOST_BARS = 8
+MINUTE_S, HOUR_S = 60.0, 3600.0
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One drawing."""
+
+    name: str
+    """Of its file; unique in the report."""
+    caption: str
+    alt: str
+    """What it shows, for who cannot see it."""
+    draw: Callable[[], Figure]
+
+
+def loss_pictures(report: Report) -> list[Picture]:
+    """Return held-out loss against steps, and against time where it is known."""
+    named, pale = choose_curves(report.runs)
+    if not named and not pale:
+        return []
+    shown = [_curve(run, number, by_time=False) for number, run in enumerate(named)]
+    faint = [_curve(run, None, by_time=False) for run in pale[:MOST_PALE]]
+    ends = "; ".join(f"{run.name} ends at {loss_text(run.eval_loss)}" for run in named)
+    left_out = f" The best {len(named)} are named, the others grey." if pale else ""
+    told = f"Dots are evaluations, pale lines the training loss.{left_out}"
+    pictures = [
+        Picture(
+            "loss_by_steps",
+            f"Held-out loss against steps. {told}",
+            f"Held-out loss against optimizer steps: {ends}.",
+            lambda: draw_curves(shown, faint, "optimizer steps"),
+        )
+    ]
+    timed = [run for run in named if run.held_out[-1].time_s is not None]
+    if timed:
+        seconds = max(run.held_out[-1].time_s or 0.0 for run in timed)
+        unit, divisor = time_unit(seconds)
+        by_time = [
+            _curve(run, number, by_time=True, divisor=divisor)
+            for number, run in enumerate(named)
+            if run in timed
+        ]
+        lasted = "; ".join(
+            f"{run.name} takes {short(run.held_out[-1].time_s or 0.0, 3)} s" for run in timed
+        )
+        pictures.append(
+            Picture(
+                "loss_by_time",
+                f"Held-out loss against {unit} spent in steps; evaluations and saves left out.",
+                f"Held-out loss against time in steps: {lasted}.",
+                lambda: draw_curves(by_time, [], f"{unit} in steps"),
+            )
+        )
+    return pictures
+
+
+def choose_curves(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list[RunRecord]]:
+    """Return the runs to name in a picture, and those to draw pale.
+
+    Runs that stand alone come first, then members, then candidates (which have no times of their
+    own) by their loss at the end.
+    """
+    measured = [run for run in runs if run.held_out]
+    if len(measured) <= MOST_CURVES:
+        return measured, []
+    alone = [run for run in measured if not run.group]
+    grouped = sorted((run for run in measured if run.group), key=_place)
+    ranked = [*alone, *grouped]
+    return ranked[:MOST_CURVES], ranked[MOST_CURVES:]
+
+
+def _place(run: RunRecord) -> tuple[bool, bool, bool, float]:
+    loss = math.inf if run.eval_loss is None else run.eval_loss
+    return run.step_s is None, run.status == "failed", run.status == "stopped", loss
+
+
+def sweep_pictures(sweep: SweepRecord, number: int) -> list[Picture]:
+    """Return rank against loss and rate against loss, where several were tried."""
+    pictures = []
+    ranks = sorted({tried.rank for tried in sweep.tried})
+    suffix = "" if number == 1 else f"_{number}"
+    spot = sweep.sweet_spot
+    if spot is not None:
+        pictures.append(
+            Picture(
+                f"rank{suffix}",
+                "Best held-out loss at the end, by rank. The band is what counts as noise: "
+                f"{spot.noise_from}. Small dots are other learning rates "
+                "(far worse ones are left out).",
+                f"Held-out loss by rank: the best is rank {spot.best_rank} with "
+                f"{loss_text(spot.best_loss)}; rank {spot.rank} with {loss_text(spot.loss)} is the "
+                "smallest within noise of it.",
+                lambda: draw_ranks(sweep.tried, spot),
+            )
+        )
+    if len({tried.learning_rate for tried in sweep.tried}) > 1:
+        lines = []
+        for place, rank in enumerate(ranks):
+            points = [(t.learning_rate, t.loss) for t in sweep.tried if t.rank == rank]
+            lines.append(Curve(f"rank {rank}", points, place))
+        pictures.append(_rate_picture(f"rate{suffix}", lines[-MOST_CURVES:], sweep.base_eval_loss))
+    return pictures
+
+
+def comparison_pictures(report: Report, comparison: ComparisonRecord, number: int) -> list[Picture]:
+    """Return rate against loss of each member whose rates were tried."""
+    lines: list[Curve] = []
+    for member in comparison.members:
+        points = [
+            (tried.learning_rate, tried.eval_loss)
+            for tried in member.rates_tried
+            if tried.eval_loss is not None
+        ]
+        method = report.run(member.run).method
+        if len(points) > 1 and method != "peft":  # PEFT's member has LoRA's rate
+            lines.append(Curve(METHOD_NAMES[method], points, len(lines)))
+    if not lines:
+        return []
+    suffix = "" if number == 1 else f"_{number}"
+    return [_rate_picture(f"rates_tried{suffix}", lines, comparison.base_eval_loss)]
+
+
+def memory_picture(report: Report) -> Picture | None:
+    """Return planned memory by part as bars, with a mark where it was measured."""
+    runs = [run for run in report.runs if run.memory is not None][:MOST_BARS]
+    if not runs:
+        return None
+    bars = [(run.label, run.memory) for run in runs if run.memory is not None]
+    told = "; ".join(
+        f"{run.name}: {size_text(run.memory.planned_total)} planned, "
+        f"{size_text(run.memory.measured)} measured"
+        for run in runs
+        if run.memory is not None
+    )
+    return Picture(
+        "memory",
+        "Memory planned before the weights were read, by part; the dark line is the peak that was "
+        "measured.",
+        f"Memory: {told}.",
+        lambda: draw_bars(bars),
+    )
+
+
+def time_unit(seconds: float) -> tuple[str, float]:
+    """Return the unit that suits a span of time, and its seconds."""
+    if seconds > 3 * HOUR_S:
+        return "hours", HOUR_S
+    return ("minutes", MINUTE_S) if seconds > 5 * MINUTE_S else ("seconds", 1.0)
+
+
+def _rate_picture(name: str, lines: list[Curve], base_loss: float | None) -> Picture:
+    best = [min(line.points, key=lambda point: point[1]) for line in lines if line.points]
+    told = "; ".join(
+        f"{line.label} is best at {short(rate)} with {loss_text(loss)}"
+        for line, (rate, loss) in zip(lines, best, strict=True)
+    )
+    return Picture(
+        name,
+        "Held-out loss at the end, by learning rate. Rings mark the best; triangles at the top "
+        "edge lie above the loss before training.",
+        f"Held-out loss by learning rate: {told}.",
+        lambda: draw_rates(lines, base_loss),
+    )
+
+
+def _curve(run: RunRecord, number: int | None, *, by_time: bool, divisor: float = 1.0) -> Curve:
+    def points(given: Sequence[object]) -> list[tuple[float, float]]:
+        found = []
+        for point in given:
+            at = point.time_s if by_time else point.step  # type: ignore[attr-defined]
+            loss = point.loss  # type: ignore[attr-defined]
+            if at is not None and math.isfinite(loss):
+                found.append((at / divisor, loss))
+        return found
+
+    return Curve(run.label, points(run.held_out), number, points(run.training))
+
+
+__all__ = ["LINE_STYLES", "Canvas", "Picture"]

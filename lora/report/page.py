@@ -1,0 +1,274 @@
+"""The page: one file with everything in it, for a screen by day and night, a telephone, paper."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from lora.report import tables
+from lora.report.canvas import LINE_STYLES, SERIES
+from lora.report.figures import MOST_BARS, choose_curves
+from lora.report.numbers import count_text, loss_text, short, size_text, time_text
+from lora.report.records import (
+    METHOD_NAMES,
+    ComparisonRecord,
+    Report,
+    RunRecord,
+    Sample,
+    SweepRecord,
+)
+
+TEMPLATE = "page.html.jinja"
+STYLE = "page.css"
+MOST_COLUMNS = 6
+"""Runs that stand side by side in a table of settings."""
+MOST_PROMPTS, MOST_ANSWERS = 6, 8
+_DASHES = ("", "7 3", "7 3 2 3", "2 3", "6 2", "2 2")
+"""The line styles of the pictures, as SVG has them."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture that is ready to be put into the page."""
+
+    name: str
+    caption: str
+    svg: str
+    """Made by us: not escaped."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Who said what."""
+
+    who: str
+    text: str
+    is_expected: bool
+    is_cut: bool
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt and what was answered."""
+
+    prompt: str
+    expected: str | None
+    answers: tuple[Answer, ...]
+
+
+def build_page(report: Report, drawn: dict[str, list[Drawn]]) -> str:
+    """Return the page; `drawn` has the pictures by section: loss, memory, and each group's name.
+
+    Everything that comes from files is escaped.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_read),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    page: str = environment.get_template(TEMPLATE).render(
+        report=report,
+        style=_read(STYLE),
+        icon=base64.b64encode(_ICON.encode()).decode(),
+        drawn=drawn,
+        series=list(zip(SERIES, _DASHES, strict=True)),
+        findings=find_findings(report),
+        facts=find_facts(report),
+        runs_table=tables.runs_table(report, find_keys(report)),
+        ratios_table=tables.ratios_table(report),
+        sweeps=[(s, tables.dropped_table(report.group(s.name))) for s in report.sweeps],
+        comparisons=[(c, tables.members_table(report, c)) for c in report.comparisons],
+        describe_sweep=describe_sweep,
+        describe_comparison=describe_comparison,
+        asked=find_asked(report),
+        memory_table=tables.memory_table(report, MOST_BARS),
+        differing=tables.differing_table(report, MOST_COLUMNS),
+        settings=tables.facts_table("setting", [run.settings for run in report.runs]),
+        data=tables.facts_table("data", [run.data for run in report.runs]),
+        machine=tables.facts_table("machine", [_machine(run) for run in report.runs]),
+        commands=find_commands(report),
+        warnings=list(dict.fromkeys(note for run in report.runs for note in run.notes)),
+    )
+    return page
+
+
+def find_keys(report: Report) -> dict[str, int]:
+    """Return the number of the colour and style that each named run has in the pictures."""
+    return {run.name: number for number, run in enumerate(choose_curves(report.runs)[0])}
+
+
+def find_findings(report: Report) -> list[str]:
+    """Return what a hurried reader takes away, in sentences."""
+    found = [text for one in report.ratios if (text := tables.describe_ratios(report, one))]
+    found += [text for sweep in report.sweeps if (text := _sweep_finding(report, sweep))]
+    alone = [run for run in report.runs if not run.group]
+    if len(alone) == 1 or not found:
+        named = len(report.runs) > 1
+        found += [f"{run.name}: {_run_finding(run)}" if named else _run_finding(run)
+                  for run in alone[:3]]  # fmt: skip
+    return found
+
+
+def _run_finding(run: RunRecord) -> str:
+    if not run.held_out:
+        return "Nothing has been measured yet."
+    first, last = run.held_out[0], run.held_out[-1]
+    took = f" and {time_text(run.train_s)}" if run.train_s else ""
+    so_far = "" if run.status == "finished" else f" It is unfinished: {_progress(run)}."
+    if first is last:
+        return f"Held-out loss {loss_text(last.loss)} at step {last.step}.{so_far}"
+    return (
+        f"Held-out loss went from {loss_text(first.loss)} to {loss_text(last.loss)} nats per token "
+        f"in {count_text(last.step - first.step)} steps{took}.{so_far}"
+    )
+
+
+def _progress(run: RunRecord) -> str:
+    total = "" if run.total_steps is None else f" of {count_text(run.total_steps)}"
+    return f"step {count_text(run.steps or 0)}{total}"
+
+
+def _sweep_finding(report: Report, sweep: SweepRecord) -> str:
+    if sweep.best is None:
+        return f"{sweep.name} is unfinished: no candidate has been chosen yet."
+    best = next((run for run in report.runs if run.name == sweep.best), None)
+    if best is None:
+        return ""
+    base = "" if sweep.base_eval_loss is None else f", from {loss_text(sweep.base_eval_loss)}"
+    said = (
+        f"Of {sweep.candidates} candidates, rank {count_text(best.rank)} at rate "
+        f"{short(best.learning_rate)} ends lowest: held-out loss {loss_text(best.eval_loss)}{base} "
+        "without an adapter." if base else ""
+    )  # fmt: skip
+    spot = sweep.sweet_spot
+    if spot is not None and spot.rank != spot.best_rank:
+        said += f" Rank {spot.rank} is enough: {loss_text(spot.loss)} is within noise of the best."
+    elif spot is not None:
+        said += " No smaller rank comes within noise of it."
+    return said
+
+
+def describe_sweep(sweep: SweepRecord) -> str:
+    """Return how a sweep ran, in a sentence."""
+    parts = [f"{sweep.candidates} candidates"]
+    if sweep.at_once:
+        parts.append(f"{sweep.at_once} at once")
+    if sweep.steps:
+        parts.append(f"{count_text(sweep.steps)} steps each")
+    if sweep.halving:
+        parts.append("the worse half stopped at a quarter and at half of the steps")
+    if sweep.train_s:
+        parts.append(f"{time_text(sweep.train_s)} in steps for all")
+    if sweep.peak_memory_bytes:
+        parts.append(f"peak memory {size_text(sweep.peak_memory_bytes)} for all")
+    return ", ".join(parts) + ("." if sweep.status == "finished" else "; unfinished.")
+
+
+def describe_comparison(comparison: ComparisonRecord) -> str:
+    """Return how a comparison was made, in a sentence."""
+    same = {"steps": "the same number of steps", "time": "the same time in steps"}
+    parts = [f"From the same base, {comparison.base}," if comparison.base else "From the same base"]
+    parts.append("on the same data in the same order")
+    if comparison.same in same:
+        parts.append(f"for {same[comparison.same]}")
+    text = " ".join(parts) + "."
+    if comparison.base_eval_loss is not None:
+        text += f" Held-out loss of the base: {loss_text(comparison.base_eval_loss)}."
+    text_name = next((m.forgetting.name for m in comparison.members if m.forgetting), None)
+    if text_name:
+        text += f" The other text, which is not learned: {text_name}."
+    if comparison.rate_steps:
+        text += f" Learning rates were tried for {count_text(comparison.rate_steps)} steps each."
+    return text if comparison.status == "finished" else f"{text} It is unfinished."
+
+
+def find_facts(report: Report) -> list[tuple[str, str]]:
+    """Return what all of it is about: model, device, data."""
+    runs = report.runs
+    facts = [
+        ("model", tables.distinct(run.model for run in runs)),
+        ("device", tables.distinct(run.device for run in runs)),
+        ("data", tables.distinct(run.data.get("source") for run in runs)),
+        ("examples", _examples(runs)),
+    ]
+    return [(name, value) for name, value in facts if value != tables.DASH]
+
+
+def _examples(runs: Sequence[RunRecord]) -> str:
+    seen = []
+    for run in runs:
+        learned, held_out = run.data.get("examples"), run.data.get("held_out_examples")
+        if isinstance(learned, int) and isinstance(held_out, int):
+            seen.append(f"{count_text(learned)} to learn, {count_text(held_out)} to measure")
+    return tables.distinct(seen)
+
+
+def find_asked(report: Report) -> list[Asked]:
+    """Return prompts with the answers of the runs side by side, before training first."""
+    by_prompt: dict[str, list[tuple[str, Sample]]] = {}
+    for comparison in report.comparisons:
+        for sample in comparison.base_samples:
+            by_prompt.setdefault(sample.prompt, []).append(("before", sample))
+    for run in report.runs:
+        own = [sample for sample in run.samples if sample.step is not None]
+        ends = {sample.prompt: sample for sample in own}  # the newest of each prompt
+        for sample in own:
+            said = by_prompt.setdefault(sample.prompt, [])
+            if sample.step == 0 and sample is not ends[sample.prompt] and not said:
+                said.append(("before", sample))
+        named = run.label if len(report.runs) > 1 else "after"
+        for sample in (*ends.values(), *(s for s in run.samples if s.step is None)):
+            who = named if len(report.runs) > 1 else f"step {sample.step}"
+            by_prompt.setdefault(sample.prompt, []).append((who, sample))
+    return [
+        Asked(
+            prompt=prompt,
+            expected=next((s.expected for _, s in said if s.expected is not None), None),
+            answers=tuple(
+                Answer(who, sample.answer, _is_expected(sample), sample.is_cut)
+                for who, sample in said[:MOST_ANSWERS]
+            ),
+        )
+        for prompt, said in list(by_prompt.items())[:MOST_PROMPTS]
+    ]
+
+
+def _is_expected(sample: Sample) -> bool:
+    return sample.expected is not None and sample.answer.strip() == sample.expected.strip()
+
+
+def find_commands(report: Report) -> list[tuple[str, str]]:
+    """Return what starts each run, sweep and comparison again, by name."""
+    jobs: list[Any] = [*report.comparisons, *report.sweeps]
+    jobs += [run for run in report.runs if not run.group]
+    return [(job.name, job.command) for job in jobs if job.command]
+
+
+def _machine(run: RunRecord) -> dict[str, Any]:
+    return {
+        "device": run.device,
+        **{key.removeprefix("versions."): value for key, value in run.environment.items()},
+        "base fingerprint": run.base_fingerprint,
+        "training rows' fingerprint": run.data.get("fingerprint"),
+        "held-out rows' fingerprint": run.data.get("held_out_fingerprint"),
+    }
+
+
+def _read(name: str) -> str:
+    return (resources.files("lora.report") / name).read_text(encoding="utf-8")
+
+
+_ICON = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><path d="M2 3c3 0 3 9 12 9" '
+    'fill="none" stroke="#0072b2" stroke-width="2.4" stroke-linecap="round"/></svg>'
+)
+
+__all__ = ["LINE_STYLES", "METHOD_NAMES", "Drawn", "build_page"]

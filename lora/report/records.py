@@ -1,0 +1,284 @@
+"""What a report holds, read from run folders; `report.json` is this, as JSON.
+
+A figure that a folder does not tell is None, and shown as a dash. Losses are in nats per learned
+token, times in seconds, sizes in bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+SCHEMA_VERSION = 1
+"""Of `report.json`; grows when a field changes its meaning or goes."""
+
+Method = Literal["lora", "full", "peft", "unknown"]
+Status = Literal["finished", "unfinished", "stopped", "failed"]
+METHOD_NAMES: dict[Method, str] = {
+    "lora": "LoRA",
+    "full": "full fine-tuning",
+    "peft": "LoRA, PEFT",
+    "unknown": "unknown",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A loss on the way."""
+
+    step: int
+    loss: float
+    time_s: float | None = None
+    """Seconds spent in steps until then; evaluations and saves left out."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model answered."""
+
+    step: int | None
+    prompt: str
+    answer: str
+    expected: str | None = None
+    is_cut: bool = False
+    """Whether the answer would have gone on."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the fullest moment: planned before the weights were read, and measured."""
+
+    planned: dict[str, int]
+    """By part, in the order in which they are drawn."""
+    planned_total: int
+    measured: int | None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One training run: of lora finetune, a sweep's candidate, a comparison's member."""
+
+    name: str
+    """Unique in the report."""
+    label: str
+    """Short, for pictures."""
+    folder: str
+    """Relative to the report's."""
+    method: Method = "unknown"
+    status: Status = "unfinished"
+    reason: str = ""
+    """Why it was stopped or failed."""
+    group: str = ""
+    """The sweep or comparison that it belongs to."""
+    model: str | None = None
+    device: str | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    learning_rate: float | None = None
+    seed: int | None = None
+    steps: int | None = None
+    """Optimizer steps that were taken."""
+    total_steps: int | None = None
+    """That were asked for."""
+    eval_loss: float | None = None
+    """Held-out loss, the newest."""
+    best_eval_loss: float | None = None
+    best_step: int | None = None
+    step_s: float | None = None
+    """Median of a step."""
+    train_s: float | None = None
+    """In steps alone."""
+    tokens_per_s: float | None = None
+    """Learned tokens a second, in steps alone."""
+    peak_memory_bytes: int | None = None
+    trainable_parameters: int | None = None
+    total_parameters: int | None = None
+    stored_bytes: int | None = None
+    """Of the tensors that were saved: the adapter, or all weights."""
+    held_out: tuple[Point, ...] = ()
+    training: tuple[Point, ...] = field(default=(), repr=False)
+    memory: Memory | None = None
+    samples: tuple[Sample, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    """By dotted name."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """By dotted name: what was learned from."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    base_fingerprint: str | None = None
+    notes: tuple[str, ...] = ()
+    command: str | None = None
+    """What starts it again; None where it was not started from the command line."""
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there is a held-out loss."""
+        return bool(self.held_out)
+
+    @property
+    def trainable_share(self) -> float | None:
+        """Trained parameters / all."""
+        if self.trainable_parameters is None or not self.total_parameters:
+            return None
+        return self.trainable_parameters / self.total_parameters
+
+
+@dataclass(frozen=True)
+class Tried:
+    """Candidates of one rank and rate, over their seeds."""
+
+    rank: int
+    learning_rate: float
+    loss: float
+    """Held-out loss at the end, the mean over seeds; of other settings' values the best."""
+    n_seeds: int
+
+
+@dataclass(frozen=True)
+class SweetSpot:
+    """The smallest rank whose best loss is within noise of the best of all."""
+
+    rank: int
+    loss: float
+    best_rank: int
+    best_loss: float
+    noise: float
+    """Nats: what may lie between two ranks that are held to be equally good."""
+    noise_from: str
+    """How the noise was found, in words."""
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """A sweep: its candidates are among the report's runs, under its name as group."""
+
+    name: str
+    folder: str
+    status: Status
+    candidates: int
+    at_once: int | None
+    halving: bool
+    steps: int | None
+    swept: tuple[str, ...]
+    base_eval_loss: float | None
+    best: str | None
+    """The run's name."""
+    train_s: float | None
+    peak_memory_bytes: int | None
+    tried: tuple[Tried, ...]
+    """By rank, then rate."""
+    sweet_spot: SweetSpot | None
+    command: str | None
+
+
+@dataclass(frozen=True)
+class Change:
+    """A measure before training and after."""
+
+    name: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class RateTried:
+    """A learning rate that was tried before a comparison; no loss: it failed."""
+
+    learning_rate: float
+    eval_loss: float | None
+
+
+@dataclass(frozen=True)
+class MemberRecord:
+    """What a comparison knows of a member beside its run."""
+
+    run: str
+    """The run's name."""
+    rate_chosen: str
+    """sweep, default or given."""
+    rates_tried: tuple[RateTried, ...]
+    forgetting: Change | None
+    """Loss on another text."""
+    task: Change | None
+    """A score from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """A LoRA run against another run; above 1 (below 0 for the loss) speaks for the former."""
+
+    run: str
+    against: str
+    step_speed: float | None
+    """The other's time a step / this one's."""
+    total_speed: float | None
+    """The other's time in steps / this one's."""
+    memory_saved: float | None
+    """1 − this one's peak memory / the other's."""
+    trainable_fraction: float | None
+    stored_fraction: float | None
+    loss_difference: float | None
+    """This one's held-out loss at the end − the other's, nats."""
+
+
+@dataclass(frozen=True)
+class ComparisonRecord:
+    """A comparison: its members are among the report's runs, under its name as group."""
+
+    name: str
+    folder: str
+    status: Status
+    base: str | None
+    same: str | None
+    """steps or time."""
+    base_eval_loss: float | None
+    rate_steps: int | None
+    members: tuple[MemberRecord, ...]
+    base_samples: tuple[Sample, ...]
+    notes: tuple[str, ...]
+    command: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a report tells."""
+
+    title: str
+    runs: tuple[RunRecord, ...]
+    """The best of a sweep first."""
+    sweeps: tuple[SweepRecord, ...] = ()
+    comparisons: tuple[ComparisonRecord, ...] = ()
+    ratios: tuple[Ratios, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What a reader should know before comparing."""
+    command: str = ""
+    """What makes this report again."""
+
+    def run(self, name: str) -> RunRecord:
+        """Return the run of this name."""
+        return next(run for run in self.runs if run.name == name)
+
+    def group(self, name: str) -> list[RunRecord]:
+        """Return the runs of a sweep or comparison."""
+        return [run for run in self.runs if run.group == name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all but the training losses, which `metrics.jsonl` has, as values of JSON.
+
+        What is not finite becomes None.
+        """
+        values = {"kind": "report", "schema_version": SCHEMA_VERSION, **asdict(self)}
+        for run in values["runs"]:
+            del run["training"]
+        plain: dict[str, Any] = _plain(values)
+        return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,113 @@
+"""A sweep through the fast stacked step, on a CPU with plain operations, read one step late."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from lora import stacked_fast_training
+from lora.config import DataConfig, RunConfig, TrainConfig
+from lora.data.orders import make_orders
+from lora.stacked_fast_training import FastStackedTraining
+from lora.sweep import sweep
+from lora.sweep_grid import Grid
+from lora.sweep_job import SweepJob
+from lora.sweep_ledger import Standing
+from lora.sweep_progress import NoSweepProgress
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+class KilledAt(NoSweepProgress):
+    """A sweep that ends without a word after so many steps."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def step(self, title: str, standings: Sequence[Standing]) -> None:
+        self.left -= 1
+        if not self.left:
+            raise Killed
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a CPU take the fast stacked step, read as late as on a GPU."""
+    monkeypatch.setattr(stacked_fast_training, "why_not_stacked", lambda *_: None)
+    begin = FastStackedTraining.__init__
+
+    def late(self: FastStackedTraining, *values: object) -> None:
+        begin(self, *values)  # type: ignore[arg-type]
+        self.late_steps = 1
+
+    monkeypatch.setattr(FastStackedTraining, "__init__", late)
+
+
+@pytest.fixture
+def job(tiny_folder: Path, tmp_path: Path) -> SweepJob:
+    return SweepJob(
+        data=make_orders("train", 32),
+        grid=Grid(rank=(2, 4), learning_rate=(5e-3, 1e-2)),
+        model=str(tiny_folder),
+        train=TrainConfig(steps=12, batch_size=4, micro_batches=2),
+        data_config=DataConfig(max_length=128),
+        run=RunConfig(out=tmp_path, name="whole", eval_every_steps=4, save_every_steps=3),
+        at_once=3,
+    )
+
+
+def named(job: SweepJob, name: str, **settings: object) -> SweepJob:
+    run = replace(job.run, name=name, **settings)  # type: ignore[arg-type]
+    return replace(job, run=run)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = sorted((folder / "candidates").glob("*/*.jsonl"))
+    found += sorted((folder / "candidates").glob("*/adapter/*.safetensors"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def test_waves_and_halving_end_as_with_the_plain_step(job: SweepJob, fast: None) -> None:
+    done = sweep(job)
+    plain = sweep(named(job, "plain", fast=False))
+    losses = {standing.name: standing.eval_loss for standing in plain.standings}
+    for standing in done.standings:
+        assert (standing.status, standing.step, standing.row) == ("done", 12, 48)
+        assert standing.eval_loss == pytest.approx(losses[standing.name], rel=1e-4)
+        tensors, others = (
+            load_file(
+                run.folder / "candidates" / standing.name / "adapter/adapter_model.safetensors"
+            )
+            for run in (done, plain)
+        )
+        for key, tensor in tensors.items():
+            assert (tensor - others[key]).norm() <= 2e-3 * others[key].norm(), key
+    names = {path.rsplit("/", 1)[0] for path in files(done.folder)}
+    assert names == {path.rsplit("/", 1)[0] for path in files(plain.folder)}
+
+
+def test_a_killed_sweep_goes_on_to_the_same_bytes(job: SweepJob, fast: None) -> None:
+    whole = sweep(job)
+    killed = named(job, "killed")
+    with pytest.raises(Killed):
+        sweep(killed, KilledAt(8))
+    with pytest.raises(Killed):
+        sweep(replace(killed, resume=True), KilledAt(9))  # in the second wave
+    again = sweep(replace(killed, resume=True))
+    assert files(again.folder) == files(whole.folder)
+
+
+def test_a_candidate_that_fails_is_dropped_and_the_others_go_on(job: SweepJob, fast: None) -> None:
+    grid = Grid(learning_rate=(5e-3, 1e30, 1e-2))
+    done = sweep(replace(job, grid=grid))
+    by_rate = {standing.settings["learning_rate"]: standing for standing in done.standings}
+    assert by_rate[1e30].status == "failed"
+    assert "not finite" in by_rate[1e30].reason
+    assert by_rate[5e-3].status == by_rate[1e-2].status == "done"
+    assert by_rate[1e-2].step == 12
