@@ -18,7 +18,6 @@ import torch
 from lora.adapter_io import load_adapter, read_adapter_config, save_adapter
 from lora.added_tokens import add_tokens_to_all, add_tokens_to_lora
 from lora.apply import apply_lora
-from lora.checkpoint import reading
 from lora.config import (
     FULL_LEARNING_RATE,
     LORA_LEARNING_RATE,
@@ -48,7 +47,15 @@ from lora.plan import MemoryPlan
 from lora.progress import NoProgress, Progress
 from lora.report import report_on
 from lora.run_memory import RunMemory, describe_plan, plan_run
-from lora.runs import Run, check_place, create_run, default_name, read_first_day, read_json
+from lora.runs import (
+    Run,
+    check_place,
+    create_run,
+    default_name,
+    read_first_day,
+    read_json,
+    reading,
+)
 from lora.samples import Sampler, choose_prompts
 from lora.steps import Steps
 from lora.trainer import TrainingJob, TrainResult, train
@@ -269,7 +276,7 @@ def _kept_before(job: FinetuneJob) -> Keep | None:
     path = job.run.out / str(job.run.name) / "run.json"
     if not job.resume or not path.is_file():  # `create_run` says what is there, and what is not
         return None
-    with reading(path.parent):
+    with reading(path):
         kept = read_json(path).get("kept_of_blocks")
         return None if kept is None else Keep(**kept)
 
