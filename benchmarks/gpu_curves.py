@@ -2,9 +2,11 @@
 
     python benchmarks/gpu_curves.py --out benchmarks/results/gpu_curves_h200.jsonl
 
-200 steps of LoRA on Python's own documentation (pydoc's topics): the fast step, the plain one, and
-the plain one from another draw of A, whose distance is the noise that the fast step is held
-against. Prints one JSON object a run, then one with the distances; --picture draws the curves.
+200 steps of LoRA on Python's own documentation (pydoc's topics): the fast step, the plain one, the
+plain one from another draw of A, whose distance is the noise that the fast step is held against,
+and the fast step over a base in fp8. Held-out losses are those of the base that was trained on, and
+of the fp8 run also with its adapter on the base as it was. Prints one JSON object a run, then one
+with the distances; --picture draws the curves.
 """
 
 from __future__ import annotations
@@ -17,18 +19,45 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.adapter_io import load_adapter
+from lora.config import BaseDtype, DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.data.readers import read_examples
+from lora.data.tokenizers import load_tokenizer
+from lora.decoder.hf_weights import load_decoder
+from lora.decoder.sources import find_model
+from lora.device import choose_device
+from lora.evaluation import measure_loss
 from lora.finetune import FinetuneJob, finetune
 from lora.runs import read_rows
 
+RUNS: dict[str, dict[str, Any]] = {
+    "plain step": {"fast": False},
+    "fast step": {},
+    "plain step, another draw of A": {"fast": False, "draw": 1},
+    "fast step, fp8 base": {"base_dtype": "fp8"},
+}
 
-def run_once(model: str | None, out: Path, name: str, steps: int, *, fast: bool, draw: int) -> dict:
+
+def run_once(
+    model: str | None,
+    out: Path,
+    name: str,
+    steps: int,
+    *,
+    fast: bool = True,
+    draw: int = 0,
+    base_dtype: BaseDtype = "auto",
+) -> dict:
     """Return losses, held-out loss and time of one run."""
     texts = [{"text": text} for _, text in sorted(pydoc_data.topics.topics.items())]
+    held_out = texts[::20]
     job = FinetuneJob(
-        data=texts,
+        data=[text for place, text in enumerate(texts) if place % 20],
+        eval_data=held_out,
         model=model,
+        base_dtype=base_dtype,
         lora=LoRAConfig(rank=16, alpha=32.0, init_seed=draw),
         train=TrainConfig(steps=steps, batch_size=4, seed=0),
         data_config=DataConfig(max_length=512, long_examples="split"),
@@ -43,15 +72,32 @@ def run_once(model: str | None, out: Path, name: str, steps: int, *, fast: bool,
         "run": name,
         "steps": steps,
         "eval_loss": done.result.eval_loss,
+        "eval_loss_on_the_base_as_it_was": on_plain_base(model, done.saved, held_out),
+        "peak_gb": round(done.result.peak_memory_bytes / 1e9, 3),
         "step_ms": round(1000 * seconds[len(seconds) // 2], 2),
         "wall_s": round(wall_s, 1),
         "losses": [round(row["loss"], 4) for row in rows if "loss" in row],
     }
 
 
+def on_plain_base(model: str | None, adapter: Path, held_out: list[dict]) -> float:
+    """Return the held-out loss of the adapter in `adapter` on the base as its folder has it."""
+    source, choice = find_model(model), choose_device()
+    decoder = load_decoder(source.folder, dtype=choice.compute_dtype, device=choice.device)
+    load_adapter(decoder, adapter)
+    config = DataConfig(max_length=512, long_examples="split")
+    examples = read_examples(held_out)
+    return measure_loss(decoder, examples, load_tokenizer(source.folder), config, choice)
+
+
 def distance(one: list[float], other: list[float]) -> float:
     """Return the mean distance of two curves, nats."""
     return statistics.fmean(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+def mean_of_last(losses: list[float]) -> float:
+    """Return the mean of a run's last 20 losses."""
+    return statistics.fmean(losses[-20:])
 
 
 def draw_curves(runs: list[dict], path: Path) -> None:
@@ -62,7 +108,8 @@ def draw_curves(runs: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 3.6))
-    styles = ({"linewidth": 2.6, "alpha": 0.45}, {"linewidth": 1.0}, {"linewidth": 1.0, "ls": ":"})
+    thin = {"linewidth": 1.0}
+    styles = ({"linewidth": 2.6, "alpha": 0.45}, thin, {**thin, "ls": ":"}, {**thin, "ls": "--"})
     for run, style in zip(runs, styles, strict=True):
         axes.plot(range(1, len(run["losses"]) + 1), run["losses"], label=run["run"], **style)
     axes.set(xlabel="step", ylabel="loss of the step (nats)")
@@ -73,7 +120,7 @@ def draw_curves(runs: list[dict], path: Path) -> None:
 
 
 def main() -> int:
-    """Run the three jobs and compare."""
+    """Run the jobs and compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", help="as lora finetune's; left out, the default model")
     parser.add_argument("--steps", type=int, default=200)
@@ -87,18 +134,15 @@ def main() -> int:
         return 0
     runs = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, fast, draw in (
-            ("plain step", False, 0),
-            ("fast step", True, 0),
-            ("plain step, another draw of A", False, 1),
-        ):
-            runs.append(
-                run_once(arguments.model, Path(folder), name, arguments.steps, fast=fast, draw=draw)
-            )
-    plain, fast, other = (run["losses"] for run in runs)
+        for name, settings in RUNS.items():
+            runs.append(run_once(arguments.model, Path(folder), name, arguments.steps, **settings))
+    plain, fast, other, fp8 = (run["losses"] for run in runs)
     found = {
         "fast_to_plain_nats": round(distance(plain, fast), 5),
         "plain_to_other_draw_nats": round(distance(plain, other), 5),
+        "fp8_to_fast_nats": round(distance(fp8, fast), 5),
+        "fp8_mean_of_last_20_against_fast": round(mean_of_last(fp8) / mean_of_last(fast) - 1, 5),
+        "fp8_held_out_against_fast": round(runs[3]["eval_loss"] / runs[1]["eval_loss"] - 1, 5),
         "gained_nats": round(statistics.fmean(plain[:5]) - statistics.fmean(plain[-5:]), 4),
     }
     lines = [json.dumps(line) for line in (*runs, found)]

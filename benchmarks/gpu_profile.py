@@ -28,7 +28,8 @@ def main() -> int:
     parser.add_argument("--kernels", type=int, default=25, help="rows of the table")
     arguments = parser.parse_args()
     shape, full = CASES[arguments.case], arguments.variant == "ours_full"
-    model = build_model(shape, torch.float32 if full else torch.bfloat16)
+    dtype = torch.float32 if full else torch.bfloat16
+    model = build_model(shape, dtype, fp8="fp8" in arguments.variant)
     if full:
         model.requires_grad_(True)
     else:

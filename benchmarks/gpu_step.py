@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from lora.decoder.config import (
     RopeConfig,
 )
 from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
+from lora.decoder.quantised import Fp8Linear, use_fp8_linears
 from lora.device import DeviceChoice, choose_device
 from lora.fast.choose import why_not_fast
 from lora.fast.memory import ROOM_FRACTION, FastPlan, Fit, fit_memory
@@ -95,6 +97,9 @@ OURS = (
     "ours_lora_full",
     "ours_lora_offload",
     "ours_lora_packed",
+    "ours_lora_fp8",
+    "ours_lora_fp8_full",
+    "ours_lora_fp8_packed",
     "ours_lora_captured",
     "ours_lora_plain",
     "ours_full",
@@ -103,7 +108,7 @@ OURS = (
     "theirs_lora_compiled",
 )
 """`theirs`: transformers' model through `apply_lora` and our trainer. auto, cheap, full and offload
-are memory modes of `lora finetune --memory`; without one it is none."""
+are memory modes of `lora finetune --memory`; without one it is none. fp8 is `--base-dtype fp8`."""
 MODE_OF = {"ours_lora_offload": "full+offload"}
 
 
@@ -126,18 +131,29 @@ def build_empty(shape: Shape) -> Decoder:
     return build_empty_decoder(config)
 
 
-def build_model(shape: Shape, dtype: torch.dtype) -> Decoder:
-    """Return a decoder of this shape with random values, on the GPU."""
+def build_model(shape: Shape, dtype: torch.dtype, *, fp8: bool = False) -> Decoder:
+    """Return a decoder of this shape with random values, on the GPU; `fp8` as the base dtype."""
     model = build_empty(shape)
     draw = torch.Generator("cuda").manual_seed(0)
 
     def value(parameter: torch.Tensor) -> torch.Tensor:
         if parameter.ndim == 1:
             return torch.ones(parameter.shape, dtype=dtype, device="cuda")
-        drawn = torch.randn(parameter.shape, dtype=dtype, device="cuda", generator=draw)
+        drawn = torch.randn(tuple(parameter.shape), dtype=dtype, device="cuda", generator=draw)
         return drawn.mul_(0.02)
 
-    assign_parameters(model, [(name, value(p)) for name, p in model.named_parameters()])
+    if fp8:
+        use_fp8_linears(model)
+
+    def values() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in list(model.named_parameters()):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            if isinstance(owner, Fp8Linear) and name.endswith("weight"):
+                owner.load(value(parameter), name)
+            else:
+                yield name, value(parameter)
+
+    assign_parameters(model, values())
     return model
 
 
@@ -169,7 +185,8 @@ def time_ours(shape: Shape, variant: str) -> dict[str, Any]:
     if variant.startswith("theirs"):
         model = build_llama(shape)
     else:
-        model = build_model(shape, torch.float32 if full else torch.bfloat16)
+        dtype = torch.float32 if full else torch.bfloat16
+        model = build_model(shape, dtype, fp8="fp8" in variant)
     if full:
         model.requires_grad_(True)
     else:
@@ -212,10 +229,12 @@ def time_ours(shape: Shape, variant: str) -> dict[str, Any]:
 
 def fit_mode(shape: Shape, variant: str) -> Fit | None:
     """Return what a variant of the fast step keeps of its blocks."""
-    kind = variant.removeprefix("ours_lora")
+    kind = variant.removeprefix("ours_lora").replace("_fp8", "")
     if not variant.startswith("ours_lora") or kind in ("_captured", "_plain"):
         return None
     model = build_empty(shape).bfloat16()
+    if "fp8" in variant:
+        use_fp8_linears(model)
     apply_lora(model, LoRAConfig(rank=RANK, alpha=2.0 * RANK, init_seed=0))
     is_packed = kind == "_packed"
     plan = FastPlan(model, shape.rows, shape.tokens, packed=is_packed)

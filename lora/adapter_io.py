@@ -174,7 +174,7 @@ def _expected_tensors(model: nn.Module, config: LoRAConfig, rows: Rows) -> dict[
         outputs, inputs = _linear_shape(layer)
         own = layer.lora_A if isinstance(layer, LoRALayer) else cast(Tensor, layer.weight)
         for key, shape in (("lora_A", (rank, inputs)), ("lora_B", (outputs, rank))):
-            wide = torch.promote_types(own.dtype, torch.float32)
+            wide = torch.float64 if own.dtype is torch.float64 else torch.float32
             meta = torch.empty(shape, dtype=wide, device="meta")
             expected[f"{_PREFIX}{name}.{key}.weight"] = meta
     for name in config.modules_to_save:

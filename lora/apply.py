@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lora.config import LoRAConfig
+from lora.decoder.quantised import has_fp8_base
 from lora.errors import ConfigError, LoraError, TargetError, did_you_mean
 from lora.lora_module import LoRALayer
 from lora.targets import find_targets, matches
@@ -199,6 +200,7 @@ def _find_saved(model: nn.Module, config: LoRAConfig, adapted: list[str]) -> lis
                 f"{type(model).__name__}.{near} Name a module such as an embedding."
             )
         saved += [name for name in found if name not in saved]
+    _refuse_eight_bits(model, saved)
     for outer in saved:
         both = [name for name in adapted if name == outer or name.startswith(outer + ".")]
         if both:
@@ -213,6 +215,15 @@ def _find_saved(model: nn.Module, config: LoRAConfig, adapted: list[str]) -> lis
                 "Name one of the two."
             )
     return saved
+
+
+def _refuse_eight_bits(model: nn.Module, saved: list[str]) -> None:
+    for name in saved:
+        if has_fp8_base(model.get_submodule(name)):
+            raise TargetError(
+                f"modules_to_save names {name!r}, whose linears are kept in fp8: eight bits cannot "
+                "train whole. Adapt it through LoRA, or load the base without fp8."
+            )
 
 
 def _build_layer(

@@ -18,6 +18,7 @@ from lora.errors import ConfigError, did_you_mean, gather
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "fp32", "bf16"]
 MemoryMode = Literal["auto", "none", "cheap", "full", "full+offload"]
+BaseDtype = Literal["auto", "fp8"]
 LearnOn = Literal["assistant", "all"]
 LongExamples = Literal["truncate", "split", "drop"]
 ConfigT = TypeVar("ConfigT")

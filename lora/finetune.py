@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -21,6 +21,7 @@ from lora.apply import apply_lora
 from lora.config import (
     FULL_LEARNING_RATE,
     LORA_LEARNING_RATE,
+    BaseDtype,
     DataConfig,
     LoRAConfig,
     MemoryConfig,
@@ -36,7 +37,7 @@ from lora.decoder.decoder import Decoder
 from lora.decoder.hf_weights import load_decoder, save_decoder
 from lora.decoder.sources import ModelSource, find_model
 from lora.device import DeviceChoice, choose_device, deterministic_algorithms
-from lora.errors import CheckpointError, DependencyError
+from lora.errors import CheckpointError, ConfigError, DependencyError, did_you_mean
 from lora.fast.blocks import Keep
 from lora.fast.choose import choose_steps
 from lora.fingerprint import base_fingerprint
@@ -83,6 +84,9 @@ class FinetuneJob:
     """Go on from this adapter instead of a fresh one; its settings replace `lora`."""
     resume: bool = False
     """Go on with the run of this name from its newest checkpoint."""
+    base_dtype: BaseDtype = "auto"
+    """How the frozen linears are kept: auto in the products' type; fp8 in eight bits, with a scale
+    for each output."""
     report: bool = False
     """Write `report.html`, `report.json` and pictures into the run's folder at the end."""
     deterministic: bool = False
@@ -125,6 +129,7 @@ def finetune(
 def _finetune(
     job: FinetuneJob, progress: Progress, show_data: Callable[[DataReport], None] | None
 ) -> FinetuneResult:
+    _check_base_dtype(job)
     check_place(job.run.out, job.run.name, resume=job.resume)
     choice = choose_device(job.run.device, job.train.precision)
     open_board = _find_tensorboard() if job.run.tensorboard else None
@@ -149,6 +154,8 @@ def _finetune(
     name = job.run.name or default_name(source.name)
     described = {**_describe(job, source, data, choice), "learning_rate": rate}
     described["from_adapter"] = job.from_adapter
+    if job.base_dtype != "auto":
+        described["base_dtype"] = job.base_dtype
     described["data"]["warnings"] = report.warnings
     described["base_fingerprint"] = fingerprint
     if memory_plan.keep is not None:
@@ -177,6 +184,20 @@ def _finetune(
         except CheckpointError as error:  # the disk is full, and what was learned is saved
             progress.say(str(error))
         return FinetuneResult(run.folder, saved, result, memory, report_page)
+
+
+def _check_base_dtype(job: FinetuneJob) -> None:
+    allowed = get_args(BaseDtype)
+    if job.base_dtype not in allowed:
+        near = did_you_mean(str(job.base_dtype), allowed)
+        raise ConfigError(
+            f"base_dtype={job.base_dtype!r}: allowed are {', '.join(allowed)}.{near} Change it."
+        )
+    if job.base_dtype == "fp8" and job.lora is None and job.from_adapter is None:
+        raise ConfigError(
+            "base_dtype='fp8' was asked for with full fine-tuning: weights of eight bits cannot "
+            "train, their steps would be rounded away. Train through LoRA, or leave it out."
+        )
 
 
 def check_data(
@@ -210,7 +231,15 @@ def _plan(
     fast = job.run.fast and not job.deterministic
     keep = _kept_before(job)
     return plan_run(
-        source.folder, lora, job.train, data, choice, fast=fast, memory=job.memory, keep=keep
+        source.folder,
+        lora,
+        job.train,
+        data,
+        choice,
+        fast=fast,
+        memory=job.memory,
+        keep=keep,
+        fp8=job.base_dtype == "fp8",
     )
 
 
@@ -269,7 +298,8 @@ def _load_model(
     # What stays frozen is read in the products' type; what trains whole keeps fp32.
     is_frozen = job.lora is not None or job.from_adapter is not None
     dtype = choice.compute_dtype if is_frozen else torch.float32
-    model = load_decoder(source.folder, dtype=dtype, device=choice.device)
+    fp8 = job.base_dtype == "fp8"
+    model = load_decoder(source.folder, dtype=dtype, device=choice.device, fp8=fp8)
     fingerprint = base_fingerprint(model)
     if job.from_adapter is not None:
         load_adapter(model, job.from_adapter, trainable=True)

@@ -1,6 +1,7 @@
 """A base model's fingerprint: names, shapes and a sample of its values, whatever LoRA does to it.
 
-The sample is rounded to bf16 first, so the same weights loaded as fp32 and as bf16 agree.
+The sample is rounded to bf16 first, so the same weights loaded as fp32 and as bf16 agree; linears
+in eight bits kept theirs from before they were rounded, so they agree too.
 """
 
 from __future__ import annotations
@@ -8,16 +9,17 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lora.apply import AppliedLoRA
+from lora.decoder.quantised import Fp8Weight
 from lora.errors import ModelError
 from lora.lora_module import LoRALayer
+from lora.tensor_files import sample_values
 from lora.variants import LoRAConv1D, is_conv1d
-
-SAMPLES_PER_TENSOR = 64
 
 
 @torch.no_grad()
@@ -31,19 +33,20 @@ def base_fingerprint(model: nn.Module) -> str:
     """
     tensors = sorted(_base_tensors(model), key=lambda item: item[0])
     digest = hashlib.sha256()
-    for name, tensor in tensors:
-        if tensor.is_meta:
+    for name, shape, sample in tensors:
+        if sample.is_meta:
             raise ModelError(
                 f"A fingerprint was asked of a model whose {name} has no values (meta device). "
                 "Load the weights first."
             )
-        digest.update(f"{name}{tuple(tensor.shape)};".encode())
-    for sample in _to_host([_sample(tensor) for _, tensor in tensors]):
+        digest.update(f"{name}{tuple(shape)};".encode())
+    for sample in _to_host([sample for _, _, sample in tensors]):
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
-def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Size, Tensor]]:
+    """Yield names, shapes as in a linear, and samples."""
     applied = vars(model).get("applied_lora")
     originals = applied.originals if isinstance(applied, AppliedLoRA) else {}
     rows = applied.rows if isinstance(applied, AppliedLoRA) else {}
@@ -58,7 +61,9 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             seen.add(id(parameter))
             value = parameter.T if transposed and key == "weight" else parameter
             value = value[: rows[name].base_rows] if name in rows else value
-            yield f"{name}.{key}" if name else key, value
+            coded = isinstance(base, Fp8Weight) and key == "weight"
+            sample = cast(Fp8Weight, base).sample if coded else sample_values(value)
+            yield f"{name}.{key}" if name else key, value.shape, sample
 
 
 def _before_training(name: str, originals: dict[str, nn.Module]) -> nn.Module | None:
@@ -66,14 +71,6 @@ def _before_training(name: str, originals: dict[str, nn.Module]) -> nn.Module | 
         if name == saved or name.startswith(saved + "."):
             return original.get_submodule(name[len(saved) + 1 :])
     return None
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    count = min(SAMPLES_PER_TENSOR, tensor.numel())
-    places = torch.arange(count, device=tensor.device) * (tensor.numel() - 1) // max(1, count - 1)
-    # By coordinates, so that neither a transposed nor a sliced tensor is copied whole.
-    picked = tensor[torch.unravel_index(places, tensor.shape)] if tensor.dim() else tensor.view(1)
-    return picked.to(torch.bfloat16).view(torch.int16)
 
 
 def _to_host(samples: list[Tensor]) -> list[Tensor]:

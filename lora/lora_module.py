@@ -52,7 +52,7 @@ class LoRALayer(nn.Module):
             if parameter is not None:
                 parameter.requires_grad_(False)
         # At least fp32: a step of AdamW is often smaller than half a bf16 rounding of its weight.
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        wide = torch.float64 if self.weight.dtype is torch.float64 else torch.float32
         self.lora_A = nn.Parameter(self.weight.new_empty(rank, in_features, dtype=wide))
         self.lora_B = nn.Parameter(self.weight.new_empty(out_features, rank, dtype=wide))
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()

@@ -17,6 +17,7 @@ from lora.apply import apply_lora
 from lora.config import LoRAConfig, MemoryConfig
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder, build_empty_decoder
+from lora.decoder.quantised import use_fp8_linears
 from lora.device import resident_bytes
 from lora.errors import ConfigError
 from lora.fast.blocks import Keep
@@ -56,6 +57,8 @@ class Setting:
     """What the fast step keeps; "auto" without `memory_gb` is "none"."""
     keep: Keep | None = None
     """The same, where it was decided before."""
+    fp8: bool = False
+    """Keep the frozen linears in eight bits."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,13 @@ def _prepare(setting: Setting) -> Callable[[Decoder], nn.Module]:
     if setting.lora is None:
         return lambda model: model.requires_grad_(True)
     lora = setting.lora
-    return lambda model: apply_lora(model, lora)
+
+    def adapt(model: Decoder) -> nn.Module:
+        if setting.fp8:
+            use_fp8_linears(model)
+        return apply_lora(model, lora)
+
+    return adapt
 
 
 def _plan_fast(setting: Setting, model: Decoder, counts: ParameterCounts) -> MemoryPlan:
@@ -182,13 +191,22 @@ def _plan_traced(setting: Setting, counts: ParameterCounts, step: str, base: int
         step=step,
         trained_parameters=counts.trainable,
         parameters=counts.total,
-        weights=counts.frozen * _base_dtype(setting).itemsize + trained,
+        weights=_frozen_bytes(setting, counts) + trained,
         gradients=gradients,
         optimizer=2 * trained,
         activations=made.activations,
         loss=loss,
         other=base + _slack(setting, made),
     )
+
+
+def _frozen_bytes(setting: Setting, counts: ParameterCounts) -> int:
+    """Return the bytes of what does not train, in the types that it is kept in."""
+    if not setting.fp8:
+        return counts.frozen * _base_dtype(setting).itemsize
+    model = _adapted(setting)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return sum(t.numel() * t.element_size() for t in (*frozen, *model.buffers()))
 
 
 def evaluation_bytes(setting: Setting) -> int:

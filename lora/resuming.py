@@ -16,6 +16,7 @@ FIXED = (
     "train",
     "data_config",
     "deterministic",
+    "base_dtype",
     "data",
 )
 """Parts of `run.json` that a resumed run must share."""

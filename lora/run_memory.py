@@ -59,6 +59,7 @@ def plan_run(
     fast: bool,
     memory: MemoryConfig,
     keep: Keep | None = None,
+    fp8: bool = False,
 ) -> MemoryPlan:
     """Return the plan of a run on these data; the process holds what it holds without a model.
 
@@ -84,6 +85,7 @@ def plan_run(
         fast=fast,
         memory=memory,
         keep=keep,
+        fp8=fp8,
     )
     plan = plan_memory(setting)
     if plan.step != "fast" and memory.memory not in ("auto", "none"):

@@ -1,7 +1,8 @@
 """Siblings of LoRALinear for other base layers, and the one table that chooses between them.
 
 `Conv1D` is what transformers' GPT-2 calls its linears: the weight lies transposed, (I, O). A linear
-in fp32 (or fp64) without dropout gets `FusedLoRALinear`, everything else the plain layers.
+in fp32 (or fp64) without dropout gets `FusedLoRALinear`, one in eight bits `LoRAFp8Linear`,
+everything else the plain layers.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora.decoder.quantised import Fp8Linear, Fp8Weight
 from lora.errors import TargetError
 from lora.kernels.linear import lora_linear
 from lora.lora_module import LoRALayer, LoRALinear
@@ -70,6 +72,45 @@ class FusedLoRALinear(LoRALinear):
         return lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling)
 
 
+class LoRAFp8Linear(LoRALayer, Fp8Weight):
+    """LoRA on a linear in eight bits: W is its codes and scales, A and B are fp32."""
+
+    def __init__(
+        self,
+        base: Fp8Linear,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        *,
+        scaling: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        sizes = base.in_features, base.out_features
+        super().__init__(base, *sizes, rank, alpha, dropout, scaling=scaling, generator=generator)
+        self.register_buffer("weight_scale", base.weight_scale)
+        self.register_buffer("sample", base.sample, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
+        y = self.multiply(x)  # (..., O)
+        low = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # (..., R)
+        return y + (F.linear(low, self.lora_B) * self.scaling).to(y.dtype)
+
+    def merge(self) -> nn.Module:
+        """Raise TargetError: a sum rounded to eight bits would lose what was learned."""
+        raise TargetError(
+            "Merging was asked for on a base in fp8: W + s·B·A rounded to eight bits would lose "
+            "most of what LoRA learned. Save the adapter, load its base without fp8 and merge it "
+            "there: lora merge does so."
+        )
+
+    def unwrap(self) -> Fp8Linear:
+        with torch.device("meta"):  # no storage: all is replaced at once
+            plain = Fp8Linear(nn.Linear(self.in_features, self.out_features, bias=False))
+        plain.weight, plain.bias = self.weight, self.bias
+        plain.weight_scale, plain.sample = self.weight_scale, self.sample
+        return plain.train(self.training)
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether `module` is transformers' Conv1D; never imports transformers."""
     loaded = sys.modules.get("transformers.pytorch_utils")
@@ -88,7 +129,7 @@ def is_adaptable(module: nn.Module) -> bool:
     if "weight" not in dict(module.named_parameters(recurse=False)):
         return False
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return plain or is_conv1d(module)
+    return plain or is_conv1d(module) or isinstance(module, Fp8Linear)
 
 
 def is_computed(module: nn.Module) -> bool:
@@ -119,6 +160,8 @@ def build_lora_layer(
         )
     if is_conv1d(base):
         return LoRAConv1D(base, rank, alpha, dropout, scaling=scaling, generator=generator)
+    if isinstance(base, Fp8Linear):
+        return LoRAFp8Linear(base, rank, alpha, dropout, scaling=scaling, generator=generator)
     linear = cast(nn.Linear, base)
     is_wide = linear.weight.dtype in (torch.float32, torch.float64)
     kind = FusedLoRALinear if dropout == 0 and is_wide else LoRALinear

@@ -14,7 +14,8 @@ from lora.apply import apply_lora, remove_lora
 from lora.config import LoRAConfig
 from lora.decoder.hf_weights import load_decoder
 from lora.errors import ModelError
-from lora.fingerprint import SAMPLES_PER_TENSOR, base_fingerprint
+from lora.fingerprint import base_fingerprint
+from lora.tensor_files import SAMPLES_PER_TENSOR
 
 NAMES = ("llama-tied", "llama-untied", "gpt2-tied", "gpt2-untied")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from lora.config import LoRAConfig, MemoryConfig, MemoryMode
+from lora.config import BaseDtype, LoRAConfig, MemoryConfig, MemoryMode
 from lora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def plan(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     memory: MemoryMode = "auto",
     memory_gb: float | None = None,
+    base_dtype: BaseDtype = "auto",
     json: bool = False,
     lora: Annotated[LoRAConfig | None, Parameter(name="*")] = None,
 ) -> int:
@@ -68,6 +69,8 @@ def plan(
         (none), and which one a run would take if that does not fit.
     memory_gb
         What the run may hold, in GB (10⁹ bytes); left out, what this machine has free.
+    base_dtype
+        How LoRA's frozen linears are kept: auto in the products' type, fp8 in eight bits.
     json
         Print the plan as one JSON object.
     """
@@ -95,8 +98,9 @@ def plan(
         micro_batches=micro_batches,
         packed=packing,
         memory=MemoryConfig("none" if memory == "auto" else memory, room_gb),
+        fp8=base_dtype == "fp8",
     )
-    of_full = replace(setting, lora=None)
+    of_full = replace(setting, lora=None, fp8=False)
     settings = {"lora": setting, "full": of_full}
     plans = {name: plan_memory(each) for name, each in settings.items()}
     fits = {name: _fit(each, room) for name, each in settings.items()}

@@ -21,6 +21,7 @@ from torch import Tensor
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
 from lora.decoder.families import FAMILIES, decoder_config
+from lora.decoder.quantised import Fp8Linear, has_fp8_base, use_fp8_linears
 from lora.errors import ModelError, did_you_mean, gather
 from lora.runs import disk_error
 from lora.tensor_files import write_tensors
@@ -42,19 +43,25 @@ def load_decoder(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    fp8: bool = False,
 ) -> Decoder:
     """Return the decoder in `folder`, its parameters of type `dtype` on `device`.
 
+    With `fp8` the linears of its blocks are kept in eight bits (`lora.decoder.quantised`), rounded
+    one after the other while they are read.
+
     Raises ModelError for a folder without config.json or safetensors files, an unsupported
     architecture, a damaged file, and once for all tensors that are missing, unexpected,
-    misshapen or not floating-point.
+    misshapen or not floating-point; with `fp8` for one that is not finite.
     """
     folder = Path(folder)
     model = build_empty_decoder(decoder_config(read_config(folder)))
+    if fp8:
+        use_fp8_linears(model)
     with ExitStack() as files:
         source = _open_tensors(folder, files)
         places = _match_names(model, source, folder)
-        assign_parameters(model, _read(model.config, places, dtype, device))
+        _assign(model, _read(model.config, places, dtype, device))
         _check_tied_head(model, source, folder)
     return model
 
@@ -200,6 +207,19 @@ def _read(
         yield name, tensor.to(device=device, dtype=dtype)
 
 
+def _assign(model: Decoder, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    def unrounded() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            if isinstance(module, Fp8Linear) and leaf == "weight":
+                module.load(tensor, name)
+            else:
+                yield name, tensor
+
+    assign_parameters(model, unrounded())
+
+
 def _check_tied_head(model: Decoder, source: Mapping[str, _Slot], folder: Path) -> None:
     if not model.config.tie_word_embeddings or _HEAD not in source:
         return
@@ -253,6 +273,11 @@ def _write_decoder(
 
 
 def _tensors_to_save(model: Decoder) -> dict[str, Tensor]:
+    if has_fp8_base(model):
+        raise ModelError(
+            "A model was to be saved whose linears are kept in fp8: the format has no place for "
+            "their scales. Save its adapter; the base is where it was loaded from."
+        )
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     expected = {name for name, _ in build_empty_decoder(model.config).named_parameters()}
     faults = [f"{name} has no place in the format" for name in tensors if name not in expected]

@@ -4,12 +4,14 @@
   y = [x, x Aᵀ] [W, s·B]ᵀ and dx = [dy, s·dy B] [W; A] are one product each.
 - `MergedProjection` adds s·B·A to W once a step, for all blocks in one product: nothing small is
   left in the sequence of blocks. W' is rounded as the weights of mixed-precision training are.
-- `DroppedProjection` keeps LoRA apart, with dropout on its inputs.
+- `ApartProjection` keeps LoRA apart: for dropout on its inputs, and for weights in eight bits
+  (`lora.fast.fp8`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from lora.fast.flat import FlatParameters, Slot
 from lora.fast.ops import Ops
 from lora.fast.projections import Member, Projection
+from lora.kernels.swiglu_codes import LowRank
 from lora.lora_module import LoRALayer
 
 RANK_STEP = 16
@@ -191,8 +194,17 @@ class MergedProjection(_LoRAProjection):
         self.put(layers, x, dy, h, dh, first=first)
 
 
-class DroppedProjection(_LoRAProjection):
-    """LoRA apart from W, with dropout on its inputs; linears that share inputs share the mask."""
+class ApartProjection(_LoRAProjection):
+    """LoRA apart from W: y = x Wᵀ, then y += (x Aᵀ) (s·B)ᵀ.
+
+    With `masks` its inputs pass dropout; linears that share inputs share the mask.
+    """
+
+    leaves: Literal["nothing", "inputs", "outputs"] = "nothing"
+    """The side on which SwiGLU's kernels do LoRA's part: make h and add dh A, or add h Bᵀ and make
+    dh."""
+    gate_rank = 0
+    """Of gate and up together: the columns of h that are gate's."""
 
     def __init__(
         self,
@@ -200,41 +212,73 @@ class DroppedProjection(_LoRAProjection):
         flat: FlatParameters,
         dtype: torch.dtype,
         ops: Ops,
-        masks: Masks,
+        masks: Masks | None,
     ) -> None:
         super().__init__(blocks, flat, dtype)
-        self.ops, self.masks, self.number = ops, masks, masks.take(len(blocks))
+        self.ops, self.masks = ops, masks
+        self.number = 0 if masks is None else masks.take(len(blocks))
         self.extra = self.width
-        self.base = self.empty(self.n_layers, self.outputs, self.inputs)
         self.a = self.empty(self.n_layers, self.width, self.inputs)
         self.b = self.empty(self.n_layers, self.outputs, self.width).zero_()
+        self.place_base()
+
+    def place_base(self) -> None:
+        """Take the base's weights over."""
+        self.base = self.empty(self.n_layers, self.outputs, self.inputs)
         self.place(self.base)
+
+    def multiply_base(self, layer: int, x: Tensor, out: Tensor) -> None:
+        """Changes `out` (N, O) in place: x Wᵀ and the bias, for x (N, I)."""
+        self.multiply(layer, x, self.base[layer], out)
+
+    def multiply_back(self, layer: int, dy: Tensor, dx: Tensor) -> None:
+        """Changes `dx` (N, I) in place: dy W, for dy (N, O)."""
+        torch.mm(dy, self.base[layer], out=dx)
 
     def refresh(self) -> None:
         self.copy_adapters(self.a, self.b)
 
     def _dropped(self, layer: int, x: Tensor) -> Tensor:
         """Return LoRA's inputs (N, I): made again where they are needed again."""
+        if self.masks is None:
+            return x
         out = torch.empty_like(x)
         self.ops.drop(x, out, self.masks.seed, self.number + layer, self.masks.share)
         return out
 
     def forward(self, layer: int, x: Tensor, out: Tensor) -> None:
         plain, h = x[:, : self.inputs], x[:, self.inputs :]
-        torch.mm(self._dropped(layer, plain), self.a[layer].T, out=h)
-        self.multiply(layer, plain, self.base[layer], out)
-        out.addmm_(h, self.b[layer].T)
+        if self.leaves != "inputs":
+            torch.mm(self._dropped(layer, plain), self.a[layer].T, out=h)
+        self.multiply_base(layer, plain, out)
+        if self.leaves != "outputs":
+            out.addmm_(h, self.b[layer].T)
 
     def backward(self, layer: int, dy: Tensor, dx: Tensor | None) -> None:
         dy, dh = dy[:, : self.outputs], dy[:, self.outputs :]
-        torch.mm(dy, self.b[layer], out=dh)
-        if dx is not None:
-            torch.mm(dy, self.base[layer], out=dx)
+        if self.leaves != "outputs":
+            torch.mm(dy, self.b[layer], out=dh)
+        if dx is None:
+            return
+        self.multiply_back(layer, dy, dx)
+        if self.masks is not None:
             low = dh @ self.a[layer]  # (N, I)
-            place = self.number + layer
-            self.ops.add_dropped(low, dx, self.masks.seed, place, self.masks.share)
+            self.ops.add_dropped(low, dx, self.masks.seed, self.number + layer, self.masks.share)
+        elif self.leaves != "inputs":
+            dx.addmm_(dh, self.a[layer])
+
+    def beside(self, layer: int, x: Tensor | None, dy: Tensor | None) -> LowRank | None:
+        if self.leaves == "nothing":
+            return None
+        h = None if x is None else x[:, self.inputs :]
+        dh = None if dy is None else dy[:, self.outputs :]
+        return LowRank(self.a[layer], self.b[layer], h, dh, self.gate_rank)
 
     def receive(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
+        if self.masks is None:
+            h, dh = x[..., self.inputs :], dy[..., self.outputs :]
+            self.put(layers, x[..., : self.inputs], dy[..., : self.outputs], h, dh, first=first)
+            return
         for place, layer in enumerate(range(self.n_layers)[layers]):
             dropped = self._dropped(layer, x[place, :, : self.inputs])  # (N, I)
             h, dh = x[place, :, self.inputs :], dy[place, :, self.outputs :]

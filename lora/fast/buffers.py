@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora.fast.blocks import Blocks, Keep, OffloadedResiduals, Residuals
+from lora.kernels.fp8 import FP8
 
 KEPT_ACTIVATIONS_BYTES = 400e6
 """Up to this size silu(gate) · up of all blocks is kept; beyond, it is made again."""
@@ -127,6 +128,21 @@ class Buffers:
             for tensor in owned:
                 if isinstance(tensor, Tensor) and name != "logits":
                     yield tensor.untyped_storage()
+
+    def add_codes(self, rows: int, inputs: int, turned: int, kind: torch.dtype) -> None:
+        """Make room for rows in eight bits that pass to a product, and for weights turned around.
+
+        Args:
+            rows: codes of all rows that are there at once.
+            inputs: of the widest projection.
+            turned: codes of the largest weight.
+            kind: of rows' codes.
+        """
+        device = self.hidden.device
+        self.row_codes = torch.empty(rows, dtype=kind, device=device)
+        self.row_scales = torch.empty(4, self.n_tokens, 1, dtype=torch.float32, device=device)
+        self.turned_codes = torch.empty(turned, dtype=FP8, device=device)
+        self.unit_scales = torch.ones(1, inputs, dtype=torch.float32, device=device)
 
 
 @dataclass

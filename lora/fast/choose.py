@@ -12,18 +12,23 @@ from lora.apply_stacked import Stacked
 from lora.config import TrainConfig
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
+from lora.decoder.quantised import has_fp8_base
 from lora.device import DeviceChoice
 from lora.fast.blocks import Keep
 from lora.fast.runner import CapturedSteps, FastSteps, LaunchedSteps
 from lora.fast.step import trains_whole
+from lora.kernels.fp8 import SIZES_STEP
 from lora.kernels.jit import HAS_TRITON
 from lora.lora_module import LoRALinear
 from lora.losses import is_transformers
 from lora.optim import parameter_groups
 from lora.steps import Steps
 from lora.token_rows import RowsEmbedding, RowsLinear
+from lora.variants import LoRAFp8Linear
 
 WIDEST_HEAD = 256
+FP8_CAPABILITY = (9, 0)
+"""From which torch multiplies rows of eight bits with a scale each: Hopper."""
 COMPILES_FROM_STEPS = 300
 """Shorter runs do not wait 14 s for torch.compile, which saves 7 to 70 ms a step."""
 
@@ -79,7 +84,8 @@ def why_not_fast(model: nn.Module, choice: DeviceChoice) -> str | None:
     """Return why `model` cannot take the fast step on this device, or None if it can."""
     if not isinstance(model, Decoder):
         return _of_device(choice) or f"{type(model).__name__} is not lora's Decoder"
-    return _of_device(choice) or why_not_written(model)
+    why = _of_device(choice) or why_not_written(model)
+    return why or (why_not_fp8(choice) if has_fp8_base(model) else None)
 
 
 def why_not_stacked(model: nn.Module, stacked: Stacked, choice: DeviceChoice) -> str | None:
@@ -91,6 +97,8 @@ def why_not_stacked(model: nn.Module, stacked: Stacked, choice: DeviceChoice) ->
 
 def why_not_stacked_written(model: Decoder, stacked: Stacked) -> str | None:
     """Return what of `stacked` the hand-written stacked step does not know, or None."""
+    if has_fp8_base(model):
+        return "the base is in eight bits"
     blocks = set(model.trunk.blocks().modules())
     outside = [name for name, layer in stacked.layers.items() if layer not in blocks]
     if stacked.embeddings or outside:
@@ -100,9 +108,18 @@ def why_not_stacked_written(model: Decoder, stacked: Stacked) -> str | None:
     return None
 
 
+def why_not_fp8(choice: DeviceChoice) -> str | None:
+    """Return why products of weights in eight bits cannot be of eight bits here, or None."""
+    major, minor = torch.cuda.get_device_capability(choice.device)
+    if (major, minor) >= FP8_CAPABILITY:
+        return None
+    return f"products in fp8 need a GPU of capability 9.0, and this has {major}.{minor}"
+
+
 def why_not_written(model: Decoder) -> str | None:
     """Return what in `model` the hand-written step does not know, or None."""
-    return _of_shape(model.config) or _of_training(model)
+    why = _of_shape(model.config) or _of_training(model)
+    return why or (_of_fp8(model.config) if has_fp8_base(model) else None)
 
 
 def why_not_captured(model: nn.Module, config: TrainConfig) -> str | None:
@@ -142,6 +159,19 @@ def _of_shape(config: DecoderConfig) -> str | None:
     return None
 
 
+def _of_fp8(config: DecoderConfig) -> str | None:
+    heads = config.attention
+    columns = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "heads together": heads.num_attention_heads * heads.head_dim,
+        "queries, keys and values together": heads.head_dim
+        * (heads.num_attention_heads + 2 * heads.num_key_value_heads),
+    }
+    odd = [f"{name} {width}" for name, width in columns.items() if width % SIZES_STEP]
+    return f"products in fp8 want multiples of {SIZES_STEP}, not {odd[0]}" if odd else None
+
+
 def _of_training(model: Decoder) -> str | None:
     if trains_whole(model):
         return None
@@ -152,7 +182,7 @@ def _of_training(model: Decoder) -> str | None:
     other = [n for n, p in trained if id(p) not in inside or not n.endswith(("lora_A", "lora_B"))]
     if other:
         return f"{other[0]} trains beside LoRA"
-    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear | LoRAFp8Linear)]
     if len(trained) != 2 * len(layers):
         return "LoRA wraps other layers than linears"
     if len({m.dropout.p for m in layers if isinstance(m.dropout, nn.Dropout)}) > 1:

@@ -14,11 +14,13 @@ from lora.decoder.attention import Attention
 from lora.decoder.config import RopeConfig
 from lora.decoder.decoder import Decoder, LlamaTrunk
 from lora.decoder.layers import GatedFeedForward, PreNormBlock
+from lora.decoder.quantised import has_fp8_base
 from lora.decoder.rope import Rope
-from lora.fast.adapted import DroppedProjection, Masks, MergedProjection, SplitProjection
+from lora.fast.adapted import ApartProjection, Masks, MergedProjection, SplitProjection
 from lora.fast.blocks import Keep
 from lora.fast.buffers import Buffers, Widths
 from lora.fast.flat import FlatParameters
+from lora.fast.fp8 import Codes, Side, fp8_projection
 from lora.fast.ops import Ops
 from lora.fast.projections import FrozenProjection, FullProjection, Projection
 from lora.fast.stacked_flat import StackedFlat
@@ -53,12 +55,15 @@ class FastNetwork:
         self.model, self.config, self.ops, self.dtype = model, model.config, ops, dtype
         self.trains_all, self.own_attention = trains_all, own_attention
         self.drops = masks is not None
+        self.codes = Codes(ops) if has_fp8_base(model) else None
         trunk = cast(LlamaTrunk, model.trunk)
         blocks = [cast(PreNormBlock, block) for block in trunk.layers]
         heads = [block.self_attn for block in blocks]
         feeds = [block.mlp for block in blocks]
 
-        def project(parts: list[list[nn.Module]]) -> Projection:
+        def project(parts: list[list[nn.Module]], swiglu: Side = "nothing") -> Projection:
+            if self.codes is not None and isinstance(flat, FlatParameters):
+                return fp8_projection(parts, flat, dtype, ops, masks, self.codes, swiglu)
             if not trains_all and not any(has_lora(module) for part in parts for module in part):
                 return FrozenProjection(parts, dtype)
             if isinstance(flat, StackedFlat):
@@ -68,15 +73,15 @@ class FastNetwork:
             if trains_all:
                 return FullProjection(parts, flat, dtype)
             if masks is not None:
-                return DroppedProjection(parts, flat, dtype, ops, masks)
+                return ApartProjection(parts, flat, dtype, ops, masks)
             if merges:
                 return MergedProjection(parts, flat, dtype, ops)
             return SplitProjection(parts, flat, dtype)
 
         self.qkv = project([[a.q_proj, a.k_proj, a.v_proj] for a in heads])
         self.output = project([[a.o_proj] for a in heads])
-        self.gate_up = project([[f.gate_proj, f.up_proj] for f in feeds])
-        self.down = project([[f.down_proj] for f in feeds])
+        self.gate_up = project([[f.gate_proj, f.up_proj] for f in feeds], "outputs")
+        self.down = project([[f.down_proj] for f in feeds], "inputs")
         self.projections = (self.qkv, self.output, self.gate_up, self.down)
         norms = [m for b in blocks for m in (b.input_layernorm, b.post_attention_layernorm)]
         self.norms = Weights([*norms, trunk.norm], flat, dtype, trains=trains_all)
@@ -115,6 +120,8 @@ class FastNetwork:
     def buffers(self, rows: int, tokens: int, keep: Keep | None = None) -> Buffers:
         """Return the tensors that a step over `rows` × `tokens` tokens writes."""
         self.prepare(tokens)
+        if self.codes is not None:
+            self.codes.release()
         sizes = self.config
         inner = sizes.num_attention_heads * sizes.head_dim
         widths = Widths(
@@ -139,6 +146,8 @@ class FastNetwork:
         )
         if self.owns_attention(tokens):
             kept.add_attention(sizes.num_attention_heads, sizes.head_dim)
+        if self.codes is not None:
+            self.codes.allocate(kept, (self.qkv, self.output, self.gate_up, self.down))
         return kept
 
     @property

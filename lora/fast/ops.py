@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lora.kernels import (
     adamw,
     attention,
     dropout,
+    fp8,
     merge,
     norm,
     rotary,
     stacked_adamw,
     swiglu,
+    swiglu_codes,
     token_loss,
 )
 
@@ -40,6 +43,13 @@ class Ops:
     attend: Callable[..., None]
     attend_backward: Callable[..., None]
     stacked_adamw: Callable[..., None]
+    swiglu_codes: Callable[..., None]
+    swiglu_codes_backward: Callable[..., None]
+    quantise_rows: Callable[..., None]
+    scaled_product: Callable[..., None]
+    turn_codes: Callable[..., None]
+    code_type: torch.dtype = fp8.FP8
+    """Of rows in eight bits; a wide type rounds nothing, so that tests compare the rest in fp64."""
 
 
 PLAIN = Ops(
@@ -58,6 +68,11 @@ PLAIN = Ops(
     add_low_rank=merge.add_low_rank,
     attend=attention.attend,
     attend_backward=attention.attend_backward,
+    swiglu_codes=swiglu_codes.swiglu_codes,
+    swiglu_codes_backward=swiglu_codes.swiglu_codes_backward,
+    quantise_rows=fp8.quantise_rows,
+    scaled_product=fp8.scaled_product,
+    turn_codes=fp8.turn_codes,
     stacked_adamw=stacked_adamw.stacked_adamw,
 )
 
@@ -77,5 +92,10 @@ TRITON = Ops(
     add_low_rank=merge.add_low_rank_triton,
     attend=attention.attend_triton,
     attend_backward=attention.attend_backward_triton,
+    swiglu_codes=swiglu_codes.swiglu_codes_triton,
+    swiglu_codes_backward=swiglu_codes.swiglu_codes_backward_triton,
+    quantise_rows=fp8.quantise_rows_triton,
+    scaled_product=fp8.scaled_product_device,
+    turn_codes=fp8.turn_codes_triton,
     stacked_adamw=stacked_adamw.stacked_adamw_triton,
 )

@@ -41,7 +41,7 @@ class FastPass:
         net, kept = self.net, self.kept
         c, n_layers = net.config.hidden_size, net.qkv.n_layers
         embedded = net.embedding.tensors[0].index_select(0, self.inputs.input_ids)  # (N, C)
-        self._add_norm(embedded, None, 0, kept.before[0], kept.attention_in[0])
+        self._add_norm(embedded, None, 0, kept.before[0], kept.attention_in[0], net.qkv)
         for layer in range(n_layers):
             self._attention(layer)
             kept.before.store(layer)
@@ -49,16 +49,26 @@ class FastPass:
             kept.before.make_room(layer + 1)
             after = kept.attention_in[layer + 1] if layer + 1 < n_layers else kept.final
             between = kept.between[layer][:, :c]
-            self._add_norm(between, kept.hidden, 2 * layer + 2, kept.before[layer + 1], after)
+            total, reader = kept.before[layer + 1], None if layer + 1 == n_layers else net.qkv
+            self._add_norm(between, kept.hidden, 2 * layer + 2, total, after, reader)
         self.held = n_layers - 1
 
     def _add_norm(
-        self, residual: Tensor, delta: Tensor | None, number: int, total: Tensor, normed: Tensor
+        self,
+        residual: Tensor,
+        delta: Tensor | None,
+        number: int,
+        total: Tensor,
+        normed: Tensor,
+        reader: Projection | None,
     ) -> None:
+        """`reader`: whose inputs `normed` becomes."""
         net, c = self.net, self.net.config.hidden_size
         weight, eps = net.norms.tensors[number], net.config.norm_eps
         rstd = self.kept.rstd[number]
-        net.ops.add_norm(residual, delta, weight, eps, total[:, :c], normed[:, :c], rstd)
+        normed = normed[:, :c]
+        coded = None if reader is None else reader.coded_inputs(normed)
+        net.ops.add_norm(residual, delta, weight, eps, total[:, :c], normed, rstd, coded)
 
     def _attention(self, layer: int) -> None:
         """From the first norm's output to the second norm's."""
@@ -66,19 +76,33 @@ class FastPass:
         self._attend(layer)
         net.output.forward(layer, kept.attended[layer], kept.hidden)
         before, between = kept.before[layer][:, :c], kept.between[layer]
-        self._add_norm(before, kept.hidden, 2 * layer + 1, between, kept.feed_in[layer])
+        number, normed = 2 * layer + 1, kept.feed_in[layer]
+        self._add_norm(before, kept.hidden, number, between, normed, net.gate_up)
 
     def _feed_forward(self, layer: int) -> None:
         net, kept, feed = self.net, self.kept, self.net.down.inputs
         for part in kept.parts:
             gate_up = self._gate_up(layer, part)
             x = kept.activated.part(layer, part)
-            net.ops.swiglu(gate_up[:, : net.gate_up.outputs], x[:, :feed])
+            self._activate(layer, part, gate_up, x)
             net.down.forward(layer, x, kept.hidden[part])
             if kept.activated_low.stays(layer):
                 kept.activated_low[layer][part].copy_(x[:, feed:])
             if kept.feed_low.stays(layer):
                 kept.feed_low[layer][part].copy_(kept.feed_in[layer][part, net.gate_up.inputs :])
+
+    def _activate(self, layer: int, part: slice, gate_up: Tensor, x: Tensor) -> None:
+        """Changes `x` (tokens of `part`, F + extra) in place: silu(gate) · up."""
+        net, kept = self.net, self.kept
+        both, out = gate_up[:, : net.gate_up.outputs], x[:, : net.down.inputs]
+        coded = net.down.coded_inputs(out)
+        if coded is None:
+            net.ops.swiglu(both, out)
+            return
+        before = net.gate_up.beside(layer, kept.feed_in[layer][part], gate_up)
+        after = net.down.beside(layer, x, None)
+        is_read = kept.keeps_activations or after is None  # but for its codes
+        net.ops.swiglu_codes(both, out if is_read else None, coded, before, after)
 
     def _gate_up(self, layer: int, part: slice) -> Tensor:
         """Return gate and up (tokens of `part`, 2F + extra), just made."""
@@ -131,7 +155,8 @@ class FastPass:
         """Go back from `d_hidden` (N, C), the gradient of `kept.final`, to the first block."""
         net, kept = self.net, self.kept
         n_layers = net.qkv.n_layers
-        self._norm_back(d_hidden, 2 * n_layers, kept.before[n_layers], None, first)
+        reader = (net.down, n_layers - 1)
+        self._norm_back(d_hidden, 2 * n_layers, kept.before[n_layers], None, first, reader)
         for layer in reversed(range(net.first, n_layers)):
             kept.before.fetch(layer, net.first)
             self._make_again(layer)
@@ -148,23 +173,37 @@ class FastPass:
         if kept.attention_in.stays(layer) or self.held == layer:
             return
         self.held = layer
-        self._norm_again(kept.before[layer], 2 * layer, kept.attention_in[layer])
-        if not kept.between.stays(layer):
+        whole = not kept.between.stays(layer)
+        reader: Projection | None = net.qkv if whole else None
+        self._norm_again(kept.before[layer], 2 * layer, kept.attention_in[layer], reader)
+        if whole:
             self._attention(layer)
             return
         kept.attention_in[layer][:, net.qkv.inputs :].copy_(kept.attention_low[layer])
-        self._norm_again(kept.between[layer], 2 * layer + 1, kept.feed_in[layer])
+        reader = None if kept.gate_up.stays(layer) else net.gate_up
+        self._norm_again(kept.between[layer], 2 * layer + 1, kept.feed_in[layer], reader)
         if kept.feed_low.stays(layer):
             kept.feed_in[layer][:, net.gate_up.inputs :].copy_(kept.feed_low[layer])
 
-    def _norm_again(self, residual: Tensor, number: int, normed: Tensor) -> None:
+    def _norm_again(
+        self, residual: Tensor, number: int, normed: Tensor, reader: Projection | None
+    ) -> None:
         x = residual[:, : self.net.config.hidden_size]
-        self._add_norm(x, None, number, x, normed)
+        self._add_norm(x, None, number, x, normed, reader)
 
     def _norm_back(
-        self, dy: Tensor, number: int, x: Tensor, beside: Tensor | None, first: bool
+        self,
+        dy: Tensor,
+        number: int,
+        x: Tensor,
+        beside: Tensor | None,
+        first: bool,
+        reader: tuple[Projection, int] | None,
     ) -> None:
-        """Changes `x` in place: the norm's input becomes its gradient, `beside` added."""
+        """Changes `x` in place: the norm's input becomes its gradient, `beside` added.
+
+        `reader`: the projection and the block whose outputs' gradient that is.
+        """
         net, c = self.net, self.net.config.hidden_size
         x, rstd = x[:, :c], self.kept.rstd[number]
         if net.norms.slot is not None:
@@ -172,7 +211,8 @@ class FastPass:
             target = net.norms.slot.gradients[number]
             target.copy_(gradient) if first else target.add_(gradient)
         beside = None if beside is None else beside[:, :c]
-        net.ops.norm_backward(dy, x, rstd, net.norms.tensors[number], beside, x)
+        coded = None if reader is None else reader[0].coded_gradients(reader[1], x)
+        net.ops.norm_backward(dy, x, rstd, net.norms.tensors[number], beside, x, coded)
 
     def _feed_forward_back(self, layer: int, first: bool) -> None:
         net, kept = self.net, self.kept
@@ -185,21 +225,27 @@ class FastPass:
             net.gate_up.backward(layer, gate_up, kept.hidden[part])
             if kept.is_lean:
                 self._receive(net.gate_up, layer, kept.feed_in[layer][part], gate_up, begins)
-        self._norm_back(kept.hidden, 2 * layer + 1, kept.between[layer], dy, first)
+        between, reader = kept.between[layer], (net.output, layer)
+        self._norm_back(kept.hidden, 2 * layer + 1, between, dy, first, reader)
 
     def _activated_back(self, layer: int, part: slice, gate_up: Tensor, begins: bool) -> None:
         """Changes `gate_up` in place: gate and up become their gradients."""
         net, kept, feed = self.net, self.kept, self.net.down.inputs
         dy, d_activated = kept.before[layer + 1][part], kept.d_activated[: part.stop - part.start]
         net.down.backward(layer, dy, d_activated)
-        gate_up = gate_up[:, : net.gate_up.outputs]
-        if kept.keeps_activations:
-            net.ops.swiglu_backward(gate_up, d_activated, None)
-            return
         x = kept.activated.part(layer, part)
-        net.ops.swiglu_backward(gate_up, d_activated, x[:, :feed])
-        x[:, feed:].copy_(kept.activated_low[layer][part])
-        self._receive(net.down, layer, x, dy, begins)
+        out = None if kept.keeps_activations else x[:, :feed]
+        both = gate_up[:, : net.gate_up.outputs]
+        coded = net.gate_up.coded_gradients(layer, both)
+        if coded is None:
+            net.ops.swiglu_backward(both, d_activated, out)
+        else:
+            before = net.gate_up.beside(layer, kept.feed_in[layer][part], gate_up)
+            after = net.down.beside(layer, None, dy)
+            net.ops.swiglu_codes_backward(both, d_activated, out, coded, before, after)
+        if out is not None:
+            x[:, feed:].copy_(kept.activated_low[layer][part])
+            self._receive(net.down, layer, x, dy, begins)
 
     def _attention_back(self, layer: int, first: bool) -> None:
         net, kept = self.net, self.kept
@@ -213,7 +259,8 @@ class FastPass:
         if kept.is_lean:
             self._receive(net.qkv, layer, kept.attention_in[layer], qkv, first)
         if not is_last:
-            self._norm_back(kept.hidden, 2 * layer, kept.before[layer], dy, first)
+            reader = (net.down, layer - 1) if layer > net.first else None
+            self._norm_back(kept.hidden, 2 * layer, kept.before[layer], dy, first, reader)
 
     def _receive(
         self, projection: Projection, layer: int, x: Tensor, dy: Tensor, first: bool

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lora.fast.flat import FlatParameters, Slot
+from lora.kernels.fp8 import CodedRows
+from lora.kernels.swiglu_codes import LowRank
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,21 @@ class Projection:
 
     def refresh(self) -> None:
         """Bring what the products read up to date with the slots."""
+
+    def coded_inputs(self, x: Tensor) -> CodedRows | None:
+        """Return where the maker of `x` (N, I) also puts it in eight bits; None: nowhere."""
+        return None
+
+    def coded_gradients(self, layer: int, dy: Tensor) -> CodedRows | None:
+        """Return where the maker of `dy` (N, O) also puts it in eight bits."""
+        return None
+
+    def beside(self, layer: int, x: Tensor | None, dy: Tensor | None) -> LowRank | None:
+        """Return what SwiGLU's kernels do for LoRA here; None: forward and backward do it all.
+
+        `x` is (N, I + extra), `dy` (N, O + extra).
+        """
+        return None
 
     def forward(self, layer: int, x: Tensor, out: Tensor) -> None:
         """Changes `out` (N, O) in place: the outputs for `x` (N, I + extra)."""

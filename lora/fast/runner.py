@@ -191,6 +191,8 @@ def _about_fast(step: FastStep, choice: DeviceChoice) -> str:
     how = "LoRA inside the weights' products"
     if trains_whole(step.model):
         how = "all weights train"
+    elif step.network.codes is not None:
+        how = "frozen products in fp8, LoRA beside them"
     elif step.masks is not None:
         how = "LoRA beside the weights, with dropout"
     elif step.merges:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora.data.batches import IGNORE, Batch
 from lora.decoder.decoder import Decoder
+from lora.decoder.quantised import has_fp8_base
 from lora.fast.adapted import Masks
 from lora.fast.blocks import Keep
 from lora.fast.buffers import Buffers, Inputs
@@ -216,7 +217,8 @@ class FastStep(WrittenStep):
         wide = torch.promote_types(dtype, torch.float32)
         self.flat = FlatParameters(device, wide)
         self.masks = _find_masks(model, device)
-        self.merges = model.config.hidden_size < MERGE_BELOW_WIDTH if merges is None else merges
+        narrow = model.config.hidden_size < MERGE_BELOW_WIDTH and not has_fp8_base(model)
+        self.merges = narrow if merges is None else merges
         with torch.no_grad():
             network = FastNetwork(
                 model,

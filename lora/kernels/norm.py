@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lora.kernels.fp8 import CodedRows, code_tensors, store_codes, warps_of
 from lora.kernels.jit import jit, next_power_of_2, row_stride, tl
 
 ROWS_A_PARTIAL = 64
@@ -23,17 +24,20 @@ def add_norm(
     total: Tensor,
     normed: Tensor,
     rstd: Tensor,
+    coded: CodedRows | None = None,
 ) -> None:
     """Changes `total`, `normed` (N, C) and `rstd` (N,) in place.
 
     total = residual + delta; rstd = 1 / rms(total); normed = total · rstd · weight. `total` may be
-    `residual` itself.
+    `residual` itself. `coded` takes `normed` in eight bits.
     """
     x = residual if delta is None else residual + delta  # (N, C)
     total.copy_(x)
     wide = x.to(rstd.dtype)
     rstd.copy_(torch.rsqrt(wide.square().mean(-1) + eps))
     normed.copy_(wide * rstd[:, None] * weight.to(rstd.dtype))
+    if coded is not None:
+        coded.put(normed)
 
 
 def norm_backward(
@@ -43,16 +47,20 @@ def norm_backward(
     weight: Tensor,
     d_residual: Tensor | None,
     out: Tensor,
+    coded: CodedRows | None = None,
 ) -> None:
     """Changes `out` (N, C) in place: the gradient that reaches x, with what passes beside the norm.
 
-    `d_residual` (N, C) is what reaches x from after the norm; `out` may be x itself.
+    `d_residual` (N, C) is what reaches x from after the norm; `out` may be x itself. `coded` takes
+    `out` in eight bits.
     """
     kind = rstd.dtype
     unit = x.to(kind) * rstd[:, None]  # (N, C)
     scaled = d_normed.to(kind) * weight.to(kind)  # (N, C)
     grad = (scaled - unit * (unit * scaled).mean(-1, keepdim=True)) * rstd[:, None]
     out.copy_(grad if d_residual is None else grad + d_residual.to(kind))
+    if coded is not None:
+        coded.put(out)
 
 
 def norm_weight_gradient(d_normed: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
@@ -63,9 +71,9 @@ def norm_weight_gradient(d_normed: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
 
 @jit
 def _add_norm_kernel(
-    residual, delta, weight, total, normed, rstd,
+    residual, delta, weight, total, normed, rstd, codes, scales, factors,
     residual_stride, delta_stride, total_stride, normed_stride, width, eps,
-    HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_DELTA: tl.constexpr, CODES: tl.constexpr, HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -77,9 +85,13 @@ def _add_norm_kernel(
     wide = x.to(tl.float32)
     scale = 1 / tl.sqrt(tl.sum(wide * wide) / width + eps)
     tl.store(rstd + row, scale)
-    factors = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    y = wide * scale * factors
-    tl.store(normed + row * normed_stride + columns, y.to(normed.dtype.element_ty), mask=inside)
+    gains = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    y = (wide * scale * gains).to(normed.dtype.element_ty)
+    tl.store(normed + row * normed_stride + columns, y, mask=inside)
+    if CODES:
+        codes_at = codes + row * width + columns
+        wide = y.to(tl.float32)
+        store_codes(wide, codes_at, scales + row, factors + columns, inside, HAS_FACTORS)
 
 
 def add_norm_triton(
@@ -90,23 +102,27 @@ def add_norm_triton(
     total: Tensor,
     normed: Tensor,
     rstd: Tensor,
+    coded: CodedRows | None = None,
 ) -> None:
     """The fast twin of `add_norm`; bf16, on a GPU: agrees within one rounding of bf16."""
     rows, width = residual.shape
     block = next_power_of_2(width)
     other = residual if delta is None else delta
     _add_norm_kernel[(rows,)](
-        residual, other, weight, total, normed, rstd,
+        residual, other, weight, total, normed, rstd, *code_tensors(coded, rstd),
         row_stride(residual), row_stride(other), row_stride(total), row_stride(normed), width, eps,
-        HAS_DELTA=delta is not None, BLOCK=block, num_warps=_warps(block),
+        HAS_DELTA=delta is not None, CODES=coded is not None,
+        HAS_FACTORS=coded is not None and coded.factors is not None,
+        BLOCK=block, num_warps=warps_of(block),
     )  # fmt: skip
 
 
 @jit
 def _norm_backward_kernel(
-    d_normed, x, rstd, weight, d_residual, out,
+    d_normed, x, rstd, weight, d_residual, out, codes, scales, factors,
     d_normed_stride, x_stride, d_residual_stride, out_stride, width,
-    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, CODES: tl.constexpr, HAS_FACTORS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -119,7 +135,12 @@ def _norm_backward_kernel(
     if HAS_RESIDUAL:
         beside = tl.load(d_residual + row * d_residual_stride + columns, mask=inside, other=0.0)
         grad += beside.to(tl.float32)
-    tl.store(out + row * out_stride + columns, grad.to(out.dtype.element_ty), mask=inside)
+    y = grad.to(out.dtype.element_ty)
+    tl.store(out + row * out_stride + columns, y, mask=inside)
+    if CODES:
+        codes_at = codes + row * width + columns
+        wide = y.to(tl.float32)
+        store_codes(wide, codes_at, scales + row, factors + columns, inside, HAS_FACTORS)
 
 
 def norm_backward_triton(
@@ -129,15 +150,18 @@ def norm_backward_triton(
     weight: Tensor,
     d_residual: Tensor | None,
     out: Tensor,
+    coded: CodedRows | None = None,
 ) -> None:
     """The fast twin of `norm_backward`; bf16, on a GPU: agrees within one rounding of bf16."""
     rows, width = x.shape
     block = next_power_of_2(width)
     beside = x if d_residual is None else d_residual
     _norm_backward_kernel[(rows,)](
-        d_normed, x, rstd, weight, beside, out,
+        d_normed, x, rstd, weight, beside, out, *code_tensors(coded, rstd),
         row_stride(d_normed), row_stride(x), row_stride(beside), row_stride(out), width,
-        HAS_RESIDUAL=d_residual is not None, BLOCK=block, num_warps=_warps(block),
+        HAS_RESIDUAL=d_residual is not None, CODES=coded is not None,
+        HAS_FACTORS=coded is not None and coded.factors is not None,
+        BLOCK=block, num_warps=warps_of(block),
     )  # fmt: skip
 
 
@@ -167,10 +191,6 @@ def norm_weight_gradient_triton(d_normed: Tensor, x: Tensor, rstd: Tensor) -> Te
     block = next_power_of_2(width)
     _norm_weight_kernel[(programs,)](
         d_normed, x, rstd, partial, row_stride(d_normed), row_stride(x), rows, width,
-        ROWS=ROWS_A_PARTIAL, BLOCK=block, num_warps=_warps(block),
+        ROWS=ROWS_A_PARTIAL, BLOCK=block, num_warps=warps_of(block),
     )  # fmt: skip
     return partial.sum(0)  # (C,)
-
-
-def _warps(block: int) -> int:
-    return min(max(block // 512, 1), 16)

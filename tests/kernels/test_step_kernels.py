@@ -6,6 +6,7 @@ Without a GPU: TRITON_INTERPRET=1 pytest tests/kernels/test_step_kernels.py (tri
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,14 +16,17 @@ from lora.kernels import (
     adamw,
     attention,
     dropout,
+    fp8,
     merge,
     norm,
     rotary,
     stacked_adamw,
     swiglu,
+    swiglu_codes,
     token_loss,
 )
 from lora.kernels.jit import HAS_TRITON
+from lora.kernels.swiglu_codes import LowRank
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
@@ -39,6 +43,8 @@ TYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 # One rounding of bf16 may fall to either side; fp32 differs by the order of sums.
 TOLERANCE = 4e-3 if TYPE is torch.bfloat16 else 1e-6
 ROWS, WIDTH = 37, 72
+# The interpreter's own cast loses a carry into the exponent: there codes stay as they are.
+CODES = fp8.FP8 if torch.cuda.is_available() else torch.float32
 
 
 @pytest.fixture
@@ -53,6 +59,154 @@ def random(draw: torch.Generator, *shape: int) -> Tensor:
 def assert_close(fast: Tensor, plain: Tensor, tolerance: float = TOLERANCE) -> None:
     difference = (fast.double() - plain.double()).norm() / plain.double().norm()
     assert difference <= tolerance
+
+
+def coded_like(x: Tensor, factors: Tensor | None) -> fp8.CodedRows:
+    codes = torch.zeros(x.shape, dtype=CODES, device=DEVICE)
+    return fp8.CodedRows(codes, torch.zeros(len(x), 1, device=DEVICE), factors)
+
+
+def assert_coded(fast: fp8.CodedRows, plain: fp8.CodedRows) -> None:
+    """Inputs may differ by a rounding of bf16, so a code may be the next one."""
+    finite = fast.codes.float().isfinite()
+    assert (fast.codes.float()[finite].abs() <= fp8.LARGEST).all()  # interpreted codes could be
+    values = [rows.codes.double() * rows.scales.double() for rows in (fast, plain)]
+    assert_close(*values, 8e-3 if TYPE is torch.bfloat16 else 2e-3)
+
+
+@pytest.mark.parametrize("with_factors", [True, False])
+def test_rows_in_eight_bits(draw: torch.Generator, with_factors: bool) -> None:
+    x = random(draw, ROWS, WIDTH + 16)[:, :WIDTH]
+    x[0], x[1] = 0, 1e-38
+    x[2, 3] = float("inf") if CODES is fp8.FP8 else 1e9
+    factors = torch.rand(WIDTH, generator=draw).to(DEVICE) if with_factors else None
+    plain, fast = coded_like(x, factors), coded_like(x, factors)
+    fp8.quantise_rows(x, plain)
+    fp8.quantise_rows_triton(x, fast)
+    assert_coded(
+        *(fp8.CodedRows(rows.codes[3:], rows.scales[3:]) for rows in (fast, plain)),
+    )
+    if CODES is fp8.FP8:
+        assert torch.equal(fast.codes[2].float().isnan(), plain.codes[2].float().isnan())
+        assert torch.equal(fast.scales[:2], plain.scales[:2])
+        same = fast.codes.float() == plain.codes.float()
+        assert same[3:].float().mean() > 0.99
+
+
+@pytest.mark.parametrize("with_factors", [True, False])
+def test_norms_put_codes_beside_their_results(draw: torch.Generator, with_factors: bool) -> None:
+    x, delta, dy = (random(draw, ROWS, WIDTH) for _ in range(3))
+    weight = random(draw, WIDTH)
+    factors = torch.rand(WIDTH, generator=draw).to(DEVICE) if with_factors else None
+    found: list[list[fp8.CodedRows]] = []
+    for add, back in (
+        (norm.add_norm, norm.norm_backward),
+        (norm.add_norm_triton, norm.norm_backward_triton),
+    ):
+        rows = [coded_like(x, factors) for _ in range(2)]
+        total, normed, rstd = torch.empty_like(x), torch.empty_like(x), x.new_empty(ROWS).float()
+        add(x, delta, weight, 1e-5, total, normed, rstd, rows[0])
+        out = torch.empty_like(x)
+        back(dy, total, rstd, weight, delta, out, rows[1])
+        for made, row in zip((normed, out), rows, strict=True):
+            expected = coded_like(made, row.factors)
+            expected.put(made)
+            assert_coded(row, expected)
+        found.append(rows)
+    for fast, plain in zip(found[1], found[0], strict=True):
+        assert_coded(fast, plain)
+
+
+FEED = 1112
+"""Columns of SwiGLU's result: more than one program's, the last tile not full."""
+
+
+def low_rank(
+    draw: torch.Generator, inputs: int, outputs: int, rank: int, gate_rank: int = 0
+) -> LowRank:
+    """Return LoRA of one linear; h and dh are columns of wider tensors, as in the fast step."""
+    h = random(draw, ROWS, inputs + rank)[:, inputs:]
+    dh = random(draw, ROWS, outputs + rank)[:, outputs:]
+    b = random(draw, outputs, rank)
+    if outputs == 2 * FEED:  # gate's and up's are apart
+        b[:FEED, gate_rank:] = 0
+        b[FEED:, :gate_rank] = 0
+    return LowRank(random(draw, rank, inputs), b, h, dh, gate_rank)
+
+
+@pytest.mark.parametrize(
+    "ranks", [((32, 16), 16), ((48, 40), None), ((16, 0), 20), (None, 5), (None, None)]
+)
+@pytest.mark.parametrize("late_peak", [True, False])
+def test_swiglu_puts_codes_and_makes_what_lora_has_beside_it(
+    draw: torch.Generator, ranks: tuple[tuple[int, int] | None, int | None], late_peak: bool
+) -> None:
+    """With a late peak, one row's scale proves to be too small after its first columns."""
+    gate_up, d_out = random(draw, ROWS, 2 * FEED + 16)[:, : 2 * FEED], random(draw, ROWS, FEED)
+    before = None if ranks[0] is None else low_rank(draw, WIDTH, 2 * FEED, *ranks[0])
+    after = None if ranks[1] is None else low_rank(draw, FEED, WIDTH, ranks[1])
+    if late_peak:
+        gate_up[3, FEED - 2], gate_up[3, 2 * FEED - 2] = 300.0, 1e4
+        d_out[5, FEED - 1] = 1e5
+    factors = torch.rand(2 * FEED, generator=draw).to(DEVICE)
+    found: list[list[Tensor | fp8.CodedRows]] = []
+    for forward, backward in (
+        (swiglu_codes.swiglu_codes, swiglu_codes.swiglu_codes_backward),
+        (swiglu_codes.swiglu_codes_triton, swiglu_codes.swiglu_codes_backward_triton),
+    ):
+        made: list[Tensor | fp8.CodedRows] = []
+        for keeps in (True, False):
+            rows, gradients = coded_like(d_out, None), coded_like(gate_up, factors)
+            out, again = torch.empty_like(d_out), torch.empty_like(d_out)
+            first, second = copied(before), copied(after)
+            forward(gate_up, out if keeps else None, rows, first, second)
+            made += [rows, *([out] if keeps else [])]
+            made += [second.h] if second is not None and second.h is not None else []
+            gradient, first, second = gate_up.clone(), copied(before), copied(after)
+            backward(gradient, d_out, again if keeps else None, gradients, first, second)
+            made += [gradient, gradients, *([again] if keeps else [])]
+            made += [first.dh] if first is not None and first.dh is not None else []
+        found.append(made)
+    for fast, plain in zip(found[1], found[0], strict=True):
+        if isinstance(fast, fp8.CodedRows) and isinstance(plain, fp8.CodedRows):
+            assert_coded(fast, plain)
+        elif isinstance(fast, Tensor) and isinstance(plain, Tensor):
+            assert_close(fast, plain)
+
+
+def copied(one: LowRank | None) -> LowRank | None:
+    if one is None or one.h is None or one.dh is None:
+        return None
+    return replace(one, h=one.h.clone(), dh=one.dh.clone())
+
+
+def test_turning_codes(draw: torch.Generator) -> None:
+    weight = random(draw, 136, 80).to(fp8.FP8)
+    out = torch.zeros(80, 136, dtype=fp8.FP8, device=DEVICE)
+    fp8.turn_codes_triton(weight, out)
+    assert torch.equal(out.float(), weight.float().T)
+
+
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)),
+    reason="products row by row in fp8 need a GPU of capability 9.0",
+)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_the_product_of_codes(draw: torch.Generator, with_bias: bool) -> None:
+    x, weight = random(draw, ROWS, 512), random(draw, 272, 512)
+    rows, columns = coded_like(x, None), coded_like(weight, None)
+    rows.put(x)
+    columns.put(weight)
+    bias = random(draw, 272) if with_bias else None
+    out = torch.full((ROWS, 288), 7.0, device=DEVICE, dtype=TYPE)
+    plain = torch.empty(ROWS, 272, device=DEVICE, dtype=torch.float64)
+    scales = columns.scales.T
+    fp8.scaled_product(rows, columns.codes, scales, bias, plain)
+    fp8.scaled_product_device(rows, columns.codes, scales, bias, out[:, :272])
+    assert_close(out[:, :272], plain, 6e-3)
+    assert (out[:, 272:] == 7).all()
+    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    assert_close(plain, exact, 0.05)
 
 
 @pytest.mark.parametrize("with_delta", [True, False])

@@ -1,0 +1,195 @@
+"""A base in eight bits on a GPU: the fast step against its plain operations, and a whole run."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora.apply import apply_lora, lora_layers
+from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.data.batches import Batch
+from lora.data.orders import make_orders
+from lora.decoder.config import (
+    AttentionConfig,
+    DecoderConfig,
+    FeedForwardConfig,
+    LayerConfig,
+    RopeConfig,
+)
+from lora.decoder.decoder import Decoder, build_decoder
+from lora.decoder.quantised import Fp8Linear, has_fp8_base, use_fp8_linears
+from lora.device import choose_device
+from lora.fast import buffers
+from lora.fast.blocks import MODES
+from lora.fast.choose import why_not_fast, why_not_fp8
+from lora.fast.ops import PLAIN, TRITON
+from lora.fast.step import FastStep
+from lora.finetune import FinetuneJob, finetune
+from lora.kernels.jit import HAS_TRITON
+from lora.progress import NoProgress
+from lora.runs import read_json, read_rows
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not (HOPPER and HAS_TRITON), reason="needs a GPU of capability 9.0 and Triton"
+    ),
+]
+VOCABULARY = 1000
+PLAIN_ROWS = replace(
+    TRITON,
+    add_norm=PLAIN.add_norm,
+    norm_backward=PLAIN.norm_backward,
+    swiglu_codes=PLAIN.swiglu_codes,
+    swiglu_codes_backward=PLAIN.swiglu_codes_backward,
+    quantise_rows=PLAIN.quantise_rows,
+    scaled_product=PLAIN.scaled_product,
+    turn_codes=PLAIN.turn_codes,
+)
+"""The fast step's operations, with the plain twins of all that has to do with eight bits."""
+EXACT = replace(PLAIN, code_type=torch.float32)
+"""Rows that nothing rounds."""
+
+
+def build() -> Decoder:
+    config = DecoderConfig(
+        family="llama",
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        max_position_embeddings=512,
+        norm_eps=1e-5,
+        block="pre_norm",
+        embedding_scale=1.0,
+        tie_word_embeddings=True,
+        attention=AttentionConfig(8, 2, 32, qkv_bias=True),
+        feed_forward=FeedForwardConfig(528, "silu"),
+        layers=(LayerConfig(RopeConfig(1e4), None, 32**-0.5),) * 4,
+    )
+    model = build_decoder(config, 0, dtype=torch.bfloat16, device="cuda")
+    draw = torch.Generator("cuda").manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = 0.05 if parameter.ndim > 1 else 0.2
+            noise = torch.randn(parameter.shape, generator=draw, device="cuda")
+            parameter.add_(spread * noise)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    use_fp8_linears(model)
+    for name, module in model.named_modules():
+        if isinstance(module, Fp8Linear):
+            module.load(weights[f"{name}.weight"], name)
+    apply_lora(model, LoRAConfig(rank=8, init_seed=0))
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.copy_(
+                0.05 * torch.randn(layer.lora_B.shape, generator=draw, device="cuda")
+            )
+    return model
+
+
+def batch(*, packed: bool, rows: int = 2, tokens: int = 192) -> Batch:
+    draw = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, VOCABULARY, (rows, tokens), generator=draw)
+    labels, documents = ids.roll(-1, 1), torch.zeros_like(ids)
+    positions = torch.arange(tokens).expand(rows, -1).clone()
+    labels[:, ::7] = -100
+    if packed:
+        for start in (50, 51, 130):
+            documents[0, start:] += 1
+            positions[0, start:] = torch.arange(tokens - start)
+    return Batch(ids, labels, positions, documents)
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("mode", ["none", "cheap", "full"])
+def test_the_device_is_as_near_to_rows_not_rounded_as_plain_operations(
+    mode: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Device and plain twin cannot be near each other: what differs by 1e-4 before a value is
+    rounded puts codes on either side of an edge, which moves gradients by as much as rounding does.
+    """
+    monkeypatch.setattr(buffers, "PART_TOKENS", 256)
+    model = build()
+    fast = FastStep(copy.deepcopy(model), TRITON, torch.bfloat16, keep=MODES[mode])
+    plain = FastStep(copy.deepcopy(model), PLAIN_ROWS, torch.bfloat16, keep=MODES[mode])
+    exact = FastStep(copy.deepcopy(model), EXACT, torch.float32)
+    batches = batch(packed=packed)
+    for step in (fast, plain, exact):
+        step.launch([batches], 0.0)
+    assert fast.graphs.why_not is None
+    assert fast.report[0].item() == pytest.approx(plain.report[0].item(), rel=2e-3)
+    assert fast.report[0].item() == pytest.approx(exact.report[0].item(), rel=0.02)
+    errors = [
+        [
+            relative(slot.gradients, other.gradients)
+            for slot, other in zip(step.flat.slots, exact.flat.slots, strict=True)
+        ]
+        for step in (fast, plain)
+    ]
+    own, twins = (relative(step.flat.gradients, exact.flat.gradients) for step in (fast, plain))
+    print(f"gradients' errors, {mode}: device {own:.4f} {max(errors[0]):.4f}, twins {twins:.4f}")
+    assert own < 1.15 * twins + 0.01 < 0.2
+    for found, twin in zip(*errors, strict=True):
+        assert found < 1.3 * twin + 0.02
+
+
+def test_steps_learn_and_leave_the_codes_alone() -> None:
+    model = build()
+    before = {n: b.clone() for n, b in model.state_dict().items() if "lora_" not in n}
+    assert why_not_fast(model, choose_device("cuda")) is None
+    step = FastStep(model, TRITON, torch.bfloat16)
+    losses = []
+    for number in range(1, 31):
+        step.launch([batch(packed=True)], 3e-3, number)
+        losses.append(step.report[0].item())
+    assert losses[-1] < losses[0] - 0.5
+    for name, value in model.state_dict().items():
+        if "lora_" not in name:
+            assert torch.equal(value.view(torch.uint8), before[name].view(torch.uint8)), name
+
+
+def test_a_whole_run_says_what_it_does_and_stays_near_its_plan(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    told: list[str] = []
+
+    class Lines(NoProgress):
+        def say(self, text: str) -> None:
+            told.append(text)
+
+    losses = {}
+    for kind, fast in (("auto", True), ("fp8", True), ("fp8", False)):
+        job = FinetuneJob(
+            data=make_orders("train", 48),
+            model=str(tiny_folder),
+            lora=LoRAConfig(rank=4),
+            train=TrainConfig(steps=40, batch_size=8, micro_batches=2, learning_rate=2e-2),
+            data_config=DataConfig(max_length=128),
+            run=RunConfig(out=tmp_path, name=f"{kind}-{fast}", device="cuda", fast=fast),
+            base_dtype=kind,  # type: ignore[arg-type]
+        )
+        done = finetune(job, Lines())
+        rows = [row["loss"] for row in read_rows(done.folder / "metrics.jsonl") if "loss" in row]
+        losses[kind, fast] = sum(rows[-10:]) / 10
+        if kind == "fp8":
+            assert read_json(done.folder / "run.json")["base_dtype"] == "fp8"
+    assert any("frozen products in fp8" in line for line in told)
+    print("means of the last ten losses:", losses)
+    assert losses["fp8", True] == pytest.approx(losses["auto", True], rel=0.1)
+    assert losses["fp8", True] == pytest.approx(losses["fp8", False], rel=0.1)
+
+
+def test_older_gpus_are_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    model = build()
+    assert has_fp8_base(model)
+    assert "capability 9.0, and this has 8.6" in str(why_not_fp8(choose_device("cuda")))
+    assert "capability 9.0" in str(why_not_fast(model, choose_device("cuda")))
