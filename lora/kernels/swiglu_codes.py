@@ -163,6 +163,13 @@ def _store_guess(y, scales, rows, here):
 
 
 @jit
+def _outgrown(peak, scales, rows, here):
+    """Return whether a row holds a larger value than its scale is good for."""
+    guessed = tl.load(scales + rows, mask=here, other=1.0)
+    return tl.max((peak > guessed * 448.0).to(tl.int32), 0) > 0
+
+
+@jit
 def _row_peaks(peaks, rows, here, n_rows, programs, ROWS: tl.constexpr):
     """Return the largest value of each row."""
     peak = tl.zeros([ROWS], dtype=tl.float32)
@@ -254,8 +261,7 @@ def _swiglu_codes_kernel(
                 ROWS, LOW_RANK, LOW_RANK,
             )  # fmt: skip
         peak = _row_peaks(peaks, rows, here, n_rows, programs, ROWS)
-        guessed = tl.load(scales + rows, mask=here, other=1.0)
-        if tl.max((peak > guessed * 448.0).to(tl.int32), 0) > 0:
+        if _outgrown(peak, scales, rows, here):
             scale, inverse = scale_of(peak)
             tl.store(scales + rows, scale, mask=here)
             for start in range(0, width, BLOCK):
@@ -348,6 +354,14 @@ def _code_again(
 
 
 @jit
+def _keep_sums(sums, place, of_gate, of_up, here, RANK: tl.constexpr):
+    """Store a program's part of dh of gate and of up."""
+    at = sums + place[:, None] * (2 * RANK) + tl.arange(0, RANK)[None, :]
+    tl.store(at, of_gate, mask=here[:, None])
+    tl.store(at + RANK, of_up, mask=here[:, None])
+
+
+@jit
 def _finish_sums(
     sums, dh, dh_stride, rows, here, gate_rank, rank, n_rows, programs,
     ROWS: tl.constexpr, RANK: tl.constexpr,
@@ -394,7 +408,6 @@ def _swiglu_codes_backward_kernel(
     if STAGE == 1:
         program = tl.program_id(1)
         inverse = 1.0 / tl.load(scales + rows, mask=here, other=1.0)[:, None]
-        ranks = tl.arange(0, RANK)[None, :]
         peak = tl.zeros([ROWS], dtype=tl.float32)
         of_gate = tl.zeros([ROWS, RANK], dtype=tl.float32)
         of_up = tl.zeros([ROWS, RANK], dtype=tl.float32)
@@ -421,17 +434,14 @@ def _swiglu_codes_backward_kernel(
         place = program * n_rows + rows
         tl.store(peaks + place, peak, mask=here)
         if ADDS:
-            sums_at = sums + place[:, None] * (2 * RANK) + ranks
-            tl.store(sums_at, of_gate, mask=here[:, None])
-            tl.store(sums_at + RANK, of_up, mask=here[:, None])
+            _keep_sums(sums, place, of_gate, of_up, here, RANK)
     if STAGE == 2:
         if ADDS:
             _finish_sums(
                 sums, dh, dh_stride, rows, here, gate_rank, rank, n_rows, programs, ROWS, RANK
             )
         peak = _row_peaks(peaks, rows, here, n_rows, programs, ROWS)
-        guessed = tl.load(scales + rows, mask=here, other=1.0)
-        if tl.max((peak > guessed * 448.0).to(tl.int32), 0) > 0:
+        if _outgrown(peak, scales, rows, here):
             scale, inverse = scale_of(peak)
             tl.store(scales + rows, scale, mask=here)
             _code_again(x, codes_at, factors, inverse, here, 2 * width, BLOCK, HAS_FACTORS)
