@@ -376,8 +376,7 @@ def _swiglu_codes_backward_kernel(
     here = rows < n_rows
     kind = gate_up.dtype.element_ty
     code_kind = codes.dtype.element_ty
-    x = gate_up + rows[:, None] * gate_up_stride
-    dy = d_out + rows[:, None] * d_out_stride
+    x, dy = gate_up + rows[:, None] * gate_up_stride, d_out + rows[:, None] * d_out_stride
     codes_at = codes + rows[:, None] * 2 * width
     h_gate = _low_tile(h, h_stride, rows, here, gate_rank, ADDS, RANK)
     h_up = _low_tile(h + gate_rank, h_stride, rows, here, rank - gate_rank, ADDS, RANK)
@@ -394,7 +393,6 @@ def _swiglu_codes_backward_kernel(
     if STAGE == 1:
         program = tl.program_id(1)
         inverse = 1.0 / tl.load(scales + rows, mask=here, other=1.0)[:, None]
-        ranks = tl.arange(0, RANK)[None, :]
         peak = tl.zeros([ROWS], dtype=tl.float32)
         of_gate = tl.zeros([ROWS, RANK], dtype=tl.float32)
         of_up = tl.zeros([ROWS, RANK], dtype=tl.float32)
@@ -418,17 +416,16 @@ def _swiglu_codes_backward_kernel(
             peak = tl.maximum(peak, tl.max(tl.maximum(tl.abs(left), tl.abs(right)), 1))
             tl.store(codes_at + at[None, :], (left * inverse).to(code_kind), mask=there)
             tl.store(codes_at + width + at[None, :], (right * inverse).to(code_kind), mask=there)
-        place = program * n_rows + rows
-        tl.store(peaks + place, peak, mask=here)
+        tl.store(peaks + program * n_rows + rows, peak, mask=here)
         if ADDS:
-            sums_at = sums + place[:, None] * (2 * RANK) + ranks
+            place = program * n_rows + rows
+            sums_at = sums + place[:, None] * (2 * RANK) + tl.arange(0, RANK)[None, :]
             tl.store(sums_at, of_gate, mask=here[:, None])
             tl.store(sums_at + RANK, of_up, mask=here[:, None])
     if STAGE == 2:
         if ADDS:
-            _finish_sums(
-                sums, dh, dh_stride, rows, here, gate_rank, rank, n_rows, programs, ROWS, RANK
-            )
+            _finish_sums(sums, dh, dh_stride, rows, here, gate_rank, rank, n_rows,
+                         programs, ROWS, RANK)  # fmt: skip
         peak = _row_peaks(peaks, rows, here, n_rows, programs, ROWS)
         guessed = tl.load(scales + rows, mask=here, other=1.0)
         if tl.max((peak > guessed * 448.0).to(tl.int32), 0) > 0:
