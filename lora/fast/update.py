@@ -71,12 +71,19 @@ class FlatUpdate:
         self.taken_steps.add_(taken)
         steps = self.taken_steps.clamp(min=1)
         self.control.copy_(torch.stack((self.rate, steps, scale.float(), taken.float())))
-        for part, decay in flat.segments(self.weight_decay):
+        for part, decay, share in flat.segments(self.weight_decay):
+            control = self.control if share == 1 else self._slower(share)
             self.adamw(
                 flat.values[part], flat.gradients[part], flat.mean[part], flat.square[part],
-                self.control, decay, self.settings,
+                control, decay, self.settings,
             )  # fmt: skip
         self.report.copy_(torch.stack((loss, self.n_learned.float(), norm, taken.float())))
+
+    def _slower(self, share: float) -> Tensor:
+        """Return `control` with this share of the rate."""
+        control = self.control.clone()
+        control[0] *= share
+        return control
 
     def adopt_moments(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Changes `optimizer` in place: its state becomes views of the flat moments.
