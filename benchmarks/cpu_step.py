@@ -22,6 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from lora.data.batches import Batch
 from lora.decoder.hf_weights import load_decoder
 from lora.decoder.sources import find_model
 from lora.device import choose_device, peak_memory_bytes
+from lora.heap import kept_memory
 from lora.lora_module import LoRALinear
 from lora.losses import loss_for
 from lora.optim import build_optimizer
@@ -219,8 +221,16 @@ class Worker:
 
 
 def serve(name: str, variant: str) -> None:
-    """Be a worker: answer each number on standard input by one line."""
+    """Be a worker: take steps when asked to."""
     step = build(CASES[name], variant)
+    with ExitStack() as entered:
+        if variant not in ("plain_full", "peft"):  # the others are runs of our trainer
+            entered.enter_context(kept_memory())
+        answer(step)
+
+
+def answer(step: Step) -> None:
+    """Answer each number on standard input by one line."""
     for line in sys.stdin:
         seconds = []
         for _ in range(int(line)):
