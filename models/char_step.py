@@ -20,16 +20,14 @@ from lora.fast.flat import FlatParameters
 from lora.fast.linears import Linears
 from lora.fast.runner import LaunchedSteps
 from lora.fast.step import trains_whole
-from lora.fast.update import FlatUpdate
+from lora.fast.update import HostUpdate
 from lora.fast.weights import Weights
-from lora.kernels.adamw import adamw_host
 from lora.kernels.dense_attention import (
     MOST_TOKENS,
     Kept,
     attend_dense,
     attend_dense_backward,
 )
-from lora.kernels.token_loss import token_loss
 from lora.lora_module import LoRALinear
 from models.bigram_lm_v2 import BigramLanguageModel, bigram_loss
 
@@ -159,14 +157,23 @@ class CharPass:
         return self.net.norms.backward(number, dy, x, mean, rstd, first=self.first)
 
     def _embedding_back(self, dx: Tensor) -> None:
-        for weights in (self.net.tokens, self.net.places):
-            if weights.slot is not None and self.first:
-                weights.slot.gradients.zero_()
-        if self.net.tokens.slot is not None:
-            self.net.tokens.slot.gradients[0].index_add_(0, self.idx.flatten(), dx)
-        if self.net.places.slot is not None:
-            of_places = dx.view(*self.idx.shape, -1).sum(0)  # (T, C)
-            self.net.places.slot.gradients[0][: len(of_places)] += of_places
+        for weights, places in (
+            (self.net.tokens, self.idx),
+            (self.net.places, torch.arange(self.idx.shape[1]).expand_as(self.idx)),
+        ):
+            if weights.slot is not None:
+                gradient = torch.ops.aten.embedding_dense_backward(
+                    dx.view(*self.idx.shape, -1), places, len(weights.tensors[0]), -1, False
+                )
+                weights.slot.receive(gradient[None], first=self.first)
+
+
+def summed_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropy () of logits (N, V), and its gradient (N, V)."""
+    chosen = targets.reshape(-1, 1)  # (N, 1)
+    logs = logits.log_softmax(-1)
+    loss_sum = -logs.gather(1, chosen).sum()
+    return loss_sum, logs.exp_().scatter_add_(1, chosen, logs.new_tensor(-1.0).expand(chosen.shape))
 
 
 class CharStep:
@@ -190,9 +197,7 @@ class CharStep:
             self.net = CharNetwork(model, flat, first.dtype, share)
             flat.allocate()
             self.net.fill()
-        self.update = FlatUpdate(
-            flat, adamw_host, weight_decay=weight_decay, max_grad_norm=max_grad_norm
-        )
+        self.update = HostUpdate(flat, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
         self.report = self.update.report
 
     @torch.no_grad()
@@ -201,12 +206,9 @@ class CharStep:
         self.update.rate.fill_(rate)
         for place, (inputs, targets) in enumerate(batches):
             step = CharPass(self.net, inputs, first=place == 0)
-            logits = step.run()  # (B·T, V)
-            losses = logits.new_empty(len(logits))
-            token_loss(logits, targets.flatten(), losses)
-            step.backward(logits)
-            learned = torch.tensor(targets.numel())
-            self.update.count(losses.sum(), learned, first=place == 0)
+            loss_sum, d_logits = summed_loss(step.run(), targets)
+            step.backward(d_logits)
+            self.update.count(loss_sum, torch.tensor(targets.numel()), first=place == 0)
         for linears in self.net.linears:
             linears.finish()
         self.update.run()

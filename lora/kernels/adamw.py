@@ -58,16 +58,17 @@ def adamw_host(
     gradients: Tensor,
     mean: Tensor,
     square: Tensor,
-    control: Tensor,
+    rate: float,
+    step: float,
     weight_decay: float,
     settings: AdamWSettings,
 ) -> None:
-    """The twin for CPUs: torch's fused AdamW, one pass; agrees within 1e-6. Scales `gradients`."""
-    rate, step, scale, taken = control.tolist()
-    if not taken:
-        return
+    """The twin for CPUs: torch's fused AdamW, one pass; agrees within 1e-6.
+
+    Changes `parameters`, `mean` and `square`, all (n,), in place; `step` counts from 1.
+    """
     functional_adamw(
-        [parameters], [gradients.mul_(scale)], [mean], [square], [],
+        [parameters], [gradients], [mean], [square], [],
         [torch.tensor(step - 1)],  # torch adds one
         fused=True, amsgrad=False, maximize=False, lr=rate, weight_decay=weight_decay,
         beta1=settings.beta1, beta2=settings.beta2, eps=settings.eps,
