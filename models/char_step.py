@@ -96,14 +96,14 @@ class CharNetwork:
     def fill(self) -> None:
         """Put all values into their slots, once these are allocated."""
         for linears in self.linears:
-            linears.kind.fill()
+            linears.fill()
         for weights in (self.norms.weight, self.norms.bias, self.tokens, self.places):
             weights.fill()
 
     def refresh(self) -> None:
         """Bring the weights that products read up to date."""
         for linears in self.linears:
-            linears.kind.refresh()
+            linears.refresh()
 
 
 class CharPass:

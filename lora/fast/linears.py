@@ -32,22 +32,27 @@ class MergedLinears(MergedProjection):
     ) -> None:
         super().__init__(blocks, flat, dtype, PLAIN)
         n_in, n_out = self.inputs, self.outputs
-        self.formed: Tensor | None = None
-        if n_in * n_out <= NARROW_COST * self.width * (n_in + n_out):
-            self.formed = torch.empty_like(self.base)  # dW, (L, O, I)
+        forms = n_in * n_out <= NARROW_COST * self.width * (n_in + n_out)
+        self.formed = torch.empty_like(self.base) if forms else None  # dW, (L, O, I)
+        self.by_layer = list(zip(self.a, self.b.mT, strict=True))  # (R, I), (R, O)
 
     def rounded(self, ranks: int) -> int:
         return ranks
 
     def receive(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
-        (layer,), x, dy = range(self.n_layers)[layers], x[0], dy[0]
+        for layer, one_x, one_dy in zip(range(self.n_layers)[layers], x, dy, strict=True):
+            self.receive_one(layer, one_x, one_dy, first=first)
+
+    def receive_one(self, layer: int, x: Tensor, dy: Tensor, *, first: bool) -> None:
+        """Take in x (N, I) and dy (N, O) of one block."""
         if self.formed is not None:
             into = self.formed[layer]
             torch.mm(dy.T, x, out=into) if first else into.addmm_(dy.T, x)
             return
-        low, dlow = product(x, self.a[layer]), product(dy, self.b[layer].T)  # (N, R)
+        a, b = self.by_layer[layer]
+        low, dlow = product(x, a), product(dy, b)  # (N, R)
         db = (low.T @ dy).T  # (O, R); dyᵀ low is several times slower
-        self.store(layers, (dlow.T @ x)[None], db[None], first=first)
+        self.store(slice(layer, layer + 1), (dlow.T @ x)[None], db[None], first=first)
 
     def finish(self) -> None:
         """Put LoRA's gradients into their slots, if they come from dW."""
@@ -83,15 +88,29 @@ class Linears:
         else:
             self.kind = FrozenProjection(blocks, dtype)
 
+    def fill(self) -> None:
+        """Put the parameters' values into their slots, once these are allocated."""
+        kind = self.kind
+        kind.fill()
+        # Views of one block each, made once: at small sizes making them is a good part of a step.
+        self.weights, self.transposed = list(kind.weight), list(kind.weight.mT)
+        self.biases = [None] * kind.n_layers if kind.bias is None else list(kind.bias)
+
+    def refresh(self) -> None:
+        """Bring the weights that products read up to date."""
+        self.kind.refresh()
+
     def forward(self, layer: int, x: Tensor) -> Tensor:
         """Return y (N, O) of x (N, I)."""
-        bias = None if self.kind.bias is None else self.kind.bias[layer]
-        return product(x, self.kind.weight[layer], bias)
+        return product(x, self.weights[layer], self.biases[layer])
 
     def backward(self, layer: int, x: Tensor, dy: Tensor, *, first: bool) -> Tensor:
         """Return dx (N, I); the gradients of what trains are added up, or begun if `first`."""
-        self.kind.receive(slice(layer, layer + 1), x[None], dy[None], first=first)
-        return product(dy, self.kind.weight[layer].T)
+        if isinstance(self.kind, MergedLinears):
+            self.kind.receive_one(layer, x, dy, first=first)
+        else:
+            self.kind.receive(slice(layer, layer + 1), x[None], dy[None], first=first)
+        return product(dy, self.transposed[layer])
 
     def finish(self) -> None:
         """Complete the gradients, after the step's last micro-batch."""

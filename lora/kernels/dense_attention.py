@@ -9,6 +9,7 @@ ones; from some hundred tokens on the pairs (B·H, T, T) are too many to keep.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -27,6 +28,12 @@ class Kept:
     """(B·H, T, T)."""
 
 
+@cache
+def _future(n_tokens: int, dtype: torch.dtype) -> Tensor:
+    """Return what keeps a token from those after it, (T, T): −∞ above the diagonal."""
+    return torch.full((n_tokens, n_tokens), -torch.inf, dtype=dtype).triu_(1)
+
+
 def attend_dense(qkv: Tensor, rows: int, n_heads: int) -> tuple[Tensor, Kept]:
     """Return softmax(q kᵀ / √D) v, (B·T, C), of causal rows, and what its gradient needs.
 
@@ -36,8 +43,7 @@ def attend_dense(qkv: Tensor, rows: int, n_heads: int) -> tuple[Tensor, Kept]:
     split = qkv.view(rows, n_tokens, 3, n_heads, width).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
     heads = split.reshape(3, rows * n_heads, n_tokens, width)
     q, k, v = heads.unbind(0)  # each (B·H, T, D)
-    future = qkv.new_full((n_tokens, n_tokens), -torch.inf).triu_(1)
-    logits = torch.baddbmm(future, q, k.mT, alpha=width**-0.5)  # (B·H, T, T)
+    logits = torch.baddbmm(_future(n_tokens, qkv.dtype), q, k.mT, alpha=width**-0.5)  # (B·H, T, T)
     probabilities = logits.softmax(-1)
     out = torch.bmm(probabilities, v).view(rows, n_heads, n_tokens, width)
     return out.transpose(1, 2).reshape(len(qkv), -1), Kept(heads, probabilities)
@@ -54,8 +60,9 @@ def attend_dense_backward(d_out: Tensor, rows: int, kept: Kept) -> Tensor:
     d_probabilities = torch.bmm(d_out, v.mT)  # (B·H, T, T)
     d_logits = torch._softmax_backward_data(
         d_probabilities, kept.probabilities, -1, d_out.dtype
-    ).mul_(width**-0.5)
-    torch.bmm(d_logits, k, out=grads[0])
-    torch.bmm(d_logits.mT, q, out=grads[1])
+    )
+    scale = width**-0.5
+    torch.baddbmm(grads[0], d_logits, k, beta=0, alpha=scale, out=grads[0])
+    torch.baddbmm(grads[1], d_logits.mT, q, beta=0, alpha=scale, out=grads[1])
     split = grads.view(3, rows, n_heads, n_tokens, width).permute(1, 3, 0, 2, 4)  # (B, T, 3, H, D)
     return split.reshape(rows * n_tokens, -1)
