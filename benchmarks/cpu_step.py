@@ -4,24 +4,25 @@
     python benchmarks/cpu_step.py --cases S --json
     python benchmarks/cpu_step.py --out benchmarks/results/cpu_step.jsonl
 
-Variants take turns in one process for the time (median of the rounds, the first not counted) and
-run alone in a process of their own for the peak memory. `plain_full` is what a user would run:
+Each variant has a process of its own, so that none lives on memory that another has left; they take
+turns (median of all steps, the first not counted). `plain_full` is what a user would run:
 torch's AdamW and the model as it is (transformers' for SmolLM2); `best_full` is full fine-tuning
-through our trainer's step; `plain_lora` wraps linears by the plain LoRALinear; `ours` is what
-apply_lora chooses. Needs transformers and peft.
+through our trainer's step; `plain_lora` wraps linears by the plain LoRALinear; `ours` is what a run
+of ours chooses. Needs transformers and peft.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import math
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,20 +33,24 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lora.apply import apply_lora, replace_module
-from lora.config import LoRAConfig
+from lora.config import LoRAConfig, TrainConfig
 from lora.data.batches import Batch
 from lora.decoder.hf_weights import load_decoder
 from lora.decoder.sources import find_model
-from lora.device import peak_memory_bytes
+from lora.device import choose_device, peak_memory_bytes
+from lora.heap import kept_memory
 from lora.lora_module import LoRALinear
 from lora.losses import loss_for
 from lora.optim import build_optimizer
+from lora.steps import Steps
 from lora.trainer import train_step
 from models.bigram_lm_v2 import BigramLanguageModel, bigram_loss
 from models.bigram_lm_v2_lora import EMBEDDINGS, char_lora_config
+from models.char_step import char_steps
 
 VARIANTS = ("plain_full", "best_full", "plain_lora", "peft", "ours")
 Step = Callable[[], None]
+CPU = choose_device("cpu", "fp32")
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class Case:
     tokens: int
     rank: int
     rounds: int
+    turn_steps: int = 1
+    """Steps that a variant takes before the next has its turn."""
 
     @property
     def is_char(self) -> bool:
@@ -65,14 +72,16 @@ class Case:
 
 
 CASES = {
-    "S": Case(64, 2, 16, 32, 8, 300),
+    "S": Case(64, 2, 16, 32, 8, 30, 20),
     "M": Case(256, 6, 16, 128, 8, 12),
-    "S-rank4": Case(64, 2, 16, 32, 4, 300),
-    "S-rank32": Case(64, 2, 16, 32, 32, 300),
+    "S-rank4": Case(64, 2, 16, 32, 4, 30, 20),
+    "S-rank32": Case(64, 2, 16, 32, 32, 30, 20),
     "M-rank4": Case(256, 6, 16, 128, 4, 12),
     "M-rank32": Case(256, 6, 16, 128, 32, 12),
     "SmolLM2-rank8": Case(0, 0, 4, 128, 8, 5),
     "SmolLM2-rank16": Case(0, 0, 4, 128, 16, 5),
+    "SmolLM2-rank4": Case(0, 0, 4, 128, 4, 5),
+    "SmolLM2-rank32": Case(0, 0, 4, 128, 32, 5),
 }
 DEFAULT_CASES = ("S", "M", "SmolLM2-rank8", "SmolLM2-rank16")
 
@@ -107,7 +116,10 @@ def char_step(case: Case, variant: str) -> Step:
         apply_lora(model, settings)
     if variant == "plain_lora":
         make_plain(model)
-    return our_step(model, batch, bigram_loss)
+        return our_step(model, batch, bigram_loss)
+    steps = char_steps(model, CPU, TrainConfig(whole_rate_fraction=1.0))
+    assert steps is not None
+    return lambda: take(steps, batch)
 
 
 def smollm2_step(case: Case, variant: str) -> Step:
@@ -172,6 +184,12 @@ def our_step(model: nn.Module, batch: Any, loss_fn: Any) -> Step:
     return lambda: void(train_step(model, [batch], loss_fn, optimizer))
 
 
+def take(steps: Steps, batch: Any) -> None:
+    """Take a step as the trainer's loop does."""
+    steps.launch(1, [batch], 1e-4)
+    steps.finished(wait=True)
+
+
 def void(value: object) -> None:
     """Forget `value`."""
 
@@ -181,24 +199,57 @@ def build(case: Case, variant: str) -> Step:
     return char_step(case, variant) if case.is_char else smollm2_step(case, variant)
 
 
-def measure_times(case: Case, variants: list[str]) -> dict[str, float]:
-    """Return the median milliseconds of each variant, taking turns."""
-    steps = {variant: build(case, variant) for variant in variants}
-    gc.collect()
-    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
-    for _ in range(case.rounds + 1):
-        for variant, step in steps.items():
+class Worker:
+    """A process of its own that takes steps of one variant when it is told to."""
+
+    def __init__(self, name: str, variant: str) -> None:
+        command = [sys.executable, __file__, "--serve", name, variant]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.ask(1)  # the model is built, and a first step is taken, which does not count
+
+    def ask(self, n_steps: int) -> Any:
+        """Return the seconds of `n_steps` steps; for 0 the peak megabytes, and the process ends."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(n_steps, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"a worker ended with exit code {self.process.wait()}")
+        return json.loads(answer)
+
+
+def serve(name: str, variant: str) -> None:
+    """Be a worker: take steps when asked to."""
+    step = build(CASES[name], variant)
+    with ExitStack() as entered:
+        if variant not in ("plain_full", "peft"):  # the others are runs of our trainer
+            entered.enter_context(kept_memory())
+        answer(step)
+
+
+def answer(step: Step) -> None:
+    """Answer each number on standard input by one line."""
+    for line in sys.stdin:
+        seconds = []
+        for _ in range(int(line)):
             began_s = time.perf_counter()
             step()
-            seconds[variant].append(time.perf_counter() - began_s)
-    return {v: 1000 * statistics.median(times[1:]) for v, times in seconds.items()}
+            seconds.append(time.perf_counter() - began_s)
+        print(json.dumps(seconds or peak_memory_bytes(torch.device("cpu")) / 1e6), flush=True)
+        if not seconds:
+            return
 
 
-def measure_peak_mb(name: str, variant: str) -> float:
-    """Return the peak resident megabytes (10⁶ bytes) of a process that takes three steps."""
-    command = [sys.executable, __file__, "--peak-of", name, variant]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.splitlines()[-1])
+def measure(name: str, case: Case, variants: list[str]) -> dict[str, tuple[float, float]]:
+    """Return the median milliseconds and the peak megabytes of each variant, taking turns."""
+    workers = {variant: Worker(name, variant) for variant in variants}
+    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+    for _ in range(case.rounds):
+        for variant, worker in workers.items():
+            seconds[variant] += worker.ask(case.turn_steps)
+    return {v: (1000 * statistics.median(seconds[v]), workers[v].ask(0)) for v in variants}
 
 
 def main() -> int:
@@ -208,21 +259,17 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--rounds", type=int, help="instead of the case's own number")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--no-memory", action="store_true", help="measure the time alone")
     parser.add_argument("--out", type=Path, help="also append the JSON lines to this file")
-    parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.peak_of:
-        step = build(CASES[arguments.peak_of[0]], arguments.peak_of[1])
-        for _ in range(3):
-            step()
-        print(peak_memory_bytes(torch.device("cpu")) / 1e6)
+    if arguments.serve:
+        serve(*arguments.serve)
         return 0
     for name in arguments.cases:
         case = CASES[name]
         if arguments.rounds:
             case = Case(**{**vars(case), "rounds": arguments.rounds})
-        rows = measure_case(name, case, arguments.variants, memory=not arguments.no_memory)
+        rows = measure_case(name, case, arguments.variants)
         show(rows, arguments.json)
         if arguments.out:
             with arguments.out.open("a", encoding="utf-8") as file:
@@ -230,17 +277,16 @@ def main() -> int:
     return 0
 
 
-def measure_case(
-    name: str, case: Case, variants: list[str], *, memory: bool
-) -> list[dict[str, Any]]:
+def measure_case(name: str, case: Case, variants: list[str]) -> list[dict[str, Any]]:
     """Return one row a variant."""
-    times = measure_times(case, variants)
+    measured = measure(name, case, variants)
+    ours_ms = measured.get("ours", (math.nan,))[0]
     rows = []
-    for variant, step_ms in times.items():
+    for variant, (step_ms, peak_mb) in measured.items():
         row: dict[str, Any] = {"case": name, "variant": variant, "step_ms": round(step_ms, 2)}
-        row["peak_mb"] = round(measure_peak_mb(name, variant)) if memory else None
+        row["peak_mb"] = round(peak_mb)
         row["tokens_per_s"] = round(1000 * case.rows * case.tokens / step_ms)
-        row["against_ours"] = round(step_ms / times.get("ours", step_ms), 2)
+        row["against_ours"] = round(step_ms / ours_ms, 2)
         rows.append({**row, "threads": torch.get_num_threads(), "torch": torch.__version__})
     return rows
 
@@ -253,7 +299,7 @@ def show(rows: list[dict[str, Any]], as_json: bool) -> None:
         return
     print(f"{rows[0]['case']}: {rows[0]['threads']} threads, torch {rows[0]['torch']}")
     for row in rows:
-        peak = "" if row["peak_mb"] is None else f"{row['peak_mb']:6d} MB"
+        peak = f"{row['peak_mb']:6d} MB"
         ratio = f"{row['against_ours']:.2f}x of ours"
         print(f"  {row['variant']:<11}{row['step_ms']:9.1f} ms {peak}  {ratio}", flush=True)
 

@@ -16,6 +16,7 @@ import torch
 from lora.config import LEAST_EVAL_STEPS, MOST_EVALUATIONS
 from lora.device import peak_memory_bytes
 from lora.errors import Interrupted, TrainingError
+from lora.heap import kept_memory
 from lora.interrupts import StopRequests
 from lora.optim import build_optimizer, rate_factor
 from lora.out_of_memory import advise, count_parts, describe_parts, explained
@@ -57,7 +58,11 @@ def train(job: TrainingJob) -> TrainResult:
     steps.adopt(optimizer)
     job.progress.start(config.steps, at.step)
     try:
-        with StopRequests(job.progress.say) as stop, explained(lambda: _say_memory(job, at)):
+        with (
+            StopRequests(job.progress.say) as stop,
+            explained(lambda: _say_memory(job, at)),
+            kept_memory(),
+        ):
             _loop(job, steps, optimizer, at, stop)
     finally:
         job.progress.stop()

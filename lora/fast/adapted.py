@@ -90,8 +90,10 @@ class _LoRAProjection(Projection):
         self, layers: slice, x: Tensor, dy: Tensor, h: Tensor, dh: Tensor, *, first: bool
     ) -> None:
         """Put dA = dhᵀ x and dB = s · dyᵀ h into their slots; all are (layers, N, …)."""
-        da = torch.bmm(dh.mT, x)  # (layers, R, I)
-        db = torch.bmm(dy.mT, h)  # (layers, O, R)
+        self.store(layers, torch.bmm(dh.mT, x), torch.bmm(dy.mT, h), first=first)
+
+    def store(self, layers: slice, da: Tensor, db: Tensor, *, first: bool) -> None:
+        """Put dA (layers, R, I) and s · dB into their slots; dB (layers, O, R) is without s."""
         target = self.a_slot.gradients[layers]
         target.copy_(da) if first else target.add_(da)
         for member, part, slot, scale in self.adapted:

@@ -18,6 +18,8 @@ class Slot:
 
     shape: tuple[int, ...]
     decays: bool
+    share: float = 1.0
+    """Of the learning rate."""
     values: Tensor = field(init=False)
     gradients: Tensor = field(init=False)
     mean: Tensor = field(init=False)
@@ -32,23 +34,23 @@ class Slot:
 
 
 class FlatParameters:
-    """Reserves slots, then allocates them together: those that decay first."""
+    """Reserves slots, then allocates them together: those alike in decay and rate side by side."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         self.slots: list[Slot] = []
 
-    def reserve(self, shape: tuple[int, ...], *, decays: bool) -> Slot:
-        """Return a slot for a tensor of `shape`."""
-        slot = Slot(shape, decays)
+    def reserve(self, shape: tuple[int, ...], *, decays: bool, share: float = 1.0) -> Slot:
+        """Return a slot for a tensor of `shape` that takes this `share` of the rate."""
+        slot = Slot(shape, decays, share)
         self.slots.append(slot)
         return slot
 
     def allocate(self) -> None:
         """Give every slot its views, all zero."""
-        ordered = sorted(self.slots, key=lambda slot: not slot.decays)
+        ordered = sorted(self.slots, key=lambda slot: (not slot.decays, slot.share))
         sizes = [torch.Size(slot.shape).numel() for slot in ordered]
-        self.n_decaying = sum(n for n, slot in zip(sizes, ordered, strict=True) if slot.decays)
+        self._stops: dict[tuple[bool, float], int] = {}
         self.values, self.gradients, self.mean, self.square = (
             torch.zeros(sum(sizes), dtype=self.dtype, device=self.device) for _ in range(4)
         )
@@ -60,12 +62,12 @@ class FlatParameters:
             slot.mean = self.mean[part].view(slot.shape)
             slot.square = self.square[part].view(slot.shape)
             start += size
+            self._stops[slot.decays, slot.share] = start
 
-    def segments(self, weight_decay: float) -> list[tuple[slice, float]]:
-        """Return the parts of the buffer with one decay each."""
-        n = self.values.numel()
-        parts = [
-            (slice(0, self.n_decaying), weight_decay),
-            (slice(self.n_decaying, n), 0.0),
-        ]
-        return [(part, decay) for part, decay in parts if part.stop > part.start]
+    def segments(self, weight_decay: float) -> list[tuple[slice, float, float]]:
+        """Return the parts of the buffer with one decay and one share of the rate, and both."""
+        parts, start = [], 0
+        for (decays, share), stop in self._stops.items():
+            parts.append((slice(start, stop), weight_decay if decays else 0.0, share))
+            start = stop
+        return parts

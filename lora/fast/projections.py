@@ -175,7 +175,7 @@ class FullProjection(Projection):
 
     def fill(self) -> None:
         self.place(self.slot.values)
-        self.weight = self.empty(self.n_layers, self.outputs, self.inputs)
+        self.weight = self.slot.values.to(self.dtype)  # the values themselves where types agree
         self.refresh()
 
     def _place_biases(self) -> None:
@@ -191,7 +191,8 @@ class FullProjection(Projection):
                     bias.data = view
 
     def refresh(self) -> None:
-        self.weight.copy_(self.slot.values)
+        if self.weight.data_ptr() != self.slot.values.data_ptr():
+            self.weight.copy_(self.slot.values)
         if self.bias is not None and self.bias_slot is not None:
             self.bias.copy_(self.bias_slot.values)
 

@@ -21,6 +21,7 @@ from lora.fast.ops import PLAIN, TRITON
 from lora.fast.step import MERGE_BELOW_WIDTH, FastStep, trains_whole
 from lora.kernels.jit import HAS_TRITON
 from lora.losses import loss_for
+from lora.plain_step import LossFn
 from lora.steps import StepDone
 
 READ_LATE_STEPS = 1
@@ -30,7 +31,7 @@ READ_LATE_STEPS = 1
 class _Launched:
     number: int
     rate: float
-    batches: Sequence[Batch]
+    batches: Sequence[Any]
     report: Tensor
     """On the host, valid when `event` has passed."""
     event: torch.cuda.Event | None
@@ -42,7 +43,7 @@ class DeviceStep(Protocol):
     report: Tensor
     """Loss, tokens, gradient's norm, whether it was taken, (4,)."""
 
-    def launch(self, batches: Sequence[Batch], rate: float, number: int = 1) -> None:
+    def launch(self, batches: Sequence[Any], rate: float, number: int = 1) -> None:
         """Begin step `number`."""
 
     def adopt_moments(self, optimizer: torch.optim.Optimizer) -> None:
@@ -57,11 +58,18 @@ class LaunchedSteps:
         step: how.
         choice: where it runs, and the type of its products.
         about: one line for the user.
+        loss_fn: finds where a NaN came from; None: what fits `model`.
     """
 
     def __init__(
-        self, model: nn.Module, step: DeviceStep, choice: DeviceChoice, about: str
+        self,
+        model: nn.Module,
+        step: DeviceStep,
+        choice: DeviceChoice,
+        about: str,
+        loss_fn: LossFn | None = None,
     ) -> None:
+        self.loss_fn = loss_fn
         self.model, self.choice, self.about = model, choice, about
         self.is_cuda = choice.device.type == "cuda"
         self._step = step
@@ -99,8 +107,10 @@ class LaunchedSteps:
         number, rate = launched.number, launched.rate
         if taken:
             return StepDone(number, [loss], int(n_tokens), norm, rate)
-        batches = [batch.to(self.choice.device) for batch in launched.batches]
-        where = find_nonfinite(self.model, batches, loss_for(self.model), self.choice.autocast)
+        device = self.choice.device
+        batches = [b.to(device) if isinstance(b, Batch) else b for b in launched.batches]
+        loss_fn = self.loss_fn or loss_for(self.model)
+        where = find_nonfinite(self.model, batches, loss_fn, self.choice.autocast)
         why = (
             f"The loss is {loss} and the gradient's norm {norm}: not finite, so the step was not "
             f"taken. Lower the learning rate, or look for damaged examples. {where.sentence}"

@@ -6,13 +6,14 @@ step that is not finite becomes a step not taken, and the host reads of it later
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from lora.fast.flat import FlatParameters
-from lora.kernels.adamw import AdamWSettings
+from lora.kernels.adamw import AdamWSettings, adamw, adamw_host
 
 REPORT = ("loss", "tokens", "gradient_norm", "taken")
 """What the device reports of a step, in this order."""
@@ -79,12 +80,32 @@ class FlatUpdate:
         self.taken_steps.add_(taken)
         steps = self.taken_steps.clamp(min=1)
         self.control.copy_(torch.stack((self.rate, steps, scale.float(), taken.float())))
-        for part, decay in flat.segments(self.weight_decay):
+        for part, decay, share in flat.segments(self.weight_decay):
+            control = self.control if share == 1 else self._slower(share)
             self.adamw(
                 flat.values[part], flat.gradients[part], flat.mean[part], flat.square[part],
-                self.control, decay, self.settings,
+                control, decay, self.settings,
             )  # fmt: skip
         self.report.copy_(torch.stack((loss, self.n_learned.float(), norm, taken.float())))
+
+    def _places(self, model: nn.Module) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return the flat moments of each trained parameter, as views of its shape."""
+        values, size = self.flat.values, self.flat.values.element_size()
+        places = {}
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                start = (parameter.data_ptr() - values.data_ptr()) // size
+                shape, strides = parameter.shape, parameter.stride()
+                mean = self.flat.mean.as_strided(shape, strides, start)
+                square = self.flat.square.as_strided(shape, strides, start)
+                places[id(parameter)] = (mean, square)
+        return places
+
+    def _slower(self, share: float) -> Tensor:
+        """Return `control` with this share of the rate."""
+        control = self.control.clone()
+        control[0] *= share
+        return control
 
     def adopt_moments(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Changes `optimizer` in place: its state becomes views of the flat moments.
@@ -106,15 +127,28 @@ class FlatUpdate:
                     "exp_avg_sq": square,
                 }
 
-    def _places(self, model: nn.Module) -> dict[int, tuple[Tensor, Tensor]]:
-        """Return the flat moments of each trained parameter, as views of its shape."""
-        values, size = self.flat.values, self.flat.values.element_size()
-        places = {}
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                start = (parameter.data_ptr() - values.data_ptr()) // size
-                shape, strides = parameter.shape, parameter.stride()
-                mean = self.flat.mean.as_strided(shape, strides, start)
-                square = self.flat.square.as_strided(shape, strides, start)
-                places[id(parameter)] = (mean, square)
-        return places
+
+class HostUpdate(FlatUpdate):
+    """The same on a CPU, with torch's fused AdamW: the host looks at the norm and decides."""
+
+    def __init__(self, flat: FlatParameters, *, weight_decay: float, max_grad_norm: float) -> None:
+        super().__init__(flat, adamw, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+
+    def run(self) -> None:
+        flat, count = self.flat, max(1, int(self.n_learned))
+        norm = torch.linalg.vector_norm(flat.gradients).item() / count
+        loss = self.loss_sum.item() / count
+        taken = math.isfinite(norm + loss)
+        if taken:
+            clipped = (
+                min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm > 0 else 1.0
+            )
+            flat.gradients.mul_(clipped / count)
+            self.taken_steps.add_(1)
+            rate, step = self.rate.item(), self.taken_steps.item()
+            for part, decay, share in flat.segments(self.weight_decay):
+                adamw_host(
+                    flat.values[part], flat.gradients[part], flat.mean[part], flat.square[part],
+                    rate * share, step, decay, self.settings,
+                )  # fmt: skip
+        self.report.copy_(torch.tensor((loss, count, norm, float(taken))))

@@ -1,4 +1,4 @@
-"""Norm weights and embeddings of the fast step: frozen, or in slots of the flat buffer."""
+"""Norms and embeddings of the fast step: frozen, or in slots of the flat buffer."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lora.fast.flat import FlatParameters, Slot
-from lora.fast.projections import weight_of
 from lora.fast.stacked_flat import StackedFlat
 
 
 class Weights:
-    """Tensors of one shape and their modules: frozen or, in full fine-tuning, in a slot."""
+    """Tensors of one shape and their modules: frozen or, where they train, in a slot.
+
+    `name` is that of the parameter in its module, `share` what it takes of the learning rate.
+    """
 
     def __init__(
         self,
@@ -23,31 +25,36 @@ class Weights:
         *,
         trains: bool,
         decays: bool = False,
+        share: float = 1.0,
+        name: str = "weight",
     ) -> None:
-        self.modules, self.dtype = modules, dtype
-        shape = tuple(weight_of(modules[0]).shape)
+        self.parameters = [module.get_parameter(name) for module in modules]
+        self.dtype = dtype
+        shape = tuple(self.parameters[0].shape)
         self.slot: Slot | None = None
         if trains:
-            self.slot = flat.reserve((len(modules), *shape), decays=decays)
+            assert isinstance(flat, FlatParameters), "in a stack adapters train alone"
+            self.slot = flat.reserve((len(modules), *shape), decays=decays, share=share)
         else:
-            self._use([weight_of(m).data.to(dtype) for m in modules])
+            self._use([parameter.data.to(dtype) for parameter in self.parameters])
 
     def _use(self, tensors: list[Tensor]) -> None:
         self.tensors = tensors
-        for module, tensor in zip(self.modules, tensors, strict=True):
-            weight_of(module).data = tensor
+        for parameter, tensor in zip(self.parameters, tensors, strict=True):
+            parameter.data = tensor
 
     def fill(self) -> None:
         """Put the values into the slot and point the modules there."""
         if self.slot is None:
             return
-        for module, view in zip(self.modules, self.slot.values, strict=True):
-            view.copy_(weight_of(module))
-            weight_of(module).data = view
+        for parameter, view in zip(self.parameters, self.slot.values, strict=True):
+            view.copy_(parameter)
+            parameter.data = view
+        # The values themselves where the products have their type: nothing to refresh then.
         self.copies = self.slot.values.to(self.dtype)
         self.tensors = list(self.copies)
 
     def refresh(self) -> None:
         """Bring the copies up to date with the slot."""
-        if self.slot is not None:
+        if self.slot is not None and self.copies.data_ptr() != self.slot.values.data_ptr():
             self.copies.copy_(self.slot.values)

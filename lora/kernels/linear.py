@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora.kernels.products import product
+
 
 def plain_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
@@ -44,9 +46,13 @@ class _LoRALinear(torch.autograd.Function):
         scaling: float,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # (N, I)
-        low = flat @ a.T  # (N, R)
-        y = F.linear(flat, weight, bias)  # (N, O)
-        y.addmm_(low, b.T, alpha=scaling)
+        ctx.merges = merges(flat, weight)
+        low = product(flat, a).mul_(scaling)  # (N, R)
+        if ctx.merges:
+            weight = torch.addmm(weight, b, a, alpha=scaling)  # (O, I)
+            y = product(flat, weight, bias)  # (N, O)
+        else:
+            y = product(flat, weight, bias).addmm_(low, b.T)  # (N, O)
         ctx.save_for_backward(flat, low, weight, a, b)
         ctx.scaling = scaling
         return y.view(*x.shape[:-1], weight.shape[0])  # (..., O)
@@ -56,11 +62,22 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         flat, low, weight, a, b = ctx.saved_tensors
         dy = grads[0].reshape(-1, weight.shape[0])  # (N, O)
-        dlow = (dy @ b).mul_(ctx.scaling)  # (N, R)
+        dlow = product(dy, b.T).mul_(ctx.scaling)  # (N, R)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (dy @ weight).addmm_(dlow, a)  # (N, I)
+            dx = product(dy, weight.T)  # (N, I)
+            if not ctx.merges:
+                dx.addmm_(dlow, a)
             dx = dx.view(*grads[0].shape[:-1], weight.shape[1])  # (..., I)
         da = dlow.T @ flat  # (R, I)
-        db = (dy.T @ low).mul_(ctx.scaling)  # (O, R)
+        db = (low.T @ dy).T  # (O, R); dyᵀ low is several times slower on a CPU
         return dx, None, None, da, db, None
+
+
+def merges(x: Tensor, weight: Tensor) -> bool:
+    """Whether W + s·B·A is made for these inputs x (N, I): it then costs less than adding apart.
+
+    On a CPU, where W (O, I) is at most a quarter of what the layer reads and writes.
+    """
+    n_out, n_in = weight.shape
+    return x.is_cpu and len(x) * (n_in + n_out) >= 4 * n_in * n_out

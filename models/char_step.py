@@ -1,0 +1,268 @@
+"""The character GPT's training step on a CPU, forward and backward by hand.
+
+What differs from `bigram_lm_v2`: queries, keys and values are one product; LoRA is added to the
+weights once a step; what trains lies in one flat buffer with one AdamW; autograd is not used. At
+the sizes of this model a step is bound by the number of operations, and here there are few.
+The same step trains the whole model, so that LoRA is compared with a full fine-tuning as fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora.config import TrainConfig
+from lora.device import DeviceChoice
+from lora.fast.flat import FlatParameters
+from lora.fast.linears import Linears
+from lora.fast.runner import LaunchedSteps
+from lora.fast.step import trains_whole
+from lora.fast.update import HostUpdate
+from lora.fast.weights import Weights
+from lora.kernels.dense_attention import (
+    MOST_TOKENS,
+    Kept,
+    attend_dense,
+    attend_dense_backward,
+)
+from lora.lora_module import LoRALinear
+from models.bigram_lm_v2 import BigramLanguageModel, bigram_loss
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Norms:
+    """Layer norms of one width: frozen, or trained whole."""
+
+    def __init__(
+        self,
+        modules: Sequence[nn.LayerNorm],
+        flat: FlatParameters,
+        dtype: torch.dtype,
+        trains: bool,
+    ) -> None:
+        self.eps, self.trains = modules[0].eps, trains
+        self.weight, self.bias = (
+            Weights(modules, flat, dtype, trains=trains, name=name) for name in ("weight", "bias")
+        )
+
+    def forward(self, number: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the normed x (N, C), the means and 1 / deviation, each (N, 1)."""
+        weight, bias = self.weight.tensors[number], self.bias.tensors[number]
+        return torch.native_layer_norm(x, weight.shape, weight, bias, self.eps)
+
+    def backward(
+        self, number: int, dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *, first: bool
+    ) -> Tensor:
+        """Return dx (N, C); the gradients of weight and bias are added up, or begun if `first`."""
+        weight, bias = self.weight.tensors[number], self.bias.tensors[number]
+        dx, *gradients = torch.ops.aten.native_layer_norm_backward(
+            dy, x, weight.shape, mean, rstd, weight, bias, (True, self.trains, self.trains)
+        )
+        if self.weight.slot is not None and self.bias.slot is not None:
+            for slot, gradient in zip((self.weight.slot, self.bias.slot), gradients, strict=True):
+                target = slot.gradients[number]
+                target.copy_(gradient) if first else target.add_(gradient)
+        return dx
+
+
+class CharNetwork:
+    """The parts of the model as the step reads them; its parameters become views of `flat`."""
+
+    def __init__(
+        self, model: BigramLanguageModel, flat: FlatParameters, dtype: torch.dtype, share: float
+    ) -> None:
+        whole, blocks = trains_whole(model), list(model.blocks)
+        sa, ffwd = [b.sa for b in blocks], [b.ffwd.net for b in blocks]
+
+        def join(parts: list[list[nn.Module]]) -> Linears:
+            return Linears(parts, flat, dtype, trains_whole=whole)
+
+        def table(module: nn.Embedding) -> Weights:
+            own = 1.0 if whole else share
+            return Weights([module], flat, dtype, trains=module.weight.requires_grad, share=own)
+
+        self.qkv = join([[s.query, s.key, s.value] for s in sa])
+        self.proj = join([[s.proj] for s in sa])
+        self.wide = join([[net[0]] for net in ffwd])
+        self.narrow = join([[net[2]] for net in ffwd])
+        self.head = join([[model.lm_head]])
+        self.linears = (self.qkv, self.proj, self.wide, self.narrow, self.head)
+        norms = [norm for b in blocks for norm in (b.ln1, b.ln2)]
+        self.norms = Norms([*norms, model.ln_f], flat, dtype, whole)
+        self.tokens = table(model.token_embedding_table)
+        self.places = table(model.position_embedding_table)
+        self.n_layers, self.n_heads = len(blocks), model.sizes.n_head
+
+    def fill(self) -> None:
+        """Put all values into their slots, once these are allocated."""
+        for linears in self.linears:
+            linears.fill()
+        for weights in (self.norms.weight, self.norms.bias, self.tokens, self.places):
+            weights.fill()
+
+    def refresh(self) -> None:
+        """Bring the weights that products read up to date."""
+        for linears in self.linears:
+            linears.refresh()
+
+
+class CharPass:
+    """One forward over a batch (B, T), and the way back."""
+
+    def __init__(self, net: CharNetwork, idx: Tensor, *, first: bool) -> None:
+        self.net, self.idx, self.first = net, idx, first
+        self.rows = len(idx)
+        self.normed: list[tuple[Tensor, ...]] = []  # input, result, mean, 1/deviation of each norm
+        self.kept: list[tuple[Tensor, Kept, Tensor]] = []  # attended, its gradient's needs, hidden
+
+    def run(self) -> Tensor:
+        """Return the logits (B·T, V)."""
+        net, (rows, n_tokens) = self.net, self.idx.shape
+        x = F.embedding(self.idx, net.tokens.tensors[0])  # (B, T, C)
+        x = x.add_(net.places.tensors[0][:n_tokens]).flatten(0, 1)  # (B·T, C)
+        for layer in range(net.n_layers):
+            qkv = net.qkv.forward(layer, self._norm(2 * layer, x))  # (B·T, 3·C)
+            attended, kept = attend_dense(qkv, rows, net.n_heads)
+            x = net.proj.forward(layer, attended).add_(x)
+            hidden = net.wide.forward(layer, self._norm(2 * layer + 1, x)).relu_()  # (B·T, F)
+            x = net.narrow.forward(layer, hidden).add_(x)
+            self.kept.append((attended, kept, hidden))
+        return net.head.forward(0, self._norm(2 * net.n_layers, x))
+
+    def backward(self, d_logits: Tensor) -> None:
+        """Put the gradients of all that trains into their slots, from that of the logits."""
+        net, first = self.net, self.first
+        last = 2 * net.n_layers
+        dy = net.head.backward(0, self.normed[last][1], d_logits, first=first)
+        dx = self._norm_back(last, dy)
+        for layer in reversed(range(net.n_layers)):
+            attended, kept, hidden = self.kept[layer]
+            dh = net.narrow.backward(layer, hidden, dx, first=first)
+            torch.ops.aten.threshold_backward.grad_input(dh, hidden, 0, grad_input=dh)
+            dy = net.wide.backward(layer, self.normed[2 * layer + 1][1], dh, first=first)
+            dx = self._norm_back(2 * layer + 1, dy).add_(dx)
+            dy = net.proj.backward(layer, attended, dx, first=first)
+            dqkv = attend_dense_backward(dy, self.rows, kept)
+            dy = net.qkv.backward(layer, self.normed[2 * layer][1], dqkv, first=first)
+            dx = self._norm_back(2 * layer, dy).add_(dx)
+        self._embedding_back(dx)
+
+    def _norm(self, number: int, x: Tensor) -> Tensor:
+        y, mean, rstd = self.net.norms.forward(number, x)
+        self.normed.append((x, y, mean, rstd))
+        return y
+
+    def _norm_back(self, number: int, dy: Tensor) -> Tensor:
+        x, _, mean, rstd = self.normed[number]
+        return self.net.norms.backward(number, dy, x, mean, rstd, first=self.first)
+
+    def _embedding_back(self, dx: Tensor) -> None:
+        for weights, places in (
+            (self.net.tokens, self.idx),
+            (self.net.places, torch.arange(self.idx.shape[1]).expand_as(self.idx)),
+        ):
+            if weights.slot is not None:
+                gradient = torch.ops.aten.embedding_dense_backward(
+                    dx.view(*self.idx.shape, -1), places, len(weights.tensors[0]), -1, False
+                )
+                weights.slot.receive(gradient[None], first=self.first)
+
+
+def summed_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropy () of logits (N, V), and its gradient (N, V)."""
+    chosen = targets.reshape(-1, 1)  # (N, 1)
+    logs = logits.log_softmax(-1)
+    loss_sum = -logs.gather(1, chosen).sum()
+    return loss_sum, logs.exp_().scatter_add_(1, chosen, logs.new_tensor(-1.0).expand(chosen.shape))
+
+
+class CharStep:
+    """Trains `model`, through LoRA or whole; what trains becomes views of one flat buffer.
+
+    `share` is what trained embeddings beside LoRA take of the learning rate.
+    """
+
+    def __init__(
+        self,
+        model: BigramLanguageModel,
+        *,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        share: float = 1.0,
+    ) -> None:
+        self.model = model
+        first = next(model.parameters())
+        flat = FlatParameters(first.device, first.dtype)
+        with torch.no_grad():
+            self.net = CharNetwork(model, flat, first.dtype, share)
+            flat.allocate()
+            self.net.fill()
+        self.update = HostUpdate(flat, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+        self.report = self.update.report
+
+    @torch.no_grad()
+    def launch(self, batches: Sequence[Pair], rate: float, number: int = 1) -> None:
+        """Train step `number` on micro-batches of inputs and targets, both (B, T)."""
+        self.update.rate.fill_(rate)
+        for place, (inputs, targets) in enumerate(batches):
+            step = CharPass(self.net, inputs, first=place == 0)
+            loss_sum, d_logits = summed_loss(step.run(), targets)
+            step.backward(d_logits)
+            self.update.count(loss_sum, torch.tensor(targets.numel()), first=place == 0)
+        for linears in self.net.linears:
+            linears.finish()
+        self.update.run()
+        self.net.refresh()
+
+    def adopt_moments(self, optimizer: torch.optim.Optimizer) -> None:
+        """Changes `optimizer` in place: its state becomes views of this step's moments."""
+        self.update.adopt_moments(self.model, optimizer)
+        with torch.no_grad():
+            self.net.refresh()
+
+
+class CharSteps(LaunchedSteps):
+    """`lora.steps.Steps` of the character GPT, if `why_not_by_hand` has nothing against it."""
+
+    def __init__(
+        self, model: BigramLanguageModel, choice: DeviceChoice, config: TrainConfig
+    ) -> None:
+        step = CharStep(
+            model,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            share=config.whole_rate_fraction,
+        )
+        how = "all weights train" if trains_whole(model) else "LoRA merged once a step"
+        super().__init__(model, step, choice, f"step by hand: {how}", bigram_loss)
+
+
+def why_not_by_hand(model: BigramLanguageModel, choice: DeviceChoice) -> str | None:
+    """Return why `model` takes autograd's step, or None if it can take the one by hand."""
+    if choice.device.type != "cpu":
+        return "the step by hand is for CPUs"
+    if choice.compute_dtype is not torch.float32:
+        return "the step by hand computes in fp32"
+    if model.block_size > MOST_TOKENS:
+        return f"rows of {model.block_size} tokens: at most {MOST_TOKENS} are kept pair by pair"
+    dropouts = [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
+    if any(dropouts) or model.sizes.dropout:
+        return "there is dropout"
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    tables = model.token_embedding_table.weight, model.position_embedding_table.weight
+    n_known = 2 * len(layers) + sum(p.requires_grad for p in tables)
+    if not trains_whole(model) and len(trained) != n_known:
+        return "something trains beside LoRA and the embeddings"
+    return None
+
+
+def char_steps(
+    model: BigramLanguageModel, choice: DeviceChoice, config: TrainConfig
+) -> LaunchedSteps | None:
+    """Return the step by hand where it can train `model`; None is autograd's."""
+    return CharSteps(model, choice, config) if why_not_by_hand(model, choice) is None else None
