@@ -152,7 +152,9 @@ def test_copies_may_be_as_late_as_the_waits_allow(
     """The same bits with late copies; others if a wait is left out, so that this would show."""
     sizes, settings = SETTINGS[name]
     base = adapt(tiny_decoder(**sizes), settings)
-    steps = [[make_batch(2 * number + place, packed=True) for place in range(2)] for number in (0, 1)]
+    steps = [
+        [make_batch(2 * number + place, packed=True) for place in range(2)] for number in (0, 1)
+    ]
 
     def values(residuals: type[OffloadedResiduals]) -> torch.Tensor:
         monkeypatch.setattr(buffers, "OffloadedResiduals", residuals)
