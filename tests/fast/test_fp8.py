@@ -125,6 +125,37 @@ def test_rounded_rows_change_gradients_by_a_few_hundredths(
     assert 0.005 < whole < 0.1
 
 
+def test_a_fourth_digit_before_rounding_moves_gradients_half_as_far_as_rounding(
+    tiny_decoder: Callable[..., Decoder], make_batch: Callable[..., Batch]
+) -> None:
+    """Why two ways to compute the same step are held against rows not rounded, not each other."""
+    draw = torch.Generator().manual_seed(7)
+
+    def shaken(*arguments: Any) -> None:
+        PLAIN.scaled_product(*arguments)
+        out = arguments[-1]
+        out.mul_(1 + 1e-4 * torch.randn(out.shape, generator=draw))
+
+    model = tiny_decoder(dtype=torch.float32)
+    with torch.no_grad():  # attention that is not all or nothing
+        for name, parameter in model.named_parameters():
+            parameter.mul_(0.3 if name.endswith("proj.weight") else 1.0)
+    model = quantised(model)
+    exact, rounded, other = (
+        FastStep(copy.deepcopy(model), ops, torch.float32)
+        for ops in (
+            replace(PLAIN, code_type=torch.float32),
+            PLAIN,
+            replace(PLAIN, scaled_product=shaken),
+        )
+    )
+    for step in (exact, rounded, other):
+        step.launch([make_batch(0, packed=True)], 0.0)
+    of_rounding = relative(rounded.flat.gradients, exact.flat.gradients)
+    assert relative(other.flat.gradients, rounded.flat.gradients) > 0.4 * of_rounding
+    assert relative(other.flat.gradients, exact.flat.gradients) < 1.3 * of_rounding
+
+
 def test_makers_leave_the_rows_that_products_read(
     tiny_decoder: Callable[..., Decoder],
     make_batch: Callable[..., Batch],

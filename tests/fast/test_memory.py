@@ -19,6 +19,7 @@ from lora.decoder.config import (
     RopeConfig,
 )
 from lora.decoder.decoder import Decoder, build_empty_decoder
+from lora.decoder.quantised import use_fp8_linears
 from lora.fast.memory import fast_memory
 from lora.fast.ops import PLAIN
 from lora.fast.step import FastStep
@@ -27,10 +28,11 @@ SHAPES = {  # hidden, layers, heads, shared, feed-forward, vocabulary, rows, tok
     "135M-4x512": (576, 30, 9, 3, 1536, 49152, 4, 512),
     "1B-1x512": (2048, 16, 32, 8, 8192, 128256, 1, 512),
     "1B-4x2048": (2048, 16, 32, 8, 8192, 128256, 4, 2048),
+    "8B-4x2048": (4096, 32, 32, 8, 14336, 128256, 4, 2048),
 }
 
 
-def build(case: str, *, full: bool) -> Decoder:
+def build(case: str, *, full: bool, fp8: bool = False) -> Decoder:
     hidden, layers, heads, shared, wide, vocabulary, _, _ = SHAPES[case]
     width = hidden // heads
     config = DecoderConfig(
@@ -41,7 +43,7 @@ def build(case: str, *, full: bool) -> Decoder:
         norm_eps=1e-5,
         block="pre_norm",
         embedding_scale=1.0,
-        tie_word_embeddings=True,
+        tie_word_embeddings=hidden < 4096,
         attention=AttentionConfig(heads, shared, width),
         feed_forward=FeedForwardConfig(wide, "silu"),
         layers=(LayerConfig(RopeConfig(1e4), None, width**-0.5),) * layers,
@@ -49,7 +51,10 @@ def build(case: str, *, full: bool) -> Decoder:
     model = build_empty_decoder(config)
     if full:
         return model.requires_grad_(True)
-    return apply_lora(model.bfloat16(), LoRAConfig(rank=16, alpha=32.0))  # type: ignore[return-value]
+    model.bfloat16()
+    if fp8:
+        use_fp8_linears(model)
+    return apply_lora(model, LoRAConfig(rank=16, alpha=32.0))  # type: ignore[return-value]
 
 
 def measured() -> list[tuple[str, str, float]]:
@@ -71,6 +76,18 @@ def test_predictions_are_near_the_peaks_measured_on_an_h200(
     rows, tokens = SHAPES[case][-2:]
     predicted = fast_memory(model, rows, tokens, packed=variant.endswith("packed"))
     assert predicted.total / 1e9 == pytest.approx(peak_gb, rel=0.15)
+
+
+def test_a_base_in_eight_bits_is_near_the_peak_measured_on_an_h100() -> None:
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu_step_fp8_h100.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    (peak_gb,) = (r["peak_gb"] for r in lines if r["variant"] == "ours_lora_fp8_one_copy")
+    planned = {}
+    for fp8 in (True, False):
+        model = build("8B-4x2048", full=False, fp8=fp8)
+        planned[fp8] = fast_memory(model, 4, 2048, packed=False).total / 1e9
+    assert planned[True] == pytest.approx(peak_gb, rel=0.06)
+    assert planned[False] > 1.1 * planned[True]
 
 
 @pytest.mark.parametrize("full", [False, True])

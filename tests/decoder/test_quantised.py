@@ -1,0 +1,113 @@
+"""A base whose linears are loaded in eight bits, tensor by tensor, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lora.apply import apply_lora
+from lora.config import LoRAConfig
+from lora.decoder.decoder import Decoder, build_decoder
+from lora.decoder.families import decoder_config
+from lora.decoder.hf_weights import load_decoder, save_decoder
+from lora.decoder.quantised import Fp8Linear, has_fp8_base
+from lora.errors import ModelError, TargetError
+from lora.fingerprint import base_fingerprint
+from lora.kernels.fp8 import FP8
+from lora.merge import merge_lora
+
+IDS = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a tiny Llama."""
+    config = {
+        "model_type": "llama",
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    save_decoder(build_decoder(decoder_config(config), seed=2), tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def value(layer: Fp8Linear) -> torch.Tensor:
+    return layer.weight.float() * layer.weight_scale
+
+
+def linears(model: Decoder) -> dict[str, Fp8Linear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, Fp8Linear)}
+
+
+def test_linears_of_blocks_are_rounded_and_nothing_else(folder: Path) -> None:
+    plain, rounded = load_decoder(folder), load_decoder(folder, fp8=True)
+    assert has_fp8_base(rounded)
+    assert not has_fp8_base(plain)
+    layers = linears(rounded)
+    assert len(layers) == 2 * 7
+    weights = dict(plain.named_parameters())
+    for name, parameter in rounded.named_parameters():
+        owner = layers.get(name.rpartition(".")[0])
+        if owner is None:
+            assert torch.equal(parameter, weights[name]), name
+            continue
+        assert parameter.dtype == FP8
+        error = (value(owner) - weights[name]).norm() / weights[name].norm()
+        assert 0.005 < error < 0.05, name
+
+
+def test_a_layer_multiplies_by_the_values_of_its_codes(folder: Path) -> None:
+    layer = next(iter(linears(load_decoder(folder, fp8=True)).values()))
+    x = torch.randn(3, 5, layer.in_features, generator=torch.Generator().manual_seed(1))
+    x.requires_grad_()
+    y = layer(x)
+    torch.testing.assert_close(y, x @ value(layer).T)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    (dx,) = torch.autograd.grad(y, x, dy)
+    torch.testing.assert_close(dx, dy @ value(layer))
+
+
+def test_the_base_keeps_its_fingerprint(folder: Path) -> None:
+    plain, rounded = load_decoder(folder), load_decoder(folder, fp8=True)
+    assert base_fingerprint(rounded) == base_fingerprint(plain)
+    apply_lora(rounded, LoRAConfig(rank=2))
+    assert base_fingerprint(rounded) == base_fingerprint(plain)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_not_finite_is_named(folder: Path, bad: float) -> None:
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][7, 3] = bad
+    save_file(tensors, path)
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight.*not finite, in rows 7"):
+        load_decoder(folder, fp8=True)
+
+
+def test_fresh_lora_changes_nothing_and_unwraps(folder: Path) -> None:
+    model = load_decoder(folder, fp8=True)
+    with torch.no_grad():
+        before = model(IDS)
+        apply_lora(model, LoRAConfig(rank=2))
+        assert torch.equal(model(IDS), before)
+    assert all(not p.requires_grad for n, p in model.named_parameters() if "lora_" not in n)
+
+
+def test_what_eight_bits_cannot_hold_is_refused(folder: Path, tmp_path: Path) -> None:
+    model = load_decoder(folder, fp8=True)
+    with pytest.raises(ModelError, match=r"kept in fp8.*Save its adapter"):
+        save_decoder(model, tmp_path / "saved")
+    with pytest.raises(TargetError, match=r"kept in fp8.*cannot train whole"):
+        apply_lora(model, LoRAConfig(rank=2, targets=("q_proj",), modules_to_save=("up_proj",)))
+    adapted: nn.Module = apply_lora(load_decoder(folder, fp8=True), LoRAConfig(rank=2))
+    with pytest.raises(TargetError, match=r"base in fp8.*without fp8"):
+        merge_lora(adapted)
