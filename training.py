@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lora.compare import CompareResult
     from lora.device import DeviceChoice
     from lora.runs import Run
+    from lora.steps import Steps
     from lora.trainer import TrainResult
     from models.bigram_lm_v2 import BigramLanguageModel
     from models.char_text import Text
@@ -229,11 +230,21 @@ def train_on(
         run=run,
         choice=choice,
         progress=RichProgress(name),
+        steps=None if base is None else fast_steps(settings, model, choice),
     )
     print(f"{name}: {settings.steps} steps on {text.described}, learning rate {settings.rate:g}")
     result = train(job)
     show_sample(run, model, text, choice, "after")
     return run, result
+
+
+def fast_steps(
+    settings: ClassicSettings, model: BigramLanguageModel, choice: DeviceChoice
+) -> Steps | None:
+    """Return the step by hand where it can train `model`; a base is trained without LoRA's code."""
+    from models.char_step import char_steps
+
+    return char_steps(model, choice, settings.train_config(), print)
 
 
 def check_reloaded(

@@ -117,7 +117,7 @@ def char_step(case: Case, variant: str) -> Step:
     if variant == "plain_lora":
         make_plain(model)
         return our_step(model, batch, bigram_loss)
-    steps = char_steps(model, CPU, TrainConfig(whole_rate_fraction=1.0))
+    steps = char_steps(model, CPU, TrainConfig())
     assert steps is not None
     return lambda: take(steps, batch)
 

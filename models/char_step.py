@@ -8,7 +8,7 @@ The same step trains the whole model, so that LoRA is compared with a full fine-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -161,15 +161,17 @@ class CharPass:
         return self.net.norms.backward(number, dy, x, mean, rstd, first=self.first)
 
     def _embedding_back(self, dx: Tensor) -> None:
-        for weights, places in (
-            (self.net.tokens, self.idx),
-            (self.net.places, torch.arange(self.idx.shape[1]).expand_as(self.idx)),
-        ):
-            if weights.slot is not None:
-                gradient = torch.ops.aten.embedding_dense_backward(
-                    dx.view(*self.idx.shape, -1), places, len(weights.tensors[0]), -1, False
-                )
-                weights.slot.receive(gradient[None], first=self.first)
+        tokens, places = self.net.tokens, self.net.places
+        dx = dx.view(*self.idx.shape, -1)  # (B, T, C)
+        if tokens.slot is not None:
+            gradient = torch.ops.aten.embedding_dense_backward(
+                dx, self.idx, len(tokens.tensors[0]), -1, False
+            )
+            tokens.slot.receive(gradient, first=self.first)
+        if places.slot is not None:
+            if self.first:
+                places.slot.gradients.zero_()
+            places.slot.gradients[0, : dx.shape[1]] += dx.sum(0)  # (T, C)
 
 
 def summed_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,7 +264,16 @@ def why_not_by_hand(model: BigramLanguageModel, choice: DeviceChoice) -> str | N
 
 
 def char_steps(
-    model: BigramLanguageModel, choice: DeviceChoice, config: TrainConfig
+    model: BigramLanguageModel,
+    choice: DeviceChoice,
+    config: TrainConfig,
+    say: Callable[[str], None] = lambda text: None,
 ) -> LaunchedSteps | None:
-    """Return the step by hand where it can train `model`; None is autograd's."""
-    return CharSteps(model, choice, config) if why_not_by_hand(model, choice) is None else None
+    """Return the step by hand where it can train `model`, and say so; None is autograd's."""
+    why_not = why_not_by_hand(model, choice)
+    if why_not is not None:
+        say(f"plain step: {why_not}")
+        return None
+    steps = CharSteps(model, choice, config)
+    say(steps.describe())
+    return steps

@@ -20,8 +20,10 @@ from lora.fast.projections import FrozenProjection, FullProjection
 from lora.kernels.products import product
 from lora.lora_module import LoRALayer
 
-NARROW_COST = 6
+NARROW_COST = 7
 """How much dearer a multiplication is in products with A and B than in one that forms dW."""
+LEAST_RANK = 8
+"""Lower ranks take no less time."""
 
 
 class MergedLinears(MergedProjection):
@@ -32,7 +34,7 @@ class MergedLinears(MergedProjection):
     ) -> None:
         super().__init__(blocks, flat, dtype, PLAIN)
         n_in, n_out = self.inputs, self.outputs
-        forms = n_in * n_out <= NARROW_COST * self.width * (n_in + n_out)
+        forms = n_in * n_out <= NARROW_COST * max(self.width, LEAST_RANK) * (n_in + n_out)
         self.formed = torch.empty_like(self.base) if forms else None  # dW, (L, O, I)
         self.by_layer = list(zip(self.a, self.b.mT, strict=True))  # (R, I), (R, O)
 

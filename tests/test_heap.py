@@ -1,0 +1,40 @@
+"""Freed memory stays for the next step, and is given back at the end."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import resource, torch
+from lora.heap import kept_memory
+
+def step():
+    tensors = [torch.ones(1_000_000) for _ in range(60)]  # 4 MB each
+
+def faults():
+    step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+outside = faults()
+with kept_memory():
+    inside = faults()
+print(outside, inside, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc of another C library")
+def test_steps_inside_take_their_memory_without_page_faults() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True
+    )
+    outside, inside, after = map(int, done.stdout.split())
+    assert outside > 10_000
+    assert inside < outside / 10
+    assert after > 10_000
