@@ -9,7 +9,9 @@ Random Llama-shaped weights in bf16, rank 16 on all linears, AdamW. "Ours" goes 
 and the real loader; `packed` variants read rows of several documents. Prints one JSON object a
 line. step_ms is the median of steps after the warm-up, peak_gb (10⁹ bytes) the allocator's peak,
 start_s the time from building the step to the end of the first one, its compilation included;
-planned_gb what `lora.fast.memory` said of it beforehand.
+planned_gb what `lora.fast.memory` said of it beforehand. model_tflops counts the products with
+weights once forward, once back and, where weights train, for their gradients: neither attention nor
+what is made again.
 """
 
 from __future__ import annotations
@@ -280,8 +282,8 @@ def run_child(case: str, variant: str) -> dict[str, Any]:
         found = PEERS[variant](shape, RANK)
     ceiling = measure_ceiling()
     tokens = shape.rows * shape.tokens
-    is_full = "full" in variant
-    work = (6 if is_full else 4) * shape.parameters * tokens
+    trains_all = variant == "ours_full" or variant.startswith("full_")
+    work = (6 if trains_all else 4) * shape.parameters * tokens
     rate = work / (found["step_ms"] * 1e-3) / 1e12
     import transformers
     import triton

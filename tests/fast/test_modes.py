@@ -35,6 +35,58 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 }
 
 
+class LateResiduals(OffloadedResiduals):
+    """Copies as late as the waits allow, in the order in which they were begun.
+
+    On a CPU copies are made when they are begun, the earliest that a stream could make them.
+    """
+
+    waits_for_room, waits_for_fetched = True, True
+
+    def __init__(self, *sizes: Any) -> None:
+        super().__init__(*sizes)
+        self.begun: list[tuple[int, bool]] = []
+
+    def make_room(self, place: int) -> None:
+        if self.waits_for_room:
+            super().make_room(place)
+
+    def fetch(self, place: int, least: int) -> None:
+        if self.waits_for_fetched:
+            super().fetch(place, least)
+        elif least <= place - 1 < len(self.host):
+            self._copy(place - 1, to_host=False)
+
+    def join(self) -> None:
+        self._make(len(self.begun))
+        super().join()
+
+    def _copy(self, place: int, *, to_host: bool) -> None:
+        self.begun.append((place, to_host))
+
+    def _wait(self, place: int) -> None:
+        places = [begun for begun, _ in self.begun]
+        if place in places:
+            self._make(len(places) - places[::-1].index(place))  # up to its newest copy
+
+    def _make(self, n_copies: int) -> None:
+        for place, to_host in self.begun[:n_copies]:
+            self._copy_pieces(place, to_host=to_host)
+        del self.begun[:n_copies]
+
+
+class NoRoomResiduals(LateResiduals):
+    """A residual is overwritten before it has been stored."""
+
+    waits_for_room = False
+
+
+class StaleResiduals(LateResiduals):
+    """A residual is read before it is back."""
+
+    waits_for_fetched = False
+
+
 def adapt(model: Decoder, settings: dict[str, Any] | None) -> Decoder:
     if settings is None:
         return model.requires_grad_(True)
@@ -90,10 +142,38 @@ def test_all_modes_are_mode_none(
             assert (own_value - value).norm() <= 1e-12 * value.norm(), keep_name
 
 
-def test_residuals_come_back_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["tied", "last block"])
+def test_copies_may_be_as_late_as_the_waits_allow(
+    tiny_decoder: Callable[..., Decoder],
+    make_batch: Callable[..., Batch],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    """The same bits with late copies; others if a wait is left out, so that this would show."""
+    sizes, settings = SETTINGS[name]
+    base = adapt(tiny_decoder(**sizes), settings)
+    steps = [
+        [make_batch(2 * number + place, packed=True) for place in range(2)] for number in (0, 1)
+    ]
+
+    def values(residuals: type[OffloadedResiduals]) -> torch.Tensor:
+        monkeypatch.setattr(buffers, "OffloadedResiduals", residuals)
+        return train(copy.deepcopy(base), steps, keep=MODES["full+offload"])[1][0]
+
+    expected = values(OffloadedResiduals)
+    assert torch.equal(values(LateResiduals), expected)
+    if name == "tied":  # the last block alone reads nothing that was away
+        assert not torch.equal(values(NoRoomResiduals), expected)
+        assert not torch.equal(values(StaleResiduals), expected)
+
+
+@pytest.mark.parametrize("residuals", [OffloadedResiduals, LateResiduals])
+def test_residuals_come_back_from_the_host(
+    monkeypatch: pytest.MonkeyPatch, residuals: type[OffloadedResiduals]
+) -> None:
     """Through six blocks as a pass does it: what is fetched is what was stored."""
     monkeypatch.setattr(blocks, "HOST_PIECE_BYTES", 200)
-    kept = OffloadedResiduals(torch.empty(0, dtype=torch.float64), 7, 11, 5)
+    kept = residuals(torch.empty(0, dtype=torch.float64), 7, 11, 5)
     assert len(kept.host) == 4
     assert kept.host_bytes == 4 * 11 * 5 * 8
     for place in range(7):
