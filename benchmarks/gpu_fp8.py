@@ -24,9 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.kernels import norm, swiglu, swiglu_codes
+from lora.kernels import norm, swiglu
 from lora.kernels.fp8 import FP8, CodedRows, quantise_rows_triton, turn_codes_triton
-from lora.kernels.swiglu_codes import LowRank
 
 TOKENS, RANK, GROUPS, CALLS = 8192, 16, 5, 6
 SHAPES = {  # projection: inputs, outputs, linears with LoRA
@@ -114,19 +113,6 @@ def low_rank(inputs: int, outputs: int, linears: int) -> Iterator[tuple[str, Cal
     yield "dB", lambda: out[:, :outputs].T @ x[:, inputs:]
 
 
-def low_ranks(hidden: int, feed: int) -> tuple[LowRank, LowRank]:
-    """Return LoRA of gate and up, and of down, with narrow tensors beside nothing."""
-
-    def one(inputs: int, outputs: int, rank: int, gate_rank: int = 0) -> LowRank:
-        a, b, h, dh = (
-            torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * 0.01
-            for shape in ((rank, inputs), (outputs, rank), (TOKENS, rank), (TOKENS, rank))
-        )
-        return LowRank(a, b, h, dh, gate_rank)
-
-    return one(hidden, 2 * feed, 2 * RANK, RANK), one(feed, hidden, RANK)
-
-
 def makers(hidden: int, feed: int, qkv: int) -> Iterator[tuple[str, int, Callable[[], Any]]]:
     """Yield the kernels that make rows, without and with codes, and the bytes that they move."""
     draw = {"device": "cuda", "dtype": torch.bfloat16}
@@ -155,25 +141,20 @@ def makers(hidden: int, feed: int, qkv: int) -> Iterator[tuple[str, int, Callabl
                 delta, total, rstd, weight, x, normed, rows
             ),
         )
-    yield "swiglu", 6 * n * f, lambda: swiglu.swiglu_triton(gate_up, activated)
-    yield (
-        "swiglu_backward",
-        12 * n * f,
-        lambda: swiglu.swiglu_backward_triton(gate_up, activated, again),
-    )
-    before, after = low_ranks(c, f)
-    yield (
-        "swiglu, codes and LoRA",
-        5 * n * f,
-        lambda: swiglu_codes.swiglu_codes_triton(gate_up, None, middle, before, after),
-    )
-    yield (
-        "swiglu_backward, codes and LoRA",
-        14 * n * f,
-        lambda: swiglu_codes.swiglu_codes_backward_triton(
-            gate_up, activated, again, double, before, after
-        ),
-    )
+    for name, rows in (("", None), (" and codes", middle)):
+        size = n * f * (6 + (1 if rows else 0))
+        yield (
+            f"swiglu{name}",
+            size,
+            lambda rows=rows: swiglu.swiglu_triton(gate_up, activated, rows),
+        )
+    for name, rows in (("", None), (" and codes", double)):
+        size = n * f * (12 + (2 if rows else 0))
+        yield (
+            f"swiglu_backward{name}",
+            size,
+            lambda rows=rows: swiglu.swiglu_backward_triton(gate_up, activated, again, rows),
+        )
     for width, source, rows in ((c, x, narrow), (f, activated, middle), (2 * f, gate_up, double)):
         yield (
             f"quantise {width}",

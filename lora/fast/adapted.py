@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from lora.fast.flat import FlatParameters, Slot
 from lora.fast.ops import Ops
 from lora.fast.projections import Member, Projection
-from lora.kernels.swiglu_codes import LowRank
 from lora.lora_module import LoRALayer
 
 RANK_STEP = 16
@@ -200,12 +198,6 @@ class ApartProjection(_LoRAProjection):
     With `masks` its inputs pass dropout; linears that share inputs share the mask.
     """
 
-    leaves: Literal["nothing", "inputs", "outputs"] = "nothing"
-    """The side on which SwiGLU's kernels do LoRA's part: make h and add dh A, or add h Bᵀ and make
-    dh."""
-    gate_rank = 0
-    """Of gate and up together: the columns of h that are gate's."""
-
     def __init__(
         self,
         blocks: Sequence[Sequence[nn.Module]],
@@ -248,31 +240,21 @@ class ApartProjection(_LoRAProjection):
 
     def forward(self, layer: int, x: Tensor, out: Tensor) -> None:
         plain, h = x[:, : self.inputs], x[:, self.inputs :]
-        if self.leaves != "inputs":
-            torch.mm(self._dropped(layer, plain), self.a[layer].T, out=h)
+        torch.mm(self._dropped(layer, plain), self.a[layer].T, out=h)
         self.multiply_base(layer, plain, out)
-        if self.leaves != "outputs":
-            out.addmm_(h, self.b[layer].T)
+        out.addmm_(h, self.b[layer].T)
 
     def backward(self, layer: int, dy: Tensor, dx: Tensor | None) -> None:
         dy, dh = dy[:, : self.outputs], dy[:, self.outputs :]
-        if self.leaves != "outputs":
-            torch.mm(dy, self.b[layer], out=dh)
+        torch.mm(dy, self.b[layer], out=dh)
         if dx is None:
             return
         self.multiply_back(layer, dy, dx)
-        if self.masks is not None:
-            low = dh @ self.a[layer]  # (N, I)
-            self.ops.add_dropped(low, dx, self.masks.seed, self.number + layer, self.masks.share)
-        elif self.leaves != "inputs":
+        if self.masks is None:
             dx.addmm_(dh, self.a[layer])
-
-    def beside(self, layer: int, x: Tensor | None, dy: Tensor | None) -> LowRank | None:
-        if self.leaves == "nothing":
-            return None
-        h = None if x is None else x[:, self.inputs :]
-        dh = None if dy is None else dy[:, self.outputs :]
-        return LowRank(self.a[layer], self.b[layer], h, dh, self.gate_rank)
+            return
+        low = dh @ self.a[layer]  # (N, I)
+        self.ops.add_dropped(low, dx, self.masks.seed, self.number + layer, self.masks.share)
 
     def receive(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
         if self.masks is None:

@@ -9,7 +9,7 @@ each product on the way back: a second copy of them all would save one part in a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,7 @@ from lora.fast.flat import FlatParameters
 from lora.fast.ops import Ops
 from lora.fast.projections import Projection
 from lora.kernels.fp8 import CodedRows
-from lora.kernels.swiglu_codes import WIDEST_RANK
 from lora.lora_module import LoRALayer
-
-Side = Literal["nothing", "inputs", "outputs"]
-"""Of a projection, where SwiGLU's kernels can do LoRA's part."""
 
 
 class PassingRows:
@@ -165,15 +161,9 @@ class Fp8Projection(Fp8Weights, ApartProjection):
         ops: Ops,
         masks: Masks | None,
         codes: Codes,
-        swiglu: Side,
     ) -> None:
         self.codes = codes
         super().__init__(blocks, flat, dtype, ops, masks)
-        drops_inputs = swiglu == "inputs" and masks is not None
-        if self.width <= WIDEST_RANK and not drops_inputs:
-            self.leaves = swiglu
-            gate = [part.stop for member, part, *_ in self.adapted if member is self.members[0]]
-            self.gate_rank = gate[0] if gate else 0
 
 
 class FrozenFp8Projection(Fp8Weights):
@@ -201,14 +191,10 @@ def fp8_projection(
     ops: Ops,
     masks: Masks | None,
     codes: Codes,
-    swiglu: Side,
 ) -> Projection:
-    """Return the projection of linears in eight bits, by block and then by place.
-
-    `swiglu`: on which side of them it is.
-    """
+    """Return the projection of linears in eight bits, by block and then by place."""
     if any(isinstance(module, LoRALayer) for part in blocks for module in part):
-        return Fp8Projection(blocks, flat, dtype, ops, masks, codes, swiglu)
+        return Fp8Projection(blocks, flat, dtype, ops, masks, codes)
     return FrozenFp8Projection(blocks, dtype, codes)
 
 

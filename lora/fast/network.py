@@ -20,7 +20,7 @@ from lora.fast.adapted import ApartProjection, Masks, MergedProjection, SplitPro
 from lora.fast.blocks import Keep
 from lora.fast.buffers import Buffers, Widths
 from lora.fast.flat import FlatParameters
-from lora.fast.fp8 import Codes, Side, fp8_projection
+from lora.fast.fp8 import Codes, fp8_projection
 from lora.fast.ops import Ops
 from lora.fast.projections import FrozenProjection, FullProjection, Projection
 from lora.fast.stacked_flat import StackedFlat
@@ -61,9 +61,9 @@ class FastNetwork:
         heads = [block.self_attn for block in blocks]
         feeds = [block.mlp for block in blocks]
 
-        def project(parts: list[list[nn.Module]], swiglu: Side = "nothing") -> Projection:
+        def project(parts: list[list[nn.Module]]) -> Projection:
             if self.codes is not None and isinstance(flat, FlatParameters):
-                return fp8_projection(parts, flat, dtype, ops, masks, self.codes, swiglu)
+                return fp8_projection(parts, flat, dtype, ops, masks, self.codes)
             if not trains_all and not any(has_lora(module) for part in parts for module in part):
                 return FrozenProjection(parts, dtype)
             if isinstance(flat, StackedFlat):
@@ -80,8 +80,8 @@ class FastNetwork:
 
         self.qkv = project([[a.q_proj, a.k_proj, a.v_proj] for a in heads])
         self.output = project([[a.o_proj] for a in heads])
-        self.gate_up = project([[f.gate_proj, f.up_proj] for f in feeds], "outputs")
-        self.down = project([[f.down_proj] for f in feeds], "inputs")
+        self.gate_up = project([[f.gate_proj, f.up_proj] for f in feeds])
+        self.down = project([[f.down_proj] for f in feeds])
         self.projections = (self.qkv, self.output, self.gate_up, self.down)
         norms = [m for b in blocks for m in (b.input_layernorm, b.post_attention_layernorm)]
         self.norms = Weights([*norms, trunk.norm], flat, dtype, trains=trains_all)

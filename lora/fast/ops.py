@@ -18,7 +18,6 @@ from lora.kernels import (
     rotary,
     stacked_adamw,
     swiglu,
-    swiglu_codes,
     token_loss,
 )
 
@@ -43,8 +42,6 @@ class Ops:
     attend: Callable[..., None]
     attend_backward: Callable[..., None]
     stacked_adamw: Callable[..., None]
-    swiglu_codes: Callable[..., None]
-    swiglu_codes_backward: Callable[..., None]
     quantise_rows: Callable[..., None]
     scaled_product: Callable[..., None]
     turn_codes: Callable[..., None]
@@ -68,8 +65,6 @@ PLAIN = Ops(
     add_low_rank=merge.add_low_rank,
     attend=attention.attend,
     attend_backward=attention.attend_backward,
-    swiglu_codes=swiglu_codes.swiglu_codes,
-    swiglu_codes_backward=swiglu_codes.swiglu_codes_backward,
     quantise_rows=fp8.quantise_rows,
     scaled_product=fp8.scaled_product,
     turn_codes=fp8.turn_codes,
@@ -92,8 +87,6 @@ TRITON = Ops(
     add_low_rank=merge.add_low_rank_triton,
     attend=attention.attend_triton,
     attend_backward=attention.attend_backward_triton,
-    swiglu_codes=swiglu_codes.swiglu_codes_triton,
-    swiglu_codes_backward=swiglu_codes.swiglu_codes_backward_triton,
     quantise_rows=fp8.quantise_rows_triton,
     scaled_product=fp8.scaled_product_device,
     turn_codes=fp8.turn_codes_triton,

@@ -84,25 +84,13 @@ class FastPass:
         for part in kept.parts:
             gate_up = self._gate_up(layer, part)
             x = kept.activated.part(layer, part)
-            self._activate(layer, part, gate_up, x)
+            out = x[:, :feed]
+            net.ops.swiglu(gate_up[:, : net.gate_up.outputs], out, net.down.coded_inputs(out))
             net.down.forward(layer, x, kept.hidden[part])
             if kept.activated_low.stays(layer):
                 kept.activated_low[layer][part].copy_(x[:, feed:])
             if kept.feed_low.stays(layer):
                 kept.feed_low[layer][part].copy_(kept.feed_in[layer][part, net.gate_up.inputs :])
-
-    def _activate(self, layer: int, part: slice, gate_up: Tensor, x: Tensor) -> None:
-        """Changes `x` (tokens of `part`, F + extra) in place: silu(gate) · up."""
-        net, kept = self.net, self.kept
-        both, out = gate_up[:, : net.gate_up.outputs], x[:, : net.down.inputs]
-        coded = net.down.coded_inputs(out)
-        if coded is None:
-            net.ops.swiglu(both, out)
-            return
-        before = net.gate_up.beside(layer, kept.feed_in[layer][part], gate_up)
-        after = net.down.beside(layer, x, None)
-        is_read = kept.keeps_activations or after is None  # but for its codes
-        net.ops.swiglu_codes(both, out if is_read else None, coded, before, after)
 
     def _gate_up(self, layer: int, part: slice) -> Tensor:
         """Return gate and up (tokens of `part`, 2F + extra), just made."""
@@ -237,12 +225,7 @@ class FastPass:
         out = None if kept.keeps_activations else x[:, :feed]
         both = gate_up[:, : net.gate_up.outputs]
         coded = net.gate_up.coded_gradients(layer, both)
-        if coded is None:
-            net.ops.swiglu_backward(both, d_activated, out)
-        else:
-            before = net.gate_up.beside(layer, kept.feed_in[layer][part], gate_up)
-            after = net.down.beside(layer, None, dy)
-            net.ops.swiglu_codes_backward(both, d_activated, out, coded, before, after)
+        net.ops.swiglu_backward(both, d_activated, out, coded)
         if out is not None:
             x[:, feed:].copy_(kept.activated_low[layer][part])
             self._receive(net.down, layer, x, dy, begins)

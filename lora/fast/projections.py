@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lora.fast.flat import FlatParameters, Slot
 from lora.kernels.fp8 import CodedRows
-from lora.kernels.swiglu_codes import LowRank
 
 
 @dataclass(frozen=True)
@@ -117,13 +116,6 @@ class Projection:
 
     def coded_gradients(self, layer: int, dy: Tensor) -> CodedRows | None:
         """Return where the maker of `dy` (N, O) also puts it in eight bits."""
-        return None
-
-    def beside(self, layer: int, x: Tensor | None, dy: Tensor | None) -> LowRank | None:
-        """Return what SwiGLU's kernels do for LoRA here; None: forward and backward do it all.
-
-        `x` is (N, I + extra), `dy` (N, O + extra).
-        """
         return None
 
     def forward(self, layer: int, x: Tensor, out: Tensor) -> None:

@@ -1,10 +1,8 @@
 """Rows in eight bits: float8_e4m3fn codes with one scale a row, and the product of such matrices.
 
-A row's scale is the least power of two by which its largest value stays within 448, the largest
-that e4m3 holds (arXiv 2209.05433). A value keeps three bits behind its leading one: 2⁻⁴ is the
-largest relative error, as long as it is at least 2⁻¹⁴ of the row's largest. A larger power of two
-would round nearly all values alike, which lets a kernel guess a scale before it has seen the row.
-Scales are those of the codes: value = code · scale.
+A row's scale is its largest value over 448, the largest that e4m3 holds (arXiv 2209.05433), so a
+value keeps three bits behind its leading one: half of 2⁻³ is the largest relative error, as long as
+it is at least 2⁻¹⁵ of the row's largest. Scales are those of the codes: value = code · scale.
 """
 
 from __future__ import annotations
@@ -50,16 +48,9 @@ def quantise_rows(x: Tensor, into: CodedRows) -> None:
         into.codes.copy_(values)
         into.scales.fill_(1.0)
         return
-    scales = _scales_of(values.abs().amax(-1, keepdim=True))  # (N, 1)
-    into.scales.copy_(scales)
-    into.codes.copy_((values / scales).to(FP8))
-
-
-def _scales_of(peaks: Tensor) -> Tensor:
-    """Return the least powers of two, fp32, that bring these values to 448 at most."""
-    least = (peaks.float().clamp(min=LEAST_PEAK) / LARGEST).view(torch.int32)
-    up = ((least + 0x7FFFFF) & 0x7F800000).view(torch.float32)  # the fraction's bits, carried over
-    return torch.where(peaks.isfinite(), up, peaks.float())
+    peak = values.abs().amax(-1, keepdim=True).clamp(min=LEAST_PEAK)  # (N, 1)
+    into.scales.copy_(peak / LARGEST)
+    into.codes.copy_((values * (LARGEST / peak)).to(FP8))
 
 
 def scaled_product(
@@ -96,10 +87,8 @@ def turn_codes(weight: Tensor, out: Tensor) -> None:
 @jit
 def scale_of(peak):
     """Return the scale of a row with this largest value, and its inverse."""
-    least = tl.maximum(peak, 1e-30) / 448.0  # LEAST_PEAK, LARGEST: kernels read no globals
-    bits = (least.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
-    scale = bits.to(tl.float32, bitcast=True)
-    return scale, 1.0 / scale
+    peak = tl.maximum(peak, 1e-30)  # LEAST_PEAK, LARGEST: kernels read no globals
+    return peak / 448.0, 448.0 / peak
 
 
 @jit

@@ -33,14 +33,10 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def test_a_value_keeps_its_first_three_bits_and_tiny_ones_their_place() -> None:
     x = random(64, 200) * torch.logspace(-20, 20, 64)[:, None]
     x[:, ::7] *= 1e-4
-    peak = x.abs().amax(1, keepdim=True)
-    rows = code(x)
-    assert torch.equal(rows.scales.log2(), rows.scales.log2().round())
-    assert (peak <= rows.scales * LARGEST * (1 + 1e-6)).all()
-    assert (peak > rows.scales * LARGEST / 2).all()
-    error = (values(rows) - x.double()).abs()
+    peak = x.abs().amax(1, keepdim=True).double()
+    error = (values(code(x)) - x.double()).abs()
     # Half of the last bit: relative 2⁻⁴, and 2⁻¹⁰ · scale where the code is subnormal.
-    allowed = torch.maximum(x.double().abs() * 2**-4, rows.scales.double() * 2**-10)
+    allowed = torch.maximum(x.double().abs() * 2**-4, peak / LARGEST * 2**-10) * (1 + 1e-6)
     assert (error <= allowed).all()
     assert (error.norm(dim=1) / x.double().norm(dim=1) < 0.04).all()
 
@@ -51,7 +47,7 @@ def test_rows_of_zeros_and_of_hardly_anything_stay_finite() -> None:
     rows = code(x)
     assert rows.scales.isfinite().all()
     assert (values(rows)[:2].abs() < 1e-30).all()
-    assert values(rows)[2, 3] == pytest.approx(1e38, rel=2**-4)
+    assert values(rows)[2, 3] == pytest.approx(1e38, rel=1e-6)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])

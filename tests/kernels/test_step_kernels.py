@@ -6,7 +6,6 @@ Without a GPU: TRITON_INTERPRET=1 pytest tests/kernels/test_step_kernels.py (tri
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
 import pytest
 import torch
@@ -22,11 +21,9 @@ from lora.kernels import (
     rotary,
     stacked_adamw,
     swiglu,
-    swiglu_codes,
     token_loss,
 )
 from lora.kernels.jit import HAS_TRITON
-from lora.kernels.swiglu_codes import LowRank
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
@@ -68,8 +65,6 @@ def coded_like(x: Tensor, factors: Tensor | None) -> fp8.CodedRows:
 
 def assert_coded(fast: fp8.CodedRows, plain: fp8.CodedRows) -> None:
     """Inputs may differ by a rounding of bf16, so a code may be the next one."""
-    finite = fast.codes.float().isfinite()
-    assert (fast.codes.float()[finite].abs() <= fp8.LARGEST).all()  # interpreted codes could be
     values = [rows.codes.double() * rows.scales.double() for rows in (fast, plain)]
     assert_close(*values, 8e-3 if TYPE is torch.bfloat16 else 2e-3)
 
@@ -94,90 +89,39 @@ def test_rows_in_eight_bits(draw: torch.Generator, with_factors: bool) -> None:
 
 
 @pytest.mark.parametrize("with_factors", [True, False])
-def test_norms_put_codes_beside_their_results(draw: torch.Generator, with_factors: bool) -> None:
+def test_norms_and_swiglu_put_codes_beside_their_results(
+    draw: torch.Generator, with_factors: bool
+) -> None:
     x, delta, dy = (random(draw, ROWS, WIDTH) for _ in range(3))
-    weight = random(draw, WIDTH)
-    factors = torch.rand(WIDTH, generator=draw).to(DEVICE) if with_factors else None
+    weight, gate_up = random(draw, WIDTH), random(draw, ROWS, 2 * WIDTH)
+    narrow = torch.rand(WIDTH, generator=draw).to(DEVICE) if with_factors else None
+    wide = torch.rand(2 * WIDTH, generator=draw).to(DEVICE) if with_factors else None
     found: list[list[fp8.CodedRows]] = []
-    for add, back in (
-        (norm.add_norm, norm.norm_backward),
-        (norm.add_norm_triton, norm.norm_backward_triton),
+    for add, back, activate, activate_back in (
+        (norm.add_norm, norm.norm_backward, swiglu.swiglu, swiglu.swiglu_backward),
+        (
+            norm.add_norm_triton,
+            norm.norm_backward_triton,
+            swiglu.swiglu_triton,
+            swiglu.swiglu_backward_triton,
+        ),
     ):
-        rows = [coded_like(x, factors) for _ in range(2)]
+        rows = [coded_like(like, f) for like, f in ((x, narrow),) * 3 + ((gate_up, wide),)]
         total, normed, rstd = torch.empty_like(x), torch.empty_like(x), x.new_empty(ROWS).float()
         add(x, delta, weight, 1e-5, total, normed, rstd, rows[0])
-        out = torch.empty_like(x)
+        out, gradient = torch.empty_like(x), gate_up.clone()
         back(dy, total, rstd, weight, delta, out, rows[1])
-        for made, row in zip((normed, out), rows, strict=True):
+        activated, again = torch.empty_like(x), torch.empty_like(x)
+        activate(gate_up, activated, rows[2])
+        activate_back(gradient, dy, again, rows[3])
+        assert_close(again, activated)
+        for made, row in zip((normed, out, activated, gradient), rows, strict=True):
             expected = coded_like(made, row.factors)
             expected.put(made)
             assert_coded(row, expected)
         found.append(rows)
     for fast, plain in zip(found[1], found[0], strict=True):
         assert_coded(fast, plain)
-
-
-FEED = 1112
-"""Columns of SwiGLU's result: more than one program's, the last tile not full."""
-
-
-def low_rank(
-    draw: torch.Generator, inputs: int, outputs: int, rank: int, gate_rank: int = 0
-) -> LowRank:
-    """Return LoRA of one linear; h and dh are columns of wider tensors, as in the fast step."""
-    h = random(draw, ROWS, inputs + rank)[:, inputs:]
-    dh = random(draw, ROWS, outputs + rank)[:, outputs:]
-    b = random(draw, outputs, rank)
-    if outputs == 2 * FEED:  # gate's and up's are apart
-        b[:FEED, gate_rank:] = 0
-        b[FEED:, :gate_rank] = 0
-    return LowRank(random(draw, rank, inputs), b, h, dh, gate_rank)
-
-
-@pytest.mark.parametrize(
-    "ranks", [((32, 16), 16), ((48, 40), None), ((16, 0), 20), (None, 5), (None, None)]
-)
-@pytest.mark.parametrize("late_peak", [True, False])
-def test_swiglu_puts_codes_and_makes_what_lora_has_beside_it(
-    draw: torch.Generator, ranks: tuple[tuple[int, int] | None, int | None], late_peak: bool
-) -> None:
-    """With a late peak, one row's scale proves to be too small after its first columns."""
-    gate_up, d_out = random(draw, ROWS, 2 * FEED + 16)[:, : 2 * FEED], random(draw, ROWS, FEED)
-    before = None if ranks[0] is None else low_rank(draw, WIDTH, 2 * FEED, *ranks[0])
-    after = None if ranks[1] is None else low_rank(draw, FEED, WIDTH, ranks[1])
-    if late_peak:
-        gate_up[3, FEED - 2], gate_up[3, 2 * FEED - 2] = 300.0, 1e4
-        d_out[5, FEED - 1] = 1e5
-    factors = torch.rand(2 * FEED, generator=draw).to(DEVICE)
-    found: list[list[Tensor | fp8.CodedRows]] = []
-    for forward, backward in (
-        (swiglu_codes.swiglu_codes, swiglu_codes.swiglu_codes_backward),
-        (swiglu_codes.swiglu_codes_triton, swiglu_codes.swiglu_codes_backward_triton),
-    ):
-        made: list[Tensor | fp8.CodedRows] = []
-        for keeps in (True, False):
-            rows, gradients = coded_like(d_out, None), coded_like(gate_up, factors)
-            out, again = torch.empty_like(d_out), torch.empty_like(d_out)
-            first, second = copied(before), copied(after)
-            forward(gate_up, out if keeps else None, rows, first, second)
-            made += [rows, *([out] if keeps else [])]
-            made += [second.h] if second is not None and second.h is not None else []
-            gradient, first, second = gate_up.clone(), copied(before), copied(after)
-            backward(gradient, d_out, again if keeps else None, gradients, first, second)
-            made += [gradient, gradients, *([again] if keeps else [])]
-            made += [first.dh] if first is not None and first.dh is not None else []
-        found.append(made)
-    for fast, plain in zip(found[1], found[0], strict=True):
-        if isinstance(fast, fp8.CodedRows) and isinstance(plain, fp8.CodedRows):
-            assert_coded(fast, plain)
-        elif isinstance(fast, Tensor) and isinstance(plain, Tensor):
-            assert_close(fast, plain)
-
-
-def copied(one: LowRank | None) -> LowRank | None:
-    if one is None or one.h is None or one.dh is None:
-        return None
-    return replace(one, h=one.h.clone(), dh=one.dh.clone())
 
 
 def test_turning_codes(draw: torch.Generator) -> None:
