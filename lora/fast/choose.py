@@ -97,6 +97,8 @@ def why_not_stacked(model: nn.Module, stacked: Stacked, choice: DeviceChoice) ->
 
 def why_not_stacked_written(model: Decoder, stacked: Stacked) -> str | None:
     """Return what of `stacked` the hand-written stacked step does not know, or None."""
+    if has_fp8_base(model):
+        return "the base is in eight bits"
     blocks = set(model.trunk.blocks().modules())
     outside = [name for name, layer in stacked.layers.items() if layer not in blocks]
     if stacked.embeddings or outside:
