@@ -29,6 +29,7 @@ from lora.lora_module import count_lora_parameters
 from lora.plain_step import LossFn, evaluate
 from lora.progress import Progress
 from lora.runs import create_run
+from lora.steps import Steps
 from lora.trainer import train as run_training
 from lora.training_job import Stream, TrainingJob
 
@@ -54,6 +55,8 @@ class Subject:
     """A score of the model, 0 to 1: its name, and what measures it."""
     weight_decay: float | None = None
     """Of this method; None takes the comparison's."""
+    choose_steps: Callable[[TrainConfig], Steps | None] = lambda config: None
+    """What takes the steps of `model` with these settings; None: `train_step`."""
 
 
 class Factory(Protocol):
@@ -127,6 +130,7 @@ class FactoryContest:
                     choice=subject.choice,
                     progress=progress,
                     resume=resume,
+                    steps=subject.choose_steps(config),
                 )
             )
             folder.write_json("result.json", vars(result))

@@ -21,6 +21,7 @@ from lora.device import DeviceChoice, choose_device
 from lora.errors import DataError
 from models.bigram_lm_v2 import BigramLanguageModel, bigram_loss, save_bigram
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.char_step import char_steps
 from models.char_text import EVAL_TOKENS, Text, load_base, write_sample
 from models.classic_settings import ClassicSettings
 
@@ -72,6 +73,7 @@ class CharFactory:
             forgetting=_forgetting(text, model, train, choice),
             answer=lambda: [Sample(text.prompt, None, _written(model, text, choice))],
             weight_decay=0.0 if method == "lora" else FULL_WEIGHT_DECAY,
+            choose_steps=lambda config: char_steps(model, choice, config),
         )
 
     def _adapted(self, base: BigramLanguageModel, seed: int) -> BigramLanguageModel:

@@ -9,6 +9,7 @@ The same step trains the whole model, so that LoRA is compared with a full fine-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from lora.kernels.dense_attention import (
     attend_dense_backward,
 )
 from lora.lora_module import LoRALinear
-from models.bigram_lm_v2 import BigramLanguageModel, bigram_loss
+from models.bigram_lm_v2 import BigramLanguageModel, Block, bigram_loss
 
 Pair = tuple[Tensor, Tensor]
 
@@ -75,7 +76,8 @@ class CharNetwork:
     def __init__(
         self, model: BigramLanguageModel, flat: FlatParameters, dtype: torch.dtype, share: float
     ) -> None:
-        whole, blocks = trains_whole(model), list(model.blocks)
+        whole = trains_whole(model)
+        blocks = cast(list[Block], list(model.blocks))
         sa, ffwd = [b.sa for b in blocks], [b.ffwd.net for b in blocks]
 
         def join(parts: list[list[nn.Module]]) -> Linears:

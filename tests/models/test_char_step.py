@@ -193,6 +193,24 @@ def test_moments_move_into_a_new_step_and_it_goes_on_to_the_bit() -> None:
         assert torch.equal(parameter, resumed.get_parameter(name)), name
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_what_the_plain_step_has_begun_goes_on_by_hand(rank: int | None) -> None:
+    plain = build((12, 3, 2, 8), rank)
+    first, *others = draw_batches(4, 8, 5)
+    optimizer = build_optimizer(plain, RATE, DECAY, SHARE)
+    train_step(plain, [first], bigram_loss, optimizer)
+    by_hand = copy.deepcopy(plain)
+    resumed = build_optimizer(by_hand, RATE, DECAY, SHARE)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    step = CharStep(by_hand, weight_decay=DECAY, share=SHARE)
+    step.adopt_moments(resumed)
+    for batch in others:
+        train_step(plain, [batch], bigram_loss, optimizer)
+        step.launch([batch], RATE)
+    for name, parameter in by_hand.named_parameters():
+        assert relative(parameter, plain.get_parameter(name)) <= 1e-6, name
+
+
 def test_a_step_that_is_not_finite_is_not_taken_and_says_where_it_came_from() -> None:
     model = build((12, 3, 1, 8), 2, dtype=torch.float32)
     with torch.no_grad():
