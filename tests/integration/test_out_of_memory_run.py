@@ -12,6 +12,7 @@ import pytest
 CHILD = """
 import resource, sys
 from pathlib import Path
+import torch
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.orders import make_orders
 from lora.errors import TrainingError
@@ -19,11 +20,18 @@ from lora.finetune import FinetuneJob, finetune
 from lora.progress import NoProgress
 
 class Starve(NoProgress):
+    hoard = []  # what earlier steps have freed stays with the process: hold it, all but 4 MB
+
     def step(self, step, loss, tokens_per_s, memory_bytes):
         if step == 4:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             most = pages * resource.getpagesize() + 4 * 2**20
             resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+            try:
+                while True:
+                    self.hoard.append(torch.empty(2**18, dtype=torch.uint8))
+            except RuntimeError:
+                del self.hoard[-16:]
 
 def job(micro_batches, resume):
     return FinetuneJob(
@@ -41,6 +49,7 @@ try:
     finetune(job(1, False), Starve())
 except TrainingError as error:
     print(error)
+Starve.hoard.clear()
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 print("resumed to", finetune(job(4, True)).result.steps)
 """
