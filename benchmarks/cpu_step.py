@@ -2,6 +2,7 @@
 
     python benchmarks/cpu_step.py                         # S, M and SmolLM2, ten minutes
     python benchmarks/cpu_step.py --cases S --json
+    python benchmarks/cpu_step.py --ranks 4 32            # ours alone: what does the rank cost?
     python benchmarks/cpu_step.py --out benchmarks/results/cpu_step.jsonl
 
 Each variant has a process of its own, so that none lives on memory that another has left; they take
@@ -23,7 +24,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ from models.char_step import char_steps
 
 VARIANTS = ("plain_full", "best_full", "plain_lora", "peft", "ours")
 Step = Callable[[], None]
+Contestant = tuple[str, int]
+"""A variant and a rank."""
 CPU = choose_device("cpu", "fp32")
 
 
@@ -74,16 +77,11 @@ class Case:
 CASES = {
     "S": Case(64, 2, 16, 32, 8, 30, 20),
     "M": Case(256, 6, 16, 128, 8, 12),
-    "S-rank4": Case(64, 2, 16, 32, 4, 30, 20),
-    "S-rank32": Case(64, 2, 16, 32, 32, 30, 20),
-    "M-rank4": Case(256, 6, 16, 128, 4, 12),
-    "M-rank32": Case(256, 6, 16, 128, 32, 12),
     "SmolLM2-rank8": Case(0, 0, 4, 128, 8, 5),
     "SmolLM2-rank16": Case(0, 0, 4, 128, 16, 5),
-    "SmolLM2-rank4": Case(0, 0, 4, 128, 4, 5),
-    "SmolLM2-rank32": Case(0, 0, 4, 128, 32, 5),
 }
-DEFAULT_CASES = ("S", "M", "SmolLM2-rank8", "SmolLM2-rank16")
+RANKED_CASES = ("S", "M", "SmolLM2-rank8")
+"""Of which `--ranks` takes sizes and batches."""
 
 
 def char_batch(case: Case) -> tuple[Tensor, Tensor]:
@@ -202,8 +200,8 @@ def build(case: Case, variant: str) -> Step:
 class Worker:
     """A process of its own that takes steps of one variant when it is told to."""
 
-    def __init__(self, name: str, variant: str) -> None:
-        command = [sys.executable, __file__, "--serve", name, variant]
+    def __init__(self, name: str, variant: str, rank: int) -> None:
+        command = [sys.executable, __file__, "--serve", name, variant, str(rank)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -220,9 +218,9 @@ class Worker:
         return json.loads(answer)
 
 
-def serve(name: str, variant: str) -> None:
+def serve(name: str, variant: str, rank: int) -> None:
     """Be a worker: take steps when asked to."""
-    step = build(CASES[name], variant)
+    step = build(replace(CASES[name], rank=rank), variant)
     with ExitStack() as entered:
         if variant not in ("plain_full", "peft"):  # the others are runs of our trainer
             entered.enter_context(kept_memory())
@@ -242,53 +240,54 @@ def answer(step: Step) -> None:
             return
 
 
-def measure(name: str, case: Case, variants: list[str]) -> dict[str, tuple[float, float]]:
-    """Return the median milliseconds and the peak megabytes of each variant, taking turns."""
-    workers = {variant: Worker(name, variant) for variant in variants}
-    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+def measure(name: str, case: Case, contestants: list[Contestant]) -> list[dict[str, Any]]:
+    """Return one row for each variant and rank: medians and peaks of processes that take turns."""
+    workers = [Worker(name, variant, rank) for variant, rank in contestants]
+    seconds: list[list[float]] = [[] for _ in workers]
     for _ in range(case.rounds):
-        for variant, worker in workers.items():
-            seconds[variant] += worker.ask(case.turn_steps)
-    return {v: (1000 * statistics.median(seconds[v]), workers[v].ask(0)) for v in variants}
+        for worker, times in zip(workers, seconds, strict=True):
+            times += worker.ask(case.turn_steps)
+    medians_ms = [1000 * statistics.median(times) for times in seconds]
+    ours = [
+        ms for (variant, _), ms in zip(contestants, medians_ms, strict=True) if variant == "ours"
+    ]
+    ours_ms = ours[0] if ours else math.nan  # of several ranks the first
+    rows = []
+    for (variant, rank), step_ms, worker in zip(contestants, medians_ms, workers, strict=True):
+        row: dict[str, Any] = {"case": name, "variant": variant, "rank": rank}
+        row |= {"step_ms": round(step_ms, 2), "peak_mb": round(worker.ask(0))}
+        row["tokens_per_s"] = round(1000 * case.rows * case.tokens / step_ms)
+        row["against_ours"] = round(step_ms / ours_ms, 2)
+        rows.append({**row, "threads": torch.get_num_threads(), "torch": torch.__version__})
+    return rows
 
 
 def main() -> int:
     """Measure the cases, print a table or JSON lines."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(DEFAULT_CASES))
+    parser.add_argument("--cases", nargs="+", choices=CASES)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--ranks", nargs="+", type=int, help="ours at these ranks, and no other")
     parser.add_argument("--rounds", type=int, help="instead of the case's own number")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--out", type=Path, help="also append the JSON lines to this file")
-    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        serve(*arguments.serve)
+        name, variant, rank = arguments.serve
+        serve(name, variant, int(rank))
         return 0
-    for name in arguments.cases:
-        case = CASES[name]
-        if arguments.rounds:
-            case = Case(**{**vars(case), "rounds": arguments.rounds})
-        rows = measure_case(name, case, arguments.variants)
+    for name in arguments.cases or (RANKED_CASES if arguments.ranks else CASES):
+        case = replace(CASES[name], rounds=arguments.rounds or CASES[name].rounds)
+        contestants = [(variant, case.rank) for variant in arguments.variants]
+        if arguments.ranks:
+            contestants = [("ours", rank) for rank in arguments.ranks]
+        rows = measure(name, case, contestants)
         show(rows, arguments.json)
         if arguments.out:
             with arguments.out.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
     return 0
-
-
-def measure_case(name: str, case: Case, variants: list[str]) -> list[dict[str, Any]]:
-    """Return one row a variant."""
-    measured = measure(name, case, variants)
-    ours_ms = measured.get("ours", (math.nan,))[0]
-    rows = []
-    for variant, (step_ms, peak_mb) in measured.items():
-        row: dict[str, Any] = {"case": name, "variant": variant, "step_ms": round(step_ms, 2)}
-        row["peak_mb"] = round(peak_mb)
-        row["tokens_per_s"] = round(1000 * case.rows * case.tokens / step_ms)
-        row["against_ours"] = round(step_ms / ours_ms, 2)
-        rows.append({**row, "threads": torch.get_num_threads(), "torch": torch.__version__})
-    return rows
 
 
 def show(rows: list[dict[str, Any]], as_json: bool) -> None:
@@ -301,7 +300,8 @@ def show(rows: list[dict[str, Any]], as_json: bool) -> None:
     for row in rows:
         peak = f"{row['peak_mb']:6d} MB"
         ratio = f"{row['against_ours']:.2f}x of ours"
-        print(f"  {row['variant']:<11}{row['step_ms']:9.1f} ms {peak}  {ratio}", flush=True)
+        label = f"{row['variant']}, rank {row['rank']}"
+        print(f"  {label:<20}{row['step_ms']:9.1f} ms {peak}  {ratio}", flush=True)
 
 
 if __name__ == "__main__":

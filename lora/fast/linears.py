@@ -20,9 +20,9 @@ from lora.fast.projections import FrozenProjection, FullProjection
 from lora.kernels.products import product
 from lora.lora_module import LoRALayer
 
-NARROW_COST = 7
+NARROW_COST = 3.5
 """How much dearer a multiplication is in products with A and B than in one that forms dW."""
-LEAST_RANK = 8
+LEAST_RANK = 16
 """Lower ranks take no less time."""
 
 
@@ -36,7 +36,22 @@ class MergedLinears(MergedProjection):
         n_in, n_out = self.inputs, self.outputs
         forms = n_in * n_out <= NARROW_COST * max(self.width, LEAST_RANK) * (n_in + n_out)
         self.formed = torch.empty_like(self.base) if forms else None  # dW, (L, O, I)
+
+    def fill(self) -> None:
+        # Views of the slots, made once: at small sizes making them is a good part of a step.
+        self.a, self.da = self.a_slot.values, self.a_slot.gradients  # (L, R, I)
+        self.scaled = [
+            (slot.values, slot.gradients, scale, member.rows, part)
+            for member, part, slot, scale in self.adapted
+        ]
+        self.into_b = [self.b[:, rows, part] for *_, rows, part in self.scaled]
+        super().fill()
         self.by_layer = list(zip(self.a, self.b.mT, strict=True))  # (R, I), (R, O)
+
+    def refresh(self) -> None:
+        for (values, _, scale, *_), target in zip(self.scaled, self.into_b, strict=True):
+            torch.mul(values, scale, out=target)
+        torch.baddbmm(self.base, self.b, self.a, out=self.weight)
 
     def rounded(self, ranks: int) -> int:
         return ranks
@@ -59,9 +74,10 @@ class MergedLinears(MergedProjection):
     def finish(self) -> None:
         """Put LoRA's gradients into their slots, if they come from dW."""
         if self.formed is not None:
-            da = torch.bmm(self.b.mT, self.formed)  # (L, R, I)
+            torch.bmm(self.b.mT, self.formed, out=self.da)  # (L, R, I)
             db = torch.bmm(self.formed, self.a.mT)  # (L, O, R)
-            self.store(slice(0, self.n_layers), da, db, first=True)
+            for _, gradients, scale, rows, part in self.scaled:
+                torch.mul(db[:, rows, part], scale, out=gradients)
 
 
 class Linears:
