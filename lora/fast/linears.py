@@ -17,7 +17,7 @@ from lora.fast.adapted import MergedProjection
 from lora.fast.flat import FlatParameters
 from lora.fast.ops import PLAIN
 from lora.fast.projections import FrozenProjection, FullProjection
-from lora.kernels.products import product
+from lora.kernels.products import product, transposed_product
 from lora.lora_module import LoRALayer
 
 NARROW_COST = 3.5
@@ -68,8 +68,9 @@ class MergedLinears(MergedProjection):
             return
         a, b = self.by_layer[layer]
         low, dlow = product(x, a), product(dy, b)  # (N, R)
-        db = (low.T @ dy).T  # (O, R); dyᵀ low is several times slower
-        self.store(slice(layer, layer + 1), (dlow.T @ x)[None], db[None], first=first)
+        da = transposed_product(dlow, x)  # (R, I)
+        db = transposed_product(low, dy).T  # (O, R); dyᵀ low is several times slower
+        self.store(slice(layer, layer + 1), da[None], db[None], first=first)
 
     def finish(self) -> None:
         """Put LoRA's gradients into their slots, if they come from dW."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.kernels.products import product
+from lora.kernels.products import product, transposed_product
 
 
 def plain_lora_linear(
@@ -69,8 +69,8 @@ class _LoRALinear(torch.autograd.Function):
             if not ctx.merges:
                 dx.addmm_(dlow, a)
             dx = dx.view(*grads[0].shape[:-1], weight.shape[1])  # (..., I)
-        da = dlow.T @ flat  # (R, I)
-        db = (low.T @ dy).T  # (O, R); dyᵀ low is several times slower on a CPU
+        da = transposed_product(dlow, flat)  # (R, I)
+        db = transposed_product(low, dy).T  # (O, R); dyᵀ low is several times slower on a CPU
         return dx, None, None, da, db, None
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora.kernels import products
-from lora.kernels.products import product
+from lora.kernels.products import product, transposed_product
 
 
 @settings(max_examples=60, deadline=None)
@@ -35,6 +35,21 @@ def test_agrees_with_torchs_linear(
                 patch.setattr(products, name, 0)
         y = product(x, given_weight, bias)
     wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert y.shape == wanted.shape
+    assert ((y - wanted).norm() / wanted.norm()).item() <= 1e-6
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 40), rank=st.integers(1, 9), n=st.integers(1, 70), is_wide=st.booleans())
+def test_transposed_products_agree(rows: int, rank: int, n: int, is_wide: bool) -> None:
+    generator = torch.Generator().manual_seed(rows + rank + n)
+    low = torch.randn(rows, rank, generator=generator)
+    x = torch.randn(rows, n, generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        if is_wide:
+            patch.setattr(products, "WIDE", 1)
+        y = transposed_product(low, x)
+    wanted = low.double().T @ x.double()
     assert y.shape == wanted.shape
     assert ((y - wanted).norm() / wanted.norm()).item() <= 1e-6
 
