@@ -38,3 +38,30 @@ def test_steps_inside_take_their_memory_without_page_faults() -> None:
     assert outside > 10_000
     assert inside < outside / 10
     assert after > 10_000
+
+
+GIVEN_BACK = """
+from pathlib import Path
+import resource, torch
+from lora.heap import kept_memory
+
+def held_mb():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6
+
+before = held_mb()
+with kept_memory():
+    [torch.ones(1_000_000) for _ in range(60)]  # 240 MB, freed at once
+    inside = held_mb()
+print(inside - before, held_mb() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc of another C library")
+def test_what_was_kept_is_given_back_at_the_end() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True
+    )
+    inside_mb, after_mb = map(float, done.stdout.split())
+    assert inside_mb > 230
+    assert after_mb < 30
