@@ -2,7 +2,10 @@
 
 What differs from the textbook: torch gives fp32 products to MKL. oneDNN, which torch carries too,
 takes 5 to 25 % less for large ones and less than half for products with few columns (measured on
-two cores of an AMD EPYC); for the smallest ones its call costs more than it saves.
+two cores of an AMD EPYC); for the smallest ones its call costs more than it saves. It also keeps
+what it has prepared for every shape, about a megabyte each and far more beyond a thousand of them,
+so it gets products of round row counts alone: those of full batches, not those that differ from
+batch to batch. The choice depends on shapes only, so that a resumed run makes the same one.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ FEW_COLUMNS = 64
 SMALL_INPUT = 2**17
 WIDE = 1024
 """A product lowᵀ x of few columns goes to oneDNN from so many columns of x on."""
+ROUND_BITS = 2
+"""Row counts that oneDNN gets have no bits beyond these leading ones: 512, 768, 1024, 1536 …"""
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -38,7 +43,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def transposed_product(low: Tensor, x: Tensor) -> Tensor:
     """Return lowᵀ x of few columns: low (N, R), x (N, I) -> (R, I). For uses as of `product`."""
-    if HAS_ONEDNN and x.shape[1] >= WIDE and low.shape[1] <= FEW_COLUMNS and _can_take(low, x.T):
+    if HAS_ONEDNN and x.shape[1] >= WIDE and low.shape[1] <= FEW_COLUMNS and _can_take(low, x):
         y: Tensor = torch.ops.mkldnn._linear_pointwise(
             low.T.contiguous(), x.T, None, "none", [], ""
         )
@@ -56,6 +61,9 @@ def _is_faster(x: Tensor, weight: Tensor, has_bias: bool) -> bool:
 
 
 def _can_take(x: Tensor, weight: Tensor) -> bool:
+    rows = x.shape[0]
+    if rows % (1 << max(0, rows.bit_length() - ROUND_BITS)):
+        return False  # a count that may never come again
     if not x.is_cpu or x.dtype is not torch.float32 or weight.dtype is not torch.float32:
         return False
     return weight.is_contiguous() or weight.mT.is_contiguous()

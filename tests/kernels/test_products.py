@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,6 +37,7 @@ def test_agrees_with_torchs_linear(
         if is_large:  # as if the sizes were those from which oneDNN takes over
             for name in ("LARGE_PRODUCT", "BIASED_PRODUCT", "SMALL_INPUT"):
                 patch.setattr(products, name, 0)
+            patch.setattr(products, "ROUND_BITS", 64)
         y = product(x, given_weight, bias)
     wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     # Against the sizes of what is added: a lone result may be a small difference of large ones.
@@ -50,6 +55,7 @@ def test_transposed_products_agree(rows: int, rank: int, n: int, is_wide: bool) 
     with pytest.MonkeyPatch.context() as patch:
         if is_wide:
             patch.setattr(products, "WIDE", 1)
+            patch.setattr(products, "ROUND_BITS", 64)
         y = transposed_product(low, x)
     wanted = low.double().T @ x.double()
     assert y.shape == wanted.shape
@@ -62,3 +68,35 @@ def test_other_types_and_strides_go_to_torch(dtype: torch.dtype) -> None:
     assert torch.equal(product(x, weight), F.linear(x, weight))
     wide = torch.randn(400, 310)
     assert torch.equal(product(x.float(), wide[:, :300]), F.linear(x.float(), wide[:, :300]))
+
+
+GROWTH = """
+import resource, torch
+from pathlib import Path
+from lora.kernels.products import product
+
+def held_mb():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+weight = torch.randn(6144, 576)
+product(torch.randn(1024, 576), weight)
+before = held_mb()
+for rows in range(257, 1024, 12):
+    product(torch.randn(rows, 576), weight)
+print(held_mb() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="the system tells no memory")
+def test_row_counts_that_come_once_leave_no_memory_behind() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 100  # oneDNN would keep several times that
+
+
+def test_only_round_row_counts_go_to_onednn() -> None:
+    taken = [
+        n for n in range(512, 2049) if products._can_take(torch.empty(n, 1), torch.empty(1, 1))
+    ]
+    assert taken == [512, 768, 1024, 1536, 2048]
