@@ -51,6 +51,12 @@ def transposed_product(low: Tensor, x: Tensor) -> Tensor:
     return low.T @ x
 
 
+def round_rows(rows: int) -> int:
+    """Return the next count from `rows` on that oneDNN gets."""
+    step = 1 << max(0, rows.bit_length() - ROUND_BITS)
+    return -(-rows // step) * step
+
+
 def _is_faster(x: Tensor, weight: Tensor, has_bias: bool) -> bool:
     if not _can_take(x, weight):
         return False
@@ -61,8 +67,7 @@ def _is_faster(x: Tensor, weight: Tensor, has_bias: bool) -> bool:
 
 
 def _can_take(x: Tensor, weight: Tensor) -> bool:
-    rows = x.shape[0]
-    if rows % (1 << max(0, rows.bit_length() - ROUND_BITS)):
+    if round_rows(x.shape[0]) != x.shape[0]:
         return False  # a count that may never come again
     if not x.is_cpu or x.dtype is not torch.float32 or weight.dtype is not torch.float32:
         return False

@@ -147,3 +147,20 @@ def test_one_row() -> None:
     wanted, _ = plain_linear_cross_entropy(hidden[:1], weight, labels[:1])
     assert count.item() == 1
     assert relative(loss, wanted) < 1e-10
+
+
+@pytest.mark.parametrize("rows", [31, 127, 508])
+def test_rows_that_are_filled_up_leave_no_trace(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, 24, generator=generator).requires_grad_()
+    weight = torch.randn(90, 24, generator=generator)
+    labels = torch.randint(0, 90, (rows,), generator=generator)
+    loss, count = linear_cross_entropy(hidden, weight, labels)
+    (grad,) = torch.autograd.grad(loss, hidden)
+    exact = hidden.detach().double().requires_grad_()
+    wanted, _ = plain_linear_cross_entropy(exact, weight.double(), labels)
+    (wanted_grad,) = torch.autograd.grad(wanted, exact)
+    assert count == rows
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert grad.shape == hidden.shape
+    assert (grad - wanted_grad).norm() <= 1e-6 * wanted_grad.norm()
