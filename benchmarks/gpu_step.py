@@ -100,7 +100,9 @@ OURS = (
     "ours_lora_offload",
     "ours_lora_packed",
     "ours_lora_fp8",
+    "ours_lora_fp8_auto",
     "ours_lora_fp8_full",
+    "ours_lora_fp8_offload",
     "ours_lora_fp8_packed",
     "ours_lora_captured",
     "ours_lora_plain",
@@ -111,7 +113,7 @@ OURS = (
 )
 """`theirs`: transformers' model through `apply_lora` and our trainer. auto, cheap, full and offload
 are memory modes of `lora finetune --memory`; without one it is none. fp8 is `--base-dtype fp8`."""
-MODE_OF = {"ours_lora_offload": "full+offload"}
+MODE_OF = {"ours_lora_offload": "full+offload", "ours_lora_fp8_offload": "full+offload"}
 
 
 def build_empty(shape: Shape) -> Decoder:
