@@ -30,6 +30,8 @@ class Keep:
     """Blocks, the last ones, whose queries, keys, values, attention and residual stay."""
     offloads: bool = False
     """The residuals between blocks wait in host memory."""
+    attended: int = 0
+    """Blocks, the last ones, whose attention's output stays, if these are more than `inner`."""
 
     @property
     def mode(self) -> str:
@@ -40,10 +42,11 @@ class Keep:
             return "cheap"
         return "full+offload" if self.offloads else "full"
 
-    def counts(self, n_layers: int) -> tuple[int, int]:
-        """Return of how many blocks gate and up stay, and the inner tensors."""
+    def counts(self, n_layers: int) -> tuple[int, int, int]:
+        """Return of how many blocks gate and up stay, the inner tensors, attention's output."""
         inner = n_layers if self.inner is None else min(self.inner, n_layers)
-        return min(inner, n_layers if self.gate_up is None else self.gate_up), inner
+        gate_up = min(inner, n_layers if self.gate_up is None else self.gate_up)
+        return gate_up, inner, max(inner, min(self.attended, n_layers))
 
 
 MODES = {

@@ -73,7 +73,7 @@ class Buffers:
         gate_up, gate_up_extra = widths.gate_up
         feed, feed_extra = widths.feed_forward
         self.is_lean = not keep.norms
-        gate_up_stays, inner_stays = keep.counts(n_layers - first)
+        gate_up_stays, inner_stays, attended_stays = keep.counts(n_layers - first)
         norms_stay = n_layers - first if keep.norms else 0
         a_part = min(n, PART_TOKENS) if self.is_lean and in_parts else n
         self.parts = [slice(start, min(start + a_part, n)) for start in range(0, n, a_part)]
@@ -89,7 +89,7 @@ class Buffers:
         self.between = blocks(inner_stays, c + inner_extra)
         self.attention_in = blocks(norms_stay, c + qkv_extra)
         self.qkv = blocks(inner_stays, qkv + qkv_extra)
-        self.attended = blocks(inner_stays, inner + inner_extra)
+        self.attended = blocks(attended_stays, inner + inner_extra)
         self.feed_in = blocks(norms_stay, c + gate_up_extra)
         self.gate_up = blocks(gate_up_stays, gate_up + gate_up_extra, a_part)
         size = n_layers * n * feed * like.element_size()
@@ -117,7 +117,7 @@ class Buffers:
 
     def add_attention(self, n_heads: int, width: int) -> None:
         """Make room for what our kernels of attention keep and pass."""
-        n_layers, stays = len(self.rstd) // 2, len(self.qkv.kept)
+        n_layers, stays = len(self.rstd) // 2, len(self.attended.kept)
         self.lse = Blocks(self.rstd, n_layers, stays, n_heads, self.n_tokens, n_heads)
         self.partial = self.rstd.new_empty(self.n_tokens, n_heads, 2, width)
 

@@ -22,6 +22,8 @@ from lora.fast.stacked_step import StackedFastStep
 from lora.fast.step import FastStep, WrittenStep
 
 CUBLAS_WORKSPACE_BYTES = 32 * 2**20
+LONG_TOKENS = 8192
+"""Rows from this length on: attention's output, made again, takes the most time for its bytes."""
 ROOM_FRACTION = 0.95
 """Of the memory that is free: what may be planned for. The rest is for pieces nobody can use."""
 
@@ -127,13 +129,12 @@ def fit_memory(plan: FastPlan, mode: str, room_bytes: int | None, other_bytes: i
     `mode` narrows it down to one of `lora.fast.blocks.MODES`; "auto" goes through all. None as room
     is no limit. `other_bytes` are held besides. Where nothing fits it is the smallest.
     """
-    modes = list(MODES) if mode == "auto" else [mode]
-    ways = [(name, keep) for name in modes for keep in _ways(name, plan.n_layers, mode == "auto")]
+    ways = _ways(mode, plan.n_layers, is_long=plan.tokens >= LONG_TOKENS)
 
     def fits(keep: Keep) -> bool:
         return room_bytes is None or plan.memory(keep).total + other_bytes <= room_bytes
 
-    _, keep = next((way for way in ways if fits(way[1])), ways[-1])
+    keep = next((way for way in ways if fits(way)), ways[-1])
     return fit_of(plan, keep, other_bytes, room_bytes)
 
 
@@ -145,20 +146,25 @@ def fit_of(plan: FastPlan, keep: Keep, other_bytes: int = 0, room_bytes: int | N
     return Fit(name, keep, found, _explain(name, keep, plan, totals, room_bytes))
 
 
-def _ways(name: str, n_layers: int, of_several: bool) -> list[Keep]:
-    """Return the ways of one mode, the fastest first."""
-    if name == "cheap":
+def _ways(mode: str, n_layers: int, *, is_long: bool) -> list[Keep]:
+    """Return the ways of one mode, or of all, the fastest first."""
+    if mode == "cheap":
         return [Keep(norms=False, gate_up=n) for n in range(n_layers, -1, -1)]
-    if name == "full" and of_several:
-        return [Keep(norms=False, gate_up=0, inner=n) for n in range(n_layers - 1, -1, -1)]
-    return [MODES[name]]
+    if mode != "auto":
+        return [MODES[mode]]
+    attended = n_layers if is_long else 0
+    full = [replace(MODES["full"], inner=n, attended=attended) for n in range(n_layers - 1, -1, -1)]
+    # Residuals on the host cost less time than attention that is made again over long rows.
+    offload = [replace(MODES["full+offload"], attended=n) for n in range(attended, -1, -1)]
+    cheap = _ways("cheap", n_layers, is_long=is_long)
+    return [MODES["none"], *cheap, *full, *offload]
 
 
 def _explain(
     name: str, keep: Keep, plan: FastPlan, totals: tuple[int, int], room_bytes: int | None
 ) -> str:
     total, none = totals
-    n, (gate_up, inner) = plan.n_layers, keep.counts(plan.n_layers)
+    n, (gate_up, inner, attended) = plan.n_layers, keep.counts(plan.n_layers)
     again = {
         "none": "nearly nothing is made again",
         "cheap": "norms and SwiGLU are made again"
@@ -168,6 +174,8 @@ def _explain(
         "full+offload": "blocks are made again from residuals in host memory "
         f"({plan.host_bytes(keep) / 1e9:.1f} GB)",
     }[name]
+    if name.startswith("full") and attended > inner:
+        again += f", {attended - inner} of them without their attention"
     text = f"memory {name}: {again}; {total / 1e9:.1f} GB planned"
     if room_bytes is not None:
         text += f" of {room_bytes / 1e9:.1f} GB"

@@ -70,10 +70,10 @@ class FastPass:
         coded = None if reader is None else reader.coded_inputs(normed)
         net.ops.add_norm(residual, delta, weight, eps, total[:, :c], normed, rstd, coded)
 
-    def _attention(self, layer: int) -> None:
+    def _attention(self, layer: int, *, again: bool = False) -> None:
         """From the first norm's output to the second norm's."""
         net, kept, c = self.net, self.kept, self.net.config.hidden_size
-        self._attend(layer)
+        self._attend(layer, again=again)
         net.output.forward(layer, kept.attended[layer], kept.hidden)
         before, between = kept.before[layer][:, :c], kept.between[layer]
         number, normed = 2 * layer + 1, kept.feed_in[layer]
@@ -109,7 +109,7 @@ class FastPass:
         q, k, v = heads.split((sizes.num_attention_heads, shared, shared), 1)
         return q, k, v
 
-    def _attend(self, layer: int) -> None:
+    def _attend(self, layer: int, *, again: bool) -> None:
         net, kept, sizes = self.net, self.kept, self.net.config
         qkv, x = self._qkv(layer), kept.attention_in[layer]
         net.qkv.forward(layer, x, qkv)
@@ -119,6 +119,8 @@ class FastPass:
         if own.rope is not None:
             n_heads = sizes.num_attention_heads + sizes.num_key_value_heads
             net.ops.rotate_heads(qkv, *self.tables[own.rope], n_heads)
+        if again and kept.attended.stays(layer):
+            return  # its graph reads queries, keys and values where they lie again
         window = self._window(layer)
         out = kept.attended[layer][:, : net.output.inputs]
         if self.owns_attention:
@@ -165,7 +167,7 @@ class FastPass:
         reader: Projection | None = net.qkv if whole else None
         self._norm_again(kept.before[layer], 2 * layer, kept.attention_in[layer], reader)
         if whole:
-            self._attention(layer)
+            self._attention(layer, again=True)
             return
         kept.attention_in[layer][:, net.qkv.inputs :].copy_(kept.attention_low[layer])
         reader = None if kept.gate_up.stays(layer) else net.gate_up

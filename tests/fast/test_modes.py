@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from lora.apply import apply_lora, lora_layers
 from lora.config import LoRAConfig
 from lora.data.batches import Batch
 from lora.decoder.decoder import Decoder
-from lora.fast import blocks, buffers
+from lora.fast import blocks, buffers, passes
 from lora.fast.blocks import MODES, Blocks, Keep, OffloadedResiduals
+from lora.fast.memory import LONG_TOKENS, FastPlan, fit_memory
 from lora.fast.ops import PLAIN
 from lora.fast.step import FastStep
 
@@ -23,6 +25,11 @@ KEEPS = {
     "cheap, gate and up of one block": Keep(norms=False, gate_up=1),
     "full but one block": Keep(norms=False, gate_up=0, inner=1),
     "full but two blocks, one with gate and up": Keep(norms=False, gate_up=1, inner=2),
+    "full but attention": Keep(norms=False, gate_up=0, inner=0, attended=3),
+    "full but one block and another's attention": Keep(norms=False, gate_up=0, inner=1, attended=2),
+    "full+offload but attention of two": Keep(
+        norms=False, gate_up=0, inner=0, offloads=True, attended=2
+    ),
 }
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "tied": ({}, {"rank_pattern": {"k_proj": 2}}),
@@ -212,3 +219,49 @@ def test_modes_hold_less_and_less(tiny_decoder: Callable[..., Decoder]) -> None:
     assert sizes == sorted(sizes, reverse=True)
     assert held(MODES["full"]) < held(KEEPS["full but one block"]) < held(MODES["cheap"])
     assert held(KEEPS["cheap, gate and up of one block"]) < held(MODES["cheap"])
+
+
+@pytest.mark.parametrize("keep", [MODES["full"], MODES["full+offload"]])
+def test_attention_that_stays_is_not_computed_again(
+    tiny_decoder: Callable[..., Decoder],
+    make_batch: Callable[..., Batch],
+    monkeypatch: pytest.MonkeyPatch,
+    keep: Keep,
+) -> None:
+    computed: list[int] = []
+    attend = passes.attend_documents_plain
+
+    def count(*sizes: Any) -> Any:
+        computed.append(1)
+        return attend(*sizes)
+
+    monkeypatch.setattr(passes, "attend_documents_plain", count)
+    # Three blocks forward; the last one's values are still there on the way back.
+    for attended, expected in enumerate((5, 5, 4, 3)):
+        computed.clear()
+        model, own = adapt(tiny_decoder(), {}), replace(keep, attended=attended)
+        train(model, [[make_batch(0, packed=True)]], keep=own, own_attention=False)
+        assert len(computed) == expected
+
+
+def test_long_rows_keep_attention_before_the_rest_of_a_block(
+    tiny_decoder: Callable[..., Decoder],
+) -> None:
+    def chosen(tokens: int, keep: Keep) -> Keep:
+        """Return what is chosen where the room is what `keep` needs."""
+        model = apply_lora(tiny_decoder(), LoRAConfig(rank=3)).to("meta")
+        plan = FastPlan(model, 1, tokens)  # type: ignore[arg-type]
+        return fit_memory(plan, "auto", plan.memory(keep).total).keep
+
+    full, offload = MODES["full"], MODES["full+offload"]
+    for keep in (
+        MODES["none"],
+        Keep(norms=False, gate_up=2),
+        replace(full, inner=1, attended=3),
+        replace(full, attended=3),
+        replace(offload, attended=1),
+        offload,
+    ):
+        assert chosen(LONG_TOKENS, keep) == keep
+    for keep in (Keep(norms=False, gate_up=2), replace(full, inner=1), full, offload):
+        assert chosen(LONG_TOKENS // 2, keep) == keep

@@ -35,6 +35,7 @@ TOLERANCE = 0.01
 KEEPS = {
     **{name: keep for name, keep in MODES.items() if name != "none"},
     "mixed": Keep(norms=False, gate_up=2, inner=5),
+    "full but attention of six": Keep(norms=False, gate_up=0, inner=2, attended=6),
 }
 
 
