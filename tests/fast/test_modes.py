@@ -256,12 +256,11 @@ def test_long_rows_keep_attention_before_the_rest_of_a_block(
     full, offload = MODES["full"], MODES["full+offload"]
     for keep in (
         MODES["none"],
-        Keep(norms=False, gate_up=2),
         replace(full, inner=1, attended=3),
         replace(full, attended=3),
         replace(offload, attended=1),
         offload,
     ):
         assert chosen(LONG_TOKENS, keep) == keep
-    for keep in (Keep(norms=False, gate_up=2), replace(full, inner=1), full, offload):
+    for keep in (replace(full, inner=1), full, offload):
         assert chosen(LONG_TOKENS // 2, keep) == keep
