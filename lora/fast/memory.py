@@ -175,7 +175,7 @@ def _explain(
         f"({plan.host_bytes(keep) / 1e9:.1f} GB)",
     }[name]
     if name.startswith("full") and attended > inner:
-        again += f", {attended - inner} of them without their attention"
+        again += f", but not the attention of {attended - inner}"
     text = f"memory {name}: {again}; {total / 1e9:.1f} GB planned"
     if room_bytes is not None:
         text += f" of {room_bytes / 1e9:.1f} GB"
@@ -210,7 +210,8 @@ def _count(
 def _of_attention(step: WrittenStep, kept: Buffers, *, packed: bool) -> int:
     """Return what torch's attention keeps, sums of its rows, and makes on one block's way back.
 
-    That are its output or gradients of queries, keys and values, and dq in fp32.
+    That are its output or gradients of queries, keys and values, and dq in fp32; gradients of keys
+    and values first for each of the heads that share them.
     """
     if packed and step.network.owns_attention(kept.tokens):
         return 0
@@ -218,7 +219,8 @@ def _of_attention(step: WrittenStep, kept: Buffers, *, packed: bool) -> int:
     inner = sizes.num_attention_heads * sizes.head_dim
     sums = kept.n_tokens * sizes.num_attention_heads * 4
     stays = len(kept.attended.kept) or 1
-    made = kept.n_tokens * (2 * step.network.qkv.outputs + 4 * inner)
+    for_each = 4 * inner if sizes.num_key_value_heads < sizes.num_attention_heads else 0
+    made = kept.n_tokens * (2 * step.network.qkv.outputs + 4 * inner + for_each)
     return stays * sums + made
 
 
