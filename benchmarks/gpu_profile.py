@@ -1,12 +1,13 @@
 """Where the time of our step goes on a GPU: kernels of one step, by time.
 
 python benchmarks/gpu_profile.py --case 1B-4x2048 --variant ours_lora
-python benchmarks/gpu_profile.py --case 8B-4x2048 --variant ours_lora_cheap
+python benchmarks/gpu_profile.py --case 8B-4x2048 --variant ours_lora_cheap --json
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 
 import torch
@@ -26,6 +27,7 @@ def main() -> int:
     variants = [variant for variant in OURS if "ours" in variant and "plain" not in variant]
     parser.add_argument("--variant", choices=variants, default="ours_lora")
     parser.add_argument("--kernels", type=int, default=25, help="rows of the table")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each kernel")
     arguments = parser.parse_args()
     shape, full = CASES[arguments.case], arguments.variant == "ours_full"
     dtype = torch.float32 if full else torch.bfloat16
@@ -37,7 +39,7 @@ def main() -> int:
     choice = choose_device("cuda")
     fit = None if full else fit_mode(shape, arguments.variant)
     steps = build_steps(model, choice, arguments.variant, fit)
-    print(steps.describe())
+    print(steps.describe(), file=sys.stderr)
     stream = build_stream(shape, "cpu", packed=arguments.variant.endswith("packed"))
     for number in range(1, WARM_UP_STEPS + 1):
         steps.launch(number, [next(stream)], 1e-4)
@@ -47,6 +49,13 @@ def main() -> int:
         steps.launch(WARM_UP_STEPS + 1, [next(stream)], 1e-4)
         steps.finished(wait=True)
     by_time = profile.key_averages()
+    if arguments.json:
+        of_all = {"case": arguments.case, "variant": arguments.variant}
+        of_all["hardware"] = f"one {torch.cuda.get_device_name()}"
+        for one in sorted(by_time, key=lambda one: -one.device_time_total)[: arguments.kernels]:
+            ms = round(one.device_time_total / 1000, 3)
+            print(json.dumps({**of_all, "kernel": one.key, "ms": ms, "launches": one.count}))
+        return 0
     table = by_time.table(
         sort_by="cuda_time_total", row_limit=arguments.kernels, max_name_column_width=70
     )

@@ -20,15 +20,20 @@ from lora.decoder.config import (
 )
 from lora.decoder.decoder import Decoder, build_empty_decoder
 from lora.decoder.quantised import use_fp8_linears
-from lora.fast.memory import fast_memory
+from lora.fast.memory import FastPlan, fast_memory, fit_memory
 from lora.fast.ops import PLAIN
 from lora.fast.step import FastStep
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+ROOM_GB = 142.1
+"""What `auto` may plan for on an H200 with nothing else on it."""
 SHAPES = {  # hidden, layers, heads, shared, feed-forward, vocabulary, rows, tokens
     "135M-4x512": (576, 30, 9, 3, 1536, 49152, 4, 512),
     "1B-1x512": (2048, 16, 32, 8, 8192, 128256, 1, 512),
     "1B-4x2048": (2048, 16, 32, 8, 8192, 128256, 4, 2048),
     "8B-4x2048": (4096, 32, 32, 8, 14336, 128256, 4, 2048),
+    "8B-1x32768": (4096, 32, 32, 8, 14336, 128256, 1, 32768),
+    "8B-1x131072": (4096, 32, 32, 8, 14336, 128256, 1, 131072),
 }
 
 
@@ -58,11 +63,10 @@ def build(case: str, *, full: bool, fp8: bool = False) -> Decoder:
 
 
 def measured() -> list[tuple[str, str, float]]:
-    results = Path(__file__).parents[2] / "benchmarks" / "results"
     lines = [
         json.loads(line)
         for name in ("gpu_step_h200.jsonl", "gpu_step_h200_before.jsonl")
-        for line in (results / name).read_text(encoding="utf-8").splitlines()
+        for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()
     ]
     ours = [r for r in lines if r["variant"] in ("ours_lora", "ours_lora_packed", "ours_full")]
     return [(r["case"], r["variant"], r["peak_gb"]) for r in ours]
@@ -78,8 +82,32 @@ def test_predictions_are_near_the_peaks_measured_on_an_h200(
     assert predicted.total / 1e9 == pytest.approx(peak_gb, rel=0.15)
 
 
+def modes_measured() -> list[tuple[str, str, float]]:
+    lines = [
+        json.loads(line)
+        for name in ("gpu_step_8b_h200.jsonl", "gpu_long_h200.jsonl")
+        for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()
+    ]
+    ours = [r for r in lines if r["variant"].startswith("ours_lora")]
+    return [(r["case"], r["variant"], r["peak_gb"]) for r in ours]
+
+
+@pytest.mark.parametrize(("case", "variant", "peak_gb"), modes_measured())
+def test_plans_of_modes_are_near_the_peaks_measured_on_an_h200(
+    case: str, variant: str, peak_gb: float
+) -> None:
+    model = build(case, full=False, fp8="fp8" in variant)
+    is_packed = variant.endswith("packed")
+    plan = FastPlan(model, *SHAPES[case][-2:], packed=is_packed)
+    kind = variant.removeprefix("ours_lora").removeprefix("_fp8").removeprefix("_")
+    mode = {"": "none", "packed": "none", "offload": "full+offload"}.get(kind, kind)
+    room = {"cheap": 32.0, "auto": ROOM_GB}.get(mode)
+    fit = fit_memory(plan, mode, None if room is None else int(room * 1e9))
+    assert fit.memory.total / 1e9 == pytest.approx(peak_gb, rel=0.02)
+
+
 def test_a_base_in_eight_bits_is_near_the_peak_measured_on_an_h100() -> None:
-    path = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu_step_fp8_h100.jsonl"
+    path = RESULTS / "gpu_step_fp8_h100.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     (peak_gb,) = (r["peak_gb"] for r in lines if r["variant"] == "ours_lora_fp8_one_copy")
     planned = {}
