@@ -8,7 +8,8 @@
 Random Llama-shaped weights in bf16, rank 16 on all linears, AdamW. "Ours" goes through the trainer
 and the real loader; `packed` variants read rows of several documents. Prints one JSON object a
 line. step_ms is the median of steps after the warm-up, peak_gb (10⁹ bytes) the allocator's peak,
-start_s the time from building the step to the end of the first one, its compilation included;
+start_s the time from building the step to the end of the first one, its compilation included
+(of rows of 32,768 tokens and more, which have no graph, nearly to the end of the second);
 planned_gb what `lora.fast.memory` said of it beforehand. model_tflops counts the products with
 weights once forward, once back and, where weights train, for their gradients: neither attention nor
 what is made again.
