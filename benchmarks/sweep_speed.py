@@ -7,9 +7,10 @@
 Each cell is a process of its own; a line of JSON each. `together` trains K candidates through the
 step that `lora sweep` takes, `one` trains one through the step that `lora finetune` takes, both
 with the real loader and reading every loss; `peft` is PEFT's step for one, whose runs one after
-another take K times as long. Times are medians. Random Llama-shaped weights, random tokens, rank
-16 on all linears (the character GPT: rank 8, embeddings train too). `8B-memory` holds the peak of
-eight candidates against the plan, and against the base and eight times what one adds to it.
+another take K times as long; `one-K` is one run over K times the rows: what K candidates would take
+if their adapters cost no more than one. Times are medians. Random Llama-shaped weights, random
+tokens, rank 16 on all linears (the character GPT: rank 8, embeddings train too). `8B-memory` holds
+the peak of eight candidates against the plan, and against the base and eight times what one adds.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +104,9 @@ def gpu_together(shape: Shape, n: int) -> dict[str, Any]:
     return {**found, "peak_gb": peak, "losses": [round(loss, 3) for loss in losses[-1]]}
 
 
-def gpu_one(shape: Shape) -> dict[str, Any]:
-    """Return what a step of one run takes, through finetune's step and loader."""
-    choice = choose_device("cuda")
+def gpu_one(shape: Shape, rows: int = 1) -> dict[str, Any]:
+    """Return what a step of one run over `rows` takes, through finetune's step and loader."""
+    shape, choice = replace(shape, rows=rows), choose_device("cuda")
     model = apply_lora(build_model(shape, torch.bfloat16), loras(1)[0])
     said: list[str] = []
     steps = choose_steps(model, choice, TrainConfig(steps=1000), say=said.append)
@@ -180,9 +182,11 @@ def run_child(case: str, cell: str) -> dict[str, Any]:
     elif case == "8B-memory":
         found = memory_8b(int(number))
     else:
-        on_gpu = {"one": gpu_one, "peft": gpu_peft}
         shape = GPU_CASES[case]
-        found = on_gpu[kind](shape) if kind in on_gpu else gpu_together(shape, int(number))
+        if kind == "one":
+            found = gpu_one(shape, int(number or 1))
+        else:
+            found = gpu_peft(shape) if kind == "peft" else gpu_together(shape, int(number))
     if case != "S":
         where["hardware"] = f"one {torch.cuda.get_device_name()}"
     rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}
@@ -193,6 +197,9 @@ def cells_of(case: str) -> list[str]:
     """Return the names of a case's cells."""
     if case == "8B-memory":
         return ["together-8"]
+    if case in GPU_CASES:
+        over_rows = [f"one-{n}" for n in TOGETHER[2:]]
+        return ["one", *over_rows, *(f"together-{n}" for n in TOGETHER), "peft"]
     return ["one", *(f"together-{n}" for n in TOGETHER), "peft"]
 
 

@@ -153,6 +153,8 @@ def _sweep_finding(report: Report, sweep: SweepRecord) -> str:
         said += f" Rank {spot.rank} is enough: {loss_text(spot.loss)} is within noise of the best."
     elif spot is not None:
         said += " No smaller rank comes within noise of it."
+    if spot is not None and all(tried.n_seeds == 1 for tried in sweep.tried):
+        said += " One seed cannot tell ranks from chance: try --seed 0,1,2."
     return said
 
 

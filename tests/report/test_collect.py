@@ -10,6 +10,7 @@ import pytest
 
 from lora.errors import CheckpointError, ConfigError
 from lora.report.collect import read_report
+from lora.report.page import find_findings
 
 Make = Callable[..., Path]
 
@@ -115,7 +116,9 @@ def test_noise_is_measured_where_there_are_seeds(make_sweep: Make, tmp_path: Pat
             values["standings"].append(other)
 
     rewrite(ledger, add_seed)
-    (sweep,) = read_report([folder], tmp_path).sweeps
+    report = read_report([folder], tmp_path)
+    assert not [line for line in find_findings(report) if "One seed" in line]
+    (sweep,) = report.sweeps
     spot = sweep.sweet_spot
     assert spot is not None
     # Pairs 0.40/0.42, 0.352/0.38, 0.35/0.37: variances 2e-4, 3.92e-4, 2e-4.

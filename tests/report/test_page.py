@@ -117,7 +117,8 @@ def test_the_page_says_what_was_found(mixed: tuple[Page, str]) -> None:
         "LoRA against full fine-tuning: 2.00 times as fast a step, 60 % less memory at the peak, "
         "held-out loss 0.1000 lower at the end.",
         "rank 16 at rate 1e-3 ends lowest: held-out loss 0.3500, from 2.0000 without an adapter. "
-        "Rank 8 is enough: 0.3520 is within noise of the best.",
+        "Rank 8 is enough: 0.3520 is within noise of the best. "
+        "One seed cannot tell ranks from chance: try --seed 0,1,2.",
         "the loss of step 3 is nan",
         "halving at step 10: place 5 of 5",
         "best tried",
