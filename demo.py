@@ -27,7 +27,8 @@ from lora.data.orders import make_orders
 from lora.device import peak_memory_bytes
 from lora.errors import ConfigError, LoraError
 from lora.evaluation import Answer, Scores, answer_examples, measure_loss, score, wrong_fields
-from lora.finetune import FinetuneJob, FinetuneResult, finetune
+from lora.finetune import finetune
+from lora.finetune_job import FinetuneJob, FinetuneResult
 from lora.progress import NoProgress, RichProgress
 from lora.report import draw_loss_curves
 from lora.runs import atomic_write, default_name, read_rows

@@ -29,7 +29,8 @@ from lora.decoder.hf_weights import load_decoder
 from lora.decoder.sources import find_model
 from lora.device import choose_device
 from lora.evaluation import measure_loss
-from lora.finetune import FinetuneJob, finetune
+from lora.finetune import finetune
+from lora.finetune_job import FinetuneJob
 from lora.runs import read_rows
 
 RUNS: dict[str, dict[str, Any]] = {

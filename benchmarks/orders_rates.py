@@ -24,7 +24,8 @@ from lora.config import DataConfig, LoRAConfig, RunConfig, SamplingConfig, Train
 from lora.data.formats import example_from_row
 from lora.data.orders import make_orders
 from lora.evaluation import answer_examples, measure_loss, score, wrong_fields
-from lora.finetune import FinetuneJob, finetune
+from lora.finetune import finetune
+from lora.finetune_job import FinetuneJob
 
 DATA = DataConfig(max_length=192, packing=False)
 SAMPLING = SamplingConfig(max_new_tokens=60)

@@ -117,7 +117,8 @@ def make_texts(case: Case, n_tokens: int) -> list[dict[str, Any]]:
 def run_child(case: Case, device: str) -> dict[str, Any]:
     """Return what `lora.finetune` planned and measured, in this process."""
     from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
-    from lora.finetune import FinetuneJob, finetune
+    from lora.finetune import finetune
+    from lora.finetune_job import FinetuneJob
 
     with tempfile.TemporaryDirectory() as folder:
         model = None

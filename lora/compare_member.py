@@ -29,7 +29,8 @@ from lora.decoder.sources import find_model
 from lora.device import DeviceChoice, choose_device
 from lora.errors import DataError
 from lora.evaluation import answer_examples, measure_loss, score
-from lora.finetune import FinetuneJob, check_data, finetune
+from lora.finetune import check_data, finetune
+from lora.finetune_job import FinetuneJob
 from lora.generate import generate
 from lora.lora_module import count_lora_parameters
 from lora.losses import loss_for

@@ -23,7 +23,8 @@ from lora.data.prepare import PreparedData
 from lora.decoder.sources import find_model
 from lora.device import DeviceChoice, choose_device
 from lora.errors import ConfigError, DependencyError
-from lora.finetune import FinetuneJob, check_data
+from lora.finetune import check_data
+from lora.finetune_job import FinetuneJob
 from lora.progress import Progress
 from lora.runs import Run, create_run
 from lora.trainer import TrainingJob, train

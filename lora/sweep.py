@@ -13,61 +13,53 @@ within floating-point noise.
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lora.adapter_io import save_adapter
 from lora.apply_stacked import single_adapter
-from lora.config import (
-    LEAST_EVAL_STEPS,
-    MOST_EVALUATIONS,
-)
-from lora.data.batches import ordered_batches
 from lora.data.inspection import DataReport, inspect_prepared
-from lora.data.prepare import PreparedData, prepare_data
-from lora.data.tokenizers import load_tokenizer
-from lora.decoder.decoder import Decoder
+from lora.data.prepare import PreparedData
 from lora.decoder.hf_weights import load_decoder
 from lora.decoder.sources import ModelSource, find_model
 from lora.device import (
-    DeviceChoice,
     choose_device,
     deterministic_algorithms,
     peak_memory_bytes,
 )
 from lora.errors import (
-    DataError,
     Interrupted,
     TrainingError,
     gather,
 )
 from lora.fingerprint import base_fingerprint
 from lora.interrupts import StopRequests
-from lora.losses import decoder_loss
 from lora.out_of_memory import LOADING_ADVICE, explained
-from lora.plain_step import evaluate
 from lora.report import draw_loss_curves, report_on
 from lora.runs import (
     Run,
     check_place,
     create_run,
     default_name,
-    read_first_day,
-    read_json,
     read_rows,
     reading,
 )
+from lora.sweep_begin import (
+    build_base,
+    choose_at_once,
+    open_ledger,
+    prepare_sweep,
+    read_former,
+)
 from lora.sweep_grid import Candidate, build_candidates
-from lora.sweep_job import SweepJob, check_job, check_same_sweep, describe_job, takes_fast
-from lora.sweep_ledger import LEDGER_FILE, Ledger, Standing, find_rungs, read_ledger
+from lora.sweep_job import SweepJob, check_job, check_same_sweep, describe_job
+from lora.sweep_ledger import Ledger, Standing
 from lora.sweep_progress import NoSweepProgress, SweepProgress
-from lora.sweep_room import find_room
 from lora.sweep_wave import (
     State,
     SweepBase,
@@ -116,7 +108,7 @@ def sweep(
     check_same_sweep(job)
     choice = choose_device(job.run.device, job.train.precision)
     source = find_model(job.model)
-    data = _prepare(job, source.folder, progress)
+    data = prepare_sweep(job, source.folder, progress)
     report = inspect_prepared(data, job.data, job.data_config)
     if show_data is not None:
         show_data(report)
@@ -124,8 +116,8 @@ def sweep(
     with explained(lambda: f"while the weights were loaded. {LOADING_ADVICE}"):
         model = load_decoder(source.folder, dtype=choice.compute_dtype, device=choice.device)
     model.requires_grad_(False)
-    former = _read_former(job, candidates)
-    at_once, room = _choose_at_once(job, model, candidates, data, choice, progress, former)
+    former = read_former(job, candidates)
+    at_once, room = choose_at_once(job, model, candidates, data, choice, progress, former)
     described = describe_job(job, source, data, choice, at_once)
     described["base_fingerprint"] = base_fingerprint(model)
     described["base_parameters"] = sum(p.numel() for p in model.parameters())
@@ -140,8 +132,8 @@ def sweep(
         run.on_trouble = progress.say
         if run.note:
             progress.say(run.note)
-        base = _base(job, model, data, choice, run, progress, room)
-        ledger = _open_ledger(job, base, candidates, at_once, former)
+        base = build_base(job, model, data, choice, run, progress, room)
+        ledger = open_ledger(job, base, candidates, at_once, former)
         done = _run_all(base, ledger, candidates, data, source, job.grid.swept())
         page = report_on(run.folder, progress.say) if job.report else None
         return replace(done, report=page)
@@ -277,127 +269,6 @@ def _draw(run: Run, ranked: list[Candidate]) -> None:
     names = [candidate.name for candidate in shown]
     title = f"the best {len(shown)} of {len(ranked)} candidates"
     draw_loss_curves(list(zip(names, rows, strict=True)), run.folder / "loss.png", title=title)
-
-
-def _prepare(job: SweepJob, model_folder: Path, progress: SweepProgress) -> PreparedData:
-    data = prepare_data(
-        job.data,
-        load_tokenizer(model_folder),
-        job.data_config,
-        int(job.grid.seed[0]),
-        held_out_source=job.eval_data,
-        now=read_first_day(job.run.out / str(job.run.name)) if job.resume else None,
-        say=progress.say,
-    )
-    if data.held_out is None:
-        raise DataError(
-            "A sweep chooses by held-out loss, and nothing is held out: give more examples, "
-            "--eval-data, or an --eval-fraction above 0."
-        )
-    progress.say(
-        f"{len(data.train_examples)} examples to learn ({data.train.n_target_tokens:,} learned "
-        f"tokens in {len(data.train)} rows), {len(data.held_out_examples)} to compare by"
-    )
-    return data
-
-
-def _base(
-    job: SweepJob,
-    model: Decoder,
-    data: PreparedData,
-    choice: DeviceChoice,
-    run: Run,
-    progress: SweepProgress,
-    room: str,
-) -> SweepBase:
-    spread = math.ceil(job.train.steps / MOST_EVALUATIONS)
-    every = job.run.eval_every_steps or max(LEAST_EVAL_STEPS, spread)
-    assert data.held_out is not None
-    return SweepBase(
-        model=model,
-        train=data.train,
-        held_out=data.held_out,
-        rows=job.train.batch_size // job.train.micro_batches,
-        micro_batches=job.train.micro_batches,
-        eval_every_steps=every,
-        save_every_steps=job.run.save_every_steps or every,
-        choice=choice,
-        run=run,
-        progress=progress,
-        room=room,
-        fast=takes_fast(job),
-    )
-
-
-def _read_former(job: SweepJob, candidates: list[Candidate]) -> Ledger | None:
-    """Return how a sweep that is resumed stood; None if it had not begun."""
-    path = job.run.out / str(job.run.name) / LEDGER_FILE
-    if not job.resume or not path.is_file():
-        return None
-    with reading(path):
-        return read_ledger(read_json(path), [candidate.name for candidate in candidates])
-
-
-def _open_ledger(
-    job: SweepJob,
-    base: SweepBase,
-    candidates: list[Candidate],
-    at_once: int,
-    former: Ledger | None,
-) -> Ledger:
-    if former is not None:
-        return replace(former, at_once=at_once)
-    batches = ordered_batches(base.held_out, base.rows, base.choice.device)
-    loss = evaluate(base.model, batches, decoder_loss, base.choice.autocast)
-    base.progress.say(f"held-out loss without an adapter: {loss:.4f}")
-    standings = [Standing(name=c.name, settings=c.settings()) for c in candidates]
-    rungs = find_rungs(job.train.steps, halving=job.halving)
-    ledger = Ledger(standings, rungs, at_once, base_eval_loss=loss)
-    described = base.run.read_json("run.json")
-    for candidate in candidates:
-        own: dict[str, Any] = {"learning_rate": candidate.rate, "sweep": None}
-        own |= {"lora": asdict(candidate.lora), "train": asdict(candidate.train)}
-        candidate_run(base.run, candidate).write_json("run.json", {**described, **own})
-    ledger.write(base.run)
-    return ledger
-
-
-def _choose_at_once(
-    job: SweepJob,
-    model: Decoder,
-    candidates: list[Candidate],
-    data: PreparedData,
-    choice: DeviceChoice,
-    progress: SweepProgress,
-    former: Ledger | None,
-) -> tuple[int, str]:
-    """Return how many train together, and what was planned, in words.
-
-    A sweep that goes on keeps the number if none is asked for, and so its bytes.
-    """
-    room = find_room(
-        model,
-        candidates,
-        job.train.batch_size // job.train.micro_batches,
-        data.train.row_tokens,
-        packed=job.data_config.packing,
-        learned_fraction=data.train.n_target_tokens / (len(data.train) * data.train.row_tokens),
-        choice=choice,
-        fast=takes_fast(job),
-    )
-    fit = len(candidates) if room.n_fit is None else max(1, room.n_fit)
-    asked = job.at_once or (former.at_once if former else None)
-    at_once = min(asked or fit, len(candidates))
-    waves = math.ceil(len(candidates) / at_once)
-    at_once = at_once if asked else math.ceil(len(candidates) / waves)  # waves of one size
-    told = f"{at_once} at once, {waves} {'wave' if waves == 1 else 'waves'}"
-    progress.say(f"memory: {room.describe()}; {told}")
-    if room.n_fit is not None and at_once > room.n_fit:
-        progress.say(
-            f"note: {at_once} at once may be more than memory holds: --at-once "
-            f"{max(1, room.n_fit)}, more --micro-batches or a shorter --max-length take less"
-        )
-    return at_once, room.describe()
 
 
 def _say_interrupted(base: SweepBase, wave: Wave, stop: StopRequests) -> str:

@@ -20,7 +20,8 @@ from lora.compare_record import measured_peak
 from lora.config import FULL_LEARNING_RATE, TrainConfig
 from lora.data.inspection import DataReport
 from lora.errors import CheckpointError
-from lora.finetune import FinetuneJob, finetune
+from lora.finetune import finetune
+from lora.finetune_job import FinetuneJob
 from lora.progress import NoProgress, Progress
 from lora.report import draw_loss_curves, report_on
 from lora.runs import Run, read_json, read_rows

@@ -20,7 +20,7 @@ from lora.config import (
 from lora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lora.finetune import FinetuneResult
+    from lora.finetune_job import FinetuneResult
 
 Flat = Parameter(name="*")
 
@@ -83,8 +83,8 @@ def finetune(
         Print the result as one JSON object.
     """
     from lora.data.inspection_view import print_report
-    from lora.finetune import FinetuneJob
     from lora.finetune import finetune as run_job
+    from lora.finetune_job import FinetuneJob
     from lora.progress import RichProgress
 
     _check_flags(resume and (run is None or run.name is None), full, lora or from_adapter)

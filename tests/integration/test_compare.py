@@ -27,7 +27,8 @@ from lora.data.batches import Batch, BatchStream
 from lora.data.orders import make_orders
 from lora.decoder.hf_weights import load_decoder
 from lora.errors import CheckpointError, ConfigError, DataError, DependencyError
-from lora.finetune import FinetuneJob, finetune
+from lora.finetune import finetune
+from lora.finetune_job import FinetuneJob
 from lora.progress import NoProgress
 from lora.runs import read_json, read_rows
 

@@ -26,7 +26,8 @@ from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.orders import make_orders
 from lora.data.tokenizers import load_tokenizer
 from lora.errors import CheckpointError, TrainingError
-from lora.finetune import FinetuneJob, finetune
+from lora.finetune import finetune
+from lora.finetune_job import FinetuneJob
 from lora.losses import loss_for
 from lora.progress import NoProgress
 from lora.runs import create_run, read_rows
@@ -287,7 +288,7 @@ def spoilt_losses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return loss
 
-    monkeypatch.setattr("lora.finetune.loss_for", build)
+    monkeypatch.setattr("lora.finetune_loop.loss_for", build)
     return spoilt
 
 
@@ -329,7 +330,7 @@ def test_the_examples_layer_and_step_are_named(
         return loss_for(model)
 
     tokenizer = load_tokenizer(Path(str(job.model)))
-    monkeypatch.setattr("lora.finetune.loss_for", build)
+    monkeypatch.setattr("lora.finetune_loop.loss_for", build)
     config = replace(job.data_config, packing=False, eval_fraction=0.0)
     job = replace(job, data_config=config, lora=None if full else job.lora)
     with pytest.raises(TrainingError) as caught:
@@ -352,7 +353,7 @@ def test_held_out_examples_that_are_not_finite_are_told(
 
         return loss
 
-    monkeypatch.setattr("lora.finetune.loss_for", build)
+    monkeypatch.setattr("lora.finetune_loop.loss_for", build)
     heard = Heard()
     done = finetune(job, heard)
     assert any("the held-out loss is nan, not finite" in line for line in heard.said)

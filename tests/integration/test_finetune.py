@@ -21,7 +21,8 @@ from lora.data.tokenizers import load_tokenizer
 from lora.decoder.hf_weights import load_decoder
 from lora.device import choose_device
 from lora.errors import DataError, LoraError
-from lora.finetune import FinetuneJob, FinetuneResult, finetune
+from lora.finetune import finetune
+from lora.finetune_job import FinetuneJob, FinetuneResult
 from lora.losses import loss_for
 from lora.progress import NoProgress
 from lora.runs import create_run, read_json, read_rows

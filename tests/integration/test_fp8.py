@@ -15,7 +15,8 @@ from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.orders import make_orders
 from lora.decoder.hf_weights import load_decoder
 from lora.errors import ConfigError, LoraError
-from lora.finetune import FinetuneJob, finetune
+from lora.finetune import finetune
+from lora.finetune_job import FinetuneJob
 from lora.runs import read_json, read_rows
 
 TOKENS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))

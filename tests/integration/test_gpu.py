@@ -12,7 +12,8 @@ from lora.config import DataConfig, LoRAConfig, RunConfig, SamplingConfig, Train
 from lora.data.orders import make_orders
 from lora.data.tokenizers import load_tokenizer
 from lora.decoder.hf_weights import load_decoder
-from lora.finetune import FinetuneJob, finetune
+from lora.finetune import finetune
+from lora.finetune_job import FinetuneJob
 from lora.generate import generate
 from lora.runs import read_json, read_rows
 

@@ -32,7 +32,8 @@ from lora.fast.graphs import Graphs
 from lora.fast.ops import TRITON
 from lora.fast.runner import CapturedSteps
 from lora.fast.step import FastStep
-from lora.finetune import FinetuneJob, finetune
+from lora.finetune import finetune
+from lora.finetune_job import FinetuneJob
 from lora.kernels.jit import HAS_TRITON
 from lora.losses import loss_for
 from lora.optim import build_optimizer

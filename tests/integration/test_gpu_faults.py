@@ -23,7 +23,8 @@ from lora.checkpoint import list_checkpoints
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.orders import make_orders
 from lora.errors import TrainingError
-from lora.finetune import FinetuneJob, finetune
+from lora.finetune import finetune
+from lora.finetune_job import FinetuneJob
 from lora.progress import NoProgress
 
 pytestmark = [
@@ -183,7 +184,8 @@ from pathlib import Path
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.orders import make_orders
 from lora.errors import TrainingError
-from lora.finetune import FinetuneJob, finetune
+from lora.finetune import finetune
+from lora.finetune_job import FinetuneJob
 
 total = torch.cuda.get_device_properties(0).total_memory
 fast = sys.argv[3] == "fast"

@@ -28,7 +28,8 @@ from lora.fast.blocks import MODES
 from lora.fast.choose import why_not_fast, why_not_fp8
 from lora.fast.ops import PLAIN, TRITON
 from lora.fast.step import FastStep
-from lora.finetune import FinetuneJob, finetune
+from lora.finetune import finetune
+from lora.finetune_job import FinetuneJob
 from lora.kernels.jit import HAS_TRITON
 from lora.progress import NoProgress
 from lora.runs import read_json, read_rows

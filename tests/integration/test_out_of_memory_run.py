@@ -16,7 +16,8 @@ import torch
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.orders import make_orders
 from lora.errors import TrainingError
-from lora.finetune import FinetuneJob, finetune
+from lora.finetune import finetune
+from lora.finetune_job import FinetuneJob
 from lora.progress import NoProgress
 
 class Starve(NoProgress):

@@ -23,7 +23,8 @@ from lora.decoder.decoder import Decoder
 from lora.decoder.hf_weights import load_decoder
 from lora.decoder.sources import find_model
 from lora.errors import CheckpointError, ConfigError
-from lora.finetune import FinetuneJob, FinetuneResult, finetune
+from lora.finetune import finetune
+from lora.finetune_job import FinetuneJob, FinetuneResult
 from lora.fingerprint import base_fingerprint
 from lora.progress import NoProgress
 from lora.runs import read_json

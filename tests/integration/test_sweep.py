@@ -20,7 +20,8 @@ from lora.cli import main
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.orders import make_orders
 from lora.errors import CheckpointError, ConfigError, Interrupted, TrainingError
-from lora.finetune import FinetuneJob, finetune
+from lora.finetune import finetune
+from lora.finetune_job import FinetuneJob
 from lora.runs import read_json, read_rows
 from lora.sweep import sweep
 from lora.sweep_full import sweep_with_full
