@@ -1,6 +1,6 @@
 """The pictures of `findings.py`: made from its rows, also from a file of them.
 
-python benchmarks/findings_pictures.py rates benchmarks/results/findings_h200.jsonl rates.svg
+python benchmarks/findings_pictures.py rates benchmarks/results/findings.jsonl rates.svg
 """
 
 from __future__ import annotations
@@ -51,12 +51,10 @@ def draw_ranks(rows: list[Row], path: Path) -> None:
         for rank in ranks:
             losses = best[rank][1]
             axes.scatter([rank] * len(losses), losses, color=COLOURS[0], s=14, zorder=3)
-            mean, rate = _mean(losses), best[rank][0]
-            axes.annotate(f"rate {rate:g}", (rank, mean), (4, 8), textcoords="offset points")
         axes.plot(ranks, [_mean(best[rank][1]) for rank in ranks], color=COLOURS[0])
         axes.set_xscale("log", base=2)
-        axes.set_xticks(ranks, [str(rank) for rank in ranks])
-        axes.set_xlabel("rank")
+        axes.set_xticks(ranks, [f"{rank}\n{best[rank][0]:g}" for rank in ranks])
+        axes.set_xlabel("rank, and its best rate")
         axes.set_title(task)
         axes.margins(0.12)
     _save(figure, path, "held-out loss against rank, each at its best rate; dots: seeds")
@@ -87,8 +85,7 @@ def draw_rates(rows: list[Row], path: Path) -> None:
     best = {m: _at_best([row for row in rows if row["method"] == m])[0] for m in METHODS}
     _save(
         figure, path,
-        f"best rate: LoRA {best['lora']:g}, full {best['full']:g}, "
-        f"{best['lora'] / best['full']:.0f} times",
+        f"lowest mean: LoRA {best['lora']:g}, full {best['full']:g} (areas: the seeds)",
     )  # fmt: skip
 
 
@@ -143,10 +140,14 @@ def _figure(n_panels: int) -> tuple[Any, list[Any]]:
 def _save(figure: Any, path: Path, title: str) -> None:
     import io
 
+    import matplotlib
+
     figure.suptitle(title)
     for suffix in SUFFIXES:
         picture = io.BytesIO()
-        figure.savefig(picture, format=suffix[1:])
+        metadata = {"Date": None} if suffix == ".svg" else None
+        with matplotlib.rc_context({"svg.hashsalt": title}):  # the same rows, the same bytes
+            figure.savefig(picture, format=suffix[1:], metadata=metadata)
         atomic_write(path.with_suffix(suffix), picture.getvalue())
 
 

@@ -50,9 +50,14 @@ class Curve:
     training: Points = field(default=())
 
 
-def draw_curves(named: Sequence[Curve], pale: Sequence[Curve], x_label: str) -> Figure:
-    """Draw held-out loss of `named` with names at the lines' ends, and of `pale` without."""
-    labels = [_line_label(curve, alone=len(named) == 1) for curve in named]
+def draw_curves(
+    named: Sequence[Curve], pale: Sequence[Curve], x_label: str, *, has_names: bool = True
+) -> Figure:
+    """Draw held-out loss of `named` with names at the lines' ends, and of `pale` without.
+
+    Without `has_names` a line ends with its loss alone: enough where there is but one run.
+    """
+    labels = [_line_label(curve, has_name=has_names) for curve in named]
     low, high = _limits(named, pale)
     is_log = low > 0 and high > _LOG_FROM * low
     y_label = "held-out loss, nats per token" + (", logarithmic" if is_log else "")
@@ -91,7 +96,7 @@ def draw_ranks(tried: Sequence[Tried], spot: SweetSpot) -> Figure:
     for one in tried:
         if one.loss <= top:
             axes.plot([place[one.rank]], [one.loss], color=MUTED, marker="o", markersize=3.2,
-                      alpha=0.55, zorder=2)  # fmt: skip
+                      alpha=0.55, zorder=2, clip_on=False)  # fmt: skip
     axes.plot(range(len(ranks)), best, color=SERIES[0], marker="o", markersize=4.5, zorder=3)
     where = place[spot.rank], spot.loss
     axes.plot(*where, marker="o", markersize=11, color=SERIES[1], fillstyle="none",
@@ -217,6 +222,7 @@ class Canvas:
                 labels[n], end, (1.03, at), xycoords="axes fraction", textcoords="axes fraction",
                 va="center", fontsize=FONT_PT, color=INK, parse_math=False, annotation_clip=False,
                 arrowprops={"arrowstyle": "-", "linestyle": ":", "color": _colour(curve),
+                            "relpos": (0, 0.5),  # from the text's left edge: no line crosses a name
                             "linewidth": 0.9, "shrinkA": 1, "shrinkB": 2, "alpha": 0.8},
             )  # fmt: skip
 
@@ -261,9 +267,9 @@ def _limits(named: Sequence[Curve], pale: Sequence[Curve]) -> tuple[float, float
     return low - 0.06 * room, high + 0.04 * room
 
 
-def _line_label(curve: Curve, *, alone: bool) -> str:
+def _line_label(curve: Curve, *, has_name: bool) -> str:
     end = loss_text(curve.points[-1][1], 3) if curve.points else ""
-    return end if alone else f"{_cut(curve.label)} {end}"
+    return f"{_cut(curve.label)} {end}" if has_name else end
 
 
 def _cut(name: str) -> str:

@@ -52,12 +52,14 @@ def loss_pictures(report: Report) -> list[Picture]:
     ends = "; ".join(f"{run.name} ends at {loss_text(run.eval_loss)}" for run in named)
     left_out = f" The best {len(named)} are named, the others grey." if pale else ""
     told = f"Dots are evaluations, pale lines the training loss.{left_out}"
+    shared = " Candidates of a sweep share theirs and are not here." if report.sweeps else ""
+    has_names = len(report.runs) > 1
     pictures = [
         Picture(
             "loss_by_steps",
             f"Held-out loss against steps. {told}",
             f"Held-out loss against optimizer steps: {ends}.",
-            lambda: draw_curves(shown, faint, "optimizer steps"),
+            lambda: draw_curves(shown, faint, "optimizer steps", has_names=has_names),
         )
     ]
     timed = [run for run in named if run.held_out[-1].time_s is not None]
@@ -75,9 +77,10 @@ def loss_pictures(report: Report) -> list[Picture]:
         pictures.append(
             Picture(
                 "loss_by_time",
-                f"Held-out loss against {unit} spent in steps; evaluations and saves left out.",
+                f"Held-out loss against {unit} spent in steps; evaluations and saves left out."
+                f"{shared}",
                 f"Held-out loss against time in steps: {lasted}.",
-                lambda: draw_curves(by_time, [], f"{unit} in steps"),
+                lambda: draw_curves(by_time, [], f"{unit} in steps", has_names=has_names),
             )
         )
     return pictures

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import pytest
+from matplotlib.text import Annotation, Text
 
 from lora.report.canvas import Curve, draw_bars, draw_curves, draw_ranks, draw_rates, spread
 from lora.report.figures import choose_curves, time_unit
@@ -59,6 +60,28 @@ def test_names_at_the_ends_of_lines_stay_apart() -> None:
     assert max(placed) <= 1
     assert spread([], 0.1) == []
     assert sorted(spread([0.5] * 40, 0.06)) == pytest.approx([n / 39 for n in range(40)])
+
+
+def test_no_line_to_a_name_crosses_a_name() -> None:
+    names = ["a name of some length", "b", "another long name", "c", "d", "e"]
+    curves = [Curve(name, [(0.0, 2.0), (9.0, 0.04)], n) for n, name in enumerate(names)]
+    figure = draw_curves(curves, [], "steps")
+    png_of(figure)  # lays out
+    texts = [text for text in figure.axes[0].texts if isinstance(text, Annotation)]
+    ends = [text for text in texts if text.arrow_patch is not None]
+    assert len(ends) == len(names)
+    left = min(Text.get_window_extent(text).x0 for text in ends)
+    for text in ends:
+        arrow = text.arrow_patch
+        assert arrow is not None
+        assert arrow.get_path().vertices[:, 0].max() <= left
+
+
+def test_a_dot_at_the_edge_is_drawn_whole() -> None:
+    tried = [Tried(4, 1e-3, 0.4, 1), Tried(4, 1e-4, 0.449, 1), Tried(8, 1e-3, 0.3, 1)]
+    lines = draw_ranks(tried, SweetSpot(8, 0.3, 8, 0.3, 0.0, "one seed")).axes[0].lines
+    dots = [line for line in lines if list(line.get_xdata()) == [0]]  # type: ignore[call-overload]
+    assert [line.get_clip_on() for line in dots] == [False, False]
 
 
 def test_the_best_are_named_and_the_others_pale() -> None:

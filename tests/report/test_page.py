@@ -59,6 +59,30 @@ def mixed(
     return Page(text), text
 
 
+def test_one_run_with_times_among_others_is_named(
+    make_run: Make, make_sweep: Make, tmp_path: Path
+) -> None:
+    run, ranks = make_run("single"), make_sweep()
+    text = write_report([run, ranks], tmp_path / "out").html.read_text(encoding="utf-8")
+    figure = next(f for f in text.split("<figure>") if "seconds spent in steps" in f)
+    drawn = re.findall(r"<text[^>]*>([^<]*)</text>", figure)
+    assert [words for words in drawn if words.startswith("single ")]
+    assert "Candidates of a sweep share theirs and are not here." in figure
+    alone = write_report([run], tmp_path / "alone").html.read_text(encoding="utf-8")
+    assert not re.findall(r"<text[^>]*>single ", alone)
+    assert "Candidates of a sweep" not in alone
+
+
+def test_a_table_of_many_columns_has_the_whole_width(
+    mixed: tuple[Page, str], make_sweep: Make, tmp_path: Path
+) -> None:
+    by_name = {a.get("aria-labelledby"): a.get("class") for a in mixed[0].all("section")}
+    assert by_name["s-runs"] == "wide"
+    assert by_name["s-loss"] is None
+    few = Page(write_report([make_sweep("few")], tmp_path / "few").html.read_text("utf-8"))
+    assert {a.get("class") for a in few.all("section")} == {None}
+
+
 def test_the_page_needs_nothing_else(mixed: tuple[Page, str]) -> None:
     page, text = mixed
     style = re.findall(r"<style>(.*?)</style>", text, flags=re.DOTALL)[0]
