@@ -124,13 +124,16 @@ class CharPass:
     def run(self) -> Tensor:
         """Return the logits (B·T, V)."""
         net, (rows, n_tokens) = self.net, self.idx.shape
+        for linears in net.linears:
+            linears.make_room(rows * n_tokens)
         x = F.embedding(self.idx, net.tokens.tensors[0])  # (B, T, C)
-        x = x.add_(net.places.tensors[0][:n_tokens]).flatten(0, 1)  # (B·T, C)
+        x = x.add_(net.places.tensors[0][:n_tokens]).view(rows * n_tokens, -1)  # (B·T, C)
         for layer in range(net.n_layers):
             qkv = net.qkv.forward(layer, self._norm(2 * layer, x))  # (B·T, 3·C)
-            attended, kept = attend_dense(qkv, rows, net.n_heads)
+            attended, kept = attend_dense(qkv, rows, net.n_heads, net.proj.inputs[layer])
             x = net.proj.forward(layer, attended).add_(x)
-            hidden = net.wide.forward(layer, self._norm(2 * layer + 1, x)).relu_()  # (B·T, F)
+            normed, into = self._norm(2 * layer + 1, x), net.narrow.inputs[layer]
+            hidden = net.wide.forward(layer, normed, into).relu_()  # (B·T, F)
             x = net.narrow.forward(layer, hidden).add_(x)
             self.kept.append((attended, kept, hidden))
         return net.head.forward(0, self._norm(2 * net.n_layers, x))
@@ -143,14 +146,19 @@ class CharPass:
         dx = self._norm_back(last, dy)
         for layer in reversed(range(net.n_layers)):
             attended, kept, hidden = self.kept[layer]
-            dh = net.narrow.backward(layer, hidden, dx, first=first)
+            into = net.wide.gradients[layer]
+            dh = net.narrow.backward(layer, hidden, dx, first=first, out=into)
             torch.ops.aten.threshold_backward.grad_input(dh, hidden, 0, grad_input=dh)
             dy = net.wide.backward(layer, self.normed[2 * layer + 1][1], dh, first=first)
-            dx = self._norm_back(2 * layer + 1, dy).add_(dx)
+            dy = self._norm_back(2 * layer + 1, dy)
+            dx = torch.add(dx, dy, out=net.proj.gradients[layer])
             dy = net.proj.backward(layer, attended, dx, first=first)
-            dqkv = attend_dense_backward(dy, self.rows, kept)
+            dqkv = attend_dense_backward(dy, self.rows, kept, net.qkv.gradients[layer])
             dy = net.qkv.backward(layer, self.normed[2 * layer][1], dqkv, first=first)
-            dx = self._norm_back(2 * layer, dy).add_(dx)
+            dy = self._norm_back(2 * layer, dy)
+            dx = torch.add(dx, dy, out=net.narrow.gradients[layer - 1] if layer else None)
+        for linears in net.linears:
+            linears.receive(first=first)
         self._embedding_back(dx)
 
     def _norm(self, number: int, x: Tensor) -> Tensor:

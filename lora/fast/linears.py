@@ -1,9 +1,11 @@
 """The linears of one place in all blocks, for steps by hand on a CPU.
 
 What differs from `lora.fast.projections`: results are new tensors, because the faster library for
-large products (`lora.kernels.products`) makes them; and LoRA's gradients come the cheaper way for
-the layer's size: from products with A and B, or, where the weight is small, from dW, which is
-then formed as full fine-tuning forms it and met with A and B once a step for all blocks.
+large products (`lora.kernels.products`) makes them; and the gradients of small weights are made
+at the end of a pass, those of all blocks in one batched product each: what such a product costs
+is its call, and its two threads waiting for each other. LoRA's come the cheaper way for the
+layer's size: from products with A and B or, where these are wide against the weight, from dW,
+which is then formed as full fine-tuning forms it and met with A and B once a step.
 """
 
 from __future__ import annotations
@@ -20,8 +22,12 @@ from lora.fast.projections import FrozenProjection, FullProjection
 from lora.kernels.products import product, transposed_product
 from lora.lora_module import LoRALayer
 
+SMALL_WEIGHT = 2**15
+"""Elements up to which gradients wait for the end of the pass, and are batched."""
 NARROW_COST = 3.5
 """How much dearer a multiplication is in products with A and B than in one that forms dW."""
+SMALL_NARROW_COST = 1.5
+"""The same in batched products of small weights."""
 LEAST_RANK = 16
 """Lower ranks take no less time."""
 
@@ -34,38 +40,50 @@ class MergedLinears(MergedProjection):
     ) -> None:
         super().__init__(blocks, flat, dtype, PLAIN)
         n_in, n_out = self.inputs, self.outputs
-        forms = n_in * n_out <= NARROW_COST * max(self.width, LEAST_RANK) * (n_in + n_out)
+        is_small = n_in * n_out <= SMALL_WEIGHT
+        cost = SMALL_NARROW_COST if is_small else NARROW_COST
+        forms = n_in * n_out <= cost * max(self.width, LEAST_RANK) * (n_in + n_out)
         self.formed = torch.empty_like(self.base) if forms else None  # dW, (L, O, I)
+        self.waits = is_small or forms
+        """Whether gradients are made for all blocks together."""
 
     def fill(self) -> None:
         # Views of the slots, made once: at small sizes making them is a good part of a step.
         self.a, self.da = self.a_slot.values, self.a_slot.gradients  # (L, R, I)
+        self.turned = self.empty(self.n_layers, self.width, self.outputs)  # dB without s, turned
+        db = self.turned.mT if self.formed is None else self.empty(*self.b.shape)
+        self.db = db  # (L, O, R)
         self.scaled = [
-            (slot.values, slot.gradients, scale, member.rows, part)
+            (slot.values, self.b[:, member.rows, part], db[:, member.rows, part], slot.gradients,
+             scale)
             for member, part, slot, scale in self.adapted
-        ]
-        self.into_b = [self.b[:, rows, part] for *_, rows, part in self.scaled]
+        ]  # fmt: skip
+        self.bt = self.b.mT
         super().fill()
-        self.by_layer = list(zip(self.a, self.b.mT, strict=True))  # (R, I), (R, O)
+        self.by_layer = list(zip(self.a, self.bt, strict=True))  # (R, I), (R, O)
 
     def refresh(self) -> None:
-        for (values, _, scale, *_), target in zip(self.scaled, self.into_b, strict=True):
-            torch.mul(values, scale, out=target)
+        for values, into_b, _, _, scale in self.scaled:
+            torch.mul(values, scale, out=into_b)
         torch.baddbmm(self.base, self.b, self.a, out=self.weight)
 
     def rounded(self, ranks: int) -> int:
         return ranks
 
     def receive(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
-        for layer, one_x, one_dy in zip(range(self.n_layers)[layers], x, dy, strict=True):
-            self.receive_one(layer, one_x, one_dy, first=first)
-
-    def receive_one(self, layer: int, x: Tensor, dy: Tensor, *, first: bool) -> None:
-        """Take in x (N, I) and dy (N, O) of one block."""
+        """Take in x (layers, N, I) and dy (layers, N, O); all layers, if they wait."""
+        beta = 0 if first else 1
         if self.formed is not None:
-            into = self.formed[layer]
-            torch.mm(dy.T, x, out=into) if first else into.addmm_(dy.T, x)
-            return
+            torch.baddbmm(self.formed, dy.mT, x, beta=beta, out=self.formed)
+        elif self.waits:
+            low, dlow = torch.bmm(self.a, x.mT), torch.bmm(self.bt, dy.mT)  # (L, R, N)
+            torch.baddbmm(self.da, dlow, x, beta=beta, out=self.da)
+            torch.baddbmm(self.turned, low, dy, beta=beta, out=self.turned)
+        else:
+            for layer, one_x, one_dy in zip(range(self.n_layers)[layers], x, dy, strict=True):
+                self._receive_one(layer, one_x, one_dy, first=first)
+
+    def _receive_one(self, layer: int, x: Tensor, dy: Tensor, *, first: bool) -> None:
         a, b = self.by_layer[layer]
         low, dlow = product(x, a), product(dy, b)  # (N, R)
         da = transposed_product(dlow, x)  # (R, I)
@@ -73,12 +91,37 @@ class MergedLinears(MergedProjection):
         self.store(slice(layer, layer + 1), da[None], db[None], first=first)
 
     def finish(self) -> None:
-        """Put LoRA's gradients into their slots, if they come from dW."""
+        """Put into their slots what is not yet there, after a step's last micro-batch."""
         if self.formed is not None:
-            torch.bmm(self.b.mT, self.formed, out=self.da)  # (L, R, I)
-            db = torch.bmm(self.formed, self.a.mT)  # (L, O, R)
-            for _, gradients, scale, rows, part in self.scaled:
-                torch.mul(db[:, rows, part], scale, out=gradients)
+            torch.bmm(self.bt, self.formed, out=self.da)  # (L, R, I)
+            torch.bmm(self.formed, self.a.mT, out=self.db)  # (L, O, R)
+        if self.waits:
+            for _, _, db, gradients, scale in self.scaled:
+                torch.mul(db, scale, out=gradients)
+
+
+class FullLinears(FullProjection):
+    """All of the linears trains."""
+
+    def __init__(
+        self, blocks: Sequence[Sequence[nn.Module]], flat: FlatParameters, dtype: torch.dtype
+    ) -> None:
+        super().__init__(blocks, flat, dtype)
+        self.waits = self.inputs * self.outputs <= SMALL_WEIGHT
+
+    def receive(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
+        beta = 0 if first else 1
+        target = self.slot.gradients[layers]  # (layers, O, I)
+        torch.baddbmm(target, dy.mT, x, beta=beta, out=target)
+        if self.bias_slot is not None:
+            target = self.bias_slot.gradients[layers]  # (layers, O)
+            torch.sum(dy, 1, out=target) if first else target.add_(dy.sum(1))
+
+
+class FrozenLinears(FrozenProjection):
+    """None of the linears trains."""
+
+    waits = False
 
 
 class Linears:
@@ -99,20 +142,25 @@ class Linears:
         *,
         trains_whole: bool,
     ) -> None:
-        self.kind: MergedLinears | FullProjection | FrozenProjection
+        self.kind: MergedLinears | FullLinears | FrozenLinears
         if trains_whole:
-            self.kind = FullProjection(blocks, flat, dtype)
+            self.kind = FullLinears(blocks, flat, dtype)
         elif any(isinstance(module, LoRALayer) for block in blocks for module in block):
             self.kind = MergedLinears(blocks, flat, dtype)
         else:
-            self.kind = FrozenProjection(blocks, dtype)
+            self.kind = FrozenLinears(blocks, dtype)
+        self.inputs: list[Tensor | None] = [None] * len(blocks)
+        """By block, where its input (N, I) is best put; None: anywhere."""
+        self.gradients: list[Tensor | None] = [None] * len(blocks)
+        """By block, where the gradient (N, O) of its output is best put."""
+        self._rows = -1
 
     def fill(self) -> None:
         """Put the parameters' values into their slots, once these are allocated."""
         kind = self.kind
         kind.fill()
         # Views of one block each, made once: at small sizes making them is a good part of a step.
-        self.weights = list(kind.weights if isinstance(kind, FrozenProjection) else kind.weight)
+        self.weights = list(kind.weights if isinstance(kind, FrozenLinears) else kind.weight)
         self.transposed = [weight.T for weight in self.weights]
         self.biases = [None] * kind.n_layers if kind.bias is None else list(kind.bias)
 
@@ -120,19 +168,52 @@ class Linears:
         """Bring the weights that products read up to date."""
         self.kind.refresh()
 
-    def forward(self, layer: int, x: Tensor) -> Tensor:
-        """Return y (N, O) of x (N, I)."""
-        return product(x, self.weights[layer], self.biases[layer])
+    def make_room(self, n_rows: int) -> None:
+        """Make the places for inputs and gradients of `n_rows` = N tokens."""
+        kind = self.kind
+        if not kind.waits or n_rows == self._rows:
+            return
+        self._rows = n_rows
+        self.x = kind.empty(kind.n_layers, n_rows, kind.inputs)
+        self.dy = kind.empty(kind.n_layers, n_rows, kind.outputs)
+        self.inputs, self.gradients = list(self.x), list(self.dy)
 
-    def backward(self, layer: int, x: Tensor, dy: Tensor, *, first: bool) -> Tensor:
-        """Return dx (N, I); the gradients of what trains are added up, or begun if `first`."""
-        if isinstance(self.kind, MergedLinears):
-            self.kind.receive_one(layer, x, dy, first=first)
-        else:
+    def forward(self, layer: int, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return y (N, O) of x (N, I), in `out` if that is given."""
+        _put(x, self.inputs[layer])
+        return _product(x, self.weights[layer], self.biases[layer], out)
+
+    def backward(
+        self, layer: int, x: Tensor, dy: Tensor, *, first: bool, out: Tensor | None = None
+    ) -> Tensor:
+        """Return dx (N, I); the gradients of what trains are added up, or begun if `first`.
+
+        Those that wait are so only after `receive`.
+        """
+        _put(dy, self.gradients[layer])
+        if not self.kind.waits:
             self.kind.receive(slice(layer, layer + 1), x[None], dy[None], first=first)
-        return product(dy, self.transposed[layer])
+        return _product(dy, self.transposed[layer], None, out)
+
+    def receive(self, *, first: bool) -> None:
+        """Make the gradients that wait for the end of a pass."""
+        if self.kind.waits:
+            self.kind.receive(slice(None), self.x, self.dy, first=first)
 
     def finish(self) -> None:
         """Complete the gradients, after the step's last micro-batch."""
         if isinstance(self.kind, MergedLinears):
             self.kind.finish()
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    if out is None:
+        return product(x, weight, bias)
+    if bias is None:
+        return torch.mm(x, weight.T, out=out)
+    return torch.addmm(bias, x, weight.T, out=out)
+
+
+def _put(tensor: Tensor, place: Tensor | None) -> None:
+    if place is not None and tensor.data_ptr() != place.data_ptr():
+        place.copy_(tensor)
