@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lora.fast.adapted import MergedProjection
-from lora.fast.flat import FlatParameters
+from lora.fast.flat import FlatParameters, Slot
 from lora.fast.ops import PLAIN
-from lora.fast.projections import FrozenProjection, FullProjection
+from lora.fast.projections import FrozenProjection, FullProjection, Member
 from lora.kernels.products import product, transposed_product
 from lora.lora_module import LoRALayer
 
@@ -50,21 +50,16 @@ class MergedLinears(MergedProjection):
     def fill(self) -> None:
         # Views of the slots, made once: at small sizes making them is a good part of a step.
         self.a, self.da = self.a_slot.values, self.a_slot.gradients  # (L, R, I)
-        self.turned = self.empty(self.n_layers, self.width, self.outputs)  # dB without s, turned
-        db = self.turned.mT if self.formed is None else self.empty(*self.b.shape)
-        self.db = db  # (L, O, R)
-        self.scaled = [
-            (slot.values, self.b[:, member.rows, part], db[:, member.rows, part], slot.gradients,
-             scale)
-            for member, part, slot, scale in self.adapted
-        ]  # fmt: skip
-        self.bt = self.b.mT
+        self.bt = self.b.mT  # (L, R, O)
+        db = self.empty(*self.b.shape)
+        self.db = db  # (L, O, R), what dW gives, without s
+        self.parts = [_Part(self, *adapted) for adapted in self.adapted]
         super().fill()
         self.by_layer = list(zip(self.a, self.bt, strict=True))  # (R, I), (R, O)
 
     def refresh(self) -> None:
-        for values, into_b, _, _, scale in self.scaled:
-            torch.mul(values, scale, out=into_b)
+        for part in self.parts:
+            torch.mul(part.slot.values, part.scale, out=part.b)
         torch.baddbmm(self.base, self.b, self.a, out=self.weight)
 
     def rounded(self, ranks: int) -> int:
@@ -76,12 +71,21 @@ class MergedLinears(MergedProjection):
         if self.formed is not None:
             torch.baddbmm(self.formed, dy.mT, x, beta=beta, out=self.formed)
         elif self.waits:
-            low, dlow = torch.bmm(self.a, x.mT), torch.bmm(self.bt, dy.mT)  # (L, R, N)
-            torch.baddbmm(self.da, dlow, x, beta=beta, out=self.da)
-            torch.baddbmm(self.turned, low, dy, beta=beta, out=self.turned)
+            self._receive_small(x, dy, beta)
         else:
             for layer, one_x, one_dy in zip(range(self.n_layers)[layers], x, dy, strict=True):
                 self._receive_one(layer, one_x, one_dy, first=first)
+
+    def _receive_small(self, x: Tensor, dy: Tensor, beta: int) -> None:
+        low = torch.bmm(self.a, x.mT)  # (L, R, N): its transpose takes several times longer
+        dlows = []
+        for part in self.parts:
+            own = dy[..., part.outputs]  # (L, N, O of the member)
+            dlows.append(torch.bmm(part.bt, own.mT))
+            own_low = low[:, part.ranks]
+            torch.baddbmm(part.turned, own_low, own, beta=beta, out=part.turned)
+        dlow = torch.cat(dlows, 1) if len(dlows) > 1 else dlows[0]  # (L, R, N)
+        torch.baddbmm(self.da, dlow, x, beta=beta, out=self.da)
 
     def _receive_one(self, layer: int, x: Tensor, dy: Tensor, *, first: bool) -> None:
         a, b = self.by_layer[layer]
@@ -96,8 +100,22 @@ class MergedLinears(MergedProjection):
             torch.bmm(self.bt, self.formed, out=self.da)  # (L, R, I)
             torch.bmm(self.formed, self.a.mT, out=self.db)  # (L, O, R)
         if self.waits:
-            for _, _, db, gradients, scale in self.scaled:
-                torch.mul(db, scale, out=gradients)
+            for part in self.parts:
+                db = part.turned.mT if self.formed is None else part.db
+                torch.mul(db, part.scale, out=part.slot.gradients)
+
+
+class _Part:
+    """One member's LoRA, and the views of it that steps need."""
+
+    def __init__(
+        self, whole: MergedLinears, member: Member, ranks: slice, slot: Slot, scale: Tensor
+    ) -> None:
+        self.outputs, self.ranks, self.slot, self.scale = member.rows, ranks, slot, scale
+        self.b = whole.b[:, member.rows, ranks]  # s·B, (L, O, R) of the member
+        self.bt = self.b.mT
+        self.db = whole.db[:, member.rows, ranks]
+        self.turned = whole.empty(*self.bt.shape)  # dB without s, turned
 
 
 class FullLinears(FullProjection):
@@ -153,6 +171,8 @@ class Linears:
         """By block, where its input (N, I) is best put; None: anywhere."""
         self.gradients: list[Tensor | None] = [None] * len(blocks)
         """By block, where the gradient (N, O) of its output is best put."""
+        self.outputs: list[Tensor | None] = [None] * len(blocks)
+        self.d_input: Tensor | None = None
         self._rows = -1
 
     def fill(self) -> None:
@@ -177,23 +197,36 @@ class Linears:
         self.x = kind.empty(kind.n_layers, n_rows, kind.inputs)
         self.dy = kind.empty(kind.n_layers, n_rows, kind.outputs)
         self.inputs, self.gradients = list(self.x), list(self.dy)
+        # The same memory every time is in the cache more often than what is new.
+        self.outputs = list(kind.empty(kind.n_layers, n_rows, kind.outputs))
+        self.d_input = kind.empty(n_rows, kind.inputs)
 
     def forward(self, layer: int, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return y (N, O) of x (N, I), in `out` if that is given."""
+        """Return y (N, O) of x (N, I), in `out` if that is given; y lasts until the next pass."""
         _put(x, self.inputs[layer])
-        return _product(x, self.weights[layer], self.biases[layer], out)
+        out = self.outputs[layer] if out is None else out
+        bias = self.biases[layer]
+        if out is None:
+            return product(x, self.weights[layer], bias)
+        if bias is None:
+            return torch.mm(x, self.transposed[layer], out=out)
+        return torch.addmm(bias, x, self.transposed[layer], out=out)
 
     def backward(
         self, layer: int, x: Tensor, dy: Tensor, *, first: bool, out: Tensor | None = None
     ) -> Tensor:
-        """Return dx (N, I); the gradients of what trains are added up, or begun if `first`.
+        """Return dx (N, I), in `out` if that is given; it lasts until the next block's.
 
-        Those that wait are so only after `receive`.
+        The gradients of what trains are added up, or begun if `first`; those that wait are so
+        only after `receive`.
         """
         _put(dy, self.gradients[layer])
         if not self.kind.waits:
             self.kind.receive(slice(layer, layer + 1), x[None], dy[None], first=first)
-        return _product(dy, self.transposed[layer], None, out)
+        out = self.d_input if out is None else out
+        if out is None:
+            return product(dy, self.transposed[layer])
+        return torch.mm(dy, self.weights[layer], out=out)
 
     def receive(self, *, first: bool) -> None:
         """Make the gradients that wait for the end of a pass."""
@@ -204,14 +237,6 @@ class Linears:
         """Complete the gradients, after the step's last micro-batch."""
         if isinstance(self.kind, MergedLinears):
             self.kind.finish()
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-    if out is None:
-        return product(x, weight, bias)
-    if bias is None:
-        return torch.mm(x, weight.T, out=out)
-    return torch.addmm(bias, x, weight.T, out=out)
 
 
 def _put(tensor: Tensor, place: Tensor | None) -> None:
