@@ -192,7 +192,7 @@ class CharPass:
         if places.slot is not None:
             if self.first:
                 places.slot.gradients.zero_()
-            places.slot.gradients[0, : dx.shape[1]] += dx.sum(0)  # (T, C)
+            places.slot.gradients[0, : dx.shape[1]].add_(dx.sum(0))  # (T, C)
 
 
 def summed_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,20 +71,28 @@ class MergedLinears(MergedProjection):
         if self.formed is not None:
             torch.baddbmm(self.formed, dy.mT, x, beta=beta, out=self.formed)
         elif self.waits:
-            self._receive_small(x, dy, beta)
+            self._receive_small(x, beta)
         else:
             for layer, one_x, one_dy in zip(range(self.n_layers)[layers], x, dy, strict=True):
                 self._receive_one(layer, one_x, one_dy, first=first)
 
-    def _receive_small(self, x: Tensor, dy: Tensor, beta: int) -> None:
-        low = torch.bmm(self.a, x.mT)  # (L, R, N): its transpose takes several times longer
-        dlows = []
+    def make_room(self, x: Tensor, dy: Tensor) -> None:
+        """Prepare for passes that leave x (L, N, I) and dy (L, N, O) of all blocks there."""
+        self.x_turned = x.mT
+        self.low = self.empty(self.n_layers, self.width, x.shape[1])  # (L, R, N), A xᵀ
         for part in self.parts:
-            own = dy[..., part.outputs]  # (L, N, O of the member)
-            dlows.append(torch.bmm(part.bt, own.mT))
-            own_low = low[:, part.ranks]
-            torch.baddbmm(part.turned, own_low, own, beta=beta, out=part.turned)
-        dlow = torch.cat(dlows, 1) if len(dlows) > 1 else dlows[0]  # (L, R, N)
+            part.make_room(self.low, dy)
+        self.dlow = torch.empty_like(self.low)
+
+    def _receive_small(self, x: Tensor, beta: int) -> None:
+        # Rank first: products that make (N, R) take several times longer.
+        torch.bmm(self.a, self.x_turned, out=self.low)
+        for part in self.parts:
+            torch.bmm(part.bt, part.dy_turned, out=part.dlow)
+            torch.baddbmm(part.turned, part.low, part.dy, beta=beta, out=part.turned)
+        if len(self.parts) > 1:
+            torch.cat([part.dlow for part in self.parts], 1, out=self.dlow)
+        dlow = self.dlow if len(self.parts) > 1 else self.parts[0].dlow
         torch.baddbmm(self.da, dlow, x, beta=beta, out=self.da)
 
     def _receive_one(self, layer: int, x: Tensor, dy: Tensor, *, first: bool) -> None:
@@ -116,6 +124,13 @@ class _Part:
         self.bt = self.b.mT
         self.db = whole.db[:, member.rows, ranks]
         self.turned = whole.empty(*self.bt.shape)  # dB without s, turned
+
+    def make_room(self, low: Tensor, dy: Tensor) -> None:
+        """Make the views of A xᵀ (L, R, N) and dy (L, N, O) that are this member's."""
+        self.dy = dy[..., self.outputs]
+        self.dy_turned = self.dy.mT
+        self.low = low[:, self.ranks]
+        self.dlow = low.new_empty(self.low.shape)
 
 
 class FullLinears(FullProjection):
@@ -200,6 +215,8 @@ class Linears:
         # The same memory every time is in the cache more often than what is new.
         self.outputs = list(kind.empty(kind.n_layers, n_rows, kind.outputs))
         self.d_input = kind.empty(n_rows, kind.inputs)
+        if isinstance(kind, MergedLinears):
+            kind.make_room(self.x, self.dy)
 
     def forward(self, layer: int, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Return y (N, O) of x (N, I), in `out` if that is given; y lasts until the next pass."""
