@@ -51,8 +51,6 @@ class MergedLinears(MergedProjection):
         # Views of the slots, made once: at small sizes making them is a good part of a step.
         self.a, self.da = self.a_slot.values, self.a_slot.gradients  # (L, R, I)
         self.bt = self.b.mT  # (L, R, O)
-        db = self.empty(*self.b.shape)
-        self.db = db  # (L, O, R), what dW gives, without s
         self.parts = [_Part(self, *adapted) for adapted in self.adapted]
         super().fill()
         self.by_layer = list(zip(self.a, self.bt, strict=True))  # (R, I), (R, O)
@@ -104,13 +102,15 @@ class MergedLinears(MergedProjection):
 
     def finish(self) -> None:
         """Put into their slots what is not yet there, after a step's last micro-batch."""
-        if self.formed is not None:
-            torch.bmm(self.bt, self.formed, out=self.da)  # (L, R, I)
-            torch.bmm(self.formed, self.a.mT, out=self.db)  # (L, O, R)
-        if self.waits:
-            for part in self.parts:
-                db = part.turned.mT if self.formed is None else part.db
-                torch.mul(db, part.scale, out=part.slot.gradients)
+        if not self.waits:
+            return
+        for part in self.parts:
+            if self.formed is None:
+                db = part.turned.mT
+            else:
+                part.da.copy_(torch.bmm(part.bt, part.formed))  # (L, R, I)
+                db = torch.bmm(part.formed, part.a_turned)  # (L, O, R)
+            torch.mul(db, part.scale, out=part.slot.gradients)
 
 
 class _Part:
@@ -122,7 +122,9 @@ class _Part:
         self.outputs, self.ranks, self.slot, self.scale = member.rows, ranks, slot, scale
         self.b = whole.b[:, member.rows, ranks]  # s·B, (L, O, R) of the member
         self.bt = self.b.mT
-        self.db = whole.db[:, member.rows, ranks]
+        self.a_turned, self.da = whole.a[:, ranks].mT, whole.da[:, ranks]
+        if whole.formed is not None:
+            self.formed = whole.formed[:, member.rows]
         self.turned = whole.empty(*self.bt.shape)  # dB without s, turned
 
     def make_room(self, low: Tensor, dy: Tensor) -> None:
