@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora.decoder.attention import Attention, FusedAttention, Step
 from lora.decoder.config import BlockKind, DecoderConfig, LayerConfig
+from lora.kernels.rms_norm import rms_norm
 
 _gelu_tanh = partial(F.gelu, approximate="tanh")
 
@@ -37,6 +38,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
+        if x.is_cpu and x.dtype is torch.float32 and self.weight.dtype is torch.float32:
+            return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
