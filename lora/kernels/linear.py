@@ -95,9 +95,9 @@ def lora_linears(x: Tensor, layers: Sequence[Adapted]) -> list[Tensor]:
     """
     flat = x.reshape(-1, x.shape[-1])  # (N, I)
     if any(merges(flat, layer.weight) for layer in layers):
-        return [lora_linear(x, l.weight, l.bias, l.a, l.b, l.scaling) for l in layers]
-    tensors = [t for l in layers for t in (l.weight, l.bias, l.a, l.b)]
-    return list(_LoRALinears.apply(x, [l.scaling for l in layers], *tensors))
+        return [lora_linear(x, m.weight, m.bias, m.a, m.b, m.scaling) for m in layers]
+    tensors = [t for m in layers for t in (m.weight, m.bias, m.a, m.b)]
+    return list(_LoRALinears.apply(x, [m.scaling for m in layers], *tensors))
 
 
 class _LoRALinears(torch.autograd.Function):
@@ -107,8 +107,9 @@ class _LoRALinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights, biases, all_a, all_b = (tensors[start::4] for start in range(4))
         flat = x.reshape(-1, x.shape[-1])  # (N, I)
-        a = torch.cat(cast(Sequence[Tensor], all_a))  # (all R, I)
-        lows = product(flat, a).split([len(part) for part in cast(Sequence[Tensor], all_a)], 1)
+        parts = cast("tuple[Tensor, ...]", all_a)
+        a = torch.cat(parts)  # (all R, I)
+        lows = product(flat, a).split([len(part) for part in parts], 1)  # each (N, R)
         outputs = []
         for weight, bias, b, low, scaling in zip(
             weights, biases, all_b, lows, scalings, strict=True
