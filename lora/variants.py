@@ -71,6 +71,8 @@ class FusedLoRALinear(LoRALinear, Joinable):
     """
 
     def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
+        if x.is_cpu and torch.is_autocast_enabled("cpu"):
+            return super().forward(x)  # whose operations autocast knows
         return lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling)
 
     def join(self, layers: Sequence[Joinable], x: Tensor) -> list[Tensor]:

@@ -20,10 +20,10 @@ class Joinable(nn.Module):
 def call_together(x: Tensor, *linears: nn.Module) -> list[Tensor]:
     """Return linear(x) for each: as one operation on a CPU where they can be that.
 
-    Where somebody watches a linear by a hook they are called one by one.
+    Where somebody watches a linear by a hook, or autocast changes types, they are called one by one.
     """
     first = linears[0]
-    if x.is_cpu and isinstance(first, Joinable) and x.dtype in (torch.float32, torch.float64):
+    if isinstance(first, Joinable) and x.is_cpu and not torch.is_autocast_enabled("cpu"):
         are_alike = all(type(linear) is type(first) for linear in linears)
         if are_alike and not any(m._forward_hooks or m._forward_pre_hooks for m in linears):
             return first.join(cast(Sequence[Joinable], linears), x)

@@ -49,3 +49,14 @@ def test_a_hook_sees_its_linear() -> None:
     hook.remove()
     call_together(x, *layers)
     assert len(calls) == 1
+
+
+def test_autocast_to_bf16_works_on_a_cpu() -> None:
+    layers, x = build(FusedLoRALinear), torch.randn(5, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = call_together(x, *layers)
+    for y, layer in zip(outputs, layers, strict=True):
+        assert y.dtype is torch.bfloat16
+        torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.05)
+    sum(y.float().sum() for y in outputs).backward()
+    assert all(layer.lora_A.grad is not None for layer in layers)
