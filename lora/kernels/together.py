@@ -20,7 +20,7 @@ class Joinable(nn.Module):
 def call_together(x: Tensor, *linears: nn.Module) -> list[Tensor]:
     """Return linear(x) for each: as one operation on a CPU where they can be that.
 
-    Where somebody watches a linear by a hook, or autocast changes types, they are called one by one.
+    They are called one by one where somebody watches one by a hook, or autocast changes types.
     """
     first = linears[0]
     if isinstance(first, Joinable) and x.is_cpu and not torch.is_autocast_enabled("cpu"):
