@@ -44,7 +44,7 @@ class MergedLinears(MergedProjection):
         cost = SMALL_NARROW_COST if is_small else NARROW_COST
         forms = n_in * n_out <= cost * max(self.width, LEAST_RANK) * (n_in + n_out)
         self.formed = torch.empty_like(self.base) if forms else None  # dW, (L, O, I)
-        self.waits = is_small or forms
+        self.waits = is_small
         """Whether gradients are made for all blocks together."""
 
     def fill(self) -> None:
@@ -67,7 +67,8 @@ class MergedLinears(MergedProjection):
         """Take in x (layers, N, I) and dy (layers, N, O); all layers, if they wait."""
         beta = 0 if first else 1
         if self.formed is not None:
-            torch.baddbmm(self.formed, dy.mT, x, beta=beta, out=self.formed)
+            into = self.formed[layers]  # (layers, O, I)
+            torch.baddbmm(into, dy.mT, x, beta=beta, out=into)
         elif self.waits:
             self._receive_small(x, beta)
         else:
@@ -102,7 +103,7 @@ class MergedLinears(MergedProjection):
 
     def finish(self) -> None:
         """Put into their slots what is not yet there, after a step's last micro-batch."""
-        if not self.waits:
+        if self.formed is None and not self.waits:
             return
         for part in self.parts:
             if self.formed is None:
