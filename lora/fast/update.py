@@ -152,6 +152,8 @@ class HostUpdate(FlatUpdate):
             flat.gradients.mul_(clipped / count)
             self.taken_steps.add_(1)
             rate, step = self.rate.item(), self.taken_steps.item()
-            for tensors, decay, share in self.parts:
-                adamw_host(*tensors, rate * share, step, decay, self.settings)
+            for (values, gradients, mean, square), decay, share in self.parts:
+                adamw_host(
+                    values, gradients, mean, square, rate * share, step, decay, self.settings
+                )
         self.report.copy_(torch.tensor((loss, count, norm, float(taken))))
