@@ -8,6 +8,7 @@ everything else the plain layers.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from lora.decoder.quantised import Fp8Linear, Fp8Weight
 from lora.errors import TargetError
-from lora.kernels.linear import lora_linear
+from lora.kernels.linear import Adapted, lora_linear, lora_linears
+from lora.kernels.together import Joinable
 from lora.lora_module import LoRALayer, LoRALinear
 
 
@@ -62,14 +64,22 @@ class LoRAConv1D(LoRALayer):
         return cast(nn.Module, plain).train(self.training)
 
 
-class FusedLoRALinear(LoRALinear):
+class FusedLoRALinear(LoRALinear, Joinable):
     """LoRALinear without dropout as one operation: fewer passes, less kept for the backward.
 
     Agrees with LoRALinear within 1e-5 in fp32, outputs and gradients (‖difference‖/‖reference‖).
     """
 
     def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
+        if x.is_cpu and torch.is_autocast_enabled("cpu"):
+            return super().forward(x)  # whose operations autocast knows
         return lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling)
+
+    def join(self, layers: Sequence[Joinable], x: Tensor) -> list[Tensor]:
+        members = cast("Sequence[FusedLoRALinear]", layers)
+        return lora_linears(
+            x, [Adapted(m.weight, m.bias, m.lora_A, m.lora_B, m.scaling) for m in members]
+        )
 
 
 class LoRAFp8Linear(LoRALayer, Fp8Weight):

@@ -23,16 +23,14 @@ from lora.fast.runner import LaunchedSteps
 from lora.fast.step import trains_whole
 from lora.fast.update import HostUpdate
 from lora.fast.weights import Weights
-from lora.kernels.dense_attention import (
-    MOST_TOKENS,
-    Kept,
-    attend_dense,
-    attend_dense_backward,
-)
+from lora.kernels.dense_attention import MOST_TOKENS, DenseAttention, Scratch, Sizes
 from lora.lora_module import LoRALinear
 from models.bigram_lm_v2 import BigramLanguageModel, Block, bigram_loss
 
 Pair = tuple[Tensor, Tensor]
+
+_norm_backward = torch.ops.aten.native_layer_norm_backward.default
+_relu_backward = torch.ops.aten.threshold_backward.grad_input
 
 
 class Norms:
@@ -60,7 +58,7 @@ class Norms:
     ) -> Tensor:
         """Return dx (N, C); the gradients of weight and bias are added up, or begun if `first`."""
         weight, bias = self.weight.tensors[number], self.bias.tensors[number]
-        dx, *gradients = torch.ops.aten.native_layer_norm_backward(
+        dx, *gradients = _norm_backward(
             dy, x, weight.shape, mean, rstd, weight, bias, (True, self.trains, self.trains)
         )
         if self.weight.slot is not None and self.bias.slot is not None:
@@ -98,6 +96,8 @@ class CharNetwork:
         self.tokens = table(model.token_embedding_table)
         self.places = table(model.position_embedding_table)
         self.n_layers, self.n_heads = len(blocks), model.sizes.n_head
+        self.attention: list[DenseAttention] = []
+        self._shape = torch.Size()
 
     def fill(self) -> None:
         """Put all values into their slots, once these are allocated."""
@@ -105,6 +105,19 @@ class CharNetwork:
             linears.fill()
         for weights in (self.norms.weight, self.norms.bias, self.tokens, self.places):
             weights.fill()
+
+    def make_room(self, shape: torch.Size) -> None:
+        """Make what a pass over a batch of `shape` (B, T) is written into."""
+        if shape == self._shape:
+            return
+        self._shape, (rows, n_tokens) = shape, shape
+        for linears in self.linears:
+            linears.make_room(rows * n_tokens)
+        table = self.tokens.tensors[0]
+        width = table.shape[1] // self.n_heads
+        sizes = Sizes(rows, n_tokens, self.n_heads, width, table.dtype)
+        scratch = Scratch(sizes)
+        self.attention = [DenseAttention(sizes, scratch) for _ in range(self.n_layers)]
 
     def refresh(self) -> None:
         """Bring the weights that products read up to date."""
@@ -117,22 +130,23 @@ class CharPass:
 
     def __init__(self, net: CharNetwork, idx: Tensor, *, first: bool) -> None:
         self.net, self.idx, self.first = net, idx, first
-        self.rows = len(idx)
         self.normed: list[tuple[Tensor, ...]] = []  # input, result, mean, 1/deviation of each norm
-        self.kept: list[tuple[Tensor, Kept, Tensor]] = []  # attended, its gradient's needs, hidden
+        self.kept: list[tuple[Tensor, Tensor]] = []  # attended, hidden
 
     def run(self) -> Tensor:
         """Return the logits (B·T, V)."""
         net, (rows, n_tokens) = self.net, self.idx.shape
+        net.make_room(self.idx.shape)
         x = F.embedding(self.idx, net.tokens.tensors[0])  # (B, T, C)
-        x = x.add_(net.places.tensors[0][:n_tokens]).flatten(0, 1)  # (B·T, C)
+        x = x.add_(net.places.tensors[0][:n_tokens]).view(rows * n_tokens, -1)  # (B·T, C)
         for layer in range(net.n_layers):
             qkv = net.qkv.forward(layer, self._norm(2 * layer, x))  # (B·T, 3·C)
-            attended, kept = attend_dense(qkv, rows, net.n_heads)
+            attended = net.attention[layer].forward(qkv, net.proj.inputs[layer])
             x = net.proj.forward(layer, attended).add_(x)
-            hidden = net.wide.forward(layer, self._norm(2 * layer + 1, x)).relu_()  # (B·T, F)
+            normed, into = self._norm(2 * layer + 1, x), net.narrow.inputs[layer]
+            hidden = net.wide.forward(layer, normed, into).relu_()  # (B·T, F)
             x = net.narrow.forward(layer, hidden).add_(x)
-            self.kept.append((attended, kept, hidden))
+            self.kept.append((attended, hidden))
         return net.head.forward(0, self._norm(2 * net.n_layers, x))
 
     def backward(self, d_logits: Tensor) -> None:
@@ -142,15 +156,20 @@ class CharPass:
         dy = net.head.backward(0, self.normed[last][1], d_logits, first=first)
         dx = self._norm_back(last, dy)
         for layer in reversed(range(net.n_layers)):
-            attended, kept, hidden = self.kept[layer]
-            dh = net.narrow.backward(layer, hidden, dx, first=first)
-            torch.ops.aten.threshold_backward.grad_input(dh, hidden, 0, grad_input=dh)
+            attended, hidden = self.kept[layer]
+            into = net.wide.gradients[layer]
+            dh = net.narrow.backward(layer, hidden, dx, first=first, out=into)
+            _relu_backward(dh, hidden, 0, grad_input=dh)
             dy = net.wide.backward(layer, self.normed[2 * layer + 1][1], dh, first=first)
-            dx = self._norm_back(2 * layer + 1, dy).add_(dx)
+            dy = self._norm_back(2 * layer + 1, dy)
+            dx = torch.add(dx, dy, out=net.proj.gradients[layer])
             dy = net.proj.backward(layer, attended, dx, first=first)
-            dqkv = attend_dense_backward(dy, self.rows, kept)
+            dqkv = net.attention[layer].backward(dy, net.qkv.gradients[layer])
             dy = net.qkv.backward(layer, self.normed[2 * layer][1], dqkv, first=first)
-            dx = self._norm_back(2 * layer, dy).add_(dx)
+            dy = self._norm_back(2 * layer, dy)
+            dx = torch.add(dx, dy, out=net.narrow.gradients[layer - 1] if layer else None)
+        for linears in net.linears:
+            linears.receive(first=first)
         self._embedding_back(dx)
 
     def _norm(self, number: int, x: Tensor) -> Tensor:
@@ -166,22 +185,23 @@ class CharPass:
         tokens, places = self.net.tokens, self.net.places
         dx = dx.view(*self.idx.shape, -1)  # (B, T, C)
         if tokens.slot is not None:
-            gradient = torch.ops.aten.embedding_dense_backward(
-                dx, self.idx, len(tokens.tensors[0]), -1, False
-            )
-            tokens.slot.receive(gradient, first=self.first)
+            into = tokens.slot.gradients[0]  # (V, C)
+            if self.first:
+                into.zero_()
+            into.index_add_(0, self.idx.flatten(), dx.flatten(0, 1))
         if places.slot is not None:
             if self.first:
                 places.slot.gradients.zero_()
-            places.slot.gradients[0, : dx.shape[1]] += dx.sum(0)  # (T, C)
+            places.slot.gradients[0, : dx.shape[1]].add_(dx.sum(0))  # (T, C)
 
 
 def summed_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return the summed cross-entropy () of logits (N, V), and its gradient (N, V)."""
     chosen = targets.reshape(-1, 1)  # (N, 1)
     logs = logits.log_softmax(-1)
-    loss_sum = -logs.gather(1, chosen).sum()
-    return loss_sum, logs.exp_().scatter_add_(1, chosen, logs.new_tensor(-1.0).expand(chosen.shape))
+    of_target = logs.gather(1, chosen)  # (N, 1)
+    loss_sum = of_target.sum().neg_()
+    return loss_sum, logs.exp_().scatter_add_(1, chosen, of_target.fill_(-1))
 
 
 class CharStep:
@@ -208,7 +228,7 @@ class CharStep:
         self.update = HostUpdate(flat, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
         self.report = self.update.report
 
-    @torch.no_grad()
+    @torch.inference_mode()  # as no_grad, with less to do for every operation
     def launch(self, batches: Sequence[Pair], rate: float, number: int = 1) -> None:
         """Train step `number` on micro-batches of inputs and targets, both (B, T)."""
         self.update.rate.fill_(rate)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora.decoder.cache import KVCache, NoCache
 from lora.decoder.config import DecoderConfig, LayerConfig, RopeConfig
 from lora.decoder.rope import Tables, leave, rotate
+from lora.kernels.together import call_together
 
 NO_CACHE = NoCache()
 
@@ -162,9 +163,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:  # (B, T, C) -> (B, T, C)
         shape = *x.shape[:-1], -1, self.head_dim
-        q = self.q_norm(self.q_proj(x).view(shape))  # (B, T, H, D)
-        k = self.k_norm(self.k_proj(x).view(shape))  # (B, T, heads, D)
-        v = self.v_proj(x).view(shape).transpose(1, 2)  # (B, heads, T, D)
+        q, k, v = call_together(x, self.q_proj, self.k_proj, self.v_proj)
+        q = self.q_norm(q.view(shape))  # (B, T, H, D)
+        k = self.k_norm(k.view(shape))  # (B, T, heads, D)
+        v = v.view(shape).transpose(1, 2)  # (B, heads, T, D)
         q, k = self.rotate(q, k, step.tables.get(self.layer.rope))
         k, v = step.cache.append(self.index, k.transpose(1, 2), v)  # (B, heads, S, D)
         view = step.views[self.layer.window_tokens]

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from lora.decoder.attention import Attention, FusedAttention, Step
 from lora.decoder.config import BlockKind, DecoderConfig, LayerConfig
+from lora.kernels.rms_norm import rms_norm
+from lora.kernels.together import call_together
 
 _gelu_tanh = partial(F.gelu, approximate="tanh")
 
@@ -37,6 +39,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
+        if x.is_cpu and x.dtype is torch.float32 and self.weight.dtype is torch.float32:
+            return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -61,7 +65,8 @@ class GatedFeedForward(nn.Module):
         self.activation = ACTIVATIONS[part.activation]
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = call_together(x, self.gate_proj, self.up_proj)  # each (B, T, F)
+        return self.down_proj(self.activation(gate) * up)
 
 
 class PlainFeedForward(nn.Module):

@@ -133,6 +133,12 @@ class HostUpdate(FlatUpdate):
 
     def __init__(self, flat: FlatParameters, *, weight_decay: float, max_grad_norm: float) -> None:
         super().__init__(flat, adamw, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+        # Views made once: of a small model's adapters they take as long as the step itself.
+        tensors = flat.values, flat.gradients, flat.mean, flat.square
+        self.parts = [
+            ([tensor[part] for tensor in tensors], decay, share)
+            for part, decay, share in flat.segments(weight_decay)
+        ]
 
     def run(self) -> None:
         flat, count = self.flat, max(1, int(self.n_learned))
@@ -146,9 +152,8 @@ class HostUpdate(FlatUpdate):
             flat.gradients.mul_(clipped / count)
             self.taken_steps.add_(1)
             rate, step = self.rate.item(), self.taken_steps.item()
-            for part, decay, share in flat.segments(self.weight_decay):
+            for (values, gradients, mean, square), decay, share in self.parts:
                 adamw_host(
-                    flat.values[part], flat.gradients[part], flat.mean[part], flat.square[part],
-                    rate * share, step, decay, self.settings,
-                )  # fmt: skip
+                    values, gradients, mean, square, rate * share, step, decay, self.settings
+                )
         self.report.copy_(torch.tensor((loss, count, norm, float(taken))))

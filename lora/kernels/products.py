@@ -24,7 +24,7 @@ BIASED_PRODUCT = 2**22
 FEW_COLUMNS = 64
 """A product with at most so many outputs goes to oneDNN from SMALL_INPUT elements of x on."""
 SMALL_INPUT = 2**17
-WIDE = 1024
+WIDE = 512
 """A product lowᵀ x of few columns goes to oneDNN from so many columns of x on."""
 ROUND_BITS = 2
 """Row counts that oneDNN gets have no bits beyond these leading ones: 512, 768, 1024, 1536 …"""

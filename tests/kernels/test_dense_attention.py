@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora.kernels.dense_attention import attend_dense, attend_dense_backward
+from lora.kernels.dense_attention import DenseAttention, Scratch, Sizes
 
 
 @settings(max_examples=30, deadline=None)
@@ -27,7 +27,13 @@ def test_agrees_with_torchs_attention(rows: int, tokens: int, heads: int, width:
     wanted = F.scaled_dot_product_attention(*split.unbind(0), is_causal=True)
     wanted = wanted.transpose(1, 2).reshape(rows * tokens, columns)
     (wanted * pull).sum().backward()
-    out, kept = attend_dense(qkv, rows, heads)
-    gradient = attend_dense_backward(pull, rows, kept)
-    torch.testing.assert_close(out, wanted.detach(), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(gradient, leaf.grad, rtol=1e-9, atol=1e-12)
+    sizes = Sizes(rows, tokens, heads, width, qkv.dtype)
+    attention = DenseAttention(sizes, Scratch(sizes))
+    out, gradient = torch.empty_like(wanted), torch.empty_like(qkv)
+    for into_out, into_gradient in ((None, None), (out, gradient)):
+        seen = attention.forward(qkv, into_out)
+        torch.testing.assert_close(seen, wanted.detach(), rtol=1e-10, atol=1e-12)
+        back = attention.backward(pull, into_gradient)
+        torch.testing.assert_close(back, leaf.grad, rtol=1e-9, atol=1e-12)
+    assert seen.data_ptr() == out.data_ptr()
+    assert back.data_ptr() == gradient.data_ptr()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora.kernels.linear import lora_linear, plain_lora_linear
+from lora.kernels.linear import Adapted, lora_linear, lora_linears, plain_lora_linear
 
 
 def relative(value: Tensor, reference: Tensor) -> float:
@@ -65,3 +65,75 @@ def test_nothing_flows_to_the_frozen_weight_and_inputs_without_gradient_stay_so(
     assert x.grad is None
     assert weight.grad is None
     assert a.grad is not None
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    n_in=st.integers(1, 33),
+    sizes=st.lists(st.tuples(st.integers(1, 33), st.integers(1, 8)), min_size=1, max_size=3),
+    with_bias=st.booleans(),
+)
+def test_linears_together_agree_with_each_alone(
+    rows: int, n_in: int, sizes: list[tuple[int, int]], with_bias: bool
+) -> None:
+    generator = torch.Generator().manual_seed(rows + n_in)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    frozen = [(draw(n_out, n_in), draw(n_out) if with_bias else None) for n_out, _ in sizes]
+    start = [draw(2, rows, n_in)]
+    for n_out, rank in sizes:
+        start += [draw(rank, n_in), draw(n_out, rank)]
+    pulls = [draw(2, rows, n_out) for n_out, _ in sizes]
+    found = []
+    for together in (True, False):
+        x, *trained = (tensor.clone().requires_grad_() for tensor in start)
+        layers = [
+            Adapted(weight, bias, a, b, 0.5 + place)
+            for place, ((weight, bias), a, b) in enumerate(
+                zip(frozen, trained[::2], trained[1::2], strict=True)
+            )
+        ]
+        if together:
+            outputs = lora_linears(x, layers)
+        else:
+            outputs = [plain_lora_linear(x, *_values(layer)) for layer in layers]
+        sum((y * pull).sum() for y, pull in zip(outputs, pulls, strict=True)).backward()
+        found.append([*outputs, x.grad, *(tensor.grad for tensor in trained)])
+    for fast, plain in zip(*found, strict=True):
+        assert relative(fast, plain) <= 1e-12
+
+
+def _values(layer: Adapted) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
+    return layer.weight, layer.bias, layer.a, layer.b, layer.scaling
+
+
+def test_together_they_agree_in_fp32_at_a_usual_size() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    frozen = [draw(n_out, 576) for n_out in (576, 192, 192)]
+    start = [draw(512, 576)]
+    for weight in frozen:
+        start += [draw(8, 576), draw(len(weight), 8)]
+    pulls = [draw(512, len(weight)) for weight in frozen]
+    found = []
+    for together, dtype in ((True, torch.float32), (False, torch.float64)):
+        leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in start]
+        layers = [
+            Adapted(weight.to(dtype), None, a, b, 2.0)
+            for weight, a, b in zip(frozen, leaves[1::2], leaves[2::2], strict=True)
+        ]
+        outputs = (
+            lora_linears(leaves[0], layers) if together
+            else [plain_lora_linear(leaves[0], *_values(layer)) for layer in layers]
+        )  # fmt: skip
+        loss = sum((y * p.to(dtype)).sum() for y, p in zip(outputs, pulls, strict=True))
+        loss.backward()
+        found.append([*outputs, *(leaf.grad for leaf in leaves)])
+    for fast, exact in zip(*found, strict=True):
+        assert relative(fast.double(), exact) <= 1e-5
