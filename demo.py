@@ -19,19 +19,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora.apply import disabled_adapter
+from lora.adapters.apply import disabled_adapter
 from lora.cli.loading import LoadedModel, load_model
 from lora.config import DataConfig, RunConfig, SamplingConfig, TrainConfig
-from lora.data.formats import Example, example_from_row
-from lora.data.orders import make_orders
+from lora.data.reading.formats import Example, example_from_row
+from lora.data.reading.orders import make_orders
 from lora.device import peak_memory_bytes
 from lora.errors import ConfigError, LoraError
-from lora.evaluation import Answer, Scores, answer_examples, measure_loss, score, wrong_fields
-from lora.finetune import finetune
-from lora.finetune_job import FinetuneJob, FinetuneResult
-from lora.progress import NoProgress, RichProgress
+from lora.finetune import FinetuneJob, FinetuneResult, finetune
+from lora.inference.evaluation import (
+    Answer,
+    Scores,
+    answer_examples,
+    measure_loss,
+    score,
+    wrong_fields,
+)
 from lora.report import draw_loss_curves
-from lora.runs import atomic_write, default_name, read_rows
+from lora.runs.folder import atomic_write, default_name, read_rows
+from lora.runs.progress import NoProgress, RichProgress
 
 if TYPE_CHECKING:
     from rich.console import Console

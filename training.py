@@ -22,9 +22,9 @@ from models.classic_settings import AUTO, ClassicSettings, notes, read_settings
 if TYPE_CHECKING:
     from lora.compare import CompareResult
     from lora.device import DeviceChoice
-    from lora.runs import Run
-    from lora.steps import Steps
-    from lora.trainer import TrainResult
+    from lora.runs.folder import Run
+    from lora.training.steps import Steps
+    from lora.training.trainer import TrainResult
     from models.bigram_lm_v2 import BigramLanguageModel
     from models.char_text import Text
 
@@ -73,10 +73,10 @@ def compare_classic(settings: ClassicSettings) -> CompareResult:
     from rich.console import Console
 
     from lora.compare import compare
-    from lora.compare_factory import FactoryContest
-    from lora.compare_table import print_comparison
+    from lora.compare.factory import FactoryContest
+    from lora.compare.table import print_comparison
     from lora.device import choose_device
-    from lora.progress import RichProgress
+    from lora.runs.progress import RichProgress
     from models.char_compare import CharFactory, char_config
 
     config = char_config(settings)
@@ -154,7 +154,7 @@ def adapt_with_lora(
     choice: DeviceChoice,
 ) -> Run:
     """Train LoRA on `base`, save the adapter alone, and check that it loads to the same loss."""
-    from lora.adapter_io import save_adapter
+    from lora.adapters.save_load import save_adapter
     from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
     model = BigramLanguageModelLoRA.from_base(
@@ -201,10 +201,10 @@ def train_on(
     base: Path | None,
 ) -> tuple[Run, TrainResult]:
     """Run the one training loop on `text` and return the run's folder and how it ended."""
-    from lora.data.blocks import BlockStream, check_length, ordered_blocks
-    from lora.progress import RichProgress
-    from lora.runs import create_run
-    from lora.trainer import TrainingJob, train
+    from lora.data.sequences.blocks import BlockStream, check_length, ordered_blocks
+    from lora.runs.folder import create_run
+    from lora.runs.progress import RichProgress
+    from lora.training.trainer import TrainingJob, train
     from models.bigram_lm_v2 import bigram_loss
     from models.char_text import EVAL_TOKENS
 
@@ -259,10 +259,10 @@ def check_reloaded(
 
     Raises AdapterError if it is not.
     """
-    from lora.adapter_io import load_adapter
-    from lora.data.blocks import ordered_blocks
+    from lora.adapters.save_load import load_adapter
+    from lora.data.sequences.blocks import ordered_blocks
     from lora.errors import AdapterError
-    from lora.trainer import evaluate
+    from lora.training.trainer import evaluate
     from models.bigram_lm_v2 import bigram_loss
     from models.char_text import EVAL_TOKENS, load_base
 

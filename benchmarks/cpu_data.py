@@ -23,9 +23,9 @@ from typing import Any
 
 from lora.config import DataConfig
 from lora.data.prepare import prepare_data
-from lora.data.tokenizers import load_tokenizer
-from lora.decoder.sources import find_model
+from lora.data.tokenizers.subword import load_tokenizer
 from lora.device import peak_memory_bytes
+from lora.pretrained.sources import find_model
 
 PIECE_CHARACTERS, PART_TEXTS = 2000, 1000
 VARIANTS = ("tokenizers", "ours")

@@ -22,7 +22,7 @@ import torch
 from lora.cli.loading import load_model
 from lora.config import SamplingConfig
 from lora.decoder.decoder import Decoder
-from lora.generate import generate
+from lora.inference.generate import generate
 
 NEW_TOKENS, PROMPT_TOKENS = 64, 32
 

@@ -33,18 +33,18 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lora.apply import apply_lora, replace_module
+from lora.adapters.apply import apply_lora, replace_module
 from lora.config import LoRAConfig, TrainConfig
-from lora.data.batches import Batch
-from lora.decoder.hf_weights import load_decoder
-from lora.decoder.sources import find_model
+from lora.data.sequences.batches import Batch
 from lora.device import choose_device, peak_memory_bytes
-from lora.heap import kept_memory
 from lora.lora_module import LoRALinear
-from lora.losses import loss_for
-from lora.optim import build_optimizer
-from lora.steps import Steps
-from lora.trainer import train_step
+from lora.pretrained.hf_weights import load_decoder
+from lora.pretrained.sources import find_model
+from lora.training.heap import kept_memory
+from lora.training.losses import loss_for
+from lora.training.optim import build_optimizer
+from lora.training.steps import Steps
+from lora.training.trainer import train_step
 from models.bigram_lm_v2 import BigramLanguageModel, bigram_loss
 from models.bigram_lm_v2_lora import EMBEDDINGS, char_lora_config
 from models.char_step import char_steps

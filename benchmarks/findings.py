@@ -30,17 +30,16 @@ from typing import Any
 from findings_pictures import draw_methods, draw_ranks, draw_rates, draw_sides
 
 from lora.compare import compare
-from lora.compare_contest import short_run, try_one_by_one
-from lora.compare_decoder import DecoderContest, Measures
-from lora.compare_factory import FactoryContest
-from lora.compare_job import CompareConfig, Rates
-from lora.compare_record import Comparison, best_rate, ratios
+from lora.compare.config import CompareConfig, Rates
+from lora.compare.contest import short_run, try_one_by_one
+from lora.compare.decoder_contest import DecoderContest, Measures
+from lora.compare.factory import FactoryContest
+from lora.compare.record import Comparison, best_rate, ratios
 from lora.config import DataConfig, RunConfig, TrainConfig
-from lora.data.orders import make_orders
-from lora.progress import NoProgress
-from lora.sweep import sweep
-from lora.sweep_grid import Grid
-from lora.sweep_job import SweepJob
+from lora.data.reading.orders import make_orders
+from lora.runs.progress import NoProgress
+from lora.sweep import SweepJob, sweep
+from lora.sweep.grid import Grid
 from models.char_compare import CharFactory
 from models.classic_settings import AUTO, TEST_SIZES, ClassicSettings
 

@@ -21,17 +21,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lora.adapter_io import load_adapter
+from lora.adapters.save_load import load_adapter
 from lora.config import BaseDtype, DataConfig, LoRAConfig, RunConfig, TrainConfig
-from lora.data.readers import read_examples
-from lora.data.tokenizers import load_tokenizer
-from lora.decoder.hf_weights import load_decoder
-from lora.decoder.sources import find_model
+from lora.data.reading.readers import read_examples
+from lora.data.tokenizers.subword import load_tokenizer
 from lora.device import choose_device
-from lora.evaluation import measure_loss
-from lora.finetune import finetune
-from lora.finetune_job import FinetuneJob
-from lora.runs import read_rows
+from lora.finetune import FinetuneJob, finetune
+from lora.inference.evaluation import measure_loss
+from lora.pretrained.hf_weights import load_decoder
+from lora.pretrained.sources import find_model
+from lora.runs.folder import read_rows
 
 RUNS: dict[str, dict[str, Any]] = {
     "plain step": {"fast": False},

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.kernels import norm, swiglu
-from lora.kernels.fp8 import FP8, CodedRows, quantise_rows_triton, turn_codes_triton
+from lora.kernels.step import norm, swiglu
+from lora.kernels.step.fp8 import FP8, CodedRows, quantise_rows_triton, turn_codes_triton
 
 TOKENS, RANK, GROUPS, CALLS = 8192, 16, 5, 6
 SHAPES = {  # projection: inputs, outputs, linears with LoRA

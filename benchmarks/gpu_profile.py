@@ -13,7 +13,7 @@ import sys
 import torch
 from gpu_step import CASES, OURS, RANK, build_model, build_steps, build_stream, fit_mode
 
-from lora.apply import apply_lora
+from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig
 from lora.device import choose_device
 

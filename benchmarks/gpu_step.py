@@ -10,9 +10,9 @@ and the real loader; `packed` variants read rows of several documents. Prints on
 line. step_ms is the median of steps after the warm-up, peak_gb (10⁹ bytes) the allocator's peak,
 start_s the time from building the step to the end of the first one, its compilation included
 (of rows of 32,768 tokens and more, which have no graph, nearly to the end of the second);
-planned_gb what `lora.fast.memory` said of it beforehand. model_tflops counts the products with
-weights once forward, once back and, where weights train, for their gradients: neither attention nor
-what is made again.
+planned_gb what `lora.fast.memory.fast_step` said of it beforehand. model_tflops counts the matmuls
+with weights: forward, backward and, where weights train, their gradients; neither attention nor
+what is recomputed.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from typing import Any
 import torch
 from gpu_peers import PEERS, PeerMissing, build_llama
 
-from lora.apply import apply_lora
+from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig, RunConfig, TrainConfig
-from lora.data.batches import BatchStream, build_rows
-from lora.data.documents import Documents
+from lora.data.sequences.batches import BatchStream, build_rows
+from lora.data.sequences.documents import Documents
 from lora.decoder.config import (
     AttentionConfig,
     DecoderConfig,
@@ -46,11 +46,11 @@ from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
 from lora.decoder.quantised import Fp8Linear, use_fp8_linears
 from lora.device import DeviceChoice, choose_device
 from lora.fast.choose import why_not_fast
-from lora.fast.memory import ROOM_FRACTION, FastPlan, Fit, fit_memory
+from lora.fast.memory.fast_step import ROOM_FRACTION, FastPlan, Fit, fit_memory
 from lora.fast.runner import CapturedSteps, FastSteps, LaunchedSteps
-from lora.losses import loss_for
-from lora.runs import create_run, read_rows
-from lora.trainer import TrainingJob, train
+from lora.runs.folder import create_run, read_rows
+from lora.training.losses import loss_for
+from lora.training.trainer import TrainingJob, train
 
 RANK = 16
 

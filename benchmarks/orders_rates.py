@@ -21,11 +21,10 @@ from typing import Any
 
 from lora.cli.loading import LoadedModel, load_model
 from lora.config import DataConfig, LoRAConfig, RunConfig, SamplingConfig, TrainConfig
-from lora.data.formats import example_from_row
-from lora.data.orders import make_orders
-from lora.evaluation import answer_examples, measure_loss, score, wrong_fields
-from lora.finetune import finetune
-from lora.finetune_job import FinetuneJob
+from lora.data.reading.formats import example_from_row
+from lora.data.reading.orders import make_orders
+from lora.finetune import FinetuneJob, finetune
+from lora.inference.evaluation import answer_examples, measure_loss, score, wrong_fields
 
 DATA = DataConfig(max_length=192, packing=False)
 SAMPLING = SamplingConfig(max_new_tokens=60)

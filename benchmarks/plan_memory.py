@@ -85,10 +85,10 @@ def make_folder(shape: str, folder: Path) -> str:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from lora.data.tokenizers import TextTokenizer
+    from lora.data.tokenizers.subword import TextTokenizer
     from lora.decoder.decoder import assign_parameters, build_empty_decoder
     from lora.decoder.families import decoder_config
-    from lora.decoder.hf_weights import save_decoder
+    from lora.pretrained.hf_weights import save_decoder
 
     values = {**COMMON, **SHAPES[shape]}
     model = build_empty_decoder(decoder_config(values))
@@ -117,8 +117,7 @@ def make_texts(case: Case, n_tokens: int) -> list[dict[str, Any]]:
 def run_child(case: Case, device: str) -> dict[str, Any]:
     """Return what `lora.finetune` planned and measured, in this process."""
     from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
-    from lora.finetune import finetune
-    from lora.finetune_job import FinetuneJob
+    from lora.finetune import FinetuneJob, finetune
 
     with tempfile.TemporaryDirectory() as folder:
         model = None
@@ -146,7 +145,7 @@ def plan_again(case: Case) -> int:
 
     from lora.config import LoRAConfig
     from lora.decoder.families import decoder_config
-    from lora.plan import Setting, plan_memory
+    from lora.fast.memory.plan import Setting, plan_memory
 
     setting = Setting(
         config=decoder_config({**COMMON, **SHAPES[case.shape]}),

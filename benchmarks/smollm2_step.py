@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora.apply import apply_lora
+from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig
-from lora.data.batches import Batch
-from lora.decoder.hf_weights import load_decoder
-from lora.decoder.sources import find_model
-from lora.losses import loss_for, transformers_loss
-from lora.optim import build_optimizer
-from lora.trainer import train_step
+from lora.data.sequences.batches import Batch
+from lora.pretrained.hf_weights import load_decoder
+from lora.pretrained.sources import find_model
+from lora.training.losses import loss_for, transformers_loss
+from lora.training.optim import build_optimizer
+from lora.training.trainer import train_step
 
 Variant = tuple[nn.Module, Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]]
 

@@ -23,13 +23,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lora.apply import apply_lora, lora_layers
-from lora.apply_stacked import apply_stacked
+from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import LoRAConfig, TrainConfig
-from lora.data.blocks import BlockStream
-from lora.optim import build_optimizer, rate_factor, set_rate
-from lora.stacked_training import StackedTraining, stacked_loss_sums
-from lora.trainer import train_step
+from lora.data.sequences.blocks import BlockStream
+from lora.stacked.apply import apply_stacked
+from lora.stacked.plain_step import StackedTraining, stacked_loss_sums
+from lora.training.optim import build_optimizer, rate_factor, set_rate
+from lora.training.trainer import train_step
 from models.bigram_lm_v2 import BigramLanguageModel
 
 STEPS, MARKS, ROWS, TOKENS = 200, (1, 10, 50, 100, 200), 8, 32

@@ -35,15 +35,15 @@ from cpu_step import char_batch, char_step
 from gpu_peers import peft
 from gpu_step import Shape, build_empty, build_model, build_stream
 
-from lora.apply import apply_lora
-from lora.apply_stacked import apply_stacked
+from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig, TrainConfig
 from lora.device import choose_device
 from lora.fast.choose import choose_steps
-from lora.fast.memory import fast_memory, stacked_memory
-from lora.stacked_fast_training import build_training
-from lora.stacked_losses import stack_batches
-from lora.stacked_training import StackedTraining, stacked_loss_sums
+from lora.fast.memory.fast_step import fast_memory, stacked_memory
+from lora.fast.stacked_runner import build_training
+from lora.stacked.apply import apply_stacked
+from lora.stacked.losses import stack_batches
+from lora.stacked.plain_step import StackedTraining, stacked_loss_sums
 from models.bigram_lm_v2 import BigramLanguageModel
 from models.bigram_lm_v2_lora import EMBEDDINGS
 

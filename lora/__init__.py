@@ -14,8 +14,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora.adapter_io import load_adapter, save_adapter
-    from lora.apply import apply_lora, disabled_adapter, remove_lora
+    from lora.adapters.apply import apply_lora, disabled_adapter, remove_lora
+    from lora.adapters.merge import merge_lora
+    from lora.adapters.save_load import load_adapter, save_adapter
     from lora.config import DataConfig, LoRAConfig, MemoryConfig, RunConfig, TrainConfig
     from lora.errors import (
         AdapterError,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
         apply_lora_to_linear,
         count_lora_parameters,
     )
-    from lora.merge import merge_lora
 
 __version__ = "0.1.0"
 
@@ -55,14 +55,14 @@ _HOMES = {
     "TargetError": "lora.errors",
     "TrainConfig": "lora.config",
     "TrainingError": "lora.errors",
-    "apply_lora": "lora.apply",
+    "apply_lora": "lora.adapters.apply",
     "apply_lora_to_linear": "lora.lora_module",
     "count_lora_parameters": "lora.lora_module",
-    "disabled_adapter": "lora.apply",
-    "load_adapter": "lora.adapter_io",
-    "merge_lora": "lora.merge",
-    "remove_lora": "lora.apply",
-    "save_adapter": "lora.adapter_io",
+    "disabled_adapter": "lora.adapters.apply",
+    "load_adapter": "lora.adapters.save_load",
+    "merge_lora": "lora.adapters.merge",
+    "remove_lora": "lora.adapters.apply",
+    "save_adapter": "lora.adapters.save_load",
 }
 
 __all__ = [

@@ -16,21 +16,21 @@ from typing import Any
 
 import torch
 
-from lora.adapter_io import load_adapter, save_adapter
-from lora.apply import apply_lora, lora_layers
-from lora.checkpoint import load_checkpoint, save_checkpoint, training_tensors
+from lora.adapters.apply import apply_lora, lora_layers
+from lora.adapters.save_load import load_adapter, save_adapter
 from lora.config import LoRAConfig, TrainConfig
-from lora.data.batches import Batch
+from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.decoder.families import decoder_config
-from lora.decoder.sources import cache_folder
 from lora.device import DeviceChoice, choose_device
 from lora.errors import LoraError
 from lora.fast.choose import choose_steps, why_not_captured, why_not_fast
-from lora.kernels.jit import HAS_TRITON
-from lora.losses import loss_for
-from lora.optim import build_optimizer
-from lora.plain_step import PlainSteps
+from lora.kernels.step.jit import HAS_TRITON
+from lora.pretrained.sources import cache_folder
+from lora.training.checkpoint import load_checkpoint, save_checkpoint, training_tensors
+from lora.training.losses import loss_for
+from lora.training.optim import build_optimizer
+from lora.training.plain_step import PlainSteps
 
 LEAST_FREE_BYTES = 2**30
 """On the disk of the runs, and of memory: below that nothing real can be trained."""

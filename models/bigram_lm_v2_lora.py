@@ -6,7 +6,7 @@ import copy
 from dataclasses import asdict
 from pathlib import Path
 
-from lora.apply import apply_lora, lora_layers, replace_module
+from lora.adapters.apply import apply_lora, lora_layers, replace_module
 from lora.config import LoRAConfig
 from lora.errors import ModelError
 from models.bigram_lm_v2 import BigramLanguageModel, BigramSizes, load_bigram

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.adapter_io import save_adapter
-from lora.compare_factory import Subject
-from lora.compare_job import CompareConfig, Rates
-from lora.compare_record import Method, Sample
+from lora.adapters.save_load import save_adapter
+from lora.compare.config import CompareConfig, Rates
+from lora.compare.factory import Subject
+from lora.compare.record import Method, Sample
 from lora.config import RunConfig, TrainConfig
-from lora.data.blocks import BlockStream, check_length, ordered_blocks
-from lora.data.embedded import prose
+from lora.data.reading.embedded import prose
+from lora.data.sequences.blocks import BlockStream, check_length, ordered_blocks
 from lora.device import DeviceChoice, choose_device
 from lora.errors import DataError
 from models.bigram_lm_v2 import BigramLanguageModel, bigram_loss, save_bigram
@@ -31,7 +31,7 @@ FULL_WEIGHT_DECAY = 0.01
 
 @dataclass(frozen=True)
 class CharFactory:
-    """Builds the members of one comparison; see `lora.compare_factory.Factory`."""
+    """Builds the members of one comparison; see `lora.compare.factory.Factory`."""
 
     settings: ClassicSettings
     base_path: Path

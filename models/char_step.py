@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from lora.config import TrainConfig
 from lora.device import DeviceChoice
-from lora.fast.flat import FlatParameters
-from lora.fast.linears import Linears
 from lora.fast.runner import LaunchedSteps
 from lora.fast.step import trains_whole
-from lora.fast.update import HostUpdate
-from lora.fast.weights import Weights
-from lora.kernels.dense_attention import MOST_TOKENS, DenseAttention, Scratch, Sizes
+from lora.fast.weights.flat import FlatParameters
+from lora.fast.weights.norms_and_embeddings import Weights
+from lora.fast.weights.update import HostUpdate
 from lora.lora_module import LoRALinear
 from models.bigram_lm_v2 import BigramLanguageModel, Block, bigram_loss
+from models.char_attention import MOST_TOKENS, DenseAttention, Scratch, Sizes
+from models.char_linears import Linears
 
 Pair = tuple[Tensor, Tensor]
 
@@ -250,7 +250,7 @@ class CharStep:
 
 
 class CharSteps(LaunchedSteps):
-    """`lora.steps.Steps` of the character GPT, if `why_not_by_hand` has nothing against it."""
+    """Steps of the character GPT by hand, if `why_not_by_hand` has nothing against it."""
 
     def __init__(
         self, model: BigramLanguageModel, choice: DeviceChoice, config: TrainConfig

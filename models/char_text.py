@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora.data.characters import CharTokenizer
-from lora.data.embedded import Corpus, code, corpus_from_file, prose
+from lora.data.reading.embedded import Corpus, code, corpus_from_file, prose
+from lora.data.tokenizers.characters import CharTokenizer
 from models.bigram_lm_v2 import BigramLanguageModel, BigramSizes, load_bigram, read_state
 from models.classic_settings import ClassicSettings
 

@@ -29,7 +29,7 @@ from cyclopts.config import Dict, Env
 
 from lora import __version__
 from lora.errors import ConfigError, Interrupted, LoraError, did_you_mean, gather
-from lora.out_of_memory import is_out_of_memory
+from lora.training.out_of_memory import is_out_of_memory
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "finetune": ("lora.cli.finetune:finetune", "Fine-tune a model on examples."),

@@ -13,7 +13,7 @@ from lora.cli.loading import LoadedModel, load_model, load_tokenizer_of
 from lora.config import SamplingConfig
 
 if TYPE_CHECKING:
-    from lora.data.messages import Message
+    from lora.data.reading.messages import Message
 
 TALKATIVE = SamplingConfig(max_new_tokens=512, temperature=0.7, top_p=0.95)
 HELP = "/adapter FOLDER (or none) switches, /new forgets what was said, /quit ends"
@@ -74,8 +74,8 @@ def _ask() -> str | None:
 
 def _obey(line: str, loaded: LoadedModel) -> tuple[LoadedModel, bool]:
     """Do what a line with a slash says; return the model, and whether all begins anew."""
-    from lora.adapter_io import load_adapter
-    from lora.apply import lora_layers, remove_lora
+    from lora.adapters.apply import lora_layers, remove_lora
+    from lora.adapters.save_load import load_adapter
     from lora.errors import LoraError
 
     command, _, name = line.partition(" ")
@@ -87,7 +87,7 @@ def _obey(line: str, loaded: LoadedModel) -> tuple[LoadedModel, bool]:
     try:
         folder = None if name == "none" else Path(name.strip()).expanduser()
         if folder is not None:
-            from lora.adapter_io import read_adapter_config
+            from lora.adapters.save_load import read_adapter_config
 
             read_adapter_config(folder)  # what is wrong with it is known before the old one goes
         tokenizer = load_tokenizer_of(loaded.source, folder)
@@ -103,8 +103,8 @@ def _obey(line: str, loaded: LoadedModel) -> tuple[LoadedModel, bool]:
 
 
 def _answer(loaded: LoadedModel, said: list[Message], sampling: SamplingConfig) -> str:
-    from lora.data.prompts import chat_prompt
-    from lora.generate import generate
+    from lora.data.chat.prompts import chat_prompt
+    from lora.inference.generate import generate
 
     tokens: list[int] = []
     shown = ""

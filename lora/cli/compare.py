@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lora.compare_decoder import Measures, Metric
-from lora.compare_job import CompareConfig, Rates
-from lora.compare_record import COMPARE_FILE, Method, Same
+from lora.compare.config import CompareConfig, Rates
+from lora.compare.decoder_contest import Measures, Metric
+from lora.compare.record import COMPARE_FILE, Method, Same
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.errors import ConfigError
-from lora.runs import read_json
+from lora.runs.folder import read_json
 
 if TYPE_CHECKING:
-    from lora.compare import CompareResult
+    from lora.compare.run import CompareResult
 
 Flat = Parameter(name="*")
 
@@ -109,9 +109,9 @@ def compare(
     json
         Print the result as one JSON object.
     """
-    from lora.compare import compare as run_comparison
-    from lora.compare_decoder import DecoderContest
-    from lora.progress import RichProgress
+    from lora.compare.decoder_contest import DecoderContest
+    from lora.compare.run import compare as run_comparison
+    from lora.runs.progress import RichProgress
 
     if resume and (run is None or run.name is None):
         raise ConfigError("--resume was given without --name: name the comparison to go on with.")
@@ -145,7 +145,7 @@ def _report(done: CompareResult, json: bool) -> int:
         return 0
     from rich.console import Console
 
-    from lora.compare_table import print_comparison
+    from lora.compare.table import print_comparison
 
     print_comparison(done.comparison, Console(highlight=False))
     print(f"all of it: {done.folder}")

@@ -39,8 +39,8 @@ def data(
 
     from lora.data.inspection import inspect_data
     from lora.data.inspection_view import print_report
-    from lora.data.tokenizers import load_tokenizer
-    from lora.decoder.sources import find_model
+    from lora.data.tokenizers.subword import load_tokenizer
+    from lora.pretrained.sources import find_model
 
     tokenizer = load_tokenizer(find_model(model).folder)
     report = inspect_data(path, tokenizer, data_config or DataConfig())

@@ -13,8 +13,8 @@ from lora.cli.loading import LoadedModel, load_model
 from lora.config import DataConfig, SamplingConfig
 
 if TYPE_CHECKING:
-    from lora.data.formats import Example
-    from lora.evaluation import Scores
+    from lora.data.reading.formats import Example
+    from lora.inference.evaluation import Scores
 
 
 def evaluate(
@@ -56,8 +56,8 @@ def evaluate(
     json
         Print one JSON object.
     """
-    from lora.apply import disabled_adapter
-    from lora.data.readers import read_examples
+    from lora.adapters.apply import disabled_adapter
+    from lora.data.reading.readers import read_examples
     from lora.errors import ConfigError
 
     examples = read_examples(data)
@@ -89,7 +89,7 @@ def _measure(
     max_new_tokens: int,
     bleu: bool,
 ) -> Scores:
-    from lora.evaluation import answer_examples, measure_loss, score
+    from lora.inference.evaluation import answer_examples, measure_loss, score
 
     loss = measure_loss(loaded.model, examples, loaded.tokenizer, config, loaded.choice)
     sampling = SamplingConfig(max_new_tokens=max_new_tokens)

@@ -40,9 +40,9 @@ def export(
     vllm
         Check the adapter for vLLM instead.
     """
+    from lora.adapters.merge import merge_lora
     from lora.errors import ConfigError
-    from lora.export import export_gguf
-    from lora.merge import merge_lora
+    from lora.export.gguf import export_gguf
 
     if vllm:
         return _check_for_vllm(adapter, model)
@@ -68,7 +68,7 @@ def export(
 
 def _check_for_vllm(adapter: Path | None, model: str | None) -> int:
     from lora.errors import AdapterError, ConfigError, gather
-    from lora.export import check_adapter_for_vllm, vllm_command
+    from lora.export.gguf import check_adapter_for_vllm, vllm_command
 
     if adapter is None:
         raise ConfigError("--vllm checks an adapter: name its folder with --adapter.")

@@ -20,7 +20,7 @@ from lora.config import (
 from lora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lora.finetune_job import FinetuneResult
+    from lora.finetune.job import FinetuneResult
 
 Flat = Parameter(name="*")
 
@@ -83,9 +83,9 @@ def finetune(
         Print the result as one JSON object.
     """
     from lora.data.inspection_view import print_report
-    from lora.finetune import finetune as run_job
-    from lora.finetune_job import FinetuneJob
-    from lora.progress import RichProgress
+    from lora.finetune.job import FinetuneJob
+    from lora.finetune.run import finetune as run_job
+    from lora.runs.progress import RichProgress
 
     _check_flags(resume and (run is None or run.name is None), full, lora or from_adapter)
     job = FinetuneJob(

@@ -50,9 +50,9 @@ def generate(
     json
         Print one JSON object a line.
     """
-    from lora.data.prompts import chat_prompt, plain_prompt
+    from lora.data.chat.prompts import chat_prompt, plain_prompt
     from lora.errors import DataError
-    from lora.generate import generate as answer
+    from lora.inference.generate import generate as answer
 
     asked = [*(prompts or []), *_read_lines(prompts_file)]
     if not asked:

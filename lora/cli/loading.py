@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lora.data.tokenizers import TextTokenizer
+    from lora.data.tokenizers.subword import TextTokenizer
     from lora.decoder.decoder import Decoder
-    from lora.decoder.sources import ModelSource
     from lora.device import DeviceChoice
+    from lora.pretrained.sources import ModelSource
 
 CHECKED_TEXT = "A merged model must answer as the adapted one did. 1 + 1 = 2; def f(x): return x"
 MOST_CHECKED_ROWS = 64
@@ -33,10 +33,10 @@ def load_model(name: str | None, adapter: Path | None, device: str = "auto") -> 
 
     An adapter that brings a tokenizer (with the chat template it learned) is asked with that one.
     """
-    from lora.adapter_io import load_adapter
-    from lora.decoder.hf_weights import load_decoder
-    from lora.decoder.sources import find_model
+    from lora.adapters.save_load import load_adapter
     from lora.device import choose_device
+    from lora.pretrained.hf_weights import load_decoder
+    from lora.pretrained.sources import find_model
 
     choice = choose_device(device)
     source = find_model(name)
@@ -54,7 +54,7 @@ def checked_ids(loaded: LoadedModel) -> Tensor:
     """
     import torch
 
-    from lora.apply import applied_lora
+    from lora.adapters.apply import applied_lora
 
     rows = {n for layer in applied_lora(loaded.model).rows.values() for n in layer.ids}
     tokens = loaded.tokenizer.encode(CHECKED_TEXT) + sorted(rows)[:MOST_CHECKED_ROWS]
@@ -63,8 +63,8 @@ def checked_ids(loaded: LoadedModel) -> Tensor:
 
 def load_tokenizer_of(source: ModelSource, adapter: Path | None) -> TextTokenizer:
     """Return the tokenizer that `adapter` brings, else the model's, with a chat template."""
-    from lora.data.templates import choose_template
-    from lora.data.tokenizers import load_tokenizer
+    from lora.data.chat.choose_template import choose_template
+    from lora.data.tokenizers.subword import load_tokenizer
 
     is_own = adapter is not None and (adapter / "tokenizer.json").is_file()
     folder = adapter if adapter is not None and is_own else source.folder

@@ -26,9 +26,9 @@ def merge(adapter: Path, out: Path, *, model: str | None = None, device: str = "
     device
         Where the merging is computed.
     """
-    from lora.decoder.hf_weights import save_decoder
+    from lora.adapters.merge import merge_lora
     from lora.errors import ConfigError
-    from lora.merge import merge_lora
+    from lora.pretrained.hf_weights import save_decoder
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty: name a new folder for the merged model.")

@@ -12,7 +12,7 @@ from lora.config import BaseDtype, LoRAConfig, MemoryConfig, MemoryMode
 from lora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lora.plan import MemoryPlan, Setting
+    from lora.fast.memory.plan import MemoryPlan, Setting
 
 PARTS = {
     "weights": "weights",
@@ -77,11 +77,11 @@ def plan(
     import torch
 
     from lora.decoder.families import decoder_config
-    from lora.decoder.hf_weights import read_config
-    from lora.decoder.sources import find_model
     from lora.device import available_bytes, choose_device
-    from lora.fast.memory import ROOM_FRACTION
-    from lora.plan import Setting, plan_memory
+    from lora.fast.memory.fast_step import ROOM_FRACTION
+    from lora.fast.memory.plan import Setting, plan_memory
+    from lora.pretrained.hf_weights import read_config
+    from lora.pretrained.sources import find_model
 
     _check(batch_size, micro_batches, max_length, memory_gb)
     kind = choose_device().device.type if device == "auto" else device
@@ -127,7 +127,7 @@ def _check(batch_size: int, micro_batches: int, max_length: int, memory_gb: floa
 
 
 def _fit(setting: Setting, room: int | None) -> int | None:
-    from lora.plan import largest_batch
+    from lora.fast.memory.plan import largest_batch
 
     return None if room is None else largest_batch(setting, room)
 
@@ -136,7 +136,7 @@ def _way(setting: Setting, planned: MemoryPlan, room: int | None) -> str:
     """Return how a run would save memory, and how many rows would fit at most; "" if it cannot."""
     if room is None or planned.step != "fast":
         return ""
-    from lora.plan import plan_memory
+    from lora.fast.memory.plan import plan_memory
 
     gb = setting.memory.memory_gb
     least = _fit(replace(setting, memory=MemoryConfig("full+offload", gb)), room) or 0

@@ -11,12 +11,12 @@ from cyclopts import Parameter
 
 from lora.config import DataConfig, LoRAConfig, Precision, RunConfig, TrainConfig
 from lora.errors import ConfigError
-from lora.sweep_grid import Grid
+from lora.sweep.grid import Grid
 
 if TYPE_CHECKING:
+    from lora.compare.sweep_full import FullResult
     from lora.data.inspection import DataReport
-    from lora.sweep import SweepResult
-    from lora.sweep_full import FullResult
+    from lora.sweep.run import SweepResult
 
 Flat = Parameter(name="*")
 
@@ -141,12 +141,12 @@ def sweep(
     json
         Print the result as one JSON object.
     """
+    from lora.compare.sweep_full import sweep_with_full
     from lora.data.inspection_view import print_report
-    from lora.progress import RichProgress
-    from lora.sweep import sweep as run_job
-    from lora.sweep_full import sweep_with_full
-    from lora.sweep_job import SweepJob
-    from lora.sweep_progress import RichSweepProgress
+    from lora.runs.progress import RichProgress
+    from lora.sweep.job import SweepJob
+    from lora.sweep.progress import RichSweepProgress
+    from lora.sweep.run import sweep as run_job
 
     _check_full(full, full_learning_rate)
 
@@ -206,7 +206,7 @@ def _report(done: SweepResult, full: FullResult | None, swept: tuple[str, ...], 
         return 0
     from rich.console import Console
 
-    from lora.sweep_progress import standings_table
+    from lora.sweep.progress import standings_table
 
     names = tuple(dict.fromkeys((*swept, "rank", "learning_rate"))) if full else swept
     standings = done.standings if full is None else [*done.standings, full.standing]

@@ -13,19 +13,19 @@ from pathlib import Path
 import numpy as np
 
 from lora.config import DataConfig
-from lora.data.examples import (
+from lora.data.chat.choose_template import choose_template
+from lora.data.inspection_view import print_report
+from lora.data.prepare import PreparedData
+from lora.data.reading.formats import Example
+from lora.data.reading.readers import Source, read_examples
+from lora.data.sequences.encode import (
     EncodedExamples,
     EncodingCounts,
     check_learnable,
     encode_examples,
 )
-from lora.data.formats import Example
-from lora.data.inspection_view import print_report
-from lora.data.packing import pack, padded_width
-from lora.data.prepare import PreparedData
-from lora.data.readers import Source, read_examples
-from lora.data.templates import choose_template
-from lora.data.tokenizers import TextTokenizer
+from lora.data.sequences.packing import pack, padded_width
+from lora.data.tokenizers.subword import TextTokenizer
 from lora.errors import DataError
 
 __all__ = ["DataReport", "Preview", "inspect_data", "inspect_prepared", "print_report"]

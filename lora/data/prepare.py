@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from lora.config import DataConfig
-from lora.data.batches import TokenRows, build_rows
-from lora.data.examples import EncodedExamples, check_learnable, encode_examples
-from lora.data.formats import Example
-from lora.data.readers import Source, read_examples
-from lora.data.splitting import split_examples
-from lora.data.templates import choose_template
-from lora.data.tokenizers import TextTokenizer
+from lora.data.chat.choose_template import choose_template
+from lora.data.reading.formats import Example
+from lora.data.reading.readers import Source, read_examples
+from lora.data.reading.splitting import split_examples
+from lora.data.sequences.batches import TokenRows, build_rows
+from lora.data.sequences.encode import EncodedExamples, check_learnable, encode_examples
+from lora.data.tokenizers.subword import TextTokenizer
 
 
 @dataclass(frozen=True)

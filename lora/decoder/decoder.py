@@ -160,8 +160,8 @@ class Decoder(nn.Module):
     """A causal language model whose parameters have exactly Hugging Face's names.
 
     Made by `build_decoder` (random values) or `load_decoder`. `position_ids` and `document_ids`
-    are (B, T) int64, see `lora.data.batches`; left out, every row is one document from position
-    0, or with a filled cache the continuation of each row's last token.
+    are (B, T) int64, see `lora.data.sequences.batches`; left out, every row is one document from
+    position 0, or with a filled cache the continuation of each row's last token.
     """
 
     def __init__(self, config: DecoderConfig) -> None:

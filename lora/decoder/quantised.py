@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lora.decoder.decoder import Decoder
 from lora.errors import ModelError
-from lora.kernels.fp8 import FP8, CodedRows
-from lora.tensor_files import sample_values
+from lora.kernels.step.fp8 import FP8, CodedRows
+from lora.runs.tensor_files import sample_values
 
 
 class Fp8Weight(nn.Module):

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.data.batches import IGNORE, Batch
+from lora.data.sequences.batches import IGNORE, Batch
 from lora.device import DeviceChoice
-from lora.fast.flat import FlatParameters, Slot
 from lora.fast.foreign import unmasked_attention
 from lora.fast.graphs import Graphs
-from lora.fast.ops import Ops
-from lora.fast.update import FlatUpdate
-from lora.optim import parameter_groups
+from lora.fast.weights.flat import FlatParameters, Slot
+from lora.fast.weights.update import FlatUpdate
+from lora.kernels.step.ops import Ops
+from lora.training.optim import parameter_groups
 
 Forward = Callable[[nn.Module, Batch, bool], Tensor]
 """(model, batch, needs a mask) -> logits (B, T, V), without the host looking at the batch."""

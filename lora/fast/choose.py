@@ -8,23 +8,23 @@ from typing import cast
 import torch
 from torch import nn
 
-from lora.apply_stacked import Stacked
 from lora.config import TrainConfig
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
 from lora.decoder.quantised import has_fp8_base
 from lora.device import DeviceChoice
-from lora.fast.blocks import Keep
+from lora.fast.llama.blocks import Keep
 from lora.fast.runner import CapturedSteps, FastSteps, LaunchedSteps
 from lora.fast.step import trains_whole
-from lora.kernels.fp8 import SIZES_STEP
-from lora.kernels.jit import HAS_TRITON
+from lora.kernels.step.fp8 import SIZES_STEP
+from lora.kernels.step.jit import HAS_TRITON
+from lora.layers.build import LoRAFp8Linear
+from lora.layers.token_rows import RowsEmbedding, RowsLinear
 from lora.lora_module import LoRALinear
-from lora.losses import is_transformers
-from lora.optim import parameter_groups
-from lora.steps import Steps
-from lora.token_rows import RowsEmbedding, RowsLinear
-from lora.variants import LoRAFp8Linear
+from lora.stacked.apply import Stacked
+from lora.training.losses import is_transformers
+from lora.training.optim import parameter_groups
+from lora.training.steps import Steps
 
 WIDEST_HEAD = 256
 FP8_CAPABILITY = (9, 0)

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lora.data.batches import Batch
+from lora.data.sequences.batches import Batch
 from lora.errors import DataError
 
 UNMASKED = "lora_unmasked_sdpa"

@@ -10,19 +10,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lora.data.batches import Batch
+from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
-from lora.diagnosis import find_nonfinite
-from lora.fast.blocks import Keep
 from lora.fast.captured import CapturedStep, decoder_logits
 from lora.fast.foreign import transformers_logits, why_masked
-from lora.fast.ops import PLAIN, TRITON
+from lora.fast.llama.blocks import Keep
 from lora.fast.step import MERGE_BELOW_WIDTH, FastStep, trains_whole
-from lora.kernels.jit import HAS_TRITON
-from lora.losses import loss_for
-from lora.plain_step import LossFn
-from lora.steps import StepDone
+from lora.kernels.step.jit import HAS_TRITON
+from lora.kernels.step.ops import PLAIN, TRITON
+from lora.training.diagnosis import find_nonfinite
+from lora.training.losses import loss_for
+from lora.training.plain_step import LossFn
+from lora.training.steps import StepDone
 
 READ_LATE_STEPS = 1
 
@@ -51,7 +51,7 @@ class DeviceStep(Protocol):
 
 
 class LaunchedSteps:
-    """`lora.steps.Steps` of a step on the device.
+    """`lora.training.steps.Steps` of a step on the device.
 
     Args:
         model: what `step` trains.

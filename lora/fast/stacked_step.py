@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import torch
 
-from lora.apply_stacked import Stacked
-from lora.data.batches import Batch
+from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
-from lora.fast.network import FastNetwork
-from lora.fast.ops import Ops
-from lora.fast.stacked_flat import StackedFlat
-from lora.fast.stacked_update import StackedUpdate
+from lora.fast.llama.network import FastNetwork
 from lora.fast.step import MERGE_BELOW_WIDTH, WrittenStep
-from lora.kernels.attention import BLOCK_KEYS
+from lora.fast.weights.stacked_flat import StackedFlat
+from lora.fast.weights.stacked_update import StackedUpdate
+from lora.kernels.step.attention import BLOCK_KEYS
+from lora.kernels.step.ops import Ops
+from lora.stacked.apply import Stacked
 
 
 class StackedFastStep(WrittenStep):

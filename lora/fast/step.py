@@ -14,18 +14,18 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from lora.data.batches import IGNORE, Batch
+from lora.data.sequences.batches import IGNORE, Batch
 from lora.decoder.decoder import Decoder
 from lora.decoder.quantised import has_fp8_base
-from lora.fast.adapted import Masks
-from lora.fast.blocks import Keep
-from lora.fast.buffers import Buffers, Inputs
-from lora.fast.flat import FlatParameters
 from lora.fast.graphs import Graphs
-from lora.fast.network import FastNetwork
-from lora.fast.ops import Ops
-from lora.fast.passes import FastPass
-from lora.fast.update import FlatUpdate
+from lora.fast.llama.blocks import Keep
+from lora.fast.llama.buffers import Buffers, Inputs
+from lora.fast.llama.network import FastNetwork
+from lora.fast.llama.passes import FastPass
+from lora.fast.weights.adapted import Masks
+from lora.fast.weights.flat import FlatParameters
+from lora.fast.weights.update import FlatUpdate
+from lora.kernels.step.ops import Ops
 from lora.lora_module import LoRALayer
 
 MERGE_BELOW_WIDTH = 1024

@@ -12,7 +12,7 @@ No torch here; matplotlib and jinja2 are loaded when something is drawn.
 from __future__ import annotations
 
 from lora.report.curves import COLOURS, LINE_STYLES, draw_loss_curves, parameter_table
-from lora.report.records import Report
+from lora.report.records.records import Report
 from lora.report.write import ReportFiles, report_on, write_report
 
 __all__ = [

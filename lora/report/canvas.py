@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora.report.curves import COLOURS, LINE_STYLES, smooth
 from lora.report.numbers import loss_text, short
-from lora.report.records import Memory, SweetSpot, Tried
+from lora.report.records.records import Memory, SweetSpot, Tried
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

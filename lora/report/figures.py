@@ -18,7 +18,13 @@ from lora.report.canvas import (
     draw_rates,
 )
 from lora.report.numbers import loss_text, short, size_text
-from lora.report.records import METHOD_NAMES, ComparisonRecord, Report, RunRecord, SweepRecord
+from lora.report.records.records import (
+    METHOD_NAMES,
+    ComparisonRecord,
+    Report,
+    RunRecord,
+    SweepRecord,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

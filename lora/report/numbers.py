@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lora.sweep_grid import short_number
+from lora.sweep.grid import short_number
 
 DASH = "–"
 

@@ -12,7 +12,7 @@ from lora.report import tables
 from lora.report.canvas import LINE_STYLES, SERIES
 from lora.report.figures import MOST_BARS, choose_curves
 from lora.report.numbers import count_text, loss_text, short, size_text, time_text
-from lora.report.records import (
+from lora.report.records.records import (
     METHOD_NAMES,
     ComparisonRecord,
     Report,

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora.report import numbers
 from lora.report.numbers import DASH
-from lora.report.records import (
+from lora.report.records.records import (
     ComparisonRecord,
     Method,
     Ratios,

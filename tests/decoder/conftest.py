@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lora.decoder.decoder import Decoder
-from lora.decoder.hf_weights import load_decoder
+from lora.pretrained.hf_weights import load_decoder
 
 VOCAB = 97
 _LLAMA_SIZES: dict[str, Any] = {

@@ -9,16 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora.apply import apply_lora
+from lora.adapters.apply import apply_lora
+from lora.adapters.fingerprint import base_fingerprint
+from lora.adapters.merge import merge_lora
 from lora.config import LoRAConfig
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.decoder.families import decoder_config
-from lora.decoder.hf_weights import load_decoder, save_decoder
 from lora.decoder.quantised import Fp8Linear, has_fp8_base
 from lora.errors import ModelError, TargetError
-from lora.fingerprint import base_fingerprint
-from lora.kernels.fp8 import FP8
-from lora.merge import merge_lora
+from lora.kernels.step.fp8 import FP8
+from lora.pretrained.hf_weights import load_decoder, save_decoder
 
 IDS = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lora.data.batches import Batch
+from lora.data.sequences.batches import Batch
 from lora.decoder.config import (
     AttentionConfig,
     DecoderConfig,

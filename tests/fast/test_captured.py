@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from lora.apply import apply_lora, lora_layers
+from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import LoRAConfig, TrainConfig
-from lora.data.batches import Batch
+from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.device import choose_device
 from lora.errors import DataError
 from lora.fast.captured import compiled_blocks, needs_mask
 from lora.fast.choose import choose_steps, why_not_captured
 from lora.fast.runner import CapturedSteps
-from lora.losses import loss_for
-from lora.optim import build_optimizer, set_rate
-from lora.trainer import train_step
+from lora.training.losses import loss_for
+from lora.training.optim import build_optimizer, set_rate
+from lora.training.trainer import train_step
 
 CPU = choose_device("cpu")
 RATES = (1e-2, 3e-2, 1e-2)

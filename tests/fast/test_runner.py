@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from lora.apply import apply_lora
-from lora.checkpoint import list_checkpoints
+from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig, RunConfig, TrainConfig
-from lora.data.batches import Batch
+from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.device import choose_device
 from lora.errors import TrainingError
 from lora.fast.runner import FastSteps
-from lora.losses import loss_for
-from lora.runs import create_run, read_rows
-from lora.trainer import TrainingJob, TrainResult, train
+from lora.runs.folder import create_run, read_rows
+from lora.training.checkpoint import list_checkpoints
+from lora.training.losses import loss_for
+from lora.training.trainer import TrainingJob, TrainResult, train
 
 STEPS = 12
 

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from lora.apply import apply_lora, lora_layers
-from lora.apply_stacked import Stacked, apply_stacked
+from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import LoRAConfig, TrainConfig
-from lora.data.batches import Batch
+from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
-from lora.fast import buffers
-from lora.fast.ops import PLAIN
+from lora.fast.llama import buffers
 from lora.fast.stacked_step import StackedFastStep
 from lora.fast.step import FastStep
-from lora.stacked_losses import StackedDecoderLoss, stack_batches
-from lora.stacked_training import StackedTraining
+from lora.kernels.step.ops import PLAIN
+from lora.stacked.apply import Stacked, apply_stacked
+from lora.stacked.losses import StackedDecoderLoss, stack_batches
+from lora.stacked.plain_step import StackedTraining
 
 STEPS = 3
 RATES = (1e-2, 2e-2, 5e-3)

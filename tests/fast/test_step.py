@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from lora.apply import apply_lora, lora_layers
+from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import LoRAConfig
-from lora.data.batches import Batch
+from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
-from lora.fast import buffers
-from lora.fast.ops import PLAIN
+from lora.fast.llama import buffers
 from lora.fast.step import FastStep
-from lora.kernels.dropout import drop
-from lora.losses import loss_for
-from lora.optim import build_optimizer, set_rate
-from lora.trainer import train_step
+from lora.kernels.step.dropout import drop
+from lora.kernels.step.ops import PLAIN
+from lora.training.losses import loss_for
+from lora.training.optim import build_optimizer, set_rate
+from lora.training.trainer import train_step
 
 RATES = (1e-2, 2e-2, 5e-3)
 LORA = {"rank": 3, "alpha": 6.0, "init_seed": 0}

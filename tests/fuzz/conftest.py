@@ -21,11 +21,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from lora.data.tokenizers import TextTokenizer
+from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.decoder import build_decoder
 from lora.decoder.families import decoder_config
-from lora.decoder.hf_weights import save_decoder
 from lora.errors import LoraError
+from lora.pretrained.hf_weights import save_decoder
 
 QUICK, LONG = 120, 1500
 MOST_CPU_S = 8.0

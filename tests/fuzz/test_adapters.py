@@ -13,13 +13,13 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import load
 
-from lora.adapter_io import load_adapter, read_adapter_config, save_adapter
-from lora.apply import apply_lora, lora_layers
+from lora.adapters.apply import apply_lora, lora_layers
+from lora.adapters.save_load import load_adapter, read_adapter_config, save_adapter
 from lora.config import LoRAConfig
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.decoder.families import decoder_config
 from lora.errors import AdapterError, LoraError
-from lora.export import check_adapter_for_vllm
+from lora.export.gguf import check_adapter_for_vllm
 
 SIZES: dict[str, Any] = {
     "model_type": "llama",

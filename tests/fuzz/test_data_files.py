@@ -11,12 +11,12 @@ import pytest
 from hypothesis import strategies as st
 
 from lora.config import DataConfig
-from lora.data.chat import ChatTemplate
-from lora.data.formats import Example
-from lora.data.orders import make_orders
+from lora.data.chat.template import ChatTemplate
 from lora.data.prepare import prepare_data
-from lora.data.readers import read_examples
-from lora.data.tokenizers import TextTokenizer, load_tokenizer
+from lora.data.reading.formats import Example
+from lora.data.reading.orders import make_orders
+from lora.data.reading.readers import read_examples
+from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
 
 KEYS = (
     *("messages", "prompt", "completion", "instruction", "input", "output", "text", "chosen"),

@@ -11,14 +11,14 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from lora.data.tokenizers import load_tokenizer
+from lora.data.tokenizers.subword import load_tokenizer
 from lora.decoder.decoder import build_empty_decoder
 from lora.decoder.families import FAMILIES, decoder_config
-from lora.decoder.gguf_file import GGUFFile
-from lora.decoder.gguf_weights import convert_gguf
-from lora.decoder.hf_weights import load_decoder
 from lora.errors import ModelError
-from lora.export import export_gguf
+from lora.export.gguf import export_gguf
+from lora.pretrained.gguf_file import GGUFFile
+from lora.pretrained.gguf_weights import convert_gguf
+from lora.pretrained.hf_weights import load_decoder
 
 MORE_FIELDS = (
     *("head_dim", "rope_scaling", "rope_parameters", "sliding_window", "layer_types", "use_cache"),

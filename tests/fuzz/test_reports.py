@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from lora.compare_record import read_comparison
+from lora.compare.record import read_comparison
 from lora.config import LoRAConfig, RunConfig, TrainConfig
-from lora.report.collect import read_report
 from lora.report.page import build_page
+from lora.report.records.collect import read_report
 
 FILES: dict[str, Any] = {
     "run.json": {

@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora import cli
-from lora.checkpoint import load_checkpoint, save_checkpoint, training_tensors
 from lora.config import DataConfig, LoRAConfig, RunConfig, SamplingConfig, TrainConfig
-from lora.progress import NoProgress
-from lora.runs import create_run, read_first_day, read_json, reading
-from lora.sweep_ledger import Standing, read_ledger
-from lora.training_job import Position, resume_position
+from lora.runs.folder import create_run, read_first_day, read_json, reading
+from lora.runs.progress import NoProgress
+from lora.sweep.ledger import Standing, read_ledger
+from lora.training.checkpoint import load_checkpoint, save_checkpoint, training_tensors
+from lora.training.job import Position, resume_position
 
 CONFIGS = (LoRAConfig, TrainConfig, DataConfig, RunConfig, SamplingConfig)
 WORDS = (
@@ -42,7 +42,7 @@ def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that runs `lora` with the given words in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORALM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("lora.decoder.sources.DEFAULT_PACKAGE", "no_such_package")
+    monkeypatch.setattr("lora.pretrained.sources.DEFAULT_PACKAGE", "no_such_package")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def run(words: list[str]) -> str:

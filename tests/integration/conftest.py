@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lora.data.orders import make_orders
-from lora.data.tokenizers import TextTokenizer
+from lora.data.reading.orders import make_orders
+from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.decoder import build_decoder
 from lora.decoder.families import decoder_config
-from lora.decoder.hf_weights import save_decoder
+from lora.pretrained.hf_weights import save_decoder
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lora.cli import main
-from lora.decoder.hf_weights import load_decoder
+from lora.pretrained.hf_weights import load_decoder
 
 Read = Callable[[], tuple[str, str]]
 

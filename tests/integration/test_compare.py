@@ -19,18 +19,17 @@ import torch
 
 from lora.cli import main
 from lora.compare import CompareResult, compare
-from lora.compare_decoder import DecoderContest, Measures
-from lora.compare_job import CompareConfig, Rates
-from lora.compare_record import read_comparison
+from lora.compare.config import CompareConfig, Rates
+from lora.compare.decoder_contest import DecoderContest, Measures
+from lora.compare.record import read_comparison
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
-from lora.data.batches import Batch, BatchStream
-from lora.data.orders import make_orders
-from lora.decoder.hf_weights import load_decoder
+from lora.data.reading.orders import make_orders
+from lora.data.sequences.batches import Batch, BatchStream
 from lora.errors import CheckpointError, ConfigError, DataError, DependencyError
-from lora.finetune import finetune
-from lora.finetune_job import FinetuneJob
-from lora.progress import NoProgress
-from lora.runs import read_json, read_rows
+from lora.finetune import FinetuneJob, finetune
+from lora.pretrained.hf_weights import load_decoder
+from lora.runs.folder import read_json, read_rows
+from lora.runs.progress import NoProgress
 
 PEFTS_OWN = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 NAMES = {

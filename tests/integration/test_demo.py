@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lora.decoder.sources import find_model
 from lora.errors import LoraError
+from lora.pretrained.sources import find_model
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from lora import stacked_fast_training
 from lora.config import DataConfig, RunConfig, TrainConfig
-from lora.data.orders import make_orders
-from lora.stacked_fast_training import FastStackedTraining
-from lora.sweep import sweep
-from lora.sweep_grid import Grid
-from lora.sweep_job import SweepJob
-from lora.sweep_ledger import Standing
-from lora.sweep_progress import NoSweepProgress
+from lora.data.reading.orders import make_orders
+from lora.fast import stacked_runner
+from lora.fast.stacked_runner import FastStackedTraining
+from lora.sweep import SweepJob, sweep
+from lora.sweep.grid import Grid
+from lora.sweep.ledger import Standing
+from lora.sweep.progress import NoSweepProgress
 
 
 class Killed(Exception):
@@ -39,7 +38,7 @@ class KilledAt(NoSweepProgress):
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a CPU take the fast stacked step, read as late as on a GPU."""
-    monkeypatch.setattr(stacked_fast_training, "why_not_stacked", lambda *_: None)
+    monkeypatch.setattr(stacked_runner, "why_not_stacked", lambda *_: None)
     begin = FastStackedTraining.__init__
 
     def late(self: FastStackedTraining, *values: object) -> None:

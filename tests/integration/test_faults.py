@@ -21,16 +21,15 @@ from typing import Any
 import pytest
 import torch
 
-from lora.checkpoint import list_checkpoints
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
-from lora.data.orders import make_orders
-from lora.data.tokenizers import load_tokenizer
+from lora.data.reading.orders import make_orders
+from lora.data.tokenizers.subword import load_tokenizer
 from lora.errors import CheckpointError, TrainingError
-from lora.finetune import finetune
-from lora.finetune_job import FinetuneJob
-from lora.losses import loss_for
-from lora.progress import NoProgress
-from lora.runs import create_run, read_rows
+from lora.finetune import FinetuneJob, finetune
+from lora.runs.folder import create_run, read_rows
+from lora.runs.progress import NoProgress
+from lora.training.checkpoint import list_checkpoints
+from lora.training.losses import loss_for
 
 STEPS = 50
 BYTES = ("metrics.jsonl", "samples.jsonl")
@@ -288,7 +287,7 @@ def spoilt_losses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return loss
 
-    monkeypatch.setattr("lora.finetune_loop.loss_for", build)
+    monkeypatch.setattr("lora.finetune.loop_inputs.loss_for", build)
     return spoilt
 
 
@@ -330,7 +329,7 @@ def test_the_examples_layer_and_step_are_named(
         return loss_for(model)
 
     tokenizer = load_tokenizer(Path(str(job.model)))
-    monkeypatch.setattr("lora.finetune_loop.loss_for", build)
+    monkeypatch.setattr("lora.finetune.loop_inputs.loss_for", build)
     config = replace(job.data_config, packing=False, eval_fraction=0.0)
     job = replace(job, data_config=config, lora=None if full else job.lora)
     with pytest.raises(TrainingError) as caught:
@@ -353,7 +352,7 @@ def test_held_out_examples_that_are_not_finite_are_told(
 
         return loss
 
-    monkeypatch.setattr("lora.finetune_loop.loss_for", build)
+    monkeypatch.setattr("lora.finetune.loop_inputs.loss_for", build)
     heard = Heard()
     done = finetune(job, heard)
     assert any("the held-out loss is nan, not finite" in line for line in heard.said)
@@ -396,7 +395,7 @@ def test_memory_that_runs_out_while_loading_names_the_plan(
     def refuse(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("lora.finetune.load_decoder", refuse)
+    monkeypatch.setattr("lora.finetune.run.load_decoder", refuse)
     with pytest.raises(TrainingError, match=r"while the weights were loaded\. planned memory:"):
         finetune(job)
     assert not (job.run.out / "run").exists()

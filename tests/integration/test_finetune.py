@@ -10,23 +10,22 @@ from typing import Any
 import pytest
 import torch
 
-from lora.adapter_io import load_adapter
-from lora.apply import apply_lora
+from lora.adapters.apply import apply_lora
+from lora.adapters.save_load import load_adapter
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
-from lora.data.batches import BatchStream, ordered_batches
 from lora.data.inspection import DataReport
-from lora.data.orders import make_orders
 from lora.data.prepare import prepare_data
-from lora.data.tokenizers import load_tokenizer
-from lora.decoder.hf_weights import load_decoder
+from lora.data.reading.orders import make_orders
+from lora.data.sequences.batches import BatchStream, ordered_batches
+from lora.data.tokenizers.subword import load_tokenizer
 from lora.device import choose_device
 from lora.errors import DataError, LoraError
-from lora.finetune import finetune
-from lora.finetune_job import FinetuneJob, FinetuneResult
-from lora.losses import loss_for
-from lora.progress import NoProgress
-from lora.runs import create_run, read_json, read_rows
-from lora.trainer import TrainingJob, train
+from lora.finetune import FinetuneJob, FinetuneResult, finetune
+from lora.pretrained.hf_weights import load_decoder
+from lora.runs.folder import create_run, read_json, read_rows
+from lora.runs.progress import NoProgress
+from lora.training.losses import loss_for
+from lora.training.trainer import TrainingJob, train
 
 PEFTS_OWN = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 TOKENS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -142,7 +141,7 @@ def test_samples_that_fail_leave_the_run_alone(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr("lora.samples.generate", full)
+    monkeypatch.setattr("lora.inference.samples.generate", full)
     heard = Heard()
     done = finetune(job, heard)
     assert done.result.steps == 12
@@ -221,7 +220,7 @@ def test_nothing_to_learn_is_known_before_the_weights_are_loaded(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("lora.finetune.load_decoder", never)
+    monkeypatch.setattr("lora.finetune.run.load_decoder", never)
     with pytest.raises(DataError, match=seen):
         finetune(replace(job, data=rows))
     assert not job.run.out.exists() or not list(job.run.out.iterdir())
@@ -236,7 +235,7 @@ def test_the_data_are_reported_before_the_weights_are_loaded(
     def refuse(*_: object, **__: object) -> None:
         raise Loading
 
-    monkeypatch.setattr("lora.finetune.load_decoder", refuse)
+    monkeypatch.setattr("lora.finetune.run.load_decoder", refuse)
     orders = make_orders("train", 24)
     job = replace(job, data=[*orders, *orders[:3]])
     reports: list[DataReport] = []

@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora.adapter_io import load_adapter
+from lora.adapters.save_load import load_adapter
 from lora.cli import main
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
-from lora.data.orders import make_orders
-from lora.decoder.hf_weights import load_decoder
+from lora.data.reading.orders import make_orders
 from lora.errors import ConfigError, LoraError
-from lora.finetune import finetune
-from lora.finetune_job import FinetuneJob
-from lora.runs import read_json, read_rows
+from lora.finetune import FinetuneJob, finetune
+from lora.pretrained.hf_weights import load_decoder
+from lora.runs.folder import read_json, read_rows
 
 TOKENS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
 

@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from lora.config import DataConfig, LoRAConfig, RunConfig, SamplingConfig, TrainConfig
-from lora.data.orders import make_orders
-from lora.data.tokenizers import load_tokenizer
-from lora.decoder.hf_weights import load_decoder
-from lora.finetune import finetune
-from lora.finetune_job import FinetuneJob
-from lora.generate import generate
-from lora.runs import read_json, read_rows
+from lora.data.reading.orders import make_orders
+from lora.data.tokenizers.subword import load_tokenizer
+from lora.finetune import FinetuneJob, finetune
+from lora.inference.generate import generate
+from lora.pretrained.hf_weights import load_decoder
+from lora.runs.folder import read_json, read_rows
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from lora.apply import apply_lora, lora_layers
+from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
-from lora.data.batches import Batch
-from lora.data.orders import make_orders
+from lora.data.reading.orders import make_orders
+from lora.data.sequences.batches import Batch
 from lora.decoder.config import (
     AttentionConfig,
     DecoderConfig,
@@ -29,16 +29,15 @@ from lora.device import choose_device
 from lora.errors import TrainingError
 from lora.fast.choose import choose_steps, why_not_fast
 from lora.fast.graphs import Graphs
-from lora.fast.ops import TRITON
 from lora.fast.runner import CapturedSteps
 from lora.fast.step import FastStep
-from lora.finetune import finetune
-from lora.finetune_job import FinetuneJob
-from lora.kernels.jit import HAS_TRITON
-from lora.losses import loss_for
-from lora.optim import build_optimizer
-from lora.runs import read_rows
-from lora.trainer import train_step
+from lora.finetune import FinetuneJob, finetune
+from lora.kernels.step.jit import HAS_TRITON
+from lora.kernels.step.ops import TRITON
+from lora.runs.folder import read_rows
+from lora.training.losses import loss_for
+from lora.training.optim import build_optimizer
+from lora.training.trainer import train_step
 
 pytestmark = [
     pytest.mark.gpu,

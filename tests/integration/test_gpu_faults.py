@@ -19,13 +19,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora.checkpoint import list_checkpoints
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
-from lora.data.orders import make_orders
+from lora.data.reading.orders import make_orders
 from lora.errors import TrainingError
-from lora.finetune import finetune
-from lora.finetune_job import FinetuneJob
-from lora.progress import NoProgress
+from lora.finetune import FinetuneJob, finetune
+from lora.runs.progress import NoProgress
+from lora.training.checkpoint import list_checkpoints
 
 pytestmark = [
     pytest.mark.gpu,
@@ -182,10 +181,10 @@ STARVED = """
 import sys, torch
 from pathlib import Path
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
-from lora.data.orders import make_orders
+from lora.data.reading.orders import make_orders
 from lora.errors import TrainingError
 from lora.finetune import finetune
-from lora.finetune_job import FinetuneJob
+from lora.finetune import FinetuneJob
 
 total = torch.cuda.get_device_properties(0).total_memory
 fast = sys.argv[3] == "fast"

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora.apply import apply_lora, lora_layers
+from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
-from lora.data.batches import Batch
-from lora.data.orders import make_orders
+from lora.data.reading.orders import make_orders
+from lora.data.sequences.batches import Batch
 from lora.decoder.config import (
     AttentionConfig,
     DecoderConfig,
@@ -23,16 +23,15 @@ from lora.decoder.config import (
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.decoder.quantised import Fp8Linear, has_fp8_base, use_fp8_linears
 from lora.device import choose_device
-from lora.fast import buffers
-from lora.fast.blocks import MODES
 from lora.fast.choose import why_not_fast, why_not_fp8
-from lora.fast.ops import PLAIN, TRITON
+from lora.fast.llama import buffers
+from lora.fast.llama.blocks import MODES
 from lora.fast.step import FastStep
-from lora.finetune import finetune
-from lora.finetune_job import FinetuneJob
-from lora.kernels.jit import HAS_TRITON
-from lora.progress import NoProgress
-from lora.runs import read_json, read_rows
+from lora.finetune import FinetuneJob, finetune
+from lora.kernels.step.jit import HAS_TRITON
+from lora.kernels.step.ops import PLAIN, TRITON
+from lora.runs.folder import read_json, read_rows
+from lora.runs.progress import NoProgress
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 pytestmark = [

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora.apply import apply_lora
+from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig
-from lora.data.batches import Batch
+from lora.data.sequences.batches import Batch
 from lora.decoder.config import (
     AttentionConfig,
     DecoderConfig,
@@ -16,12 +16,13 @@ from lora.decoder.config import (
     RopeConfig,
 )
 from lora.decoder.decoder import Decoder, build_decoder
-from lora.fast import blocks, buffers, step
-from lora.fast.blocks import MODES, Keep
-from lora.fast.memory import FastPlan
-from lora.fast.ops import TRITON
+from lora.fast import step
+from lora.fast.llama import blocks, buffers
+from lora.fast.llama.blocks import MODES, Keep
+from lora.fast.memory.fast_step import FastPlan
 from lora.fast.step import FastStep
-from lora.kernels.jit import HAS_TRITON
+from lora.kernels.step.jit import HAS_TRITON
+from lora.kernels.step.ops import TRITON
 
 pytestmark = [
     pytest.mark.gpu,

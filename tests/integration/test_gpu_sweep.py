@@ -12,11 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora.apply import apply_lora, lora_layers
-from lora.apply_stacked import Stacked, apply_stacked
+from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
-from lora.data.batches import Batch
-from lora.data.orders import make_orders
+from lora.data.reading.orders import make_orders
+from lora.data.sequences.batches import Batch
 from lora.decoder.config import (
     AttentionConfig,
     DecoderConfig,
@@ -26,16 +25,16 @@ from lora.decoder.config import (
 )
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.device import choose_device
-from lora.fast.ops import TRITON
+from lora.fast.stacked_runner import FastStackedTraining, build_training
 from lora.fast.stacked_step import StackedFastStep
 from lora.fast.step import FastStep
-from lora.kernels.jit import HAS_TRITON
-from lora.stacked_fast_training import FastStackedTraining, build_training
-from lora.stacked_losses import StackedDecoderLoss, stack_batches
-from lora.stacked_training import StackedTraining
-from lora.sweep import sweep
-from lora.sweep_grid import Grid
-from lora.sweep_job import SweepJob
+from lora.kernels.step.jit import HAS_TRITON
+from lora.kernels.step.ops import TRITON
+from lora.stacked.apply import Stacked, apply_stacked
+from lora.stacked.losses import StackedDecoderLoss, stack_batches
+from lora.stacked.plain_step import StackedTraining
+from lora.sweep import SweepJob, sweep
+from lora.sweep.grid import Grid
 
 pytestmark = [
     pytest.mark.gpu,

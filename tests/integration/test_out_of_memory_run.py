@@ -14,11 +14,11 @@ import resource, sys
 from pathlib import Path
 import torch
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
-from lora.data.orders import make_orders
+from lora.data.reading.orders import make_orders
 from lora.errors import TrainingError
 from lora.finetune import finetune
-from lora.finetune_job import FinetuneJob
-from lora.progress import NoProgress
+from lora.finetune import FinetuneJob
+from lora.runs.progress import NoProgress
 
 class Starve(NoProgress):
     hoard = []  # what earlier steps have freed stays with the process: hold it, all but 4 MB

@@ -13,21 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora.adapter_io import load_adapter
+from lora.adapters.fingerprint import base_fingerprint
+from lora.adapters.save_load import load_adapter
 from lora.cli import main
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
-from lora.data.orders import make_orders
 from lora.data.prepare import prepare_data
-from lora.data.tokenizers import load_tokenizer
+from lora.data.reading.orders import make_orders
+from lora.data.tokenizers.subword import load_tokenizer
 from lora.decoder.decoder import Decoder
-from lora.decoder.hf_weights import load_decoder
-from lora.decoder.sources import find_model
 from lora.errors import CheckpointError, ConfigError
-from lora.finetune import finetune
-from lora.finetune_job import FinetuneJob, FinetuneResult
-from lora.fingerprint import base_fingerprint
-from lora.progress import NoProgress
-from lora.runs import read_json
+from lora.finetune import FinetuneJob, FinetuneResult, finetune
+from lora.pretrained.hf_weights import load_decoder
+from lora.pretrained.sources import find_model
+from lora.runs.folder import read_json
+from lora.runs.progress import NoProgress
 
 SPECIAL = ("<|tool|>", "<|think|>")
 VOCAB = 400

@@ -17,18 +17,16 @@ import torch
 from safetensors.torch import load_file
 
 from lora.cli import main
+from lora.compare.sweep_full import sweep_with_full
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
-from lora.data.orders import make_orders
+from lora.data.reading.orders import make_orders
 from lora.errors import CheckpointError, ConfigError, Interrupted, TrainingError
-from lora.finetune import finetune
-from lora.finetune_job import FinetuneJob
-from lora.runs import read_json, read_rows
-from lora.sweep import sweep
-from lora.sweep_full import sweep_with_full
-from lora.sweep_grid import Grid, build_candidates
-from lora.sweep_job import SweepJob
-from lora.sweep_ledger import Standing, rank
-from lora.sweep_progress import NoSweepProgress
+from lora.finetune import FinetuneJob, finetune
+from lora.runs.folder import read_json, read_rows
+from lora.sweep import SweepJob, sweep
+from lora.sweep.grid import Grid, build_candidates
+from lora.sweep.ledger import Standing, rank
+from lora.sweep.progress import NoSweepProgress
 
 TRAIN = TrainConfig(steps=12, batch_size=4)
 DATA = DataConfig(max_length=128, packing=False)
@@ -168,7 +166,7 @@ def test_memory_that_runs_out_names_the_plan_and_smaller_waves(
     def refuse(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("lora.sweep_wave.stack_batches", refuse)
+    monkeypatch.setattr("lora.sweep.wave.stack_batches", refuse)
     with pytest.raises(TrainingError) as caught:
         sweep(job)
     for words in ("with 4 candidates at once", "GB for each", "--at-once 2", "--micro-batches"):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lora.kernels.together import call_together
+from lora.layers.build import FusedLoRALinear
 from lora.lora_module import LoRALinear
-from lora.variants import FusedLoRALinear
 
 
 def build(kind: type[LoRALinear]) -> list[LoRALinear]:

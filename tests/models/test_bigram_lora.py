@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora.adapter_io import load_adapter, save_adapter
-from lora.apply import lora_layers
+from lora.adapters.apply import lora_layers
+from lora.adapters.save_load import load_adapter, save_adapter
 from lora.errors import ConfigError, ModelError
 from lora.lora_module import count_lora_parameters
 from models.bigram_lm_v2 import BigramLanguageModel, save_bigram

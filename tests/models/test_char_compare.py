@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lora.config import TrainConfig
-from lora.data.characters import CharTokenizer
+from lora.data.tokenizers.characters import CharTokenizer
 from models.bigram_lm_v2 import BigramLanguageModel, save_bigram
 from models.char_compare import CharFactory
 from models.char_step import CharSteps
@@ -22,9 +22,9 @@ STEPS, KILLED_AT = 12, 8
 MEMBER = f"""
 import os, signal, sys
 from pathlib import Path
-from lora.compare_factory import FactoryContest
+from lora.compare.factory import FactoryContest
 from lora.config import RunConfig
-from lora.progress import NoProgress
+from lora.runs.progress import NoProgress
 from models.char_compare import CharFactory
 from models.classic_settings import ClassicSettings
 

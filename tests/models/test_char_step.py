@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lora.config import TrainConfig
 from lora.device import DeviceChoice, choose_device
-from lora.optim import build_optimizer
-from lora.plain_step import train_step
+from lora.training.optim import build_optimizer
+from lora.training.plain_step import train_step
 from models.bigram_lm_v2 import BigramLanguageModel, bigram_loss
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.char_step import CharStep, CharSteps, char_steps, why_not_by_hand

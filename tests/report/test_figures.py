@@ -16,7 +16,7 @@ from lora.report.numbers import (
     size_text,
     time_text,
 )
-from lora.report.records import Memory, Point, RunRecord, SweetSpot, Tried
+from lora.report.records.records import Memory, Point, RunRecord, SweetSpot, Tried
 from lora.report.svg import png_of, svg_of
 
 

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 OURS = ("lora", "models", "training", "demo", "demo_classic", "benchmarks", "tests")
-LORA_CODE = {"lora_module", "variants", "stacked", "apply", "adapter_io", "merge", "fast"}
+LORA_CODE = {"lora_module", "layers", "stacked", "adapters", "fast"}
 NO_LORA = ("lora/data/", "lora/decoder/", "lora/kernels/", "models/bigram_lm_v2.py")
-NO_TORCH = ("errors", "config", "runs", "progress", "report", "models/classic_settings")
+NO_TORCH = (
+    *("lora/errors.py", "lora/config.py", "lora/runs/folder.py", "lora/runs/progress.py"),
+    *("lora/report/", "models/classic_settings.py"),
+)
 ADVICE = "See the table of floors in docs/architecture.md; a new module gets its place there."
 
 Trees = dict[str, ast.Module]
@@ -25,17 +28,13 @@ def floors(root: Path) -> dict[str, int]:
     text = (root / "docs" / "architecture.md").read_text(encoding="utf-8")
     section = text.split("\n## Floors\n")[1].split("\n## ")[0]
     table = re.findall(r"^\| (\d+) \| (.+) \|$", section, flags=re.MULTILINE)
-    return {
-        name.strip(" *").removesuffix(".py"): int(floor)
-        for floor, names in table
-        for name in names.split(",")
-    }
+    return {name.strip(" *"): int(floor) for floor, names in table for name in names.split(",")}
 
 
 def unit_of(path: str) -> str:
     """Return the name by which the table of floors knows a file: lora/data/x.py is `data`."""
-    parts = path.removesuffix(".py").split("/")
-    return parts[1] if parts[0] == "lora" else "/".join(parts)
+    parts = path.split("/")
+    return parts[1].removesuffix(".py") if parts[0] == "lora" else parts[0]
 
 
 def nodes_that_run(tree: ast.AST) -> Iterator[ast.AST]:
@@ -92,19 +91,19 @@ def test_every_module_of_the_table_exists_or_is_in_italics(
 ) -> None:
     text = (root / "docs" / "architecture.md").read_text(encoding="utf-8")
     gone = [name for name in floors if name not in {unit_of(path) for path in product}]
-    stale = [name for name in gone if not re.search(rf"\*{re.escape(name)}(\.py)?\*", text)]
+    stale = [name for name in gone if not re.search(rf"\*{re.escape(name)}\*", text)]
     assert not stale, f"docs/architecture.md gives a floor to what does not exist: {stale}"
 
 
 def test_every_file_that_the_page_names_exists(root: Path, product: Trees) -> None:
     text = (root / "docs" / "architecture.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`([\w/]+\.py)`", text)) - {"utils.py"}  # which it says is not there
-    assert len(named) > 40, "docs/architecture.md no longer describes the layout"
+    assert len(named) > 4, "docs/architecture.md no longer describes the layout"
     gone = [n for n in named if not any(f"/{path}".endswith(f"/{n}") for path in product)]
     assert not gone, f"docs/architecture.md describes what does not exist: {sorted(gone)}"
 
 
-def test_imports_go_down_or_stay_on_their_floor(product: Trees, floors: dict[str, int]) -> None:
+def test_a_folder_imports_lower_floors_only(product: Trees, floors: dict[str, int]) -> None:
     faults = []
     for path, tree in product.items():
         if path == "lora/__init__.py":  # the front door only names what is behind it
@@ -112,7 +111,8 @@ def test_imports_go_down_or_stay_on_their_floor(product: Trees, floors: dict[str
         own = floors.get(unit_of(path), 99)
         for target, line in imported_files(tree, product):
             other = floors.get(unit_of(target), 99)
-            if other > own:
+            is_own = unit_of(target) == unit_of(path) or target == "lora/__init__.py"
+            if other >= own and not is_own:
                 faults.append(f"{path}:{line} (floor {own}) imports {target} (floor {other})")
     assert not faults, "\n".join([*faults, ADVICE])
 
@@ -174,7 +174,7 @@ def test_the_quick_modules_do_without_torch(product: Trees) -> None:
     faults = [
         f"{path}:{node.lineno} imports torch"
         for path, tree in product.items()
-        if unit_of(path) in NO_TORCH
+        if path.startswith(NO_TORCH)
         for node in ast.walk(tree)
         if isinstance(node, ast.Import | ast.ImportFrom)
         and any(name.split(".")[0] == "torch" for name in third_party_names(node))
@@ -192,19 +192,19 @@ def third_party_names(node: ast.Import | ast.ImportFrom) -> list[str]:
 @pytest.mark.parametrize(
     ("source", "files"),
     [
-        ("from lora.data import packing", ["lora/data/packing.py"]),
-        ("def f():\n    import lora.data.packing", ["lora/data/packing.py"]),
-        ("from lora.data.packing import pack", ["lora/data/packing.py"]),
+        ("from lora.data.sequences import packing", ["lora/data/sequences/packing.py"]),
+        ("def f():\n    import lora.data.sequences.packing", ["lora/data/sequences/packing.py"]),
+        ("from lora.data.sequences.packing import pack", ["lora/data/sequences/packing.py"]),
         ("from lora import LoRALinear", ["lora/__init__.py"]),
         ("import torch", []),
-        ("if TYPE_CHECKING:\n    from lora.data import packing", []),
+        ("if TYPE_CHECKING:\n    from lora.data.sequences import packing", []),
         ("if TYPE_CHECKING:\n    pass\nelse:\n    import lora.data", ["lora/data/__init__.py"]),
         ("if x:\n    import lora.data", ["lora/data/__init__.py"]),
         ("try:\n    import lora.data\nexcept E:\n    pass", ["lora/data/__init__.py"]),
     ],
 )
 def test_the_walk_finds_every_way_to_import(source: str, files: list[str]) -> None:
-    names = ("lora/__init__.py", "lora/data/__init__.py", "lora/data/packing.py")
+    names = ("lora/__init__.py", "lora/data/__init__.py", "lora/data/sequences/packing.py")
     known = dict.fromkeys(names, ast.parse(""))
     assert [target for target, _ in imported_files(ast.parse(source), known)] == files
 

@@ -1,0 +1,75 @@
+"""Tokens that a run adds to a model's vocabulary: which rows they get, and how these train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from lora.adapters.apply import applied_lora, train_token_rows
+from lora.data.tokenizers.subword import TextTokenizer
+from lora.decoder.decoder import Decoder
+from lora.errors import ConfigError
+from lora.layers.token_rows import find_tables, mean_row, resize_vocabulary
+
+
+def add_tokens_to_lora(
+    model: Decoder, tokenizer: TextTokenizer, tokens: Sequence[str]
+) -> str | None:
+    """Changes `model`, which has LoRA, in place: the rows of `tokens` train beside it.
+
+    `tokenizer` has the tokens already. Returns what was done, in words, or None without tokens.
+    Raises ConfigError if `model` has an adapter with rows that lack some of the tokens.
+    """
+    if not tokens:
+        return None
+    ids, rows_before = tokenizer.ids_of(tokens), model.config.vocab_size
+    rows = applied_lora(model).rows
+    if not rows:
+        train_token_rows(model, ids, n_known=tokenizer.n_known)
+        return _describe(tokenizer, tokens, rows_before, model)
+    trained = {number for layer in rows.values() for number in layer.ids}
+    missing = [token for token, number in zip(tokens, ids, strict=True) if number not in trained]
+    if missing:
+        raise ConfigError(
+            f"special_tokens={missing!r} were to be added to an adapter that trains other tokens: "
+            "its tokens are given once. Merge it (lora merge), and add them to the merged model."
+        )
+    return _describe(tokenizer, tokens, rows_before, model)
+
+
+@torch.no_grad()
+def add_tokens_to_all(
+    model: Decoder, tokenizer: TextTokenizer, tokens: Sequence[str]
+) -> str | None:
+    """Changes `model`, which trains whole, in place: there is a row for each of `tokens`.
+
+    Rows of new tokens start at the mean of those known, as beside LoRA. Returns what was done.
+    """
+    if not tokens:
+        return None
+    ids, rows_before = tokenizer.ids_of(tokens), model.config.vocab_size
+    resize_vocabulary(model, max(rows_before, max(ids) + 1))
+    known = tokenizer.n_known
+    new = [number for number in ids if known is not None and number >= known]
+    for table in find_tables(model).by_name.values():
+        weight = cast(Tensor, table.weight)
+        if new:  # a tied head's again: the mean of the same rows
+            weight[new] = mean_row(weight, min(new)).to(weight)
+    return _describe(tokenizer, tokens, rows_before, model)
+
+
+def _describe(
+    tokenizer: TextTokenizer, tokens: Sequence[str], rows_before: int, model: Decoder
+) -> str:
+    known = tokenizer.vocab_size if tokenizer.n_known is None else tokenizer.n_known
+    named = [
+        f"{token} {number}{'' if number >= known else ' (known already)'}"
+        for token, number in zip(tokens, tokenizer.ids_of(tokens), strict=True)
+    ]
+    rows = model.config.vocab_size
+    grown = f"the vocabulary grows from {rows_before:,} to {rows:,} rows"
+    fate = grown if rows > rows_before else f"its {rows:,} rows have room for them"
+    return f"special tokens: {', '.join(named)}; {fate}"

@@ -1,0 +1,230 @@
+"""Merge LoRA into plain linears, and check that the model still answers the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora.adapters.apply import AppliedLoRA, applied_lora, lora_layers, replace_module
+from lora.adapters.targets import output_head_name
+from lora.decoder.decoder import Decoder
+from lora.errors import AdapterError, ModelError
+from lora.layers.build import LoRAConv1D
+from lora.layers.token_rows import RowsLayer, RowsLinear, plain_linear
+from lora.lora_module import LoRALayer
+
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+"""Largest ‖difference‖ / ‖reference‖ of the logits, by the type of the weights.
+
+Measured on random Llamas of 30 blocks, the worst case: 5e-16, 4e-6, 5e-2 and 6e-3."""
+
+Forward = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What merging changed. Errors are relative: ‖difference‖ / ‖reference‖."""
+
+    layers: int
+    """Layers that were merged."""
+    relative_error: float | None
+    """Of the merged model's logits against the adapted one's; None where no inputs were given."""
+    max_error: float | None
+    """Largest difference of two logits."""
+    tolerance: float
+    """Largest `relative_error` that was allowed."""
+    rounding_error: float
+    """Of the merged weights against W + scaling · B A, from rounding to the weights' type."""
+    update_error: float
+    """The same rounding against scaling · B A alone: the share of the update that was lost."""
+    untied_head: bool
+    """The head was tied to the embedding, and has a weight of its own now."""
+
+
+def merge_lora(
+    model: nn.Module,
+    sample_inputs: Any = None,
+    *,
+    forward: Forward | None = None,
+    tolerance: float | None = None,
+) -> MergeReport:
+    """Changes `model` in place: every LoRA layer becomes the plain layer with W + scaling · B A.
+
+    The logits on `sample_inputs` (token ids, (B, T)) are compared before and after; `forward`
+    returns them, by default `model(sample_inputs)`. Weights are summed in fp32 and rounded once,
+    into new tensors: for a moment both versions are in memory. What trained whole stays as
+    trained, rows of tokens are written into the embedding and the head. A tied head whose weight is
+    no longer the embedding's is untied in the model's config too, so that it is saved.
+
+    Raises AdapterError if the logits differ by more than `tolerance` (by default TOLERANCES of the
+    weights' type) or a merged weight is not finite; `model` is then adapted as before.
+    """
+    applied, layers = applied_lora(model), lora_layers(model)
+    was_tied = _is_tied_before(model, applied)
+    if tolerance is None:
+        tolerance = max(TOLERANCES.get(layer.weight.dtype, 1e-4) for layer in layers.values())
+    merged = {name: layer.merge() for name, layer in layers.items()}
+    rounding_error, update_error = _rounding(layers, merged)
+    merged |= _merged_rows(applied)
+    errors: tuple[float, float] | None = None
+    if sample_inputs is None:
+        _put(model, merged)
+    else:
+        errors = _put_checked(
+            model,
+            {**layers, **applied.rows},
+            merged,
+            sample_inputs,
+            forward or default_forward,
+            tolerance,
+        )
+    del model.applied_lora
+    untied_head = was_tied and not _is_tied(model)
+    if untied_head:
+        _untie_config(model)
+    return MergeReport(
+        layers=len(layers),
+        relative_error=errors[0] if errors else None,
+        max_error=errors[1] if errors else None,
+        tolerance=tolerance,
+        rounding_error=rounding_error,
+        update_error=update_error,
+        untied_head=untied_head,
+    )
+
+
+def _merged_rows(applied: AppliedLoRA) -> dict[str, nn.Module]:
+    """Return the plain token tables, by name; a tied head gets the embedding's new weight."""
+    merged: dict[str, nn.Module] = {}
+    first: RowsLayer | None = None
+    for name, layer in applied.rows.items():
+        if not torch.isfinite(layer.token_rows).all():
+            raise AdapterError(
+                f"Merging was asked for, and trained rows of {name} are not finite. The model is "
+                "left adapted. Check the adapter."
+            )
+        if first is not None and isinstance(layer, RowsLinear) and layer.weight is first.weight:
+            shared = cast(nn.Embedding, next(iter(merged.values()))).weight
+            merged[name] = plain_linear(shared, layer)
+        else:
+            first, merged[name] = layer, layer.merge()
+    return merged
+
+
+def default_forward(model: nn.Module, inputs: Any) -> Tensor:
+    """Return the logits of `model(inputs)`: its result, the result's `logits` or first item.
+
+    Raises ModelError if the result holds no tensor there.
+    """
+    output = model(inputs)
+    if isinstance(output, Mapping):  # transformers' outputs
+        output = output.get("logits")
+    elif isinstance(output, tuple) and output:
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise ModelError(
+            f"Logits were asked of a {type(model).__name__}, which returned no tensor first and "
+            "no `logits`. Pass forward=, a function of model and inputs that returns the logits."
+        )
+    return output
+
+
+def _put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        replace_module(model, name, module)
+
+
+@torch.no_grad()
+def _put_checked(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    merged: dict[str, nn.Module],
+    inputs: Any,
+    forward: Forward,
+    tolerance: float,
+) -> tuple[float, float]:
+    """Changes `model` in place unless it raises; return relative and largest error of logits."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    is_merged = False
+    model.eval()  # dropout would make the two runs differ
+    try:
+        before = forward(model, inputs).double()
+        _put(model, {name: module.eval() for name, module in merged.items()})
+        difference = forward(model, inputs).double() - before
+        relative = (difference.norm() / before.norm().clamp(min=1e-30)).item()
+        if not relative <= tolerance:  # NaN is refused too
+            raise AdapterError(
+                f"Merging was asked for, and the merged model's logits differ by {relative:.2e} "
+                f"(‖difference‖ / ‖reference‖); allowed is {tolerance:.2g}. The model is left "
+                "adapted. Merge it in fp32, or use the adapter without merging."
+            )
+        is_merged = True
+    finally:
+        if not is_merged:
+            _put(model, layers)
+        for name, module in model.named_modules():
+            module.training = modes[name]
+    return relative, difference.abs().max().item()
+
+
+@torch.no_grad()
+def _rounding(layers: dict[str, LoRALayer], merged: dict[str, nn.Module]) -> tuple[float, float]:
+    lost = whole = update = 0.0
+    for name, layer in layers.items():
+        weight = cast(Tensor, merged[name].weight)
+        if not torch.isfinite(weight).all():
+            raise AdapterError(
+                f"Merging was asked for, and the merged weight of {name} is not finite in "
+                f"{weight.dtype}. The model is left adapted. Check the adapter, or merge in fp32."
+            )
+        wide = torch.float64 if weight.dtype in (torch.float32, torch.float64) else torch.float32
+        delta = (layer.lora_B.to(wide) @ layer.lora_A.to(wide)) * layer.scaling  # (O, I)
+        delta = delta.T if isinstance(layer, LoRAConv1D) else delta  # (I, O) for Conv1D
+        exact = layer.weight.to(wide) + delta
+        lost += (weight.to(wide) - exact).norm().item() ** 2
+        whole += exact.norm().item() ** 2
+        update += delta.norm().item() ** 2
+    return (
+        math.sqrt(lost / whole) if whole else 0.0,
+        math.sqrt(lost / update) if update else 0.0,
+    )
+
+
+def _is_tied_before(model: nn.Module, applied: AppliedLoRA) -> bool:
+    """Whether the base's head shared its weight with an embedding."""
+    name = output_head_name(model)
+    if name is None:
+        return False
+    head = applied.originals.get(name) or model.get_submodule(name)
+    owners = [model, *applied.originals.values()]
+    return any(_is_embedding_of(head, module) for owner in owners for module in owner.modules())
+
+
+def _is_tied(model: nn.Module) -> bool:
+    name = output_head_name(model)
+    head = model.get_submodule(name) if name else None
+    return head is not None and any(_is_embedding_of(head, m) for m in model.modules())
+
+
+def _is_embedding_of(head: nn.Module, module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and module.weight is head.weight
+
+
+def _untie_config(model: nn.Module) -> None:
+    """Changes the config of `model`: else saving would drop the head, or loading tie it again."""
+    if isinstance(model, Decoder):
+        source = {**model.config.source, "tie_word_embeddings": False}
+        model.config = dataclasses.replace(model.config, tie_word_embeddings=False, source=source)
+        return
+    transformers = sys.modules.get("transformers.modeling_utils")
+    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
+        config = cast(Any, model).config
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False

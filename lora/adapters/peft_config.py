@@ -1,0 +1,269 @@
+"""PEFT's `adapter_config.json`, in and out: what changes the result is honoured or refused.
+
+Source of the format and of the rules by which names match: PEFT's LoraConfig, version 0.21. The
+rules differ from ours in details, so they are followed here to the letter, and what is written is
+checked against them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lora.adapters.apply import AppliedLoRA, lora_layers
+from lora.adapters.peft_fields import check_fields
+from lora.adapters.targets import ALL_LINEAR, matches, output_head_name
+from lora.config import LoRAConfig
+from lora.errors import AdapterError, did_you_mean
+from lora.layers.build import LoRAConv1D, is_adaptable
+from lora.lora_module import LoRALayer
+
+
+@dataclass(frozen=True)
+class PeftDescription:
+    """The fields of `adapter_config.json` that change what an adapter computes."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    rslora: bool
+    targets: str | tuple[str, ...]
+    """Name endings, or one regular expression for whole names, or "all-linear"."""
+    saved: tuple[str, ...] = ()
+    exclude: str | tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    """Numbers of the blocks that targets given by ending are limited to; none means all."""
+    layers_pattern: tuple[str, ...] = ()
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def takes(self, name: str) -> bool:
+        """Whether PEFT adapts the module called `name` ("all-linear" apart)."""
+        if isinstance(self.exclude, str):
+            excluded = re.fullmatch(self.exclude, name) is not None
+        else:
+            excluded = any(matches(name, ending) for ending in self.exclude)
+        inside = any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in self.saved)
+        if excluded or inside:
+            return False
+        if isinstance(self.targets, str):
+            return re.fullmatch(self.targets, name) is not None
+        if name in self.targets:
+            return True  # the limit to certain blocks does not hold for full names
+        return any(matches(name, ending) for ending in self.targets) and self._in_layers(name)
+
+    def _in_layers(self, name: str) -> bool:
+        found = None
+        for word in self.layers_pattern or (r"[^.]*",):
+            start = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
+            found = found or re.match(rf"{start}{word}\.(\d+)\.", name)
+        return not self.layers or (found is not None and int(found[1]) in self.layers)
+
+    def saves(self, name: str) -> bool:
+        """Whether PEFT trains the module called `name` whole."""
+        return any(f"base_model.model.{name}".endswith(ending) for ending in self.saved)
+
+    def rank_of(self, name: str) -> int:
+        return _of_name(name, self.rank_pattern, self.rank)
+
+    def alpha_of(self, name: str) -> float:
+        return _of_name(name, self.alpha_pattern, self.alpha)
+
+    def scaling_of(self, name: str) -> float:
+        rank = self.rank_of(name)
+        return self.alpha_of(name) / (math.sqrt(rank) if self.rslora else rank)
+
+
+def describe_adapter(
+    model: nn.Module, applied: AppliedLoRA, base_name: str | None
+) -> dict[str, Any]:
+    """Return `adapter_config.json`'s content for the LoRA that is on `model`.
+
+    Raises AdapterError if PEFT's rules cannot tell the adapted layers from the others.
+    """
+    return _to_dict(_describe(model, applied), model, base_name)
+
+
+def read_description(
+    described: dict[str, Any], model: nn.Module
+) -> tuple[LoRAConfig | None, list[str]]:
+    """Return the LoRAConfig that `described` means for `model`, adapted already or not.
+
+    The config names its layers in full. It is None if there are faults, which are returned too.
+    """
+    description, faults = parse_description(described)
+    if description is None:
+        return None, faults
+    names, saved, faults = find_described(model, description)
+    config = build_config(description, names, saved) if names and not faults else None
+    return config, faults
+
+
+def parse_description(values: dict[str, Any]) -> tuple[PeftDescription | None, list[str]]:
+    """Return what `values`, read from `adapter_config.json`, mean, or None and all faults."""
+    faults = check_fields(values)
+    if faults:
+        return None, faults
+    layers: Any = values.get("layers_to_transform")
+    description = PeftDescription(
+        rank=values["r"],
+        alpha=float(values["lora_alpha"]),
+        dropout=float(values.get("lora_dropout") or 0.0),
+        rslora=bool(values.get("use_rslora")),
+        targets=_names(values["target_modules"]),
+        saved=tuple(values.get("modules_to_save") or ()),
+        exclude=_names(values.get("exclude_modules")),
+        layers=(layers,) if isinstance(layers, int) else tuple(layers or ()),
+        layers_pattern=_as_tuple(values.get("layers_pattern")),
+        rank_pattern=dict(values.get("rank_pattern") or {}),
+        alpha_pattern={k: float(v) for k, v in (values.get("alpha_pattern") or {}).items()},
+    )
+    return description, []
+
+
+def find_described(
+    model: nn.Module, description: PeftDescription
+) -> tuple[list[str], list[str], list[str]]:
+    """Return the names that PEFT adapts in `model`, those that it trains whole, and all faults."""
+    modules = base_modules(model)
+    linears = [n for n, m in modules.items() if isinstance(m, LoRALayer) or is_adaptable(m)]
+    if description.targets == ALL_LINEAR:
+        outside = PeftDescription(1, 1.0, 0.0, False, r".*", description.saved, description.exclude)
+        head = output_head_name(model)
+        names = [name for name in linears if name != head and outside.takes(name)]
+    else:
+        names = [name for name in modules if description.takes(name)]
+    saved = [name for name in modules if description.saves(name)]
+    faults = [] if names else [f"target_modules={description.targets!r} matches no layer here"]
+    for name in sorted(set(names) - set(linears)):
+        kind = type(modules[name]).__name__
+        faults.append(f"target {name!r} is of type {kind}: LoRA can wrap linears only")
+    for name in description.saved:
+        if not any(f"base_model.model.{module}".endswith(name) for module in modules):
+            near = did_you_mean(name, {module.rpartition(".")[2] for module in modules})
+            faults.append(f"modules_to_save={name!r} is no module of this model.{near}")
+    for name in names + saved:
+        # Our settings read a full name as an ending too: it must not be one.
+        longer = [other for other in modules if other != name and matches(other, name)]
+        faults += [f"{name!r} cannot be told from {other!r} by name" for other in longer]
+    return names, saved, faults
+
+
+def build_config(description: PeftDescription, names: list[str], saved: list[str]) -> LoRAConfig:
+    """Return our settings for the layers `names` and the whole modules `saved`, in full names."""
+    ranks = {name: description.rank_of(name) for name in names}
+    alphas = {name: description.alpha_of(name) for name in names}
+    return LoRAConfig(
+        rank=description.rank,
+        alpha=description.alpha,
+        dropout=description.dropout,
+        targets=tuple(names),
+        modules_to_save=tuple(saved),
+        rslora=description.rslora,
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != description.rank},
+        alpha_pattern={n: alpha for n, alpha in alphas.items() if alpha != description.alpha},
+    )
+
+
+def _describe(model: nn.Module, applied: AppliedLoRA) -> PeftDescription:
+    """Return PEFT's description of the LoRA on `model`.
+
+    Raises AdapterError if PEFT's rules cannot tell the adapted layers from the others.
+    """
+    layers, config = lora_layers(model), applied.config
+    saved, modules = tuple(sorted(applied.originals)), base_modules(model)
+    description = PeftDescription(
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        rslora=config.rslora,
+        targets=_shortest(list(layers), [name for name in modules if name not in layers]),
+        saved=saved,
+        rank_pattern=_shortest_pattern({n: x.rank for n, x in layers.items()}, config.rank),
+        alpha_pattern=_shortest_pattern({n: x.alpha for n, x in layers.items()}, config.alpha),
+    )
+    faults = [n for n in modules if description.takes(n) != (n in layers)]
+    faults += [n for n in modules if description.saves(n) != (n in saved)]
+    faults += [n for n in layers if not math.isclose(description.scaling_of(n), layers[n].scaling)]
+    faults += [n for n in layers if description.rank_of(n) != layers[n].rank]
+    if faults:
+        raise AdapterError(
+            f"The adapter was to be saved in PEFT's format, whose names are ambiguous here: "
+            f"{faults[0]!r} would be treated as a layer of similar name, or not found. "
+            "Adapt other layers, or rename the model's modules."
+        )
+    return description
+
+
+def _to_dict(
+    description: PeftDescription, model: nn.Module, base_name: str | None
+) -> dict[str, Any]:
+    """Return the content of `adapter_config.json`."""
+    transposed = any(isinstance(layer, LoRAConv1D) for layer in lora_layers(model).values())
+    targets = description.targets
+    return {
+        "alpha_pattern": {k: _number(v) for k, v in description.alpha_pattern.items()},
+        "base_model_name_or_path": base_name,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": _number(description.alpha),
+        "lora_dropout": description.dropout,
+        "modules_to_save": list(description.saved) or None,
+        "peft_type": "LORA",
+        "r": description.rank,
+        "rank_pattern": description.rank_pattern,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": description.rslora,
+    }
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the submodules of `model` by name, without what is inside LoRA layers."""
+    inside = tuple(f"{name}." for name in lora_layers(model))
+    return {n: m for n, m in model.named_modules() if n and not n.startswith(inside)}
+
+
+def _shortest(names: list[str], others: Iterable[str]) -> str | tuple[str, ...]:
+    """Return endings, else full names, else a pattern that takes in `names` and no `others`."""
+    endings = tuple(sorted({name.rpartition(".")[2] for name in names}))
+    for targets in (endings, tuple(sorted(names))):
+        if not any(matches(other, target) for other in others for target in targets):
+            return targets
+    return "(?:" + "|".join(re.escape(name) for name in sorted(names)) + ")"
+
+
+def _shortest_pattern(values: dict[str, Any], default: float) -> dict[str, Any]:
+    """Return by ending, else by full name, the values that are not `default`."""
+    by_ending = {name.rpartition(".")[2]: value for name, value in values.items()}
+    for pattern in (by_ending, values):
+        short = {key: pattern[key] for key in sorted(pattern) if pattern[key] != default}
+        if all(_of_name(name, short, default) == value for name, value in values.items()):
+            return short
+    # Longest first and none left out: no name can then be taken for another's ending.
+    return {key: values[key] for key in sorted(values, key=lambda name: (-len(name), name))}
+
+
+def _of_name(name: str, pattern: dict[str, Any], default: Any) -> Any:
+    found = (v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(found, default)
+
+
+def _names(value: Any) -> str | tuple[str, ...]:
+    return value if isinstance(value, str) else tuple(value or ())
+
+
+def _as_tuple(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def _number(value: float) -> int | float:
+    return int(value) if value == int(value) else value

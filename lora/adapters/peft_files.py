@@ -1,0 +1,160 @@
+"""The two files of an adapter on disk: read with suspicion, written together or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lora.errors import AdapterError, did_you_mean
+from lora.runs.folder import atomic_write, disk_error
+
+CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PICKLE_FILE = "adapter_model.bin"
+_CONFIG_DIGEST_KEY = "lora_lm_config_sha256"
+_TENSORS_DIGEST_KEY = "lora_lm_tensors_sha256"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter as it lies in its folder, not yet checked against a model."""
+
+    folder: Path
+    described: dict[str, Any]
+    """Content of `adapter_config.json`."""
+    tensors: dict[str, Tensor]
+    """By PEFT's names, on the CPU."""
+    metadata: dict[str, str]
+    faults: list[str]
+    """What is wrong with the file of tensors; it then counts as empty."""
+
+
+def read_adapter_files(folder: Path) -> AdapterFiles:
+    """Return both files of `folder`; a damaged file of tensors becomes a fault.
+
+    Raises AdapterError if there is no adapter or if its `adapter_config.json` cannot be read.
+    """
+    text = _read_config(folder)
+    try:
+        described = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        what = f"{folder / CONFIG_FILE} is no JSON: {error}."
+        raise AdapterError(f"{what} Copy the adapter again.") from None
+    if not isinstance(described, dict):
+        seen = type(described).__name__
+        what = f"{folder / CONFIG_FILE} holds a {seen}: it must be an object."
+        raise AdapterError(f"{what} Copy the adapter again.")
+    path = folder / TENSORS_FILE
+    if not path.is_file():
+        return AdapterFiles(folder, described, {}, {}, [_why_missing(folder)])
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        fault = f"{TENSORS_FILE} is damaged: {error}"
+        return AdapterFiles(folder, described, {}, {}, [fault])
+    digest = metadata.get(_TENSORS_DIGEST_KEY)
+    if digest is not None and digest != _digest(tensors):
+        fault = (
+            f"{TENSORS_FILE} is damaged: its values are not those that were saved. If a program "
+            f"changed them on purpose, it must drop {_TENSORS_DIGEST_KEY} from the metadata"
+        )
+        return AdapterFiles(folder, described, {}, {}, [fault])
+    digest = metadata.get(_CONFIG_DIGEST_KEY)
+    if digest is not None and digest != hashlib.sha256(text).hexdigest():
+        log.warning("%s was changed after it was saved", folder / CONFIG_FILE)
+    return AdapterFiles(folder, described, tensors, metadata, [])
+
+
+def write_adapter_files(
+    folder: Path, described: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """Write both files of an adapter, whose `tensors` lie on the CPU.
+
+    Both are whole on the disk before the first takes the place of a former one. Raises
+    CheckpointError if the disk refuses; a former adapter is then untouched.
+    """
+    text = (json.dumps(described, indent=2, sort_keys=True) + "\n").encode()
+    metadata = metadata | {
+        _CONFIG_DIGEST_KEY: hashlib.sha256(text).hexdigest(),
+        _TENSORS_DIGEST_KEY: _digest(tensors),
+    }
+    contents = {TENSORS_FILE: _to_bytes(tensors, metadata), CONFIG_FILE: text}
+    staging = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
+        for name, data in contents.items():
+            atomic_write(staging / name, data)
+        for name in contents:
+            os.replace(staging / name, folder / name)
+    except OSError as error:
+        raise disk_error(folder, error) from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _read_config(folder: Path) -> bytes:
+    path = folder / CONFIG_FILE
+    if path.is_file():
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            what = f"{path} could not be read: {error.strerror}."
+            raise AdapterError(f"{what} Look at its permissions.") from error
+    near = ""
+    if folder.parent.is_dir() and not folder.exists():
+        near = did_you_mean(folder.name, (p.name for p in folder.parent.iterdir()))
+    seen = f"has no {CONFIG_FILE}" if folder.is_dir() else "is no folder"
+    raise AdapterError(
+        f"An adapter was asked for from {folder}, which {seen}.{near} "
+        f"Name a folder with {CONFIG_FILE} and {TENSORS_FILE}."
+    )
+
+
+def _why_missing(folder: Path) -> str:
+    if not (folder / _PICKLE_FILE).is_file():
+        return f"{TENSORS_FILE} is missing"
+    return (
+        f"{_PICKLE_FILE} is a pickle, which can run any code when it is read; allowed is "
+        f"{TENSORS_FILE}. Load the adapter in PEFT and save_pretrained(safe_serialization=True)"
+    )
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of names, types, shapes and values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """Return a safetensors file whose bytes depend on its content alone.
+
+    The library writes the metadata in random order, so the header is written anew. Format: 8 bytes
+    with the header's length (little-endian), the header as JSON, the tensors' bytes.
+    """
+    raw = save(tensors, metadata)
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + raw[8 + length :]

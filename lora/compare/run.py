@@ -1,0 +1,304 @@
+"""LoRA beside full fine-tuning, and beside PEFT: the same base, data, order, steps or time.
+
+    runs/NAME/
+      run.json       what was asked            base.json   what the base does before
+      rates/         tries of learning rates: METHOD.json, and the runs
+      members/NAME/  an ordinary run's folder each, with member.json when it is done
+      compare.json   all that was found        loss.png, report.html
+
+Each member trains in a process of its own, so that each peak of memory is its own. What is done is
+kept: a comparison that was killed goes on with the member that was under way, from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import shutil
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lora.compare.config import CompareConfig, check_same_comparison
+from lora.compare.contest import (
+    Base,
+    Contest,
+    base_from,
+    remove_weights,
+    short_run,
+    trained_from,
+)
+from lora.compare.record import (
+    MEMBERS,
+    METHOD_NAMES,
+    Comparison,
+    Member,
+    Method,
+    Rate,
+    Tried,
+    best_rate,
+    build_member,
+    edge_note,
+    rate_from,
+    step_times,
+)
+from lora.config import RunConfig
+from lora.errors import CheckpointError, TrainingError
+from lora.report import draw_loss_curves, report_on
+from lora.runs.child_process import run_apart
+from lora.runs.folder import Run, create_run, default_name, read_json, read_rows, reading
+from lora.runs.progress import NoProgress, Progress
+
+BASE_FILE, MEMBER_FILE, RATES, TIMING = "base.json", "member.json", "rates", "timing"
+TIMED_STEPS, UNTIMED_STEPS = 8, 2
+"""Of the short run that says how long a step is; the first are left out."""
+MOST_APART = 0.02
+"""Relative difference of losses before the first step, in bf16 too."""
+ProgressOf = Callable[[str], Progress]
+MadeT = TypeVar("MadeT")
+
+
+@dataclass(frozen=True)
+class CompareResult:
+    """Where the results are, and what they are."""
+
+    folder: Path
+    comparison: Comparison
+    report: Path | None = None
+    """The page, if one was asked for and written."""
+
+
+@dataclass(frozen=True)
+class _Going:
+    """A comparison that is under way."""
+
+    contest: Contest
+    config: CompareConfig
+    run: Run
+    progress_of: ProgressOf
+
+    def call(self, title: str, task: Callable[..., Any], *arguments: Any) -> Any:
+        """Return `task(*arguments, progress)`, from a process of its own unless told otherwise."""
+        return _call(self.config, self.progress_of(title), task, *arguments)
+
+    def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return the JSON file `name` of the folder, made first if it is not there."""
+        path = self.run.folder / name
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.run.write_json(name, make())
+        found: dict[str, Any] = read_json(path)
+        return found
+
+    def once_as(
+        self,
+        name: str,
+        make: Callable[[], dict[str, Any]],
+        build: Callable[[dict[str, Any]], MadeT],
+    ) -> MadeT:
+        """Return what `build` makes of the JSON file `name`, made first if it is not there."""
+        values = self.once(name, make)
+        with reading(self.run.folder / name):
+            return build(values)
+
+
+def compare(
+    contest: Contest,
+    config: CompareConfig | None = None,
+    progress_of: ProgressOf = lambda title: NoProgress(),
+) -> CompareResult:
+    """Train each member from the same base on the same batches, and measure all in the same way.
+
+    `progress_of` makes the progress of one part, a member's training for example, from its title.
+
+    Raises ConfigError, DataError, ModelError or DependencyError for what cannot work, before
+    anything is written; TrainingError if a member fails; Interrupted after a signal. What is done
+    by then is kept for `resume`.
+    """
+    config = config or CompareConfig()
+    contest.check(config.methods, config.train)
+    described = {**config.described(), **contest.described()}
+    check_same_comparison(config, described)
+    base = _measure_base(contest, config, progress_of)
+    name = config.run.name or default_name(f"compare-{base.name}")
+    asked = {"kind": "compare", "compare": described, "model": base.name, "device": base.device}
+    asked["run"] = asdict(config.run)  # where and how often: may change when it is resumed
+    with create_run(config.run.out, name, resume=config.resume, described=asked) as run:
+        going = _Going(contest, config, run, progress_of)
+        going.once(BASE_FILE, lambda: asdict(base))
+        rates = {method: _choose_rate(going, method) for method in config.methods}
+        members: list[Member] = []
+        for method in config.methods:
+            steps = _choose_steps(going, method, rates[method], members)
+            members.append(_run_member(going, method, rates[method], steps, base))
+        done = _finish(going, base, members, rates)
+        page = report_on(run.folder, progress_of("report").say) if config.report else None
+        return replace(done, report=page)
+
+
+def _measure_base(contest: Contest, config: CompareConfig, progress_of: ProgressOf) -> Base:
+    """Return what the base does; that of a resumed comparison is read."""
+    kept = config.run.out / str(config.run.name) / BASE_FILE
+    if config.resume and kept.is_file():
+        with reading(kept):
+            return base_from(read_json(kept))
+    base: Base = _call(config, progress_of("base"), contest.measure_base, config.train, config.run)
+    return base
+
+
+def _call(
+    config: CompareConfig, progress: Progress, task: Callable[..., Any], *arguments: Any
+) -> Any:
+    if config.isolated:
+        return run_apart(task, *arguments, progress=progress)
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return task(*arguments, progress)
+
+
+def _choose_rate(going: _Going, method: Method) -> Rate:
+    """Return the member's rate: the best of those tried, the one given, or the default."""
+    config = going.config
+    if method == "peft":  # it is LoRA, and gets LoRA's
+        return _choose_rate(going, "lora")
+    to_try = config.rates.to_try(method)
+    if not to_try:
+        is_full = method == "full"
+        given = config.rates.full_learning_rate if is_full else config.train.learning_rate
+        if given is not None:
+            return Rate(given, "given")
+        return Rate(config.default_rates[is_full], "default")
+
+    def choose() -> dict[str, Any]:
+        train = replace(config.train, steps=config.steps_tried, learning_rate=None)
+        run = replace(config.run, out=going.run.folder / RATES, name=None)
+        title = f"rates of {METHOD_NAMES[method]}"
+        tried: list[Tried] = going.call(title, going.contest.try_rates, method, to_try, train, run)
+        best = best_rate(tried)
+        if best is None:
+            raise TrainingError(
+                f"No rate of {METHOD_NAMES[method]} came through: {len(to_try)} were tried, from "
+                f"{min(to_try):g} to {max(to_try):g}. Give lower ones."
+            )
+        return asdict(Rate(best, "sweep", tuple(tried), config.steps_tried))
+
+    return going.once_as(f"{RATES}/{method}.json", choose, rate_from)
+
+
+def _choose_steps(going: _Going, method: Method, rate: Rate, members: list[Member]) -> int:
+    """Return the member's steps: those of the comparison, or as many as LoRA's time holds."""
+    config = going.config
+    if config.same == "steps" or method == "lora":
+        return config.train.steps
+
+    def choose() -> dict[str, Any]:
+        train = replace(config.train, steps=TIMED_STEPS, learning_rate=rate.learning_rate)
+        run = short_run(replace(config.run, out=going.run.folder / TIMING), method, TIMED_STEPS)
+        folder = run.out / method
+        shutil.rmtree(folder, ignore_errors=True)
+        title = f"time a step of {METHOD_NAMES[method]}"
+        going.call(title, going.contest.run_member, method, train, run, False, False)
+        step_s = statistics.median(step_times(folder)[UNTIMED_STEPS:])
+        remove_weights(folder)
+        return {"step_s": step_s, "steps": max(1, round(members[0].train_s / step_s))}
+
+    return going.once_as(f"{TIMING}/{method}.json", choose, lambda found: int(found["steps"]))
+
+
+def _run_member(going: _Going, method: Method, rate: Rate, steps: int, base: Base) -> Member:
+    """Return the record of a member: trained now, resumed, or done before."""
+    folder = going.run.folder / MEMBERS / method
+
+    def train() -> dict[str, Any]:
+        resume = (folder / "run.json").is_file()
+        if not resume:
+            shutil.rmtree(folder, ignore_errors=True)  # killed before it began
+        config = replace(going.config.train, steps=steps, learning_rate=rate.learning_rate)
+        run = _member_run(going, method)
+        title = METHOD_NAMES[method]
+        task = going.contest.run_member
+        return asdict(going.call(title, task, method, config, run, resume, True))
+
+    trained = going.once_as(f"{MEMBERS}/{method}/{MEMBER_FILE}", train, trained_from)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return build_member(method, folder, rate, trained, base.measured)
+
+
+def _member_run(going: _Going, method: Method) -> RunConfig:
+    out = going.run.folder / MEMBERS
+    return replace(going.config.run, out=out, name=method, keep_checkpoints=1, patience=0)
+
+
+def _finish(
+    going: _Going, base: Base, members: list[Member], rates: dict[Method, Rate]
+) -> CompareResult:
+    run, config = going.run, going.config
+    _check_same_order(run.folder, members, config)
+    tried = any(rate.rate_chosen == "sweep" for rate in rates.values())
+    own = {method: rate for method, rate in rates.items() if method != "peft"}
+    notes = [note for method, rate in own.items() if (note := edge_note(method, rate))]
+    notes += _note_other_beginnings(run.folder, members, base)
+    if not config.isolated and "cuda" not in base.device:
+        notes.append("all members ran in one process: the peaks of memory are not their own")
+    comparison = Comparison(
+        base=base.name,
+        members=tuple(members),
+        same=config.same,
+        seed=config.train.seed,
+        base_eval_loss=base.eval_loss,
+        base_samples=base.measured.samples,
+        device=base.device,
+        rate_steps=config.steps_tried if tried else None,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+    comparison.write(run)
+    curves = [
+        (METHOD_NAMES[m.method], read_rows(run.folder / m.folder / "metrics.jsonl"))
+        for m in members
+    ]
+    draw_loss_curves(curves, run.folder / "loss.png", title=f"{base.name}: the same data and order")
+    return CompareResult(run.folder, comparison)
+
+
+def _note_other_beginnings(folder: Path, members: list[Member], base: Base) -> list[str]:
+    """Return what to say of members whose loss before the first step is not the base's."""
+    notes = []
+    for member in members:
+        rows = read_rows(folder / member.folder / "metrics.jsonl")
+        first = next((row["eval_loss"] for row in rows if row.get("eval_loss")), base.eval_loss)
+        if abs(first - base.eval_loss) > MOST_APART * abs(base.eval_loss):
+            notes.append(
+                f"{METHOD_NAMES[member.method]} begins at a held-out loss of {first:.4f}, the base "
+                f"has {base.eval_loss:.4f}: it does not compute what the others do"
+            )
+    return notes
+
+
+def _check_same_order(folder: Path, members: list[Member], config: CompareConfig) -> None:
+    """Raise CheckpointError if the members did not learn from the same data in the same order."""
+    seen = {}
+    for member in members:
+        own = folder / member.folder
+        data = read_json(own / "run.json").get("data")
+        prints = None
+        if isinstance(data, dict):
+            prints = data.get("fingerprint"), data.get("held_out_fingerprint")
+        rows = read_rows(own / "metrics.jsonl")
+        first_skipped = min((row["step"] for row in rows if "skipped" in row), default=math.inf)
+        counted = (row for row in rows if "tokens" in row and row["step"] < first_skipped)
+        seen[member.name] = prints, {row["step"]: row["tokens"] for row in counted}
+    (first, (prints, tokens)), *others = seen.items()
+    for name, (other_prints, other_tokens) in others:
+        shared = tokens.keys() & other_tokens.keys()
+        if prints != other_prints or any(tokens[n] != other_tokens[n] for n in shared):
+            raise CheckpointError(
+                f"The members {first} and {name} of {folder} did not learn from the same rows in "
+                "the same order: the data or the date that the chat template tells has changed "
+                "between them. Begin a new comparison."
+            )

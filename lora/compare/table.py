@@ -1,0 +1,134 @@
+"""A comparison as a person reads it in a terminal: a table, the ratios, answers side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from lora.compare.record import METHOD_NAMES, Comparison, Member, Ratios, ratios
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+SHOWN_SAMPLES, SHOWN_CHARACTERS = 2, 240
+CHOSEN = {"sweep": "best of {n} tried", "default": "default", "given": "given"}
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Print all that a person asks first."""
+    console.print(members_table(comparison))
+    for found in ratios(comparison):
+        console.print(describe_ratios(found), markup=False)
+    for note in comparison.notes:
+        console.print(f"note: {note}", markup=False)
+    for number in range(min(SHOWN_SAMPLES, len(comparison.members[0].samples))):
+        console.print()
+        _print_sample(comparison, number, console)
+
+
+def members_table(comparison: Comparison) -> Table:
+    """Return a table with a column for each member."""
+    from rich.table import Table
+
+    same = {"steps": "the same steps", "time": "the same time"}[comparison.same]
+    table = Table(title=f"{comparison.base}: {same}, data and order", title_justify="left")
+    table.add_column("")
+    for member in comparison.members:
+        table.add_column(METHOD_NAMES[member.method], justify="right")
+    metric = comparison.members[0].task_metric
+    for name, shown in _ROWS:
+        cells = [shown(member) for member in comparison.members]
+        if any(cells):
+            label = metric.name if metric is not None and shown is _metric else name
+            table.add_row(label, *(cell or "–" for cell in cells))
+    if comparison.base_eval_loss is not None:
+        table.caption = f"held-out loss of the base: {comparison.base_eval_loss:.4f}"
+        table.caption_justify = "left"
+    return table
+
+
+def describe_ratios(found: Ratios) -> str:
+    """Return LoRA against another member in one line."""
+    other = {"full": "full fine-tuning", "peft": "PEFT"}.get(found.against, found.against)
+    less = f"{found.memory_saved:.0%} less" if found.memory_saved >= 0 else (
+        f"{-found.memory_saved:.0%} more"
+    )  # fmt: skip
+    side = "lower" if found.loss_difference < 0 else "higher"
+    return (
+        f"LoRA against {other}: {found.step_speed:.2f} times as fast a step, {less} memory at the "
+        f"peak, {found.stored_fraction:.1%} of its bytes on disk, held-out loss "
+        f"{abs(found.loss_difference):.4f} {side}"
+    )
+
+
+def _rate(member: Member) -> str:
+    chosen = CHOSEN[member.rate_chosen].format(n=len(member.rates_tried))
+    return f"{member.learning_rate:g} ({chosen})"
+
+
+def _trained(member: Member) -> str:
+    share = member.trainable_parameters / max(1, member.total_parameters)
+    return f"{member.trainable_parameters:,} ({share:.2%})"
+
+
+def _peak(member: Member) -> str:
+    return _gigabytes(member.peak_memory_bytes)
+
+
+def _planned(member: Member) -> str:
+    planned = member.planned_memory_bytes
+    return "" if planned is None else _gigabytes(planned)
+
+
+def _gigabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB"
+
+
+def _forgetting(member: Member) -> str:
+    kept = member.forgetting
+    return "" if kept is None else f"{kept.before:.3f} → {kept.after:.3f}"
+
+
+def _metric(member: Member) -> str:
+    found = member.task_metric
+    return "" if found is None else f"{found.before:.1%} → {found.after:.1%}"
+
+
+_ROWS: tuple[tuple[str, Callable[[Member], str]], ...] = (
+    ("learning rate", _rate),
+    ("steps", lambda m: f"{m.steps:,}"),
+    ("a step", lambda m: f"{1000 * m.step_s_median:,.1f} ms"),
+    ("all steps", lambda m: f"{m.train_s:,.1f} s"),
+    ("peak memory", _peak),
+    ("planned memory", _planned),
+    ("trained parameters", _trained),
+    ("on disk", lambda m: f"{m.stored_bytes / 1e6:,.2f} MB"),
+    ("held-out loss at the end", lambda m: f"{m.final_eval_loss:.4f}"),
+    ("best held-out loss", lambda m: f"{m.best_eval_loss:.4f}"),
+    ("loss on another text", _forgetting),
+    ("task", _metric),
+)
+
+
+def _print_sample(comparison: Comparison, number: int, console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    first = comparison.members[0].samples[number]
+    answers = [(METHOD_NAMES[m.method], m.samples[number].answer) for m in comparison.members]
+    if number < len(comparison.base_samples):
+        answers.insert(0, ("base", comparison.base_samples[number].answer))
+    if first.expected is not None:
+        answers.insert(0, ("expected", first.expected))
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row(Text("asked", "bold"), Text(_short(first.prompt), "bold"))
+    for name, answer in answers:
+        grid.add_row(Text(name, "dim"), Text(_short(answer)))
+    console.print(grid)
+
+
+def _short(text: str) -> str:
+    flat = " ".join(text.split())
+    shown = flat if len(flat) <= SHOWN_CHARACTERS else f"{flat[:SHOWN_CHARACTERS]} …"
+    return "".join(character if character.isprintable() else "�" for character in shown)

@@ -1,0 +1,1 @@
+"""Chats to text: the template, its limits, the assistant's turns in it, prompts to answer."""

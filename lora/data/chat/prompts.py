@@ -1,0 +1,79 @@
+"""What a model is asked, and what it should have answered, of examples and of questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from lora.data.chat.choose_template import begin_ids, compile_template
+from lora.data.reading.formats import Example
+from lora.data.reading.messages import Message
+from lora.data.tokenizers.subword import TextTokenizer
+
+_BEGINNING_TOKENS, _BEGINNING_CHARACTERS = 32, 2000
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question as tokens, with the reference answer where there is one."""
+
+    ids: list[int]
+    text: str
+    """What a person reads: the last thing said before the answer."""
+    reference: str | None = None
+
+
+def chat_prompt(messages: Sequence[Message], tokenizer: TextTokenizer) -> Prompt:
+    """Return the conversation up to where the assistant's next turn begins.
+
+    Raises DataError if the tokenizer has no chat template, or its template refuses.
+    """
+    template = compile_template(tokenizer)
+    rendered = template.render(messages, add_generation_prompt=True)
+    return Prompt(tokenizer.encode(rendered), str(messages[-1]["content"]))
+
+
+def plain_prompt(text: str, tokenizer: TextTokenizer) -> Prompt:
+    """Return a text to go on with, behind the BOS token if the model wants one."""
+    return Prompt([*begin_ids(tokenizer), *tokenizer.encode(text)], text)
+
+
+def beginning_of(text: str, tokenizer: TextTokenizer) -> Prompt | None:
+    """Return the beginning of a plain text and what follows there; None if it is too short.
+
+    The beginning has at most 32 tokens and at most half of the text's.
+    """
+    tokens = tokenizer.encode(text[:_BEGINNING_CHARACTERS])
+    n_given = min(_BEGINNING_TOKENS, len(tokens) // 2)
+    if not n_given:
+        return None
+    given = tokenizer.decode(tokens[:n_given], skip_special_tokens=False)
+    rest = tokenizer.decode(tokens[n_given : 2 * _BEGINNING_TOKENS], skip_special_tokens=False)
+    return Prompt([*begin_ids(tokenizer), *tokens[:n_given]], given, rest)
+
+
+def prompt_of(
+    example: Example, tokenizer: TextTokenizer, *, now: datetime | None = None
+) -> Prompt | None:
+    """Return what `example` asks last and its answer; None for plain texts, which ask nothing.
+
+    `now` is the date for chat templates that tell one; None asks the clock.
+    """
+    if example.completion is not None:
+        prompt = plain_prompt(example.prompt or "", tokenizer)
+        return Prompt(prompt.ids, prompt.text, example.completion) if prompt.ids else None
+    messages = example.messages or ()
+    answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers or answers[-1] == 0:
+        return None
+    last = answers[-1]
+    template = compile_template(tokenizer, now)
+    rendered = template.render(
+        messages[:last],
+        tools=example.tools,
+        documents=example.documents,
+        add_generation_prompt=True,
+    )
+    asked, reference = str(messages[last - 1]["content"]), str(messages[last]["content"])
+    return Prompt(tokenizer.encode(rendered), asked, reference)

@@ -1,0 +1,111 @@
+"""Texts that every Python has: the prose of its language reference, and its library's source."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora.data.tokenizers.characters import read_text_file
+from lora.errors import DataError
+
+HELD_OUT_FRACTION = 0.1
+CODE_PACKAGES = ("asyncio", "collections", "concurrent", "email", "http", "json", "logging", "xml")
+MACHINES_OWN = ("_sysconfigdata", "sitecustomize")
+"""Beginnings of the names of files that describe the machine, not the library."""
+MOST_CODE_CHARACTERS = 2_000_000
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text in two parts that share no passage."""
+
+    train: str
+    held_out: str
+    described: str
+
+
+def prose() -> Corpus:
+    """Return the help texts of Python's language reference; the last topics are held out.
+
+    Topics repeat each other: the paragraphs that are held out are taken out of the training part.
+    Raises DataError where the standard library comes without them.
+    """
+    try:
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        raise DataError(
+            "The built-in prose (pydoc_data.topics) was asked for: this Python comes without it. "
+            "Give a text file of your own."
+        ) from None
+    texts = [topics[name] for name in sorted(topics)]
+    return _split(texts, "the prose of Python's language reference")
+
+
+def code() -> Corpus:
+    """Return the source of the standard library's modules; the last files are held out.
+
+    Files are read as text and nothing is imported. Raises DataError where the standard library
+    comes without its source.
+    """
+    library = Path(sysconfig.get_paths()["stdlib"])
+    paths = sorted(p for p in library.glob("*.py") if not p.name.startswith(MACHINES_OWN))
+    for package in CODE_PACKAGES:
+        paths += sorted((library / package).rglob("*.py"))
+    texts = _read_files(paths, MOST_CODE_CHARACTERS)
+    if len(texts) < 10:
+        raise DataError(
+            "The standard library's source was asked for: this Python comes without it. "
+            "Give a text file of your own."
+        )
+    # A fixed stride spreads the held-out files over the alphabet: neighbours are often alike.
+    held_out = [text for number, text in enumerate(texts) if number % 10 == 9]
+    train = [text for number, text in enumerate(texts) if number % 10 != 9]
+    described = "the source code of Python's standard library"
+    return Corpus("\n".join(train), "\n".join(held_out), described)
+
+
+def corpus_from_file(path: Path) -> Corpus:
+    """Return a text file as a corpus; its last tenth is held out."""
+    text = read_text_file(path)
+    place = round(len(text) * (1 - HELD_OUT_FRACTION))
+    return Corpus(text[:place], text[place:], str(path))
+
+
+def _read_files(paths: list[Path], most_characters: int) -> list[str]:
+    texts: list[str] = []
+    total = 0
+    for path in paths:
+        if total >= most_characters:
+            break
+        try:
+            texts.append(path.read_text(encoding="utf-8", errors="replace"))
+        except OSError as error:
+            raise DataError(
+                f"{path} of the standard library cannot be read: {error.strerror}. "
+                "Give a text file of your own."
+            ) from None
+        total += len(texts[-1])
+    return texts
+
+
+def _split(texts: list[str], described: str) -> Corpus:
+    wanted = sum(map(len, texts)) * (1 - HELD_OUT_FRACTION)
+    length, number = 0, 0
+    while length < wanted:
+        length += len(texts[number])
+        number += 1
+    held_out = "\n".join(texts[number:])
+    apart = {_words(paragraph) for paragraph in _paragraphs(held_out)}
+    kept = (p for p in _paragraphs("\n".join(texts[:number])) if _words(p) not in apart)
+    return Corpus("\n\n".join(kept), held_out, described)
+
+
+def _paragraphs(text: str) -> list[str]:
+    return re.split(r"\n[ \t]*\n", text)
+
+
+def _words(paragraph: str) -> str:
+    return " ".join(paragraph.split())  # an indented copy is the same paragraph

@@ -1,0 +1,99 @@
+"""Examples held out for evaluation, so that nothing learned is asked again."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from lora.data.reading.formats import Example
+from lora.errors import DataError
+
+_FILE_CHARACTERS_FOR_AN_EXAMPLE = 2000
+_SEARCHED_CHARACTERS = 100_000
+
+
+def split_examples(
+    examples: Sequence[Example], eval_fraction: float, max_eval: int, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Return the examples to learn from and those to evaluate on, each in the given order.
+
+    Equal examples always fall on the same side, and each side has at least one. Of whole text files
+    it is the ends that are held out, cut between lines, of at most `max_eval` times 2000 characters
+    together.
+
+    Args:
+        examples: of any formats.
+        eval_fraction: share of the examples, or of each file's characters; 0 holds out none.
+        max_eval: most examples that are held out.
+        seed: of the choice.
+
+    Raises:
+        DataError: something should be held out and there are no two different examples.
+    """
+    if eval_fraction == 0:
+        return list(examples), []
+    files = [e for e in examples if e.is_file]
+    if len(files) == len(examples):
+        return _split_files(files, eval_fraction, max_eval)
+    groups: dict[bytes, list[int]] = {}
+    for number, example in enumerate(examples):
+        groups.setdefault(example.content_key(), []).append(number)
+    if len(groups) < 2:
+        raise DataError(
+            f"A share of {eval_fraction:g} was to be held out for evaluation, and there are no two "
+            f"different examples among {len(examples)}. Give more, or set eval_fraction to 0."
+        )
+    wanted = min(max_eval, max(1, round(eval_fraction * len(examples))))
+    held_out = _choose(list(groups.values()), wanted, seed)
+    train = [e for number, e in enumerate(examples) if number not in held_out]
+    return train, [e for number, e in enumerate(examples) if number in held_out]
+
+
+def _choose(groups: list[list[int]], wanted: int, seed: int) -> set[int]:
+    """Return about `wanted` numbers, of whole groups; one group at least is left."""
+    chosen: set[int] = set()
+    order = np.random.default_rng(seed).permutation(len(groups)).tolist()
+    for place in order[:-1]:
+        if len(chosen) + len(groups[place]) <= wanted:
+            chosen.update(groups[place])
+    smallest: list[int] = min(groups, key=len)
+    return chosen or set(smallest)
+
+
+def _split_files(
+    files: list[Example], eval_fraction: float, max_eval: int
+) -> tuple[list[Example], list[Example]]:
+    texts = [example.text or "" for example in files]
+    total = sum(map(len, texts))
+    most = max_eval * _FILE_CHARACTERS_FOR_AN_EXAMPLE
+    fraction = min(eval_fraction, most / total)
+    train, held_out = [], []
+    for example, text in zip(files, texts, strict=True):
+        border = _border_near(text, round(len(text) * (1 - fraction)))
+        if border is None:
+            train.append(example)
+            continue
+        train.append(dataclasses.replace(example, text=text[:border]))
+        held_out.append(dataclasses.replace(example, text=text[border:]))
+    if not held_out:
+        raise DataError(
+            f"The ends of {len(files)} text files were to be held out for evaluation, and they are "
+            "too short to be cut between words. Give longer texts, or set eval_fraction to 0."
+        )
+    return train, held_out
+
+
+def _border_near(text: str, place: int) -> int | None:
+    """Return the beginning of a line, or of a word, near `place`; None if one side were empty."""
+    for pattern in (r"\n+(?=\S)", r"\s+(?=\S)"):
+        after = re.compile(pattern).search(text, place)
+        borders = [after.end()] if after else []
+        near = max(0, place - _SEARCHED_CHARACTERS)
+        before = [near + m.end() for m in re.finditer(pattern, text[near:place])]
+        for border in borders + before[-1:]:
+            if text[:border].strip() and text[border:].strip():
+                return border
+    return None

@@ -1,0 +1,1 @@
+"""Examples to batches of token ids: encoding, loss masks, packing, padding, order."""

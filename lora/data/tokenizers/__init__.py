@@ -1,0 +1,1 @@
+"""Text to token ids: subword tokenizers, characters, character offsets of tokens."""

@@ -1,0 +1,281 @@
+"""Subword tokenizers of real models, read from a Hugging Face folder.
+
+The work is done by the `tokenizers` library; here stand which tokens end a turn, which pad, and the
+chat template.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Encoding, Tokenizer
+
+from lora.errors import DataError
+from lora.runs.folder import atomic_write
+
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "</s>")
+"""Special tokens that end an assistant's turn in the chat templates in use."""
+_PIECES = {"tokenizer.model", "spiece.model"}
+_OTHER_FILES = _PIECES | {"vocab.json", "merges.txt", "vocab.txt", "tekken.json"}
+_MOST_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """Text to token ids and back, with the special tokens of a model.
+
+    Nothing is added to a text unless it is asked for: `encode` keeps special tokens that stand in
+    the text as what they are.
+    """
+
+    backend: Tokenizer
+    bos_token: str | None = None
+    eos_token: str | None = None
+    pad_token: str | None = None
+    chat_template: str | None = None
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end an answer: the end of the text, and the end of a turn."""
+    n_known: int | None = None
+    """Ids before `with_tokens` added some; None: it added none."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included."""
+        return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._id(self.bos_token)
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._id(self.eos_token)
+
+    @property
+    def pad_id(self) -> int | None:
+        return self._id(self.pad_token)
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Return the ids of `text`; `add_special_tokens` adds what the model's own does."""
+        with _text_errors([text]):
+            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of `text` and, for each, its first character and the one after it.
+
+        A character that takes several tokens is in the span of each of them.
+        """
+        with _text_errors([text]):
+            encoded = self.backend.encode(text, add_special_tokens=False)
+        return list(encoded.ids), list(encoded.offsets)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of many texts, tokenised in parallel."""
+        return [list(encoded.ids) for encoded in self.encode_fast(texts)]
+
+    def encode_fast(self, texts: Sequence[str]) -> list[Encoding]:
+        """Return the tokens of many texts, without their offsets, as the library gives them."""
+        with _text_errors(texts):
+            return list(self.backend.encode_batch_fast(list(texts), add_special_tokens=False))
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of `ids`."""
+        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def with_tokens(self, tokens: Sequence[str]) -> TextTokenizer:
+        """Return a tokenizer that never splits `tokens`; this one stays as it is.
+
+        Those it does not know get the next ids, the others keep theirs. They are shown in what
+        `decode` returns, as the tool and thinking tokens of released models are; one that the chat
+        template ends turns with ends answers too.
+
+        Raises DataError for a token that does not come out as one id: the tokenizer changes texts
+        before it looks for tokens.
+        """
+        unknown = [token for token in tokens if self.backend.token_to_id(token) is None]
+        known = {t.content for t in self.backend.get_added_tokens_decoder().values()}
+        backend = Tokenizer.from_str(self.backend.to_str())
+        backend.add_tokens(
+            [AddedToken(token, normalized=False) for token in tokens if token not in known]
+        )
+        numbers = dict(zip(tokens, _ids_of(backend, tokens), strict=True))
+        for token, number in numbers.items():
+            if number not in backend.encode(f"a{token}b", add_special_tokens=False).ids:
+                raise DataError(
+                    f"The special token {token!r} is not found as one token after it was added: "
+                    f"{backend.encode(token, add_special_tokens=False).tokens} is. Choose another "
+                    "spelling, such as <|word|>."
+                )
+        n_known = min((numbers[token] for token in unknown), default=None)
+        stops = find_stop_ids(backend, self.eos_token, self.chat_template, self.stop_ids)
+        return replace(self, backend=backend, stop_ids=stops, n_known=n_known)
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json` into `folder`.
+
+        `generation_config.json`, which tells other programs where to stop, is written if `folder`
+        has none.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / "tokenizer.json", self.backend.to_str().encode())
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+            "pad_token": self.pad_token,
+            "chat_template": self.chat_template,
+            "clean_up_tokenization_spaces": False,
+        }
+        _write_object(folder / "tokenizer_config.json", config)
+        if self.stop_ids and not (folder / "generation_config.json").exists():
+            ids = {"bos_token_id": self.bos_id, "eos_token_id": list(self.stop_ids)}
+            _write_object(folder / "generation_config.json", {**ids, "pad_token_id": self.pad_id})
+
+    def ids_of(self, tokens: Sequence[str]) -> list[int]:
+        """Return the ids of `tokens`, each of which the tokenizer knows by this name."""
+        return _ids_of(self.backend, tokens)
+
+    def _id(self, token: str | None) -> int | None:
+        return None if token is None else self.backend.token_to_id(token)
+
+
+def _ids_of(backend: Tokenizer, tokens: Sequence[str]) -> list[int]:
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    return [vocabulary[token] for token in tokens]
+
+
+def load_tokenizer(folder: Path) -> TextTokenizer:
+    """Return the tokenizer in a model's folder.
+
+    Raises DataError if `tokenizer.json` is missing or damaged, and says how to make one.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(_missing(folder))
+    if path.stat().st_size > _MOST_BYTES:
+        raise DataError(f"{path} has {path.stat().st_size:,} bytes: more than any tokenizer's.")
+    try:
+        backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, OSError | ValueError):
+            raise  # the library raises bare Exception for a file it cannot read
+        raise DataError(f"{path} is no tokenizer that can be read: {error}.") from None
+    # What the file says of truncating and padding would change what is learned.
+    backend.no_truncation()
+    backend.no_padding()
+    config = _read_object(folder / "tokenizer_config.json")
+    special = _read_object(folder / "special_tokens_map.json")
+    words = ("bos_token", "eos_token", "pad_token")
+    named = {word: _token(config.get(word)) or _token(special.get(word)) for word in words}
+    for word, token in named.items():
+        if token is None or backend.token_to_id(token) is not None:
+            continue
+        if word != "pad_token":  # any token can pad, for what pads is masked
+            raise DataError(
+                f"{folder}: tokenizer_config.json says that {word} is {token!r}, and "
+                f"{path.name} has no such token. Correct the one or the other."
+            )
+        named[word] = None
+    template = _chat_template(folder, config)
+    stops = find_stop_ids(backend, named["eos_token"], template, _generation_eos(folder))
+    bos, eos, pad = (named[word] for word in words)
+    return TextTokenizer(backend, bos, eos, pad, chat_template=template, stop_ids=stops)
+
+
+def find_stop_ids(
+    backend: Tokenizer, eos: str | None, template: str | None, more: Sequence[int] = ()
+) -> tuple[int, ...]:
+    """Return the tokens that end an answer, sorted.
+
+    They are the end of the text, `more` (what generation_config.json lists), and those tokens of
+    TURN_ENDS that the chat template uses and that text is never split into: a word that merely
+    looks like one would end answers that contain it.
+    """
+    added = {token.content: number for number, token in backend.get_added_tokens_decoder().items()}
+    ids = {added[word] for word in TURN_ENDS if template and word in template and word in added}
+    ids |= {number for number in more if backend.id_to_token(number) is not None}
+    end = None if eos is None else backend.token_to_id(eos)
+    return tuple(sorted(ids if end is None else {*ids, end}))
+
+
+def _missing(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"A tokenizer was asked for from {folder}: there is no such folder. Name another."
+    names = {path.name for path in folder.iterdir()}
+    found = sorted(names & _OTHER_FILES)
+    seen = f"only {', '.join(found)}, which leaves rules unsaid" if found else "no tokenizer"
+    needs = " (and pip install sentencepiece protobuf)" if names & _PIECES else ""
+    return (
+        f"A tokenizer was asked for from {folder}: there is {seen}. tokenizer.json is needed. Make "
+        f"it once with transformers{needs}: AutoTokenizer.from_pretrained({str(folder)!r})"
+        f".save_pretrained({str(folder)!r}). A tokenizer that transformers itself has only in "
+        "slow form cannot be used."
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is no JSON: {error}. Copy it again.") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path} holds a {type(value).__name__}: it must be an object.")
+    return value
+
+
+def _write_object(path: Path, values: dict[str, Any]) -> None:
+    known = {key: value for key, value in values.items() if value is not None}
+    atomic_write(path, (json.dumps(known, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+@contextlib.contextmanager
+def _text_errors(texts: Sequence[str]) -> Iterator[None]:
+    """Say which text cannot be encoded: half a surrogate pair, as damaged JSON has them."""
+    try:
+        yield
+    except (TypeError, UnicodeEncodeError):
+        for text in texts:
+            if not isinstance(text, str):
+                kind = type(text).__name__
+                raise DataError(f"A text to tokenise is of type {kind}: it must be str.") from None
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"The text {text[:40]!r}… cannot be tokenised: character {error.start} is half "
+                    "of a surrogate pair. Remove it, or save the data again as UTF-8."
+                ) from None
+        raise
+
+
+def _token(value: Any) -> str | None:
+    if isinstance(value, dict):  # an added token with its flags
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read as text: {error}. Copy it again.") from None
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name: transformers takes the one called default
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _generation_eos(folder: Path) -> list[int]:
+    value = _read_object(folder / "generation_config.json").get("eos_token_id")
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]

@@ -1,0 +1,1 @@
+"""How much memory a run will take, by part, and which activation-checkpointing mode fits."""

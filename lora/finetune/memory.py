@@ -1,0 +1,102 @@
+"""What a run was planned to hold against what it held."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lora.config import LoRAConfig, MemoryConfig, TrainConfig
+from lora.data.prepare import PreparedData
+from lora.decoder.families import decoder_config
+from lora.device import DeviceChoice, available_bytes
+from lora.errors import ConfigError
+from lora.fast.llama.blocks import Keep
+from lora.fast.memory.fast_step import ROOM_FRACTION
+from lora.fast.memory.plan import MemoryPlan, Setting, plan_memory
+from lora.pretrained.hf_weights import read_config
+from lora.training.out_of_memory import describe_parts
+
+
+@dataclass(frozen=True)
+class RunMemory:
+    """A run's memory, planned before the weights were read and measured at its end."""
+
+    plan: MemoryPlan
+    measured_bytes: int
+    """The allocator's peak on a GPU; on a CPU the most that the whole process has ever held."""
+
+    @property
+    def error_fraction(self) -> float:
+        """Planned / measured − 1: below zero where too little was planned."""
+        return self.plan.total / self.measured_bytes - 1
+
+    def describe(self) -> str:
+        """Return one line for a person."""
+        share = 100 * self.error_fraction
+        side = "more" if share > 0 else "less"
+        return (
+            f"memory: {self.plan.total / 1e9:.2f} GB planned, {self.measured_bytes / 1e9:.2f} GB "
+            f"measured ({abs(share):.0f} % {side} than was needed)"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as values that JSON holds."""
+        return {
+            "planned": self.plan.to_dict(),
+            "measured_bytes": self.measured_bytes,
+            "error_fraction": round(self.error_fraction, 4),
+        }
+
+
+def plan_run(
+    model_folder: Path,
+    lora: LoRAConfig | None,
+    train: TrainConfig,
+    data: PreparedData,
+    choice: DeviceChoice,
+    *,
+    fast: bool,
+    memory: MemoryConfig,
+    keep: Keep | None = None,
+    fp8: bool = False,
+) -> MemoryPlan:
+    """Return the plan of a run on these data; the process holds what it holds without a model.
+
+    `keep` is what a resumed run kept of its blocks when it began. Raises ConfigError for a memory
+    mode of a step that has none.
+    """
+    if memory.memory_gb is None:
+        free = available_bytes(choice.device.type)
+        room_gb = None if free is None else ROOM_FRACTION * free / 1e9
+        memory = replace(memory, memory_gb=room_gb)
+    rows = data.train
+    n_tokens = len(rows) * rows.row_tokens
+    setting = Setting(
+        config=decoder_config(read_config(model_folder)),
+        lora=lora,
+        rows=train.batch_size // train.micro_batches,
+        tokens=rows.row_tokens,
+        device_type=choice.device.type,
+        compute_dtype=choice.compute_dtype,
+        micro_batches=train.micro_batches,
+        packed=rows.fill_fraction < 1 or len(rows) < len(data.train_examples),
+        learned_fraction=rows.n_target_tokens / max(1, n_tokens),
+        fast=fast,
+        memory=memory,
+        keep=keep,
+        fp8=fp8,
+    )
+    plan = plan_memory(setting)
+    if plan.step != "fast" and memory.memory not in ("auto", "none"):
+        raise ConfigError(
+            f"memory={memory.memory!r} was asked for: modes of memory belong to the fast step, and "
+            f"this run on {choice.device.type} takes the {plan.step} one. Leave it out; "
+            "micro_batches save memory in every step."
+        )
+    return plan
+
+
+def describe_plan(plan: MemoryPlan) -> str:
+    """Return one line for a person: the sum and its parts in GB (10⁹ bytes)."""
+    return f"planned memory: {describe_parts(plan)}"

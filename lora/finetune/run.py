@@ -1,0 +1,251 @@
+"""Fine-tune a real model on a file of examples: the whole job, from names to an adapter.
+
+The order is the user's friend: what can be wrong with the settings, the data and the device is
+found before the weights are loaded, and the run's folder is made last.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from lora.adapters.added_tokens import add_tokens_to_all, add_tokens_to_lora
+from lora.adapters.apply import apply_lora
+from lora.adapters.fingerprint import base_fingerprint
+from lora.adapters.save_load import load_adapter, read_adapter_config, save_adapter
+from lora.config import (
+    FULL_LEARNING_RATE,
+    LORA_LEARNING_RATE,
+)
+from lora.data.inspection import DataReport, inspect_prepared
+from lora.data.prepare import PreparedData, prepare_data
+from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
+from lora.decoder.decoder import Decoder
+from lora.device import DeviceChoice, choose_device, deterministic_algorithms
+from lora.errors import CheckpointError
+from lora.fast.choose import choose_steps
+from lora.fast.llama.blocks import Keep
+from lora.fast.memory.plan import MemoryPlan
+from lora.finetune.job import FinetuneJob, FinetuneResult, check_base_dtype, describe_job
+from lora.finetune.loop_inputs import find_tensorboard, training_job
+from lora.finetune.memory import RunMemory, describe_plan, plan_run
+from lora.pretrained.hf_weights import load_decoder, save_decoder
+from lora.pretrained.sources import ModelSource, find_model
+from lora.report import report_on
+from lora.runs.folder import (
+    Run,
+    check_place,
+    create_run,
+    default_name,
+    read_first_day,
+    read_json,
+    reading,
+)
+from lora.runs.progress import NoProgress, Progress
+from lora.training.out_of_memory import LOADING_ADVICE, advise, explained
+from lora.training.trainer import train
+
+
+def finetune(
+    job: FinetuneJob,
+    progress: Progress | None = None,
+    *,
+    show_data: Callable[[DataReport], None] | None = None,
+) -> FinetuneResult:
+    """Run `job` to its end and save what was learned.
+
+    `show_data` gets the report on the data before the weights are loaded; left out, `progress`
+    hears what in it is likely not meant.
+
+    Raises ConfigError, DataError or ModelError for what cannot work, before anything is written;
+    TrainingError if the loss is no longer finite (the newest checkpoint is kept).
+    """
+    with deterministic_algorithms() if job.deterministic else nullcontext():
+        return _finetune(job, progress or NoProgress(), show_data)
+
+
+def _finetune(
+    job: FinetuneJob, progress: Progress, show_data: Callable[[DataReport], None] | None
+) -> FinetuneResult:
+    check_base_dtype(job)
+    check_place(job.run.out, job.run.name, resume=job.resume)
+    choice = choose_device(job.run.device, job.train.precision)
+    open_board = find_tensorboard() if job.run.tensorboard else None
+    source = find_model(job.model)
+    data, report = check_data(job, source.folder, progress)
+    if show_data is not None:
+        show_data(report)
+    else:
+        for told in report.notes + report.warnings:
+            progress.say(f"note: {told}")
+    progress.say(f"{source.name} on {choice.reason}")
+    memory_plan = _plan(job, source, data, choice)
+    planned = describe_plan(memory_plan)
+    progress.say(planned)
+    if memory_plan.reason:
+        progress.say(memory_plan.reason)
+    with explained(lambda: f"while the weights were loaded. {planned}. {LOADING_ADVICE}"):
+        model, fingerprint = _load_model(job, source, choice, data.tokenizer, progress)
+    rate = job.train.learning_rate
+    if rate is None:
+        rate = FULL_LEARNING_RATE if job.lora is None else LORA_LEARNING_RATE
+    name = job.run.name or default_name(source.name)
+    described = {**describe_job(job, source, data, choice), "learning_rate": rate}
+    described["from_adapter"] = job.from_adapter
+    if job.base_dtype != "auto":
+        described["base_dtype"] = job.base_dtype
+    described["data"]["warnings"] = report.warnings
+    described["base_fingerprint"] = fingerprint
+    if memory_plan.keep is not None:
+        described["kept_of_blocks"] = asdict(memory_plan.keep)
+    if job.deterministic:
+        described["deterministic"] = True
+        progress.say("deterministic: torch's algorithms that repeat to the bit, and the plain step")
+    with explained(lambda: f"while the step was prepared. {planned}. {_advice(job, memory_plan)}"):
+        fast = job.run.fast and not job.deterministic
+        keep = memory_plan.keep
+        steps = choose_steps(model, choice, job.train, fast=fast, keep=keep, say=progress.say)
+    with create_run(job.run.out, name, resume=job.resume, described=described) as run:
+        if run.note:
+            progress.say(run.note)
+        if open_board is not None:
+            run.on_metrics = open_board(run.folder / "tensorboard")
+        whole = training_job(job, model, data, choice, rate, run, progress, steps)
+        whole.memory_plan = memory_plan
+        result = train(whole)
+        saved = _save(job, model, data.tokenizer, source, run, progress)
+        memory = RunMemory(memory_plan, result.peak_memory_bytes)
+        report_page = None
+        try:
+            run.write_json("result.json", {**asdict(result), "memory": memory.to_dict()})
+            report_page = report_on(run.folder, progress.say) if job.report else None
+        except CheckpointError as error:  # the disk is full, and what was learned is saved
+            progress.say(str(error))
+        return FinetuneResult(run.folder, saved, result, memory, report_page)
+
+
+def check_data(
+    job: FinetuneJob, model_folder: Path, progress: Progress
+) -> tuple[PreparedData, DataReport]:
+    """Return `job`'s examples as rows of tokens, and what they are; no weights are loaded.
+
+    A resumed run tells chat templates the date on which it began, so that its rows are the same.
+    Raises DataError if nothing can be learned from them.
+    """
+    data = prepare_data(
+        job.data,
+        load_tokenizer(_tokenizer_folder(job, model_folder)),
+        job.data_config,
+        job.train.seed,
+        held_out_source=job.eval_data,
+        now=read_first_day(job.run.out / str(job.run.name)) if job.resume else None,
+        say=progress.say,
+    )
+    progress.say(
+        f"{len(data.train_examples)} examples to learn ({data.train.n_target_tokens:,} learned "
+        f"tokens in {len(data.train)} rows), {len(data.held_out_examples)} to measure"
+    )
+    return data, inspect_prepared(data, job.data, job.data_config)
+
+
+def _plan(
+    job: FinetuneJob, source: ModelSource, data: PreparedData, choice: DeviceChoice
+) -> MemoryPlan:
+    lora = job.lora if job.from_adapter is None else read_adapter_config(job.from_adapter)
+    fast = job.run.fast and not job.deterministic
+    keep = _kept_before(job)
+    return plan_run(
+        source.folder,
+        lora,
+        job.train,
+        data,
+        choice,
+        fast=fast,
+        memory=job.memory,
+        keep=keep,
+        fp8=job.base_dtype == "fp8",
+    )
+
+
+def _advice(job: FinetuneJob, plan: MemoryPlan) -> str:
+    has_lora = job.lora is not None or job.from_adapter is not None
+    sizes = {"batch_size": job.train.batch_size, "micro_batches": job.train.micro_batches}
+    return advise(plan, **sizes, has_lora=has_lora)
+
+
+def _kept_before(job: FinetuneJob) -> Keep | None:
+    """Return what a resumed run kept of its blocks: kept otherwise, they would round otherwise."""
+    path = job.run.out / str(job.run.name) / "run.json"
+    if not job.resume or not path.is_file():  # `create_run` says what is there, and what is not
+        return None
+    with reading(path):
+        kept = read_json(path).get("kept_of_blocks")
+        return None if kept is None else Keep(**kept)
+
+
+def _tokenizer_folder(job: FinetuneJob, model_folder: Path) -> Path:
+    """Return where the tokenizer is: an adapter has its own if it has tokens of its own."""
+    own = job.from_adapter
+    return own if own is not None and (own / "tokenizer.json").is_file() else model_folder
+
+
+def _load_model(
+    job: FinetuneJob,
+    source: ModelSource,
+    choice: DeviceChoice,
+    tokenizer: TextTokenizer,
+    progress: Progress,
+) -> tuple[Decoder, str]:
+    """Return the model as it will train, and the fingerprint of its base."""
+    # What stays frozen is read in the products' type; what trains whole keeps fp32.
+    is_frozen = job.lora is not None or job.from_adapter is not None
+    dtype = choice.compute_dtype if is_frozen else torch.float32
+    fp8 = job.base_dtype == "fp8"
+    model = load_decoder(source.folder, dtype=dtype, device=choice.device, fp8=fp8)
+    fingerprint = base_fingerprint(model)
+    if job.from_adapter is not None:
+        load_adapter(model, job.from_adapter, trainable=True)
+    elif job.lora is not None:
+        seed = job.train.seed if job.lora.init_seed is None else job.lora.init_seed
+        apply_lora(model, replace(job.lora, init_seed=seed))
+    add_tokens = add_tokens_to_lora if is_frozen else add_tokens_to_all
+    told = add_tokens(model, tokenizer, job.data_config.special_tokens)
+    if told is not None:
+        progress.say(told)
+    if not is_frozen:
+        model.requires_grad_(True)
+    torch.manual_seed(job.train.seed)
+    return model, fingerprint
+
+
+def _save(
+    job: FinetuneJob,
+    model: Decoder,
+    tokenizer: TextTokenizer,
+    source: ModelSource,
+    run: Run,
+    progress: Progress,
+) -> Path:
+    """Return where what was learned is: in the run's folder, or in a new one if that is full."""
+    is_full = job.lora is None and job.from_adapter is None
+    kind = "model" if is_full else "adapter"
+
+    def save(folder: Path) -> Path:
+        if is_full:
+            save_decoder(model, folder)
+        else:
+            save_adapter(model, folder, base_name=source.name)
+        tokenizer.save(folder)  # with the chat template that was learned
+        return folder
+
+    try:
+        return save(run.folder / kind)
+    except CheckpointError as error:  # hours of training are not to be lost to a full disk
+        elsewhere = save(Path(tempfile.mkdtemp(prefix=f"lora-{run.folder.name}-")) / kind)
+        progress.say(f"{error} What was learned is in {elsewhere}: copy it to a safe place.")
+        return elsewhere

@@ -1,0 +1,1 @@
+"""A model in use: text generation, evaluation on examples, sampled answers during training."""

@@ -1,0 +1,1 @@
+"""In-place operations of the hand-written GPU step, each in plain PyTorch and in Triton."""

@@ -1,0 +1,94 @@
+"""The small operations of the fast step as one table: plain ones, or Triton's twins on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora.kernels.step import (
+    adamw,
+    attention,
+    dropout,
+    fp8,
+    low_rank,
+    norm,
+    rotary,
+    stacked_adamw,
+    swiglu,
+    token_loss,
+)
+
+
+@dataclass(frozen=True)
+class Ops:
+    """What lies between the matrix products; each writes into tensors that it is given."""
+
+    name: str
+    add_norm: Callable[..., None]
+    norm_backward: Callable[..., None]
+    norm_weight_gradient: Callable[..., Tensor]
+    swiglu: Callable[..., None]
+    swiglu_backward: Callable[..., None]
+    rotate_heads: Callable[..., None]
+    gather_gradients: Callable[..., None]
+    token_loss: Callable[..., None]
+    adamw: Callable[..., None]
+    drop: Callable[..., None]
+    add_dropped: Callable[..., None]
+    add_low_rank: Callable[..., None]
+    attend: Callable[..., None]
+    attend_backward: Callable[..., None]
+    stacked_adamw: Callable[..., None]
+    quantise_rows: Callable[..., None]
+    scaled_product: Callable[..., None]
+    turn_codes: Callable[..., None]
+    code_type: torch.dtype = fp8.FP8
+    """Of rows in eight bits; a wide type rounds nothing, so that tests compare the rest in fp64."""
+
+
+PLAIN = Ops(
+    name="plain torch",
+    add_norm=norm.add_norm,
+    norm_backward=norm.norm_backward,
+    norm_weight_gradient=norm.norm_weight_gradient,
+    swiglu=swiglu.swiglu,
+    swiglu_backward=swiglu.swiglu_backward,
+    rotate_heads=rotary.rotate_heads,
+    gather_gradients=rotary.gather_gradients,
+    token_loss=token_loss.token_loss,
+    adamw=adamw.adamw,
+    drop=dropout.drop,
+    add_dropped=dropout.add_dropped,
+    add_low_rank=low_rank.add_low_rank,
+    attend=attention.attend,
+    attend_backward=attention.attend_backward,
+    quantise_rows=fp8.quantise_rows,
+    scaled_product=fp8.scaled_product,
+    turn_codes=fp8.turn_codes,
+    stacked_adamw=stacked_adamw.stacked_adamw,
+)
+
+TRITON = Ops(
+    name="Triton",
+    add_norm=norm.add_norm_triton,
+    norm_backward=norm.norm_backward_triton,
+    norm_weight_gradient=norm.norm_weight_gradient_triton,
+    swiglu=swiglu.swiglu_triton,
+    swiglu_backward=swiglu.swiglu_backward_triton,
+    rotate_heads=rotary.rotate_heads_triton,
+    gather_gradients=rotary.gather_gradients_triton,
+    token_loss=token_loss.token_loss_triton,
+    adamw=adamw.adamw_triton,
+    drop=dropout.drop_triton,
+    add_dropped=dropout.add_dropped_triton,
+    add_low_rank=low_rank.add_low_rank_triton,
+    attend=attention.attend_triton,
+    attend_backward=attention.attend_backward_triton,
+    quantise_rows=fp8.quantise_rows_triton,
+    scaled_product=fp8.scaled_product_device,
+    turn_codes=fp8.turn_codes_triton,
+    stacked_adamw=stacked_adamw.stacked_adamw_triton,
+)

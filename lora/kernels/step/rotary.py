@@ -1,0 +1,117 @@
+"""Rotary positions on queries and keys inside one tensor of projections, in place, and back.
+
+The layout is Hugging Face's: dimension d is paired with d + D/2 (arXiv 2104.09864). The way back
+takes the three gradients that attention returns and writes them side by side.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora.kernels.step.jit import jit, next_power_of_2, row_stride, tl
+
+
+def rotate_heads(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> None:
+    """Changes `qkv` (N, W) in place: its first `n_heads` heads are rotated.
+
+    `cos` and `sin` are (N, D/2); heads of width D lie side by side.
+    """
+    half = cos.shape[1]
+    heads = qkv[:, : n_heads * 2 * half].unflatten(1, (n_heads, 2, half))  # (N, heads, 2, D/2)
+    first, second = heads.to(cos.dtype).unbind(2)  # each (N, heads, D/2)
+    c, s = cos[:, None], sin[:, None]
+    heads.copy_(torch.stack((first * c - second * s, second * c + first * s), 2))
+
+
+def gather_gradients(
+    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor | None, sin: Tensor | None, out: Tensor
+) -> None:
+    """Changes `out` (N, W) in place: dq, dk rotated back, and dv, side by side.
+
+    The gradients are (N, heads, D) with any stride between tokens and heads; without `cos` nothing
+    is rotated.
+    """
+    flat = torch.cat([d.flatten(1) for d in (dq, dk, dv)], 1)  # (N, W)
+    out.copy_(flat)
+    if cos is not None and sin is not None:
+        rotate_heads(out, cos, -sin, dq.shape[1] + dk.shape[1])
+
+
+@jit
+def _rotate_kernel(
+    qkv, cos, sin, qkv_stride, heads, HALF: tl.constexpr, HEADS: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, HALF)
+    head = tl.arange(0, HEADS)
+    c = tl.load(cos + row * HALF + lane)[None, :]
+    s = tl.load(sin + row * HALF + lane)[None, :]
+    at = qkv + row * qkv_stride + head[:, None] * (2 * HALF) + lane[None, :]
+    inside = head[:, None] < heads
+    first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
+    kind = qkv.dtype.element_ty
+    tl.store(at, (first * c - second * s).to(kind), mask=inside)
+    tl.store(at + HALF, (second * c + first * s).to(kind), mask=inside)
+
+
+def rotate_heads_triton(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> None:
+    """The fast twin of `rotate_heads`; D/2 a power of two; within one rounding of bf16."""
+    rows, half = cos.shape
+    _rotate_kernel[(rows,)](
+        qkv, cos, sin, row_stride(qkv), n_heads, HALF=half, HEADS=next_power_of_2(n_heads)
+    )
+
+
+@jit
+def _gather_part(
+    source, out, c, s, row, token_stride, head_stride, heads, first_head,
+    ROTATES: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    lane = tl.arange(0, HALF)
+    head = tl.arange(0, HEADS)
+    inside = head[:, None] < heads
+    at = source + row * token_stride + head[:, None] * head_stride + lane[None, :]
+    first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
+    if ROTATES:
+        turned = first * c + second * s
+        second = second * c - first * s
+        first = turned
+    to = out + (first_head + head[:, None]) * (2 * HALF) + lane[None, :]
+    kind = out.dtype.element_ty
+    tl.store(to, first.to(kind), mask=inside)
+    tl.store(to + HALF, second.to(kind), mask=inside)
+
+
+@jit
+def _gather_kernel(
+    dq, dk, dv, cos, sin, out, q_token, q_head, k_token, k_head, v_token, v_head, out_stride,
+    heads, shared, ROTATES: tl.constexpr, HALF: tl.constexpr,
+    HEADS: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, HALF)
+    c = tl.load(cos + row * HALF + lane)[None, :]
+    s = tl.load(sin + row * HALF + lane)[None, :]
+    to = out + row * out_stride
+    _gather_part(dq, to, c, s, row, q_token, q_head, heads, 0, ROTATES, HALF, HEADS)
+    _gather_part(dk, to, c, s, row, k_token, k_head, shared, heads, ROTATES, HALF, SHARED)
+    _gather_part(dv, to, c, s, row, v_token, v_head, shared, heads + shared, False, HALF, SHARED)
+
+
+def gather_gradients_triton(
+    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor | None, sin: Tensor | None, out: Tensor
+) -> None:
+    """The fast twin of `gather_gradients`; D/2 a power of two; within one rounding of bf16."""
+    rows, heads, width = dq.shape
+    shared, half = dk.shape[1], width // 2
+    tables = (dq, dq) if cos is None or sin is None else (cos, sin)
+    for gradient in (dq, dk, dv):
+        assert gradient.stride(-1) == 1, "a head's columns must lie side by side"
+    _gather_kernel[(rows,)](
+        dq, dk, dv, *tables, out, *dq.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
+        row_stride(out), heads, shared, ROTATES=cos is not None, HALF=half,
+        HEADS=next_power_of_2(heads), SHARED=next_power_of_2(shared),
+    )  # fmt: skip

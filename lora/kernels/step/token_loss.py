@@ -1,0 +1,74 @@
+"""Cross-entropy of tokens from their logits; the logits become their own gradient in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora.kernels.cross_entropy import IGNORE
+from lora.kernels.step.jit import jit, row_stride, tl
+
+BLOCK_COLUMNS, WARPS = 4096, 8
+
+
+def token_loss(logits: Tensor, labels: Tensor, losses: Tensor) -> None:
+    """Changes `logits` (n, V) and `losses` (n,) in place.
+
+    losses = −log softmax(logits)[label] in nats, and logits become softmax − one-hot, the gradient
+    of the losses' sum; both are zero where `labels` (n,) is −100.
+    """
+    wide = logits.to(losses.dtype)
+    learned = (labels != IGNORE)[:, None]  # (n, 1)
+    chosen = labels.clamp(min=0)[:, None]  # (n, 1)
+    logs = wide.log_softmax(-1)  # (n, V)
+    losses.copy_((-logs.gather(1, chosen) * learned)[:, 0])
+    grad = logs.exp_().scatter_add_(1, chosen, -torch.ones_like(logs[:, :1]))
+    logits.copy_(grad * learned)
+
+
+@jit
+def _token_loss_kernel(
+    logits, labels, losses, stride,
+    width: tl.constexpr, IGNORED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = logits + row * stride
+    label = tl.load(labels + row)
+    columns = tl.arange(0, BLOCK)
+    kind = logits.dtype.element_ty
+    if label == IGNORED:
+        for start in range(0, width, BLOCK):
+            inside = start + columns < width
+            tl.store(at + start + columns, tl.zeros([BLOCK], dtype=kind), mask=inside)
+        tl.store(losses + row, 0.0)
+    else:
+        highest = tl.full([BLOCK], -float("inf"), dtype=tl.float32)
+        total = tl.zeros([BLOCK], dtype=tl.float32)
+        for start in range(0, width, BLOCK):
+            inside = start + columns < width
+            x = tl.load(at + start + columns, mask=inside, other=-float("inf")).to(tl.float32)
+            higher = tl.maximum(highest, x)
+            # A lane that saw nothing yet has no scale to keep: −inf − −inf would be NaN.
+            kept = tl.where(higher == -float("inf"), 0.0, higher)
+            total = total * tl.exp(highest - kept) + tl.exp(x - kept)
+            highest = higher
+        top = tl.max(highest)
+        summed = tl.sum(total * tl.exp(highest - top))
+        of_label = tl.load(at + label).to(tl.float32)
+        tl.store(losses + row, top + tl.log(summed) - of_label)
+        tl.debug_barrier()  # every thread has read the label's logit before it is overwritten
+        for start in range(0, width, BLOCK):
+            inside = start + columns < width
+            x = tl.load(at + start + columns, mask=inside, other=0.0).to(tl.float32)
+            p = tl.exp(x - top) / summed
+            p = tl.where(start + columns == label, p - 1, p)
+            tl.store(at + start + columns, p.to(kind), mask=inside)
+
+
+def token_loss_triton(logits: Tensor, labels: Tensor, losses: Tensor) -> None:
+    """The fast twin of `token_loss`; on a GPU: losses within 1e-5, gradients one rounding."""
+    rows, width = logits.shape
+    _token_loss_kernel[(rows,)](
+        logits, labels, losses, row_stride(logits),
+        width=width, IGNORED=IGNORE, BLOCK=BLOCK_COLUMNS, num_warps=WARPS,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Models from disk: Hugging Face folders and GGUF files, weights and tokenizers, both ways."""

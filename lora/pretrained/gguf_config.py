@@ -1,0 +1,232 @@
+"""A GGUF file's settings as the content of a Hugging Face config.json.
+
+Source of the keys: the GGUF specification; of what a missing key means: llama.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lora.decoder.fields import Fields
+from lora.errors import ModelError, did_you_mean, gather
+from lora.pretrained.gguf_file import GGUFFile
+
+ROPE_FACTORS = "rope_freqs.weight"
+"""A tensor of settings rather than weights: Llama 3's factors of the rotary wavelengths."""
+
+_MOST = 2**24
+_KEYS = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+    "max_position_embeddings": "context_length",
+    "sliding_window": "attention.sliding_window",
+    "sliding_window_pattern": "attention.sliding_window_pattern",
+    "rope_local_base_freq": "rope.freq_base_swa",
+    "scaling": "rope.scaling.type",
+    "factor": "rope.scaling.factor",
+    "original": "rope.scaling.original_context_length",
+}
+_NEUTRAL: dict[str, Any] = {
+    "attention.causal": True,
+    "attention.clamp_kqv": 0,
+    "attention.max_alibi_bias": 0,
+    "attention.scale": None,
+    "attn_logit_softcapping": 0,
+    "embedding_scale": 1,
+    "expert_count": 0,
+    "final_logit_softcapping": 0,
+    "logit_scale": 1,
+    "residual_scale": 1,
+    "rope.scaling.attn_factor": 1,
+    "rope.scaling.yarn_log_multiplier": 0,
+    "use_parallel_residual": False,
+}
+"""Keys that change the result, with the value at which they do not."""
+LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""Scaling of Llama 3.1 to 3.3, all but the factor: files hold its result and not the settings."""
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """One row: what `general.architecture` is in Hugging Face's terms."""
+
+    name: str
+    model_type: str
+    extra: Callable[[Fields, GGUFFile, dict[str, Any]], dict[str, Any]]
+    """What config.json has beside what all have."""
+
+
+def gguf_config(file: GGUFFile) -> dict[str, Any]:
+    """Return the content of config.json for `file`.
+
+    Raises ModelError for an architecture that is not supported, and one ModelError for all
+    settings that are missing, out of range, or change the result in a way we do not compute.
+    """
+    known = file.metadata.get("general.architecture")
+    if not isinstance(known, str) or known not in _ARCHITECTURES:
+        near = did_you_mean(str(known), _ARCHITECTURES)
+        raise ModelError(
+            f"{file.path}: general.architecture is {known!r}; supported are "
+            f"{', '.join(_ARCHITECTURES)}.{near} Load the model with transformers and adapt the "
+            "object with lora.apply_lora(model, config)."
+        )
+    row = _ARCHITECTURES[known]
+    names = {ours: f"{known}.{key}" for ours, key in _KEYS.items()}
+    fields = Fields(file.metadata, names, {"scaling": "none"})
+    config = {"architectures": [row.name], "model_type": row.model_type, "dtype": "float32"}
+    config |= _sizes(fields, file)
+    _note_huge(fields, config)
+    _note_unsupported(fields, known, config)
+    config |= row.extra(fields, file, config)
+    config |= _rope_scaling(fields, file, config)
+    if fields.faults:
+        heading = f"{file.path} has settings that cannot be honoured:"
+        advice = "Nothing was ignored. Use another file, or the model's Hugging Face folder."
+        raise ModelError(gather(fields.faults, heading, advice))
+    return config
+
+
+def _sizes(fields: Fields, file: GGUFFile) -> dict[str, Any]:
+    heads, width = fields.count("num_attention_heads"), fields.count("hidden_size")
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        fields.faults.append("the tensor token_embd.weight is missing")
+    layers = fields.count("num_hidden_layers")
+    if layers > len(file.tensors):  # what follows makes objects for each layer
+        fields.fault("num_hidden_layers", layers, f"at most the {len(file.tensors)} tensors there")
+    ids = ("bos_token_id", "eos_token_id", "padding_token_id")
+    tokens = {name: file.metadata.get(f"tokenizer.ggml.{name}") for name in ids}
+    return {
+        "hidden_size": width,
+        "intermediate_size": fields.count("intermediate_size"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.count("num_key_value_heads", heads),
+        "head_dim": fields.count("head_dim", max(1, width // heads)),
+        "rms_norm_eps": _rounded(fields.number("rms_norm_eps")),
+        "rope_theta": _rounded(fields.number("rope_theta", 10_000.0)),
+        "max_position_embeddings": fields.count("max_position_embeddings"),
+        "vocab_size": embedding.shape[0] if embedding else 1,
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        **{
+            name.replace("padding", "pad"): tokens[name] for name in ids if tokens[name] is not None
+        },
+    }
+
+
+def _note_huge(fields: Fields, config: dict[str, Any]) -> None:
+    """Refuse sizes that only a damaged file has: shapes are made of their products later."""
+    for name in _KEYS:
+        if isinstance(config.get(name), int) and config[name] > _MOST:
+            fields.fault(name, config[name], f"at most {_MOST:,}")
+
+
+def _note_unsupported(fields: Fields, architecture: str, config: dict[str, Any]) -> None:
+    same = {"rope.dimension_count": "head_dim", "attention.value_length": "head_dim"}
+    neutral = _NEUTRAL | {key: config[name] for key, name in same.items()}
+    for key, value in neutral.items():
+        seen = fields.values.get(f"{architecture}.{key}")
+        if seen is not None and seen != value:
+            allowed = "" if value is None else f", only {value!r}"
+            fields.faults.append(f"{architecture}.{key}={seen!r}: not supported{allowed}")
+
+
+def _llama_extra(fields: Fields, file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
+    _refuse_window(fields)
+    return {
+        "hidden_act": "silu",
+        "attention_bias": "blk.0.attn_output.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_down.bias" in file.tensors,
+    }
+
+
+def _qwen_extra(fields: Fields, file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
+    _refuse_window(fields)
+    return {"hidden_act": "silu"}
+
+
+def _refuse_window(fields: Fields) -> None:
+    window, longest = fields.get("sliding_window"), fields.get("max_position_embeddings")
+    if window and longest and window < longest:
+        fields.fault("sliding_window", window, "none: this architecture's files have no window")
+
+
+def _gemma3_extra(fields: Fields, file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
+    layers = config["num_hidden_layers"]
+    pattern = fields.get("sliding_window_pattern")
+    if not isinstance(pattern, list):
+        every = fields.count("sliding_window_pattern", 6)
+        pattern = [bool((number + 1) % every) for number in range(min(layers, len(file.tensors)))]
+    kinds = ["sliding_attention" if slides else "full_attention" for slides in pattern[:layers]]
+    # The 27B model alone scales by the width per head, not by the head's; files do not say it.
+    scalar = config["head_dim"]
+    if layers == 62:
+        scalar = config["hidden_size"] // config["num_attention_heads"]
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": fields.count("sliding_window"),
+        "layer_types": kinds,
+        "query_pre_attn_scalar": scalar,
+        "rope_local_base_freq": _rounded(fields.number("rope_local_base_freq", 10_000.0)),
+    }
+
+
+_ARCHITECTURES = {
+    "llama": _Architecture("LlamaForCausalLM", "llama", _llama_extra),
+    "qwen2": _Architecture("Qwen2ForCausalLM", "qwen2", _qwen_extra),
+    "qwen3": _Architecture("Qwen3ForCausalLM", "qwen3", _qwen_extra),
+    "gemma3": _Architecture("Gemma3ForCausalLM", "gemma3_text", _gemma3_extra),
+}
+
+
+def _rope_scaling(fields: Fields, file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
+    kind = fields.choice("scaling", ("none", "linear", "yarn"))
+    if ROPE_FACTORS in file.tensors:
+        if kind != "none":
+            fields.fault("scaling", kind, f"none, beside the tensor {ROPE_FACTORS}")
+        return _llama3_scaling(fields, file, config)
+    if kind == "none":
+        return {}
+    scaling = {"rope_type": kind, "factor": _rounded(fields.number("factor"))}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = fields.count("original")
+    return {"rope_scaling": scaling}
+
+
+def _llama3_scaling(fields: Fields, file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
+    """Return Llama 3's settings if the file's factors are what they give."""
+    seen = file.values(ROPE_FACTORS).reshape(-1).astype(np.float64)
+    scaling = {**LLAMA3, "factor": _rounded(seen.max())}
+    wanted = llama3_factors(config["rope_theta"], config["head_dim"], scaling)
+    if seen.shape != wanted.shape or not np.allclose(seen, wanted, rtol=1e-3):
+        fields.faults.append(f"the factors in {ROPE_FACTORS} are not those of Llama 3.1 to 3.3")
+    return {"rope_scaling": scaling}
+
+
+def llama3_factors(theta: float, head_dim: int, scaling: dict[str, Any]) -> np.ndarray:
+    """Return by how much llama3's `scaling` stretches each rotary wavelength, (D / 2,)."""
+    wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)  # (D / 2,)
+    original, factor = scaling["original_max_position_embeddings"], scaling["factor"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = np.clip((original / wavelengths - low) / (high - low), 0, 1)
+    return 1 / ((1 - kept) / factor + kept)
+
+
+def _rounded(value: float) -> float:
+    """Return an fp32 setting as the short decimal that was meant: 1e-05, not 9.99999974e-06."""
+    return float(f"{float(value):.7g}")

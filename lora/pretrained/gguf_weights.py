@@ -1,0 +1,200 @@
+"""A GGUF file as a Hugging Face folder: config.json, model.safetensors, tokenizer.json …
+
+Values are dequantised to fp32, exactly as the `gguf` package defines them, and written block by
+block, so memory stays far below the model's size. What the formats disagree on is undone here:
+llama's files hold the rows of q and k in another order, gemma3's hold 1 + w where the weight of a
+norm is w. Source of the names: the GGUF specification and its tables of architectures.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora.data.tokenizers.subword import TextTokenizer
+from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
+from lora.decoder.families import decoder_config
+from lora.errors import DataError, ModelError, gather
+from lora.pretrained.gguf_config import ROPE_FACTORS, gguf_config
+from lora.pretrained.gguf_file import GGUFFile
+from lora.pretrained.gguf_tokenizer import build_gguf_tokenizer
+
+Report = Callable[[float], None]
+"""Hears how much of the work is done, 0 to 1."""
+
+OUTSIDE = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+"""GGUF's names outside the blocks -> Hugging Face's; `.weight` follows both."""
+INSIDE = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+"""GGUF's names inside a block -> Hugging Face's."""
+INSIDE_GEMMA3 = INSIDE | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
+
+def convert_gguf(path: Path, folder: Path, report: Report = lambda share: None) -> None:
+    """Write the model and tokenizer in the GGUF file `path` into `folder`, in fp32.
+
+    Raises ModelError for a file that is damaged, not supported, or has other tensors than its
+    settings ask for; nothing is written then.
+    """
+    file = GGUFFile(path)
+    config = gguf_config(file)
+    names = _match_names(file, config)
+    _check_space(folder, 4 * sum(math.prod(file.tensors[old].shape) for old in names.values()))
+    _build_tokenizer(file, config["vocab_size"]).save(folder)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    shapes = {new: file.tensors[old].shape for new, old in names.items()}
+    blocks = (block for new, old in names.items() for block in _blocks(file, old, new, config))
+    _write_fp32(folder / "model.safetensors", shapes, blocks, report)
+
+
+def read_gguf_decoder(path: Path) -> Decoder:
+    """Return the model in the GGUF file `path`, in fp32, all of it in memory.
+
+    Raises ModelError as `convert_gguf` does.
+    """
+    file = GGUFFile(path)
+    config = gguf_config(file)
+    names = _match_names(file, config)
+    model = build_empty_decoder(decoder_config(config))
+    values = (
+        (
+            new,
+            np.concatenate(list(_blocks(file, old, new, config))).reshape(file.tensors[old].shape),
+        )
+        for new, old in names.items()
+    )
+    assign_parameters(model, ((name, torch.from_numpy(value)) for name, value in values))
+    return model
+
+
+def _check_space(folder: Path, n_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(folder).free
+    if n_bytes > free_bytes:
+        raise ModelError(
+            f"The model takes {n_bytes / 1e9:.1f} GB in fp32, and {folder.parent} has "
+            f"{free_bytes / 1e9:.1f} GB free. Free some space, or set LORALM_CACHE to a folder on "
+            "another disk."
+        )
+
+
+def _build_tokenizer(file: GGUFFile, vocab_size: int) -> TextTokenizer:
+    try:
+        tokenizer = build_gguf_tokenizer(file.metadata)
+    except DataError as error:
+        raise ModelError(f"The tokenizer in {file.path} cannot be used: {error}") from None
+    if tokenizer.vocab_size > vocab_size:
+        raise ModelError(
+            f"{file.path} has {tokenizer.vocab_size:,} tokens, and an embedding of "
+            f"{vocab_size:,} rows: they do not belong together. Use another file."
+        )
+    return tokenizer
+
+
+def _match_names(file: GGUFFile, config: dict[str, Any]) -> dict[str, str]:
+    """Return Hugging Face's name -> the file's, all faults raised at once."""
+    inside = INSIDE_GEMMA3 if config["model_type"] == "gemma3_text" else INSIDE
+    names = {_hf_name(old, inside): old for old in file.tensors if old != ROPE_FACTORS}
+    model = build_empty_decoder(decoder_config(config))
+    wanted = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    faults = [f"{name} {wanted[name]} is missing" for name in wanted if name not in names]
+    for new, old in names.items():
+        if new not in wanted:
+            faults.append(f"{old} is no tensor of this architecture")
+        elif file.tensors[old].shape != wanted[new]:
+            seen = file.tensors[old].shape
+            faults.append(f"{old} is {seen}: its settings ask for {wanted[new]}")
+    if faults:
+        heading = f"{file.path} does not hold the {config['model_type']!r} model that it describes:"
+        raise ModelError(gather(faults, heading, "Copy it again, or use another file."))
+    return {name: names[name] for name in wanted}
+
+
+def _hf_name(name: str, inside: dict[str, str]) -> str:
+    """Return Hugging Face's name of `name`, or `name` if it is not known."""
+    stem, _, ending = name.rpartition(".")
+    if stem in OUTSIDE and ending == "weight":
+        return f"{OUTSIDE[stem]}.weight"
+    found = re.fullmatch(r"blk\.(\d{1,6})\.(\w+)\.(weight|bias)", name)
+    if found is None or found[2] not in inside:
+        return name
+    return f"model.layers.{int(found[1])}.{inside[found[2]]}.{found[3]}"
+
+
+def _blocks(file: GGUFFile, old: str, new: str, config: dict[str, Any]) -> Iterator[np.ndarray]:
+    """Yield the values of one tensor as Hugging Face means them, in order."""
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    module = new.split(".")[-2]
+    if config["model_type"] == "llama" and module in heads:
+        yield unpermute(file.values(old), heads[module])
+    elif config["model_type"] == "gemma3_text" and module.endswith("norm"):
+        yield file.values(old) - 1
+    else:
+        yield from file.blocks(old)
+
+
+def unpermute(value: np.ndarray, heads: int) -> np.ndarray:
+    """Return q's or k's weight (H·D, C) or bias (H·D,) with llama's row order in files undone.
+
+    A rotated pair lies side by side there, half a head apart in Hugging Face's.
+    """
+    pairs = value.reshape(heads, -1, 2, *value.shape[1:])  # (H, D/2, 2, ·)
+    return pairs.swapaxes(1, 2).reshape(value.shape)  # (H·D, ·)
+
+
+def permute(value: np.ndarray, heads: int) -> np.ndarray:
+    """Return q's or k's weight or bias in the row order of llama's files: undoes `unpermute`."""
+    halves = value.reshape(heads, 2, -1, *value.shape[1:])  # (H, 2, D/2, ·)
+    return halves.swapaxes(1, 2).reshape(value.shape)  # (H·D, ·)
+
+
+def _write_fp32(
+    path: Path, shapes: dict[str, tuple[int, ...]], blocks: Iterator[np.ndarray], report: Report
+) -> None:
+    """Write a safetensors file without holding more than a block (its own specification)."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    total_bytes = 0
+    for name, shape in shapes.items():
+        end = total_bytes + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [total_bytes, end]}
+        total_bytes = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    done_bytes = 0
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for block in blocks:
+            file.write(np.ascontiguousarray(block, dtype="<f4").data)
+            done_bytes += block.nbytes
+            report(done_bytes / total_bytes)
+        file.flush()
+        os.fsync(file.fileno())  # what is in the cache is trusted later by its size alone

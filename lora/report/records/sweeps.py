@@ -1,0 +1,208 @@
+"""A sweep's folder as records: its candidates, which rank is enough, which rate is best."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lora.report.records.command import sweep_command
+from lora.report.records.reading import Faults, Values, read_lines, read_object, relative
+from lora.report.records.records import RunRecord, Status, SweepRecord, SweetSpot, Tried
+from lora.report.records.runs import RESULT_FILE, RUN_FILE, read_run
+from lora.runs.folder import TIMINGS_FILE
+from lora.sweep.grid import SWEPT, short_number
+from lora.sweep.ledger import LEDGER_FILE, Standing, rank
+
+CANDIDATES, FULL = "candidates", "full"
+"""Folders of the candidates, and of full fine-tuning beside them."""
+NOISE_FRACTION = 0.01
+"""Of the best loss: what is held to be noise where one seed cannot tell."""
+_STATUSES: dict[str, Status] = {"done": "finished", "stopped": "stopped", "failed": "failed"}
+_SHORT = {"rank": "r", "learning_rate": "", "alpha": "a", "dropout": "d", "seed": "s"}
+
+
+def read_sweep(
+    folder: Path, base: Path, name: str, faults: Faults
+) -> tuple[SweepRecord, list[RunRecord]]:
+    """Return what `folder` tells of its sweep, and its candidates, the best first."""
+    asked = read_object(folder / RUN_FILE, faults, required=True)
+    ledger = read_object(folder / LEDGER_FILE, faults)
+    result = read_object(folder / RESULT_FILE, faults)
+    timings = read_lines(folder / TIMINGS_FILE, faults)
+    sweep = asked.section("sweep")
+    swept = tuple(key for key in SWEPT if len(list_of(sweep.section("grid"), key)) > 1)
+    standings = rank(_standings(ledger))
+    runs = [_candidate(folder, base, name, s, swept, faults) for s in standings]
+    runs.sort(key=_place)
+    full_rate = None
+    if (folder / FULL / RUN_FILE).is_file():
+        full = replace(read_run(folder / FULL, base, faults, group=name), label=FULL)
+        full_rate = full.learning_rate
+        runs.append(full)
+    best = result.text("best")
+    base_loss = ledger.number("base_eval_loss")
+    tried = find_tried(runs)
+    peaks = [p for row in timings if (p := row.count("peak_memory_bytes"))]
+    record = SweepRecord(
+        name=name,
+        folder=relative(folder, base),
+        status="finished" if result.values else "unfinished",
+        candidates=len(standings),
+        at_once=ledger.count("at_once"),
+        halving=sweep.flag("halving"),
+        steps=sweep.count("steps"),
+        swept=swept,
+        base_eval_loss=base_loss,
+        best=None if best is None else f"{name}/{best}",
+        train_s=_train_s(timings, ledger),
+        peak_memory_bytes=max(peaks, default=None),
+        tried=tried,
+        sweet_spot=find_sweet_spot(tried, runs),
+        command=sweep_command(asked.values, folder.name, full_rate),
+    )
+    return record, runs
+
+
+def _train_s(timings: Sequence[Values], ledger: Values) -> float | None:
+    """Return the seconds of all steps; None if some were not timed, as those before a kill are."""
+    times = [row.number("train_s") for row in timings]
+    timed = sum(row.count("timed_steps") or 0 for row in timings)
+    if not times or timed != ledger.count("steps_taken"):
+        return None
+    return sum(seconds for seconds in times if seconds is not None)
+
+
+def list_of(values: Values, key: str) -> list[object]:
+    """Return a list, or nothing where there is none."""
+    found = values.values.get(key)
+    return found if isinstance(found, list) else []
+
+
+def _place(run: RunRecord) -> tuple[int, float]:
+    """Return what to sort by: those under way by their loss, the others stay as they come."""
+    if run.status == "unfinished":
+        return 1, math.inf if run.eval_loss is None else run.eval_loss
+    return {"finished": 0}.get(run.status, 2), 0.0
+
+
+def _standings(ledger: Values) -> list[Standing]:
+    found = []
+    for row in ledger.items("standings"):
+        name, status = row.text("name"), row.text("status")
+        known = ("waiting", "training", *_STATUSES)
+        if name is None or Path(name).name != name or status not in known:
+            ledger.faults.append(f"{row.where} has no name of a folder, or no status that is known")
+            continue
+        found.append(
+            Standing(
+                name=name,
+                settings=row.section("settings").values,
+                status=status,  # type: ignore[arg-type]
+                step=row.count("step") or 0,
+                reason=row.text("reason") or "",
+                eval_loss=row.number("eval_loss"),
+            )
+        )
+    return found
+
+
+def _candidate(
+    folder: Path,
+    base: Path,
+    group: str,
+    standing: Standing,
+    swept: tuple[str, ...],
+    faults: Faults,
+) -> RunRecord:
+    own = folder / CANDIDATES / standing.name
+    run = read_run(own, base, faults, group=group)
+    return replace(
+        run,
+        label=candidate_label(run, standing, swept),
+        status=_STATUSES.get(standing.status, "unfinished"),
+        reason=standing.reason,
+        steps=max(standing.step, run.steps or 0),  # the ledger knows of whole waves only
+    )
+
+
+def candidate_label(run: RunRecord, standing: Standing, swept: tuple[str, ...]) -> str:
+    """Return what sets a candidate apart, in a few characters: r4 3e-4."""
+    words = []
+    for key in swept:
+        value = standing.settings.get(key)
+        shown = short_number(value) if isinstance(value, float) else str(value)
+        words.append(f"{_SHORT.get(key, '')}{shown}")
+    return " ".join(words) or run.label
+
+
+def find_tried(runs: Sequence[RunRecord]) -> tuple[Tried, ...]:
+    """Return the loss of each rank at each rate: over seeds the mean, over the rest the best.
+
+    Only what came through to the end counts: a candidate that was stopped has seen fewer steps.
+    """
+    best: dict[tuple[int, float], Tried] = {}
+    for key, losses in _by_setting(runs).items():
+        tried = Tried(key[0], key[1], statistics.fmean(losses), len(losses))
+        known = best.get(key[:2])
+        if known is None or tried.loss < known.loss:
+            best[key[:2]] = tried
+    return tuple(best[key] for key in sorted(best))
+
+
+Key = tuple[int, float, str]
+
+
+def _by_setting(runs: Sequence[RunRecord]) -> dict[Key, list[float]]:
+    """Return the losses at the end, those that differ in the seed alone together."""
+    found: dict[Key, list[float]] = defaultdict(list)
+    for run in runs:
+        if run.status != "finished" or run.eval_loss is None:
+            continue
+        if run.rank is None or run.learning_rate is None:  # or full fine-tuning
+            continue
+        rest = {k: v for k, v in run.settings.items() if k not in ("train.seed", "lora.init_seed")}
+        found[(run.rank, run.learning_rate, repr(sorted(rest.items(), key=str)))].append(
+            run.eval_loss
+        )
+    return found
+
+
+def find_sweet_spot(tried: Sequence[Tried], runs: Sequence[RunRecord]) -> SweetSpot | None:
+    """Return the smallest rank that is as good as the best, within noise; None for one rank."""
+    by_rank: dict[int, Tried] = {}
+    for one in tried:
+        known = by_rank.get(one.rank)
+        if known is None or one.loss < known.loss:
+            by_rank[one.rank] = one
+    if len(by_rank) < 2:
+        return None
+    best = min(by_rank.values(), key=lambda one: (one.loss, one.rank))
+    noise, noise_from = _noise(runs, best.loss)
+    rank_enough = min(r for r, one in by_rank.items() if one.loss <= best.loss + noise)
+    loss = by_rank[rank_enough].loss
+    return SweetSpot(rank_enough, loss, best.rank, best.loss, noise, noise_from)
+
+
+def _noise(runs: Sequence[RunRecord], best_loss: float) -> tuple[float, str]:
+    """Return what two losses may differ by, and how that was found.
+
+    With several seeds: their standard deviation, pooled over the best setting of each rank.
+    """
+    best: dict[int, list[float]] = {}
+    for (one_rank, _, _), losses in _by_setting(runs).items():
+        known = best.get(one_rank)
+        if known is None or statistics.fmean(losses) < statistics.fmean(known):
+            best[one_rank] = losses
+    several = [losses for losses in best.values() if len(losses) > 1]
+    if not several:
+        share = f"{100 * NOISE_FRACTION:g} % of the best loss"
+        told = f"{share}: with one seed, noise cannot be measured"
+        return NOISE_FRACTION * abs(best_loss), told
+    squares = sum(statistics.variance(losses) * (len(losses) - 1) for losses in several)
+    degrees = sum(len(losses) - 1 for losses in several)
+    n_seeds = max(len(losses) for losses in several)
+    return math.sqrt(squares / degrees), f"one standard deviation between {n_seeds} seeds"

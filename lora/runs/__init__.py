@@ -1,0 +1,1 @@
+"""The run directory on disk: its files, lock, progress, interrupts, subprocesses."""

@@ -1,0 +1,154 @@
+"""Work in a fresh process: its peak of memory is its own, and what it says is heard here.
+
+The child is spawned, not forked, so that it begins with nothing of ours. It dies with us, whichever
+way we die, and a signal that stops us stops it between two steps.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
+
+from lora import errors
+from lora.errors import Interrupted, LoraError, TrainingError
+from lora.runs.interrupts import StopRequests
+from lora.runs.progress import Progress
+
+T = TypeVar("T")
+_POLL_S, _GRACE_S = 0.2, 5.0
+
+
+def run_apart(task: Callable[..., T], *arguments: Any, progress: Progress) -> T:
+    """Return `task(*arguments, progress)`, computed in a process of its own.
+
+    Task, arguments and result are pickled: functions and classes of modules, no closures. An error
+    of ours is raised here as it was there. Raises TrainingError if the process dies.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(theirs, task, arguments))
+    with StopRequests(progress.say) as stop:
+        process.start()
+        theirs.close()
+        try:
+            return _listen(process, ours, stop, progress)
+        finally:
+            if process.is_alive():
+                process.terminate()
+                process.join(_GRACE_S)
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def _listen(process: Any, ours: Connection, stop: StopRequests, progress: Progress) -> Any:
+    """Hear what the child says until it has answered."""
+    is_told = False
+    while True:
+        if stop.received is not None and not is_told:
+            process.terminate()  # the child finishes its step and saves
+            is_told = True
+        if not wait([ours], timeout=_POLL_S):
+            continue
+        try:
+            kind, value = ours.recv()
+        except EOFError:
+            process.join()
+            raise _died(process.exitcode, stop) from None
+        if kind == "progress":
+            name, arguments = value
+            _tell(progress, name, arguments)
+        elif kind == "done":
+            process.join()
+            if stop.received is not None:  # it had no step left to stop before
+                raise Interrupted(_say_stopped(stop), stop.exit_code)
+            return value
+        else:
+            raise _error(value, stop)
+
+
+def _tell(progress: Progress, name: str, arguments: tuple[Any, ...]) -> None:
+    hears: dict[str, Callable[..., None]] = {
+        "start": progress.start,
+        "step": progress.step,
+        "say": progress.say,
+        "stop": progress.stop,
+    }
+    hears[name](*arguments)
+
+
+def _error(told: tuple[str, str, int], stop: StopRequests) -> Exception:
+    """Return the error that the child had, as one of this process."""
+    name, message, exit_code = told
+    if name == "Interrupted":
+        code = stop.exit_code if stop.received is not None else exit_code
+        return Interrupted(message, code)
+    kind = vars(errors).get(name)
+    if isinstance(kind, type) and issubclass(kind, LoraError):
+        return kind(message)
+    return RuntimeError(message)
+
+
+def _died(exit_code: int | None, stop: StopRequests) -> LoraError:
+    if stop.received is not None:
+        return Interrupted(_say_stopped(stop), stop.exit_code)
+    why = f"with code {exit_code}"
+    if exit_code is not None and exit_code < 0:
+        why = f"by {signal.Signals(-exit_code).name}"
+    advice = "memory may have run out" if exit_code == -signal.SIGKILL else "see what it said above"
+    return TrainingError(f"The process of a member was ended {why}: {advice}.")
+
+
+def _say_stopped(stop: StopRequests) -> str:
+    name = stop.received.name if stop.received is not None else ""
+    return f"{name} stopped it before or after the steps of a part; what is done is kept."
+
+
+class _Told:
+    """A Progress that tells the parent."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def start(self, total_steps: int, done_steps: int) -> None:
+        self._send("start", total_steps, done_steps)
+
+    def step(self, step: int, loss: float, tokens_per_s: float, memory_bytes: int) -> None:
+        self._send("step", step, loss, tokens_per_s, memory_bytes)
+
+    def say(self, message: str) -> None:
+        self._send("say", message)
+
+    def stop(self) -> None:
+        self._send("stop")
+
+    def _send(self, name: str, *arguments: Any) -> None:
+        self._connection.send(("progress", (name, arguments)))
+
+
+def _child(connection: Connection, task: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.setpgid(0, 0)  # Ctrl-C comes to the parent alone, which passes it on once
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    told = _Told(connection)
+    try:
+        answer: tuple[str, Any] = ("done", task(*arguments, told))
+    except LoraError as error:
+        code = error.exit_code if isinstance(error, Interrupted) else 2
+        answer = ("error", (type(error).__name__, str(error), code))
+    except (RuntimeError, MemoryError, OSError, ValueError, KeyError, TypeError):
+        answer = ("error", ("RuntimeError", traceback.format_exc(), 1))
+    connection.send(answer)
+    connection.close()
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)  # as after kill -9: all that is saved is whole

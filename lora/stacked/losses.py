@@ -1,0 +1,62 @@
+"""The loss of K stacked adapters on a decoder: (model, batch) -> (sums, target tokens), both (K,).
+
+No sum runs over two adapters: each adapter's rows meet the frozen head apart from the others'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora.data.sequences.batches import IGNORE, Batch
+from lora.decoder.decoder import Decoder
+from lora.kernels.cross_entropy import linear_cross_entropy
+from lora.stacked.apply import Stacked
+from lora.stacked.layers import StackedLoRALinear
+
+
+class StackedDecoderLoss:
+    """Of our decoders with `stacked` on them; a batch is (K·B, T), adapter 0's rows first."""
+
+    def __init__(self, stacked: Stacked) -> None:
+        self._n_adapters = stacked.stack.n_adapters
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return each adapter's summed loss in nats and its target tokens, (K,), (K,)."""
+        decoder, n = cast(Decoder, model), self._n_adapters
+        hidden = decoder.hidden_states(
+            batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids
+        )
+        labels = batch.labels.view(n, -1)  # (K, N)
+        head = decoder.output_head()
+        if isinstance(head, StackedLoRALinear):
+            return _adapted_head(head, hidden, labels)
+        # Unbound, not sliced: K slices would send back K gradients as large as all rows.
+        rows = hidden.flatten(0, 1).unflatten(0, (n, -1)).unbind(0)  # K times (N, C)
+        found = [
+            linear_cross_entropy(own, head.weight, own_labels)
+            for own, own_labels in zip(rows, labels.unbind(0), strict=True)
+        ]
+        sums, counts = zip(*found, strict=True)
+        return torch.stack(sums), torch.stack(counts)
+
+
+def _adapted_head(head: StackedLoRALinear, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logits = head(hidden).flatten(0, 1)  # (K·N, V)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(wide, labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return losses.view_as(labels).sum(1), (labels != IGNORE).sum(1)
+
+
+def stack_batches(batches: Sequence[Batch]) -> Batch:
+    """Return one batch (K·B, T) of the adapters' batches (B, T), adapter 0's first."""
+    return Batch(
+        input_ids=torch.cat([batch.input_ids for batch in batches]),  # (K·B, T)
+        labels=torch.cat([batch.labels for batch in batches]),
+        position_ids=torch.cat([batch.position_ids for batch in batches]),
+        document_ids=torch.cat([batch.document_ids for batch in batches]),
+    )

@@ -1,0 +1,131 @@
+"""What a sweep is asked to do, how `run.json` says it, and whether it is the same again."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.data.prepare import PreparedData
+from lora.data.reading.readers import Source
+from lora.device import DeviceChoice
+from lora.errors import CheckpointError, ConfigError, gather
+from lora.pretrained.sources import ModelSource
+from lora.runs.folder import read_json
+from lora.sweep.grid import Candidate, Grid
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """What to try, on what, and how."""
+
+    data: Source
+    """A file or folder of examples, or a list of dicts."""
+    grid: Grid
+    """What the candidates differ in."""
+    model: str | None = None
+    """A folder, a .gguf file, a hub's owner/name; None: SmolLM2-135M-Instruct."""
+    eval_data: Source | None = None
+    """Examples to compare by; None splits some off `data`."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """What all candidates share; the grid's values replace its own."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """What all candidates share; the grid's values replace its own."""
+    data_config: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    """Of it: out, name, device, fast, and the intervals of evaluations and saves."""
+    at_once: int | None = None
+    """Candidates that train together; None: as many as fit into memory."""
+    report: bool = False
+    """Write `report.html`, `report.json` and pictures into the sweep's folder at the end."""
+    halving: bool = False
+    """Stop the worse half at a quarter and at half of the steps."""
+    resume: bool = False
+    """Go on with the sweep of this name."""
+    deterministic: bool = False
+    """Repeat to the bit on a GPU too: torch's deterministic algorithms, and the plain step."""
+
+
+def takes_fast(job: SweepJob) -> bool:
+    """Whether the fast step may train the candidates."""
+    return job.run.fast and not job.deterministic
+
+
+def check_job(job: SweepJob, candidates: list[Candidate]) -> None:
+    """Raise ConfigError for what no sweep can do."""
+    if job.at_once is not None and job.at_once < 1:
+        raise ConfigError(f"at_once={job.at_once!r}: allowed is an int ≥ 1. Change it.")
+    if job.data_config.special_tokens:
+        raise ConfigError(
+            "A sweep was asked for with special_tokens: rows of added tokens cannot train for "
+            "several adapters at once yet. Leave them out, or use lora finetune."
+        )
+    if job.halving and len(candidates) < 4:
+        raise ConfigError(
+            f"halving was asked for with {len(candidates)} candidates: it halves them twice, so "
+            "at least 4 are needed. Leave it out, or give more values."
+        )
+
+
+def _what_was_asked(job: SweepJob) -> dict[str, Any]:
+    grid = {name: list(values) for name, values in asdict(job.grid).items()}
+    return {"grid": grid, "halving": job.halving, "steps": job.train.steps}
+
+
+def check_same_sweep(job: SweepJob) -> None:
+    """Raise CheckpointError if another sweep is to be resumed as this one."""
+    path = job.run.out / str(job.run.name) / "run.json"
+    if not job.resume or not path.is_file():
+        return
+    whole, now = read_json(path), _what_was_asked(job)
+    former = whole.get("sweep") if isinstance(whole, dict) else None
+    if not isinstance(former, dict):
+        raise CheckpointError(
+            f"The run {path.parent} was to be resumed as a sweep, and it is none. Give the name "
+            "of a sweep, or use lora finetune --resume."
+        )
+    faults = [
+        f"{key}: {former.get(key)} then, {now[key]} now"
+        for key in now
+        if former.get(key) != now[key]
+    ]
+    if faults:
+        advice = "Resume with the values that it began with, or begin a new sweep."
+        heading = f"The sweep {path.parent} cannot be resumed as another one:"
+        raise CheckpointError(gather(faults, heading, advice))
+
+
+def describe_job(
+    job: SweepJob, source: ModelSource, data: PreparedData, choice: DeviceChoice, at_once: int
+) -> dict[str, Any]:
+    """Return what `run.json` says of the sweep."""
+    named = job.data if isinstance(job.data, Path | str) else "rows given in Python"
+    asked = _what_was_asked(job)
+    assert data.held_out is not None
+    return {
+        "model": source.name,
+        "model_source": job.model,
+        "device": choice.reason,
+        "threads": torch.get_num_threads(),
+        "sweep": asked,
+        "at_once": at_once,
+        "data": {
+            "source": str(named),
+            "eval_source": None if job.eval_data is None else str(job.eval_data)[:200],
+            "examples": len(data.train_examples),
+            "held_out_examples": len(data.held_out_examples),
+            "rows": len(data.train),
+            "learned_tokens": data.train.n_target_tokens,
+            "chat_template": data.template_origin,
+            "now": data.now.isoformat(),
+            "fingerprint": data.train.fingerprint(),
+            "held_out_fingerprint": data.held_out.fingerprint(),
+        },
+        "lora": {k: v for k, v in asdict(job.lora).items() if k not in asked["grid"]},
+        "train": {k: v for k, v in asdict(job.train).items() if k not in asked["grid"]},
+        "data_config": asdict(job.data_config),
+        "run": asdict(job.run),
+    }

@@ -1,0 +1,144 @@
+"""What a person sees of a sweep: a table of all candidates that sorts itself. No torch here."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from lora.sweep.grid import SHORT_NAMES, short_number
+from lora.sweep.ledger import Standing, losses_text, rank
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_LINE_EVERY_S = 10
+_ROWS_WHERE_NO_HEIGHT_IS_KNOWN = 20
+
+
+class SweepProgress(Protocol):
+    """Hears of a sweep's steps, evaluations and events."""
+
+    def start(self, names: Sequence[str]) -> None:
+        """A sweep begins; `names` are those of the settings that differ."""
+
+    def step(self, title: str, standings: Sequence[Standing]) -> None:
+        """The candidates that train have taken a step."""
+
+    def evaluated(self, title: str, standings: Sequence[Standing]) -> None:
+        """The candidates that train were measured."""
+
+    def say(self, message: str) -> None:
+        """Something worth a line has happened."""
+
+    def stop(self) -> None:
+        """The sweep is over, whichever way it ended."""
+
+
+class NoSweepProgress:
+    """Says nothing."""
+
+    def start(self, names: Sequence[str]) -> None:
+        pass
+
+    def step(self, title: str, standings: Sequence[Standing]) -> None:
+        pass
+
+    def evaluated(self, title: str, standings: Sequence[Standing]) -> None:
+        pass
+
+    def say(self, message: str) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+
+class RichSweepProgress:
+    """A live table on standard error, the best on top.
+
+    Where standard error is no terminal, a line every ten seconds and the leader at each evaluation
+    take its place.
+    """
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self.console = Console(file=sys.stderr, highlight=False)
+        self._live = Live(console=self.console, auto_refresh=False, transient=True)
+        self._names: Sequence[str] = ()
+        self._last_s = 0.0
+
+    def start(self, names: Sequence[str]) -> None:
+        self._names, self._last_s = names, time.monotonic()
+        if self.console.is_terminal:
+            self._live.start()
+
+    def step(self, title: str, standings: Sequence[Standing]) -> None:
+        every_s = 0.2 if self.console.is_terminal else _LINE_EVERY_S
+        if time.monotonic() - self._last_s < every_s:
+            return
+        self._last_s = time.monotonic()
+        if self.console.is_terminal:
+            self._show(title, standings)
+        else:
+            self.console.print(f"sweep · {title}", markup=False)
+
+    def evaluated(self, title: str, standings: Sequence[Standing]) -> None:
+        if self.console.is_terminal:
+            self._show(title, standings)
+            return
+        leader = rank(standings)[0]
+        if leader.eval_loss is not None:
+            best = f"best: {leader.name}, held-out loss {leader.eval_loss:.4f}"
+            self.console.print(f"sweep · {title} · {best}", markup=False)
+
+    def say(self, message: str) -> None:
+        self.console.print(message, markup=False)
+
+    def stop(self) -> None:
+        self._live.stop()
+
+    def _show(self, title: str, standings: Sequence[Standing]) -> None:
+        height = self.console.height or _ROWS_WHERE_NO_HEIGHT_IS_KNOWN
+        table = standings_table(standings, self._names, most=max(3, height - 6))
+        table.caption = title
+        self._live.update(table, refresh=True)
+
+
+def standings_table(
+    standings: Sequence[Standing], names: Sequence[str], most: int | None = None
+) -> Table:
+    """Return a table of candidates, the best first; `names` are the settings to show."""
+    from rich.table import Table
+
+    table = Table(title_justify="left", caption_justify="left")
+    table.add_column("#", justify="right")
+    for name in names:
+        table.add_column(SHORT_NAMES.get(name, name), justify="right")
+    for title in ("step", "loss", "held-out", "best (step)"):
+        table.add_column(title, justify="right")
+    table.add_column("status", overflow="ellipsis", no_wrap=True)
+    ranked = rank(standings)
+    for place, standing in enumerate(ranked[:most], start=1):
+        values = [shown(standing.settings[name]) for name in names]
+        row = [str(place), *values, str(standing.step), *losses_text(standing)]
+        table.add_row(*row, status_text(standing), style=_STYLES.get(standing.status, ""))
+    if most is not None and len(ranked) > most:
+        table.add_row("…", *[""] * (len(names) + 4), f"{len(ranked) - most} more")
+    return table
+
+
+def shown(value: object) -> str:
+    """Return a setting's value as a person reads it."""
+    return short_number(value) if isinstance(value, float) else str(value)
+
+
+def status_text(standing: Standing) -> str:
+    """Return the status, with its reason where there is one."""
+    return f"{standing.status}: {standing.reason}" if standing.reason else standing.status
+
+
+_STYLES = {"training": "bold", "waiting": "dim", "stopped": "dim", "failed": "red"}

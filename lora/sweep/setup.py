@@ -1,0 +1,149 @@
+"""What a sweep needs before its first wave: data, room, where it stood, a ledger."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from lora.config import LEAST_EVAL_STEPS, MOST_EVALUATIONS
+from lora.data.prepare import PreparedData, prepare_data
+from lora.data.sequences.batches import ordered_batches
+from lora.data.tokenizers.subword import load_tokenizer
+from lora.decoder.decoder import Decoder
+from lora.device import DeviceChoice
+from lora.errors import DataError
+from lora.runs.folder import Run, read_first_day, read_json, reading
+from lora.sweep.capacity import find_room
+from lora.sweep.grid import Candidate
+from lora.sweep.job import SweepJob, takes_fast
+from lora.sweep.ledger import LEDGER_FILE, Ledger, Standing, find_rungs, read_ledger
+from lora.sweep.progress import SweepProgress
+from lora.sweep.wave import SweepBase, candidate_run
+from lora.training.losses import decoder_loss
+from lora.training.plain_step import evaluate
+
+
+def prepare_sweep(job: SweepJob, model_folder: Path, progress: SweepProgress) -> PreparedData:
+    """Return the examples as rows of tokens; raises DataError if nothing is held out."""
+    data = prepare_data(
+        job.data,
+        load_tokenizer(model_folder),
+        job.data_config,
+        int(job.grid.seed[0]),
+        held_out_source=job.eval_data,
+        now=read_first_day(job.run.out / str(job.run.name)) if job.resume else None,
+        say=progress.say,
+    )
+    if data.held_out is None:
+        raise DataError(
+            "A sweep chooses by held-out loss, and nothing is held out: give more examples, "
+            "--eval-data, or an --eval-fraction above 0."
+        )
+    progress.say(
+        f"{len(data.train_examples)} examples to learn ({data.train.n_target_tokens:,} learned "
+        f"tokens in {len(data.train)} rows), {len(data.held_out_examples)} to compare by"
+    )
+    return data
+
+
+def choose_at_once(
+    job: SweepJob,
+    model: Decoder,
+    candidates: list[Candidate],
+    data: PreparedData,
+    choice: DeviceChoice,
+    progress: SweepProgress,
+    former: Ledger | None,
+) -> tuple[int, str]:
+    """Return how many train together, and what was planned, in words.
+
+    A sweep that goes on keeps the number if none is asked for, and so its bytes.
+    """
+    room = find_room(
+        model,
+        candidates,
+        job.train.batch_size // job.train.micro_batches,
+        data.train.row_tokens,
+        packed=job.data_config.packing,
+        learned_fraction=data.train.n_target_tokens / (len(data.train) * data.train.row_tokens),
+        choice=choice,
+        fast=takes_fast(job),
+    )
+    fit = len(candidates) if room.n_fit is None else max(1, room.n_fit)
+    asked = job.at_once or (former.at_once if former else None)
+    at_once = min(asked or fit, len(candidates))
+    waves = math.ceil(len(candidates) / at_once)
+    at_once = at_once if asked else math.ceil(len(candidates) / waves)  # waves of one size
+    told = f"{at_once} at once, {waves} {'wave' if waves == 1 else 'waves'}"
+    progress.say(f"memory: {room.describe()}; {told}")
+    if room.n_fit is not None and at_once > room.n_fit:
+        progress.say(
+            f"note: {at_once} at once may be more than memory holds: --at-once "
+            f"{max(1, room.n_fit)}, more --micro-batches or a shorter --max-length take less"
+        )
+    return at_once, room.describe()
+
+
+def build_base(
+    job: SweepJob,
+    model: Decoder,
+    data: PreparedData,
+    choice: DeviceChoice,
+    run: Run,
+    progress: SweepProgress,
+    room: str,
+) -> SweepBase:
+    """Return what all waves share."""
+    spread = math.ceil(job.train.steps / MOST_EVALUATIONS)
+    every = job.run.eval_every_steps or max(LEAST_EVAL_STEPS, spread)
+    assert data.held_out is not None
+    return SweepBase(
+        model=model,
+        train=data.train,
+        held_out=data.held_out,
+        rows=job.train.batch_size // job.train.micro_batches,
+        micro_batches=job.train.micro_batches,
+        eval_every_steps=every,
+        save_every_steps=job.run.save_every_steps or every,
+        choice=choice,
+        run=run,
+        progress=progress,
+        room=room,
+        fast=takes_fast(job),
+    )
+
+
+def read_former(job: SweepJob, candidates: list[Candidate]) -> Ledger | None:
+    """Return how a sweep that is resumed stood; None if it had not begun."""
+    path = job.run.out / str(job.run.name) / LEDGER_FILE
+    if not job.resume or not path.is_file():
+        return None
+    with reading(path):
+        return read_ledger(read_json(path), [candidate.name for candidate in candidates])
+
+
+def open_ledger(
+    job: SweepJob,
+    base: SweepBase,
+    candidates: list[Candidate],
+    at_once: int,
+    former: Ledger | None,
+) -> Ledger:
+    """Return how all candidates stand: as `former` says, or anew, with the loss of the base."""
+    if former is not None:
+        return replace(former, at_once=at_once)
+    batches = ordered_batches(base.held_out, base.rows, base.choice.device)
+    loss = evaluate(base.model, batches, decoder_loss, base.choice.autocast)
+    base.progress.say(f"held-out loss without an adapter: {loss:.4f}")
+    standings = [Standing(name=c.name, settings=c.settings()) for c in candidates]
+    rungs = find_rungs(job.train.steps, halving=job.halving)
+    ledger = Ledger(standings, rungs, at_once, base_eval_loss=loss)
+    described = base.run.read_json("run.json")
+    for candidate in candidates:
+        own: dict[str, Any] = {"learning_rate": candidate.rate, "sweep": None}
+        own |= {"lora": asdict(candidate.lora), "train": asdict(candidate.train)}
+        candidate_run(base.run, candidate).write_json("run.json", {**described, **own})
+    ledger.write(base.run)
+    return ledger

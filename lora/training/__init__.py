@@ -1,0 +1,1 @@
+"""The training loop and the plain step: optimizer, losses, checkpoints, diagnosis."""

@@ -1,0 +1,180 @@
+"""A run's state on disk: written whole or not at all, checksummed, read back exactly.
+
+A checkpoint is a folder `step-000120/` with `tensors.safetensors` (what trains, the optimizer's
+moments, the states of the random generators), `state.json` (everything else) and `manifest.json`
+(size and SHA-256 of both). It is built under a temporary name and renamed when complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lora.errors import CheckpointError, gather
+from lora.runs.folder import atomic_write, disk_error
+from lora.runs.tensor_files import Digest, digest_file, write_tensors
+
+TENSORS_FILE, STATE_FILE, MANIFEST_FILE = "tensors.safetensors", "state.json", "manifest.json"
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    *,
+    keep: int,
+    best_step: int | None = None,
+) -> Path:
+    """Write the checkpoint of `step` into `folder`; remove all but the `keep` newest and the best.
+
+    Raises CheckpointError if the disk refuses; older checkpoints are then untouched.
+    """
+    final = folder / _name(step)
+    building = folder / f".{final.name}.building"
+    state_file = (json.dumps({**state, "step": step}, sort_keys=True) + "\n").encode()
+    try:
+        folder.mkdir(exist_ok=True)  # not its parents: a run that was removed stays removed
+        for left in folder.glob(".step-*.building"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        building.mkdir()
+        written = {TENSORS_FILE: write_tensors(building / TENSORS_FILE, tensors)}
+        atomic_write(building / STATE_FILE, state_file)
+        written[STATE_FILE] = digest_file(building / STATE_FILE)
+        manifest = json.dumps({n: _noted(d) for n, d in written.items()}, indent=2) + "\n"
+        atomic_write(building / MANIFEST_FILE, manifest.encode())
+        shutil.rmtree(final, ignore_errors=True)
+        building.rename(final)
+        _sync_folder(folder)
+    except (OSError, CheckpointError) as error:  # atomic_write raises the latter
+        shutil.rmtree(building, ignore_errors=True)
+        cause = disk_error(folder, error) if isinstance(error, OSError) else error
+        raise CheckpointError(
+            f"The checkpoint of step {step} was not saved, earlier ones are untouched: {cause}"
+        ) from error
+    for old in list_checkpoints(folder)[:-keep]:
+        if best_step is None or old.name != _name(best_step):
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints in `folder`, oldest first."""
+    whole = (p for p in folder.glob("step-*") if (p / MANIFEST_FILE).is_file())
+    return sorted(whole, key=lambda p: (len(p.name), p.name))  # step-1000000 is one digit longer
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the state of one checkpoint.
+
+    Raises CheckpointError if a file is missing or its size or SHA-256 is not the manifest's.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+        found = {name: digest_file(path / name) for name in (TENSORS_FILE, STATE_FILE)}
+        faults = [
+            f"{name}: {seen.n_bytes} bytes, SHA-256 {seen.sha256[:12]}…, where the manifest says "
+            f"{manifest[name]['bytes']} and {manifest[name]['sha256'][:12]}…"
+            for name, seen in found.items()
+            if manifest[name] != _noted(seen)
+        ]
+        if faults:
+            raise CheckpointError(gather(faults, f"{path} is damaged:", "Use an earlier one."))
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        return load_file(path / TENSORS_FILE), state
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Use an earlier one.") from None
+
+
+def load_newest(
+    folder: Path, report: Callable[[str], None]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the newest checkpoint in `folder` that is whole; `report` hears of broken ones.
+
+    Raises CheckpointError if there is none.
+    """
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return load_checkpoint(path)
+        except CheckpointError as error:
+            report(f"{error} Trying the one before.")
+    raise CheckpointError(
+        f"A run was to be resumed from {folder}: no whole checkpoint is there. Start the run anew."
+    )
+
+
+def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return what training changes: trainable parameters, optimizer moments, generators' states.
+
+    Keys begin with `model.`, `optimizer.` and `random.`; parameters go by their names.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    tensors = {f"model.{name}": p.detach() for name, p in named.items()}
+    for name, parameter in named.items():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    tensors["random.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        for number, state in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"random.cuda.{number}"] = state
+    return tensors
+
+
+@torch.no_grad()
+def restore_training_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    """Changes `model`, `optimizer` and torch's generators in place, to what was saved.
+
+    Raises CheckpointError if names or shapes differ from the model's, all of them at once.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    saved = {key.removeprefix("model."): t for key, t in tensors.items() if key[:6] == "model."}
+    faults = [f"missing: {name}" for name in named if name not in saved]
+    faults += [f"not trained here: {name}" for name in saved if name not in named]
+    for name in named.keys() & saved.keys():
+        if named[name].shape != saved[name].shape:
+            shapes = f"{tuple(saved[name].shape)} saved, {tuple(named[name].shape)} here"
+            faults.append(f"{name}: {shapes}")
+    if faults:
+        advice = "Resume with the settings that the run began with."
+        raise CheckpointError(gather(sorted(faults), "The checkpoint is of another run:", advice))
+    for name, parameter in named.items():
+        parameter.copy_(saved[name])
+        moments = {}
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            value = tensors.get(f"optimizer.{key}.{name}")
+            if value is not None:
+                moments[key] = value.to(parameter.device)
+        if moments:
+            optimizer.state[parameter] = moments
+    torch.set_rng_state(tensors["random.cpu"])
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        states = [tensors.get(f"random.cuda.{number}") for number in range(count)]
+        torch.cuda.set_rng_state_all([state for state in states if state is not None])
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)  # a rename is on the disk when its folder is
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _noted(digest: Digest) -> dict[str, Any]:
+    return {"bytes": digest.n_bytes, "sha256": digest.sha256}

@@ -1,0 +1,106 @@
+"""The loss functions by which real models meet the trainer: (model, batch) -> (sum, tokens), (1,).
+
+The loss is in nats, summed over the batch's target tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora.data.sequences.batches import IGNORE, Batch
+from lora.decoder.decoder import Decoder
+from lora.errors import DataError, ModelError
+from lora.kernels.cross_entropy import linear_cross_entropy
+from lora.kernels.rows_cross_entropy import rows_cross_entropy
+from lora.layers.token_rows import RowsLinear
+from lora.lora_module import LoRALayer
+
+
+def decoder_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of our decoders with a plain head: the logits are never held all at once."""
+    decoder = cast(Decoder, model)
+    hidden = _hidden(decoder, batch)
+    weight = decoder.output_head().weight
+    loss, n_tokens = linear_cross_entropy(hidden, weight, batch.labels.flatten())
+    return loss[None], n_tokens[None]
+
+
+def token_rows_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of our decoders whose head has rows that train: the logits are never held all at once."""
+    decoder = cast(Decoder, model)
+    head = cast(RowsLinear, decoder.output_head())
+    loss, n_tokens = rows_cross_entropy(
+        _hidden(decoder, batch), head.weight, head.token_rows, head.columns, batch.labels.flatten()
+    )
+    return loss[None], n_tokens[None]
+
+
+def adapted_head_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of our decoders whose head has LoRA: logits of the learned tokens only."""
+    decoder, labels = cast(Decoder, model), batch.labels.flatten()
+    learned = labels != IGNORE
+    logits = decoder.output_head()(_hidden(decoder, batch)[learned])  # (N, V)
+    return _sum_of(logits, labels[learned])
+
+
+def transformers_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of transformers' causal models: one document a row, padded on either side.
+
+    Raises DataError for rows of several documents, which would see each other.
+    """
+    if bool((batch.document_ids > 0).any()):  # the host waits for the device
+        raise DataError(
+            "Rows of several documents were given to one of transformers' models: there they "
+            "would see each other. Set packing to false, or load the model as lora's Decoder."
+        )
+    mask = (batch.document_ids >= 0).long()  # (B, T)
+    output: Any = model(
+        input_ids=batch.input_ids,
+        attention_mask=mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    )
+    labels = batch.labels.flatten()
+    learned = labels != IGNORE
+    return _sum_of(output.logits.flatten(0, 1)[learned], labels[learned])
+
+
+def loss_for(model: nn.Module) -> Any:
+    """Return the loss function that fits `model`, chosen once.
+
+    Raises ModelError for a model that is neither a Decoder nor one of transformers' causal models.
+    """
+    if isinstance(model, Decoder):
+        if isinstance(model.output_head(), RowsLinear):
+            return token_rows_loss
+        adapted = isinstance(model.output_head(), LoRALayer)
+        return adapted_head_loss if adapted else decoder_loss
+    if is_transformers(model):
+        return transformers_loss
+    raise ModelError(
+        f"A loss was asked for {type(model).__name__}: known are lora's Decoder and transformers' "
+        "causal models. Pass a function (model, batch) -> (loss sum, target tokens) of your own."
+    )
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether `model` is one of transformers'; never imports transformers."""
+    return any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__)
+
+
+def _sum_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the summed loss and the number of `labels` (N,), from logits (N, V)."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    n_tokens = torch.tensor([len(labels)], device=labels.device)
+    return F.cross_entropy(wide, labels, reduction="sum")[None], n_tokens
+
+
+def _hidden(decoder: Decoder, batch: Batch) -> Tensor:
+    hidden = decoder.hidden_states(
+        batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids
+    )
+    return hidden.flatten(0, 1)  # (B·T, C)

@@ -1,0 +1,154 @@
+"""When memory runs out: what took it, and which setting to change. No torch is loaded here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from lora.errors import TrainingError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_WORDS = (
+    "out of memory",  # of CUDA, and of its caching allocator
+    "can't allocate memory",  # of torch on a CPU
+    "not enough memory",
+    "bad_alloc",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+_LARGE_SHARE, _SMALL_SHARE = 0.25, 0.1
+LOADING_ADVICE = (
+    "The weights alone do not fit: close other programs that use this memory, or take a smaller "
+    "model or a device with more of it."
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out, on a GPU or on the host."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
+
+
+class Parts(Protocol):
+    """Bytes at the fullest moment of a step: of `lora.fast.memory.plan.MemoryPlan`, or counted."""
+
+    @property
+    def weights(self) -> int:
+        """Of the model."""
+
+    @property
+    def gradients(self) -> int:
+        """Of what trains."""
+
+    @property
+    def optimizer(self) -> int:
+        """AdamW's moments."""
+
+    @property
+    def activations(self) -> int:
+        """They grow with the rows and tokens at once."""
+
+    @property
+    def loss(self) -> int:
+        """Logits and what is made of them; it grows as activations do."""
+
+    @property
+    def other(self) -> int:
+        """Of the process."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Parts of a run that has no plan, counted from its model and its peak."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """All that is not counted otherwise."""
+    loss: int = 0
+    other: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def count_parts(model: nn.Module, peak_bytes: int) -> Counted:
+    """Return what training `model` holds whatever the batch is; the rest are activations."""
+    weights = sum(p.nbytes for p in model.parameters())
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return Counted(weights, trained, 2 * trained, max(0, peak_bytes - weights - 3 * trained))
+
+
+@contextmanager
+def explained(explain: Callable[[], str]) -> Iterator[None]:
+    """While entered, memory that runs out becomes a TrainingError with `explain`'s words."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        first = (str(error).strip() or "MemoryError").splitlines()[0]
+        asked = first[first.find("DefaultCPUAllocator") :] if "DefaultCPU" in first else first
+        raise TrainingError(f"Memory ran out {explain()} (torch: {asked[:200]})") from error
+
+
+def describe_parts(parts: Parts) -> str:
+    """Return the sum and its parts in GB (10⁹ bytes), for a line."""
+    named = {
+        "weights": parts.weights,
+        "gradients": parts.gradients,
+        "optimizer": parts.optimizer,
+        "activations": parts.activations,
+        "loss": parts.loss,
+        "process": parts.other,
+    }
+    shown = ", ".join(f"{name} {part / 1e9:.2f}" for name, part in named.items())
+    return f"{parts.total / 1e9:.2f} GB ({shown})"
+
+
+def advise(parts: Parts, *, batch_size: int, micro_batches: int, has_lora: bool) -> str:
+    """Return what took most, and which settings to change: first what costs nothing and helps."""
+    rows = batch_size // micro_batches
+    growing, trained = parts.activations + parts.loss, parts.gradients + parts.optimizer
+    at_once = f"activations and loss of {rows} {'row' if rows == 1 else 'rows'} at once"
+    sizes = {
+        at_once: growing,
+        "gradients and moments of what trains": trained,
+        "the weights": parts.weights,
+    }
+    ways = []
+    if growing > _SMALL_SHARE * parts.total:
+        ways += _splits(parts, batch_size, micro_batches)
+        ways.append("a shorter --max-length")
+    if trained > _LARGE_SHARE * parts.total:
+        ways.append("a smaller --rank or fewer --targets" if has_lora else "LoRA instead of --full")
+    ways.append("a smaller model or a device with more memory")
+    most = max(sizes, key=lambda name: sizes[name])
+    return (
+        f"Most are {most}. Try, in this order: {'; '.join(ways)}. `lora plan` shows which batch "
+        "fits."
+    )
+
+
+def _splits(parts: Parts, batch_size: int, micro_batches: int) -> list[str]:
+    """Return the next finer split of the batch, and what it would take; none if rows are single."""
+    finer = [n for n in range(micro_batches + 1, batch_size + 1) if batch_size % n == 0]
+    if not finer:
+        return []
+    growing = parts.activations + parts.loss
+    less = parts.total - growing * (1 - micro_batches / finer[0])
+    return [
+        f"--micro-batches {finer[0]} instead of {micro_batches} (the result stays the same, with "
+        f"{batch_size // finer[0]} rows at once and about {less / 1e9:.2f} GB)"
+    ]

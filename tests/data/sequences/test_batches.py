@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora.data.sequences.batches import (
+    IGNORE,
+    Batch,
+    BatchStream,
+    TokenRows,
+    build_rows,
+    ordered_batches,
+)
+from lora.data.sequences.documents import Documents, DocumentsBuilder
+from lora.errors import DataError
+
+ROW_TOKENS, PAD = 24, 99_999
+
+
+def build_documents(lengths: list[int], seed: int = 0) -> Documents:
+    """Documents whose every token id says which document and place it comes from."""
+    draw = np.random.default_rng(seed)
+    builder = DocumentsBuilder()
+    for number, length in enumerate(lengths):
+        ids = [number * 100 + place for place in range(length)]
+        builder.add(ids, draw.random(length) < 0.5, owner=number)
+    return builder.build()
+
+
+def rows_of(lengths: list[int], *, packing: bool = True, seed: int = 0) -> TokenRows:
+    documents = build_documents(lengths)
+    return build_rows(documents, ROW_TOKENS, packing=packing, pad_id=PAD, seed=seed)
+
+
+def documents_in(batch: Batch) -> list[tuple[list[int], list[int], list[int]]]:
+    """Ids, labels and positions of each document of a batch."""
+    found = []
+    for row in range(len(batch.input_ids)):
+        for number in range(int(batch.document_ids[row].max()) + 1):
+            here = batch.document_ids[row] == number
+            fields = (batch.input_ids, batch.labels, batch.position_ids)
+            found.append(tuple(field[row][here].tolist() for field in fields))
+    return found  # type: ignore[return-value]
+
+
+@given(st.lists(st.integers(1, ROW_TOKENS), min_size=1, max_size=60), st.booleans())
+def test_rows_hold_each_document_whole_and_apart(lengths: list[int], packing: bool) -> None:
+    rows = rows_of(lengths, packing=packing)
+    documents = rows.documents
+    batch = rows.batch(range(len(rows)))
+    found = {tuple(ids): (labels, positions) for ids, labels, positions in documents_in(batch)}
+    assert len(found) == len(lengths)
+    for number, length in enumerate(lengths):
+        ids, learned = documents.tokens(number)
+        labels, positions = found[tuple(ids.tolist())]
+        # What is learned is the document's own next token, and its last token predicts nothing.
+        wanted = np.where(learned[1:], ids[1:], IGNORE).tolist()
+        assert labels == [*wanted, IGNORE]
+        assert positions == list(range(length))
+
+
+@given(st.lists(st.integers(1, ROW_TOKENS), min_size=1, max_size=60))
+def test_padding_is_marked_in_every_field(lengths: list[int]) -> None:
+    batch = rows_of(lengths).batch(range(len(rows_of(lengths))))
+    padding = batch.document_ids < 0
+    assert int((~padding).sum()) == sum(lengths)
+    assert (batch.input_ids[padding] == PAD).all()
+    assert (batch.labels[padding] == IGNORE).all()
+    assert (batch.position_ids[padding] == 0).all()
+    for row in padding:  # padding stands at the end
+        assert not (row[:-1] & ~row[1:]).any()
+
+
+def test_fields_are_int64_of_the_asked_shape() -> None:
+    batch = rows_of([5, 9, 20]).batch([0, 1])
+    for tensor in (batch.input_ids, batch.labels, batch.position_ids, batch.document_ids):
+        assert tensor.shape == (2, ROW_TOKENS)
+        assert tensor.dtype == torch.int64
+
+
+def test_without_packing_rows_are_no_longer_than_the_longest_document() -> None:
+    assert rows_of([3, 9], packing=False).row_tokens == 16
+    assert rows_of([3, ROW_TOKENS], packing=False).row_tokens == ROW_TOKENS
+
+
+def test_target_tokens_are_counted() -> None:
+    rows = rows_of([5, 9, 20])
+    batch = rows.batch(range(len(rows)))
+    assert batch.n_target_tokens == rows.n_target_tokens == rows.documents.n_target_tokens > 0
+    assert 0 < rows.fill_fraction <= 1
+    assert batch.to("cpu").n_target_tokens == batch.n_target_tokens
+
+
+def row_keys(batch: Batch) -> list[tuple[int, ...]]:
+    return [tuple(row) for row in batch.input_ids.tolist()]
+
+
+def test_each_epoch_holds_every_row_once_in_another_order() -> None:
+    rows = rows_of([ROW_TOKENS] * 7)
+    stream = BatchStream(rows, 2, seed=5)
+    seen = [key for batch in itertools.islice(stream, 7) for key in row_keys(batch)]
+    first, second = seen[:7], seen[7:]
+    assert set(first) == set(second) == set(row_keys(rows.batch(range(7))))
+    assert first != second
+    assert stream.epoch == 2.0
+
+
+def test_rows_of_a_run_do_not_depend_on_the_batch_size() -> None:
+    rows = rows_of([ROW_TOKENS] * 7)
+    streams = [BatchStream(rows, size, seed=5) for size in (1, 3, 7)]
+    seen = [
+        [k for b in itertools.islice(s, n) for k in row_keys(b)]
+        for s, n in zip(streams, (21, 7, 3), strict=True)
+    ]
+    assert seen[0] == seen[1] == seen[2]
+
+
+@pytest.mark.parametrize("done", [0, 1, 4, 11])
+def test_a_resumed_stream_goes_on_exactly(done: int) -> None:
+    rows = rows_of([ROW_TOKENS] * 7)
+    stream = BatchStream(rows, 3, seed=5)
+    for _ in range(done):
+        next(stream)
+    state = json.loads(json.dumps(stream.state_dict()))
+    resumed = BatchStream(rows, 3, seed=5)
+    resumed.load_state_dict(state)
+    for _ in range(6):
+        assert row_keys(next(stream)) == row_keys(next(resumed))
+
+
+def test_a_state_of_other_data_or_another_seed_is_refused() -> None:
+    state = BatchStream(rows_of([ROW_TOKENS] * 7), 3, seed=5).state_dict()
+    with pytest.raises(DataError, match=r"seed was 5 and is 6.*rows_per_epoch was 7 and is 8"):
+        BatchStream(rows_of([ROW_TOKENS] * 8), 3, seed=6).load_state_dict(state)
+
+
+def test_a_state_of_changed_tokens_or_labels_is_refused() -> None:
+    lengths = [ROW_TOKENS] * 7
+    state = BatchStream(rows_of(lengths), 3, seed=5).state_dict()
+    changed = build_rows(
+        build_documents(lengths, seed=1), ROW_TOKENS, packing=True, pad_id=PAD, seed=0
+    )
+    with pytest.raises(DataError, match=r"cannot go on where they stopped: fingerprint was"):
+        BatchStream(changed, 3, seed=5).load_state_dict(state)
+
+
+def test_a_stream_of_nothing_is_refused() -> None:
+    with pytest.raises(DataError, match="no rows"):
+        BatchStream(rows_of([]), 3, seed=5)
+
+
+@pytest.mark.parametrize("batch_rows", [1, 3, 7, 10])
+def test_ordered_batches_hold_every_row_once_and_end_in_padding(batch_rows: int) -> None:
+    rows = rows_of([ROW_TOKENS] * 7)
+    batches = list(ordered_batches(rows, batch_rows))
+    assert {len(b.input_ids) for b in batches} == {batch_rows}
+    real = [key for b in batches for key in row_keys(b) if key[0] != PAD]
+    assert real == row_keys(rows.batch(range(7)))
+    assert sum(b.n_target_tokens for b in batches) == rows.n_target_tokens
+
+
+def test_labels_never_cross_documents_even_where_all_is_learned() -> None:
+    builder = DocumentsBuilder()
+    for number, length in enumerate([4, 6, 3]):
+        builder.add([number * 10 + i for i in range(length)], np.ones(length, bool), owner=number)
+    rows = build_rows(builder.build(), 13, packing=True, pad_id=PAD, seed=0)
+    batch = rows.batch([0])
+    inputs, labels = batch.input_ids[0], batch.labels[0]
+    learned = labels != IGNORE
+    assert int(learned.sum()) == 3 + 5 + 2
+    assert (labels[learned] // 10 == inputs[learned] // 10).all()
+    assert (labels[learned] == inputs[learned] + 1).all()

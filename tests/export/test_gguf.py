@@ -1,0 +1,462 @@
+"""GGUF out: our reader and transformers' give the model back; adapters against vLLM's rules."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from lora.adapters.apply import apply_lora
+from lora.config import LoRAConfig
+from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
+from lora.errors import AdapterError, ConfigError, DataError, ModelError
+from lora.export.gguf import (
+    LOGITS_TOLERANCES,
+    TOLERANCES,
+    check_adapter_for_vllm,
+    export_gguf,
+    vllm_command,
+)
+from lora.pretrained.gguf_file import GGUFFile
+from lora.pretrained.gguf_weights import convert_gguf
+from lora.pretrained.hf_weights import load_decoder
+
+VOCAB = 300
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+_GEMMA = {
+    "num_hidden_layers": 6,
+    "sliding_window": 6,
+    "query_pre_attn_scalar": 16,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    },
+}
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {"tie_word_embeddings": True}),
+    "llama-biases": (
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        {"attention_bias": True, "mlp_bias": True},
+    ),
+    "llama3": ("LlamaConfig", "LlamaForCausalLM", {"rope_parameters": _LLAMA3}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {"sliding_window": None}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {"tie_word_embeddings": True}),
+    "qwen2-yarn": ("Qwen2Config", "Qwen2ForCausalLM", {"rope_parameters": _YARN}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 32}),
+    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", _GEMMA),
+}
+MakeFolder = Callable[..., Path]
+
+
+def build_tokenizer() -> TextTokenizer:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB - 10,  # as in real models, some rows of the embedding have no token
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=["<pad>", "<s>", "</s>"],
+        show_progress=False,
+    )
+    backend.train_from_iterator(["the cat and the hat"] * 9, trainer)
+    return TextTokenizer(backend, bos_token="<s>", eos_token="</s>", stop_ids=(2,))
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path) -> MakeFolder:
+    """Return a function: case, overrides -> folder with a random model and a tokenizer."""
+    transformers = pytest.importorskip("transformers")
+
+    def make(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
+        config_class, model_class, differences = CASES[name]
+        config = getattr(transformers, config_class)(**{**SIZES, **differences, **overrides})
+        model = getattr(transformers, model_class)(config)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                centre = 0.5 if parameter.dim() == 1 else 0.0
+                parameter.normal_(centre, 0.2, generator=generator)
+        folder = tmp_path / name
+        model.to(dtype).save_pretrained(folder)
+        build_tokenizer().save(folder)
+        return folder
+
+    return make
+
+
+def read_back(path: Path) -> Path:
+    folder = path.with_name(f"{path.stem}-again")
+    folder.mkdir()
+    convert_gguf(path, folder)
+    return folder
+
+
+def logits_of(folder: Path) -> torch.Tensor:
+    ids = torch.randint(0, VOCAB, (2, 30), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        logits: torch.Tensor = load_decoder(folder)(ids)
+    return logits
+
+
+def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((value - reference).norm() / reference.norm())
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_f32_gives_the_same_model_back(name: str, make_folder: MakeFolder, tmp_path: Path) -> None:
+    folder = make_folder(name)
+    report = export_gguf(folder, tmp_path / "out.gguf", "f32")
+    assert report.worst[1] == 0.0
+    assert report.logits_error is not None
+    assert report.logits_error <= (1e-5 if name == "gemma3" else 0.0)
+    assert report.size_bytes == (tmp_path / "out.gguf").stat().st_size
+    again = read_back(report.path)
+    if name == "gemma3":  # norms go through 1 + w in fp32
+        torch.testing.assert_close(logits_of(again), logits_of(folder), rtol=1e-4, atol=1e-4)
+    else:
+        assert torch.equal(logits_of(again), logits_of(folder))
+    ours, theirs = load_tokenizer(folder), load_tokenizer(again)
+    for text in ("the cat, and naïve 日本 🙂\n\n 123", "a</s>b"):
+        assert theirs.encode(text) == ours.encode(text)
+    assert (theirs.eos_id, theirs.bos_id, theirs.pad_id) == (ours.eos_id, ours.bos_id, None)
+    assert theirs.vocab_size == ours.vocab_size
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_transformers_reads_the_file_as_the_same_model(
+    name: str, make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    import transformers
+
+    # Of these it takes its defaults, whatever the file says.
+    defaults: dict[str, dict[str, Any]] = {
+        "qwen3": {"head_dim": 128},
+        "gemma3": {"head_dim": 256, "query_pre_attn_scalar": 256, "rope_parameters": None},
+    }
+    folder = make_folder(name, **defaults.get(name, {}))
+    export_gguf(folder, tmp_path / "out.gguf", "f32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf")
+    ids = torch.randint(0, VOCAB, (2, 30), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        seen = model.eval()(ids).logits
+    torch.testing.assert_close(seen, logits_of(folder), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("f16", 1e-5), ("q8_0", 1e-3)])
+def test_rounding_is_measured_and_bounded(
+    dtype: Any, least: float, make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    folder = make_folder("llama-biases")
+    report = export_gguf(folder, tmp_path / "out.gguf", dtype)
+    again = load_decoder(read_back(report.path)).state_dict()
+    for name, value in load_decoder(folder).named_parameters():
+        error = relative(again[name], value.detach())
+        assert report.errors[name] == pytest.approx(error, abs=1e-7)
+        if value.dim() == 1:
+            assert error == 0.0  # norms and biases stay in fp32
+    assert least < report.worst[1] < TOLERANCES[dtype]
+
+
+def test_q8_0_keeps_rows_that_do_not_divide_in_f16(make_folder: MakeFolder, tmp_path: Path) -> None:
+    folder = make_folder("llama", intermediate_size=80)
+    export_gguf(folder, tmp_path / "out.gguf", "q8_0")
+    file = GGUFFile(tmp_path / "out.gguf")
+    assert file.tensors["blk.0.ffn_down.weight"].kind == 1
+    assert file.tensors["blk.0.ffn_up.weight"].kind == 8
+    assert file.tensors["blk.0.attn_norm.weight"].kind == 0
+
+
+def test_a_bf16_folder_loses_nothing_in_f16(make_folder: MakeFolder, tmp_path: Path) -> None:
+    folder = make_folder("llama", torch.bfloat16)
+    report = export_gguf(folder, tmp_path / "out.gguf", "f16")
+    # bf16 has fewer digits than fp16; only the very smallest values lose some.
+    assert report.worst[1] < 1e-6
+    assert GGUFFile(report.path).metadata["general.name"] == "llama"
+
+
+def test_a_decoder_needs_its_tokenizer(make_folder: MakeFolder, tmp_path: Path) -> None:
+    folder = make_folder("llama")
+    model = load_decoder(folder)
+    with pytest.raises(ConfigError, match="pass tokenizer="):
+        export_gguf(model, tmp_path / "out.gguf")
+    export_gguf(model, tmp_path / "one.gguf", tokenizer=build_tokenizer(), name="mine")
+    export_gguf(folder, tmp_path / "two.gguf", name="mine")
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
+
+
+def test_lora_must_be_merged_first(make_folder: MakeFolder, tmp_path: Path) -> None:
+    model = load_decoder(make_folder("llama"))
+    apply_lora(model, LoRAConfig(rank=2))
+    with pytest.raises(ModelError, match=r"lora_[AB].*Merge its LoRA first"):
+        export_gguf(model, tmp_path / "out.gguf", tokenizer=build_tokenizer())
+
+
+def test_an_unknown_type_and_its_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'q8': allowed are f32, f16, q8_0. Did you mean 'q8_0'"):
+        export_gguf(tmp_path, tmp_path / "out.gguf", "q8")  # type: ignore[arg-type]
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "window": ("mistral", {"sliding_window": 8}, "attend to a window only"),
+    "activation": ("llama", {"hidden_act": "gelu"}, "activation is gelu, not silu"),
+    "factors": (
+        "llama3",
+        {"rope_parameters": {**_LLAMA3, "low_freq_factor": 2.0}},
+        "not that of Llama 3.1",
+    ),
+    "yarn": ("qwen2", {"rope_parameters": {**_YARN, "beta_fast": 4.0}}, "other borders"),
+    "yarn's heat": (
+        "qwen2",
+        {"rope_parameters": {**_YARN, "attention_factor": 2.0}},
+        "scales by 2.0",
+    ),
+    "scale": ("gemma3", {"query_pre_attn_scalar": 20}, "not scaled by 1 / √16"),
+    "pattern": (
+        "gemma3",
+        {"layer_types": ["sliding_attention"] * 2 + ["full_attention"] * 4},
+        "regular pattern",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_models_that_the_format_takes_for_other_ones(
+    case: str, make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    name, overrides, words = REFUSED[case]
+    with pytest.raises(ModelError, match=words) as caught:
+        export_gguf(make_folder(name, **overrides), tmp_path / "out.gguf")
+    assert "Keep the model as a Hugging Face folder" in str(caught.value)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_another_family(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2, n_positions=16
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    build_tokenizer().save(tmp_path / "gpt2")
+    with pytest.raises(ModelError, match=r"'gpt2' model.*families that can are llama, mistral"):
+        export_gguf(tmp_path / "gpt2", tmp_path / "out.gguf")
+
+
+def test_more_tokens_than_the_embedding_has_rows(make_folder: MakeFolder, tmp_path: Path) -> None:
+    folder = make_folder("llama", vocab_size=VOCAB - 60)
+    size = build_tokenizer().vocab_size
+    with pytest.raises(DataError, match=f"{size} tokens, the embedding {VOCAB - 60} rows"):
+        export_gguf(folder, tmp_path / "out.gguf")
+
+
+def test_values_beyond_fp16_are_refused_and_nothing_is_left(
+    make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    model = load_decoder(make_folder("llama"))
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 3] = 1e6
+    out = tmp_path / "out" / "m.gguf"
+    out.parent.mkdir()
+    out.write_bytes(b"former")
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight has values beyond"):
+        export_gguf(model, out, "f16", tokenizer=build_tokenizer())
+    assert [path.name for path in out.parent.iterdir()] == ["m.gguf"]
+    assert out.read_bytes() == b"former"
+
+
+def test_rounding_above_the_bound_is_refused(
+    make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TOLERANCES, "q8_0", 1e-4)
+    with pytest.raises(ModelError, match=r"is off by 0\.00\d+, more than 0\.0001"):
+        export_gguf(make_folder("llama"), tmp_path / "out.gguf", "q8_0")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_answers_that_differ_are_refused(
+    make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = export_gguf(make_folder("llama"), tmp_path / "near.gguf", "q8_0")
+    assert report.logits_error is not None
+    assert 1e-4 < report.logits_error < report.logits_tolerance == 0.1
+    monkeypatch.setitem(LOGITS_TOLERANCES, "q8_0", 1e-5)
+    with pytest.raises(ModelError, match=r"logits differ by .*; allowed is 0\.0001\. Nothing was"):
+        export_gguf(make_folder("llama"), tmp_path / "out.gguf", "q8_0")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_without_room_for_a_second_model_the_logits_are_not_compared(
+    make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora.export.gguf.available_bytes", lambda kind: 1)
+    report = export_gguf(make_folder("llama"), tmp_path / "out.gguf", "f16")
+    assert report.logits_error is None
+
+
+def test_a_folder_that_is_not_there(make_folder: MakeFolder, tmp_path: Path) -> None:
+    folder = make_folder("llama")
+    with pytest.raises(ModelError, match=r"could not be written: No such file"):
+        export_gguf(folder, tmp_path / "nowhere" / "out.gguf")
+
+
+def test_tensors_of_zeros_have_no_error(make_folder: MakeFolder, tmp_path: Path) -> None:
+    model = load_decoder(make_folder("llama-biases"))
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.self_attn.q_proj.bias").zero_()
+        model.get_parameter("model.layers.0.mlp.up_proj.weight").zero_()
+    report = export_gguf(model, tmp_path / "out.gguf", "q8_0", tokenizer=build_tokenizer())
+    assert report.errors["model.layers.0.mlp.up_proj.weight"] == 0.0
+
+
+PLAIN: dict[str, Any] = {
+    "peft_type": "LORA",
+    "r": 8,
+    "lora_alpha": 16,
+    "target_modules": ["q_proj", "v_proj"],
+    "bias": "none",
+    "init_lora_weights": True,
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "use_dora": False,
+}
+
+
+def write_adapter(folder: Path, tensors: list[str] | None = None, **changes: Any) -> Path:
+    modules = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+    names = [f"model.layers.0.{m}.lora_{x}.weight" for m in modules for x in "AB"]
+    names += tensors or []
+    folder.mkdir(exist_ok=True)
+    save_file(
+        {f"base_model.model.{name}": torch.zeros(2, 2) for name in names},
+        folder / "adapter_model.safetensors",
+    )
+    (folder / "adapter_config.json").write_text(json.dumps({**PLAIN, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"r": 4}, {"r": 512}, {"use_rslora": True}, {"bias": "none"}]
+)
+def test_plain_adapters_are_fine(changes: dict[str, Any], tmp_path: Path) -> None:
+    assert check_adapter_for_vllm(write_adapter(tmp_path, **changes)) == []
+
+
+def test_our_own_adapters_are_fine(make_folder: MakeFolder, tmp_path: Path) -> None:
+    from lora.adapters.save_load import save_adapter
+
+    model = load_decoder(make_folder("llama"))
+    apply_lora(model, LoRAConfig(rank=4))
+    save_adapter(model, tmp_path / "adapter")
+    assert check_adapter_for_vllm(tmp_path / "adapter") == []
+
+
+FAULTS: dict[str, tuple[list[str], dict[str, Any], str]] = {
+    "dora": ([], {"use_dora": True}, "DoRA is not supported. Merge"),
+    "bias": ([], {"bias": "lora_only"}, "bias='lora_only': only 'none'"),
+    "lora_bias": ([], {"lora_bias": True}, "biases of B"),
+    "rank": ([], {"r": 600}, "rank 600: at most 512"),
+    "no rank": ([], {"r": None}, "r=None: allowed is an int ≥ 1. Save"),
+    "rank of a wrong type": ([], {"r": True}, "r=True: allowed is an int"),
+    "no alpha": ([], {"lora_alpha": None}, "lora_alpha=None: allowed is a finite number > 0"),
+    "no targets": ([], {"target_modules": None}, "target_modules=None: allowed is a pattern"),
+    "odd pattern": ([], {"rank_pattern": [1]}, "rank_pattern=[1]: allowed is names with ints"),
+    "odd modules": ([], {"modules_to_save": [["x"]]}, "allowed is a list of names"),
+    "another method": ([], {"peft_type": "IA3"}, "peft_type='IA3': allowed is 'LORA'"),
+    "rank pattern": ([], {"rank_pattern": {"q_proj": 4}}, "ignore it and scale every layer"),
+    "alpha pattern": ([], {"alpha_pattern": {"q_proj": 4}}, "alpha_pattern="),
+    "pissa": ([], {"init_lora_weights": "pissa_niter_4"}, "changes the base's weights"),
+    "whole": (
+        ["model.embed_tokens.weight"],
+        {"modules_to_save": ["embed_tokens"]},
+        "trained whole are not supported",
+    ),
+    "other tensors": (["model.norm.weight"], {}, "model.norm.weight: only lora_A and lora_B"),
+    "head": (["lm_head.lora_A.weight"], {}, "lm_head adapted: vLLM takes that for some"),
+    "other layers": (["transformer.h.0.attn.c_attn.lora_A.weight"], {}, "c_attn adapted"),
+}
+
+
+@pytest.mark.parametrize("case", list(FAULTS))
+def test_what_vllm_refuses_is_named_once(case: str, tmp_path: Path) -> None:
+    tensors, changes, words = FAULTS[case]
+    faults = check_adapter_for_vllm(write_adapter(tmp_path, tensors, **changes))
+    assert len(faults) == 1
+    assert words in faults[0]
+
+
+def test_all_faults_are_named(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path, ["model.norm.weight"], use_dora=True, bias="all", r=1000)
+    assert len(check_adapter_for_vllm(folder)) == 4
+
+
+def test_an_adapter_without_tensors_and_none_at_all(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a")
+    (folder / "adapter_model.safetensors").unlink()
+    assert any("adapter_model.safetensors" in fault for fault in check_adapter_for_vllm(folder))
+    with pytest.raises(AdapterError):
+        check_adapter_for_vllm(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("rank", "room"), [(1, 1), (4, 8), (8, 8), (12, 16), (33, 64), (300, 320), (512, 512)]
+)
+def test_the_command_asks_for_the_smallest_rank_with_room(
+    rank: int, room: int, tmp_path: Path
+) -> None:
+    folder = write_adapter(tmp_path / "my adapter", r=rank)
+    command = vllm_command(folder, "owner/base", "mine")
+    assert command.startswith(f"vllm serve owner/base --enable-lora --max-lora-rank {room} ")
+    assert command.endswith(f"--lora-modules 'mine={folder}'")
+
+
+@pytest.mark.parametrize("changes", [{"r": None}, {"r": 0}, {"r": "8"}])
+def test_no_command_for_an_adapter_without_a_rank(changes: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"cannot be served.*\n.*r=.*an int ≥ 1"):
+        vllm_command(write_adapter(tmp_path, **changes), "owner/base")
+
+
+def test_the_command_has_room_for_the_layer_of_the_highest_rank(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path, r=8, rank_pattern={"q_proj": 40})
+    assert "--max-lora-rank 64 " in vllm_command(folder, "owner/base")
+
+
+def test_relative_error_is_what_it_says() -> None:
+    from lora.export.gguf import _relative_error
+
+    reference = np.array([3.0, 4.0], np.float32)
+    assert _relative_error(reference * 1.5, reference) == pytest.approx(0.5)
+    assert _relative_error(reference, np.zeros(2, np.float32)) == pytest.approx(5.0)

@@ -1,0 +1,218 @@
+"""The fast step over a base in eight bits against the plain step over the same codes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from lora.adapters.apply import apply_lora, lora_layers
+from lora.config import LoRAConfig
+from lora.data.sequences.batches import Batch
+from lora.decoder.decoder import Decoder
+from lora.decoder.quantised import Fp8Linear, Fp8Weight, use_fp8_linears
+from lora.fast.llama import buffers
+from lora.fast.llama.blocks import MODES
+from lora.fast.llama.fp8 import PassingRows
+from lora.fast.memory.fast_step import fast_memory
+from lora.fast.step import FastStep
+from lora.kernels.step.fp8 import FP8
+from lora.kernels.step.ops import PLAIN
+from lora.training.losses import loss_for
+from lora.training.optim import build_optimizer, set_rate
+from lora.training.plain_step import train_step
+
+EXACT = replace(PLAIN, code_type=torch.float64)
+"""Rows that nothing rounds: what is left is the way through the network."""
+RATES = (1e-2, 2e-2, 5e-3)
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "tied": ({}, {"rank_pattern": {"k_proj": 2}}),
+    "untied, biases": ({"tied": False, "bias": True}, {}),
+    "two targets": ({"window": 4}, {"targets": ("q_proj", "down_proj")}),
+    "one block": ({}, {"layers": (1,)}),
+}
+
+
+def quantised(model: Decoder, **settings: Any) -> Decoder:
+    """Return `model` with its linears in eight bits, LoRA beside them, all of it random."""
+    weights = {n: m.weight.detach() for n, m in model.named_modules() if hasattr(m, "in_features")}
+    use_fp8_linears(model)
+    for name, module in model.named_modules():
+        if isinstance(module, Fp8Linear):
+            module.load(weights[name], name)
+    apply_lora(model, LoRAConfig(rank=3, alpha=6.0, init_seed=0, **settings))
+    draw = torch.Generator().manual_seed(3)
+    kind = next(model.parameters()).dtype
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_A.data = layer.lora_A.to(kind)
+            layer.lora_B.data = 0.3 * torch.randn(layer.lora_B.shape, generator=draw).to(kind)
+    return model
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).detach().norm() / other.detach().norm().clamp(min=1e-9))
+
+
+@pytest.mark.parametrize("mode", [*MODES, "none, activations made again"])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_steps_are_the_plain_ones_where_rows_are_not_rounded(
+    tiny_decoder: Callable[..., Decoder],
+    make_batch: Callable[..., Batch],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    packed: bool,
+    mode: str,
+) -> None:
+    sizes, settings = CASES[name]
+    again = mode.endswith("made again")
+    monkeypatch.setattr(buffers, "KEPT_ACTIVATIONS_BYTES", 0 if again else 1e9)
+    monkeypatch.setattr(buffers, "PART_TOKENS", 20)
+    keep = MODES.get(mode)
+    plain = quantised(tiny_decoder(**sizes), **settings)
+    fast = copy.deepcopy(plain)
+    frozen = {n: p.detach().clone() for n, p in plain.named_parameters() if not p.requires_grad}
+    step = FastStep(fast, EXACT, torch.float64, keep=keep, own_attention=again)
+    optimizer = build_optimizer(plain, 1.0, 0.0)
+    step.adopt_moments(build_optimizer(fast, 1.0, 0.0))
+    for number, rate in enumerate(RATES):
+        batches = [make_batch(10 * number + place, packed=packed) for place in range(2)]
+        set_rate(optimizer, rate)
+        expected = train_step(plain, batches, loss_for(plain), optimizer)
+        step.launch(batches, rate, number + 1)
+        loss, _, norm, taken = step.report.tolist()
+        assert loss == pytest.approx(expected.loss.item(), rel=1e-6)
+        assert norm == pytest.approx(expected.gradient_norm.item(), rel=1e-5)
+        assert taken == 1
+    others = dict(plain.named_parameters())
+    for key, parameter in fast.named_parameters():
+        if key in frozen:
+            assert torch.equal(parameter, frozen[key]), key
+        else:
+            assert relative(parameter, others[key]) < 1e-5, key
+    for key, buffer in fast.named_buffers():
+        assert torch.equal(buffer, plain.get_buffer(key)), key
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_rounded_rows_change_gradients_by_a_few_hundredths(
+    tiny_decoder: Callable[..., Decoder], make_batch: Callable[..., Batch], dropout: float
+) -> None:
+    model = tiny_decoder(dtype=torch.float32)
+    with torch.no_grad():  # attention that is not all or nothing
+        for name, parameter in model.named_parameters():
+            parameter.mul_(0.3 if name.endswith("proj.weight") else 1.0)
+    plain = quantised(model, dropout=dropout)
+    exact = FastStep(
+        copy.deepcopy(plain), replace(PLAIN, code_type=torch.float32), torch.float32, seed=5
+    )
+    rounded = FastStep(copy.deepcopy(plain), PLAIN, torch.float32, seed=5)
+    batch = make_batch(0, packed=True)
+    for step in (exact, rounded):
+        step.launch([batch], 0.0)
+    assert rounded.report[0].item() == pytest.approx(exact.report[0].item(), rel=0.02)
+    errors = [
+        relative(own.gradients, other.gradients)
+        for own, other in zip(rounded.flat.slots, exact.flat.slots, strict=True)
+    ]
+    assert 0.005 < max(errors) < 0.2
+    whole = relative(rounded.flat.gradients, exact.flat.gradients)
+    assert 0.005 < whole < 0.1
+
+
+def test_a_fourth_digit_before_rounding_moves_gradients_half_as_far_as_rounding(
+    tiny_decoder: Callable[..., Decoder], make_batch: Callable[..., Batch]
+) -> None:
+    """Why two ways to compute the same step are held against rows not rounded, not each other."""
+    draw = torch.Generator().manual_seed(7)
+
+    def shaken(*arguments: Any) -> None:
+        PLAIN.scaled_product(*arguments)
+        out = arguments[-1]
+        out.mul_(1 + 1e-4 * torch.randn(out.shape, generator=draw))
+
+    model = tiny_decoder(dtype=torch.float32)
+    with torch.no_grad():  # attention that is not all or nothing
+        for name, parameter in model.named_parameters():
+            parameter.mul_(0.3 if name.endswith("proj.weight") else 1.0)
+    model = quantised(model)
+    exact, rounded, other = (
+        FastStep(copy.deepcopy(model), ops, torch.float32)
+        for ops in (
+            replace(PLAIN, code_type=torch.float32),
+            PLAIN,
+            replace(PLAIN, scaled_product=shaken),
+        )
+    )
+    for step in (exact, rounded, other):
+        step.launch([make_batch(0, packed=True)], 0.0)
+    of_rounding = relative(rounded.flat.gradients, exact.flat.gradients)
+    assert relative(other.flat.gradients, rounded.flat.gradients) > 0.4 * of_rounding
+    assert relative(other.flat.gradients, exact.flat.gradients) < 1.3 * of_rounding
+
+
+def test_makers_leave_the_rows_that_products_read(
+    tiny_decoder: Callable[..., Decoder],
+    make_batch: Callable[..., Batch],
+) -> None:
+    """Rows that no maker left are made for attention's output and its gradient alone."""
+    made = []
+
+    def counting(x: torch.Tensor, into: Any) -> None:
+        made.append(x.shape[1])
+        PLAIN.quantise_rows(x, into)
+
+    model = quantised(tiny_decoder(dtype=torch.float32))
+    step = FastStep(model, replace(PLAIN, quantise_rows=counting), torch.float32)
+    step.launch([make_batch(0, packed=True)], 0.0)
+    n_blocks, inner, qkv = 3, 48, 48 + 2 * 16
+    assert sorted(made) == [inner] * n_blocks + [qkv] * (n_blocks - 1)
+
+
+def test_rows_are_read_once() -> None:
+    passing = PassingRows(torch.zeros(64, dtype=FP8), torch.zeros(4, 1))
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    passing.rows_for(x).put(x)
+    left = passing.rows_of(x, PLAIN)
+    codes, scales = left.codes.float(), left.scales.clone()
+    x.mul_(2)
+    again = passing.rows_of(x, PLAIN)
+    assert torch.equal(again.codes.float(), codes)  # twice the values, twice the scale
+    assert torch.equal(again.scales, 2 * scales)
+
+
+def test_rows_may_be_read_in_parts() -> None:
+    passing = PassingRows(torch.zeros(80, dtype=FP8), torch.zeros(5, 1))
+    x = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))[:, :16]
+    whole = passing.rows_for(x)
+    whole.put(x)
+    codes, scales = whole.codes.float(), whole.scales.clone()
+    x.mul_(2)
+    for part in (slice(0, 2), slice(2, 4), slice(4, 5)):
+        rows = passing.rows_of(x[part], PLAIN)
+        assert torch.equal(rows.codes.float(), codes[part])
+        assert torch.equal(rows.scales, scales[part])
+    assert torch.equal(passing.rows_of(x[2:4], PLAIN).scales, 2 * scales[2:4])
+
+
+def test_memory_counts_codes(tiny_decoder: Callable[..., Decoder]) -> None:
+    model = quantised(tiny_decoder(dtype=torch.float32))
+    codes = sum(m.weight.numel() for m in model.modules() if isinstance(m, Fp8Weight))
+    held = fast_memory(copy.deepcopy(model), 2, 16)
+    step = FastStep(model, PLAIN, torch.bfloat16)
+    real = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for owner in (*step.network.projections, *step.network.weights)
+        for value in vars(owner).values()
+        for t in (value if isinstance(value, list) else [value])
+        if isinstance(t, torch.Tensor)
+    }
+    real.pop(step.flat.values.untyped_storage().data_ptr(), None)
+    assert held.weights == sum(real.values()) + step.flat.values.numel() * 4
+    twice = sum(p.numel() for w in step.network.projections for p in w.weights)
+    assert twice == codes

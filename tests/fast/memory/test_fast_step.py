@@ -1,0 +1,141 @@
+"""What a fast step is said to hold against what it holds, and against peaks measured on a GPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora.adapters.apply import apply_lora
+from lora.config import LoRAConfig
+from lora.decoder.config import (
+    AttentionConfig,
+    DecoderConfig,
+    FeedForwardConfig,
+    LayerConfig,
+    RopeConfig,
+)
+from lora.decoder.decoder import Decoder, build_empty_decoder
+from lora.decoder.quantised import use_fp8_linears
+from lora.fast.memory.fast_step import FastPlan, fast_memory, fit_memory
+from lora.fast.step import FastStep
+from lora.kernels.step.ops import PLAIN
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+ROOM_GB = 142.1
+"""What `auto` may plan for on an H200 with nothing else on it."""
+SHAPES = {  # hidden, layers, heads, shared, feed-forward, vocabulary, rows, tokens
+    "135M-4x512": (576, 30, 9, 3, 1536, 49152, 4, 512),
+    "1B-1x512": (2048, 16, 32, 8, 8192, 128256, 1, 512),
+    "1B-4x2048": (2048, 16, 32, 8, 8192, 128256, 4, 2048),
+    "8B-4x2048": (4096, 32, 32, 8, 14336, 128256, 4, 2048),
+    "8B-1x32768": (4096, 32, 32, 8, 14336, 128256, 1, 32768),
+    "8B-1x131072": (4096, 32, 32, 8, 14336, 128256, 1, 131072),
+}
+
+
+def build(case: str, *, full: bool, fp8: bool = False) -> Decoder:
+    hidden, layers, heads, shared, wide, vocabulary, _, _ = SHAPES[case]
+    width = hidden // heads
+    config = DecoderConfig(
+        family="llama",
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        max_position_embeddings=4096,
+        norm_eps=1e-5,
+        block="pre_norm",
+        embedding_scale=1.0,
+        tie_word_embeddings=hidden < 4096,
+        attention=AttentionConfig(heads, shared, width),
+        feed_forward=FeedForwardConfig(wide, "silu"),
+        layers=(LayerConfig(RopeConfig(1e4), None, width**-0.5),) * layers,
+    )
+    model = build_empty_decoder(config)
+    if full:
+        return model.requires_grad_(True)
+    model.bfloat16()
+    if fp8:
+        use_fp8_linears(model)
+    return apply_lora(model, LoRAConfig(rank=16, alpha=32.0))  # type: ignore[return-value]
+
+
+def measured() -> list[tuple[str, str, float]]:
+    lines = [
+        json.loads(line)
+        for name in ("gpu_step_h200.jsonl", "gpu_step_h200_before.jsonl")
+        for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()
+    ]
+    ours = [r for r in lines if r["variant"] in ("ours_lora", "ours_lora_packed", "ours_full")]
+    return [(r["case"], r["variant"], r["peak_gb"]) for r in ours]
+
+
+@pytest.mark.parametrize(("case", "variant", "peak_gb"), measured())
+def test_predictions_are_near_the_peaks_measured_on_an_h200(
+    case: str, variant: str, peak_gb: float
+) -> None:
+    model = build(case, full=variant == "ours_full")
+    rows, tokens = SHAPES[case][-2:]
+    predicted = fast_memory(model, rows, tokens, packed=variant.endswith("packed"))
+    assert predicted.total / 1e9 == pytest.approx(peak_gb, rel=0.15)
+
+
+def modes_measured() -> list[tuple[str, str, float]]:
+    lines = [
+        json.loads(line)
+        for name in ("gpu_step_8b_h200.jsonl", "gpu_long_h200.jsonl")
+        for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()
+    ]
+    ours = [r for r in lines if r["variant"].startswith("ours_lora")]
+    return [(r["case"], r["variant"], r["peak_gb"]) for r in ours]
+
+
+@pytest.mark.parametrize(("case", "variant", "peak_gb"), modes_measured())
+def test_plans_of_modes_are_near_the_peaks_measured_on_an_h200(
+    case: str, variant: str, peak_gb: float
+) -> None:
+    model = build(case, full=False, fp8="fp8" in variant)
+    is_packed = variant.endswith("packed")
+    plan = FastPlan(model, *SHAPES[case][-2:], packed=is_packed)
+    kind = variant.removeprefix("ours_lora").removeprefix("_fp8").removeprefix("_")
+    mode = {"": "none", "packed": "none", "offload": "full+offload"}.get(kind, kind)
+    room = {"cheap": 32.0, "auto": ROOM_GB}.get(mode)
+    fit = fit_memory(plan, mode, None if room is None else int(room * 1e9))
+    assert fit.memory.total / 1e9 == pytest.approx(peak_gb, rel=0.02)
+
+
+def test_a_base_in_eight_bits_is_near_the_peak_measured_on_an_h100() -> None:
+    path = RESULTS / "gpu_step_fp8_h100.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    (peak_gb,) = (r["peak_gb"] for r in lines if r["variant"] == "ours_lora_fp8_one_copy")
+    planned = {}
+    for fp8 in (True, False):
+        model = build("8B-4x2048", full=False, fp8=fp8)
+        planned[fp8] = fast_memory(model, 4, 2048, packed=False).total / 1e9
+    assert planned[True] == pytest.approx(peak_gb, rel=0.06)
+    assert planned[False] > 1.1 * planned[True]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_parts_are_those_of_a_real_step(tiny_decoder: Callable[..., Decoder], full: bool) -> None:
+    def make() -> Decoder:
+        model = tiny_decoder(dtype=torch.float32)
+        if full:
+            return model.requires_grad_(True)
+        return apply_lora(model, LoRAConfig(rank=4))  # type: ignore[return-value]
+
+    step = FastStep(make(), PLAIN, torch.bfloat16)
+    storages = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
+        for p in step.model.parameters()
+    }
+    flat = step.flat.values.untyped_storage()
+    held = sum(storages.values()) - (0 if flat.data_ptr() in storages else flat.nbytes())
+    predicted = fast_memory(make(), 2, 16)
+    assert predicted.gradients == flat.nbytes()
+    assert predicted.optimizer == 2 * flat.nbytes()
+    # The products' own copies of what trains come on top of what the parameters are views of.
+    assert predicted.weights >= held
+    assert predicted.weights - held <= sum(p.numel() * 2 for p in step.model.parameters()) * 2

@@ -1,0 +1,205 @@
+"""What a plan says, against counts by hand, against real steps, and against measured runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora.adapters.apply import apply_lora
+from lora.config import LoRAConfig, MemoryConfig
+from lora.decoder.config import (
+    AttentionConfig,
+    DecoderConfig,
+    FeedForwardConfig,
+    LayerConfig,
+    RopeConfig,
+)
+from lora.decoder.decoder import build_decoder
+from lora.errors import ConfigError
+from lora.fast.memory.plan import Setting, largest_batch, plan_memory
+from lora.lora_module import count_lora_parameters
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+TINY = DecoderConfig(
+    family="llama",
+    vocab_size=300,
+    hidden_size=32,
+    max_position_embeddings=256,
+    norm_eps=1e-5,
+    block="pre_norm",
+    embedding_scale=1.0,
+    tie_word_embeddings=True,
+    attention=AttentionConfig(4, 2, 8),
+    feed_forward=FeedForwardConfig(48, "silu"),
+    layers=(LayerConfig(RopeConfig(1e4), None, 8**-0.5),) * 2,
+)
+LORA = LoRAConfig(rank=4)
+SETTING = Setting(TINY, LORA, 2, 64, "cpu", torch.float32)
+
+
+def plan(setting: Setting):  # type: ignore[no-untyped-def]
+    return plan_memory(setting, base_bytes=0)
+
+
+def test_parameters_are_the_models() -> None:
+    model = build_decoder(TINY)
+    full = sum(p.numel() for p in model.parameters())
+    counts = count_lora_parameters(apply_lora(model, LORA))
+    planned = plan(SETTING)
+    assert (planned.trained_parameters, planned.parameters) == (counts.lora, counts.total)
+    assert planned.weights == 4 * counts.total
+    assert planned.optimizer == 8 * counts.lora
+    assert planned.gradients == 4 * counts.lora
+    whole = plan(replace(SETTING, lora=None))
+    assert whole.trained_parameters == whole.parameters == full
+    assert (whole.weights, whole.optimizer) == (4 * full, 8 * full)
+
+
+def test_activations_are_what_a_real_forward_keeps() -> None:
+    """Every storage that autograd keeps of a real forward, parameters left out."""
+    model = apply_lora(build_decoder(TINY), LORA)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.zeros(2, 64, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = model.hidden_states(ids)
+    planned = plan(replace(SETTING, packed=False)).activations
+    assert hidden.requires_grad
+    assert 0.95 * sum(kept.values()) <= planned <= 1.3 * sum(kept.values())
+
+
+@pytest.mark.parametrize("lora", [LORA, None])
+@pytest.mark.parametrize(("device", "fast"), [("cpu", True), ("cuda", True), ("cuda", False)])
+def test_more_rows_tokens_and_rank_take_more(
+    device: str, fast: bool, lora: LoRAConfig | None
+) -> None:
+    kind = torch.bfloat16 if device == "cuda" else torch.float32
+    setting = replace(SETTING, device_type=device, compute_dtype=kind, fast=fast, lora=lora)
+    total = plan(setting).total
+    assert plan(replace(setting, rows=4)).total > total
+    assert plan(replace(setting, tokens=128)).total > total
+    if lora is not None:
+        assert plan(replace(setting, lora=LoRAConfig(rank=16))).total > total
+
+
+def test_which_step_is_planned() -> None:
+    on_gpu = replace(SETTING, device_type="cuda", compute_dtype=torch.bfloat16)
+    normed = replace(TINY, attention=AttentionConfig(4, 2, 8, qk_norm=True))
+    assert plan(SETTING).step == "plain"
+    assert plan(on_gpu).step == "fast"
+    assert plan(replace(on_gpu, config=normed)).step == "captured"
+    assert plan(replace(on_gpu, fast=False)).step == "plain"
+
+
+def on_gpu(**memory: object) -> Setting:
+    config = replace(TINY, layers=TINY.layers * 3)
+    return replace(
+        SETTING,
+        config=config,
+        rows=64,
+        device_type="cuda",
+        compute_dtype=torch.bfloat16,
+        memory=MemoryConfig(**memory),  # type: ignore[arg-type]
+    )
+
+
+def test_modes_of_memory_hold_less_and_less() -> None:
+    totals = [plan(on_gpu(memory=m)).total for m in ("none", "cheap", "full", "full+offload")]
+    assert totals == sorted(totals, reverse=True)
+    assert len(set(totals)) == 4
+
+
+def test_the_fastest_mode_that_fits_is_found() -> None:
+    none, cheap, full = (plan(on_gpu(memory=m)) for m in ("none", "cheap", "full"))
+    cheapest = plan(on_gpu(memory="cheap", memory_gb=1e-6))
+    assert plan(on_gpu()).keep == none.keep  # no room is known
+    for room, mode in (
+        (2 * none.total, "none"),
+        (none.total, "none"),
+        (none.total - 1, "cheap"),
+        (cheap.total - 1, "cheap"),
+        (cheapest.total, "cheap"),
+        (cheapest.total - 1, "full"),
+        ((cheapest.total + full.total) // 2, "full"),
+        (full.total, "full"),
+        (full.total - 1, "full+offload"),
+    ):
+        planned = plan(on_gpu(memory_gb=room / 1e9))
+        assert planned.total <= room
+        assert planned.reason.startswith(f"memory {mode}: "), planned.reason
+    tight = plan(on_gpu(memory_gb=1e-6))
+    assert tight.reason.startswith("memory full+offload: ")
+    assert "may not fit" in tight.reason
+
+
+def test_cheap_makes_as_much_again_as_it_takes() -> None:
+    most, least = plan(on_gpu(memory="cheap")), plan(on_gpu(memory="cheap", memory_gb=1e-6))
+    assert most.keep is not None
+    assert least.keep is not None
+    assert (most.keep.gate_up, least.keep.gate_up) == (6, 0)
+    between = plan(on_gpu(memory="cheap", memory_gb=(most.total + least.total) / 2e9))
+    assert between.keep is not None
+    assert between.keep.gate_up in (2, 3)
+    assert least.total < between.total < most.total
+    again = plan(replace(on_gpu(memory_gb=1.0), keep=between.keep))  # a resumed run's
+    assert again.total == between.total
+
+
+def test_the_largest_batch_fits_and_one_more_does_not() -> None:
+    available = plan(replace(SETTING, rows=7)).total
+    rows = largest_batch(SETTING, available, base_bytes=0)
+    assert plan(replace(SETTING, rows=rows)).total <= available
+    assert 6 <= rows <= 7
+    assert largest_batch(SETTING, 1000, base_bytes=0) == 0
+
+
+def test_the_process_counts() -> None:
+    assert plan_memory(SETTING).total > 50e6  # Python and torch
+    assert plan_memory(SETTING, base_bytes=10**9).total == plan(SETTING).total + 10**9
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(0, 64), (2, 1)])
+def test_sizes_that_make_no_sense_are_refused(rows: int, tokens: int) -> None:
+    with pytest.raises(ConfigError, match=f"{rows} rows of {tokens} tokens"):
+        plan_memory(replace(SETTING, rows=rows, tokens=tokens))
+
+
+def test_eight_billion_are_planned_without_memory() -> None:
+    layer = LayerConfig(RopeConfig(5e5), None, 128**-0.5)
+    large = replace(
+        TINY,
+        vocab_size=128256,
+        hidden_size=4096,
+        tie_word_embeddings=False,
+        attention=AttentionConfig(32, 8, 128),
+        feed_forward=FeedForwardConfig(14336, "silu"),
+        layers=(layer,) * 32,
+    )
+    setting = Setting(large, LoRAConfig(rank=16), 1, 2048, "cuda", torch.bfloat16)
+    planned = plan(setting)
+    assert planned.parameters > 8e9
+    assert 16e9 < planned.total < 40e9
+
+
+@pytest.mark.parametrize(
+    ("file", "planned", "most"),
+    [
+        ("plan_memory_cpu.jsonl", "error_fraction", 0.20),
+        ("plan_memory_h200.jsonl", "error_fraction_now", 0.15),
+    ],
+)
+def test_measured_grids_are_within_what_is_promised(file: str, planned: str, most: float) -> None:
+    rows = [json.loads(line) for line in (RESULTS / file).read_text().splitlines()]
+    assert len(rows) >= 8
+    assert all(abs(row[planned]) <= most for row in rows)

@@ -1,0 +1,205 @@
+"""Samples during a run: the right prompts, nothing drawn, nothing lost when they fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from lora.config import SamplingConfig
+from lora.data.chat.prompts import Prompt
+from lora.data.reading.formats import example_from_row
+from lora.data.tokenizers.subword import TextTokenizer
+from lora.decoder.decoder import Decoder, build_decoder
+from lora.decoder.families import decoder_config
+from lora.errors import CheckpointError, ModelError
+from lora.inference.generate import generate
+from lora.inference.samples import Sampler, choose_prompts
+from lora.runs.folder import create_run, read_rows
+from lora.runs.progress import NoProgress
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "{{ strftime_now('%Y ') + m.role + ': ' + m.content }}{% endfor %}"
+)
+CHAT = {
+    "messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi you"}]
+}
+
+
+class Heard(NoProgress):
+    """Keeps what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
+@pytest.fixture
+def tokenizer() -> TextTokenizer:
+    """One token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return TextTokenizer(backend, chat_template=TEMPLATE)
+
+
+@pytest.fixture
+def model(fill_random: Callable[..., Any]) -> Decoder:
+    config = {
+        "model_type": "llama",
+        "vocab_size": 256,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    }
+    decoder = build_decoder(decoder_config(config))
+    fill_random(decoder, 1, std=0.5)
+    return decoder
+
+
+def examples(*rows: dict[str, Any]) -> list[Any]:
+    return [example_from_row(row, f"row {n}") for n, row in enumerate(rows, 1)]
+
+
+def test_chats_completions_and_texts_give_prompts(tokenizer: TextTokenizer) -> None:
+    text = "The beginning of a text that goes on and on and on to its end, far away."
+    given = examples(CHAT, {"prompt": "2 + 3 =", "completion": " 5"}, {"text": text})
+    chat, completion, plain = choose_prompts(given, tokenizer, 9, most_tokens=99)
+    assert (chat.text, chat.reference) == ("hello", "hi you")
+    assert (completion.text, completion.reference) == ("2 + 3 =", " 5")
+    assert plain.text == text[:32]
+    assert plain.reference == text[32:64]
+    assert tokenizer.decode(plain.ids) == plain.text
+    (short,) = choose_prompts(examples({"text": "abcd"}), tokenizer, 1, most_tokens=99)
+    assert (short.text, short.reference) == ("ab", "cd")
+
+
+def test_what_cannot_be_asked_is_passed_over(tokenizer: TextTokenizer) -> None:
+    tools = {"messages": [{"role": "tool", "content": "x"}, CHAT["messages"][1]]}
+    silent = {"messages": CHAT["messages"][:1]}
+    long = {"prompt": "x" * 50, "completion": "y"}
+    given = examples(tools, silent, long, {"text": "a"}, CHAT)
+    chosen = choose_prompts(given, tokenizer, 2, most_tokens=40)
+    assert [prompt.text for prompt in chosen] == ["hello"]
+    assert choose_prompts(given, tokenizer, 0, most_tokens=40) == []
+    assert len(choose_prompts(given * 9, tokenizer, 2, most_tokens=40)) == 2
+
+
+def test_the_template_tells_the_runs_date(tokenizer: TextTokenizer) -> None:
+    (prompt,) = choose_prompts(
+        examples(CHAT), tokenizer, 1, most_tokens=99, now=datetime(1987, 5, 4)
+    )
+    assert tokenizer.decode(prompt.ids).startswith("1987 user: hello")
+
+
+def test_answers_are_shown_and_kept(
+    model: Decoder, tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
+    prompts = [Prompt(tokenizer.encode("ab"), "ab", "\x1b[2J wanted"), Prompt([7], "c", None)]
+    expected = generate(model, [p.ids for p in prompts], SamplingConfig(max_new_tokens=5))
+    heard = Heard()
+    with create_run(tmp_path, "run") as run:
+        sampler = Sampler(model, prompts, tokenizer, run, heard, 5)
+        sampler(0)
+        sampler(4)
+        rows = read_rows(run.folder / "samples.jsonl")
+        run.cut_metrics_after(3)
+        assert [row["step"] for row in read_rows(run.folder / "samples.jsonl")] == [0, 0]
+    assert [row["step"] for row in rows] == [0, 0, 4, 4]
+    assert rows[0] == {
+        "step": 0,
+        "prompt": "ab",
+        "answer": tokenizer.decode(expected[0]),
+        "reference": "\x1b[2J wanted",
+        "tokens": 5,
+        "ended": False,
+    }
+    assert rows[1]["reference"] is None
+    assert "step 0, asked: ab\n  answer: " in heard.said[0]
+    assert "  wanted: \\x1b[2J wanted" in heard.said[0]
+    assert "wanted" not in heard.said[1]
+    told = [line for line in heard.said if "2 samples took" in line]
+    assert len(told) == 1
+    assert "samples=0 leaves them out" in told[0]
+
+
+def test_an_answer_may_end_by_itself(
+    model: Decoder, tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
+    (first,) = generate(model, [[5]], SamplingConfig(max_new_tokens=4))
+    stopping = TextTokenizer(tokenizer.backend, stop_ids=(first[2],))
+    with create_run(tmp_path, "run") as run:
+        Sampler(model, [Prompt([5], "x")], stopping, run, NoProgress(), 4)(1)
+        (row,) = read_rows(run.folder / "samples.jsonl")
+    assert row["tokens"] == first.index(first[2])
+    assert row["ended"]
+
+
+def test_nothing_is_drawn_and_modes_stay(
+    model: Decoder, tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
+    model.train()
+    model.trunk.blocks()[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    state = torch.get_rng_state()
+    values = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with create_run(tmp_path, "run") as run:
+        Sampler(model, [Prompt([5], "x")], tokenizer, run, NoProgress(), 4)(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert all(torch.equal(p, values[name]) for name, p in model.named_parameters())
+    loss = model(torch.tensor([[5, 6, 7]])).sum()
+    loss.backward()  # nothing of inference mode is left in the model
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "error", [ModelError("not finite"), torch.OutOfMemoryError("full"), CheckpointError("disk")]
+)
+def test_a_failure_ends_the_samples_and_not_the_run(
+    model: Decoder,
+    tokenizer: TextTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    calls: list[int] = []
+
+    def fail(*_: object, **__: object) -> None:
+        calls.append(1)
+        raise error
+
+    monkeypatch.setattr("lora.inference.samples.generate", fail)
+    heard = Heard()
+    with create_run(tmp_path, "run") as run:
+        sampler = Sampler(model, [Prompt([5], "x")], tokenizer, run, heard, 4)
+        sampler(3)
+        sampler(6)
+    assert calls == [1]
+    assert heard.said == [f"note: no samples from step 3 on: {error}"]
+    assert not (run.folder / "samples.jsonl").exists()
+
+
+def test_bugs_are_not_hidden(
+    model: Decoder, tokenizer: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise TypeError("a bug")
+
+    monkeypatch.setattr("lora.inference.samples.generate", fail)
+    with create_run(tmp_path, "run") as run:
+        sampler = Sampler(model, [Prompt([5], "x")], tokenizer, run, NoProgress(), 4)
+        with pytest.raises(TypeError, match="a bug"):
+            sampler(3)

@@ -1,0 +1,331 @@
+"""The fast step's Triton kernels against their plain twins: on a GPU, or in Triton's interpreter.
+
+Without a GPU: TRITON_INTERPRET=1 pytest tests/kernels/step/test_step_kernels.py (triton installed).
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora.kernels.step import (
+    adamw,
+    attention,
+    dropout,
+    fp8,
+    low_rank,
+    norm,
+    rotary,
+    stacked_adamw,
+    swiglu,
+    token_loss,
+)
+from lora.kernels.step.jit import HAS_TRITON
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [
+    pytest.mark.gpu,
+    # torch's own, where autograd's thread is the first to multiply
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),
+    pytest.mark.skipif(
+        not (HAS_TRITON and (torch.cuda.is_available() or INTERPRETED)),
+        reason="needs Triton with a CUDA device or its interpreter",
+    ),
+]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+# One rounding of bf16 may fall to either side; fp32 differs by the order of sums.
+TOLERANCE = 4e-3 if TYPE is torch.bfloat16 else 1e-6
+ROWS, WIDTH = 37, 72
+# The interpreter's own cast loses a carry into the exponent: there codes stay as they are.
+CODES = fp8.FP8 if torch.cuda.is_available() else torch.float32
+
+
+@pytest.fixture
+def draw() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def random(draw: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=draw).to(TYPE).to(DEVICE)
+
+
+def assert_close(fast: Tensor, plain: Tensor, tolerance: float = TOLERANCE) -> None:
+    difference = (fast.double() - plain.double()).norm() / plain.double().norm()
+    assert difference <= tolerance
+
+
+def coded_like(x: Tensor, factors: Tensor | None) -> fp8.CodedRows:
+    codes = torch.zeros(x.shape, dtype=CODES, device=DEVICE)
+    return fp8.CodedRows(codes, torch.zeros(len(x), 1, device=DEVICE), factors)
+
+
+def assert_coded(fast: fp8.CodedRows, plain: fp8.CodedRows) -> None:
+    """Inputs may differ by a rounding of bf16, so a code may be the next one."""
+    values = [rows.codes.double() * rows.scales.double() for rows in (fast, plain)]
+    assert_close(*values, 8e-3 if TYPE is torch.bfloat16 else 2e-3)
+
+
+@pytest.mark.parametrize("with_factors", [True, False])
+def test_rows_in_eight_bits(draw: torch.Generator, with_factors: bool) -> None:
+    x = random(draw, ROWS, WIDTH + 16)[:, :WIDTH]
+    x[0], x[1] = 0, 1e-38
+    x[2, 3] = float("inf") if CODES is fp8.FP8 else 1e9
+    factors = torch.rand(WIDTH, generator=draw).to(DEVICE) if with_factors else None
+    plain, fast = coded_like(x, factors), coded_like(x, factors)
+    fp8.quantise_rows(x, plain)
+    fp8.quantise_rows_triton(x, fast)
+    assert_coded(
+        *(fp8.CodedRows(rows.codes[3:], rows.scales[3:]) for rows in (fast, plain)),
+    )
+    if CODES is fp8.FP8:
+        assert torch.equal(fast.codes[2].float().isnan(), plain.codes[2].float().isnan())
+        assert torch.equal(fast.scales[:2], plain.scales[:2])
+        same = fast.codes.float() == plain.codes.float()
+        assert same[3:].float().mean() > 0.99
+
+
+@pytest.mark.parametrize("with_factors", [True, False])
+def test_norms_and_swiglu_put_codes_beside_their_results(
+    draw: torch.Generator, with_factors: bool
+) -> None:
+    x, delta, dy = (random(draw, ROWS, WIDTH) for _ in range(3))
+    weight, gate_up = random(draw, WIDTH), random(draw, ROWS, 2 * WIDTH)
+    narrow = torch.rand(WIDTH, generator=draw).to(DEVICE) if with_factors else None
+    wide = torch.rand(2 * WIDTH, generator=draw).to(DEVICE) if with_factors else None
+    found: list[list[fp8.CodedRows]] = []
+    for add, back, activate, activate_back in (
+        (norm.add_norm, norm.norm_backward, swiglu.swiglu, swiglu.swiglu_backward),
+        (
+            norm.add_norm_triton,
+            norm.norm_backward_triton,
+            swiglu.swiglu_triton,
+            swiglu.swiglu_backward_triton,
+        ),
+    ):
+        rows = [coded_like(like, f) for like, f in ((x, narrow),) * 3 + ((gate_up, wide),)]
+        total, normed, rstd = torch.empty_like(x), torch.empty_like(x), x.new_empty(ROWS).float()
+        add(x, delta, weight, 1e-5, total, normed, rstd, rows[0])
+        out, gradient = torch.empty_like(x), gate_up.clone()
+        back(dy, total, rstd, weight, delta, out, rows[1])
+        activated, again = torch.empty_like(x), torch.empty_like(x)
+        activate(gate_up, activated, rows[2])
+        activate_back(gradient, dy, again, rows[3])
+        assert_close(again, activated)
+        for made, row in zip((normed, out, activated, gradient), rows, strict=True):
+            expected = coded_like(made, row.factors)
+            expected.put(made)
+            assert_coded(row, expected)
+        found.append(rows)
+    for fast, plain in zip(found[1], found[0], strict=True):
+        assert_coded(fast, plain)
+
+
+def test_turning_codes(draw: torch.Generator) -> None:
+    weight = random(draw, 136, 80).to(fp8.FP8)
+    out = torch.zeros(80, 136, dtype=fp8.FP8, device=DEVICE)
+    fp8.turn_codes_triton(weight, out)
+    assert torch.equal(out.float(), weight.float().T)
+
+
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)),
+    reason="products row by row in fp8 need a GPU of capability 9.0",
+)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_the_product_of_codes(draw: torch.Generator, with_bias: bool) -> None:
+    x, weight = random(draw, ROWS, 512), random(draw, 272, 512)
+    rows, columns = coded_like(x, None), coded_like(weight, None)
+    rows.put(x)
+    columns.put(weight)
+    bias = random(draw, 272) if with_bias else None
+    out = torch.full((ROWS, 288), 7.0, device=DEVICE, dtype=TYPE)
+    plain = torch.empty(ROWS, 272, device=DEVICE, dtype=torch.float64)
+    scales = columns.scales.T
+    fp8.scaled_product(rows, columns.codes, scales, bias, plain)
+    fp8.scaled_product_device(rows, columns.codes, scales, bias, out[:, :272])
+    assert_close(out[:, :272], plain, 6e-3)
+    assert (out[:, 272:] == 7).all()
+    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    assert_close(plain, exact, 0.05)
+
+
+@pytest.mark.parametrize("with_delta", [True, False])
+def test_norm_and_its_gradients(draw: torch.Generator, with_delta: bool) -> None:
+    x, delta, dy = (random(draw, ROWS, WIDTH) for _ in range(3))
+    weight = random(draw, WIDTH)
+    results = []
+    for function in (norm.add_norm, norm.add_norm_triton):
+        total, rstd = torch.empty_like(x), torch.empty(ROWS, device=DEVICE)
+        normed = torch.full((ROWS, WIDTH + 16), 7.0, device=DEVICE, dtype=TYPE)
+        function(x, delta if with_delta else None, weight, 1e-5, total, normed[:, :WIDTH], rstd)
+        assert (normed[:, WIDTH:] == 7).all()
+        results.append((total, normed, rstd))
+    for fast, plain in zip(results[1], results[0], strict=True):
+        assert_close(fast, plain)
+    total, _, rstd = results[0]
+    plain, fast = torch.empty_like(x), total.clone()
+    beside = delta if with_delta else None
+    norm.norm_backward(dy, total, rstd, weight, beside, plain)
+    norm.norm_backward_triton(dy, fast, rstd, weight, beside, fast)  # over its own input
+    assert_close(fast, plain)
+    plain = norm.norm_weight_gradient(dy, total, rstd)
+    assert_close(norm.norm_weight_gradient_triton(dy, total, rstd), plain, 1e-5)
+
+
+@pytest.mark.parametrize("remade", [True, False])
+def test_swiglu_and_its_gradient(draw: torch.Generator, remade: bool) -> None:
+    width = 1300
+    gate_up = random(draw, ROWS, 2 * width + 16)[:, : 2 * width]
+    dy = random(draw, ROWS, width)
+    plain, fast = torch.zeros_like(dy), torch.zeros_like(dy)
+    swiglu.swiglu(gate_up, plain)
+    swiglu.swiglu_triton(gate_up, fast)
+    assert_close(fast, plain)
+    grads, outs = [], []
+    for function in (swiglu.swiglu_backward, swiglu.swiglu_backward_triton):
+        grads.append(gate_up.clone())
+        outs.append(torch.zeros_like(dy))
+        function(grads[-1], dy, outs[-1] if remade else None)
+    assert_close(grads[1], grads[0])
+    if remade:
+        assert_close(outs[1], plain)
+
+
+@pytest.mark.parametrize("rotates", [True, False])
+def test_rotation_and_the_way_back(draw: torch.Generator, rotates: bool) -> None:
+    heads, shared, width = 9, 3, 16
+    columns = (heads + 2 * shared) * width
+    cos, sin = (torch.randn(ROWS, width // 2, generator=draw).to(DEVICE) for _ in range(2))
+    plain = random(draw, ROWS, columns + 8)
+    fast = plain.clone()
+    rotary.rotate_heads(plain, cos, sin, heads + shared)
+    rotary.rotate_heads_triton(fast, cos, sin, heads + shared)
+    assert_close(fast, plain)
+    dq, dv = random(draw, ROWS, heads, width), random(draw, ROWS, shared, width)
+    dk = random(draw, shared, ROWS, width).transpose(0, 1)
+    tables = (cos, sin) if rotates else (None, None)
+    rotary.gather_gradients(dq, dk, dv, *tables, plain[:, :columns])
+    rotary.gather_gradients_triton(dq, dk, dv, *tables, fast[:, :columns])
+    assert_close(fast, plain)
+
+
+def test_token_loss_and_its_gradient(draw: torch.Generator) -> None:
+    width = 20001
+    plain = 3 * random(draw, ROWS, width)
+    fast = plain.clone()
+    labels = torch.randint(0, width, (ROWS,), generator=draw).to(DEVICE)
+    labels[::5] = token_loss.IGNORE
+    expected = torch.nn.functional.cross_entropy(plain.float(), labels, reduction="none")
+    losses = torch.full((2, ROWS), 7.0, device=DEVICE)
+    token_loss.token_loss(plain, labels, losses[0])
+    token_loss.token_loss_triton(fast, labels, losses[1])
+    assert_close(losses[0], expected, 1e-5)
+    assert_close(losses[1], expected, 1e-5)
+    assert_close(fast, plain)
+    assert (fast[::5] == 0).all()
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_adamw(draw: torch.Generator, taken: bool) -> None:
+    values, gradients, mean, square = torch.randn(4, 5000, generator=draw).to(DEVICE)
+    square.abs_()
+    results = []
+    control = torch.tensor([1e-2, 3.0, 0.5, float(taken)], device=DEVICE)
+    for function in (adamw.adamw, adamw.adamw_triton):
+        own = values.clone(), mean.clone(), square.clone()
+        function(own[0], gradients, own[1], own[2], control, 0.1, adamw.AdamWSettings())
+        results.append(own)
+    for fast, plain in zip(results[1], results[0], strict=True):
+        assert_close(fast, plain, 1e-6)
+    assert torch.equal(results[1][0], values) is not taken
+
+
+def test_dropout_makes_the_same_mask_in_both_twins(draw: torch.Generator) -> None:
+    x = random(draw, ROWS, 1300)
+    seed = torch.tensor(123456789, device=DEVICE)
+    plain, fast = torch.zeros_like(x), torch.zeros_like(x)
+    dropout.drop(x, plain, seed, 7, 0.1)
+    dropout.drop_triton(x, fast, seed, 7, 0.1)
+    assert torch.equal(plain == 0, fast == 0)
+    assert_close(fast, plain)
+    dropout.add_dropped(x, plain, seed, 8, 0.1)
+    dropout.add_dropped_triton(x, fast, seed, 8, 0.1)
+    assert_close(fast, plain, 2 * TOLERANCE)
+
+
+@pytest.mark.parametrize("adapters", [1, 3])
+def test_adding_low_rank_to_all_blocks(draw: torch.Generator, adapters: int) -> None:
+    many = 2 * adapters
+    b, base, a = random(draw, many, 70, 16), random(draw, 2, 70, 136), random(draw, many, 16, 136)
+    plain, fast = (base.new_zeros(many, 70, 136) for _ in range(2))
+    low_rank.add_low_rank(base, b, a, plain)
+    low_rank.add_low_rank_triton(base, b, a, fast)
+    assert_close(fast, plain)
+
+
+def test_stacked_adamw(draw: torch.Generator) -> None:
+    n, count = 3, 2500
+    values = [torch.randn(n, count, generator=draw).to(DEVICE) for _ in range(2)]
+    moments = [torch.rand(n, count, generator=draw).to(DEVICE) for _ in range(2)]
+    values[1][1] = float("nan")  # of the adapter whose step is not taken
+    control = torch.tensor([[1e-2, 1, 0.5, 1, 0.1], [1e-2, 4, 1, 0, 0], [3e-3, 7, 2, 1, 0.0]])
+    results = []
+    for function in (stacked_adamw.stacked_adamw, stacked_adamw.stacked_adamw_triton):
+        own = [t.clone() for t in (*values, *moments)]
+        function(*own, control.to(DEVICE), adamw.AdamWSettings())
+        for tensor, before in zip(own, (*values, *moments), strict=True):
+            assert torch.equal(tensor[1].nan_to_num(5.0), before[1].nan_to_num(5.0))
+        results.append([own[0], own[2], own[3]])
+    for fast, plain in zip(results[1], results[0], strict=True):
+        assert_close(fast, plain, 1e-5)
+        assert not torch.equal(plain[0], plain[1])
+
+
+@pytest.mark.parametrize(
+    ("heads", "count", "window", "rotates"),
+    [
+        ((6, 2, 16), 150, 0, True),
+        ((4, 4, 32), 130, 40, True),
+        ((3, 1, 64), 64, 0, False),
+        ((9, 3, 64), 300, 0, True),
+    ],
+)
+def test_attention_and_its_gradient(
+    draw: torch.Generator, heads: tuple[int, int, int], count: int, window: int, rotates: bool
+) -> None:
+    n_heads, shared, width = heads
+    columns, inner = (n_heads + 2 * shared) * width, n_heads * width
+    positions = torch.arange(count)
+    for start in (17, 18, count // 2):
+        positions[start:] = torch.arange(count - start)
+    positions[-5:] = 0  # padding
+    begins = attention.find_begins(positions.to(DEVICE))
+    ends = attention.find_ends(begins)
+    whole = random(draw, count, columns + 16)
+    qkv, dy = whole[:, :columns], random(draw, count, inner)
+    tables = None
+    if rotates:
+        cos, sin = (torch.randn(count, width // 2, generator=draw).to(DEVICE) for _ in range(2))
+        tables = (cos, sin)
+    expected = qkv.double()
+    y = torch.empty(count, inner, device=DEVICE, dtype=torch.float64)
+    lse = torch.empty(n_heads, count, device=DEVICE)
+    settings = (heads, width**-0.5, window)
+    attention.attend(expected, begins, *settings, y, lse)
+    out = torch.full((count, inner + 16), 7.0, device=DEVICE, dtype=TYPE)
+    attention.attend_triton(qkv, begins, *settings, out[:, :inner], lse)
+    assert_close(out[:, :inner], y, 5e-3 if TYPE is torch.bfloat16 else 1e-6)
+    assert (out[:, inner:] == 7).all()
+    wide = None if tables is None else (tables[0].double(), tables[1].double())
+    partial = torch.full((count, n_heads, 2, width), 7.0, device=DEVICE)
+    attention.attend_backward(expected, begins, ends, *settings, y, lse, dy.double(), partial, wide)
+    attention.attend_backward_triton(
+        qkv, begins, ends, *settings, out[:, :inner], lse, dy, partial, tables
+    )
+    parts = (n_heads * width, shared * width, shared * width)
+    for fast, plain in zip(qkv.split(parts, 1), expected.split(parts, 1), strict=True):
+        assert_close(fast, plain, 1e-2 if TYPE is torch.bfloat16 else 1e-6)

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora.cli import build_app
+from lora.compare.config import Rates
+from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.report.records.command import comparison_command, finetune_command, sweep_command
+from lora.sweep.grid import Grid
+
+DATA = {"source": "my orders.jsonl", "eval_source": "held out.jsonl"}
+
+
+def parsed(command: str) -> dict[str, Any]:
+    """Return what the command line makes of a command, by parameter."""
+    program, *words = shlex.split(command)
+    assert program == "lora"
+    _, bound, _ = build_app().parse_args(words, exit_on_error=False, print_error=False)
+    return dict(bound.arguments)
+
+
+def as_json(value: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(value, default=str))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("lora", "train", "data_config"),
+    [
+        (LoRAConfig(), TrainConfig(), DataConfig()),
+        (
+            LoRAConfig(rank=4, alpha=2.5, targets=("q_proj", "v_proj"), rslora=True,
+                       exclude=("down_proj",), rank_pattern={"q_proj": 2}, layers=(0, 1)),
+            TrainConfig(steps=7, learning_rate=3e-4, schedule="linear", seed=3),
+            DataConfig(max_length=64, packing=False, long_examples="drop",
+                       chat_template=Path("own.jinja"), special_tokens=("<a>", "<b>")),
+        ),
+        (None, TrainConfig(weight_decay=0.1), DataConfig(eval_fraction=0.2)),
+    ],
+)  # fmt: skip
+def test_the_command_of_a_finetune_asks_for_the_same(
+    lora: LoRAConfig | None, train: TrainConfig, data_config: DataConfig
+) -> None:
+    run = RunConfig(out=Path("my runs"), name="b", samples=0, fast=False)
+    asked = {"model": "m", "model_source": "models/m", "data": DATA, "deterministic": True}
+    asked |= {"lora": None if lora is None else asdict(lora), "train": asdict(train)}
+    asked |= {"data_config": asdict(data_config), "run": asdict(run)}
+    command = finetune_command(as_json(asked), "b")
+    assert command is not None
+    found = parsed(command)
+    assert found["data"] == Path("my orders.jsonl")
+    assert found["eval_data"] == Path("held out.jsonl")
+    assert found["model"] == "models/m"
+    assert found["deterministic"] is True
+    assert found.get("full", False) is (lora is None)
+    if lora is not None:
+        assert (found.get("lora") or LoRAConfig()) == lora
+    assert (found.get("train") or TrainConfig()) == train
+    assert (found.get("data_config") or DataConfig()) == data_config
+    assert found["run"] == run
+
+
+def test_the_command_of_a_sweep_asks_for_the_same() -> None:
+    grid = Grid(rank=(4, 8), learning_rate=(3e-4, 1e-3), alpha=("2r",), seed=(0, 1))
+    lora, train = asdict(LoRAConfig(rslora=True)), asdict(TrainConfig(steps=9))
+    asked = {"data": DATA, "sweep": {"grid": asdict(grid), "halving": True}}
+    asked |= {"lora": lora, "train": train, "data_config": asdict(DataConfig(max_length=99))}
+    asked |= {"run": asdict(RunConfig(name="s", eval_every_steps=3))}
+    command = sweep_command(as_json(asked), "s", 2e-5)
+    assert command is not None
+    found = parsed(command)
+    assert (found["full"], found["full_learning_rate"]) == (True, 2e-5)
+    assert "--full-learning-rate" not in (sweep_command(as_json(asked), "s", 1e-4) or "")
+    assert found["grid"] == grid
+    assert found["halving"] is True
+    assert found["lora"].rslora is True
+    assert found["train"].steps == 9
+    assert found["data_config"] == DataConfig(max_length=99)
+    assert (found["run"].name, found["run"].eval_every_steps) == ("s", 3)
+
+
+def test_the_command_of_a_comparison_names_what_was_asked() -> None:
+    compare = {
+        "data": "orders.jsonl", "model": None, "eval_data": "held.jsonl", "same": "time",
+        "methods": ["lora", "full", "peft"], "lora": asdict(LoRAConfig(rank=4)),
+        "train": asdict(TrainConfig(steps=50)), "data_config": asdict(DataConfig()),
+        "rates": {"rates": [3e-4, 1e-3], "full_rates": [], "full_learning_rate": None,
+                  "rate_steps": 20},
+        "measures": {"forgetting_data": None, "metric": "exact-match", "test_data": None,
+                     "answers": 40, "answer_tokens": 64},
+    }  # fmt: skip
+    run = asdict(RunConfig(name="fair", samples=3))
+    command = comparison_command(as_json({"compare": compare, "run": run}), "fair")
+    assert command == (
+        "lora compare --data orders.jsonl --eval-data held.jsonl --same time --peft "
+        "--rates 3e-4,1e-3 --rate-steps 20 --metric exact-match --answers 40 --answer-tokens 64 "
+        "--rank 4 --steps 50 --name fair --samples 3"
+    )
+    found = parsed(command)
+    assert found["rates"] == Rates(rates=(3e-4, 1e-3), rate_steps=20)
+    assert (found["same"], found["peft"], found["run"].samples) == ("time", True, 3)
+    assert found["measures"].metric == "exact-match"
+
+
+def test_what_was_started_from_python_has_no_command() -> None:
+    data = {"source": "rows given in Python"}
+    assert finetune_command({"data": data, "train": {}, "lora": {}}, "x") is None
+    assert sweep_command({"data": data, "sweep": {"grid": {}}}, "x") is None
+    assert comparison_command({"compare": {"data": "3 rows given in Python"}}, "x") is None
+    assert finetune_command({"settings": {}, "data": "prose"}, "x") is None

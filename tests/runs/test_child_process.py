@@ -1,0 +1,108 @@
+"""Work in another process: what it returns, says and raises, and how it ends."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from lora.errors import DataError, Interrupted, TrainingError
+from lora.runs.child_process import run_apart
+from lora.runs.progress import NoProgress
+
+TASKS = """
+import os, resource, signal
+from lora.errors import DataError, Interrupted
+
+def add(a, b, progress):
+    progress.start(2, 0)
+    progress.step(1, 0.5, 10.0, 100)
+    progress.say("half")
+    progress.stop()
+    return a + b, os.getpid(), os.getpgid(0)
+
+def refuse(progress):
+    raise DataError("these data cannot be used")
+
+def stop(progress):
+    raise Interrupted("stopped after step 3", 143)
+
+def fail(progress):
+    return {}["nothing"]
+
+def die(progress):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def grow(n_bytes, progress):
+    return len(b"x" * n_bytes), int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+"""
+
+
+class Heard(NoProgress):
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
+
+    def start(self, total_steps: int, done_steps: int) -> None:
+        self.heard.append((total_steps, done_steps))
+
+    def step(self, step: int, loss: float, tokens_per_s: float, memory_bytes: int) -> None:
+        self.heard.append((step, loss, tokens_per_s, memory_bytes))
+
+    def say(self, message: str) -> None:
+        self.heard.append(message)
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module that the child can import: spawned processes get our path."""
+    (tmp_path / "tasks_apart.py").write_text(TASKS)
+    monkeypatch.syspath_prepend(tmp_path)
+    return importlib.reload(importlib.import_module("tasks_apart"))
+
+
+def test_it_returns_and_is_heard(tasks: ModuleType) -> None:
+    heard = Heard()
+    total, number, group = run_apart(tasks.add, 2, 3, progress=heard)
+    assert total == 5
+    assert number != os.getpid()
+    assert group == number  # Ctrl-C of the terminal does not reach it
+    assert heard.heard == [(2, 0), (1, 0.5, 10.0, 100), "half"]
+
+
+def test_errors_are_what_they_were_there(tasks: ModuleType) -> None:
+    with pytest.raises(DataError, match="cannot be used"):
+        run_apart(tasks.refuse, progress=NoProgress())
+    with pytest.raises(Interrupted, match="after step 3") as stopped:
+        run_apart(tasks.stop, progress=NoProgress())
+    assert stopped.value.exit_code == 143
+    with pytest.raises(RuntimeError, match="KeyError"):
+        run_apart(tasks.fail, progress=NoProgress())
+
+
+def test_a_process_that_dies_is_told(tasks: ModuleType) -> None:
+    with pytest.raises(TrainingError, match=r"SIGKILL: memory may have run out"):
+        run_apart(tasks.die, progress=NoProgress())
+
+
+def test_one_peak_is_not_the_next_one_s(tasks: ModuleType) -> None:
+    _, large = run_apart(tasks.grow, 300_000_000, progress=NoProgress())
+    _, small = run_apart(tasks.grow, 1, progress=NoProgress())
+    assert large > 290_000
+    assert small < large - 200_000
+
+
+def test_a_signal_while_no_step_is_taken_ends_it(tasks: ModuleType) -> None:
+    class Stops(NoProgress):
+        def say(self, message: str) -> None:
+            if message == "half":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="SIGTERM") as stopped:
+        run_apart(tasks.add, 1, 2, progress=Stops())
+    assert stopped.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -1,0 +1,202 @@
+"""A run's folder: whole files, reproducible rows, one process at a time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora.errors import CheckpointError
+from lora.runs.folder import (
+    atomic_write,
+    check_place,
+    create_run,
+    default_name,
+    environment,
+    read_first_day,
+    read_json,
+    read_rows,
+)
+
+
+def test_atomic_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    atomic_write(path, b"one")
+    atomic_write(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_atomic_write_into_a_vanished_folder_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"gone/file could not be written.*vanished"):
+        atomic_write(tmp_path / "gone" / "file", b"x")
+
+
+def test_atomic_write_keeps_the_former_file_when_the_disk_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    atomic_write(path, b"old")
+
+    def refuse(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(CheckpointError, match="Free some space"):
+        atomic_write(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_rows_are_written_alike_and_cut_after_a_step(tmp_path: Path) -> None:
+    with create_run(tmp_path, "run") as run:
+        for step in (1, 2, 3):
+            run.append_metrics({"step": step, "loss": 1 / step})
+            run.append_timing({"step": step, "step_s": 0.1})
+        first = (run.folder / "metrics.jsonl").read_bytes()
+        run.cut_metrics_after(2)
+        assert [row["step"] for row in run.read_metrics()] == [1, 2]
+        assert [row["step"] for row in read_rows(run.folder / "timings.jsonl")] == [1, 2]
+        run.append_metrics({"loss": 1 / 3, "step": 3})
+        assert (run.folder / "metrics.jsonl").read_bytes() == first
+
+
+def test_a_last_line_cut_short_is_left_out_and_a_damaged_one_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert [row["step"] for row in read_rows(path)] == [1, 2]
+    path.write_text('{"step": 1}\nnonsense\n')
+    with pytest.raises(CheckpointError, match="line 2"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe", b"[1]", b'{"loss": 1}'])
+def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b"\n")
+    with pytest.raises(CheckpointError, match=r"rows\.jsonl, line 2, is no"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"{", b""])
+def test_a_damaged_json_file_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "run.json"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"run\.json is no JSON"):
+        read_json(path)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "../a"])
+def test_a_run_stays_in_the_folder_of_runs(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match="a name is that of one folder"):
+        create_run(tmp_path / "runs", name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_run_of_the_same_name_gets_its_own_folder(tmp_path: Path) -> None:
+    with create_run(tmp_path, "run", described={"seed": 1}) as first:
+        assert read_json(first.folder / "run.json")["seed"] == 1
+    with create_run(tmp_path, "run") as second:
+        assert second.folder.name == "run-2"
+
+
+def test_a_place_is_looked_at_before_anything_is_written(tmp_path: Path) -> None:
+    check_place(tmp_path / "not" / "yet", "run", resume=False)
+    check_place(tmp_path, None, resume=False)
+    assert not list(tmp_path.iterdir())
+    with create_run(tmp_path, "order", described={"train": {}}):
+        with pytest.raises(CheckpointError, match=rf"in use by process {os.getpid()}"):
+            check_place(tmp_path, "order", resume=True)
+        with create_run(tmp_path, "order") as second:
+            assert "order is taken: this run is" in second.note
+    check_place(tmp_path, "order", resume=True)
+    with pytest.raises(CheckpointError, match=r"Did you mean 'order'\? Runs there: order\."):
+        check_place(tmp_path, "orders", resume=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="Not a directory"):
+        check_place(tmp_path / "file", "run", resume=False)
+    with pytest.raises(CheckpointError, match="without slashes"):
+        check_place(tmp_path, "../run", resume=False)
+
+
+def test_a_place_that_is_read_only_is_known_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(CheckpointError, match=r"Permission denied\. Make the folder writable"):
+        check_place(tmp_path, "run", resume=False)
+
+
+def test_a_run_that_goes_on_elsewhere_is_told(tmp_path: Path) -> None:
+    described = {"train": {"steps": 3}, "device": "cuda:0, bf16", "threads": 1}
+    create_run(tmp_path, "run", described=described).close()
+    with create_run(tmp_path, "run", described=described, resume=True) as run:
+        assert run.note == ""
+    elsewhere = {**described, "device": "cpu, fp32"}
+    with create_run(tmp_path, "run", described=elsewhere, resume=True) as run:
+        assert "device: cuda:0, bf16 then, cpu, fp32 now" in run.note
+        assert "not with the same bytes" in run.note
+
+
+@pytest.mark.parametrize("text", ["3", '{"data": 3}', '{"data": {"now": "x"}}', "{"])
+def test_a_run_json_that_lies_is_refused(tmp_path: Path, text: str) -> None:
+    create_run(tmp_path, "run").close()
+    assert read_first_day(tmp_path / "run") is None
+    (tmp_path / "run" / "run.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"run\.json"):
+        read_first_day(tmp_path / "run")
+
+
+def test_a_run_in_use_is_refused_and_free_again_when_its_process_dies(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from lora.runs.folder import create_run\n"
+        f"run = create_run(Path({str(tmp_path)!r}), 'run'); print('open', flush=True)\n"
+        "sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    assert other.stdin is not None
+    assert other.stdout.readline() == "open\n"
+    with pytest.raises(CheckpointError, match=f"in use by process {other.pid}, since 20"):
+        create_run(tmp_path, "run", resume=True)
+    other.kill()
+    other.wait()
+    other.stdin.close()
+    other.stdout.close()
+    create_run(tmp_path, "run", resume=True).close()
+
+
+def test_resuming_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such folder"):
+        create_run(tmp_path, "run", resume=True)
+
+
+def test_a_file_where_the_folder_should_be_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(CheckpointError, match="choose another output folder"):
+        create_run(tmp_path / "out", "run")
+
+
+def test_the_environment_names_versions_and_no_place() -> None:
+    described = environment()
+    assert set(described) == {"python", "platform", "cpu_count", "versions"}
+    assert "torch" in described["versions"]
+    assert os.uname().nodename not in str(described)
+
+
+@pytest.mark.parametrize(
+    ("model", "start"),
+    [
+        ("some/folder/tiny-llama", "tiny-llama-2"),
+        ("small.Q4_1.gguf", "small.Q4_1-2"),
+        ("owner/Some2.5-0.5B", "Some2.5-0.5B-2"),
+        (".", "run-2"),
+    ],
+)
+def test_names_of_runs_begin_with_the_model(model: str, start: str) -> None:
+    assert default_name(model).startswith(start)

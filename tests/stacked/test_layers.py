@@ -1,0 +1,153 @@
+"""K adapters on one linear: each as it would be alone, and none reaches another."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora.errors import ConfigError, ModelError
+from lora.lora_module import LoRALinear
+from lora.stacked.layers import (
+    FusedStackedLoRALinear,
+    Stack,
+    StackedEmbedding,
+    StackedLoRALinear,
+    build_stacked_linear,
+)
+
+RANKS, SCALINGS, SEEDS = (2, 5, 1), (2.0, 0.4, 3.0), (7, 8, 9)
+NO_DROPOUT, DROPOUTS = (0.0, 0.0, 0.0), (0.1, 0.0, 0.5)
+INPUTS, OUTPUTS = 7, 6
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def base_linear(dtype: torch.dtype) -> nn.Linear:
+    linear = nn.Linear(INPUTS, OUTPUTS, dtype=dtype)
+    with torch.no_grad():
+        linear.weight.copy_(draw(OUTPUTS, INPUTS, seed=1))
+        linear.bias.copy_(draw(OUTPUTS, seed=2))
+    return linear
+
+
+def alone(k: int, dtype: torch.dtype, dropout: float) -> LoRALinear:
+    layer = LoRALinear(base_linear(dtype), RANKS[k], dropout=dropout, scaling=SCALINGS[k])
+    with torch.no_grad():
+        layer.lora_A.copy_(draw(RANKS[k], INPUTS, seed=10 + k))
+        layer.lora_B.copy_(draw(OUTPUTS, RANKS[k], seed=20 + k))
+    return layer
+
+
+def together(dtype: torch.dtype, dropouts: tuple[float, ...] = NO_DROPOUT) -> StackedLoRALinear:
+    stack = Stack(SEEDS)
+    layer = build_stacked_linear(base_linear(dtype), stack, RANKS, SCALINGS, dropouts)
+    for k in range(3):
+        single = alone(k, dtype, dropouts[k])
+        layer.fill(k, single.lora_A.detach(), single.lora_B.detach())
+    return layer
+
+
+def close(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
+    tolerance = 1e-12 if dtype is torch.float64 else 1e-5
+    return bool((left - right).norm() <= tolerance * right.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dropouts", [NO_DROPOUT, DROPOUTS])
+@pytest.mark.parametrize("shape", [(6, 4, INPUTS), (3, 2, 4, INPUTS), (3, 1, INPUTS)])
+def test_each_adapter_is_as_it_would_be_alone(
+    dtype: torch.dtype, dropouts: tuple[float, ...], shape: tuple[int, ...]
+) -> None:
+    layer = together(dtype, dropouts)
+    assert isinstance(layer, FusedStackedLoRALinear) is not any(dropouts)
+    x = draw(*shape, seed=3).to(dtype).requires_grad_()
+    target = draw(*shape[:-1], OUTPUTS, seed=4).to(dtype)
+    y = layer(x)
+    (y * target).sum().backward()
+    assert y.shape == target.shape
+    for k, part in enumerate(x.detach().chunk(3)):
+        single, own = alone(k, dtype, dropouts[k]), part.clone().requires_grad_()
+        torch.manual_seed(SEEDS[k])
+        expected = single(own)
+        (expected * target.chunk(3)[k]).sum().backward()
+        assert close(y.detach().chunk(3)[k], expected.detach(), dtype)
+        assert x.grad is not None
+        assert own.grad is not None
+        assert close(x.grad.chunk(3)[k], own.grad, dtype)
+        rank, (da, db) = RANKS[k], (layer.lora_A.grad, layer.lora_B.grad)
+        assert da is not None
+        assert db is not None
+        assert close(da[k, :rank], single.lora_A.grad, dtype)  # type: ignore[arg-type]
+        assert close(db[k, :, :rank], single.lora_B.grad, dtype)  # type: ignore[arg-type]
+        assert not da[k, rank:].any()
+        assert not db[k, :, rank:].any()
+
+
+def test_the_fused_layer_agrees_with_the_plain_one() -> None:
+    fused = together(torch.float32)
+    plain = StackedLoRALinear(base_linear(torch.float32), Stack(SEEDS), RANKS, SCALINGS, NO_DROPOUT)
+    plain.load_state_dict(fused.state_dict())
+    x = draw(6, 4, INPUTS, seed=3).float()
+    outs = [layer(x) for layer in (fused, plain)]
+    for out in outs:
+        (out**2).sum().backward()
+    assert close(outs[0].detach(), outs[1].detach(), torch.float32)
+    for name in ("lora_A", "lora_B"):
+        left, right = (getattr(layer, name).grad for layer in (fused, plain))
+        assert close(left, right, torch.float32)
+
+
+@pytest.mark.parametrize("dropouts", [NO_DROPOUT, DROPOUTS])
+def test_a_nan_in_one_adapter_leaves_the_bits_of_the_others(dropouts: tuple[float, ...]) -> None:
+    seen = []
+    for is_broken in (False, True):
+        layer = together(torch.float32, dropouts)
+        x = draw(6, 4, INPUTS, seed=3).float()
+        if is_broken:
+            x[2:4] = math.nan
+            with torch.no_grad():
+                layer.lora_B[1] = math.inf
+        x.requires_grad_()
+        y = layer(x)
+        (y**2).sum().backward()
+        parts = (y.detach().view(3, 2, 4, -1), x.grad.view(3, 2, 4, -1))  # type: ignore[union-attr]
+        seen.append([*parts, layer.lora_A.grad, layer.lora_B.grad])
+    for whole, broken in zip(*seen, strict=True):
+        assert torch.equal(whole[[0, 2]], broken[[0, 2]])
+        assert not broken[1].isfinite().all()
+
+
+def test_embeddings_train_apart() -> None:
+    base, stack = nn.Embedding(5, 3), Stack(SEEDS)
+    tables = StackedEmbedding(base, stack)
+    with torch.no_grad():
+        tables.weight.copy_(draw(3, 5, 3, seed=5))
+    ids = torch.tensor([[0, 1], [4, 1], [2, 2]])
+    out = tables(ids)
+    assert torch.equal(out, torch.stack([tables.weight[k][ids[k]] for k in range(3)]))
+    out[1].sum().backward()
+    assert tables.weight.grad is not None
+    assert tables.weight.grad[1].any()
+    assert not tables.weight.grad[[0, 2]].any()
+    assert tables.unwrap() is base
+    stack.rows_each = 2
+    places = tables(torch.arange(4))
+    assert places.shape == (6, 4, 3)
+    assert torch.equal(places[3], tables.weight[1, :4])
+
+
+def test_errors_say_what_is_wrong() -> None:
+    with pytest.raises(ConfigError, match="3 adapters were to be stacked, with 2 ranks"):
+        StackedLoRALinear(base_linear(torch.float32), Stack(SEEDS), (1, 2), SCALINGS, NO_DROPOUT)
+    with pytest.raises(ConfigError, match="rank=9"):
+        StackedLoRALinear(base_linear(torch.float32), Stack(SEEDS), (1, 2, 9), SCALINGS, NO_DROPOUT)
+    with pytest.raises(ModelError, match="4 rows were given to 3 stacked adapters"):
+        together(torch.float32)(torch.zeros(4, 2, INPUTS))
+    with pytest.raises(ModelError, match="rows_each is not set"):
+        StackedEmbedding(nn.Embedding(5, 3), Stack(SEEDS))(torch.arange(4))

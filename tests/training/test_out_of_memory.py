@@ -1,0 +1,115 @@
+"""Memory that runs out is told with what took it and what to change, and nothing is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lora import cli
+from lora.errors import TrainingError
+from lora.training.out_of_memory import (
+    Counted,
+    advise,
+    count_parts,
+    describe_parts,
+    explained,
+    is_out_of_memory,
+)
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to …"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+        MemoryError(),
+    ],
+)
+def test_every_way_in_which_memory_runs_out_is_known(error: Exception) -> None:
+    assert is_out_of_memory(error)
+    with (
+        pytest.raises(TrainingError, match="Memory ran out at step 3"),
+        explained(lambda: "at step 3"),
+    ):
+        raise error
+
+
+def test_torch_itself_says_it_so() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), explained(str):
+        raise RuntimeError("shapes do not match")
+
+
+def test_what_is_held_is_counted() -> None:
+    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(8, 2, bias=False).bfloat16())
+    model[1].requires_grad_(False)
+    parts = count_parts(model, 1000)
+    assert parts == Counted(weights=160, gradients=128, optimizer=256, activations=456)
+    assert parts.total == 1000
+    said = describe_parts(Counted(4 * GB, GB, 2 * GB, 3 * GB))
+    assert said.startswith("10.00 GB (weights 4.00, gradients 1.00, optimizer 2.00, activations")
+
+
+@pytest.mark.parametrize(
+    ("parts", "sizes", "has_lora", "most", "ways"),
+    [
+        (
+            (2, 0, 0, 8), (8, 1), True, "activations and loss of 8 rows at once",
+            ("--micro-batches 2 instead of 1", "4 rows at once and about 6.00 GB", "--max-length"),
+        ),
+        (
+            (1, 0, 0, 9), (6, 2), True, "activations and loss of 3 rows at once",
+            ("--micro-batches 3 instead of 2", "2 rows at once and about 7.00 GB"),
+        ),
+        ((2, 0, 0, 8), (4, 4), True, "of 1 row at once", ("a shorter --max-length", "a smaller")),
+        ((2, 2, 4, 2), (4, 4), True, "gradients and moments", ("--max-length", "--rank")),
+        ((2, 2, 4, 2), (4, 4), False, "gradients and moments", ("LoRA instead of --full",)),
+        ((9, 1, 0, 0), (4, 1), True, "the weights", ("a smaller model or a device",)),
+    ],
+)  # fmt: skip
+def test_the_advice_is_of_what_took_most_and_begins_with_what_costs_nothing(
+    parts: tuple[int, ...],
+    sizes: tuple[int, int],
+    has_lora: bool,
+    most: str,
+    ways: tuple[str, ...],
+) -> None:
+    counted = Counted(*(part * GB for part in parts))
+    said = advise(counted, batch_size=sizes[0], micro_batches=sizes[1], has_lora=has_lora)
+    assert said.startswith("Most are ")
+    assert most in said.partition(". Try")[0]
+    rest = said.partition(". Try, in this order: ")[2]
+    for way in ways:
+        assert way in rest
+        rest = rest.partition(way)[2]
+    assert "`lora plan` shows which batch fits" in said
+
+
+def test_what_would_not_help_is_left_out() -> None:
+    said = advise(Counted(9 * GB, 0, 0, GB // 2), batch_size=8, micro_batches=1, has_lora=True)
+    assert "--micro-batches" not in said
+    assert "--max-length" not in said
+
+
+def test_a_command_without_training_says_it_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fail(words: list[str]) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert cli.main(["generate"]) == 2
+    assert "memory ran out: CUDA out of memory" in capsys.readouterr().err
+    with pytest.raises(torch.OutOfMemoryError):
+        cli.main(["generate", "--debug"])

@@ -1,0 +1,253 @@
+"""The training step and its loop: the right mean, nothing moved by a bad step, exact resume."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora.adapters.apply import lora_layers
+from lora.config import RunConfig, TrainConfig
+from lora.data.sequences.blocks import BlockStream, ordered_blocks
+from lora.device import choose_device
+from lora.errors import TrainingError
+from lora.runs.folder import create_run
+from lora.training.trainer import TrainingJob, TrainResult, evaluate, train, train_step
+from models.bigram_lm_v2 import BigramLanguageModel, bigram_loss
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+
+CPU = torch.device("cpu")
+Batch = tuple[Tensor, Tensor]
+
+
+def squares(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """A loss whose number of targets differs from batch to batch."""
+    inputs, targets = batch
+    return ((model(inputs) - targets) ** 2).sum()[None], torch.tensor([len(inputs)])
+
+
+def rows(count: int) -> Batch:
+    generator = torch.Generator().manual_seed(5)
+    inputs = torch.randn(count, 3, generator=generator, dtype=torch.float64)
+    return inputs, torch.randn(count, 1, generator=generator, dtype=torch.float64)
+
+
+def fresh() -> tuple[nn.Linear, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1).double()
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.01])
+@pytest.mark.parametrize("parts", [[12], [6, 6], [1, 4, 7]])
+def test_the_step_is_the_same_however_its_rows_are_split(
+    parts: list[int], max_grad_norm: float
+) -> None:
+    inputs, targets = rows(12)
+    whole, optimizer = fresh()
+    expected = train_step(
+        whole, [(inputs, targets)], squares, optimizer, max_grad_norm=max_grad_norm
+    )
+    model, optimizer = fresh()
+    split = list(zip(inputs.split(parts), targets.split(parts), strict=True))
+    result = train_step(model, split, squares, optimizer, max_grad_norm=max_grad_norm)
+    assert result.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
+    assert result.gradient_norm.item() == pytest.approx(expected.gradient_norm.item(), rel=1e-12)
+    assert int(result.n_tokens) == 12
+    torch.testing.assert_close(model.weight, whole.weight, rtol=1e-12, atol=0)
+
+
+def test_the_loss_is_the_mean_over_targets() -> None:
+    model, optimizer = fresh()
+    inputs, targets = rows(8)
+    expected = ((model(inputs) - targets) ** 2).mean().item()
+    assert train_step(model, [(inputs, targets)], squares, optimizer).loss.item() == pytest.approx(
+        expected
+    )
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_moves_nothing(bad: float) -> None:
+    model, _ = fresh()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    inputs, targets = rows(4)
+    train_step(model, [(inputs, targets)], squares, optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    moments = optimizer.state[model.weight]["exp_avg"].clone()
+    targets[2] = bad
+    with pytest.raises(TrainingError, match="not finite, so the step was not taken"):
+        train_step(model, [(inputs, targets)], squares, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert torch.equal(moments, optimizer.state[model.weight]["exp_avg"])
+
+
+def test_evaluation_is_the_mean_over_all_batches_with_dropout_off() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 1).double())
+    inputs, targets = rows(9)
+    parts = list(zip(inputs.split([2, 7]), targets.split([2, 7]), strict=True))
+    loss = evaluate(model, parts, squares)
+    assert model.training
+    assert loss == pytest.approx(((model[1](inputs) - targets) ** 2).mean().item())
+    assert math.isnan(evaluate(model, [], squares))
+
+
+def char_model(kind: str) -> BigramLanguageModel:
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 20, "n_embd": 16, "n_head": 2, "n_layer": 1, "block_size": 8}
+    base = BigramLanguageModel(**sizes, dropout=0.1)
+    return base if kind == "full" else BigramLanguageModelLoRA.from_base(base, lora_rank=2, seed=1)
+
+
+class Stopped(Exception):
+    """Stands for a kill between two steps."""
+
+
+def run_job(
+    folder: Path, kind: str, *, steps: int = 12, stop_at: int | None = None, resume: bool = False
+) -> tuple[BigramLanguageModel, TrainResult | None, Path]:
+    model = char_model(kind)
+    torch.manual_seed(7)
+    tokens = torch.randint(0, 20, (400,), generator=torch.Generator().manual_seed(0))
+    config = TrainConfig(steps=steps, batch_size=4, micro_batches=2, seed=1)
+
+    def stop(step: int) -> None:
+        if step == stop_at:
+            raise Stopped
+
+    with create_run(folder, "run", resume=resume) as run:
+        job = TrainingJob(
+            model=model,
+            loss_fn=bigram_loss,
+            stream=BlockStream(tokens, 8, 2, seed=1, device=CPU),
+            eval_batches=lambda: ordered_blocks(tokens[:100], 8, 4, 1000, CPU),
+            train_config=config,
+            learning_rate=1e-2,
+            run_config=RunConfig(eval_every_steps=3, save_every_steps=2),
+            run=run,
+            choice=choose_device("cpu"),
+            on_eval=stop,
+            resume=resume,
+        )
+        try:
+            return model, train(job), run.folder
+        except Stopped:
+            return model, None, run.folder
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_resumed_run_ends_as_if_it_had_not_stopped(tmp_path: Path, kind: str) -> None:
+    whole, result, folder = run_job(tmp_path / "whole", kind)
+    assert result is not None
+    _, stopped, _ = run_job(tmp_path / "parts", kind, stop_at=9)
+    assert stopped is None
+    model, resumed, parts = run_job(tmp_path / "parts", kind, resume=True)
+    assert resumed is not None
+    assert resumed.eval_loss == result.eval_loss
+    for (name, a), b in zip(whole.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert (parts / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+
+
+def test_lora_training_leaves_every_frozen_tensor_as_it_was(tmp_path: Path) -> None:
+    before = {name: p.clone() for name, p in char_model("lora").named_parameters()}
+    model, _, _ = run_job(tmp_path, "lora")
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert moved == trainable
+    assert len(lora_layers(model)) == 7
+
+
+def test_it_stops_early_when_the_loss_no_longer_falls(tmp_path: Path) -> None:
+    said: list[str] = []
+    model = char_model("full")
+    losses = iter([3.0, 2.0, 2.5, 2.5, 2.5, 2.5])
+
+    def eval_batches() -> list[Batch]:
+        return [(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64))]
+
+    def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        if model.training:
+            return bigram_loss(model, batch)
+        return torch.tensor([next(losses)]), torch.tensor([1])
+
+    with create_run(tmp_path, "run") as run:
+        job = TrainingJob(
+            model=model,
+            loss_fn=loss_fn,
+            stream=BlockStream(torch.arange(20).repeat(9), 8, 4, seed=1, device=CPU),
+            eval_batches=eval_batches,
+            train_config=TrainConfig(steps=50, batch_size=4),
+            learning_rate=1e-2,
+            run_config=RunConfig(eval_every_steps=2, patience=2),
+            run=run,
+            choice=choose_device("cpu"),
+        )
+        result = train(replace(job, on_eval=lambda step: said.append(str(step))))
+    assert result.stopped_early
+    assert result.steps == 6
+    assert result.best_eval_loss == 2.0
+    assert said == ["0", "2", "4", "6"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "asked", "expected"),
+    [
+        (1, 0, [0, 1]),
+        (9, 0, [0, 9]),
+        (10, 0, [0, 10]),
+        (25, 0, [0, 10, 20, 25]),
+        (100, 0, [0, *range(10, 101, 10)]),
+        (101, 0, [0, *range(11, 100, 11), 101]),
+        (9, 4, [0, 4, 8, 9]),
+    ],
+)
+def test_evaluations_are_few_and_always_at_both_ends(
+    tmp_path: Path, steps: int, asked: int, expected: list[int]
+) -> None:
+    seen: list[int] = []
+    tokens = torch.arange(20).repeat(9)
+    with create_run(tmp_path, "run") as run:
+        train(
+            TrainingJob(
+                model=char_model("lora"),
+                loss_fn=bigram_loss,
+                stream=BlockStream(tokens, 8, 2, seed=1, device=CPU),
+                eval_batches=lambda: ordered_blocks(tokens[:20], 8, 2, 1, CPU),
+                train_config=TrainConfig(steps=steps, batch_size=2),
+                learning_rate=1e-3,
+                run_config=RunConfig(eval_every_steps=asked),
+                run=run,
+                choice=choose_device("cpu"),
+                on_eval=seen.append,
+            )
+        )
+    assert seen == expected
+
+
+def test_a_run_names_the_step_that_was_not_finite(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def sometimes_nan(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        loss, count = bigram_loss(model, batch)
+        calls.append(1)
+        return (loss * math.nan if len(calls) == 3 else loss), count
+
+    with create_run(tmp_path, "run") as run:
+        job = TrainingJob(
+            model=char_model("full"),
+            loss_fn=sometimes_nan,
+            stream=BlockStream(torch.arange(20).repeat(9), 8, 4, seed=1, device=CPU),
+            eval_batches=list,
+            train_config=TrainConfig(steps=5, batch_size=4),
+            learning_rate=1e-2,
+            run_config=RunConfig(),
+            run=run,
+            choice=choose_device("cpu"),
+        )
+        with pytest.raises(TrainingError, match="Step 3 of 5"):
+            train(job)
+        assert [row["step"] for row in run.read_metrics()] == [1, 2]
