@@ -28,7 +28,7 @@ FULL_LEARNING_RATE = 1e-4
 LORA_LEARNING_RATE = 10 * FULL_LEARNING_RATE
 
 
-MOST_EVALUATIONS, LEAST_EVAL_STEPS = 10, 10
+MAX_EVALUATIONS, MIN_EVAL_STEPS = 10, 10
 """Unless `eval_every_steps` is given: evaluations after the start, and steps between them."""
 LARGEST_SEED = 2**63 - 1
 

@@ -32,7 +32,7 @@ from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer
 from lora.training.plain_step import PlainSteps
 
-LEAST_FREE_BYTES = 2**30
+MIN_FREE_BYTES = 2**30
 """On the disk of the runs, and of memory: below that nothing real can be trained."""
 NEEDED = ("torch", "safetensors", "tokenizers", "numpy", "jinja2", "gguf", "rich")
 OPTIONAL = {
@@ -137,7 +137,7 @@ def _memory(choice: DeviceChoice) -> Check:
         free_bytes, total_bytes = _host_memory()
     seen = f"{free_bytes / 1e9:.1f} GB free of {total_bytes / 1e9:.1f} GB"
     advice = "Close other programs that use this memory."
-    return Check("memory", seen, free_bytes >= LEAST_FREE_BYTES, advice)
+    return Check("memory", seen, free_bytes >= MIN_FREE_BYTES, advice)
 
 
 def _host_memory() -> tuple[int, int]:
@@ -157,7 +157,7 @@ def _disk(name: str, folder: Path) -> Check:
     if not os.access(place, os.W_OK):
         return Check(f"disk of {name}", f"{place} cannot be written to", False, advice)
     seen = f"{free_bytes / 1e9:.1f} GB free at {place}"
-    return Check(f"disk of {name}", seen, free_bytes >= LEAST_FREE_BYTES, advice)
+    return Check(f"disk of {name}", seen, free_bytes >= MIN_FREE_BYTES, advice)
 
 
 def _cache() -> Check:

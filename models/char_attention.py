@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MOST_TOKENS = 256
+MAX_TOKENS = 256
 """Longest rows that this is meant for."""
 
 

@@ -27,7 +27,7 @@ NARROW_COST = 3.5
 """How much dearer a multiplication is in products with A and B than in one that forms dW."""
 SMALL_NARROW_COST = 1.5
 """The same in batched products of small weights."""
-LEAST_RANK = 16
+MIN_RANK = 16
 """Lower ranks take no less time."""
 
 
@@ -41,7 +41,7 @@ class MergedLinears(MergedProjection):
         n_in, n_out = self.inputs, self.outputs
         is_small = n_in * n_out <= SMALL_WEIGHT
         cost = SMALL_NARROW_COST if is_small else NARROW_COST
-        forms = n_in * n_out <= cost * max(self.width, LEAST_RANK) * (n_in + n_out)
+        forms = n_in * n_out <= cost * max(self.width, MIN_RANK) * (n_in + n_out)
         self.formed = torch.empty_like(self.base) if forms else None  # dW, (L, O, I)
         self.waits = is_small
         """Whether gradients are made for all blocks together."""

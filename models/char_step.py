@@ -24,7 +24,7 @@ from lora.fast.weights.norms_and_embeddings import Weights
 from lora.fast.weights.update import HostUpdate
 from lora.lora_module import LoRALinear
 from models.bigram_lm_v2 import BigramLanguageModel, Block, bigram_loss
-from models.char_attention import MOST_TOKENS, DenseAttention, Scratch, Sizes
+from models.char_attention import MAX_TOKENS, DenseAttention, Scratch, Sizes
 from models.char_linears import Linears
 
 Pair = tuple[Tensor, Tensor]
@@ -271,8 +271,8 @@ def why_not_by_hand(model: BigramLanguageModel, choice: DeviceChoice) -> str | N
         return "the step by hand is for CPUs"
     if choice.compute_dtype is not torch.float32:
         return "the step by hand computes in fp32"
-    if model.block_size > MOST_TOKENS:
-        return f"rows of {model.block_size} tokens: at most {MOST_TOKENS} are kept pair by pair"
+    if model.block_size > MAX_TOKENS:
+        return f"rows of {model.block_size} tokens: at most {MAX_TOKENS} are kept pair by pair"
     dropouts = [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
     if any(dropouts) or model.sizes.dropout:
         return "there is dropout"

@@ -21,7 +21,7 @@ Usage = namedtuple("Usage", "total used free")
 def room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine with room, and a cache of its own, wherever the test runs."""
     monkeypatch.setenv("LORALM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(doctor, "LEAST_FREE_BYTES", 1)
+    monkeypatch.setattr(doctor, "MIN_FREE_BYTES", 1)
 
 
 def by_name(folder: Path) -> dict[str, Check]:

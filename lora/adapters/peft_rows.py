@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora.adapters.apply import AppliedLoRA
 from lora.config import LoRAConfig
 from lora.errors import ConfigError, TargetError
-from lora.layers.token_rows import MOST_NEW_ROWS, Tables, find_tables, rows_by_table
+from lora.layers.token_rows import MAX_NEW_ROWS, Tables, find_tables, rows_by_table
 
 FIELD = "trainable_token_indices"
 ENDING = ".token_adapter.trainable_tokens_delta"
@@ -54,7 +54,7 @@ def find_rows(model: nn.Module, value: Any, config: LoRAConfig) -> tuple[Rows, l
         if name in config.targets or name in config.modules_to_save
     ]
     largest = max(max(chosen) for chosen in rows.values())
-    most = tables.embedding.num_embeddings + MOST_NEW_ROWS
+    most = tables.embedding.num_embeddings + MAX_NEW_ROWS
     if largest >= most:
         faults.append(f"{FIELD}: row {largest:,}, and this base can have {most:,} at most")
     return rows, faults

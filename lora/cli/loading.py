@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lora.pretrained.sources import ModelSource
 
 CHECKED_TEXT = "A merged model must answer as the adapted one did. 1 + 1 = 2; def f(x): return x"
-MOST_CHECKED_ROWS = 64
+MAX_CHECKED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def checked_ids(loaded: LoadedModel) -> Tensor:
     from lora.adapters.apply import applied_lora
 
     rows = {n for layer in applied_lora(loaded.model).rows.values() for n in layer.ids}
-    tokens = loaded.tokenizer.encode(CHECKED_TEXT) + sorted(rows)[:MOST_CHECKED_ROWS]
+    tokens = loaded.tokenizer.encode(CHECKED_TEXT) + sorted(rows)[:MAX_CHECKED_ROWS]
     return torch.tensor([tokens], device=loaded.choice.device)
 
 

@@ -12,7 +12,7 @@ from lora.config import FULL_LEARNING_RATE, LORA_LEARNING_RATE, RunConfig, Train
 from lora.errors import CheckpointError, ConfigError, did_you_mean, gather
 from lora.runs.folder import read_json
 
-LEAST_RATE_STEPS = 20
+MIN_RATE_STEPS = 20
 """Steps of a try, unless the comparison itself has fewer."""
 
 
@@ -105,7 +105,7 @@ class CompareConfig:
     @property
     def steps_tried(self) -> int:
         """Steps of each try of a rate."""
-        quarter = max(LEAST_RATE_STEPS, math.ceil(self.train.steps / 4))
+        quarter = max(MIN_RATE_STEPS, math.ceil(self.train.steps / 4))
         return self.rates.rate_steps or min(self.train.steps, quarter)
 
     def described(self) -> dict[str, Any]:

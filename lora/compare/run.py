@@ -54,7 +54,7 @@ from lora.runs.progress import NoProgress, Progress
 BASE_FILE, MEMBER_FILE, RATES, TIMING = "base.json", "member.json", "rates", "timing"
 TIMED_STEPS, UNTIMED_STEPS = 8, 2
 """Of the short run that says how long a step is; the first are left out."""
-MOST_APART = 0.02
+MAX_APART = 0.02
 """Relative difference of losses before the first step, in bf16 too."""
 ProgressOf = Callable[[str], Progress]
 MadeT = TypeVar("MadeT")
@@ -272,7 +272,7 @@ def _note_other_beginnings(folder: Path, members: list[Member], base: Base) -> l
     for member in members:
         rows = read_rows(folder / member.folder / "metrics.jsonl")
         first = next((row["eval_loss"] for row in rows if row.get("eval_loss")), base.eval_loss)
-        if abs(first - base.eval_loss) > MOST_APART * abs(base.eval_loss):
+        if abs(first - base.eval_loss) > MAX_APART * abs(base.eval_loss):
             notes.append(
                 f"{METHOD_NAMES[member.method]} begins at a held-out loss of {first:.4f}, the base "
                 f"has {base.eval_loss:.4f}: it does not compute what the others do"

@@ -20,7 +20,7 @@ from lora.decoder.config import (
     LayerConfig,
     RopeConfig,
 )
-from lora.decoder.fields import MOST_HEAD_DIM, MOST_HEADS, MOST_LAYERS, MOST_SIZE, Fields, read_rope
+from lora.decoder.fields import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_SIZE, Fields, read_rope
 from lora.errors import ModelError, did_you_mean, gather
 
 ACTIVATION_NAMES = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
@@ -89,16 +89,16 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     model_type = _find_family(config)
     family = FAMILIES[model_type]
     fields = Fields(config, family.names, family.defaults)
-    hidden_size = fields.count("hidden_size", most=MOST_SIZE)
-    heads = fields.count("num_attention_heads", most=MOST_HEADS)
+    hidden_size = fields.count("hidden_size", most=MAX_SIZE)
+    heads = fields.count("num_attention_heads", most=MAX_HEADS)
     attention = _attention(fields, family, hidden_size, heads)
     feed_forward = _feed_forward(fields, family, hidden_size)
     scale = attention.head_dim**-0.5
     if "query_pre_attn_scalar" in family.defaults:
         scale = fields.number("query_pre_attn_scalar") ** -0.5
-    n_layers = fields.count("num_hidden_layers", most=MOST_LAYERS)
+    n_layers = fields.count("num_hidden_layers", most=MAX_LAYERS)
     parts: dict[str, Any] = {
-        "vocab_size": fields.count("vocab_size", most=MOST_SIZE),
+        "vocab_size": fields.count("vocab_size", most=MAX_SIZE),
         "max_position_embeddings": fields.count("max_position_embeddings"),
         "norm_eps": fields.number("rms_norm_eps"),
         "tie_word_embeddings": fields.flag("tie_word_embeddings"),
@@ -151,8 +151,8 @@ def _attention(fields: Fields, family: Family, hidden_size: int, heads: int) -> 
         fields.faults.append(f"hidden size {hidden_size} is not a multiple of {heads} heads")
     return AttentionConfig(
         num_attention_heads=heads,
-        num_key_value_heads=fields.count("num_key_value_heads", heads, most=MOST_HEADS),
-        head_dim=fields.count("head_dim", max(1, hidden_size // heads), most=MOST_HEAD_DIM),
+        num_key_value_heads=fields.count("num_key_value_heads", heads, most=MAX_HEADS),
+        head_dim=fields.count("head_dim", max(1, hidden_size // heads), most=MAX_HEAD_DIM),
         qkv_bias=from_field if family.qkv_bias is None else family.qkv_bias,
         output_bias=from_field or family.block == "gpt2",
         qk_norm=family.qk_norm,
@@ -162,7 +162,7 @@ def _attention(fields: Fields, family: Family, hidden_size: int, heads: int) -> 
 def _feed_forward(fields: Fields, family: Family, hidden_size: int) -> FeedForwardConfig:
     widest = 4 * hidden_size if family.block == "gpt2" else None
     return FeedForwardConfig(
-        intermediate_size=fields.count("intermediate_size", widest, most=MOST_SIZE),
+        intermediate_size=fields.count("intermediate_size", widest, most=MAX_SIZE),
         activation=fields.choice("hidden_act", ACTIVATION_NAMES),
         bias=fields.flag("mlp_bias") if family.mlp_bias is None else family.mlp_bias,
     )

@@ -8,8 +8,8 @@ from typing import Any
 from lora.decoder.config import RopeConfig
 
 _MISSING = object()
-MOST_SIZE, MOST_HEADS, MOST_HEAD_DIM = 2**24, 2**16, 2**14
-MOST_LAYERS, MOST_TOKENS = 1000, 2**32
+MAX_SIZE, MAX_HEADS, MAX_HEAD_DIM = 2**24, 2**16, 2**14
+MAX_LAYERS, MAX_TOKENS = 1000, 2**32
 """Beyond these only damaged files go: shapes are made of products of sizes, and objects for each
 layer."""
 
@@ -40,7 +40,7 @@ class Fields:
         self.faults.append(f"{self.names.get(name, name)}={value!r}: allowed is {allowed}")
 
     def count(
-        self, name: str, otherwise: int | None = None, *, least: int = 1, most: int = MOST_TOKENS
+        self, name: str, otherwise: int | None = None, *, least: int = 1, most: int = MAX_TOKENS
     ) -> int:
         """Return an int from `least` to `most`; `otherwise` where the field is absent."""
         value = self.get(name)

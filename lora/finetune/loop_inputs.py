@@ -20,7 +20,7 @@ from lora.training.losses import loss_for
 from lora.training.steps import Steps
 from lora.training.trainer import TrainingJob
 
-MOST_NAMED = 8
+MAX_NAMED = 8
 """Examples that a message on a step that is not finite names."""
 
 
@@ -70,8 +70,8 @@ def _namer(
         chosen = [micro * rows + row for micro, row in places] or range(train.batch_size)
         numbers = stream.numbers((step - 1) * train.batch_size + place for place in chosen)
         sources = [data.train_examples[owner].source for owner in data.train.owners(numbers)]
-        more = f" and {len(sources) - MOST_NAMED} more" if len(sources) > MOST_NAMED else ""
-        return f"Read there: {', '.join(sources[:MOST_NAMED])}{more}."
+        more = f" and {len(sources) - MAX_NAMED} more" if len(sources) > MAX_NAMED else ""
+        return f"Read there: {', '.join(sources[:MAX_NAMED])}{more}."
 
     return name
 

@@ -22,7 +22,7 @@ from lora.inference.generate import generate
 from lora.runs.folder import Run
 from lora.runs.progress import Progress
 
-_MOST_TRIED = 100
+_MAX_TRIED = 100
 _SHOWN_CHARACTERS = 200
 
 
@@ -40,7 +40,7 @@ def choose_prompts(
     is what the template (which tells the date `now`) refuses.
     """
     prompts: list[Prompt] = []
-    for example in examples[:_MOST_TRIED] if most else ():
+    for example in examples[:_MAX_TRIED] if most else ():
         try:
             prompt = (
                 beginning_of(example.text, tokenizer)

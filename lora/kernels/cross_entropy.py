@@ -24,7 +24,7 @@ CHUNK_TOKENS = 512
 """Rows whose logits exist at once."""
 CHUNK_COLUMNS = 6144
 """Of the vocabulary, on a CPU: 512 rows of them are 12.6 MB, which stay in the cache."""
-LEAST_FULL = 16
+MIN_FULL = 16
 """On a CPU rows are filled up to a round count if that adds at most one in so many."""
 
 
@@ -154,7 +154,7 @@ def _learn_columns(hidden: Tensor, weight: Tensor, labels: Tensor, grad_hidden: 
     n, wide = len(labels), _wide(hidden)
     own_weight = weight.index_select(0, labels)  # (n, C), of the labels
     own = (hidden.to(wide) * own_weight).sum(1, keepdim=True)  # (n, 1), their logits
-    if 0 < round_rows(n) - n <= n // LEAST_FULL:  # a few rows of zeros, for the faster library
+    if 0 < round_rows(n) - n <= n // MIN_FULL:  # a few rows of zeros, for the faster library
         hidden = F.pad(hidden, (0, 0, 0, round_rows(n) - n))
     largest = hidden.new_full((len(hidden), 1), -torch.inf, dtype=wide)
     total = torch.zeros_like(largest)

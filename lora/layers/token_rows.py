@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lora.decoder.decoder import Decoder
 from lora.errors import ConfigError, ModelError, TargetError, did_you_mean
 
-MOST_NEW_ROWS = 2**16
+MAX_NEW_ROWS = 2**16
 """Rows by which a vocabulary may grow: more are a damaged file's."""
 
 
@@ -223,13 +223,13 @@ def resize_vocabulary(model: nn.Module, vocab_size: int) -> None:
     New rows are the mean of the old ones, for a head that is not tied of its own; with fewer rows
     the last ones go. Old rows keep their bytes, a tied head stays tied.
 
-    Raises ModelError if it would grow by more than MOST_NEW_ROWS, and TargetError as `find_tables`.
+    Raises ModelError if it would grow by more than MAX_NEW_ROWS, and TargetError as `find_tables`.
     """
     tables = find_tables(model)
     old = tables.embedding.num_embeddings
-    if vocab_size - old > MOST_NEW_ROWS:
+    if vocab_size - old > MAX_NEW_ROWS:
         raise ModelError(
-            f"{vocab_size:,} tokens were asked of a model with {old:,}: at most {MOST_NEW_ROWS:,} "
+            f"{vocab_size:,} tokens were asked of a model with {old:,}: at most {MAX_NEW_ROWS:,} "
             "are added. Check the token ids."
         )
     if vocab_size == old:

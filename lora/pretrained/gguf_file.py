@@ -19,8 +19,8 @@ import numpy as np
 
 from lora.errors import ModelError
 
-_MOST_TENSORS, _MOST_KEYS, _MOST_ITEMS = 100_000, 10_000, 4_000_000
-_MOST_HEADER_BYTES = 256 * 1024 * 1024
+_MAX_TENSORS, _MAX_KEYS, _MAX_ITEMS = 100_000, 10_000, 4_000_000
+_MAX_HEADER_BYTES = 256 * 1024 * 1024
 _BLOCK_BYTES = 32 * 1024 * 1024  # of fp32: what one block of rows takes when it is dequantised
 _NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
@@ -125,7 +125,7 @@ def _check_start(path: Path, start: bytes) -> None:
             f"{path} is a GGUF file {seen}: allowed are little-endian files of version 2 and 3. "
             "Get a newer file, or copy this one again."
         )
-    if n_tensors > _MOST_TENSORS or n_keys > _MOST_KEYS:
+    if n_tensors > _MAX_TENSORS or n_keys > _MAX_KEYS:
         claims = f"it claims {n_tensors:,} tensors and {n_keys:,} keys"
         raise ModelError(f"{path} is damaged: {claims}. Copy it again.")
 
@@ -135,7 +135,7 @@ class _Cursor:
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.place = path, data, 24
-        self.end = min(len(data), _MOST_HEADER_BYTES)
+        self.end = min(len(data), _MAX_HEADER_BYTES)
 
     def fault(self, what: str) -> ModelError:
         return ModelError(
@@ -166,7 +166,7 @@ class _Cursor:
         if kind != _ARRAY:
             return self._scalar(kind)
         kind, n_items = self.number("I"), self.number("Q")
-        if n_items > _MOST_ITEMS:
+        if n_items > _MAX_ITEMS:
             raise self.fault(f"a list claims {n_items:,} items")
         if kind == _STRING:
             return [self.text() for _ in range(n_items)]

@@ -26,7 +26,7 @@ own colour."""
 WIDTH_IN, HEIGHT_IN, DPI = 4.8, 3.0, 160
 FONT_PT = 9.0
 _CHARACTER_PT = 4.8
-_MOST_CHARACTERS = 18
+_MAX_CHARACTERS = 18
 _LABEL_GAP = 0.062
 """Of the axes' height: between two names at the ends of lines."""
 _CLIP = 1.6
@@ -275,9 +275,9 @@ def _line_label(curve: Curve, *, has_name: bool) -> str:
 def _cut(name: str) -> str:
     """Return a name that a picture has room for, its middle left out if need be."""
     plain = "".join(c if c.isprintable() else "�" for c in name)
-    if len(plain) <= _MOST_CHARACTERS:
+    if len(plain) <= _MAX_CHARACTERS:
         return plain
-    half = _MOST_CHARACTERS // 2
+    half = _MAX_CHARACTERS // 2
     return f"{plain[: half - 1]}…{plain[-half:]}"
 
 

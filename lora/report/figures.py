@@ -29,10 +29,10 @@ from lora.report.records.records import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_CURVES = len(SERIES)
-MOST_PALE = 60
+MAX_CURVES = len(SERIES)
+MAX_PALE = 60
 """Further runs, drawn pale and without a name."""
-MOST_BARS = 8
+MAX_BARS = 8
 MINUTE_S, HOUR_S = 60.0, 3600.0
 
 
@@ -54,7 +54,7 @@ def loss_pictures(report: Report) -> list[Picture]:
     if not named and not pale:
         return []
     shown = [_curve(run, number, by_time=False) for number, run in enumerate(named)]
-    faint = [_curve(run, None, by_time=False) for run in pale[:MOST_PALE]]
+    faint = [_curve(run, None, by_time=False) for run in pale[:MAX_PALE]]
     ends = "; ".join(f"{run.name} ends at {loss_text(run.eval_loss)}" for run in named)
     left_out = f" The best {len(named)} are named, the others grey." if pale else ""
     told = f"Dots are evaluations, pale lines the training loss.{left_out}"
@@ -99,12 +99,12 @@ def choose_curves(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list[RunR
     own) by their loss at the end.
     """
     measured = [run for run in runs if run.held_out]
-    if len(measured) <= MOST_CURVES:
+    if len(measured) <= MAX_CURVES:
         return measured, []
     alone = [run for run in measured if not run.group]
     grouped = sorted((run for run in measured if run.group), key=_place)
     ranked = [*alone, *grouped]
-    return ranked[:MOST_CURVES], ranked[MOST_CURVES:]
+    return ranked[:MAX_CURVES], ranked[MAX_CURVES:]
 
 
 def _place(run: RunRecord) -> tuple[bool, bool, bool, float]:
@@ -136,7 +136,7 @@ def sweep_pictures(sweep: SweepRecord, number: int) -> list[Picture]:
         for place, rank in enumerate(ranks):
             points = [(t.learning_rate, t.loss) for t in sweep.tried if t.rank == rank]
             lines.append(Curve(f"rank {rank}", points, place))
-        pictures.append(_rate_picture(f"rate{suffix}", lines[-MOST_CURVES:], sweep.base_eval_loss))
+        pictures.append(_rate_picture(f"rate{suffix}", lines[-MAX_CURVES:], sweep.base_eval_loss))
     return pictures
 
 
@@ -160,7 +160,7 @@ def comparison_pictures(report: Report, comparison: ComparisonRecord, number: in
 
 def memory_picture(report: Report) -> Picture | None:
     """Return planned memory by part as bars, with a mark where it was measured."""
-    runs = [run for run in report.runs if run.memory is not None][:MOST_BARS]
+    runs = [run for run in report.runs if run.memory is not None][:MAX_BARS]
     if not runs:
         return None
     bars = [(run.label, run.memory) for run in runs if run.memory is not None]

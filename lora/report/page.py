@@ -10,7 +10,7 @@ from typing import Any
 
 from lora.report import tables
 from lora.report.canvas import LINE_STYLES, SERIES
-from lora.report.figures import MOST_BARS, choose_curves
+from lora.report.figures import MAX_BARS, choose_curves
 from lora.report.numbers import count_text, loss_text, short, size_text, time_text
 from lora.report.records.records import (
     METHOD_NAMES,
@@ -23,9 +23,9 @@ from lora.report.records.records import (
 
 TEMPLATE = "page.html.jinja"
 STYLE = "page.css"
-MOST_COLUMNS = 6
+MAX_COLUMNS = 6
 """Runs that stand side by side in a table of settings."""
-MOST_PROMPTS, MOST_ANSWERS = 6, 8
+MAX_PROMPTS, MAX_ANSWERS = 6, 8
 _DASHES = ("", "7 3", "7 3 2 3", "2 3", "6 2", "2 2")
 """The line styles of the pictures, as SVG has them."""
 
@@ -89,8 +89,8 @@ def build_page(report: Report, drawn: dict[str, list[Drawn]]) -> str:
         describe_sweep=describe_sweep,
         describe_comparison=describe_comparison,
         asked=find_asked(report),
-        memory_table=tables.memory_table(report, MOST_BARS),
-        differing=tables.differing_table(report, MOST_COLUMNS),
+        memory_table=tables.memory_table(report, MAX_BARS),
+        differing=tables.differing_table(report, MAX_COLUMNS),
         settings=tables.facts_table("setting", [run.settings for run in report.runs]),
         data=tables.facts_table("data", [run.data for run in report.runs]),
         machine=tables.facts_table("machine", [_machine(run) for run in report.runs]),
@@ -236,10 +236,10 @@ def find_asked(report: Report) -> list[Asked]:
             expected=next((s.expected for _, s in said if s.expected is not None), None),
             answers=tuple(
                 Answer(who, sample.answer, _is_expected(sample), sample.is_cut)
-                for who, sample in said[:MOST_ANSWERS]
+                for who, sample in said[:MAX_ANSWERS]
             ),
         )
-        for prompt, said in list(by_prompt.items())[:MOST_PROMPTS]
+        for prompt, said in list(by_prompt.items())[:MAX_PROMPTS]
     ]
 
 

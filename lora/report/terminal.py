@@ -11,7 +11,7 @@ from lora.report.tables import Table, dropped_table, ratios_table, runs_table
 if TYPE_CHECKING:
     from rich.console import Console
 
-MOST_ROWS = 20
+MAX_ROWS = 20
 NARROW_COLUMNS = ("method", "rank", "rate", "steps", "held-out", "step", "peak")
 """What is shown where the terminal has no room for all columns."""
 WIDE = 140
@@ -43,13 +43,13 @@ def _print_table(table: Table, console: Console) -> None:
         column = table.columns[n]
         heading = f"{column.title}\n{column.unit}" if column.unit else column.title
         shown.add_column(heading, justify="right" if column.is_numeric else "left")
-    for row in table.rows[:MOST_ROWS]:
+    for row in table.rows[:MAX_ROWS]:
         name = f"{row.group}: {row.name}" if row.group else row.name
         shown.add_row(Text(_plain(name)), *(Text(_plain(row.cells[n])) for n in kept))
     console.print()
     console.print(shown)
-    if len(table.rows) > MOST_ROWS:
-        console.print(f"… and {len(table.rows) - MOST_ROWS} more: the page has them all")
+    if len(table.rows) > MAX_ROWS:
+        console.print(f"… and {len(table.rows) - MAX_ROWS} more: the page has them all")
 
 
 def _plain(text: str) -> str:

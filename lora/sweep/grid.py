@@ -18,7 +18,7 @@ SWEPT = ("rank", "learning_rate", "alpha", "dropout", "seed", "schedule")
 """In the order in which candidates are numbered: the last changes fastest."""
 _OF_LORA = ("rank", "alpha", "dropout")
 SHORT_NAMES = {"learning_rate": "rate"}
-MOST_CANDIDATES = 999
+MAX_CANDIDATES = 999
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,10 @@ def build_candidates(grid: Grid, lora: LoRAConfig, train: TrainConfig) -> list[C
             "A sweep was asked for with 1 candidate: it compares at least 2. Give several values, "
             "as in --rank 4,8,16 --learning-rate 3e-4,1e-3, or use lora finetune."
         )
-    if len(combinations) > MOST_CANDIDATES:
+    if len(combinations) > MAX_CANDIDATES:
         raise ConfigError(
             f"A sweep of {len(combinations):,} candidates was asked for: allowed are at most "
-            f"{MOST_CANDIDATES}. Sweep the rate first, then the rest around the best."
+            f"{MAX_CANDIDATES}. Sweep the rate first, then the rest around the best."
         )
     swept, faults, candidates = grid.swept(), [], []
     for number, values in enumerate(combinations, start=1):

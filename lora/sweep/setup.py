@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lora.config import LEAST_EVAL_STEPS, MOST_EVALUATIONS
+from lora.config import MAX_EVALUATIONS, MIN_EVAL_STEPS
 from lora.data.prepare import PreparedData, prepare_data
 from lora.data.sequences.batches import ordered_batches
 from lora.data.tokenizers.subword import load_tokenizer
@@ -96,8 +96,8 @@ def build_base(
     room: str,
 ) -> SweepBase:
     """Return what all waves share."""
-    spread = math.ceil(job.train.steps / MOST_EVALUATIONS)
-    every = job.run.eval_every_steps or max(LEAST_EVAL_STEPS, spread)
+    spread = math.ceil(job.train.steps / MAX_EVALUATIONS)
+    every = job.run.eval_every_steps or max(MIN_EVAL_STEPS, spread)
     assert data.held_out is not None
     return SweepBase(
         model=model,

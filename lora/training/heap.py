@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-MOST_FROM_HEAP_BYTES = 32 * 2**20
+MAX_FROM_HEAP_BYTES = 32 * 2**20
 """glibc allows no more; larger tensors are mapped anew each time."""
 USUAL_TRIM_BYTES = 64 * 2**20
 """Where glibc's own rule ends up."""
@@ -29,7 +29,7 @@ def kept_memory() -> Iterator[None]:
     if libc is None:
         yield
         return
-    libc.mallopt(M_MMAP_THRESHOLD, MOST_FROM_HEAP_BYTES)
+    libc.mallopt(M_MMAP_THRESHOLD, MAX_FROM_HEAP_BYTES)
     libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
     try:
         yield

@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from lora.config import LEAST_EVAL_STEPS, MOST_EVALUATIONS
+from lora.config import MAX_EVALUATIONS, MIN_EVAL_STEPS
 from lora.device import peak_memory_bytes
 from lora.errors import Interrupted, TrainingError
 from lora.runs.interrupts import StopRequests
@@ -215,6 +215,6 @@ def _evaluate_and_note(job: TrainingJob, at: Position) -> None:
 
 
 def _intervals(job: TrainingJob) -> tuple[int, int]:
-    spread = math.ceil(job.train_config.steps / MOST_EVALUATIONS)
-    eval_every = job.run_config.eval_every_steps or max(LEAST_EVAL_STEPS, spread)
+    spread = math.ceil(job.train_config.steps / MAX_EVALUATIONS)
+    eval_every = job.run_config.eval_every_steps or max(MIN_EVAL_STEPS, spread)
     return eval_every, job.run_config.save_every_steps or eval_every

@@ -28,8 +28,8 @@ from lora.errors import LoraError
 from lora.pretrained.hf_weights import save_decoder
 
 QUICK, LONG = 120, 1500
-MOST_CPU_S = 8.0
-MOST_NEW_BYTES = 600 * 2**20
+MAX_CPU_S = 8.0
+MAX_NEW_BYTES = 600 * 2**20
 """Of address space in one trial: far above what inputs of a few kilobytes need."""
 
 Fuzz = Callable[[st.SearchStrategy[Any], Callable[[Any], object]], None]
@@ -41,17 +41,17 @@ class Hung(BaseException):
 
 @contextmanager
 def limits() -> Iterator[None]:
-    """Raise Hung after MOST_CPU_S of CPU time; let memory grow by MOST_NEW_BYTES at most."""
+    """Raise Hung after MAX_CPU_S of CPU time; let memory grow by MAX_NEW_BYTES at most."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Hung(f"more than {MOST_CPU_S:.0f} s")
+        raise Hung(f"more than {MAX_CPU_S:.0f} s")
 
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     former = resource.getrlimit(resource.RLIMIT_AS)
-    most = pages * resource.getpagesize() + MOST_NEW_BYTES
+    most = pages * resource.getpagesize() + MAX_NEW_BYTES
     handler = signal.signal(signal.SIGPROF, stop)
     resource.setrlimit(resource.RLIMIT_AS, (most, former[1]))
-    signal.setitimer(signal.ITIMER_PROF, MOST_CPU_S)
+    signal.setitimer(signal.ITIMER_PROF, MAX_CPU_S)
     try:
         yield
     finally:

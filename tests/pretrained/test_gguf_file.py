@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {
     "some.flags": [True, False],
     "some.words": ["a", "", "日本"],
 }
-MOST_BYTES = 8 * 1024 * 1024  # what reading a damaged file of a few kilobytes may take
+MAX_BYTES = 8 * 1024 * 1024  # what reading a damaged file of a few kilobytes may take
 
 
 def write_file(path: Path, settings: dict[str, Any] = SETTINGS) -> dict[str, np.ndarray]:
@@ -197,7 +197,7 @@ def test_a_file_that_lies(lie: str, tmp_path: Path) -> None:
         GGUFFile(path)
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak_bytes < MOST_BYTES
+    assert peak_bytes < MAX_BYTES
 
 
 def test_a_file_cut_anywhere(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_file_with_flipped_bits_is_read_or_refused(tmp_path: Path) -> None:
             messages.append(str(error))
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak_bytes < MOST_BYTES
+    assert peak_bytes < MAX_BYTES
     assert len(messages) > 100
     assert all(str(path) in message for message in messages)
 

@@ -6,7 +6,7 @@ import dataclasses
 from datetime import datetime
 from pathlib import Path
 
-from lora.data.chat.template import MOST_TEMPLATE_BYTES, ChatTemplate
+from lora.data.chat.template import MAX_TEMPLATE_BYTES, ChatTemplate
 from lora.data.tokenizers.subword import TextTokenizer, find_stop_ids
 from lora.errors import DataError
 
@@ -89,9 +89,9 @@ def _with_template(tokenizer: TextTokenizer, source: str) -> TextTokenizer:
 def _read_template(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            data = file.read(MOST_TEMPLATE_BYTES + 1)
-        if len(data) > MOST_TEMPLATE_BYTES:
-            raise DataError(f"{path} has more than {MOST_TEMPLATE_BYTES:,} bytes: no template has.")
+            data = file.read(MAX_TEMPLATE_BYTES + 1)
+        if len(data) > MAX_TEMPLATE_BYTES:
+            raise DataError(f"{path} has more than {MAX_TEMPLATE_BYTES:,} bytes: no template has.")
         return data.decode().removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
     except OSError as error:
         raise DataError(f"The chat template {path} cannot be read: {error.strerror}.") from None

@@ -25,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 
 from lora.data.chat.template_limits import (
-    MOST_CHARACTERS,
+    MAX_CHARACTERS,
     add_checks,
     check_binop,
     check_method,
@@ -38,9 +38,9 @@ from lora.errors import DataError
 Span = tuple[int, int]
 """First character and the one after the last."""
 
-MOST_TEMPLATE_BYTES = 256 * 1024
-MOST_RENDERED_CHARACTERS = MOST_CHARACTERS
-MOST_RENDER_S = 5.0
+MAX_TEMPLATE_BYTES = 256 * 1024
+MAX_RENDERED_CHARACTERS = MAX_CHARACTERS
+MAX_RENDER_S = 5.0
 """Of this thread's own time, so that a busy machine refuses no template."""
 
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # no characters, by Unicode's own word: free for inside use
@@ -66,7 +66,7 @@ class ChatTemplate:
     """A compiled chat template.
 
     Args:
-        source: the jinja text, at most MOST_TEMPLATE_BYTES.
+        source: the jinja text, at most MAX_TEMPLATE_BYTES.
         special_tokens: what the template sees as bos_token, eos_token and so on.
         name: what error messages call it.
         now: what `strftime_now` tells; None asks the clock, so that rows differ from day to day.
@@ -84,9 +84,9 @@ class ChatTemplate:
         now: datetime | None = None,
     ) -> None:
         n_bytes = len(source.encode(errors="replace"))
-        if n_bytes > MOST_TEMPLATE_BYTES:
+        if n_bytes > MAX_TEMPLATE_BYTES:
             raise DataError(
-                f"{name} has {n_bytes:,} bytes: at most {MOST_TEMPLATE_BYTES:,} are read. "
+                f"{name} has {n_bytes:,} bytes: at most {MAX_TEMPLATE_BYTES:,} are read. "
                 "Give the model's real template with chat_template."
             )
         self.source, self.name = source, name
@@ -166,12 +166,12 @@ class ChatTemplate:
 
 def _join(template: jinja2.Template, values: dict[str, Any]) -> str:
     environment = cast(_Environment, template.environment)
-    environment.deadline_s = time.thread_time() + MOST_RENDER_S
+    environment.deadline_s = time.thread_time() + MAX_RENDER_S
     pieces, length = [], 0
     for piece in template.generate(values):
         length += len(piece)
-        if length > MOST_RENDERED_CHARACTERS:
-            raise SecurityError(f"it makes more than {MOST_RENDERED_CHARACTERS:,} characters")
+        if length > MAX_RENDERED_CHARACTERS:
+            raise SecurityError(f"it makes more than {MAX_RENDERED_CHARACTERS:,} characters")
         environment.check_time()
         pieces.append(piece)
     return "".join(pieces)
@@ -253,7 +253,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def check_time(self) -> None:
         """Raise SecurityError if the template has had its time."""
         if time.thread_time() > self.deadline_s:
-            raise SecurityError(f"it takes more than {MOST_RENDER_S:.0f} s")
+            raise SecurityError(f"it takes more than {MAX_RENDER_S:.0f} s")
 
     def checked_concat(self, *values: object) -> str:
         """Return the texts of `values`, one after the other."""

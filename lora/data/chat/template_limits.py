@@ -19,13 +19,13 @@ from jinja2 import nodes
 from jinja2.sandbox import SecurityError
 from jinja2.visitor import NodeTransformer
 
-MOST_CHARACTERS = 64 * 1024 * 1024
+MAX_CHARACTERS = 64 * 1024 * 1024
 """Of one text."""
-MOST_ITEMS = 2**20
+MAX_ITEMS = 2**20
 """Of one list."""
-MOST_WIDTH = 10_000
+MAX_WIDTH = 10_000
 """To which a text is padded or indented."""
-_MOST_POWER_BITS = 4096
+_MAX_POWER_BITS = 4096
 _WIDE = re.compile(r"\d{6,}")
 _NESTED_WIDTH = re.compile(r":[^{}]*\{")
 _PADDING = ("center", "expandtabs", "ljust", "rjust", "zfill")
@@ -74,7 +74,7 @@ def check_binop(operator: str, left: object, right: object) -> None:
     elif operator == "+" and isinstance(left, str | list | tuple) and type(left) is type(right):
         _check_size(len(left) + len(right), operator, left)
     elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-        if left.bit_length() * right > _MOST_POWER_BITS:
+        if left.bit_length() * right > _MAX_POWER_BITS:
             raise SecurityError("it computes ** with values that are too large")
     elif operator == "%" and isinstance(left, str):
         _check_format(left, right if isinstance(right, tuple) else (right,), "*" in left)
@@ -129,14 +129,14 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_size(size: int, what: str, sequence: object = "") -> None:
-    most = MOST_CHARACTERS if isinstance(sequence, str) else MOST_ITEMS
+    most = MAX_CHARACTERS if isinstance(sequence, str) else MAX_ITEMS
     if size > most:
         raise SecurityError(f"it computes {what} with values that are too large")
 
 
 def _check_widths(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for value in (*args, *kwargs.values()):
-        if isinstance(value, int) and value > MOST_WIDTH:
+        if isinstance(value, int) and value > MAX_WIDTH:
             raise SecurityError(f"it pads a text to {value:,} characters, which is too large")
 
 

@@ -15,7 +15,7 @@ HELD_OUT_FRACTION = 0.1
 CODE_PACKAGES = ("asyncio", "collections", "concurrent", "email", "http", "json", "logging", "xml")
 MACHINES_OWN = ("_sysconfigdata", "sitecustomize")
 """Beginnings of the names of files that describe the machine, not the library."""
-MOST_CODE_CHARACTERS = 2_000_000
+MAX_CODE_CHARACTERS = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def code() -> Corpus:
     paths = sorted(p for p in library.glob("*.py") if not p.name.startswith(MACHINES_OWN))
     for package in CODE_PACKAGES:
         paths += sorted((library / package).rglob("*.py"))
-    texts = _read_files(paths, MOST_CODE_CHARACTERS)
+    texts = _read_files(paths, MAX_CODE_CHARACTERS)
     if len(texts) < 10:
         raise DataError(
             "The standard library's source was asked for: this Python comes without it. "

@@ -19,8 +19,8 @@ Rows = Iterator[tuple[str, object]]
 """A place such as "file:line", and what stands there."""
 
 _BOM = "\N{ZERO WIDTH NO-BREAK SPACE}"
-_MOST_FAULTS = 1000  # of different kinds; then the rest of the data is not looked at
-_MOST_FIELD_CHARACTERS = 1 << 30
+_MAX_FAULTS = 1000  # of different kinds; then the rest of the data is not looked at
+_MAX_FIELD_CHARACTERS = 1 << 30
 _SPACES = re.compile(r"[ \t\n\r]*")
 _WRAPPERS = ("data", "train", "rows", "examples")  # under which exports put their one list
 _WRAPPED = re.compile(rf'\s*\{{\s*"({"|".join(_WRAPPERS)})"\s*:\s*(?=\[)')
@@ -37,7 +37,7 @@ class Faults:
 
     @property
     def are_too_many(self) -> bool:
-        return len(self._places) >= _MOST_FAULTS
+        return len(self._places) >= _MAX_FAULTS
 
     def raise_if_any(self, heading: str, advice: str) -> None:
         if not self._places:
@@ -170,7 +170,7 @@ def _skip_spaces(text: str, place: int) -> int:
 
 
 def _read_csv(path: Path, faults: Faults) -> Rows:
-    former = csv.field_size_limit(_MOST_FIELD_CHARACTERS)  # the whole process's; put back below
+    former = csv.field_size_limit(_MAX_FIELD_CHARACTERS)  # the whole process's; put back below
     try:
         # Bytes that are not UTF-8 become halves of surrogate pairs, which no row may hold.
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:

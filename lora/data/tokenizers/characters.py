@@ -14,8 +14,8 @@ from lora.runs.folder import atomic_write
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 FIXED_CHARACTERS = "\n\t" + "".join(chr(code) for code in range(0x20, 0x7F))
-MOST_UNKNOWN_FRACTION = 0.01
-MOST_CHARACTERS = 65_536
+MAX_UNKNOWN_FRACTION = 0.01
+MAX_CHARACTERS = 65_536
 
 
 class CharTokenizer:
@@ -26,10 +26,10 @@ class CharTokenizer:
     """
 
     def __init__(self, characters: str = FIXED_CHARACTERS + UNKNOWN) -> None:
-        if len(set(characters)) != len(characters) or not 2 <= len(characters) <= MOST_CHARACTERS:
+        if len(set(characters)) != len(characters) or not 2 <= len(characters) <= MAX_CHARACTERS:
             raise DataError(
                 f"A vocabulary of {len(characters)} characters, {len(set(characters))} of them "
-                f"different, was given: allowed are 2 to {MOST_CHARACTERS} different ones."
+                f"different, was given: allowed are 2 to {MAX_CHARACTERS} different ones."
             )
         self.characters = characters
         unknown = characters.find(UNKNOWN)
@@ -88,9 +88,9 @@ class CharTokenizer:
         if not count:
             return ""
         line = f"{what}: {count:,} of {len(text):,} characters ({share:.2%}) are unknown"
-        if share > MOST_UNKNOWN_FRACTION:
+        if share > MAX_UNKNOWN_FRACTION:
             raise DataError(
-                f"{line}, {MOST_UNKNOWN_FRACTION:.0%} is allowed: {describe_characters(unknown)}. "
+                f"{line}, {MAX_UNKNOWN_FRACTION:.0%} is allowed: {describe_characters(unknown)}. "
                 "Train a base on this text instead (its vocabulary is then the text's own)."
             )
         return f"{line}, each becomes one symbol: {describe_characters(unknown)}"

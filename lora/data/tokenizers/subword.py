@@ -22,7 +22,7 @@ TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>
 """Special tokens that end an assistant's turn in the chat templates in use."""
 _PIECES = {"tokenizer.model", "spiece.model"}
 _OTHER_FILES = _PIECES | {"vocab.json", "merges.txt", "vocab.txt", "tekken.json"}
-_MOST_BYTES = 256 * 1024 * 1024
+_MAX_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise DataError(_missing(folder))
-    if path.stat().st_size > _MOST_BYTES:
+    if path.stat().st_size > _MAX_BYTES:
         raise DataError(f"{path} has {path.stat().st_size:,} bytes: more than any tokenizer's.")
     try:
         backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))

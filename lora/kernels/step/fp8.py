@@ -17,7 +17,7 @@ from lora.kernels.step.jit import jit, next_power_of_2, row_stride, tl
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
 """That e4m3 holds."""
-LEAST_PEAK = 1e-30
+MIN_PEAK = 1e-30
 """Rows whose largest value is smaller are taken for rows with this one: 1 / scale stays finite."""
 SIZES_STEP = 16
 """The device's product wants inputs and outputs in multiples of this."""
@@ -48,7 +48,7 @@ def quantise_rows(x: Tensor, into: CodedRows) -> None:
         into.codes.copy_(values)
         into.scales.fill_(1.0)
         return
-    peak = values.abs().amax(-1, keepdim=True).clamp(min=LEAST_PEAK)  # (N, 1)
+    peak = values.abs().amax(-1, keepdim=True).clamp(min=MIN_PEAK)  # (N, 1)
     into.scales.copy_(peak / LARGEST)
     into.codes.copy_((values * (LARGEST / peak)).to(FP8))
 
@@ -87,7 +87,7 @@ def turn_codes(weight: Tensor, out: Tensor) -> None:
 @jit
 def scale_of(peak):
     """Return the scale of a row with this largest value, and its inverse."""
-    peak = tl.maximum(peak, 1e-30)  # LEAST_PEAK, LARGEST: kernels read no globals
+    peak = tl.maximum(peak, 1e-30)  # MIN_PEAK, LARGEST: kernels read no globals
     return peak / 448.0, 448.0 / peak
 
 

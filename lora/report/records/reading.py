@@ -15,7 +15,7 @@ from lora.errors import LoraError
 from lora.runs.folder import read_json, read_rows
 
 Faults = list[str]
-_MOST_HEADER_BYTES = 100_000_000
+_MAX_HEADER_BYTES = 100_000_000
 """As the safetensors format allows."""
 
 
@@ -113,7 +113,7 @@ def count_elements(path: Path, faults: Faults) -> int | None:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, _MOST_HEADER_BYTES)))
+            header = json.loads(file.read(min(length, _MAX_HEADER_BYTES)))
         shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
         return sum(math.prod(shape) for shape in shapes)
     except OSError as error:
