@@ -103,7 +103,7 @@ def try_one_by_one(
         folder = run.out / name
         if not (folder / TRIED_FILE).is_file():
             shutil.rmtree(folder, ignore_errors=True)  # of a try that was killed
-            progress.say(f"rate {number} of {len(rates)}: {rate:g}")
+            progress.message(f"rate {number} of {len(rates)}: {rate:g}")
             config, own = replace(train, learning_rate=rate), short_run(run, name, train.steps)
             tried = _try(run_member, method, config, own, progress)
             Run(folder).write_json(TRIED_FILE, asdict(tried))
@@ -129,7 +129,7 @@ def _try(
     try:
         loss: float | None = run_member(method, train, run, False, False, progress).final_eval_loss
     except TrainingError as error:
-        progress.say(f"rate {rate:g} failed: {error}")
+        progress.message(f"rate {rate:g} failed: {error}")
         loss = None
     finally:
         remove_weights(folder)

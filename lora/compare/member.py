@@ -59,16 +59,16 @@ def measure_base(
     source = find_model(contest.model)
     data, report = check_data(job, source.folder, progress)
     for told in report.notes + report.warnings:
-        progress.say(f"note: {told}")
+        progress.message(f"note: {told}")
     if data.held_out is None:
         raise DataError(
             "A comparison measures held-out loss, and nothing is held out: give more examples, "
             "--eval-data, or an --eval-fraction above 0."
         )
-    progress.say(f"{source.name} on {choice.reason}")
+    progress.message(f"{source.name} on {choice.reason}")
     model = load_decoder(source.folder, device=choice.device).eval()
     loss = _held_out_loss(model, data, train, choice)
-    progress.say(f"held-out loss of the base: {loss:.4f}")
+    progress.message(f"held-out loss of the base: {loss:.4f}")
     measured = _measure(contest, run, model, data.tokenizer, data, choice, progress)
     return Base(source.name, choice.reason, loss, measured)
 
@@ -223,12 +223,12 @@ def _measure(
     name, examples = _forgetting_text(measures.forgetting_data)
     config = replace(contest.data_config, long_examples="split", special_tokens=())
     loss = measure_loss(model, examples, tokenizer, config, choice)
-    progress.say(f"loss on {name}: {loss:.4f}")
+    progress.message(f"loss on {name}: {loss:.4f}")
     metric_name = metric = None
     if measures.metric != "none":
         metric_name = METRIC_NAMES[measures.metric]
         metric = _score(contest, model, tokenizer, data)
-        progress.say(f"{metric_name}: {metric:.3f}")
+        progress.message(f"{metric_name}: {metric:.3f}")
     samples = _answer(contest, run, model, tokenizer, data)
     return Measured(name, loss, metric_name, metric, samples)
 
@@ -313,10 +313,11 @@ class _SweepTold:
     def evaluated(self, title: str, standings: Sequence[Standing]) -> None:
         leader = rank(standings)[0]
         if leader.eval_loss is not None:
-            self._progress.say(f"best so far: {leader.name}, held-out loss {leader.eval_loss:.4f}")
+            loss = f"held-out loss {leader.eval_loss:.4f}"
+            self._progress.message(f"best so far: {leader.name}, {loss}")
 
-    def say(self, message: str) -> None:
-        self._progress.say(message)
+    def message(self, message: str) -> None:
+        self._progress.message(message)
 
     def stop(self) -> None:
         self._progress.stop()

@@ -134,7 +134,7 @@ def compare(
             steps = _choose_steps(going, method, rates[method], members)
             members.append(_run_member(going, method, rates[method], steps, base))
         done = _finish(going, base, members, rates)
-        page = report_on(run.folder, progress_of("report").say) if config.report else None
+        page = report_on(run.folder, progress_of("report").message) if config.report else None
         return replace(done, report=page)
 
 

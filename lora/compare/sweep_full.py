@@ -66,7 +66,7 @@ def sweep_with_full(
     run = Run(done.folder)
     path = done.folder / FULL_FILE
     if not path.is_file():
-        progress.say("full fine-tuning on the same data, in the same order")
+        progress.message("full fine-tuning on the same data, in the same order")
         member = _full_job(job, done.folder, full_rate)
         found = run_apart(_train, member, progress=full_progress or NoProgress())
         _check_same_data(done.folder)
@@ -74,7 +74,7 @@ def sweep_with_full(
     shutil.rmtree(done.folder / FULL / "checkpoints", ignore_errors=True)
     full = _read(done.folder)
     _draw(done, full)
-    page = report_on(done.folder, progress.say) if job.report else None
+    page = report_on(done.folder, progress.message) if job.report else None
     return replace(done, report=page), full
 
 

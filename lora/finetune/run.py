@@ -82,13 +82,13 @@ def _finetune(
         show_data(report)
     else:
         for told in report.notes + report.warnings:
-            progress.say(f"note: {told}")
-    progress.say(f"{source.name} on {choice.reason}")
+            progress.message(f"note: {told}")
+    progress.message(f"{source.name} on {choice.reason}")
     memory_plan = _plan(job, source, data, choice)
     planned = describe_plan(memory_plan)
-    progress.say(planned)
+    progress.message(planned)
     if memory_plan.reason:
-        progress.say(memory_plan.reason)
+        progress.message(memory_plan.reason)
     with explained(lambda: f"while the weights were loaded. {planned}. {LOADING_ADVICE}"):
         model, fingerprint = _load_model(job, source, choice, data.tokenizer, progress)
     rate = job.train.learning_rate
@@ -105,14 +105,16 @@ def _finetune(
         described["kept_of_blocks"] = asdict(memory_plan.keep)
     if job.deterministic:
         described["deterministic"] = True
-        progress.say("deterministic: torch's algorithms that repeat to the bit, and the plain step")
+        progress.message(
+            "deterministic: torch's algorithms that repeat to the bit, and the plain step"
+        )
     with explained(lambda: f"while the step was prepared. {planned}. {_advice(job, memory_plan)}"):
         fast = job.run.fast and not job.deterministic
         keep = memory_plan.keep
-        steps = choose_steps(model, choice, job.train, fast=fast, keep=keep, say=progress.say)
+        steps = choose_steps(model, choice, job.train, fast=fast, keep=keep, say=progress.message)
     with create_run(job.run.out, name, resume=job.resume, described=described) as run:
         if run.note:
-            progress.say(run.note)
+            progress.message(run.note)
         if open_board is not None:
             run.on_metrics = open_board(run.folder / "tensorboard")
         whole = training_job(job, model, data, choice, rate, run, progress, steps)
@@ -123,9 +125,9 @@ def _finetune(
         report_page = None
         try:
             run.write_json("result.json", {**asdict(result), "memory": memory.to_dict()})
-            report_page = report_on(run.folder, progress.say) if job.report else None
+            report_page = report_on(run.folder, progress.message) if job.report else None
         except CheckpointError as error:  # the disk is full, and what was learned is saved
-            progress.say(str(error))
+            progress.message(str(error))
         return FinetuneResult(run.folder, saved, result, memory, report_page)
 
 
@@ -144,9 +146,9 @@ def check_data(
         job.train.seed,
         held_out_source=job.eval_data,
         now=read_first_day(job.run.out / str(job.run.name)) if job.resume else None,
-        say=progress.say,
+        say=progress.message,
     )
-    progress.say(
+    progress.message(
         f"{len(data.train_examples)} examples to learn ({data.train.n_target_tokens:,} learned "
         f"tokens in {len(data.train)} rows), {len(data.held_out_examples)} to measure"
     )
@@ -216,7 +218,7 @@ def _load_model(
     add_tokens = add_tokens_to_lora if is_frozen else add_tokens_to_all
     told = add_tokens(model, tokenizer, job.data_config.special_tokens)
     if told is not None:
-        progress.say(told)
+        progress.message(told)
     if not is_frozen:
         model.requires_grad_(True)
     torch.manual_seed(job.train.seed)
@@ -247,5 +249,5 @@ def _save(
         return save(run.folder / kind)
     except CheckpointError as error:  # hours of training are not to be lost to a full disk
         elsewhere = save(Path(tempfile.mkdtemp(prefix=f"lora-{run.folder.name}-")) / kind)
-        progress.say(f"{error} What was learned is in {elsewhere}: copy it to a safe place.")
+        progress.message(f"{error} What was learned is in {elsewhere}: copy it to a safe place.")
         return elsewhere

@@ -84,14 +84,14 @@ class Sampler:
             for prompt, tokens in zip(self.prompts, answers, strict=True):
                 self._keep(step, prompt, tokens)
         except (LoraError, RuntimeError) as error:  # RuntimeError: the device's memory is full
-            self.progress.say(f"note: no samples from step {step} on: {error}")
+            self.progress.message(f"note: no samples from step {step} on: {error}")
             self.prompts = ()
             return
         if not self.has_told_cost:
             self.has_told_cost = True
             took_s = time.perf_counter() - began_s
             cost = f"{len(answers)} samples took {took_s:.1f} s, as at each evaluation"
-            self.progress.say(f"({cost}; samples=0 leaves them out)")
+            self.progress.message(f"({cost}; samples=0 leaves them out)")
 
     def _keep(self, step: int, prompt: Prompt, tokens: list[int]) -> None:
         answer = self.tokenizer.decode(tokens)
@@ -107,7 +107,7 @@ class Sampler:
         lines = [f"step {step}, asked: {_short(prompt.text)}", f"  answer: {_short(answer)}"]
         if prompt.reference is not None:
             lines.append(f"  wanted: {_short(prompt.reference)}")
-        self.progress.say("\n".join(lines))
+        self.progress.message("\n".join(lines))
 
 
 def _short(text: str) -> str:

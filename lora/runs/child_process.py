@@ -33,7 +33,7 @@ def run_apart(task: Callable[..., T], *arguments: Any, progress: Progress) -> T:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(theirs, task, arguments))
-    with StopRequests(progress.say) as stop:
+    with StopRequests(progress.message) as stop:
         process.start()
         theirs.close()
         try:
@@ -77,7 +77,7 @@ def _tell(progress: Progress, name: str, arguments: tuple[Any, ...]) -> None:
     hears: dict[str, Callable[..., None]] = {
         "start": progress.start,
         "step": progress.step,
-        "say": progress.say,
+        "message": progress.message,
         "stop": progress.stop,
     }
     hears[name](*arguments)
@@ -122,8 +122,8 @@ class _Told:
     def step(self, step: int, loss: float, tokens_per_s: float, memory_bytes: int) -> None:
         self._send("step", step, loss, tokens_per_s, memory_bytes)
 
-    def say(self, message: str) -> None:
-        self._send("say", message)
+    def message(self, message: str) -> None:
+        self._send("message", message)
 
     def stop(self) -> None:
         self._send("stop")

@@ -1,4 +1,4 @@
-"""What a person sees of a run while it goes on; the null object is for everything else."""
+"""Progress reporting of a run: a rich progress bar, or nothing."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Hears of a run's steps, evaluations and events."""
+    """Callbacks for a run's start, steps, messages and end."""
 
     def start(self, total_steps: int, done_steps: int) -> None:
-        """A run of `total_steps` begins, `done_steps` of which were done before."""
+        """Called when a run of `total_steps` starts; a resumed one has `done_steps` behind it."""
 
     def step(self, step: int, loss: float, tokens_per_s: float, memory_bytes: int) -> None:
-        """Step number `step` (the first is 1) is done."""
+        """Called after step number `step` (the first is 1)."""
 
-    def say(self, message: str) -> None:
-        """Something worth a line has happened."""
+    def message(self, message: str) -> None:
+        """Called with one line of text for the user."""
 
     def stop(self) -> None:
-        """The run is over, whichever way it ended."""
+        """Called when the run ends, also after an error."""
 
 
 class NoProgress:
-    """Says nothing."""
+    """A Progress that shows nothing."""
 
     def start(self, total_steps: int, done_steps: int) -> None:
         pass
@@ -32,7 +32,7 @@ class NoProgress:
     def step(self, step: int, loss: float, tokens_per_s: float, memory_bytes: int) -> None:
         pass
 
-    def say(self, message: str) -> None:
+    def message(self, message: str) -> None:
         pass
 
     def stop(self) -> None:
@@ -40,9 +40,9 @@ class NoProgress:
 
 
 class RichProgress:
-    """A bar with loss, tokens a second, memory and time left, on standard error.
+    """A progress bar on standard error: loss, tokens per second, memory and time left.
 
-    Where standard error is no terminal, a plain line every ten seconds takes its place.
+    If standard error is not a terminal, prints a plain line every ten seconds instead.
     """
 
     def __init__(self, title: str) -> None:
@@ -77,7 +77,7 @@ class RichProgress:
             self._last_line_s = time.monotonic()
             self.console.print(f"{self._title} {step}/{self._total_steps} · {figures}")
 
-    def say(self, message: str) -> None:
+    def message(self, message: str) -> None:
         self.console.print(message, markup=False)
 
     def stop(self) -> None:

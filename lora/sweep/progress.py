@@ -29,7 +29,7 @@ class SweepProgress(Protocol):
     def evaluated(self, title: str, standings: Sequence[Standing]) -> None:
         """The candidates that train were measured."""
 
-    def say(self, message: str) -> None:
+    def message(self, message: str) -> None:
         """Something worth a line has happened."""
 
     def stop(self) -> None:
@@ -48,7 +48,7 @@ class NoSweepProgress:
     def evaluated(self, title: str, standings: Sequence[Standing]) -> None:
         pass
 
-    def say(self, message: str) -> None:
+    def message(self, message: str) -> None:
         pass
 
     def stop(self) -> None:
@@ -95,7 +95,7 @@ class RichSweepProgress:
             best = f"best: {leader.name}, held-out loss {leader.eval_loss:.4f}"
             self.console.print(f"sweep · {title} · {best}", markup=False)
 
-    def say(self, message: str) -> None:
+    def message(self, message: str) -> None:
         self.console.print(message, markup=False)
 
     def stop(self) -> None:

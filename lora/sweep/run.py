@@ -112,7 +112,7 @@ def sweep(
     report = inspect_prepared(data, job.data, job.data_config)
     if show_data is not None:
         show_data(report)
-    progress.say(f"{len(candidates)} candidates on {source.name}, {choice.reason}")
+    progress.message(f"{len(candidates)} candidates on {source.name}, {choice.reason}")
     with explained(lambda: f"while the weights were loaded. {LOADING_ADVICE}"):
         model = load_decoder(source.folder, dtype=choice.compute_dtype, device=choice.device)
     model.requires_grad_(False)
@@ -124,18 +124,20 @@ def sweep(
     name = job.run.name or default_name(source.name)
     if job.deterministic:
         described["deterministic"] = True
-        progress.say("deterministic: torch's algorithms that repeat to the bit, and the plain step")
+        progress.message(
+            "deterministic: torch's algorithms that repeat to the bit, and the plain step"
+        )
     with (
         deterministic_algorithms() if job.deterministic else nullcontext(),
         create_run(job.run.out, name, resume=job.resume, described=described) as run,
     ):
-        run.on_trouble = progress.say
+        run.on_trouble = progress.message
         if run.note:
-            progress.say(run.note)
+            progress.message(run.note)
         base = build_base(job, model, data, choice, run, progress, room)
         ledger = open_ledger(job, base, candidates, at_once, former)
         done = _run_all(base, ledger, candidates, data, source, job.grid.swept())
-        page = report_on(run.folder, progress.say) if job.report else None
+        page = report_on(run.folder, progress.message) if job.report else None
         return replace(done, report=page)
 
 
@@ -158,7 +160,7 @@ def _run_all(
 
     progress.start(swept)
     try:
-        with StopRequests(progress.say) as stop, explained(lambda: _say_memory(base, ledger)):
+        with StopRequests(progress.message) as stop, explained(lambda: _say_memory(base, ledger)):
             while (group := _next_wave(base, ledger, candidates)) is not None:
                 train_s += _run_wave(base, ledger, *group, stop, save)
     finally:
@@ -180,13 +182,13 @@ def _next_wave(base: SweepBase, ledger: Ledger, candidates: list[Candidate]) -> 
         with reading(base.run.folder / "checkpoints"):
             members = [candidates[number - 1] for number in saved[1]["numbers"]]
             step, until = int(saved[1]["wave_step"]), int(saved[1]["until"])
-        base.progress.say(f"going on from step {step} of {len(members)} at once")
+        base.progress.message(f"going on from step {step} of {len(members)} at once")
         return members, until, saved
     before = {s.name for s in ledger.standings if s.status == "stopped"}
     found = ledger.next_group()
     stopped = [s.name for s in ledger.standings if s.status == "stopped" and s.name not in before]
     if stopped:
-        base.progress.say(f"halving stops {', '.join(stopped)}")
+        base.progress.message(f"halving stops {', '.join(stopped)}")
         ledger.write(base.run)
     return None if found is None else ([candidates[n] for n in found[0]], found[1], None)
 

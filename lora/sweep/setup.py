@@ -34,14 +34,14 @@ def prepare_sweep(job: SweepJob, model_folder: Path, progress: SweepProgress) ->
         int(job.grid.seed[0]),
         held_out_source=job.eval_data,
         now=read_first_day(job.run.out / str(job.run.name)) if job.resume else None,
-        say=progress.say,
+        say=progress.message,
     )
     if data.held_out is None:
         raise DataError(
             "A sweep chooses by held-out loss, and nothing is held out: give more examples, "
             "--eval-data, or an --eval-fraction above 0."
         )
-    progress.say(
+    progress.message(
         f"{len(data.train_examples)} examples to learn ({data.train.n_target_tokens:,} learned "
         f"tokens in {len(data.train)} rows), {len(data.held_out_examples)} to compare by"
     )
@@ -77,9 +77,9 @@ def choose_at_once(
     waves = math.ceil(len(candidates) / at_once)
     at_once = at_once if asked else math.ceil(len(candidates) / waves)  # waves of one size
     told = f"{at_once} at once, {waves} {'wave' if waves == 1 else 'waves'}"
-    progress.say(f"memory: {room.describe()}; {told}")
+    progress.message(f"memory: {room.describe()}; {told}")
     if room.n_fit is not None and at_once > room.n_fit:
-        progress.say(
+        progress.message(
             f"note: {at_once} at once may be more than memory holds: --at-once "
             f"{max(1, room.n_fit)}, more --micro-batches or a shorter --max-length take less"
         )
@@ -136,7 +136,7 @@ def open_ledger(
         return replace(former, at_once=at_once)
     batches = ordered_batches(base.held_out, base.rows, base.choice.device)
     loss = evaluate(base.model, batches, decoder_loss, base.choice.autocast)
-    base.progress.say(f"held-out loss without an adapter: {loss:.4f}")
+    base.progress.message(f"held-out loss without an adapter: {loss:.4f}")
     standings = [Standing(name=c.name, settings=c.settings()) for c in candidates]
     rungs = find_rungs(job.train.steps, halving=job.halving)
     ledger = Ledger(standings, rungs, at_once, base_eval_loss=loss)

@@ -107,7 +107,7 @@ class Wave:
         for k, (standing, run) in enumerate(zip(self.standings, self.runs, strict=True)):
             run.cut_metrics_after(standing.step if standing.step else -1)
             if standing.step:
-                state, _ = load_newest(run.folder / STATE, self.base.progress.say)
+                state, _ = load_newest(run.folder / STATE, self.base.progress.message)
                 self._restore(k, state, standing)
             else:
                 run.append_metrics({"step": 0, "eval_loss": self.ledger.base_eval_loss})
@@ -168,7 +168,7 @@ class Wave:
                 run.sync()
             save_checkpoint(self.base.run.folder / CHECKPOINTS, number, tensors, state, keep=1)
         except CheckpointError as error:
-            self.base.progress.say(f"{error} The next save tries again.")
+            self.base.progress.message(f"{error} The next save tries again.")
             return
         self.saved_step = self.step
 
@@ -218,7 +218,7 @@ class Wave:
     def _drop(self, k: int, reason: str) -> None:
         self.training.drop(k, reason)
         self.standings[k].fail(reason)
-        self.base.progress.say(f"{self.candidates[k].name} is dropped: {reason}")
+        self.base.progress.message(f"{self.candidates[k].name} is dropped: {reason}")
 
     def _evaluate(self) -> None:
         losses = stacked_evaluate(
@@ -241,7 +241,7 @@ class Wave:
     def _say_first(self, text: str) -> None:
         """Say `text`, unless an earlier wave has said it."""
         if self.ledger.steps_taken == 0:
-            self.base.progress.say(text)
+            self.base.progress.message(text)
 
     def _title(self) -> str:
         speed = self._n_tokens / max(self.train_s, 1e-9)
@@ -277,7 +277,7 @@ def load_wave(base: SweepBase, ledger: Ledger) -> tuple[State, dict[str, Any]] |
     folder = base.run.folder / CHECKPOINTS
     if not list_checkpoints(folder):
         return None
-    tensors, state = load_newest(folder, base.progress.say)
+    tensors, state = load_newest(folder, base.progress.message)
     with reading(folder):
         before = state["steps_before"]
     if before != ledger.steps_taken:  # of a wave that the ledger has already
@@ -307,7 +307,8 @@ def split_wave(
     ledger.steps_taken += int(state["wave_step"]) - first_step
     ledger.write(base.run)
     shutil.rmtree(base.run.folder / CHECKPOINTS, ignore_errors=True)
-    base.progress.say(f"the {len(members)} that were at step {state['wave_step']} go on in parts")
+    step = state["wave_step"]
+    base.progress.message(f"the {len(members)} that were at step {step} go on in parts")
 
 
 def candidate_run(run: Run, candidate: Candidate) -> Run:

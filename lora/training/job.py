@@ -122,7 +122,9 @@ def save_position(job: TrainingJob, optimizer: torch.optim.Optimizer, at: Positi
         )
     except CheckpointError as error:
         newest = "none" if at.saved_step is None else f"step {at.saved_step}"
-        job.progress.say(f"{error} The newest checkpoint is {newest}; the next save tries again.")
+        job.progress.message(
+            f"{error} The newest checkpoint is {newest}; the next save tries again."
+        )
         return
     at.saved_step = at.step
 
@@ -135,14 +137,14 @@ def resume_position(job: TrainingJob, optimizer: torch.optim.Optimizer) -> Posit
     folder = job.run.folder / "checkpoints"
     if not list_checkpoints(folder):  # stopped before the first was whole
         job.run.cut_metrics_after(-1)
-        job.progress.say("no checkpoint yet: beginning at step 0")
+        job.progress.message("no checkpoint yet: beginning at step 0")
         return Position()
-    tensors, state = load_newest(folder, job.progress.say)
+    tensors, state = load_newest(folder, job.progress.message)
     with reading(folder):
         restore_training_tensors(job.model, optimizer, tensors)
         job.stream.load_state_dict(state["stream"])
         at = Position(**state["position"])
     at.saved_step = at.step
     job.run.cut_metrics_after(at.step)
-    job.progress.say(f"going on from step {at.step} of {job.train_config.steps}")
+    job.progress.message(f"going on from step {at.step} of {job.train_config.steps}")
     return at

@@ -52,14 +52,14 @@ def train(job: TrainingJob) -> TrainResult:
     optimizer = build_optimizer(
         job.model, job.learning_rate, config.weight_decay, config.whole_rate_fraction
     )
-    job.run.on_trouble = job.progress.say
+    job.run.on_trouble = job.progress.message
     at = resume_position(job, optimizer) if job.resume else Position()
     steps = job.steps or PlainSteps(job.model, job.loss_fn, job.choice, config.max_grad_norm)
     steps.adopt(optimizer)
     job.progress.start(config.steps, at.step)
     try:
         with (
-            StopRequests(job.progress.say) as stop,
+            StopRequests(job.progress.message) as stop,
             explained(lambda: _say_memory(job, at)),
             kept_memory(),
         ):
@@ -163,7 +163,7 @@ def _note(job: TrainingJob, at: Position, done: StepDone) -> None:
     if is_spike(done.losses[0], at.recent_losses):
         row["spike"] = True
         usual = statistics.median(at.recent_losses)
-        job.progress.say(
+        job.progress.message(
             f"step {done.number}: the loss {done.losses[0]:.4g} leaps from {usual:.4g}"
         )
     at.recent_losses = [*at.recent_losses, done.losses[0]][-WINDOW_STEPS:]
@@ -183,7 +183,7 @@ def _skip(job: TrainingJob, at: Position, done: StepDone) -> None:
     if at.skipped_steps > most:
         raise TrainingError(message)
     job.run.append_metrics({"step": done.number, "skipped": at.skipped_steps})
-    job.progress.say(f"{message} Left out: {at.skipped_steps} of at most {most}.")
+    job.progress.message(f"{message} Left out: {at.skipped_steps} of at most {most}.")
 
 
 def _evaluate_and_note(job: TrainingJob, at: Position) -> None:
@@ -195,7 +195,7 @@ def _evaluate_and_note(job: TrainingJob, at: Position) -> None:
     at.eval_loss = evaluate(job.model, every, job.loss_fn, job.choice.autocast)
     if not math.isfinite(at.eval_loss):
         job.run.append_metrics({"step": at.step, "eval_not_finite": str(at.eval_loss)})
-        job.progress.say(
+        job.progress.message(
             f"step {at.step}: the held-out loss is {at.eval_loss}, not finite: look for damaged "
             "held-out examples, or lower the learning rate"
         )
@@ -203,14 +203,16 @@ def _evaluate_and_note(job: TrainingJob, at: Position) -> None:
         job.on_eval(at.step)
         return
     job.run.append_metrics({"step": at.step, "eval_loss": at.eval_loss})
-    job.progress.say(f"step {at.step}: held-out loss {at.eval_loss:.4f}")
+    job.progress.message(f"step {at.step}: held-out loss {at.eval_loss:.4f}")
     better = at.eval_loss < at.best_eval_loss
     at.best_eval_loss = min(at.best_eval_loss, at.eval_loss)
     at.evals_since_best = 0 if better else at.evals_since_best + 1
     patience = job.run_config.patience
     if patience and at.evals_since_best >= patience:
         at.stopped_early = True
-        job.progress.say(f"no better loss in {patience} evaluations: stopping at step {at.step}")
+        job.progress.message(
+            f"no better loss in {patience} evaluations: stopping at step {at.step}"
+        )
     job.on_eval(at.step)
 
 

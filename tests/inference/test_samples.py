@@ -38,7 +38,7 @@ class Heard(NoProgress):
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    def say(self, message: str) -> None:
+    def message(self, message: str) -> None:
         self.said.append(message)
 
 

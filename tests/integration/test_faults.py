@@ -168,7 +168,7 @@ class Heard(NoProgress):
         self.said: list[str] = []
         self._at_step, self._do = at_step, do
 
-    def say(self, message: str) -> None:
+    def message(self, message: str) -> None:
         self.said.append(message)
 
     def step(self, step: int, loss: float, tokens_per_s: float, memory_bytes: int) -> None:

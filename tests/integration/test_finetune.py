@@ -49,7 +49,7 @@ class Heard(NoProgress):
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    def say(self, message: str) -> None:
+    def message(self, message: str) -> None:
         self.said.append(message)
 
 
@@ -109,7 +109,7 @@ def test_a_killed_run_that_is_resumed_ends_with_the_same_bytes(
 
     class Fragile:
         def start(self, total_steps: int, done_steps: int) -> None: ...
-        def say(self, message: str) -> None: ...
+        def message(self, message: str) -> None: ...
         def stop(self) -> None: ...
         def step(self, step: int, loss: float, tokens_per_s: float, memory_bytes: int) -> None:
             steps.append(step)

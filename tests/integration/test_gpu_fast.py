@@ -167,7 +167,7 @@ class Lines:
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         self.lines.append(text)
 
     def start(self, total: int, done: int) -> None:
@@ -216,7 +216,7 @@ def test_other_families_are_captured_and_learn_like_the_plain_step(job: Finetune
     plain = copy.deepcopy(model).cuda()
     choice = choose_device("cuda")
     config = TrainConfig(steps=6, weight_decay=0.0)
-    steps = choose_steps(model.cuda(), choice, config, say=said.say)
+    steps = choose_steps(model.cuda(), choice, config, say=said.message)
     assert isinstance(steps, CapturedSteps)
     assert said.lines[0].startswith("captured step: one CUDA graph")
     steps.adopt(build_optimizer(model, 1e-4, 0.0))

@@ -162,7 +162,7 @@ def test_a_whole_run_says_what_it_does_and_stays_near_its_plan(
     told: list[str] = []
 
     class Lines(NoProgress):
-        def say(self, text: str) -> None:
+        def message(self, text: str) -> None:
             told.append(text)
 
     losses = {}

@@ -126,7 +126,7 @@ class Stopping(NoSweepProgress):
         self.said: list[str] = []
         self._at_step = at_step
 
-    def say(self, message: str) -> None:
+    def message(self, message: str) -> None:
         self.said.append(message)
 
     def step(self, title: str, standings: list[Standing]) -> None:

@@ -22,7 +22,7 @@ from lora.errors import DataError, Interrupted
 def add(a, b, progress):
     progress.start(2, 0)
     progress.step(1, 0.5, 10.0, 100)
-    progress.say("half")
+    progress.message("half")
     progress.stop()
     return a + b, os.getpid(), os.getpgid(0)
 
@@ -53,7 +53,7 @@ class Heard(NoProgress):
     def step(self, step: int, loss: float, tokens_per_s: float, memory_bytes: int) -> None:
         self.heard.append((step, loss, tokens_per_s, memory_bytes))
 
-    def say(self, message: str) -> None:
+    def message(self, message: str) -> None:
         self.heard.append(message)
 
 
@@ -98,7 +98,7 @@ def test_one_peak_is_not_the_next_one_s(tasks: ModuleType) -> None:
 
 def test_a_signal_while_no_step_is_taken_ends_it(tasks: ModuleType) -> None:
     class Stops(NoProgress):
-        def say(self, message: str) -> None:
+        def message(self, message: str) -> None:
             if message == "half":
                 os.kill(os.getpid(), signal.SIGTERM)
 
