@@ -73,7 +73,7 @@ def compare_classic(settings: ClassicSettings) -> CompareResult:
     from rich.console import Console
 
     from lora.compare import compare
-    from lora.compare.factory import FactoryContest
+    from lora.compare.factory import FactoryTarget
     from lora.compare.table import print_comparison
     from lora.device import choose_device
     from lora.runs.progress import RichProgress
@@ -83,8 +83,8 @@ def compare_classic(settings: ClassicSettings) -> CompareResult:
     choice = choose_device(settings.device, settings.precision)
     for line in [f"device: {choice.reason}", *notes(settings)]:
         print(line)
-    contest = FactoryContest(CharFactory(settings, find_base(settings, choice)))
-    done = compare(contest, config, RichProgress)
+    target = FactoryTarget(CharFactory(settings, find_base(settings, choice)))
+    done = compare(target, config, RichProgress)
     print_comparison(done.comparison, Console(highlight=False))
     print(f"everything is in {done.folder}")
     if done.report is not None:

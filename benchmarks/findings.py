@@ -30,11 +30,11 @@ from typing import Any
 from findings_pictures import draw_methods, draw_ranks, draw_rates, draw_sides
 
 from lora.compare import compare
-from lora.compare.config import CompareConfig, Rates
-from lora.compare.contest import short_run, try_one_by_one
-from lora.compare.decoder_contest import DecoderContest, Measures
-from lora.compare.factory import FactoryContest
+from lora.compare.config import CompareConfig, LearningRates
+from lora.compare.decoder_target import DecoderTarget, EvaluationConfig
+from lora.compare.factory import FactoryTarget
 from lora.compare.record import Comparison, best_rate, ratios
+from lora.compare.target import run_rate_trials, short_run
 from lora.config import DataConfig, RunConfig, TrainConfig
 from lora.data.reading.orders import make_orders
 from lora.runs.progress import NoProgress
@@ -139,11 +139,11 @@ def ask(task: Task) -> None:
 def ask_orders(task: Task) -> Iterator[Row]:
     """SmolLM2 on the order notes; scores on notes of the test part, which chose nothing."""
 
-    def contest(seed: int) -> DecoderContest:
-        return orders_contest(task, seed)
+    def target(seed: int) -> DecoderTarget:
+        return orders_target(task, seed)
 
     train = orders_train(task.sizes.orders_steps)
-    yield from both_sides(task, contest, train, (ORDERS_LORA, ORDERS_FULL))
+    yield from both_sides(task, target, train, (ORDERS_LORA, ORDERS_FULL))
 
 
 def ask_code(task: Task) -> Iterator[Row]:
@@ -165,25 +165,25 @@ def char_sides(task: Task, data_path: str) -> Iterator[Row]:
     """Both sides of the character GPT on one text."""
     settings, base = char_base(task, data_path)
 
-    def contest(seed: int) -> FactoryContest:
-        return FactoryContest(CharFactory(replace(settings, seed=seed), base))
+    def target(seed: int) -> FactoryTarget:
+        return FactoryTarget(CharFactory(replace(settings, seed=seed), base))
 
-    yield from both_sides(task, contest, char_train(settings), (CHAR_LORA, CHAR_FULL))
+    yield from both_sides(task, target, char_train(settings), (CHAR_LORA, CHAR_FULL))
 
 
 def both_sides(
     task: Task,
-    contest: Callable[[int], Any],
+    target: Callable[[int], Any],
     train: TrainConfig,
     tries: tuple[tuple[float, ...], tuple[float, ...]],
 ) -> Iterator[Row]:
     """Choose each side's rate on the first seed, then train both sides with every seed."""
     first, *others = task.sizes.seeds
-    rates = Rates(task.rates(tries[0]), task.rates(tries[1]), rate_steps=train.steps)
+    rates = LearningRates(task.rates(tries[0]), task.rates(tries[1]), rate_steps=train.steps)
     config = CompareConfig(
         train=replace(train, seed=first), run=task.run(f"seed{first}"), rates=rates, isolated=False
     )
-    found = compare(contest(first), config).comparison
+    found = compare(target(first), config).comparison
     for member in found.members:
         for tried in member.rates_tried:
             yield {"kind": "rate", "method": member.method, "seed": first, **asdict(tried)}
@@ -193,10 +193,10 @@ def both_sides(
         config = CompareConfig(
             train=replace(train, seed=seed, learning_rate=lora.learning_rate),
             run=task.run(f"seed{seed}"),
-            rates=Rates(full_learning_rate=full.learning_rate),
+            rates=LearningRates(full_learning_rate=full.learning_rate),
             isolated=False,
         )
-        yield from member_rows(compare(contest(seed), config).comparison)
+        yield from member_rows(compare(target(seed), config).comparison)
 
 
 def member_rows(found: Comparison) -> Iterator[Row]:
@@ -218,11 +218,11 @@ def member_rows(found: Comparison) -> Iterator[Row]:
 def ask_methods(task: Task) -> Iterator[Row]:
     """LoRA, full fine-tuning and PEFT, each a process of its own: time and memory."""
     found = compare(
-        orders_contest(task, 0),
+        orders_target(task, 0),
         CompareConfig(
             train=replace(orders_train(task.sizes.orders_steps), learning_rate=2e-3),
             run=task.run("run"),
-            rates=Rates(full_learning_rate=2e-4),
+            rates=LearningRates(full_learning_rate=2e-4),
             methods=("lora", "full", "peft"),
         ),
     ).comparison
@@ -272,11 +272,11 @@ def char_tries(
     train: TrainConfig,
 ) -> list[Any]:
     """Return the held-out loss of LoRA on the character GPT at each rate."""
-    contest = FactoryContest(CharFactory(replace(settings, seed=seed), base))
+    target = FactoryTarget(CharFactory(replace(settings, seed=seed), base))
     run = task.run("x")
     run = replace(run, out=run.out / f"code-rank{settings.lora_rank}-seed{seed}")
     config = replace(train, seed=seed)
-    return try_one_by_one(contest.run_member, "lora", rates, config, run, NoProgress())
+    return run_rate_trials(target.run_member, "lora", rates, config, run, NoProgress())
 
 
 # ---- which rate
@@ -292,9 +292,9 @@ def ask_rates(task: Task) -> Iterator[Row]:
     for seed in sizes.seeds:
         run = task.run("x")
         run = replace(run, out=run.out / f"full-seed{seed}")
-        contest, config = orders_contest(task, 0), replace(train, seed=seed)
+        target, config = orders_target(task, 0), replace(train, seed=seed)
         rates = task.rates(GRID_FULL)
-        for tried in try_one_by_one(contest.run_member, "full", rates, config, run, NoProgress()):
+        for tried in run_rate_trials(target.run_member, "full", rates, config, run, NoProgress()):
             yield {"method": "full", "rank": None, "seed": seed, **asdict(tried)}
 
 
@@ -306,16 +306,16 @@ def orders_train(steps: int) -> TrainConfig:
     return TrainConfig(steps=steps, batch_size=ORDERS_ROWS)
 
 
-def orders_contest(task: Task, seed: int) -> DecoderContest:
+def orders_target(task: Task, seed: int) -> DecoderTarget:
     """Return SmolLM2 and its notes: validation notes choose, test notes are scored."""
     sizes = task.sizes
-    measures = Measures(
+    measures = EvaluationConfig(
         metric="json-fields",
         test_data=make_orders("test", sizes.answers),
         answers=sizes.answers,
         answer_tokens=60,
     )
-    return DecoderContest(
+    return DecoderTarget(
         data=make_orders("train", sizes.orders_steps * ORDERS_ROWS, seed),
         model=task.model,
         eval_data=make_orders("validation", sizes.notes),
@@ -326,12 +326,12 @@ def orders_contest(task: Task, seed: int) -> DecoderContest:
 
 def swept(task: Task, name: str, grid: Grid) -> Iterator[Row]:
     """Yield the held-out loss of each candidate of one sweep on the order notes."""
-    contest, train = orders_contest(task, 0), orders_train(task.sizes.orders_steps)
+    target, train = orders_target(task, 0), orders_train(task.sizes.orders_steps)
     job = SweepJob(
-        data=contest.data,
+        data=target.data,
         grid=grid,
         model=task.model,
-        eval_data=contest.eval_data,
+        eval_data=target.eval_data,
         train=train,
         data_config=DATA,
         run=short_run(task.run(name), name, train.steps),

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lora.adapters.save_load import save_adapter
-from lora.compare.config import CompareConfig, Rates
-from lora.compare.factory import Subject
+from lora.compare.config import CompareConfig, LearningRates
+from lora.compare.factory import MemberSetup
 from lora.compare.record import Method, Sample
 from lora.config import RunConfig, TrainConfig
 from lora.data.reading.embedded import prose
@@ -46,7 +46,7 @@ class CharFactory:
         """Return what must be the same again for a comparison to be resumed."""
         return {"settings": asdict(self.settings), "base": str(self.base_path)}
 
-    def build(self, method: Method, train: TrainConfig) -> Subject:
+    def build(self, method: Method, train: TrainConfig) -> MemberSetup:
         """Return LoRA on the base, or the base whole."""
         settings, choice = self.settings, choose_device(self.settings.device, train.precision)
         base, text = load_base(settings, self.base_path, say=lambda note: None)
@@ -63,7 +63,7 @@ class CharFactory:
                 save_bigram(model, folder)
                 text.tokenizer.save(folder / "vocab.json")
 
-        return Subject(
+        return MemberSetup(
             model=model,
             loss_fn=bigram_loss,
             stream=BlockStream(text.train, model.block_size, rows, train.seed, choice.device),
@@ -99,7 +99,7 @@ def char_config(settings: ClassicSettings) -> CompareConfig:
             eval_every_steps=settings.eval_interval,
             device=settings.device,
         ),
-        rates=Rates(_words(settings.compare_rates), _words(settings.compare_full_rates)),
+        rates=LearningRates(_words(settings.compare_rates), _words(settings.compare_full_rates)),
         report=True,
         default_rates=(tuned[0], tuned[1]),
     )

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lora.compare.config import CompareConfig, Rates
-from lora.compare.decoder_contest import Measures, Metric
+from lora.compare.config import CompareConfig, LearningRates
+from lora.compare.decoder_target import EvaluationConfig, Metric
 from lora.compare.record import COMPARE_FILE, Method, Same
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.errors import ConfigError
@@ -23,19 +23,19 @@ Flat = Parameter(name="*")
 
 
 @dataclass(frozen=True)
-class AskedMeasures:
+class EvaluationFlags:
     """What is measured besides speed, memory and held-out loss."""
 
     forgetting_data: Path | None = None
     """Another text than the one that is learned, whose loss is measured before and after; left out,
     prose that every Python has."""
-    metric: Metric = Measures.metric
+    metric: Metric = EvaluationConfig.metric
     """Score of answers: exact-match, or json-fields (those of a JSON object that are right)."""
     test_data: Path | None = None
     """Examples that are answered for the metric; left out, the held-out ones."""
-    answers: int = Measures.answers
+    answers: int = EvaluationConfig.answers
     """At most so many of them are answered."""
-    answer_tokens: int = Measures.answer_tokens
+    answer_tokens: int = EvaluationConfig.answer_tokens
     """Most tokens of such an answer."""
 
 
@@ -71,8 +71,8 @@ def compare(
     resume: bool = False,
     report: bool = True,
     json: bool = False,
-    rates: Annotated[Rates | None, Flat] = None,
-    measures: Annotated[AskedMeasures | None, Flat] = None,
+    rates: Annotated[LearningRates | None, Flat] = None,
+    measures: Annotated[EvaluationFlags | None, Flat] = None,
     lora: Annotated[LoRAConfig | None, Flat] = None,
     train: Annotated[TrainConfig | None, Flat] = None,
     data_config: Annotated[DataConfig | None, Flat] = None,
@@ -109,31 +109,31 @@ def compare(
     json
         Print the result as one JSON object.
     """
-    from lora.compare.decoder_contest import DecoderContest
+    from lora.compare.decoder_target import DecoderTarget
     from lora.compare.run import compare as run_comparison
     from lora.runs.progress import RichProgress
 
     if resume and (run is None or run.name is None):
         raise ConfigError("--resume was given without --name: name the comparison to go on with.")
-    contest = DecoderContest(
+    target = DecoderTarget(
         data=data,
         model=model,
         eval_data=eval_data,
         lora=lora or LoRAConfig(),
         data_config=data_config or DataConfig(),
-        measures=Measures(**vars(measures or AskedMeasures())),
+        measures=EvaluationConfig(**vars(measures or EvaluationFlags())),
     )
     methods: tuple[Method, ...] = ("lora", "full", "peft") if peft else ("lora", "full")
     config = CompareConfig(
         train=train or TrainConfig(),
         run=RunConfig(**vars(run or CompareRun())),
-        rates=rates or Rates(),
+        rates=rates or LearningRates(),
         methods=methods,
         same=same,
         resume=resume,
         report=report,
     )
-    done = run_comparison(contest, config, RichProgress)  # told on standard error
+    done = run_comparison(target, config, RichProgress)  # told on standard error
     return _report(done, json)
 
 

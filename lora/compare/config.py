@@ -17,7 +17,7 @@ MIN_RATE_STEPS = 20
 
 
 @dataclass(frozen=True)
-class Rates:
+class LearningRates:
     """Learning rates: those to try, one that is given, or the defaults."""
 
     rates: tuple[float | str, ...] = ()
@@ -62,7 +62,7 @@ class CompareConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     """Of all members; `learning_rate` is LoRA's, if it is given and not tried."""
     run: RunConfig = field(default_factory=RunConfig)
-    rates: Rates = field(default_factory=Rates)
+    rates: LearningRates = field(default_factory=LearningRates)
     methods: tuple[Method, ...] = ("lora", "full")
     """In this order; the first is LoRA, whose steps or time the others get."""
     same: Same = "steps"

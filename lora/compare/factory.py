@@ -4,9 +4,9 @@
 class MyFactory:                          # of a module, so that it can be pickled
     base_name: str = "my model"
     def described(self): return {"base": self.base_name}
-    def build(self, method, train): ...   # a Subject
+    def build(self, method, train): ...   # a MemberSetup
 
-compare(FactoryContest(MyFactory()), CompareConfig(train=TrainConfig(steps=600)))
+compare(FactoryTarget(MyFactory()), CompareConfig(train=TrainConfig(steps=600)))
 """
 
 from __future__ import annotations
@@ -20,8 +20,15 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lora.compare.contest import Base, try_one_by_one
-from lora.compare.record import Measured, Method, Sample, Trained, Tried, measured_peak
+from lora.compare.record import (
+    MemberResult,
+    Method,
+    ModelEvaluation,
+    RateTrial,
+    Sample,
+    measured_peak,
+)
+from lora.compare.target import BaseResult, run_rate_trials
 from lora.config import RunConfig, TrainConfig
 from lora.device import DeviceChoice
 from lora.errors import ConfigError
@@ -35,7 +42,7 @@ from lora.training.trainer import train as run_training
 
 
 @dataclass(frozen=True)
-class Subject:
+class MemberSetup:
     """One member, ready to train."""
 
     model: nn.Module
@@ -69,13 +76,13 @@ class Factory(Protocol):
     def described(self) -> dict[str, Any]:
         """Return what must be the same again for a comparison to be resumed."""
 
-    def build(self, method: Method, train: TrainConfig) -> Subject:
+    def build(self, method: Method, train: TrainConfig) -> MemberSetup:
         """Return the member of this method, from the same base each time."""
 
 
 @dataclass(frozen=True)
-class FactoryContest:
-    """A contest of what `factory` builds."""
+class FactoryTarget:
+    """Models that `factory` builds, as a comparison trains them."""
 
     factory: Factory
 
@@ -91,11 +98,11 @@ class FactoryContest:
                 "part with real models only. Leave it out, or use lora compare --peft."
             )
 
-    def measure_base(self, train: TrainConfig, run: RunConfig, progress: Progress) -> Base:
+    def measure_base(self, train: TrainConfig, run: RunConfig, progress: Progress) -> BaseResult:
         """Measure the base."""
-        subject = self.factory.build("full", train)
-        loss = _loss(subject, subject.eval_batches())
-        return Base(self.factory.base_name, subject.choice.reason, loss, _measure(subject))
+        setup = self.factory.build("full", train)
+        loss = _loss(setup, setup.eval_batches())
+        return BaseResult(self.factory.base_name, setup.choice.reason, loss, _measure(setup))
 
     def run_member(
         self,
@@ -105,40 +112,40 @@ class FactoryContest:
         resume: bool,
         measures: bool,
         progress: Progress,
-    ) -> Trained:
+    ) -> MemberResult:
         """Train a member in the folder `run.out`/`run.name`, and measure it."""
-        subject = self.factory.build(method, train)
+        setup = self.factory.build(method, train)
         assert train.learning_rate is not None
         assert run.name is not None
-        decay = train.weight_decay if subject.weight_decay is None else subject.weight_decay
+        decay = train.weight_decay if setup.weight_decay is None else setup.weight_decay
         config = replace(train, weight_decay=decay)
         described: dict[str, Any] = {"method": method, "train": vars(config)}
         described["learning_rate"] = train.learning_rate
-        described |= {"device": subject.choice.reason, "base": self.factory.base_name}
+        described |= {"device": setup.choice.reason, "base": self.factory.base_name}
         torch.manual_seed(train.seed)
         with create_run(run.out, run.name, resume=resume, described=described) as folder:
             result = run_training(
                 TrainingJob(
-                    model=subject.model,
-                    loss_fn=subject.loss_fn,
-                    stream=subject.stream,
-                    eval_batches=subject.eval_batches,
+                    model=setup.model,
+                    loss_fn=setup.loss_fn,
+                    stream=setup.stream,
+                    eval_batches=setup.eval_batches,
                     train_config=config,
                     learning_rate=train.learning_rate,
                     run_config=run,
                     run=folder,
-                    choice=subject.choice,
+                    choice=setup.choice,
                     progress=progress,
                     resume=resume,
-                    steps=subject.choose_steps(config),
+                    steps=setup.choose_steps(config),
                 )
             )
             folder.write_json("result.json", vars(result))
             saved = folder.folder / ("model" if method == "full" else "adapter")
             shutil.rmtree(saved, ignore_errors=True)
-            subject.save(saved)
-            counts = count_lora_parameters(subject.model)
-            return Trained(
+            setup.save(saved)
+            counts = count_lora_parameters(setup.model)
+            return MemberResult(
                 steps=result.steps,
                 train_s=result.train_s,
                 peak_memory_bytes=measured_peak(folder.folder, result.peak_memory_bytes),
@@ -148,7 +155,7 @@ class FactoryContest:
                 stored_bytes=stored_bytes(saved),
                 final_eval_loss=result.eval_loss,
                 best_eval_loss=result.best_eval_loss,
-                after=_measure(subject) if measures else Measured(),
+                after=_measure(setup) if measures else ModelEvaluation(),
             )
 
     def try_rates(
@@ -158,9 +165,9 @@ class FactoryContest:
         train: TrainConfig,
         run: RunConfig,
         progress: Progress,
-    ) -> list[Tried]:
+    ) -> list[RateTrial]:
         """Train at one rate after the other."""
-        return try_one_by_one(self.run_member, method, rates, train, run, progress)
+        return run_rate_trials(self.run_member, method, rates, train, run, progress)
 
 
 def stored_bytes(folder: Path) -> int:
@@ -168,17 +175,17 @@ def stored_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _measure(subject: Subject) -> Measured:
+def _measure(setup: MemberSetup) -> ModelEvaluation:
     text = loss = None
-    if subject.forgetting is not None:
-        text, batches = subject.forgetting
-        loss = _loss(subject, batches())
+    if setup.forgetting is not None:
+        text, batches = setup.forgetting
+        loss = _loss(setup, batches())
     name = score = None
-    if subject.metric is not None:
-        name, measure = subject.metric
+    if setup.metric is not None:
+        name, measure = setup.metric
         score = measure()
-    return Measured(text, loss, name, score, tuple(subject.answer()))
+    return ModelEvaluation(text, loss, name, score, tuple(setup.answer()))
 
 
-def _loss(subject: Subject, batches: Iterable[Any]) -> float:
-    return evaluate(subject.model, batches, subject.loss_fn, subject.choice.autocast)
+def _loss(setup: MemberSetup, batches: Iterable[Any]) -> float:
+    return evaluate(setup.model, batches, setup.loss_fn, setup.choice.autocast)

@@ -13,9 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora.adapters.save_load import load_adapter
-from lora.compare.contest import Base, Ended, short_run
 from lora.compare.factory import stored_bytes
-from lora.compare.record import Measured, Method, Sample, Trained, Tried, measured_peak
+from lora.compare.record import (
+    MemberResult,
+    Method,
+    ModelEvaluation,
+    RateTrial,
+    Sample,
+    measured_peak,
+)
+from lora.compare.target import BaseResult, TrainingOutcome, short_run
 from lora.config import RunConfig, SamplingConfig, TrainConfig
 from lora.data.prepare import PreparedData
 from lora.data.reading.embedded import prose
@@ -43,7 +50,7 @@ from lora.training.losses import loss_for
 from lora.training.plain_step import evaluate
 
 if TYPE_CHECKING:
-    from lora.compare.decoder_contest import DecoderContest
+    from lora.compare.decoder_target import DecoderTarget
 
 FORGETTING_CHARACTERS = 20_000
 """Of the built-in prose: about five thousand tokens."""
@@ -51,12 +58,12 @@ METRIC_NAMES = {"exact-match": "exact match", "json-fields": "JSON fields"}
 
 
 def measure_base(
-    contest: DecoderContest, train: TrainConfig, run: RunConfig, progress: Progress
-) -> Base:
+    target: DecoderTarget, train: TrainConfig, run: RunConfig, progress: Progress
+) -> BaseResult:
     """Measure the base, which is also where data and settings are found to fit."""
-    job = _job(contest, "lora", train, run, resume=False)
+    job = _job(target, "lora", train, run, resume=False)
     choice = choose_device(run.device, train.precision)
-    source = find_model(contest.model)
+    source = find_model(target.model)
     data, report = check_data(job, source.folder, progress)
     for told in report.notes + report.warnings:
         progress.message(f"note: {told}")
@@ -69,62 +76,62 @@ def measure_base(
     model = load_decoder(source.folder, device=choice.device).eval()
     loss = _held_out_loss(model, data, train, choice)
     progress.message(f"held-out loss of the base: {loss:.4f}")
-    measured = _measure(contest, run, model, data.tokenizer, data, choice, progress)
-    return Base(source.name, choice.reason, loss, measured)
+    measured = _measure(target, run, model, data.tokenizer, data, choice, progress)
+    return BaseResult(source.name, choice.reason, loss, measured)
 
 
 def run_member(
-    contest: DecoderContest,
+    target: DecoderTarget,
     method: Method,
     train: TrainConfig,
     run: RunConfig,
     resume: bool,
     measures: bool,
     progress: Progress,
-) -> Trained:
+) -> MemberResult:
     """Train a member as `lora finetune` does (PEFT's as its users do), and measure it as saved."""
     if method == "peft":
         from lora.compare.peft import train_peft
 
-        ended = train_peft(contest, train, run, resume, progress)
+        outcome = train_peft(target, train, run, resume, progress)
     else:
-        ended = _finetune(contest, method, train, run, resume, progress)
+        outcome = _finetune(target, method, train, run, resume, progress)
     choice = choose_device(run.device, train.precision)
-    after, parameters = Measured(), (0, 0)
+    after, parameters = ModelEvaluation(), (0, 0)
     if measures:
-        model, tokenizer, parameters = _load_saved(contest, method, ended.saved, choice)
-        job = _job(contest, method, train, run, resume=True)  # with the date of the run
-        data, _ = check_data(job, find_model(contest.model).folder, NoProgress())
-        after = _measure(contest, run, model, tokenizer, data, choice, progress)
-    return Trained(
-        steps=ended.steps,
-        train_s=ended.train_s,
-        peak_memory_bytes=measured_peak(ended.folder, ended.peak_memory_bytes),
-        planned_memory_bytes=ended.planned_memory_bytes,
+        model, tokenizer, parameters = _load_saved(target, method, outcome.saved, choice)
+        job = _job(target, method, train, run, resume=True)  # with the date of the run
+        data, _ = check_data(job, find_model(target.model).folder, NoProgress())
+        after = _measure(target, run, model, tokenizer, data, choice, progress)
+    return MemberResult(
+        steps=outcome.steps,
+        train_s=outcome.train_s,
+        peak_memory_bytes=measured_peak(outcome.folder, outcome.peak_memory_bytes),
+        planned_memory_bytes=outcome.planned_memory_bytes,
         trainable_parameters=parameters[0],
         total_parameters=parameters[1],
-        stored_bytes=stored_bytes(ended.saved),
-        final_eval_loss=ended.eval_loss,
-        best_eval_loss=ended.best_eval_loss,
+        stored_bytes=stored_bytes(outcome.saved),
+        final_eval_loss=outcome.eval_loss,
+        best_eval_loss=outcome.best_eval_loss,
         after=after,
     )
 
 
-def try_at_once(
-    contest: DecoderContest,
+def run_stacked_rate_trials(
+    target: DecoderTarget,
     rates: tuple[float, ...],
     train: TrainConfig,
     run: RunConfig,
     progress: Progress,
-) -> list[Tried]:
+) -> list[RateTrial]:
     """Return the held-out loss of LoRA at each rate: candidates of one sweep, which is kept."""
-    lora = contest.lora
+    lora = target.lora
     name = "lora"
     resume = (run.out / name / "run.json").is_file()
     if not resume:
         shutil.rmtree(run.out / name, ignore_errors=True)
     job = SweepJob(
-        data=contest.data,
+        data=target.data,
         grid=Grid(
             rank=(lora.rank,),
             learning_rate=rates,
@@ -133,30 +140,30 @@ def try_at_once(
             seed=(train.seed,),
             schedule=(train.schedule,),
         ),
-        model=contest.model,
-        eval_data=contest.eval_data,
+        model=target.model,
+        eval_data=target.eval_data,
         lora=lora,
         train=train,
-        data_config=contest.data_config,
+        data_config=target.data_config,
         run=short_run(run, name, train.steps),
         resume=resume,
     )
-    standings = sweep(job, _SweepTold(progress, train.steps)).standings
+    standings = sweep(job, _SweepProgressBridge(progress, train.steps)).standings
     losses = {s.settings["learning_rate"]: s.eval_loss for s in standings if s.status == "done"}
-    return [Tried(rate, losses.get(rate)) for rate in rates]
+    return [RateTrial(rate, losses.get(rate)) for rate in rates]
 
 
 def _finetune(
-    contest: DecoderContest,
+    target: DecoderTarget,
     method: Method,
     train: TrainConfig,
     run: RunConfig,
     resume: bool,
     progress: Progress,
-) -> Ended:
-    done = finetune(_job(contest, method, train, run, resume=resume), progress)
+) -> TrainingOutcome:
+    done = finetune(_job(target, method, train, run, resume=resume), progress)
     result = done.result
-    return Ended(
+    return TrainingOutcome(
         folder=done.folder,
         saved=done.saved,
         steps=result.steps,
@@ -169,23 +176,23 @@ def _finetune(
 
 
 def _job(
-    contest: DecoderContest, method: Method, train: TrainConfig, run: RunConfig, *, resume: bool
+    target: DecoderTarget, method: Method, train: TrainConfig, run: RunConfig, *, resume: bool
 ) -> FinetuneJob:
     """Return the member as `lora finetune` is asked for it; it answers no prompts on the way."""
     return FinetuneJob(
-        data=contest.data,
-        model=contest.model,
-        eval_data=contest.eval_data,
-        lora=None if method == "full" else contest.lora,
+        data=target.data,
+        model=target.model,
+        eval_data=target.eval_data,
+        lora=None if method == "full" else target.lora,
         train=train,
-        data_config=contest.data_config,
+        data_config=target.data_config,
         run=replace(run, samples=0),
         resume=resume,
     )
 
 
 def _load_saved(
-    contest: DecoderContest, method: Method, saved: Path, choice: DeviceChoice
+    target: DecoderTarget, method: Method, saved: Path, choice: DeviceChoice
 ) -> tuple[Decoder, TextTokenizer, tuple[int, int]]:
     """Return what was saved, ready to answer, and how many parameters trained and are there."""
     if method == "full":
@@ -193,7 +200,7 @@ def _load_saved(
         n_parameters = sum(p.numel() for p in model.parameters())
         parameters = n_parameters, n_parameters
     else:
-        model = load_decoder(find_model(contest.model).folder, device=choice.device)
+        model = load_decoder(find_model(target.model).folder, device=choice.device)
         load_adapter(model, saved, trainable=True)
         counts = count_lora_parameters(model)
         parameters = counts.trainable, counts.total
@@ -210,27 +217,27 @@ def _held_out_loss(
 
 
 def _measure(
-    contest: DecoderContest,
+    target: DecoderTarget,
     run: RunConfig,
     model: Decoder,
     tokenizer: TextTokenizer,
     data: PreparedData,
     choice: DeviceChoice,
     progress: Progress,
-) -> Measured:
+) -> ModelEvaluation:
     """Return forgetting, the metric and a few answers of `model`."""
-    measures = contest.measures
+    measures = target.measures
     name, examples = _forgetting_text(measures.forgetting_data)
-    config = replace(contest.data_config, long_examples="split", special_tokens=())
+    config = replace(target.data_config, long_examples="split", special_tokens=())
     loss = measure_loss(model, examples, tokenizer, config, choice)
     progress.message(f"loss on {name}: {loss:.4f}")
     metric_name = metric = None
     if measures.metric != "none":
         metric_name = METRIC_NAMES[measures.metric]
-        metric = _score(contest, model, tokenizer, data)
+        metric = _score(target, model, tokenizer, data)
         progress.message(f"{metric_name}: {metric:.3f}")
-    samples = _answer(contest, run, model, tokenizer, data)
-    return Measured(name, loss, metric_name, metric, samples)
+    samples = _answer(target, run, model, tokenizer, data)
+    return ModelEvaluation(name, loss, metric_name, metric, samples)
 
 
 def _forgetting_text(source: Any) -> tuple[str, list[Example]]:
@@ -244,11 +251,11 @@ def _forgetting_text(source: Any) -> tuple[str, list[Example]]:
 
 
 def _score(
-    contest: DecoderContest, model: Decoder, tokenizer: TextTokenizer, data: PreparedData
+    target: DecoderTarget, model: Decoder, tokenizer: TextTokenizer, data: PreparedData
 ) -> float:
     """Return the share of answers, or of their fields, that are right. Raises DataError if none is
     asked."""
-    measures = contest.measures
+    measures = target.measures
     examples = data.held_out_examples
     if measures.test_data is not None:
         examples = read_examples(measures.test_data)
@@ -271,7 +278,7 @@ def _score(
 
 
 def _answer(
-    contest: DecoderContest,
+    target: DecoderTarget,
     run: RunConfig,
     model: Decoder,
     tokenizer: TextTokenizer,
@@ -282,7 +289,7 @@ def _answer(
         data.held_out_examples,
         tokenizer,
         run.samples,
-        most_tokens=min(contest.data_config.max_length, room_tokens),
+        most_tokens=min(target.data_config.max_length, room_tokens),
         now=data.now,
     )
     if not prompts:
@@ -296,7 +303,7 @@ def _answer(
     )
 
 
-class _SweepTold:
+class _SweepProgressBridge:
     """A sweep's progress, told as a run's."""
 
     def __init__(self, progress: Progress, steps: int) -> None:

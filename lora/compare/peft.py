@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora.compare.contest import Ended
+from lora.compare.target import TrainingOutcome
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.prepare import PreparedData
 from lora.data.sequences.batches import IGNORE, Batch, BatchStream, ordered_batches
@@ -30,7 +30,7 @@ from lora.runs.progress import Progress
 from lora.training.trainer import TrainingJob, train
 
 if TYPE_CHECKING:
-    from lora.compare.decoder_contest import DecoderContest
+    from lora.compare.decoder_target import DecoderTarget
 
 PACKAGES = ("peft", "transformers")
 
@@ -51,27 +51,27 @@ def check_peft(lora: LoRAConfig, data_config: DataConfig) -> None:
 
 
 def train_peft(
-    contest: DecoderContest, train_config: TrainConfig, run: RunConfig, resume: bool,
+    target: DecoderTarget, train_config: TrainConfig, run: RunConfig, resume: bool,
     progress: Progress,
-) -> Ended:  # fmt: skip
+) -> TrainingOutcome:  # fmt: skip
     """Train PEFT's adapter in the folder `run.out`/`run.name`."""
     choice = choose_device(run.device, train_config.precision)
-    source = find_model(contest.model)
+    source = find_model(target.model)
     job = FinetuneJob(
-        data=contest.data,
-        model=contest.model,
-        eval_data=contest.eval_data,
-        lora=contest.lora,
+        data=target.data,
+        model=target.model,
+        eval_data=target.eval_data,
+        lora=target.lora,
         train=train_config,
-        data_config=contest.data_config,
+        data_config=target.data_config,
         run=run,
         resume=resume,
     )
     data, _ = check_data(job, source.folder, progress)
-    model = build_peft(source.folder, contest.lora, train_config.seed, choice)
+    model = build_peft(source.folder, target.lora, train_config.seed, choice)
     assert train_config.learning_rate is not None
     assert run.name is not None
-    described = _describe(contest, train_config, data, choice, source.name)
+    described = _describe(target, train_config, data, choice, source.name)
     with create_run(run.out, run.name, resume=resume, described=described) as opened:
         result = train(
             _training_job(model, data, train_config, run, opened, choice, resume, progress)
@@ -81,7 +81,7 @@ def train_peft(
         shutil.rmtree(saved, ignore_errors=True)
         model.save_pretrained(saved)
         data.tokenizer.save(saved)
-    return Ended(
+    return TrainingOutcome(
         folder=opened.folder,
         saved=saved,
         steps=result.steps,
@@ -179,7 +179,7 @@ def _training_job(
 
 
 def _describe(
-    contest: DecoderContest,
+    target: DecoderTarget,
     train_config: TrainConfig,
     data: PreparedData,
     choice: DeviceChoice,
@@ -191,9 +191,9 @@ def _describe(
         "method": "peft",
         "device": choice.reason,
         "learning_rate": train_config.learning_rate,
-        "lora": asdict(contest.lora),
+        "lora": asdict(target.lora),
         "train": asdict(train_config),
-        "data_config": asdict(contest.data_config),
+        "data_config": asdict(target.data_config),
         "data": {
             "now": data.now.isoformat(),
             "fingerprint": data.train.fingerprint(),

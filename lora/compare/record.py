@@ -15,7 +15,7 @@ from lora.errors import CheckpointError
 from lora.runs.folder import TIMINGS_FILE, Run, read_json, read_rows
 
 Method = Literal["lora", "full", "peft"]
-RateChosen = Literal["sweep", "default", "given"]
+RateSource = Literal["sweep", "default", "given"]
 Same = Literal["steps", "time"]
 COMPARE_FILE, MEMBERS = "compare.json", "members"
 METHOD_NAMES: dict[Method, str] = {
@@ -26,7 +26,7 @@ METHOD_NAMES: dict[Method, str] = {
 
 
 @dataclass(frozen=True)
-class Tried:
+class RateTrial:
     """A learning rate that was tried before the comparison."""
 
     learning_rate: float
@@ -35,12 +35,12 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Rate:
+class RateChoice:
     """The learning rate of a member, and why it is this one."""
 
     learning_rate: float
-    rate_chosen: RateChosen
-    rates_tried: tuple[Tried, ...] = ()
+    rate_chosen: RateSource
+    rates_tried: tuple[RateTrial, ...] = ()
     steps_tried: int | None = None
     """Steps of each try."""
 
@@ -75,7 +75,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ModelEvaluation:
     """What is measured besides the training, on the base or on what was trained."""
 
     forgetting_text: str | None = None
@@ -86,7 +86,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Trained:
+class MemberResult:
     """What a member's training came to."""
 
     steps: int
@@ -100,7 +100,7 @@ class Trained:
     """Of the tensors that were saved: the adapter, or all weights."""
     final_eval_loss: float
     best_eval_loss: float
-    after: Measured
+    after: ModelEvaluation
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ class Member:
     folder: str
     """Its run's folder, relative to the comparison's."""
     learning_rate: float
-    rate_chosen: RateChosen
-    rates_tried: tuple[Tried, ...]
+    rate_chosen: RateSource
+    rates_tried: tuple[RateTrial, ...]
     steps: int
     train_s: float
     step_s_median: float
@@ -197,7 +197,7 @@ def ratios(comparison: Comparison) -> list[Ratios]:
 
 
 def build_member(
-    method: Method, folder: Path, rate: Rate, trained: Trained, before: Measured
+    method: Method, folder: Path, rate: RateChoice, trained: MemberResult, before: ModelEvaluation
 ) -> Member:
     """Return a member's record from what its run left in `folder` and what the base did before."""
     times = step_times(folder)
@@ -257,30 +257,30 @@ def member_from(values: dict[str, Any]) -> Member:
         "forgetting": None if kept is None else Forgetting(**kept),
         "task_metric": None if metric is None else TaskMetric(**metric),
     }
-    made["rates_tried"] = tuple(Tried(**t) for t in values["rates_tried"])
+    made["rates_tried"] = tuple(RateTrial(**t) for t in values["rates_tried"])
     made["samples"] = tuple(Sample(**s) for s in values["samples"])
     return Member(**{**values, **made})
 
 
-def measured_from(values: dict[str, Any]) -> Measured:
+def model_evaluation_from(values: dict[str, Any]) -> ModelEvaluation:
     """Return what was measured from its JSON values."""
-    return Measured(**{**values, "samples": tuple(Sample(**s) for s in values["samples"])})
+    return ModelEvaluation(**{**values, "samples": tuple(Sample(**s) for s in values["samples"])})
 
 
-def rate_from(values: dict[str, Any]) -> Rate:
+def rate_choice_from(values: dict[str, Any]) -> RateChoice:
     """Return a rate from its JSON values."""
-    tried = tuple(Tried(**t) for t in values["rates_tried"])
-    return Rate(**{**values, "rates_tried": tried})
+    tried = tuple(RateTrial(**t) for t in values["rates_tried"])
+    return RateChoice(**{**values, "rates_tried": tried})
 
 
-def best_rate(tried: Sequence[Tried]) -> float | None:
+def best_rate(tried: Sequence[RateTrial]) -> float | None:
     """Return the rate with the lowest loss, the lower rate of equal ones; None if all failed."""
     done = [t for t in tried if t.eval_loss is not None]
     best = min(done, key=lambda t: (cast(float, t.eval_loss), t.learning_rate), default=None)
     return None if best is None else best.learning_rate
 
 
-def edge_note(method: Method, rate: Rate) -> str | None:
+def edge_note(method: Method, rate: RateChoice) -> str | None:
     """Return what to say of a best rate that is the least or greatest of those tried."""
     rates = sorted(t.learning_rate for t in rate.rates_tried)
     if len(rates) < 2 or rate.learning_rate not in (rates[0], rates[-1]):

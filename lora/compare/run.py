@@ -22,27 +22,27 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lora.compare.config import CompareConfig, check_same_comparison
-from lora.compare.contest import (
-    Base,
-    Contest,
-    base_from,
-    remove_weights,
-    short_run,
-    trained_from,
-)
 from lora.compare.record import (
     MEMBERS,
     METHOD_NAMES,
     Comparison,
     Member,
     Method,
-    Rate,
-    Tried,
+    RateChoice,
+    RateTrial,
     best_rate,
     build_member,
     edge_note,
-    rate_from,
+    rate_choice_from,
     step_times,
+)
+from lora.compare.target import (
+    BaseResult,
+    ComparisonTarget,
+    base_result_from,
+    member_result_from,
+    remove_weights,
+    short_run,
 )
 from lora.config import RunConfig
 from lora.errors import CheckpointError, TrainingError
@@ -54,7 +54,7 @@ from lora.runs.progress import NoProgress, Progress
 BASE_FILE, MEMBER_FILE, RATES, TIMING = "base.json", "member.json", "rates", "timing"
 TIMED_STEPS, UNTIMED_STEPS = 8, 2
 """Of the short run that says how long a step is; the first are left out."""
-MAX_APART = 0.02
+MAX_START_LOSS_DIFFERENCE = 0.02
 """Relative difference of losses before the first step, in bf16 too."""
 ProgressOf = Callable[[str], Progress]
 MadeT = TypeVar("MadeT")
@@ -71,10 +71,10 @@ class CompareResult:
 
 
 @dataclass(frozen=True)
-class _Going:
+class _ComparisonJob:
     """A comparison that is under way."""
 
-    contest: Contest
+    target: ComparisonTarget
     config: CompareConfig
     run: Run
     progress_of: ProgressOf
@@ -105,7 +105,7 @@ class _Going:
 
 
 def compare(
-    contest: Contest,
+    target: ComparisonTarget,
     config: CompareConfig | None = None,
     progress_of: ProgressOf = lambda title: NoProgress(),
 ) -> CompareResult:
@@ -118,33 +118,37 @@ def compare(
     by then is kept for `resume`.
     """
     config = config or CompareConfig()
-    contest.check(config.methods, config.train)
-    described = {**config.described(), **contest.described()}
+    target.check(config.methods, config.train)
+    described = {**config.described(), **target.described()}
     check_same_comparison(config, described)
-    base = _measure_base(contest, config, progress_of)
+    base = _measure_base(target, config, progress_of)
     name = config.run.name or default_name(f"compare-{base.name}")
     asked = {"kind": "compare", "compare": described, "model": base.name, "device": base.device}
     asked["run"] = asdict(config.run)  # where and how often: may change when it is resumed
     with create_run(config.run.out, name, resume=config.resume, described=asked) as run:
-        going = _Going(contest, config, run, progress_of)
-        going.once(BASE_FILE, lambda: asdict(base))
-        rates = {method: _choose_rate(going, method) for method in config.methods}
+        job = _ComparisonJob(target, config, run, progress_of)
+        job.once(BASE_FILE, lambda: asdict(base))
+        rates = {method: _choose_rate(job, method) for method in config.methods}
         members: list[Member] = []
         for method in config.methods:
-            steps = _choose_steps(going, method, rates[method], members)
-            members.append(_run_member(going, method, rates[method], steps, base))
-        done = _finish(going, base, members, rates)
+            steps = _choose_steps(job, method, rates[method], members)
+            members.append(_run_member(job, method, rates[method], steps, base))
+        done = _finish(job, base, members, rates)
         page = report_on(run.folder, progress_of("report").message) if config.report else None
         return replace(done, report=page)
 
 
-def _measure_base(contest: Contest, config: CompareConfig, progress_of: ProgressOf) -> Base:
+def _measure_base(
+    target: ComparisonTarget, config: CompareConfig, progress_of: ProgressOf
+) -> BaseResult:
     """Return what the base does; that of a resumed comparison is read."""
     kept = config.run.out / str(config.run.name) / BASE_FILE
     if config.resume and kept.is_file():
         with reading(kept):
-            return base_from(read_json(kept))
-    base: Base = _call(config, progress_of("base"), contest.measure_base, config.train, config.run)
+            return base_result_from(read_json(kept))
+    base: BaseResult = _call(
+        config, progress_of("base"), target.measure_base, config.train, config.run
+    )
     return base
 
 
@@ -162,83 +166,90 @@ def _call(
     return task(*arguments, progress)
 
 
-def _choose_rate(going: _Going, method: Method) -> Rate:
+def _choose_rate(job: _ComparisonJob, method: Method) -> RateChoice:
     """Return the member's rate: the best of those tried, the one given, or the default."""
-    config = going.config
+    config = job.config
     if method == "peft":  # it is LoRA, and gets LoRA's
-        return _choose_rate(going, "lora")
+        return _choose_rate(job, "lora")
     to_try = config.rates.to_try(method)
     if not to_try:
         is_full = method == "full"
         given = config.rates.full_learning_rate if is_full else config.train.learning_rate
         if given is not None:
-            return Rate(given, "given")
-        return Rate(config.default_rates[is_full], "default")
+            return RateChoice(given, "given")
+        return RateChoice(config.default_rates[is_full], "default")
 
     def choose() -> dict[str, Any]:
         train = replace(config.train, steps=config.steps_tried, learning_rate=None)
-        run = replace(config.run, out=going.run.folder / RATES, name=None)
+        run = replace(config.run, out=job.run.folder / RATES, name=None)
         title = f"rates of {METHOD_NAMES[method]}"
-        tried: list[Tried] = going.call(title, going.contest.try_rates, method, to_try, train, run)
+        tried: list[RateTrial] = job.call(title, job.target.try_rates, method, to_try, train, run)
         best = best_rate(tried)
         if best is None:
             raise TrainingError(
                 f"No rate of {METHOD_NAMES[method]} came through: {len(to_try)} were tried, from "
                 f"{min(to_try):g} to {max(to_try):g}. Give lower ones."
             )
-        return asdict(Rate(best, "sweep", tuple(tried), config.steps_tried))
+        return asdict(RateChoice(best, "sweep", tuple(tried), config.steps_tried))
 
-    return going.once_as(f"{RATES}/{method}.json", choose, rate_from)
+    return job.once_as(f"{RATES}/{method}.json", choose, rate_choice_from)
 
 
-def _choose_steps(going: _Going, method: Method, rate: Rate, members: list[Member]) -> int:
+def _choose_steps(
+    job: _ComparisonJob, method: Method, rate: RateChoice, members: list[Member]
+) -> int:
     """Return the member's steps: those of the comparison, or as many as LoRA's time holds."""
-    config = going.config
+    config = job.config
     if config.same == "steps" or method == "lora":
         return config.train.steps
 
     def choose() -> dict[str, Any]:
         train = replace(config.train, steps=TIMED_STEPS, learning_rate=rate.learning_rate)
-        run = short_run(replace(config.run, out=going.run.folder / TIMING), method, TIMED_STEPS)
+        run = short_run(replace(config.run, out=job.run.folder / TIMING), method, TIMED_STEPS)
         folder = run.out / method
         shutil.rmtree(folder, ignore_errors=True)
         title = f"time a step of {METHOD_NAMES[method]}"
-        going.call(title, going.contest.run_member, method, train, run, False, False)
+        job.call(title, job.target.run_member, method, train, run, False, False)
         step_s = statistics.median(step_times(folder)[UNTIMED_STEPS:])
         remove_weights(folder)
         return {"step_s": step_s, "steps": max(1, round(members[0].train_s / step_s))}
 
-    return going.once_as(f"{TIMING}/{method}.json", choose, lambda found: int(found["steps"]))
+    return job.once_as(f"{TIMING}/{method}.json", choose, lambda found: int(found["steps"]))
 
 
-def _run_member(going: _Going, method: Method, rate: Rate, steps: int, base: Base) -> Member:
+def _run_member(
+    job: _ComparisonJob, method: Method, rate: RateChoice, steps: int, base: BaseResult
+) -> Member:
     """Return the record of a member: trained now, resumed, or done before."""
-    folder = going.run.folder / MEMBERS / method
+    folder = job.run.folder / MEMBERS / method
 
     def train() -> dict[str, Any]:
         resume = (folder / "run.json").is_file()
         if not resume:
             shutil.rmtree(folder, ignore_errors=True)  # killed before it began
-        config = replace(going.config.train, steps=steps, learning_rate=rate.learning_rate)
-        run = _member_run(going, method)
+        config = replace(job.config.train, steps=steps, learning_rate=rate.learning_rate)
+        run = _member_run(job, method)
         title = METHOD_NAMES[method]
-        task = going.contest.run_member
-        return asdict(going.call(title, task, method, config, run, resume, True))
+        task = job.target.run_member
+        return asdict(job.call(title, task, method, config, run, resume, True))
 
-    trained = going.once_as(f"{MEMBERS}/{method}/{MEMBER_FILE}", train, trained_from)
+    trained = job.once_as(f"{MEMBERS}/{method}/{MEMBER_FILE}", train, member_result_from)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return build_member(method, folder, rate, trained, base.measured)
 
 
-def _member_run(going: _Going, method: Method) -> RunConfig:
-    out = going.run.folder / MEMBERS
-    return replace(going.config.run, out=out, name=method, keep_checkpoints=1, patience=0)
+def _member_run(job: _ComparisonJob, method: Method) -> RunConfig:
+    out = job.run.folder / MEMBERS
+    return replace(job.config.run, out=out, name=method, keep_checkpoints=1, patience=0)
 
 
 def _finish(
-    going: _Going, base: Base, members: list[Member], rates: dict[Method, Rate]
+    job: _ComparisonJob,
+    base: BaseResult,
+    members: list[Member],
+    rates: dict[Method, RateChoice],
 ) -> CompareResult:
-    run, config = going.run, going.config
+    run, config = job.run, job.config
     _check_same_order(run.folder, members, config)
     tried = any(rate.rate_chosen == "sweep" for rate in rates.values())
     own = {method: rate for method, rate in rates.items() if method != "peft"}
@@ -266,13 +277,13 @@ def _finish(
     return CompareResult(run.folder, comparison)
 
 
-def _note_other_beginnings(folder: Path, members: list[Member], base: Base) -> list[str]:
+def _note_other_beginnings(folder: Path, members: list[Member], base: BaseResult) -> list[str]:
     """Return what to say of members whose loss before the first step is not the base's."""
     notes = []
     for member in members:
         rows = read_rows(folder / member.folder / "metrics.jsonl")
         first = next((row["eval_loss"] for row in rows if row.get("eval_loss")), base.eval_loss)
-        if abs(first - base.eval_loss) > MAX_APART * abs(base.eval_loss):
+        if abs(first - base.eval_loss) > MAX_START_LOSS_DIFFERENCE * abs(base.eval_loss):
             notes.append(
                 f"{METHOD_NAMES[member.method]} begins at a held-out loss of {first:.4f}, the base "
                 f"has {base.eval_loss:.4f}: it does not compute what the others do"

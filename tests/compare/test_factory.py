@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lora.adapters.apply import apply_lora
 from lora.compare import compare
-from lora.compare.config import CompareConfig, Rates
-from lora.compare.factory import FactoryContest, Subject
+from lora.compare.config import CompareConfig, LearningRates
+from lora.compare.factory import FactoryTarget, MemberSetup
 from lora.compare.record import Method, Sample
 from lora.config import LoRAConfig, RunConfig, TrainConfig
 from lora.device import choose_device
@@ -57,7 +57,7 @@ class Linears:
     def described(self) -> dict[str, Any]:
         return {"base": self.base_name}
 
-    def build(self, method: Method, train: TrainConfig) -> Subject:
+    def build(self, method: Method, train: TrainConfig) -> MemberSetup:
         torch.manual_seed(3)
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
         if method == "lora":
@@ -68,7 +68,7 @@ class Linears:
             trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
             save_file(trained, folder / "trained.safetensors")
 
-        return Subject(
+        return MemberSetup(
             model=model,
             loss_fn=squares,
             stream=Numbers(train.seed, train.batch_size),
@@ -87,13 +87,13 @@ def config(tmp_path: Path) -> CompareConfig:
     return CompareConfig(
         train=TrainConfig(steps=30, batch_size=4),
         run=RunConfig(out=tmp_path, name="run"),
-        rates=Rates(rates=(1e-2, 1e-9), full_rates=(1e-2, 1e-9)),
+        rates=LearningRates(rates=(1e-2, 1e-9), full_rates=(1e-2, 1e-9)),
         isolated=False,
     )
 
 
 def test_what_the_factory_measures_stands_in_the_record(config: CompareConfig) -> None:
-    done = compare(FactoryContest(Linears()), config)
+    done = compare(FactoryTarget(Linears()), config)
     lora, full = done.comparison.members
     assert (lora.trainable_parameters, lora.total_parameters) == (64, 208)
     assert full.trainable_parameters == full.total_parameters == 144
@@ -114,4 +114,4 @@ def test_what_the_factory_measures_stands_in_the_record(config: CompareConfig) -
 
 def test_peft_is_not_built_by_a_factory(config: CompareConfig) -> None:
     with pytest.raises(ConfigError, match="--peft"):
-        compare(FactoryContest(Linears()), replace(config, methods=("lora", "full", "peft")))
+        compare(FactoryTarget(Linears()), replace(config, methods=("lora", "full", "peft")))

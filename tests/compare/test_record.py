@@ -12,10 +12,10 @@ from lora.compare.record import (
     Comparison,
     Forgetting,
     Member,
-    Rate,
+    RateChoice,
+    RateTrial,
     Sample,
     TaskMetric,
-    Tried,
     best_rate,
     edge_note,
     ratios,
@@ -27,7 +27,8 @@ from lora.runs.folder import Run
 
 LORA = Member(
     name="lora", method="lora", folder="members/lora", learning_rate=1e-3, rate_chosen="sweep",
-    rates_tried=(Tried(1e-3, 0.5), Tried(1e-2, None)), steps=100, train_s=10.0, step_s_median=0.1,
+    rates_tried=(RateTrial(1e-3, 0.5), RateTrial(1e-2, None)), steps=100, train_s=10.0,
+    step_s_median=0.1,
     peak_memory_bytes=4_000_000_000, planned_memory_bytes=3_900_000_000, trainable_parameters=100,
     total_parameters=1100, stored_bytes=400, final_eval_loss=1.25, best_eval_loss=1.2,
     forgetting=Forgetting("prose", 2.0, 2.1), task_metric=TaskMetric("JSON fields", 0.0, 0.9),
@@ -69,16 +70,16 @@ def test_the_file_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_the_best_rate_is_the_lowest_of_equal_ones_and_never_one_that_failed() -> None:
-    assert best_rate([Tried(1e-2, 0.5), Tried(1e-3, 0.5), Tried(1e-1, None)]) == 1e-3
-    assert best_rate([Tried(1e-2, None)]) is None
+    assert best_rate([RateTrial(1e-2, 0.5), RateTrial(1e-3, 0.5), RateTrial(1e-1, None)]) == 1e-3
+    assert best_rate([RateTrial(1e-2, None)]) is None
 
 
 def test_a_best_rate_at_the_edge_is_told() -> None:
-    tried = (Tried(1e-4, 2.0), Tried(1e-3, 1.0), Tried(1e-2, 3.0))
-    assert edge_note("lora", Rate(1e-3, "sweep", tried)) is None
-    assert "highest" in str(edge_note("lora", Rate(1e-2, "sweep", tried)))
-    assert "lowest" in str(edge_note("full", Rate(1e-4, "sweep", tried)))
-    assert edge_note("full", Rate(1e-4, "default")) is None
+    tried = (RateTrial(1e-4, 2.0), RateTrial(1e-3, 1.0), RateTrial(1e-2, 3.0))
+    assert edge_note("lora", RateChoice(1e-3, "sweep", tried)) is None
+    assert "highest" in str(edge_note("lora", RateChoice(1e-2, "sweep", tried)))
+    assert "lowest" in str(edge_note("full", RateChoice(1e-4, "sweep", tried)))
+    assert edge_note("full", RateChoice(1e-4, "default")) is None
 
 
 def test_the_table_says_it_all_and_steers_no_terminal() -> None:

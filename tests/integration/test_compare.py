@@ -19,8 +19,8 @@ import torch
 
 from lora.cli import main
 from lora.compare import CompareResult, compare
-from lora.compare.config import CompareConfig, Rates
-from lora.compare.decoder_contest import DecoderContest, Measures
+from lora.compare.config import CompareConfig, LearningRates
+from lora.compare.decoder_target import DecoderTarget, EvaluationConfig
 from lora.compare.record import read_comparison
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.reading.orders import make_orders
@@ -42,14 +42,14 @@ LORA, FULL = Path("adapter/adapter_model.safetensors"), Path("model/model.safete
 
 
 @pytest.fixture
-def contest(tiny_folder: Path) -> DecoderContest:
-    return DecoderContest(
+def target(tiny_folder: Path) -> DecoderTarget:
+    return DecoderTarget(
         data=make_orders("train", 32),
         model=str(tiny_folder),
         eval_data=make_orders("validation", 6),
         lora=LoRAConfig(rank=4, dropout=0.1),
         data_config=DataConfig(max_length=160),
-        measures=Measures(forgetting_data=[{"text": "the sea was calm that night " * 20}]),
+        measures=EvaluationConfig(forgetting_data=[{"text": "the sea was calm that night " * 20}]),
     )
 
 
@@ -74,7 +74,7 @@ def saved(done: CompareResult) -> dict[str, bytes]:
 
 @PEFTS_OWN
 def test_all_members_learn_from_the_same_bytes_in_the_same_order(
-    contest: DecoderContest, config: CompareConfig, monkeypatch: pytest.MonkeyPatch
+    target: DecoderTarget, config: CompareConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("peft")
     given: list[bytes] = []
@@ -87,7 +87,7 @@ def test_all_members_learn_from_the_same_bytes_in_the_same_order(
         return batch
 
     monkeypatch.setattr(BatchStream, "__next__", taken)
-    done = compare(contest, replace(config, methods=("lora", "full", "peft")))
+    done = compare(target, replace(config, methods=("lora", "full", "peft")))
     n_batches = 12 * 2
     assert len(given) == 3 * n_batches
     assert given[:n_batches] == given[n_batches : 2 * n_batches] == given[2 * n_batches :]
@@ -104,16 +104,16 @@ def test_all_members_learn_from_the_same_bytes_in_the_same_order(
 
 
 def test_each_member_is_what_finetune_makes_alone_and_the_base_stays(
-    contest: DecoderContest, config: CompareConfig, tiny_folder: Path, tmp_path: Path
+    target: DecoderTarget, config: CompareConfig, tiny_folder: Path, tmp_path: Path
 ) -> None:
     before = {p.name: p.read_bytes() for p in tiny_folder.iterdir()}
-    done = compare(contest, replace(config, isolated=True))
+    done = compare(target, replace(config, isolated=True))
     assert {p.name: p.read_bytes() for p in tiny_folder.iterdir()} == before
-    for name, lora, file, rate in (("lora", contest.lora, LORA, 1e-3), ("full", None, FULL, 1e-4)):
+    for name, lora, file, rate in (("lora", target.lora, LORA, 1e-3), ("full", None, FULL, 1e-4)):
         alone = finetune(
             FinetuneJob(
-                data=contest.data, model=contest.model, eval_data=contest.eval_data, lora=lora,
-                train=replace(config.train, learning_rate=rate), data_config=contest.data_config,
+                data=target.data, model=target.model, eval_data=target.eval_data, lora=lora,
+                train=replace(config.train, learning_rate=rate), data_config=target.data_config,
                 run=RunConfig(out=tmp_path, name=f"{name}-alone", eval_every_steps=4),
             )
         )  # fmt: skip
@@ -124,10 +124,10 @@ def test_each_member_is_what_finetune_makes_alone_and_the_base_stays(
 
 
 def test_the_record_says_all_that_was_measured(
-    contest: DecoderContest, config: CompareConfig
+    target: DecoderTarget, config: CompareConfig
 ) -> None:
-    measures = replace(contest.measures, metric="json-fields", answers=2, answer_tokens=4)
-    done = compare(replace(contest, measures=measures), config)
+    measures = replace(target.measures, metric="json-fields", answers=2, answer_tokens=4)
+    done = compare(replace(target, measures=measures), config)
     values = read_json(done.folder / "compare.json")
     assert values["kind"] == "compare"
     assert (values["base"], values["same"], values["seed"]) == ("tiny", "steps", 1337)
@@ -140,7 +140,7 @@ def test_the_record_says_all_that_was_measured(
         assert member["peak_memory_bytes"] > 1e8
         assert (done.folder / member["folder"] / "run.json").is_file()
     lora, full = values["members"]
-    weights = sum(p.numel() for p in load_decoder(str(contest.model)).parameters())
+    weights = sum(p.numel() for p in load_decoder(str(target.model)).parameters())
     assert full["trainable_parameters"] == full["total_parameters"] == weights
     assert lora["total_parameters"] == weights + lora["trainable_parameters"]
     assert lora["stored_bytes"] < full["stored_bytes"]
@@ -152,10 +152,10 @@ def test_the_record_says_all_that_was_measured(
 
 
 def test_each_method_takes_the_best_of_its_own_rates(
-    contest: DecoderContest, config: CompareConfig
+    target: DecoderTarget, config: CompareConfig
 ) -> None:
-    rates = Rates(rates=("1e-3,2e-2,1e-9",), full_rates=(2e-3, 1e-9), rate_steps=6)
-    done = compare(contest, replace(config, rates=rates))
+    rates = LearningRates(rates=("1e-3,2e-2,1e-9",), full_rates=(2e-3, 1e-9), rate_steps=6)
+    done = compare(target, replace(config, rates=rates))
     lora, full = done.comparison.members
     assert [t.learning_rate for t in lora.rates_tried] == [1e-3, 2e-2, 1e-9]
     for member in (lora, full):
@@ -168,9 +168,11 @@ def test_each_method_takes_the_best_of_its_own_rates(
 
 
 def test_members_of_the_same_time_get_lora_s_time(
-    contest: DecoderContest, config: CompareConfig
+    target: DecoderTarget, config: CompareConfig
 ) -> None:
-    done = compare(contest, replace(config, same="time", rates=Rates(full_learning_rate=1e-3)))
+    done = compare(
+        target, replace(config, same="time", rates=LearningRates(full_learning_rate=1e-3))
+    )
     lora, full = done.comparison.members
     timed = read_json(done.folder / "timing" / "full.json")
     assert full.steps == timed["steps"] == max(1, round(lora.train_s / timed["step_s"]))
@@ -196,78 +198,78 @@ def killed_at(title: str, step: int) -> Callable[[str], NoProgress]:
     ["LoRA", "full fine-tuning", pytest.param("LoRA, PEFT", marks=pytest.mark.slow)],
 )
 def test_a_comparison_that_was_stopped_ends_with_the_same_bytes(
-    contest: DecoderContest, config: CompareConfig, tmp_path: Path, title: str
+    target: DecoderTarget, config: CompareConfig, tmp_path: Path, title: str
 ) -> None:
     if importlib.util.find_spec("peft") is None and title.endswith("PEFT"):
         pytest.skip("PEFT is not installed")
     if title.endswith("PEFT"):
         config = replace(config, methods=("lora", "full", "peft"))
-    whole = compare(contest, replace(config, run=replace(config.run, out=tmp_path / "whole")))
+    whole = compare(target, replace(config, run=replace(config.run, out=tmp_path / "whole")))
     with pytest.raises(Killed):
-        compare(contest, config, killed_at(title, 8))
+        compare(target, config, killed_at(title, 8))
     done_before = {
         p: p.stat().st_mtime_ns for p in config.run.out.glob("run/members/*/member.json")
     }
-    resumed = compare(contest, replace(config, resume=True))
+    resumed = compare(target, replace(config, resume=True))
     assert saved(resumed) == saved(whole)
     assert all(p.stat().st_mtime_ns == then for p, then in done_before.items())
     rows = read_rows(resumed.folder / "members" / "lora" / "timings.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 13))
 
 
-def test_another_comparison_is_not_resumed(contest: DecoderContest, config: CompareConfig) -> None:
-    compare(contest, config)
+def test_another_comparison_is_not_resumed(target: DecoderTarget, config: CompareConfig) -> None:
+    compare(target, config)
     with pytest.raises(CheckpointError, match=r"(?s)lora.rank: 4 then, 8 now.*same"):
         compare(
-            replace(contest, lora=replace(contest.lora, rank=8)),
+            replace(target, lora=replace(target.lora, rank=8)),
             replace(config, resume=True, same="time"),
         )
     with pytest.raises(CheckpointError, match="no such folder"):
-        compare(contest, replace(config, resume=True, run=replace(config.run, name="other")))
+        compare(target, replace(config, resume=True, run=replace(config.run, name="other")))
 
 
 def test_what_is_no_comparison_is_not_resumed(
-    contest: DecoderContest, config: CompareConfig, tmp_path: Path
+    target: DecoderTarget, config: CompareConfig, tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     with pytest.raises(CheckpointError, match="it is none"):
-        compare(contest, replace(config, resume=True))
+        compare(target, replace(config, resume=True))
 
 
 def test_without_peft_the_line_that_installs_it_is_said(
-    contest: DecoderContest, config: CompareConfig, monkeypatch: pytest.MonkeyPatch
+    target: DecoderTarget, config: CompareConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DependencyError, match=r"pip install 'lora-lm\[bench\]'"):
-        compare(contest, replace(config, methods=("lora", "full", "peft")))
+        compare(target, replace(config, methods=("lora", "full", "peft")))
     assert not config.run.out.joinpath("run").exists()
 
 
 def test_data_that_cannot_be_measured_are_refused_before_anything_is_written(
-    contest: DecoderContest, config: CompareConfig
+    target: DecoderTarget, config: CompareConfig
 ) -> None:
     texts = [{"text": f"number {n} is a plain text of some length"} for n in range(20)]
-    measures = replace(contest.measures, metric="exact-match")
+    measures = replace(target.measures, metric="exact-match")
     with pytest.raises(DataError, match="asks anything"):
-        compare(replace(contest, data=texts, eval_data=texts, measures=measures), config)
-    nothing_held_out = replace(contest.data_config, eval_fraction=0.0)
+        compare(replace(target, data=texts, eval_data=texts, measures=measures), config)
+    nothing_held_out = replace(target.data_config, eval_fraction=0.0)
     with pytest.raises(DataError, match="nothing is held out"):
-        compare(replace(contest, eval_data=None, data_config=nothing_held_out), config)
+        compare(replace(target, eval_data=None, data_config=nothing_held_out), config)
     chats = make_orders("validation", 4)
     for row in chats:
         row["messages"][1]["content"] = "no object"
-    measures = replace(contest.measures, metric="json-fields")
+    measures = replace(target.measures, metric="json-fields")
     with pytest.raises(DataError, match="exact-match"):
-        compare(replace(contest, eval_data=chats, measures=measures), config)
+        compare(replace(target, eval_data=chats, measures=measures), config)
     assert not config.run.out.joinpath("run").exists()
 
 
 def test_a_rate_that_destroys_the_model_is_told(
-    contest: DecoderContest, config: CompareConfig
+    target: DecoderTarget, config: CompareConfig
 ) -> None:
-    rates = Rates(rates=(1e-3, 1e-2), full_rates=(1e-3, 1e30), rate_steps=4)
-    done = compare(contest, replace(config, rates=rates))
+    rates = LearningRates(rates=(1e-3, 1e-2), full_rates=(1e-3, 1e30), rate_steps=4)
+    done = compare(target, replace(config, rates=rates))
     tried = {t.learning_rate: t.eval_loss for t in done.comparison.members[1].rates_tried}
     assert done.comparison.members[1].learning_rate == 1e-3
     assert tried[1e30] is None or tried[1e30] > 100
@@ -384,21 +386,21 @@ def test_config_faults_are_gathered() -> None:
     ):
         CompareConfig(same="stepz", methods=("full",))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="Did you mean 'exact-match'"):
-        Measures(metric="exact")  # type: ignore[arg-type]
+        EvaluationConfig(metric="exact")  # type: ignore[arg-type]
 
 
 def test_steps_of_a_try_are_a_quarter_and_at_least_twenty() -> None:
     def steps(asked: int, rate_steps: int = 0) -> int:
         train = TrainConfig(steps=asked)
-        return CompareConfig(train=train, rates=Rates(rate_steps=rate_steps)).steps_tried
+        return CompareConfig(train=train, rates=LearningRates(rate_steps=rate_steps)).steps_tried
 
     assert [steps(200), steps(60), steps(12), steps(200, 7)] == [50, 20, 12, 7]
 
 
 def test_a_full_model_moves_everywhere_and_lora_s_base_nowhere(
-    contest: DecoderContest, config: CompareConfig, tiny_folder: Path
+    target: DecoderTarget, config: CompareConfig, tiny_folder: Path
 ) -> None:
-    done = compare(contest, replace(config, rates=Rates(full_learning_rate=1e-2)))
+    done = compare(target, replace(config, rates=LearningRates(full_learning_rate=1e-2)))
     base = load_decoder(tiny_folder).state_dict()
     full = load_decoder(done.folder / "members" / "full" / "model").state_dict()
     assert all(not torch.equal(base[name], full[name]) for name in base)

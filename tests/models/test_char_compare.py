@@ -22,7 +22,7 @@ STEPS, KILLED_AT = 12, 8
 MEMBER = f"""
 import os, signal, sys
 from pathlib import Path
-from lora.compare.factory import FactoryContest
+from lora.compare.factory import FactoryTarget
 from lora.config import RunConfig
 from lora.runs.progress import NoProgress
 from models.char_compare import CharFactory
@@ -40,9 +40,9 @@ settings = ClassicSettings(
     micro_batches=2, lora_rank=4, max_steps={STEPS},
 )
 run = RunConfig(out=Path(out), name="member", eval_every_steps=6, save_every_steps=3)
-contest = FactoryContest(CharFactory(settings, Path(base)))
+target = FactoryTarget(CharFactory(settings, Path(base)))
 train = settings.train_config()
-contest.run_member(method, train, run, Path(out, "member").exists(), False, Kill())
+target.run_member(method, train, run, Path(out, "member").exists(), False, Kill())
 """
 
 
@@ -92,5 +92,5 @@ def test_a_member_killed_between_two_saves_ends_with_the_same_bytes(
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_both_methods_take_the_step_by_hand(base: Path, text: Path, method: str) -> None:
     settings = ClassicSettings(data_path=str(text), base_checkpoint=str(base))
-    subject = CharFactory(settings, base).build(method, TrainConfig(steps=2, batch_size=4))
-    assert isinstance(subject.choose_steps(TrainConfig()), CharSteps)
+    setup = CharFactory(settings, base).build(method, TrainConfig(steps=2, batch_size=4))
+    assert isinstance(setup.choose_steps(TrainConfig()), CharSteps)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lora.cli import build_app
-from lora.compare.config import Rates
+from lora.compare.config import LearningRates
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.report.records.command import comparison_command, finetune_command, sweep_command
 from lora.sweep.grid import Grid
@@ -103,7 +103,7 @@ def test_the_command_of_a_comparison_names_what_was_asked() -> None:
         "--rank 4 --steps 50 --name fair --samples 3"
     )
     found = parsed(command)
-    assert found["rates"] == Rates(rates=(3e-4, 1e-3), rate_steps=20)
+    assert found["rates"] == LearningRates(rates=(3e-4, 1e-3), rate_steps=20)
     assert (found["same"], found["peft"], found["run"].samples) == ("time", True, 3)
     assert found["measures"].metric == "exact-match"
 

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from lora.compare.contest import Base, try_one_by_one
-from lora.compare.record import Method, Trained, Tried
+from lora.compare.record import MemberResult, Method, RateTrial
+from lora.compare.target import BaseResult, run_rate_trials
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.reading.readers import Source
 from lora.errors import ConfigError, did_you_mean, gather
@@ -21,7 +21,7 @@ Metric = Literal["none", "exact-match", "json-fields"]
 
 
 @dataclass(frozen=True)
-class Measures:
+class EvaluationConfig:
     """What is measured besides speed, memory and held-out loss."""
 
     forgetting_data: Source | None = None
@@ -54,7 +54,7 @@ class Measures:
 
 
 @dataclass(frozen=True)
-class DecoderContest:
+class DecoderTarget:
     """A real model, what it learns, and what is measured."""
 
     data: Source
@@ -65,7 +65,7 @@ class DecoderContest:
     """Examples to measure on; None splits some off `data`."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data_config: DataConfig = field(default_factory=DataConfig)
-    measures: Measures = field(default_factory=Measures)
+    measures: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def described(self) -> dict[str, Any]:
         """Return what must be the same again for a comparison to be resumed."""
@@ -86,7 +86,7 @@ class DecoderContest:
 
             check_peft(self.lora, self.data_config)
 
-    def measure_base(self, train: TrainConfig, run: RunConfig, progress: Progress) -> Base:
+    def measure_base(self, train: TrainConfig, run: RunConfig, progress: Progress) -> BaseResult:
         """Measure the base."""
         from lora.compare.member import measure_base
 
@@ -100,7 +100,7 @@ class DecoderContest:
         resume: bool,
         measures: bool,
         progress: Progress,
-    ) -> Trained:
+    ) -> MemberResult:
         """Train a member in the folder `run.out`/`run.name`, and measure what was saved."""
         from lora.compare.member import run_member
 
@@ -113,14 +113,14 @@ class DecoderContest:
         train: TrainConfig,
         run: RunConfig,
         progress: Progress,
-    ) -> list[Tried]:
+    ) -> list[RateTrial]:
         """Train LoRA's rates at once, full fine-tuning's one after the other."""
         can_stack = not (self.data_config.special_tokens or self.lora.rank_pattern)
         if method == "lora" and len(rates) > 1 and can_stack:
-            from lora.compare.member import try_at_once
+            from lora.compare.member import run_stacked_rate_trials
 
-            return try_at_once(self, rates, train, run, progress)
-        return try_one_by_one(self.run_member, method, rates, train, run, progress)
+            return run_stacked_rate_trials(self, rates, train, run, progress)
+        return run_rate_trials(self.run_member, method, rates, train, run, progress)
 
 
 def _named(value: object) -> object:

@@ -1,7 +1,7 @@
 """What a comparison needs of the models it compares: the base measured, a member trained.
 
-Two kinds are known: `compare_decoder.DecoderContest` for real models and files of examples, and
-`compare_factory.FactoryContest` for any model that a factory builds. No torch here.
+Two exist: `decoder_target.DecoderTarget` for real models and files of examples, and
+`factory.FactoryTarget` for any model that a factory builds. No torch here.
 """
 
 from __future__ import annotations
@@ -12,17 +12,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from lora.compare.record import Measured, Method, Trained, Tried, measured_from
+from lora.compare.record import (
+    MemberResult,
+    Method,
+    ModelEvaluation,
+    RateTrial,
+    model_evaluation_from,
+)
 from lora.config import RunConfig, TrainConfig
 from lora.errors import TrainingError
 from lora.runs.folder import Run, read_json, reading
 from lora.runs.progress import Progress
 
-TRIED_FILE = "tried.json"
+RATE_TRIAL_FILE = "tried.json"
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseResult:
     """The base as it is before any training."""
 
     name: str
@@ -30,11 +36,11 @@ class Base:
     """Where it computes, and why."""
     eval_loss: float
     """Held-out loss, nats."""
-    measured: Measured
+    measured: ModelEvaluation
 
 
 @dataclass(frozen=True)
-class Ended:
+class TrainingOutcome:
     """How a member's training ended, before what it saved is measured."""
 
     folder: Path
@@ -48,7 +54,7 @@ class Ended:
     best_eval_loss: float
 
 
-class Contest(Protocol):
+class ComparisonTarget(Protocol):
     """Models to compare; it is pickled into the process of each member."""
 
     def described(self) -> dict[str, Any]:
@@ -57,7 +63,7 @@ class Contest(Protocol):
     def check(self, methods: tuple[Method, ...], train: TrainConfig) -> None:
         """Raise for what no member can do, before anything is written."""
 
-    def measure_base(self, train: TrainConfig, run: RunConfig, progress: Progress) -> Base:
+    def measure_base(self, train: TrainConfig, run: RunConfig, progress: Progress) -> BaseResult:
         """Measure the base."""
 
     def run_member(
@@ -68,7 +74,7 @@ class Contest(Protocol):
         resume: bool,
         measures: bool,
         progress: Progress,
-    ) -> Trained:
+    ) -> MemberResult:
         """Train a member in the folder `run.out`/`run.name`, and measure what was saved."""
 
     def try_rates(
@@ -78,21 +84,21 @@ class Contest(Protocol):
         train: TrainConfig,
         run: RunConfig,
         progress: Progress,
-    ) -> list[Tried]:
+    ) -> list[RateTrial]:
         """Return the held-out loss at the end of a training at each rate, the folder `run.out`."""
 
 
-RunMember = Callable[[Method, TrainConfig, RunConfig, bool, bool, Progress], Trained]
+RunMember = Callable[[Method, TrainConfig, RunConfig, bool, bool, Progress], MemberResult]
 
 
-def try_one_by_one(
+def run_rate_trials(
     run_member: RunMember,
     method: Method,
     rates: tuple[float, ...],
     train: TrainConfig,
     run: RunConfig,
     progress: Progress,
-) -> list[Tried]:
+) -> list[RateTrial]:
     """Train at one rate after the other; of each its metrics are kept, and its loss.
 
     Those that an interrupted call has finished are not repeated.
@@ -101,14 +107,14 @@ def try_one_by_one(
     for number, rate in enumerate(rates, start=1):
         name = f"{method}-{rate:g}"
         folder = run.out / name
-        if not (folder / TRIED_FILE).is_file():
+        if not (folder / RATE_TRIAL_FILE).is_file():
             shutil.rmtree(folder, ignore_errors=True)  # of a try that was killed
             progress.message(f"rate {number} of {len(rates)}: {rate:g}")
             config, own = replace(train, learning_rate=rate), short_run(run, name, train.steps)
             tried = _try(run_member, method, config, own, progress)
-            Run(folder).write_json(TRIED_FILE, asdict(tried))
-        with reading(folder / TRIED_FILE):
-            found.append(Tried(**read_json(folder / TRIED_FILE)))
+            Run(folder).write_json(RATE_TRIAL_FILE, asdict(tried))
+        with reading(folder / RATE_TRIAL_FILE):
+            found.append(RateTrial(**read_json(folder / RATE_TRIAL_FILE)))
     return found
 
 
@@ -122,7 +128,7 @@ def short_run(run: RunConfig, name: str, steps: int) -> RunConfig:
 
 def _try(
     run_member: RunMember, method: Method, train: TrainConfig, run: RunConfig, progress: Progress
-) -> Tried:
+) -> RateTrial:
     rate = train.learning_rate
     assert rate is not None
     folder = run.out / str(run.name)
@@ -133,7 +139,7 @@ def _try(
         loss = None
     finally:
         remove_weights(folder)
-    return Tried(rate, loss)
+    return RateTrial(rate, loss)
 
 
 def remove_weights(folder: Path) -> None:
@@ -142,11 +148,11 @@ def remove_weights(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def base_from(values: dict[str, Any]) -> Base:
+def base_result_from(values: dict[str, Any]) -> BaseResult:
     """Return a base from its JSON values."""
-    return Base(**{**values, "measured": measured_from(values["measured"])})
+    return BaseResult(**{**values, "measured": model_evaluation_from(values["measured"])})
 
 
-def trained_from(values: dict[str, Any]) -> Trained:
+def member_result_from(values: dict[str, Any]) -> MemberResult:
     """Return what a training came to from its JSON values."""
-    return Trained(**{**values, "after": measured_from(values["after"])})
+    return MemberResult(**{**values, "after": model_evaluation_from(values["after"])})
