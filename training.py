@@ -76,6 +76,7 @@ def compare_classic(settings: ClassicSettings) -> CompareResult:
     from lora.compare.factory import FactoryTarget
     from lora.compare.table import print_comparison
     from lora.device import choose_device
+    from lora.report import report_on
     from lora.runs.progress import RichProgress
     from models.char_compare import CharFactory, char_config
 
@@ -85,10 +86,11 @@ def compare_classic(settings: ClassicSettings) -> CompareResult:
         print(line)
     target = FactoryTarget(CharFactory(settings, find_base(settings, choice)))
     done = compare(target, config, RichProgress)
+    page = report_on(done.folder, RichProgress("report").message)
     print_comparison(done.comparison, Console(highlight=False))
     print(f"everything is in {done.folder}")
-    if done.report is not None:
-        print(f"report: {done.report}")
+    if page is not None:
+        print(f"report: {page}")
     return done
 
 

@@ -100,7 +100,6 @@ def char_config(settings: ClassicSettings) -> CompareConfig:
             device=settings.device,
         ),
         rates=LearningRates(_words(settings.compare_rates), _words(settings.compare_full_rates)),
-        report=True,
         default_rates=(tuned[0], tuned[1]),
     )
 

@@ -111,6 +111,7 @@ def compare(
     """
     from lora.compare.decoder_target import DecoderTarget
     from lora.compare.run import compare as run_comparison
+    from lora.report import report_on
     from lora.runs.progress import RichProgress
 
     if resume and (run is None or run.name is None):
@@ -131,17 +132,17 @@ def compare(
         methods=methods,
         same=same,
         resume=resume,
-        report=report,
     )
     done = run_comparison(target, config, RichProgress)  # told on standard error
-    return _report(done, json)
+    page = report_on(done.folder, RichProgress("report").message, with_page=report)
+    return _report(done, page, json)
 
 
-def _report(done: CompareResult, json: bool) -> int:
+def _report(done: CompareResult, page: Path | None, json: bool) -> int:
     if json:
         found = read_json(done.folder / COMPARE_FILE)
-        page = None if done.report is None else str(done.report)
-        print(json_format.dumps({"folder": str(done.folder), "report": page, **found}))
+        report = None if page is None else str(page)
+        print(json_format.dumps({"folder": str(done.folder), "report": report, **found}))
         return 0
     from rich.console import Console
 
@@ -149,6 +150,6 @@ def _report(done: CompareResult, json: bool) -> int:
 
     print_comparison(done.comparison, Console(highlight=False))
     print(f"all of it: {done.folder}")
-    if done.report is not None:
-        print(f"report: {done.report}")
+    if page is not None:
+        print(f"report: {page}")
     return 0

@@ -85,6 +85,7 @@ def finetune(
     from lora.data.inspection_view import print_report
     from lora.finetune.job import FinetuneJob
     from lora.finetune.run import finetune as run_job
+    from lora.report import report_on
     from lora.runs.progress import RichProgress
 
     _check_flags(resume and (run is None or run.name is None), full, lora or from_adapter)
@@ -100,7 +101,6 @@ def finetune(
         from_adapter=from_adapter,
         resume=resume,
         base_dtype=base_dtype,
-        report=report,
         deterministic=deterministic,
     )
     progress = RichProgress("finetune")  # on standard error: the result alone goes to the other
@@ -109,7 +109,8 @@ def finetune(
         progress,
         show_data=lambda report: print_report(report, progress.console, is_compact=True),
     )
-    return _report(done, json)
+    page = report_on(done.folder, progress.message) if report else None
+    return _report(done, page, json)
 
 
 def _check_flags(is_nameless: bool, full: bool, of_lora: object) -> None:
@@ -119,12 +120,12 @@ def _check_flags(is_nameless: bool, full: bool, of_lora: object) -> None:
         raise ConfigError("--full trains all weights: leave out LoRA's flags and --from-adapter.")
 
 
-def _report(done: FinetuneResult, json: bool) -> int:
+def _report(done: FinetuneResult, page: Path | None, json: bool) -> int:
     result = done.result
     if json:
         found = {"folder": str(done.folder), "saved": str(done.saved), **asdict(result)}
         found["memory"] = done.memory.to_dict()
-        found["report"] = None if done.report is None else str(done.report)
+        found["report"] = None if page is None else str(page)
         print(json_format.dumps(found))
         return 0
     print(
@@ -133,6 +134,6 @@ def _report(done: FinetuneResult, json: bool) -> int:
     )
     print(done.memory.describe())
     print(f"saved: {done.saved}")
-    if done.report is not None:
-        print(f"report: {done.report}")
+    if page is not None:
+        print(f"report: {page}")
     return 0

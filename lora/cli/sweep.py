@@ -143,6 +143,7 @@ def sweep(
     """
     from lora.compare.sweep_full import sweep_with_full
     from lora.data.inspection_view import print_report
+    from lora.report import report_on
     from lora.runs.progress import RichProgress
     from lora.sweep.job import SweepJob
     from lora.sweep.progress import RichSweepProgress
@@ -164,7 +165,6 @@ def sweep(
         at_once=at_once,
         halving=halving,
         resume=resume,
-        report=report,
         deterministic=deterministic,
     )
     progress = RichSweepProgress()  # on standard error: the result alone goes to the other
@@ -180,7 +180,8 @@ def sweep(
         )
     else:
         done = run_job(job, progress, show_data=show_data)
-    return _report(done, beside, job.grid.swept(), json)
+    page = report_on(done.folder, progress.message, with_page=report)
+    return _report(done, beside, job.grid.swept(), page, json)
 
 
 def _check_full(full: bool, rate: float | None) -> None:
@@ -192,7 +193,13 @@ def _check_full(full: bool, rate: float | None) -> None:
         raise ConfigError(f"--full-learning-rate {rate}: allowed is a number > 0. Change it.")
 
 
-def _report(done: SweepResult, full: FullResult | None, swept: tuple[str, ...], json: bool) -> int:
+def _report(
+    done: SweepResult,
+    full: FullResult | None,
+    swept: tuple[str, ...],
+    page: Path | None,
+    json: bool,
+) -> int:
     if json:
         found = {"folder": str(done.folder), "best": str(done.best)}
         found_all = {
@@ -200,7 +207,7 @@ def _report(done: SweepResult, full: FullResult | None, swept: tuple[str, ...], 
             "train_s": done.train_s,
             "peak_memory_bytes": done.peak_memory_bytes,
             "full": None if full is None else {**asdict(full), "folder": str(full.folder)},
-            "report": None if done.report is None else str(done.report),
+            "report": None if page is None else str(page),
         }
         print(json_format.dumps({**found, **found_all}))
         return 0
@@ -220,6 +227,6 @@ def _report(done: SweepResult, full: FullResult | None, swept: tuple[str, ...], 
         f"{done.train_s:.0f} s of training, peak memory {done.peak_memory_bytes / 1e9:.2f} GB\n"
         f"best: {done.best}\nall: {done.folder / 'candidates'}"
     )
-    if done.report is not None:
-        print(f"report: {done.report}")
+    if page is not None:
+        print(f"report: {page}")
     return 0

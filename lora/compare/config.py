@@ -69,8 +69,6 @@ class CompareConfig:
     """What the members share: steps, or time (LoRA's, in steps alone)."""
     resume: bool = False
     """Go on with the comparison of this name."""
-    report: bool = False
-    """Write `report.html`, `report.json` and pictures into the comparison's folder at the end."""
     isolated: bool = True
     """A process of its own for each member, so that each has its own peak of memory. False runs
     all of them in this process: quicker to start, and on a CPU the peaks are not their own."""

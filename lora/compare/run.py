@@ -4,8 +4,9 @@
       run.json       what was asked            base.json   what the base does before
       rates/         tries of learning rates: METHOD.json, and the runs
       members/NAME/  an ordinary run's folder each, with member.json when it is done
-      compare.json   all that was found        loss.png, report.html
+      compare.json   all that was found
 
+`lora.report` draws the losses of the members and writes a page from what stands there.
 Each member trains in a process of its own, so that each peak of memory is its own. What is done is
 kept: a comparison that was killed goes on with the member that was under way, from its checkpoint.
 """
@@ -46,7 +47,6 @@ from lora.compare.target import (
 )
 from lora.config import RunConfig
 from lora.errors import CheckpointError, TrainingError
-from lora.report import draw_loss_curves, report_on
 from lora.runs.child_process import run_apart
 from lora.runs.folder import Run, create_run, default_name, read_json, read_rows, reading
 from lora.runs.progress import NoProgress, Progress
@@ -66,8 +66,6 @@ class CompareResult:
 
     folder: Path
     comparison: Comparison
-    report: Path | None = None
-    """The page, if one was asked for and written."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +131,7 @@ def compare(
         for method in config.methods:
             steps = _choose_steps(job, method, rates[method], members)
             members.append(_run_member(job, method, rates[method], steps, base))
-        done = _finish(job, base, members, rates)
-        page = report_on(run.folder, progress_of("report").message) if config.report else None
-        return replace(done, report=page)
+        return _finish(job, base, members, rates)
 
 
 def _measure_base(
@@ -269,11 +265,6 @@ def _finish(
         notes=tuple(dict.fromkeys(notes)),
     )
     comparison.write(run)
-    curves = [
-        (METHOD_NAMES[m.method], read_rows(run.folder / m.folder / "metrics.jsonl"))
-        for m in members
-    ]
-    draw_loss_curves(curves, run.folder / "loss.png", title=f"{base.name}: the same data and order")
     return CompareResult(run.folder, comparison)
 
 

@@ -21,7 +21,6 @@ from lora.data.inspection import DataReport
 from lora.errors import CheckpointError
 from lora.finetune.job import FinetuneJob
 from lora.finetune.run import finetune
-from lora.report import draw_loss_curves, report_on
 from lora.runs.child_process import run_apart
 from lora.runs.folder import Run, read_json, read_rows
 from lora.runs.progress import NoProgress, Progress
@@ -29,7 +28,7 @@ from lora.sweep.grid import SWEPT
 from lora.sweep.job import SweepJob
 from lora.sweep.ledger import Standing
 from lora.sweep.progress import SweepProgress
-from lora.sweep.run import DRAWN, SweepResult, sweep
+from lora.sweep.run import SweepResult, sweep
 
 FULL, FULL_FILE = "full", "full.json"
 NOTHING = "–"
@@ -56,12 +55,12 @@ def sweep_with_full(
     show_data: Callable[[DataReport], None] | None = None,
     full_progress: Progress | None = None,
 ) -> tuple[SweepResult, FullResult]:
-    """Run the sweep, then full fine-tuning at `full_rate` (None: its default), and draw both.
+    """Run the sweep, then full fine-tuning at `full_rate` (None: its default).
 
     A sweep that was run without it can be resumed with it. Raises what `sweep` and `finetune`
     raise, and CheckpointError if the two did not get the same data.
     """
-    done = sweep(replace(job, report=False), progress, show_data=show_data)
+    done = sweep(job, progress, show_data=show_data)
     gc.collect()  # the sweep's base
     run = Run(done.folder)
     path = done.folder / FULL_FILE
@@ -72,10 +71,7 @@ def sweep_with_full(
         _check_same_data(done.folder)
         run.write_json(FULL_FILE, found)
     shutil.rmtree(done.folder / FULL / "checkpoints", ignore_errors=True)
-    full = _read(done.folder)
-    _draw(done, full)
-    page = report_on(done.folder, progress.message) if job.report else None
-    return replace(done, report=page), full
+    return done, _read(done.folder)
 
 
 def _full_job(job: SweepJob, folder: Path, rate: float | None) -> FinetuneJob:
@@ -148,12 +144,3 @@ def _check_same_data(folder: Path) -> None:
 def _read(folder: Path) -> FullResult:
     found = read_json(folder / FULL_FILE)
     return FullResult(folder / FULL, **{**found, "standing": Standing(**found["standing"])})
-
-
-def _draw(done: SweepResult, full: FullResult) -> None:
-    """Write the losses of the best candidates and of full fine-tuning."""
-    shown = done.standings[: DRAWN - 1]
-    folders = [done.folder / "candidates" / s.name for s in shown]
-    curves = [(f.name, read_rows(f / "metrics.jsonl")) for f in (*folders, full.folder)]
-    title = f"the best {len(shown)} of {len(done.standings)} candidates, and full fine-tuning"
-    draw_loss_curves(curves, done.folder / "loss.png", title=title)

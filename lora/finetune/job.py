@@ -41,8 +41,6 @@ class FinetuneJob:
     base_dtype: BaseDtype = "auto"
     """How the frozen linears are kept: auto in the products' type; fp8 in eight bits, with a scale
     for each output."""
-    report: bool = False
-    """Write `report.html`, `report.json` and pictures into the run's folder at the end."""
     deterministic: bool = False
     """Repeat to the bit on a GPU too: torch's deterministic algorithms, and the plain step."""
 
@@ -58,8 +56,6 @@ class FinetuneResult:
     result: TrainResult
     memory: RunMemory
     """What was planned against what was measured."""
-    report: Path | None = None
-    """The page, if one was asked for and could be written."""
 
 
 def check_base_dtype(job: FinetuneJob) -> None:

@@ -36,7 +36,6 @@ from lora.finetune.loop_inputs import find_tensorboard, training_job
 from lora.finetune.memory import RunMemory, describe_plan, plan_run
 from lora.pretrained.hf_weights import load_decoder, save_decoder
 from lora.pretrained.sources import ModelSource, find_model
-from lora.report import report_on
 from lora.runs.folder import (
     Run,
     check_place,
@@ -122,13 +121,11 @@ def _finetune(
         result = train(whole)
         saved = _save(job, model, data.tokenizer, source, run, progress)
         memory = RunMemory(memory_plan, result.peak_memory_bytes)
-        report_page = None
         try:
             run.write_json("result.json", {**asdict(result), "memory": memory.to_dict()})
-            report_page = report_on(run.folder, progress.message) if job.report else None
         except CheckpointError as error:  # the disk is full, and what was learned is saved
             progress.message(str(error))
-        return FinetuneResult(run.folder, saved, result, memory, report_page)
+        return FinetuneResult(run.folder, saved, result, memory)
 
 
 def check_data(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora.errors import CheckpointError
+from lora.report.curves import draw_loss_curves
 from lora.report.figures import (
     Picture,
     comparison_pictures,
@@ -19,9 +20,10 @@ from lora.report.page import Drawn, build_page
 from lora.report.records.collect import read_report
 from lora.report.records.records import Report
 from lora.report.svg import png_of, svg_of
-from lora.runs.folder import atomic_write, disk_error
+from lora.runs.folder import METRICS_FILE, atomic_write, disk_error, read_rows
 
 HTML_FILE, JSON_FILE, PICTURES = "report.html", "report.json", "pictures"
+LOSS_PICTURE, MAX_CURVES = "loss.png", 6
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,45 @@ def write_report(folders: Sequence[Path], out: Path, title: str | None = None) -
     stands. The same folders give the same bytes. Raises CheckpointError, before anything is
     written, with all that is missing or damaged in them.
     """
-    report = read_report(folders, out, title)
+    return _write(read_report(folders, out, title), out)
+
+
+def report_on(
+    directory: Path, on_message: Callable[[str], None], *, with_page: bool = True
+) -> Path | None:
+    """Write a finished job's loss.png and, `with_page`, its report into its own run directory.
+
+    Returns the page, or None. A full or read-only disk is a message, not an error: what the job
+    saved stays as good as it is. A single run has no loss.png: its losses are in the report.
+    """
+    try:
+        report = read_report([directory], directory)
+        draw_losses(report, directory)
+        return _write(report, directory).html if with_page else None
+    except CheckpointError as error:
+        on_message(f"note: no report: {error} lora report {directory} makes it later.")
+        return None
+
+
+def draw_losses(report: Report, directory: Path) -> None:
+    """Write loss.png: the losses of the report's sweep or comparison; none for a single run."""
+    if report.sweeps:
+        candidates = [run for run in report.runs if run.method != "full"]
+        full = [run for run in report.runs if run.method == "full"]
+        shown = candidates[: MAX_CURVES - len(full)]
+        beside = ", and full fine-tuning" if full else ""
+        title = f"the best {len(shown)} of {len(candidates)} candidates{beside}"
+        named = [(Path(run.folder).name, run) for run in (*shown, *full)]
+    elif report.comparisons:
+        title = f"{report.comparisons[0].base}: the same data and order"
+        named = [(run.label, run) for run in report.runs]
+    else:
+        return
+    curves = [(name, read_rows(directory / run.folder / METRICS_FILE)) for name, run in named]
+    draw_loss_curves(curves, directory / LOSS_PICTURE, title=title)
+
+
+def _write(report: Report, out: Path) -> ReportFiles:
     by_section = _pictures(report)
     try:
         (out / PICTURES).mkdir(parents=True, exist_ok=True)
@@ -63,18 +103,6 @@ def write_report(folders: Sequence[Path], out: Path, title: str | None = None) -
     atomic_write(data, f"{text}\n".encode())
     atomic_write(html, page.encode("utf-8", errors="replace"))  # JSON may hold half a surrogate
     return ReportFiles(html, data, tuple(written), report)
-
-
-def report_on(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """Write the report of a run into its own folder, at its end; return the page.
-
-    A disk that refuses is told to `say`: what the run has saved stays as good as it is.
-    """
-    try:
-        return write_report([folder], folder).html
-    except CheckpointError as error:
-        say(f"note: no report: {error} lora report {folder} makes it later.")
-        return None
 
 
 def _pictures(report: Report) -> dict[str, list[Picture]]:

@@ -39,8 +39,6 @@ class SweepJob:
     """Of it: out, name, device, fast, and the intervals of evaluations and saves."""
     at_once: int | None = None
     """Candidates that train together; None: as many as fit into memory."""
-    report: bool = False
-    """Write `report.html`, `report.json` and pictures into the sweep's folder at the end."""
     halving: bool = False
     """Stop the worse half at a quarter and at half of the steps."""
     resume: bool = False

@@ -4,8 +4,8 @@
       run.json      what was asked          sweep.json   what became of each candidate
       candidates/   by name: run.json, metrics.jsonl, adapter/
       best/         the adapter with the lowest held-out loss
-      loss.png      the losses of all candidates
-      report.html   all of it to look at, if it was asked for; report.json, pictures/
+
+`lora.report` draws the losses of the candidates and writes a page from what stands there.
 
 Each candidate ends where `lora finetune` would bring it with the same settings, data and seed,
 within floating-point noise.
@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,10 @@ from lora.errors import (
 )
 from lora.pretrained.hf_weights import load_decoder
 from lora.pretrained.sources import ModelSource, find_model
-from lora.report import draw_loss_curves, report_on
 from lora.runs.folder import (
-    Run,
     check_place,
     create_run,
     default_name,
-    read_rows,
     reading,
 )
 from lora.runs.interrupts import StopRequests
@@ -71,8 +68,6 @@ from lora.sweep.wave import (
 from lora.training.out_of_memory import LOADING_ADVICE, explained
 
 BEST = "best"
-DRAWN = 6
-"""Candidates in the picture."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +81,6 @@ class SweepResult:
     train_s: float
     """Seconds this process spent in steps."""
     peak_memory_bytes: int
-    report: Path | None = None
-    """The page, if one was asked for and could be written."""
 
 
 def sweep(
@@ -136,9 +129,7 @@ def sweep(
             progress.message(run.note)
         base = build_base(job, model, data, choice, run, progress, room)
         ledger = open_ledger(job, base, candidates, at_once, former)
-        done = _run_all(base, ledger, candidates, data, source, job.grid.swept())
-        page = report_on(run.folder, progress.message) if job.report else None
-        return replace(done, report=page)
+        return _run_all(base, ledger, candidates, data, source, job.grid.swept())
 
 
 def _run_all(
@@ -260,17 +251,7 @@ def _finish(
     )
     shown = {"best": best.name, "eval_loss": best.eval_loss}
     run.write_json("result.json", {**shown, "train_s": train_s})
-    _draw(run, [by_name[standing.name] for standing in result.standings])
     return result
-
-
-def _draw(run: Run, ranked: list[Candidate]) -> None:
-    """Write the losses of the best candidates, as many as a picture shows apart."""
-    shown = ranked[:DRAWN]
-    rows = [read_rows(candidate_run(run, c).folder / "metrics.jsonl") for c in shown]
-    names = [candidate.name for candidate in shown]
-    title = f"the best {len(shown)} of {len(ranked)} candidates"
-    draw_loss_curves(list(zip(names, rows, strict=True)), run.folder / "loss.png", title=title)
 
 
 def _say_interrupted(base: SweepBase, wave: Wave, stop: StopRequests) -> str:
