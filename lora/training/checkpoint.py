@@ -37,7 +37,9 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `step` into `folder`; remove all but the `keep` newest and the best.
 
-    Raises CheckpointError if the disk refuses; older checkpoints are then untouched.
+    Later ones go too: a run that saves an earlier step was resumed from before them, because they
+    are damaged, and they must not take the place of the newest. Raises CheckpointError if the disk
+    refuses; older checkpoints are then untouched.
     """
     final = folder / _name(step)
     building = folder / f".{final.name}.building"
@@ -61,16 +63,19 @@ def save_checkpoint(
         raise CheckpointError(
             f"The checkpoint of step {step} was not saved, earlier ones are untouched: {cause}"
         ) from error
-    for old in list_checkpoints(folder)[:-keep]:
-        if best_step is None or old.name != _name(best_step):
-            shutil.rmtree(old, ignore_errors=True)
+    until_here = [path for path in list_checkpoints(folder) if _age(path) <= _age(final)]
+    kept = {path.name for path in until_here[-keep:]}
+    kept |= set() if best_step is None else {_name(best_step)}
+    for path in list_checkpoints(folder):
+        if path.name not in kept:
+            shutil.rmtree(path, ignore_errors=True)
     return final
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints in `folder`, oldest first."""
     whole = (p for p in folder.glob("step-*") if (p / MANIFEST_FILE).is_file())
-    return sorted(whole, key=lambda p: (len(p.name), p.name))  # step-1000000 is one digit longer
+    return sorted(whole, key=_age)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -166,6 +171,10 @@ def restore_training_tensors(
 
 def _name(step: int) -> str:
     return f"step-{step:06d}"
+
+
+def _age(path: Path) -> tuple[int, str]:
+    return len(path.name), path.name  # step-1000000 is one digit longer than step-999999
 
 
 def _sync_folder(folder: Path) -> None:

@@ -95,7 +95,7 @@ class Position:
     stopped_early: bool = False
     skipped_steps: int = 0
     best_step: int | None = None
-    """The step of the best evaluation, if it was saved."""
+    """The step of the best evaluation whose checkpoint is on the disk; None: the start is best."""
     recent_losses: list[float] = field(default_factory=list)
     """Of the last steps, for spikes."""
     saved_step: int | None = None
@@ -104,11 +104,16 @@ class Position:
     """Clock when the last step was noted, or steps began again."""
 
 
-def save_position(job: TrainingJob, optimizer: torch.optim.Optimizer, at: Position) -> None:
-    """Save the run's state; if the disk refuses, say so: the next save is another try."""
-    if at.eval_loss == at.best_eval_loss and at.evals_since_best == 0:
-        at.best_step = at.step
+def save_position(
+    job: TrainingJob, optimizer: torch.optim.Optimizer, at: Position, *, is_best: bool = False
+) -> None:
+    """Save the run's state; if the disk refuses, report it: the next save is another try.
+
+    `is_best`: the evaluation of this very step is the best so far, so its checkpoint is kept.
+    """
+    best_step = at.step if is_best else at.best_step
     position = {k: v for k, v in vars(at).items() if k not in ("marked_s", "saved_step")}
+    position["best_step"] = best_step
     state = {"position": position, "stream": job.stream.state_dict()}
     try:
         job.run.sync()
@@ -118,15 +123,15 @@ def save_position(job: TrainingJob, optimizer: torch.optim.Optimizer, at: Positi
             training_tensors(job.model, optimizer),
             state,
             keep=job.run_config.keep_checkpoints,
-            best_step=at.best_step,
+            best_step=best_step,
         )
     except CheckpointError as error:
         newest = "none" if at.saved_step is None else f"step {at.saved_step}"
         job.progress.message(
             f"{error} The newest checkpoint is {newest}; the next save tries again."
         )
-        return
-    at.saved_step = at.step
+        return  # and the best checkpoint that is on the disk stays the best one
+    at.saved_step, at.best_step = at.step, best_step
 
 
 def resume_position(job: TrainingJob, optimizer: torch.optim.Optimizer) -> Position:

@@ -96,10 +96,10 @@ def _loop(
         evaluates = number % eval_every == 0 or number == job.train_config.steps
         saves = number % save_every == 0 or number == job.train_config.steps
         _one_step(job, steps, at, wait=evaluates or saves)
-        if evaluates:
-            _evaluate_and_note(job, at)
-        if saves or at.stopped_early:
-            save_position(job, optimizer, at)
+        is_best = evaluates and _evaluate_and_note(job, at)
+        # The best is saved when it is found: the next regular save would be of other weights.
+        if saves or is_best or at.stopped_early:
+            save_position(job, optimizer, at, is_best=is_best)
             tried_step = at.step
         if evaluates or saves:
             at.marked_s = time.perf_counter()
@@ -186,11 +186,12 @@ def _skip(job: TrainingJob, at: Position, done: StepDone) -> None:
     job.progress.message(f"{message} Left out: {at.skipped_steps} of at most {most}.")
 
 
-def _evaluate_and_note(job: TrainingJob, at: Position) -> None:
+def _evaluate_and_note(job: TrainingJob, at: Position) -> bool:
+    """Return whether this evaluation is the best of the run so far."""
     batches = iter(job.eval_batches())
     first = next(batches, None)
     if first is None:  # nothing is held out
-        return
+        return False
     every = itertools.chain((first,), batches)
     at.eval_loss = evaluate(job.model, every, job.loss_fn, job.choice.autocast)
     if not math.isfinite(at.eval_loss):
@@ -201,7 +202,7 @@ def _evaluate_and_note(job: TrainingJob, at: Position) -> None:
         )
         at.eval_loss = math.nan
         job.on_eval(at.step)
-        return
+        return False
     job.run.append_metrics({"step": at.step, "eval_loss": at.eval_loss})
     job.progress.message(f"step {at.step}: held-out loss {at.eval_loss:.4f}")
     better = at.eval_loss < at.best_eval_loss
@@ -214,6 +215,7 @@ def _evaluate_and_note(job: TrainingJob, at: Position) -> None:
             f"no better loss in {patience} evaluations: stopping at step {at.step}"
         )
     job.on_eval(at.step)
+    return better
 
 
 def _intervals(job: TrainingJob) -> tuple[int, int]:

@@ -152,6 +152,18 @@ def test_a_save_that_was_killed_halfway_is_ignored_and_cleared_away(tmp_path: Pa
     assert not (tmp_path / ".step-000002.building").exists()
 
 
+def test_a_run_resumed_before_a_damaged_one_does_not_lose_its_next_save_to_it(
+    tmp_path: Path,
+) -> None:
+    for step in (1, 3):
+        save_checkpoint(tmp_path, step, TENSORS, {}, keep=2)
+    (tmp_path / "step-000003" / "tensors.safetensors").write_bytes(b"")
+    assert load_newest(tmp_path, lambda text: None)[1]["step"] == 1
+    save_checkpoint(tmp_path, 2, TENSORS, {}, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002"]
+    assert load_newest(tmp_path, print)[1]["step"] == 2
+
+
 def test_a_million_steps_are_newer_than_fewer(tmp_path: Path) -> None:
     for step in (999_998, 999_999, 1_000_000):
         save_checkpoint(tmp_path, step, TENSORS, {}, keep=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,9 @@ from lora.adapters.apply import lora_layers
 from lora.config import RunConfig, TrainConfig
 from lora.data.sequences.blocks import BlockStream, ordered_blocks
 from lora.device import choose_device
-from lora.errors import TrainingError
+from lora.errors import CheckpointError, TrainingError
 from lora.runs.folder import create_run
+from lora.training.checkpoint import list_checkpoints, save_checkpoint
 from lora.training.trainer import TrainingJob, TrainResult, evaluate, train, train_step
 from models.bigram_lm_v2 import BigramLanguageModel, bigram_loss
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
@@ -150,6 +152,101 @@ def test_a_resumed_run_ends_as_if_it_had_not_stopped(tmp_path: Path, kind: str) 
     for (name, a), b in zip(whole.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(a, b), name
     assert (parts / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+
+
+def train_with_losses(
+    folder: Path,
+    losses: dict[int, float],
+    run_config: RunConfig,
+    *,
+    stop_at: int | None = None,
+    resume: bool = False,
+) -> list[str]:
+    """Train 100 steps whose evaluation after step n is losses[n]; return the checkpoints' names."""
+    stream = BlockStream(torch.arange(20).repeat(9), 8, 2, seed=1, device=CPU)
+
+    def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        if model.training:
+            return bigram_loss(model, batch)
+        return torch.tensor([losses.get(stream.state_dict()["row"] // 2, 9.0)]), torch.tensor([1])
+
+    def stop(step: int) -> None:
+        if step == stop_at:
+            raise Stopped
+
+    with create_run(folder, "run", resume=resume) as run:
+        job = TrainingJob(
+            model=char_model("lora"),
+            loss_fn=loss_fn,
+            stream=stream,
+            eval_batches=lambda: ordered_blocks(torch.arange(20), 8, 2, 1, CPU),
+            train_config=TrainConfig(steps=100, batch_size=2),
+            learning_rate=1e-3,
+            run_config=run_config,
+            run=run,
+            choice=choose_device("cpu"),
+            on_eval=stop,
+            resume=resume,
+        )
+        with contextlib.suppress(Stopped):
+            train(job)
+    return [path.name for path in list_checkpoints(folder / "run" / "checkpoints")]
+
+
+@pytest.mark.parametrize(
+    ("save_every", "eval_every", "losses", "kept"),
+    [
+        (10, 30, {0: 5.0, 30: 1.0, 60: 2.0}, (30, 90, 100)),  # saved more often than evaluated
+        (10, 30, {0: 5.0, 30: 2.0, 60: 1.0}, (60, 90, 100)),
+        (50, 10, {0: 5.0, 20: 2.0, 30: 1.0}, (30, 50, 100)),  # less often
+        (20, 30, {0: 5.0, 30: 1.0}, (30, 80, 100)),  # seldom on the same steps
+        (20, 30, {0: 5.0, 30: 2.0, 90: 1.0}, (90, 100)),
+        (10, 30, {0: 5.0, 100: 1.0}, (90, 100)),  # the last is the best
+        (10, 30, {0: 1.0}, (90, 100)),  # nothing is better than the start, which is not saved
+        (10, 30, {0: 5.0, 30: 1.0, 60: math.nan}, (30, 90, 100)),
+    ],
+)
+def test_the_best_checkpoint_is_the_one_that_was_evaluated(
+    tmp_path: Path,
+    save_every: int,
+    eval_every: int,
+    losses: dict[int, float],
+    kept: tuple[int, ...],
+) -> None:
+    every = {"save_every_steps": save_every, "eval_every_steps": eval_every}
+    run_config = RunConfig(**every, keep_checkpoints=2)
+    names = train_with_losses(tmp_path, losses, run_config)
+    assert names == [f"step-{step:06d}" for step in kept]
+
+
+@pytest.mark.parametrize("stop_at", [30, 60, 90])
+@pytest.mark.parametrize("save_every", [10, 20, 50])
+def test_the_best_checkpoint_outlives_a_resume(
+    tmp_path: Path, save_every: int, stop_at: int
+) -> None:
+    losses = {0: 5.0, 30: 1.0, 60: 2.0}
+    run_config = RunConfig(save_every_steps=save_every, eval_every_steps=30, keep_checkpoints=2)
+    whole = train_with_losses(tmp_path / "whole", losses, run_config)
+    train_with_losses(tmp_path / "parts", losses, run_config, stop_at=stop_at)
+    parts = train_with_losses(tmp_path / "parts", losses, run_config, resume=True)
+    assert "step-000030" in parts
+    assert parts == whole
+    metrics = [(tmp_path / n / "run" / "metrics.jsonl").read_bytes() for n in ("whole", "parts")]
+    assert metrics[0] == metrics[1]
+
+
+def test_the_best_stays_on_the_disk_when_a_better_one_cannot_be_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path, step: int, *arguments: object, **options: object) -> Path:
+        if step == 60:
+            raise CheckpointError("No space left on device.")
+        return save_checkpoint(folder, step, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("lora.training.job.save_checkpoint", refuse)
+    run_config = RunConfig(save_every_steps=10, eval_every_steps=30, keep_checkpoints=2)
+    names = train_with_losses(tmp_path, {0: 5.0, 30: 2.0, 60: 1.0}, run_config)
+    assert names == ["step-000030", "step-000090", "step-000100"]
 
 
 def test_lora_training_leaves_every_frozen_tensor_as_it_was(tmp_path: Path) -> None:
