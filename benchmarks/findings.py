@@ -336,9 +336,9 @@ def swept(task: Task, name: str, grid: Grid) -> Iterator[Row]:
         data_config=DATA,
         run=short_run(task.run(name), name, train.steps),
     )
-    for standing in sweep(job).standings:
-        kept = {key: standing.settings[key] for key in ("rank", "learning_rate", "seed")}
-        yield {**kept, "eval_loss": standing.eval_loss if standing.status == "done" else None}
+    for candidate in sweep(job).candidates:
+        kept = {key: candidate.settings[key] for key in ("rank", "learning_rate", "seed")}
+        yield {**kept, "eval_loss": candidate.eval_loss if candidate.status == "done" else None}
 
 
 def char_base(task: Task, data_path: str) -> tuple[ClassicSettings, Path]:

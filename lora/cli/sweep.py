@@ -203,7 +203,7 @@ def _report(
     if json:
         found = {"folder": str(done.folder), "best": str(done.best)}
         found_all = {
-            "candidates": [asdict(standing) for standing in done.standings],
+            "candidates": [asdict(state) for state in done.candidates],
             "train_s": done.train_s,
             "peak_memory_bytes": done.peak_memory_bytes,
             "full": None if full is None else {**asdict(full), "folder": str(full.folder)},
@@ -213,11 +213,11 @@ def _report(
         return 0
     from rich.console import Console
 
-    from lora.sweep.progress import standings_table
+    from lora.sweep.progress import candidates_table
 
     names = tuple(dict.fromkeys((*swept, "rank", "learning_rate"))) if full else swept
-    standings = done.standings if full is None else [*done.standings, full.standing]
-    Console(highlight=False).print(standings_table(standings, names))
+    states = done.candidates if full is None else [*done.candidates, full.standing]
+    Console(highlight=False).print(candidates_table(states, names))
     if full is not None:
         print(
             f"full fine-tuning: {full.train_s:.0f} s of training, peak memory "

@@ -44,7 +44,7 @@ from lora.pretrained.sources import find_model
 from lora.runs.progress import NoProgress, Progress
 from lora.sweep.grid import Grid
 from lora.sweep.job import SweepJob
-from lora.sweep.ledger import Standing, rank
+from lora.sweep.ledger import CandidateState, rank
 from lora.sweep.run import sweep
 from lora.training.losses import loss_for
 from lora.training.plain_step import evaluate
@@ -148,8 +148,8 @@ def run_stacked_rate_trials(
         run=short_run(run, name, train.steps),
         resume=resume,
     )
-    standings = sweep(job, _SweepProgressBridge(progress, train.steps)).standings
-    losses = {s.settings["learning_rate"]: s.eval_loss for s in standings if s.status == "done"}
+    states = sweep(job, _SweepProgressBridge(progress, train.steps)).candidates
+    losses = {s.settings["learning_rate"]: s.eval_loss for s in states if s.status == "done"}
     return [RateTrial(rate, losses.get(rate)) for rate in rates]
 
 
@@ -312,13 +312,13 @@ class _SweepProgressBridge:
     def start(self, names: Sequence[str]) -> None:
         self._progress.start(self._steps, 0)
 
-    def step(self, title: str, standings: Sequence[Standing]) -> None:
-        going = [s for s in standings if s.status == "training" and s.loss is not None]
+    def step(self, title: str, states: Sequence[CandidateState]) -> None:
+        going = [s for s in states if s.status == "training" and s.loss is not None]
         least = min((s.loss for s in going if s.loss is not None), default=0.0)
         self._progress.step(max((s.step for s in going), default=0), least, 0.0, 0)
 
-    def evaluated(self, title: str, standings: Sequence[Standing]) -> None:
-        leader = rank(standings)[0]
+    def evaluated(self, title: str, states: Sequence[CandidateState]) -> None:
+        leader = rank(states)[0]
         if leader.eval_loss is not None:
             loss = f"held-out loss {leader.eval_loss:.4f}"
             self._progress.message(f"best so far: {leader.name}, {loss}")

@@ -26,7 +26,7 @@ from lora.runs.folder import Run, read_json, read_rows
 from lora.runs.progress import NoProgress, Progress
 from lora.sweep.grid import SWEPT
 from lora.sweep.job import SweepJob
-from lora.sweep.ledger import Standing
+from lora.sweep.ledger import CandidateState
 from lora.sweep.progress import SweepProgress
 from lora.sweep.run import SweepResult, sweep
 
@@ -40,7 +40,7 @@ class FullResult:
     """How full fine-tuning ended."""
 
     folder: Path
-    standing: Standing
+    standing: CandidateState
     """As a candidate's, so that it stands in the same table."""
     train_s: float
     peak_memory_bytes: int
@@ -105,7 +105,7 @@ def _train(job: FinetuneJob, progress: Progress) -> dict[str, Any]:
     losses = [row["loss"] for row in rows if "loss" in row]
     held_out = [(row["eval_loss"], row["step"]) for row in rows if "eval_loss" in row]
     best_loss, best_step = min(held_out)
-    standing = Standing(
+    standing = CandidateState(
         name=FULL,
         settings={
             **dict.fromkeys(SWEPT, NOTHING),
@@ -143,4 +143,4 @@ def _check_same_data(folder: Path) -> None:
 
 def _read(folder: Path) -> FullResult:
     found = read_json(folder / FULL_FILE)
-    return FullResult(folder / FULL, **{**found, "standing": Standing(**found["standing"])})
+    return FullResult(folder / FULL, **{**found, "standing": CandidateState(**found["standing"])})

@@ -20,7 +20,7 @@ from lora.fast.memory.plan import Setting, evaluation_bytes, plan_memory
 from lora.stacked.apply import apply_stacked
 from lora.sweep.grid import Candidate
 
-SPARED = 0.1
+RESERVED_FRACTION = 0.1
 """Share of the free memory that is not planned with."""
 STATE_COPIES = 3
 """Of what trains, beside values, gradients and moments: a stack's gradients are gathered into one
@@ -28,7 +28,7 @@ buffer, its update is made beside it, and checkpoints are copied before they are
 
 
 @dataclass(frozen=True)
-class Room:
+class StackMemory:
     """Memory of a stack of candidates, in bytes."""
 
     shared_bytes: int
@@ -43,8 +43,8 @@ class Room:
         """How many candidates fit at once; None where it cannot be known."""
         if self.free_bytes is None:
             return None
-        room = (1 - SPARED) * self.free_bytes - self.shared_bytes
-        return max(0, int(room // max(1, self.each_bytes)))
+        usable_bytes = (1 - RESERVED_FRACTION) * self.free_bytes - self.shared_bytes
+        return max(0, int(usable_bytes // max(1, self.each_bytes)))
 
     def describe(self) -> str:
         """Return it in words."""
@@ -57,7 +57,7 @@ class Room:
         )
 
 
-def find_room(
+def plan_stack_memory(
     model: Decoder,
     candidates: Sequence[Candidate],
     rows: int,
@@ -67,7 +67,7 @@ def find_room(
     learned_fraction: float,
     choice: DeviceChoice,
     fast: bool = True,
-) -> Room:
+) -> StackMemory:
     """Return what a stack of these candidates takes, planned for the one with the largest rank.
 
     `model` is loaded already; `rows` (B) and `tokens` (T) are of one candidate's micro-batch.
@@ -90,8 +90,8 @@ def find_room(
     if choice.device.type == "cuda":
         held = torch.cuda.memory_allocated(choice.device)
         free = torch.cuda.mem_get_info(choice.device)[0] + held
-        return Room(max(held, shared), each, free)
-    return Room(resident_bytes(), each, available_bytes("cpu"))
+        return StackMemory(max(held, shared), each, free)
+    return StackMemory(resident_bytes(), each, available_bytes("cpu"))
 
 
 def _why_not_fast(

@@ -24,7 +24,7 @@ Status = Literal["waiting", "training", "stopped", "failed", "done"]
 
 
 @dataclass
-class Standing:
+class CandidateState:
     """One candidate: how far it is and how well it does."""
 
     name: str
@@ -63,7 +63,7 @@ class Standing:
 class Ledger:
     """All candidates of a sweep."""
 
-    standings: list[Standing]
+    states: list[CandidateState]
     rungs: tuple[int, ...]
     """Steps; the last is the sweep's."""
     at_once: int
@@ -78,10 +78,10 @@ class Ledger:
         A rung that all have reached is judged on the way: see `halve`.
         """
         for rung in self.rungs:
-            left = [n for n, s in enumerate(self.standings) if s.is_alive and s.step < rung]
+            left = [n for n, s in enumerate(self.states) if s.is_alive and s.step < rung]
             if left:  # a wave that was split left some half-way: those that stand alike go on
-                step = self.standings[left[0]].step
-                alike = [n for n in left if self.standings[n].step == step]
+                step = self.states[left[0]].step
+                alike = [n for n in left if self.states[n].step == step]
                 return alike[: self.at_once], rung
             if rung != self.rungs[-1]:
                 self.halve(rung)
@@ -89,28 +89,28 @@ class Ledger:
 
     def halve(self, rung: int) -> None:
         """Stop the worse half of those that stand at `rung`; the better half, rounded up, stays."""
-        reached = [s for s in self.standings if s.is_alive and s.step == rung]
+        reached = [s for s in self.states if s.is_alive and s.step == rung]
         ranked = sorted(reached, key=_order)
         keep = math.ceil(len(ranked) / 2)
-        passed = [s for s in self.standings if s.is_alive and s.step > rung]
-        if passed or any(s.reason.startswith(_stopped_at(rung)) for s in self.standings):
+        passed = [s for s in self.states if s.is_alive and s.step > rung]
+        if passed or any(s.reason.startswith(_stopped_at(rung)) for s in self.states):
             return  # was judged before
-        for place, standing in enumerate(ranked[keep:], start=keep + 1):
-            standing.status = "stopped"
-            standing.reason = f"{_stopped_at(rung)}: place {place} of {len(ranked)}"
+        for place, state in enumerate(ranked[keep:], start=keep + 1):
+            state.status = "stopped"
+            state.reason = f"{_stopped_at(rung)}: place {place} of {len(ranked)}"
 
-    def ranked(self) -> list[Standing]:
+    def ranked(self) -> list[CandidateState]:
         """Return all, the best first: see `rank`."""
-        return rank(self.standings)
+        return rank(self.states)
 
-    def best(self) -> Standing | None:
+    def best(self) -> CandidateState | None:
         """Return the finished candidate with the lowest held-out loss at the end."""
-        done = [s for s in self.standings if s.status == "done"]
+        done = [s for s in self.states if s.status == "done"]
         return min(done, key=_order, default=None)
 
     def write(self, run: Run) -> None:
         """Write `sweep.json`, whole or not at all."""
-        run.write_json(LEDGER_FILE, {**vars(self), "standings": [vars(s) for s in self.standings]})
+        run.write_json(LEDGER_FILE, {**vars(self), "states": [vars(s) for s in self.states]})
 
 
 def read_ledger(values: dict[str, Any], names: Sequence[str]) -> Ledger:
@@ -118,15 +118,15 @@ def read_ledger(values: dict[str, Any], names: Sequence[str]) -> Ledger:
 
     Raises ValueError, LookupError or TypeError if it is no such ledger.
     """
-    standings = [Standing(**s) for s in values["standings"]]
-    ledger = Ledger(**{**values, "standings": standings, "rungs": tuple(values["rungs"])})
-    if [standing.name for standing in standings] != list(names):
+    states = [CandidateState(**s) for s in values["states"]]
+    ledger = Ledger(**{**values, "states": states, "rungs": tuple(values["rungs"])})
+    if [state.name for state in states] != list(names):
         raise ValueError("it lists other candidates")
     numbers = [*ledger.rungs, ledger.at_once, ledger.steps_taken]
-    numbers += [number for s in standings for number in (s.step, s.row)]
+    numbers += [number for s in states for number in (s.step, s.row)]
     if not all(type(number) is int and number >= 0 for number in numbers) or not ledger.at_once:
         raise ValueError("its numbers are none of steps")
-    if {standing.status for standing in standings} - set(get_args(Status)):
+    if {state.status for state in states} - set(get_args(Status)):
         raise ValueError(f"a candidate's status is none of {', '.join(get_args(Status))}")
     return ledger
 
@@ -137,33 +137,33 @@ def find_rungs(steps: int, *, halving: bool) -> tuple[int, ...]:
     return (*sorted(point for point in points if 0 < point < steps), steps)
 
 
-def rank(standings: Iterable[Standing]) -> list[Standing]:
+def rank(states: Iterable[CandidateState]) -> list[CandidateState]:
     """Return them the best first: by progress through the sweep, then by held-out loss.
 
     Those that failed come last, those that were stopped before them.
     """
     places: dict[Status, int] = {"done": 0, "training": 0, "waiting": 1, "stopped": 2, "failed": 3}
-    return sorted(standings, key=lambda s: (places[s.status], -_rung_of(s), *_order(s)))
+    return sorted(states, key=lambda s: (places[s.status], -_rung_of(s), *_order(s)))
 
 
-def _rung_of(standing: Standing) -> int:
-    return standing.step if standing.status == "stopped" else 0
+def _rung_of(state: CandidateState) -> int:
+    return state.step if state.status == "stopped" else 0
 
 
-def _order(standing: Standing) -> tuple[float, str]:
-    loss = standing.eval_loss
-    return (math.inf if loss is None or math.isnan(loss) else loss, standing.name)
+def _order(state: CandidateState) -> tuple[float, str]:
+    loss = state.eval_loss
+    return (math.inf if loss is None or math.isnan(loss) else loss, state.name)
 
 
 def _stopped_at(rung: int) -> str:
     return f"halving at step {rung}"
 
 
-def losses_text(standing: Standing) -> Sequence[str]:
+def format_losses(state: CandidateState) -> Sequence[str]:
     """Return training, held-out and best held-out loss (and its step) as they are shown."""
-    at = "" if standing.best_step is None else f" ({standing.best_step})"
-    best = _loss(standing.best_eval_loss) + at
-    return _loss(standing.loss), _loss(standing.eval_loss), best
+    at = "" if state.best_step is None else f" ({state.best_step})"
+    best = _loss(state.best_eval_loss) + at
+    return _loss(state.loss), _loss(state.eval_loss), best
 
 
 def _loss(value: float | None) -> str:

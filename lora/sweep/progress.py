@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from lora.sweep.grid import SHORT_NAMES, short_number
-from lora.sweep.ledger import Standing, losses_text, rank
+from lora.sweep.ledger import CandidateState, format_losses, rank
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,10 +23,10 @@ class SweepProgress(Protocol):
     def start(self, names: Sequence[str]) -> None:
         """A sweep begins; `names` are those of the settings that differ."""
 
-    def step(self, title: str, standings: Sequence[Standing]) -> None:
+    def step(self, title: str, states: Sequence[CandidateState]) -> None:
         """The candidates that train have taken a step."""
 
-    def evaluated(self, title: str, standings: Sequence[Standing]) -> None:
+    def evaluated(self, title: str, states: Sequence[CandidateState]) -> None:
         """The candidates that train were measured."""
 
     def message(self, message: str) -> None:
@@ -42,10 +42,10 @@ class NoSweepProgress:
     def start(self, names: Sequence[str]) -> None:
         pass
 
-    def step(self, title: str, standings: Sequence[Standing]) -> None:
+    def step(self, title: str, states: Sequence[CandidateState]) -> None:
         pass
 
-    def evaluated(self, title: str, standings: Sequence[Standing]) -> None:
+    def evaluated(self, title: str, states: Sequence[CandidateState]) -> None:
         pass
 
     def message(self, message: str) -> None:
@@ -76,21 +76,21 @@ class RichSweepProgress:
         if self.console.is_terminal:
             self._live.start()
 
-    def step(self, title: str, standings: Sequence[Standing]) -> None:
+    def step(self, title: str, states: Sequence[CandidateState]) -> None:
         every_s = 0.2 if self.console.is_terminal else _LINE_EVERY_S
         if time.monotonic() - self._last_s < every_s:
             return
         self._last_s = time.monotonic()
         if self.console.is_terminal:
-            self._show(title, standings)
+            self._show(title, states)
         else:
             self.console.print(f"sweep · {title}", markup=False)
 
-    def evaluated(self, title: str, standings: Sequence[Standing]) -> None:
+    def evaluated(self, title: str, states: Sequence[CandidateState]) -> None:
         if self.console.is_terminal:
-            self._show(title, standings)
+            self._show(title, states)
             return
-        leader = rank(standings)[0]
+        leader = rank(states)[0]
         if leader.eval_loss is not None:
             best = f"best: {leader.name}, held-out loss {leader.eval_loss:.4f}"
             self.console.print(f"sweep · {title} · {best}", markup=False)
@@ -101,15 +101,15 @@ class RichSweepProgress:
     def stop(self) -> None:
         self._live.stop()
 
-    def _show(self, title: str, standings: Sequence[Standing]) -> None:
+    def _show(self, title: str, states: Sequence[CandidateState]) -> None:
         height = self.console.height or _ROWS_WHERE_NO_HEIGHT_IS_KNOWN
-        table = standings_table(standings, self._names, most=max(3, height - 6))
+        table = candidates_table(states, self._names, most=max(3, height - 6))
         table.caption = title
         self._live.update(table, refresh=True)
 
 
-def standings_table(
-    standings: Sequence[Standing], names: Sequence[str], most: int | None = None
+def candidates_table(
+    states: Sequence[CandidateState], names: Sequence[str], most: int | None = None
 ) -> Table:
     """Return a table of candidates, the best first; `names` are the settings to show."""
     from rich.table import Table
@@ -121,11 +121,11 @@ def standings_table(
     for title in ("step", "loss", "held-out", "best (step)"):
         table.add_column(title, justify="right")
     table.add_column("status", overflow="ellipsis", no_wrap=True)
-    ranked = rank(standings)
-    for place, standing in enumerate(ranked[:most], start=1):
-        values = [shown(standing.settings[name]) for name in names]
-        row = [str(place), *values, str(standing.step), *losses_text(standing)]
-        table.add_row(*row, status_text(standing), style=_STYLES.get(standing.status, ""))
+    ranked = rank(states)
+    for place, state in enumerate(ranked[:most], start=1):
+        values = [shown(state.settings[name]) for name in names]
+        row = [str(place), *values, str(state.step), *format_losses(state)]
+        table.add_row(*row, format_status(state), style=_STYLES.get(state.status, ""))
     if most is not None and len(ranked) > most:
         table.add_row("…", *[""] * (len(names) + 4), f"{len(ranked) - most} more")
     return table
@@ -136,9 +136,9 @@ def shown(value: object) -> str:
     return short_number(value) if isinstance(value, float) else str(value)
 
 
-def status_text(standing: Standing) -> str:
+def format_status(state: CandidateState) -> str:
     """Return the status, with its reason where there is one."""
-    return f"{standing.status}: {standing.reason}" if standing.reason else standing.status
+    return f"{state.status}: {state.reason}" if state.reason else state.status
 
 
 _STYLES = {"training": "bold", "waiting": "dim", "stopped": "dim", "failed": "red"}

@@ -47,14 +47,14 @@ from lora.runs.interrupts import StopRequests
 from lora.stacked.apply import single_adapter
 from lora.sweep.grid import Candidate, build_candidates
 from lora.sweep.job import SweepJob, check_job, check_same_sweep, describe_job
-from lora.sweep.ledger import Ledger, Standing
+from lora.sweep.ledger import CandidateState, Ledger
 from lora.sweep.progress import NoSweepProgress, SweepProgress
 from lora.sweep.setup import (
     build_base,
-    choose_at_once,
+    choose_stack_size,
     open_ledger,
     prepare_sweep,
-    read_former,
+    read_saved_ledger,
 )
 from lora.sweep.wave import (
     State,
@@ -77,7 +77,7 @@ class SweepResult:
     folder: Path
     best: Path
     """The best candidate's adapter."""
-    standings: list[Standing]
+    candidates: list[CandidateState]
     train_s: float
     """Seconds this process spent in steps."""
     peak_memory_bytes: int
@@ -109,8 +109,8 @@ def sweep(
     with explained(lambda: f"while the weights were loaded. {LOADING_ADVICE}"):
         model = load_decoder(source.folder, dtype=choice.compute_dtype, device=choice.device)
     model.requires_grad_(False)
-    former = read_former(job, candidates)
-    at_once, room = choose_at_once(job, model, candidates, data, choice, progress, former)
+    saved = read_saved_ledger(job, candidates)
+    at_once, memory_plan = choose_stack_size(job, model, candidates, data, choice, progress, saved)
     described = describe_job(job, source, data, choice, at_once)
     described["base_fingerprint"] = base_fingerprint(model)
     described["base_parameters"] = sum(p.numel() for p in model.parameters())
@@ -127,8 +127,8 @@ def sweep(
         run.on_trouble = progress.message
         if run.note:
             progress.message(run.note)
-        base = build_base(job, model, data, choice, run, progress, room)
-        ledger = open_ledger(job, base, candidates, at_once, former)
+        base = build_base(job, model, data, choice, run, progress, memory_plan)
+        ledger = open_ledger(job, base, candidates, at_once, saved)
         return _run_all(base, ledger, candidates, data, source, job.grid.swept())
 
 
@@ -151,7 +151,10 @@ def _run_all(
 
     progress.start(swept)
     try:
-        with StopRequests(progress.message) as stop, explained(lambda: _say_memory(base, ledger)):
+        with (
+            StopRequests(progress.message) as stop,
+            explained(lambda: _memory_message(base, ledger)),
+        ):
             while (group := _next_wave(base, ledger, candidates)) is not None:
                 train_s += _run_wave(base, ledger, *group, stop, save)
     finally:
@@ -175,9 +178,9 @@ def _next_wave(base: SweepBase, ledger: Ledger, candidates: list[Candidate]) -> 
             step, until = int(saved[1]["wave_step"]), int(saved[1]["until"])
         base.progress.message(f"going on from step {step} of {len(members)} at once")
         return members, until, saved
-    before = {s.name for s in ledger.standings if s.status == "stopped"}
+    before = {s.name for s in ledger.states if s.status == "stopped"}
     found = ledger.next_group()
-    stopped = [s.name for s in ledger.standings if s.status == "stopped" and s.name not in before]
+    stopped = [s.name for s in ledger.states if s.status == "stopped" and s.name not in before]
     if stopped:
         base.progress.message(f"halving stops {', '.join(stopped)}")
         ledger.write(base.run)
@@ -208,10 +211,10 @@ def _run_wave(
         wave.run(stop)
         states = wave.states()
     if not wave.is_over:
-        raise Interrupted(_say_interrupted(base, wave, stop), stop.exit_code)
-    for candidate, standing, state in zip(members, wave.standings, states, strict=True):
-        if standing.status == "training":
-            save(candidate, state)
+        raise Interrupted(_interrupted_message(base, wave, stop), stop.exit_code)
+    for candidate, state, tensors in zip(members, wave.standings, states, strict=True):
+        if state.status == "training":
+            save(candidate, tensors)
     finish_wave(wave, states)
     took_s = time.perf_counter() - began_s
     row = {"step": ledger.steps_taken, "candidates": [c.name for c in members], "until": until}
@@ -220,7 +223,7 @@ def _run_wave(
     times["timed_steps"] = wave.step - resumed_step  # those before a kill are in no row
     base.run.append_timing({**row, **times})
     if stop.received is not None and ledger.next_group() is not None:
-        raise Interrupted(_say_interrupted(base, wave, stop), stop.exit_code)
+        raise Interrupted(_interrupted_message(base, wave, stop), stop.exit_code)
     return wave.train_s
 
 
@@ -229,12 +232,12 @@ def _finish(
 ) -> SweepResult:
     run, best = base.run, ledger.best()
     if best is None:
-        reasons = [f"{s.name}: {s.reason}" for s in ledger.standings if s.reason]
+        reasons = [f"{s.name}: {s.reason}" for s in ledger.states if s.reason]
         advice = "Lower the learning rates, or look for damaged examples."
         raise TrainingError(gather(reasons, f"No candidate of {run.folder} came through:", advice))
     by_name = {candidate.name: candidate for candidate in candidates}
-    for standing in ledger.standings:
-        folder = candidate_run(run, by_name[standing.name]).folder
+    for state in ledger.states:
+        folder = candidate_run(run, by_name[state.name]).folder
         shutil.rmtree(folder / "state", ignore_errors=True)
     adapter = candidate_run(run, by_name[best.name]).folder / "adapter"
     building = run.folder / f".{BEST}.building"
@@ -245,7 +248,7 @@ def _finish(
     result = SweepResult(
         folder=run.folder,
         best=run.folder / BEST,
-        standings=ledger.ranked(),
+        candidates=ledger.ranked(),
         train_s=train_s,
         peak_memory_bytes=peak_memory_bytes(base.choice.device),
     )
@@ -254,7 +257,7 @@ def _finish(
     return result
 
 
-def _say_interrupted(base: SweepBase, wave: Wave, stop: StopRequests) -> str:
+def _interrupted_message(base: SweepBase, wave: Wave, stop: StopRequests) -> str:
     name = stop.received.name if stop.received else ""
     return (
         f"{name} stopped {base.run.folder} after step {wave.step} of a wave of "
@@ -262,11 +265,11 @@ def _say_interrupted(base: SweepBase, wave: Wave, stop: StopRequests) -> str:
     )
 
 
-def _say_memory(base: SweepBase, ledger: Ledger) -> str:
+def _memory_message(base: SweepBase, ledger: Ledger) -> str:
     peak_bytes, fewer = peak_memory_bytes(base.choice.device), max(1, ledger.at_once // 2)
     return (
         f"with {ledger.at_once} candidates at once, after a peak of {peak_bytes / 1e9:.2f} GB. "
-        f"{base.room}. Try, in this order: --at-once {fewer}; more --micro-batches than "
+        f"{base.memory_plan}. Try, in this order: --at-once {fewer}; more --micro-batches than "
         f"{base.micro_batches} (the result stays the same); in a new sweep a shorter --max-length. "
         "With --resume it goes on from its newest checkpoint, in smaller waves if asked to."
     )

@@ -1,4 +1,4 @@
-"""What a sweep needs before its first wave: data, room, where it stood, a ledger."""
+"""What a sweep needs before its first wave: data, the stack size, the saved state, a ledger."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
 from lora.errors import DataError
 from lora.runs.folder import Run, read_first_day, read_json, reading
-from lora.sweep.capacity import find_room
+from lora.sweep.capacity import plan_stack_memory
 from lora.sweep.grid import Candidate
 from lora.sweep.job import SweepJob, takes_fast
-from lora.sweep.ledger import LEDGER_FILE, Ledger, Standing, find_rungs, read_ledger
+from lora.sweep.ledger import LEDGER_FILE, CandidateState, Ledger, find_rungs, read_ledger
 from lora.sweep.progress import SweepProgress
 from lora.sweep.wave import SweepBase, candidate_run
 from lora.training.losses import decoder_loss
@@ -48,20 +48,20 @@ def prepare_sweep(job: SweepJob, model_folder: Path, progress: SweepProgress) ->
     return data
 
 
-def choose_at_once(
+def choose_stack_size(
     job: SweepJob,
     model: Decoder,
     candidates: list[Candidate],
     data: PreparedData,
     choice: DeviceChoice,
     progress: SweepProgress,
-    former: Ledger | None,
+    saved: Ledger | None,
 ) -> tuple[int, str]:
     """Return how many train together, and what was planned, in words.
 
     A sweep that goes on keeps the number if none is asked for, and so its bytes.
     """
-    room = find_room(
+    memory = plan_stack_memory(
         model,
         candidates,
         job.train.batch_size // job.train.micro_batches,
@@ -71,19 +71,19 @@ def choose_at_once(
         choice=choice,
         fast=takes_fast(job),
     )
-    fit = len(candidates) if room.n_fit is None else max(1, room.n_fit)
-    asked = job.at_once or (former.at_once if former else None)
+    fit = len(candidates) if memory.n_fit is None else max(1, memory.n_fit)
+    asked = job.at_once or (saved.at_once if saved else None)
     at_once = min(asked or fit, len(candidates))
     waves = math.ceil(len(candidates) / at_once)
     at_once = at_once if asked else math.ceil(len(candidates) / waves)  # waves of one size
     told = f"{at_once} at once, {waves} {'wave' if waves == 1 else 'waves'}"
-    progress.message(f"memory: {room.describe()}; {told}")
-    if room.n_fit is not None and at_once > room.n_fit:
+    progress.message(f"memory: {memory.describe()}; {told}")
+    if memory.n_fit is not None and at_once > memory.n_fit:
         progress.message(
             f"note: {at_once} at once may be more than memory holds: --at-once "
-            f"{max(1, room.n_fit)}, more --micro-batches or a shorter --max-length take less"
+            f"{max(1, memory.n_fit)}, more --micro-batches or a shorter --max-length take less"
         )
-    return at_once, room.describe()
+    return at_once, memory.describe()
 
 
 def build_base(
@@ -93,7 +93,7 @@ def build_base(
     choice: DeviceChoice,
     run: Run,
     progress: SweepProgress,
-    room: str,
+    memory_plan: str,
 ) -> SweepBase:
     """Return what all waves share."""
     spread = math.ceil(job.train.steps / MAX_EVALUATIONS)
@@ -110,12 +110,12 @@ def build_base(
         choice=choice,
         run=run,
         progress=progress,
-        room=room,
+        memory_plan=memory_plan,
         fast=takes_fast(job),
     )
 
 
-def read_former(job: SweepJob, candidates: list[Candidate]) -> Ledger | None:
+def read_saved_ledger(job: SweepJob, candidates: list[Candidate]) -> Ledger | None:
     """Return how a sweep that is resumed stood; None if it had not begun."""
     path = job.run.out / str(job.run.name) / LEDGER_FILE
     if not job.resume or not path.is_file():
@@ -129,17 +129,17 @@ def open_ledger(
     base: SweepBase,
     candidates: list[Candidate],
     at_once: int,
-    former: Ledger | None,
+    saved: Ledger | None,
 ) -> Ledger:
-    """Return how all candidates stand: as `former` says, or anew, with the loss of the base."""
-    if former is not None:
-        return replace(former, at_once=at_once)
+    """Return how all candidates stand: as `saved` says, or anew, with the loss of the base."""
+    if saved is not None:
+        return replace(saved, at_once=at_once)
     batches = ordered_batches(base.held_out, base.rows, base.choice.device)
     loss = evaluate(base.model, batches, decoder_loss, base.choice.autocast)
     base.progress.message(f"held-out loss without an adapter: {loss:.4f}")
-    standings = [Standing(name=c.name, settings=c.settings()) for c in candidates]
+    states = [CandidateState(name=c.name, settings=c.settings()) for c in candidates]
     rungs = find_rungs(job.train.steps, halving=job.halving)
-    ledger = Ledger(standings, rungs, at_once, base_eval_loss=loss)
+    ledger = Ledger(states, rungs, at_once, base_eval_loss=loss)
     described = base.run.read_json("run.json")
     for candidate in candidates:
         own: dict[str, Any] = {"learning_rate": candidate.rate, "sweep": None}

@@ -28,7 +28,7 @@ from lora.runs.interrupts import StopRequests
 from lora.stacked.apply import apply_stacked, remove_stacked
 from lora.stacked.losses import StackedDecoderLoss, stack_batches
 from lora.sweep.grid import Candidate
-from lora.sweep.ledger import Ledger, Standing
+from lora.sweep.ledger import CandidateState, Ledger
 from lora.sweep.progress import SweepProgress
 from lora.training.checkpoint import list_checkpoints, load_newest, save_checkpoint
 from lora.training.optim import rate_factor
@@ -53,7 +53,7 @@ class SweepBase:
     choice: DeviceChoice
     run: Run
     progress: SweepProgress
-    room: str = ""
+    memory_plan: str = ""
     """What a wave was planned to hold, in words, quoted if memory runs out."""
     fast: bool = True
     """Take the fastest step that can train the candidates; false: the plain one."""
@@ -70,7 +70,7 @@ class Wave:
         self, base: SweepBase, candidates: Sequence[Candidate], ledger: Ledger, until: int
     ) -> None:
         self.base, self.candidates, self.ledger, self.until = base, candidates, ledger, until
-        self.standings = [ledger.standings[c.number - 1] for c in candidates]
+        self.standings = [ledger.states[c.number - 1] for c in candidates]
         self.step = self.noted_step = self.first_step = self.standings[0].step
         """Launched, known to be done (a GPU is one step behind), and where the wave began: at a
         rung, or where a wave was split."""
@@ -93,7 +93,7 @@ class Wave:
             [c.rate for c in self.candidates],
             self.base.choice,
             fast=self.base.fast,
-            say=self._say_first,
+            say=self._message_first,
         )
         device = self.training.batch_device
         self._streams = [BatchStream(self.base.train, self.base.rows, s, device) for s in seeds]
@@ -116,7 +116,7 @@ class Wave:
     def resume(self, tensors: State, state: dict[str, Any]) -> None:
         """Go to where a checkpoint of this wave says."""
         for k, saved in enumerate(state["standings"]):
-            standing = Standing(**saved)
+            standing = CandidateState(**saved)
             self.standings[k].__dict__.update(vars(standing))
             start = f"{k}."
             own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
@@ -172,7 +172,7 @@ class Wave:
             return
         self.saved_step = self.step
 
-    def _restore(self, k: int, state: State, standing: Standing) -> None:
+    def _restore(self, k: int, state: State, standing: CandidateState) -> None:
         self.training.restore(k, state, standing.step)
         own = self._streams[k].state_dict()
         self._streams[k].load_state_dict({**own, "row": standing.row})
@@ -191,7 +191,7 @@ class Wave:
         self._n_tokens += sum(batch.input_ids.numel() for batch in micro)
         self.train_s += time.perf_counter() - began_s
         self._note_finished(wait=False)
-        self.base.progress.step(self._title(), self.ledger.standings)
+        self.base.progress.step(self._title(), self.ledger.states)
 
     def _note_finished(self, *, wait: bool) -> None:
         began_s = time.perf_counter()
@@ -202,7 +202,7 @@ class Wave:
             for k, (standing, loss) in enumerate(zip(self.standings, losses, strict=True)):
                 self._note(k, standing, loss)
 
-    def _note(self, k: int, standing: Standing, loss: float) -> None:
+    def _note(self, k: int, standing: CandidateState, loss: float) -> None:
         if standing.status == "failed":
             return
         reason = self.training.failures.get(k)
@@ -236,9 +236,9 @@ class Wave:
                 continue
             standing.note_eval(loss)
             self.runs[k].append_metrics({"step": self.step, "eval_loss": loss})
-        self.base.progress.evaluated(self._title(), self.ledger.standings)
+        self.base.progress.evaluated(self._title(), self.ledger.states)
 
-    def _say_first(self, text: str) -> None:
+    def _message_first(self, text: str) -> None:
         """Say `text`, unless an earlier wave has said it."""
         if self.ledger.steps_taken == 0:
             self.base.progress.message(text)
@@ -295,10 +295,10 @@ def split_wave(
 ) -> None:
     """Let each candidate of a saved wave wait where it is, so that fewer go on at once."""
     members = [candidates[number - 1] for number in state["numbers"]]
-    first_step = ledger.standings[members[0].number - 1].step
+    first_step = ledger.states[members[0].number - 1].step
     for k, (member, saved) in enumerate(zip(members, state["standings"], strict=True)):
-        standing, start = ledger.standings[member.number - 1], f"{k}."
-        standing.__dict__.update(vars(Standing(**saved)))
+        standing, start = ledger.states[member.number - 1], f"{k}."
+        standing.__dict__.update(vars(CandidateState(**saved)))
         if standing.status == "training":
             standing.status = "waiting"
             own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}

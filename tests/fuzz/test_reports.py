@@ -38,7 +38,7 @@ FILES: dict[str, Any] = {
         "memory": {"planned": {"weights": 1, "total": 2}, "measured_bytes": 3},
     },
     "sweep.json": {
-        "standings": [{"name": "001-rank2", "settings": {"rank": 2}, "status": "done", "step": 4}],
+        "states": [{"name": "001-rank2", "settings": {"rank": 2}, "status": "done", "step": 4}],
         "rungs": [4],
         "at_once": 1,
         "base_eval_loss": 2.0,

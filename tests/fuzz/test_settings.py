@@ -24,7 +24,7 @@ from lora import cli
 from lora.config import DataConfig, LoRAConfig, RunConfig, SamplingConfig, TrainConfig
 from lora.runs.folder import create_run, read_first_day, read_json, reading
 from lora.runs.progress import NoProgress
-from lora.sweep.ledger import Standing, read_ledger
+from lora.sweep.ledger import CandidateState, read_ledger
 from lora.training.checkpoint import load_checkpoint, save_checkpoint, training_tensors
 from lora.training.job import Position, resume_position
 
@@ -146,10 +146,13 @@ def test_any_files_of_a_run(fuzz: Any, make: dict[str, Any], tmp_path: Path) -> 
         checks[name]()
         (place / name).unlink()
 
-    standing = make["object"](vars(Standing("a", {})))
-    told = {"standings": [vars(Standing("a", {})), vars(Standing("b", {}))], "rungs": [4, 8]}
+    state = make["object"](vars(CandidateState("a", {})))
+    told = {
+        "states": [vars(CandidateState("a", {})), vars(CandidateState("b", {}))],
+        "rungs": [4, 8],
+    }
     whole = {**told, "at_once": 2, "base_eval_loss": 1.5, "steps_taken": 4}
-    ledgers = make["object"](whole) | standing.map(lambda s: {**whole, "standings": [s, s]})
+    ledgers = make["object"](whole) | state.map(lambda s: {**whole, "states": [s, s]})
     described = {"train": {"steps": 3}, "data": {"now": "2026-01-01"}, "sweep": {"grid": {}}}
     likely = (ledgers | make["object"](described)).map(lambda value: json.dumps(value).encode())
     fuzz(st.tuples(st.sampled_from(sorted(checks)), values | manifest | likely), check)

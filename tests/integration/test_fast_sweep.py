@@ -15,7 +15,7 @@ from lora.fast import stacked_runner
 from lora.fast.stacked_runner import FastStackedTraining
 from lora.sweep import SweepJob, sweep
 from lora.sweep.grid import Grid
-from lora.sweep.ledger import Standing
+from lora.sweep.ledger import CandidateState
 from lora.sweep.progress import NoSweepProgress
 
 
@@ -29,7 +29,7 @@ class KilledAt(NoSweepProgress):
     def __init__(self, step: int) -> None:
         self.left = step
 
-    def step(self, title: str, standings: Sequence[Standing]) -> None:
+    def step(self, title: str, states: Sequence[CandidateState]) -> None:
         self.left -= 1
         if not self.left:
             raise Killed
@@ -75,13 +75,13 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_waves_and_halving_end_as_with_the_plain_step(job: SweepJob, fast: None) -> None:
     done = sweep(job)
     plain = sweep(named(job, "plain", fast=False))
-    losses = {standing.name: standing.eval_loss for standing in plain.standings}
-    for standing in done.standings:
-        assert (standing.status, standing.step, standing.row) == ("done", 12, 48)
-        assert standing.eval_loss == pytest.approx(losses[standing.name], rel=1e-4)
+    losses = {candidate.name: candidate.eval_loss for candidate in plain.candidates}
+    for candidate in done.candidates:
+        assert (candidate.status, candidate.step, candidate.row) == ("done", 12, 48)
+        assert candidate.eval_loss == pytest.approx(losses[candidate.name], rel=1e-4)
         tensors, others = (
             load_file(
-                run.folder / "candidates" / standing.name / "adapter/adapter_model.safetensors"
+                run.folder / "candidates" / candidate.name / "adapter/adapter_model.safetensors"
             )
             for run in (done, plain)
         )
@@ -105,7 +105,7 @@ def test_a_killed_sweep_goes_on_to_the_same_bytes(job: SweepJob, fast: None) -> 
 def test_a_candidate_that_fails_is_dropped_and_the_others_go_on(job: SweepJob, fast: None) -> None:
     grid = Grid(learning_rate=(5e-3, 1e30, 1e-2))
     done = sweep(replace(job, grid=grid))
-    by_rate = {standing.settings["learning_rate"]: standing for standing in done.standings}
+    by_rate = {candidate.settings["learning_rate"]: candidate for candidate in done.candidates}
     assert by_rate[1e30].status == "failed"
     assert "not finite" in by_rate[1e30].reason
     assert by_rate[5e-3].status == by_rate[1e-2].status == "done"

@@ -275,11 +275,11 @@ def test_a_sweep_in_waves_ends_as_with_the_plain_step(tiny_folder: Path, tmp_pat
     )
     fast = sweep(job)
     plain = sweep(replace(job, run=replace(job.run, name="plain", fast=False)))
-    kept = {s.name: s.eval_loss for s in plain.standings}
-    for standing in fast.standings:
-        assert standing.status == "done"
-        assert standing.eval_loss == pytest.approx(kept[standing.name], rel=1e-2)
-        folder = fast.folder / "candidates" / standing.name / "adapter"
+    kept = {s.name: s.eval_loss for s in plain.candidates}
+    for candidate in fast.candidates:
+        assert candidate.status == "done"
+        assert candidate.eval_loss == pytest.approx(kept[candidate.name], rel=1e-2)
+        folder = fast.folder / "candidates" / candidate.name / "adapter"
         tensors = load_file(folder / "adapter_model.safetensors")
         assert all(bool(t.isfinite().all()) for t in tensors.values())
     assert copy.copy(fast.best).is_dir()

@@ -26,7 +26,7 @@ from lora.report import report_on
 from lora.runs.folder import read_json, read_rows
 from lora.sweep import SweepJob, sweep
 from lora.sweep.grid import Grid, build_candidates
-from lora.sweep.ledger import Standing, rank
+from lora.sweep.ledger import CandidateState, rank
 from lora.sweep.progress import NoSweepProgress
 
 TRAIN = TrainConfig(steps=12, batch_size=4)
@@ -74,11 +74,11 @@ def test_each_candidate_is_what_finetune_makes_and_the_best_is_chosen(job: Sweep
     best = min(losses, key=lambda name: losses[name])
     chosen = load_file(done.best / "adapter_model.safetensors")
     assert all(torch.equal(chosen[key], tensor) for key, tensor in together[best].items())
-    assert done.standings[0].name == best
+    assert done.candidates[0].name == best
     assert (done.folder / "loss.png").stat().st_size > 1000
     assert page == done.folder / "report.html"
     told = read_json(done.folder / "report.json")
-    assert [r["name"] for r in told["runs"]] == [f"sweep/{s.name}" for s in done.standings]
+    assert [r["name"] for r in told["runs"]] == [f"sweep/{s.name}" for s in done.candidates]
     assert {r["eval_loss"] for r in told["runs"]} == set(losses.values())
     assert told["sweeps"][0]["best"] == f"sweep/{best}"
     assert told["runs"][0]["total_parameters"] > told["runs"][0]["trainable_parameters"] > 0
@@ -116,9 +116,9 @@ def test_waves_end_where_one_wave_ends(job: SweepJob) -> None:
 
 def test_halving_stops_the_worse_and_keeps_the_best(job: SweepJob) -> None:
     done = sweep(replace(job, halving=True))
-    ended = [standing.status for standing in done.standings]
+    ended = [candidate.status for candidate in done.candidates]
     assert ended.count("stopped") >= 2
-    assert done.standings[0].status == "done"
+    assert done.candidates[0].status == "done"
 
 
 class Stopping(NoSweepProgress):
@@ -131,8 +131,8 @@ class Stopping(NoSweepProgress):
     def message(self, message: str) -> None:
         self.said.append(message)
 
-    def step(self, title: str, standings: list[Standing]) -> None:
-        if standings[0].step == self._at_step:
+    def step(self, title: str, states: list[CandidateState]) -> None:
+        if states[0].step == self._at_step:
             os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -175,7 +175,7 @@ def test_memory_that_runs_out_names_the_plan_and_smaller_waves(
         assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["[]", '{"standings": []}', '{"standings": [{"name": 1}]}', "{"])
+@pytest.mark.parametrize("text", ["[]", '{"states": []}', '{"states": [{"name": 1}]}', "{"])
 def test_a_ledger_that_lies_is_refused(job: SweepJob, text: str) -> None:
     with pytest.raises(Interrupted):
         sweep(job, Stopping(2))
@@ -222,8 +222,8 @@ def test_full_fine_tuning_joins_the_sweep_and_is_what_finetune_makes(job: SweepJ
     _, again = sweep_with_full(replace(job, resume=True), NoSweepProgress(), 2e-3)
     assert again == full
     assert (full.folder / file).stat().st_mtime_ns == before
-    ranked = rank([*done.standings, full.standing])
-    losses = [standing.eval_loss for standing in ranked]
+    ranked = rank([*done.candidates, full.standing])
+    losses = [candidate.eval_loss for candidate in ranked]
     assert losses == sorted(losses)  # type: ignore[type-var]
 
 

@@ -129,7 +129,7 @@ def make_sweep(tmp_path: Path) -> Make:
 
     def make(name: str = "ranks", *, is_finished: bool = True) -> Path:
         folder = tmp_path / name
-        standings = []
+        states = []
         ends = {(4, 1e-3): 0.4, (8, 1e-3): 0.352, (16, 1e-3): 0.35, (4, 3e-4): 0.9, (8, 3e-4): 0.8}
         ends[(16, 1e-1)] = math.inf
         for number, ((rank, rate), end) in enumerate(ends.items(), start=1):
@@ -150,7 +150,7 @@ def make_sweep(tmp_path: Path) -> Make:
             write_lines(place / "metrics.jsonl", rows)
             if status == "done":
                 write_adapter(place / "adapter", 80 * rank)
-            standings.append(
+            states.append(
                 {"name": own, "settings": {"rank": rank, "learning_rate": rate}, "status": status,
                  "step": last, "reason": reason,
                  "eval_loss": None if math.isinf(end) else end}
@@ -160,7 +160,7 @@ def make_sweep(tmp_path: Path) -> Make:
         grid |= {"alpha": ["2r"], "dropout": [0.0], "seed": [1337], "schedule": ["cosine"]}
         asked["sweep"] = {"grid": grid, "halving": True, "steps": STEPS}
         write_json(folder / "run.json", asked)
-        ledger = {"standings": standings, "rungs": [5, 10, STEPS], "at_once": 6}
+        ledger = {"states": states, "rungs": [5, 10, STEPS], "at_once": 6}
         write_json(folder / "sweep.json", {**ledger, "base_eval_loss": 2.0, "steps_taken": 20})
         timing = {
             "step": 20,
@@ -170,7 +170,7 @@ def make_sweep(tmp_path: Path) -> Make:
         }
         write_lines(folder / "timings.jsonl", [timing])
         if is_finished:
-            best = next(s["name"] for s in standings if s["eval_loss"] == 0.35)
+            best = next(s["name"] for s in states if s["eval_loss"] == 0.35)
             write_json(folder / "result.json", {"best": best, "eval_loss": 0.35, "train_s": 12.5})
         return folder
 

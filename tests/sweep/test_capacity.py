@@ -12,7 +12,7 @@ from lora.decoder.decoder import Decoder, build_decoder
 from lora.device import DeviceChoice
 from lora.fast.memory.plan import Setting
 from lora.sweep import capacity
-from lora.sweep.capacity import SPARED, fast_stack_bytes, find_room
+from lora.sweep.capacity import RESERVED_FRACTION, fast_stack_bytes, plan_stack_memory
 from lora.sweep.grid import Candidate
 from tests.fast.memory.test_plan import TINY
 
@@ -39,15 +39,15 @@ def setting() -> Setting:
 
 
 @pytest.fixture
-def room_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], capacity.Room]:
+def memory_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], capacity.StackMemory]:
     """Plans on a GPU that has nothing on it yet, where `why_not` speaks against the fast step."""
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (FREE, FREE))
 
-    def find(why_not: str | None, *, fast: bool = True) -> capacity.Room:
+    def find(why_not: str | None, *, fast: bool = True) -> capacity.StackMemory:
         monkeypatch.setattr(capacity, "_why_not_fast", lambda *_: why_not)
         model: Decoder = build_decoder(TINY, 0)
-        return find_room(
+        return plan_stack_memory(
             model, CANDIDATES, ROWS, TOKENS,
             packed=False, learned_fraction=1.0, choice=CHOICE, fast=fast,
         )  # fmt: skip
@@ -56,26 +56,26 @@ def room_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], capacity.
 
 
 def test_the_fast_step_is_planned_as_it_is_built(
-    room_of: Callable[..., capacity.Room],
+    memory_of: Callable[..., capacity.StackMemory],
 ) -> None:
-    room = room_of(None)
-    assert room.n_fit is not None
-    assert room.n_fit > 5
+    memory = memory_of(None)
+    assert memory.n_fit is not None
+    assert memory.n_fit > 5
 
     def line(n: int) -> int:
-        return room.shared_bytes + n * room.each_bytes
+        return memory.shared_bytes + n * memory.each_bytes
 
-    for n in (1, 2, 5, room.n_fit):
+    for n in (1, 2, 5, memory.n_fit):
         held = fast_stack_bytes(setting(), n)
         assert held <= line(n) <= 1.05 * held  # many are evaluated in parts, and hold less
-    assert line(room.n_fit) <= (1 - SPARED) * FREE < line(room.n_fit + 1)
+    assert line(memory.n_fit) <= (1 - RESERVED_FRACTION) * FREE < line(memory.n_fit + 1)
     base = 2 * sum(p.numel() for p in build_decoder(TINY, 0).parameters())
-    assert room.shared_bytes >= base
+    assert memory.shared_bytes >= base
 
 
 def test_the_plain_step_is_planned_where_the_fast_one_is_not_taken(
-    room_of: Callable[..., capacity.Room],
+    memory_of: Callable[..., capacity.StackMemory],
 ) -> None:
-    plain, refused, fast = room_of(None, fast=False), room_of("dropout"), room_of(None)
+    plain, refused, fast = memory_of(None, fast=False), memory_of("dropout"), memory_of(None)
     assert plain == refused
     assert plain.each_bytes != fast.each_bytes

@@ -15,7 +15,7 @@ from lora.report.records.records import RunRecord, Status, SweepRecord, SweetSpo
 from lora.report.records.runs import RESULT_FILE, RUN_FILE, read_run
 from lora.runs.folder import TIMINGS_FILE
 from lora.sweep.grid import SWEPT, short_number
-from lora.sweep.ledger import LEDGER_FILE, Standing, rank
+from lora.sweep.ledger import LEDGER_FILE, CandidateState, rank
 
 CANDIDATES, FULL = "candidates", "full"
 """Folders of the candidates, and of full fine-tuning beside them."""
@@ -35,8 +35,8 @@ def read_sweep(
     timings = read_lines(folder / TIMINGS_FILE, faults)
     sweep = asked.section("sweep")
     swept = tuple(key for key in SWEPT if len(list_of(sweep.section("grid"), key)) > 1)
-    standings = rank(_standings(ledger))
-    runs = [_candidate(folder, base, name, s, swept, faults) for s in standings]
+    states = rank(_states(ledger))
+    runs = [_candidate(folder, base, name, s, swept, faults) for s in states]
     runs.sort(key=_place)
     full_rate = None
     if (folder / FULL / RUN_FILE).is_file():
@@ -51,7 +51,7 @@ def read_sweep(
         name=name,
         folder=relative(folder, base),
         status="finished" if result.values else "unfinished",
-        candidates=len(standings),
+        candidates=len(states),
         at_once=ledger.count("at_once"),
         halving=sweep.flag("halving"),
         steps=sweep.count("steps"),
@@ -89,16 +89,16 @@ def _place(run: RunRecord) -> tuple[int, float]:
     return {"finished": 0}.get(run.status, 2), 0.0
 
 
-def _standings(ledger: Values) -> list[Standing]:
+def _states(ledger: Values) -> list[CandidateState]:
     found = []
-    for row in ledger.items("standings"):
+    for row in ledger.items("states"):
         name, status = row.text("name"), row.text("status")
         known = ("waiting", "training", *_STATUSES)
         if name is None or Path(name).name != name or status not in known:
             ledger.faults.append(f"{row.where} has no name of a folder, or no status that is known")
             continue
         found.append(
-            Standing(
+            CandidateState(
                 name=name,
                 settings=row.section("settings").values,
                 status=status,  # type: ignore[arg-type]
@@ -114,26 +114,26 @@ def _candidate(
     folder: Path,
     base: Path,
     group: str,
-    standing: Standing,
+    state: CandidateState,
     swept: tuple[str, ...],
     faults: Faults,
 ) -> RunRecord:
-    own = folder / CANDIDATES / standing.name
+    own = folder / CANDIDATES / state.name
     run = read_run(own, base, faults, group=group)
     return replace(
         run,
-        label=candidate_label(run, standing, swept),
-        status=_STATUSES.get(standing.status, "unfinished"),
-        reason=standing.reason,
-        steps=max(standing.step, run.steps or 0),  # the ledger knows of whole waves only
+        label=candidate_label(run, state, swept),
+        status=_STATUSES.get(state.status, "unfinished"),
+        reason=state.reason,
+        steps=max(state.step, run.steps or 0),  # the ledger knows of whole waves only
     )
 
 
-def candidate_label(run: RunRecord, standing: Standing, swept: tuple[str, ...]) -> str:
+def candidate_label(run: RunRecord, state: CandidateState, swept: tuple[str, ...]) -> str:
     """Return what sets a candidate apart, in a few characters: r4 3e-4."""
     words = []
     for key in swept:
-        value = standing.settings.get(key)
+        value = state.settings.get(key)
         shown = short_number(value) if isinstance(value, float) else str(value)
         words.append(f"{_SHORT.get(key, '')}{shown}")
     return " ".join(words) or run.label
