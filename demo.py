@@ -160,7 +160,7 @@ def measure(loaded: LoadedModel, examples: list[Example]) -> Outcome:
     """Return the model's answers to `examples` and its scores."""
     loss = measure_loss(loaded.model, examples, loaded.tokenizer, DATA, loaded.choice)
     sampling = SamplingConfig(max_new_tokens=LONGEST_ANSWER_TOKENS)
-    answers = answer_examples(loaded.model, examples, loaded.tokenizer, sampling, batch_rows=40)
+    answers = answer_examples(loaded.model, examples, loaded.tokenizer, sampling, batch_size=40)
     return Outcome(answers, score(loss, answers))
 
 

@@ -211,7 +211,7 @@ def train_on(
     from models.char_text import EVAL_TOKENS
 
     # Everything that can be wrong with the input is found before the folder is made.
-    check_length(text.held_out, model.block_size, "The held-out text")
+    check_length(text.validation, model.block_size, "the validation text")
     rows = settings.batch_size // settings.micro_batches
     stream = BlockStream(text.train, model.block_size, rows, settings.seed, choice.device)
     show_parameters(model, settings.use_lora)
@@ -224,7 +224,7 @@ def train_on(
         loss_fn=bigram_loss,
         stream=stream,
         eval_batches=lambda: ordered_blocks(
-            text.held_out, model.block_size, settings.batch_size, EVAL_TOKENS, choice.device
+            text.validation, model.block_size, settings.batch_size, EVAL_TOKENS, choice.device
         ),
         train_config=settings.train_config(),
         learning_rate=settings.rate,
@@ -271,7 +271,7 @@ def check_reloaded(
     model, _ = load_base(settings, base_path)
     load_adapter(model.to(choice.device), adapter)
     blocks = ordered_blocks(
-        text.held_out, model.block_size, settings.batch_size, EVAL_TOKENS, choice.device
+        text.validation, model.block_size, settings.batch_size, EVAL_TOKENS, choice.device
     )
     loss = evaluate(model, blocks, bigram_loss, choice.autocast)
     if loss != expected:

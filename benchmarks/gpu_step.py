@@ -33,7 +33,7 @@ from gpu_peers import PEERS, PeerMissing, build_llama
 
 from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig, RunConfig, TrainConfig
-from lora.data.sequences.batches import BatchStream, build_rows
+from lora.data.sequences.batches import BatchStream, build_sequences
 from lora.data.sequences.documents import Documents
 from lora.decoder.config import (
     AttentionConfig,
@@ -176,7 +176,7 @@ def build_stream(shape: Shape, device: torch.device | str, *, packed: bool) -> B
     ids = draw.integers(0, shape.vocabulary, starts[-1]).astype(np.int32)
     labels = np.roll(ids, -1)
     documents = Documents(ids, labels, starts, np.arange(len(lengths)))
-    rows = build_rows(documents, shape.tokens, packing=packed, pad_id=0, seed=0)
+    rows = build_sequences(documents, shape.tokens, packing=packed, pad_id=0, seed=0)
     return BatchStream(rows, shape.rows, 0, device)
 
 

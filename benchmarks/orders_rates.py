@@ -36,7 +36,7 @@ class Candidate:
 
     learning_rate: float
     steps: int
-    batch_rows: int
+    batch_size: int
     rank: int
     seed: int
 
@@ -44,7 +44,7 @@ class Candidate:
     def train_config(self) -> TrainConfig:
         return TrainConfig(
             steps=self.steps,
-            batch_size=self.batch_rows,
+            batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             seed=self.seed,
             precision="fp32",
@@ -79,7 +79,7 @@ def try_candidate(candidate: Candidate, n_notes: int, device: str) -> dict[str, 
         # No evaluation on the way: the validation notes are measured below.
         run = RunConfig(Path(folder), "run", eval_every_steps=candidate.steps, device=device)
         job = FinetuneJob(
-            data=make_orders("train", candidate.steps * candidate.batch_rows, candidate.seed),
+            data=make_orders("train", candidate.steps * candidate.batch_size, candidate.seed),
             eval_data=make_orders("validation", 1),
             lora=LoRAConfig(rank=candidate.rank, alpha=2.0 * candidate.rank),
             train=candidate.train_config,
@@ -98,7 +98,7 @@ def measure(loaded: LoadedModel, n_notes: int) -> dict[str, Any]:
     rows = make_orders("validation", n_notes)
     examples = [example_from_row(row, f"note {n}") for n, row in enumerate(rows, 1)]
     loss = measure_loss(loaded.model, examples, loaded.tokenizer, DATA, loaded.choice)
-    answers = answer_examples(loaded.model, examples, loaded.tokenizer, SAMPLING, batch_rows=30)
+    answers = answer_examples(loaded.model, examples, loaded.tokenizer, SAMPLING, batch_size=30)
     found = score(loss, answers)
     wrong = Counter(name for answer in answers for name in wrong_fields(answer))
     return {

@@ -49,8 +49,8 @@ class CharFactory:
     def build(self, method: Method, train: TrainConfig) -> MemberSetup:
         """Return LoRA on the base, or the base whole."""
         settings, choice = self.settings, choose_device(self.settings.device, train.precision)
-        base, text = load_base(settings, self.base_path, say=lambda note: None)
-        check_length(text.held_out, base.block_size, "The held-out text")
+        base, text = load_base(settings, self.base_path, on_message=lambda note: None)
+        check_length(text.validation, base.block_size, "the validation text")
         torch.manual_seed(train.seed)
         model = self._adapted(base, train.seed) if method == "lora" else base
         model.to(choice.device)
@@ -67,7 +67,7 @@ class CharFactory:
             model=model,
             loss_fn=bigram_loss,
             stream=BlockStream(text.train, model.block_size, rows, train.seed, choice.device),
-            eval_batches=lambda: _blocks(text.held_out, model, train, choice),
+            eval_batches=lambda: _blocks(text.validation, model, train, choice),
             choice=choice,
             save=save,
             forgetting=_forgetting(text, model, train, choice),
@@ -120,7 +120,7 @@ def _forgetting(
     """Return the built-in prose; None if the base's vocabulary cannot write it."""
     corpus = prose()
     try:
-        tokens = torch.from_numpy(text.tokenizer.encode(corpus.held_out))
+        tokens = torch.from_numpy(text.tokenizer.encode(corpus.validation))
     except DataError:
         return None
     return corpus.described, lambda: _blocks(tokens, model, train, choice)

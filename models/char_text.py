@@ -24,7 +24,7 @@ class Text:
 
     tokenizer: CharTokenizer
     train: Tensor
-    held_out: Tensor
+    validation: Tensor
     described: str
     prompt: str
 
@@ -34,11 +34,11 @@ def read_text(
     base_path: Path | None,
     *,
     adapts: bool,
-    say: Callable[[str], None] = print,
+    on_message: Callable[[str], None] = print,
 ) -> Text:
     """Return the run's text as tokens of the base's vocabulary, or of its own for a new base.
 
-    `say` hears of unknown characters.
+    `on_message` hears of unknown characters.
 
     Raises DataError for a text that cannot be used: missing, too short, too many unknowns.
     """
@@ -49,27 +49,27 @@ def read_text(
     if base_path is not None:
         tokenizer = load_vocabulary(base_path, corpus)
     elif data_path:
-        tokenizer = CharTokenizer.from_text(corpus.train + corpus.held_out)
+        tokenizer = CharTokenizer.from_text(corpus.train + corpus.validation)
     else:
         tokenizer = CharTokenizer()
-    note = tokenizer.check(corpus.train + corpus.held_out, corpus.described)
+    note = tokenizer.check(corpus.train + corpus.validation, corpus.described)
     if note:
-        say(note)
-    train, held_out = (
-        torch.from_numpy(tokenizer.encode(t)) for t in (corpus.train, corpus.held_out)
+        on_message(note)
+    train, validation = (
+        torch.from_numpy(tokenizer.encode(t)) for t in (corpus.train, corpus.validation)
     )
-    prompt = corpus.held_out[:32] if data_path else ("def " if adapts else "The ")
-    return Text(tokenizer, train, held_out, corpus.described, prompt)
+    prompt = corpus.validation[:32] if data_path else ("def " if adapts else "The ")
+    return Text(tokenizer, train, validation, corpus.described, prompt)
 
 
 def load_base(
-    settings: ClassicSettings, base_path: Path, say: Callable[[str], None] = print
+    settings: ClassicSettings, base_path: Path, on_message: Callable[[str], None] = print
 ) -> tuple[BigramLanguageModel, Text]:
     """Return the base and the run's text in the base's vocabulary."""
     if base_path.is_dir() or not base_path.exists():
         model = load_bigram(base_path)
-        return model, read_text(settings.data_path, base_path, adapts=True, say=say)
-    text = read_text(settings.data_path, base_path, adapts=True, say=say)
+        return model, read_text(settings.data_path, base_path, adapts=True, on_message=on_message)
+    text = read_text(settings.data_path, base_path, adapts=True, on_message=on_message)
     sizes = BigramSizes(
         text.tokenizer.vocab_size,
         settings.n_embd,
@@ -102,7 +102,7 @@ def load_vocabulary(base_path: Path, corpus: Corpus) -> CharTokenizer:
     return (
         fixed
         if rows == fixed.vocab_size
-        else CharTokenizer.from_text(corpus.train + corpus.held_out)
+        else CharTokenizer.from_text(corpus.train + corpus.validation)
     )
 
 

@@ -67,7 +67,7 @@ def measure_base(
     data, report = check_data(job, source.folder, progress)
     for told in report.notes + report.warnings:
         progress.message(f"note: {told}")
-    if data.held_out is None:
+    if data.validation is None:
         raise DataError(
             "A comparison measures held-out loss, and nothing is held out: give more examples, "
             "--eval-data, or an --eval-fraction above 0."
@@ -210,9 +210,9 @@ def _load_saved(
 def _held_out_loss(
     model: Decoder, data: PreparedData, train: TrainConfig, choice: DeviceChoice
 ) -> float:
-    assert data.held_out is not None
+    assert data.validation is not None
     rows = train.batch_size // train.micro_batches
-    batches = ordered_batches(data.held_out, rows, choice.device)
+    batches = ordered_batches(data.validation, rows, choice.device)
     return evaluate(model, batches, loss_for(model), choice.autocast)
 
 
@@ -244,7 +244,7 @@ def _forgetting_text(source: Any) -> tuple[str, list[Example]]:
     """Return the name and the examples of the text that is not learned."""
     if source is None:
         corpus = prose()
-        row = {"text": corpus.held_out[:FORGETTING_CHARACTERS]}
+        row = {"text": corpus.validation[:FORGETTING_CHARACTERS]}
         return corpus.described, [example_from_row(row, "the built-in prose")]
     name = str(source) if isinstance(source, str | Path) else "rows given in Python"
     return name, read_examples(source)
@@ -256,7 +256,7 @@ def _score(
     """Return the share of answers, or of their fields, that are right. Raises DataError if none is
     asked."""
     measures = target.measures
-    examples = data.held_out_examples
+    examples = data.validation_examples
     if measures.test_data is not None:
         examples = read_examples(measures.test_data)
     sampling = SamplingConfig(max_new_tokens=measures.answer_tokens)
@@ -286,7 +286,7 @@ def _answer(
 ) -> tuple[Sample, ...]:
     room_tokens = model.config.max_position_embeddings - run.sample_tokens
     prompts = choose_prompts(
-        data.held_out_examples,
+        data.validation_examples,
         tokenizer,
         run.samples,
         most_tokens=min(target.data_config.max_length, room_tokens),

@@ -158,7 +158,7 @@ def _training_job(
     resume: bool,
     progress: Progress,
 ) -> TrainingJob:
-    rows, held_out = train_config.batch_size // train_config.micro_batches, data.held_out
+    rows, held_out = train_config.batch_size // train_config.micro_batches, data.validation
     assert held_out is not None
     assert train_config.learning_rate is not None
     is_packed = len(data.train) < len(data.train_examples)
@@ -185,7 +185,7 @@ def _describe(
     choice: DeviceChoice,
     name: str,
 ) -> dict[str, Any]:
-    assert data.held_out is not None
+    assert data.validation is not None
     return {
         "model": name,
         "method": "peft",
@@ -197,6 +197,6 @@ def _describe(
         "data": {
             "now": data.now.isoformat(),
             "fingerprint": data.train.fingerprint(),
-            "held_out_fingerprint": data.held_out.fingerprint(),
+            "held_out_fingerprint": data.validation.fingerprint(),
         },
     }

@@ -18,13 +18,9 @@ from lora.data.inspection_view import print_report
 from lora.data.prepare import PreparedData
 from lora.data.reading.formats import Example
 from lora.data.reading.readers import Source, read_examples
-from lora.data.sequences.encode import (
-    EncodedExamples,
-    EncodingCounts,
-    check_learnable,
-    encode_examples,
-)
-from lora.data.sequences.packing import pack, padded_width
+from lora.data.sequences.encode import encode_examples
+from lora.data.sequences.encoded import EncodedExamples, EncodingCounts, check_has_targets
+from lora.data.sequences.packing import pack, padded_length
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.errors import DataError
 
@@ -116,7 +112,7 @@ def inspect_data(
         _count_rows(report, encoded, config)
         report.previews = _preview(examples, encoded, tokenizer, n_previews, _PREVIEW_TOKENS)
         _warn(report)
-        check_learnable(encoded, config.learn_on)
+        check_has_targets(encoded, config.learn_on)
     except DataError as error:
         report.errors.append(str(error))
     return report
@@ -170,7 +166,7 @@ def _describe_tokens(
     if len(documents):
         is_end = np.isin(documents.labels, tokenizer.stop_ids).astype(np.int64)
         has_end = np.add.reduceat(is_end, documents.starts[:-1]) > 0
-        is_whole = lengths[documents.owners] <= report.max_length
+        is_whole = lengths[documents.example_indices] <= report.max_length
         report.n_without_end = int((is_whole & ~has_end).sum())
 
 
@@ -184,9 +180,9 @@ def _count_special_tokens(
 
 def _count_rows(report: DataReport, encoded: EncodedExamples, config: DataConfig) -> None:
     sizes = np.diff(encoded.documents.starts)
-    width = config.max_length if config.packing else padded_width(sizes, config.max_length)
+    width = config.max_length if config.packing else padded_length(sizes, config.max_length)
     packed = config.packing and len(sizes)
-    report.n_rows = pack(sizes, width, seed=0).n_rows if packed else len(sizes)
+    report.n_rows = pack(sizes, width, seed=0).n_sequences if packed else len(sizes)
     report.fill_fraction = len(encoded.documents.ids) / max(1, report.n_rows * width)
 
 
@@ -206,7 +202,7 @@ def _preview(
     most_tokens: int,
 ) -> list[Preview]:
     documents = encoded.documents
-    _, firsts = np.unique(documents.owners, return_index=True)
+    _, firsts = np.unique(documents.example_indices, return_index=True)
     previews = []
     for number in firsts[:most].tolist():
         ids, learned = documents.tokens(number)
@@ -218,7 +214,7 @@ def _preview(
             text = tokenizer.decode(shown[:end], skip_special_tokens=False)
             spans.append((text[told:], bool(learned[begin])))
             told = len(text)
-        source = examples[documents.owners[number]].source
+        source = examples[documents.example_indices[number]].source
         previews.append(Preview(source, spans, len(ids) - len(shown)))
     return previews
 

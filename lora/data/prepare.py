@@ -11,8 +11,9 @@ from lora.data.chat.choose_template import choose_template
 from lora.data.reading.formats import Example
 from lora.data.reading.readers import Source, read_examples
 from lora.data.reading.splitting import split_examples
-from lora.data.sequences.batches import TokenRows, build_rows
-from lora.data.sequences.encode import EncodedExamples, check_learnable, encode_examples
+from lora.data.sequences.batches import TokenSequences, build_sequences
+from lora.data.sequences.encode import encode_examples
+from lora.data.sequences.encoded import EncodedExamples, check_has_targets
 from lora.data.tokenizers.subword import TextTokenizer
 
 
@@ -20,13 +21,13 @@ from lora.data.tokenizers.subword import TextTokenizer
 class PreparedData:
     """Rows to learn from and to evaluate on, and how they came about."""
 
-    train: TokenRows
-    held_out: TokenRows | None
+    train: TokenSequences
+    validation: TokenSequences | None
     """None if nothing is held out."""
     train_encoded: EncodedExamples
-    held_out_encoded: EncodedExamples | None
+    validation_encoded: EncodedExamples | None
     train_examples: list[Example]
-    held_out_examples: list[Example]
+    validation_examples: list[Example]
     tokenizer: TextTokenizer
     """With the chat template that was used: save it with the model."""
     template_origin: str | None
@@ -41,9 +42,9 @@ def prepare_data(
     config: DataConfig,
     seed: int,
     *,
-    held_out_source: Source | None = None,
+    validation_source: Source | None = None,
     now: datetime | None = None,
-    say: Callable[[str], None] = lambda message: None,
+    on_message: Callable[[str], None] = lambda message: None,
     on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> PreparedData:
     """Return rows of `config.max_length` tokens; the same arguments give the same rows.
@@ -53,7 +54,7 @@ def prepare_data(
         tokenizer: the model's.
         config: how examples become rows.
         seed: of what is held out and of the packing.
-        held_out_source: what to evaluate on; None holds out a part of `source`.
+        validation_source: what to evaluate on; None holds out a part of `source`.
         now: the date for chat templates that tell one (Llama 3's do); None is today.
         say: hears what was decided: what was left out, which template is used.
         on_progress: hears the fraction that is tokenised, if that takes more than two seconds.
@@ -64,55 +65,62 @@ def prepare_data(
     """
     if config.special_tokens:
         tokenizer = tokenizer.with_tokens(config.special_tokens)
-    if held_out_source is None:
+    if validation_source is None:
         sizes = config.eval_fraction, config.max_eval_examples
-        train, held_out = split_examples(read_examples(source, say), *sizes, seed)
+        train, validation = split_examples(read_examples(source, on_message), *sizes, seed)
     else:
-        train, held_out = read_examples(source, say), read_examples(held_out_source, say)
-        _tell_shared(train, held_out, say)
+        train, validation = (
+            read_examples(source, on_message),
+            read_examples(validation_source, on_message),
+        )
+        _tell_shared(train, validation, on_message)
     origin, now = None, now or datetime.now()
-    if any(example.messages is not None for example in train + held_out):
+    if any(example.messages is not None for example in train + validation):
         tokenizer, origin = choose_template(tokenizer, config.chat_template)
-        say(f"conversations are written in {origin}")
+        on_message(f"conversations are written in {origin}")
     encoded = encode_examples(train, tokenizer, config, on_progress, now=now)
-    check_learnable(encoded, config.learn_on)
-    held_out_encoded = None
-    if held_out:
-        held_out_encoded = encode_examples(held_out, tokenizer, config, now=now)
-    if held_out_encoded is not None and not len(held_out_encoded.documents):
-        say("nothing is left to evaluate on: none of the held-out examples has a token to learn")
-        held_out_encoded = None
-    held_out_rows = None
-    if held_out_encoded is not None:
-        held_out_rows = _rows(held_out_encoded, tokenizer, config, seed)
+    check_has_targets(encoded, config.learn_on)
+    validation_encoded = None
+    if validation:
+        validation_encoded = encode_examples(validation, tokenizer, config, now=now)
+    if validation_encoded is not None and not len(validation_encoded.documents):
+        on_message(
+            "nothing is left to evaluate on: none of the held-out examples has a token to learn"
+        )
+        validation_encoded = None
+    validation_sequences = None
+    if validation_encoded is not None:
+        validation_sequences = _rows(validation_encoded, tokenizer, config, seed)
     return PreparedData(
         train=_rows(encoded, tokenizer, config, seed),
-        held_out=held_out_rows,
+        validation=validation_sequences,
         train_encoded=encoded,
-        held_out_encoded=held_out_encoded,
+        validation_encoded=validation_encoded,
         train_examples=train,
-        held_out_examples=held_out,
+        validation_examples=validation,
         tokenizer=tokenizer,
         template_origin=origin,
         now=now,
     )
 
 
-def _tell_shared(train: list[Example], held_out: list[Example], say: Callable[[str], None]) -> None:
+def _tell_shared(
+    train: list[Example], validation: list[Example], on_message: Callable[[str], None]
+) -> None:
     learned = {example.content_key() for example in train}
-    n_shared = sum(example.content_key() in learned for example in held_out)
+    n_shared = sum(example.content_key() in learned for example in validation)
     if n_shared:
-        say(
-            f"note: {n_shared} of {len(held_out)} examples to evaluate on are also learned from: "
+        on_message(
+            f"note: {n_shared} of {len(validation)} examples to evaluate on are also learned from: "
             "their loss says nothing of new ones"
         )
 
 
 def _rows(
     encoded: EncodedExamples, tokenizer: TextTokenizer, config: DataConfig, seed: int
-) -> TokenRows:
+) -> TokenSequences:
     ids = (tokenizer.pad_id, tokenizer.eos_id, 0)
     pad_id = next(number for number in ids if number is not None)
-    return build_rows(
+    return build_sequences(
         encoded.documents, config.max_length, packing=config.packing, pad_id=pad_id, seed=seed
     )

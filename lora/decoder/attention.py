@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from lora.decoder.cache import KVCache, NoCache
 from lora.decoder.config import DecoderConfig, LayerConfig, RopeConfig
-from lora.decoder.rope import Tables, leave, rotate
+from lora.decoder.rope import Tables, rotate, skip_rotation
 from lora.kernels.together import call_together
 
 NO_CACHE = NoCache()
 
 
 @dataclass(frozen=True)
-class Places:
+class TokenPositions:
     """Where the tokens of a forward stand."""
 
     position_ids: Tensor
@@ -33,7 +33,7 @@ class Places:
 
 
 @dataclass(frozen=True)
-class View:
+class AttentionMask:
     """What the blocks with one window may attend to."""
 
     mask: Tensor | None
@@ -42,21 +42,21 @@ class View:
 
 
 @dataclass(frozen=True)
-class Step:
+class AttentionInputs:
     """What all blocks of one forward share."""
 
     tables: dict[RopeConfig | None, Tables]
-    views: dict[int | None, View]
+    masks: dict[int | None, AttentionMask]
     """By the window, in tokens."""
     cache: KVCache | NoCache
 
 
-def find_places(
+def resolve_positions(
     input_ids: Tensor,
     position_ids: Tensor | None,
     document_ids: Tensor | None,
     cache: KVCache | None,
-) -> Places:
+) -> TokenPositions:
     """Return where the tokens `input_ids` (B, T) stand; a cache takes note of them.
 
     Positions left out count up within each document; with a filled cache, positions and
@@ -72,11 +72,11 @@ def find_places(
         steps = torch.arange(n_new, device=device)
         position_ids = steps[None] if is_one else positions_within(document_ids, steps)  # (B|1, T)
     if cache is None:
-        return Places(position_ids, None if is_one else document_ids, NO_CACHE)
+        return TokenPositions(position_ids, None if is_one else document_ids, NO_CACHE)
     noted = torch.zeros_like(input_ids) if document_ids is None else document_ids  # (B, T)
     cache.begin(position_ids, noted, is_one_document=is_one)
     is_one = cache.is_one_document
-    return Places(position_ids, None if is_one else noted, cache)
+    return TokenPositions(position_ids, None if is_one else noted, cache)
 
 
 def positions_within(document_ids: Tensor | None, steps: Tensor) -> Tensor:
@@ -100,15 +100,15 @@ def _is_one_document(document_ids: Tensor | None, cache: KVCache | None) -> bool
     return bool((document_ids == first).all())
 
 
-def build_view(places: Places, window_tokens: int | None) -> View:
+def build_mask(tokens: TokenPositions, window_tokens: int | None) -> AttentionMask:
     """Return what blocks with this window (None: global) may attend to."""
-    n_new, cache = places.position_ids.shape[1], places.cache
+    n_new, cache = tokens.position_ids.shape[1], tokens.cache
     n_keys = cache.n_tokens or n_new
     if window_tokens is not None and window_tokens >= n_keys:
         window_tokens = None
-    if places.document_ids is None and window_tokens is None and n_new in (1, n_keys):
-        return View(mask=None, is_causal=n_new > 1)
-    positions, documents = places.position_ids, places.document_ids
+    if tokens.document_ids is None and window_tokens is None and n_new in (1, n_keys):
+        return AttentionMask(mask=None, is_causal=n_new > 1)
+    positions, documents = tokens.position_ids, tokens.document_ids
     key_positions, key_documents = positions, documents
     if isinstance(cache, KVCache):
         key_positions = cache.positions[:, :n_keys]  # (B, S)
@@ -119,19 +119,19 @@ def build_view(places: Places, window_tokens: int | None) -> View:
         mask &= distance < window_tokens
     if documents is not None and key_documents is not None:
         mask = mask & (documents[:, :, None] == key_documents[:, None, :])  # (B, T, S)
-    return View(mask=mask[:, None], is_causal=False)  # (B|1, 1, T, S)
+    return AttentionMask(mask=mask[:, None], is_causal=False)  # (B|1, 1, T, S)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:
     """Return softmax(q kᵀ · scale) v; q (B, H, T, D), k and v (B, heads, S, D) -> (B, T, H·D)."""
     is_shared = q.shape[1] != k.shape[1]
-    if is_shared and view.mask is not None and q.is_cuda:
+    if is_shared and mask.mask is not None and q.is_cuda:
         # CUDA's memory-efficient kernel takes masks but no shared heads; what takes both would
         # hold the logits of all pairs, (B, H, T, S).
         k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
         is_shared = False
     y = F.scaled_dot_product_attention(
-        q, k, v, view.mask, is_causal=view.is_causal, scale=scale, enable_gqa=is_shared
+        q, k, v, mask.mask, is_causal=mask.is_causal, scale=scale, enable_gqa=is_shared
     )  # (B, H, T, D)
     return y.transpose(1, 2).flatten(2)  # (B, T, H·D)
 
@@ -157,20 +157,20 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, shared, bias=heads.qkv_bias)
         self.o_proj = nn.Linear(inner, width, bias=heads.output_bias)
         sizes = heads.head_dim, config.norm_eps
-        self.rotate = leave if layer.rope is None else rotate
+        self.rotate = skip_rotation if layer.rope is None else rotate
         self.q_norm = norm(*sizes) if heads.qk_norm else nn.Identity()
         self.k_norm = norm(*sizes) if heads.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:  # (B, T, C) -> (B, T, C)
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:  # (B, T, C) -> (B, T, C)
         shape = *x.shape[:-1], -1, self.head_dim
         q, k, v = call_together(x, self.q_proj, self.k_proj, self.v_proj)
         q = self.q_norm(q.view(shape))  # (B, T, H, D)
         k = self.k_norm(k.view(shape))  # (B, T, heads, D)
         v = v.view(shape).transpose(1, 2)  # (B, heads, T, D)
-        q, k = self.rotate(q, k, step.tables.get(self.layer.rope))
-        k, v = step.cache.append(self.index, k.transpose(1, 2), v)  # (B, heads, S, D)
-        view = step.views[self.layer.window_tokens]
-        return self.o_proj(attend(q.transpose(1, 2), k, v, view, self.layer.scale))
+        q, k = self.rotate(q, k, inputs.tables.get(self.layer.rope))
+        k, v = inputs.cache.append(self.index, k.transpose(1, 2), v)  # (B, heads, S, D)
+        mask = inputs.masks[self.layer.window_tokens]
+        return self.o_proj(attend(q.transpose(1, 2), k, v, mask, self.layer.scale))
 
 
 class FusedAttention(nn.Module):
@@ -183,9 +183,9 @@ class FusedAttention(nn.Module):
         self.c_attn = nn.Linear(width, 3 * width, bias=heads.qkv_bias)
         self.c_proj = nn.Linear(width, width, bias=heads.output_bias)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:  # (B, T, C) -> (B, T, C)
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:  # (B, T, C) -> (B, T, C)
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_heads, -1))  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, D)
-        k, v = step.cache.append(self.index, k, v)  # (B, H, S, D)
-        view = step.views[self.layer.window_tokens]
-        return self.c_proj(attend(q, k, v, view, self.layer.scale))
+        k, v = inputs.cache.append(self.index, k, v)  # (B, H, S, D)
+        mask = inputs.masks[self.layer.window_tokens]
+        return self.c_proj(attend(q, k, v, mask, self.layer.scale))

@@ -56,7 +56,7 @@ class KVCache:
         self.n_tokens, self.is_one_document = 0, True
 
     @torch.no_grad()
-    def select_rows(self, rows: Tensor) -> None:
+    def select_sequences(self, rows: Tensor) -> None:
         """Keep only `rows` (int64, ≤ B of them, any order): drops sequences that have ended."""
         for tensors in (self.keys, self.values):
             for i, tensor in enumerate(tensors):

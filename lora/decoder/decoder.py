@@ -1,8 +1,8 @@
 """The decoder: embedding, blocks, final norm, output head.
 
-What differs from the textbook: what the blocks share (rotary tables, masks, the cache) is made
-once per forward and handed to them as one `Step`; and a decoder is always built on the meta
-device, so that loading never spends time on values that are replaced at once.
+What differs from the textbook: what the blocks share (rotary tables, masks, the cache) is computed
+once per forward and passed to them as one `AttentionInputs`; and a decoder is always built on the
+meta device, so that loading spends no time on values that are replaced at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lora.decoder.attention import Places, Step, build_view, find_places
+from lora.decoder.attention import AttentionInputs, TokenPositions, build_mask, resolve_positions
 from lora.decoder.cache import KVCache
 from lora.decoder.config import DecoderConfig
 from lora.decoder.layers import BLOCKS, OffsetRMSNorm, RMSNorm
@@ -61,19 +61,23 @@ class Trunk(nn.Module):
         document_ids: Tensor | None,
         cache: KVCache | None,
     ) -> Tensor:  # (B, T) -> (B, T, C)
-        places = find_places(input_ids, position_ids, document_ids, cache)
-        return self.through_blocks(self.embed(input_ids, places.position_ids), places)
+        positions = resolve_positions(input_ids, position_ids, document_ids, cache)
+        return self.through_blocks(self.embed(input_ids, positions.position_ids), positions)
 
-    def through_blocks(self, x: Tensor, places: Places) -> Tensor:  # (B, T, C) -> (B, T, C)
+    def through_blocks(
+        self, x: Tensor, positions: TokenPositions
+    ) -> Tensor:  # (B, T, C) -> (B, T, C)
         """Return what the blocks and the final norm make of first hidden states."""
-        positions = places.position_ids
-        step = Step(
-            tables={config: rope.tables(positions, x.dtype) for config, rope in self.ropes.items()},
-            views={window: build_view(places, window) for window in self.windows},
-            cache=places.cache,
+        inputs = AttentionInputs(
+            tables={
+                config: rope.tables(positions.position_ids, x.dtype)
+                for config, rope in self.ropes.items()
+            },
+            masks={window: build_mask(positions, window) for window in self.windows},
+            cache=positions.cache,
         )
         for block in self.blocks():
-            x = block(x, step)
+            x = block(x, inputs)
         return self.final_norm()(x)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.decoder.attention import Attention, FusedAttention, Step
+from lora.decoder.attention import Attention, AttentionInputs, FusedAttention
 from lora.decoder.config import BlockKind, DecoderConfig, LayerConfig
 from lora.kernels.rms_norm import rms_norm
 from lora.kernels.together import call_together
@@ -94,8 +94,8 @@ class PreNormBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(*sizes)
         self.mlp = GatedFeedForward(config)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:  # (B, T, C) -> (B, T, C)
-        x = x + self.self_attn(self.input_layernorm(x), step)
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:  # (B, T, C) -> (B, T, C)
+        x = x + self.self_attn(self.input_layernorm(x), inputs)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -112,8 +112,8 @@ class SandwichBlock(nn.Module):
         self.mlp = GatedFeedForward(config)
         self.post_feedforward_layernorm = OffsetRMSNorm(*sizes)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:  # (B, T, C) -> (B, T, C)
-        attended = self.self_attn(self.input_layernorm(x), step)
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:  # (B, T, C) -> (B, T, C)
+        attended = self.self_attn(self.input_layernorm(x), inputs)
         x = x + self.post_attention_layernorm(attended)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
@@ -128,8 +128,8 @@ class GPT2Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.hidden_size, config.norm_eps)
         self.mlp = PlainFeedForward(config)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:  # (B, T, C) -> (B, T, C)
-        x = x + self.attn(self.ln_1(x), step)
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:  # (B, T, C) -> (B, T, C)
+        x = x + self.attn(self.ln_1(x), inputs)
         return x + self.mlp(self.ln_2(x))
 
 

@@ -120,10 +120,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
 
 def rotate(q: Tensor, k: Tensor, tables: Tables | None) -> tuple[Tensor, Tensor]:
     """Return queries and keys (B, T, heads, D) rotated by `tables`."""
-    cos, sin = cast(Tables, tables)  # None only for blocks that were built with `leave`
+    cos, sin = cast(Tables, tables)  # None only for blocks that were built with `skip_rotation`
     return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
 
 
-def leave(q: Tensor, k: Tensor, tables: Tables | None) -> tuple[Tensor, Tensor]:
+def skip_rotation(q: Tensor, k: Tensor, tables: Tables | None) -> tuple[Tensor, Tensor]:
     """Return queries and keys as they are: what blocks without a rope do instead of `rotate`."""
     return q, k

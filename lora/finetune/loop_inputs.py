@@ -36,7 +36,7 @@ def training_job(
 ) -> TrainingJob:
     """Return what the loop takes; `steps`: None for the plain step."""
     rows = job.train.batch_size // job.train.micro_batches
-    held_out = data.held_out
+    held_out = data.validation
     # The fast step copies batches to the device by itself.
     place = choice.device if steps is None else "cpu"
     stream = BatchStream(data.train, rows, job.train.seed, place)
@@ -68,8 +68,8 @@ def _namer(
 
     def name(step: int, places: Sequence[tuple[int, int]]) -> str:
         chosen = [micro * rows + row for micro, row in places] or range(train.batch_size)
-        numbers = stream.numbers((step - 1) * train.batch_size + place for place in chosen)
-        sources = [data.train_examples[owner].source for owner in data.train.owners(numbers)]
+        drawn = stream.sequence_indices((step - 1) * train.batch_size + n for n in chosen)
+        sources = [data.train_examples[i].source for i in data.train.example_indices(drawn)]
         more = f" and {len(sources) - MAX_NAMED} more" if len(sources) > MAX_NAMED else ""
         return f"Read there: {', '.join(sources[:MAX_NAMED])}{more}."
 
@@ -81,7 +81,7 @@ def _sampler(
 ) -> Sampler:
     room_tokens = model.config.max_position_embeddings - job.run.sample_tokens
     prompts = choose_prompts(
-        data.held_out_examples,
+        data.validation_examples,
         data.tokenizer,
         job.run.samples,
         most_tokens=min(job.data_config.max_length, room_tokens),

@@ -71,12 +71,12 @@ def plan_run(
         room_gb = None if free is None else ROOM_FRACTION * free / 1e9
         memory = replace(memory, memory_gb=room_gb)
     rows = data.train
-    n_tokens = len(rows) * rows.row_tokens
+    n_tokens = len(rows) * rows.sequence_length
     setting = Setting(
         config=decoder_config(read_config(model_folder)),
         lora=lora,
         rows=train.batch_size // train.micro_batches,
-        tokens=rows.row_tokens,
+        tokens=rows.sequence_length,
         device_type=choice.device.type,
         compute_dtype=choice.compute_dtype,
         micro_batches=train.micro_batches,

@@ -141,13 +141,13 @@ def check_data(
         load_tokenizer(_tokenizer_folder(job, model_folder)),
         job.data_config,
         job.train.seed,
-        held_out_source=job.eval_data,
+        validation_source=job.eval_data,
         now=read_first_day(job.run.out / str(job.run.name)) if job.resume else None,
-        say=progress.message,
+        on_message=progress.message,
     )
     progress.message(
         f"{len(data.train_examples)} examples to learn ({data.train.n_target_tokens:,} learned "
-        f"tokens in {len(data.train)} rows), {len(data.held_out_examples)} to measure"
+        f"tokens in {len(data.train)} rows), {len(data.validation_examples)} to measure"
     )
     return data, inspect_prepared(data, job.data, job.data_config)
 

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lora.config import DataConfig, SamplingConfig
-from lora.data.chat.prompts import Prompt, prompt_of
+from lora.data.chat.prompts import Prompt, example_prompt
 from lora.data.reading.formats import Example
-from lora.data.sequences.batches import build_rows, ordered_batches
-from lora.data.sequences.encode import check_learnable, encode_examples
+from lora.data.sequences.batches import build_sequences, ordered_batches
+from lora.data.sequences.encode import encode_examples
+from lora.data.sequences.encoded import check_has_targets
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
@@ -56,19 +57,19 @@ def measure_loss(
     tokenizer: TextTokenizer,
     config: DataConfig,
     choice: DeviceChoice,
-    batch_rows: int = 8,
+    batch_size: int = 8,
 ) -> float:
     """Return the mean loss in nats over the learned tokens of `examples`.
 
     Raises DataError if nothing in them is learned.
     """
     encoded = encode_examples(examples, tokenizer, config)
-    check_learnable(encoded, config.learn_on)
+    check_has_targets(encoded, config.learn_on)
     pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
-    rows = build_rows(
+    rows = build_sequences(
         encoded.documents, config.max_length, packing=config.packing, pad_id=pad, seed=0
     )
-    batches = ordered_batches(rows, batch_rows, choice.device)
+    batches = ordered_batches(rows, batch_size, choice.device)
     return evaluate(model, batches, loss_for(model), choice.autocast)
 
 
@@ -78,17 +79,17 @@ def answer_examples(
     tokenizer: TextTokenizer,
     sampling: SamplingConfig,
     *,
-    batch_rows: int = 16,
+    batch_size: int = 16,
     on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> list[Answer]:
     """Return the model's answers to the examples that ask something, in their order."""
-    found = (prompt_of(example, tokenizer) for example in examples)
+    found = (example_prompt(example, tokenizer) for example in examples)
     prompts: list[Prompt] = [p for p in found if p is not None and p.reference is not None]
     # Prompts of like length share a batch, so that little of it is padding.
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n].ids))
     answers: dict[int, Answer] = {}
-    for first in range(0, len(order), batch_rows):
-        numbers = order[first : first + batch_rows]
+    for first in range(0, len(order), batch_size):
+        numbers = order[first : first + batch_size]
         ids = [prompts[n].ids for n in numbers]
         tokens = generate(model, ids, sampling, stop_ids=tokenizer.stop_ids)
         for n, new in zip(numbers, tokens, strict=True):

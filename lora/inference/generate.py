@@ -91,7 +91,7 @@ def _generate(
         if not kept or made == sampling.max_new_tokens:
             break
         if len(kept) < len(rows):  # rows that have ended cost nothing more
-            cache.select_rows(torch.tensor(kept, device=device))
+            cache.select_sequences(torch.tensor(kept, device=device))
             rows = [rows[place] for place in kept]
         following = torch.tensor([[tokens[place]] for place in kept], device=device)  # (B, 1)
         logits = _last_logits(model, following, cache=cache)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from lora.config import SamplingConfig
-from lora.data.chat.prompts import Prompt, beginning_of, prompt_of
+from lora.data.chat.prompts import Prompt, continuation_prompt, example_prompt
 from lora.data.inspection_view import visible
 from lora.data.reading.formats import Example
 from lora.data.tokenizers.subword import TextTokenizer
@@ -43,9 +43,9 @@ def choose_prompts(
     for example in examples[:_MAX_TRIED] if most else ():
         try:
             prompt = (
-                beginning_of(example.text, tokenizer)
+                continuation_prompt(example.text, tokenizer)
                 if example.text is not None
-                else prompt_of(example, tokenizer, now=now)
+                else example_prompt(example, tokenizer, now=now)
             )
         except DataError:  # it can be learned, and cannot be asked
             continue

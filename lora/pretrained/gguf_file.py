@@ -54,7 +54,7 @@ class GGUFFile:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
-        cursor = _Cursor(path, self._data)
+        cursor = _HeaderReader(path, self._data)
         n_tensors, n_keys = struct.unpack("<QQ", start[8:])
         self.metadata: dict[str, Any] = {}
         for _ in range(n_keys):
@@ -130,7 +130,7 @@ def _check_start(path: Path, start: bytes) -> None:
         raise ModelError(f"{path} is damaged: {claims}. Copy it again.")
 
 
-class _Cursor:
+class _HeaderReader:
     """A place in the file's header that moves on; it never reads beyond the end."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
@@ -183,7 +183,7 @@ class _Cursor:
         return _NUMBERS[kind]
 
 
-def _read_tensors(cursor: _Cursor, n_tensors: int, alignment: int) -> dict[str, GGUFTensor]:
+def _read_tensors(cursor: _HeaderReader, n_tensors: int, alignment: int) -> dict[str, GGUFTensor]:
     heads = [_read_head(cursor) for _ in range(n_tensors)]
     base = cursor.place + -cursor.place % alignment
     tensors: dict[str, GGUFTensor] = {}
@@ -201,7 +201,7 @@ def _read_tensors(cursor: _Cursor, n_tensors: int, alignment: int) -> dict[str, 
     return tensors
 
 
-def _read_head(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+def _read_head(cursor: _HeaderReader) -> tuple[str, tuple[int, ...], int, int]:
     name, n_sizes = cursor.text(), cursor.number("I")
     if not 1 <= n_sizes <= 4:
         raise cursor.fault(f"{name} has {n_sizes} dimensions")
@@ -209,7 +209,7 @@ def _read_head(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     return name, sizes[::-1], cursor.number("I"), cursor.number("Q")
 
 
-def _size_bytes(cursor: _Cursor, name: str, shape: tuple[int, ...], kind: int) -> int:
+def _size_bytes(cursor: _HeaderReader, name: str, shape: tuple[int, ...], kind: int) -> int:
     from gguf import GGML_QUANT_SIZES
 
     known = {int(number): sizes for number, sizes in GGML_QUANT_SIZES.items()}

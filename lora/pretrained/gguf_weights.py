@@ -29,7 +29,7 @@ from lora.pretrained.gguf_config import ROPE_FACTORS, gguf_config
 from lora.pretrained.gguf_file import GGUFFile
 from lora.pretrained.gguf_tokenizer import build_gguf_tokenizer
 
-Report = Callable[[float], None]
+OnProgress = Callable[[float], None]
 """Hears how much of the work is done, 0 to 1."""
 
 OUTSIDE = {
@@ -59,7 +59,7 @@ INSIDE_GEMMA3 = INSIDE | {
 }
 
 
-def convert_gguf(path: Path, folder: Path, report: Report = lambda share: None) -> None:
+def convert_gguf(path: Path, folder: Path, on_progress: OnProgress = lambda share: None) -> None:
     """Write the model and tokenizer in the GGUF file `path` into `folder`, in fp32.
 
     Raises ModelError for a file that is damaged, not supported, or has other tensors than its
@@ -74,7 +74,7 @@ def convert_gguf(path: Path, folder: Path, report: Report = lambda share: None) 
     (folder / "config.json").write_text(text, encoding="utf-8")
     shapes = {new: file.tensors[old].shape for new, old in names.items()}
     blocks = (block for new, old in names.items() for block in _blocks(file, old, new, config))
-    _write_fp32(folder / "model.safetensors", shapes, blocks, report)
+    _write_fp32(folder / "model.safetensors", shapes, blocks, on_progress)
 
 
 def read_gguf_decoder(path: Path) -> Decoder:
@@ -178,7 +178,10 @@ def permute(value: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _write_fp32(
-    path: Path, shapes: dict[str, tuple[int, ...]], blocks: Iterator[np.ndarray], report: Report
+    path: Path,
+    shapes: dict[str, tuple[int, ...]],
+    blocks: Iterator[np.ndarray],
+    on_progress: OnProgress,
 ) -> None:
     """Write a safetensors file without holding more than a block (its own specification)."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -195,6 +198,6 @@ def _write_fp32(
         for block in blocks:
             file.write(np.ascontiguousarray(block, dtype="<f4").data)
             done_bytes += block.nbytes
-            report(done_bytes / total_bytes)
+            on_progress(done_bytes / total_bytes)
         file.flush()
         os.fsync(file.fileno())  # what is in the cache is trusted later by its size alone

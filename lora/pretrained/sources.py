@@ -49,16 +49,16 @@ class ModelSource:
 
 
 def find_model(
-    name: str | None = None, report: Callable[[float], None] = lambda share: None
+    name: str | None = None, on_progress: Callable[[float], None] = lambda share: None
 ) -> ModelSource:
     """Return where the model called `name` lies; None is the default, SmolLM2-135M-Instruct.
 
-    `report` hears how far a conversion is, 0 to 1. Raises ModelError for a path that does not
+    `on_progress` hears how far a conversion is, 0 to 1. Raises ModelError for a path that does not
     exist (near names offered) or cannot be converted, DependencyError for a missing package.
     """
     path = Path(name or DEFAULT_NAME).expanduser()
     if name is None or (name == DEFAULT_NAME and not path.exists()):
-        return ModelSource(_converted(_default_file(), report), DEFAULT_NAME)
+        return ModelSource(_converted(_default_file(), on_progress), DEFAULT_NAME)
     if path.is_dir():
         return ModelSource(_checked_folder(path), path.resolve().name)
     if path.is_file():
@@ -67,7 +67,7 @@ def find_model(
                 f"The model {path} was asked for: it is a file, and no .gguf. Name a folder with "
                 "config.json and safetensors, a .gguf file, or a hub's owner/name."
             )
-        return ModelSource(_converted(path, report), path.stem)
+        return ModelSource(_converted(path, on_progress), path.stem)
     looks_local = name.startswith((".", "/", "~")) or path.suffix == ".gguf"
     if _HUB_NAME.fullmatch(name) and not looks_local and not path.parent.is_dir():
         return ModelSource(_from_hub(name), name)
@@ -103,7 +103,7 @@ def _checked_folder(path: Path) -> Path:
     )
 
 
-def _converted(file: Path, report: Callable[[float], None]) -> Path:
+def _converted(file: Path, on_progress: Callable[[float], None]) -> Path:
     folder = cache_folder() / f"{file.stem}-{_file_key(file)}"
     if _is_whole(folder):
         return folder
@@ -117,7 +117,7 @@ def _converted(file: Path, report: Callable[[float], None]) -> Path:
     except OSError as error:
         raise ModelError(_cannot_write(folder.parent, error)) from error
     try:
-        convert_gguf(file, building, report)
+        convert_gguf(file, building, on_progress)
         sizes = {path.name: path.stat().st_size for path in building.iterdir()}
         (building / _MANIFEST).write_text(json.dumps({"source": str(file), "files": sizes}))
         building.chmod(0o755)  # mkdtemp makes folders that only the owner reads

@@ -102,7 +102,7 @@ def describe_job(
     """Return what `run.json` says of the sweep."""
     named = job.data if isinstance(job.data, Path | str) else "rows given in Python"
     asked = _what_was_asked(job)
-    assert data.held_out is not None
+    assert data.validation is not None
     return {
         "model": source.name,
         "model_source": job.model,
@@ -114,13 +114,13 @@ def describe_job(
             "source": str(named),
             "eval_source": None if job.eval_data is None else str(job.eval_data)[:200],
             "examples": len(data.train_examples),
-            "held_out_examples": len(data.held_out_examples),
+            "held_out_examples": len(data.validation_examples),
             "rows": len(data.train),
             "learned_tokens": data.train.n_target_tokens,
             "chat_template": data.template_origin,
             "now": data.now.isoformat(),
             "fingerprint": data.train.fingerprint(),
-            "held_out_fingerprint": data.held_out.fingerprint(),
+            "held_out_fingerprint": data.validation.fingerprint(),
         },
         "lora": {k: v for k, v in asdict(job.lora).items() if k not in asked["grid"]},
         "train": {k: v for k, v in asdict(job.train).items() if k not in asked["grid"]},

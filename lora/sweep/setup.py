@@ -32,18 +32,18 @@ def prepare_sweep(job: SweepJob, model_folder: Path, progress: SweepProgress) ->
         load_tokenizer(model_folder),
         job.data_config,
         int(job.grid.seed[0]),
-        held_out_source=job.eval_data,
+        validation_source=job.eval_data,
         now=read_first_day(job.run.out / str(job.run.name)) if job.resume else None,
-        say=progress.message,
+        on_message=progress.message,
     )
-    if data.held_out is None:
+    if data.validation is None:
         raise DataError(
             "A sweep chooses by held-out loss, and nothing is held out: give more examples, "
             "--eval-data, or an --eval-fraction above 0."
         )
     progress.message(
         f"{len(data.train_examples)} examples to learn ({data.train.n_target_tokens:,} learned "
-        f"tokens in {len(data.train)} rows), {len(data.held_out_examples)} to compare by"
+        f"tokens in {len(data.train)} rows), {len(data.validation_examples)} to compare by"
     )
     return data
 
@@ -65,9 +65,10 @@ def choose_stack_size(
         model,
         candidates,
         job.train.batch_size // job.train.micro_batches,
-        data.train.row_tokens,
+        data.train.sequence_length,
         packed=job.data_config.packing,
-        learned_fraction=data.train.n_target_tokens / (len(data.train) * data.train.row_tokens),
+        learned_fraction=data.train.n_target_tokens
+        / (len(data.train) * data.train.sequence_length),
         choice=choice,
         fast=takes_fast(job),
     )
@@ -98,11 +99,11 @@ def build_base(
     """Return what all waves share."""
     spread = math.ceil(job.train.steps / MAX_EVALUATIONS)
     every = job.run.eval_every_steps or max(MIN_EVAL_STEPS, spread)
-    assert data.held_out is not None
+    assert data.validation is not None
     return SweepBase(
         model=model,
         train=data.train,
-        held_out=data.held_out,
+        held_out=data.validation,
         rows=job.train.batch_size // job.train.micro_batches,
         micro_batches=job.train.micro_batches,
         eval_every_steps=every,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora.data.sequences.batches import Batch, BatchStream, TokenRows, ordered_batches
+from lora.data.sequences.batches import Batch, BatchStream, TokenSequences, ordered_batches
 from lora.device import DeviceChoice, peak_memory_bytes
 from lora.errors import CheckpointError
 from lora.fast.stacked_runner import build_training
@@ -43,8 +43,8 @@ class SweepBase:
 
     model: nn.Module
     """The frozen base, without adapters."""
-    train: TokenRows
-    held_out: TokenRows
+    train: TokenSequences
+    held_out: TokenSequences
     rows: int
     """Of one micro-batch of one candidate, B."""
     micro_batches: int

@@ -22,16 +22,16 @@ def test_a_file_becomes_rows_of_both_sides(chatml_tokenizer: TextTokenizer, tmp_
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     said: list[str] = []
-    data = prepare_data(path, chatml_tokenizer, CONFIG, seed=1, say=said.append)
+    data = prepare_data(path, chatml_tokenizer, CONFIG, seed=1, on_message=said.append)
     assert said == ["conversations are written in the model's chat template"]
-    assert (len(data.train_examples), len(data.held_out_examples)) == (54, 6)
-    assert data.held_out is not None
-    assert data.train.row_tokens == 128
+    assert (len(data.train_examples), len(data.validation_examples)) == (54, 6)
+    assert data.validation is not None
+    assert data.train.sequence_length == 128
     assert data.train.n_target_tokens == data.train_encoded.documents.n_target_tokens
     batch = next(BatchStream(data.train, 4, seed=1))
     assert batch.input_ids.shape == (4, 128)
-    n_held_out = sum(b.n_target_tokens for b in ordered_batches(data.held_out, 4))
-    assert n_held_out == data.held_out.n_target_tokens > 0
+    n_validation = sum(b.n_target_tokens for b in ordered_batches(data.validation, 4))
+    assert n_validation == data.validation.n_target_tokens > 0
     assert (batch.input_ids[batch.document_ids < 0] == chatml_tokenizer.pad_id).all()
 
 
@@ -56,12 +56,14 @@ def test_rows_of_another_day_differ_unless_the_day_is_given(tokenizer: TextToken
 
 
 def test_given_held_out_data_leave_the_rest_whole(tokenizer: TextTokenizer) -> None:
-    held_out = [{"text": "the dog"}]
+    validation = [{"text": "the dog"}]
     said: list[str] = []
-    data = prepare_data(ROWS, tokenizer, CONFIG, seed=1, held_out_source=held_out, say=said.append)
+    data = prepare_data(
+        ROWS, tokenizer, CONFIG, seed=1, validation_source=validation, on_message=said.append
+    )
     assert len(data.train_examples) == 60
-    assert data.held_out is not None
-    assert len(data.held_out) == 1
+    assert data.validation is not None
+    assert len(data.validation) == 1
     assert data.tokenizer.chat_template is not None  # the plain format, to be saved
     assert "plain format" in said[0]
     assert data.template_origin is not None
@@ -69,25 +71,30 @@ def test_given_held_out_data_leave_the_rest_whole(tokenizer: TextTokenizer) -> N
 
 def test_held_out_examples_that_are_also_learned_are_told(tokenizer: TextTokenizer) -> None:
     said: list[str] = []
-    held_out = [{**ROWS[3], "id": 7}, {"text": "the dog"}, ROWS[4]]
-    prepare_data(ROWS, tokenizer, CONFIG, 1, held_out_source=held_out, say=said.append)
+    validation = [{**ROWS[3], "id": 7}, {"text": "the dog"}, ROWS[4]]
+    prepare_data(ROWS, tokenizer, CONFIG, 1, validation_source=validation, on_message=said.append)
     assert "2 of 3 examples to evaluate on are also learned from" in said[0]
 
 
 def test_nothing_may_be_held_out(tokenizer: TextTokenizer) -> None:
     config = DataConfig(max_length=64, eval_fraction=0, packing=False)
     data = prepare_data([{"text": "the dog"}], tokenizer, config, seed=1)
-    assert data.held_out is None
+    assert data.validation is None
     assert data.template_origin is None
-    assert data.train.row_tokens == 8
+    assert data.train.sequence_length == 8
 
 
 def test_held_out_examples_without_anything_to_learn_are_told(tokenizer: TextTokenizer) -> None:
     said: list[str] = []
     data = prepare_data(
-        [{"text": "the dog"}], tokenizer, CONFIG, 1, held_out_source=[{"text": ""}], say=said.append
+        [{"text": "the dog"}],
+        tokenizer,
+        CONFIG,
+        1,
+        validation_source=[{"text": ""}],
+        on_message=said.append,
     )
-    assert data.held_out is None
+    assert data.validation is None
     assert "nothing is left to evaluate on" in said[0]
 
 

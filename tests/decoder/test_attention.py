@@ -8,11 +8,11 @@ from torch import Tensor
 
 from lora.decoder.attention import (
     NO_CACHE,
-    Places,
-    build_view,
-    find_places,
+    TokenPositions,
+    build_mask,
     positions_within,
     repeat_heads,
+    resolve_positions,
 )
 from lora.decoder.cache import KVCache
 from lora.decoder.families import decoder_config
@@ -55,72 +55,72 @@ def test_positions_begin_anew_with_each_document() -> None:
 
 def test_one_document_needs_no_mask() -> None:
     for documents in (None, torch.zeros_like(IDS), torch.tensor([[3] * 6, [-1] * 6])):
-        places = find_places(IDS, None, documents, None)
-        assert places.document_ids is None
-        assert places.position_ids.tolist() == [[0, 1, 2, 3, 4, 5]]
-        view = build_view(places, None)
-        assert (view.mask, view.is_causal) == (None, True)
-        view = build_view(places, 6)
-        assert (view.mask, view.is_causal) == (None, True)
+        positions = resolve_positions(IDS, None, documents, None)
+        assert positions.document_ids is None
+        assert positions.position_ids.tolist() == [[0, 1, 2, 3, 4, 5]]
+        mask = build_mask(positions, None)
+        assert (mask.mask, mask.is_causal) == (None, True)
+        mask = build_mask(positions, 6)
+        assert (mask.mask, mask.is_causal) == (None, True)
 
 
 def test_a_window_narrower_than_the_row_is_a_mask() -> None:
-    view = build_view(find_places(IDS, None, None, None), 2)
-    assert view.mask is not None
-    assert view.mask.shape == (1, 1, 6, 6)
-    assert not view.is_causal
+    mask = build_mask(resolve_positions(IDS, None, None, None), 2)
+    assert mask.mask is not None
+    assert mask.mask.shape == (1, 1, 6, 6)
+    assert not mask.is_causal
     expected = by_the_rule(torch.arange(6)[None], torch.zeros(1, 6), 2)
-    assert torch.equal(view.mask, expected)
+    assert torch.equal(mask.mask, expected)
 
 
 def test_packed_and_padded_masks_follow_the_rule() -> None:
-    places = find_places(IDS, None, PACKED, None)
+    positions = resolve_positions(IDS, None, PACKED, None)
     for window in (None, 1, 2, 3):
-        view = build_view(places, window)
-        assert view.mask is not None
-        assert torch.equal(view.mask, by_the_rule(places.position_ids, PACKED, window))
-        assert view.mask.any(-1).all()  # no empty row, which would be NaN
+        mask = build_mask(positions, window)
+        assert mask.mask is not None
+        assert torch.equal(mask.mask, by_the_rule(positions.position_ids, PACKED, window))
+        assert mask.mask.any(-1).all()  # no empty row, which would be NaN
 
 
 def test_one_token_after_one_document_needs_no_mask() -> None:
     cache = empty_cache()
-    find_places(IDS, None, None, cache)
-    places = find_places(IDS[:, :1], None, None, cache)
-    assert places.position_ids.tolist() == [[6], [6]]
-    view = build_view(places, None)
-    assert (view.mask, view.is_causal) == (None, False)
+    resolve_positions(IDS, None, None, cache)
+    positions = resolve_positions(IDS[:, :1], None, None, cache)
+    assert positions.position_ids.tolist() == [[6], [6]]
+    mask = build_mask(positions, None)
+    assert (mask.mask, mask.is_causal) == (None, False)
 
 
 def test_one_token_after_padding_sees_its_document_only() -> None:
     cache = empty_cache()
-    find_places(IDS, None, PACKED, cache)
-    places = find_places(IDS[1:].expand(2, -1)[:, :1], None, None, cache)
-    assert places.position_ids.tolist() == [[1], [4]]
-    view = build_view(places, None)
-    assert view.mask is not None
-    assert view.mask[1, 0, 0].tolist() == [False, False, True, True, True, True, True]
-    view = build_view(places, 3)
-    assert view.mask is not None
-    assert view.mask[1, 0, 0].tolist() == [False, False, False, False, True, True, True]
+    resolve_positions(IDS, None, PACKED, cache)
+    positions = resolve_positions(IDS[1:].expand(2, -1)[:, :1], None, None, cache)
+    assert positions.position_ids.tolist() == [[1], [4]]
+    mask = build_mask(positions, None)
+    assert mask.mask is not None
+    assert mask.mask[1, 0, 0].tolist() == [False, False, True, True, True, True, True]
+    mask = build_mask(positions, 3)
+    assert mask.mask is not None
+    assert mask.mask[1, 0, 0].tolist() == [False, False, False, False, True, True, True]
 
 
 def test_documents_given_for_a_filled_cache_are_compared_with_what_it_holds() -> None:
     cache = empty_cache()
-    find_places(IDS, None, None, cache)
-    places = find_places(IDS[:, :1], None, torch.zeros(2, 1, dtype=torch.int64), cache)
-    assert places.document_ids is None
-    places = find_places(IDS[:, :1], None, torch.ones(2, 1, dtype=torch.int64), cache)
-    view = build_view(places, None)
-    assert view.mask is not None
-    assert view.mask[0, 0, 0].tolist() == [False] * 7 + [True]
+    resolve_positions(IDS, None, None, cache)
+    positions = resolve_positions(IDS[:, :1], None, torch.zeros(2, 1, dtype=torch.int64), cache)
+    assert positions.document_ids is None
+    positions = resolve_positions(IDS[:, :1], None, torch.ones(2, 1, dtype=torch.int64), cache)
+    mask = build_mask(positions, None)
+    assert mask.mask is not None
+    assert mask.mask[0, 0, 0].tolist() == [False] * 7 + [True]
 
 
 def test_several_tokens_into_a_filled_cache_stay_causal() -> None:
     cache = empty_cache()
-    find_places(IDS[:, :2], None, None, cache)
-    view = build_view(find_places(IDS[:, :3], None, None, cache), None)
-    assert view.mask is not None
-    assert view.mask[0, 0].tolist() == [
+    resolve_positions(IDS[:, :2], None, None, cache)
+    mask = build_mask(resolve_positions(IDS[:, :3], None, None, cache), None)
+    assert mask.mask is not None
+    assert mask.mask[0, 0].tolist() == [
         [True, True, True, False, False],
         [True, True, True, True, False],
         [True, True, True, True, True],
@@ -128,9 +128,9 @@ def test_several_tokens_into_a_filled_cache_stay_causal() -> None:
 
 
 def test_without_a_cache_nothing_is_kept() -> None:
-    places = find_places(IDS, None, None, None)
-    assert isinstance(places, Places)
-    assert places.cache is NO_CACHE
+    positions = resolve_positions(IDS, None, None, None)
+    assert isinstance(positions, TokenPositions)
+    assert positions.cache is NO_CACHE
     keys, values = torch.ones(1), torch.zeros(1)
     assert NO_CACHE.append(0, keys, values) == (keys, values)
 

@@ -76,7 +76,7 @@ def test_selected_rows_keep_everything() -> None:
     cache = make_cache()
     cache.begin(torch.tensor([[0, 1], [4, 5], [7, 8]]), ZEROS, is_one_document=True)
     cache.append(0, new_keys(2, 0), new_keys(2, 1))
-    cache.select_rows(torch.tensor([2]))
+    cache.select_sequences(torch.tensor([2]))
     assert cache.positions[:, :2].tolist() == [[7, 8]]
     assert torch.equal(cache.values[0][:, :, :2], new_keys(2, 1)[2:])
     assert cache.max_tokens == 5

@@ -124,7 +124,7 @@ def test_rows_of_a_cache_can_be_dropped(pair: Any, make_ids: Callable[..., Tenso
     ids = make_ids(3, T)
     cache = pair.ours.new_cache(3, T)
     pair.ours(ids[:, :10], cache=cache)
-    cache.select_rows(torch.tensor([2, 0]))
+    cache.select_sequences(torch.tensor([2, 0]))
     rest = pair.ours(ids[[2, 0], 10:], cache=cache)
     assert_close(rest, reference_logits(pair.reference, ids[[2, 0]])[:, 10:])
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora.decoder.families import decoder_config
-from lora.decoder.rope import Rope, inverse_frequencies, leave, rotate, rotate_plain
+from lora.decoder.rope import Rope, inverse_frequencies, rotate, rotate_plain, skip_rotation
 
 SIZES: dict[str, Any] = {
     "model_type": "llama",
@@ -98,4 +98,4 @@ def test_a_rotation_keeps_lengths_and_turns_by_the_angle() -> None:
 
 def test_blocks_without_a_rope_leave_queries_and_keys() -> None:
     q, k = torch.ones(1), torch.zeros(1)
-    assert leave(q, k, None) == (q, k)
+    assert skip_rotation(q, k, None) == (q, k)

@@ -211,7 +211,7 @@ LONG = [{"prompt": "word " * 200 + str(n), "completion": "end"} for n in range(9
     ("rows", "seen"),
     [
         (ASKED_ONLY, "they have no answers"),
-        (LONG, "were cut before their answers ended"),
+        (LONG, "were truncated before their answers"),
     ],
 )
 def test_nothing_to_learn_is_known_before_the_weights_are_loaded(
@@ -265,7 +265,7 @@ def test_a_transformers_model_goes_through_the_same_trainer(
     apply_lora(model, LoRAConfig(rank=4, init_seed=0))
     config = DataConfig(max_length=128, packing=False)
     data = prepare_data(make_orders("train", 24), load_tokenizer(tiny_folder), config, 0)
-    held_out = data.held_out
+    held_out = data.validation
     assert held_out is not None
     with create_run(tmp_path, "run") as run:
         result = train(

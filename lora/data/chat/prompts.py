@@ -39,7 +39,7 @@ def plain_prompt(text: str, tokenizer: TextTokenizer) -> Prompt:
     return Prompt([*begin_ids(tokenizer), *tokenizer.encode(text)], text)
 
 
-def beginning_of(text: str, tokenizer: TextTokenizer) -> Prompt | None:
+def continuation_prompt(text: str, tokenizer: TextTokenizer) -> Prompt | None:
     """Return the beginning of a plain text and what follows there; None if it is too short.
 
     The beginning has at most 32 tokens and at most half of the text's.
@@ -53,7 +53,7 @@ def beginning_of(text: str, tokenizer: TextTokenizer) -> Prompt | None:
     return Prompt([*begin_ids(tokenizer), *tokens[:n_given]], given, rest)
 
 
-def prompt_of(
+def example_prompt(
     example: Example, tokenizer: TextTokenizer, *, now: datetime | None = None
 ) -> Prompt | None:
     """Return what `example` asks last and its answer; None for plain texts, which ask nothing.

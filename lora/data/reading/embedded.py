@@ -23,7 +23,7 @@ class Corpus:
     """A text in two parts that share no passage."""
 
     train: str
-    held_out: str
+    validation: str
     described: str
 
 
@@ -61,10 +61,10 @@ def code() -> Corpus:
             "Give a text file of your own."
         )
     # A fixed stride spreads the held-out files over the alphabet: neighbours are often alike.
-    held_out = [text for number, text in enumerate(texts) if number % 10 == 9]
+    validation = [text for number, text in enumerate(texts) if number % 10 == 9]
     train = [text for number, text in enumerate(texts) if number % 10 != 9]
     described = "the source code of Python's standard library"
-    return Corpus("\n".join(train), "\n".join(held_out), described)
+    return Corpus("\n".join(train), "\n".join(validation), described)
 
 
 def corpus_from_file(path: Path) -> Corpus:
@@ -97,10 +97,10 @@ def _split(texts: list[str], described: str) -> Corpus:
     while length < wanted:
         length += len(texts[number])
         number += 1
-    held_out = "\n".join(texts[number:])
-    apart = {_words(paragraph) for paragraph in _paragraphs(held_out)}
+    validation = "\n".join(texts[number:])
+    apart = {_words(paragraph) for paragraph in _paragraphs(validation)}
     kept = (p for p in _paragraphs("\n".join(texts[:number])) if _words(p) not in apart)
-    return Corpus("\n\n".join(kept), held_out, described)
+    return Corpus("\n\n".join(kept), validation, described)
 
 
 def _paragraphs(text: str) -> list[str]:

@@ -17,15 +17,15 @@ from lora.data.reading.tables import TABLE_READERS, Faults, decode_file, without
 from lora.errors import DataError, did_you_mean
 
 Source = str | Path | Iterable[Mapping[str, Any]]
-Say = Callable[[str], None]
+OnMessage = Callable[[str], None]
 
 TEXT_SUFFIXES = (".txt", ".md")
 TABLE_SUFFIXES = tuple(TABLE_READERS)
 
-_HELD_OUT_WORDS = frozenset(("valid", "validation", "val", "dev", "eval", "test"))
+_VALIDATION_WORDS = frozenset(("valid", "validation", "val", "dev", "eval", "test"))
 
 
-def read_examples(source: Source, say: Say = lambda message: None) -> list[Example]:
+def read_examples(source: Source, on_message: OnMessage = lambda message: None) -> list[Example]:
     """Return the examples of a file, a folder, a `datasets.Dataset` or a list of dicts.
 
     Args:
@@ -48,7 +48,7 @@ def read_examples(source: Source, say: Say = lambda message: None) -> list[Examp
             "and a datasets.Dataset."
         )
     faults = Faults()
-    examples = list(_read_all(source, say, faults))
+    examples = list(_read_all(source, on_message, faults))
     heading = f"{_name(source)} was read for examples and has faults:"
     faults.raise_if_any(heading, "Mend or remove these rows; nothing was used.")
     if not examples:
@@ -56,12 +56,12 @@ def read_examples(source: Source, say: Say = lambda message: None) -> list[Examp
     return examples
 
 
-def _read_all(source: Source, say: Say, faults: Faults) -> Iterator[Example]:
+def _read_all(source: Source, on_message: OnMessage, faults: Faults) -> Iterator[Example]:
     if not isinstance(source, str | Path):
         rows = ((f"row {n}", without_nulls(row)) for n, row in enumerate(source, 1))
         yield from _parse_rows(rows, faults)
         return
-    for path in _find_files(Path(source), say):
+    for path in _find_files(Path(source), on_message):
         try:
             yield from _read_file(path, faults)
         except OSError as error:
@@ -87,10 +87,10 @@ def _parse_rows(rows: Iterable[tuple[str, object]], faults: Faults) -> Iterator[
                 return
 
 
-def _find_files(path: Path, say: Say) -> list[Path]:
+def _find_files(path: Path, on_message: OnMessage) -> list[Path]:
     allowed = TABLE_SUFFIXES + TEXT_SUFFIXES
     if path.is_dir():
-        return _find_in_folder(path, say)
+        return _find_in_folder(path, on_message)
     if not path.is_file():
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = did_you_mean(path.name, names)
@@ -104,7 +104,7 @@ def _find_files(path: Path, say: Say) -> list[Path]:
     return [path]
 
 
-def _find_in_folder(folder: Path, say: Say) -> list[Path]:
+def _find_in_folder(folder: Path, on_message: OnMessage) -> list[Path]:
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
     paths = [p for p in paths if not any(n.startswith(".") for n in p.relative_to(folder).parts)]
     if any(p.suffix == ".arrow" for p in paths):
@@ -122,10 +122,12 @@ def _find_in_folder(folder: Path, say: Say) -> list[Path]:
             "Give a folder that has such files."
         )
     if any("train" in _words(p) for p in found):
-        held_out = [p for p in found if _words(p) & _HELD_OUT_WORDS and "train" not in _words(p)]
-        found = [p for p in found if p not in held_out]
-        if held_out:
-            say(f"left for evaluation, not read: {', '.join(p.name for p in held_out)}")
+        validation = [
+            p for p in found if _words(p) & _VALIDATION_WORDS and "train" not in _words(p)
+        ]
+        found = [p for p in found if p not in validation]
+        if validation:
+            on_message(f"left for evaluation, not read: {', '.join(p.name for p in validation)}")
     return found
 
 

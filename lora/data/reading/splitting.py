@@ -47,9 +47,9 @@ def split_examples(
             f"different examples among {len(examples)}. Give more, or set eval_fraction to 0."
         )
     wanted = min(max_eval, max(1, round(eval_fraction * len(examples))))
-    held_out = _choose(list(groups.values()), wanted, seed)
-    train = [e for number, e in enumerate(examples) if number not in held_out]
-    return train, [e for number, e in enumerate(examples) if number in held_out]
+    validation = _choose(list(groups.values()), wanted, seed)
+    train = [e for number, e in enumerate(examples) if number not in validation]
+    return train, [e for number, e in enumerate(examples) if number in validation]
 
 
 def _choose(groups: list[list[int]], wanted: int, seed: int) -> set[int]:
@@ -70,20 +70,20 @@ def _split_files(
     total = sum(map(len, texts))
     most = max_eval * _FILE_CHARACTERS_FOR_AN_EXAMPLE
     fraction = min(eval_fraction, most / total)
-    train, held_out = [], []
+    train, validation = [], []
     for example, text in zip(files, texts, strict=True):
         border = _border_near(text, round(len(text) * (1 - fraction)))
         if border is None:
             train.append(example)
             continue
         train.append(dataclasses.replace(example, text=text[:border]))
-        held_out.append(dataclasses.replace(example, text=text[border:]))
-    if not held_out:
+        validation.append(dataclasses.replace(example, text=text[border:]))
+    if not validation:
         raise DataError(
             f"The ends of {len(files)} text files were to be held out for evaluation, and they are "
             "too short to be cut between words. Give longer texts, or set eval_fraction to 0."
         )
-    return train, held_out
+    return train, validation
 
 
 def _border_near(text: str, place: int) -> int | None:

@@ -1,4 +1,4 @@
-"""Batches of token rows: labels shifted, documents apart, order repeatable to the row."""
+"""Batches of token sequences: shifted labels, separate documents, a reproducible order."""
 
 from __future__ import annotations
 
@@ -13,35 +13,44 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lora.data.sequences.documents import IGNORE, Documents
-from lora.data.sequences.packing import Layout, one_a_row, pack, padded_width
+from lora.data.sequences.packing import Layout, pack, padded_length, unpacked_layout
 from lora.errors import DataError
 
-__all__ = ["IGNORE", "Batch", "BatchStream", "TokenRows", "build_rows", "ordered_batches"]
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "BatchStream",
+    "TokenSequences",
+    "build_sequences",
+    "ordered_batches",
+]
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens, each field (B, T) int64.
+    """B sequences of T tokens, each field (B, T) int64.
 
-    A token attends to tokens of the same document that do not stand later.
+    A token attends only to earlier tokens of its own document, and to itself.
     """
 
     input_ids: Tensor
     labels: Tensor
-    """Already shifted: the token to predict from each position, or IGNORE (-100)."""
+    """Already shifted: the token to predict at each position, or IGNORE (-100)."""
     position_ids: Tensor
-    """From 0 in each document; 0 on padding."""
+    """Start at 0 in each document; 0 on padding."""
     document_ids: Tensor
-    """0, 1, 2 … within a row; -1 on padding."""
+    """0, 1, 2 … within a sequence; -1 on padding."""
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on `device`; copies to a GPU do not make the host wait."""
+        """Return the batch on `device`; a copy to a GPU does not block the host."""
         device = torch.device(device)
         return Batch(*(_copy(tensor, device) for tensor in self._tensors()))
 
     @property
     def n_target_tokens(self) -> int:
-        """Tokens that are learned from. The host waits for the device."""
+        """Tokens that count in the loss. The host waits for the device."""
         return int((self.labels != IGNORE).sum())
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -50,41 +59,43 @@ class Batch:
 
 def _copy(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        return tensor.pin_memory().to(device, non_blocking=True)  # async only from pinned memory
     return tensor.to(device)
 
 
 @dataclass(frozen=True)
-class TokenRows:
-    """Rows of `row_tokens` tokens that are put together when they are asked for."""
+class TokenSequences:
+    """Sequences of `sequence_length` tokens, packed or padded, assembled on request."""
 
     documents: Documents
     layout: Layout
-    row_tokens: int
-    """T."""
+    sequence_length: int
+    """T, in tokens."""
     pad_id: int
 
     def __len__(self) -> int:
-        return self.layout.n_rows
+        return self.layout.n_sequences
 
     @property
     def n_target_tokens(self) -> int:
-        """Tokens that are learned from in one pass over all rows."""
+        """Tokens that count in the loss, in one pass over all sequences."""
         return int((self.documents.labels != IGNORE).sum())
 
     @property
     def fill_fraction(self) -> float:
-        """Share of the rows' places that hold tokens and no padding."""
-        return len(self.documents.ids) / max(1, len(self) * self.row_tokens)
+        """Fraction of the positions that hold a token rather than padding."""
+        return len(self.documents.ids) / max(1, len(self) * self.sequence_length)
 
-    def owners(self, rows: Sequence[int]) -> list[int]:
-        """Return the numbers of the examples whose tokens are in these rows, each once."""
+    def example_indices(self, sequences: Sequence[int]) -> list[int]:
+        """Return the indices of the examples with tokens in these sequences, each once."""
         starts, members = self.layout.starts, self.layout.members
-        found = [self.documents.owners[members[starts[r] : starts[r + 1]]] for r in rows]
+        found = [
+            self.documents.example_indices[members[starts[s] : starts[s + 1]]] for s in sequences
+        ]
         return list(dict.fromkeys(np.concatenate(found).tolist())) if found else []
 
     def fingerprint(self) -> str:
-        """Return a digest of all rows' tokens, labels and order."""
+        """Return a digest of the tokens, labels and order of all sequences."""
         digest = hashlib.blake2b(digest_size=16)
         for array in (
             self.documents.ids,
@@ -96,128 +107,131 @@ class TokenRows:
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
-    def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> Batch:
-        """Return the rows of these numbers, (B, T); number -1 is a row of padding."""
-        starts, stops, row_numbers, numbers_in_row = self._segments(np.asarray(rows, np.int64))
+    def batch(self, sequences: Sequence[int] | Ints) -> Batch:
+        """Return the sequences with these indices, (B, T); index -1 is a sequence of padding."""
+        starts, stops, slots, document_ids = self._segments(np.asarray(sequences, np.int64))
         lengths = stops - starts
-        first = np.cumsum(lengths) - lengths  # each document's place among the batch's tokens
+        first = np.cumsum(lengths) - lengths  # each document's offset among the batch's tokens
         positions = np.arange(lengths.sum()) - np.repeat(first, lengths)
         sources = np.repeat(starts, lengths) + positions
-        places = np.repeat(_places(row_numbers, lengths, self.row_tokens), lengths) + positions
-        shape = (len(rows), self.row_tokens)
+        begins = _document_offsets(slots, lengths, self.sequence_length)
+        targets = np.repeat(begins, lengths) + positions
+        shape = (len(sequences), self.sequence_length)
         return Batch(
-            input_ids=_fill(shape, self.pad_id, places, self.documents.ids[sources]),
-            labels=_fill(shape, IGNORE, places, self.documents.labels[sources]),
-            position_ids=_fill(shape, 0, places, positions),
-            document_ids=_fill(shape, -1, places, np.repeat(numbers_in_row, lengths)),
+            input_ids=_fill(shape, self.pad_id, targets, self.documents.ids[sources]),
+            labels=_fill(shape, IGNORE, targets, self.documents.labels[sources]),
+            position_ids=_fill(shape, 0, targets, positions),
+            document_ids=_fill(shape, -1, targets, np.repeat(document_ids, lengths)),
         )
 
-    def _segments(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
-        """Return, for each document of the batch: first token, end, row of the batch, number."""
-        real = np.flatnonzero(rows >= 0)
-        firsts, ends = self.layout.starts[rows[real]], self.layout.starts[rows[real] + 1]
-        counts = ends - firsts
-        numbers_in_row = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        members = self.layout.members[np.repeat(firsts, counts) + numbers_in_row]
+    def _segments(self, sequences: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+        """Return, per document: start, stop, its sequence's slot in the batch, document id."""
+        real = np.flatnonzero(sequences >= 0)
+        firsts = self.layout.starts[sequences[real]]
+        counts = self.layout.starts[sequences[real] + 1] - firsts
+        document_ids = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        members = self.layout.members[np.repeat(firsts, counts) + document_ids]
         starts = self.documents.starts
-        return starts[members], starts[members + 1], np.repeat(real, counts), numbers_in_row
+        return starts[members], starts[members + 1], np.repeat(real, counts), document_ids
 
 
-def _places(
-    row_numbers: NDArray[np.int64], lengths: NDArray[np.int64], row_tokens: int
-) -> NDArray[np.int64]:
-    """Return where each document begins in the flat (B·T) batch."""
+def _document_offsets(slots: Ints, lengths: Ints, sequence_length: int) -> Ints:
+    """Return the offset of each document's first token in the flat (B·T) batch."""
     before = np.cumsum(lengths) - lengths
-    is_first = np.diff(row_numbers, prepend=-1) != 0
-    row_begins = np.maximum.accumulate(np.where(is_first, before, 0))
-    return row_numbers * row_tokens + before - row_begins
+    is_first = np.diff(slots, prepend=-1) != 0
+    sequence_begins = np.maximum.accumulate(np.where(is_first, before, 0))
+    return slots * sequence_length + before - sequence_begins
 
 
-def _fill(
-    shape: tuple[int, int], filler: int, places: NDArray[np.int64], values: NDArray[Any]
-) -> Tensor:
+def _fill(shape: tuple[int, int], filler: int, indices: Ints, values: NDArray[Any]) -> Tensor:
     flat = np.full(shape[0] * shape[1], filler, np.int64)
-    flat[places] = values
+    flat[indices] = values
     return torch.from_numpy(flat).view(shape)  # (B, T)
 
 
-def build_rows(
-    documents: Documents, row_tokens: int, *, packing: bool, pad_id: int, seed: int
-) -> TokenRows:
-    """Return rows of the documents.
+def build_sequences(
+    documents: Documents, sequence_length: int, *, packing: bool, pad_id: int, seed: int
+) -> TokenSequences:
+    """Return the documents as sequences.
 
-    With packing, rows have exactly `row_tokens` tokens. Without, each document has its own row, as
-    long as the longest document (rounded up to a multiple of 8), at most `row_tokens`.
+    With packing, every sequence has exactly `sequence_length` tokens. Without, each document gets
+    its own sequence, as long as the longest document (rounded up to a multiple of 8), at most
+    `sequence_length`.
     """
     lengths = np.diff(documents.starts)
     if packing:
-        return TokenRows(documents, pack(lengths, row_tokens, seed), row_tokens, pad_id)
-    width = padded_width(lengths, row_tokens)
-    return TokenRows(documents, one_a_row(lengths, width), width, pad_id)
+        layout = pack(lengths, sequence_length, seed)
+        return TokenSequences(documents, layout, sequence_length, pad_id)
+    padded = padded_length(lengths, sequence_length)
+    return TokenSequences(documents, unpacked_layout(lengths, padded), padded, pad_id)
 
 
 class BatchStream:
-    """Endless batches of B rows, shuffled anew in each epoch.
+    """Endless batches of B sequences, reshuffled every epoch.
 
-    Row number n of a run depends on the seed and n alone, so neither the batch size nor the split
-    into micro-batches changes which rows a run sees, and a resumed run goes on exactly. Every batch
-    has B rows: one that the end of an epoch would leave short is filled from the next epoch.
+    The n-th sequence of a run depends on the seed and n alone, so neither the batch size nor the
+    split into micro-batches changes which sequences a run sees, and a resumed run continues
+    exactly. Every batch has B sequences: a batch that the end of an epoch would leave short is
+    filled from the next epoch.
 
     Args:
-        rows: at least one.
-        batch_rows: B.
+        sequences: at least one.
+        batch_size: B.
         seed: of the order.
-        device: where the batches are put.
+        device: of the batches.
 
     Raises:
-        DataError: there are no rows.
+        DataError: there are no sequences.
     """
 
     def __init__(
         self,
-        rows: TokenRows,
-        batch_rows: int,
+        sequences: TokenSequences,
+        batch_size: int,
         seed: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        if not len(rows):
-            raise DataError("Batches were asked for, and there are no rows: give more examples.")
-        self._rows, self._batch_rows, self._seed = rows, batch_rows, seed
-        self._fingerprint = rows.fingerprint()
+        if not len(sequences):
+            raise DataError("Cannot build batches: there are no sequences. Give more examples.")
+        self._sequences, self._batch_size, self._seed = sequences, batch_size, seed
+        self._fingerprint = sequences.fingerprint()
         self._device = torch.device(device)
-        self._row = 0
-        self._shuffled: tuple[int, NDArray[np.int64]] | None = None
+        self._n_drawn = 0
+        self._shuffled: tuple[int, Ints] | None = None
 
     @property
     def epoch(self) -> float:
-        """Passes over all rows so far."""
-        return self._row / len(self._rows)
+        """Passes over all sequences so far."""
+        return self._n_drawn / len(self._sequences)
 
     def __next__(self) -> Batch:
-        numbers = self.numbers(range(self._row, self._row + self._batch_rows))
-        self._row += self._batch_rows
-        return self._rows.batch(numbers).to(self._device)
+        indices = self.sequence_indices(range(self._n_drawn, self._n_drawn + self._batch_size))
+        self._n_drawn += self._batch_size
+        return self._sequences.batch(indices).to(self._device)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def numbers(self, places: Iterable[int]) -> list[int]:
-        """Return which rows stand at these places of the run, counted from 0."""
-        return [self._number(place) for place in places]
+    def sequence_indices(self, draws: Iterable[int]) -> list[int]:
+        """Return the indices of the sequences drawn n-th in the run, for each n, from 0."""
+        return [self._index_of(draw) for draw in draws]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, and what it is a position in, as values that JSON holds."""
+        """Return the position in the run, and of which data, as values that JSON can hold.
+
+        A "row" is a sequence: the keys are those of the checkpoints on disk.
+        """
         return {
-            "row": self._row,
+            "row": self._n_drawn,
             "seed": self._seed,
-            "rows_per_epoch": len(self._rows),
+            "rows_per_epoch": len(self._sequences),
             "fingerprint": self._fingerprint,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the row that `state_dict` returned.
+        """Continue after the sequence that `state_dict` named.
 
-        Raises DataError if the state is of another seed or of other rows.
+        Raises DataError if the state is of another seed or of other sequences.
         """
         own = self.state_dict()
         faults = [
@@ -227,24 +241,24 @@ class BatchStream:
         ]
         if faults:
             raise DataError(
-                f"The batches cannot go on where they stopped: {'; '.join(faults)}. "
-                "Resume with the same data, tokenizer, data settings and seed, or begin anew."
+                f"Cannot continue the batch order of the run: {'; '.join(faults)}. Resume with "
+                "the same data, tokenizer, data settings and seed, or start a new run."
             )
-        self._row = int(state["row"])
+        self._n_drawn = int(state["row"])
 
-    def _number(self, row: int) -> int:
-        epoch, place = divmod(row, len(self._rows))
+    def _index_of(self, draw: int) -> int:
+        epoch, position = divmod(draw, len(self._sequences))
         if self._shuffled is None or self._shuffled[0] != epoch:
-            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._rows))
+            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._sequences))
             self._shuffled = epoch, order
-        return int(self._shuffled[1][place])
+        return int(self._shuffled[1][position])
 
 
 def ordered_batches(
-    rows: TokenRows, batch_rows: int, device: torch.device | str = "cpu"
+    sequences: TokenSequences, batch_size: int, device: torch.device | str = "cpu"
 ) -> Iterator[Batch]:
-    """Yield every row once, in order, `batch_rows` at a time; the last batch ends in padding."""
-    for first in range(0, len(rows), batch_rows):
-        numbers = np.arange(first, first + batch_rows)
-        numbers[numbers >= len(rows)] = -1
-        yield rows.batch(numbers).to(device)
+    """Yield every sequence once, in order, `batch_size` at a time; padding fills the last batch."""
+    for first in range(0, len(sequences), batch_size):
+        indices = np.arange(first, first + batch_size)
+        indices[indices >= len(sequences)] = -1
+        yield sequences.batch(indices).to(device)

@@ -1,9 +1,9 @@
-"""Examples to tokens: which are learned, and what becomes of those that are too long.
+"""Examples to tokens: which tokens are targets, and what happens to examples that are too long.
 
-Each text is tokenised whole, once. What is learned is found by the characters' places, so that the
-tokens are those that the model meets when it is used. Conversations get no special tokens beside
-the template's. Plain texts and completions begin as the tokenizer itself begins a text, and end in
-the end-of-text token, which is always learned.
+Each text is tokenised once, as a whole. Targets are found through character offsets, so the tokens
+are exactly those that the model sees in use. Conversations get no special tokens beyond the
+template's. Plain texts and completions begin the way the tokenizer begins a text, and end with the
+end-of-text token, which is always a target.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from functools import partial
 from typing import cast
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Encoding
 
 from lora.config import DataConfig
@@ -26,49 +25,21 @@ from lora.data.chat.template import ChatTemplate, Span
 from lora.data.chat.turns import SpannedText, render_conversation
 from lora.data.reading.formats import Example
 from lora.data.reading.tables import Faults
-from lora.data.sequences.ahead import Ahead
-from lora.data.sequences.documents import Documents, DocumentsBuilder
-from lora.data.sequences.long_texts import PIECE_CHARACTERS, Ids, Mask, RowCutter, cut_text
-from lora.data.sequences.masks import find_learned
-from lora.data.tokenizers.offsets import PlaceFinder
+from lora.data.sequences.documents import DocumentsBuilder
+from lora.data.sequences.encoded import EncodedExamples, EncodingCounts
+from lora.data.sequences.long_texts import PIECE_CHARACTERS, Ids, Mask, SequenceCutter, cut_text
+from lora.data.sequences.masks import find_targets
+from lora.data.sequences.prefetch import Prefetcher
+from lora.data.tokenizers.offsets import OffsetFinder
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.errors import DataError
 
 OnProgress = Callable[[float], None]
-"""Hears which fraction of the work is done."""
+"""Called with the fraction of the work that is done, 0 to 1."""
 
 _CHUNK_EXAMPLES, _CHUNK_CHARACTERS = 512, 1 << 21
 _QUIET_S, _PROGRESS_EVERY_S = 2.0, 0.5
 _PIECES_AT_ONCE = 64
-
-
-@dataclass(frozen=True)
-class EncodingCounts:
-    """What became of the examples."""
-
-    n_examples: int = 0
-    n_truncated: int = 0
-    """Examples that lost their end because they were too long."""
-    n_split: int = 0
-    """Examples that were split over several rows because they were too long."""
-    n_dropped: int = 0
-    """Examples that were left out because they were too long."""
-    n_cut_tokens: int = 0
-    """Tokens of truncated and dropped examples that no row holds."""
-    n_nothing_to_learn: int = 0
-    """Examples of which no token is left to learn; no row holds them."""
-    n_lost_turns: int = 0
-    """Answers that the template shows in a way in which they cannot be found."""
-
-
-@dataclass(frozen=True)
-class EncodedExamples:
-    """Examples as documents of at most `max_length` tokens, each with something to learn."""
-
-    documents: Documents
-    counts: EncodingCounts
-    lengths: NDArray[np.int64]
-    """Tokens of each example, before anything was cut, (n_examples,)."""
 
 
 def encode_examples(
@@ -79,61 +50,42 @@ def encode_examples(
     *,
     now: datetime | None = None,
 ) -> EncodedExamples:
-    """Return the tokens of all examples, of at most `config.max_length` each.
+    """Return the tokens of all examples, at most `config.max_length` each.
 
     Args:
         examples: of any formats.
         tokenizer: with a chat template if there are conversations; see `choose_template`.
-        config: what is learned, and what becomes of long examples. The text of a whole file is
-            always split.
-        on_progress: called a few times a second once it has taken two seconds.
-        now: the date for chat templates that tell one; None asks the clock.
+        config: which tokens are targets, and how long examples are cut. The text of a whole file
+            is always split.
+        on_progress: called a few times a second once two seconds have passed.
+        now: the date for chat templates that print one; None uses the clock.
 
     Raises:
-        DataError: the template refuses conversations; all are named in one message.
+        DataError: the template rejects conversations; one message names all of them.
     """
     has_chats = any(example.messages is not None for example in examples)
     template = compile_template(tokenizer, now) if has_chats else None
-    clock = _Clock(on_progress, len(examples))
-    encoder = _Encoder(len(examples), tokenizer, config, template, clock)
+    throttle = _ProgressThrottle(on_progress, len(examples))
+    encoder = _Encoder(len(examples), tokenizer, config, template, throttle)
     encoder.add_all(examples)
     return encoder.finish()
-
-
-def check_learnable(encoded: EncodedExamples, learn_on: str) -> None:
-    """Raise DataError if there is nothing to learn from at all, saying why."""
-    if encoded.documents.n_target_tokens:
-        return
-    counts = encoded.counts
-    reasons = {
-        f"{counts.n_dropped} were dropped as too long": counts.n_dropped,
-        f"{counts.n_truncated} were cut before their answers ended": counts.n_truncated,
-        f"{counts.n_lost_turns} answers cannot be told from the rest of what the chat template "
-        "makes of them": counts.n_lost_turns,
-    }
-    told = "; ".join(reason for reason, count in reasons.items() if count)
-    told = told or "they have no answers"
-    raise DataError(
-        f"Training on {learn_on!r} tokens was asked for, and none of {counts.n_examples} examples "
-        f"has a token to learn: {told}. Raise max_length, set learn_on to 'all', or give a chat "
-        "template with generation blocks."
-    )
 
 
 @dataclass(frozen=True)
 class _Text:
     """A text to tokenise, and how its tokens are used."""
 
-    owner: int
+    example: int
+    """Index of its example."""
     text: str
     spans: list[Span] | None
-    """None: everything is learned."""
+    """Target characters; None: all of them."""
     is_plain: bool
-    """Begins and ends in the tokenizer's special tokens."""
+    """Begins and ends with the tokenizer's special tokens."""
 
 
 class _Encoder:
-    """Turns chunks of examples into documents and keeps the accounts."""
+    """Turns chunks of examples into documents and counts what is cut."""
 
     def __init__(
         self,
@@ -141,51 +93,52 @@ class _Encoder:
         tokenizer: TextTokenizer,
         config: DataConfig,
         template: ChatTemplate | None,
-        clock: _Clock,
+        throttle: _ProgressThrottle,
     ) -> None:
         self._tokenizer, self._config = tokenizer, config
-        self._template, self._clock = template, clock
-        self._learns_all = config.learn_on == "all"
-        self._places = PlaceFinder(tokenizer)
+        self._template, self._throttle = template, throttle
+        self._all_are_targets = config.learn_on == "all"
+        self._offsets = OffsetFinder(tokenizer)
         self._begin, self._stops = begin_ids(tokenizer), frozenset(tokenizer.stop_ids)
         self._builder, self._faults = DocumentsBuilder(), Faults()
         self._lengths = np.zeros(n_examples, np.int64)
-        self._fates = {
+        self._outcomes = {
             name: np.zeros(n_examples, np.bool_)
             for name in ("kept", "truncated", "split", "dropped")
         }
         self._n_cut_tokens = self._n_lost_turns = 0
 
     def add_all(self, examples: Sequence[Example]) -> None:
-        has_spans = not self._learns_all and any(example.text is None for example in examples)
-        work = self._places.encode if has_spans else self._tokenizer.encode_fast
-        with Ahead(work) as ahead:
+        has_spans = not self._all_are_targets and any(example.text is None for example in examples)
+        work = self._offsets.encode if has_spans else self._tokenizer.encode_fast
+        with Prefetcher(work) as prefetcher:
             for chunk in _chunks(examples):
                 texts: list[_Text] = []
                 for number in chunk:
                     if examples[number].is_file:
-                        self._tokenise(ahead, texts)  # documents keep the order of the examples
+                        # First what came before: documents keep the order of the examples.
+                        self._tokenise(prefetcher, texts)
                         texts = []
-                        self._add_file(ahead, number, examples[number].text or "")
+                        self._add_file(prefetcher, number, examples[number].text or "")
                     else:
                         texts += self._find_texts(number, examples[number])
-                self._tokenise(ahead, texts)
-                self._clock.tick(chunk.stop)
+                self._tokenise(prefetcher, texts)
+                self._throttle.update(chunk.stop)
 
     def finish(self) -> EncodedExamples:
         self._faults.raise_if_any(
-            "The chat template refuses conversations:",
-            "Mend or remove these examples, or give another template with chat_template.",
+            "Cannot tokenise the conversations: the chat template rejects some:",
+            "Correct or remove these examples, or give another template with chat_template.",
         )
-        fates = self._fates
-        dropped = fates["dropped"] & ~fates["kept"]
+        outcomes = self._outcomes
+        dropped = outcomes["dropped"] & ~outcomes["kept"]
         counts = EncodingCounts(
             n_examples=len(self._lengths),
-            n_truncated=int(fates["truncated"].sum()),
-            n_split=int(fates["split"].sum()),
+            n_truncated=int(outcomes["truncated"].sum()),
+            n_split=int(outcomes["split"].sum()),
             n_dropped=int(dropped.sum()),
             n_cut_tokens=self._n_cut_tokens,
-            n_nothing_to_learn=int((~fates["kept"] & ~dropped).sum()),
+            n_nothing_to_learn=int((~outcomes["kept"] & ~dropped).sum()),
             n_lost_turns=self._n_lost_turns,
         )
         return EncodedExamples(self._builder.build(), counts, self._lengths)
@@ -205,7 +158,7 @@ class _Encoder:
 
     def _render(self, example: Example) -> list[SpannedText]:
         template = cast(ChatTemplate, self._template)
-        if self._learns_all:
+        if self._all_are_targets:
             tools, documents = example.tools, example.documents
             text = template.render(example.messages or (), tools=tools, documents=documents)
             return [SpannedText(text, [])]
@@ -213,92 +166,93 @@ class _Encoder:
         self._n_lost_turns += found.n_lost_turns
         return found.texts
 
-    def _tokenise(self, ahead: Ahead[list[Encoding]], texts: list[_Text]) -> None:
+    def _tokenise(self, prefetcher: Prefetcher[list[Encoding]], texts: list[_Text]) -> None:
         if texts:
-            ahead.put([t.text for t in texts], partial(self._add_texts, texts))
+            prefetcher.put([t.text for t in texts], partial(self._add_texts, texts))
 
     def _add_texts(self, texts: list[_Text], encodings: list[Encoding]) -> None:
         for text, encoding in zip(texts, encodings, strict=True):
             ids = encoding.ids
             tokens = np.asarray(ids, np.int32)
-            if text.spans is None or self._learns_all:
-                learned = np.ones(len(ids), np.bool_)
+            if text.spans is None or self._all_are_targets:
+                is_target = np.ones(len(ids), np.bool_)
             else:
-                places = self._places.find(text.text, encoding, ids, tokens)
-                learned = find_learned(text.text, text.spans, ids, places, self._stops)
-            self._add(text, tokens, learned)
+                offsets = self._offsets.find(text.text, encoding, ids, tokens)
+                is_target = find_targets(text.text, text.spans, ids, offsets, self._stops)
+            self._add(text, tokens, is_target)
 
-    def _add_file(self, ahead: Ahead[list[Encoding]], owner: int, text: str) -> None:
+    def _add_file(self, prefetcher: Prefetcher[list[Encoding]], example: int, text: str) -> None:
         pieces, n_done = cut_text(text, PIECE_CHARACTERS), 0
-        rows = RowCutter(self._config.max_length)
+        cutter = SequenceCutter(self._config.max_length)
         while batch := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
             n_done += sum(map(len, batch))
-            ahead.put(batch, partial(self._add_pieces, owner, rows, n_done == len(text)))
-            self._clock.tick(owner + n_done / max(1, len(text)))
+            prefetcher.put(batch, partial(self._add_pieces, example, cutter, n_done == len(text)))
+            self._throttle.update(example + n_done / max(1, len(text)))
 
     def _add_pieces(
-        self, owner: int, rows: RowCutter, are_last: bool, encodings: list[Encoding]
+        self, example: int, cutter: SequenceCutter, are_last: bool, encodings: list[Encoding]
     ) -> None:
         for number, encoding in enumerate(encodings, 1):
             tokens = np.asarray(encoding.ids, np.int32)
-            learned = np.ones(len(tokens), np.bool_)
-            if rows.n_tokens == 0:
-                tokens, learned = self._with_begin(tokens, learned)
+            is_target = np.ones(len(tokens), np.bool_)
+            if cutter.n_tokens == 0:
+                tokens, is_target = self._with_begin(tokens, is_target)
             if are_last and number == len(encodings):
-                tokens, learned = self._with_end(tokens, learned)
-            for row in rows.cut(tokens, learned):
-                self._keep(owner, *row)
+                tokens, is_target = self._with_end(tokens, is_target)
+            for part in cutter.cut(tokens, is_target):
+                self._keep(example, *part)
         if are_last:
-            self._keep(owner, *rows.rest())
-            self._lengths[owner] = rows.n_tokens
-            self._fates["split"][owner] = rows.n_tokens > self._config.max_length
+            self._keep(example, *cutter.rest())
+            self._lengths[example] = cutter.n_tokens
+            self._outcomes["split"][example] = cutter.n_tokens > self._config.max_length
 
-    def _add(self, text: _Text, tokens: Ids, learned: Mask) -> None:
+    def _add(self, text: _Text, tokens: Ids, is_target: Mask) -> None:
         if text.is_plain:
-            tokens, learned = self._with_end(*self._with_begin(tokens, learned))
-        self._lengths[text.owner] += len(tokens)
-        for part in self._fit(len(tokens), text.owner):
-            self._keep(text.owner, tokens[part], learned[part])
+            tokens, is_target = self._with_end(*self._with_begin(tokens, is_target))
+        self._lengths[text.example] += len(tokens)
+        for part in self._fit(len(tokens), text.example):
+            self._keep(text.example, tokens[part], is_target[part])
 
-    def _keep(self, owner: int, tokens: Ids, learned: Mask) -> None:
-        if learned[1:].any():  # a document's first token is never a target
-            self._builder.add(tokens, learned, owner)
-            self._fates["kept"][owner] = True
+    def _keep(self, example: int, tokens: Ids, is_target: Mask) -> None:
+        if is_target[1:].any():  # a document's first token is never a target
+            self._builder.add(tokens, is_target, example)
+            self._outcomes["kept"][example] = True
 
-    def _with_begin(self, tokens: Ids, learned: Mask) -> tuple[Ids, Mask]:
+    def _with_begin(self, tokens: Ids, is_target: Mask) -> tuple[Ids, Mask]:
         begin = self._begin
         if not begin or tokens[: len(begin)].tolist() == begin:
-            return tokens, learned
+            return tokens, is_target
         tokens = np.concatenate([np.asarray(begin, np.int32), tokens])
-        return tokens, np.concatenate([np.full(len(begin), self._learns_all), learned])
+        return tokens, np.concatenate([np.full(len(begin), self._all_are_targets), is_target])
 
-    def _with_end(self, tokens: Ids, learned: Mask) -> tuple[Ids, Mask]:
+    def _with_end(self, tokens: Ids, is_target: Mask) -> tuple[Ids, Mask]:
         eos = self._tokenizer.eos_id
         if eos is None:
-            return tokens, learned
+            return tokens, is_target
         if len(tokens) == 0 or tokens[-1] != eos:
             tokens = np.append(tokens, np.int32(eos))
-            learned = np.append(learned, True)
-        learned[-1] = True
-        return tokens, learned
+            is_target = np.append(is_target, True)
+        is_target[-1] = True
+        return tokens, is_target
 
-    def _fit(self, n_tokens: int, owner: int) -> list[slice]:
-        """Return the parts of a text that rows hold, and note what that means for its example."""
-        most, long_examples = self._config.max_length, self._config.long_examples
-        if n_tokens <= most:
+    def _fit(self, n_tokens: int, example: int) -> list[slice]:
+        """Return the parts of a text that fit in sequences, and count its example as cut or not."""
+        max_length, long_examples = self._config.max_length, self._config.long_examples
+        if n_tokens <= max_length:
             return [slice(0, n_tokens)]
         if long_examples == "split":
-            self._fates["split"][owner] = True
-            # A part begins with the last token of the one before, so that all are targets once.
-            return [slice(first, first + most) for first in range(0, n_tokens - 1, most - 1)]
-        self._fates["truncated" if long_examples == "truncate" else "dropped"][owner] = True
-        kept = most if long_examples == "truncate" else 0
+            self._outcomes["split"][example] = True
+            # A part begins with the last token of the one before: each token is a target once.
+            firsts = range(0, n_tokens - 1, max_length - 1)
+            return [slice(first, first + max_length) for first in firsts]
+        self._outcomes["truncated" if long_examples == "truncate" else "dropped"][example] = True
+        kept = max_length if long_examples == "truncate" else 0
         self._n_cut_tokens += n_tokens - kept
         return [slice(0, kept)] if kept else []
 
 
 def _chunks(examples: Sequence[Example]) -> Iterator[range]:
-    """Yield the numbers of the examples, so many at a time that their tokens take little memory."""
+    """Yield ranges of example indices, small enough that their tokens take little memory."""
     first = n_characters = 0
     for number, example in enumerate(examples):
         if number - first == _CHUNK_EXAMPLES or n_characters > _CHUNK_CHARACTERS:
@@ -308,14 +262,14 @@ def _chunks(examples: Sequence[Example]) -> Iterator[range]:
     yield range(first, len(examples))
 
 
-class _Clock:
-    """Passes progress on, once it has taken some time, and not too often."""
+class _ProgressThrottle:
+    """Passes progress on after a quiet start, and not too often."""
 
     def __init__(self, on_progress: OnProgress, total: int) -> None:
         self._on_progress, self._total = on_progress, total
         self._next_s = time.monotonic() + _QUIET_S
 
-    def tick(self, n_examples: float) -> None:
+    def update(self, n_examples: float) -> None:
         if time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + _PROGRESS_EVERY_S
             self._on_progress(n_examples / self._total)

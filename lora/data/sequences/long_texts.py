@@ -1,4 +1,4 @@
-"""Long texts in bounded memory: tokenised in pieces, cut into rows as the tokens come."""
+"""Long texts in bounded memory: tokenised in pieces, cut into sequences as the tokens arrive."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ Mask = NDArray[np.bool_]
 
 PIECE_CHARACTERS = 1 << 14
 
-# Before a space between two letters, or behind the only newline before a word (some tokenizers
-# join signs across a newline): no byte-level tokenizer in use has a token across these, and the
-# tokens are those of the whole text. One that puts a space before a text puts it before each piece.
+# Before a space between two letters, or after the only newline before a word (some tokenizers
+# merge punctuation across a newline): no byte-level tokenizer in use has a token across these, so
+# the tokens equal those of the whole text. A tokenizer that prepends a space to a text prepends it
+# to each piece.
 _BORDER = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=\w)")
 
 
 def cut_text(text: str, piece_characters: int) -> Iterator[str]:
-    """Yield `text` in pieces of about `piece_characters`, ended where no token crosses.
+    """Yield `text` in pieces of about `piece_characters`, cut where no token crosses.
 
-    The last piece is longer where the rest of the text has no such place.
+    The last piece is longer if the rest of the text has no such border.
     """
     first = 0
     while len(text) - first > piece_characters:
@@ -34,31 +35,31 @@ def cut_text(text: str, piece_characters: int) -> Iterator[str]:
     yield text[first:]
 
 
-class RowCutter:
-    """Cuts a run of tokens into rows of at most `row_tokens`, T ≥ 2.
+class SequenceCutter:
+    """Cuts a stream of tokens into sequences of at most `sequence_length` tokens, T ≥ 2.
 
-    A row begins with the last token of the one before, so that every token but the first is a
+    A sequence begins with the last token of the one before, so that every token but the first is a
     target once.
     """
 
-    def __init__(self, row_tokens: int) -> None:
-        self._row_tokens = row_tokens
-        self._ids, self._learned = np.empty(0, np.int32), np.empty(0, np.bool_)
+    def __init__(self, sequence_length: int) -> None:
+        self._sequence_length = sequence_length
+        self._ids, self._is_target = np.empty(0, np.int32), np.empty(0, np.bool_)
         self.n_tokens = 0
         """Tokens so far."""
 
-    def cut(self, ids: Ids, learned: Mask) -> Iterator[tuple[Ids, Mask]]:
-        """Yield the rows that `ids` and their `learned`, (n,), fill behind what came before."""
+    def cut(self, ids: Ids, is_target: Mask) -> Iterator[tuple[Ids, Mask]]:
+        """Yield the full sequences once `ids` and `is_target`, (n,), are appended."""
         self.n_tokens += len(ids)
         ids = np.concatenate([self._ids, ids])
-        learned = np.concatenate([self._learned, learned])
+        is_target = np.concatenate([self._is_target, is_target])
         first = 0
-        while len(ids) - first > self._row_tokens:
-            row = slice(first, first + self._row_tokens)
-            yield ids[row], learned[row]
-            first += self._row_tokens - 1
-        self._ids, self._learned = ids[first:].copy(), learned[first:].copy()
+        while len(ids) - first > self._sequence_length:
+            part = slice(first, first + self._sequence_length)
+            yield ids[part], is_target[part]
+            first += self._sequence_length - 1
+        self._ids, self._is_target = ids[first:].copy(), is_target[first:].copy()
 
     def rest(self) -> tuple[Ids, Mask]:
-        """Return the last row, which may be short."""
-        return self._ids, self._learned
+        """Return the last sequence, which may be short."""
+        return self._ids, self._is_target

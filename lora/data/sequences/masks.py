@@ -1,4 +1,4 @@
-"""From learned characters to learned tokens."""
+"""Target tokens from target characters."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora.data.chat.template import Span
-from lora.data.tokenizers.offsets import Ints, Places
+from lora.data.tokenizers.offsets import Ints, TokenOffsets
 
 
-def find_learned(
+def find_targets(
     text: str,
     spans: Sequence[Span],
     ids: Sequence[int],
-    places: Places,
+    offsets: TokenOffsets,
     stop_ids: Collection[int],
 ) -> NDArray[np.bool_]:
-    """Return which tokens are learned, (n,): those that hold a character of a span.
+    """Return which tokens are targets, (n,): those that hold a character of a span.
 
-    A token that stands over a span's border is learned. The token that ends a turn is learned where
-    it is the last of a span or comes right behind it; the white space behind it (many templates end
-    turns in a newline) is not, for nobody lets the model write it.
+    A token that crosses a span's border is a target. The token that ends a turn is a target where
+    it is the last of a span or directly follows it; the white space after it (many templates end
+    turns with a newline) is not, because generation stops before it.
 
     Args:
-        text: what was tokenised.
-        spans: characters to learn.
+        text: the tokenised text.
+        spans: the characters to train on.
         ids: the tokens, (n,).
-        places: the characters of each token.
+        offsets: the characters of each token.
         stop_ids: tokens that end a turn.
     """
-    learned = np.zeros(len(ids), np.bool_)
-    starts, ends = places
+    is_target = np.zeros(len(ids), np.bool_)
+    starts, ends = offsets
     for start, stop in spans:
-        # By where tokens end: some tokenizers count the space before a word out of its offsets.
+        # By the tokens' ends: some tokenizers leave the space before a word out of its offsets.
         first, last = bisect_right(ends, start), bisect_right(ends, stop)
         if last < len(ids) and starts[last] < stop:
             last += 1
-        learned[first : _find_end(text, first, last, stop, ids, ends, stop_ids)] = True
-    return learned
+        is_target[first : _find_end(text, first, last, stop, ids, ends, stop_ids)] = True
+    return is_target
 
 
 def _find_end(
@@ -52,10 +52,10 @@ def _find_end(
     ends: Sequence[int] | Ints,
     stop_ids: Collection[int],
 ) -> int:
-    """Return the token behind the one that ends the turn, if one does; else `last`."""
-    place = last
-    while place > first and not text[ends[place - 1] : stop].strip():
-        if ids[place - 1] in stop_ids:
-            return place
-        place -= 1
+    """Return the index after the token that ends the turn, if one does; else `last`."""
+    index = last
+    while index > first and not text[ends[index - 1] : stop].strip():
+        if ids[index - 1] in stop_ids:
+            return index
+        index -= 1
     return last + 1 if last < len(ids) and ids[last] in stop_ids else last

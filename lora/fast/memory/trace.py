@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lora.decoder.attention import NO_CACHE, Places
+from lora.decoder.attention import NO_CACHE, TokenPositions
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
 from lora.kernels.cross_entropy import CHUNK_TOKENS, learned_cross_entropy
@@ -89,9 +89,9 @@ def trace_step(
 
 def _hidden(model: Decoder, ids: Tensor, *, packed: bool) -> Tensor:
     """Return what the head gets (B·T, C), through the mask that packed rows have."""
-    places = Places(torch.zeros_like(ids), ids if packed else None, NO_CACHE)
+    positions = TokenPositions(torch.zeros_like(ids), ids if packed else None, NO_CACHE)
     x = model.get_input_embeddings()(ids)  # (B, T, C)
-    return model.trunk.through_blocks(x, places).flatten(0, 1)  # (B·T, C)
+    return model.trunk.through_blocks(x, positions).flatten(0, 1)  # (B·T, C)
 
 
 def _autocast(dtype: torch.dtype) -> AbstractContextManager[object]:

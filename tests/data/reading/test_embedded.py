@@ -31,7 +31,7 @@ def test_little_of_the_held_out_part_is_in_the_training_part(
 ) -> None:
     parts = corpus()
     # Windows of 60 characters, wherever lines are broken; only idioms and licences repeat.
-    train, held_out = (" ".join(part.split()) for part in (parts.train, parts.held_out))
+    train, held_out = (" ".join(part.split()) for part in (parts.train, parts.validation))
     windows = {train[i : i + 60] for i in range(len(train) - 60)}
     seen = [held_out[i : i + 60] in windows for i in range(0, len(held_out) - 60, 7)]
     assert sum(seen) / len(seen) < 0.03
@@ -47,7 +47,7 @@ def test_what_describes_the_machine_is_left_out(
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     parts = code()
     assert parts.train == "\n".join(f"X = {number}" for number in range(9))
-    assert parts.held_out == "X = 9"
+    assert parts.validation == "X = 9"
 
 
 def test_a_python_without_its_source_or_prose_says_what_to_do(
@@ -77,5 +77,5 @@ def test_a_file_is_split_at_nine_tenths(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("a" * 90 + "b" * 10)
     corpus = corpus_from_file(path)
-    assert (corpus.train, corpus.held_out) == ("a" * 90, "b" * 10)
+    assert (corpus.train, corpus.validation) == ("a" * 90, "b" * 10)
     assert str(path) in corpus.described

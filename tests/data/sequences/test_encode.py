@@ -13,7 +13,8 @@ from lora.data.chat.choose_template import choose_template
 from lora.data.reading.formats import Example, example_from_file, example_from_row
 from lora.data.sequences import encode as module
 from lora.data.sequences.documents import IGNORE
-from lora.data.sequences.encode import EncodedExamples, check_learnable, encode_examples
+from lora.data.sequences.encode import encode_examples
+from lora.data.sequences.encoded import EncodedExamples, check_has_targets
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.errors import DataError
 
@@ -205,7 +206,7 @@ def test_long_texts_are_split_and_every_token_is_a_target_once(tokenizer: TextTo
     encoded = encode([{"text": LONG}], tokenizer, max_length=16, long_examples="split")
     whole = np.array([*tokenizer.encode(LONG), tokenizer.eos_id])
     documents = encoded.documents
-    assert documents.owners.tolist() == [0] * len(documents)
+    assert documents.example_indices.tolist() == [0] * len(documents)
     assert np.diff(documents.starts).max() == 16
     assert documents.labels[documents.labels != IGNORE].tolist() == whole[1:].tolist()
     assert (encoded.counts.n_split, encoded.counts.n_cut_tokens) == (1, 0)
@@ -214,7 +215,7 @@ def test_long_texts_are_split_and_every_token_is_a_target_once(tokenizer: TextTo
 def test_long_texts_are_dropped(tokenizer: TextTokenizer) -> None:
     rows = [{"text": LONG}, {"text": "the dog"}]
     encoded = encode(rows, tokenizer, max_length=16, long_examples="drop")
-    assert encoded.documents.owners.tolist() == [1]
+    assert encoded.documents.example_indices.tolist() == [1]
     counts = encoded.counts
     assert (counts.n_dropped, counts.n_nothing_to_learn) == (1, 0)
     assert counts.n_cut_tokens == encoded.lengths[0]
@@ -227,7 +228,7 @@ def test_truncated_chats_keep_their_beginning_and_are_counted_without_an_answer(
     rows = [{"messages": CHAT}, {"messages": long_question}]
     n_tokens = int(encode(rows, chatml_tokenizer).lengths[0])
     encoded = encode(rows, chatml_tokenizer, max_length=n_tokens - 10)
-    assert encoded.documents.owners.tolist() == [0]
+    assert encoded.documents.example_indices.tolist() == [0]
     assert pieces(encoded, chatml_tokenizer)[0][1].startswith("<|im_start|>system\nYou are")
     assert (encoded.counts.n_truncated, encoded.counts.n_nothing_to_learn) == (2, 1)
 
@@ -254,7 +255,7 @@ def test_large_files_are_tokenised_in_pieces_with_the_tokens_of_the_whole(
 def test_texts_and_files_keep_the_order_of_the_examples(tokenizer: TextTokenizer) -> None:
     rows = [{"text": "one"}, example_from_file("two", "f"), {"text": "three"}]
     encoded = encode(rows, tokenizer)
-    assert encoded.documents.owners.tolist() == [0, 1, 2]
+    assert encoded.documents.example_indices.tolist() == [0, 1, 2]
     assert [pieces(encoded, tokenizer, n)[-1][1][-7:] for n in range(3)] == [
         *("ne</s>", "wo</s>", "ree</s>")
     ]
@@ -265,28 +266,28 @@ def test_examples_without_anything_to_learn_are_counted(
 ) -> None:
     rows = [{"text": " \n"}, {"messages": CHAT[:1]}, {"messages": CHAT}]
     encoded = encode(rows, chatml_tokenizer)
-    assert encoded.documents.owners.tolist() == [2]
+    assert encoded.documents.example_indices.tolist() == [2]
     assert encoded.counts.n_nothing_to_learn == 2
-    check_learnable(encoded, "assistant")
+    check_has_targets(encoded, "assistant")
 
 
 def test_nothing_at_all_to_learn_is_an_error_with_the_reasons(
     chatml_tokenizer: TextTokenizer,
 ) -> None:
     with pytest.raises(DataError, match=r"none of 1 examples .*no answers.*learn_on to 'all'"):
-        check_learnable(encode([{"messages": CHAT[:1]}], chatml_tokenizer), "assistant")
+        check_has_targets(encode([{"messages": CHAT[:1]}], chatml_tokenizer), "assistant")
     cut = encode([{"messages": CHAT}], chatml_tokenizer, max_length=8)
-    with pytest.raises(DataError, match="1 were cut before their answers ended"):
-        check_learnable(cut, "assistant")
+    with pytest.raises(DataError, match="1 were truncated before their answers"):
+        check_has_targets(cut, "assistant")
     dropped = encode([{"messages": CHAT}], chatml_tokenizer, max_length=8, long_examples="drop")
     with pytest.raises(DataError, match="1 were dropped as too long"):
-        check_learnable(dropped, "assistant")
+        check_has_targets(dropped, "assistant")
     numbered = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     lost = encode(
         [{"messages": CHAT}], dataclasses.replace(chatml_tokenizer, chat_template=numbered)
     )
-    with pytest.raises(DataError, match="2 answers cannot be told from the rest"):
-        check_learnable(lost, "assistant")
+    with pytest.raises(DataError, match="2 answers cannot be located in the chat template"):
+        check_has_targets(lost, "assistant")
 
 
 def test_refused_conversations_are_told_together_with_their_lines(

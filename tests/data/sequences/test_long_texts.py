@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora.data.sequences.long_texts import RowCutter, cut_text
+from lora.data.sequences.long_texts import SequenceCutter, cut_text
 from lora.data.tokenizers.subword import TextTokenizer
 
 # What tokenizers look at: letters of several widths, digits, signs, spaces and newlines of all
@@ -50,31 +50,33 @@ def test_real_tokens_of_the_pieces_are_those_of_the_whole(
 
 
 @given(st.lists(st.integers(0, 12), max_size=12), st.integers(2, 9))
-def test_rows_are_those_of_the_whole_however_the_tokens_come(sizes: list[int], width: int) -> None:
+def test_sequences_are_those_of_the_whole_however_the_tokens_come(
+    sizes: list[int], width: int
+) -> None:
     total = sum(sizes)
-    ids, learned = np.arange(total, dtype=np.int32), np.arange(total) % 3 > 0
-    rows, done, found = RowCutter(width), 0, []
+    ids, is_target = np.arange(total, dtype=np.int32), np.arange(total) % 3 > 0
+    cutter, done, found = SequenceCutter(width), 0, []
     for size in sizes:
-        found += list(rows.cut(ids[done : done + size], learned[done : done + size]))
+        found += list(cutter.cut(ids[done : done + size], is_target[done : done + size]))
         done += size
-    found.append(rows.rest())
-    assert rows.n_tokens == total
-    assert all(len(row) == width for row, _ in found[:-1])
+    found.append(cutter.rest())
+    assert cutter.n_tokens == total
+    assert all(len(sequence) == width for sequence, _ in found[:-1])
     assert len(found[-1][0]) <= width
-    targets = [found[0][0][:1], *(row[1:] for row, _ in found)]
+    targets = [found[0][0][:1], *(sequence[1:] for sequence, _ in found)]
     assert np.concatenate(targets).tolist() == ids.tolist()
-    for (row, _), (following, _) in itertools.pairwise(found):
-        assert row[-1] == following[0]
-    for row, mask in found:
-        assert mask.tolist() == learned[row].tolist()
+    for (sequence, _), (following, _) in itertools.pairwise(found):
+        assert sequence[-1] == following[0]
+    for sequence, mask in found:
+        assert mask.tolist() == is_target[sequence].tolist()
 
 
 @pytest.mark.parametrize("n_pieces", [10, 400])
-def test_cutting_holds_one_piece_and_one_row(n_pieces: int) -> None:
-    rows, ids = RowCutter(1000), np.zeros(5000, np.int32)
+def test_cutting_holds_one_piece_and_one_sequence(n_pieces: int) -> None:
+    cutter, ids = SequenceCutter(1000), np.zeros(5000, np.int32)
     tracemalloc.start()
     for _ in range(n_pieces):
-        for _ in rows.cut(ids, np.ones(5000, np.bool_)):
+        for _ in cutter.cut(ids, np.ones(5000, np.bool_)):
             pass
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

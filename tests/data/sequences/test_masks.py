@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from lora.data.sequences.masks import find_learned
-from lora.data.tokenizers.offsets import places_of
+from lora.data.sequences.masks import find_targets
+from lora.data.tokenizers.offsets import as_token_offsets
 from lora.data.tokenizers.subword import TextTokenizer
 
 STOPS = (9,)
@@ -21,7 +21,7 @@ def mask(text: str, spans: list[tuple[int, int]], words: list[str], ids: list[in
         offsets.append((place + trimmed, place + len(word)))
         place += len(word)
     assert place == len(text)
-    return find_learned(text, spans, ids, places_of(offsets), STOPS).astype(int).tolist()
+    return find_targets(text, spans, ids, as_token_offsets(offsets), STOPS).astype(int).tolist()
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_byte_level_tokens_of_any_text_are_those_of_the_spans(
     for any_tokenizer in (tokenizer, bos_tokenizer):
         ids, offsets = any_tokenizer.encode_with_offsets(text)
         end = any_tokenizer.backend.token_to_id("<|im_end|>")
-        learned = find_learned(text, spans, ids, places_of(offsets), {end})
+        learned = find_targets(text, spans, ids, as_token_offsets(offsets), {end})
         found = any_tokenizer.decode(
             [i for i, is_learned in zip(ids, learned, strict=True) if is_learned],
             skip_special_tokens=False,
@@ -98,7 +98,7 @@ def test_sentencepiece_tokens_of_any_text_are_those_of_the_spans(
     text, spans = build_text(pieces)
     encoded = sentencepiece.encode(text, add_special_tokens=False)
     end = sentencepiece.token_to_id("<|im_end|>")
-    learned = find_learned(text, spans, encoded.ids, places_of(encoded.offsets), {end})
+    learned = find_targets(text, spans, encoded.ids, as_token_offsets(encoded.offsets), {end})
     covered = {
         place
         for (first, stop), is_learned in zip(encoded.offsets, learned, strict=True)

@@ -7,35 +7,38 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora.data.sequences.packing import one_a_row, pack
+from lora.data.sequences.packing import pack, unpacked_layout
 from lora.errors import DataError
 
-ROW_TOKENS = 40
-lengths_of_documents = st.lists(st.integers(1, ROW_TOKENS), max_size=200)
+LENGTH = 40
+lengths_of_documents = st.lists(st.integers(1, LENGTH), max_size=200)
 
 
 @given(lengths_of_documents, st.integers(0, 9), st.sampled_from([1, 7, 64]))
-def test_each_document_stands_once_and_no_row_overflows(
+def test_each_document_stands_once_and_no_sequence_overflows(
     lengths: list[int], seed: int, window: int
 ) -> None:
     array = np.array(lengths, np.int64)
-    layout = pack(array, ROW_TOKENS, seed, window_documents=window)
+    layout = pack(array, LENGTH, seed, window_documents=window)
     assert sorted(layout.members.tolist()) == list(range(len(lengths)))
-    rows = np.split(layout.members, layout.starts[1:-1]) if lengths else []
-    assert all(0 < array[row].sum() <= ROW_TOKENS for row in rows)
-    assert layout.n_rows == len(rows)
+    sequences = np.split(layout.members, layout.starts[1:-1]) if lengths else []
+    assert all(0 < array[sequence].sum() <= LENGTH for sequence in sequences)
+    assert layout.n_sequences == len(sequences)
 
 
-def test_the_fullest_row_with_room_is_taken() -> None:
-    # Longest first: 6 and 5 open rows of room 4 and 5; 4 fits both, best beside 6; then 3 beside 5.
+def test_the_fullest_sequence_with_room_is_taken() -> None:
+    # Longest first: 6 and 5 open sequences with room 4 and 5; 4 fits both, best beside 6; then 3
+    # goes beside 5.
     layout = pack(np.array([3, 4, 5, 6]), 10, seed=0)
-    rows = [set(row.tolist()) for row in np.split(layout.members, layout.starts[1:-1])]
-    assert sorted(rows, key=min) == [{0, 2}, {1, 3}]
+    sequences = [
+        set(sequence.tolist()) for sequence in np.split(layout.members, layout.starts[1:-1])
+    ]
+    assert sorted(sequences, key=min) == [{0, 2}, {1, 3}]
 
 
-def test_rows_are_filled_well() -> None:
+def test_sequences_are_filled_well() -> None:
     lengths = np.random.default_rng(0).integers(10, 300, 5000)
-    assert lengths.sum() / (pack(lengths, 512, seed=0).n_rows * 512) > 0.99
+    assert lengths.sum() / (pack(lengths, 512, seed=0).n_sequences * 512) > 0.99
 
 
 def test_seed_decides_the_layout() -> None:
@@ -46,15 +49,15 @@ def test_seed_decides_the_layout() -> None:
     assert not np.array_equal(first.members, other.members)
 
 
-def test_one_a_row_keeps_the_order() -> None:
-    layout = one_a_row(np.array([3, 1, 2]), 3)
+def test_the_unpacked_layout_keeps_the_order() -> None:
+    layout = unpacked_layout(np.array([3, 1, 2]), 3)
     assert layout.members.tolist() == [0, 1, 2]
     assert layout.starts.tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("lengths", [[3, 0], [3, 41]])
-def test_documents_that_fit_no_row_are_refused(lengths: list[int]) -> None:
-    for lay_out in (lambda a: pack(a, ROW_TOKENS, 0), lambda a: one_a_row(a, ROW_TOKENS)):
+def test_documents_that_fit_no_sequence_are_refused(lengths: list[int]) -> None:
+    for lay_out in (lambda a: pack(a, LENGTH, 0), lambda a: unpacked_layout(a, LENGTH)):
         with pytest.raises(DataError, match=r"40 tokens.*1 to 40.*[Tt]runcate"):
             lay_out(np.array(lengths))
 
