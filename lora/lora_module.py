@@ -19,7 +19,7 @@ from lora.errors import ConfigError, TargetError
 class LoRALayer(nn.Module):
     """What every LoRA layer has in common, whatever its base layer looks like.
 
-    Subclasses: LoRALinear here, the siblings in `lora.layers.build`. `weight` and `bias` are the
+    Subclasses: LoRALinear here, the siblings in `lora.layers`. `weight` and `bias` are the
     base's own parameters, frozen; `lora_A` is (R, I), `lora_B` is (O, R).
     """
 

@@ -175,10 +175,10 @@ class Linears:
         flat: FlatParameters,
         dtype: torch.dtype,
         *,
-        trains_whole: bool,
+        trains_all_weights: bool,
     ) -> None:
         self.kind: MergedLinears | FullLinears | FrozenLinears
-        if trains_whole:
+        if trains_all_weights:
             self.kind = FullLinears(blocks, flat, dtype)
         elif any(isinstance(module, LoRALayer) for block in blocks for module in block):
             self.kind = MergedLinears(blocks, flat, dtype)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora.config import TrainConfig
 from lora.device import DeviceChoice
 from lora.fast.runner import LaunchedSteps
-from lora.fast.step import trains_whole
+from lora.fast.step import trains_all_weights
 from lora.fast.weights.flat import FlatParameters
 from lora.fast.weights.norms_and_embeddings import Weights
 from lora.fast.weights.update import HostUpdate
@@ -74,12 +74,12 @@ class CharNetwork:
     def __init__(
         self, model: BigramLanguageModel, flat: FlatParameters, dtype: torch.dtype, share: float
     ) -> None:
-        whole = trains_whole(model)
+        whole = trains_all_weights(model)
         blocks = cast(list[Block], list(model.blocks))
         sa, ffwd = [b.sa for b in blocks], [b.ffwd.net for b in blocks]
 
         def join(parts: list[list[nn.Module]]) -> Linears:
-            return Linears(parts, flat, dtype, trains_whole=whole)
+            return Linears(parts, flat, dtype, trains_all_weights=whole)
 
         def table(module: nn.Embedding) -> Weights:
             own = 1.0 if whole else share
@@ -261,7 +261,7 @@ class CharSteps(LaunchedSteps):
             max_grad_norm=config.max_grad_norm,
             share=config.whole_rate_fraction,
         )
-        how = "all weights train" if trains_whole(model) else "LoRA merged once a step"
+        how = "all weights train" if trains_all_weights(model) else "LoRA merged once a step"
         super().__init__(model, step, choice, f"step by hand: {how}", bigram_loss)
 
 
@@ -280,7 +280,7 @@ def why_not_by_hand(model: BigramLanguageModel, choice: DeviceChoice) -> str | N
     trained = [p for p in model.parameters() if p.requires_grad]
     tables = model.token_embedding_table.weight, model.position_embedding_table.weight
     n_known = 2 * len(layers) + sum(p.requires_grad for p in tables)
-    if not trains_whole(model) and len(trained) != n_known:
+    if not trains_all_weights(model) and len(trained) != n_known:
         return "something trains beside LoRA and the embeddings"
     return None
 

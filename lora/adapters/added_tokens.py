@@ -12,7 +12,8 @@ from lora.adapters.apply import applied_lora, train_token_rows
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.decoder import Decoder
 from lora.errors import ConfigError
-from lora.layers.token_rows import find_tables, mean_row, resize_vocabulary
+from lora.layers.token_tables import find_token_tables, mean_row
+from lora.layers.vocabulary import resize_vocabulary
 
 
 def add_tokens_to_lora(
@@ -26,7 +27,7 @@ def add_tokens_to_lora(
     if not tokens:
         return None
     ids, rows_before = tokenizer.ids_of(tokens), model.config.vocab_size
-    rows = applied_lora(model).rows
+    rows = applied_lora(model).trainable_tokens
     if not rows:
         train_token_rows(model, ids, n_known=tokenizer.n_known)
         return _describe(tokenizer, tokens, rows_before, model)
@@ -54,7 +55,7 @@ def add_tokens_to_all(
     resize_vocabulary(model, max(rows_before, max(ids) + 1))
     known = tokenizer.n_known
     new = [number for number in ids if known is not None and number >= known]
-    for table in find_tables(model).by_name.values():
+    for table in find_token_tables(model).by_name.values():
         weight = cast(Tensor, table.weight)
         if new:  # a tied head's again: the mean of the same rows
             weight[new] = mean_row(weight, min(new)).to(weight)

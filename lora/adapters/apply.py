@@ -20,15 +20,17 @@ from lora.config import LoRAConfig
 from lora.decoder.quantised import has_fp8_base
 from lora.errors import ConfigError, LoraError, TargetError, did_you_mean
 from lora.layers.build import build_lora_layer
-from lora.layers.token_rows import (
-    RowsEmbedding,
-    RowsLayer,
-    RowsLinear,
-    build_rows_layers,
-    find_tables,
-    resize_vocabulary,
-    rows_by_table,
+from lora.layers.token_tables import (
+    build_trainable_tokens,
+    find_token_tables,
+    token_ids_by_table,
 )
+from lora.layers.trainable_tokens import (
+    TrainableTokensEmbedding,
+    TrainableTokensLayer,
+    TrainableTokensLinear,
+)
+from lora.layers.vocabulary import resize_vocabulary
 from lora.lora_module import LoRALayer
 
 
@@ -41,13 +43,13 @@ class AppliedLoRA:
     """Full names of the layers that were wrapped, in the model's order."""
     originals: dict[str, nn.Module] = field(default_factory=dict)
     """By full name, the module as it was before its copy began to train (`modules_to_save`)."""
-    rows: dict[str, RowsLayer] = field(default_factory=dict)
+    trainable_tokens: dict[str, TrainableTokensLayer] = field(default_factory=dict)
     """By full name, the embedding and the head of which some rows train (`train_token_rows`)."""
 
     @property
     def base_vocab_size(self) -> int | None:
         """Rows of the base's tables before new ones were added; None: no rows train."""
-        return next((layer.base_rows for layer in self.rows.values()), None)
+        return next((layer.base_rows for layer in self.trainable_tokens.values()), None)
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
@@ -113,15 +115,17 @@ def train_token_rows(
     Raises TargetError for tables that train otherwise already or that cannot be wrapped, and
     ConfigError for ids that are no rows; `model` is then unchanged.
     """
-    applied, tables = applied_lora(model), find_tables(model)
-    by_name = rows_by_table(ids, tables)
+    applied, tables = applied_lora(model), find_token_tables(model)
+    by_name = token_ids_by_table(ids, tables)
     _refuse_other_training(by_name, applied)
     base_rows = tables.embedding.num_embeddings
     n_rows = max(base_rows, *(max(chosen) + 1 for chosen in by_name.values()))
     resize_vocabulary(model, n_rows)
     known = base_rows if n_known is None else min(n_known, n_rows)
-    applied.rows = build_rows_layers(find_tables(model), by_name, known, base_rows)
-    for name, layer in applied.rows.items():
+    applied.trainable_tokens = build_trainable_tokens(
+        find_token_tables(model), by_name, known, base_rows
+    )
+    for name, layer in applied.trainable_tokens.items():
         replace_module(model, name, layer)
     model.requires_grad_(False)
     for parameter in trained_parameters(model):
@@ -135,7 +139,7 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     trained = [p for x in lora_layers(model).values() for p in (x.lora_A, x.lora_B)]
     for name in applied.originals:
         trained += model.get_submodule(name).parameters()
-    return trained + [layer.token_rows for layer in applied.rows.values()]
+    return trained + [layer.token_rows for layer in applied.trainable_tokens.values()]
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
@@ -150,7 +154,7 @@ def remove_lora(model: nn.Module) -> nn.Module:
         replace_module(model, name, layer.unwrap())
     for name, original in applied.originals.items():
         replace_module(model, name, _moved_beside(original, model.get_submodule(name)))
-    for name in applied.rows:
+    for name in applied.trainable_tokens:
         replace_module(model, name, _current_rows(model, name).unwrap())
     if applied.base_vocab_size is not None:
         resize_vocabulary(model, applied.base_vocab_size)
@@ -166,9 +170,11 @@ def disabled_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """
     applied = applied_lora(model)
     adapted = {name: model.get_submodule(name) for name in applied.target_names}
-    adapted |= {name: model.get_submodule(name) for name in [*applied.originals, *applied.rows]}
+    adapted |= {
+        name: model.get_submodule(name) for name in [*applied.originals, *applied.trainable_tokens]
+    }
     for name, module in adapted.items():
-        if isinstance(module, LoRALayer | RowsEmbedding | RowsLinear):
+        if isinstance(module, LoRALayer | TrainableTokensEmbedding | TrainableTokensLinear):
             plain = module.unwrap()
         else:
             plain = _moved_beside(applied.originals[name], module)
@@ -255,7 +261,7 @@ def _moved_beside(original: nn.Module, trained: nn.Module) -> nn.Module:
 
 
 def _refuse_other_training(by_name: dict[str, tuple[int, ...]], applied: AppliedLoRA) -> None:
-    if applied.rows:
+    if applied.trainable_tokens:
         raise TargetError(
             "Rows of tokens were to train in a model of which rows train already. Merge it "
             "(merge_lora) and begin anew, or give all the tokens at once."
@@ -268,8 +274,8 @@ def _refuse_other_training(by_name: dict[str, tuple[int, ...]], applied: Applied
             )
 
 
-def _current_rows(model: nn.Module, name: str) -> RowsLayer:
-    return cast(RowsLayer, model.get_submodule(name))
+def _current_rows(model: nn.Module, name: str) -> TrainableTokensLayer:
+    return cast(TrainableTokensLayer, model.get_submodule(name))
 
 
 def _refuse_second_time(model: nn.Module) -> None:

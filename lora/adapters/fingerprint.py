@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora.adapters.apply import AppliedLoRA
 from lora.decoder.quantised import Fp8Weight
 from lora.errors import ModelError
-from lora.layers.build import LoRAConv1D, is_conv1d
+from lora.layers.conv1d import LoRAConv1D, is_conv1d
 from lora.lora_module import LoRALayer
 from lora.runs.tensor_files import sample_values
 
@@ -49,7 +49,7 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Size, Tensor]]:
     """Yield names, shapes as in a linear, and samples."""
     applied = vars(model).get("applied_lora")
     originals = applied.originals if isinstance(applied, AppliedLoRA) else {}
-    rows = applied.rows if isinstance(applied, AppliedLoRA) else {}
+    rows = applied.trainable_tokens if isinstance(applied, AppliedLoRA) else {}
     seen: set[int] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         base = _before_training(name, originals) or module

@@ -16,8 +16,8 @@ from lora.adapters.apply import AppliedLoRA, applied_lora, lora_layers, replace_
 from lora.adapters.targets import output_head_name
 from lora.decoder.decoder import Decoder
 from lora.errors import AdapterError, ModelError
-from lora.layers.build import LoRAConv1D
-from lora.layers.token_rows import RowsLayer, RowsLinear, plain_linear
+from lora.layers.conv1d import LoRAConv1D
+from lora.layers.trainable_tokens import TrainableTokensLayer, TrainableTokensLinear, plain_linear
 from lora.lora_module import LoRALayer
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
@@ -79,7 +79,7 @@ def merge_lora(
     else:
         errors = _put_checked(
             model,
-            {**layers, **applied.rows},
+            {**layers, **applied.trainable_tokens},
             merged,
             sample_inputs,
             forward or default_forward,
@@ -103,14 +103,18 @@ def merge_lora(
 def _merged_rows(applied: AppliedLoRA) -> dict[str, nn.Module]:
     """Return the plain token tables, by name; a tied head gets the embedding's new weight."""
     merged: dict[str, nn.Module] = {}
-    first: RowsLayer | None = None
-    for name, layer in applied.rows.items():
+    first: TrainableTokensLayer | None = None
+    for name, layer in applied.trainable_tokens.items():
         if not torch.isfinite(layer.token_rows).all():
             raise AdapterError(
                 f"Merging was asked for, and trained rows of {name} are not finite. The model is "
                 "left adapted. Check the adapter."
             )
-        if first is not None and isinstance(layer, RowsLinear) and layer.weight is first.weight:
+        if (
+            first is not None
+            and isinstance(layer, TrainableTokensLinear)
+            and layer.weight is first.weight
+        ):
             shared = cast(nn.Embedding, next(iter(merged.values()))).weight
             merged[name] = plain_linear(shared, layer)
         else:

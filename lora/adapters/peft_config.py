@@ -20,7 +20,8 @@ from lora.adapters.peft_fields import check_fields
 from lora.adapters.targets import ALL_LINEAR, matches, output_head_name
 from lora.config import LoRAConfig
 from lora.errors import AdapterError, did_you_mean
-from lora.layers.build import LoRAConv1D, is_adaptable
+from lora.layers.build import is_adaptable
+from lora.layers.conv1d import LoRAConv1D
 from lora.lora_module import LoRALayer
 
 

@@ -30,7 +30,7 @@ from lora.adapters.peft_config import (
     read_description,
 )
 from lora.adapters.peft_files import AdapterFiles, read_adapter_files, write_adapter_files
-from lora.adapters.peft_rows import (
+from lora.adapters.peft_tokens import (
     FIELD,
     Rows,
     describe_rows,
@@ -42,7 +42,7 @@ from lora.adapters.peft_rows import (
 )
 from lora.config import LoRAConfig
 from lora.errors import AdapterError, gather
-from lora.layers.build import is_conv1d
+from lora.layers.conv1d import is_conv1d
 from lora.lora_module import LoRALayer
 
 FINGERPRINT_KEY = "lora_lm_base_fingerprint"
@@ -150,7 +150,7 @@ def _add_rows(model: nn.Module, rows: Rows, folder: Path) -> None:
     if not rows:
         return
     train_token_rows(model, rows)
-    layer = next(iter(applied_lora(model).rows.values()))
+    layer = next(iter(applied_lora(model).trainable_tokens.values()))
     if len(layer.weight) > layer.base_rows:
         words = "%s has tokens of its own: the vocabulary grows from %d to %d"
         log.warning(words, folder, layer.base_rows, len(layer.weight))
@@ -198,7 +198,7 @@ def _without_base_copies(
     PEFT writes the embedding and the head beside an adapter whenever one of them is adapted.
     """
     own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    for name, layer in applied_lora(model).rows.items() if lora_layers(model) else ():
+    for name, layer in applied_lora(model).trainable_tokens.items() if lora_layers(model) else ():
         own[f"{name}.weight"] = layer.weight[: layer.base_rows]
     kept, faults = {}, []
     for key, tensor in tensors.items():
@@ -254,7 +254,7 @@ def _check_same_layers(model: nn.Module, config: LoRAConfig, rows: Rows) -> list
     faults = [f"adapted on the model, not in the file: {n}" for n in layers.keys() - wanted]
     faults += [f"in the file, not adapted on the model: {n}" for n in wanted - layers.keys()]
     faults += [f"trained whole on one side only: {n}" for n in saved ^ set(config.modules_to_save)]
-    here = {name: layer.ids for name, layer in applied_lora(model).rows.items()}
+    here = {name: layer.ids for name, layer in applied_lora(model).trainable_tokens.items()}
     for name in here.keys() | rows.keys():
         if here.get(name) != rows.get(name):
             seen = (

@@ -9,7 +9,7 @@ from torch import nn
 
 from lora.config import LoRAConfig
 from lora.errors import TargetError, did_you_mean
-from lora.layers.build import is_adaptable, is_computed
+from lora.layers.build import has_computed_weight, is_adaptable
 
 ALL_LINEAR = "all-linear"
 
@@ -38,7 +38,9 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     Raises TargetError for a name, pattern or exclusion that matches nothing, and for quantised
     layers among them.
     """
-    computed = [name for name, module in model.named_modules() if name and is_computed(module)]
+    computed = [
+        name for name, module in model.named_modules() if name and has_computed_weight(module)
+    ]
     linears = [name for name, module in model.named_modules() if name and is_adaptable(module)]
     linears += computed  # which are refused below, unless they are left out
     if config.targets == ALL_LINEAR:
@@ -49,7 +51,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     if config.exclude:
         excluded = set(_match_all(config.exclude, linears, "excluded name"))
         names = [name for name in names if name not in excluded]
-    _refuse_computed(model, [name for name in names if name in computed])
+    _refuse_computed_weights(model, [name for name in names if name in computed])
     if config.layers is not None:
         _check_layers(config.layers, names)
         names = [name for name in names if _block_number(name) in config.layers]
@@ -113,7 +115,7 @@ def _check_layers(layers: tuple[int, ...], names: list[str]) -> None:
         )
 
 
-def _refuse_computed(model: nn.Module, names: list[str]) -> None:
+def _refuse_computed_weights(model: nn.Module, names: list[str]) -> None:
     if not names:
         return
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""

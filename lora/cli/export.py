@@ -68,7 +68,7 @@ def export(
 
 def _check_for_vllm(adapter: Path | None, model: str | None) -> int:
     from lora.errors import AdapterError, ConfigError, gather
-    from lora.export.gguf import check_adapter_for_vllm, vllm_command
+    from lora.export.vllm import check_adapter_for_vllm, vllm_command
 
     if adapter is None:
         raise ConfigError("--vllm checks an adapter: name its folder with --adapter.")

@@ -56,7 +56,7 @@ def checked_ids(loaded: LoadedModel) -> Tensor:
 
     from lora.adapters.apply import applied_lora
 
-    rows = {n for layer in applied_lora(loaded.model).rows.values() for n in layer.ids}
+    rows = {n for layer in applied_lora(loaded.model).trainable_tokens.values() for n in layer.ids}
     tokens = loaded.tokenizer.encode(CHECKED_TEXT) + sorted(rows)[:MAX_CHECKED_ROWS]
     return torch.tensor([tokens], device=loaded.choice.device)
 

@@ -15,11 +15,11 @@ from lora.decoder.quantised import has_fp8_base
 from lora.device import DeviceChoice
 from lora.fast.llama.blocks import Keep
 from lora.fast.runner import CapturedSteps, FastSteps, LaunchedSteps
-from lora.fast.step import trains_whole
+from lora.fast.step import trains_all_weights
 from lora.kernels.step.fp8 import SIZES_STEP
 from lora.kernels.step.jit import HAS_TRITON
-from lora.layers.build import LoRAFp8Linear
-from lora.layers.token_rows import RowsEmbedding, RowsLinear
+from lora.layers.fp8 import LoRAFp8Linear
+from lora.layers.trainable_tokens import TrainableTokensEmbedding, TrainableTokensLinear
 from lora.lora_module import LoRALinear
 from lora.stacked.apply import Stacked
 from lora.training.losses import is_transformers
@@ -173,9 +173,12 @@ def _of_fp8(config: DecoderConfig) -> str | None:
 
 
 def _of_training(model: Decoder) -> str | None:
-    if trains_whole(model):
+    if trains_all_weights(model):
         return None
-    if any(isinstance(module, RowsEmbedding | RowsLinear) for module in model.modules()):
+    if any(
+        isinstance(module, TrainableTokensEmbedding | TrainableTokensLinear)
+        for module in model.modules()
+    ):
         return "token rows train"
     inside = {id(p) for p in model.trunk.blocks().parameters()}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

@@ -16,7 +16,7 @@ from lora.device import DeviceChoice
 from lora.fast.captured import CapturedStep, decoder_logits
 from lora.fast.foreign import transformers_logits, why_masked
 from lora.fast.llama.blocks import Keep
-from lora.fast.step import MERGE_BELOW_WIDTH, FastStep, trains_whole
+from lora.fast.step import MERGE_BELOW_WIDTH, FastStep, trains_all_weights
 from lora.kernels.step.jit import HAS_TRITON
 from lora.kernels.step.ops import PLAIN, TRITON
 from lora.training.diagnosis import find_nonfinite
@@ -199,7 +199,7 @@ class CapturedSteps(LaunchedSteps):
 def _about_fast(step: FastStep, choice: DeviceChoice) -> str:
     width = step.model.config.hidden_size
     how = "LoRA inside the weights' products"
-    if trains_whole(step.model):
+    if trains_all_weights(step.model):
         how = "all weights train"
     elif step.network.codes is not None:
         how = "frozen products in fp8, LoRA beside them"

@@ -225,7 +225,7 @@ class FastStep(WrittenStep):
                 self.flat,
                 ops,
                 dtype,
-                trains_all=trains_whole(model),
+                trains_all=trains_all_weights(model),
                 merges=self.merges,
                 masks=self.masks,
                 own_attention=own_attention,
@@ -268,6 +268,6 @@ def _mask_seed(seed: int, step: int, place: int) -> int:
     return ((seed * 1_000_003 + step) * 1_009 + place) % 2**31
 
 
-def trains_whole(model: nn.Module) -> bool:
+def trains_all_weights(model: nn.Module) -> bool:
     """Whether every parameter of `model` trains."""
     return all(p.requires_grad for p in model.parameters())

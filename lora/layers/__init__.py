@@ -1,1 +1,1 @@
-"""Layers with LoRA other than `LoRALinear`: Conv1D, fused and fp8 linears, embedding rows."""
+"""Layers with LoRA beside `LoRALinear`, and token tables with trainable rows."""

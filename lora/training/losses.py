@@ -16,7 +16,7 @@ from lora.decoder.decoder import Decoder
 from lora.errors import DataError, ModelError
 from lora.kernels.cross_entropy import linear_cross_entropy
 from lora.kernels.rows_cross_entropy import rows_cross_entropy
-from lora.layers.token_rows import RowsLinear
+from lora.layers.trainable_tokens import TrainableTokensLinear
 from lora.lora_module import LoRALayer
 
 
@@ -29,10 +29,10 @@ def decoder_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return loss[None], n_tokens[None]
 
 
-def token_rows_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def trainable_tokens_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Of our decoders whose head has rows that train: the logits are never held all at once."""
     decoder = cast(Decoder, model)
-    head = cast(RowsLinear, decoder.output_head())
+    head = cast(TrainableTokensLinear, decoder.output_head())
     loss, n_tokens = rows_cross_entropy(
         _hidden(decoder, batch), head.weight, head.token_rows, head.columns, batch.labels.flatten()
     )
@@ -75,8 +75,8 @@ def loss_for(model: nn.Module) -> Any:
     Raises ModelError for a model that is neither a Decoder nor one of transformers' causal models.
     """
     if isinstance(model, Decoder):
-        if isinstance(model.output_head(), RowsLinear):
-            return token_rows_loss
+        if isinstance(model.output_head(), TrainableTokensLinear):
+            return trainable_tokens_loss
         adapted = isinstance(model.output_head(), LoRALayer)
         return adapted_head_loss if adapted else decoder_loss
     if is_transformers(model):

@@ -18,7 +18,7 @@ from lora.adapters.apply import (
 from lora.adapters.targets import find_targets, output_head_name
 from lora.config import LoRAConfig
 from lora.errors import ConfigError, TargetError
-from lora.layers.build import LoRAConv1D
+from lora.layers.conv1d import LoRAConv1D
 from lora.lora_module import LoRALayer, LoRALinear, count_lora_parameters
 
 

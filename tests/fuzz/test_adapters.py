@@ -19,7 +19,7 @@ from lora.config import LoRAConfig
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.decoder.families import decoder_config
 from lora.errors import AdapterError, LoraError
-from lora.export.gguf import check_adapter_for_vllm
+from lora.export.vllm import check_adapter_for_vllm
 
 SIZES: dict[str, Any] = {
     "model_type": "llama",

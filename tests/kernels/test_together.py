@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.kernels.together import call_together
-from lora.layers.build import FusedLoRALinear
+from lora.layers.fused import FusedLoRALinear
 from lora.lora_module import LoRALinear
 
 

@@ -193,7 +193,7 @@ def test_an_adapted_model_is_filled_again(folder: Path, fill_random: Fill) -> No
     ("fields", "words"),
     [
         ({"trainable_token_indices": [7, 7]}, "ids ≥ 0, each once"),
-        ({"trainable_token_indices": {"norm": [3]}}, "allowed are model.embed_tokens, lm_head"),
+        ({"trainable_token_indices": {"norm": [3]}}, "Allowed: model.embed_tokens, lm_head"),
         ({"trainable_token_indices": [7, 64, 10**9]}, "row 1,000,000,000"),
         ({"trainable_token_indices": [7, 64]}, "has shape"),
         ({"trainable_token_indices": None}, "not of this model"),
@@ -227,4 +227,4 @@ def test_other_rows_than_the_models_are_refused(folder: Path, fill_random: Fill)
     model = adapted(folder.parent / "llama-tied", fill_random, [3])
     with pytest.raises(AdapterError, match=r"trained rows of lm_head: \[7, 64, 65\] in the file"):
         load_adapter(model, folder)
-    assert applied_lora(model).rows["lm_head"].ids == (3,)
+    assert applied_lora(model).trainable_tokens["lm_head"].ids == (3,)

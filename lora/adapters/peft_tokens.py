@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lora.adapters.apply import AppliedLoRA
 from lora.config import LoRAConfig
 from lora.errors import ConfigError, TargetError
-from lora.layers.token_rows import MAX_NEW_ROWS, Tables, find_tables, rows_by_table
+from lora.layers.token_tables import TokenTables, find_token_tables, token_ids_by_table
+from lora.layers.vocabulary import MAX_NEW_ROWS
 
 FIELD = "trainable_token_indices"
 ENDING = ".token_adapter.trainable_tokens_delta"
@@ -26,13 +27,13 @@ Rows = dict[str, tuple[int, ...]]
 
 def describe_rows(model: nn.Module, applied: AppliedLoRA) -> dict[str, Any]:
     """Return the field of `adapter_config.json` for the rows that train; nothing if none do."""
-    if not applied.rows:
+    if not applied.trainable_tokens:
         return {}
-    tables, names = find_tables(model), [name for name, _ in model.named_modules()]
-    if tables.is_tied or list(applied.rows) == [tables.embedding_name]:
-        return {FIELD: list(next(iter(applied.rows.values())).ids)}
+    tables, names = find_token_tables(model), [name for name, _ in model.named_modules()]
+    if tables.is_tied or list(applied.trainable_tokens) == [tables.embedding_name]:
+        return {FIELD: list(next(iter(applied.trainable_tokens.values())).ids)}
     described = {}
-    for name, layer in applied.rows.items():
+    for name, layer in applied.trainable_tokens.items():
         ending = name.rpartition(".")[2]
         is_clear = sum(other.endswith(ending) for other in names) == 1
         described[ending if is_clear else name] = list(layer.ids)
@@ -44,8 +45,8 @@ def find_rows(model: nn.Module, value: Any, config: LoRAConfig) -> tuple[Rows, l
     if not value:
         return {}, []
     try:
-        tables = find_tables(model)
-        rows = rows_by_table(_by_full_name(value, tables), tables)
+        tables = find_token_tables(model)
+        rows = token_ids_by_table(_by_full_name(value, tables), tables)
     except (TargetError, ConfigError) as error:
         return {}, [f"{FIELD}: {error}"]
     faults = [
@@ -63,7 +64,7 @@ def find_rows(model: nn.Module, value: Any, config: LoRAConfig) -> tuple[Rows, l
 def row_tensors(applied: AppliedLoRA) -> dict[str, Tensor]:
     """Return the trained rows by the name of their tensor, without PEFT's prefix."""
     tensors: dict[str, Tensor] = {}
-    for name, layer in applied.rows.items():
+    for name, layer in applied.trainable_tokens.items():
         if not any(layer.token_rows is tensor for tensor in tensors.values()):
             tensors[name + ENDING] = layer.token_rows
     return tensors
@@ -72,7 +73,7 @@ def row_tensors(applied: AppliedLoRA) -> dict[str, Tensor]:
 def expected_rows(model: nn.Module, rows: Rows) -> dict[str, Tensor]:
     """Return, on the meta device, what `row_tensors` will return."""
     expected: dict[str, Tensor] = {}
-    tables = find_tables(model) if rows else None
+    tables = find_token_tables(model) if rows else None
     for name, ids in rows.items():
         weight = cast(Tensor, model.get_submodule(name).weight)
         if tables is None or (tables.is_tied and expected):
@@ -93,7 +94,7 @@ def split_copies(
     """
     if not rows:
         return dict(tensors), {}
-    tables, kept, fills = find_tables(model), dict(tensors), {}
+    tables, kept, fills = find_token_tables(model), dict(tensors), {}
     base_rows = _base_rows(tables)
     for name, table in tables.by_name.items():
         width = cast(Tensor, table.weight).shape[1]
@@ -113,17 +114,17 @@ def fill_new_rows(model: nn.Module, fills: Mapping[str, Tensor]) -> None:
     """Changes `model` in place: rows beyond the base's take the values that the file has."""
     for name, values in fills.items():
         layer = model.get_submodule(name)
-        weight, start = cast(Tensor, layer.weight), _base_rows(find_tables(model))
+        weight, start = cast(Tensor, layer.weight), _base_rows(find_token_tables(model))
         n_rows = min(len(values), len(weight) - start)
         weight[start : start + n_rows] = values[:n_rows].to(weight)
 
 
-def _base_rows(tables: Tables) -> int:
+def _base_rows(tables: TokenTables) -> int:
     own = vars(tables.embedding).get("base_rows")
     return tables.embedding.num_embeddings if own is None else int(own)
 
 
-def _by_full_name(value: Any, tables: Tables) -> Rows:
+def _by_full_name(value: Any, tables: TokenTables) -> Rows:
     if not isinstance(value, dict):
         return {tables.embedding_name: tuple(value)}
     rows: Rows = {}

@@ -24,9 +24,10 @@ from lora.decoder.decoder import Decoder, build_decoder
 from lora.device import choose_device
 from lora.errors import ConfigError, ModelError, TargetError
 from lora.fast.choose import _of_training
-from lora.layers.token_rows import find_tables, resize_vocabulary
+from lora.layers.token_tables import find_token_tables
+from lora.layers.vocabulary import resize_vocabulary
 from lora.lora_module import count_lora_parameters
-from lora.training.losses import decoder_loss, loss_for, token_rows_loss
+from lora.training.losses import decoder_loss, loss_for, trainable_tokens_loss
 from lora.training.optim import build_optimizer, parameter_groups
 from lora.training.trainer import train_step
 
@@ -79,7 +80,7 @@ def test_new_rows_start_at_the_mean_and_known_ones_as_they_are(
 ) -> None:
     base = tiny(fill_random, tied=tied)
     model = with_rows(fill_random, tied=tied)
-    tables = find_tables(model)
+    tables = find_token_tables(model)
     assert tables.is_tied is tied
     for name, table in tables.by_name.items():
         old = base.get_submodule(name).weight
@@ -98,7 +99,7 @@ def test_of_padded_rows_those_that_the_tokenizer_knew_make_the_mean(fill_random:
     apply_lora(model, LoRAConfig(rank=2))
     train_token_rows(model, [30, 31], n_known=30)  # the tables have 40 rows
     assert model.config.vocab_size == VOCAB
-    rows = find_tables(model).embedding.token_rows
+    rows = find_token_tables(model).embedding.token_rows
     torch.testing.assert_close(rows[0], old[:30].mean(0), rtol=0, atol=1e-6)
 
 
@@ -124,20 +125,20 @@ def test_outputs_and_gradients_are_those_of_a_plain_model_with_the_rows_written_
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
             parameter.copy_(own[name])
-        for name, table in find_tables(model).by_name.items():
+        for name, table in find_token_tables(model).by_name.items():
             plain.get_submodule(name).weight[list(IDS)] = table.token_rows
-    for table in find_tables(plain).by_name.values():
+    for table in find_token_tables(plain).by_name.values():
         table.weight.requires_grad_(True)
     with torch.no_grad():
         torch.testing.assert_close(model(TOKENS), plain(TOKENS), rtol=1e-10, atol=1e-10)
-    assert loss_for(model) is token_rows_loss
-    for one, loss_fn in ((model, token_rows_loss), (plain, decoder_loss)):
+    assert loss_for(model) is trainable_tokens_loss
+    for one, loss_fn in ((model, trainable_tokens_loss), (plain, decoder_loss)):
         loss, count = loss_fn(one, batch())
         assert count.item() == 10
         loss.sum().backward()
         one.seen = loss.detach()
     torch.testing.assert_close(model.seen, plain.seen, rtol=1e-10, atol=0)
-    for name, table in find_tables(model).by_name.items():
+    for name, table in find_token_tables(model).by_name.items():
         wanted = plain.get_submodule(name).weight.grad[list(IDS)]
         assert table.weight.grad is None
         torch.testing.assert_close(table.token_rows.grad, wanted, rtol=1e-8, atol=1e-10)
@@ -151,7 +152,7 @@ def test_a_step_moves_the_rows_and_leaves_the_frozen_bytes(fill_random: Fill, ti
     model = with_rows(fill_random, tied=tied)
     fill_random(model, 2, only_trainable=True, std=0.1)
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-    before = find_tables(model).embedding.token_rows.detach().clone()
+    before = find_token_tables(model).embedding.token_rows.detach().clone()
     optimizer = build_optimizer(model, 1e-2, 0.1, TrainConfig().whole_rate_fraction)
     choice = choose_device("cpu")
     for _ in range(3):
@@ -163,7 +164,7 @@ def test_a_step_moves_the_rows_and_leaves_the_frozen_bytes(fill_random: Fill, ti
             max_grad_norm=1.0,
             autocast=choice.autocast,
         )
-    after = find_tables(model).embedding.token_rows
+    after = find_token_tables(model).embedding.token_rows
     assert bool((after != before).any(1).all())
     for name, value in frozen.items():
         assert torch.equal(model.get_parameter(name), value), name
@@ -186,7 +187,7 @@ def test_disabled_it_is_the_base_with_the_mean_for_new_tokens(
 ) -> None:
     base, model = tiny(fill_random, tied=tied), with_rows(fill_random, tied=tied)
     fill_random(model, 2, only_trainable=True, std=0.5)
-    adapted = find_tables(model).embedding
+    adapted = find_token_tables(model).embedding
     old = TOKENS % VOCAB
     with torch.no_grad(), disabled_adapter(model):
         assert torch.equal(model(old)[..., :VOCAB], base(old))
@@ -194,7 +195,7 @@ def test_disabled_it_is_the_base_with_the_mean_for_new_tokens(
         assert base_fingerprint(model) == base_fingerprint(base)
     weight = base.get_submodule("model.embed_tokens").weight
     torch.testing.assert_close(seen, torch.stack([weight.mean(0), weight[3]]), rtol=0, atol=1e-6)
-    assert find_tables(model).embedding is adapted
+    assert find_token_tables(model).embedding is adapted
 
 
 @both
@@ -203,7 +204,7 @@ def test_removed_it_is_the_base_again(fill_random: Fill, tied: bool) -> None:
     remove_lora(model)
     assert model.config == base.config
     assert model.config.source == base.config.source
-    assert find_tables(model).is_tied is tied
+    assert find_token_tables(model).is_tied is tied
     wanted = dict(base.named_parameters())
     seen = dict(model.named_parameters())
     assert list(seen) == list(wanted)
@@ -220,7 +221,7 @@ def test_transformers_models_grow_too(tiny_model: Callable[[str], nn.Module]) ->
         after = model(torch.tensor([[1, 2, 3, 64]])).logits
         assert model.config.vocab_size == 65
         assert (after[:, :3, :64] - before).abs().max() < 1e-5
-        assert find_tables(model).is_tied is not name.endswith("untied")
+        assert find_token_tables(model).is_tied is not name.endswith("untied")
         remove_lora(model)
         assert torch.equal(model(tokens).logits, before)
 

@@ -1,0 +1,150 @@
+"""Check an adapter against vLLM's rules, and print the command that serves it.
+
+faults = check_adapter_for_vllm("runs/mine/adapter")
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from lora.adapters.peft_fields import check_fields
+from lora.adapters.peft_files import read_adapter_files
+from lora.errors import AdapterError, gather
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's --max-lora-rank may be; it makes room for adapters of that rank and below."""
+_VLLM_LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+_VLLM_ENDS = {"lm_head", "embed_tokens"}
+_VLLM_TENSOR = re.compile(
+    r"base_model\.model\.(?P<module>.+?)\."
+    r"(lora_[AB]\.weight|lora_embedding_[AB])"
+)
+_TRAINED_ROWS = ".token_adapter."  # their field of the config has said it
+_VLLM_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+_VLLM_READS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "modules_to_save",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+)
+_VLLM_REFUSES = {
+    "use_dora": "DoRA is not supported. Merge the adapter into the model and serve that",
+    "use_qalora": "QA-LoRA is not supported. Merge the adapter into the model and serve that",
+    "lora_bias": "biases of B are not supported. Train with lora_bias=false",
+    "alora_invocation_tokens": "activated LoRA is not supported. Train a plain adapter",
+    "layer_replication": "repeated blocks are not supported. Save the repeated model whole",
+    "trainable_token_indices": "trained tokens need a server started for them. Merge the adapter",
+}
+
+
+def check_adapter_for_vllm(folder: Path | str) -> list[str]:
+    """Return what keeps vLLM from serving the adapter in `folder`, and what to do about each.
+
+    An empty list means that vLLM takes it, started as `vllm_command` says. Raises AdapterError if
+    there is no adapter that can be read. Source: vLLM's PEFTHelper, LoRAConfig and LoRAModel.
+    """
+    files = read_adapter_files(Path(folder))
+    described, wrong = _sound_fields(files.described)
+    faults = files.faults + wrong
+    for key, why in _VLLM_REFUSES.items():
+        if described.get(key):
+            faults.append(f"{key}={described[key]!r}: {why}.")
+    if described.get("bias", "none") != "none":
+        faults.append(f"bias={described['bias']!r}: only 'none' is supported. Merge the adapter.")
+    start = described.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in _VLLM_STARTS:
+        faults.append(
+            f"init_lora_weights={start!r}: this start changes the base's weights. Convert the "
+            "adapter with PEFT: save_pretrained with path_initial_model_for_weight_conversion."
+        )
+    saved = described.get("modules_to_save") or []
+    if set(saved) - {"classifier", "score"}:
+        faults.append(
+            f"modules_to_save={saved!r}: modules that were trained whole are not supported. Merge "
+            "the adapter into the model and serve that."
+        )
+    faults += _rank_faults(described)
+    return faults + _tensor_faults(list(files.tensors), saved)
+
+
+def _sound_fields(described: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the fields without those of a wrong type, and a fault for each of these."""
+    read = {"peft_type": "LORA", **{key: described.get(key) for key in _VLLM_READS}}
+    if described.get("peft_type") is not None:
+        read["peft_type"] = described["peft_type"]
+    faults = check_fields(read)
+    wrong = {fault.partition("=")[0] for fault in faults}
+    sound = {key: value for key, value in described.items() if key not in wrong}
+    return sound, [f"{fault}. Save the adapter again." for fault in faults]
+
+
+def _rank_faults(described: dict[str, Any]) -> list[str]:
+    faults = []
+    rank = _highest_rank(described)
+    if rank is not None and rank > VLLM_RANKS[-1]:
+        faults.append(f"rank {rank}: at most {VLLM_RANKS[-1]} is supported. Train a smaller one.")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if described.get(key):
+            faults.append(
+                f"{key}={described[key]!r}: most releases of vLLM ignore it and scale every layer "
+                "by lora_alpha / r, without a word. Train with one rank and alpha, or merge."
+            )
+    return faults
+
+
+def _tensor_faults(names: list[str], saved: list[str]) -> list[str]:
+    modules, odd = set(), []
+    for name in names:
+        found = _VLLM_TENSOR.fullmatch(name)
+        if found is not None:
+            modules.add(found["module"].rpartition(".")[2])
+        elif _TRAINED_ROWS not in name and not any(f".{module}." in name for module in saved):
+            odd.append(name)
+    faults = []
+    if odd:
+        shown = f"{', '.join(odd[:3])}{' …' if len(odd) > 3 else ''}"
+        faults.append(f"{shown}: only lora_A and lora_B are read. Save the adapter without them.")
+    ends = sorted(modules & _VLLM_ENDS)
+    if ends:
+        faults.append(
+            f"{', '.join(ends)} adapted: vLLM takes that for some architectures only, such as "
+            "Llama. Leave them out of targets, or merge the adapter into the model."
+        )
+    others = sorted(modules - _VLLM_ENDS - _VLLM_LINEARS)
+    if others:
+        faults.append(
+            f"{', '.join(others)} adapted: of Llama-like models vLLM adapts "
+            f"{', '.join(sorted(_VLLM_LINEARS))}. Merge the adapter into the model."
+        )
+    return faults
+
+
+def _highest_rank(described: dict[str, Any]) -> int | None:
+    """Return the highest rank in sound fields; None where `r` was not sound."""
+    ranks = [described.get("r"), *(described.get("rank_pattern") or {}).values()]
+    return None if ranks[0] is None else max(ranks)
+
+
+def vllm_command(folder: Path | str, base: str, name: str | None = None) -> str:
+    """Return the command that serves the adapter in `folder` on the model `base` with vLLM.
+
+    It asks for the smallest rank that has room: vLLM's default of 16 refuses larger adapters.
+    Raises AdapterError if there is no adapter, or none that says its rank.
+    """
+    folder = Path(folder)
+    described, faults = _sound_fields(read_adapter_files(folder).described)
+    rank = _highest_rank(described)
+    if rank is None:
+        raise AdapterError(gather(faults, f"{folder} cannot be served:", "Name another adapter."))
+    room = next((n for n in VLLM_RANKS if n >= rank), VLLM_RANKS[-1])
+    adapter = shlex.quote(f"{name or folder.resolve().name}={folder}")
+    return (
+        f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {room} "
+        f"--lora-modules {adapter}"
+    )

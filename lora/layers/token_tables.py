@@ -1,0 +1,162 @@
+"""The token tables of a model (embedding and output head), and which of their rows train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from lora.errors import ConfigError, TargetError, did_you_mean
+from lora.layers.trainable_tokens import (
+    TrainableTokensEmbedding,
+    TrainableTokensLayer,
+    TrainableTokensLinear,
+)
+
+
+@runtime_checkable
+class HasTokenTables(Protocol):
+    """A language model that returns its token tables: transformers' models, our decoders."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the embedding."""
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the linear that makes logits, or None."""
+
+
+@dataclass(frozen=True)
+class TokenTables:
+    """The token tables of a model, by their full names."""
+
+    embedding_name: str
+    embedding: nn.Embedding
+    head_name: str | None
+    """None: the model has no head of its own."""
+    head: nn.Linear | None
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether head and embedding share one weight."""
+        return self.head is not None and self.head.weight is self.embedding.weight
+
+    @property
+    def by_name(self) -> dict[str, nn.Module]:
+        """Embedding and head."""
+        tables: dict[str, nn.Module] = {self.embedding_name: self.embedding}
+        if self.head_name is not None and self.head is not None:
+            tables[self.head_name] = self.head
+        return tables
+
+
+def find_token_tables(model: nn.Module) -> TokenTables:
+    """Return the token tables of `model`.
+
+    Raises TargetError for a model that does not name them, and for tables whose rows cannot be
+    replaced: adapted or quantised ones, embeddings with a forward of their own, heads with a bias.
+    """
+    if not isinstance(model, HasTokenTables):
+        raise TargetError(
+            f"Cannot train selected tokens of a {type(model).__name__}: it does not say where its "
+            "embedding is (no get_input_embeddings). Train the whole module: modules_to_save."
+        )
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for table, plain in ((embedding, nn.Embedding), (head, nn.Linear)):
+        allowed = (plain, TrainableTokensEmbedding, TrainableTokensLinear)
+        if table is not None and type(table) not in allowed:
+            raise TargetError(
+                f"Cannot train selected tokens in {names.get(id(table))!r}, a "
+                f"{type(table).__name__}. Allowed: a plain {plain.__name__}. Leave it out of "
+                "LoRA's targets, or load the model as lora's Decoder."
+            )
+    if isinstance(head, nn.Linear) and head.bias is not None:
+        raise TargetError(
+            f"Cannot train selected tokens in {names.get(id(head))!r}: the output head has a bias. "
+            "Train the whole module: modules_to_save."
+        )
+    return TokenTables(
+        names[id(embedding)],
+        cast(nn.Embedding, embedding),
+        None if head is None else names[id(head)],
+        cast(nn.Linear | None, head),
+    )
+
+
+def token_ids_by_table(
+    ids: Sequence[int] | Mapping[str, Sequence[int]], tables: TokenTables
+) -> dict[str, tuple[int, ...]]:
+    """Return the token ids by full name of the table, embedding first; a plain list is for both.
+
+    A tied head always gets the embedding's. Raises TargetError for other names, and ConfigError
+    for ids that are negative or repeated, or an empty list.
+    """
+    names = tables.by_name
+    by_name = dict(ids) if isinstance(ids, Mapping) else dict.fromkeys(names, ids)
+    unknown = [name for name in by_name if name not in names]
+    if unknown:
+        near = did_you_mean(unknown[0], names)
+        raise TargetError(
+            f"Cannot train tokens of {unknown[0]!r}: it is no token table. "
+            f"Allowed: {', '.join(names)}.{near}"
+        )
+    if tables.is_tied:
+        if len({tuple(chosen) for chosen in by_name.values()}) > 1:
+            raise TargetError(
+                "Cannot train different tokens in the embedding and the head: they share one "
+                "weight. Give both the same ids."
+            )
+        by_name = dict.fromkeys(names, next(iter(by_name.values()), ()))
+    for name, chosen in by_name.items():
+        is_right = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in chosen)
+        if not chosen or not is_right or len(set(chosen)) < len(chosen):
+            raise ConfigError(
+                f"Cannot train the token ids {list(chosen)!r} of {name!r}. Allowed: ids ≥ 0, at "
+                "least one, each once."
+            )
+    return {name: tuple(by_name[name]) for name in names if name in by_name}
+
+
+def build_trainable_tokens(
+    tables: TokenTables, ids: Mapping[str, Sequence[int]], n_known: int, base_rows: int
+) -> dict[str, TrainableTokensLayer]:
+    """Return, by name, the tables of `ids` wrapped so that these rows train; nothing is replaced.
+
+    A row that the model knows (below `n_known`) starts as it is, a new one at the mean of the known
+    rows: the new token is then less likely than the likeliest old ones, and the model's predictions
+    hardly change (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
+    """
+    layers: dict[str, TrainableTokensLayer] = {}
+    for name, chosen in ids.items():
+        table = tables.by_name[name]
+        weight = cast(Tensor, table.weight)
+        if tables.is_tied and layers:
+            rows = next(iter(layers.values())).token_rows
+        else:
+            rows = nn.Parameter(_initial_rows(weight, chosen, n_known))
+        if isinstance(table, nn.Embedding):
+            layers[name] = TrainableTokensEmbedding(table, chosen, rows, base_rows)
+        else:
+            layers[name] = TrainableTokensLinear(cast(nn.Linear, table), chosen, rows, base_rows)
+    return layers
+
+
+def mean_row(weight: Tensor, n_rows: int) -> Tensor:
+    """Return the mean (C,) of the first `n_rows` rows, summed in fp64."""
+    return weight.detach()[:n_rows].mean(0, dtype=torch.float64)
+
+
+@torch.no_grad()
+def _initial_rows(weight: Tensor, ids: Sequence[int], n_known: int) -> Tensor:
+    # At least fp32, as A and B: a step of AdamW is often smaller than half a rounding in bf16.
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    rows = weight.detach()[torch.tensor(ids, device=weight.device)].to(wide)  # (N, C)
+    is_new = torch.tensor([number >= n_known for number in ids], device=weight.device)
+    if weight.is_meta or not any(number >= n_known for number in ids):
+        return rows
+    # Rounded as the weight is, so that the base (whose new rows are the mean too) agrees.
+    mean = mean_row(weight, n_known).to(weight.dtype).to(wide)
+    return torch.where(is_new[:, None], mean, rows)
