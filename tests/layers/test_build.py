@@ -26,7 +26,9 @@ def test_the_layer_fits_the_base(conv1d: nn.Module) -> None:
 
 
 def test_other_modules_are_refused() -> None:
-    with pytest.raises(TargetError, match=r"type Embedding in LoRA. Allowed: nn.Linear and .*Conv1D"):
+    with pytest.raises(
+        TargetError, match=r"type Embedding in LoRA. Allowed: nn.Linear and .*Conv1D"
+    ):
         build_lora_layer(nn.Embedding(3, 4), **NUMBERS)
 
 
