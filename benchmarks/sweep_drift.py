@@ -90,7 +90,7 @@ def train_together(dtype: torch.dtype) -> list[Values]:
     n = len(SETTINGS)
     model = build(dtype)
     stacked = apply_stacked(model, [adapter(k) for k in range(n)], range(n))
-    stacked.stack.rows_each = ROWS
+    stacked.stack.batch_size = ROWS
     training = StackedTraining(
         model,
         stacked,

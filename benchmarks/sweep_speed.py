@@ -150,7 +150,7 @@ def cpu_together(n: int) -> dict[str, Any]:
     model = BigramLanguageModel(96, case.width, 4, case.layers, case.tokens)
     adapters = loras(n, rank=case.rank, modules_to_save=EMBEDDINGS)
     stacked = apply_stacked(model, adapters, range(n))
-    stacked.stack.rows_each = case.rows
+    stacked.stack.batch_size = case.rows
 
     def loss_fn(model: Any, batch: Any) -> Any:
         return stacked_loss_sums(model(batch[0])[0], batch[1], n)

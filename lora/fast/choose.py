@@ -21,7 +21,7 @@ from lora.kernels.step.jit import HAS_TRITON
 from lora.layers.fp8 import LoRAFp8Linear
 from lora.layers.trainable_tokens import TrainableTokensEmbedding, TrainableTokensLinear
 from lora.lora_module import LoRALinear
-from lora.stacked.apply import Stacked
+from lora.stacked.apply import StackedAdapters
 from lora.training.losses import is_transformers
 from lora.training.optim import parameter_groups
 from lora.training.steps import Steps
@@ -88,14 +88,14 @@ def why_not_fast(model: nn.Module, choice: DeviceChoice) -> str | None:
     return why or (why_not_fp8(choice) if has_fp8_base(model) else None)
 
 
-def why_not_stacked(model: nn.Module, stacked: Stacked, choice: DeviceChoice) -> str | None:
+def why_not_stacked(model: nn.Module, stacked: StackedAdapters, choice: DeviceChoice) -> str | None:
     """Return why the adapters of `stacked` cannot take the fast stacked step, or None."""
     if not isinstance(model, Decoder):
         return _of_device(choice) or f"{type(model).__name__} is not lora's Decoder"
     return _of_device(choice) or _of_shape(model.config) or why_not_stacked_written(model, stacked)
 
 
-def why_not_stacked_written(model: Decoder, stacked: Stacked) -> str | None:
+def why_not_stacked_written(model: Decoder, stacked: StackedAdapters) -> str | None:
     """Return what of `stacked` the hand-written stacked step does not know, or None."""
     if has_fp8_base(model):
         return "the base is in eight bits"

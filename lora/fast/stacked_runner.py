@@ -21,7 +21,7 @@ from lora.fast.choose import why_not_stacked
 from lora.fast.runner import READ_LATE_STEPS
 from lora.fast.stacked_step import StackedFastStep
 from lora.kernels.step.ops import PLAIN, TRITON
-from lora.stacked.apply import Stacked
+from lora.stacked.apply import StackedAdapters
 from lora.stacked.losses import StackedDecoderLoss
 from lora.stacked.plain_step import StackedTrainer, StackedTraining, scheduled_rates, why_stopped
 
@@ -53,7 +53,7 @@ class FastStackedTraining:
     def __init__(
         self,
         model: Decoder,
-        stacked: Stacked,
+        stacked: StackedAdapters,
         configs: Sequence[TrainConfig],
         rates: Sequence[float],
         choice: DeviceChoice,
@@ -151,7 +151,7 @@ class FastStackedTraining:
 
 def build_training(
     model: nn.Module,
-    stacked: Stacked,
+    stacked: StackedAdapters,
     configs: Sequence[TrainConfig],
     rates: Sequence[float],
     choice: DeviceChoice,

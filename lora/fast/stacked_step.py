@@ -14,7 +14,7 @@ from lora.fast.weights.stacked_flat import StackedFlat
 from lora.fast.weights.stacked_update import StackedUpdate
 from lora.kernels.step.attention import BLOCK_KEYS
 from lora.kernels.step.ops import Ops
-from lora.stacked.apply import Stacked
+from lora.stacked.apply import StackedAdapters
 
 
 class StackedFastStep(WrittenStep):
@@ -34,7 +34,7 @@ class StackedFastStep(WrittenStep):
     def __init__(
         self,
         model: Decoder,
-        stacked: Stacked,
+        stacked: StackedAdapters,
         ops: Ops,
         dtype: torch.dtype,
         *,

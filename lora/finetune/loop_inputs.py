@@ -13,7 +13,7 @@ from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
 from lora.errors import DependencyError
 from lora.finetune.job import FinetuneJob
-from lora.inference.samples import Sampler, choose_prompts
+from lora.inference.samples import SampleRecorder, choose_prompts
 from lora.runs.folder import Run
 from lora.runs.progress import Progress
 from lora.training.losses import loss_for
@@ -78,7 +78,7 @@ def _namer(
 
 def _sampler(
     job: FinetuneJob, model: Decoder, data: PreparedData, run: Run, progress: Progress
-) -> Sampler:
+) -> SampleRecorder:
     room_tokens = model.config.max_position_embeddings - job.run.sample_tokens
     prompts = choose_prompts(
         data.validation_examples,
@@ -87,7 +87,7 @@ def _sampler(
         most_tokens=min(job.data_config.max_length, room_tokens),
         now=data.now,
     )
-    return Sampler(model, prompts, data.tokenizer, run, progress, job.run.sample_tokens)
+    return SampleRecorder(model, prompts, data.tokenizer, run, progress, job.run.sample_tokens)
 
 
 def find_tensorboard() -> Callable[[Path], Callable[[dict[str, Any]], None]]:

@@ -57,7 +57,7 @@ def choose_prompts(
 
 
 @dataclass
-class Sampler:
+class SampleRecorder:
     """Answers the same prompts whenever it is called; a failure ends the samples, not the run.
 
     Rows of `samples.jsonl`: step, prompt (what was asked last), answer, reference (null where there

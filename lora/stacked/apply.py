@@ -24,7 +24,7 @@ Values = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Stacked:
+class StackedAdapters:
     """What `apply_stacked` did to a model."""
 
     stack: Stack
@@ -50,7 +50,7 @@ class Stacked:
 
 def apply_stacked(
     model: nn.Module, configs: Sequence[LoRAConfig], dropout_seeds: Sequence[int]
-) -> Stacked:
+) -> StackedAdapters:
     """Changes `model` in place: adapter k has the values that `apply_lora` gives `configs[k]`.
 
     Everything else is frozen. `dropout_seeds[k]` stands for torch's global seed of adapter k alone.
@@ -78,13 +78,13 @@ def apply_stacked(
     embeddings = {name: StackedEmbedding(model.get_submodule(name), stack) for name in saved}  # type: ignore[arg-type]
     for name, module in (layers | embeddings).items():
         replace_module(model, name, module)
-    stacked = Stacked(stack, tuple(configs), layers, embeddings)
+    stacked = StackedAdapters(stack, tuple(configs), layers, embeddings)
     for k, values in enumerate(drawn):
         stacked.fill(k, values)
     return stacked
 
 
-def remove_stacked(model: nn.Module, stacked: Stacked) -> None:
+def remove_stacked(model: nn.Module, stacked: StackedAdapters) -> None:
     """Changes `model` in place: the base as it was before `apply_stacked`, frozen."""
     for name, module in (stacked.layers | stacked.embeddings).items():
         replace_module(model, name, module.unwrap())

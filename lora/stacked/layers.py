@@ -28,7 +28,7 @@ class Stack:
 
     seeds: Sequence[int]
     """One for each adapter, of its dropout."""
-    rows_each: int = 0
+    batch_size: int = 0
     """B of the batch that is computed; only tables that are read without a batch need it."""
     generators: list[torch.Generator] = field(init=False)
 
@@ -187,8 +187,9 @@ class _StackedLoRALinear(torch.autograd.Function):
 class StackedEmbedding(nn.Module):
     """K copies of an embedding that train apart: `weight` is (K, V, C).
 
-    Tokens (K·B, T) are looked up in their own adapter's table. A table read without a batch, (T,),
-    such as positions, gives the rows of every adapter, (K·B, T, C), with B from `stack.rows_each`.
+    Tokens (K·B, T) are looked up in their own adapter's table. Ids without a batch dimension, (T,),
+    as of learned positions, give the same rows of each adapter's table to each of its B sequences,
+    (K·B, T, C), with B from `stack.batch_size`.
     """
 
     def __init__(self, base: nn.Embedding, stack: Stack) -> None:
@@ -203,7 +204,7 @@ class StackedEmbedding(nn.Module):
         own = torch.arange(len(self.weight), device=ids.device)[:, None]  # (K, 1)
         if ids.ndim == 1:
             shared = self.weight[own, ids]  # (K, T, C)
-            return shared.repeat_interleave(self._rows_each(), dim=0)  # (K·B, T, C)
+            return shared.repeat_interleave(self._batch_size(), dim=0)  # (K·B, T, C)
         by_adapter = ids.unflatten(0, (len(own), -1))  # (K, B, T)
         return self.weight[own[:, :, None], by_adapter].flatten(0, 1)  # (K·B, T, C)
 
@@ -211,13 +212,13 @@ class StackedEmbedding(nn.Module):
         """Return the embedding as it was."""
         return self.base[0]
 
-    def _rows_each(self) -> int:
-        if self.stack.rows_each < 1:
+    def _batch_size(self) -> int:
+        if self.stack.batch_size < 1:
             raise ModelError(
                 "A stacked table was read without a batch, and stack.rows_each is not set: set it "
                 "to the rows of one adapter before the forward."
             )
-        return self.stack.rows_each
+        return self.stack.batch_size
 
 
 def build_stacked_linear(

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from lora.data.sequences.batches import IGNORE, Batch
 from lora.decoder.decoder import Decoder
 from lora.kernels.cross_entropy import linear_cross_entropy
-from lora.stacked.apply import Stacked
+from lora.stacked.apply import StackedAdapters
 from lora.stacked.layers import StackedLoRALinear
 
 
 class StackedDecoderLoss:
     """Of our decoders with `stacked` on them; a batch is (K·B, T), adapter 0's rows first."""
 
-    def __init__(self, stacked: Stacked) -> None:
+    def __init__(self, stacked: StackedAdapters) -> None:
         self._n_adapters = stacked.stack.n_adapters
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora.config import TrainConfig
 from lora.kernels.step.adamw import AdamWSettings
-from lora.stacked.apply import Stacked
+from lora.stacked.apply import StackedAdapters
 from lora.training.optim import rate_factor
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ class StackedAdamW:
     rate.
     """
 
-    def __init__(self, stacked: Stacked, configs: Sequence[TrainConfig]) -> None:
+    def __init__(self, stacked: StackedAdapters, configs: Sequence[TrainConfig]) -> None:
         lora = [p for la in stacked.layers.values() for p in (la.lora_A, la.lora_B)]
         whole = [embedding.weight for embedding in stacked.embeddings.values()]
         self._stacked = stacked
@@ -138,7 +138,7 @@ class StackedTraining:
     def __init__(
         self,
         model: nn.Module,
-        stacked: Stacked,
+        stacked: StackedAdapters,
         loss_fn: LossFn,
         configs: Sequence[TrainConfig],
         rates: Sequence[float],

@@ -221,7 +221,7 @@ class Wave:
         self.base.progress.message(f"{self.candidates[k].name} is dropped: {reason}")
 
     def _evaluate(self) -> None:
-        losses = stacked_evaluate(
+        losses = evaluate_stacked(
             self.base.model,
             ordered_batches(self.base.held_out, self.base.rows, self.base.choice.device),
             self._loss_fn,
@@ -319,7 +319,7 @@ def candidate_run(run: Run, candidate: Candidate) -> Run:
 
 
 @torch.no_grad()
-def stacked_evaluate(
+def evaluate_stacked(
     model: nn.Module,
     batches: Iterable[Batch],
     loss_fn: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]],

@@ -18,7 +18,7 @@ from lora.fast.llama import buffers
 from lora.fast.stacked_step import StackedFastStep
 from lora.fast.step import FastStep
 from lora.kernels.step.ops import PLAIN
-from lora.stacked.apply import Stacked, apply_stacked
+from lora.stacked.apply import StackedAdapters, apply_stacked
 from lora.stacked.losses import StackedDecoderLoss, stack_batches
 from lora.stacked.plain_step import StackedTraining
 
@@ -47,7 +47,7 @@ def configs(**settings: Any) -> list[LoRAConfig]:
     ]
 
 
-def stack(model: Decoder, adapters: list[LoRAConfig]) -> Stacked:
+def stack(model: Decoder, adapters: list[LoRAConfig]) -> StackedAdapters:
     """Put the adapters on `model`, every tensor random."""
     stacked = apply_stacked(model, adapters, range(len(adapters)))
     for k in range(len(adapters)):
@@ -61,7 +61,7 @@ def stack(model: Decoder, adapters: list[LoRAConfig]) -> Stacked:
 
 
 def build(
-    model: Decoder, stacked: Stacked, train: list[TrainConfig], **settings: Any
+    model: Decoder, stacked: StackedAdapters, train: list[TrainConfig], **settings: Any
 ) -> StackedFastStep:
     return StackedFastStep(
         model,

@@ -19,7 +19,7 @@ from lora.decoder.decoder import Decoder, build_decoder
 from lora.decoder.families import decoder_config
 from lora.errors import CheckpointError, ModelError
 from lora.inference.generate import generate
-from lora.inference.samples import Sampler, choose_prompts
+from lora.inference.samples import SampleRecorder, choose_prompts
 from lora.runs.folder import create_run, read_rows
 from lora.runs.progress import NoProgress
 
@@ -111,7 +111,7 @@ def test_answers_are_shown_and_kept(
     expected = generate(model, [p.ids for p in prompts], SamplingConfig(max_new_tokens=5))
     heard = Heard()
     with create_run(tmp_path, "run") as run:
-        sampler = Sampler(model, prompts, tokenizer, run, heard, 5)
+        sampler = SampleRecorder(model, prompts, tokenizer, run, heard, 5)
         sampler(0)
         sampler(4)
         rows = read_rows(run.folder / "samples.jsonl")
@@ -141,7 +141,7 @@ def test_an_answer_may_end_by_itself(
     (first,) = generate(model, [[5]], SamplingConfig(max_new_tokens=4))
     stopping = TextTokenizer(tokenizer.backend, stop_ids=(first[2],))
     with create_run(tmp_path, "run") as run:
-        Sampler(model, [Prompt([5], "x")], stopping, run, NoProgress(), 4)(1)
+        SampleRecorder(model, [Prompt([5], "x")], stopping, run, NoProgress(), 4)(1)
         (row,) = read_rows(run.folder / "samples.jsonl")
     assert row["tokens"] == first.index(first[2])
     assert row["ended"]
@@ -156,7 +156,7 @@ def test_nothing_is_drawn_and_modes_stay(
     state = torch.get_rng_state()
     values = {name: p.detach().clone() for name, p in model.named_parameters()}
     with create_run(tmp_path, "run") as run:
-        Sampler(model, [Prompt([5], "x")], tokenizer, run, NoProgress(), 4)(1)
+        SampleRecorder(model, [Prompt([5], "x")], tokenizer, run, NoProgress(), 4)(1)
     assert torch.equal(torch.get_rng_state(), state)
     assert {name: module.training for name, module in model.named_modules()} == before
     assert all(torch.equal(p, values[name]) for name, p in model.named_parameters())
@@ -184,7 +184,7 @@ def test_a_failure_ends_the_samples_and_not_the_run(
     monkeypatch.setattr("lora.inference.samples.generate", fail)
     heard = Heard()
     with create_run(tmp_path, "run") as run:
-        sampler = Sampler(model, [Prompt([5], "x")], tokenizer, run, heard, 4)
+        sampler = SampleRecorder(model, [Prompt([5], "x")], tokenizer, run, heard, 4)
         sampler(3)
         sampler(6)
     assert calls == [1]
@@ -200,6 +200,6 @@ def test_bugs_are_not_hidden(
 
     monkeypatch.setattr("lora.inference.samples.generate", fail)
     with create_run(tmp_path, "run") as run:
-        sampler = Sampler(model, [Prompt([5], "x")], tokenizer, run, NoProgress(), 4)
+        sampler = SampleRecorder(model, [Prompt([5], "x")], tokenizer, run, NoProgress(), 4)
         with pytest.raises(TypeError, match="a bug"):
             sampler(3)

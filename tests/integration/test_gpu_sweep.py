@@ -30,7 +30,7 @@ from lora.fast.stacked_step import StackedFastStep
 from lora.fast.step import FastStep
 from lora.kernels.step.jit import HAS_TRITON
 from lora.kernels.step.ops import TRITON
-from lora.stacked.apply import Stacked, apply_stacked
+from lora.stacked.apply import StackedAdapters, apply_stacked
 from lora.stacked.losses import StackedDecoderLoss, stack_batches
 from lora.stacked.plain_step import StackedTraining
 from lora.sweep import SweepJob, sweep
@@ -79,7 +79,7 @@ def build(hidden: int = 256) -> Decoder:
     return model.to("cuda", torch.bfloat16)
 
 
-def stack(model: Decoder, adapters: Sequence[LoRAConfig] = ADAPTERS) -> Stacked:
+def stack(model: Decoder, adapters: Sequence[LoRAConfig] = ADAPTERS) -> StackedAdapters:
     """Put the adapters on `model`, every tensor random."""
     stacked = apply_stacked(model, adapters, range(len(adapters)))
     for k in range(len(adapters)):
@@ -112,7 +112,11 @@ def together(seed: int, **settings: object) -> Batch:
 
 
 def fast_step(
-    model: Decoder, stacked: Stacked, train: Sequence[TrainConfig], *, merges: bool | None = None
+    model: Decoder,
+    stacked: StackedAdapters,
+    train: Sequence[TrainConfig],
+    *,
+    merges: bool | None = None,
 ) -> StackedFastStep:
     return StackedFastStep(
         model,
@@ -131,7 +135,7 @@ def gradient_of(step: StackedFastStep, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def errors_of(
-    exact: Stacked, gradient: Callable[[str, str], torch.Tensor]
+    exact: StackedAdapters, gradient: Callable[[str, str], torch.Tensor]
 ) -> dict[tuple[str, str, int], float]:
     """Return how far each adapter's gradient of each tensor is from the exact one, relative."""
     found = {}

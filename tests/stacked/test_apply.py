@@ -36,7 +36,7 @@ def test_each_adapter_begins_and_is_saved_as_alone(tmp_path: Path) -> None:
         values = {n: torch.randn(t.shape, generator=torch.Generator().manual_seed(len(n))) * 0.2
                   if n.endswith("lora_B") else t for n, t in values.items()}  # fmt: skip
         stacked.fill(k, values)
-    stacked.stack.rows_each = 2
+    stacked.stack.batch_size = 2
     logits, kept = model(ids)[0], [stacked.values(k) for k in range(2)]
     remove_stacked(model, stacked)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())

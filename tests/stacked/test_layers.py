@@ -136,7 +136,7 @@ def test_embeddings_train_apart() -> None:
     assert tables.weight.grad[1].any()
     assert not tables.weight.grad[[0, 2]].any()
     assert tables.unwrap() is base
-    stack.rows_each = 2
+    stack.batch_size = 2
     places = tables(torch.arange(4))
     assert places.shape == (6, 4, 3)
     assert torch.equal(places[3], tables.weight[1, :4])

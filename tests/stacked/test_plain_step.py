@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig, TrainConfig
 from lora.data.sequences.blocks import BlockStream
-from lora.stacked.apply import Stacked, apply_stacked
+from lora.stacked.apply import StackedAdapters, apply_stacked
 from lora.stacked.plain_step import StackedTraining, stacked_loss_sums
 from lora.training.optim import build_optimizer, rate_factor, set_rate
 from lora.training.trainer import train_step
@@ -63,13 +63,13 @@ def train_alone(k: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], float]:
 
 def train_together(
     dtype: torch.dtype, break_at: int = -1
-) -> tuple[Stacked, StackedTraining, list[float]]:
+) -> tuple[StackedAdapters, StackedTraining, list[float]]:
     model = char_model(dtype)
     stacked = apply_stacked(model, ADAPTERS, SEEDS)
     n, calls = len(ADAPTERS), []
 
     def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        stacked.stack.rows_each = len(batch[0]) // n
+        stacked.stack.batch_size = len(batch[0]) // n
         loss, count = stacked_loss_sums(model(batch[0])[0], batch[1], n)
         calls.append(1)
         wrong = torch.tensor([1.0, math.nan, 1.0, 1.0]) if len(calls) == break_at else 1.0
