@@ -212,7 +212,7 @@ def train_on(
 
     # Everything that can be wrong with the input is found before the folder is made.
     check_length(text.validation, model.block_size, "the validation text")
-    rows = settings.batch_size // settings.micro_batches
+    rows = settings.train_config().micro_batch_size
     stream = BlockStream(text.train, model.block_size, rows, settings.seed, choice.device)
     show_parameters(model, settings.use_lora)
     run = create_run(Path(settings.output_dir), settings.run_name or name)

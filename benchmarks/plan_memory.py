@@ -19,7 +19,10 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora.config import TrainConfig
 
 WORDS = ("order", "town", "sea", "nobody", "asked", "small", "near", "where", "sent", "had")
 
@@ -114,9 +117,16 @@ def make_texts(case: Case, n_tokens: int) -> list[dict[str, Any]]:
     return texts
 
 
+def train_config(case: Case) -> TrainConfig:
+    """Return the settings of the run that `case` is measured with."""
+    from lora.config import TrainConfig
+
+    return TrainConfig(steps=2, batch_size=case.rows, micro_batches=case.micro_batches)
+
+
 def run_child(case: Case, device: str) -> dict[str, Any]:
     """Return what `lora.finetune` planned and measured, in this process."""
-    from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+    from lora.config import DataConfig, LoRAConfig, RunConfig
     from lora.finetune import FinetuneJob, finetune
 
     with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +139,7 @@ def run_child(case: Case, device: str) -> dict[str, Any]:
             data=make_texts(case, 8 * case.rows * case.tokens),
             model=model,
             lora=None if case.rank is None else LoRAConfig(rank=case.rank),
-            train=TrainConfig(steps=2, batch_size=case.rows, micro_batches=case.micro_batches),
+            train=train_config(case),
             data_config=DataConfig(max_length=case.tokens, packing=case.packing),
             run=RunConfig(
                 out=Path(folder), name="run", device=device, samples=0, fast=case.fast,
@@ -150,7 +160,7 @@ def plan_again(case: Case) -> int:
     setting = Setting(
         config=decoder_config({**COMMON, **SHAPES[case.shape]}),
         lora=None if case.rank is None else LoRAConfig(rank=case.rank),
-        rows=case.rows // case.micro_batches,
+        rows=train_config(case).micro_batch_size,
         tokens=case.tokens,
         device_type="cuda",
         compute_dtype=torch.bfloat16,

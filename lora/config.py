@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from lora.errors import ConfigError, did_you_mean, gather
 
@@ -21,7 +21,6 @@ MemoryMode = Literal["auto", "none", "cheap", "full", "full+offload"]
 BaseDtype = Literal["auto", "fp8"]
 LearnOn = Literal["assistant", "all"]
 LongExamples = Literal["truncate", "split", "drop"]
-ConfigT = TypeVar("ConfigT")
 
 FULL_LEARNING_RATE = 1e-4
 """Default learning rate of full fine-tuning; LoRA's is ten times it."""
@@ -173,6 +172,27 @@ class TrainConfig:
         faults += _check_choice("precision", self.precision, Precision)
         _raise_if(faults, self)
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences of one micro-batch."""
+        return self.batch_size // self.micro_batches
+
+    def resolved(self, *, full: bool) -> TrainConfig:
+        """Return the same settings, with the method's default where no learning rate is given."""
+        default = FULL_LEARNING_RATE if full else LORA_LEARNING_RATE
+        rate = default if self.learning_rate is None else self.learning_rate
+        return dataclasses.replace(self, learning_rate=rate)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """`learning_rate`, once it is known. Raises ConfigError where it is still None."""
+        if self.learning_rate is None:
+            raise ConfigError(
+                "Cannot train: learning_rate is None, and its default depends on the method. Give "
+                "a number, or take TrainConfig.resolved(full=...)."
+            )
+        return self.learning_rate
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -250,6 +270,14 @@ class RunConfig:
             faults += _check(isinstance(value, bool), name, value, "true or false")
         _raise_if(faults, self)
 
+    def eval_interval(self, steps: int) -> int:
+        """Return the steps between evaluations of a run of `steps` steps."""
+        return self.eval_every_steps or max(MIN_EVAL_STEPS, math.ceil(steps / MAX_EVALUATIONS))
+
+    def save_interval(self, steps: int) -> int:
+        """Return the steps between checkpoints of a run of `steps` steps."""
+        return self.save_every_steps or self.eval_interval(steps)
+
 
 @dataclass(frozen=True)
 class MemoryConfig:
@@ -293,19 +321,6 @@ class SamplingConfig:
         in_range = _is_number(self.top_p) and 0 < self.top_p <= 1
         faults += _check(in_range, "top_p", self.top_p, "0 < top_p ≤ 1")
         _raise_if(faults, self)
-
-
-def config_from_dict(kind: type[ConfigT], values: dict[str, Any]) -> ConfigT:
-    """Return a `kind` made of `values`; lists become tuples.
-
-    Raises ConfigError for keys that `kind` does not have, all of them at once.
-    """
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = [f"{key!r}.{did_you_mean(key, fields)}" for key in values if key not in fields]
-    if unknown:
-        advice = "Allowed are: " + ", ".join(sorted(fields)) + "."
-        raise ConfigError(gather(unknown, f"{kind.__name__} has no such setting:", advice))
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def _split_words(value: object) -> object:

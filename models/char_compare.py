@@ -54,7 +54,7 @@ class CharFactory:
         torch.manual_seed(train.seed)
         model = self._adapted(base, train.seed) if method == "lora" else base
         model.to(choice.device)
-        rows = train.batch_size // train.micro_batches
+        rows = train.micro_batch_size
 
         def save(folder: Path) -> None:
             if method == "lora":

@@ -21,7 +21,6 @@ from lora.config import (
     RunConfig,
     SamplingConfig,
     TrainConfig,
-    config_from_dict,
 )
 from lora.errors import ConfigError
 
@@ -45,7 +44,7 @@ def test_every_setting_has_its_default_and_cannot_be_changed(kind: type) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_config_made_of_its_own_fields_is_the_same(kind: type) -> None:
-    assert config_from_dict(kind, dataclasses.asdict(kind())) == kind()
+    assert kind(**dataclasses.asdict(kind())) == kind()
 
 
 REFUSED: list[tuple[type, str, Any, str]] = [
@@ -118,18 +117,36 @@ def test_lists_become_tuples() -> None:
     for written in ("<a>, <b>", "<a>,<b>", ["<a>", "<b>"], ("<a>,<b>",)):  # flag, YAML, Python
         data = DataConfig(special_tokens=written)  # type: ignore[arg-type]
         assert data.special_tokens == ("<a>", "<b>")
-    read = config_from_dict(LoRAConfig, {"targets": ["q_proj"], "rank_pattern": {"q_proj": 2}})
-    assert read == LoRAConfig(targets=("q_proj",), rank_pattern={"q_proj": 2})
 
 
-def test_unknown_keys_are_refused_with_the_nearest() -> None:
-    with pytest.raises(ConfigError) as caught:
-        config_from_dict(LoRAConfig, {"rnk": 4, "alpa": 8, "rank": 8})
-    message = str(caught.value)
-    assert "LoRAConfig has no such setting" in message
-    assert "'rnk'. Did you mean 'rank'?" in message
-    assert "'alpa'. Did you mean 'alpha'?" in message
-    assert "Allowed are: alpha, alpha_pattern, dropout, exclude" in message
+def test_a_learning_rate_that_is_not_given_is_the_methods() -> None:
+    assert TrainConfig().resolved(full=False).peak_learning_rate == 1e-3
+    assert TrainConfig().resolved(full=True).peak_learning_rate == 1e-4
+    for full in (False, True):
+        given = TrainConfig(learning_rate=0.5)
+        assert given.resolved(full=full) == given
+    with pytest.raises(ConfigError, match=r"learning_rate is None.*resolved\(full=\.\.\.\)"):
+        _ = TrainConfig().peak_learning_rate
+
+
+def test_micro_batches_split_the_batch() -> None:
+    assert TrainConfig(batch_size=12, micro_batches=3).micro_batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("run", "steps", "intervals"),
+    [
+        (RunConfig(), 25, (10, 10)),  # at least ten steps apart
+        (RunConfig(), 101, (11, 11)),  # at most ten evaluations
+        (RunConfig(eval_every_steps=4), 101, (4, 4)),
+        (RunConfig(save_every_steps=7), 101, (11, 7)),
+        (RunConfig(eval_every_steps=4, save_every_steps=7), 9, (4, 7)),
+    ],
+)
+def test_intervals_follow_from_the_steps_unless_they_are_given(
+    run: RunConfig, steps: int, intervals: tuple[int, int]
+) -> None:
+    assert (run.eval_interval(steps), run.save_interval(steps)) == intervals
 
 
 def test_the_largest_seed_is_one_that_generators_take() -> None:

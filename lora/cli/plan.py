@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from lora.config import BaseDtype, LoRAConfig, MemoryConfig, MemoryMode
+from lora.config import BaseDtype, LoRAConfig, MemoryConfig, MemoryMode, TrainConfig
 from lora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -86,16 +86,17 @@ def plan(
     _check(batch_size, micro_batches, max_length, memory_gb)
     kind = choose_device().device.type if device == "auto" else device
     source = find_model(model)
+    train = TrainConfig(batch_size=batch_size, micro_batches=micro_batches)
     room = available_bytes(kind) if memory_gb is None else round(memory_gb * 1e9)
     room_gb = None if room is None else room / 1e9 * (ROOM_FRACTION if memory_gb is None else 1)
     setting = Setting(
         config=decoder_config(read_config(source.folder)),
         lora=lora or LoRAConfig(),
-        rows=batch_size // micro_batches,
+        rows=train.micro_batch_size,
         tokens=max_length,
         device_type=kind,
         compute_dtype=torch.bfloat16 if kind == "cuda" else torch.float32,
-        micro_batches=micro_batches,
+        micro_batches=train.micro_batches,
         packed=packing,
         memory=MemoryConfig("none" if memory == "auto" else memory, room_gb),
         fp8=base_dtype == "fp8",

@@ -211,7 +211,7 @@ def _held_out_loss(
     model: Decoder, data: PreparedData, train: TrainConfig, choice: DeviceChoice
 ) -> float:
     assert data.validation is not None
-    rows = train.batch_size // train.micro_batches
+    rows = train.micro_batch_size
     batches = ordered_batches(data.validation, rows, choice.device)
     return evaluate(model, batches, loss_for(model), choice.autocast)
 

@@ -158,7 +158,7 @@ def _training_job(
     resume: bool,
     progress: Progress,
 ) -> TrainingJob:
-    rows, held_out = train_config.batch_size // train_config.micro_batches, data.validation
+    rows, held_out = train_config.micro_batch_size, data.validation
     assert held_out is not None
     assert train_config.learning_rate is not None
     is_packed = len(data.train) < len(data.train_examples)

@@ -35,7 +35,7 @@ def training_job(
     steps: Steps | None,
 ) -> TrainingJob:
     """Return what the loop takes; `steps`: None for the plain step."""
-    rows = job.train.batch_size // job.train.micro_batches
+    rows = job.train.micro_batch_size
     held_out = data.validation
     # The fast step copies batches to the device by itself.
     place = choice.device if steps is None else "cpu"
@@ -64,7 +64,7 @@ def _namer(
     stream: BatchStream, data: PreparedData, train: TrainConfig
 ) -> Callable[[int, Sequence[tuple[int, int]]], str]:
     """Return what names the examples in rows of a step: see `TrainingJob.name_examples`."""
-    rows = train.batch_size // train.micro_batches
+    rows = train.micro_batch_size
 
     def name(step: int, places: Sequence[tuple[int, int]]) -> str:
         chosen = [micro * rows + row for micro, row in places] or range(train.batch_size)

@@ -75,7 +75,7 @@ def plan_run(
     setting = Setting(
         config=decoder_config(read_config(model_folder)),
         lora=lora,
-        rows=train.batch_size // train.micro_batches,
+        rows=train.micro_batch_size,
         tokens=rows.sequence_length,
         device_type=choice.device.type,
         compute_dtype=choice.compute_dtype,

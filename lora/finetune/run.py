@@ -18,10 +18,6 @@ from lora.adapters.added_tokens import add_tokens_to_all, add_tokens_to_lora
 from lora.adapters.apply import apply_lora
 from lora.adapters.fingerprint import base_fingerprint
 from lora.adapters.save_load import load_adapter, read_adapter_config, save_adapter
-from lora.config import (
-    FULL_LEARNING_RATE,
-    LORA_LEARNING_RATE,
-)
 from lora.data.inspection import DataReport, inspect_prepared
 from lora.data.prepare import PreparedData, prepare_data
 from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
@@ -90,9 +86,7 @@ def _finetune(
         progress.message(memory_plan.reason)
     with explained(lambda: f"while the weights were loaded. {planned}. {LOADING_ADVICE}"):
         model, fingerprint = _load_model(job, source, choice, data.tokenizer, progress)
-    rate = job.train.learning_rate
-    if rate is None:
-        rate = FULL_LEARNING_RATE if job.lora is None else LORA_LEARNING_RATE
+    rate = job.train.resolved(full=job.lora is None).peak_learning_rate
     name = job.run.name or default_name(source.name)
     described = {**describe_job(job, source, data, choice), "learning_rate": rate}
     described["from_adapter"] = job.from_adapter
@@ -173,8 +167,7 @@ def _plan(
 
 def _advice(job: FinetuneJob, plan: MemoryPlan) -> str:
     has_lora = job.lora is not None or job.from_adapter is not None
-    sizes = {"batch_size": job.train.batch_size, "micro_batches": job.train.micro_batches}
-    return advise(plan, **sizes, has_lora=has_lora)
+    return advise(plan, job.train, has_lora=has_lora)
 
 
 def _kept_before(job: FinetuneJob) -> Keep | None:

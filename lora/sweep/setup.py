@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lora.config import MAX_EVALUATIONS, MIN_EVAL_STEPS
 from lora.data.prepare import PreparedData, prepare_data
 from lora.data.sequences.batches import ordered_batches
 from lora.data.tokenizers.subword import load_tokenizer
@@ -64,7 +63,7 @@ def choose_stack_size(
     memory = plan_stack_memory(
         model,
         candidates,
-        job.train.batch_size // job.train.micro_batches,
+        job.train.micro_batch_size,
         data.train.sequence_length,
         packed=job.data_config.packing,
         learned_fraction=data.train.n_target_tokens
@@ -97,17 +96,15 @@ def build_base(
     memory_plan: str,
 ) -> SweepBase:
     """Return what all waves share."""
-    spread = math.ceil(job.train.steps / MAX_EVALUATIONS)
-    every = job.run.eval_every_steps or max(MIN_EVAL_STEPS, spread)
     assert data.validation is not None
     return SweepBase(
         model=model,
         train=data.train,
         held_out=data.validation,
-        rows=job.train.batch_size // job.train.micro_batches,
+        rows=job.train.micro_batch_size,
         micro_batches=job.train.micro_batches,
-        eval_every_steps=every,
-        save_every_steps=job.run.save_every_steps or every,
+        eval_every_steps=job.run.eval_interval(job.train.steps),
+        save_every_steps=job.run.save_interval(job.train.steps),
         choice=choice,
         run=run,
         progress=progress,

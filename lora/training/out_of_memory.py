@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
+from lora.config import TrainConfig
 from lora.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -117,9 +118,9 @@ def describe_parts(parts: Parts) -> str:
     return f"{parts.total / 1e9:.2f} GB ({shown})"
 
 
-def advise(parts: Parts, *, batch_size: int, micro_batches: int, has_lora: bool) -> str:
+def advise(parts: Parts, config: TrainConfig, *, has_lora: bool) -> str:
     """Return what took most, and which settings to change: first what costs nothing and helps."""
-    rows = batch_size // micro_batches
+    rows = config.micro_batch_size
     growing, trained = parts.activations + parts.loss, parts.gradients + parts.optimizer
     at_once = f"activations and loss of {rows} {'row' if rows == 1 else 'rows'} at once"
     sizes = {
@@ -129,7 +130,7 @@ def advise(parts: Parts, *, batch_size: int, micro_batches: int, has_lora: bool)
     }
     ways = []
     if growing > _SMALL_SHARE * parts.total:
-        ways += _splits(parts, batch_size, micro_batches)
+        ways += _splits(parts, config)
         ways.append("a shorter --max-length")
     if trained > _LARGE_SHARE * parts.total:
         ways.append("a smaller --rank or fewer --targets" if has_lora else "LoRA instead of --full")
@@ -141,14 +142,17 @@ def advise(parts: Parts, *, batch_size: int, micro_batches: int, has_lora: bool)
     )
 
 
-def _splits(parts: Parts, batch_size: int, micro_batches: int) -> list[str]:
+def _splits(parts: Parts, config: TrainConfig) -> list[str]:
     """Return the next finer split of the batch, and what it would take; none if rows are single."""
-    finer = [n for n in range(micro_batches + 1, batch_size + 1) if batch_size % n == 0]
-    if not finer:
+    now = config.micro_batches
+    finer = (n for n in range(now + 1, config.batch_size + 1) if config.batch_size % n == 0)
+    next_finer = next(finer, None)
+    if next_finer is None:
         return []
+    split = replace(config, micro_batches=next_finer)
     growing = parts.activations + parts.loss
-    less = parts.total - growing * (1 - micro_batches / finer[0])
+    less = parts.total - growing * (1 - now / next_finer)
     return [
-        f"--micro-batches {finer[0]} instead of {micro_batches} (the result stays the same, with "
-        f"{batch_size // finer[0]} rows at once and about {less / 1e9:.2f} GB)"
+        f"--micro-batches {next_finer} instead of {now} (the result stays the same, with "
+        f"{split.micro_batch_size} rows at once and about {less / 1e9:.2f} GB)"
     ]

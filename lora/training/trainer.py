@@ -13,7 +13,6 @@ import time
 
 import torch
 
-from lora.config import MAX_EVALUATIONS, MIN_EVAL_STEPS
 from lora.device import peak_memory_bytes
 from lora.errors import Interrupted, TrainingError
 from lora.runs.interrupts import StopRequests
@@ -89,12 +88,14 @@ def _loop(
     """Take steps, evaluate and save until the run is over or a signal asks to stop."""
     if at.step == 0:
         _evaluate_and_note(job, at)
-    eval_every, save_every = _intervals(job)
+    n_steps = job.train_config.steps
+    eval_every = job.run_config.eval_interval(n_steps)
+    save_every = job.run_config.save_interval(n_steps)
     at.marked_s, tried_step = time.perf_counter(), None
     while not _is_over(job, at) and stop.received is None:
         number = at.step + 1
-        evaluates = number % eval_every == 0 or number == job.train_config.steps
-        saves = number % save_every == 0 or number == job.train_config.steps
+        evaluates = number % eval_every == 0 or number == n_steps
+        saves = number % save_every == 0 or number == n_steps
         _one_step(job, steps, at, wait=evaluates or saves)
         is_best = evaluates and _evaluate_and_note(job, at)
         # The best is saved when it is found: the next regular save would be of other weights.
@@ -118,14 +119,13 @@ def _say_memory(job: TrainingJob, at: Position) -> str:
     parts = job.memory_plan or count_parts(job.model, peak_bytes)
     kind = "counted" if job.memory_plan is None else "planned"
     has_lora = not all(p.requires_grad for p in job.model.parameters())
-    sizes = {"batch_size": config.batch_size, "micro_batches": config.micro_batches}
     saved = "No checkpoint was written yet."
     if at.saved_step is not None:
         saved = f"The checkpoint of step {at.saved_step} is whole: --resume goes on from there."
     return (
         f"at step {at.step} of {config.steps} on {job.choice.device}, after a peak of "
         f"{peak_bytes / 1e9:.2f} GB. It was {kind} to take {describe_parts(parts)}. "
-        f"{advise(parts, **sizes, has_lora=has_lora)} {saved}"
+        f"{advise(parts, config, has_lora=has_lora)} {saved}"
     )
 
 
@@ -216,9 +216,3 @@ def _evaluate_and_note(job: TrainingJob, at: Position) -> bool:
         )
     job.on_eval(at.step)
     return better
-
-
-def _intervals(job: TrainingJob) -> tuple[int, int]:
-    spread = math.ceil(job.train_config.steps / MAX_EVALUATIONS)
-    eval_every = job.run_config.eval_every_steps or max(MIN_EVAL_STEPS, spread)
-    return eval_every, job.run_config.save_every_steps or eval_every

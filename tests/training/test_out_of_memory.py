@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lora import cli
+from lora.config import TrainConfig
 from lora.errors import TrainingError
 from lora.training.out_of_memory import (
     Counted,
@@ -86,7 +87,9 @@ def test_the_advice_is_of_what_took_most_and_begins_with_what_costs_nothing(
     ways: tuple[str, ...],
 ) -> None:
     counted = Counted(*(part * GB for part in parts))
-    said = advise(counted, batch_size=sizes[0], micro_batches=sizes[1], has_lora=has_lora)
+    said = advise(
+        counted, TrainConfig(batch_size=sizes[0], micro_batches=sizes[1]), has_lora=has_lora
+    )
     assert said.startswith("Most are ")
     assert most in said.partition(". Try")[0]
     rest = said.partition(". Try, in this order: ")[2]
@@ -97,7 +100,7 @@ def test_the_advice_is_of_what_took_most_and_begins_with_what_costs_nothing(
 
 
 def test_what_would_not_help_is_left_out() -> None:
-    said = advise(Counted(9 * GB, 0, 0, GB // 2), batch_size=8, micro_batches=1, has_lora=True)
+    said = advise(Counted(9 * GB, 0, 0, GB // 2), TrainConfig(batch_size=8), has_lora=True)
     assert "--micro-batches" not in said
     assert "--max-length" not in said
 
