@@ -24,7 +24,7 @@ from lora.fast.memory.fast_step import FastPlan, fast_memory, fit_memory
 from lora.fast.step import FastStep
 from lora.kernels.step.ops import PLAIN
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 ROOM_GB = 142.1
 """What `auto` may plan for on an H200 with nothing else on it."""
 SHAPES = {  # hidden, layers, heads, shared, feed-forward, vocabulary, rows, tokens

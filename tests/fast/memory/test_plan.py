@@ -23,7 +23,7 @@ from lora.errors import ConfigError
 from lora.fast.memory.plan import Setting, largest_batch, plan_memory
 from lora.lora_module import count_lora_parameters
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 TINY = DecoderConfig(
     family="llama",
     vocab_size=300,
