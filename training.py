@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lora.compare import CompareResult
     from lora.device import DeviceChoice
     from lora.runs.folder import Run
-    from lora.training.steps import Steps
+    from lora.training.step_runner import StepRunner
     from lora.training.trainer import TrainResult
     from models.bigram_lm_v2 import BigramLanguageModel
     from models.char_text import Text
@@ -242,7 +242,7 @@ def train_on(
 
 def fast_steps(
     settings: ClassicSettings, model: BigramLanguageModel, choice: DeviceChoice
-) -> Steps | None:
+) -> StepRunner | None:
     """Return the step by hand where it can train `model`; a base is trained without LoRA's code."""
     from models.char_step import char_steps
 

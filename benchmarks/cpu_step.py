@@ -40,10 +40,10 @@ from lora.device import choose_device, peak_memory_bytes
 from lora.lora_module import LoRALinear
 from lora.pretrained.hf_weights import load_decoder
 from lora.pretrained.sources import find_model
-from lora.training.heap import kept_memory
+from lora.training.heap import retain_freed_memory
 from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer
-from lora.training.steps import Steps
+from lora.training.step_runner import StepRunner
 from lora.training.trainer import train_step
 from models.bigram_lm_v2 import BigramLanguageModel, bigram_loss
 from models.bigram_lm_v2_lora import EMBEDDINGS, char_lora_config
@@ -182,7 +182,7 @@ def our_step(model: nn.Module, batch: Any, loss_fn: Any) -> Step:
     return lambda: void(train_step(model, [batch], loss_fn, optimizer))
 
 
-def take(steps: Steps, batch: Any) -> None:
+def take(steps: StepRunner, batch: Any) -> None:
     """Take a step as the trainer's loop does."""
     steps.launch(1, [batch], 1e-4)
     steps.finished(wait=True)
@@ -223,7 +223,7 @@ def serve(name: str, variant: str, rank: int) -> None:
     step = build(replace(CASES[name], rank=rank), variant)
     with ExitStack() as entered:
         if variant not in ("plain_full", "peft"):  # the others are runs of our trainer
-            entered.enter_context(kept_memory())
+            entered.enter_context(retain_freed_memory())
         answer(step)
 
 

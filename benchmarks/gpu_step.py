@@ -47,7 +47,7 @@ from lora.decoder.quantised import Fp8Linear, use_fp8_linears
 from lora.device import DeviceChoice, choose_device
 from lora.fast.choose import why_not_fast
 from lora.fast.memory.fast_step import ROOM_FRACTION, FastPlan, Fit, fit_memory
-from lora.fast.runner import CapturedSteps, FastSteps, LaunchedSteps
+from lora.fast.runner import CapturedStepRunner, DeviceStepRunner, FastStepRunner
 from lora.runs.folder import create_run, read_rows
 from lora.training.losses import loss_for
 from lora.training.trainer import TrainingJob, train
@@ -252,14 +252,18 @@ def fit_mode(shape: Shape, variant: str) -> Fit | None:
     return fit_memory(plan, MODE_OF.get(variant, kind[1:]), int(room))
 
 
-def build_steps(model: Any, choice: DeviceChoice, variant: str, fit: Fit | None) -> LaunchedSteps:
+def build_steps(
+    model: Any, choice: DeviceChoice, variant: str, fit: Fit | None
+) -> DeviceStepRunner:
     """Return what takes the steps of one of our variants."""
     if variant.endswith(("captured", "compiled")):
         compiles = variant.endswith("compiled")
-        return CapturedSteps(model, choice, weight_decay=0.0, max_grad_norm=1.0, compiles=compiles)
+        return CapturedStepRunner(
+            model, choice, weight_decay=0.0, max_grad_norm=1.0, compiles=compiles
+        )
     assert why_not_fast(model, choice) is None
     keep = None if fit is None else fit.keep
-    return FastSteps(model, choice, weight_decay=0.0, max_grad_norm=1.0, seed=0, keep=keep)
+    return FastStepRunner(model, choice, weight_decay=0.0, max_grad_norm=1.0, seed=0, keep=keep)
 
 
 def measure_ceiling() -> float:

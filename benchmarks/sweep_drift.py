@@ -27,7 +27,7 @@ from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import LoRAConfig, TrainConfig
 from lora.data.sequences.blocks import BlockStream
 from lora.stacked.apply import apply_stacked
-from lora.stacked.plain_step import StackedTraining, stacked_loss_sums
+from lora.stacked.plain_step import PlainStackedRunner, stacked_loss_sums
 from lora.training.optim import build_optimizer, rate_factor, set_rate
 from lora.training.trainer import train_step
 from models.bigram_lm_v2 import BigramLanguageModel
@@ -91,7 +91,7 @@ def train_together(dtype: torch.dtype) -> list[Values]:
     model = build(dtype)
     stacked = apply_stacked(model, [adapter(k) for k in range(n)], range(n))
     stacked.stack.batch_size = ROWS
-    training = StackedTraining(
+    training = PlainStackedRunner(
         model,
         stacked,
         lambda own, batch: loss_sums(own, batch, n),

@@ -40,10 +40,10 @@ from lora.config import LoRAConfig, TrainConfig
 from lora.device import choose_device
 from lora.fast.choose import choose_steps
 from lora.fast.memory.fast_step import fast_memory, stacked_memory
-from lora.fast.stacked_runner import build_training
+from lora.fast.stacked_runner import choose_stacked_runner
 from lora.stacked.apply import apply_stacked
 from lora.stacked.losses import stack_batches
-from lora.stacked.plain_step import StackedTraining, stacked_loss_sums
+from lora.stacked.plain_step import PlainStackedRunner, stacked_loss_sums
 from models.bigram_lm_v2 import BigramLanguageModel
 from models.bigram_lm_v2_lora import EMBEDDINGS
 
@@ -83,7 +83,7 @@ def gpu_together(shape: Shape, n: int) -> dict[str, Any]:
     model = build_model(shape, torch.bfloat16)
     said: list[str] = []
     stacked = apply_stacked(model, loras(n), range(n))
-    training = build_training(model, stacked, *configs(n), choice, say=said.append)
+    training = choose_stacked_runner(model, stacked, *configs(n), choice, say=said.append)
     streams = [build_stream(shape, training.batch_device, packed=False) for _ in range(n)]
     losses: list[list[float]] = []
     for k, stream in enumerate(streams):  # each its own rows
@@ -155,7 +155,7 @@ def cpu_together(n: int) -> dict[str, Any]:
     def loss_fn(model: Any, batch: Any) -> Any:
         return stacked_loss_sums(model(batch[0])[0], batch[1], n)
 
-    training = StackedTraining(model, stacked, loss_fn, *configs(n))
+    training = PlainStackedRunner(model, stacked, loss_fn, *configs(n))
     inputs, targets = char_batch(case)
     batch = inputs.repeat(n, 1), targets.repeat(n, 1)
     return {"step_ms": median_ms(lambda: training.step([batch]) and None, 50, 300)}

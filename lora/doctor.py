@@ -30,7 +30,7 @@ from lora.pretrained.sources import cache_folder
 from lora.training.checkpoint import load_checkpoint, save_checkpoint, training_tensors
 from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer
-from lora.training.plain_step import PlainSteps
+from lora.training.plain_step import PlainStepRunner
 
 MIN_FREE_BYTES = 2**30
 """On the disk of the runs, and of memory: below that nothing real can be trained."""
@@ -208,7 +208,7 @@ def _try_training(choice: DeviceChoice) -> str:
     batch = _batch()
     steps = choose_steps(model, choice, config, say=chosen.append)
     if steps is None:
-        steps = PlainSteps(model, loss_for(model), choice, config.max_grad_norm)
+        steps = PlainStepRunner(model, loss_for(model), choice, config.max_grad_norm)
         batch = batch.to(choice.device)  # the others copy batches to the device by themselves
     steps.adopt(build_optimizer(model, TRIAL_RATE, 0.0, 1.0))
     for number in range(1, TRIAL_STEPS + 1):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora.config import TrainConfig
 from lora.device import DeviceChoice
-from lora.fast.runner import LaunchedSteps
+from lora.fast.runner import DeviceStepRunner
 from lora.fast.step import trains_all_weights
 from lora.fast.weights.flat import FlatParameters
 from lora.fast.weights.norms_and_embeddings import Weights
@@ -249,7 +249,7 @@ class CharStep:
             self.net.refresh()
 
 
-class CharSteps(LaunchedSteps):
+class CharStepRunner(DeviceStepRunner):
     """Steps of the character GPT by hand, if `why_not_by_hand` has nothing against it."""
 
     def __init__(
@@ -290,12 +290,12 @@ def char_steps(
     choice: DeviceChoice,
     config: TrainConfig,
     say: Callable[[str], None] = lambda text: None,
-) -> LaunchedSteps | None:
+) -> DeviceStepRunner | None:
     """Return the step by hand where it can train `model`, and say so; None is autograd's."""
     why_not = why_not_by_hand(model, choice)
     if why_not is not None:
         say(f"plain step: {why_not}")
         return None
-    steps = CharSteps(model, choice, config)
+    steps = CharStepRunner(model, choice, config)
     say(steps.describe())
     return steps

@@ -37,7 +37,7 @@ from lora.runs.folder import create_run
 from lora.runs.progress import Progress
 from lora.training.job import Stream, TrainingJob
 from lora.training.plain_step import LossFn, evaluate
-from lora.training.steps import Steps
+from lora.training.step_runner import StepRunner
 from lora.training.trainer import train as run_training
 
 
@@ -62,7 +62,7 @@ class MemberSetup:
     """A score of the model, 0 to 1: its name, and what measures it."""
     weight_decay: float | None = None
     """Of this method; None takes the comparison's."""
-    choose_steps: Callable[[TrainConfig], Steps | None] = lambda config: None
+    choose_steps: Callable[[TrainConfig], StepRunner | None] = lambda config: None
     """What takes the steps of `model` with these settings; None: `train_step`."""
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from lora.data.sequences.batches import IGNORE, Batch
 from lora.device import DeviceChoice
-from lora.fast.foreign import unmasked_attention
 from lora.fast.graphs import Graphs
+from lora.fast.transformers_models import unmasked_attention
 from lora.fast.weights.flat import FlatParameters, Slot
 from lora.fast.weights.update import FlatUpdate
 from lora.kernels.step.ops import Ops

@@ -14,7 +14,7 @@ from lora.decoder.decoder import Decoder
 from lora.decoder.quantised import has_fp8_base
 from lora.device import DeviceChoice
 from lora.fast.llama.blocks import Keep
-from lora.fast.runner import CapturedSteps, FastSteps, LaunchedSteps
+from lora.fast.runner import CapturedStepRunner, DeviceStepRunner, FastStepRunner
 from lora.fast.step import trains_all_weights
 from lora.kernels.step.fp8 import SIZES_STEP
 from lora.kernels.step.jit import HAS_TRITON
@@ -24,7 +24,7 @@ from lora.lora_module import LoRALinear
 from lora.stacked.apply import StackedAdapters
 from lora.training.losses import is_transformers
 from lora.training.optim import parameter_groups
-from lora.training.steps import Steps
+from lora.training.step_runner import StepRunner
 
 WIDEST_HEAD = 256
 FP8_CAPABILITY = (9, 0)
@@ -41,7 +41,7 @@ def choose_steps(
     fast: bool = True,
     keep: Keep | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> Steps | None:
+) -> StepRunner | None:
     """Return the fastest step that can train `model`, and say which it is and why.
 
     None is the plain step: on a CPU, where `fast` is false, and where nothing else can. What trains
@@ -55,7 +55,7 @@ def choose_steps(
         return None
     why_not = why_not_fast(model, choice)
     if why_not is None:
-        steps: LaunchedSteps = FastSteps(
+        steps: DeviceStepRunner = FastStepRunner(
             cast(Decoder, model),
             choice,
             weight_decay=config.weight_decay,
@@ -69,7 +69,7 @@ def choose_steps(
     if why_not_either is not None:
         say(f"plain step: {why_not}; {why_not_either}")
         return None
-    steps = CapturedSteps(
+    steps = CapturedStepRunner(
         model,
         choice,
         weight_decay=config.weight_decay,

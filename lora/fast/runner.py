@@ -14,15 +14,15 @@ from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
 from lora.fast.captured import CapturedStep, decoder_logits
-from lora.fast.foreign import transformers_logits, why_masked
 from lora.fast.llama.blocks import Keep
 from lora.fast.step import MERGE_BELOW_WIDTH, FastStep, trains_all_weights
+from lora.fast.transformers_models import transformers_logits, why_masked
 from lora.kernels.step.jit import HAS_TRITON
 from lora.kernels.step.ops import PLAIN, TRITON
 from lora.training.diagnosis import find_nonfinite
 from lora.training.losses import loss_for
 from lora.training.plain_step import LossFn
-from lora.training.steps import StepDone
+from lora.training.step_runner import StepOutcome
 
 READ_LATE_STEPS = 1
 
@@ -50,8 +50,8 @@ class DeviceStep(Protocol):
         """Changes `optimizer` in place: its state becomes views of the step's."""
 
 
-class LaunchedSteps:
-    """`lora.training.steps.Steps` of a step on the device.
+class DeviceStepRunner:
+    """`lora.training.step_runner.StepRunner` of a step on the device.
 
     Args:
         model: what `step` trains.
@@ -93,20 +93,20 @@ class LaunchedSteps:
             event.record()
         self._launched.append(_Launched(number, rate, batches, report, event))
 
-    def finished(self, *, wait: bool) -> list[StepDone]:
+    def finished(self, *, wait: bool) -> list[StepOutcome]:
         """Return the steps that are done, all but the newest unless `wait`."""
         done = []
         while len(self._launched) > (0 if wait or not self.is_cuda else READ_LATE_STEPS):
             done.append(self._read(self._launched.popleft()))
         return done
 
-    def _read(self, launched: _Launched) -> StepDone:
+    def _read(self, launched: _Launched) -> StepOutcome:
         if launched.event is not None:
             launched.event.synchronize()
         loss, n_tokens, norm, taken = launched.report.tolist()
         number, rate = launched.number, launched.rate
         if taken:
-            return StepDone(number, [loss], int(n_tokens), norm, rate)
+            return StepOutcome(number, [loss], int(n_tokens), norm, rate)
         device = self.choice.device
         batches = [b.to(device) if isinstance(b, Batch) else b for b in launched.batches]
         loss_fn = self.loss_fn or loss_for(self.model)
@@ -116,10 +116,10 @@ class LaunchedSteps:
             f"taken. Lower the learning rate, or look for damaged examples. {where.sentence}"
         )
         places = where.places if where.is_of_data else None
-        return StepDone(number, [loss], int(n_tokens), norm, rate, why, places)
+        return StepOutcome(number, [loss], int(n_tokens), norm, rate, why, places)
 
 
-class FastSteps(LaunchedSteps):
+class FastStepRunner(DeviceStepRunner):
     """The step written by hand, of a decoder that `why_not_fast` has nothing against.
 
     Args:
@@ -153,7 +153,7 @@ class FastSteps(LaunchedSteps):
         super().__init__(model, self.step, choice, _about_fast(self.step, choice))
 
 
-class CapturedSteps(LaunchedSteps):
+class CapturedStepRunner(DeviceStepRunner):
     """Autograd's step in one graph, of any model that `why_not_captured` has nothing against.
 
     Args:

@@ -1,6 +1,6 @@
 """Training K stacked adapters through the fast step: launched on the device, read one step late.
 
-It stands in for `lora.stacked.plain_step.StackedTraining`, which says the same of every adapter.
+It stands in for `lora.stacked.plain_step.PlainStackedRunner`, which says the same of every adapter.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ from lora.fast.stacked_step import StackedFastStep
 from lora.kernels.step.ops import PLAIN, TRITON
 from lora.stacked.apply import StackedAdapters
 from lora.stacked.losses import StackedDecoderLoss
-from lora.stacked.plain_step import StackedTrainer, StackedTraining, scheduled_rates, why_stopped
+from lora.stacked.plain_step import (
+    PlainStackedRunner,
+    StackedStepRunner,
+    scheduled_rates,
+    why_stopped,
+)
 
 State = dict[str, Tensor]
 
@@ -37,7 +42,7 @@ class _Launched:
     event: torch.cuda.Event | None
 
 
-class FastStackedTraining:
+class FastStackedRunner:
     """Steps of K adapters on one decoder, each as `lora.fast.step` takes them alone.
 
     Args:
@@ -108,7 +113,7 @@ class FastStackedTraining:
         self.step.update.is_alive[k] = False
 
     def state(self, k: int) -> State:
-        """Return copies on the host of all that adapter `k` needs to go on: see StackedTraining."""
+        """Return copies on the host of all that adapter `k` needs to go on: see the plain one."""
         values = {f"value.{name}": tensor for name, tensor in self.stacked.values(k).items()}
         state = {name: tensor.cpu() for name, tensor in values.items()}
         for name, (mean, square) in self._moments(k).items():
@@ -149,7 +154,7 @@ class FastStackedTraining:
         return [row[0] for row in rows]
 
 
-def build_training(
+def choose_stacked_runner(
     model: nn.Module,
     stacked: StackedAdapters,
     configs: Sequence[TrainConfig],
@@ -158,19 +163,19 @@ def build_training(
     *,
     fast: bool = True,
     say: Callable[[str], None] = lambda text: None,
-) -> StackedTrainer:
+) -> StackedStepRunner:
     """Return the fastest training of these adapters on a decoder, and say on a GPU which and why.
 
     What `model` holds may become views of the step's own tensors.
     """
     why_not = why_not_stacked(model, stacked, choice) if fast else "as asked"
     if why_not is None:
-        training = FastStackedTraining(cast(Decoder, model), stacked, configs, rates, choice)
+        training = FastStackedRunner(cast(Decoder, model), stacked, configs, rates, choice)
         say(training.describe())
         return training
     if choice.device.type == "cuda":
         say(f"plain stacked step: {why_not}")
-    return StackedTraining(
+    return PlainStackedRunner(
         model,
         stacked,
         StackedDecoderLoss(stacked),

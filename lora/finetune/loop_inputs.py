@@ -17,7 +17,7 @@ from lora.inference.samples import SampleRecorder, choose_prompts
 from lora.runs.folder import Run
 from lora.runs.progress import Progress
 from lora.training.losses import loss_for
-from lora.training.steps import Steps
+from lora.training.step_runner import StepRunner
 from lora.training.trainer import TrainingJob
 
 MAX_NAMED = 8
@@ -32,7 +32,7 @@ def training_job(
     rate: float,
     run: Run,
     progress: Progress,
-    steps: Steps | None,
+    steps: StepRunner | None,
 ) -> TrainingJob:
     """Return what the loop takes; `steps`: None for the plain step."""
     rows = job.train.micro_batch_size

@@ -25,7 +25,7 @@ LossFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 State = dict[str, Tensor]
 
 
-class StackedTrainer(Protocol):
+class StackedStepRunner(Protocol):
     """Steps of K adapters at once, launched now and read when they are done."""
 
     batch_device: torch.device
@@ -124,7 +124,7 @@ class StackedAdamW:
         return self.values.new_tensor(list(numbers))[:, None]  # (K, 1)
 
 
-class StackedTraining:
+class PlainStackedRunner:
     """Steps of K adapters on one model, each as `lora.training.plain_step.train_step` takes it.
 
     Args:

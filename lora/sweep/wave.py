@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lora.data.sequences.batches import Batch, BatchStream, TokenSequences, ordered_batches
 from lora.device import DeviceChoice, peak_memory_bytes
 from lora.errors import CheckpointError
-from lora.fast.stacked_runner import build_training
+from lora.fast.stacked_runner import choose_stacked_runner
 from lora.runs.folder import Run, reading
 from lora.runs.interrupts import StopRequests
 from lora.stacked.apply import apply_stacked, remove_stacked
@@ -86,7 +86,7 @@ class Wave:
         self.stacked = apply_stacked(model, configs, seeds)
         model.train()
         self._loss_fn = StackedDecoderLoss(self.stacked)
-        self.training = build_training(
+        self.training = choose_stacked_runner(
             model,
             self.stacked,
             [c.train for c in self.candidates],

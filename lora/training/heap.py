@@ -20,7 +20,7 @@ KEPT_BYTES = 2**31 - 1
 
 
 @contextmanager
-def kept_memory() -> Iterator[None]:
+def retain_freed_memory() -> Iterator[None]:
     """Within the block freed memory stays with the process; afterwards what is free is given back.
 
     Does nothing where the C library is not glibc. The peak does not grow.

@@ -23,7 +23,7 @@ from lora.training.checkpoint import (
     training_tensors,
 )
 from lora.training.plain_step import LossFn
-from lora.training.steps import Steps
+from lora.training.step_runner import StepRunner
 
 if TYPE_CHECKING:  # the plan knows LoRA, and plain training does without it
     from lora.fast.memory.plan import MemoryPlan
@@ -78,12 +78,12 @@ class TrainingJob:
     """(step, (micro-batch, row) of it; () for all) -> which examples these are, in words."""
     memory_plan: MemoryPlan | None = None
     """What a step was planned to hold, quoted if memory runs out."""
-    steps: Steps | None = None
+    steps: StepRunner | None = None
     """What takes the steps; None: `train_step`, one after the other."""
 
 
 @dataclass
-class Position:
+class LoopState:
     """What changes from step to step, beside the tensors."""
 
     step: int = 0
@@ -104,8 +104,8 @@ class Position:
     """Clock when the last step was noted, or steps began again."""
 
 
-def save_position(
-    job: TrainingJob, optimizer: torch.optim.Optimizer, at: Position, *, is_best: bool = False
+def save_loop_state(
+    job: TrainingJob, optimizer: torch.optim.Optimizer, at: LoopState, *, is_best: bool = False
 ) -> None:
     """Save the run's state; if the disk refuses, report it: the next save is another try.
 
@@ -134,7 +134,7 @@ def save_position(
     at.saved_step, at.best_step = at.step, best_step
 
 
-def resume_position(job: TrainingJob, optimizer: torch.optim.Optimizer) -> Position:
+def resume_loop_state(job: TrainingJob, optimizer: torch.optim.Optimizer) -> LoopState:
     """Changes model, optimizer, stream and generators in place: go to the newest checkpoint.
 
     Raises CheckpointError if there are checkpoints and none of them can be used.
@@ -143,12 +143,12 @@ def resume_position(job: TrainingJob, optimizer: torch.optim.Optimizer) -> Posit
     if not list_checkpoints(folder):  # stopped before the first was whole
         job.run.cut_metrics_after(-1)
         job.progress.message("no checkpoint yet: beginning at step 0")
-        return Position()
+        return LoopState()
     tensors, state = load_newest(folder, job.progress.message)
     with reading(folder):
         restore_training_tensors(job.model, optimizer, tensors)
         job.stream.load_state_dict(state["stream"])
-        at = Position(**state["position"])
+        at = LoopState(**state["position"])
     at.saved_step = at.step
     job.run.cut_metrics_after(at.step)
     job.progress.message(f"going on from step {at.step} of {job.train_config.steps}")

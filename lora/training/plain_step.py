@@ -19,7 +19,7 @@ from lora.device import DeviceChoice, synchronize
 from lora.errors import TrainingError
 from lora.training.diagnosis import find_nonfinite
 from lora.training.optim import scale_and_clip, set_rate
-from lora.training.steps import StepDone
+from lora.training.step_runner import StepOutcome
 
 LossFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
@@ -94,15 +94,15 @@ def evaluate(
     return total / count if count else math.nan
 
 
-class PlainSteps:
-    """`lora.training.steps.Steps` through `train_step`: a step is done when it is launched."""
+class PlainStepRunner:
+    """Optimizer steps through `train_step`: a step is done when it is launched."""
 
     def __init__(
         self, model: nn.Module, loss_fn: LossFn, choice: DeviceChoice, max_grad_norm: float
     ) -> None:
         self._model, self._loss_fn, self._choice = model, loss_fn, choice
         self._max_grad_norm = max_grad_norm
-        self._done: list[StepDone] = []
+        self._done: list[StepOutcome] = []
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         """Step with `optimizer`."""
@@ -124,14 +124,14 @@ class PlainSteps:
             where = find_nonfinite(self._model, batches, self._loss_fn, self._choice.autocast)
             why = f"{error} {where.sentence}"
             places = where.places if where.is_of_data else None
-            self._done.append(StepDone(number, [math.nan], 0, math.nan, rate, why, places))
+            self._done.append(StepOutcome(number, [math.nan], 0, math.nan, rate, why, places))
             return
         synchronize(self._choice.device)
         losses, tokens = result.loss.tolist(), int(result.n_tokens.sum())
         norm = result.gradient_norm.item()
-        self._done.append(StepDone(number, losses, tokens, norm, rate))
+        self._done.append(StepOutcome(number, losses, tokens, norm, rate))
 
-    def finished(self, *, wait: bool) -> list[StepDone]:
+    def finished(self, *, wait: bool) -> list[StepOutcome]:
         """Return the steps taken since the last call."""
         done, self._done = self._done, []
         return done

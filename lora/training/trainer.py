@@ -16,24 +16,24 @@ import torch
 from lora.device import peak_memory_bytes
 from lora.errors import Interrupted, TrainingError
 from lora.runs.interrupts import StopRequests
-from lora.training.heap import kept_memory
+from lora.training.heap import retain_freed_memory
 from lora.training.job import (
-    Position,
+    LoopState,
     Stream,
     TrainingJob,
     TrainResult,
-    resume_position,
-    save_position,
+    resume_loop_state,
+    save_loop_state,
 )
 from lora.training.optim import build_optimizer, rate_factor
 from lora.training.out_of_memory import advise, count_parts, describe_parts, explained
-from lora.training.plain_step import LossFn, PlainSteps, StepResult, evaluate, train_step
+from lora.training.plain_step import LossFn, PlainStepRunner, StepResult, evaluate, train_step
 from lora.training.spikes import WINDOW_STEPS, is_spike
-from lora.training.steps import StepDone, Steps
+from lora.training.step_runner import StepOutcome, StepRunner
 
 __all__ = [
     "LossFn",
-    "PlainSteps",
+    "PlainStepRunner",
     "StepResult",
     "Stream",
     "TrainResult",
@@ -52,15 +52,15 @@ def train(job: TrainingJob) -> TrainResult:
         job.model, job.learning_rate, config.weight_decay, config.whole_rate_fraction
     )
     job.run.on_trouble = job.progress.message
-    at = resume_position(job, optimizer) if job.resume else Position()
-    steps = job.steps or PlainSteps(job.model, job.loss_fn, job.choice, config.max_grad_norm)
+    at = resume_loop_state(job, optimizer) if job.resume else LoopState()
+    steps = job.steps or PlainStepRunner(job.model, job.loss_fn, job.choice, config.max_grad_norm)
     steps.adopt(optimizer)
     job.progress.start(config.steps, at.step)
     try:
         with (
             StopRequests(job.progress.message) as stop,
             explained(lambda: _say_memory(job, at)),
-            kept_memory(),
+            retain_freed_memory(),
         ):
             _loop(job, steps, optimizer, at, stop)
     finally:
@@ -80,9 +80,9 @@ def train(job: TrainingJob) -> TrainResult:
 
 def _loop(
     job: TrainingJob,
-    steps: Steps,
+    steps: StepRunner,
     optimizer: torch.optim.Optimizer,
-    at: Position,
+    at: LoopState,
     stop: StopRequests,
 ) -> None:
     """Take steps, evaluate and save until the run is over or a signal asks to stop."""
@@ -100,21 +100,21 @@ def _loop(
         is_best = evaluates and _evaluate_and_note(job, at)
         # The best is saved when it is found: the next regular save would be of other weights.
         if saves or is_best or at.stopped_early:
-            save_position(job, optimizer, at, is_best=is_best)
+            save_loop_state(job, optimizer, at, is_best=is_best)
             tried_step = at.step
         if evaluates or saves:
             at.marked_s = time.perf_counter()
     for done in steps.finished(wait=True):  # of an interrupted run
         _note(job, at, done)
     if at.step not in (at.saved_step, tried_step):
-        save_position(job, optimizer, at)
+        save_loop_state(job, optimizer, at)
 
 
-def _is_over(job: TrainingJob, at: Position) -> bool:
+def _is_over(job: TrainingJob, at: LoopState) -> bool:
     return at.step >= job.train_config.steps or at.stopped_early
 
 
-def _say_memory(job: TrainingJob, at: Position) -> str:
+def _say_memory(job: TrainingJob, at: LoopState) -> str:
     config, peak_bytes = job.train_config, peak_memory_bytes(job.choice.device)
     parts = job.memory_plan or count_parts(job.model, peak_bytes)
     kind = "counted" if job.memory_plan is None else "planned"
@@ -129,7 +129,7 @@ def _say_memory(job: TrainingJob, at: Position) -> str:
     )
 
 
-def _say_interrupted(job: TrainingJob, at: Position, stop: StopRequests) -> str:
+def _say_interrupted(job: TrainingJob, at: LoopState, stop: StopRequests) -> str:
     name = stop.received.name if stop.received else ""
     saved = "nothing could be saved" if at.saved_step is None else f"step {at.saved_step} is saved"
     total = job.train_config.steps
@@ -139,7 +139,7 @@ def _say_interrupted(job: TrainingJob, at: Position, stop: StopRequests) -> str:
     )
 
 
-def _one_step(job: TrainingJob, steps: Steps, at: Position, *, wait: bool) -> None:
+def _one_step(job: TrainingJob, steps: StepRunner, at: LoopState, *, wait: bool) -> None:
     """Launch the next step and note those that are done: all of them if `wait`."""
     rate = job.learning_rate * rate_factor(at.step, job.train_config)
     at.step += 1
@@ -149,7 +149,7 @@ def _one_step(job: TrainingJob, steps: Steps, at: Position, *, wait: bool) -> No
         _note(job, at, done)
 
 
-def _note(job: TrainingJob, at: Position, done: StepDone) -> None:
+def _note(job: TrainingJob, at: LoopState, done: StepOutcome) -> None:
     now_s = time.perf_counter()
     step_s, at.marked_s = now_s - at.marked_s, now_s
     if done.not_finite:
@@ -173,7 +173,7 @@ def _note(job: TrainingJob, at: Position, done: StepDone) -> None:
     job.progress.step(done.number, done.losses[0], at.n_tokens / at.train_s, memory)
 
 
-def _skip(job: TrainingJob, at: Position, done: StepDone) -> None:
+def _skip(job: TrainingJob, at: LoopState, done: StepOutcome) -> None:
     """Count a step that was not taken. Raises TrainingError if that is one too many."""
     at.skipped_steps += 1
     most, total = job.run_config.skip_nonfinite, job.train_config.steps
@@ -186,7 +186,7 @@ def _skip(job: TrainingJob, at: Position, done: StepDone) -> None:
     job.progress.message(f"{message} Left out: {at.skipped_steps} of at most {most}.")
 
 
-def _evaluate_and_note(job: TrainingJob, at: Position) -> bool:
+def _evaluate_and_note(job: TrainingJob, at: LoopState) -> bool:
     """Return whether this evaluation is the best of the run so far."""
     batches = iter(job.eval_batches())
     first = next(batches, None)

@@ -18,7 +18,7 @@ from lora.device import choose_device
 from lora.errors import DataError
 from lora.fast.captured import compiled_blocks, needs_mask
 from lora.fast.choose import choose_steps, why_not_captured
-from lora.fast.runner import CapturedSteps
+from lora.fast.runner import CapturedStepRunner
 from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer, set_rate
 from lora.training.trainer import train_step
@@ -36,8 +36,8 @@ def adapt(model: nn.Module, **settings: Any) -> nn.Module:
     return model
 
 
-def captured(model: nn.Module) -> CapturedSteps:
-    return CapturedSteps(model, CPU, weight_decay=0.1, max_grad_norm=1.0, compiles=False)
+def captured(model: nn.Module) -> CapturedStepRunner:
+    return CapturedStepRunner(model, CPU, weight_decay=0.1, max_grad_norm=1.0, compiles=False)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.device import choose_device
 from lora.errors import TrainingError
-from lora.fast.runner import FastSteps
+from lora.fast.runner import FastStepRunner
 from lora.runs.folder import create_run, read_rows
 from lora.training.checkpoint import list_checkpoints
 from lora.training.losses import loss_for
@@ -60,7 +60,9 @@ def run_job(
         config = TrainConfig(steps=STEPS, batch_size=4, micro_batches=2, weight_decay=0.01)
         steps = None
         if fast:
-            steps = FastSteps(model, choice, weight_decay=0.01, max_grad_norm=1.0, seed=config.seed)
+            steps = FastStepRunner(
+                model, choice, weight_decay=0.01, max_grad_norm=1.0, seed=config.seed
+            )
             assert "fast step: no graph, plain torch kernels" in steps.describe()
         damage(model)
         with create_run(tmp_path, name, resume=resume, described={}) as folder:

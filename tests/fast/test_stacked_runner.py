@@ -13,10 +13,10 @@ from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.device import choose_device
 from lora.fast.choose import why_not_stacked_written
-from lora.fast.stacked_runner import FastStackedTraining, build_training
+from lora.fast.stacked_runner import FastStackedRunner, choose_stacked_runner
 from lora.stacked.apply import apply_stacked
 from lora.stacked.losses import StackedDecoderLoss, stack_batches
-from lora.stacked.plain_step import StackedTrainer, StackedTraining
+from lora.stacked.plain_step import PlainStackedRunner, StackedStepRunner
 
 CPU = choose_device("cpu")
 STEPS = 6
@@ -27,15 +27,15 @@ Make = Callable[..., Decoder]
 MakeBatch = Callable[..., Batch]
 
 
-def begin(make: Make, *, late: int = 0) -> FastStackedTraining:
+def begin(make: Make, *, late: int = 0) -> FastStackedRunner:
     model = make(dtype=torch.float32)
     stacked = apply_stacked(model, ADAPTERS, (0, 1, 2))
-    training = FastStackedTraining(model, stacked, TRAIN, RATES, CPU)
+    training = FastStackedRunner(model, stacked, TRAIN, RATES, CPU)
     training.late_steps = late
     return training
 
 
-def go(training: StackedTrainer, make: MakeBatch, numbers: Sequence[int]) -> list[list[float]]:
+def go(training: StackedStepRunner, make: MakeBatch, numbers: Sequence[int]) -> list[list[float]]:
     losses = []
     for number in numbers:
         training.launch([stack_batches([make(10 * number + k, packed=True) for k in range(3)])])
@@ -46,7 +46,7 @@ def go(training: StackedTrainer, make: MakeBatch, numbers: Sequence[int]) -> lis
 def test_it_stands_in_for_the_plain_training(tiny_decoder: Make, make_batch: MakeBatch) -> None:
     model = tiny_decoder(dtype=torch.float32)
     stacked = apply_stacked(model, ADAPTERS, (0, 1, 2))
-    plain = StackedTraining(model, stacked, StackedDecoderLoss(stacked), TRAIN, RATES)
+    plain = PlainStackedRunner(model, stacked, StackedDecoderLoss(stacked), TRAIN, RATES)
     fast = begin(tiny_decoder, late=1)
     expected, found = (go(one, make_batch, range(STEPS)) for one in (plain, fast))
     assert torch.tensor(found).allclose(torch.tensor(expected), rtol=1e-4)
@@ -106,7 +106,7 @@ def test_one_that_is_dropped_stays_where_it_is(tiny_decoder: Make, make_batch: M
 def test_weights_that_lie_right_are_not_moved_again(tiny_decoder: Make) -> None:
     training = begin(tiny_decoder)
     model, before = training.step.model, training.step.network.down.base
-    again = FastStackedTraining(model, training.stacked, TRAIN, RATES, CPU)
+    again = FastStackedRunner(model, training.stacked, TRAIN, RATES, CPU)
     assert again.step.network.down.base.data_ptr() == before.data_ptr()
     assert torch.equal(again.step.network.down.base, before)
 
@@ -131,6 +131,6 @@ def test_what_it_does_not_know_is_named(
 def test_a_cpu_takes_the_plain_step_without_a_word(tiny_decoder: Make) -> None:
     model, said = tiny_decoder(dtype=torch.float32), list[str]()
     stacked = apply_stacked(model, ADAPTERS, (0, 1, 2))
-    built = build_training(model, stacked, TRAIN, RATES, CPU, say=said.append)
-    assert isinstance(built, StackedTraining)
+    built = choose_stacked_runner(model, stacked, TRAIN, RATES, CPU, say=said.append)
+    assert isinstance(built, PlainStackedRunner)
     assert not said

@@ -20,7 +20,7 @@ from lora.fast.step import FastStep
 from lora.kernels.step.ops import PLAIN
 from lora.stacked.apply import StackedAdapters, apply_stacked
 from lora.stacked.losses import StackedDecoderLoss, stack_batches
-from lora.stacked.plain_step import StackedTraining
+from lora.stacked.plain_step import PlainStackedRunner
 
 STEPS = 3
 RATES = (1e-2, 2e-2, 5e-3)
@@ -96,7 +96,7 @@ def test_steps_are_the_plain_ones(
     fast = copy.deepcopy(plain)
     frozen = {n: p.detach().clone() for n, p in plain.named_parameters()}
     reference, own = stack(plain, adapters), stack(fast, adapters)
-    training = StackedTraining(plain, reference, StackedDecoderLoss(reference), TRAIN, RATES)
+    training = PlainStackedRunner(plain, reference, StackedDecoderLoss(reference), TRAIN, RATES)
     step = build(fast, own, TRAIN, own_attention=packed, merges=packed)
     for number in range(STEPS):
         batches = [

@@ -26,7 +26,7 @@ from lora.runs.folder import create_run, read_first_day, read_json, reading
 from lora.runs.progress import NoProgress
 from lora.sweep.ledger import CandidateState, read_ledger
 from lora.training.checkpoint import load_checkpoint, save_checkpoint, training_tensors
-from lora.training.job import Position, resume_position
+from lora.training.job import LoopState, resume_loop_state
 
 CONFIGS = (LoRAConfig, TrainConfig, DataConfig, RunConfig, SamplingConfig)
 WORDS = (
@@ -164,7 +164,7 @@ def test_any_state_in_a_checkpoint_whose_digests_are_right(
     model = nn.Linear(2, 1)
     optimizer = torch.optim.AdamW(model.parameters())
     run = create_run(tmp_path, "run")
-    valid = {"position": vars(Position()), "stream": {"row": 0}}
+    valid = {"position": vars(LoopState()), "stream": {"row": 0}}
 
     class Rows:
         def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -176,7 +176,7 @@ def test_any_state_in_a_checkpoint_whose_digests_are_right(
     def check(state: Any) -> None:
         tensors = training_tensors(model, optimizer)
         save_checkpoint(run.folder / "checkpoints", 1, tensors, state, keep=1)
-        resume_position(job, optimizer)  # type: ignore[arg-type]
+        resume_loop_state(job, optimizer)  # type: ignore[arg-type]
 
     positions = make["object"](valid["position"]).map(lambda value: {**valid, "position": value})
     with run:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from lora.config import DataConfig, RunConfig, TrainConfig
 from lora.data.reading.orders import make_orders
 from lora.fast import stacked_runner
-from lora.fast.stacked_runner import FastStackedTraining
+from lora.fast.stacked_runner import FastStackedRunner
 from lora.sweep import SweepJob, sweep
 from lora.sweep.grid import Grid
 from lora.sweep.ledger import CandidateState
@@ -39,13 +39,13 @@ class KilledAt(NoSweepProgress):
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a CPU take the fast stacked step, read as late as on a GPU."""
     monkeypatch.setattr(stacked_runner, "why_not_stacked", lambda *_: None)
-    begin = FastStackedTraining.__init__
+    begin = FastStackedRunner.__init__
 
-    def late(self: FastStackedTraining, *values: object) -> None:
+    def late(self: FastStackedRunner, *values: object) -> None:
         begin(self, *values)  # type: ignore[arg-type]
         self.late_steps = 1
 
-    monkeypatch.setattr(FastStackedTraining, "__init__", late)
+    monkeypatch.setattr(FastStackedRunner, "__init__", late)
 
 
 @pytest.fixture

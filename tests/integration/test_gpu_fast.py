@@ -29,7 +29,7 @@ from lora.device import choose_device
 from lora.errors import TrainingError
 from lora.fast.choose import choose_steps, why_not_fast
 from lora.fast.graphs import Graphs
-from lora.fast.runner import CapturedSteps
+from lora.fast.runner import CapturedStepRunner
 from lora.fast.step import FastStep
 from lora.finetune import FinetuneJob, finetune
 from lora.kernels.step.jit import HAS_TRITON
@@ -217,7 +217,7 @@ def test_other_families_are_captured_and_learn_like_the_plain_step(job: Finetune
     choice = choose_device("cuda")
     config = TrainConfig(steps=6, weight_decay=0.0)
     steps = choose_steps(model.cuda(), choice, config, say=said.message)
-    assert isinstance(steps, CapturedSteps)
+    assert isinstance(steps, CapturedStepRunner)
     assert said.lines[0].startswith("captured step: one CUDA graph")
     steps.adopt(build_optimizer(model, 1e-4, 0.0))
     optimizer = build_optimizer(plain, 1e-4, 0.0)
@@ -245,7 +245,9 @@ def test_a_transformers_model_is_captured(tiny_folder: Path, compiles: bool) -> 
     model = adapt(load(tiny_folder, dtype=torch.bfloat16)).cuda()
     plain = copy.deepcopy(model)
     choice = choose_device("cuda")
-    steps = CapturedSteps(model, choice, weight_decay=0.0, max_grad_norm=1.0, compiles=compiles)
+    steps = CapturedStepRunner(
+        model, choice, weight_decay=0.0, max_grad_norm=1.0, compiles=compiles
+    )
     steps.adopt(build_optimizer(model, 1e-3, 0.0))
     optimizer = build_optimizer(plain, 1e-3, 0.0)
     ids = batch(packed=False).input_ids % 300

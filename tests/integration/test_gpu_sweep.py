@@ -25,14 +25,14 @@ from lora.decoder.config import (
 )
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.device import choose_device
-from lora.fast.stacked_runner import FastStackedTraining, build_training
+from lora.fast.stacked_runner import FastStackedRunner, choose_stacked_runner
 from lora.fast.stacked_step import StackedFastStep
 from lora.fast.step import FastStep
 from lora.kernels.step.jit import HAS_TRITON
 from lora.kernels.step.ops import TRITON
 from lora.stacked.apply import StackedAdapters, apply_stacked
 from lora.stacked.losses import StackedDecoderLoss, stack_batches
-from lora.stacked.plain_step import StackedTraining
+from lora.stacked.plain_step import PlainStackedRunner
 from lora.sweep import SweepJob, sweep
 from lora.sweep.grid import Grid
 
@@ -183,12 +183,12 @@ def test_losses_follow_the_plain_stacked_step() -> None:
     plain, fast = build(), build()
     reference, stacked = stack(plain), stack(fast)
     choice = choose_device("cuda")
-    training = StackedTraining(
+    training = PlainStackedRunner(
         plain, reference, StackedDecoderLoss(reference), TRAIN, RATES, autocast=choice.autocast
     )
     said: list[str] = []
-    own = build_training(fast, stacked, TRAIN, RATES, choice, say=said.append)
-    assert isinstance(own, FastStackedTraining)
+    own = choose_stacked_runner(fast, stacked, TRAIN, RATES, choice, say=said.append)
+    assert isinstance(own, FastStackedRunner)
     assert said[0].startswith("fast stacked step: one CUDA graph, Triton kernels")
     for number in range(8):
         micro = [together(2 * number + place, packed=True) for place in range(2)]
@@ -248,11 +248,11 @@ def test_an_adapter_that_is_not_finite_leaves_the_bits_of_the_others(
 def test_a_restored_training_goes_on_with_the_same_bits() -> None:
     choice = choose_device("cuda")
 
-    def begin() -> FastStackedTraining:
+    def begin() -> FastStackedRunner:
         model = build()
-        return FastStackedTraining(model, stack(model), TRAIN, RATES, choice)
+        return FastStackedRunner(model, stack(model), TRAIN, RATES, choice)
 
-    def go(training: FastStackedTraining, numbers: range) -> None:
+    def go(training: FastStackedRunner, numbers: range) -> None:
         for number in numbers:
             training.launch([together(number, packed=True)])
         training.finished(wait=True)

@@ -15,7 +15,7 @@ from lora.config import TrainConfig
 from lora.data.tokenizers.characters import CharTokenizer
 from models.bigram_lm_v2 import BigramLanguageModel, save_bigram
 from models.char_compare import CharFactory
-from models.char_step import CharSteps
+from models.char_step import CharStepRunner
 from models.classic_settings import ClassicSettings
 
 STEPS, KILLED_AT = 12, 8
@@ -93,4 +93,4 @@ def test_a_member_killed_between_two_saves_ends_with_the_same_bytes(
 def test_both_methods_take_the_step_by_hand(base: Path, text: Path, method: str) -> None:
     settings = ClassicSettings(data_path=str(text), base_checkpoint=str(base))
     setup = CharFactory(settings, base).build(method, TrainConfig(steps=2, batch_size=4))
-    assert isinstance(setup.choose_steps(TrainConfig()), CharSteps)
+    assert isinstance(setup.choose_steps(TrainConfig()), CharStepRunner)

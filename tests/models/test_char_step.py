@@ -18,7 +18,7 @@ from lora.training.optim import build_optimizer
 from lora.training.plain_step import train_step
 from models.bigram_lm_v2 import BigramLanguageModel, bigram_loss
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
-from models.char_step import CharStep, CharSteps, char_steps, why_not_by_hand
+from models.char_step import CharStep, CharStepRunner, char_steps, why_not_by_hand
 
 VOCAB, RATE, DECAY, SHARE = 40, 1e-2, 0.1, 0.3
 WIDE = torch.float64
@@ -174,14 +174,14 @@ def test_moments_move_into_a_new_step_and_it_goes_on_to_the_bit() -> None:
     first, *others = draw_batches(4, 8, 4)
     config, cpu = TrainConfig(whole_rate_fraction=SHARE), choose_device("cpu", "fp32")
     optimizer = build_optimizer(model, RATE, 0.0, SHARE)
-    steps = CharSteps(model, cpu, config)
+    steps = CharStepRunner(model, cpu, config)
     steps.adopt(optimizer)
     steps.launch(1, [first], RATE)
     resumed = copy.deepcopy(model)
     kept = build_optimizer(resumed, RATE, 0.0, SHARE)
     saved = copy.deepcopy(optimizer.state_dict())
     kept.load_state_dict(saved)
-    other = CharSteps(resumed, cpu, config)
+    other = CharStepRunner(resumed, cpu, config)
     other.adopt(kept)
     for number, batch in enumerate(others, start=2):
         for each in (steps, other):
@@ -215,7 +215,7 @@ def test_a_step_that_is_not_finite_is_not_taken_and_says_where_it_came_from() ->
     model = build((12, 3, 1, 8), 2, dtype=torch.float32)
     with torch.no_grad():
         model.blocks[0].ln1.weight[0] = torch.inf  # type: ignore[union-attr]
-    steps = CharSteps(model, choose_device("cpu", "fp32"), TrainConfig())
+    steps = CharStepRunner(model, choose_device("cpu", "fp32"), TrainConfig())
     before = copy.deepcopy(model.state_dict())
     steps.launch(1, draw_batches(4, 8, 1), RATE)
     (done,) = steps.finished(wait=True)

@@ -11,7 +11,7 @@ from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig, TrainConfig
 from lora.data.sequences.blocks import BlockStream
 from lora.stacked.apply import StackedAdapters, apply_stacked
-from lora.stacked.plain_step import StackedTraining, stacked_loss_sums
+from lora.stacked.plain_step import PlainStackedRunner, stacked_loss_sums
 from lora.training.optim import build_optimizer, rate_factor, set_rate
 from lora.training.trainer import train_step
 from models.bigram_lm_v2 import BigramLanguageModel
@@ -63,7 +63,7 @@ def train_alone(k: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], float]:
 
 def train_together(
     dtype: torch.dtype, break_at: int = -1
-) -> tuple[StackedAdapters, StackedTraining, list[float]]:
+) -> tuple[StackedAdapters, PlainStackedRunner, list[float]]:
     model = char_model(dtype)
     stacked = apply_stacked(model, ADAPTERS, SEEDS)
     n, calls = len(ADAPTERS), []
@@ -75,7 +75,7 @@ def train_together(
         wrong = torch.tensor([1.0, math.nan, 1.0, 1.0]) if len(calls) == break_at else 1.0
         return loss * wrong, count
 
-    training = StackedTraining(model, stacked, loss_fn, TRAIN, RATES)
+    training = PlainStackedRunner(model, stacked, loss_fn, TRAIN, RATES)
     streams = [stream(k) for k in range(n)]
     for _ in range(STEPS):
         micro = []

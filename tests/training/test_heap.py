@@ -11,7 +11,7 @@ import pytest
 
 SCRIPT = """
 import resource, torch
-from lora.training.heap import kept_memory
+from lora.training.heap import retain_freed_memory
 
 def step():
     tensors = [torch.ones(1_000_000) for _ in range(60)]  # 4 MB each
@@ -24,7 +24,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 outside = faults()
-with kept_memory():
+with retain_freed_memory():
     inside = faults()
 print(outside, inside)
 """
@@ -45,14 +45,14 @@ def test_steps_inside_take_their_memory_without_page_faults() -> None:
 GIVEN_BACK = """
 from pathlib import Path
 import resource, torch
-from lora.training.heap import kept_memory
+from lora.training.heap import retain_freed_memory
 
 def held_mb():
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 1e6
 
 before = held_mb()
-with kept_memory():
+with retain_freed_memory():
     [torch.ones(1_000_000) for _ in range(60)]  # 240 MB, freed at once
     inside = held_mb()
 print(inside - before, held_mb() - before)

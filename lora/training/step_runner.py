@@ -13,7 +13,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class StepDone:
+class StepOutcome:
     """What one optimizer step came to, on the host."""
 
     number: int
@@ -32,13 +32,13 @@ class StepDone:
     of them; None where the batch has nothing to do with it."""
 
 
-class Steps(Protocol):
+class StepRunner(Protocol):
     """Takes steps, and says afterwards what came of them."""
 
     def launch(self, number: int, batches: Sequence[Any], rate: float) -> None:
         """Begin step `number` at the rate `rate` on its micro-batches."""
 
-    def finished(self, *, wait: bool) -> list[StepDone]:
+    def finished(self, *, wait: bool) -> list[StepOutcome]:
         """Return steps that are done and were not returned before; with `wait`, all launched.
 
         A step whose loss or gradient is not finite was not taken and says so (`not_finite`).
