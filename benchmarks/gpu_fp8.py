@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lora.kernels.step import norm, swiglu
-from lora.kernels.step.fp8 import FP8, CodedRows, quantise_rows_triton, turn_codes_triton
+from lora.kernels.step.fp8 import FP8, Fp8Rows, quantise_rows_triton, transpose_codes_triton
 
 TOKENS, RANK, GROUPS, CALLS = 8192, 16, 5, 6
 SHAPES = {  # projection: inputs, outputs, linears with LoRA
@@ -59,9 +59,9 @@ def measure(function: Callable[[], Any]) -> float:
     return statistics.median(a.elapsed_time(b) for a, b in pairs) * 1e3 / CALLS
 
 
-def coded(rows: int, width: int, *, factors: bool = False) -> CodedRows:
+def coded(rows: int, width: int, *, factors: bool = False) -> Fp8Rows:
     """Return room for rows in eight bits, filled with random ones."""
-    into = CodedRows(
+    into = Fp8Rows(
         torch.empty(rows, width, dtype=FP8, device="cuda"),
         torch.empty(rows, 1, device="cuda"),
         torch.rand(width, device="cuda") if factors else None,
@@ -125,7 +125,7 @@ def makers(hidden: int, feed: int, qkv: int) -> Iterator[tuple[str, int, Callabl
     narrow, middle, double = coded(n, c, factors=True), coded(n, f), coded(n, 2 * f, factors=True)
     passing = coded(n, qkv, factors=True)
     for name, rows in (("", None), (" and codes", narrow)):
-        plain = CodedRows(narrow.codes, narrow.scales) if rows else None
+        plain = Fp8Rows(narrow.codes, narrow.scales) if rows else None
         more = n * c if rows else 0
         yield (
             f"add_norm{name}",
@@ -167,7 +167,7 @@ def makers(hidden: int, feed: int, qkv: int) -> Iterator[tuple[str, int, Callabl
 def turning(inputs: int, outputs: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield ways to turn a weight around."""
     weight, out = coded(outputs, inputs).codes, coded(inputs, outputs).codes
-    yield "turned by Triton", lambda: turn_codes_triton(weight, out)
+    yield "turned by Triton", lambda: transpose_codes_triton(weight, out)
     yield "turned by torch", lambda: out.view(torch.uint8).copy_(weight.view(torch.uint8).T)
 
 

@@ -46,7 +46,7 @@ from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
 from lora.decoder.quantised import Fp8Linear, use_fp8_linears
 from lora.device import DeviceChoice, choose_device
 from lora.fast.choose import why_not_fast
-from lora.fast.memory.fast_step import ROOM_FRACTION, FastPlan, Fit, fit_memory
+from lora.fast.memory.fast_step import USABLE_MEMORY_FRACTION, FastPlan, MemoryFit, fit_memory
 from lora.fast.runner import CapturedStepRunner, DeviceStepRunner, FastStepRunner
 from lora.runs.folder import create_run, read_rows
 from lora.training.losses import loss_for
@@ -233,7 +233,7 @@ def time_ours(shape: Shape, variant: str) -> dict[str, Any]:
     }
 
 
-def fit_mode(shape: Shape, variant: str) -> Fit | None:
+def fit_mode(shape: Shape, variant: str) -> MemoryFit | None:
     """Return what a variant of the fast step keeps of its blocks."""
     kind = variant.removeprefix("ours_lora").replace("_fp8", "")
     if not variant.startswith("ours_lora") or kind in ("_captured", "_plain"):
@@ -246,14 +246,14 @@ def fit_mode(shape: Shape, variant: str) -> Fit | None:
     plan = FastPlan(model, shape.rows, shape.tokens, packed=is_packed)
     if kind in ("", "_packed"):
         return fit_memory(plan, "none", None)
-    room = torch.cuda.mem_get_info()[0] * ROOM_FRACTION
+    room = torch.cuda.mem_get_info()[0] * USABLE_MEMORY_FRACTION
     if variant in MEMORY_GB:
         room = MEMORY_GB[variant] * 1e9
     return fit_memory(plan, MODE_OF.get(variant, kind[1:]), int(room))
 
 
 def build_steps(
-    model: Any, choice: DeviceChoice, variant: str, fit: Fit | None
+    model: Any, choice: DeviceChoice, variant: str, fit: MemoryFit | None
 ) -> DeviceStepRunner:
     """Return what takes the steps of one of our variants."""
     if variant.endswith(("captured", "compiled")):
@@ -262,8 +262,10 @@ def build_steps(
             model, choice, weight_decay=0.0, max_grad_norm=1.0, compiles=compiles
         )
     assert why_not_fast(model, choice) is None
-    keep = None if fit is None else fit.keep
-    return FastStepRunner(model, choice, weight_decay=0.0, max_grad_norm=1.0, seed=0, keep=keep)
+    checkpointing = None if fit is None else fit.checkpointing
+    return FastStepRunner(
+        model, choice, weight_decay=0.0, max_grad_norm=1.0, seed=0, checkpointing=checkpointing
+    )
 
 
 def measure_ceiling() -> float:

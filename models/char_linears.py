@@ -1,7 +1,7 @@
 """The linears of one place in all blocks, for steps by hand on a CPU.
 
 What differs from `lora.fast.weights.projections`: results are new tensors, because the faster
-library for large products (`lora.kernels.products`) makes them; and the gradients of small weights
+library for large products (`lora.kernels.matmul`) makes them; and the gradients of small weights
 are made at the end of a pass, those of all blocks in one batched product each: what such a product
 costs is its call, and its two threads waiting for each other. LoRA's come the cheaper way for the
 layer's size: from products with A and B or, where these are wide against the weight, from dW, which
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora.fast.weights.adapted import MergedProjection
 from lora.fast.weights.flat import FlatParameters, Slot
 from lora.fast.weights.projections import FrozenProjection, FullProjection, Member
-from lora.kernels.products import product, transposed_product
+from lora.kernels.matmul import matmul_nt, matmul_tn
 from lora.kernels.step.ops import PLAIN
 from lora.lora_module import LoRALayer
 
@@ -95,9 +95,9 @@ class MergedLinears(MergedProjection):
 
     def _receive_one(self, layer: int, x: Tensor, dy: Tensor, *, first: bool) -> None:
         a, b = self.by_layer[layer]
-        low, dlow = product(x, a), product(dy, b)  # (N, R)
-        da = transposed_product(dlow, x)  # (R, I)
-        db = transposed_product(low, dy).T  # (O, R); dyᵀ low is several times slower
+        low, dlow = matmul_nt(x, a), matmul_nt(dy, b)  # (N, R)
+        da = matmul_tn(dlow, x)  # (R, I)
+        db = matmul_tn(low, dy).T  # (O, R); dyᵀ low is several times slower
         self.store(slice(layer, layer + 1), da[None], db[None], first=first)
 
     def finish(self) -> None:
@@ -226,7 +226,7 @@ class Linears:
         out = self.outputs[layer] if out is None else out
         bias = self.biases[layer]
         if out is None:
-            return product(x, self.weights[layer], bias)
+            return matmul_nt(x, self.weights[layer], bias)
         if bias is None:
             return torch.mm(x, self.transposed[layer], out=out)
         return torch.addmm(bias, x, self.transposed[layer], out=out)
@@ -244,7 +244,7 @@ class Linears:
             self.kind.receive(slice(layer, layer + 1), x[None], dy[None], first=first)
         out = self.d_input if out is None else out
         if out is None:
-            return product(dy, self.transposed[layer])
+            return matmul_nt(dy, self.transposed[layer])
         return torch.mm(dy, self.weights[layer], out=out)
 
     def receive(self, *, first: bool) -> None:

@@ -20,7 +20,7 @@ from lora.device import DeviceChoice
 from lora.fast.runner import DeviceStepRunner
 from lora.fast.step import trains_all_weights
 from lora.fast.weights.flat import FlatParameters
-from lora.fast.weights.norms_and_embeddings import Weights
+from lora.fast.weights.norms_and_embeddings import WeightGroup
 from lora.fast.weights.update import HostUpdate
 from lora.lora_module import LoRALinear
 from models.bigram_lm_v2 import BigramLanguageModel, Block, bigram_loss
@@ -45,7 +45,8 @@ class Norms:
     ) -> None:
         self.eps, self.trains = modules[0].eps, trains
         self.weight, self.bias = (
-            Weights(modules, flat, dtype, trains=trains, name=name) for name in ("weight", "bias")
+            WeightGroup(modules, flat, dtype, trains=trains, name=name)
+            for name in ("weight", "bias")
         )
 
     def forward(self, number: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,9 +82,9 @@ class CharNetwork:
         def join(parts: list[list[nn.Module]]) -> Linears:
             return Linears(parts, flat, dtype, trains_all_weights=whole)
 
-        def table(module: nn.Embedding) -> Weights:
+        def table(module: nn.Embedding) -> WeightGroup:
             own = 1.0 if whole else share
-            return Weights([module], flat, dtype, trains=module.weight.requires_grad, share=own)
+            return WeightGroup([module], flat, dtype, trains=module.weight.requires_grad, share=own)
 
         self.qkv = join([[s.query, s.key, s.value] for s in sa])
         self.proj = join([[s.proj] for s in sa])

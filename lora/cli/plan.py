@@ -78,7 +78,7 @@ def plan(
 
     from lora.decoder.families import decoder_config
     from lora.device import available_bytes, choose_device
-    from lora.fast.memory.fast_step import ROOM_FRACTION
+    from lora.fast.memory.fast_step import USABLE_MEMORY_FRACTION
     from lora.fast.memory.plan import Setting, plan_memory
     from lora.pretrained.hf_weights import read_config
     from lora.pretrained.sources import find_model
@@ -88,7 +88,9 @@ def plan(
     source = find_model(model)
     train = TrainConfig(batch_size=batch_size, micro_batches=micro_batches)
     room = available_bytes(kind) if memory_gb is None else round(memory_gb * 1e9)
-    room_gb = None if room is None else room / 1e9 * (ROOM_FRACTION if memory_gb is None else 1)
+    room_gb = (
+        None if room is None else room / 1e9 * (USABLE_MEMORY_FRACTION if memory_gb is None else 1)
+    )
     setting = Setting(
         config=decoder_config(read_config(source.folder)),
         lora=lora or LoRAConfig(),

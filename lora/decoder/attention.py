@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora.decoder.cache import KVCache, NoCache
 from lora.decoder.config import DecoderConfig, LayerConfig, RopeConfig
 from lora.decoder.rope import Tables, rotate, skip_rotation
-from lora.kernels.together import call_together
+from lora.kernels.shared_input import call_linears
 
 NO_CACHE = NoCache()
 
@@ -163,7 +163,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:  # (B, T, C) -> (B, T, C)
         shape = *x.shape[:-1], -1, self.head_dim
-        q, k, v = call_together(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = call_linears(x, self.q_proj, self.k_proj, self.v_proj)
         q = self.q_norm(q.view(shape))  # (B, T, H, D)
         k = self.k_norm(k.view(shape))  # (B, T, heads, D)
         v = v.view(shape).transpose(1, 2)  # (B, heads, T, D)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora.decoder.attention import Attention, AttentionInputs, FusedAttention
 from lora.decoder.config import BlockKind, DecoderConfig, LayerConfig
 from lora.kernels.rms_norm import rms_norm
-from lora.kernels.together import call_together
+from lora.kernels.shared_input import call_linears
 
 _gelu_tanh = partial(F.gelu, approximate="tanh")
 
@@ -65,7 +65,7 @@ class GatedFeedForward(nn.Module):
         self.activation = ACTIVATIONS[part.activation]
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        gate, up = call_together(x, self.gate_proj, self.up_proj)  # each (B, T, F)
+        gate, up = call_linears(x, self.gate_proj, self.up_proj)  # each (B, T, F)
         return self.down_proj(self.activation(gate) * up)
 
 

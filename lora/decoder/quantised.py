@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora.decoder.decoder import Decoder
 from lora.errors import ModelError
-from lora.kernels.step.fp8 import FP8, CodedRows
+from lora.kernels.step.fp8 import FP8, Fp8Rows
 from lora.runs.tensor_files import sample_values
 
 
@@ -79,7 +79,7 @@ class Fp8Linear(Fp8Weight):
 
         Raises ModelError if one of them is not finite.
         """
-        rows = CodedRows(
+        rows = Fp8Rows(
             torch.empty_like(weight, dtype=FP8),
             weight.new_empty(len(weight), 1, dtype=torch.float32),
         )

@@ -13,7 +13,7 @@ from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
 from lora.decoder.quantised import has_fp8_base
 from lora.device import DeviceChoice
-from lora.fast.llama.blocks import Keep
+from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.runner import CapturedStepRunner, DeviceStepRunner, FastStepRunner
 from lora.fast.step import trains_all_weights
 from lora.kernels.step.fp8 import SIZES_STEP
@@ -39,14 +39,14 @@ def choose_steps(
     config: TrainConfig,
     *,
     fast: bool = True,
-    keep: Keep | None = None,
+    checkpointing: ActivationCheckpointing | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> StepRunner | None:
     """Return the fastest step that can train `model`, and say which it is and why.
 
     None is the plain step: on a CPU, where `fast` is false, and where nothing else can. What trains
-    in `model` may become views of the step's own tensors. `keep` is what the fast step keeps of its
-    blocks between forward and backward; None: nearly all.
+    in `model` may become views of the step's own tensors. `checkpointing` is the fast step's
+    activation checkpointing; None: it stores nearly all activations.
     """
     if choice.device.type != "cuda":
         return None
@@ -61,7 +61,7 @@ def choose_steps(
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
             seed=config.seed,
-            keep=keep,
+            checkpointing=checkpointing,
         )
         say(steps.describe())
         return steps

@@ -14,7 +14,7 @@ from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
 from lora.fast.captured import CapturedStep, decoder_logits
-from lora.fast.llama.blocks import Keep
+from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.step import MERGE_BELOW_WIDTH, FastStep, trains_all_weights
 from lora.fast.transformers_models import transformers_logits, why_masked
 from lora.kernels.step.jit import HAS_TRITON
@@ -139,7 +139,7 @@ class FastStepRunner(DeviceStepRunner):
         weight_decay: float,
         max_grad_norm: float,
         seed: int,
-        keep: Keep | None = None,
+        checkpointing: ActivationCheckpointing | None = None,
     ) -> None:
         self.step = FastStep(
             model,
@@ -148,7 +148,7 @@ class FastStepRunner(DeviceStepRunner):
             weight_decay=weight_decay,
             max_grad_norm=max_grad_norm,
             seed=seed,
-            keep=keep,
+            checkpointing=checkpointing,
         )
         super().__init__(model, self.step, choice, _about_fast(self.step, choice))
 

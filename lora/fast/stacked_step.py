@@ -9,7 +9,7 @@ import torch
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.fast.llama.network import FastNetwork
-from lora.fast.step import MERGE_BELOW_WIDTH, WrittenStep
+from lora.fast.step import MERGE_BELOW_WIDTH, HandWrittenStep
 from lora.fast.weights.stacked_flat import StackedFlat
 from lora.fast.weights.stacked_update import StackedUpdate
 from lora.kernels.step.attention import BLOCK_KEYS
@@ -17,7 +17,7 @@ from lora.kernels.step.ops import Ops
 from lora.stacked.apply import StackedAdapters
 
 
-class StackedFastStep(WrittenStep):
+class StackedFastStep(HandWrittenStep):
     """Trains the adapters of `stacked`, all at once, on batches (K·B, T), adapter 0's rows first.
 
     Args:

@@ -18,11 +18,11 @@ from lora.data.sequences.batches import IGNORE, Batch
 from lora.decoder.decoder import Decoder
 from lora.decoder.quantised import has_fp8_base
 from lora.fast.graphs import Graphs
-from lora.fast.llama.blocks import Keep
 from lora.fast.llama.buffers import Buffers, Inputs
+from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.llama.network import FastNetwork
 from lora.fast.llama.passes import FastPass
-from lora.fast.weights.adapted import Masks
+from lora.fast.weights.adapted import DropoutMasks
 from lora.fast.weights.flat import FlatParameters
 from lora.fast.weights.update import FlatUpdate
 from lora.kernels.step.ops import Ops
@@ -35,7 +35,7 @@ CAPTURE_BELOW_TOKENS = 2**15
 """Larger micro-batches take seconds where models are large: rehearsals cost more than launches."""
 
 
-class Ending(Protocol):
+class OptimizerUpdate(Protocol):
     """How a step ends: loss and tokens counted, what trains brought up to date."""
 
     report: Tensor
@@ -43,7 +43,7 @@ class Ending(Protocol):
     is_live: Tensor
     """(), bool: false while a step is only rehearsed, which changes nothing."""
 
-    def set_rate(self, rate: Any) -> None:
+    def set_learning_rate(self, rate: Any) -> None:
         """Take the next step at this rate, or at one for each adapter."""
 
     def count_tokens(self, losses: Tensor, is_learned: Tensor, *, first: bool) -> None:
@@ -53,7 +53,7 @@ class Ending(Protocol):
         """Bring what trains up to date with its gradients."""
 
 
-class WrittenStep:
+class HandWrittenStep:
     """What the fast steps share: a batch is put in place, forward and backward run, an update ends.
 
     Args:
@@ -68,12 +68,17 @@ class WrittenStep:
         model: Decoder,
         ops: Ops,
         network: FastNetwork,
-        update: Ending,
-        keep: Keep | None = None,
+        update: OptimizerUpdate,
+        checkpointing: ActivationCheckpointing | None = None,
     ) -> None:
-        self.model, self.ops, self.network, self.keep = model, ops, network, keep or Keep()
+        self.model, self.ops, self.network, self.checkpointing = (
+            model,
+            ops,
+            network,
+            checkpointing or ActivationCheckpointing(),
+        )
         self.device = update.is_live.device
-        self.ending = update
+        self.optimizer_update = update
         self.report = update.report
         self.graphs = Graphs(self.device, update.is_live)
         self.buffers: Buffers | None = None
@@ -86,7 +91,7 @@ class WrittenStep:
         All batches of a run have one shape (B, T). On a GPU this returns before the step is done.
         """
         self._make_room(batches[0])
-        self.ending.set_rate(rate)
+        self.optimizer_update.set_learning_rate(rate)
         for place, batch in enumerate(batches):
             key = self._put(batch)
             self._draw(number, place)
@@ -110,7 +115,7 @@ class WrittenStep:
         self.buffers = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what lay in pieces is no use to the buffers, nor to a graph
-        self.buffers = self.network.buffers(rows, tokens, self.keep)
+        self.buffers = self.network.buffers(rows, tokens, self.checkpointing)
         ids, labels, positions = torch.zeros(
             3, rows * tokens, dtype=torch.int64, device=self.device
         ).unbind()
@@ -156,34 +161,34 @@ class WrittenStep:
         self._update()
 
     def _micro(self, key: tuple[bool, int], *, first: bool) -> None:
-        inputs, kept = cast(Inputs, self.inputs), cast(Buffers, self.buffers)
-        step = FastPass(self.network, inputs, kept, packed=key[0])
+        inputs, buffers = cast(Inputs, self.inputs), cast(Buffers, self.buffers)
+        step = FastPass(self.network, inputs, buffers, packed=key[0])
         step.run()
-        self._learn_head(inputs.labels, kept, first)
-        step.backward(kept.hidden, first=first)
+        self._learn_head(inputs.labels, buffers, first)
+        step.backward(buffers.hidden, first=first)
 
-    def _learn_head(self, labels: Tensor, kept: Buffers, first: bool) -> None:
-        """Changes `kept.hidden` in place: the gradient of `kept.final`; sums the loss."""
+    def _learn_head(self, labels: Tensor, buffers: Buffers, first: bool) -> None:
+        """Changes `buffers.hidden` in place: the gradient of `buffers.final`; sums the loss."""
         head = self.network.head
-        weight, chunk = head.tensors[0], len(kept.logits)
-        for start in range(0, kept.n_tokens, chunk):
-            part = slice(start, min(start + chunk, kept.n_tokens))
-            hidden, logits = kept.final[part], kept.logits[: part.stop - part.start]
+        weight, chunk = head.tensors[0], len(buffers.logits)
+        for start in range(0, buffers.n_tokens, chunk):
+            part = slice(start, min(start + chunk, buffers.n_tokens))
+            hidden, logits = buffers.final[part], buffers.logits[: part.stop - part.start]
             torch.mm(hidden, weight.T, out=logits)
-            self.ops.token_loss(logits, labels[part], kept.losses[part])
-            torch.mm(logits, weight, out=kept.hidden[part])
+            self.ops.token_loss(logits, labels[part], buffers.losses[part])
+            torch.mm(logits, weight, out=buffers.hidden[part])
             if head.slot is not None:
                 gradient, target = logits.T @ hidden, head.slot.gradients[0]
                 begins = first and start == 0
                 target.copy_(gradient) if begins else target.add_(gradient)
-        self.ending.count_tokens(kept.losses, labels != IGNORE, first=first)
+        self.optimizer_update.count_tokens(buffers.losses, labels != IGNORE, first=first)
 
     def _update(self) -> None:
-        self.ending.run()
+        self.optimizer_update.run()
         self.network.refresh()
 
 
-class FastStep(WrittenStep):
+class FastStep(HandWrittenStep):
     """Trains `model` on batches of one shape.
 
     Args:
@@ -210,7 +215,7 @@ class FastStep(WrittenStep):
         seed: int = 0,
         merges: bool | None = None,
         own_attention: bool | None = None,
-        keep: Keep | None = None,
+        checkpointing: ActivationCheckpointing | None = None,
     ) -> None:
         self.seed = seed
         device = next(model.parameters()).device
@@ -236,7 +241,7 @@ class FastStep(WrittenStep):
             self.flat, ops.adamw, weight_decay=weight_decay, max_grad_norm=max_grad_norm
         )
         self.taken_steps = self.update.taken_steps
-        super().__init__(model, ops, network, self.update, keep)
+        super().__init__(model, ops, network, self.update, checkpointing)
 
     def adopt_moments(self, optimizer: torch.optim.Optimizer) -> None:
         """Changes `optimizer` in place: its state becomes views of the fast step's.
@@ -252,10 +257,10 @@ class FastStep(WrittenStep):
             self.masks.seed.fill_(_mask_seed(self.seed, number, place))
 
 
-def _find_masks(model: Decoder, device: torch.device) -> Masks | None:
+def _find_masks(model: Decoder, device: torch.device) -> DropoutMasks | None:
     layers = [m for m in model.modules() if isinstance(m, LoRALayer)]
     shares = {m.dropout.p for m in layers if isinstance(m.dropout, nn.Dropout)}
-    return Masks(shares.pop(), device) if shares else None
+    return DropoutMasks(shares.pop(), device) if shares else None
 
 
 def _staged(source: Tensor, device: torch.device) -> Tensor:

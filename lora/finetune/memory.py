@@ -11,8 +11,8 @@ from lora.data.prepare import PreparedData
 from lora.decoder.families import decoder_config
 from lora.device import DeviceChoice, available_bytes
 from lora.errors import ConfigError
-from lora.fast.llama.blocks import Keep
-from lora.fast.memory.fast_step import ROOM_FRACTION
+from lora.fast.llama.checkpointing import ActivationCheckpointing
+from lora.fast.memory.fast_step import USABLE_MEMORY_FRACTION
 from lora.fast.memory.plan import MemoryPlan, Setting, plan_memory
 from lora.pretrained.hf_weights import read_config
 from lora.training.out_of_memory import describe_parts
@@ -58,17 +58,17 @@ def plan_run(
     *,
     fast: bool,
     memory: MemoryConfig,
-    keep: Keep | None = None,
+    checkpointing: ActivationCheckpointing | None = None,
     fp8: bool = False,
 ) -> MemoryPlan:
     """Return the plan of a run on these data; the process holds what it holds without a model.
 
-    `keep` is what a resumed run kept of its blocks when it began. Raises ConfigError for a memory
-    mode of a step that has none.
+    `checkpointing` is what a resumed run began with. Raises ConfigError for a memory mode that the
+    run's step does not have.
     """
     if memory.memory_gb is None:
         free = available_bytes(choice.device.type)
-        room_gb = None if free is None else ROOM_FRACTION * free / 1e9
+        room_gb = None if free is None else USABLE_MEMORY_FRACTION * free / 1e9
         memory = replace(memory, memory_gb=room_gb)
     rows = data.train
     n_tokens = len(rows) * rows.sequence_length
@@ -84,7 +84,7 @@ def plan_run(
         learned_fraction=rows.n_target_tokens / max(1, n_tokens),
         fast=fast,
         memory=memory,
-        keep=keep,
+        checkpointing=checkpointing,
         fp8=fp8,
     )
     plan = plan_memory(setting)

@@ -25,7 +25,7 @@ from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice, choose_device, deterministic_algorithms
 from lora.errors import CheckpointError
 from lora.fast.choose import choose_steps
-from lora.fast.llama.blocks import Keep
+from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.memory.plan import MemoryPlan
 from lora.finetune.job import FinetuneJob, FinetuneResult, check_base_dtype, describe_job
 from lora.finetune.loop_inputs import find_tensorboard, training_job
@@ -94,8 +94,8 @@ def _finetune(
         described["base_dtype"] = job.base_dtype
     described["data"]["warnings"] = report.warnings
     described["base_fingerprint"] = fingerprint
-    if memory_plan.keep is not None:
-        described["kept_of_blocks"] = asdict(memory_plan.keep)
+    if memory_plan.checkpointing is not None:
+        described["kept_of_blocks"] = memory_plan.checkpointing.to_record()
     if job.deterministic:
         described["deterministic"] = True
         progress.message(
@@ -103,8 +103,10 @@ def _finetune(
         )
     with explained(lambda: f"while the step was prepared. {planned}. {_advice(job, memory_plan)}"):
         fast = job.run.fast and not job.deterministic
-        keep = memory_plan.keep
-        steps = choose_steps(model, choice, job.train, fast=fast, keep=keep, say=progress.message)
+        checkpointing = memory_plan.checkpointing
+        steps = choose_steps(
+            model, choice, job.train, fast=fast, checkpointing=checkpointing, say=progress.message
+        )
     with create_run(job.run.out, name, resume=job.resume, described=described) as run:
         if run.note:
             progress.message(run.note)
@@ -151,7 +153,7 @@ def _plan(
 ) -> MemoryPlan:
     lora = job.lora if job.from_adapter is None else read_adapter_config(job.from_adapter)
     fast = job.run.fast and not job.deterministic
-    keep = _kept_before(job)
+    checkpointing = _kept_before(job)
     return plan_run(
         source.folder,
         lora,
@@ -160,7 +162,7 @@ def _plan(
         choice,
         fast=fast,
         memory=job.memory,
-        keep=keep,
+        checkpointing=checkpointing,
         fp8=job.base_dtype == "fp8",
     )
 
@@ -170,14 +172,14 @@ def _advice(job: FinetuneJob, plan: MemoryPlan) -> str:
     return advise(plan, job.train, has_lora=has_lora)
 
 
-def _kept_before(job: FinetuneJob) -> Keep | None:
+def _kept_before(job: FinetuneJob) -> ActivationCheckpointing | None:
     """Return what a resumed run kept of its blocks: kept otherwise, they would round otherwise."""
     path = job.run.out / str(job.run.name) / "run.json"
     if not job.resume or not path.is_file():  # `create_run` says what is there, and what is not
         return None
     with reading(path):
         kept = read_json(path).get("kept_of_blocks")
-        return None if kept is None else Keep(**kept)
+        return None if kept is None else ActivationCheckpointing.from_record(kept)
 
 
 def _tokenizer_folder(job: FinetuneJob, model_folder: Path) -> Path:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.kernels.products import product, round_rows
+from lora.kernels.matmul import matmul_nt, round_rows
 
 IGNORE = -100
 """Label of a row that is not learned."""
@@ -115,7 +115,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 def _chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss (), exp(logits − max) (n, V) and its sum over V (n, 1), all fp32 or wider."""
-    logits = product(hidden, weight).to(_wide(hidden))  # (n, V)
+    logits = matmul_nt(hidden, weight).to(_wide(hidden))  # (n, V)
     logits -= logits.amax(1, keepdim=True)
     of_label = logits.gather(1, labels[:, None])  # (n, 1)
     powers = logits.exp_()
@@ -137,7 +137,7 @@ def _learn_chunk(
     loss, powers, total = _chunk_loss(hidden, weight, labels)
     powers = powers.to(weight.dtype)
     if grad_hidden is not None:
-        grad = product(powers, weight.T).to(total.dtype).div_(total)  # (n, C)
+        grad = matmul_nt(powers, weight.T).to(total.dtype).div_(total)  # (n, C)
         grad_hidden.copy_(grad.sub_(weight.index_select(0, labels)))
     if grad_weight is not None:
         wide = hidden.to(total.dtype)
@@ -160,12 +160,12 @@ def _learn_columns(hidden: Tensor, weight: Tensor, labels: Tensor, grad_hidden: 
     total = torch.zeros_like(largest)
     grad = torch.zeros_like(hidden, dtype=wide)
     for part in weight.split(CHUNK_COLUMNS):
-        logits = product(hidden, part).to(wide)  # (n, columns)
+        logits = matmul_nt(hidden, part).to(wide)  # (n, columns)
         above = torch.maximum(largest, logits.amax(1, keepdim=True))  # (n, 1)
         shrink = (largest - above).exp_()
         powers = logits.sub_(above).exp_()
         total.mul_(shrink).add_(powers.sum(1, keepdim=True))
-        grad.mul_(shrink).add_(product(powers.to(weight.dtype), part.T))
+        grad.mul_(shrink).add_(matmul_nt(powers.to(weight.dtype), part.T))
         largest = above
     grad_hidden.copy_(grad.div_(total)[:n].sub_(own_weight))
     return (total.log_().add_(largest)[:n] - own).sum()

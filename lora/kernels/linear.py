@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.kernels.products import product, transposed_product
+from lora.kernels.matmul import matmul_nt, matmul_tn
 
 
 def plain_lora_linear(
@@ -49,12 +49,12 @@ class _LoRALinear(torch.autograd.Function):
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # (N, I)
         ctx.merges = merges(flat, weight)
-        low = product(flat, a).mul_(scaling)  # (N, R)
+        low = matmul_nt(flat, a).mul_(scaling)  # (N, R)
         if ctx.merges:
             weight = torch.addmm(weight, b, a, alpha=scaling)  # (O, I)
-            y = product(flat, weight, bias)  # (N, O)
+            y = matmul_nt(flat, weight, bias)  # (N, O)
         else:
-            y = product(flat, weight, bias).addmm_(low, b.T)  # (N, O)
+            y = matmul_nt(flat, weight, bias).addmm_(low, b.T)  # (N, O)
         ctx.save_for_backward(flat, low, weight, a, b)
         ctx.scaling = scaling
         return y.view(*x.shape[:-1], weight.shape[0])  # (..., O)
@@ -64,20 +64,20 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         flat, low, weight, a, b = ctx.saved_tensors
         dy = grads[0].reshape(-1, weight.shape[0])  # (N, O)
-        dlow = product(dy, b.T).mul_(ctx.scaling)  # (N, R)
+        dlow = matmul_nt(dy, b.T).mul_(ctx.scaling)  # (N, R)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = product(dy, weight.T)  # (N, I)
+            dx = matmul_nt(dy, weight.T)  # (N, I)
             if not ctx.merges:
                 dx.addmm_(dlow, a)
             dx = dx.view(*grads[0].shape[:-1], weight.shape[1])  # (..., I)
-        da = transposed_product(dlow, flat)  # (R, I)
-        db = transposed_product(low, dy).T  # (O, R); dyᵀ low is several times slower on a CPU
+        da = matmul_tn(dlow, flat)  # (R, I)
+        db = matmul_tn(low, dy).T  # (O, R); dyᵀ low is several times slower on a CPU
         return dx, None, None, da, db, None
 
 
 @dataclass(frozen=True)
-class Adapted:
+class AdaptedLinear:
     """A linear with LoRA; shapes as in `plain_lora_linear`."""
 
     weight: Tensor
@@ -87,7 +87,7 @@ class Adapted:
     scaling: float
 
 
-def lora_linears(x: Tensor, layers: Sequence[Adapted]) -> list[Tensor]:
+def lora_linears(x: Tensor, layers: Sequence[AdaptedLinear]) -> list[Tensor]:
     """Return what `lora_linear` returns for each of the layers, which all read x (..., I).
 
     x meets all A at once, and so do the gradients: below rank 16 a product with three of them
@@ -109,14 +109,14 @@ class _LoRALinears(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])  # (N, I)
         parts = cast("tuple[Tensor, ...]", all_a)
         a = torch.cat(parts)  # (all R, I)
-        lows = product(flat, a).split([len(part) for part in parts], 1)  # each (N, R)
+        lows = matmul_nt(flat, a).split([len(part) for part in parts], 1)  # each (N, R)
         outputs = []
         for weight, bias, b, low, scaling in zip(
             weights, biases, all_b, lows, scalings, strict=True
         ):
             assert weight is not None
             assert b is not None
-            y = product(flat, weight, bias).addmm_(low, b.T, alpha=scaling)  # (N, O)
+            y = matmul_nt(flat, weight, bias).addmm_(low, b.T, alpha=scaling)  # (N, O)
             outputs.append(y.view(*x.shape[:-1], -1))
         ctx.save_for_backward(flat, a, *lows, *weights, *all_b)
         ctx.scalings = scalings
@@ -130,18 +130,19 @@ class _LoRALinears(torch.autograd.Function):
         lows, weights, all_b = saved[:count], saved[count : 2 * count], saved[2 * count :]
         dys = [dy.reshape(len(flat), -1) for dy in grads]  # each (N, O)
         dlow = torch.cat(
-            [product(dy, b.T).mul_(s) for dy, b, s in zip(dys, all_b, ctx.scalings, strict=True)], 1
+            [matmul_nt(dy, b.T).mul_(s) for dy, b, s in zip(dys, all_b, ctx.scalings, strict=True)],
+            1,
         )  # (N, all R)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = product(dys[0], weights[0].T)  # (N, I)
+            dx = matmul_nt(dys[0], weights[0].T)  # (N, I)
             for dy, weight in zip(dys[1:], weights[1:], strict=True):
-                dx += product(dy, weight.T)
+                dx += matmul_nt(dy, weight.T)
             dx = dx.addmm_(dlow, a).view(*grads[0].shape[:-1], -1)  # (..., I)
-        all_da = transposed_product(dlow, flat).split([low.shape[1] for low in lows])  # (R, I)
+        all_da = matmul_tn(dlow, flat).split([low.shape[1] for low in lows])  # (R, I)
         found: list[Tensor | None] = [dx, None]
         for dy, low, da, scaling in zip(dys, lows, all_da, ctx.scalings, strict=True):
-            db = transposed_product(low, dy).T.mul_(scaling)  # (O, R)
+            db = matmul_tn(low, dy).T.mul_(scaling)  # (O, R)
             found += [None, None, da, db]
         return tuple(found)
 

@@ -8,12 +8,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lora.kernels.linear import Adapted, lora_linear, lora_linears
-from lora.kernels.together import Joinable
+from lora.kernels.linear import AdaptedLinear, lora_linear, lora_linears
+from lora.kernels.shared_input import SharedInputLinear
 from lora.lora_module import LoRALinear
 
 
-class FusedLoRALinear(LoRALinear, Joinable):
+class FusedLoRALinear(LoRALinear, SharedInputLinear):
     """LoRALinear without dropout as one autograd operation, for weights in fp32 or fp64.
 
     Agrees with LoRALinear within 1e-5 in fp32, outputs and gradients (‖difference‖/‖reference‖).
@@ -25,8 +25,8 @@ class FusedLoRALinear(LoRALinear, Joinable):
             return super().forward(x)
         return lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling)
 
-    def join(self, layers: Sequence[Joinable], x: Tensor) -> list[Tensor]:
+    def forward_all(self, layers: Sequence[SharedInputLinear], x: Tensor) -> list[Tensor]:
         members = cast("Sequence[FusedLoRALinear]", layers)
         return lora_linears(
-            x, [Adapted(m.weight, m.bias, m.lora_A, m.lora_B, m.scaling) for m in members]
+            x, [AdaptedLinear(m.weight, m.bias, m.lora_A, m.lora_B, m.scaling) for m in members]
         )

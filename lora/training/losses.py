@@ -15,7 +15,7 @@ from lora.data.sequences.batches import IGNORE, Batch
 from lora.decoder.decoder import Decoder
 from lora.errors import DataError, ModelError
 from lora.kernels.cross_entropy import linear_cross_entropy
-from lora.kernels.rows_cross_entropy import rows_cross_entropy
+from lora.kernels.trained_rows_cross_entropy import trained_rows_cross_entropy
 from lora.layers.trainable_tokens import TrainableTokensLinear
 from lora.lora_module import LoRALayer
 
@@ -33,7 +33,7 @@ def trainable_tokens_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tenso
     """Of our decoders whose head has rows that train: the logits are never held all at once."""
     decoder = cast(Decoder, model)
     head = cast(TrainableTokensLinear, decoder.output_head())
-    loss, n_tokens = rows_cross_entropy(
+    loss, n_tokens = trained_rows_cross_entropy(
         _hidden(decoder, batch), head.weight, head.token_rows, head.columns, batch.labels.flatten()
     )
     return loss[None], n_tokens[None]

@@ -89,8 +89,8 @@ def test_steps_are_the_plain_ones(
 ) -> None:
     sizes, settings = CASES[name]
     n_micro = 2 if packed else 1
-    monkeypatch.setattr(buffers, "KEPT_ACTIVATIONS_BYTES", 1e9 if packed else 0)
-    monkeypatch.setattr(buffers, "LOGITS_ELEMENTS", 97 * 20)  # the head in parts
+    monkeypatch.setattr(buffers, "MAX_STORED_SWIGLU_BYTES", 1e9 if packed else 0)
+    monkeypatch.setattr(buffers, "MAX_LOGITS_ELEMENTS", 97 * 20)  # the head in parts
     adapters = configs(**settings)
     plain = tiny_decoder(**sizes)
     fast = copy.deepcopy(plain)

@@ -64,8 +64,8 @@ def test_steps_are_the_plain_ones(
 ) -> None:
     sizes, settings = CASES[name]
     n_micro = 2 if packed else 1
-    monkeypatch.setattr(buffers, "KEPT_ACTIVATIONS_BYTES", 1e9 if merges else 0)
-    monkeypatch.setattr(buffers, "LOGITS_ELEMENTS", 97 * 20)  # the head in two parts
+    monkeypatch.setattr(buffers, "MAX_STORED_SWIGLU_BYTES", 1e9 if merges else 0)
+    monkeypatch.setattr(buffers, "MAX_LOGITS_ELEMENTS", 97 * 20)  # the head in two parts
     plain = adapt(tiny_decoder(**sizes), settings)
     fast = copy.deepcopy(plain)
     frozen = {n: p.detach().clone() for n, p in plain.named_parameters() if not p.requires_grad}

@@ -25,7 +25,7 @@ from lora.decoder.quantised import Fp8Linear, has_fp8_base, use_fp8_linears
 from lora.device import choose_device
 from lora.fast.choose import why_not_fast, why_not_fp8
 from lora.fast.llama import buffers
-from lora.fast.llama.blocks import MODES
+from lora.fast.llama.checkpointing import MODES
 from lora.fast.step import FastStep
 from lora.finetune import FinetuneJob, finetune
 from lora.kernels.step.jit import HAS_TRITON
@@ -48,11 +48,11 @@ PLAIN_ROWS = replace(
     swiglu=PLAIN.swiglu,
     swiglu_backward=PLAIN.swiglu_backward,
     quantise_rows=PLAIN.quantise_rows,
-    scaled_product=PLAIN.scaled_product,
-    turn_codes=PLAIN.turn_codes,
+    scaled_matmul=PLAIN.scaled_matmul,
+    transpose_codes=PLAIN.transpose_codes,
 )
 """The fast step's operations, with the plain twins of all that has to do with eight bits."""
-EXACT = replace(PLAIN, code_type=torch.float32)
+EXACT = replace(PLAIN, fp8_dtype=torch.float32)
 """Rows that nothing rounds."""
 
 
@@ -116,10 +116,10 @@ def test_the_device_is_as_near_to_rows_not_rounded_as_plain_operations(
     """Device and plain twin cannot be near each other: what differs by 1e-4 before a value is
     rounded puts codes on either side of an edge, which moves gradients by as much as rounding does.
     """
-    monkeypatch.setattr(buffers, "PART_TOKENS", 256)
+    monkeypatch.setattr(buffers, "FEED_FORWARD_CHUNK_TOKENS", 256)
     model = build()
-    fast = FastStep(copy.deepcopy(model), TRITON, torch.bfloat16, keep=MODES[mode])
-    plain = FastStep(copy.deepcopy(model), PLAIN_ROWS, torch.bfloat16, keep=MODES[mode])
+    fast = FastStep(copy.deepcopy(model), TRITON, torch.bfloat16, checkpointing=MODES[mode])
+    plain = FastStep(copy.deepcopy(model), PLAIN_ROWS, torch.bfloat16, checkpointing=MODES[mode])
     exact = FastStep(copy.deepcopy(model), EXACT, torch.float32)
     batches = batch(packed=packed)
     for step in (fast, plain, exact):

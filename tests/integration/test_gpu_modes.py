@@ -17,8 +17,8 @@ from lora.decoder.config import (
 )
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.fast import step
-from lora.fast.llama import blocks, buffers
-from lora.fast.llama.blocks import MODES, Keep
+from lora.fast.llama import buffers, checkpointing
+from lora.fast.llama.checkpointing import MODES, ActivationCheckpointing
 from lora.fast.memory.fast_step import FastPlan
 from lora.fast.step import FastStep
 from lora.kernels.step.jit import HAS_TRITON
@@ -33,10 +33,12 @@ pytestmark = [
 VOCABULARY, N_LAYERS = 1000, 8
 TOLERANCE = 0.01
 """Relative, a tensor: products in parts round otherwise than products at once."""
-KEEPS = {
-    **{name: keep for name, keep in MODES.items() if name != "none"},
-    "mixed": Keep(norms=False, gate_up=2, inner=5),
-    "full but attention of six": Keep(norms=False, gate_up=0, inner=2, attended=6),
+POLICIES = {
+    **{name: policy for name, policy in MODES.items() if name != "none"},
+    "mixed": ActivationCheckpointing(stores_norms=False, n_stored_gate_up=2, n_stored_qkv=5),
+    "full but attention of six": ActivationCheckpointing(
+        stores_norms=False, n_stored_gate_up=0, n_stored_qkv=2, n_stored_attention=6
+    ),
 }
 
 
@@ -75,9 +77,11 @@ def make_batch(rows: int, tokens: int, *, packed: bool) -> Batch:
     return Batch(ids, ids.roll(-1, 1), positions, documents)
 
 
-def gradients(batches: list[Batch], width: int, keep: Keep | None) -> tuple[FastStep, torch.Tensor]:
+def gradients(
+    batches: list[Batch], width: int, policy: ActivationCheckpointing | None
+) -> tuple[FastStep, torch.Tensor]:
     """Return the step and its gradients after three launches that change nothing."""
-    fast = FastStep(build(width), TRITON, torch.bfloat16, keep=keep)
+    fast = FastStep(build(width), TRITON, torch.bfloat16, checkpointing=policy)
     for number in (1, 2, 3):
         fast.launch(batches, 0.0, number)
     assert fast.graphs.why_not is None
@@ -87,12 +91,12 @@ def gradients(batches: list[Batch], width: int, keep: Keep | None) -> tuple[Fast
 @pytest.mark.parametrize("width", [512, 1024])  # merged, and in the products
 @pytest.mark.parametrize("packed", [True, False])
 def test_all_modes_are_mode_none(packed: bool, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(buffers, "PART_TOKENS", 160)
-    monkeypatch.setattr(blocks, "HOST_PIECE_BYTES", 10**5)
+    monkeypatch.setattr(buffers, "FEED_FORWARD_CHUNK_TOKENS", 160)
+    monkeypatch.setattr(checkpointing, "HOST_CHUNK_BYTES", 10**5)
     batches = [make_batch(2, 192, packed=packed), make_batch(2, 192, packed=False)]
     plain, expected = gradients(batches, width, None)
-    for name, keep in KEEPS.items():
-        fast, found = gradients(batches, width, keep)
+    for name, policy in POLICIES.items():
+        fast, found = gradients(batches, width, policy)
         assert fast.report[0].item() == pytest.approx(plain.report[0].item(), rel=1e-3), name
         for slot, other in zip(fast.flat.slots, plain.flat.slots, strict=True):
             apart = (slot.gradients - other.gradients).norm()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora.kernels.linear import Adapted, lora_linear, lora_linears, plain_lora_linear
+from lora.kernels.linear import AdaptedLinear, lora_linear, lora_linears, plain_lora_linear
 
 
 def relative(value: Tensor, reference: Tensor) -> float:
@@ -91,7 +91,7 @@ def test_linears_together_agree_with_each_alone(
     for together in (True, False):
         x, *trained = (tensor.clone().requires_grad_() for tensor in start)
         layers = [
-            Adapted(weight, bias, a, b, 0.5 + place)
+            AdaptedLinear(weight, bias, a, b, 0.5 + place)
             for place, ((weight, bias), a, b) in enumerate(
                 zip(frozen, trained[::2], trained[1::2], strict=True)
             )
@@ -106,7 +106,7 @@ def test_linears_together_agree_with_each_alone(
         assert relative(fast, plain) <= 1e-12
 
 
-def _values(layer: Adapted) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
+def _values(layer: AdaptedLinear) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
     return layer.weight, layer.bias, layer.a, layer.b, layer.scaling
 
 
@@ -125,7 +125,7 @@ def test_together_they_agree_in_fp32_at_a_usual_size() -> None:
     for together, dtype in ((True, torch.float32), (False, torch.float64)):
         leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in start]
         layers = [
-            Adapted(weight.to(dtype), None, a, b, 2.0)
+            AdaptedLinear(weight.to(dtype), None, a, b, 2.0)
             for weight, a, b in zip(frozen, leaves[1::2], leaves[2::2], strict=True)
         ]
         outputs = (

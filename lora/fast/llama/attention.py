@@ -19,7 +19,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Shape:
+class AttentionShape:
     """How N tokens are laid out, and who sees whom."""
 
     rows: int
@@ -29,13 +29,13 @@ class Shape:
 
 
 @dataclass
-class Saved:
+class SavedTensor:
     """A tensor that autograd saved for the way back."""
 
     tensor: Tensor
 
 
-class Attended:
+class AttentionGraph:
     """One block's attention, and the way back.
 
     Args:
@@ -45,7 +45,9 @@ class Attended:
         out: (N, H · D), takes the output's values; the graph reads them from there.
     """
 
-    def __init__(self, output: Tensor, inputs: Gradients, saved: list[Saved], out: Tensor) -> None:
+    def __init__(
+        self, output: Tensor, inputs: Gradients, saved: list[SavedTensor], out: Tensor
+    ) -> None:
         self._shape, self._inputs = output.shape, inputs
         self._edge = get_gradient_edge(output)  # holds the graph, and not the output
         heads = out.unflatten(1, (-1, output.shape[-1]))  # (N, H, D)
@@ -65,44 +67,46 @@ class Attended:
         return torch.autograd.grad(self._edge, self._inputs, d_result)  # type: ignore[return-value]
 
 
-def attend_rows(q: Tensor, k: Tensor, v: Tensor, shape: Shape, out: Tensor) -> Attended:
+def attend_unpacked(
+    q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, out: Tensor
+) -> AttentionGraph:
     """Attention where every row is one document without padding."""
     q, k, v = (_by_row(x, shape.rows).requires_grad_() for x in (q, k, v))
     shared = q.shape[1] != k.shape[1]
-    with torch.enable_grad(), _saving() as saved:
+    with torch.enable_grad(), _capture_saved() as saved:
         y = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=shape.scale, enable_gqa=shared
         )  # (B, H, T, D)
-    return Attended(y, (q, k, v), saved, out)
+    return AttentionGraph(y, (q, k, v), saved, out)
 
 
-def attend_documents(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, shape: Shape, out: Tensor
-) -> Attended:
+def attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, shape: AttentionShape, out: Tensor
+) -> AttentionGraph:
     """Attention within documents whose `bounds` (documents + 1,) lie on a GPU."""
     q, k, v = (x.data.requires_grad_() for x in (q, k, v))
     window = -1 if shape.window_tokens is None else shape.window_tokens - 1
-    with torch.enable_grad(), _saving() as saved:
+    with torch.enable_grad(), _capture_saved() as saved:
         y = torch.ops.aten._flash_attention_forward(
             q, k, v, bounds, bounds, shape.tokens, shape.tokens, 0.0, True, False,
             scale=shape.scale, window_size_left=window, window_size_right=0,
         )[0]  # (N, H, D)  # fmt: skip
-    return Attended(y, (q, k, v), saved, out)
+    return AttentionGraph(y, (q, k, v), saved, out)
 
 
-def attend_documents_plain(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, shape: Shape, out: Tensor
-) -> Attended:
-    """The plain twin of `attend_documents`: one document after the other."""
+def attend_packed_plain(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, shape: AttentionShape, out: Tensor
+) -> AttentionGraph:
+    """The plain twin of `attend_packed`: one document after the other."""
     q, k, v = (x.data.requires_grad_() for x in (q, k, v))
     sizes = [size for size in bounds.diff().tolist() if size]  # the room beyond the last is empty
-    with torch.enable_grad(), _saving() as saved:
+    with torch.enable_grad(), _capture_saved() as saved:
         parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
         y = torch.cat([_attend_document(*part, shape) for part in parts])  # (N, H, D)
-    return Attended(y, (q, k, v), saved, out)
+    return AttentionGraph(y, (q, k, v), saved, out)
 
 
-def _attend_document(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
+def _attend_document(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
     place = torch.arange(len(q), device=q.device)
     mask = place[:, None] >= place  # (n, n)
     if shape.window_tokens is not None:
@@ -115,12 +119,12 @@ def _attend_document(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
 
 
 @contextmanager
-def _saving() -> Iterator[list[Saved]]:
+def _capture_saved() -> Iterator[list[SavedTensor]]:
     """Within the block, what autograd saves can be replaced by tensors of the same values."""
-    saved: list[Saved] = []
+    saved: list[SavedTensor] = []
 
-    def pack(tensor: Tensor) -> Saved:
-        saved.append(Saved(tensor))
+    def pack(tensor: Tensor) -> SavedTensor:
+        saved.append(SavedTensor(tensor))
         return saved[-1]
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor):

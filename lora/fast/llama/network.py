@@ -17,12 +17,17 @@ from lora.decoder.decoder import Decoder, LlamaTrunk
 from lora.decoder.layers import GatedFeedForward, PreNormBlock
 from lora.decoder.quantised import has_fp8_base
 from lora.decoder.rope import Rope
-from lora.fast.llama.blocks import Keep
 from lora.fast.llama.buffers import Buffers, Widths
-from lora.fast.llama.fp8 import Codes, fp8_projection
-from lora.fast.weights.adapted import ApartProjection, Masks, MergedProjection, SplitProjection
+from lora.fast.llama.checkpointing import ActivationCheckpointing
+from lora.fast.llama.fp8 import Fp8Buffers, fp8_projection
+from lora.fast.weights.adapted import (
+    ConcatenatedLoRAProjection,
+    DropoutMasks,
+    MergedProjection,
+    SeparateLoRAProjection,
+)
 from lora.fast.weights.flat import FlatParameters
-from lora.fast.weights.norms_and_embeddings import Weights
+from lora.fast.weights.norms_and_embeddings import WeightGroup
 from lora.fast.weights.projections import FrozenProjection, FullProjection, Projection
 from lora.fast.weights.stacked_flat import StackedFlat
 from lora.fast.weights.stacked_projection import MergedStackedProjection, StackedProjection
@@ -50,13 +55,13 @@ class FastNetwork:
         *,
         trains_all: bool,
         merges: bool,
-        masks: Masks | None = None,
+        masks: DropoutMasks | None = None,
         own_attention: bool | None = None,
     ) -> None:
         self.model, self.config, self.ops, self.dtype = model, model.config, ops, dtype
         self.trains_all, self.own_attention = trains_all, own_attention
         self.drops = masks is not None
-        self.codes = Codes(ops) if has_fp8_base(model) else None
+        self.codes = Fp8Buffers(ops) if has_fp8_base(model) else None
         trunk = cast(LlamaTrunk, model.trunk)
         blocks = [cast(PreNormBlock, block) for block in trunk.layers]
         heads = [block.self_attn for block in blocks]
@@ -74,10 +79,10 @@ class FastNetwork:
             if trains_all:
                 return FullProjection(parts, flat, dtype)
             if masks is not None:
-                return ApartProjection(parts, flat, dtype, ops, masks)
+                return SeparateLoRAProjection(parts, flat, dtype, ops, masks)
             if merges:
                 return MergedProjection(parts, flat, dtype, ops)
-            return SplitProjection(parts, flat, dtype)
+            return ConcatenatedLoRAProjection(parts, flat, dtype)
 
         self.qkv = project([[a.q_proj, a.k_proj, a.v_proj] for a in heads])
         self.output = project([[a.o_proj] for a in heads])
@@ -85,11 +90,11 @@ class FastNetwork:
         self.down = project([[f.down_proj] for f in feeds])
         self.projections = (self.qkv, self.output, self.gate_up, self.down)
         norms = [m for b in blocks for m in (b.input_layernorm, b.post_attention_layernorm)]
-        self.norms = Weights([*norms, trunk.norm], flat, dtype, trains=trains_all)
-        self.embedding = Weights([trunk.embed_tokens], flat, dtype, trains=trains_all)
+        self.norms = WeightGroup([*norms, trunk.norm], flat, dtype, trains=trains_all)
+        self.embedding = WeightGroup([trunk.embed_tokens], flat, dtype, trains=trains_all)
         self.head = self.embedding
         if not model.config.tie_word_embeddings:
-            self.head = Weights([model.lm_head], flat, dtype, trains=trains_all, decays=True)
+            self.head = WeightGroup([model.lm_head], flat, dtype, trains=trains_all, decays=True)
         self.weights = [self.norms, self.embedding]
         if self.head is not self.embedding:
             self.weights.append(self.head)
@@ -118,7 +123,9 @@ class FastNetwork:
         for weights in self.weights:
             weights.refresh()
 
-    def buffers(self, rows: int, tokens: int, keep: Keep | None = None) -> Buffers:
+    def buffers(
+        self, rows: int, tokens: int, checkpointing: ActivationCheckpointing | None = None
+    ) -> Buffers:
         """Return the tensors that a step over `rows` × `tokens` tokens writes."""
         self.prepare(tokens)
         if self.codes is not None:
@@ -134,7 +141,7 @@ class FastNetwork:
             vocabulary=sizes.vocab_size,
         )
         like = self.embedding.tensors[0]
-        kept = Buffers(
+        buffers = Buffers(
             self.qkv.n_layers,
             rows,
             tokens,
@@ -142,14 +149,14 @@ class FastNetwork:
             like,
             self.wide,
             first=self.first,
-            keep=keep,
+            checkpointing=checkpointing,
             in_parts=not self.drops,  # a mask belongs to all tokens of a batch
         )
         if self.owns_attention(tokens):
-            kept.add_attention(sizes.num_attention_heads, sizes.head_dim)
+            buffers.add_attention(sizes.num_attention_heads, sizes.head_dim)
         if self.codes is not None:
-            self.codes.allocate(kept, (self.qkv, self.output, self.gate_up, self.down))
-        return kept
+            self.codes.allocate(buffers, (self.qkv, self.output, self.gate_up, self.down))
+        return buffers
 
     @property
     def wide(self) -> torch.dtype:
@@ -180,23 +187,23 @@ class FastNetwork:
             for config, (cos, sin) in self.all_tables.items()
         }
 
-    def receive(self, kept: Buffers, *, first: bool) -> None:
+    def receive(self, buffers: Buffers, *, first: bool) -> None:
         """Put the gradients of all weights that wait for it into their slots, after the way back.
 
         Where blocks are made again, each has done so by itself.
         """
         layers = slice(self.first, self.qkv.n_layers)
-        if not kept.is_lean:
+        if not buffers.recomputes:
             pairs = (
-                (self.qkv, kept.attention_in, kept.qkv),
-                (self.output, kept.attended, kept.between),
-                (self.gate_up, kept.feed_in, kept.gate_up),
+                (self.qkv, buffers.attention_in, buffers.qkv),
+                (self.output, buffers.attention_out, buffers.mid_residual),
+                (self.gate_up, buffers.feed_forward_in, buffers.gate_up),
             )
             for projection, x, dy in pairs:
-                projection.receive(layers, x.kept, dy.kept, first=first)
-        if kept.keeps_activations:
-            dy_of_down = kept.before.kept[self.first + 1 :]
-            self.down.receive(layers, kept.activated.kept, dy_of_down, first=first)
+                projection.receive(layers, x.stored, dy.stored, first=first)
+        if buffers.stores_swiglu:
+            dy_of_down = buffers.residuals.stored[self.first + 1 :]
+            self.down.receive(layers, buffers.swiglu_out.stored, dy_of_down, first=first)
 
 
 def has_lora(module: nn.Module) -> bool:

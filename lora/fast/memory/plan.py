@@ -21,8 +21,8 @@ from lora.decoder.quantised import use_fp8_linears
 from lora.device import resident_bytes
 from lora.errors import ConfigError
 from lora.fast.choose import why_not_written
-from lora.fast.llama.blocks import Keep
-from lora.fast.memory.fast_step import CUBLAS_WORKSPACE_BYTES, FastPlan, fit_memory, fit_of
+from lora.fast.llama.checkpointing import ActivationCheckpointing
+from lora.fast.memory.fast_step import CUBLAS_WORKSPACE_BYTES, FastPlan, fit_memory, fit_with
 from lora.fast.memory.trace import StepMemory, trace_step
 from lora.lora_module import ParameterCounts, count_lora_parameters
 
@@ -55,7 +55,7 @@ class Setting:
     """Take the fastest step that can train the model; false: the plain one."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """What the fast step keeps; "auto" without `memory_gb` is "none"."""
-    keep: Keep | None = None
+    checkpointing: ActivationCheckpointing | None = None
     """The same, where it was decided before."""
     fp8: bool = False
     """Keep the frozen linears in eight bits."""
@@ -78,7 +78,7 @@ class MemoryPlan:
     other: int
     """Of the process: Python and its libraries, the allocator's slack; on a GPU its library's room,
     and an evaluation beside a graph that keeps its buffers."""
-    keep: Keep | None = None
+    checkpointing: ActivationCheckpointing | None = None
     """What the fast step keeps of its blocks."""
     reason: str = ""
     """The same in one line, and why."""
@@ -91,7 +91,10 @@ class MemoryPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as values that JSON holds."""
-        return {**asdict(self), "total": self.total}
+        record = {**asdict(self), "total": self.total}
+        del record["keep"]
+        record["keep"] = None if self.checkpointing is None else self.checkpointing.to_record()
+        return record
 
 
 def plan_memory(setting: Setting, base_bytes: int | None = None) -> MemoryPlan:
@@ -167,14 +170,19 @@ def _prepare(setting: Setting) -> Callable[[Decoder], nn.Module]:
 def _plan_fast(setting: Setting, model: Decoder, counts: ParameterCounts) -> MemoryPlan:
     plan = FastPlan(model, setting.rows, setting.tokens, packed=setting.packed)
     evaluation, gb = evaluation_bytes(setting), setting.memory.memory_gb
-    if setting.keep is not None:
-        fit = fit_of(plan, setting.keep, evaluation)
+    if setting.checkpointing is not None:
+        fit = fit_with(plan, setting.checkpointing, evaluation)
     else:
         room = None if gb is None else round(gb * 1e9)
         fit = fit_memory(plan, setting.memory.memory, room, evaluation)
     parts = {**vars(fit.memory), "other": fit.memory.other + evaluation}
     return MemoryPlan(
-        "fast", counts.trainable, counts.total, **parts, keep=fit.keep, reason=fit.reason
+        "fast",
+        counts.trainable,
+        counts.total,
+        **parts,
+        checkpointing=fit.checkpointing,
+        reason=fit.reason,
     )
 
 

@@ -1,11 +1,12 @@
-"""Projections with LoRA: three ways to put B·A beside W.
+"""Projections with LoRA: three ways to add B·A to W.
 
-- `SplitProjection` keeps LoRA's two matrices in the same tensor as W, [[W, s·B], [A, 0]]:
-  y = [x, x Aᵀ] [W, s·B]ᵀ and dx = [dy, s·dy B] [W; A] are one product each.
-- `MergedProjection` adds s·B·A to W once a step, for all blocks in one product: nothing small is
+- `ConcatenatedLoRAProjection` holds LoRA's two matrices in the same tensor as W:
+  [[W, s·B], [A, 0]]. Then y = [x, x Aᵀ] [W, s·B]ᵀ is one matmul, and so is
+  dx = [dy, s·dy B] [W; A].
+- `MergedProjection` adds s·B·A to W once a step, for all blocks in one matmul: no small matmul is
   left in the sequence of blocks. W' is rounded as the weights of mixed-precision training are.
-- `ApartProjection` keeps LoRA apart: for dropout on its inputs, and for weights in eight bits
-  (`lora.fast.llama.fp8`).
+- `SeparateLoRAProjection` computes LoRA in matmuls of its own: for dropout on its inputs, and for
+  fp8 weights (`lora.fast.llama.fp8`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ GROUP_BYTES = 1.2e9
 """Weights of one projection that are moved at once."""
 
 
-class Masks:
+class DropoutMasks:
     """Dropout's share, its seed on the device, and a number for every mask of a step."""
 
     def __init__(self, share: float, device: torch.device) -> None:
@@ -103,7 +104,7 @@ class _LoRAProjection(Projection):
                 target.add_(block * scale[layers])
 
 
-class SplitProjection(_LoRAProjection):
+class ConcatenatedLoRAProjection(_LoRAProjection):
     """LoRA's matrices in the same tensor as W: (O + R, I + R) a block.
 
     Blocks are moved in groups, so that the whole of a large base is never there twice.
@@ -194,7 +195,7 @@ class MergedProjection(_LoRAProjection):
         self.put(layers, x, dy, h, dh, first=first)
 
 
-class ApartProjection(_LoRAProjection):
+class SeparateLoRAProjection(_LoRAProjection):
     """LoRA apart from W: y = x Wᵀ, then y += (x Aᵀ) (s·B)ᵀ.
 
     With `masks` its inputs pass dropout; linears that share inputs share the mask.
@@ -206,7 +207,7 @@ class ApartProjection(_LoRAProjection):
         flat: FlatParameters,
         dtype: torch.dtype,
         ops: Ops,
-        masks: Masks | None,
+        masks: DropoutMasks | None,
     ) -> None:
         super().__init__(blocks, flat, dtype)
         self.ops, self.masks = ops, masks
@@ -221,11 +222,11 @@ class ApartProjection(_LoRAProjection):
         self.base = self.empty(self.n_layers, self.outputs, self.inputs)
         self.place(self.base)
 
-    def multiply_base(self, layer: int, x: Tensor, out: Tensor) -> None:
+    def base_forward(self, layer: int, x: Tensor, out: Tensor) -> None:
         """Changes `out` (N, O) in place: x Wᵀ and the bias, for x (N, I)."""
         self.multiply(layer, x, self.base[layer], out)
 
-    def multiply_back(self, layer: int, dy: Tensor, dx: Tensor) -> None:
+    def base_backward(self, layer: int, dy: Tensor, dx: Tensor) -> None:
         """Changes `dx` (N, I) in place: dy W, for dy (N, O)."""
         torch.mm(dy, self.base[layer], out=dx)
 
@@ -243,7 +244,7 @@ class ApartProjection(_LoRAProjection):
     def forward(self, layer: int, x: Tensor, out: Tensor) -> None:
         plain, h = x[:, : self.inputs], x[:, self.inputs :]
         torch.mm(self._dropped(layer, plain), self.a[layer].T, out=h)
-        self.multiply_base(layer, plain, out)
+        self.base_forward(layer, plain, out)
         out.addmm_(h, self.b[layer].T)
 
     def backward(self, layer: int, dy: Tensor, dx: Tensor | None) -> None:
@@ -251,7 +252,7 @@ class ApartProjection(_LoRAProjection):
         torch.mm(dy, self.b[layer], out=dh)
         if dx is None:
             return
-        self.multiply_back(layer, dy, dx)
+        self.base_backward(layer, dy, dx)
         if self.masks is None:
             dx.addmm_(dh, self.a[layer])
             return

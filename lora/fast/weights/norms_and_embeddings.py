@@ -11,7 +11,7 @@ from lora.fast.weights.flat import FlatParameters, Slot
 from lora.fast.weights.stacked_flat import StackedFlat
 
 
-class Weights:
+class WeightGroup:
     """Tensors of one shape and their modules: frozen or, where they train, in a slot.
 
     `name` is that of the parameter in its module, `share` what it takes of the learning rate.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.fast.weights.flat import FlatParameters, Slot
-from lora.kernels.step.fp8 import CodedRows
+from lora.kernels.step.fp8 import Fp8Rows
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,11 @@ class Projection:
     def refresh(self) -> None:
         """Bring what the products read up to date with the slots."""
 
-    def coded_inputs(self, x: Tensor) -> CodedRows | None:
+    def fp8_inputs(self, x: Tensor) -> Fp8Rows | None:
         """Return where the maker of `x` (N, I) also puts it in eight bits; None: nowhere."""
         return None
 
-    def coded_gradients(self, layer: int, dy: Tensor) -> CodedRows | None:
+    def fp8_gradients(self, layer: int, dy: Tensor) -> Fp8Rows | None:
         """Return where the maker of `dy` (N, O) also puts it in eight bits."""
         return None
 

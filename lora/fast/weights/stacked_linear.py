@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def stacked_product(
+def stacked_matmul(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from lora.fast.weights.flat import Slot
 from lora.fast.weights.projections import Member, Projection
 from lora.fast.weights.stacked_flat import StackedFlat
-from lora.fast.weights.stacked_linear import stacked_product
+from lora.fast.weights.stacked_linear import stacked_matmul
 from lora.kernels.step.ops import Ops
 from lora.stacked.layers import StackedLoRALinear
 
 RANK_STEP = 16
 """Columns for LoRA come in multiples of this, so that rows of every tensor stay aligned."""
-MADE_TOGETHER_ELEMENTS = 2**25
+MAX_GRADIENT_SCRATCH_ELEMENTS = 2**25
 """Gradients of A and B that are there twice, in the products' type beside the flat buffer."""
 
 
@@ -95,7 +95,7 @@ class StackedProjection(Projection):
     def forward(self, layer: int, x: Tensor, out: Tensor) -> None:
         x, low = x[:, : self.inputs], x[:, self.inputs :]
         bias = None if self.bias is None else self.bias[layer]
-        stacked_product(
+        stacked_matmul(
             self._each(x), self.base[layer].T, bias, self.a[layer].mT, self.b[layer].mT,
             self._each(low), self._each(out),
         )  # fmt: skip
@@ -105,7 +105,7 @@ class StackedProjection(Projection):
         if dx is None:
             torch.bmm(dy, self.b[layer], out=low)
             return
-        stacked_product(
+        stacked_matmul(
             dy, self.base[layer], None, self.b[layer], self.a[layer], low, self._each(dx)
         )
 
@@ -120,7 +120,7 @@ class StackedProjection(Projection):
     def layers_together(self) -> int:
         """Blocks whose gradients are made at once, before they go into the flat buffer."""
         each = self.n_adapters * self.width * (self.inputs + self.outputs)
-        return max(1, min(self.n_layers, MADE_TOGETHER_ELEMENTS // each))
+        return max(1, min(self.n_layers, MAX_GRADIENT_SCRATCH_ELEMENTS // each))
 
     def _receive(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
         x, dy = self._each(x.flatten(0, 1), len(x)), self._each(dy.flatten(0, 1), len(dy))

@@ -54,7 +54,7 @@ class StackedUpdate:
         self.report = torch.zeros(n, len(REPORT), dtype=torch.float32, device=device)
         """Loss, tokens, gradient's norm, whether it was taken, of each adapter, (K, 4)."""
 
-    def set_rate(self, rate: Sequence[float]) -> None:
+    def set_learning_rate(self, rate: Sequence[float]) -> None:
         """Take the next step at these rates, one for each adapter."""
         rates = torch.tensor(list(rate), dtype=torch.float32)
         if self.rates.is_cuda:

@@ -50,7 +50,7 @@ class FlatUpdate:
         self.n_learned = torch.zeros((), dtype=torch.int64, device=device)
         self.report = torch.zeros(len(REPORT), dtype=torch.float32, device=device)
 
-    def set_rate(self, rate: float) -> None:
+    def set_learning_rate(self, rate: float) -> None:
         """Take the next step at this rate."""
         self.rate.fill_(rate)
 

@@ -25,7 +25,7 @@ TILE = 64
 
 
 @dataclass(frozen=True)
-class CodedRows:
+class Fp8Rows:
     """Where the maker of rows (N, W) puts them in eight bits too."""
 
     codes: Tensor
@@ -40,7 +40,7 @@ class CodedRows:
         quantise_rows(x, self)
 
 
-def quantise_rows(x: Tensor, into: CodedRows) -> None:
+def quantise_rows(x: Tensor, into: Fp8Rows) -> None:
     """Changes `into` in place: the rows `x` (N, W) as codes with a scale each."""
     wide = torch.promote_types(x.dtype, torch.float32)
     values = x.to(wide) if into.factors is None else x.to(wide) * into.factors.to(wide)
@@ -53,8 +53,8 @@ def quantise_rows(x: Tensor, into: CodedRows) -> None:
     into.codes.copy_((values * (LARGEST / peak)).to(FP8))
 
 
-def scaled_product(
-    x: CodedRows, weight: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor
+def scaled_matmul(
+    x: Fp8Rows, weight: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor
 ) -> None:
     """Changes `out` (N, O) in place: the rows x (N, I) times weight (O, I), both codes.
 
@@ -65,10 +65,10 @@ def scaled_product(
     out.copy_(y if bias is None else y + bias.to(wide))
 
 
-def scaled_product_device(
-    x: CodedRows, weight: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor
+def scaled_matmul_device(
+    x: Fp8Rows, weight: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor
 ) -> None:
-    """The fast twin of `scaled_product`, cuBLASLt's: capability 9.0, I and O multiples of 16.
+    """The fast twin of `scaled_matmul`, cuBLASLt's: capability 9.0, I and O multiples of 16.
 
     Sums are those of the matrix units, 14 bits over 32 products each: agrees within 2e-3, beside
     `out`'s rounding to bf16.
@@ -79,7 +79,7 @@ def scaled_product_device(
     )  # fmt: skip
 
 
-def turn_codes(weight: Tensor, out: Tensor) -> None:
+def transpose_codes(weight: Tensor, out: Tensor) -> None:
     """Changes `out` (I, O) in place: `weight` (O, I) transposed."""
     out.copy_(weight.T)
 
@@ -113,12 +113,12 @@ def _quantise_kernel(
     store_codes(y, codes_at, scales + row, factors + columns, inside, HAS_FACTORS)
 
 
-def quantise_rows_triton(x: Tensor, into: CodedRows) -> None:
+def quantise_rows_triton(x: Tensor, into: Fp8Rows) -> None:
     """The fast twin of `quantise_rows`; on a GPU: the same scales, a code may be the next one."""
     rows, width = x.shape
     block = next_power_of_2(width)
     _quantise_kernel[(rows,)](
-        x, *code_tensors(into, x), row_stride(x), width,
+        x, *fp8_tensors(into, x), row_stride(x), width,
         HAS_FACTORS=into.factors is not None, BLOCK=block, num_warps=warps_of(block),
     )  # fmt: skip
 
@@ -133,8 +133,8 @@ def _turn_kernel(weight, out, rows, columns, TILE: tl.constexpr):
     tl.store(out + column[:, None] * rows + row[None, :], tl.trans(tile), mask=there)
 
 
-def turn_codes_triton(weight: Tensor, out: Tensor) -> None:
-    """The fast twin of `turn_codes`, for codes of eight bits; on a GPU: the same bytes."""
+def transpose_codes_triton(weight: Tensor, out: Tensor) -> None:
+    """The fast twin of `transpose_codes`, for codes of eight bits; on a GPU: the same bytes."""
     rows, columns = weight.shape
     grid = (-(-columns // TILE), -(-rows // TILE))
     as_bytes = weight.view(torch.uint8), out.view(torch.uint8)
@@ -146,7 +146,7 @@ def warps_of(block: int) -> int:
     return min(max(block // 512, 1), 16)
 
 
-def code_tensors(coded: CodedRows | None, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fp8_tensors(coded: Fp8Rows | None, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes, scales and factors for a kernel; `other` stands where it reads nothing."""
     if coded is None:
         return other, other, other

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora.kernels.step.fp8 import CodedRows, code_tensors, store_codes, warps_of
+from lora.kernels.step.fp8 import Fp8Rows, fp8_tensors, store_codes, warps_of
 from lora.kernels.step.jit import jit, next_power_of_2, row_stride, tl
 
 ROWS_A_PARTIAL = 64
@@ -24,7 +24,7 @@ def add_norm(
     total: Tensor,
     normed: Tensor,
     rstd: Tensor,
-    coded: CodedRows | None = None,
+    coded: Fp8Rows | None = None,
 ) -> None:
     """Changes `total`, `normed` (N, C) and `rstd` (N,) in place.
 
@@ -47,7 +47,7 @@ def norm_backward(
     weight: Tensor,
     d_residual: Tensor | None,
     out: Tensor,
-    coded: CodedRows | None = None,
+    coded: Fp8Rows | None = None,
 ) -> None:
     """Changes `out` (N, C) in place: the gradient that reaches x, with what passes beside the norm.
 
@@ -102,14 +102,14 @@ def add_norm_triton(
     total: Tensor,
     normed: Tensor,
     rstd: Tensor,
-    coded: CodedRows | None = None,
+    coded: Fp8Rows | None = None,
 ) -> None:
     """The fast twin of `add_norm`; bf16, on a GPU: agrees within one rounding of bf16."""
     rows, width = residual.shape
     block = next_power_of_2(width)
     other = residual if delta is None else delta
     _add_norm_kernel[(rows,)](
-        residual, other, weight, total, normed, rstd, *code_tensors(coded, rstd),
+        residual, other, weight, total, normed, rstd, *fp8_tensors(coded, rstd),
         row_stride(residual), row_stride(other), row_stride(total), row_stride(normed), width, eps,
         HAS_DELTA=delta is not None, CODES=coded is not None,
         HAS_FACTORS=coded is not None and coded.factors is not None,
@@ -150,14 +150,14 @@ def norm_backward_triton(
     weight: Tensor,
     d_residual: Tensor | None,
     out: Tensor,
-    coded: CodedRows | None = None,
+    coded: Fp8Rows | None = None,
 ) -> None:
     """The fast twin of `norm_backward`; bf16, on a GPU: agrees within one rounding of bf16."""
     rows, width = x.shape
     block = next_power_of_2(width)
     beside = x if d_residual is None else d_residual
     _norm_backward_kernel[(rows,)](
-        d_normed, x, rstd, weight, beside, out, *code_tensors(coded, rstd),
+        d_normed, x, rstd, weight, beside, out, *fp8_tensors(coded, rstd),
         row_stride(d_normed), row_stride(x), row_stride(beside), row_stride(out), width,
         HAS_RESIDUAL=d_residual is not None, CODES=coded is not None,
         HAS_FACTORS=coded is not None and coded.factors is not None,

@@ -43,9 +43,9 @@ class Ops:
     attend_backward: Callable[..., None]
     stacked_adamw: Callable[..., None]
     quantise_rows: Callable[..., None]
-    scaled_product: Callable[..., None]
-    turn_codes: Callable[..., None]
-    code_type: torch.dtype = fp8.FP8
+    scaled_matmul: Callable[..., None]
+    transpose_codes: Callable[..., None]
+    fp8_dtype: torch.dtype = fp8.FP8
     """Of rows in eight bits; a wide type rounds nothing, so that tests compare the rest in fp64."""
 
 
@@ -66,8 +66,8 @@ PLAIN = Ops(
     attend=attention.attend,
     attend_backward=attention.attend_backward,
     quantise_rows=fp8.quantise_rows,
-    scaled_product=fp8.scaled_product,
-    turn_codes=fp8.turn_codes,
+    scaled_matmul=fp8.scaled_matmul,
+    transpose_codes=fp8.transpose_codes,
     stacked_adamw=stacked_adamw.stacked_adamw,
 )
 
@@ -88,7 +88,7 @@ TRITON = Ops(
     attend=attention.attend_triton,
     attend_backward=attention.attend_backward_triton,
     quantise_rows=fp8.quantise_rows_triton,
-    scaled_product=fp8.scaled_product_device,
-    turn_codes=fp8.turn_codes_triton,
+    scaled_matmul=fp8.scaled_matmul_device,
+    transpose_codes=fp8.transpose_codes_triton,
     stacked_adamw=stacked_adamw.stacked_adamw_triton,
 )

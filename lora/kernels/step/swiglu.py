@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.kernels.step.fp8 import CodedRows, code_tensors, scale_of, store_codes, warps_of
+from lora.kernels.step.fp8 import Fp8Rows, fp8_tensors, scale_of, store_codes, warps_of
 from lora.kernels.step.jit import jit, next_power_of_2, row_stride, tl
 
 BLOCK_COLUMNS = 1024
 
 
-def swiglu(gate_up: Tensor, out: Tensor, coded: CodedRows | None = None) -> None:
+def swiglu(gate_up: Tensor, out: Tensor, coded: Fp8Rows | None = None) -> None:
     """Changes `out` (N, F) in place: silu(gate) · up of `gate_up` (N, 2F), gate first.
 
     `coded` takes `out` in eight bits.
@@ -30,7 +30,7 @@ def swiglu(gate_up: Tensor, out: Tensor, coded: CodedRows | None = None) -> None
 
 
 def swiglu_backward(
-    gate_up: Tensor, d_out: Tensor, out: Tensor | None, coded: CodedRows | None = None
+    gate_up: Tensor, d_out: Tensor, out: Tensor | None, coded: Fp8Rows | None = None
 ) -> None:
     """Changes `gate_up` (N, 2F) in place: it becomes its own gradient; `out` is made again.
 
@@ -78,13 +78,13 @@ def _swiglu_row_kernel(
     store_codes(wide, codes_at, scales + row, factors + columns, inside, HAS_FACTORS)
 
 
-def swiglu_triton(gate_up: Tensor, out: Tensor, coded: CodedRows | None = None) -> None:
+def swiglu_triton(gate_up: Tensor, out: Tensor, coded: Fp8Rows | None = None) -> None:
     """The fast twin of `swiglu`; bf16, on a GPU: agrees within one rounding of bf16."""
     rows, width = out.shape
     if coded is not None:
         block = next_power_of_2(width)
         _swiglu_row_kernel[(rows,)](
-            gate_up, out, *code_tensors(coded, out), row_stride(gate_up), row_stride(out), width,
+            gate_up, out, *fp8_tensors(coded, out), row_stride(gate_up), row_stride(out), width,
             HAS_FACTORS=coded.factors is not None, BLOCK=block, num_warps=warps_of(block),
         )  # fmt: skip
         return
@@ -153,7 +153,7 @@ def _swiglu_backward_row_kernel(
 
 
 def swiglu_backward_triton(
-    gate_up: Tensor, d_out: Tensor, out: Tensor | None, coded: CodedRows | None = None
+    gate_up: Tensor, d_out: Tensor, out: Tensor | None, coded: Fp8Rows | None = None
 ) -> None:
     """The fast twin of `swiglu_backward`; bf16, on a GPU: within one rounding of bf16."""
     rows, width = d_out.shape
@@ -161,7 +161,7 @@ def swiglu_backward_triton(
     if coded is not None:
         block = next_power_of_2(width)
         _swiglu_backward_row_kernel[(rows,)](
-            gate_up, d_out, kept, *code_tensors(coded, d_out),
+            gate_up, d_out, kept, *fp8_tensors(coded, d_out),
             row_stride(gate_up), row_stride(d_out), row_stride(kept), width,
             KEEPS_OUT=out is not None, HAS_FACTORS=coded.factors is not None,
             BLOCK=block, num_warps=warps_of(block),

@@ -16,8 +16,8 @@ from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.decoder.quantised import Fp8Linear, Fp8Weight, use_fp8_linears
 from lora.fast.llama import buffers
-from lora.fast.llama.blocks import MODES
-from lora.fast.llama.fp8 import PassingRows
+from lora.fast.llama.checkpointing import MODES
+from lora.fast.llama.fp8 import Fp8ScratchRows
 from lora.fast.memory.fast_step import fast_memory
 from lora.fast.step import FastStep
 from lora.kernels.step.fp8 import FP8
@@ -26,7 +26,7 @@ from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer, set_rate
 from lora.training.plain_step import train_step
 
-EXACT = replace(PLAIN, code_type=torch.float64)
+EXACT = replace(PLAIN, fp8_dtype=torch.float64)
 """Rows that nothing rounds: what is left is the way through the network."""
 RATES = (1e-2, 2e-2, 5e-3)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -71,13 +71,13 @@ def test_steps_are_the_plain_ones_where_rows_are_not_rounded(
 ) -> None:
     sizes, settings = CASES[name]
     again = mode.endswith("made again")
-    monkeypatch.setattr(buffers, "KEPT_ACTIVATIONS_BYTES", 0 if again else 1e9)
-    monkeypatch.setattr(buffers, "PART_TOKENS", 20)
-    keep = MODES.get(mode)
+    monkeypatch.setattr(buffers, "MAX_STORED_SWIGLU_BYTES", 0 if again else 1e9)
+    monkeypatch.setattr(buffers, "FEED_FORWARD_CHUNK_TOKENS", 20)
+    checkpointing = MODES.get(mode)
     plain = quantised(tiny_decoder(**sizes), **settings)
     fast = copy.deepcopy(plain)
     frozen = {n: p.detach().clone() for n, p in plain.named_parameters() if not p.requires_grad}
-    step = FastStep(fast, EXACT, torch.float64, keep=keep, own_attention=again)
+    step = FastStep(fast, EXACT, torch.float64, checkpointing=checkpointing, own_attention=again)
     optimizer = build_optimizer(plain, 1.0, 0.0)
     step.adopt_moments(build_optimizer(fast, 1.0, 0.0))
     for number, rate in enumerate(RATES):
@@ -109,7 +109,7 @@ def test_rounded_rows_change_gradients_by_a_few_hundredths(
             parameter.mul_(0.3 if name.endswith("proj.weight") else 1.0)
     plain = quantised(model, dropout=dropout)
     exact = FastStep(
-        copy.deepcopy(plain), replace(PLAIN, code_type=torch.float32), torch.float32, seed=5
+        copy.deepcopy(plain), replace(PLAIN, fp8_dtype=torch.float32), torch.float32, seed=5
     )
     rounded = FastStep(copy.deepcopy(plain), PLAIN, torch.float32, seed=5)
     batch = make_batch(0, packed=True)
@@ -132,7 +132,7 @@ def test_a_fourth_digit_before_rounding_moves_gradients_half_as_far_as_rounding(
     draw = torch.Generator().manual_seed(7)
 
     def shaken(*arguments: Any) -> None:
-        PLAIN.scaled_product(*arguments)
+        PLAIN.scaled_matmul(*arguments)
         out = arguments[-1]
         out.mul_(1 + 1e-4 * torch.randn(out.shape, generator=draw))
 
@@ -144,9 +144,9 @@ def test_a_fourth_digit_before_rounding_moves_gradients_half_as_far_as_rounding(
     exact, rounded, other = (
         FastStep(copy.deepcopy(model), ops, torch.float32)
         for ops in (
-            replace(PLAIN, code_type=torch.float32),
+            replace(PLAIN, fp8_dtype=torch.float32),
             PLAIN,
-            replace(PLAIN, scaled_product=shaken),
+            replace(PLAIN, scaled_matmul=shaken),
         )
     )
     for step in (exact, rounded, other):
@@ -175,7 +175,7 @@ def test_makers_leave_the_rows_that_products_read(
 
 
 def test_rows_are_read_once() -> None:
-    passing = PassingRows(torch.zeros(64, dtype=FP8), torch.zeros(4, 1))
+    passing = Fp8ScratchRows(torch.zeros(64, dtype=FP8), torch.zeros(4, 1))
     x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
     passing.rows_for(x).put(x)
     left = passing.rows_of(x, PLAIN)
@@ -187,7 +187,7 @@ def test_rows_are_read_once() -> None:
 
 
 def test_rows_may_be_read_in_parts() -> None:
-    passing = PassingRows(torch.zeros(80, dtype=FP8), torch.zeros(5, 1))
+    passing = Fp8ScratchRows(torch.zeros(80, dtype=FP8), torch.zeros(5, 1))
     x = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))[:, :16]
     whole = passing.rows_for(x)
     whole.put(x)

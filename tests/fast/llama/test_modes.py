@@ -14,21 +14,40 @@ from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import LoRAConfig
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
-from lora.fast.llama import blocks, buffers, passes
-from lora.fast.llama.blocks import MODES, Blocks, Keep, OffloadedResiduals
-from lora.fast.memory.fast_step import LONG_TOKENS, FastPlan, fit_memory
+from lora.fast.llama import buffers, checkpointing, passes
+from lora.fast.llama.checkpointing import (
+    MODES,
+    ActivationCheckpointing,
+    BlockTensors,
+    OffloadedResiduals,
+)
+from lora.fast.memory.fast_step import LONG_SEQUENCE_TOKENS, FastPlan, fit_memory
 from lora.fast.step import FastStep
 from lora.kernels.step.ops import PLAIN
 
-KEEPS = {
-    **{name: keep for name, keep in MODES.items() if name != "none"},
-    "cheap, gate and up of one block": Keep(norms=False, gate_up=1),
-    "full but one block": Keep(norms=False, gate_up=0, inner=1),
-    "full but two blocks, one with gate and up": Keep(norms=False, gate_up=1, inner=2),
-    "full but attention": Keep(norms=False, gate_up=0, inner=0, attended=3),
-    "full but one block and another's attention": Keep(norms=False, gate_up=0, inner=1, attended=2),
-    "full+offload but attention of two": Keep(
-        norms=False, gate_up=0, inner=0, offloads=True, attended=2
+POLICIES = {
+    **{name: policy for name, policy in MODES.items() if name != "none"},
+    "cheap, gate and up of one block": ActivationCheckpointing(
+        stores_norms=False, n_stored_gate_up=1
+    ),
+    "full but one block": ActivationCheckpointing(
+        stores_norms=False, n_stored_gate_up=0, n_stored_qkv=1
+    ),
+    "full but two blocks, one with gate and up": ActivationCheckpointing(
+        stores_norms=False, n_stored_gate_up=1, n_stored_qkv=2
+    ),
+    "full but attention": ActivationCheckpointing(
+        stores_norms=False, n_stored_gate_up=0, n_stored_qkv=0, n_stored_attention=3
+    ),
+    "full but one block and another's attention": ActivationCheckpointing(
+        stores_norms=False, n_stored_gate_up=0, n_stored_qkv=1, n_stored_attention=2
+    ),
+    "full+offload but attention of two": ActivationCheckpointing(
+        stores_norms=False,
+        n_stored_gate_up=0,
+        n_stored_qkv=0,
+        offloads_residuals=True,
+        n_stored_attention=2,
     ),
 }
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
@@ -54,31 +73,31 @@ class LateResiduals(OffloadedResiduals):
         super().__init__(*sizes)
         self.begun: list[tuple[int, bool]] = []
 
-    def make_room(self, place: int) -> None:
+    def reserve_slot(self, index: int) -> None:
         if self.waits_for_room:
-            super().make_room(place)
+            super().reserve_slot(index)
 
-    def fetch(self, place: int, least: int) -> None:
+    def fetch(self, index: int, lowest: int) -> None:
         if self.waits_for_fetched:
-            super().fetch(place, least)
-        elif least <= place - 1 < len(self.host):
-            self._copy(place - 1, to_host=False)
+            super().fetch(index, lowest)
+        elif lowest <= index - 1 < len(self.host):
+            self._copy(index - 1, to_host=False)
 
     def join(self) -> None:
         self._make(len(self.begun))
         super().join()
 
-    def _copy(self, place: int, *, to_host: bool) -> None:
-        self.begun.append((place, to_host))
+    def _copy(self, index: int, *, to_host: bool) -> None:
+        self.begun.append((index, to_host))
 
-    def _wait(self, place: int) -> None:
-        places = [begun for begun, _ in self.begun]
-        if place in places:
-            self._make(len(places) - places[::-1].index(place))  # up to its newest copy
+    def _wait(self, index: int) -> None:
+        indices = [begun for begun, _ in self.begun]
+        if index in indices:
+            self._make(len(indices) - indices[::-1].index(index))  # up to its newest copy
 
     def _make(self, n_copies: int) -> None:
-        for place, to_host in self.begun[:n_copies]:
-            self._copy_pieces(place, to_host=to_host)
+        for index, to_host in self.begun[:n_copies]:
+            self._copy_chunks(index, to_host=to_host)
         del self.begun[:n_copies]
 
 
@@ -128,9 +147,11 @@ def test_all_modes_are_mode_none(
     packed: bool,
     merges: bool,
 ) -> None:
-    monkeypatch.setattr(buffers, "PART_TOKENS", 13)  # feed-forwards in three parts, one shorter
-    monkeypatch.setattr(buffers, "LEAN_LOGITS_ELEMENTS", 97 * 20)
-    monkeypatch.setattr(blocks, "HOST_PIECE_BYTES", 3000)
+    monkeypatch.setattr(
+        buffers, "FEED_FORWARD_CHUNK_TOKENS", 13
+    )  # feed-forwards in three parts, one shorter
+    monkeypatch.setattr(buffers, "MAX_LOGITS_ELEMENTS_RECOMPUTING", 97 * 20)
+    monkeypatch.setattr(checkpointing, "HOST_CHUNK_BYTES", 3000)
     sizes, settings = SETTINGS[name]
     base = adapt(tiny_decoder(**sizes), settings)
     n_micro = 2 if packed else 1
@@ -141,12 +162,12 @@ def test_all_modes_are_mode_none(
     ways = {"merges": merges, "own_attention": merges}
     reports, values = train(copy.deepcopy(base), steps, **ways)
     assert reports[0][0] != reports[1][0]
-    for keep_name, keep in KEEPS.items():
-        own_reports, own_values = train(copy.deepcopy(base), steps, keep=keep, **ways)
+    for policy_name, policy in POLICIES.items():
+        own_reports, own_values = train(copy.deepcopy(base), steps, checkpointing=policy, **ways)
         for own, expected in zip(own_reports, reports, strict=True):
-            assert own == pytest.approx(expected, rel=1e-6), keep_name  # reports are fp32
+            assert own == pytest.approx(expected, rel=1e-6), policy_name  # reports are fp32
         for own_value, value in zip(own_values, values, strict=True):
-            assert (own_value - value).norm() <= 1e-12 * value.norm(), keep_name
+            assert (own_value - value).norm() <= 1e-12 * value.norm(), policy_name
 
 
 @pytest.mark.parametrize("name", ["tied", "last block"])
@@ -165,7 +186,7 @@ def test_copies_may_be_as_late_as_the_waits_allow(
 
     def values(residuals: type[OffloadedResiduals]) -> torch.Tensor:
         monkeypatch.setattr(buffers, "OffloadedResiduals", residuals)
-        return train(copy.deepcopy(base), steps, keep=MODES["full+offload"])[1][0]
+        return train(copy.deepcopy(base), steps, checkpointing=MODES["full+offload"])[1][0]
 
     expected = values(OffloadedResiduals)
     assert torch.equal(values(LateResiduals), expected)
@@ -179,88 +200,88 @@ def test_residuals_come_back_from_the_host(
     monkeypatch: pytest.MonkeyPatch, residuals: type[OffloadedResiduals]
 ) -> None:
     """Through six blocks as a pass does it: what is fetched is what was stored."""
-    monkeypatch.setattr(blocks, "HOST_PIECE_BYTES", 200)
-    kept = residuals(torch.empty(0, dtype=torch.float64), 7, 11, 5)
-    assert len(kept.host) == 4
-    assert kept.host_bytes == 4 * 11 * 5 * 8
+    monkeypatch.setattr(checkpointing, "HOST_CHUNK_BYTES", 200)
+    stored = residuals(torch.empty(0, dtype=torch.float64), 7, 11, 5)
+    assert len(stored.host) == 4
+    assert stored.host_bytes == 4 * 11 * 5 * 8
     for place in range(7):
-        kept.make_room(place)
-        kept[place].fill_(place)
+        stored.reserve_slot(place)
+        stored[place].fill_(place)
         if place < 6:
-            kept.store(place)
+            stored.offload(place)
     for place in reversed(range(6)):
-        kept.fetch(place, 0)
-        assert bool((kept[place] == place).all())
-        assert bool((kept[place + 1] == (6 if place == 5 else -place - 1)).all())
-        kept[place].fill_(-place)  # the gradient
-    kept.join()
+        stored.fetch(place, 0)
+        assert bool((stored[place] == place).all())
+        assert bool((stored[place + 1] == (6 if place == 5 else -place - 1)).all())
+        stored[place].fill_(-place)  # the gradient
+    stored.join()
 
 
 def test_the_last_blocks_have_tensors_of_their_own() -> None:
-    kept = Blocks(torch.empty(0), 4, 2, 6, 3, 5)
-    places = [kept[layer].data_ptr() for layer in range(4)]
+    tensors = BlockTensors(torch.empty(0), 4, 2, 6, 3, 5)
+    places = [tensors[layer].data_ptr() for layer in range(4)]
     assert places[0] == places[1] != places[2] != places[3]
-    assert [kept.stays(layer) for layer in range(4)] == [False, False, True, True]
-    assert kept.part(3, slice(2, 5)).data_ptr() == kept[3][2:5].data_ptr()
-    assert kept.part(0, slice(2, 5)).data_ptr() == kept[0].data_ptr()
-    assert Blocks(torch.empty(0), 4, 4, 6, 3, 5).shared.numel() == 0
+    assert [tensors.is_stored(layer) for layer in range(4)] == [False, False, True, True]
+    assert tensors.chunk(3, slice(2, 5)).data_ptr() == tensors[3][2:5].data_ptr()
+    assert tensors.chunk(0, slice(2, 5)).data_ptr() == tensors[0].data_ptr()
+    assert BlockTensors(torch.empty(0), 4, 4, 6, 3, 5).scratch.numel() == 0
 
 
 def test_modes_hold_less_and_less(tiny_decoder: Callable[..., Decoder]) -> None:
     model = apply_lora(tiny_decoder(), LoRAConfig(rank=3)).to("meta")
     step = FastStep(model, PLAIN, torch.bfloat16)  # type: ignore[arg-type]
 
-    def held(keep: Keep) -> int:
-        kept = step.network.buffers(2, 4096, keep)
-        storages = {s._cdata: s.nbytes() for s in kept.storages()}
+    def held(policy: ActivationCheckpointing) -> int:
+        held_by = step.network.buffers(2, 4096, policy)
+        storages = {s._cdata: s.nbytes() for s in held_by.storages()}
         return sum(storages.values())
 
-    sizes = [held(keep) for keep in MODES.values()]
+    sizes = [held(policy) for policy in MODES.values()]
     assert sizes == sorted(sizes, reverse=True)
-    assert held(MODES["full"]) < held(KEEPS["full but one block"]) < held(MODES["cheap"])
-    assert held(KEEPS["cheap, gate and up of one block"]) < held(MODES["cheap"])
+    assert held(MODES["full"]) < held(POLICIES["full but one block"]) < held(MODES["cheap"])
+    assert held(POLICIES["cheap, gate and up of one block"]) < held(MODES["cheap"])
 
 
-@pytest.mark.parametrize("keep", [MODES["full"], MODES["full+offload"]])
+@pytest.mark.parametrize("policy", [MODES["full"], MODES["full+offload"]])
 def test_attention_that_stays_is_not_computed_again(
     tiny_decoder: Callable[..., Decoder],
     make_batch: Callable[..., Batch],
     monkeypatch: pytest.MonkeyPatch,
-    keep: Keep,
+    policy: ActivationCheckpointing,
 ) -> None:
     computed: list[int] = []
-    attend = passes.attend_documents_plain
+    attend = passes.attend_packed_plain
 
     def count(*sizes: Any) -> Any:
         computed.append(1)
         return attend(*sizes)
 
-    monkeypatch.setattr(passes, "attend_documents_plain", count)
+    monkeypatch.setattr(passes, "attend_packed_plain", count)
     # Three blocks forward; the last one's values are still there on the way back.
-    for attended, expected in enumerate((5, 5, 4, 3)):
+    for attention_out, expected in enumerate((5, 5, 4, 3)):
         computed.clear()
-        model, own = adapt(tiny_decoder(), {}), replace(keep, attended=attended)
-        train(model, [[make_batch(0, packed=True)]], keep=own, own_attention=False)
+        model, own = adapt(tiny_decoder(), {}), replace(policy, n_stored_attention=attention_out)
+        train(model, [[make_batch(0, packed=True)]], checkpointing=own, own_attention=False)
         assert len(computed) == expected
 
 
 def test_long_rows_keep_attention_before_the_rest_of_a_block(
     tiny_decoder: Callable[..., Decoder],
 ) -> None:
-    def chosen(tokens: int, keep: Keep) -> Keep:
-        """Return what is chosen where the room is what `keep` needs."""
+    def chosen(tokens: int, policy: ActivationCheckpointing) -> ActivationCheckpointing:
+        """Return what is chosen where the room is what `policy` needs."""
         model = apply_lora(tiny_decoder(), LoRAConfig(rank=3)).to("meta")
         plan = FastPlan(model, 1, tokens)  # type: ignore[arg-type]
-        return fit_memory(plan, "auto", plan.memory(keep).total).keep
+        return fit_memory(plan, "auto", plan.memory(policy).total).checkpointing
 
     full, offload = MODES["full"], MODES["full+offload"]
-    for keep in (
+    for policy in (
         MODES["none"],
-        replace(full, inner=1, attended=3),
-        replace(full, attended=3),
-        replace(offload, attended=1),
+        replace(full, n_stored_qkv=1, n_stored_attention=3),
+        replace(full, n_stored_attention=3),
+        replace(offload, n_stored_attention=1),
         offload,
     ):
-        assert chosen(LONG_TOKENS, keep) == keep
-    for keep in (replace(full, inner=1), full, offload):
-        assert chosen(LONG_TOKENS // 2, keep) == keep
+        assert chosen(LONG_SEQUENCE_TOKENS, policy) == policy
+    for policy in (replace(full, n_stored_qkv=1), full, offload):
+        assert chosen(LONG_SEQUENCE_TOKENS // 2, policy) == policy

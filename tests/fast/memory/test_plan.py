@@ -123,7 +123,7 @@ def test_modes_of_memory_hold_less_and_less() -> None:
 def test_the_fastest_mode_that_fits_is_found() -> None:
     none, cheap, full = (plan(on_gpu(memory=m)) for m in ("none", "cheap", "full"))
     cheapest = plan(on_gpu(memory="cheap", memory_gb=1e-6))
-    assert plan(on_gpu()).keep == none.keep  # no room is known
+    assert plan(on_gpu()).checkpointing == none.checkpointing  # no room is known
     for room, mode in (
         (2 * none.total, "none"),
         (none.total, "none"),
@@ -145,14 +145,15 @@ def test_the_fastest_mode_that_fits_is_found() -> None:
 
 def test_cheap_makes_as_much_again_as_it_takes() -> None:
     most, least = plan(on_gpu(memory="cheap")), plan(on_gpu(memory="cheap", memory_gb=1e-6))
-    assert most.keep is not None
-    assert least.keep is not None
-    assert (most.keep.gate_up, least.keep.gate_up) == (6, 0)
+    assert most.checkpointing is not None
+    assert least.checkpointing is not None
+    assert (most.checkpointing.n_stored_gate_up, least.checkpointing.n_stored_gate_up) == (6, 0)
     between = plan(on_gpu(memory="cheap", memory_gb=(most.total + least.total) / 2e9))
-    assert between.keep is not None
-    assert between.keep.gate_up in (2, 3)
+    assert between.checkpointing is not None
+    assert between.checkpointing.n_stored_gate_up in (2, 3)
     assert least.total < between.total < most.total
-    again = plan(replace(on_gpu(memory_gb=1.0), keep=between.keep))  # a resumed run's
+    resumed = replace(on_gpu(memory_gb=1.0), checkpointing=between.checkpointing)
+    again = plan(resumed)
     assert again.total == between.total
 
 

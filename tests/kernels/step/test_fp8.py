@@ -9,20 +9,20 @@ from torch import Tensor
 from lora.kernels.step.fp8 import (
     FP8,
     LARGEST,
-    CodedRows,
+    Fp8Rows,
     quantise_rows,
-    scaled_product,
-    turn_codes,
+    scaled_matmul,
+    transpose_codes,
 )
 
 
-def code(x: Tensor, kind: torch.dtype = FP8, factors: Tensor | None = None) -> CodedRows:
-    rows = CodedRows(x.new_empty(x.shape, dtype=kind), torch.empty(len(x), 1), factors)
+def code(x: Tensor, kind: torch.dtype = FP8, factors: Tensor | None = None) -> Fp8Rows:
+    rows = Fp8Rows(x.new_empty(x.shape, dtype=kind), torch.empty(len(x), 1), factors)
     rows.put(x)
     return rows
 
 
-def values(rows: CodedRows) -> Tensor:
+def values(rows: Fp8Rows) -> Tensor:
     return rows.codes.double() * rows.scales.double()
 
 
@@ -77,7 +77,7 @@ def test_the_product_is_that_of_the_values(with_bias: bool) -> None:
     x, weight = code(random(7, 48)), code(random(33, 48, seed=1))
     bias = random(33, seed=2) if with_bias else None
     out = torch.full((7, 40), 7.0)
-    scaled_product(x, weight.codes, weight.scales.T, bias, out[:, :33])
+    scaled_matmul(x, weight.codes, weight.scales.T, bias, out[:, :33])
     expected = values(x) @ values(weight).T + (0 if bias is None else bias.double())
     assert (out[:, :33].double() - expected).norm() / expected.norm() < 1e-6
     assert (out[:, 33:] == 7).all()
@@ -90,13 +90,13 @@ def test_the_product_is_that_of_the_values(with_bias: bool) -> None:
 def test_turning_moves_codes() -> None:
     weight = code(random(20, 33)).codes
     out = weight.new_empty(33, 20)
-    turn_codes(weight, out)
+    transpose_codes(weight, out)
     assert torch.equal(out.float(), weight.float().T)
 
 
 def test_quantising_writes_only_what_it_was_given() -> None:
     x = random(4, 16)
     whole = torch.zeros(6, 16, dtype=FP8)
-    quantise_rows(x, CodedRows(whole[1:5], torch.empty(4, 1)))
+    quantise_rows(x, Fp8Rows(whole[1:5], torch.empty(4, 1)))
     assert (whole[0].float() == 0).all()
     assert (whole[5].float() == 0).all()

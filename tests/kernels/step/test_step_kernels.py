@@ -58,12 +58,12 @@ def assert_close(fast: Tensor, plain: Tensor, tolerance: float = TOLERANCE) -> N
     assert difference <= tolerance
 
 
-def coded_like(x: Tensor, factors: Tensor | None) -> fp8.CodedRows:
+def coded_like(x: Tensor, factors: Tensor | None) -> fp8.Fp8Rows:
     codes = torch.zeros(x.shape, dtype=CODES, device=DEVICE)
-    return fp8.CodedRows(codes, torch.zeros(len(x), 1, device=DEVICE), factors)
+    return fp8.Fp8Rows(codes, torch.zeros(len(x), 1, device=DEVICE), factors)
 
 
-def assert_coded(fast: fp8.CodedRows, plain: fp8.CodedRows) -> None:
+def assert_coded(fast: fp8.Fp8Rows, plain: fp8.Fp8Rows) -> None:
     """Inputs may differ by a rounding of bf16, so a code may be the next one."""
     values = [rows.codes.double() * rows.scales.double() for rows in (fast, plain)]
     assert_close(*values, 8e-3 if TYPE is torch.bfloat16 else 2e-3)
@@ -79,7 +79,7 @@ def test_rows_in_eight_bits(draw: torch.Generator, with_factors: bool) -> None:
     fp8.quantise_rows(x, plain)
     fp8.quantise_rows_triton(x, fast)
     assert_coded(
-        *(fp8.CodedRows(rows.codes[3:], rows.scales[3:]) for rows in (fast, plain)),
+        *(fp8.Fp8Rows(rows.codes[3:], rows.scales[3:]) for rows in (fast, plain)),
     )
     if CODES is fp8.FP8:
         assert torch.equal(fast.codes[2].float().isnan(), plain.codes[2].float().isnan())
@@ -96,7 +96,7 @@ def test_norms_and_swiglu_put_codes_beside_their_results(
     weight, gate_up = random(draw, WIDTH), random(draw, ROWS, 2 * WIDTH)
     narrow = torch.rand(WIDTH, generator=draw).to(DEVICE) if with_factors else None
     wide = torch.rand(2 * WIDTH, generator=draw).to(DEVICE) if with_factors else None
-    found: list[list[fp8.CodedRows]] = []
+    found: list[list[fp8.Fp8Rows]] = []
     for add, back, activate, activate_back in (
         (norm.add_norm, norm.norm_backward, swiglu.swiglu, swiglu.swiglu_backward),
         (
@@ -127,7 +127,7 @@ def test_norms_and_swiglu_put_codes_beside_their_results(
 def test_turning_codes(draw: torch.Generator) -> None:
     weight = random(draw, 136, 80).to(fp8.FP8)
     out = torch.zeros(80, 136, dtype=fp8.FP8, device=DEVICE)
-    fp8.turn_codes_triton(weight, out)
+    fp8.transpose_codes_triton(weight, out)
     assert torch.equal(out.float(), weight.float().T)
 
 
@@ -145,8 +145,8 @@ def test_the_product_of_codes(draw: torch.Generator, with_bias: bool) -> None:
     out = torch.full((ROWS, 288), 7.0, device=DEVICE, dtype=TYPE)
     plain = torch.empty(ROWS, 272, device=DEVICE, dtype=torch.float64)
     scales = columns.scales.T
-    fp8.scaled_product(rows, columns.codes, scales, bias, plain)
-    fp8.scaled_product_device(rows, columns.codes, scales, bias, out[:, :272])
+    fp8.scaled_matmul(rows, columns.codes, scales, bias, plain)
+    fp8.scaled_matmul_device(rows, columns.codes, scales, bias, out[:, :272])
     assert_close(out[:, :272], plain, 6e-3)
     assert (out[:, 272:] == 7).all()
     exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())

@@ -9,22 +9,22 @@ import torch
 from torch import Tensor, nn
 
 
-class Joinable(nn.Module):
+class SharedInputLinear(nn.Module):
     """A linear that can be one operation with others of its kind."""
 
-    def join(self, layers: Sequence[Joinable], x: Tensor) -> list[Tensor]:
+    def forward_all(self, layers: Sequence[SharedInputLinear], x: Tensor) -> list[Tensor]:
         """Return layer(x) for each of `layers`, of which this is the first."""
         raise NotImplementedError
 
 
-def call_together(x: Tensor, *linears: nn.Module) -> list[Tensor]:
+def call_linears(x: Tensor, *linears: nn.Module) -> list[Tensor]:
     """Return linear(x) for each: as one operation on a CPU where they can be that.
 
     They are called one by one where somebody watches one by a hook, or autocast changes types.
     """
     first = linears[0]
-    if isinstance(first, Joinable) and x.is_cpu and not torch.is_autocast_enabled("cpu"):
+    if isinstance(first, SharedInputLinear) and x.is_cpu and not torch.is_autocast_enabled("cpu"):
         are_alike = all(type(linear) is type(first) for linear in linears)
         if are_alike and not any(m._forward_hooks or m._forward_pre_hooks for m in linears):
-            return first.join(cast(Sequence[Joinable], linears), x)
+            return first.forward_all(cast(Sequence[SharedInputLinear], linears), x)
     return [linear(x) for linear in linears]

@@ -1,4 +1,4 @@
-"""Both libraries of a product agree, whichever takes it."""
+"""Both BLAS libraries agree, whichever takes the GEMM."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora.kernels import products
-from lora.kernels.products import product, transposed_product
+from lora.kernels import matmul
+from lora.kernels.matmul import matmul_nt, matmul_tn
 
 
 @settings(max_examples=60, deadline=None)
@@ -35,10 +35,14 @@ def test_agrees_with_torchs_linear(
     given_weight = weight.T.contiguous().T if is_transposed else weight
     with pytest.MonkeyPatch.context() as patch:
         if is_large:  # as if the sizes were those from which oneDNN takes over
-            for name in ("LARGE_PRODUCT", "BIASED_PRODUCT", "SMALL_INPUT"):
-                patch.setattr(products, name, 0)
-            patch.setattr(products, "ROUND_BITS", 64)
-        y = product(x, given_weight, bias)
+            for name in (
+                "MIN_MULTIPLICATIONS",
+                "MIN_MULTIPLICATIONS_WITH_BIAS",
+                "MIN_NARROW_INPUT_ELEMENTS",
+            ):
+                patch.setattr(matmul, name, 0)
+            patch.setattr(matmul, "ROUND_BITS", 64)
+        y = matmul_nt(x, given_weight, bias)
     wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     # Against the sizes of what is added: a lone result may be a small difference of large ones.
     sizes = F.linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
@@ -48,15 +52,15 @@ def test_agrees_with_torchs_linear(
 
 @settings(max_examples=30, deadline=None)
 @given(rows=st.integers(1, 40), rank=st.integers(1, 9), n=st.integers(1, 70), is_wide=st.booleans())
-def test_transposed_products_agree(rows: int, rank: int, n: int, is_wide: bool) -> None:
+def test_transposed_matmuls_agree(rows: int, rank: int, n: int, is_wide: bool) -> None:
     generator = torch.Generator().manual_seed(rows + rank + n)
     low = torch.randn(rows, rank, generator=generator)
     x = torch.randn(rows, n, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
         if is_wide:
-            patch.setattr(products, "WIDE", 1)
-            patch.setattr(products, "ROUND_BITS", 64)
-        y = transposed_product(low, x)
+            patch.setattr(matmul, "MIN_WIDE_COLUMNS", 1)
+            patch.setattr(matmul, "ROUND_BITS", 64)
+        y = matmul_tn(low, x)
     wanted = low.double().T @ x.double()
     assert y.shape == wanted.shape
     assert (y - wanted).norm() <= 1e-6 * (low.abs().T @ x.abs()).norm()
@@ -65,24 +69,24 @@ def test_transposed_products_agree(rows: int, rank: int, n: int, is_wide: bool) 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_types_and_strides_go_to_torch(dtype: torch.dtype) -> None:
     x, weight = torch.randn(600, 300).to(dtype), torch.randn(400, 300).to(dtype)
-    assert torch.equal(product(x, weight), F.linear(x, weight))
+    assert torch.equal(matmul_nt(x, weight), F.linear(x, weight))
     wide = torch.randn(400, 310)
-    assert torch.equal(product(x.float(), wide[:, :300]), F.linear(x.float(), wide[:, :300]))
+    assert torch.equal(matmul_nt(x.float(), wide[:, :300]), F.linear(x.float(), wide[:, :300]))
 
 
 GROWTH = """
 import resource, torch
 from pathlib import Path
-from lora.kernels.products import product
+from lora.kernels.matmul import matmul_nt
 
 def held_mb():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 weight = torch.randn(6144, 576)
-product(torch.randn(1024, 576), weight)
+matmul_nt(torch.randn(1024, 576), weight)
 before = held_mb()
 for rows in range(257, 1024, 12):
-    product(torch.randn(rows, 576), weight)
+    matmul_nt(torch.randn(rows, 576), weight)
 print(held_mb() - before)
 """
 
@@ -96,7 +100,5 @@ def test_row_counts_that_come_once_leave_no_memory_behind() -> None:
 
 
 def test_only_round_row_counts_go_to_onednn() -> None:
-    taken = [
-        n for n in range(512, 2049) if products._can_take(torch.empty(n, 1), torch.empty(1, 1))
-    ]
+    taken = [n for n in range(512, 2049) if matmul._can_take(torch.empty(n, 1), torch.empty(1, 1))]
     assert taken == [512, 768, 1024, 1536, 2048]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora.kernels.together import call_together
+from lora.kernels.shared_input import call_linears
 from lora.layers.fused import FusedLoRALinear
 from lora.lora_module import LoRALinear
 
@@ -25,7 +25,7 @@ def build(kind: type[LoRALinear]) -> list[LoRALinear]:
 def test_the_same_as_one_by_one(dtype: torch.dtype) -> None:
     layers = [layer.to(dtype) for layer in build(FusedLoRALinear)]
     x = torch.randn(5, 6, dtype=dtype)
-    seen = call_together(x, *layers)
+    seen = call_linears(x, *layers)
     assert "_LoRALinears" in type(seen[0].grad_fn).__name__
     for y, layer in zip(seen, layers, strict=True):
         torch.testing.assert_close(y, layer(x))
@@ -35,7 +35,7 @@ def test_what_is_not_alike_is_called_one_by_one() -> None:
     (fused, _), (plain, _) = build(FusedLoRALinear), build(LoRALinear)
     x, linear = torch.randn(5, 6), nn.Linear(6, 2)
     for group in ((fused, plain), (plain, fused), (fused, linear), (linear,)):
-        seen = call_together(x, *cast(tuple[nn.Module, ...], group))
+        seen = call_linears(x, *cast(tuple[nn.Module, ...], group))
         assert all(torch.equal(y, layer(x)) for y, layer in zip(seen, group, strict=True))
 
 
@@ -43,18 +43,18 @@ def test_a_hook_sees_its_linear() -> None:
     layers, calls = build(FusedLoRALinear), []
     hook = layers[1].register_forward_hook(lambda _, inputs, output: calls.append(output))
     x: Tensor = torch.randn(5, 6)
-    seen = call_together(x, *layers)
+    seen = call_linears(x, *layers)
     assert len(calls) == 1
     assert calls[0] is seen[1]
     hook.remove()
-    call_together(x, *layers)
+    call_linears(x, *layers)
     assert len(calls) == 1
 
 
 def test_autocast_to_bf16_works_on_a_cpu() -> None:
     layers, x = build(FusedLoRALinear), torch.randn(5, 6)
     with torch.autocast("cpu", torch.bfloat16):
-        outputs = call_together(x, *layers)
+        outputs = call_linears(x, *layers)
     for y, layer in zip(outputs, layers, strict=True):
         assert y.dtype is torch.bfloat16
         torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.05)

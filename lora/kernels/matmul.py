@@ -17,20 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
-LARGE_PRODUCT = 2**25
+MIN_MULTIPLICATIONS = 2**25
 """Multiplications (N·I·O) from which oneDNN is the faster one."""
-BIASED_PRODUCT = 2**22
+MIN_MULTIPLICATIONS_WITH_BIAS = 2**22
 """The same with a bias, which torch copies into the result before MKL adds to it."""
-FEW_COLUMNS = 64
+MAX_NARROW_COLUMNS = 64
 """A product with at most so many outputs goes to oneDNN from SMALL_INPUT elements of x on."""
-SMALL_INPUT = 2**17
-WIDE = 512
+MIN_NARROW_INPUT_ELEMENTS = 2**17
+MIN_WIDE_COLUMNS = 512
 """A product lowᵀ x of few columns goes to oneDNN from so many columns of x on."""
 ROUND_BITS = 2
 """Row counts that oneDNN gets have no bits beyond these leading ones: 512, 768, 1024, 1536 …"""
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def matmul_nt(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x weightᵀ + bias: x (N, I), weight (O, I) or a transposed (I, O), bias (O) -> (N, O).
 
     For use inside of functions with a backward of their own: nothing is recorded for autograd.
@@ -41,9 +41,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def transposed_product(low: Tensor, x: Tensor) -> Tensor:
-    """Return lowᵀ x of few columns: low (N, R), x (N, I) -> (R, I). For uses as of `product`."""
-    if HAS_ONEDNN and x.shape[1] >= WIDE and low.shape[1] <= FEW_COLUMNS and _can_take(low, x):
+def matmul_tn(low: Tensor, x: Tensor) -> Tensor:
+    """Return lowᵀ x of few columns: low (N, R), x (N, I) -> (R, I). For uses as of `matmul_nt`."""
+    if (
+        HAS_ONEDNN
+        and x.shape[1] >= MIN_WIDE_COLUMNS
+        and low.shape[1] <= MAX_NARROW_COLUMNS
+        and _can_take(low, x)
+    ):
         y: Tensor = torch.ops.mkldnn._linear_pointwise(
             low.T.contiguous(), x.T, None, "none", [], ""
         )
@@ -61,8 +66,8 @@ def _is_faster(x: Tensor, weight: Tensor, has_bias: bool) -> bool:
     if not _can_take(x, weight):
         return False
     n_elements, n_out = x.numel(), weight.shape[0]
-    is_narrow = n_out <= FEW_COLUMNS and n_elements >= SMALL_INPUT
-    least = BIASED_PRODUCT if has_bias else LARGE_PRODUCT
+    is_narrow = n_out <= MAX_NARROW_COLUMNS and n_elements >= MIN_NARROW_INPUT_ELEMENTS
+    least = MIN_MULTIPLICATIONS_WITH_BIAS if has_bias else MIN_MULTIPLICATIONS
     return is_narrow or n_elements * n_out >= least
 
 

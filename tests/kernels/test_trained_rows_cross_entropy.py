@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora.kernels.rows_cross_entropy import plain_rows_cross_entropy, rows_cross_entropy
+from lora.kernels.trained_rows_cross_entropy import (
+    plain_trained_rows_cross_entropy,
+    trained_rows_cross_entropy,
+)
 
 N, V, C, IDS = 23, 31, 6, (4, 30, 29)
 
@@ -26,8 +29,8 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 512])
 def test_it_agrees_with_its_plain_twin(chunk_tokens: int) -> None:
     hidden, weight, rows, ids, labels = inputs()
-    fused = rows_cross_entropy(hidden, weight, rows, ids, labels, chunk_tokens=chunk_tokens)
-    plain = plain_rows_cross_entropy(hidden, weight, rows, ids, labels)
+    fused = trained_rows_cross_entropy(hidden, weight, rows, ids, labels, chunk_tokens=chunk_tokens)
+    plain = plain_trained_rows_cross_entropy(hidden, weight, rows, ids, labels)
     assert fused[1] == plain[1] == N - 2
     torch.testing.assert_close(fused[0], plain[0], rtol=1e-12, atol=0)
     seen = torch.autograd.grad(3 * fused[0], (hidden, rows))
@@ -38,9 +41,9 @@ def test_it_agrees_with_its_plain_twin(chunk_tokens: int) -> None:
 
 def test_in_bf16_the_rows_keep_fp32_gradients() -> None:
     hidden, weight, rows, ids, labels = inputs(torch.bfloat16)
-    loss, _ = rows_cross_entropy(hidden, weight, rows, ids, labels)
+    loss, _ = trained_rows_cross_entropy(hidden, weight, rows, ids, labels)
     exact = inputs()
-    wanted = plain_rows_cross_entropy(*exact)[0]
+    wanted = plain_trained_rows_cross_entropy(*exact)[0]
     assert loss.dtype == torch.float32
     assert abs(loss.item() / wanted.item() - 1) < 1e-2
     seen = torch.autograd.grad(loss, rows)[0]
@@ -51,9 +54,9 @@ def test_in_bf16_the_rows_keep_fp32_gradients() -> None:
 
 def test_autocast_changes_nothing_for_a_weight_in_bf16() -> None:
     hidden, weight, rows, ids, labels = inputs(torch.bfloat16)
-    wanted = rows_cross_entropy(hidden, weight, rows, ids, labels)[0]
+    wanted = trained_rows_cross_entropy(hidden, weight, rows, ids, labels)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        loss = rows_cross_entropy(hidden.float(), weight, rows, ids, labels)[0]
+        loss = trained_rows_cross_entropy(hidden.float(), weight, rows, ids, labels)[0]
     assert torch.equal(loss, wanted)
     seen, other = (torch.autograd.grad(each, rows)[0] for each in (loss, wanted))
     assert torch.equal(seen, other)
@@ -61,7 +64,9 @@ def test_autocast_changes_nothing_for_a_weight_in_bf16() -> None:
 
 def test_with_nothing_to_learn_all_is_zero() -> None:
     hidden, weight, rows, ids, labels = inputs()
-    loss, count = rows_cross_entropy(hidden, weight, rows, ids, torch.full_like(labels, -100))
+    loss, count = trained_rows_cross_entropy(
+        hidden, weight, rows, ids, torch.full_like(labels, -100)
+    )
     loss.backward()
     assert loss == 0
     assert count == 0
@@ -71,6 +76,6 @@ def test_with_nothing_to_learn_all_is_zero() -> None:
 
 def test_without_gradients_the_loss_is_the_same() -> None:
     hidden, weight, rows, ids, labels = inputs()
-    with_grad = rows_cross_entropy(hidden, weight, rows, ids, labels)[0]
+    with_grad = trained_rows_cross_entropy(hidden, weight, rows, ids, labels)[0]
     with torch.no_grad():
-        assert rows_cross_entropy(hidden, weight, rows, ids, labels)[0] == with_grad
+        assert trained_rows_cross_entropy(hidden, weight, rows, ids, labels)[0] == with_grad

@@ -2,7 +2,7 @@
 
 What differs from `lora.kernels.cross_entropy`: the weight has no gradient; the logits of the
 trained rows take the place of the frozen ones' in each chunk, so the full weight is never copied.
-`plain_rows_cross_entropy` is the twin with the full weight and full logits.
+`plain_trained_rows_cross_entropy` is the twin with the full weight and full logits.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 from lora.kernels.cross_entropy import CHUNK_TOKENS, IGNORE, plain_linear_cross_entropy
 
 
-def plain_rows_cross_entropy(
+def plain_trained_rows_cross_entropy(
     hidden: Tensor, weight: Tensor, rows: Tensor, ids: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return what `rows_cross_entropy` returns, from the whole weight and the logits of all."""
+    """The plain twin: from the whole weight and all logits at once."""
     return plain_linear_cross_entropy(hidden, weight.index_copy(0, ids, rows.to(weight)), labels)
 
 
-def rows_cross_entropy(
+def trained_rows_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     rows: Tensor,
@@ -49,13 +49,13 @@ def rows_cross_entropy(
     learned, labels = hidden.index_select(0, places), labels.index_select(0, places)
     # Autocast would round the rows and their gradients: few products, so they stay wide.
     with torch.autocast(hidden.device.type, enabled=False):
-        loss_sum = _RowsCrossEntropy.apply(
+        loss_sum = _TrainedRowsCrossEntropy.apply(
             learned.to(weight.dtype), weight, rows, ids, labels, chunk_tokens
         )
     return loss_sum, is_learned.sum()
 
 
-class _RowsCrossEntropy(torch.autograd.Function):
+class _TrainedRowsCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
