@@ -92,8 +92,9 @@ class MemoryPlan:
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as values that JSON holds."""
         record = {**asdict(self), "total": self.total}
-        del record["keep"]
-        record["keep"] = None if self.checkpointing is None else self.checkpointing.to_record()
+        del record["checkpointing"]
+        policy = self.checkpointing
+        record["keep"] = None if policy is None else policy.to_record()
         return record
 
 
