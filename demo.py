@@ -36,7 +36,8 @@ from lora.inference.evaluation import (
     wrong_fields,
 )
 from lora.report import draw_loss_curves
-from lora.runs.folder import atomic_write, default_name, read_rows
+from lora.runs.directory import default_name
+from lora.runs.disk import atomic_write, read_rows
 from lora.runs.progress import NoProgress, RichProgress
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from typing import Any
 
 from lora.errors import LoraError, TrainingError
 from lora.report import draw_loss_curves
-from lora.runs.folder import atomic_write, read_json, read_rows
+from lora.runs.disk import atomic_write, read_json, read_rows
 
 HERE = Path(__file__).resolve().parent
 

@@ -22,7 +22,7 @@ from models.classic_settings import AUTO, ClassicSettings, notes, read_settings
 if TYPE_CHECKING:
     from lora.compare import CompareResult
     from lora.device import DeviceChoice
-    from lora.runs.folder import Run
+    from lora.runs.directory import Run
     from lora.training.step_runner import StepRunner
     from lora.training.trainer import TrainResult
     from models.bigram_lm_v2 import BigramLanguageModel
@@ -204,7 +204,7 @@ def train_on(
 ) -> tuple[Run, TrainResult]:
     """Run the one training loop on `text` and return the run's folder and how it ended."""
     from lora.data.sequences.blocks import BlockStream, check_length, ordered_blocks
-    from lora.runs.folder import create_run
+    from lora.runs.directory import create_run
     from lora.runs.progress import RichProgress
     from lora.training.trainer import TrainingJob, train
     from models.bigram_lm_v2 import bigram_loss

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora.report import COLOURS
-from lora.runs.folder import atomic_write
+from lora.runs.disk import atomic_write
 
 Row = dict[str, Any]
 METHODS = {"lora": ("LoRA", COLOURS[0], "-", "o"), "full": ("full", COLOURS[1], "--", "s")}

@@ -30,7 +30,7 @@ from lora.finetune import FinetuneJob, finetune
 from lora.inference.evaluation import measure_loss
 from lora.pretrained.hf_weights import load_decoder
 from lora.pretrained.sources import find_model
-from lora.runs.folder import read_rows
+from lora.runs.disk import read_rows
 
 RUNS: dict[str, dict[str, Any]] = {
     "plain step": {"fast": False},

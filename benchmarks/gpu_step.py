@@ -48,7 +48,8 @@ from lora.device import DeviceChoice, choose_device
 from lora.fast.choose import why_not_fast
 from lora.fast.memory.fast_step import USABLE_MEMORY_FRACTION, FastPlan, MemoryFit, fit_memory
 from lora.fast.runner import CapturedStepRunner, DeviceStepRunner, FastStepRunner
-from lora.runs.folder import create_run, read_rows
+from lora.runs.directory import create_run
+from lora.runs.disk import read_rows
 from lora.training.losses import loss_for
 from lora.training.trainer import TrainingJob, train
 

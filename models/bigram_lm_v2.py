@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from lora.errors import ConfigError, DataError, ModelError, gather
-from lora.runs.folder import atomic_write
+from lora.runs.disk import atomic_write
 
 WEIGHTS_FILE = "model.safetensors"
 SIZES_FILE = "config.json"

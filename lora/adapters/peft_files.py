@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lora.errors import AdapterError, did_you_mean
-from lora.runs.folder import atomic_write, disk_error
+from lora.runs.disk import atomic_write, disk_error
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"

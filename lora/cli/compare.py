@@ -14,7 +14,7 @@ from lora.compare.decoder_target import EvaluationConfig, Metric
 from lora.compare.record import COMPARE_FILE, Method, Same
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.errors import ConfigError
-from lora.runs.folder import read_json
+from lora.runs.disk import read_json
 
 if TYPE_CHECKING:
     from lora.compare.run import CompareResult

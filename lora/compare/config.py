@@ -10,7 +10,7 @@ from typing import Any, cast, get_args
 from lora.compare.record import Method, Same
 from lora.config import FULL_LEARNING_RATE, LORA_LEARNING_RATE, RunConfig, TrainConfig
 from lora.errors import CheckpointError, ConfigError, did_you_mean, gather
-from lora.runs.folder import read_json
+from lora.runs.disk import read_json
 
 MIN_RATE_STEPS = 20
 """Steps of a try, unless the comparison itself has fewer."""

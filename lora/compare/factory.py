@@ -20,20 +20,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lora.compare.record import (
-    MemberResult,
-    Method,
-    ModelEvaluation,
-    RateTrial,
-    Sample,
-    measured_peak,
-)
+from lora.compare.record import MemberResult, Method, ModelEvaluation, RateTrial, Sample
 from lora.compare.target import BaseResult, run_rate_trials
 from lora.config import RunConfig, TrainConfig
 from lora.device import DeviceChoice
 from lora.errors import ConfigError
 from lora.lora_module import count_lora_parameters
-from lora.runs.folder import create_run
+from lora.runs.directory import create_run
+from lora.runs.measurements import measured_peak, stored_bytes
 from lora.runs.progress import Progress
 from lora.training.job import Stream, TrainingJob
 from lora.training.plain_step import LossFn, evaluate
@@ -168,11 +162,6 @@ class FactoryTarget:
     ) -> list[RateTrial]:
         """Train at one rate after the other."""
         return run_rate_trials(self.run_member, method, rates, train, run, progress)
-
-
-def stored_bytes(folder: Path) -> int:
-    """Return the bytes of the tensors saved in `folder`."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _measure(setup: MemberSetup) -> ModelEvaluation:

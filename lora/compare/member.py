@@ -13,15 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora.adapters.save_load import load_adapter
-from lora.compare.factory import stored_bytes
-from lora.compare.record import (
-    MemberResult,
-    Method,
-    ModelEvaluation,
-    RateTrial,
-    Sample,
-    measured_peak,
-)
+from lora.compare.record import MemberResult, Method, ModelEvaluation, RateTrial, Sample
 from lora.compare.target import BaseResult, TrainingOutcome, short_run
 from lora.config import RunConfig, SamplingConfig, TrainConfig
 from lora.data.prepare import PreparedData
@@ -41,6 +33,7 @@ from lora.inference.samples import choose_prompts
 from lora.lora_module import count_lora_parameters
 from lora.pretrained.hf_weights import load_decoder
 from lora.pretrained.sources import find_model
+from lora.runs.measurements import measured_peak, stored_bytes
 from lora.runs.progress import NoProgress, Progress
 from lora.sweep.grid import Grid
 from lora.sweep.job import SweepJob

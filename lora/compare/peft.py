@@ -25,7 +25,7 @@ from lora.errors import ConfigError, DependencyError
 from lora.finetune.job import FinetuneJob
 from lora.finetune.run import check_data
 from lora.pretrained.sources import find_model
-from lora.runs.folder import Run, create_run
+from lora.runs.directory import Run, create_run
 from lora.runs.progress import Progress
 from lora.training.trainer import TrainingJob, train
 

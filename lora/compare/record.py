@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from lora.errors import CheckpointError
-from lora.runs.folder import TIMINGS_FILE, Run, read_json, read_rows
+from lora.runs.directory import Run
+from lora.runs.disk import read_json
+from lora.runs.measurements import step_times
 
 Method = Literal["lora", "full", "peft"]
 RateSource = Literal["sweep", "default", "given"]
@@ -222,17 +224,6 @@ def build_member(
         samples=after.samples,
         **{k: v for k, v in vars(trained).items() if k != "after"},
     )
-
-
-def step_times(folder: Path) -> list[float]:
-    """Return the seconds of each step of the run in `folder`."""
-    return [row["step_s"] for row in read_rows(folder / TIMINGS_FILE) if "step_s" in row]
-
-
-def measured_peak(folder: Path, peak_bytes: int) -> int:
-    """Return a run's peak memory: of all its steps, those before a resume too."""
-    rows = read_rows(folder / TIMINGS_FILE) if (folder / TIMINGS_FILE).is_file() else []
-    return max([peak_bytes, *(row.get("peak_memory_bytes", 0) for row in rows)])
 
 
 def read_comparison(folder: Path) -> Comparison:

@@ -35,7 +35,6 @@ from lora.compare.record import (
     build_member,
     edge_note,
     rate_choice_from,
-    step_times,
 )
 from lora.compare.target import (
     BaseResult,
@@ -47,9 +46,13 @@ from lora.compare.target import (
 )
 from lora.config import RunConfig
 from lora.errors import CheckpointError, TrainingError
-from lora.runs.child_process import run_apart
-from lora.runs.folder import Run, create_run, default_name, read_json, read_rows, reading
+from lora.runs.directory import Run, create_run, default_name
+from lora.runs.disk import read_json, read_rows, reading
+from lora.runs.measurements import (
+    step_times,
+)
 from lora.runs.progress import NoProgress, Progress
+from lora.runs.subprocesses import run_in_subprocess
 
 BASE_FILE, MEMBER_FILE, RATES, TIMING = "base.json", "member.json", "rates", "timing"
 TIMED_STEPS, UNTIMED_STEPS = 8, 2
@@ -152,7 +155,7 @@ def _call(
     config: CompareConfig, progress: Progress, task: Callable[..., Any], *arguments: Any
 ) -> Any:
     if config.isolated:
-        return run_apart(task, *arguments, progress=progress)
+        return run_in_subprocess(task, *arguments, progress=progress)
     import torch
 
     gc.collect()

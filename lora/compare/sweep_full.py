@@ -15,15 +15,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora.compare.record import measured_peak
 from lora.config import FULL_LEARNING_RATE, TrainConfig
 from lora.data.inspection import DataReport
 from lora.errors import CheckpointError
 from lora.finetune.job import FinetuneJob
 from lora.finetune.run import finetune
-from lora.runs.child_process import run_apart
-from lora.runs.folder import Run, read_json, read_rows
+from lora.runs.directory import Run
+from lora.runs.disk import read_json, read_rows
+from lora.runs.measurements import measured_peak
 from lora.runs.progress import NoProgress, Progress
+from lora.runs.subprocesses import run_in_subprocess
 from lora.sweep.grid import SWEPT
 from lora.sweep.job import SweepJob
 from lora.sweep.ledger import CandidateState
@@ -67,7 +68,7 @@ def sweep_with_full(
     if not path.is_file():
         progress.message("full fine-tuning on the same data, in the same order")
         member = _full_job(job, done.folder, full_rate)
-        found = run_apart(_train, member, progress=full_progress or NoProgress())
+        found = run_in_subprocess(_train, member, progress=full_progress or NoProgress())
         _check_same_data(done.folder)
         run.write_json(FULL_FILE, found)
     shutil.rmtree(done.folder / FULL / "checkpoints", ignore_errors=True)

@@ -21,7 +21,8 @@ from lora.compare.record import (
 )
 from lora.config import RunConfig, TrainConfig
 from lora.errors import TrainingError
-from lora.runs.folder import Run, read_json, reading
+from lora.runs.directory import Run
+from lora.runs.disk import read_json, reading
 from lora.runs.progress import Progress
 
 RATE_TRIAL_FILE = "tried.json"

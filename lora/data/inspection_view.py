@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
+
+from lora.runs.terminal import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
 _BAR_CELLS = 40
 _SHORT_CHARACTERS = 240
-_CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def print_report(report: DataReport, console: Console, *, is_compact: bool = False) -> None:
@@ -113,9 +113,3 @@ def _shortened(text: str, most_characters: int | None) -> str:
         return text
     half = most_characters // 2
     return f"{text[:half]} [...] {text[-half:]}"
-
-
-def visible(text: str, is_ascii: bool = False) -> str:
-    """Return the text with control characters, and those that turn its direction, as escapes."""
-    safe = _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
-    return safe.encode("ascii", "backslashreplace").decode() if is_ascii else safe

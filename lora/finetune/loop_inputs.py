@@ -14,7 +14,7 @@ from lora.device import DeviceChoice
 from lora.errors import DependencyError
 from lora.finetune.job import FinetuneJob
 from lora.inference.samples import SampleRecorder, choose_prompts
-from lora.runs.folder import Run
+from lora.runs.directory import Run
 from lora.runs.progress import Progress
 from lora.training.losses import loss_for
 from lora.training.step_runner import StepRunner

@@ -32,15 +32,8 @@ from lora.finetune.loop_inputs import find_tensorboard, training_job
 from lora.finetune.memory import RunMemory, describe_plan, plan_run
 from lora.pretrained.hf_weights import load_decoder, save_decoder
 from lora.pretrained.sources import ModelSource, find_model
-from lora.runs.folder import (
-    Run,
-    check_place,
-    create_run,
-    default_name,
-    read_first_day,
-    read_json,
-    reading,
-)
+from lora.runs.directory import Run, check_run_directory, create_run, default_name, read_start_time
+from lora.runs.disk import read_json, reading
 from lora.runs.progress import NoProgress, Progress
 from lora.training.out_of_memory import LOADING_ADVICE, advise, explained
 from lora.training.trainer import train
@@ -68,7 +61,7 @@ def _finetune(
     job: FinetuneJob, progress: Progress, show_data: Callable[[DataReport], None] | None
 ) -> FinetuneResult:
     check_base_dtype(job)
-    check_place(job.run.out, job.run.name, resume=job.resume)
+    check_run_directory(job.run.out, job.run.name, resume=job.resume)
     choice = choose_device(job.run.device, job.train.precision)
     open_board = find_tensorboard() if job.run.tensorboard else None
     source = find_model(job.model)
@@ -138,7 +131,7 @@ def check_data(
         job.data_config,
         job.train.seed,
         validation_source=job.eval_data,
-        now=read_first_day(job.run.out / str(job.run.name)) if job.resume else None,
+        now=read_start_time(job.run.out / str(job.run.name)) if job.resume else None,
         on_message=progress.message,
     )
     progress.message(

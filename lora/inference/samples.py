@@ -13,14 +13,14 @@ from datetime import datetime
 
 from lora.config import SamplingConfig
 from lora.data.chat.prompts import Prompt, continuation_prompt, example_prompt
-from lora.data.inspection_view import visible
 from lora.data.reading.formats import Example
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.decoder import Decoder
 from lora.errors import DataError, LoraError
 from lora.inference.generate import generate
-from lora.runs.folder import Run
+from lora.runs.directory import Run
 from lora.runs.progress import Progress
+from lora.runs.terminal import visible
 
 _MAX_TRIED = 100
 _SHOWN_CHARACTERS = 200

@@ -23,7 +23,7 @@ from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
 from lora.decoder.families import FAMILIES, decoder_config
 from lora.decoder.quantised import Fp8Linear, has_fp8_base, use_fp8_linears
 from lora.errors import ModelError, did_you_mean, gather
-from lora.runs.folder import disk_error
+from lora.runs.disk import disk_error
 from lora.runs.tensor_files import write_tensors
 
 MAX_SHARD_BYTES = 4 * 2**30

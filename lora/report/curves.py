@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora.runs.folder import atomic_write
+from lora.runs.disk import atomic_write
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -20,7 +20,8 @@ from lora.report.page import Drawn, build_page
 from lora.report.records.collect import read_report
 from lora.report.records.records import Report
 from lora.report.svg import png_of, svg_of
-from lora.runs.folder import METRICS_FILE, atomic_write, disk_error, read_rows
+from lora.runs.directory import METRICS_FILE
+from lora.runs.disk import atomic_write, disk_error, read_rows
 
 HTML_FILE, JSON_FILE, PICTURES = "report.html", "report.json", "pictures"
 LOSS_PICTURE, MAX_CURVES = "loss.png", 6

@@ -14,7 +14,7 @@ from lora.data.reading.readers import Source
 from lora.device import DeviceChoice
 from lora.errors import CheckpointError, ConfigError, gather
 from lora.pretrained.sources import ModelSource
-from lora.runs.folder import read_json
+from lora.runs.disk import read_json
 from lora.sweep.grid import Candidate, Grid
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from lora.runs.folder import Run
+from lora.runs.directory import Run
 
 LEDGER_FILE = "sweep.json"
 HALVING_POINTS = (0.25, 0.5)

@@ -37,12 +37,8 @@ from lora.errors import (
 )
 from lora.pretrained.hf_weights import load_decoder
 from lora.pretrained.sources import ModelSource, find_model
-from lora.runs.folder import (
-    check_place,
-    create_run,
-    default_name,
-    reading,
-)
+from lora.runs.directory import check_run_directory, create_run, default_name
+from lora.runs.disk import reading
 from lora.runs.interrupts import StopRequests
 from lora.stacked.apply import single_adapter
 from lora.sweep.grid import Candidate, build_candidates
@@ -97,7 +93,7 @@ def sweep(
     progress = progress or NoSweepProgress()
     candidates = build_candidates(job.grid, job.lora, job.train)
     check_job(job, candidates)
-    check_place(job.run.out, job.run.name, resume=job.resume)
+    check_run_directory(job.run.out, job.run.name, resume=job.resume)
     check_same_sweep(job)
     choice = choose_device(job.run.device, job.train.precision)
     source = find_model(job.model)

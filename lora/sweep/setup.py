@@ -13,7 +13,8 @@ from lora.data.tokenizers.subword import load_tokenizer
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
 from lora.errors import DataError
-from lora.runs.folder import Run, read_first_day, read_json, reading
+from lora.runs.directory import Run, read_start_time
+from lora.runs.disk import read_json, reading
 from lora.sweep.capacity import plan_stack_memory
 from lora.sweep.grid import Candidate
 from lora.sweep.job import SweepJob, takes_fast
@@ -32,7 +33,7 @@ def prepare_sweep(job: SweepJob, model_folder: Path, progress: SweepProgress) ->
         job.data_config,
         int(job.grid.seed[0]),
         validation_source=job.eval_data,
-        now=read_first_day(job.run.out / str(job.run.name)) if job.resume else None,
+        now=read_start_time(job.run.out / str(job.run.name)) if job.resume else None,
         on_message=progress.message,
     )
     if data.validation is None:

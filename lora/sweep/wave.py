@@ -23,7 +23,8 @@ from lora.data.sequences.batches import Batch, BatchStream, TokenSequences, orde
 from lora.device import DeviceChoice, peak_memory_bytes
 from lora.errors import CheckpointError
 from lora.fast.stacked_runner import choose_stacked_runner
-from lora.runs.folder import Run, reading
+from lora.runs.directory import Run
+from lora.runs.disk import reading
 from lora.runs.interrupts import StopRequests
 from lora.stacked.apply import apply_stacked, remove_stacked
 from lora.stacked.losses import StackedDecoderLoss, stack_batches

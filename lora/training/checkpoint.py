@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lora.errors import CheckpointError, gather
-from lora.runs.folder import atomic_write, disk_error
+from lora.runs.disk import atomic_write, disk_error
 from lora.runs.tensor_files import Digest, digest_file, write_tensors
 
 TENSORS_FILE, STATE_FILE, MANIFEST_FILE = "tensors.safetensors", "state.json", "manifest.json"

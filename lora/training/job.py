@@ -13,7 +13,8 @@ from torch import nn
 from lora.config import RunConfig, TrainConfig
 from lora.device import DeviceChoice
 from lora.errors import CheckpointError
-from lora.runs.folder import Run, reading
+from lora.runs.directory import Run
+from lora.runs.disk import reading
 from lora.runs.progress import NoProgress, Progress
 from lora.training.checkpoint import (
     list_checkpoints,

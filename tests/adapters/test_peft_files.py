@@ -87,7 +87,7 @@ def test_a_failed_save_leaves_the_former_adapter(
 
     def fail(path: Path, data: bytes) -> None:
         if path.name == failing:
-            raise CheckpointError(f"{path} could not be written: no space. Free some.")
+            raise CheckpointError(f"Cannot write {path}: no space. Free some.")
         write(path, data)
 
     monkeypatch.setattr(peft_files, "atomic_write", fail)
@@ -98,9 +98,9 @@ def test_a_failed_save_leaves_the_former_adapter(
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"file.* could not be written"):
+    with pytest.raises(CheckpointError, match=r"Cannot write .*file"):
         write_adapter_files(tmp_path / "file", DESCRIBED, TENSORS, METADATA)
-    with pytest.raises(CheckpointError, match=r"inside.* could not be written: Not a directory"):
+    with pytest.raises(CheckpointError, match=r"Cannot write .*inside.*: Not a directory"):
         write_adapter_files(tmp_path / "file" / "inside", DESCRIBED, TENSORS, METADATA)
 
 

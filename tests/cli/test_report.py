@@ -79,4 +79,4 @@ def test_a_folder_that_cannot_be_written_is_told(
 ) -> None:
     taken = folder / "run.json"
     assert main(["report", str(folder), "--out", str(taken)]) == 2
-    assert "could not be written" in capsys.readouterr().err
+    assert "Cannot write " in capsys.readouterr().err

@@ -23,7 +23,7 @@ from lora.compare.record import (
 )
 from lora.compare.table import describe_ratios, print_comparison
 from lora.errors import CheckpointError
-from lora.runs.folder import Run
+from lora.runs.directory import Run
 
 LORA = Member(
     name="lora", method="lora", folder="members/lora", learning_rate=1e-3, rate_chosen="sweep",

@@ -16,7 +16,8 @@ from lora.decoder.decoder import Decoder
 from lora.device import choose_device
 from lora.errors import TrainingError
 from lora.fast.runner import FastStepRunner
-from lora.runs.folder import create_run, read_rows
+from lora.runs.directory import create_run
+from lora.runs.disk import read_rows
 from lora.training.checkpoint import list_checkpoints
 from lora.training.losses import loss_for
 from lora.training.trainer import TrainingJob, TrainResult, train

@@ -22,7 +22,8 @@ from torch import nn
 
 from lora import cli
 from lora.config import DataConfig, LoRAConfig, RunConfig, SamplingConfig, TrainConfig
-from lora.runs.folder import create_run, read_first_day, read_json, reading
+from lora.runs.directory import create_run, read_start_time
+from lora.runs.disk import read_json, reading
 from lora.runs.progress import NoProgress
 from lora.sweep.ledger import CandidateState, read_ledger
 from lora.training.checkpoint import load_checkpoint, save_checkpoint, training_tensors
@@ -119,7 +120,7 @@ def test_any_files_of_a_run(fuzz: Any, make: dict[str, Any], tmp_path: Path) -> 
     ).map(lambda value: json.dumps(value).encode())
 
     def begun() -> None:
-        read_first_day(tmp_path / "run")
+        read_start_time(tmp_path / "run")
 
     def rows() -> None:
         with create_run(tmp_path, "run", resume=True) as run:

@@ -20,7 +20,8 @@ from lora.decoder.families import decoder_config
 from lora.errors import CheckpointError, ModelError
 from lora.inference.generate import generate
 from lora.inference.samples import SampleRecorder, choose_prompts
-from lora.runs.folder import create_run, read_rows
+from lora.runs.directory import create_run
+from lora.runs.disk import read_rows
 from lora.runs.progress import NoProgress
 
 TEMPLATE = (

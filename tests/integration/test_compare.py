@@ -28,7 +28,7 @@ from lora.data.sequences.batches import Batch, BatchStream
 from lora.errors import CheckpointError, ConfigError, DataError, DependencyError
 from lora.finetune import FinetuneJob, finetune
 from lora.pretrained.hf_weights import load_decoder
-from lora.runs.folder import read_json, read_rows
+from lora.runs.disk import read_json, read_rows
 from lora.runs.progress import NoProgress
 
 PEFTS_OWN = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -224,7 +224,7 @@ def test_another_comparison_is_not_resumed(target: DecoderTarget, config: Compar
             replace(target, lora=replace(target.lora, rank=8)),
             replace(config, resume=True, same="time"),
         )
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         compare(target, replace(config, resume=True, run=replace(config.run, name="other")))
 
 

@@ -26,7 +26,8 @@ from lora.data.reading.orders import make_orders
 from lora.data.tokenizers.subword import load_tokenizer
 from lora.errors import CheckpointError, TrainingError
 from lora.finetune import FinetuneJob, finetune
-from lora.runs.folder import create_run, read_rows
+from lora.runs.directory import create_run
+from lora.runs.disk import read_rows
 from lora.runs.progress import NoProgress
 from lora.training.checkpoint import list_checkpoints
 from lora.training.losses import loss_for
@@ -146,7 +147,7 @@ def test_a_second_signal_leaves_at_once_and_loses_no_byte(
     _, said = process.communicate(timeout=60)
     assert time.monotonic() - began_s < 5
     assert process.returncode == code, said
-    assert "once more leaves at once" in " ".join(said.split())
+    assert "a second one exits at once" in " ".join(said.split())
     assert "Traceback" not in said
     finish(start(tiny_folder, orders_file, tmp_path, "lora", *slow, "--resume"))
     finish(start(tiny_folder, orders_file, tmp_path / "whole", "lora", *slow))
@@ -238,7 +239,7 @@ def test_a_vanished_folder_is_told_and_the_adapter_is_saved_all_the_same(
 ) -> None:
     heard = Heard(4, lambda: shutil.rmtree(tmp_path / "run"))
     done = finetune(job, heard)
-    assert any("has vanished" in line for line in heard.said)
+    assert any("no longer exists" in line for line in heard.said)
     assert (done.saved / "adapter_model.safetensors").is_file()
 
 

@@ -22,7 +22,8 @@ from lora.device import choose_device
 from lora.errors import DataError, LoraError
 from lora.finetune import FinetuneJob, FinetuneResult, finetune
 from lora.pretrained.hf_weights import load_decoder
-from lora.runs.folder import create_run, read_json, read_rows
+from lora.runs.directory import create_run
+from lora.runs.disk import read_json, read_rows
 from lora.runs.progress import NoProgress
 from lora.training.losses import loss_for
 from lora.training.trainer import TrainingJob, train

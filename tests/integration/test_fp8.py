@@ -16,7 +16,7 @@ from lora.data.reading.orders import make_orders
 from lora.errors import ConfigError, LoraError
 from lora.finetune import FinetuneJob, finetune
 from lora.pretrained.hf_weights import load_decoder
-from lora.runs.folder import read_json, read_rows
+from lora.runs.disk import read_json, read_rows
 
 TOKENS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
 

@@ -14,7 +14,7 @@ from lora.data.tokenizers.subword import load_tokenizer
 from lora.finetune import FinetuneJob, finetune
 from lora.inference.generate import generate
 from lora.pretrained.hf_weights import load_decoder
-from lora.runs.folder import read_json, read_rows
+from lora.runs.disk import read_json, read_rows
 
 pytestmark = [
     pytest.mark.gpu,

@@ -34,7 +34,7 @@ from lora.fast.step import FastStep
 from lora.finetune import FinetuneJob, finetune
 from lora.kernels.step.jit import HAS_TRITON
 from lora.kernels.step.ops import TRITON
-from lora.runs.folder import read_rows
+from lora.runs.disk import read_rows
 from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer
 from lora.training.trainer import train_step

@@ -30,7 +30,7 @@ from lora.fast.step import FastStep
 from lora.finetune import FinetuneJob, finetune
 from lora.kernels.step.jit import HAS_TRITON
 from lora.kernels.step.ops import PLAIN, TRITON
-from lora.runs.folder import read_json, read_rows
+from lora.runs.disk import read_json, read_rows
 from lora.runs.progress import NoProgress
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)

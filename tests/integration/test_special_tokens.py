@@ -25,7 +25,7 @@ from lora.errors import CheckpointError, ConfigError
 from lora.finetune import FinetuneJob, FinetuneResult, finetune
 from lora.pretrained.hf_weights import load_decoder
 from lora.pretrained.sources import find_model
-from lora.runs.folder import read_json
+from lora.runs.disk import read_json
 from lora.runs.progress import NoProgress
 
 SPECIAL = ("<|tool|>", "<|think|>")

@@ -23,7 +23,7 @@ from lora.data.reading.orders import make_orders
 from lora.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from lora.finetune import FinetuneJob, finetune
 from lora.report import report_on
-from lora.runs.folder import read_json, read_rows
+from lora.runs.disk import read_json, read_rows
 from lora.sweep import SweepJob, sweep
 from lora.sweep.grid import Grid, build_candidates
 from lora.sweep.ledger import CandidateState, rank

@@ -14,7 +14,7 @@ OURS = ("lora", "models", "training", "demo", "demo_classic", "benchmarks", "tes
 LORA_CODE = {"lora_module", "layers", "stacked", "adapters", "fast"}
 NO_LORA = ("lora/data/", "lora/decoder/", "lora/kernels/", "models/bigram_lm_v2.py")
 NO_TORCH = (
-    *("lora/errors.py", "lora/config.py", "lora/runs/folder.py", "lora/runs/progress.py"),
+    *("lora/errors.py", "lora/config.py", "lora/runs/directory.py", "lora/runs/progress.py"),
     *("lora/report/", "models/classic_settings.py"),
 )
 ADVICE = "See the table of floors in docs/architecture.md; a new module gets its place there."

@@ -16,7 +16,7 @@ from lora.config import RunConfig, TrainConfig
 from lora.data.sequences.blocks import BlockStream, ordered_blocks
 from lora.device import choose_device
 from lora.errors import CheckpointError, TrainingError
-from lora.runs.folder import create_run
+from lora.runs.directory import create_run
 from lora.training.checkpoint import list_checkpoints, save_checkpoint
 from lora.training.trainer import TrainingJob, TrainResult, evaluate, train, train_step
 from models.bigram_lm_v2 import BigramLanguageModel, bigram_loss

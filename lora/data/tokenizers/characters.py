@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lora.errors import DataError, did_you_mean
-from lora.runs.folder import atomic_write
+from lora.runs.disk import atomic_write
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 FIXED_CHARACTERS = "\n\t" + "".join(chr(code) for code in range(0x20, 0x7F))

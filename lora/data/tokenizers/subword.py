@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import AddedToken, Encoding, Tokenizer
 
 from lora.errors import DataError
-from lora.runs.folder import atomic_write
+from lora.runs.disk import atomic_write
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "</s>")
 """Special tokens that end an assistant's turn in the chat templates in use."""

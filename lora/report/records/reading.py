@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora.errors import LoraError
-from lora.runs.folder import read_json, read_rows
+from lora.runs.disk import read_json, read_rows
 
 Faults = list[str]
 _MAX_HEADER_BYTES = 100_000_000

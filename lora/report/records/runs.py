@@ -19,7 +19,7 @@ from lora.report.records.reading import (
     relative,
 )
 from lora.report.records.records import Memory, Method, Point, RunRecord, Sample
-from lora.runs.folder import METRICS_FILE, SAMPLES_FILE, TIMINGS_FILE
+from lora.runs.directory import METRICS_FILE, SAMPLES_FILE, TIMINGS_FILE
 
 RUN_FILE, RESULT_FILE = "run.json", "result.json"
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "other")

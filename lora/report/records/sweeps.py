@@ -13,7 +13,7 @@ from lora.report.records.command import sweep_command
 from lora.report.records.reading import Faults, Values, read_lines, read_object, relative
 from lora.report.records.records import RunRecord, Status, SweepRecord, SweetSpot, Tried
 from lora.report.records.runs import RESULT_FILE, RUN_FILE, read_run
-from lora.runs.folder import TIMINGS_FILE
+from lora.runs.directory import TIMINGS_FILE
 from lora.sweep.grid import SWEPT, short_number
 from lora.sweep.ledger import LEDGER_FILE, CandidateState, rank
 

@@ -211,8 +211,8 @@ def test_every_fault_of_every_folder_is_told_at_once(make_run: Make, tmp_path: P
         read_report([broken, wrong, tmp_path / "empty", tmp_path / "brokn"], tmp_path / "out")
     text = str(caught.value)
     for words in (
-        f"{broken / 'run.json'} is no JSON",
-        f"{wrong / 'metrics.jsonl'}, line 2, is no JSON",
+        f"{broken / 'run.json'}: it is not valid JSON",
+        f"{wrong / 'metrics.jsonl'}, line 2: it is not valid JSON",
         f"{wrong / 'result.json'}: train_s is [1], not a number",
         "empty is no run: it has no run.json",
         "brokn does not exist. Did you mean 'broken'?",

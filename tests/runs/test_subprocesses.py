@@ -1,4 +1,4 @@
-"""Work in another process: what it returns, says and raises, and how it ends."""
+"""A function in a subprocess: what it returns, reports and raises, and how it ends."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from lora.errors import DataError, Interrupted, TrainingError
-from lora.runs.child_process import run_apart
 from lora.runs.progress import NoProgress
+from lora.runs.subprocesses import run_in_subprocess
 
 TASKS = """
 import os, resource, signal
@@ -60,14 +60,14 @@ class Heard(NoProgress):
 @pytest.fixture
 def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A module that the child can import: spawned processes get our path."""
-    (tmp_path / "tasks_apart.py").write_text(TASKS)
+    (tmp_path / "tasks_in_subprocess.py").write_text(TASKS)
     monkeypatch.syspath_prepend(tmp_path)
-    return importlib.reload(importlib.import_module("tasks_apart"))
+    return importlib.reload(importlib.import_module("tasks_in_subprocess"))
 
 
 def test_it_returns_and_is_heard(tasks: ModuleType) -> None:
     heard = Heard()
-    total, number, group = run_apart(tasks.add, 2, 3, progress=heard)
+    total, number, group = run_in_subprocess(tasks.add, 2, 3, progress=heard)
     assert total == 5
     assert number != os.getpid()
     assert group == number  # Ctrl-C of the terminal does not reach it
@@ -76,22 +76,22 @@ def test_it_returns_and_is_heard(tasks: ModuleType) -> None:
 
 def test_errors_are_what_they_were_there(tasks: ModuleType) -> None:
     with pytest.raises(DataError, match="cannot be used"):
-        run_apart(tasks.refuse, progress=NoProgress())
+        run_in_subprocess(tasks.refuse, progress=NoProgress())
     with pytest.raises(Interrupted, match="after step 3") as stopped:
-        run_apart(tasks.stop, progress=NoProgress())
+        run_in_subprocess(tasks.stop, progress=NoProgress())
     assert stopped.value.exit_code == 143
     with pytest.raises(RuntimeError, match="KeyError"):
-        run_apart(tasks.fail, progress=NoProgress())
+        run_in_subprocess(tasks.fail, progress=NoProgress())
 
 
 def test_a_process_that_dies_is_told(tasks: ModuleType) -> None:
-    with pytest.raises(TrainingError, match=r"SIGKILL: memory may have run out"):
-        run_apart(tasks.die, progress=NoProgress())
+    with pytest.raises(TrainingError, match=r"SIGKILL: it may have run out of memory"):
+        run_in_subprocess(tasks.die, progress=NoProgress())
 
 
 def test_one_peak_is_not_the_next_one_s(tasks: ModuleType) -> None:
-    _, large = run_apart(tasks.grow, 300_000_000, progress=NoProgress())
-    _, small = run_apart(tasks.grow, 1, progress=NoProgress())
+    _, large = run_in_subprocess(tasks.grow, 300_000_000, progress=NoProgress())
+    _, small = run_in_subprocess(tasks.grow, 1, progress=NoProgress())
     assert large > 290_000
     assert small < large - 200_000
 
@@ -103,6 +103,6 @@ def test_a_signal_while_no_step_is_taken_ends_it(tasks: ModuleType) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="SIGTERM") as stopped:
-        run_apart(tasks.add, 1, 2, progress=Stops())
+        run_in_subprocess(tasks.add, 1, 2, progress=Stops())
     assert stopped.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

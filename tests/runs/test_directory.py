@@ -10,45 +10,14 @@ from pathlib import Path
 import pytest
 
 from lora.errors import CheckpointError
-from lora.runs.folder import (
-    atomic_write,
-    check_place,
+from lora.runs.directory import (
+    check_run_directory,
     create_run,
     default_name,
     environment,
-    read_first_day,
-    read_json,
-    read_rows,
+    read_start_time,
 )
-
-
-def test_atomic_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    atomic_write(path, b"one")
-    atomic_write(path, b"two")
-    assert path.read_bytes() == b"two"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_atomic_write_into_a_vanished_folder_says_so(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"gone/file could not be written.*vanished"):
-        atomic_write(tmp_path / "gone" / "file", b"x")
-
-
-def test_atomic_write_keeps_the_former_file_when_the_disk_refuses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "file"
-    atomic_write(path, b"old")
-
-    def refuse(handle: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(CheckpointError, match="Free some space"):
-        atomic_write(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+from lora.runs.disk import read_json, read_rows
 
 
 def test_rows_are_written_alike_and_cut_after_a_step(tmp_path: Path) -> None:
@@ -64,34 +33,9 @@ def test_rows_are_written_alike_and_cut_after_a_step(tmp_path: Path) -> None:
         assert (run.folder / "metrics.jsonl").read_bytes() == first
 
 
-def test_a_last_line_cut_short_is_left_out_and_a_damaged_one_named(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert [row["step"] for row in read_rows(path)] == [1, 2]
-    path.write_text('{"step": 1}\nnonsense\n')
-    with pytest.raises(CheckpointError, match="line 2"):
-        read_rows(path)
-
-
-@pytest.mark.parametrize("line", [b"\xff\xfe", b"[1]", b'{"loss": 1}'])
-def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: bytes) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"step": 1}\n' + line + b"\n")
-    with pytest.raises(CheckpointError, match=r"rows\.jsonl, line 2, is no"):
-        read_rows(path)
-
-
-@pytest.mark.parametrize("content", [b"\xff", b"{", b""])
-def test_a_damaged_json_file_is_named(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "run.json"
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"run\.json is no JSON"):
-        read_json(path)
-
-
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "../a"])
 def test_a_run_stays_in_the_folder_of_runs(tmp_path: Path, name: str) -> None:
-    with pytest.raises(CheckpointError, match="a name is that of one folder"):
+    with pytest.raises(CheckpointError, match="the name of one directory"):
         create_run(tmp_path / "runs", name)
     assert not list(tmp_path.iterdir())
 
@@ -104,30 +48,30 @@ def test_a_second_run_of_the_same_name_gets_its_own_folder(tmp_path: Path) -> No
 
 
 def test_a_place_is_looked_at_before_anything_is_written(tmp_path: Path) -> None:
-    check_place(tmp_path / "not" / "yet", "run", resume=False)
-    check_place(tmp_path, None, resume=False)
+    check_run_directory(tmp_path / "not" / "yet", "run", resume=False)
+    check_run_directory(tmp_path, None, resume=False)
     assert not list(tmp_path.iterdir())
     with create_run(tmp_path, "order", described={"train": {}}):
         with pytest.raises(CheckpointError, match=rf"in use by process {os.getpid()}"):
-            check_place(tmp_path, "order", resume=True)
+            check_run_directory(tmp_path, "order", resume=True)
         with create_run(tmp_path, "order") as second:
-            assert "order is taken: this run is" in second.note
-    check_place(tmp_path, "order", resume=True)
-    with pytest.raises(CheckpointError, match=r"Did you mean 'order'\? Runs there: order\."):
-        check_place(tmp_path, "orders", resume=True)
+            assert "order exists: this run is" in second.note
+    check_run_directory(tmp_path, "order", resume=True)
+    with pytest.raises(CheckpointError, match=r"Did you mean 'order'\? Runs in .*: order\."):
+        check_run_directory(tmp_path, "orders", resume=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="Not a directory"):
-        check_place(tmp_path / "file", "run", resume=False)
+        check_run_directory(tmp_path / "file", "run", resume=False)
     with pytest.raises(CheckpointError, match="without slashes"):
-        check_place(tmp_path, "../run", resume=False)
+        check_run_directory(tmp_path, "../run", resume=False)
 
 
 def test_a_place_that_is_read_only_is_known_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
-    with pytest.raises(CheckpointError, match=r"Permission denied\. Make the folder writable"):
-        check_place(tmp_path, "run", resume=False)
+    with pytest.raises(CheckpointError, match=r"Permission denied\. Make the directory writable"):
+        check_run_directory(tmp_path, "run", resume=False)
 
 
 def test_a_run_that_goes_on_elsewhere_is_told(tmp_path: Path) -> None:
@@ -144,15 +88,15 @@ def test_a_run_that_goes_on_elsewhere_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["3", '{"data": 3}', '{"data": {"now": "x"}}', "{"])
 def test_a_run_json_that_lies_is_refused(tmp_path: Path, text: str) -> None:
     create_run(tmp_path, "run").close()
-    assert read_first_day(tmp_path / "run") is None
+    assert read_start_time(tmp_path / "run") is None
     (tmp_path / "run" / "run.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"run\.json"):
-        read_first_day(tmp_path / "run")
+        read_start_time(tmp_path / "run")
 
 
 def test_a_run_in_use_is_refused_and_free_again_when_its_process_dies(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from lora.runs.folder import create_run\n"
+        "import sys; from pathlib import Path; from lora.runs.directory import create_run\n"
         f"run = create_run(Path({str(tmp_path)!r}), 'run'); print('open', flush=True)\n"
         "sys.stdin.read()"
     )
@@ -172,13 +116,13 @@ def test_a_run_in_use_is_refused_and_free_again_when_its_process_dies(tmp_path: 
 
 
 def test_resuming_what_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with pytest.raises(CheckpointError, match="this directory does not exist"):
         create_run(tmp_path, "run", resume=True)
 
 
 def test_a_file_where_the_folder_should_be_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
-    with pytest.raises(CheckpointError, match="choose another output folder"):
+    with pytest.raises(CheckpointError, match="choose another output directory"):
         create_run(tmp_path / "out", "run")
 
 

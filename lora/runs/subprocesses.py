@@ -1,7 +1,7 @@
-"""Work in a fresh process: its peak of memory is its own, and what it says is heard here.
+"""Run a function in a subprocess of its own, with its progress reported here.
 
-The child is spawned, not forked, so that it begins with nothing of ours. It dies with us, whichever
-way we die, and a signal that stops us stops it between two steps.
+The subprocess is spawned, not forked, so that its peak memory is that of its work alone. It ends
+when this process ends, even by SIGKILL, and a signal to this process stops it between two steps.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ T = TypeVar("T")
 _POLL_S, _GRACE_S = 0.2, 5.0
 
 
-def run_apart(task: Callable[..., T], *arguments: Any, progress: Progress) -> T:
-    """Return `task(*arguments, progress)`, computed in a process of its own.
+def run_in_subprocess(task: Callable[..., T], *arguments: Any, progress: Progress) -> T:
+    """Return `task(*arguments, progress)`, computed in a subprocess.
 
-    Task, arguments and result are pickled: functions and classes of modules, no closures. An error
-    of ours is raised here as it was there. Raises TrainingError if the process dies.
+    Task, arguments and result are pickled: functions and classes of modules, no closures. A
+    LoraError of the task is raised here again. Raises TrainingError if the subprocess dies.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, task, arguments))
+    process = context.Process(target=_run_child, args=(theirs, task, arguments))
     with StopRequests(progress.message) as stop:
         process.start()
         theirs.close()
@@ -48,12 +48,12 @@ def run_apart(task: Callable[..., T], *arguments: Any, progress: Progress) -> T:
 
 
 def _listen(process: Any, ours: Connection, stop: StopRequests, progress: Progress) -> Any:
-    """Hear what the child says until it has answered."""
-    is_told = False
+    """Pass the subprocess's progress on until it sends its result or an error."""
+    is_terminated = False
     while True:
-        if stop.received is not None and not is_told:
-            process.terminate()  # the child finishes its step and saves
-            is_told = True
+        if stop.received is not None and not is_terminated:
+            process.terminate()  # it finishes its step and saves
+            is_terminated = True
         if not wait([ours], timeout=_POLL_S):
             continue
         try:
@@ -63,29 +63,29 @@ def _listen(process: Any, ours: Connection, stop: StopRequests, progress: Progre
             raise _died(process.exitcode, stop) from None
         if kind == "progress":
             name, arguments = value
-            _tell(progress, name, arguments)
+            _report_progress(progress, name, arguments)
         elif kind == "done":
             process.join()
-            if stop.received is not None:  # it had no step left to stop before
-                raise Interrupted(_say_stopped(stop), stop.exit_code)
+            if stop.received is not None:  # it had no step left to be stopped at
+                raise Interrupted(_stop_message(stop), stop.exit_code)
             return value
         else:
             raise _error(value, stop)
 
 
-def _tell(progress: Progress, name: str, arguments: tuple[Any, ...]) -> None:
-    hears: dict[str, Callable[..., None]] = {
+def _report_progress(progress: Progress, name: str, arguments: tuple[Any, ...]) -> None:
+    callbacks: dict[str, Callable[..., None]] = {
         "start": progress.start,
         "step": progress.step,
         "message": progress.message,
         "stop": progress.stop,
     }
-    hears[name](*arguments)
+    callbacks[name](*arguments)
 
 
-def _error(told: tuple[str, str, int], stop: StopRequests) -> Exception:
-    """Return the error that the child had, as one of this process."""
-    name, message, exit_code = told
+def _error(received: tuple[str, str, int], stop: StopRequests) -> Exception:
+    """Return the subprocess's error as one to raise here."""
+    name, message, exit_code = received
     if name == "Interrupted":
         code = stop.exit_code if stop.received is not None else exit_code
         return Interrupted(message, code)
@@ -97,21 +97,23 @@ def _error(told: tuple[str, str, int], stop: StopRequests) -> Exception:
 
 def _died(exit_code: int | None, stop: StopRequests) -> LoraError:
     if stop.received is not None:
-        return Interrupted(_say_stopped(stop), stop.exit_code)
+        return Interrupted(_stop_message(stop), stop.exit_code)
     why = f"with code {exit_code}"
     if exit_code is not None and exit_code < 0:
         why = f"by {signal.Signals(-exit_code).name}"
-    advice = "memory may have run out" if exit_code == -signal.SIGKILL else "see what it said above"
-    return TrainingError(f"The process of a member was ended {why}: {advice}.")
+    advice = (
+        "it may have run out of memory" if exit_code == -signal.SIGKILL else "see its output above"
+    )
+    return TrainingError(f"The subprocess ended {why}: {advice}.")
 
 
-def _say_stopped(stop: StopRequests) -> str:
+def _stop_message(stop: StopRequests) -> str:
     name = stop.received.name if stop.received is not None else ""
-    return f"{name} stopped it before or after the steps of a part; what is done is kept."
+    return f"{name} stopped it outside of its training steps; finished parts are kept."
 
 
-class _Told:
-    """A Progress that tells the parent."""
+class _ParentProgress:
+    """A Progress that sends every call to the parent process."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -132,12 +134,14 @@ class _Told:
         self._connection.send(("progress", (name, arguments)))
 
 
-def _child(connection: Connection, task: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    os.setpgid(0, 0)  # Ctrl-C comes to the parent alone, which passes it on once
+def _run_child(
+    connection: Connection, task: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on once
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    told = _Told(connection)
+    progress = _ParentProgress(connection)
     try:
-        answer: tuple[str, Any] = ("done", task(*arguments, told))
+        answer: tuple[str, Any] = ("done", task(*arguments, progress))
     except LoraError as error:
         code = error.exit_code if isinstance(error, Interrupted) else 2
         answer = ("error", (type(error).__name__, str(error), code))
@@ -151,4 +155,4 @@ def _die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
-        os._exit(1)  # as after kill -9: all that is saved is whole
+        os._exit(1)  # as if by SIGKILL: files are written whole or not at all

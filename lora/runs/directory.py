@@ -1,0 +1,276 @@
+"""The run directory: created, locked against other processes, written row by row.
+
+    runs/NAME/
+      run.json        configuration, versions, seeds, fingerprints
+      metrics.jsonl   reproducible to the byte: steps, losses, learning rates, tokens
+      samples.jsonl   answers to a few validation prompts at each evaluation
+      timings.jsonl   not reproducible: seconds, memory
+      result.json     what the run ended with
+      checkpoints/  adapter/ or model/  pictures/
+
+No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from lora.errors import CheckpointError, did_you_mean
+from lora.runs.disk import atomic_write, disk_error, read_json, read_rows
+from lora.runs.same_run import check_same_run, find_changed_machine
+
+METRICS_FILE, TIMINGS_FILE, LOCK_FILE = "metrics.jsonl", "timings.jsonl", ".lock"
+SAMPLES_FILE = "samples.jsonl"
+
+
+@dataclass
+class Run:
+    """An open run directory; use it as a context manager, or call `close`."""
+
+    folder: Path
+    _lock: IO[str] | None = field(default=None, repr=False)
+    on_metrics: Callable[[dict[str, Any]], None] = lambda row: None
+    """Called with each row of metrics after it is written."""
+    on_trouble: Callable[[str], None] = lambda message: None
+    """Called once when rows cannot be written and are kept in memory until they can."""
+    note: str = ""
+    """A message for the user: the directory got another name, or the run resumes elsewhere."""
+    _waiting: dict[str, list[str]] = field(default_factory=dict, repr=False)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write `value` as the JSON file `name` of the directory, whole or not at all."""
+        text = json.dumps(value, indent=2, sort_keys=True, default=str) + "\n"
+        atomic_write(self.folder / name, text.encode())
+
+    def read_json(self, name: str) -> Any:
+        """Return the JSON file `name` of the directory. Raises CheckpointError if it is damaged."""
+        return read_json(self.folder / name)
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Append a row of reproducible values; it has a `step`."""
+        self._append(METRICS_FILE, row)
+        self.on_metrics(row)
+
+    def append_timing(self, row: dict[str, Any]) -> None:
+        """Append a row of values that differ from run to run; it has a `step`."""
+        self._append(TIMINGS_FILE, row)
+
+    def append_sample(self, row: dict[str, Any]) -> None:
+        """Append an answer of the model; the row has a `step` and is reproducible."""
+        self._append(SAMPLES_FILE, row)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the rows of `metrics.jsonl`."""
+        return read_rows(self.folder / METRICS_FILE)
+
+    def sync(self) -> None:
+        """Return when every row is on the disk. Raises CheckpointError if the disk refuses."""
+        for name in (METRICS_FILE, TIMINGS_FILE, SAMPLES_FILE):
+            path = self.folder / name
+            try:
+                self._write_waiting(name)
+                if path.is_file():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+            except OSError as error:
+                raise disk_error(path, error) from error
+
+    def cut_metrics_after(self, step: int) -> None:
+        """Drop the rows of later steps, which a resumed run will write again."""
+        for name in (METRICS_FILE, TIMINGS_FILE, SAMPLES_FILE):
+            path = self.folder / name
+            if path.is_file():
+                rows = [row for row in read_rows(path) if row["step"] <= step]
+                atomic_write(path, "".join(_line(row) for row in rows).encode())
+
+    def close(self) -> None:
+        """Release the lock, so that another process can use the directory."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        had_trouble = any(self._waiting.values())
+        self._waiting.setdefault(name, []).append(_line(row))
+        try:
+            self._write_waiting(name)
+        except OSError as error:
+            if not had_trouble:
+                cause = disk_error(self.folder / name, error)
+                self.on_trouble(f"{cause} The rows are kept in memory until they can be written.")
+
+    def _write_waiting(self, name: str) -> None:
+        """Write the rows that are still in memory, all of them or none."""
+        data = "".join(self._waiting.get(name, ())).encode()
+        if not data:
+            return
+        with (self.folder / name).open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except OSError:
+                file.truncate(end)  # a full disk may have taken half a row
+                raise
+        self._waiting[name] = []
+
+
+def create_run(
+    out: Path, name: str, *, described: dict[str, Any] | None = None, resume: bool = False
+) -> Run:
+    """Create the run directory `out`/`name`, or open it again with `resume`, and lock it.
+
+    A directory that is not empty is never reused: the run takes the next free name, `name-2`,
+    `name-3` … `described` becomes `run.json`. Raises CheckpointError for a name with slashes, if
+    the disk refuses, if another process uses the directory, or if there is nothing to resume.
+    """
+    _check_name(name)
+    folder = out / name if resume else _free_folder(out, name)
+    check_run_directory(out, name, resume=resume)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK_FILE).open("a+", encoding="utf-8")
+        _take(lock, folder)
+    except OSError as error:
+        raise disk_error(folder, error) from error
+    run = Run(folder, lock)
+    if folder.name != name:
+        run.note = f"note: {out / name} exists: this run is {folder} (use that name to resume it)"
+    if described is None:
+        return run
+    described = {**described, "environment": environment()}
+    try:
+        if resume and (folder / "run.json").is_file():
+            former = run.read_json("run.json")
+            check_same_run(former, described, folder)
+            run.note = find_changed_machine(former, described)
+        run.write_json("run.json", described)
+    except CheckpointError:
+        run.close()
+        raise
+    return run
+
+
+def check_run_directory(out: Path, name: str | None, *, resume: bool) -> None:
+    """Raise what `create_run` would raise, as far as it can be known without writing anything.
+
+    For the start of a job, which creates its directory only once all else is checked.
+    """
+    if name is not None:
+        _check_name(name)
+    folder = out / (name or "")
+    if resume and not folder.is_dir():
+        runs = sorted(p.parent.name for p in out.glob("*/run.json")) if out.is_dir() else []
+        seen = f" Runs in {out}: {', '.join(runs[:8])}." if runs else ""
+        raise CheckpointError(
+            f"Cannot resume the run {folder}: this directory does not exist."
+            f"{did_you_mean(name or '', runs)}{seen} Give the name of one of them, or start a new "
+            "run without --resume."
+        )
+    if resume and (folder / LOCK_FILE).is_file():
+        with (folder / LOCK_FILE).open(encoding="utf-8") as lock:
+            _lock(lock, folder)
+    existing = folder if resume else out
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    kind = 0 if os.access(existing, os.W_OK | os.X_OK) else errno.EACCES
+    kind = errno.EROFS if os.statvfs(existing).f_flag & os.ST_RDONLY else kind
+    kind = kind if existing.is_dir() else errno.ENOTDIR
+    if kind:
+        raise disk_error(folder, OSError(kind, os.strerror(kind)))
+
+
+def default_name(model: str) -> str:
+    """Return a name for a run on `model`: the last part of its path and the date."""
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return f"{Path(model).name.removesuffix('.gguf') or 'run'}-{now}"
+
+
+def environment() -> dict[str, Any]:
+    """Return package versions and the kind of machine, without its name or any path."""
+    versions = {}
+    for package in ("lora-lm", "torch", "safetensors", "tokenizers", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu_count": os.cpu_count(),
+        "versions": versions,
+    }
+
+
+def read_start_time(folder: Path) -> datetime.datetime | None:
+    """Return when the run in `folder` started, the date its chat template saw; None: no run there.
+
+    Raises CheckpointError if its run.json does not hold it.
+    """
+    path = folder / "run.json"
+    if not path.is_file():  # `create_run` reports what is there, and what is not
+        return None
+    try:
+        return datetime.datetime.fromisoformat(read_json(path)["data"]["now"])
+    except (LookupError, TypeError, ValueError):
+        raise CheckpointError(
+            f"Cannot resume from {path}: it does not hold the start time of the run (data.now). "
+            "Start a new run."
+        ) from None
+
+
+def _take(lock: IO[str], folder: Path) -> None:
+    """Lock the directory until `lock` is closed or we die, and write our process number into it."""
+    _lock(lock, folder)
+    lock.truncate(0)
+    started = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
+    lock.write(f"process {os.getpid()}, since {started}\n")
+    lock.flush()
+
+
+def _lock(lock: IO[str], folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it if we die
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise CheckpointError(
+            f"Cannot open the run {folder}: it is in use by {holder}. Wait until it ends, or "
+            "choose another name."
+        ) from None
+
+
+def _check_name(name: str) -> None:
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise CheckpointError(
+            f"Cannot name a run {name!r}. Allowed: the name of one directory, without slashes. "
+            "Use --out (RunConfig.out) for the directory that holds the runs."
+        )
+
+
+def _free_folder(out: Path, name: str) -> Path:
+    number, folder = 1, out / name
+    while folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        number += 1
+        folder = out / f"{name}-{number}"
+    return folder
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, sort_keys=True) + "\n"

@@ -1,0 +1,102 @@
+"""Files that are written whole or not at all, and read with errors that name the file. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lora.errors import CheckpointError
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write `data` to `path` whole or not at all; return once it is on the disk.
+
+    Raises CheckpointError if the disk refuses; an existing file at `path` is then untouched.
+    """
+    temporary: str | None = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only the owner reads
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise disk_error(path, error) from error
+
+
+def disk_error(path: Path, error: OSError) -> CheckpointError:
+    """Return the error to raise when `path` could not be written."""
+    advice = {
+        errno.ENOSPC: "Free some space on that disk.",
+        errno.EACCES: "Make the directory writable, or choose another output directory.",
+        errno.EROFS: "The file system is read-only: choose another output directory.",
+        errno.ENOENT: "The directory no longer exists: create it again, or choose another.",
+        errno.EEXIST: "A file is in the way of the directory: choose another output directory.",
+        errno.ENOTDIR: "A file is in the way of the directory: choose another output directory.",
+    }.get(error.errno or 0, "Check that disk, or choose another output directory.")
+    return CheckpointError(f"Cannot write {path}: {error.strerror}. {advice}")
+
+
+def read_json(path: Path) -> Any:
+    """Return a JSON file's value. Raises CheckpointError if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:  # ValueError: also what is not UTF-8
+        raise CheckpointError(f"Cannot read {path}: it is not valid JSON: {error}.") from None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a JSON-lines file; a last line cut short by a crash is left out.
+
+    Raises CheckpointError if the file cannot be read or a line is not an object with a step.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+    return [_parse_row(line, path, number) for number, line in enumerate(lines[:-1], start=1)]
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn the errors of code that takes apart the content of `path` into a CheckpointError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"Cannot use {path}: unexpected content ({type(error).__name__}: {error}). "
+            "Resume from a backup of it, or start a new run."
+        ) from error
+
+
+def _parse_row(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"Cannot read {path}, line {number}: it is not valid JSON: {error}."
+        ) from None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise CheckpointError(
+            f"Cannot read {path}, line {number}: not an object with a step: {row!r:.60}."
+        )
+    return row
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
