@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lora.adapters.apply import AppliedLoRA
-from lora.decoder.quantised import Fp8Weight
+from lora.decoder.quantised import Fp8Weight, sample_values
 from lora.errors import ModelError
 from lora.layers.conv1d import LoRAConv1D, is_conv1d
 from lora.lora_module import LoRALayer
-from lora.runs.tensor_files import sample_values
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from lora.sweep.grid import Grid
 
 if TYPE_CHECKING:
     from lora.compare.sweep_full import FullResult
-    from lora.data.inspection import DataReport
+    from lora.data.inspection_report import DataReport
     from lora.sweep.run import SweepResult
 
 Flat = Parameter(name="*")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora.config import FULL_LEARNING_RATE, TrainConfig
-from lora.data.inspection import DataReport
+from lora.data.inspection_report import DataReport
 from lora.errors import CheckpointError
 from lora.finetune.job import FinetuneJob
 from lora.finetune.run import finetune

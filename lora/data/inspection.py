@@ -1,88 +1,29 @@
-"""What a model would learn from some data, found out before anything is trained."""
+"""Data inspection: what a model would be trained on, computed before any training."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from lora.config import DataConfig
 from lora.data.chat.choose_template import choose_template
-from lora.data.inspection_view import print_report
+from lora.data.inspection_report import DataReport, Preview
 from lora.data.prepare import PreparedData
 from lora.data.reading.formats import Example
 from lora.data.reading.readers import Source, read_examples
 from lora.data.sequences.encode import encode_examples
-from lora.data.sequences.encoded import EncodedExamples, EncodingCounts, check_has_targets
+from lora.data.sequences.encoded import EncodedExamples, check_has_targets
 from lora.data.sequences.packing import pack, padded_length
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.errors import DataError
 
-__all__ = ["DataReport", "Preview", "inspect_data", "inspect_prepared", "print_report"]
-
 _PREVIEW_TOKENS = 400
-_COMPACT_PREVIEW_TOKENS = 4000  # the compact view takes their middle out and shows the end
-_MUCH = 0.1  # of the examples: from here on a cut is worth a warning
-
-
-@dataclass(frozen=True)
-class Preview:
-    """The beginning of one example as the model meets it."""
-
-    source: str
-    spans: list[tuple[str, bool]]
-    """Text, and whether its tokens are learned."""
-    n_more_tokens: int
-    """Tokens behind what is shown."""
-
-
-@dataclass
-class DataReport:
-    """What was understood, and what would be learned."""
-
-    source: str
-    max_length: int
-    learn_on: str
-    errors: list[str] = field(default_factory=list)
-    """What has to be mended before training is possible."""
-    warnings: list[str] = field(default_factory=list)
-    """What is likely not meant."""
-    notes: list[str] = field(default_factory=list)
-    n_examples: int = 0
-    formats: dict[str, int] = field(default_factory=dict)
-    """Examples by format."""
-    template_origin: str | None = None
-    """Where the chat template comes from; None without conversations."""
-    quantiles_tokens: dict[str, int] = field(default_factory=dict)
-    """Tokens of the shortest, median, 95th of a hundred and longest example, before any cut."""
-    histogram: list[tuple[int, int, int]] = field(default_factory=list)
-    """Fewest tokens, most tokens, number of examples."""
-    n_learned_tokens: int = 0
-    n_ignored_tokens: int = 0
-    """Tokens in rows that are read and not learned."""
-    n_rows: int = 0
-    fill_fraction: float = 0.0
-    """Share of the rows' places that hold tokens and no padding."""
-    counts: EncodingCounts = field(default_factory=EncodingCounts)
-    """What became of examples that are too long or teach nothing."""
-    n_without_end: int = 0
-    """Uncut examples in which no end of a turn or of the text is learned."""
-    n_duplicates: int = 0
-    """Examples that say exactly what an earlier one says."""
-    n_empty_answers: int = 0
-    special_tokens: dict[str, int] = field(default_factory=dict)
-    """How often each token that was added stands in the rows."""
-    previews: list[Preview] = field(default_factory=list)
-
-    def to_json(self) -> str:
-        """Return the report as JSON text."""
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
+_COMPACT_PREVIEW_TOKENS = 4000  # the compact view leaves out their middle and shows the end
+_MANY = 0.1  # fraction of the examples from which on cut ones are worth a warning
 
 
 def inspect_data(
@@ -93,9 +34,9 @@ def inspect_data(
     n_previews: int = 3,
     on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> DataReport:
-    """Return what training would make of `source`; faults of the data stand in `errors`.
+    """Return a report on `source` as training data; faults of the data are in its `errors`.
 
-    Nothing is held out here: the figures are of all examples. Raises DependencyError if a file's
+    No validation split is made: the figures cover all examples. Raises DependencyError if a file's
     format needs a package that is not installed.
     """
     report = DataReport(_name_of(source), config.max_length, config.learn_on)
@@ -107,9 +48,9 @@ def inspect_data(
         if any(example.messages is not None for example in examples):
             tokenizer, report.template_origin = choose_template(tokenizer, config.chat_template)
         encoded = encode_examples(examples, tokenizer, config, on_progress)
-        _describe_tokens(report, encoded, tokenizer)
+        _count_tokens(report, encoded, tokenizer)
         _count_special_tokens(report, encoded, tokenizer, config)
-        _count_rows(report, encoded, config)
+        _count_sequences(report, encoded, config)
         report.previews = _preview(examples, encoded, tokenizer, n_previews, _PREVIEW_TOKENS)
         _warn(report)
         check_has_targets(encoded, config.learn_on)
@@ -121,15 +62,15 @@ def inspect_data(
 def inspect_prepared(
     data: PreparedData, source: Source, config: DataConfig, *, n_previews: int = 1
 ) -> DataReport:
-    """Return the same report of `data`, made from `source` and about to be learned.
+    """Return the same report on `data`, which was prepared from `source` for training.
 
-    Nothing is read or tokenised again. The figures are of the examples that are learned from;
-    those that are held out do not count.
+    Nothing is read or tokenised again. The figures cover the training examples, not the
+    validation examples.
     """
     report = DataReport(_name_of(source), config.max_length, config.learn_on)
     report.template_origin = data.template_origin
     _describe_examples(report, data.train_examples)
-    _describe_tokens(report, data.train_encoded, data.tokenizer)
+    _count_tokens(report, data.train_encoded, data.tokenizer)
     _count_special_tokens(report, data.train_encoded, data.tokenizer, config)
     report.n_rows, report.fill_fraction = len(data.train), data.train.fill_fraction
     report.previews = _preview(
@@ -152,9 +93,7 @@ def _describe_examples(report: DataReport, examples: Sequence[Example]) -> None:
     report.n_empty_answers = sum(e.has_empty_answer for e in examples)
 
 
-def _describe_tokens(
-    report: DataReport, encoded: EncodedExamples, tokenizer: TextTokenizer
-) -> None:
+def _count_tokens(report: DataReport, encoded: EncodedExamples, tokenizer: TextTokenizer) -> None:
     documents, lengths = encoded.documents, encoded.lengths
     report.counts = encoded.counts
     report.n_learned_tokens = documents.n_target_tokens
@@ -173,12 +112,12 @@ def _describe_tokens(
 def _count_special_tokens(
     report: DataReport, encoded: EncodedExamples, tokenizer: TextTokenizer, config: DataConfig
 ) -> None:
-    numbers = tokenizer.ids_of(config.special_tokens)
-    for token, number in zip(config.special_tokens, numbers, strict=True):
-        report.special_tokens[token] = int((encoded.documents.ids == number).sum())
+    ids = tokenizer.ids_of(config.special_tokens)
+    for token, token_id in zip(config.special_tokens, ids, strict=True):
+        report.special_tokens[token] = int((encoded.documents.ids == token_id).sum())
 
 
-def _count_rows(report: DataReport, encoded: EncodedExamples, config: DataConfig) -> None:
+def _count_sequences(report: DataReport, encoded: EncodedExamples, config: DataConfig) -> None:
     sizes = np.diff(encoded.documents.starts)
     width = config.max_length if config.packing else padded_length(sizes, config.max_length)
     packed = config.packing and len(sizes)
@@ -187,7 +126,7 @@ def _count_rows(report: DataReport, encoded: EncodedExamples, config: DataConfig
 
 
 def _count_by_size(lengths: np.ndarray) -> list[tuple[int, int, int]]:
-    """Return numbers of examples by powers of two of their tokens."""
+    """Return the number of examples by powers of two of their tokens."""
     powers = [int(length).bit_length() for length in lengths]
     counts = Counter(powers)
     numbers = range(min(powers), max(powers) + 1)
@@ -198,22 +137,22 @@ def _preview(
     examples: Sequence[Example],
     encoded: EncodedExamples,
     tokenizer: TextTokenizer,
-    most: int,
-    most_tokens: int,
+    max_previews: int,
+    max_tokens: int,
 ) -> list[Preview]:
     documents = encoded.documents
     _, firsts = np.unique(documents.example_indices, return_index=True)
     previews = []
-    for number in firsts[:most].tolist():
-        ids, learned = documents.tokens(number)
-        shown = ids[:most_tokens].tolist()
-        changes = np.flatnonzero(np.diff(learned[: len(shown)])) + 1
-        spans, told = [], 0
+    for number in firsts[:max_previews].tolist():
+        ids, is_target = documents.tokens(number)
+        shown = ids[:max_tokens].tolist()
+        changes = np.flatnonzero(np.diff(is_target[: len(shown)])) + 1
+        spans, n_decoded = [], 0
         for begin, end in itertools.pairwise([0, *changes.tolist(), len(shown)]):
-            # Some decoders drop a space at the beginning, so each part is cut out of the whole.
+            # Some decoders drop a leading space, so each part is cut out of the whole text.
             text = tokenizer.decode(shown[:end], skip_special_tokens=False)
-            spans.append((text[told:], bool(learned[begin])))
-            told = len(text)
+            spans.append((text[n_decoded:], bool(is_target[begin])))
+            n_decoded = len(text)
         source = examples[documents.example_indices[number]].source
         previews.append(Preview(source, spans, len(ids) - len(shown)))
     return previews
@@ -221,31 +160,29 @@ def _preview(
 
 def _warn(report: DataReport) -> None:
     n, counts = report.n_examples, report.counts
-    cut = counts.n_truncated + counts.n_dropped
+    n_cut = counts.n_truncated + counts.n_dropped
     long = (
-        f"{cut} of {n} examples are longer than max_length={report.max_length} and lose "
+        f"{n_cut} of {n} examples are longer than max_length={report.max_length} and lose "
         f"{counts.n_cut_tokens:,} tokens"
     )
-    told = {
+    found = {
         f"{report.n_duplicates} of {n} examples are copies of earlier ones": report.n_duplicates,
-        f"{report.n_empty_answers} of {n} examples have an empty answer: the model learns to say "
-        "nothing": report.n_empty_answers,
-        f"{counts.n_nothing_to_learn} of {n} examples have no token to learn and are left out": (
+        f"{report.n_empty_answers} of {n} examples have an empty answer: the model learns to "
+        "answer nothing": report.n_empty_answers,
+        f"{counts.n_nothing_to_learn} of {n} examples have no target token and are left out": (
             counts.n_nothing_to_learn
         ),
-        long: cut > _MUCH * n,
-        f"{counts.n_lost_turns} answers cannot be told from the rest of what the chat template "
-        "makes of them, and are not learned; set learn_on to 'all' to learn all": (
-            counts.n_lost_turns
-        ),
-        f"{report.n_without_end} of {n} examples learn no token that ends an answer: the model may "
-        "never stop": report.n_without_end,
+        long: n_cut > _MANY * n,
+        f"{counts.n_lost_turns} answers cannot be located in the chat template's output and are "
+        "not trained on; set learn_on to 'all' to train on all tokens": counts.n_lost_turns,
+        f"{report.n_without_end} of {n} examples have no target token that ends an answer: the "
+        "model may never stop": report.n_without_end,
     }
-    told |= {
-        f"the special token {token!r} never appears in the examples: its row learns only that it "
-        "is not said": not count
+    found |= {
+        f"the special token {token!r} occurs in no example: its embedding row only learns that it "
+        "never comes next": not count
         for token, count in report.special_tokens.items()
     }
-    report.warnings += [warning for warning, is_so in told.items() if is_so]
-    if 0 < cut <= _MUCH * n:
+    report.warnings += [warning for warning, is_so in found.items() if is_so]
+    if 0 < n_cut <= _MANY * n:
         report.notes.append(long)

@@ -1,8 +1,8 @@
-"""Frozen linears in eight bits: float8_e4m3fn codes and one fp32 scale an output.
+"""Frozen fp8 linears: float8_e4m3fn codes and one fp32 scale per output.
 
-What differs from the textbook: a layer multiplies by its codes and scales the product afterwards,
-so no weight is ever made again whole in another type than the products', and autograd keeps the
-codes alone. Any device can compute so; products of eight bits are in `lora.fast`.
+What differs from the textbook: a layer multiplies by its codes and scales the result, so the only
+temporary copy of the weight is the codes cast to the compute dtype, and autograd saves nothing but
+codes and scales. This runs on any device; fp8 GEMMs are in `lora.fast`.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from torch import Tensor, nn
 from lora.decoder.decoder import Decoder
 from lora.errors import ModelError
 from lora.kernels.step.fp8 import FP8, Fp8Rows
-from lora.runs.tensor_files import sample_values
+
+SAMPLES_PER_TENSOR = 64
 
 
 class Fp8Weight(nn.Module):
-    """What every layer with a weight in eight bits has: value = weight · weight_scale."""
+    """Base of every layer with an fp8 weight: value = weight · weight_scale."""
 
     weight: nn.Parameter
     """Codes (O, I), float8_e4m3fn, frozen."""
     weight_scale: Tensor
     """(O, 1), fp32."""
     sample: Tensor
-    """Some of the values before they were rounded, for the base's fingerprint."""
+    """Some of the values before quantisation, for the base's fingerprint."""
     bias: nn.Parameter | None
 
     def multiply(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
-        """Return x Wᵀ + b, in the type that autocast says or that `x` has."""
+        """Return x Wᵀ + b in autocast's dtype, or without autocast in that of `x`."""
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
@@ -40,7 +41,7 @@ class Fp8Weight(nn.Module):
 
 
 class _Multiply(torch.autograd.Function):
-    """x (codes · scale)ᵀ, with the scale on the outputs; keeps codes and scale."""
+    """x (codes · scale)ᵀ with the scale applied to the outputs; saves codes and scale."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
@@ -55,10 +56,10 @@ class _Multiply(torch.autograd.Function):
 
 
 class Fp8Linear(Fp8Weight):
-    """A frozen linear in eight bits, without values until `load`.
+    """A frozen fp8 linear, without values until `load`.
 
     Args:
-        linear: whose place it takes: sizes, bias and device are its own.
+        linear: the one that it replaces, with its sizes, bias and device.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -75,22 +76,22 @@ class Fp8Linear(Fp8Weight):
         return self.multiply(x)
 
     def load(self, weight: Tensor, name: str) -> None:
-        """Changes this layer in place: it takes the values `weight` (O, I), called `name`.
+        """Changes this layer in place: quantises `weight` (O, I), which is called `name`.
 
-        Raises ModelError if one of them is not finite.
+        Raises ModelError if a value is not finite.
         """
         rows = Fp8Rows(
             torch.empty_like(weight, dtype=FP8),
             weight.new_empty(len(weight), 1, dtype=torch.float32),
         )
         rows.put(weight)
-        # The host waits once a tensor: what is not finite has no scale.
+        # The host waits once per tensor. A row with a value that is not finite has no scale.
         if not bool(torch.isfinite(rows.scales).all()) or bool(weight.isnan().any()):
             damaged = (~torch.isfinite(weight)).any(1).nonzero().flatten().tolist()
             raise ModelError(
-                f"{name} was to be kept in fp8 and has values that are not finite, in rows "
-                f"{', '.join(map(str, damaged[:8]))}{' …' if len(damaged) > 8 else ''}: fp8 has no "
-                "infinity, and such a row no scale. Fetch the weights again."
+                f"Cannot quantise {name} to fp8: it has values that are not finite, in rows "
+                f"{', '.join(map(str, damaged[:8]))}{' …' if len(damaged) > 8 else ''}. "
+                "float8_e4m3fn has no infinity. Download the weights again."
             )
         self.weight = nn.Parameter(rows.codes, requires_grad=False)
         self.weight_scale, self.sample = rows.scales, sample_values(weight)
@@ -102,7 +103,7 @@ class Fp8Linear(Fp8Weight):
 def use_fp8_linears(model: Decoder) -> None:
     """Changes `model` in place: its blocks' linears become Fp8Linears without values.
 
-    The embedding, the output head, norms and biases stay as they are.
+    The embedding, the output head, norms and biases keep their dtype.
     """
     blocks = model.trunk.blocks()
     for owner in list(blocks.modules()):
@@ -112,5 +113,14 @@ def use_fp8_linears(model: Decoder) -> None:
 
 
 def has_fp8_base(model: nn.Module) -> bool:
-    """Whether linears of `model` are kept in eight bits."""
+    """Whether `model` has linears with an fp8 weight."""
     return any(isinstance(module, Fp8Weight) for module in model.modules())
+
+
+def sample_values(tensor: Tensor) -> Tensor:
+    """Return the bits of at most 64 evenly spaced values of `tensor` in bf16, int16."""
+    count = min(SAMPLES_PER_TENSOR, tensor.numel())
+    indices = torch.arange(count, device=tensor.device) * (tensor.numel() - 1) // max(1, count - 1)
+    # By coordinates, so that neither a transposed nor a sliced tensor is copied whole.
+    picked = tensor[torch.unravel_index(indices, tensor.shape)] if tensor.dim() else tensor.view(1)
+    return picked.to(torch.bfloat16).view(torch.int16)

@@ -18,7 +18,8 @@ from lora.adapters.added_tokens import add_tokens_to_all, add_tokens_to_lora
 from lora.adapters.apply import apply_lora
 from lora.adapters.fingerprint import base_fingerprint
 from lora.adapters.save_load import load_adapter, read_adapter_config, save_adapter
-from lora.data.inspection import DataReport, inspect_prepared
+from lora.data.inspection import inspect_prepared
+from lora.data.inspection_report import DataReport
 from lora.data.prepare import PreparedData, prepare_data
 from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
 from lora.decoder.decoder import Decoder

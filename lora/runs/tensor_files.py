@@ -31,7 +31,6 @@ _KINDS = {
 }
 _CHUNK_BYTES = 2**20
 _LINE_BYTES = 8
-SAMPLES_PER_TENSOR = 64
 
 
 @dataclass(frozen=True)
@@ -95,12 +94,3 @@ def _header(
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _LINE_BYTES)
     return struct.pack("<Q", len(text)) + text
-
-
-def sample_values(tensor: Tensor) -> Tensor:
-    """Return the bits of at most 64 evenly spaced values of `tensor` in bf16, int16."""
-    count = min(SAMPLES_PER_TENSOR, tensor.numel())
-    places = torch.arange(count, device=tensor.device) * (tensor.numel() - 1) // max(1, count - 1)
-    # By coordinates, so that neither a transposed nor a sliced tensor is copied whole.
-    picked = tensor[torch.unravel_index(places, tensor.shape)] if tensor.dim() else tensor.view(1)
-    return picked.to(torch.bfloat16).view(torch.int16)

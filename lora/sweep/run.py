@@ -23,7 +23,8 @@ from typing import Any
 
 from lora.adapters.fingerprint import base_fingerprint
 from lora.adapters.save_load import save_adapter
-from lora.data.inspection import DataReport, inspect_prepared
+from lora.data.inspection import inspect_prepared
+from lora.data.inspection_report import DataReport
 from lora.data.prepare import PreparedData
 from lora.device import (
     choose_device,

@@ -10,7 +10,9 @@ import pytest
 from rich.console import Console
 
 from lora.config import DataConfig
-from lora.data.inspection import DataReport, inspect_data, inspect_prepared, print_report
+from lora.data.inspection import inspect_data, inspect_prepared
+from lora.data.inspection_report import DataReport
+from lora.data.inspection_view import print_report
 from lora.data.prepare import prepare_data
 from lora.data.tokenizers.subword import TextTokenizer
 
@@ -53,7 +55,7 @@ def test_sizes_are_counted_by_powers_of_two(tokenizer: TextTokenizer) -> None:
     assert report.n_without_end == 0  # the cut one has lost its end to the cut
 
 
-def test_previews_show_what_is_learned(chatml_tokenizer: TextTokenizer) -> None:
+def test_previews_show_the_targets(chatml_tokenizer: TextTokenizer) -> None:
     report = inspect_data(ROWS, chatml_tokenizer, DataConfig(), n_previews=2)
     assert [p.source for p in report.previews] == ["row 1", "row 2"]
     assert report.previews[0].spans[1:] == [("The sum is 3.<|im_end|>", True), ("\n", False)]
@@ -66,10 +68,10 @@ def test_long_previews_are_cut(tokenizer: TextTokenizer) -> None:
     report = inspect_data([{"text": "é" * 500}], tokenizer, DataConfig(max_length=2000))
     (preview,) = report.previews
     assert preview.n_more_tokens == 1000 + 1 - 400
-    assert f"{preview.n_more_tokens} tokens more" in printed(report)
+    assert f"{preview.n_more_tokens} more tokens" in printed(report)
 
 
-def test_what_is_likely_not_meant_is_a_warning(
+def test_likely_mistakes_are_a_warning(
     chatml_tokenizer: TextTokenizer,
 ) -> None:
     question = {"role": "user", "content": "q"}
@@ -83,12 +85,12 @@ def test_what_is_likely_not_meant_is_a_warning(
     report = inspect_data(rows, chatml_tokenizer, DataConfig(max_length=200))
     assert report.errors == []
     assert (report.n_duplicates, report.n_empty_answers) == (1, 1)
-    told = "\n".join(report.warnings)
-    assert "1 of 7 examples are copies" in told
-    assert "1 of 7 examples have an empty answer" in told
-    assert "2 of 7 examples have no token to learn" in told
-    assert "1 of 7 examples are longer than max_length=200" in told
-    assert "never stop" not in told
+    warnings = "\n".join(report.warnings)
+    assert "1 of 7 examples are copies" in warnings
+    assert "1 of 7 examples have an empty answer" in warnings
+    assert "2 of 7 examples have no target token" in warnings
+    assert "1 of 7 examples are longer than max_length=200" in warnings
+    assert "never stop" not in warnings
 
 
 def test_a_few_cut_examples_are_a_note(chatml_tokenizer: TextTokenizer) -> None:
@@ -103,7 +105,7 @@ def test_answers_without_an_end_are_a_warning(tokenizer: TextTokenizer) -> None:
     tokenizer = dataclasses.replace(tokenizer, chat_template=endless)
     report = inspect_data(ROWS, tokenizer, DataConfig())
     assert report.n_without_end == 20
-    assert "20 of 20 examples learn no token that ends an answer" in report.warnings[0]
+    assert "20 of 20 examples have no target token that ends an answer" in report.warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,7 @@ def test_answers_without_an_end_are_a_warning(tokenizer: TextTokenizer) -> None:
         ([{"messages": [{"role": "user", "content": "q"}]}], "none of 1 examples has a token"),
     ],
 )
-def test_what_must_be_mended_is_an_error(
+def test_what_prevents_training_is_an_error(
     chatml_tokenizer: TextTokenizer, rows: list[Any], words: str
 ) -> None:
     report = inspect_data(rows, chatml_tokenizer, DataConfig())
@@ -138,7 +140,7 @@ def test_the_report_is_json(chatml_tokenizer: TextTokenizer) -> None:
     assert set(values) == {field.name for field in dataclasses.fields(DataReport)}
 
 
-def test_learned_text_is_coloured_and_marked_without_colours_too(
+def test_target_text_is_coloured_and_marked_without_colours_too(
     chatml_tokenizer: TextTokenizer,
 ) -> None:
     report = inspect_data(ROWS, chatml_tokenizer, DataConfig(), n_previews=1)
@@ -162,7 +164,7 @@ def test_terminals_without_unicode_get_other_marks(chatml_tokenizer: TextTokeniz
     assert "####" in shown
 
 
-def test_data_cannot_steer_the_terminal(chatml_tokenizer: TextTokenizer) -> None:
+def test_data_cannot_control_the_terminal(chatml_tokenizer: TextTokenizer) -> None:
     rows = [{"prompt": "[red]p[/red]", "completion": "a\x1b[2J\x07\u202eb\tc\r\nd"}]
     report = inspect_data(rows, chatml_tokenizer, DataConfig())
     shown = printed(report, no_color=True)
@@ -183,7 +185,7 @@ def lossy(tokenizer: TextTokenizer) -> TextTokenizer:
     return dataclasses.replace(tokenizer, chat_template=source)
 
 
-def test_answers_that_are_not_learned_are_a_warning(tokenizer: TextTokenizer) -> None:
+def test_answers_that_are_not_trained_on_are_a_warning(tokenizer: TextTokenizer) -> None:
     turns = [{"role": r, "content": r} for r in ("user", "assistant", "user", "assistant")]
     rows = [{"messages": turns[:2]}, {"messages": turns}] * 2
     config = DataConfig(eval_fraction=0)
@@ -193,8 +195,8 @@ def test_answers_that_are_not_learned_are_a_warning(tokenizer: TextTokenizer) ->
         inspect_prepared(prepared, rows, config),
     ):
         assert report.counts.n_lost_turns == 4
-        (told,) = (line for line in report.warnings if line.startswith("4 answers cannot be told"))
-        assert "set learn_on to 'all'" in told
+        (warning,) = (line for line in report.warnings if line.startswith("4 answers cannot be"))
+        assert "set learn_on to 'all'" in warning
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -207,7 +209,7 @@ def test_prepared_data_give_the_same_report(chatml_tokenizer: TextTokenizer, pac
     assert report.n_duplicates == 1
 
 
-def test_what_is_held_out_does_not_count(chatml_tokenizer: TextTokenizer) -> None:
+def test_validation_examples_do_not_count(chatml_tokenizer: TextTokenizer) -> None:
     config = DataConfig(max_length=128, eval_fraction=0.2)
     prepared = prepare_data(ROWS, chatml_tokenizer, config, seed=0)
     report = inspect_prepared(prepared, "rows.jsonl", config)

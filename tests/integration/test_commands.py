@@ -58,7 +58,7 @@ def test_finetune_prints_json(
     out, err = read()
     found = json.loads(out)  # nothing else is there
     assert found["steps"] == 2
-    assert "share learned" in err
+    assert "target fraction" in err
     assert "⟦" in err  # an example, what is learned between marks
     assert Path(found["saved"], "adapter_model.safetensors").is_file()
     assert found["report"] is None

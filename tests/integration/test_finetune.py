@@ -13,7 +13,7 @@ import torch
 from lora.adapters.apply import apply_lora
 from lora.adapters.save_load import load_adapter
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
-from lora.data.inspection import DataReport
+from lora.data.inspection_report import DataReport
 from lora.data.prepare import prepare_data
 from lora.data.reading.orders import make_orders
 from lora.data.sequences.batches import BatchStream, ordered_batches
