@@ -27,8 +27,8 @@ from lora.device import DeviceChoice
 from lora.errors import ConfigError
 from lora.lora_module import count_lora_parameters
 from lora.runs.directory import create_run
-from lora.runs.measurements import measured_peak, stored_bytes
 from lora.runs.progress import Progress
+from lora.runs.read_record import measured_peak, stored_bytes
 from lora.training.job import Stream, TrainingJob
 from lora.training.plain_step import LossFn, evaluate
 from lora.training.step_runner import StepRunner

@@ -33,8 +33,8 @@ from lora.inference.samples import choose_prompts
 from lora.lora_module import count_lora_parameters
 from lora.pretrained.hf_weights import load_decoder
 from lora.pretrained.sources import find_model
-from lora.runs.measurements import measured_peak, stored_bytes
 from lora.runs.progress import NoProgress, Progress
+from lora.runs.read_record import measured_peak, stored_bytes
 from lora.sweep.grid import Grid
 from lora.sweep.job import SweepJob
 from lora.sweep.ledger import CandidateState, rank

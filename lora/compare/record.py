@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 from lora.errors import CheckpointError
 from lora.runs.directory import Run
 from lora.runs.disk import read_json
-from lora.runs.measurements import step_times
+from lora.runs.read_record import step_times
 
 Method = Literal["lora", "full", "peft"]
 RateSource = Literal["sweep", "default", "given"]

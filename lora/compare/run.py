@@ -48,10 +48,10 @@ from lora.config import RunConfig
 from lora.errors import CheckpointError, TrainingError
 from lora.runs.directory import Run, create_run, default_name
 from lora.runs.disk import read_json, read_rows, reading
-from lora.runs.measurements import (
+from lora.runs.progress import NoProgress, Progress
+from lora.runs.read_record import (
     step_times,
 )
-from lora.runs.progress import NoProgress, Progress
 from lora.runs.subprocesses import run_in_subprocess
 
 BASE_FILE, MEMBER_FILE, RATES, TIMING = "base.json", "member.json", "rates", "timing"

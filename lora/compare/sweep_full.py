@@ -22,8 +22,8 @@ from lora.finetune.job import FinetuneJob
 from lora.finetune.run import finetune
 from lora.runs.directory import Run
 from lora.runs.disk import read_json, read_rows
-from lora.runs.measurements import measured_peak
 from lora.runs.progress import NoProgress, Progress
+from lora.runs.read_record import measured_peak
 from lora.runs.subprocesses import run_in_subprocess
 from lora.sweep.grid import SWEPT
 from lora.sweep.job import SweepJob

@@ -19,8 +19,7 @@ from lora.decoder.decoder import Decoder
 from lora.errors import DataError, LoraError
 from lora.inference.generate import generate
 from lora.runs.directory import Run
-from lora.runs.progress import Progress
-from lora.runs.terminal import visible
+from lora.runs.progress import Progress, visible
 
 _MAX_TRIED = 100
 _SHOWN_CHARACTERS = 200

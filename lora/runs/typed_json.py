@@ -1,0 +1,152 @@
+"""Dataclasses to JSON objects and back, with every fault of a file named. No torch.
+
+A record is a dataclass whose fields are JSON values, records, tuples or dicts of these. Fields that
+are None are left out of the file; keys of a file that no field has are ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Literal, TypeVar, cast
+
+RecordT = TypeVar("RecordT")
+Faults = list[str]
+"""What is wrong with files, each with the file's name; readers append to it and go on."""
+Parser = Callable[[Any, str, Faults], Any]
+"""(JSON value, where it stands, faults) -> the typed value, or `INVALID` after adding a fault."""
+INVALID = object()
+
+
+def to_json(record: Any) -> dict[str, Any]:
+    """Return a record's fields as JSON values, without those that are None."""
+    return {
+        field.name: _plain(value)
+        for field in dataclasses.fields(record)
+        if (value := getattr(record, field.name)) is not None
+    }
+
+
+def parse(kind: type[RecordT], value: object, where: str, faults: Faults) -> RecordT | None:
+    """Return the record of this kind that a JSON value holds, and add what is wrong to `faults`.
+
+    A field that is absent, null or wrong gets its default. None: `value` is not an object, or a
+    field without a default is missing or wrong.
+    """
+    if not isinstance(value, Mapping):
+        faults.append(f"{where} holds {value!r:.40}, not an object")
+        return None
+    found: dict[str, Any] = {}
+    is_whole = True
+    for name, (parser, is_required) in _parsers(cast(Hashable, kind)).items():
+        given = value.get(name)
+        if given is None:
+            if is_required:
+                faults.append(f"{where}: {name} is missing")
+        elif (parsed := parser(given, f"{where}: {name}", faults)) is not INVALID:
+            found[name] = parsed
+        is_whole &= name in found or not is_required
+    return kind(**found) if is_whole else None
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_json(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value
+
+
+@functools.cache
+def _parsers(kind: Any) -> dict[str, tuple[Parser, bool]]:
+    """Return by field name what reads it, and whether it must be there."""
+    hints = typing.get_type_hints(kind)
+    missing = dataclasses.MISSING
+    return {
+        field.name: (
+            _parser_of(hints[field.name]),
+            field.default is missing and field.default_factory is missing,
+        )
+        for field in dataclasses.fields(kind)
+    }
+
+
+def _parser_of(hint: Any) -> Parser:
+    """Return what reads a value of this type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        (hint,) = (one for one in arguments if one is not types.NoneType)
+        return _parser_of(hint)
+    if dataclasses.is_dataclass(hint):
+        return functools.partial(_parse_record, cast(type, hint))
+    if origin is Literal:
+        return functools.partial(_parse_choice, arguments)
+    if origin is tuple:
+        return functools.partial(_parse_list, _parser_of(arguments[0]))
+    if origin is dict:
+        return functools.partial(_parse_dict, _parser_of(arguments[1]))
+    return {int: _parse_int, float: _parse_float, str: _parse_str, bool: _parse_bool}.get(
+        hint, _parse_any
+    )
+
+
+def _parse_record(kind: type, value: Any, where: str, faults: Faults) -> Any:
+    parsed = parse(kind, value, where, faults)
+    return INVALID if parsed is None else parsed
+
+
+def _parse_choice(allowed: tuple[str, ...], value: Any, where: str, faults: Faults) -> Any:
+    is_known = isinstance(value, str) and value in allowed
+    return value if is_known else _fault(where, value, f"one of {', '.join(allowed)}", faults)
+
+
+def _parse_list(of: Parser, value: Any, where: str, faults: Faults) -> Any:
+    if not isinstance(value, list):
+        return _fault(where, value, "a list", faults)
+    items = [of(item, f"{where}, number {n}", faults) for n, item in enumerate(value, start=1)]
+    return INVALID if any(item is INVALID for item in items) else tuple(items)
+
+
+def _parse_dict(of: Parser, value: Any, where: str, faults: Faults) -> Any:
+    if not isinstance(value, dict):
+        return _fault(where, value, "an object", faults)
+    items = {key: of(item, f"{where}: {key}", faults) for key, item in value.items()}
+    return INVALID if any(item is INVALID for item in items.values()) else items
+
+
+def _parse_int(value: Any, where: str, faults: Faults) -> Any:
+    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if isinstance(value, bool) or not is_whole:
+        return _fault(where, value, "a whole number", faults)
+    return int(value)
+
+
+def _parse_float(value: Any, where: str, faults: Faults) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return _fault(where, value, "a number", faults)
+    try:
+        return float(value)
+    except OverflowError:  # JSON's integers have no bound
+        return _fault(where, value, "a number of a float's range", faults)
+
+
+def _parse_str(value: Any, where: str, faults: Faults) -> Any:
+    return value if isinstance(value, str) else _fault(where, value, "a string", faults)
+
+
+def _parse_bool(value: Any, where: str, faults: Faults) -> Any:
+    return value if isinstance(value, bool) else _fault(where, value, "true or false", faults)
+
+
+def _parse_any(value: Any, where: str, faults: Faults) -> Any:
+    return value
+
+
+def _fault(where: str, value: Any, wanted: str, faults: Faults) -> Any:
+    faults.append(f"{where} is {value!r:.40}, not {wanted}")
+    return INVALID
