@@ -1,19 +1,27 @@
-"""Every error that lora raises on purpose.
+"""The errors that lora raises on purpose, each also a built-in exception.
 
     LoraError
-    ├── ConfigError       a setting: unknown, of the wrong type, out of range
-    ├── TargetError       what LoRA should adapt does not fit the model
-    ├── ModelError        a model's folder, architecture, names or shapes
-    ├── AdapterError      an adapter's files: missing, extra, misshapen, of another base
-    ├── DataError         text, examples, chat templates, tokenizers
-    ├── CheckpointError   a run's folder or a checkpoint in it
-    ├── TrainingError     a run that cannot go on: loss or gradient not finite
-    ├── Interrupted       a run that a signal stopped, its state saved
-    └── DependencyError   an optional package that is not installed
+    ├── ConfigError (ValueError)       a setting: unknown, of the wrong type, out of range
+    ├── TargetError (ValueError)       what LoRA should adapt does not fit the model
+    ├── ModelError (ValueError)        a model's directory, architecture, names or shapes
+    │   └── ModelNotFoundError (FileNotFoundError)
+    ├── AdapterError (ValueError)      an adapter's files: missing, extra, misshapen, other base
+    │   └── AdapterNotFoundError (FileNotFoundError)
+    ├── DataError (ValueError)         text, examples, chat templates, tokenizers
+    │   └── DataNotFoundError (FileNotFoundError)
+    ├── CheckpointError (RuntimeError) a run directory or a checkpoint in it
+    │   └── RunNotFoundError (FileNotFoundError)
+    ├── TrainingError (RuntimeError)   training cannot continue: loss or gradient not finite
+    ├── Interrupted                    a signal stopped a run, its state saved
+    └── DependencyError (ImportError)  an optional package that is not installed
 
-A message says, in this order: what was asked, what was seen, what is allowed (nearest match
-first), what to do. The command line prints it without a traceback and exits 2; after a signal 130
-or 143.
+In parentheses: the built-in exception that it also is, so `except ValueError` and the like work.
+A path that does not exist is a …NotFoundError; its `errno` and `filename` are not set, the message
+names the path. A disk that refuses a write is a CheckpointError, whose message says why.
+
+A message says, in this order: what failed, what was seen, what is allowed (nearest match first),
+what to do. The command line prints it without a traceback and exits with 2; after a signal with
+130 or 143.
 """
 
 from __future__ import annotations
@@ -26,32 +34,51 @@ class LoraError(Exception):
     """Base of all errors that lora raises on purpose."""
 
 
-class ConfigError(LoraError):
+class ConfigError(LoraError, ValueError):
     """A setting is unknown, of the wrong type or out of range."""
 
 
-class TargetError(LoraError):
+class TargetError(LoraError, ValueError):
     """What LoRA should adapt does not fit the model."""
 
 
-class ModelError(LoraError):
-    """A model's folder, architecture, tensor names or shapes cannot be used."""
+class ModelError(LoraError, ValueError):
+    """A model's directory, architecture, tensor names or shapes cannot be used."""
 
 
-class AdapterError(LoraError):
+class ModelNotFoundError(ModelError, FileNotFoundError):
+    """The model's path does not exist."""
+
+
+class AdapterError(LoraError, ValueError):
     """An adapter's files are missing, damaged or made for another base."""
 
 
-class DataError(LoraError):
+class AdapterNotFoundError(AdapterError, FileNotFoundError):
+    """The adapter's directory does not exist."""
+
+
+class DataError(LoraError, ValueError):
     """Text, examples, a chat template or a tokenizer cannot be used."""
 
 
-class CheckpointError(LoraError):
-    """A run's folder or a checkpoint in it cannot be written or trusted."""
+class DataNotFoundError(DataError, FileNotFoundError):
+    """The path of the examples, the text or the chat template does not exist."""
 
 
-class TrainingError(LoraError):
-    """A run cannot go on, for example because the loss is no longer finite."""
+class CheckpointError(LoraError, RuntimeError):
+    """A run directory or a checkpoint in it cannot be written or trusted.
+
+    No OSError: most of these are about what a file says, not about the disk.
+    """
+
+
+class RunNotFoundError(CheckpointError, FileNotFoundError):
+    """The run directory to resume does not exist."""
+
+
+class TrainingError(LoraError, RuntimeError):
+    """Training cannot continue, for example because the loss is no longer finite."""
 
 
 class Interrupted(LoraError):
@@ -62,7 +89,7 @@ class Interrupted(LoraError):
         self.exit_code = exit_code
 
 
-class DependencyError(LoraError):
+class DependencyError(LoraError, ImportError):
     """An optional package is needed and not installed."""
 
 

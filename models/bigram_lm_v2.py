@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from lora.errors import ConfigError, DataError, ModelError, gather
+from lora.errors import ConfigError, DataError, ModelError, ModelNotFoundError, gather
 from lora.runs.disk import atomic_write
 
 WEIGHTS_FILE = "model.safetensors"
@@ -223,6 +223,8 @@ def _read_sizes(path: Path) -> BigramSizes:
         return BigramSizes(**values)
     except FileNotFoundError:
         raise ModelError(f"{path} is missing: the folder holds no saved character model.") from None
+    except ConfigError:  # a ValueError too, which says what is wrong with the sizes
+        raise
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{path} does not hold the model's sizes: {error}.") from None
 
@@ -233,7 +235,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises ModelError if the file is missing, damaged or anything but a plain state dict.
     """
     if not path.is_file():
-        raise ModelError(f"The base weights {path} were asked for: there is no such file.")
+        raise ModelNotFoundError(f"The base weights {path} were asked for: there is no such file.")
     try:
         if path.suffix == ".safetensors":
             return load(path.read_bytes())

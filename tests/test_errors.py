@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import pickle
+from pathlib import Path
 
 import pytest
 
 import lora.errors
-from lora.errors import LoraError, did_you_mean, gather
+from lora.adapters.peft_files import read_adapter_files
+from lora.config import LoRAConfig
+from lora.data.reading.readers import read_examples
+from lora.data.tokenizers.characters import read_text_file
+from lora.errors import ConfigError, Interrupted, LoraError, TrainingError, did_you_mean, gather
+from lora.pretrained.hf_weights import read_config
+from lora.pretrained.sources import find_model
+from lora.runs.directory import check_run_directory
+from lora.runs.disk import reading
+from lora.training.out_of_memory import explained
 
 CHILDREN = [
     kind
@@ -17,14 +28,66 @@ CHILDREN = [
 
 
 @pytest.mark.parametrize("kind", CHILDREN)
-def test_every_error_is_a_lora_error_and_in_the_drawn_tree(kind: type[LoraError]) -> None:
-    assert kind.__bases__ == (LoraError,)
-    assert f"── {kind.__name__} " in str(lora.errors.__doc__)
+def test_every_error_is_in_the_drawn_tree_with_its_built_in_parent(kind: type[LoraError]) -> None:
+    drawn = [
+        line for line in str(lora.errors.__doc__).splitlines() if f"── {kind.__name__}" in line
+    ]
+    built_in = [base for base in kind.__bases__ if not issubclass(base, LoraError)]
+    assert len(drawn) == 1
+    assert [f"({base.__name__})" in drawn[0] for base in built_in] == [True] * len(built_in)
+    assert kind is Interrupted or len(built_in) == 1
     assert kind.__doc__
 
 
 def test_the_drawn_tree_has_no_other_errors() -> None:
-    assert str(lora.errors.__doc__).count("── ") == len(CHILDREN) == 9
+    assert str(lora.errors.__doc__).count("── ") == len(CHILDREN)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CHILDREN if kind is not Interrupted])
+def test_a_message_stays_as_it_was_written_also_through_pickle(kind: type[LoraError]) -> None:
+    error = kind("Cannot do this: of that. Try another.")
+    for each in (error, pickle.loads(pickle.dumps(error))):
+        assert type(each) is kind
+        assert str(each) == "Cannot do this: of that. Try another."
+
+
+def test_ordinary_except_clauses_work(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rank=0"):
+        LoRAConfig(rank=0)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        find_model(str(tmp_path / "missing"))
+    with pytest.raises(FileNotFoundError, match="missing"):
+        read_config(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match="missing"):
+        read_adapter_files(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match=r"missing\.jsonl"):
+        read_examples(tmp_path / "missing.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"missing\.txt"):
+        read_text_file(tmp_path / "missing.txt")
+    with pytest.raises(FileNotFoundError, match="missing"):
+        check_run_directory(tmp_path, "missing", resume=True)
+
+
+def test_a_path_that_exists_and_does_not_fit_is_not_missing(tmp_path: Path) -> None:
+    for read in (read_config, read_adapter_files, read_text_file):
+        with pytest.raises(LoraError) as raised:
+            read(tmp_path)
+        assert not isinstance(raised.value, FileNotFoundError)
+
+
+def test_what_an_error_says_survives_a_block_that_reads(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="rank=0"), reading(tmp_path):
+        LoRAConfig(rank=0)
+
+
+def test_memory_that_ran_out_is_explained_once() -> None:
+    with (
+        pytest.raises(TrainingError) as raised,
+        explained(lambda: "again."),
+        explained(lambda: "in the step."),
+    ):
+        raise RuntimeError("CUDA out of memory")
+    assert str(raised.value) == "Memory ran out in the step. (torch: CUDA out of memory)"
 
 
 def test_the_nearest_word_is_offered() -> None:

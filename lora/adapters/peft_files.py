@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lora.errors import AdapterError, did_you_mean
+from lora.errors import AdapterError, AdapterNotFoundError, did_you_mean
 from lora.runs.disk import atomic_write, disk_error
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -121,7 +121,8 @@ def _read_config(folder: Path) -> bytes:
     if folder.parent.is_dir() and not folder.exists():
         near = did_you_mean(folder.name, (p.name for p in folder.parent.iterdir()))
     seen = f"has no {CONFIG_FILE}" if folder.is_dir() else "is no folder"
-    raise AdapterError(
+    kind = AdapterError if folder.exists() else AdapterNotFoundError
+    raise kind(
         f"An adapter was asked for from {folder}, which {seen}.{near} "
         f"Name a folder with {CONFIG_FILE} and {TENSORS_FILE}."
     )

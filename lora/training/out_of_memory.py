@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from lora.config import TrainConfig
-from lora.errors import TrainingError
+from lora.errors import LoraError, TrainingError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,6 +31,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory ran out, on a GPU or on the host."""
     if isinstance(error, MemoryError):
         return True
+    if isinstance(error, LoraError):  # has been explained: it may quote torch's words
+        return False
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora.data.chat.template import MAX_TEMPLATE_BYTES, ChatTemplate
 from lora.data.tokenizers.subword import TextTokenizer, find_stop_ids
-from lora.errors import DataError
+from lora.errors import DataError, DataNotFoundError
 
 PLAIN_TEMPLATE = """\
 {%- for message in messages -%}
@@ -94,6 +94,7 @@ def _read_template(path: Path) -> str:
             raise DataError(f"{path} has more than {MAX_TEMPLATE_BYTES:,} bytes: no template has.")
         return data.decode().removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
     except OSError as error:
-        raise DataError(f"The chat template {path} cannot be read: {error.strerror}.") from None
+        kind = DataNotFoundError if isinstance(error, FileNotFoundError) else DataError
+        raise kind(f"The chat template {path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise DataError(f"The chat template {path} is not UTF-8: {error.reason}.") from None

@@ -14,7 +14,7 @@ from typing import Any
 from lora.data.reading.formats import Example, example_from_file, example_from_row
 from lora.data.reading.messages import kind_of
 from lora.data.reading.tables import TABLE_READERS, Faults, decode_file, without_nulls
-from lora.errors import DataError, did_you_mean
+from lora.errors import DataError, DataNotFoundError, did_you_mean
 
 Source = str | Path | Iterable[Mapping[str, Any]]
 OnMessage = Callable[[str], None]
@@ -94,7 +94,9 @@ def _find_files(path: Path, on_message: OnMessage) -> list[Path]:
     if not path.is_file():
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = did_you_mean(path.name, names)
-        raise DataError(f"{path} was asked for examples: there is no such file or folder.{near}")
+        raise DataNotFoundError(
+            f"{path} was asked for examples: there is no such file or folder.{near}"
+        )
     if path.suffix.lower() not in allowed:
         raise DataError(
             f"{path} was asked for examples: files that end in {path.suffix or 'nothing'!r} are "

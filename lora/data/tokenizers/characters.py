@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora.errors import DataError, did_you_mean
+from lora.errors import DataError, DataNotFoundError, did_you_mean
 from lora.runs.disk import atomic_write
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
@@ -129,7 +129,8 @@ def read_text_file(path: Path) -> str:
     if not path.is_file():
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         seen = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"The text {path} {seen}.{did_you_mean(path.name, names)} Name a file.")
+        kind = DataError if path.exists() else DataNotFoundError
+        raise kind(f"The text {path} {seen}.{did_you_mean(path.name, names)} Name a file.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
