@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-import pickle
 from pathlib import Path
 
 import pytest
@@ -44,9 +44,9 @@ def test_the_drawn_tree_has_no_other_errors() -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CHILDREN if kind is not Interrupted])
-def test_a_message_stays_as_it_was_written_also_through_pickle(kind: type[LoraError]) -> None:
+def test_a_message_stays_as_it_was_written_also_in_a_copy(kind: type[LoraError]) -> None:
     error = kind("Cannot do this: of that. Try another.")
-    for each in (error, pickle.loads(pickle.dumps(error))):
+    for each in (error, copy.copy(error)):
         assert type(each) is kind
         assert str(each) == "Cannot do this: of that. Try another."
 
