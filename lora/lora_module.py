@@ -1,6 +1,6 @@
 """Low-rank adaptation of one linear layer (arXiv 2106.09685, equation 3).
 
-What differs from the textbook: the wrapper owns the linear's `weight` and `bias` under their own
+What differs from the textbook: the LoRA layer owns the linear's `weight` and `bias` under their own
 names, so a model's state dict keeps the base's names and gains `lora_A` and `lora_B` beside them.
 """
 
@@ -17,10 +17,10 @@ from lora.errors import ConfigError, TargetError
 
 
 class LoRALayer(nn.Module):
-    """What every LoRA layer has in common, whatever its base layer looks like.
+    """Base class of all LoRA layers: the frozen base's parameters, A and B, and the scaling.
 
-    Subclasses: LoRALinear here, the siblings in `lora.layers`. `weight` and `bias` are the
-    base's own parameters, frozen; `lora_A` is (R, I), `lora_B` is (O, R).
+    Subclasses: LoRALinear here, layers for other bases in `lora.layers`. `weight` and `bias` are
+    the base's own parameters, frozen; `lora_A` is (R, I), `lora_B` is (O, R).
     """
 
     weight: nn.Parameter
@@ -45,13 +45,14 @@ class LoRALayer(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.alpha = rank, alpha
         self.scaling = alpha / rank if scaling is None else scaling
-        # The same Parameter objects, so that nothing is copied and the names stay.
+        # The base's own Parameter objects: nothing is copied, and an optimizer, a tied head or a
+        # state dict that refers to them stays right.
         self.weight = base.weight  # type: ignore[assignment]
         self.register_parameter("bias", base.bias)  # type: ignore[arg-type]
         for parameter in (self.weight, self.bias):
             if parameter is not None:
                 parameter.requires_grad_(False)
-        # At least fp32: a step of AdamW is often smaller than half a bf16 rounding of its weight.
+        # At least fp32: an AdamW update is often smaller than half a bf16 rounding of its weight.
         wide = torch.float64 if self.weight.dtype is torch.float64 else torch.float32
         self.lora_A = nn.Parameter(self.weight.new_empty(rank, in_features, dtype=wide))
         self.lora_B = nn.Parameter(self.weight.new_empty(out_features, rank, dtype=wide))
@@ -92,15 +93,17 @@ class LoRALayer(nn.Module):
 
 
 class LoRALinear(LoRALayer):
-    """y = x Wᵀ + b + (dropout(x) Aᵀ) Bᵀ · scaling, with W and b frozen and B zero at the start.
+    """A linear with LoRA: y = x Wᵀ + b + (dropout(x) Aᵀ) Bᵀ · scaling.
+
+    W and b are frozen; B is zero at the start, so the layer then computes what its base does.
 
     Args:
-        base: the linear to adapt; its parameters are taken over and frozen.
+        base: the linear to adapt; its parameters are reused and frozen.
         rank: R, 1 ≤ rank ≤ min(I, O).
         alpha: numerator of the scaling, > 0.
-        dropout: share of LoRA's inputs set to zero in training.
+        dropout: probability that an input of A is set to zero in training.
         scaling: factor of the low-rank part; alpha / rank when None.
-        generator: source of A's first values; torch's global one when None.
+        generator: draws the initial A; torch's global generator when None.
 
     Raises ConfigError for numbers out of range and TargetError if `base` is no nn.Linear.
     """
@@ -118,7 +121,7 @@ class LoRALinear(LoRALayer):
         if not isinstance(base, nn.Linear):
             seen = type(base).__name__
             raise TargetError(
-                f"LoRALinear wraps an nn.Linear, and was given {seen}. "
+                f"Cannot wrap a {seen} in LoRALinear. Allowed: nn.Linear. "
                 "Pass the linear itself, or adapt a whole model with apply_lora()."
             )
         sizes = base.in_features, base.out_features
@@ -160,9 +163,9 @@ def check_lora_numbers(
     smaller = min(in_features, out_features)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= smaller:
         raise ConfigError(
-            f"rank={rank!r} asked for a linear with {in_features} inputs and {out_features} "
-            f"outputs: allowed is an int from 1 to {smaller}. Choose a smaller rank, or leave "
-            "this linear out of the targets."
+            f"rank={rank!r} for a linear with {in_features} inputs and {out_features} outputs: "
+            f"allowed is an int from 1 to {smaller}. Choose a smaller rank, or leave this linear "
+            "out of the targets."
         )
     if not (_is_number(alpha) and alpha > 0):
         raise ConfigError(f"alpha={alpha!r}: allowed is a finite number > 0 (usual: 2 · rank).")
@@ -176,12 +179,12 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """How many parameters train and how many do not; a shared tensor counts once."""
+    """How many parameters are trainable and how many frozen; a shared tensor counts once."""
 
     lora: int
-    """In A and B."""
+    """Parameters in A and B."""
     other_trainable: int
-    """Trainable but not LoRA's: embeddings, for example."""
+    """Trainable parameters beside LoRA: embeddings in `modules_to_save`, for example."""
     frozen: int
 
     @property
@@ -194,23 +197,23 @@ class ParameterCounts:
 
     @property
     def lora_fraction(self) -> float:
-        """LoRA's share of all parameters, its own included."""
+        """A and B as a fraction of all parameters, their own included."""
         return self.lora / self.total if self.total else 0.0
 
     @property
     def trainable_fraction(self) -> float:
-        """Trainable share of all parameters."""
+        """Trainable parameters as a fraction of all."""
         return self.trainable / self.total if self.total else 0.0
 
     @property
     def saved_fraction(self) -> float:
-        """Share of the base's parameters that full fine-tuning would train and this does not."""
+        """The fraction of the base's parameters that full fine-tuning trains and LoRA does not."""
         base = self.frozen + self.other_trainable
         return 1 - self.trainable / base if base else 0.0
 
 
 def count_lora_parameters(model: nn.Module) -> ParameterCounts:
-    """Count the parameters of `model` by what becomes of them in training."""
+    """Count the parameters of `model`: LoRA's, other trainable ones, frozen ones."""
     layers = [layer for layer in model.modules() if isinstance(layer, LoRALayer)]
     of_lora = {id(p) for layer in layers for p in (layer.lora_A, layer.lora_B)}
     lora = other = frozen = 0

@@ -210,7 +210,7 @@ def test_a_refused_linear_stays_trainable() -> None:
 
 
 def test_only_linears_can_be_wrapped() -> None:
-    with pytest.raises(TargetError, match=r"wraps an nn.Linear, and was given Embedding.*apply_lo"):
+    with pytest.raises(TargetError, match=r"wrap a Embedding.*Allowed: nn.Linear.*apply_lo"):
         LoRALinear(nn.Embedding(3, 4))  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Tokens that a run adds to a model's vocabulary: which rows they get, and how these train."""
+"""Special tokens added to a model's vocabulary: which rows they get, and how these train."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from lora.layers.vocabulary import resize_vocabulary
 def add_tokens_to_lora(
     model: Decoder, tokenizer: TextTokenizer, tokens: Sequence[str]
 ) -> str | None:
-    """Changes `model`, which has LoRA, in place: the rows of `tokens` train beside it.
+    """Changes `model`, which has LoRA, in place: the embedding rows of `tokens` train beside it.
 
-    `tokenizer` has the tokens already. Returns what was done, in words, or None without tokens.
-    Raises ConfigError if `model` has an adapter with rows that lack some of the tokens.
+    `tokenizer` has the tokens already. Returns a sentence for the log, or None without tokens.
+    Raises ConfigError if the adapter on `model` trains tokens already, but not all of these.
     """
     if not tokens:
         return None
     ids, rows_before = tokenizer.ids_of(tokens), model.config.vocab_size
-    rows = applied_lora(model).trainable_tokens
-    if not rows:
+    layers = applied_lora(model).trainable_tokens
+    if not layers:
         train_token_rows(model, ids, n_known=tokenizer.n_known)
         return _describe(tokenizer, tokens, rows_before, model)
-    trained = {number for layer in rows.values() for number in layer.ids}
+    trained = {number for layer in layers.values() for number in layer.ids}
     missing = [token for token, number in zip(tokens, ids, strict=True) if number not in trained]
     if missing:
         raise ConfigError(
-            f"special_tokens={missing!r} were to be added to an adapter that trains other tokens: "
-            "its tokens are given once. Merge it (lora merge), and add them to the merged model."
+            f"Cannot add special_tokens={missing!r}: the adapter trains other tokens, and more "
+            "cannot join them. Merge it (lora merge), and add them to the merged model."
         )
     return _describe(tokenizer, tokens, rows_before, model)
 
@@ -45,9 +45,10 @@ def add_tokens_to_lora(
 def add_tokens_to_all(
     model: Decoder, tokenizer: TextTokenizer, tokens: Sequence[str]
 ) -> str | None:
-    """Changes `model`, which trains whole, in place: there is a row for each of `tokens`.
+    """Changes `model`, for full fine-tuning, in place: its tables get a row for each of `tokens`.
 
-    Rows of new tokens start at the mean of those known, as beside LoRA. Returns what was done.
+    New rows start at the mean of the known ones, as they do beside LoRA. Returns a sentence for the
+    log, or None without tokens.
     """
     if not tokens:
         return None
@@ -57,7 +58,7 @@ def add_tokens_to_all(
     new = [number for number in ids if known is not None and number >= known]
     for table in find_token_tables(model).by_name.values():
         weight = cast(Tensor, table.weight)
-        if new:  # a tied head's again: the mean of the same rows
+        if new:  # a tied head's weight is written twice, with the same mean
             weight[new] = mean_row(weight, min(new)).to(weight)
     return _describe(tokenizer, tokens, rows_before, model)
 
@@ -72,5 +73,5 @@ def _describe(
     ]
     rows = model.config.vocab_size
     grown = f"the vocabulary grows from {rows_before:,} to {rows:,} rows"
-    fate = grown if rows > rows_before else f"its {rows:,} rows have room for them"
-    return f"special tokens: {', '.join(named)}; {fate}"
+    change = grown if rows > rows_before else f"its {rows:,} rows have room for them"
+    return f"special tokens: {', '.join(named)}; {change}"

@@ -1,7 +1,7 @@
-"""Adapt a whole model: which layers get LoRA, what else trains, what is frozen.
+"""Apply LoRA to a model, remove it, and disable it for a while.
 
-Works on any nn.Module: the layers are found by name and replaced in place. Names of the base's
-parameters do not change.
+Works on any nn.Module: layers are found by name and replaced in place, and everything that does not
+train is frozen. The names of the base's parameters do not change.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ from lora.lora_module import LoRALayer
 
 @dataclass
 class AppliedLoRA:
-    """What `apply_lora` did to a model; kept on the model as `applied_lora`."""
+    """What `apply_lora` did to a model, stored on it as `model.applied_lora`."""
 
     config: LoRAConfig
     target_names: tuple[str, ...]
-    """Full names of the layers that were wrapped, in the model's order."""
+    """Full names of the wrapped layers, in the model's order."""
     originals: dict[str, nn.Module] = field(default_factory=dict)
-    """By full name, the module as it was before its copy began to train (`modules_to_save`)."""
+    """The fully trained modules (`modules_to_save`) by full name, as they were before training."""
     trainable_tokens: dict[str, TrainableTokensLayer] = field(default_factory=dict)
-    """By full name, the embedding and the head of which some rows train (`train_token_rows`)."""
+    """By full name, the embedding and the head if some of their rows train (`train_token_rows`)."""
 
     @property
     def base_vocab_size(self) -> int | None:
-        """Rows of the base's tables before new ones were added; None: no rows train."""
+        """Rows of the base's token tables before any were added; None without trainable tokens."""
         return next((layer.base_rows for layer in self.trainable_tokens.values()), None)
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
-    """Changes `model` in place: wrap the layers that `config` names, freeze everything else.
+    """Changes `model` in place: wrap the layers that `config` selects, freeze everything else.
 
     Modules named in `modules_to_save` are replaced by trainable copies, so that a tensor shared
-    with them (a tied head) stays as it is. Returns `model`.
+    with them (a tied head) stays frozen. Returns `model`.
 
-    Raises TargetError if names match nothing, if nothing is left to adapt or if `model` has LoRA
+    Raises TargetError if a name matches nothing, if nothing is left to adapt or if `model` has LoRA
     already, and ConfigError for a rank too large for a layer; `model` is then unchanged.
     """
     config = config or LoRAConfig()
@@ -68,7 +68,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
     generator = None
     if config.init_seed is not None:
         generator = torch.Generator().manual_seed(config.init_seed)
-    # All layers are built before the first is put in place: an error leaves the model whole.
+    # All layers are built before the first replaces its base: an error leaves the model unchanged.
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
         layers = {name: _build_layer(model, name, config, generator) for name in names}
@@ -93,8 +93,8 @@ def applied_lora(model: nn.Module) -> AppliedLoRA:
     applied = vars(model).get("applied_lora")
     if not isinstance(applied, AppliedLoRA):
         raise TargetError(
-            f"An adapted model was asked for, and this {type(model).__name__} has no LoRA. "
-            "Call apply_lora(model, LoRAConfig(...)) or load_adapter(model, folder) first."
+            f"Cannot use an adapter: this {type(model).__name__} has no LoRA. Call "
+            "apply_lora(model, LoRAConfig(...)) or load_adapter(model, folder) first."
         )
     return applied
 
@@ -105,15 +105,16 @@ def train_token_rows(
     *,
     n_known: int | None = None,
 ) -> nn.Module:
-    """Changes `model`, which has LoRA, in place: the rows `ids` of its token tables train too.
+    """Changes `model`, which has LoRA, in place: the rows of token `ids` train too.
 
-    The tables are the embedding and the head; `ids` by full name says which, otherwise both, and a
-    tied head always goes with the embedding. Tables that are too small grow first. Ids from
-    `n_known` on (by default the table's rows) are new tokens and start at the mean of those before;
-    the others start as they are. Returns `model`.
+    They are PEFT's `trainable_token_indices`: rows of the embedding and of the output head. A plain
+    list is for both tables, a mapping for those it names; a tied head always trains the embedding's
+    rows. Tables that are too small grow first. Ids from `n_known` on (by default the table's rows)
+    are new tokens, whose rows start at the mean of those before; the others start as they are.
+    Returns `model`.
 
-    Raises TargetError for tables that train otherwise already or that cannot be wrapped, and
-    ConfigError for ids that are no rows; `model` is then unchanged.
+    Raises TargetError for tables that train in another way already or cannot be wrapped, and
+    ConfigError for invalid ids; `model` is then unchanged.
     """
     applied, tables = applied_lora(model), find_token_tables(model)
     by_name = token_ids_by_table(ids, tables)
@@ -134,7 +135,7 @@ def train_token_rows(
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return what trains on an adapted model: A and B, what trains whole, and rows of tokens."""
+    """Return what trains: A and B, fully trained modules, and the rows of trainable tokens."""
     applied = applied_lora(model)
     trained = [p for x in lora_layers(model).values() for p in (x.lora_A, x.lora_B)]
     for name in applied.originals:
@@ -155,7 +156,7 @@ def remove_lora(model: nn.Module) -> nn.Module:
     for name, original in applied.originals.items():
         replace_module(model, name, _moved_beside(original, model.get_submodule(name)))
     for name in applied.trainable_tokens:
-        replace_module(model, name, _current_rows(model, name).unwrap())
+        replace_module(model, name, _token_layer(model, name).unwrap())
     if applied.base_vocab_size is not None:
         resize_vocabulary(model, applied.base_vocab_size)
     del model.applied_lora
@@ -166,7 +167,7 @@ def remove_lora(model: nn.Module) -> nn.Module:
 def disabled_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block `model` computes as its base did; afterwards it is adapted again.
 
-    Tokens that were added are there for the base too: their rows are the mean of its own.
+    Added tokens exist in the base too: their rows are the mean of its own.
     """
     applied = applied_lora(model)
     adapted = {name: model.get_submodule(name) for name in applied.target_names}
@@ -187,7 +188,7 @@ def disabled_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Changes `model` in place: put `new` where the submodule called `name` is."""
+    """Changes `model` in place: replace the submodule called `name` by `new`."""
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     parent._modules[child] = new  # setattr would refuse the digits of a ModuleList
@@ -202,33 +203,33 @@ def _find_saved(model: nn.Module, config: LoRAConfig, adapted: list[str]) -> lis
             with_weights = {n.rpartition(".")[0] for n, _ in model.named_parameters()}
             near = did_you_mean(wanted, {n.rpartition(".")[2] for n in with_weights})
             raise TargetError(
-                f"modules_to_save names {wanted!r}, which is no module with parameters of this "
-                f"{type(model).__name__}.{near} Name a module such as an embedding."
+                f"Cannot train {wanted!r} fully (modules_to_save): this {type(model).__name__} has "
+                f"no module with parameters of this name.{near} Name one such as an embedding."
             )
         saved += [name for name in found if name not in saved]
-    _refuse_eight_bits(model, saved)
+    _refuse_fp8(model, saved)
     for outer in saved:
         both = [name for name in adapted if name == outer or name.startswith(outer + ".")]
         if both:
             raise TargetError(
-                f"{both[0]!r} is both a LoRA target and in modules_to_save ({outer!r}). "
-                "A layer trains either whole or through LoRA: take it out of one of the two."
+                f"Cannot adapt {both[0]!r}: it is both a LoRA target and in modules_to_save "
+                f"({outer!r}). A layer trains either fully or through LoRA: remove it from one."
             )
         nested = [name for name in saved if name.startswith(outer + ".")]
         if nested:
             raise TargetError(
-                f"modules_to_save names {nested[0]!r} and {outer!r}, which contains it. "
-                "Name one of the two."
+                f"Cannot train both {nested[0]!r} and {outer!r} fully (modules_to_save): the "
+                "second contains the first. Name one of the two."
             )
     return saved
 
 
-def _refuse_eight_bits(model: nn.Module, saved: list[str]) -> None:
+def _refuse_fp8(model: nn.Module, saved: list[str]) -> None:
     for name in saved:
         if has_fp8_base(model.get_submodule(name)):
             raise TargetError(
-                f"modules_to_save names {name!r}, whose linears are kept in fp8: eight bits cannot "
-                "train whole. Adapt it through LoRA, or load the base without fp8."
+                f"Cannot train {name!r} fully (modules_to_save): its linears are stored in FP8, "
+                "which cannot train. Adapt it through LoRA, or load the base without fp8."
             )
 
 
@@ -248,7 +249,7 @@ def _build_layer(
             generator=generator,
         )
     except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from None
+        raise ConfigError(f"Cannot adapt {name!r}: {error}") from None
 
 
 def _by_name(name: str, pattern: dict[str, int] | dict[str, float], default: float) -> float:
@@ -256,25 +257,25 @@ def _by_name(name: str, pattern: dict[str, int] | dict[str, float], default: flo
 
 
 def _moved_beside(original: nn.Module, trained: nn.Module) -> nn.Module:
-    """Changes `original` in place: to the device and type that its trained copy now has."""
+    """Changes `original` in place: to the device and dtype that its trained copy has now."""
     return original.to(next(trained.parameters()))  # in place, so a tied head follows
 
 
 def _refuse_other_training(by_name: dict[str, tuple[int, ...]], applied: AppliedLoRA) -> None:
     if applied.trainable_tokens:
         raise TargetError(
-            "Rows of tokens were to train in a model of which rows train already. Merge it "
-            "(merge_lora) and begin anew, or give all the tokens at once."
+            "Cannot train more tokens: this model has trainable tokens already. Give all of them "
+            "at once, or merge it (merge_lora) and start again."
         )
     for name in by_name:
         if any(matches(name, saved) or name.startswith(f"{saved}.") for saved in applied.originals):
             raise TargetError(
-                f"Rows of {name!r} were to train, which modules_to_save trains whole. A table "
-                "trains either whole or by rows: leave it out of modules_to_save."
+                f"Cannot train selected tokens in {name!r}: modules_to_save trains all of it. "
+                "Leave it out of modules_to_save."
             )
 
 
-def _current_rows(model: nn.Module, name: str) -> TrainableTokensLayer:
+def _token_layer(model: nn.Module, name: str) -> TrainableTokensLayer:
     return cast(TrainableTokensLayer, model.get_submodule(name))
 
 
@@ -282,6 +283,6 @@ def _refuse_second_time(model: nn.Module) -> None:
     wrapped = next(iter(lora_layers(model)), None)
     if wrapped is not None:
         raise TargetError(
-            f"LoRA was asked for a model that already has it (at {wrapped!r}, for one). "
-            "Merge it (merge_lora) or take it off (remove_lora) first."
+            f"Cannot apply LoRA: the model already has it (at {wrapped!r}, for one). Merge it "
+            "(merge_lora) or remove it (remove_lora) first."
         )

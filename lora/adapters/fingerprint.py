@@ -1,7 +1,7 @@
-"""A base model's fingerprint: names, shapes and a sample of its values, whatever LoRA does to it.
+"""A base model's fingerprint: a hash of names, shapes and sampled values that ignores LoRA.
 
-The sample is rounded to bf16 first, so the same weights loaded as fp32 and as bf16 agree; linears
-in eight bits kept theirs from before they were rounded, so they agree too.
+The sample is rounded to bf16 first, so the same weights loaded as fp32 and as bf16 agree. FP8
+linears store a sample from before they were rounded, so they agree too.
 """
 
 from __future__ import annotations
@@ -23,43 +23,43 @@ from lora.lora_module import LoRALayer
 
 @torch.no_grad()
 def base_fingerprint(model: nn.Module) -> str:
-    """Return 32 hexadecimal digits that tell this base from others.
+    """Return 32 hexadecimal digits that distinguish this base from others.
 
     At most 64 evenly spaced values of each parameter are read. LoRA's own tensors are left out,
-    modules that train whole count as they were before, token tables as they were before rows were
-    added, a tensor with two names counts once, and Conv1D's weights count as (O, I). Buffers do
-    not count. Raises ModelError for a model on the meta device.
+    fully trained modules count as they were before training, token tables as they were before rows
+    were added, a tensor with two names counts once, and Conv1D's weights count as (O, I). Buffers
+    do not count. Raises ModelError for a model on the meta device.
     """
     tensors = sorted(_base_tensors(model), key=lambda item: item[0])
     digest = hashlib.sha256()
     for name, shape, sample in tensors:
         if sample.is_meta:
             raise ModelError(
-                f"A fingerprint was asked of a model whose {name} has no values (meta device). "
-                "Load the weights first."
+                f"Cannot compute the base's fingerprint: {name} has no values (meta device). Load "
+                "the weights first."
             )
         digest.update(f"{name}{tuple(shape)};".encode())
-    for sample in _to_host([sample for _, _, sample in tensors]):
+    for sample in _to_cpu([sample for _, _, sample in tensors]):
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Size, Tensor]]:
-    """Yield names, shapes as in a linear, and samples."""
+    """Yield the name, the shape in (O, I) order and the sample of each of the base's tensors."""
     applied = vars(model).get("applied_lora")
     originals = applied.originals if isinstance(applied, AppliedLoRA) else {}
-    rows = applied.trainable_tokens if isinstance(applied, AppliedLoRA) else {}
+    tokens = applied.trainable_tokens if isinstance(applied, AppliedLoRA) else {}
     seen: set[int] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         base = _before_training(name, originals) or module
         transposed = isinstance(base, LoRAConv1D) or is_conv1d(base)
         for key, parameter in base.named_parameters(recurse=False):
             of_lora = isinstance(base, LoRALayer) and key in ("lora_A", "lora_B")
-            if of_lora or (name in rows and key == "token_rows") or id(parameter) in seen:
+            if of_lora or (name in tokens and key == "token_rows") or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             value = parameter.T if transposed and key == "weight" else parameter
-            value = value[: rows[name].base_rows] if name in rows else value
+            value = value[: tokens[name].base_rows] if name in tokens else value
             coded = isinstance(base, Fp8Weight) and key == "weight"
             sample = cast(Fp8Weight, base).sample if coded else sample_values(value)
             yield f"{name}.{key}" if name else key, value.shape, sample
@@ -72,14 +72,15 @@ def _before_training(name: str, originals: dict[str, nn.Module]) -> nn.Module | 
     return None
 
 
-def _to_host(samples: list[Tensor]) -> list[Tensor]:
+def _to_cpu(samples: list[Tensor]) -> list[Tensor]:
+    """Return `samples` on the CPU, with one copy per device instead of one per tensor."""
     by_device: defaultdict[torch.device, list[int]] = defaultdict(list)
-    for place, sample in enumerate(samples):
-        by_device[sample.device].append(place)
-    on_host = list(samples)
-    for places in by_device.values():
-        joined = torch.cat([samples[p] for p in places]).cpu()  # the host waits once a device
-        parts = joined.split([len(samples[p]) for p in places])
-        for place, part in zip(places, parts, strict=True):
-            on_host[place] = part
-    return on_host
+    for index, sample in enumerate(samples):
+        by_device[sample.device].append(index)
+    on_cpu = list(samples)
+    for indices in by_device.values():
+        joined = torch.cat([samples[i] for i in indices]).cpu()  # the host waits once per device
+        parts = joined.split([len(samples[i]) for i in indices])
+        for index, part in zip(indices, parts, strict=True):
+            on_cpu[index] = part
+    return on_cpu

@@ -1,4 +1,4 @@
-"""Merge LoRA into plain linears, and check that the model still answers the same."""
+"""Merge LoRA into plain linears, and check that the model still computes the same logits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lora.layers.trainable_tokens import TrainableTokensLayer, TrainableTokensLi
 from lora.lora_module import LoRALayer
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
-"""Largest ‖difference‖ / ‖reference‖ of the logits, by the type of the weights.
+"""Largest ‖difference‖ / ‖reference‖ of the logits, by the dtype of the weights.
 
 Measured on random Llamas of 30 blocks, the worst case: 5e-16, 4e-6, 5e-2 and 6e-3."""
 
@@ -30,22 +30,22 @@ Forward = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What merging changed. Errors are relative: ‖difference‖ / ‖reference‖."""
+    """What merging changed in the model. Errors are relative: ‖difference‖ / ‖reference‖."""
 
     layers: int
-    """Layers that were merged."""
+    """Number of merged layers."""
     relative_error: float | None
-    """Of the merged model's logits against the adapted one's; None where no inputs were given."""
+    """Of the merged model's logits against the adapted one's; None without sample inputs."""
     max_error: float | None
-    """Largest difference of two logits."""
+    """Largest absolute difference of two logits; None without sample inputs."""
     tolerance: float
-    """Largest `relative_error` that was allowed."""
+    """Largest `relative_error` allowed."""
     rounding_error: float
-    """Of the merged weights against W + scaling · B A, from rounding to the weights' type."""
+    """Of the merged weights against W + scaling · B A, from rounding to the weights' dtype."""
     update_error: float
-    """The same rounding against scaling · B A alone: the share of the update that was lost."""
+    """The same rounding against scaling · B A alone: the fraction of the update that was lost."""
     untied_head: bool
-    """The head was tied to the embedding, and has a weight of its own now."""
+    """Whether the head was tied to the embedding and has a weight of its own now."""
 
 
 def merge_lora(
@@ -59,12 +59,12 @@ def merge_lora(
 
     The logits on `sample_inputs` (token ids, (B, T)) are compared before and after; `forward`
     returns them, by default `model(sample_inputs)`. Weights are summed in fp32 and rounded once,
-    into new tensors: for a moment both versions are in memory. What trained whole stays as
-    trained, rows of tokens are written into the embedding and the head. A tied head whose weight is
+    into new tensors: for a moment both versions are in memory. Fully trained modules stay as they
+    are, trained token rows are written into the embedding and the head. A tied head whose weight is
     no longer the embedding's is untied in the model's config too, so that it is saved.
 
     Raises AdapterError if the logits differ by more than `tolerance` (by default TOLERANCES of the
-    weights' type) or a merged weight is not finite; `model` is then adapted as before.
+    weights' dtype) or a merged weight is not finite; `model` is then adapted as before.
     """
     applied, layers = applied_lora(model), lora_layers(model)
     was_tied = _is_tied_before(model, applied)
@@ -72,12 +72,12 @@ def merge_lora(
         tolerance = max(TOLERANCES.get(layer.weight.dtype, 1e-4) for layer in layers.values())
     merged = {name: layer.merge() for name, layer in layers.items()}
     rounding_error, update_error = _rounding(layers, merged)
-    merged |= _merged_rows(applied)
+    merged |= _merge_token_tables(applied)
     errors: tuple[float, float] | None = None
     if sample_inputs is None:
-        _put(model, merged)
+        _replace_modules(model, merged)
     else:
-        errors = _put_checked(
+        errors = _replace_checked(
             model,
             {**layers, **applied.trainable_tokens},
             merged,
@@ -100,15 +100,15 @@ def merge_lora(
     )
 
 
-def _merged_rows(applied: AppliedLoRA) -> dict[str, nn.Module]:
+def _merge_token_tables(applied: AppliedLoRA) -> dict[str, nn.Module]:
     """Return the plain token tables, by name; a tied head gets the embedding's new weight."""
     merged: dict[str, nn.Module] = {}
     first: TrainableTokensLayer | None = None
     for name, layer in applied.trainable_tokens.items():
         if not torch.isfinite(layer.token_rows).all():
             raise AdapterError(
-                f"Merging was asked for, and trained rows of {name} are not finite. The model is "
-                "left adapted. Check the adapter."
+                f"Cannot merge: trained token rows of {name} are not finite. The model is still "
+                "adapted. Check the adapter."
             )
         if (
             first is not None
@@ -134,19 +134,20 @@ def default_forward(model: nn.Module, inputs: Any) -> Tensor:
         output = output[0]
     if not isinstance(output, Tensor):
         raise ModelError(
-            f"Logits were asked of a {type(model).__name__}, which returned no tensor first and "
-            "no `logits`. Pass forward=, a function of model and inputs that returns the logits."
+            f"Cannot find the logits of a {type(model).__name__}: its output is no tensor, no "
+            "tuple that starts with one, and has no `logits`. Pass forward=, a function of model "
+            "and inputs that returns the logits."
         )
     return output
 
 
-def _put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+def _replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     for name, module in modules.items():
         replace_module(model, name, module)
 
 
 @torch.no_grad()
-def _put_checked(
+def _replace_checked(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     merged: dict[str, nn.Module],
@@ -160,19 +161,19 @@ def _put_checked(
     model.eval()  # dropout would make the two runs differ
     try:
         before = forward(model, inputs).double()
-        _put(model, {name: module.eval() for name, module in merged.items()})
+        _replace_modules(model, {name: module.eval() for name, module in merged.items()})
         difference = forward(model, inputs).double() - before
         relative = (difference.norm() / before.norm().clamp(min=1e-30)).item()
         if not relative <= tolerance:  # NaN is refused too
             raise AdapterError(
-                f"Merging was asked for, and the merged model's logits differ by {relative:.2e} "
-                f"(‖difference‖ / ‖reference‖); allowed is {tolerance:.2g}. The model is left "
-                "adapted. Merge it in fp32, or use the adapter without merging."
+                f"Cannot merge: the merged model's logits differ by {relative:.2e} (‖difference‖ / "
+                f"‖reference‖), allowed is {tolerance:.2g}. The model is still adapted. Merge it "
+                "in fp32, or use the adapter without merging."
             )
         is_merged = True
     finally:
         if not is_merged:
-            _put(model, layers)
+            _replace_modules(model, layers)
         for name, module in model.named_modules():
             module.training = modes[name]
     return relative, difference.abs().max().item()
@@ -180,29 +181,30 @@ def _put_checked(
 
 @torch.no_grad()
 def _rounding(layers: dict[str, LoRALayer], merged: dict[str, nn.Module]) -> tuple[float, float]:
-    lost = whole = update = 0.0
+    """Return the rounding error of the merged weights: relative to W + s·B·A, and to s·B·A."""
+    lost = total = update = 0.0  # squared norms, summed over the layers
     for name, layer in layers.items():
         weight = cast(Tensor, merged[name].weight)
         if not torch.isfinite(weight).all():
             raise AdapterError(
-                f"Merging was asked for, and the merged weight of {name} is not finite in "
-                f"{weight.dtype}. The model is left adapted. Check the adapter, or merge in fp32."
+                f"Cannot merge: the merged weight of {name} is not finite in {weight.dtype}. The "
+                "model is still adapted. Check the adapter, or merge in fp32."
             )
         wide = torch.float64 if weight.dtype in (torch.float32, torch.float64) else torch.float32
         delta = (layer.lora_B.to(wide) @ layer.lora_A.to(wide)) * layer.scaling  # (O, I)
         delta = delta.T if isinstance(layer, LoRAConv1D) else delta  # (I, O) for Conv1D
         exact = layer.weight.to(wide) + delta
         lost += (weight.to(wide) - exact).norm().item() ** 2
-        whole += exact.norm().item() ** 2
+        total += exact.norm().item() ** 2
         update += delta.norm().item() ** 2
     return (
-        math.sqrt(lost / whole) if whole else 0.0,
+        math.sqrt(lost / total) if total else 0.0,
         math.sqrt(lost / update) if update else 0.0,
     )
 
 
 def _is_tied_before(model: nn.Module, applied: AppliedLoRA) -> bool:
-    """Whether the base's head shared its weight with an embedding."""
+    """Whether the base's head shared its weight with an embedding, before training."""
     name = output_head_name(model)
     if name is None:
         return False
@@ -222,7 +224,7 @@ def _is_embedding_of(head: nn.Module, module: nn.Module) -> bool:
 
 
 def _untie_config(model: nn.Module) -> None:
-    """Changes the config of `model`: else saving would drop the head, or loading tie it again."""
+    """Changes the config of `model`, or saving would drop the head and loading tie it again."""
     if isinstance(model, Decoder):
         source = {**model.config.source, "tie_word_embeddings": False}
         model.config = dataclasses.replace(model.config, tie_word_embeddings=False, source=source)

@@ -1,8 +1,8 @@
-"""PEFT's `adapter_config.json`, in and out: what changes the result is honoured or refused.
+"""Read and write PEFT's `adapter_config.json`: what changes the result is honoured or refused.
 
-Source of the format and of the rules by which names match: PEFT's LoraConfig, version 0.21. The
-rules differ from ours in details, so they are followed here to the letter, and what is written is
-checked against them.
+Source of the format and of its rules for matching names: PEFT's LoraConfig, version 0.21. The rules
+differ from ours in details, so they are followed here exactly, and what is written is checked
+against them.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ class PeftDescription:
     dropout: float
     rslora: bool
     targets: str | tuple[str, ...]
-    """Name endings, or one regular expression for whole names, or "all-linear"."""
+    """Name endings, or one regular expression for full names, or "all-linear"."""
     saved: tuple[str, ...] = ()
+    """`modules_to_save`: names of fully trained modules."""
     exclude: str | tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
-    """Numbers of the blocks that targets given by ending are limited to; none means all."""
+    """The block numbers that targets given by name ending are limited to; empty means all."""
     layers_pattern: tuple[str, ...] = ()
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     def takes(self, name: str) -> bool:
-        """Whether PEFT adapts the module called `name` ("all-linear" apart)."""
+        """Whether PEFT adapts the module called `name`; not for "all-linear"."""
         if isinstance(self.exclude, str):
             excluded = re.fullmatch(self.exclude, name) is not None
         else:
@@ -55,7 +56,7 @@ class PeftDescription:
         if isinstance(self.targets, str):
             return re.fullmatch(self.targets, name) is not None
         if name in self.targets:
-            return True  # the limit to certain blocks does not hold for full names
+            return True  # PEFT does not apply `layers` to full names
         return any(matches(name, ending) for ending in self.targets) and self._in_layers(name)
 
     def _in_layers(self, name: str) -> bool:
@@ -66,7 +67,7 @@ class PeftDescription:
         return not self.layers or (found is not None and int(found[1]) in self.layers)
 
     def saves(self, name: str) -> bool:
-        """Whether PEFT trains the module called `name` whole."""
+        """Whether PEFT trains the module called `name` fully (`modules_to_save`)."""
         return any(f"base_model.model.{name}".endswith(ending) for ending in self.saved)
 
     def rank_of(self, name: str) -> int:
@@ -83,7 +84,7 @@ class PeftDescription:
 def describe_adapter(
     model: nn.Module, applied: AppliedLoRA, base_name: str | None
 ) -> dict[str, Any]:
-    """Return `adapter_config.json`'s content for the LoRA that is on `model`.
+    """Return `adapter_config.json`'s content for the LoRA on `model`.
 
     Raises AdapterError if PEFT's rules cannot tell the adapted layers from the others.
     """
@@ -93,9 +94,9 @@ def describe_adapter(
 def read_description(
     described: dict[str, Any], model: nn.Module
 ) -> tuple[LoRAConfig | None, list[str]]:
-    """Return the LoRAConfig that `described` means for `model`, adapted already or not.
+    """Return the LoRAConfig that `described` means for `model` (adapted or not), and all faults.
 
-    The config names its layers in full. It is None if there are faults, which are returned too.
+    The config lists its layers by full name. It is None if there are faults.
     """
     description, faults = parse_description(described)
     if description is None:
@@ -106,7 +107,7 @@ def read_description(
 
 
 def parse_description(values: dict[str, Any]) -> tuple[PeftDescription | None, list[str]]:
-    """Return what `values`, read from `adapter_config.json`, mean, or None and all faults."""
+    """Return what `values` of `adapter_config.json` describe, or None and all faults."""
     faults = check_fields(values)
     if faults:
         return None, faults
@@ -130,7 +131,7 @@ def parse_description(values: dict[str, Any]) -> tuple[PeftDescription | None, l
 def find_described(
     model: nn.Module, description: PeftDescription
 ) -> tuple[list[str], list[str], list[str]]:
-    """Return the names that PEFT adapts in `model`, those that it trains whole, and all faults."""
+    """Return the names PEFT adapts in `model`, those of fully trained modules, and all faults."""
     modules = base_modules(model)
     linears = [n for n, m in modules.items() if isinstance(m, LoRALayer) or is_adaptable(m)]
     if description.targets == ALL_LINEAR:
@@ -140,23 +141,27 @@ def find_described(
     else:
         names = [name for name in modules if description.takes(name)]
     saved = [name for name in modules if description.saves(name)]
-    faults = [] if names else [f"target_modules={description.targets!r} matches no layer here"]
+    faults = (
+        [] if names else [f"target_modules={description.targets!r} matches no layer of this model"]
+    )
     for name in sorted(set(names) - set(linears)):
         kind = type(modules[name]).__name__
-        faults.append(f"target {name!r} is of type {kind}: LoRA can wrap linears only")
+        faults.append(f"target {name!r} is of type {kind}, allowed are linear layers")
     for name in description.saved:
         if not any(f"base_model.model.{module}".endswith(name) for module in modules):
             near = did_you_mean(name, {module.rpartition(".")[2] for module in modules})
             faults.append(f"modules_to_save={name!r} is no module of this model.{near}")
     for name in names + saved:
-        # Our settings read a full name as an ending too: it must not be one.
+        # LoRAConfig matches a full name as an ending too, so it must not be the ending of another.
         longer = [other for other in modules if other != name and matches(other, name)]
-        faults += [f"{name!r} cannot be told from {other!r} by name" for other in longer]
+        faults += [
+            f"{name!r} is the ending of another module's name, {other!r}" for other in longer
+        ]
     return names, saved, faults
 
 
 def build_config(description: PeftDescription, names: list[str], saved: list[str]) -> LoRAConfig:
-    """Return our settings for the layers `names` and the whole modules `saved`, in full names."""
+    """Return the LoRAConfig for the layers `names` and the fully trained modules `saved`."""
     ranks = {name: description.rank_of(name) for name in names}
     alphas = {name: description.alpha_of(name) for name in names}
     return LoRAConfig(
@@ -194,9 +199,9 @@ def _describe(model: nn.Module, applied: AppliedLoRA) -> PeftDescription:
     faults += [n for n in layers if description.rank_of(n) != layers[n].rank]
     if faults:
         raise AdapterError(
-            f"The adapter was to be saved in PEFT's format, whose names are ambiguous here: "
-            f"{faults[0]!r} would be treated as a layer of similar name, or not found. "
-            "Adapt other layers, or rename the model's modules."
+            f"Cannot save the adapter in PEFT's format: by its rules for names {faults[0]!r} would "
+            "be taken for a layer of similar name, or not be found. Adapt other layers, or rename "
+            "the model's modules."
         )
     return description
 
@@ -204,7 +209,7 @@ def _describe(model: nn.Module, applied: AppliedLoRA) -> PeftDescription:
 def _to_dict(
     description: PeftDescription, model: nn.Module, base_name: str | None
 ) -> dict[str, Any]:
-    """Return the content of `adapter_config.json`."""
+    """Return `description` as the content of `adapter_config.json`."""
     transposed = any(isinstance(layer, LoRAConv1D) for layer in lora_layers(model).values())
     targets = description.targets
     return {
@@ -228,13 +233,13 @@ def _to_dict(
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the submodules of `model` by name, without what is inside LoRA layers."""
+    """Return the submodules of `model` by name, except those inside LoRA layers."""
     inside = tuple(f"{name}." for name in lora_layers(model))
     return {n: m for n, m in model.named_modules() if n and not n.startswith(inside)}
 
 
 def _shortest(names: list[str], others: Iterable[str]) -> str | tuple[str, ...]:
-    """Return endings, else full names, else a pattern that takes in `names` and no `others`."""
+    """Return endings, full names or a pattern: the first that matches `names` and no `others`."""
     endings = tuple(sorted({name.rpartition(".")[2] for name in names}))
     for targets in (endings, tuple(sorted(names))):
         if not any(matches(other, target) for other in others for target in targets):
@@ -243,13 +248,14 @@ def _shortest(names: list[str], others: Iterable[str]) -> str | tuple[str, ...]:
 
 
 def _shortest_pattern(values: dict[str, Any], default: float) -> dict[str, Any]:
-    """Return by ending, else by full name, the values that are not `default`."""
+    """Return the values other than `default` by name ending if that is clear, else by full name."""
     by_ending = {name.rpartition(".")[2]: value for name, value in values.items()}
     for pattern in (by_ending, values):
         short = {key: pattern[key] for key in sorted(pattern) if pattern[key] != default}
         if all(_of_name(name, short, default) == value for name, value in values.items()):
             return short
-    # Longest first and none left out: no name can then be taken for another's ending.
+    # The first match counts: with all names and the longest first, none matches as an ending of a
+    # longer one.
     return {key: values[key] for key in sorted(values, key=lambda name: (-len(name), name))}
 
 

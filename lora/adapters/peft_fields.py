@@ -1,4 +1,4 @@
-"""The fields of PEFT's `adapter_config.json`: which are honoured, which do nothing, which refused.
+"""The fields of PEFT's `adapter_config.json`: honoured, without effect here, or refused.
 
 Source: PEFT's LoraConfig, version 0.21.
 """
@@ -28,11 +28,11 @@ _HONOURED = {
 _WITHOUT_EFFECT = {  # on what a loaded adapter computes
     "auto_mapping",
     "base_model_name_or_path",
-    "corda_config",  # these four only prepare a start, which init_lora_weights names
+    "corda_config",  # these four configure an initialization, which init_lora_weights names
     "eva_config",
     "loftq_config",
     "lora_ga_config",
-    "fan_in_fan_out",  # how the base's weight lies: the base itself shows that
+    "fan_in_fan_out",  # whether the base's weight is transposed: known from the base itself
     "inference_mode",
     "megatron_core",  # a module's name, used only with megatron_config
     "peft_version",
@@ -42,13 +42,13 @@ _WITHOUT_EFFECT = {  # on what a loaded adapter computes
     "task_type",
 }
 _REPEATED_REPEAT = re.compile(r"[*+}][^()]*\)+\??[*+{]|\([^()]*[*+}][^()]*\)[*+{]")
-"""A group repeated as a whole that repeats inside, as in (a+)+: matching may take for ever."""
-_NEUTRAL_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""A repeated group that repeats inside, as in (a+)+: matching can take exponential time."""
+_NEUTRAL_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _WHY_REFUSED = {
-    "alora_invocation_tokens": "the adapter acts from certain tokens on only",
+    "alora_invocation_tokens": "the adapter is active only after certain tokens",
     "bias": "the base's biases were trained too",
     "ensure_weight_tying": "two modules share one trained copy",
-    "init_lora_weights": "this start changes the base's weights (PEFT can convert such an adapter:"
+    "init_lora_weights": "this initialization changes the base's weights (PEFT can convert it:"
     " save_pretrained with path_initial_model_for_weight_conversion)",
     "layer_replication": "blocks of the base are repeated",
     "lora_bias": "B has a bias of its own",
@@ -60,17 +60,17 @@ _WHY_REFUSED = {
 
 
 def check_fields(values: dict[str, Any]) -> list[str]:
-    """Return what in `values`, read from `adapter_config.json`, is wrong or cannot be honoured.
+    """Return a fault for each field of `adapter_config.json` that is wrong or cannot be honoured.
 
-    A field that lora does not know is accepted if it is switched off (false, null, empty).
+    An unknown field is accepted if it is switched off (false, null, empty).
     """
     faults = _wrong_types(values)
     for name, value in values.items():
         neutral = not value or (name == "bias" and value == "none")
         if name == "init_lora_weights":
-            neutral = value in _NEUTRAL_STARTS
+            neutral = value in _NEUTRAL_INITS
         if name not in _HONOURED | _WITHOUT_EFFECT and not neutral:
-            why = _WHY_REFUSED.get(name, "lora does not know this setting and cannot honour it")
+            why = _WHY_REFUSED.get(name, "this field is unknown and cannot be honoured")
             faults.append(f"{name}={value!r}: {why}")
     return faults
 

@@ -1,4 +1,4 @@
-"""The two files of an adapter on disk: read with suspicion, written together or not at all."""
+"""An adapter's two files on disk: read as untrusted input, written together or not at all."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter as it lies in its folder, not yet checked against a model."""
+    """The content of an adapter's folder, not yet checked against a model."""
 
     folder: Path
     described: dict[str, Any]
@@ -39,11 +39,11 @@ class AdapterFiles:
     """By PEFT's names, on the CPU."""
     metadata: dict[str, str]
     faults: list[str]
-    """What is wrong with the file of tensors; it then counts as empty."""
+    """What is wrong with the tensor file; `tensors` is then empty."""
 
 
 def read_adapter_files(folder: Path) -> AdapterFiles:
-    """Return both files of `folder`; a damaged file of tensors becomes a fault.
+    """Return the content of both files of `folder`; a damaged tensor file becomes a fault.
 
     Raises AdapterError if there is no adapter or if its `adapter_config.json` cannot be read.
     """
@@ -51,11 +51,11 @@ def read_adapter_files(folder: Path) -> AdapterFiles:
     try:
         described = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        what = f"{folder / CONFIG_FILE} is no JSON: {error}."
+        what = f"Cannot read {folder / CONFIG_FILE}: it is not JSON, {error}."
         raise AdapterError(f"{what} Copy the adapter again.") from None
     if not isinstance(described, dict):
         seen = type(described).__name__
-        what = f"{folder / CONFIG_FILE} holds a {seen}: it must be an object."
+        what = f"Cannot read {folder / CONFIG_FILE}: it holds a {seen}. Allowed: a JSON object."
         raise AdapterError(f"{what} Copy the adapter again.")
     path = folder / TENSORS_FILE
     if not path.is_file():
@@ -83,10 +83,10 @@ def read_adapter_files(folder: Path) -> AdapterFiles:
 def write_adapter_files(
     folder: Path, described: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> None:
-    """Write both files of an adapter, whose `tensors` lie on the CPU.
+    """Write both files of an adapter; `tensors` are on the CPU.
 
-    Both are whole on the disk before the first takes the place of a former one. Raises
-    CheckpointError if the disk refuses; a former adapter is then untouched.
+    Both are complete on disk before the first replaces a former adapter's. Raises CheckpointError
+    if a file cannot be written; a former adapter is then untouched.
     """
     text = (json.dumps(described, indent=2, sort_keys=True) + "\n").encode()
     metadata = metadata | {
@@ -115,15 +115,15 @@ def _read_config(folder: Path) -> bytes:
         try:
             return path.read_bytes()
         except OSError as error:
-            what = f"{path} could not be read: {error.strerror}."
-            raise AdapterError(f"{what} Look at its permissions.") from error
+            what = f"Cannot read {path}: {error.strerror}."
+            raise AdapterError(f"{what} Check its permissions.") from error
     near = ""
     if folder.parent.is_dir() and not folder.exists():
         near = did_you_mean(folder.name, (p.name for p in folder.parent.iterdir()))
-    seen = f"has no {CONFIG_FILE}" if folder.is_dir() else "is no folder"
+    seen = f"it has no {CONFIG_FILE}" if folder.is_dir() else "there is no such folder"
     kind = AdapterError if folder.exists() else AdapterNotFoundError
     raise kind(
-        f"An adapter was asked for from {folder}, which {seen}.{near} "
+        f"Cannot load an adapter from {folder}: {seen}.{near} "
         f"Name a folder with {CONFIG_FILE} and {TENSORS_FILE}."
     )
 
@@ -132,13 +132,13 @@ def _why_missing(folder: Path) -> str:
     if not (folder / _PICKLE_FILE).is_file():
         return f"{TENSORS_FILE} is missing"
     return (
-        f"{_PICKLE_FILE} is a pickle, which can run any code when it is read; allowed is "
+        f"{_PICKLE_FILE} is a pickle, which can run any code when it is read. Allowed: "
         f"{TENSORS_FILE}. Load the adapter in PEFT and save_pretrained(safe_serialization=True)"
     )
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
-    """Return the SHA-256 of names, types, shapes and values, in the order of the names."""
+    """Return the SHA-256 of names, dtypes, shapes and values, in the order of the names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
@@ -149,8 +149,8 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 def _to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     """Return a safetensors file whose bytes depend on its content alone.
 
-    The library writes the metadata in random order, so the header is written anew. Format: 8 bytes
-    with the header's length (little-endian), the header as JSON, the tensors' bytes.
+    The library writes the metadata in random order, so the header is rewritten in sorted order.
+    Format: the header's length in 8 bytes (little-endian), the header as JSON, the tensors' bytes.
     """
     raw = save(tensors, metadata)
     length = int.from_bytes(raw[:8], "little")

@@ -1,8 +1,8 @@
-"""Trained rows of tokens in PEFT's format: `trainable_token_indices` and its tensors.
+"""Trainable tokens in PEFT's format: the field `trainable_token_indices` and its tensors.
 
 Source of the format: PEFT 0.21, TrainableTokensWrapper. A list of ids means the embedding, an
-object says which table; a head tied to the embedding has no tensor of its own. Beside the rows PEFT
-may write copies of whole resized tables, whose other new rows then are the model's.
+object maps table names to ids; a head tied to the embedding has no tensor of its own. PEFT may also
+write copies of whole resized tables: rows beyond the base's are then taken from these copies.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from lora.adapters.apply import AppliedLoRA
 from lora.config import LoRAConfig
 from lora.errors import ConfigError, TargetError
 from lora.layers.token_tables import TokenTables, find_token_tables, token_ids_by_table
+from lora.layers.trainable_tokens import TrainableTokensEmbedding
 from lora.layers.vocabulary import MAX_NEW_ROWS
 
 FIELD = "trainable_token_indices"
 ENDING = ".token_adapter.trainable_tokens_delta"
-Rows = dict[str, tuple[int, ...]]
-"""Ids by full name of the table."""
+TokenIds = dict[str, tuple[int, ...]]
+"""The trainable token ids by full name of the table."""
 
 
-def describe_rows(model: nn.Module, applied: AppliedLoRA) -> dict[str, Any]:
-    """Return the field of `adapter_config.json` for the rows that train; nothing if none do."""
+def describe_trainable_tokens(model: nn.Module, applied: AppliedLoRA) -> dict[str, Any]:
+    """Return the field of `adapter_config.json` for the trainable tokens; {} if there are none."""
     if not applied.trainable_tokens:
         return {}
     tables, names = find_token_tables(model), [name for name, _ in model.named_modules()]
@@ -35,34 +36,37 @@ def describe_rows(model: nn.Module, applied: AppliedLoRA) -> dict[str, Any]:
     described = {}
     for name, layer in applied.trainable_tokens.items():
         ending = name.rpartition(".")[2]
+        # PEFT matches by `endswith`, without a dot before it.
         is_clear = sum(other.endswith(ending) for other in names) == 1
         described[ending if is_clear else name] = list(layer.ids)
     return {FIELD: described}
 
 
-def find_rows(model: nn.Module, value: Any, config: LoRAConfig) -> tuple[Rows, list[str]]:
-    """Return the rows that the field's `value` means for `model`, and what is wrong with it."""
+def find_trainable_tokens(
+    model: nn.Module, value: Any, config: LoRAConfig
+) -> tuple[TokenIds, list[str]]:
+    """Return the token ids that the field's `value` means for `model`, and all faults."""
     if not value:
         return {}, []
     try:
         tables = find_token_tables(model)
-        rows = token_ids_by_table(_by_full_name(value, tables), tables)
+        ids = token_ids_by_table(_by_full_name(value, tables), tables)
     except (TargetError, ConfigError) as error:
         return {}, [f"{FIELD}: {error}"]
     faults = [
-        f"{FIELD}: {name!r} trains otherwise in the same file"
-        for name in rows
+        f"{FIELD}: {name!r} is also a target or in modules_to_save"
+        for name in ids
         if name in config.targets or name in config.modules_to_save
     ]
-    largest = max(max(chosen) for chosen in rows.values())
-    most = tables.embedding.num_embeddings + MAX_NEW_ROWS
-    if largest >= most:
-        faults.append(f"{FIELD}: row {largest:,}, and this base can have {most:,} at most")
-    return rows, faults
+    largest = max(max(chosen) for chosen in ids.values())
+    limit = tables.embedding.num_embeddings + MAX_NEW_ROWS
+    if largest >= limit:
+        faults.append(f"{FIELD}: token id {largest:,}, allowed are ids below {limit:,} here")
+    return ids, faults
 
 
-def row_tensors(applied: AppliedLoRA) -> dict[str, Tensor]:
-    """Return the trained rows by the name of their tensor, without PEFT's prefix."""
+def trainable_token_tensors(applied: AppliedLoRA) -> dict[str, Tensor]:
+    """Return the trained rows by tensor name, without PEFT's prefix."""
     tensors: dict[str, Tensor] = {}
     for name, layer in applied.trainable_tokens.items():
         if not any(layer.token_rows is tensor for tensor in tensors.values()):
@@ -70,29 +74,29 @@ def row_tensors(applied: AppliedLoRA) -> dict[str, Tensor]:
     return tensors
 
 
-def expected_rows(model: nn.Module, rows: Rows) -> dict[str, Tensor]:
-    """Return, on the meta device, what `row_tensors` will return."""
+def expected_token_tensors(model: nn.Module, ids: TokenIds) -> dict[str, Tensor]:
+    """Return, on the meta device, what `trainable_token_tensors` will return."""
     expected: dict[str, Tensor] = {}
-    tables = find_token_tables(model) if rows else None
-    for name, ids in rows.items():
+    tables = find_token_tables(model) if ids else None
+    for name, chosen in ids.items():
         weight = cast(Tensor, model.get_submodule(name).weight)
         if tables is None or (tables.is_tied and expected):
             continue
         wide = torch.promote_types(weight.dtype, torch.float32)
-        shape = len(ids), weight.shape[1]
+        shape = len(chosen), weight.shape[1]
         expected[name + ENDING] = torch.empty(shape, dtype=wide, device="meta")
     return expected
 
 
 def split_copies(
-    model: nn.Module, rows: Rows, tensors: Mapping[str, Tensor]
+    model: nn.Module, ids: TokenIds, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return `tensors` (without PEFT's prefix) without what PEFT writes twice, and new rows.
+    """Return `tensors` without PEFT's copies of whole tables, and the new rows of these copies.
 
-    New rows are those of copies of whole tables, beyond the base's own, by name of the table; what
-    remains of such a copy are the base's rows. The rows of a tied head are the embedding's.
+    Names are without PEFT's prefix. A copy is cut to the base's rows; those beyond are returned by
+    name of the table. The trained rows of a tied head are dropped if they equal the embedding's.
     """
-    if not rows:
+    if not ids:
         return dict(tensors), {}
     tables, kept, fills = find_token_tables(model), dict(tensors), {}
     base_rows = _base_rows(tables)
@@ -111,7 +115,7 @@ def split_copies(
 
 @torch.no_grad()
 def fill_new_rows(model: nn.Module, fills: Mapping[str, Tensor]) -> None:
-    """Changes `model` in place: rows beyond the base's take the values that the file has."""
+    """Changes `model` in place: rows beyond the base's get the values from the file."""
     for name, values in fills.items():
         layer = model.get_submodule(name)
         weight, start = cast(Tensor, layer.weight), _base_rows(find_token_tables(model))
@@ -120,18 +124,20 @@ def fill_new_rows(model: nn.Module, fills: Mapping[str, Tensor]) -> None:
 
 
 def _base_rows(tables: TokenTables) -> int:
-    own = vars(tables.embedding).get("base_rows")
-    return tables.embedding.num_embeddings if own is None else int(own)
+    embedding = tables.embedding
+    if isinstance(embedding, TrainableTokensEmbedding):
+        return embedding.base_rows
+    return embedding.num_embeddings
 
 
-def _by_full_name(value: Any, tables: TokenTables) -> Rows:
+def _by_full_name(value: Any, tables: TokenTables) -> TokenIds:
     if not isinstance(value, dict):
         return {tables.embedding_name: tuple(value)}
-    rows: Rows = {}
+    by_name: TokenIds = {}
     for ending, ids in value.items():
         found = [name for name in tables.by_name if name.endswith(ending)]
-        rows |= dict.fromkeys(found or [ending], tuple(ids))
-    return rows
+        by_name |= dict.fromkeys(found or [ending], tuple(ids))
+    return by_name
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -1,7 +1,7 @@
-"""Adapters on disk in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+"""Save and load adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-The one place that knows PEFT's names of tensors. Loading is strict: every name, shape and setting
-is checked, and all faults come in one error, before the model is touched.
+The one module that knows PEFT's tensor names. Loading is strict: every name, shape and setting is
+checked, and one error lists all faults before the model is changed.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from lora.adapters.peft_config import (
 from lora.adapters.peft_files import AdapterFiles, read_adapter_files, write_adapter_files
 from lora.adapters.peft_tokens import (
     FIELD,
-    Rows,
-    describe_rows,
-    expected_rows,
+    TokenIds,
+    describe_trainable_tokens,
+    expected_token_tensors,
     fill_new_rows,
-    find_rows,
-    row_tensors,
+    find_trainable_tokens,
     split_copies,
+    trainable_token_tensors,
 )
 from lora.config import LoRAConfig
 from lora.errors import AdapterError, gather
@@ -48,63 +48,66 @@ from lora.lora_module import LoRALayer
 FINGERPRINT_KEY = "lora_lm_base_fingerprint"
 _PREFIX = "base_model.model."
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_ADVICE = "Load it onto the base it was trained on, with both of its files as they were saved."
+_ADVICE = "Load it onto the base it was trained on, with both files as they were saved."
 
 log = logging.getLogger(__name__)
 
 
 def save_adapter(model: nn.Module, folder: Path | str, *, base_name: str | None = None) -> None:
-    """Write the adapter that is on `model`: A and B, what trained whole, and rows of tokens.
+    """Write the adapter on `model`: A and B, fully trained modules, and trained token rows.
 
-    Both files are complete on the disk before they take the place of a former adapter's, so a
-    failed save leaves that as it was. `base_name` is the base that PEFT should load.
+    Both files are complete on disk before they replace a former adapter's, so a failed save leaves
+    that as it was. `base_name` is the base that PEFT should load.
 
-    Raises AdapterError for values that are not finite, and CheckpointError if the disk refuses.
+    Raises AdapterError for values that are not finite, and CheckpointError if a file cannot be
+    written.
     """
     folder, applied = Path(folder), applied_lora(model)
-    described = describe_adapter(model, applied, base_name) | describe_rows(model, applied)
+    described = describe_adapter(model, applied, base_name) | describe_trainable_tokens(
+        model, applied
+    )
     tensors = {
         name: tensor.detach().cpu().contiguous().clone()
         for name, tensor in _adapter_tensors(model).items()
     }
-    faults = [f"{name} has values that are not finite" for name, t in tensors.items() if _bad(t)]
+    faults = [f"{n} has values that are not finite" for n, t in tensors.items() if not _finite(t)]
     if faults:
-        advice = "Nothing was written. Go back to a checkpoint from before the loss went wrong."
-        raise AdapterError(gather(faults, f"An adapter was to be saved to {folder}:", advice))
+        advice = "Nothing was written. Go back to a checkpoint from before the loss diverged."
+        raise AdapterError(gather(faults, f"Cannot save the adapter to {folder}:", advice))
     metadata = {"format": "pt", FINGERPRINT_KEY: base_fingerprint(model)}
     write_adapter_files(folder, described, tensors, metadata)
 
 
 def load_adapter(model: nn.Module, folder: Path | str, *, trainable: bool = False) -> nn.Module:
-    """Changes `model` in place: put the adapter in `folder` on it. Returns `model`.
+    """Changes `model` in place: load the adapter in `folder` onto it. Returns `model`.
 
-    A model without LoRA is wrapped as the adapter says; one with LoRA must have the same layers,
-    ranks and scalings, and is filled. With `trainable` A, B and what trains whole are ready for
-    training; everything else is frozen either way. Values take the model's own dtype. A vocabulary
-    that is too small for the adapter's tokens grows, and a log line says so.
+    A model without LoRA is wrapped as the adapter's config says; one with LoRA must have the same
+    layers, ranks and scalings, and its values are overwritten. With `trainable`, what the adapter
+    trained can train again; everything else is frozen either way. Values are cast to the model's
+    dtypes. A vocabulary too small for the adapter's tokens grows, with a warning in the log.
 
-    Raises AdapterError that names every fault: another base (by its fingerprint), missing, extra
-    or misshapen tensors, settings that change the result and that lora does not honour. `model` is
-    then as it was. An adapter without a fingerprint loads, and a log line says so.
+    Raises AdapterError that lists every fault: another base (by its fingerprint), missing, extra
+    or misshapen tensors, and settings that change the result and are not supported. `model` is then
+    unchanged. An adapter without a fingerprint loads, with a warning in the log.
     """
     files = read_adapter_files(Path(folder))
     config, faults = read_description(files.described, model)
     faults = files.faults + faults + _check_fingerprint(files, model)
-    tensors, rows, fills = files.tensors, cast(Rows, {}), cast(dict[str, Tensor], {})
+    tensors, ids, fills = files.tensors, cast(TokenIds, {}), cast(dict[str, Tensor], {})
     if config is not None and not files.faults:
-        rows, wrong = find_rows(model, files.described.get(FIELD), config)
-        tensors, fills = _split_copies(model, rows, tensors)
-        expected = _expected_tensors(model, config, rows)
+        ids, wrong = find_trainable_tokens(model, files.described.get(FIELD), config)
+        tensors, fills = _split_copies(model, ids, tensors)
+        expected = _expected_tensors(model, config, ids)
         tensors, changed = _without_base_copies(model, expected, tensors)
         faults += _check_ranks(model, config) + wrong + changed + _check_tensors(expected, tensors)
-        faults += _check_same_layers(model, config, rows) if lora_layers(model) else []
+        faults += _check_same_layers(model, config, ids) if lora_layers(model) else []
     if config is None or faults:
-        raise AdapterError(gather(faults, f"The adapter {folder} does not fit:", _ADVICE))
+        raise AdapterError(gather(faults, f"Cannot load the adapter {folder}:", _ADVICE))
     if not lora_layers(model):
-        # With a seed, torch's global generator is left alone: A's first values go at once.
+        # A fixed seed, so that drawing A (overwritten below) leaves torch's global generator alone.
         apply_lora(model, replace(config, init_seed=0))
         applied_lora(model).config = config
-        _add_rows(model, rows, files.folder)
+        _train_tokens(model, ids, files.folder)
     fill_new_rows(model, fills)
     model.requires_grad_(False)
     with torch.no_grad():
@@ -116,9 +119,9 @@ def load_adapter(model: nn.Module, folder: Path | str, *, trainable: bool = Fals
 
 
 def read_adapter_config(folder: Path | str) -> LoRAConfig:
-    """Return the settings of the adapter in `folder`, its layers by full name.
+    """Return the LoRAConfig of the adapter in `folder`, its layers by full name.
 
-    Raises AdapterError for damaged files and for settings that lora does not honour.
+    Raises AdapterError for damaged files and for settings that are not supported.
     """
     files = read_adapter_files(Path(folder))
     description, faults = parse_description(files.described)
@@ -128,9 +131,9 @@ def read_adapter_config(folder: Path | str) -> LoRAConfig:
             names.append(key.removeprefix(_PREFIX).removesuffix(ending))
     faults = files.faults + faults
     if not names and not files.faults:
-        faults.append(f"no tensor is called {_PREFIX}…{ending}")
+        faults.append(f"no tensor has a name {_PREFIX}…{ending}")
     if description is None or faults:
-        raise AdapterError(gather(faults, f"The adapter {folder} cannot be used:", _ADVICE))
+        raise AdapterError(gather(faults, f"Cannot use the adapter {folder}:", _ADVICE))
     return build_config(description, names, list(description.saved))
 
 
@@ -142,31 +145,31 @@ def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name in applied_lora(model).originals:
         for key, tensor in model.get_submodule(name).state_dict().items():
             tensors[f"{_PREFIX}{name}.{key}"] = tensor
-    rows = row_tensors(applied_lora(model))
-    return tensors | {_PREFIX + name: tensor for name, tensor in rows.items()}
+    token_rows = trainable_token_tensors(applied_lora(model))
+    return tensors | {_PREFIX + name: tensor for name, tensor in token_rows.items()}
 
 
-def _add_rows(model: nn.Module, rows: Rows, folder: Path) -> None:
-    if not rows:
+def _train_tokens(model: nn.Module, ids: TokenIds, folder: Path) -> None:
+    if not ids:
         return
-    train_token_rows(model, rows)
+    train_token_rows(model, ids)
     layer = next(iter(applied_lora(model).trainable_tokens.values()))
     if len(layer.weight) > layer.base_rows:
-        words = "%s has tokens of its own: the vocabulary grows from %d to %d"
+        words = "%s adds tokens: the vocabulary grows from %d to %d"
         log.warning(words, folder, layer.base_rows, len(layer.weight))
 
 
 def _split_copies(
-    model: nn.Module, rows: Rows, tensors: dict[str, Tensor]
+    model: nn.Module, ids: TokenIds, tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     inside = {k.removeprefix(_PREFIX): t for k, t in tensors.items() if k.startswith(_PREFIX)}
     outside = {k: t for k, t in tensors.items() if not k.startswith(_PREFIX)}
-    kept, fills = split_copies(model, rows, inside)
+    kept, fills = split_copies(model, ids, inside)
     return {_PREFIX + name: tensor for name, tensor in kept.items()} | outside, fills
 
 
-def _expected_tensors(model: nn.Module, config: LoRAConfig, rows: Rows) -> dict[str, Tensor]:
-    """Return, on the meta device, what the file should hold: names, shapes, types on `model`."""
+def _expected_tensors(model: nn.Module, config: LoRAConfig, ids: TokenIds) -> dict[str, Tensor]:
+    """Return, on the meta device, the tensors that the file should hold for `model`."""
     expected: dict[str, Tensor] = {}
     for name in config.targets:
         layer = model.get_submodule(name)
@@ -180,7 +183,8 @@ def _expected_tensors(model: nn.Module, config: LoRAConfig, rows: Rows) -> dict[
     for name in config.modules_to_save:
         for key, tensor in model.get_submodule(name).state_dict().items():
             expected[f"{_PREFIX}{name}.{key}"] = tensor.to("meta")
-    return expected | {_PREFIX + name: meta for name, meta in expected_rows(model, rows).items()}
+    token_rows = expected_token_tensors(model, ids)
+    return expected | {_PREFIX + name: meta for name, meta in token_rows.items()}
 
 
 def _linear_shape(layer: nn.Module) -> tuple[int, int]:
@@ -193,9 +197,9 @@ def _linear_shape(layer: nn.Module) -> tuple[int, int]:
 def _without_base_copies(
     model: nn.Module, expected: dict[str, Tensor], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return `tensors` without copies of the base's own values, and those copies that differ.
+    """Return `tensors` without copies of the base's weights, and a fault for copies that differ.
 
-    PEFT writes the embedding and the head beside an adapter whenever one of them is adapted.
+    PEFT writes the embedding and the head into the file whenever one of them is adapted.
     """
     own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     for name, layer in applied_lora(model).trainable_tokens.items() if lora_layers(model) else ():
@@ -206,7 +210,7 @@ def _without_base_copies(
         if key in expected or base is None or base.shape != tensor.shape:
             kept[key] = tensor
         elif not torch.equal(tensor.to(base.device, base.dtype), base):
-            faults.append(f"{key} is a weight of the base, with other values than here")
+            faults.append(f"{key} is a weight of the base, and its values differ from this base's")
     return kept, faults
 
 
@@ -215,12 +219,12 @@ def _check_fingerprint(files: AdapterFiles, model: nn.Module) -> list[str]:
     if files.faults:
         return []
     if trained_on is None:
-        log.warning("%s names no base fingerprint: the base could not be checked", files.folder)
+        log.warning("%s has no base fingerprint: the base could not be checked", files.folder)
         return []
     seen = base_fingerprint(model)
     name = files.described.get("base_model_name_or_path")
     called = f" ({name})" if name else ""
-    fault = f"it was made for a base{called} with fingerprint {trained_on}, this one has {seen}"
+    fault = f"it was trained on a base{called} with fingerprint {trained_on}, this one has {seen}"
     return [] if seen == trained_on else [fault]
 
 
@@ -230,10 +234,10 @@ def _check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> l
     for name in expected.keys() & tensors.keys():
         tensor, wanted = tensors[name], expected[name]
         if tensor.shape != wanted.shape:
-            faults.append(f"{name} has shape {_shape(tensor)}, the model wants {_shape(wanted)}")
+            faults.append(f"{name} has shape {_shape(tensor)}, the model needs {_shape(wanted)}")
         elif tensor.dtype not in _DTYPES and tensor.dtype != wanted.dtype:
             faults.append(f"{name} is {tensor.dtype}, allowed are fp32, bf16, fp16 and fp64")
-        elif _bad(tensor.to(wanted.dtype)):
+        elif not _finite(tensor.to(wanted.dtype)):
             faults.append(f"{name} has values that are not finite in {wanted.dtype}")
     return sorted(faults)
 
@@ -242,25 +246,25 @@ def _check_ranks(model: nn.Module, config: LoRAConfig) -> list[str]:
     faults = []
     for name in config.targets:
         rank = config.rank_pattern.get(name, config.rank)
-        most = min(_linear_shape(model.get_submodule(name)))
-        if rank > most:
-            faults.append(f"{name}: rank {rank}, and the layer's smaller side has {most}")
+        highest = min(_linear_shape(model.get_submodule(name)))
+        if rank > highest:
+            faults.append(f"{name}: rank {rank}, allowed is at most {highest}, its smaller side")
     return faults
 
 
-def _check_same_layers(model: nn.Module, config: LoRAConfig, rows: Rows) -> list[str]:
+def _check_same_layers(model: nn.Module, config: LoRAConfig, ids: TokenIds) -> list[str]:
     layers, saved = lora_layers(model), set(applied_lora(model).originals)
     wanted = set(config.targets)
     faults = [f"adapted on the model, not in the file: {n}" for n in layers.keys() - wanted]
     faults += [f"in the file, not adapted on the model: {n}" for n in wanted - layers.keys()]
-    faults += [f"trained whole on one side only: {n}" for n in saved ^ set(config.modules_to_save)]
+    in_file = set(config.modules_to_save)
+    faults += [f"fully trained on the model, not in the file: {n}" for n in saved - in_file]
+    faults += [f"fully trained in the file, not on the model: {n}" for n in in_file - saved]
     here = {name: layer.ids for name, layer in applied_lora(model).trainable_tokens.items()}
-    for name in here.keys() | rows.keys():
-        if here.get(name) != rows.get(name):
-            seen = (
-                f"{list(rows.get(name, ()))} in the file, {list(here.get(name, ()))} on the model"
-            )
-            faults.append(f"trained rows of {name}: {seen}")
+    for name in here.keys() | ids.keys():
+        if here.get(name) != ids.get(name):
+            seen = f"{list(ids.get(name, ()))} in the file, {list(here.get(name, ()))} on the model"
+            faults.append(f"trainable tokens of {name}: {seen}")
     for name in layers.keys() & wanted:
         rank = config.rank_pattern.get(name, config.rank)
         alpha = config.alpha_pattern.get(name, config.alpha)
@@ -271,8 +275,8 @@ def _check_same_layers(model: nn.Module, config: LoRAConfig, rows: Rows) -> list
     return sorted(faults)
 
 
-def _bad(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Which layers of a model LoRA goes to: by name ending, full name, pattern, or all linears."""
+"""Find the layers that LoRA adapts: by name ending, full name, regular expression, or all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PLAIN_NAME = re.compile(r"[\w.-]+")
 
 @runtime_checkable
 class HasOutputHead(Protocol):
-    """A language model that knows its output head: transformers' models, our decoders."""
+    """A language model that returns its output head: transformers' models, our decoders."""
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the linear that makes logits, or None."""
@@ -33,36 +33,36 @@ def output_head_name(model: nn.Module) -> str | None:
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Return the full names of the layers that `config` takes in, in the model's order.
+    """Return the full names of the layers that `config` selects, in the model's order.
 
-    Raises TargetError for a name, pattern or exclusion that matches nothing, and for quantised
-    layers among them.
+    Raises TargetError for a target, exclusion or pattern that matches nothing, and for quantised
+    layers among those selected.
     """
     computed = [
         name for name, module in model.named_modules() if name and has_computed_weight(module)
     ]
     linears = [name for name, module in model.named_modules() if name and is_adaptable(module)]
-    linears += computed  # which are refused below, unless they are left out
+    linears += computed  # refused below, unless they are excluded
     if config.targets == ALL_LINEAR:
         head = output_head_name(model)
         names = [name for name in linears if name != head]
     else:
-        names = _match_all(config.targets, linears, "target")
+        names = _match_all("adapt", config.targets, linears)
     if config.exclude:
-        excluded = set(_match_all(config.exclude, linears, "excluded name"))
+        excluded = set(_match_all("exclude", config.exclude, linears))
         names = [name for name in names if name not in excluded]
     _refuse_computed_weights(model, [name for name in names if name in computed])
     if config.layers is not None:
         _check_layers(config.layers, names)
         names = [name for name in names if _block_number(name) in config.layers]
-    for pattern in (config.rank_pattern, config.alpha_pattern):
+    for what, pattern in (("rank", config.rank_pattern), ("alpha", config.alpha_pattern)):
         if pattern:
-            _match_all(tuple(pattern), names, "pattern")
+            _match_all(f"set the {what} of", tuple(pattern), names)
     if not names:
         raise TargetError(
-            f"LoRA was asked for targets={config.targets!r}, exclude={config.exclude!r}, "
-            f"layers={config.layers!r}: no linear layer of this {type(model).__name__} is left. "
-            f"{_endings(linears)} Name at least one of them."
+            f"Cannot adapt this {type(model).__name__} with targets={config.targets!r}, "
+            f"exclude={config.exclude!r}, layers={config.layers!r}: no linear layer is left. "
+            f"{_list_linears(linears)} Select at least one of them."
         )
     _refuse_shared(model, names)
     return names
@@ -73,45 +73,48 @@ def matches(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
-def _match_all(targets: str | tuple[str, ...], linears: list[str], what: str) -> list[str]:
+def _match_all(verb: str, targets: str | tuple[str, ...], linears: list[str]) -> list[str]:
+    """Return the names that `targets` match. Raises TargetError that says what cannot be done."""
     if isinstance(targets, str) and not _PLAIN_NAME.fullmatch(targets):
         found = {name for name in linears if re.fullmatch(targets, name)}
         if not found:
-            raise _no_match(what, targets, linears)
+            raise _no_match(verb, targets, linears)
         return [name for name in linears if name in found]
     found = set()
     for target in (targets,) if isinstance(targets, str) else targets:
         matched = {name for name in linears if matches(name, target)}
         if not matched:
-            raise _no_match(what, target, linears)
+            raise _no_match(verb, target, linears)
         found |= matched
     return [name for name in linears if name in found]
 
 
-def _no_match(what: str, target: str, linears: list[str]) -> TargetError:
-    endings = sorted({name.rpartition(".")[2] for name in linears})
-    near = did_you_mean(target.rpartition(".")[2], endings)
-    return TargetError(
-        f"{what} {target!r} matches no linear layer. {_endings(linears)}{near} "
-        f"Pass targets={ALL_LINEAR!r} to adapt all of them."
-    )
+def _no_match(verb: str, target: str, linears: list[str]) -> TargetError:
+    is_name = _PLAIN_NAME.fullmatch(target) is not None
+    seen = "no linear layer has this name" if is_name else "it matches no linear layer's full name"
+    near = did_you_mean(target.rpartition(".")[2], _endings(linears))
+    advice = f' targets="{ALL_LINEAR}" adapts all of them.' if verb == "adapt" else ""
+    return TargetError(f"Cannot {verb} {target!r}: {seen}. {_list_linears(linears)}{near}{advice}")
 
 
-def _endings(linears: list[str]) -> str:
-    endings = sorted({name.rpartition(".")[2] for name in linears})
-    if not endings:
+def _endings(names: list[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
+def _list_linears(linears: list[str]) -> str:
+    if not linears:
         return "The model has no linear layers inside that LoRA can wrap."
-    return f"The model's linear layers end in: {', '.join(endings)}."
+    return f"Linear layers here: {', '.join(_endings(linears))}."
 
 
 def _check_layers(layers: tuple[int, ...], names: list[str]) -> None:
     blocks = sorted({number for number in map(_block_number, names) if number is not None})
     missing = [number for number in layers if number not in blocks]
     if missing:
-        seen = f"numbers {blocks[0]} to {blocks[-1]}" if blocks else "no numbered blocks"
+        allowed = f"{blocks[0]} to {blocks[-1]}" if blocks else "none, no block has a number"
         raise TargetError(
-            f"layers={layers!r} was asked for, and the layers to choose from have {seen}: "
-            f"{missing[0]} is not among them. Change layers."
+            f"Cannot limit LoRA to layers={layers!r}: no selected linear is in block {missing[0]}. "
+            f"Allowed: {allowed}. Change layers, or leave it out to adapt every block."
         )
 
 
@@ -121,21 +124,21 @@ def _refuse_computed_weights(model: nn.Module, names: list[str]) -> None:
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     kind = type(model.get_submodule(names[0])).__name__
     raise TargetError(
-        f"LoRA was asked for {names[0]!r}{more}, a {kind}: its weight is quantised or computed, "
-        "and plain linears are needed. Load the base without quantisation (GGUF files are "
-        "dequantised when lora reads them), or leave these layers out (exclude)."
+        f"Cannot adapt {names[0]!r}{more}, a {kind}: its weight is quantised or computed. "
+        "Allowed: plain linears. Load the base without quantisation (GGUF files are dequantised "
+        "when lora reads them), or leave these layers out (exclude)."
     )
 
 
 def _refuse_shared(model: nn.Module, names: list[str]) -> None:
-    """One module under two names would be adapted under the first only."""
+    """Raise TargetError for a module with two names: it would be adapted under the first only."""
     chosen = {id(model.get_submodule(name)): name for name in names}
     for name, module in model.named_modules(remove_duplicate=False):
         first = chosen.get(id(module), name)
         if first != name:
             raise TargetError(
-                f"LoRA was asked for {first!r}, which is the same module as {name!r}. "
-                "Leave it out of the targets (exclude), or give each place a module of its own."
+                f"Cannot adapt {first!r}: it is the same module as {name!r}. Leave it out of the "
+                "targets (exclude), or give each name a module of its own."
             )
 
 

@@ -298,30 +298,33 @@ def test_an_unmatched_target_names_the_nearest(toy: nn.Module) -> None:
     with pytest.raises(TargetError) as caught:
         apply_lora(toy, LoRAConfig(rank=2, targets="q_prj"))
     message = str(caught.value)
-    assert "target 'q_prj' matches no linear layer" in message
-    assert "end in: 0, 2, head, q_proj, v_proj" in message
+    assert "Cannot adapt 'q_prj': no linear layer has this name." in message
+    assert "Linear layers here: 0, 2, head, q_proj, v_proj." in message
     assert "Did you mean 'q_proj'?" in message
-    assert "targets='all-linear'" in message
+    assert 'targets="all-linear" adapts all of them' in message
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"targets": ("q_proj", "k_proj")}, "target 'k_proj' matches no"),
-        ({"targets": r"layers\.9\..*"}, "9.* matches no linear layer"),
-        ({"targets": "embed"}, "target 'embed' matches no linear"),
-        ({"exclude": ("o_proj",)}, "excluded name 'o_proj' matches no"),
-        ({"rank_pattern": {"k_proj": 2}}, "pattern 'k_proj' matches no"),
-        ({"alpha_pattern": {"k_proj": 2.0}}, "pattern 'k_proj' matches no"),
-        ({"layers": (0, 3)}, r"layers=\(0, 3\).*numbers 0 to 2: 3 is not among them"),
-        ({"targets": "head", "layers": (0,)}, "no numbered blocks"),
-        ({"targets": "q_proj", "exclude": ("q_proj",)}, "no linear layer of this Toy is left"),
+        ({"targets": ("q_proj", "k_proj")}, "Cannot adapt 'k_proj': no linear layer"),
+        ({"targets": r"layers\.9\..*"}, "Cannot adapt .*9.* matches no linear layer's full name"),
+        ({"targets": "embed"}, "Cannot adapt 'embed': no linear"),
+        ({"exclude": ("o_proj",)}, "Cannot exclude 'o_proj': no linear"),
+        ({"rank_pattern": {"k_proj": 2}}, "Cannot set the rank of 'k_proj'"),
+        ({"alpha_pattern": {"k_proj": 2.0}}, "Cannot set the alpha of 'k_proj'"),
+        ({"layers": (0, 3)}, r"layers=\(0, 3\).*in block 3. Allowed: 0 to 2"),
+        ({"targets": "head", "layers": (0,)}, "no block has a number"),
+        (
+            {"targets": "q_proj", "exclude": ("q_proj",)},
+            "Cannot adapt this Toy .*: no linear layer is left",
+        ),
         ({"modules_to_save": ("embd",)}, r"'embd'.* Did you mean 'embed'"),
         ({"modules_to_save": ("head",)}, r"'head' is both a LoRA target and in modules_to_save"),
         ({"modules_to_save": ("mlp",)}, r"'layers.0.mlp.0' is both .*\('layers.0.mlp'\)"),
         (
             {"targets": "head", "modules_to_save": ("mlp", "layers.0.mlp.0")},
-            "'layers.0.mlp.0' and 'layers.0.mlp', which contains it",
+            "both 'layers.0.mlp.0' and 'layers.0.mlp' fully",
         ),
         ({"targets": "q_proj", "modules_to_save": ("mlp.1",)}, "no module with parameters"),
     ],
@@ -338,7 +341,7 @@ def test_an_error_leaves_the_model_as_it_was(toy: nn.Module) -> None:
     toy.embed.requires_grad_(False)
     modules = dict(toy.named_modules())
     flags = {name: p.requires_grad for name, p in toy.named_parameters()}
-    with pytest.raises(ConfigError, match=r"head: rank=9 .*8 inputs and 11 outputs"):
+    with pytest.raises(ConfigError, match=r"Cannot adapt 'head': rank=9 .*8 inputs and 11 outputs"):
         apply_lora(toy, LoRAConfig(rank=8, rank_pattern={"head": 9}))
     assert dict(toy.named_modules()) == modules
     assert {name: p.requires_grad for name, p in toy.named_parameters()} == flags

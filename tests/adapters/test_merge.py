@@ -201,7 +201,7 @@ def test_a_merge_that_changes_the_answers_is_refused(
     message = str(caught.value)
     assert "the merged model's logits differ by" in message
     assert "allowed is 1e-12" in message
-    assert "left adapted" in message
+    assert "The model is still adapted" in message
     assert [module.training for module in model.modules()] == flags
     assert still_adapted(model.eval(), expected, token_ids)
 

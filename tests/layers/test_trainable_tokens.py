@@ -238,7 +238,12 @@ def test_what_cannot_be_is_refused_and_the_model_left_alone(fill_random: Fill) -
 
     cases: list[tuple[Decoder, Any, type[Exception], str]] = [
         (adapted(targets=("lm_head",)), IDS, TargetError, "'lm_head', a FusedLoRALinear"),
-        (adapted(modules_to_save=("embed_tokens",)), IDS, TargetError, "modules_to_save trains"),
+        (
+            adapted(modules_to_save=("embed_tokens",)),
+            IDS,
+            TargetError,
+            "modules_to_save trains all of it",
+        ),
         (adapted(), [], ConfigError, "at least one"),
         (adapted(), [3, 3], ConfigError, "each once"),
         (adapted(), [-1], ConfigError, "ids ≥ 0"),
@@ -253,5 +258,5 @@ def test_what_cannot_be_is_refused_and_the_model_left_alone(fill_random: Fill) -
         assert [(name, id(p), p.requires_grad) for name, p in model.named_parameters()] == before
         assert model.config.vocab_size == VOCAB
     twice = with_rows(fill_random, tied=True)
-    with pytest.raises(TargetError, match="train already"):
+    with pytest.raises(TargetError, match="has trainable tokens already"):
         train_token_rows(twice, [5])
