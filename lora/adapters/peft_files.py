@@ -51,7 +51,7 @@ def read_adapter_files(folder: Path) -> AdapterFiles:
     try:
         described = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        what = f"Cannot read {folder / CONFIG_FILE}: it is not JSON, {error}."
+        what = f"Cannot read {folder / CONFIG_FILE}: it is not JSON ({error})."
         raise AdapterError(f"{what} Copy the adapter again.") from None
     if not isinstance(described, dict):
         seen = type(described).__name__

@@ -320,8 +320,11 @@ def test_an_unmatched_target_names_the_nearest(toy: nn.Module) -> None:
             "Cannot adapt this Toy .*: no linear layer is left",
         ),
         ({"modules_to_save": ("embd",)}, r"'embd'.* Did you mean 'embed'"),
-        ({"modules_to_save": ("head",)}, r"'head' is both a LoRA target and in modules_to_save"),
-        ({"modules_to_save": ("mlp",)}, r"'layers.0.mlp.0' is both .*\('layers.0.mlp'\)"),
+        (
+            {"modules_to_save": ("head",)},
+            r"'head': it is both a LoRA target and in modules_to_save",
+        ),
+        ({"modules_to_save": ("mlp",)}, r"'layers.0.mlp.0': it is both .*\('layers.0.mlp'\)"),
         (
             {"targets": "head", "modules_to_save": ("mlp", "layers.0.mlp.0")},
             "both 'layers.0.mlp.0' and 'layers.0.mlp' fully",
@@ -393,7 +396,7 @@ def test_a_bare_linear_has_nothing_inside_to_adapt() -> None:
 
 def test_one_module_in_two_places_is_refused(toy: nn.Module) -> None:
     toy.add_module("again", toy.get_submodule("layers.0.q_proj"))
-    with pytest.raises(TargetError, match=r"'layers.0.q_proj', which is the same"):
+    with pytest.raises(TargetError, match=r"'layers.0.q_proj': it is the same"):
         apply_lora(toy, LoRAConfig(rank=2))
     apply_lora(toy, LoRAConfig(rank=2, targets="v_proj"))
 

@@ -280,5 +280,5 @@ def test_logits_are_found_in_what_a_model_returns() -> None:
 
 @pytest.mark.parametrize("value", [None, (), {"loss": torch.zeros(())}, (None,)])
 def test_a_model_that_returns_no_logits_needs_a_forward(value: object) -> None:
-    with pytest.raises(ModelError, match=r"returned no tensor first.*Pass forward="):
+    with pytest.raises(ModelError, match=r"Cannot find the logits.*Pass forward="):
         default_forward(_Returns(value), None)

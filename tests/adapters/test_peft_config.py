@@ -187,7 +187,7 @@ def test_names_that_are_endings_of_others_are_written_as_a_pattern() -> None:
     plain = nn.ModuleDict({"q": nn.Linear(4, 4), "inner": nn.ModuleDict({"q": nn.Linear(4, 4)})})
     names, _, faults = find_described(plain, parsed(target_modules="(?:q)"))
     assert names == ["q"]
-    assert "'q' cannot be told from 'inner.q' by name" in faults
+    assert "'q' is the ending of another module's name, 'inner.q'" in faults
 
 
 def test_ranks_of_names_that_are_endings_of_others_are_told_apart() -> None:
@@ -208,7 +208,7 @@ def test_what_pefts_rules_cannot_express_is_not_written() -> None:
         {"te": nn.Embedding(4, 4), "wte": nn.Embedding(4, 4), "q": nn.Linear(4, 4)}
     )
     apply_lora(model, LoRAConfig(rank=2, modules_to_save=("te",)))  # PEFT would take wte as well
-    with pytest.raises(AdapterError, match=r"'wte' would be treated as a layer of similar name"):
+    with pytest.raises(AdapterError, match=r"'wte' would be taken for a layer of similar name"):
         describe_adapter(model, applied_lora(model), None)
 
 

@@ -45,7 +45,7 @@ def test_every_field_of_pefts_is_in_one_of_our_tables_or_refused_when_switched_o
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"lora_bias": True}, "B has a bias of its own"),
         ({"use_qalora": True}, "QA-LoRA"),
-        ({"alora_invocation_tokens": [1, 2]}, "from certain tokens on"),
+        ({"alora_invocation_tokens": [1, 2]}, "only after certain tokens"),
         ({"trainable_token_indices": [5, 5]}, "a list of ids ≥ 0, each once"),
         ({"trainable_token_indices": {"lm_head": [-1]}}, "a list of ids ≥ 0, each once"),
         ({"layer_replication": [[0, 4], [2, 6]]}, "blocks of the base are repeated"),
@@ -53,11 +53,11 @@ def test_every_field_of_pefts_is_in_one_of_our_tables_or_refused_when_switched_o
         ({"megatron_config": {"tp": 2}}, "Megatron"),
         ({"ensure_weight_tying": True}, "share one trained copy"),
         *(
-            ({"init_lora_weights": start}, "this start changes the base's weights")
+            ({"init_lora_weights": start}, "this initialization changes the base's weights")
             for start in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga")
         ),
-        ({"use_bdlora": {"nblocks": 2}}, "lora does not know this setting"),
-        ({"something_new": 1}, "something_new=1: lora does not know this setting"),
+        ({"use_bdlora": {"nblocks": 2}}, "this field is unknown"),
+        ({"something_new": 1}, "something_new=1: this field is unknown"),
         ({"r": 0}, "r=0: allowed is an int ≥ 1"),
         ({"r": True}, "an int ≥ 1"),
         ({"r": "8"}, "an int ≥ 1"),

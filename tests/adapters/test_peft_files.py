@@ -107,25 +107,25 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there_names_the_nearest(folder: Path) -> None:
     with pytest.raises(AdapterError) as caught:
         read_adapter_files(folder.with_name("adaptor"))
-    assert "adaptor, which is no folder. Did you mean 'adapter'?" in str(caught.value)
+    assert "adaptor: there is no such folder. Did you mean 'adapter'?" in str(caught.value)
     assert "Name a folder with adapter_config.json" in str(caught.value)
-    with pytest.raises(AdapterError, match=r"which is no folder\. Name"):
+    with pytest.raises(AdapterError, match=r"there is no such folder\. Name"):
         read_adapter_files(folder / "not" / "there")
 
 
 def test_a_folder_without_an_adapter_is_told(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match=r"which has no adapter_config.json"):
+    with pytest.raises(AdapterError, match=r"it has no adapter_config.json"):
         read_adapter_files(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"{", "is no JSON"),
-        (b"", "is no JSON"),
-        (b"\xff\xfe\x00", "is no JSON"),
-        (b"[" * 100_000, "is no JSON"),
-        (b"[1, 2]", "holds a list: it must be an object"),
+        (b"{", "it is not JSON"),
+        (b"", "it is not JSON"),
+        (b"\xff\xfe\x00", "it is not JSON"),
+        (b"[" * 100_000, "it is not JSON"),
+        (b"[1, 2]", "it holds a list. Allowed: a JSON object"),
         (b"null", "holds a NoneType"),
     ],
 )

@@ -194,10 +194,13 @@ def test_an_adapted_model_is_filled_again(folder: Path, fill_random: Fill) -> No
     [
         ({"trainable_token_indices": [7, 7]}, "ids ≥ 0, each once"),
         ({"trainable_token_indices": {"norm": [3]}}, "Allowed: model.embed_tokens, lm_head"),
-        ({"trainable_token_indices": [7, 64, 10**9]}, "row 1,000,000,000"),
+        (
+            {"trainable_token_indices": [7, 64, 10**9]},
+            "token id 1,000,000,000, allowed are ids below",
+        ),
         ({"trainable_token_indices": [7, 64]}, "has shape"),
         ({"trainable_token_indices": None}, "not of this model"),
-        ({"modules_to_save": ["embed_tokens"]}, "trains otherwise"),
+        ({"modules_to_save": ["embed_tokens"]}, "is also a target or in modules_to_save"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_the_model_left_alone(
@@ -225,6 +228,8 @@ def test_faults_of_the_tensors_are_gathered(folder: Path) -> None:
 
 def test_other_rows_than_the_models_are_refused(folder: Path, fill_random: Fill) -> None:
     model = adapted(folder.parent / "llama-tied", fill_random, [3])
-    with pytest.raises(AdapterError, match=r"trained rows of lm_head: \[7, 64, 65\] in the file"):
+    with pytest.raises(
+        AdapterError, match=r"trainable tokens of lm_head: \[7, 64, 65\] in the file"
+    ):
         load_adapter(model, folder)
     assert applied_lora(model).trainable_tokens["lm_head"].ids == (3,)
