@@ -37,20 +37,22 @@ from lora.pretrained.gguf_writer import (
 from lora.pretrained.hf_weights import load_decoder
 
 TOLERANCES: dict[str, float] = {"f32": 0.0, "f16": 1e-3, "q8_0": 1e-2}
-"""Largest ‖difference‖ / ‖reference‖ of a tensor, read back, by type.
+"""Largest ‖difference‖ / ‖reference‖ of a tensor when read back, by dtype.
 
 Rounding of normally distributed values gives 0, 2e-4 and 6e-3."""
 
 
 LOGITS_TOLERANCES: dict[str, float] = {"f32": 1e-4, "f16": 1e-2, "q8_0": 1e-1}
-"""Largest ‖difference‖ / ‖reference‖ of the logits, by type; of models that are not in fp32 that
-of merging in their type, if it is larger."""
+"""Largest ‖difference‖ / ‖reference‖ of the logits, by dtype of the file.
+
+For models that are not in fp32 the tolerance of merging in their dtype holds, if it is larger."""
 CHECKED_TOKENS = 32
+"""Number of random tokens for which logits are compared."""
 
 
 @dataclass(frozen=True)
 class GGUFReport:
-    """What was written, and how near to the model it is."""
+    """A written GGUF file, and how far it is from the model."""
 
     path: Path
     size_bytes: int
@@ -58,7 +60,7 @@ class GGUFReport:
     """‖difference‖ / ‖reference‖ of each tensor, by Hugging Face's names."""
     tolerance: float
     logits_error: float | None
-    """‖difference‖ / ‖reference‖ of the logits; None where memory holds no second model."""
+    """‖difference‖ / ‖reference‖ of the logits; None if a second model did not fit in memory."""
     logits_tolerance: float
 
     @property
@@ -75,12 +77,12 @@ def export_gguf(
     tokenizer: TextTokenizer | None = None,
     name: str | None = None,
 ) -> GGUFReport:
-    """Write a model as one GGUF file `out`, whole or not at all, and read it back.
+    """Write a model as the GGUF file `out`, completely or not at all, and verify it.
 
-    `source` is a model's folder, or a decoder without LoRA (merge it first) and its `tokenizer`.
-    Matrices are stored as `dtype`; norms and biases as F32. The file's settings and tokenizer must
-    come back the same, its tensors within TOLERANCES and its logits within LOGITS_TOLERANCES.
-    Raises ModelError and DataError for what the format cannot hold.
+    `source` is a model's folder, or a decoder without LoRA (merge it first) with its `tokenizer`.
+    Matrices are stored as `dtype`; norms and biases as F32. The file is read back: settings and
+    tokenizer must be equal, tensors within TOLERANCES and logits within LOGITS_TOLERANCES.
+    Raises ModelError and DataError for what the format cannot store.
     """
     out = Path(out)
     if dtype not in get_args(GGUFType):
@@ -93,7 +95,7 @@ def export_gguf(
         model, own_name = _load(Path(source)), Path(source).resolve().name
         tokenizer = tokenizer or load_tokenizer(Path(source))
     if tokenizer is None:
-        raise ConfigError("A decoder was given without its tokenizer: pass tokenizer=… too.")
+        raise ConfigError("Cannot export a decoder without its tokenizer: pass tokenizer=… too.")
     parameters = _plain_parameters(model)
     metadata: dict[str, Any] = {"general.name": name or own_name, "general.type": "model"}
     metadata |= describe_decoder(model.config)
@@ -113,22 +115,21 @@ def export_gguf(
             os.replace(part, out)
     except OSError as error:
         raise ModelError(
-            f"{out} could not be written: {error.strerror}. Free some space, or choose another "
-            "folder."
+            f"Cannot write {out}: {error.strerror}. Free some space, or choose another folder."
         ) from error
     size_bytes, tolerance = out.stat().st_size, TOLERANCES[dtype]
     return GGUFReport(out, size_bytes, errors, tolerance, logits_error, logits_tolerance)
 
 
 def _load(folder: Path) -> Decoder:
-    """Return the decoder in `folder` in the type its file has, so that nothing is copied."""
+    """Return the decoder in `folder` in the dtype of its files, so that nothing is copied."""
     kinds = set()
     for path in folder.glob("*.safetensors"):
         try:
             with safe_open(path, framework="pt") as file:
                 kinds |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError):
-            break  # load_decoder says it in better words
+            break  # load_decoder raises the error with a message
     dtypes = {"BF16": torch.bfloat16, "F16": torch.float16}
     only = dtypes.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
     return load_decoder(folder, dtype=only)
@@ -140,8 +141,8 @@ def _plain_parameters(model: Decoder) -> dict[str, torch.Tensor]:
     if {n: p.shape for n, p in parameters.items()} != wanted:
         odd = sorted(parameters.keys() ^ wanted.keys())[:3]
         raise ModelError(
-            f"The model has other tensors than a plain {model.config.family!r} model (such as "
-            f"{', '.join(odd) or 'one of another shape'}). Merge its LoRA first: merge_lora(model)."
+            f"Cannot export the model: a plain {model.config.family!r} model has other tensors "
+            f"({', '.join(odd) or 'of other shapes'}). Merge its LoRA first: merge_lora(model)."
         )
     return parameters
 
@@ -153,31 +154,33 @@ def _compare(
     metadata: dict[str, Any],
     tolerance: float,
 ) -> dict[str, float]:
-    """Return the error of each tensor in the file. Raises ModelError if it is not the model."""
+    """Return the error of each tensor in the file. Raises ModelError if the model differs."""
     file = GGUFFile(path)
     again = dataclasses.replace(decoder_config(gguf_config(file)), family=config.family)
     wanted, seen = dataclasses.asdict(config), dataclasses.asdict(again)
     names = [f.name for f in dataclasses.fields(config) if f.compare]
-    faults = [f"{name} comes back as {seen[name]}" for name in names if seen[name] != wanted[name]]
-    words = [key for key in metadata if key.startswith("tokenizer.")]
-    faults += [f"{k} comes back otherwise" for k in words if file.metadata.get(k) != metadata[k]]
+    faults = [f"{name} reads back as {seen[name]}" for name in names if seen[name] != wanted[name]]
+    keys = [key for key in metadata if key.startswith("tokenizer.")]
+    faults += [
+        f"{k} reads back with another value" for k in keys if file.metadata.get(k) != metadata[k]
+    ]
     errors = {}
     for name, new in name_tensors(config, list(parameters)).items():
         reference = file_values(config, name, parameters[name])
         errors[name] = _relative_error(file.values(new), reference)
         if not errors[name] <= tolerance:
-            faults.append(f"{name} is off by {errors[name]:.2g}, more than {tolerance:g}")
+            faults.append(f"{name} differs by {errors[name]:.2g}, allowed is {tolerance:g}")
     if faults:
-        heading = "The model cannot be written as GGUF without loss:"
-        raise ModelError(gather(faults, heading, "Use another type, or keep the folder."))
+        heading = "Cannot write the model as GGUF without loss:"
+        raise ModelError(gather(faults, heading, "Use another dtype, or keep the folder."))
     return errors
 
 
 @torch.no_grad()
 def _compare_logits(path: Path, model: Decoder, tolerance: float) -> float | None:
-    """Return how far the file's model answers from `model`; None if memory cannot hold both.
+    """Return the error of the file's logits against `model`; None if memory cannot hold both.
 
-    Raises ModelError if that is too far.
+    Raises ModelError if it is above `tolerance`.
     """
     needed = 4 * sum(p.numel() for p in model.parameters())
     held, available = resident_bytes(), available_bytes("cpu")
@@ -191,9 +194,9 @@ def _compare_logits(path: Path, model: Decoder, tolerance: float) -> float | Non
     error = float((read_gguf_decoder(path)(ids).double() - before).norm() / before.norm())
     if not error <= tolerance:  # NaN is refused too
         raise ModelError(
-            f"The model was to be written as GGUF, and the file's logits differ by {error:.2e} "
-            f"(‖difference‖ / ‖reference‖); allowed is {tolerance:.2g}. Nothing was written. Use "
-            "another type, or keep the folder."
+            f"Cannot write the model as GGUF: the file's logits differ by {error:.2e} "
+            f"(‖difference‖ / ‖reference‖), allowed is {tolerance:.2g}. Nothing was written. Use "
+            "another dtype, or keep the folder."
         )
     return error
 

@@ -15,15 +15,15 @@ from lora.adapters.peft_files import read_adapter_files
 from lora.errors import AdapterError, gather
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's --max-lora-rank may be; it makes room for adapters of that rank and below."""
+"""The values that vLLM's --max-lora-rank may have; adapters up to that rank can be served."""
 _VLLM_LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-_VLLM_ENDS = {"lm_head", "embed_tokens"}
+_VLLM_TABLES = {"lm_head", "embed_tokens"}
 _VLLM_TENSOR = re.compile(
     r"base_model\.model\.(?P<module>.+?)\."
     r"(lora_[AB]\.weight|lora_embedding_[AB])"
 )
-_TRAINED_ROWS = ".token_adapter."  # their field of the config has said it
-_VLLM_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+_TRAINED_TOKENS = ".token_adapter."  # refused by their config field, so not by name too
+_VLLM_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _VLLM_READS = (
     "r",
     "lora_alpha",
@@ -39,49 +39,49 @@ _VLLM_REFUSES = {
     "lora_bias": "biases of B are not supported. Train with lora_bias=false",
     "alora_invocation_tokens": "activated LoRA is not supported. Train a plain adapter",
     "layer_replication": "repeated blocks are not supported. Save the repeated model whole",
-    "trainable_token_indices": "trained tokens need a server started for them. Merge the adapter",
+    "trainable_token_indices": "trained tokens need a server started for them. Merge it",
 }
 
 
 def check_adapter_for_vllm(folder: Path | str) -> list[str]:
-    """Return what keeps vLLM from serving the adapter in `folder`, and what to do about each.
+    """Return every reason why vLLM cannot serve the adapter in `folder`, and what to do about it.
 
-    An empty list means that vLLM takes it, started as `vllm_command` says. Raises AdapterError if
-    there is no adapter that can be read. Source: vLLM's PEFTHelper, LoRAConfig and LoRAModel.
+    An empty list means that vLLM accepts it, started as `vllm_command` says. Raises AdapterError if
+    no adapter can be read. Source: vLLM's PEFTHelper, LoRAConfig and LoRAModel.
     """
     files = read_adapter_files(Path(folder))
-    described, wrong = _sound_fields(files.described)
+    described, wrong = _valid_fields(files.described)
     faults = files.faults + wrong
     for key, why in _VLLM_REFUSES.items():
         if described.get(key):
             faults.append(f"{key}={described[key]!r}: {why}.")
     if described.get("bias", "none") != "none":
         faults.append(f"bias={described['bias']!r}: only 'none' is supported. Merge the adapter.")
-    start = described.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower() not in _VLLM_STARTS:
+    init = described.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() not in _VLLM_INITS:
         faults.append(
-            f"init_lora_weights={start!r}: this start changes the base's weights. Convert the "
-            "adapter with PEFT: save_pretrained with path_initial_model_for_weight_conversion."
+            f"init_lora_weights={init!r}: this initialization changes the base's weights. Convert "
+            "the adapter with PEFT: save_pretrained with path_initial_model_for_weight_conversion."
         )
     saved = described.get("modules_to_save") or []
     if set(saved) - {"classifier", "score"}:
         faults.append(
-            f"modules_to_save={saved!r}: modules that were trained whole are not supported. Merge "
-            "the adapter into the model and serve that."
+            f"modules_to_save={saved!r}: fully trained modules are not supported. Merge the "
+            "adapter into the model and serve that."
         )
     faults += _rank_faults(described)
     return faults + _tensor_faults(list(files.tensors), saved)
 
 
-def _sound_fields(described: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the fields without those of a wrong type, and a fault for each of these."""
+def _valid_fields(described: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the fields without those that are invalid, and a fault for each of these."""
     read = {"peft_type": "LORA", **{key: described.get(key) for key in _VLLM_READS}}
     if described.get("peft_type") is not None:
         read["peft_type"] = described["peft_type"]
     faults = check_fields(read)
     wrong = {fault.partition("=")[0] for fault in faults}
-    sound = {key: value for key, value in described.items() if key not in wrong}
-    return sound, [f"{fault}. Save the adapter again." for fault in faults]
+    valid = {key: value for key, value in described.items() if key not in wrong}
+    return valid, [f"{fault}. Save the adapter again." for fault in faults]
 
 
 def _rank_faults(described: dict[str, Any]) -> list[str]:
@@ -92,8 +92,8 @@ def _rank_faults(described: dict[str, Any]) -> list[str]:
     for key in ("rank_pattern", "alpha_pattern"):
         if described.get(key):
             faults.append(
-                f"{key}={described[key]!r}: most releases of vLLM ignore it and scale every layer "
-                "by lora_alpha / r, without a word. Train with one rank and alpha, or merge."
+                f"{key}={described[key]!r}: most releases of vLLM silently ignore it and scale "
+                "every layer by lora_alpha / r. Train with one rank and alpha, or merge."
             )
     return faults
 
@@ -104,19 +104,19 @@ def _tensor_faults(names: list[str], saved: list[str]) -> list[str]:
         found = _VLLM_TENSOR.fullmatch(name)
         if found is not None:
             modules.add(found["module"].rpartition(".")[2])
-        elif _TRAINED_ROWS not in name and not any(f".{module}." in name for module in saved):
+        elif _TRAINED_TOKENS not in name and not any(f".{module}." in name for module in saved):
             odd.append(name)
     faults = []
     if odd:
         shown = f"{', '.join(odd[:3])}{' …' if len(odd) > 3 else ''}"
         faults.append(f"{shown}: only lora_A and lora_B are read. Save the adapter without them.")
-    ends = sorted(modules & _VLLM_ENDS)
-    if ends:
+    tables = sorted(modules & _VLLM_TABLES)
+    if tables:
         faults.append(
-            f"{', '.join(ends)} adapted: vLLM takes that for some architectures only, such as "
+            f"{', '.join(tables)} adapted: vLLM supports that for some architectures only, such as "
             "Llama. Leave them out of targets, or merge the adapter into the model."
         )
-    others = sorted(modules - _VLLM_ENDS - _VLLM_LINEARS)
+    others = sorted(modules - _VLLM_TABLES - _VLLM_LINEARS)
     if others:
         faults.append(
             f"{', '.join(others)} adapted: of Llama-like models vLLM adapts "
@@ -126,7 +126,7 @@ def _tensor_faults(names: list[str], saved: list[str]) -> list[str]:
 
 
 def _highest_rank(described: dict[str, Any]) -> int | None:
-    """Return the highest rank in sound fields; None where `r` was not sound."""
+    """Return the highest rank in valid fields; None if `r` was not valid."""
     ranks = [described.get("r"), *(described.get("rank_pattern") or {}).values()]
     return None if ranks[0] is None else max(ranks)
 
@@ -134,17 +134,17 @@ def _highest_rank(described: dict[str, Any]) -> int | None:
 def vllm_command(folder: Path | str, base: str, name: str | None = None) -> str:
     """Return the command that serves the adapter in `folder` on the model `base` with vLLM.
 
-    It asks for the smallest rank that has room: vLLM's default of 16 refuses larger adapters.
-    Raises AdapterError if there is no adapter, or none that says its rank.
+    It passes the smallest --max-lora-rank that fits: vLLM's default of 16 refuses larger ranks.
+    Raises AdapterError if there is no adapter, or its config has no valid rank.
     """
     folder = Path(folder)
-    described, faults = _sound_fields(read_adapter_files(folder).described)
+    described, faults = _valid_fields(read_adapter_files(folder).described)
     rank = _highest_rank(described)
     if rank is None:
-        raise AdapterError(gather(faults, f"{folder} cannot be served:", "Name another adapter."))
-    room = next((n for n in VLLM_RANKS if n >= rank), VLLM_RANKS[-1])
+        raise AdapterError(gather(faults, f"Cannot serve {folder}:", "Name another adapter."))
+    max_rank = next((n for n in VLLM_RANKS if n >= rank), VLLM_RANKS[-1])
     adapter = shlex.quote(f"{name or folder.resolve().name}={folder}")
     return (
-        f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {room} "
+        f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {max_rank} "
         f"--lora-modules {adapter}"
     )

@@ -69,16 +69,20 @@ FAULTS: dict[str, tuple[list[str], dict[str, Any], str]] = {
     "odd pattern": ([], {"rank_pattern": [1]}, "rank_pattern=[1]: allowed is names with ints"),
     "odd modules": ([], {"modules_to_save": [["x"]]}, "allowed is a list of names"),
     "another method": ([], {"peft_type": "IA3"}, "peft_type='IA3': allowed is 'LORA'"),
-    "rank pattern": ([], {"rank_pattern": {"q_proj": 4}}, "ignore it and scale every layer"),
+    "rank pattern": (
+        [],
+        {"rank_pattern": {"q_proj": 4}},
+        "silently ignore it and scale",
+    ),
     "alpha pattern": ([], {"alpha_pattern": {"q_proj": 4}}, "alpha_pattern="),
     "pissa": ([], {"init_lora_weights": "pissa_niter_4"}, "changes the base's weights"),
     "whole": (
         ["model.embed_tokens.weight"],
         {"modules_to_save": ["embed_tokens"]},
-        "trained whole are not supported",
+        "fully trained modules are not supported",
     ),
     "other tensors": (["model.norm.weight"], {}, "model.norm.weight: only lora_A and lora_B"),
-    "head": (["lm_head.lora_A.weight"], {}, "lm_head adapted: vLLM takes that for some"),
+    "head": (["lm_head.lora_A.weight"], {}, "lm_head adapted: vLLM supports that for some"),
     "other layers": (["transformer.h.0.attn.c_attn.lora_A.weight"], {}, "c_attn adapted"),
 }
 
@@ -105,20 +109,20 @@ def test_an_adapter_without_tensors_and_none_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "room"), [(1, 1), (4, 8), (8, 8), (12, 16), (33, 64), (300, 320), (512, 512)]
+    ("rank", "max_rank"), [(1, 1), (4, 8), (8, 8), (12, 16), (33, 64), (300, 320), (512, 512)]
 )
-def test_the_command_asks_for_the_smallest_rank_with_room(
-    rank: int, room: int, tmp_path: Path
+def test_the_command_asks_for_the_smallest_rank_that_fits(
+    rank: int, max_rank: int, tmp_path: Path
 ) -> None:
     folder = write_adapter(tmp_path / "my adapter", r=rank)
     command = vllm_command(folder, "owner/base", "mine")
-    assert command.startswith(f"vllm serve owner/base --enable-lora --max-lora-rank {room} ")
+    assert command.startswith(f"vllm serve owner/base --enable-lora --max-lora-rank {max_rank} ")
     assert command.endswith(f"--lora-modules 'mine={folder}'")
 
 
 @pytest.mark.parametrize("changes", [{"r": None}, {"r": 0}, {"r": "8"}])
 def test_no_command_for_an_adapter_without_a_rank(changes: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match=r"cannot be served.*\n.*r=.*an int ≥ 1"):
+    with pytest.raises(AdapterError, match=r"Cannot serve.*\n.*r=.*an int ≥ 1"):
         vllm_command(write_adapter(tmp_path, **changes), "owner/base")
 
 
