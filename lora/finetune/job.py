@@ -8,9 +8,10 @@ from typing import Any, get_args
 
 import torch
 
-from lora.config import BaseDtype, DataConfig, LoRAConfig, MemoryConfig, RunConfig, TrainConfig
+from lora.config import BaseDtype, LoRAConfig, MemoryConfig, RunConfig, TrainConfig
 from lora.data.prepare import PreparedData
 from lora.data.reading.readers import Source
+from lora.data.task import Task
 from lora.device import DeviceChoice
 from lora.errors import ConfigError, did_you_mean
 from lora.finetune.memory import RunMemory
@@ -18,20 +19,13 @@ from lora.pretrained.sources import ModelSource
 from lora.training.trainer import TrainResult
 
 
-@dataclass(frozen=True)
-class FinetuneJob:
+@dataclass(frozen=True, kw_only=True)
+class FinetuneJob(Task):
     """What to fine-tune, on what, and how."""
 
-    data: Source
-    """A file or folder of examples, or a list of dicts."""
-    model: str | None = None
-    """A folder, a .gguf file, a hub's owner/name; None: SmolLM2-135M-Instruct."""
-    eval_data: Source | None = None
-    """Examples to measure on; None splits some off `data`."""
     lora: LoRAConfig | None = field(default_factory=LoRAConfig)
     """None trains all weights: full fine-tuning."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    data_config: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     from_adapter: Path | None = None

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.config import LoRAConfig, RunConfig, TrainConfig
 from lora.data.prepare import PreparedData
-from lora.data.reading.readers import Source
+from lora.data.task import Task
 from lora.device import DeviceChoice
 from lora.errors import CheckpointError, ConfigError, gather
 from lora.pretrained.sources import ModelSource
@@ -18,23 +18,16 @@ from lora.runs.disk import read_json
 from lora.sweep.grid import Candidate, Grid
 
 
-@dataclass(frozen=True)
-class SweepJob:
+@dataclass(frozen=True, kw_only=True)
+class SweepJob(Task):
     """What to try, on what, and how."""
 
-    data: Source
-    """A file or folder of examples, or a list of dicts."""
     grid: Grid
     """What the candidates differ in."""
-    model: str | None = None
-    """A folder, a .gguf file, a hub's owner/name; None: SmolLM2-135M-Instruct."""
-    eval_data: Source | None = None
-    """Examples to compare by; None splits some off `data`."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """What all candidates share; the grid's values replace its own."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """What all candidates share; the grid's values replace its own."""
-    data_config: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
     """Of it: out, name, device, fast, and the intervals of evaluations and saves."""
     at_once: int | None = None

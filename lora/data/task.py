@@ -1,0 +1,21 @@
+"""What to learn: the examples, how they are read, and the model that learns them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lora.config import DataConfig
+from lora.data.reading.readers import Source
+
+
+@dataclass(frozen=True)
+class Task:
+    """Training and validation data, and the base model; what every kind of job begins with."""
+
+    data: Source
+    """A file or directory of examples, or a list of dicts."""
+    model: str | None = None
+    """A directory, a .gguf file or a hub's owner/name; None: SmolLM2-135M-Instruct."""
+    eval_data: Source | None = None
+    """Validation examples; None splits some off `data`."""
+    data_config: DataConfig = field(default_factory=DataConfig, kw_only=True)

@@ -1,0 +1,25 @@
+"""Every kind of job begins with the same task."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from lora.config import DataConfig
+from lora.data.task import Task
+from lora.finetune.job import FinetuneJob
+from lora.sweep.grid import Grid
+from lora.sweep.job import SweepJob
+
+
+def test_jobs_hold_the_tasks_fields() -> None:
+    given = {"data": "a.jsonl", "model": "m", "eval_data": "b.jsonl", "data_config": DataConfig(64)}
+    jobs: list[Task] = [FinetuneJob(**given), SweepJob(**given, grid=Grid())]  # type: ignore[arg-type]
+    for job in jobs:
+        assert {f.name: getattr(job, f.name) for f in dataclasses.fields(Task)} == given
+
+
+def test_a_fourth_argument_without_a_name_is_refused() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        Task("a.jsonl", None, None, DataConfig())  # type: ignore[misc]
