@@ -31,10 +31,11 @@ from findings_pictures import draw_methods, draw_ranks, draw_rates, draw_sides
 
 from lora.compare import compare
 from lora.compare.config import CompareConfig, LearningRates
-from lora.compare.decoder_target import DecoderTarget, EvaluationConfig
+from lora.compare.decoder_job import EvaluationConfig
+from lora.compare.decoder_target import DecoderTarget
 from lora.compare.factory import FactoryTarget
 from lora.compare.record import Comparison, best_rate, ratios
-from lora.compare.target import run_rate_trials, short_run
+from lora.compare.target import MemberTask, run_rate_trials, short_run
 from lora.config import DataConfig, RunConfig, TrainConfig
 from lora.data.reading.orders import make_orders
 from lora.runs.progress import NoProgress
@@ -275,8 +276,8 @@ def char_tries(
     target = FactoryTarget(CharFactory(replace(settings, seed=seed), base))
     run = task.run("x")
     run = replace(run, out=run.out / f"code-rank{settings.lora_rank}-seed{seed}")
-    config = replace(train, seed=seed)
-    return run_rate_trials(target.run_member, "lora", rates, config, run, NoProgress())
+    member = MemberTask("lora", replace(train, seed=seed), run)
+    return run_rate_trials(target.run_member, member, rates, NoProgress())
 
 
 # ---- which rate
@@ -292,9 +293,9 @@ def ask_rates(task: Task) -> Iterator[Row]:
     for seed in sizes.seeds:
         run = task.run("x")
         run = replace(run, out=run.out / f"full-seed{seed}")
-        target, config = orders_target(task, 0), replace(train, seed=seed)
+        target, member = orders_target(task, 0), MemberTask("full", replace(train, seed=seed), run)
         rates = task.rates(GRID_FULL)
-        for tried in run_rate_trials(target.run_member, "full", rates, config, run, NoProgress()):
+        for tried in run_rate_trials(target.run_member, member, rates, NoProgress()):
             yield {"method": "full", "rank": None, "seed": seed, **asdict(tried)}
 
 
@@ -309,7 +310,7 @@ def orders_train(steps: int) -> TrainConfig:
 def orders_target(task: Task, seed: int) -> DecoderTarget:
     """Return SmolLM2 and its notes: validation notes choose, test notes are scored."""
     sizes = task.sizes
-    measures = EvaluationConfig(
+    evaluation = EvaluationConfig(
         metric="json-fields",
         test_data=make_orders("test", sizes.answers),
         answers=sizes.answers,
@@ -320,7 +321,7 @@ def orders_target(task: Task, seed: int) -> DecoderTarget:
         model=task.model,
         eval_data=make_orders("validation", sizes.notes),
         data_config=DATA,
-        measures=measures,
+        evaluation=evaluation,
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lora.compare.config import CompareConfig, LearningRates
-from lora.compare.decoder_target import EvaluationConfig, Metric
+from lora.compare.decoder_job import EvaluationConfig, Metric
 from lora.compare.record import COMPARE_FILE, Method, Same
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.errors import ConfigError
@@ -122,7 +122,7 @@ def compare(
         eval_data=eval_data,
         lora=lora or LoRAConfig(),
         data_config=data_config or DataConfig(),
-        measures=EvaluationConfig(**vars(measures or EvaluationFlags())),
+        evaluation=EvaluationConfig(**vars(measures or EvaluationFlags())),
     )
     methods: tuple[Method, ...] = ("lora", "full", "peft") if peft else ("lora", "full")
     config = CompareConfig(

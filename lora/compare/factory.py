@@ -1,10 +1,10 @@
-"""Members of any model: a factory of the caller's builds what trains, `train` does the rest.
+"""Comparison of any model: the caller's factory builds what trains, `train` does the rest.
 
 @dataclass(frozen=True)
-class MyFactory:                          # of a module, so that it can be pickled
+class MyFactory:                          # at module level, so that it can be pickled
     base_name: str = "my model"
     def described(self): return {"base": self.base_name}
-    def build(self, method, train): ...   # a MemberSetup
+    def build(self, method, train): ...   # returns a MemberSetup
 
 compare(FactoryTarget(MyFactory()), CompareConfig(train=TrainConfig(steps=600)))
 """
@@ -20,8 +20,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lora.compare.record import MemberResult, Method, ModelEvaluation, RateTrial, Sample
-from lora.compare.target import BaseResult, run_rate_trials
+from lora.compare.record import (
+    MemberResult,
+    Method,
+    ModelEvaluation,
+    RateTrial,
+    Sample,
+)
+from lora.compare.target import BaseResult, MemberTask, run_rate_trials
 from lora.config import RunConfig, TrainConfig
 from lora.device import DeviceChoice
 from lora.errors import ConfigError
@@ -40,84 +46,74 @@ class MemberSetup:
     """One member, ready to train."""
 
     model: nn.Module
-    """On the device; what trains has `requires_grad`."""
+    """On the device; trainable parameters have `requires_grad`."""
     loss_fn: LossFn
     stream: Stream
-    """A micro-batch a call; the same for every method and the same seed."""
+    """Yields micro-batches: the same ones for every method with the same seed."""
     eval_batches: Callable[[], Iterable[Any]]
     choice: DeviceChoice
     save: Callable[[Path], None]
-    """Write what was learned into a folder that does not exist yet."""
+    """Write the trained weights into a directory that does not exist yet."""
     forgetting: tuple[str, Callable[[], Iterable[Any]]] | None = None
-    """Another text than the one that is learned: its name, and its batches."""
+    """Another text, not trained on: its name, and a function that returns its batches."""
     answer: Callable[[], list[Sample]] = list
-    """Let the model write, the same prompts each time."""
+    """Generates answers to the same prompts each time."""
     metric: tuple[str, Callable[[], float]] | None = None
-    """A score of the model, 0 to 1: its name, and what measures it."""
+    """A score of the model, 0 to 1: its name, and a function that computes it."""
     weight_decay: float | None = None
     """Of this method; None takes the comparison's."""
     choose_steps: Callable[[TrainConfig], StepRunner | None] = lambda config: None
-    """What takes the steps of `model` with these settings; None: `train_step`."""
+    """Returns the step runner of `model` for these settings; None: the plain `train_step`."""
 
 
 class Factory(Protocol):
-    """Builds members, each in a process of its own."""
+    """Builds members, each in its own subprocess."""
 
     @property
     def base_name(self) -> str:
-        """What the base is called."""
+        """Name of the base model."""
 
     def described(self) -> dict[str, Any]:
-        """Return what must be the same again for a comparison to be resumed."""
+        """Return the settings that must be equal for a comparison to be resumed."""
 
     def build(self, method: Method, train: TrainConfig) -> MemberSetup:
-        """Return the member of this method, from the same base each time."""
+        """Return the member of this method, built from the same base each time."""
 
 
 @dataclass(frozen=True)
 class FactoryTarget:
-    """Models that `factory` builds, as a comparison trains them."""
+    """Models that `factory` builds, as a `ComparisonTarget`."""
 
     factory: Factory
 
     def described(self) -> dict[str, Any]:
-        """Return what must be the same again for a comparison to be resumed."""
+        """Return the settings that must be equal for a comparison to be resumed."""
         return self.factory.described()
 
     def check(self, methods: tuple[Method, ...], train: TrainConfig) -> None:
-        """Raise ConfigError if PEFT is asked for, which a factory cannot build."""
+        """Raise ConfigError if PEFT is among the methods: a factory cannot build its member."""
         if "peft" in methods:
             raise ConfigError(
-                "A comparison with PEFT was asked for models that a factory builds: PEFT takes "
-                "part with real models only. Leave it out, or use lora compare --peft."
+                "Cannot compare with PEFT models that a factory builds: the PEFT member needs a "
+                "pretrained model. Leave 'peft' out of methods, or use lora compare --peft."
             )
 
     def measure_base(self, train: TrainConfig, run: RunConfig, progress: Progress) -> BaseResult:
-        """Measure the base."""
+        """Evaluate the base model."""
         setup = self.factory.build("full", train)
         loss = _loss(setup, setup.eval_batches())
-        return BaseResult(self.factory.base_name, setup.choice.reason, loss, _measure(setup))
+        return BaseResult(self.factory.base_name, setup.choice.reason, loss, _evaluate(setup))
 
-    def run_member(
-        self,
-        method: Method,
-        train: TrainConfig,
-        run: RunConfig,
-        resume: bool,
-        measures: bool,
-        progress: Progress,
-    ) -> MemberResult:
-        """Train a member in the folder `run.out`/`run.name`, and measure it."""
-        setup = self.factory.build(method, train)
-        assert train.learning_rate is not None
-        assert run.name is not None
-        decay = train.weight_decay if setup.weight_decay is None else setup.weight_decay
-        config = replace(train, weight_decay=decay)
-        described: dict[str, Any] = {"method": method, "train": vars(config)}
-        described["learning_rate"] = train.learning_rate
+    def run_member(self, task: MemberTask, progress: Progress) -> MemberResult:
+        """Train a member in `task.folder` and evaluate it."""
+        setup = self.factory.build(task.method, task.train)
+        decay = task.train.weight_decay if setup.weight_decay is None else setup.weight_decay
+        config = replace(task.train, weight_decay=decay)
+        described: dict[str, Any] = {"method": task.method, "train": vars(config)}
+        described["learning_rate"] = task.learning_rate
         described |= {"device": setup.choice.reason, "base": self.factory.base_name}
-        torch.manual_seed(train.seed)
-        with create_run(run.out, run.name, resume=resume, described=described) as folder:
+        torch.manual_seed(config.seed)
+        with create_run(task.run.out, task.name, resume=task.resume, described=described) as run:
             result = run_training(
                 TrainingJob(
                     model=setup.model,
@@ -125,46 +121,41 @@ class FactoryTarget:
                     stream=setup.stream,
                     eval_batches=setup.eval_batches,
                     train_config=config,
-                    learning_rate=train.learning_rate,
-                    run_config=run,
-                    run=folder,
+                    learning_rate=task.learning_rate,
+                    run_config=task.run,
+                    run=run,
                     choice=setup.choice,
                     progress=progress,
-                    resume=resume,
+                    resume=task.resume,
                     steps=setup.choose_steps(config),
                 )
             )
-            folder.write_json("result.json", vars(result))
-            saved = folder.folder / ("model" if method == "full" else "adapter")
+            run.write_json("result.json", vars(result))
+            saved = run.folder / ("model" if task.method == "full" else "adapter")
             shutil.rmtree(saved, ignore_errors=True)
             setup.save(saved)
             counts = count_lora_parameters(setup.model)
             return MemberResult(
                 steps=result.steps,
                 train_s=result.train_s,
-                peak_memory_bytes=measured_peak(folder.folder, result.peak_memory_bytes),
+                peak_memory_bytes=measured_peak(run.folder, result.peak_memory_bytes),
                 planned_memory_bytes=None,
                 trainable_parameters=counts.trainable,
                 total_parameters=counts.total,
                 stored_bytes=stored_bytes(saved),
                 final_eval_loss=result.eval_loss,
                 best_eval_loss=result.best_eval_loss,
-                after=_measure(setup) if measures else ModelEvaluation(),
+                after=_evaluate(setup) if task.evaluate else ModelEvaluation(),
             )
 
     def try_rates(
-        self,
-        method: Method,
-        rates: tuple[float, ...],
-        train: TrainConfig,
-        run: RunConfig,
-        progress: Progress,
+        self, task: MemberTask, rates: tuple[float, ...], progress: Progress
     ) -> list[RateTrial]:
-        """Train at one rate after the other."""
-        return run_rate_trials(self.run_member, method, rates, train, run, progress)
+        """Train at one learning rate after the other."""
+        return run_rate_trials(self.run_member, task, rates, progress)
 
 
-def _measure(setup: MemberSetup) -> ModelEvaluation:
+def _evaluate(setup: MemberSetup) -> ModelEvaluation:
     text = loss = None
     if setup.forgetting is not None:
         text, batches = setup.forgetting

@@ -1,8 +1,8 @@
-"""PEFT's member of a comparison: LoRA by PEFT on transformers' model, as its users train it.
+"""The PEFT member of a comparison: LoRA by PEFT on transformers' model, as its users train it.
 
-Same base, rank, alpha, targets, batches, schedule and AdamW as the other members. A's first values
-are PEFT's own draws. The loop is lora's plain one: forward, backward, clip, AdamW, and one wait for
-the device a step; the loss is transformers' own, over the sum of a step's learned tokens.
+Base, rank, alpha, targets, batches, schedule and AdamW are those of the other members; the initial
+values of A are PEFT's own. The training loop is lora's plain one: forward, backward, clip, AdamW,
+and one wait for the device per step. The loss is transformers' own, summed over target tokens.
 """
 
 from __future__ import annotations
@@ -11,83 +11,63 @@ import importlib.util
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora.compare.target import TrainingOutcome
-from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.compare.decoder_job import DecoderJob
+from lora.compare.target import MemberTask, TrainingOutcome
+from lora.config import DataConfig, LoRAConfig
 from lora.data.prepare import PreparedData
 from lora.data.sequences.batches import IGNORE, Batch, BatchStream, ordered_batches
 from lora.device import DeviceChoice, choose_device
 from lora.errors import ConfigError, DependencyError
-from lora.finetune.job import FinetuneJob
 from lora.finetune.run import check_data
 from lora.pretrained.sources import find_model
 from lora.runs.directory import Run, create_run
 from lora.runs.progress import Progress
 from lora.training.trainer import TrainingJob, train
 
-if TYPE_CHECKING:
-    from lora.compare.decoder_target import DecoderTarget
-
 PACKAGES = ("peft", "transformers")
 
 
 def check_peft(lora: LoRAConfig, data_config: DataConfig) -> None:
-    """Raise DependencyError if PEFT is not installed, ConfigError for what it is not given here."""
+    """Raise DependencyError if PEFT is not installed, ConfigError for what its member cannot do."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise DependencyError(
-            f"A comparison with PEFT was asked for: {' and '.join(missing)} not installed. "
+            f"Cannot compare with PEFT: not installed: {', '.join(missing)}. "
             "Run: pip install 'lora-lm[bench]' — or leave --peft out."
         )
     if data_config.special_tokens:
         raise ConfigError(
-            "A comparison with PEFT was asked for with special_tokens: rows of added tokens train "
-            "in lora's members only. Leave out one or the other."
+            "Cannot compare with PEFT when special_tokens are added: the PEFT member does not "
+            "train the embedding rows of added tokens. Leave out --peft or --special-tokens."
         )
 
 
-def train_peft(
-    target: DecoderTarget, train_config: TrainConfig, run: RunConfig, resume: bool,
-    progress: Progress,
-) -> TrainingOutcome:  # fmt: skip
-    """Train PEFT's adapter in the folder `run.out`/`run.name`."""
-    choice = choose_device(run.device, train_config.precision)
-    source = find_model(target.model)
-    job = FinetuneJob(
-        data=target.data,
-        model=target.model,
-        eval_data=target.eval_data,
-        lora=target.lora,
-        train=train_config,
-        data_config=target.data_config,
-        run=run,
-        resume=resume,
-    )
-    data, _ = check_data(job, source.folder, progress)
-    model = build_peft(source.folder, target.lora, train_config.seed, choice)
-    assert train_config.learning_rate is not None
-    assert run.name is not None
-    described = _describe(target, train_config, data, choice, source.name)
-    with create_run(run.out, run.name, resume=resume, described=described) as opened:
-        result = train(
-            _training_job(model, data, train_config, run, opened, choice, resume, progress)
-        )
-        opened.write_json("result.json", asdict(result))
-        saved = opened.folder / "adapter"
+def train_peft(job: DecoderJob, task: MemberTask, progress: Progress) -> TrainingOutcome:
+    """Train PEFT's adapter in `task.folder`."""
+    choice = choose_device(task.run.device, task.train.precision)
+    source = find_model(job.model)
+    data, _ = check_data(job.finetune_job(task), source.folder, progress)
+    model = build_peft(source.folder, job.lora, task.train.seed, choice)
+    described = _describe(job, task, data, choice, source.name)
+    with create_run(task.run.out, task.name, resume=task.resume, described=described) as run:
+        result = train(_training_job(model, data, task, run, choice, progress))
+        run.write_json("result.json", asdict(result))
+        saved = run.folder / "adapter"
         shutil.rmtree(saved, ignore_errors=True)
         model.save_pretrained(saved)
         data.tokenizer.save(saved)
     return TrainingOutcome(
-        folder=opened.folder,
+        folder=run.folder,
         saved=saved,
         steps=result.steps,
         train_s=result.train_s,
         peak_memory_bytes=result.peak_memory_bytes,
-        planned_memory_bytes=None,
+        planned_memory_bytes=None,  # `lora plan` plans lora's own steps only
         eval_loss=result.eval_loss,
         best_eval_loss=result.best_eval_loss,
     )
@@ -123,15 +103,16 @@ def build_peft(folder: Path, lora: LoRAConfig, seed: int, choice: DeviceChoice) 
 
 
 def peft_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the loss sum in nats and the learned tokens, (1,) each: rows of one document each."""
+    """Return loss sum in nats and number of target tokens, (1,) each, for unpacked sequences."""
     return _loss(model, batch, (batch.document_ids >= 0).long())  # (B, T)
 
 
 def packed_peft_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The same of packed rows: a mask (B, 1, T, T) keeps documents apart."""
-    ids = batch.document_ids
+    """The same for packed sequences: a mask (B, 1, T, T) keeps documents apart."""
+    ids = batch.document_ids  # (B, T)
     causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
-    same = ids[:, None, :, None] == ids[:, None, None, :]  # padding sees padding: nothing is empty
+    # Padding attends to padding: a softmax over no position at all would be NaN.
+    same = ids[:, None, :, None] == ids[:, None, None, :]  # (B, 1, T, T)
     return _loss(model, batch, same & causal)
 
 
@@ -142,8 +123,8 @@ def _loss(model: nn.Module, batch: Batch, mask: Tensor) -> tuple[Tensor, Tensor]
         attention_mask=mask,
         position_ids=batch.position_ids,
         labels=batch.labels,
-        shift_labels=batch.labels,
-        num_items_in_batch=one,  # which makes transformers' mean a sum
+        shift_labels=batch.labels,  # our labels are shifted already
+        num_items_in_batch=one,  # transformers divides the sum by this: 1 keeps it a sum
     )
     return output.loss[None], (batch.labels != IGNORE).sum()[None]
 
@@ -151,49 +132,42 @@ def _loss(model: nn.Module, batch: Batch, mask: Tensor) -> tuple[Tensor, Tensor]
 def _training_job(
     model: nn.Module,
     data: PreparedData,
-    train_config: TrainConfig,
-    run: RunConfig,
-    opened: Run,
+    task: MemberTask,
+    run: Run,
     choice: DeviceChoice,
-    resume: bool,
     progress: Progress,
 ) -> TrainingJob:
-    rows, held_out = train_config.micro_batch_size, data.validation
-    assert held_out is not None
-    assert train_config.learning_rate is not None
+    micro_batch_size, validation = task.train.micro_batch_size, data.validation
+    assert validation is not None
     is_packed = len(data.train) < len(data.train_examples)
-    torch.manual_seed(train_config.seed)
+    torch.manual_seed(task.train.seed)
     return TrainingJob(
         model=model,
         loss_fn=packed_peft_loss if is_packed else peft_loss,
-        stream=BatchStream(data.train, rows, train_config.seed, choice.device),
-        eval_batches=lambda: ordered_batches(held_out, rows, choice.device),
-        train_config=train_config,
-        learning_rate=train_config.learning_rate,
-        run_config=run,
-        run=opened,
+        stream=BatchStream(data.train, micro_batch_size, task.train.seed, choice.device),
+        eval_batches=lambda: ordered_batches(validation, micro_batch_size, choice.device),
+        train_config=task.train,
+        learning_rate=task.learning_rate,
+        run_config=task.run,
+        run=run,
         choice=choice,
         progress=progress,
-        resume=resume,
+        resume=task.resume,
     )
 
 
 def _describe(
-    target: DecoderTarget,
-    train_config: TrainConfig,
-    data: PreparedData,
-    choice: DeviceChoice,
-    name: str,
+    job: DecoderJob, task: MemberTask, data: PreparedData, choice: DeviceChoice, name: str
 ) -> dict[str, Any]:
     assert data.validation is not None
     return {
         "model": name,
         "method": "peft",
         "device": choice.reason,
-        "learning_rate": train_config.learning_rate,
-        "lora": asdict(target.lora),
-        "train": asdict(train_config),
-        "data_config": asdict(target.data_config),
+        "learning_rate": task.learning_rate,
+        "lora": asdict(job.lora),
+        "train": asdict(task.train),
+        "data_config": asdict(job.data_config),
         "data": {
             "now": data.now.isoformat(),
             "fingerprint": data.train.fingerprint(),

@@ -39,19 +39,17 @@ from lora.compare.record import (
 from lora.compare.target import (
     BaseResult,
     ComparisonTarget,
+    MemberTask,
     base_result_from,
     member_result_from,
     remove_weights,
     short_run,
 )
-from lora.config import RunConfig
 from lora.errors import CheckpointError, TrainingError
 from lora.runs.directory import Run, create_run, default_name
 from lora.runs.disk import read_json, read_rows, reading
 from lora.runs.progress import NoProgress, Progress
-from lora.runs.read_record import (
-    step_times,
-)
+from lora.runs.read_record import step_times
 from lora.runs.subprocesses import run_in_subprocess
 
 BASE_FILE, MEMBER_FILE, RATES, TIMING = "base.json", "member.json", "rates", "timing"
@@ -166,9 +164,9 @@ def _call(
 
 
 def _choose_rate(job: _ComparisonJob, method: Method) -> RateChoice:
-    """Return the member's rate: the best of those tried, the one given, or the default."""
+    """Return the member's learning rate: the best of its trials, the given one, or the default."""
     config = job.config
-    if method == "peft":  # it is LoRA, and gets LoRA's
+    if method == "peft":  # it is LoRA too
         return _choose_rate(job, "lora")
     to_try = config.rates.to_try(method)
     if not to_try:
@@ -179,17 +177,21 @@ def _choose_rate(job: _ComparisonJob, method: Method) -> RateChoice:
         return RateChoice(config.default_rates[is_full], "default")
 
     def choose() -> dict[str, Any]:
-        train = replace(config.train, steps=config.steps_tried, learning_rate=None)
-        run = replace(config.run, out=job.run.folder / RATES, name=None)
-        title = f"rates of {METHOD_NAMES[method]}"
-        tried: list[RateTrial] = job.call(title, job.target.try_rates, method, to_try, train, run)
-        best = best_rate(tried)
+        template = MemberTask(
+            method=method,
+            train=replace(config.train, steps=config.steps_tried, learning_rate=None),
+            run=replace(config.run, out=job.run.folder / RATES, name=None),
+            evaluate=False,
+        )
+        title = f"learning rates of {METHOD_NAMES[method]}"
+        trials: list[RateTrial] = job.call(title, job.target.try_rates, template, to_try)
+        best = best_rate(trials)
         if best is None:
             raise TrainingError(
-                f"No rate of {METHOD_NAMES[method]} came through: {len(to_try)} were tried, from "
-                f"{min(to_try):g} to {max(to_try):g}. Give lower ones."
+                f"Cannot choose a learning rate for {METHOD_NAMES[method]}: all {len(to_try)} "
+                f"trials failed, from {min(to_try):g} to {max(to_try):g}. Try lower ones."
             )
-        return asdict(RateChoice(best, "sweep", tuple(tried), config.steps_tried))
+        return asdict(RateChoice(best, "sweep", tuple(trials), config.steps_tried))
 
     return job.once_as(f"{RATES}/{method}.json", choose, rate_choice_from)
 
@@ -203,14 +205,16 @@ def _choose_steps(
         return config.train.steps
 
     def choose() -> dict[str, Any]:
-        train = replace(config.train, steps=TIMED_STEPS, learning_rate=rate.learning_rate)
-        run = short_run(replace(config.run, out=job.run.folder / TIMING), method, TIMED_STEPS)
-        folder = run.out / method
-        shutil.rmtree(folder, ignore_errors=True)
-        title = f"time a step of {METHOD_NAMES[method]}"
-        job.call(title, job.target.run_member, method, train, run, False, False)
-        step_s = statistics.median(step_times(folder)[UNTIMED_STEPS:])
-        remove_weights(folder)
+        task = MemberTask(
+            method=method,
+            train=replace(config.train, steps=TIMED_STEPS, learning_rate=rate.learning_rate),
+            run=short_run(replace(config.run, out=job.run.folder / TIMING), method, TIMED_STEPS),
+            evaluate=False,
+        )
+        shutil.rmtree(task.folder, ignore_errors=True)
+        job.call(f"time per step of {METHOD_NAMES[method]}", job.target.run_member, task)
+        step_s = statistics.median(step_times(task.folder)[UNTIMED_STEPS:])
+        remove_weights(task.folder)
         return {"step_s": step_s, "steps": max(1, round(members[0].train_s / step_s))}
 
     return job.once_as(f"{TIMING}/{method}.json", choose, lambda found: int(found["steps"]))
@@ -226,20 +230,18 @@ def _run_member(
         resume = (folder / "run.json").is_file()
         if not resume:
             shutil.rmtree(folder, ignore_errors=True)  # killed before it began
-        config = replace(job.config.train, steps=steps, learning_rate=rate.learning_rate)
-        run = _member_run(job, method)
-        title = METHOD_NAMES[method]
-        task = job.target.run_member
-        return asdict(job.call(title, task, method, config, run, resume, True))
+        out = job.run.folder / MEMBERS
+        task = MemberTask(
+            method=method,
+            train=replace(job.config.train, steps=steps, learning_rate=rate.learning_rate),
+            run=replace(job.config.run, out=out, name=method, keep_checkpoints=1, patience=0),
+            resume=resume,
+        )
+        return asdict(job.call(METHOD_NAMES[method], job.target.run_member, task))
 
     trained = job.once_as(f"{MEMBERS}/{method}/{MEMBER_FILE}", train, member_result_from)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return build_member(method, folder, rate, trained, base.measured)
-
-
-def _member_run(job: _ComparisonJob, method: Method) -> RunConfig:
-    out = job.run.folder / MEMBERS
-    return replace(job.config.run, out=out, name=method, keep_checkpoints=1, patience=0)
 
 
 def _finish(

@@ -1,7 +1,7 @@
-"""What a comparison needs of the models it compares: the base measured, a member trained.
+"""The interface between a comparison and the models it compares.
 
-Two exist: `decoder_target.DecoderTarget` for real models and files of examples, and
-`factory.FactoryTarget` for any model that a factory builds. No torch here.
+`decoder_target.DecoderTarget` (pretrained models on files of examples) and `factory.FactoryTarget`
+(any model that a factory builds) implement it. No torch here.
 """
 
 from __future__ import annotations
@@ -30,23 +30,56 @@ RATE_TRIAL_FILE = "tried.json"
 
 @dataclass(frozen=True)
 class BaseResult:
-    """The base as it is before any training."""
+    """The base model before any training."""
 
     name: str
     device: str
-    """Where it computes, and why."""
+    """Which device it computes on, and why."""
     eval_loss: float
-    """Held-out loss, nats."""
+    """Validation loss, nats."""
     measured: ModelEvaluation
 
 
 @dataclass(frozen=True)
+class MemberTask:
+    """One member to train: method, settings, and where its run directory is."""
+
+    method: Method
+    train: TrainConfig
+    """With the member's own number of steps and learning rate."""
+    run: RunConfig
+    """`out`/`name` is the member's run directory."""
+    resume: bool = False
+    """Continue from the newest checkpoint in that directory."""
+    evaluate: bool = True
+    """Whether the saved weights are evaluated afterwards: other text, metric, samples. False for a
+    run of which only the losses or the times are wanted."""
+
+    @property
+    def name(self) -> str:
+        """Name of the run directory."""
+        assert self.run.name is not None  # a comparison names every member
+        return self.run.name
+
+    @property
+    def folder(self) -> Path:
+        """The run directory."""
+        return self.run.out / self.name
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate."""
+        assert self.train.learning_rate is not None  # a comparison resolves it beforehand
+        return self.train.learning_rate
+
+
+@dataclass(frozen=True)
 class TrainingOutcome:
-    """How a member's training ended, before what it saved is measured."""
+    """How a member's training ended, before its saved weights are evaluated."""
 
     folder: Path
     saved: Path
-    """The adapter's folder, or the whole model's."""
+    """The adapter's directory, or the whole model's."""
     steps: int
     train_s: float
     peak_memory_bytes: int
@@ -56,95 +89,79 @@ class TrainingOutcome:
 
 
 class ComparisonTarget(Protocol):
-    """Models to compare; it is pickled into the process of each member."""
+    """Models to compare. It is pickled into the subprocess of each member."""
 
     def described(self) -> dict[str, Any]:
-        """Return what must be the same again for a comparison to be resumed."""
+        """Return the settings that must be equal for a comparison to be resumed."""
 
     def check(self, methods: tuple[Method, ...], train: TrainConfig) -> None:
         """Raise for what no member can do, before anything is written."""
 
     def measure_base(self, train: TrainConfig, run: RunConfig, progress: Progress) -> BaseResult:
-        """Measure the base."""
+        """Evaluate the base model."""
 
-    def run_member(
-        self,
-        method: Method,
-        train: TrainConfig,
-        run: RunConfig,
-        resume: bool,
-        measures: bool,
-        progress: Progress,
-    ) -> MemberResult:
-        """Train a member in the folder `run.out`/`run.name`, and measure what was saved."""
+    def run_member(self, task: MemberTask, progress: Progress) -> MemberResult:
+        """Train a member in `task.folder` and evaluate what it saved."""
 
     def try_rates(
-        self,
-        method: Method,
-        rates: tuple[float, ...],
-        train: TrainConfig,
-        run: RunConfig,
-        progress: Progress,
+        self, task: MemberTask, rates: tuple[float, ...], progress: Progress
     ) -> list[RateTrial]:
-        """Return the held-out loss at the end of a training at each rate, the folder `run.out`."""
+        """Return the final validation loss at each learning rate; all runs go into `task.run.out`.
+
+        `task` has neither a learning rate nor a name of its own.
+        """
 
 
-RunMember = Callable[[Method, TrainConfig, RunConfig, bool, bool, Progress], MemberResult]
+RunMember = Callable[[MemberTask, Progress], MemberResult]
 
 
 def run_rate_trials(
-    run_member: RunMember,
-    method: Method,
-    rates: tuple[float, ...],
-    train: TrainConfig,
-    run: RunConfig,
-    progress: Progress,
+    run_member: RunMember, task: MemberTask, rates: tuple[float, ...], progress: Progress
 ) -> list[RateTrial]:
-    """Train at one rate after the other; of each its metrics are kept, and its loss.
+    """Train at one learning rate after the other; of each run only the metrics and losses stay.
 
-    Those that an interrupted call has finished are not repeated.
+    Trials that an interrupted call has finished are read, not repeated.
     """
     found = []
     for number, rate in enumerate(rates, start=1):
-        name = f"{method}-{rate:g}"
-        folder = run.out / name
-        if not (folder / RATE_TRIAL_FILE).is_file():
-            shutil.rmtree(folder, ignore_errors=True)  # of a try that was killed
-            progress.message(f"rate {number} of {len(rates)}: {rate:g}")
-            config, own = replace(train, learning_rate=rate), short_run(run, name, train.steps)
-            tried = _try(run_member, method, config, own, progress)
-            Run(folder).write_json(RATE_TRIAL_FILE, asdict(tried))
-        with reading(folder / RATE_TRIAL_FILE):
-            found.append(RateTrial(**read_json(folder / RATE_TRIAL_FILE)))
+        name = f"{task.method}-{rate:g}"
+        trial = MemberTask(
+            method=task.method,
+            train=replace(task.train, learning_rate=rate),
+            run=short_run(task.run, name, task.train.steps),
+            evaluate=False,
+        )
+        path = trial.folder / RATE_TRIAL_FILE
+        if not path.is_file():
+            shutil.rmtree(trial.folder, ignore_errors=True)  # of a trial that was killed
+            progress.message(f"learning rate {number} of {len(rates)}: {rate:g}")
+            Run(trial.folder).write_json(path.name, asdict(_run_trial(run_member, trial, progress)))
+        with reading(path):
+            found.append(RateTrial(**read_json(path)))
     return found
 
 
 def short_run(run: RunConfig, name: str, steps: int) -> RunConfig:
-    """Return the settings of a run that is measured at its end only."""
+    """Return the settings of a run that is evaluated and saved after its last step only."""
     return replace(
         run, name=name, eval_every_steps=steps, save_every_steps=steps, keep_checkpoints=1,
         patience=0, samples=0, tensorboard=False,
     )  # fmt: skip
 
 
-def _try(
-    run_member: RunMember, method: Method, train: TrainConfig, run: RunConfig, progress: Progress
-) -> RateTrial:
-    rate = train.learning_rate
-    assert rate is not None
-    folder = run.out / str(run.name)
+def _run_trial(run_member: RunMember, trial: MemberTask, progress: Progress) -> RateTrial:
     try:
-        loss: float | None = run_member(method, train, run, False, False, progress).final_eval_loss
+        loss: float | None = run_member(trial, progress).final_eval_loss
     except TrainingError as error:
-        progress.message(f"rate {rate:g} failed: {error}")
+        progress.message(f"learning rate {trial.learning_rate:g} failed: {error}")
         loss = None
     finally:
-        remove_weights(folder)
-    return RateTrial(rate, loss)
+        remove_weights(trial.folder)
+    return RateTrial(trial.learning_rate, loss)
 
 
 def remove_weights(folder: Path) -> None:
-    """Remove what a short run saved: only its losses are wanted."""
+    """Remove the weights that a short run saved: only its metrics are wanted."""
     for name in ("checkpoints", "adapter", "model"):
         shutil.rmtree(folder / name, ignore_errors=True)
 

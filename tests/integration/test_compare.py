@@ -20,7 +20,8 @@ import torch
 from lora.cli import main
 from lora.compare import CompareResult, compare
 from lora.compare.config import CompareConfig, LearningRates
-from lora.compare.decoder_target import DecoderTarget, EvaluationConfig
+from lora.compare.decoder_job import EvaluationConfig
+from lora.compare.decoder_target import DecoderTarget
 from lora.compare.record import read_comparison
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.reading.orders import make_orders
@@ -49,7 +50,9 @@ def target(tiny_folder: Path) -> DecoderTarget:
         eval_data=make_orders("validation", 6),
         lora=LoRAConfig(rank=4, dropout=0.1),
         data_config=DataConfig(max_length=160),
-        measures=EvaluationConfig(forgetting_data=[{"text": "the sea was calm that night " * 20}]),
+        evaluation=EvaluationConfig(
+            forgetting_data=[{"text": "the sea was calm that night " * 20}]
+        ),
     )
 
 
@@ -126,8 +129,8 @@ def test_each_member_is_what_finetune_makes_alone_and_the_base_stays(
 def test_the_record_says_all_that_was_measured(
     target: DecoderTarget, config: CompareConfig
 ) -> None:
-    measures = replace(target.measures, metric="json-fields", answers=2, answer_tokens=4)
-    done = compare(replace(target, measures=measures), config)
+    evaluation = replace(target.evaluation, metric="json-fields", answers=2, answer_tokens=4)
+    done = compare(replace(target, evaluation=evaluation), config)
     values = read_json(done.folder / "compare.json")
     assert values["kind"] == "compare"
     assert (values["base"], values["same"], values["seed"]) == ("tiny", "steps", 1337)
@@ -250,18 +253,18 @@ def test_data_that_cannot_be_measured_are_refused_before_anything_is_written(
     target: DecoderTarget, config: CompareConfig
 ) -> None:
     texts = [{"text": f"number {n} is a plain text of some length"} for n in range(20)]
-    measures = replace(target.measures, metric="exact-match")
-    with pytest.raises(DataError, match="asks anything"):
-        compare(replace(target, data=texts, eval_data=texts, measures=measures), config)
+    evaluation = replace(target.evaluation, metric="exact-match")
+    with pytest.raises(DataError, match="none has a question"):
+        compare(replace(target, data=texts, eval_data=texts, evaluation=evaluation), config)
     nothing_held_out = replace(target.data_config, eval_fraction=0.0)
     with pytest.raises(DataError, match="nothing is held out"):
         compare(replace(target, eval_data=None, data_config=nothing_held_out), config)
     chats = make_orders("validation", 4)
     for row in chats:
         row["messages"][1]["content"] = "no object"
-    measures = replace(target.measures, metric="json-fields")
+    evaluation = replace(target.evaluation, metric="json-fields")
     with pytest.raises(DataError, match="exact-match"):
-        compare(replace(target, eval_data=chats, measures=measures), config)
+        compare(replace(target, eval_data=chats, evaluation=evaluation), config)
     assert not config.run.out.joinpath("run").exists()
 
 

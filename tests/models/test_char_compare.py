@@ -23,6 +23,7 @@ MEMBER = f"""
 import os, signal, sys
 from pathlib import Path
 from lora.compare.factory import FactoryTarget
+from lora.compare.target import MemberTask
 from lora.config import RunConfig
 from lora.runs.progress import NoProgress
 from models.char_compare import CharFactory
@@ -42,7 +43,8 @@ settings = ClassicSettings(
 run = RunConfig(out=Path(out), name="member", eval_every_steps=6, save_every_steps=3)
 target = FactoryTarget(CharFactory(settings, Path(base)))
 train = settings.train_config()
-target.run_member(method, train, run, Path(out, "member").exists(), False, Kill())
+task = MemberTask(method, train, run, resume=Path(out, "member").exists(), evaluate=False)
+target.run_member(task, Kill())
 """
 
 

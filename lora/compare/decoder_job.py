@@ -1,0 +1,104 @@
+"""Pretrained models in a comparison: the model, the training data, and what is evaluated.
+
+No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+from lora.compare.target import MemberTask
+from lora.config import DataConfig, LoRAConfig
+from lora.data.reading.readers import Source
+from lora.errors import ConfigError, did_you_mean, gather
+
+if TYPE_CHECKING:
+    from lora.finetune.job import FinetuneJob
+
+Metric = Literal["none", "exact-match", "json-fields"]
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is evaluated besides speed, memory and validation loss."""
+
+    forgetting_data: Source | None = None
+    """Another text, not trained on, whose loss is measured before and after training; None takes
+    the prose of Python's own documentation."""
+    metric: Metric = "none"
+    """Score of generated answers: exact-match, or json-fields (share of the fields of a JSON object
+    that are right)."""
+    test_data: Source | None = None
+    """Examples whose answers are scored; None takes the validation examples."""
+    answers: int = 40
+    """Maximum number of examples that are answered for the metric."""
+    answer_tokens: int = 128
+    """Maximum number of tokens of such an answer."""
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.metric not in get_args(Metric):
+            near = did_you_mean(str(self.metric), get_args(Metric))
+            faults.append(f"metric={self.metric!r}. Allowed: {', '.join(get_args(Metric))}.{near}")
+        for name in ("answers", "answer_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                faults.append(f"{name}={value!r}. Allowed: an int ≥ 1")
+        if self.test_data is not None and self.metric == "none":
+            faults.append("test_data without metric: name the metric to compute on it")
+        if faults:
+            heading = "Cannot evaluate the members with these settings:"
+            raise ConfigError(gather(faults, heading, "Change them."))
+
+
+@dataclass(frozen=True)
+class DecoderJob:
+    """A pretrained model, the data to train on, LoRA's settings, and what is evaluated."""
+
+    data: Source
+    """A file or directory of examples, or a list of dicts."""
+    model: str | None = None
+    """A directory, a .gguf file, a hub's owner/name; None: SmolLM2-135M-Instruct."""
+    eval_data: Source | None = None
+    """Validation examples; None splits some off `data`."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    data_config: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def described(self) -> dict[str, Any]:
+        """Return the settings that must be equal for a comparison to be resumed."""
+        sources = {"data": self.data, "eval_data": self.eval_data}
+        return {
+            "model": self.model,
+            "lora": asdict(self.lora),
+            "data_config": {k: _json_value(v) for k, v in asdict(self.data_config).items()},
+            **{name: _json_value(source) for name, source in sources.items()},
+            "measures": {name: _json_value(v) for name, v in vars(self.evaluation).items()},
+        }
+
+    def finetune_job(self, task: MemberTask) -> FinetuneJob:
+        """Return the member as a job of `lora finetune`; it generates no samples while training."""
+        from lora.finetune.job import FinetuneJob  # which imports torch
+
+        return FinetuneJob(
+            data=self.data,
+            model=self.model,
+            eval_data=self.eval_data,
+            lora=None if task.method == "full" else self.lora,
+            train=task.train,
+            data_config=self.data_config,
+            run=replace(task.run, samples=0),
+            resume=task.resume,
+        )
+
+
+def _json_value(value: object) -> object:
+    """Return a source or setting as run.json has it; of rows in memory only their number."""
+    if value is None or isinstance(value, str | int | float | tuple):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    return f"{len(list(cast(Iterable[Any], value)))} rows given in Python"
