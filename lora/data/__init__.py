@@ -1,0 +1,1 @@
+"""From data files to batches: reading, chat templates, tokenizers, packed sequences."""

@@ -1,0 +1,1 @@
+"""The network alone: architecture from config.json, attention, blocks, KV cache, fp8 linears."""

@@ -1,8 +1,8 @@
-"""Who attends to whom, decided once per forward, and the attention modules.
+"""Attention modules, and the masks that all blocks of a forward share.
 
-A token attends to the tokens of its own document at its own position and before, and inside the
-window where its block has one. Padding is document −1: it attends to padding, so that no row is
-empty (an empty row would be NaN), and nothing attends to it.
+A token attends to the tokens of its own document at its own position and before, limited to a
+window if its block has one. Padding is document −1: it attends to padding, so that no row of the
+mask is empty (softmax would give NaN), and no other token attends to it.
 """
 
 from __future__ import annotations
@@ -23,31 +23,32 @@ NO_CACHE = NoCache()
 
 @dataclass(frozen=True)
 class TokenPositions:
-    """Where the tokens of a forward stand."""
+    """Positions and documents of the tokens of a forward."""
 
     position_ids: Tensor
     """(B or 1, T) int64."""
     document_ids: Tensor | None
-    """(B, T) int64; None where every row is one document without padding."""
+    """(B, T) int64; None if every sequence is one document without padding."""
     cache: KVCache | NoCache
 
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """What the blocks with one window may attend to."""
+    """The mask of all blocks with the same window."""
 
     mask: Tensor | None
-    """(B or 1, 1, T, S) bool, true where a query may attend; None: every key, unless causal."""
+    """(B or 1, 1, T, S) bool, true where a query may attend to a key; None: no explicit mask."""
     is_causal: bool
+    """Without an explicit mask: whether a query attends to its own and earlier keys only."""
 
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What all blocks of one forward share."""
+    """What the attention of every block of a forward needs besides x: made once, used by all."""
 
     tables: dict[RopeConfig | None, Tables]
     masks: dict[int | None, AttentionMask]
-    """By the window, in tokens."""
+    """By window, in tokens."""
     cache: KVCache | NoCache
 
 
@@ -57,10 +58,10 @@ def resolve_positions(
     document_ids: Tensor | None,
     cache: KVCache | None,
 ) -> TokenPositions:
-    """Return where the tokens `input_ids` (B, T) stand; a cache takes note of them.
+    """Return positions and documents of `input_ids` (B, T); a cache stores them too.
 
     Positions left out count up within each document; with a filled cache, positions and
-    documents left out continue each row's last token.
+    documents left out continue each sequence's last token.
     """
     n_new, device = input_ids.shape[1], input_ids.device
     is_one = _is_one_document(document_ids, cache)
@@ -73,14 +74,14 @@ def resolve_positions(
         position_ids = steps[None] if is_one else positions_within(document_ids, steps)  # (B|1, T)
     if cache is None:
         return TokenPositions(position_ids, None if is_one else document_ids, NO_CACHE)
-    noted = torch.zeros_like(input_ids) if document_ids is None else document_ids  # (B, T)
-    cache.begin(position_ids, noted, is_one_document=is_one)
+    documents = torch.zeros_like(input_ids) if document_ids is None else document_ids  # (B, T)
+    cache.begin(position_ids, documents, is_one_document=is_one)
     is_one = cache.is_one_document
-    return TokenPositions(position_ids, None if is_one else noted, cache)
+    return TokenPositions(position_ids, None if is_one else documents, cache)
 
 
 def positions_within(document_ids: Tensor | None, steps: Tensor) -> Tensor:
-    """Return positions (B, T) that begin at 0 with every run of equal document ids (B, T)."""
+    """Return positions (B, T) that restart at 0 with every run of equal document ids (B, T)."""
     assert document_ids is not None
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
@@ -95,13 +96,15 @@ def _is_one_document(document_ids: Tensor | None, cache: KVCache | None) -> bool
     if cache is not None and cache.n_tokens:
         first = cache.documents[:, :1]
     elif document_ids.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False  # the host cannot ask while a graph is captured: a mask is always right
-    # The host waits for the device here, before anything is launched: a mask would cost more.
+        return (
+            False  # no host sync while a CUDA graph is captured: an explicit mask is always right
+        )
+    # The host waits for the device here, before the forward is launched: a mask would cost more.
     return bool((document_ids == first).all())
 
 
 def build_mask(tokens: TokenPositions, window_tokens: int | None) -> AttentionMask:
-    """Return what blocks with this window (None: global) may attend to."""
+    """Return the mask of blocks with this window (None: global attention)."""
     n_new, cache = tokens.position_ids.shape[1], tokens.cache
     n_keys = cache.n_tokens or n_new
     if window_tokens is not None and window_tokens >= n_keys:
@@ -126,8 +129,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -
     """Return softmax(q kᵀ · scale) v; q (B, H, T, D), k and v (B, heads, S, D) -> (B, T, H·D)."""
     is_shared = q.shape[1] != k.shape[1]
     if is_shared and mask.mask is not None and q.is_cuda:
-        # CUDA's memory-efficient kernel takes masks but no shared heads; what takes both would
-        # hold the logits of all pairs, (B, H, T, S).
+        # CUDA's memory-efficient kernel supports masks but not GQA; the kernel that supports both
+        # materialises all logits, (B, H, T, S).
         k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
         is_shared = False
     y = F.scaled_dot_product_attention(
@@ -142,7 +145,7 @@ def repeat_heads(x: Tensor, n_heads: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Llama's attention: separate projections, shared key/value heads, rotary positions."""
+    """Llama's attention: separate q, k and v projections, grouped-query heads, rotary positions."""
 
     def __init__(
         self, config: DecoderConfig, layer: LayerConfig, index: int, norm: type[nn.Module]

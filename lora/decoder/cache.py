@@ -1,4 +1,4 @@
-"""Keys and values of the tokens already seen, so that a new token costs one forward of itself."""
+"""Key/value cache for generation: a new token costs a forward of that token alone."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from lora.errors import ModelError
 
 
 class NoCache:
-    """What a forward without a cache uses: gives back what it gets."""
+    """Stands in for the cache in a forward without one: returns what it gets."""
 
     n_tokens = 0
 
     def append(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `keys` and `values` as they are."""
+        """Return `keys` and `values` unchanged."""
         return keys, values
 
 
 class KVCache:
-    """Room for the keys and values of `max_tokens` tokens in each of B rows, for inference.
+    """Keys and values of up to `max_tokens` tokens in each of B sequences, for inference.
 
-    All rows advance together: pad prompts of different length on the left, with document −1.
-    `positions` and `documents` are (B, max_tokens) int64; `n_tokens` slots are filled. Nothing
-    stored carries a gradient.
+    All sequences advance together: pad prompts of different lengths on the left, with document −1.
+    `positions` and `documents` are (B, max_tokens) int64, `keys` and `values` (B, heads,
+    max_tokens, D) per block; `n_tokens` slots are filled. Nothing stored carries a gradient.
     """
 
     def __init__(
@@ -44,25 +44,21 @@ class KVCache:
         self.documents = torch.zeros(batch_size, max_tokens, dtype=torch.int64, device=device)
         self.n_tokens = 0
         self.is_one_document = True
-        """Whether every row holds one document and no padding: then no mask is needed."""
+        """Whether every sequence is one document without padding: then no mask is needed."""
 
     @property
     def max_tokens(self) -> int:
-        """Slots in each row."""
+        """Slots per sequence."""
         return self.positions.shape[1]
 
-    def reset(self) -> None:
-        """Forget everything; the memory is kept."""
-        self.n_tokens, self.is_one_document = 0, True
-
     @torch.no_grad()
-    def select_sequences(self, rows: Tensor) -> None:
-        """Keep only `rows` (int64, ≤ B of them, any order): drops sequences that have ended."""
+    def select_sequences(self, indices: Tensor) -> None:
+        """Keep only the sequences at `indices` (int64, ≤ B, any order): drops finished ones."""
         for tensors in (self.keys, self.values):
             for i, tensor in enumerate(tensors):
-                tensors[i] = tensor.index_select(0, rows)
-        self.positions = self.positions.index_select(0, rows)
-        self.documents = self.documents.index_select(0, rows)
+                tensors[i] = tensor.index_select(0, indices)
+        self.positions = self.positions.index_select(0, indices)
+        self.documents = self.documents.index_select(0, indices)
 
     def continued(self, n_new: int) -> tuple[Tensor, Tensor]:
         """Return the positions and documents (B, n_new) that follow the last stored token."""
@@ -74,17 +70,17 @@ class KVCache:
         )
 
     def begin(self, position_ids: Tensor, document_ids: Tensor, *, is_one_document: bool) -> None:
-        """Take room for new tokens (B, T) and note where they stand.
+        """Reserve slots for new tokens (B, T) and store their positions and documents.
 
-        Raises ModelError if there is no room for them.
+        Raises ModelError if there are too few slots.
         """
-        rows, room = self.positions.shape
+        n_sequences, max_tokens = self.positions.shape
         start, n_new = self.n_tokens, document_ids.shape[1]
-        if start + n_new > room or document_ids.shape[0] != rows:
+        if start + n_new > max_tokens or document_ids.shape[0] != n_sequences:
             raise ModelError(
-                f"The cache was asked to take {n_new} more tokens for {document_ids.shape[0]} "
-                f"rows: it has {rows} rows of {room} tokens, {start} of them filled. Make a "
-                "larger one with model.new_cache(batch_size, max_tokens)."
+                f"Cannot cache {n_new} more tokens for a batch of {document_ids.shape[0]}: the "
+                f"cache has batch size {n_sequences} and max_tokens {max_tokens}, {start} of them "
+                "filled. Make a larger one with model.new_cache(batch_size, max_tokens)."
             )
         self.positions[:, start : start + n_new] = position_ids
         self.documents[:, start : start + n_new] = document_ids
@@ -95,7 +91,7 @@ class KVCache:
     def append(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store block `index`'s new keys and values (B, heads, T, D); return all (B, heads, S, D).
 
-        The slots are those that `begin` took.
+        The slots are those that `begin` reserved.
         """
         end = self.n_tokens
         start = end - keys.shape[2]

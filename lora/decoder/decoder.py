@@ -24,12 +24,12 @@ INIT_STD = 0.02
 
 
 def _empty_embedding(rows: int, width: int) -> nn.Embedding:
-    """Return an embedding without drawing it: on the meta device a draw loads torch's compiler."""
+    """Return an embedding without random init, which on the meta device loads torch's compiler."""
     return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
 
 
 class Trunk(nn.Module):
-    """Everything but the output head; the subclasses give the parts their family's names."""
+    """Everything but the output head; subclasses name the parts as their family does."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Trunk(nn.Module):
         self.windows = {layer.window_tokens for layer in config.layers}
 
     def embedding(self) -> nn.Module:
-        """Return the module that turns tokens into vectors."""
+        """Return the token embedding."""
         raise NotImplementedError
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class Trunk(nn.Module):
     def through_blocks(
         self, x: Tensor, positions: TokenPositions
     ) -> Tensor:  # (B, T, C) -> (B, T, C)
-        """Return what the blocks and the final norm make of first hidden states."""
+        """Return the output of the blocks and the final norm, given the embedded tokens."""
         inputs = AttentionInputs(
             tables={
                 config: rope.tables(positions.position_ids, x.dtype)
@@ -106,7 +106,7 @@ class LlamaTrunk(Trunk):
 
 
 class GemmaTrunk(LlamaTrunk):
-    """Gemma's trunk: embeddings are scaled, by a factor rounded to their type as in training."""
+    """Gemma's trunk: embeddings are scaled, by a factor rounded to their dtype as in training."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
@@ -141,13 +141,13 @@ class GPT2Trunk(Trunk):
         return self.ln_f
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        most = self.config.max_position_embeddings
-        # On a GPU only the length is checked: to look at the positions the host would wait.
+        limit = self.config.max_position_embeddings
+        # On a GPU only the length is checked: reading the positions would make the host wait.
         longest = input_ids.shape[1] if position_ids.is_cuda else int(position_ids.max()) + 1
-        if longest > most:
+        if longest > limit:
             raise ModelError(
-                f"{longest} positions were asked of a model that has learned {most}. "
-                f"Use rows of at most {most} tokens."
+                f"Cannot run {longest} positions: this model has learned position embeddings for "
+                f"{limit}. Use sequences of at most {limit} tokens."
             )
         return self.wte(input_ids) + self.wpe(position_ids)  # (B, T, C)
 
@@ -157,15 +157,15 @@ _TRUNKS: dict[str, tuple[str, type[Trunk]]] = {
     "sandwich": ("model", GemmaTrunk),
     "gpt2": ("transformer", GPT2Trunk),
 }
-"""Kind of block -> Hugging Face's name of the trunk, and its class."""
+"""Kind of block -> Hugging Face's name for the trunk, and its class."""
 
 
 class Decoder(nn.Module):
     """A causal language model whose parameters have exactly Hugging Face's names.
 
     Made by `build_decoder` (random values) or `load_decoder`. `position_ids` and `document_ids`
-    are (B, T) int64, see `lora.data.sequences.batches`; left out, every row is one document from
-    position 0, or with a filled cache the continuation of each row's last token.
+    are (B, T) int64, see `lora.data.sequences.batches`; if they are left out, every sequence is
+    one document from position 0, or with a filled cache continues its last token.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -189,7 +189,7 @@ class Decoder(nn.Module):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Return the logits (B, T, V) of `input_ids` (B, T); `cache` takes the tokens in."""
+        """Return the logits (B, T, V) of `input_ids` (B, T); `cache` stores the tokens."""
         x = self.trunk(input_ids, position_ids, document_ids, cache)  # (B, T, C)
         return self.lm_head(x)
 
@@ -201,7 +201,7 @@ class Decoder(nn.Module):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Return what the output head would get: (B, T, C) after the final norm."""
+        """Return the output head's input: (B, T, C) after the final norm."""
         return self.trunk(input_ids, position_ids, document_ids, cache)
 
     def output_head(self) -> nn.Linear:
@@ -209,11 +209,11 @@ class Decoder(nn.Module):
         return self.lm_head
 
     def get_output_embeddings(self) -> nn.Linear:
-        """Return the output head, under the name that transformers' models have for it."""
+        """Return the output head, under the name it has in transformers."""
         return self.lm_head
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the token embedding, under the name that transformers' models have for it."""
+        """Return the token embedding, under the name it has in transformers."""
         return self.trunk.embedding()
 
     def tie_head(self) -> None:
@@ -228,17 +228,17 @@ class Decoder(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> KVCache:
-        """Return an empty cache of `batch_size` rows with room for `max_tokens` tokens each.
+        """Return an empty cache for `batch_size` sequences of up to `max_tokens` tokens each.
 
-        Type and device are those of the model's first parameter where they are left out.
+        `dtype` and `device` default to those of the model's first parameter.
         """
         first = next(self.parameters())
-        place = first.device if device is None else torch.device(device)
-        return KVCache(self.config, batch_size, max_tokens, dtype or first.dtype, place)
+        device = first.device if device is None else torch.device(device)
+        return KVCache(self.config, batch_size, max_tokens, dtype or first.dtype, device)
 
 
 def build_empty_decoder(config: DecoderConfig) -> Decoder:
-    """Return a decoder without values: every parameter is on the meta device."""
+    """Return a decoder without values: all parameters are on the meta device."""
     with torch.device("meta"):
         return Decoder(config)
 
@@ -250,9 +250,9 @@ def build_decoder(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Decoder:
-    """Return a decoder with random values: normal with std 0.02, biases 0, norms neutral.
+    """Return a decoder with random values: normal with std 0.02, biases 0, norms the identity.
 
-    The draw is made on the CPU in fp32, so a seed gives the same values on every device.
+    Values are drawn on the CPU in fp32, so a seed gives the same values on every device.
     """
     model = build_empty_decoder(config)
     generator = torch.Generator().manual_seed(seed)

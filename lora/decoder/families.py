@@ -1,8 +1,8 @@
-"""The supported families as small deltas, and config.json → DecoderConfig.
+"""The supported model families as small deltas from Llama, and config.json → DecoderConfig.
 
-A family is a row of `FAMILIES`: what its fields are called, what transformers takes where one is
-absent, and where it departs from Llama. Fields that change the result and that we do not compute
-are refused by name. Known and left out: dropout in training (LoRA has its own), token ids,
+A family is a row of `FAMILIES`: its names of the fields, transformers' defaults for absent ones,
+and where it departs from Llama. Unsupported fields that would change the result are refused by
+name. Known and ignored: dropout in training (LoRA has its own), token ids,
 `reorder_and_upcast_attn` (precision only), `pretraining_tp`.
 """
 
@@ -18,13 +18,20 @@ from lora.decoder.config import (
     DecoderConfig,
     FeedForwardConfig,
     LayerConfig,
-    RopeConfig,
 )
-from lora.decoder.fields import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_SIZE, Fields, read_rope
+from lora.decoder.family_layers import (
+    FULL,
+    gemma3_layers,
+    gpt2_layers,
+    mistral_layers,
+    plain_layers,
+    qwen_layers,
+    smollm3_layers,
+)
+from lora.decoder.fields import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_SIZE, Fields
 from lora.errors import ModelError, did_you_mean, gather
 
 ACTIVATION_NAMES = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 _NEUTRAL: dict[str, Any] = {
     "attention_bias": False,
@@ -55,61 +62,61 @@ _NEUTRAL: dict[str, Any] = {
     "no_rope_layers": None,
     "text_config": None,
 }
-"""Fields that change the result, with the value at which they do not; checked where the family
-does not read them."""
+"""Fields that change the result, with the value at which they do not; checked if the family does
+not read them."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row: how a family departs from Llama."""
+    """How one family departs from Llama."""
 
     architecture: str
     """Class name in `architectures`."""
     layers: Callable[[Fields, int, float], tuple[LayerConfig, ...]]
-    """(fields, number of layers, scale of the attention logits) -> the blocks."""
+    """(fields, number of blocks, scale of the attention logits) -> the blocks' settings."""
     names: dict[str, str] = field(default_factory=dict)
-    """Our names of fields -> the family's own."""
+    """Our field names -> the family's own."""
     defaults: dict[str, Any] = field(default_factory=dict)
-    """What transformers takes where a field is absent, by our names."""
+    """Transformers' defaults for absent fields, by our names."""
     block: BlockKind = "pre_norm"
     qkv_bias: bool | None = None
-    """None: the field attention_bias decides, for the output projection too."""
+    """None: read from the field attention_bias, also for the output projection."""
     mlp_bias: bool | None = False
-    """None: the field mlp_bias decides."""
+    """None: read from the field mlp_bias."""
     qk_norm: bool = False
     embeddings_are_scaled: bool = False
 
 
 def decoder_config(config: dict[str, Any]) -> DecoderConfig:
-    """Return what the contents of a config.json describe (transformers 4 and 5 layouts).
+    """Return the architecture that a config.json describes (transformers 4 and 5 layouts).
 
     Raises ModelError for an architecture that is not supported, and one ModelError that lists
-    every field that is missing, out of range, or changes the result in a way we do not compute.
+    every field that is missing, out of range, or asks for something that is not supported.
     """
     model_type = _find_family(config)
     family = FAMILIES[model_type]
     fields = Fields(config, family.names, family.defaults)
-    hidden_size = fields.count("hidden_size", most=MAX_SIZE)
-    heads = fields.count("num_attention_heads", most=MAX_HEADS)
+    hidden_size = fields.count("hidden_size", maximum=MAX_SIZE)
+    heads = fields.count("num_attention_heads", maximum=MAX_HEADS)
     attention = _attention(fields, family, hidden_size, heads)
     feed_forward = _feed_forward(fields, family, hidden_size)
     scale = attention.head_dim**-0.5
     if "query_pre_attn_scalar" in family.defaults:
         scale = fields.number("query_pre_attn_scalar") ** -0.5
-    n_layers = fields.count("num_hidden_layers", most=MAX_LAYERS)
+    n_layers = fields.count("num_hidden_layers", maximum=MAX_LAYERS)
     parts: dict[str, Any] = {
-        "vocab_size": fields.count("vocab_size", most=MAX_SIZE),
+        "vocab_size": fields.count("vocab_size", maximum=MAX_SIZE),
         "max_position_embeddings": fields.count("max_position_embeddings"),
         "norm_eps": fields.number("rms_norm_eps"),
         "tie_word_embeddings": fields.flag("tie_word_embeddings"),
         "layers": family.layers(fields, n_layers, scale),
     }
-    _note_unsupported(fields)
+    _check_unsupported(fields)
     if fields.faults:
-        heading = f"config.json of a {model_type!r} model has fields that cannot be honoured:"
+        heading = f"Cannot build this {model_type!r} model: config.json has unsupported fields:"
         advice = (
-            "Nothing was ignored. Correct the field if it is wrong; if the model does need it, "
-            "load it with transformers and adapt the object with lora.apply_lora(model, config)."
+            "Correct a field that is wrong. If the model needs it, load the model with "
+            "transformers and adapt the object with lora.apply_lora(model, config)."
         )
         raise ModelError(gather(fields.faults, heading, advice))
     return DecoderConfig(
@@ -139,9 +146,9 @@ def _find_family(config: dict[str, Any]) -> str:
         known, seen = [FAMILIES[model_type].architecture], f"architectures=[{named!r}]"
     near = did_you_mean(model_type or str(named), known)
     raise ModelError(
-        f"A decoder was asked for, and config.json says {seen}. Supported here: "
-        f"{', '.join(known)}.{near} A model of another architecture can be loaded with "
-        "transformers and adapted in Python: lora.apply_lora(model, LoRAConfig())."
+        f"Cannot build a decoder: config.json says {seen}. Supported: {', '.join(known)}.{near} "
+        "Load a model of another architecture with transformers and adapt it in Python: "
+        "lora.apply_lora(model, LoRAConfig())."
     )
 
 
@@ -151,8 +158,8 @@ def _attention(fields: Fields, family: Family, hidden_size: int, heads: int) -> 
         fields.faults.append(f"hidden size {hidden_size} is not a multiple of {heads} heads")
     return AttentionConfig(
         num_attention_heads=heads,
-        num_key_value_heads=fields.count("num_key_value_heads", heads, most=MAX_HEADS),
-        head_dim=fields.count("head_dim", max(1, hidden_size // heads), most=MAX_HEAD_DIM),
+        num_key_value_heads=fields.count("num_key_value_heads", heads, maximum=MAX_HEADS),
+        head_dim=fields.count("head_dim", max(1, hidden_size // heads), maximum=MAX_HEAD_DIM),
         qkv_bias=from_field if family.qkv_bias is None else family.qkv_bias,
         output_bias=from_field or family.block == "gpt2",
         qk_norm=family.qk_norm,
@@ -160,117 +167,25 @@ def _attention(fields: Fields, family: Family, hidden_size: int, heads: int) -> 
 
 
 def _feed_forward(fields: Fields, family: Family, hidden_size: int) -> FeedForwardConfig:
-    widest = 4 * hidden_size if family.block == "gpt2" else None
+    default = 4 * hidden_size if family.block == "gpt2" else None
     return FeedForwardConfig(
-        intermediate_size=fields.count("intermediate_size", widest, most=MAX_SIZE),
+        intermediate_size=fields.count("intermediate_size", default, maximum=MAX_SIZE),
         activation=fields.choice("hidden_act", ACTIVATION_NAMES),
         bias=fields.flag("mlp_bias") if family.mlp_bias is None else family.mlp_bias,
     )
 
 
-def _note_unsupported(fields: Fields) -> None:
+def _check_unsupported(fields: Fields) -> None:
     for name, neutral in _NEUTRAL.items():
         value = fields.values.get(name)
         if name not in fields.used and value is not None and value != neutral:
             why = "not supported for this family"
             if name == "quantization_config":
-                why = "quantised weights are not read; take the model that is not, or a GGUF file"
+                why = "quantised weights cannot be read; use the unquantised model, or a GGUF file"
             fields.faults.append(f"{name}={value!r}: {why}")
     kinds = fields.values.get("layer_types")
     if "layer_types" not in fields.used and kinds is not None:
-        fields.listed("layer_types", 0, (_FULL,))
-
-
-def _one_rope(fields: Fields) -> RopeConfig:
-    """Return the one rope of all blocks, from transformers 5's field or from 4's two."""
-    theta = fields.number("rope_theta")
-    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
-    return read_rope(fields, name, fields.get(name) or {}, theta)
-
-
-def _plain_layers(fields: Fields, n_layers: int, scale: float) -> tuple[LayerConfig, ...]:
-    return (LayerConfig(_one_rope(fields), None, scale),) * n_layers
-
-
-def _mistral_layers(fields: Fields, n_layers: int, scale: float) -> tuple[LayerConfig, ...]:
-    has_null = fields.values.get("sliding_window", 0) is None  # absent is not null: it means 4096
-    window = None if has_null else fields.count("sliding_window")
-    fields.used.add("sliding_window")
-    kind = _FULL if window is None else _SLIDING
-    fields.listed("layer_types", n_layers, (kind,))  # all blocks are of one kind
-    return (LayerConfig(_one_rope(fields), window, scale),) * n_layers
-
-
-def _windows_by_type(fields: Fields, n_layers: int, kinds: list[str]) -> list[int | None]:
-    kinds = fields.listed("layer_types", n_layers, (_FULL, _SLIDING)) or kinds
-    if _SLIDING not in kinds:
-        fields.get("sliding_window")  # read, and without effect
-        return [None] * n_layers
-    window = fields.count("sliding_window")
-    return [window if kind == _SLIDING else None for kind in kinds]
-
-
-def _qwen_layers(fields: Fields, n_layers: int, scale: float) -> tuple[LayerConfig, ...]:
-    first = n_layers
-    if fields.flag("use_sliding_window"):
-        first = fields.count("max_window_layers", least=0)
-    kinds = [_SLIDING if i >= first else _FULL for i in range(n_layers)]
-    if not fields.flag("use_sliding_window"):  # then transformers drops the window altogether
-        fields.get("sliding_window")
-        fields.listed("layer_types", n_layers, (_FULL,))
-        windows: list[int | None] = [None] * n_layers
-    else:
-        windows = _windows_by_type(fields, n_layers, kinds)
-    rope = _one_rope(fields)
-    return tuple(LayerConfig(rope, window, scale) for window in windows)
-
-
-def _smollm3_layers(fields: Fields, n_layers: int, scale: float) -> tuple[LayerConfig, ...]:
-    every = fields.count("no_rope_layer_interval")
-    have_rope = fields.listed("no_rope_layers", n_layers, (0, 1))
-    have_rope = have_rope or [int((i + 1) % every != 0) for i in range(n_layers)]
-    windowed = fields.flag("use_sliding_window") and fields.get("sliding_window") is not None
-    kinds = [_SLIDING if windowed and not has else _FULL for has in have_rope]
-    windows = _windows_by_type(fields, n_layers, kinds)
-    rope = _one_rope(fields)
-    return tuple(
-        LayerConfig(rope if has else None, window, scale)
-        for has, window in zip(have_rope, windows, strict=True)
-    )
-
-
-def _gemma3_layers(fields: Fields, n_layers: int, scale: float) -> tuple[LayerConfig, ...]:
-    pattern = fields.count("sliding_window_pattern")
-    kinds = [_SLIDING if (i + 1) % pattern else _FULL for i in range(n_layers)]
-    windows = _windows_by_type(fields, n_layers, kinds)
-    thetas = {_FULL: fields.number("rope_theta"), _SLIDING: fields.number("rope_local_base_freq")}
-    nested = fields.get("rope_parameters") or {}
-    if not isinstance(nested, dict):
-        fields.fault("rope_parameters", nested, "an object")
-        nested = {}
-    scaling = fields.get("rope_scaling")  # of version 4: for the global layers only
-    ropes = {}
-    for kind, theta in thetas.items():
-        parameters = nested.get(kind) or {}
-        if scaling and kind == _FULL:
-            parameters = {**parameters, **scaling}
-        ropes[kind] = read_rope(fields, f"rope_parameters.{kind}", parameters, theta)
-    unknown = sorted(set(nested) - set(thetas))
-    if unknown:
-        fields.fault("rope_parameters", unknown, f"one object for {_FULL} and one for {_SLIDING}")
-    return tuple(
-        LayerConfig(ropes[_FULL if window is None else _SLIDING], window, scale)
-        for window in windows
-    )
-
-
-def _gpt2_layers(fields: Fields, n_layers: int, scale: float) -> tuple[LayerConfig, ...]:
-    if not fields.flag("scale_attn_weights"):
-        scale = 1.0
-    by_depth = fields.flag("scale_attn_by_inverse_layer_idx")
-    return tuple(
-        LayerConfig(None, None, scale / (i + 1) if by_depth else scale) for i in range(n_layers)
-    )
+        fields.listed("layer_types", 0, (FULL,))
 
 
 _LLAMA_DEFAULTS = {
@@ -288,10 +203,10 @@ _QWEN_DEFAULTS = {
 }
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", _plain_layers, defaults=_LLAMA_DEFAULTS, mlp_bias=None),
+    "llama": Family("LlamaForCausalLM", plain_layers, defaults=_LLAMA_DEFAULTS, mlp_bias=None),
     "mistral": Family(
         "MistralForCausalLM",
-        _mistral_layers,
+        mistral_layers,
         defaults={
             **_LLAMA_DEFAULTS,
             "max_position_embeddings": 131_072,
@@ -300,16 +215,16 @@ FAMILIES: dict[str, Family] = {
         },
         qkv_bias=False,
     ),
-    "qwen2": Family("Qwen2ForCausalLM", _qwen_layers, defaults=_QWEN_DEFAULTS, qkv_bias=True),
+    "qwen2": Family("Qwen2ForCausalLM", qwen_layers, defaults=_QWEN_DEFAULTS, qkv_bias=True),
     "qwen3": Family(
         "Qwen3ForCausalLM",
-        _qwen_layers,
+        qwen_layers,
         defaults={**_QWEN_DEFAULTS, "head_dim": 128},
         qk_norm=True,
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM",
-        _smollm3_layers,
+        smollm3_layers,
         defaults={
             **_LLAMA_DEFAULTS,
             "max_position_embeddings": 32_768,
@@ -322,7 +237,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
-        _gemma3_layers,
+        gemma3_layers,
         names={"hidden_act": "hidden_activation"},
         defaults={
             "hidden_act": "gelu_pytorch_tanh",
@@ -343,7 +258,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt2": Family(
         "GPT2LMHeadModel",
-        _gpt2_layers,
+        gpt2_layers,
         names={
             "hidden_size": "n_embd",
             "intermediate_size": "n_inner",

@@ -1,4 +1,4 @@
-"""Reading config.json field by field, gathering what is wrong instead of stopping at it."""
+"""Fields of config.json, read one by one; faults are gathered instead of raised at the first."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from lora.decoder.config import RopeConfig
 _MISSING = object()
 MAX_SIZE, MAX_HEADS, MAX_HEAD_DIM = 2**24, 2**16, 2**14
 MAX_LAYERS, MAX_TOKENS = 1000, 2**32
-"""Beyond these only damaged files go: shapes are made of products of sizes, and objects for each
-layer."""
+"""Only damaged files exceed these; without bounds a damaged file could ask for endless memory."""
 
 
 class Fields:
-    """The fields of one config.json; a fault is noted and a harmless value returned.
+    """The fields of one config.json; on a fault, records it and returns a harmless value.
 
-    `names` maps our names to the family's own, `defaults` (by our names) are what transformers
-    takes where a field is absent. Names that were asked for are kept in `used`.
+    `names` maps our names to the family's own; `defaults`, by our names, are transformers' for
+    absent fields. `used` collects the names that were read.
     """
 
     def __init__(
@@ -29,35 +28,40 @@ class Fields:
         self.faults: list[str] = []
 
     def get(self, name: str) -> Any:
-        """Return the field, its default where it is absent or null, else None."""
+        """Return the field, or its default if it is absent or null, or None without a default."""
         own = self.names.get(name, name)
         self.used.add(own)
         value = self.values.get(own)
         return self.defaults.get(name) if value is None else value
 
     def fault(self, name: str, value: object, allowed: str) -> None:
-        """Note that field `name` has a `value` that is not allowed."""
-        self.faults.append(f"{self.names.get(name, name)}={value!r}: allowed is {allowed}")
+        """Record that field `name` has a `value` that is not allowed."""
+        self.faults.append(f"{self.names.get(name, name)}={value!r}: allowed: {allowed}")
 
     def count(
-        self, name: str, otherwise: int | None = None, *, least: int = 1, most: int = MAX_TOKENS
+        self,
+        name: str,
+        otherwise: int | None = None,
+        *,
+        minimum: int = 1,
+        maximum: int = MAX_TOKENS,
     ) -> int:
-        """Return an int from `least` to `most`; `otherwise` where the field is absent."""
+        """Return an int from `minimum` to `maximum`; `otherwise` if the field is absent."""
         value = self.get(name)
         value = otherwise if value is None else value
         if value is None:
             self.faults.append(f"{self.names.get(name, name)} is missing")
             return 1
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            self.fault(name, value, f"an int ≥ {least}")
-            return least
-        if value > most:
-            self.fault(name, value, f"at most {most:,}")
-            return least
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            self.fault(name, value, f"an int ≥ {minimum}")
+            return minimum
+        if value > maximum:
+            self.fault(name, value, f"at most {maximum:,}")
+            return minimum
         return value
 
     def number(self, name: str, otherwise: float | None = None) -> float:
-        """Return a finite number > 0; `otherwise` where the field is absent."""
+        """Return a finite number > 0; `otherwise` if the field is absent."""
         value = self.get(name)
         value = otherwise if value is None else value
         if value is None:
@@ -69,7 +73,7 @@ class Fields:
         return float(value)
 
     def flag(self, name: str) -> bool:
-        """Return true or false; false where the field is absent and has no default."""
+        """Return true or false; false if the field is absent and has no default."""
         value = self.get(name)
         if value is not None and not isinstance(value, bool):
             self.fault(name, value, "true or false")
@@ -84,7 +88,7 @@ class Fields:
         return str(value)
 
     def listed(self, name: str, length: int, allowed: tuple[Any, ...]) -> list[Any] | None:
-        """Return a list of at least `length` values out of `allowed`, cut to it, or None."""
+        """Return a list of `length` values out of `allowed`, cut from a longer one, or None."""
         value = self.get(name)
         if value is None:
             return None
@@ -126,24 +130,24 @@ _ROPE_OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscal
 
 
 def read_rope(fields: Fields, where: str, parameters: object, theta: float) -> RopeConfig:
-    """Return the rotary embedding that `parameters` (the field called `where`) describe.
+    """Return the rotary embedding described by `parameters`, the field called `where`.
 
-    `theta` counts where `parameters` have none. Kinds, fields and values that we do not compute
-    are noted as faults.
+    `theta` is used if `parameters` has none. Types, fields and values that are not supported are
+    recorded as faults.
     """
     if not isinstance(parameters, dict):
-        fields.faults.append(f"{where}={parameters!r}: allowed is an object")
+        fields.faults.append(f"{where}={parameters!r}: allowed: an object")
         return RopeConfig(theta)
     values = {name: value for name, value in parameters.items() if value is not None}
     kind = values.get("rope_type", values.get("type", "default"))
     if kind not in _ROPE_FIELDS:
         allowed = ", ".join(_ROPE_FIELDS)
-        fields.faults.append(f"{where}.rope_type={kind!r}: supported are {allowed}")
+        fields.faults.append(f"{where}.rope_type={kind!r}: allowed: {allowed}")
         return RopeConfig(theta)
-    _note_odd_rope_fields(fields, where, kind, values)
+    _check_rope_fields(fields, where, kind, values)
     theta = values.get("rope_theta", theta)
     if not is_positive_number(theta):
-        fields.faults.append(f"{where}.rope_theta={theta!r}: allowed is a finite number > 0")
+        fields.faults.append(f"{where}.rope_theta={theta!r}: allowed: a finite number > 0")
         return RopeConfig(1.0)
     if kind != "default":
         values = _rope_numbers(fields, where, kind, values)
@@ -154,38 +158,38 @@ def read_rope(fields: Fields, where: str, parameters: object, theta: float) -> R
     return RopeConfig(**{**kept, "rope_theta": float(theta), "rope_type": kind})
 
 
-def _note_odd_rope_fields(fields: Fields, where: str, kind: str, values: dict[str, Any]) -> None:
+def _check_rope_fields(fields: Fields, where: str, kind: str, values: dict[str, Any]) -> None:
     known = {"rope_type", "type", "rope_theta", *_ROPE_FIELDS[kind]}
     harmless = {"partial_rotary_factor": 1.0}
     for name, value in values.items():
-        # A factor of another kind than the one in force changes nothing: transformers ignores it.
-        is_other_kinds = any(name in names for names in _ROPE_FIELDS.values())
-        if name not in known and not is_other_kinds and harmless.get(name, _MISSING) != value:
-            fields.faults.append(f"{where}.{name}={value!r}: not supported for {kind!r}")
+        # A field of another rope type has no effect: transformers ignores it too.
+        is_of_other_type = any(name in names for names in _ROPE_FIELDS.values())
+        if name not in known and not is_of_other_type and harmless.get(name, _MISSING) != value:
+            fields.faults.append(f"{where}.{name}={value!r}: not supported for rope_type {kind!r}")
 
 
 def _rope_numbers(fields: Fields, where: str, kind: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the numbers that `kind` needs, checked, defaults filled in."""
-    longest = fields.get("max_position_embeddings")
-    original = fields.get("original_max_position_embeddings")  # older files have it outside
-    original = original or values.get("original_max_position_embeddings") or longest
+    """Return the numbers that `kind` needs, checked, with defaults filled in."""
+    context = fields.get("max_position_embeddings")
+    original = fields.get("original_max_position_embeddings")  # older files have it one level up
+    original = original or values.get("original_max_position_embeddings") or context
     values = {name: values[name] for name in _ROPE_FIELDS[kind] if name in values}
     if "original_max_position_embeddings" in _ROPE_FIELDS[kind]:
         values["original_max_position_embeddings"] = original
-    if kind == "yarn" and "factor" not in values and original and longest:
-        values["factor"] = longest / original
+    if kind == "yarn" and "factor" not in values and original and context:
+        values["factor"] = context / original
     for name in _ROPE_FIELDS[kind]:
         needed = name not in _ROPE_OPTIONAL and name != "truncate"
         if name not in values and needed:
             fields.faults.append(f"{where}.{name} is missing; rope_type {kind!r} needs it")
         elif name in values and name != "truncate" and not is_positive_number(values[name]):
             seen = f"{where}.{name}={values.pop(name)!r}"
-            fields.faults.append(f"{seen}: allowed is a finite number > 0")
+            fields.faults.append(f"{seen}: allowed: a finite number > 0")
     return values
 
 
 def _yarn_attention_factor(values: dict[str, Any]) -> float:
-    """Return the factor of cosine and sine (arXiv 2309.00071, section 3.4)."""
+    """Return the factor of cosine and sine (YaRN, arXiv 2309.00071, section 3.4)."""
     if "attention_factor" in values:
         return float(values["attention_factor"])
     factor = values.get("factor", 1.0)

@@ -1,6 +1,6 @@
-"""Norms, feed-forward parts and blocks. Submodules carry Hugging Face's names.
+"""Norms, feed-forward layers and decoder blocks. Submodules have Hugging Face's names.
 
-Every linear is called as a module, so that another module (LoRA's) can stand in its place.
+Every linear is called as a module, so that another module (such as LoRA's) can replace it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
 
 
 class OffsetRMSNorm(RMSNorm):
-    """x / rms(x) · (1 + weight), Gemma's: all in fp32 or wider, rounded once at the end."""
+    """Gemma's x / rms(x) · (1 + weight): all in fp32 or wider, rounded once at the end."""
 
     def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
         wide = torch.promote_types(x.dtype, torch.float32)

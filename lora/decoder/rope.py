@@ -1,8 +1,8 @@
 """Rotary position embedding (arXiv 2104.09864) in Hugging Face's layout: halves, not pairs.
 
-What differs from the textbook: sine carries the sign of the half it belongs to, so a rotation is
-x · cos + swapped(x) · sin with the halves of x swapped; the gradient is the rotation backwards,
-computed without autograd's intermediate tensors.
+What differs from the textbook: the sine table carries the sign of the half it belongs to, so a
+rotation is x · cos + swapped(x) · sin with the halves of x swapped; the gradient is the inverse
+rotation, computed without autograd's intermediate tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Tables = tuple[Tensor, Tensor]
 
 
 class Rope:
-    """The frequencies of one rotary embedding; makes tables for the positions of a forward.
+    """Frequencies of one rotary embedding, and the cosine and sine tables of given positions.
 
     Not a buffer: a model cast to bf16 keeps its frequencies in fp32.
     """
@@ -32,7 +32,7 @@ class Rope:
     def tables(self, position_ids: Tensor, dtype: torch.dtype) -> Tables:
         """Return cosine and signed sine for `position_ids` (B or 1, T); angles are fp32."""
         device = position_ids.device
-        if device not in self._frequencies:  # copied once per device
+        if device not in self._frequencies:  # copied once per device, not per forward
             self._frequencies[device] = self._frequencies[torch.device("cpu")].to(device)
         angles = position_ids[..., None].float() * self._frequencies[device]  # (B, T, D/2)
         cos, sin = angles.cos(), angles.sin()
@@ -46,27 +46,27 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
     """Return the angle per position of each pair of dimensions, (D/2,) fp32, on the CPU."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim  # (D/2,)
     frequencies = config.rope_theta**-exponents  # (D/2,)
-    return _STRETCHES[config.rope_type](frequencies, config)
+    return _SCALINGS[config.rope_type](frequencies, config)
 
 
 def _keep(frequencies: Tensor, config: RopeConfig) -> Tensor:
     return frequencies
 
 
-def _stretch_all(frequencies: Tensor, config: RopeConfig) -> Tensor:
+def _scale_linear(frequencies: Tensor, config: RopeConfig) -> Tensor:
     return frequencies / config.factor
 
 
-def _stretch_llama3(frequencies: Tensor, config: RopeConfig) -> Tensor:
-    """Long waves are stretched, short ones stay, between them it ramps (Llama 3.1)."""
+def _scale_llama3(frequencies: Tensor, config: RopeConfig) -> Tensor:
+    """Divide low frequencies by `factor`, keep high ones, interpolate between (Llama 3.1)."""
     turns = config.original_max_position_embeddings * frequencies / (2 * math.pi)
     low, high = config.low_freq_factor, config.high_freq_factor
-    stays = ((turns - low) / (high - low)).clamp(0, 1)  # 0: stretched, 1: as it was
-    return frequencies * (stays + (1 - stays) / config.factor)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: divided by factor, 1: unchanged
+    return frequencies * (kept + (1 - kept) / config.factor)
 
 
-def _stretch_yarn(frequencies: Tensor, config: RopeConfig) -> Tensor:
-    """As llama3, with a ramp that is linear in the dimension (arXiv 2309.00071, section 3.2)."""
+def _scale_yarn(frequencies: Tensor, config: RopeConfig) -> Tensor:
+    """Like llama3, with a ramp linear in the dimension (YaRN, arXiv 2309.00071, section 3.2)."""
     n_pairs = len(frequencies)
 
     def pair_that_turns(turns: float) -> float:
@@ -83,23 +83,23 @@ def _stretch_yarn(frequencies: Tensor, config: RopeConfig) -> Tensor:
     return frequencies * (1 - stretched + stretched / config.factor)
 
 
-_STRETCHES = {
+_SCALINGS = {
     "default": _keep,
-    "linear": _stretch_all,
-    "llama3": _stretch_llama3,
-    "yarn": _stretch_yarn,
+    "linear": _scale_linear,
+    "llama3": _scale_llama3,
+    "yarn": _scale_yarn,
 }
 
 
 def rotate_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x (B, T, H, D) rotated by tables (B or 1, T, 1, D); the twin that autograd follows."""
+    """Return x (B, T, H, D) rotated by tables (B or 1, T, 1, D); the plain twin of `_Rotate`."""
     half = x.shape[-1] // 2
     swapped = torch.cat((x[..., half:], x[..., :half]), -1)  # (B, T, H, D)
     return x * cos + swapped * sin
 
 
 class _Rotate(torch.autograd.Function):
-    """`rotate_plain` with fewer passes over memory; its gradient is the opposite rotation."""
+    """`rotate_plain` with fewer passes over memory; the backward is the inverse rotation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -125,5 +125,5 @@ def rotate(q: Tensor, k: Tensor, tables: Tables | None) -> tuple[Tensor, Tensor]
 
 
 def skip_rotation(q: Tensor, k: Tensor, tables: Tables | None) -> tuple[Tensor, Tensor]:
-    """Return queries and keys as they are: what blocks without a rope do instead of `rotate`."""
+    """Return queries and keys unchanged: blocks without a rope call this instead of `rotate`."""
     return q, k

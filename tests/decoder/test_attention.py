@@ -1,4 +1,4 @@
-"""Who attends to whom: the rule, its fast paths, and the masks themselves."""
+"""Attention masks: the rule, its fast paths, and the masks themselves."""
 
 from __future__ import annotations
 

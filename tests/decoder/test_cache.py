@@ -1,4 +1,4 @@
-"""The cache keeps what it is given, in order, without gradients, within its room."""
+"""The cache stores what it is given, in order, without gradients, up to its size."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_nothing_stored_carries_a_gradient() -> None:
     assert not keys.requires_grad
 
 
-def test_what_follows_continues_each_rows_last_token() -> None:
+def test_what_follows_continues_each_sequences_last_token() -> None:
     cache = make_cache()
     positions = torch.tensor([[0, 1], [4, 5], [0, 0]])
     documents = torch.tensor([[0, 0], [2, 2], [-1, 0]])
@@ -62,17 +62,7 @@ def test_what_follows_continues_each_rows_last_token() -> None:
     assert not cache.is_one_document
 
 
-def test_reset_forgets() -> None:
-    cache = make_cache()
-    cache.begin(ZEROS, ZEROS, is_one_document=False)
-    cache.reset()
-    assert cache.n_tokens == 0
-    assert cache.is_one_document
-    cache.begin(ZEROS, ZEROS, is_one_document=True)
-    assert torch.equal(cache.append(0, new_keys(2, 3), new_keys(2, 3))[0], new_keys(2, 3))
-
-
-def test_selected_rows_keep_everything() -> None:
+def test_selected_sequences_keep_everything() -> None:
     cache = make_cache()
     cache.begin(torch.tensor([[0, 1], [4, 5], [7, 8]]), ZEROS, is_one_document=True)
     cache.append(0, new_keys(2, 0), new_keys(2, 1))
@@ -85,6 +75,8 @@ def test_selected_rows_keep_everything() -> None:
 def test_no_room_is_an_error_that_changes_nothing() -> None:
     cache = make_cache()
     longer = torch.zeros(3, 6, dtype=torch.int64)
-    with pytest.raises(ModelError, match=r"take 6 more tokens.*3 rows of 5 tokens, 0 of them"):
+    with pytest.raises(
+        ModelError, match=r"cache 6 more tokens.*batch size 3 and max_tokens 5, 0 of them"
+    ):
         cache.begin(longer, longer, is_one_document=True)
     assert cache.n_tokens == 0

@@ -233,13 +233,15 @@ def test_a_full_cache_says_so() -> None:
     model = tiny()
     cache = model.new_cache(1, 4)
     model(torch.zeros(1, 3, dtype=torch.int64), cache=cache)
-    with pytest.raises(ModelError, match=r"take 2 more tokens.*1 rows of 4 tokens, 3 of them"):
+    with pytest.raises(
+        ModelError, match=r"cache 2 more tokens.*batch size 1 and max_tokens 4, 3 of them"
+    ):
         model(torch.zeros(1, 2, dtype=torch.int64), cache=cache)
 
 
-def test_a_cache_of_other_rows_says_so() -> None:
+def test_a_cache_of_another_batch_size_says_so() -> None:
     model = tiny()
-    with pytest.raises(ModelError, match="for 1 rows: it has 3 rows"):
+    with pytest.raises(ModelError, match="for a batch of 1: the cache has batch size 3"):
         model(torch.zeros(1, 2, dtype=torch.int64), cache=model.new_cache(3, 4))
 
 
@@ -253,7 +255,7 @@ def test_a_cache_takes_the_models_type_or_the_one_asked_for() -> None:
 
 def test_learned_positions_have_an_end(build_pair: Callable[..., Any]) -> None:
     model = build_pair("gpt2").ours
-    with pytest.raises(ModelError, match=r"65 positions.*learned 64"):
+    with pytest.raises(ModelError, match=r"65 positions.*learned position embeddings for 64"):
         model(torch.zeros(1, 65, dtype=torch.int64))
 
 

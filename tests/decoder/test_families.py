@@ -156,7 +156,7 @@ def test_a_classifier_is_refused() -> None:
     ("family", "fields", "words"),
     [
         ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
-        ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "supported are default, linear"),
+        ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "allowed: default, linear"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": -1}}, "factor=-1"),
         ("llama", {"rope_scaling": "linear"}, "rope_scaling='linear'"),
@@ -164,7 +164,7 @@ def test_a_classifier_is_refused() -> None:
         ("llama", {"rope_parameters": {"mrope_section": [1, 2]}}, "mrope_section"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
-        ("llama", {"hidden_act": "mish"}, "hidden_act='mish': allowed is silu"),
+        ("llama", {"hidden_act": "mish"}, "hidden_act='mish': allowed: silu"),
         ("llama", {"sliding_window": 128}, "sliding_window=128"),
         ("llama", {"layer_types": ["sliding_attention"] * 6}, "layer_types"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -232,7 +232,7 @@ def test_sizes_must_fit(fields: dict[str, Any], words: str) -> None:
 def test_gpt2_shares_no_heads_and_fills_its_width() -> None:
     sizes = {"model_type": "gpt2", "vocab_size": 9, "n_embd": 32, "n_layer": 1, "n_head": 4}
     assert decoder_config(sizes).intermediate_size == 128
-    with pytest.raises(ModelError, match="num_key_value_heads=2: GPT-2 shares no heads"):
+    with pytest.raises(ModelError, match="num_key_value_heads=2: GPT-2 has no grouped-query heads"):
         decoder_config({**sizes, "num_key_value_heads": 2})
     with pytest.raises(ModelError, match="hidden size 32 is not heads · head width = 64"):
         decoder_config({**sizes, "head_dim": 16})

@@ -1,4 +1,4 @@
-"""Norms against their formula; narrow types are normed in fp32."""
+"""Norms against their formula; low precision is normalised in fp32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A base whose linears are loaded in eight bits, tensor by tensor, and what it refuses."""
+"""A base with fp8 linears, quantised tensor by tensor while it loads, and what it refuses."""
 
 from __future__ import annotations
 
@@ -102,12 +102,12 @@ def test_fresh_lora_changes_nothing_and_unwraps(folder: Path) -> None:
     assert all(not p.requires_grad for n, p in model.named_parameters() if "lora_" not in n)
 
 
-def test_what_eight_bits_cannot_hold_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_what_fp8_cannot_hold_is_refused(folder: Path, tmp_path: Path) -> None:
     model = load_decoder(folder, fp8=True)
     with pytest.raises(ModelError, match=r"kept in fp8.*Save its adapter"):
         save_decoder(model, tmp_path / "saved")
     with pytest.raises(TargetError, match=r"kept in fp8.*cannot train whole"):
         apply_lora(model, LoRAConfig(rank=2, targets=("q_proj",), modules_to_save=("up_proj",)))
     adapted: nn.Module = apply_lora(load_decoder(folder, fp8=True), LoRAConfig(rank=2))
-    with pytest.raises(TargetError, match=r"base in fp8.*without fp8"):
+    with pytest.raises(TargetError, match=r"base in FP8.*without fp8"):
         merge_lora(adapted)

@@ -296,7 +296,7 @@ def test_modes_inside_the_model_are_given_back_one_by_one(fill_random: FillRando
 def test_learned_positions_are_a_hard_limit(fill_random: FillRandom) -> None:
     model = build("gpt2", fill_random)
     assert len(generate(model, [[1] * 30], SamplingConfig(max_new_tokens=3))[0]) == 3
-    with pytest.raises(ModelError, match="33 positions were asked of a model that has learned 32"):
+    with pytest.raises(ModelError, match=r"Cannot run 33 positions: .* for 32"):
         generate(model, [[1] * 30], SamplingConfig(max_new_tokens=4))
 
 

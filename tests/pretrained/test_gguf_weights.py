@@ -417,17 +417,17 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], None], list[str]]] = {
     "heads by layer": (
         "llama",
         _set("setting attention.head_count", [4, 4]),
-        ["head_count=[4, 4]: allowed is an int"],
+        ["head_count=[4, 4]: allowed: an int"],
     ),
     "huge": (
         "llama",
         _set("setting feed_forward_length", 2**31),
-        ["feed_forward_length=2147483648: allowed is at most 16,777,216"],
+        ["feed_forward_length=2147483648: allowed: at most 16,777,216"],
     ),
     "many blocks": (
         "llama",
         _set("setting block_count", 2**20),
-        ["block_count=1048576: allowed is at most the 2"],
+        ["block_count=1048576: allowed: at most the 2"],
     ),
     "no width": ("llama", _set("setting embedding_length", None), ["embedding_length is missing"]),
     "not finite": (
