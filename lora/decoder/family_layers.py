@@ -17,10 +17,12 @@ def _one_rope(fields: Fields) -> RopeConfig:
 
 
 def plain_layers(fields: Fields, n_layers: int, scale: float) -> tuple[LayerConfig, ...]:
+    """Return the blocks of Llama: one rope, no window."""
     return (LayerConfig(_one_rope(fields), None, scale),) * n_layers
 
 
 def mistral_layers(fields: Fields, n_layers: int, scale: float) -> tuple[LayerConfig, ...]:
+    """Return the blocks of Mistral: one rope, the same window in every block, or none."""
     has_null = fields.values.get("sliding_window", 0) is None  # absent means 4096, null means none
     window = None if has_null else fields.count("sliding_window")
     fields.used.add("sliding_window")
@@ -39,6 +41,7 @@ def _windows_by_type(fields: Fields, n_layers: int, kinds: list[str]) -> list[in
 
 
 def qwen_layers(fields: Fields, n_layers: int, scale: float) -> tuple[LayerConfig, ...]:
+    """Return the blocks of Qwen 2 and 3: one rope, a window from block `max_window_layers` on."""
     first = n_layers
     if fields.flag("use_sliding_window"):
         first = fields.count("max_window_layers", minimum=0)
@@ -54,6 +57,7 @@ def qwen_layers(fields: Fields, n_layers: int, scale: float) -> tuple[LayerConfi
 
 
 def smollm3_layers(fields: Fields, n_layers: int, scale: float) -> tuple[LayerConfig, ...]:
+    """Return the blocks of SmolLM3: every fourth one, by default, has no rope."""
     every = fields.count("no_rope_layer_interval")
     have_rope = fields.listed("no_rope_layers", n_layers, (0, 1))
     have_rope = have_rope or [int((i + 1) % every != 0) for i in range(n_layers)]
@@ -68,6 +72,7 @@ def smollm3_layers(fields: Fields, n_layers: int, scale: float) -> tuple[LayerCo
 
 
 def gemma3_layers(fields: Fields, n_layers: int, scale: float) -> tuple[LayerConfig, ...]:
+    """Return the blocks of Gemma 3: windowed and global ones, each kind with its own rope."""
     pattern = fields.count("sliding_window_pattern")
     kinds = [SLIDING if (i + 1) % pattern else FULL for i in range(n_layers)]
     windows = _windows_by_type(fields, n_layers, kinds)
@@ -92,6 +97,7 @@ def gemma3_layers(fields: Fields, n_layers: int, scale: float) -> tuple[LayerCon
 
 
 def gpt2_layers(fields: Fields, n_layers: int, scale: float) -> tuple[LayerConfig, ...]:
+    """Return the blocks of GPT-2: no rope; logits may be scaled by depth."""
     if not fields.flag("scale_attn_weights"):
         scale = 1.0
     by_depth = fields.flag("scale_attn_by_inverse_layer_idx")
