@@ -59,7 +59,7 @@ def measure(function: Callable[[], Any]) -> float:
     return statistics.median(a.elapsed_time(b) for a, b in pairs) * 1e3 / CALLS
 
 
-def coded(rows: int, width: int, *, factors: bool = False) -> Fp8Rows:
+def fp8_rows(rows: int, width: int, *, factors: bool = False) -> Fp8Rows:
     """Return room for rows in eight bits, filled with random ones."""
     into = Fp8Rows(
         torch.empty(rows, width, dtype=FP8, device="cuda"),
@@ -77,7 +77,7 @@ def products(inputs: int, outputs: int) -> Iterator[tuple[str, Callable[[], Any]
     out = torch.empty(TOKENS, outputs + 16, device="cuda", dtype=torch.bfloat16)
     whole, beside = out.view(-1)[: TOKENS * outputs].view(TOKENS, outputs), out[:, :outputs]
     yield "bf16", lambda: torch.mm(x, w.T, out=whole)
-    rows, weight = coded(TOKENS, inputs), coded(outputs, inputs)
+    rows, weight = fp8_rows(TOKENS, inputs), fp8_rows(outputs, inputs)
     one = torch.ones((), device="cuda")
 
     def scaled(a: Tensor, b: Tensor, *, fast: bool, into: Tensor | None) -> Callable[[], Any]:
@@ -122,8 +122,9 @@ def makers(hidden: int, feed: int, qkv: int) -> Iterator[tuple[str, int, Callabl
     gate_up, activated = torch.randn(n, 2 * f, **draw), torch.randn(n, f, **draw)
     again = torch.empty(n, f, **draw)
     wide = torch.randn(n, qkv, **draw)
-    narrow, middle, double = coded(n, c, factors=True), coded(n, f), coded(n, 2 * f, factors=True)
-    passing = coded(n, qkv, factors=True)
+    narrow, middle = fp8_rows(n, c, factors=True), fp8_rows(n, f)
+    double = fp8_rows(n, 2 * f, factors=True)
+    passing = fp8_rows(n, qkv, factors=True)
     for name, rows in (("", None), (" and codes", narrow)):
         plain = Fp8Rows(narrow.codes, narrow.scales) if rows else None
         more = n * c if rows else 0
@@ -166,7 +167,7 @@ def makers(hidden: int, feed: int, qkv: int) -> Iterator[tuple[str, int, Callabl
 
 def turning(inputs: int, outputs: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield ways to turn a weight around."""
-    weight, out = coded(outputs, inputs).codes, coded(inputs, outputs).codes
+    weight, out = fp8_rows(outputs, inputs).codes, fp8_rows(inputs, outputs).codes
     yield "turned by Triton", lambda: transpose_codes_triton(weight, out)
     yield "turned by torch", lambda: out.view(torch.uint8).copy_(weight.view(torch.uint8).T)
 

@@ -84,7 +84,7 @@ class Fp8Linear(Fp8Weight):
             torch.empty_like(weight, dtype=FP8),
             weight.new_empty(len(weight), 1, dtype=torch.float32),
         )
-        rows.put(weight)
+        rows.write(weight)
         # The host waits once per tensor. A row with a value that is not finite has no scale.
         if not bool(torch.isfinite(rows.scales).all()) or bool(weight.isnan().any()):
             damaged = (~torch.isfinite(weight)).any(1).nonzero().flatten().tolist()

@@ -16,7 +16,7 @@ from lora.device import DeviceChoice
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.runner import CapturedStepRunner, DeviceStepRunner, FastStepRunner
 from lora.fast.step import trains_all_weights
-from lora.kernels.step.fp8 import SIZES_STEP
+from lora.kernels.step.fp8 import FP8_GEMM_MULTIPLE
 from lora.kernels.step.jit import HAS_TRITON
 from lora.layers.fp8 import LoRAFp8Linear
 from lora.layers.trainable_tokens import TrainableTokensEmbedding, TrainableTokensLinear
@@ -168,8 +168,8 @@ def _of_fp8(config: DecoderConfig) -> str | None:
         "queries, keys and values together": heads.head_dim
         * (heads.num_attention_heads + 2 * heads.num_key_value_heads),
     }
-    odd = [f"{name} {width}" for name, width in columns.items() if width % SIZES_STEP]
-    return f"products in fp8 want multiples of {SIZES_STEP}, not {odd[0]}" if odd else None
+    odd = [f"{name} {width}" for name, width in columns.items() if width % FP8_GEMM_MULTIPLE]
+    return f"products in fp8 want multiples of {FP8_GEMM_MULTIPLE}, not {odd[0]}" if odd else None
 
 
 def _of_training(model: Decoder) -> str | None:

@@ -12,7 +12,7 @@ from lora.fast.llama.network import FastNetwork
 from lora.fast.step import MERGE_BELOW_WIDTH, HandWrittenStep
 from lora.fast.weights.stacked_flat import StackedFlat
 from lora.fast.weights.stacked_update import StackedUpdate
-from lora.kernels.step.attention import BLOCK_KEYS
+from lora.kernels.step.attention_triton import BLOCK_KEYS
 from lora.kernels.step.ops import Ops
 from lora.stacked.apply import StackedAdapters
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from lora.fast.weights.flat import Slot
 from lora.fast.weights.projections import Member, Projection
 from lora.fast.weights.stacked_flat import StackedFlat
-from lora.fast.weights.stacked_linear import stacked_matmul
 from lora.kernels.step.ops import Ops
 from lora.stacked.layers import StackedLoRALinear
 
@@ -95,7 +94,7 @@ class StackedProjection(Projection):
     def forward(self, layer: int, x: Tensor, out: Tensor) -> None:
         x, low = x[:, : self.inputs], x[:, self.inputs :]
         bias = None if self.bias is None else self.bias[layer]
-        stacked_matmul(
+        _stacked_matmul(
             self._each(x), self.base[layer].T, bias, self.a[layer].mT, self.b[layer].mT,
             self._each(low), self._each(out),
         )  # fmt: skip
@@ -105,7 +104,7 @@ class StackedProjection(Projection):
         if dx is None:
             torch.bmm(dy, self.b[layer], out=low)
             return
-        stacked_matmul(
+        _stacked_matmul(
             dy, self.base[layer], None, self.b[layer], self.a[layer], low, self._each(dx)
         )
 
@@ -190,3 +189,27 @@ def _put(target: Tensor, gradient: Tensor, first: bool) -> None:
 def _move(parameter: nn.Parameter, view: Tensor) -> None:
     view.copy_(parameter)
     parameter.data = view
+
+
+def _stacked_matmul(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    first: Tensor,
+    second: Tensor,
+    low: Tensor,
+    out: Tensor,
+) -> None:
+    """Changes `low` and `out` in place: x · first, and x · weight + bias + low · second.
+
+    `x` is (K, N, I), `weight` (I, O), `bias` (O,), `first` (K, I, R), `second` (K, R, O), `low`
+    (K, N, R) and `out` (K, N, O). x, low and out may lie among other columns; the rows of an
+    adapter follow those of the one before.
+    """
+    torch.bmm(x, first, out=low)
+    rows, all_rows = x.flatten(0, 1), out.flatten(0, 1)  # views: (K·N, I), (K·N, O)
+    if bias is None:
+        torch.mm(rows, weight, out=all_rows)
+    else:
+        torch.addmm(bias, rows, weight, out=all_rows)
+    out.baddbmm_(low, second)

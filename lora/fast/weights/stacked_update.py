@@ -13,8 +13,7 @@ from torch import Tensor
 
 from lora.fast.weights.stacked_flat import StackedFlat
 from lora.fast.weights.update import REPORT
-from lora.kernels.step.adamw import AdamWSettings
-from lora.kernels.step.stacked_adamw import CONTROLS
+from lora.kernels.step.adamw import STACKED_CONTROL_COLUMNS, AdamWSettings
 
 
 class StackedUpdate:
@@ -22,7 +21,7 @@ class StackedUpdate:
 
     Args:
         flat: values, gradients and moments, (K, n).
-        adamw: the operation, `lora.kernels.step.stacked_adamw.stacked_adamw` or its fast twin.
+        adamw: the operation, `lora.kernels.step.adamw.stacked_adamw` or its fast twin.
         weight_decays: of each adapter.
         max_grad_norms: each adapter's gradients are scaled down to its norm; 0 leaves them alone.
     """
@@ -48,7 +47,7 @@ class StackedUpdate:
         self.is_live = torch.ones((), dtype=torch.bool, device=device)
         self.is_alive = torch.ones(n, dtype=torch.bool, device=device)
         """(K,): false for an adapter that is stopped."""
-        self.control = torch.zeros(n, CONTROLS, dtype=torch.float32, device=device)
+        self.control = torch.zeros(n, STACKED_CONTROL_COLUMNS, dtype=torch.float32, device=device)
         self.loss_sums = torch.zeros(n, dtype=flat.dtype, device=device)
         self.n_learned = torch.zeros(n, dtype=torch.int64, device=device)
         self.report = torch.zeros(n, len(REPORT), dtype=torch.float32, device=device)

@@ -1,6 +1,6 @@
-"""Dropout whose mask is a function of a seed and a place, so that it is made again, never kept.
+"""Dropout whose mask is a function of a seed and an index, so that it is recomputed, never stored.
 
-The mask comes from a counter hashed to 32 bits: the same on every device, in both twins.
+The mask is a counter hashed to 32 bits: the same on every device, in both twins.
 """
 
 from __future__ import annotations
@@ -12,33 +12,36 @@ from lora.kernels.step.jit import jit, row_stride, tl
 
 BLOCK_COLUMNS = 1024
 _MASK = 0xFFFFFFFF
+# 2³² / golden ratio, to spread layers, and multipliers of a 32-bit integer hash.
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
 
 
-def keep_mask(seed: Tensor, layer: int, rows: int, width: int, share: float) -> Tensor:
-    """Return (rows, width) bool, true with probability 1 − `share`; `seed` is () int64."""
-    place = torch.arange(rows * width, device=seed.device).view(rows, width)
-    x = (place + (seed + layer * _GOLDEN) * _FIRST) & _MASK
+def keep_mask(seed: Tensor, layer: int, rows: int, width: int, p: float) -> Tensor:
+    """Return (rows, width) bool, true with probability 1 − `p`; `seed` is () int64."""
+    index = torch.arange(rows * width, device=seed.device).view(rows, width)
+    # int64 masked to 32 bits: torch's uint32 lacks most operations.
+    x = (index + (seed + layer * _GOLDEN) * _FIRST) & _MASK  # (rows, width)
     for shift, factor in ((16, _FIRST), (15, _SECOND)):
         x = ((x ^ (x >> shift)) * factor) & _MASK
     x = x ^ (x >> 16)
-    return x >= int(share * 2**32)
+    return x >= int(p * 2**32)
 
 
-def drop(x: Tensor, out: Tensor, seed: Tensor, layer: int, share: float) -> None:
+def drop(x: Tensor, out: Tensor, seed: Tensor, layer: int, p: float) -> None:
     """Changes `out` (N, I) in place: `x` / (1 − share) where the mask keeps it, 0 elsewhere."""
-    mask = keep_mask(seed, layer, len(x), x.shape[1], share)
-    out.copy_(torch.where(mask, x * (1 / (1 - share)), 0))
+    mask = keep_mask(seed, layer, len(x), x.shape[1], p)
+    out.copy_(torch.where(mask, x * (1 / (1 - p)), 0))
 
 
-def add_dropped(low: Tensor, out: Tensor, seed: Tensor, layer: int, share: float) -> None:
+def add_dropped(low: Tensor, out: Tensor, seed: Tensor, layer: int, p: float) -> None:
     """Changes `out` (N, I) in place: adds the gradient `low` (N, I) through `drop`'s mask."""
-    mask = keep_mask(seed, layer, len(low), low.shape[1], share)
-    out.add_(torch.where(mask, low * (1 / (1 - share)), 0))
+    mask = keep_mask(seed, layer, len(low), low.shape[1], p)
+    out.add_(torch.where(mask, low * (1 / (1 - p)), 0))
 
 
 @jit
 def _keeps(seed, layer, row, columns, width, threshold):
+    # Tensors, not literals: Triton types literals below 2³² with 32 bits, and products would wrap.
     golden = tl.full([], 0x9E3779B9, tl.int64)
     first = tl.full([], 0x7FEB352D, tl.int64)
     second = tl.full([], 0x846CA68B, tl.int64)
@@ -58,28 +61,28 @@ def _drop_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    kept = _keeps(seed, layer, row, columns, width, threshold)
+    keeps = _keeps(seed, layer, row, columns, width, threshold)
     value = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32) * factor
-    value = tl.where(kept, value, 0.0)
+    value = tl.where(keeps, value, 0.0)
     at = out + row * out_stride + columns
     if ADDS:
         value += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     tl.store(at, value.to(out.dtype.element_ty), mask=inside)
 
 
-def drop_triton(x: Tensor, out: Tensor, seed: Tensor, layer: int, share: float) -> None:
+def drop_triton(x: Tensor, out: Tensor, seed: Tensor, layer: int, p: float) -> None:
     """The fast twin of `drop`: the same mask, values within one rounding of bf16."""
-    _launch(x, out, seed, layer, share, adds=False)
+    _launch(x, out, seed, layer, p, adds=False)
 
 
-def add_dropped_triton(low: Tensor, out: Tensor, seed: Tensor, layer: int, share: float) -> None:
+def add_dropped_triton(low: Tensor, out: Tensor, seed: Tensor, layer: int, p: float) -> None:
     """The fast twin of `add_dropped`: the same mask, values within one rounding of bf16."""
-    _launch(low, out, seed, layer, share, adds=True)
+    _launch(low, out, seed, layer, p, adds=True)
 
 
-def _launch(x: Tensor, out: Tensor, seed: Tensor, layer: int, share: float, *, adds: bool) -> None:
+def _launch(x: Tensor, out: Tensor, seed: Tensor, layer: int, p: float, *, adds: bool) -> None:
     rows, width = x.shape
     _drop_kernel[(rows, -(-width // BLOCK_COLUMNS))](
-        x, out, seed, row_stride(x), row_stride(out), layer, width, int(share * 2**32),
-        1 / (1 - share), ADDS=adds, BLOCK=BLOCK_COLUMNS,
+        x, out, seed, row_stride(x), row_stride(out), layer, width, int(p * 2**32),
+        1 / (1 - p), ADDS=adds, BLOCK=BLOCK_COLUMNS,
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Triton where it is installed, and without it a decorator that leaves functions alone.
+"""Triton where it is installed; without it a decorator that returns functions unchanged.
 
-A file of kernels imports from here, so that its plain twins can be read and tested anywhere.
+Modules with kernels import from here, so that their plain twins can be read and tested anywhere.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+# Triton exists for Linux with a GPU only; looking for it does not import it.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 if HAS_TRITON:
@@ -31,5 +32,6 @@ def next_power_of_2(n: int) -> int:
 
 def row_stride(x: Any) -> int:
     """Return the elements between rows of `x` (N, W), whose columns must lie side by side."""
+    # Kernels take one stride: views of wider buffers have gaps between rows, never between columns.
     assert x.stride(-1) == 1, "columns must lie side by side"
     return int(x.stride(0))

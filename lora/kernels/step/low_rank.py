@@ -1,7 +1,7 @@
-"""W + B·A for all blocks in one pass over W: nothing else of its size is read or written.
+"""Merged weights W + B·A for all blocks in one pass over W: nothing else of its size is read.
 
-With K adapters on each block's W, their B and A follow one another: W is read for all, and the
-sums are K times its size.
+With K adapters on each block's W their B and A follow one another; the merged weights are K times
+the size of W.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 from lora.kernels.step.jit import jit, tl
 
 ROWS, COLUMNS = 64, 128
+"""Of the tile of W that one program merges."""
 
 
 def add_low_rank(base: Tensor, b: Tensor, a: Tensor, out: Tensor) -> None:
@@ -19,7 +20,8 @@ def add_low_rank(base: Tensor, b: Tensor, a: Tensor, out: Tensor) -> None:
 
     `base` is (L, O, I); K, the adapters on each, follows from the shapes.
     """
-    torch.baddbmm(base.repeat_interleave(len(b) // len(base), 0), b, a, out=out)
+    # baddbmm copies `base` into `out` before it adds: one pass over W more than the kernel's.
+    torch.baddbmm(base.repeat_interleave(len(b) // len(base), 0), b, a, out=out)  # (L·K, O, I)
 
 
 @jit
@@ -35,16 +37,22 @@ def _add_low_rank_kernel(
     left = row[:, None] < outputs
     b_at = b + (layer * outputs + row[:, None]) * RANK + rank[None, :]
     a_at = a + (layer * RANK + rank[:, None]) * inputs + column[None, :]
+    # The whole rank at once: it is small, so there is no loop over the reduced dimension.
     low = tl.dot(tl.load(b_at, mask=left, other=0.0), tl.load(a_at, mask=right, other=0.0))
     at = (layer * outputs + row[:, None]) * inputs + column[None, :]
+    # K programs in a row share one tile of `base`.
     base_at = (layer // adapters * outputs + row[:, None]) * inputs + column[None, :]
     inside = left & right
+    # Added in fp32, so that the merged weight is rounded once.
     total = tl.load(base + base_at, mask=inside, other=0.0).to(tl.float32) + low
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
 def add_low_rank_triton(base: Tensor, b: Tensor, a: Tensor, out: Tensor) -> None:
-    """The fast twin of `add_low_rank`; R a power of two from 16 on; one rounding of bf16."""
+    """The fast twin of `add_low_rank`; R is a power of two from 16 on, as tl.dot wants.
+
+    Agrees within one rounding of bf16.
+    """
     layers, outputs, inputs = out.shape
     adapters = layers // len(base)
     grid = (-(-inputs // COLUMNS), -(-outputs // ROWS), layers)

@@ -1,4 +1,4 @@
-"""The small operations of the fast step as one table: plain ones, or Triton's twins on a GPU."""
+"""The hand-written step's operations between its matmuls: plain PyTorch, or Triton on a GPU."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from lora.kernels.step import (
     adamw,
     attention,
+    attention_triton,
     dropout,
     fp8,
     low_rank,
     norm,
     rotary,
-    stacked_adamw,
     swiglu,
     token_loss,
 )
@@ -24,7 +24,7 @@ from lora.kernels.step import (
 
 @dataclass(frozen=True)
 class Ops:
-    """What lies between the matrix products; each writes into tensors that it is given."""
+    """Everything between the matmuls of cuBLAS; each writes into tensors that it is given."""
 
     name: str
     add_norm: Callable[..., None]
@@ -46,7 +46,7 @@ class Ops:
     scaled_matmul: Callable[..., None]
     transpose_codes: Callable[..., None]
     fp8_dtype: torch.dtype = fp8.FP8
-    """Of rows in eight bits; a wide type rounds nothing, so that tests compare the rest in fp64."""
+    """Of fp8 rows; a wider dtype rounds nothing, so that tests can compare the rest in fp64."""
 
 
 PLAIN = Ops(
@@ -68,7 +68,7 @@ PLAIN = Ops(
     quantise_rows=fp8.quantise_rows,
     scaled_matmul=fp8.scaled_matmul,
     transpose_codes=fp8.transpose_codes,
-    stacked_adamw=stacked_adamw.stacked_adamw,
+    stacked_adamw=adamw.stacked_adamw,
 )
 
 TRITON = Ops(
@@ -85,10 +85,10 @@ TRITON = Ops(
     drop=dropout.drop_triton,
     add_dropped=dropout.add_dropped_triton,
     add_low_rank=low_rank.add_low_rank_triton,
-    attend=attention.attend_triton,
-    attend_backward=attention.attend_backward_triton,
+    attend=attention_triton.attend_triton,
+    attend_backward=attention_triton.attend_backward_triton,
     quantise_rows=fp8.quantise_rows_triton,
     scaled_matmul=fp8.scaled_matmul_device,
     transpose_codes=fp8.transpose_codes_triton,
-    stacked_adamw=stacked_adamw.stacked_adamw_triton,
+    stacked_adamw=adamw.stacked_adamw_triton,
 )

@@ -1,7 +1,8 @@
-"""Rotary positions on queries and keys inside one tensor of projections, in place, and back.
+"""Rotary embedding of queries and keys, in place in the fused q/k/v tensor, and its gradient.
 
-The layout is Hugging Face's: dimension d is paired with d + D/2 (arXiv 2104.09864). The way back
-takes the three gradients that attention returns and writes them side by side.
+The layout is Hugging Face's: dimension d is paired with d + D/2 (arXiv 2104.09864). The gradient is
+the rotation by the negative angle; it reads the three gradients that attention returns and writes
+them side by side.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ def rotate_heads(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> None:
     heads = qkv[:, : n_heads * 2 * half].unflatten(1, (n_heads, 2, half))  # (N, heads, 2, D/2)
     first, second = heads.to(cos.dtype).unbind(2)  # each (N, heads, D/2)
     c, s = cos[:, None], sin[:, None]
+    # Both halves are read before either is written: each result needs both.
     heads.copy_(torch.stack((first * c - second * s, second * c + first * s), 2))
 
 
 def gather_gradients(
     dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor | None, sin: Tensor | None, out: Tensor
 ) -> None:
-    """Changes `out` (N, W) in place: dq, dk rotated back, and dv, side by side.
+    """Changes `out` (N, W) in place: dq and dk, their rotation undone, and dv, side by side.
 
     The gradients are (N, heads, D) with any stride between tokens and heads; without `cos` nothing
     is rotated.
@@ -44,7 +46,7 @@ def _rotate_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, HALF)
-    head = tl.arange(0, HEADS)
+    head = tl.arange(0, HEADS)  # a power of two, as Triton's ranges must be; masked beyond `heads`
     c = tl.load(cos + row * HALF + lane)[None, :]
     s = tl.load(sin + row * HALF + lane)[None, :]
     at = qkv + row * qkv_stride + head[:, None] * (2 * HALF) + lane[None, :]
@@ -76,9 +78,9 @@ def _gather_part(
     first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
     if ROTATES:
-        turned = first * c + second * s
+        rotated = first * c + second * s  # sine's sign is flipped: the inverse rotation
         second = second * c - first * s
-        first = turned
+        first = rotated
     to = out + (first_head + head[:, None]) * (2 * HALF) + lane[None, :]
     kind = out.dtype.element_ty
     tl.store(to, first.to(kind), mask=inside)
@@ -107,6 +109,7 @@ def gather_gradients_triton(
     """The fast twin of `gather_gradients`; D/2 a power of two; within one rounding of bf16."""
     rows, heads, width = dq.shape
     shared, half = dk.shape[1], width // 2
+    # Without a rotation the kernel loads no tables' values that it uses, but needs pointers.
     tables = (dq, dq) if cos is None or sin is None else (cos, sin)
     for gradient in (dq, dk, dv):
         assert gradient.stride(-1) == 1, "a head's columns must lie side by side"

@@ -1,7 +1,7 @@
-"""silu(gate) · up (arXiv 2002.05202) on gate and up side by side in one tensor, and its gradient.
+"""SwiGLU, silu(gate) · up (arXiv 2002.05202), on gate and up in one tensor, and its gradient.
 
-The gradient is written over its input: no concatenation, no second tensor of twice the width.
-Where results go into eight bits too, a program makes a whole row: its largest value sets the
+The gradient is written over its input: no concatenation, no second tensor of twice the width. Where
+results are also written in fp8, one program computes a whole row, whose largest value sets the
 scale.
 """
 
@@ -15,37 +15,38 @@ from lora.kernels.step.fp8 import Fp8Rows, fp8_tensors, scale_of, store_codes, w
 from lora.kernels.step.jit import jit, next_power_of_2, row_stride, tl
 
 BLOCK_COLUMNS = 1024
+"""Of a row that one program computes; without fp8 a row has no common scale and can be split."""
 
 
-def swiglu(gate_up: Tensor, out: Tensor, coded: Fp8Rows | None = None) -> None:
+def swiglu(gate_up: Tensor, out: Tensor, fp8_out: Fp8Rows | None = None) -> None:
     """Changes `out` (N, F) in place: silu(gate) · up of `gate_up` (N, 2F), gate first.
 
-    `coded` takes `out` in eight bits.
+    `fp8_out` also receives `out`, in fp8.
     """
     wide = torch.promote_types(gate_up.dtype, torch.float32)
     gate, up = gate_up.to(wide).chunk(2, -1)  # each (N, F)
     out.copy_(F.silu(gate) * up)
-    if coded is not None:
-        coded.put(out)
+    if fp8_out is not None:
+        fp8_out.write(out)
 
 
 def swiglu_backward(
-    gate_up: Tensor, d_out: Tensor, out: Tensor | None, coded: Fp8Rows | None = None
+    gate_up: Tensor, d_out: Tensor, out: Tensor | None, fp8_out: Fp8Rows | None = None
 ) -> None:
-    """Changes `gate_up` (N, 2F) in place: it becomes its own gradient; `out` is made again.
+    """Changes `gate_up` (N, 2F) in place: it becomes its own gradient.
 
-    `d_out` is (N, F); `out` (N, F) takes silu(gate) · up, for those who did not keep it; `coded`
-    takes the gradient in eight bits.
+    `d_out` is (N, F). `out` (N, F), where it was not stored, is recomputed on the way: silu(gate) ·
+    up. `fp8_out` also receives the gradient, in fp8.
     """
     wide = torch.promote_types(gate_up.dtype, torch.float32)
     gate, up = gate_up.to(wide).chunk(2, -1)  # each (N, F)
-    sigmoid, dy = gate.sigmoid(), d_out.to(wide)
-    if out is not None:
+    sigmoid, dy = gate.sigmoid(), d_out.to(wide)  # each (N, F)
+    if out is not None:  # before gate and up are overwritten
         out.copy_(gate * sigmoid * up)
-    d_gate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
+    d_gate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))  # (N, F)
     gate_up.copy_(torch.cat((d_gate, dy * gate * sigmoid), -1))
-    if coded is not None:
-        coded.put(gate_up)
+    if fp8_out is not None:
+        fp8_out.write(gate_up)
 
 
 @jit
@@ -74,18 +75,18 @@ def _swiglu_row_kernel(
     y = (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty)
     tl.store(out + row * out_stride + columns, y, mask=inside)
     codes_at = codes + row * width + columns
-    wide = y.to(tl.float32)
+    wide = y.to(tl.float32)  # the rounded values, as quantising `out` later would see them
     store_codes(wide, codes_at, scales + row, factors + columns, inside, HAS_FACTORS)
 
 
-def swiglu_triton(gate_up: Tensor, out: Tensor, coded: Fp8Rows | None = None) -> None:
+def swiglu_triton(gate_up: Tensor, out: Tensor, fp8_out: Fp8Rows | None = None) -> None:
     """The fast twin of `swiglu`; bf16, on a GPU: agrees within one rounding of bf16."""
     rows, width = out.shape
-    if coded is not None:
+    if fp8_out is not None:
         block = next_power_of_2(width)
         _swiglu_row_kernel[(rows,)](
-            gate_up, out, *fp8_tensors(coded, out), row_stride(gate_up), row_stride(out), width,
-            HAS_FACTORS=coded.factors is not None, BLOCK=block, num_warps=warps_of(block),
+            gate_up, out, *fp8_tensors(fp8_out, out), row_stride(gate_up), row_stride(out), width,
+            HAS_FACTORS=fp8_out.factors is not None, BLOCK=block, num_warps=warps_of(block),
         )  # fmt: skip
         return
     grid = (rows, -(-width // BLOCK_COLUMNS))
@@ -97,7 +98,7 @@ def swiglu_triton(gate_up: Tensor, out: Tensor, coded: Fp8Rows | None = None) ->
 @jit
 def _swiglu_backward_kernel(
     gate_up, d_out, out, gate_up_stride, d_out_stride, out_stride, width,
-    KEEPS_OUT: tl.constexpr, BLOCK: tl.constexpr,
+    WRITES_OUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -108,7 +109,7 @@ def _swiglu_backward_kernel(
     dy = tl.load(d_out + row * d_out_stride + columns, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
-    if KEEPS_OUT:
+    if WRITES_OUT:
         y = (silu * up).to(out.dtype.element_ty)
         tl.store(out + row * out_stride + columns, y, mask=inside)
     d_gate = dy * up * (sigmoid + silu * (1 - sigmoid))
@@ -121,7 +122,7 @@ def _swiglu_backward_kernel(
 def _swiglu_backward_row_kernel(
     gate_up, d_out, out, codes, scales, factors,
     gate_up_stride, d_out_stride, out_stride, width,
-    KEEPS_OUT: tl.constexpr, HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr,
+    WRITES_OUT: tl.constexpr, HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -133,14 +134,15 @@ def _swiglu_backward_row_kernel(
     kind = gate_up.dtype.element_ty
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
-    if KEEPS_OUT:
+    if WRITES_OUT:
         y = (silu * up).to(out.dtype.element_ty)
         tl.store(out + row * out_stride + columns, y, mask=inside)
     d_gate = (dy * up * (sigmoid + silu * (1 - sigmoid))).to(kind)
     d_up = (dy * silu).to(kind)
     tl.store(gate_at, d_gate, mask=inside)
     tl.store(gate_at + width, d_up, mask=inside)
-    # Rounded already, so that a row's two halves stay in registers as bf16.
+    # Widened again after rounding: as bf16 both halves of the row stay in registers until the
+    # scale is known.
     left, right = d_gate.to(tl.float32), d_up.to(tl.float32)
     if HAS_FACTORS:
         left *= tl.load(factors + columns, mask=inside, other=0.0)
@@ -153,22 +155,23 @@ def _swiglu_backward_row_kernel(
 
 
 def swiglu_backward_triton(
-    gate_up: Tensor, d_out: Tensor, out: Tensor | None, coded: Fp8Rows | None = None
+    gate_up: Tensor, d_out: Tensor, out: Tensor | None, fp8_out: Fp8Rows | None = None
 ) -> None:
     """The fast twin of `swiglu_backward`; bf16, on a GPU: within one rounding of bf16."""
     rows, width = d_out.shape
-    kept = d_out if out is None else out
-    if coded is not None:
+    out_or_any = d_out if out is None else out  # the kernel needs a pointer, and leaves it alone
+    if fp8_out is not None:
         block = next_power_of_2(width)
         _swiglu_backward_row_kernel[(rows,)](
-            gate_up, d_out, kept, *fp8_tensors(coded, d_out),
-            row_stride(gate_up), row_stride(d_out), row_stride(kept), width,
-            KEEPS_OUT=out is not None, HAS_FACTORS=coded.factors is not None,
+            gate_up, d_out, out_or_any, *fp8_tensors(fp8_out, d_out),
+            row_stride(gate_up), row_stride(d_out), row_stride(out_or_any), width,
+            WRITES_OUT=out is not None, HAS_FACTORS=fp8_out.factors is not None,
             BLOCK=block, num_warps=warps_of(block),
         )  # fmt: skip
         return
     grid = (rows, -(-width // BLOCK_COLUMNS))
     _swiglu_backward_kernel[grid](
-        gate_up, d_out, kept, row_stride(gate_up), row_stride(d_out), row_stride(kept), width,
-        KEEPS_OUT=out is not None, BLOCK=BLOCK_COLUMNS,
+        gate_up, d_out, out_or_any,
+        row_stride(gate_up), row_stride(d_out), row_stride(out_or_any), width,
+        WRITES_OUT=out is not None, BLOCK=BLOCK_COLUMNS,
     )  # fmt: skip

@@ -177,7 +177,7 @@ def test_makers_leave_the_rows_that_products_read(
 def test_rows_are_read_once() -> None:
     passing = Fp8ScratchRows(torch.zeros(64, dtype=FP8), torch.zeros(4, 1))
     x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
-    passing.rows_for(x).put(x)
+    passing.rows_for(x).write(x)
     left = passing.rows_of(x, PLAIN)
     codes, scales = left.codes.float(), left.scales.clone()
     x.mul_(2)
@@ -190,7 +190,7 @@ def test_rows_may_be_read_in_parts() -> None:
     passing = Fp8ScratchRows(torch.zeros(80, dtype=FP8), torch.zeros(5, 1))
     x = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))[:, :16]
     whole = passing.rows_for(x)
-    whole.put(x)
+    whole.write(x)
     codes, scales = whole.codes.float(), whole.scales.clone()
     x.mul_(2)
     for part in (slice(0, 2), slice(2, 4), slice(4, 5)):

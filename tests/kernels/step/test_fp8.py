@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lora.kernels.step.fp8 import (
+    E4M3_MAX,
     FP8,
-    LARGEST,
     Fp8Rows,
     quantise_rows,
     scaled_matmul,
@@ -18,7 +18,7 @@ from lora.kernels.step.fp8 import (
 
 def code(x: Tensor, kind: torch.dtype = FP8, factors: Tensor | None = None) -> Fp8Rows:
     rows = Fp8Rows(x.new_empty(x.shape, dtype=kind), torch.empty(len(x), 1), factors)
-    rows.put(x)
+    rows.write(x)
     return rows
 
 
@@ -36,7 +36,7 @@ def test_a_value_keeps_its_first_three_bits_and_tiny_ones_their_place() -> None:
     peak = x.abs().amax(1, keepdim=True).double()
     error = (values(code(x)) - x.double()).abs()
     # Half of the last bit: relative 2⁻⁴, and 2⁻¹⁰ · scale where the code is subnormal.
-    allowed = torch.maximum(x.double().abs() * 2**-4, peak / LARGEST * 2**-10) * (1 + 1e-6)
+    allowed = torch.maximum(x.double().abs() * 2**-4, peak / E4M3_MAX * 2**-10) * (1 + 1e-6)
     assert (error <= allowed).all()
     assert (error.norm(dim=1) / x.double().norm(dim=1) < 0.04).all()
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from lora.kernels.step import (
     adamw,
     attention,
+    attention_triton,
     dropout,
     fp8,
     low_rank,
     norm,
     rotary,
-    stacked_adamw,
     swiglu,
     token_loss,
 )
@@ -58,12 +58,12 @@ def assert_close(fast: Tensor, plain: Tensor, tolerance: float = TOLERANCE) -> N
     assert difference <= tolerance
 
 
-def coded_like(x: Tensor, factors: Tensor | None) -> fp8.Fp8Rows:
+def fp8_like(x: Tensor, factors: Tensor | None) -> fp8.Fp8Rows:
     codes = torch.zeros(x.shape, dtype=CODES, device=DEVICE)
     return fp8.Fp8Rows(codes, torch.zeros(len(x), 1, device=DEVICE), factors)
 
 
-def assert_coded(fast: fp8.Fp8Rows, plain: fp8.Fp8Rows) -> None:
+def assert_fp8(fast: fp8.Fp8Rows, plain: fp8.Fp8Rows) -> None:
     """Inputs may differ by a rounding of bf16, so a code may be the next one."""
     values = [rows.codes.double() * rows.scales.double() for rows in (fast, plain)]
     assert_close(*values, 8e-3 if TYPE is torch.bfloat16 else 2e-3)
@@ -75,10 +75,10 @@ def test_rows_in_eight_bits(draw: torch.Generator, with_factors: bool) -> None:
     x[0], x[1] = 0, 1e-38
     x[2, 3] = float("inf") if CODES is fp8.FP8 else 1e9
     factors = torch.rand(WIDTH, generator=draw).to(DEVICE) if with_factors else None
-    plain, fast = coded_like(x, factors), coded_like(x, factors)
+    plain, fast = fp8_like(x, factors), fp8_like(x, factors)
     fp8.quantise_rows(x, plain)
     fp8.quantise_rows_triton(x, fast)
-    assert_coded(
+    assert_fp8(
         *(fp8.Fp8Rows(rows.codes[3:], rows.scales[3:]) for rows in (fast, plain)),
     )
     if CODES is fp8.FP8:
@@ -106,7 +106,7 @@ def test_norms_and_swiglu_put_codes_beside_their_results(
             swiglu.swiglu_backward_triton,
         ),
     ):
-        rows = [coded_like(like, f) for like, f in ((x, narrow),) * 3 + ((gate_up, wide),)]
+        rows = [fp8_like(like, f) for like, f in ((x, narrow),) * 3 + ((gate_up, wide),)]
         total, normed, rstd = torch.empty_like(x), torch.empty_like(x), x.new_empty(ROWS).float()
         add(x, delta, weight, 1e-5, total, normed, rstd, rows[0])
         out, gradient = torch.empty_like(x), gate_up.clone()
@@ -116,12 +116,12 @@ def test_norms_and_swiglu_put_codes_beside_their_results(
         activate_back(gradient, dy, again, rows[3])
         assert_close(again, activated)
         for made, row in zip((normed, out, activated, gradient), rows, strict=True):
-            expected = coded_like(made, row.factors)
-            expected.put(made)
-            assert_coded(row, expected)
+            expected = fp8_like(made, row.factors)
+            expected.write(made)
+            assert_fp8(row, expected)
         found.append(rows)
     for fast, plain in zip(found[1], found[0], strict=True):
-        assert_coded(fast, plain)
+        assert_fp8(fast, plain)
 
 
 def test_turning_codes(draw: torch.Generator) -> None:
@@ -138,9 +138,9 @@ def test_turning_codes(draw: torch.Generator) -> None:
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_the_product_of_codes(draw: torch.Generator, with_bias: bool) -> None:
     x, weight = random(draw, ROWS, 512), random(draw, 272, 512)
-    rows, columns = coded_like(x, None), coded_like(weight, None)
-    rows.put(x)
-    columns.put(weight)
+    rows, columns = fp8_like(x, None), fp8_like(weight, None)
+    rows.write(x)
+    columns.write(weight)
     bias = random(draw, 272) if with_bias else None
     out = torch.full((ROWS, 288), 7.0, device=DEVICE, dtype=TYPE)
     plain = torch.empty(ROWS, 272, device=DEVICE, dtype=torch.float64)
@@ -274,7 +274,7 @@ def test_stacked_adamw(draw: torch.Generator) -> None:
     values[1][1] = float("nan")  # of the adapter whose step is not taken
     control = torch.tensor([[1e-2, 1, 0.5, 1, 0.1], [1e-2, 4, 1, 0, 0], [3e-3, 7, 2, 1, 0.0]])
     results = []
-    for function in (stacked_adamw.stacked_adamw, stacked_adamw.stacked_adamw_triton):
+    for function in (adamw.stacked_adamw, adamw.stacked_adamw_triton):
         own = [t.clone() for t in (*values, *moments)]
         function(*own, control.to(DEVICE), adamw.AdamWSettings())
         for tensor, before in zip(own, (*values, *moments), strict=True):
@@ -317,13 +317,13 @@ def test_attention_and_its_gradient(
     settings = (heads, width**-0.5, window)
     attention.attend(expected, begins, *settings, y, lse)
     out = torch.full((count, inner + 16), 7.0, device=DEVICE, dtype=TYPE)
-    attention.attend_triton(qkv, begins, *settings, out[:, :inner], lse)
+    attention_triton.attend_triton(qkv, begins, *settings, out[:, :inner], lse)
     assert_close(out[:, :inner], y, 5e-3 if TYPE is torch.bfloat16 else 1e-6)
     assert (out[:, inner:] == 7).all()
     wide = None if tables is None else (tables[0].double(), tables[1].double())
     partial = torch.full((count, n_heads, 2, width), 7.0, device=DEVICE)
     attention.attend_backward(expected, begins, ends, *settings, y, lse, dy.double(), partial, wide)
-    attention.attend_backward_triton(
+    attention_triton.attend_backward_triton(
         qkv, begins, ends, *settings, out[:, :inner], lse, dy, partial, tables
     )
     parts = (n_heads * width, shared * width, shared * width)
