@@ -90,7 +90,7 @@ def test_a_newer_version_is_refused_and_says_which(tmp_path: Path) -> None:
 
 
 def test_every_fault_is_named_at_once(tmp_path: Path) -> None:
-    damaged = {**OLD, "train": 3, "learning_rate": "high", "data": {"examples": 1.5}}
+    damaged = {**OLD, "train": 3, "learning_rate": "high", "data": {**OLD["data"], "examples": 1.5}}
     write(tmp_path, "run.json", damaged)
     with pytest.raises(CheckpointError) as caught:
         read_run_record(tmp_path)
