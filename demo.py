@@ -39,6 +39,7 @@ from lora.report import draw_loss_curves
 from lora.runs.directory import default_name
 from lora.runs.disk import atomic_write, read_rows
 from lora.runs.progress import NoProgress, RichProgress
+from lora.runs.read_record import read_metrics
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -188,7 +189,7 @@ def keep(
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     atomic_write(done.folder / "answers.jsonl", lines.encode())
     atomic_write(done.folder / "figures.json", json.dumps(figures, indent=2).encode())
-    curve = ("order notes", read_rows(done.folder / "metrics.jsonl"))
+    curve = ("order notes", read_metrics(done.folder))
     draw_loss_curves([curve], done.folder / "loss.png", title="SmolLM2-135M learns order notes")
 
 

@@ -16,11 +16,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lora.errors import LoraError, TrainingError
 from lora.report import draw_loss_curves
-from lora.runs.disk import atomic_write, read_json, read_rows
+from lora.runs.disk import atomic_write, read_json
+from lora.runs.read_record import read_metrics, read_result
+from lora.runs.record import MetricsRow, RunResult
 
 HERE = Path(__file__).resolve().parent
 
@@ -46,17 +47,29 @@ class Outcome:
     """What one run left in its folder."""
 
     name: str
-    rows: list[dict[str, Any]]
-    result: dict[str, Any]
+    rows: list[MetricsRow]
+    result: RunResult
     samples: dict[str, str]
 
     @property
     def first_loss(self) -> float:
-        return next(row["eval_loss"] for row in self.rows if "eval_loss" in row)
+        return next(row.eval_loss for row in self.rows if row.eval_loss is not None)
 
     @property
     def last_loss(self) -> float:
-        return float(self.result["eval_loss"])
+        return self.result.eval_loss
+
+    @property
+    def trained_fraction(self) -> float:
+        """Trained parameters / those of the base."""
+        assert self.result.parameters is not None
+        return self.result.parameters.trainable / self.result.parameters.base
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the adapter, or of the whole model."""
+        sizes = self.result.stored_bytes or {}
+        return sizes["adapter"] if "adapter" in sizes else sizes["model"]
 
 
 def main() -> int:
@@ -111,8 +124,9 @@ def run_training(out: Path, variables: dict[str, str]) -> None:
 
 def read_outcome(folder: Path) -> Outcome:
     """Return what the run in `folder` left."""
-    result, samples = read_json(folder / "result.json"), read_json(folder / "samples.json")
-    return Outcome(folder.name, read_rows(folder / "metrics.jsonl"), result, samples)
+    result, samples = read_result(folder), read_json(folder / "samples.json")
+    assert result is not None
+    return Outcome(folder.name, read_metrics(folder), result, samples)
 
 
 def show_table(outcomes: list[Outcome]) -> None:
@@ -135,13 +149,12 @@ def show_table(outcomes: list[Outcome]) -> None:
         table.add_column(column, justify="right")
     for outcome in outcomes:
         result = outcome.result
-        stored = result["stored_bytes"].get("adapter", result["stored_bytes"].get("model"))
         table.add_row(
             outcome.name,
-            f"{result['parameters']['trainable'] / result['parameters']['base']:.1%}",
-            f"{stored / 1e3:,.0f} kB",
-            f"{1000 * result['train_s'] / result['steps']:.1f}",
-            f"{result['peak_memory_bytes'] / 1e6:.0f} MB",
+            f"{outcome.trained_fraction:.1%}",
+            f"{outcome.stored_bytes / 1e3:,.0f} kB",
+            f"{1000 * result.train_s / result.steps:.1f}",
+            f"{result.peak_memory_bytes / 1e6:.0f} MB",
             f"{outcome.last_loss:.3f}",
             f"{(outcome.first_loss - outcome.last_loss) / gained:.1%}",
         )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora.errors import Interrupted, LoraError
+from lora.runs.record import DataRecord, ParameterCount, RunRecord, RunResult
 from models.classic_settings import AUTO, ClassicSettings, notes, read_settings
 
 if TYPE_CHECKING:
@@ -187,10 +188,10 @@ def save_model(run: Run, model: BigramLanguageModel, text: Text, result: TrainRe
     finish(run, result, sizes, count_parameters(model, model))
 
 
-def count_parameters(model: BigramLanguageModel, base: BigramLanguageModel) -> dict[str, int]:
+def count_parameters(model: BigramLanguageModel, base: BigramLanguageModel) -> ParameterCount:
     """Return how many parameters train and how many the base has."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"trainable": trainable, "base": sum(p.numel() for p in base.parameters())}
+    return ParameterCount(trainable, base=sum(p.numel() for p in base.parameters()))
 
 
 def train_on(
@@ -216,8 +217,17 @@ def train_on(
     stream = BlockStream(text.train, model.block_size, rows, settings.seed, choice.device)
     show_parameters(model, settings.use_lora)
     run = create_run(Path(settings.output_dir), settings.run_name or name)
-    described = {"settings": asdict(settings), "data": text.described, "device": choice.reason}
-    run.write_json("run.json", {**described, "base": str(base) if base else None})
+    is_lora = settings.use_lora and base is not None
+    record = RunRecord(
+        kind="character",
+        method="lora" if is_lora else "full",
+        base=str(base) if base else None,
+        device=choice.reason,
+        learning_rate=settings.rate,
+        settings=asdict(settings),
+        data=DataRecord(source=text.described),
+    )
+    run.write_run_record(record)
     show_sample(run, model, text, choice, "before")
     job = TrainingJob(
         model=model,
@@ -309,16 +319,15 @@ def show_sample(
 
 
 def finish(
-    run: Run, result: TrainResult, sizes: dict[str, int], parameters: dict[str, int]
+    run: Run, result: TrainResult, sizes: dict[str, int], parameters: ParameterCount
 ) -> None:
     """Write the result and the picture, and print what a person wants to know."""
     from lora.report import draw_loss_curves
 
-    summary = {**asdict(result), "stored_bytes": sizes, "parameters": parameters}
-    run.write_json("result.json", summary)
+    run.write_result(RunResult(**vars(result), stored_bytes=sizes, parameters=parameters))
     rows = run.read_metrics()
     draw_loss_curves([(run.folder.name, rows)], run.folder / "loss.png", title=run.folder.name)
-    first = next(row["eval_loss"] for row in rows if "eval_loss" in row)
+    first = next(row.eval_loss for row in rows if row.eval_loss is not None)
     step_ms = 1000 * result.train_s / max(1, result.steps)
     print(
         f"held-out loss {first:.4f} -> {result.eval_loss:.4f} nats in {result.steps} steps, "

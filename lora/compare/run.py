@@ -122,9 +122,14 @@ def compare(
     check_same_comparison(config, described)
     base = _measure_base(target, config, progress_of)
     name = config.run.name or default_name(f"compare-{base.name}")
-    asked = {"kind": "compare", "compare": described, "model": base.name, "device": base.device}
-    asked["run"] = asdict(config.run)  # where and how often: may change when it is resumed
-    with create_run(config.run.out, name, resume=config.resume, described=asked) as run:
+    record = RunRecord(
+        kind="compare",
+        compare=described,
+        model=base.name,
+        device=base.device,
+        run=asdict(config.run),  # where and how often: may change when it is resumed
+    )
+    with create_run(config.run.out, name, resume=config.resume, record=record) as run:
         job = _ComparisonJob(target, config, run, progress_of)
         job.once(BASE_FILE, lambda: asdict(base))
         rates = {method: _choose_rate(job, method) for method in config.methods}

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
 from lora.config import BaseDtype, LoRAConfig, MemoryConfig, RunConfig, TrainConfig
 from lora.data.prepare import PreparedData
-from lora.data.reading.readers import Source
 from lora.data.task import Task
 from lora.device import DeviceChoice
 from lora.errors import ConfigError, did_you_mean
 from lora.finetune.memory import RunMemory
 from lora.pretrained.sources import ModelSource
+from lora.runs.record import RunRecord
 from lora.training.trainer import TrainResult
 
 
@@ -68,35 +68,31 @@ def check_base_dtype(job: FinetuneJob) -> None:
 
 
 def describe_job(
-    job: FinetuneJob, source: ModelSource, data: PreparedData, choice: DeviceChoice
-) -> dict[str, Any]:
-    """Return what `run.json` says of a run before it begins, for programs and for a resume."""
-    return {
-        "model": source.name,
-        "model_source": job.model,
-        "device": choice.reason,
-        "threads": torch.get_num_threads(),
-        "data": {
-            "source": _named(job.data),
-            "eval_source": _named(job.eval_data),
-            "examples": len(data.train_examples),
-            "held_out_examples": len(data.validation_examples),
-            "rows": len(data.train),
-            "learned_tokens": data.train.n_target_tokens,
-            "counts": asdict(data.train_encoded.counts),
-            "chat_template": data.template_origin,
-            "now": data.now.isoformat(),
-            "fingerprint": data.train.fingerprint(),
-            "held_out_fingerprint": data.validation.fingerprint() if data.validation else None,
-        },
-        "lora": None if job.lora is None else asdict(job.lora),
-        "train": asdict(job.train),
-        "data_config": asdict(job.data_config),
-        "run": asdict(job.run),
-    }
-
-
-def _named(source: Source | None) -> str | None:
-    if source is None:
-        return None
-    return str(source) if isinstance(source, Path | str) else "rows given in Python"
+    job: FinetuneJob,
+    source: ModelSource,
+    data: PreparedData,
+    report: DataReport,
+    choice: DeviceChoice,
+) -> RunRecord:
+    """Return the record of a run before its model is loaded."""
+    is_full = job.lora is None and job.from_adapter is None
+    return RunRecord(
+        kind="finetune",
+        method="full" if is_full else "lora",
+        model=source.name,
+        model_source=job.model,
+        device=choice.reason,
+        threads=torch.get_num_threads(),
+        from_adapter=None if job.from_adapter is None else str(job.from_adapter),
+        base_dtype=None if job.base_dtype == "auto" else job.base_dtype,
+        deterministic=job.deterministic or None,
+        lora=None if job.lora is None else asdict(job.lora),
+        train=asdict(job.train),
+        data_config=asdict(job.data_config),
+        run=asdict(job.run),
+        data=replace(
+            describe_data(data, job.data, job.eval_data),
+            counts=asdict(data.train_encoded.counts),
+            warnings=tuple(report.warnings),
+        ),
+    )

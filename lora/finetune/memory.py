@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.memory.fast_step import USABLE_MEMORY_FRACTION
 from lora.fast.memory.plan import MemoryPlan, Setting, plan_memory
 from lora.pretrained.hf_weights import read_config
+from lora.runs.record import MemoryResult, PlannedMemory
 from lora.training.out_of_memory import describe_parts
 
 
@@ -40,13 +41,17 @@ class RunMemory:
             f"measured ({abs(share):.0f} % {side} than was needed)"
         )
 
+    def to_record(self) -> MemoryResult:
+        """Return what result.json holds of it."""
+        return MemoryResult(
+            measured_bytes=self.measured_bytes,
+            error_fraction=round(self.error_fraction, 4),
+            planned=PlannedMemory(**self.plan.to_dict()),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as values that JSON holds."""
-        return {
-            "planned": self.plan.to_dict(),
-            "measured_bytes": self.measured_bytes,
-            "error_fraction": round(self.error_fraction, 4),
-        }
+        return asdict(self.to_record())
 
 
 def plan_run(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,8 +34,10 @@ from lora.finetune.memory import RunMemory, describe_plan, plan_run
 from lora.pretrained.hf_weights import load_decoder, save_decoder
 from lora.pretrained.sources import ModelSource, find_model
 from lora.runs.directory import Run, check_run_directory, create_run, default_name, read_start_time
-from lora.runs.disk import read_json, reading
+from lora.runs.disk import reading
 from lora.runs.progress import NoProgress, Progress
+from lora.runs.read_record import read_run_record
+from lora.runs.record import RUN_FILE, RunResult
 from lora.training.out_of_memory import LOADING_ADVICE, advise, explained
 from lora.training.trainer import train
 
@@ -82,16 +84,14 @@ def _finetune(
         model, fingerprint = _load_model(job, source, choice, data.tokenizer, progress)
     rate = job.train.resolved(full=job.lora is None).peak_learning_rate
     name = job.run.name or default_name(source.name)
-    described = {**describe_job(job, source, data, choice), "learning_rate": rate}
-    described["from_adapter"] = job.from_adapter
-    if job.base_dtype != "auto":
-        described["base_dtype"] = job.base_dtype
-    described["data"]["warnings"] = report.warnings
-    described["base_fingerprint"] = fingerprint
-    if memory_plan.checkpointing is not None:
-        described["kept_of_blocks"] = memory_plan.checkpointing.to_record()
+    stored = memory_plan.checkpointing
+    record = replace(
+        describe_job(job, source, data, report, choice),
+        learning_rate=rate,
+        base_fingerprint=fingerprint,
+        activation_checkpointing=None if stored is None else stored.to_record(),
+    )
     if job.deterministic:
-        described["deterministic"] = True
         progress.message(
             "deterministic: torch's algorithms that repeat to the bit, and the plain step"
         )
@@ -101,7 +101,7 @@ def _finetune(
         steps = choose_steps(
             model, choice, job.train, fast=fast, checkpointing=checkpointing, say=progress.message
         )
-    with create_run(job.run.out, name, resume=job.resume, described=described) as run:
+    with create_run(job.run.out, name, resume=job.resume, record=record) as run:
         if run.note:
             progress.message(run.note)
         if open_board is not None:
@@ -112,7 +112,7 @@ def _finetune(
         saved = _save(job, model, data.tokenizer, source, run, progress)
         memory = RunMemory(memory_plan, result.peak_memory_bytes)
         try:
-            run.write_json("result.json", {**asdict(result), "memory": memory.to_dict()})
+            run.write_result(RunResult(**vars(result), memory=memory.to_record()))
         except CheckpointError as error:  # the disk is full, and what was learned is saved
             progress.message(str(error))
         return FinetuneResult(run.folder, saved, result, memory)
@@ -168,12 +168,12 @@ def _advice(job: FinetuneJob, plan: MemoryPlan) -> str:
 
 def _kept_before(job: FinetuneJob) -> ActivationCheckpointing | None:
     """Return what a resumed run kept of its blocks: kept otherwise, they would round otherwise."""
-    path = job.run.out / str(job.run.name) / "run.json"
-    if not job.resume or not path.is_file():  # `create_run` says what is there, and what is not
-        return None
-    with reading(path):
-        kept = read_json(path).get("kept_of_blocks")
-        return None if kept is None else ActivationCheckpointing.from_record(kept)
+    directory = job.run.out / str(job.run.name)
+    if not job.resume or not (directory / RUN_FILE).is_file():
+        return None  # `create_run` reports what is there, and what is not
+    stored = read_run_record(directory).activation_checkpointing
+    with reading(directory / RUN_FILE):
+        return None if stored is None else ActivationCheckpointing.from_record(stored)
 
 
 def _tokenizer_folder(job: FinetuneJob, model_folder: Path) -> Path:

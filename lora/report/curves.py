@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora.runs.disk import atomic_write
+from lora.runs.record import MetricsRow
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,7 +21,7 @@ LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
 
 
 def draw_loss_curves(
-    curves: Sequence[tuple[str, list[dict[str, Any]]]], path: Path, *, title: str
+    curves: Sequence[tuple[str, Sequence[MetricsRow]]], path: Path, *, title: str
 ) -> None:
     """Write a PNG of training and held-out loss against steps.
 
@@ -39,8 +40,8 @@ def draw_loss_curves(
     for number, (name, rows) in enumerate(curves):
         colour = COLOURS[number % len(COLOURS)]
         style = LINE_STYLES[number % len(LINE_STYLES)]
-        trained = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-        held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+        trained = [(row.step, row.loss) for row in rows if row.loss is not None]
+        held_out = [(row.step, row.eval_loss) for row in rows if row.eval_loss is not None]
         if trained:
             steps, losses = zip(*trained, strict=True)
             axes.plot(steps, smooth(losses), color=colour, alpha=0.3, linewidth=1)

@@ -20,8 +20,8 @@ from lora.report.page import Drawn, build_page
 from lora.report.records.collect import read_report
 from lora.report.records.records import Report
 from lora.report.svg import png_of, svg_of
-from lora.runs.directory import METRICS_FILE
-from lora.runs.disk import atomic_write, disk_error, read_rows
+from lora.runs.disk import atomic_write, disk_error
+from lora.runs.read_record import read_metrics
 
 HTML_FILE, JSON_FILE, PICTURES = "report.html", "report.json", "pictures"
 LOSS_PICTURE, MAX_CURVES = "loss.png", 6
@@ -78,7 +78,7 @@ def draw_losses(report: Report, directory: Path) -> None:
         named = [(run.label, run) for run in report.runs]
     else:
         return
-    curves = [(name, read_rows(directory / run.folder / METRICS_FILE)) for name, run in named]
+    curves = [(name, read_metrics(directory / run.folder)) for name, run in named]
     draw_loss_curves(curves, directory / LOSS_PICTURE, title=title)
 
 

@@ -13,25 +13,35 @@ No torch here.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import errno
 import fcntl
-import importlib.metadata
 import json
 import os
-import platform
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 from lora.errors import CheckpointError, RunNotFoundError, did_you_mean
 from lora.runs.disk import atomic_write, disk_error, read_json, read_rows
+from lora.runs.read_record import read_metrics, read_run_record, record_of
+from lora.runs.record import (
+    METRICS_FILE,
+    RESULT_FILE,
+    RUN_FILE,
+    SAMPLES_FILE,
+    TIMINGS_FILE,
+    MetricsRow,
+    RunRecord,
+    RunResult,
+    SampleRow,
+    describe_environment,
+)
 from lora.runs.same_run import check_same_run, find_changed_machine
+from lora.runs.typed_json import to_json
 
-METRICS_FILE, TIMINGS_FILE, LOCK_FILE = "metrics.jsonl", "timings.jsonl", ".lock"
-SAMPLES_FILE = "samples.jsonl"
+LOCK_FILE = ".lock"
 
 
 @dataclass
@@ -57,22 +67,30 @@ class Run:
         """Return the JSON file `name` of the directory. Raises CheckpointError if it is damaged."""
         return read_json(self.folder / name)
 
-    def append_metrics(self, row: dict[str, Any]) -> None:
-        """Append a row of reproducible values; it has a `step`."""
-        self._append(METRICS_FILE, row)
-        self.on_metrics(row)
+    def write_run_record(self, record: RunRecord) -> None:
+        """Write `run.json`."""
+        self.write_json(RUN_FILE, record.to_json())
 
-    def append_timing(self, row: dict[str, Any]) -> None:
-        """Append a row of values that differ from run to run; it has a `step`."""
+    def write_result(self, result: RunResult) -> None:
+        """Write `result.json`."""
+        self.write_json(RESULT_FILE, to_json(result))
+
+    def append_metrics(self, row: MetricsRow | dict[str, Any]) -> None:
+        """Append a row of reproducible values."""
+        self._append(METRICS_FILE, row)
+        self.on_metrics(row if isinstance(row, dict) else to_json(row))
+
+    def append_timing(self, row: Any) -> None:
+        """Append a row of values that differ from run to run: a TimingRow, or another record."""
         self._append(TIMINGS_FILE, row)
 
-    def append_sample(self, row: dict[str, Any]) -> None:
-        """Append an answer of the model; the row has a `step` and is reproducible."""
+    def append_sample(self, row: SampleRow | dict[str, Any]) -> None:
+        """Append an answer of the model."""
         self._append(SAMPLES_FILE, row)
 
-    def read_metrics(self) -> list[dict[str, Any]]:
+    def read_metrics(self) -> list[MetricsRow]:
         """Return the rows of `metrics.jsonl`."""
-        return read_rows(self.folder / METRICS_FILE)
+        return read_metrics(self.folder)
 
     def sync(self) -> None:
         """Return when every row is on the disk. Raises CheckpointError if the disk refuses."""
@@ -92,7 +110,7 @@ class Run:
             path = self.folder / name
             if path.is_file():
                 rows = [row for row in read_rows(path) if row["step"] <= step]
-                atomic_write(path, "".join(_line(row) for row in rows).encode())
+                atomic_write(path, "".join(map(_line, rows)).encode())
 
     def close(self) -> None:
         """Release the lock, so that another process can use the directory."""
@@ -106,9 +124,11 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _append(self, name: str, row: dict[str, Any]) -> None:
+    def _append(self, name: str, row: Any) -> None:
         had_trouble = any(self._waiting.values())
-        self._waiting.setdefault(name, []).append(_line(row))
+        self._waiting.setdefault(name, []).append(
+            _line(row if isinstance(row, dict) else to_json(row))
+        )
         try:
             self._write_waiting(name)
         except OSError as error:
@@ -133,12 +153,17 @@ class Run:
 
 
 def create_run(
-    out: Path, name: str, *, described: dict[str, Any] | None = None, resume: bool = False
+    out: Path,
+    name: str,
+    *,
+    record: RunRecord | None = None,
+    described: dict[str, Any] | None = None,  # until every job writes a record
+    resume: bool = False,
 ) -> Run:
     """Create the run directory `out`/`name`, or open it again with `resume`, and lock it.
 
     A directory that is not empty is never reused: the run takes the next free name, `name-2`,
-    `name-3` … `described` becomes `run.json`. Raises CheckpointError for a name with slashes, if
+    `name-3` … `record` becomes `run.json`. Raises CheckpointError for a name with slashes, if
     the disk refuses, if another process uses the directory, or if there is nothing to resume.
     """
     _check_name(name)
@@ -153,15 +178,20 @@ def create_run(
     run = Run(folder, lock)
     if folder.name != name:
         run.note = f"note: {out / name} exists: this run is {folder} (use that name to resume it)"
-    if described is None:
+    if described is not None:
+        record = record_of(described)
+    if record is None:
         return run
-    described = {**described, "environment": environment()}
+    record = replace(record, environment=describe_environment())
     try:
-        if resume and (folder / "run.json").is_file():
-            former = run.read_json("run.json")
-            check_same_run(former, described, folder)
-            run.note = find_changed_machine(former, described)
-        run.write_json("run.json", described)
+        if resume and (folder / RUN_FILE).is_file():
+            former = read_run_record(folder)
+            check_same_run(former, record, folder)
+            run.note = find_changed_machine(former, record)
+        if described is not None:
+            run.write_json(RUN_FILE, {**described, "environment": to_json(record.environment)})
+        else:
+            run.write_run_record(record)
     except CheckpointError:
         run.close()
         raise
@@ -177,7 +207,7 @@ def check_run_directory(out: Path, name: str | None, *, resume: bool) -> None:
         _check_name(name)
     folder = out / (name or "")
     if resume and not folder.is_dir():
-        runs = sorted(p.parent.name for p in out.glob("*/run.json")) if out.is_dir() else []
+        runs = sorted(p.parent.name for p in out.glob(f"*/{RUN_FILE}")) if out.is_dir() else []
         seen = f" Runs in {out}: {', '.join(runs[:8])}." if runs else ""
         raise RunNotFoundError(
             f"Cannot resume the run {folder}: this directory does not exist."
@@ -203,31 +233,17 @@ def default_name(model: str) -> str:
     return f"{Path(model).name.removesuffix('.gguf') or 'run'}-{now}"
 
 
-def environment() -> dict[str, Any]:
-    """Return package versions and the kind of machine, without its name or any path."""
-    versions = {}
-    for package in ("lora-lm", "torch", "safetensors", "tokenizers", "numpy"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return {
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpu_count": os.cpu_count(),
-        "versions": versions,
-    }
-
-
 def read_start_time(folder: Path) -> datetime.datetime | None:
     """Return when the run in `folder` started, the date its chat template saw; None: no run there.
 
     Raises CheckpointError if its run.json does not hold it.
     """
-    path = folder / "run.json"
+    path = folder / RUN_FILE
     if not path.is_file():  # `create_run` reports what is there, and what is not
         return None
     try:
-        return datetime.datetime.fromisoformat(read_json(path)["data"]["now"])
-    except (LookupError, TypeError, ValueError):
+        return datetime.datetime.fromisoformat(read_run_record(folder).data.now or "")
+    except ValueError:
         raise CheckpointError(
             f"Cannot resume from {path}: it does not hold the start time of the run (data.now). "
             "Start a new run."

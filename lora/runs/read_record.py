@@ -6,12 +6,14 @@ Without it the reader raises a CheckpointError that lists all of them.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lora.errors import CheckpointError, LoraError, gather
 from lora.runs.disk import read_json, read_rows
 from lora.runs.record import (
+    IN_MEMORY,
     METRICS_FILE,
     RESULT_FILE,
     RUN_FILE,
@@ -49,6 +51,15 @@ def read_run_record(directory: Path, faults: Faults | None = None) -> RunRecord:
         record = parse(RunRecord, values, str(path), found) or record
     _settle(path, found, faults)
     return record
+
+
+def record_of(values: dict[str, Any]) -> RunRecord:
+    """Return the record that a dict describes, as run.json would hold it."""
+    found: Faults = []
+    plain = json.loads(json.dumps(values, default=str))
+    record = parse(RunRecord, _upgraded(plain, RUN_FILE, found), RUN_FILE, found)
+    _settle(Path(RUN_FILE), found, None)
+    return record or RunRecord()
 
 
 def read_result(directory: Path, faults: Faults | None = None) -> RunResult | None:
@@ -137,8 +148,12 @@ def _upgraded(values: dict[str, Any], where: str, faults: Faults) -> dict[str, A
     if version == SCHEMA_VERSION:
         return values
     upgraded = {**values, "kind": _kind_before_1(values), "method": _method_before_1(values)}
-    if isinstance(values.get("data"), str):  # training.py said it in a line
-        upgraded["data"] = {"source": values["data"]}
+    upgraded["activation_checkpointing"] = values.get("kept_of_blocks")
+    data = values.get("data")
+    if isinstance(data, str):  # training.py wrote one line
+        upgraded["data"] = {"source": data}
+    elif isinstance(data, dict) and data.get("source") == IN_MEMORY:
+        upgraded["data"] = {**data, "in_memory": True}
     return upgraded
 
 

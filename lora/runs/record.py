@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 import os
 import platform
 from dataclasses import dataclass, field
@@ -26,6 +27,9 @@ SCHEMA_VERSION = 1
 RUN_FILE, RESULT_FILE = "run.json", "result.json"
 METRICS_FILE, TIMINGS_FILE, SAMPLES_FILE = "metrics.jsonl", "timings.jsonl", "samples.jsonl"
 
+IN_MEMORY = "rows given in Python"
+"""The source of data that are no file."""
+
 Kind = Literal["finetune", "sweep", "candidate", "compare", "member", "character"]
 """What a run directory is of: a finetune job, a sweep or one of its candidates, a comparison or one
 of its members that is not a finetune job, or a run of training.py."""
@@ -37,8 +41,10 @@ class DataRecord:
     """Which examples a run learns from."""
 
     source: str | None = None
-    """A path, or "rows given in Python"."""
+    """A path, or `IN_MEMORY`."""
     eval_source: str | None = None
+    in_memory: bool | None = None
+    """Whether the rows were given in Python: no command line can name them."""
     examples: int | None = None
     held_out_examples: int | None = None
     rows: int | None = None
@@ -87,7 +93,7 @@ class RunRecord:
     from_adapter: str | None = None
     base_dtype: str | None = None
     deterministic: bool | None = None
-    kept_of_blocks: dict[str, Any] | None = None
+    activation_checkpointing: dict[str, Any] | None = None
     """What the fast step stores of each block's activations: a resumed run must do the same."""
     at_once: int | None = None
     lora: dict[str, Any] | None = None
@@ -164,15 +170,23 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class PlannedMemory:
-    """Bytes at the fullest moment by part, planned before the weights were loaded."""
+    """Peak memory in bytes by part, planned before the weights were loaded."""
 
-    total: int
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    loss: int
-    other: int
+    weights: int | None = None
+    gradients: int | None = None
+    optimizer: int | None = None
+    activations: int | None = None
+    loss: int | None = None
+    other: int | None = None
+    total: int | None = None
+    parameters: int | None = None
+    trained_parameters: int | None = None
+    step: str | None = None
+    """Which step it is planned for: fast or plain."""
+    reason: str | None = None
+    """Why the fast step stores what it stores, in words."""
+    keep: dict[str, Any] | None = None
+    """As `RunRecord.activation_checkpointing`."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +196,7 @@ class MemoryResult:
     measured_bytes: int | None = None
     error_fraction: float | None = None
     """Planned / measured - 1."""
-    planned: dict[str, Any] = field(default_factory=dict)
+    planned: PlannedMemory = field(default_factory=PlannedMemory)
 
 
 @dataclass(frozen=True)
@@ -197,15 +211,15 @@ class ParameterCount:
 class RunResult:
     """All of result.json of a single run."""
 
-    steps: int | None = None
-    eval_loss: float | None = None
+    steps: int
+    eval_loss: float
     """At the end; NaN where there is no validation data."""
-    best_eval_loss: float | None = None
-    train_s: float | None = None
+    train_s: float
     """In steps; evaluations and saves left out."""
-    n_tokens: int | None = None
-    peak_memory_bytes: int | None = None
-    stopped_early: bool | None = None
+    n_tokens: int
+    peak_memory_bytes: int
+    best_eval_loss: float = math.nan
+    stopped_early: bool = False
     memory: MemoryResult | None = None
     stored_bytes: dict[str, int] | None = None
     """Of the tensors in the directories adapter, model and base."""

@@ -1,4 +1,4 @@
-"""Is a run that is to be resumed still the same run? No torch here."""
+"""Check that a run to be resumed is still the same run. No torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora.errors import CheckpointError, gather
+from lora.runs.record import RunRecord
 
 FIXED = (
     "base_fingerprint",
@@ -19,28 +20,24 @@ FIXED = (
     "base_dtype",
     "data",
 )
-"""Parts of `run.json` that a resumed run must share."""
+"""Fields of the record that a resumed run must share."""
 FREE = {
     "train.steps": "more steps",
     "train.micro_batches": "another split into micro-batches",
-    "train.learning_rate": "",  # `learning_rate` has the rate itself
+    "train.learning_rate": "",  # the field learning_rate has the value that was used
 }
 FINGERPRINTS = ("data.fingerprint", "data.held_out_fingerprint")
-"""Of the data only these count: a file may be moved."""
+"""The fields of the data that count: a file may be moved."""
 
 MACHINE = ("device", "threads", "environment.versions.torch")
-"""What may change, and changes the last bits."""
+"""Fields that may change, at the price of different last bits."""
 
 
-def check_same_run(former: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+def check_same_run(former: RunRecord, now: RunRecord, directory: Path) -> None:
     """Raise CheckpointError with every difference that would make it another run."""
-    if not isinstance(former, dict):
-        raise CheckpointError(
-            f"{folder / 'run.json'} holds no settings: it is not as lora wrote it. Begin a new run."
-        )
-    before, after = (_flatten(json.loads(json.dumps(d, default=str))) for d in (former, now))
+    before, after = _flatten(former), _flatten(now)
     faults = [
-        f"{name}: {before.get(name, 'not given')} then, {after.get(name, 'not given')} now"
+        f"{name}: {before.get(name, 'not set')} then, {after.get(name, 'not set')} now"
         for name in sorted(before.keys() | after.keys())
         if _is_fixed(name) and before.get(name) != after.get(name)
     ]
@@ -53,15 +50,31 @@ def check_same_run(former: dict[str, Any], now: dict[str, Any], folder: Path) ->
         raise CheckpointError(
             gather(
                 faults,
-                f"The run {folder} cannot be resumed as another one:",
-                "Resume with the settings, data and base that it began with, or begin a new run. "
-                f"Allowed are: {allowed}, other intervals of evaluations and saves.",
+                f"Cannot resume the run {directory} with another configuration:",
+                f"Allowed to change: {allowed}, other intervals of evaluations and saves. Resume "
+                "with the configuration, data and base it started with, or start a new run.",
             )
         )
 
 
+def find_changed_machine(former: RunRecord, now: RunRecord) -> str:
+    """Return a note if the last bits may differ on this machine, or "" if nothing changed."""
+    before, after = _flatten(former), _flatten(now)
+    changed = [
+        f"{name.rpartition('.')[2]}: {before[name]} then, {after[name]} now"
+        for name in MACHINE
+        if name in before and name in after and before[name] != after[name]
+    ]
+    if not changed:
+        return ""
+    return (
+        f"note: the run is resumed where the last bits may differ ({'; '.join(changed)}): it will "
+        "end close to an uninterrupted run, not with the same bytes"
+    )
+
+
 def _with_data(fault: str, before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Return `fault` with what is known of both data, if it is about them."""
+    """Return `fault` with the size and source of both data, if it is about them."""
     kinds = {"data.fingerprint": "examples", "data.held_out_fingerprint": "held_out_examples"}
     kind = kinds.get(fault.partition(":")[0])
     if kind is None:
@@ -73,32 +86,21 @@ def _with_data(fault: str, before: dict[str, Any], after: dict[str, Any]) -> str
     return f"{fault} ({then} then, {now} now)"
 
 
-def find_changed_machine(former: dict[str, Any], now: dict[str, Any]) -> str:
-    """Return a note if the run goes on where other bits may come out, or "" if nothing changed."""
-    before, after = _flatten(former), _flatten(now)
-    changed = [
-        f"{name.rpartition('.')[2]}: {before[name]} then, {after[name]} now"
-        for name in MACHINE
-        if name in before and name in after and before[name] != after[name]
-    ]
-    if not changed:
-        return ""
-    return (
-        f"note: the run goes on where other last bits may come out ({'; '.join(changed)}): it will "
-        "end near the run without a break, not with the same bytes"
-    )
-
-
 def _is_fixed(name: str) -> bool:
     if name.startswith("data."):
         return name in FINGERPRINTS
     return name.split(".")[0] in FIXED and name not in FREE
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def _flatten(record: RunRecord) -> dict[str, Any]:
+    """Return the leaves of run.json by dotted name."""
+    return _leaves(json.loads(json.dumps(record.to_json(), default=str)), "")
+
+
+def _leaves(value: Any, prefix: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
         return {prefix: value}
     found: dict[str, Any] = {}
     for key, inner in value.items():
-        found |= _flatten(inner, f"{prefix}.{key}" if prefix else key)
+        found |= _leaves(inner, f"{prefix}.{key}" if prefix else key)
     return found

@@ -18,6 +18,7 @@ from lora.errors import TrainingError
 from lora.fast.runner import FastStepRunner
 from lora.runs.directory import create_run
 from lora.runs.disk import read_rows
+from lora.runs.record import RunRecord
 from lora.training.checkpoint import list_checkpoints
 from lora.training.losses import loss_for
 from lora.training.trainer import TrainingJob, TrainResult, train
@@ -66,7 +67,7 @@ def run_job(
             )
             assert "fast step: no graph, plain torch kernels" in steps.describe()
         damage(model)
-        with create_run(tmp_path, name, resume=resume, described={}) as folder:
+        with create_run(tmp_path, name, resume=resume, record=RunRecord()) as folder:
             job = TrainingJob(
                 model=model,
                 loss_fn=loss_for(model),

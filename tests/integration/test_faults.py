@@ -383,7 +383,7 @@ def test_a_deterministic_run_says_so_and_is_resumed_as_one(job: FinetuneJob) -> 
     done = finetune(replace(job, deterministic=True), heard)
     assert sum("repeat to the bit" in line for line in heard.said) == 1
     assert not torch.are_deterministic_algorithms_enabled()
-    with pytest.raises(CheckpointError, match="deterministic: True then, not given now"):
+    with pytest.raises(CheckpointError, match="deterministic: True then, not set now"):
         finetune(replace(job, resume=True))
     other = finetune(replace(job, run=replace(job.run, name="other")))
     for name in ("metrics.jsonl", "adapter/adapter_model.safetensors"):  # on a CPU all are

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,22 +15,22 @@ from lora.runs.directory import (
     check_run_directory,
     create_run,
     default_name,
-    environment,
     read_start_time,
 )
 from lora.runs.disk import read_json, read_rows
+from lora.runs.record import MetricsRow, RunRecord, TimingRow
 
 
 def test_rows_are_written_alike_and_cut_after_a_step(tmp_path: Path) -> None:
     with create_run(tmp_path, "run") as run:
         for step in (1, 2, 3):
-            run.append_metrics({"step": step, "loss": 1 / step})
-            run.append_timing({"step": step, "step_s": 0.1})
+            run.append_metrics(MetricsRow(step, loss=1 / step))
+            run.append_timing(TimingRow(step, step_s=0.1))
         first = (run.folder / "metrics.jsonl").read_bytes()
         run.cut_metrics_after(2)
-        assert [row["step"] for row in run.read_metrics()] == [1, 2]
+        assert [row.step for row in run.read_metrics()] == [1, 2]
         assert [row["step"] for row in read_rows(run.folder / "timings.jsonl")] == [1, 2]
-        run.append_metrics({"loss": 1 / 3, "step": 3})
+        run.append_metrics(MetricsRow(loss=1 / 3, step=3))
         assert (run.folder / "metrics.jsonl").read_bytes() == first
 
 
@@ -41,8 +42,8 @@ def test_a_run_stays_in_the_folder_of_runs(tmp_path: Path, name: str) -> None:
 
 
 def test_a_second_run_of_the_same_name_gets_its_own_folder(tmp_path: Path) -> None:
-    with create_run(tmp_path, "run", described={"seed": 1}) as first:
-        assert read_json(first.folder / "run.json")["seed"] == 1
+    with create_run(tmp_path, "run", record=RunRecord(model="tiny")) as first:
+        assert read_json(first.folder / "run.json")["model"] == "tiny"
     with create_run(tmp_path, "run") as second:
         assert second.folder.name == "run-2"
 
@@ -51,7 +52,7 @@ def test_a_place_is_looked_at_before_anything_is_written(tmp_path: Path) -> None
     check_run_directory(tmp_path / "not" / "yet", "run", resume=False)
     check_run_directory(tmp_path, None, resume=False)
     assert not list(tmp_path.iterdir())
-    with create_run(tmp_path, "order", described={"train": {}}):
+    with create_run(tmp_path, "order", record=RunRecord()):
         with pytest.raises(CheckpointError, match=rf"in use by process {os.getpid()}"):
             check_run_directory(tmp_path, "order", resume=True)
         with create_run(tmp_path, "order") as second:
@@ -75,12 +76,12 @@ def test_a_place_that_is_read_only_is_known_at_once(
 
 
 def test_a_run_that_goes_on_elsewhere_is_told(tmp_path: Path) -> None:
-    described = {"train": {"steps": 3}, "device": "cuda:0, bf16", "threads": 1}
-    create_run(tmp_path, "run", described=described).close()
-    with create_run(tmp_path, "run", described=described, resume=True) as run:
+    record = RunRecord(train={"steps": 3}, device="cuda:0, bf16", threads=1)
+    create_run(tmp_path, "run", record=record).close()
+    with create_run(tmp_path, "run", record=record, resume=True) as run:
         assert run.note == ""
-    elsewhere = {**described, "device": "cpu, fp32"}
-    with create_run(tmp_path, "run", described=elsewhere, resume=True) as run:
+    elsewhere = replace(record, device="cpu, fp32")
+    with create_run(tmp_path, "run", record=elsewhere, resume=True) as run:
         assert "device: cuda:0, bf16 then, cpu, fp32 now" in run.note
         assert "not with the same bytes" in run.note
 
@@ -124,13 +125,6 @@ def test_a_file_where_the_folder_should_be_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(CheckpointError, match="choose another output directory"):
         create_run(tmp_path / "out", "run")
-
-
-def test_the_environment_names_versions_and_no_place() -> None:
-    described = environment()
-    assert set(described) == {"python", "platform", "cpu_count", "versions"}
-    assert "torch" in described["versions"]
-    assert os.uname().nodename not in str(described)
 
 
 @pytest.mark.parametrize(

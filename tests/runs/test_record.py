@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,16 +138,26 @@ def test_a_run_without_results_or_step_times_yet(tmp_path: Path) -> None:
 
 
 def test_a_result_keeps_its_parts(tmp_path: Path) -> None:
-    result = RunResult(steps=3, eval_loss=1.0, memory=MemoryResult(measured_bytes=5))
+    result = RunResult(3, 1.0, 2.0, 99, 10**9, 0.9, memory=MemoryResult(measured_bytes=5))
     write(tmp_path, "result.json", to_json(result))
     assert read_result(tmp_path) == result
     write(tmp_path, "result.json", to_json(replace(result, eval_loss=float("nan"))))
     read = read_result(tmp_path)
     assert read is not None
-    assert read.eval_loss != read.eval_loss  # nothing was held out
+    assert math.isnan(read.eval_loss)  # there was no validation data
+    write(tmp_path, "result.json", {"steps": 3})
+    with pytest.raises(CheckpointError, match=r"result\.json: eval_loss is missing"):
+        read_result(tmp_path)
 
 
 def test_a_number_beyond_a_float_is_a_fault() -> None:
     faults: list[str] = []
-    assert parse(RunResult, {"train_s": 10**400}, "here", faults) == RunResult()
-    assert "here: train_s is" in faults[0]
+    assert parse(MemoryResult, {"error_fraction": 10**400}, "here", faults) == MemoryResult()
+    assert "here: error_fraction is" in faults[0]
+
+
+def test_the_environment_names_versions_and_not_the_machine() -> None:
+    found = describe_environment()
+    assert "torch" in found.versions
+    assert found.python is not None
+    assert os.uname().nodename not in str(found)
