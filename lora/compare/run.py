@@ -50,6 +50,7 @@ from lora.runs.directory import Run, create_run, default_name
 from lora.runs.disk import read_json, read_rows, reading
 from lora.runs.progress import NoProgress, Progress
 from lora.runs.read_record import step_times
+from lora.runs.record import RunRecord
 from lora.runs.subprocesses import run_in_subprocess
 
 BASE_FILE, MEMBER_FILE, RATES, TIMING = "base.json", "member.json", "rates", "timing"

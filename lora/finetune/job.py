@@ -9,7 +9,9 @@ from typing import get_args
 import torch
 
 from lora.config import BaseDtype, LoRAConfig, MemoryConfig, RunConfig, TrainConfig
+from lora.data.inspection_report import DataReport
 from lora.data.prepare import PreparedData
+from lora.data.record import describe_data
 from lora.data.task import Task
 from lora.device import DeviceChoice
 from lora.errors import ConfigError, did_you_mean
