@@ -1,7 +1,7 @@
-"""Settings of a run, as frozen dataclasses that check themselves when they are made.
+"""Settings of a run: frozen dataclasses that check themselves when they are made.
 
-The only place where defaults stand. Flags, YAML keys and documentation are made from the fields
-and from the text under each. No torch here, so that `lora --help` stays quick.
+Defaults are defined here and nowhere else. Flags, YAML keys and documentation are made from the
+fields and the text under each. No torch here, so that `lora --help` stays quick.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ LearnOn = Literal["assistant", "all"]
 LongExamples = Literal["truncate", "split", "drop"]
 
 FULL_LEARNING_RATE = 1e-4
-"""Default learning rate of full fine-tuning; LoRA's is ten times it."""
+"""Default learning rate of full fine-tuning; LoRA's is ten times as high."""
 LORA_LEARNING_RATE = 10 * FULL_LEARNING_RATE
 
 
 MAX_EVALUATIONS, MIN_EVAL_STEPS = 10, 10
-"""Unless `eval_every_steps` is given: evaluations after the start, and steps between them."""
+"""Without `eval_every_steps`: evaluations after the initial one, and steps between them."""
 LARGEST_SEED = 2**63 - 1
 
 
 def _check(condition: bool, name: str, seen: object, allowed: str) -> list[str]:
-    return [] if condition else [f"{name}={seen!r}: allowed is {allowed}"]
+    return [] if condition else [f"{name}={seen!r}: must be {allowed}"]
 
 
 def _check_counts(owner: object, least: int, *names: str) -> list[str]:
@@ -60,43 +60,45 @@ def _check_choice(name: str, seen: object, choices: object) -> list[str]:
 def _pairs_of(name: str, value: object, faults: list[str]) -> list[tuple[str, Any]]:
     if isinstance(value, dict):
         return list(value.items())
-    faults += _check(False, name, value, "numbers by name ending")
+    faults += _check(False, name, value, "a mapping of name suffixes to numbers")
     return []
 
 
 def _raise_if(faults: list[str], owner: object) -> None:
     if faults:
         kind = type(owner).__name__
-        raise ConfigError(gather(faults, f"{kind} has settings out of range:", "Change them."))
+        raise ConfigError(gather(faults, f"Cannot use {kind}:", "Change these settings."))
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What LoRA adds to a model (arXiv 2106.09685), in PEFT's terms where PEFT has one."""
+    """The LoRA adapter (arXiv 2106.09685), named as in PEFT where PEFT has the setting."""
 
     rank: int = 8
-    """Rows of A and columns of B, R; at most the smaller side of each adapted linear."""
+    """LoRA rank (PEFT's r), typically 8 to 64."""
     alpha: float = 16.0
-    """Numerator of the scaling: alpha / rank (alpha / sqrt(rank) with rslora)."""
+    """LoRA alpha (PEFT's lora_alpha): updates are scaled by alpha / rank."""
     dropout: float = 0.0
-    """Share of LoRA's inputs set to zero during training, 0 ≤ dropout < 1."""
+    """Dropout probability on LoRA's inputs (PEFT's lora_dropout)."""
     targets: str | tuple[str, ...] = "all-linear"
-    """Which linears to adapt: "all-linear" (all but the output head), name endings such as
-    q_proj, full names, or one regular expression that must match the whole name."""
+    """Linear layers to adapt: all-linear (all but the output head), name suffixes such as q_proj,
+    full names, or one regular expression for the whole name."""
     exclude: tuple[str, ...] = ()
-    """Name endings or full names that are left alone although `targets` takes them in."""
+    """Name suffixes or full names of layers that `targets` selects and that are not adapted."""
     modules_to_save: tuple[str, ...] = ()
-    """Name endings of modules that train whole and are saved with the adapter (embeddings)."""
+    """Name suffixes of modules that are fully trained and saved with the adapter, such as
+    embeddings."""
     rslora: bool = False
-    """Scale by alpha / sqrt(rank) (arXiv 2312.03732)."""
+    """Rank-stabilized LoRA: scale by alpha / sqrt(rank) (arXiv 2312.03732)."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Rank by name ending, for linears whose rank is not `rank`."""
+    """Rank by name suffix, for layers that do not use `rank`."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Alpha by name ending, for linears whose alpha is not `alpha`."""
+    """Alpha by name suffix, for layers that do not use `alpha`."""
     layers: tuple[int, ...] | None = None
-    """Numbers of the blocks to adapt; None adapts all."""
+    """Indices of the transformer blocks to adapt (PEFT's layers_to_transform). Default: all."""
     init_seed: int | None = None
-    """Seed of A's first values; None draws from torch's global generator."""
+    """Seed of A's initialization. Default: the run's seed; torch's global generator in
+    apply_lora."""
 
     def __post_init__(self) -> None:
         for name in ("targets", "exclude", "modules_to_save", "layers"):
@@ -105,10 +107,10 @@ class LoRAConfig:
         faults = _check(_is_int(self.rank) and self.rank >= 1, "rank", self.rank, "an int ≥ 1")
         faults += _check(_is_positive(self.alpha), "alpha", self.alpha, "a finite number > 0")
         in_range = _is_number(self.dropout) and 0 <= self.dropout < 1
-        faults += _check(in_range, "dropout", self.dropout, "0 ≤ dropout < 1")
+        faults += _check(in_range, "dropout", self.dropout, "≥ 0 and < 1")
         in_range = _is_pattern(self.targets) or _is_tuple_of(str, self.targets)
         in_range = in_range and bool(self.targets)
-        faults += _check(in_range, "targets", self.targets, "a pattern or at least one name")
+        faults += _check(in_range, "targets", self.targets, "a regex or at least one name")
         for name in ("exclude", "modules_to_save"):
             names = getattr(self, name)
             faults += _check(_is_tuple_of(str, names), name, names, "a tuple of names")
@@ -126,32 +128,34 @@ class LoRAConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The optimisation: how many steps of what size, and how the rate moves."""
+    """Optimization: number and size of the steps, learning rate and its schedule."""
 
     steps: int = 200
-    """Optimizer steps of the whole run."""
+    """Optimizer steps."""
     batch_size: int = 8
-    """Rows of one optimizer step, over all micro-batches."""
+    """Packed sequences per optimizer step, over all micro-batches (effective batch size)."""
     micro_batches: int = 1
-    """Parts that a step's rows are split into to save memory; the result is the same."""
+    """Gradient accumulation: split each batch into N forward and backward passes to save memory;
+    same gradient."""
     learning_rate: float | None = None
-    """Peak rate; None takes the method's default (LoRA 1e-3, full fine-tuning 1e-4)."""
+    """Peak learning rate. Default: 1e-3 for LoRA, 1e-4 for full fine-tuning."""
     whole_rate_fraction: float = 0.3
-    """Beside LoRA, the rate of what trains whole (embeddings), as a share of LoRA's."""
+    """Learning rate of fully trained modules (modules_to_save), as a fraction of
+    `learning_rate`."""
     schedule: Schedule = "cosine"
-    """How the rate falls after the warm-up."""
+    """Learning rate schedule after the warm-up."""
     warmup_fraction: float = 0.05
-    """Share of `steps` over which the rate rises from zero."""
+    """Fraction of `steps` over which the learning rate rises linearly from zero."""
     min_rate_fraction: float = 0.1
-    """Where cosine and linear end, as a share of the peak rate."""
+    """Final learning rate of cosine and linear, as a fraction of the peak."""
     weight_decay: float = 0.0
-    """AdamW's decoupled decay; norms, biases and embeddings get none."""
+    """AdamW's weight decay; not applied to norms, biases and embeddings."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0 leaves them alone."""
+    """Gradient clipping norm; 0 disables clipping."""
     seed: int = 1337
-    """Seed of everything random: A's first values, dropout, order of the data, samples."""
+    """Random seed of A's initialization, dropout, the validation split and the data order."""
     precision: Precision = "auto"
-    """Type of the products: auto takes bf16 where the device is good at it."""
+    """Compute dtype; auto takes bf16 on GPUs that support it, else fp32."""
 
     def __post_init__(self) -> None:
         faults = _check_counts(self, 1, "steps", "batch_size", "micro_batches")
@@ -163,7 +167,7 @@ class TrainConfig:
         faults += _check(rate is None or _is_positive(rate), "learning_rate", rate, "> 0")
         for name in ("warmup_fraction", "min_rate_fraction", "whole_rate_fraction"):
             value = getattr(self, name)
-            faults += _check(_is_number(value) and 0 <= value <= 1, name, value, "0 to 1")
+            faults += _check(_is_number(value) and 0 <= value <= 1, name, value, "from 0 to 1")
         for name in ("weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             faults += _check(_is_number(value) and value >= 0, name, value, "≥ 0")
@@ -196,33 +200,33 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read, and how it becomes rows of tokens."""
+    """How examples are read, tokenized, packed and split."""
 
     max_length: int = 512
-    """Tokens of a row, T."""
+    """Maximum sequence length, in tokens."""
     packing: bool = True
-    """Put several examples into one row; none sees another."""
+    """Pack several examples into one sequence; attention stays within each example."""
     learn_on: LearnOn = "assistant"
-    """Learn the assistant's turns (or the completion) only, or every token."""
+    """Tokens that get a loss: assistant (assistant turns or completions, the prompt is masked) or
+    all."""
     long_examples: LongExamples = "truncate"
-    """What becomes of examples longer than `max_length`."""
+    """How to handle examples longer than `max_length`."""
     eval_fraction: float = 0.05
-    """Share of the examples split off for evaluation when no file is given for it."""
+    """Fraction of the examples split off for validation if no validation data are given."""
     max_eval_examples: int = 200
-    """At most so many examples are split off for evaluation."""
+    """Maximum number of examples split off for validation."""
     chat_template: Path | None = None
-    """File with a jinja chat template to use instead of the model's own."""
+    """Jinja chat template file to use instead of the model's own."""
     special_tokens: tuple[str, ...] = ()
-    """Tokens to add to the vocabulary, with commas between: each becomes one token that is never
-    split, and its row of the embedding and the head trains beside LoRA. Tokens that the model has
-    already keep their number, and their rows train too."""
+    """Special tokens to add to the vocabulary, comma-separated. Their rows of the embedding and the
+    output head are trained (trainable_token_indices), also those of tokens that exist already."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "special_tokens", _split_words(self.special_tokens))
         faults = _check_counts(self, 2, "max_length")
         faults += _check_special_tokens(self.special_tokens)
         in_range = _is_number(self.eval_fraction) and 0 <= self.eval_fraction < 1
-        faults += _check(in_range, "eval_fraction", self.eval_fraction, "0 ≤ fraction < 1")
+        faults += _check(in_range, "eval_fraction", self.eval_fraction, "≥ 0 and < 1")
         faults += _check_counts(self, 1, "max_eval_examples")
         faults += _check(isinstance(self.packing, bool), "packing", self.packing, "true or false")
         faults += _check_choice("learn_on", self.learn_on, LearnOn)
@@ -232,34 +236,35 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run's results go and how often it reports."""
+    """Run directory, evaluation, checkpoints and device."""
 
     out: Path = Path("runs")
-    """Folder that holds the runs."""
+    """Directory for run directories."""
     name: str | None = None
-    """Name of this run's folder; None makes one from the date and the model."""
+    """Name of the run directory. Default: made from the model and the date."""
     eval_every_steps: int = 0
-    """Steps between evaluations; 0 makes at most ten in a run, at least ten steps apart. The start
-    and the end are always evaluated."""
+    """Steps between evaluations; 0 means at most ten in a run, at least ten steps apart. Start and
+    end are always evaluated."""
     save_every_steps: int = 0
     """Steps between checkpoints; 0 saves at each evaluation."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept; the one with the best held-out loss stays besides."""
+    """Newest checkpoints to keep; the one with the best validation loss is kept as well."""
     patience: int = 0
-    """Stop after so many evaluations without a better loss; 0 never stops early."""
+    """Early stopping: evaluations without a better validation loss before training stops; 0
+    disables it."""
     samples: int = 2
-    """Held-out prompts that are answered, greedily, at each evaluation; 0: none."""
+    """Validation prompts answered greedily at each evaluation; 0 disables samples."""
     sample_tokens: int = 48
-    """Most tokens of such an answer."""
+    """Maximum tokens of such an answer."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1 …"""
+    """auto, cpu, cuda, cuda:1, ..."""
     fast: bool = True
-    """Take the fast step where it can train the model; false always takes the plain one."""
+    """Use the fused GPU training step where it supports the model; otherwise, and with false,
+    PyTorch autograd."""
     skip_nonfinite: int = 0
-    """Steps whose loss or gradient is not finite that are left out and counted; one more stops the
-    run."""
+    """Steps with a NaN or infinite loss or gradient to skip before the run is aborted."""
     tensorboard: bool = False
-    """Also write TensorBoard's event files into the run's folder."""
+    """Also write TensorBoard event files into the run directory."""
 
     def __post_init__(self) -> None:
         counts = ("eval_every_steps", "save_every_steps", "patience", "samples", "skip_nonfinite")
@@ -281,14 +286,14 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """What the fast step of a GPU keeps between forward and backward; the rest is made again."""
+    """GPU memory, and what the fused step stores, recomputes or offloads of the activations."""
 
     memory: MemoryMode = "auto"
-    """What is kept: none makes nothing again; cheap makes norms and SwiGLU again, and gate and up
-    in as many blocks as it takes to fit; full keeps only each block's input; full+offload has that
-    wait in host memory. auto takes the first of these that fits."""
+    """Activation checkpointing: none; cheap recomputes norms and SwiGLU, and gate and up in as many
+    blocks as needed; full stores only block inputs; full+offload moves these to CPU memory. auto:
+    the first that fits."""
     memory_gb: float | None = None
-    """What the run may hold on the GPU, in GB (10⁹ bytes); None: nearly all that is free."""
+    """GPU memory that the run may use, in GB (10⁹ bytes). Default: nearly all that is free."""
 
     def __post_init__(self) -> None:
         faults = _check_choice("memory", self.memory, MemoryMode)
@@ -299,18 +304,18 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen."""
+    """How tokens are sampled."""
 
     max_new_tokens: int = 256
-    """Most tokens of an answer."""
+    """Maximum number of new tokens."""
     temperature: float = 0.0
-    """0 takes the likeliest token; 1 draws from the model's own distribution."""
+    """Sampling temperature; 0 is greedy decoding."""
     top_k: int = 0
-    """Draw from so many of the likeliest tokens; 0: from all."""
+    """Sample from the k most likely tokens; 0 disables the limit."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
+    """Nucleus sampling: sample from the most likely tokens with this total probability."""
     seed: int = 0
-    """Of the draws; row number n of a batch draws with seed + n."""
+    """Sampling seed; prompt n of a batch uses seed + n."""
 
     def __post_init__(self) -> None:
         faults = _check_counts(self, 1, "max_new_tokens")
@@ -319,12 +324,12 @@ class SamplingConfig:
         in_range = _is_number(self.temperature) and self.temperature >= 0
         faults += _check(in_range, "temperature", self.temperature, "a finite number ≥ 0")
         in_range = _is_number(self.top_p) and 0 < self.top_p <= 1
-        faults += _check(in_range, "top_p", self.top_p, "0 < top_p ≤ 1")
+        faults += _check(in_range, "top_p", self.top_p, "> 0 and ≤ 1")
         _raise_if(faults, self)
 
 
 def _split_words(value: object) -> object:
-    """Return a tuple of the words in `value`, which commas part too; anything else as it is."""
+    """Return the strings in `value` split at commas, as a tuple; anything else unchanged."""
     words = [value] if isinstance(value, str) else value
     if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
         return value
@@ -333,11 +338,11 @@ def _split_words(value: object) -> object:
 
 def _check_special_tokens(tokens: object) -> list[str]:
     if not _is_tuple_of(str, tokens):
-        return _check(False, "special_tokens", tokens, "a list of words")
+        return _check(False, "special_tokens", tokens, "a list of strings")
     words = cast(tuple[str, ...], tokens)
-    faults = _check("" not in words, "special_tokens", words, "words that are not empty")
+    faults = _check("" not in words, "special_tokens", words, "non-empty strings")
     twice = sorted({word for word in words if words.count(word) > 1})
-    return faults + _check(not twice, "special_tokens", words, f"each once, not {twice} twice")
+    return faults + _check(not twice, "special_tokens", words, f"distinct, and has {twice} twice")
 
 
 def _is_int(value: object) -> bool:

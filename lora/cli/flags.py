@@ -1,0 +1,175 @@
+"""Flags made from the fields of configuration dataclasses: names, types, defaults and help texts.
+
+    @flags_from(TrainConfig, TRAINING, without=("seed",))
+    class SweepTraining:
+        "Training settings that all candidates share."
+
+        steps: int = TrainConfig.steps
+        "Optimizer steps of each candidate."
+
+gives `lora sweep` a flag for each field of TrainConfig but `seed`; what the class's own body states
+(a type, a default, a text) replaces the field's. No torch here.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+from cyclopts import Group, Parameter
+
+from lora.config import BaseDtype
+
+FlagsT = TypeVar("FlagsT")
+ConfigT = TypeVar("ConfigT")
+
+DATA = Group.create_ordered("Model and data")
+LORA = Group.create_ordered("LoRA")
+SEARCH = Group.create_ordered("Values to compare")
+TRAINING = Group.create_ordered("Training")
+EVALUATION = Group.create_ordered("Evaluation and checkpoints")
+GENERATION = Group.create_ordered("Generation")
+OUTPUT = Group.create_ordered("Output")
+DEVICE = Group.create_ordered("Device and memory")
+
+_OWN_GROUPS = {
+    **dict.fromkeys(("precision", "device", "fast"), DEVICE),
+    **dict.fromkeys(("out", "name", "tensorboard"), OUTPUT),
+    "skip_nonfinite": TRAINING,
+}
+"""Fields that a user looks for elsewhere than with the rest of their dataclass."""
+
+Flat = Parameter(name="*")
+"""On a parameter that is a dataclass of flags: they have no prefix."""
+
+Model = Annotated[
+    str | None,
+    Parameter(
+        group=DATA,
+        help="Hugging Face model directory, .gguf file, or owner/name on the Hub. Default: "
+        "SmolLM2-135M-Instruct.",
+    ),
+]
+TrainingData = Annotated[
+    Path,
+    Parameter(
+        group=DATA,
+        help="Training examples: a JSONL, JSON, CSV, Parquet or text file, or a directory of them.",
+    ),
+]
+ValidationData = Annotated[
+    Path | None,
+    Parameter(
+        group=DATA, help="Validation examples. Default: --eval-fraction of --data is split off."
+    ),
+]
+Adapter = Annotated[Path | None, Parameter(group=DATA, help="Adapter directory.")]
+BaseWeights = Annotated[
+    BaseDtype,
+    Parameter(
+        group=DEVICE,
+        help="Storage dtype of the frozen linear layers: auto keeps the compute dtype, fp8 halves "
+        "their memory and is faster on GPUs of compute capability 9.0 (H100, H200), slower on "
+        "others.",
+    ),
+]
+Device = Annotated[str, Parameter(group=DEVICE, help="auto, cpu, cuda, cuda:1, ...")]
+Deterministic = Annotated[
+    bool,
+    Parameter(
+        group=DEVICE,
+        help="Bit-for-bit reproducible on a GPU: PyTorch's deterministic algorithms and the "
+        "unfused training step. Slower.",
+    ),
+]
+Report = Annotated[
+    bool,
+    Parameter(
+        group=OUTPUT,
+        help="Write report.html, report.json and pictures into the run directory at the end.",
+    ),
+]
+Json = Annotated[bool, Parameter(group=OUTPUT, help="Print the result as JSON.")]
+
+
+def flags_from(
+    config: type, group: Group, *, without: tuple[str, ...] = ()
+) -> Callable[[type[FlagsT]], type[FlagsT]]:
+    """Return a decorator that turns a class into a dataclass with `config`'s fields as flags.
+
+    The class's own annotations, defaults and texts replace those of the fields of the same name.
+    The result checks nothing: `config_from` makes the config, which checks itself.
+    """
+
+    def decorate(cls: type[FlagsT]) -> type[FlagsT]:
+        own = {f.name: f for f in dataclasses.fields(dataclasses.dataclass(cls))}  # type: ignore[arg-type]
+        fields = {f.name: f for f in dataclasses.fields(config) if f.name not in without} | own
+        hints = get_type_hints(config) | get_type_hints(cls)
+        texts = field_texts(config) | field_texts(cls)
+        made = dataclasses.make_dataclass(
+            cls.__name__,
+            [
+                (name, _annotated(hints[name], name, texts, group), _with_default(each))
+                for name, each in fields.items()
+            ],
+            namespace={"__doc__": cls.__doc__, "__module__": cls.__module__},
+            frozen=True,
+        )
+        return made
+
+    return decorate
+
+
+def config_from(config: type[ConfigT], flags: object) -> ConfigT:
+    """Return a `config` with the values of `flags`. Raises ConfigError if they are out of range."""
+    return config(**vars(flags))
+
+
+def field_texts(owner: type) -> dict[str, str]:
+    """Return by field the text under it, on one line, with `field` written as --field."""
+    texts = _texts_of_module(owner.__module__).get(owner.__name__, {})
+    return {name: _as_help(text, texts) for name, text in texts.items()}
+
+
+def _annotated(hint: Any, name: str, texts: Mapping[str, str], group: Group) -> Any:
+    group = _OWN_GROUPS.get(name, group)
+    return Annotated[hint, Parameter(help=texts.get(name, ""), group=group)]
+
+
+def _with_default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=field.default_factory)
+    return dataclasses.field(default=field.default)
+
+
+def _as_help(text: str, fields: Mapping[str, str]) -> str:
+    def flag(found: re.Match[str]) -> str:
+        return "--" + found[1].replace("_", "-") if found[1] in fields else found[1]
+
+    return re.sub(r"`(\w+)`", flag, " ".join(text.split()))
+
+
+@functools.lru_cache
+def _texts_of_module(name: str) -> dict[str, dict[str, str]]:
+    """Return by class, then by field, the string that stands under the field."""
+    tree = ast.parse(inspect.getsource(sys.modules[name]))
+    return {
+        owner.name: {
+            field.target.id: text.value.value
+            for field, text in zip(owner.body, owner.body[1:], strict=False)
+            if isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+            and isinstance(text.value.value, str)
+        }
+        for owner in tree.body
+        if isinstance(owner, ast.ClassDef)
+    }
