@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +35,7 @@ from lora.lora_module import count_lora_parameters
 from lora.runs.directory import create_run
 from lora.runs.progress import Progress
 from lora.runs.read_record import measured_peak, stored_bytes
+from lora.runs.record import RunRecord, RunResult
 from lora.training.job import Stream, TrainingJob
 from lora.training.plain_step import LossFn, evaluate
 from lora.training.step_runner import StepRunner
@@ -109,11 +110,16 @@ class FactoryTarget:
         setup = self.factory.build(task.method, task.train)
         decay = task.train.weight_decay if setup.weight_decay is None else setup.weight_decay
         config = replace(task.train, weight_decay=decay)
-        described: dict[str, Any] = {"method": task.method, "train": vars(config)}
-        described["learning_rate"] = task.learning_rate
-        described |= {"device": setup.choice.reason, "base": self.factory.base_name}
+        record = RunRecord(
+            kind="member",
+            method=task.method,
+            base=self.factory.base_name,
+            device=setup.choice.reason,
+            learning_rate=task.learning_rate,
+            train=asdict(config),
+        )
         torch.manual_seed(config.seed)
-        with create_run(task.run.out, task.name, resume=task.resume, described=described) as run:
+        with create_run(task.run.out, task.name, resume=task.resume, record=record) as run:
             result = run_training(
                 TrainingJob(
                     model=setup.model,
@@ -130,7 +136,7 @@ class FactoryTarget:
                     steps=setup.choose_steps(config),
                 )
             )
-            run.write_json("result.json", vars(result))
+            run.write_result(RunResult(**vars(result)))
             saved = run.folder / ("model" if task.method == "full" else "adapter")
             shutil.rmtree(saved, ignore_errors=True)
             setup.save(saved)

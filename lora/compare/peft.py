@@ -20,6 +20,7 @@ from lora.compare.decoder_job import DecoderJob
 from lora.compare.target import MemberTask, TrainingOutcome
 from lora.config import DataConfig, LoRAConfig
 from lora.data.prepare import PreparedData
+from lora.data.record import describe_data
 from lora.data.sequences.batches import IGNORE, Batch, BatchStream, ordered_batches
 from lora.device import DeviceChoice, choose_device
 from lora.errors import ConfigError, DependencyError
@@ -27,6 +28,7 @@ from lora.finetune.run import check_data
 from lora.pretrained.sources import find_model
 from lora.runs.directory import Run, create_run
 from lora.runs.progress import Progress
+from lora.runs.record import RunRecord, RunResult
 from lora.training.trainer import TrainingJob, train
 
 PACKAGES = ("peft", "transformers")
@@ -53,10 +55,10 @@ def train_peft(job: DecoderJob, task: MemberTask, progress: Progress) -> Trainin
     source = find_model(job.model)
     data, _ = check_data(job.finetune_job(task), source.folder, progress)
     model = build_peft(source.folder, job.lora, task.train.seed, choice)
-    described = _describe(job, task, data, choice, source.name)
-    with create_run(task.run.out, task.name, resume=task.resume, described=described) as run:
+    record = _describe(job, task, data, choice, source.name)
+    with create_run(task.run.out, task.name, resume=task.resume, record=record) as run:
         result = train(_training_job(model, data, task, run, choice, progress))
-        run.write_json("result.json", asdict(result))
+        run.write_result(RunResult(**vars(result)))
         saved = run.folder / "adapter"
         shutil.rmtree(saved, ignore_errors=True)
         model.save_pretrained(saved)
@@ -158,19 +160,15 @@ def _training_job(
 
 def _describe(
     job: DecoderJob, task: MemberTask, data: PreparedData, choice: DeviceChoice, name: str
-) -> dict[str, Any]:
-    assert data.validation is not None
-    return {
-        "model": name,
-        "method": "peft",
-        "device": choice.reason,
-        "learning_rate": task.learning_rate,
-        "lora": asdict(job.lora),
-        "train": asdict(task.train),
-        "data_config": asdict(job.data_config),
-        "data": {
-            "now": data.now.isoformat(),
-            "fingerprint": data.train.fingerprint(),
-            "held_out_fingerprint": data.validation.fingerprint(),
-        },
-    }
+) -> RunRecord:
+    return RunRecord(
+        kind="member",
+        method="peft",
+        model=name,
+        device=choice.reason,
+        learning_rate=task.learning_rate,
+        lora=asdict(job.lora),
+        train=asdict(task.train),
+        data_config=asdict(job.data_config),
+        data=describe_data(data, job.data, job.eval_data),
+    )
