@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from lora.compare.target import MemberTask
-from lora.config import DataConfig, LoRAConfig
+from lora.config import LoRAConfig
 from lora.data.reading.readers import Source
+from lora.data.task import Task
 from lora.errors import ConfigError, did_you_mean, gather
 
 if TYPE_CHECKING:
@@ -54,18 +55,11 @@ class EvaluationConfig:
             raise ConfigError(gather(faults, heading, "Change them."))
 
 
-@dataclass(frozen=True)
-class DecoderJob:
+@dataclass(frozen=True, kw_only=True)
+class DecoderJob(Task):
     """A pretrained model, the data to train on, LoRA's settings, and what is evaluated."""
 
-    data: Source
-    """A file or directory of examples, or a list of dicts."""
-    model: str | None = None
-    """A directory, a .gguf file, a hub's owner/name; None: SmolLM2-135M-Instruct."""
-    eval_data: Source | None = None
-    """Validation examples; None splits some off `data`."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
-    data_config: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def described(self) -> dict[str, Any]:

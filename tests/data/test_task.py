@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from lora.compare.decoder_target import DecoderTarget
 from lora.config import DataConfig
 from lora.data.task import Task
 from lora.finetune.job import FinetuneJob
@@ -15,8 +16,9 @@ from lora.sweep.job import SweepJob
 
 def test_jobs_hold_the_tasks_fields() -> None:
     given = {"data": "a.jsonl", "model": "m", "eval_data": "b.jsonl", "data_config": DataConfig(64)}
-    jobs: list[Task] = [FinetuneJob(**given), SweepJob(**given, grid=Grid())]  # type: ignore[arg-type]
+    jobs = [FinetuneJob(**given), SweepJob(**given, grid=Grid()), DecoderTarget(**given)]
     for job in jobs:
+        assert isinstance(job, Task)
         assert {f.name: getattr(job, f.name) for f in dataclasses.fields(Task)} == given
 
 
