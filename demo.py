@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora.adapters.apply import disabled_adapter
-from lora.cli.loading import LoadedModel, load_model
 from lora.config import DataConfig, RunConfig, SamplingConfig, TrainConfig
 from lora.data.reading.formats import Example, example_from_row
 from lora.data.reading.orders import make_orders
@@ -35,6 +34,7 @@ from lora.inference.evaluation import (
     score,
     wrong_fields,
 )
+from lora.inference.loading import LoadedModel, load_model
 from lora.report import draw_loss_curves
 from lora.runs.directory import default_name
 from lora.runs.disk import atomic_write, read_rows

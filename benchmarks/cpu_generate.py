@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from lora.cli.loading import load_model
 from lora.config import SamplingConfig
 from lora.decoder.decoder import Decoder
 from lora.inference.generate import generate
+from lora.inference.loading import load_model
 
 NEW_TOKENS, PROMPT_TOKENS = 64, 32
 

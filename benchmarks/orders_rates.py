@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora.cli.loading import LoadedModel, load_model
 from lora.config import DataConfig, LoRAConfig, RunConfig, SamplingConfig, TrainConfig
 from lora.data.reading.formats import example_from_row
 from lora.data.reading.orders import make_orders
 from lora.finetune import FinetuneJob, finetune
 from lora.inference.evaluation import answer_examples, measure_loss, score, wrong_fields
+from lora.inference.loading import LoadedModel, load_model
 
 DATA = DataConfig(max_length=192, packing=False)
 SAMPLING = SamplingConfig(max_new_tokens=60)

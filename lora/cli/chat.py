@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lora.cli.loading import LoadedModel, load_model, load_tokenizer_of
 from lora.config import SamplingConfig
+from lora.inference.loading import LoadedModel, load_model, load_tokenizer_of
 
 if TYPE_CHECKING:
     from lora.data.reading.messages import Message

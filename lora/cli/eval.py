@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from lora.cli.loading import LoadedModel, load_model
 from lora.config import DataConfig, SamplingConfig
+from lora.inference.loading import LoadedModel, load_model
 
 if TYPE_CHECKING:
     from lora.data.reading.formats import Example

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from lora.cli.loading import checked_ids, load_model
+from lora.inference.loading import checked_ids, load_model
 
 
 def export(

@@ -8,8 +8,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from lora.cli.loading import load_model
 from lora.config import SamplingConfig
+from lora.inference.loading import load_model
 
 
 def generate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from lora.cli.loading import checked_ids, load_model
+from lora.inference.loading import checked_ids, load_model
 
 
 def merge(adapter: Path, out: Path, *, model: str | None = None, device: str = "cpu") -> int:
