@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from lora.compare import CompareResult
     from lora.device import DeviceChoice
     from lora.runs.directory import Run
+    from lora.training.job import TrainResult
     from lora.training.step_runner import StepRunner
-    from lora.training.trainer import TrainResult
     from models.bigram_lm_v2 import BigramLanguageModel
     from models.char_text import Text
 
@@ -207,8 +207,8 @@ def train_on(
     from lora.data.sequences.blocks import BlockStream, check_length, ordered_blocks
     from lora.runs.directory import create_run
     from lora.runs.progress import RichProgress
-    from lora.training.trainer import TrainingJob, train
-    from models.bigram_lm_v2 import bigram_loss
+    from lora.training.job import TrainingJob
+    from lora.training.trainer import train
     from models.char_text import EVAL_TOKENS
 
     # Everything that can be wrong with the input is found before the folder is made.
@@ -231,18 +231,16 @@ def train_on(
     show_sample(run, model, text, choice, "before")
     job = TrainingJob(
         model=model,
-        loss_fn=bigram_loss,
+        steps=build_steps(settings, model, choice, trains_base=base is None),
         stream=stream,
         eval_batches=lambda: ordered_blocks(
             text.validation, model.block_size, settings.batch_size, EVAL_TOKENS, choice.device
         ),
         train_config=settings.train_config(),
-        learning_rate=settings.rate,
         run_config=settings.run_config(),
         run=run,
         choice=choice,
         progress=RichProgress(name),
-        steps=None if base is None else fast_steps(settings, model, choice),
     )
     print(f"{name}: {settings.steps} steps on {text.described}, learning rate {settings.rate:g}")
     result = train(job)
@@ -250,13 +248,26 @@ def train_on(
     return run, result
 
 
-def fast_steps(
-    settings: ClassicSettings, model: BigramLanguageModel, choice: DeviceChoice
-) -> StepRunner | None:
-    """Return the step by hand where it can train `model`; a base is trained without LoRA's code."""
+def build_steps(
+    settings: ClassicSettings,
+    model: BigramLanguageModel,
+    choice: DeviceChoice,
+    *,
+    trains_base: bool,
+) -> StepRunner:
+    """Return what takes the steps: by hand where that can train `model`, except of a base.
+
+    A base is trained without LoRA's code, which the step by hand knows.
+    """
+    config = settings.train_config()
+    if trains_base:
+        from lora.training.plain_step import PlainStepRunner
+        from models.bigram_lm_v2 import bigram_loss
+
+        return PlainStepRunner(model, bigram_loss, choice, config)
     from models.char_step import char_steps
 
-    return char_steps(model, choice, settings.train_config(), print)
+    return char_steps(model, choice, config, print)
 
 
 def check_reloaded(
@@ -274,7 +285,7 @@ def check_reloaded(
     from lora.adapters.save_load import load_adapter
     from lora.data.sequences.blocks import ordered_blocks
     from lora.errors import AdapterError
-    from lora.training.trainer import evaluate
+    from lora.training.plain_step import evaluate
     from models.bigram_lm_v2 import bigram_loss
     from models.char_text import EVAL_TOKENS, load_base
 

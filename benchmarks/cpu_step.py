@@ -43,11 +43,11 @@ from lora.pretrained.sources import find_model
 from lora.training.heap import retain_freed_memory
 from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer
+from lora.training.plain_step import train_step
 from lora.training.step_runner import StepRunner
-from lora.training.trainer import train_step
 from models.bigram_lm_v2 import BigramLanguageModel, bigram_loss
 from models.bigram_lm_v2_lora import EMBEDDINGS, char_lora_config
-from models.char_step import char_steps
+from models.char_step import CharStepRunner, char_steps
 
 VARIANTS = ("plain_full", "best_full", "plain_lora", "peft", "ours")
 Step = Callable[[], None]
@@ -116,7 +116,7 @@ def char_step(case: Case, variant: str) -> Step:
         make_plain(model)
         return our_step(model, batch, bigram_loss)
     steps = char_steps(model, CPU, TrainConfig())
-    assert steps is not None
+    assert isinstance(steps, CharStepRunner)
     return lambda: take(steps, batch)
 
 
@@ -184,7 +184,7 @@ def our_step(model: nn.Module, batch: Any, loss_fn: Any) -> Step:
 
 def take(steps: StepRunner, batch: Any) -> None:
     """Take a step as the trainer's loop does."""
-    steps.launch(1, [batch], 1e-4)
+    steps.launch(1, [batch], [1e-4])
     steps.finished(wait=True)
 
 

@@ -14,8 +14,9 @@ import torch
 from gpu_step import CASES, OURS, RANK, build_model, build_steps, build_stream, fit_mode
 
 from lora.adapters.apply import apply_lora
-from lora.config import LoRAConfig
+from lora.config import LoRAConfig, TrainConfig
 from lora.device import choose_device
+from lora.fast.runner import DeviceStepRunner
 
 WARM_UP_STEPS = 4
 
@@ -38,15 +39,17 @@ def main() -> int:
         apply_lora(model, LoRAConfig(rank=RANK, alpha=2.0 * RANK, init_seed=0))
     choice = choose_device("cuda")
     fit = None if full else fit_mode(shape, arguments.variant)
-    steps = build_steps(model, choice, arguments.variant, fit)
+    config = TrainConfig(batch_size=shape.rows, seed=0)
+    steps = build_steps(model, choice, arguments.variant, fit, config)
+    assert isinstance(steps, DeviceStepRunner)
     print(steps.describe(), file=sys.stderr)
     stream = build_stream(shape, "cpu", packed=arguments.variant.endswith("packed"))
     for number in range(1, WARM_UP_STEPS + 1):
-        steps.launch(number, [next(stream)], 1e-4)
+        steps.launch(number, [next(stream)], [1e-4])
     steps.finished(wait=True)
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
-        steps.launch(WARM_UP_STEPS + 1, [next(stream)], 1e-4)
+        steps.launch(WARM_UP_STEPS + 1, [next(stream)], [1e-4])
         steps.finished(wait=True)
     by_time = profile.key_averages()
     if arguments.json:

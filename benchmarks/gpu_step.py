@@ -47,11 +47,14 @@ from lora.decoder.quantised import Fp8Linear, use_fp8_linears
 from lora.device import DeviceChoice, choose_device
 from lora.fast.choose import why_not_fast
 from lora.fast.memory.fast_step import USABLE_MEMORY_FRACTION, FastPlan, MemoryFit, fit_memory
-from lora.fast.runner import CapturedStepRunner, DeviceStepRunner, FastStepRunner
+from lora.fast.runner import CapturedStepRunner, FastStepRunner
 from lora.runs.directory import create_run
 from lora.runs.disk import read_rows
+from lora.training.job import TrainingJob
 from lora.training.losses import loss_for
-from lora.training.trainer import TrainingJob, train
+from lora.training.plain_step import PlainStepRunner
+from lora.training.step_runner import StepRunner
+from lora.training.trainer import train
 
 RANK = 16
 
@@ -198,25 +201,25 @@ def time_ours(shape: Shape, variant: str) -> dict[str, Any]:
     else:
         apply_lora(model, LoRAConfig(rank=RANK, alpha=2.0 * RANK, init_seed=0))
     n_steps = shape.warm_up_steps + shape.timed_steps
-    config = TrainConfig(steps=n_steps, batch_size=shape.rows, warmup_fraction=0.0)
-    device = choice.device if plain else "cpu"  # the fast step copies batches by itself
+    config = TrainConfig(
+        steps=n_steps, batch_size=shape.rows, warmup_fraction=0.0, learning_rate=1e-4, seed=0
+    )
+    device = choice.device if plain else "cpu"  # where `batch_device` of its steps will be
     stream = build_stream(shape, device, packed=variant.endswith("packed"))
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     built_s = time.perf_counter()
-    steps = None if plain else build_steps(model, choice, variant, fit)
+    steps = build_steps(model, choice, variant, fit, config)
     with tempfile.TemporaryDirectory() as folder, create_run(Path(folder), "run") as run:
         job = TrainingJob(
             model=model,
-            loss_fn=loss_for(model),
+            steps=steps,
             stream=stream,
             eval_batches=list,
             train_config=config,
-            learning_rate=1e-4,
             run_config=RunConfig(eval_every_steps=10**6, save_every_steps=10**6),
             run=run,
             choice=choice,
-            steps=steps,
         )
         result = train(job)
         rows = read_rows(run.folder / "timings.jsonl")
@@ -254,19 +257,17 @@ def fit_mode(shape: Shape, variant: str) -> MemoryFit | None:
 
 
 def build_steps(
-    model: Any, choice: DeviceChoice, variant: str, fit: MemoryFit | None
-) -> DeviceStepRunner:
+    model: Any, choice: DeviceChoice, variant: str, fit: MemoryFit | None, config: TrainConfig
+) -> StepRunner:
     """Return what takes the steps of one of our variants."""
+    if variant.endswith("plain"):
+        return PlainStepRunner(model, loss_for(model), choice, config)
     if variant.endswith(("captured", "compiled")):
         compiles = variant.endswith("compiled")
-        return CapturedStepRunner(
-            model, choice, weight_decay=0.0, max_grad_norm=1.0, compiles=compiles
-        )
+        return CapturedStepRunner(model, choice, config, compiles=compiles)
     assert why_not_fast(model, choice) is None
     checkpointing = None if fit is None else fit.checkpointing
-    return FastStepRunner(
-        model, choice, weight_decay=0.0, max_grad_norm=1.0, seed=0, checkpointing=checkpointing
-    )
+    return FastStepRunner(model, choice, config, checkpointing=checkpointing)
 
 
 def measure_ceiling() -> float:

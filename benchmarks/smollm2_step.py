@@ -28,7 +28,7 @@ from lora.pretrained.hf_weights import load_decoder
 from lora.pretrained.sources import find_model
 from lora.training.losses import loss_for, transformers_loss
 from lora.training.optim import build_optimizer
-from lora.training.trainer import train_step
+from lora.training.plain_step import train_step
 
 Variant = tuple[nn.Module, Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]]
 

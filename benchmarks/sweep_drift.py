@@ -26,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import LoRAConfig, TrainConfig
 from lora.data.sequences.blocks import BlockStream
+from lora.device import choose_device
 from lora.stacked.apply import apply_stacked
-from lora.stacked.plain_step import PlainStackedRunner, stacked_loss_sums
-from lora.training.optim import build_optimizer, rate_factor, set_rate
-from lora.training.trainer import train_step
+from lora.stacked.plain_step import PlainStackedRunner
+from lora.training.optim import build_optimizer, schedule_factor, set_learning_rate
+from lora.training.plain_step import train_step
 from models.bigram_lm_v2 import BigramLanguageModel
 
 STEPS, MARKS, ROWS, TOKENS = 200, (1, 10, 50, 100, 200), 8, 32
@@ -59,8 +60,11 @@ def batches(number: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def loss_sums(model: Any, batch: tuple[Tensor, Tensor], n: int = 1) -> tuple[Tensor, Tensor]:
-    """Return each adapter's loss and tokens."""
-    return stacked_loss_sums(model(batch[0])[0], batch[1], n)
+    """Return each of `n` adapters' summed loss in nats and target tokens, (K,), (K,)."""
+    logits, targets = model(batch[0])[0], batch[1]  # (K·B, T, V), (K·B, T)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)  # (K·B·T, V)
+    losses = torch.nn.functional.cross_entropy(wide, targets.flatten(), reduction="none")
+    return losses.view(n, -1).sum(1), torch.full((n,), targets.numel() // n)
 
 
 def train_alone(number: int, dtype: torch.dtype, moved: float = 0.0) -> Values:
@@ -76,7 +80,7 @@ def train_alone(number: int, dtype: torch.dtype, moved: float = 0.0) -> Values:
     optimizer = build_optimizer(model, rate, config.weight_decay, config.whole_rate_fraction)
     found: Values = {}
     for step in range(STEPS):
-        set_rate(optimizer, rate * rate_factor(step, config))
+        set_learning_rate(optimizer, rate * schedule_factor(step, config))
         limit = config.max_grad_norm
         train_step(model, [next(stream)], loss_sums, optimizer, max_grad_norm=limit)
         if step + 1 in MARKS:
@@ -96,13 +100,15 @@ def train_together(dtype: torch.dtype) -> list[Values]:
         stacked,
         lambda own, batch: loss_sums(own, batch, n),
         [TrainConfig(steps=STEPS)] * n,
-        [rate for _, _, rate in SETTINGS],
+        choose_device("cpu", "fp32"),
     )
     streams = [batches(k) for k in range(n)]
     found: list[Values] = [{} for _ in range(n)]
     for step in range(STEPS):
         inputs, targets = zip(*(next(stream) for stream in streams), strict=True)
-        training.step([(torch.cat(inputs), torch.cat(targets))])
+        factor = schedule_factor(step, TrainConfig(steps=STEPS))
+        rates = [rate * factor for _, _, rate in SETTINGS]
+        training.launch(step + 1, [(torch.cat(inputs), torch.cat(targets))], rates)
         if step + 1 in MARKS:
             for k in range(n):
                 values = stacked.values(k)

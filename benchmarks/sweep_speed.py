@@ -16,6 +16,7 @@ the peak of eight candidates against the plan, and against the base and eight ti
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -34,6 +35,7 @@ from cpu_step import CASES as CHAR_CASES
 from cpu_step import char_batch, char_step
 from gpu_peers import peft
 from gpu_step import Shape, build_empty, build_model, build_stream
+from sweep_drift import loss_sums
 
 from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig, TrainConfig
@@ -43,7 +45,8 @@ from lora.fast.memory.fast_step import fast_memory, stacked_memory
 from lora.fast.stacked_runner import choose_stacked_runner
 from lora.stacked.apply import apply_stacked
 from lora.stacked.losses import stack_batches
-from lora.stacked.plain_step import PlainStackedRunner, stacked_loss_sums
+from lora.stacked.plain_step import PlainStackedRunner
+from lora.training.optim import learning_rate_at
 from models.bigram_lm_v2 import BigramLanguageModel
 from models.bigram_lm_v2_lora import EMBEDDINGS
 
@@ -72,9 +75,10 @@ def loras(n: int, rank: int = RANK, **settings: Any) -> list[LoRAConfig]:
     return [LoRAConfig(rank=rank, alpha=2.0 * rank, init_seed=k, **settings) for k in range(n)]
 
 
-def configs(n: int) -> tuple[list[TrainConfig], list[float]]:
-    """Return the candidates' training and their rates, which differ."""
-    return [TrainConfig(steps=1000, seed=k) for k in range(n)], [1e-4 * (1 + k) for k in range(n)]
+def configs(n: int) -> list[TrainConfig]:
+    """Return the candidates' training, whose learning rates differ."""
+    rates = [1e-4 * (1 + k) for k in range(n)]
+    return [TrainConfig(steps=1000, seed=k, learning_rate=r) for k, r in enumerate(rates)]
 
 
 def gpu_together(shape: Shape, n: int) -> dict[str, Any]:
@@ -83,22 +87,27 @@ def gpu_together(shape: Shape, n: int) -> dict[str, Any]:
     model = build_model(shape, torch.bfloat16)
     said: list[str] = []
     stacked = apply_stacked(model, loras(n), range(n))
-    training = choose_stacked_runner(model, stacked, *configs(n), choice, say=said.append)
+    candidates = configs(n)
+    training = choose_stacked_runner(model, stacked, candidates, choice, on_message=said.append)
     streams = [build_stream(shape, training.batch_device, packed=False) for _ in range(n)]
     losses: list[list[float]] = []
+    steps = itertools.count()
     for k, stream in enumerate(streams):  # each its own rows
         stream.load_state_dict({**stream.state_dict(), "row": k})
 
     def step() -> None:
-        training.launch([stack_batches([next(stream) for stream in streams])])
-        losses.extend(training.finished(wait=False))
+        done = next(steps)
+        rates = [learning_rate_at(done, config) for config in candidates]
+        batch = stack_batches([next(stream) for stream in streams])
+        training.launch(done + 1, [batch], rates)
+        losses.extend(outcome.losses for outcome in training.finished(wait=False))
 
     began_s = time.perf_counter()
     step()
     torch.cuda.synchronize()
     start_s = time.perf_counter() - began_s
     found = {"step_ms": median_ms(step, WARM_UP, TIMED), "start_s": start_s, "step": said[0]}
-    losses.extend(training.finished(wait=True))
+    losses.extend(outcome.losses for outcome in training.finished(wait=True))
     assert not training.failures, training.failures
     peak = torch.cuda.max_memory_allocated() / 1e9
     return {**found, "peak_gb": peak, "losses": [round(loss, 3) for loss in losses[-1]]}
@@ -109,14 +118,13 @@ def gpu_one(shape: Shape, rows: int = 1) -> dict[str, Any]:
     shape, choice = replace(shape, rows=rows), choose_device("cuda")
     model = apply_lora(build_model(shape, torch.bfloat16), loras(1)[0])
     said: list[str] = []
-    steps = choose_steps(model, choice, TrainConfig(steps=1000), say=said.append)
-    assert steps is not None
+    steps = choose_steps(model, choice, TrainConfig(steps=1000), on_message=said.append)
     stream, done = build_stream(shape, "cpu", packed=False), 0
 
     def step() -> None:
         nonlocal done
         done += 1
-        steps.launch(done, [next(stream)], 1e-4)
+        steps.launch(done, [next(stream)], [1e-4])
         steps.finished(wait=False)
 
     found = {"step_ms": median_ms(step, WARM_UP, TIMED), "step": said[0]}
@@ -153,12 +161,21 @@ def cpu_together(n: int) -> dict[str, Any]:
     stacked.stack.batch_size = case.rows
 
     def loss_fn(model: Any, batch: Any) -> Any:
-        return stacked_loss_sums(model(batch[0])[0], batch[1], n)
+        return loss_sums(model, batch, n)
 
-    training = PlainStackedRunner(model, stacked, loss_fn, *configs(n))
+    candidates = configs(n)
+    training = PlainStackedRunner(model, stacked, loss_fn, candidates, choose_device("cpu", "fp32"))
     inputs, targets = char_batch(case)
     batch = inputs.repeat(n, 1), targets.repeat(n, 1)
-    return {"step_ms": median_ms(lambda: training.step([batch]) and None, 50, 300)}
+    steps = itertools.count()
+
+    def step() -> None:
+        done = next(steps)
+        rates = [learning_rate_at(done, config) for config in candidates]
+        training.launch(done + 1, [batch], rates)
+        training.finished(wait=True)
+
+    return {"step_ms": median_ms(step, 50, 300)}
 
 
 def cpu_one() -> dict[str, Any]:

@@ -27,9 +27,8 @@ from lora.errors import LoraError
 from lora.fast.choose import choose_steps, why_not_captured, why_not_fast
 from lora.kernels.step.jit import HAS_TRITON
 from lora.pretrained.sources import cache_folder
-from lora.training.checkpoint import load_checkpoint, save_checkpoint, training_tensors
+from lora.training.checkpoint import load_checkpoint, save_checkpoint
 from lora.training.losses import loss_for
-from lora.training.optim import build_optimizer
 from lora.training.plain_step import PlainStepRunner
 
 MIN_FREE_BYTES = 2**30
@@ -206,14 +205,11 @@ def _try_training(choice: DeviceChoice) -> str:
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not _trains(p)}
     chosen: list[str] = []
     batch = _batch()
-    steps = choose_steps(model, choice, config, say=chosen.append)
-    if steps is None:
-        steps = PlainStepRunner(model, loss_for(model), choice, config.max_grad_norm)
-        batch = batch.to(choice.device)  # the others copy batches to the device by themselves
-    steps.adopt(build_optimizer(model, TRIAL_RATE, 0.0, 1.0))
-    for number in range(1, TRIAL_STEPS + 1):
-        steps.launch(number, [batch], TRIAL_RATE)
-    losses = [done.losses[0] for done in steps.finished(wait=True)]
+    steps = choose_steps(model, choice, config, on_message=chosen.append)
+    batch = batch.to(steps.batch_device)
+    for step in range(1, TRIAL_STEPS + 1):
+        steps.launch(step, [batch], [TRIAL_RATE])
+    losses = [outcome.losses[0] for outcome in steps.finished(wait=True)]
     if not losses[-1] < losses[0]:
         raise RuntimeError(f"the loss did not fall: {losses}")
     parameters = dict(model.named_parameters())
@@ -244,7 +240,7 @@ def _try_saving(choice: DeviceChoice) -> str:
         load_adapter(loaded, Path(name) / "adapter")
         with torch.no_grad():
             same = torch.equal(loaded(batch.input_ids), model(batch.input_ids))
-        tensors = training_tensors(model, build_optimizer(model, TRIAL_RATE, 0.0, 1.0))
+        tensors = PlainStepRunner(model, loss_for(model), choice, TrainConfig()).state()
         path = save_checkpoint(Path(name), 1, tensors, {}, keep=1)
         back, _ = load_checkpoint(path)
     if not same:

@@ -23,6 +23,9 @@ from lora.fast.weights.flat import FlatParameters
 from lora.fast.weights.norms_and_embeddings import WeightGroup
 from lora.fast.weights.update import HostUpdate
 from lora.lora_module import LoRALinear
+from lora.training.checkpoint import OptimizerState
+from lora.training.plain_step import PlainStepRunner
+from lora.training.step_runner import StepRunner
 from models.bigram_lm_v2 import BigramLanguageModel, Block, bigram_loss
 from models.char_attention import MAX_TOKENS, DenseAttention, Scratch, Sizes
 from models.char_linears import Linears
@@ -243,15 +246,19 @@ class CharStep:
         self.update.run()
         self.net.refresh()
 
-    def adopt_moments(self, optimizer: torch.optim.Optimizer) -> None:
-        """Changes `optimizer` in place: its state becomes views of this step's moments."""
-        self.update.adopt_moments(self.model, optimizer)
-        with torch.no_grad():
-            self.net.refresh()
+    def optimizer_state(self) -> OptimizerState:
+        """Return AdamW's state by parameter name, views of the step's tensors."""
+        return self.update.optimizer_state(self.model)
+
+    @torch.no_grad()
+    def load_optimizer_state(self, saved: OptimizerState) -> None:
+        """Changes AdamW's state in place, after the model's parameters were restored."""
+        self.update.load_optimizer_state(self.model, saved)
+        self.net.refresh()  # merged weights are of the parameters before
 
 
 class CharStepRunner(DeviceStepRunner):
-    """Steps of the character GPT by hand, if `why_not_by_hand` has nothing against it."""
+    """Runs the character GPT's hand-written step, if `why_not_by_hand` has nothing against it."""
 
     def __init__(
         self, model: BigramLanguageModel, choice: DeviceChoice, config: TrainConfig
@@ -290,13 +297,13 @@ def char_steps(
     model: BigramLanguageModel,
     choice: DeviceChoice,
     config: TrainConfig,
-    say: Callable[[str], None] = lambda text: None,
-) -> DeviceStepRunner | None:
-    """Return the step by hand where it can train `model`, and say so; None is autograd's."""
+    on_message: Callable[[str], None] = lambda text: None,
+) -> StepRunner:
+    """Return the step by hand where it can train `model`, else autograd's; report which."""
     why_not = why_not_by_hand(model, choice)
     if why_not is not None:
-        say(f"plain step: {why_not}")
-        return None
+        on_message(f"plain step: {why_not}")
+        return PlainStepRunner(model, bigram_loss, choice, config)
     steps = CharStepRunner(model, choice, config)
-    say(steps.describe())
+    on_message(steps.describe())
     return steps

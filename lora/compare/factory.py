@@ -37,7 +37,7 @@ from lora.runs.progress import Progress
 from lora.runs.read_record import measured_peak, stored_bytes
 from lora.runs.record import RunRecord, RunResult
 from lora.training.job import Stream, TrainingJob
-from lora.training.plain_step import LossFn, evaluate
+from lora.training.plain_step import LossFn, PlainStepRunner, evaluate
 from lora.training.step_runner import StepRunner
 from lora.training.trainer import train as run_training
 
@@ -115,7 +115,7 @@ class FactoryTarget:
             method=task.method,
             base=self.factory.base_name,
             device=setup.choice.reason,
-            learning_rate=task.learning_rate,
+            learning_rate=task.train.peak_learning_rate,
             train=asdict(config),
         )
         torch.manual_seed(config.seed)
@@ -123,17 +123,16 @@ class FactoryTarget:
             result = run_training(
                 TrainingJob(
                     model=setup.model,
-                    loss_fn=setup.loss_fn,
+                    steps=setup.choose_steps(config)
+                    or PlainStepRunner(setup.model, setup.loss_fn, setup.choice, config),
                     stream=setup.stream,
                     eval_batches=setup.eval_batches,
                     train_config=config,
-                    learning_rate=task.learning_rate,
                     run_config=task.run,
                     run=run,
                     choice=setup.choice,
                     progress=progress,
                     resume=task.resume,
-                    steps=setup.choose_steps(config),
                 )
             )
             run.write_result(RunResult(**vars(result)))

@@ -29,7 +29,9 @@ from lora.pretrained.sources import find_model
 from lora.runs.directory import Run, create_run
 from lora.runs.progress import Progress
 from lora.runs.record import RunRecord, RunResult
-from lora.training.trainer import TrainingJob, train
+from lora.training.job import TrainingJob
+from lora.training.plain_step import PlainStepRunner
+from lora.training.trainer import train
 
 PACKAGES = ("peft", "transformers")
 
@@ -142,14 +144,15 @@ def _training_job(
     micro_batch_size, validation = task.train.micro_batch_size, data.validation
     assert validation is not None
     is_packed = len(data.train) < len(data.train_examples)
+    loss_fn = packed_peft_loss if is_packed else peft_loss
+    steps = PlainStepRunner(model, loss_fn, choice, task.train)
     torch.manual_seed(task.train.seed)
     return TrainingJob(
         model=model,
-        loss_fn=packed_peft_loss if is_packed else peft_loss,
-        stream=BatchStream(data.train, micro_batch_size, task.train.seed, choice.device),
+        steps=steps,
+        stream=BatchStream(data.train, micro_batch_size, task.train.seed, steps.batch_device),
         eval_batches=lambda: ordered_batches(validation, micro_batch_size, choice.device),
         train_config=task.train,
-        learning_rate=task.learning_rate,
         run_config=task.run,
         run=run,
         choice=choice,
@@ -166,7 +169,7 @@ def _describe(
         method="peft",
         model=name,
         device=choice.reason,
-        learning_rate=task.learning_rate,
+        learning_rate=task.train.peak_learning_rate,
         lora=asdict(job.lora),
         train=asdict(task.train),
         data_config=asdict(job.data_config),

@@ -66,12 +66,6 @@ class MemberTask:
         """The run directory."""
         return self.run.out / self.name
 
-    @property
-    def learning_rate(self) -> float:
-        """Peak learning rate."""
-        assert self.train.learning_rate is not None  # a comparison resolves it beforehand
-        return self.train.learning_rate
-
 
 @dataclass(frozen=True)
 class TrainingOutcome:

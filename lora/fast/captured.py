@@ -24,6 +24,7 @@ from lora.fast.transformers_models import unmasked_attention
 from lora.fast.weights.flat import FlatParameters, Slot
 from lora.fast.weights.update import FlatUpdate
 from lora.kernels.step.ops import Ops
+from lora.training.checkpoint import OptimizerState
 from lora.training.optim import parameter_groups
 
 Forward = Callable[[nn.Module, Batch, bool], Tensor]
@@ -84,9 +85,13 @@ class CapturedStep:
         if len(batches) > 1:
             self.graphs.run(("update",), self._update)
 
-    def adopt_moments(self, optimizer: torch.optim.Optimizer) -> None:
-        """Changes `optimizer` in place: its state becomes views of the flat moments."""
-        self.update.adopt_moments(self.model, optimizer)
+    def optimizer_state(self) -> OptimizerState:
+        """Return AdamW's state by parameter name, views of the flat moments."""
+        return self.update.optimizer_state(self.model)
+
+    def load_optimizer_state(self, saved: OptimizerState) -> None:
+        """Changes AdamW's state in place, after the model's parameters were restored."""
+        self.update.load_optimizer_state(self.model, saved)
 
     def _put(self, batch: Batch) -> bool:
         """Copy `batch` to where the graphs read it; return whether its documents need a mask."""

@@ -22,8 +22,9 @@ from lora.layers.fp8 import LoRAFp8Linear
 from lora.layers.trainable_tokens import TrainableTokensEmbedding, TrainableTokensLinear
 from lora.lora_module import LoRALinear
 from lora.stacked.apply import StackedAdapters
-from lora.training.losses import is_transformers
+from lora.training.losses import is_transformers, loss_for
 from lora.training.optim import parameter_groups
+from lora.training.plain_step import LossFn, PlainStepRunner
 from lora.training.step_runner import StepRunner
 
 WIDEST_HEAD = 256
@@ -40,43 +41,46 @@ def choose_steps(
     *,
     fast: bool = True,
     checkpointing: ActivationCheckpointing | None = None,
-    say: Callable[[str], None] = lambda text: None,
-) -> StepRunner | None:
-    """Return the fastest step that can train `model`, and say which it is and why.
+    on_message: Callable[[str], None] = lambda text: None,
+    loss_fn: LossFn | None = None,
+) -> StepRunner:
+    """Return the runner of the fastest step that can train `model`; report on a GPU which, and why.
 
-    None is the plain step: on a CPU, where `fast` is false, and where nothing else can. What trains
-    in `model` may become views of the step's own tensors. `checkpointing` is the fast step's
-    activation checkpointing; None: it stores nearly all activations.
+    The plain step is taken on a CPU, where `fast` is false, and where no other can. What trains in
+    `model` may become views of the step's own tensors.
+
+    Args:
+        model: on the device, with what trains set.
+        choice: where it runs, and the compute dtype.
+        config: of the run; short ones are not compiled.
+        fast: False takes the plain step.
+        checkpointing: which activations the fast step recomputes; None: hardly any.
+        on_message: gets one line.
+        loss_fn: the plain step's; None: what fits `model`.
     """
+
+    def plain() -> StepRunner:
+        return PlainStepRunner(model, loss_fn or loss_for(model), choice, config)
+
     if choice.device.type != "cuda":
-        return None
+        return plain()
     if not fast:
-        say("plain step: as asked")
-        return None
+        on_message("plain step: as asked")
+        return plain()
     why_not = why_not_fast(model, choice)
     if why_not is None:
         steps: DeviceStepRunner = FastStepRunner(
-            cast(Decoder, model),
-            choice,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            seed=config.seed,
-            checkpointing=checkpointing,
+            cast(Decoder, model), choice, config, checkpointing=checkpointing
         )
-        say(steps.describe())
+        on_message(steps.describe())
         return steps
     why_not_either = why_not_captured(model, config)
     if why_not_either is not None:
-        say(f"plain step: {why_not}; {why_not_either}")
-        return None
-    steps = CapturedStepRunner(
-        model,
-        choice,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        compiles=HAS_TRITON and config.steps >= COMPILES_FROM_STEPS,
-    )
-    say(f"{steps.describe()} (the fast step cannot: {why_not})")
+        on_message(f"plain step: {why_not}; {why_not_either}")
+        return plain()
+    compiles = HAS_TRITON and config.steps >= COMPILES_FROM_STEPS
+    steps = CapturedStepRunner(model, choice, config, compiles=compiles)
+    on_message(f"{steps.describe()} (the fast step cannot: {why_not})")
     return steps
 
 
@@ -127,7 +131,7 @@ def why_not_captured(model: nn.Module, config: TrainConfig) -> str | None:
     if not isinstance(model, Decoder) and not is_transformers(model):
         return f"{type(model).__name__} has a loss of its own"
     groups = parameter_groups(model, config.weight_decay, config.whole_rate_fraction)
-    if any(group["rate_share"] != 1 for group in groups):
+    if any(group["learning_rate_share"] != 1 for group in groups):
         return "what trains beside LoRA has a rate of its own"
     return None
 

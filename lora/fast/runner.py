@@ -1,15 +1,16 @@
-"""Steps of a GPU as the loop takes them: launched ahead, read one step late."""
+"""Step runners of a GPU: the hand-written step and the captured one, read one step late."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lora.config import TrainConfig
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
@@ -19,19 +20,23 @@ from lora.fast.step import MERGE_BELOW_WIDTH, FastStep, trains_all_weights
 from lora.fast.transformers_models import transformers_logits, why_masked
 from lora.kernels.step.jit import HAS_TRITON
 from lora.kernels.step.ops import PLAIN, TRITON
+from lora.training.checkpoint import OptimizerState, restore_training_tensors, training_tensors
 from lora.training.diagnosis import find_nonfinite
 from lora.training.losses import loss_for
-from lora.training.plain_step import LossFn
-from lora.training.step_runner import StepOutcome
+from lora.training.plain_step import LossFn, evaluate, skipped_step
+from lora.training.step_runner import StepOutcome, TrainingState
 
 READ_LATE_STEPS = 1
+"""The host reads a step's report after it has launched so many more, so that it never waits for
+the step that it has just launched."""
 
 
 @dataclass(frozen=True)
 class _Launched:
-    number: int
-    rate: float
-    batches: Sequence[Any]
+    step: int
+    learning_rate: float
+    micro_batches: Sequence[Any]
+    """Kept until the step is read: a step that is not finite is traced back to its sequences."""
     report: Tensor
     """On the host, valid when `event` has passed."""
     event: torch.cuda.Event | None
@@ -41,25 +46,33 @@ class DeviceStep(Protocol):
     """A step that is launched on the device and leaves its report there."""
 
     report: Tensor
-    """Loss, tokens, gradient's norm, whether it was taken, (4,)."""
+    """Loss, tokens, gradient norm, whether the update was made, (4,)."""
 
-    def launch(self, batches: Sequence[Any], rate: float, number: int = 1) -> None:
+    def launch(self, batches: Sequence[Any], learning_rate: float, number: int = 1) -> None:
         """Begin step `number`."""
 
-    def adopt_moments(self, optimizer: torch.optim.Optimizer) -> None:
-        """Changes `optimizer` in place: its state becomes views of the step's."""
+    def optimizer_state(self) -> OptimizerState:
+        """Return AdamW's state, views of the step's tensors."""
+
+    def load_optimizer_state(self, saved: OptimizerState) -> None:
+        """Changes AdamW's state in place, after the model's parameters were restored."""
 
 
 class DeviceStepRunner:
-    """`lora.training.step_runner.StepRunner` of a step on the device.
+    """Runs a step that leaves its report on the device: launched ahead, read one step late.
+
+    A `lora.training.step_runner.StepRunner`.
 
     Args:
         model: what `step` trains.
         step: how.
-        choice: where it runs, and the type of its products.
+        choice: where it runs, and the compute dtype.
         about: one line for the user.
-        loss_fn: finds where a NaN came from; None: what fits `model`.
+        loss_fn: for evaluations, and to find where a NaN came from; None: what fits `model`.
     """
+
+    batch_device = torch.device("cpu")
+    """The step copies micro-batches to its device by itself, into the buffers that it reads."""
 
     def __init__(
         self,
@@ -69,7 +82,7 @@ class DeviceStepRunner:
         about: str,
         loss_fn: LossFn | None = None,
     ) -> None:
-        self.loss_fn = loss_fn
+        self.loss_fn = loss_fn or loss_for(model)
         self.model, self.choice, self.about = model, choice, about
         self.is_cuda = choice.device.type == "cuda"
         self._step = step
@@ -79,134 +92,146 @@ class DeviceStepRunner:
         """Return one line on what the step does with this model."""
         return self.about
 
-    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
-        """Use `optimizer`'s moments; its state becomes views of the fast step's."""
-        self._step.adopt_moments(optimizer)
-
-    def launch(self, number: int, batches: Sequence[Any], rate: float) -> None:
-        """Begin step `number`; on a GPU this returns at once."""
-        self._step.launch(batches, rate, number)
+    def launch(
+        self, step: int, micro_batches: Sequence[Any], learning_rates: Sequence[float]
+    ) -> None:
+        """Begin step number `step`; on a GPU this returns at once."""
+        (learning_rate,) = learning_rates
+        self._step.launch(micro_batches, learning_rate, step)
+        # A copy: the next step writes its own report over this one before the host reads it.
         report, event = self._step.report.clone(), None
         if self.is_cuda:
             report = report.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._launched.append(_Launched(number, rate, batches, report, event))
+        self._launched.append(_Launched(step, learning_rate, micro_batches, report, event))
 
     def finished(self, *, wait: bool) -> list[StepOutcome]:
         """Return the steps that are done, all but the newest unless `wait`."""
-        done = []
+        outcomes = []
         while len(self._launched) > (0 if wait or not self.is_cuda else READ_LATE_STEPS):
-            done.append(self._read(self._launched.popleft()))
-        return done
+            outcomes.append(self._read(self._launched.popleft()))
+        return outcomes
+
+    def evaluate(self, batches: Iterable[Any]) -> list[float]:
+        """Return the mean loss in nats over all target tokens of `batches`, dropout off."""
+        return [evaluate(self.model, batches, self.loss_fn, self.choice.autocast)]
+
+    def state(self, adapter: int = 0) -> TrainingState:
+        """Return what trains, AdamW's moments and the states of random generators; views."""
+        return training_tensors(self.model, self._step.optimizer_state())
+
+    def restore(self, state: TrainingState, *, step: int, adapter: int = 0) -> None:
+        """Changes model, optimizer and generators in place; AdamW's own step number is in `state`.
+
+        Raises CheckpointError if `state` is of another model.
+        """
+        self._step.load_optimizer_state(restore_training_tensors(self.model, state))
 
     def _read(self, launched: _Launched) -> StepOutcome:
         if launched.event is not None:
-            launched.event.synchronize()
-        loss, n_tokens, norm, taken = launched.report.tolist()
-        number, rate = launched.number, launched.rate
-        if taken:
-            return StepOutcome(number, [loss], int(n_tokens), norm, rate)
+            launched.event.synchronize()  # the host waits here, for a step that is one behind
+        loss, n_tokens, norm, is_taken = launched.report.tolist()
+        if not is_taken:
+            return self._explain(launched, loss, norm)
+        return StepOutcome(
+            launched.step,
+            losses=[loss],
+            n_tokens=int(n_tokens),
+            gradient_norms=[norm],
+            learning_rates=[launched.learning_rate],
+        )
+
+    def _explain(self, launched: _Launched, loss: float, norm: float) -> StepOutcome:
+        """Return the outcome of a step that was not taken: its batches are run again, watched."""
         device = self.choice.device
-        batches = [b.to(device) if isinstance(b, Batch) else b for b in launched.batches]
-        loss_fn = self.loss_fn or loss_for(self.model)
-        where = find_nonfinite(self.model, batches, loss_fn, self.choice.autocast)
+        batches = [b.to(device) if isinstance(b, Batch) else b for b in launched.micro_batches]
+        found = find_nonfinite(self.model, batches, self.loss_fn, self.choice.autocast)
         why = (
             f"The loss is {loss} and the gradient's norm {norm}: not finite, so the step was not "
-            f"taken. Lower the learning rate, or look for damaged examples. {where.sentence}"
+            f"taken. Lower the learning rate, or look for damaged examples. {found.sentence}"
         )
-        places = where.places if where.is_of_data else None
-        return StepOutcome(number, [loss], int(n_tokens), norm, rate, why, places)
+        return skipped_step(launched.step, launched.learning_rate, why, found)
 
 
 class FastStepRunner(DeviceStepRunner):
-    """The step written by hand, of a decoder that `why_not_fast` has nothing against.
+    """Runs the hand-written step of a decoder that `why_not_fast` has nothing against.
 
     Args:
-        model: becomes views of the fast step's tensors.
-        choice: where it runs, and the type of its products.
-        weight_decay: of matrices.
-        max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
-        seed: of dropout.
-        keep: what stays of the blocks between forward and backward; None: nearly all.
+        model: its parameters become views of the step's tensors.
+        choice: where it runs, and the compute dtype.
+        config: of AdamW, clipping and dropout's seed.
+        checkpointing: which activations are recomputed; None: hardly any.
     """
 
     def __init__(
         self,
         model: Decoder,
         choice: DeviceChoice,
+        config: TrainConfig,
         *,
-        weight_decay: float,
-        max_grad_norm: float,
-        seed: int,
         checkpointing: ActivationCheckpointing | None = None,
     ) -> None:
         self.step = FastStep(
             model,
             TRITON if choice.device.type == "cuda" else PLAIN,
             choice.compute_dtype,
-            weight_decay=weight_decay,
-            max_grad_norm=max_grad_norm,
-            seed=seed,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            seed=config.seed,
             checkpointing=checkpointing,
         )
         super().__init__(model, self.step, choice, _about_fast(self.step, choice))
 
 
 class CapturedStepRunner(DeviceStepRunner):
-    """Autograd's step in one graph, of any model that `why_not_captured` has nothing against.
+    """Runs autograd's step in one graph, of any model that `why_not_captured` accepts.
 
     Args:
         model: what trains becomes views of one flat buffer.
-        choice: where it runs, and the type of its products.
-        weight_decay: of matrices.
-        max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
+        choice: where it runs, and the compute dtype.
+        config: of AdamW and clipping.
         compiles: send blocks and loss through torch.compile: faster steps, a later first one.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        choice: DeviceChoice,
-        *,
-        weight_decay: float,
-        max_grad_norm: float,
-        compiles: bool,
+        self, model: nn.Module, choice: DeviceChoice, config: TrainConfig, *, compiles: bool
     ) -> None:
         is_cuda = choice.device.type == "cuda"
         is_ours = isinstance(model, Decoder)
-        masked = None if is_ours else why_masked(model)
-        compiles = compiles and masked is None  # a mask that only a capture has compiles anew there
+        why_mask = None if is_ours else why_masked(model)
+        # A mask that is only built during capture would make torch.compile start over there.
+        compiles = compiles and why_mask is None
         self.step = CapturedStep(
             model,
             decoder_logits if is_ours else transformers_logits,
             TRITON if is_cuda and HAS_TRITON else PLAIN,
             choice,
-            weight_decay=weight_decay,
-            max_grad_norm=max_grad_norm,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
             compiles=compiles,
-            unmasked=not is_ours and masked is None,
+            unmasked=not is_ours and why_mask is None,
         )
         kind = str(choice.compute_dtype).removeprefix("torch.")
         blocks = "compiled blocks" if compiles else "blocks as they are"
         graph = "one CUDA graph" if is_cuda else "no graph"
-        about = f"captured step: {graph}, autograd, {blocks}, {kind} products"
-        if masked is not None:
-            about += f"; attention takes masks, for {masked}"
+        about = f"captured step: {graph}, autograd, {blocks}, {kind} matmuls"
+        if why_mask is not None:
+            about += f"; attention takes masks, because {why_mask}"
         super().__init__(model, self.step, choice, about)
 
 
 def _about_fast(step: FastStep, choice: DeviceChoice) -> str:
     width = step.model.config.hidden_size
-    how = "LoRA inside the weights' products"
+    how = "LoRA inside the weights' matmuls"
     if trains_all_weights(step.model):
         how = "all weights train"
     elif step.network.codes is not None:
-        how = "frozen products in fp8, LoRA beside them"
+        how = "frozen matmuls in fp8, LoRA beside them"
     elif step.masks is not None:
         how = "LoRA beside the weights, with dropout"
     elif step.merges:
         how = f"LoRA merged once a step (width {width} < {MERGE_BELOW_WIDTH})"
     graph = "one CUDA graph" if choice.device.type == "cuda" else "no graph"
     kind = str(choice.compute_dtype).removeprefix("torch.")
-    return f"fast step: {graph}, {step.ops.name} kernels, {kind} products; {how}"
+    return f"fast step: {graph}, {step.ops.name} kernels, {kind} matmuls; {how}"

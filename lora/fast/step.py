@@ -7,7 +7,7 @@ step late.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -243,14 +243,15 @@ class FastStep(HandWrittenStep):
         self.taken_steps = self.update.taken_steps
         super().__init__(model, ops, network, self.update, checkpointing)
 
-    def adopt_moments(self, optimizer: torch.optim.Optimizer) -> None:
-        """Changes `optimizer` in place: its state becomes views of the fast step's.
+    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        """Return AdamW's state by parameter name, views of the step's tensors."""
+        return self.update.optimizer_state(self.model)
 
-        Moments that it holds (of a resumed run) are taken over first.
-        """
-        self.update.adopt_moments(self.model, optimizer)
-        with torch.no_grad():
-            self.network.refresh()
+    @torch.no_grad()
+    def load_optimizer_state(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Changes AdamW's state in place, after the model's parameters were restored."""
+        self.update.load_optimizer_state(self.model, saved)
+        self.network.refresh()  # merged weights are of the parameters before
 
     def _draw(self, number: int, place: int) -> None:
         if self.masks is not None:

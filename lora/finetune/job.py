@@ -18,7 +18,7 @@ from lora.errors import ConfigError, did_you_mean
 from lora.finetune.memory import RunMemory
 from lora.pretrained.sources import ModelSource
 from lora.runs.record import RunRecord
-from lora.training.trainer import TrainResult
+from lora.training.job import TrainResult
 
 
 @dataclass(frozen=True, kw_only=True)

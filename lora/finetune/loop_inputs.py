@@ -16,9 +16,9 @@ from lora.finetune.job import FinetuneJob
 from lora.inference.samples import SampleRecorder, choose_prompts
 from lora.runs.directory import Run
 from lora.runs.progress import Progress
-from lora.training.losses import loss_for
+from lora.training.job import TrainingJob
+from lora.training.out_of_memory import MemoryParts
 from lora.training.step_runner import StepRunner
-from lora.training.trainer import TrainingJob
 
 MAX_NAMED = 8
 """Examples that a message on a step that is not finite names."""
@@ -29,45 +29,42 @@ def training_job(
     model: Decoder,
     data: PreparedData,
     choice: DeviceChoice,
-    rate: float,
+    train: TrainConfig,
     run: Run,
     progress: Progress,
-    steps: StepRunner | None,
+    steps: StepRunner,
+    memory_plan: MemoryParts,
 ) -> TrainingJob:
-    """Return what the loop takes; `steps`: None for the plain step."""
-    rows = job.train.micro_batch_size
-    held_out = data.validation
-    # The fast step copies batches to the device by itself.
-    place = choice.device if steps is None else "cpu"
-    stream = BatchStream(data.train, rows, job.train.seed, place)
+    """Return what the loop takes; `train` is the job's, its learning rate known."""
+    batch_size, validation = train.micro_batch_size, data.validation
+    stream = BatchStream(data.train, batch_size, train.seed, steps.batch_device)
     return TrainingJob(
         model=model,
-        loss_fn=loss_for(model),
+        steps=steps,
         stream=stream,
         eval_batches=lambda: (
-            [] if held_out is None else ordered_batches(held_out, rows, choice.device)
+            [] if validation is None else ordered_batches(validation, batch_size, choice.device)
         ),
-        train_config=job.train,
-        learning_rate=rate,
+        train_config=train,
         run_config=job.run,
         run=run,
         choice=choice,
         progress=progress,
         on_eval=_sampler(job, model, data, run, progress),
-        name_examples=_namer(stream, data, job.train),
+        name_examples=_namer(stream, data, train),
         resume=job.resume,
-        steps=steps,
+        memory_plan=memory_plan,
     )
 
 
 def _namer(
     stream: BatchStream, data: PreparedData, train: TrainConfig
 ) -> Callable[[int, Sequence[tuple[int, int]]], str]:
-    """Return what names the examples in rows of a step: see `TrainingJob.name_examples`."""
-    rows = train.micro_batch_size
+    """Return what names the examples in sequences of a step: see `TrainingJob.name_examples`."""
+    size = train.micro_batch_size
 
-    def name(step: int, places: Sequence[tuple[int, int]]) -> str:
-        chosen = [micro * rows + row for micro, row in places] or range(train.batch_size)
+    def name(step: int, sequences: Sequence[tuple[int, int]]) -> str:
+        chosen = [micro * size + index for micro, index in sequences] or range(train.batch_size)
         drawn = stream.sequence_indices((step - 1) * train.batch_size + n for n in chosen)
         sources = [data.train_examples[i].source for i in data.train.example_indices(drawn)]
         more = f" and {len(sources) - MAX_NAMED} more" if len(sources) > MAX_NAMED else ""

@@ -82,12 +82,12 @@ def _finetune(
         progress.message(memory_plan.reason)
     with explained(lambda: f"while the weights were loaded. {planned}. {LOADING_ADVICE}"):
         model, fingerprint = _load_model(job, source, choice, data.tokenizer, progress)
-    rate = job.train.resolved(full=job.lora is None).peak_learning_rate
+    train_config = job.train.resolved(full=job.lora is None)
     name = job.run.name or default_name(source.name)
     stored = memory_plan.checkpointing
     record = replace(
         describe_job(job, source, data, report, choice),
-        learning_rate=rate,
+        learning_rate=train_config.peak_learning_rate,
         base_fingerprint=fingerprint,
         activation_checkpointing=None if stored is None else stored.to_record(),
     )
@@ -99,16 +99,21 @@ def _finetune(
         fast = job.run.fast and not job.deterministic
         checkpointing = memory_plan.checkpointing
         steps = choose_steps(
-            model, choice, job.train, fast=fast, checkpointing=checkpointing, say=progress.message
+            model,
+            choice,
+            train_config,
+            fast=fast,
+            checkpointing=checkpointing,
+            on_message=progress.message,
         )
     with create_run(job.run.out, name, resume=job.resume, record=record) as run:
         if run.note:
             progress.message(run.note)
         if open_board is not None:
             run.on_metrics = open_board(run.folder / "tensorboard")
-        whole = training_job(job, model, data, choice, rate, run, progress, steps)
-        whole.memory_plan = memory_plan
-        result = train(whole)
+        result = train(
+            training_job(job, model, data, choice, train_config, run, progress, steps, memory_plan)
+        )
         saved = _save(job, model, data.tokenizer, source, run, progress)
         memory = RunMemory(memory_plan, result.peak_memory_bytes)
         try:

@@ -19,7 +19,7 @@ from lora.device import DeviceChoice
 from lora.errors import DependencyError
 from lora.inference.generate import generate
 from lora.training.losses import loss_for
-from lora.training.trainer import evaluate
+from lora.training.plain_step import evaluate
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ No sum runs over two adapters: each adapter's rows meet the frozen head apart fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from lora.data.sequences.batches import IGNORE, Batch
 from lora.decoder.decoder import Decoder
+from lora.device import DeviceChoice
 from lora.kernels.cross_entropy import linear_cross_entropy
 from lora.stacked.apply import StackedAdapters
 from lora.stacked.layers import StackedLoRALinear
@@ -60,3 +62,28 @@ def stack_batches(batches: Sequence[Batch]) -> Batch:
         position_ids=torch.cat([batch.position_ids for batch in batches]),
         document_ids=torch.cat([batch.document_ids for batch in batches]),
     )
+
+
+@torch.no_grad()
+def evaluate_stacked(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss_fn: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]],
+    n_adapters: int,
+    choice: DeviceChoice,
+) -> list[float]:
+    """Return each adapter's mean loss in nats over all target tokens of `batches`, dropout off.
+
+    Each batch (B, T) is given to every adapter. The host waits for the device once a batch.
+    """
+    was_training = model.training
+    model.eval()
+    total = torch.zeros(n_adapters, dtype=torch.float64, device=choice.device)
+    count = 0
+    for batch in batches:
+        with choice.autocast():
+            sums, counts = loss_fn(model, stack_batches([batch] * n_adapters))  # (K,), (K,)
+        total += sums.double()
+        count += int(counts[0])
+    model.train(was_training)
+    return [float(value) / count if count else math.nan for value in total]

@@ -1,55 +1,38 @@
-"""Training K stacked adapters at once: each with its own rate, clipping, data and fate.
+"""The plain step of K stacked adapters: autograd, and AdamW with settings for each adapter.
 
 What differs from the textbook: what trains lies in one buffer (K, n), a row an adapter, so that the
 norm, the clipping, the check and AdamW's step of all adapters are a few operations over rows.
 An adapter whose loss or gradient is not finite is stopped with its reason; its gradient is masked
-to zero and its rate is 0 from then on, and the bits of the others do not change.
+to zero and its learning rate is 0 from then on, and the bits of the others do not change.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lora.config import TrainConfig
+from lora.device import DeviceChoice
 from lora.kernels.step.adamw import AdamWSettings
 from lora.stacked.apply import StackedAdapters
-from lora.training.optim import rate_factor
+from lora.stacked.losses import evaluate_stacked
+from lora.training.step_runner import StepOutcome, StepRunner, TrainingState
 
-CPU = torch.device("cpu")
 LossFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
-State = dict[str, Tensor]
 
 
-class StackedStepRunner(Protocol):
-    """Steps of K adapters at once, launched now and read when they are done."""
+class StackedStepRunner(StepRunner, Protocol):
+    """A step runner of K adapters, each of which can be stopped while the others train on."""
 
-    batch_device: torch.device
-    """Where batches are wanted."""
     failures: dict[int, str]
-    """Why adapter k was stopped, by k."""
+    """By adapter: why it no longer trains."""
 
-    def launch(self, micro_batches: Sequence[Any]) -> None:
-        """Begin a step."""
-
-    def finished(self, *, wait: bool) -> list[list[float]]:
-        """Return each adapter's mean loss, (K,), of the steps that are done and were not returned.
-
-        With `wait`, of all that were launched. An adapter that failed in one is in `failures` then.
-        """
-
-    def drop(self, k: int, reason: str) -> None:
-        """Stop adapter `k` for `reason`."""
-
-    def state(self, k: int) -> State:
-        """Return copies of all that adapter `k` needs to go on."""
-
-    def restore(self, k: int, state: State, step: int) -> None:
-        """Changes adapter `k` in place: it goes on from `state` after `step` steps."""
+    def drop(self, adapter: int, reason: str) -> None:
+        """Stop `adapter` for `reason`: its values stay what they are from now on."""
 
 
 class StackedAdamW:
@@ -86,15 +69,15 @@ class StackedAdamW:
             p.grad = None
 
     @torch.no_grad()
-    def step(self, numbers: Sequence[int], rates: Sequence[float]) -> None:
-        """Take each adapter's own step number (from 1); one at rate 0 stays where it is."""
+    def step(self, step: int, learning_rates: Sequence[float]) -> None:
+        """Take step number `step` (from 1) of all; an adapter at learning rate 0 does not move."""
         settings = AdamWSettings()
         self.mean.lerp_(self.grads, 1 - settings.beta1)
         self.square.mul_(settings.beta2).addcmul_(self.grads, self.grads, value=1 - settings.beta2)
-        root = self._column([(1 - settings.beta2**number) ** 0.5 for number in numbers])
+        root = self._column([(1 - settings.beta2**step) ** 0.5] * len(learning_rates))
         update = self.mean / self.square.sqrt().div_(root).add_(settings.eps)  # (K, n)
-        rate = self._column(rates)  # (K, 1)
-        risen = self._column([1 - settings.beta1**number for number in numbers])  # (K, 1)
+        rate = self._column(learning_rates)  # (K, 1)
+        risen = self._column([1 - settings.beta1**step] * len(learning_rates))  # (K, 1)
         of_lora, whole = slice(0, self._n_lora), slice(self._n_lora, None)
         self.values[:, of_lora].mul_(1 - rate * self._decays)
         update[:, of_lora].mul_(rate / risen)
@@ -125,14 +108,15 @@ class StackedAdamW:
 
 
 class PlainStackedRunner:
-    """Steps of K adapters on one model, each as `lora.training.plain_step.train_step` takes it.
+    """Takes steps of K adapters through autograd, each as `train_step` takes it alone.
+
+    A `StackedStepRunner`; a step is done when it is launched.
 
     Args:
         model: with `stacked` on it.
         loss_fn: (model, batch) -> (loss sums, target tokens), both (K,).
-        configs: one for each adapter, with its learning rate.
-        autocast: the context of a forward.
-        device: where batches are wanted.
+        configs: of AdamW and clipping, one for each adapter.
+        choice: where it runs, and the compute dtype.
     """
 
     def __init__(
@@ -141,28 +125,25 @@ class PlainStackedRunner:
         stacked: StackedAdapters,
         loss_fn: LossFn,
         configs: Sequence[TrainConfig],
-        rates: Sequence[float],
-        *,
-        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
-        device: torch.device = CPU,
+        choice: DeviceChoice,
     ) -> None:
-        self.batch_device = device
-        self._done: list[list[float]] = []
-        self._model, self._loss_fn, self._autocast = model, loss_fn, autocast
-        self._configs, self._rates = tuple(configs), tuple(rates)
+        self.batch_device = choice.device
+        self._outcomes: list[StepOutcome] = []
+        self._model, self._loss_fn, self._choice = model, loss_fn, choice
+        self._max_grad_norms = [config.max_grad_norm or math.inf for config in configs]
         self.optimizer = StackedAdamW(stacked, configs)
         self.stacked = stacked
-        self.steps = [0] * stacked.stack.n_adapters
-        """Taken so far, by adapter."""
         self.failures: dict[int, str] = {}
-        """Why adapter k was stopped, by k."""
+        """By adapter: why it no longer trains."""
 
-    def step(self, micro_batches: Iterable[Any]) -> list[float]:
-        """Changes the adapters in place: one step; return each one's mean loss in nats, (K,)."""
+    def launch(
+        self, step: int, micro_batches: Sequence[Any], learning_rates: Sequence[float]
+    ) -> None:
+        """Changes the adapters in place: take step number `step`, the same for all of them."""
         optimizer = self.optimizer
         losses, counts = [], []
         for batch in micro_batches:
-            with self._autocast():
+            with self._choice.autocast():
                 loss_sum, n_tokens = self._loss_fn(self._model, batch)  # (K,), (K,)
             loss_sum.sum().backward()
             losses.append(loss_sum.detach())
@@ -171,68 +152,74 @@ class PlainStackedRunner:
         loss = torch.stack(losses).sum(0) / count  # (K,)
         optimizer.take_grads()
         norm = optimizer.grads.norm(dim=1) / count  # (K,)
-        self._note_failures(loss, norm)
+        # The one wait of the host for the device: nothing may move before the check.
+        found = torch.stack((loss.double(), norm.double(), count.double())).tolist()
+        not_finite = self._stop_failed(step, found[0], found[1])
         self._scale_and_clip(count, norm)
-        rates = scheduled_rates(self._rates, self._configs, self.steps)
-        rates = [0.0 if k in self.failures else rate for k, rate in enumerate(rates)]
-        self.steps = [step + 1 for step in self.steps]
-        optimizer.step(self.steps, rates)
-        return [float(value) for value in loss]
+        rates = [0.0 if k in self.failures else rate for k, rate in enumerate(learning_rates)]
+        optimizer.step(step, rates)
+        self._outcomes.append(
+            StepOutcome(
+                step,
+                losses=found[0],
+                n_tokens=int(sum(found[2])),
+                gradient_norms=found[1],
+                learning_rates=rates,
+                not_finite=not_finite,
+            )
+        )
 
-    def launch(self, micro_batches: Iterable[Any]) -> None:
-        """Take a step: this one is done at once."""
-        self._done.append(self.step(micro_batches))
+    def finished(self, *, wait: bool) -> list[StepOutcome]:
+        """Return the steps taken since the last call."""
+        outcomes, self._outcomes = self._outcomes, []
+        return outcomes
 
-    def finished(self, *, wait: bool) -> list[list[float]]:
-        """Return each adapter's mean loss, (K,), of the steps that were not returned before."""
-        done, self._done = self._done, []
-        return done
+    def drop(self, adapter: int, reason: str) -> None:
+        """Stop `adapter` for `reason`: its values stay what they are from now on."""
+        self.failures[adapter] = reason
 
-    def drop(self, k: int, reason: str) -> None:
-        """Stop adapter `k` for `reason`: it stays where it is from now on."""
-        self.failures[k] = reason
+    def evaluate(self, batches: Iterable[Any]) -> list[float]:
+        """Return each adapter's mean loss in nats over all target tokens of `batches` (B, T)."""
+        n = self.stacked.stack.n_adapters
+        return evaluate_stacked(self._model, batches, self._loss_fn, n, self._choice)
 
-    def state(self, k: int) -> State:
-        """Return copies of all that adapter `k` needs to go on, in this stack or another.
+    def state(self, adapter: int = 0) -> TrainingState:
+        """Return copies of all that `adapter` needs to go on, in this stack or another.
 
         Its values (`value.NAME`), moments (`mean.NAME`, `square.NAME`) and the state of its
-        dropout's generator (`dropout`); the number of its step is in `steps`.
+        dropout's generator (`dropout`); the number of its step is the caller's to keep.
         """
-        values = {f"value.{name}": tensor for name, tensor in self.stacked.values(k).items()}
-        moments = {name: tensor.clone() for name, tensor in self.optimizer.moments(k).items()}
-        return {**values, **moments, "dropout": self.stacked.stack.generators[k].get_state()}
+        own = self.stacked.values(adapter).items()
+        values = {f"value.{name}": tensor for name, tensor in own}
+        moments = {name: t.clone() for name, t in self.optimizer.moments(adapter).items()}
+        generator = self.stacked.stack.generators[adapter]
+        return {**values, **moments, "dropout": generator.get_state()}
 
     @torch.no_grad()
-    def restore(self, k: int, state: State, step: int) -> None:
-        """Changes adapter `k` in place: it goes on from `state` after `step` steps."""
+    def restore(self, state: TrainingState, *, step: int, adapter: int = 0) -> None:
+        """Changes `adapter` in place: it goes on from `state`."""
         named = {name.removeprefix("value."): tensor for name, tensor in state.items()}
-        self.stacked.fill(k, named)
-        for name, part in self.optimizer.moments(k).items():
+        self.stacked.fill(adapter, named)
+        for name, part in self.optimizer.moments(adapter).items():
             part.copy_(state[name])
-        self.stacked.stack.generators[k].set_state(state["dropout"].cpu())
-        self.steps[k] = step
+        self.stacked.stack.generators[adapter].set_state(state["dropout"].cpu())
 
-    def _note_failures(self, loss: Tensor, norm: Tensor) -> None:
-        # The host waits for the device here: nothing may move before the check.
-        for k, (value, length) in enumerate(zip(loss.tolist(), norm.tolist(), strict=True)):
-            if k not in self.failures and not torch.isfinite(torch.tensor(value + length)):
-                self.failures[k] = why_stopped(self.steps[k] + 1, value, length)
+    def _stop_failed(self, step: int, losses: list[float], norms: list[float]) -> dict[int, str]:
+        """Put adapters that are not finite into `failures`; return those that were not there."""
+        new = {
+            k: why_stopped(step, loss, norm)
+            for k, (loss, norm) in enumerate(zip(losses, norms, strict=True))
+            if k not in self.failures and not math.isfinite(loss + norm)
+        }
+        self.failures |= new
+        return new
 
     def _scale_and_clip(self, count: Tensor, norm: Tensor) -> None:
-        longest = norm.new_tensor([c.max_grad_norm or torch.inf for c in self._configs])
-        factor = (longest / (norm + 1e-6)).clamp(max=1.0) / count  # (K,)
+        factor = (norm.new_tensor(self._max_grad_norms) / (norm + 1e-6)).clamp(max=1.0) / count
         grads = self.optimizer.grads
         grads.mul_(factor[:, None].to(grads.dtype))
         if self.failures:  # masked: a NaN times zero would stay NaN
             grads[sorted(self.failures)] = 0
-
-
-def scheduled_rates(
-    peaks: Sequence[float], configs: Sequence[TrainConfig], steps: Sequence[int]
-) -> list[float]:
-    """Return each adapter's rate after so many steps of its own."""
-    each = zip(peaks, configs, steps, strict=True)
-    return [peak * rate_factor(step, config) for peak, config, step in each]
 
 
 def why_stopped(step: int, loss: float, norm: float) -> str:
@@ -241,14 +228,3 @@ def why_stopped(step: int, loss: float, norm: float) -> str:
         f"step {step}: the loss is {loss} and the gradient's norm {norm}, not finite. Lower the "
         "learning rate, or look for damaged examples."
     )
-
-
-def stacked_loss_sums(logits: Tensor, targets: Tensor, n_adapters: int) -> tuple[Tensor, Tensor]:
-    """Return each adapter's summed loss in nats and target tokens, (K,), (K,).
-
-    `logits` is (K·B, T, V); `targets` (K·B, T) int64, −100 where nothing is learned.
-    """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)  # (K·B·T, V)
-    losses = torch.nn.functional.cross_entropy(wide, targets.flatten(), reduction="none")
-    learned = (targets != -100).view(n_adapters, -1).sum(1)  # (K,)
-    return losses.view(n_adapters, -1).sum(1), learned

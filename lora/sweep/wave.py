@@ -12,14 +12,13 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lora.data.sequences.batches import Batch, BatchStream, TokenSequences, ordered_batches
+from lora.data.sequences.batches import BatchStream, TokenSequences, ordered_batches
 from lora.device import DeviceChoice, peak_memory_bytes
 from lora.errors import CheckpointError
 from lora.fast.stacked_runner import choose_stacked_runner
@@ -27,12 +26,12 @@ from lora.runs.directory import Run
 from lora.runs.disk import reading
 from lora.runs.interrupts import StopRequests
 from lora.stacked.apply import apply_stacked, remove_stacked
-from lora.stacked.losses import StackedDecoderLoss, stack_batches
+from lora.stacked.losses import stack_batches
 from lora.sweep.grid import Candidate
 from lora.sweep.ledger import CandidateState, Ledger
 from lora.sweep.progress import SweepProgress
 from lora.training.checkpoint import list_checkpoints, load_newest, save_checkpoint
-from lora.training.optim import rate_factor
+from lora.training.optim import learning_rate_at
 
 CHECKPOINTS, CANDIDATES, STATE = "checkpoints", "candidates", "state"
 State = dict[str, Tensor]
@@ -86,15 +85,13 @@ class Wave:
         model, configs = self.base.model, [c.lora for c in self.candidates]
         self.stacked = apply_stacked(model, configs, seeds)
         model.train()
-        self._loss_fn = StackedDecoderLoss(self.stacked)
         self.training = choose_stacked_runner(
             model,
             self.stacked,
             [c.train for c in self.candidates],
-            [c.rate for c in self.candidates],
             self.base.choice,
             fast=self.base.fast,
-            say=self._message_first,
+            on_message=self._message_first,
         )
         device = self.training.batch_device
         self._streams = [BatchStream(self.base.train, self.base.rows, s, device) for s in seeds]
@@ -174,7 +171,7 @@ class Wave:
         self.saved_step = self.step
 
     def _restore(self, k: int, state: State, standing: CandidateState) -> None:
-        self.training.restore(k, state, standing.step)
+        self.training.restore(state, step=standing.step, adapter=k)
         own = self._streams[k].state_dict()
         self._streams[k].load_state_dict({**own, "row": standing.row})
 
@@ -187,7 +184,8 @@ class Wave:
             stack_batches([next(stream) for stream in self._streams])
             for _ in range(self.base.micro_batches)
         ]
-        self.training.launch(micro)
+        rates = [learning_rate_at(self.step, c.train) for c in self.candidates]
+        self.training.launch(self.step + 1, micro, rates)
         self.step += 1
         self._n_tokens += sum(batch.input_ids.numel() for batch in micro)
         self.train_s += time.perf_counter() - began_s
@@ -198,9 +196,9 @@ class Wave:
         began_s = time.perf_counter()
         finished = self.training.finished(wait=wait)
         self.train_s += time.perf_counter() - began_s
-        for losses in finished:
-            self.noted_step += 1
-            for k, (standing, loss) in enumerate(zip(self.standings, losses, strict=True)):
+        for outcome in finished:
+            self.noted_step = outcome.step
+            for k, (standing, loss) in enumerate(zip(self.standings, outcome.losses, strict=True)):
                 self._note(k, standing, loss)
 
     def _note(self, k: int, standing: CandidateState, loss: float) -> None:
@@ -212,8 +210,7 @@ class Wave:
             return
         standing.step, standing.loss = self.noted_step, loss
         standing.row += self.base.rows * self.base.micro_batches
-        candidate = self.candidates[k]
-        rate = candidate.rate * rate_factor(self.noted_step - 1, candidate.train)
+        rate = learning_rate_at(self.noted_step - 1, self.candidates[k].train)
         self.runs[k].append_metrics({"step": self.noted_step, "loss": loss, "learning_rate": rate})
 
     def _drop(self, k: int, reason: str) -> None:
@@ -222,13 +219,8 @@ class Wave:
         self.base.progress.message(f"{self.candidates[k].name} is dropped: {reason}")
 
     def _evaluate(self) -> None:
-        losses = evaluate_stacked(
-            self.base.model,
-            ordered_batches(self.base.held_out, self.base.rows, self.base.choice.device),
-            self._loss_fn,
-            len(self.candidates),
-            self.base.choice,
-        )
+        batches = ordered_batches(self.base.held_out, self.base.rows, self.base.choice.device)
+        losses = self.training.evaluate(batches)
         for k, (standing, loss) in enumerate(zip(self.standings, losses, strict=True)):
             if standing.status == "failed":
                 continue
@@ -317,25 +309,3 @@ def candidate_run(run: Run, candidate: Candidate) -> Run:
     folder = run.folder / CANDIDATES / candidate.name
     folder.mkdir(parents=True, exist_ok=True)
     return Run(folder, on_trouble=run.on_trouble)
-
-
-@torch.no_grad()
-def evaluate_stacked(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    loss_fn: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]],
-    n_adapters: int,
-    choice: DeviceChoice,
-) -> list[float]:
-    """Return each adapter's mean loss in nats over all target tokens of `batches`, dropout off."""
-    was_training = model.training
-    model.eval()
-    total = torch.zeros(n_adapters, dtype=torch.float64, device=choice.device)
-    count = 0
-    for batch in batches:
-        with choice.autocast():
-            sums, counts = loss_fn(model, stack_batches([batch] * n_adapters))  # (K,), (K,)
-        total += sums.double()
-        count += int(counts[0])
-    model.train(was_training)
-    return [float(value) / count if count else math.nan for value in total]

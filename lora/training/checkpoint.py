@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,10 @@ from lora.runs.disk import atomic_write, disk_error
 from lora.runs.tensor_files import Digest, digest_file, write_tensors
 
 TENSORS_FILE, STATE_FILE, MANIFEST_FILE = "tensors.safetensors", "state.json", "manifest.json"
+OPTIMIZER_KEYS = ("step", "exp_avg", "exp_avg_sq")
+"""AdamW's state of a parameter, as torch.optim.AdamW names it."""
+OptimizerState = Mapping[str, Mapping[str, Tensor]]
+"""By the parameter's name, then by `OPTIMIZER_KEYS`."""
 
 
 def save_checkpoint(
@@ -117,15 +121,15 @@ def load_newest(
     )
 
 
-def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def training_tensors(model: nn.Module, optimizer_state: OptimizerState) -> dict[str, Tensor]:
     """Return what training changes: trainable parameters, optimizer moments, generators' states.
 
     Keys begin with `model.`, `optimizer.` and `random.`; parameters go by their names.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     tensors = {f"model.{name}": p.detach() for name, p in named.items()}
-    for name, parameter in named.items():
-        for key, value in optimizer.state[parameter].items():
+    for name in named:
+        for key, value in optimizer_state.get(name, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
     tensors["random.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -136,11 +140,12 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 @torch.no_grad()
 def restore_training_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
-) -> None:
-    """Changes `model`, `optimizer` and torch's generators in place, to what was saved.
+    model: nn.Module, tensors: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Changes `model` and torch's generators in place, to what was saved.
 
-    Raises CheckpointError if names or shapes differ from the model's, all of them at once.
+    Returns the optimizer's state, as `training_tensors` was given it. Raises CheckpointError if
+    names or shapes differ from the model's, all of them at once.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     saved = {key.removeprefix("model."): t for key, t in tensors.items() if key[:6] == "model."}
@@ -153,20 +158,19 @@ def restore_training_tensors(
     if faults:
         advice = "Resume with the settings that the run began with."
         raise CheckpointError(gather(sorted(faults), "The checkpoint is of another run:", advice))
+    optimizer_state = {}
     for name, parameter in named.items():
         parameter.copy_(saved[name])
-        moments = {}
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            value = tensors.get(f"optimizer.{key}.{name}")
-            if value is not None:
-                moments[key] = value.to(parameter.device)
-        if moments:
-            optimizer.state[parameter] = moments
+        keys = (key for key in OPTIMIZER_KEYS if f"optimizer.{key}.{name}" in tensors)
+        moments = {key: tensors[f"optimizer.{key}.{name}"] for key in keys}
+        if moments:  # a parameter that never had a gradient has none
+            optimizer_state[name] = moments
     torch.set_rng_state(tensors["random.cpu"])
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         states = [tensors.get(f"random.cuda.{number}") for number in range(count)]
         torch.cuda.set_rng_state_all([state for state in states if state is not None])
+    return optimizer_state
 
 
 def _name(step: int) -> str:

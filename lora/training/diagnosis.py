@@ -16,8 +16,8 @@ class Finding:
     """Where a value that is not finite appears first."""
 
     sentence: str
-    places: tuple[tuple[int, int], ...] = ()
-    """(micro-batch, row in it), both from 0, where rows are known."""
+    sequences: tuple[tuple[int, int], ...] = ()
+    """(micro-batch, index of the sequence in it), both from 0, where they are known."""
     is_of_data: bool = True
     """Whether the batch has to do with it: damaged weights are so whatever they read."""
 

@@ -1,13 +1,12 @@
-"""What a training run needs, where it stands, how it is saved and how it goes on."""
+"""What a training run needs, the state of its loop, and how that is saved and resumed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-import torch
 from torch import nn
 
 from lora.config import RunConfig, TrainConfig
@@ -16,18 +15,9 @@ from lora.errors import CheckpointError
 from lora.runs.directory import Run
 from lora.runs.disk import reading
 from lora.runs.progress import NoProgress, Progress
-from lora.training.checkpoint import (
-    list_checkpoints,
-    load_newest,
-    restore_training_tensors,
-    save_checkpoint,
-    training_tensors,
-)
-from lora.training.plain_step import LossFn
+from lora.training.checkpoint import list_checkpoints, load_newest, save_checkpoint
+from lora.training.out_of_memory import MemoryParts
 from lora.training.step_runner import StepRunner
-
-if TYPE_CHECKING:  # the plan knows LoRA, and plain training does without it
-    from lora.fast.memory.plan import MemoryPlan
 
 
 class Stream(Protocol):
@@ -60,14 +50,17 @@ class TrainResult:
 
 @dataclass
 class TrainingJob:
-    """Everything the loop needs; `train` runs it."""
+    """Everything the loop needs; `lora.training.trainer.train` runs it."""
 
     model: nn.Module
-    loss_fn: LossFn
+    steps: StepRunner
+    """What takes the optimizer steps of `model`, evaluates it, and owns the optimizer."""
     stream: Stream
+    """Micro-batches on `steps.batch_device`."""
     eval_batches: Callable[[], Iterable[Any]]
+    """Return the validation batches, on the model's device; none: nothing is evaluated."""
     train_config: TrainConfig
-    learning_rate: float
+    """Its `learning_rate` is given."""
     run_config: RunConfig
     run: Run
     choice: DeviceChoice
@@ -75,17 +68,16 @@ class TrainingJob:
     on_eval: Callable[[int], None] = lambda step: None
     """Called after each evaluation with the step's number: for samples, for example."""
     resume: bool = False
-    name_examples: Callable[[int, Sequence[tuple[int, int]]], str] = lambda step, places: ""
-    """(step, (micro-batch, row) of it; () for all) -> which examples these are, in words."""
-    memory_plan: MemoryPlan | None = None
+    """Continue from the run's newest checkpoint."""
+    name_examples: Callable[[int, Sequence[tuple[int, int]]], str] = lambda step, sequences: ""
+    """(step, (micro-batch, index of a sequence in it) …; () for all) -> the examples' names."""
+    memory_plan: MemoryParts | None = None
     """What a step was planned to hold, quoted if memory runs out."""
-    steps: StepRunner | None = None
-    """What takes the steps; None: `train_step`, one after the other."""
 
 
 @dataclass
 class LoopState:
-    """What changes from step to step, beside the tensors."""
+    """What changes from step to step, beside the tensors; a checkpoint's `position` has it."""
 
     step: int = 0
     n_tokens: int = 0
@@ -102,41 +94,42 @@ class LoopState:
     saved_step: int | None = None
     """The newest that is on the disk."""
     marked_s: float = 0.0
-    """Clock when the last step was noted, or steps began again."""
+    """Clock when the last step was recorded, or when steps began again after an evaluation."""
 
 
-def save_loop_state(
-    job: TrainingJob, optimizer: torch.optim.Optimizer, at: LoopState, *, is_best: bool = False
-) -> None:
-    """Save the run's state; if the disk refuses, report it: the next save is another try.
+_UNSAVED = ("marked_s", "saved_step")
+"""Fields of `LoopState` that mean nothing to another process."""
+
+
+def save_loop_state(job: TrainingJob, state: LoopState, *, is_best: bool = False) -> None:
+    """Write a checkpoint; if the disk refuses, report it: the next save is another try.
 
     `is_best`: the evaluation of this very step is the best so far, so its checkpoint is kept.
     """
-    best_step = at.step if is_best else at.best_step
-    position = {k: v for k, v in vars(at).items() if k not in ("marked_s", "saved_step")}
+    best_step = state.step if is_best else state.best_step
+    position = {key: value for key, value in vars(state).items() if key not in _UNSAVED}
     position["best_step"] = best_step
-    state = {"position": position, "stream": job.stream.state_dict()}
     try:
         job.run.sync()
         save_checkpoint(
             job.run.folder / "checkpoints",
-            at.step,
-            training_tensors(job.model, optimizer),
-            state,
+            state.step,
+            job.steps.state(),
+            {"position": position, "stream": job.stream.state_dict()},
             keep=job.run_config.keep_checkpoints,
             best_step=best_step,
         )
     except CheckpointError as error:
-        newest = "none" if at.saved_step is None else f"step {at.saved_step}"
+        newest = "none" if state.saved_step is None else f"step {state.saved_step}"
         job.progress.message(
             f"{error} The newest checkpoint is {newest}; the next save tries again."
         )
         return  # and the best checkpoint that is on the disk stays the best one
-    at.saved_step, at.best_step = at.step, best_step
+    state.saved_step, state.best_step = state.step, best_step
 
 
-def resume_loop_state(job: TrainingJob, optimizer: torch.optim.Optimizer) -> LoopState:
-    """Changes model, optimizer, stream and generators in place: go to the newest checkpoint.
+def resume_loop_state(job: TrainingJob) -> LoopState:
+    """Changes model, optimizer, stream and generators in place: restore the newest checkpoint.
 
     Raises CheckpointError if there are checkpoints and none of them can be used.
     """
@@ -145,12 +138,12 @@ def resume_loop_state(job: TrainingJob, optimizer: torch.optim.Optimizer) -> Loo
         job.run.cut_metrics_after(-1)
         job.progress.message("no checkpoint yet: beginning at step 0")
         return LoopState()
-    tensors, state = load_newest(folder, job.progress.message)
+    tensors, saved = load_newest(folder, job.progress.message)
     with reading(folder):
-        restore_training_tensors(job.model, optimizer, tensors)
-        job.stream.load_state_dict(state["stream"])
-        at = LoopState(**state["position"])
-    at.saved_step = at.step
-    job.run.cut_metrics_after(at.step)
-    job.progress.message(f"going on from step {at.step} of {job.train_config.steps}")
-    return at
+        state = LoopState(**saved["position"])
+        job.steps.restore(tensors, step=state.step)
+        job.stream.load_state_dict(saved["stream"])
+    state.saved_step = state.step
+    job.run.cut_metrics_after(state.step)
+    job.progress.message(f"resuming after step {state.step} of {job.train_config.steps}")
+    return state

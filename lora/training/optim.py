@@ -1,4 +1,4 @@
-"""Parameter groups, the rate's schedule, the size of a gradient."""
+"""AdamW's parameter groups, the learning-rate schedule, gradient clipping."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return AdamW's groups: matrices decay; norms, biases and embeddings do not.
 
-    Where LoRA trains, what trains whole beside it (embeddings) takes `whole_rate_fraction` of the
-    rate: full weights want a lower one than A and B. A group's share stands in `rate_share`.
+    Beside LoRA, fully trained modules (embeddings) take `whole_rate_fraction` of the learning rate:
+    full weights want a lower one than A and B. A group has its own as `learning_rate_share`.
     """
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
@@ -33,23 +33,28 @@ def parameter_groups(
         key = (weight_decay if decays else 0.0, share)
         groups.setdefault(key, []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": decay, "rate_share": share}
+        {"params": parameters, "weight_decay": decay, "learning_rate_share": share}
         for (decay, share), parameters in groups.items()
     ]
 
 
 def build_optimizer(
-    model: nn.Module, rate: float, weight_decay: float, whole_rate_fraction: float = 1.0
+    model: nn.Module, learning_rate: float, weight_decay: float, whole_rate_fraction: float = 1.0
 ) -> torch.optim.AdamW:
     """Return AdamW (fused: one pass over each tensor) over what trains in `model`."""
     groups = parameter_groups(model, weight_decay, whole_rate_fraction)
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), fused=True)
-    set_rate(optimizer, rate)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), fused=True)
+    set_learning_rate(optimizer, learning_rate)
     return optimizer
 
 
-def rate_factor(step: int, config: TrainConfig) -> float:
-    """Return the share of the peak rate at `step` (the first is 0): warm-up, then the schedule."""
+def learning_rate_at(step: int, config: TrainConfig) -> float:
+    """Return the learning rate of the step that follows `step` steps (0: the first step's)."""
+    return config.peak_learning_rate * schedule_factor(step, config)
+
+
+def schedule_factor(step: int, config: TrainConfig) -> float:
+    """Return the fraction of the peak learning rate after `step` steps: warm-up, then schedule."""
     warmup_steps = round(config.warmup_fraction * config.steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -62,10 +67,10 @@ def rate_factor(step: int, config: TrainConfig) -> float:
     return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Changes `optimizer` in place: every group takes its share of `rate`."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Changes `optimizer` in place: every group takes its share of `learning_rate`."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["rate_share"]
+        group["lr"] = learning_rate * group["learning_rate_share"]
 
 
 @torch.no_grad()

@@ -36,8 +36,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
 
 
-class Parts(Protocol):
-    """Bytes at the fullest moment of a step: of `lora.fast.memory.plan.MemoryPlan`, or counted."""
+class MemoryParts(Protocol):
+    """Bytes at the fullest moment of a step, by part: planned before a run, or counted."""
 
     @property
     def weights(self) -> int:
@@ -106,7 +106,7 @@ def explained(explain: Callable[[], str]) -> Iterator[None]:
         raise TrainingError(f"Memory ran out {explain()} (torch: {asked[:200]})") from error
 
 
-def describe_parts(parts: Parts) -> str:
+def describe_parts(parts: MemoryParts) -> str:
     """Return the sum and its parts in GB (10⁹ bytes), for a line."""
     named = {
         "weights": parts.weights,
@@ -120,7 +120,7 @@ def describe_parts(parts: Parts) -> str:
     return f"{parts.total / 1e9:.2f} GB ({shown})"
 
 
-def advise(parts: Parts, config: TrainConfig, *, has_lora: bool) -> str:
+def advise(parts: MemoryParts, config: TrainConfig, *, has_lora: bool) -> str:
     """Return what took most, and which settings to change: first what costs nothing and helps."""
     rows = config.micro_batch_size
     growing, trained = parts.activations + parts.loss, parts.gradients + parts.optimizer
@@ -144,7 +144,7 @@ def advise(parts: Parts, config: TrainConfig, *, has_lora: bool) -> str:
     )
 
 
-def _splits(parts: Parts, config: TrainConfig) -> list[str]:
+def _splits(parts: MemoryParts, config: TrainConfig) -> list[str]:
     """Return the next finer split of the batch, and what it would take; none if rows are single."""
     now = config.micro_batches
     finer = (n for n in range(now + 1, config.batch_size + 1) if config.batch_size % n == 0)

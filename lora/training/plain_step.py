@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora.config import TrainConfig
 from lora.device import DeviceChoice, synchronize
 from lora.errors import TrainingError
-from lora.training.diagnosis import find_nonfinite
-from lora.training.optim import scale_and_clip, set_rate
-from lora.training.step_runner import StepOutcome
+from lora.training.checkpoint import restore_training_tensors, training_tensors
+from lora.training.diagnosis import Finding, find_nonfinite
+from lora.training.optim import build_optimizer, scale_and_clip, set_learning_rate
+from lora.training.step_runner import StepOutcome, TrainingState
 
 LossFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
@@ -95,43 +97,95 @@ def evaluate(
 
 
 class PlainStepRunner:
-    """Optimizer steps through `train_step`: a step is done when it is launched."""
+    """Takes steps through autograd and `train_step`; a step is done when it is launched.
+
+    A `lora.training.step_runner.StepRunner`.
+
+    Args:
+        model: on the device; what trains has `requires_grad`.
+        loss_fn: (model, batch) -> (loss sum, target tokens), both (1,).
+        choice: where it runs, and the compute dtype.
+        config: of AdamW and clipping.
+    """
 
     def __init__(
-        self, model: nn.Module, loss_fn: LossFn, choice: DeviceChoice, max_grad_norm: float
+        self, model: nn.Module, loss_fn: LossFn, choice: DeviceChoice, config: TrainConfig
     ) -> None:
+        self.batch_device = choice.device
+        self.optimizer = build_optimizer(
+            model, 0.0, config.weight_decay, config.whole_rate_fraction
+        )
         self._model, self._loss_fn, self._choice = model, loss_fn, choice
-        self._max_grad_norm = max_grad_norm
-        self._done: list[StepOutcome] = []
+        self._max_grad_norm = config.max_grad_norm
+        self._outcomes: list[StepOutcome] = []
 
-    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
-        """Step with `optimizer`."""
-        self._optimizer = optimizer
-
-    def launch(self, number: int, batches: Sequence[Any], rate: float) -> None:
-        """Take step `number`."""
-        set_rate(self._optimizer, rate)
+    def launch(
+        self, step: int, micro_batches: Sequence[Any], learning_rates: Sequence[float]
+    ) -> None:
+        """Take step number `step`."""
+        (learning_rate,) = learning_rates
+        set_learning_rate(self.optimizer, learning_rate)
+        model, loss_fn, autocast = self._model, self._loss_fn, self._choice.autocast
         try:
             result = train_step(
-                self._model,
-                batches,
-                self._loss_fn,
-                self._optimizer,
+                model,
+                micro_batches,
+                loss_fn,
+                self.optimizer,
                 max_grad_norm=self._max_grad_norm,
-                autocast=self._choice.autocast,
+                autocast=autocast,
             )
         except TrainingError as error:
-            where = find_nonfinite(self._model, batches, self._loss_fn, self._choice.autocast)
-            why = f"{error} {where.sentence}"
-            places = where.places if where.is_of_data else None
-            self._done.append(StepOutcome(number, [math.nan], 0, math.nan, rate, why, places))
+            found = find_nonfinite(model, micro_batches, loss_fn, autocast)
+            why = f"{error} {found.sentence}"
+            self._outcomes.append(skipped_step(step, learning_rate, why, found))
             return
-        synchronize(self._choice.device)
-        losses, tokens = result.loss.tolist(), int(result.n_tokens.sum())
-        norm = result.gradient_norm.item()
-        self._done.append(StepOutcome(number, losses, tokens, norm, rate))
+        synchronize(self._choice.device)  # so that the step's time is its own
+        self._outcomes.append(
+            StepOutcome(
+                step,
+                losses=result.loss.tolist(),
+                n_tokens=int(result.n_tokens.sum()),
+                gradient_norms=[result.gradient_norm.item()],
+                learning_rates=[learning_rate],
+            )
+        )
 
     def finished(self, *, wait: bool) -> list[StepOutcome]:
         """Return the steps taken since the last call."""
-        done, self._done = self._done, []
-        return done
+        outcomes, self._outcomes = self._outcomes, []
+        return outcomes
+
+    def evaluate(self, batches: Iterable[Any]) -> list[float]:
+        """Return the mean loss in nats over all target tokens of `batches`, dropout off."""
+        return [evaluate(self._model, batches, self._loss_fn, self._choice.autocast)]
+
+    def state(self, adapter: int = 0) -> TrainingState:
+        """Return what trains, AdamW's moments and the states of random generators."""
+        named = self._model.named_parameters()
+        moments = {n: self.optimizer.state[p] for n, p in named if p.requires_grad}
+        return training_tensors(self._model, moments)
+
+    def restore(self, state: TrainingState, *, step: int, adapter: int = 0) -> None:
+        """Changes model, optimizer and generators in place; AdamW's own step number is in `state`.
+
+        Raises CheckpointError if `state` is of another model.
+        """
+        moments = restore_training_tensors(self._model, state)
+        for name, own in moments.items():
+            parameter = self._model.get_parameter(name)
+            on_device = {key: tensor.to(parameter.device) for key, tensor in own.items()}
+            self.optimizer.state[parameter] = on_device
+
+
+def skipped_step(step: int, learning_rate: float, why: str, found: Finding) -> StepOutcome:
+    """Return the outcome of a step that one model did not take, because of what was `found`."""
+    return StepOutcome(
+        step,
+        losses=[math.nan],
+        n_tokens=0,
+        gradient_norms=[math.nan],
+        learning_rates=[learning_rate],
+        not_finite={0: why},
+        bad_sequences=found.sequences if found.is_of_data else None,
+    )

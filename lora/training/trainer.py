@@ -1,7 +1,7 @@
-"""The one loop: takes steps, evaluates, saves, and stops when asked to.
+"""The one training loop: takes steps, evaluates, saves, and stops when asked to.
 
-The step itself is in `plain_step`, what a job is and how it is saved in `training_job`; both are
-also found here, where the rest of lora looks for them.
+What a job is and how its state is saved is in `lora.training.job`, the steps themselves behind
+`lora.training.step_runner`.
 """
 
 from __future__ import annotations
@@ -11,208 +11,202 @@ import math
 import statistics
 import time
 
-import torch
-
 from lora.device import peak_memory_bytes
 from lora.errors import Interrupted, TrainingError
 from lora.runs.interrupts import StopRequests
 from lora.training.heap import retain_freed_memory
 from lora.training.job import (
     LoopState,
-    Stream,
     TrainingJob,
     TrainResult,
     resume_loop_state,
     save_loop_state,
 )
-from lora.training.optim import build_optimizer, rate_factor
+from lora.training.optim import learning_rate_at
 from lora.training.out_of_memory import advise, count_parts, describe_parts, explained
-from lora.training.plain_step import LossFn, PlainStepRunner, StepResult, evaluate, train_step
-from lora.training.spikes import WINDOW_STEPS, is_spike
-from lora.training.step_runner import StepOutcome, StepRunner
+from lora.training.step_runner import StepOutcome
 
-__all__ = [
-    "LossFn",
-    "PlainStepRunner",
-    "StepResult",
-    "Stream",
-    "TrainResult",
-    "TrainingJob",
-    "evaluate",
-    "train",
-    "train_step",
-]
+SPIKE_WINDOW_STEPS, MIN_SPIKE_STEPS = 32, 8
+"""Losses that a new one is compared with, and how few of them allow no judgement."""
+SPIKE_DEVIATIONS, SPIKE_FRACTION = 6.0, 0.5
+"""How far above the median a spike is: in deviations, and as a fraction of the median."""
 
 
 def train(job: TrainingJob) -> TrainResult:
-    """Changes `job.model` in place: run the job to its end, or from its newest checkpoint on."""
-    config = job.train_config
+    """Changes `job.model` in place: run the job to its end, or from its newest checkpoint on.
+
+    Raises TrainingError if one step more than `run_config.skip_nonfinite` is not finite or memory
+    runs out, Interrupted after a signal (the state is saved), CheckpointError if none can be used.
+    """
     job.model.train()
-    optimizer = build_optimizer(
-        job.model, job.learning_rate, config.weight_decay, config.whole_rate_fraction
-    )
     job.run.on_trouble = job.progress.message
-    at = resume_loop_state(job, optimizer) if job.resume else LoopState()
-    steps = job.steps or PlainStepRunner(job.model, job.loss_fn, job.choice, config.max_grad_norm)
-    steps.adopt(optimizer)
-    job.progress.start(config.steps, at.step)
+    state = resume_loop_state(job) if job.resume else LoopState()
+    job.progress.start(job.train_config.steps, state.step)
     try:
         with (
             StopRequests(job.progress.message) as stop,
-            explained(lambda: _say_memory(job, at)),
+            explained(lambda: _describe_memory(job, state)),
             retain_freed_memory(),
         ):
-            _loop(job, steps, optimizer, at, stop)
+            _loop(job, state, stop)
     finally:
         job.progress.stop()
-    if stop.received is not None and not _is_over(job, at):
-        raise Interrupted(_say_interrupted(job, at, stop), stop.exit_code)
+    if stop.received is not None and not _is_over(job, state):
+        raise Interrupted(_describe_interruption(job, state, stop), stop.exit_code)
     return TrainResult(
-        steps=at.step,
-        eval_loss=at.eval_loss,
-        best_eval_loss=at.best_eval_loss,
-        train_s=at.train_s,
-        n_tokens=at.n_tokens,
+        steps=state.step,
+        eval_loss=state.eval_loss,
+        best_eval_loss=state.best_eval_loss,
+        train_s=state.train_s,
+        n_tokens=state.n_tokens,
         peak_memory_bytes=peak_memory_bytes(job.choice.device),
-        stopped_early=at.stopped_early,
+        stopped_early=state.stopped_early,
     )
 
 
-def _loop(
-    job: TrainingJob,
-    steps: StepRunner,
-    optimizer: torch.optim.Optimizer,
-    at: LoopState,
-    stop: StopRequests,
-) -> None:
+def is_spike(loss: float, recent: list[float]) -> bool:
+    """Is `loss` far above `recent`: six deviations from their median and half of it more?
+
+    The deviation is the median absolute one, as of a normal distribution; with fewer than
+    MIN_SPIKE_STEPS losses nothing is a spike. Spikes are reported and marked, never acted upon.
+    """
+    if len(recent) < MIN_SPIKE_STEPS or not math.isfinite(loss):
+        return False
+    median = statistics.median(recent)
+    deviation = 1.4826 * statistics.median(abs(value - median) for value in recent)
+    return loss - median > max(SPIKE_DEVIATIONS * deviation, SPIKE_FRACTION * abs(median))
+
+
+def _loop(job: TrainingJob, state: LoopState, stop: StopRequests) -> None:
     """Take steps, evaluate and save until the run is over or a signal asks to stop."""
-    if at.step == 0:
-        _evaluate_and_note(job, at)
+    if state.step == 0:
+        # Nothing is trained yet, so even the best evaluation needs no checkpoint here.
+        _evaluate(job, state)
     n_steps = job.train_config.steps
     eval_every = job.run_config.eval_interval(n_steps)
     save_every = job.run_config.save_interval(n_steps)
-    at.marked_s, tried_step = time.perf_counter(), None
-    while not _is_over(job, at) and stop.received is None:
-        number = at.step + 1
-        evaluates = number % eval_every == 0 or number == n_steps
-        saves = number % save_every == 0 or number == n_steps
-        _one_step(job, steps, at, wait=evaluates or saves)
-        is_best = evaluates and _evaluate_and_note(job, at)
+    state.marked_s, tried_step = time.perf_counter(), None
+    while not _is_over(job, state) and stop.received is None:
+        step = state.step + 1
+        evaluates = step % eval_every == 0 or step == n_steps
+        saves = step % save_every == 0 or step == n_steps
+        _take_step(job, state, wait=evaluates or saves)
+        is_best = evaluates and _evaluate(job, state)
         # The best is saved when it is found: the next regular save would be of other weights.
-        if saves or is_best or at.stopped_early:
-            save_loop_state(job, optimizer, at, is_best=is_best)
-            tried_step = at.step
+        if saves or is_best or state.stopped_early:
+            save_loop_state(job, state, is_best=is_best)
+            tried_step = state.step
         if evaluates or saves:
-            at.marked_s = time.perf_counter()
-    for done in steps.finished(wait=True):  # of an interrupted run
-        _note(job, at, done)
-    if at.step not in (at.saved_step, tried_step):
-        save_loop_state(job, optimizer, at)
+            state.marked_s = time.perf_counter()  # neither belongs to the next step's time
+    for outcome in job.steps.finished(wait=True):  # of an interrupted run
+        _record(job, state, outcome)
+    if state.step not in (state.saved_step, tried_step):
+        save_loop_state(job, state)
 
 
-def _is_over(job: TrainingJob, at: LoopState) -> bool:
-    return at.step >= job.train_config.steps or at.stopped_early
+def _is_over(job: TrainingJob, state: LoopState) -> bool:
+    return state.step >= job.train_config.steps or state.stopped_early
 
 
-def _say_memory(job: TrainingJob, at: LoopState) -> str:
+def _describe_memory(job: TrainingJob, state: LoopState) -> str:
     config, peak_bytes = job.train_config, peak_memory_bytes(job.choice.device)
     parts = job.memory_plan or count_parts(job.model, peak_bytes)
     kind = "counted" if job.memory_plan is None else "planned"
     has_lora = not all(p.requires_grad for p in job.model.parameters())
     saved = "No checkpoint was written yet."
-    if at.saved_step is not None:
-        saved = f"The checkpoint of step {at.saved_step} is whole: --resume goes on from there."
+    if state.saved_step is not None:
+        saved = f"The checkpoint of step {state.saved_step} is whole: --resume goes on from there."
     return (
-        f"at step {at.step} of {config.steps} on {job.choice.device}, after a peak of "
+        f"at step {state.step} of {config.steps} on {job.choice.device}, after a peak of "
         f"{peak_bytes / 1e9:.2f} GB. It was {kind} to take {describe_parts(parts)}. "
         f"{advise(parts, config, has_lora=has_lora)} {saved}"
     )
 
 
-def _say_interrupted(job: TrainingJob, at: LoopState, stop: StopRequests) -> str:
+def _describe_interruption(job: TrainingJob, state: LoopState, stop: StopRequests) -> str:
     name = stop.received.name if stop.received else ""
-    saved = "nothing could be saved" if at.saved_step is None else f"step {at.saved_step} is saved"
-    total = job.train_config.steps
+    saved_step, total = state.saved_step, job.train_config.steps
+    saved = "nothing could be saved" if saved_step is None else f"step {saved_step} is saved"
     return (
-        f"{name} stopped {job.run.folder} after step {at.step} of {total}; {saved}. Give --resume "
-        "to go on."
+        f"{name} stopped {job.run.folder} after step {state.step} of {total}; {saved}. Give "
+        "--resume to go on."
     )
 
 
-def _one_step(job: TrainingJob, steps: StepRunner, at: LoopState, *, wait: bool) -> None:
-    """Launch the next step and note those that are done: all of them if `wait`."""
-    rate = job.learning_rate * rate_factor(at.step, job.train_config)
-    at.step += 1
-    batches = [next(job.stream) for _ in range(job.train_config.micro_batches)]
-    steps.launch(at.step, batches, rate)
-    for done in steps.finished(wait=wait):
-        _note(job, at, done)
+def _take_step(job: TrainingJob, state: LoopState, *, wait: bool) -> None:
+    """Launch the next step and record those that are done: all of them if `wait`."""
+    learning_rate = learning_rate_at(state.step, job.train_config)
+    state.step += 1
+    micro_batches = [next(job.stream) for _ in range(job.train_config.micro_batches)]
+    job.steps.launch(state.step, micro_batches, [learning_rate])
+    for outcome in job.steps.finished(wait=wait):
+        _record(job, state, outcome)
 
 
-def _note(job: TrainingJob, at: LoopState, done: StepOutcome) -> None:
+def _record(job: TrainingJob, state: LoopState, outcome: StepOutcome) -> None:
+    # A step's time is that from one record to the next: on a GPU steps are read one late, so
+    # neither the launch nor the wait alone says how long one takes.
     now_s = time.perf_counter()
-    step_s, at.marked_s = now_s - at.marked_s, now_s
-    if done.not_finite:
-        _skip(job, at, done)
+    step_s, state.marked_s = now_s - state.marked_s, now_s
+    if outcome.not_finite:
+        _skip(job, state, outcome)
         return
-    at.n_tokens += done.n_tokens
-    at.train_s += step_s
-    loss = done.losses[0] if len(done.losses) == 1 else done.losses
-    row = {"step": done.number, "loss": loss, "learning_rate": done.rate}
-    row |= {"gradient_norm": done.gradient_norm, "tokens": at.n_tokens}
-    if is_spike(done.losses[0], at.recent_losses):
+    state.n_tokens += outcome.n_tokens
+    state.train_s += step_s
+    (loss,), step = outcome.losses, outcome.step
+    row = {"step": step, "loss": loss, "learning_rate": outcome.learning_rates[0]}
+    row |= {"gradient_norm": outcome.gradient_norms[0], "tokens": state.n_tokens}
+    if is_spike(loss, state.recent_losses):
         row["spike"] = True
-        usual = statistics.median(at.recent_losses)
-        job.progress.message(
-            f"step {done.number}: the loss {done.losses[0]:.4g} leaps from {usual:.4g}"
-        )
-    at.recent_losses = [*at.recent_losses, done.losses[0]][-WINDOW_STEPS:]
+        usual = statistics.median(state.recent_losses)
+        job.progress.message(f"step {step}: the loss {loss:.4g} leaps from {usual:.4g}")
+    state.recent_losses = [*state.recent_losses, loss][-SPIKE_WINDOW_STEPS:]
     job.run.append_metrics(row)
     memory = peak_memory_bytes(job.choice.device)
-    job.run.append_timing({"step": done.number, "step_s": step_s, "peak_memory_bytes": memory})
-    job.progress.step(done.number, done.losses[0], at.n_tokens / at.train_s, memory)
+    job.run.append_timing({"step": step, "step_s": step_s, "peak_memory_bytes": memory})
+    job.progress.step(step, loss, state.n_tokens / state.train_s, memory)
 
 
-def _skip(job: TrainingJob, at: LoopState, done: StepOutcome) -> None:
+def _skip(job: TrainingJob, state: LoopState, outcome: StepOutcome) -> None:
     """Count a step that was not taken. Raises TrainingError if that is one too many."""
-    at.skipped_steps += 1
-    most, total = job.run_config.skip_nonfinite, job.train_config.steps
-    message = f"Step {done.number} of {total}: {done.not_finite}"
-    if done.places is not None and (named := job.name_examples(done.number, done.places)):
+    state.skipped_steps += 1
+    step, bad = outcome.step, outcome.bad_sequences
+    allowed, total = job.run_config.skip_nonfinite, job.train_config.steps
+    message = f"Step {step} of {total}: {outcome.not_finite[0]}"
+    if bad is not None and (named := job.name_examples(step, bad)):
         message += f" {named}"
-    if at.skipped_steps > most:
+    if state.skipped_steps > allowed:
         raise TrainingError(message)
-    job.run.append_metrics({"step": done.number, "skipped": at.skipped_steps})
-    job.progress.message(f"{message} Left out: {at.skipped_steps} of at most {most}.")
+    job.run.append_metrics({"step": step, "skipped": state.skipped_steps})
+    job.progress.message(f"{message} Skipped: {state.skipped_steps} of at most {allowed}.")
 
 
-def _evaluate_and_note(job: TrainingJob, at: LoopState) -> bool:
-    """Return whether this evaluation is the best of the run so far."""
+def _evaluate(job: TrainingJob, state: LoopState) -> bool:
+    """Evaluate and record it; return whether this evaluation is the best of the run so far."""
     batches = iter(job.eval_batches())
     first = next(batches, None)
-    if first is None:  # nothing is held out
+    if first is None:  # there are no validation data
         return False
-    every = itertools.chain((first,), batches)
-    at.eval_loss = evaluate(job.model, every, job.loss_fn, job.choice.autocast)
-    if not math.isfinite(at.eval_loss):
-        job.run.append_metrics({"step": at.step, "eval_not_finite": str(at.eval_loss)})
+    (state.eval_loss,) = job.steps.evaluate(itertools.chain((first,), batches))
+    if not math.isfinite(state.eval_loss):
+        job.run.append_metrics({"step": state.step, "eval_not_finite": str(state.eval_loss)})
         job.progress.message(
-            f"step {at.step}: the held-out loss is {at.eval_loss}, not finite: look for damaged "
-            "held-out examples, or lower the learning rate"
+            f"step {state.step}: the held-out loss is {state.eval_loss}, not finite: look for "
+            "damaged validation examples, or lower the learning rate"
         )
-        at.eval_loss = math.nan
-        job.on_eval(at.step)
+        state.eval_loss = math.nan
+        job.on_eval(state.step)
         return False
-    job.run.append_metrics({"step": at.step, "eval_loss": at.eval_loss})
-    job.progress.message(f"step {at.step}: held-out loss {at.eval_loss:.4f}")
-    better = at.eval_loss < at.best_eval_loss
-    at.best_eval_loss = min(at.best_eval_loss, at.eval_loss)
-    at.evals_since_best = 0 if better else at.evals_since_best + 1
+    job.run.append_metrics({"step": state.step, "eval_loss": state.eval_loss})
+    job.progress.message(f"step {state.step}: held-out loss {state.eval_loss:.4f}")
+    is_best = state.eval_loss < state.best_eval_loss
+    state.best_eval_loss = min(state.best_eval_loss, state.eval_loss)
+    state.evals_since_best = 0 if is_best else state.evals_since_best + 1
     patience = job.run_config.patience
-    if patience and at.evals_since_best >= patience:
-        at.stopped_early = True
+    if patience and state.evals_since_best >= patience:
+        state.stopped_early = True
         job.progress.message(
-            f"no better loss in {patience} evaluations: stopping at step {at.step}"
+            f"no better loss in {patience} evaluations: stopping at step {state.step}"
         )
-    job.on_eval(at.step)
-    return better
+    job.on_eval(state.step)
+    return is_best

@@ -20,8 +20,8 @@ from lora.fast.captured import compiled_blocks, needs_mask
 from lora.fast.choose import choose_steps, why_not_captured
 from lora.fast.runner import CapturedStepRunner
 from lora.training.losses import loss_for
-from lora.training.optim import build_optimizer, set_rate
-from lora.training.trainer import train_step
+from lora.training.optim import build_optimizer, set_learning_rate
+from lora.training.plain_step import PlainStepRunner, train_step
 
 CPU = choose_device("cpu")
 RATES = (1e-2, 3e-2, 1e-2)
@@ -37,7 +37,7 @@ def adapt(model: nn.Module, **settings: Any) -> nn.Module:
 
 
 def captured(model: nn.Module) -> CapturedStepRunner:
-    return CapturedStepRunner(model, CPU, weight_decay=0.1, max_grad_norm=1.0, compiles=False)
+    return CapturedStepRunner(model, CPU, TrainConfig(weight_decay=0.1), compiles=False)
 
 
 @pytest.fixture
@@ -74,16 +74,15 @@ def check(model: nn.Module, batches: list[list[Batch]]) -> None:
     """Train copies of `model` both ways on the same steps and compare all that comes of it."""
     plain, own = model, copy.deepcopy(model)
     steps = captured(own)
-    optimizer, mirrored = build_optimizer(plain, 1.0, 0.1), build_optimizer(own, 1.0, 0.1)
-    steps.adopt(mirrored)
+    optimizer = build_optimizer(plain, 1.0, 0.1)
     for number, (rate, micro) in enumerate(zip(RATES, batches, strict=True), 1):
-        set_rate(optimizer, rate)
+        set_learning_rate(optimizer, rate)
         expected = train_step(plain, micro, loss_for(plain), optimizer)
-        steps.launch(number, micro, rate)
+        steps.launch(number, micro, [rate])
         (done,) = steps.finished(wait=True)
         assert done.losses == [pytest.approx(expected.loss.item(), rel=1e-5)]
-        assert done.gradient_norm == pytest.approx(expected.gradient_norm.item(), rel=1e-4)
-        assert (done.n_tokens, done.not_finite) == (expected.n_tokens.item(), "")
+        assert done.gradient_norms == [pytest.approx(expected.gradient_norm.item(), rel=1e-4)]
+        assert (done.n_tokens, done.not_finite) == (expected.n_tokens.item(), {})
     others = dict(plain.named_parameters())
     for name, parameter in own.named_parameters():
         difference = (parameter - others[name]).norm()
@@ -130,7 +129,7 @@ def test_windows_keep_their_masks(llama: nn.Module, make_batch: Callable[..., Ba
 def test_attention_is_theirs_again_after_a_step(
     llama: nn.Module, make_batch: Callable[..., Batch]
 ) -> None:
-    captured(adapt(llama)).launch(1, [make_batch(0, packed=False)], 1e-2)
+    captured(adapt(llama)).launch(1, [make_batch(0, packed=False)], [1e-2])
     assert llama.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
 
 
@@ -139,7 +138,7 @@ def test_transformers_models_refuse_packed_rows(
 ) -> None:
     steps = captured(adapt(llama))
     with pytest.raises(DataError, match="packing to false"):
-        steps.launch(1, [make_batch(0, packed=True)], 1e-2)
+        steps.launch(1, [make_batch(0, packed=True)], [1e-2])
 
 
 def test_a_mask_is_needed_where_order_does_not_keep_tokens_apart(
@@ -161,7 +160,7 @@ def test_the_step_leaves_the_callers_batch_alone(
     first, second = make_batch(0, packed=False), make_batch(1, packed=False)
     kept = first.input_ids.clone()
     for number, batch in enumerate((first, second), 1):
-        steps.launch(number, [batch], 1e-2)
+        steps.launch(number, [batch], [1e-2])
     assert torch.equal(first.input_ids, kept)
 
 
@@ -173,9 +172,9 @@ def test_what_is_not_finite_is_not_taken_and_named(
     with torch.no_grad():
         model.get_parameter("model.layers.1.mlp.up_proj.weight")[2] = float("nan")
     before = steps.step.flat.values.clone()
-    steps.launch(1, [make_batch(0, packed=False)], 1e-2)
+    steps.launch(1, [make_batch(0, packed=False)], [1e-2])
     (done,) = steps.finished(wait=True)
-    assert "model.layers.1.mlp.up_proj.weight" in done.not_finite
+    assert "model.layers.1.mlp.up_proj.weight" in done.not_finite[0]
     assert torch.equal(steps.step.flat.values, before)
 
 
@@ -199,4 +198,4 @@ def test_reasons_against_it(tiny_decoder: Callable[..., Decoder]) -> None:
     )
     beside = adapt(tiny_decoder(), modules_to_save=("embed_tokens",))
     assert "a rate of its own" in (why_not_captured(beside, config) or "")
-    assert choose_steps(adapt(tiny_decoder()), CPU, config) is None
+    assert isinstance(choose_steps(adapt(tiny_decoder()), CPU, config), PlainStepRunner)

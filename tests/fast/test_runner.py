@@ -20,8 +20,11 @@ from lora.runs.directory import create_run
 from lora.runs.disk import read_rows
 from lora.runs.record import RunRecord
 from lora.training.checkpoint import list_checkpoints
+from lora.training.job import TrainingJob, TrainResult
 from lora.training.losses import loss_for
-from lora.training.trainer import TrainingJob, TrainResult, train
+from lora.training.plain_step import PlainStepRunner
+from lora.training.step_runner import StepRunner
+from lora.training.trainer import train
 
 STEPS = 12
 
@@ -59,27 +62,25 @@ def run_job(
     ) -> tuple[TrainResult, Path, Decoder]:
         model = tiny_decoder(dtype=torch.float32)
         apply_lora(model, lora) if lora is not None else model.requires_grad_(True)
-        config = TrainConfig(steps=STEPS, batch_size=4, micro_batches=2, weight_decay=0.01)
-        steps = None
-        if fast:
-            steps = FastStepRunner(
-                model, choice, weight_decay=0.01, max_grad_norm=1.0, seed=config.seed
-            )
-            assert "fast step: no graph, plain torch kernels" in steps.describe()
+        config = TrainConfig(
+            steps=STEPS, batch_size=4, micro_batches=2, weight_decay=0.01, learning_rate=5e-3
+        )
         damage(model)
+        steps: StepRunner = PlainStepRunner(model, loss_for(model), choice, config)
+        if fast:
+            steps = own = FastStepRunner(model, choice, config)
+            assert "fast step: no graph, plain torch kernels" in own.describe()
         with create_run(tmp_path, name, resume=resume, record=RunRecord()) as folder:
             job = TrainingJob(
                 model=model,
-                loss_fn=loss_for(model),
+                steps=steps,
                 stream=Stream(make_batch),
                 eval_batches=lambda: [make_batch(1000, packed=True)],
                 train_config=config,
-                learning_rate=5e-3,
                 run_config=RunConfig(eval_every_steps=4, save_every_steps=4, keep_checkpoints=9),
                 run=folder,
                 choice=choice,
                 resume=resume,
-                steps=steps,
             )
             return train(job), folder.folder, model
 

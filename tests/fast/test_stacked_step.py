@@ -14,6 +14,7 @@ from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import LoRAConfig, TrainConfig
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
+from lora.device import choose_device
 from lora.fast.llama import buffers
 from lora.fast.stacked_step import StackedFastStep
 from lora.fast.step import FastStep
@@ -96,16 +97,18 @@ def test_steps_are_the_plain_ones(
     fast = copy.deepcopy(plain)
     frozen = {n: p.detach().clone() for n, p in plain.named_parameters()}
     reference, own = stack(plain, adapters), stack(fast, adapters)
-    training = PlainStackedRunner(plain, reference, StackedDecoderLoss(reference), TRAIN, RATES)
+    loss_fn = StackedDecoderLoss(reference)
+    training = PlainStackedRunner(plain, reference, loss_fn, TRAIN, choose_device("cpu", "fp32"))
     step = build(fast, own, TRAIN, own_attention=packed, merges=packed)
     for number in range(STEPS):
         batches = [
             stack_batches([make_batch(seed + 10 * number + k, packed=packed) for k in (0, 1, 2)])
             for seed in range(0, 100 * n_micro, 100)
         ]
-        losses = training.step(batches)
+        training.launch(number + 1, batches, RATES)
+        (outcome,) = training.finished(wait=True)
         step.launch(batches, RATES, number + 1)
-        assert step.report[:, 0].tolist() == pytest.approx(losses, rel=1e-6)
+        assert step.report[:, 0].tolist() == pytest.approx(outcome.losses, rel=1e-6)
         assert step.report[:, 3].tolist() == [1.0, 1.0, 1.0]
     for k in range(len(adapters)):
         values, moments = own.values(k), training.optimizer.moments(k)

@@ -18,9 +18,10 @@ from lora.fast.llama import buffers
 from lora.fast.step import FastStep
 from lora.kernels.step.dropout import drop
 from lora.kernels.step.ops import PLAIN
+from lora.training.checkpoint import restore_training_tensors, training_tensors
 from lora.training.losses import loss_for
-from lora.training.optim import build_optimizer, set_rate
-from lora.training.trainer import train_step
+from lora.training.optim import build_optimizer, set_learning_rate
+from lora.training.plain_step import train_step
 
 RATES = (1e-2, 2e-2, 5e-3)
 LORA = {"rank": 3, "alpha": 6.0, "init_seed": 0}
@@ -73,11 +74,9 @@ def test_steps_are_the_plain_ones(
         fast, PLAIN, torch.float64, weight_decay=0.1, merges=merges, own_attention=merges
     )
     optimizer = build_optimizer(plain, 1.0, 0.1)
-    mirrored = build_optimizer(fast, 1.0, 0.1)
-    step.adopt_moments(mirrored)
     for number, rate in enumerate(RATES):
         batches = [make_batch(10 * number + place, packed=packed) for place in range(n_micro)]
-        set_rate(optimizer, rate)
+        set_learning_rate(optimizer, rate)
         expected = train_step(plain, batches, loss_for(plain), optimizer)
         step.launch(batches, rate, number + 1)
         loss, tokens, norm, taken = step.report.tolist()
@@ -90,7 +89,7 @@ def test_steps_are_the_plain_ones(
         if key in frozen:
             assert torch.equal(parameter, frozen[key]), key
         else:
-            state, own = optimizer.state[others[key]], mirrored.state[parameter]
+            state, own = optimizer.state[others[key]], step.optimizer_state()[key]
             assert relative(own["exp_avg"], state["exp_avg"]) < 1e-4, key
             assert relative(own["exp_avg_sq"], state["exp_avg_sq"]) < 1e-4, key
             assert float(own["step"]) == float(state["step"]) == len(RATES)
@@ -117,7 +116,6 @@ def test_dropout_is_the_plain_one_under_the_same_masks(
     plain = adapt(tiny_decoder(), {"dropout": 0.3})
     fast = copy.deepcopy(plain)
     step = FastStep(fast, PLAIN, torch.float64, seed=5)
-    step.adopt_moments(build_optimizer(fast, 1.0, 0.0))
     order = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
     order += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     group = (0, 0, 0, 1, 2, 2, 3)
@@ -161,37 +159,21 @@ def test_a_step_that_is_not_finite_is_not_taken(
     assert step.report.isfinite().all()
 
 
-def test_moments_of_a_resumed_run_are_taken_over(
+def test_a_state_that_was_saved_is_taken_over(
     tiny_decoder: Callable[..., Decoder], make_batch: Callable[..., Batch]
 ) -> None:
     batches = [make_batch(number, packed=True) for number in range(4)]
     whole = adapt(tiny_decoder(), {})
     halves = copy.deepcopy(whole)
-    step = FastStep(whole, PLAIN, torch.float64)
-    optimizer = build_optimizer(whole, 1.0, 0.0)
-    step.adopt_moments(optimizer)
+    step, first = (FastStep(model, PLAIN, torch.float64) for model in (whole, halves))
     for number, batch in enumerate(batches):
         step.launch([batch], 1e-2, number + 1)
-    first = FastStep(halves, PLAIN, torch.float64)
-    saved = build_optimizer(halves, 1.0, 0.0)
-    first.adopt_moments(saved)
     for number in (0, 1):
         first.launch([batches[number]], 1e-2, number + 1)
-    values = {name: p.detach().clone() for name, p in halves.named_parameters()}
-    moments = {
-        name: {key: value.clone() for key, value in saved.state[p].items()}
-        for name, p in halves.named_parameters()
-        if p.requires_grad
-    }
+    saved = copy.deepcopy(training_tensors(halves, first.optimizer_state()))
     resumed = adapt(tiny_decoder(), {})
     second = FastStep(resumed, PLAIN, torch.float64)
-    restored = build_optimizer(resumed, 1.0, 0.0)
-    with torch.no_grad():
-        for name, parameter in resumed.named_parameters():
-            parameter.copy_(values[name])
-            if name in moments:
-                restored.state[parameter] = moments[name]
-    second.adopt_moments(restored)
+    second.load_optimizer_state(restore_training_tensors(resumed, saved))
     for number in (2, 3):
         second.launch([batches[number]], 1e-2, number + 1)
     assert torch.equal(second.flat.values, step.flat.values)

@@ -22,12 +22,14 @@ from torch import nn
 
 from lora import cli
 from lora.config import DataConfig, LoRAConfig, RunConfig, SamplingConfig, TrainConfig
+from lora.device import choose_device
 from lora.runs.directory import create_run, read_start_time
 from lora.runs.disk import read_json, reading
 from lora.runs.progress import NoProgress
 from lora.sweep.ledger import CandidateState, read_ledger
-from lora.training.checkpoint import load_checkpoint, save_checkpoint, training_tensors
+from lora.training.checkpoint import load_checkpoint, save_checkpoint
 from lora.training.job import LoopState, resume_loop_state
+from lora.training.plain_step import PlainStepRunner
 
 CONFIGS = (LoRAConfig, TrainConfig, DataConfig, RunConfig, SamplingConfig)
 WORDS = (
@@ -162,8 +164,11 @@ def test_any_files_of_a_run(fuzz: Any, make: dict[str, Any], tmp_path: Path) -> 
 def test_any_state_in_a_checkpoint_whose_digests_are_right(
     fuzz: Any, make: dict[str, Any], tmp_path: Path
 ) -> None:
+    def never_called(model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError(batch)
+
     model = nn.Linear(2, 1)
-    optimizer = torch.optim.AdamW(model.parameters())
+    steps = PlainStepRunner(model, never_called, choose_device("cpu"), TrainConfig())
     run = create_run(tmp_path, "run")
     valid = {"position": vars(LoopState()), "stream": {"row": 0}}
 
@@ -171,13 +176,12 @@ def test_any_state_in_a_checkpoint_whose_digests_are_right(
         def load_state_dict(self, state: dict[str, Any]) -> None:
             int(state["row"])
 
-    job = SimpleNamespace(run=run, model=model, stream=Rows(), progress=NoProgress())
+    job = SimpleNamespace(run=run, steps=steps, stream=Rows(), progress=NoProgress())
     job.train_config = TrainConfig(steps=3)
 
     def check(state: Any) -> None:
-        tensors = training_tensors(model, optimizer)
-        save_checkpoint(run.folder / "checkpoints", 1, tensors, state, keep=1)
-        resume_loop_state(job, optimizer)  # type: ignore[arg-type]
+        save_checkpoint(run.folder / "checkpoints", 1, steps.state(), state, keep=1)
+        resume_loop_state(job)  # type: ignore[arg-type]
 
     positions = make["object"](valid["position"]).map(lambda value: {**valid, "position": value})
     with run:

@@ -300,7 +300,7 @@ def test_steps_that_are_not_finite_are_left_out_up_to_the_limit(
     done = finetune(replace(job, run=replace(job.run, skip_nonfinite=1)), heard)
     rows = read_rows(done.folder / "metrics.jsonl")
     assert [row for row in rows if "skipped" in row] == [{"skipped": 1, "step": 5}]
-    assert any("Left out: 1 of at most 1" in line for line in heard.said)
+    assert any("Skipped: 1 of at most 1" in line for line in heard.said)
     assert done.result.steps == 12
 
 

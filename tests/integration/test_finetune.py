@@ -20,13 +20,15 @@ from lora.data.sequences.batches import BatchStream, ordered_batches
 from lora.data.tokenizers.subword import load_tokenizer
 from lora.device import choose_device
 from lora.errors import DataError, LoraError
+from lora.fast.choose import choose_steps
 from lora.finetune import FinetuneJob, FinetuneResult, finetune
 from lora.pretrained.hf_weights import load_decoder
 from lora.runs.directory import create_run
 from lora.runs.disk import read_json, read_rows
 from lora.runs.progress import NoProgress
+from lora.training.job import TrainingJob
 from lora.training.losses import loss_for
-from lora.training.trainer import TrainingJob, train
+from lora.training.trainer import train
 
 PEFTS_OWN = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 TOKENS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -268,15 +270,15 @@ def test_a_transformers_model_goes_through_the_same_trainer(
     data = prepare_data(make_orders("train", 24), load_tokenizer(tiny_folder), config, 0)
     held_out = data.validation
     assert held_out is not None
+    train_config = TrainConfig(steps=8, batch_size=4, learning_rate=2e-2)
     with create_run(tmp_path, "run") as run:
         result = train(
             TrainingJob(
                 model=model,
-                loss_fn=loss_for(model),
+                steps=choose_steps(model, choose_device("cpu"), train_config),
                 stream=BatchStream(data.train, 4, 0),
                 eval_batches=lambda: ordered_batches(held_out, 4),
-                train_config=TrainConfig(steps=8, batch_size=4),
-                learning_rate=2e-2,
+                train_config=train_config,
                 run_config=RunConfig(),
                 run=run,
                 choice=choose_device("cpu"),

@@ -35,6 +35,7 @@ from lora.stacked.losses import StackedDecoderLoss, stack_batches
 from lora.stacked.plain_step import PlainStackedRunner
 from lora.sweep import SweepJob, sweep
 from lora.sweep.grid import Grid
+from lora.training.optim import schedule_factor
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,6 +55,11 @@ TRAIN = [
     TrainConfig(steps=8, max_grad_norm=0.0),
 ]
 RATES = (1e-3, 3e-3, 5e-4)
+
+
+def scheduled(step: int) -> list[float]:
+    """Return each adapter's learning rate after `step` steps."""
+    return [rate * schedule_factor(step, config) for rate, config in zip(RATES, TRAIN, strict=True)]
 
 
 def build(hidden: int = 256) -> Decoder:
@@ -183,19 +189,18 @@ def test_losses_follow_the_plain_stacked_step() -> None:
     plain, fast = build(), build()
     reference, stacked = stack(plain), stack(fast)
     choice = choose_device("cuda")
-    training = PlainStackedRunner(
-        plain, reference, StackedDecoderLoss(reference), TRAIN, RATES, autocast=choice.autocast
-    )
+    training = PlainStackedRunner(plain, reference, StackedDecoderLoss(reference), TRAIN, choice)
     said: list[str] = []
-    own = choose_stacked_runner(fast, stacked, TRAIN, RATES, choice, say=said.append)
+    own = choose_stacked_runner(fast, stacked, TRAIN, choice, on_message=said.append)
     assert isinstance(own, FastStackedRunner)
     assert said[0].startswith("fast stacked step: one CUDA graph, Triton kernels")
     for number in range(8):
         micro = [together(2 * number + place, packed=True) for place in range(2)]
-        losses = training.step([part.to("cuda") for part in micro])
-        own.launch(micro)
-        (found,) = own.finished(wait=True)
-        assert found == pytest.approx(losses, rel=5e-3)
+        rates = scheduled(number)
+        training.launch(number + 1, [part.to(training.batch_device) for part in micro], rates)
+        own.launch(number + 1, micro, rates)
+        (expected,), (found,) = (one.finished(wait=True) for one in (training, own))
+        assert found.losses == pytest.approx(expected.losses, rel=5e-3)
     assert not own.failures
 
 
@@ -250,18 +255,18 @@ def test_a_restored_training_goes_on_with_the_same_bits() -> None:
 
     def begin() -> FastStackedRunner:
         model = build()
-        return FastStackedRunner(model, stack(model), TRAIN, RATES, choice)
+        return FastStackedRunner(model, stack(model), TRAIN, choice)
 
     def go(training: FastStackedRunner, numbers: range) -> None:
         for number in numbers:
-            training.launch([together(number, packed=True)])
+            training.launch(number + 1, [together(number, packed=True)], scheduled(number))
         training.finished(wait=True)
 
     whole, half, rest = begin(), begin(), begin()
     go(whole, range(6))
     go(half, range(3))
     for k in range(3):
-        rest.restore(k, half.state(k), 3)
+        rest.restore(half.state(k), step=3, adapter=k)
     go(rest, range(3, 6))
     assert torch.equal(rest.step.flat.values, whole.step.flat.values)
     assert torch.equal(rest.step.flat.square, whole.step.flat.square)

@@ -29,7 +29,7 @@ from lora.layers.vocabulary import resize_vocabulary
 from lora.lora_module import count_lora_parameters
 from lora.training.losses import decoder_loss, loss_for, trainable_tokens_loss
 from lora.training.optim import build_optimizer, parameter_groups
-from lora.training.trainer import train_step
+from lora.training.plain_step import train_step
 
 Fill = Callable[..., nn.Module]
 VOCAB, WIDTH = 40, 16
@@ -176,7 +176,7 @@ def test_rows_are_counted_and_grouped_as_embeddings(fill_random: Fill, tied: boo
     counts = count_lora_parameters(model)
     assert counts.other_trainable == len(IDS) * WIDTH * (1 if tied else 2)
     groups = parameter_groups(model, 0.1, 0.3)
-    rows = [group for group in groups if group["rate_share"] == 0.3]
+    rows = [group for group in groups if group["learning_rate_share"] == 0.3]
     assert [group["weight_decay"] for group in rows] == [0.0]
     assert len(rows[0]["params"]) == (1 if tied else 2)
 

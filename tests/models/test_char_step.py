@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora.config import TrainConfig
 from lora.device import DeviceChoice, choose_device
 from lora.training.optim import build_optimizer
-from lora.training.plain_step import train_step
+from lora.training.plain_step import PlainStepRunner, train_step
 from models.bigram_lm_v2 import BigramLanguageModel, bigram_loss
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.char_step import CharStep, CharStepRunner, char_steps, why_not_by_hand
@@ -173,19 +173,14 @@ def test_moments_move_into_a_new_step_and_it_goes_on_to_the_bit() -> None:
     model = build((12, 3, 1, 8), 2, dtype=torch.float32)
     first, *others = draw_batches(4, 8, 4)
     config, cpu = TrainConfig(whole_rate_fraction=SHARE), choose_device("cpu", "fp32")
-    optimizer = build_optimizer(model, RATE, 0.0, SHARE)
     steps = CharStepRunner(model, cpu, config)
-    steps.adopt(optimizer)
-    steps.launch(1, [first], RATE)
-    resumed = copy.deepcopy(model)
-    kept = build_optimizer(resumed, RATE, 0.0, SHARE)
-    saved = copy.deepcopy(optimizer.state_dict())
-    kept.load_state_dict(saved)
+    steps.launch(1, [first], [RATE])
+    resumed = build((12, 3, 1, 8), 2, dtype=torch.float32)
     other = CharStepRunner(resumed, cpu, config)
-    other.adopt(kept)
+    other.restore(copy.deepcopy(steps.state()), step=1)
     for number, batch in enumerate(others, start=2):
         for each in (steps, other):
-            each.launch(number, [batch], RATE)
+            each.launch(number, [batch], [RATE])
     assert [d.losses for d in steps.finished(wait=True)][1:] == [
         d.losses for d in other.finished(wait=True)
     ]
@@ -200,10 +195,9 @@ def test_what_the_plain_step_has_begun_goes_on_by_hand(rank: int | None) -> None
     optimizer = build_optimizer(plain, RATE, DECAY, SHARE)
     train_step(plain, [first], bigram_loss, optimizer)
     by_hand = copy.deepcopy(plain)
-    resumed = build_optimizer(by_hand, RATE, DECAY, SHARE)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     step = CharStep(by_hand, weight_decay=DECAY, share=SHARE)
-    step.adopt_moments(resumed)
+    begun = {name: optimizer.state[p] for name, p in plain.named_parameters() if p.requires_grad}
+    step.load_optimizer_state(copy.deepcopy(begun))
     for batch in others:
         train_step(plain, [batch], bigram_loss, optimizer)
         step.launch([batch], RATE)
@@ -217,10 +211,10 @@ def test_a_step_that_is_not_finite_is_not_taken_and_says_where_it_came_from() ->
         model.blocks[0].ln1.weight[0] = torch.inf  # type: ignore[union-attr]
     steps = CharStepRunner(model, choose_device("cpu", "fp32"), TrainConfig())
     before = copy.deepcopy(model.state_dict())
-    steps.launch(1, draw_batches(4, 8, 1), RATE)
+    steps.launch(1, draw_batches(4, 8, 1), [RATE])
     (done,) = steps.finished(wait=True)
-    assert "not taken" in done.not_finite
-    assert "blocks.0" in done.not_finite
+    assert "not taken" in done.not_finite[0]
+    assert "blocks.0" in done.not_finite[0]
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
@@ -239,4 +233,4 @@ def test_what_it_cannot_train_takes_the_plain_step() -> None:
     assert "rows of 300 tokens" in str(why_not_by_hand(long, cpu))
     model.ln_f.weight.requires_grad_(True)
     assert "beside LoRA" in str(why_not_by_hand(model, cpu))
-    assert char_steps(model, cpu, TrainConfig()) is None
+    assert isinstance(char_steps(model, cpu, TrainConfig()), PlainStepRunner)

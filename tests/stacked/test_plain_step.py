@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig, TrainConfig
 from lora.data.sequences.blocks import BlockStream
+from lora.device import choose_device
 from lora.stacked.apply import StackedAdapters, apply_stacked
-from lora.stacked.plain_step import PlainStackedRunner, stacked_loss_sums
-from lora.training.optim import build_optimizer, rate_factor, set_rate
-from lora.training.trainer import train_step
+from lora.stacked.plain_step import PlainStackedRunner
+from lora.training.optim import build_optimizer, learning_rate_at, set_learning_rate
+from lora.training.plain_step import train_step
 from models.bigram_lm_v2 import BigramLanguageModel
 from models.bigram_lm_v2_lora import EMBEDDINGS
 
 STEPS, ROWS = 50, 4
 TOKENS = torch.randint(0, 11, (400,), generator=torch.Generator().manual_seed(4))
 SEEDS = (5, 6, 5, 7)
-RATES = (1e-2, 3e-3, 5e-3, 1e-3)
+CPU = choose_device("cpu", "fp32")
 ADAPTERS = [
     LoRAConfig(rank=2, alpha=4.0, modules_to_save=EMBEDDINGS, init_seed=5),
     LoRAConfig(rank=5, alpha=3.0, dropout=0.1, modules_to_save=EMBEDDINGS, init_seed=6),
@@ -28,10 +30,16 @@ ADAPTERS = [
     LoRAConfig(rank=8, alpha=8.0, dropout=0.5, modules_to_save=EMBEDDINGS, init_seed=7),
 ]
 TRAIN = [
-    TrainConfig(steps=STEPS, schedule="cosine", weight_decay=0.1),
-    TrainConfig(steps=STEPS, schedule="linear", max_grad_norm=0.05),
-    TrainConfig(steps=STEPS, schedule="constant", max_grad_norm=0.0, whole_rate_fraction=1.0),
-    TrainConfig(steps=STEPS, warmup_fraction=0.3),
+    TrainConfig(steps=STEPS, learning_rate=1e-2, schedule="cosine", weight_decay=0.1),
+    TrainConfig(steps=STEPS, learning_rate=3e-3, schedule="linear", max_grad_norm=0.05),
+    TrainConfig(
+        steps=STEPS,
+        learning_rate=5e-3,
+        schedule="constant",
+        max_grad_norm=0.0,
+        whole_rate_fraction=1.0,
+    ),
+    TrainConfig(steps=STEPS, learning_rate=1e-3, warmup_fraction=0.3),
 ]
 
 
@@ -44,17 +52,23 @@ def stream(k: int) -> BlockStream:
     return BlockStream(TOKENS, 6, ROWS, SEEDS[k], torch.device("cpu"))
 
 
+def loss_sums(model: nn.Module, batch: tuple[Tensor, Tensor], n: int) -> tuple[Tensor, Tensor]:
+    logits, targets = model(batch[0])[0], batch[1]  # (K·B, T, V), (K·B, T)
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(n, -1).sum(1), torch.full((n,), targets.numel() // n)
+
+
 def wide_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """As bigram_loss, which rounds the logits to fp32."""
-    return stacked_loss_sums(model(batch[0])[0], batch[1], 1)
+    return loss_sums(model, batch, 1)
 
 
 def train_alone(k: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], float]:
     model, batches, config = apply_lora(char_model(dtype), ADAPTERS[k]), stream(k), TRAIN[k]
-    optimizer = build_optimizer(model, RATES[k], config.weight_decay, config.whole_rate_fraction)
+    optimizer = build_optimizer(model, 0.0, config.weight_decay, config.whole_rate_fraction)
     torch.manual_seed(SEEDS[k])
     for step in range(STEPS):
-        set_rate(optimizer, RATES[k] * rate_factor(step, config))
+        set_learning_rate(optimizer, learning_rate_at(step, config))
         micro = [next(batches), next(batches)]
         done = train_step(model, micro, wide_loss, optimizer, max_grad_norm=config.max_grad_norm)
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
@@ -70,20 +84,22 @@ def train_together(
 
     def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         stacked.stack.batch_size = len(batch[0]) // n
-        loss, count = stacked_loss_sums(model(batch[0])[0], batch[1], n)
+        loss, count = loss_sums(model, batch, n)
         calls.append(1)
         wrong = torch.tensor([1.0, math.nan, 1.0, 1.0]) if len(calls) == break_at else 1.0
         return loss * wrong, count
 
-    training = PlainStackedRunner(model, stacked, loss_fn, TRAIN, RATES)
+    training = PlainStackedRunner(model, stacked, loss_fn, TRAIN, CPU)
     streams = [stream(k) for k in range(n)]
-    for _ in range(STEPS):
+    for step in range(STEPS):
         micro = []
         for _ in range(2):
             inputs, targets = zip(*(next(s) for s in streams), strict=True)
             micro.append((torch.cat(inputs), torch.cat(targets)))
-        losses = training.step(micro)
-    return stacked, training, losses
+        rates = [learning_rate_at(step, config) for config in TRAIN]
+        training.launch(step + 1, micro, rates)
+        (outcome,) = training.finished(wait=False)
+    return stacked, training, outcome.losses
 
 
 def test_fifty_steps_of_mixed_adapters_equal_the_single_runs() -> None:

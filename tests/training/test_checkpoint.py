@@ -11,29 +11,37 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lora.config import TrainConfig
+from lora.device import choose_device
 from lora.errors import CheckpointError
 from lora.training.checkpoint import (
+    OPTIMIZER_KEYS,
     list_checkpoints,
     load_checkpoint,
     load_newest,
-    restore_training_tensors,
     save_checkpoint,
-    training_tensors,
 )
-from lora.training.optim import build_optimizer
+from lora.training.plain_step import PlainStepRunner
 
 TENSORS = {"a": torch.arange(3.0)}
 
 
-def trained(seed: int) -> tuple[nn.Linear, torch.optim.AdamW]:
+def summed(model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
+    return model(batch).sum()[None], torch.tensor([len(batch)])
+
+
+def untrained(model: nn.Module) -> PlainStepRunner:
+    return PlainStepRunner(model, summed, choose_device("cpu"), TrainConfig())
+
+
+def trained(seed: int) -> tuple[nn.Linear, PlainStepRunner]:
     torch.manual_seed(seed)
     model = nn.Linear(3, 2)
-    optimizer = build_optimizer(model, 0.1, 0.0)
-    model(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    return model, optimizer
+    steps = untrained(model)
+    steps.launch(1, [torch.ones(1, 3)], [0.1])
+    return model, steps
 
 
 def test_it_comes_back_and_only_the_newest_are_kept(tmp_path: Path) -> None:
@@ -191,25 +199,37 @@ def test_a_step_saved_again_takes_the_place_of_the_first(tmp_path: Path) -> None
 
 
 def test_parameters_moments_and_randomness_come_back_to_the_bit(tmp_path: Path) -> None:
-    model, optimizer = trained(1)
-    save_checkpoint(tmp_path, 1, training_tensors(model, optimizer), {}, keep=1)
+    model, steps = trained(1)
+    save_checkpoint(tmp_path, 1, steps.state(), {}, keep=1)
     drawn = torch.rand(3)
-    other, other_optimizer = trained(2)
-    restore_training_tensors(other, other_optimizer, load_newest(tmp_path, print)[0])
+    other, other_steps = trained(2)
+    other_steps.restore(load_newest(tmp_path, print)[0], step=1)
     assert torch.equal(torch.rand(3), drawn)
     assert torch.equal(other.weight, model.weight)
-    for key in ("step", "exp_avg", "exp_avg_sq"):
-        assert torch.equal(
-            other_optimizer.state[other.weight][key], optimizer.state[model.weight][key]
-        )
+    moments, others = (
+        s.optimizer.state[m.weight] for s, m in ((steps, model), (other_steps, other))
+    )
+    assert moments.keys() == others.keys() == {"step", "exp_avg", "exp_avg_sq"}
+    for key, moment in moments.items():
+        assert torch.equal(others[key], moment)
+
+
+def test_names_in_a_checkpoint_are_those_of_parameters_and_of_adamw() -> None:
+    names = [f"{kind}.{name}" for kind in OPTIMIZER_KEYS for name in ("weight", "bias")]
+    tensors = trained(1)[1].state()
+    assert {name for name in tensors if not name.startswith("random.")} == {
+        "model.weight",
+        "model.bias",
+        *(f"optimizer.{name}" for name in names),
+    }
+    assert "random.cpu" in tensors
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_every_difference() -> None:
-    model, optimizer = trained(1)
-    tensors = training_tensors(model, optimizer)
-    other = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    tensors = trained(1)[1].state()
+    other = untrained(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)))
     with pytest.raises(CheckpointError, match=r"(?s)missing: 0\.weight.*not trained here: weight"):
-        restore_training_tensors(other, build_optimizer(other, 0.1, 0.0), tensors)
-    wider = nn.Linear(4, 2)
+        other.restore(tensors, step=1)
+    wider = untrained(nn.Linear(4, 2))
     with pytest.raises(CheckpointError, match=r"\(2, 3\) saved, \(2, 4\) here"):
-        restore_training_tensors(wider, build_optimizer(wider, 0.1, 0.0), tensors)
+        wider.restore(tensors, step=1)

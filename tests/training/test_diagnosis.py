@@ -50,7 +50,7 @@ def test_the_first_layer_and_the_rows_are_named(model: nn.Sequential) -> None:
     x[1, 2], x[3, 0] = math.inf, math.nan
     found = find_nonfinite(model, [batch(), (x, y)], loss)
     assert "first in 0 (row 2, 4 of 5), micro-batch 2 of 2" in found.sentence
-    assert found.places == ((1, 1), (1, 3))
+    assert found.sequences == ((1, 1), (1, 3))
 
 
 def test_a_loss_of_its_own_is_named(model: nn.Sequential) -> None:
@@ -58,7 +58,7 @@ def test_a_loss_of_its_own_is_named(model: nn.Sequential) -> None:
     y[0, 0] = math.nan
     found = find_nonfinite(model, [(x, y)], loss)
     assert "first in the loss itself, micro-batch 1 of 1" in found.sentence
-    assert found.places == ()
+    assert found.sequences == ()
     assert found.is_of_data
 
 

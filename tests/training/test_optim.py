@@ -13,9 +13,9 @@ from lora.config import LoRAConfig, TrainConfig
 from lora.training.optim import (
     build_optimizer,
     parameter_groups,
-    rate_factor,
     scale_and_clip,
-    set_rate,
+    schedule_factor,
+    set_learning_rate,
 )
 
 
@@ -39,7 +39,7 @@ def test_only_matrices_decay() -> None:
 def test_what_trains_whole_beside_lora_takes_its_share_of_the_rate() -> None:
     model = apply_lora(Toy(), LoRAConfig(rank=2, modules_to_save=("embedding",)))
     optimizer = build_optimizer(model, 1.0, 0.0, whole_rate_fraction=0.25)
-    set_rate(optimizer, 0.4)
+    set_learning_rate(optimizer, 0.4)
     rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
     assert rates[id(model.linear.lora_A)] == rates[id(model.linear.lora_B)] == 0.4
     assert rates[id(model.embedding.weight)] == pytest.approx(0.1)
@@ -54,7 +54,7 @@ def test_without_lora_everything_takes_the_whole_rate() -> None:
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_the_rate_rises_then_follows_its_schedule(schedule: str) -> None:
     config = TrainConfig(steps=100, warmup_fraction=0.1, schedule=schedule, min_rate_fraction=0.2)  # type: ignore[arg-type]
-    factors = [rate_factor(step, config) for step in range(100)]
+    factors = [schedule_factor(step, config) for step in range(100)]
     assert factors[:10] == pytest.approx([(n + 1) / 10 for n in range(10)])
     assert factors[10] == 1.0
     middle = {"cosine": 0.6, "linear": 0.6, "constant": 1.0}[schedule]
@@ -64,7 +64,7 @@ def test_the_rate_rises_then_follows_its_schedule(schedule: str) -> None:
 
 
 def test_without_warm_up_the_first_step_has_the_peak_rate() -> None:
-    assert rate_factor(0, TrainConfig(steps=10, warmup_fraction=0.0)) == 1.0
+    assert schedule_factor(0, TrainConfig(steps=10, warmup_fraction=0.0)) == 1.0
 
 
 def test_gradients_become_means_and_are_clipped_together() -> None:

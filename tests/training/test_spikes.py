@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lora.training.spikes import is_spike
+from lora.training.trainer import is_spike
 
 CALM = [2.0, 2.1, 1.9, 2.0, 2.05, 1.95, 2.0, 2.1]
 

@@ -18,7 +18,9 @@ from lora.device import choose_device
 from lora.errors import CheckpointError, TrainingError
 from lora.runs.directory import create_run
 from lora.training.checkpoint import list_checkpoints, save_checkpoint
-from lora.training.trainer import TrainingJob, TrainResult, evaluate, train, train_step
+from lora.training.job import TrainingJob, TrainResult
+from lora.training.plain_step import LossFn, PlainStepRunner, evaluate, train_step
+from lora.training.trainer import train
 from models.bigram_lm_v2 import BigramLanguageModel, bigram_loss
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
@@ -104,6 +106,15 @@ def char_model(kind: str) -> BigramLanguageModel:
     return base if kind == "full" else BigramLanguageModelLoRA.from_base(base, lora_rank=2, seed=1)
 
 
+CHOICE = choose_device("cpu")
+
+
+def plain_steps(
+    model: nn.Module, config: TrainConfig, loss_fn: LossFn = bigram_loss
+) -> PlainStepRunner:
+    return PlainStepRunner(model, loss_fn, CHOICE, config)
+
+
 class Stopped(Exception):
     """Stands for a kill between two steps."""
 
@@ -114,7 +125,7 @@ def run_job(
     model = char_model(kind)
     torch.manual_seed(7)
     tokens = torch.randint(0, 20, (400,), generator=torch.Generator().manual_seed(0))
-    config = TrainConfig(steps=steps, batch_size=4, micro_batches=2, seed=1)
+    config = TrainConfig(steps=steps, batch_size=4, micro_batches=2, seed=1, learning_rate=1e-2)
 
     def stop(step: int) -> None:
         if step == stop_at:
@@ -123,14 +134,13 @@ def run_job(
     with create_run(folder, "run", resume=resume) as run:
         job = TrainingJob(
             model=model,
-            loss_fn=bigram_loss,
+            steps=plain_steps(model, config),
             stream=BlockStream(tokens, 8, 2, seed=1, device=CPU),
             eval_batches=lambda: ordered_blocks(tokens[:100], 8, 4, 1000, CPU),
             train_config=config,
-            learning_rate=1e-2,
             run_config=RunConfig(eval_every_steps=3, save_every_steps=2),
             run=run,
-            choice=choose_device("cpu"),
+            choice=CHOICE,
             on_eval=stop,
             resume=resume,
         )
@@ -174,17 +184,18 @@ def train_with_losses(
         if step == stop_at:
             raise Stopped
 
+    model = char_model("lora")
+    config = TrainConfig(steps=100, batch_size=2, learning_rate=1e-3)
     with create_run(folder, "run", resume=resume) as run:
         job = TrainingJob(
-            model=char_model("lora"),
-            loss_fn=loss_fn,
+            model=model,
+            steps=plain_steps(model, config, loss_fn),
             stream=stream,
             eval_batches=lambda: ordered_blocks(torch.arange(20), 8, 2, 1, CPU),
-            train_config=TrainConfig(steps=100, batch_size=2),
-            learning_rate=1e-3,
+            train_config=config,
             run_config=run_config,
             run=run,
-            choice=choose_device("cpu"),
+            choice=CHOICE,
             on_eval=stop,
             resume=resume,
         )
@@ -271,17 +282,17 @@ def test_it_stops_early_when_the_loss_no_longer_falls(tmp_path: Path) -> None:
             return bigram_loss(model, batch)
         return torch.tensor([next(losses)]), torch.tensor([1])
 
+    config = TrainConfig(steps=50, batch_size=4, learning_rate=1e-2)
     with create_run(tmp_path, "run") as run:
         job = TrainingJob(
             model=model,
-            loss_fn=loss_fn,
+            steps=plain_steps(model, config, loss_fn),
             stream=BlockStream(torch.arange(20).repeat(9), 8, 4, seed=1, device=CPU),
             eval_batches=eval_batches,
-            train_config=TrainConfig(steps=50, batch_size=4),
-            learning_rate=1e-2,
+            train_config=config,
             run_config=RunConfig(eval_every_steps=2, patience=2),
             run=run,
-            choice=choose_device("cpu"),
+            choice=CHOICE,
         )
         result = train(replace(job, on_eval=lambda step: said.append(str(step))))
     assert result.stopped_early
@@ -307,18 +318,19 @@ def test_evaluations_are_few_and_always_at_both_ends(
 ) -> None:
     seen: list[int] = []
     tokens = torch.arange(20).repeat(9)
+    model = char_model("lora")
+    config = TrainConfig(steps=steps, batch_size=2, learning_rate=1e-3)
     with create_run(tmp_path, "run") as run:
         train(
             TrainingJob(
-                model=char_model("lora"),
-                loss_fn=bigram_loss,
+                model=model,
+                steps=plain_steps(model, config),
                 stream=BlockStream(tokens, 8, 2, seed=1, device=CPU),
                 eval_batches=lambda: ordered_blocks(tokens[:20], 8, 2, 1, CPU),
-                train_config=TrainConfig(steps=steps, batch_size=2),
-                learning_rate=1e-3,
+                train_config=config,
                 run_config=RunConfig(eval_every_steps=asked),
                 run=run,
-                choice=choose_device("cpu"),
+                choice=CHOICE,
                 on_eval=seen.append,
             )
         )
@@ -333,17 +345,18 @@ def test_a_run_names_the_step_that_was_not_finite(tmp_path: Path) -> None:
         calls.append(1)
         return (loss * math.nan if len(calls) == 3 else loss), count
 
+    model = char_model("full")
+    config = TrainConfig(steps=5, batch_size=4, learning_rate=1e-2)
     with create_run(tmp_path, "run") as run:
         job = TrainingJob(
-            model=char_model("full"),
-            loss_fn=sometimes_nan,
+            model=model,
+            steps=plain_steps(model, config, sometimes_nan),
             stream=BlockStream(torch.arange(20).repeat(9), 8, 4, seed=1, device=CPU),
             eval_batches=list,
-            train_config=TrainConfig(steps=5, batch_size=4),
-            learning_rate=1e-2,
+            train_config=config,
             run_config=RunConfig(),
             run=run,
-            choice=choose_device("cpu"),
+            choice=CHOICE,
         )
         with pytest.raises(TrainingError, match="Step 3 of 5"):
             train(job)

@@ -7,7 +7,7 @@ step that is not finite becomes a step not taken, and the host reads of it later
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -88,44 +88,36 @@ class FlatUpdate:
             )  # fmt: skip
         self.report.copy_(torch.stack((loss, self.n_learned.float(), norm, taken.float())))
 
-    def _places(self, model: nn.Module) -> dict[int, tuple[Tensor, Tensor]]:
-        """Return the flat moments of each trained parameter, as views of its shape."""
-        values, size = self.flat.values, self.flat.values.element_size()
-        places = {}
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                start = (parameter.data_ptr() - values.data_ptr()) // size
-                shape, strides = parameter.shape, parameter.stride()
-                mean = self.flat.mean.as_strided(shape, strides, start)
-                square = self.flat.square.as_strided(shape, strides, start)
-                places[id(parameter)] = (mean, square)
-        return places
-
     def _slower(self, share: float) -> Tensor:
         """Return `control` with this share of the rate."""
         control = self.control.clone()
         control[0] *= share
         return control
 
-    def adopt_moments(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Changes `optimizer` in place: its state becomes views of the flat moments.
-
-        Moments that it holds (of a resumed run) are taken over first.
-        """
-        places = self._places(model)
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                mean, square = places[id(parameter)]
-                state = optimizer.state[parameter]
-                if state:
-                    mean.copy_(state["exp_avg"])
-                    square.copy_(state["exp_avg_sq"])
-                    self.taken_steps.copy_(state["step"])
-                optimizer.state[parameter] = {
+    def optimizer_state(self, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+        """Return AdamW's state by parameter name, keys as torch.optim.AdamW's: views of the flat
+        moments in each parameter's shape, and one number of steps for all."""
+        values, size = self.flat.values, self.flat.values.element_size()
+        state = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                # A trained parameter is a view of `values`: its moments lie at the same offset.
+                start = (parameter.data_ptr() - values.data_ptr()) // size
+                shape, strides = parameter.shape, parameter.stride()
+                state[name] = {
                     "step": self.taken_steps,
-                    "exp_avg": mean,
-                    "exp_avg_sq": square,
+                    "exp_avg": self.flat.mean.as_strided(shape, strides, start),
+                    "exp_avg_sq": self.flat.square.as_strided(shape, strides, start),
                 }
+        return state
+
+    def load_optimizer_state(
+        self, model: nn.Module, saved: Mapping[str, Mapping[str, Tensor]]
+    ) -> None:
+        """Changes moments and number of steps in place; what is not in `saved` stays."""
+        for name, own in self.optimizer_state(model).items():
+            for key, tensor in saved.get(name, {}).items():
+                own[key].copy_(tensor)
 
 
 class HostUpdate(FlatUpdate):

@@ -23,7 +23,7 @@ from lora.fast.step import FastStep
 from lora.kernels.step.fp8 import FP8
 from lora.kernels.step.ops import PLAIN
 from lora.training.losses import loss_for
-from lora.training.optim import build_optimizer, set_rate
+from lora.training.optim import build_optimizer, set_learning_rate
 from lora.training.plain_step import train_step
 
 EXACT = replace(PLAIN, fp8_dtype=torch.float64)
@@ -79,10 +79,9 @@ def test_steps_are_the_plain_ones_where_rows_are_not_rounded(
     frozen = {n: p.detach().clone() for n, p in plain.named_parameters() if not p.requires_grad}
     step = FastStep(fast, EXACT, torch.float64, checkpointing=checkpointing, own_attention=again)
     optimizer = build_optimizer(plain, 1.0, 0.0)
-    step.adopt_moments(build_optimizer(fast, 1.0, 0.0))
     for number, rate in enumerate(RATES):
         batches = [make_batch(10 * number + place, packed=packed) for place in range(2)]
-        set_rate(optimizer, rate)
+        set_learning_rate(optimizer, rate)
         expected = train_step(plain, batches, loss_for(plain), optimizer)
         step.launch(batches, rate, number + 1)
         loss, _, norm, taken = step.report.tolist()
