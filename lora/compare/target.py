@@ -144,14 +144,15 @@ def short_run(run: RunConfig, name: str, steps: int) -> RunConfig:
 
 
 def _run_trial(run_member: RunMember, trial: MemberTask, progress: Progress) -> RateTrial:
+    learning_rate = trial.train.peak_learning_rate
     try:
         loss: float | None = run_member(trial, progress).final_eval_loss
     except TrainingError as error:
-        progress.message(f"learning rate {trial.learning_rate:g} failed: {error}")
+        progress.message(f"learning rate {learning_rate:g} failed: {error}")
         loss = None
     finally:
         remove_weights(trial.folder)
-    return RateTrial(trial.learning_rate, loss)
+    return RateTrial(learning_rate, loss)
 
 
 def remove_weights(folder: Path) -> None:
