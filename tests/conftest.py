@@ -12,6 +12,13 @@ ModelBuilder = Callable[[str], nn.Module]
 VOCAB = 64
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests that need a GPU in one worker, so that they do not share its memory."""
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.xdist_group("gpu"))
+
+
 @pytest.fixture(scope="session")
 def fill_random() -> Callable[..., nn.Module]:
     """Changes a model in place: all parameters, or all trainable ones, become random."""
