@@ -1,7 +1,7 @@
-"""The base character GPT, in the style of Karpathy's bigram_lm_v2. It knows nothing of LoRA.
+"""A character-level GPT in the style of Karpathy's bigram_lm_v2, without any LoRA.
 
 What differs from the original: one key, one query and one value linear serve all heads, attention
-is torch's fused one, and a model is saved with the sizes that are needed to build it again.
+is PyTorch's scaled_dot_product_attention, and a model is saved with the sizes needed to rebuild it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SIZES_FILE = "config.json"
 
 @dataclass(frozen=True)
 class BigramSizes:
-    """All that is needed to build the model again."""
+    """The sizes of a character model: all that is needed to rebuild it."""
 
     vocab_size: int
     n_embd: int = 64
@@ -35,7 +35,7 @@ class BigramSizes:
     n_head: int = 4
     n_layer: int = 2
     block_size: int = 32
-    """Most tokens the model sees at once, T."""
+    """Maximum context length in tokens, T."""
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -46,11 +46,13 @@ class BigramSizes:
         if not 0 <= self.dropout < 1:
             faults.append(f"dropout={self.dropout!r}: allowed is 0 ≤ dropout < 1")
         if faults:
-            raise ConfigError(gather(faults, "The model's sizes do not fit:", "Change them."))
+            raise ConfigError(
+                gather(faults, "Cannot build a model of these sizes:", "Change them.")
+            )
 
 
 class SelfAttention(nn.Module):
-    """Causal attention of all heads at once."""
+    """Causal self-attention, all heads in one call."""
 
     def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
         super().__init__()
@@ -73,7 +75,7 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linears with a ReLU between them, four times as wide inside."""
+    """Two linears with a ReLU between them; the hidden width is four times the model's."""
 
     def __init__(self, n_embd: int, dropout: float) -> None:
         super().__init__()
@@ -85,7 +87,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each behind a norm and beside the residual stream."""
+    """A pre-norm block: attention, then feed-forward, each added to the residual stream."""
 
     def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
         super().__init__()
@@ -100,7 +102,7 @@ class Block(nn.Module):
 
 
 class BigramLanguageModel(nn.Module):
-    """A decoder of characters: embeddings, pre-norm blocks, a final norm and a head."""
+    """The character GPT: embeddings, pre-norm blocks, a final norm and an output head."""
 
     def __init__(
         self,
@@ -122,18 +124,18 @@ class BigramLanguageModel(nn.Module):
         self.apply(_init_weights)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return logits (B, T, V) and, with `targets` (B, T), the mean loss in nats, ().
+        """Return logits (B, T, V) and, with `targets` (B, T), the mean loss in nats, else None.
 
-        Raises DataError if T is more than the block size.
+        Raises DataError if T exceeds the block size.
         """
         length = idx.shape[1]
         if length > self.block_size:
             raise DataError(
-                f"The model was given {length} tokens: it sees at most block_size="
-                f"{self.block_size}. Give it the last {self.block_size}, as generate() does."
+                f"Cannot process {length} tokens. Allowed: at most block_size={self.block_size}. "
+                f"Pass the last {self.block_size}, as generate() does."
             )
-        places = torch.arange(length, device=idx.device)
-        x = self.token_embedding_table(idx) + self.position_embedding_table(places)  # (B, T, C)
+        positions = torch.arange(length, device=idx.device)
+        x = self.token_embedding_table(idx) + self.position_embedding_table(positions)  # (B, T, C)
         logits = self.lm_head(self.ln_f(self.blocks(x)))  # (B, T, V)
         if targets is None:
             return logits, None
@@ -149,9 +151,9 @@ class BigramLanguageModel(nn.Module):
         top_k: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Return `idx` (B, T) with `max_new_tokens` more, (B, T + max_new_tokens).
+        """Return `idx` (B, T) extended by generated tokens, (B, T + max_new_tokens).
 
-        `temperature` 0 takes the likeliest character each time.
+        `temperature` 0 is greedy decoding.
         """
         was_training = self.training
         self.eval()
@@ -163,7 +165,7 @@ class BigramLanguageModel(nn.Module):
 
 
 def save_bigram(model: BigramLanguageModel, folder: Path) -> None:
-    """Write the model's weights and sizes into `folder`, each file at once or not at all."""
+    """Write the model's weights and sizes into `folder`, each file completely or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     atomic_write(folder / WEIGHTS_FILE, save(tensors))
@@ -172,18 +174,18 @@ def save_bigram(model: BigramLanguageModel, folder: Path) -> None:
 
 
 def load_bigram(path: Path, sizes: BigramSizes | None = None) -> BigramLanguageModel:
-    """Return the model saved in a folder, or in a file with its `sizes` given.
+    """Return the model saved in a folder, or in a file of weights if `sizes` are given.
 
-    A `.pt` file is read as a bare state dict with `weights_only=True`. Raises ModelError for a
-    missing or damaged file and for tensors that do not fit the sizes, all of them at once.
+    A `.pt` file is read as a plain state dict with `weights_only=True`. Raises ModelError for a
+    missing or damaged file, and one that lists all tensors that do not match the sizes.
     """
     if path.is_dir():
         sizes = _read_sizes(path / SIZES_FILE)
         path = path / WEIGHTS_FILE
     if sizes is None:
-        raise ModelError(f"{path} holds tensors only: pass sizes=BigramSizes(...) to load it.")
+        raise ModelError(f"Cannot load {path} without sizes: pass sizes=BigramSizes(...) too.")
     state = read_state(path)
-    with torch.device("meta"):  # every tensor is replaced: do not draw them first
+    with torch.device("meta"):  # no storage and no random draws: every tensor is replaced
         model = BigramLanguageModel(**asdict(sizes))
     _check_state(path, model.state_dict(), state)
     model.load_state_dict(state, assign=True)
@@ -191,7 +193,7 @@ def load_bigram(path: Path, sizes: BigramSizes | None = None) -> BigramLanguageM
 
 
 def bigram_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The trainer's loss function: (inputs, targets), both (B, T) -> (loss sum, tokens), (1,)."""
+    """Loss function for the trainer: (inputs, targets), both (B, T) -> (loss sum, tokens), (1,)."""
     inputs, targets = batch
     logits, _ = model(inputs)
     total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
@@ -212,8 +214,8 @@ def _pick(
         return logits.argmax(-1, keepdim=True)  # (B, 1)
     logits = logits.float() / temperature
     if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)  # (B, 1)
 
 
@@ -226,7 +228,7 @@ def _read_sizes(path: Path) -> BigramSizes:
     except ConfigError:  # a ValueError too, which says what is wrong with the sizes
         raise
     except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{path} does not hold the model's sizes: {error}.") from None
+        raise ModelError(f"Cannot read the model's sizes from {path}: {error}.") from None
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -235,17 +237,23 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises ModelError if the file is missing, damaged or anything but a plain state dict.
     """
     if not path.is_file():
-        raise ModelNotFoundError(f"The base weights {path} were asked for: there is no such file.")
+        raise ModelNotFoundError(f"Cannot load the base weights {path}: there is no such file.")
     try:
         if path.suffix == ".safetensors":
             return load(path.read_bytes())
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ModelError(f"{path} is no plain state dict, and is not read: {error}") from None
+        raise ModelError(
+            f"Cannot load {path}: it is no plain state dict, and pickles can run code: {error}"
+        ) from None
     except (SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise ModelError(f"{path} is damaged or no file of weights: {error}") from None
+        raise ModelError(
+            f"Cannot load {path}: it is damaged or holds no weights: {error}"
+        ) from None
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ModelError(f"{path} holds no state dict: allowed is a dict of names and tensors.")
+        raise ModelError(
+            f"Cannot load {path}: it holds no state dict. Allowed: a dict of names and tensors."
+        )
     return state
 
 
@@ -256,8 +264,8 @@ def _check_state(path: Path, wanted: dict[str, Tensor], state: dict[str, Tensor]
     faults += [f"not of this model: {name}" for name in state if name not in wanted]
     for name in wanted.keys() & state.keys():
         if wanted[name].shape != state[name].shape:
-            shapes = f"{tuple(state[name].shape)}, wanted {tuple(wanted[name].shape)}"
+            shapes = f"{tuple(state[name].shape)}, the model needs {tuple(wanted[name].shape)}"
             faults.append(f"{name} has shape {shapes}")
     if faults:
-        advice = "Give the sizes that the weights were trained with."
-        raise ModelError(gather(sorted(faults), f"{path} does not fit the model:", advice))
+        advice = "Pass the sizes that the weights were trained with."
+        raise ModelError(gather(sorted(faults), f"Cannot load {path} into the model:", advice))

@@ -17,7 +17,7 @@ EMBEDDINGS = ("token_embedding_table", "position_embedding_table")
 def char_lora_config(
     rank: int, alpha: float, dropout: float, train_embeddings: bool, seed: int | None = None
 ) -> LoRAConfig:
-    """Return the settings that adapt the char model: all linears, and the embeddings whole."""
+    """Return the LoRAConfig that adapts all linears; embeddings are fully trained if asked."""
     saved = EMBEDDINGS if train_embeddings else ()
     return LoRAConfig(
         rank=rank, alpha=alpha, dropout=dropout, modules_to_save=saved, init_seed=seed
@@ -31,9 +31,9 @@ class BigramLanguageModelLoRA(BigramLanguageModel):
         vocab_size, n_embd, n_head, n_layer, block_size, dropout: the base's sizes.
         lora_rank, lora_alpha, lora_dropout: as in LoRALinear.
         base: a trained BigramLanguageModel, or the path of a saved one; its weights are copied
-            in before LoRA is put on. None leaves random weights, which only tests want.
-        train_embeddings: whether the two embedding tables train whole (counted apart).
-        seed: of A's first values.
+            before LoRA is applied. None leaves random weights, which only tests need.
+        train_embeddings: whether the two embedding tables are fully trained (counted separately).
+        seed: of the initial A.
 
     The base's linears, biases and norms are frozen. Raises ModelError if `base` has other sizes.
     """
@@ -72,7 +72,7 @@ class BigramLanguageModelLoRA(BigramLanguageModel):
         train_embeddings: bool = True,
         seed: int | None = None,
     ) -> BigramLanguageModelLoRA:
-        """Return an adapted copy of `base`, which stays as it is."""
+        """Return an adapted copy of `base`, which is not changed."""
         return cls(
             **asdict(base.sizes),
             lora_rank=lora_rank,
@@ -84,7 +84,7 @@ class BigramLanguageModelLoRA(BigramLanguageModel):
         )
 
     def merge(self) -> BigramLanguageModel:
-        """Return a plain BigramLanguageModel that computes the same; this model stays adapted."""
+        """Return a plain BigramLanguageModel with LoRA merged in; this model stays adapted."""
         plain = copy.deepcopy(self)
         for name, layer in lora_layers(plain).items():
             replace_module(plain, name, layer.merge())
@@ -98,8 +98,8 @@ class BigramLanguageModelLoRA(BigramLanguageModel):
             model = load_bigram(Path(model), self.sizes)
         if _shape_of(model.sizes) != _shape_of(self.sizes):
             raise ModelError(
-                f"The base has {model.sizes}, and this model {self.sizes}: all but dropout must "
-                "be the same. Build the model with the base's sizes."
+                f"Cannot copy the weights of a base with {model.sizes} into a model with "
+                f"{self.sizes}: all but dropout must be equal. Build it with the base's sizes."
             )
         self.load_state_dict(model.state_dict())
 

@@ -81,7 +81,7 @@ def test_base_weights_come_from_a_model_a_folder_or_a_pt_file(
     for source in (base, tmp_path / "base", str(tmp_path / "base.pt")):
         model = BigramLanguageModelLoRA(65, 64, 4, 2, 16, base=source).eval()
         assert torch.equal(model(TOKENS)[0], base(TOKENS)[0])
-    with pytest.raises(ModelError, match="all but dropout must be the same"):
+    with pytest.raises(ModelError, match="all but dropout must be equal"):
         BigramLanguageModelLoRA(65, 64, 4, 3, 16, base=base)
 
 
