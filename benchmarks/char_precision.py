@@ -1,10 +1,10 @@
-"""bf16 products against fp32 on the character model: time, memory and loss.
+"""bf16 compute against fp32 on the character model: time, memory and loss.
 
-    python benchmarks/char_precision.py              # wants a GPU with bf16 matrix units
+    python benchmarks/char_precision.py              # meant for a GPU with bf16 tensor cores
     python benchmarks/char_precision.py --steps 20
 
-Both precisions train the same model (width 384, 6 blocks, 64 rows of 256 characters) on the same
-rows from the same start, in full and through LoRA. Prints one JSON object a line.
+Both precisions train the same model (width 384, 6 blocks, batch size 64, 256 characters) on the
+same batches from the same weights, with full fine-tuning and with LoRA. Prints JSON lines.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""How much longer than the tokenizer's own time does it take to prepare 100 MB of text?
+"""Data preparation of 100 MB of text against tokenization alone.
 
     LORA_BENCH_DATA=folder python benchmarks/cpu_data.py
     LORA_BENCH_DATA=folder python benchmarks/cpu_data.py --megabytes 20 --out result.jsonl
 
-The texts of that folder, repeated with numbers in them to the size, as JSONL of about 2,000
-characters an example. Ours reads, checks, tokenises, masks and packs them into rows; the other only
-tokenises them, `encode_batch` of the tokenizers library in parts of 1,000. Each in a process of its
-own, twice, in turn. Prints one JSON object a line.
+The texts of that folder, repeated with numbers in them up to that size, as JSONL of about 2,000
+characters an example. `ours` reads, checks, tokenizes, masks and packs them into sequences;
+`tokenizers` only tokenizes them with that library's `encode_batch`, 1,000 texts at a time. Each
+runs in its own process, twice, alternating. Prints JSON lines.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ VARIANTS = ("tokenizers", "ours")
 
 
 def main() -> int:
-    """Write the texts, measure both, print lines."""
+    """Write the texts, measure both variants and print JSON lines."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--megabytes", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=2)
@@ -44,48 +44,48 @@ def main() -> int:
         return 0
     folder = os.environ.get("LORA_BENCH_DATA")
     if not folder:
-        print("cpu_data.py is skipped: LORA_BENCH_DATA names no folder of texts")
+        print("cpu_data.py is skipped: set LORA_BENCH_DATA to a folder of texts")
         return 0
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place) / "texts.jsonl"
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "texts.jsonl"
         n_bytes = write_texts(Path(folder), file, arguments.megabytes * 10**6)
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
         for _ in range(arguments.rounds):
             for name in VARIANTS:
-                found[name].append(in_process(name, file))
+                found[name].append(in_subprocess(name, file))
     best = {name: min(rows, key=lambda row: row["seconds"]) for name, rows in found.items()}
     lines = ""
     for name, row in best.items():
         ratio = row["seconds"] / best["tokenizers"]["seconds"]
         speed = n_bytes / 1e6 / row["seconds"]
-        told = {"megabytes": n_bytes // 10**6, "variant": name, **row}
-        told |= {"mb_per_s": round(speed, 2), "against_tokenizers": round(ratio, 3)}
-        lines += json.dumps(told) + "\n"
+        line = {"megabytes": n_bytes // 10**6, "variant": name, **row}
+        line |= {"mb_per_s": round(speed, 2), "against_tokenizers": round(ratio, 3)}
+        lines += json.dumps(line) + "\n"
     print(lines, end="")
     if arguments.out:
         arguments.out.write_text(lines, encoding="utf-8")
     return 0
 
 
-def write_texts(folder: Path, file: Path, most_bytes: int) -> int:
-    """Write examples of the folder's texts until there are `most_bytes`; return their bytes."""
+def write_texts(folder: Path, file: Path, max_bytes: int) -> int:
+    """Write examples of the folder's texts until they have `max_bytes`; return their bytes."""
     whole = "\n".join(p.read_text(encoding="utf-8") for p in sorted(folder.glob("*.txt")))
     starts = range(0, len(whole), PIECE_CHARACTERS)
     written = number = 0
     with file.open("w", encoding="utf-8") as out:
-        while written < most_bytes:
+        while written < max_bytes:
             number += 1
             for start in starts:
                 text = f"{number} {whole[start : start + PIECE_CHARACTERS]}"
                 out.write(json.dumps({"text": text}) + "\n")
                 written += len(text.encode())
-                if written >= most_bytes:
+                if written >= max_bytes:
                     break
     return written
 
 
-def in_process(name: str, file: Path) -> dict[str, Any]:
-    """Return what a process of its own measured."""
+def in_subprocess(name: str, file: Path) -> dict[str, Any]:
+    """Return what `measure` finds in a subprocess."""
     command = [sys.executable, __file__, "--child", name, str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -1,10 +1,11 @@
-"""Tokens a second when answering: ours beside transformers' generate with its cache, in one run.
+"""Tokens per second of generation: ours against transformers' generate with its KV cache.
 
     python benchmarks/cpu_generate.py
     python benchmarks/cpu_generate.py --out benchmarks/results/cpu_generate.jsonl
 
-SmolLM2-135M-Instruct in fp32, greedy, always the same number of new tokens, batches of 1 and 8; the
-two take turns. Prints one JSON object a line: rows, variant, tokens a second (median), the ratio.
+SmolLM2-135M-Instruct in fp32, greedy decoding, always the same number of new tokens, batch sizes 1
+and 8; the two alternate. Prints JSON lines: batch size (`rows`), variant, median tokens per second,
+ratio.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ NEW_TOKENS, PROMPT_TOKENS = 64, 32
 
 
 def main() -> None:
-    """Time both in turn and print the medians."""
+    """Time both, alternating, and print the medians."""
     import transformers
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -44,8 +45,8 @@ def main() -> None:
         draw = torch.Generator().manual_seed(rows)
         prompts = torch.randint(1000, 40000, (rows, PROMPT_TOKENS), generator=draw)
         variants = {
-            "ours": lambda p=prompts: answer_ours(loaded.model, p),
-            "transformers": lambda p=prompts: answer_theirs(theirs, p),
+            "ours": lambda p=prompts: generate_ours(loaded.model, p),
+            "transformers": lambda p=prompts: generate_theirs(theirs, p),
         }
         lines += compare(rows, variants, arguments.rounds)
     text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -54,15 +55,15 @@ def main() -> None:
         arguments.out.write_text(text, encoding="utf-8")
 
 
-def answer_ours(model: Decoder, prompts: torch.Tensor) -> list[list[int]]:
-    """Return our new tokens of each row."""
+def generate_ours(model: Decoder, prompts: torch.Tensor) -> list[list[int]]:
+    """Return our new tokens for each prompt."""
     sampling = SamplingConfig(max_new_tokens=NEW_TOKENS)
     return generate(model, prompts.tolist(), sampling, stop_ids=())
 
 
 @torch.no_grad()
-def answer_theirs(model: Any, prompts: torch.Tensor) -> list[list[int]]:
-    """Return transformers' new tokens of each row."""
+def generate_theirs(model: Any, prompts: torch.Tensor) -> list[list[int]]:
+    """Return transformers' new tokens for each prompt."""
     found = model.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
@@ -77,14 +78,14 @@ def answer_theirs(model: Any, prompts: torch.Tensor) -> list[list[int]]:
 def compare(
     rows: int, variants: dict[str, Callable[[], list[list[int]]]], rounds: int
 ) -> list[dict[str, Any]]:
-    """Return each variant's speed; both must answer the same number of tokens."""
+    """Return each variant's speed; both must generate the same number of tokens."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds + 1):
-        for name, answer in variants.items():
+        for name, run in variants.items():
             began_s = time.perf_counter()
-            made = answer()
+            answers = run()
             seconds[name].append(time.perf_counter() - began_s)
-            assert [len(row) for row in made] == [NEW_TOKENS] * rows, name
+            assert [len(answer) for answer in answers] == [NEW_TOKENS] * rows, name
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
     return [
         {

@@ -1,9 +1,9 @@
-"""How long does the command take to answer, and what does `import lora` add to torch's own import?
+"""Start-up time of the command, and what `import lora` adds to torch's own import.
 
     python benchmarks/cpu_startup.py
     python benchmarks/cpu_startup.py --out benchmarks/results/cpu_startup.jsonl
 
-Each figure is the median of processes of their own, the kinds in turn. Prints JSON lines.
+Each figure is the median over fresh processes, the commands alternating. Prints JSON lines.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Time every command `--rounds` times, in turn, and print the medians in seconds."""
+    """Time every command `--rounds` times, alternating, and print the medians in seconds."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, help="also write the lines to this file")
@@ -43,7 +43,7 @@ def main() -> None:
             began_s = time.perf_counter()
             subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
             seconds[name].append(time.perf_counter() - began_s)
-    rows = [  # the first round warms the disk's cache
+    rows = [  # the first round warms the file cache
         {"what": name, "median_s": round(statistics.median(times[1:]), 3)}
         for name, times in seconds.items()
     ]

@@ -2,14 +2,14 @@
 
     python benchmarks/cpu_step.py                         # S, M and SmolLM2, ten minutes
     python benchmarks/cpu_step.py --cases S --json
-    python benchmarks/cpu_step.py --ranks 4 32            # ours alone: what does the rank cost?
+    python benchmarks/cpu_step.py --ranks 4 32            # ours alone: the cost of the rank
     python benchmarks/cpu_step.py --out benchmarks/results/cpu_step.jsonl
 
-Each variant has a process of its own, so that none lives on memory that another has left; they take
-turns (median of all steps, the first not counted). `plain_full` is what a user would run:
-torch's AdamW and the model as it is (transformers' for SmolLM2); `best_full` is full fine-tuning
-through our trainer's step; `plain_lora` wraps linears by the plain LoRALinear; `ours` is what a run
-of ours chooses. Needs transformers and peft.
+Each variant runs in its own process, so that none reuses memory that another has freed; they
+alternate (median over all steps, the first not counted). `plain_full` is what a user would write,
+torch's AdamW and the plain model (transformers' for SmolLM2); `best_full` is full fine-tuning
+through our trainer's step; `plain_lora` wraps linears in the plain LoRALinear; `ours` is the step
+that `lora finetune` chooses. Needs transformers and peft.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from models.char_step import CharStepRunner, char_steps
 
 VARIANTS = ("plain_full", "best_full", "plain_lora", "peft", "ours")
 Step = Callable[[], None]
-Contestant = tuple[str, int]
+Variant = tuple[str, int]
 """A variant and a rank."""
 CPU = choose_device("cpu", "fp32")
 
@@ -67,7 +67,7 @@ class Case:
     rank: int
     rounds: int
     turn_steps: int = 1
-    """Steps that a variant takes before the next has its turn."""
+    """Steps that a variant takes before the next variant runs."""
 
     @property
     def is_char(self) -> bool:
@@ -81,7 +81,7 @@ CASES = {
     "SmolLM2-rank16": Case(0, 0, 4, 128, 16, 5),
 }
 RANKED_CASES = ("S", "M", "SmolLM2-rank8")
-"""Of which `--ranks` takes sizes and batches."""
+"""The cases that `--ranks` measures."""
 
 
 def char_batch(case: Case) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ def char_batch(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def token_batch(case: Case) -> Batch:
-    """Return rows of random tokens without padding, everything learned."""
+    """Return sequences of random tokens without padding, every token a target."""
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 49152, (case.rows, case.tokens), generator=draw)
     positions = torch.arange(case.tokens).expand(case.rows, -1)
@@ -100,7 +100,7 @@ def token_batch(case: Case) -> Batch:
 
 
 def char_step(case: Case, variant: str) -> Step:
-    """Return what takes one step of the character GPT."""
+    """Return a function that takes one step of the character GPT."""
     torch.manual_seed(0)
     model: Any = BigramLanguageModel(96, case.width, 4, case.layers, case.tokens)
     batch = char_batch(case)
@@ -121,7 +121,7 @@ def char_step(case: Case, variant: str) -> Step:
 
 
 def smollm2_step(case: Case, variant: str) -> Step:
-    """Return what takes one step of SmolLM2-135M."""
+    """Return a function that takes one step of SmolLM2-135M."""
     folder, batch = find_model().folder, token_batch(case)
     if variant in ("plain_full", "peft"):
         import transformers
@@ -146,7 +146,7 @@ def add_peft(model: Any, rank: int, **settings: Any) -> Any:
     import peft
 
     linears = [n for n, m in model.named_modules() if type(m) is nn.Linear]
-    if not settings:  # a real model's head stays as it is
+    if not settings:  # a real model's head is not adapted
         linears.remove("lm_head")
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linears, **settings)
     with warnings.catch_warnings():
@@ -155,7 +155,7 @@ def add_peft(model: Any, rank: int, **settings: Any) -> Any:
 
 
 def make_plain(model: nn.Module) -> None:
-    """Changes `model` in place: the reference layer instead of what apply_lora chose."""
+    """Changes `model` in place: plain LoRALinears instead of the layers that apply_lora chose."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoRALinear):
             plain = LoRALinear(layer.unwrap(), layer.rank, layer.alpha, scaling=layer.scaling)
@@ -163,7 +163,7 @@ def make_plain(model: nn.Module) -> None:
 
 
 def plain_step(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
-    """Return a step as a tutorial writes it."""
+    """Return a training step as a tutorial writes it."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
@@ -176,7 +176,7 @@ def plain_step(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
 
 
 def our_step(model: nn.Module, batch: Any, loss_fn: Any) -> Step:
-    """Return a step of the product's trainer."""
+    """Return a step of lora's trainer."""
     model.train()
     optimizer = build_optimizer(model, 1e-4, 0.0)
     return lambda: void(train_step(model, [batch], loss_fn, optimizer))
@@ -193,22 +193,22 @@ def void(value: object) -> None:
 
 
 def build(case: Case, variant: str) -> Step:
-    """Return what takes one step of `case` in this variant."""
+    """Return a function that takes one step of `case` in this variant."""
     return char_step(case, variant) if case.is_char else smollm2_step(case, variant)
 
 
 class Worker:
-    """A process of its own that takes steps of one variant when it is told to."""
+    """A subprocess that takes steps of one variant on request."""
 
     def __init__(self, name: str, variant: str, rank: int) -> None:
         command = [sys.executable, __file__, "--serve", name, variant, str(rank)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.ask(1)  # the model is built, and a first step is taken, which does not count
+        self.ask(1)  # builds the model and takes a first step, which does not count
 
     def ask(self, n_steps: int) -> Any:
-        """Return the seconds of `n_steps` steps; for 0 the peak megabytes, and the process ends."""
+        """Return the seconds of `n_steps` steps; for 0 the peak megabytes, and end the process."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         print(n_steps, file=self.process.stdin, flush=True)
@@ -219,7 +219,7 @@ class Worker:
 
 
 def serve(name: str, variant: str, rank: int) -> None:
-    """Be a worker: take steps when asked to."""
+    """Run as a worker: take steps on request."""
     step = build(replace(CASES[name], rank=rank), variant)
     with ExitStack() as entered:
         if variant not in ("plain_full", "peft"):  # the others are runs of our trainer
@@ -228,7 +228,7 @@ def serve(name: str, variant: str, rank: int) -> None:
 
 
 def answer(step: Step) -> None:
-    """Answer each number on standard input by one line."""
+    """Answer each number on standard input with one line of JSON."""
     for line in sys.stdin:
         seconds = []
         for _ in range(int(line)):
@@ -240,20 +240,18 @@ def answer(step: Step) -> None:
             return
 
 
-def measure(name: str, case: Case, contestants: list[Contestant]) -> list[dict[str, Any]]:
-    """Return one row for each variant and rank: medians and peaks of processes that take turns."""
-    workers = [Worker(name, variant, rank) for variant, rank in contestants]
+def measure(name: str, case: Case, variants: list[Variant]) -> list[dict[str, Any]]:
+    """Return a row for each variant and rank: medians and peaks of processes that alternate."""
+    workers = [Worker(name, variant, rank) for variant, rank in variants]
     seconds: list[list[float]] = [[] for _ in workers]
     for _ in range(case.rounds):
         for worker, times in zip(workers, seconds, strict=True):
             times += worker.ask(case.turn_steps)
     medians_ms = [1000 * statistics.median(times) for times in seconds]
-    ours = [
-        ms for (variant, _), ms in zip(contestants, medians_ms, strict=True) if variant == "ours"
-    ]
+    ours = [ms for (variant, _), ms in zip(variants, medians_ms, strict=True) if variant == "ours"]
     ours_ms = ours[0] if ours else math.nan  # of several ranks the first
     rows = []
-    for (variant, rank), step_ms, worker in zip(contestants, medians_ms, workers, strict=True):
+    for (variant, rank), step_ms, worker in zip(variants, medians_ms, workers, strict=True):
         row: dict[str, Any] = {"case": name, "variant": variant, "rank": rank}
         row |= {"step_ms": round(step_ms, 2), "peak_mb": round(worker.ask(0))}
         row["tokens_per_s"] = round(1000 * case.rows * case.tokens / step_ms)
@@ -267,8 +265,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=CASES)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--ranks", nargs="+", type=int, help="ours at these ranks, and no other")
-    parser.add_argument("--rounds", type=int, help="instead of the case's own number")
+    parser.add_argument("--ranks", nargs="+", type=int, help="ours alone, at these ranks")
+    parser.add_argument("--rounds", type=int, help="instead of the case's own number of rounds")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--out", type=Path, help="also append the JSON lines to this file")
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
@@ -279,10 +277,10 @@ def main() -> int:
         return 0
     for name in arguments.cases or (RANKED_CASES if arguments.ranks else CASES):
         case = replace(CASES[name], rounds=arguments.rounds or CASES[name].rounds)
-        contestants = [(variant, case.rank) for variant in arguments.variants]
+        variants = [(variant, case.rank) for variant in arguments.variants]
         if arguments.ranks:
-            contestants = [("ours", rank) for rank in arguments.ranks]
-        rows = measure(name, case, contestants)
+            variants = [("ours", rank) for rank in arguments.ranks]
+        rows = measure(name, case, variants)
         show(rows, arguments.json)
         if arguments.out:
             with arguments.out.open("a", encoding="utf-8") as file:

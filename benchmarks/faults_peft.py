@@ -1,10 +1,10 @@
-"""What PEFT with transformers' Trainer does under the faults that our own tests inject.
+"""PEFT with transformers' Trainer under the faults that our own tests inject.
 
     python benchmarks/faults_peft.py --out benchmarks/results/faults_peft.jsonl
 
 A minute or two on two cores: a random Llama of two blocks, LoRA of rank 4, checkpoints every five
-steps, as their documentation has it (Trainer(...).train(resume_from_checkpoint=True)). One JSON
-line a fault: what was done, what came of it, and whether anybody was told. Needs the extra `bench`.
+steps, used as documented (Trainer(...).train(resume_from_checkpoint=True)). Prints a JSON line per
+fault: what was done, the outcome, and whether the user learns of it (`told`). Needs lora-lm[bench].
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def train(folder: Path, settings: argparse.Namespace) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    class Tell(TrainerCallback):
+    class PrintProgress(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             print(f"step {state.global_step}", flush=True)
             time.sleep(settings.pause_s)
@@ -87,16 +87,16 @@ def train(folder: Path, settings: argparse.Namespace) -> None:
         disable_tqdm=True,
     )
     dataset = [{"input_ids": row, "labels": row} for row in rows]
-    trainer = Trainer(model=model, args=args, train_dataset=dataset, callbacks=[Tell()])
-    if settings.most_file_bytes:
+    trainer = Trainer(model=model, args=args, train_dataset=dataset, callbacks=[PrintProgress()])
+    if settings.max_file_bytes:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (settings.most_file_bytes,) * 2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (settings.max_file_bytes,) * 2)
     trainer.train(resume_from_checkpoint=True if settings.resume else None)
     model.save_pretrained(folder / "adapter")
 
 
 class Child:
-    """A training of theirs in a process of its own."""
+    """A run of Trainer in a subprocess."""
 
     def __init__(self, folder: Path, *words: str) -> None:
         self.folder = folder
@@ -110,7 +110,7 @@ class Child:
             )
 
     def wait_for(self, is_due: Callable[[], bool]) -> bool:
-        """Return whether `is_due` came true before the process ended."""
+        """Return whether `is_due` became true before the process ended."""
         while self.process.poll() is None:
             if is_due():
                 return True
@@ -123,14 +123,14 @@ class Child:
             self.process.send_signal(number)
         return self.process.wait(timeout=300)
 
-    def said(self) -> str:
-        """Return the last line that is no progress."""
+    def message(self) -> str:
+        """Return the last line of output that is not progress."""
         lines = [x for x in self.log.read_text(errors="replace").splitlines() if x.strip()]
-        told = [line for line in lines if not line.startswith(("step ", "loss "))]
-        return told[-1].strip()[:300] if told else ""
+        messages = [line for line in lines if not line.startswith(("step ", "loss "))]
+        return messages[-1].strip()[:300] if messages else ""
 
     def numbers(self, word: str) -> list[str]:
-        """Return what followed `word` on the lines that begin with it."""
+        """Return the value after `word` on each line that starts with it."""
         lines = self.log.read_text(errors="replace").splitlines()
         return [line.split()[1] for line in lines if line.startswith(f"{word} ")]
 
@@ -143,10 +143,10 @@ def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def compare(one: Path, other: Path) -> Row:
-    """Return whether two runs ended with the same adapter, and how far apart they are."""
+    """Return whether two runs ended with the same adapter, and their largest difference."""
     a, b = adapter_of(one), adapter_of(other)
-    furthest = max(float((a[name] - b[name]).abs().max()) for name in a)
-    return {"same_bytes": furthest == 0.0, "largest_difference": furthest}
+    largest = max(float((a[name] - b[name]).abs().max()) for name in a)
+    return {"same_bytes": largest == 0.0, "largest_difference": largest}
 
 
 def last_complete(folder: Path) -> int:
@@ -167,20 +167,20 @@ def killed_in_a_step(work: Path, whole: Path) -> Row:
     code = again.end()
     found = {"resume_exit_code": code, "steps_repeated": 13 - last_complete_before(again)}
     if code:
-        return {**found, "outcome": "the resume fails", "message": again.said(), "told": True}
+        return {**found, "outcome": "the resume fails", "message": again.message(), "told": True}
     same = compare(folder, whole)
     how = "ends with the same bytes" if same["same_bytes"] else "ends with other weights"
     return {**found, **same, "outcome": f"resumes and {how}", "told": same["same_bytes"]}
 
 
 def last_complete_before(child: Child) -> int:
-    """Return the step from which a resumed run went on."""
+    """Return the step from which a resumed run continued."""
     steps = child.numbers("step")
     return int(steps[0]) - 1 if steps else 0
 
 
 def killed_in_a_save(work: Path, whole: Path) -> Row:
-    """SIGKILL while a checkpoint lacks its trainer_state.json; tried until one is hit."""
+    """SIGKILL while a checkpoint lacks its trainer_state.json; repeated until that is hit."""
     for attempt in range(8):
         folder = work / f"killed-save-{attempt}"
         child = Child(folder)
@@ -210,7 +210,7 @@ def killed_in_a_save(work: Path, whole: Path) -> Row:
                 **found,
                 "resume_exit_code": code,
                 "outcome": outcome,
-                "message": again.said(),
+                "message": again.message(),
                 "told": True,
             }
         first = last_complete_before(again)
@@ -241,7 +241,7 @@ def resumed_otherwise(work: Path, whole: Path) -> Row:
     again = Child(folder, "--resume", "--rate", "5e-4", "--data-seed", "33")
     code = again.end()
     if code:
-        return {"outcome": "refused", "message": again.said(), "told": True}
+        return {"outcome": "refused", "message": again.message(), "told": True}
     words = [line for line in again.log.read_text().splitlines() if "match" in line.lower()]
     outcome = f"goes on with the new data {'with a line' if words else 'without a word'}"
     return {"outcome": outcome, "message": (words or [""])[0][:300], "told": bool(words)}
@@ -255,7 +255,7 @@ def nan_weight(work: Path, whole: Path) -> Row:
     losses = child.numbers("loss")
     found = {"exit_code": code, "losses_shown": sorted(set(losses))[:4], "steps": len(losses)}
     if code:
-        return {**found, "outcome": "the run stops", "message": child.said(), "told": True}
+        return {**found, "outcome": "the run stops", "message": child.message(), "told": True}
     bad = sum(not bool(torch.isfinite(t).all()) for t in adapter_of(folder).values())
     outcome = (
         f"trains all {len(losses)} steps, exits 0 and saves an adapter with {bad} of "
@@ -265,9 +265,9 @@ def nan_weight(work: Path, whole: Path) -> Row:
 
 
 def full_disk(work: Path, whole: Path) -> Row:
-    """No file may grow beyond 64 kB (RLIMIT_FSIZE), as on a disk with no room; then resume."""
+    """No file may grow beyond 64 kB (RLIMIT_FSIZE), as on a full disk; then resume."""
     folder = work / "full"
-    child = Child(folder, "--most-file-bytes", "65536")
+    child = Child(folder, "--max-file-bytes", "65536")
     code = child.end()
     steps = child.numbers("step")
     left = sorted(p.name for p in folder.glob("checkpoint-*"))
@@ -281,20 +281,20 @@ def full_disk(work: Path, whole: Path) -> Row:
     return {
         "exit_code": code,
         "outcome": outcome,
-        "message": child.said(),
-        "resume_message": again.said() if resumed else "",
+        "message": child.message(),
+        "resume_message": again.message() if resumed else "",
         "told": code != 0,
     }
 
 
 def two_at_once(work: Path, whole: Path) -> Row:
-    """A second run of the same output_dir while the first goes on."""
+    """A second run with the same output_dir while the first is running."""
     folder = work / "twice"
     first = Child(folder, "--pause-s", "0.05")
     first.wait_for(lambda: "6" in first.numbers("step"))
     second = Child(folder, "--pause-s", "0.05")
     codes = [first.end(), second.end()]
-    messages = [run.said() for run, code in zip((first, second), codes, strict=True) if code]
+    messages = [run.message() for run, code in zip((first, second), codes, strict=True) if code]
     both = codes == [0, 0]
     outcome = "both run and write over each other's checkpoints" if both else "one of them fails"
     return {"exit_codes": codes, "outcome": outcome, "messages": messages, "told": not both}
@@ -336,7 +336,7 @@ def message_of(error: Exception) -> str:
 
 
 def without_a_key(folder: Path) -> None:
-    """Changes the adapter in `folder`: one lora_B is gone."""
+    """Changes the adapter in `folder`: one lora_B is removed."""
     from safetensors.torch import load_file, save_file
 
     path = folder / "adapter_model.safetensors"
@@ -346,13 +346,13 @@ def without_a_key(folder: Path) -> None:
 
 
 def cut_in_half(folder: Path) -> None:
-    """Changes the adapter in `folder`: its file ends in the middle."""
+    """Changes the adapter in `folder`: its file is cut in half."""
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def flip_a_bit(folder: Path) -> None:
-    """Changes the adapter in `folder`: one exponent bit of the last value."""
+    """Changes the adapter in `folder`: one exponent bit of the last value is flipped."""
     path = folder / "adapter_model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 0x08
@@ -375,13 +375,13 @@ FAULTS: dict[str, Callable[[Path, Path], Row]] = {
 
 
 def main() -> int:
-    """Inject every fault, or be the child that is hurt."""
+    """Inject every fault, or run as the subprocess that suffers it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", type=Path)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--nan", action="store_true")
-    parser.add_argument("--most-file-bytes", type=int, default=0)
+    parser.add_argument("--max-file-bytes", type=int, default=0)
     parser.add_argument("--rate", type=float, default=5e-3)
     parser.add_argument("--data-seed", type=int, default=3)
     parser.add_argument("--pause-s", type=float, default=0.0)

@@ -1,18 +1,18 @@
-"""Does LoRA learn as well as full fine-tuning, each at its own best rate? Which rank, which rate?
+"""LoRA against full fine-tuning, each at its best learning rate; which rank, which learning rate.
 
     PYTHONPATH=. python benchmarks/findings.py orders rates --device cuda    # a few minutes
     PYTHONPATH=. python benchmarks/findings.py code shakespeare ranks        # an hour on two cores
     PYTHONPATH=. python benchmarks/findings.py code --smoke                  # to see that it runs
 
-orders       SmolLM2-135M-Instruct on the order notes of demo.py: three seeds, held-out loss, score
+orders       SmolLM2-135M-Instruct on demo.py's order notes, three seeds
 code         the character GPT from prose to code: three seeds
-shakespeare  the same, to the plays in the folder that LORA_BENCH_DATA names
-ranks        ranks 4, 8, 16 and 32, each at its best rate, on the order notes and on code
-rates        a grid of rates for LoRA and for full fine-tuning on the order notes
-methods      LoRA, full fine-tuning and PEFT on the order notes: time a step, peak memory
+shakespeare  the same, from prose to the plays in the folder that LORA_BENCH_DATA names
+ranks        ranks 4, 8, 16 and 32, each at its best learning rate, on the order notes and on code
+rates        a grid of learning rates for LoRA and full fine-tuning on the order notes
+methods      LoRA, full fine-tuning and PEFT on the order notes: time per step, peak memory
 
-Rates are chosen on one seed and on the held-out examples, as many tries for either method. Prints
-one JSON object a line, and writes into --out: QUESTION.jsonl, QUESTION.svg and .png, and all runs.
+Learning rates are chosen on one seed by validation loss, with as many trials for either method.
+Prints JSON lines, and writes into --out: QUESTION.jsonl, QUESTION.svg and .png, and all runs.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is trained."""
+    """How long to train, on how much data, how many trials."""
 
     orders_steps: int = 150
     char_steps: int = 600
@@ -65,7 +65,7 @@ class Sizes:
     notes: int = VALIDATION_NOTES
     answers: int = TEST_NOTES
     seeds: tuple[int, ...] = SEEDS
-    most_rates: int = 99
+    max_rates: int = 99
     ranks: tuple[int, ...] = RANKS
     is_smoke: bool = False
 
@@ -75,7 +75,7 @@ SMOKE = Sizes(3, 20, 60, 4, 2, (0, 1), 2, (4, 8), is_smoke=True)
 
 @dataclass(frozen=True)
 class Task:
-    """One question, and where and how it is asked."""
+    """One question, and where and how its runs are made."""
 
     name: str
     out: Path
@@ -84,28 +84,28 @@ class Task:
     sizes: Sizes
 
     def rates(self, all_of_them: tuple[float, ...]) -> tuple[float, ...]:
-        """Return the rates to try: those in the middle if only few shall be."""
-        most = self.sizes.most_rates
-        first = max(0, (len(all_of_them) - most) // 2)
-        return all_of_them[first : first + most]
+        """Return the learning rates to try: the middle ones if their number is limited."""
+        limit = self.sizes.max_rates
+        first = max(0, (len(all_of_them) - limit) // 2)
+        return all_of_them[first : first + limit]
 
     def run(self, name: str) -> RunConfig:
-        """Return where a run goes; it answers nothing on the way."""
+        """Return the settings of a run in this task's folder."""
         return RunConfig(
             out=self.out / self.name, name=name, device=self.device, samples=2, sample_tokens=60
         )
 
 
 def main() -> int:
-    """Ask the questions that are named; return the exit code."""
+    """Answer the named questions; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("questions", nargs="+", choices=sorted(QUESTIONS))
     parser.add_argument("--out", type=Path, default=Path("runs") / "findings")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda …")
     parser.add_argument("--model", help="as in lora finetune; left out, SmolLM2-135M-Instruct")
     parser.add_argument("--smoke", action="store_true", help="few steps, to see that it runs")
-    parser.add_argument("--steps", type=int, help="of each run on the order notes")
-    parser.add_argument("--char-steps", type=int, help="of each run of the character GPT")
+    parser.add_argument("--steps", type=int, help="steps of each run on the order notes")
+    parser.add_argument("--char-steps", type=int, help="steps of each run of the character GPT")
     arguments = parser.parse_args()
     sizes = SMOKE if arguments.smoke else Sizes()
     sizes = replace(sizes, orders_steps=arguments.steps or sizes.orders_steps)
@@ -117,7 +117,7 @@ def main() -> int:
 
 
 def ask(task: Task) -> None:
-    """Print and keep what `task` finds, and draw it."""
+    """Print, save and plot the rows of `task`."""
     question, draw = QUESTIONS[task.name]
     task.out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
@@ -138,7 +138,7 @@ def ask(task: Task) -> None:
 
 
 def ask_orders(task: Task) -> Iterator[Row]:
-    """SmolLM2 on the order notes; scores on notes of the test part, which chose nothing."""
+    """SmolLM2 on the order notes, scored on the test part, which no choice depends on."""
 
     def target(seed: int) -> DecoderTarget:
         return orders_target(task, seed)
@@ -163,7 +163,7 @@ def ask_shakespeare(task: Task) -> Iterator[Row]:
 
 
 def char_sides(task: Task, data_path: str) -> Iterator[Row]:
-    """Both sides of the character GPT on one text."""
+    """LoRA and full fine-tuning of the character GPT on one text."""
     settings, base = char_base(task, data_path)
 
     def target(seed: int) -> FactoryTarget:
@@ -176,18 +176,20 @@ def both_sides(
     task: Task,
     target: Callable[[int], Any],
     train: TrainConfig,
-    tries: tuple[tuple[float, ...], tuple[float, ...]],
+    trial_rates: tuple[tuple[float, ...], tuple[float, ...]],
 ) -> Iterator[Row]:
-    """Choose each side's rate on the first seed, then train both sides with every seed."""
+    """Choose each method's learning rate on the first seed, then train both with every seed."""
     first, *others = task.sizes.seeds
-    rates = LearningRates(task.rates(tries[0]), task.rates(tries[1]), rate_steps=train.steps)
+    rates = LearningRates(
+        task.rates(trial_rates[0]), task.rates(trial_rates[1]), rate_steps=train.steps
+    )
     config = CompareConfig(
         train=replace(train, seed=first), run=task.run(f"seed{first}"), rates=rates, isolated=False
     )
     found = compare(target(first), config).comparison
     for member in found.members:
-        for tried in member.rates_tried:
-            yield {"kind": "rate", "method": member.method, "seed": first, **asdict(tried)}
+        for trial in member.rates_tried:
+            yield {"kind": "rate", "method": member.method, "seed": first, **asdict(trial)}
     yield from member_rows(found)
     lora, full = found.members
     for seed in others:
@@ -203,21 +205,21 @@ def both_sides(
 def member_rows(found: Comparison) -> Iterator[Row]:
     """Yield a row for each member of a comparison."""
     for member in found.members:
-        kept = asdict(member)
+        fields = asdict(member)
         for name in ("samples", "rates_tried", "folder", "name", "rate_chosen"):
-            del kept[name]
+            del fields[name]
         yield {
             "kind": "member",
             "base": found.base,
             "device": found.device,
             "seed": found.seed,
             "eval_loss_before": found.base_eval_loss,
-            **kept,
+            **fields,
         }
 
 
 def ask_methods(task: Task) -> Iterator[Row]:
-    """LoRA, full fine-tuning and PEFT, each a process of its own: time and memory."""
+    """LoRA, full fine-tuning and PEFT, each in its own process: time and memory."""
     found = compare(
         orders_target(task, 0),
         CompareConfig(
@@ -236,7 +238,7 @@ def ask_methods(task: Task) -> Iterator[Row]:
 
 
 def ask_ranks(task: Task) -> Iterator[Row]:
-    """Each rank at the best of a few rates, on the order notes and on code."""
+    """Each rank at the best of a few learning rates, on the order notes and on code."""
     sizes = task.sizes
     grid = Grid(
         rank=sizes.ranks, learning_rate=task.rates(RANK_RATES), alpha=("2r",), seed=sizes.seeds
@@ -251,20 +253,20 @@ def ask_ranks(task: Task) -> Iterator[Row]:
 
 
 def char_rank(task: Task, settings: ClassicSettings, base: Path) -> Iterator[Row]:
-    """Choose the rank's rate on the first seed, then train the other seeds with it."""
+    """Choose the rank's learning rate on the first seed, then train the other seeds with it."""
     first, *others = task.sizes.seeds
     train, rank = char_train(settings), settings.lora_rank
-    tried = char_tries(task, settings, base, first, task.rates(CHAR_RANK_RATES), train)
-    for one in tried:
+    trials = char_trials(task, settings, base, first, task.rates(CHAR_RANK_RATES), train)
+    for one in trials:
         yield {"seed": first, **asdict(one)}
-    best = best_rate(tried)
+    best = best_rate(trials)
     for seed in others if best is not None else ():
         own = replace(settings, lora_rank=rank)
-        for one in char_tries(task, own, base, seed, (best,), train):
+        for one in char_trials(task, own, base, seed, (best,), train):
             yield {"seed": seed, **asdict(one)}
 
 
-def char_tries(
+def char_trials(
     task: Task,
     settings: ClassicSettings,
     base: Path,
@@ -272,7 +274,7 @@ def char_tries(
     rates: tuple[float, ...],
     train: TrainConfig,
 ) -> list[Any]:
-    """Return the held-out loss of LoRA on the character GPT at each rate."""
+    """Return the validation loss of LoRA on the character GPT at each learning rate."""
     target = FactoryTarget(CharFactory(replace(settings, seed=seed), base))
     run = task.run("x")
     run = replace(run, out=run.out / f"code-rank{settings.lora_rank}-seed{seed}")
@@ -284,7 +286,7 @@ def char_tries(
 
 
 def ask_rates(task: Task) -> Iterator[Row]:
-    """A grid of rates for both methods on the order notes."""
+    """A grid of learning rates for both methods on the order notes."""
     sizes = task.sizes
     grid = Grid(rank=(8,), learning_rate=task.rates(GRID_LORA), seed=sizes.seeds)
     for row in swept(task, "lora", grid):
@@ -295,20 +297,20 @@ def ask_rates(task: Task) -> Iterator[Row]:
         run = replace(run, out=run.out / f"full-seed{seed}")
         target, member = orders_target(task, 0), MemberTask("full", replace(train, seed=seed), run)
         rates = task.rates(GRID_FULL)
-        for tried in run_rate_trials(target.run_member, member, rates, NoProgress()):
-            yield {"method": "full", "rank": None, "seed": seed, **asdict(tried)}
+        for trial in run_rate_trials(target.run_member, member, rates, NoProgress()):
+            yield {"method": "full", "rank": None, "seed": seed, **asdict(trial)}
 
 
 # ---- what the questions share
 
 
 def orders_train(steps: int) -> TrainConfig:
-    """Return the training on order notes, each of which is seen once."""
+    """Return the training settings for the order notes: one epoch."""
     return TrainConfig(steps=steps, batch_size=ORDERS_ROWS)
 
 
 def orders_target(task: Task, seed: int) -> DecoderTarget:
-    """Return SmolLM2 and its notes: validation notes choose, test notes are scored."""
+    """Return SmolLM2 and its data: validation notes for choices, test notes for scores."""
     sizes = task.sizes
     evaluation = EvaluationConfig(
         metric="json-fields",
@@ -326,7 +328,7 @@ def orders_target(task: Task, seed: int) -> DecoderTarget:
 
 
 def swept(task: Task, name: str, grid: Grid) -> Iterator[Row]:
-    """Yield the held-out loss of each candidate of one sweep on the order notes."""
+    """Yield the validation loss of each candidate of one sweep on the order notes."""
     target, train = orders_target(task, 0), orders_train(task.sizes.orders_steps)
     job = SweepJob(
         data=target.data,
@@ -338,12 +340,12 @@ def swept(task: Task, name: str, grid: Grid) -> Iterator[Row]:
         run=short_run(task.run(name), name, train.steps),
     )
     for candidate in sweep(job).candidates:
-        kept = {key: candidate.settings[key] for key in ("rank", "learning_rate", "seed")}
-        yield {**kept, "eval_loss": candidate.eval_loss if candidate.status == "done" else None}
+        chosen = {key: candidate.settings[key] for key in ("rank", "learning_rate", "seed")}
+        yield {**chosen, "eval_loss": candidate.eval_loss if candidate.status == "done" else None}
 
 
 def char_base(task: Task, data_path: str) -> tuple[ClassicSettings, Path]:
-    """Return the settings of the character GPT, and its base: prose learned from random weights."""
+    """Return the settings of the character GPT, and its base, trained on prose from scratch."""
     from lora.device import choose_device
     from training import find_base
 
@@ -363,7 +365,7 @@ def char_base(task: Task, data_path: str) -> tuple[ClassicSettings, Path]:
 
 
 def char_train(settings: ClassicSettings) -> TrainConfig:
-    """Return the training that both sides share; a rate comes with each run."""
+    """Return the training settings of both methods; each run adds its learning rate."""
     return replace(settings.train_config(), learning_rate=None)
 
 

@@ -1,4 +1,4 @@
-"""The pictures of `findings.py`: made from its rows, also from a file of them.
+"""Plots for `findings.py`, from its rows or from a file of them.
 
 python benchmarks/findings_pictures.py rates benchmarks/results/findings.jsonl rates.svg
 """
@@ -21,27 +21,25 @@ SUFFIXES = (".svg", ".png")
 
 
 def draw_sides(rows: list[Row], path: Path) -> None:
-    """Write, beside each other, the tries of rates and the runs of all seeds at the best."""
+    """Plot the learning-rate trials and, beside them, all seeds at the best learning rate."""
     figure, (left, right) = _figure(2)
     tried = [row for row in rows if row["kind"] == "rate" and row["eval_loss"] is not None]
     _draw_rates(left, tried)
-    left.set_title("tries of one seed")
+    left.set_title("learning-rate trials of one seed")
     members = [row for row in rows if row["kind"] == "member"]
-    for place, (method, (_, colour, _, marker)) in enumerate(METHODS.items()):
+    for x, (method, (_, colour, _, marker)) in enumerate(METHODS.items()):
         losses = [row["final_eval_loss"] for row in members if row["method"] == method]
-        right.scatter([place] * len(losses), losses, color=colour, marker=marker, zorder=3)
-        right.hlines(_mean(losses), place - 0.2, place + 0.2, color=colour)
-        right.annotate(
-            f"{_mean(losses):.4f}", (place + 0.23, _mean(losses)), va="center", color=colour
-        )
+        right.scatter([x] * len(losses), losses, color=colour, marker=marker, zorder=3)
+        right.hlines(_mean(losses), x - 0.2, x + 0.2, color=colour)
+        right.annotate(f"{_mean(losses):.4f}", (x + 0.23, _mean(losses)), va="center", color=colour)
     right.set_xticks(range(len(METHODS)), [name for name, *_ in METHODS.values()])
     right.set_xlim(-0.5, len(METHODS) - 0.3)
-    right.set_title("each seed at the best rate; line: mean")
-    _save(figure, path, f"{rows[0]['question']}: held-out loss, nats a token")
+    right.set_title("all seeds at the best learning rate; line: mean")
+    _save(figure, path, f"{rows[0]['question']}: validation loss, nats per token")
 
 
 def draw_ranks(rows: list[Row], path: Path) -> None:
-    """Write held-out loss against rank, each rank at its best rate: one panel a task."""
+    """Plot validation loss against rank, each at its best learning rate: one panel per task."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure, panels = _figure(len(tasks))
     for axes, task in zip(panels, tasks, strict=True):
@@ -54,21 +52,21 @@ def draw_ranks(rows: list[Row], path: Path) -> None:
         axes.plot(ranks, [_mean(best[rank][1]) for rank in ranks], color=COLOURS[0])
         axes.set_xscale("log", base=2)
         axes.set_xticks(ranks, [f"{rank}\n{best[rank][0]:g}" for rank in ranks])
-        axes.set_xlabel("rank, and its best rate")
+        axes.set_xlabel("rank, and its best learning rate")
         axes.set_title(task)
         axes.margins(0.12)
-    _save(figure, path, "held-out loss against rank, each at its best rate; dots: seeds")
+    _save(figure, path, "validation loss against rank, each at its best learning rate; dots: seeds")
 
 
 def draw_methods(rows: list[Row], path: Path) -> None:
-    """Write time a step, peak memory and held-out loss of each member as bars."""
+    """Plot time per step, peak memory and validation loss of each member as bars."""
     members = [row for row in rows if row["kind"] == "member"]
     names = [{"lora": "LoRA", "full": "full", "peft": "PEFT"}[row["method"]] for row in members]
     figure, panels = _figure(3)
     shown = (
-        ("ms a step", [1000 * row["step_s_median"] for row in members]),
+        ("ms per step", [1000 * row["step_s_median"] for row in members]),
         ("peak memory, GB", [row["peak_memory_bytes"] / 1e9 for row in members]),
-        ("held-out loss at the end, nats", [row["final_eval_loss"] for row in members]),
+        ("final validation loss, nats", [row["final_eval_loss"] for row in members]),
     )
     for axes, (title, values) in zip(panels, shown, strict=True):
         bars = axes.bar(names, values, color=COLOURS[: len(names)])
@@ -79,13 +77,13 @@ def draw_methods(rows: list[Row], path: Path) -> None:
 
 
 def draw_rates(rows: list[Row], path: Path) -> None:
-    """Write held-out loss against rate for both methods."""
+    """Plot validation loss against learning rate for both methods."""
     figure, (axes,) = _figure(1)
     _draw_rates(axes, [row for row in rows if row["eval_loss"] is not None])
     best = {m: _at_best([row for row in rows if row["method"] == m])[0] for m in METHODS}
     _save(
         figure, path,
-        f"lowest mean: LoRA {best['lora']:g}, full {best['full']:g} (areas: the seeds)",
+        f"lowest mean: LoRA {best['lora']:g}, full {best['full']:g} (shaded: range over seeds)",
     )  # fmt: skip
 
 
@@ -107,14 +105,14 @@ def _draw_rates(axes: Any, rows: list[Row]) -> None:
 
 
 def _at_best(rows: list[Row]) -> tuple[float, list[float]]:
-    """Return the rate of the lowest loss (mean over what was run), and the losses there."""
+    """Return the learning rate with the lowest mean loss, and the losses there."""
     losses: dict[float, list[float]] = {}
     for row in rows:
         loss = math.inf if row["eval_loss"] is None else row["eval_loss"]
         losses.setdefault(row["learning_rate"], []).append(loss)
-    most = max(map(len, losses.values()))
-    whole = {rate: values for rate, values in losses.items() if len(values) == most}
-    return min(whole.items(), key=lambda item: _mean(item[1]))
+    n_seeds = max(map(len, losses.values()))
+    complete = {rate: values for rate, values in losses.items() if len(values) == n_seeds}
+    return min(complete.items(), key=lambda item: _mean(item[1]))
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -133,7 +131,7 @@ def _figure(n_panels: int) -> tuple[Any, list[Any]]:
     for axes in panels:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_ylabel("held-out loss (nats a token)")
+        axes.set_ylabel("validation loss (nats per token)")
     return figure, list(panels)
 
 
@@ -152,7 +150,7 @@ def _save(figure: Any, path: Path, title: str) -> None:
 
 
 def main() -> None:
-    """Draw one question's picture from a file of rows."""
+    """Plot one question from a file of rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("question")
     parser.add_argument("rows", type=Path)

@@ -3,10 +3,10 @@
     python benchmarks/gpu_curves.py --out benchmarks/results/gpu_curves_h200.jsonl
 
 200 steps of LoRA on Python's own documentation (pydoc's topics): the fast step, the plain one, the
-plain one from another draw of A, whose distance is the noise that the fast step is held against,
-and the fast step over a base in fp8. Held-out losses are those of the base that was trained on, and
-of the fp8 run also with its adapter on the base as it was. Prints one JSON object a run, then one
-with the distances; --picture draws the curves.
+plain one with another random A (the distance to it is the noise level), and the fast step over an
+FP8 base. Validation losses are measured on the base that was trained on, and for each adapter also
+on the unquantised base. Prints a JSON line per run, then one with the distances; --picture plots
+the curves.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def run_once(
     draw: int = 0,
     base_dtype: BaseDtype = "auto",
 ) -> dict:
-    """Return losses, held-out loss and time of one run."""
+    """Return training losses, validation losses and times of one run."""
     texts = [{"text": text} for _, text in sorted(pydoc_data.topics.topics.items())]
     held_out = texts[::20]
     job = FinetuneJob(
-        data=[text for place, text in enumerate(texts) if place % 20],
+        data=[text for index, text in enumerate(texts) if index % 20],
         eval_data=held_out,
         model=model,
         base_dtype=base_dtype,
@@ -81,7 +81,7 @@ def run_once(
 
 
 def on_plain_base(model: str | None, adapter: Path, held_out: list[dict]) -> float:
-    """Return the held-out loss of the adapter in `adapter` on the base as its folder has it."""
+    """Return the validation loss of the adapter in `adapter` on the unquantised base."""
     source, choice = find_model(model), choose_device()
     decoder = load_decoder(source.folder, dtype=choice.compute_dtype, device=choice.device)
     load_adapter(decoder, adapter)
@@ -91,7 +91,7 @@ def on_plain_base(model: str | None, adapter: Path, held_out: list[dict]) -> flo
 
 
 def distance(one: list[float], other: list[float]) -> float:
-    """Return the mean distance of two curves, nats."""
+    """Return the mean absolute difference of two curves, in nats."""
     return statistics.fmean(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
@@ -101,7 +101,7 @@ def mean_of_last(losses: list[float]) -> float:
 
 
 def draw_curves(runs: list[dict], path: Path) -> None:
-    """Write a picture of the runs' losses to `path`."""
+    """Plot the runs' losses into `path`."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -120,9 +120,9 @@ def draw_curves(runs: list[dict], path: Path) -> None:
 
 
 def main() -> int:
-    """Run the jobs and compare."""
+    """Run the jobs and compare their curves."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", help="as lora finetune's; left out, the default model")
+    parser.add_argument("--model", help="as in lora finetune; by default SmolLM2-135M-Instruct")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path, help="also write the lines to this file")
     parser.add_argument("--picture", type=Path, help="draw the curves into this file")

@@ -1,13 +1,13 @@
-"""What a frozen base in eight bits costs and saves on a GPU, part by part.
+"""Time of each part of a step over a frozen FP8 base on a GPU, against bf16.
 
     python benchmarks/gpu_fp8.py --out benchmarks/results/gpu_fp8_h200.jsonl
     python benchmarks/gpu_fp8.py --shapes 1B
 
-For the four projections of an 8B and a 1B model at 8192 tokens: the product in bf16 and in fp8
-(rows of either side scaled; sums in the matrix units' own width or in fp32; scales a tensor, a row
-or a block), what rounding rows costs alone and within the kernel that makes them, LoRA's small
-products and adding them, and turning weights around. Prints a JSON object a line: microseconds, the
-median of groups of calls, and TFLOP/s or GB/s. Takes half a minute.
+For the four projections of an 8B and a 1B model at 8192 tokens: the GEMM in bf16 and in FP8 (one
+scale per tensor, row or block; accumulation in the tensor cores' own width or in fp32), quantising
+activations in a kernel of its own and fused into the kernel that produces them, LoRA's low-rank
+matmuls, and transposing weights. Prints JSON lines: microseconds (the median over groups of calls)
+and TFLOP/s or GB/s. Takes half a minute.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SHAPES = {  # projection: inputs, outputs, linears with LoRA
 
 
 def measure(function: Callable[[], Any]) -> float:
-    """Return microseconds a call, the median of a few groups."""
+    """Return microseconds per call, the median of a few groups of calls."""
     for _ in range(3):
         function()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(GROUPS + 1)]
@@ -60,7 +60,7 @@ def measure(function: Callable[[], Any]) -> float:
 
 
 def fp8_rows(rows: int, width: int, *, factors: bool = False) -> Fp8Rows:
-    """Return room for rows in eight bits, filled with random ones."""
+    """Return a buffer of FP8 rows, filled with random values."""
     into = Fp8Rows(
         torch.empty(rows, width, dtype=FP8, device="cuda"),
         torch.empty(rows, 1, device="cuda"),
@@ -70,8 +70,8 @@ def fp8_rows(rows: int, width: int, *, factors: bool = False) -> Fp8Rows:
     return into
 
 
-def products(inputs: int, outputs: int) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield the ways to multiply (N, I) by (O, I), by name."""
+def gemms(inputs: int, outputs: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield the ways to compute x Wᵀ for x (N, I) and W (O, I), by name."""
     x = torch.randn(TOKENS, inputs, device="cuda", dtype=torch.bfloat16)
     w = torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16) * 0.02
     out = torch.empty(TOKENS, outputs + 16, device="cuda", dtype=torch.bfloat16)
@@ -99,7 +99,7 @@ def products(inputs: int, outputs: int) -> Iterator[tuple[str, Callable[[], Any]
 
 
 def low_rank(inputs: int, outputs: int, linears: int) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield LoRA's products beside, forward."""
+    """Yield LoRA's low-rank matmuls, forward and backward, by name."""
     width = -(-linears * RANK // 16) * 16
     x = torch.randn(TOKENS, inputs + width, device="cuda", dtype=torch.bfloat16)
     a = torch.randn(width, inputs, device="cuda", dtype=torch.bfloat16)
@@ -114,17 +114,17 @@ def low_rank(inputs: int, outputs: int, linears: int) -> Iterator[tuple[str, Cal
 
 
 def makers(hidden: int, feed: int, qkv: int) -> Iterator[tuple[str, int, Callable[[], Any]]]:
-    """Yield the kernels that make rows, without and with codes, and the bytes that they move."""
+    """Yield the kernels that produce activations, with and without codes, and the bytes moved."""
     draw = {"device": "cuda", "dtype": torch.bfloat16}
     n, c, f = TOKENS, hidden, feed
     x, delta, total, normed = (torch.randn(n, c, **draw) for _ in range(4))
     weight, rstd = torch.ones(c, **draw), torch.ones(n, device="cuda")
     gate_up, activated = torch.randn(n, 2 * f, **draw), torch.randn(n, f, **draw)
-    again = torch.empty(n, f, **draw)
+    recomputed = torch.empty(n, f, **draw)
     wide = torch.randn(n, qkv, **draw)
     narrow, middle = fp8_rows(n, c, factors=True), fp8_rows(n, f)
     double = fp8_rows(n, 2 * f, factors=True)
-    passing = fp8_rows(n, qkv, factors=True)
+    scratch = fp8_rows(n, qkv, factors=True)
     for name, rows in (("", None), (" and codes", narrow)):
         plain = Fp8Rows(narrow.codes, narrow.scales) if rows else None
         more = n * c if rows else 0
@@ -154,7 +154,7 @@ def makers(hidden: int, feed: int, qkv: int) -> Iterator[tuple[str, int, Callabl
         yield (
             f"swiglu_backward{name}",
             size,
-            lambda rows=rows: swiglu.swiglu_backward_triton(gate_up, activated, again, rows),
+            lambda rows=rows: swiglu.swiglu_backward_triton(gate_up, activated, recomputed, rows),
         )
     for width, source, rows in ((c, x, narrow), (f, activated, middle), (2 * f, gate_up, double)):
         yield (
@@ -162,32 +162,32 @@ def makers(hidden: int, feed: int, qkv: int) -> Iterator[tuple[str, int, Callabl
             3 * n * width,
             lambda source=source, rows=rows: quantise_rows_triton(source, rows),
         )
-    yield f"quantise {qkv}", 3 * n * qkv, lambda: quantise_rows_triton(wide, passing)
+    yield f"quantise {qkv}", 3 * n * qkv, lambda: quantise_rows_triton(wide, scratch)
 
 
-def turning(inputs: int, outputs: int) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield ways to turn a weight around."""
+def transposes(inputs: int, outputs: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield ways to transpose a weight's FP8 codes."""
     weight, out = fp8_rows(outputs, inputs).codes, fp8_rows(inputs, outputs).codes
     yield "turned by Triton", lambda: transpose_codes_triton(weight, out)
     yield "turned by torch", lambda: out.view(torch.uint8).copy_(weight.view(torch.uint8).T)
 
 
-def of_products(name: str) -> Iterator[dict[str, Any]]:
-    """Yield what was measured of the products of one model's shapes."""
+def measure_gemms(name: str) -> Iterator[dict[str, Any]]:
+    """Yield the measurements of the matmuls of one model's shapes."""
     for projection, (inputs, outputs, linears) in SHAPES[name].items():
         for way, (i, o) in (("forward", (inputs, outputs)), ("backward", (outputs, inputs))):
-            for kind, function in products(i, o):
+            for kind, function in gemms(i, o):
                 row = {"model": name, "part": f"{projection} {way}", "kind": kind}
                 yield timed(row, function, flops=2 * TOKENS * i * o)
         for kind, function in low_rank(inputs, outputs, linears):
             yield timed({"model": name, "part": f"{projection} LoRA", "kind": kind}, function)
-        for kind, function in turning(inputs, outputs):
+        for kind, function in transposes(inputs, outputs):
             row = {"model": name, "part": projection, "kind": kind}
             yield timed(row, function, n_bytes=2 * inputs * outputs)
 
 
-def of_makers(name: str) -> Iterator[dict[str, Any]]:
-    """Yield what was measured of the kernels that make rows."""
+def measure_makers(name: str) -> Iterator[dict[str, Any]]:
+    """Yield the measurements of the kernels that produce activations."""
     shapes = SHAPES[name]
     hidden, feed, qkv = shapes["output"][0], shapes["down"][0], shapes["qkv"][1]
     for kind, n_bytes, function in makers(hidden, feed, qkv):
@@ -197,7 +197,7 @@ def of_makers(name: str) -> Iterator[dict[str, Any]]:
 def timed(
     row: dict[str, Any], function: Callable[[], Any], *, flops: int = 0, n_bytes: int = 0
 ) -> dict[str, Any]:
-    """Return `row` with what was measured, or with why not."""
+    """Return `row` with the measurement, or with the error under "failed"."""
     try:
         us = measure(function)
     except (RuntimeError, ValueError) as error:
@@ -211,17 +211,19 @@ def timed(
 
 
 def main() -> int:
-    """Measure all shapes asked for; print JSON lines."""
+    """Measure the chosen shapes; print JSON lines."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--out", type=Path, help="also append the lines to this file")
-    parser.add_argument("--makers", action="store_true", help="only the kernels that make rows")
+    parser.add_argument(
+        "--makers", action="store_true", help="only the kernels that produce activations"
+    )
     arguments = parser.parse_args()
     hardware = f"one {torch.cuda.get_device_name()}"
     torch.manual_seed(0)
     for name in arguments.shapes:
-        found = () if arguments.makers else of_products(name)
-        for row in itertools.chain(found, of_makers(name)):
+        found = () if arguments.makers else measure_gemms(name)
+        for row in itertools.chain(found, measure_makers(name)):
             line = json.dumps({**row, "hardware": hardware, "torch": torch.__version__})
             print(line, flush=True)
             if arguments.out:

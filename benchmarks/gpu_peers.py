@@ -1,7 +1,7 @@
-"""The peers of `gpu_step.py`, as their users run them: transformers, PEFT, Liger, Unsloth.
+"""The peers that `gpu_step.py` measures, used as documented: transformers, PEFT, Liger, Unsloth.
 
 Each function takes a shape and a rank and returns step_ms, peak_gb and start_s of bf16 training
-with fused AdamW, without reading the loss in between.
+with fused AdamW, without reading the loss between steps.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 
 class PeerMissing(Exception):
-    """A peer's package is not installed; says which."""
+    """A peer's package is not installed; the message names it."""
 
 
 def build_llama(shape: Any) -> Any:
@@ -47,7 +47,7 @@ def add_peft(model: Any, rank: int) -> Any:
 
 
 def measure(model: Any, shape: Any, build_s: float) -> dict[str, Any]:
-    """Return the median of steps over random tokens."""
+    """Return step_ms (the median over random batches), peak_gb, start_s and build_s."""
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
@@ -114,7 +114,7 @@ def peft_liger(shape: Any, rank: int) -> dict[str, Any]:
 
 
 def peft_liger_recompute(shape: Any, rank: int) -> dict[str, Any]:
-    """The same with transformers' gradient checkpointing: whole blocks are made again."""
+    """The same with transformers' gradient checkpointing: whole blocks are recomputed."""
     _use_liger()
 
     def build() -> Any:

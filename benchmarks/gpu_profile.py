@@ -1,4 +1,4 @@
-"""Where the time of our step goes on a GPU: kernels of one step, by time.
+"""Profile of one of our training steps on a GPU: its kernels by time.
 
 python benchmarks/gpu_profile.py --case 1B-4x2048 --variant ours_lora
 python benchmarks/gpu_profile.py --case 8B-4x2048 --variant ours_lora_cheap --json

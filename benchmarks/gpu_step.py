@@ -1,4 +1,4 @@
-"""One training step on a GPU: ours beside the peers, each in a process of its own.
+"""One training step on a GPU: ours against the peers, each in its own process.
 
     python benchmarks/gpu_step.py                              # all cases and variants, minutes
     python benchmarks/gpu_step.py --cases 135M-4x512 --variants ours_lora peft
@@ -6,13 +6,12 @@
     python benchmarks/gpu_step.py --out benchmarks/results/gpu_step_h200.jsonl
 
 Random Llama-shaped weights in bf16, rank 16 on all linears, AdamW. "Ours" goes through the trainer
-and the real loader; `packed` variants read rows of several documents. Prints one JSON object a
-line. step_ms is the median of steps after the warm-up, peak_gb (10⁹ bytes) the allocator's peak,
-start_s the time from building the step to the end of the first one, its compilation included
-(of rows of 32,768 tokens and more, which have no graph, nearly to the end of the second);
-planned_gb what `lora.fast.memory.fast_step` said of it beforehand. model_tflops counts the matmuls
-with weights: forward, backward and, where weights train, their gradients; neither attention nor
-what is recomputed.
+and the real loader; `packed` variants read packed sequences. Prints JSON lines. step_ms is the
+median of steps after the warm-up, peak_gb (10⁹ bytes) the allocator's peak, start_s the time from
+building the step to the end of the first one, its compilation included (for sequences of 32,768
+tokens and more, which have no graph, nearly to the end of the second), planned_gb what
+`lora.fast.memory.fast_step` planned. model_tflops counts the matmuls with weights: forward,
+backward and, where weights train, their gradients; neither attention nor recomputation.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ RANK = 16
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's sizes and a step's."""
+    """The sizes of a model and of a training step."""
 
     hidden: int
     layers: int
@@ -81,7 +80,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Of the matrix products, the head once."""
+        """Number of parameters in matmuls, the head included once."""
         kv = self.shared * self.head_dim
         block = self.hidden * (2 * self.hidden + 2 * kv + 3 * self.feed_forward)
         return self.layers * block + self.vocabulary * self.hidden
@@ -96,7 +95,7 @@ CASES = {
     "8B-1x131072": Shape(4096, 32, 32, 8, 14336, 128256, 1, 131072, False, 1, 2),
 }
 MEMORY_GB = {"ours_lora_cheap": 32.0}
-"""What a mode may hold; without it a mode holds what is free."""
+"""The memory budget of a mode; the default is the free memory."""
 OURS = (
     "ours_lora",
     "ours_lora_auto",
@@ -116,8 +115,8 @@ OURS = (
     "theirs_lora_captured",
     "theirs_lora_compiled",
 )
-"""`theirs`: transformers' model through `apply_lora` and our trainer. auto, cheap, full and offload
-are memory modes of `lora finetune --memory`; without one it is none. fp8 is `--base-dtype fp8`."""
+"""`theirs` is transformers' model with `apply_lora` and our trainer. auto, cheap, full and offload
+are modes of `lora finetune --memory`; without one it is none. fp8 is `--base-dtype fp8`."""
 MODE_OF = {"ours_lora_offload": "full+offload", "ours_lora_fp8_offload": "full+offload"}
 
 
@@ -167,7 +166,7 @@ def build_model(shape: Shape, dtype: torch.dtype, *, fp8: bool = False) -> Decod
 
 
 def build_stream(shape: Shape, device: torch.device | str, *, packed: bool) -> BatchStream:
-    """Return the real loader over random tokens: one document a row, or several."""
+    """Return the real loader over random tokens: one document per sequence, or packed ones."""
     import numpy as np
 
     draw = np.random.default_rng(0)
@@ -185,7 +184,7 @@ def build_stream(shape: Shape, device: torch.device | str, *, packed: bool) -> B
 
 
 def time_ours(shape: Shape, variant: str) -> dict[str, Any]:
-    """Return what a run through the trainer took."""
+    """Return the time and memory of a run through the trainer."""
     full, plain = variant == "ours_full", variant.endswith("plain")
     choice = choose_device("cuda")
     fit = None if full else fit_mode(shape, variant)
@@ -225,7 +224,7 @@ def time_ours(shape: Shape, variant: str) -> dict[str, Any]:
         rows = read_rows(run.folder / "timings.jsonl")
         losses = [row["loss"] for row in read_rows(run.folder / "metrics.jsonl")]
     seconds = [row["step_s"] for row in rows]
-    # A step is read while the next one runs, so nothing is left for the last row.
+    # A step's result is read while the next one runs, so the last row's time is too short.
     timed = sorted(seconds[shape.warm_up_steps : -1])
     return {
         "step_ms": 1000 * timed[len(timed) // 2],
@@ -238,7 +237,7 @@ def time_ours(shape: Shape, variant: str) -> dict[str, Any]:
 
 
 def fit_mode(shape: Shape, variant: str) -> MemoryFit | None:
-    """Return what a variant of the fast step keeps of its blocks."""
+    """Return which activations a variant of the fast step stores, recomputes or offloads."""
     kind = variant.removeprefix("ours_lora").replace("_fp8", "")
     if not variant.startswith("ours_lora") or kind in ("_captured", "_plain"):
         return None
@@ -250,16 +249,16 @@ def fit_mode(shape: Shape, variant: str) -> MemoryFit | None:
     plan = FastPlan(model, shape.rows, shape.tokens, packed=is_packed)
     if kind in ("", "_packed"):
         return fit_memory(plan, "none", None)
-    room = torch.cuda.mem_get_info()[0] * USABLE_MEMORY_FRACTION
+    budget = torch.cuda.mem_get_info()[0] * USABLE_MEMORY_FRACTION
     if variant in MEMORY_GB:
-        room = MEMORY_GB[variant] * 1e9
-    return fit_memory(plan, MODE_OF.get(variant, kind[1:]), int(room))
+        budget = MEMORY_GB[variant] * 1e9
+    return fit_memory(plan, MODE_OF.get(variant, kind[1:]), int(budget))
 
 
 def build_steps(
     model: Any, choice: DeviceChoice, variant: str, fit: MemoryFit | None, config: TrainConfig
 ) -> StepRunner:
-    """Return what takes the steps of one of our variants."""
+    """Return the step runner of one of our variants."""
     if variant.endswith("plain"):
         return PlainStepRunner(model, loss_for(model), choice, config)
     if variant.endswith(("captured", "compiled")):
@@ -271,7 +270,7 @@ def build_steps(
 
 
 def measure_ceiling() -> float:
-    """Return the TFLOP/s of a large bf16 matrix product on random data."""
+    """Return the TFLOP/s of a large bf16 GEMM on random data."""
     size = 8192
     x, y = torch.randn(2, size, size, device="cuda", dtype=torch.bfloat16).unbind()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -286,7 +285,7 @@ def measure_ceiling() -> float:
 
 
 def run_child(case: str, variant: str) -> dict[str, Any]:
-    """Return the whole row of one case and variant, measured in this process."""
+    """Return the row of one case and variant, measured in this process."""
     shape = CASES[case]
     if variant in OURS:
         found = time_ours(shape, variant)
@@ -295,8 +294,8 @@ def run_child(case: str, variant: str) -> dict[str, Any]:
     ceiling = measure_ceiling()
     tokens = shape.rows * shape.tokens
     trains_all = variant == "ours_full" or variant.startswith("full_")
-    work = (6 if trains_all else 4) * shape.parameters * tokens
-    rate = work / (found["step_ms"] * 1e-3) / 1e12
+    flops = (6 if trains_all else 4) * shape.parameters * tokens
+    tflops = flops / (found["step_ms"] * 1e-3) / 1e12
     import transformers
     import triton
 
@@ -311,19 +310,19 @@ def run_child(case: str, variant: str) -> dict[str, Any]:
         },
         **{key: round(v, 2) if isinstance(v, float) else v for key, v in found.items()},
         "tokens_per_s": round(tokens / (found["step_ms"] * 1e-3)),
-        "model_tflops": round(rate, 1),
-        "share_of_ceiling": round(rate / ceiling, 3),
+        "model_tflops": round(tflops, 1),
+        "share_of_ceiling": round(tflops / ceiling, 3),
     }
 
 
 def main() -> int:
-    """Measure each case and variant in a process of its own; print JSON lines."""
+    """Measure each case and variant in its own process; print JSON lines."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     variants = [*OURS, *PEERS]
     parser.add_argument("--variants", nargs="+", choices=variants, default=variants)
     parser.add_argument("--out", type=Path, help="also append the lines to this file")
-    parser.add_argument("--limit-s", type=float, help="seconds after which a cell has failed")
+    parser.add_argument("--limit-s", type=float, help="seconds after which a case counts as failed")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -336,7 +335,7 @@ def main() -> int:
         return 0
     for case in arguments.cases:
         for variant in arguments.variants:
-            line = _in_process(case, variant, arguments.limit_s)
+            line = _in_subprocess(case, variant, arguments.limit_s)
             print(line, flush=True)
             if arguments.out:
                 with arguments.out.open("a", encoding="utf-8") as file:
@@ -344,7 +343,7 @@ def main() -> int:
     return 0
 
 
-def _in_process(case: str, variant: str, limit_s: float | None) -> str:
+def _in_subprocess(case: str, variant: str, limit_s: float | None) -> str:
     command = [sys.executable, __file__, "--child", "--cases", case, "--variants", variant]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit_s)

@@ -1,10 +1,10 @@
-"""The table and the picture of `gpu_step.py`'s lines.
+"""A table and a plot of the results of `gpu_step.py`.
 
     python benchmarks/gpu_table.py                       # the table, in Markdown
     python benchmarks/gpu_table.py --picture docs/pictures/gpu_step.svg
 
-Reads benchmarks/results/gpu_step_h200.jsonl; rows that it lacks come from
-gpu_step_h200_before.jsonl, an earlier run of the same program, and are marked with a star.
+Reads benchmarks/results/gpu_step_h200.jsonl; missing rows come from gpu_step_h200_before.jsonl, an
+earlier run of the same program, and are marked with a star.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAMES = {
     "ours_full": "full fine-tuning, ours",
     "ours_lora_plain": "LoRA, our plain step",
     "theirs_lora_compiled": "LoRA, transformers' model, our captured step, compiled",
-    "theirs_lora_captured": "the same, blocks as they are",
+    "theirs_lora_captured": "the same, not compiled",
     "theirs_lora_plain": "LoRA, transformers' model, our plain step",
     "ours_lora_captured": "LoRA, our decoder, captured step",
     "full_transformers": "full fine-tuning, transformers",
@@ -56,7 +56,7 @@ def read_rows() -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def make_table(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
-    """Return a Markdown table: ms a step / GB, and how many times ours is faster."""
+    """Return a Markdown table: ms per step / GB, and how many times faster ours is."""
     lines = ["| | " + " | ".join(CASES) + " |", "|---|" + "---|" * len(CASES)]
     for variant, name in NAMES.items():
         cells = [_cell(rows, case, variant) for case in CASES]
@@ -75,7 +75,7 @@ def _cell(rows: dict[tuple[str, str], dict[str, Any]], case: str, variant: str) 
 
 
 def draw(rows: dict[tuple[str, str], dict[str, Any]], path: Path) -> None:
-    """Write a picture of the steps' times to `path`."""
+    """Plot the times per step into `path`."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -83,26 +83,26 @@ def draw(rows: dict[tuple[str, str], dict[str, Any]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 3, figsize=(9.5, 3.0))
     for case, axis in zip(CASES, axes, strict=True):
-        there = [v for v in reversed(DRAWN) if (case, v) in rows]
-        times = [rows[case, v]["step_ms"] for v in there]
+        measured = [v for v in reversed(DRAWN) if (case, v) in rows]
+        times = [rows[case, v]["step_ms"] for v in measured]
         colors = [
-            "#c44e00" if "captured" in DRAWN[v] or v == "ours_lora" else "#8a9bb0" for v in there
+            "#c44e00" if "captured" in DRAWN[v] or v == "ours_lora" else "#8a9bb0" for v in measured
         ]
-        bars = axis.barh([DRAWN[v] for v in there], times, color=colors)
+        bars = axis.barh([DRAWN[v] for v in measured], times, color=colors)
         axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
         axis.set_title(f"{case.replace('-', ', ').replace('x', '×')} tokens", fontsize=9)
-        axis.set_xlabel("ms a step", fontsize=8)
+        axis.set_xlabel("ms per step", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.margins(x=0.18)
         axis.spines[["top", "right"]].set_visible(False)
-        if axis is not axes[0] and len(there) == len(DRAWN):
+        if axis is not axes[0] and len(measured) == len(DRAWN):
             axis.set_yticklabels([])
     figure.tight_layout()
     figure.savefig(path)
 
 
 def main() -> int:
-    """Print the table; draw the picture if a path is given."""
+    """Print the table; write the plot if a path is given."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()

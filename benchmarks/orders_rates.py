@@ -1,11 +1,11 @@
-"""Which rate, steps, rows and rank suit the order notes of demo.py? Asked of validation notes only.
+"""Learning rate, steps, batch size and rank for the order notes of demo.py, by validation scores.
 
     python benchmarks/orders_rates.py --rates 1e-3 --steps 2 --seeds 0 --notes 4     # a short look
     python benchmarks/orders_rates.py --rates 1e-3 2e-3 3e-3     # two hours on two cores
     python benchmarks/orders_rates.py --device cuda              # a few minutes on a GPU
 
-SmolLM2-135M-Instruct learns each candidate's notes once, in fp32, and then answers notes of the
-validation part. The test part is never looked at here. Prints one JSON object a line.
+SmolLM2-135M-Instruct is trained for one epoch per candidate, in fp32, and then answers notes of the
+validation part. The test part is never used here. Prints JSON lines.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SAMPLING = SamplingConfig(max_new_tokens=60)
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is tried."""
+    """The settings of one training run."""
 
     learning_rate: float
     steps: int
@@ -52,31 +52,33 @@ class Candidate:
 
 
 def main() -> None:
-    """Train and measure every combination of what the arguments name."""
+    """Train and measure every combination of the given values."""
     arguments = read_arguments()
     lists = arguments.rates, arguments.steps, arguments.rows, arguments.ranks, arguments.seeds
     for values in itertools.product(*lists):
-        row = try_candidate(Candidate(*values), arguments.notes, arguments.device)
+        row = run_candidate(Candidate(*values), arguments.notes, arguments.device)
         print(json.dumps(row), flush=True)
 
 
 def read_arguments() -> argparse.Namespace:
-    """Return what the command line asks for."""
+    """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3, 3e-3, 5e-3])
     parser.add_argument("--steps", type=int, nargs="+", default=[40, 60, 80])
-    parser.add_argument("--rows", type=int, nargs="+", default=[4], help="notes of a step")
+    parser.add_argument("--rows", type=int, nargs="+", default=[4], help="batch size")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--notes", type=int, default=60, help="validation notes that are answered")
+    parser.add_argument(
+        "--notes", type=int, default=60, help="number of validation notes to answer"
+    )
     parser.add_argument("--device", default="auto")
     return parser.parse_args()
 
 
-def try_candidate(candidate: Candidate, n_notes: int, device: str) -> dict[str, Any]:
-    """Return what the candidate is, and how it does on `n_notes` validation notes."""
+def run_candidate(candidate: Candidate, n_notes: int, device: str) -> dict[str, Any]:
+    """Return the candidate's settings and its results on `n_notes` validation notes."""
     with tempfile.TemporaryDirectory() as folder:
-        # No evaluation on the way: the validation notes are measured below.
+        # No evaluation during training: the validation notes are measured below.
         run = RunConfig(Path(folder), "run", eval_every_steps=candidate.steps, device=device)
         job = FinetuneJob(
             data=make_orders("train", candidate.steps * candidate.batch_size, candidate.seed),

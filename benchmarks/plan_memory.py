@@ -1,12 +1,12 @@
-"""Is a run's memory what its plan says? A grid of settings, each run in a process of its own.
+"""Planned against measured memory for a grid of settings, each run in its own process.
 
     python benchmarks/plan_memory.py                                  # SmolLM2, two cores, minutes
     python benchmarks/plan_memory.py --only lora-4x128 full-4x128     # a part of the grid
     python benchmarks/plan_memory.py --device cuda                    # random models on a GPU
-    python benchmarks/plan_memory.py --again FILE.jsonl      # the present plan of measured GPU runs
+    python benchmarks/plan_memory.py --again FILE.jsonl      # today's plans of measured GPU runs
 
-Each child trains for two steps through `lora.finetune` and reports what was planned before the
-weights were read and what was measured at the end. Prints one JSON object a line, then a table.
+Each process trains for two steps through `lora.finetune` and reports the memory planned before the
+weights were read and the memory measured at the end. Prints JSON lines.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Case:
     rows: int
     tokens: int
     rank: int | None = 8
-    """None: all weights train."""
+    """None: full fine-tuning."""
     micro_batches: int = 1
     packing: bool = True
     shape: str = "smollm2"
@@ -108,31 +108,33 @@ def make_folder(shape: str, folder: Path) -> str:
 
 
 def make_texts(case: Case, n_tokens: int) -> list[dict[str, Any]]:
-    """Return texts of many lengths, so that rows are packed or padded as real ones are."""
-    draw, texts, made = random.Random(0), [], 0
-    while made < n_tokens:
+    """Return texts of many lengths, so that sequences are packed or padded as real ones are."""
+    draw, texts, n_made = random.Random(0), [], 0
+    while n_made < n_tokens:
         n = draw.randint(case.tokens // 4, case.tokens - 2)
         texts.append({"text": " ".join(draw.choices(WORDS, k=n))})
-        made += n
+        n_made += n
     return texts
 
 
 def train_config(case: Case) -> TrainConfig:
-    """Return the settings of the run that `case` is measured with."""
+    """Return the training settings of `case`."""
     from lora.config import TrainConfig
 
     return TrainConfig(steps=2, batch_size=case.rows, micro_batches=case.micro_batches)
 
 
 def run_child(case: Case, device: str) -> dict[str, Any]:
-    """Return what `lora.finetune` planned and measured, in this process."""
+    """Return the memory that `lora.finetune` planned and measured, in this process."""
     from lora.config import DataConfig, LoRAConfig, RunConfig
     from lora.finetune import FinetuneJob, finetune
 
     with tempfile.TemporaryDirectory() as folder:
         model = None
         if case.shape != "smollm2":
-            model = str(Path(folder) / "model")  # made by a process of its own: memory is measured
+            model = str(
+                Path(folder) / "model"
+            )  # in a subprocess: this process's memory is measured
             command = [sys.executable, __file__, "--make", case.shape, model]
             subprocess.run(command, check=True)
         job = FinetuneJob(
@@ -150,7 +152,7 @@ def run_child(case: Case, device: str) -> dict[str, Any]:
 
 
 def plan_again(case: Case) -> int:
-    """Return the bytes planned now for a GPU case, no GPU needed: rows of texts, all learned."""
+    """Return the bytes planned now for a GPU case; needs no GPU."""
     import torch
 
     from lora.config import LoRAConfig
@@ -171,7 +173,7 @@ def plan_again(case: Case) -> int:
 
 
 def measure(name: str, device: str) -> dict[str, Any]:
-    """Return the row of one setting, run in a process of its own."""
+    """Return the row of one setting, run in a subprocess."""
     command = [sys.executable, __file__, "--child", name, "--device", device]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -180,12 +182,12 @@ def measure(name: str, device: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure the grid, or what is asked of it."""
+    """Measure the grid or a part of it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", choices=[*ON_CPU, *ON_GPU])
     parser.add_argument("--out", type=Path, help="also append the lines to this file")
-    parser.add_argument("--again", type=Path, help="plan the runs in this file anew")
+    parser.add_argument("--again", type=Path, help="plan the runs in this file again")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

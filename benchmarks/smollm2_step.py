@@ -1,10 +1,10 @@
-"""One training step of SmolLM2-135M: LoRA and full fine-tuning, ours and the peers'.
+"""One training step of SmolLM2-135M: LoRA and full fine-tuning, ours against the peers.
 
     python benchmarks/smollm2_step.py                 # 4×128 tokens, rank 8, about five minutes
     python benchmarks/smollm2_step.py --rounds 1      # a short look
 
-The variants take turns in one process, so that a change of the machine's speed hits all of them.
-The first round is not counted. Prints one JSON object a line; needs transformers and peft.
+The variants alternate in one process, so that a change of the machine's speed affects all of them.
+The first round is not counted. Prints JSON lines; needs transformers and peft.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Variant = tuple[nn.Module, Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]]
 
 
 def build_variants(folder: Path, rank: int) -> dict[str, Variant]:
-    """Return the models that are compared, by name."""
+    """Return the compared models and their loss functions, by name."""
     import peft
     import transformers
 
@@ -56,7 +56,7 @@ def build_variants(folder: Path, rank: int) -> dict[str, Variant]:
 
 
 def random_batch(rows: int, tokens: int) -> Batch:
-    """Return rows of random tokens without padding, everything learned."""
+    """Return sequences of random tokens without padding, every token a target."""
     ids = torch.randint(0, 49152, (rows, tokens), generator=torch.Generator().manual_seed(0))
     labels = ids.roll(-1, dims=1)
     positions = torch.arange(tokens).expand(rows, -1)
@@ -64,7 +64,7 @@ def random_batch(rows: int, tokens: int) -> Batch:
 
 
 def main() -> None:
-    """Time the variants in turn and print medians and ratios."""
+    """Time the variants, alternating, and print medians and ratios."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)

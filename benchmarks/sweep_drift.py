@@ -1,12 +1,12 @@
-"""Does a candidate end where it ends alone? How far rounding alone moves a run, beside the stack's.
+"""How far a candidate of a sweep drifts from the same run alone, against the effect of rounding.
 
     python benchmarks/sweep_drift.py                # the character GPT on a CPU, a minute
     python benchmarks/sweep_drift.py --out benchmarks/results/sweep_drift_cpu.jsonl
 
-Each setting trains three times on the same data in fp32: alone, alone from an A that is moved by
-1e-7 of its size (a rounding of fp32), and together with three others. A line of JSON each says how
-far the second and the third are from the first, all tensors together, relative, after so many
-steps; and the same of the third in fp64, where the order of sums hardly counts.
+Each setting trains three times on the same data in fp32: alone, alone with the initial A perturbed
+by 1e-7 of its size (an fp32 rounding), and stacked with three others. A JSON line each gives the
+relative distance of the second and the third from the first over all tensors, by step; and that of
+the third in fp64, where the order of sums hardly matters.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from models.bigram_lm_v2 import BigramLanguageModel
 STEPS, MARKS, ROWS, TOKENS = 200, (1, 10, 50, 100, 200), 8, 32
 MOVED = 1e-7
 SETTINGS = ((1, 16.0, 2e-2), (1, 16.0, 2e-3), (8, 16.0, 2e-2), (8, 16.0, 2e-3))
-"""Rank, alpha and rate: those that train together."""
+"""Rank, alpha and learning rate of the candidates that train together."""
 Values = dict[int, list[Tensor]]
 
 
@@ -68,7 +68,7 @@ def loss_sums(model: Any, batch: tuple[Tensor, Tensor], n: int = 1) -> tuple[Ten
 
 
 def train_alone(number: int, dtype: torch.dtype, moved: float = 0.0) -> Values:
-    """Return A and B after the marked steps, trained as `lora finetune` trains."""
+    """Return A and B after the steps in MARKS, trained as `lora finetune` trains."""
     model: Any = apply_lora(build(dtype), adapter(number))
     layers, config, stream = lora_layers(model), TrainConfig(steps=STEPS), batches(number)
     draw = torch.Generator().manual_seed(2)
@@ -90,7 +90,7 @@ def train_alone(number: int, dtype: torch.dtype, moved: float = 0.0) -> Values:
 
 
 def train_together(dtype: torch.dtype) -> list[Values]:
-    """Return the same of every setting, trained at once."""
+    """Return the same for every setting, all trained in one stack."""
     n = len(SETTINGS)
     model = build(dtype)
     stacked = apply_stacked(model, [adapter(k) for k in range(n)], range(n))
@@ -118,14 +118,14 @@ def train_together(dtype: torch.dtype) -> list[Values]:
 
 
 def distances(ones: Values, others: Values) -> dict[int, float]:
-    """Return how far all tensors together are apart, relative, by step."""
+    """Return the relative distance over all tensors, by step."""
     found = {}
     for step, tensors in ones.items():
         apart = sum(
             (a - b).double().square().sum() for a, b in zip(tensors, others[step], strict=True)
         )
-        whole = sum(a.double().square().sum() for a in tensors)
-        found[step] = float(f"{float((apart / whole) ** 0.5):.2g}")
+        size = sum(a.double().square().sum() for a in tensors)
+        found[step] = float(f"{float((apart / size) ** 0.5):.2g}")
     return found
 
 

@@ -1,16 +1,16 @@
-"""Candidates of a sweep trained together, beside one after another: ours and PEFT's.
+"""Time of a sweep's candidates trained together against one after another, ours and PEFT's.
 
     python benchmarks/sweep_speed.py --cases S                     # two cores, a minute
     python benchmarks/sweep_speed.py --cases 135M-1x512 1B-1x512 8B-memory
     python benchmarks/sweep_speed.py --out benchmarks/results/sweep_speed_h200.jsonl
 
-Each cell is a process of its own; a line of JSON each. `together` trains K candidates through the
-step that `lora sweep` takes, `one` trains one through the step that `lora finetune` takes, both
-with the real loader and reading every loss; `peft` is PEFT's step for one, whose runs one after
-another take K times as long; `one-K` is one run over K times the rows: what K candidates would take
-if their adapters cost no more than one. Times are medians. Random Llama-shaped weights, random
-tokens, rank 16 on all linears (the character GPT: rank 8, embeddings train too). `8B-memory` holds
-the peak of eight candidates against the plan, and against the base and eight times what one adds.
+Each cell runs in its own process and prints a JSON line. `together` trains K candidates with the
+step of `lora sweep`, `one` trains one with the step of `lora finetune`, both with the real loader
+and reading every loss; `peft` is PEFT's step for one, whose runs one after another take K times as
+long; `one-K` is one run with K times the batch size: the time of K candidates if their adapters
+cost no more than one. Times are medians. Random Llama-shaped weights, random tokens, rank 16 on all
+linears (the character GPT: rank 8, embeddings train too). `8B-memory` compares the peak of eight
+candidates with the plan, and with the base plus eight times what one candidate adds.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ CASES = ("S", *GPU_CASES, "8B-memory")
 
 
 def median_ms(step: Callable[[], None], warm_up: int, timed: int) -> float:
-    """Return the median of `timed` calls, milliseconds."""
+    """Return the median of `timed` calls in milliseconds."""
     seconds = []
     for _ in range(warm_up + timed):
         began_s = time.perf_counter()
@@ -71,18 +71,18 @@ def median_ms(step: Callable[[], None], warm_up: int, timed: int) -> float:
 
 
 def loras(n: int, rank: int = RANK, **settings: Any) -> list[LoRAConfig]:
-    """Return the candidates' adapters: each with its seed."""
+    """Return the candidates' LoRA settings, each with its own seed."""
     return [LoRAConfig(rank=rank, alpha=2.0 * rank, init_seed=k, **settings) for k in range(n)]
 
 
 def configs(n: int) -> list[TrainConfig]:
-    """Return the candidates' training, whose learning rates differ."""
+    """Return the candidates' training settings, whose learning rates differ."""
     rates = [1e-4 * (1 + k) for k in range(n)]
     return [TrainConfig(steps=1000, seed=k, learning_rate=r) for k, r in enumerate(rates)]
 
 
 def gpu_together(shape: Shape, n: int) -> dict[str, Any]:
-    """Return what a step of `n` candidates takes, through the sweep's step and loader."""
+    """Return the time of a step of `n` candidates, with the sweep's step and loader."""
     choice = choose_device("cuda")
     model = build_model(shape, torch.bfloat16)
     said: list[str] = []
@@ -114,7 +114,7 @@ def gpu_together(shape: Shape, n: int) -> dict[str, Any]:
 
 
 def gpu_one(shape: Shape, rows: int = 1) -> dict[str, Any]:
-    """Return what a step of one run over `rows` takes, through finetune's step and loader."""
+    """Return the time of a step of one run, batch size `rows`, with finetune's step and loader."""
     shape, choice = replace(shape, rows=rows), choose_device("cuda")
     model = apply_lora(build_model(shape, torch.bfloat16), loras(1)[0])
     said: list[str] = []
@@ -132,13 +132,13 @@ def gpu_one(shape: Shape, rows: int = 1) -> dict[str, Any]:
 
 
 def gpu_peft(shape: Shape) -> dict[str, Any]:
-    """Return what a step of PEFT takes."""
+    """Return the time of a step of PEFT."""
     found = peft(shape, RANK)
     return {"step_ms": found["step_ms"], "peak_gb": found["peak_gb"]}
 
 
 def memory_8b(n: int) -> dict[str, Any]:
-    """Return the peak of `n` candidates on the 8B shape beside what is planned and allowed."""
+    """Return the peak memory of `n` candidates on the 8B shape, and the planned and allowed one."""
     rows, tokens = SHAPE_8B.rows, SHAPE_8B.tokens
     empty = build_empty(SHAPE_8B).bfloat16()
     planned = stacked_memory(empty.config, loras(n), rows, tokens, packed=False).total
@@ -152,7 +152,7 @@ def memory_8b(n: int) -> dict[str, Any]:
 
 
 def cpu_together(n: int) -> dict[str, Any]:
-    """Return what a step of `n` candidates on the character GPT takes."""
+    """Return the time of a step of `n` candidates on the character GPT."""
     case = CHAR_CASES["S"]
     torch.manual_seed(0)
     model = BigramLanguageModel(96, case.width, 4, case.layers, case.tokens)
@@ -179,12 +179,12 @@ def cpu_together(n: int) -> dict[str, Any]:
 
 
 def cpu_one() -> dict[str, Any]:
-    """Return what a step of one run on the character GPT takes, as cpu_step.py's `ours`."""
+    """Return the time of a step of one run on the character GPT, as cpu_step.py's `ours`."""
     return {"step_ms": median_ms(char_step(CHAR_CASES["S"], "ours"), 50, 300)}
 
 
 def cpu_peft() -> dict[str, Any]:
-    """Return what a step of PEFT on the character GPT takes."""
+    """Return the time of a step of PEFT on the character GPT."""
     return {"step_ms": median_ms(char_step(CHAR_CASES["S"], "peft"), 50, 300)}
 
 
@@ -220,8 +220,8 @@ def cells_of(case: str) -> list[str]:
     return ["one", *(f"together-{n}" for n in TOGETHER), "peft"]
 
 
-def compared(rows: list[dict[str, Any]]) -> list[str]:
-    """Return what the rows of each case say of the ratios that count."""
+def speed_ups(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the speed-ups of each case, a sentence per number of candidates."""
     lines = []
     for case in dict.fromkeys(row["case"] for row in rows):
         ms = {r["cell"]: r["step_ms"] for r in rows if r["case"] == case and "step_ms" in r}
@@ -238,10 +238,10 @@ def compared(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> int:
-    """Measure each cell in a process of its own; print JSON lines, then what they say."""
+    """Measure each cell in its own process; print JSON lines, then the speed-ups."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["S"])
-    parser.add_argument("--cells", nargs="+", help="of them, such as one together-4 peft")
+    parser.add_argument("--cells", nargs="+", help="only these cells, such as one together-4 peft")
     parser.add_argument("--out", type=Path, help="also append the lines to this file")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -253,17 +253,17 @@ def main() -> int:
         for cell in cells_of(case):
             if arguments.cells and cell not in arguments.cells:
                 continue
-            line = _in_process(case, cell)
+            line = _in_subprocess(case, cell)
             print(line, flush=True)
             rows.append(json.loads(line))
             if arguments.out:
                 with arguments.out.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
-    print("\n".join(compared(rows)), file=sys.stderr)
+    print("\n".join(speed_ups(rows)), file=sys.stderr)
     return 0
 
 
-def _in_process(case: str, cell: str) -> str:
+def _in_subprocess(case: str, cell: str) -> str:
     command = [sys.executable, __file__, "--child", case, cell]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]

@@ -108,7 +108,9 @@ def test_a_state_that_does_not_fit_is_refused_with_every_fault(
     state["lm_head.bias"] = torch.zeros(3)
     path = tmp_path / "old.pt"
     torch.save(state, path)
-    expected = r"(?s)lm_head\.bias has shape \(3,\), the model needs \(65,\).*missing: ln_f\.bias.*extra"
+    expected = (
+        r"(?s)lm_head\.bias has shape \(3,\), the model needs \(65,\).*missing: ln_f\.bias.*extra"
+    )
     with pytest.raises(ModelError, match=expected):
         load_bigram(path, SIZES)
 
