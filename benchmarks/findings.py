@@ -34,10 +34,11 @@ from lora.compare.config import CompareConfig, LearningRates
 from lora.compare.decoder_job import EvaluationConfig
 from lora.compare.decoder_target import DecoderTarget
 from lora.compare.factory import FactoryTarget
-from lora.compare.record import Comparison, best_rate, ratios
+from lora.compare.results import best_learning_rate
 from lora.compare.target import MemberTask, run_rate_trials, short_run
 from lora.config import DataConfig, RunConfig, TrainConfig
 from lora.data.reading.orders import make_orders
+from lora.runs.comparison_record import Comparison, lora_ratios
 from lora.runs.progress import NoProgress
 from lora.sweep import SweepJob, sweep
 from lora.sweep.grid import Grid
@@ -230,7 +231,7 @@ def ask_methods(task: Task) -> Iterator[Row]:
         ),
     ).comparison
     yield from member_rows(found)
-    for one in ratios(found):
+    for one in lora_ratios(found):
         yield {"kind": "ratios", **asdict(one)}
 
 
@@ -259,7 +260,7 @@ def char_rank(task: Task, settings: ClassicSettings, base: Path) -> Iterator[Row
     trials = char_trials(task, settings, base, first, task.rates(CHAR_RANK_RATES), train)
     for one in trials:
         yield {"seed": first, **asdict(one)}
-    best = best_rate(trials)
+    best = best_learning_rate(trials)
     for seed in others if best is not None else ():
         own = replace(settings, lora_rank=rank)
         for one in char_trials(task, own, base, seed, (best,), train):

@@ -13,12 +13,13 @@ from torch import Tensor
 from lora.adapters.save_load import save_adapter
 from lora.compare.config import CompareConfig, LearningRates
 from lora.compare.factory import MemberSetup
-from lora.compare.record import Method, Sample
 from lora.config import RunConfig, TrainConfig
 from lora.data.reading.embedded import prose
 from lora.data.sequences.blocks import BlockStream, check_length, ordered_blocks
 from lora.device import DeviceChoice, choose_device
 from lora.errors import DataError
+from lora.runs.comparison_record import Sample
+from lora.runs.record import Method
 from models.bigram_lm_v2 import BigramLanguageModel, bigram_loss, save_bigram
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.char_step import char_steps

@@ -11,10 +11,11 @@ from cyclopts import Parameter
 
 from lora.compare.config import CompareConfig, LearningRates
 from lora.compare.decoder_job import EvaluationConfig, Metric
-from lora.compare.record import COMPARE_FILE, Method, Same
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.errors import ConfigError
+from lora.runs.comparison_record import COMPARE_FILE, Same
 from lora.runs.disk import read_json
+from lora.runs.record import Method
 
 if TYPE_CHECKING:
     from lora.compare.run import CompareResult

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from lora.compare.record import Method, Same
 from lora.config import FULL_LEARNING_RATE, LORA_LEARNING_RATE, RunConfig, TrainConfig
 from lora.errors import CheckpointError, ConfigError, did_you_mean, gather
+from lora.runs.comparison_record import Same
 from lora.runs.disk import read_json
+from lora.runs.record import Method
 
 MIN_RATE_STEPS = 20
 """Steps of a try, unless the comparison itself has fewer."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora.compare.decoder_job import DecoderJob
-from lora.compare.record import MemberResult, Method, RateTrial
-from lora.compare.target import BaseResult, MemberTask, run_rate_trials
+from lora.compare.results import BaseResult, MemberResult
+from lora.compare.target import MemberTask, run_rate_trials
 from lora.config import RunConfig, TrainConfig
+from lora.runs.comparison_record import RateTrial
 from lora.runs.progress import Progress
+from lora.runs.record import Method
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora.compare.decoder_job import DecoderJob
-from lora.compare.record import ModelEvaluation, Sample
+from lora.compare.results import ModelEvaluation
 from lora.config import RunConfig, SamplingConfig
 from lora.data.prepare import PreparedData
 from lora.data.reading.embedded import prose
@@ -20,6 +20,7 @@ from lora.errors import DataError
 from lora.inference.evaluation import answer_examples, measure_loss, score
 from lora.inference.generate import generate
 from lora.inference.samples import choose_prompts
+from lora.runs.comparison_record import Sample
 from lora.runs.progress import Progress
 
 FORGETTING_CHARACTERS = 20_000
@@ -95,7 +96,12 @@ class Evaluator:
         ids = [prompt.ids for prompt in prompts]
         answers = generate(model, ids, sampling, stop_ids=tokenizer.stop_ids)
         return tuple(
-            Sample(prompt.text, prompt.reference, tokenizer.decode(tokens))
+            Sample(
+                prompt=prompt.text,
+                expected=prompt.reference,
+                answer=tokenizer.decode(tokens),
+                is_cut=len(tokens) >= self.run.sample_tokens,
+            )
             for prompt, tokens in zip(prompts, answers, strict=True)
         )
 

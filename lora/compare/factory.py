@@ -20,22 +20,17 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lora.compare.record import (
-    MemberResult,
-    Method,
-    ModelEvaluation,
-    RateTrial,
-    Sample,
-)
-from lora.compare.target import BaseResult, MemberTask, run_rate_trials
+from lora.compare.results import BaseResult, MemberResult, ModelEvaluation
+from lora.compare.target import MemberTask, run_rate_trials
 from lora.config import RunConfig, TrainConfig
 from lora.device import DeviceChoice
 from lora.errors import ConfigError
 from lora.lora_module import count_lora_parameters
+from lora.runs.comparison_record import RateTrial, Sample
 from lora.runs.directory import create_run
 from lora.runs.progress import Progress
 from lora.runs.read_record import measured_peak, stored_bytes
-from lora.runs.record import RunRecord, RunResult
+from lora.runs.record import Method, RunRecord, RunResult
 from lora.training.job import Stream, TrainingJob
 from lora.training.plain_step import LossFn, PlainStepRunner, evaluate
 from lora.training.step_runner import StepRunner

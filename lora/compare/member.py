@@ -14,8 +14,8 @@ from pathlib import Path
 from lora.adapters.save_load import load_adapter
 from lora.compare.decoder_job import DecoderJob
 from lora.compare.evaluation import Evaluator
-from lora.compare.record import MemberResult, Method, ModelEvaluation, RateTrial
-from lora.compare.target import BaseResult, MemberTask, TrainingOutcome, short_run
+from lora.compare.results import BaseResult, MemberResult, ModelEvaluation
+from lora.compare.target import MemberTask, TrainingOutcome, short_run
 from lora.config import RunConfig, TrainConfig
 from lora.data.prepare import PreparedData
 from lora.data.sequences.batches import ordered_batches
@@ -27,8 +27,10 @@ from lora.finetune.run import check_data, finetune
 from lora.lora_module import count_lora_parameters
 from lora.pretrained.hf_weights import load_decoder
 from lora.pretrained.sources import find_model
+from lora.runs.comparison_record import RateTrial
 from lora.runs.progress import NoProgress, Progress
 from lora.runs.read_record import measured_peak, stored_bytes
+from lora.runs.record import Method
 from lora.sweep.grid import Grid
 from lora.sweep.job import SweepJob
 from lora.sweep.ledger import CandidateState, rank

@@ -1,25 +1,25 @@
-"""A comparison as a person reads it in a terminal: a table, the ratios, answers side by side."""
+"""A comparison in the terminal: a table of its members, ratios, and answers side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from lora.compare.record import METHOD_NAMES, Comparison, Member, Ratios, ratios
+from lora.runs.comparison_record import METHOD_NAMES, Comparison, Member, Ratios, lora_ratios
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 SHOWN_SAMPLES, SHOWN_CHARACTERS = 2, 240
-CHOSEN = {"sweep": "best of {n} tried", "default": "default", "given": "given"}
+RATE_SOURCES = {"sweep": "best of {n} tried", "default": "default", "given": "given"}
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Print all that a person asks first."""
+    """Print the table of members, the ratios, the notes and a few answers."""
     console.print(members_table(comparison))
-    for found in ratios(comparison):
-        console.print(describe_ratios(found), markup=False)
+    for ratios in lora_ratios(comparison):
+        console.print(describe_ratios(ratios), markup=False)
     for note in comparison.notes:
         console.print(f"note: {note}", markup=False)
     for number in range(min(SHOWN_SAMPLES, len(comparison.members[0].samples))):
@@ -37,39 +37,41 @@ def members_table(comparison: Comparison) -> Table:
     for member in comparison.members:
         table.add_column(METHOD_NAMES[member.method], justify="right")
     metric = comparison.members[0].task_metric
-    for name, shown in _ROWS:
-        cells = [shown(member) for member in comparison.members]
+    for name, cell_of in _ROWS:
+        cells = [cell_of(member) for member in comparison.members]
         if any(cells):
-            label = metric.name if metric is not None and shown is _metric else name
+            label = metric.name if metric is not None and cell_of is _metric else name
             table.add_row(label, *(cell or "–" for cell in cells))
     if comparison.base_eval_loss is not None:
-        table.caption = f"held-out loss of the base: {comparison.base_eval_loss:.4f}"
+        table.caption = f"validation loss of the base: {comparison.base_eval_loss:.4f}"
         table.caption_justify = "left"
     return table
 
 
-def describe_ratios(found: Ratios) -> str:
-    """Return LoRA against another member in one line."""
-    other = {"full": "full fine-tuning", "peft": "PEFT"}.get(found.against, found.against)
-    less = f"{found.memory_saved:.0%} less" if found.memory_saved >= 0 else (
-        f"{-found.memory_saved:.0%} more"
-    )  # fmt: skip
-    side = "lower" if found.loss_difference < 0 else "higher"
-    return (
-        f"LoRA against {other}: {found.step_speed:.2f} times as fast a step, {less} memory at the "
-        f"peak, {found.stored_fraction:.1%} of its bytes on disk, held-out loss "
-        f"{abs(found.loss_difference):.4f} {side}"
-    )
+def describe_ratios(ratios: Ratios) -> str:
+    """Return LoRA against another member in one line, with the ratios that are known."""
+    other = {"full": "full fine-tuning", "peft": "PEFT"}.get(ratios.against, ratios.against)
+    parts = []
+    if ratios.step_speed is not None:
+        parts.append(f"{ratios.step_speed:.2f} times as fast per step")
+    if (saved := ratios.memory_saved) is not None:
+        parts.append(f"{abs(saved):.0%} {'less' if saved >= 0 else 'more'} peak memory")
+    if ratios.stored_fraction is not None:
+        parts.append(f"{ratios.stored_fraction:.1%} of its bytes on disk")
+    if (difference := ratios.loss_difference) is not None:
+        side = "lower" if difference < 0 else "higher"
+        parts.append(f"validation loss {abs(difference):.4f} {side}")
+    return f"LoRA against {other}: {', '.join(parts)}"
 
 
 def _rate(member: Member) -> str:
-    chosen = CHOSEN[member.rate_chosen].format(n=len(member.rates_tried))
+    chosen = RATE_SOURCES[member.rate_chosen].format(n=len(member.rates_tried))
     return f"{member.learning_rate:g} ({chosen})"
 
 
-def _trained(member: Member) -> str:
-    share = member.trainable_parameters / max(1, member.total_parameters)
-    return f"{member.trainable_parameters:,} ({share:.2%})"
+def _trainable(member: Member) -> str:
+    fraction = member.trainable_parameters / max(1, member.total_parameters)
+    return f"{member.trainable_parameters:,} ({fraction:.2%})"
 
 
 def _peak(member: Member) -> str:
@@ -86,26 +88,26 @@ def _gigabytes(n_bytes: int) -> str:
 
 
 def _forgetting(member: Member) -> str:
-    kept = member.forgetting
-    return "" if kept is None else f"{kept.before:.3f} → {kept.after:.3f}"
+    loss = member.forgetting
+    return "" if loss is None else f"{loss.before:.3f} → {loss.after:.3f}"
 
 
 def _metric(member: Member) -> str:
-    found = member.task_metric
-    return "" if found is None else f"{found.before:.1%} → {found.after:.1%}"
+    score = member.task_metric
+    return "" if score is None else f"{score.before:.1%} → {score.after:.1%}"
 
 
 _ROWS: tuple[tuple[str, Callable[[Member], str]], ...] = (
     ("learning rate", _rate),
     ("steps", lambda m: f"{m.steps:,}"),
-    ("a step", lambda m: f"{1000 * m.step_s_median:,.1f} ms"),
-    ("all steps", lambda m: f"{m.train_s:,.1f} s"),
+    ("time per step", lambda m: f"{1000 * m.step_s_median:,.1f} ms"),
+    ("time in all steps", lambda m: f"{m.train_s:,.1f} s"),
     ("peak memory", _peak),
     ("planned memory", _planned),
-    ("trained parameters", _trained),
+    ("trainable parameters", _trainable),
     ("on disk", lambda m: f"{m.stored_bytes / 1e6:,.2f} MB"),
-    ("held-out loss at the end", lambda m: f"{m.final_eval_loss:.4f}"),
-    ("best held-out loss", lambda m: f"{m.best_eval_loss:.4f}"),
+    ("validation loss at the end", lambda m: f"{m.final_eval_loss:.4f}"),
+    ("best validation loss", lambda m: f"{m.best_eval_loss:.4f}"),
     ("loss on another text", _forgetting),
     ("task", _metric),
 )
@@ -122,7 +124,7 @@ def _print_sample(comparison: Comparison, number: int, console: Console) -> None
     if first.expected is not None:
         answers.insert(0, ("expected", first.expected))
     grid = Table.grid(padding=(0, 2))
-    grid.add_row(Text("asked", "bold"), Text(_short(first.prompt), "bold"))
+    grid.add_row(Text("prompt", "bold"), Text(_short(first.prompt), "bold"))
     for name, answer in answers:
         grid.add_row(Text(name, "dim"), Text(_short(answer)))
     console.print(grid)

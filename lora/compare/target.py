@@ -12,32 +12,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from lora.compare.record import (
-    MemberResult,
-    Method,
-    ModelEvaluation,
-    RateTrial,
-    model_evaluation_from,
-)
+from lora.compare.results import BaseResult, MemberResult
 from lora.config import RunConfig, TrainConfig
 from lora.errors import TrainingError
+from lora.runs.comparison_record import RateTrial
 from lora.runs.directory import Run
-from lora.runs.disk import read_json, reading
 from lora.runs.progress import Progress
+from lora.runs.read_record import read_record_file
+from lora.runs.record import Method
 
 RATE_TRIAL_FILE = "tried.json"
-
-
-@dataclass(frozen=True)
-class BaseResult:
-    """The base model before any training."""
-
-    name: str
-    device: str
-    """Which device it computes on, and why."""
-    eval_loss: float
-    """Validation loss, nats."""
-    measured: ModelEvaluation
 
 
 @dataclass(frozen=True)
@@ -130,8 +114,9 @@ def run_rate_trials(
             shutil.rmtree(trial.folder, ignore_errors=True)  # of a trial that was killed
             progress.message(f"learning rate {number} of {len(rates)}: {rate:g}")
             Run(trial.folder).write_json(path.name, asdict(_run_trial(run_member, trial, progress)))
-        with reading(path):
-            found.append(RateTrial(**read_json(path)))
+        trial_record = read_record_file(RateTrial, path)
+        assert trial_record is not None  # just written, or seen above
+        found.append(trial_record)
     return found
 
 
@@ -159,13 +144,3 @@ def remove_weights(folder: Path) -> None:
     """Remove the weights that a short run saved: only its metrics are wanted."""
     for name in ("checkpoints", "adapter", "model"):
         shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def base_result_from(values: dict[str, Any]) -> BaseResult:
-    """Return a base from its JSON values."""
-    return BaseResult(**{**values, "measured": model_evaluation_from(values["measured"])})
-
-
-def member_result_from(values: dict[str, Any]) -> MemberResult:
-    """Return what a training came to from its JSON values."""
-    return MemberResult(**{**values, "after": model_evaluation_from(values["after"])})

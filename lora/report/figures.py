@@ -19,11 +19,11 @@ from lora.report.canvas import (
 )
 from lora.report.numbers import loss_text, short, size_text
 from lora.report.records.records import (
-    METHOD_NAMES,
     ComparisonRecord,
     Report,
     RunRecord,
     SweepRecord,
+    method_name,
 )
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def comparison_pictures(report: Report, comparison: ComparisonRecord, number: in
         ]
         method = report.run(member.run).method
         if len(points) > 1 and method != "peft":  # PEFT's member has LoRA's rate
-            lines.append(Curve(METHOD_NAMES[method], points, len(lines)))
+            lines.append(Curve(method_name(method), points, len(lines)))
     if not lines:
         return []
     suffix = "" if number == 1 else f"_{number}"

@@ -13,13 +13,12 @@ from lora.report.canvas import LINE_STYLES, SERIES
 from lora.report.figures import MAX_BARS, choose_curves
 from lora.report.numbers import count_text, loss_text, short, size_text, time_text
 from lora.report.records.records import (
-    METHOD_NAMES,
     ComparisonRecord,
     Report,
     RunRecord,
-    Sample,
     SweepRecord,
 )
+from lora.runs.comparison_record import Sample
 
 TEMPLATE = "page.html.jinja"
 STYLE = "page.css"
@@ -273,4 +272,4 @@ _ICON = (
     'fill="none" stroke="#0072b2" stroke-width="2.4" stroke-linecap="round"/></svg>'
 )
 
-__all__ = ["LINE_STYLES", "METHOD_NAMES", "Drawn", "build_page"]
+__all__ = ["LINE_STYLES", "Drawn", "build_page"]

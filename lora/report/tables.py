@@ -12,10 +12,10 @@ from lora.report.numbers import DASH
 from lora.report.records.records import (
     ComparisonRecord,
     Method,
-    Ratios,
     Report,
     RunRecord,
 )
+from lora.runs.comparison_record import Ratios
 
 SINGLE = "single runs"
 """Heading of runs that belong to no sweep or comparison, where others do."""

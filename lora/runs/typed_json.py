@@ -33,18 +33,20 @@ def to_json(record: Any) -> dict[str, Any]:
 def parse(kind: type[RecordT], value: object, where: str, faults: Faults) -> RecordT | None:
     """Return the record of this kind that a JSON value holds, and add what is wrong to `faults`.
 
-    A field that is absent, null or wrong gets its default. None: `value` is not an object, or a
-    field without a default is missing or wrong.
+    A field that is absent, null or wrong gets its default; without a default, None where its type
+    allows that. Returns None if `value` is not an object, or a field that needs a value has none.
     """
     if not isinstance(value, Mapping):
         faults.append(f"{where} holds {value!r:.40}, not an object")
         return None
     found: dict[str, Any] = {}
     is_whole = True
-    for name, (parser, is_required) in _parsers(cast(Hashable, kind)).items():
+    for name, (parser, is_required, may_be_none) in _parsers(cast(Hashable, kind)).items():
         given = value.get(name)
         if given is None:
-            if is_required:
+            if is_required and may_be_none:
+                found[name] = None
+            elif is_required:
                 faults.append(f"{where}: {name} is missing")
         elif (parsed := parser(given, f"{where}: {name}", faults)) is not INVALID:
             found[name] = parsed
@@ -63,14 +65,15 @@ def _plain(value: Any) -> Any:
 
 
 @functools.cache
-def _parsers(kind: Any) -> dict[str, tuple[Parser, bool]]:
-    """Return by field name what reads it, and whether it must be there."""
+def _parsers(kind: Any) -> dict[str, tuple[Parser, bool, bool]]:
+    """Return by field name what reads it, whether it has no default, and whether it may be None."""
     hints = typing.get_type_hints(kind)
     missing = dataclasses.MISSING
     return {
         field.name: (
             _parser_of(hints[field.name]),
             field.default is missing and field.default_factory is missing,
+            types.NoneType in typing.get_args(hints[field.name]),
         )
         for field in dataclasses.fields(kind)
     }

@@ -15,10 +15,11 @@ from lora.adapters.apply import apply_lora
 from lora.compare import compare
 from lora.compare.config import CompareConfig, LearningRates
 from lora.compare.factory import FactoryTarget, MemberSetup
-from lora.compare.record import Method, Sample
 from lora.config import LoRAConfig, RunConfig, TrainConfig
 from lora.device import choose_device
 from lora.errors import ConfigError
+from lora.runs.comparison_record import Sample
+from lora.runs.record import Method
 
 Pair = tuple[Tensor, Tensor]
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from lora.compare.record import read_comparison
 from lora.config import LoRAConfig, RunConfig, TrainConfig
 from lora.report.page import build_page
 from lora.report.records.collect import read_report
+from lora.runs.comparison_record import Comparison, read_comparison
+from lora.runs.typed_json import parse
 
 FILES: dict[str, Any] = {
     "run.json": {
@@ -46,8 +47,21 @@ FILES: dict[str, Any] = {
     },
     "compare.json": {
         "kind": "compare",
-        "members": [{"method": "lora", "folder": "members/lora", "eval_loss": 1.0}],
-        "base_samples": [],
+        "schema_version": 1,
+        "base": "tiny",
+        "same": "steps",
+        "seed": 0,
+        "members": [
+            {
+                **{"name": "lora", "method": "lora", "folder": "members/lora", "steps": 4},
+                **{"learning_rate": 1e-3, "rate_chosen": "default", "rates_tried": []},
+                **{"train_s": 2.0, "step_s_median": 0.5, "peak_memory_bytes": 10**9},
+                **{"planned_memory_bytes": None, "trainable_parameters": 64, "stored_bytes": 256},
+                **{"total_parameters": 640, "final_eval_loss": 1.0, "best_eval_loss": 1.0},
+                "samples": [{"prompt": "a", "expected": None, "answer": "b"}],
+            }
+        ],
+        "base_samples": [{"prompt": "a", "expected": None, "answer": "c"}],
         "notes": [],
     },
 }
@@ -102,3 +116,6 @@ def test_the_settings_that_are_fuzzed_are_those_that_are_written() -> None:
     written: dict[str, Callable[[], Any]] = {"lora": LoRAConfig, "train": TrainConfig}
     for part, config in {**written, "run": RunConfig}.items():
         assert FILES["run.json"][part].keys() <= vars(config()).keys()
+    faults: list[str] = []
+    assert parse(Comparison, FILES["compare.json"], "compare.json", faults) is not None
+    assert not faults

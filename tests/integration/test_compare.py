@@ -22,13 +22,13 @@ from lora.compare import CompareResult, compare
 from lora.compare.config import CompareConfig, LearningRates
 from lora.compare.decoder_job import EvaluationConfig
 from lora.compare.decoder_target import DecoderTarget
-from lora.compare.record import read_comparison
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.reading.orders import make_orders
 from lora.data.sequences.batches import Batch, BatchStream
 from lora.errors import CheckpointError, ConfigError, DataError, DependencyError
 from lora.finetune import FinetuneJob, finetune
 from lora.pretrained.hf_weights import load_decoder
+from lora.runs.comparison_record import read_comparison
 from lora.runs.disk import read_json, read_rows
 from lora.runs.progress import NoProgress
 
@@ -100,7 +100,7 @@ def test_all_members_learn_from_the_same_bytes_in_the_same_order(
         for m in done.comparison.members
     ]
     assert first == pytest.approx([done.comparison.base_eval_loss] * 3, rel=1e-5)
-    assert not any("begins at" in note for note in done.comparison.notes)
+    assert not any("starts at" in note for note in done.comparison.notes)
     lora, _, peft = done.comparison.members
     assert peft.trainable_parameters == lora.trainable_parameters
     assert peft.final_eval_loss < first[2]
@@ -132,14 +132,15 @@ def test_the_record_says_all_that_was_measured(
     evaluation = replace(target.evaluation, metric="json-fields", answers=2, answer_tokens=4)
     done = compare(replace(target, evaluation=evaluation), config)
     values = read_json(done.folder / "compare.json")
-    assert values["kind"] == "compare"
+    assert (values["kind"], values["schema_version"]) == ("compare", 1)
     assert (values["base"], values["same"], values["seed"]) == ("tiny", "steps", 1337)
     for member in values["members"]:
         assert member.keys() == NAMES
         assert member["steps"] == 12
         assert member["task_metric"]["name"] == "JSON fields"
         assert member["forgetting"]["before"] != member["forgetting"]["after"]
-        assert member["samples"][0].keys() == {"prompt", "expected", "answer"}
+        sample = member["samples"][0]
+        assert sample.keys() == {"prompt", "expected", "answer", "step", "is_cut"}
         assert member["peak_memory_bytes"] > 1e8
         assert (done.folder / member["folder"] / "run.json").is_file()
     lora, full = values["members"]
@@ -297,7 +298,7 @@ def test_the_command_prints_a_table_and_json(
     assert main([*asked, "--resume"]) == 0  # all is done: it is shown again
     out = capsys.readouterr().out
     assert "LoRA against full fine-tuning" in out
-    assert "held-out loss at the end" in out
+    assert "validation loss at the end" in out
 
 
 @pytest.mark.parametrize(

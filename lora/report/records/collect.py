@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora.errors import CheckpointError, ConfigError, did_you_mean, gather
-from lora.report.records.comparisons import COMPARE_FILE, find_ratios, read_comparison
+from lora.report.records.comparisons import find_ratios, read_comparison_directory
 from lora.report.records.reading import Faults, read_object
 from lora.report.records.records import ComparisonRecord, Report, RunRecord, SweepRecord
 from lora.report.records.runs import RUN_FILE, read_run
 from lora.report.records.sweeps import read_sweep
+from lora.runs.comparison_record import COMPARE_FILE
 from lora.sweep.ledger import LEDGER_FILE
 
 ADVICE = (
@@ -46,7 +47,7 @@ def read_report(folders: Sequence[Path], out: Path, title: str | None = None) ->
             sweep, found = read_sweep(folder, out, name, faults)
             sweeps.append(sweep)
         elif (folder / COMPARE_FILE).is_file() or asked.values.get("kind") == "compare":
-            comparison, found = read_comparison(folder, out, name, faults)
+            comparison, found = read_comparison_directory(folder, out, name, faults)
             comparisons.append(comparison)
         else:
             found = [replace(read_run(folder, out, faults), name=name, label=name)]

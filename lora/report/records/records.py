@@ -10,17 +10,18 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from lora.runs.comparison_record import METHOD_NAMES, RateTrial, Ratios, RunFigures, Sample
+
 SCHEMA_VERSION = 1
 """Of `report.json`; grows when a field changes its meaning or goes."""
 
 Method = Literal["lora", "full", "peft", "unknown"]
 Status = Literal["finished", "unfinished", "stopped", "failed"]
-METHOD_NAMES: dict[Method, str] = {
-    "lora": "LoRA",
-    "full": "full fine-tuning",
-    "peft": "LoRA, PEFT",
-    "unknown": "unknown",
-}
+
+
+def method_name(method: Method) -> str:
+    """Return a method as a person calls it."""
+    return "unknown" if method == "unknown" else METHOD_NAMES[method]
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,6 @@ class Point:
     loss: float
     time_s: float | None = None
     """Seconds spent in steps until then; evaluations and saves left out."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What the model answered."""
-
-    step: int | None
-    prompt: str
-    answer: str
-    expected: str | None = None
-    is_cut: bool = False
-    """Whether the answer would have gone on."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +105,19 @@ class RunRecord:
         return bool(self.held_out)
 
     @property
+    def figures(self) -> RunFigures:
+        """What the ratios to other runs are computed from."""
+        return RunFigures(
+            name=self.name,
+            step_s=self.step_s,
+            train_s=self.train_s,
+            peak_memory_bytes=self.peak_memory_bytes,
+            trainable_parameters=self.trainable_parameters,
+            stored_bytes=self.stored_bytes,
+            eval_loss=self.eval_loss,
+        )
+
+    @property
     def trainable_share(self) -> float | None:
         """Trained parameters / all."""
         if self.trainable_parameters is None or not self.total_parameters:
@@ -181,14 +183,6 @@ class Change:
 
 
 @dataclass(frozen=True)
-class RateTried:
-    """A learning rate that was tried before a comparison; no loss: it failed."""
-
-    learning_rate: float
-    eval_loss: float | None
-
-
-@dataclass(frozen=True)
 class MemberRecord:
     """What a comparison knows of a member beside its run."""
 
@@ -196,29 +190,11 @@ class MemberRecord:
     """The run's name."""
     rate_chosen: str
     """sweep, default or given."""
-    rates_tried: tuple[RateTried, ...]
+    rates_tried: tuple[RateTrial, ...]
     forgetting: Change | None
     """Loss on another text."""
     task: Change | None
     """A score from 0 to 1."""
-
-
-@dataclass(frozen=True)
-class Ratios:
-    """A LoRA run against another run; above 1 (below 0 for the loss) speaks for the former."""
-
-    run: str
-    against: str
-    step_speed: float | None
-    """The other's time a step / this one's."""
-    total_speed: float | None
-    """The other's time in steps / this one's."""
-    memory_saved: float | None
-    """1 − this one's peak memory / the other's."""
-    trainable_fraction: float | None
-    stored_fraction: float | None
-    loss_difference: float | None
-    """This one's held-out loss at the end − the other's, nats."""
 
 
 @dataclass(frozen=True)
@@ -231,12 +207,12 @@ class ComparisonRecord:
     base: str | None
     same: str | None
     """steps or time."""
-    base_eval_loss: float | None
-    rate_steps: int | None
-    members: tuple[MemberRecord, ...]
-    base_samples: tuple[Sample, ...]
-    notes: tuple[str, ...]
-    command: str | None
+    base_eval_loss: float | None = None
+    rate_steps: int | None = None
+    members: tuple[MemberRecord, ...] = ()
+    base_samples: tuple[Sample, ...] = ()
+    notes: tuple[str, ...] = ()
+    command: str | None = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from lora.report.records.reading import (
     read_object,
     relative,
 )
-from lora.report.records.records import Memory, Method, Point, RunRecord, Sample
+from lora.report.records.records import Memory, Method, Point, RunRecord
+from lora.runs.comparison_record import Sample
 from lora.runs.directory import METRICS_FILE, SAMPLES_FILE, TIMINGS_FILE
 
 RUN_FILE, RESULT_FILE = "run.json", "result.json"

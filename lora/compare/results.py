@@ -1,0 +1,143 @@
+"""The results of a comparison's stages, each a JSON file that a resumed comparison reads again.
+
+    base.json                  BaseResult      the base model, evaluated before any training
+    rates/METHOD.json          RateChoice      the learning rate of a method, and its trials
+    timing/METHOD.json         StepTiming      how many steps take as long as LoRA's
+    members/NAME/member.json   MemberResult    a member, trained and evaluated
+
+No torch here.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from lora.runs.comparison_record import (
+    MEMBERS,
+    METHOD_NAMES,
+    Forgetting,
+    Member,
+    RateSource,
+    RateTrial,
+    Sample,
+    TaskMetric,
+)
+from lora.runs.read_record import step_times
+from lora.runs.record import Method
+
+
+@dataclass(frozen=True)
+class RateChoice:
+    """The learning rate of a member, and where it comes from."""
+
+    learning_rate: float
+    rate_chosen: RateSource
+    rates_tried: tuple[RateTrial, ...] = ()
+    steps_tried: int | None = None
+    """Steps of each trial."""
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """The time of a step, and how many steps LoRA's time in steps holds."""
+
+    step_s: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class ModelEvaluation:
+    """What is evaluated besides the validation loss, of the base or of a trained member."""
+
+    forgetting_text: str | None = None
+    """Name of the other text."""
+    forgetting_loss: float | None = None
+    """Loss on it, nats."""
+    metric_name: str | None = None
+    metric: float | None = None
+    """0 to 1."""
+    samples: tuple[Sample, ...] = ()
+
+
+@dataclass(frozen=True)
+class BaseResult:
+    """The base model before any training."""
+
+    name: str
+    device: str
+    """Which device it computes on, and why."""
+    eval_loss: float
+    """Validation loss, nats."""
+    measured: ModelEvaluation
+
+
+@dataclass(frozen=True)
+class MemberResult:
+    """A member's training, and the evaluation of what it saved."""
+
+    steps: int
+    train_s: float
+    """In steps; evaluations and saves left out."""
+    peak_memory_bytes: int
+    planned_memory_bytes: int | None
+    trainable_parameters: int
+    total_parameters: int
+    stored_bytes: int
+    """Of the saved tensors: the adapter, or all weights."""
+    final_eval_loss: float
+    best_eval_loss: float
+    after: ModelEvaluation
+
+
+def build_member(
+    method: Method, folder: Path, rate: RateChoice, result: MemberResult, before: ModelEvaluation
+) -> Member:
+    """Return a member's record; `folder` is its run directory, `before` evaluates the base."""
+    after = result.after
+    forgetting = None
+    if before.forgetting_loss is not None and after.forgetting_loss is not None:
+        text = str(before.forgetting_text)
+        forgetting = Forgetting(text, before.forgetting_loss, after.forgetting_loss)
+    metric = None
+    if before.metric is not None and after.metric is not None:
+        metric = TaskMetric(str(before.metric_name), before.metric, after.metric)
+    return Member(
+        name=method,
+        method=method,
+        folder=f"{MEMBERS}/{folder.name}",
+        learning_rate=rate.learning_rate,
+        rate_chosen=rate.rate_chosen,
+        rates_tried=rate.rates_tried,
+        step_s_median=statistics.median(step_times(folder)),
+        forgetting=forgetting,
+        task_metric=metric,
+        samples=after.samples,
+        **{k: v for k, v in vars(result).items() if k != "after"},
+    )
+
+
+def best_learning_rate(trials: Sequence[RateTrial]) -> float | None:
+    """Return the learning rate with the lowest loss, the lower one of equals; None if all failed.
+
+    A trial whose loss is not finite has failed too.
+    """
+    done = [t for t in trials if t.eval_loss is not None and math.isfinite(t.eval_loss)]
+    best = min(done, key=lambda t: (cast(float, t.eval_loss), t.learning_rate), default=None)
+    return None if best is None else best.learning_rate
+
+
+def edge_note(method: Method, rate: RateChoice) -> str | None:
+    """Return a note if the best learning rate is the lowest or the highest of its trials."""
+    rates = sorted(t.learning_rate for t in rate.rates_tried)
+    if len(rates) < 2 or rate.learning_rate not in (rates[0], rates[-1]):
+        return None
+    side = "highest" if rate.learning_rate == rates[-1] else "lowest"
+    return (
+        f"the best learning rate of {METHOD_NAMES[method]}, {rate.learning_rate:g}, is the {side} "
+        "of those tried: a better one may lie beyond"
+    )
