@@ -31,9 +31,9 @@ from lora.runs.comparison_record import RateTrial
 from lora.runs.progress import NoProgress, Progress
 from lora.runs.read_record import measured_peak, stored_bytes
 from lora.runs.record import Method
+from lora.runs.sweep_record import CandidateState, rank
 from lora.sweep.grid import Grid
 from lora.sweep.job import SweepJob
-from lora.sweep.ledger import CandidateState, rank
 from lora.sweep.run import sweep
 from lora.training.losses import loss_for
 from lora.training.plain_step import evaluate

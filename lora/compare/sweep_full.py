@@ -25,9 +25,9 @@ from lora.runs.disk import read_json, read_rows
 from lora.runs.progress import NoProgress, Progress
 from lora.runs.read_record import measured_peak
 from lora.runs.subprocesses import run_in_subprocess
+from lora.runs.sweep_record import CandidateState
 from lora.sweep.grid import SWEPT
 from lora.sweep.job import SweepJob
-from lora.sweep.ledger import CandidateState
 from lora.sweep.progress import SweepProgress
 from lora.sweep.run import SweepResult, sweep
 

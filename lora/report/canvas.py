@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora.report.curves import COLOURS, LINE_STYLES, smooth
 from lora.report.numbers import loss_text, short
-from lora.report.records.records import Memory, SweetSpot, Tried
+from lora.report.records.records import GridCell, Memory, SweetSpot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,7 +82,7 @@ def draw_curves(
     return canvas.figure
 
 
-def draw_ranks(tried: Sequence[Tried], spot: SweetSpot) -> Figure:
+def draw_ranks(tried: Sequence[GridCell], spot: SweetSpot) -> Figure:
     """Draw the best loss of each rank, the other rates as dots, and what is enough."""
     canvas = Canvas([], "held-out loss at the end, nats per token", "rank")
     axes = canvas.axes

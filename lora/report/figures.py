@@ -22,7 +22,7 @@ from lora.report.records.records import (
     ComparisonRecord,
     Report,
     RunRecord,
-    SweepRecord,
+    SweepSummary,
     method_name,
 )
 
@@ -112,7 +112,7 @@ def _place(run: RunRecord) -> tuple[bool, bool, bool, float]:
     return run.step_s is None, run.status == "failed", run.status == "stopped", loss
 
 
-def sweep_pictures(sweep: SweepRecord, number: int) -> list[Picture]:
+def sweep_pictures(sweep: SweepSummary, number: int) -> list[Picture]:
     """Return rank against loss and rate against loss, where several were tried."""
     pictures = []
     ranks = sorted({tried.rank for tried in sweep.tried})

@@ -16,7 +16,7 @@ from lora.report.records.records import (
     ComparisonRecord,
     Report,
     RunRecord,
-    SweepRecord,
+    SweepSummary,
 )
 from lora.runs.comparison_record import Sample
 
@@ -135,7 +135,7 @@ def _progress(run: RunRecord) -> str:
     return f"step {count_text(run.steps or 0)}{total}"
 
 
-def _sweep_finding(report: Report, sweep: SweepRecord) -> str:
+def _sweep_finding(report: Report, sweep: SweepSummary) -> str:
     if sweep.best is None:
         return f"{sweep.name} is unfinished: no candidate has been chosen yet."
     best = next((run for run in report.runs if run.name == sweep.best), None)
@@ -157,7 +157,7 @@ def _sweep_finding(report: Report, sweep: SweepRecord) -> str:
     return said
 
 
-def describe_sweep(sweep: SweepRecord) -> str:
+def describe_sweep(sweep: SweepSummary) -> str:
     """Return how a sweep ran, in a sentence."""
     parts = [f"{sweep.candidates} candidates"]
     if sweep.at_once:

@@ -7,6 +7,7 @@ Without it the reader raises a CheckpointError that lists all of them.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,8 @@ from lora.runs.record import (
 from lora.runs.typed_json import Faults, parse
 
 RecordT = TypeVar("RecordT")
+Upgrade = Callable[[dict[str, Any], str, Faults], dict[str, Any]]
+"""(values of a file, the file, faults) -> the values as this version has them."""
 
 
 def read_run_record(directory: Path, faults: Faults | None = None) -> RunRecord:
@@ -68,15 +71,25 @@ def read_result(directory: Path, faults: Faults | None = None) -> RunResult | No
 
 
 def read_record_file(
-    kind: type[RecordT], path: Path, faults: Faults | None = None
+    kind: type[RecordT],
+    path: Path,
+    faults: Faults | None = None,
+    *,
+    upgrade: Upgrade = lambda values, where, faults: values,
 ) -> RecordT | None:
-    """Return the record in a JSON file; None if there is no such file."""
+    """Return the record in a JSON file; None if there is no such file.
+
+    `upgrade` gives an older file's values the names of this version, and refuses a newer file.
+    """
     if not path.is_file():
         return None
     found: Faults = []
     record = None
     try:
-        record = parse(kind, read_json(path), str(path), found)
+        values = read_json(path)
+        if isinstance(values, dict):
+            values = upgrade(values, str(path), found)
+        record = parse(kind, values, str(path), found)
     except LoraError as error:
         found.append(str(error))
     _settle(path, found, faults)

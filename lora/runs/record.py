@@ -72,6 +72,17 @@ class Environment:
 
 
 @dataclass(frozen=True)
+class SweepSettings:
+    """What makes two sweeps the same: resuming with other values is refused."""
+
+    grid: dict[str, list[Any]]
+    """The values to try, by setting."""
+    halving: bool
+    steps: int
+    """Optimizer steps of a candidate."""
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """All of run.json. The configuration's sections hold the fields of the config dataclasses."""
 
@@ -102,7 +113,7 @@ class RunRecord:
     run: dict[str, Any] | None = None
     settings: dict[str, Any] | None = None
     """Of training.py."""
-    sweep: dict[str, Any] | None = None
+    sweep: SweepSettings | None = None
     compare: dict[str, Any] | None = None
     data: DataRecord = field(default_factory=DataRecord)
     environment: Environment | None = None

@@ -1,7 +1,7 @@
 """Dataclasses to JSON objects and back, with every fault of a file named. No torch.
 
-A record is a dataclass whose fields are JSON values, records, tuples or dicts of these. Fields that
-are None are left out of the file; keys of a file that no field has are ignored.
+A record is a dataclass whose fields are JSON values, records, lists, tuples or dicts of these.
+Fields that are None are left out of the file; keys of a file that no field has are ignored.
 """
 
 from __future__ import annotations
@@ -51,7 +51,11 @@ def parse(kind: type[RecordT], value: object, where: str, faults: Faults) -> Rec
         elif (parsed := parser(given, f"{where}: {name}", faults)) is not INVALID:
             found[name] = parsed
         is_whole &= name in found or not is_required
-    return kind(**found) if is_whole else None
+    try:
+        return kind(**found) if is_whole else None
+    except ValueError as error:  # a record that checks more than its types
+        faults.append(f"{where}: {error}")
+        return None
 
 
 def _plain(value: Any) -> Any:
@@ -89,8 +93,8 @@ def _parser_of(hint: Any) -> Parser:
         return functools.partial(_parse_record, cast(type, hint))
     if origin is Literal:
         return functools.partial(_parse_choice, arguments)
-    if origin is tuple:
-        return functools.partial(_parse_list, _parser_of(arguments[0]))
+    if origin in (tuple, list):
+        return functools.partial(_parse_list, origin, _parser_of(arguments[0]))
     if origin is dict:
         return functools.partial(_parse_dict, _parser_of(arguments[1]))
     return {int: _parse_int, float: _parse_float, str: _parse_str, bool: _parse_bool}.get(
@@ -108,11 +112,11 @@ def _parse_choice(allowed: tuple[str, ...], value: Any, where: str, faults: Faul
     return value if is_known else _fault(where, value, f"one of {', '.join(allowed)}", faults)
 
 
-def _parse_list(of: Parser, value: Any, where: str, faults: Faults) -> Any:
+def _parse_list(kind: type, of: Parser, value: Any, where: str, faults: Faults) -> Any:
     if not isinstance(value, list):
         return _fault(where, value, "a list", faults)
     items = [of(item, f"{where}, number {n}", faults) for n, item in enumerate(value, start=1)]
-    return INVALID if any(item is INVALID for item in items) else tuple(items)
+    return INVALID if any(item is INVALID for item in items) else kind(items)
 
 
 def _parse_dict(of: Parser, value: Any, where: str, faults: Faults) -> Any:

@@ -91,6 +91,18 @@ def remove_stacked(model: nn.Module, stacked: StackedAdapters) -> None:
 
 
 @contextmanager
+def stacked_adapters(
+    model: nn.Module, configs: Sequence[LoRAConfig], dropout_seeds: Sequence[int]
+) -> Iterator[StackedAdapters]:
+    """Within the block `model` has these adapters: see `apply_stacked`; removed however it ends."""
+    stacked = apply_stacked(model, configs, dropout_seeds)
+    try:
+        yield stacked
+    finally:
+        remove_stacked(model, stacked)
+
+
+@contextmanager
 def single_adapter(model: nn.Module, config: LoRAConfig, values: Values) -> Iterator[nn.Module]:
     """Within the block the plain base `model` has this one adapter, to be saved for example."""
     with _single(model, config), torch.no_grad():

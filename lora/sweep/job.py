@@ -14,7 +14,8 @@ from lora.data.task import Task
 from lora.device import DeviceChoice
 from lora.errors import CheckpointError, ConfigError, gather
 from lora.pretrained.sources import ModelSource
-from lora.runs.disk import read_json
+from lora.runs.read_record import read_run_record
+from lora.runs.record import SweepSettings
 from lora.sweep.grid import Candidate, Grid
 
 
@@ -61,32 +62,31 @@ def check_job(job: SweepJob, candidates: list[Candidate]) -> None:
         )
 
 
-def _what_was_asked(job: SweepJob) -> dict[str, Any]:
+def sweep_settings(job: SweepJob) -> SweepSettings:
+    """Return what makes another sweep the same as this one."""
     grid = {name: list(values) for name, values in asdict(job.grid).items()}
-    return {"grid": grid, "halving": job.halving, "steps": job.train.steps}
+    return SweepSettings(grid, job.halving, job.train.steps)
 
 
 def check_same_sweep(job: SweepJob) -> None:
     """Raise CheckpointError if another sweep is to be resumed as this one."""
-    path = job.run.out / str(job.run.name) / "run.json"
-    if not job.resume or not path.is_file():
+    folder = job.run.out / str(job.run.name)
+    if not job.resume or not (folder / "run.json").is_file():
         return
-    whole, now = read_json(path), _what_was_asked(job)
-    former = whole.get("sweep") if isinstance(whole, dict) else None
-    if not isinstance(former, dict):
+    saved, now = read_run_record(folder).sweep, asdict(sweep_settings(job))
+    if saved is None:
         raise CheckpointError(
-            f"The run {path.parent} was to be resumed as a sweep, and it is none. Give the name "
-            "of a sweep, or use lora finetune --resume."
+            f"Cannot resume {folder} as a sweep: its run.json is of another kind of run. Give the "
+            "name of a sweep, or use lora finetune --resume."
         )
     faults = [
-        f"{key}: {former.get(key)} then, {now[key]} now"
-        for key in now
-        if former.get(key) != now[key]
+        f"{key}: {value} when it began, {now[key]} now"
+        for key, value in asdict(saved).items()
+        if value != now[key]
     ]
     if faults:
         advice = "Resume with the values that it began with, or begin a new sweep."
-        heading = f"The sweep {path.parent} cannot be resumed as another one:"
-        raise CheckpointError(gather(faults, heading, advice))
+        raise CheckpointError(gather(faults, f"Cannot resume the sweep {folder}:", advice))
 
 
 def describe_job(
@@ -94,14 +94,14 @@ def describe_job(
 ) -> dict[str, Any]:
     """Return what `run.json` says of the sweep."""
     named = job.data if isinstance(job.data, Path | str) else "rows given in Python"
-    asked = _what_was_asked(job)
+    settings = sweep_settings(job)
     assert data.validation is not None
     return {
         "model": source.name,
         "model_source": job.model,
         "device": choice.reason,
         "threads": torch.get_num_threads(),
-        "sweep": asked,
+        "sweep": asdict(settings),
         "at_once": at_once,
         "data": {
             "source": str(named),
@@ -115,8 +115,8 @@ def describe_job(
             "fingerprint": data.train.fingerprint(),
             "held_out_fingerprint": data.validation.fingerprint(),
         },
-        "lora": {k: v for k, v in asdict(job.lora).items() if k not in asked["grid"]},
-        "train": {k: v for k, v in asdict(job.train).items() if k not in asked["grid"]},
+        "lora": {k: v for k, v in asdict(job.lora).items() if k not in settings.grid},
+        "train": {k: v for k, v in asdict(job.train).items() if k not in settings.grid},
         "data_config": asdict(job.data_config),
         "run": asdict(job.run),
     }

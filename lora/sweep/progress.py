@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from lora.runs.sweep_record import CandidateState, rank
 from lora.sweep.grid import SHORT_NAMES, short_number
-from lora.sweep.ledger import CandidateState, format_losses, rank
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -134,6 +134,14 @@ def candidates_table(
 def shown(value: object) -> str:
     """Return a setting's value as a person reads it."""
     return short_number(value) if isinstance(value, float) else str(value)
+
+
+def format_losses(state: CandidateState) -> Sequence[str]:
+    """Return training, validation and best validation loss (and its step) for a table."""
+    at = "" if state.best_step is None else f" ({state.best_step})"
+    losses = (state.loss, state.eval_loss, state.best_eval_loss)
+    loss, eval_loss, best = ("" if value is None else f"{value:.4f}" for value in losses)
+    return loss, eval_loss, best + at
 
 
 def format_status(state: CandidateState) -> str:

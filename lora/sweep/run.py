@@ -19,7 +19,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lora.adapters.fingerprint import base_fingerprint
 from lora.adapters.save_load import save_adapter
@@ -39,29 +38,34 @@ from lora.errors import (
 from lora.pretrained.hf_weights import load_decoder
 from lora.pretrained.sources import ModelSource, find_model
 from lora.runs.directory import check_run_directory, create_run, default_name
-from lora.runs.disk import reading
 from lora.runs.interrupts import StopRequests
+from lora.runs.sweep_record import (
+    CandidateState,
+    SweepOutcome,
+    SweepRecord,
+    WaveTiming,
+    append_wave_timing,
+    find_best,
+    rank,
+    write_outcome,
+    write_sweep_record,
+)
 from lora.stacked.apply import single_adapter
+from lora.sweep.context import SweepContext, candidate_run
 from lora.sweep.grid import Candidate, build_candidates
+from lora.sweep.halving import halve_reached_rungs, next_group
 from lora.sweep.job import SweepJob, check_job, check_same_sweep, describe_job
-from lora.sweep.ledger import CandidateState, Ledger
 from lora.sweep.progress import NoSweepProgress, SweepProgress
 from lora.sweep.setup import (
-    build_base,
+    build_context,
     choose_stack_size,
-    open_ledger,
+    open_record,
     prepare_sweep,
-    read_saved_ledger,
+    read_saved_record,
 )
-from lora.sweep.wave import (
-    State,
-    SweepBase,
-    Wave,
-    candidate_run,
-    finish_wave,
-    load_wave,
-    split_wave,
-)
+from lora.sweep.wave import TrainedWave, finish_wave, train_wave
+from lora.sweep.wave_checkpoint import TensorState, load_wave, remove_candidate_state, split_wave
+from lora.sweep.wave_loop import WavePlan
 from lora.training.out_of_memory import LOADING_ADVICE, explained
 
 BEST = "best"
@@ -106,7 +110,7 @@ def sweep(
     with explained(lambda: f"while the weights were loaded. {LOADING_ADVICE}"):
         model = load_decoder(source.folder, dtype=choice.compute_dtype, device=choice.device)
     model.requires_grad_(False)
-    saved = read_saved_ledger(job, candidates)
+    saved = read_saved_record(job, candidates)
     at_once, memory_plan = choose_stack_size(job, model, candidates, data, choice, progress, saved)
     described = describe_job(job, source, data, choice, at_once)
     described["base_fingerprint"] = base_fingerprint(model)
@@ -124,25 +128,26 @@ def sweep(
         run.on_trouble = progress.message
         if run.note:
             progress.message(run.note)
-        base = build_base(job, model, data, choice, run, progress, memory_plan)
-        ledger = open_ledger(job, base, candidates, at_once, saved)
-        return _run_all(base, ledger, candidates, data, source, job.grid.swept())
+        context = build_context(job, candidates, model, data, choice, run, progress, memory_plan)
+        record = open_record(job, context, at_once, saved)
+        train_s = _train_all(context, record, data, source, job.grid.swept())
+        return _choose_best(context, record, train_s)
 
 
-def _run_all(
-    base: SweepBase,
-    ledger: Ledger,
-    candidates: list[Candidate],
+def _train_all(
+    context: SweepContext,
+    record: SweepRecord,
     data: PreparedData,
     source: ModelSource,
     swept: tuple[str, ...],
-) -> SweepResult:
-    progress, train_s = base.progress, 0.0
+) -> float:
+    """Train wave after wave until no candidate is left; return the seconds of their steps."""
+    progress, train_s = context.progress, 0.0
 
-    def save(candidate: Candidate, state: State) -> None:
-        values = {n.removeprefix("value."): t for n, t in state.items() if n[:6] == "value."}
-        folder = candidate_run(base.run, candidate).folder / "adapter"
-        with single_adapter(base.model, candidate.lora, values) as adapted:
+    def save(candidate: Candidate, tensors: TensorState) -> None:
+        values = {n.removeprefix("value."): t for n, t in tensors.items() if n[:6] == "value."}
+        folder = candidate_run(context.run, candidate).folder / "adapter"
+        with single_adapter(context.model, candidate.lora, values) as adapted:
             save_adapter(adapted, folder, base_name=source.name)
         data.tokenizer.save(folder)
 
@@ -150,123 +155,109 @@ def _run_all(
     try:
         with (
             StopRequests(progress.message) as stop,
-            explained(lambda: _memory_message(base, ledger)),
+            explained(lambda: _memory_message(context, record)),
         ):
-            while (group := _next_wave(base, ledger, candidates)) is not None:
-                train_s += _run_wave(base, ledger, *group, stop, save)
+            while (plan := _next_wave(context, record)) is not None:
+                train_s += _run_wave(context, record, plan, stop, save)
     finally:
         progress.stop()
-    return _finish(base, ledger, candidates, train_s)
+    return train_s
 
 
-Group = tuple[list[Candidate], int, "tuple[State, dict[str, Any]] | None"]
-
-
-def _next_wave(base: SweepBase, ledger: Ledger, candidates: list[Candidate]) -> Group | None:
-    """Return who trains next, to which step, and the checkpoint to go on from if there is one."""
-    saved = load_wave(base, ledger)
-    with reading(base.run.folder / "checkpoints"):
-        if saved is not None and len(saved[1]["numbers"]) > ledger.at_once:
-            split_wave(base, ledger, candidates, *saved)
-            saved = None
-    if saved is not None:
-        with reading(base.run.folder / "checkpoints"):
-            members = [candidates[number - 1] for number in saved[1]["numbers"]]
-            step, until = int(saved[1]["wave_step"]), int(saved[1]["until"])
-        base.progress.message(f"going on from step {step} of {len(members)} at once")
-        return members, until, saved
-    before = {s.name for s in ledger.states if s.status == "stopped"}
-    found = ledger.next_group()
-    stopped = [s.name for s in ledger.states if s.status == "stopped" and s.name not in before]
+def _next_wave(context: SweepContext, record: SweepRecord) -> WavePlan | None:
+    """Return the wave to train next, an interrupted one first; None when all is done."""
+    candidates, message = context.candidates, context.progress.message
+    saved = load_wave(context, record)
+    if saved is not None and len(saved.position.numbers) > record.at_once:
+        split_wave(context, record, saved)
+    elif saved is not None:
+        position = saved.position
+        message(f"resuming {len(position.numbers)} candidates at step {position.wave_step}")
+        return WavePlan([candidates[n - 1] for n in position.numbers], position.until, saved)
+    stopped = halve_reached_rungs(record)
     if stopped:
-        base.progress.message(f"halving stops {', '.join(stopped)}")
-        ledger.write(base.run)
-    return None if found is None else ([candidates[n] for n in found[0]], found[1], None)
+        message(f"halving stops {', '.join(c.name for c in stopped)}")
+        write_sweep_record(context.run, record)
+    group = next_group(record)
+    return None if group is None else WavePlan([candidates[n] for n in group[0]], group[1])
 
 
 def _run_wave(
-    base: SweepBase,
-    ledger: Ledger,
-    members: list[Candidate],
-    until: int,
-    saved: tuple[State, dict[str, Any]] | None,
+    context: SweepContext,
+    record: SweepRecord,
+    plan: WavePlan,
     stop: StopRequests,
-    save: Callable[[Candidate, State], None],
+    save: Callable[[Candidate, TensorState], None],
 ) -> float:
-    """Train one wave and put it into the ledger; return the seconds its steps took.
+    """Train one wave and record it; return the seconds of its steps.
 
-    Raises Interrupted if a signal stopped it, its state saved.
+    Raises Interrupted after a signal, the state saved.
     """
     began_s = time.perf_counter()
-    with Wave(base, members, ledger, until) as wave:
-        if saved is None:
-            wave.begin()
-        else:
-            with reading(base.run.folder / "checkpoints"):
-                wave.resume(*saved)
-        resumed_step = wave.step
-        wave.run(stop)
-        states = wave.states()
+    wave = train_wave(context, record, plan, stop)
     if not wave.is_over:
-        raise Interrupted(_interrupted_message(base, wave, stop), stop.exit_code)
-    for candidate, state, tensors in zip(members, wave.standings, states, strict=True):
-        if state.status == "training":
-            save(candidate, tensors)
-    finish_wave(wave, states)
-    took_s = time.perf_counter() - began_s
-    row = {"step": ledger.steps_taken, "candidates": [c.name for c in members], "until": until}
-    memory = peak_memory_bytes(base.choice.device)
-    times = {"train_s": wave.train_s, "wave_s": took_s, "peak_memory_bytes": memory}
-    times["timed_steps"] = wave.step - resumed_step  # those before a kill are in no row
-    base.run.append_timing({**row, **times})
-    if stop.received is not None and ledger.next_group() is not None:
-        raise Interrupted(_interrupted_message(base, wave, stop), stop.exit_code)
+        raise Interrupted(_interrupted_message(context, wave, stop), stop.exit_code)
+    finish_wave(context, record, wave, save)
+    timing = WaveTiming(
+        step=record.steps_taken,
+        train_s=wave.train_s,
+        timed_steps=wave.timed_steps,
+        peak_memory_bytes=peak_memory_bytes(context.choice.device),
+        wave_s=time.perf_counter() - began_s,
+        candidates=[candidate.name for candidate in plan.candidates],
+        until=plan.until,
+    )
+    append_wave_timing(context.run, timing)
+    if stop.received is not None and next_group(record) is not None:
+        raise Interrupted(_interrupted_message(context, wave, stop), stop.exit_code)
     return wave.train_s
 
 
-def _finish(
-    base: SweepBase, ledger: Ledger, candidates: list[Candidate], train_s: float
-) -> SweepResult:
-    run, best = base.run, ledger.best()
+def _choose_best(context: SweepContext, record: SweepRecord, train_s: float) -> SweepResult:
+    """Copy the best candidate's adapter and write the outcome.
+
+    Raises TrainingError if every candidate has failed.
+    """
+    run, best = context.run, find_best(record.candidates)
     if best is None:
-        reasons = [f"{s.name}: {s.reason}" for s in ledger.states if s.reason]
-        advice = "Lower the learning rates, or look for damaged examples."
-        raise TrainingError(gather(reasons, f"No candidate of {run.folder} came through:", advice))
-    by_name = {candidate.name: candidate for candidate in candidates}
-    for state in ledger.states:
-        folder = candidate_run(run, by_name[state.name]).folder
-        shutil.rmtree(folder / "state", ignore_errors=True)
-    adapter = candidate_run(run, by_name[best.name]).folder / "adapter"
+        reasons = [f"{c.name}: {c.reason}" for c in record.candidates if c.reason]
+        heading = f"Cannot choose the best of {run.folder}: every candidate has failed."
+        raise TrainingError(
+            gather(reasons, heading, "Lower the learning rates, or look for damaged examples.")
+        )
+    own_runs = {c.name: candidate_run(run, c) for c in context.candidates}
+    for own in own_runs.values():
+        remove_candidate_state(own)
     building = run.folder / f".{BEST}.building"
     shutil.rmtree(building, ignore_errors=True)
-    shutil.copytree(adapter, building)
+    shutil.copytree(own_runs[best.name].folder / "adapter", building)
     shutil.rmtree(run.folder / BEST, ignore_errors=True)
     building.rename(run.folder / BEST)
-    result = SweepResult(
+    write_outcome(run, SweepOutcome(best.name, best.eval_loss, train_s))
+    return SweepResult(
         folder=run.folder,
         best=run.folder / BEST,
-        candidates=ledger.ranked(),
+        candidates=rank(record.candidates),
         train_s=train_s,
-        peak_memory_bytes=peak_memory_bytes(base.choice.device),
+        peak_memory_bytes=peak_memory_bytes(context.choice.device),
     )
-    shown = {"best": best.name, "eval_loss": best.eval_loss}
-    run.write_json("result.json", {**shown, "train_s": train_s})
-    return result
 
 
-def _interrupted_message(base: SweepBase, wave: Wave, stop: StopRequests) -> str:
+def _interrupted_message(context: SweepContext, wave: TrainedWave, stop: StopRequests) -> str:
     name = stop.received.name if stop.received else ""
     return (
-        f"{name} stopped {base.run.folder} after step {wave.step} of a wave of "
-        f"{len(wave.candidates)}; it is saved. Give --resume to go on."
+        f"{name} stopped {context.run.folder} after step {wave.step} of a wave of "
+        f"{len(wave.members)} candidates; its state is saved. Resume with --resume."
     )
 
 
-def _memory_message(base: SweepBase, ledger: Ledger) -> str:
-    peak_bytes, fewer = peak_memory_bytes(base.choice.device), max(1, ledger.at_once // 2)
+def _memory_message(context: SweepContext, record: SweepRecord) -> str:
+    peak_bytes = peak_memory_bytes(context.choice.device)
+    fewer = max(1, record.at_once // 2)
     return (
-        f"with {ledger.at_once} candidates at once, after a peak of {peak_bytes / 1e9:.2f} GB. "
-        f"{base.memory_plan}. Try, in this order: --at-once {fewer}; more --micro-batches than "
-        f"{base.micro_batches} (the result stays the same); in a new sweep a shorter --max-length. "
-        "With --resume it goes on from its newest checkpoint, in smaller waves if asked to."
+        f"with {record.at_once} candidates at once, after a peak of {peak_bytes / 1e9:.2f} GB. "
+        f"{context.memory_plan}. Try, in this order: --at-once {fewer}; more --micro-batches than "
+        f"{context.micro_batches} (the result stays the same); in a new sweep a shorter "
+        "--max-length. --resume continues from the newest checkpoint, in smaller waves if "
+        "--at-once asks for them."
     )

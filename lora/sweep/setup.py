@@ -12,15 +12,21 @@ from lora.data.sequences.batches import ordered_batches
 from lora.data.tokenizers.subword import load_tokenizer
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
-from lora.errors import DataError
+from lora.errors import CheckpointError, DataError
 from lora.runs.directory import Run, read_start_time
-from lora.runs.disk import read_json, reading
+from lora.runs.sweep_record import (
+    SWEEP_FILE,
+    CandidateState,
+    SweepRecord,
+    read_sweep_record,
+    write_sweep_record,
+)
 from lora.sweep.capacity import plan_stack_memory
+from lora.sweep.context import SweepContext, candidate_run
 from lora.sweep.grid import Candidate
+from lora.sweep.halving import find_rungs
 from lora.sweep.job import SweepJob, takes_fast
-from lora.sweep.ledger import LEDGER_FILE, CandidateState, Ledger, find_rungs, read_ledger
 from lora.sweep.progress import SweepProgress
-from lora.sweep.wave import SweepBase, candidate_run
 from lora.training.losses import decoder_loss
 from lora.training.plain_step import evaluate
 
@@ -55,7 +61,7 @@ def choose_stack_size(
     data: PreparedData,
     choice: DeviceChoice,
     progress: SweepProgress,
-    saved: Ledger | None,
+    saved: SweepRecord | None,
 ) -> tuple[int, str]:
     """Return how many train together, and what was planned, in words.
 
@@ -87,22 +93,24 @@ def choose_stack_size(
     return at_once, memory.describe()
 
 
-def build_base(
+def build_context(
     job: SweepJob,
+    candidates: list[Candidate],
     model: Decoder,
     data: PreparedData,
     choice: DeviceChoice,
     run: Run,
     progress: SweepProgress,
     memory_plan: str,
-) -> SweepBase:
+) -> SweepContext:
     """Return what all waves share."""
-    assert data.validation is not None
-    return SweepBase(
+    assert data.validation is not None  # prepare_sweep refuses data without
+    return SweepContext(
+        candidates=tuple(candidates),
         model=model,
         train=data.train,
-        held_out=data.validation,
-        rows=job.train.micro_batch_size,
+        validation=data.validation,
+        micro_batch_size=job.train.micro_batch_size,
         micro_batches=job.train.micro_batches,
         eval_every_steps=job.run.eval_interval(job.train.steps),
         save_every_steps=job.run.save_interval(job.train.steps),
@@ -114,35 +122,41 @@ def build_base(
     )
 
 
-def read_saved_ledger(job: SweepJob, candidates: list[Candidate]) -> Ledger | None:
-    """Return how a sweep that is resumed stood; None if it had not begun."""
-    path = job.run.out / str(job.run.name) / LEDGER_FILE
-    if not job.resume or not path.is_file():
-        return None
-    with reading(path):
-        return read_ledger(read_json(path), [candidate.name for candidate in candidates])
+def read_saved_record(job: SweepJob, candidates: list[Candidate]) -> SweepRecord | None:
+    """Return the record of a sweep that is resumed; None if it had not begun.
+
+    Raises CheckpointError if it is damaged or lists other candidates.
+    """
+    folder = job.run.out / str(job.run.name)
+    record = read_sweep_record(folder) if job.resume else None
+    if record is not None and [c.name for c in record.candidates] != [c.name for c in candidates]:
+        raise CheckpointError(
+            f"Cannot resume {folder}: its {SWEEP_FILE} lists "
+            f"{', '.join(c.name for c in record.candidates) or 'no candidates'}. Resume with the "
+            "values that the sweep began with, or begin a new sweep."
+        )
+    return record
 
 
-def open_ledger(
-    job: SweepJob,
-    base: SweepBase,
-    candidates: list[Candidate],
-    at_once: int,
-    saved: Ledger | None,
-) -> Ledger:
-    """Return how all candidates stand: as `saved` says, or anew, with the loss of the base."""
+def open_record(
+    job: SweepJob, context: SweepContext, at_once: int, saved: SweepRecord | None
+) -> SweepRecord:
+    """Return the sweep's record: the saved one, or a new one, with the base's validation loss."""
     if saved is not None:
         return replace(saved, at_once=at_once)
-    batches = ordered_batches(base.held_out, base.rows, base.choice.device)
-    loss = evaluate(base.model, batches, decoder_loss, base.choice.autocast)
-    base.progress.message(f"held-out loss without an adapter: {loss:.4f}")
-    states = [CandidateState(name=c.name, settings=c.settings()) for c in candidates]
-    rungs = find_rungs(job.train.steps, halving=job.halving)
-    ledger = Ledger(states, rungs, at_once, base_eval_loss=loss)
-    described = base.run.read_json("run.json")
-    for candidate in candidates:
+    batches = ordered_batches(context.validation, context.micro_batch_size, context.choice.device)
+    loss = evaluate(context.model, batches, decoder_loss, context.choice.autocast)
+    context.progress.message(f"validation loss without an adapter: {loss:.4f}")
+    record = SweepRecord(
+        candidates=[CandidateState(c.name, c.settings()) for c in context.candidates],
+        rungs=find_rungs(job.train.steps, halving=job.halving),
+        at_once=at_once,
+        base_eval_loss=loss,
+    )
+    described = context.run.read_json("run.json")
+    for candidate in context.candidates:
         own: dict[str, Any] = {"learning_rate": candidate.rate, "sweep": None}
         own |= {"lora": asdict(candidate.lora), "train": asdict(candidate.train)}
-        candidate_run(base.run, candidate).write_json("run.json", {**described, **own})
-    ledger.write(base.run)
-    return ledger
+        candidate_run(context.run, candidate).write_json("run.json", {**described, **own})
+    write_sweep_record(context.run, record)
+    return record

@@ -39,7 +39,8 @@ FILES: dict[str, Any] = {
         "memory": {"planned": {"weights": 1, "total": 2}, "measured_bytes": 3},
     },
     "sweep.json": {
-        "states": [{"name": "001-rank2", "settings": {"rank": 2}, "status": "done", "step": 4}],
+        "candidates": [{"name": "001-rank2", "settings": {"rank": 2}, "status": "done", "step": 4}],
+        "schema_version": 2,
         "rungs": [4],
         "at_once": 1,
         "base_eval_loss": 2.0,

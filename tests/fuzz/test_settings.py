@@ -24,9 +24,8 @@ from lora import cli
 from lora.config import DataConfig, LoRAConfig, RunConfig, SamplingConfig, TrainConfig
 from lora.device import choose_device
 from lora.runs.directory import create_run, read_start_time
-from lora.runs.disk import read_json, reading
 from lora.runs.progress import NoProgress
-from lora.sweep.ledger import CandidateState, read_ledger
+from lora.runs.sweep_record import CandidateState, read_sweep_record
 from lora.training.checkpoint import load_checkpoint, save_checkpoint
 from lora.training.job import LoopState, resume_loop_state
 from lora.training.plain_step import PlainStepRunner
@@ -130,8 +129,7 @@ def test_any_files_of_a_run(fuzz: Any, make: dict[str, Any], tmp_path: Path) -> 
             run.cut_metrics_after(3)
 
     def ledger() -> None:
-        with reading(tmp_path / "run" / "sweep.json"):
-            read_ledger(read_json(tmp_path / "run" / "sweep.json"), ["a", "b"])
+        read_sweep_record(tmp_path / "run")
 
     checks = {
         "manifest.json": lambda: load_checkpoint(folder),
@@ -152,11 +150,11 @@ def test_any_files_of_a_run(fuzz: Any, make: dict[str, Any], tmp_path: Path) -> 
 
     state = make["object"](vars(CandidateState("a", {})))
     told = {
-        "states": [vars(CandidateState("a", {})), vars(CandidateState("b", {}))],
+        "candidates": [vars(CandidateState("a", {})), vars(CandidateState("b", {}))],
         "rungs": [4, 8],
     }
     whole = {**told, "at_once": 2, "base_eval_loss": 1.5, "steps_taken": 4}
-    ledgers = make["object"](whole) | state.map(lambda s: {**whole, "states": [s, s]})
+    ledgers = make["object"](whole) | state.map(lambda s: {**whole, "candidates": [s, s]})
     described = {"train": {"steps": 3}, "data": {"now": "2026-01-01"}, "sweep": {"grid": {}}}
     likely = (ledgers | make["object"](described)).map(lambda value: json.dumps(value).encode())
     fuzz(st.tuples(st.sampled_from(sorted(checks)), values | manifest | likely), check)

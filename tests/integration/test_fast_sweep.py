@@ -13,9 +13,9 @@ from lora.config import DataConfig, RunConfig, TrainConfig
 from lora.data.reading.orders import make_orders
 from lora.fast import stacked_runner
 from lora.fast.stacked_runner import FastStackedRunner
+from lora.runs.sweep_record import CandidateState
 from lora.sweep import SweepJob, sweep
 from lora.sweep.grid import Grid
-from lora.sweep.ledger import CandidateState
 from lora.sweep.progress import NoSweepProgress
 
 

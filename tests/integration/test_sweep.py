@@ -24,9 +24,9 @@ from lora.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from lora.finetune import FinetuneJob, finetune
 from lora.report import report_on
 from lora.runs.disk import read_json, read_rows
+from lora.runs.sweep_record import CandidateState, rank
 from lora.sweep import SweepJob, sweep
 from lora.sweep.grid import Grid, build_candidates
-from lora.sweep.ledger import CandidateState, rank
 from lora.sweep.progress import NoSweepProgress
 
 TRAIN = TrainConfig(steps=12, batch_size=4)
@@ -143,7 +143,7 @@ def test_a_wave_that_was_stopped_goes_on_in_smaller_ones(job: SweepJob) -> None:
         sweep(job, Stopping(5))
     heard = Stopping(0)
     done = sweep(replace(job, at_once=3, resume=True), heard)
-    assert any("the 4 that were at step 5 go on in parts" in line for line in heard.said)
+    assert any("splitting the wave of 4 that was at step 5" in line for line in heard.said)
     others = adapters(done.folder)
     for name, tensors in adapters(whole.folder).items():
         for key, tensor in tensors.items():
@@ -168,15 +168,15 @@ def test_memory_that_runs_out_names_the_plan_and_smaller_waves(
     def refuse(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("lora.sweep.wave.stack_batches", refuse)
+    monkeypatch.setattr("lora.sweep.wave_loop.stack_batches", refuse)
     with pytest.raises(TrainingError) as caught:
         sweep(job)
     for words in ("with 4 candidates at once", "GB for each", "--at-once 2", "--micro-batches"):
         assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["[]", '{"states": []}', '{"states": [{"name": 1}]}', "{"])
-def test_a_ledger_that_lies_is_refused(job: SweepJob, text: str) -> None:
+@pytest.mark.parametrize("text", ["[]", '{"candidates": []}', '{"candidates": [{"name": 1}]}', "{"])
+def test_a_damaged_sweep_record_is_refused(job: SweepJob, text: str) -> None:
     with pytest.raises(Interrupted):
         sweep(job, Stopping(2))
     (job.run.out / "sweep" / "sweep.json").write_text(text)

@@ -13,6 +13,16 @@ from typing import Any
 import pytest
 
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.runs.directory import Run
+from lora.runs.sweep_record import (
+    CandidateState,
+    SweepOutcome,
+    SweepRecord,
+    WaveTiming,
+    append_wave_timing,
+    write_outcome,
+    write_sweep_record,
+)
 
 STEPS = 20
 Make = Callable[..., Path]
@@ -129,7 +139,7 @@ def make_sweep(tmp_path: Path) -> Make:
 
     def make(name: str = "ranks", *, is_finished: bool = True) -> Path:
         folder = tmp_path / name
-        states = []
+        candidates = []
         ends = {(4, 1e-3): 0.4, (8, 1e-3): 0.352, (16, 1e-3): 0.35, (4, 3e-4): 0.9, (8, 3e-4): 0.8}
         ends[(16, 1e-1)] = math.inf
         for number, ((rank, rate), end) in enumerate(ends.items(), start=1):
@@ -138,40 +148,35 @@ def make_sweep(tmp_path: Path) -> Make:
             train = TrainConfig(steps=STEPS, learning_rate=rate)
             place = folder / "candidates" / own
             write_json(place / "run.json", described(lora, train, name, rate) | {"sweep": None})
-            status, reason, last = "done", "", STEPS
+            settings = {"rank": rank, "learning_rate": rate}
+            state = CandidateState(own, settings, "done", STEPS, eval_loss=end)
             if math.isinf(end):
-                status, reason, last = "failed", "the loss of step 3 is nan", 3
+                state = CandidateState(own, settings, step=3)
+                state.fail("the loss of step 3 is nan")
             elif (rank, rate) == (4, 3e-4):
-                status, reason, last = "stopped", "halving at step 10: place 5 of 5", 10
+                state = CandidateState(own, settings, step=10, eval_loss=end)
+                state.stop(10, "halving at step 10: place 5 of 5")
             rows: list[dict[str, Any]] = [{"step": 0, "eval_loss": 2.0}]
-            rows += [{"step": s, "loss": 2.0 - s / 20} for s in range(1, last + 1)]
-            if status != "failed":
-                rows.append({"step": last, "eval_loss": end})
+            rows += [{"step": s, "loss": 2.0 - s / 20} for s in range(1, state.step + 1)]
+            if state.status != "failed":
+                rows.append({"step": state.step, "eval_loss": end})
             write_lines(place / "metrics.jsonl", rows)
-            if status == "done":
+            if state.status == "done":
                 write_adapter(place / "adapter", 80 * rank)
-            states.append(
-                {"name": own, "settings": {"rank": rank, "learning_rate": rate}, "status": status,
-                 "step": last, "reason": reason,
-                 "eval_loss": None if math.isinf(end) else end}
-            )  # fmt: skip
+            candidates.append(state)
         asked = described(LoRAConfig(), TrainConfig(steps=STEPS), name, 1e-3)
         grid: dict[str, list[Any]] = {"rank": [4, 8, 16], "learning_rate": [3e-4, 1e-3, 1e-1]}
         grid |= {"alpha": ["2r"], "dropout": [0.0], "seed": [1337], "schedule": ["cosine"]}
         asked["sweep"] = {"grid": grid, "halving": True, "steps": STEPS}
         write_json(folder / "run.json", asked)
-        ledger = {"states": states, "rungs": [5, 10, STEPS], "at_once": 6}
-        write_json(folder / "sweep.json", {**ledger, "base_eval_loss": 2.0, "steps_taken": 20})
-        timing = {
-            "step": 20,
-            "timed_steps": 20,
-            "train_s": 12.5,
-            "peak_memory_bytes": 2_000_000_000,
-        }
-        write_lines(folder / "timings.jsonl", [timing])
+        record = SweepRecord(
+            candidates, (5, 10, STEPS), at_once=6, base_eval_loss=2.0, steps_taken=20
+        )
+        write_sweep_record(Run(folder), record)
+        append_wave_timing(Run(folder), WaveTiming(20, 12.5, 20, 2_000_000_000))
         if is_finished:
-            best = next(s["name"] for s in states if s["eval_loss"] == 0.35)
-            write_json(folder / "result.json", {"best": best, "eval_loss": 0.35, "train_s": 12.5})
+            best = next(c.name for c in candidates if c.eval_loss == 0.35)
+            write_outcome(Run(folder), SweepOutcome(best, 0.35, 12.5))
         return folder
 
     return make

@@ -16,7 +16,7 @@ from lora.report.numbers import (
     size_text,
     time_text,
 )
-from lora.report.records.records import Memory, Point, RunRecord, SweetSpot, Tried
+from lora.report.records.records import GridCell, Memory, Point, RunRecord, SweetSpot
 from lora.report.svg import png_of, svg_of
 
 
@@ -41,7 +41,7 @@ def test_any_name_can_be_drawn(name: str) -> None:
 
 
 def test_ranks_and_rates_that_ran_away_can_be_drawn() -> None:
-    tried = [Tried(4, 1e-3, 0.5, 1), Tried(8, 1e-3, 0.4, 1), Tried(8, 1e-1, 1e6, 1)]
+    tried = [GridCell(4, 1e-3, 0.5, 1), GridCell(8, 1e-3, 0.4, 1), GridCell(8, 1e-1, 1e6, 1)]
     spot = SweetSpot(8, 0.4, 8, 0.4, 0.0, "one seed")
     assert "rank 8 is best" in svg_of(draw_ranks(tried, spot), "x", "")
     enough = SweetSpot(4, 0.5, 8, 0.4, 0.2, "one seed")
@@ -78,7 +78,7 @@ def test_no_line_to_a_name_crosses_a_name() -> None:
 
 
 def test_a_dot_at_the_edge_is_drawn_whole() -> None:
-    tried = [Tried(4, 1e-3, 0.4, 1), Tried(4, 1e-4, 0.449, 1), Tried(8, 1e-3, 0.3, 1)]
+    tried = [GridCell(4, 1e-3, 0.4, 1), GridCell(4, 1e-4, 0.449, 1), GridCell(8, 1e-3, 0.3, 1)]
     lines = draw_ranks(tried, SweetSpot(8, 0.3, 8, 0.3, 0.0, "one seed")).axes[0].lines
     dots = [line for line in lines if list(line.get_xdata()) == [0]]  # type: ignore[call-overload]
     assert [line.get_clip_on() for line in dots] == [False, False]

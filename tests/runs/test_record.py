@@ -66,7 +66,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
         (OLD, "finetune", "lora"),
         ({**OLD, "lora": None}, "finetune", "full"),
         ({**OLD, "lora": None, "from_adapter": "a"}, "finetune", "lora"),
-        ({**OLD, "sweep": {"steps": 3}}, "sweep", "lora"),
+        ({**OLD, "sweep": {"grid": {}, "halving": False, "steps": 3}}, "sweep", "lora"),
         ({**OLD, "sweep": None}, "candidate", "lora"),
         ({"kind": "compare", "compare": {}}, "compare", None),
         ({"method": "peft", "train": {}}, "member", "peft"),

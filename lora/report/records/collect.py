@@ -11,11 +11,11 @@ from pathlib import Path
 from lora.errors import CheckpointError, ConfigError, did_you_mean, gather
 from lora.report.records.comparisons import find_ratios, read_comparison_directory
 from lora.report.records.reading import Faults, read_object
-from lora.report.records.records import ComparisonRecord, Report, RunRecord, SweepRecord
+from lora.report.records.records import ComparisonRecord, Report, RunRecord, SweepSummary
 from lora.report.records.runs import RUN_FILE, read_run
 from lora.report.records.sweeps import read_sweep
 from lora.runs.comparison_record import COMPARE_FILE
-from lora.sweep.ledger import LEDGER_FILE
+from lora.runs.sweep_record import SWEEP_FILE
 
 ADVICE = (
     "Name folders of lora finetune, lora sweep or lora compare (those with run.json). A damaged "
@@ -36,14 +36,14 @@ def read_report(folders: Sequence[Path], out: Path, title: str | None = None) ->
         raise ConfigError(f"A report was asked for with a folder twice: {', '.join(twice)}.")
     faults: Faults = []
     runs: list[RunRecord] = []
-    sweeps: list[SweepRecord] = []
+    sweeps: list[SweepSummary] = []
     comparisons: list[ComparisonRecord] = []
     for folder, name in zip(folders, _names(folders), strict=True):
         if (fault := _not_a_run(folder)) is not None:
             faults.append(fault)
             continue
         asked = read_object(folder / RUN_FILE, [])  # whoever reads it again says what is wrong
-        if (folder / LEDGER_FILE).is_file() or isinstance(asked.values.get("sweep"), dict):
+        if (folder / SWEEP_FILE).is_file() or isinstance(asked.values.get("sweep"), dict):
             sweep, found = read_sweep(folder, out, name, faults)
             sweeps.append(sweep)
         elif (folder / COMPARE_FILE).is_file() or asked.values.get("kind") == "compare":

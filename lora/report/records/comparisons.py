@@ -15,7 +15,7 @@ from lora.report.records.records import (
     ComparisonRecord,
     MemberRecord,
     RunRecord,
-    SweepRecord,
+    SweepSummary,
     method_name,
 )
 from lora.report.records.runs import RUN_FILE, read_run
@@ -74,7 +74,7 @@ def read_comparison_directory(
 
 
 def find_ratios(
-    runs: Sequence[RunRecord], sweeps: Sequence[SweepRecord] = ()
+    runs: Sequence[RunRecord], sweeps: Sequence[SweepSummary] = ()
 ) -> tuple[Ratios, ...]:
     """Return the ratios of each LoRA run to the runs it can be compared with.
 

@@ -126,7 +126,7 @@ class RunRecord:
 
 
 @dataclass(frozen=True)
-class Tried:
+class GridCell:
     """Candidates of one rank and rate, over their seeds."""
 
     rank: int
@@ -151,7 +151,7 @@ class SweetSpot:
 
 
 @dataclass(frozen=True)
-class SweepRecord:
+class SweepSummary:
     """A sweep: its candidates are among the report's runs, under its name as group."""
 
     name: str
@@ -167,7 +167,7 @@ class SweepRecord:
     """The run's name."""
     train_s: float | None
     peak_memory_bytes: int | None
-    tried: tuple[Tried, ...]
+    tried: tuple[GridCell, ...]
     """By rank, then rate."""
     sweet_spot: SweetSpot | None
     command: str | None
@@ -222,7 +222,7 @@ class Report:
     title: str
     runs: tuple[RunRecord, ...]
     """The best of a sweep first."""
-    sweeps: tuple[SweepRecord, ...] = ()
+    sweeps: tuple[SweepSummary, ...] = ()
     comparisons: tuple[ComparisonRecord, ...] = ()
     ratios: tuple[Ratios, ...] = ()
     notes: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""A sweep's folder as records: its candidates, which rank is enough, which rate is best."""
+"""Reads a sweep's directory for the report: its candidates, the smallest rank that is enough."""
 
 from __future__ import annotations
 
@@ -10,76 +10,79 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora.report.records.command import sweep_command
-from lora.report.records.reading import Faults, Values, read_lines, read_object, relative
-from lora.report.records.records import RunRecord, Status, SweepRecord, SweetSpot, Tried
-from lora.report.records.runs import RESULT_FILE, RUN_FILE, read_run
-from lora.runs.directory import TIMINGS_FILE
+from lora.report.records.reading import Faults, read_object, relative
+from lora.report.records.records import GridCell, RunRecord, Status, SweepSummary, SweetSpot
+from lora.report.records.runs import RUN_FILE, read_run
+from lora.runs.read_record import read_run_record
+from lora.runs.record import SweepSettings
+from lora.runs.sweep_record import (
+    CandidateState,
+    SweepRecord,
+    WaveTiming,
+    rank,
+    read_outcome,
+    read_sweep_record,
+    read_wave_timings,
+)
 from lora.sweep.grid import SWEPT, short_number
-from lora.sweep.ledger import LEDGER_FILE, CandidateState, rank
 
 CANDIDATES, FULL = "candidates", "full"
-"""Folders of the candidates, and of full fine-tuning beside them."""
+"""Directories of the candidates, and of full fine-tuning beside them."""
 NOISE_FRACTION = 0.01
-"""Of the best loss: what is held to be noise where one seed cannot tell."""
+"""Of the best loss: taken as noise where one seed cannot tell."""
 _STATUSES: dict[str, Status] = {"done": "finished", "stopped": "stopped", "failed": "failed"}
 _SHORT = {"rank": "r", "learning_rate": "", "alpha": "a", "dropout": "d", "seed": "s"}
 
 
 def read_sweep(
     folder: Path, base: Path, name: str, faults: Faults
-) -> tuple[SweepRecord, list[RunRecord]]:
-    """Return what `folder` tells of its sweep, and its candidates, the best first."""
+) -> tuple[SweepSummary, list[RunRecord]]:
+    """Return the summary of the sweep in `folder`, and its candidates, the best first."""
     asked = read_object(folder / RUN_FILE, faults, required=True)
-    ledger = read_object(folder / LEDGER_FILE, faults)
-    result = read_object(folder / RESULT_FILE, faults)
-    timings = read_lines(folder / TIMINGS_FILE, faults)
-    sweep = asked.section("sweep")
-    swept = tuple(key for key in SWEPT if len(list_of(sweep.section("grid"), key)) > 1)
-    states = rank(_states(ledger))
-    runs = [_candidate(folder, base, name, s, swept, faults) for s in states]
+    settings = read_run_record(folder, []).sweep or SweepSettings({}, halving=False, steps=0)
+    record = read_sweep_record(folder, faults)
+    outcome = read_outcome(folder, faults)
+    timings = read_wave_timings(folder, faults)
+    swept = tuple(key for key in SWEPT if len(settings.grid.get(key, ())) > 1)
+    candidates = rank(record.candidates) if record else []
+    runs = [_candidate(folder, base, name, c, swept, faults) for c in candidates]
     runs.sort(key=_place)
     full_rate = None
     if (folder / FULL / RUN_FILE).is_file():
         full = replace(read_run(folder / FULL, base, faults, group=name), label=FULL)
         full_rate = full.learning_rate
         runs.append(full)
-    best = result.text("best")
-    base_loss = ledger.number("base_eval_loss")
-    tried = find_tried(runs)
-    peaks = [p for row in timings if (p := row.count("peak_memory_bytes"))]
-    record = SweepRecord(
+    cells = find_grid_cells(runs)
+    summary = SweepSummary(
         name=name,
         folder=relative(folder, base),
-        status="finished" if result.values else "unfinished",
-        candidates=len(states),
-        at_once=ledger.count("at_once"),
-        halving=sweep.flag("halving"),
-        steps=sweep.count("steps"),
+        status="finished" if outcome else "unfinished",
+        candidates=len(candidates),
+        at_once=record.at_once if record else None,
+        halving=settings.halving,
+        steps=settings.steps or None,
         swept=swept,
-        base_eval_loss=base_loss,
-        best=None if best is None else f"{name}/{best}",
-        train_s=_train_s(timings, ledger),
-        peak_memory_bytes=max(peaks, default=None),
-        tried=tried,
-        sweet_spot=find_sweet_spot(tried, runs),
+        base_eval_loss=_finite(record.base_eval_loss) if record else None,
+        best=f"{name}/{outcome.best}" if outcome else None,
+        train_s=_train_s(timings, record),
+        peak_memory_bytes=max((row.peak_memory_bytes for row in timings), default=None),
+        tried=cells,
+        sweet_spot=find_sweet_spot(cells, runs),
         command=sweep_command(asked.values, folder.name, full_rate),
     )
-    return record, runs
+    return summary, runs
 
 
-def _train_s(timings: Sequence[Values], ledger: Values) -> float | None:
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _train_s(timings: Sequence[WaveTiming], record: SweepRecord | None) -> float | None:
     """Return the seconds of all steps; None if some were not timed, as those before a kill are."""
-    times = [row.number("train_s") for row in timings]
-    timed = sum(row.count("timed_steps") or 0 for row in timings)
-    if not times or timed != ledger.count("steps_taken"):
+    timed = sum(row.timed_steps for row in timings)
+    if not timings or record is None or timed != record.steps_taken:
         return None
-    return sum(seconds for seconds in times if seconds is not None)
-
-
-def list_of(values: Values, key: str) -> list[object]:
-    """Return a list, or nothing where there is none."""
-    found = values.values.get(key)
-    return found if isinstance(found, list) else []
+    return sum(row.train_s for row in timings)
 
 
 def _place(run: RunRecord) -> tuple[int, float]:
@@ -87,27 +90,6 @@ def _place(run: RunRecord) -> tuple[int, float]:
     if run.status == "unfinished":
         return 1, math.inf if run.eval_loss is None else run.eval_loss
     return {"finished": 0}.get(run.status, 2), 0.0
-
-
-def _states(ledger: Values) -> list[CandidateState]:
-    found = []
-    for row in ledger.items("states"):
-        name, status = row.text("name"), row.text("status")
-        known = ("waiting", "training", *_STATUSES)
-        if name is None or Path(name).name != name or status not in known:
-            ledger.faults.append(f"{row.where} has no name of a folder, or no status that is known")
-            continue
-        found.append(
-            CandidateState(
-                name=name,
-                settings=row.section("settings").values,
-                status=status,  # type: ignore[arg-type]
-                step=row.count("step") or 0,
-                reason=row.text("reason") or "",
-                eval_loss=row.number("eval_loss"),
-            )
-        )
-    return found
 
 
 def _candidate(
@@ -125,7 +107,7 @@ def _candidate(
         label=candidate_label(run, state, swept),
         status=_STATUSES.get(state.status, "unfinished"),
         reason=state.reason,
-        steps=max(state.step, run.steps or 0),  # the ledger knows of whole waves only
+        steps=max(state.step, run.steps or 0),  # sweep.json is written after whole waves only
     )
 
 
@@ -139,14 +121,14 @@ def candidate_label(run: RunRecord, state: CandidateState, swept: tuple[str, ...
     return " ".join(words) or run.label
 
 
-def find_tried(runs: Sequence[RunRecord]) -> tuple[Tried, ...]:
+def find_grid_cells(runs: Sequence[RunRecord]) -> tuple[GridCell, ...]:
     """Return the loss of each rank at each rate: over seeds the mean, over the rest the best.
 
     Only what came through to the end counts: a candidate that was stopped has seen fewer steps.
     """
-    best: dict[tuple[int, float], Tried] = {}
+    best: dict[tuple[int, float], GridCell] = {}
     for key, losses in _by_setting(runs).items():
-        tried = Tried(key[0], key[1], statistics.fmean(losses), len(losses))
+        tried = GridCell(key[0], key[1], statistics.fmean(losses), len(losses))
         known = best.get(key[:2])
         if known is None or tried.loss < known.loss:
             best[key[:2]] = tried
@@ -171,9 +153,9 @@ def _by_setting(runs: Sequence[RunRecord]) -> dict[Key, list[float]]:
     return found
 
 
-def find_sweet_spot(tried: Sequence[Tried], runs: Sequence[RunRecord]) -> SweetSpot | None:
+def find_sweet_spot(tried: Sequence[GridCell], runs: Sequence[RunRecord]) -> SweetSpot | None:
     """Return the smallest rank that is as good as the best, within noise; None for one rank."""
-    by_rank: dict[int, Tried] = {}
+    by_rank: dict[int, GridCell] = {}
     for one in tried:
         known = by_rank.get(one.rank)
         if known is None or one.loss < known.loss:

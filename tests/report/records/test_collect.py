@@ -103,7 +103,7 @@ def test_noise_is_measured_where_there_are_seeds(make_sweep: Make, tmp_path: Pat
     losses = {"001": 0.400, "002": 0.360, "003": 0.350}
 
     def add_seed(values: Any) -> None:
-        for state in list(values["states"]):
+        for state in list(values["candidates"]):
             loss = losses.get(state["name"][:3])
             if loss is None:
                 continue
@@ -113,7 +113,7 @@ def test_noise_is_measured_where_there_are_seeds(make_sweep: Make, tmp_path: Pat
             text = (old / "run.json").read_text().replace('"seed": 1337', '"seed": 2')
             (new / "run.json").write_text(text)
             (new / "metrics.jsonl").write_text(f'{{"step": 20, "eval_loss": {loss + 0.02}}}\n')
-            values["states"].append(other)
+            values["candidates"].append(other)
 
     rewrite(ledger, add_seed)
     report = read_report([folder], tmp_path)
@@ -245,7 +245,7 @@ def test_a_damaged_adapter_is_named(make_run: Make, tmp_path: Path) -> None:
 
 def test_a_candidate_never_leads_out_of_its_sweep(make_sweep: Make, tmp_path: Path) -> None:
     folder = make_sweep()
-    rewrite(folder / "sweep.json", lambda v: v["states"][0].update(name=f"..{os.sep}.."))
+    rewrite(folder / "sweep.json", lambda v: v["candidates"][0].update(name=f"..{os.sep}.."))
     with pytest.raises(CheckpointError, match="no name of a folder"):
         read_report([folder], tmp_path)
 

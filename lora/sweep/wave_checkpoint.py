@@ -1,0 +1,156 @@
+"""The checkpoint of a wave that is under way, and each candidate's state between two waves.
+
+    runs/NAME/checkpoints/                 the wave: all of its candidates' tensors together
+    runs/NAME/candidates/NAME/state/       one candidate's tensors, from one wave to the next
+
+Only the newest checkpoint is kept: a sweep compares candidates as they are at the end.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lora.errors import CheckpointError, gather
+from lora.runs.directory import Run
+from lora.runs.sweep_record import (
+    CandidateState,
+    SweepRecord,
+    upgraded_candidates,
+    write_sweep_record,
+)
+from lora.runs.typed_json import Faults, parse, to_json
+from lora.sweep.context import SweepContext, candidate_run
+from lora.training.checkpoint import list_checkpoints, load_newest, save_checkpoint
+
+CHECKPOINTS, STATE = "checkpoints", "state"
+TensorState = dict[str, Tensor]
+"""One adapter's values, optimizer moments and dropout generator, by name: StackedTrainer.state."""
+
+
+@dataclass(frozen=True)
+class WavePosition:
+    """Where a wave is: the `state.json` of its checkpoint."""
+
+    numbers: list[int]
+    """Of its candidates, from 1."""
+    candidates: list[CandidateState]
+    until: int
+    """The step that the wave leads to."""
+    wave_step: int
+    """The candidates' step."""
+    steps_before: int
+    """`SweepRecord.steps_taken` when the wave began: tells a wave that the record has already."""
+
+    def __post_init__(self) -> None:
+        if len(self.numbers) != len(self.candidates) or not self.numbers:
+            raise ValueError(f"{len(self.numbers)} numbers for {len(self.candidates)} candidates")
+
+
+@dataclass(frozen=True)
+class SavedWave:
+    """A wave's checkpoint in memory."""
+
+    position: WavePosition
+    tensors: list[TensorState]
+    """One for each candidate."""
+
+
+def save_wave(context: SweepContext, saved: SavedWave, number: int) -> None:
+    """Write the wave's checkpoint as that of step `number` of the sweep.
+
+    Raises CheckpointError if the disk refuses; the former checkpoint is then untouched.
+    """
+    tensors = {f"{k}.{name}": t for k, own in enumerate(saved.tensors) for name, t in own.items()}
+    folder = context.run.folder / CHECKPOINTS
+    save_checkpoint(folder, number, tensors, to_json(saved.position), keep=1)
+
+
+def load_wave(context: SweepContext, record: SweepRecord) -> SavedWave | None:
+    """Return the checkpoint of the wave that was under way, or None if there is none.
+
+    Raises CheckpointError if there are checkpoints and none of them can be used.
+    """
+    folder = context.run.folder / CHECKPOINTS
+    if not list_checkpoints(folder):
+        return None
+    tensors, state = load_newest(folder, context.progress.message)
+    position = _parse_position(state, folder)
+    names = {candidate.number: candidate.name for candidate in context.candidates}
+    if [names.get(number) for number in position.numbers] != [c.name for c in position.candidates]:
+        raise CheckpointError(
+            f"Cannot resume from {folder}: its candidates {position.numbers} are not those of this "
+            "sweep. Use a copy of the run directory, or begin a new sweep."
+        )
+    if position.steps_before != record.steps_taken:  # killed after the record took this wave in
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    own = [_own_tensors(tensors, k) for k in range(len(position.numbers))]
+    return SavedWave(position, own)
+
+
+def split_wave(context: SweepContext, record: SweepRecord, saved: SavedWave) -> None:
+    """Let each candidate of a saved wave wait where it is, so that smaller waves can go on.
+
+    Changes `record` in place, and on disk.
+    """
+    position = saved.position
+    first_step = record.candidates[position.numbers[0] - 1].step
+    for number, state, own in zip(
+        position.numbers, position.candidates, saved.tensors, strict=True
+    ):
+        record.candidates[number - 1] = state
+        if state.status == "training":
+            state.status = "waiting"
+            run = candidate_run(context.run, context.candidates[number - 1])
+            save_candidate(run, state, own)
+    close_wave(context, record, position.wave_step - first_step)
+    context.progress.message(
+        f"splitting the wave of {len(position.numbers)} that was at step {position.wave_step}"
+    )
+
+
+def close_wave(context: SweepContext, record: SweepRecord, n_steps: int) -> None:
+    """Write the record with `n_steps` steps more, then remove the wave's checkpoint.
+
+    In this order: a kill between the two leaves a checkpoint that `load_wave` knows as done.
+    """
+    record.steps_taken += n_steps
+    write_sweep_record(context.run, record)
+    shutil.rmtree(context.run.folder / CHECKPOINTS, ignore_errors=True)
+
+
+def save_candidate(run: Run, state: CandidateState, tensors: TensorState) -> None:
+    """Write what one candidate needs to go on in another wave.
+
+    Raises CheckpointError if the disk refuses.
+    """
+    save_checkpoint(run.folder / STATE, state.step, tensors, {}, keep=1)
+
+
+def load_candidate(context: SweepContext, run: Run) -> TensorState:
+    """Return what `save_candidate` wrote. Raises CheckpointError if it cannot be used."""
+    return load_newest(run.folder / STATE, context.progress.message)[0]
+
+
+def remove_candidate_state(run: Run) -> None:
+    """Remove what `save_candidate` wrote, if anything."""
+    shutil.rmtree(run.folder / STATE, ignore_errors=True)
+
+
+def _own_tensors(tensors: TensorState, k: int) -> TensorState:
+    start = f"{k}."
+    return {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+
+
+def _parse_position(state: dict[str, Any], folder: Path) -> WavePosition:
+    faults: Faults = []
+    position = parse(WavePosition, upgraded_candidates(state), str(folder), faults)
+    if position is None or faults:
+        advice = "Use a copy of the run directory, or begin a new sweep."
+        raise CheckpointError(gather(faults, f"Cannot resume from {folder}:", advice))
+    return position

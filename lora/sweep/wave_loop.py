@@ -1,0 +1,280 @@
+"""The loop of one wave: steps of a stack of candidates, evaluations, saves.
+
+A candidate that fails keeps its slot in the stack to the end of the wave, at learning rate 0: with
+fewer adapters the matmuls of the others would have other shapes, and other last bits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+from lora.data.sequences.batches import BatchStream, ordered_batches
+from lora.device import peak_memory_bytes
+from lora.errors import CheckpointError
+from lora.fast.stacked_runner import choose_stacked_runner
+from lora.runs.directory import Run
+from lora.runs.disk import reading
+from lora.runs.interrupts import StopRequests
+from lora.runs.record import MetricsRow
+from lora.runs.sweep_record import CandidateState, SweepRecord
+from lora.stacked.apply import StackedAdapters
+from lora.stacked.losses import stack_batches
+from lora.sweep.context import SweepContext, candidate_run
+from lora.sweep.grid import Candidate
+from lora.sweep.wave_checkpoint import (
+    SavedWave,
+    TensorState,
+    WavePosition,
+    load_candidate,
+    save_wave,
+)
+from lora.training.optim import learning_rate_at
+from lora.training.step_runner import StepOutcome
+
+
+@dataclass(frozen=True)
+class WavePlan:
+    """Which candidates train together, up to which step."""
+
+    candidates: list[Candidate]
+    until: int
+    saved: SavedWave | None = None
+    """Where an interrupted wave goes on; None: at the state of each candidate."""
+
+
+@dataclass
+class WaveMember:
+    """One candidate while it trains in a wave."""
+
+    index: int
+    """Its slot in the stack, k."""
+    candidate: Candidate
+    state: CandidateState
+    run: Run
+    """Its own run directory."""
+    stream: BatchStream
+
+    def skip_to(self, row: int) -> None:
+        """Let the batches go on after the first `row` sequences."""
+        self.stream.load_state_dict({**self.stream.state_dict(), "row": row})
+
+    def note_step(self, outcome: StepOutcome, n_sequences: int) -> None:
+        """Record a finished optimizer step on `n_sequences` sequences of this candidate."""
+        loss, rate = outcome.losses[self.index], outcome.learning_rates[self.index]
+        self.state.step, self.state.loss = outcome.step, loss
+        self.state.row += n_sequences
+        self.run.append_metrics(MetricsRow(outcome.step, loss, rate))
+
+    def note_eval(self, step: int, loss: float) -> None:
+        """Record a validation loss."""
+        self.state.note_eval(loss)
+        self.run.append_metrics(MetricsRow(step, eval_loss=loss))
+
+
+@dataclass(frozen=True)
+class TrainedMember:
+    """A candidate as a wave left it."""
+
+    candidate: Candidate
+    state: CandidateState
+    run: Run
+    tensors: TensorState
+
+
+class WaveLoop:
+    """Steps, evaluations and saves of a stack of candidates; made ready to train.
+
+    Changes the states of `record.candidates` in place. `context.model` has the plan's candidates
+    stacked on it.
+    """
+
+    def __init__(
+        self,
+        context: SweepContext,
+        record: SweepRecord,
+        plan: WavePlan,
+        stacked: StackedAdapters,
+    ) -> None:
+        self.context, self.record, self.until = context, record, plan.until
+        context.model.train()
+        self.runner = choose_stacked_runner(
+            context.model,
+            stacked,
+            [c.train for c in plan.candidates],
+            context.choice,
+            fast=context.fast,
+            on_message=self._message_first,
+        )
+        self.members = [self._member(k, c) for k, c in enumerate(plan.candidates)]
+        self.step = self.first_step = self.members[0].state.step
+        """Launched (a GPU is one step behind); and where the wave began: at a rung, or where a
+        larger wave was split."""
+        self.saved_step: int | None = None
+        self.train_s = 0.0
+        """Seconds spent in steps by this process."""
+        self._n_tokens = 0
+        if plan.saved is None:
+            self._start()
+        else:
+            self._resume(plan.saved)
+        self.resumed_step = self.step
+
+    def _start(self) -> None:
+        """Begin with the candidates' first values, or what their last wave left."""
+        for member in self.members:
+            state = member.state
+            member.run.cut_metrics_after(state.step if state.step else -1)
+            if state.step:
+                self._restore(member, load_candidate(self.context, member.run))
+            else:
+                loss = self.record.base_eval_loss
+                member.run.append_metrics(MetricsRow(0, eval_loss=loss))
+            state.status = "training"
+
+    def _resume(self, saved: SavedWave) -> None:
+        """Go on where a checkpoint of this wave stands."""
+        position = saved.position
+        for member, state, tensors in zip(
+            self.members, position.candidates, saved.tensors, strict=True
+        ):
+            member.state = self.record.candidates[member.candidate.number - 1] = state
+            self._restore(member, tensors)
+            member.run.cut_metrics_after(state.step)
+            if state.status == "failed":
+                self.runner.drop(member.index, state.reason)
+        self.step = self.saved_step = position.wave_step
+
+    def train(self, stop: StopRequests) -> None:
+        """Take steps to the end of the wave, or until a signal asks to stop; save on the way."""
+        while not self.is_over and stop.received is None:
+            self._one_step()
+            evaluates = self.is_over or self.step % self.context.eval_every_steps == 0
+            saves = self.is_over or self.step % self.context.save_every_steps == 0
+            if evaluates or saves:
+                self._note_finished(wait=True)
+            if evaluates:
+                self._evaluate()
+            if saves:
+                self._save()
+        self._note_finished(wait=True)
+        if self.saved_step != self.step:
+            self._save()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all have come to the wave's end, or none is left."""
+        return self.step >= self.until or len(self.runner.failures) == len(self.members)
+
+    def trained_members(self) -> list[TrainedMember]:
+        """Return the candidates with copies of what they need to go on."""
+        return [
+            TrainedMember(m.candidate, m.state, m.run, self.runner.state(m.index))
+            for m in self.members
+        ]
+
+    def _member(self, k: int, candidate: Candidate) -> WaveMember:
+        context = self.context
+        return WaveMember(
+            index=k,
+            candidate=candidate,
+            state=self.record.candidates[candidate.number - 1],
+            run=candidate_run(context.run, candidate),
+            stream=BatchStream(
+                context.train,
+                context.micro_batch_size,
+                candidate.train.seed,
+                self.runner.batch_device,
+            ),
+        )
+
+    def _restore(self, member: WaveMember, tensors: TensorState) -> None:
+        with reading(self.context.run.folder):
+            self.runner.restore(tensors, step=member.state.step, adapter=member.index)
+            member.skip_to(member.state.row)
+
+    def _save(self) -> None:
+        """Save the whole wave; if the disk refuses, say so: the next save is another try."""
+        position = WavePosition(
+            numbers=[m.candidate.number for m in self.members],
+            candidates=[m.state for m in self.members],
+            until=self.until,
+            wave_step=self.step,
+            steps_before=self.record.steps_taken,
+        )
+        saved = SavedWave(position, [self.runner.state(m.index) for m in self.members])
+        number = self.record.steps_taken + self.step - self.first_step
+        try:
+            for member in self.members:
+                member.run.sync()
+            save_wave(self.context, saved, number)
+        except CheckpointError as error:
+            self.context.progress.message(f"{error} The next save tries again.")
+            return
+        self.saved_step = self.step
+
+    def _one_step(self) -> None:
+        began_s = time.perf_counter()
+        micro_batches = [
+            stack_batches([next(member.stream) for member in self.members])  # (K·B, T)
+            for _ in range(self.context.micro_batches)
+        ]
+        rates = [learning_rate_at(self.step, m.candidate.train) for m in self.members]
+        self.runner.launch(self.step + 1, micro_batches, rates)
+        self.step += 1
+        self._n_tokens += sum(batch.input_ids.numel() for batch in micro_batches)
+        self.train_s += time.perf_counter() - began_s
+        self._note_finished(wait=False)
+        self.context.progress.step(self._title(), self.record.candidates)
+
+    def _note_finished(self, *, wait: bool) -> None:
+        began_s = time.perf_counter()
+        finished = self.runner.finished(wait=wait)
+        self.train_s += time.perf_counter() - began_s
+        for outcome in finished:
+            for member in self.members:
+                self._note(member, outcome)
+
+    def _note(self, member: WaveMember, outcome: StepOutcome) -> None:
+        if member.state.status == "failed":
+            return
+        reason = self.runner.failures.get(member.index)
+        if reason is not None:
+            self._drop(member, reason)
+            return
+        n_sequences = self.context.micro_batch_size * self.context.micro_batches
+        member.note_step(outcome, n_sequences)
+
+    def _drop(self, member: WaveMember, reason: str) -> None:
+        self.runner.drop(member.index, reason)
+        member.state.fail(reason)
+        self.context.progress.message(f"{member.candidate.name} is dropped: {reason}")
+
+    def _evaluate(self) -> None:
+        context = self.context
+        batches = ordered_batches(
+            context.validation, context.micro_batch_size, context.choice.device
+        )
+        losses = self.runner.evaluate(batches)
+        for member, loss in zip(self.members, losses, strict=True):
+            if member.state.status == "failed":
+                continue
+            if not math.isfinite(loss):
+                self._drop(member, f"step {self.step}: the validation loss is {loss}, not finite.")
+                continue
+            member.note_eval(self.step, loss)
+        context.progress.evaluated(self._title(), self.record.candidates)
+
+    def _message_first(self, text: str) -> None:
+        """Report `text`, unless an earlier wave has reported it."""
+        if self.record.steps_taken == 0:
+            self.context.progress.message(text)
+
+    def _title(self) -> str:
+        speed = self._n_tokens / max(self.train_s, 1e-9)
+        memory = peak_memory_bytes(self.context.choice.device) / 1e9
+        return (
+            f"{len(self.members)} at once · step {self.step}/{self.until} · "
+            f"{speed:,.0f} tokens/s · {memory:.2f} GB"
+        )
