@@ -59,10 +59,10 @@ class MergedLinears(MergedProjection):
             torch.mul(part.slot.values, part.scale, out=part.b)
         torch.baddbmm(self.base, self.b, self.a, out=self.weight)
 
-    def rounded(self, ranks: int) -> int:
+    def rounded_rank(self, ranks: int) -> int:
         return ranks
 
-    def receive(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
+    def accumulate_gradients(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
         """Take in x (layers, N, I) and dy (layers, N, O); all layers, if they wait."""
         beta = 0 if first else 1
         if self.formed is not None:
@@ -98,7 +98,7 @@ class MergedLinears(MergedProjection):
         low, dlow = matmul_nt(x, a), matmul_nt(dy, b)  # (N, R)
         da = matmul_tn(dlow, x)  # (R, I)
         db = matmul_tn(low, dy).T  # (O, R); dyᵀ low is several times slower
-        self.store(slice(layer, layer + 1), da[None], db[None], first=first)
+        self.accumulate_ab(slice(layer, layer + 1), da[None], db[None], first=first)
 
     def finish(self) -> None:
         """Put into their slots what is not yet there, after a step's last micro-batch."""
@@ -144,7 +144,7 @@ class FullLinears(FullProjection):
         super().__init__(blocks, flat, dtype)
         self.waits = self.inputs * self.outputs <= SMALL_WEIGHT
 
-    def receive(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
+    def accumulate_gradients(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
         beta = 0 if first else 1
         target = self.slot.gradients[layers]  # (layers, O, I)
         torch.baddbmm(target, dy.mT, x, beta=beta, out=target)
@@ -237,20 +237,20 @@ class Linears:
         """Return dx (N, I), in `out` if that is given; it lasts until the next block's.
 
         The gradients of what trains are added up, or begun if `first`; those that wait are so
-        only after `receive`.
+        only after `accumulate_gradients`.
         """
         _put(dy, self.gradients[layer])
         if not self.kind.waits:
-            self.kind.receive(slice(layer, layer + 1), x[None], dy[None], first=first)
+            self.kind.accumulate_gradients(slice(layer, layer + 1), x[None], dy[None], first=first)
         out = self.d_input if out is None else out
         if out is None:
             return matmul_nt(dy, self.transposed[layer])
         return torch.mm(dy, self.weights[layer], out=out)
 
-    def receive(self, *, first: bool) -> None:
+    def accumulate_gradients(self, *, first: bool) -> None:
         """Make the gradients that wait for the end of a pass."""
         if self.kind.waits:
-            self.kind.receive(slice(None), self.x, self.dy, first=first)
+            self.kind.accumulate_gradients(slice(None), self.x, self.dy, first=first)
 
     def finish(self) -> None:
         """Complete the gradients, after the step's last micro-batch."""

@@ -173,7 +173,7 @@ class CharPass:
             dy = self._norm_back(2 * layer, dy)
             dx = torch.add(dx, dy, out=net.narrow.gradients[layer - 1] if layer else None)
         for linears in net.linears:
-            linears.receive(first=first)
+            linears.accumulate_gradients(first=first)
         self._embedding_back(dx)
 
     def _norm(self, number: int, x: Tensor) -> Tensor:

@@ -1,7 +1,57 @@
-"""The tensors of one fast step, allocated once: what is kept for the gradient, and the passing.
+"""All tensors that a hand-written step writes, allocated once.
 
-Gradients are written over what they are gradients of: a block's sum of residuals becomes the
-gradient that its linears read, gate and up become theirs, queries, keys and values theirs.
+buffer               shape         after forward            after backward           stored in modes
+-------------------  ------------  -----------------------  -----------------------  ---------------
+residuals[l]         (N, C + R)    input of block l, l = L  its gradient, which      all modes;
+                                   of the final norm        down of l − 1 reads      1. offloaded
+attention_in[l]      (N, C + R)    first norm's output      the same                 none
+qkv[l]               (N, W + R)    rotated q and k, v       their gradients, before  none, cheap
+                                                            the rotation
+attention_out[l]     (N, H·D + R)  attention output         the same                 none, cheap
+lse[l]               (H, N)        log-sum-exp by query     the same                 2. none, cheap
+mid_residual[l]      (N, C + R)    residual after           its gradient, which      none, cheap
+                                   attention                o_proj reads
+feed_forward_in[l]   (N, C + R)    second norm's output     the same                 none
+gate_up[l]           (N, 2F + R)   gate and up              their gradients          none, cheap
+swiglu_out[l]        (N, F + R)    silu(gate) · up          the same                 3. none
+qkv_low_rank[l]      (N, R)        + R of attention_in      the same                 4. cheap
+gate_up_low_rank[l]  (N, R)        + R of feed_forward_in   the same                 4. cheap
+down_low_rank[l]     (N, R)        + R of swiglu_out        the same                 4. cheap, full
+rstd[i]              (2L + 1, N)   1 / rms at each norm     the same                 all modes
+final                (N, C)        final norm's output      the same                 all modes
+logits               (chunk, V)    logits, then their                                scratch
+                                   gradient
+losses               (N,)          loss of each token       the same                 all modes
+hidden               (N, C)        output of o_proj, down   gradient of a norm's     scratch
+                                                            output
+d_attention_out      (N, H·D)                               gradient of              scratch, shared
+                                                            attention_out            with the next
+d_swiglu_out         (chunk, F)                             gradient of swiglu_out   scratch
+dkv_partial          (N, H, 2, D)                           dk and dv by query head  2. scratch
+fp8_codes            (codes,)      a matmul's input         an output's gradient     5. scratch
+fp8_scales           (4, N, 1)     its scales               its scales               5. scratch
+transposed_codes     (I · O,)                               one weight, transposed   5. scratch
+unit_scales          (1, I)        ones                     ones                     5. all modes
+
+N tokens, L blocks, C hidden width, H heads of width D, W columns of q/k/v, F feed-forward width,
+V vocabulary, I inputs and O outputs of the widest linear. + R columns hold LoRA's low-rank
+activations where LoRA is not merged: x Aᵀ beside an input x, s · dy B beside an output gradient dy.
+
+none, cheap, full and full+offload are the modes of activation checkpointing, from the fastest to
+the smallest. What a mode does not store is recomputed into one scratch tensor that all blocks
+share, gate_up and swiglu_out by chunks of tokens. `ActivationCheckpointing` can move single blocks:
+in cheap, gate_up of the first blocks is recomputed where memory demands it; in full, the last
+blocks' qkv, attention_out and mid_residual are stored where there is room.
+
+1. In full+offload they wait in host memory, three on the device at a time.
+2. For packed sequences through our own attention kernels only.
+3. If all blocks' are small; else it is recomputed in every mode.
+4. Where the tensor beside which they lie is recomputed: norms and SwiGLU do not write them.
+5. For an fp8 base only.
+
+A gradient overwrites what it is the gradient of. So at the end of the backward pass the inputs and
+the output gradients of all stored linears lie here, and the weight gradients of all blocks are a
+few batched matmuls.
 """
 
 from __future__ import annotations
@@ -21,143 +71,152 @@ from lora.fast.llama.checkpointing import (
 from lora.kernels.step.fp8 import FP8
 
 MAX_STORED_SWIGLU_BYTES = 400e6
-"""Up to this size silu(gate) · up of all blocks is kept; beyond, it is made again."""
+"""silu(gate) · up is stored if all blocks' takes no more; recomputing it is one cheap pass."""
 MAX_LOGITS_ELEMENTS = 2**28
 """Logits that exist at once."""
 MAX_LOGITS_ELEMENTS_RECOMPUTING = 2**26
-"""The same where blocks are made again: to save memory."""
+"""The same with activation checkpointing, where memory counts for more than long matmuls."""
 FEED_FORWARD_CHUNK_TOKENS = 4096
-"""Tokens that go through a feed-forward at once where blocks are made again."""
+"""Tokens that go through a feed-forward at once with activation checkpointing."""
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Columns of the step's tensors; the second of a pair is what LoRA adds."""
+    """Columns of the step's tensors; the second of a pair is what LoRA adds, + R."""
 
     hidden: int
     qkv: tuple[int, int]
-    inner: tuple[int, int]
+    attention: tuple[int, int]
     gate_up: tuple[int, int]
     feed_forward: tuple[int, int]
     vocabulary: int
 
 
 class Buffers:
-    """What a step over N tokens writes, for L blocks.
+    """The tensors of a step over N = B · T tokens, for L blocks; see the table above.
 
     Args:
         n_layers: L.
-        first: the first block that is gone back over; nothing stays of those before it.
-        rows: of the batch, B.
-        tokens: of a row, T.
+        batch_size: sequences of a micro-batch, B.
+        tokens: of a sequence, T.
         widths: columns.
-        like: a tensor of the products' type, on the device.
-        wide: type of sums.
-        keep: what stays of which blocks.
-        in_parts: whether feed-forwards may take their tokens in parts.
+        like: a tensor of the compute dtype, on the device.
+        wide: dtype of sums: fp32 or wider.
+        first_trained: the block at which the backward pass ends; nothing is stored of blocks
+            before it.
+        checkpointing: what is stored of which blocks; None: nearly all.
+        chunks_feed_forward: whether feed-forwards may take their tokens in chunks.
     """
 
     def __init__(
         self,
         n_layers: int,
-        rows: int,
+        batch_size: int,
         tokens: int,
         widths: Widths,
         like: Tensor,
         wide: torch.dtype,
         *,
-        first: int = 0,
+        first_trained: int = 0,
         checkpointing: ActivationCheckpointing | None = None,
-        in_parts: bool = True,
+        chunks_feed_forward: bool = True,
     ) -> None:
         checkpointing = checkpointing or ActivationCheckpointing()
-        n = rows * tokens
-        self.rows, self.tokens, self.n_tokens = rows, tokens, n
+        n, n_trained = batch_size * tokens, n_layers - first_trained
+        self.batch_size, self.tokens, self.n_tokens, self.n_layers = batch_size, tokens, n, n_layers
         c, (qkv, qkv_extra) = widths.hidden, widths.qkv
-        inner, inner_extra = widths.inner
+        attention, attention_extra = widths.attention
         gate_up, gate_up_extra = widths.gate_up
         feed, feed_extra = widths.feed_forward
         self.recomputes = not checkpointing.stores_norms
-        gate_up_stays, inner_stays, attended_stays = checkpointing.n_stored(n_layers - first)
-        norms_stay = n_layers - first if checkpointing.stores_norms else 0
-        a_part = min(n, FEED_FORWARD_CHUNK_TOKENS) if self.recomputes and in_parts else n
-        self.parts = [slice(start, min(start + a_part, n)) for start in range(0, n, a_part)]
+        n_gate_up, n_qkv, n_attention = checkpointing.n_stored(n_trained)
+        n_norms = n_trained if checkpointing.stores_norms else 0
+        in_chunks = self.recomputes and chunks_feed_forward
+        chunk = min(n, FEED_FORWARD_CHUNK_TOKENS) if in_chunks else n
+        self.chunks = [slice(start, min(start + chunk, n)) for start in range(0, n, chunk)]
         """Tokens that go through a feed-forward together."""
 
-        def blocks(is_stored: int, columns: int, shared_rows: int = n) -> BlockTensors:
-            return BlockTensors(like, n_layers, is_stored, n, columns, shared_rows)
+        def blocks(n_stored: int, columns: int, scratch_rows: int = n) -> BlockTensors:
+            return BlockTensors(like, n_layers, n_stored, n, columns, scratch_rows)
 
-        # The residual before each block and, as the last one, after them; it becomes the gradient
-        # that the linear before it reads: down's of the block before.
         residuals = OffloadedResiduals if checkpointing.offloads_residuals else Residuals
-        self.residuals = residuals(like, n_layers + 1, n, c + feed_extra)
-        self.mid_residual = blocks(inner_stays, c + inner_extra)
-        self.attention_in = blocks(norms_stay, c + qkv_extra)
-        self.qkv = blocks(inner_stays, qkv + qkv_extra)
-        self.attention_out = blocks(attended_stays, inner + inner_extra)
-        self.feed_forward_in = blocks(norms_stay, c + gate_up_extra)
-        self.gate_up = blocks(gate_up_stays, gate_up + gate_up_extra, a_part)
+        self.residuals = residuals(like, n_layers + 1, n, c + feed_extra)  # (N, C + R) each
+        self.attention_in = blocks(n_norms, c + qkv_extra)  # (N, C + R)
+        self.qkv = blocks(n_qkv, qkv + qkv_extra)  # (N, W + R)
+        self.attention_out = blocks(n_attention, attention + attention_extra)  # (N, H·D + R)
+        self.mid_residual = blocks(n_qkv, c + attention_extra)  # (N, C + R)
+        self.feed_forward_in = blocks(n_norms, c + gate_up_extra)  # (N, C + R)
+        self.gate_up = blocks(n_gate_up, gate_up + gate_up_extra, chunk)  # (N or chunk, 2F + R)
+        # All blocks count, those before the first trained one too: the bound is a rough one.
         size = n_layers * n * feed * like.element_size()
         self.stores_swiglu = not self.recomputes and size <= MAX_STORED_SWIGLU_BYTES
-        is_stored = n_layers - first if self.stores_swiglu else 0
-        self.swiglu_out = blocks(is_stored, feed + feed_extra, a_part)
-        # LoRA's narrow products, where what they lie beside is made again without them.
-        narrow = BlockTensors(like, n_layers, 0, 0, 0, 0)
-        self.qkv_low_rank = blocks(inner_stays, qkv_extra, 0) if self.recomputes else narrow
+        n_swiglu = n_trained if self.stores_swiglu else 0
+        self.swiglu_out = blocks(n_swiglu, feed + feed_extra, chunk)  # (N or chunk, F + R)
+        # What a norm or SwiGLU recomputes lacks the + R columns: the matmul that wrote them does
+        # not run again. They are narrow, so they are stored.
+        none = BlockTensors(like, n_layers, 0, 0, 0, 0)
+        self.qkv_low_rank = blocks(n_qkv, qkv_extra, 0) if self.recomputes else none  # (N, R)
         self.gate_up_low_rank = (
-            blocks(gate_up_stays, gate_up_extra, 0) if self.recomputes else narrow
-        )
-        self.down_low_rank = narrow if self.stores_swiglu else blocks(n_layers, feed_extra, 0)
+            blocks(n_gate_up, gate_up_extra, 0) if self.recomputes else none
+        )  # (N, R)
+        self.down_low_rank = (
+            none if self.stores_swiglu else blocks(n_layers, feed_extra, 0)
+        )  # (N, R)
         self.rstd = torch.empty(2 * n_layers + 1, n, dtype=wide, device=like.device)
-        self.hidden = like.new_empty(n, c)  # what passes: outputs forward, gradients backward
-        self.final = like.new_empty(n, c)
-        # Strides as those of `attention_out`: cuDNN wants an output and its gradient alike.
-        wide_inner = inner + inner_extra
-        passing = like.new_empty(max(n * wide_inner, a_part * feed))
-        self.d_attention_out = passing[: n * wide_inner].view(n, wide_inner)[:, :inner]
-        self.d_swiglu_out = passing[: a_part * feed].view(a_part, feed)
+        self.final = like.new_empty(n, c)  # (N, C)
+        self.hidden = like.new_empty(n, c)  # (N, C)
+        # One scratch tensor for both: a block's feed-forward is done with it before its attention
+        # begins. d_attention_out has the strides of attention_out, because cuDNN's backward wants
+        # an output and its gradient laid out alike.
+        columns = attention + attention_extra
+        scratch = like.new_empty(max(n * columns, chunk * feed))
+        self.d_attention_out = scratch[: n * columns].view(n, columns)[:, :attention]  # (N, H·D)
+        self.d_swiglu_out = scratch[: chunk * feed].view(chunk, feed)  # (chunk, F)
         elements = MAX_LOGITS_ELEMENTS_RECOMPUTING if self.recomputes else MAX_LOGITS_ELEMENTS
-        self.logits = like.new_empty(
-            max(1, min(n, elements // widths.vocabulary)), widths.vocabulary
-        )
-        self.losses = torch.empty(n, dtype=wide, device=like.device)
+        n_logits = max(1, min(n, elements // widths.vocabulary))
+        self.logits = like.new_empty(n_logits, widths.vocabulary)  # (chunk, V)
+        self.losses = torch.empty(n, dtype=wide, device=like.device)  # (N,)
 
-    def add_attention(self, n_heads: int, width: int) -> None:
-        """Make room for what our kernels of attention keep and pass."""
-        n_layers, is_stored = len(self.rstd) // 2, len(self.attention_out.stored)
-        self.lse = BlockTensors(self.rstd, n_layers, is_stored, n_heads, self.n_tokens, n_heads)
-        self.partial = self.rstd.new_empty(self.n_tokens, n_heads, 2, width)
+    def add_document_attention(self, n_heads: int, width: int) -> None:
+        """Add what our own attention kernels store and use as scratch."""
+        n_stored = len(self.attention_out.stored)
+        # Like `rstd`, not like `attention_out`: logarithms of sums need fp32. (H, N) each.
+        self.lse = BlockTensors(self.rstd, self.n_layers, n_stored, n_heads, self.n_tokens, n_heads)
+        self.dkv_partial = self.rstd.new_empty(self.n_tokens, n_heads, 2, width)  # (N, H, 2, D)
+
+    def add_fp8(self, n_codes: int, inputs: int, n_transposed: int, dtype: torch.dtype) -> None:
+        """Add scratch for a matmul's inputs in fp8, and for one transposed weight.
+
+        Args:
+            n_codes: codes of all rows that exist at once.
+            inputs: of the widest projection, I.
+            n_transposed: codes of the largest weight, I · O.
+            dtype: of the rows' codes.
+        """
+        device = self.hidden.device
+        self.fp8_codes = torch.empty(n_codes, dtype=dtype, device=device)
+        self.fp8_scales = torch.empty(4, self.n_tokens, 1, dtype=torch.float32, device=device)
+        self.transposed_codes = torch.empty(n_transposed, dtype=FP8, device=device)
+        self.unit_scales = torch.ones(1, inputs, dtype=torch.float32, device=device)
 
     def storages(self) -> Iterator[torch.UntypedStorage]:
         """Return what is allocated on the device, logits left out; some of it more than once."""
         for name, value in vars(self).items():
-            owned = vars(value).values() if isinstance(value, BlockTensors | Residuals) else [value]
-            for tensor in owned:
+            is_many = isinstance(value, BlockTensors | Residuals)
+            for tensor in vars(value).values() if is_many else [value]:
                 if isinstance(tensor, Tensor) and name != "logits":
                     yield tensor.untyped_storage()
-
-    def add_fp8(self, rows: int, inputs: int, turned: int, kind: torch.dtype) -> None:
-        """Make room for rows in eight bits that pass to a product, and for weights turned around.
-
-        Args:
-            rows: codes of all rows that are there at once.
-            inputs: of the widest projection.
-            turned: codes of the largest weight.
-            kind: of rows' codes.
-        """
-        device = self.hidden.device
-        self.fp8_codes = torch.empty(rows, dtype=kind, device=device)
-        self.fp8_scales = torch.empty(4, self.n_tokens, 1, dtype=torch.float32, device=device)
-        self.transposed_codes = torch.empty(turned, dtype=FP8, device=device)
-        self.unit_scales = torch.ones(1, inputs, dtype=torch.float32, device=device)
 
 
 @dataclass
 class Inputs:
-    """A micro-batch where the captured step reads it, flat over its N tokens."""
+    """A micro-batch at the addresses that a captured step reads, flat over its N tokens."""
 
     input_ids: Tensor
+    """(N,) int64."""
     labels: Tensor
+    """(N,) int64, −100 where nothing is learned."""
     position_ids: Tensor
+    """(N,) int64."""
     bounds: Tensor
     """(documents + 1,) int32: where each document begins among the N tokens, then N."""

@@ -1,9 +1,9 @@
-"""Projections whose frozen weights are in eight bits, and the rows in eight bits they multiply.
+"""Projections whose frozen weights are in fp8, and the scratch rows in fp8 that they multiply.
 
-What differs from the textbook: the scales of W's rows, which are its outputs, go into dy before dy
-is rounded, so that forward and backward read the same codes: dx = (dy · s) codes. The device wants
-both factors of a product with the summed side contiguous, so the codes are turned around before
-each product on the way back: a second copy of them all would save one part in a hundred of a step.
+What differs from the textbook: the scales of W's rows, which are its outputs, are multiplied into
+dy before dy is rounded, so that forward and backward read the same codes: dx = (dy · s) codes. The
+device's GEMM wants both factors with the summed side contiguous, so the codes are transposed before
+each matmul of the backward pass; a second copy of all of them would save one hundredth of a step.
 """
 
 from __future__ import annotations
@@ -25,39 +25,44 @@ from lora.lora_module import LoRALayer
 
 
 class Fp8ScratchRows:
-    """Rows in eight bits between their maker and the product that reads them, one set at a time."""
+    """One set of fp8 rows, between the operation that writes them and the matmul that reads them.
+
+    A norm or SwiGLU rounds its output while it still has it in registers; the matmul recognises
+    those rows by their address. Rows that nobody has written are quantised when they are read.
+    """
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         self.codes, self.scales = codes, scales  # flat; (N, 1)
-        self._first, self._stride, self._shape = 0, 0, (0, 0)
-        """Where the rows lie that these are, in bytes, and how."""
-        self._unread = 0
-        """How many of them no product has read yet."""
+        self._address, self._stride, self._shape = 0, 0, (0, 0)
+        """Of the rows that were rounded: their first byte, and how they lie."""
+        self._n_unread = 0
+        """How many of the rows no matmul has read yet."""
 
-    def rows_for(self, x: Tensor, factors: Tensor | None = None) -> Fp8Rows:
-        """Return room for the rows of `x` (N, W), which its maker fills."""
-        self._first, self._stride = x.data_ptr(), x.stride(0)
+    def reserve(self, x: Tensor, factors: Tensor | None = None) -> Fp8Rows:
+        """Return scratch for the rows of `x` (N, W), which whoever computes `x` fills."""
+        self._address, self._stride = x.data_ptr(), x.stride(0)
         self._shape = len(x), x.shape[1]
-        self._unread = len(x)
+        self._n_unread = len(x)
         return self._rows(slice(0, len(x)), x.shape[1], factors)
 
-    def rows_of(self, x: Tensor, ops: Ops, factors: Tensor | None = None) -> Fp8Rows:
-        """Return the rows of `x` (N, W): those that its maker left, once, or made now.
+    def quantised(self, x: Tensor, ops: Ops, factors: Tensor | None = None) -> Fp8Rows:
+        """Return the rows of `x` (N, W) in fp8: those written with it, once, or rounded now.
 
-        `x` may be some of the rows that were made together.
+        `x` may be a chunk of the rows that were written together.
         """
-        start = self._place_of(x)
+        start = self._find(x)
         if start is None:
-            ops.quantise_rows(x, self.rows_for(x, factors))
+            ops.quantise_rows(x, self.reserve(x, factors))
             start = 0
-        self._unread -= len(x)
+        # Counted down, because the same address holds other values in the next block.
+        self._n_unread -= len(x)
         return self._rows(slice(start, start + len(x)), x.shape[1], factors)
 
-    def _place_of(self, x: Tensor) -> int | None:
+    def _find(self, x: Tensor) -> int | None:
         rows, width = self._shape
-        if not self._unread or x.shape[1] != width or x.stride(0) != self._stride:
+        if not self._n_unread or x.shape[1] != width or x.stride(0) != self._stride:
             return None
-        start = (x.data_ptr() - self._first) // (x.stride(0) * x.element_size())
+        start = (x.data_ptr() - self._address) // (x.stride(0) * x.element_size())
         return start if 0 <= start <= rows - len(x) else None
 
     def _rows(self, part: slice, width: int, factors: Tensor | None) -> Fp8Rows:
@@ -66,62 +71,63 @@ class Fp8ScratchRows:
 
 
 class Fp8Buffers:
-    """What the projections of one network share: `ops` and the tensors of one step."""
+    """What the projections of one network share: `ops` and the scratch of one step."""
 
     def __init__(self, ops: Ops) -> None:
         self.ops = ops
         self.inputs: dict[Projection, Fp8ScratchRows] = {}
         self.gradients: dict[Projection, Fp8ScratchRows] = {}
-        self.turned = self.ones = torch.empty(0)
+        self.transposed = self.ones = torch.empty(0)
 
     def release(self) -> None:
-        """Let the tensors of a former step go."""
+        """Drop the tensors of a former step."""
         self.inputs, self.gradients = {}, {}
-        self.turned = self.ones = torch.empty(0)
+        self.transposed = self.ones = torch.empty(0)
 
     def allocate(
         self, buffers: Buffers, projections: tuple[Projection, Projection, Projection, Projection]
     ) -> None:
-        """Changes `buffers` in place: it gets the tensors that rows pass through.
+        """Changes `buffers` in place: adds the scratch of fp8 matmuls.
 
         `projections` are q/k/v, the output's, gate/up and down. A feed-forward may take its tokens
-        in parts, so what is of its width has room of its own.
+        in chunks, so what has its width is as long as a chunk.
         """
         qkv, output, gate_up, down = projections
-        n, a_part = buffers.n_tokens, max(part.stop - part.start for part in buffers.parts)
+        n, chunk = buffers.n_tokens, max(one.stop - one.start for one in buffers.chunks)
         sizes = (
             n * max(qkv.inputs, output.inputs),
-            a_part * down.inputs,
+            chunk * down.inputs,
             n * down.outputs,
-            max(n * qkv.outputs, a_part * gate_up.outputs),
+            max(n * qkv.outputs, chunk * gate_up.outputs),
         )
         largest = max(one.inputs * one.outputs for one in projections)
         widest = max(one.inputs for one in projections)
         buffers.add_fp8(sum(sizes), widest, largest, self.ops.fp8_dtype)
-        places = zip(buffers.fp8_codes.split(sizes), buffers.fp8_scales, strict=True)
-        rows = [Fp8ScratchRows(codes, scales) for codes, scales in places]
+        scratch = zip(buffers.fp8_codes.split(sizes), buffers.fp8_scales, strict=True)
+        rows = [Fp8ScratchRows(codes, scales) for codes, scales in scratch]
+        # Projections share a set where one's rows have been read before the other's are written.
         self.inputs = {qkv: rows[0], output: rows[0], gate_up: rows[0], down: rows[1]}
         self.gradients = {qkv: rows[3], output: rows[2], gate_up: rows[3], down: rows[2]}
-        self.turned, self.ones = buffers.transposed_codes, buffers.unit_scales
+        self.transposed, self.ones = buffers.transposed_codes, buffers.unit_scales
 
 
 class Fp8BaseProjection(Projection):
-    """The base's weights (L, O, I) in eight bits; a kind of projection adds how LoRA is beside."""
+    """A base in fp8, its codes (O, I) by block; subclasses say whether LoRA is beside it."""
 
-    codes: Fp8Buffers
+    fp8: Fp8Buffers
 
-    def place_base(self) -> None:
+    def bind_base(self) -> None:
         """Changes the modules in place: their codes and scales become views, a block at a time."""
         kind = weight_codes(self.members[0].modules[0]).dtype
         like = torch.empty(0, dtype=kind, device=self.device)
         self.weights: list[Tensor] = []
-        for layer in range(self.n_layers):
+        for layer in range(self.n_layers):  # so that a large base is never there twice
             self.weights.append(like.new_empty(self.outputs, self.inputs))
-            self.move(self.weights[layer:], slice(layer, layer + 1))
-        self._place_biases()
+            self.bind_layers(self.weights[layer:], slice(layer, layer + 1))
+        self._bind_biases()
         self.scales = torch.empty(
             self.n_layers, self.outputs, 1, dtype=torch.float32, device=self.device
-        )
+        )  # (L, O, 1)
         for member in self.members:
             for layer, module in enumerate(member.modules):
                 view = self.scales[layer, member.rows]  # (O of the member, 1)
@@ -129,29 +135,31 @@ class Fp8BaseProjection(Projection):
                 cast(Fp8Weight, module).weight_scale = view
 
     def fp8_inputs(self, x: Tensor) -> Fp8Rows | None:
-        return self.codes.inputs[self].rows_for(x)
+        return self.fp8.inputs[self].reserve(x)
 
     def fp8_gradients(self, layer: int, dy: Tensor) -> Fp8Rows | None:
-        return self.codes.gradients[self].rows_for(dy, self.scales[layer].squeeze(1))
+        return self.fp8.gradients[self].reserve(dy, self.scales[layer].squeeze(1))
 
     def base_forward(self, layer: int, x: Tensor, out: Tensor) -> None:
         """Changes `out` (N, O) in place: x Wᵀ and the bias, for x (N, I)."""
-        rows = self.codes.inputs[self].rows_of(x, self.codes.ops)
+        rows = self.fp8.inputs[self].quantised(x, self.fp8.ops)
         bias = None if self.bias is None else self.bias[layer]
         scales = self.scales[layer].T  # (1, O)
-        self.codes.ops.scaled_matmul(rows, self.weights[layer], scales, bias, out)
+        self.fp8.ops.scaled_matmul(rows, self.weights[layer], scales, bias, out)
 
     def base_backward(self, layer: int, dy: Tensor, dx: Tensor) -> None:
         """Changes `dx` (N, I) in place: dy W, for dy (N, O)."""
-        ops = self.codes.ops
-        rows = self.codes.gradients[self].rows_of(dy, ops, self.scales[layer].squeeze(1))
-        turned = self.codes.turned[: self.inputs * self.outputs].view(self.inputs, self.outputs)
-        ops.transpose_codes(self.weights[layer], turned)
-        ops.scaled_matmul(rows, turned, self.codes.ones[:, : self.inputs], None, dx)
+        ops = self.fp8.ops
+        rows = self.fp8.gradients[self].quantised(dy, ops, self.scales[layer].squeeze(1))
+        size = self.inputs * self.outputs
+        transposed = self.fp8.transposed[:size].view(self.inputs, self.outputs)  # (I, O)
+        ops.transpose_codes(self.weights[layer], transposed)
+        # The scales of W are in dy's rows already: those of the transposed codes are ones.
+        ops.scaled_matmul(rows, transposed, self.fp8.ones[:, : self.inputs], None, dx)
 
 
 class Fp8Projection(Fp8BaseProjection, SeparateLoRAProjection):
-    """LoRA, exact, beside weights in eight bits."""
+    """LoRA in the compute dtype, beside weights in fp8."""
 
     def __init__(
         self,
@@ -160,9 +168,9 @@ class Fp8Projection(Fp8BaseProjection, SeparateLoRAProjection):
         dtype: torch.dtype,
         ops: Ops,
         masks: DropoutMasks | None,
-        codes: Fp8Buffers,
+        fp8: Fp8Buffers,
     ) -> None:
-        self.codes = codes
+        self.fp8 = fp8
         super().__init__(blocks, flat, dtype, ops, masks)
 
 
@@ -170,11 +178,11 @@ class FrozenFp8Projection(Fp8BaseProjection):
     """No linear of it trains."""
 
     def __init__(
-        self, blocks: Sequence[Sequence[nn.Module]], dtype: torch.dtype, codes: Fp8Buffers
+        self, blocks: Sequence[Sequence[nn.Module]], dtype: torch.dtype, fp8: Fp8Buffers
     ) -> None:
         super().__init__(blocks, dtype)
-        self.codes = codes
-        self.place_base()
+        self.fp8 = fp8
+        self.bind_base()
 
     def forward(self, layer: int, x: Tensor, out: Tensor) -> None:
         self.base_forward(layer, x, out)
@@ -190,14 +198,14 @@ def fp8_projection(
     dtype: torch.dtype,
     ops: Ops,
     masks: DropoutMasks | None,
-    codes: Fp8Buffers,
+    fp8: Fp8Buffers,
 ) -> Projection:
-    """Return the projection of linears in eight bits, by block and then by place."""
-    if any(isinstance(module, LoRALayer) for part in blocks for module in part):
-        return Fp8Projection(blocks, flat, dtype, ops, masks, codes)
-    return FrozenFp8Projection(blocks, dtype, codes)
+    """Return the projection of fp8 linears that read the same input, given by block."""
+    if any(isinstance(module, LoRALayer) for block in blocks for module in block):
+        return Fp8Projection(blocks, flat, dtype, ops, masks, fp8)
+    return FrozenFp8Projection(blocks, dtype, fp8)
 
 
 def weight_codes(module: nn.Module) -> Tensor:
-    """Return the codes (O, I) of a linear in eight bits."""
+    """Return the codes (O, I) of an fp8 linear."""
     return cast(Fp8Weight, module).weight

@@ -1,6 +1,6 @@
-"""What a Llama-style decoder consists of in the fast step: projections, norms, embeddings.
+"""A Llama-style decoder as the hand-written step reads it: projections, norms, embeddings.
 
-Linears that read the same input are one projection. The way through them is in
+Linears that read the same input are one projection. The passes through them are in
 `lora.fast.llama.passes`.
 """
 
@@ -35,16 +35,28 @@ from lora.kernels.step.ops import Ops
 from lora.lora_module import LoRALayer
 from lora.stacked.layers import StackedLoRALinear
 
-OWN_ATTENTION_TOKENS = 2048
-"""Packed rows up to this length go through our kernels of attention; beyond, torch's are faster."""
+MAX_OWN_ATTENTION_TOKENS = 2048
+"""Packed sequences up to this length use our own attention kernels; beyond, torch's are faster."""
 OWN_ATTENTION_WIDTHS = (16, 32, 64, 128)
+"""Of a head, for our kernels: powers of two, from the least that Triton's tl.dot takes."""
 
 HalfTables = tuple[Tensor, Tensor]
 """Cosine and sine, each (N, D/2), fp32 or wider."""
 
 
 class FastNetwork:
-    """A decoder's hidden states and their gradients; parameters become views of its tensors."""
+    """A decoder's weights as tensors of the step; its parameters become views of these.
+
+    Args:
+        model: the decoder.
+        flat: where what trains reserves its slots.
+        ops: operations between the matmuls.
+        dtype: compute dtype.
+        trains_all: all weights train.
+        merges: LoRA is merged into the weights once a step.
+        masks: dropout on LoRA's inputs; None: none.
+        own_attention: our own kernels for packed sequences; None decides by their length.
+    """
 
     def __init__(
         self,
@@ -59,35 +71,19 @@ class FastNetwork:
         own_attention: bool | None = None,
     ) -> None:
         self.model, self.config, self.ops, self.dtype = model, model.config, ops, dtype
+        self.flat, self.masks, self.merges = flat, masks, merges
         self.trains_all, self.own_attention = trains_all, own_attention
-        self.drops = masks is not None
-        self.codes = Fp8Buffers(ops) if has_fp8_base(model) else None
+        self.fp8_buffers = Fp8Buffers(ops) if has_fp8_base(model) else None
         trunk = cast(LlamaTrunk, model.trunk)
         blocks = [cast(PreNormBlock, block) for block in trunk.layers]
         heads = [block.self_attn for block in blocks]
         feeds = [block.mlp for block in blocks]
-
-        def project(parts: list[list[nn.Module]]) -> Projection:
-            if self.codes is not None and isinstance(flat, FlatParameters):
-                return fp8_projection(parts, flat, dtype, ops, masks, self.codes)
-            if not trains_all and not any(has_lora(module) for part in parts for module in part):
-                return FrozenProjection(parts, dtype)
-            if isinstance(flat, StackedFlat):
-                if merges:
-                    return MergedStackedProjection(parts, flat, dtype, ops)
-                return StackedProjection(parts, flat, dtype)
-            if trains_all:
-                return FullProjection(parts, flat, dtype)
-            if masks is not None:
-                return SeparateLoRAProjection(parts, flat, dtype, ops, masks)
-            if merges:
-                return MergedProjection(parts, flat, dtype, ops)
-            return ConcatenatedLoRAProjection(parts, flat, dtype)
-
-        self.qkv = project([[a.q_proj, a.k_proj, a.v_proj] for a in heads])
-        self.output = project([[a.o_proj] for a in heads])
-        self.gate_up = project([[f.gate_proj, f.up_proj] for f in feeds])
-        self.down = project([[f.down_proj] for f in feeds])
+        # Slots are reserved in this order, which is the layout of the flat buffer: in another one
+        # the gradient norm would be summed in another order, and differ in its last bits.
+        self.qkv = self._project([[a.q_proj, a.k_proj, a.v_proj] for a in heads])
+        self.output = self._project([[a.o_proj] for a in heads])
+        self.gate_up = self._project([[f.gate_proj, f.up_proj] for f in feeds])
+        self.down = self._project([[f.down_proj] for f in feeds])
         self.projections = (self.qkv, self.output, self.gate_up, self.down)
         norms = [m for b in blocks for m in (b.input_layernorm, b.post_attention_layernorm)]
         self.norms = WeightGroup([*norms, trunk.norm], flat, dtype, trains=trains_all)
@@ -99,14 +95,34 @@ class FastNetwork:
         if self.head is not self.embedding:
             self.weights.append(self.head)
         self.ropes = trunk.ropes
-        self.first = 0 if trains_all else self._first_adapted(heads, feeds)
+        self.first_trained = 0 if trains_all else self._first_adapted(heads, feeds)
+
+    def _project(self, blocks: list[list[nn.Module]]) -> Projection:
+        """Return the projection of linears that read the same input, given by block."""
+        flat, dtype, ops = self.flat, self.dtype, self.ops
+        if self.fp8_buffers is not None and isinstance(flat, FlatParameters):
+            return fp8_projection(blocks, flat, dtype, ops, self.masks, self.fp8_buffers)
+        if not self.trains_all and not any(has_lora(m) for block in blocks for m in block):
+            return FrozenProjection(blocks, dtype)
+        if isinstance(flat, StackedFlat):
+            if self.merges:
+                return MergedStackedProjection(blocks, flat, dtype, ops)
+            return StackedProjection(blocks, flat, dtype)
+        if self.trains_all:
+            return FullProjection(blocks, flat, dtype)
+        if self.masks is not None:
+            # Dropout is on LoRA's inputs alone, so LoRA needs matmuls of its own.
+            return SeparateLoRAProjection(blocks, flat, dtype, ops, self.masks)
+        if self.merges:
+            return MergedProjection(blocks, flat, dtype, ops)
+        return ConcatenatedLoRAProjection(blocks, flat, dtype)
 
     def _first_adapted(self, heads: list[Attention], feeds: list[GatedFeedForward]) -> int:
-        """Return the first block in which something trains: gradients end there."""
-        for number, (attention, feed) in enumerate(zip(heads, feeds, strict=True)):
-            parts = (*attention.modules(), *feed.modules())
-            if any(has_lora(module) for module in parts):
-                return number
+        """Return the first block in which something trains: the backward pass ends there."""
+        for index, (attention, feed) in enumerate(zip(heads, feeds, strict=True)):
+            modules = (*attention.modules(), *feed.modules())
+            if any(has_lora(module) for module in modules):
+                return index
         return len(heads)
 
     def fill(self) -> None:
@@ -117,82 +133,86 @@ class FastNetwork:
             weights.fill()
 
     def refresh(self) -> None:
-        """Bring everything that products read up to date with the slots."""
+        """Bring everything that matmuls and norms read up to date with the slots."""
         for projection in self.projections:
             projection.refresh()
         for weights in self.weights:
             weights.refresh()
 
     def buffers(
-        self, rows: int, tokens: int, checkpointing: ActivationCheckpointing | None = None
+        self, batch_size: int, tokens: int, checkpointing: ActivationCheckpointing | None = None
     ) -> Buffers:
-        """Return the tensors that a step over `rows` × `tokens` tokens writes."""
-        self.prepare(tokens)
-        if self.codes is not None:
-            self.codes.release()
+        """Return the tensors that a step over `batch_size` × `tokens` tokens writes."""
+        self._build_rope_tables(tokens)
+        if self.fp8_buffers is not None:
+            self.fp8_buffers.release()  # before new ones are allocated beside them
         sizes = self.config
-        inner = sizes.num_attention_heads * sizes.head_dim
+        attention = sizes.num_attention_heads * sizes.head_dim
         widths = Widths(
             hidden=sizes.hidden_size,
             qkv=(self.qkv.outputs, self.qkv.extra),
-            inner=(inner, self.output.extra),
+            attention=(attention, self.output.extra),
             gate_up=(self.gate_up.outputs, self.gate_up.extra),
             feed_forward=(sizes.intermediate_size, self.down.extra),
             vocabulary=sizes.vocab_size,
         )
-        like = self.embedding.tensors[0]
         buffers = Buffers(
             self.qkv.n_layers,
-            rows,
+            batch_size,
             tokens,
             widths,
-            like,
+            self.embedding.tensors[0],
             self.wide,
-            first=self.first,
+            first_trained=self.first_trained,
             checkpointing=checkpointing,
-            in_parts=not self.drops,  # a mask belongs to all tokens of a batch
+            # A dropout mask is drawn for all tokens of a batch at once.
+            chunks_feed_forward=self.masks is None,
         )
-        if self.owns_attention(tokens):
-            buffers.add_attention(sizes.num_attention_heads, sizes.head_dim)
-        if self.codes is not None:
-            self.codes.allocate(buffers, (self.qkv, self.output, self.gate_up, self.down))
+        if self.uses_own_attention(tokens):
+            buffers.add_document_attention(sizes.num_attention_heads, sizes.head_dim)
+        if self.fp8_buffers is not None:
+            self.fp8_buffers.allocate(buffers, (self.qkv, self.output, self.gate_up, self.down))
         return buffers
 
     @property
     def wide(self) -> torch.dtype:
-        """Type of sums: fp32, or fp64 where the products are."""
+        """Dtype of sums: fp32, or fp64 where the compute dtype is."""
         return torch.promote_types(self.dtype, torch.float32)
 
-    def owns_attention(self, tokens: int) -> bool:
-        """Whether packed rows of `tokens` tokens go through our kernels of attention."""
+    def uses_own_attention(self, tokens: int) -> bool:
+        """Whether packed sequences of `tokens` tokens go through our own attention kernels."""
         if self.own_attention is not None:
             return self.own_attention
-        return tokens <= OWN_ATTENTION_TOKENS and self.config.head_dim in OWN_ATTENTION_WIDTHS
+        is_short = tokens <= MAX_OWN_ATTENTION_TOKENS
+        return is_short and self.config.head_dim in OWN_ATTENTION_WIDTHS
 
-    def prepare(self, tokens: int) -> None:
-        """Make cosines and sines for all positions of a row of `tokens` tokens."""
+    def _build_rope_tables(self, tokens: int) -> None:
+        """Make cosines and sines for all positions of a sequence of `tokens` tokens."""
         positions = torch.arange(tokens, device=self.embedding.tensors[0].device)[None]
 
         def halves(rope: Rope) -> HalfTables:
             cos, sin = rope.tables(positions, self.wide)  # (1, T, 1, D)
+            # The kernels take half tables: both halves are alike, but for the sine's sign.
             half = cos.shape[-1] // 2
             return cos[0, :, 0, :half].contiguous(), sin[0, :, 0, half:].contiguous()  # (T, D/2)
 
-        self.all_tables = {config: halves(rope) for config, rope in self.ropes.items()}
+        self._all_tables = {config: halves(rope) for config, rope in self.ropes.items()}
 
-    def tables(self, position_ids: Tensor) -> dict[RopeConfig, HalfTables]:
+    def rope_tables(self, position_ids: Tensor) -> dict[RopeConfig, HalfTables]:
         """Return cosine and sine for `position_ids` (N,), by kind of rotation."""
+        # Looked up: cosines of all positions are computed once a run, not once a step.
         return {
             config: (cos.index_select(0, position_ids), sin.index_select(0, position_ids))
-            for config, (cos, sin) in self.all_tables.items()
+            for config, (cos, sin) in self._all_tables.items()
         }
 
-    def receive(self, buffers: Buffers, *, first: bool) -> None:
-        """Put the gradients of all weights that wait for it into their slots, after the way back.
+    def accumulate_gradients(self, buffers: Buffers, *, first: bool) -> None:
+        """After backward: put the weight gradients that waited for it into their slots.
 
-        Where blocks are made again, each has done so by itself.
+        With activation checkpointing each block has done so by itself, while its inputs were in
+        scratch.
         """
-        layers = slice(self.first, self.qkv.n_layers)
+        layers = slice(self.first_trained, self.qkv.n_layers)
         if not buffers.recomputes:
             pairs = (
                 (self.qkv, buffers.attention_in, buffers.qkv),
@@ -200,10 +220,11 @@ class FastNetwork:
                 (self.gate_up, buffers.feed_forward_in, buffers.gate_up),
             )
             for projection, x, dy in pairs:
-                projection.receive(layers, x.stored, dy.stored, first=first)
+                projection.accumulate_gradients(layers, x.stored, dy.stored, first=first)
         if buffers.stores_swiglu:
-            dy_of_down = buffers.residuals.stored[self.first + 1 :]
-            self.down.receive(layers, buffers.swiglu_out.stored, dy_of_down, first=first)
+            d_down = buffers.residuals.stored[self.first_trained + 1 :]  # (layers, N, C + R)
+            x = buffers.swiglu_out
+            self.down.accumulate_gradients(layers, x.stored, d_down, first=first)
 
 
 def has_lora(module: nn.Module) -> bool:

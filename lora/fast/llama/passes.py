@@ -1,303 +1,238 @@
-"""A Llama-style decoder's forward and backward, written by hand over fixed buffers.
+"""A Llama-style decoder's forward and backward pass, written by hand over fixed buffers.
 
-What differs from the textbook: what lies between the products is one pass each; gradients overwrite
-what they are gradients of; the gradients of weights are left to the end, where all blocks' are made
-together.
+What differs from the textbook: what lies between two matmuls is one pass over memory; gradients
+overwrite what they are gradients of; weight gradients wait for the end, where those of all blocks
+are a few batched matmuls. What each buffer holds when is the table in `lora.fast.llama.buffers`.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from lora.fast.llama.attention import (
-    AttentionGraph,
-    AttentionShape,
-    attend_packed,
-    attend_packed_plain,
-    attend_unpacked,
-)
+from lora.fast.llama.attention_pass import AttentionPass
 from lora.fast.llama.buffers import Buffers, Inputs
 from lora.fast.llama.network import FastNetwork
 from lora.fast.weights.projections import Projection
-from lora.kernels.step.attention import find_begins, find_ends
 
 
 class FastPass:
-    """One forward and the way back over the same buffers."""
+    """One forward and backward pass over the same buffers."""
 
     def __init__(self, net: FastNetwork, inputs: Inputs, buffers: Buffers, *, packed: bool) -> None:
-        self.net, self.inputs, self.buffers, self.packed = net, inputs, buffers, packed
-        self.tables = net.tables(inputs.position_ids)
-        self.attention_graphs: dict[int, AttentionGraph] = {}
-        self.held = -1
-        """The block whose values lie in what blocks share."""
-        self.owns_attention = packed and net.owns_attention(buffers.tokens)
-        if self.owns_attention:
-            self.begins = find_begins(inputs.position_ids)
-            self.ends = find_ends(self.begins)
+        self.net, self.inputs, self.buffers = net, inputs, buffers
+        self.attention = AttentionPass(net, inputs, buffers, packed=packed)
+        self.in_scratch = -1
+        """The block whose values lie in the scratch tensors that blocks share."""
 
     def run(self) -> None:
-        """Go through all blocks."""
+        """Forward: through all blocks, up to the final norm."""
         net, buffers = self.net, self.buffers
         c, n_layers = net.config.hidden_size, net.qkv.n_layers
         embedded = net.embedding.tensors[0].index_select(0, self.inputs.input_ids)  # (N, C)
         self._add_norm(embedded, None, 0, buffers.residuals[0], buffers.attention_in[0], net.qkv)
         for layer in range(n_layers):
             self._attention(layer)
-            buffers.residuals.offload(layer)
+            buffers.residuals.offload(layer)  # its last reader, the sum after attention, has run
             self._feed_forward(layer)
             buffers.residuals.reserve_slot(layer + 1)
-            after = buffers.attention_in[layer + 1] if layer + 1 < n_layers else buffers.final
+            is_last = layer + 1 == n_layers
+            normed = buffers.final if is_last else buffers.attention_in[layer + 1]
+            total, reader = buffers.residuals[layer + 1], None if is_last else net.qkv
+            # The block's second residual addition and the next block's first norm in one pass.
             mid_residual = buffers.mid_residual[layer][:, :c]
-            total, reader = buffers.residuals[layer + 1], None if layer + 1 == n_layers else net.qkv
-            self._add_norm(mid_residual, buffers.hidden, 2 * layer + 2, total, after, reader)
-        self.held = n_layers - 1
+            self._add_norm(mid_residual, buffers.hidden, 2 * layer + 2, total, normed, reader)
+        self.in_scratch = n_layers - 1
 
     def _add_norm(
         self,
         residual: Tensor,
         delta: Tensor | None,
-        number: int,
+        norm: int,
         total: Tensor,
         normed: Tensor,
         reader: Projection | None,
     ) -> None:
-        """`reader`: whose inputs `normed` becomes."""
-        net, c = self.net, self.net.config.hidden_size
-        weight, eps = net.norms.tensors[number], net.config.norm_eps
-        rstd = self.buffers.rstd[number]
-        normed = normed[:, :c]
-        coded = None if reader is None else reader.fp8_inputs(normed)
-        net.ops.add_norm(residual, delta, weight, eps, total[:, :c], normed, rstd, coded)
+        """Changes `total` and `normed` in place: the sum, and its norm number `norm`.
 
-    def _attention(self, layer: int, *, again: bool = False) -> None:
+        `reader`: whose inputs `normed` becomes.
+        """
+        net, c = self.net, self.net.config.hidden_size
+        weight, eps = net.norms.tensors[norm], net.config.norm_eps
+        normed, rstd = normed[:, :c], self.buffers.rstd[norm]  # without the + R columns
+        fp8_out = None if reader is None else reader.fp8_inputs(normed)
+        net.ops.add_norm(residual, delta, weight, eps, total[:, :c], normed, rstd, fp8_out)
+
+    def _attention(self, layer: int, *, recomputes: bool = False) -> None:
         """From the first norm's output to the second norm's."""
         net, buffers, c = self.net, self.buffers, self.net.config.hidden_size
-        self._attend(layer, again=again)
+        x = buffers.attention_in[layer]  # (N, C + R)
+        net.qkv.forward(layer, x, buffers.qkv[layer][:, : net.qkv.outputs])
+        if buffers.qkv_low_rank.is_stored(layer):
+            buffers.qkv_low_rank[layer].copy_(x[:, net.qkv.inputs :])
+        self.attention.forward(layer, recomputes=recomputes)
         net.output.forward(layer, buffers.attention_out[layer], buffers.hidden)
-        residuals, mid_residual = buffers.residuals[layer][:, :c], buffers.mid_residual[layer]
-        number, normed = 2 * layer + 1, buffers.feed_forward_in[layer]
-        self._add_norm(residuals, buffers.hidden, number, mid_residual, normed, net.gate_up)
+        residual, mid_residual = buffers.residuals[layer][:, :c], buffers.mid_residual[layer]
+        norm, normed = 2 * layer + 1, buffers.feed_forward_in[layer]
+        self._add_norm(residual, buffers.hidden, norm, mid_residual, normed, net.gate_up)
 
     def _feed_forward(self, layer: int) -> None:
         net, buffers, feed = self.net, self.buffers, self.net.down.inputs
-        for part in buffers.parts:
-            gate_up = self._gate_up(layer, part)
-            x = buffers.swiglu_out.chunk(layer, part)
+        for chunk in buffers.chunks:
+            gate_up = self._gate_up(layer, chunk)
+            x = buffers.swiglu_out.chunk(layer, chunk)  # (tokens, F + R)
             out = x[:, :feed]
             net.ops.swiglu(gate_up[:, : net.gate_up.outputs], out, net.down.fp8_inputs(out))
-            net.down.forward(layer, x, buffers.hidden[part])
+            net.down.forward(layer, x, buffers.hidden[chunk])
             if buffers.down_low_rank.is_stored(layer):
-                buffers.down_low_rank[layer][part].copy_(x[:, feed:])
+                buffers.down_low_rank[layer][chunk].copy_(x[:, feed:])
             if buffers.gate_up_low_rank.is_stored(layer):
-                buffers.gate_up_low_rank[layer][part].copy_(
-                    buffers.feed_forward_in[layer][part, net.gate_up.inputs :]
-                )
+                low = buffers.feed_forward_in[layer][chunk, net.gate_up.inputs :]  # (tokens, R)
+                buffers.gate_up_low_rank[layer][chunk].copy_(low)
 
-    def _gate_up(self, layer: int, part: slice) -> Tensor:
-        """Return gate and up (tokens of `part`, 2F + extra), just made."""
+    def _gate_up(self, layer: int, chunk: slice) -> Tensor:
+        """Return gate and up (tokens of `chunk`, 2F + R), just computed."""
         net, buffers = self.net, self.buffers
-        gate_up = buffers.gate_up.chunk(layer, part)
-        net.gate_up.forward(
-            layer, buffers.feed_forward_in[layer][part], gate_up[:, : net.gate_up.outputs]
-        )
+        gate_up, x = buffers.gate_up.chunk(layer, chunk), buffers.feed_forward_in[layer][chunk]
+        net.gate_up.forward(layer, x, gate_up[:, : net.gate_up.outputs])
         return gate_up
 
-    def _qkv(self, layer: int) -> Tensor:
-        return self.buffers.qkv[layer][:, : self.net.qkv.outputs]
-
-    def _heads(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        sizes = self.net.config
-        heads = self._qkv(layer).unflatten(1, (-1, sizes.head_dim))  # (N, heads of all three, D)
-        shared = sizes.num_key_value_heads
-        q, k, v = heads.split((sizes.num_attention_heads, shared, shared), 1)
-        return q, k, v
-
-    def _attend(self, layer: int, *, again: bool) -> None:
-        net, buffers, sizes = self.net, self.buffers, self.net.config
-        qkv, x = self._qkv(layer), buffers.attention_in[layer]
-        net.qkv.forward(layer, x, qkv)
-        if buffers.qkv_low_rank.is_stored(layer):
-            buffers.qkv_low_rank[layer].copy_(x[:, net.qkv.inputs :])
-        own = sizes.layers[layer]
-        if own.rope is not None:
-            n_heads = sizes.num_attention_heads + sizes.num_key_value_heads
-            net.ops.rotate_heads(qkv, *self.tables[own.rope], n_heads)
-        if again and buffers.attention_out.is_stored(layer):
-            return  # its graph reads queries, keys and values where they lie again
-        window = self._window(layer)
-        out = buffers.attention_out[layer][:, : net.output.inputs]
-        if self.owns_attention:
-            heads, lse = self._sizes_of_heads(), buffers.lse[layer]
-            net.ops.attend(qkv, self.begins, heads, own.scale, window or 0, out, lse)
-            return
-        shape = AttentionShape(buffers.rows, buffers.tokens, own.scale, window)
-        q, k, v = self._heads(layer)
-        self.attention_graphs.pop(self._place(layer), None)
-        if not self.packed:
-            attention_out = attend_unpacked(q, k, v, shape, out)
-        else:
-            kernel = attend_packed if q.is_cuda else attend_packed_plain
-            attention_out = kernel(q, k, v, self.inputs.bounds, shape, out)
-        self.attention_graphs[self._place(layer)] = attention_out
-
-    def _place(self, layer: int) -> int:
-        """Return a number that blocks with one tensor in common share."""
-        return layer if self.buffers.attention_out.is_stored(layer) else -1
-
     def backward(self, d_hidden: Tensor, *, first: bool) -> None:
-        """Go back from `d_hidden` (N, C), the gradient of `buffers.final`, to the first block."""
+        """Backward from `d_hidden` (N, C), the gradient of `buffers.final`, to the first block.
+
+        `first`: of the step's micro-batches, so that gradients are written instead of added.
+        """
         net, buffers = self.net, self.buffers
         n_layers = net.qkv.n_layers
         reader = (net.down, n_layers - 1)
-        self._norm_back(d_hidden, 2 * n_layers, buffers.residuals[n_layers], None, first, reader)
-        for layer in reversed(range(net.first, n_layers)):
-            buffers.residuals.fetch(layer, net.first)
-            self._make_again(layer)
-            self._feed_forward_back(layer, first)
-            self._attention_back(layer, first)
-        buffers.residuals.join()
-        net.receive(buffers, first=first)
-        if net.trains_all:
-            self._embedding_back(first)
-
-    def _make_again(self, layer: int) -> None:
-        """Make what a block's way forward gave and did not keep, up to its second norm."""
-        net, buffers = self.net, self.buffers
-        if buffers.attention_in.is_stored(layer) or self.held == layer:
-            return
-        self.held = layer
-        whole = not buffers.mid_residual.is_stored(layer)
-        reader: Projection | None = net.qkv if whole else None
-        self._norm_again(buffers.residuals[layer], 2 * layer, buffers.attention_in[layer], reader)
-        if whole:
-            self._attention(layer, again=True)
-            return
-        buffers.attention_in[layer][:, net.qkv.inputs :].copy_(buffers.qkv_low_rank[layer])
-        reader = None if buffers.gate_up.is_stored(layer) else net.gate_up
-        self._norm_again(
-            buffers.mid_residual[layer], 2 * layer + 1, buffers.feed_forward_in[layer], reader
+        self._norm_backward(
+            d_hidden, 2 * n_layers, buffers.residuals[n_layers], None, first, reader
         )
-        if buffers.gate_up_low_rank.is_stored(layer):
-            buffers.feed_forward_in[layer][:, net.gate_up.inputs :].copy_(
-                buffers.gate_up_low_rank[layer]
-            )
+        # Below the first adapted block nothing needs a gradient.
+        for layer in reversed(range(net.first_trained, n_layers)):
+            buffers.residuals.fetch(layer, net.first_trained)
+            self._recompute(layer)
+            self._feed_forward_backward(layer, first)
+            self._attention_backward(layer, first)
+        buffers.residuals.join()
+        net.accumulate_gradients(buffers, first=first)
+        if net.trains_all:
+            self._embedding_backward(first)
 
-    def _norm_again(
-        self, residual: Tensor, number: int, normed: Tensor, reader: Projection | None
+    def _recompute(self, layer: int) -> None:
+        """Recompute what forward did not store of a block, up to its second norm."""
+        net, buffers = self.net, self.buffers
+        # The last block's values are still in scratch when the backward pass begins.
+        if buffers.attention_in.is_stored(layer) or self.in_scratch == layer:
+            return
+        self.in_scratch = layer
+        whole = not buffers.mid_residual.is_stored(layer)
+        # Where q, k and v are stored, no matmul reads the norm's output again: only the weight
+        # gradient does, and not in fp8.
+        reader: Projection | None = net.qkv if whole else None
+        self._recompute_norm(
+            buffers.residuals[layer], 2 * layer, buffers.attention_in[layer], reader
+        )
+        if whole:
+            self._attention(layer, recomputes=True)
+            return
+        low = buffers.attention_in[layer][:, net.qkv.inputs :]  # (N, R)
+        low.copy_(buffers.qkv_low_rank[layer])
+        reader = None if buffers.gate_up.is_stored(layer) else net.gate_up
+        norm, x = 2 * layer + 1, buffers.feed_forward_in[layer]
+        self._recompute_norm(buffers.mid_residual[layer], norm, x, reader)
+        if buffers.gate_up_low_rank.is_stored(layer):
+            x[:, net.gate_up.inputs :].copy_(buffers.gate_up_low_rank[layer])
+
+    def _recompute_norm(
+        self, residual: Tensor, norm: int, normed: Tensor, reader: Projection | None
     ) -> None:
         x = residual[:, : self.net.config.hidden_size]
-        self._add_norm(x, None, number, x, normed, reader)
+        self._add_norm(x, None, norm, x, normed, reader)  # the sum is written over itself
 
-    def _norm_back(
+    def _norm_backward(
         self,
         dy: Tensor,
-        number: int,
+        norm: int,
         x: Tensor,
-        beside: Tensor | None,
+        d_residual: Tensor | None,
         first: bool,
         reader: tuple[Projection, int] | None,
     ) -> None:
-        """Changes `x` in place: the norm's input becomes its gradient, `beside` added.
+        """Changes `x` in place: the norm's input becomes its gradient, `d_residual` added.
 
         `reader`: the projection and the block whose outputs' gradient that is.
         """
         net, c = self.net, self.net.config.hidden_size
-        x, rstd = x[:, :c], self.buffers.rstd[number]
-        if net.norms.slot is not None:
-            gradient = net.ops.norm_weight_gradient(dy, x, rstd)
-            target = net.norms.slot.gradients[number]
+        x, rstd = x[:, :c], self.buffers.rstd[norm]
+        if net.norms.slot is not None:  # while x is still there
+            gradient = net.ops.norm_weight_gradient(dy, x, rstd)  # (C,)
+            target = net.norms.slot.gradients[norm]
             target.copy_(gradient) if first else target.add_(gradient)
-        beside = None if beside is None else beside[:, :c]
-        coded = None if reader is None else reader[0].fp8_gradients(reader[1], x)
-        net.ops.norm_backward(dy, x, rstd, net.norms.tensors[number], beside, x, coded)
+        d_residual = None if d_residual is None else d_residual[:, :c]
+        fp8_out = None if reader is None else reader[0].fp8_gradients(reader[1], x)
+        net.ops.norm_backward(dy, x, rstd, net.norms.tensors[norm], d_residual, x, fp8_out)
 
-    def _feed_forward_back(self, layer: int, first: bool) -> None:
+    def _feed_forward_backward(self, layer: int, first: bool) -> None:
         net, buffers = self.net, self.buffers
-        dy = buffers.residuals[layer + 1]
-        for part in buffers.parts:
-            begins = first and part.start == 0
+        dy = buffers.residuals[layer + 1]  # (N, C + R), by now the gradient of the block's output
+        for chunk in buffers.chunks:
+            begins = first and chunk.start == 0  # later chunks add to the weight gradients
             is_stored = buffers.gate_up.is_stored(layer)
             gate_up = (
-                buffers.gate_up.chunk(layer, part) if is_stored else self._gate_up(layer, part)
+                buffers.gate_up.chunk(layer, chunk) if is_stored else self._gate_up(layer, chunk)
             )
-            self._activated_back(layer, part, gate_up, begins)
-            net.gate_up.backward(layer, gate_up, buffers.hidden[part])
+            self._swiglu_backward(layer, chunk, gate_up, begins)
+            net.gate_up.backward(layer, gate_up, buffers.hidden[chunk])
             if buffers.recomputes:
-                self._receive(
-                    net.gate_up, layer, buffers.feed_forward_in[layer][part], gate_up, begins
-                )
+                x = buffers.feed_forward_in[layer][chunk]
+                self._accumulate(net.gate_up, layer, x, gate_up, begins)
         mid_residual, reader = buffers.mid_residual[layer], (net.output, layer)
-        self._norm_back(buffers.hidden, 2 * layer + 1, mid_residual, dy, first, reader)
+        self._norm_backward(buffers.hidden, 2 * layer + 1, mid_residual, dy, first, reader)
 
-    def _activated_back(self, layer: int, part: slice, gate_up: Tensor, begins: bool) -> None:
+    def _swiglu_backward(self, layer: int, chunk: slice, gate_up: Tensor, begins: bool) -> None:
         """Changes `gate_up` in place: gate and up become their gradients."""
         net, buffers, feed = self.net, self.buffers, self.net.down.inputs
-        dy, d_swiglu_out = (
-            buffers.residuals[layer + 1][part],
-            buffers.d_swiglu_out[: part.stop - part.start],
-        )
+        dy = buffers.residuals[layer + 1][chunk]  # (tokens, C + R)
+        d_swiglu_out = buffers.d_swiglu_out[: chunk.stop - chunk.start]  # (tokens, F)
         net.down.backward(layer, dy, d_swiglu_out)
-        x = buffers.swiglu_out.chunk(layer, part)
+        x = buffers.swiglu_out.chunk(layer, chunk)  # (tokens, F + R)
         out = None if buffers.stores_swiglu else x[:, :feed]
-        both = gate_up[:, : net.gate_up.outputs]
-        coded = net.gate_up.fp8_gradients(layer, both)
-        net.ops.swiglu_backward(both, d_swiglu_out, out, coded)
+        both = gate_up[:, : net.gate_up.outputs]  # (tokens, 2F)
+        fp8_out = net.gate_up.fp8_gradients(layer, both)
+        net.ops.swiglu_backward(both, d_swiglu_out, out, fp8_out)
         if out is not None:
-            x[:, feed:].copy_(buffers.down_low_rank[layer][part])
-            self._receive(net.down, layer, x, dy, begins)
+            # down's weight gradient now, while its recomputed input is in scratch.
+            x[:, feed:].copy_(buffers.down_low_rank[layer][chunk])
+            self._accumulate(net.down, layer, x, dy, begins)
 
-    def _attention_back(self, layer: int, first: bool) -> None:
+    def _attention_backward(self, layer: int, first: bool) -> None:
         net, buffers = self.net, self.buffers
-        dy, qkv = buffers.mid_residual[layer], buffers.qkv[layer]
+        dy, qkv = buffers.mid_residual[layer], buffers.qkv[layer]  # (N, C + R), (N, W + R)
         net.output.backward(layer, dy, buffers.d_attention_out)
         if buffers.recomputes:
-            self._receive(net.output, layer, buffers.attention_out[layer], dy, first)
-        self._heads_back(layer)
-        is_last = layer == net.first and not net.trains_all
+            self._accumulate(net.output, layer, buffers.attention_out[layer], dy, first)
+        self.attention.backward(layer)
+        is_last = layer == net.first_trained and not net.trains_all
         net.qkv.backward(layer, qkv, None if is_last else buffers.hidden)
         if buffers.recomputes:
-            self._receive(net.qkv, layer, buffers.attention_in[layer], qkv, first)
+            self._accumulate(net.qkv, layer, buffers.attention_in[layer], qkv, first)
         if not is_last:
-            reader = (net.down, layer - 1) if layer > net.first else None
-            self._norm_back(buffers.hidden, 2 * layer, buffers.residuals[layer], dy, first, reader)
+            reader = (net.down, layer - 1) if layer > net.first_trained else None
+            x = buffers.residuals[layer]
+            self._norm_backward(buffers.hidden, 2 * layer, x, dy, first, reader)
 
-    def _receive(
+    def _accumulate(
         self, projection: Projection, layer: int, x: Tensor, dy: Tensor, first: bool
     ) -> None:
-        projection.receive(slice(layer, layer + 1), x[None], dy[None], first=first)
+        one = slice(layer, layer + 1)
+        projection.accumulate_gradients(one, x[None], dy[None], first=first)
 
-    def _heads_back(self, layer: int) -> None:
-        """Changes queries, keys and values in place: they become their gradients, unrotated."""
-        net, buffers, own = self.net, self.buffers, self.net.config.layers[layer]
-        qkv, d_attention_out = self._qkv(layer), buffers.d_attention_out
-        tables = None if own.rope is None else self.tables[own.rope]
-        if self.owns_attention:
-            out = buffers.attention_out[layer][:, : net.output.inputs]
-            net.ops.attend_backward(
-                qkv, self.begins, self.ends, self._sizes_of_heads(), own.scale,
-                self._window(layer) or 0, out, buffers.lse[layer], d_attention_out,
-                buffers.partial, tables,
-            )  # fmt: skip
-            return
-        heads = d_attention_out.unflatten(1, (-1, net.config.head_dim))  # (N, H, D)
-        gradients = self.attention_graphs.pop(self._place(layer)).backward(heads)
-        net.ops.gather_gradients(*gradients, *(tables or (None, None)), qkv)
-
-    def _sizes_of_heads(self) -> tuple[int, int, int]:
-        sizes = self.net.config
-        return sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim
-
-    def _window(self, layer: int) -> int | None:
-        window = self.net.config.layers[layer].window_tokens
-        return None if window is not None and window >= self.buffers.tokens else window
-
-    def _embedding_back(self, first: bool) -> None:
+    def _embedding_backward(self, first: bool) -> None:
         net, slot = self.net, self.net.embedding.slot
         assert slot is not None
-        gradients = slot.gradients[0]
+        gradients = slot.gradients[0]  # (V, C)
         if first and net.head is not net.embedding:
-            gradients.zero_()  # a tied head has begun it
+            gradients.zero_()  # a tied head has written its gradient there already
         c = net.config.hidden_size
-        rows = self.buffers.residuals[0][:, :c].to(gradients.dtype)
+        rows = self.buffers.residuals[0][:, :c].to(gradients.dtype)  # (N, C)
         gradients.index_add_(0, self.inputs.input_ids, rows)

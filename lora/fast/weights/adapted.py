@@ -16,32 +16,36 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lora.fast.weights.flat import FlatParameters, Slot
+from lora.fast.weights.flat import FlatParameters, Slot, accumulate
 from lora.fast.weights.projections import Member, Projection
 from lora.kernels.step.ops import Ops
 from lora.lora_module import LoRALayer
 
 RANK_STEP = 16
-"""Columns for LoRA come in multiples of this, so that rows of every tensor stay aligned."""
+"""Columns for LoRA come in multiples of this, so that rows of every buffer stay aligned."""
 GROUP_BYTES = 1.2e9
-"""Weights of one projection that are moved at once."""
+"""Weights of one projection that are copied at once."""
 
 
 class DropoutMasks:
-    """Dropout's share, its seed on the device, and a number for every mask of a step."""
+    """Dropout's probability, its seed on the device, and an index for every mask of a step."""
 
-    def __init__(self, share: float, device: torch.device) -> None:
-        self.share, self._next = share, 0
+    def __init__(self, p: float, device: torch.device) -> None:
+        self.p, self._next = p, 0
+        # On the device, so that a replayed graph draws other masks in every step.
         self.seed = torch.zeros((), dtype=torch.int64, device=device)
 
-    def take(self, count: int) -> int:
-        """Return the first of `count` numbers that nobody else has."""
+    def reserve(self, count: int) -> int:
+        """Return the first of `count` indices that no other projection has."""
         first, self._next = self._next, self._next + count
         return first
 
 
 class _LoRAProjection(Projection):
-    """What both kinds with LoRA share: slots for A and B, their layout, their gradients."""
+    """What the projections with LoRA share: slots for A and B, their layout, their gradients.
+
+    The A of all members are one matrix (R, I), the members' ranks side by side, padded to R.
+    """
 
     def __init__(
         self, blocks: Sequence[Sequence[nn.Module]], flat: FlatParameters, dtype: torch.dtype
@@ -52,51 +56,52 @@ class _LoRAProjection(Projection):
         for member in self.members:
             ranks = [m.rank for m in member.modules if isinstance(m, LoRALayer)]
             if ranks:
-                part = slice(start, start + max(ranks))
-                height = member.rows.stop - member.rows.start
-                slot = flat.reserve((self.n_layers, height, max(ranks)), decays=True)
+                columns = slice(start, start + max(ranks))
+                outputs = member.rows.stop - member.rows.start
+                slot = flat.reserve((self.n_layers, outputs, max(ranks)), decays=True)  # (L, O, R)
+                # Zero where a block's linear has no LoRA: its A and B are zeros as well, and stay.
                 scales = [m.scaling if isinstance(m, LoRALayer) else 0.0 for m in member.modules]
                 scale = torch.tensor(scales, dtype=flat.dtype, device=self.device)[:, None, None]
-                self.adapted.append((member, part, slot, scale))
-                start = part.stop
-        self.width = self.rounded(start)
-        """Columns of h, all members' ranks together, rounded up."""
+                self.adapted.append((member, columns, slot, scale))
+                start = columns.stop
+        self.width = self.rounded_rank(start)
+        """R: all members' ranks together, rounded up."""
         self.a_slot = flat.reserve((self.n_layers, self.width, self.inputs), decays=True)
 
-    def rounded(self, ranks: int) -> int:
-        """Return `ranks` rounded up, so that rows of every tensor stay aligned."""
+    def rounded_rank(self, ranks: int) -> int:
+        """Return `ranks` rounded up, so that rows of every buffer stay aligned."""
         return -(-ranks // RANK_STEP) * RANK_STEP
 
     def fill(self) -> None:
-        for member, part, slot, _ in self.adapted:
+        for member, columns, slot, _ in self.adapted:
             for layer, module in enumerate(member.modules):
                 if isinstance(module, LoRALayer):
-                    rows = slice(part.start, part.start + module.rank)
+                    rows = slice(columns.start, columns.start + module.rank)
                     _move(module.lora_A, self.a_slot.values[layer, rows])
                     _move(module.lora_B, slot.values[layer, :, : module.rank])
         self.refresh()
 
     def copy_adapters(self, a: Tensor, b: Tensor, layers: slice = slice(None)) -> None:
-        """Changes `a` (L, R, I) and `b` (L, O, R) in place: the slots' A, and B · scaling.
+        """Changes `a` (layers, R, I) and `b` (layers, O, R) in place: the slots' A, and s · B.
 
-        Of some `layers`, L counts those.
+        s is in B so that no pass of its own scales an output or a gradient.
         """
-        a.copy_(self.a_slot.values[layers])
-        for member, part, slot, scale in self.adapted:
-            torch.mul(slot.values[layers], scale[layers], out=b[:, member.rows, part])
+        a.copy_(self.a_slot.values[layers])  # rounds fp32 to the compute dtype
+        for member, columns, slot, scale in self.adapted:
+            torch.mul(slot.values[layers], scale[layers], out=b[:, member.rows, columns])
 
-    def put(
+    def accumulate_low_rank(
         self, layers: slice, x: Tensor, dy: Tensor, h: Tensor, dh: Tensor, *, first: bool
     ) -> None:
-        """Put dA = dhᵀ x and dB = s · dyᵀ h into their slots; all are (layers, N, …)."""
-        self.store(layers, torch.bmm(dh.mT, x), torch.bmm(dy.mT, h), first=first)
+        """Add dA = dhᵀ x and dB = s · dyᵀ h to their slots; all are (layers, N, …)."""
+        self.accumulate_ab(layers, torch.bmm(dh.mT, x), torch.bmm(dy.mT, h), first=first)
 
-    def store(self, layers: slice, da: Tensor, db: Tensor, *, first: bool) -> None:
-        """Put dA (layers, R, I) and s · dB into their slots; dB (layers, O, R) is without s."""
-        target = self.a_slot.gradients[layers]
-        target.copy_(da) if first else target.add_(da)
-        for member, part, slot, scale in self.adapted:
-            block = db[:, member.rows, part]
+    def accumulate_ab(self, layers: slice, da: Tensor, db: Tensor, *, first: bool) -> None:
+        """Add dA (layers, R, I) and s · dB to their slots; `db` (layers, O, R) is without s."""
+        accumulate(self.a_slot.gradients[layers], da, first=first)
+        for member, columns, slot, scale in self.adapted:
+            # Of a member only its own columns of h: dyᵀ h holds all members' pairs.
+            block = db[:, member.rows, columns]
             target = slot.gradients[layers]
             if first:
                 torch.mul(block, scale[layers], out=target)
@@ -107,7 +112,7 @@ class _LoRAProjection(Projection):
 class ConcatenatedLoRAProjection(_LoRAProjection):
     """LoRA's matrices in the same tensor as W: (O + R, I + R) a block.
 
-    Blocks are moved in groups, so that the whole of a large base is never there twice.
+    Blocks are copied in groups, so that a large base is never there twice.
     """
 
     def __init__(
@@ -116,7 +121,7 @@ class ConcatenatedLoRAProjection(_LoRAProjection):
         super().__init__(blocks, flat, dtype)
         self.extra = self.width
         self.groups: list[tuple[slice, Tensor]] = []
-        """Blocks, and their [[W, s·B], [A, 0]]: (some of L, O + R, I + R)."""
+        """Blocks, and their [[W, s·B], [A, 0]]: (blocks, O + R, I + R)."""
         self.wholes: list[Tensor] = []
         """The same by block, (O + R, I + R)."""
         a_block = (self.outputs + self.width) * (self.inputs + self.width) * dtype.itemsize
@@ -129,8 +134,8 @@ class ConcatenatedLoRAProjection(_LoRAProjection):
             whole[:, self.outputs :, self.inputs :] = 0
             self.groups.append((layers, whole))
             self.wholes += list(whole)
-            self.move([w[: self.outputs, : self.inputs] for w in whole], layers)
-        self._place_biases()
+            self.bind_layers([w[: self.outputs, : self.inputs] for w in whole], layers)
+        self._bind_biases()
 
     def refresh(self) -> None:
         for layers, whole in self.groups:
@@ -141,24 +146,26 @@ class ConcatenatedLoRAProjection(_LoRAProjection):
     def forward(self, layer: int, x: Tensor, out: Tensor) -> None:
         whole = self.wholes[layer]
         a = whole[self.outputs :, : self.inputs]  # (R, I)
-        torch.mm(x[:, : self.inputs], a.T, out=x[:, self.inputs :])
-        self.multiply(layer, x, whole[: self.outputs], out)  # by [W, s·B]
+        # x Aᵀ lands beside x, so the large matmul reads [x, x Aᵀ] as one matrix.
+        torch.mm(x[:, : self.inputs], a.T, out=x[:, self.inputs :])  # (N, R)
+        self.matmul(layer, x, whole[: self.outputs], out)  # by [W, s·B]
 
     def backward(self, layer: int, dy: Tensor, dx: Tensor | None) -> None:
         whole = self.wholes[layer]
         b = whole[: self.outputs, self.inputs :]  # (O, R), scaled
-        torch.mm(dy[:, : self.outputs], b, out=dy[:, self.outputs :])
+        # Needed for dA even where dx is not.
+        torch.mm(dy[:, : self.outputs], b, out=dy[:, self.outputs :])  # (N, R)
         if dx is not None:
             torch.mm(dy, whole[:, : self.inputs], out=dx)  # by [W; A]
 
-    def receive(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
+    def accumulate_gradients(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
         x, h = x[..., : self.inputs], x[..., self.inputs :]
         dy, dh = dy[..., : self.outputs], dy[..., self.outputs :]
-        self.put(layers, x, dy, h, dh, first=first)
+        self.accumulate_low_rank(layers, x, dy, h, dh, first=first)
 
 
 class MergedProjection(_LoRAProjection):
-    """W + s·B·A, made once a step for all blocks."""
+    """W + s·B·A, merged once a step for all blocks; no buffer has + R columns."""
 
     def __init__(
         self,
@@ -173,32 +180,33 @@ class MergedProjection(_LoRAProjection):
         self.weight = torch.empty_like(self.base)
         self.a = self.empty(self.n_layers, self.width, self.inputs)
         self.b = self.empty(self.n_layers, self.outputs, self.width).zero_()
-        self.place(self.base)
+        self.bind(self.base)
 
-    def rounded(self, ranks: int) -> int:
-        return max(RANK_STEP, 1 << (ranks - 1).bit_length())  # the kernel wants a power of two
+    def rounded_rank(self, ranks: int) -> int:
+        return max(RANK_STEP, 1 << (ranks - 1).bit_length())  # Triton's ranges are powers of two
 
     def refresh(self) -> None:
         self.copy_adapters(self.a, self.b)
         self.ops.add_low_rank(self.base, self.b, self.a, self.weight)
 
     def forward(self, layer: int, x: Tensor, out: Tensor) -> None:
-        self.multiply(layer, x, self.weight[layer], out)
+        self.matmul(layer, x, self.weight[layer], out)
 
     def backward(self, layer: int, dy: Tensor, dx: Tensor | None) -> None:
         if dx is not None:
             torch.mm(dy, self.weight[layer], out=dx)
 
-    def receive(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
+    def accumulate_gradients(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
+        # Forward and backward had no use for x Aᵀ and dy B, so they are computed here, batched.
         h = torch.bmm(x, self.a[layers].mT)  # (layers, N, R)
         dh = torch.bmm(dy, self.b[layers])  # (layers, N, R)
-        self.put(layers, x, dy, h, dh, first=first)
+        self.accumulate_low_rank(layers, x, dy, h, dh, first=first)
 
 
 class SeparateLoRAProjection(_LoRAProjection):
-    """LoRA apart from W: y = x Wᵀ, then y += (x Aᵀ) (s·B)ᵀ.
+    """LoRA in matmuls of its own: y = x Wᵀ, then y += (x Aᵀ) (s·B)ᵀ.
 
-    With `masks` its inputs pass dropout; linears that share inputs share the mask.
+    With `masks` dropout is applied to its inputs; linears that share inputs share the mask.
     """
 
     def __init__(
@@ -211,20 +219,20 @@ class SeparateLoRAProjection(_LoRAProjection):
     ) -> None:
         super().__init__(blocks, flat, dtype)
         self.ops, self.masks = ops, masks
-        self.number = 0 if masks is None else masks.take(len(blocks))
+        self.first_mask = 0 if masks is None else masks.reserve(len(blocks))
         self.extra = self.width
         self.a = self.empty(self.n_layers, self.width, self.inputs)
         self.b = self.empty(self.n_layers, self.outputs, self.width).zero_()
-        self.place_base()
+        self.bind_base()
 
-    def place_base(self) -> None:
-        """Take the base's weights over."""
+    def bind_base(self) -> None:
+        """Changes the modules in place: the base's weights become views of one tensor."""
         self.base = self.empty(self.n_layers, self.outputs, self.inputs)
-        self.place(self.base)
+        self.bind(self.base)
 
     def base_forward(self, layer: int, x: Tensor, out: Tensor) -> None:
         """Changes `out` (N, O) in place: x Wᵀ and the bias, for x (N, I)."""
-        self.multiply(layer, x, self.base[layer], out)
+        self.matmul(layer, x, self.base[layer], out)
 
     def base_backward(self, layer: int, dy: Tensor, dx: Tensor) -> None:
         """Changes `dx` (N, I) in place: dy W, for dy (N, O)."""
@@ -234,11 +242,13 @@ class SeparateLoRAProjection(_LoRAProjection):
         self.copy_adapters(self.a, self.b)
 
     def _dropped(self, layer: int, x: Tensor) -> Tensor:
-        """Return LoRA's inputs (N, I): made again where they are needed again."""
+        """Return LoRA's inputs (N, I)."""
         if self.masks is None:
             return x
+        # Recomputed wherever it is needed: the mask is a function of seed and index, so neither it
+        # nor the result is stored.
         out = torch.empty_like(x)
-        self.ops.drop(x, out, self.masks.seed, self.number + layer, self.masks.share)
+        self.ops.drop(x, out, self.masks.seed, self.first_mask + layer, self.masks.p)
         return out
 
     def forward(self, layer: int, x: Tensor, out: Tensor) -> None:
@@ -256,20 +266,26 @@ class SeparateLoRAProjection(_LoRAProjection):
         if self.masks is None:
             dx.addmm_(dh, self.a[layer])
             return
+        # The mask lies between A and x, so this part cannot be added by the matmul itself.
         low = dh @ self.a[layer]  # (N, I)
-        self.ops.add_dropped(low, dx, self.masks.seed, self.number + layer, self.masks.share)
+        self.ops.add_dropped(low, dx, self.masks.seed, self.first_mask + layer, self.masks.p)
 
-    def receive(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
+    def accumulate_gradients(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
         if self.masks is None:
             h, dh = x[..., self.inputs :], dy[..., self.outputs :]
-            self.put(layers, x[..., : self.inputs], dy[..., : self.outputs], h, dh, first=first)
+            self.accumulate_low_rank(
+                layers, x[..., : self.inputs], dy[..., : self.outputs], h, dh, first=first
+            )
             return
-        for place, layer in enumerate(range(self.n_layers)[layers]):
-            dropped = self._dropped(layer, x[place, :, : self.inputs])  # (N, I)
-            h, dh = x[place, :, self.inputs :], dy[place, :, self.outputs :]
-            d_outputs = dy[place, :, : self.outputs]
+        # Block by block: the dropped inputs of all at once would be a second attention_in.
+        for index, layer in enumerate(range(self.n_layers)[layers]):
+            dropped = self._dropped(layer, x[index, :, : self.inputs])  # (N, I)
+            h, dh = x[index, :, self.inputs :], dy[index, :, self.outputs :]  # each (N, R)
+            d_outputs = dy[index, :, : self.outputs]  # (N, O)
             one = slice(layer, layer + 1)
-            self.put(one, dropped[None], d_outputs[None], h[None], dh[None], first=first)
+            self.accumulate_low_rank(
+                one, dropped[None], d_outputs[None], h[None], dh[None], first=first
+            )
 
 
 def _move(parameter: Tensor, view: Tensor) -> None:

@@ -1,7 +1,7 @@
 """All that trains in one flat buffer: values, gradients and AdamW's two moments side by side.
 
 The model's parameters become views of it, so that saving, loading and evaluating see what the
-fast step trains without a copy.
+hand-written step trains without a copy.
 """
 
 from __future__ import annotations
@@ -14,46 +14,43 @@ from torch import Tensor
 
 @dataclass
 class Slot:
-    """A place in the flat buffer for one tensor of `shape`; the tensors are there after `fill`."""
+    """A range of the flat buffer for one tensor of `shape`; its views exist after `allocate`."""
 
     shape: tuple[int, ...]
     decays: bool
-    share: float = 1.0
+    """Whether weight decay applies."""
+    lr_fraction: float = 1.0
     """Of the learning rate."""
     values: Tensor = field(init=False)
     gradients: Tensor = field(init=False)
     mean: Tensor = field(init=False)
+    """AdamW's first moment."""
     square: Tensor = field(init=False)
-
-    def receive(self, gradient: Tensor, *, first: bool) -> None:
-        """Changes `gradients` in place: `gradient` replaces it in a step's first micro-batch."""
-        if first:
-            self.gradients.copy_(gradient)
-        else:
-            self.gradients.add_(gradient)
+    """AdamW's second moment."""
 
 
 class FlatParameters:
-    """Reserves slots, then allocates them together: those alike in decay and rate side by side."""
+    """Reserves slots, then allocates all: those with one weight decay and learning rate adjoin."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         self.slots: list[Slot] = []
 
-    def reserve(self, shape: tuple[int, ...], *, decays: bool, share: float = 1.0) -> Slot:
-        """Return a slot for a tensor of `shape` that takes this `share` of the rate."""
-        slot = Slot(shape, decays, share)
+    def reserve(self, shape: tuple[int, ...], *, decays: bool, lr_fraction: float = 1.0) -> Slot:
+        """Return a slot for a tensor of `shape` that learns at this fraction of the rate."""
+        slot = Slot(shape, decays, lr_fraction)
         self.slots.append(slot)
         return slot
 
     def allocate(self) -> None:
         """Give every slot its views, all zero."""
-        ordered = sorted(self.slots, key=lambda slot: (not slot.decays, slot.share))
+        # Sorted, so that AdamW is one kernel for each combination, not one for each tensor.
+        ordered = sorted(self.slots, key=lambda slot: (not slot.decays, slot.lr_fraction))
         sizes = [torch.Size(slot.shape).numel() for slot in ordered]
         self._stops: dict[tuple[bool, float], int] = {}
         self.values, self.gradients, self.mean, self.square = (
             torch.zeros(sum(sizes), dtype=self.dtype, device=self.device) for _ in range(4)
-        )
+        )  # each (n,)
         start = 0
         for slot, size in zip(ordered, sizes, strict=True):
             part = slice(start, start + size)
@@ -62,12 +59,18 @@ class FlatParameters:
             slot.mean = self.mean[part].view(slot.shape)
             slot.square = self.square[part].view(slot.shape)
             start += size
-            self._stops[slot.decays, slot.share] = start
+            self._stops[slot.decays, slot.lr_fraction] = start
 
     def segments(self, weight_decay: float) -> list[tuple[slice, float, float]]:
-        """Return the parts of the buffer with one decay and one share of the rate, and both."""
-        parts, start = [], 0
-        for (decays, share), stop in self._stops.items():
-            parts.append((slice(start, stop), weight_decay if decays else 0.0, share))
+        """Return the ranges with one weight decay and learning rate: range, decay, fraction."""
+        segments, start = [], 0
+        for (decays, lr_fraction), stop in self._stops.items():
+            segments.append((slice(start, stop), weight_decay if decays else 0.0, lr_fraction))
             start = stop
-        return parts
+        return segments
+
+
+def accumulate(target: Tensor, gradient: Tensor, *, first: bool) -> None:
+    """Changes `target` in place: `gradient` is written if it is the step's `first`, else added."""
+    # Written instead of zeroed and added: one pass over the gradients less in every step.
+    target.copy_(gradient) if first else target.add_(gradient)

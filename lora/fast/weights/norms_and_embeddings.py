@@ -1,4 +1,4 @@
-"""Norms and embeddings of the fast step: frozen, or in slots of the flat buffer."""
+"""Norms and embeddings of the hand-written step: frozen, or in slots of the flat buffer."""
 
 from __future__ import annotations
 
@@ -12,9 +12,16 @@ from lora.fast.weights.stacked_flat import StackedFlat
 
 
 class WeightGroup:
-    """Tensors of one shape and their modules: frozen or, where they train, in a slot.
+    """Parameters of one shape, one from each module: frozen or, where they train, in a slot.
 
-    `name` is that of the parameter in its module, `share` what it takes of the learning rate.
+    Args:
+        modules: whose parameters these are.
+        flat: where they get their slot.
+        dtype: compute dtype.
+        trains: whether they train.
+        decays: whether weight decay applies.
+        lr_fraction: of the learning rate.
+        name: of the parameter in its module.
     """
 
     def __init__(
@@ -25,7 +32,7 @@ class WeightGroup:
         *,
         trains: bool,
         decays: bool = False,
-        share: float = 1.0,
+        lr_fraction: float = 1.0,
         name: str = "weight",
     ) -> None:
         self.parameters = [module.get_parameter(name) for module in modules]
@@ -33,28 +40,30 @@ class WeightGroup:
         shape = tuple(self.parameters[0].shape)
         self.slot: Slot | None = None
         if trains:
-            assert isinstance(flat, FlatParameters), "in a stack adapters train alone"
-            self.slot = flat.reserve((len(modules), *shape), decays=decays, share=share)
+            assert isinstance(flat, FlatParameters), "with stacked adapters nothing else trains"
+            self.slot = flat.reserve((len(modules), *shape), decays=decays, lr_fraction=lr_fraction)
         else:
             self._use([parameter.data.to(dtype) for parameter in self.parameters])
 
     def _use(self, tensors: list[Tensor]) -> None:
         self.tensors = tensors
+        # The modules share the converted tensors, so that the weights are not held twice.
         for parameter, tensor in zip(self.parameters, tensors, strict=True):
             parameter.data = tensor
 
     def fill(self) -> None:
-        """Put the values into the slot and point the modules there."""
+        """Put the values into the slot and make the parameters views of it."""
         if self.slot is None:
             return
         for parameter, view in zip(self.parameters, self.slot.values, strict=True):
             view.copy_(parameter)
             parameter.data = view
-        # The values themselves where the products have their type: nothing to refresh then.
+        # `to` returns the values themselves where they have the compute dtype: nothing to refresh
+        # then.
         self.copies = self.slot.values.to(self.dtype)
         self.tensors = list(self.copies)
 
     def refresh(self) -> None:
-        """Bring the copies up to date with the slot."""
+        """Bring the copies in the compute dtype up to date with the slot."""
         if self.slot is not None and self.copies.data_ptr() != self.slot.values.data_ptr():
             self.copies.copy_(self.slot.values)

@@ -1,7 +1,8 @@
-"""One matrix product for all linears that read the same input: the weights of all blocks as one.
+"""Linears that read the same input as one matmul: frozen, or training in full.
 
-Gradients of all blocks are made together at the end, from the inputs and output gradients that
-the blocks left in their buffers. The kinds with LoRA are in `lora.fast.weights.adapted`.
+Weight gradients of all blocks are computed together after the backward pass, from the inputs and
+output gradients that the blocks left in their buffers. The projections with LoRA are in
+`lora.fast.weights.adapted`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lora.fast.weights.flat import FlatParameters, Slot
+from lora.fast.weights.flat import FlatParameters, Slot, accumulate
 from lora.kernels.step.fp8 import Fp8Rows
 
 
@@ -24,11 +25,11 @@ class Member:
     modules: tuple[nn.Module, ...]
     """By block."""
     rows: slice
-    """Its outputs among the projection's."""
+    """Its outputs among the projection's, which are rows of W (O, I)."""
 
 
 def list_members(blocks: Sequence[Sequence[nn.Module]]) -> list[Member]:
-    """Return the members of a projection from its linears, by block and then by place."""
+    """Return the members of a projection from its linears, given by block."""
     members, start = [], 0
     for modules in zip(*blocks, strict=True):
         rows = slice(start, start + _sizes(modules[0])[0])
@@ -38,10 +39,10 @@ def list_members(blocks: Sequence[Sequence[nn.Module]]) -> list[Member]:
 
 
 class Projection:
-    """What the kinds share: the base's weights, frozen, in one tensor (L, O, I)."""
+    """One matmul in each block; the modules' weights become views of its tensors (O, I)."""
 
     extra = 0
-    """Columns beyond the inputs (and outputs) that the caller's buffers must have."""
+    """Columns + R beyond the inputs (and outputs) that the buffers must have."""
 
     def __init__(self, blocks: Sequence[Sequence[nn.Module]], dtype: torch.dtype) -> None:
         self.members = list_members(blocks)
@@ -50,12 +51,12 @@ class Projection:
         self.inputs, self.outputs = _sizes(blocks[0][0])[1], self.members[-1].rows.stop
         self.bias: Tensor | None = None
 
-    def place(self, weight: Tensor) -> None:
-        """Changes the modules in place: their weights move into `weight` (L, O, I), as views."""
-        self.move(list(weight), slice(None))
-        self._place_biases()
+    def bind(self, weight: Tensor) -> None:
+        """Changes the modules in place: their weights become views of `weight` (L, O, I)."""
+        self.bind_layers(list(weight), slice(None))
+        self._bind_biases()
 
-    def move(self, weights: Sequence[Tensor], layers: slice) -> None:
+    def bind_layers(self, weights: Sequence[Tensor], layers: slice) -> None:
         """Changes the modules of `layers` in place: their weights become views of (O, I) each."""
         for member in self.members:
             for weight, module in zip(weights, member.modules[layers], strict=True):
@@ -63,28 +64,33 @@ class Projection:
                 view.copy_(weight_of(module))
                 weight_of(module).data = view
 
-    def placed(self) -> Tensor | None:
-        """Return the weights as one tensor (L, O, I) if an earlier step has put them there."""
+    def find_bound(self) -> Tensor | None:
+        """Return the weights as one tensor (L, O, I) if an earlier step has bound them so.
+
+        The next wave of a sweep then needs no second copy of the base beside the first.
+        """
         first = weight_of(self.members[0].modules[0])
         start, size = first.data_ptr(), first.element_size() * self.inputs
         for member in self.members:
             for layer, module in enumerate(member.modules):
                 weight = weight_of(module)
-                place = start + (layer * self.outputs + member.rows.start) * size
-                if weight.data_ptr() != place or weight.dtype is not self.dtype:
+                address = start + (layer * self.outputs + member.rows.start) * size
+                if weight.data_ptr() != address or weight.dtype is not self.dtype:
                     return None
-        whole = self.n_layers * self.outputs * size
+        whole = self.n_layers * self.outputs * size  # bytes
+        # Neighbours by chance, of storages of their own, are no tensor.
         if start + whole > first.untyped_storage().data_ptr() + first.untyped_storage().nbytes():
             return None
         return first.detach().as_strided(
             (self.n_layers, self.outputs, self.inputs), (self.outputs * self.inputs, self.inputs, 1)
         )
 
-    def _place_biases(self) -> None:
+    def _bind_biases(self) -> None:
         modules = [m.modules[0] for m in self.members]
         if all(bias_of(module) is None for module in modules):
             return
-        self.bias = self.empty(self.n_layers, self.outputs).zero_()
+        # Zeros for members without a bias: one addmm for all.
+        self.bias = self.empty(self.n_layers, self.outputs).zero_()  # (L, O)
         for member in self.members:
             for layer, module in enumerate(member.modules):
                 bias = bias_of(module)
@@ -94,10 +100,10 @@ class Projection:
                     bias.data = view
 
     def empty(self, *shape: int) -> Tensor:
-        """Return an uninitialised tensor of the projection's type, on its device."""
+        """Return an uninitialised tensor of the compute dtype, on the projection's device."""
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
-    def multiply(self, layer: int, x: Tensor, weight: Tensor, out: Tensor) -> None:
+    def matmul(self, layer: int, x: Tensor, weight: Tensor, out: Tensor) -> None:
         """Changes `out` (N, O) in place: x (N, K) times `weight` (O, K), and the bias."""
         if self.bias is None:
             torch.mm(x, weight.T, out=out)
@@ -108,14 +114,14 @@ class Projection:
         """Put the parameters' values into their slots, once these are allocated."""
 
     def refresh(self) -> None:
-        """Bring what the products read up to date with the slots."""
+        """Bring the tensors that matmuls read up to date with the slots."""
 
     def fp8_inputs(self, x: Tensor) -> Fp8Rows | None:
-        """Return where the maker of `x` (N, I) also puts it in eight bits; None: nowhere."""
+        """Return where the operation that computes `x` (N, I) also writes it in fp8, if it does."""
         return None
 
     def fp8_gradients(self, layer: int, dy: Tensor) -> Fp8Rows | None:
-        """Return where the maker of `dy` (N, O) also puts it in eight bits."""
+        """Return where the operation that computes `dy` (N, O) also writes it in fp8."""
         return None
 
     def forward(self, layer: int, x: Tensor, out: Tensor) -> None:
@@ -123,14 +129,14 @@ class Projection:
         raise NotImplementedError
 
     def backward(self, layer: int, dy: Tensor, dx: Tensor | None) -> None:
-        """Changes `dx` (N, I) in place, from `dy` (N, O + extra); None: nobody needs it."""
+        """Changes `dx` (N, I) in place, from `dy` (N, O + extra); None: nothing needs it."""
         raise NotImplementedError
 
-    def receive(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
-        """Put the gradients of `layers` into their slots.
+    def accumulate_gradients(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
+        """Add the weight gradients of `layers` to their slots.
 
         `x` is (layers, N, I + extra), `dy` (layers, N, O + extra), as forward and backward left
-        them. `first`: of the step's first micro-batch.
+        them. `first`: of the step's micro-batches, so that gradients replace what is there.
         """
 
 
@@ -140,13 +146,13 @@ class FrozenProjection(Projection):
     def __init__(self, blocks: Sequence[Sequence[nn.Module]], dtype: torch.dtype) -> None:
         super().__init__(blocks, dtype)
         self.weights: list[Tensor] = []
-        for layer in range(self.n_layers):  # one by one: a large base is never there twice
+        for layer in range(self.n_layers):  # one by one, so that a large base is never there twice
             self.weights.append(self.empty(self.outputs, self.inputs))
-            self.move(self.weights[layer:], slice(layer, layer + 1))
-        self._place_biases()
+            self.bind_layers(self.weights[layer:], slice(layer, layer + 1))
+        self._bind_biases()
 
     def forward(self, layer: int, x: Tensor, out: Tensor) -> None:
-        self.multiply(layer, x, self.weights[layer], out)
+        self.matmul(layer, x, self.weights[layer], out)
 
     def backward(self, layer: int, dy: Tensor, dx: Tensor | None) -> None:
         if dx is not None:
@@ -154,7 +160,7 @@ class FrozenProjection(Projection):
 
 
 class FullProjection(Projection):
-    """All of it trains: fp32 values in the slot, a copy of the products' type beside them."""
+    """All of it trains: fp32 values in the slot, and a copy in the compute dtype for matmuls."""
 
     def __init__(
         self, blocks: Sequence[Sequence[nn.Module]], flat: FlatParameters, dtype: torch.dtype
@@ -166,11 +172,11 @@ class FullProjection(Projection):
             self.bias_slot = flat.reserve((self.n_layers, self.outputs), decays=False)
 
     def fill(self) -> None:
-        self.place(self.slot.values)
-        self.weight = self.slot.values.to(self.dtype)  # the values themselves where types agree
+        self.bind(self.slot.values)
+        self.weight = self.slot.values.to(self.dtype)  # the values themselves where dtypes agree
         self.refresh()
 
-    def _place_biases(self) -> None:
+    def _bind_biases(self) -> None:
         if self.bias_slot is None:
             return
         self.bias = self.empty(self.n_layers, self.outputs)
@@ -189,22 +195,22 @@ class FullProjection(Projection):
             self.bias.copy_(self.bias_slot.values)
 
     def forward(self, layer: int, x: Tensor, out: Tensor) -> None:
-        self.multiply(layer, x, self.weight[layer], out)
+        self.matmul(layer, x, self.weight[layer], out)
 
     def backward(self, layer: int, dy: Tensor, dx: Tensor | None) -> None:
         if dx is not None:
             torch.mm(dy, self.weight[layer], out=dx)
 
-    def receive(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
-        parts = range(self.n_layers)[layers]
-        for place, layer in enumerate(parts):  # one block at a time: no second tensor of all
-            target = self.slot.gradients[layer]
-            gradient = dy[place].T @ x[place]  # (O, I)
-            target.copy_(gradient) if first else target.add_(gradient)
+    def accumulate_gradients(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
+        # One block at a time: batched, the gradients would be there a second time in the compute
+        # dtype before they are added in fp32.
+        for index, layer in enumerate(range(self.n_layers)[layers]):
+            gradient = dy[index].T @ x[index]  # (O, I)
+            accumulate(self.slot.gradients[layer], gradient, first=first)
         if self.bias_slot is not None:
+            # Not rounded to the compute dtype before it is added.
             total = dy.sum(1, dtype=self.bias_slot.values.dtype)  # (layers, O)
-            target = self.bias_slot.gradients[layers]
-            target.copy_(total) if first else target.add_(total)
+            accumulate(self.bias_slot.gradients[layers], total, first=first)
 
 
 def weight_of(module: nn.Module) -> nn.Parameter:

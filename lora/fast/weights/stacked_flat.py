@@ -1,7 +1,7 @@
-"""All that trains of K stacked adapters in one buffer (K, n): a row an adapter.
+"""All that trains of K stacked adapters in one buffer (K, n), one row for each adapter.
 
-Laid out by adapter, so that the norm, the check and AdamW's step of each are those of one row, and
-no sum runs over two adapters.
+With a row each, an adapter's gradient norm, finiteness check and AdamW step are those of one row,
+and no sum runs over two adapters.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class StackedFlat:
         self.values, self.gradients, self.mean, self.square = (
             torch.zeros(self.n_adapters, sum(sizes), dtype=self.dtype, device=self.device)
             for _ in range(4)
-        )
+        )  # each (K, n)
         start = 0
         for slot, size in zip(self.slots, sizes, strict=True):
             part = slice(start, start + size)
@@ -48,6 +48,8 @@ class StackedFlat:
 
     def moments(self, parameter: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return adapter `k`'s moments of `parameter` (K, …), which is a view of `values`."""
+        # A parameter of a smaller rank than its slot is a strided view: its moments have the same
+        # offset and strides in their own buffers.
         start = (parameter[k].data_ptr() - self.values.data_ptr()) // self.values.element_size()
         shape, strides = parameter.shape[1:], parameter.stride()[1:]
         mean = self.mean.as_strided(shape, strides, start)

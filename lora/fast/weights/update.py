@@ -1,7 +1,7 @@
-"""The end of a fast step: AdamW over the flat parameters, with the device deciding.
+"""The optimizer update of a step: clipping and AdamW over the flat buffer, decided on the device.
 
-What differs from the textbook: whether loss and gradient are finite is looked at where they are; a
-step that is not finite becomes a step not taken, and the host reads of it later.
+What differs from the textbook: loss and gradients are checked for finiteness on the device, where a
+step that is not finite becomes a step not taken; the host reads of it later.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lora.fast.weights.flat import FlatParameters
 from lora.kernels.step.adamw import AdamWSettings, adamw, adamw_host
 
 REPORT = ("loss", "tokens", "gradient_norm", "taken")
-"""What the device reports of a step, in this order."""
+"""What the device reports of a step, in this order; "taken" is 0 or 1."""
 
 
 class FlatUpdate:
@@ -26,7 +26,7 @@ class FlatUpdate:
         flat: values, gradients and moments.
         adamw: the operation, `lora.kernels.step.adamw.adamw` or its fast twin.
         weight_decay: of matrices.
-        max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
+        max_grad_norm: for gradient clipping; 0: no clipping.
     """
 
     def __init__(
@@ -41,25 +41,26 @@ class FlatUpdate:
         self.weight_decay, self.max_grad_norm = weight_decay, max_grad_norm
         self.settings = AdamWSettings()
         device = flat.device
+        # Scalars on the device: a captured step reads what the host put there before the launch.
         self.taken_steps = torch.zeros((), dtype=torch.float32, device=device)
-        self.rate = torch.zeros((), dtype=torch.float32, device=device)
+        self.learning_rate = torch.zeros((), dtype=torch.float32, device=device)
         self.is_live = torch.ones((), dtype=torch.bool, device=device)
-        """False while a step is only rehearsed: it changes nothing then."""
+        """False while a step is rehearsed for a capture: it changes nothing then."""
         self.control = torch.zeros(4, dtype=torch.float32, device=device)
         self.loss_sum = torch.zeros((), dtype=flat.dtype, device=device)
         self.n_learned = torch.zeros((), dtype=torch.int64, device=device)
         self.report = torch.zeros(len(REPORT), dtype=torch.float32, device=device)
 
-    def set_learning_rate(self, rate: float) -> None:
-        """Take the next step at this rate."""
-        self.rate.fill_(rate)
+    def set_learning_rate(self, lr: float) -> None:
+        """Take the next step at this learning rate."""
+        self.learning_rate.fill_(lr)  # a kernel with an immediate: no copy that the host waits for
 
     def count_tokens(self, losses: Tensor, is_learned: Tensor, *, first: bool) -> None:
-        """Add a micro-batch's losses (N,) and which of its tokens are learned (N,)."""
+        """Add a micro-batch's losses (N,), and which of its tokens have a target (N,)."""
         self.count(losses.sum(), is_learned.sum(), first=first)
 
     def count(self, loss_sum: Tensor, n_learned: Tensor, *, first: bool) -> None:
-        """Add a micro-batch's loss () and learned tokens (); the `first` of a step begins anew."""
+        """Add a micro-batch's summed loss () and target tokens (); the step's `first` starts at 0."""
         if first:
             self.loss_sum.copy_(loss_sum)
             self.n_learned.copy_(n_learned)
@@ -68,35 +69,40 @@ class FlatUpdate:
             self.n_learned.add_(n_learned)
 
     def run(self) -> None:
-        """AdamW on the mean gradient, scaled to `max_grad_norm`, if all is finite."""
+        """AdamW on the mean gradient, clipped to `max_grad_norm`, if all is finite."""
         flat = self.flat
         count = self.n_learned.clamp(min=1)
         norm = torch.linalg.vector_norm(flat.gradients).float() / count
         loss = self.loss_sum.float() / count
+        # Mean over target tokens and clipping as one factor, which AdamW applies as it reads: the
+        # gradients are not rewritten.
         scale = 1 / count
         if self.max_grad_norm > 0:
             scale = scale * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        # The norm holds every gradient, so one NaN or infinity anywhere shows here.
         taken = torch.isfinite(norm + loss) & self.is_live
         self.taken_steps.add_(taken)
-        steps = self.taken_steps.clamp(min=1)
-        self.control.copy_(torch.stack((self.rate, steps, scale.float(), taken.float())))
-        for part, decay, share in flat.segments(self.weight_decay):
-            control = self.control if share == 1 else self._slower(share)
+        steps = self.taken_steps.clamp(min=1)  # 1 − β⁰ = 0 would divide a step not taken
+        self.control.copy_(torch.stack((self.learning_rate, steps, scale.float(), taken.float())))
+        for part, decay, lr_fraction in flat.segments(self.weight_decay):
+            control = self.control if lr_fraction == 1 else self._slower(lr_fraction)
             self.adamw(
                 flat.values[part], flat.gradients[part], flat.mean[part], flat.square[part],
                 control, decay, self.settings,
             )  # fmt: skip
         self.report.copy_(torch.stack((loss, self.n_learned.float(), norm, taken.float())))
 
-    def _slower(self, share: float) -> Tensor:
-        """Return `control` with this share of the rate."""
+    def _slower(self, lr_fraction: float) -> Tensor:
+        """Return `control` with this fraction of the learning rate."""
         control = self.control.clone()
-        control[0] *= share
+        control[0] *= lr_fraction
         return control
 
     def optimizer_state(self, model: nn.Module) -> dict[str, dict[str, Tensor]]:
-        """Return AdamW's state by parameter name, keys as torch.optim.AdamW's: views of the flat
-        moments in each parameter's shape, and one number of steps for all."""
+        """Return AdamW's state by parameter name, with the keys of torch.optim.AdamW.
+
+        Moments are views of the flat ones in each parameter's shape; all share one step count.
+        """
         values, size = self.flat.values, self.flat.values.element_size()
         state = {}
         for name, parameter in model.named_parameters():
@@ -121,15 +127,15 @@ class FlatUpdate:
 
 
 class HostUpdate(FlatUpdate):
-    """The same on a CPU, with torch's fused AdamW: the host looks at the norm and decides."""
+    """The same on a CPU, with torch's fused AdamW: the host reads the norm and decides."""
 
     def __init__(self, flat: FlatParameters, *, weight_decay: float, max_grad_norm: float) -> None:
         super().__init__(flat, adamw, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
         # Views made once: of a small model's adapters they take as long as the step itself.
         tensors = flat.values, flat.gradients, flat.mean, flat.square
-        self.parts = [
-            ([tensor[part] for tensor in tensors], decay, share)
-            for part, decay, share in flat.segments(weight_decay)
+        self.segments = [
+            ([tensor[part] for tensor in tensors], decay, lr_fraction)
+            for part, decay, lr_fraction in flat.segments(weight_decay)
         ]
 
     def run(self) -> None:
@@ -143,9 +149,9 @@ class HostUpdate(FlatUpdate):
             )
             flat.gradients.mul_(clipped / count)
             self.taken_steps.add_(1)
-            rate, step = self.rate.item(), self.taken_steps.item()
-            for (values, gradients, mean, square), decay, share in self.parts:
+            lr, step = self.learning_rate.item(), self.taken_steps.item()
+            for (values, gradients, mean, square), decay, lr_fraction in self.segments:
                 adamw_host(
-                    values, gradients, mean, square, rate * share, step, decay, self.settings
+                    values, gradients, mean, square, lr * lr_fraction, step, decay, self.settings
                 )
         self.report.copy_(torch.tensor((loss, count, norm, float(taken))))

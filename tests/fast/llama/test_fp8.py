@@ -174,29 +174,29 @@ def test_makers_leave_the_rows_that_products_read(
 
 
 def test_rows_are_read_once() -> None:
-    passing = Fp8ScratchRows(torch.zeros(64, dtype=FP8), torch.zeros(4, 1))
+    scratch = Fp8ScratchRows(torch.zeros(64, dtype=FP8), torch.zeros(4, 1))
     x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
-    passing.rows_for(x).write(x)
-    left = passing.rows_of(x, PLAIN)
+    scratch.reserve(x).write(x)
+    left = scratch.quantised(x, PLAIN)
     codes, scales = left.codes.float(), left.scales.clone()
     x.mul_(2)
-    again = passing.rows_of(x, PLAIN)
+    again = scratch.quantised(x, PLAIN)
     assert torch.equal(again.codes.float(), codes)  # twice the values, twice the scale
     assert torch.equal(again.scales, 2 * scales)
 
 
 def test_rows_may_be_read_in_parts() -> None:
-    passing = Fp8ScratchRows(torch.zeros(80, dtype=FP8), torch.zeros(5, 1))
+    scratch = Fp8ScratchRows(torch.zeros(80, dtype=FP8), torch.zeros(5, 1))
     x = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))[:, :16]
-    whole = passing.rows_for(x)
+    whole = scratch.reserve(x)
     whole.write(x)
     codes, scales = whole.codes.float(), whole.scales.clone()
     x.mul_(2)
     for part in (slice(0, 2), slice(2, 4), slice(4, 5)):
-        rows = passing.rows_of(x[part], PLAIN)
+        rows = scratch.quantised(x[part], PLAIN)
         assert torch.equal(rows.codes.float(), codes[part])
         assert torch.equal(rows.scales, scales[part])
-    assert torch.equal(passing.rows_of(x[2:4], PLAIN).scales, 2 * scales[2:4])
+    assert torch.equal(scratch.quantised(x[2:4], PLAIN).scales, 2 * scales[2:4])
 
 
 def test_memory_counts_codes(tiny_decoder: Callable[..., Decoder]) -> None:
