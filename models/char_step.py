@@ -87,7 +87,9 @@ class CharNetwork:
 
         def table(module: nn.Embedding) -> WeightGroup:
             own = 1.0 if whole else share
-            return WeightGroup([module], flat, dtype, trains=module.weight.requires_grad, share=own)
+            return WeightGroup(
+                [module], flat, dtype, trains=module.weight.requires_grad, lr_fraction=own
+            )
 
         self.qkv = join([[s.query, s.key, s.value] for s in sa])
         self.proj = join([[s.proj] for s in sa])
@@ -235,7 +237,7 @@ class CharStep:
     @torch.inference_mode()  # as no_grad, with less to do for every operation
     def launch(self, batches: Sequence[Pair], rate: float, number: int = 1) -> None:
         """Train step `number` on micro-batches of inputs and targets, both (B, T)."""
-        self.update.rate.fill_(rate)
+        self.update.set_learning_rate(rate)
         for place, (inputs, targets) in enumerate(batches):
             step = CharPass(self.net, inputs, first=place == 0)
             loss_sum, d_logits = summed_loss(step.run(), targets)

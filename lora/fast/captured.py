@@ -74,7 +74,7 @@ class CapturedStep:
 
         All batches of a run have one shape (B, T). On a GPU this returns before the step is done.
         """
-        self.update.rate.fill_(rate)
+        self.update.set_learning_rate(rate)
         for place, batch in enumerate(batches):
             packed = self._put(batch)
             if len(batches) == 1:

@@ -1,4 +1,7 @@
-"""CUDA graphs by key: captured when they are first asked for, replayed afterwards."""
+"""CUDA graphs by key: captured when they are first asked for, replayed afterwards.
+
+A replay launches all kernels of a step at once, so the GPU never waits for the host between two.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,16 @@ import torch
 from torch import Tensor
 
 WARM_UP_PASSES = 2
+"""Before a capture: kernels compile and libraries set up, which a capture must not do."""
 
 
 class Graphs:
-    """Runs functions, on a GPU as graphs that share one pool of memory.
+    """Runs functions, on a GPU as CUDA graphs that share one memory pool.
 
     Args:
         device: where the functions compute; without CUDA they are simply called.
-        is_live: a flag on the device that is False while a function is only rehearsed: passes
-            before the capture compile kernels and are to change nothing.
+        is_live: a flag on the device that is False while a function is rehearsed: warm-up passes
+            must change no parameter.
     """
 
     def __init__(self, device: torch.device, is_live: Tensor) -> None:
@@ -25,14 +29,14 @@ class Graphs:
         self.why_not: str | None = None
         """Why there are no graphs, if a capture failed."""
         self.captures = True
-        """False where launches are nothing beside what they launch: then nothing is rehearsed."""
+        """False where launch gaps are negligible: then nothing is rehearsed or captured."""
         self._graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
 
     def run(self, key: tuple[Any, ...], function: Callable[[], Any]) -> None:
         """Call `function`, or replay what it launched when `key` was new.
 
-        What cannot be captured, because the host looks at a value in it, is called each time.
+        What cannot be captured, because it reads a value back to the host, is called each time.
         """
         captures = self.captures and self.why_not is None and self.device.type == "cuda"
         if captures and key not in self._graphs:
@@ -54,21 +58,24 @@ class Graphs:
     def _capture(self, key: tuple[Any, ...], function: Callable[[], Any]) -> None:
         self.is_live.fill_(False)
         drawn = torch.cuda.get_rng_state(self.device)
+        # On a side stream, as torch asks of what runs before a capture.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_PASSES):
                 function()
         torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.set_rng_state(drawn, self.device)  # a rehearsal draws nothing
+        torch.cuda.set_rng_state(drawn, self.device)  # as if the rehearsal had drawn nothing
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool):
                 function()
         except torch.AcceleratorError as error:
+            # CUDA refuses whatever synchronises inside a capture. The step is called from now on.
             self.clear()
             self.why_not = str(error).splitlines()[0]
         else:
+            # One pool: graphs run one after the other, so they may reuse each other's memory.
             self._pool = self._pool or graph.pool()
             self._graphs[key] = graph
         self.is_live.fill_(True)

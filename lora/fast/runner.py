@@ -226,7 +226,7 @@ def _about_fast(step: FastStep, choice: DeviceChoice) -> str:
     how = "LoRA inside the weights' matmuls"
     if trains_all_weights(step.model):
         how = "all weights train"
-    elif step.network.codes is not None:
+    elif step.network.fp8_buffers is not None:
         how = "frozen matmuls in fp8, LoRA beside them"
     elif step.masks is not None:
         how = "LoRA beside the weights, with dropout"

@@ -1,4 +1,4 @@
-"""The fast training step of K stacked adapters: one forward and backward over the rows of all."""
+"""The hand-written step of K stacked adapters: one forward and backward over the tokens of all."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from lora.stacked.apply import StackedAdapters
 
 
 class StackedFastStep(HandWrittenStep):
-    """Trains the adapters of `stacked`, all at once, on batches (K·B, T), adapter 0's rows first.
+    """Trains the adapters of `stacked` together on batches (K·B, T), adapter 0's sequences first.
 
     Args:
         model: its frozen weights take `dtype` and become views of the step's tensors.
         stacked: its layers' A and B become views of one buffer (K, n).
-        ops: what lies between the products.
-        dtype: of products and activations.
+        ops: operations between the matmuls.
+        dtype: compute dtype, and that of the activations.
         weight_decays: of each adapter.
-        max_grad_norms: of each adapter; 0 leaves its gradients alone.
-        merges: make W + s·B·A of each adapter once a step; None decides by the model's width.
-        own_attention: of packed rows through our kernels; None decides by the rows' length.
+        max_grad_norms: of each adapter, for gradient clipping; 0: no clipping.
+        merges: merge W + s·B·A of each adapter once a step; None decides by the model's width.
+        own_attention: our own kernels for packed sequences; None decides by their length.
     """
 
     def __init__(
@@ -68,20 +68,21 @@ class StackedFastStep(HandWrittenStep):
         )
         super().__init__(model, ops, network, self.update)
 
-    def _make_room(self, batch: Batch) -> None:
-        each = batch.input_ids.numel() // self.flat.n_adapters
-        # A tile of our attention kernels that spans two adapters would bring a NaN across.
-        self.network.own_attention = self._own_attention if each % BLOCK_KEYS == 0 else False
-        super()._make_room(batch)
+    def _allocate(self, batch: Batch) -> None:
+        n_tokens = batch.input_ids.numel() // self.flat.n_adapters  # of each adapter
+        # A tile of our attention kernels that spans two adapters would carry a NaN from one to the
+        # other: masked weights are zero, and 0 · NaN is NaN.
+        self.network.own_attention = self._own_attention if n_tokens % BLOCK_KEYS == 0 else False
+        super()._allocate(batch)
 
     def describe(self) -> str:
-        """Return in words what lies between the products, and how LoRA goes beside them."""
+        """Return in words which kernels run, in which dtype, and how LoRA is computed."""
         kind = str(self.network.dtype).removeprefix("torch.")
         n = self.flat.n_adapters
         how = "merged once a step, a weight for each" if self.merges else "beside the weights"
-        return f"{self.ops.name} kernels, {kind} products, LoRA of {n} adapters {how}"
+        return f"{self.ops.name} kernels, {kind} matmuls, LoRA of {n} adapters {how}"
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Bring what products read up to date, after A and B were changed from outside."""
+        """Bring what matmuls read up to date, after A and B were changed from outside."""
         self.network.refresh()

@@ -253,7 +253,7 @@ def _of_attention(step: HandWrittenStep, buffers: Buffers, *, packed: bool) -> i
     That are its output or gradients of queries, keys and values, and dq in fp32; gradients of keys
     and values first for each of the heads that share them.
     """
-    if packed and step.network.owns_attention(buffers.tokens):
+    if packed and step.network.uses_own_attention(buffers.tokens):
         return 0
     sizes = step.model.config
     inner = sizes.num_attention_heads * sizes.head_dim

@@ -88,8 +88,8 @@ class StackedProjection(Projection):
         self.refresh()
 
     def refresh(self) -> None:
-        # By block here, by adapter in the flat buffer: a block's matmul batches over adapters, while
-        # AdamW, norms and checks want an adapter's numbers side by side.
+        # By block here, by adapter in the flat buffer: a block's matmul batches over adapters,
+        # while AdamW, norms and checks want an adapter's numbers side by side.
         self.a.copy_(self.a_slot.values.transpose(0, 1))  # (L, K, R, I)
         for member, columns, slot, scale in self.adapted:
             b = slot.values.transpose(0, 1)  # (L, K, O, R)

@@ -89,6 +89,8 @@ class StackedUpdate:
         self.is_alive.logical_and_(is_finite | ~self.is_live)
         self.taken_steps.add_(taken)
         steps = self.taken_steps.clamp(min=1)  # 1 − β⁰ = 0 would divide a step not taken
-        self.control.copy_(torch.stack((self.learning_rates, steps, scale, taken.float(), self.decays), 1))
+        self.control.copy_(
+            torch.stack((self.learning_rates, steps, scale, taken.float(), self.decays), 1)
+        )
         self.adamw(flat.values, flat.gradients, flat.mean, flat.square, self.control, self.settings)
         self.report.copy_(torch.stack((loss, self.n_learned.float(), norm, taken.float()), 1))

@@ -60,7 +60,7 @@ class FlatUpdate:
         self.count(losses.sum(), is_learned.sum(), first=first)
 
     def count(self, loss_sum: Tensor, n_learned: Tensor, *, first: bool) -> None:
-        """Add a micro-batch's summed loss () and target tokens (); the step's `first` starts at 0."""
+        """Add a micro-batch's summed loss () and target tokens (); the `first` replaces both."""
         if first:
             self.loss_sum.copy_(loss_sum)
             self.n_learned.copy_(n_learned)

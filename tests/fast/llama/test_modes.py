@@ -14,7 +14,7 @@ from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import LoRAConfig
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
-from lora.fast.llama import buffers, checkpointing, passes
+from lora.fast.llama import attention_pass, buffers, checkpointing
 from lora.fast.llama.checkpointing import (
     MODES,
     ActivationCheckpointing,
@@ -250,13 +250,13 @@ def test_attention_that_stays_is_not_computed_again(
     policy: ActivationCheckpointing,
 ) -> None:
     computed: list[int] = []
-    attend = passes.attend_packed_plain
+    attend = attention_pass.attend_packed_plain
 
     def count(*sizes: Any) -> Any:
         computed.append(1)
         return attend(*sizes)
 
-    monkeypatch.setattr(passes, "attend_packed_plain", count)
+    monkeypatch.setattr(attention_pass, "attend_packed_plain", count)
     # Three blocks forward; the last one's values are still there on the way back.
     for attention_out, expected in enumerate((5, 5, 4, 3)):
         computed.clear()
