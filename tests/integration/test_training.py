@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TINY = {"N_EMBD": "32", "N_HEAD": "2", "N_LAYER": "1", "BLOCK_SIZE": "16", "BATCH_SIZE": "4"}
 TINY |= {"BASE_STEPS": "20", "MAX_STEPS": "12", "EVAL_INTERVAL": "6", "OMP_NUM_THREADS": "1"}
-LORA_MODULES = ("lora_module", "variants", "apply", "adapter_io", "adapter_config", "merge")
+LORA_MODULES = ("lora_module", "layers", "adapters", "stacked")
 
 
 def environment(out: Path, **variables: str) -> dict[str, str]:
@@ -91,6 +92,7 @@ def test_two_runs_give_the_same_metrics_to_the_byte(base: Path, text: Path, tmp_
 def test_plain_training_is_the_same_where_loras_code_is_absent(
     base: Path, text: Path, tmp_path: Path
 ) -> None:
+    assert all(importlib.util.find_spec(f"lora.{name}") for name in LORA_MODULES)
     absent = "".join(f"sys.modules['lora.{name}'] = None\n" for name in LORA_MODULES)
     code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{absent}import training\n"
     code += "sys.exit(training.main())"
