@@ -39,7 +39,7 @@ _VLLM_REFUSES = {
     "lora_bias": "biases of B are not supported. Train with lora_bias=false",
     "alora_invocation_tokens": "activated LoRA is not supported. Train a plain adapter",
     "layer_replication": "repeated blocks are not supported. Save the repeated model whole",
-    "trainable_token_indices": "trained tokens need a server started for them. Merge it",
+    "trainable_token_indices": "trained tokens need a server started for them. Merge the adapter",
 }
 
 
