@@ -67,9 +67,15 @@ def imported_modules(nodes: Iterator[ast.AST]) -> Iterator[tuple[str, int]]:
         yield from ((name, node.lineno) for name in names if name.split(".")[0] in OURS)
 
 
-def imported_files(tree: ast.Module, known: Trees) -> Iterator[tuple[str, int]]:
-    """Yield the files of `known` that a module imports when it or its functions run."""
-    for name, line in imported_modules(nodes_that_run(tree)):
+def imported_files(
+    tree: ast.Module, known: Trees, *, for_types: bool = False
+) -> Iterator[tuple[str, int]]:
+    """Yield the files of `known` that a module imports when it or its functions run.
+
+    `for_types` adds what it imports under `if TYPE_CHECKING:`.
+    """
+    nodes = ast.walk(tree) if for_types else nodes_that_run(tree)
+    for name, line in imported_modules(nodes):
         parts = name.split(".")
         # The longest part of the name that is a file: the rest names something inside it.
         for length in range(len(parts), 0, -1):
@@ -123,6 +129,21 @@ def test_no_module_imports_itself_in_a_circle(product: Trees) -> None:
         path: {target for target, _ in imported_files(tree, product)} - {path}
         for path, tree in product.items()
         if path != "lora/__init__.py"
+    }
+    check_for_circles(graph)
+
+
+def test_no_module_imports_itself_in_a_circle_for_its_types(product: Trees) -> None:
+    # Two modules of one folder that need each other's types are one module, or three.
+    graph = {
+        path: {
+            target
+            for target, _ in imported_files(tree, product, for_types=True)
+            if unit_of(target) == unit_of(path)
+        }
+        - {path}
+        for path, tree in product.items()
+        if not path.endswith("/__init__.py")  # names what is behind it, for type checkers too
     }
     check_for_circles(graph)
 
@@ -233,6 +254,13 @@ def test_the_walk_finds_every_way_to_import(source: str, files: list[str]) -> No
     names = ("lora/__init__.py", "lora/data/__init__.py", "lora/data/sequences/packing.py")
     known = dict.fromkeys(names, ast.parse(""))
     assert [target for target, _ in imported_files(ast.parse(source), known)] == files
+
+
+def test_the_walk_finds_imports_for_types_where_they_are_wanted() -> None:
+    tree = ast.parse("if TYPE_CHECKING:\n    from lora.data import packing")
+    known = dict.fromkeys(("lora/data/__init__.py", "lora/data/packing.py"), ast.parse(""))
+    found = [target for target, _ in imported_files(tree, known, for_types=True)]
+    assert found == ["lora/data/packing.py"]
 
 
 def test_the_check_for_circles_finds_one() -> None:
