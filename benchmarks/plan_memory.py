@@ -157,12 +157,12 @@ def plan_again(case: Case) -> int:
 
     from lora.config import LoRAConfig
     from lora.decoder.families import decoder_config
-    from lora.fast.memory.plan import Setting, plan_memory
+    from lora.fast.memory.plan import PlanInputs, plan_memory
 
-    setting = Setting(
+    setting = PlanInputs(
         config=decoder_config({**COMMON, **SHAPES[case.shape]}),
         lora=None if case.rank is None else LoRAConfig(rank=case.rank),
-        rows=train_config(case).micro_batch_size,
+        micro_batch_size=train_config(case).micro_batch_size,
         tokens=case.tokens,
         device_type="cuda",
         compute_dtype=torch.bfloat16,

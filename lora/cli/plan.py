@@ -12,7 +12,7 @@ from lora.config import BaseDtype, LoRAConfig, MemoryConfig, MemoryMode, TrainCo
 from lora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lora.fast.memory.plan import MemoryPlan, Setting
+    from lora.fast.memory.plan import MemoryPlan, PlanInputs
 
 PARTS = {
     "weights": "weights",
@@ -79,7 +79,7 @@ def plan(
     from lora.decoder.families import decoder_config
     from lora.device import available_bytes, choose_device
     from lora.fast.memory.fast_step import USABLE_MEMORY_FRACTION
-    from lora.fast.memory.plan import Setting, plan_memory
+    from lora.fast.memory.plan import PlanInputs, plan_memory
     from lora.pretrained.hf_weights import read_config
     from lora.pretrained.sources import find_model
 
@@ -91,10 +91,10 @@ def plan(
     room_gb = (
         None if room is None else room / 1e9 * (USABLE_MEMORY_FRACTION if memory_gb is None else 1)
     )
-    setting = Setting(
+    setting = PlanInputs(
         config=decoder_config(read_config(source.folder)),
         lora=lora or LoRAConfig(),
-        rows=train.micro_batch_size,
+        micro_batch_size=train.micro_batch_size,
         tokens=max_length,
         device_type=kind,
         compute_dtype=torch.bfloat16 if kind == "cuda" else torch.float32,
@@ -129,13 +129,13 @@ def _check(batch_size: int, micro_batches: int, max_length: int, memory_gb: floa
         raise ConfigError(f"--memory-gb {memory_gb}: allowed is a number > 0, in GB (10⁹ bytes).")
 
 
-def _fit(setting: Setting, room: int | None) -> int | None:
-    from lora.fast.memory.plan import largest_batch
+def _fit(setting: PlanInputs, room: int | None) -> int | None:
+    from lora.fast.memory.plan import largest_micro_batch
 
-    return None if room is None else largest_batch(setting, room)
+    return None if room is None else largest_micro_batch(setting, room)
 
 
-def _way(setting: Setting, planned: MemoryPlan, room: int | None) -> str:
+def _way(setting: PlanInputs, planned: MemoryPlan, room: int | None) -> str:
     """Return how a run would save memory, and how many rows would fit at most; "" if it cannot."""
     if room is None or planned.step != "fast":
         return ""
@@ -151,7 +151,7 @@ def _way(setting: Setting, planned: MemoryPlan, room: int | None) -> str:
 
 def _as_json(
     name: str,
-    setting: Setting,
+    setting: PlanInputs,
     plans: dict[str, MemoryPlan],
     room: int | None,
     fits: dict[str, int | None],
@@ -160,7 +160,7 @@ def _as_json(
     return {
         "model": name,
         "device": setting.device_type,
-        "rows": setting.rows,
+        "rows": setting.micro_batch_size,
         "tokens": setting.tokens,
         "rank": setting.lora.rank if setting.lora else None,
         **{kind: plan.to_dict() for kind, plan in plans.items()},
@@ -172,7 +172,7 @@ def _as_json(
 
 def _show(
     name: str,
-    setting: Setting,
+    setting: PlanInputs,
     plans: dict[str, MemoryPlan],
     room: int | None,
     fits: dict[str, int | None],
@@ -184,8 +184,9 @@ def _show(
     console = Console(highlight=False)
     lora, full = plans["lora"], plans["full"]
     rank = setting.lora.rank if setting.lora else 0
+    size = f"{setting.micro_batch_size} rows of {setting.tokens} tokens"
     table = Table(
-        title=f"{name} on {setting.device_type}: {setting.rows} rows of {setting.tokens} tokens",
+        title=f"{name} on {setting.device_type}: {size}",
         title_justify="left",
     )
     for head in ("", f"LoRA, rank {rank}", "full fine-tuning"):
@@ -212,7 +213,7 @@ def _show(
             console.print(f"  {ways[kind]}.")
 
 
-def _say_fit(words: str, rows: int, room: int, setting: Setting) -> str:
+def _say_fit(words: str, rows: int, room: int, setting: PlanInputs) -> str:
     if rows:
         return f"{words}: up to {rows} rows of {setting.tokens} tokens fit into {_gb(room)}."
     advice = "shorten --max-length, take a smaller model"

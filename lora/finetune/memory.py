@@ -1,4 +1,4 @@
-"""What a run was planned to hold against what it held."""
+"""The memory of a run: planned before the weights are read, compared with what was measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora.device import DeviceChoice, available_bytes
 from lora.errors import ConfigError
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.memory.fast_step import USABLE_MEMORY_FRACTION
-from lora.fast.memory.plan import MemoryPlan, Setting, plan_memory
+from lora.fast.memory.plan import MemoryPlan, PlanInputs, plan_memory
 from lora.pretrained.hf_weights import read_config
 from lora.runs.record import MemoryResult, PlannedMemory
 from lora.training.out_of_memory import describe_parts
@@ -21,11 +21,11 @@ from lora.training.out_of_memory import describe_parts
 
 @dataclass(frozen=True)
 class RunMemory:
-    """A run's memory, planned before the weights were read and measured at its end."""
+    """A run's memory: planned before the weights were read, measured at its end."""
 
     plan: MemoryPlan
     measured_bytes: int
-    """The allocator's peak on a GPU; on a CPU the most that the whole process has ever held."""
+    """The allocator's peak on a GPU; on a CPU the peak of the whole process's resident memory."""
 
     @property
     def error_fraction(self) -> float:
@@ -33,12 +33,12 @@ class RunMemory:
         return self.plan.total / self.measured_bytes - 1
 
     def describe(self) -> str:
-        """Return one line for a person."""
-        share = 100 * self.error_fraction
-        side = "more" if share > 0 else "less"
+        """Return one line for the user."""
+        percent = 100 * self.error_fraction
+        side = "more" if percent > 0 else "less"
         return (
             f"memory: {self.plan.total / 1e9:.2f} GB planned, {self.measured_bytes / 1e9:.2f} GB "
-            f"measured ({abs(share):.0f} % {side} than was needed)"
+            f"measured ({abs(percent):.0f} % {side} was planned than needed)"
         )
 
     def to_record(self) -> MemoryResult:
@@ -66,42 +66,42 @@ def plan_run(
     checkpointing: ActivationCheckpointing | None = None,
     fp8: bool = False,
 ) -> MemoryPlan:
-    """Return the plan of a run on these data; the process holds what it holds without a model.
+    """Return the plan of a run on these data, made in its process before the model is loaded.
 
-    `checkpointing` is what a resumed run began with. Raises ConfigError for a memory mode that the
-    run's step does not have.
+    `checkpointing` is what a resumed run began with. Raises ConfigError for a mode of activation
+    checkpointing that the run's step does not have.
     """
     if memory.memory_gb is None:
         free = available_bytes(choice.device.type)
-        room_gb = None if free is None else USABLE_MEMORY_FRACTION * free / 1e9
-        memory = replace(memory, memory_gb=room_gb)
-    rows = data.train
-    n_tokens = len(rows) * rows.sequence_length
-    setting = Setting(
+        usable_gb = None if free is None else USABLE_MEMORY_FRACTION * free / 1e9
+        memory = replace(memory, memory_gb=usable_gb)
+    sequences = data.train
+    n_tokens = len(sequences) * sequences.sequence_length
+    inputs = PlanInputs(
         config=decoder_config(read_config(model_folder)),
         lora=lora,
-        rows=train.micro_batch_size,
-        tokens=rows.sequence_length,
+        micro_batch_size=train.micro_batch_size,
+        tokens=sequences.sequence_length,
         device_type=choice.device.type,
         compute_dtype=choice.compute_dtype,
         micro_batches=train.micro_batches,
-        packed=rows.fill_fraction < 1 or len(rows) < len(data.train_examples),
-        learned_fraction=rows.n_target_tokens / max(1, n_tokens),
+        packed=sequences.fill_fraction < 1 or len(sequences) < len(data.train_examples),
+        learned_fraction=sequences.n_target_tokens / max(1, n_tokens),
         fast=fast,
         memory=memory,
         checkpointing=checkpointing,
         fp8=fp8,
     )
-    plan = plan_memory(setting)
+    plan = plan_memory(inputs)
     if plan.step != "fast" and memory.memory not in ("auto", "none"):
         raise ConfigError(
-            f"memory={memory.memory!r} was asked for: modes of memory belong to the fast step, and "
-            f"this run on {choice.device.type} takes the {plan.step} one. Leave it out; "
-            "micro_batches save memory in every step."
+            f"Cannot use activation checkpointing (memory={memory.memory!r}): only the fast step "
+            f"has it, and this run on {choice.device.type} takes the {plan.step} step. Allowed "
+            "here: auto, none. To save memory in any step, raise micro_batches."
         )
     return plan
 
 
 def describe_plan(plan: MemoryPlan) -> str:
-    """Return one line for a person: the sum and its parts in GB (10⁹ bytes)."""
+    """Return one line for the user: the sum and its parts in GB (10⁹ bytes)."""
     return f"planned memory: {describe_parts(plan)}"

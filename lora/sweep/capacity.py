@@ -16,7 +16,7 @@ from lora.decoder.decoder import Decoder, build_empty_decoder
 from lora.device import DeviceChoice, available_bytes, resident_bytes
 from lora.fast.choose import why_not_stacked
 from lora.fast.memory.fast_step import stacked_memory
-from lora.fast.memory.plan import Setting, evaluation_bytes, plan_memory
+from lora.fast.memory.plan import PlanInputs, evaluation_bytes, plan_memory
 from lora.stacked.apply import apply_stacked
 from lora.sweep.grid import Candidate
 
@@ -74,10 +74,10 @@ def plan_stack_memory(
     `fast`: the fast stacked step may be taken.
     """
     largest = max(candidates, key=lambda c: c.lora.rank)
-    setting = Setting(
+    setting = PlanInputs(
         config=model.config,
         lora=largest.lora,
-        rows=rows,
+        micro_batch_size=rows,
         tokens=tokens,
         device_type=choice.device.type,
         compute_dtype=choice.compute_dtype,
@@ -102,23 +102,23 @@ def _why_not_fast(
     return why_not_stacked(empty, stacked, choice)
 
 
-def _of_plain_step(setting: Setting) -> int:
+def _of_plain_step(setting: PlanInputs) -> int:
     """Return the bytes of each candidate more."""
     one = plan_memory(setting, 0)
-    two = plan_memory(replace(setting, rows=2 * setting.rows), 0)
+    two = plan_memory(replace(setting, micro_batch_size=2 * setting.micro_batch_size), 0)
     return max(0, two.total - one.total) + (4 + STATE_COPIES) * 4 * one.trained_parameters
 
 
-def _of_fast_step(setting: Setting) -> tuple[int, int]:
+def _of_fast_step(setting: PlanInputs) -> tuple[int, int]:
     """Return the bytes that are for all, the base among them, and those of each candidate."""
     one, two = (fast_stack_bytes(setting, n) for n in (1, 2))
     return 2 * one - two, two - one
 
 
-def fast_stack_bytes(setting: Setting, n_adapters: int) -> int:
+def fast_stack_bytes(setting: PlanInputs, n_adapters: int) -> int:
     """Return what a fast stacked step of `n_adapters` like the setting's holds, evaluation too."""
     assert setting.lora is not None
     lora = replace(setting.lora, init_seed=0)
-    rows, tokens = setting.rows, setting.tokens
+    rows, tokens = setting.micro_batch_size, setting.tokens
     held = stacked_memory(setting.config, [lora] * n_adapters, rows, tokens, packed=setting.packed)
-    return held.total + evaluation_bytes(replace(setting, rows=n_adapters * rows))
+    return held.total + evaluation_bytes(replace(setting, micro_batch_size=n_adapters * rows))

@@ -10,7 +10,7 @@ import torch
 from lora.config import LoRAConfig, TrainConfig
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.device import DeviceChoice
-from lora.fast.memory.plan import Setting
+from lora.fast.memory.plan import PlanInputs
 from lora.sweep import capacity
 from lora.sweep.capacity import RESERVED_FRACTION, fast_stack_bytes, plan_stack_memory
 from lora.sweep.grid import Candidate
@@ -24,11 +24,11 @@ CANDIDATES = [
 ]
 
 
-def setting() -> Setting:
-    return Setting(
+def setting() -> PlanInputs:
+    return PlanInputs(
         config=TINY,
         lora=LoRAConfig(rank=8),
-        rows=ROWS,
+        micro_batch_size=ROWS,
         tokens=TOKENS,
         device_type="cuda",
         compute_dtype=torch.bfloat16,

@@ -1,4 +1,4 @@
-"""What a fast step holds, by part, found by building it without values on the meta device."""
+"""What a hand-written step holds, by part, found by building it on the meta device."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from lora.stacked.apply import apply_stacked
 
 CUBLAS_WORKSPACE_BYTES = 32 * 2**20
 LONG_SEQUENCE_TOKENS = 8192
-"""Rows from this length on: attention's output, made again, takes the most time for its bytes."""
+"""From this length on attention takes the most time to recompute for the bytes of its output."""
 USABLE_MEMORY_FRACTION = 0.95
-"""Of the memory that is free: what may be planned for. The rest is for pieces nobody can use."""
+"""Of the free memory: what may be planned for. The rest is for fragmentation."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class FastMemory:
     """Bytes on the GPU, as its allocator counts them."""
 
     weights: int
-    """What products, norms and the embedding read, fp32 values of what trains among them."""
+    """What matmuls, norms and the embedding read, and the fp32 values of what trains."""
     gradients: int
     optimizer: int
     activations: int
-    """What is kept for the way back, and what passes."""
+    """Saved activations and scratch."""
     loss: int
     """Logits that exist at once."""
     other: int
-    """The library's workspace."""
+    """cuBLAS's workspace."""
 
     @property
     def total(self) -> int:
@@ -51,55 +51,61 @@ class FastMemory:
 
 
 class FastPlan:
-    """Sizes of fast steps of `model` by what they keep, found without values.
+    """Sizes of the hand-written step of `model` under any activation checkpointing.
 
-    `model` is moved to the meta device, with LoRA applied or all of it training; it is changed.
+    Changes `model` in place: it is moved to the meta device. LoRA is applied, or all of it trains.
     """
 
-    def __init__(self, model: Decoder, rows: int, tokens: int, *, packed: bool = True) -> None:
+    def __init__(
+        self, model: Decoder, batch_size: int, tokens: int, *, packed: bool = True
+    ) -> None:
         if not all(p.is_meta for p in model.parameters()):
             model = model.to("meta")
         with torch.no_grad():
             self.step = FastStep(model, PLAIN, torch.bfloat16)
-        self.rows, self.tokens, self.packed = rows, tokens, packed
+        self.batch_size, self.tokens, self.packed = batch_size, tokens, packed
         self.n_layers = self.step.network.qkv.n_layers
 
     @torch.no_grad()
     def memory(self, checkpointing: ActivationCheckpointing) -> FastMemory:
-        """Return what a step holds that keeps this of its blocks."""
+        """Return what a step holds that stores this of its blocks."""
         step = self.step
-        return _count(
-            step, step.flat, self.rows, self.tokens, packed=self.packed, checkpointing=checkpointing
-        )
+        sizes = self.batch_size, self.tokens
+        return _count(step, step.flat, *sizes, packed=self.packed, checkpointing=checkpointing)
 
     def host_bytes(self, checkpointing: ActivationCheckpointing) -> int:
         """Return how much pinned host memory the residuals take."""
-        buffers = self.step.network.buffers(self.rows, self.tokens, checkpointing).residuals
-        return buffers.host_bytes if isinstance(buffers, OffloadedResiduals) else 0
+        buffers = self.step.network.buffers(self.batch_size, self.tokens, checkpointing)
+        residuals = buffers.residuals
+        return residuals.host_bytes if isinstance(residuals, OffloadedResiduals) else 0
 
 
 def fast_memory(
     model: Decoder,
-    rows: int,
+    batch_size: int,
     tokens: int,
     *,
     packed: bool = True,
     checkpointing: ActivationCheckpointing | None = None,
 ) -> FastMemory:
-    """Return what a fast step of `model` over `rows` × `tokens` tokens holds.
+    """Return what a step of `model` over `batch_size` × `tokens` tokens holds.
 
-    `model` is on the meta device, with LoRA applied or all of it training; it is changed.
+    Changes `model` in place, as FastPlan does.
     """
-    return FastPlan(model, rows, tokens, packed=packed).memory(
-        checkpointing or ActivationCheckpointing()
-    )
+    plan = FastPlan(model, batch_size, tokens, packed=packed)
+    return plan.memory(checkpointing or ActivationCheckpointing())
 
 
 @torch.no_grad()
 def stacked_memory(
-    config: DecoderConfig, loras: Sequence[LoRAConfig], rows: int, tokens: int, *, packed: bool
+    config: DecoderConfig,
+    loras: Sequence[LoRAConfig],
+    batch_size: int,
+    tokens: int,
+    *,
+    packed: bool,
 ) -> FastMemory:
-    """Return what a fast stacked step holds: `rows` × `tokens` tokens for each of `loras`."""
+    """Return what a stacked step holds: `batch_size` × `tokens` tokens for each of `loras`."""
     model = build_empty_decoder(config).bfloat16()
     stacked = apply_stacked(model, loras, range(len(loras)))
     none = [0.0] * len(loras)
@@ -109,7 +115,7 @@ def stacked_memory(
     held = _count(
         step,
         step.flat,
-        len(loras) * rows,
+        len(loras) * batch_size,
         tokens,
         packed=packed,
         checkpointing=ActivationCheckpointing(),
@@ -118,7 +124,10 @@ def stacked_memory(
 
 
 def _gradient_scratch_bytes(step: StackedFastStep) -> int:
-    """Return what the gradients of one projection take before they are in the flat buffer."""
+    """Return what the gradients of one projection take before they are in the flat buffer.
+
+    Of the largest projection: they are freed before the next one's are computed.
+    """
     most = 0
     for projection in step.network.projections:
         if isinstance(projection, StackedProjection):
@@ -131,7 +140,7 @@ def _gradient_scratch_bytes(step: StackedFastStep) -> int:
 
 @dataclass(frozen=True)
 class MemoryFit:
-    """The mode that was found for a room, and why."""
+    """The activation checkpointing that was chosen for a memory budget, and why."""
 
     mode: str
     checkpointing: ActivationCheckpointing
@@ -142,20 +151,20 @@ class MemoryFit:
 def fit_memory(
     plan: FastPlan, mode: str, budget_bytes: int | None, other_bytes: int = 0
 ) -> MemoryFit:
-    """Return the fastest way to keep blocks that fits into `budget_bytes`.
+    """Return the fastest activation checkpointing that fits into `budget_bytes`.
 
     `mode` narrows it down to one of `lora.fast.llama.checkpointing.MODES`; "auto" goes through all.
     A budget of None is no limit. `other_bytes` are held besides. Where nothing fits it is the
     smallest.
     """
-    ways = _ways(mode, plan.n_layers, is_long=plan.tokens >= LONG_SEQUENCE_TOKENS)
+    candidates = _candidates(mode, plan.n_layers, is_long=plan.tokens >= LONG_SEQUENCE_TOKENS)
 
     def fits(checkpointing: ActivationCheckpointing) -> bool:
         return (
             budget_bytes is None or plan.memory(checkpointing).total + other_bytes <= budget_bytes
         )
 
-    checkpointing = next((way for way in ways if fits(way)), ways[-1])
+    checkpointing = next((one for one in candidates if fits(one)), candidates[-1])
     return fit_with(plan, checkpointing, other_bytes, budget_bytes)
 
 
@@ -165,7 +174,7 @@ def fit_with(
     other_bytes: int = 0,
     budget_bytes: int | None = None,
 ) -> MemoryFit:
-    """Return what keeping this of the blocks comes to."""
+    """Return what this activation checkpointing comes to."""
     found, none = plan.memory(checkpointing), plan.memory(MODES["none"])
     totals = found.total + other_bytes, none.total + other_bytes
     name = checkpointing.mode
@@ -174,8 +183,8 @@ def fit_with(
     )
 
 
-def _ways(mode: str, n_layers: int, *, is_long: bool) -> list[ActivationCheckpointing]:
-    """Return the ways of one mode, or of all, the fastest first."""
+def _candidates(mode: str, n_layers: int, *, is_long: bool) -> list[ActivationCheckpointing]:
+    """Return the settings of one mode, or of all, the fastest first."""
     if mode == "cheap":
         return [
             ActivationCheckpointing(stores_norms=False, n_stored_gate_up=n)
@@ -183,16 +192,16 @@ def _ways(mode: str, n_layers: int, *, is_long: bool) -> list[ActivationCheckpoi
         ]
     if mode != "auto":
         return [MODES[mode]]
-    attention_out = n_layers if is_long else 0
+    n_attention = n_layers if is_long else 0
     full = [
-        replace(MODES["full"], n_stored_qkv=n, n_stored_attention=attention_out)
+        replace(MODES["full"], n_stored_qkv=n, n_stored_attention=n_attention)
         for n in range(n_layers - 1, -1, -1)
     ]
-    # Residuals on the host cost less time than attention that is made again over long rows.
+    # Offloading residuals costs less time than recomputing attention over long sequences.
     offload = [
-        replace(MODES["full+offload"], n_stored_attention=n) for n in range(attention_out, -1, -1)
+        replace(MODES["full+offload"], n_stored_attention=n) for n in range(n_attention, -1, -1)
     ]
-    cheap = _ways("cheap", n_layers, is_long=is_long)
+    cheap = _candidates("cheap", n_layers, is_long=is_long)
     return [MODES["none"], *cheap, *full, *offload]
 
 
@@ -204,23 +213,22 @@ def _explain(
     budget_bytes: int | None,
 ) -> str:
     total, none = totals
-    n, (gate_up, inner, attention_out) = plan.n_layers, checkpointing.n_stored(plan.n_layers)
-    again = {
-        "none": "nearly nothing is made again",
-        "cheap": "norms and SwiGLU are made again"
+    n, (gate_up, qkv, attention) = plan.n_layers, checkpointing.n_stored(plan.n_layers)
+    recomputed = {
+        "none": "nearly all activations are stored",
+        "cheap": "norms and SwiGLU are recomputed"
         + (f", gate and up in {n - gate_up} of {n} blocks" if gate_up < n else ""),
-        "full": f"{n - inner} of {n} blocks are made again"
-        + (f", {inner} in part" if inner else ""),
-        "full+offload": "blocks are made again from residuals in host memory "
+        "full": f"{n - qkv} of {n} blocks are recomputed" + (f", {qkv} in part" if qkv else ""),
+        "full+offload": "blocks are recomputed from residuals in host memory "
         f"({plan.host_bytes(checkpointing) / 1e9:.1f} GB)",
     }[name]
-    if name.startswith("full") and attention_out > inner:
-        again += f", but not the attention of {attention_out - inner}"
-    text = f"memory {name}: {again}; {total / 1e9:.1f} GB planned"
+    if name.startswith("full") and attention > qkv:
+        recomputed += f", but not the attention of {attention - qkv}"
+    text = f"activation checkpointing {name}: {recomputed}; {total / 1e9:.1f} GB planned"
     if budget_bytes is not None:
         text += f" of {budget_bytes / 1e9:.1f} GB"
     if name != "none":
-        text += f", without it {none / 1e9:.1f}"
+        text += f", {none / 1e9:.1f} without checkpointing"
     if budget_bytes is not None and total > budget_bytes:
         text += "; it may not fit"
     return text
@@ -229,53 +237,52 @@ def _explain(
 def _count(
     step: HandWrittenStep,
     flat: FlatParameters | StackedFlat,
-    rows: int,
+    batch_size: int,
     tokens: int,
     *,
     packed: bool,
     checkpointing: ActivationCheckpointing,
 ) -> FastMemory:
-    buffers = step.network.buffers(rows, tokens, checkpointing)
-    trained = flat.values.numel() * 4
+    buffers = step.network.buffers(batch_size, tokens, checkpointing)
+    trained = flat.values.numel() * 4  # fp32
     return FastMemory(
         weights=_frozen_bytes(step.network, flat) + trained,
         gradients=trained,
         optimizer=2 * trained,
-        activations=_bytes_of(buffers) + _of_attention(step, buffers, packed=packed),
+        activations=_bytes_of(buffers) + _torch_attention_bytes(step, buffers, packed=packed),
         loss=buffers.logits.numel() * buffers.logits.element_size(),
         other=CUBLAS_WORKSPACE_BYTES,
     )
 
 
-def _of_attention(step: HandWrittenStep, buffers: Buffers, *, packed: bool) -> int:
-    """Return what torch's attention keeps, sums of its rows, and makes on one block's way back.
-
-    That are its output or gradients of queries, keys and values, and dq in fp32; gradients of keys
-    and values first for each of the heads that share them.
-    """
+def _torch_attention_bytes(step: HandWrittenStep, buffers: Buffers, *, packed: bool) -> int:
+    """Return what torch's attention saves in all blocks, and allocates in one block's backward."""
     if packed and step.network.uses_own_attention(buffers.tokens):
         return 0
     sizes = step.model.config
-    inner = sizes.num_attention_heads * sizes.head_dim
-    sums = buffers.n_tokens * sizes.num_attention_heads * 4
-    is_stored = len(buffers.attention_out.stored) or 1
-    for_each = 4 * inner if sizes.num_key_value_heads < sizes.num_attention_heads else 0
-    made = buffers.n_tokens * (2 * step.network.qkv.outputs + 4 * inner + for_each)
-    return is_stored * sums + made
+    width = sizes.num_attention_heads * sizes.head_dim  # H · D
+    log_sums = buffers.n_tokens * sizes.num_attention_heads * 4  # fp32, of each stored block
+    n_stored = len(buffers.attention_out.stored) or 1
+    # Backward allocates dq, dk and dv in bf16, and dq in fp32. Where query heads share key/value
+    # heads, dk and dv exist first for each query head.
+    is_grouped = sizes.num_key_value_heads < sizes.num_attention_heads
+    by_query_head = 4 * width if is_grouped else 0
+    allocated = buffers.n_tokens * (2 * step.network.qkv.outputs + 4 * width + by_query_head)
+    return n_stored * log_sums + allocated
 
 
 def _frozen_bytes(network: FastNetwork, flat: FlatParameters | StackedFlat) -> int:
     """Return the bytes of all tensors that projections and norms hold, each storage once."""
     owners = (*network.projections, *network.weights)
     storages = {}
-    trained = flat.values.untyped_storage()._cdata
+    # By storage, not by tensor: parameters, blocks' weights and members' weights are views.
     for owner in owners:
         for value in vars(owner).values():
             for tensor in value if isinstance(value, list) else [value]:
                 if isinstance(tensor, torch.Tensor):
                     storage = tensor.untyped_storage()
                     storages[storage._cdata] = storage.nbytes()
-    storages.pop(trained, None)
+    storages.pop(flat.values.untyped_storage()._cdata, None)  # counted as what trains
     return sum(storages.values())
 
 

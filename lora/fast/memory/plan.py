@@ -1,4 +1,4 @@
-"""What a training run will hold in memory, by part, and which batch fits: before weights are read.
+"""The memory plan of a training run, by part, and the batch that fits, before weights are read.
 
 A CPU run is planned as the plain step and measured as the process's resident memory; a GPU run is
 planned as the step that it will take and measured by torch's allocator.
@@ -27,43 +27,43 @@ from lora.fast.memory.trace import StepMemory, trace_step
 from lora.lora_module import ParameterCounts, count_lora_parameters
 
 CPU_SLACK = 0.3
-"""Share of what a step makes that the allocator of a CPU holds besides: pieces too small for what
-comes next (docs/memory.md has the measurements)."""
+"""Of activations and loss: what a CPU's allocator holds besides, fragments too small for the next
+allocation (measured in docs/memory.md)."""
 CAPTURED_LOSS_BYTES = 14
-"""A logit in a captured step: its bf16 and fp32 values, log-softmax, and two gradients in part."""
+"""Of a logit in a captured step: bf16 and fp32 values, log-softmax, and parts of two gradients."""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What decides how much memory a run takes."""
+class PlanInputs:
+    """What a run's memory depends on."""
 
     config: DecoderConfig
     lora: LoRAConfig | None
     """None: all weights train."""
-    rows: int
-    """Of one micro-batch, B."""
+    micro_batch_size: int
+    """Sequences, B."""
     tokens: int
-    """Of a row, T."""
+    """Of a sequence, T."""
     device_type: str
     """cpu or cuda."""
     compute_dtype: torch.dtype
     micro_batches: int = 1
     packed: bool = True
     learned_fraction: float = 1.0
-    """Share of the tokens that are learned from."""
+    """Of the tokens: those with a target in the loss."""
     fast: bool = True
     """Take the fastest step that can train the model; false: the plain one."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
-    """What the fast step keeps; "auto" without `memory_gb` is "none"."""
+    """The fast step's mode of activation checkpointing; "auto" without `memory_gb` is "none"."""
     checkpointing: ActivationCheckpointing | None = None
-    """The same, where it was decided before."""
+    """The same where it is decided already, as in a resumed run."""
     fp8: bool = False
-    """Keep the frozen linears in eight bits."""
+    """Store the frozen linears in fp8."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes at the fullest moment of a step, by part."""
+    """Bytes at the peak of a step, by part."""
 
     step: str
     """Which step was planned: plain, fast or captured."""
@@ -71,17 +71,17 @@ class MemoryPlan:
     parameters: int
     weights: int
     gradients: int
-    """Those that are there while activations are the most, or all where they are more."""
+    """Those that exist while activations peak, or all where these are more."""
     optimizer: int
     activations: int
     loss: int
     other: int
-    """Of the process: Python and its libraries, the allocator's slack; on a GPU its library's room,
-    and an evaluation beside a graph that keeps its buffers."""
+    """Of the process: Python and its libraries, the allocator's fragments; on a GPU cuBLAS's
+    workspace, and a validation pass beside a graph that holds its buffers."""
     checkpointing: ActivationCheckpointing | None = None
-    """What the fast step keeps of its blocks."""
+    """What the fast step stores of its blocks."""
     reason: str = ""
-    """The same in one line, and why."""
+    """The same in one line, with the reason."""
 
     @property
     def total(self) -> int:
@@ -90,7 +90,7 @@ class MemoryPlan:
         return sum(parts) + self.loss + self.other
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as values that JSON holds."""
+        """Return all of it as values that JSON holds, under the names of the first version."""
         record = {**asdict(self), "total": self.total}
         del record["checkpointing"]
         policy = self.checkpointing
@@ -98,84 +98,88 @@ class MemoryPlan:
         return record
 
 
-def plan_memory(setting: Setting, base_bytes: int | None = None) -> MemoryPlan:
-    """Return what a training run of this setting holds.
+def plan_memory(inputs: PlanInputs, base_bytes: int | None = None) -> MemoryPlan:
+    """Return the plan of a training run.
 
     `base_bytes` is what the process holds without the model; left out, it is what this one holds
-    now. Raises ConfigError for rows or tokens below 1, TargetError for LoRA that fits no layer.
+    now. Raises ConfigError for sizes too small to train on, TargetError for LoRA that fits no
+    layer.
     """
-    if setting.rows < 1 or setting.tokens < 2:
+    if inputs.micro_batch_size < 1 or inputs.tokens < 2:
         raise ConfigError(
-            f"A plan was asked for {setting.rows} rows of {setting.tokens} tokens: at least 1 row "
-            "of 2 tokens is needed."
+            f"Cannot plan a micro-batch of {inputs.micro_batch_size} sequences of {inputs.tokens} "
+            "tokens. Allowed: at least 1 sequence of 2 tokens."
         )
-    model = _adapted(setting)
+    model = _adapted(inputs)
     counts = count_lora_parameters(model)
-    on_gpu = setting.device_type == "cuda"
-    if on_gpu and setting.fast and setting.compute_dtype is torch.bfloat16:
+    on_gpu = inputs.device_type == "cuda"
+    if on_gpu and inputs.fast and inputs.compute_dtype is torch.bfloat16:
         if why_not_written(model) is None:
-            return _plan_fast(setting, model, counts)
-        return _plan_traced(setting, counts, "captured", CUBLAS_WORKSPACE_BYTES)
+            return _plan_fast(inputs, model, counts)
+        return _plan_traced(inputs, counts, "captured", CUBLAS_WORKSPACE_BYTES)
     if on_gpu:
-        return _plan_traced(setting, counts, "plain", CUBLAS_WORKSPACE_BYTES)
+        return _plan_traced(inputs, counts, "plain", CUBLAS_WORKSPACE_BYTES)
     base = resident_bytes() if base_bytes is None else base_bytes
-    return _plan_traced(setting, counts, "plain", base)
+    return _plan_traced(inputs, counts, "plain", base)
 
 
-def largest_batch(setting: Setting, available_bytes: int, base_bytes: int | None = None) -> int:
-    """Return how many rows of one micro-batch fit into `available_bytes`; 0: not even one.
+def largest_micro_batch(
+    inputs: PlanInputs, available_bytes: int, base_bytes: int | None = None
+) -> int:
+    """Return the most sequences of a micro-batch that fit into `available_bytes`; 0: not even one.
 
-    Memory grows with the rows along a line, so two plans tell, and a third one checks.
+    Memory is linear in the micro-batch size: two plans give the line, a third one checks.
     """
 
-    def total(rows: int) -> int:
-        return plan_memory(_with_rows(setting, rows), base_bytes).total
+    def total(micro_batch_size: int) -> int:
+        return plan_memory(_resized(inputs, micro_batch_size), base_bytes).total
 
     first = total(1)
     if first > available_bytes:
         return 0
-    # Far apart, so that what does not grow (the loss takes its tokens in parts) is told apart.
-    far = max(2, -(-8192 // setting.tokens))
+    # Far apart, because the loss takes its tokens in chunks: it grows only until the first is full.
+    far = max(2, -(-8192 // inputs.tokens))
     slope = (total(far) - first) / (far - 1)
-    rows = max(1, int(1 + (available_bytes - first) / max(1.0, slope)))
-    while rows > 1 and total(rows) > available_bytes:
-        rows = min(rows - 1, int(rows * 0.97))
-    return rows
+    size = max(1, int(1 + (available_bytes - first) / max(1.0, slope)))
+    while size > 1 and total(size) > available_bytes:
+        size = min(size - 1, int(size * 0.97))
+    return size
 
 
-def _with_rows(setting: Setting, rows: int) -> Setting:
-    return replace(setting, rows=rows)
+def _resized(inputs: PlanInputs, micro_batch_size: int) -> PlanInputs:
+    return replace(inputs, micro_batch_size=micro_batch_size)
 
 
-def _adapted(setting: Setting) -> Decoder:
-    model = build_empty_decoder(setting.config)
-    if setting.lora is not None and setting.compute_dtype is torch.bfloat16:
+def _adapted(inputs: PlanInputs) -> Decoder:
+    model = build_empty_decoder(inputs.config)
+    if inputs.lora is not None and inputs.compute_dtype is torch.bfloat16:
         model = model.bfloat16()
-    _prepare(setting)(model)
+    _prepare(inputs)(model)
     return model
 
 
-def _prepare(setting: Setting) -> Callable[[Decoder], nn.Module]:
-    if setting.lora is None:
+def _prepare(inputs: PlanInputs) -> Callable[[Decoder], nn.Module]:
+    if inputs.lora is None:
         return lambda model: model.requires_grad_(True)
-    lora = setting.lora
+    lora = inputs.lora
 
     def adapt(model: Decoder) -> nn.Module:
-        if setting.fp8:
+        if inputs.fp8:
             use_fp8_linears(model)
         return apply_lora(model, lora)
 
     return adapt
 
 
-def _plan_fast(setting: Setting, model: Decoder, counts: ParameterCounts) -> MemoryPlan:
-    plan = FastPlan(model, setting.rows, setting.tokens, packed=setting.packed)
-    evaluation, gb = evaluation_bytes(setting), setting.memory.memory_gb
-    if setting.checkpointing is not None:
-        fit = fit_with(plan, setting.checkpointing, evaluation)
+def _plan_fast(inputs: PlanInputs, model: Decoder, counts: ParameterCounts) -> MemoryPlan:
+    plan = FastPlan(model, inputs.micro_batch_size, inputs.tokens, packed=inputs.packed)
+    # A validation pass runs beside the buffers, which a graph never gives back.
+    evaluation, gb = evaluation_bytes(inputs), inputs.memory.memory_gb
+    if inputs.checkpointing is not None:
+        fit = fit_with(plan, inputs.checkpointing, evaluation)
     else:
-        room = None if gb is None else round(gb * 1e9)
-        fit = fit_memory(plan, setting.memory.memory, room, evaluation)
+        budget = None if gb is None else round(gb * 1e9)
+        fit = fit_memory(plan, inputs.memory.memory, budget, evaluation)
     parts = {**vars(fit.memory), "other": fit.memory.other + evaluation}
     return MemoryPlan(
         "fast",
@@ -187,63 +191,65 @@ def _plan_fast(setting: Setting, model: Decoder, counts: ParameterCounts) -> Mem
     )
 
 
-def _plan_traced(setting: Setting, counts: ParameterCounts, step: str, base: int) -> MemoryPlan:
-    made = _trace(setting)
-    trained = counts.trainable * 4
-    gradients, loss = made.gradients, made.loss
+def _plan_traced(inputs: PlanInputs, counts: ParameterCounts, step: str, base: int) -> MemoryPlan:
+    traced = _trace(inputs)
+    trained = counts.trainable * 4  # fp32
+    gradients, loss = traced.gradients, traced.loss
     if step == "captured":
-        loss = CAPTURED_LOSS_BYTES * setting.rows * setting.tokens * setting.config.vocab_size
-        base += evaluation_bytes(setting)
-    if step == "captured" or setting.micro_batches > 1 or setting.lora is not None:
-        gradients = trained  # those of the micro-batches before, or one flat buffer
+        loss = (
+            CAPTURED_LOSS_BYTES * inputs.micro_batch_size * inputs.tokens * inputs.config.vocab_size
+        )
+        base += evaluation_bytes(inputs)
+    if step == "captured" or inputs.micro_batches > 1 or inputs.lora is not None:
+        gradients = trained  # of the micro-batches before, or in one flat buffer
     return MemoryPlan(
         step=step,
         trained_parameters=counts.trainable,
         parameters=counts.total,
-        weights=_frozen_bytes(setting, counts) + trained,
+        weights=_frozen_bytes(inputs, counts) + trained,
         gradients=gradients,
         optimizer=2 * trained,
-        activations=made.activations,
+        activations=traced.activations,
         loss=loss,
-        other=base + _slack(setting, made),
+        other=base + _slack(inputs, traced),
     )
 
 
-def _frozen_bytes(setting: Setting, counts: ParameterCounts) -> int:
-    """Return the bytes of what does not train, in the types that it is kept in."""
-    if not setting.fp8:
-        return counts.frozen * _base_dtype(setting).itemsize
-    model = _adapted(setting)
+def _frozen_bytes(inputs: PlanInputs, counts: ParameterCounts) -> int:
+    """Return the bytes of what does not train, in its storage dtype."""
+    if not inputs.fp8:
+        return counts.frozen * _base_dtype(inputs).itemsize
+    model = _adapted(inputs)
     frozen = [p for p in model.parameters() if not p.requires_grad]
     return sum(t.numel() * t.element_size() for t in (*frozen, *model.buffers()))
 
 
-def evaluation_bytes(setting: Setting) -> int:
-    """Return what evaluating takes: beside a graph, whose buffers stay, it comes on top."""
-    made = _trace(setting, learns=False)
-    return made.activations + made.loss
+def evaluation_bytes(inputs: PlanInputs) -> int:
+    """Return what a validation pass takes; beside a graph, which holds its buffers, it adds up."""
+    traced = _trace(inputs, learns=False)
+    return traced.activations + traced.loss
 
 
-def _trace(setting: Setting, *, learns: bool = True) -> StepMemory:
+def _trace(inputs: PlanInputs, *, learns: bool = True) -> StepMemory:
     return trace_step(
-        setting.config,
-        _prepare(setting),
-        setting.rows,
-        setting.tokens,
-        dtype=_base_dtype(setting),
-        compute_dtype=setting.compute_dtype,
-        packed=setting.packed,
-        learned_fraction=setting.learned_fraction,
+        inputs.config,
+        _prepare(inputs),
+        inputs.micro_batch_size,
+        inputs.tokens,
+        dtype=_base_dtype(inputs),
+        compute_dtype=inputs.compute_dtype,
+        packed=inputs.packed,
+        learned_fraction=inputs.learned_fraction,
         learns=learns,
     )
 
 
-def _base_dtype(setting: Setting) -> torch.dtype:
-    """Return the type of the weights that stay frozen; what trains is fp32."""
-    return torch.float32 if setting.lora is None else setting.compute_dtype
+def _base_dtype(inputs: PlanInputs) -> torch.dtype:
+    """Return the dtype of the weights that stay frozen; what trains is fp32."""
+    return torch.float32 if inputs.lora is None else inputs.compute_dtype
 
 
-def _slack(setting: Setting, made: StepMemory) -> int:
-    if setting.device_type == "cuda":
+def _slack(inputs: PlanInputs, traced: StepMemory) -> int:
+    if inputs.device_type == "cuda":  # its peak counts live tensors, not what is cached or split
         return 0
-    return round(CPU_SLACK * (made.activations + made.loss))
+    return round(CPU_SLACK * (traced.activations + traced.loss))

@@ -1,7 +1,7 @@
-"""What a training step holds at its fullest, found by running it without values.
+"""The peak memory of an autograd training step, found by running it on fake tensors.
 
 Fake tensors have shapes and no memory, so a step of any size is traced in seconds, on any machine.
-Every storage is counted from the operation that makes it to the moment nobody holds it.
+Every storage is counted from the operation that allocates it to the moment nothing references it.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
 from lora.kernels.cross_entropy import CHUNK_TOKENS, learned_cross_entropy
 
 Phase = str
-"""forward, loss or backward: what a tensor was made in."""
+"""forward, loss or backward: where a tensor was allocated."""
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes beside the weights when a step holds the most."""
+    """Bytes beside the weights at the peak of a step."""
 
     activations: int
-    """Made in the forward pass and kept for the way back; what the way back makes."""
+    """Saved by the forward pass, and allocated by the backward pass."""
     loss: int
-    """Logits and what else the loss makes."""
+    """Logits, and what else the loss allocates."""
     gradients: int
     """Of what trains."""
 
@@ -43,7 +43,7 @@ class StepMemory:
 def trace_step(
     config: DecoderConfig,
     prepare: Callable[[Decoder], nn.Module],
-    rows: int,
+    batch_size: int,
     tokens: int,
     *,
     dtype: torch.dtype,
@@ -52,43 +52,45 @@ def trace_step(
     learned_fraction: float = 1.0,
     learns: bool = True,
 ) -> StepMemory:
-    """Return what forward, loss and backward of one micro-batch hold at their fullest.
+    """Return what forward, loss and backward of one micro-batch hold at their peak.
 
     Args:
         config: of the decoder.
         prepare: applies LoRA, or lets all weights train.
-        rows: B.
+        batch_size: B.
         tokens: T.
         dtype: of the base's weights.
-        compute_dtype: of products, through autocast where it is bf16.
-        packed: rows of several documents, which need a mask (B, 1, T, T).
-        learned_fraction: share of the tokens that the loss is made of.
-        learns: False for an evaluation, which keeps nothing for a way back.
+        compute_dtype: of matmuls, through autocast where it is bf16.
+        packed: sequences of several documents, which need a mask (B, 1, T, T).
+        learned_fraction: of the tokens, those with a target in the loss.
+        learns: False for a validation pass, which saves nothing for backward.
     """
     with FakeTensorMode(), _autocast(compute_dtype), torch.set_grad_enabled(learns):
         model = build_empty_decoder(config)
         shapes = [(name, p.shape) for name, p in model.named_parameters()]
         assign_parameters(model, [(name, torch.empty(x, dtype=dtype)) for name, x in shapes])
         prepare(model)
-        ids = torch.zeros(rows, tokens, dtype=torch.int64)
-        n_learned = max(1, round(learned_fraction * rows * tokens))
+        ids = torch.zeros(batch_size, tokens, dtype=torch.int64)  # (B, T)
+        n_tokens = batch_size * tokens
+        n_learned = max(1, round(learned_fraction * n_tokens))
         live = _Live(model)
         with live:
             hidden = _hidden(model, ids, packed=packed)
             live.phase = "loss"
-            learned = hidden if n_learned == rows * tokens else hidden[:n_learned].clone()
+            # A copy, as the loss selects the rows of learned tokens: which ones does not matter.
+            learned = hidden if n_learned == n_tokens else hidden[:n_learned].clone()
             labels = ids.flatten()[:n_learned]
             weight = model.output_head().weight
             loss = learned_cross_entropy(learned, weight, labels, CHUNK_TOKENS)
             live.phase = "backward"
-            del hidden, learned
+            del hidden, learned  # else this function would keep them alive through backward
             if loss.requires_grad:
                 loss.backward()
-    return live.fullest
+    return live.at_peak
 
 
 def _hidden(model: Decoder, ids: Tensor, *, packed: bool) -> Tensor:
-    """Return what the head gets (B·T, C), through the mask that packed rows have."""
+    """Return the head's input (B·T, C), through the mask that packed sequences have."""
     positions = TokenPositions(torch.zeros_like(ids), ids if packed else None, NO_CACHE)
     x = model.get_input_embeddings()(ids)  # (B, T, C)
     return model.trunk.through_blocks(x, positions).flatten(0, 1)  # (B·T, C)
@@ -99,14 +101,15 @@ def _autocast(dtype: torch.dtype) -> AbstractContextManager[object]:
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes that operations make and nobody has let go of, by phase."""
+    """Counts the bytes of all live storages that operations allocated, by phase."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.phase: Phase = "forward"
         self.bytes_in: dict[Phase, int] = {"forward": 0, "loss": 0, "backward": 0}
-        self.gradients, self.most = 0, -1
-        self.fullest = StepMemory(0, 0, 0)
+        self.gradients, self.peak = 0, -1
+        self.at_peak = StepMemory(0, 0, 0)
+        # Views share a storage: it counts once. Weak keys, so that counting keeps none alive.
         self._seen = WeakIdKeyDictionary()
         for parameter in model.parameters():
             self._seen[parameter.untyped_storage()] = True
@@ -116,9 +119,9 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._note, made)
-        return made
+        results = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._note, results)
+        return results
 
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -140,8 +143,9 @@ class _Live(TorchDispatchMode):
 
     def _look(self) -> None:
         total = sum(self.bytes_in.values())
-        if total >= self.most:
-            self.most = total
-            made = self.bytes_in
-            activations = max(0, made["forward"] + made["backward"] - self.gradients)
-            self.fullest = StepMemory(activations, made["loss"], self.gradients)
+        if total >= self.peak:
+            self.peak = total
+            live = self.bytes_in
+            # Gradients are allocated in backward too, but are a part of their own.
+            activations = max(0, live["forward"] + live["backward"] - self.gradients)
+            self.at_peak = StepMemory(activations, live["loss"], self.gradients)

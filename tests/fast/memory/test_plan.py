@@ -20,7 +20,7 @@ from lora.decoder.config import (
 )
 from lora.decoder.decoder import build_decoder
 from lora.errors import ConfigError
-from lora.fast.memory.plan import Setting, largest_batch, plan_memory
+from lora.fast.memory.plan import PlanInputs, largest_micro_batch, plan_memory
 from lora.lora_module import count_lora_parameters
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
@@ -38,10 +38,10 @@ TINY = DecoderConfig(
     layers=(LayerConfig(RopeConfig(1e4), None, 8**-0.5),) * 2,
 )
 LORA = LoRAConfig(rank=4)
-SETTING = Setting(TINY, LORA, 2, 64, "cpu", torch.float32)
+SETTING = PlanInputs(TINY, LORA, 2, 64, "cpu", torch.float32)
 
 
-def plan(setting: Setting):  # type: ignore[no-untyped-def]
+def plan(setting: PlanInputs):  # type: ignore[no-untyped-def]
     return plan_memory(setting, base_bytes=0)
 
 
@@ -87,7 +87,7 @@ def test_more_rows_tokens_and_rank_take_more(
     kind = torch.bfloat16 if device == "cuda" else torch.float32
     setting = replace(SETTING, device_type=device, compute_dtype=kind, fast=fast, lora=lora)
     total = plan(setting).total
-    assert plan(replace(setting, rows=4)).total > total
+    assert plan(replace(setting, micro_batch_size=4)).total > total
     assert plan(replace(setting, tokens=128)).total > total
     if lora is not None:
         assert plan(replace(setting, lora=LoRAConfig(rank=16))).total > total
@@ -102,12 +102,12 @@ def test_which_step_is_planned() -> None:
     assert plan(replace(on_gpu, fast=False)).step == "plain"
 
 
-def on_gpu(**memory: object) -> Setting:
+def on_gpu(**memory: object) -> PlanInputs:
     config = replace(TINY, layers=TINY.layers * 3)
     return replace(
         SETTING,
         config=config,
-        rows=64,
+        micro_batch_size=64,
         device_type="cuda",
         compute_dtype=torch.bfloat16,
         memory=MemoryConfig(**memory),  # type: ignore[arg-type]
@@ -137,9 +137,9 @@ def test_the_fastest_mode_that_fits_is_found() -> None:
     ):
         planned = plan(on_gpu(memory_gb=room / 1e9))
         assert planned.total <= room
-        assert planned.reason.startswith(f"memory {mode}: "), planned.reason
+        assert planned.reason.startswith(f"activation checkpointing {mode}: "), planned.reason
     tight = plan(on_gpu(memory_gb=1e-6))
-    assert tight.reason.startswith("memory full+offload: ")
+    assert tight.reason.startswith("activation checkpointing full+offload: ")
     assert "may not fit" in tight.reason
 
 
@@ -158,11 +158,11 @@ def test_cheap_makes_as_much_again_as_it_takes() -> None:
 
 
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
-    available = plan(replace(SETTING, rows=7)).total
-    rows = largest_batch(SETTING, available, base_bytes=0)
-    assert plan(replace(SETTING, rows=rows)).total <= available
+    available = plan(replace(SETTING, micro_batch_size=7)).total
+    rows = largest_micro_batch(SETTING, available, base_bytes=0)
+    assert plan(replace(SETTING, micro_batch_size=rows)).total <= available
     assert 6 <= rows <= 7
-    assert largest_batch(SETTING, 1000, base_bytes=0) == 0
+    assert largest_micro_batch(SETTING, 1000, base_bytes=0) == 0
 
 
 def test_the_process_counts() -> None:
@@ -172,8 +172,8 @@ def test_the_process_counts() -> None:
 
 @pytest.mark.parametrize(("rows", "tokens"), [(0, 64), (2, 1)])
 def test_sizes_that_make_no_sense_are_refused(rows: int, tokens: int) -> None:
-    with pytest.raises(ConfigError, match=f"{rows} rows of {tokens} tokens"):
-        plan_memory(replace(SETTING, rows=rows, tokens=tokens))
+    with pytest.raises(ConfigError, match=f"{rows} sequences of {tokens} tokens. Allowed"):
+        plan_memory(replace(SETTING, micro_batch_size=rows, tokens=tokens))
 
 
 def test_eight_billion_are_planned_without_memory() -> None:
@@ -187,7 +187,7 @@ def test_eight_billion_are_planned_without_memory() -> None:
         feed_forward=FeedForwardConfig(14336, "silu"),
         layers=(layer,) * 32,
     )
-    setting = Setting(large, LoRAConfig(rank=16), 1, 2048, "cuda", torch.bfloat16)
+    setting = PlanInputs(large, LoRAConfig(rank=16), 1, 2048, "cuda", torch.bfloat16)
     planned = plan(setting)
     assert planned.parameters > 8e9
     assert 16e9 < planned.total < 40e9
