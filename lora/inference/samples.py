@@ -20,6 +20,7 @@ from lora.errors import DataError, LoraError
 from lora.inference.generate import generate
 from lora.runs.directory import Run
 from lora.runs.progress import Progress, visible
+from lora.runs.record import SampleRow
 
 _MAX_TRIED = 100
 _SHOWN_CHARACTERS = 200
@@ -94,14 +95,14 @@ class SampleRecorder:
 
     def _keep(self, step: int, prompt: Prompt, tokens: list[int]) -> None:
         answer = self.tokenizer.decode(tokens)
-        row = {
-            "step": step,
-            "prompt": prompt.text,
-            "answer": answer,
-            "reference": prompt.reference,
-            "tokens": len(tokens),
-            "ended": len(tokens) < self.max_new_tokens,
-        }
+        row = SampleRow(
+            step=step,
+            prompt=prompt.text,
+            answer=answer,
+            reference=prompt.reference,
+            tokens=len(tokens),
+            ended=len(tokens) < self.max_new_tokens,
+        )
         self.run.append_sample(row)
         lines = [f"step {step}, asked: {_short(prompt.text)}", f"  answer: {_short(answer)}"]
         if prompt.reference is not None:

@@ -20,7 +20,7 @@ import platform
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lora.runs.typed_json import to_json
+from lora.runs.typed_json import WRITES_NULL, to_json
 
 SCHEMA_VERSION = 1
 """Of run.json; grows when a key changes its meaning. Files of version 0 have no such key."""
@@ -172,8 +172,8 @@ class SampleRow:
     step: int
     prompt: str = ""
     answer: str = ""
-    reference: str | None = None
-    """The answer in the data."""
+    reference: str | None = field(default=None, metadata=WRITES_NULL)
+    """The answer in the data; None if there is none."""
     tokens: int | None = None
     ended: bool | None = None
     """Whether the answer came to its end: False if it was cut at the most tokens allowed."""

@@ -1,7 +1,8 @@
 """Dataclasses to JSON objects and back, with every fault of a file named. No torch.
 
 A record is a dataclass whose fields are JSON values, records, lists, tuples or dicts of these.
-Fields that are None are left out of the file; keys of a file that no field has are ignored.
+Fields that are None are left out of the file unless they have `WRITES_NULL`; keys of a file that no
+field has are ignored.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ Faults = list[str]
 Parser = Callable[[Any, str, Faults], Any]
 """(JSON value, where it stands, faults) -> the typed value, or `INVALID` after adding a fault."""
 INVALID = object()
+WRITES_NULL = {"writes_null": True}
+"""Metadata of a field that is written as null, not left out, when it is None."""
 
 
 def to_json(record: Any) -> dict[str, Any]:
@@ -26,7 +29,7 @@ def to_json(record: Any) -> dict[str, Any]:
     return {
         field.name: _plain(value)
         for field in dataclasses.fields(record)
-        if (value := getattr(record, field.name)) is not None
+        if (value := getattr(record, field.name)) is not None or "writes_null" in field.metadata
     }
 
 

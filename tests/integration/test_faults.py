@@ -29,6 +29,7 @@ from lora.finetune import FinetuneJob, finetune
 from lora.runs.directory import create_run
 from lora.runs.disk import read_rows
 from lora.runs.progress import NoProgress
+from lora.runs.record import MetricsRow
 from lora.training.checkpoint import list_checkpoints
 from lora.training.losses import loss_for
 
@@ -221,17 +222,17 @@ def test_rows_wait_in_memory_while_they_cannot_be_written(
     told: list[str] = []
     with create_run(tmp_path, "run") as run:
         run.on_trouble = told.append
-        run.append_metrics({"step": 1})
+        run.append_metrics(MetricsRow(1))
         away = run.folder.rename(tmp_path / "away")
-        run.append_metrics({"step": 2})
-        run.append_metrics({"step": 3})
+        run.append_metrics(MetricsRow(2))
+        run.append_metrics(MetricsRow(3))
         assert len(told) == 1
-        assert "vanished" in told[0]
-        with pytest.raises(CheckpointError, match="vanished"):
+        assert "no longer exists" in told[0]
+        with pytest.raises(CheckpointError, match="no longer exists"):
             run.sync()
         away.rename(run.folder)
-        run.append_metrics({"step": 4})
-        assert [row["step"] for row in run.read_metrics()] == [1, 2, 3, 4]
+        run.append_metrics(MetricsRow(4))
+        assert [row.step for row in run.read_metrics()] == [1, 2, 3, 4]
 
 
 def test_a_vanished_folder_is_told_and_the_adapter_is_saved_all_the_same(

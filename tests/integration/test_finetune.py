@@ -284,7 +284,7 @@ def test_a_transformers_model_goes_through_the_same_trainer(
                 choice=choose_device("cpu"),
             )
         )
-        first = next(row["eval_loss"] for row in run.read_metrics() if "eval_loss" in row)
+        first = next(row.eval_loss for row in run.read_metrics() if row.eval_loss is not None)
     assert result.eval_loss < first - 0.1
 
 

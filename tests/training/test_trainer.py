@@ -360,4 +360,4 @@ def test_a_run_names_the_step_that_was_not_finite(tmp_path: Path) -> None:
         )
         with pytest.raises(TrainingError, match="Step 3 of 5"):
             train(job)
-        assert [row["step"] for row in run.read_metrics()] == [1, 2]
+        assert [row.step for row in run.read_metrics()] == [1, 2]
