@@ -80,7 +80,7 @@ class LoRALayer(nn.Module):
         return (self.lora_B.to(wide) @ self.lora_A.to(wide)) * self.scaling
 
     def merge(self) -> nn.Module:
-        """Return the plain layer with LoRA added into a new weight; this layer stays as it is."""
+        """Return the plain layer with LoRA merged into a new weight; this layer is not changed."""
         raise NotImplementedError
 
     def unwrap(self) -> nn.Module:
@@ -134,7 +134,7 @@ class LoRALinear(LoRALayer):
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
-        """Return an nn.Linear with weight W + scaling · B A; this layer stays as it is."""
+        """Return an nn.Linear with weight W + scaling · B A; this layer is not changed."""
         merged = self.weight + self.delta_weight()  # fp32 sum, rounded once below
         return self._plain(nn.Parameter(merged.to(self.weight.dtype), requires_grad=False))
 

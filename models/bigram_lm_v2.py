@@ -39,8 +39,8 @@ class BigramSizes:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        whole = {k: v for k, v in asdict(self).items() if k != "dropout"}
-        faults = [f"{k}={v!r}: allowed is an int ≥ 1" for k, v in whole.items() if v < 1]
+        integers = {k: v for k, v in asdict(self).items() if k != "dropout"}
+        faults = [f"{k}={v!r}: allowed is an int ≥ 1" for k, v in integers.items() if v < 1]
         if not faults and self.n_embd % self.n_head:
             faults.append(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         if not 0 <= self.dropout < 1:

@@ -1,4 +1,4 @@
-"""LoRA on one linear: the formula, the start, what trains, what is refused."""
+"""LoRA on one linear: the formula, the initial values, what trains, what is refused."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""LoRA on a whole model: applied, removed, merged, saved and loaded in PEFT's file format."""
+"""Apply LoRA to a model, remove it, merge it, and save and load adapters in PEFT's format."""

@@ -19,7 +19,7 @@ from lora.layers.vocabulary import resize_vocabulary
 def add_tokens_to_lora(
     model: Decoder, tokenizer: TextTokenizer, tokens: Sequence[str]
 ) -> str | None:
-    """Changes `model`, which has LoRA, in place: the embedding rows of `tokens` train beside it.
+    """Changes `model`, which has LoRA, in place: the embedding rows of `tokens` train too.
 
     `tokenizer` has the tokens already. Returns a sentence for the log, or None without tokens.
     Raises ConfigError if the adapter on `model` trains tokens already, but not all of these.

@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 
 def save_adapter(model: nn.Module, folder: Path | str, *, base_name: str | None = None) -> None:
-    """Write the adapter on `model`: A and B, fully trained modules, and trained token rows.
+    """Write the adapter on `model`: A and B, fully trained modules, and trained embedding rows.
 
     Both files are complete on disk before they replace a former adapter's, so a failed save leaves
     that as it was. `base_name` is the base that PEFT should load.

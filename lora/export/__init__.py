@@ -1,1 +1,1 @@
-"""Models and adapters written for other programs: GGUF for llama.cpp, checks for vLLM."""
+"""Export for other programs: models as GGUF for llama.cpp, adapters checked for vLLM."""

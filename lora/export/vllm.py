@@ -38,7 +38,7 @@ _VLLM_REFUSES = {
     "use_qalora": "QA-LoRA is not supported. Merge the adapter into the model and serve that",
     "lora_bias": "biases of B are not supported. Train with lora_bias=false",
     "alora_invocation_tokens": "activated LoRA is not supported. Train a plain adapter",
-    "layer_replication": "repeated blocks are not supported. Save the repeated model whole",
+    "layer_replication": "repeated blocks are not supported. Save the full model with them",
     "trainable_token_indices": "trained tokens need a server started for them. Merge the adapter",
 }
 
@@ -99,16 +99,16 @@ def _rank_faults(described: dict[str, Any]) -> list[str]:
 
 
 def _tensor_faults(names: list[str], saved: list[str]) -> list[str]:
-    modules, odd = set(), []
+    modules, unknown = set(), []
     for name in names:
         found = _VLLM_TENSOR.fullmatch(name)
         if found is not None:
             modules.add(found["module"].rpartition(".")[2])
         elif _TRAINED_TOKENS not in name and not any(f".{module}." in name for module in saved):
-            odd.append(name)
+            unknown.append(name)
     faults = []
-    if odd:
-        shown = f"{', '.join(odd[:3])}{' …' if len(odd) > 3 else ''}"
+    if unknown:
+        shown = f"{', '.join(unknown[:3])}{' …' if len(unknown) > 3 else ''}"
         faults.append(f"{shown}: only lora_A and lora_B are read. Save the adapter without them.")
     tables = sorted(modules & _VLLM_TABLES)
     if tables:

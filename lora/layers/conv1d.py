@@ -41,7 +41,7 @@ class LoRAConv1D(LoRALayer):
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """Return a Conv1D with weight W + (scaling · B A)ᵀ; this layer stays as it is."""
+        """Return a Conv1D with weight W + (scaling · B A)ᵀ; this layer is not changed."""
         merged = self.weight + self.delta_weight().T  # (I, O)
         return self._plain(nn.Parameter(merged.to(self.weight.dtype), requires_grad=False))
 

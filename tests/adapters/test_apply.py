@@ -1,4 +1,4 @@
-"""A whole model adapted: which layers, what trains, what is left as it was."""
+"""Applying LoRA to a model: which layers, what trains, what stays unchanged."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 
 class Toy(nn.Module):
-    """A plain module: it does not say which linear is its head."""
+    """A plain module, without get_output_embeddings."""
 
     def __init__(self, n_blocks: int = 3, width: int = 8, vocab: int = 11) -> None:
         super().__init__()
@@ -253,7 +253,7 @@ def test_a_disabled_adapter_computes_as_the_base_to_the_bit(
     assert not torch.equal(adapted, before)
 
 
-def test_an_adapter_comes_back_after_an_error_while_it_was_disabled(toy: nn.Module) -> None:
+def test_an_error_while_disabled_restores_the_adapter(toy: nn.Module) -> None:
     apply_lora(toy, LoRAConfig(rank=2))
     names = names_of(toy)
     with pytest.raises(IndexError), disabled_adapter(toy):

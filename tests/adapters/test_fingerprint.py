@@ -1,4 +1,4 @@
-"""One base, one fingerprint, whatever was done to it; another base, another one."""
+"""A base keeps its fingerprint under LoRA, dtypes and devices; another base has another one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merging keeps the answers, or is refused and leaves the model adapted."""
+"""Merging keeps the logits, or is refused and leaves the model adapted."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_an_adapted_tied_head_gets_a_weight_of_its_own_and_is_saved(
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "llama-untied"])
-def test_what_trained_whole_stays_as_trained(
+def test_fully_trained_modules_stay_as_trained(
     name: str, adapted: Callable[..., nn.Module], token_ids: Tensor, tmp_path: Path
 ) -> None:
     model = adapted(name, modules_to_save=("embed_tokens", "model.norm"))

@@ -1,4 +1,4 @@
-"""PEFT's rules by which names match, followed to the letter: PEFT itself is the reference."""
+"""PEFT's rules for matching names, with PEFT itself as the reference."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_patterns_are_read_as_peft_reads_them(pattern: dict[str, int]) -> None:
         assert ours.alpha_of(name) == (8 if value is None else value)
 
 
-def test_whole_modules_are_found_by_any_ending() -> None:
+def test_modules_to_save_are_found_by_any_ending() -> None:
     ours = parsed(modules_to_save=["tokens", "lm_head"])  # PEFT asks for no dot before it
     assert [name for name in NAMES if ours.saves(name)] == ["lm_head", "model.embed_tokens"]
 
@@ -190,7 +190,7 @@ def test_names_that_are_endings_of_others_are_written_as_a_pattern() -> None:
     assert "'q' is the ending of another module's name, 'inner.q'" in faults
 
 
-def test_ranks_of_names_that_are_endings_of_others_are_told_apart() -> None:
+def test_ranks_of_names_that_are_endings_of_others_stay_distinct() -> None:
     model = nn.ModuleDict({"q": nn.Linear(4, 4), "inner": nn.ModuleDict({"q": nn.Linear(4, 4)})})
     apply_lora(model, LoRAConfig(rank=2, rank_pattern={"inner.q": 3, "q": 1}))
     assert {name: layer.rank for name, layer in lora_layers(model).items()} == {

@@ -1,4 +1,4 @@
-"""The two files of an adapter: read with suspicion, written together or not at all."""
+"""The two files of an adapter: read as untrusted input, written together or not at all."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_failed_save_leaves_the_former_adapter(
     assert contents(folder) == before
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"Cannot write .*file"):
         write_adapter_files(tmp_path / "file", DESCRIBED, TENSORS, METADATA)
@@ -113,7 +113,7 @@ def test_a_folder_that_is_not_there_names_the_nearest(folder: Path) -> None:
         read_adapter_files(folder / "not" / "there")
 
 
-def test_a_folder_without_an_adapter_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"it has no adapter_config.json"):
         read_adapter_files(tmp_path)
 
@@ -129,7 +129,7 @@ def test_a_folder_without_an_adapter_is_told(tmp_path: Path) -> None:
         (b"null", "holds a NoneType"),
     ],
 )
-def test_a_broken_description_is_told(content: bytes, words: str, folder: Path) -> None:
+def test_a_broken_config_is_refused(content: bytes, words: str, folder: Path) -> None:
     (folder / CONFIG_FILE).write_bytes(content)
     with pytest.raises(AdapterError, match=words) as caught:
         read_adapter_files(folder)

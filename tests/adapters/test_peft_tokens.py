@@ -1,4 +1,4 @@
-"""Trained rows of tokens go to PEFT and come back with equal logits."""
+"""Trainable tokens in PEFT's format: either side loads what the other saves, with equal logits."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def base(tiny_model: Build, tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.fixture
 def folder(base: Callable[[str], Path], fill_random: Fill, tmp_path: Path) -> Path:
-    """An adapter with rows for a tied Llama, whose base lies beside it."""
+    """An adapter with trained tokens for a tied Llama, in the folder beside its base."""
     save_adapter(adapted(base("llama-tied"), fill_random), tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -148,7 +148,7 @@ def test_we_load_what_peft_saves(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_it_comes_back_to_the_byte(
+def test_save_load_save_gives_the_same_bytes(
     layout: str, base: Callable[[str], Path], fill_random: Fill, tmp_path: Path
 ) -> None:
     model = adapted(base(layout), fill_random)
@@ -203,7 +203,7 @@ def test_an_adapted_model_is_filled_again(folder: Path, fill_random: Fill) -> No
         ({"modules_to_save": ["embed_tokens"]}, "is also a target or in modules_to_save"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_the_model_left_alone(
+def test_what_does_not_fit_is_refused_and_the_model_unchanged(
     folder: Path, fields: dict[str, Any], words: str
 ) -> None:
     edit(folder, **fields)
@@ -226,7 +226,7 @@ def test_faults_of_the_tensors_are_gathered(folder: Path) -> None:
         load_adapter(load_decoder(folder.parent / "llama-tied"), folder)
 
 
-def test_other_rows_than_the_models_are_refused(folder: Path, fill_random: Fill) -> None:
+def test_other_tokens_than_the_models_are_refused(folder: Path, fill_random: Fill) -> None:
     model = adapted(folder.parent / "llama-tied", fill_random, [3])
     with pytest.raises(
         AdapterError, match=r"trainable tokens of lm_head: \[7, 64, 65\] in the file"

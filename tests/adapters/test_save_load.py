@@ -1,4 +1,4 @@
-"""Adapters go to PEFT and come back with equal logits; what does not fit is refused whole."""
+"""Adapters in PEFT's format: either side loads the other's; misfits are refused."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         (("gpt2-tied",), "embedding", {"modules_to_save": ("wte", "wpe", "ln_f")}),
         (
             ("llama-tied", "llama-untied"),
-            "embedding and head trained whole",
+            "embedding and head fully trained",
             {"modules_to_save": ("embed_tokens", "lm_head", "model.norm")},
         ),
         (
@@ -68,7 +68,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture
 def adapted(tiny_model: Build, fill_random: Fill) -> Callable[..., nn.Module]:
-    """Return a function: name and settings → an adapted model, all that trains random."""
+    """Return a function: name and settings → an adapted model, its trainable tensors random."""
 
     def build(name: str = "llama-tied", **options: Any) -> nn.Module:
         model = apply_lora(tiny_model(name), LoRAConfig(**{"rank": 4} | options))
@@ -79,7 +79,7 @@ def adapted(tiny_model: Build, fill_random: Fill) -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def folder(adapted: Callable[..., nn.Module], tmp_path: Path) -> Path:
-    """An adapter of q_proj and of a whole embedding."""
+    """An adapter of q_proj with a fully trained embedding."""
     save_adapter(adapted(targets="q_proj", modules_to_save=("embed_tokens",)), tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -115,7 +115,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) ->
 
 
 def state_of(model: nn.Module) -> tuple[Any, ...]:
-    """All that a failed load must leave alone."""
+    """Everything that a failed load must not change."""
     return (
         [(name, id(module), module.training) for name, module in model.named_modules()],
         [(n, id(p), p.requires_grad, p.sum().item()) for n, p in model.named_parameters()],
@@ -331,7 +331,7 @@ def test_values_that_are_not_finite_are_not_saved(
     assert (folder / TENSORS).read_bytes() == before
 
 
-def test_a_place_that_cannot_be_written_is_told(
+def test_a_folder_that_cannot_be_written_is_refused(
     adapted: Callable[..., nn.Module], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")

@@ -1,4 +1,4 @@
-"""Adapter folders of strangers: refused in words, and the model stays as it was."""
+"""Untrusted adapter folders: refused with a message, and the model is unchanged."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_pattern_that_would_take_for_ever_is_refused(
 def test_names_in_an_adapter_never_become_paths(
     name: str, valid: Path, try_folder: Callable[..., None], tmp_path: Path
 ) -> None:
-    """The base that an adapter names is a word for messages; modules are looked up, not opened."""
+    """The base's name only appears in messages; modules are looked up, never opened as files."""
     outside = tmp_path.parent / "x"
     outside.mkdir(exist_ok=True)
     before = sorted(tmp_path.parent.rglob("*"))

@@ -1,4 +1,4 @@
-"""Rows of the token tables train, everything else in them keeps its bytes."""
+"""Trainable tokens: their rows train, the rest of the tables keeps its bytes."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def test_the_fast_step_is_not_taken(fill_random: Fill) -> None:
     assert _of_training(with_rows(fill_random, tied=True)) == "token rows train"
 
 
-def test_what_cannot_be_is_refused_and_the_model_left_alone(fill_random: Fill) -> None:
+def test_what_cannot_train_is_refused_and_the_model_unchanged(fill_random: Fill) -> None:
     def adapted(**options: Any) -> Decoder:
         model = tiny(fill_random, tied=False)
         apply_lora(model, LoRAConfig(rank=2, **options))

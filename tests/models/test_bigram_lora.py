@@ -1,4 +1,4 @@
-"""The adapted character model: the same at first, only what should train trains, merges."""
+"""The adapted character model: equal to the base at first, trains only LoRA, merges."""
 
 from __future__ import annotations
 
