@@ -60,8 +60,8 @@ def merge_lora(
     The logits on `sample_inputs` (token ids, (B, T)) are compared before and after; `forward`
     returns them, by default `model(sample_inputs)`. Weights are summed in fp32 and rounded once,
     into new tensors: for a moment both versions are in memory. Fully trained modules stay as they
-    are, trained embedding rows are written into the embedding and the head. A tied head whose weight
-    is no longer the embedding's is untied in the model's config too, so that it is saved.
+    are; trained embedding rows are written into the embedding and the head. A tied head whose
+    weight is no longer the embedding's is untied in the model's config too, so that it is saved.
 
     Raises AdapterError if the logits differ by more than `tolerance` (by default TOLERANCES of the
     weights' dtype) or a merged weight is not finite; `model` is then adapted as before.
