@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
 from lora.config import LoRAConfig, RunConfig, TrainConfig
 from lora.data.prepare import PreparedData
+from lora.data.record import describe_data
 from lora.data.task import Task
 from lora.device import DeviceChoice
 from lora.errors import CheckpointError, ConfigError, gather
 from lora.pretrained.sources import ModelSource
 from lora.runs.read_record import read_run_record
-from lora.runs.record import SweepSettings
+from lora.runs.record import RUN_FILE, RunRecord, SweepSettings
 from lora.sweep.grid import Candidate, Grid
 
 
@@ -71,7 +70,7 @@ def sweep_settings(job: SweepJob) -> SweepSettings:
 def check_same_sweep(job: SweepJob) -> None:
     """Raise CheckpointError if another sweep is to be resumed as this one."""
     folder = job.run.out / str(job.run.name)
-    if not job.resume or not (folder / "run.json").is_file():
+    if not job.resume or not (folder / RUN_FILE).is_file():
         return
     saved, now = read_run_record(folder).sweep, asdict(sweep_settings(job))
     if saved is None:
@@ -91,32 +90,34 @@ def check_same_sweep(job: SweepJob) -> None:
 
 def describe_job(
     job: SweepJob, source: ModelSource, data: PreparedData, choice: DeviceChoice, at_once: int
-) -> dict[str, Any]:
-    """Return what `run.json` says of the sweep."""
-    named = job.data if isinstance(job.data, Path | str) else "rows given in Python"
+) -> RunRecord:
+    """Return the record of the sweep, without its base; the grid's settings are in `sweep` alone."""
     settings = sweep_settings(job)
-    assert data.validation is not None
-    return {
-        "model": source.name,
-        "model_source": job.model,
-        "device": choice.reason,
-        "threads": torch.get_num_threads(),
-        "sweep": asdict(settings),
-        "at_once": at_once,
-        "data": {
-            "source": str(named),
-            "eval_source": None if job.eval_data is None else str(job.eval_data)[:200],
-            "examples": len(data.train_examples),
-            "held_out_examples": len(data.validation_examples),
-            "rows": len(data.train),
-            "learned_tokens": data.train.n_target_tokens,
-            "chat_template": data.template_origin,
-            "now": data.now.isoformat(),
-            "fingerprint": data.train.fingerprint(),
-            "held_out_fingerprint": data.validation.fingerprint(),
-        },
-        "lora": {k: v for k, v in asdict(job.lora).items() if k not in settings.grid},
-        "train": {k: v for k, v in asdict(job.train).items() if k not in settings.grid},
-        "data_config": asdict(job.data_config),
-        "run": asdict(job.run),
-    }
+    return RunRecord(
+        kind="sweep",
+        model=source.name,
+        model_source=job.model,
+        device=choice.reason,
+        threads=torch.get_num_threads(),
+        deterministic=job.deterministic or None,
+        at_once=at_once,
+        lora={k: v for k, v in asdict(job.lora).items() if k not in settings.grid},
+        train={k: v for k, v in asdict(job.train).items() if k not in settings.grid},
+        data_config=asdict(job.data_config),
+        run=asdict(job.run),
+        sweep=settings,
+        data=describe_data(data, job.data, job.eval_data),
+    )
+
+
+def describe_candidate(sweep: RunRecord, candidate: Candidate) -> RunRecord:
+    """Return the record of one candidate of a sweep."""
+    return replace(
+        sweep,
+        kind="candidate",
+        method="lora",
+        learning_rate=candidate.rate,
+        lora=asdict(candidate.lora),
+        train=asdict(candidate.train),
+        sweep=None,
+    )

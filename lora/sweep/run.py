@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora.adapters.fingerprint import base_fingerprint
@@ -112,18 +112,17 @@ def sweep(
     model.requires_grad_(False)
     saved = read_saved_record(job, candidates)
     at_once, memory_plan = choose_stack_size(job, model, candidates, data, choice, progress, saved)
-    described = describe_job(job, source, data, choice, at_once)
-    described["base_fingerprint"] = base_fingerprint(model)
-    described["base_parameters"] = sum(p.numel() for p in model.parameters())
+    described = replace(
+        describe_job(job, source, data, choice, at_once),
+        base_fingerprint=base_fingerprint(model),
+        base_parameters=sum(p.numel() for p in model.parameters()),
+    )
     name = job.run.name or default_name(source.name)
     if job.deterministic:
-        described["deterministic"] = True
-        progress.message(
-            "deterministic: torch's algorithms that repeat to the bit, and the plain step"
-        )
+        progress.message("deterministic: PyTorch's deterministic algorithms, and the plain step")
     with (
         deterministic_algorithms() if job.deterministic else nullcontext(),
-        create_run(job.run.out, name, resume=job.resume, described=described) as run,
+        create_run(job.run.out, name, resume=job.resume, record=described) as run,
     ):
         run.on_trouble = progress.message
         if run.note:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lora.data.prepare import PreparedData, prepare_data
 from lora.data.sequences.batches import ordered_batches
@@ -14,6 +13,7 @@ from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
 from lora.errors import CheckpointError, DataError
 from lora.runs.directory import Run, read_start_time
+from lora.runs.read_record import read_run_record
 from lora.runs.sweep_record import (
     SWEEP_FILE,
     CandidateState,
@@ -25,7 +25,7 @@ from lora.sweep.capacity import plan_stack_memory
 from lora.sweep.context import SweepContext, candidate_run
 from lora.sweep.grid import Candidate
 from lora.sweep.halving import find_rungs
-from lora.sweep.job import SweepJob, takes_fast
+from lora.sweep.job import SweepJob, describe_candidate, takes_fast
 from lora.sweep.progress import SweepProgress
 from lora.training.losses import decoder_loss
 from lora.training.plain_step import evaluate
@@ -153,10 +153,9 @@ def open_record(
         at_once=at_once,
         base_eval_loss=loss,
     )
-    described = context.run.read_json("run.json")
+    sweep = read_run_record(context.run.folder)
     for candidate in context.candidates:
-        own: dict[str, Any] = {"learning_rate": candidate.rate, "sweep": None}
-        own |= {"lora": asdict(candidate.lora), "train": asdict(candidate.train)}
-        candidate_run(context.run, candidate).write_json("run.json", {**described, **own})
+        own = candidate_run(context.run, candidate)
+        own.write_run_record(describe_candidate(sweep, candidate))
     write_sweep_record(context.run, record)
     return record
