@@ -91,7 +91,7 @@ def check_same_sweep(job: SweepJob) -> None:
 def describe_job(
     job: SweepJob, source: ModelSource, data: PreparedData, choice: DeviceChoice, at_once: int
 ) -> RunRecord:
-    """Return the record of the sweep, without its base; the grid's settings are in `sweep` alone."""
+    """Return the sweep's record, without its base; the grid's settings are in `sweep` alone."""
     settings = sweep_settings(job)
     return RunRecord(
         kind="sweep",
