@@ -1,9 +1,9 @@
-"""A captured step of any causal model: autograd's forward and backward in one CUDA graph.
+"""The captured step of any causal model: autograd's forward and backward in one CUDA graph.
 
-For models that the hand-written step does not know: transformers' models, and our own decoders of
-other families. What differs from the textbook: no host between the kernels of a step; what trains
-lies in one flat buffer, so that AdamW is one kernel; blocks go through torch.compile while the
-graph is captured and are left as they were. The model's own code is not touched.
+For models that the hand-written step cannot train: transformers' models, and our own decoders of
+other families. What differs from the textbook: the host launches no kernel within a step; what
+trains lies in one flat buffer, so that AdamW is one kernel; blocks go through torch.compile while
+the graph is captured and are left as they were. The model's own code is not touched.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from lora.training.checkpoint import OptimizerState
 from lora.training.optim import parameter_groups
 
 Forward = Callable[[nn.Module, Batch, bool], Tensor]
-"""(model, batch, needs a mask) -> logits (B, T, V), without the host looking at the batch."""
+"""(model, batch, needs a mask) -> logits (B, T, V), without reading a value on the host."""
 
 
 class CapturedStep:
-    """Trains `model` on batches of one shape.
+    """Trains `model` on batches of one shape: autograd, captured, and one AdamW kernel.
 
     Args:
         model: any causal model that `forward` can call; what trains becomes views of one buffer.
-        forward: the model's logits.
-        ops: the update's kernel.
-        choice: the device, and the type of products.
+        forward: returns the model's logits.
+        ops: has the AdamW kernel.
+        choice: the device, and the compute dtype.
         weight_decay: of matrices.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
         compiles: send the repeated blocks and the loss through torch.compile.
@@ -66,21 +66,24 @@ class CapturedStep:
         )
         self.report = self.update.report
         self.graphs = Graphs(self.device, self.update.is_live)
+        # In one kernel the logits of a large vocabulary are read and written fewer times.
         self.loss = torch.compile(summed_loss, dynamic=False) if compiles else summed_loss
         self.batch: Batch | None = None
 
-    def launch(self, batches: Sequence[Batch], rate: float, number: int = 1) -> None:
-        """Train a step on the micro-batches; `report` says afterwards what came of it.
+    def launch(self, batches: Sequence[Batch], learning_rate: float, number: int = 1) -> None:
+        """Train a step on the micro-batches; its outcome is in `report` when it is done.
 
         All batches of a run have one shape (B, T). On a GPU this returns before the step is done.
         """
-        self.update.set_learning_rate(rate)
-        for place, batch in enumerate(batches):
-            packed = self._put(batch)
+        # Into a tensor: a graph replays the values of Python's numbers at its capture.
+        self.update.set_learning_rate(learning_rate)
+        for index, batch in enumerate(batches):
+            packed = self._copy_in(batch)
             if len(batches) == 1:
+                # With one micro-batch the update is in the same graph: one launch a step.
                 self._run(("step", packed), partial(self._whole, packed))
             else:
-                first = place == 0
+                first = index == 0
                 self._run(("micro", first, packed), partial(self._micro, packed, first=first))
         if len(batches) > 1:
             self.graphs.run(("update",), self._update)
@@ -93,11 +96,13 @@ class CapturedStep:
         """Changes AdamW's state in place, after the model's parameters were restored."""
         self.update.load_optimizer_state(self.model, saved)
 
-    def _put(self, batch: Batch) -> bool:
+    def _copy_in(self, batch: Batch) -> bool:
         """Copy `batch` to where the graphs read it; return whether its documents need a mask."""
         if self.batch is None or self.batch.input_ids.shape != batch.input_ids.shape:
+            # Graphs hold the addresses of the tensors that are replaced here.
             self.graphs.clear()
             fields = batch.input_ids, batch.labels, batch.position_ids, batch.document_ids
+            # Copied even on a CPU, where `to` alone would write the next batch over the caller's.
             self.batch = Batch(*(x.to(self.device, copy=True) for x in fields))
         fixed = self.batch
         for target, source in (
@@ -106,11 +111,14 @@ class CapturedStep:
             (fixed.position_ids, batch.position_ids),
             (fixed.document_ids, batch.document_ids),
         ):
+            # From pageable memory the copy would make the host wait.
             staged = source.pin_memory() if self.device.type == "cuda" else source
             target.copy_(staged, non_blocking=True)
         return needs_mask(batch)
 
     def _run(self, key: tuple[Any, ...], function: Callable[[], None]) -> None:
+        # A replay runs no Python: what changes the model's modules is needed for captures only,
+        # and outside of them the model is the user's own, for evaluations and saving.
         with ExitStack() as entered:
             if not self.graphs.has(key):
                 if self.unmasked:
@@ -129,7 +137,9 @@ class CapturedStep:
         if first:
             self.flat.gradients.zero_()
         for slot, parameter in zip(self.flat.slots, trained(self.model), strict=True):
-            parameter.grad = slot.gradients  # autograd adds in place
+            # Autograd adds to a gradient that is there in place, and so into the flat buffer. Set
+            # each time, because whoever calls zero_grad in between sets it to None.
+            parameter.grad = slot.gradients
         with self.choice.autocast():
             logits = self.forward(self.model, fixed, packed)  # (B, T, V)
             loss_sum = self.loss(logits, fixed.labels)
@@ -155,6 +165,8 @@ def flatten_trained(model: nn.Module, device: torch.device) -> FlatParameters:
     """
     parameters = trained(model)
     wide = torch.float64 if all(p.dtype == torch.float64 for p in parameters) else torch.float32
+    # Values in fp32 whatever the model's dtype: AdamW's small steps are lost in bf16.
+    # Any decay above 0 tells matrices from norms, biases and embeddings; the value is the update's.
     decaying = {
         id(p) for group in parameter_groups(model, 1.0) if group["weight_decay"] > 0
         for p in group["params"]
@@ -169,9 +181,10 @@ def flatten_trained(model: nn.Module, device: torch.device) -> FlatParameters:
 
 
 def needs_mask(batch: Batch) -> bool:
-    """Whether tokens of `batch` may see tokens that causal order alone does not keep from them.
+    """Whether `batch` needs more than a causal mask: several documents, or padding in front.
 
-    Padding at the end of a row of one document needs none: nothing learned looks that way.
+    Padding at the end needs none: no learned token attends to it. The batch is read on the host,
+    where it still is.
     """
     documents = batch.document_ids
     before, after = documents[:, :-1], documents[:, 1:]
@@ -179,14 +192,14 @@ def needs_mask(batch: Batch) -> bool:
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy () of logits (B, T, V), summed over what `labels` (B, T) learn."""
-    wide = logits.flatten(0, 1)
+    """Return the cross-entropy () of logits (B, T, V), summed over the learned `labels` (B, T)."""
+    wide = logits.flatten(0, 1)  # (B·T, V)
     wide = wide.to(torch.promote_types(wide.dtype, torch.float32))
     return F.cross_entropy(wide, labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def decoder_logits(model: nn.Module, batch: Batch, packed: bool) -> Tensor:
-    """Of our decoders: packed rows through a mask."""
+    """Return the logits (B, T, V) of one of our decoders; packed documents through a mask."""
     documents = batch.document_ids if packed else None
     logits: Tensor = model(batch.input_ids, position_ids=batch.position_ids, document_ids=documents)
     return logits
@@ -194,18 +207,19 @@ def decoder_logits(model: nn.Module, batch: Batch, packed: bool) -> Tensor:
 
 @contextmanager
 def compiled_blocks(model: nn.Module) -> Iterator[None]:
-    """Within the block the blocks of `model` go through torch.compile; then they are as before.
+    """Inside the context the blocks of `model` go through torch.compile; then they are as before.
 
-    Blocks are the modules of its longest list of one type. They share one compilation.
+    Blocks are the modules of its longest ModuleList of one type. They share one compilation.
     """
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
     alike = [m for m in lists if len({type(block) for block in m}) == 1]
     blocks = max(alike, key=len, default=nn.ModuleList())
     plain = list(blocks)
-    for place, block in enumerate(plain):
-        blocks[place] = torch.compile(block, dynamic=False)  # type: ignore[assignment]
+    for index, block in enumerate(plain):
+        # Not the whole model: one block compiles in a fraction of the time and is used for all.
+        blocks[index] = torch.compile(block, dynamic=False)  # type: ignore[assignment]
     try:
         yield
     finally:
-        for place, block in enumerate(plain):
-            blocks[place] = block
+        for index, block in enumerate(plain):
+            blocks[index] = block

@@ -102,6 +102,7 @@ class DeviceStepRunner:
         report, event = self._step.report.clone(), None
         if self.is_cuda:
             report = report.to("cpu", non_blocking=True)
+            # An event rather than a synchronisation: the host may launch the next step meanwhile.
             event = torch.cuda.Event()
             event.record()
         self._launched.append(_Launched(step, learning_rate, micro_batches, report, event))
@@ -109,6 +110,7 @@ class DeviceStepRunner:
     def finished(self, *, wait: bool) -> list[StepOutcome]:
         """Return the steps that are done, all but the newest unless `wait`."""
         outcomes = []
+        # On a CPU a step is done when it is launched, and nothing is gained by reading it late.
         while len(self._launched) > (0 if wait or not self.is_cuda else READ_LATE_STEPS):
             outcomes.append(self._read(self._launched.popleft()))
         return outcomes
@@ -144,6 +146,8 @@ class DeviceStepRunner:
 
     def _explain(self, launched: _Launched, loss: float, norm: float) -> StepOutcome:
         """Return the outcome of a step that was not taken: its batches are run again, watched."""
+        # The graphs keep no module's output, so autograd's forward is run, with hooks. Batches of
+        # other kinds (the character model's pairs) are on the device already.
         device = self.choice.device
         batches = [b.to(device) if isinstance(b, Batch) else b for b in launched.micro_batches]
         found = find_nonfinite(self.model, batches, self.loss_fn, self.choice.autocast)
@@ -174,6 +178,7 @@ class FastStepRunner(DeviceStepRunner):
     ) -> None:
         self.step = FastStep(
             model,
+            # On a CPU the plain twins of the kernels: for tests, since no run chooses this there.
             TRITON if choice.device.type == "cuda" else PLAIN,
             choice.compute_dtype,
             weight_decay=config.weight_decay,
@@ -198,6 +203,7 @@ class CapturedStepRunner(DeviceStepRunner):
         self, model: nn.Module, choice: DeviceChoice, config: TrainConfig, *, compiles: bool
     ) -> None:
         is_cuda = choice.device.type == "cuda"
+        # transformers' models read values on the host to build masks, which no capture allows.
         is_ours = isinstance(model, Decoder)
         why_mask = None if is_ours else why_masked(model)
         # A mask that is only built during capture would make torch.compile start over there.
@@ -222,6 +228,7 @@ class CapturedStepRunner(DeviceStepRunner):
 
 
 def _about_fast(step: FastStep, choice: DeviceChoice) -> str:
+    # The kinds of projection that `FastNetwork` chooses between, most special first.
     width = step.model.config.hidden_size
     how = "LoRA inside the weights' matmuls"
     if trains_all_weights(step.model):

@@ -57,6 +57,7 @@ class FastStackedRunner:
         self.model, self.stacked, self.choice = model, stacked, choice
         self.loss_fn = StackedDecoderLoss(stacked)
         self.is_cuda = choice.device.type == "cuda"
+        # An attribute of its own, so that tests on a CPU can read as late as a GPU's runner.
         self.late_steps = READ_LATE_STEPS if self.is_cuda else 0
         self.step = StackedFastStep(
             model,
@@ -84,6 +85,7 @@ class FastStackedRunner:
         report, event = self.step.report.clone(), None
         if self.is_cuda:
             report = report.to("cpu", non_blocking=True)
+            # An event rather than a synchronisation: the host may launch the next step meanwhile.
             event = torch.cuda.Event()
             event.record()
         self._launched.append(_Launched(step, list(learning_rates), report, event))
@@ -101,6 +103,7 @@ class FastStackedRunner:
     def drop(self, adapter: int, reason: str) -> None:
         """Stop `adapter` for `reason`: its values stay what they are from now on."""
         self.failures[adapter] = reason
+        # A mask on the device: a graph is not captured anew, and the others keep their bits.
         self.step.update.is_alive[adapter] = False
 
     def evaluate(self, batches: Iterable[Batch]) -> list[float]:
@@ -114,6 +117,7 @@ class FastStackedRunner:
         Names are those of `lora.stacked.plain_step.PlainStackedRunner.state`: either runner goes on
         from what the other has saved.
         """
+        # Copies, because the device writes the next step over what these are views of.
         own = self.stacked.values(adapter).items()
         state = {f"value.{name}": tensor.cpu() for name, tensor in own}
         for name, (mean, square) in self._moments(adapter).items():
@@ -130,12 +134,13 @@ class FastStackedRunner:
             square.copy_(state[f"square.{name}"])
         self.stacked.stack.generators[adapter].set_state(state["dropout"].cpu())
         self.step.update.taken_steps[adapter] = step  # AdamW's bias correction counts from there
-        self.step.refresh()
+        self.step.refresh()  # merged weights are of the values before
 
     def _moments(self, adapter: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Return `adapter`'s moments by tensor, views without padding."""
         found, flat = {}, self.step.flat
         for name, layer in self.stacked.layers.items():
+            # Adapters are padded to the largest rank of the stack: a checkpoint has none of that.
             rank = layer.ranks[adapter]
             mean, square = flat.moments(layer.lora_A, adapter)
             found[f"{name}.lora_A"] = (mean[:rank], square[:rank])  # (R_k, I)

@@ -1,9 +1,9 @@
 """transformers' causal models inside a captured step, through their public interfaces alone.
 
-While a graph is captured the host cannot ask whether a mask is needed, so transformers makes one
-that nobody needs: (B, 1, T, T), and attention takes a slower kernel. Rows here are one document
-padded at the end, where causal order is mask enough; an attention function of our name, registered
-with transformers, is theirs without a mask.
+During a capture transformers cannot read on the host whether a mask is needed, so it builds one
+that is not, (B, 1, T, T), and attention takes a slower kernel. Sequences here are one document
+padded at the end, for which causal attention is enough: an attention function registered under a
+name of ours is transformers' own without a mask.
 """
 
 from __future__ import annotations
@@ -21,43 +21,47 @@ UNMASKED = "lora_unmasked_sdpa"
 
 
 def transformers_logits(model: nn.Module, batch: Batch, packed: bool) -> Tensor:
-    """Of transformers' causal models: one document a row, padded at its end -> (B, T, V).
+    """Return the logits (B, T, V) of one of transformers' causal models.
 
-    Raises DataError for rows of several documents, which would see each other.
+    Raises DataError unless each sequence is one document, padded at its end.
     """
     if packed:
         raise DataError(
-            "Rows of several documents, or padded at their beginning, were given to one of "
-            "transformers' models: there they would see each other. Set packing to false, pad at "
-            "the end, or load the model as lora's Decoder."
+            "Cannot train one of transformers' models on packed sequences or on padding in front: "
+            "their tokens would attend to each other. Allowed: one document a sequence, padded at "
+            "its end. Set packing to false, or load the model as lora's Decoder."
         )
+    # A key-value cache would be of no use, and its growth cannot be captured.
     output: Any = model(input_ids=batch.input_ids, use_cache=False)
     logits: Tensor = output.logits
     return logits
 
 
 def why_masked(model: nn.Module) -> str | None:
-    """Return why `model` needs masks of its own, or None where causal order is all it wants."""
+    """Return why `model` needs masks of its own, or None if causal attention is enough."""
+    # Models with a vision part have a config in the config, for the text alone.
     config = cast(Any, model).config.get_text_config()
     attention = config._attn_implementation
     if attention not in ("sdpa", UNMASKED):
         return f"its attention is {attention}, not sdpa"
-    told: dict[str, Any] = config.to_dict()
-    kinds = set(told.get("layer_types") or ())
+    settings: dict[str, Any] = config.to_dict()
+    kinds = set(settings.get("layer_types") or ())
     if kinds - {"full_attention"}:
-        return f"it has blocks of other attention ({', '.join(sorted(kinds))})"
-    if not kinds and told.get("sliding_window"):
+        return f"some of its blocks do not attend in full ({', '.join(sorted(kinds))})"
+    if not kinds and settings.get("sliding_window"):
         return "its attention has a window"
     return None
 
 
 @contextmanager
 def unmasked_attention(model: nn.Module) -> Iterator[None]:
-    """Within the block `model`, one of transformers', attends in causal order without a mask."""
+    """Inside the context `model`, one of transformers', attends causally without a mask tensor."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     theirs: Any = model
+    # Through the model's own method, which also sets it in the configs of sub-models.
+    # Masks are built by the name of the attention: under an unknown name transformers builds none.
     before = theirs.config._attn_implementation
     AttentionInterface.register(UNMASKED, sdpa_attention_forward)
     theirs.set_attn_implementation(UNMASKED)

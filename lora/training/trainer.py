@@ -14,6 +14,7 @@ import time
 from lora.device import peak_memory_bytes
 from lora.errors import Interrupted, TrainingError
 from lora.runs.interrupts import StopRequests
+from lora.runs.record import MetricsRow, TimingRow
 from lora.training.heap import retain_freed_memory
 from lora.training.job import (
     LoopState,
@@ -154,16 +155,23 @@ def _record(job: TrainingJob, state: LoopState, outcome: StepOutcome) -> None:
     state.n_tokens += outcome.n_tokens
     state.train_s += step_s
     (loss,), step = outcome.losses, outcome.step
-    row = {"step": step, "loss": loss, "learning_rate": outcome.learning_rates[0]}
-    row |= {"gradient_norm": outcome.gradient_norms[0], "tokens": state.n_tokens}
-    if is_spike(loss, state.recent_losses):
-        row["spike"] = True
+    spikes = is_spike(loss, state.recent_losses)
+    if spikes:
         usual = statistics.median(state.recent_losses)
-        job.progress.message(f"step {step}: the loss {loss:.4g} leaps from {usual:.4g}")
+        job.progress.message(f"step {step}: the loss jumps to {loss:.4g} from {usual:.4g}")
     state.recent_losses = [*state.recent_losses, loss][-SPIKE_WINDOW_STEPS:]
-    job.run.append_metrics(row)
+    job.run.append_metrics(
+        MetricsRow(
+            step=step,
+            loss=loss,
+            learning_rate=outcome.learning_rates[0],
+            gradient_norm=outcome.gradient_norms[0],
+            tokens=state.n_tokens,
+            spike=spikes or None,  # a row has the key only where there is one
+        )
+    )
     memory = peak_memory_bytes(job.choice.device)
-    job.run.append_timing({"step": step, "step_s": step_s, "peak_memory_bytes": memory})
+    job.run.append_timing(TimingRow(step=step, step_s=step_s, peak_memory_bytes=memory))
     job.progress.step(step, loss, state.n_tokens / state.train_s, memory)
 
 
@@ -177,7 +185,7 @@ def _skip(job: TrainingJob, state: LoopState, outcome: StepOutcome) -> None:
         message += f" {named}"
     if state.skipped_steps > allowed:
         raise TrainingError(message)
-    job.run.append_metrics({"step": step, "skipped": state.skipped_steps})
+    job.run.append_metrics(MetricsRow(step=step, skipped=state.skipped_steps))
     job.progress.message(f"{message} Skipped: {state.skipped_steps} of at most {allowed}.")
 
 
@@ -189,7 +197,8 @@ def _evaluate(job: TrainingJob, state: LoopState) -> bool:
         return False
     (state.eval_loss,) = job.steps.evaluate(itertools.chain((first,), batches))
     if not math.isfinite(state.eval_loss):
-        job.run.append_metrics({"step": state.step, "eval_not_finite": str(state.eval_loss)})
+        seen = str(state.eval_loss)
+        job.run.append_metrics(MetricsRow(step=state.step, eval_not_finite=seen))
         job.progress.message(
             f"step {state.step}: the held-out loss is {state.eval_loss}, not finite: look for "
             "damaged validation examples, or lower the learning rate"
@@ -197,7 +206,7 @@ def _evaluate(job: TrainingJob, state: LoopState) -> bool:
         state.eval_loss = math.nan
         job.on_eval(state.step)
         return False
-    job.run.append_metrics({"step": state.step, "eval_loss": state.eval_loss})
+    job.run.append_metrics(MetricsRow(step=state.step, eval_loss=state.eval_loss))
     job.progress.message(f"step {state.step}: held-out loss {state.eval_loss:.4f}")
     is_best = state.eval_loss < state.best_eval_loss
     state.best_eval_loss = min(state.best_eval_loss, state.eval_loss)

@@ -197,5 +197,5 @@ def test_reasons_against_it(tiny_decoder: Callable[..., Decoder]) -> None:
         why_not_captured(adapt(nn.Sequential(nn.Linear(8, 8))), config) or ""
     )
     beside = adapt(tiny_decoder(), modules_to_save=("embed_tokens",))
-    assert "a rate of its own" in (why_not_captured(beside, config) or "")
+    assert "a learning rate of their own" in (why_not_captured(beside, config) or "")
     assert isinstance(choose_steps(adapt(tiny_decoder()), CPU, config), PlainStepRunner)

@@ -12,7 +12,7 @@ from lora.config import LoRAConfig, TrainConfig
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.device import choose_device
-from lora.fast.choose import why_not_stacked_written
+from lora.fast.choose import why_not_stacked_hand_written
 from lora.fast.stacked_runner import FastStackedRunner, choose_stacked_runner
 from lora.stacked.apply import apply_stacked
 from lora.stacked.losses import StackedDecoderLoss, stack_batches
@@ -120,7 +120,7 @@ def test_weights_that_lie_right_are_not_moved_again(tiny_decoder: Make) -> None:
     ("settings", "why"),
     [
         ({}, None),
-        ({"dropout": 0.1}, "dropout is drawn for every candidate apart"),
+        ({"dropout": 0.1}, "each candidate draws its own dropout"),
         ({"modules_to_save": ("embed_tokens",)}, "model.embed_tokens trains beside the blocks"),
         ({"targets": ("q_proj", "lm_head")}, "lm_head trains beside the blocks"),
     ],
@@ -130,7 +130,7 @@ def test_what_it_does_not_know_is_named(
 ) -> None:
     model = tiny_decoder(tied=False)
     configs = [LoRAConfig(rank=2, init_seed=0, **settings)] * 2  # type: ignore[arg-type]
-    assert why_not_stacked_written(model, apply_stacked(model, configs, (0, 1))) == why
+    assert why_not_stacked_hand_written(model, apply_stacked(model, configs, (0, 1))) == why
 
 
 def test_a_cpu_takes_the_plain_step_without_a_word(tiny_decoder: Make) -> None:

@@ -181,7 +181,7 @@ def test_a_whole_run_says_what_it_does_and_stays_near_its_plan(
         losses[kind, fast] = sum(rows[-10:]) / 10
         if kind == "fp8":
             assert read_json(done.folder / "run.json")["base_dtype"] == "fp8"
-    assert any("frozen products in fp8" in line for line in told)
+    assert any("frozen matmuls in fp8" in line for line in told)
     print("means of the last ten losses:", losses)
     assert losses["fp8", True] == pytest.approx(losses["auto", True], rel=0.1)
     assert losses["fp8", True] == pytest.approx(losses["fp8", False], rel=0.1)
@@ -191,5 +191,5 @@ def test_older_gpus_are_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
     model = build()
     assert has_fp8_base(model)
-    assert "capability 9.0, and this has 8.6" in str(why_not_fp8(choose_device("cuda")))
+    assert "capability 9.0; this one has 8.6" in str(why_not_fp8(choose_device("cuda")))
     assert "capability 9.0" in str(why_not_fast(model, choose_device("cuda")))

@@ -20,7 +20,7 @@ from lora.decoder.decoder import Decoder, build_empty_decoder
 from lora.decoder.quantised import use_fp8_linears
 from lora.device import resident_bytes
 from lora.errors import ConfigError
-from lora.fast.choose import why_not_written
+from lora.fast.choose import why_not_hand_written
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.memory.fast_step import CUBLAS_WORKSPACE_BYTES, FastPlan, fit_memory, fit_with
 from lora.fast.memory.trace import StepMemory, trace_step
@@ -114,7 +114,7 @@ def plan_memory(inputs: PlanInputs, base_bytes: int | None = None) -> MemoryPlan
     counts = count_lora_parameters(model)
     on_gpu = inputs.device_type == "cuda"
     if on_gpu and inputs.fast and inputs.compute_dtype is torch.bfloat16:
-        if why_not_written(model) is None:
+        if why_not_hand_written(model) is None:
             return _plan_fast(inputs, model, counts)
         return _plan_traced(inputs, counts, "captured", CUBLAS_WORKSPACE_BYTES)
     if on_gpu:
