@@ -77,8 +77,9 @@ class Run:
 
     def append_metrics(self, row: MetricsRow | dict[str, Any]) -> None:
         """Append a row of reproducible values."""
-        self._append(METRICS_FILE, row)
-        self.on_metrics(row if isinstance(row, dict) else to_json(row))
+        values = row if isinstance(row, dict) else to_json(row)  # once: this is on a step's path
+        self._append(METRICS_FILE, values)
+        self.on_metrics(values)
 
     def append_timing(self, row: Any) -> None:
         """Append a row of values that differ from run to run: a TimingRow, or another record."""
