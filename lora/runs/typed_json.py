@@ -28,13 +28,13 @@ def to_json(record: Any) -> dict[str, Any]:
     """Return a record's fields as JSON values, without those that are None."""
     return {
         name: _plain(value)
-        for name, writes_null in _written_fields(type(record))
+        for name, writes_null in _written_fields(cast(Hashable, type(record)))
         if (value := getattr(record, name)) is not None or writes_null
     }
 
 
 @functools.cache
-def _written_fields(kind: type) -> tuple[tuple[str, bool], ...]:
+def _written_fields(kind: Any) -> tuple[tuple[str, bool], ...]:
     """Return each field's name, and whether it is written as null. Cached: rows come every step."""
     return tuple((f.name, "writes_null" in f.metadata) for f in dataclasses.fields(kind))
 
