@@ -38,9 +38,8 @@ def read_text(
 ) -> Text:
     """Return the run's text as tokens of the base's vocabulary, or of its own for a new base.
 
-    `on_message` hears of unknown characters.
-
-    Raises DataError for a text that cannot be used: missing, too short, too many unknowns.
+    `on_message` is called with a note on unknown characters. Raises DataError for a text that is
+    missing or has too many of them.
     """
     if data_path:
         corpus = corpus_from_file(Path(data_path))
@@ -82,7 +81,7 @@ def load_base(
 
 
 def write_sample(model: BigramLanguageModel, text: Text, device: torch.device) -> str:
-    """Return what the model writes after the text's prompt, the same draws each time."""
+    """Return the model's continuation of the text's prompt, from the same seed each time."""
     start = torch.from_numpy(text.tokenizer.encode(text.prompt))[None].to(device)
     generator = torch.Generator(device).manual_seed(1)
     tokens = model.generate(start, SAMPLE_CHARACTERS, temperature=0.8, generator=generator)
@@ -92,7 +91,7 @@ def write_sample(model: BigramLanguageModel, text: Text, device: torch.device) -
 def load_vocabulary(base_path: Path, corpus: Corpus) -> CharTokenizer:
     """Return the base's vocabulary: `vocab.json` beside its weights, or the text's own.
 
-    A bare state dict comes without one: then it is the fixed one, or the text's if the sizes fit.
+    A bare state dict has none: then it is the fixed one if its size fits, else the text's.
     """
     beside = (base_path if base_path.is_dir() else base_path.parent) / "vocab.json"
     if beside.is_file() or base_path.is_dir():

@@ -14,7 +14,7 @@ from lora.config import LoRAConfig
 from lora.data.reading.readers import read_examples
 from lora.data.tokenizers.characters import read_text_file
 from lora.errors import ConfigError, Interrupted, LoraError, TrainingError, did_you_mean, gather
-from lora.pretrained.hf_weights import read_config
+from lora.pretrained.hf_files import read_config
 from lora.pretrained.sources import find_model
 from lora.runs.directory import check_run_directory
 from lora.runs.disk import reading

@@ -80,7 +80,7 @@ def plan(
     from lora.device import available_bytes, choose_device
     from lora.fast.memory.fast_step import USABLE_MEMORY_FRACTION
     from lora.fast.memory.plan import PlanInputs, plan_memory
-    from lora.pretrained.hf_weights import read_config
+    from lora.pretrained.hf_files import read_config
     from lora.pretrained.sources import find_model
 
     _check(batch_size, micro_batches, max_length, memory_gb)

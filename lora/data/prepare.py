@@ -1,4 +1,4 @@
-"""From a path to rows: what every command that trains calls first."""
+"""Data preparation: from a path to training and validation sequences."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from lora.data.tokenizers.subword import TextTokenizer
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Rows to learn from and to evaluate on, and how they came about."""
+    """Training and validation sequences, with the examples and tokenizer that they come from."""
 
     train: TokenSequences
     validation: TokenSequences | None
-    """None if nothing is held out."""
+    """None without validation data."""
     train_encoded: EncodedExamples
     validation_encoded: EncodedExamples | None
     train_examples: list[Example]
     validation_examples: list[Example]
     tokenizer: TextTokenizer
-    """With the chat template that was used: save it with the model."""
+    """With the chat template that was used; save it with the model."""
     template_origin: str | None
-    """Where the chat template comes from, in words; None if there are no conversations."""
+    """Where the chat template comes from, for messages; None without conversations."""
     now: datetime
-    """The date that templates with a date in them told: give it again to get the same rows."""
+    """The date that chat templates printed; pass it again to get the same sequences."""
 
 
 def prepare_data(
@@ -47,20 +47,20 @@ def prepare_data(
     on_message: Callable[[str], None] = lambda message: None,
     on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> PreparedData:
-    """Return rows of `config.max_length` tokens; the same arguments give the same rows.
+    """Return sequences of `config.max_length` tokens; reproducible from the same arguments.
 
     Args:
         source: a file, a folder, or rows in memory; see `read_examples`.
         tokenizer: the model's.
-        config: how examples become rows.
-        seed: of what is held out and of the packing.
-        validation_source: what to evaluate on; None holds out a part of `source`.
-        now: the date for chat templates that tell one (Llama 3's do); None is today.
-        say: hears what was decided: what was left out, which template is used.
-        on_progress: hears the fraction that is tokenised, if that takes more than two seconds.
+        config: how examples become sequences.
+        seed: of the validation split and of the packing.
+        validation_source: validation data; None splits off a part of `source`.
+        now: the date for chat templates that print one (Llama 3's do); None is today.
+        on_message: called with what was decided: skipped files, the chat template.
+        on_progress: called with the tokenised fraction, if that takes over two seconds.
 
     Raises:
-        DataError: the data are damaged, the template refuses them, or there is nothing to learn.
+        DataError: the data are damaged, the template rejects them, or no token is a target.
         DependencyError: a file's format needs a package that is not installed.
     """
     if config.special_tokens:
@@ -73,26 +73,24 @@ def prepare_data(
             read_examples(source, on_message),
             read_examples(validation_source, on_message),
         )
-        _tell_shared(train, validation, on_message)
+        _report_overlap(train, validation, on_message)
     origin, now = None, now or datetime.now()
     if any(example.messages is not None for example in train + validation):
         tokenizer, origin = choose_template(tokenizer, config.chat_template)
-        on_message(f"conversations are written in {origin}")
+        on_message(f"conversations are formatted with {origin}")
     encoded = encode_examples(train, tokenizer, config, on_progress, now=now)
     check_has_targets(encoded, config.learn_on)
     validation_encoded = None
     if validation:
         validation_encoded = encode_examples(validation, tokenizer, config, now=now)
     if validation_encoded is not None and not len(validation_encoded.documents):
-        on_message(
-            "nothing is left to evaluate on: none of the held-out examples has a token to learn"
-        )
+        on_message("no validation: none of the validation examples has a target token")
         validation_encoded = None
     validation_sequences = None
     if validation_encoded is not None:
-        validation_sequences = _rows(validation_encoded, tokenizer, config, seed)
+        validation_sequences = _build(validation_encoded, tokenizer, config, seed)
     return PreparedData(
-        train=_rows(encoded, tokenizer, config, seed),
+        train=_build(encoded, tokenizer, config, seed),
         validation=validation_sequences,
         train_encoded=encoded,
         validation_encoded=validation_encoded,
@@ -104,19 +102,19 @@ def prepare_data(
     )
 
 
-def _tell_shared(
+def _report_overlap(
     train: list[Example], validation: list[Example], on_message: Callable[[str], None]
 ) -> None:
-    learned = {example.content_key() for example in train}
-    n_shared = sum(example.content_key() in learned for example in validation)
+    trained = {example.content_key() for example in train}
+    n_shared = sum(example.content_key() in trained for example in validation)
     if n_shared:
         on_message(
-            f"note: {n_shared} of {len(validation)} examples to evaluate on are also learned from: "
-            "their loss says nothing of new ones"
+            f"note: {n_shared} of {len(validation)} validation examples are also training "
+            "examples: their loss does not measure generalisation"
         )
 
 
-def _rows(
+def _build(
     encoded: EncodedExamples, tokenizer: TextTokenizer, config: DataConfig, seed: int
 ) -> TokenSequences:
     ids = (tokenizer.pad_id, tokenizer.eos_id, 0)

@@ -14,7 +14,7 @@ from lora.errors import ConfigError
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.memory.fast_step import USABLE_MEMORY_FRACTION
 from lora.fast.memory.plan import MemoryPlan, PlanInputs, plan_memory
-from lora.pretrained.hf_weights import read_config
+from lora.pretrained.hf_files import read_config
 from lora.runs.record import MemoryResult, PlannedMemory
 from lora.training.out_of_memory import describe_parts
 

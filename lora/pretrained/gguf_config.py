@@ -1,6 +1,6 @@
-"""A GGUF file's settings as the content of a Hugging Face config.json.
+"""GGUF metadata converted to the content of a Hugging Face config.json.
 
-Source of the keys: the GGUF specification; of what a missing key means: llama.cpp.
+Source of the keys: the GGUF specification; of the defaults for missing keys: llama.cpp.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from lora.errors import ModelError, did_you_mean, gather
 from lora.pretrained.gguf_file import GGUFFile
 
 ROPE_FACTORS = "rope_freqs.weight"
-"""A tensor of settings rather than weights: Llama 3's factors of the rotary wavelengths."""
+"""A tensor that is a setting, not a weight: Llama 3's factors of the rotary wavelengths."""
 
-_MOST = 2**24
+_MAX_SIZE = 2**24
 _KEYS = {
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
@@ -58,30 +58,30 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""Scaling of Llama 3.1 to 3.3, all but the factor: files hold its result and not the settings."""
+"""Rope scaling of Llama 3.1 to 3.3, all but the factor: files hold its result, not its settings."""
 
 
 @dataclass(frozen=True)
 class _Architecture:
-    """One row: what `general.architecture` is in Hugging Face's terms."""
+    """One `general.architecture` in Hugging Face's terms."""
 
     name: str
     model_type: str
     extra: Callable[[Fields, GGUFFile, dict[str, Any]], dict[str, Any]]
-    """What config.json has beside what all have."""
+    """Fields of config.json that only this architecture has."""
 
 
 def gguf_config(file: GGUFFile) -> dict[str, Any]:
     """Return the content of config.json for `file`.
 
     Raises ModelError for an architecture that is not supported, and one ModelError for all
-    settings that are missing, out of range, or change the result in a way we do not compute.
+    settings that are missing, out of range, or not supported.
     """
     known = file.metadata.get("general.architecture")
     if not isinstance(known, str) or known not in _ARCHITECTURES:
         near = did_you_mean(str(known), _ARCHITECTURES)
         raise ModelError(
-            f"{file.path}: general.architecture is {known!r}; supported are "
+            f"Cannot load {file.path}: general.architecture is {known!r}. Supported: "
             f"{', '.join(_ARCHITECTURES)}.{near} Load the model with transformers and adapt the "
             "object with lora.apply_lora(model, config)."
         )
@@ -90,13 +90,13 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
     fields = Fields(file.metadata, names, {"scaling": "none"})
     config = {"architectures": [row.name], "model_type": row.model_type, "dtype": "float32"}
     config |= _sizes(fields, file)
-    _note_huge(fields, config)
-    _note_unsupported(fields, known, config)
+    _check_sizes(fields, config)
+    _check_unsupported(fields, known, config)
     config |= row.extra(fields, file, config)
     config |= _rope_scaling(fields, file, config)
     if fields.faults:
-        heading = f"{file.path} has settings that cannot be honoured:"
-        advice = "Nothing was ignored. Use another file, or the model's Hugging Face folder."
+        heading = f"Cannot load {file.path}: it has unsupported settings:"
+        advice = "Use another file, or the model's Hugging Face folder."
         raise ModelError(gather(fields.faults, heading, advice))
     return config
 
@@ -107,7 +107,7 @@ def _sizes(fields: Fields, file: GGUFFile) -> dict[str, Any]:
     if embedding is None:
         fields.faults.append("the tensor token_embd.weight is missing")
     layers = fields.count("num_hidden_layers")
-    if layers > len(file.tensors):  # what follows makes objects for each layer
+    if layers > len(file.tensors):  # each layer gets its own objects below
         fields.fault("num_hidden_layers", layers, f"at most the {len(file.tensors)} tensors there")
     ids = ("bos_token_id", "eos_token_id", "padding_token_id")
     tokens = {name: file.metadata.get(f"tokenizer.ggml.{name}") for name in ids}
@@ -129,14 +129,14 @@ def _sizes(fields: Fields, file: GGUFFile) -> dict[str, Any]:
     }
 
 
-def _note_huge(fields: Fields, config: dict[str, Any]) -> None:
-    """Refuse sizes that only a damaged file has: shapes are made of their products later."""
+def _check_sizes(fields: Fields, config: dict[str, Any]) -> None:
+    """Refuse sizes that only a damaged file has: tensors of their products are allocated later."""
     for name in _KEYS:
-        if isinstance(config.get(name), int) and config[name] > _MOST:
-            fields.fault(name, config[name], f"at most {_MOST:,}")
+        if isinstance(config.get(name), int) and config[name] > _MAX_SIZE:
+            fields.fault(name, config[name], f"at most {_MAX_SIZE:,}")
 
 
-def _note_unsupported(fields: Fields, architecture: str, config: dict[str, Any]) -> None:
+def _check_unsupported(fields: Fields, architecture: str, config: dict[str, Any]) -> None:
     same = {"rope.dimension_count": "head_dim", "attention.value_length": "head_dim"}
     neutral = _NEUTRAL | {key: config[name] for key, name in same.items()}
     for key, value in neutral.items():
@@ -147,7 +147,7 @@ def _note_unsupported(fields: Fields, architecture: str, config: dict[str, Any])
 
 
 def _llama_extra(fields: Fields, file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
-    _refuse_window(fields)
+    _check_no_window(fields)
     return {
         "hidden_act": "silu",
         "attention_bias": "blk.0.attn_output.bias" in file.tensors,
@@ -156,14 +156,14 @@ def _llama_extra(fields: Fields, file: GGUFFile, config: dict[str, Any]) -> dict
 
 
 def _qwen_extra(fields: Fields, file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
-    _refuse_window(fields)
+    _check_no_window(fields)
     return {"hidden_act": "silu"}
 
 
-def _refuse_window(fields: Fields) -> None:
-    window, longest = fields.get("sliding_window"), fields.get("max_position_embeddings")
-    if window and longest and window < longest:
-        fields.fault("sliding_window", window, "none: this architecture's files have no window")
+def _check_no_window(fields: Fields) -> None:
+    window, context = fields.get("sliding_window"), fields.get("max_position_embeddings")
+    if window and context and window < context:
+        fields.fault("sliding_window", window, "none, for this architecture")
 
 
 def _gemma3_extra(fields: Fields, file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def _gemma3_extra(fields: Fields, file: GGUFFile, config: dict[str, Any]) -> dic
         every = fields.count("sliding_window_pattern", 6)
         pattern = [bool((number + 1) % every) for number in range(min(layers, len(file.tensors)))]
     kinds = ["sliding_attention" if slides else "full_attention" for slides in pattern[:layers]]
-    # The 27B model alone scales by the width per head, not by the head's; files do not say it.
+    # Only the 27B model scales by hidden size / heads instead of head_dim; files do not say so.
     scalar = config["head_dim"]
     if layers == 62:
         scalar = config["hidden_size"] // config["num_attention_heads"]
@@ -209,7 +209,7 @@ def _rope_scaling(fields: Fields, file: GGUFFile, config: dict[str, Any]) -> dic
 
 
 def _llama3_scaling(fields: Fields, file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
-    """Return Llama 3's settings if the file's factors are what they give."""
+    """Return Llama 3's settings if they give the file's factors."""
     seen = file.values(ROPE_FACTORS).reshape(-1).astype(np.float64)
     scaling = {**LLAMA3, "factor": _rounded(seen.max())}
     wanted = llama3_factors(config["rope_theta"], config["head_dim"], scaling)
@@ -219,7 +219,7 @@ def _llama3_scaling(fields: Fields, file: GGUFFile, config: dict[str, Any]) -> d
 
 
 def llama3_factors(theta: float, head_dim: int, scaling: dict[str, Any]) -> np.ndarray:
-    """Return by how much llama3's `scaling` stretches each rotary wavelength, (D / 2,)."""
+    """Return the factor by which llama3's `scaling` stretches each rotary wavelength, (D / 2,)."""
     wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)  # (D / 2,)
     original, factor = scaling["original_max_position_embeddings"], scaling["factor"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -228,5 +228,5 @@ def llama3_factors(theta: float, head_dim: int, scaling: dict[str, Any]) -> np.n
 
 
 def _rounded(value: float) -> float:
-    """Return an fp32 setting as the short decimal that was meant: 1e-05, not 9.99999974e-06."""
+    """Return an fp32 setting as the short decimal that it came from: 1e-05, not 9.99999974e-06."""
     return float(f"{float(value):.7g}")

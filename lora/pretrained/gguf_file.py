@@ -1,8 +1,8 @@
-"""A GGUF file, opened and checked: what it says of itself, and its tensors' values.
+"""GGUF files, opened and checked: their metadata, and their tensors' values.
 
-Read without the `gguf` package's own reader, which believes the lengths that a damaged file claims
-and makes an object of every token. Here every length is held against the file's size before
-anything is allocated. Source: the GGUF specification, versions 2 and 3, little-endian.
+Read without the `gguf` package's own reader, which trusts the lengths in a damaged file and makes
+an object of every token. Here every length is checked against the file's size before anything is
+allocated. Source: the GGUF specification, versions 2 and 3, little-endian.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from lora.errors import ModelError
 
 _MAX_TENSORS, _MAX_KEYS, _MAX_ITEMS = 100_000, 10_000, 4_000_000
 _MAX_HEADER_BYTES = 256 * 1024 * 1024
-_BLOCK_BYTES = 32 * 1024 * 1024  # of fp32: what one block of rows takes when it is dequantised
+_BLOCK_BYTES = 32 * 1024 * 1024  # fp32 bytes of one dequantised block of rows
 _NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """Where one tensor lies in the file, and how."""
+    """Location, shape and type of one tensor in the file."""
 
     name: str
     shape: tuple[int, ...]
-    """Slowest dimension first, as in torch; the file has it the other way round."""
+    """Slowest dimension first, as in torch; the file stores it in reverse."""
     kind: int
-    """Number of its type in ggml: 0 is F32, 1 is F16, 2 is Q4_0 …"""
+    """ggml's number of its type: 0 is F32, 1 is F16, 2 is Q4_0 …"""
     offset_bytes: int
     n_bytes: int
 
@@ -42,7 +42,7 @@ class GGUFTensor:
 class GGUFFile:
     """An open GGUF file: `metadata` by key, as plain values, and `tensors` by name.
 
-    Raises ModelError for a file that is no GGUF, is cut short, or says what cannot be.
+    Raises ModelError for a file that is not GGUF, is truncated, or contradicts itself.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,27 +53,27 @@ class GGUFFile:
                 _check_start(path, start)
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
-        cursor = _HeaderReader(path, self._data)
+            raise ModelError(f"Cannot read {path}: {error.strerror}.") from None
+        reader = _HeaderReader(path, self._data)
         n_tensors, n_keys = struct.unpack("<QQ", start[8:])
         self.metadata: dict[str, Any] = {}
         for _ in range(n_keys):
-            key = cursor.text()
+            key = reader.text()
             if key in self.metadata:
-                raise cursor.fault(f"the key {key!r} is there twice")
-            self.metadata[key] = cursor.value()
+                raise reader.fault(f"the key {key!r} occurs twice")
+            self.metadata[key] = reader.value()
         n_parts = self.metadata.get("split.count", 1)
         if n_parts != 1:
             raise ModelError(
-                f"{path} is one of {n_parts} parts of a model: join them with llama.cpp's "
-                "gguf-split --merge, and name the whole file."
+                f"Cannot load {path}: it is one of {n_parts} parts of a model. Merge them with "
+                "llama.cpp's gguf-split --merge, and name the merged file."
             )
-        self.tensors = _read_tensors(cursor, n_tensors, self._alignment())
+        self.tensors = _read_tensors(reader, n_tensors, self._alignment())
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """Yield the values of tensor `name`, dequantised to fp32, in blocks (rows, row length).
 
-        Raises ModelError if they are of a type that cannot be dequantised, or not finite.
+        Raises ModelError for a type that cannot be dequantised, or values that are not finite.
         """
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
@@ -89,17 +89,17 @@ class GGUFFile:
             start = tensor.offset_bytes + first * row_bytes
             raw = np.frombuffer(self._data, np.uint8, rows * row_bytes, start)
             try:
-                # A flipped bit can make a scale infinite: that is said below, in better words.
+                # A flipped bit can make a scale infinite: the check below reports that better.
                 with np.errstate(all="ignore"):
                     values = dequantize(raw.reshape(rows, row_bytes), kind)
             except NotImplementedError:
                 raise ModelError(
-                    f"{self.path}: {name} is of type {kind.name}, which the gguf package cannot "
-                    "dequantise. Use a file of another type, such as Q8_0 or Q4_K_M."
+                    f"Cannot load {self.path}: the gguf package cannot dequantise {name}, which is "
+                    f"of type {kind.name}. Use a file of another type, such as Q8_0 or Q4_K_M."
                 ) from None
             values = values.astype(np.float32, copy=False)
             if not np.isfinite(values).all():
-                raise ModelError(f"{self.path} is damaged: {name} is not finite. Copy it again.")
+                raise ModelError(f"Cannot load {self.path}: {name} is not finite. Copy it again.")
             yield values  # (rows, row_length)
 
     def values(self, name: str) -> np.ndarray:
@@ -110,45 +110,47 @@ class GGUFFile:
     def _alignment(self) -> int:
         value = self.metadata.get("general.alignment", 32)
         if not isinstance(value, int) or not 1 <= value <= 2**20 or value & (value - 1):
-            raise ModelError(f"{self.path} is damaged: general.alignment is {value!r}.")
+            raise ModelError(
+                f"Cannot load {self.path}: general.alignment is {value!r}. Copy it again."
+            )
         return value
 
 
 def _check_start(path: Path, start: bytes) -> None:
     if len(start) < 24 or start[:4] != b"GGUF":
-        raise ModelError(f"{path} is no GGUF file: it begins with {start[:4]!r}, not with b'GGUF'.")
+        raise ModelError(f"Cannot load {path}: it is not a GGUF file: it begins with {start!r}.")
     version, n_tensors, n_keys = struct.unpack("<IQQ", start[4:])
     if version not in (2, 3):
         swapped = struct.unpack(">I", start[4:8])[0] in (2, 3)
-        seen = "big-endian" if swapped else f"of version {version}"
+        seen = "big-endian" if swapped else f"a GGUF file of version {version}"
         raise ModelError(
-            f"{path} is a GGUF file {seen}: allowed are little-endian files of version 2 and 3. "
-            "Get a newer file, or copy this one again."
+            f"Cannot load {path}: it is {seen}. Allowed: little-endian GGUF files of version 2 or "
+            "3. Get a newer file, or copy this one again."
         )
     if n_tensors > _MAX_TENSORS or n_keys > _MAX_KEYS:
         claims = f"it claims {n_tensors:,} tensors and {n_keys:,} keys"
-        raise ModelError(f"{path} is damaged: {claims}. Copy it again.")
+        raise ModelError(f"Cannot load {path}: {claims}. Copy it again.")
 
 
 class _HeaderReader:
-    """A place in the file's header that moves on; it never reads beyond the end."""
+    """Reads values of the header one after the other, never beyond the file's end."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path, self.data, self.place = path, data, 24
+        self.path, self.data, self.offset = path, data, 24
         self.end = min(len(data), _MAX_HEADER_BYTES)
 
     def fault(self, what: str) -> ModelError:
         return ModelError(
-            f"{self.path} is damaged near byte {self.place:,}: {what}. Copy it again."
+            f"Cannot load {self.path}: near byte {self.offset:,} {what}. Copy it again."
         )
 
     def take(self, n_bytes: int) -> int:
-        """Return the place, and move on by `n_bytes`."""
-        place = self.place
-        if n_bytes > self.end - place:
-            raise self.fault(f"{n_bytes:,} more bytes were announced than there are")
-        self.place += n_bytes
-        return place
+        """Return the offset, and advance it by `n_bytes`."""
+        offset = self.offset
+        if n_bytes > self.end - offset:
+            raise self.fault(f"a value claims {n_bytes:,} bytes, more than the file has")
+        self.offset += n_bytes
+        return offset
 
     def number(self, code: str) -> Any:
         return struct.unpack_from(f"<{code}", self.data, self.take(struct.calcsize(f"<{code}")))[0]
@@ -159,7 +161,7 @@ class _HeaderReader:
         try:
             return self.data[start : start + n_bytes].decode()
         except UnicodeDecodeError:
-            raise self.fault("a text is no UTF-8") from None
+            raise self.fault("a string is not UTF-8") from None
 
     def value(self) -> Any:
         kind = self.number("I")
@@ -179,43 +181,43 @@ class _HeaderReader:
 
     def _code(self, kind: int) -> str:
         if kind not in _NUMBERS:
-            raise self.fault(f"a value is of the unknown type {kind}")
+            raise self.fault(f"a value has the unknown type {kind}")
         return _NUMBERS[kind]
 
 
-def _read_tensors(cursor: _HeaderReader, n_tensors: int, alignment: int) -> dict[str, GGUFTensor]:
-    heads = [_read_head(cursor) for _ in range(n_tensors)]
-    base = cursor.place + -cursor.place % alignment
+def _read_tensors(reader: _HeaderReader, n_tensors: int, alignment: int) -> dict[str, GGUFTensor]:
+    heads = [_read_head(reader) for _ in range(n_tensors)]
+    base = reader.offset + -reader.offset % alignment
     tensors: dict[str, GGUFTensor] = {}
     end = base
     for name, shape, kind, offset in sorted(heads, key=lambda head: head[3]):
-        n_bytes = _size_bytes(cursor, name, shape, kind)
+        n_bytes = _size_bytes(reader, name, shape, kind)
         tensor = GGUFTensor(name, shape, kind, base + offset, n_bytes)
         if tensor.offset_bytes < end or offset % alignment or name in tensors:
-            raise cursor.fault(f"the place of {name} contradicts another tensor's")
+            raise reader.fault(f"the offset of {name} conflicts with another tensor's")
         end = tensor.offset_bytes + n_bytes
-        if end > len(cursor.data):
-            places = f"{name} ends at byte {end:,}, the file at {len(cursor.data):,}"
-            raise ModelError(f"{cursor.path} is cut short: {places}. Copy it again.")
+        if end > len(reader.data):
+            ends = f"{name} ends at byte {end:,}, the file at {len(reader.data):,}"
+            raise ModelError(f"Cannot load {reader.path}: it is truncated: {ends}. Copy it again.")
         tensors[name] = tensor
     return tensors
 
 
-def _read_head(cursor: _HeaderReader) -> tuple[str, tuple[int, ...], int, int]:
-    name, n_sizes = cursor.text(), cursor.number("I")
+def _read_head(reader: _HeaderReader) -> tuple[str, tuple[int, ...], int, int]:
+    name, n_sizes = reader.text(), reader.number("I")
     if not 1 <= n_sizes <= 4:
-        raise cursor.fault(f"{name} has {n_sizes} dimensions")
-    sizes = tuple(cursor.number("Q") for _ in range(n_sizes))
-    return name, sizes[::-1], cursor.number("I"), cursor.number("Q")
+        raise reader.fault(f"{name} has {n_sizes} dimensions")
+    sizes = tuple(reader.number("Q") for _ in range(n_sizes))
+    return name, sizes[::-1], reader.number("I"), reader.number("Q")
 
 
-def _size_bytes(cursor: _HeaderReader, name: str, shape: tuple[int, ...], kind: int) -> int:
+def _size_bytes(reader: _HeaderReader, name: str, shape: tuple[int, ...], kind: int) -> int:
     from gguf import GGML_QUANT_SIZES
 
     known = {int(number): sizes for number, sizes in GGML_QUANT_SIZES.items()}
     if kind not in known:
-        raise cursor.fault(f"{name} is of the unknown type {kind}")
+        raise reader.fault(f"{name} is of the unknown type {kind}")
     values, n_bytes = known[kind]  # of one block
     if not math.prod(shape) or shape[-1] % values:
-        raise cursor.fault(f"{name} of shape {shape} cannot be of type {kind}")
+        raise reader.fault(f"{name} of shape {shape} cannot be of type {kind}")
     return math.prod(shape) // values * n_bytes

@@ -1,8 +1,8 @@
-"""The tokenizer inside a GGUF file's metadata, as one of the `tokenizers` library.
+"""Tokenizers built from a GGUF file's metadata, for the `tokenizers` library.
 
-Source of the keys: the GGUF specification, `tokenizer.ggml.*` and `tokenizer.chat_template`. What
-the names in `tokenizer.ggml.pre` stand for, and what a missing key means: llama.cpp; where it
-departs from the tokenizers that the models were trained with (it never normalises), they count.
+Source of the keys: the GGUF specification, `tokenizer.ggml.*` and `tokenizer.chat_template`. The
+meaning of the names in `tokenizer.ggml.pre` and of missing keys: llama.cpp; where it differs from
+the tokenizers that the models were trained with (it never normalises), those are followed.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 
 @dataclass(frozen=True)
 class WordRule:
-    """One row: where byte-level BPE may end a word, and what goes with it."""
+    """How byte-level BPE splits text into words, and related settings."""
 
     pattern: str | None = None
     """None: GPT-2's own."""
     digits_alone: bool = False
     ignore_merges: bool = False
-    """A word that is a token is that token, whatever the merges would make of it."""
+    """A word that is a token becomes that token, whatever the merges would give."""
     add_bos: bool = False
-    """What a file means that does not say tokenizer.ggml.add_bos_token."""
+    """Default where a file lacks tokenizer.ggml.add_bos_token."""
     normal_form: bool = False
-    """Unicode's form C first."""
+    """Normalise to Unicode's form C first."""
 
 
 _LLAMA3 = _ENGLISH + r"|\p{N}{1,3}" + _ENDS
@@ -69,7 +69,7 @@ WORD_RULES: dict[str, WordRule] = {
     "megrez": _QWEN2,
     "tekken": WordRule(_TEKKEN, ignore_merges=True, add_bos=True),
 }
-"""By tokenizer.ggml.pre. The patterns are facts of the models that were trained with them."""
+"""By tokenizer.ggml.pre. The patterns are those that the models were trained with."""
 
 
 def build_gguf_tokenizer(metadata: dict[str, Any]) -> TextTokenizer:
@@ -89,7 +89,7 @@ def build_gguf_tokenizer(metadata: dict[str, Any]) -> TextTokenizer:
         backend, adds_bos = _sentence_piece(tokens, kinds, metadata), True
     else:
         raise DataError(
-            f"tokenizer.ggml.model is {kind!r}: allowed are 'gpt2' (byte-level BPE) and 'llama' "
+            f"tokenizer.ggml.model is {kind!r}. Allowed: 'gpt2' (byte-level BPE) and 'llama' "
             "(SentencePiece). Use the model's Hugging Face folder instead."
         )
     _add_special(backend, tokens, kinds)
@@ -112,10 +112,10 @@ def build_gguf_tokenizer(metadata: dict[str, Any]) -> TextTokenizer:
 def _tokens(metadata: dict[str, Any]) -> list[str]:
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) for t in tokens):
-        raise DataError("The GGUF file has no list of tokens (tokenizer.ggml.tokens): use another.")
+        raise DataError("tokenizer.ggml.tokens is not a list of strings. Use another file.")
     if len(set(tokens)) != len(tokens):
         twice = next(token for token in tokens if tokens.count(token) > 1)
-        raise DataError(f"tokenizer.ggml.tokens has {twice!r} twice: copy the file again.")
+        raise DataError(f"tokenizer.ggml.tokens has {twice!r} twice. Copy the file again.")
     return tokens
 
 
@@ -123,13 +123,13 @@ def _per_token(metadata: dict[str, Any], name: str, n_tokens: int) -> list[Any] 
     values = metadata.get(f"tokenizer.ggml.{name}")
     if values is None or (isinstance(values, list) and len(values) == n_tokens):
         return values
-    seen = len(values) if isinstance(values, list) else repr(values)
-    raise DataError(f"tokenizer.ggml.{name} must have {n_tokens} values, one a token, not {seen}.")
+    seen = f"has {len(values)} values" if isinstance(values, list) else f"is {values!r}"
+    raise DataError(f"tokenizer.ggml.{name} {seen}: {n_tokens} are needed, one per token.")
 
 
-def padding_token(number: int) -> str:
-    """Return what stands in a file for a row of the embedding that no token has."""
-    return f"[PAD{number}]"
+def padding_token(token_id: int) -> str:
+    """Return the placeholder in a file for an embedding row without a token."""
+    return f"[PAD{token_id}]"
 
 
 def _without_padding(tokens: list[str], kinds: list[int]) -> tuple[list[str], list[int]]:
@@ -140,12 +140,12 @@ def _without_padding(tokens: list[str], kinds: list[int]) -> tuple[list[str], li
 
 
 def _find_words(metadata: dict[str, Any]) -> WordRule:
-    # Files made before the key existed: only of Qwen is it certain what they mean.
+    # In files older than the key, only Qwen's pattern is certain.
     is_qwen = str(metadata.get("general.architecture")).startswith("qwen")
     name = str(metadata.get("tokenizer.ggml.pre", "qwen2" if is_qwen else "default"))
     if name not in WORD_RULES:
         raise DataError(
-            f"tokenizer.ggml.pre is {name!r}: known are {', '.join(WORD_RULES)}."
+            f"tokenizer.ggml.pre is {name!r}. Allowed: {', '.join(WORD_RULES)}."
             f"{did_you_mean(name, WORD_RULES)} Use the model's Hugging Face folder instead."
         )
     return WORD_RULES[name]
@@ -154,12 +154,14 @@ def _find_words(metadata: dict[str, Any]) -> WordRule:
 def _byte_level(tokens: list[str], metadata: dict[str, Any], words: WordRule) -> Tokenizer:
     pairs = metadata.get("tokenizer.ggml.merges")
     if not isinstance(pairs, list) or not all(isinstance(pair, str) for pair in pairs):
-        raise DataError("tokenizer.ggml.merges is no list of pairs: use another file.")
+        raise DataError("tokenizer.ggml.merges is not a list of pairs. Use another file.")
     merges = [tuple(pair.split(" ", 1)) for pair in pairs]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     for merge in merges:
         if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
-            raise DataError(f"tokenizer.ggml.merges joins {merge!r}, which are no two tokens.")
+            raise DataError(
+                f"tokenizer.ggml.merges has {merge!r}, which does not merge two tokens into one."
+            )
     model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=words.ignore_merges)
     backend = Tokenizer(model)
     backend.pre_tokenizer = _pre_tokenizer(words)
@@ -182,12 +184,12 @@ def _pre_tokenizer(words: WordRule) -> pre_tokenizers.PreTokenizer:
 def _sentence_piece(tokens: list[str], kinds: list[int], metadata: dict[str, Any]) -> Tokenizer:
     scores = _per_token(metadata, "scores", len(metadata["tokenizer.ggml.tokens"]))
     if scores is None:
-        raise DataError("tokenizer.ggml.scores is missing: SentencePiece's tokens need them.")
+        raise DataError("tokenizer.ggml.scores is missing. SentencePiece needs them.")
     for key in ("remove_extra_whitespaces", "precompiled_charsmap"):
         if metadata.get(f"tokenizer.ggml.{key}"):
             raise DataError(
-                f"tokenizer.ggml.{key} is set: the text would be normalised in a way that is not "
-                "supported. Use the model's Hugging Face folder instead."
+                f"tokenizer.ggml.{key} is set: this normalisation is not supported. Use the "
+                "model's Hugging Face folder instead."
             )
     vocabulary = {token: number for number, token in enumerate(tokens)}
     merges = _merges_from_scores(tokens, kinds, scores[: len(tokens)])
@@ -209,12 +211,12 @@ def _sentence_piece(tokens: list[str], kinds: list[int], metadata: dict[str, Any
 def _merges_from_scores(
     tokens: list[str], kinds: list[int], scores: list[float]
 ) -> list[tuple[str, str]]:
-    """Return BPE merges: SentencePiece joins the pair whose result has the highest score first."""
+    """Return BPE merges in SentencePiece's order: highest score of the merged token first."""
     pieces = {t: n for n, (t, k) in enumerate(zip(tokens, kinds, strict=True)) if k == NORMAL}
     merges = []
     for token, number in pieces.items():
-        for place in range(1, len(token)):
-            left, right = token[:place], token[place:]
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
             if left in pieces and right in pieces:
                 order = (-scores[number], number, pieces[left], pieces[right])
                 merges.append((order, (left, right)))
@@ -232,7 +234,7 @@ def _add_special(backend: Tokenizer, tokens: list[str], kinds: list[int]) -> Non
 def _add_ends(
     backend: Tokenizer, metadata: dict[str, Any], named: dict[str, str | None], adds_bos: bool
 ) -> None:
-    """Set what `add_special_tokens=True` adds before and after a text."""
+    """Set the tokens that `add_special_tokens=True` adds before and after a text."""
     with_bos = metadata.get("tokenizer.ggml.add_bos_token", adds_bos)
     bos = named["bos"] if with_bos else None
     eos = named["eos"] if metadata.get("tokenizer.ggml.add_eos_token", False) else None
@@ -248,5 +250,5 @@ def _named(metadata: dict[str, Any], name: str, tokens: list[str]) -> str | None
     if number is None:
         return None
     if type(number) is not int or not 0 <= number < len(tokens):
-        raise DataError(f"tokenizer.ggml.{name}_token_id is {number!r}, and no token's number.")
+        raise DataError(f"tokenizer.ggml.{name}_token_id is {number!r}, which is not a token id.")
     return tokens[number]

@@ -1,8 +1,8 @@
-"""A tokenizer as a GGUF file's metadata: the way back of `lora.pretrained.gguf_tokenizer`.
+"""Tokenizers converted to GGUF metadata: the inverse of `lora.pretrained.gguf_tokenizer`.
 
-The format holds a vocabulary, merges or scores, and the name of a known word pattern, where
-tokenizer.json holds any pipeline. What does not fit is refused; what fits is built again from the
-metadata and compared.
+The format holds a vocabulary, merges or scores, and the name of a known word pattern, whereas
+tokenizer.json can hold any pipeline. A tokenizer that does not fit is refused; one that fits is
+rebuilt from the metadata and compared.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ _PROBES = (
 )
 _SPACES_SEQUENCE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _PREFIX = {"type": "Prepend", "prepend": SPACE}
-_PROBE_TOKENS = 4000  # so many of the vocabulary, evenly spread, are decoded into a probe
+_PROBE_TOKENS = 4000  # evenly spaced tokens of the vocabulary that are decoded into a probe
 
 
 def describe_tokenizer(tokenizer: TextTokenizer, n_rows: int) -> dict[str, Any]:
     """Return the metadata of a GGUF file for `tokenizer`, key to plain value.
 
-    `n_rows` is the number of rows of the model's embedding: rows that no token has are filled, as
-    the format wants. Raises DataError for a tokenizer that the format cannot hold, or that would
-    come back another one.
+    `n_rows` is the number of the model's embedding rows: those without a token get placeholders,
+    as the format requires. Raises DataError for a tokenizer that the format cannot represent, or
+    that would differ when read back.
     """
     parts = json.loads(tokenizer.backend.to_str())
     model = parts["model"]
     if model["type"] != "BPE" or model.get("continuing_subword_prefix"):
-        raise _unfit(f"its model is {model['type']}, and only plain BPE fits")
+        raise _unfit(f"its model is {model['type']}; only plain BPE is supported")
     if model.get("end_of_word_suffix") or model.get("dropout"):
-        raise _unfit("it marks the ends of words, or drops merges at random")
+        raise _unfit("it marks word ends, or has BPE dropout")
     for token in parts["added_tokens"]:
         if token["lstrip"] or token["rstrip"] or token["single_word"]:
-            raise _unfit(f"its token {token['content']!r} takes the spaces beside it")
+            raise _unfit(f"its token {token['content']!r} strips the spaces around it")
     tokens, kinds = _list_tokens(tokenizer, parts, n_rows)
     if model.get("byte_fallback"):
         own = _sentence_piece(tokens, kinds, parts)
@@ -70,15 +70,15 @@ def describe_tokenizer(tokenizer: TextTokenizer, n_rows: int) -> dict[str, Any]:
 
 def _unfit(why: str) -> DataError:
     return DataError(
-        f"The tokenizer cannot be written into a GGUF file: {why}. Keep the model as a Hugging "
-        "Face folder."
+        f"Cannot write the tokenizer to a GGUF file: {why}. Keep the model as a Hugging Face "
+        "folder."
     )
 
 
 def _list_tokens(
     tokenizer: TextTokenizer, parts: dict[str, Any], n_rows: int
 ) -> tuple[list[str], list[int]]:
-    """Return the tokens by number and their kinds, filled up to `n_rows`."""
+    """Return tokens and their kinds by id, filled up to `n_rows`."""
     by_number = {n: token for token, n in tokenizer.backend.get_vocab().items()}
     if max(by_number) >= n_rows:
         raise _unfit(f"it has {max(by_number) + 1:,} tokens, the embedding {n_rows:,} rows")
@@ -110,13 +110,13 @@ def _byte_level(parts: dict[str, Any]) -> dict[str, Any]:
     isolated = all(s["behavior"] == "Isolated" and not s["invert"] for s in splits)
     known = 1 + digits + len(splits) == len(steps) and last.get("type") == "ByteLevel"
     if not known or not isolated or last["add_prefix_space"] or normal not in ([], ["NFC"]):
-        raise _unfit(f"its steps {[s['type'] for s in steps]} after {normal} have no name there")
+        raise _unfit(f"its steps {[s['type'] for s in steps]} after {normal} have no name in GGUF")
     if last["use_regex"] == bool(splits) or len(splits) > 1:
         raise _unfit("it splits words by several patterns")
     pattern = splits[0]["pattern"].get("Regex") if splits else None
     seen = (pattern, digits, bool(parts["model"].get("ignore_merges")), bool(normal))
     for name, rule in WORD_RULES.items():
-        if name == "default":  # what it means depends on the reader
+        if name == "default":  # its meaning depends on the reader
             continue
         if seen == (rule.pattern, rule.digits_alone, rule.ignore_merges, rule.normal_form):
             return {
@@ -124,18 +124,18 @@ def _byte_level(parts: dict[str, Any]) -> dict[str, Any]:
                 "tokenizer.ggml.pre": name,
                 "tokenizer.ggml.merges": [" ".join(pair) for pair in parts["model"]["merges"]],
             }
-    raise _unfit(f"its word pattern {pattern!r} has no name there")
+    raise _unfit(f"its word pattern {pattern!r} has no name in GGUF")
 
 
 def _sentence_piece(tokens: list[str], kinds: list[int], parts: dict[str, Any]) -> dict[str, Any]:
     normal = _flatten(parts["normalizer"], "normalizers")
     before = _flatten(parts["pre_tokenizer"], "pretokenizers")
-    # Gemma's splits at spaces, of which its normalizer has left none.
+    # Gemma's pre-tokenizer splits at spaces, but its normalizer has replaced them all.
     has_prefix = normal[:1] == [_PREFIX]
     is_known = normal[has_prefix:] == [_SPACES_SEQUENCE]
     if not is_known or any(s.get("pattern") != {"String": " "} for s in before):
-        raise _unfit("its spaces are not handled as SentencePiece's BPE handles them")
-    # The first merge that makes a token says how early it is made; single letters come last.
+        raise _unfit("it does not treat spaces as SentencePiece's BPE does")
+    # A token ranks by the first merge that produces it; single characters come last.
     rank: dict[str, int] = {}
     for number, pair in enumerate(parts["model"]["merges"]):
         rank.setdefault("".join(pair), number)
@@ -168,7 +168,7 @@ def _ends(tokenizer: TextTokenizer) -> dict[str, Any]:
     before = whole[:1] == [tokenizer.bos_id] and whole != plain
     after = whole[before:] == [*plain, tokenizer.eos_id]
     if whole[before : len(whole) - after] != plain:
-        raise _unfit("it adds more to a text than one token before and one after it")
+        raise _unfit("it adds more than one token before and one after a text")
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id}
     ids |= dict(zip(("eot", "eom"), _other_stops(tokenizer), strict=False))
     own: dict[str, Any] = {
@@ -181,18 +181,18 @@ def _ends(tokenizer: TextTokenizer) -> dict[str, Any]:
 
 
 def _other_stops(tokenizer: TextTokenizer) -> list[int]:
-    """Return the stops that are not the end of the text, those of the template last."""
+    """Return the stop ids other than end-of-text, those in the template last."""
     template = tokenizer.chat_template or ""
     others = [n for n in tokenizer.stop_ids if n != tokenizer.eos_id]
     return sorted(others, key=lambda n: (tokenizer.backend.id_to_token(n) or "") in template)
 
 
 def _compare(tokenizer: TextTokenizer, again: TextTokenizer) -> None:
-    """Raise DataError if `again`, read back, is not the same as `tokenizer`."""
+    """Raise DataError if `again`, read back, differs from `tokenizer`."""
     for name in ("bos_id", "eos_id", "pad_id", "stop_ids", "chat_template"):
         wanted, seen = getattr(tokenizer, name), getattr(again, name)
         if wanted != seen:
-            raise _unfit(f"its {name} would come back as {seen!r} instead of {wanted!r}")
+            raise _unfit(f"its {name} would be {seen!r} instead of {wanted!r} when read back")
     for text in _probes(tokenizer):
         for adds in (False, True):
             wanted = tokenizer.encode(text, add_special_tokens=adds)
@@ -201,7 +201,7 @@ def _compare(tokenizer: TextTokenizer, again: TextTokenizer) -> None:
                 pairs = enumerate(zip(wanted, seen, strict=False))
                 same = next((n for n, (one, other) in pairs if one != other), 0)
                 near = tokenizer.decode(wanted[max(0, same - 3) : same + 3])
-                raise _unfit(f"{near!r} would become other tokens")
+                raise _unfit(f"{near!r} would be tokenised differently")
             if tokenizer.decode(wanted) != again.decode(seen):
                 raise _unfit(f"{text[:40]!r} would be decoded differently")
 

@@ -1,9 +1,9 @@
-"""A GGUF file as a Hugging Face folder: config.json, model.safetensors, tokenizer.json …
+"""GGUF files converted to a Hugging Face folder: config.json, model.safetensors, tokenizer.json …
 
 Values are dequantised to fp32, exactly as the `gguf` package defines them, and written block by
-block, so memory stays far below the model's size. What the formats disagree on is undone here:
-llama's files hold the rows of q and k in another order, gemma3's hold 1 + w where the weight of a
-norm is w. Source of the names: the GGUF specification and its tables of architectures.
+block, so memory stays far below the model's size. Where the formats differ, values are converted
+back: llama's files hold the rows of q and k in another order, gemma3's hold 1 + w for a norm's
+weight w. Source of the names: the GGUF specification and its tables of architectures.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lora.pretrained.gguf_file import GGUFFile
 from lora.pretrained.gguf_tokenizer import build_gguf_tokenizer
 
 OnProgress = Callable[[float], None]
-"""Hears how much of the work is done, 0 to 1."""
+"""Called with the fraction of the work that is done, 0 to 1."""
 
 OUTSIDE = {
     "token_embd": "model.embed_tokens",
@@ -59,11 +59,11 @@ INSIDE_GEMMA3 = INSIDE | {
 }
 
 
-def convert_gguf(path: Path, folder: Path, on_progress: OnProgress = lambda share: None) -> None:
+def convert_gguf(path: Path, folder: Path, on_progress: OnProgress = lambda fraction: None) -> None:
     """Write the model and tokenizer in the GGUF file `path` into `folder`, in fp32.
 
-    Raises ModelError for a file that is damaged, not supported, or has other tensors than its
-    settings ask for; nothing is written then.
+    Raises ModelError for a file that is damaged, not supported, or whose tensors do not match its
+    settings; nothing is written then.
     """
     file = GGUFFile(path)
     config = gguf_config(file)
@@ -78,7 +78,7 @@ def convert_gguf(path: Path, folder: Path, on_progress: OnProgress = lambda shar
 
 
 def read_gguf_decoder(path: Path) -> Decoder:
-    """Return the model in the GGUF file `path`, in fp32, all of it in memory.
+    """Return the model in the GGUF file `path`, in fp32, wholly in memory.
 
     Raises ModelError as `convert_gguf` does.
     """
@@ -101,9 +101,9 @@ def _check_space(folder: Path, n_bytes: int) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if n_bytes > free_bytes:
         raise ModelError(
-            f"The model takes {n_bytes / 1e9:.1f} GB in fp32, and {folder.parent} has "
-            f"{free_bytes / 1e9:.1f} GB free. Free some space, or set LORALM_CACHE to a folder on "
-            "another disk."
+            f"Cannot convert the model: it takes {n_bytes / 1e9:.1f} GB in fp32, and "
+            f"{folder.parent} has {free_bytes / 1e9:.1f} GB free. Free some space, or set "
+            "LORALM_CACHE to a folder on another disk."
         )
 
 
@@ -111,17 +111,17 @@ def _build_tokenizer(file: GGUFFile, vocab_size: int) -> TextTokenizer:
     try:
         tokenizer = build_gguf_tokenizer(file.metadata)
     except DataError as error:
-        raise ModelError(f"The tokenizer in {file.path} cannot be used: {error}") from None
+        raise ModelError(f"Cannot use the tokenizer in {file.path}: {error}") from None
     if tokenizer.vocab_size > vocab_size:
         raise ModelError(
-            f"{file.path} has {tokenizer.vocab_size:,} tokens, and an embedding of "
-            f"{vocab_size:,} rows: they do not belong together. Use another file."
+            f"Cannot load {file.path}: it has {tokenizer.vocab_size:,} tokens, but its embedding "
+            f"has {vocab_size:,} rows. Use another file."
         )
     return tokenizer
 
 
 def _match_names(file: GGUFFile, config: dict[str, Any]) -> dict[str, str]:
-    """Return Hugging Face's name -> the file's, all faults raised at once."""
+    """Return Hugging Face's name -> the file's; all faults are raised at once."""
     inside = INSIDE_GEMMA3 if config["model_type"] == "gemma3_text" else INSIDE
     names = {_hf_name(old, inside): old for old in file.tensors if old != ROPE_FACTORS}
     model = build_empty_decoder(decoder_config(config))
@@ -129,18 +129,18 @@ def _match_names(file: GGUFFile, config: dict[str, Any]) -> dict[str, str]:
     faults = [f"{name} {wanted[name]} is missing" for name in wanted if name not in names]
     for new, old in names.items():
         if new not in wanted:
-            faults.append(f"{old} is no tensor of this architecture")
+            faults.append(f"{old} is not a tensor of this architecture")
         elif file.tensors[old].shape != wanted[new]:
             seen = file.tensors[old].shape
-            faults.append(f"{old} is {seen}: its settings ask for {wanted[new]}")
+            faults.append(f"{old} is {seen}: its settings imply {wanted[new]}")
     if faults:
-        heading = f"{file.path} does not hold the {config['model_type']!r} model that it describes:"
+        heading = f"Cannot load {file.path}: its tensors do not match its settings:"
         raise ModelError(gather(faults, heading, "Copy it again, or use another file."))
     return {name: names[name] for name in wanted}
 
 
 def _hf_name(name: str, inside: dict[str, str]) -> str:
-    """Return Hugging Face's name of `name`, or `name` if it is not known."""
+    """Return Hugging Face's name for `name`, or `name` if it is unknown."""
     stem, _, ending = name.rpartition(".")
     if stem in OUTSIDE and ending == "weight":
         return f"{OUTSIDE[stem]}.weight"
@@ -151,7 +151,7 @@ def _hf_name(name: str, inside: dict[str, str]) -> str:
 
 
 def _blocks(file: GGUFFile, old: str, new: str, config: dict[str, Any]) -> Iterator[np.ndarray]:
-    """Yield the values of one tensor as Hugging Face means them, in order."""
+    """Yield the values of one tensor in Hugging Face's convention, in order."""
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     module = new.split(".")[-2]
     if config["model_type"] == "llama" and module in heads:
@@ -163,16 +163,17 @@ def _blocks(file: GGUFFile, old: str, new: str, config: dict[str, Any]) -> Itera
 
 
 def unpermute(value: np.ndarray, heads: int) -> np.ndarray:
-    """Return q's or k's weight (H·D, C) or bias (H·D,) with llama's row order in files undone.
+    """Return q's or k's weight (H·D, C) or bias (H·D,), from llama's row order in GGUF files.
 
-    A rotated pair lies side by side there, half a head apart in Hugging Face's.
+    There, the two rows of a rotated pair are adjacent; in Hugging Face's order they are half a
+    head apart.
     """
     pairs = value.reshape(heads, -1, 2, *value.shape[1:])  # (H, D/2, 2, ·)
     return pairs.swapaxes(1, 2).reshape(value.shape)  # (H·D, ·)
 
 
 def permute(value: np.ndarray, heads: int) -> np.ndarray:
-    """Return q's or k's weight or bias in the row order of llama's files: undoes `unpermute`."""
+    """Return q's or k's weight or bias in llama's row order: the inverse of `unpermute`."""
     halves = value.reshape(heads, 2, -1, *value.shape[1:])  # (H, 2, D/2, ·)
     return halves.swapaxes(1, 2).reshape(value.shape)  # (H·D, ·)
 
@@ -183,7 +184,7 @@ def _write_fp32(
     blocks: Iterator[np.ndarray],
     on_progress: OnProgress,
 ) -> None:
-    """Write a safetensors file without holding more than a block (its own specification)."""
+    """Write a safetensors file with no more than one block in memory (by its specification)."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     total_bytes = 0
     for name, shape in shapes.items():
@@ -200,4 +201,4 @@ def _write_fp32(
             done_bytes += block.nbytes
             on_progress(done_bytes / total_bytes)
         file.flush()
-        os.fsync(file.fileno())  # what is in the cache is trusted later by its size alone
+        os.fsync(file.fileno())  # a cached file is later trusted by its size alone

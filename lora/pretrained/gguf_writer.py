@@ -1,7 +1,7 @@
-"""A decoder as a GGUF file: the way back of `lora.pretrained.gguf_weights`.
+"""Decoders written as GGUF files: the inverse of `lora.pretrained.gguf_weights`.
 
 Source of keys and names: the GGUF specification and its tables of architectures; of what llama.cpp
-takes for granted, and so must hold: llama.cpp.
+assumes about an architecture: llama.cpp.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _Q8_BLOCK = 32
 def describe_decoder(config: DecoderConfig) -> dict[str, Any]:
     """Return the settings of a GGUF file for `config`, key to plain value.
 
-    Raises ModelError for a family without an architecture there, and one ModelError for all that
-    the architecture takes for granted and `config` has otherwise.
+    Raises ModelError for a family without a GGUF architecture, and one ModelError for everything
+    in which `config` differs from what llama.cpp assumes about the architecture.
     """
     architecture = ARCHITECTURES.get(config.family)
     if architecture is None:
         raise ModelError(
-            f"A {config.family!r} model was to be written as GGUF: families that can are "
+            f"Cannot write a {config.family!r} model as GGUF. Supported families: "
             f"{', '.join(ARCHITECTURES)}. Keep the model as a Hugging Face folder."
         )
     faults = _faults(config)
@@ -69,7 +69,7 @@ def describe_decoder(config: DecoderConfig) -> dict[str, Any]:
     if architecture == "gemma3":
         settings |= _gemma3_settings(config, ropes.get(False), faults)
     if faults:
-        heading = f"The model cannot be written as GGUF's {architecture!r}:"
+        heading = f"Cannot write the model as GGUF's {architecture!r}:"
         raise ModelError(gather(faults, heading, "Keep the model as a Hugging Face folder."))
     named = {f"{architecture}.{key}": value for key, value in settings.items()}
     return {"general.architecture": architecture, **named}
@@ -87,11 +87,11 @@ def _faults(config: DecoderConfig) -> list[str]:
     if any(not math.isclose(layer.scale, divisor**-0.5) for layer in config.layers):
         faults.append(f"its attention logits are not scaled by 1 / √{divisor}")
     if not is_gemma and any(layer.window_tokens is not None for layer in config.layers):
-        faults.append("some of its blocks attend to a window only")
+        faults.append("some of its blocks have a sliding window")
     if len({(layer.rope, layer.window_tokens is None) for layer in config.layers}) > 1 + is_gemma:
-        faults.append("its blocks turn positions differently")
+        faults.append("its blocks have different rotary embeddings")
     if any(layer.rope is None for layer in config.layers):
-        faults.append("some of its blocks turn no positions")
+        faults.append("some of its blocks have no rotary embedding")
     return faults
 
 
@@ -106,11 +106,13 @@ def _rope_settings(rope: RopeConfig | None, faults: list[str]) -> dict[str, Any]
         settings["rope.scaling.original_context_length"] = rope.original_max_position_embeddings
         usual = RopeConfig(1.0)
         same = (rope.beta_fast, rope.beta_slow, rope.truncate)
-        heat = 0.1 * math.log(rope.factor) + 1 if rope.factor > 1 else 1.0
+        usual_factor = 0.1 * math.log(rope.factor) + 1 if rope.factor > 1 else 1.0
         if same != (usual.beta_fast, usual.beta_slow, usual.truncate):
-            faults.append("its YaRN has other borders than 32 and 1")
-        if not math.isclose(rope.attention_factor, heat, rel_tol=1e-6):
-            faults.append(f"its YaRN scales by {rope.attention_factor}, not by {heat:.6g}")
+            faults.append(
+                "its YaRN has other beta_fast and beta_slow than 32 and 1, or does not truncate"
+            )
+        if not math.isclose(rope.attention_factor, usual_factor, rel_tol=1e-6):
+            faults.append(f"its YaRN scales by {rope.attention_factor}, not by {usual_factor:.6g}")
     usual_llama3 = LLAMA3.items() <= dataclasses.asdict(rope).items()
     if rope.rope_type == "llama3" and not usual_llama3:
         faults.append("its llama3 scaling is not that of Llama 3.1 to 3.3")
@@ -124,9 +126,9 @@ def _gemma3_settings(
     windows = {layer.window_tokens for layer in config.layers} - {None}
     every = slides.index(False) + 1 if False in slides else len(slides) + 1
     if len(windows) != 1 or slides != [bool((n + 1) % every) for n in range(len(slides))]:
-        faults.append("its windows are not of one size, or do not follow a regular pattern")
+        faults.append("its windows differ in size, or do not follow a regular pattern")
     if local is not None and local.rope_type != "default":
-        faults.append("the positions of its blocks with windows are stretched")
+        faults.append("its blocks with a window have rope scaling")
     settings: dict[str, Any] = {"attention.sliding_window_pattern": every}
     if windows:
         settings["attention.sliding_window"] = windows.pop()
@@ -136,7 +138,7 @@ def _gemma3_settings(
 
 
 def name_tensors(config: DecoderConfig, names: list[str]) -> dict[str, str]:
-    """Return Hugging Face's name -> GGUF's."""
+    """Return a dict from Hugging Face's names to GGUF's."""
     table = INSIDE_GEMMA3 if config.family == "gemma3_text" else INSIDE
     inside = {new: old for old, new in table.items()}
     outside = {new: old for old, new in OUTSIDE.items()}
@@ -152,7 +154,7 @@ def name_tensors(config: DecoderConfig, names: list[str]) -> dict[str, str]:
 
 
 def file_values(config: DecoderConfig, name: str, tensor: Tensor) -> np.ndarray:
-    """Return the values, fp32, that a GGUF file holds for the parameter `name`."""
+    """Return the fp32 values that a GGUF file holds for the parameter `name`."""
     value = tensor.detach().to(device="cpu", dtype=torch.float32).numpy()
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     module = name.split(".")[-2]
@@ -170,10 +172,10 @@ def write_gguf(
     metadata: Mapping[str, Any],
     kind: GGUFType,
 ) -> None:
-    """Write `parameters` (Hugging Face's names) and `metadata` into `path`, tensor by tensor.
+    """Write `parameters` (Hugging Face's names) and `metadata` to `path`, tensor by tensor.
 
-    Matrices whose rows do not divide into blocks of 32 stay F16 under q8_0. Raises ModelError for
-    values that the type cannot hold.
+    Under q8_0, matrices whose rows do not divide into blocks of 32 are stored as F16. Raises
+    ModelError for values that the type cannot hold.
     """
     from gguf import GGUFWriter
     from gguf.quants import quantize
@@ -183,7 +185,7 @@ def write_gguf(
     writer = GGUFWriter(path, str(metadata["general.architecture"]))
     of_file = {"general.file_type": _FILE_TYPES[kind], "general.quantization_version": 2}
     for key, value in {**metadata, **of_file}.items():
-        if key != "general.architecture":  # the writer has put it there
+        if key != "general.architecture":  # the writer sets it itself
             _add_setting(writer, key, value)
     for old, new in names.items():
         _announce(writer, new, tuple(parameters[old].shape), kind)
@@ -198,7 +200,8 @@ def write_gguf(
             own = _type_of(value.shape, kind)
             if own.name == "F16" and np.abs(value).max() > np.finfo(np.float16).max:
                 raise ModelError(
-                    f"{old} has values beyond fp16's ±65,504. Write the model as f32 instead."
+                    f"Cannot store {old} as f16: it has values beyond ±65,504. Write the model as "
+                    "f32 instead."
                 )
             writer.write_tensor_data(quantize(value, own))
         for value in factors.values():

@@ -1,7 +1,7 @@
-"""Model folders in Hugging Face's layout: config.json and *.safetensors, read and written.
+"""Decoders loaded from and saved to Hugging Face folders: config.json and *.safetensors.
 
-The files are memory-mapped: a parameter whose type need not change *is* the mapping (private,
-copied page by page only where it is written to), so an fp32 file costs its size once.
+The files are memory-mapped: a parameter whose dtype does not change *is* the mapping (private,
+copied page by page only where it is written to), so an fp32 file takes its size once.
 """
 
 from __future__ import annotations
@@ -15,27 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
 from lora.decoder.families import FAMILIES, decoder_config
 from lora.decoder.quantised import Fp8Linear, has_fp8_base, use_fp8_linears
-from lora.errors import ModelError, ModelNotFoundError, did_you_mean, gather
+from lora.errors import ModelError, did_you_mean, gather
+from lora.pretrained.hf_files import INDEX, SINGLE, StoredTensor, open_tensors, read_config
 from lora.runs.disk import disk_error
 from lora.runs.tensor_files import write_tensors
 
 MAX_SHARD_BYTES = 4 * 2**30
-"""safetensors builds a whole file in memory before it writes: shards bound that."""
+"""Largest size of a shard, unless one tensor alone is larger."""
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _HEAD = "lm_head.weight"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _NO_PARAMETERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias)")
-"""Tables that older files hold and that are computed: rotary frequencies, causal masks."""
+"""Tables in older files that are computed here: rotary frequencies, causal masks."""
 _CONV1D = re.compile(r".*\.(c_attn|c_fc|c_proj)\.weight")
-"""GPT-2's linears, whose weights lie transposed in files: (I, O)."""
+"""GPT-2's linears (Conv1D), whose weights are stored transposed: (I, O)."""
 
 
 def load_decoder(
@@ -45,149 +44,65 @@ def load_decoder(
     device: torch.device | str = "cpu",
     fp8: bool = False,
 ) -> Decoder:
-    """Return the decoder in `folder`, its parameters of type `dtype` on `device`.
+    """Return the decoder in `folder`, with parameters of `dtype` on `device`.
 
-    With `fp8` the linears of its blocks are kept in eight bits (`lora.decoder.quantised`), rounded
-    one after the other while they are read.
+    With `fp8` the linears of its blocks are quantised (`lora.decoder.quantised`), one after the
+    other as they are read.
 
     Raises ModelError for a folder without config.json or safetensors files, an unsupported
-    architecture, a damaged file, and once for all tensors that are missing, unexpected,
-    misshapen or not floating-point; with `fp8` for one that is not finite.
+    architecture or a damaged file, and once for all tensors that are missing, unexpected,
+    of a wrong shape or not floating-point; with `fp8` for one that is not finite.
     """
     folder = Path(folder)
     model = build_empty_decoder(decoder_config(read_config(folder)))
     if fp8:
         use_fp8_linears(model)
     with ExitStack() as files:
-        source = _open_tensors(folder, files)
-        places = _match_names(model, source, folder)
-        _assign(model, _read(model.config, places, dtype, device))
+        source = open_tensors(folder, files)
+        stored = _match_names(model, source, folder)
+        _assign(model, _read(model.config, stored, dtype, device))
         _check_tied_head(model, source, folder)
     return model
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the contents of `folder`/config.json. Raises ModelError if it cannot be read."""
-    path = folder / "config.json"
-    if not path.is_file():
-        seen = "no such folder" if not folder.is_dir() else "the folder has none"
-        kind = ModelError if folder.exists() else ModelNotFoundError
-        raise kind(
-            f"A model was asked for in {folder}: config.json is needed, and {seen}. Pass a "
-            "folder that Hugging Face's save_pretrained wrote or that was downloaded whole."
-        )
-    return _read_json(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}. Fetch it again.") from error
-    if not isinstance(contents, dict):
-        raise ModelError(f"{path} holds a {type(contents).__name__}: a JSON object is needed.")
-    return contents
-
-
-class _Slot:
-    """One tensor in an open file; nothing is read until `tensor` is called."""
-
-    def __init__(self, file: Any, name: str) -> None:
-        self.file, self.name = file, name
-        head = file.get_slice(name)
-        self.shape, self.kind = tuple(head.get_shape()), str(head.get_dtype())
-
-    def tensor(self) -> Tensor:
-        tensor: Tensor = self.file.get_tensor(self.name)
-        return tensor
-
-
-def _open_tensors(folder: Path, files: ExitStack) -> dict[str, _Slot]:
-    slots: dict[str, _Slot] = {}
-    for path in _find_files(folder):
-        try:
-            file = files.enter_context(safe_open(path, framework="pt", device="cpu"))
-            slots |= {name: _Slot(file, name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{path} is no whole safetensors file ({error}). It was probably cut off while "
-                "it was downloaded or copied: fetch it again."
-            ) from error
-    return slots
-
-
-def _find_files(folder: Path) -> list[Path]:
-    if (folder / _SINGLE).is_file():
-        return [folder / _SINGLE]
-    if (folder / _INDEX).is_file():
-        return _indexed_files(folder)
-    pickled = sorted(path.name for path in folder.glob("*.bin"))
-    if pickled:
-        raise ModelError(
-            f"{folder} has its weights in {pickled[0]} only. That is a pickle, which can run any "
-            "code when it is opened, so it is refused; model*.safetensors is needed. Convert it "
-            "once with transformers: AutoModelForCausalLM.from_pretrained(FOLDER)"
-            ".save_pretrained(NEW_FOLDER) writes safetensors."
-        )
-    seen = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
-    raise ModelError(
-        f"A model's weights were asked for in {folder}: model*.safetensors is needed, and the "
-        f"folder holds {seen}. Fetch the weights too."
-    )
-
-
-def _indexed_files(folder: Path) -> list[Path]:
-    index = folder / _INDEX
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{index} has no weight_map: fetch it again.")
-    faults = []
-    for name in sorted({str(name) for name in weight_map.values()}):
-        # By name, not by where it leads: Hugging Face's cache keeps links to files elsewhere.
-        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            faults.append(f"{name!r}: allowed is the name of a .safetensors file in the folder")
-        elif not (folder / name).is_file():
-            faults.append(f"{name} is missing")
-    if faults:
-        heading = f"{index} names files that cannot be used:"
-        raise ModelError(gather(faults, heading, "Fetch the whole folder again."))
-    return [folder / name for name in sorted(set(weight_map.values()))]
-
-
-def _match_names(model: Decoder, source: dict[str, _Slot], folder: Path) -> dict[str, _Slot]:
-    """Return where each parameter of `model` lies in the files, all faults raised at once."""
-    slots = _with_prefix(model, source)
+def _match_names(
+    model: Decoder, source: dict[str, StoredTensor], folder: Path
+) -> dict[str, StoredTensor]:
+    """Return the stored tensor of each parameter of `model`; all faults are raised at once."""
+    stored = _with_prefix(model, source)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     faults = []
     for name, shape in shapes.items():
-        if name not in slots:
+        if name not in stored:
             faults.append(
-                f"{name} {shape} is missing.{did_you_mean(name, set(slots) - set(shapes))}"
+                f"{name} {shape} is missing.{did_you_mean(name, set(stored) - set(shapes))}"
             )
             continue
         wanted = shape[::-1] if _is_transposed(model.config, name) else shape
-        if slots[name].shape != wanted:
-            faults.append(f"{name} is {slots[name].shape} in the file: config.json says {wanted}")
-        elif slots[name].kind not in _FLOATS:
+        if stored[name].shape != wanted:
+            faults.append(
+                f"{name} is {stored[name].shape} in the file: config.json implies {wanted}"
+            )
+        elif stored[name].dtype not in _FLOATS:
             kinds = ", ".join(sorted(_FLOATS))
-            faults.append(f"{name} is of type {slots[name].kind}: allowed are {kinds}")
-    for name in slots:
+            faults.append(f"{name} has dtype {stored[name].dtype} (allowed: {kinds})")
+    for name in stored:
         is_spare_head = name == _HEAD and model.config.tie_word_embeddings
         if name not in shapes and not is_spare_head and not _NO_PARAMETERS.fullmatch(name):
-            faults.append(f"{name} {slots[name].shape} is no tensor of this architecture")
+            faults.append(f"{name} {stored[name].shape} is not a tensor of this architecture")
     if faults:
-        heading = f"{folder} does not hold the {model.config.family!r} model of its config.json:"
-        advice = "Check that config.json and the weights belong together, and fetch both again."
+        heading = f"Cannot load {folder}: its tensors do not match config.json:"
+        advice = "Check that config.json and the weights belong together; download both again."
         raise ModelError(gather(faults, heading, advice))
-    return {name: slots[name] for name in shapes}
+    return {name: stored[name] for name in shapes}
 
 
-def _with_prefix(model: Decoder, source: Mapping[str, _Slot]) -> dict[str, _Slot]:
-    """Return `source` under full names: some files (GPT-2's own) leave the trunk's name out."""
+def _with_prefix(model: Decoder, source: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return `source` under full names: some files (GPT-2's own) omit the trunk's name."""
     prefix = f"{model.trunk_name}."
     if any(name.startswith(prefix) for name in source):
         return dict(source)
-    return {name if name == _HEAD else prefix + name: slot for name, slot in source.items()}
+    return {name if name == _HEAD else prefix + name: tensor for name, tensor in source.items()}
 
 
 def _is_transposed(config: DecoderConfig, name: str) -> bool:
@@ -196,20 +111,20 @@ def _is_transposed(config: DecoderConfig, name: str) -> bool:
 
 def _read(
     config: DecoderConfig,
-    places: Mapping[str, _Slot],
+    stored: Mapping[str, StoredTensor],
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield one parameter after the other, so that at most one is held twice."""
-    for name, slot in places.items():
-        tensor = slot.tensor()
+    """Yield one parameter after the other, so that at most one is in memory twice."""
+    for name, source in stored.items():
+        tensor = source.tensor()
         if _is_transposed(config, name):
             tensor = tensor.T.contiguous()  # (I, O) -> (O, I)
         yield name, tensor.to(device=device, dtype=dtype)
 
 
 def _assign(model: Decoder, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    def unrounded() -> Iterator[tuple[str, Tensor]]:
+    def not_quantised() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors:
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
@@ -218,17 +133,18 @@ def _assign(model: Decoder, tensors: Iterator[tuple[str, Tensor]]) -> None:
             else:
                 yield name, tensor
 
-    assign_parameters(model, unrounded())
+    assign_parameters(model, not_quantised())
 
 
-def _check_tied_head(model: Decoder, source: Mapping[str, _Slot], folder: Path) -> None:
+def _check_tied_head(model: Decoder, source: Mapping[str, StoredTensor], folder: Path) -> None:
     if not model.config.tie_word_embeddings or _HEAD not in source:
         return
     head, embedding = source[_HEAD].tensor(), model.lm_head.weight
     if head.shape != embedding.shape or not torch.equal(head.to(embedding), embedding):
         raise ModelError(
-            f"{folder}: config.json says tie_word_embeddings=true, and {_HEAD} in the file is not "
-            "the embedding. Set tie_word_embeddings to false to use the file's own head."
+            f"Cannot load {folder}: config.json says tie_word_embeddings=true, and {_HEAD} in the "
+            "file differs from the embedding. Set tie_word_embeddings to false to use the file's "
+            "own head."
         )
 
 
@@ -237,10 +153,10 @@ def save_decoder(
 ) -> None:
     """Write `model` into `folder` as config.json and safetensors that transformers loads.
 
-    A tied head is written once. Every file is written beside its place and then moved there, so
-    that a folder may be written over while a model is mapped from it. Raises ModelError if
-    `model` has tensors that the format has no place for (LoRA that was not merged), and
-    CheckpointError if the disk refuses.
+    A tied head is written once. Every file is written under a temporary name and then renamed, so
+    a folder can be overwritten while a model is memory-mapped from it. Raises ModelError if
+    `model` has tensors that the format cannot hold (LoRA that was not merged), and
+    CheckpointError if writing fails.
     """
     folder = Path(folder)
     tensors = _tensors_to_save(model)
@@ -258,33 +174,35 @@ def _write_decoder(
 ) -> None:
     shards = _split(tensors, max_shard_bytes)
     n = len(shards)
-    names = [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)] if n > 1 else [_SINGLE]
+    names = [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)] if n > 1 else [SINGLE]
     for file_name, shard in zip(names, shards, strict=True):
         ready = {name: _file_layout(model.config, name, tensors[name]) for name in shard}
-        beside = folder / f".{file_name}.part"
-        write_tensors(beside, ready, {"format": "pt"})
-        os.replace(beside, folder / file_name)
+        temporary = folder / f".{file_name}.part"
+        write_tensors(temporary, ready, {"format": "pt"})
+        os.replace(temporary, folder / file_name)
     if n > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
-        places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": places})
-    # What an earlier save left under the other layout's name would be read instead of this one.
-    (folder / (_SINGLE if n > 1 else _INDEX)).unlink(missing_ok=True)
+        weight_map = {
+            name: file for file, shard in zip(names, shards, strict=True) for name in shard
+        }
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    # A file of the other layout, left by an earlier save, would be loaded instead of this one.
+    (folder / (SINGLE if n > 1 else INDEX)).unlink(missing_ok=True)
     _write_json(folder / "config.json", _config_to_save(model))
 
 
 def _tensors_to_save(model: Decoder) -> dict[str, Tensor]:
     if has_fp8_base(model):
         raise ModelError(
-            "A model was to be saved whose linears are kept in fp8: the format has no place for "
-            "their scales. Save its adapter; the base is where it was loaded from."
+            "Cannot save a model with fp8 linears: the format cannot hold their scales. Save its "
+            "adapter; the base is where it was loaded from."
         )
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     expected = {name for name, _ in build_empty_decoder(model.config).named_parameters()}
-    faults = [f"{name} has no place in the format" for name in tensors if name not in expected]
+    faults = [f"{name} is not a tensor of the format" for name in tensors if name not in expected]
     faults += [f"{name} is missing" for name in expected - set(tensors)]
     if faults:
-        heading = f"The model cannot be saved as a plain {model.config.family!r} model:"
+        heading = f"Cannot save the model as a plain {model.config.family!r} model:"
         raise ModelError(gather(faults, heading, "Merge its LoRA first (merge_lora), or untie it."))
     return tensors
 
@@ -314,6 +232,6 @@ def _config_to_save(model: Decoder) -> dict[str, Any]:
 
 
 def _write_json(path: Path, contents: dict[str, Any]) -> None:
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

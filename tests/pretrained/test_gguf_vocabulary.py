@@ -151,7 +151,7 @@ def test_runs_of_spaces_that_are_tokens_of_their_own_come_back() -> None:
         assert again.encode(text) == tokenizer.encode(text)
         assert again.decode(again.encode(text)) == text
     late = pieces(False, add_runs, last=((SPACE, SPACE),))  # words join before runs of spaces do
-    with pytest.raises(DataError, match="would become other tokens"):
+    with pytest.raises(DataError, match="would be tokenised differently"):
         describe_tokenizer(late, late.vocab_size)
 
 
@@ -181,7 +181,7 @@ def test_further_stops_come_back() -> None:
     metadata = describe_tokenizer(tokenizer, 400)
     assert metadata["tokenizer.ggml.eos_token_id"] == 0
     assert build_gguf_tokenizer(metadata).stop_ids == (0, 2, 7)
-    with pytest.raises(DataError, match=r"stop_ids would come back as .* instead of"):
+    with pytest.raises(DataError, match=r"stop_ids would be .* instead of"):
         describe_tokenizer(byte_level(stop_ids=(2, 5, 6, 7)), 400)
 
 
@@ -197,7 +197,7 @@ _GPT4 = pre_tokenizers.Split(Regex(r"\w+|\W+"), behavior="isolated")
 REFUSED: dict[str, tuple[Change, str]] = {
     "a prefix space": (
         _set("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)),
-        "have no name there",
+        "have no name in GGUF",
     ),
     "an unknown pattern": (
         _set(
@@ -217,8 +217,8 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "another step": (_set("pre_tokenizer", pre_tokenizers.Whitespace()), "Whitespace"),
     "lower case": (_set("normalizer", normalizers.Lowercase()), "Lowercase"),
-    "a form without a name": (_set("normalizer", normalizers.NFC()), "has no name there"),
-    "a greedy token": (_add("<mask>", lstrip=True), "'<mask>' takes the spaces"),
+    "a form without a name": (_set("normalizer", normalizers.NFC()), "has no name in GGUF"),
+    "a greedy token": (_add("<mask>", lstrip=True), "'<mask>' strips the spaces"),
     "more at the ends": (
         _set(
             "post_processor",
@@ -227,7 +227,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
                 special_tokens=[("<|endoftext|>", 0), ("<|im_start|>", 1)],
             ),
         ),
-        "adds more to a text",
+        "adds more than one token before",
     ),
 }
 
@@ -254,7 +254,7 @@ def test_more_tokens_than_rows() -> None:
 
 def test_other_handling_of_spaces_is_refused() -> None:
     change = _set("pre_tokenizer", pre_tokenizers.Metaspace(prepend_scheme="first"))
-    with pytest.raises(DataError, match="spaces are not handled"):
+    with pytest.raises(DataError, match="does not treat spaces"):
         describe_tokenizer(pieces(True, change), 400)
 
 
@@ -269,5 +269,5 @@ def test_merges_that_scores_cannot_give_are_refused() -> None:
         parts["model"]["merges"] += [["q", "u"], ["i", "c"], ["c", "k"], ["ic", "k"]]
         backend.__setstate__(json.dumps(parts).encode())
 
-    with pytest.raises(DataError, match="would become other tokens"):
+    with pytest.raises(DataError, match="would be tokenised differently"):
         describe_tokenizer(pieces(True, take_one_way), 400)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.decoder.families import decoder_config
 from lora.errors import CheckpointError, ModelError
-from lora.pretrained.hf_weights import load_decoder, read_config, save_decoder
+from lora.pretrained.hf_files import read_config
+from lora.pretrained.hf_weights import load_decoder, save_decoder
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -199,9 +200,9 @@ def test_all_faults_of_the_tensors_are_raised_together(folder: Path) -> None:
     for words in (
         "model.layers.0.mlp.down_proj.weight (32, 48) is missing."
         " Did you mean 'model.layers.0.mlp.down_prj.weight'?",
-        "model.norm.weight is (33,) in the file: config.json says (32,)",
-        "model.layers.1.mlp.up_proj.weight is of type I8: allowed are BF16, F16, F32, F64",
-        "model.layers.0.mlp.down_prj.weight (32, 48) is no tensor of this architecture",
+        "model.norm.weight is (33,) in the file: config.json implies (32,)",
+        "model.layers.1.mlp.up_proj.weight has dtype I8 (allowed: BF16, F16, F32, F64)",
+        "model.layers.0.mlp.down_prj.weight (32, 48) is not a tensor of this architecture",
     ):
         assert words in message
 
@@ -218,7 +219,7 @@ def test_a_tied_head_in_the_file_must_be_the_embedding(folder: Path) -> None:
     edit_config(folder, tie_word_embeddings=True)
     message = failure(folder)
     assert "tie_word_embeddings=true" in message
-    assert "is not the embedding" in message
+    assert "differs from the embedding" in message
 
     def tie(tensors: dict[str, Tensor]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -234,12 +235,12 @@ def test_a_truncated_file_is_refused(folder: Path, length: int) -> None:
     (folder / WEIGHTS).write_bytes(whole[:length])
     message = failure(folder)
     assert WEIGHTS in message
-    assert "fetch it again" in message
+    assert "download it again" in message
 
 
 def test_garbage_is_refused(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 3)
-    assert "no whole safetensors file" in failure(folder)
+    assert "as safetensors" in failure(folder)
 
 
 def test_pickles_are_refused_with_the_way_out(folder: Path) -> None:
@@ -275,7 +276,7 @@ def test_a_full_disk_leaves_no_part_of_a_model(
 
 def test_missing_parts_are_named(folder: Path, tmp_path: Path) -> None:
     (folder / WEIGHTS).unlink()
-    assert "model*.safetensors is needed, and the folder holds config.json" in failure(folder)
+    assert "model*.safetensors is needed, and the folder has config.json" in failure(folder)
     (folder / "config.json").unlink()
     assert "config.json is needed, and the folder has none" in failure(folder)
     assert "no such folder" in failure(tmp_path / "nowhere")
@@ -319,7 +320,7 @@ def test_a_model_with_other_tensors_is_not_saved(tmp_path: Path) -> None:
     model.trunk.blocks()[0].mlp.up_proj.register_parameter("lora_A", nn.Parameter(torch.ones(1)))
     with pytest.raises(ModelError) as error:
         save_decoder(model, tmp_path / "out")
-    assert "model.layers.0.mlp.up_proj.lora_A has no place in the format" in str(error.value)
+    assert "model.layers.0.mlp.up_proj.lora_A is not a tensor of the format" in str(error.value)
     assert "Merge" in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -327,5 +328,5 @@ def test_a_model_with_other_tensors_is_not_saved(tmp_path: Path) -> None:
 def test_an_untied_copy_of_a_tied_head_is_not_saved(tmp_path: Path) -> None:
     model = build_tiny(tie_word_embeddings=True)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    with pytest.raises(ModelError, match=r"lm_head.weight has no place"):
+    with pytest.raises(ModelError, match=r"lm_head.weight is not a tensor"):
         save_decoder(model, tmp_path)

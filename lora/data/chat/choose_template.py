@@ -1,4 +1,4 @@
-"""Which chat template is used: the one asked for, the model's own, or a plain one."""
+"""Choice of the chat template: the given one, the model's own, or a plain one."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ PLAIN_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '### Response:\\n' -}}{%- endif -%}
 """
-"""The format of conversations for models that have no chat template of their own."""
+"""Chat template for models without one of their own."""
 
 
 def choose_template(tokenizer: TextTokenizer, path: Path | None) -> tuple[TextTokenizer, str]:
-    """Return the tokenizer with the template to use in it, and where that comes from, in words.
+    """Return the tokenizer with the chosen template, and a description of the template's origin.
 
-    The file `path` goes before the model's own template. A model that has none gets the plain one,
-    PLAIN_TEMPLATE; save the returned tokenizer with the model, so that it is asked as it learned.
+    The file `path` takes precedence over the model's own template. A model without one gets
+    PLAIN_TEMPLATE; save the returned tokenizer with the model, so that it is prompted as it was
+    trained.
 
     Raises:
         DataError: the file cannot be read, or is too long.
@@ -48,18 +49,20 @@ def choose_template(tokenizer: TextTokenizer, path: Path | None) -> tuple[TextTo
     source = begin + PLAIN_TEMPLATE
     if tokenizer.eos_token is None:
         source = source.replace(" + eos_token", "")
-    return _with_template(tokenizer, source), "the plain format, for the model has no chat template"
+    return _with_template(
+        tokenizer, source
+    ), "the plain format, because the model has no chat template"
 
 
 def compile_template(tokenizer: TextTokenizer, now: datetime | None = None) -> ChatTemplate:
-    """Return the tokenizer's chat template, with its special tokens.
+    """Return the tokenizer's chat template, compiled with its special tokens.
 
-    `now` is the time that templates with a date in them tell; None asks the clock. Raises DataError
-    if there is no template, or it is no jinja.
+    `now` is the date for templates that print one; None uses the clock. Raises DataError if there
+    is no template, or it is not valid jinja2.
     """
     if tokenizer.chat_template is None:
         raise DataError(
-            "A conversation was given, and the model has no chat template: give one with "
+            "Cannot format a conversation: the model has no chat template. Give one with "
             "chat_template, or use choose_template to get the plain format."
         )
     tokens = {
@@ -72,12 +75,12 @@ def compile_template(tokenizer: TextTokenizer, now: datetime | None = None) -> C
 
 
 def begin_ids(tokenizer: TextTokenizer) -> list[int]:
-    """Return what the tokenizer itself puts before a plain text: a BOS token, or nothing."""
+    """Return the ids that the tokenizer adds before a plain text: a BOS token, or none."""
     plain = tokenizer.encode("a")
     full = tokenizer.encode("a", add_special_tokens=True)
-    for place in range(len(full) - len(plain) + 1):
-        if full[place : place + len(plain)] == plain:
-            return full[:place]
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return full[:start]
     return []
 
 
@@ -91,10 +94,12 @@ def _read_template(path: Path) -> str:
         with path.open("rb") as file:
             data = file.read(MAX_TEMPLATE_BYTES + 1)
         if len(data) > MAX_TEMPLATE_BYTES:
-            raise DataError(f"{path} has more than {MAX_TEMPLATE_BYTES:,} bytes: no template has.")
+            raise DataError(f"Cannot use {path}: it has more than {MAX_TEMPLATE_BYTES:,} bytes.")
         return data.decode().removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
     except OSError as error:
         kind = DataNotFoundError if isinstance(error, FileNotFoundError) else DataError
-        raise kind(f"The chat template {path} cannot be read: {error.strerror}.") from None
+        raise kind(f"Cannot read the chat template {path}: {error.strerror}.") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"The chat template {path} is not UTF-8: {error.reason}.") from None
+        raise DataError(
+            f"Cannot read the chat template {path}: it is not UTF-8: {error.reason}."
+        ) from None

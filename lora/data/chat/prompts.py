@@ -1,4 +1,4 @@
-"""What a model is asked, and what it should have answered, of examples and of questions."""
+"""Prompts for generation, with the reference answer where there is one."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from lora.data.reading.formats import Example
 from lora.data.reading.messages import Message
 from lora.data.tokenizers.subword import TextTokenizer
 
-_BEGINNING_TOKENS, _BEGINNING_CHARACTERS = 32, 2000
+_PROMPT_TOKENS, _TEXT_CHARACTERS = 32, 2000
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question as tokens, with the reference answer where there is one."""
+    """One prompt as token ids, with the reference answer where there is one."""
 
     ids: list[int]
     text: str
-    """What a person reads: the last thing said before the answer."""
+    """For display: the last message before the answer, or the plain text."""
     reference: str | None = None
 
 
 def chat_prompt(messages: Sequence[Message], tokenizer: TextTokenizer) -> Prompt:
-    """Return the conversation up to where the assistant's next turn begins.
+    """Return the conversation up to the start of the assistant's next turn.
 
-    Raises DataError if the tokenizer has no chat template, or its template refuses.
+    Raises DataError if the tokenizer has no chat template, or it rejects the messages.
     """
     template = compile_template(tokenizer)
     rendered = template.render(messages, add_generation_prompt=True)
@@ -35,30 +35,30 @@ def chat_prompt(messages: Sequence[Message], tokenizer: TextTokenizer) -> Prompt
 
 
 def plain_prompt(text: str, tokenizer: TextTokenizer) -> Prompt:
-    """Return a text to go on with, behind the BOS token if the model wants one."""
+    """Return a text to continue, after a BOS token if the model uses one."""
     return Prompt([*begin_ids(tokenizer), *tokenizer.encode(text)], text)
 
 
 def continuation_prompt(text: str, tokenizer: TextTokenizer) -> Prompt | None:
-    """Return the beginning of a plain text and what follows there; None if it is too short.
+    """Return the beginning of a plain text, with what follows as reference; None if too short.
 
     The beginning has at most 32 tokens and at most half of the text's.
     """
-    tokens = tokenizer.encode(text[:_BEGINNING_CHARACTERS])
-    n_given = min(_BEGINNING_TOKENS, len(tokens) // 2)
+    tokens = tokenizer.encode(text[:_TEXT_CHARACTERS])
+    n_given = min(_PROMPT_TOKENS, len(tokens) // 2)
     if not n_given:
         return None
     given = tokenizer.decode(tokens[:n_given], skip_special_tokens=False)
-    rest = tokenizer.decode(tokens[n_given : 2 * _BEGINNING_TOKENS], skip_special_tokens=False)
+    rest = tokenizer.decode(tokens[n_given : 2 * _PROMPT_TOKENS], skip_special_tokens=False)
     return Prompt([*begin_ids(tokenizer), *tokens[:n_given]], given, rest)
 
 
 def example_prompt(
     example: Example, tokenizer: TextTokenizer, *, now: datetime | None = None
 ) -> Prompt | None:
-    """Return what `example` asks last and its answer; None for plain texts, which ask nothing.
+    """Return the prompt of `example`'s last answer, with that answer; None for plain texts.
 
-    `now` is the date for chat templates that tell one; None asks the clock.
+    `now` is the date for chat templates that print one; None uses the clock.
     """
     if example.completion is not None:
         prompt = plain_prompt(example.prompt or "", tokenizer)

@@ -1,8 +1,8 @@
-"""What a stranger's chat template may cost: time, and the size of what it makes on the way.
+"""Limits on an untrusted chat template: time, and the size of intermediate values.
 
-jinja2's sandbox keeps a template away from Python's insides; it does not keep it from taking for
-ever or from making one enormous string. Here each loop looks at the clock, and what multiplies its
-operands' sizes is held against a limit before it is computed.
+jinja2's sandbox keeps a template away from Python's internals, but not from running forever or
+building one enormous string. Here each loop checks the clock, and operations that multiply the
+sizes of their operands are checked against a limit before they are computed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from jinja2.sandbox import SecurityError
 from jinja2.visitor import NodeTransformer
 
 MAX_CHARACTERS = 64 * 1024 * 1024
-"""Of one text."""
+"""Of one string."""
 MAX_ITEMS = 2**20
 """Of one list."""
 MAX_WIDTH = 10_000
-"""To which a text is padded or indented."""
+"""Width to which a string may be padded or indented."""
 _MAX_POWER_BITS = 4096
 _WIDE = re.compile(r"\d{6,}")
 _NESTED_WIDTH = re.compile(r":[^{}]*\{")
@@ -32,7 +32,7 @@ _PADDING = ("center", "expandtabs", "ljust", "rjust", "zfill")
 
 
 def add_checks(tree: nodes.Template, environment: jinja2.Environment) -> nodes.Template:
-    """Changes `tree` in place: loops call the environment's `check_time`, `~` `checked_concat`."""
+    """Changes `tree` in place: loops call `check_time`, `~` calls `checked_concat`."""
     _Checks(environment).visit(tree)
     return tree
 
@@ -59,7 +59,7 @@ class _Checks(NodeTransformer):
 
 
 def concat(*values: object) -> str:
-    """Return the texts of `values`, one after the other, as `~` does."""
+    """Return the texts of `values`, concatenated, as `~` does."""
     texts = [str(value) for value in values]
     _check_size(sum(map(len, texts)), "~")
     return "".join(texts)
@@ -81,8 +81,8 @@ def check_binop(operator: str, left: object, right: object) -> None:
 
 
 def check_method(method: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise SecurityError if `method`, if it is one of a text's, would make an enormous one."""
-    if isinstance(method, FunctionType):  # the sandbox's own in place of str.format
+    """Raise SecurityError if `method`, a string's, would build an enormous string."""
+    if isinstance(method, FunctionType):  # the sandbox's wrapper of str.format
         method = inspect.unwrap(method)
     if not isinstance(method, BuiltinMethodType) or not isinstance(method.__self__, str):
         return
@@ -101,15 +101,15 @@ def check_method(method: object, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def guard_filters(filters: MutableMapping[str, Callable[..., Any]]) -> None:
-    """Changes `filters` in place: those that can make much of little check their arguments."""
+    """Changes `filters` in place: those that can build large values check their arguments."""
     for name in ("batch", "center", "format", "indent", "join", "replace", "slice", "tojson"):
         filters[name] = _guarded(name, filters[name])
 
 
 def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    skipped = 1 if "jinja_pass_arg" in vars(function) else 0  # jinja2's own context comes first
+    skipped = 1 if "jinja_pass_arg" in vars(function) else 0  # jinja2 passes its context first
 
-    @functools.wraps(function)  # with jinja2's mark of what it passes
+    @functools.wraps(function)  # keeps jinja2's mark of what it passes
     def guarded(*args: Any, **kwargs: Any) -> Any:
         value, *rest = args[skipped:]
         if name == "replace" and isinstance(value, str):
@@ -129,15 +129,15 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_size(size: int, what: str, sequence: object = "") -> None:
-    most = MAX_CHARACTERS if isinstance(sequence, str) else MAX_ITEMS
-    if size > most:
+    limit = MAX_CHARACTERS if isinstance(sequence, str) else MAX_ITEMS
+    if size > limit:
         raise SecurityError(f"it computes {what} with values that are too large")
 
 
 def _check_widths(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for value in (*args, *kwargs.values()):
         if isinstance(value, int) and value > MAX_WIDTH:
-            raise SecurityError(f"it pads a text to {value:,} characters, which is too large")
+            raise SecurityError(f"it pads a string to {value:,} characters, which is too large")
 
 
 def _check_replace(text: str, old: object = "", new: object = "") -> None:

@@ -1,14 +1,14 @@
-"""Which text of a conversation is learned: the assistant's turns, as the model will write them.
+"""The assistant's turns in a rendered conversation, which are the text to train on.
 
-If the template marks them itself (`{% generation %}`), its marks are taken. Else a turn is what the
-text of the messages up to it has more than the text of those before it, which ends in the prompt
-for the answer. Templates may show a turn in another way once others follow (some drop its
-thinking). Such a turn is learned from the text that ends with it, which is what the model sees
-when it writes that turn: the conversation then becomes several texts, each turn learned once.
-Templates may also show a question in another way once it is answered (Mistral's leave out the
-system's words): there the answer is put behind the prompt that the model will see.
+If the template marks them itself (`{% generation %}`), its marks are used. Otherwise a turn is the
+difference between the text of the messages up to it and the text of those before it, which ends in
+the generation prompt. Templates may render a turn differently once others follow (some drop its
+thinking). Such a turn is trained on in the text that ends with it, which is what the model sees
+when it generates that turn: the conversation then becomes several texts, with each turn a target
+once. Templates may also render a question differently once it is answered (Mistral's leave out the
+system message): there the answer is appended to the prompt that the model will see.
 
-A turn is lost, and counted, if it cannot be found, or if no word of it stands in what was found.
+A turn is lost, and counted, if it cannot be located, or if no word of it is in the located text.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from lora.data.reading.formats import Example
 from lora.data.reading.messages import Message
 from lora.errors import DataError
 
-_WORD, _SIGNS = re.compile(r"\w+"), re.compile(r"\S+")
+_WORD, _SYMBOLS = re.compile(r"\w+"), re.compile(r"\S+")
 
 
 @dataclass(frozen=True)
 class SpannedText:
-    """A text, and which of its characters are learned."""
+    """A text, and which of its characters are targets."""
 
     text: str
     spans: list[Span]
@@ -35,18 +35,18 @@ class SpannedText:
 
 @dataclass
 class ConversationTexts:
-    """What a conversation becomes."""
+    """The texts of one conversation."""
 
     texts: list[SpannedText] = field(default_factory=list)
     n_lost_turns: int = 0
-    """Turns of the assistant that could not be found in any text, and are not learned."""
+    """Assistant turns that could not be located in any text, and are not trained on."""
 
 
 def render_conversation(template: ChatTemplate, example: Example) -> ConversationTexts:
-    """Return the texts of an example with messages, at least one, and what is learned of each.
+    """Return the texts of an example with messages, at least one, with the targets in each.
 
-    All turns of the assistant behind the prompt's messages are learned. Raises DataError if the
-    template refuses the conversation.
+    All assistant turns after the prompt's messages are targets. Raises DataError if the template
+    rejects the conversation.
     """
     if template.has_generation_blocks:
         return _take_marks(template, example)
@@ -54,7 +54,7 @@ def render_conversation(template: ChatTemplate, example: Example) -> Conversatio
     found, pending = ConversationTexts(), list[_Turn]()
     for number in _answers(example):
         turn = renderer.find_turn(number)
-        if turn is None or not _tells(turn.text[slice(*turn.span)], renderer.content(number)):
+        if turn is None or not _has_content(turn.text[slice(*turn.span)], renderer.content(number)):
             found.n_lost_turns += 1
         else:
             pending.append(turn)
@@ -77,9 +77,9 @@ def _take_marks(template: ChatTemplate, example: Example) -> ConversationTexts:
     if asked:
         before = template.render_with_spans(messages[:asked], tools=tools, documents=documents)
         spans = spans[len(before[1]) :]
-    told = "".join(text[slice(*span)] for span in spans)
+    marked = "".join(text[slice(*span)] for span in spans)
     answers = [str(messages[number]["content"]) for number in _answers(example)]
-    n_lost_turns = sum(not _tells(told, answer) for answer in answers)
+    n_lost_turns = sum(not _has_content(marked, answer) for answer in answers)
     if n_lost_turns == len(answers):
         spans = []
     return ConversationTexts([SpannedText(text, [s for s in spans if s[0] < s[1]])], n_lost_turns)
@@ -88,31 +88,31 @@ def _take_marks(template: ChatTemplate, example: Example) -> ConversationTexts:
 @dataclass(frozen=True)
 class _Turn:
     text: str
-    """The conversation up to this turn, which is its end."""
+    """The conversation up to and including this turn."""
     span: Span
 
 
-def _count_shared(one: str, other: str) -> int:
-    """Return how many characters two texts share at their beginnings."""
+def _common_prefix_length(one: str, other: str) -> int:
+    """Return the length of the common prefix of two texts."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _tells(text: str, content: str) -> bool:
-    """Return whether a word of `content` stands in `text`, or `content` has none."""
-    pattern = _WORD if _WORD.search(content) else _SIGNS
-    words = pattern.finditer(content)  # the first mostly decides, so they are not all sought
+def _has_content(text: str, content: str) -> bool:
+    """Return whether a word of `content` is in `text`, or `content` has none."""
+    pattern = _WORD if _WORD.search(content) else _SYMBOLS
+    words = pattern.finditer(content)  # lazy: the first word mostly decides
     return not content.strip() or any(word[0] in text for word in words)
 
 
 def _answers(example: Example) -> list[int]:
-    """Return the numbers of the messages that are learned."""
+    """Return the indices of the messages to train on."""
     numbered = list(enumerate(example.messages or ()))[example.n_prompt_messages :]
     return [number for number, message in numbered if message["role"] == "assistant"]
 
 
 class _Renderer:
-    """Renders a conversation's beginnings."""
+    """Renders prefixes of a conversation."""
 
     def __init__(self, template: ChatTemplate, example: Example) -> None:
         self._template, self._example = template, example
@@ -120,33 +120,33 @@ class _Renderer:
         self.whole = self._render(len(self._messages))
 
     def find_turn(self, number: int) -> _Turn | None:
-        """Return the turn of message `number`, or None if it cannot be told from what is before."""
+        """Return the turn of message `number`, or None if it cannot be located."""
         try:
             is_last = number + 1 == len(self._messages)
             text = self.whole if is_last else self._render(number + 1)
             prompt = self._render(number, add_generation_prompt=True)
             if text.startswith(prompt):
                 return _Turn(text, (len(prompt), len(text)))
-            # The prompt for an answer may hold more than an answer begins with ("<think>").
+            # The generation prompt may end in more than an answer begins with ("<think>").
             before = self._render(number)
         except DataError:
-            return None  # the template takes the whole, and not its beginning
-        start = _count_shared(prompt, text)
+            return None  # the template accepts the whole conversation, but not this prefix
+        start = _common_prefix_length(prompt, text)
         if prompt.startswith(before) and len(before) <= start < len(text):
             return _Turn(text, (start, len(text)))
-        return self._put_behind(prompt, text, number)
+        return self._append_to_prompt(prompt, text, number)
 
     def content(self, number: int) -> str:
         return str(self._messages[number]["content"])
 
-    def _put_behind(self, prompt: str, text: str, number: int) -> _Turn | None:
-        """Return the prompt with what `text` has behind the same question and its closing mark."""
+    def _append_to_prompt(self, prompt: str, text: str, number: int) -> _Turn | None:
+        """Return the prompt plus what follows the same question and its end marker in `text`."""
         question = self.content(number - 1).strip() if number else ""
         closed = prompt[prompt.rfind(question) :]
-        place = text.rfind(closed)
-        if not question or question not in prompt or len(closed) == len(question) or place < 0:
+        start = text.rfind(closed)
+        if not question or question not in prompt or len(closed) == len(question) or start < 0:
             return None
-        whole = prompt + text[place + len(closed) :]
+        whole = prompt + text[start + len(closed) :]
         return _Turn(whole, (len(prompt), len(whole)))
 
     def _render(self, n_messages: int, *, add_generation_prompt: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""Texts that every Python has: the prose of its language reference, and its library's source."""
+"""Texts in every Python installation: its language reference, and its library's source."""
 
 from __future__ import annotations
 
@@ -11,56 +11,57 @@ from pathlib import Path
 from lora.data.tokenizers.characters import read_text_file
 from lora.errors import DataError
 
-HELD_OUT_FRACTION = 0.1
+VALIDATION_FRACTION = 0.1
 CODE_PACKAGES = ("asyncio", "collections", "concurrent", "email", "http", "json", "logging", "xml")
-MACHINES_OWN = ("_sysconfigdata", "sitecustomize")
-"""Beginnings of the names of files that describe the machine, not the library."""
+MACHINE_FILES = ("_sysconfigdata", "sitecustomize")
+"""Prefixes of files that describe the machine, not the library."""
 MAX_CODE_CHARACTERS = 2_000_000
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text in two parts that share no passage."""
+    """A text split into training and validation parts that share no passage."""
 
     train: str
     validation: str
     described: str
+    """What the text is, for messages."""
 
 
 def prose() -> Corpus:
-    """Return the help texts of Python's language reference; the last topics are held out.
+    """Return the help texts of Python's language reference; the last topics are for validation.
 
-    Topics repeat each other: the paragraphs that are held out are taken out of the training part.
-    Raises DataError where the standard library comes without them.
+    Topics repeat each other: paragraphs of the validation part are removed from the training part.
+    Raises DataError if the standard library lacks them.
     """
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
         raise DataError(
-            "The built-in prose (pydoc_data.topics) was asked for: this Python comes without it. "
-            "Give a text file of your own."
+            "Cannot load the built-in prose: this Python lacks pydoc_data.topics. Give a text file "
+            "of your own."
         ) from None
     texts = [topics[name] for name in sorted(topics)]
     return _split(texts, "the prose of Python's language reference")
 
 
 def code() -> Corpus:
-    """Return the source of the standard library's modules; the last files are held out.
+    """Return the source of the standard library's modules; every tenth file is for validation.
 
-    Files are read as text and nothing is imported. Raises DataError where the standard library
-    comes without its source.
+    Files are read as text and nothing is imported. Raises DataError if the standard library lacks
+    its source.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
-    paths = sorted(p for p in library.glob("*.py") if not p.name.startswith(MACHINES_OWN))
+    paths = sorted(p for p in library.glob("*.py") if not p.name.startswith(MACHINE_FILES))
     for package in CODE_PACKAGES:
         paths += sorted((library / package).rglob("*.py"))
     texts = _read_files(paths, MAX_CODE_CHARACTERS)
     if len(texts) < 10:
         raise DataError(
-            "The standard library's source was asked for: this Python comes without it. "
-            "Give a text file of your own."
+            "Cannot load the standard library's source: this Python lacks it. Give a text file of "
+            "your own."
         )
-    # A fixed stride spreads the held-out files over the alphabet: neighbours are often alike.
+    # A fixed stride spreads the validation files over the alphabet: neighbours are often alike.
     validation = [text for number, text in enumerate(texts) if number % 10 == 9]
     train = [text for number, text in enumerate(texts) if number % 10 != 9]
     described = "the source code of Python's standard library"
@@ -68,31 +69,31 @@ def code() -> Corpus:
 
 
 def corpus_from_file(path: Path) -> Corpus:
-    """Return a text file as a corpus; its last tenth is held out."""
+    """Return a text file as a corpus; its last tenth is for validation."""
     text = read_text_file(path)
-    place = round(len(text) * (1 - HELD_OUT_FRACTION))
-    return Corpus(text[:place], text[place:], str(path))
+    border = round(len(text) * (1 - VALIDATION_FRACTION))
+    return Corpus(text[:border], text[border:], str(path))
 
 
-def _read_files(paths: list[Path], most_characters: int) -> list[str]:
+def _read_files(paths: list[Path], max_characters: int) -> list[str]:
     texts: list[str] = []
     total = 0
     for path in paths:
-        if total >= most_characters:
+        if total >= max_characters:
             break
         try:
             texts.append(path.read_text(encoding="utf-8", errors="replace"))
         except OSError as error:
             raise DataError(
-                f"{path} of the standard library cannot be read: {error.strerror}. "
-                "Give a text file of your own."
+                f"Cannot read {path} of the standard library: {error.strerror}. Give a text file "
+                "of your own."
             ) from None
         total += len(texts[-1])
     return texts
 
 
 def _split(texts: list[str], described: str) -> Corpus:
-    wanted = sum(map(len, texts)) * (1 - HELD_OUT_FRACTION)
+    wanted = sum(map(len, texts)) * (1 - VALIDATION_FRACTION)
     length, number = 0, 0
     while length < wanted:
         length += len(texts[number])

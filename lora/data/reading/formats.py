@@ -1,12 +1,12 @@
-"""What a row of training data means: one `Example`, whatever the columns are called.
+"""Data formats: rows of known columns become one `Example` each.
 
-Known are, in the order in which they are looked for:
+Known formats, in the order in which they are tried:
 
-    messages                             chat: role and content, tool_calls, beside it tools
+    messages                             chat: role and content, tool_calls; column tools
     conversations                        ShareGPT: from and value
     prompt + completion                  two strings, or two lists of messages
-    instruction + output (or response)   Alpaca, Dolly; input or context may stand beside it
-    question + answer                    if neither text nor context stands beside it
+    instruction + output (or response)   Alpaca, Dolly; optional column input or context
+    question + answer                    unless there is a column text or context
     text                                 plain text
 """
 
@@ -32,32 +32,32 @@ FORMATS = (
     "question and answer",
     "text",
 )
-"""The formats that are known, as error messages name them."""
+"""Names of the known formats in error messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One thing to learn: a conversation, a prompt with its completion, or a text."""
+    """One training example: a conversation, a prompt with its completion, or a text."""
 
     source: str
-    """Where it was read: "file:line", or "row n"."""
+    """Where it comes from: "file:line", or "row n"."""
     format: str
     """One of FORMATS."""
     messages: tuple[Message, ...] | None = None
     n_prompt_messages: int = 0
-    """Messages at the beginning that belong to the prompt: their answers are not learned."""
+    """Leading messages that belong to the prompt: answers in them are not trained on."""
     prompt: str | None = None
-    """With `completion`: never put into a chat template."""
+    """With `completion`: never formatted with a chat template."""
     completion: str | None = None
     text: str | None = None
     is_file: bool = False
-    """The text is a whole file, which is always split into rows."""
+    """The text is a whole file, which is always split into sequences."""
     tools: tuple[dict[str, Any], ...] | None = None
     documents: tuple[dict[str, Any], ...] | None = None
 
     @property
     def has_empty_answer(self) -> bool:
-        """Whether an answer that should be learned says nothing."""
+        """Whether an answer to train on is empty."""
         if self.completion is not None:
             return not self.completion.strip()
         answers = (self.messages or ())[self.n_prompt_messages :]
@@ -70,11 +70,11 @@ class Example:
     def n_characters(self) -> int:
         """Characters of its texts and turns, before any chat template."""
         texts = (self.text, self.prompt, self.completion)
-        said = sum(len(message["content"]) for message in self.messages or ())
-        return said + sum(len(text) for text in texts if text is not None)
+        n_said = sum(len(message["content"]) for message in self.messages or ())
+        return n_said + sum(len(text) for text in texts if text is not None)
 
     def content_key(self) -> bytes:
-        """Return a digest that is equal for examples of equal content."""
+        """Return a digest that is equal for examples with equal content."""
         content = (
             self.messages,
             self.n_prompt_messages,
@@ -89,9 +89,9 @@ class Example:
 
 
 def example_from_row(row: object, source: str) -> Example:
-    """Return the example that a row describes.
+    """Return the example in a row.
 
-    Raises DataError if the row is no object, no format fits its keys, or a value is of the wrong
+    Raises DataError if the row is not an object, its keys fit no format, or a value has the wrong
     type; the message does not repeat `source`.
     """
     if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
@@ -100,7 +100,7 @@ def example_from_row(row: object, source: str) -> Example:
     parse = _find_parser(filled) or _find_parser(frozenset(row))
     if parse is None:
         keys = ", ".join(sorted(row)) or "none"
-        raise DataError(f"the keys {keys} fit no format; allowed are {'; '.join(FORMATS)}")
+        raise DataError(f"the keys {keys} fit no format. Allowed: {'; '.join(FORMATS)}")
     return parse(row, source)
 
 
@@ -143,8 +143,8 @@ def _parse_completion_row(row: Row, source: str) -> Example:
         messages = asked + parse_messages(completion, "completion")
         return _chat(row, source, "prompt and completion", messages, len(asked))
     raise DataError(
-        f"prompt is {kind_of(prompt)} and completion {kind_of(completion)}: allowed are two "
-        "strings or two lists of messages"
+        f"prompt is {kind_of(prompt)} and completion {kind_of(completion)}. Allowed: two strings "
+        "or two lists of messages"
     )
 
 

@@ -1,7 +1,8 @@
-"""The turns of a conversation, in the form that chat templates expect.
+"""Messages of a conversation, in the form that chat templates expect.
 
-A message is a dict with `role` and `content` (a string), and what else the row gives: `tool_calls`,
-`name`, `tool_call_id`, `reasoning_content` … ShareGPT's `from` and `value` are read as well.
+A message is a dict with `role` and `content` (a string) and any further fields of the row:
+`tool_calls`, `name`, `tool_call_id`, `reasoning_content` … ShareGPT's `from` and `value` are read
+as well.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from lora.errors import DataError, did_you_mean
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-"""The roles that a message may have."""
+"""Allowed roles of a message."""
 
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -34,9 +35,9 @@ _SHAREGPT_ROLES = {
 def parse_messages(value: object, name: str) -> tuple[Message, ...]:
     """Return the messages of the column `name`; a string is read as JSON first.
 
-    Fields that are null are left out, as a table's missing values are; parts of type text are
-    joined; a tool call's arguments that are a JSON text become the object that templates expect.
-    Raises DataError for anything that is no conversation.
+    Null fields are dropped (tables use them for missing values), content parts of type text are
+    joined, and a tool call's arguments given as JSON text become the object that templates expect.
+    Raises DataError for anything that is not a conversation.
     """
     value = _from_json(value, name)
     if not isinstance(value, list | tuple):
@@ -49,7 +50,7 @@ def parse_messages(value: object, name: str) -> tuple[Message, ...]:
 def parse_objects(value: object, name: str) -> tuple[dict[str, Any], ...] | None:
     """Return a column such as `tools`, a list of objects or its JSON text; None if it is empty.
 
-    Raises DataError if it is something else.
+    Raises DataError for anything else.
     """
     value = _from_json(value, name)
     if not value:
@@ -60,20 +61,20 @@ def parse_objects(value: object, name: str) -> tuple[dict[str, Any], ...] | None
 
 
 def check_text(value: str, name: str) -> None:
-    """Raise DataError if `value` holds half a surrogate pair, which is no character."""
+    """Raise DataError if `value` has a lone surrogate, which is not a character."""
     if value.isascii():
         return
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{name} has {value[error.start]!r} at character {error.start}, which is no character "
-            "of Unicode: mend the text's encoding"
+            f"{name} has {value[error.start]!r} at character {error.start}, which is not a Unicode "
+            "character: correct the text's encoding"
         ) from None
 
 
 def kind_of(value: object) -> str:
-    """Return what a value is, in the words of JSON."""
+    """Return a value's type in JSON's terms, for messages."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -95,7 +96,7 @@ def _parse_message(item: object, name: str) -> Message:
     role = item.get("role")
     if role not in ROLES:
         near = did_you_mean(str(role), ROLES)
-        raise DataError(f"{name} has the role {role!r}: allowed are {', '.join(ROLES)}.{near}")
+        raise DataError(f"{name} has the role {role!r}. Allowed: {', '.join(ROLES)}.{near}")
     message = _plain({k: v for k, v in item.items() if v is not None}, name)
     if "tool_calls" in message:
         message["tool_calls"] = _parse_tool_calls(message["tool_calls"], name)
@@ -111,7 +112,7 @@ def _parse_sharegpt(item: Mapping[str, Any], name: str) -> Message:
     if role is None:
         near = did_you_mean(str(speaker), _SHAREGPT_ROLES)
         allowed = ", ".join(_SHAREGPT_ROLES)
-        raise DataError(f"{name} is from {speaker!r}: allowed are {allowed}.{near}")
+        raise DataError(f"{name} is from {speaker!r}. Allowed: {allowed}.{near}")
     if not isinstance(value, str):
         raise DataError(f"{name}.value is {kind_of(value)}: a string is needed")
     if speaker == "function_call":
@@ -137,7 +138,7 @@ def _part(part: object, name: str) -> str:
     if isinstance(part, dict) and isinstance(part.get("text"), str):
         return str(part["text"])
     kind = part.get("type") if isinstance(part, dict) else kind_of(part)
-    raise DataError(f"{name} has a part of type {kind!r}: only text can be learned")
+    raise DataError(f"{name} has a part of type {kind!r}: only text is supported")
 
 
 def _parse_tool_calls(value: object, name: str) -> list[Message]:
@@ -153,7 +154,7 @@ def _parse_call(call: object, name: str) -> Message:
     plain: Message = _plain({k: v for k, v in call.items() if v is not None}, name)
     function = plain.get("function", plain)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError(f"{name} names no function: name and arguments are needed")
+        raise DataError(f"{name} has no function name: name and arguments are needed")
     if isinstance(function.get("arguments"), str):
         function["arguments"] = _from_json(function["arguments"], f"{name}.arguments", always=True)
     return plain if "function" in plain else {"type": "function", "function": plain}
@@ -166,21 +167,23 @@ def _from_json(value: object, name: str, *, always: bool = False) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name} is a string that is no JSON: {error}") from None
+        raise DataError(f"{name} is a string that is not JSON: {error}") from None
 
 
 def _plain(value: Any, name: str) -> Any:
-    """Return a copy made of JSON's types only; templates are strangers' code and get no others."""
+    """Return a copy of JSON types only: templates are untrusted code and get nothing else."""
     if isinstance(value, str):
         check_text(value, name)
         return value
     if value is None or isinstance(value, bool | int | float):
         return value
-    if isinstance(value, dict | Mapping):  # a dict is told at once, any other mapping slowly
+    if isinstance(
+        value, dict | Mapping
+    ):  # dict first: isinstance is fast for it and slow for Mapping
         return {_key(k, name): _plain(v, f"{name}.{k}") for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v, name) for v in value]
-    return f"<{type(value).__name__}>"  # a date, an image …: no template prints it
+    return f"<{type(value).__name__}>"  # a date, an image …: no template prints them
 
 
 def _key(key: object, name: str) -> str:

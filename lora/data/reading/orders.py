@@ -1,7 +1,7 @@
-"""Order notes in many phrasings with the JSON they mean: a small real task, made here.
+"""A synthetic task: order notes in many phrasings, with the JSON that they describe.
 
-Names, items, cities and phrasings are split: what the validation and test parts use is never seen
-in training, so a right answer there is understood, not remembered.
+Names, items, cities and phrasings are split: those of the validation and test parts never occur in
+training, so a right answer there is not memorised.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ _NUMBER_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight",
 
 @dataclass(frozen=True)
 class _Words:
-    """What the notes of one part are made of."""
+    """Building blocks of one part's notes."""
 
     customers: tuple[str, ...]
     cities: tuple[str, ...]
     items: tuple[tuple[str, str], ...]
-    """One of it, several of it."""
+    """Singular, plural."""
     colours: tuple[str, ...]
     phrasings: tuple[str, ...]
     urgent: tuple[str, ...]
     patient: tuple[str, ...]
 
 
-# Every first name meets every surname, and there are many of everything: a model that sees a word a
-# few times only learns to copy what it reads, not to choose from a list.
+# All combinations of first name and surname, and many of everything else: a model that sees each
+# word only a few times learns to copy from the note, not to choose from a list.
 _FIRST_NAMES = (
     "Amara", "Ben", "Chiara", "Daniel", "Elena", "Farid", "Greta", "Hiro", "Ines", "Jonas", "Kavya",
     "Liam", "Mei", "Nadia", "Oscar", "Priya", "Quentin", "Rania", "Stefan", "Tara", "Ugo", "Wendy",
@@ -172,10 +172,10 @@ def make_orders(part: Part, count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Return `count` different examples in the chat format: a note, and its JSON as the answer.
 
     The same arguments give the same examples. Raises ConfigError for an unknown part and for more
-    examples than there are.
+    examples than exist.
     """
     if part not in _PARTS:
-        raise ConfigError(f"part={part!r}: allowed are {', '.join(_PARTS)}.")
+        raise ConfigError(f"part={part!r}. Allowed: {', '.join(_PARTS)}.")
     draw = random.Random(f"{part} {seed}")
     made: dict[str, dict[str, Any]] = {}
     for _ in range(50 * count):
@@ -185,7 +185,7 @@ def make_orders(part: Part, count: int, seed: int = 0) -> list[dict[str, Any]]:
         answer = json.dumps(fields)
         turns = [{"role": "user", "content": note}, {"role": "assistant", "content": answer}]
         made.setdefault(note, {"messages": turns})
-    raise ConfigError(f"count={count}: the {part} part has not so many different orders.")
+    raise ConfigError(f"count={count}: the {part} part has fewer different orders. Ask for fewer.")
 
 
 def _make_order(words: _Words, draw: random.Random) -> tuple[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Examples from files, folders and rows in memory; all faults of the data are raised together.
 
 Each file is read once, row by row where its format allows: .jsonl .ndjson .json .csv .tsv .parquet,
-and .txt .md as one text a file. A folder is read in the order of its files' names.
+and .txt .md as one text per file. A folder is read in the order of its files' names.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ def read_examples(source: Source, on_message: OnMessage = lambda message: None) 
 
     Args:
         source: what to read.
-        say: hears what was left out of a folder.
+        on_message: called with the files of a folder that are skipped.
 
     Raises:
-        DataError: the source is missing, empty or damaged, or rows of it fit no format. All faults
-            of all files are in one message, with their lines.
-        DependencyError: a Parquet file is read and pyarrow is not installed.
+        DataError: the source is missing, empty or damaged, or rows of it fit no format. One message
+            lists all faults of all files, with their lines.
+        DependencyError: pyarrow is needed for a Parquet file and not installed.
     """
     if isinstance(source, Mapping):
         raise DataError(
-            f"Examples were asked for from a {type(source).__name__} with the keys "
+            f"Cannot read examples from a {type(source).__name__} with the keys "
             f"{', '.join(map(str, source))}: rows are needed. Pass one split, as in data['train']."
         )
     if not isinstance(source, str | Path | Iterable):
         raise DataError(
-            f"Examples were asked for from {kind_of(source)}: allowed are a path, a list of dicts "
-            "and a datasets.Dataset."
+            f"Cannot read examples from {kind_of(source)}. Allowed: a path, a list of dicts, or a "
+            "datasets.Dataset."
         )
     faults = Faults()
     examples = list(_read_all(source, on_message, faults))
-    heading = f"{_name(source)} was read for examples and has faults:"
-    faults.raise_if_any(heading, "Mend or remove these rows; nothing was used.")
+    heading = f"Cannot use the examples in {_name(source)}:"
+    faults.raise_if_any(heading, "Correct or remove these rows; nothing was used.")
     if not examples:
-        raise DataError(f"{_name(source)} was read for examples and holds none: add some rows.")
+        raise DataError(f"Cannot use the examples in {_name(source)}: it has none. Add some rows.")
     return examples
 
 
@@ -65,7 +65,7 @@ def _read_all(source: Source, on_message: OnMessage, faults: Faults) -> Iterator
         try:
             yield from _read_file(path, faults)
         except OSError as error:
-            faults.add(str(path), f"the file cannot be read: {error.strerror or error}")
+            faults.add(str(path), f"cannot read the file: {error.strerror or error}")
 
 
 def _read_file(path: Path, faults: Faults) -> Iterator[Example]:
@@ -95,13 +95,13 @@ def _find_files(path: Path, on_message: OnMessage) -> list[Path]:
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = did_you_mean(path.name, names)
         raise DataNotFoundError(
-            f"{path} was asked for examples: there is no such file or folder.{near}"
+            f"Cannot read examples from {path}: there is no such file or folder.{near}"
         )
     if path.suffix.lower() not in allowed:
         raise DataError(
-            f"{path} was asked for examples: files that end in {path.suffix or 'nothing'!r} are "
-            f"not read; allowed are {' '.join(allowed)}.{did_you_mean(path.suffix, allowed)} "
-            "Convert it, or rename it if it is one of these."
+            f"Cannot read examples from {path}: its suffix is {path.suffix or 'empty'!r}. Allowed: "
+            f"{' '.join(allowed)}.{did_you_mean(path.suffix, allowed)} Convert it, or rename it if "
+            "it has one of these formats."
         )
     return [path]
 
@@ -111,17 +111,17 @@ def _find_in_folder(folder: Path, on_message: OnMessage) -> list[Path]:
     paths = [p for p in paths if not any(n.startswith(".") for n in p.relative_to(folder).parts)]
     if any(p.suffix == ".arrow" for p in paths):
         raise DataError(
-            f"{folder} was asked for examples: it holds Arrow files, as save_to_disk writes them. "
-            "Write Parquet files with to_parquet, or pass what load_from_disk returns."
+            f"Cannot read examples from {folder}: it has Arrow files, which save_to_disk writes. "
+            "Write Parquet files with to_parquet, or pass the result of load_from_disk."
         )
     tables = [p for p in paths if p.suffix.lower() in TABLE_SUFFIXES]
     texts = [p for p in paths if p.suffix.lower() in TEXT_SUFFIXES]
-    found = tables or texts  # beside tables, texts are a README
+    found = tables or texts  # beside tables, a text is a README
     if not found:
         allowed = " ".join(TABLE_SUFFIXES + TEXT_SUFFIXES)
         raise DataError(
-            f"{folder} was asked for examples: none of its {len(paths)} files ends in {allowed}. "
-            "Give a folder that has such files."
+            f"Cannot read examples from {folder}: none of its {len(paths)} files has a known "
+            f"suffix. Allowed: {allowed}. Give a folder that has such files."
         )
     if any("train" in _words(p) for p in found):
         validation = [
@@ -129,7 +129,8 @@ def _find_in_folder(folder: Path, on_message: OnMessage) -> list[Path]:
         ]
         found = [p for p in found if p not in validation]
         if validation:
-            on_message(f"left for evaluation, not read: {', '.join(p.name for p in validation)}")
+            names = ", ".join(p.name for p in validation)
+            on_message(f"skipped as validation or test data: {names}")
     return found
 
 
@@ -142,8 +143,8 @@ def _read_text(path: Path, faults: Faults) -> Iterator[Example]:
     if text is not None and text.strip():
         yield example_from_file(text, str(path))
     elif text is not None:
-        faults.add(str(path), "the file holds only spaces")
+        faults.add(str(path), "the file has only white space")
 
 
 def _name(source: Source) -> str:
-    return str(source) if isinstance(source, str | Path) else "The given list of rows"
+    return str(source) if isinstance(source, str | Path) else "the given list of rows"

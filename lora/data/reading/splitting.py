@@ -1,4 +1,4 @@
-"""Examples held out for evaluation, so that nothing learned is asked again."""
+"""The split into training and validation examples; equal examples fall on the same side."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _SEARCHED_CHARACTERS = 100_000
 def split_examples(
     examples: Sequence[Example], eval_fraction: float, max_eval: int, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Return the examples to learn from and those to evaluate on, each in the given order.
+    """Return the training and the validation examples, each in the given order.
 
     Equal examples always fall on the same side, and each side has at least one. Of whole text files
-    it is the ends that are held out, cut between lines, of at most `max_eval` times 2000 characters
-    together.
+    the ends become validation data, cut between lines, at most `max_eval` times 2000 characters in
+    total.
 
     Args:
         examples: of any formats.
-        eval_fraction: share of the examples, or of each file's characters; 0 holds out none.
-        max_eval: most examples that are held out.
+        eval_fraction: fraction of the examples, or of each file's characters; 0: no validation.
+        max_eval: maximum number of validation examples.
         seed: of the choice.
 
     Raises:
-        DataError: something should be held out and there are no two different examples.
+        DataError: a split is wanted and there are no two different examples.
     """
     if eval_fraction == 0:
         return list(examples), []
@@ -43,7 +43,7 @@ def split_examples(
         groups.setdefault(example.content_key(), []).append(number)
     if len(groups) < 2:
         raise DataError(
-            f"A share of {eval_fraction:g} was to be held out for evaluation, and there are no two "
+            f"Cannot hold out a fraction of {eval_fraction:g} for validation: there are no two "
             f"different examples among {len(examples)}. Give more, or set eval_fraction to 0."
         )
     wanted = min(max_eval, max(1, round(eval_fraction * len(examples))))
@@ -53,12 +53,12 @@ def split_examples(
 
 
 def _choose(groups: list[list[int]], wanted: int, seed: int) -> set[int]:
-    """Return about `wanted` numbers, of whole groups; one group at least is left."""
+    """Return about `wanted` indices, of whole groups; at least one group is not chosen."""
     chosen: set[int] = set()
     order = np.random.default_rng(seed).permutation(len(groups)).tolist()
-    for place in order[:-1]:
-        if len(chosen) + len(groups[place]) <= wanted:
-            chosen.update(groups[place])
+    for index in order[:-1]:
+        if len(chosen) + len(groups[index]) <= wanted:
+            chosen.update(groups[index])
     smallest: list[int] = min(groups, key=len)
     return chosen or set(smallest)
 
@@ -68,8 +68,8 @@ def _split_files(
 ) -> tuple[list[Example], list[Example]]:
     texts = [example.text or "" for example in files]
     total = sum(map(len, texts))
-    most = max_eval * _FILE_CHARACTERS_FOR_AN_EXAMPLE
-    fraction = min(eval_fraction, most / total)
+    max_characters = max_eval * _FILE_CHARACTERS_FOR_AN_EXAMPLE
+    fraction = min(eval_fraction, max_characters / total)
     train, validation = [], []
     for example, text in zip(files, texts, strict=True):
         border = _border_near(text, round(len(text) * (1 - fraction)))
@@ -80,19 +80,19 @@ def _split_files(
         validation.append(dataclasses.replace(example, text=text[border:]))
     if not validation:
         raise DataError(
-            f"The ends of {len(files)} text files were to be held out for evaluation, and they are "
-            "too short to be cut between words. Give longer texts, or set eval_fraction to 0."
+            f"Cannot hold out the ends of {len(files)} text files for validation: they are too "
+            "short to cut between words. Give longer texts, or set eval_fraction to 0."
         )
     return train, validation
 
 
-def _border_near(text: str, place: int) -> int | None:
-    """Return the beginning of a line, or of a word, near `place`; None if one side were empty."""
+def _border_near(text: str, offset: int) -> int | None:
+    """Return the start of a line, or of a word, near `offset`; None if a side would be empty."""
     for pattern in (r"\n+(?=\S)", r"\s+(?=\S)"):
-        after = re.compile(pattern).search(text, place)
+        after = re.compile(pattern).search(text, offset)
         borders = [after.end()] if after else []
-        near = max(0, place - _SEARCHED_CHARACTERS)
-        before = [near + m.end() for m in re.finditer(pattern, text[near:place])]
+        near = max(0, offset - _SEARCHED_CHARACTERS)
+        before = [near + m.end() for m in re.finditer(pattern, text[near:offset])]
         for border in borders + before[-1:]:
             if text[:border].strip() and text[border:].strip():
                 return border

@@ -1,6 +1,6 @@
-"""Rows of JSON Lines, JSON, CSV and Parquet files, each with the place where it stands.
+"""Rows of JSON Lines, JSON, CSV and Parquet files, each with its file and line.
 
-A damaged row is put among the faults, and reading goes on behind it where the format allows.
+A damaged row is recorded as a fault, and reading continues after it where the format allows.
 """
 
 from __future__ import annotations
@@ -16,42 +16,42 @@ from typing import Any
 from lora.errors import DataError, DependencyError, gather
 
 Rows = Iterator[tuple[str, object]]
-"""A place such as "file:line", and what stands there."""
+"""The row's location, such as "file:line", and its value."""
 
 _BOM = "\N{ZERO WIDTH NO-BREAK SPACE}"
-_MAX_FAULTS = 1000  # of different kinds; then the rest of the data is not looked at
+_MAX_FAULTS = 1000  # distinct ones; after that the rest of the data is not read
 _MAX_FIELD_CHARACTERS = 1 << 30
 _SPACES = re.compile(r"[ \t\n\r]*")
-_WRAPPERS = ("data", "train", "rows", "examples")  # under which exports put their one list
+_WRAPPERS = ("data", "train", "rows", "examples")  # keys under which exports put their one list
 _WRAPPED = re.compile(rf'\s*\{{\s*"({"|".join(_WRAPPERS)})"\s*:\s*(?=\[)')
 
 
 class Faults:
-    """Gathers what is wrong and where; the same fault of many rows is told once."""
+    """Gathers faults and where they are; the same fault of many rows is reported once."""
 
     def __init__(self) -> None:
-        self._places: dict[str, list[str]] = {}
+        self._locations: dict[str, list[str]] = {}
 
     def add(self, where: str, what: object) -> None:
-        self._places.setdefault(str(what), []).append(where)
+        self._locations.setdefault(str(what), []).append(where)
 
     @property
     def are_too_many(self) -> bool:
-        return len(self._places) >= _MAX_FAULTS
+        return len(self._locations) >= _MAX_FAULTS
 
     def raise_if_any(self, heading: str, advice: str) -> None:
-        if not self._places:
+        if not self._locations:
             return
-        faults = [f"{_list_places(places)}: {what}" for what, places in self._places.items()]
+        faults = [f"{_list_locations(where)}: {what}" for what, where in self._locations.items()]
         raise DataError(gather(faults, heading, advice))
 
 
-def _list_places(places: list[str]) -> str:
-    return places[0] if len(places) == 1 else f"{places[0]} and {len(places) - 1} more places"
+def _list_locations(where: list[str]) -> str:
+    return where[0] if len(where) == 1 else f"{where[0]} and {len(where) - 1} more"
 
 
 def decode_file(path: Path, faults: Faults) -> str | None:
-    """Return a file's text, its line ends as \\n and byte order marks at its beginning dropped."""
+    """Return a file's text with line ends as \\n and without leading byte order marks."""
     data = path.read_bytes()
     try:
         text = data.decode()
@@ -85,12 +85,12 @@ def _read_json_lines(path: Path, faults: Faults) -> Rows:
 
 def _not_json(error: ValueError | RecursionError) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"no JSON: {error.msg} at character {error.colno}"
-    return f"no JSON: {error}"
+        return f"not JSON: {error.msg} at character {error.colno}"
+    return f"not JSON: {error}"
 
 
 def _read_json(path: Path, faults: Faults) -> Rows:
-    """Yield the rows of a list, of the one list in an object, or of JSON Lines in disguise."""
+    """Yield the rows of a list, of the one list in an object, or of JSON Lines named .json."""
     if _begins_with_a_row(path):
         yield from _read_json_lines(path, faults)
         return
@@ -119,13 +119,13 @@ def _begins_with_a_row(path: Path) -> bool:
 
 
 def _only_list(value: Mapping[str, Any]) -> str | None:
-    """Return the key of the one list of objects that an object wraps, as exports do."""
+    """Return the key of the one list that an object wraps, as exports do."""
     names = [key for key in _WRAPPERS if isinstance(value.get(key), list)]
     return names[0] if len(names) == 1 else None
 
 
 def _items(text: str, path: Path, faults: Faults) -> Rows:
-    """Yield a list's items with their lines, or the one value that `text` is."""
+    """Yield a list's items with their lines, or the single value in `text`."""
     decoder, line, counted = json.JSONDecoder(), 1, 0
     wrapped = _WRAPPED.match(text)
     start = wrapped.end() if wrapped else _skip_spaces(text, 0)
@@ -134,45 +134,45 @@ def _items(text: str, path: Path, faults: Faults) -> Rows:
         key = _only_list(whole) if isinstance(whole, dict) else None
         yield from ((f"{path}:1", item) for item in ([whole] if key is None else whole[key]))
         return
-    place = _skip_spaces(text, start + 1)
-    while not text.startswith("]", place):
-        line += text.count("\n", counted, place)
-        counted = place
-        value, place = decoder.raw_decode(text, place)
+    offset = _skip_spaces(text, start + 1)
+    while not text.startswith("]", offset):
+        line += text.count("\n", counted, offset)
+        counted = offset
+        value, offset = decoder.raw_decode(text, offset)
         yield f"{path}:{line}", value
-        place = _skip_spaces(text, place)
-        if text.startswith(",", place):
-            place = _skip_spaces(text, place + 1)
-        elif not text.startswith("]", place):
-            raise json.JSONDecodeError("a comma or the list's end is missing", text, place)
+        offset = _skip_spaces(text, offset)
+        if text.startswith(",", offset):
+            offset = _skip_spaces(text, offset + 1)
+        elif not text.startswith("]", offset):
+            raise json.JSONDecodeError("a comma or the end of the list is missing", text, offset)
     if wrapped:
-        others = _only_list(_read_rest(text, place + 1))
+        others = _only_list(_read_rest(text, offset + 1))
         if others is not None:
-            what = f"the object holds two lists of rows, {wrapped[1]} and {others}: keep one"
+            what = f"the object has two lists of rows, {wrapped[1]} and {others}: keep one"
             faults.add(f"{path}:1", what)
-    elif text[place + 1 :].strip():
-        raise json.JSONDecodeError("there is more behind the list's end", text, place + 1)
+    elif text[offset + 1 :].strip():
+        raise json.JSONDecodeError("there is more text after the end of the list", text, offset + 1)
 
 
-def _read_rest(text: str, place: int) -> dict[str, Any]:
-    """Return the fields of an object that stand behind its first, which ends at `place`."""
+def _read_rest(text: str, offset: int) -> dict[str, Any]:
+    """Return the fields of an object after its first, which ends at `offset`."""
     first = '{"": 0'
     try:
-        rest: dict[str, Any] = json.loads(first + text[place:])
+        rest: dict[str, Any] = json.loads(first + text[offset:])
     except json.JSONDecodeError as error:
-        raise json.JSONDecodeError(error.msg, text, place + error.pos - len(first)) from None
+        raise json.JSONDecodeError(error.msg, text, offset + error.pos - len(first)) from None
     return rest
 
 
-def _skip_spaces(text: str, place: int) -> int:
-    found = _SPACES.match(text, place)
-    return found.end() if found else place
+def _skip_spaces(text: str, offset: int) -> int:
+    found = _SPACES.match(text, offset)
+    return found.end() if found else offset
 
 
 def _read_csv(path: Path, faults: Faults) -> Rows:
-    former = csv.field_size_limit(_MAX_FIELD_CHARACTERS)  # the whole process's; put back below
+    former = csv.field_size_limit(_MAX_FIELD_CHARACTERS)  # global in the process; restored below
     try:
-        # Bytes that are not UTF-8 become halves of surrogate pairs, which no row may hold.
+        # Bytes that are not UTF-8 become surrogates, which are refused in every row.
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             yield from _csv_rows(path, file, faults)
     finally:
@@ -182,7 +182,7 @@ def _read_csv(path: Path, faults: Faults) -> Rows:
 def _csv_rows(path: Path, file: Iterable[str], faults: Faults) -> Rows:
     lines = iter(file)
     header = next(lines, "")
-    # Of delimiters that stand there equally often (in a header of one name: never) the first.
+    # With equal counts (as in a header of one name: none at all) the first delimiter wins.
     delimiter = max("\t,;" if path.suffix.lower() == ".tsv" else ",;\t", key=header.count)
     reader = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
     names: list[str] = []
@@ -193,7 +193,7 @@ def _csv_rows(path: Path, file: Iterable[str], faults: Faults) -> Rows:
         except StopIteration:
             return
         except csv.Error as error:
-            faults.add(f"{path}:{number}", f"no CSV: {error}")
+            faults.add(f"{path}:{number}", f"not CSV: {error}")
             return
         where, number = f"{path}:{number}", reader.line_num + 1
         if not names:
@@ -203,7 +203,7 @@ def _csv_rows(path: Path, file: Iterable[str], faults: Faults) -> Rows:
         elif len(values) == len(names):
             yield where, dict(zip(names, values, strict=True))
         elif values:
-            faults.add(where, f"{len(values)} fields, and the header names {len(names)}")
+            faults.add(where, f"{len(values)} fields, but the header names {len(names)}")
 
 
 def _is_header(names: list[str], where: str, faults: Faults) -> bool:
@@ -225,7 +225,7 @@ def _read_parquet(path: Path, faults: Faults) -> Rows:
         from pyarrow import parquet
     except ImportError:
         raise DependencyError(
-            f"{path} is a Parquet file, and pyarrow is not installed: pip install 'lora-lm[data]'"
+            f"Cannot read {path}: pyarrow is not installed. Run: pip install 'lora-lm[data]'"
         ) from None
     number = 0
     try:
@@ -235,11 +235,11 @@ def _read_parquet(path: Path, faults: Faults) -> Rows:
                     number += 1
                     yield f"{path}:row {number}", without_nulls(row)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        faults.add(f"{path}:row {number + 1}", f"no Parquet that can be read: {error}")
+        faults.add(f"{path}:row {number + 1}", f"cannot read as Parquet: {error}")
 
 
 def without_nulls(value: Any) -> Any:
-    """Return `value` without null fields inside its columns: tables fill objects up with them."""
+    """Return `value` without nulls inside its columns, which tables use to fill up objects."""
     if isinstance(value, Mapping):
         return {k: _drop_nulls(v) for k, v in value.items()}
     return value

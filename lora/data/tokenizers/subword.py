@@ -1,7 +1,6 @@
-"""Subword tokenizers of real models, read from a Hugging Face folder.
+"""Subword tokenizers, read from a Hugging Face folder.
 
-The work is done by the `tokenizers` library; here stand which tokens end a turn, which pad, and the
-chat template.
+The `tokenizers` library does the work; this adds the stop and padding tokens and the chat template.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ _MAX_BYTES = 256 * 1024 * 1024
 class TextTokenizer:
     """Text to token ids and back, with the special tokens of a model.
 
-    Nothing is added to a text unless it is asked for: `encode` keeps special tokens that stand in
-    the text as what they are.
+    No special tokens are added by default. Special tokens that occur in a text are encoded as such.
     """
 
     backend: Tokenizer
@@ -39,9 +37,9 @@ class TextTokenizer:
     pad_token: str | None = None
     chat_template: str | None = None
     stop_ids: tuple[int, ...] = ()
-    """Tokens that end an answer: the end of the text, and the end of a turn."""
+    """Tokens that end an answer: end-of-text and end-of-turn."""
     n_known: int | None = None
-    """Ids before `with_tokens` added some; None: it added none."""
+    """Number of ids before `with_tokens` added some; None: it added none."""
 
     @property
     def vocab_size(self) -> int:
@@ -61,25 +59,16 @@ class TextTokenizer:
         return self._id(self.pad_token)
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Return the ids of `text`; `add_special_tokens` adds what the model's own does."""
+        """Return the ids of `text`; `add_special_tokens` adds those of the model's tokenizer."""
         with _text_errors([text]):
             return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
-
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the ids of `text` and, for each, its first character and the one after it.
-
-        A character that takes several tokens is in the span of each of them.
-        """
-        with _text_errors([text]):
-            encoded = self.backend.encode(text, add_special_tokens=False)
-        return list(encoded.ids), list(encoded.offsets)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of many texts, tokenised in parallel."""
         return [list(encoded.ids) for encoded in self.encode_fast(texts)]
 
     def encode_fast(self, texts: Sequence[str]) -> list[Encoding]:
-        """Return the tokens of many texts, without their offsets, as the library gives them."""
+        """Return the tokens of many texts, without offsets, as the library's own objects."""
         with _text_errors(texts):
             return list(self.backend.encode_batch_fast(list(texts), add_special_tokens=False))
 
@@ -88,14 +77,14 @@ class TextTokenizer:
         return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def with_tokens(self, tokens: Sequence[str]) -> TextTokenizer:
-        """Return a tokenizer that never splits `tokens`; this one stays as it is.
+        """Return a tokenizer that never splits `tokens`; this one is not changed.
 
-        Those it does not know get the next ids, the others keep theirs. They are shown in what
-        `decode` returns, as the tool and thinking tokens of released models are; one that the chat
-        template ends turns with ends answers too.
+        Unknown tokens get the next ids, known ones keep theirs. `decode` shows them, as it does
+        the tool and thinking tokens of released models; one with which the chat template ends
+        turns also ends answers.
 
-        Raises DataError for a token that does not come out as one id: the tokenizer changes texts
-        before it looks for tokens.
+        Raises DataError for a token that is not encoded as one id: the tokenizer's normalizer
+        changes it first.
         """
         unknown = [token for token in tokens if self.backend.token_to_id(token) is None]
         known = {t.content for t in self.backend.get_added_tokens_decoder().values()}
@@ -105,11 +94,13 @@ class TextTokenizer:
         )
         numbers = dict(zip(tokens, _ids_of(backend, tokens), strict=True))
         for token, number in numbers.items():
-            if number not in backend.encode(f"a{token}b", add_special_tokens=False).ids:
+            text = f"a{token}b"
+            found = backend.encode(text, add_special_tokens=False)
+            if number not in found.ids:
                 raise DataError(
-                    f"The special token {token!r} is not found as one token after it was added: "
-                    f"{backend.encode(token, add_special_tokens=False).tokens} is. Choose another "
-                    "spelling, such as <|word|>."
+                    f"Cannot add the special token {token!r}: the tokenizer turns {text!r} into "
+                    f"{found.tokens}, without that token. Choose another spelling, such as "
+                    "<|word|>."
                 )
         n_known = min((numbers[token] for token in unknown), default=None)
         stops = find_stop_ids(backend, self.eos_token, self.chat_template, self.stop_ids)
@@ -118,8 +109,8 @@ class TextTokenizer:
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json` into `folder`.
 
-        `generation_config.json`, which tells other programs where to stop, is written if `folder`
-        has none.
+        `generation_config.json`, from which other programs read the stop tokens, is written if
+        `folder` has none.
         """
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder / "tokenizer.json", self.backend.to_str().encode())
@@ -137,7 +128,7 @@ class TextTokenizer:
             _write_object(folder / "generation_config.json", {**ids, "pad_token_id": self.pad_id})
 
     def ids_of(self, tokens: Sequence[str]) -> list[int]:
-        """Return the ids of `tokens`, each of which the tokenizer knows by this name."""
+        """Return the ids of `tokens`, all of which must be in the vocabulary."""
         return _ids_of(self.backend, tokens)
 
     def _id(self, token: str | None) -> int | None:
@@ -152,20 +143,22 @@ def _ids_of(backend: Tokenizer, tokens: Sequence[str]) -> list[int]:
 def load_tokenizer(folder: Path) -> TextTokenizer:
     """Return the tokenizer in a model's folder.
 
-    Raises DataError if `tokenizer.json` is missing or damaged, and says how to make one.
+    Raises DataError if `tokenizer.json` is missing or damaged, with how to create one.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise DataError(_missing(folder))
     if path.stat().st_size > _MAX_BYTES:
-        raise DataError(f"{path} has {path.stat().st_size:,} bytes: more than any tokenizer's.")
+        raise DataError(
+            f"Cannot load {path}: it has {path.stat().st_size:,} bytes. Allowed: {_MAX_BYTES:,}."
+        )
     try:
         backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:
         if type(error) is not Exception and not isinstance(error, OSError | ValueError):
-            raise  # the library raises bare Exception for a file it cannot read
-        raise DataError(f"{path} is no tokenizer that can be read: {error}.") from None
-    # What the file says of truncating and padding would change what is learned.
+            raise  # the library raises bare Exception for a file that it cannot parse
+        raise DataError(f"Cannot load the tokenizer {path}: {error}.") from None
+    # The file's own truncation and padding would change the training data.
     backend.no_truncation()
     backend.no_padding()
     config = _read_object(folder / "tokenizer_config.json")
@@ -175,10 +168,10 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     for word, token in named.items():
         if token is None or backend.token_to_id(token) is not None:
             continue
-        if word != "pad_token":  # any token can pad, for what pads is masked
+        if word != "pad_token":  # padding is masked, so any token will do
             raise DataError(
-                f"{folder}: tokenizer_config.json says that {word} is {token!r}, and "
-                f"{path.name} has no such token. Correct the one or the other."
+                f"Cannot load the tokenizer in {folder}: tokenizer_config.json says that {word} is "
+                f"{token!r}, but {path.name} has no such token. Correct one of the two."
             )
         named[word] = None
     template = _chat_template(folder, config)
@@ -190,11 +183,11 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
 def find_stop_ids(
     backend: Tokenizer, eos: str | None, template: str | None, more: Sequence[int] = ()
 ) -> tuple[int, ...]:
-    """Return the tokens that end an answer, sorted.
+    """Return the ids of the tokens that end an answer, sorted.
 
-    They are the end of the text, `more` (what generation_config.json lists), and those tokens of
-    TURN_ENDS that the chat template uses and that text is never split into: a word that merely
-    looks like one would end answers that contain it.
+    They are end-of-text, `more` (the ids in generation_config.json), and those tokens of TURN_ENDS
+    that the chat template uses and that are added tokens: an ordinary token of that spelling would
+    end answers that contain the word.
     """
     added = {token.content: number for number, token in backend.get_added_tokens_decoder().items()}
     ids = {added[word] for word in TURN_ENDS if template and word in template and word in added}
@@ -205,16 +198,16 @@ def find_stop_ids(
 
 def _missing(folder: Path) -> str:
     if not folder.is_dir():
-        return f"A tokenizer was asked for from {folder}: there is no such folder. Name another."
+        return f"Cannot load a tokenizer from {folder}: there is no such folder. Name another."
     names = {path.name for path in folder.iterdir()}
     found = sorted(names & _OTHER_FILES)
-    seen = f"only {', '.join(found)}, which leaves rules unsaid" if found else "no tokenizer"
+    seen = f"only {', '.join(found)}, which is not enough" if found else "no tokenizer"
     needs = " (and pip install sentencepiece protobuf)" if names & _PIECES else ""
     return (
-        f"A tokenizer was asked for from {folder}: there is {seen}. tokenizer.json is needed. Make "
+        f"Cannot load a tokenizer from {folder}: it has {seen}. tokenizer.json is needed. Create "
         f"it once with transformers{needs}: AutoTokenizer.from_pretrained({str(folder)!r})"
-        f".save_pretrained({str(folder)!r}). A tokenizer that transformers itself has only in "
-        "slow form cannot be used."
+        f".save_pretrained({str(folder)!r}). Tokenizers without a fast version in transformers are "
+        "not supported."
     )
 
 
@@ -224,9 +217,11 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no JSON: {error}. Copy it again.") from None
+        raise DataError(f"Cannot read {path} as JSON: {error}. Copy it again.") from None
     if not isinstance(value, dict):
-        raise DataError(f"{path} holds a {type(value).__name__}: it must be an object.")
+        raise DataError(
+            f"Cannot read {path}: it holds a {type(value).__name__}. A JSON object is needed."
+        )
     return value
 
 
@@ -237,20 +232,22 @@ def _write_object(path: Path, values: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _text_errors(texts: Sequence[str]) -> Iterator[None]:
-    """Say which text cannot be encoded: half a surrogate pair, as damaged JSON has them."""
+    """Name the text that cannot be encoded: not a str, or with a lone surrogate (damaged JSON)."""
     try:
         yield
     except (TypeError, UnicodeEncodeError):
         for text in texts:
             if not isinstance(text, str):
                 kind = type(text).__name__
-                raise DataError(f"A text to tokenise is of type {kind}: it must be str.") from None
+                raise DataError(
+                    f"Cannot tokenise a value of type {kind}: a str is needed."
+                ) from None
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise DataError(
-                    f"The text {text[:40]!r}… cannot be tokenised: character {error.start} is half "
-                    "of a surrogate pair. Remove it, or save the data again as UTF-8."
+                    f"Cannot tokenise the text {text[:40]!r}…: character {error.start} is a lone "
+                    "surrogate. Remove it, or save the data again as UTF-8."
                 ) from None
         raise
 
@@ -267,9 +264,9 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} cannot be read as text: {error}. Copy it again.") from None
+            raise DataError(f"Cannot read {path} as text: {error}. Copy it again.") from None
     template = config.get("chat_template")
-    if isinstance(template, list):  # several by name: transformers takes the one called default
+    if isinstance(template, list):  # several, by name: transformers uses the one called default
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default")
     return template if isinstance(template, str) else None

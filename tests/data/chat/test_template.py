@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lora.data.chat import template as template_module
+from lora.data.chat import template_environment
 from lora.data.chat.template import ChatTemplate
 from lora.errors import DataError
 
@@ -55,7 +55,7 @@ def our_text(source: str, messages: list[Any], **options: Any) -> str:
     try:
         return ChatTemplate(source, TOKENS).render(messages, **options)
     except DataError as error:
-        return "refused: " + str(error).split("refuses the conversation: ")[1]
+        return "refused: " + str(error).split("rejects the conversation: ")[1]
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
@@ -99,7 +99,7 @@ def test_language_equals_transformers(source: str) -> None:
     "source", ["{{ namespace(_a=1) }}", "{% set n = namespace() %}{% set n._a = 1 %}"]
 )
 def test_namespaces_refuse_private_names_as_transformers_does(source: str) -> None:
-    assert "refused: a namespace holds no names such as '_a'" in our_text(source, [USER])
+    assert "refused: a namespace cannot have names such as '_a'" in our_text(source, [USER])
     assert "refused: Chat templates cannot store" in transformers_text(source, [USER])
 
 
@@ -150,12 +150,12 @@ def test_the_clock_can_be_held() -> None:
 
 
 def test_a_refusal_has_the_templates_words(templates: dict[str, str]) -> None:
-    with pytest.raises(DataError, match=r"my\.jinja refuses .*System role not supported"):
+    with pytest.raises(DataError, match=r"my\.jinja rejects .*System role not supported"):
         ChatTemplate(templates["gemma"], TOKENS, name="my.jinja").render([SYSTEM, USER])
 
 
 def test_no_jinja_is_refused_with_its_line() -> None:
-    with pytest.raises(DataError, match=r"my\.jinja .*line 2: .*unknown tag 'en'"):
+    with pytest.raises(DataError, match=r"my\.jinja: line 2: .*unknown tag 'en'\. Give"):
         ChatTemplate("a\n{% en %}", name="my.jinja")
 
 
@@ -172,7 +172,7 @@ def test_deep_nesting_is_refused(opens: tuple[str, ...]) -> None:
 
 
 def test_a_template_of_any_size_is_refused() -> None:
-    with pytest.raises(DataError, match=r"300,000 bytes: at most 262,144"):
+    with pytest.raises(DataError, match=r"300,000 bytes. Allowed: 262,144"):
         ChatTemplate("x" * 300_000)
 
 
@@ -244,7 +244,7 @@ def test_runaway_templates_are_stopped(
     monkeypatch: pytest.MonkeyPatch, source: str, words: str
 ) -> None:
     if "more than 0" in words:
-        monkeypatch.setattr(template_module, "MAX_RENDER_S", 0.2)
+        monkeypatch.setattr(template_environment, "MAX_RENDER_S", 0.2)
     began_s = time.monotonic()
     with pytest.raises(DataError, match=words):
         ChatTemplate(source).render([USER])
@@ -254,18 +254,18 @@ def test_runaway_templates_are_stopped(
 def test_marks_of_our_own_in_a_conversation_are_refused_where_they_would_move_spans() -> None:
     source = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     messages = [{"role": "assistant", "content": "a\ufdd0b\ufdd1c"}]
-    with pytest.raises(DataError, match=r"U\+FDD0 or U\+FDD1.*remove them"):
+    with pytest.raises(DataError, match=r"U\+FDD0 or U\+FDD1.*Remove them"):
         ChatTemplate(source).render_with_spans(messages)
     assert ChatTemplate(source).render(messages) == "a\ufdd0b\ufdd1c"
 
 
 def test_half_a_character_that_a_template_makes_is_refused() -> None:
-    with pytest.raises(DataError, match=r"my\.jinja makes .*'.ud800' at character 1"):
+    with pytest.raises(DataError, match=r"output of my\.jinja has '.ud800' at character 1"):
         ChatTemplate("a{{ '\\ud800' }}", name="my.jinja").render([USER])
 
 
 def test_failures_inside_a_template_are_refusals() -> None:
-    with pytest.raises(DataError, match="refuses the conversation: at least one item"):
+    with pytest.raises(DataError, match="rejects the conversation: at least one item"):
         ChatTemplate("{{ cycler() }}").render([USER])
 
 

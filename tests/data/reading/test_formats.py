@@ -132,7 +132,7 @@ def test_parts_of_text_are_joined_and_other_types_become_placeholders() -> None:
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"chosen": "a", "rejected": "b"}, "keys chosen, rejected fit no format; allowed are mess"),
+        ({"chosen": "a", "rejected": "b"}, "keys chosen, rejected fit no format. Allowed: mess"),
         ({}, "keys none fit no format"),
         ([1], "row is a list: an object"),
         ("x", "row is a string"),
@@ -140,11 +140,11 @@ def test_parts_of_text_are_joined_and_other_types_become_placeholders() -> None:
         ({"messages": []}, "messages is empty"),
         ({"messages": {"role": "user"}}, "messages is an object: a list"),
         ({"messages": None}, "messages is null"),
-        ({"messages": "[1"}, "messages is a string that is no JSON"),
+        ({"messages": "[1"}, "messages is a string that is not JSON"),
         ({"messages": ["x"]}, r"messages\[0\] is a string: an object with role and content"),
         (
             {"messages": [{"role": "asistant", "content": "x"}]},
-            r"\[0\] has the role 'asistant': allowed are system, .*Did you mean 'assistant'",
+            r"\[0\] has the role 'asistant'. Allowed: system, .*Did you mean 'assistant'",
         ),
         ({"messages": [{"content": "x"}]}, "role None"),
         ({"messages": [{"role": ["x"], "content": "x"}]}, r"role \['x'\]"),
@@ -154,12 +154,15 @@ def test_parts_of_text_are_joined_and_other_types_become_placeholders() -> None:
             {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
             "part of type 'image': only text",
         ),
-        ({"messages": [{"role": "user", "content": "\ud800x"}]}, "ud800.* no character"),
+        ({"messages": [{"role": "user", "content": "\ud800x"}]}, "ud800.* not a Unicode character"),
         ({"messages": [{**assistant(""), "tool_calls": 3}]}, "tool_calls is a number"),
-        ({"messages": [{**assistant(""), "tool_calls": [{}]}]}, r"tool_calls\[0\] names no func"),
+        (
+            {"messages": [{**assistant(""), "tool_calls": [{}]}]},
+            r"tool_calls\[0\] has no function name",
+        ),
         (
             {"messages": [{**assistant(""), "tool_calls": [{"name": "f", "arguments": "x"}]}]},
-            "arguments is a string that is no JSON",
+            "arguments is a string that is not JSON",
         ),
         ({"messages": list(CHAT), "tools": 3}, "tools is a number: a list of objects"),
         ({"conversations": [{"from": "humen", "value": ""}]}, "'humen'.*Did you mean 'human'"),

@@ -76,7 +76,7 @@ def item_forms(part: str) -> set[str]:
 
 
 def test_an_unknown_part_and_too_many_notes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="allowed are train, validation, test"):
+    with pytest.raises(ConfigError, match="Allowed: train, validation, test"):
         make_orders("tests", 1)  # type: ignore[arg-type]
     few = replace(
         _PARTS["validation"],
@@ -86,5 +86,5 @@ def test_an_unknown_part_and_too_many_notes_are_refused(monkeypatch: pytest.Monk
         colours=("grey",),
     )
     monkeypatch.setitem(_PARTS, "validation", few)
-    with pytest.raises(ConfigError, match="not so many"):
+    with pytest.raises(ConfigError, match="fewer different orders"):
         make_orders("validation", 1000)

@@ -43,7 +43,7 @@ def test_tables_are_read(tmp_path: Path, name: str, content: str) -> None:
     assert texts(write(tmp_path / name, content)) == ["ü", "b\nc"]
 
 
-def test_places_of_rows_are_told(tmp_path: Path) -> None:
+def test_rows_have_their_file_and_line(tmp_path: Path) -> None:
     cases = {
         "a.jsonl": ('{"text": "a"}\n\n{"text": "b"}', [1, 3]),
         "a.json": ('[\n\n{"text":\n "a"},\n{"text": "b"}]', [3, 5]),
@@ -79,7 +79,7 @@ def test_parquet_is_read_without_the_nulls_that_tables_add(tmp_path: Path) -> No
     assert second.messages[0]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
     assert second.source == f"{tmp_path / 'a.parquet'}:row 2"
     damaged = write(tmp_path / "b.parquet", b"PAR1 no")
-    with pytest.raises(DataError, match=r"b\.parquet:row 1: no Parquet"):
+    with pytest.raises(DataError, match=r"b\.parquet:row 1: cannot read as Parquet"):
         read_examples(damaged)
 
 
@@ -113,14 +113,14 @@ def test_folders_of_texts_are_read_in_order(tmp_path: Path) -> None:
     assert texts(tmp_path) == ["a.md", "b.txt", "sub/c.txt"]
 
 
-def test_tables_go_before_texts_and_held_out_files_are_left(tmp_path: Path) -> None:
+def test_tables_go_before_texts_and_validation_files_are_skipped(tmp_path: Path) -> None:
     for name in ("train-0.jsonl", "train-1.jsonl", "test.jsonl", "validation.jsonl", "more.jsonl"):
         write(tmp_path / name, json.dumps({"text": name}))
     write(tmp_path / "README.md", "read me")
     said: list[str] = []
     found = [e.text for e in read_examples(tmp_path, said.append)]
     assert found == ["more.jsonl", "train-0.jsonl", "train-1.jsonl"]
-    assert said == ["left for evaluation, not read: test.jsonl, validation.jsonl"]
+    assert said == ["skipped as validation or test data: test.jsonl, validation.jsonl"]
     alone = write(tmp_path / "only" / "test.jsonl", '{"text": "t"}').parent
     assert texts(alone) == ["t"]
 
@@ -139,16 +139,16 @@ def test_all_faults_of_all_files_are_told_at_once(tmp_path: Path) -> None:
         read_examples(tmp_path)
     message = str(raised.value)
     for words in (
-        "a.jsonl:2: no JSON",
+        "a.jsonl:2: not JSON",
         "a.jsonl:3: byte 0xff is not UTF-8",
         "a.jsonl:4: the row is a list",
-        "a.jsonl:5 and 1 more places: the keys texd fit no format",
+        "a.jsonl:5 and 1 more: the keys texd fit no format",
         "a.jsonl:7: messages[0] has the role 'boss'",
         "a.jsonl:8: text has '\\ud800'",
         "b.jsonl: the file is empty",
-        "c.json:3: no JSON: a comma or the list's end is missing",
-        "d.csv:3: 1 fields, and the header names 2",
-        "d.csv:4: no CSV: unexpected end of data",
+        "c.json:3: not JSON: a comma or the end of the list is missing",
+        "d.csv:3: 1 fields, but the header names 2",
+        "d.csv:4: not CSV: unexpected end of data",
         "e.csv:2: text has '\\udce4'",
     ):
         assert words in message
@@ -182,23 +182,23 @@ def test_reading_stops_when_everything_is_wrong() -> None:
         ("a.txt", "ab\ncd\xff".encode("latin-1"), r"a\.txt:2: byte 0xff is not UTF-8"),
         ("a.txt", "hello".encode("utf-16"), "looks like UTF-16: save it as UTF-8"),
         ("a.json", "\xfe[".encode("latin-1"), r"a\.json:1: byte 0xfe is not UTF-8"),
-        ("a.txt", b" \n\n", "only spaces"),
-        ("a.jsonl", b"\n\n", "holds none: add some rows"),
-        ("a.csv", b"text\n", "holds none"),
-        ("a.json", b"[]", "holds none"),
-        ("a.json", b'[{"text": "a"}', "comma or the list's end"),
-        ("a.json", b"nonsense", r"a\.json:1: no JSON"),
+        ("a.txt", b" \n\n", "only white space"),
+        ("a.jsonl", b"\n\n", "it has none. Add some rows"),
+        ("a.csv", b"text\n", "it has none"),
+        ("a.json", b"[]", "it has none"),
+        ("a.json", b'[{"text": "a"}', "comma or the end of the list"),
+        ("a.json", b"nonsense", r"a\.json:1: not JSON"),
         (
             "a.json",
             b'[{"text": "a"}]\n[{"text": "b"}]',
-            r"a\.json:1: no JSON: there is more behind",
+            r"a\.json:1: not JSON: there is more text after",
         ),
-        ("a.json", b'{"data": [{"text": "a"}],\n"n": 1', r"a\.json:2: no JSON: .* at character 7"),
+        ("a.json", b'{"data": [{"text": "a"}],\n"n": 1', r"a\.json:2: not JSON: .* at character 7"),
         ("a.json", b'{"data": [{"text": "a"}], "train": []}', "two lists of rows, data and train"),
         ("a.csv", "text,n\na,1\n".encode("utf-16"), r"a\.csv:1: .*looks like UTF-16"),
         ("a.csv", b"text,n,text\na,1,b\n", "a.csv:1: the header names 'text' more than once"),
-        ("a.jsonl", b"[" * 200_000, r"a\.jsonl:1: no JSON"),
-        ("a.xlsx", b"x", r"end in '\.xlsx' are not read; allowed are \.jsonl"),
+        ("a.jsonl", b"[" * 200_000, r"a\.jsonl:1: not JSON"),
+        ("a.xlsx", b"x", r"suffix is '\.xlsx'\. Allowed: \.jsonl"),
         ("a.jsonn", b"x", r"Did you mean '\.json"),
     ],
 )
@@ -224,7 +224,7 @@ def test_a_file_that_may_not_be_read_is_a_fault_like_others(
 
 @pytest.mark.parametrize(("source", "words"), [(None, "from null"), (3, "from a number")])
 def test_what_holds_no_rows_is_refused(source: object, words: str) -> None:
-    with pytest.raises(DataError, match=f"{words}: allowed are a path, a list of dicts"):
+    with pytest.raises(DataError, match=f"{words}. Allowed: a path, a list of dicts"):
         read_examples(source)  # type: ignore[arg-type]
 
 
@@ -235,7 +235,9 @@ def test_what_is_missing_is_told_with_the_nearest_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file or folder"):
         read_examples(tmp_path / "no" / "x.jsonl")
     write(tmp_path / "pictures" / "a.png", "x")
-    with pytest.raises(DataError, match=r"none of its 1 files ends in \.jsonl"):
+    with pytest.raises(
+        DataError, match=r"none of its 1 files has a known suffix\. Allowed: \.jsonl"
+    ):
         read_examples(tmp_path / "pictures")
 
 

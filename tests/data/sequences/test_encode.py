@@ -298,14 +298,14 @@ def test_refused_conversations_are_told_together_with_their_lines(
     rows = [{"messages": CHAT}, system, {"messages": CHAT[1:]}, system]
     with pytest.raises(DataError) as raised:
         encode(rows, tokenizer)
-    assert "f:2 and 1 more places: " in str(raised.value)
+    assert "f:2 and 1 more: " in str(raised.value)
     assert "System role not supported" in str(raised.value)
     assert "f:3: " in str(raised.value)
     assert "Roles must alternate" in str(raised.value)
 
 
 def test_conversations_without_a_template_are_refused(tokenizer: TextTokenizer) -> None:
-    with pytest.raises(DataError, match=r"no chat template: .*choose_template"):
+    with pytest.raises(DataError, match=r"no chat template\. .*choose_template"):
         encode([{"messages": CHAT}], tokenizer)
 
 

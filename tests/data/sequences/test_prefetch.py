@@ -58,7 +58,7 @@ def test_at_most_two_batches_wait() -> None:
 
 def test_what_the_work_raises_comes_out_of_the_end(tokenizer: TextTokenizer) -> None:
     with (
-        pytest.raises(DataError, match="character 1 is half of a surrogate pair"),
+        pytest.raises(DataError, match="character 1 is a lone surrogate"),
         Prefetcher(tokenizer.encode_fast) as prefetcher,
     ):
         prefetcher.put(["a\ud800"], lambda found: pytest.fail("there is no result"))
@@ -68,7 +68,7 @@ def test_what_the_work_raises_comes_out_of_put(tokenizer: TextTokenizer) -> None
     taken: list[int] = []
     with Prefetcher(tokenizer.encode_fast) as prefetcher:
         prefetcher.put(["\udfff"], lambda found: taken.append(0))
-        with pytest.raises(DataError, match="character 0 is half"):
+        with pytest.raises(DataError, match="character 0 is a lone surrogate"):
             prefetcher.put(["b"], lambda found: taken.append(1))
     assert taken == [1]
 
