@@ -266,7 +266,7 @@ def test_what_was_learned_goes_elsewhere_if_the_disk_has_no_room_at_the_end(
     assert (done.saved / name).read_bytes() == (whole.saved / name).read_bytes()
     assert done.saved.parent.name.startswith("lora-run-")
     assert any(f"What was learned is in {done.saved}" in line for line in heard.said)
-    assert sum("The newest checkpoint is step 9" in line for line in heard.said) == 1
+    assert sum("The newest checkpoint is step 10" in line for line in heard.said) == 1
     assert not list((runs / done.saved.name).glob(".*"))
 
 
@@ -289,7 +289,7 @@ def spoilt_losses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return loss
 
-    monkeypatch.setattr("lora.finetune.loop_inputs.loss_for", build)
+    monkeypatch.setattr("lora.fast.choose.loss_for", build)
     return spoilt
 
 
@@ -331,7 +331,7 @@ def test_the_examples_layer_and_step_are_named(
         return loss_for(model)
 
     tokenizer = load_tokenizer(Path(str(job.model)))
-    monkeypatch.setattr("lora.finetune.loop_inputs.loss_for", build)
+    monkeypatch.setattr("lora.fast.choose.loss_for", build)
     config = replace(job.data_config, packing=False, eval_fraction=0.0)
     job = replace(job, data_config=config, lora=None if full else job.lora)
     with pytest.raises(TrainingError) as caught:
@@ -354,7 +354,7 @@ def test_held_out_examples_that_are_not_finite_are_told(
 
         return loss
 
-    monkeypatch.setattr("lora.finetune.loop_inputs.loss_for", build)
+    monkeypatch.setattr("lora.fast.choose.loss_for", build)
     heard = Heard()
     done = finetune(job, heard)
     assert any("the held-out loss is nan, not finite" in line for line in heard.said)
