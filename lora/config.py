@@ -255,12 +255,12 @@ class RunConfig:
     samples: int = 2
     """Validation prompts answered greedily at each evaluation; 0 disables samples."""
     sample_tokens: int = 48
-    """Maximum tokens of such an answer."""
+    """Maximum number of tokens of such an answer."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    """Device: auto, cpu, cuda, cuda:1, ..."""
     fast: bool = True
-    """Use the fused GPU training step where it supports the model; otherwise, and with false,
-    PyTorch autograd."""
+    """Use the fused GPU training step where it supports the model; false: always PyTorch
+    autograd."""
     skip_nonfinite: int = 0
     """Steps with a NaN or infinite loss or gradient to skip before the run is aborted."""
     tensorboard: bool = False

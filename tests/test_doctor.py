@@ -88,7 +88,7 @@ def test_the_command_prints_text_and_json(
 ) -> None:
     assert cli.main(["doctor", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert out.endswith("all is well\n")
+    assert out.endswith("all checks passed\n")
     assert "!!" not in out
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(10, 10, 0))
     assert cli.main(["doctor", "--out", str(tmp_path), "--json"]) == 1

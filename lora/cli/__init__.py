@@ -1,12 +1,12 @@
-"""The command `lora`; one module of this folder a command, loaded when it is called.
+"""The command line `lora`: one module per command, imported when the command is called.
 
     lora --help
     lora COMMAND --help
     lora COMMAND … --config FILE.yaml     settings from a file, under the flags' names
     LORALM_COMMAND_FLAG=…                 settings from the environment
 
-A flag beats the environment, and the environment beats the file. The only reader of the command
-line. Errors of ours are printed without a traceback and exit with 2; `--debug` shows the traceback.
+Flags override the environment, the environment overrides the file. A LoraError is printed without
+a traceback and the exit code is 2; `--debug` shows the traceback.
 """
 
 from __future__ import annotations
@@ -32,26 +32,38 @@ from lora.errors import ConfigError, Interrupted, LoraError, did_you_mean, gathe
 from lora.training.out_of_memory import is_out_of_memory
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "finetune": ("lora.cli.finetune:finetune", "Fine-tune a model on examples."),
-    "sweep": ("lora.cli.sweep:sweep", "Train many settings at once, keep the best."),
-    "compare": ("lora.cli.compare:compare", "LoRA beside full fine-tuning, measured alike."),
-    "data": ("lora.cli.data:data", "Show what a model would learn from examples."),
-    "generate": ("lora.cli.generate:generate", "Answer prompts, many at a time."),
-    "chat": ("lora.cli.chat:chat", "Talk to a model; switch adapters while talking."),
-    "eval": ("lora.cli.eval:evaluate", "Measure a model and its adapter on examples."),
-    "export": ("lora.cli.export:export", "Write a model as GGUF; check an adapter for vLLM."),
-    "plan": ("lora.cli.plan:plan", "Show what a run would hold in memory, and which batch fits."),
-    "report": ("lora.cli.report:report", "Make a page from runs: curves, tables, answers."),
-    "merge": ("lora.cli.merge:merge", "Merge an adapter into its base, verified."),
-    "doctor": ("lora.cli.doctor:doctor", "Look whether this machine is ready."),
+    "finetune": (
+        "lora.cli.finetune:finetune",
+        "Fine-tune a model with LoRA, or all of its weights.",
+    ),
+    "sweep": ("lora.cli.sweep:sweep", "Train many LoRA settings in one pass and keep the best."),
+    "compare": (
+        "lora.cli.compare:compare",
+        "Compare LoRA with full fine-tuning on the same batches.",
+    ),
+    "data": (
+        "lora.cli.data:data",
+        "Check training data: formats, lengths, which tokens get a loss.",
+    ),
+    "generate": ("lora.cli.generate:generate", "Answer prompts in one batch."),
+    "chat": ("lora.cli.chat:chat", "Chat with a model; switch adapters at any time."),
+    "eval": ("lora.cli.eval:evaluate", "Evaluate a model or adapter: loss, perplexity, answers."),
+    "export": ("lora.cli.export:export", "Write a model as GGUF, or check an adapter for vLLM."),
+    "plan": ("lora.cli.plan:plan", "Estimate the memory of a run and the largest batch that fits."),
+    "report": ("lora.cli.report:report", "Write a report of runs: curves, tables, sample answers."),
+    "merge": (
+        "lora.cli.merge:merge",
+        "Merge an adapter into its base model and verify the result.",
+    ),
+    "doctor": ("lora.cli.doctor:doctor", "Check this machine: packages, device, memory, disk."),
 }
-"""By name: where the command's function is ("module:function"), and its line in the help."""
+"""By name: the command's function as "module:function", and its line in `lora --help`."""
 
-MEMORY_ADVICE = "Give it less at once, take a smaller model, or a device with more memory."
+MEMORY_ADVICE = "Try a smaller batch, a smaller model, or a device with more memory."
 ENVIRONMENT_PREFIX = "LORALM_"
 HELP_END = (
-    "Every command also takes `--config FILE.yaml` (its flags, without dashes, as keys), settings "
-    f"from the environment (`{ENVIRONMENT_PREFIX}COMMAND_FLAG`), and `--debug` (the traceback of "
+    "Every command also takes --config FILE.yaml (keys are its flags without leading dashes), "
+    f"environment variables {ENVIRONMENT_PREFIX}COMMAND_FLAG, and --debug (show the traceback of "
     "an error)."
 )
 
@@ -59,10 +71,10 @@ HELP_END = (
 def build_app(
     settings: dict[str, Any] | None = None, source: str = "", chosen: str | None = None
 ) -> App:
-    """Return the application with every command, none of them imported yet.
+    """Return the application with all commands, none of them imported yet.
 
-    The command `chosen` is explained by its own docstring, the others by their line. `settings`
-    are defaults that stand in the file `source`; flags and environment beat them.
+    The help of the command `chosen` is its docstring; the others have one line. `settings` are
+    the defaults from the file `source`; flags and environment override them.
     """
     files = () if settings is None else (Dict(settings, source=source, use_commands_as_keys=False),)
     app = App(
@@ -83,14 +95,16 @@ def build_app(
 
 
 def _show_default(value: object) -> str | None:
-    # What is left out by default says so in its description; `()` and `{}` would say nothing.
-    return None if value is None or value in ((), {}) else str(value)
+    # A flag without a default value says in its text what happens then; `()` would say nothing.
+    if value is None or value in ((), {}):
+        return None
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code: 0, 2 for a user's error.
+    """Run the command line and return its exit code: 0, or 2 for a user error.
 
-    Ctrl-C makes it 130 and SIGTERM 143, after a run has saved its state.
+    After Ctrl-C it is 130 and after SIGTERM 143, once a run has saved its state.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     is_debugging = "--debug" in words
@@ -109,18 +123,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_debugging or not is_out_of_memory(error):
             raise
         first = (str(error) or "MemoryError").splitlines()[0]
-        print(f"lora: memory ran out: {first}. {MEMORY_ADVICE}", file=sys.stderr)
+        print(f"lora: out of memory: {first}. {MEMORY_ADVICE}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("lora: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
         if is_debugging or error.filename is None:
             raise
-        print(f"lora: {str(error.filename)[:200]!r}: {error.strerror}.", file=sys.stderr)
+        print(f"lora: Cannot use {str(error.filename)[:200]!r}: {error.strerror}.", file=sys.stderr)
         return 2
 
 
@@ -138,16 +152,14 @@ def _check_command(words: list[str]) -> None:
     word = words[0] if words else "--help"
     if word in COMMANDS or word in ("--help", "-h", "--version"):
         return
-    known = ", ".join(sorted(COMMANDS)) or "none yet"
+    known = ", ".join(sorted(COMMANDS))
     kind = "option" if word.startswith("-") else "command"
     near = did_you_mean(word, [*COMMANDS, "--help", "--version"])
-    raise ConfigError(
-        f"There is no {kind} {word!r}.{near} Commands are: {known}. `lora --help` explains them."
-    )
+    raise ConfigError(f"Unknown {kind} {word!r}.{near} Commands: {known}. See `lora --help`.")
 
 
 def _check_environment(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    # cyclopts would pass over a misspelt variable in silence.
+    # cyclopts ignores misspelt variables.
     prefix = ENVIRONMENT_PREFIX + "".join(f"{command.upper()}_" for command in commands)
     if not commands:
         return
@@ -160,8 +172,9 @@ def _check_environment(app: App, commands: tuple[str, ...], arguments: ArgumentC
             known = [prefix + _to_variable(flag) for flag in flags if flag.startswith("--")]
             faults.append(f"{variable}.{did_you_mean(variable, known)}")
     if faults:
-        what = f"The environment sets what lora {' '.join(commands)} does not have:"
-        advice = f"Mend or unset it; `lora {' '.join(commands)} --help` lists the flags."
+        command = f"lora {' '.join(commands)}"
+        what = f"Cannot run {command}: it has no flags for these environment variables:"
+        advice = f"Correct or unset them; `{command} --help` lists the flags."
         raise ConfigError(gather(faults, what, advice))
 
 
@@ -182,8 +195,8 @@ def _take_config(words: list[str]) -> tuple[list[str], Path | None]:
             rest.append(word)
     if len(paths) > 1 or "" in paths:
         raise ConfigError(
-            f"--config takes one YAML file, and {len([p for p in paths if p])} were given. "
-            "Write --config FILE.yaml once."
+            f"Cannot read --config: it takes one YAML file, {len([p for p in paths if p])} are "
+            "given. Write --config FILE.yaml once."
         )
     return rest, Path(paths[0]) if paths else None
 
@@ -197,16 +210,16 @@ def _read_settings(path: Path) -> dict[str, Any]:
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = did_you_mean(path.name, names)
         raise ConfigError(
-            f"The settings {path} cannot be read: {error.strerror}.{near} Name a YAML file."
+            f"Cannot read the settings {path}: {error.strerror}.{near} Name a YAML file."
         ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"The settings {path} are no YAML: {error}") from None
+        raise ConfigError(f"Cannot read the settings {path}: not valid YAML: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(
-            f"The settings {path} are no list of `name: value` lines. Write flags, without "
-            "dashes, as names, for example `rank: 16`."
+            f"Cannot read the settings {path}: not a mapping. Write `name: value` lines with "
+            "flags without leading dashes as names, for example `rank: 16`."
         )
-    # As on the command line, `_` and `-` are one.
+    # As on the command line, `_` and `-` are the same.
     return {key.replace("_", "-"): value for key, value in values.items()}
 
 
@@ -214,16 +227,18 @@ def _describe(error: LoraError | CycloptsError) -> str:
     if isinstance(error, LoraError):
         return str(error)
     command = " ".join(["lora", *(error.command_chain or ())])
-    advice = f"`{command} --help` explains what it takes."
+    advice = f"See `{command} --help`."
     if isinstance(error, UnusedCliTokensError):
-        return f"{command} has no use for {' '.join(error.unused_tokens or ())!r}. {advice}"
+        extra = " ".join(error.unused_tokens or ())
+        return f"Unexpected arguments of {command}: {extra!r}. {advice}"
     key = (error.token.keyword or "") if isinstance(error, UnknownOptionError) else ""
     if not (isinstance(error, UnknownOptionError) and key.startswith("[")):
         return f"{error} {advice}"
-    key = key.strip("[]")  # which is how a file's key is written
+    key = key.strip("[]")  # cyclopts writes a key of a file as [key]
     names = [name for argument in error.argument_collection or () for name in argument.names]
     allowed = sorted(name.removeprefix("--") for name in names if name.startswith("--"))
     near = did_you_mean(key, allowed)
-    return f"{error.token.source} has an unknown setting {key!r}.{near} Allowed are: " + (
-        ", ".join(allowed) + "."
+    return (
+        f"Cannot use {error.token.source}: unknown setting {key!r}.{near} "
+        f"Allowed: {', '.join(allowed)}."
     )

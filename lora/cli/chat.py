@@ -1,4 +1,4 @@
-"""`lora chat`: talk to a model; adapters can be switched while talking."""
+"""`lora chat`: chat with a model; adapters can be switched at any time."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import Parameter
-
+from lora.cli.flags.from_fields import Flat, config_from
+from lora.cli.flags.shared import Adapter, Device, Model, SamplingFlags, System
 from lora.config import SamplingConfig
 from lora.inference.loading import LoadedModel, load_model, load_tokenizer_of
 
@@ -16,37 +16,27 @@ if TYPE_CHECKING:
     from lora.data.reading.messages import Message
 
 TALKATIVE = SamplingConfig(max_new_tokens=512, temperature=0.7, top_p=0.95)
-HELP = "/adapter FOLDER (or none) switches, /new forgets what was said, /quit ends"
+HELP = "/adapter DIRECTORY (or none) switches, /new clears the conversation, /quit exits"
 
 
 def chat(
     *,
-    model: str | None = None,
-    adapter: Path | None = None,
-    system: str | None = None,
-    device: str = "auto",
-    sampling: Annotated[SamplingConfig, Parameter(name="*")] = TALKATIVE,
+    model: Model = None,
+    adapter: Adapter = None,
+    system: System = None,
+    device: Device = "auto",
+    sampling: Annotated[SamplingFlags | None, Flat] = None,
 ) -> int:
-    """Talk to a model, the answer appearing as it is written.
+    """Chat with a model in the terminal.
 
-    Examples:
+    For example:
 
         lora chat --adapter runs/orders/adapter
 
-    /adapter FOLDER switches to another adapter, /adapter none to the base, /new forgets what was
-    said, /quit (or the end of the input) ends.
-
-    Parameters
-    ----------
-    model
-        As in lora finetune; left out, SmolLM2-135M-Instruct.
-    adapter
-        An adapter's folder.
-    system
-        What the system says first.
-    device
-        auto, cpu, cuda …
+    In the chat, /adapter DIRECTORY switches to another adapter, /adapter none to
+    the base model, /new clears the conversation, /quit (or end of input) exits.
     """
+    config = TALKATIVE if sampling is None else config_from(SamplingConfig, sampling)
     loaded = load_model(model, adapter, device)
     first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     said = list(first)
@@ -56,13 +46,15 @@ def chat(
         if line is None or line == "/quit":
             return 0
         if line.startswith("/"):
-            loaded, begins_anew = _obey(line, loaded)
-            said = list(first) if begins_anew else said
+            loaded, is_new = _run_command(line, loaded)
+            said = list(first) if is_new else said
             continue
         if line:
-            drawn = replace(sampling, seed=sampling.seed + len(said))  # or answers would repeat
+            own = replace(
+                config, seed=config.seed + len(said)
+            )  # or equal questions get equal answers
             said.append({"role": "user", "content": line})
-            said.append({"role": "assistant", "content": _answer(loaded, said, drawn)})
+            said.append({"role": "assistant", "content": _answer(loaded, said, own)})
 
 
 def _ask() -> str | None:
@@ -72,8 +64,8 @@ def _ask() -> str | None:
         return None
 
 
-def _obey(line: str, loaded: LoadedModel) -> tuple[LoadedModel, bool]:
-    """Do what a line with a slash says; return the model, and whether all begins anew."""
+def _run_command(line: str, loaded: LoadedModel) -> tuple[LoadedModel, bool]:
+    """Run a line that starts with a slash; return the model, and whether to clear the chat."""
     from lora.adapters.apply import lora_layers, remove_lora
     from lora.adapters.save_load import load_adapter
     from lora.errors import LoraError
@@ -82,14 +74,14 @@ def _obey(line: str, loaded: LoadedModel) -> tuple[LoadedModel, bool]:
     if command == "/new":
         return loaded, True
     if command != "/adapter" or not name:
-        print(f"unknown: {line}. {HELP}", file=sys.stderr)
+        print(f"Unknown command {line!r}: {HELP}", file=sys.stderr)
         return loaded, False
     try:
         folder = None if name == "none" else Path(name.strip()).expanduser()
         if folder is not None:
             from lora.adapters.save_load import read_adapter_config
 
-            read_adapter_config(folder)  # what is wrong with it is known before the old one goes
+            read_adapter_config(folder)  # a faulty adapter must not cost the present one
         tokenizer = load_tokenizer_of(loaded.source, folder)
         if lora_layers(loaded.model):
             remove_lora(loaded.model)
@@ -98,7 +90,7 @@ def _obey(line: str, loaded: LoadedModel) -> tuple[LoadedModel, bool]:
     except LoraError as error:
         print(f"{error}", file=sys.stderr)
         return loaded, False
-    print("the base" if folder is None else f"adapter: {folder}", file=sys.stderr)
+    print("base model" if folder is None else f"adapter: {folder}", file=sys.stderr)
     return replace(loaded, tokenizer=tokenizer), True
 
 

@@ -1,16 +1,27 @@
-"""`lora compare`: LoRA beside full fine-tuning, with the same measures."""
+"""`lora compare`: LoRA and full fine-tuning on the same batches, measured in the same way."""
 
 from __future__ import annotations
 
 import json as json_format
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from lora.cli.flags.from_fields import COMPARED, EVALUATION, Flat, config_from, flags_from
+from lora.cli.flags.shared import (
+    DataFlags,
+    Json,
+    LoRAFlags,
+    Model,
+    Report,
+    Resume,
+    TrainFlags,
+    TrainingData,
+    ValidationData,
+)
 from lora.compare.config import CompareConfig, LearningRates
-from lora.compare.decoder_job import EvaluationConfig, Metric
+from lora.compare.decoder_job import EvaluationConfig
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.errors import ConfigError
 from lora.runs.comparison_record import COMPARE_FILE, Same
@@ -20,119 +31,105 @@ from lora.runs.record import Method
 if TYPE_CHECKING:
     from lora.compare.run import CompareResult
 
-Flat = Parameter(name="*")
+SameAmount = Annotated[
+    Same,
+    Parameter(
+        group=COMPARED,
+        help="What all methods get: the same number of steps, or the same training time (LoRA's).",
+    ),
+]
+Peft = Annotated[
+    bool, Parameter(group=COMPARED, help="Also train LoRA with PEFT, on the transformers model.")
+]
 
 
-@dataclass(frozen=True)
+@flags_from(LearningRates, COMPARED)
+class RateFlags:
+    """Learning rates to try."""
+
+
+@flags_from(EvaluationConfig, EVALUATION)
 class EvaluationFlags:
-    """What is measured besides speed, memory and held-out loss."""
+    """What is evaluated besides speed, memory and validation loss; on the command line by path."""
 
     forgetting_data: Path | None = None
-    """Another text than the one that is learned, whose loss is measured before and after; left out,
-    prose that every Python has."""
-    metric: Metric = EvaluationConfig.metric
-    """Score of answers: exact-match, or json-fields (those of a JSON object that are right)."""
     test_data: Path | None = None
-    """Examples that are answered for the metric; left out, the held-out ones."""
-    answers: int = EvaluationConfig.answers
-    """At most so many of them are answered."""
-    answer_tokens: int = EvaluationConfig.answer_tokens
-    """Most tokens of such an answer."""
 
 
-@dataclass(frozen=True)
+@flags_from(
+    RunConfig,
+    EVALUATION,
+    without=("keep_checkpoints", "patience", "skip_nonfinite", "tensorboard"),
+)
 class CompareRun:
-    """Where the results go and how often the members are measured."""
+    """Evaluation, checkpoints, run directory and device."""
 
-    out: Path = RunConfig.out
-    """Folder that holds the runs."""
-    name: str | None = RunConfig.name
-    """Name of this comparison's folder; left out, one from the date and the model."""
-    eval_every_steps: int = RunConfig.eval_every_steps
-    """Steps between evaluations; 0 makes at most ten, at least ten steps apart."""
     save_every_steps: int = RunConfig.save_every_steps
-    """Steps between checkpoints; 0 saves at each evaluation. They go when a member is done."""
+    """Steps between checkpoints; 0 saves at each evaluation. A method's checkpoints are deleted
+    when it has finished."""
     samples: int = RunConfig.samples
-    """Held-out prompts that the base and each member answer, greedily; 0: none."""
-    sample_tokens: int = RunConfig.sample_tokens
-    """Most tokens of such an answer."""
-    device: str = RunConfig.device
-    """auto, cpu, cuda, cuda:1 …"""
-    fast: bool = RunConfig.fast
-    """Take the fast step where it can train the model; false always takes the plain one."""
+    """Validation prompts that the base model and each method answer greedily; 0 disables
+    samples."""
 
 
 def compare(
     *,
-    data: Path,
-    model: str | None = None,
-    eval_data: Path | None = None,
-    same: Same = CompareConfig.same,
-    peft: bool = False,
-    resume: bool = False,
-    report: bool = True,
-    json: bool = False,
-    rates: Annotated[LearningRates | None, Flat] = None,
+    data: TrainingData,
+    model: Model = None,
+    eval_data: ValidationData = None,
+    same: SameAmount = CompareConfig.same,
+    peft: Peft = False,
+    resume: Resume = False,
+    report: Report = True,
+    json: Json = False,
+    rates: Annotated[RateFlags | None, Flat] = None,
     measures: Annotated[EvaluationFlags | None, Flat] = None,
-    lora: Annotated[LoRAConfig | None, Flat] = None,
-    train: Annotated[TrainConfig | None, Flat] = None,
-    data_config: Annotated[DataConfig | None, Flat] = None,
+    lora: Annotated[LoRAFlags | None, Flat] = None,
+    train: Annotated[TrainFlags | None, Flat] = None,
+    data_config: Annotated[DataFlags | None, Flat] = None,
     run: Annotated[CompareRun | None, Flat] = None,
 ) -> int:
-    """Train through LoRA and train all weights, from the same base on the same batches.
+    """Compare LoRA with full fine-tuning: same base model, same batches.
 
-    Examples:
+    For example:
 
         lora compare --data orders.jsonl
-        lora compare --data orders.jsonl --rates 3e-4,1e-3,3e-3 --metric json-fields --peft
+        lora compare --data orders.jsonl --rates 3e-4,1e-3,3e-3 --peft
         lora compare --data orders.jsonl --same time --name fair
         lora compare --data orders.jsonl --same time --name fair --resume
 
-    Each member is a process of its own, so that its peak of memory is its own. Measured are time,
-    memory, bytes, held-out loss, loss on another text, answers, and a metric if one is named.
-
-    Parameters
-    ----------
-    data
-        File or folder of examples.
-    model
-        As in lora finetune; left out, SmolLM2-135M-Instruct.
-    eval_data
-        Examples to measure on; left out, some of the data are held out.
-    same
-        What the members share: steps, or time (as many steps as LoRA's time in steps holds).
-    peft
-        Also LoRA by PEFT, on transformers' model.
-    resume
-        Go on with the comparison called --name: what is done stays, what was under way goes on.
-    report
-        Write report.html, report.json and pictures into the comparison's folder at the end.
-    json
-        Print the result as one JSON object.
+    Reports training time, peak memory, sizes on disk, validation loss, loss on
+    an unrelated text (forgetting), sample answers and, with --metric, a score.
+    Each method is trained in a subprocess, so that its peak memory is its own.
     """
+    run_config = config_from(RunConfig, run or CompareRun())
+    if resume and run_config.name is None:
+        raise ConfigError("Cannot resume: no comparison is named. Name it with --name.")
+    evaluation = config_from(EvaluationConfig, measures or EvaluationFlags())
+    methods: tuple[Method, ...] = ("lora", "full", "peft") if peft else ("lora", "full")
+    config = CompareConfig(
+        train=config_from(TrainConfig, train or TrainFlags()),
+        run=run_config,
+        rates=config_from(LearningRates, rates or RateFlags()),
+        methods=methods,
+        same=same,
+        resume=resume,
+    )
+    lora_config = config_from(LoRAConfig, lora or LoRAFlags())
+    how_read = config_from(DataConfig, data_config or DataFlags())
+
     from lora.compare.decoder_target import DecoderTarget
     from lora.compare.run import compare as run_comparison
     from lora.report import report_on
     from lora.runs.progress import RichProgress
 
-    if resume and (run is None or run.name is None):
-        raise ConfigError("--resume was given without --name: name the comparison to go on with.")
     target = DecoderTarget(
         data=data,
         model=model,
         eval_data=eval_data,
-        lora=lora or LoRAConfig(),
-        data_config=data_config or DataConfig(),
-        evaluation=EvaluationConfig(**vars(measures or EvaluationFlags())),
-    )
-    methods: tuple[Method, ...] = ("lora", "full", "peft") if peft else ("lora", "full")
-    config = CompareConfig(
-        train=train or TrainConfig(),
-        run=RunConfig(**vars(run or CompareRun())),
-        rates=rates or LearningRates(),
-        methods=methods,
-        same=same,
-        resume=resume,
+        lora=lora_config,
+        data_config=how_read,
+        evaluation=evaluation,
     )
     done = run_comparison(target, config, RichProgress)  # told on standard error
     page = report_on(done.folder, RichProgress("report").message, with_page=report)

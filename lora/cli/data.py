@@ -1,40 +1,38 @@
-"""`lora data`: what a model would learn from a file, before anything is trained."""
+"""`lora data`: check training data and show what the model would learn from them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
-
+from lora.cli.flags.from_fields import Flat, config_from
+from lora.cli.flags.shared import DataFlags, Json, Model
 from lora.config import DataConfig
 
 
 def data(
     path: Path,
     *,
-    model: str | None = None,
-    json: bool = False,
-    data_config: Annotated[DataConfig | None, Parameter(name="*")] = None,
+    model: Model = None,
+    json: Json = False,
+    data_config: Annotated[DataFlags | None, Flat] = None,
 ) -> int:
-    """Show what was understood of examples, their lengths, and what of them is learned.
+    """Check training data: formats, lengths, and which tokens get a loss.
 
-    Examples:
+    For example:
 
         lora data orders.jsonl
         lora data chats.parquet --model ./llama --max-length 2048 --json
 
-    Exits with 2 if the data have faults, and names the lines. No weights are loaded.
+    Of --model only the tokenizer and the chat template are used. Faulty examples
+    are listed with their lines, and the exit code is then 2.
 
     Parameters
     ----------
     path
-        File or folder of examples.
-    model
-        The model whose tokenizer and chat template are used; left out, SmolLM2-135M-Instruct.
-    json
-        Print the report as JSON.
+        File or directory of examples.
     """
+    config = config_from(DataConfig, data_config or DataFlags())
     from rich.console import Console
 
     from lora.data.inspection import inspect_data
@@ -43,7 +41,7 @@ def data(
     from lora.pretrained.sources import find_model
 
     tokenizer = load_tokenizer(find_model(model).folder)
-    report = inspect_data(path, tokenizer, data_config or DataConfig())
+    report = inspect_data(path, tokenizer, config)
     if json:
         print(report.to_json())
     else:

@@ -1,28 +1,32 @@
-"""`lora doctor`: is this machine ready, and if not, why."""
+"""`lora doctor`: check this machine."""
 
 from __future__ import annotations
 
 import json as json_format
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from lora.cli.flags.from_fields import OUTPUT
+from lora.cli.flags.shared import Json
+
+Out = Annotated[
+    Path, Parameter(group=OUTPUT, help="Directory for run directories; its disk is checked.")
+]
 
 
-def doctor(*, out: Path = Path("runs"), json: bool = False) -> int:
-    """Look at versions, device, kernels, memory and disk, and try a training step and a save.
+def doctor(*, out: Out = Path("runs"), json: Json = False) -> int:
+    """Check packages, device, kernels, memory and disk; train and save a tiny model.
 
-    Examples:
+    For example:
 
         lora doctor
         lora doctor --json
 
-    Takes seconds and leaves nothing behind. Exits with 0 if all is well, else with 1.
-
-    Parameters
-    ----------
-    out
-        Folder that holds the runs: its disk is looked at.
-    json
-        Print what was found as one JSON object.
+    Takes seconds and leaves no files behind. The exit code is 0 if every check
+    passes, else 1.
     """
     from lora.doctor import examine
 
@@ -38,5 +42,5 @@ def doctor(*, out: Path = Path("runs"), json: bool = False) -> int:
         if not check.is_well:
             print(f"    {'':<{width}}  {check.advice}")
     n_ill = sum(not check.is_well for check in checks)
-    print("all is well" if is_well else f"not well: {n_ill} of {len(checks)}")
+    print("all checks passed" if is_well else f"{n_ill} of {len(checks)} checks failed")
     return 0 if is_well else 1

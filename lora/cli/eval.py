@@ -1,4 +1,4 @@
-"""`lora eval`: a model, and its adapter beside it, measured on examples."""
+"""`lora eval`: loss, perplexity and answers of a model, and of its adapter beside it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
-
+from lora.cli.flags.from_fields import Flat, config_from
+from lora.cli.flags.shared import Adapter, DataFlags, Device, Json, Model
 from lora.config import DataConfig, SamplingConfig
 from lora.inference.loading import LoadedModel, load_model
 
@@ -20,52 +20,44 @@ if TYPE_CHECKING:
 def evaluate(
     data: Path,
     *,
-    model: str | None = None,
-    adapter: Path | None = None,
+    model: Model = None,
+    adapter: Adapter = None,
     answers: int = 0,
     max_new_tokens: int = 128,
     bleu: bool = False,
-    device: str = "auto",
-    json: bool = False,
-    data_config: Annotated[DataConfig | None, Parameter(name="*")] = None,
+    device: Device = "auto",
+    json: Json = False,
+    data_config: Annotated[DataFlags | None, Flat] = None,
 ) -> int:
-    """Measure loss and perplexity, and with --answers what the model writes.
+    """Evaluate a model on examples: loss, perplexity, and scores of its answers.
 
-    Examples:
+    For example:
 
         lora eval test.jsonl --adapter runs/orders/adapter --answers 40
 
-    With an adapter, the base is measured beside it.
+    With --adapter the base model is evaluated too, for comparison.
 
     Parameters
     ----------
     data
-        File or folder of examples.
-    model
-        As in lora finetune; left out, SmolLM2-135M-Instruct.
-    adapter
-        An adapter's folder.
+        File or directory of test examples.
     answers
-        Let the model answer so many of the examples: exact match, valid JSON, right fields.
+        Number of examples to answer and score: exact match, valid JSON, correct JSON fields.
     max_new_tokens
-        Most tokens of an answer.
+        Maximum number of new tokens per answer.
     bleu
-        Also BLEU, through sacrebleu.
-    device
-        auto, cpu, cuda …
-    json
-        Print one JSON object.
+        Also compute BLEU of the answers (needs sacrebleu).
     """
     from lora.adapters.apply import disabled_adapter
     from lora.data.reading.readers import read_examples
     from lora.errors import ConfigError
 
     examples = read_examples(data)
-    config = data_config or DataConfig()
+    config = config_from(DataConfig, data_config or DataFlags())
     if config.special_tokens:
         raise ConfigError(
-            "lora eval was given --special-tokens: they are added when a model learns them (lora "
-            "finetune), and an adapter brings its own. Leave them out."
+            "Cannot evaluate with --special-tokens: lora finetune adds them, and an adapter has "
+            "its own. Remove the flag."
         )
     loaded = load_model(model, adapter, device)
     scores = {}

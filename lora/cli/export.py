@@ -1,44 +1,41 @@
-"""`lora export`: a model as GGUF, or an adapter checked for vLLM."""
+"""`lora export`: write a model as GGUF, or check an adapter for vLLM."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
 
+from lora.cli.flags.shared import Adapter, Model
 from lora.inference.loading import checked_ids, load_model
 
 
 def export(
     out: Path | None = None,
     *,
-    model: str | None = None,
-    adapter: Path | None = None,
+    model: Model = None,
+    adapter: Adapter = None,
     dtype: Literal["f16", "q8_0", "f32"] = "f16",
     vllm: bool = False,
 ) -> int:
-    """Write a model, with an adapter merged in if one is given, as a GGUF file.
+    """Write a model as a GGUF file, with the adapter merged if one is given.
 
-    Examples:
+    For example:
 
         lora export orders.gguf --adapter runs/orders/adapter --dtype q8_0
         lora export --vllm --adapter runs/orders/adapter
 
-    What was written is read back and compared, tensor by tensor and by its logits; so is the
-    merged adapter. With --vllm nothing is written:
-    the adapter is checked against vLLM's rules, and the command that serves it is printed.
+    The file is read back and compared with the model: every tensor, and the
+    logits. With --vllm nothing is written: the adapter is checked against vLLM's
+    rules, and the command that serves it is printed.
 
     Parameters
     ----------
     out
-        The GGUF file.
-    model
-        As in lora finetune; left out, SmolLM2-135M-Instruct.
-    adapter
-        An adapter's folder.
+        GGUF file to write.
     dtype
-        Type of the large tensors; norms stay f32.
+        Storage type of the weight matrices; norms are always f32.
     vllm
-        Check the adapter for vLLM instead.
+        Check the adapter for vLLM instead of writing a file.
     """
     from lora.adapters.merge import merge_lora
     from lora.errors import ConfigError
@@ -47,7 +44,9 @@ def export(
     if vllm:
         return _check_for_vllm(adapter, model)
     if out is None:
-        raise ConfigError("lora export was given no file to write: name one, as in orders.gguf.")
+        raise ConfigError(
+            "Cannot export: no file is named. Name it, as in lora export orders.gguf."
+        )
     loaded = load_model(model, adapter, "cpu")
     if adapter is not None:
         merge_lora(loaded.model, checked_ids(loaded))
@@ -55,10 +54,10 @@ def export(
         loaded.model, out, dtype, tokenizer=loaded.tokenizer, name=loaded.source.name
     )
     name, error = report.worst
-    answers = "memory holds no second model, so the logits were not compared"
+    answers = "not enough memory for a second model, so logits were not compared"
     if report.logits_error is not None:
         allowed = f"allowed {report.logits_tolerance:.0e}"
-        answers = f"the logits differ by {report.logits_error:.1e} ({allowed})"
+        answers = f"logits differ by {report.logits_error:.1e} ({allowed})"
     print(
         f"{report.path}: {report.size_bytes / 1e6:,.0f} MB; read back, the worst tensor is "
         f"{name}, off by {error:.1e} (allowed {report.tolerance:.0e}); {answers}"
@@ -71,9 +70,15 @@ def _check_for_vllm(adapter: Path | None, model: str | None) -> int:
     from lora.export.vllm import check_adapter_for_vllm, vllm_command
 
     if adapter is None:
-        raise ConfigError("--vllm checks an adapter: name its folder with --adapter.")
+        raise ConfigError(
+            "Cannot check for vLLM: no adapter is named. Name its directory with --adapter."
+        )
     faults = check_adapter_for_vllm(adapter)
     if faults:
-        raise AdapterError(gather(faults, f"vLLM will not serve {adapter}:", "Train it otherwise."))
-    print(vllm_command(adapter, model or "path/of/the/base"))
+        raise AdapterError(
+            gather(
+                faults, f"vLLM cannot serve {adapter}:", "Train the adapter with other settings."
+            )
+        )
+    print(vllm_command(adapter, model or "path/to/base"))
     return 0

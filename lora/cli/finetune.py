@@ -1,4 +1,4 @@
-"""`lora finetune`: examples in, an adapter out."""
+"""`lora finetune`: fine-tune a model on examples."""
 
 from __future__ import annotations
 
@@ -9,95 +9,96 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lora.config import (
-    BaseDtype,
-    DataConfig,
-    LoRAConfig,
-    MemoryConfig,
-    RunConfig,
-    TrainConfig,
+from lora.cli.flags.from_fields import EVALUATION, LORA, Flat, config_from, flags_from
+from lora.cli.flags.shared import (
+    BaseWeights,
+    DataFlags,
+    Deterministic,
+    Json,
+    LoRAFlags,
+    MemoryFlags,
+    Model,
+    Report,
+    Resume,
+    TrainFlags,
+    TrainingData,
+    ValidationData,
 )
+from lora.config import DataConfig, LoRAConfig, MemoryConfig, RunConfig, TrainConfig
 from lora.errors import ConfigError
 
 if TYPE_CHECKING:
     from lora.finetune.job import FinetuneResult
 
-Flat = Parameter(name="*")
+Full = Annotated[
+    bool, Parameter(group=LORA, help="Full fine-tuning: train all weights, without LoRA.")
+]
+FromAdapter = Annotated[
+    Path | None,
+    Parameter(
+        group=LORA,
+        help="Adapter directory to continue training from; its rank and targets are used.",
+    ),
+]
+
+
+@flags_from(RunConfig, EVALUATION)
+class RunFlags:
+    """Evaluation, checkpoints, run directory and device."""
 
 
 def finetune(
     *,
-    data: Path,
-    model: str | None = None,
-    eval_data: Path | None = None,
-    full: bool = False,
-    from_adapter: Path | None = None,
-    resume: bool = False,
-    base_dtype: BaseDtype = "auto",
-    report: bool = True,
-    deterministic: bool = False,
-    json: bool = False,
-    lora: Annotated[LoRAConfig | None, Flat] = None,
-    train: Annotated[TrainConfig | None, Flat] = None,
-    data_config: Annotated[DataConfig | None, Flat] = None,
-    run: Annotated[RunConfig | None, Flat] = None,
-    memory: Annotated[MemoryConfig | None, Flat] = None,
+    data: TrainingData,
+    model: Model = None,
+    eval_data: ValidationData = None,
+    full: Full = False,
+    from_adapter: FromAdapter = None,
+    resume: Resume = False,
+    base_dtype: BaseWeights = "auto",
+    report: Report = True,
+    deterministic: Deterministic = False,
+    json: Json = False,
+    lora: Annotated[LoRAFlags | None, Flat] = None,
+    train: Annotated[TrainFlags | None, Flat] = None,
+    data_config: Annotated[DataFlags | None, Flat] = None,
+    run: Annotated[RunFlags | None, Flat] = None,
+    memory: Annotated[MemoryFlags | None, Flat] = None,
 ) -> int:
-    """Fine-tune a model on examples, through LoRA unless --full is given.
+    """Fine-tune a model with LoRA, or with --full all of its weights.
 
-    Examples:
+    For example:
 
         lora finetune --data orders.jsonl
-        lora finetune --model ./llama --data chats.jsonl --rank 16 --steps 500 --name chats
+        lora finetune --data chats.jsonl --model ./llama --rank 16 --steps 500
         lora finetune --data orders.jsonl --name orders --resume
-        lora finetune --model ./llama-8b --data chats.jsonl --max-length 8192 --memory full
+        lora finetune --data chats.jsonl --max-length 8192 --memory full
 
-    Examples are chats (messages), prompt and completion, instruction and output, ShareGPT or text,
-    in JSONL, JSON, CSV, Parquet or text files. The adapter is in PEFT's format.
-
-    Parameters
-    ----------
-    data
-        File or folder of examples.
-    model
-        A folder in Hugging Face's layout, a .gguf file or a hub's owner/name; left out, it is
-        SmolLM2-135M-Instruct.
-    eval_data
-        Examples to measure on; left out, some of the data are held out.
-    full
-        Train all weights instead of LoRA.
-    from_adapter
-        Go on from this adapter; its rank and targets hold.
-    resume
-        Go on with the run called --name from its newest checkpoint.
-    base_dtype
-        How the frozen linears are kept: auto in the products' type, fp8 in eight bits, rounded
-        while the model is loaded. fp8 halves their memory; products are in fp8 too, and faster, on
-        GPUs of capability 9.0 (H100, H200), and slower than bf16 elsewhere.
-    report
-        Write report.html, report.json and pictures into the run's folder at the end.
-    deterministic
-        Repeat to the bit on a GPU too: torch's deterministic algorithms and the plain step, which
-        is slower.
-    json
-        Print the result as one JSON object.
+    Data formats: chats (messages, ShareGPT), prompt and completion,
+    instruction and output, or plain text. The adapter is saved in PEFT's format.
     """
+    run_config = config_from(RunConfig, run or RunFlags())
+    _check_flags(resume and run_config.name is None, full, lora or from_adapter)
+    lora_config = config_from(LoRAConfig, lora or LoRAFlags())
+    train_config = config_from(TrainConfig, train or TrainFlags())
+    how_read = config_from(DataConfig, data_config or DataFlags())
+    memory_config = config_from(MemoryConfig, memory or MemoryFlags())
+
     from lora.data.inspection_view import print_report
     from lora.finetune.job import FinetuneJob
     from lora.finetune.run import finetune as run_job
     from lora.report import report_on
     from lora.runs.progress import RichProgress
 
-    _check_flags(resume and (run is None or run.name is None), full, lora or from_adapter)
     job = FinetuneJob(
         data=data,
         model=model,
         eval_data=eval_data,
-        lora=None if full else lora or LoRAConfig(),
-        train=train or TrainConfig(),
-        data_config=data_config or DataConfig(),
-        run=run or RunConfig(),
-        memory=memory or MemoryConfig(),
+        lora=None if full else lora_config,
+        train=train_config,
+        data_config=how_read,
+        run=run_config,
+        memory=memory_config,
         from_adapter=from_adapter,
         resume=resume,
         base_dtype=base_dtype,
@@ -115,9 +116,12 @@ def finetune(
 
 def _check_flags(is_nameless: bool, full: bool, of_lora: object) -> None:
     if is_nameless:
-        raise ConfigError("--resume was given without --name: name the run to go on with.")
+        raise ConfigError("Cannot resume: no run is named. Name it with --name.")
     if full and of_lora is not None:
-        raise ConfigError("--full trains all weights: leave out LoRA's flags and --from-adapter.")
+        raise ConfigError(
+            "Cannot combine --full with LoRA flags or --from-adapter: full fine-tuning trains all "
+            "weights, without an adapter. Remove one or the other."
+        )
 
 
 def _report(done: FinetuneResult, page: Path | None, json: bool) -> int:

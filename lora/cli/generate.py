@@ -1,4 +1,4 @@
-"""`lora generate`: answers to prompts, many at a time."""
+"""`lora generate`: answer prompts in one batch."""
 
 from __future__ import annotations
 
@@ -8,25 +8,32 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from lora.cli.flags.from_fields import GENERATION, Flat, config_from
+from lora.cli.flags.shared import Adapter, Device, Json, Model, SamplingFlags, System
 from lora.config import SamplingConfig
 from lora.inference.loading import load_model
+
+Raw = Annotated[
+    bool,
+    Parameter(group=GENERATION, help="Continue the text as it is, without the chat template."),
+]
 
 
 def generate(
     prompts: list[str] | None = None,
     *,
-    model: str | None = None,
-    adapter: Path | None = None,
+    model: Model = None,
+    adapter: Adapter = None,
     prompts_file: Path | None = None,
-    system: str | None = None,
-    raw: bool = False,
-    device: str = "auto",
-    json: bool = False,
-    sampling: Annotated[SamplingConfig | None, Parameter(name="*")] = None,
+    system: System = None,
+    raw: Raw = False,
+    device: Device = "auto",
+    json: Json = False,
+    sampling: Annotated[SamplingFlags | None, Flat] = None,
 ) -> int:
-    """Answer prompts; all of them share one batch.
+    """Answer prompts; all prompts are one batch.
 
-    Examples:
+    For example:
 
         lora generate "What is the capital of France?"
         lora generate --adapter runs/orders/adapter --prompts-file asks.txt --json
@@ -34,29 +41,21 @@ def generate(
     Parameters
     ----------
     prompts
-        What to answer.
-    model
-        As in lora finetune; left out, SmolLM2-135M-Instruct.
-    adapter
-        An adapter's folder.
+        Prompts to answer.
     prompts_file
-        File with one prompt a line, after those given.
-    system
-        What the system says first.
-    raw
-        Go on with the text as it is, without the chat template.
-    device
-        auto, cpu, cuda …
-    json
-        Print one JSON object a line.
+        Text file with one prompt per line, answered after those on the command line.
     """
+    config = config_from(SamplingConfig, sampling or SamplingFlags())
     from lora.data.chat.prompts import chat_prompt, plain_prompt
     from lora.errors import DataError
     from lora.inference.generate import generate as answer
 
     asked = [*(prompts or []), *_read_lines(prompts_file)]
     if not asked:
-        raise DataError("No prompt was given: name one, or a file with --prompts-file.")
+        raise DataError(
+            "Cannot generate: no prompt is given. Write prompts after the command, or name a file "
+            "with --prompts-file."
+        )
     loaded = load_model(model, adapter, device)
     first = [{"role": "system", "content": system}] if system is not None else []
     made = [
@@ -66,7 +65,7 @@ def generate(
         for text in asked
     ]
     ids = [prompt.ids for prompt in made]
-    answers = answer(loaded.model, ids, sampling, stop_ids=loaded.tokenizer.stop_ids)
+    answers = answer(loaded.model, ids, config, stop_ids=loaded.tokenizer.stop_ids)
     written = [loaded.tokenizer.decode(tokens) for tokens in answers]
     _print(asked, written, json)
     return 0
@@ -90,4 +89,6 @@ def _read_lines(path: Path | None) -> list[str]:
     try:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"The prompts {path} cannot be read: {error}. Name a text file.") from None
+        raise DataError(
+            f"Cannot read prompts from {path}: {error}. Name a UTF-8 text file."
+        ) from None

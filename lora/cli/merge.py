@@ -1,40 +1,46 @@
-"""`lora merge`: a base and its adapter become one model that transformers loads."""
+"""`lora merge`: merge an adapter into its base model, for transformers and others."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Annotated
 
+from cyclopts import Parameter
+
+from lora.cli.flags.from_fields import DEVICE
+from lora.cli.flags.shared import Model
 from lora.inference.loading import checked_ids, load_model
 
+MergeDevice = Annotated[str, Parameter(group=DEVICE, help="Device that computes the merge.")]
 
-def merge(adapter: Path, out: Path, *, model: str | None = None, device: str = "cpu") -> int:
-    """Merge an adapter into its base, compare the logits, and save the model.
 
-    Examples:
+def merge(adapter: Path, out: Path, *, model: Model = None, device: MergeDevice = "cpu") -> int:
+    """Merge an adapter into its base model, compare the logits, and save the result.
+
+    For example:
 
         lora merge runs/orders/adapter merged
 
     Parameters
     ----------
     adapter
-        The adapter's folder.
+        Adapter directory.
     out
-        Folder of the merged model; it must not exist or be empty.
-    model
-        The base, as in lora finetune; left out, SmolLM2-135M-Instruct.
-    device
-        Where the merging is computed.
+        Directory for the merged model; must be empty or not exist.
     """
     from lora.adapters.merge import merge_lora
     from lora.errors import ConfigError
     from lora.pretrained.hf_weights import save_decoder
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not empty: name a new folder for the merged model.")
+        raise ConfigError(
+            f"Cannot write the merged model to {out}: it exists and is not empty. Name another "
+            "directory."
+        )
     loaded = load_model(model, adapter, device)
     report = merge_lora(loaded.model, checked_ids(loaded))
-    building = out.with_name(f".{out.name}.building")  # it has its name when it is whole
+    building = out.with_name(f".{out.name}.building")  # renamed when complete
     shutil.rmtree(building, ignore_errors=True)
     try:
         save_decoder(loaded.model, building)
@@ -43,7 +49,7 @@ def merge(adapter: Path, out: Path, *, model: str | None = None, device: str = "
     finally:
         shutil.rmtree(building, ignore_errors=True)
     print(
-        f"merged {report.layers} layers into {out}; the logits differ by "
+        f"merged {report.layers} layers into {out}; logits differ by "
         f"{report.relative_error:.1e} (allowed {report.tolerance:.0e})"
     )
     return 0

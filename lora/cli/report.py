@@ -1,42 +1,49 @@
-"""`lora report`: a page, pictures and a table from run folders."""
+"""`lora report`: one page with curves and tables from run directories."""
 
 from __future__ import annotations
 
 import json as json_format
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from lora.cli.flags.from_fields import OUTPUT
+from lora.cli.flags.shared import Json
 
 if TYPE_CHECKING:
     from lora.report import Report
 
 OUT_OF_SEVERAL = Path("report")
+Out = Annotated[
+    Path | None,
+    Parameter(
+        group=OUTPUT,
+        help="Directory to write to. Default: the run directory of a single run, else report.",
+    ),
+]
+Title = Annotated[
+    str | None, Parameter(group=OUTPUT, help="Title of the page. Default: the runs' names.")
+]
 
 
-def report(
-    *runs: Path, out: Path | None = None, title: str | None = None, json: bool = False
-) -> int:
-    """Make the report of runs again, or compare any runs.
+def report(*runs: Path, out: Out = None, title: Title = None, json: Json = False) -> int:
+    """Write a report of one run, or of several runs side by side.
 
-    Examples:
+    For example:
 
         lora report runs/orders
         lora report runs/orders runs/orders-full --out orders-compared
         lora report runs/ranks --title "Which rank?"
 
-    Runs are folders of lora finetune, lora sweep or lora compare, in any mix; one that is still
-    going on, or was interrupted, is told as it stands. Written are report.html (one file that needs
-    nothing else), report.json and pictures/.
+    Run directories of lora finetune, sweep and compare can be mixed; unfinished
+    runs are shown as far as they got. Writes report.html (self-contained),
+    report.json and pictures/.
 
     Parameters
     ----------
     runs
-        Folders of runs.
-    out
-        Where to write; left out, a single run's own folder, or the folder report for several.
-    title
-        Heading of the page; left out, the runs' names.
-    json
-        Print what report.json holds, and nothing else.
+        Run directories.
     """
     from lora.report import write_report
 

@@ -1,146 +1,143 @@
-"""`lora sweep`: many settings at once, the best adapter out."""
+"""`lora sweep`: train every combination of settings together, keep the best adapter."""
 
 from __future__ import annotations
 
 import json as json_format
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lora.config import DataConfig, LoRAConfig, Precision, RunConfig, TrainConfig
+from lora.cli.flags.from_fields import (
+    COMPARED,
+    EVALUATION,
+    LORA,
+    TRAINING,
+    Flat,
+    config_from,
+    flags_from,
+)
+from lora.cli.flags.shared import (
+    DataFlags,
+    Deterministic,
+    Json,
+    Model,
+    Report,
+    Resume,
+    TrainingData,
+    ValidationData,
+)
+from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.errors import ConfigError
-from lora.sweep.grid import Grid
+from lora.sweep.grid import SWEPT, Grid
 
 if TYPE_CHECKING:
     from lora.compare.sweep_full import FullResult
     from lora.data.inspection_report import DataReport
     from lora.sweep.run import SweepResult
 
-Flat = Parameter(name="*")
+AtOnce = Annotated[
+    int | None,
+    Parameter(
+        group=COMPARED,
+        help="Candidates trained together; the others follow in waves. Default: as many as fit "
+        "into memory.",
+    ),
+]
+Halving = Annotated[
+    bool,
+    Parameter(
+        group=COMPARED,
+        help="Successive halving: stop the worse half of the candidates after a quarter and after "
+        "half of the steps.",
+    ),
+]
+Full = Annotated[
+    bool,
+    Parameter(
+        group=COMPARED,
+        help="Also run full fine-tuning on the same batches and show it in the table.",
+    ),
+]
+FullLearningRate = Annotated[
+    float | None,
+    Parameter(group=COMPARED, help="Peak learning rate of --full. Default: 1e-4."),
+]
 
 
-@dataclass(frozen=True)
-class SharedLoRA:
-    """What the adapters of all candidates share."""
-
-    targets: str | tuple[str, ...] = LoRAConfig.targets
-    """Which linears to adapt: "all-linear" (all but the output head), name endings such as
-    q_proj, full names, or one regular expression that must match the whole name."""
-    exclude: tuple[str, ...] = LoRAConfig.exclude
-    """Name endings or full names that are left alone although `targets` takes them in."""
-    modules_to_save: tuple[str, ...] = LoRAConfig.modules_to_save
-    """Name endings of modules that train whole and are saved with the adapter (embeddings)."""
-    rslora: bool = LoRAConfig.rslora
-    """Scale by alpha / sqrt(rank) (arXiv 2312.03732)."""
-    layers: tuple[int, ...] | None = LoRAConfig.layers
-    """Numbers of the blocks to adapt; left out, all."""
+@flags_from(Grid, COMPARED)
+class GridFlags:
+    """The values whose combinations are the candidates."""
 
 
-@dataclass(frozen=True)
-class SharedTrain:
-    """What the training of all candidates shares."""
-
-    steps: int = TrainConfig.steps
-    """Optimizer steps of each candidate."""
-    batch_size: int = TrainConfig.batch_size
-    """Rows of one optimizer step of one candidate, over all micro-batches."""
-    micro_batches: int = TrainConfig.micro_batches
-    """Parts that a step's rows are split into to save memory; the result is the same."""
-    whole_rate_fraction: float = TrainConfig.whole_rate_fraction
-    """Beside LoRA, the rate of what trains whole (embeddings), as a share of LoRA's."""
-    warmup_fraction: float = TrainConfig.warmup_fraction
-    """Share of `steps` over which the rate rises from zero."""
-    min_rate_fraction: float = TrainConfig.min_rate_fraction
-    """Where cosine and linear end, as a share of the peak rate."""
-    weight_decay: float = TrainConfig.weight_decay
-    """AdamW's decoupled decay; norms, biases and embeddings get none."""
-    max_grad_norm: float = TrainConfig.max_grad_norm
-    """Each candidate's gradient is scaled down to this norm; 0 leaves it alone."""
-    precision: Precision = TrainConfig.precision
-    """Type of the products: auto takes bf16 where the device is good at it."""
+@flags_from(LoRAConfig, LORA, without=(*SWEPT, "rank_pattern", "alpha_pattern", "init_seed"))
+class SweepLoRA:
+    """LoRA settings that all candidates share."""
 
 
-@dataclass(frozen=True)
+@flags_from(TrainConfig, TRAINING, without=SWEPT)
+class SweepTrain:
+    """Training settings that all candidates share; sizes are those of one candidate."""
+
+
+@flags_from(
+    RunConfig,
+    EVALUATION,
+    without=(
+        *("keep_checkpoints", "patience", "samples", "sample_tokens"),
+        *("skip_nonfinite", "tensorboard"),
+    ),
+)
 class SweepRun:
-    """Where the results go and how often the candidates are measured."""
+    """Evaluation, run directory and device."""
 
-    out: Path = RunConfig.out
-    """Folder that holds the runs."""
-    name: str | None = RunConfig.name
-    """Name of this sweep's folder; left out, one from the date and the model."""
     eval_every_steps: int = RunConfig.eval_every_steps
-    """Steps between evaluations; 0 makes at most ten in a run, at least ten steps apart. The end
-    is always evaluated."""
-    save_every_steps: int = RunConfig.save_every_steps
-    """Steps between checkpoints; 0 saves at each evaluation."""
-    device: str = RunConfig.device
-    """auto, cpu, cuda, cuda:1 …"""
-    fast: bool = RunConfig.fast
-    """On a GPU, train the candidates through the fast stacked step where it can be; --no-fast
-    takes the plain one."""
+    """Steps between evaluations; 0 means at most ten in a run, at least ten steps apart. The end is
+    always evaluated."""
 
 
 def sweep(
     *,
-    data: Path,
-    model: str | None = None,
-    eval_data: Path | None = None,
-    at_once: int | None = None,
-    halving: bool = False,
-    full: bool = False,
-    full_learning_rate: float | None = None,
-    resume: bool = False,
-    report: bool = True,
-    deterministic: bool = False,
-    json: bool = False,
-    grid: Annotated[Grid | None, Flat] = None,
-    lora: Annotated[SharedLoRA | None, Flat] = None,
-    train: Annotated[SharedTrain | None, Flat] = None,
-    data_config: Annotated[DataConfig | None, Flat] = None,
+    data: TrainingData,
+    model: Model = None,
+    eval_data: ValidationData = None,
+    at_once: AtOnce = None,
+    halving: Halving = False,
+    full: Full = False,
+    full_learning_rate: FullLearningRate = None,
+    resume: Resume = False,
+    report: Report = True,
+    deterministic: Deterministic = False,
+    json: Json = False,
+    grid: Annotated[GridFlags | None, Flat] = None,
+    lora: Annotated[SweepLoRA | None, Flat] = None,
+    train: Annotated[SweepTrain | None, Flat] = None,
+    data_config: Annotated[DataFlags | None, Flat] = None,
     run: Annotated[SweepRun | None, Flat] = None,
 ) -> int:
-    """Train many adapters at once on one frozen base, and keep the best.
+    """Train an adapter for every combination of values, many in one pass.
 
-    Examples:
+    For example:
 
-        lora sweep --data orders.jsonl --rank 4,8,16,32 --learning-rate 1e-4,3e-4,1e-3
-        lora sweep --data orders.jsonl --rank 4,16 --alpha 2r --seed 0,1,2 --halving
+        lora sweep --data orders.jsonl --rank 4,8,16 --learning-rate 3e-4,1e-3
+        lora sweep --data orders.jsonl --rank 4,16 --alpha 2r --seed 0,1 --halving
         lora sweep --data orders.jsonl --rank 4,8 --name ranks --resume
         lora sweep --data orders.jsonl --rank 4,8,16 --full
 
-    Every combination of the values is a candidate. Each becomes the adapter that lora finetune
-    would make with the same settings. The best one, by held-out loss at the end, is in best/, all
-    of them under candidates/, their losses in loss.png and report.html.
-
-    Parameters
-    ----------
-    data
-        File or folder of examples.
-    model
-        As in lora finetune; left out, SmolLM2-135M-Instruct.
-    eval_data
-        Examples to compare by; left out, some of the data are held out.
-    at_once
-        Candidates that train together; left out, as many as fit into memory. The others follow in
-        waves.
-    halving
-        Stop the worse half at a quarter of the steps, and again at half of them; their places go to
-        those that are left.
-    full
-        Also train all weights, on the same data in the same order, and put that into the table.
-    full_learning_rate
-        The peak rate of it; left out, 1e-4.
-    resume
-        Go on with the sweep called --name, after a kill for example.
-    report
-        Write report.html, report.json and pictures into the sweep's folder at the end.
-    deterministic
-        Make a second sweep on the same GPU end with the same bits: slower, through the plain step.
-    json
-        Print the result as one JSON object.
+    Each candidate is the adapter that lora finetune trains with these settings.
+    The one with the lowest final validation loss is saved in best/, all of them
+    in candidates/; the report is report.html.
     """
+    run_config = config_from(RunConfig, run or SweepRun())
+    if resume and run_config.name is None:
+        raise ConfigError("Cannot resume: no sweep is named. Name it with --name.")
+    _check_full(full, full_learning_rate)
+    candidates = config_from(Grid, grid or GridFlags())
+    lora_config = config_from(LoRAConfig, lora or SweepLoRA())
+    train_config = config_from(TrainConfig, train or SweepTrain())
+    how_read = config_from(DataConfig, data_config or DataFlags())
+
     from lora.compare.sweep_full import sweep_with_full
     from lora.data.inspection_view import print_report
     from lora.report import report_on
@@ -149,19 +146,15 @@ def sweep(
     from lora.sweep.progress import RichSweepProgress
     from lora.sweep.run import sweep as run_job
 
-    _check_full(full, full_learning_rate)
-
-    if resume and (run is None or run.name is None):
-        raise ConfigError("--resume was given without --name: name the sweep to go on with.")
     job = SweepJob(
         data=data,
-        grid=grid or Grid(),
+        grid=candidates,
         model=model,
         eval_data=eval_data,
-        lora=LoRAConfig(**vars(lora or SharedLoRA())),
-        train=TrainConfig(**vars(train or SharedTrain())),
-        data_config=data_config or DataConfig(),
-        run=RunConfig(**vars(run or SweepRun())),
+        lora=lora_config,
+        train=train_config,
+        data_config=how_read,
+        run=run_config,
         at_once=at_once,
         halving=halving,
         resume=resume,
@@ -188,9 +181,11 @@ def _check_full(full: bool, rate: float | None) -> None:
     if rate is None:
         return
     if not full:
-        raise ConfigError("--full-learning-rate is the rate of --full: give that too.")
+        raise ConfigError(
+            "Cannot use --full-learning-rate without --full, whose learning rate it is. Add --full."
+        )
     if not rate > 0:
-        raise ConfigError(f"--full-learning-rate {rate}: allowed is a number > 0. Change it.")
+        raise ConfigError(f"Cannot use --full-learning-rate {rate}. Allowed: a number > 0.")
 
 
 def _report(

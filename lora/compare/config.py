@@ -22,13 +22,13 @@ class LearningRates:
     """Learning rates: those to try, one that is given, or the defaults."""
 
     rates: tuple[float | str, ...] = ()
-    """LoRA's rates to try: 3e-4,1e-3,3e-3. Its best is taken."""
+    """Learning rates of LoRA to try in short runs, the best is used: 3e-4,1e-3,3e-3."""
     full_rates: tuple[float | str, ...] = ()
-    """Full fine-tuning's rates to try; left out, a tenth of each of LoRA's."""
+    """Learning rates of full fine-tuning to try. Default: a tenth of each of `rates`."""
     full_learning_rate: float | None = None
-    """Full fine-tuning's peak rate, instead of tries; left out, 1e-4."""
+    """Peak learning rate of full fine-tuning, without tries. Default: 1e-4."""
     rate_steps: int = 0
-    """Steps of each try; 0 takes a quarter of the comparison's, and at least 20."""
+    """Optimizer steps of each try; 0 means a quarter of the run's steps, at least 20."""
 
     def __post_init__(self) -> None:
         faults: list[str] = []

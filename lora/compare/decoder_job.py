@@ -27,13 +27,13 @@ class EvaluationConfig:
     """What is evaluated besides speed, memory and validation loss."""
 
     forgetting_data: Source | None = None
-    """Another text, not trained on, whose loss is measured before and after training; None takes
-    the prose of Python's own documentation."""
+    """Unrelated text whose loss is measured before and after training (forgetting). Default: prose
+    from Python's own documentation."""
     metric: Metric = "none"
-    """Score of generated answers: exact-match, or json-fields (share of the fields of a JSON object
-    that are right)."""
+    """Score of generated answers: exact-match, or json-fields (fraction of the fields of a JSON
+    object that are right)."""
     test_data: Source | None = None
-    """Examples whose answers are scored; None takes the validation examples."""
+    """Test examples whose answers are scored by `metric`. Default: the validation examples."""
     answers: int = 40
     """Maximum number of examples that are answered for the metric."""
     answer_tokens: int = 128

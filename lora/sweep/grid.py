@@ -26,18 +26,19 @@ class Grid:
     """What the candidates differ in: one value each, or several with commas between."""
 
     rank: tuple[int | str, ...] = (LoRAConfig.rank,)
-    """Ranks to try: 4,8,16."""
+    """LoRA ranks to try: 4,8,16."""
     learning_rate: tuple[float | str, ...] = (LORA_LEARNING_RATE,)
-    """Peak rates to try: 1e-4,3e-4,1e-3."""
+    """Peak learning rates to try: 1e-4,3e-4,1e-3."""
     alpha: tuple[float | str, ...] = (LoRAConfig.alpha,)
-    """Alphas to try: numbers, or multiples of the rank such as 2r, which keep the scaling."""
+    """LoRA alphas to try: numbers, or multiples of the rank such as 2r (same scaling at every
+    rank)."""
     dropout: tuple[float | str, ...] = (LoRAConfig.dropout,)
-    """Dropouts to try."""
+    """Dropout probabilities on LoRA's inputs to try: 0,0.1."""
     seed: tuple[int | str, ...] = (TrainConfig.seed,)
-    """Seeds to try: of A's first values, dropout and the order of the rows. What is held out and
-    how examples are packed into rows is the first one's, so that all are measured alike."""
+    """Random seeds to try: A's initialization, dropout and data order. The first one also decides
+    the validation split and the packing, for all candidates."""
     schedule: tuple[Schedule | str, ...] = (TrainConfig.schedule,)
-    """Schedules to try: cosine, linear, constant."""
+    """Learning rate schedules to try: cosine,linear,constant."""
 
     def __post_init__(self) -> None:
         faults: list[str] = []

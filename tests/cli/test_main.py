@@ -108,7 +108,7 @@ def test_a_flag_beats_the_environment_which_beats_the_file(
         ("rank: many", ["rank", "many", "int"]),
         ("- 3", ["name: value"]),
         ("", ["name: value"]),
-        ("a: [3", ["no YAML", "line 1"]),
+        ("a: [3", ["not valid YAML", "line 1"]),
     ],
 )
 def test_a_faulty_file_of_settings_is_explained(
@@ -125,18 +125,21 @@ def test_a_faulty_file_of_settings_is_explained(
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["shwo"], ["no command 'shwo'", "Did you mean 'show'?", "fail, show"]),
-        (["--verison"], ["no option '--verison'", "Did you mean '--version'?"]),
+        (["shwo"], ["Unknown command 'shwo'", "Did you mean 'show'?", "fail, show"]),
+        (["--verison"], ["Unknown option '--verison'", "Did you mean '--version'?"]),
         (["show", "m", "--rnak", "3"], ["--rnak", "Did you mean --rank?"]),
         (["show", "m", "--nothing-like-it", "3"], ["--nothing-like-it", "`lora show --help`"]),
         (["show", "m", "--rank", "many"], ["--rank", "many", "int", "`lora show --help`"]),
         (["show", "m", "--rank"], ["--rank", "requires an argument", "`lora show --help`"]),
-        (["show", "m", "two", "three"], ["lora show has no use for 'two three'"]),
+        (["show", "m", "two", "three"], ["Unexpected arguments of lora show: 'two three'"]),
         (["show"], ["model"]),
         (["show", "bad"], ["The model is bad. Take a good one."]),
-        (["show", "m", "--config"], ["--config takes one YAML file, and 0 were given"]),
-        (["show", "m", "--config", "a", "--config", "b"], ["and 2 were given"]),
-        (["show", "m", "--config", "gone.yaml"], ["gone.yaml cannot be read", "No such file"]),
+        (["show", "m", "--config"], ["it takes one YAML file, 0 are given"]),
+        (["show", "m", "--config", "a", "--config", "b"], ["it takes one YAML file, 2 are given"]),
+        (
+            ["show", "m", "--config", "gone.yaml"],
+            ["Cannot read the settings gone.yaml: No such file"],
+        ),
     ],
 )
 def test_a_users_error_is_one_message_and_exit_2(
@@ -158,7 +161,7 @@ def test_misspelt_variables_are_named_together(
     monkeypatch.setenv("LORALM_SHOW_LEARNING_RATES", "3")
     assert cli.main(["show", "m"]) == 2
     seen = capsys.readouterr().err
-    assert "lora show does not have" in seen
+    assert "Cannot run lora show: it has no flags for these environment variables" in seen
     assert "LORALM_SHOW_RNAK. Did you mean 'LORALM_SHOW_RANK'?" in seen
     assert "LORALM_SHOW_LEARNING_RATES. Did you mean 'LORALM_SHOW_LEARNING_RATE'?" in seen
     assert "`lora show --help`" in seen
@@ -230,7 +233,7 @@ def test_python_m_lora_is_the_command() -> None:
     done = run_lora("nonsense")
     assert done.returncode == 2
     assert done.stdout == ""
-    assert "no command 'nonsense'" in done.stderr
+    assert "Unknown command 'nonsense'" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -238,7 +241,7 @@ def test_a_process_with_debug_shows_the_traceback() -> None:
     done = run_lora("nonsense", "--debug")
     assert done.returncode != 0
     assert "Traceback" in done.stderr
-    assert "no command 'nonsense'" in done.stderr
+    assert "Unknown command 'nonsense'" in done.stderr
 
 
 def test_python_m_lora_tells_its_version() -> None:

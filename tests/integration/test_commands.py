@@ -78,8 +78,8 @@ def test_finetune_takes_a_yaml_file(
 @pytest.mark.parametrize(
     ("words", "seen"),
     [
-        (["--resume"], "--resume was given without --name"),
-        (["--full", "--rank", "4"], "leave out LoRA's flags"),
+        (["--resume"], "Name it with --name"),
+        (["--full", "--rank", "4"], "Cannot combine --full with LoRA flags"),
         (["--rank", "0"], "rank=0"),
         (["--steps", "many"], "many"),
         (["--rnak", "4"], "Did you mean --rank"),
@@ -106,7 +106,7 @@ def test_generate_answers_all_prompts(
     rows = [json.loads(line) for line in read()[0].splitlines()]
     assert [row["prompt"] for row in rows] == ["first", "second", "third"]
     assert main(["generate", "--model", str(tiny_folder)]) == 2
-    assert "No prompt was given" in read()[1]
+    assert "Cannot generate: no prompt is given" in read()[1]
 
 
 def test_eval_shows_base_beside_adapter(
@@ -161,7 +161,7 @@ def test_chat_switches_adapters_and_outlives_a_wrong_one(
     assert main([*words, "--max-new-tokens", "4", "--temperature", "0"]) == 0
     out, err = read()
     assert len(out.splitlines()) >= 2
-    assert "the base" in err
+    assert "base model" in err
     assert "nowhere" in err
     assert f"adapter: {adapter}" in err
     assert "unknown: /what" in err

@@ -20,23 +20,20 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from cyclopts import Group, Parameter
-
-from lora.config import BaseDtype
 
 FlagsT = TypeVar("FlagsT")
 ConfigT = TypeVar("ConfigT")
 
 DATA = Group.create_ordered("Model and data")
+COMPARED = Group.create_ordered("What to compare")
 LORA = Group.create_ordered("LoRA")
-SEARCH = Group.create_ordered("Values to compare")
 TRAINING = Group.create_ordered("Training")
 EVALUATION = Group.create_ordered("Evaluation and checkpoints")
 GENERATION = Group.create_ordered("Generation")
-OUTPUT = Group.create_ordered("Output")
+OUTPUT = Group.create_ordered("Run directory and output")
 DEVICE = Group.create_ordered("Device and memory")
 
 _OWN_GROUPS = {
@@ -48,55 +45,6 @@ _OWN_GROUPS = {
 
 Flat = Parameter(name="*")
 """On a parameter that is a dataclass of flags: they have no prefix."""
-
-Model = Annotated[
-    str | None,
-    Parameter(
-        group=DATA,
-        help="Hugging Face model directory, .gguf file, or owner/name on the Hub. Default: "
-        "SmolLM2-135M-Instruct.",
-    ),
-]
-TrainingData = Annotated[
-    Path,
-    Parameter(
-        group=DATA,
-        help="Training examples: a JSONL, JSON, CSV, Parquet or text file, or a directory of them.",
-    ),
-]
-ValidationData = Annotated[
-    Path | None,
-    Parameter(
-        group=DATA, help="Validation examples. Default: --eval-fraction of --data is split off."
-    ),
-]
-Adapter = Annotated[Path | None, Parameter(group=DATA, help="Adapter directory.")]
-BaseWeights = Annotated[
-    BaseDtype,
-    Parameter(
-        group=DEVICE,
-        help="Storage dtype of the frozen linear layers: auto keeps the compute dtype, fp8 halves "
-        "their memory and is faster on GPUs of compute capability 9.0 (H100, H200), slower on "
-        "others.",
-    ),
-]
-Device = Annotated[str, Parameter(group=DEVICE, help="auto, cpu, cuda, cuda:1, ...")]
-Deterministic = Annotated[
-    bool,
-    Parameter(
-        group=DEVICE,
-        help="Bit-for-bit reproducible on a GPU: PyTorch's deterministic algorithms and the "
-        "unfused training step. Slower.",
-    ),
-]
-Report = Annotated[
-    bool,
-    Parameter(
-        group=OUTPUT,
-        help="Write report.html, report.json and pictures into the run directory at the end.",
-    ),
-]
-Json = Annotated[bool, Parameter(group=OUTPUT, help="Print the result as JSON.")]
 
 
 def flags_from(
