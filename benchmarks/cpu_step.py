@@ -267,7 +267,7 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--ranks", nargs="+", type=int, help="ours alone, at these ranks")
     parser.add_argument("--rounds", type=int, help="instead of the case's own number of rounds")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--json", action="store_true", help="print JSON lines")
     parser.add_argument("--out", type=Path, help="also append the JSON lines to this file")
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
