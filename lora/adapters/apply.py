@@ -82,10 +82,18 @@ def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
     applied = AppliedLoRA(config, tuple(names))
     for name in saved:
         applied.originals[name] = model.get_submodule(name)
-        trained = copy.deepcopy(applied.originals[name]).requires_grad_(True)
-        replace_module(model, name, trained)
+        replace_module(model, name, _copy_module(applied.originals[name]).requires_grad_(True))
     model.applied_lora = applied  # type: ignore[assignment]
     return model
+
+
+def _copy_module(module: nn.Module) -> nn.Module:
+    """Return a copy with tensors of its own."""
+    # Tensors are copied by value: deepcopy would also copy the mode that the fake tensors of a
+    # memory plan belong to, and tensors of two modes do not mix.
+    memo: dict[int, object] = {id(p): nn.Parameter(p.detach().clone()) for p in module.parameters()}
+    memo |= {id(b): b.detach().clone() for b in module.buffers()}
+    return copy.deepcopy(module, memo)
 
 
 def applied_lora(model: nn.Module) -> AppliedLoRA:

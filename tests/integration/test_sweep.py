@@ -84,6 +84,24 @@ def test_each_candidate_is_what_finetune_makes_and_the_best_is_chosen(job: Sweep
     assert told["runs"][0]["total_parameters"] > told["runs"][0]["trainable_parameters"] > 0
 
 
+def test_fully_trained_embeddings_are_what_finetune_makes(job: SweepJob) -> None:
+    lora = LoRAConfig(rank=2, modules_to_save=("embed_tokens",))
+    job = replace(job, lora=lora, grid=Grid(rank=(2, 4), learning_rate=(5e-3,)))
+    together = adapters(sweep(job).folder)["001-rank2"]
+    alone = finetune(
+        FinetuneJob(
+            data=job.data, model=job.model, data_config=DATA,
+            lora=lora, train=replace(TRAIN, learning_rate=5e-3),
+            run=RunConfig(out=job.run.out, name="alone", eval_every_steps=4, samples=0),
+        )
+    )  # fmt: skip
+    expected = load_file(alone.saved / "adapter_model.safetensors")
+    assert any(name.endswith("embed_tokens.weight") for name in expected)
+    assert together.keys() == expected.keys()
+    for key, tensor in together.items():
+        assert (tensor - expected[key]).norm() <= 1e-3 * expected[key].norm(), key
+
+
 @pytest.mark.slow
 def test_mixed_candidates_are_as_alone_over_fifty_steps(job: SweepJob) -> None:
     grid = Grid(rank=(2, 4), alpha=(8.0, "2r"), dropout=(0.0, 0.1), seed=(0, 1))

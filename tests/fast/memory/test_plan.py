@@ -59,6 +59,12 @@ def test_parameters_are_the_models() -> None:
     assert (whole.weights, whole.optimizer) == (4 * full, 8 * full)
 
 
+def test_fully_trained_modules_count_as_trained() -> None:
+    lora = LoRAConfig(rank=4, modules_to_save=("embed_tokens",))
+    planned = plan(replace(SETTING, lora=lora))
+    assert planned.trained_parameters == plan(SETTING).trained_parameters + 300 * 32
+
+
 def test_activations_are_what_a_real_forward_keeps() -> None:
     """Every storage that autograd keeps of a real forward, parameters left out."""
     model = apply_lora(build_decoder(TINY), LORA)
