@@ -20,7 +20,7 @@ SAMPLE_CHARACTERS = 240
 
 @dataclass(frozen=True)
 class Text:
-    """A corpus as tokens, with the vocabulary that made them."""
+    """A corpus as tokens, with its tokenizer."""
 
     tokenizer: CharTokenizer
     train: Tensor

@@ -113,7 +113,7 @@ def test_answers_without_an_end_are_a_warning(tokenizer: TextTokenizer) -> None:
     [
         ([{"txet": "a"}], "row 1: the keys txet fit no format"),
         ([], "it has none"),
-        ([{"messages": [{"role": "user", "content": "q"}]}], "none of 1 examples has a token"),
+        ([{"messages": [{"role": "user", "content": "q"}]}], "none of 1 examples has one"),
     ],
 )
 def test_what_prevents_training_is_an_error(

@@ -18,7 +18,9 @@ ROWS = [{"instruction": f"Add {n} and 3.", "output": f"The sum is {n + 3}."} for
 CONFIG = DataConfig(max_length=128, eval_fraction=0.1)
 
 
-def test_a_file_becomes_rows_of_both_sides(chatml_tokenizer: TextTokenizer, tmp_path: Path) -> None:
+def test_a_file_becomes_training_and_validation_sequences(
+    chatml_tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     said: list[str] = []
@@ -35,7 +37,7 @@ def test_a_file_becomes_rows_of_both_sides(chatml_tokenizer: TextTokenizer, tmp_
     assert (batch.input_ids[batch.document_ids < 0] == chatml_tokenizer.pad_id).all()
 
 
-def test_the_same_arguments_give_the_same_rows(chatml_tokenizer: TextTokenizer) -> None:
+def test_the_same_arguments_give_the_same_sequences(chatml_tokenizer: TextTokenizer) -> None:
     first, again, other = (
         prepare_data(ROWS, chatml_tokenizer, CONFIG, seed=s).train for s in (1, 1, 2)
     )
@@ -44,7 +46,7 @@ def test_the_same_arguments_give_the_same_rows(chatml_tokenizer: TextTokenizer) 
     assert not torch.equal(batches[0], batches[2])
 
 
-def test_rows_of_another_day_differ_unless_the_day_is_given(tokenizer: TextTokenizer) -> None:
+def test_sequences_of_another_day_differ_unless_the_day_is_given(tokenizer: TextTokenizer) -> None:
     source = "{% for m in messages %}{{ strftime_now('%d %m %Y') + m.content }}{% endfor %}"
     dated = dataclasses.replace(tokenizer, chat_template=source)
     days = [datetime(2024, 7, 26), datetime(2024, 7, 26), datetime(2024, 7, 27)]
@@ -55,7 +57,7 @@ def test_rows_of_another_day_differ_unless_the_day_is_given(tokenizer: TextToken
     assert abs((datetime.now() - today).total_seconds()) < 60
 
 
-def test_given_held_out_data_leave_the_rest_whole(tokenizer: TextTokenizer) -> None:
+def test_given_validation_data_leave_the_training_data_whole(tokenizer: TextTokenizer) -> None:
     validation = [{"text": "the dog"}]
     said: list[str] = []
     data = prepare_data(
@@ -69,14 +71,16 @@ def test_given_held_out_data_leave_the_rest_whole(tokenizer: TextTokenizer) -> N
     assert data.template_origin is not None
 
 
-def test_held_out_examples_that_are_also_learned_are_told(tokenizer: TextTokenizer) -> None:
+def test_validation_examples_that_are_also_training_examples_are_reported(
+    tokenizer: TextTokenizer,
+) -> None:
     said: list[str] = []
     validation = [{**ROWS[3], "id": 7}, {"text": "the dog"}, ROWS[4]]
     prepare_data(ROWS, tokenizer, CONFIG, 1, validation_source=validation, on_message=said.append)
     assert "2 of 3 validation examples are also training examples" in said[0]
 
 
-def test_nothing_may_be_held_out(tokenizer: TextTokenizer) -> None:
+def test_there_may_be_no_validation(tokenizer: TextTokenizer) -> None:
     config = DataConfig(max_length=64, eval_fraction=0, packing=False)
     data = prepare_data([{"text": "the dog"}], tokenizer, config, seed=1)
     assert data.validation is None
@@ -84,7 +88,7 @@ def test_nothing_may_be_held_out(tokenizer: TextTokenizer) -> None:
     assert data.train.sequence_length == 8
 
 
-def test_held_out_examples_without_anything_to_learn_are_told(tokenizer: TextTokenizer) -> None:
+def test_validation_examples_without_targets_are_reported(tokenizer: TextTokenizer) -> None:
     said: list[str] = []
     data = prepare_data(
         [{"text": "the dog"}],

@@ -64,7 +64,7 @@ def test_one_document_needs_no_mask() -> None:
         assert (mask.mask, mask.is_causal) == (None, True)
 
 
-def test_a_window_narrower_than_the_row_is_a_mask() -> None:
+def test_a_window_narrower_than_the_sequence_is_a_mask() -> None:
     mask = build_mask(resolve_positions(IDS, None, None, None), 2)
     assert mask.mask is not None
     assert mask.mask.shape == (1, 1, 6, 6)

@@ -81,7 +81,9 @@ def test_positions_given_equal_positions_found(pair: Any, make_ids: Callable[...
 
 
 @torch.no_grad()
-def test_a_row_that_is_all_padding_stays_finite(pair: Any, make_ids: Callable[..., Tensor]) -> None:
+def test_a_sequence_that_is_all_padding_stays_finite(
+    pair: Any, make_ids: Callable[..., Tensor]
+) -> None:
     ids = make_ids(2, T)
     documents = torch.zeros_like(ids)
     documents[1] = -1
@@ -106,7 +108,9 @@ def test_cached_decoding_equals_the_full_forward(
 
 
 @torch.no_grad()
-def test_cached_decoding_of_left_padded_rows(pair: Any, make_ids: Callable[..., Tensor]) -> None:
+def test_cached_decoding_of_left_padded_sequences(
+    pair: Any, make_ids: Callable[..., Tensor]
+) -> None:
     ids = make_ids(2, T)
     documents = torch.zeros_like(ids)
     documents[1, :7] = -1
@@ -120,7 +124,7 @@ def test_cached_decoding_of_left_padded_rows(pair: Any, make_ids: Callable[..., 
 
 
 @torch.no_grad()
-def test_rows_of_a_cache_can_be_dropped(pair: Any, make_ids: Callable[..., Tensor]) -> None:
+def test_sequences_of_a_cache_can_be_dropped(pair: Any, make_ids: Callable[..., Tensor]) -> None:
     ids = make_ids(3, T)
     cache = pair.ours.new_cache(3, T)
     pair.ours(ids[:, :10], cache=cache)
@@ -229,7 +233,7 @@ def tiny() -> Decoder:
     return build_decoder(decoder_config(llama_config()), seed=1)
 
 
-def test_a_full_cache_says_so() -> None:
+def test_a_full_cache_is_an_error() -> None:
     model = tiny()
     cache = model.new_cache(1, 4)
     model(torch.zeros(1, 3, dtype=torch.int64), cache=cache)
@@ -239,13 +243,13 @@ def test_a_full_cache_says_so() -> None:
         model(torch.zeros(1, 2, dtype=torch.int64), cache=cache)
 
 
-def test_a_cache_of_another_batch_size_says_so() -> None:
+def test_a_cache_of_another_batch_size_is_an_error() -> None:
     model = tiny()
     with pytest.raises(ModelError, match="for a batch of 1: the cache has batch size 3"):
         model(torch.zeros(1, 2, dtype=torch.int64), cache=model.new_cache(3, 4))
 
 
-def test_a_cache_takes_the_models_type_or_the_one_asked_for() -> None:
+def test_a_cache_has_the_models_dtype_or_a_given_one() -> None:
     model = tiny()
     assert model.new_cache(1, 4).keys[0].dtype == torch.float32
     cache: KVCache = model.new_cache(1, 4, dtype=torch.bfloat16)

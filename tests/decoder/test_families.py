@@ -238,7 +238,7 @@ def test_gpt2_shares_no_heads_and_fills_its_width() -> None:
         decoder_config({**sizes, "head_dim": 16})
 
 
-def test_what_was_read_is_kept_whole(tmp_path: Path) -> None:
+def test_the_source_is_kept_whole(tmp_path: Path) -> None:
     source = config_of("llama", something_of_the_authors={"a": 1})
     kept = decoder_config(source).source
     assert kept == source

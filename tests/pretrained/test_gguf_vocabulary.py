@@ -155,7 +155,7 @@ def test_runs_of_spaces_that_are_tokens_of_their_own_come_back() -> None:
         describe_tokenizer(late, late.vocab_size)
 
 
-def test_rows_without_a_token_are_filled_and_taken_away_again() -> None:
+def test_rows_without_a_token_get_placeholders_that_are_removed_again() -> None:
     tokenizer = byte_level()
     size = tokenizer.vocab_size
     metadata = describe_tokenizer(tokenizer, size + 3)

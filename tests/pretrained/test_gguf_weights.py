@@ -321,7 +321,7 @@ def test_quantised_values_are_the_dequantised_ones(
         np.testing.assert_array_equal(seen, wanted, err_msg=name)
 
 
-def test_the_folder_is_a_whole_model_folder(make_file: MakeFile, tmp_path: Path) -> None:
+def test_the_folder_is_a_complete_model_folder(make_file: MakeFile, tmp_path: Path) -> None:
     _, path = make_file("llama")
     shares: list[float] = []
     convert_gguf(path, tmp_path, shares.append)
@@ -338,7 +338,7 @@ def test_the_folder_is_a_whole_model_folder(make_file: MakeFile, tmp_path: Path)
 
 
 @pytest.mark.parametrize("shape", [(8, 3), (8,)])
-def test_the_row_order_of_llama_is_undone(shape: tuple[int, ...]) -> None:
+def test_llamas_row_order_is_converted_back(shape: tuple[int, ...]) -> None:
     value = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     np.testing.assert_array_equal(permute(value, 2), llama_cpp_order(value, 2))
     np.testing.assert_array_equal(unpermute(llama_cpp_order(value, 2), 2), value)

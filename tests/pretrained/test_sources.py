@@ -161,7 +161,7 @@ def _find(path: str) -> str:
 
 
 @pytest.mark.slow
-def test_many_processes_at_once_end_with_one_whole_folder(tmp_path: Path, cache: Path) -> None:
+def test_many_processes_at_once_end_with_one_complete_folder(tmp_path: Path, cache: Path) -> None:
     path = write_toy(tmp_path / "toy.gguf")
     with multiprocessing.get_context("spawn").Pool(4) as pool:
         folders = pool.map(_find, [str(path)] * 8)

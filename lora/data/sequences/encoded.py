@@ -54,7 +54,7 @@ def check_has_targets(encoded: EncodedExamples, learn_on: str) -> None:
     }
     seen = "; ".join(reason for reason, count in reasons.items() if count)
     raise DataError(
-        f"Cannot train on {learn_on!r} tokens: none of {counts.n_examples} examples has a token "
-        f"to learn: {seen or 'they have no answers'}. Raise max_length, set learn_on to 'all', or "
-        "give a chat template with generation blocks."
+        f"Cannot train on {learn_on!r} tokens: none of {counts.n_examples} examples has one: "
+        f"{seen or 'they have no answers'}. Raise max_length, set learn_on to 'all', or give a "
+        "chat template with generation blocks."
     )

@@ -36,7 +36,9 @@ def test_the_models_own_template_is_taken(chatml_tokenizer: TextTokenizer) -> No
     )
 
 
-def test_a_file_goes_before_the_models_own(chatml_tokenizer: TextTokenizer, tmp_path: Path) -> None:
+def test_a_file_takes_precedence_over_the_models_own(
+    chatml_tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
     path = tmp_path / "own.jinja"
     path.write_text("\ufeff{{ messages[0].content }}<|eot_id|>", encoding="utf-8")
     chosen, origin = choose_template(chatml_tokenizer, path)
@@ -97,6 +99,6 @@ def test_files_that_are_no_template_are_refused(
         choose_template(tokenizer, path)
 
 
-def test_no_template_is_told(tokenizer: TextTokenizer) -> None:
+def test_no_template_is_an_error(tokenizer: TextTokenizer) -> None:
     with pytest.raises(DataError, match="the model has no chat template"):
         compile_template(tokenizer)

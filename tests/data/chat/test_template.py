@@ -142,7 +142,7 @@ def test_special_tokens_that_are_missing_print_nothing() -> None:
     assert ChatTemplate("[{{ bos_token }}]", {}).render([USER]) == "[]"
 
 
-def test_the_clock_can_be_held() -> None:
+def test_the_date_can_be_given() -> None:
     source = "{{ strftime_now('%d %b %Y') }}"
     held = ChatTemplate(source, now=datetime(2024, 7, 26))
     assert held.render([USER]) == "26 Jul 2024"

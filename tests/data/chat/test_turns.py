@@ -41,7 +41,7 @@ def learned(
     ],
 )
 @pytest.mark.parametrize("system", [False, True])
-def test_all_answers_are_learned_from_one_text(
+def test_all_answers_are_targets_in_one_text(
     templates: dict[str, str], name: str, answers: list[str], system: bool
 ) -> None:
     messages = turns("a", "b", "c", "d", system=system and name != "gemma")
@@ -49,7 +49,7 @@ def test_all_answers_are_learned_from_one_text(
     assert learned(templates[name], messages) == ([(whole, answers)], 0)
 
 
-def test_answers_of_the_prompt_are_not_learned(templates: dict[str, str]) -> None:
+def test_answers_of_the_prompt_are_not_targets(templates: dict[str, str]) -> None:
     messages = turns("a", "b", "c", "d")
     for name in ("chatml", "marked"):
         ((_, answers),), _ = learned(templates[name], messages, n_prompt_messages=3)
@@ -67,7 +67,7 @@ def test_a_conversation_may_end_in_a_question_or_begin_with_an_answer(
     assert ([a.strip() for a in answers], lost) == (["<|assistant|>\nhi</s>", "b</s>"], 0)
 
 
-def test_tool_calls_are_learned_and_their_results_are_not(templates: dict[str, str]) -> None:
+def test_tool_calls_are_targets_and_their_results_are_not(templates: dict[str, str]) -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     messages = [
         *turns("a"),
@@ -82,7 +82,7 @@ def test_tool_calls_are_learned_and_their_results_are_not(templates: dict[str, s
     ]
 
 
-def test_turns_that_change_when_others_follow_are_learned_as_the_model_writes_them(
+def test_turns_that_change_when_others_follow_are_targets_as_the_model_writes_them(
     templates: dict[str, str],
 ) -> None:
     messages = turns("a", "<think>x</think>b", "c", "<think>y</think>d")
@@ -96,7 +96,7 @@ def test_turns_that_change_when_others_follow_are_learned_as_the_model_writes_th
     assert [text for text, _ in texts] == [template.render(messages), template.render(messages[:2])]
 
 
-def test_turns_without_the_thinking_that_the_prompt_asks_for_are_learned(
+def test_turns_without_the_thinking_that_the_prompt_asks_for_are_targets(
     templates: dict[str, str],
 ) -> None:
     texts, lost = learned(templates["thinking"], turns("a", "b", "c", "d"))
@@ -105,7 +105,7 @@ def test_turns_without_the_thinking_that_the_prompt_asks_for_are_learned(
     assert answers == ["b<|im_end|>\n", "d<|im_end|>\n"]
 
 
-def test_answers_stand_behind_the_prompt_where_the_system_is_left_out_later(
+def test_answers_follow_the_prompt_where_the_system_message_is_left_out_later(
     templates: dict[str, str],
 ) -> None:
     messages = turns("a", "b", "c", "[INST]d", system=True)
@@ -124,7 +124,7 @@ def test_answers_stand_behind_the_prompt_where_the_system_is_left_out_later(
     assert [answers for _, answers in again] == [[" d</s>"], [" b</s>"]]
 
 
-def test_answers_of_which_no_word_is_told_are_lost() -> None:
+def test_answers_without_a_word_in_the_text_are_lost() -> None:
     parts = "{% for m in messages %}{{ m.role }}: {{ m.content[0].text }};{% endfor %}"
     assert learned(parts, turns("a", "b")) == ([("user: ;assistant: ;", [])], 1)
     marked = "{% for m in messages %}{% generation %}<{{ m.text }}>{% endgeneration %}{% endfor %}"
@@ -148,12 +148,12 @@ def test_turns_that_cannot_be_found_are_counted() -> None:
     assert learned(at_once, turns("a", "b", "c", "d")) == ([("text", [])], 2)
 
 
-def test_nothing_is_learned_without_answers(templates: dict[str, str]) -> None:
+def test_there_are_no_targets_without_answers(templates: dict[str, str]) -> None:
     for name in ("chatml", "marked"):
         whole = ChatTemplate(templates[name], TOKENS).render(turns("a"))
         assert learned(templates[name], turns("a")) == ([(whole, [])], 0)
 
 
-def test_a_refusal_of_the_whole_is_told(templates: dict[str, str]) -> None:
+def test_a_rejection_of_the_whole_conversation_is_an_error(templates: dict[str, str]) -> None:
     with pytest.raises(DataError, match="Roles must alternate"):
         learned(templates["gemma"], [*turns("a"), *turns("a", "b")])

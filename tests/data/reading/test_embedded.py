@@ -50,7 +50,7 @@ def test_what_describes_the_machine_is_left_out(
     assert parts.validation == "X = 9"
 
 
-def test_a_python_without_its_source_or_prose_says_what_to_do(
+def test_a_python_without_its_source_or_prose_is_an_error_with_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})

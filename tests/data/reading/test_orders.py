@@ -47,17 +47,17 @@ def test_two_parts_share_no_name_item_city_colour_or_phrasing(one: str, other: s
         assert not words(one) & words(other)
 
 
-@pytest.mark.parametrize("held_out", ["validation", "test"])
-def test_training_notes_never_say_what_a_held_out_part_is_made_of(held_out: str) -> None:
-    asked = _PARTS[held_out]
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_training_notes_share_no_words_with_other_parts(part: str) -> None:
+    asked = _PARTS[part]
     said = "\n".join(row["messages"][0]["content"] for row in make_orders("train", 3000)).lower()
     assert all(city.lower() in said for city in _PARTS["train"].cities)  # enough notes to tell
     held = {*asked.cities, *asked.colours, *asked.urgent, *asked.patient}
-    held |= customer_names(held_out) | item_forms(held_out)
+    held |= customer_names(part) | item_forms(part)
     assert not [words for words in held if re.search(rf"\b{re.escape(words.lower())}\b", said)]
 
 
-def test_every_piece_of_the_held_out_parts_is_asked() -> None:
+def test_every_word_of_the_other_parts_is_used() -> None:
     for part, count in (("validation", 60), ("test", 40)):
         notes = "\n".join(row["messages"][0]["content"] for row in make_orders(part, count))
         words = _PARTS[part]

@@ -89,7 +89,7 @@ def test_rows_in_memory_are_read() -> None:
     assert [e.source for e in read_examples(rows)] == ["row 1", "row 2"]
 
 
-def test_datasets_are_read_and_splits_asked_for() -> None:
+def test_datasets_are_read_and_dicts_of_splits_refused() -> None:
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
     assert texts(data) == ["a", "b"]
@@ -125,7 +125,7 @@ def test_tables_go_before_texts_and_validation_files_are_skipped(tmp_path: Path)
     assert texts(alone) == ["t"]
 
 
-def test_all_faults_of_all_files_are_told_at_once(tmp_path: Path) -> None:
+def test_all_faults_of_all_files_are_in_one_error(tmp_path: Path) -> None:
     write(
         tmp_path / "a.jsonl",
         b'{"text": "fine"}\n{"text": \n{"text": "\xff"}\n[1]\n{"texd": "x"}\n{"texd": "y"}\n'
@@ -207,7 +207,7 @@ def test_damaged_files_are_refused(tmp_path: Path, name: str, content: bytes, wo
         read_examples(write(tmp_path / name, content))
 
 
-def test_a_file_that_may_not_be_read_is_a_fault_like_others(
+def test_an_unreadable_file_is_a_fault_like_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(self: Path) -> bytes:
@@ -223,12 +223,12 @@ def test_a_file_that_may_not_be_read_is_a_fault_like_others(
 
 
 @pytest.mark.parametrize(("source", "words"), [(None, "from null"), (3, "from a number")])
-def test_what_holds_no_rows_is_refused(source: object, words: str) -> None:
+def test_sources_without_rows_are_refused(source: object, words: str) -> None:
     with pytest.raises(DataError, match=f"{words}. Allowed: a path, a list of dicts"):
         read_examples(source)  # type: ignore[arg-type]
 
 
-def test_what_is_missing_is_told_with_the_nearest_name(tmp_path: Path) -> None:
+def test_a_missing_path_is_an_error_with_the_nearest_name(tmp_path: Path) -> None:
     write(tmp_path / "data.jsonl", "{}")
     with pytest.raises(DataError, match=r"no such file or folder. Did you mean 'data.jsonl'"):
         read_examples(tmp_path / "date.jsonl")
@@ -241,7 +241,7 @@ def test_what_is_missing_is_told_with_the_nearest_name(tmp_path: Path) -> None:
         read_examples(tmp_path / "pictures")
 
 
-def test_folders_of_arrow_files_are_told_apart(tmp_path: Path) -> None:
+def test_folders_of_arrow_files_are_refused(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / "saved")
     with pytest.raises(DataError, match=r"Arrow files.*to_parquet.*load_from_disk"):

@@ -67,7 +67,7 @@ def test_files_lose_their_ends_between_lines() -> None:
     assert train[1].text == "x" * 10  # too short to be cut
 
 
-def test_of_large_files_a_bounded_end_is_held_out() -> None:
+def test_the_validation_end_of_large_files_is_bounded() -> None:
     file = example_from_file("a line of text\n" * 10_000, "a.txt")
     (validation,) = split_examples([file], 0.5, 3, 0)[1]
     assert len(validation.text or "") == pytest.approx(6000, abs=20)

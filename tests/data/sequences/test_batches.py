@@ -77,7 +77,7 @@ def test_padding_is_marked_in_every_field(lengths: list[int]) -> None:
         assert not (row[:-1] & ~row[1:]).any()
 
 
-def test_fields_are_int64_of_the_asked_shape() -> None:
+def test_fields_are_int64_of_the_right_shape() -> None:
     batch = sequences_of([5, 9, 20]).batch([0, 1])
     for tensor in (batch.input_ids, batch.labels, batch.position_ids, batch.document_ids):
         assert tensor.shape == (2, LENGTH)
@@ -127,7 +127,7 @@ def test_sequences_of_a_run_do_not_depend_on_the_batch_size() -> None:
 
 
 @pytest.mark.parametrize("done", [0, 1, 4, 11])
-def test_a_resumed_stream_goes_on_exactly(done: int) -> None:
+def test_a_resumed_stream_continues_exactly(done: int) -> None:
     sequences = sequences_of([LENGTH] * 7)
     stream = BatchStream(sequences, 3, seed=5)
     for _ in range(done):
@@ -172,7 +172,7 @@ def test_ordered_batches_hold_every_sequence_once_and_end_in_padding(batch_size:
     assert sum(b.n_target_tokens for b in batches) == sequences.n_target_tokens
 
 
-def test_labels_never_cross_documents_even_where_all_is_learned() -> None:
+def test_labels_never_cross_documents_even_where_all_are_targets() -> None:
     builder = DocumentsBuilder()
     for number, length in enumerate([4, 6, 3]):
         builder.add([number * 10 + i for i in range(length)], np.ones(length, bool), example=number)

@@ -20,7 +20,7 @@ def test_targets_are_the_inputs_one_later() -> None:
         assert targets.max() < 100
 
 
-def test_every_place_is_drawn_and_the_shortest_text_works() -> None:
+def test_every_start_is_drawn_and_the_shortest_text_works() -> None:
     stream = BlockStream(torch.arange(12), 8, 16, seed=0, device=CPU)
     starts = {int(row[0]) for _ in range(20) for row in next(stream)[0]}
     assert starts == {0, 1, 2, 3}
@@ -29,7 +29,7 @@ def test_every_place_is_drawn_and_the_shortest_text_works() -> None:
         BlockStream(torch.arange(8), 8, 1, seed=0, device=CPU)
 
 
-def test_the_rows_do_not_depend_on_the_batch_size() -> None:
+def test_the_blocks_do_not_depend_on_the_batch_size() -> None:
     tokens = torch.arange(5000)
     whole = BlockStream(tokens, 8, 1200, seed=3, device=CPU)
     parts = BlockStream(tokens, 8, 300, seed=3, device=CPU)
@@ -39,7 +39,7 @@ def test_the_rows_do_not_depend_on_the_batch_size() -> None:
     assert not torch.equal(next(other)[0], expected)
 
 
-def test_a_stream_goes_on_where_its_state_says() -> None:
+def test_a_stream_continues_where_its_state_says() -> None:
     tokens = torch.arange(1000)
     stream = BlockStream(tokens, 8, 100, seed=3, device=CPU)
     for _ in range(11):

@@ -76,7 +76,7 @@ def test_tokens_of_chats_equal_transformers(
         assert encoded.documents.tokens(0)[1].tolist() == [False] + [True] * (len(wanted) - 1)
 
 
-def test_learned_tokens_of_generation_blocks_equal_transformers(
+def test_targets_of_generation_blocks_equal_transformers(
     tokenizer: TextTokenizer, templates: dict[str, str]
 ) -> None:
     tokenizer = dataclasses.replace(tokenizer, chat_template=templates["marked"])
@@ -88,7 +88,7 @@ def test_learned_tokens_of_generation_blocks_equal_transformers(
     assert learned.astype(int).tolist() == wanted["assistant_masks"]
 
 
-def test_answers_and_ends_of_turns_are_learned(chatml_tokenizer: TextTokenizer) -> None:
+def test_answers_and_ends_of_turns_are_targets(chatml_tokenizer: TextTokenizer) -> None:
     encoded = encode([{"messages": CHAT}], chatml_tokenizer)
     assert pieces(encoded, chatml_tokenizer) == [
         (
@@ -103,7 +103,7 @@ def test_answers_and_ends_of_turns_are_learned(chatml_tokenizer: TextTokenizer) 
     ]
 
 
-def test_the_end_is_learned_where_it_is_the_padding_too(
+def test_the_end_is_a_target_where_it_is_the_padding_too(
     bos_tokenizer: TextTokenizer, templates: dict[str, str]
 ) -> None:
     assert bos_tokenizer.pad_id == bos_tokenizer.eos_id
@@ -147,7 +147,7 @@ def test_a_tokenizer_without_ends_adds_none(tokenizer: TextTokenizer) -> None:
     assert ids == bare.encode("the dog")
 
 
-def test_completions_are_learned_and_never_templated(chatml_tokenizer: TextTokenizer) -> None:
+def test_completions_are_targets_and_never_templated(chatml_tokenizer: TextTokenizer) -> None:
     row = {"prompt": "The capital of France is", "completion": " Paris."}
     encoded = encode([row, row], chatml_tokenizer)
     assert pieces(encoded, chatml_tokenizer) == [
@@ -161,7 +161,7 @@ def test_completions_are_learned_and_never_templated(chatml_tokenizer: TextToken
     assert everything.documents.n_target_tokens == len(everything.documents.ids) - 1
 
 
-def test_a_token_over_the_border_is_learned_and_tokens_are_those_of_the_whole(
+def test_a_token_over_the_border_is_a_target_and_tokens_are_those_of_the_whole(
     tokenizer: TextTokenizer,
 ) -> None:
     whole = "The capital of France"
@@ -290,7 +290,7 @@ def test_nothing_at_all_to_learn_is_an_error_with_the_reasons(
         check_has_targets(lost, "assistant")
 
 
-def test_refused_conversations_are_told_together_with_their_lines(
+def test_rejected_conversations_are_in_one_error_with_their_lines(
     tokenizer: TextTokenizer, templates: dict[str, str]
 ) -> None:
     tokenizer = dataclasses.replace(tokenizer, chat_template=templates["gemma"])
@@ -309,7 +309,7 @@ def test_conversations_without_a_template_are_refused(tokenizer: TextTokenizer) 
         encode([{"messages": CHAT}], tokenizer)
 
 
-def test_progress_is_told_after_a_while(
+def test_progress_is_reported_after_a_while(
     tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examples = [example_from_row({"text": "the dog"}, "f:1")] * 2000

@@ -42,14 +42,14 @@ def mask(text: str, spans: list[tuple[int, int]], words: list[str], ids: list[in
         ([(0, 0)], ["ab", "cd"], [1, 2], [0, 0]),
     ],
 )
-def test_tokens_of_spans_are_learned(
+def test_tokens_of_spans_are_targets(
     spans: list[tuple[int, int]], words: list[str], ids: list[int], learned: list[int]
 ) -> None:
     text = "".join(words).replace("_", " ")
     assert mask(text, spans, words, ids) == learned
 
 
-def test_white_space_behind_a_turns_end_is_not_learned() -> None:
+def test_white_space_after_a_turns_end_is_not_a_target() -> None:
     assert mask("ab.\n \ncd", [(0, 6)], ["ab", ".", "\n", " \n", "cd"], [1, 9, 2, 3, 4]) == [
         *(1, 1, 0, 0, 0)
     ]

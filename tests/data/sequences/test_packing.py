@@ -15,7 +15,7 @@ lengths_of_documents = st.lists(st.integers(1, LENGTH), max_size=200)
 
 
 @given(lengths_of_documents, st.integers(0, 9), st.sampled_from([1, 7, 64]))
-def test_each_document_stands_once_and_no_sequence_overflows(
+def test_each_document_is_there_once_and_no_sequence_overflows(
     lengths: list[int], seed: int, window: int
 ) -> None:
     array = np.array(lengths, np.int64)

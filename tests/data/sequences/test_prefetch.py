@@ -26,7 +26,7 @@ def test_results_come_in_their_order_in_the_callers_thread() -> None:
     assert threading.get_ident() not in {worker for _, worker, _ in taken}
 
 
-def test_the_next_batch_is_begun_before_a_result_is_taken() -> None:
+def test_the_next_batch_is_submitted_before_a_result_is_consumed() -> None:
     begun, seen = [threading.Event() for _ in range(3)], []
 
     def work(texts: Sequence[str]) -> int:
@@ -73,7 +73,7 @@ def test_what_the_work_raises_comes_out_of_put(tokenizer: TextTokenizer) -> None
     assert taken == [1]
 
 
-def test_an_error_of_the_caller_ends_the_thread_and_takes_nothing_more() -> None:
+def test_an_error_of_the_caller_ends_the_thread_and_consumes_nothing_more() -> None:
     n_threads, taken = threading.active_count(), []
 
     def fail_between() -> None:

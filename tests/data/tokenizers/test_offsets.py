@@ -73,7 +73,7 @@ def test_real_offsets_are_the_tokenizers_own(
     check(smollm2_finder, smollm2_tokenizer, text)
 
 
-def test_byte_level_offsets_are_not_asked_for(
+def test_byte_level_offsets_are_computed(
     tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finder = OffsetFinder(tokenizer)

@@ -220,7 +220,7 @@ def test_truncation_and_padding_in_the_file_are_switched_off(
         ),
     ],
 )
-def test_a_missing_file_says_how_to_make_it(
+def test_a_missing_file_is_an_error_with_how_to_create_it(
     tmp_path: Path, names: list[str], words: list[str]
 ) -> None:
     for name in names:
