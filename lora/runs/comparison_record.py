@@ -6,16 +6,14 @@ token, times in seconds, sizes in bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from lora.errors import CheckpointError, LoraError, gather
 from lora.runs.directory import Run
-from lora.runs.disk import read_json
+from lora.runs.read_record import file_version, read_record_file
 from lora.runs.record import Method
-from lora.runs.typed_json import Faults, parse
+from lora.runs.typed_json import Faults
 
 SCHEMA_VERSION = 1
 """Of compare.json; grows when a key changes its meaning. Files of version 0 have no such key, and
@@ -213,39 +211,15 @@ def write_comparison(run: Run, comparison: Comparison) -> None:
 def read_comparison(directory: Path, faults: Faults | None = None) -> Comparison | None:
     """Return the comparison in `directory`; None if it is not finished: there is no compare.json.
 
-    What is wrong with the file is added to `faults`; without them it raises CheckpointError. A file
-    that an older version wrote is read, one that a newer version wrote is refused.
+    A file that an older version wrote is read, one that a newer version wrote is refused.
     """
-    path = directory / COMPARE_FILE
-    if not path.is_file():
-        return None
-    found: Faults = []
-    comparison = None
-    try:
-        values = read_json(path)
-    except LoraError as error:
-        found.append(str(error))
-    else:
-        if not _is_newer(values, path, found):
-            comparison = parse(Comparison, values, str(path), found)
-    if faults is not None:
-        faults.extend(found)
-    elif found:
-        advice = "Name the run directory of a comparison (lora compare), or start a new one."
-        raise CheckpointError(gather(found, f"Cannot read the comparison in {directory}:", advice))
-    return comparison
+    return read_record_file(Comparison, directory / COMPARE_FILE, faults, upgrade=_upgraded)
 
 
-def _is_newer(values: object, path: Path, faults: Faults) -> bool:
-    """Whether a later version of lora wrote the file, which is then a fault."""
-    version = values.get("schema_version", 0) if isinstance(values, Mapping) else 0
-    if isinstance(version, int) and version <= SCHEMA_VERSION:
-        return False
-    faults.append(
-        f"{path} has schema_version {version!r}: this version of lora reads up to "
-        f"{SCHEMA_VERSION}. Use a newer lora"
-    )
-    return True
+def _upgraded(values: dict[str, Any], where: str, faults: Faults) -> dict[str, Any]:
+    """Return the values of a compare.json as version 1 has them: version 0 had the same keys."""
+    file_version(values, 0, SCHEMA_VERSION, where, faults)
+    return values
 
 
 def _quotient(one: float | None, other: float | None) -> float | None:

@@ -128,6 +128,20 @@ def read_samples(directory: Path, faults: Faults | None = None) -> list[SampleRo
     return read_row_file(SampleRow, directory / SAMPLES_FILE, faults)
 
 
+def file_version(
+    values: dict[str, Any], first: int, newest: int, where: str, faults: Faults
+) -> int:
+    """Return a file's schema version, `first` where it has none. One above `newest` is a fault."""
+    version = values.get("schema_version", first)
+    if isinstance(version, int) and version <= newest:
+        return version
+    faults.append(
+        f"{where} has schema_version {version!r}: this version of lora reads up to {newest}. "
+        "Use a newer lora"
+    )
+    return newest
+
+
 def step_times(directory: Path) -> list[float]:
     """Return the seconds of each optimizer step of the run in `directory`.
 
@@ -151,14 +165,7 @@ def stored_bytes(directory: Path) -> int:
 
 def _upgraded(values: dict[str, Any], where: str, faults: Faults) -> dict[str, Any]:
     """Return the values of a run.json as this version has them."""
-    version = values.get("schema_version", 0)
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
-        faults.append(
-            f"{where} has schema_version {version!r}: this version of lora reads up to "
-            f"{SCHEMA_VERSION}. Use a newer lora"
-        )
-        return values
-    if version == SCHEMA_VERSION:
+    if file_version(values, 0, SCHEMA_VERSION, where, faults) == SCHEMA_VERSION:
         return values
     upgraded = {**values, "kind": _kind_before_1(values), "method": _method_before_1(values)}
     upgraded["activation_checkpointing"] = values.get("kept_of_blocks")

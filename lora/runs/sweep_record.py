@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora.runs.directory import Run
-from lora.runs.read_record import read_record_file, read_row_file
+from lora.runs.read_record import file_version, read_record_file, read_row_file
 from lora.runs.record import RESULT_FILE, TIMINGS_FILE
 from lora.runs.typed_json import Faults, to_json
 
@@ -194,12 +194,7 @@ def find_best(candidates: Sequence[CandidateState]) -> CandidateState | None:
 
 def _upgraded(values: dict[str, Any], where: str, faults: Faults) -> dict[str, Any]:
     """Return the values of a `sweep.json` as version 2 has them."""
-    version = values.get("schema_version", 1)
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
-        faults.append(
-            f"{where} has schema_version {version!r}: this version of lora reads up to "
-            f"{SCHEMA_VERSION}. Use a newer lora"
-        )
+    version = file_version(values, 1, SCHEMA_VERSION, where, faults)
     return values if version == SCHEMA_VERSION else upgraded_candidates(values)
 
 
