@@ -1,4 +1,4 @@
-"""The character model's members of a comparison: LoRA and full fine-tuning from the same base."""
+"""Comparison of the character model: LoRA and full fine-tuning from the same base."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from models.char_text import EVAL_TOKENS, Text, load_base, write_sample
 from models.classic_settings import ClassicSettings
 
 FULL_WEIGHT_DECAY = 0.01
-"""As training.py's full fine-tuning has it."""
+"""As in full fine-tuning by training.py."""
 
 
 @dataclass(frozen=True)
@@ -39,23 +39,22 @@ class CharFactory:
 
     @property
     def base_name(self) -> str:
-        """What the base is called: its run's folder."""
+        """Name of the base model: that of its run directory."""
         path = self.base_path
         return path.parent.name if path.name == "model" else path.name
 
     def described(self) -> dict[str, Any]:
-        """Return what must be the same again for a comparison to be resumed."""
+        """Return the settings that must be equal for a comparison to be resumed."""
         return {"settings": asdict(self.settings), "base": str(self.base_path)}
 
     def build(self, method: Method, train: TrainConfig) -> MemberSetup:
-        """Return LoRA on the base, or the base whole."""
+        """Return the base with LoRA, or with all of its weights trainable."""
         settings, choice = self.settings, choose_device(self.settings.device, train.precision)
         base, text = load_base(settings, self.base_path, on_message=lambda note: None)
         check_length(text.validation, base.block_size, "the validation text")
         torch.manual_seed(train.seed)
-        model = self._adapted(base, train.seed) if method == "lora" else base
+        model = self._with_lora(base, train.seed) if method == "lora" else base
         model.to(choice.device)
-        rows = train.micro_batch_size
 
         def save(folder: Path) -> None:
             if method == "lora":
@@ -67,17 +66,19 @@ class CharFactory:
         return MemberSetup(
             model=model,
             loss_fn=bigram_loss,
-            stream=BlockStream(text.train, model.block_size, rows, train.seed, choice.device),
+            stream=BlockStream(
+                text.train, model.block_size, train.micro_batch_size, train.seed, choice.device
+            ),
             eval_batches=lambda: _blocks(text.validation, model, train, choice),
             choice=choice,
             save=save,
             forgetting=_forgetting(text, model, train, choice),
-            answer=lambda: [Sample(text.prompt, None, _written(model, text, choice))],
+            answer=lambda: [Sample(text.prompt, None, _continuation(model, text, choice))],
             weight_decay=0.0 if method == "lora" else FULL_WEIGHT_DECAY,
             choose_steps=lambda config: char_steps(model, choice, config),
         )
 
-    def _adapted(self, base: BigramLanguageModel, seed: int) -> BigramLanguageModel:
+    def _with_lora(self, base: BigramLanguageModel, seed: int) -> BigramLanguageModel:
         return BigramLanguageModelLoRA.from_base(
             base,
             lora_rank=self.settings.lora_rank,
@@ -89,8 +90,9 @@ class CharFactory:
 
 
 def char_config(settings: ClassicSettings) -> CompareConfig:
-    """Return the comparison that the variables of training.py ask for."""
-    tuned = [replace(settings, use_lora=use, learning_rate=0.0).rate for use in (True, False)]
+    """Return the settings of a comparison from the environment variables of training.py."""
+    # A learning rate of 0 in the settings stands for the default that was tuned for the method.
+    defaults = [replace(settings, use_lora=use, learning_rate=0.0).rate for use in (True, False)]
     train = replace(settings.train_config(), learning_rate=settings.learning_rate or None)
     return CompareConfig(
         train=train,
@@ -101,7 +103,7 @@ def char_config(settings: ClassicSettings) -> CompareConfig:
             device=settings.device,
         ),
         rates=LearningRates(_words(settings.compare_rates), _words(settings.compare_full_rates)),
-        default_rates=(tuned[0], tuned[1]),
+        default_rates=(defaults[0], defaults[1]),
     )
 
 
@@ -118,7 +120,7 @@ def _blocks(
 def _forgetting(
     text: Text, model: BigramLanguageModel, train: TrainConfig, choice: DeviceChoice
 ) -> tuple[str, Callable[[], Iterator[tuple[Tensor, Tensor]]]] | None:
-    """Return the built-in prose; None if the base's vocabulary cannot write it."""
+    """Return the built-in prose; None if a character of it is not in the base's vocabulary."""
     corpus = prose()
     try:
         tokens = torch.from_numpy(text.tokenizer.encode(corpus.validation))
@@ -127,5 +129,5 @@ def _forgetting(
     return corpus.described, lambda: _blocks(tokens, model, train, choice)
 
 
-def _written(model: BigramLanguageModel, text: Text, choice: DeviceChoice) -> str:
+def _continuation(model: BigramLanguageModel, text: Text, choice: DeviceChoice) -> str:
     return write_sample(model, text, choice.device)[len(text.prompt) :]

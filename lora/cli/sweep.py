@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_format
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -201,7 +201,7 @@ def _report(
             "candidates": [asdict(state) for state in done.candidates],
             "train_s": done.train_s,
             "peak_memory_bytes": done.peak_memory_bytes,
-            "full": None if full is None else {**asdict(full), "folder": str(full.folder)},
+            "full": None if full is None else _full_values(full),
             "report": None if page is None else str(page),
         }
         print(json_format.dumps({**found, **found_all}))
@@ -211,12 +211,12 @@ def _report(
     from lora.sweep.progress import candidates_table
 
     names = tuple(dict.fromkeys((*swept, "rank", "learning_rate"))) if full else swept
-    states = done.candidates if full is None else [*done.candidates, full.standing]
+    states = done.candidates if full is None else [*done.candidates, full.record.candidate]
     Console(highlight=False).print(candidates_table(states, names))
     if full is not None:
         print(
-            f"full fine-tuning: {full.train_s:.0f} s of training, peak memory "
-            f"{full.peak_memory_bytes / 1e9:.2f} GB, in {full.folder}"
+            f"full fine-tuning: {full.record.train_s:.0f} s of training, peak memory "
+            f"{full.record.peak_memory_bytes / 1e9:.2f} GB, in {full.folder}"
         )
     print(
         f"{done.train_s:.0f} s of training, peak memory {done.peak_memory_bytes / 1e9:.2f} GB\n"
@@ -225,3 +225,15 @@ def _report(
     if page is not None:
         print(f"report: {page}")
     return 0
+
+
+def _full_values(full: FullResult) -> dict[str, Any]:
+    """Return what --json has of full fine-tuning: its candidate is called `standing` there."""
+    record = full.record
+    return {
+        "folder": str(full.folder),
+        "standing": asdict(record.candidate),
+        "train_s": record.train_s,
+        "peak_memory_bytes": record.peak_memory_bytes,
+        "stored_bytes": record.stored_bytes,
+    }

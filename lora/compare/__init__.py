@@ -1,4 +1,4 @@
-"""LoRA beside full fine-tuning, and PEFT, on the same data with the same measurements.
+"""Comparison of LoRA with full fine-tuning and PEFT: same base, same data, same evaluation.
 
 from lora.compare import CompareConfig, compare
 """
@@ -22,7 +22,7 @@ __all__ = ["CompareConfig", "CompareResult", "compare"]
 
 
 def __getattr__(name: str) -> Any:
-    # Resolved on first use: the job's settings are read without torch, by `--help` for one.
+    # Imported on first use: the command line reads the settings, without torch, for its help.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

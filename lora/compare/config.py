@@ -1,4 +1,4 @@
-"""What a comparison is asked to do: which members, at which rates, for how long. No torch here."""
+"""Settings of a comparison: its methods, their learning rates, how long they train. No torch."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any, cast, get_args
 from lora.config import FULL_LEARNING_RATE, LORA_LEARNING_RATE, RunConfig, TrainConfig
 from lora.errors import CheckpointError, ConfigError, did_you_mean, gather
 from lora.runs.comparison_record import Same
-from lora.runs.disk import read_json
-from lora.runs.record import Method
+from lora.runs.read_record import read_run_record
+from lora.runs.record import RUN_FILE, Method
 
 MIN_RATE_STEPS = 20
-"""Steps of a try, unless the comparison itself has fewer."""
+"""Of a trial of a learning rate, unless the comparison itself has fewer."""
 
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Learning rates: those to try, one that is given, or the defaults."""
+    """Learning rates of the methods: to try, given, or the defaults."""
 
     rates: tuple[float | str, ...] = ()
     """Learning rates of LoRA to try in short runs, the best is used: 3e-4,1e-3,3e-3."""
     full_rates: tuple[float | str, ...] = ()
     """Learning rates of full fine-tuning to try. Default: a tenth of each of `rates`."""
     full_learning_rate: float | None = None
-    """Peak learning rate of full fine-tuning, without tries. Default: 1e-4."""
+    """Peak learning rate of full fine-tuning, instead of trials. Default: 1e-4."""
     rate_steps: int = 0
-    """Optimizer steps of each try; 0 means a quarter of the run's steps, at least 20."""
+    """Optimizer steps of each trial; 0 means a quarter of the run's steps, at least 20."""
 
     def __post_init__(self) -> None:
         faults: list[str] = []
@@ -36,19 +36,19 @@ class LearningRates:
             object.__setattr__(self, name, _numbers(name, getattr(self, name), faults))
         rate = self.full_learning_rate
         if rate is not None and not (_is_number(rate) and rate > 0):
-            faults.append(f"full_learning_rate={rate!r}: allowed is a number > 0")
+            faults.append(f"full_learning_rate={rate!r}. Allowed: a number > 0")
         if self.full_rates and not self.rates:
-            faults.append("full_rates without rates: each method gets tries, or none does")
+            faults.append("full_rates without rates: both methods get trials, or neither does")
         if self.rates and rate is not None:
-            faults.append("full_learning_rate beside rates: give one or the other")
+            faults.append("full_learning_rate together with rates: give one or the other")
         if not isinstance(self.rate_steps, int) or self.rate_steps < 0:
-            faults.append(f"rate_steps={self.rate_steps!r}: allowed is an int ≥ 0")
+            faults.append(f"rate_steps={self.rate_steps!r}. Allowed: an int ≥ 0")
         if faults:
-            advice = "Write values with commas between, as in --rates 3e-4,1e-3."
-            raise ConfigError(gather(faults, "The learning rates cannot be used:", advice))
+            advice = "Separate several values by commas, as in --rates 3e-4,1e-3."
+            raise ConfigError(gather(faults, "Cannot use these learning rates:", advice))
 
     def to_try(self, method: Method) -> tuple[float, ...]:
-        """Return the rates to try for `method`; () if it has one that is given or its default."""
+        """Return the learning rates to try for `method`; () if one is given, or for the default."""
         rates = cast(tuple[float, ...], self.rates)
         if method != "full":
             return rates
@@ -58,57 +58,57 @@ class LearningRates:
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """What all members share, and what the comparison does."""
+    """What all members share, and how the comparison is run."""
 
     train: TrainConfig = field(default_factory=TrainConfig)
-    """Of all members; `learning_rate` is LoRA's, if it is given and not tried."""
+    """Of all members; `learning_rate` is LoRA's, None if it is to be tried or the default."""
     run: RunConfig = field(default_factory=RunConfig)
     rates: LearningRates = field(default_factory=LearningRates)
     methods: tuple[Method, ...] = ("lora", "full")
-    """In this order; the first is LoRA, whose steps or time the others get."""
+    """In this order; the first is lora, whose training time the others get with same="time"."""
     same: Same = "steps"
-    """What the members share: steps, or time (LoRA's, in steps alone)."""
+    """What the members share: the number of steps, or the time in steps (LoRA's)."""
     resume: bool = False
-    """Go on with the comparison of this name."""
+    """Resume the comparison of this name."""
     isolated: bool = True
-    """A process of its own for each member, so that each has its own peak of memory. False runs
-    all of them in this process: quicker to start, and on a CPU the peaks are not their own."""
+    """Train each member in a subprocess, so that its peak memory is its own. False trains all of
+    them in this process: faster to start, but on a CPU a peak includes the members before."""
     default_rates: tuple[float, float] = (LORA_LEARNING_RATE, FULL_LEARNING_RATE)
-    """Of LoRA and of full fine-tuning, where none is given or tried."""
+    """Learning rates of LoRA and of full fine-tuning where none is given or tried."""
 
     def __post_init__(self) -> None:
         faults = []
         if self.same not in get_args(Same):
             faults.append(
-                f"same={self.same!r}: allowed are steps, time."
+                f"same={self.same!r}. Allowed: steps, time."
                 f"{did_you_mean(str(self.same), get_args(Same))}"
             )
         known = get_args(Method)
-        strange = [m for m in self.methods if m not in known]
-        if strange or len(set(self.methods)) != len(self.methods):
-            faults.append(f"methods={self.methods!r}: allowed are {', '.join(known)}, each once")
+        unknown = [m for m in self.methods if m not in known]
+        if unknown or len(set(self.methods)) != len(self.methods):
+            faults.append(f"methods={self.methods!r}. Allowed: {', '.join(known)}, each once")
         if self.methods[:1] != ("lora",) or len(self.methods) < 2:
-            faults.append(f"methods={self.methods!r}: lora is the first of at least two")
+            faults.append(f"methods={self.methods!r}. Allowed: lora first, then at least one other")
         if self.rates.rates and self.train.learning_rate is not None:
-            faults.append("learning_rate beside rates: give one or the other")
+            faults.append("learning_rate together with rates: give one or the other")
         if self.rates.rate_steps > self.train.steps:
             faults.append(
-                f"rate_steps={self.rates.rate_steps}: allowed are at most the "
-                f"{self.train.steps} steps of the comparison"
+                f"rate_steps={self.rates.rate_steps}. Allowed: at most the {self.train.steps} "
+                "steps of the comparison"
             )
         if self.resume and self.run.name is None:
-            faults.append("resume without a name: name the comparison to go on with")
+            faults.append("resume without a name: name the comparison to resume")
         if faults:
-            raise ConfigError(gather(faults, "No comparison can do this:", "Change it."))
+            raise ConfigError(gather(faults, "Cannot compare with these settings:", "Change them."))
 
     @property
     def steps_tried(self) -> int:
-        """Steps of each try of a rate."""
+        """Steps of each trial of a learning rate."""
         quarter = max(MIN_RATE_STEPS, math.ceil(self.train.steps / 4))
         return self.rates.rate_steps or min(self.train.steps, quarter)
 
     def described(self) -> dict[str, Any]:
-        """Return what must be the same again for this comparison to be resumed."""
+        """Return the settings that must be equal for this comparison to be resumed."""
         return {
             "methods": list(self.methods),
             "same": self.same,
@@ -118,35 +118,34 @@ class CompareConfig:
 
 
 def check_same_comparison(config: CompareConfig, described: dict[str, Any]) -> None:
-    """Raise CheckpointError if another comparison is to be resumed as this one."""
-    path = config.run.out / str(config.run.name) / "run.json"
-    if not config.resume or not path.is_file():
+    """Raise CheckpointError if the run to be resumed is not a comparison with these settings."""
+    directory = config.run.out / str(config.run.name)
+    if not config.resume or not (directory / RUN_FILE).is_file():
         return
-    whole = read_json(path)
-    former = whole.get("compare") if isinstance(whole, dict) else None
+    former = read_run_record(directory).compare
     if former is None:
         raise CheckpointError(
-            f"The run {path.parent} was to be resumed as a comparison, and it is none. Give the "
-            "name of a comparison, or use lora finetune --resume."
+            f"Cannot resume {directory} as a comparison: it is another kind of run. Name a "
+            "comparison, or use lora finetune --resume."
         )
-    then, now = _flat(former), _flat(described)
+    then, now = _leaves(former), _leaves(described)
     faults = [
-        f"{key}: {then.get(key, 'not given')} then, {now.get(key, 'not given')} now"
+        f"{key}: {then.get(key, 'not set')} then, {now.get(key, 'not set')} now"
         for key in sorted(then.keys() | now.keys())
         if then.get(key) != now.get(key)
     ]
     if faults:
-        heading = f"The comparison {path.parent} cannot be resumed as another one:"
-        advice = "Resume with the values that it began with, or begin a new comparison."
+        heading = f"Cannot resume the comparison {directory} with other settings:"
+        advice = "Resume with the settings it started with, or start a new comparison."
         raise CheckpointError(gather(faults, heading, advice))
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested dicts by dotted name, as JSON would give them back."""
+def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dicts by dotted name, as they come back from JSON."""
     if isinstance(value, dict):
         found: dict[str, Any] = {}
         for key, inner in value.items():
-            found |= _flat(inner, f"{prefix}.{key}" if prefix else key)
+            found |= _leaves(inner, f"{prefix}.{key}" if prefix else key)
         return found
     if isinstance(value, Path):
         value = str(value)
@@ -154,7 +153,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _numbers(name: str, value: object, faults: list[str]) -> tuple[float, ...]:
-    """Return the numbers in `value`, parted at commas too; what cannot be is a fault."""
+    """Return the numbers in `value`, in which commas separate too; add what is none to `faults`."""
     items = value if isinstance(value, list | tuple) else (value,)
     words = [w for item in items for w in (item.split(",") if isinstance(item, str) else [item])]
     numbers: list[float] = []
@@ -164,10 +163,10 @@ def _numbers(name: str, value: object, faults: list[str]) -> tuple[float, ...]:
         except (TypeError, ValueError):
             number = math.nan
         if isinstance(word, bool) or not (math.isfinite(number) and number > 0):
-            faults.append(f"{name}={word!r}: allowed are numbers > 0")
+            faults.append(f"{name}={word!r}. Allowed: numbers > 0")
         numbers.append(number)
     if len(set(numbers)) != len(numbers):
-        faults.append(f"{name}: a rate was given twice")
+        faults.append(f"{name}: a learning rate is given twice")
     return tuple(numbers)
 
 

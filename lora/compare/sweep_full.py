@@ -1,9 +1,9 @@
 """Full fine-tuning beside a sweep's candidates: the same base, data, order and steps.
 
-    runs/NAME/full/       an ordinary run's folder, with model/
-    runs/NAME/full.json   how it stands to the candidates
+    runs/NAME/full/       its run directory, with model/
+    runs/NAME/full.json   its result, with the fields of a candidate
 
-It trains after them, in a process of its own: its peak of memory is its own.
+It trains after the candidates in a subprocess, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +21,51 @@ from lora.errors import CheckpointError
 from lora.finetune.job import FinetuneJob
 from lora.finetune.run import finetune
 from lora.runs.directory import Run
-from lora.runs.disk import read_json, read_rows
 from lora.runs.progress import NoProgress, Progress
-from lora.runs.read_record import measured_peak
+from lora.runs.read_record import (
+    file_version,
+    measured_peak,
+    read_metrics,
+    read_record_file,
+    read_run_record,
+    stored_bytes,
+)
+from lora.runs.record import RUN_FILE
 from lora.runs.subprocesses import run_in_subprocess
 from lora.runs.sweep_record import CandidateState
+from lora.runs.typed_json import Faults, to_json
 from lora.sweep.grid import SWEPT
 from lora.sweep.job import SweepJob
 from lora.sweep.progress import SweepProgress
 from lora.sweep.run import SweepResult, sweep
 
 FULL, FULL_FILE = "full", "full.json"
-NOTHING = "–"
-"""Where full fine-tuning has no such setting."""
+SCHEMA_VERSION = 1
+"""Of full.json. Version 0 had no number, and called the candidate `standing`."""
+NOT_APPLICABLE = "–"
+"""In place of a setting that full fine-tuning does not have."""
+
+
+@dataclass(frozen=True)
+class FullRecord:
+    """What full.json holds."""
+
+    candidate: CandidateState
+    """Full fine-tuning as a candidate: it belongs into the same table."""
+    train_s: float
+    """In steps; evaluations and saves left out."""
+    peak_memory_bytes: int
+    stored_bytes: int
+    """Of the saved model's tensors."""
+    schema_version: int = SCHEMA_VERSION
 
 
 @dataclass(frozen=True)
 class FullResult:
-    """How full fine-tuning ended."""
+    """The run directory of full fine-tuning, and its result."""
 
     folder: Path
-    standing: CandidateState
-    """As a candidate's, so that it stands in the same table."""
-    train_s: float
-    peak_memory_bytes: int
-    stored_bytes: int
+    record: FullRecord
 
 
 def sweep_with_full(
@@ -56,28 +76,29 @@ def sweep_with_full(
     show_data: Callable[[DataReport], None] | None = None,
     full_progress: Progress | None = None,
 ) -> tuple[SweepResult, FullResult]:
-    """Run the sweep, then full fine-tuning at `full_rate` (None: its default).
+    """Run the sweep, then full fine-tuning at learning rate `full_rate` (None: its default).
 
     A sweep that was run without it can be resumed with it. Raises what `sweep` and `finetune`
     raise, and CheckpointError if the two did not get the same data.
     """
     done = sweep(job, progress, show_data=show_data)
-    gc.collect()  # the sweep's base
-    run = Run(done.folder)
+    gc.collect()  # frees the sweep's base before the subprocess loads its own
     path = done.folder / FULL_FILE
     if not path.is_file():
         progress.message("full fine-tuning on the same data, in the same order")
-        member = _full_job(job, done.folder, full_rate)
-        found = run_in_subprocess(_train, member, progress=full_progress or NoProgress())
+        full_job = _full_job(job, done.folder, full_rate)
+        record = run_in_subprocess(_train, full_job, progress=full_progress or NoProgress())
         _check_same_data(done.folder)
-        run.write_json(FULL_FILE, found)
+        Run(done.folder).write_json(FULL_FILE, to_json(record))
     shutil.rmtree(done.folder / FULL / "checkpoints", ignore_errors=True)
-    return done, _read(done.folder)
+    stored = read_record_file(FullRecord, path, upgrade=_upgraded)
+    assert stored is not None  # just written, or seen above
+    return done, FullResult(done.folder / FULL, stored)
 
 
 def _full_job(job: SweepJob, folder: Path, rate: float | None) -> FinetuneJob:
-    """Return the run that has all that the candidates share, of seed and schedule the first."""
-    resume = (folder / FULL / "run.json").is_file()
+    """Return a job with the settings that all candidates share, and the first seed and schedule."""
+    resume = (folder / FULL / RUN_FILE).is_file()
     if not resume:
         shutil.rmtree(folder / FULL, ignore_errors=True)
     train: TrainConfig = replace(
@@ -99,17 +120,17 @@ def _full_job(job: SweepJob, folder: Path, rate: float | None) -> FinetuneJob:
     )
 
 
-def _train(job: FinetuneJob, progress: Progress) -> dict[str, Any]:
-    """Train in this process, and return what `full.json` holds."""
+def _train(job: FinetuneJob, progress: Progress) -> FullRecord:
+    """Train in this process, and return the record of it."""
     done = finetune(job, progress)
-    rows = read_rows(done.folder / "metrics.jsonl")
-    losses = [row["loss"] for row in rows if "loss" in row]
-    held_out = [(row["eval_loss"], row["step"]) for row in rows if "eval_loss" in row]
-    best_loss, best_step = min(held_out)
-    standing = CandidateState(
+    rows = read_metrics(done.folder)
+    losses = [row.loss for row in rows if row.loss is not None]
+    evaluated = [(row.eval_loss, row.step) for row in rows if row.eval_loss is not None]
+    best_loss, best_step = min(evaluated)
+    candidate = CandidateState(
         name=FULL,
         settings={
-            **dict.fromkeys(SWEPT, NOTHING),
+            **dict.fromkeys(SWEPT, NOT_APPLICABLE),
             "rank": FULL,
             "learning_rate": job.train.learning_rate,
             "seed": job.train.seed,
@@ -123,25 +144,25 @@ def _train(job: FinetuneJob, progress: Progress) -> dict[str, Any]:
         best_step=best_step,
         row=done.result.steps * job.train.batch_size,
     )
-    return {
-        "standing": asdict(standing),
-        "train_s": done.result.train_s,
-        "peak_memory_bytes": measured_peak(done.folder, done.result.peak_memory_bytes),
-        "stored_bytes": sum(f.stat().st_size for f in done.saved.glob("*.safetensors")),
-    }
+    return FullRecord(
+        candidate=candidate,
+        train_s=done.result.train_s,
+        peak_memory_bytes=measured_peak(done.folder, done.result.peak_memory_bytes),
+        stored_bytes=stored_bytes(done.saved),
+    )
 
 
 def _check_same_data(folder: Path) -> None:
-    own, swept = (
-        read_json(path / "run.json")["data"]["fingerprint"] for path in (folder / FULL, folder)
-    )
+    """Raise CheckpointError unless full fine-tuning trained on the sweep's data."""
+    own, swept = (read_run_record(path).data.fingerprint for path in (folder / FULL, folder))
     if own != swept:
         raise CheckpointError(
-            f"Full fine-tuning in {folder / FULL} did not get the rows of the sweep: the data or "
-            "the date that the chat template tells has changed since. Begin a new sweep."
+            f"Cannot compare {folder / FULL} with the sweep: it trained on other data. The data "
+            "changed since the sweep, or the date in the chat template did. Start a new sweep."
         )
 
 
-def _read(folder: Path) -> FullResult:
-    found = read_json(folder / FULL_FILE)
-    return FullResult(folder / FULL, **{**found, "standing": CandidateState(**found["standing"])})
+def _upgraded(values: dict[str, Any], where: str, faults: Faults) -> dict[str, Any]:
+    """Return the values of a full.json as this version has them."""
+    version = file_version(values, 0, SCHEMA_VERSION, where, faults)
+    return values if version else {**values, "candidate": values.get("standing")}

@@ -237,7 +237,7 @@ def test_what_is_no_comparison_is_not_resumed(
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="it is none"):
+    with pytest.raises(CheckpointError, match="another kind of run"):
         compare(target, replace(config, resume=True))
 
 
@@ -307,7 +307,7 @@ def test_the_command_prints_a_table_and_json(
         (["--rates", "1e-3,x"], "rates='x'"),
         (["--rates", "1e-3,1e-3"], "given twice"),
         (["--full-rates", "1e-3"], "full_rates without rates"),
-        (["--rates", "1e-3", "--learning-rate", "1e-3"], "learning_rate beside rates"),
+        (["--rates", "1e-3", "--learning-rate", "1e-3"], "learning_rate together with rates"),
         (["--rates", "1e-3,1e-2", "--rate-steps", "99"], "rate_steps=99"),
         (["--test-data", "x.jsonl"], "test_data without metric"),
         (["--answers", "0", "--metric", "exact-match"], "answers=0"),
@@ -385,9 +385,7 @@ def test_kill_9_and_sigterm_change_no_byte(tiny_folder: Path, tmp_path: Path) ->
 
 
 def test_config_faults_are_gathered() -> None:
-    with pytest.raises(
-        ConfigError, match=r"(?s)same='stepz'.*Did you mean 'steps'.*lora is the first"
-    ):
+    with pytest.raises(ConfigError, match=r"(?s)same='stepz'.*Did you mean 'steps'.*lora first"):
         CompareConfig(same="stepz", methods=("full",))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="Did you mean 'exact-match'"):
         EvaluationConfig(metric="exact")  # type: ignore[arg-type]

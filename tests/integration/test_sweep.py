@@ -224,9 +224,9 @@ def test_the_command_refuses_without_a_traceback(
 
 def test_full_fine_tuning_joins_the_sweep_and_is_what_finetune_makes(job: SweepJob) -> None:
     done, full = sweep_with_full(job, NoSweepProgress(), 2e-3)
-    assert full.standing.settings["learning_rate"] == 2e-3
-    assert full.standing.step == TRAIN.steps
-    assert full.peak_memory_bytes > 1e8
+    assert full.record.candidate.settings["learning_rate"] == 2e-3
+    assert full.record.candidate.step == TRAIN.steps
+    assert full.record.peak_memory_bytes > 1e8
     alone = finetune(
         FinetuneJob(
             data=job.data, model=job.model, lora=None, data_config=DATA,
@@ -237,10 +237,14 @@ def test_full_fine_tuning_joins_the_sweep_and_is_what_finetune_makes(job: SweepJ
     file = Path("model") / "model.safetensors"
     assert (full.folder / file).read_bytes() == (alone.folder / file).read_bytes()
     before = (full.folder / file).stat().st_mtime_ns
+    values = read_json(done.folder / "full.json")  # as the version before wrote it
+    values["standing"] = values.pop("candidate")
+    del values["schema_version"]
+    (done.folder / "full.json").write_text(json.dumps(values))
     _, again = sweep_with_full(replace(job, resume=True), NoSweepProgress(), 2e-3)
     assert again == full
     assert (full.folder / file).stat().st_mtime_ns == before
-    ranked = rank([*done.candidates, full.standing])
+    ranked = rank([*done.candidates, full.record.candidate])
     losses = [candidate.eval_loss for candidate in ranked]
     assert losses == sorted(losses)  # type: ignore[type-var]
 
