@@ -102,8 +102,8 @@ def test_validation_examples_without_targets_are_reported(tokenizer: TextTokeniz
     assert "no validation: none of the validation examples" in said[0]
 
 
-def test_nothing_to_learn_is_refused(tokenizer: TextTokenizer) -> None:
-    with pytest.raises(DataError, match="none of 54 examples has a token to learn"):
+def test_data_without_targets_are_refused(tokenizer: TextTokenizer) -> None:
+    with pytest.raises(DataError, match="none of 54 examples has one"):
         prepare_data(
             [{"messages": [{"role": "user", "content": str(n)}]} for n in range(60)],
             tokenizer,
