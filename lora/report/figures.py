@@ -21,7 +21,7 @@ from lora.report.numbers import loss_text, short, size_text
 from lora.report.records.records import (
     ComparisonRecord,
     Report,
-    RunRecord,
+    RunSummary,
     SweepSummary,
     method_name,
 )
@@ -92,7 +92,7 @@ def loss_pictures(report: Report) -> list[Picture]:
     return pictures
 
 
-def choose_curves(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list[RunRecord]]:
+def choose_curves(runs: Sequence[RunSummary]) -> tuple[list[RunSummary], list[RunSummary]]:
     """Return the runs to name in a picture, and those to draw pale.
 
     Runs that stand alone come first, then members, then candidates (which have no times of their
@@ -107,7 +107,7 @@ def choose_curves(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list[RunR
     return ranked[:MAX_CURVES], ranked[MAX_CURVES:]
 
 
-def _place(run: RunRecord) -> tuple[bool, bool, bool, float]:
+def _place(run: RunSummary) -> tuple[bool, bool, bool, float]:
     loss = math.inf if run.eval_loss is None else run.eval_loss
     return run.step_s is None, run.status == "failed", run.status == "stopped", loss
 
@@ -201,7 +201,7 @@ def _rate_picture(name: str, lines: list[Curve], base_loss: float | None) -> Pic
     )
 
 
-def _curve(run: RunRecord, number: int | None, *, by_time: bool, divisor: float = 1.0) -> Curve:
+def _curve(run: RunSummary, number: int | None, *, by_time: bool, divisor: float = 1.0) -> Curve:
     def points(given: Sequence[object]) -> list[tuple[float, float]]:
         found = []
         for point in given:

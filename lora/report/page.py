@@ -15,7 +15,7 @@ from lora.report.numbers import count_text, loss_text, short, size_text, time_te
 from lora.report.records.records import (
     ComparisonRecord,
     Report,
-    RunRecord,
+    RunSummary,
     SweepSummary,
 )
 from lora.runs.comparison_record import Sample
@@ -116,7 +116,7 @@ def find_findings(report: Report) -> list[str]:
     return found
 
 
-def _run_finding(run: RunRecord) -> str:
+def _run_finding(run: RunSummary) -> str:
     if not run.held_out:
         return "Nothing has been measured yet."
     first, last = run.held_out[0], run.held_out[-1]
@@ -130,7 +130,7 @@ def _run_finding(run: RunRecord) -> str:
     )
 
 
-def _progress(run: RunRecord) -> str:
+def _progress(run: RunSummary) -> str:
     total = "" if run.total_steps is None else f" of {count_text(run.total_steps)}"
     return f"step {count_text(run.steps or 0)}{total}"
 
@@ -203,7 +203,7 @@ def find_facts(report: Report) -> list[tuple[str, str]]:
     return [(name, value) for name, value in facts if value != tables.DASH]
 
 
-def _examples(runs: Sequence[RunRecord]) -> str:
+def _examples(runs: Sequence[RunSummary]) -> str:
     seen = []
     for run in runs:
         learned, held_out = run.data.get("examples"), run.data.get("held_out_examples")
@@ -253,7 +253,7 @@ def find_commands(report: Report) -> list[tuple[str, str]]:
     return [(job.name, job.command) for job in jobs if job.command]
 
 
-def _machine(run: RunRecord) -> dict[str, Any]:
+def _machine(run: RunSummary) -> dict[str, Any]:
     return {
         "device": run.device,
         **{key.removeprefix("versions."): value for key, value in run.environment.items()},

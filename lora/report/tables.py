@@ -13,7 +13,7 @@ from lora.report.records.records import (
     ComparisonRecord,
     Method,
     Report,
-    RunRecord,
+    RunSummary,
 )
 from lora.runs.comparison_record import Ratios
 
@@ -60,7 +60,7 @@ class Table:
     rows: tuple[Row, ...]
 
 
-Cell = tuple[Column, Callable[[RunRecord], str]]
+Cell = tuple[Column, Callable[[RunSummary], str]]
 
 _RUN_CELLS: tuple[Cell, ...] = (
     (Column("method", is_numeric=False), lambda r: _METHOD_CELLS[r.method]),
@@ -156,7 +156,7 @@ def memory_table(report: Report, most: int) -> Table | None:
     return Table("part", columns, tuple(rows))
 
 
-def dropped_table(runs: Sequence[RunRecord]) -> Table | None:
+def dropped_table(runs: Sequence[RunSummary]) -> Table | None:
     """Return the candidates that were stopped or failed, with the reason."""
     dropped = [run for run in runs if run.status in ("stopped", "failed")]
     if not dropped:
@@ -255,7 +255,7 @@ def _ratio_cells(one: Ratios) -> tuple[str, ...]:
 
 
 def _filled(
-    cells: Sequence[Cell], runs: Sequence[RunRecord]
+    cells: Sequence[Cell], runs: Sequence[RunSummary]
 ) -> tuple[tuple[Column, ...], list[tuple[str, ...]]]:
     """Return the columns in which at least one run has something, and the runs' cells in them."""
     found = [(column, [shown(run) for run in runs]) for column, shown in cells]
@@ -264,7 +264,7 @@ def _filled(
     return tuple(column for column, _ in kept), rows
 
 
-def _steps(run: RunRecord) -> str:
+def _steps(run: RunSummary) -> str:
     taken, asked = numbers.count_text(run.steps), numbers.count_text(run.total_steps)
     is_whole = run.steps == run.total_steps or run.total_steps is None
     return taken if is_whole else f"{taken} of {asked}"

@@ -16,7 +16,7 @@ from lora.report.numbers import (
     size_text,
     time_text,
 )
-from lora.report.records.records import GridCell, Memory, Point, RunRecord, SweetSpot
+from lora.report.records.records import GridCell, Memory, Point, RunSummary, SweetSpot
 from lora.report.svg import png_of, svg_of
 
 
@@ -85,9 +85,9 @@ def test_a_dot_at_the_edge_is_drawn_whole() -> None:
 
 
 def test_the_best_are_named_and_the_others_pale() -> None:
-    def run(number: int, status: str, group: str) -> RunRecord:
+    def run(number: int, status: str, group: str) -> RunSummary:
         held_out = (Point(0, 2.0), Point(1, number / 10))
-        return RunRecord(
+        return RunSummary(
             name=f"{group}/{number}", label=str(number), folder="x", status=status, group=group,  # type: ignore[arg-type]
             eval_loss=number / 10, held_out=held_out,
         )  # fmt: skip

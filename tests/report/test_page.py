@@ -164,7 +164,7 @@ def test_what_comes_from_files_is_shown_as_text(make_run: Make, tmp_path: Path) 
     ]
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = json.loads((folder / "run.json").read_text())
-    run |= {"device": BAIT, "model": BAIT, "deterministic": BAIT}
+    run |= {"device": BAIT, "model": BAIT, "from_adapter": BAIT}
     run["data"] |= {"source": BAIT, "warnings": [BAIT], "held_out_fingerprint": BAIT}
     run["environment"]["versions"]["torch"] = BAIT
     (folder / "run.json").write_text(json.dumps(run))

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from lora.errors import CheckpointError, ConfigError, did_you_mean, gather
 from lora.report.records.comparisons import find_ratios, read_comparison_directory
-from lora.report.records.reading import Faults, read_object
-from lora.report.records.records import ComparisonRecord, Report, RunRecord, SweepSummary
-from lora.report.records.runs import RUN_FILE, read_run
+from lora.report.records.records import ComparisonRecord, Report, RunSummary, SweepSummary
+from lora.report.records.runs import read_run
 from lora.report.records.sweeps import read_sweep
 from lora.runs.comparison_record import COMPARE_FILE
+from lora.runs.read_record import read_run_record
+from lora.runs.record import RUN_FILE
 from lora.runs.sweep_record import SWEEP_FILE
+from lora.runs.typed_json import Faults
 
 ADVICE = (
     "Name folders of lora finetune, lora sweep or lora compare (those with run.json). A damaged "
@@ -35,18 +37,18 @@ def read_report(folders: Sequence[Path], out: Path, title: str | None = None) ->
     if twice:
         raise ConfigError(f"A report was asked for with a folder twice: {', '.join(twice)}.")
     faults: Faults = []
-    runs: list[RunRecord] = []
+    runs: list[RunSummary] = []
     sweeps: list[SweepSummary] = []
     comparisons: list[ComparisonRecord] = []
     for folder, name in zip(folders, _names(folders), strict=True):
         if (fault := _not_a_run(folder)) is not None:
             faults.append(fault)
             continue
-        asked = read_object(folder / RUN_FILE, [])  # whoever reads it again says what is wrong
-        if (folder / SWEEP_FILE).is_file() or isinstance(asked.values.get("sweep"), dict):
+        kind = read_run_record(folder, []).kind  # whoever reads it again names the faults
+        if kind == "sweep" or (folder / SWEEP_FILE).is_file():
             sweep, found = read_sweep(folder, out, name, faults)
             sweeps.append(sweep)
-        elif (folder / COMPARE_FILE).is_file() or asked.values.get("kind") == "compare":
+        elif kind == "compare" or (folder / COMPARE_FILE).is_file():
             comparison, found = read_comparison_directory(folder, out, name, faults)
             comparisons.append(comparison)
         else:
@@ -110,7 +112,7 @@ def _notes_of(comparisons: Sequence[ComparisonRecord]) -> list[str]:
     ]
 
 
-def _notes(runs: Sequence[RunRecord]) -> tuple[str, ...]:
+def _notes(runs: Sequence[RunSummary]) -> tuple[str, ...]:
     """Return what forbids, or may forbid, to compare the runs' losses."""
     notes = []
     if len({run.base_fingerprint for run in runs if run.base_fingerprint}) > 1:

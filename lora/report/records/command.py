@@ -1,7 +1,7 @@
-"""The command line that starts a run again, from what `run.json` says was asked.
+"""The command line that repeats a run, from its record.
 
-Only what differs from the defaults is written. A run that was started from Python on rows in
-memory has none.
+It has only what differs from the defaults. A run that was started from Python on rows in memory has
+none.
 """
 
 from __future__ import annotations
@@ -11,63 +11,59 @@ import shlex
 from typing import Any
 
 from lora.config import FULL_LEARNING_RATE, DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.runs.record import IN_MEMORY, RunRecord
 from lora.sweep.grid import SWEPT, Grid, short_number
 
-IN_MEMORY = "rows given in Python"
 _OF_SWEEP = ("out", "name", "eval_every_steps", "save_every_steps", "device")
 _OF_COMPARISON = (*_OF_SWEEP, "samples", "sample_tokens", "fast")
 
 
-def finetune_command(asked: dict[str, Any], name: str) -> str | None:
-    """Return the `lora finetune` of a `run.json`; None if it was not one, or not on files."""
-    words = _source_words(asked)
-    if words is None or not isinstance(asked.get("train"), dict):
+def finetune_command(record: RunRecord, name: str) -> str | None:
+    """Return the `lora finetune` of a run; None if it was not one, or not on files."""
+    words = _source_words(record)
+    if words is None or record.train is None or record.kind not in ("finetune", "candidate"):
         return None
-    lora = asked.get("lora")
-    from_adapter = asked.get("from_adapter")
-    if isinstance(from_adapter, str):
-        words += ["--from-adapter", from_adapter]
-    elif lora is None:
+    if record.from_adapter is not None:
+        words += ["--from-adapter", record.from_adapter]
+    elif record.lora is None:
         words += ["--full"]
     else:
-        words += _flags(lora, LoRAConfig)
-    words += ["--deterministic"] if asked.get("deterministic") is True else []
-    words += _flags(asked["train"], TrainConfig)
-    words += _flags(asked.get("data_config"), DataConfig)
-    words += _run_flags(asked.get("run"), name)
+        words += _flags(record.lora, LoRAConfig)
+    words += ["--deterministic"] if record.deterministic else []
+    words += _flags(record.train, TrainConfig)
+    words += _flags(record.data_config, DataConfig)
+    words += _run_flags(record.run, name)
     return shlex.join(["lora", "finetune", *words])
 
 
-def sweep_command(asked: dict[str, Any], name: str, full_rate: float | None = None) -> str | None:
-    """Return the `lora sweep` of a `run.json`; None if it was not on files.
+def sweep_command(record: RunRecord, name: str, full_rate: float | None = None) -> str | None:
+    """Return the `lora sweep` of a run; None if it was not on files.
 
-    `full_rate` is that of full fine-tuning beside it; None: there was none.
+    `full_rate` is the learning rate of full fine-tuning beside it; None: there was none.
     """
-    words, sweep = _source_words(asked), asked.get("sweep")
-    grid = sweep.get("grid") if isinstance(sweep, dict) else None
-    if words is None or not isinstance(grid, dict) or not isinstance(sweep, dict):
+    words, sweep = _source_words(record), record.sweep
+    if words is None or sweep is None:
         return None
     for key in SWEPT:
-        values = grid.get(key)
-        default = list(getattr(Grid(), key))
-        if isinstance(values, list) and values != default:
+        values = sweep.grid.get(key)
+        if values is not None and values != list(getattr(Grid(), key)):
             words += [_flag(key), ",".join(_written(value) for value in values)]
     if full_rate is not None:
         words += ["--full"]
         is_default = full_rate == FULL_LEARNING_RATE
         words += [] if is_default else ["--full-learning-rate", _written(full_rate)]
-    words += ["--halving"] if sweep.get("halving") is True else []
-    words += _flags(asked.get("lora"), LoRAConfig, without=SWEPT)
-    words += _flags(asked.get("train"), TrainConfig, without=SWEPT)
-    words += _flags(asked.get("data_config"), DataConfig)
-    words += _run_flags(asked.get("run"), name, only=_OF_SWEEP)
+    words += ["--halving"] if sweep.halving else []
+    words += _flags(record.lora, LoRAConfig, without=SWEPT)
+    words += _flags(record.train, TrainConfig, without=SWEPT)
+    words += _flags(record.data_config, DataConfig)
+    words += _run_flags(record.run, name, only=_OF_SWEEP)
     return shlex.join(["lora", "sweep", *words])
 
 
-def comparison_command(asked: dict[str, Any], name: str) -> str | None:
-    """Return the `lora compare` of a `run.json`; None if it was not on files."""
-    compare = asked.get("compare")
-    if not isinstance(compare, dict) or not isinstance(compare.get("data"), str):
+def comparison_command(record: RunRecord, name: str) -> str | None:
+    """Return the `lora compare` of a run; None if it was not on files."""
+    compare = record.compare
+    if compare is None or not isinstance(compare.get("data"), str):
         return None
     if compare["data"].endswith(IN_MEMORY):
         return None
@@ -79,25 +75,33 @@ def comparison_command(asked: dict[str, Any], name: str) -> str | None:
         words += ["--same", "time"]
     methods = compare.get("methods")
     words += ["--peft"] if isinstance(methods, list) and "peft" in methods else []
-    rates = compare.get("rates")
-    for key in ("rates", "full_rates"):
-        values = rates.get(key) if isinstance(rates, dict) else None
-        if isinstance(values, list) and values:
-            words += [_flag(key), ",".join(_written(value) for value in values)]
-    if isinstance(rates, dict) and rates.get("full_learning_rate") is not None:
-        words += ["--full-learning-rate", _written(rates["full_learning_rate"])]
-    if isinstance(rates, dict) and rates.get("rates") and rates.get("rate_steps"):
-        words += ["--rate-steps", str(rates["rate_steps"])]
+    words += _rate_flags(compare.get("rates"))
     words += _measure_flags(compare.get("measures"))
     words += _flags(compare.get("lora"), LoRAConfig)
     words += _flags(compare.get("train"), TrainConfig)
     words += _flags(compare.get("data_config"), DataConfig)
-    words += _run_flags(asked.get("run"), name, only=_OF_COMPARISON)
+    words += _run_flags(record.run, name, only=_OF_COMPARISON)
     return shlex.join(["lora", "compare", *words])
 
 
+def _rate_flags(rates: Any) -> list[str]:
+    """Return the flags of the learning rates that a comparison tries or is given."""
+    if not isinstance(rates, dict):
+        return []
+    words = []
+    for key in ("rates", "full_rates"):
+        values = rates.get(key)
+        if isinstance(values, list) and values:
+            words += [_flag(key), ",".join(_written(value) for value in values)]
+    if rates.get("full_learning_rate") is not None:
+        words += ["--full-learning-rate", _written(rates["full_learning_rate"])]
+    if rates.get("rates") and rates.get("rate_steps"):
+        words += ["--rate-steps", str(rates["rate_steps"])]
+    return words
+
+
 def _measure_flags(measures: Any) -> list[str]:
-    """Return the flags of what a comparison measures besides."""
+    """Return the flags of what a comparison measures besides loss, speed and memory."""
     if not isinstance(measures, dict):
         return []
     words = []
@@ -111,25 +115,21 @@ def _measure_flags(measures: Any) -> list[str]:
     return words
 
 
-def _source_words(asked: dict[str, Any]) -> list[str] | None:
+def _source_words(record: RunRecord) -> list[str] | None:
     """Return the flags of data and model; None where the rows were given in Python."""
-    data = asked.get("data")
-    source = data.get("source") if isinstance(data, dict) else None
-    if not isinstance(data, dict) or not isinstance(source, str) or source == IN_MEMORY:
+    data = record.data
+    if data.source is None or data.in_memory:
         return None
-    words = ["--data", source]
-    model = asked.get("model_source")
-    if isinstance(model, str):
-        words += ["--model", model]
-    held_out = data.get("eval_source")
-    if isinstance(held_out, str):
-        words += ["--eval-data", held_out]
+    words = ["--data", data.source]
+    words += [] if record.model_source is None else ["--model", record.model_source]
+    words += [] if data.eval_source is None else ["--eval-data", data.eval_source]
     return words
 
 
-def _run_flags(values: Any, name: str, only: tuple[str, ...] | None = None) -> list[str]:
-    given = values if isinstance(values, dict) else {}
-    kept = {k: v for k, v in given.items() if only is None or k in only}
+def _run_flags(
+    values: dict[str, Any] | None, name: str, only: tuple[str, ...] | None = None
+) -> list[str]:
+    kept = {k: v for k, v in (values or {}).items() if only is None or k in only}
     return _flags({**kept, "name": name}, RunConfig)
 
 

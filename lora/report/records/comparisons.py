@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from lora.report.records.command import comparison_command
-from lora.report.records.reading import Faults, read_object, relative
+from lora.report.records.reading import relative
 from lora.report.records.records import (
     Change,
     ComparisonRecord,
     MemberRecord,
-    RunRecord,
+    RunSummary,
     SweepSummary,
     method_name,
 )
-from lora.report.records.runs import RUN_FILE, read_run
+from lora.report.records.runs import read_run
 from lora.runs.comparison_record import (
     COMPARE_FILE,
     MEMBERS,
@@ -29,16 +29,19 @@ from lora.runs.comparison_record import (
     ratios,
     read_comparison,
 )
+from lora.runs.read_record import read_run_record
+from lora.runs.record import RUN_FILE, RunRecord
+from lora.runs.typed_json import Faults
 
 
 def read_comparison_directory(
     folder: Path, base: Path, name: str, faults: Faults
-) -> tuple[ComparisonRecord, list[RunRecord]]:
+) -> tuple[ComparisonRecord, list[RunSummary]]:
     """Return the comparison in `folder` and its members' runs; `base` is the report's directory.
 
     One that is not finished has no compare.json yet: its members are read as they stand.
     """
-    asked = read_object(folder / RUN_FILE, faults, required=True)
+    run_record = read_run_record(folder, faults)
     comparison = read_comparison(folder, faults)
     if comparison is None:
         inside = sorted(path.parent for path in (folder / MEMBERS).glob(f"*/{RUN_FILE}"))
@@ -47,9 +50,9 @@ def read_comparison_directory(
             name=name,
             folder=relative(folder, base),
             status="unfinished",
-            base=asked.text("model"),
-            same=asked.section("compare").text("same"),
-            command=comparison_command(asked.values, folder.name),
+            base=run_record.model,
+            same=_same(run_record),
+            command=comparison_command(run_record, folder.name),
         )
         return record, [replace(run, label=method_name(run.method)) for run in runs]
     runs, members = [], []
@@ -68,13 +71,13 @@ def read_comparison_directory(
         members=tuple(members),
         base_samples=comparison.base_samples,
         notes=comparison.notes,
-        command=comparison_command(asked.values, folder.name),
+        command=comparison_command(run_record, folder.name),
     )
     return record, runs
 
 
 def find_ratios(
-    runs: Sequence[RunRecord], sweeps: Sequence[SweepSummary] = ()
+    runs: Sequence[RunSummary], sweeps: Sequence[SweepSummary] = ()
 ) -> tuple[Ratios, ...]:
     """Return the ratios of each LoRA run to the runs it can be compared with.
 
@@ -98,6 +101,11 @@ def find_ratios(
     return tuple(found)
 
 
+def _same(run_record: RunRecord) -> str | None:
+    same = (run_record.compare or {}).get("same")
+    return same if isinstance(same, str) else None
+
+
 def _members_with_runs(folder: Path, comparison: Comparison, faults: Faults) -> list[Member]:
     found = []
     for number, member in enumerate(comparison.members, start=1):
@@ -109,7 +117,7 @@ def _members_with_runs(folder: Path, comparison: Comparison, faults: Faults) -> 
     return found
 
 
-def _member_run(run: RunRecord, member: Member) -> RunRecord:
+def _member_run(run: RunSummary, member: Member) -> RunSummary:
     """Return a member's run with the figures that the comparison measured."""
     measured: dict[str, Any] = {
         "learning_rate": member.learning_rate,
@@ -133,7 +141,7 @@ def _member_run(run: RunRecord, member: Member) -> RunRecord:
     )
 
 
-def _member_record(run: RunRecord, member: Member) -> MemberRecord:
+def _member_record(run: RunSummary, member: Member) -> MemberRecord:
     trials = (RateTrial(t.learning_rate, _finite(t.eval_loss)) for t in member.rates_tried)
     text, score = member.forgetting, member.task_metric
     return MemberRecord(

@@ -45,7 +45,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class RunSummary:
     """One training run: of lora finetune, a sweep's candidate, a comparison's member."""
 
     name: str
@@ -220,7 +220,7 @@ class Report:
     """All that a report tells."""
 
     title: str
-    runs: tuple[RunRecord, ...]
+    runs: tuple[RunSummary, ...]
     """The best of a sweep first."""
     sweeps: tuple[SweepSummary, ...] = ()
     comparisons: tuple[ComparisonRecord, ...] = ()
@@ -230,11 +230,11 @@ class Report:
     command: str = ""
     """What makes this report again."""
 
-    def run(self, name: str) -> RunRecord:
+    def run(self, name: str) -> RunSummary:
         """Return the run of this name."""
         return next(run for run in self.runs if run.name == name)
 
-    def group(self, name: str) -> list[RunRecord]:
+    def group(self, name: str) -> list[RunSummary]:
         """Return the runs of a sweep or comparison."""
         return [run for run in self.runs if run.group == name]
 

@@ -1,28 +1,29 @@
-"""One run's folder as a record: of lora finetune, of a candidate, of a member, of training.py."""
+"""Summaries of single runs: finetune jobs, candidates, members, runs of training.py."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lora.report.records.command import finetune_command
-from lora.report.records.reading import (
-    Faults,
-    Values,
-    count_elements,
-    flatten,
-    read_lines,
-    read_object,
-    relative,
-)
-from lora.report.records.records import Memory, Method, Point, RunRecord
+from lora.report.records.reading import count_elements, flatten, relative
+from lora.report.records.records import Memory, Point, RunSummary
 from lora.runs.comparison_record import Sample
-from lora.runs.directory import METRICS_FILE, SAMPLES_FILE, TIMINGS_FILE
+from lora.runs.read_record import (
+    read_metrics,
+    read_result,
+    read_run_record,
+    read_samples,
+    read_timings,
+)
+from lora.runs.record import RUN_FILE, MetricsRow, RunRecord, RunResult, TimingRow
+from lora.runs.typed_json import Faults, parse, to_json
 
-RUN_FILE, RESULT_FILE = "run.json", "result.json"
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "other")
 _SETTINGS = (
     "learning_rate",
@@ -35,37 +36,64 @@ _SETTINGS = (
     "from_adapter",
 )
 _NO_SETTINGS = ("run.name", "run.out", "train.learning_rate", "lora.init_seed")
-"""Where a run lies is no setting; the rate and the seed that were used stand beside."""
+"""Not shown as settings: where the run is stored, and what has a column of its own."""
 
 
-def read_run(folder: Path, base: Path, faults: Faults, *, group: str = "") -> RunRecord:
-    """Return what `folder` tells of its run; `base` is where the report will lie.
+@dataclass(frozen=True)
+class _LoRASection:
+    """What a report reads of the record's section `lora`."""
 
-    A run that is under way or was interrupted is read as it stands. What is damaged goes into
-    `faults`, each with the file's name.
+    rank: int | None = None
+    alpha: float | None = None
+
+
+@dataclass(frozen=True)
+class _TrainSection:
+    """What a report reads of the record's section `train`."""
+
+    steps: int | None = None
+    learning_rate: float | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class _SettingsSection:
+    """What a report reads of the record's section `settings`, of training.py."""
+
+    steps: int | None = None
+    learning_rate: float | None = None
+    seed: int | None = None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+
+
+def read_run(folder: Path, base: Path, faults: Faults, *, group: str = "") -> RunSummary:
+    """Return the summary of the run in `folder`; `base` is the report's directory.
+
+    An unfinished run is read as it stands. What is damaged is added to `faults`, each with the
+    file's name.
     """
-    asked = read_object(folder / RUN_FILE, faults, required=True)
-    result = read_object(folder / RESULT_FILE, faults)
-    metrics = read_lines(folder / METRICS_FILE, faults)
-    timings = read_lines(folder / TIMINGS_FILE, faults)
+    record = read_run_record(folder, faults)
+    result = read_result(folder, faults)
+    metrics = sorted(read_metrics(folder, faults), key=lambda row: row.step)
+    timings = sorted(read_timings(folder, faults), key=lambda row: row.step)
     elapsed = _elapsed(timings)
-    held_out = _points(metrics, "eval_loss", elapsed)
-    training = _points(metrics, "loss", elapsed)
+    held_out = _points([(row.step, row.eval_loss) for row in metrics], elapsed)
+    training = _points([(row.step, row.loss) for row in metrics], elapsed)
     best = min(held_out, key=lambda point: point.loss, default=None)
     not_finite = _not_finite(metrics)
-    trained, total = _parameters(folder, asked, result, faults)
-    return RunRecord(
+    trained, total = _parameters(folder, record, result, faults)
+    return RunSummary(
         name=f"{group}/{folder.name}" if group else folder.name,
         label=folder.name,
         folder=relative(folder, base),
-        method=_method(asked),
-        status="finished" if result.values else "unfinished",
+        method=record.method or "unknown",
+        status="unfinished" if result is None else "finished",
         group=group,
-        model=asked.text("model") or asked.text("base"),
-        device=asked.text("device"),
-        **_settings_of_method(asked),
-        steps=result.count("steps") or _last_step(metrics),
-        total_steps=_total_steps(asked),
+        model=record.model or record.base,
+        device=record.device,
+        **_configuration(record, str(folder / RUN_FILE), faults),
+        steps=result.steps if result else max((row.step for row in metrics), default=None),
         eval_loss=held_out[-1].loss if held_out and not_finite is None else None,
         best_eval_loss=best.loss if best else None,
         best_step=best.step if best else None,
@@ -78,86 +106,67 @@ def read_run(folder: Path, base: Path, faults: Faults, *, group: str = "") -> Ru
         training=training,
         memory=_memory(result),
         samples=_samples(folder, faults),
-        settings=_settings(asked),
-        data={k: v for k, v in _data(asked).items() if k != "warnings"},
-        environment=flatten(asked.section("environment").values),
-        base_fingerprint=asked.text("base_fingerprint"),
-        notes=_warnings(asked) + (() if not_finite is None else (not_finite,)),
-        command=None if group else finetune_command(asked.values, folder.name),
+        settings=_settings(record),
+        data=_data(record),
+        environment={} if record.environment is None else flatten(_sorted(record.environment)),
+        base_fingerprint=record.base_fingerprint,
+        notes=(record.data.warnings or ()) + (() if not_finite is None else (not_finite,)),
+        command=None if group else finetune_command(record, folder.name),
     )
 
 
-def _method(asked: Values) -> Method:
-    named = asked.values.get("method")
-    if named in ("lora", "full", "peft"):
-        return named
-    if isinstance(asked.values.get("settings"), dict):  # of training.py
-        settings = asked.section("settings")
-        adapts = settings.flag("use_lora") and asked.values.get("base") is not None
-        return "lora" if adapts else "full"
-    if "lora" not in asked.values:
-        return "unknown"
-    is_lora = asked.values["lora"] is not None or asked.values.get("from_adapter") is not None
-    return "lora" if is_lora else "full"
-
-
-def _settings_of_method(asked: Values) -> dict[str, Any]:
-    """Return rank, alpha, rate and seed."""
-    lora, train, settings = (asked.section(name) for name in ("lora", "train", "settings"))
-    is_lora = _method(asked) in ("lora", "peft")
-    rate = asked.number("learning_rate")
-    rates = (train.number("learning_rate"), settings.number("learning_rate"))
-    seeds = (train.count("seed"), settings.count("seed"))
+def _configuration(record: RunRecord, path: str, faults: Faults) -> dict[str, Any]:
+    """Return rank, alpha, learning rate, seed and steps."""
+    lora = parse(_LoRASection, record.lora or {}, f"{path}: lora", faults) or _LoRASection()
+    train = parse(_TrainSection, record.train or {}, f"{path}: train", faults) or _TrainSection()
+    where = f"{path}: settings"
+    own = parse(_SettingsSection, record.settings or {}, where, faults) or _SettingsSection()
+    is_lora = record.method in ("lora", "peft")
+    rates = (record.learning_rate, train.learning_rate, own.learning_rate)
     return {
-        "rank": (lora.count("rank") or settings.count("lora_rank")) if is_lora else None,
-        "alpha": (lora.number("alpha") or settings.number("lora_alpha")) if is_lora else None,
-        "learning_rate": next((r for r in (rate, *rates) if r is not None), None),
-        "seed": next((s for s in seeds if s is not None), None),
-    }  # fmt: skip
+        "rank": lora.rank or own.lora_rank if is_lora else None,
+        "alpha": lora.alpha or own.lora_alpha if is_lora else None,
+        "learning_rate": next((r for r in rates if r is not None and math.isfinite(r)), None),
+        "seed": train.seed if train.seed is not None else own.seed,
+        "total_steps": train.steps or own.steps,
+    }
 
 
-def _total_steps(asked: Values) -> int | None:
-    return asked.section("train").count("steps") or asked.section("settings").count("steps")
-
-
-def _last_step(metrics: Sequence[Values]) -> int | None:
-    return max((row.count("step") or 0 for row in metrics), default=None)
-
-
-def _elapsed(timings: Sequence[Values]) -> dict[int, float]:
+def _elapsed(timings: Sequence[TimingRow]) -> dict[int, float]:
     """Return the seconds in steps at the end of each step; step 0 is the start."""
-    timed = [(row.count("step") or 0, row.number("step_s")) for row in timings]
-    known = [(step, seconds) for step, seconds in timed if seconds is not None]
+    known = [(row.step, row.step_s) for row in timings if row.step_s is not None]
     sums = itertools.accumulate(seconds for _, seconds in known)
     found = {step: total for (step, _), total in zip(known, sums, strict=True)}
     return {0: 0.0, **found} if found else {}
 
 
-def _points(rows: Sequence[Values], name: str, elapsed: dict[int, float]) -> tuple[Point, ...]:
-    found = []
-    for row in rows:
-        step, loss = row.count("step"), row.number(name)
-        if step is not None and loss is not None:
-            found.append(Point(step, loss, elapsed.get(step)))
-    return tuple(found)
-
-
-def _not_finite(metrics: Sequence[Values]) -> str | None:
-    """Return a note if the newest held-out loss is not finite."""
-    told = [row for row in metrics if {"eval_loss", "eval_not_finite"} & row.values.keys()]
-    if not told or "eval_not_finite" not in told[-1].values:
-        return None
-    step, seen = told[-1].count("step"), told[-1].values["eval_not_finite"]
-    return f"The held-out loss at step {step} is {seen}, not finite."
-
-
-def _speed(metrics: Sequence[Values], timings: Sequence[Values], result: Values) -> dict[str, Any]:
-    """Return the median of a step, the time in all steps, and tokens a second."""
-    times = [s for row in timings if (s := row.number("step_s")) is not None]
-    train_s = result.number("train_s") or (sum(times) if times else None)
-    tokens = result.number("n_tokens") or max(
-        (n for row in metrics if (n := row.number("tokens")) is not None), default=None
+def _points(
+    losses: Sequence[tuple[int, float | None]], elapsed: dict[int, float]
+) -> tuple[Point, ...]:
+    return tuple(
+        Point(step, loss, elapsed.get(step))
+        for step, loss in losses
+        if loss is not None and math.isfinite(loss)
     )
+
+
+def _not_finite(metrics: Sequence[MetricsRow]) -> str | None:
+    """Return a note if the newest validation loss is not finite."""
+    evaluated = [r for r in metrics if r.eval_loss is not None or r.eval_not_finite is not None]
+    if not evaluated or evaluated[-1].eval_not_finite is None:
+        return None
+    newest = evaluated[-1]
+    return f"The held-out loss at step {newest.step} is {newest.eval_not_finite}, not finite."
+
+
+def _speed(
+    metrics: Sequence[MetricsRow], timings: Sequence[TimingRow], result: RunResult | None
+) -> dict[str, Any]:
+    """Return the median time of a step, the time in all steps, and tokens per second."""
+    times = [row.step_s for row in timings if row.step_s is not None]
+    train_s = result.train_s if result else sum(times) if times else None
+    seen = [row.tokens for row in metrics if row.tokens is not None]
+    tokens = result.n_tokens if result else max(seen, default=None)
     return {
         "step_s": statistics.median(times) if times else None,
         "train_s": train_s,
@@ -165,30 +174,29 @@ def _speed(metrics: Sequence[Values], timings: Sequence[Values], result: Values)
     }
 
 
-def _peak(timings: Sequence[Values], result: Values) -> int | None:
+def _peak(timings: Sequence[TimingRow], result: RunResult | None) -> int | None:
     """Return the peak of all steps, those before a resume too."""
-    seen = [row.count("peak_memory_bytes") for row in (*timings, result)]
-    return max((n for n in seen if n), default=None)
+    seen = [row.peak_memory_bytes or 0 for row in timings]
+    return max([*seen, result.peak_memory_bytes if result else 0]) or None
 
 
 def _parameters(
-    folder: Path, asked: Values, result: Values, faults: Faults
+    folder: Path, record: RunRecord, result: RunResult | None, faults: Faults
 ) -> tuple[int | None, int | None]:
     """Return how many parameters train, and how many there are."""
-    planned = result.section("memory").section("planned")
-    trained, total = planned.count("trained_parameters"), planned.count("parameters")
-    if trained is None and isinstance(result.values.get("parameters"), dict):  # of training.py
-        counted = result.section("parameters")
-        trained, base = counted.count("trainable"), counted.count("base")
-        if trained is not None and base is not None:
-            total = base if _method(asked) == "full" else base + trained
+    trained = total = None
+    if result is not None and result.memory is not None:
+        planned = result.memory.planned
+        trained, total = planned.trained_parameters, planned.parameters
+    if trained is None and result is not None and result.parameters is not None:  # training.py
+        trained, base = result.parameters.trainable, result.parameters.base
+        total = base if record.method == "full" else base + trained
     if trained is None:
         files = sorted((folder / "adapter").glob("*.safetensors"))
         counts = [n for file in files if (n := count_elements(file, faults)) is not None]
         trained = sum(counts) if counts else None
-    base_parameters = asked.count("base_parameters")
-    if total is None and trained is not None and base_parameters is not None:
-        total = base_parameters + trained
+    if total is None and trained is not None and record.base_parameters is not None:
+        total = record.base_parameters + trained
     return trained, total
 
 
@@ -197,40 +205,39 @@ def _stored_bytes(folder: Path) -> int | None:
     return sum(file.stat().st_size for file in files) or None
 
 
-def _memory(result: Values) -> Memory | None:
-    memory = result.section("memory")
-    planned = memory.section("planned")
-    parts = {name: planned.count(name) for name in MEMORY_PARTS}
-    total = planned.count("total")
-    if total is None or any(part is None for part in parts.values()):
+def _memory(result: RunResult | None) -> Memory | None:
+    if result is None or result.memory is None:
         return None
-    known = {name: part for name, part in parts.items() if part is not None}
-    return Memory(known, total, memory.count("measured_bytes"))
+    planned = asdict(result.memory.planned)
+    parts = {name: planned[name] for name in MEMORY_PARTS}
+    if planned["total"] is None or None in parts.values():
+        return None
+    return Memory(parts, planned["total"], result.memory.measured_bytes)
 
 
 def _samples(folder: Path, faults: Faults) -> tuple[Sample, ...]:
     return tuple(
         Sample(
-            step=row.count("step"),
-            prompt=row.text("prompt") or "",
-            answer=row.text("answer") or "",
-            expected=row.text("reference"),
-            is_cut=row.values.get("ended") is False,
+            step=row.step,
+            prompt=row.prompt,
+            answer=row.answer,
+            expected=row.reference,
+            is_cut=row.ended is False,
         )
-        for row in read_lines(folder / SAMPLES_FILE, faults)
+        for row in sorted(read_samples(folder, faults), key=lambda row: row.step)
     )
 
 
-def _settings(asked: Values) -> dict[str, Any]:
-    kept = {name: asked.values[name] for name in _SETTINGS if asked.values.get(name) is not None}
+def _settings(record: RunRecord) -> dict[str, Any]:
+    kept = {name: v for name in _SETTINGS if (v := getattr(record, name)) is not None}
     return {k: v for k, v in flatten(kept).items() if k not in _NO_SETTINGS}
 
 
-def _data(asked: Values) -> dict[str, Any]:
-    data = asked.values.get("data")  # training.py says it in a line
-    return flatten(data) if isinstance(data, dict) else {} if data is None else {"source": data}
+def _data(record: RunRecord) -> dict[str, Any]:
+    values = _sorted(record.data)
+    values.pop("warnings", None)  # which are notes of the run
+    return flatten(values)
 
 
-def _warnings(asked: Values) -> tuple[str, ...]:
-    data = asked.values.get("data")
-    return asked.section("data").texts("warnings") if isinstance(data, dict) else ()
+def _sorted(record: Any) -> dict[str, Any]:
+    return dict(sorted(to_json(record).items()))

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora.report.records.command import sweep_command
-from lora.report.records.reading import Faults, read_object, relative
-from lora.report.records.records import GridCell, RunRecord, Status, SweepSummary, SweetSpot
-from lora.report.records.runs import RUN_FILE, read_run
+from lora.report.records.reading import relative
+from lora.report.records.records import GridCell, RunSummary, Status, SweepSummary, SweetSpot
+from lora.report.records.runs import read_run
 from lora.runs.read_record import read_run_record
-from lora.runs.record import SweepSettings
+from lora.runs.record import RUN_FILE, SweepSettings
 from lora.runs.sweep_record import (
     CandidateState,
     SweepRecord,
@@ -24,6 +24,7 @@ from lora.runs.sweep_record import (
     read_sweep_record,
     read_wave_timings,
 )
+from lora.runs.typed_json import Faults
 from lora.sweep.grid import SWEPT, short_number
 
 CANDIDATES, FULL = "candidates", "full"
@@ -36,10 +37,10 @@ _SHORT = {"rank": "r", "learning_rate": "", "alpha": "a", "dropout": "d", "seed"
 
 def read_sweep(
     folder: Path, base: Path, name: str, faults: Faults
-) -> tuple[SweepSummary, list[RunRecord]]:
+) -> tuple[SweepSummary, list[RunSummary]]:
     """Return the summary of the sweep in `folder`, and its candidates, the best first."""
-    asked = read_object(folder / RUN_FILE, faults, required=True)
-    settings = read_run_record(folder, []).sweep or SweepSettings({}, halving=False, steps=0)
+    run_record = read_run_record(folder, faults)
+    settings = run_record.sweep or SweepSettings({}, halving=False, steps=0)
     record = read_sweep_record(folder, faults)
     outcome = read_outcome(folder, faults)
     timings = read_wave_timings(folder, faults)
@@ -68,7 +69,7 @@ def read_sweep(
         peak_memory_bytes=max((row.peak_memory_bytes for row in timings), default=None),
         tried=cells,
         sweet_spot=find_sweet_spot(cells, runs),
-        command=sweep_command(asked.values, folder.name, full_rate),
+        command=sweep_command(run_record, folder.name, full_rate),
     )
     return summary, runs
 
@@ -85,7 +86,7 @@ def _train_s(timings: Sequence[WaveTiming], record: SweepRecord | None) -> float
     return sum(row.train_s for row in timings)
 
 
-def _place(run: RunRecord) -> tuple[int, float]:
+def _place(run: RunSummary) -> tuple[int, float]:
     """Return what to sort by: those under way by their loss, the others stay as they come."""
     if run.status == "unfinished":
         return 1, math.inf if run.eval_loss is None else run.eval_loss
@@ -99,7 +100,7 @@ def _candidate(
     state: CandidateState,
     swept: tuple[str, ...],
     faults: Faults,
-) -> RunRecord:
+) -> RunSummary:
     own = folder / CANDIDATES / state.name
     run = read_run(own, base, faults, group=group)
     return replace(
@@ -111,7 +112,7 @@ def _candidate(
     )
 
 
-def candidate_label(run: RunRecord, state: CandidateState, swept: tuple[str, ...]) -> str:
+def candidate_label(run: RunSummary, state: CandidateState, swept: tuple[str, ...]) -> str:
     """Return what sets a candidate apart, in a few characters: r4 3e-4."""
     words = []
     for key in swept:
@@ -121,7 +122,7 @@ def candidate_label(run: RunRecord, state: CandidateState, swept: tuple[str, ...
     return " ".join(words) or run.label
 
 
-def find_grid_cells(runs: Sequence[RunRecord]) -> tuple[GridCell, ...]:
+def find_grid_cells(runs: Sequence[RunSummary]) -> tuple[GridCell, ...]:
     """Return the loss of each rank at each rate: over seeds the mean, over the rest the best.
 
     Only what came through to the end counts: a candidate that was stopped has seen fewer steps.
@@ -138,7 +139,7 @@ def find_grid_cells(runs: Sequence[RunRecord]) -> tuple[GridCell, ...]:
 Key = tuple[int, float, str]
 
 
-def _by_setting(runs: Sequence[RunRecord]) -> dict[Key, list[float]]:
+def _by_setting(runs: Sequence[RunSummary]) -> dict[Key, list[float]]:
     """Return the losses at the end, those that differ in the seed alone together."""
     found: dict[Key, list[float]] = defaultdict(list)
     for run in runs:
@@ -153,7 +154,7 @@ def _by_setting(runs: Sequence[RunRecord]) -> dict[Key, list[float]]:
     return found
 
 
-def find_sweet_spot(tried: Sequence[GridCell], runs: Sequence[RunRecord]) -> SweetSpot | None:
+def find_sweet_spot(tried: Sequence[GridCell], runs: Sequence[RunSummary]) -> SweetSpot | None:
     """Return the smallest rank that is as good as the best, within noise; None for one rank."""
     by_rank: dict[int, GridCell] = {}
     for one in tried:
@@ -169,7 +170,7 @@ def find_sweet_spot(tried: Sequence[GridCell], runs: Sequence[RunRecord]) -> Swe
     return SweetSpot(rank_enough, loss, best.rank, best.loss, noise, noise_from)
 
 
-def _noise(runs: Sequence[RunRecord], best_loss: float) -> tuple[float, str]:
+def _noise(runs: Sequence[RunSummary], best_loss: float) -> tuple[float, str]:
     """Return what two losses may differ by, and how that was found.
 
     With several seeds: their standard deviation, pooled over the best setting of each rank.

@@ -12,6 +12,8 @@ from lora.cli import build_app
 from lora.compare.config import LearningRates
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.report.records.command import comparison_command, finetune_command, sweep_command
+from lora.runs.read_record import read_run_record
+from lora.runs.record import RunRecord
 from lora.sweep.grid import Grid
 
 DATA = {"source": "my orders.jsonl", "eval_source": "held out.jsonl"}
@@ -25,9 +27,10 @@ def parsed(command: str) -> dict[str, Any]:
     return dict(bound.arguments)
 
 
-def as_json(value: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps(value, default=str))
-    return found
+def record(folder: Path, values: dict[str, Any]) -> RunRecord:
+    """Return the record that is read from a run.json of these values."""
+    (folder / "run.json").write_text(json.dumps(values, default=str))
+    return read_run_record(folder)
 
 
 @pytest.mark.parametrize(
@@ -45,13 +48,13 @@ def as_json(value: dict[str, Any]) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_the_command_of_a_finetune_asks_for_the_same(
-    lora: LoRAConfig | None, train: TrainConfig, data_config: DataConfig
+    lora: LoRAConfig | None, train: TrainConfig, data_config: DataConfig, tmp_path: Path
 ) -> None:
     run = RunConfig(out=Path("my runs"), name="b", samples=0, fast=False)
     asked = {"model": "m", "model_source": "models/m", "data": DATA, "deterministic": True}
     asked |= {"lora": None if lora is None else asdict(lora), "train": asdict(train)}
     asked |= {"data_config": asdict(data_config), "run": asdict(run)}
-    command = finetune_command(as_json(asked), "b")
+    command = finetune_command(record(tmp_path, asked), "b")
     assert command is not None
     found = parsed(command)
     assert found["data"] == Path("my orders.jsonl")
@@ -66,17 +69,17 @@ def test_the_command_of_a_finetune_asks_for_the_same(
     assert found["run"] == run
 
 
-def test_the_command_of_a_sweep_asks_for_the_same() -> None:
+def test_the_command_of_a_sweep_asks_for_the_same(tmp_path: Path) -> None:
     grid = Grid(rank=(4, 8), learning_rate=(3e-4, 1e-3), alpha=("2r",), seed=(0, 1))
     lora, train = asdict(LoRAConfig(rslora=True)), asdict(TrainConfig(steps=9))
-    asked = {"data": DATA, "sweep": {"grid": asdict(grid), "halving": True}}
+    asked = {"data": DATA, "sweep": {"grid": asdict(grid), "halving": True, "steps": 9}}
     asked |= {"lora": lora, "train": train, "data_config": asdict(DataConfig(max_length=99))}
     asked |= {"run": asdict(RunConfig(name="s", eval_every_steps=3))}
-    command = sweep_command(as_json(asked), "s", 2e-5)
+    command = sweep_command(record(tmp_path, asked), "s", 2e-5)
     assert command is not None
     found = parsed(command)
     assert (found["full"], found["full_learning_rate"]) == (True, 2e-5)
-    assert "--full-learning-rate" not in (sweep_command(as_json(asked), "s", 1e-4) or "")
+    assert "--full-learning-rate" not in (sweep_command(record(tmp_path, asked), "s", 1e-4) or "")
     assert found["grid"] == grid
     assert found["halving"] is True
     assert found["lora"].rslora is True
@@ -85,7 +88,7 @@ def test_the_command_of_a_sweep_asks_for_the_same() -> None:
     assert (found["run"].name, found["run"].eval_every_steps) == ("s", 3)
 
 
-def test_the_command_of_a_comparison_names_what_was_asked() -> None:
+def test_the_command_of_a_comparison_names_what_was_asked(tmp_path: Path) -> None:
     compare = {
         "data": "orders.jsonl", "model": None, "eval_data": "held.jsonl", "same": "time",
         "methods": ["lora", "full", "peft"], "lora": asdict(LoRAConfig(rank=4)),
@@ -96,7 +99,8 @@ def test_the_command_of_a_comparison_names_what_was_asked() -> None:
                      "answers": 40, "answer_tokens": 64},
     }  # fmt: skip
     run = asdict(RunConfig(name="fair", samples=3))
-    command = comparison_command(as_json({"compare": compare, "run": run}), "fair")
+    asked = {"kind": "compare", "compare": compare, "run": run}
+    command = comparison_command(record(tmp_path, asked), "fair")
     assert command == (
         "lora compare --data orders.jsonl --eval-data held.jsonl --same time --peft "
         "--rates 3e-4,1e-3 --rate-steps 20 --metric exact-match --answers 40 --answer-tokens 64 "
@@ -108,9 +112,12 @@ def test_the_command_of_a_comparison_names_what_was_asked() -> None:
     assert found["measures"].metric == "exact-match"
 
 
-def test_what_was_started_from_python_has_no_command() -> None:
-    data = {"source": "rows given in Python"}
-    assert finetune_command({"data": data, "train": {}, "lora": {}}, "x") is None
-    assert sweep_command({"data": data, "sweep": {"grid": {}}}, "x") is None
-    assert comparison_command({"compare": {"data": "3 rows given in Python"}}, "x") is None
-    assert finetune_command({"settings": {}, "data": "prose"}, "x") is None
+@pytest.mark.parametrize("data", [{"source": "rows given in Python"}, {"in_memory": True}])
+def test_what_was_started_from_python_has_no_command(data: dict[str, Any], tmp_path: Path) -> None:
+    asked = record(tmp_path, {"data": data, "train": {}, "lora": {}})
+    assert finetune_command(asked, "x") is None
+    settings = {"grid": {}, "halving": False, "steps": 1}
+    assert sweep_command(record(tmp_path, {"data": data, "sweep": settings}), "x") is None
+    asked = record(tmp_path, {"kind": "compare", "compare": {"data": "3 rows given in Python"}})
+    assert comparison_command(asked, "x") is None
+    assert finetune_command(record(tmp_path, {"settings": {}, "data": "prose"}), "x") is None
