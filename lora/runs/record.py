@@ -42,7 +42,7 @@ class DataRecord:
 
     source: str | None = None
     """A path, or `IN_MEMORY`."""
-    eval_source: str | None = None
+    eval_source: str | None = field(default=None, metadata=WRITES_NULL)
     in_memory: bool | None = None
     """Whether the rows were given in Python: no command line can name them."""
     examples: int | None = None
