@@ -1,11 +1,11 @@
-"""Output head and cross-entropy in one: the logits of all tokens never exist at once.
+"""Output head and cross-entropy as one autograd function: all logits never exist at once.
 
-What differs from the textbook: rows that are not learned are taken out before the product; the
-gradients are made in the forward, chunk by chunk, while a chunk's logits are still there; and the
-softmax is never normalised over (n, V): the division is done on its product with the weight,
-which is (n, C). On a CPU with a frozen weight the chunks are of the vocabulary (softmax as in
-arXiv 1805.02867): weight and logits are read for the second time while they are in the cache.
-`plain_linear_cross_entropy` is the twin with full logits.
+What differs from the textbook: tokens without a target are taken out before the matmul; gradients
+are computed in forward, chunk by chunk, while a chunk's logits are still there; and the softmax is
+never normalised over (n, V): its matmul with the weight, which is (n, C), is divided instead. On a
+CPU with a frozen weight the chunks are of the vocabulary (online softmax, arXiv 1805.02867): weight
+and logits are read for the second time while they are in the cache. `plain_linear_cross_entropy` is
+the twin with full logits.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from torch import Tensor
 from lora.kernels.matmul import matmul_nt, round_rows
 
 IGNORE = -100
-"""Label of a row that is not learned."""
+"""Label of a token without a target."""
 CHUNK_TOKENS = 512
-"""Rows whose logits exist at once."""
+"""Tokens whose logits exist at once."""
 CHUNK_COLUMNS = 6144
-"""Of the vocabulary, on a CPU: 512 rows of them are 12.6 MB, which stay in the cache."""
-MIN_FULL = 16
-"""On a CPU rows are filled up to a round count if that adds at most one in so many."""
+"""Of the vocabulary, on a CPU: their logits of 512 tokens are 12.6 MB, which stay in the cache."""
+MIN_TOKENS_PER_PADDING = 16
+"""On a CPU tokens are padded to a round count if that adds at most one in so many."""
 
 
 def plain_linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return what `linear_cross_entropy` returns, from the logits (N, V) of all rows."""
+    """The plain twin: from the logits (N, V) of all tokens."""
     logits = F.linear(hidden, weight)  # (N, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss_sum = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
@@ -41,16 +41,16 @@ def plain_linear_cross_entropy(
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int = CHUNK_TOKENS
 ) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy of hidden · weightᵀ, and how many rows were learned.
+    """Return the summed cross-entropy of hidden · weightᵀ, and how many tokens have a target.
 
     Args:
         hidden: (N, C), any floating type.
-        weight: (V, C), of the same type; its gradient is made only if it is required.
-        labels: (N,) int64, each 0 … V − 1, or −100 for a row that is not learned.
+        weight: (V, C), of the same dtype; its gradient is computed only if it is required.
+        labels: (N,) int64, each 0 … V − 1, or −100 for a token without a target.
         chunk_tokens: at most chunk_tokens × V logits exist at once.
 
     Returns the loss in nats () in fp32 (fp64 for fp64 inputs; so is the log-sum-exp) and the
-    count () int64. Without a single learned row the loss and its gradients are zero.
+    count () int64. Without a single target the loss and its gradients are zero.
     """
     is_learned = labels != IGNORE
     rows = is_learned.nonzero().squeeze(1)  # (n,); the host waits for the device: n is a shape
@@ -62,7 +62,7 @@ def linear_cross_entropy(
 def learned_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int
 ) -> Tensor:
-    """Return the summed cross-entropy () of rows that are all learned; see the function above."""
+    """Return the summed cross-entropy () of tokens that all have a target; see above."""
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         loss_sum: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, chunk_tokens)
         return loss_sum
@@ -94,8 +94,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 loss_sum += _learn_columns(hidden[part], weight, labels[part], into)
             else:
                 loss_sum += _learn_chunk(hidden[part], weight, labels[part], into, grad_weight)
+        # The gradients themselves, up to the factor that backward brings.
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_type = weight.dtype
+        ctx.weight_dtype = weight.dtype
         return loss_sum
 
     @staticmethod
@@ -105,7 +106,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grads[0].to(grad_hidden.dtype)
         if grad_weight is not None:
-            grad_weight = (grad_weight * grads[0]).to(ctx.weight_type)
+            grad_weight = (grad_weight * grads[0]).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None
 
 
@@ -116,9 +117,9 @@ def _wide(tensor: Tensor) -> torch.dtype:
 def _chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss (), exp(logits − max) (n, V) and its sum over V (n, 1), all fp32 or wider."""
     logits = matmul_nt(hidden, weight).to(_wide(hidden))  # (n, V)
-    logits -= logits.amax(1, keepdim=True)
+    logits -= logits.amax(1, keepdim=True)  # so that no power overflows
     of_label = logits.gather(1, labels[:, None])  # (n, 1)
-    powers = logits.exp_()
+    powers = logits.exp_()  # (n, V), in the same memory
     total = powers.sum(1, keepdim=True)  # (n, 1)
     return (total.log() - of_label).sum(), powers, total
 
@@ -132,14 +133,15 @@ def _learn_chunk(
 ) -> Tensor:
     """Return the chunk's loss; fill `grad_hidden` (n, C) and add to `grad_weight` (V, C).
 
-    d loss / d logits = powers / total − one-hot(label), never formed: its two products are.
+    d loss / d logits = powers / total − one-hot(label) is never formed, only its two matmuls are.
     """
     loss, powers, total = _chunk_loss(hidden, weight, labels)
     powers = powers.to(weight.dtype)
     if grad_hidden is not None:
         grad = matmul_nt(powers, weight.T).to(total.dtype).div_(total)  # (n, C)
-        grad_hidden.copy_(grad.sub_(weight.index_select(0, labels)))
+        grad_hidden.copy_(grad.sub_(weight.index_select(0, labels)))  # the one-hot's part
     if grad_weight is not None:
+        # Divided by the total on the narrow side, as above.
         wide = hidden.to(total.dtype)
         grad_weight += powers.T @ (wide / total).to(hidden.dtype)  # (V, C)
         grad_weight.index_add_(0, labels, wide, alpha=-1)
@@ -147,25 +149,26 @@ def _learn_chunk(
 
 
 def _learn_columns(hidden: Tensor, weight: Tensor, labels: Tensor, grad_hidden: Tensor) -> Tensor:
-    """Return the loss of rows (n, C) and fill `grad_hidden` (n, C), by parts of the vocabulary.
+    """Return the loss of tokens (n, C) and fill `grad_hidden` (n, C), by chunks of the vocabulary.
 
-    Each part's sums are taken at the largest logit so far, and shrunk when a larger one comes.
+    Sums are taken relative to the largest logit so far, and shrunk when a larger one comes.
     """
     n, wide = len(labels), _wide(hidden)
     own_weight = weight.index_select(0, labels)  # (n, C), of the labels
     own = (hidden.to(wide) * own_weight).sum(1, keepdim=True)  # (n, 1), their logits
-    if 0 < round_rows(n) - n <= n // MIN_FULL:  # a few rows of zeros, for the faster library
+    # oneDNN gets round row counts alone: a few rows of zeros cost less than the slower library.
+    if 0 < round_rows(n) - n <= n // MIN_TOKENS_PER_PADDING:
         hidden = F.pad(hidden, (0, 0, 0, round_rows(n) - n))
     largest = hidden.new_full((len(hidden), 1), -torch.inf, dtype=wide)
     total = torch.zeros_like(largest)
     grad = torch.zeros_like(hidden, dtype=wide)
-    for part in weight.split(CHUNK_COLUMNS):
-        logits = matmul_nt(hidden, part).to(wide)  # (n, columns)
-        above = torch.maximum(largest, logits.amax(1, keepdim=True))  # (n, 1)
-        shrink = (largest - above).exp_()
-        powers = logits.sub_(above).exp_()
+    for columns in weight.split(CHUNK_COLUMNS):  # (columns, C)
+        logits = matmul_nt(hidden, columns).to(wide)  # (n, columns)
+        larger = torch.maximum(largest, logits.amax(1, keepdim=True))  # (n, 1)
+        shrink = (largest - larger).exp_()  # (n, 1), zero the first time: exp(−∞)
+        powers = logits.sub_(larger).exp_()  # (n, columns)
         total.mul_(shrink).add_(powers.sum(1, keepdim=True))
-        grad.mul_(shrink).add_(matmul_nt(powers.to(weight.dtype), part.T))
-        largest = above
+        grad.mul_(shrink).add_(matmul_nt(powers.to(weight.dtype), columns.T))  # (n, C)
+        largest = larger
     grad_hidden.copy_(grad.div_(total)[:n].sub_(own_weight))
     return (total.log_().add_(largest)[:n] - own).sum()

@@ -1,8 +1,8 @@
-"""The LoRA linear as one operation: y = x Wᵀ + b + s (x Aᵀ) Bᵀ, with W and b frozen.
+"""The LoRA linear as one autograd function: y = x Wᵀ + b + s (x Aᵀ) Bᵀ, with W and b frozen.
 
-What differs from the textbook: the low-rank part is added inside the matrix product that makes it
-(no extra pass over y or dx), and the backward saves x and x Aᵀ alone, never forms dW, and leaves
-out dx where nothing before needs it.
+What differs from the textbook: the low-rank part is added by the matmul that computes it (no extra
+pass over y or dx), backward needs only x and x Aᵀ, never forms dW, and leaves out dx where nothing
+before needs it.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ class _LoRALinear(torch.autograd.Function):
         scaling: float,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # (N, I)
-        ctx.merges = merges(flat, weight)
-        low = matmul_nt(flat, a).mul_(scaling)  # (N, R)
+        ctx.merges = is_merged_cheaper(flat, weight)
+        low = matmul_nt(flat, a).mul_(scaling)  # (N, R), scaled here: narrower than y
         if ctx.merges:
+            # The merged weight is saved too, since dx = dy (W + s·B·A) needs it again.
             weight = torch.addmm(weight, b, a, alpha=scaling)  # (O, I)
             y = matmul_nt(flat, weight, bias)  # (N, O)
         else:
@@ -68,7 +69,7 @@ class _LoRALinear(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = matmul_nt(dy, weight.T)  # (N, I)
-            if not ctx.merges:
+            if not ctx.merges:  # else the low-rank part is in `weight`
                 dx.addmm_(dlow, a)
             dx = dx.view(*grads[0].shape[:-1], weight.shape[1])  # (..., I)
         da = matmul_tn(dlow, flat)  # (R, I)
@@ -78,7 +79,7 @@ class _LoRALinear(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class AdaptedLinear:
-    """A linear with LoRA; shapes as in `plain_lora_linear`."""
+    """The tensors of a linear with LoRA; shapes as in `plain_lora_linear`."""
 
     weight: Tensor
     bias: Tensor | None
@@ -90,11 +91,10 @@ class AdaptedLinear:
 def lora_linears(x: Tensor, layers: Sequence[AdaptedLinear]) -> list[Tensor]:
     """Return what `lora_linear` returns for each of the layers, which all read x (..., I).
 
-    x meets all A at once, and so do the gradients: below rank 16 a product with three of them
-    takes as long as with one.
+    All A are one matmul, and so are their gradients: below rank 16 three A take as long as one.
     """
     flat = x.reshape(-1, x.shape[-1])  # (N, I)
-    if any(merges(flat, layer.weight) for layer in layers):
+    if any(is_merged_cheaper(flat, layer.weight) for layer in layers):
         return [lora_linear(x, m.weight, m.bias, m.a, m.b, m.scaling) for m in layers]
     tensors = [t for m in layers for t in (m.weight, m.bias, m.a, m.b)]
     return list(_LoRALinears.apply(x, [m.scaling for m in layers], *tensors))
@@ -105,6 +105,7 @@ class _LoRALinears(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scalings: list[float], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
+        # Autograd takes a flat list of tensors: four of each layer, one after the other.
         weights, biases, all_a, all_b = (tensors[start::4] for start in range(4))
         flat = x.reshape(-1, x.shape[-1])  # (N, I)
         parts = cast("tuple[Tensor, ...]", all_a)
@@ -129,6 +130,7 @@ class _LoRALinears(torch.autograd.Function):
         count = len(grads)
         lows, weights, all_b = saved[:count], saved[count : 2 * count], saved[2 * count :]
         dys = [dy.reshape(len(flat), -1) for dy in grads]  # each (N, O)
+        # One matmul with all A for dx and one for dA, from the gradients of x Aᵀ side by side.
         dlow = torch.cat(
             [matmul_nt(dy, b.T).mul_(s) for dy, b, s in zip(dys, all_b, ctx.scalings, strict=True)],
             1,
@@ -137,7 +139,7 @@ class _LoRALinears(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = matmul_nt(dys[0], weights[0].T)  # (N, I)
             for dy, weight in zip(dys[1:], weights[1:], strict=True):
-                dx += matmul_nt(dy, weight.T)
+                dx += matmul_nt(dy, weight.T)  # not addmm_, which torch gives to MKL
             dx = dx.addmm_(dlow, a).view(*grads[0].shape[:-1], -1)  # (..., I)
         all_da = matmul_tn(dlow, flat).split([low.shape[1] for low in lows])  # (R, I)
         found: list[Tensor | None] = [dx, None]
@@ -147,8 +149,8 @@ class _LoRALinears(torch.autograd.Function):
         return tuple(found)
 
 
-def merges(x: Tensor, weight: Tensor) -> bool:
-    """Whether W + s·B·A is made for these inputs x (N, I): it then costs less than adding apart.
+def is_merged_cheaper(x: Tensor, weight: Tensor) -> bool:
+    """Whether merging W + s·B·A for inputs x (N, I) costs less than a low-rank part of its own.
 
     On a CPU, where W (O, I) is at most a quarter of what the layer reads and writes.
     """

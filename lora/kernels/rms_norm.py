@@ -1,8 +1,8 @@
-"""RMS norm (arXiv 1910.07467) as one operation, for CPUs.
+"""RMS norm (arXiv 1910.07467) as one autograd function, for CPUs.
 
 What differs from the textbook: torch has no kernel of its own for it there and goes over memory
-some twelve times, there and back; here it is eight times, half of them in place, and of what the
-backward needs only x and 1 / rms(x) are kept.
+some twelve times, forward and backward; here it is eight times, half of them in place, and backward
+needs only x and 1 / rms(x).
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # (N, C)
+        # √Σx² is one pass without a tensor of squares.
         norm = torch.linalg.vector_norm(flat, dim=1, keepdim=True)  # (N, 1)
         rstd = norm.square_().div_(flat.shape[1]).add_(eps).rsqrt_()  # (N, 1)
         ctx.save_for_backward(flat, weight, rstd)
-        return (flat * rstd).mul_(weight).view(x.shape)
+        return (flat * rstd).mul_(weight).view(x.shape)  # (..., C)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -45,7 +46,8 @@ class _RMSNorm(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, d_weight, None
         scaled = dy * weight  # (N, C)
+        # dx = rstd · (dy·w − x · rstd² · mean(dy·w·x)), the second factor as a column.
         along = (scaled * flat).sum(1, keepdim=True)  # (N, 1)
-        share = rstd.pow(3).mul_(along).div_(-flat.shape[1])  # (N, 1)
-        dx = scaled.mul_(rstd).addcmul_(flat, share)  # (N, C)
+        factor = rstd.pow(3).mul_(along).div_(-flat.shape[1])  # (N, 1)
+        dx = scaled.mul_(rstd).addcmul_(flat, factor)  # (N, C)
         return dx.view(grads[0].shape), d_weight, None

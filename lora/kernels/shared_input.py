@@ -1,4 +1,4 @@
-"""Linears that read the same input, called together."""
+"""Calling linears that read the same input as one operation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class SharedInputLinear(nn.Module):
-    """A linear that can be one operation with others of its kind."""
+    """A linear that can be computed in one operation with others of its class."""
 
     def forward_all(self, layers: Sequence[SharedInputLinear], x: Tensor) -> list[Tensor]:
         """Return layer(x) for each of `layers`, of which this is the first."""
@@ -18,12 +18,10 @@ class SharedInputLinear(nn.Module):
 
 
 def call_linears(x: Tensor, *linears: nn.Module) -> list[Tensor]:
-    """Return linear(x) for each: as one operation on a CPU where they can be that.
-
-    They are called one by one where somebody watches one by a hook, or autocast changes types.
-    """
+    """Return linear(x) for each: on a CPU as one operation where that is possible."""
     first = linears[0]
     if isinstance(first, SharedInputLinear) and x.is_cpu and not torch.is_autocast_enabled("cpu"):
+        # A hook must see its own linear called, and types may differ in what they compute.
         are_alike = all(type(linear) is type(first) for linear in linears)
         if are_alike and not any(m._forward_hooks or m._forward_pre_hooks for m in linears):
             return first.forward_all(cast(Sequence[SharedInputLinear], linears), x)

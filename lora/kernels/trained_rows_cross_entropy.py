@@ -1,8 +1,9 @@
-"""Output head and cross-entropy in one, for a frozen head some of whose rows train.
+"""Output head and cross-entropy as one autograd function, for a head with some trained rows.
 
-What differs from `lora.kernels.cross_entropy`: the weight has no gradient; the logits of the
-trained rows take the place of the frozen ones' in each chunk, so the full weight is never copied.
-`plain_trained_rows_cross_entropy` is the twin with the full weight and full logits.
+What differs from `lora.kernels.cross_entropy`: the weight is frozen but for the rows of some tokens
+(`trainable_token_indices`), which are a small matrix of their own. In each chunk their logits
+replace the frozen ones, so the full weight is never copied. `plain_trained_rows_cross_entropy` is
+the twin with the full weight and full logits.
 """
 
 from __future__ import annotations
@@ -32,22 +33,22 @@ def trained_rows_cross_entropy(
     *,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy of hidden · headᵀ, and how many rows were learned.
+    """Return the summed cross-entropy of hidden · headᵀ, and how many tokens have a target.
 
     Args:
-        hidden: (N, C), any floating type; taken in the weight's.
+        hidden: (N, C), any floating dtype; converted to the weight's.
         weight: (V, C), frozen.
         rows: (R, C), the head's rows at `ids`, fp32 or wider.
         ids: (R,) int64, each once, 0 … V − 1.
-        labels: (N,) int64, each 0 … V − 1, or −100 for what is not learned.
+        labels: (N,) int64, each 0 … V − 1, or −100 for a token without a target.
         chunk_tokens: at most chunk_tokens × V logits exist at once.
 
     Returns the loss in nats () in fp32 or wider and the count () int64.
     """
     is_learned = labels != IGNORE
-    places = is_learned.nonzero().squeeze(1)  # (n,); the host waits for the device: n is a shape
-    learned, labels = hidden.index_select(0, places), labels.index_select(0, places)
-    # Autocast would round the rows and their gradients: few products, so they stay wide.
+    indices = is_learned.nonzero().squeeze(1)  # (n,); the host waits for the device: n is a shape
+    learned, labels = hidden.index_select(0, indices), labels.index_select(0, indices)
+    # Autocast would round the rows and their gradients; their matmuls are small, so they stay wide.
     with torch.autocast(hidden.device.type, enabled=False):
         loss_sum = _TrainedRowsCrossEntropy.apply(
             learned.to(weight.dtype), weight, rows, ids, labels, chunk_tokens
@@ -96,22 +97,22 @@ def _learn_chunk(
 ) -> Tensor:
     """Return the chunk's loss; fill `grad_hidden` (n, C) and add to `grad_rows` (R, C).
 
-    d loss / d logits = powers / total − one-hot(label), for frozen and trained columns apart.
+    d loss / d logits = powers / total − one-hot(label), for frozen and trained columns separately.
     """
     wide = hidden.to(rows.dtype)
     logits = F.linear(hidden, weight).to(rows.dtype)  # (n, V)
     logits.index_copy_(1, ids, F.linear(wide, rows))
     logits -= logits.amax(1, keepdim=True)
     of_label = logits.gather(1, labels[:, None])  # (n, 1)
-    powers = logits.exp_()
+    powers = logits.exp_()  # (n, V), in the same memory
     total = powers.sum(1, keepdim=True)  # (n, 1)
     if grad_hidden is not None and grad_rows is not None:
         is_trained = labels[:, None] == ids  # (n, R)
         of_rows = powers.index_select(1, ids) / total - is_trained.to(rows.dtype)  # (n, R)
-        grad_rows += of_rows.T @ wide
-        powers.index_fill_(1, ids, 0.0)
+        grad_rows += of_rows.T @ wide  # (R, C)
+        powers.index_fill_(1, ids, 0.0)  # the frozen weight's own rows take no part
         grad = (powers.to(weight.dtype) @ weight).to(rows.dtype).div_(total)  # (n, C)
         of_frozen = (~is_trained.any(1, keepdim=True)).to(weight.dtype)  # (n, 1)
-        grad -= weight.index_select(0, labels) * of_frozen
+        grad -= weight.index_select(0, labels) * of_frozen  # the one-hot's part, of frozen labels
         grad_hidden.copy_(grad.addmm_(of_rows, rows))
     return (total.log() - of_label).sum()

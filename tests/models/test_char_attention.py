@@ -1,4 +1,4 @@
-"""Attention by batched products agrees with torch's, and so does its gradient."""
+"""Attention by batched matmuls agrees with torch's, and so does its gradient."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def gradients_by_hand(
     model: BigramLanguageModel, batches: list[tuple[Tensor, Tensor]]
 ) -> dict[str, Tensor]:
     model = copy.deepcopy(model)
-    step = CharStep(model, weight_decay=DECAY, max_grad_norm=0.0, share=SHARE)
+    step = CharStep(model, weight_decay=DECAY, max_grad_norm=0.0, embedding_lr_fraction=SHARE)
     step.launch(batches, RATE)
     flat, found = step.update.flat, {}
     for name, parameter in model.named_parameters():
@@ -144,7 +144,7 @@ def test_many_steps_go_where_autograds_go(rank: int | None) -> None:
     model = build((12, 3, 2, 8), rank)
     by_hand = copy.deepcopy(model)
     optimizer = build_optimizer(model, RATE, DECAY, SHARE)
-    step = CharStep(by_hand, weight_decay=DECAY, share=SHARE)
+    step = CharStep(by_hand, weight_decay=DECAY, embedding_lr_fraction=SHARE)
     before = [p.clone() for p in by_hand.parameters() if not p.requires_grad]
     for batch in draw_batches(4, 8, 20):
         wanted = train_step(model, [batch], bigram_loss, optimizer)
@@ -195,7 +195,7 @@ def test_what_the_plain_step_has_begun_goes_on_by_hand(rank: int | None) -> None
     optimizer = build_optimizer(plain, RATE, DECAY, SHARE)
     train_step(plain, [first], bigram_loss, optimizer)
     by_hand = copy.deepcopy(plain)
-    step = CharStep(by_hand, weight_decay=DECAY, share=SHARE)
+    step = CharStep(by_hand, weight_decay=DECAY, embedding_lr_fraction=SHARE)
     begun = {name: optimizer.state[p] for name, p in plain.named_parameters() if p.requires_grad}
     step.load_optimizer_state(copy.deepcopy(begun))
     for batch in others:
