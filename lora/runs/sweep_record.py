@@ -1,4 +1,4 @@
-"""The record of a sweep on disk: typed, versioned, with one writer and one reader a file.
+"""The record of a sweep on disk, as typed, versioned dataclasses.
 
     runs/NAME/
       run.json        RunRecord, whose `sweep` is SweepSettings
@@ -32,7 +32,7 @@ Status = Literal["waiting", "training", "stopped", "failed", "done"]
 
 @dataclass
 class CandidateState:
-    """How far one candidate is and how well it does."""
+    """How far the training of one candidate is, and its losses."""
 
     name: str
     """Also of its directory."""
@@ -44,17 +44,17 @@ class CandidateState:
     stopped_at: int | None = None
     """The rung (a step) at which halving stopped it; None unless `status` is stopped."""
     reason: str = ""
-    """Why it was stopped or failed, for people: nothing reads it back."""
+    """Why it was stopped or failed, for the user: no code depends on it."""
     loss: float | None = None
     """Training loss of the newest step, nats."""
     eval_loss: float | None = None
     """Newest validation loss, nats."""
     best_eval_loss: float | None = None
     best_step: int | None = None
-    """The step of `best_eval_loss`. No checkpoint of it is kept: candidates are compared, and
-    their adapters saved, as they are at the end."""
+    """The step of `best_eval_loss`. No checkpoint of it is kept: candidates are compared and saved
+    as they are at the end."""
     row: int = 0
-    """Training sequences consumed: where its batch stream goes on."""
+    """Training sequences consumed: the position of its batch stream."""
 
     def __post_init__(self) -> None:
         if Path(self.name).name != self.name or self.name in ("", ".."):
@@ -76,17 +76,17 @@ class CandidateState:
             self.best_eval_loss, self.best_step = loss, self.step
 
     def fail(self, reason: str) -> None:
-        """Train it no further: its loss or gradient is not finite."""
+        """Stop training it: its loss or gradient is not finite."""
         self.status, self.reason = "failed", reason
 
     def stop(self, rung: int, reason: str) -> None:
-        """Train it no further: halving at step `rung` kept better ones."""
+        """Stop training it: halving at step `rung` kept better candidates."""
         self.status, self.stopped_at, self.reason = "stopped", rung, reason
 
 
 @dataclass
 class SweepRecord:
-    """All candidates of a sweep, and where the sweep is."""
+    """All of sweep.json: the candidates, and how far the sweep is."""
 
     candidates: list[CandidateState]
     rungs: tuple[int, ...]
@@ -109,14 +109,14 @@ class SweepRecord:
 
 @dataclass(frozen=True)
 class WaveTiming:
-    """What one process measured of one wave; another machine would measure something else."""
+    """A row of timings.jsonl: one wave, as one process measured it."""
 
     step: int
     """Steps of all waves until then."""
     train_s: float
     """Seconds in steps; evaluations and saves left out."""
     timed_steps: int
-    """Steps that `train_s` is the time of: those before a kill are not among them."""
+    """Steps that `train_s` is the time of; steps before a kill are not among them."""
     peak_memory_bytes: int
     wave_s: float | None = None
     """Seconds of the whole wave."""
@@ -128,7 +128,7 @@ class WaveTiming:
 
 @dataclass(frozen=True)
 class SweepOutcome:
-    """How a sweep that is over ended."""
+    """All of result.json of a sweep."""
 
     best: str
     """Name of the candidate with the lowest validation loss at the end."""
@@ -155,7 +155,7 @@ def write_outcome(run: Run, outcome: SweepOutcome) -> None:
 
 
 def read_outcome(directory: Path, faults: Faults | None = None) -> SweepOutcome | None:
-    """Return how the sweep ended; None if it is not over."""
+    """Return what `result.json` holds; None if the sweep is not finished."""
     return read_record_file(SweepOutcome, directory / RESULT_FILE, faults)
 
 
@@ -170,9 +170,9 @@ def read_wave_timings(directory: Path, faults: Faults | None = None) -> list[Wav
 
 
 def rank(candidates: Iterable[CandidateState]) -> list[CandidateState]:
-    """Return the candidates, the best first: by how far they came, then by validation loss.
+    """Return the candidates, the best first: by progress, then by validation loss.
 
-    Those that were stopped follow those that train; those that failed come last.
+    Candidates that were stopped follow those that train; those that failed come last.
     """
     groups: dict[Status, int] = {"done": 0, "training": 0, "waiting": 1, "stopped": 2, "failed": 3}
     return sorted(

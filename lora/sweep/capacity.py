@@ -1,8 +1,8 @@
-"""How many candidates of a sweep fit into memory at once.
+"""Plans how many candidates of a sweep fit into memory at once.
 
-One candidate is planned, then a stack of two; memory grows with the stack along that line. The
-fast stacked step is counted as it is built, the plain one planned as `lora plan` plans a run whose
-step has as many rows. A tenth of what is free is left alone.
+Memory is planned for one candidate and for a stack of two, and taken to be linear in the size of
+the stack. For the fast stacked step the buffers that it allocates are counted; the plain step is
+planned as `lora plan` plans a run with the stack's batch size.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from lora.stacked.apply import apply_stacked
 from lora.sweep.grid import Candidate
 
 RESERVED_FRACTION = 0.1
-"""Share of the free memory that is not planned with."""
+"""Of the free memory: kept in reserve, because a plan is an estimate."""
 STATE_COPIES = 3
-"""Of what trains, beside values, gradients and moments: a stack's gradients are gathered into one
-buffer, its update is made beside it, and checkpoints are copied before they are written."""
+"""Copies of the trained parameters that the plain step of a stack holds beside values, gradients
+and moments: the gathered gradients, the update, and the copy that a checkpoint is written from."""
 
 
 @dataclass(frozen=True)
@@ -32,35 +32,35 @@ class StackMemory:
     """Memory of a stack of candidates, in bytes."""
 
     shared_bytes: int
-    """The frozen base and what the process holds."""
+    """The frozen base and what the process holds besides."""
     each_bytes: int
-    """More for each candidate."""
+    """What each candidate adds."""
     free_bytes: int | None
-    """What a run of this process may hold; None where it cannot be known."""
+    """What this process may allocate in all; None where it is not known."""
 
     @property
     def n_fit(self) -> int | None:
-        """How many candidates fit at once; None where it cannot be known."""
+        """How many candidates fit at once; None where it is not known."""
         if self.free_bytes is None:
             return None
         usable_bytes = (1 - RESERVED_FRACTION) * self.free_bytes - self.shared_bytes
         return max(0, int(usable_bytes // max(1, self.each_bytes)))
 
     def describe(self) -> str:
-        """Return it in words."""
+        """Return the plan in words."""
         each, shared = self.each_bytes / 1e9, self.shared_bytes / 1e9
         if self.n_fit is None or self.free_bytes is None:
-            return f"a candidate takes about {each:.2f} GB beside {shared:.2f} GB for all"
+            return f"a candidate takes about {each:.2f} GB, beside {shared:.2f} GB that all share"
         return (
             f"about {self.n_fit} candidates fit at once: {self.free_bytes / 1e9:.2f} GB are free, "
-            f"{shared:.2f} GB are for all, {each:.2f} GB for each"
+            f"{shared:.2f} GB are shared, {each:.2f} GB for each candidate"
         )
 
 
 def plan_stack_memory(
     model: Decoder,
     candidates: Sequence[Candidate],
-    rows: int,
+    micro_batch_size: int,
     tokens: int,
     *,
     packed: bool,
@@ -68,16 +68,23 @@ def plan_stack_memory(
     choice: DeviceChoice,
     fast: bool = True,
 ) -> StackMemory:
-    """Return what a stack of these candidates takes, planned for the one with the largest rank.
+    """Return the memory of a stack of these candidates, planned for the one with the largest rank.
 
-    `model` is loaded already; `rows` (B) and `tokens` (T) are of one candidate's micro-batch.
-    `fast`: the fast stacked step may be taken.
+    Args:
+        model: the base, already loaded.
+        candidates: of the sweep.
+        micro_batch_size: of one candidate, B.
+        tokens: of one sequence, T.
+        packed: whether sequences are packed from several documents.
+        learned_fraction: of the tokens, those with a target in the loss.
+        choice: where it runs.
+        fast: whether the fast stacked step may be taken.
     """
     largest = max(candidates, key=lambda c: c.lora.rank)
     setting = PlanInputs(
         config=model.config,
         lora=largest.lora,
-        micro_batch_size=rows,
+        micro_batch_size=micro_batch_size,
         tokens=tokens,
         device_type=choice.device.type,
         compute_dtype=choice.compute_dtype,
@@ -86,11 +93,11 @@ def plan_stack_memory(
         fast=False,
     )
     is_fast = fast and _why_not_fast(model, candidates, choice) is None
-    shared, each = _of_fast_step(setting) if is_fast else (0, _of_plain_step(setting))
+    shared, each = _fast_step_bytes(setting) if is_fast else (0, _plain_step_bytes(setting))
     if choice.device.type == "cuda":
-        held = torch.cuda.memory_allocated(choice.device)
-        free = torch.cuda.mem_get_info(choice.device)[0] + held
-        return StackMemory(max(held, shared), each, free)
+        allocated = torch.cuda.memory_allocated(choice.device)  # the base
+        free = torch.cuda.mem_get_info(choice.device)[0] + allocated
+        return StackMemory(max(allocated, shared), each, free)
     return StackMemory(resident_bytes(), each, available_bytes("cpu"))
 
 
@@ -102,23 +109,28 @@ def _why_not_fast(
     return why_not_stacked(empty, stacked, choice)
 
 
-def _of_plain_step(setting: PlanInputs) -> int:
-    """Return the bytes of each candidate more."""
+def _plain_step_bytes(setting: PlanInputs) -> int:
+    """Return the bytes that each candidate adds."""
     one = plan_memory(setting, 0)
     two = plan_memory(replace(setting, micro_batch_size=2 * setting.micro_batch_size), 0)
+    # Values, gradients and two moments in fp32, then the copies: the plan with twice the batch size
+    # counts the activations of two candidates, but the trained parameters of one.
     return max(0, two.total - one.total) + (4 + STATE_COPIES) * 4 * one.trained_parameters
 
 
-def _of_fast_step(setting: PlanInputs) -> tuple[int, int]:
-    """Return the bytes that are for all, the base among them, and those of each candidate."""
+def _fast_step_bytes(setting: PlanInputs) -> tuple[int, int]:
+    """Return the bytes that all candidates share, the base among them, and those of each."""
     one, two = (fast_stack_bytes(setting, n) for n in (1, 2))
     return 2 * one - two, two - one
 
 
 def fast_stack_bytes(setting: PlanInputs, n_adapters: int) -> int:
-    """Return what a fast stacked step of `n_adapters` like the setting's holds, evaluation too."""
+    """Return the bytes of a fast stacked step of `n_adapters` adapters, evaluation included."""
     assert setting.lora is not None
     lora = replace(setting.lora, init_seed=0)
-    rows, tokens = setting.micro_batch_size, setting.tokens
-    held = stacked_memory(setting.config, [lora] * n_adapters, rows, tokens, packed=setting.packed)
-    return held.total + evaluation_bytes(replace(setting, micro_batch_size=n_adapters * rows))
+    batch_size, tokens = setting.micro_batch_size, setting.tokens
+    step = stacked_memory(
+        setting.config, [lora] * n_adapters, batch_size, tokens, packed=setting.packed
+    )
+    stacked = replace(setting, micro_batch_size=n_adapters * batch_size)
+    return step.total + evaluation_bytes(stacked)

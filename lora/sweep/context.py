@@ -1,4 +1,4 @@
-"""What all waves of a sweep share: the frozen base, data, sizes, intervals, where things go."""
+"""What all waves of a sweep share: the frozen base, data, sizes, intervals, run directory."""
 
 from __future__ import annotations
 

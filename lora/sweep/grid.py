@@ -1,4 +1,4 @@
-"""The candidates of a sweep: every combination of the settings that were given. No torch here.
+"""The candidates of a sweep: every combination of the given values. No torch.
 
 --rank 4,8 --learning-rate 1e-4,3e-4 --alpha 2r     four candidates, alpha twice the rank
 """
@@ -15,15 +15,16 @@ from lora.config import LORA_LEARNING_RATE, LoRAConfig, Schedule, TrainConfig
 from lora.errors import ConfigError, LoraError, gather
 
 SWEPT = ("rank", "learning_rate", "alpha", "dropout", "seed", "schedule")
-"""In the order in which candidates are numbered: the last changes fastest."""
-_OF_LORA = ("rank", "alpha", "dropout")
+"""Settings of a grid, in the order in which candidates are numbered: the last changes fastest."""
+_LORA_SETTINGS = ("rank", "alpha", "dropout")
 SHORT_NAMES = {"learning_rate": "rate"}
+"""In names of directories and headings of tables."""
 MAX_CANDIDATES = 999
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What the candidates differ in: one value each, or several with commas between."""
+    """Values of the settings that a sweep can vary: one each, or several separated by commas."""
 
     rank: tuple[int | str, ...] = (LoRAConfig.rank,)
     """LoRA ranks to try: 4,8,16."""
@@ -46,14 +47,14 @@ class Grid:
             words = _split(getattr(self, name))
             values = [_read(name, word, faults) for word in words]
             if not words:
-                faults.append(f"{name}: no value was given")
+                faults.append(f"{name}: no value is given")
             twice = sorted({str(word) for word in words if words.count(word) > 1})
             if twice:
-                faults.append(f"{name}: given twice: {', '.join(twice)}")
+                faults.append(f"{name}: given more than once: {', '.join(twice)}")
             object.__setattr__(self, name, tuple(values))
         if faults:
-            advice = "Write values with commas between, as in --rank 4,8,16."
-            raise ConfigError(gather(faults, "The sweep's values cannot be used:", advice))
+            advice = "Separate values by commas, as in --rank 4,8,16."
+            raise ConfigError(gather(faults, "Cannot use these values of a sweep:", advice))
 
     def swept(self) -> tuple[str, ...]:
         """Return the names of the settings that have several values."""
@@ -62,12 +63,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One combination: what it adds to the model, and how it trains."""
+    """One combination of the grid: a LoRA configuration and a training configuration."""
 
     number: int
     """From 1."""
     name: str
-    """Of its folder: the number, and what sets it apart."""
+    """Of its directory: the number, and the values of the settings that vary."""
     lora: LoRAConfig
     train: TrainConfig
     """Its `learning_rate` is a number."""
@@ -92,13 +93,13 @@ def build_candidates(grid: Grid, lora: LoRAConfig, train: TrainConfig) -> list[C
     combinations = list(product(*(getattr(grid, name) for name in SWEPT)))
     if len(combinations) < 2:
         raise ConfigError(
-            "A sweep was asked for with 1 candidate: it compares at least 2. Give several values, "
-            "as in --rank 4,8,16 --learning-rate 3e-4,1e-3, or use lora finetune."
+            "Cannot sweep over 1 candidate. Allowed: 2 or more. Give several values, as in "
+            "--rank 4,8,16 --learning-rate 3e-4,1e-3, or use lora finetune."
         )
     if len(combinations) > MAX_CANDIDATES:
         raise ConfigError(
-            f"A sweep of {len(combinations):,} candidates was asked for: allowed are at most "
-            f"{MAX_CANDIDATES}. Sweep the rate first, then the rest around the best."
+            f"Cannot sweep over {len(combinations):,} candidates. Allowed: at most "
+            f"{MAX_CANDIDATES}. Sweep the learning rate first, then the rest around the best one."
         )
     swept, faults, candidates = grid.swept(), [], []
     for number, values in enumerate(combinations, start=1):
@@ -108,12 +109,12 @@ def build_candidates(grid: Grid, lora: LoRAConfig, train: TrainConfig) -> list[C
         except LoraError as error:
             faults.append(f"candidate {number}: {' '.join(str(error).split())}")
     if faults:
-        raise ConfigError(gather(faults, "Candidates cannot be made:", "Change these values."))
+        raise ConfigError(gather(faults, "Cannot train these candidates:", "Change these values."))
     return candidates
 
 
 def short_number(value: float) -> str:
-    """Return `value` without needless digits: 0.0003 as 3e-4, 16.0 as 16."""
+    """Return `value` in its shortest form: 0.0003 as 3e-4, 16.0 as 16."""
     if value and not 1e-3 < abs(value) < 1e4:
         digits, power = f"{value:.6e}".split("e")
         return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
@@ -129,12 +130,12 @@ def _build(
 ) -> Candidate:
     if isinstance(chosen["alpha"], str):  # a multiple of the rank
         chosen["alpha"] = float(chosen["alpha"].removesuffix("r") or 1) * chosen["rank"]
-    of_lora = {name: chosen[name] for name in _OF_LORA}
-    of_train = {name: value for name, value in chosen.items() if name not in _OF_LORA}
+    lora_values = {name: chosen[name] for name in _LORA_SETTINGS}
+    train_values = {name: value for name, value in chosen.items() if name not in _LORA_SETTINGS}
     seed = chosen["seed"]
     parts = [f"{number:03d}", *(_label(name, chosen[name]) for name in swept)]
-    config = replace(lora, **of_lora, init_seed=seed)
-    return Candidate(number, "-".join(parts), config, replace(train, **of_train))
+    config = replace(lora, **lora_values, init_seed=seed)
+    return Candidate(number, "-".join(parts), config, replace(train, **train_values))
 
 
 def _label(name: str, value: Any) -> str:
@@ -143,7 +144,7 @@ def _label(name: str, value: Any) -> str:
 
 
 def _split(value: object) -> list[object]:
-    """Return the values in `value`, parted at commas too."""
+    """Return the values in `value`, strings split at commas."""
     items = list(value) if isinstance(value, list | tuple) else [value]
     parts: list[object] = []
     for item in items:
@@ -152,20 +153,20 @@ def _split(value: object) -> list[object]:
 
 
 def _read(name: str, word: object, faults: list[str]) -> Any:
-    """Return the value that `word` means for the setting `name`; what cannot be is a fault."""
+    """Return `word` as a value of the setting `name`, and add it to `faults` if it is none."""
     kind, allowed = _KINDS[name]
     if isinstance(word, bool) or word is None:
-        faults.append(f"{name}={word!r}: allowed is {allowed}")
+        faults.append(f"{name}={word!r}: must be {allowed}")
         return word
     if name == "schedule" or (name == "alpha" and _is_multiple(word)):
         return word
     try:
         value = kind(word)
     except (TypeError, ValueError, OverflowError):
-        faults.append(f"{name}={word!r}: allowed is {allowed}")
+        faults.append(f"{name}={word!r}: must be {allowed}")
         return word
     if not math.isfinite(value) or (isinstance(word, float) and value != word):
-        faults.append(f"{name}={word!r}: allowed is {allowed}")
+        faults.append(f"{name}={word!r}: must be {allowed}")
     return value
 
 
@@ -179,10 +180,10 @@ def _is_multiple(word: object) -> bool:
 
 
 _KINDS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "rank": (int, "ints ≥ 1"),
-    "learning_rate": (float, "numbers > 0"),
-    "alpha": (float, "numbers > 0, or multiples of the rank such as 2r"),
-    "dropout": (float, "numbers from 0 to below 1"),
-    "seed": (int, "ints ≥ 0"),
-    "schedule": (str, "cosine, linear, constant"),
+    "rank": (int, "an int ≥ 1"),
+    "learning_rate": (float, "a number > 0"),
+    "alpha": (float, "a number > 0, or a multiple of the rank such as 2r"),
+    "dropout": (float, "a number from 0 to below 1"),
+    "seed": (int, "an int ≥ 0"),
+    "schedule": (str, "one of cosine, linear, constant"),
 }

@@ -2,8 +2,8 @@
 
 A rung is a step at which all candidates that are left have been evaluated. Without halving there is
 one, the last step. With halving the worse half stops at a quarter and at half of the steps, which
-frees their slots in the stack for the others. A candidate that goes on continues its own training:
-what it has learned at the end does not depend on how often it was paused.
+frees their slots in the stack for the others. A candidate that is kept continues its training
+where it stopped: its final values do not depend on how often it was paused.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def find_rungs(steps: int, *, halving: bool) -> tuple[int, ...]:
 def next_group(record: SweepRecord) -> tuple[list[int], int] | None:
     """Return which candidates train together next, by index, and to which step; None at the end.
 
-    Rungs that all candidates have reached are to be halved before: see `halve_reached_rungs`.
+    Call `halve_reached_rungs` first.
     """
     for rung in record.rungs:
         left = [n for n, c in enumerate(record.candidates) if c.is_alive and c.step < rung]
         if left:
-            # A stack takes its steps together, and a wave that was split left some half-way: only
-            # candidates at the same step share the next one.
+            # Candidates in a stack take their steps together, and a wave that was split left some
+            # half-way: only candidates at the same step can share a wave.
             step = record.candidates[left[0]].step
             alike = [n for n in left if record.candidates[n].step == step]
             return alike[: record.at_once], rung
@@ -52,9 +52,9 @@ def halve_reached_rungs(record: SweepRecord) -> list[CandidateState]:
 
 
 def _halve(candidates: list[CandidateState], rung: int) -> list[CandidateState]:
-    """Stop the worse half of the candidates at `rung`; the better half, rounded up, goes on."""
-    went_on = any(c.is_alive and c.step > rung for c in candidates)
-    if went_on or any(c.stopped_at == rung for c in candidates):
+    """Stop the worse half of the candidates at `rung`; the better half, rounded up, is kept."""
+    has_moved_on = any(c.is_alive and c.step > rung for c in candidates)
+    if has_moved_on or any(c.stopped_at == rung for c in candidates):
         return []  # halved before, in this process or in the one that is resumed
     ranked = sorted((c for c in candidates if c.is_alive and c.step == rung), key=loss_order)
     stopped = ranked[math.ceil(len(ranked) / 2) :]

@@ -1,4 +1,4 @@
-"""What a sweep is asked to do, how `run.json` says it, and whether it is the same again."""
+"""The configuration of a sweep, its run record, and the check that a resumed one is the same."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from lora.sweep.grid import Candidate, Grid
 
 @dataclass(frozen=True, kw_only=True)
 class SweepJob(Task):
-    """What to try, on what, and how."""
+    """A sweep: the task, the candidates, and how they train."""
 
     grid: Grid
-    """What the candidates differ in."""
+    """The values whose combinations are the candidates."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
-    """What all candidates share; the grid's values replace its own."""
+    """Shared by all candidates; the grid's values replace those given here."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """What all candidates share; the grid's values replace its own."""
+    """Shared by all candidates; the grid's values replace those given here."""
     run: RunConfig = field(default_factory=RunConfig)
-    """Of it: out, name, device, fast, and the intervals of evaluations and saves."""
+    """A sweep uses out, name, device, fast, and the evaluation and save intervals."""
     at_once: int | None = None
-    """Candidates that train together; None: as many as fit into memory."""
+    """Candidates trained together; None: as many as fit into memory."""
     halving: bool = False
     """Stop the worse half at a quarter and at half of the steps."""
     resume: bool = False
-    """Go on with the sweep of this name."""
+    """Continue the sweep of this name."""
     deterministic: bool = False
-    """Repeat to the bit on a GPU too: torch's deterministic algorithms, and the plain step."""
+    """Repeat bit for bit on a GPU too: PyTorch's deterministic algorithms, and the plain step."""
 
 
 def takes_fast(job: SweepJob) -> bool:
@@ -46,29 +46,29 @@ def takes_fast(job: SweepJob) -> bool:
 
 
 def check_job(job: SweepJob, candidates: list[Candidate]) -> None:
-    """Raise ConfigError for what no sweep can do."""
+    """Raise ConfigError for settings that a sweep cannot have."""
     if job.at_once is not None and job.at_once < 1:
-        raise ConfigError(f"at_once={job.at_once!r}: allowed is an int ≥ 1. Change it.")
+        raise ConfigError(f"Cannot sweep with at_once={job.at_once!r}. Allowed: an int ≥ 1.")
     if job.data_config.special_tokens:
         raise ConfigError(
-            "A sweep was asked for with special_tokens: rows of added tokens cannot train for "
+            "Cannot sweep with special_tokens: the embedding rows of added tokens cannot train for "
             "several adapters at once yet. Leave them out, or use lora finetune."
         )
     if job.halving and len(candidates) < 4:
         raise ConfigError(
-            f"halving was asked for with {len(candidates)} candidates: it halves them twice, so "
-            "at least 4 are needed. Leave it out, or give more values."
+            f"Cannot use halving with {len(candidates)} candidates, because it halves them twice. "
+            "Allowed: at least 4. Leave it out, or give more values."
         )
 
 
 def sweep_settings(job: SweepJob) -> SweepSettings:
-    """Return what makes another sweep the same as this one."""
+    """Return the settings that a resumed sweep must share."""
     grid = {name: list(values) for name, values in asdict(job.grid).items()}
     return SweepSettings(grid, job.halving, job.train.steps)
 
 
 def check_same_sweep(job: SweepJob) -> None:
-    """Raise CheckpointError if another sweep is to be resumed as this one."""
+    """Raise CheckpointError if `job` resumes a run that is not the same sweep."""
     folder = job.run.out / str(job.run.name)
     if not job.resume or not (folder / RUN_FILE).is_file():
         return
@@ -79,13 +79,14 @@ def check_same_sweep(job: SweepJob) -> None:
             "name of a sweep, or use lora finetune --resume."
         )
     faults = [
-        f"{key}: {value} when it began, {now[key]} now"
+        f"{key}: {value} then, {now[key]} now"
         for key, value in asdict(saved).items()
         if value != now[key]
     ]
     if faults:
-        advice = "Resume with the values that it began with, or begin a new sweep."
-        raise CheckpointError(gather(faults, f"Cannot resume the sweep {folder}:", advice))
+        advice = "Resume with the values it started with, or start a new sweep."
+        heading = f"Cannot resume the sweep {folder} with other values:"
+        raise CheckpointError(gather(faults, heading, advice))
 
 
 def describe_job(

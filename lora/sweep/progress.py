@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: a table of all candidates that sorts itself. No torch here."""
+"""Progress reporting of a sweep: a live table of its candidates, or nothing. No torch."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _LINE_EVERY_S = 10
-_ROWS_WHERE_NO_HEIGHT_IS_KNOWN = 20
+_DEFAULT_HEIGHT = 20
+"""Lines of a terminal that does not report its height."""
 
 
 class SweepProgress(Protocol):
-    """Hears of a sweep's steps, evaluations and events."""
+    """Callbacks for a sweep's start, steps, evaluations, messages and end."""
 
     def start(self, names: Sequence[str]) -> None:
-        """A sweep begins; `names` are those of the settings that differ."""
+        """Called when a sweep starts; `names` are those of the settings that vary."""
 
     def step(self, title: str, states: Sequence[CandidateState]) -> None:
-        """The candidates that train have taken a step."""
+        """Called after each step of the candidates that train."""
 
     def evaluated(self, title: str, states: Sequence[CandidateState]) -> None:
-        """The candidates that train were measured."""
+        """Called after each evaluation of the candidates that train."""
 
     def message(self, message: str) -> None:
-        """Something worth a line has happened."""
+        """Called with one line of text for the user."""
 
     def stop(self) -> None:
-        """The sweep is over, whichever way it ended."""
+        """Called when the sweep ends, also after an error."""
 
 
 class NoSweepProgress:
-    """Says nothing."""
+    """A SweepProgress that shows nothing."""
 
     def start(self, names: Sequence[str]) -> None:
         pass
@@ -56,10 +57,10 @@ class NoSweepProgress:
 
 
 class RichSweepProgress:
-    """A live table on standard error, the best on top.
+    """A live table on standard error, the best candidate first.
 
-    Where standard error is no terminal, a line every ten seconds and the leader at each evaluation
-    take its place.
+    If standard error is not a terminal, prints a plain line every ten seconds and the best
+    candidate at each evaluation instead.
     """
 
     def __init__(self) -> None:
@@ -92,7 +93,7 @@ class RichSweepProgress:
             return
         leader = rank(states)[0]
         if leader.eval_loss is not None:
-            best = f"best: {leader.name}, held-out loss {leader.eval_loss:.4f}"
+            best = f"best: {leader.name}, validation loss {leader.eval_loss:.4f}"
             self.console.print(f"sweep · {title} · {best}", markup=False)
 
     def message(self, message: str) -> None:
@@ -102,7 +103,7 @@ class RichSweepProgress:
         self._live.stop()
 
     def _show(self, title: str, states: Sequence[CandidateState]) -> None:
-        height = self.console.height or _ROWS_WHERE_NO_HEIGHT_IS_KNOWN
+        height = self.console.height or _DEFAULT_HEIGHT
         table = candidates_table(states, self._names, most=max(3, height - 6))
         table.caption = title
         self._live.update(table, refresh=True)
@@ -118,12 +119,12 @@ def candidates_table(
     table.add_column("#", justify="right")
     for name in names:
         table.add_column(SHORT_NAMES.get(name, name), justify="right")
-    for title in ("step", "loss", "held-out", "best (step)"):
+    for title in ("step", "loss", "validation", "best (step)"):
         table.add_column(title, justify="right")
     table.add_column("status", overflow="ellipsis", no_wrap=True)
     ranked = rank(states)
     for place, state in enumerate(ranked[:most], start=1):
-        values = [shown(state.settings[name]) for name in names]
+        values = [_format_value(state.settings[name]) for name in names]
         row = [str(place), *values, str(state.step), *format_losses(state)]
         table.add_row(*row, format_status(state), style=_STYLES.get(state.status, ""))
     if most is not None and len(ranked) > most:
@@ -131,8 +132,7 @@ def candidates_table(
     return table
 
 
-def shown(value: object) -> str:
-    """Return a setting's value as a person reads it."""
+def _format_value(value: object) -> str:
     return short_number(value) if isinstance(value, float) else str(value)
 
 

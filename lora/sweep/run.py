@@ -1,14 +1,15 @@
-"""Train many adapters at once on one frozen base, and say which settings are best.
+"""Runs a sweep: trains many adapters at once on one frozen base, and chooses the best.
 
     runs/NAME/
-      run.json      what was asked          sweep.json   what became of each candidate
-      candidates/   by name: run.json, metrics.jsonl, adapter/
-      best/         the adapter with the lowest held-out loss
+      run.json        configuration, data, environment
+      sweep.json      the state of each candidate
+      timings.jsonl   seconds and memory of each wave
+      candidates/     by name: run.json, metrics.jsonl, adapter/
+      best/           the adapter with the lowest validation loss
+      result.json     which candidate that is
 
-`lora.report` draws the losses of the candidates and writes a page from what stands there.
-
-Each candidate ends where `lora finetune` would bring it with the same settings, data and seed,
-within floating-point noise.
+Each candidate ends where `lora finetune` would end with the same settings, data and seed, within
+floating-point noise.
 """
 
 from __future__ import annotations
@@ -69,18 +70,19 @@ from lora.sweep.wave_loop import WavePlan
 from lora.training.out_of_memory import LOADING_ADVICE, explained
 
 BEST = "best"
+"""Directory of the best adapter."""
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """Where the results are, and how the candidates ended, the best first."""
+    """Where the results are, and the final state of each candidate, the best first."""
 
     folder: Path
     best: Path
-    """The best candidate's adapter."""
+    """Directory of the best candidate's adapter."""
     candidates: list[CandidateState]
     train_s: float
-    """Seconds this process spent in steps."""
+    """Seconds in steps of this process."""
     peak_memory_bytes: int
 
 
@@ -90,10 +92,10 @@ def sweep(
     *,
     show_data: Callable[[DataReport], None] | None = None,
 ) -> SweepResult:
-    """Run `job` to its end: train all candidates, save their adapters, and choose the best.
+    """Train all candidates of `job`, save their adapters, and choose the best.
 
-    Raises ConfigError, DataError or ModelError for what cannot work, before anything is written;
-    TrainingError if no candidate came through; Interrupted after a signal, the state saved.
+    Raises ConfigError, DataError or ModelError for a job that cannot run, before anything is
+    written; TrainingError if every candidate failed; Interrupted after a signal, the state saved.
     """
     progress = progress or NoSweepProgress()
     candidates = build_candidates(job.grid, job.lora, job.train)

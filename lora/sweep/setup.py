@@ -1,4 +1,4 @@
-"""What a sweep needs before its first wave: data, the stack size, the saved state, a ledger."""
+"""What a sweep needs before its first wave: data, stack size, context, record."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lora.training.plain_step import evaluate
 
 
 def prepare_sweep(job: SweepJob, model_folder: Path, progress: SweepProgress) -> PreparedData:
-    """Return the examples as rows of tokens; raises DataError if nothing is held out."""
+    """Return the examples as sequences; raises DataError if there is no validation data."""
     data = prepare_data(
         job.data,
         load_tokenizer(model_folder),
@@ -44,12 +44,13 @@ def prepare_sweep(job: SweepJob, model_folder: Path, progress: SweepProgress) ->
     )
     if data.validation is None:
         raise DataError(
-            "A sweep chooses by held-out loss, and nothing is held out: give more examples, "
-            "--eval-data, or an --eval-fraction above 0."
+            "Cannot sweep without validation data: candidates are compared by validation loss. "
+            "Give more examples, --eval-data, or an --eval-fraction above 0."
         )
     progress.message(
-        f"{len(data.train_examples)} examples to learn ({data.train.n_target_tokens:,} learned "
-        f"tokens in {len(data.train)} rows), {len(data.validation_examples)} to compare by"
+        f"{len(data.train_examples)} training examples ({data.train.n_target_tokens:,} target "
+        f"tokens in {len(data.train)} sequences), {len(data.validation_examples)} validation "
+        "examples"
     )
     return data
 
@@ -63,9 +64,10 @@ def choose_stack_size(
     progress: SweepProgress,
     saved: SweepRecord | None,
 ) -> tuple[int, str]:
-    """Return how many train together, and what was planned, in words.
+    """Return how many candidates train together, and the memory plan in words.
 
-    A sweep that goes on keeps the number if none is asked for, and so its bytes.
+    A resumed sweep keeps the number it began with unless the job gives one: other waves would have
+    matmuls of other shapes, and other last bits.
     """
     memory = plan_stack_memory(
         model,
@@ -79,16 +81,16 @@ def choose_stack_size(
         fast=takes_fast(job),
     )
     fit = len(candidates) if memory.n_fit is None else max(1, memory.n_fit)
-    asked = job.at_once or (saved.at_once if saved else None)
-    at_once = min(asked or fit, len(candidates))
+    given = job.at_once or (saved.at_once if saved else None)
+    at_once = min(given or fit, len(candidates))
     waves = math.ceil(len(candidates) / at_once)
-    at_once = at_once if asked else math.ceil(len(candidates) / waves)  # waves of one size
-    told = f"{at_once} at once, {waves} {'wave' if waves == 1 else 'waves'}"
-    progress.message(f"memory: {memory.describe()}; {told}")
+    at_once = at_once if given else math.ceil(len(candidates) / waves)  # waves of equal size
+    in_waves = f"{at_once} at once, {waves} {'wave' if waves == 1 else 'waves'}"
+    progress.message(f"memory: {memory.describe()}; {in_waves}")
     if memory.n_fit is not None and at_once > memory.n_fit:
         progress.message(
-            f"note: {at_once} at once may be more than memory holds: --at-once "
-            f"{max(1, memory.n_fit)}, more --micro-batches or a shorter --max-length take less"
+            f"note: {at_once} candidates at once may not fit into memory. --at-once "
+            f"{max(1, memory.n_fit)}, more --micro-batches or a shorter --max-length need less"
         )
     return at_once, memory.describe()
 
@@ -133,7 +135,7 @@ def read_saved_record(job: SweepJob, candidates: list[Candidate]) -> SweepRecord
         raise CheckpointError(
             f"Cannot resume {folder}: its {SWEEP_FILE} lists "
             f"{', '.join(c.name for c in record.candidates) or 'no candidates'}. Resume with the "
-            "values that the sweep began with, or begin a new sweep."
+            "values it started with, or start a new sweep."
         )
     return record
 

@@ -25,19 +25,19 @@ from lora.sweep.wave_loop import TrainedMember, WaveLoop, WavePlan
 
 @dataclass(frozen=True)
 class TrainedWave:
-    """A wave after the last step that this process takes: what `train_wave` returns."""
+    """What `train_wave` returns: the wave after this process's last step of it."""
 
     members: list[TrainedMember]
     step: int
     until: int
     n_steps: int
-    """Since the wave began, in whichever process."""
+    """Steps since the wave began, those of earlier processes included."""
     timed_steps: int
-    """In this process."""
+    """Steps taken by this process."""
     train_s: float
-    """Seconds in these."""
+    """Seconds of these."""
     is_over: bool
-    """Whether the wave came to its end, or no candidate is left; false after a signal."""
+    """Whether the wave is complete, or all its candidates failed; false after a signal."""
 
 
 def train_wave(
@@ -70,9 +70,9 @@ def finish_wave(
     wave: TrainedWave,
     save_adapter: Callable[[Candidate, TensorState], None],
 ) -> None:
-    """Save the adapters and what the next rung needs, then the record; the checkpoint goes.
+    """Save the adapters and what the next rung needs, then the record; remove the checkpoint.
 
-    Raises ValueError for a wave that a signal stopped: it is to be resumed.
+    Raises ValueError for a wave that is not complete: it has to be resumed.
     """
     if not wave.is_over:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The checkpoint of a wave that is under way, and each candidate's state between two waves.
+"""The checkpoint of an unfinished wave, and each candidate's state between two waves.
 
     runs/NAME/checkpoints/                 the wave: all of its candidates' tensors together
     runs/NAME/candidates/NAME/state/       one candidate's tensors, from one wave to the next
@@ -34,7 +34,7 @@ TensorState = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class WavePosition:
-    """Where a wave is: the `state.json` of its checkpoint."""
+    """How far a wave is: the `state.json` of its checkpoint."""
 
     numbers: list[int]
     """Of its candidates, from 1."""
@@ -44,7 +44,7 @@ class WavePosition:
     wave_step: int
     """The candidates' step."""
     steps_before: int
-    """`SweepRecord.steps_taken` when the wave began: tells a wave that the record has already."""
+    """`SweepRecord.steps_taken` when the wave began: detects a wave that the record has already."""
 
     def __post_init__(self) -> None:
         if len(self.numbers) != len(self.candidates) or not self.numbers:
@@ -71,7 +71,7 @@ def save_wave(context: SweepContext, saved: SavedWave, number: int) -> None:
 
 
 def load_wave(context: SweepContext, record: SweepRecord) -> SavedWave | None:
-    """Return the checkpoint of the wave that was under way, or None if there is none.
+    """Return the checkpoint of the unfinished wave, or None if there is none.
 
     Raises CheckpointError if there are checkpoints and none of them can be used.
     """
@@ -84,9 +84,9 @@ def load_wave(context: SweepContext, record: SweepRecord) -> SavedWave | None:
     if [names.get(number) for number in position.numbers] != [c.name for c in position.candidates]:
         raise CheckpointError(
             f"Cannot resume from {folder}: its candidates {position.numbers} are not those of this "
-            "sweep. Use a copy of the run directory, or begin a new sweep."
+            "sweep. Use a copy of the run directory, or start a new sweep."
         )
-    if position.steps_before != record.steps_taken:  # killed after the record took this wave in
+    if position.steps_before != record.steps_taken:  # killed between the two lines of `close_wave`
         shutil.rmtree(folder, ignore_errors=True)
         return None
     own = [_own_tensors(tensors, k) for k in range(len(position.numbers))]
@@ -94,7 +94,7 @@ def load_wave(context: SweepContext, record: SweepRecord) -> SavedWave | None:
 
 
 def split_wave(context: SweepContext, record: SweepRecord, saved: SavedWave) -> None:
-    """Let each candidate of a saved wave wait where it is, so that smaller waves can go on.
+    """Save each candidate of a saved wave by itself, so that smaller waves can continue.
 
     Changes `record` in place, and on disk.
     """
@@ -117,7 +117,7 @@ def split_wave(context: SweepContext, record: SweepRecord, saved: SavedWave) -> 
 def close_wave(context: SweepContext, record: SweepRecord, n_steps: int) -> None:
     """Write the record with `n_steps` steps more, then remove the wave's checkpoint.
 
-    In this order: a kill between the two leaves a checkpoint that `load_wave` knows as done.
+    In this order: a kill between the two leaves a checkpoint that `load_wave` recognises as done.
     """
     record.steps_taken += n_steps
     write_sweep_record(context.run, record)
@@ -125,7 +125,7 @@ def close_wave(context: SweepContext, record: SweepRecord, n_steps: int) -> None
 
 
 def save_candidate(run: Run, state: CandidateState, tensors: TensorState) -> None:
-    """Write what one candidate needs to go on in another wave.
+    """Write what one candidate needs to continue in another wave.
 
     Raises CheckpointError if the disk refuses.
     """
@@ -151,6 +151,6 @@ def _parse_position(state: dict[str, Any], folder: Path) -> WavePosition:
     faults: Faults = []
     position = parse(WavePosition, upgraded_candidates(state), str(folder), faults)
     if position is None or faults:
-        advice = "Use a copy of the run directory, or begin a new sweep."
+        advice = "Use a copy of the run directory, or start a new sweep."
         raise CheckpointError(gather(faults, f"Cannot resume from {folder}:", advice))
     return position

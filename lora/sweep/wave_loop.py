@@ -41,7 +41,7 @@ class WavePlan:
     candidates: list[Candidate]
     until: int
     saved: SavedWave | None = None
-    """Where an interrupted wave goes on; None: at the state of each candidate."""
+    """The checkpoint of an interrupted wave; None: each candidate starts from its own state."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ class WaveMember:
     """One candidate while it trains in a wave."""
 
     index: int
-    """Its slot in the stack, k."""
+    """Its index in the stack, k."""
     candidate: Candidate
     state: CandidateState
     run: Run
@@ -57,7 +57,7 @@ class WaveMember:
     stream: BatchStream
 
     def skip_to(self, row: int) -> None:
-        """Let the batches go on after the first `row` sequences."""
+        """Move the stream to the batch after the first `row` sequences."""
         self.stream.load_state_dict({**self.stream.state_dict(), "row": row})
 
     def note_step(self, outcome: StepOutcome, n_sequences: int) -> None:
@@ -122,7 +122,7 @@ class WaveLoop:
         self.resumed_step = self.step
 
     def _start(self) -> None:
-        """Begin with the candidates' first values, or what their last wave left."""
+        """Start from the candidates' initial values, or restore what their last wave saved."""
         for member in self.members:
             state = member.state
             member.run.cut_metrics_after(state.step if state.step else -1)
@@ -134,7 +134,7 @@ class WaveLoop:
             state.status = "training"
 
     def _resume(self, saved: SavedWave) -> None:
-        """Go on where a checkpoint of this wave stands."""
+        """Restore a checkpoint of this wave."""
         position = saved.position
         for member, state, tensors in zip(
             self.members, position.candidates, saved.tensors, strict=True
@@ -164,11 +164,11 @@ class WaveLoop:
 
     @property
     def is_over(self) -> bool:
-        """Whether all have come to the wave's end, or none is left."""
+        """Whether all candidates have reached the wave's last step, or all have failed."""
         return self.step >= self.until or len(self.runner.failures) == len(self.members)
 
     def trained_members(self) -> list[TrainedMember]:
-        """Return the candidates with copies of what they need to go on."""
+        """Return the candidates with the state that continues their training."""
         return [
             TrainedMember(m.candidate, m.state, m.run, self.runner.state(m.index))
             for m in self.members
@@ -195,7 +195,7 @@ class WaveLoop:
             member.skip_to(member.state.row)
 
     def _save(self) -> None:
-        """Save the whole wave; if the disk refuses, say so: the next save is another try."""
+        """Save the whole wave; if the disk refuses, report it: the next save tries again."""
         position = WavePosition(
             numbers=[m.candidate.number for m in self.members],
             candidates=[m.state for m in self.members],
@@ -249,7 +249,7 @@ class WaveLoop:
     def _drop(self, member: WaveMember, reason: str) -> None:
         self.runner.drop(member.index, reason)
         member.state.fail(reason)
-        self.context.progress.message(f"{member.candidate.name} is dropped: {reason}")
+        self.context.progress.message(f"{member.candidate.name} failed: {reason}")
 
     def _evaluate(self) -> None:
         context = self.context

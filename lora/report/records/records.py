@@ -127,48 +127,51 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class GridCell:
-    """Candidates of one rank and rate, over their seeds."""
+    """Finished candidates of one rank and learning rate, averaged over seeds."""
 
     rank: int
     learning_rate: float
     loss: float
-    """Held-out loss at the end, the mean over seeds; of other settings' values the best."""
+    """Final validation loss: the mean over seeds, the best over the values of other settings."""
     n_seeds: int
 
 
 @dataclass(frozen=True)
 class SweetSpot:
-    """The smallest rank whose best loss is within noise of the best of all."""
+    """The smallest rank whose best loss is within noise of the best loss of all ranks."""
 
     rank: int
     loss: float
     best_rank: int
     best_loss: float
     noise: float
-    """Nats: what may lie between two ranks that are held to be equally good."""
+    """Nats: ranks whose losses differ by at most this count as equally good."""
     noise_from: str
-    """How the noise was found, in words."""
+    """How the noise was estimated, in words."""
 
 
 @dataclass(frozen=True)
 class SweepSummary:
-    """A sweep: its candidates are among the report's runs, under its name as group."""
+    """A sweep; its candidates are among the report's runs, with its name as `group`."""
 
     name: str
     folder: str
     status: Status
     candidates: int
+    """Their number."""
     at_once: int | None
+    """Candidates trained together, at most."""
     halving: bool
     steps: int | None
     swept: tuple[str, ...]
+    """Names of the settings that vary."""
     base_eval_loss: float | None
     best: str | None
     """The run's name."""
     train_s: float | None
     peak_memory_bytes: int | None
     tried: tuple[GridCell, ...]
-    """By rank, then rate."""
+    """By rank, then learning rate."""
     sweet_spot: SweetSpot | None
     command: str | None
 

@@ -30,7 +30,7 @@ from lora.sweep.grid import SWEPT, short_number
 CANDIDATES, FULL = "candidates", "full"
 """Directories of the candidates, and of full fine-tuning beside them."""
 NOISE_FRACTION = 0.01
-"""Of the best loss: taken as noise where one seed cannot tell."""
+"""Of the best loss: taken as noise where there is one seed only."""
 _STATUSES: dict[str, Status] = {"done": "finished", "stopped": "stopped", "failed": "failed"}
 _SHORT = {"rank": "r", "learning_rate": "", "alpha": "a", "dropout": "d", "seed": "s"}
 
@@ -47,7 +47,7 @@ def read_sweep(
     swept = tuple(key for key in SWEPT if len(settings.grid.get(key, ())) > 1)
     candidates = rank(record.candidates) if record else []
     runs = [_candidate(folder, base, name, c, swept, faults) for c in candidates]
-    runs.sort(key=_place)
+    runs.sort(key=_sort_key)
     full_rate = None
     if (folder / FULL / RUN_FILE).is_file():
         full = replace(read_run(folder / FULL, base, faults, group=name), label=FULL)
@@ -79,15 +79,15 @@ def _finite(value: float | None) -> float | None:
 
 
 def _train_s(timings: Sequence[WaveTiming], record: SweepRecord | None) -> float | None:
-    """Return the seconds of all steps; None if some were not timed, as those before a kill are."""
+    """Return the seconds of all steps; None if some were not timed, as steps before a kill."""
     timed = sum(row.timed_steps for row in timings)
     if not timings or record is None or timed != record.steps_taken:
         return None
     return sum(row.train_s for row in timings)
 
 
-def _place(run: RunSummary) -> tuple[int, float]:
-    """Return what to sort by: those under way by their loss, the others stay as they come."""
+def _sort_key(run: RunSummary) -> tuple[int, float]:
+    """Return the sort key: unfinished candidates by loss, the others in their order."""
     if run.status == "unfinished":
         return 1, math.inf if run.eval_loss is None else run.eval_loss
     return {"finished": 0}.get(run.status, 2), 0.0
@@ -113,7 +113,7 @@ def _candidate(
 
 
 def candidate_label(run: RunSummary, state: CandidateState, swept: tuple[str, ...]) -> str:
-    """Return what sets a candidate apart, in a few characters: r4 3e-4."""
+    """Return the values that vary, in a few characters: r4 3e-4."""
     words = []
     for key in swept:
         value = state.settings.get(key)
@@ -123,16 +123,16 @@ def candidate_label(run: RunSummary, state: CandidateState, swept: tuple[str, ..
 
 
 def find_grid_cells(runs: Sequence[RunSummary]) -> tuple[GridCell, ...]:
-    """Return the loss of each rank at each rate: over seeds the mean, over the rest the best.
+    """Return the loss of each rank and learning rate: the mean over seeds, the best over the rest.
 
-    Only what came through to the end counts: a candidate that was stopped has seen fewer steps.
+    Only finished candidates count: one that was stopped has taken fewer steps.
     """
     best: dict[tuple[int, float], GridCell] = {}
     for key, losses in _by_setting(runs).items():
-        tried = GridCell(key[0], key[1], statistics.fmean(losses), len(losses))
+        cell = GridCell(key[0], key[1], statistics.fmean(losses), len(losses))
         known = best.get(key[:2])
-        if known is None or tried.loss < known.loss:
-            best[key[:2]] = tried
+        if known is None or cell.loss < known.loss:
+            best[key[:2]] = cell
     return tuple(best[key] for key in sorted(best))
 
 
@@ -140,12 +140,12 @@ Key = tuple[int, float, str]
 
 
 def _by_setting(runs: Sequence[RunSummary]) -> dict[Key, list[float]]:
-    """Return the losses at the end, those that differ in the seed alone together."""
+    """Return the final losses, grouped by all settings but the seed."""
     found: dict[Key, list[float]] = defaultdict(list)
     for run in runs:
         if run.status != "finished" or run.eval_loss is None:
             continue
-        if run.rank is None or run.learning_rate is None:  # or full fine-tuning
+        if run.rank is None or run.learning_rate is None:  # full fine-tuning
             continue
         rest = {k: v for k, v in run.settings.items() if k not in ("train.seed", "lora.init_seed")}
         found[(run.rank, run.learning_rate, repr(sorted(rest.items(), key=str)))].append(
@@ -154,10 +154,10 @@ def _by_setting(runs: Sequence[RunSummary]) -> dict[Key, list[float]]:
     return found
 
 
-def find_sweet_spot(tried: Sequence[GridCell], runs: Sequence[RunSummary]) -> SweetSpot | None:
-    """Return the smallest rank that is as good as the best, within noise; None for one rank."""
+def find_sweet_spot(cells: Sequence[GridCell], runs: Sequence[RunSummary]) -> SweetSpot | None:
+    """Return the smallest rank whose loss is within noise of the best; None for one rank."""
     by_rank: dict[int, GridCell] = {}
-    for one in tried:
+    for one in cells:
         known = by_rank.get(one.rank)
         if known is None or one.loss < known.loss:
             by_rank[one.rank] = one
@@ -171,9 +171,9 @@ def find_sweet_spot(tried: Sequence[GridCell], runs: Sequence[RunSummary]) -> Sw
 
 
 def _noise(runs: Sequence[RunSummary], best_loss: float) -> tuple[float, str]:
-    """Return what two losses may differ by, and how that was found.
+    """Return the noise of a loss in nats, and how it was estimated, in words.
 
-    With several seeds: their standard deviation, pooled over the best setting of each rank.
+    With several seeds it is their standard deviation, pooled over the best setting of each rank.
     """
     best: dict[int, list[float]] = {}
     for (one_rank, _, _), losses in _by_setting(runs).items():
@@ -182,9 +182,11 @@ def _noise(runs: Sequence[RunSummary], best_loss: float) -> tuple[float, str]:
             best[one_rank] = losses
     several = [losses for losses in best.values() if len(losses) > 1]
     if not several:
-        share = f"{100 * NOISE_FRACTION:g} % of the best loss"
-        told = f"{share}: with one seed, noise cannot be measured"
-        return NOISE_FRACTION * abs(best_loss), told
+        percent = f"{100 * NOISE_FRACTION:g} % of the best loss"
+        return (
+            NOISE_FRACTION * abs(best_loss),
+            f"{percent}: with one seed, noise cannot be measured",
+        )
     squares = sum(statistics.variance(losses) * (len(losses) - 1) for losses in several)
     degrees = sum(len(losses) - 1 for losses in several)
     n_seeds = max(len(losses) for losses in several)
