@@ -1,4 +1,4 @@
-"""`lora plan`: what a run would hold in memory, and which batch fits."""
+"""`lora plan`: estimate the memory of a run and the largest batch that fits."""
 
 from __future__ import annotations
 
@@ -8,72 +8,79 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from lora.config import BaseDtype, LoRAConfig, MemoryConfig, MemoryMode, TrainConfig
+from lora.cli.flags.from_fields import DATA, DEVICE, TRAINING, Flat, config_from, flags_from
+from lora.cli.flags.shared import BaseWeights, Json, LoRAFlags, Model
+from lora.config import DataConfig, LoRAConfig, MemoryConfig, MemoryMode, TrainConfig
 from lora.errors import ConfigError
 
 if TYPE_CHECKING:
     from lora.fast.memory.plan import MemoryPlan, PlanInputs
 
+MAX_MEMORY_GB = 1e6
 PARTS = {
     "weights": "weights",
     "gradients": "gradients",
-    "optimizer": "optimizer",
+    "optimizer": "optimizer state",
     "activations": "activations",
     "loss": "loss (logits)",
     "other": "process and allocator",
 }
+STEPS = {"plain": "PyTorch autograd", "captured": "CUDA graph", "fast": "fused GPU step"}
+
+PlanDevice = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    Parameter(group=DEVICE, help="Device of the run; cuda works without a GPU, with --memory-gb."),
+]
+
+
+@flags_from(TrainConfig, TRAINING, only=("batch_size", "micro_batches"))
+class BatchFlags:
+    """Sizes of a step."""
+
+
+@flags_from(DataConfig, DATA, only=("max_length", "packing"))
+class SequenceFlags:
+    """Sequences of a batch."""
+
+
+@flags_from(MemoryConfig, DEVICE)
+class PlanMemory:
+    """GPU memory."""
+
+    memory: MemoryMode = MemoryConfig.memory
+    """Activation checkpointing, as in lora finetune; auto plans none, and names the mode that a run
+    would take if that does not fit."""
+    memory_gb: float | None = None
+    """Memory that the run may use, in GB (10⁹ bytes). Default: what is free on this machine."""
 
 
 def plan(
     *,
-    model: str | None = None,
-    batch_size: int = 8,
-    micro_batches: int = 1,
-    max_length: int = 512,
-    packing: bool = True,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    memory: MemoryMode = "auto",
-    memory_gb: float | None = None,
-    base_dtype: BaseDtype = "auto",
-    json: bool = False,
-    lora: Annotated[LoRAConfig | None, Parameter(name="*")] = None,
+    model: Model = None,
+    device: PlanDevice = "auto",
+    base_dtype: BaseWeights = "auto",
+    json: Json = False,
+    sequences: Annotated[SequenceFlags | None, Flat] = None,
+    lora: Annotated[LoRAFlags | None, Flat] = None,
+    batch: Annotated[BatchFlags | None, Flat] = None,
+    memory: Annotated[PlanMemory | None, Flat] = None,
 ) -> int:
-    """Show what LoRA and full fine-tuning would hold in memory, and which batch fits.
+    """Estimate the memory of LoRA and of full fine-tuning, and the largest batch.
 
-    Examples:
+    For example:
 
         lora plan
-        lora plan --model ./llama --device cuda --memory-gb 24 --max-length 2048 --rank 16
+        lora plan --model ./llama --device cuda --memory-gb 24 --max-length 2048
         lora plan --batch-size 32 --micro-batches 4 --json
 
-    No weights are loaded; the model's config.json is enough. A run shows its plan as well, and at
-    its end what was measured.
-
-    Parameters
-    ----------
-    model
-        A folder in Hugging Face's layout, a .gguf file or a hub's owner/name; left out, it is
-        SmolLM2-135M-Instruct.
-    batch_size
-        Rows of one optimizer step.
-    micro_batches
-        Parts that a step's rows are split into.
-    max_length
-        Tokens of a row.
-    packing
-        Rows hold several examples.
-    device
-        Where the run would be; a GPU can be planned for where there is none.
-    memory
-        How the fast step of a GPU saves memory, as in `lora finetune`; auto shows the fastest
-        (none), and which one a run would take if that does not fit.
-    memory_gb
-        What the run may hold, in GB (10⁹ bytes); left out, what this machine has free.
-    base_dtype
-        How LoRA's frozen linears are kept: auto in the products' type, fp8 in eight bits.
-    json
-        Print the plan as one JSON object.
+    Only the model's config.json is read, no weights. lora finetune prints its
+    plan too, and at the end the measured peak.
     """
+    how_read = config_from(DataConfig, sequences or SequenceFlags())
+    train = config_from(TrainConfig, batch or BatchFlags())
+    lora_config = config_from(LoRAConfig, lora or LoRAFlags())
+    memory_config = config_from(MemoryConfig, memory or PlanMemory())
+    _check_memory(memory_config.memory_gb)
     import torch
 
     from lora.decoder.families import decoder_config
@@ -83,110 +90,107 @@ def plan(
     from lora.pretrained.hf_files import read_config
     from lora.pretrained.sources import find_model
 
-    _check(batch_size, micro_batches, max_length, memory_gb)
     kind = choose_device().device.type if device == "auto" else device
     source = find_model(model)
-    train = TrainConfig(batch_size=batch_size, micro_batches=micro_batches)
+    mode, memory_gb = memory_config.memory, memory_config.memory_gb
     room = available_bytes(kind) if memory_gb is None else round(memory_gb * 1e9)
     room_gb = (
         None if room is None else room / 1e9 * (USABLE_MEMORY_FRACTION if memory_gb is None else 1)
     )
-    setting = PlanInputs(
+    inputs = PlanInputs(
         config=decoder_config(read_config(source.folder)),
-        lora=lora or LoRAConfig(),
+        lora=lora_config,
         micro_batch_size=train.micro_batch_size,
-        tokens=max_length,
+        tokens=how_read.max_length,
         device_type=kind,
         compute_dtype=torch.bfloat16 if kind == "cuda" else torch.float32,
         micro_batches=train.micro_batches,
-        packed=packing,
-        memory=MemoryConfig("none" if memory == "auto" else memory, room_gb),
+        packed=how_read.packing,
+        memory=MemoryConfig("none" if mode == "auto" else mode, room_gb),
         fp8=base_dtype == "fp8",
     )
-    of_full = replace(setting, lora=None, fp8=False)
-    settings = {"lora": setting, "full": of_full}
-    plans = {name: plan_memory(each) for name, each in settings.items()}
-    fits = {name: _fit(each, room) for name, each in settings.items()}
-    ways = {}
-    if memory == "auto":
-        ways = {name: _way(settings[name], plans[name], room) for name in settings}
+    of_full = replace(inputs, lora=None, fp8=False)
+    both = {"lora": inputs, "full": of_full}
+    plans = {name: plan_memory(each) for name, each in both.items()}
+    fits = {name: _fit(each, room) for name, each in both.items()}
+    savings = {}
+    if mode == "auto":
+        savings = {name: _savings(both[name], plans[name], room) for name in both}
     if json:
-        print(json_format.dumps(_as_json(source.name, setting, plans, room, fits, ways)))
+        print(json_format.dumps(_as_json(source.name, inputs, plans, room, fits, savings)))
     else:
-        _show(source.name, setting, plans, room, fits, ways)
+        _show(source.name, inputs, plans, room, fits, savings)
     return 0
 
 
-def _check(batch_size: int, micro_batches: int, max_length: int, memory_gb: float | None) -> None:
-    if batch_size < 1 or micro_batches < 1 or batch_size % micro_batches:
+def _check_memory(memory_gb: float | None) -> None:
+    if memory_gb is not None and memory_gb >= MAX_MEMORY_GB:
         raise ConfigError(
-            f"--batch-size {batch_size} --micro-batches {micro_batches}: allowed are counts ≥ 1, "
-            "and micro_batches must divide batch_size."
+            f"Cannot plan for --memory-gb {memory_gb}. Allowed: a number > 0 and < "
+            f"{MAX_MEMORY_GB:g}, in GB (10⁹ bytes)."
         )
-    if max_length < 2:
-        raise ConfigError(f"--max-length {max_length}: allowed are rows of at least 2 tokens.")
-    if memory_gb is not None and not 0 < memory_gb < 1e6:
-        raise ConfigError(f"--memory-gb {memory_gb}: allowed is a number > 0, in GB (10⁹ bytes).")
 
 
-def _fit(setting: PlanInputs, room: int | None) -> int | None:
+def _fit(inputs: PlanInputs, room: int | None) -> int | None:
     from lora.fast.memory.plan import largest_micro_batch
 
-    return None if room is None else largest_micro_batch(setting, room)
+    return None if room is None else largest_micro_batch(inputs, room)
 
 
-def _way(setting: PlanInputs, planned: MemoryPlan, room: int | None) -> str:
-    """Return how a run would save memory, and how many rows would fit at most; "" if it cannot."""
+def _savings(inputs: PlanInputs, planned: MemoryPlan, room: int | None) -> str:
+    """Return how a run can save memory and the largest batch that then fits; "" if it cannot."""
     if room is None or planned.step != "fast":
         return ""
     from lora.fast.memory.plan import plan_memory
 
-    gb = setting.memory.memory_gb
-    least = _fit(replace(setting, memory=MemoryConfig("full+offload", gb)), room) or 0
-    text = f"with --memory full+offload up to {least} rows"
+    gb = inputs.memory.memory_gb
+    largest = _fit(replace(inputs, memory=MemoryConfig("full+offload", gb)), room) or 0
+    text = "not even one sequence with --memory full+offload"
+    if largest:
+        text = f"up to {_sequences(largest)} with --memory full+offload"
     if planned.total > room:
-        text = f"{plan_memory(replace(setting, memory=MemoryConfig('auto', gb))).reason}; {text}"
+        text = f"{plan_memory(replace(inputs, memory=MemoryConfig('auto', gb))).reason}; {text}"
     return text
 
 
 def _as_json(
     name: str,
-    setting: PlanInputs,
+    inputs: PlanInputs,
     plans: dict[str, MemoryPlan],
     room: int | None,
     fits: dict[str, int | None],
-    ways: dict[str, str],
+    savings: dict[str, str],
 ) -> dict[str, Any]:
     return {
         "model": name,
-        "device": setting.device_type,
-        "rows": setting.micro_batch_size,
-        "tokens": setting.tokens,
-        "rank": setting.lora.rank if setting.lora else None,
+        "device": inputs.device_type,
+        "rows": inputs.micro_batch_size,
+        "tokens": inputs.tokens,
+        "rank": inputs.lora.rank if inputs.lora else None,
         **{kind: plan.to_dict() for kind, plan in plans.items()},
         "available_bytes": room,
         "largest_rows": fits,
-        "ways_to_save": ways,
+        "ways_to_save": savings,
     }
 
 
 def _show(
     name: str,
-    setting: PlanInputs,
+    inputs: PlanInputs,
     plans: dict[str, MemoryPlan],
     room: int | None,
     fits: dict[str, int | None],
-    ways: dict[str, str],
+    savings: dict[str, str],
 ) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
     lora, full = plans["lora"], plans["full"]
-    rank = setting.lora.rank if setting.lora else 0
-    size = f"{setting.micro_batch_size} rows of {setting.tokens} tokens"
+    rank = inputs.lora.rank if inputs.lora else 0
+    size = f"{_sequences(inputs.micro_batch_size)} of {inputs.tokens} tokens"
     table = Table(
-        title=f"{name} on {setting.device_type}: {size}",
+        title=f"{name} on {inputs.device_type}: {size}",
         title_justify="left",
     )
     for head in ("", f"LoRA, rank {rank}", "full fine-tuning"):
@@ -194,32 +198,39 @@ def _show(
     for key, words in PARTS.items():
         table.add_row(words, _gb(getattr(lora, key)), _gb(getattr(full, key)))
     table.add_section()
-    table.add_row("together", _gb(lora.total), _gb(full.total), style="bold")
-    table.add_row("trained", f"{lora.trained_parameters:,}", f"{full.trained_parameters:,}")
+    table.add_row("total", _gb(lora.total), _gb(full.total), style="bold")
+    table.add_row(
+        "trained parameters", f"{lora.trained_parameters:,}", f"{full.trained_parameters:,}"
+    )
     console.print(table)
-    share = 100 * lora.trained_parameters / lora.parameters
+    percent = 100 * lora.trained_parameters / lora.parameters
     saved = 100 * (1 - lora.total / full.total)
     console.print(
-        f"LoRA trains {share:.2f} % of {lora.parameters:,} parameters and "
-        + (f"saves {saved:.0f} % of the memory." if saved > 0 else "saves no memory here.")
+        f"LoRA trains {percent:.2f}% of {lora.parameters:,} parameters and "
+        + (f"saves {saved:.0f}% of the memory." if saved > 0 else "saves no memory here.")
     )
-    console.print(f"Planned steps: LoRA {lora.step}, full {full.step}.")
+    console.print(f"Training step: LoRA {STEPS[lora.step]}, full {STEPS[full.step]}.")
     if room is None:
-        console.print("What fits: unknown here, for there is no such GPU. Give --memory-gb.")
+        console.print("Largest batch: unknown, this machine has no such GPU. Give --memory-gb.")
         return
     for kind, words in (("lora", "LoRA"), ("full", "full fine-tuning")):
-        console.print(_say_fit(words, fits[kind] or 0, room, setting))
-        if ways.get(kind):
-            console.print(f"  {ways[kind]}.")
+        console.print(_describe_fit(words, fits[kind] or 0, room, inputs))
+        if savings.get(kind):
+            console.print(f"  {savings[kind]}.")
 
 
-def _say_fit(words: str, rows: int, room: int, setting: PlanInputs) -> str:
-    if rows:
-        return f"{words}: up to {rows} rows of {setting.tokens} tokens fit into {_gb(room)}."
-    advice = "shorten --max-length, take a smaller model"
+def _describe_fit(words: str, n_sequences: int, room: int, inputs: PlanInputs) -> str:
+    of_tokens = f"of {inputs.tokens} tokens"
+    if n_sequences:
+        return f"{words}: up to {_sequences(n_sequences)} {of_tokens} fit into {_gb(room)}."
+    advice = "Try a shorter --max-length or a smaller model"
     if words != "LoRA":
-        advice += ", or use LoRA"
-    return f"{words}: not one row of {setting.tokens} tokens fits into {_gb(room)}; {advice}."
+        advice += ", or LoRA"
+    return f"{words}: not even one sequence {of_tokens} fits into {_gb(room)}. {advice}."
+
+
+def _sequences(count: int) -> str:
+    return f"{count} sequence{'' if count == 1 else 's'}"
 
 
 def _gb(n_bytes: int) -> str:

@@ -48,17 +48,20 @@ Flat = Parameter(name="*")
 
 
 def flags_from(
-    config: type, group: Group, *, without: tuple[str, ...] = ()
+    config: type, group: Group, *, without: tuple[str, ...] = (), only: tuple[str, ...] = ()
 ) -> Callable[[type[FlagsT]], type[FlagsT]]:
     """Return a decorator that turns a class into a dataclass with `config`'s fields as flags.
 
-    The class's own annotations, defaults and texts replace those of the fields of the same name.
-    The result checks nothing: `config_from` makes the config, which checks itself.
+    Fields: all but `without`, or those of `only`. What the class annotates itself replaces the
+    field of that name: type, default and, if there is one, text. The result checks nothing;
+    `config_from` makes the config, which checks itself.
     """
 
     def decorate(cls: type[FlagsT]) -> type[FlagsT]:
         own = {f.name: f for f in dataclasses.fields(dataclasses.dataclass(cls))}  # type: ignore[arg-type]
-        fields = {f.name: f for f in dataclasses.fields(config) if f.name not in without} | own
+        known = {f.name: f for f in dataclasses.fields(config)}
+        chosen = only or tuple(name for name in known if name not in without)
+        fields = {name: known[name] for name in chosen} | own
         hints = get_type_hints(config) | get_type_hints(cls)
         texts = field_texts(config) | field_texts(cls)
         made = dataclasses.make_dataclass(
