@@ -46,7 +46,7 @@ class KilnFlags:
 
 
 def flag(kind: type, name: str) -> tuple[Any, Parameter]:
-    """Return a flag's type and what cyclopts is told of it."""
+    """Return a flag's type and its cyclopts parameter."""
     hint, parameter = typing.get_args(typing.get_type_hints(kind, include_extras=True)[name])
     return hint, parameter
 

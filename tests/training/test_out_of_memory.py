@@ -113,6 +113,6 @@ def test_a_command_without_training_says_it_in_a_line(
 
     monkeypatch.setattr(cli, "_run", fail)
     assert cli.main(["generate"]) == 2
-    assert "memory ran out: CUDA out of memory" in capsys.readouterr().err
+    assert "lora: out of memory: CUDA out of memory" in capsys.readouterr().err
     with pytest.raises(torch.OutOfMemoryError):
         cli.main(["generate", "--debug"])
