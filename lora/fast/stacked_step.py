@@ -46,6 +46,7 @@ class StackedFastStep(HandWrittenStep):
         self._own_attention = own_attention
         self.merges = model.config.hidden_size < MERGE_BELOW_WIDTH if merges is None else merges
         device = next(model.parameters()).device
+        # Values, gradients and moments in fp32, as in FastStep.
         wide = torch.promote_types(dtype, torch.float32)
         self.flat = StackedFlat(stacked.stack.n_adapters, device, wide)
         with torch.no_grad():
@@ -66,6 +67,7 @@ class StackedFastStep(HandWrittenStep):
             weight_decays=weight_decays,
             max_grad_norms=max_grad_norms,
         )
+        # No activation checkpointing: a sweep's waves are sized to what fits without.
         super().__init__(model, ops, network, self.update)
 
     def _allocate(self, batch: Batch) -> None:

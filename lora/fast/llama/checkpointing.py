@@ -97,6 +97,7 @@ class BlockTensors:
         columns: int,
         scratch_rows: int,
     ) -> None:
+        # The last blocks store: those before the first trained one never need to.
         self.first_stored = n_layers - n_stored
         self.stored = like.new_empty(n_stored, rows, columns)  # (stored, N, columns)
         self.scratch = like.new_empty(scratch_rows if self.first_stored else 0, columns)
@@ -161,7 +162,7 @@ class OffloadedResiduals(Residuals):
                 )
                 for chunk in self.chunks
             ]
-            for _ in range(count - N_DEVICE_SLOTS)
+            for _ in range(count - N_DEVICE_SLOTS)  # the last ones never leave the device
         ]
         self.stream = torch.cuda.Stream(like.device) if like.is_cuda else None
         self._copies: dict[int, torch.cuda.Event] = {}

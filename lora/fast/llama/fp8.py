@@ -106,6 +106,8 @@ class Fp8Buffers:
         scratch = zip(buffers.fp8_codes.split(sizes), buffers.fp8_scales, strict=True)
         rows = [Fp8ScratchRows(codes, scales) for codes, scales in scratch]
         # Projections share a set where one's rows have been read before the other's are written.
+        # Forward: q/k/v, output and gate/up in turn, while down's rows come in chunks in between.
+        # Backward: of down's and output's dy (C wide) and gate/up's and q/k/v's, by turns.
         self.inputs = {qkv: rows[0], output: rows[0], gate_up: rows[0], down: rows[1]}
         self.gradients = {qkv: rows[3], output: rows[2], gate_up: rows[3], down: rows[2]}
         self.transposed, self.ones = buffers.transposed_codes, buffers.unit_scales

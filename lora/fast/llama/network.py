@@ -88,7 +88,7 @@ class FastNetwork:
         norms = [m for b in blocks for m in (b.input_layernorm, b.post_attention_layernorm)]
         self.norms = WeightGroup([*norms, trunk.norm], flat, dtype, trains=trains_all)
         self.embedding = WeightGroup([trunk.embed_tokens], flat, dtype, trains=trains_all)
-        self.head = self.embedding
+        self.head = self.embedding  # tied: one slot, to which both gradients are added
         if not model.config.tie_word_embeddings:
             self.head = WeightGroup([model.lm_head], flat, dtype, trains=trains_all, decays=True)
         self.weights = [self.norms, self.embedding]
@@ -100,6 +100,7 @@ class FastNetwork:
     def _project(self, blocks: list[list[nn.Module]]) -> Projection:
         """Return the projection of linears that read the same input, given by block."""
         flat, dtype, ops = self.flat, self.dtype, self.ops
+        # Stacked adapters over an fp8 base take the plain step (`lora.fast.choose`).
         if self.fp8_buffers is not None and isinstance(flat, FlatParameters):
             return fp8_projection(blocks, flat, dtype, ops, self.masks, self.fp8_buffers)
         if not self.trains_all and not any(has_lora(m) for block in blocks for m in block):

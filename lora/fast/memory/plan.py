@@ -152,6 +152,7 @@ def _resized(inputs: PlanInputs, micro_batch_size: int) -> PlanInputs:
 
 def _adapted(inputs: PlanInputs) -> Decoder:
     model = build_empty_decoder(inputs.config)
+    # Full fine-tuning trains fp32 weights; LoRA's frozen base is stored in the compute dtype.
     if inputs.lora is not None and inputs.compute_dtype is torch.bfloat16:
         model = model.bfloat16()
     _prepare(inputs)(model)
@@ -199,7 +200,7 @@ def _plan_traced(inputs: PlanInputs, counts: ParameterCounts, step: str, base: i
         loss = (
             CAPTURED_LOSS_BYTES * inputs.micro_batch_size * inputs.tokens * inputs.config.vocab_size
         )
-        base += evaluation_bytes(inputs)
+        base += evaluation_bytes(inputs)  # the graph holds its memory pool meanwhile
     if step == "captured" or inputs.micro_batches > 1 or inputs.lora is not None:
         gradients = trained  # of the micro-batches before, or in one flat buffer
     return MemoryPlan(

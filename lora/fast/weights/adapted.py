@@ -130,6 +130,7 @@ class ConcatenatedLoRAProjection(_LoRAProjection):
             layers = slice(start, min(start + at_once, self.n_layers))
             count = layers.stop - start
             whole = self.empty(count, self.outputs + self.width, self.inputs + self.width)
+            # `refresh` writes only the adapted members' parts: the others and the padding stay 0.
             whole[:, : self.outputs, self.inputs :] = 0
             whole[:, self.outputs :, self.inputs :] = 0
             self.groups.append((layers, whole))
@@ -179,6 +180,7 @@ class MergedProjection(_LoRAProjection):
         self.base = self.empty(self.n_layers, self.outputs, self.inputs)
         self.weight = torch.empty_like(self.base)
         self.a = self.empty(self.n_layers, self.width, self.inputs)
+        # Zeros in the blocks of B that pair one member's outputs with another's ranks.
         self.b = self.empty(self.n_layers, self.outputs, self.width).zero_()
         self.bind(self.base)
 

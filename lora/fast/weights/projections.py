@@ -106,7 +106,7 @@ class Projection:
     def matmul(self, layer: int, x: Tensor, weight: Tensor, out: Tensor) -> None:
         """Changes `out` (N, O) in place: x (N, K) times `weight` (O, K), and the bias."""
         if self.bias is None:
-            torch.mm(x, weight.T, out=out)
+            torch.mm(x, weight.T, out=out)  # into a buffer: a captured step allocates nothing
         else:
             torch.addmm(self.bias[layer], x, weight.T, out=out)
 

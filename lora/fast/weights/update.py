@@ -85,6 +85,7 @@ class FlatUpdate:
         steps = self.taken_steps.clamp(min=1)  # 1 − β⁰ = 0 would divide a step not taken
         self.control.copy_(torch.stack((self.learning_rate, steps, scale.float(), taken.float())))
         for part, decay, lr_fraction in flat.segments(self.weight_decay):
+            # A copy on the device: the learning rate is not known to the host during a capture.
             control = self.control if lr_fraction == 1 else self._slower(lr_fraction)
             self.adamw(
                 flat.values[part], flat.gradients[part], flat.mean[part], flat.square[part],
@@ -139,6 +140,7 @@ class HostUpdate(FlatUpdate):
         ]
 
     def run(self) -> None:
+        # On a CPU nothing is captured: reading values costs no wait, and a mask would be a pass.
         flat, count = self.flat, max(1, int(self.n_learned))
         norm = torch.linalg.vector_norm(flat.gradients).item() / count
         loss = self.loss_sum.item() / count

@@ -113,7 +113,8 @@ def _updated(p, m, v, grad, lr, step, decay, beta1, beta2, log_beta1, log_beta2,
     """Return parameters and moments after one step."""
     m = m + (grad - m) * (1 - beta1)
     v = v * beta2 + grad * grad * (1 - beta2)
-    # Powers in fp64: 1 − β² of a first step has few digits left in fp32.
+    # β^step as an exponential, since the step is known to the device alone. In fp64: 1 − β² of a
+    # first step has few digits left in fp32.
     wide = step.to(tl.float64)
     correction1 = 1 - tl.exp(wide * log_beta1)
     correction2 = 1 - tl.exp(wide * log_beta2)
@@ -176,6 +177,7 @@ def _stacked_adamw_kernel(
         decay = tl.load(own + 4)
         column = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
         inside = column < count
+        # One row of the grid for each adapter: its `control` row holds for all of its columns.
         at = adapter.to(tl.int64) * count + column
         grad = tl.load(gradients + at, mask=inside, other=0.0) * scale
         m = tl.load(mean + at, mask=inside, other=0.0)

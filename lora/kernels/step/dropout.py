@@ -28,7 +28,7 @@ def keep_mask(seed: Tensor, layer: int, rows: int, width: int, p: float) -> Tens
 
 
 def drop(x: Tensor, out: Tensor, seed: Tensor, layer: int, p: float) -> None:
-    """Changes `out` (N, I) in place: `x` / (1 − share) where the mask keeps it, 0 elsewhere."""
+    """Changes `out` (N, I) in place: `x` / (1 − p) where the mask keeps it, 0 elsewhere."""
     mask = keep_mask(seed, layer, len(x), x.shape[1], p)
     out.copy_(torch.where(mask, x * (1 / (1 - p)), 0))
 
@@ -63,7 +63,7 @@ def _drop_kernel(
     inside = columns < width
     keeps = _keeps(seed, layer, row, columns, width, threshold)
     value = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32) * factor
-    value = tl.where(keeps, value, 0.0)
+    value = tl.where(keeps, value, 0.0)  # not a product with the mask: 0 · ∞ would be NaN
     at = out + row * out_stride + columns
     if ADDS:
         value += tl.load(at, mask=inside, other=0.0).to(tl.float32)

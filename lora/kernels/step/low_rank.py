@@ -40,7 +40,7 @@ def _add_low_rank_kernel(
     # The whole rank at once: it is small, so there is no loop over the reduced dimension.
     low = tl.dot(tl.load(b_at, mask=left, other=0.0), tl.load(a_at, mask=right, other=0.0))
     at = (layer * outputs + row[:, None]) * inputs + column[None, :]
-    # K programs in a row share one tile of `base`.
+    # The K adapters of a block follow one another and share its base.
     base_at = (layer // adapters * outputs + row[:, None]) * inputs + column[None, :]
     inside = left & right
     # Added in fp32, so that the merged weight is rounded once.

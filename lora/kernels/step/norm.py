@@ -82,6 +82,7 @@ def _add_norm_kernel(
     inside = columns < width
     x = tl.load(residual + row * residual_stride + columns, mask=inside, other=0.0)
     if HAS_DELTA:
+        # In the tensors' dtype, as torch adds a residual: the sum is what later blocks see.
         x = x + tl.load(delta + row * delta_stride + columns, mask=inside, other=0.0)
     tl.store(total + row * total_stride + columns, x, mask=inside)
     wide = x.to(tl.float32)
@@ -178,6 +179,7 @@ def _norm_weight_kernel(
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     total = tl.zeros([BLOCK], dtype=tl.float32)
+    # Columns stay in one program's registers while it walks down its rows.
     for offset in range(ROWS):
         row = program * ROWS + offset
         there = inside & (row < rows)

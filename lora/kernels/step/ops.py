@@ -22,6 +22,7 @@ from lora.kernels.step import (
 )
 
 
+# A table of functions, not a class with two children: tests replace single operations in it.
 @dataclass(frozen=True)
 class Ops:
     """Everything between the matmuls of cuBLAS; each writes into tensors that it is given."""

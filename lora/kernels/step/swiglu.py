@@ -109,11 +109,12 @@ def _swiglu_backward_kernel(
     dy = tl.load(d_out + row * d_out_stride + columns, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
-    if WRITES_OUT:
+    if WRITES_OUT:  # free here: gate and up are in registers anyway
         y = (silu * up).to(out.dtype.element_ty)
         tl.store(out + row * out_stride + columns, y, mask=inside)
     d_gate = dy * up * (sigmoid + silu * (1 - sigmoid))
     kind = gate_up.dtype.element_ty
+    # Over gate and up, which this program alone reads, and has read by now.
     tl.store(gate_at, d_gate.to(kind), mask=inside)
     tl.store(gate_at + width, (dy * silu).to(kind), mask=inside)
 
