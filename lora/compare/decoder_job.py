@@ -15,6 +15,7 @@ from lora.config import LoRAConfig
 from lora.data.reading.readers import Source
 from lora.data.task import Task
 from lora.errors import ConfigError, did_you_mean, gather
+from lora.runs.record import IN_MEMORY, DataRecord
 
 if TYPE_CHECKING:
     from lora.finetune.job import FinetuneJob
@@ -73,6 +74,15 @@ class DecoderJob(Task):
             "measures": {name: _json_value(v) for name, v in vars(self.evaluation).items()},
         }
 
+    def data_record(self) -> DataRecord:
+        """Return where the training data comes from, as run.json has it."""
+        source, eval_source = _json_value(self.data), _json_value(self.eval_data)
+        return DataRecord(
+            source=str(source),
+            eval_source=None if eval_source is None else str(eval_source),
+            in_memory=not isinstance(self.data, Path | str) or None,
+        )
+
     def finetune_job(self, task: MemberTask) -> FinetuneJob:
         """Return the member as a job of `lora finetune`; it generates no samples while training."""
         from lora.finetune.job import FinetuneJob  # which imports torch
@@ -95,4 +105,4 @@ def _json_value(value: object) -> object:
         return value
     if isinstance(value, Path):
         return str(value)
-    return f"{len(list(cast(Iterable[Any], value)))} rows given in Python"
+    return f"{len(list(cast(Iterable[Any], value)))} {IN_MEMORY}"

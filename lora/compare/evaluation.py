@@ -22,6 +22,7 @@ from lora.inference.generate import generate
 from lora.inference.samples import choose_prompts
 from lora.runs.comparison_record import Sample
 from lora.runs.progress import Progress
+from lora.runs.record import IN_MEMORY
 
 FORGETTING_CHARACTERS = 20_000
 """Of the built-in prose: about five thousand tokens."""
@@ -112,5 +113,5 @@ def _forgetting_text(source: Source | None) -> tuple[str, Sequence[Example]]:
         corpus = prose()
         row = {"text": corpus.validation[:FORGETTING_CHARACTERS]}
         return corpus.described, [example_from_row(row, "the built-in prose")]
-    name = str(source) if isinstance(source, str | Path) else "rows given in Python"
+    name = str(source) if isinstance(source, str | Path) else IN_MEMORY
     return name, read_examples(source)

@@ -30,7 +30,7 @@ from lora.runs.comparison_record import RateTrial, Sample
 from lora.runs.directory import create_run
 from lora.runs.progress import Progress
 from lora.runs.read_record import measured_peak, stored_bytes
-from lora.runs.record import Method, RunRecord, RunResult
+from lora.runs.record import DataRecord, Method, RunRecord, RunResult
 from lora.training.job import Stream, TrainingJob
 from lora.training.plain_step import LossFn, PlainStepRunner, evaluate
 from lora.training.step_runner import StepRunner
@@ -85,6 +85,10 @@ class FactoryTarget:
     def described(self) -> dict[str, Any]:
         """Return the settings that must be equal for a comparison to be resumed."""
         return self.factory.described()
+
+    def data_record(self) -> DataRecord:
+        """Return an empty record: only the factory knows its data."""
+        return DataRecord()
 
     def check(self, methods: tuple[Method, ...], train: TrainConfig) -> None:
         """Raise ConfigError if PEFT is among the methods: a factory cannot build its member."""

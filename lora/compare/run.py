@@ -113,6 +113,7 @@ def compare(
         compare=described,
         model=base.name,
         device=base.device,
+        data=target.data_record(),
         run=asdict(config.run),  # directory and intervals: may change when it is resumed
     )
     with create_run(config.run.out, name, resume=config.resume, record=record) as run:

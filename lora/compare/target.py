@@ -19,7 +19,7 @@ from lora.runs.comparison_record import RateTrial
 from lora.runs.directory import Run
 from lora.runs.progress import Progress
 from lora.runs.read_record import read_record_file
-from lora.runs.record import Method
+from lora.runs.record import DataRecord, Method
 
 RATE_TRIAL_FILE = "tried.json"
 
@@ -71,6 +71,9 @@ class ComparisonTarget(Protocol):
 
     def described(self) -> dict[str, Any]:
         """Return the settings that must be equal for a comparison to be resumed."""
+
+    def data_record(self) -> DataRecord:
+        """Return where the training data comes from, as run.json has it."""
 
     def check(self, methods: tuple[Method, ...], train: TrainConfig) -> None:
         """Raise for what no member can do, before anything is written."""

@@ -169,8 +169,10 @@ def _upgraded(values: dict[str, Any], where: str, faults: Faults) -> dict[str, A
         return values
     upgraded = {**values, "kind": _kind_before_1(values), "method": _method_before_1(values)}
     upgraded["activation_checkpointing"] = values.get("kept_of_blocks")
-    data = values.get("data")
-    if isinstance(data, str):  # training.py wrote one line
+    data, compare = values.get("data"), values.get("compare")
+    if isinstance(compare, dict) and str(compare.get("data")).endswith(IN_MEMORY):
+        upgraded["data"] = {"in_memory": True}  # with the number of rows before it
+    elif isinstance(data, str):  # training.py wrote one line
         upgraded["data"] = {"source": data}
     elif isinstance(data, dict) and data.get("source") == IN_MEMORY:
         upgraded["data"] = {**data, "in_memory": True}

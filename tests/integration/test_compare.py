@@ -31,6 +31,7 @@ from lora.pretrained.hf_weights import load_decoder
 from lora.runs.comparison_record import read_comparison
 from lora.runs.disk import read_json, read_rows
 from lora.runs.progress import NoProgress
+from lora.runs.read_record import read_run_record
 
 PEFTS_OWN = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 NAMES = {
@@ -150,7 +151,8 @@ def test_the_record_says_all_that_was_measured(
     assert lora["stored_bytes"] < full["stored_bytes"]
     assert full["stored_bytes"] >= 4 * weights
     assert lora["forgetting"]["before"] == full["forgetting"]["before"]
-    assert read_json(done.folder / "run.json")["kind"] == "compare"
+    record = read_run_record(done.folder)
+    assert (record.kind, record.data.in_memory) == ("compare", True)
     assert read_comparison(done.folder) == done.comparison
     assert not list(done.folder.glob("members/*/checkpoints"))
 

@@ -11,7 +11,7 @@ import shlex
 from typing import Any
 
 from lora.config import FULL_LEARNING_RATE, DataConfig, LoRAConfig, RunConfig, TrainConfig
-from lora.runs.record import IN_MEMORY, RunRecord
+from lora.runs.record import RunRecord
 from lora.sweep.grid import SWEPT, Grid, short_number
 
 _OF_SWEEP = ("out", "name", "eval_every_steps", "save_every_steps", "device")
@@ -63,9 +63,7 @@ def sweep_command(record: RunRecord, name: str, full_rate: float | None = None) 
 def comparison_command(record: RunRecord, name: str) -> str | None:
     """Return the `lora compare` of a run; None if it was not on files."""
     compare = record.compare
-    if compare is None or not isinstance(compare.get("data"), str):
-        return None
-    if compare["data"].endswith(IN_MEMORY):
+    if compare is None or record.data.in_memory or not isinstance(compare.get("data"), str):
         return None
     words = ["--data", compare["data"]]
     for key in ("model", "eval_data"):

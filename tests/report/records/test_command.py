@@ -13,7 +13,7 @@ from lora.compare.config import LearningRates
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.report.records.command import comparison_command, finetune_command, sweep_command
 from lora.runs.read_record import read_run_record
-from lora.runs.record import RunRecord
+from lora.runs.record import DataRecord, RunRecord
 from lora.sweep.grid import Grid
 
 DATA = {"source": "my orders.jsonl", "eval_source": "held out.jsonl"}
@@ -119,5 +119,7 @@ def test_what_was_started_from_python_has_no_command(data: dict[str, Any], tmp_p
     settings = {"grid": {}, "halving": False, "steps": 1}
     assert sweep_command(record(tmp_path, {"data": data, "sweep": settings}), "x") is None
     asked = record(tmp_path, {"kind": "compare", "compare": {"data": "3 rows given in Python"}})
+    assert comparison_command(asked, "x") is None
+    asked = RunRecord(kind="compare", compare={"data": "3 rows"}, data=DataRecord(in_memory=True))
     assert comparison_command(asked, "x") is None
     assert finetune_command(record(tmp_path, {"settings": {}, "data": "prose"}), "x") is None
