@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lora.cli import build_app
+from lora.cli.flags.from_fields import config_from
 from lora.compare.config import LearningRates
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.report.records.command import comparison_command, finetune_command, sweep_command
@@ -18,13 +19,21 @@ from lora.sweep.grid import Grid
 
 DATA = {"source": "my orders.jsonl", "eval_source": "held out.jsonl"}
 
+CONFIGS: dict[str, type] = {
+    "lora": LoRAConfig, "train": TrainConfig, "data_config": DataConfig, "run": RunConfig,
+    "grid": Grid, "rates": LearningRates,
+}  # fmt: skip
+
 
 def parsed(command: str) -> dict[str, Any]:
-    """Return what the command line makes of a command, by parameter."""
+    """Return what the command line makes of a command, by parameter; flags as their configs."""
     program, *words = shlex.split(command)
     assert program == "lora"
     _, bound, _ = build_app().parse_args(words, exit_on_error=False, print_error=False)
-    return dict(bound.arguments)
+    return {
+        name: config_from(CONFIGS[name], value) if name in CONFIGS else value
+        for name, value in bound.arguments.items()
+    }
 
 
 def record(folder: Path, values: dict[str, Any]) -> RunRecord:
