@@ -1,4 +1,4 @@
-"""What run.json says of prepared data."""
+"""The record of prepared data in run.json."""
 
 from __future__ import annotations
 

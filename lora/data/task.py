@@ -1,4 +1,4 @@
-"""What to learn: the examples, how they are read, and the model that learns them."""
+"""The task of a training job: its data, how they are read, and the base model."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class AttentionMask:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What the attention of every block of a forward needs besides x: made once, used by all."""
+    """Inputs of attention besides x: computed once per forward, shared by all blocks."""
 
     tables: dict[RopeConfig | None, Tables]
     masks: dict[int | None, AttentionMask]

@@ -1,1 +1,1 @@
-"""Files to examples: JSONL, JSON, CSV, Parquet and text; formats told apart; validation split."""
+"""Files to examples: JSONL, JSON, CSV, Parquet and text; format detection; validation split."""

@@ -99,8 +99,8 @@ def _split(texts: list[str], described: str) -> Corpus:
         length += len(texts[number])
         number += 1
     validation = "\n".join(texts[number:])
-    apart = {_words(paragraph) for paragraph in _paragraphs(validation)}
-    kept = (p for p in _paragraphs("\n".join(texts[:number])) if _words(p) not in apart)
+    excluded = {_words(paragraph) for paragraph in _paragraphs(validation)}
+    kept = (p for p in _paragraphs("\n".join(texts[:number])) if _words(p) not in excluded)
     return Corpus("\n\n".join(kept), validation, described)
 
 
