@@ -317,7 +317,7 @@ def test_the_parameters_stay_usable_for_training(fill_random: FillRandom) -> Non
         ({"temperature": float("inf")}, ["temperature=inf"]),
         ({"top_k": -1}, ["top_k=-1", "an int ≥ 0"]),
         ({"top_k": 2.5}, ["top_k=2.5"]),
-        ({"top_p": 0.0}, ["top_p=0.0", "0 < top_p ≤ 1"]),
+        ({"top_p": 0.0}, ["top_p=0.0", "must be > 0 and ≤ 1"]),
         ({"top_p": 1.5}, ["top_p=1.5"]),
         ({"seed": "a"}, ["seed='a'", "an int"]),
         ({"seed": -1}, ["seed=-1"]),

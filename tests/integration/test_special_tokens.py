@@ -177,11 +177,11 @@ def test_generate_eval_and_chat_use_them(
     scores = json.loads(capsys.readouterr().out)
     assert scores["adapter"]["loss"] < scores["base"]["loss"]
     assert main(["eval", str(path), *model, "--special-tokens", "<|tool|>"]) == 2
-    assert "an adapter brings its own" in capsys.readouterr().err
+    assert "an adapter has its own" in capsys.readouterr().err
     said = f"<|tool|>\n/adapter none\n<|tool|>\n/adapter {trained.saved}\n<|think|>\n/quit\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(said))
     assert main(["chat", *model, "--max-new-tokens", "2"]) == 0
-    assert "the base" in capsys.readouterr().err
+    assert "base model" in capsys.readouterr().err
 
 
 def test_a_killed_run_that_is_resumed_ends_with_the_same_bytes(
@@ -256,7 +256,7 @@ def test_what_was_done_is_said_and_what_never_appears_is_a_warning(
     assert "<|tool|> 400, <|think|> 401, <|im_end|> 2 (known already), <|never|> 402" in line
     assert "the vocabulary grows from 400 to 403 rows" in line
     warnings = read_json(done.folder / "run.json")["data"]["warnings"]
-    assert [w for w in warnings if "'<|never|>' never appears" in w]
+    assert [w for w in warnings if "'<|never|>' occurs in no example" in w]
     assert not [w for w in warnings if "<|tool|>" in w]
     described = json.loads((done.saved / "adapter_config.json").read_text())
     assert described["trainable_token_indices"] == [400, 401, 2, 402]
@@ -271,7 +271,7 @@ def test_lora_data_shows_them(
     assert main([*words, "<|tool|>,<|no|>"]) == 0
     out = capsys.readouterr().out
     assert "<|tool|> 5 times, <|no|> 0 times" in out
-    assert "'<|no|>' never appears" in out
+    assert "'<|no|>' occurs in no example" in out
     assert main([*words, "<|tool|>", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["special_tokens"] == {"<|tool|>": 5}
 
@@ -292,7 +292,7 @@ def test_the_command_takes_commas_and_a_yaml_list(
         assert config["trainable_token_indices"] == [400, 401]
     capsys.readouterr()
     assert main([*words, "--special-tokens", "<|a|>,<|a|>"]) == 2
-    assert "each once, not ['<|a|>'] twice" in capsys.readouterr().err
+    assert "must be distinct, and has ['<|a|>'] twice" in capsys.readouterr().err
 
 
 def test_prepared_rows_hold_each_token_as_one(tiny_folder: Path) -> None:
