@@ -320,11 +320,12 @@ def show_sample(
     run: Run, model: BigramLanguageModel, text: Text, choice: DeviceChoice, when: str
 ) -> None:
     """Let the model write, print it and keep it in `samples.json`."""
+    from lora.runs.disk import read_json
     from models.char_text import write_sample
 
     written = write_sample(model, text, choice.device)
     path = run.folder / "samples.json"
-    kept = run.read_json("samples.json") if path.is_file() else {}
+    kept = read_json(path) if path.is_file() else {}
     run.write_json("samples.json", {**kept, when: written})
     print(f"--- sample {when} training ---\n{written}\n---")
 

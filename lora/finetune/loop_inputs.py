@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from lora.config import TrainConfig
 from lora.data.prepare import PreparedData
@@ -16,6 +15,8 @@ from lora.finetune.job import FinetuneJob
 from lora.inference.samples import SampleRecorder, choose_prompts
 from lora.runs.directory import Run
 from lora.runs.progress import Progress
+from lora.runs.record import MetricsRow
+from lora.runs.typed_json import to_json
 from lora.training.job import TrainingJob
 from lora.training.out_of_memory import MemoryParts
 from lora.training.step_runner import StepRunner
@@ -87,7 +88,7 @@ def _sampler(
     return SampleRecorder(model, prompts, data.tokenizer, run, progress, job.run.sample_tokens)
 
 
-def find_tensorboard() -> Callable[[Path], Callable[[dict[str, Any]], None]]:
+def find_tensorboard() -> Callable[[Path], Callable[[MetricsRow], None]]:
     """Return what opens event files in a folder and gives back where rows of metrics go."""
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -97,12 +98,13 @@ def find_tensorboard() -> Callable[[Path], Callable[[dict[str, Any]], None]]:
             "Run: pip install 'lora-lm[track]'"
         ) from None
 
-    def open_board(folder: Path) -> Callable[[dict[str, Any]], None]:
+    def open_board(folder: Path) -> Callable[[MetricsRow], None]:
         writer = SummaryWriter(str(folder), flush_secs=10)
 
-        def write(row: dict[str, Any]) -> None:
-            for name in row.keys() - {"step"}:
-                writer.add_scalar(name, row[name], row["step"])
+        def write(row: MetricsRow) -> None:
+            values = to_json(row)
+            for name in values.keys() - {"step"}:
+                writer.add_scalar(name, values[name], row.step)
 
         return write
 

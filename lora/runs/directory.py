@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from lora.errors import CheckpointError, RunNotFoundError, did_you_mean
-from lora.runs.disk import atomic_write, disk_error, read_json, read_rows
-from lora.runs.read_record import read_metrics, read_run_record, record_of
+from lora.runs.disk import atomic_write, disk_error, read_rows
+from lora.runs.read_record import read_metrics, read_run_record
 from lora.runs.record import (
     METRICS_FILE,
     RESULT_FILE,
@@ -50,7 +50,7 @@ class Run:
 
     folder: Path
     _lock: IO[str] | None = field(default=None, repr=False)
-    on_metrics: Callable[[dict[str, Any]], None] = lambda row: None
+    on_metrics: Callable[[MetricsRow], None] = lambda row: None
     """Called with each row of metrics after it is written."""
     on_trouble: Callable[[str], None] = lambda message: None
     """Called once when rows cannot be written and are kept in memory until they can."""
@@ -63,10 +63,6 @@ class Run:
         text = json.dumps(value, indent=2, sort_keys=True, default=str) + "\n"
         atomic_write(self.folder / name, text.encode())
 
-    def read_json(self, name: str) -> Any:
-        """Return the JSON file `name` of the directory. Raises CheckpointError if it is damaged."""
-        return read_json(self.folder / name)
-
     def write_run_record(self, record: RunRecord) -> None:
         """Write `run.json`."""
         self.write_json(RUN_FILE, record.to_json())
@@ -75,17 +71,16 @@ class Run:
         """Write `result.json`."""
         self.write_json(RESULT_FILE, to_json(result))
 
-    def append_metrics(self, row: MetricsRow | dict[str, Any]) -> None:
+    def append_metrics(self, row: MetricsRow) -> None:
         """Append a row of reproducible values."""
-        values = row if isinstance(row, dict) else to_json(row)  # once: this is on a step's path
-        self._append(METRICS_FILE, values)
-        self.on_metrics(values)
+        self._append(METRICS_FILE, row)
+        self.on_metrics(row)
 
     def append_timing(self, row: Any) -> None:
         """Append a row of values that differ from run to run: a TimingRow, or another record."""
         self._append(TIMINGS_FILE, row)
 
-    def append_sample(self, row: SampleRow | dict[str, Any]) -> None:
+    def append_sample(self, row: SampleRow) -> None:
         """Append an answer of the model."""
         self._append(SAMPLES_FILE, row)
 
@@ -127,9 +122,7 @@ class Run:
 
     def _append(self, name: str, row: Any) -> None:
         had_trouble = any(self._waiting.values())
-        self._waiting.setdefault(name, []).append(
-            _line(row if isinstance(row, dict) else to_json(row))
-        )
+        self._waiting.setdefault(name, []).append(_line(to_json(row)))
         try:
             self._write_waiting(name)
         except OSError as error:
@@ -158,7 +151,6 @@ def create_run(
     name: str,
     *,
     record: RunRecord | None = None,
-    described: dict[str, Any] | None = None,  # until every job writes a record
     resume: bool = False,
 ) -> Run:
     """Create the run directory `out`/`name`, or open it again with `resume`, and lock it.
@@ -179,8 +171,6 @@ def create_run(
     run = Run(folder, lock)
     if folder.name != name:
         run.note = f"note: {out / name} exists: this run is {folder} (use that name to resume it)"
-    if described is not None:
-        record = record_of(described)
     if record is None:
         return run
     record = replace(record, environment=describe_environment())
@@ -189,10 +179,7 @@ def create_run(
             former = read_run_record(folder)
             check_same_run(former, record, folder)
             run.note = find_changed_machine(former, record)
-        if described is not None:
-            run.write_json(RUN_FILE, {**described, "environment": to_json(record.environment)})
-        else:
-            run.write_run_record(record)
+        run.write_run_record(record)
     except CheckpointError:
         run.close()
         raise

@@ -6,7 +6,6 @@ Without it the reader raises a CheckpointError that lists all of them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,15 +53,6 @@ def read_run_record(directory: Path, faults: Faults | None = None) -> RunRecord:
         record = parse(RunRecord, values, str(path), found) or record
     _settle(path, found, faults)
     return record
-
-
-def record_of(values: dict[str, Any]) -> RunRecord:
-    """Return the record that a dict describes, as run.json would hold it."""
-    found: Faults = []
-    plain = json.loads(json.dumps(values, default=str))
-    record = parse(RunRecord, _upgraded(plain, RUN_FILE, found), RUN_FILE, found)
-    _settle(Path(RUN_FILE), found, None)
-    return record or RunRecord()
 
 
 def read_result(directory: Path, faults: Faults | None = None) -> RunResult | None:
