@@ -1,11 +1,11 @@
-"""The results of a comparison's stages, each a JSON file that a resumed comparison reads again.
+"""The results of a comparison's stages, and checks that its members can be compared.
 
     base.json                  BaseResult      the base model, evaluated before any training
     rates/METHOD.json          RateChoice      the learning rate of a method, and its trials
     timing/METHOD.json         StepTiming      how many steps take as long as LoRA's
     members/NAME/member.json   MemberResult    a member, trained and evaluated
 
-No torch here.
+Each is a JSON file that a resumed comparison reads again. No torch here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from lora.errors import CheckpointError
 from lora.runs.comparison_record import (
     MEMBERS,
     METHOD_NAMES,
@@ -27,8 +28,11 @@ from lora.runs.comparison_record import (
     Sample,
     TaskMetric,
 )
-from lora.runs.read_record import step_times
+from lora.runs.read_record import read_metrics, read_run_record, step_times
 from lora.runs.record import Method
+
+MAX_START_LOSS_DIFFERENCE = 0.02
+"""Relative difference of losses before the first step, in bf16 too."""
 
 
 @dataclass(frozen=True)
@@ -141,3 +145,42 @@ def edge_note(method: Method, rate: RateChoice) -> str | None:
         f"the best learning rate of {METHOD_NAMES[method]}, {rate.learning_rate:g}, is the {side} "
         "of those tried: a better one may lie beyond"
     )
+
+
+def start_loss_notes(folder: Path, members: list[Member], base: BaseResult) -> list[str]:
+    """Return a note for each member whose loss before its first step differs from the base's."""
+    notes = []
+    for member in members:
+        losses = (row.eval_loss for row in read_metrics(folder / member.folder))
+        first = next((loss for loss in losses if loss), base.eval_loss)
+        if abs(first - base.eval_loss) > MAX_START_LOSS_DIFFERENCE * abs(base.eval_loss):
+            notes.append(
+                f"{METHOD_NAMES[member.method]} starts at a validation loss of {first:.4f}, the "
+                f"base has {base.eval_loss:.4f}: it does not compute what the others compute"
+            )
+    return notes
+
+
+def check_same_data(folder: Path, members: list[Member]) -> None:
+    """Raise CheckpointError unless all members trained on the same data in the same order."""
+    seen = {}
+    for member in members:
+        data = read_run_record(folder / member.folder).data
+        rows = read_metrics(folder / member.folder)
+        # A skipped step's tokens do not count: the sums differ from there on, the data do not.
+        first_skipped = min((row.step for row in rows if row.skipped is not None), default=math.inf)
+        tokens = {
+            row.step: row.tokens
+            for row in rows
+            if row.tokens is not None and row.step < first_skipped
+        }
+        seen[member.name] = (data.fingerprint, data.held_out_fingerprint), tokens
+    (first, (fingerprints, tokens)), *others = seen.items()
+    for name, (other_fingerprints, other_tokens) in others:
+        common = tokens.keys() & other_tokens.keys()
+        if fingerprints != other_fingerprints or any(tokens[n] != other_tokens[n] for n in common):
+            raise CheckpointError(
+                f"Cannot compare the members {first} and {name} of {folder}: they did not train on "
+                "the same sequences in the same order. The data changed between them, or the date "
+                "in the chat template did. Start a new comparison."
+            )

@@ -15,7 +15,6 @@ killed resumes with the member that was training, from its newest checkpoint.
 from __future__ import annotations
 
 import gc
-import math
 import shutil
 import statistics
 from collections.abc import Callable
@@ -31,10 +30,12 @@ from lora.compare.results import (
     StepTiming,
     best_learning_rate,
     build_member,
+    check_same_data,
     edge_note,
+    start_loss_notes,
 )
 from lora.compare.target import ComparisonTarget, MemberTask, remove_weights, short_run
-from lora.errors import CheckpointError, TrainingError
+from lora.errors import TrainingError
 from lora.runs.comparison_record import (
     MEMBERS,
     METHOD_NAMES,
@@ -45,15 +46,13 @@ from lora.runs.comparison_record import (
 )
 from lora.runs.directory import Run, create_run, default_name
 from lora.runs.progress import NoProgress, Progress
-from lora.runs.read_record import read_metrics, read_record_file, read_run_record, step_times
+from lora.runs.read_record import read_record_file, step_times
 from lora.runs.record import RUN_FILE, Method, RunRecord
 from lora.runs.subprocesses import run_in_subprocess
 
 BASE_FILE, MEMBER_FILE, RATES, TIMING = "base.json", "member.json", "rates", "timing"
 TIMED_STEPS, UNTIMED_STEPS = 8, 2
 """Of the short run that measures the time per step; the first, slower ones are left out."""
-MAX_START_LOSS_DIFFERENCE = 0.02
-"""Relative difference of losses before the first step, in bf16 too."""
 ProgressOf = Callable[[str], Progress]
 """Makes the progress of one stage, such as a member's training, from its title."""
 RecordT = TypeVar("RecordT")
@@ -246,11 +245,11 @@ def _finish(
 ) -> CompareResult:
     """Check that the members can be compared, and write the record."""
     run, config = job.run, job.config
-    _check_same_data(run.folder, members)
+    check_same_data(run.folder, members)
     has_trials = any(rate.rate_chosen == "sweep" for rate in rates.values())
     own = {method: rate for method, rate in rates.items() if method != "peft"}
     notes = [note for method, rate in own.items() if (note := edge_note(method, rate))]
-    notes += _start_loss_notes(run.folder, members, base)
+    notes += start_loss_notes(run.folder, members, base)
     if not config.isolated and "cuda" not in base.device:
         notes.append("all members ran in one process: a peak memory includes the members before")
     comparison = Comparison(
@@ -266,42 +265,3 @@ def _finish(
     )
     write_comparison(run, comparison)
     return CompareResult(run.folder, comparison)
-
-
-def _start_loss_notes(folder: Path, members: list[Member], base: BaseResult) -> list[str]:
-    """Return a note for each member whose loss before its first step differs from the base's."""
-    notes = []
-    for member in members:
-        losses = (row.eval_loss for row in read_metrics(folder / member.folder))
-        first = next((loss for loss in losses if loss), base.eval_loss)
-        if abs(first - base.eval_loss) > MAX_START_LOSS_DIFFERENCE * abs(base.eval_loss):
-            notes.append(
-                f"{METHOD_NAMES[member.method]} starts at a validation loss of {first:.4f}, the "
-                f"base has {base.eval_loss:.4f}: it does not compute what the others compute"
-            )
-    return notes
-
-
-def _check_same_data(folder: Path, members: list[Member]) -> None:
-    """Raise CheckpointError unless all members trained on the same data in the same order."""
-    seen = {}
-    for member in members:
-        data = read_run_record(folder / member.folder).data
-        rows = read_metrics(folder / member.folder)
-        # A skipped step's tokens do not count: the sums differ from there on, the data do not.
-        first_skipped = min((row.step for row in rows if row.skipped is not None), default=math.inf)
-        tokens = {
-            row.step: row.tokens
-            for row in rows
-            if row.tokens is not None and row.step < first_skipped
-        }
-        seen[member.name] = (data.fingerprint, data.held_out_fingerprint), tokens
-    (first, (fingerprints, tokens)), *others = seen.items()
-    for name, (other_fingerprints, other_tokens) in others:
-        common = tokens.keys() & other_tokens.keys()
-        if fingerprints != other_fingerprints or any(tokens[n] != other_tokens[n] for n in common):
-            raise CheckpointError(
-                f"Cannot compare the members {first} and {name} of {folder}: they did not train on "
-                "the same sequences in the same order. The data changed between them, or the date "
-                "in the chat template did. Start a new comparison."
-            )

@@ -243,7 +243,7 @@ def test_what_is_no_comparison_is_not_resumed(
         compare(target, replace(config, resume=True))
 
 
-def test_without_peft_the_line_that_installs_it_is_said(
+def test_without_peft_the_error_has_the_line_that_installs_it(
     target: DecoderTarget, config: CompareConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -252,7 +252,7 @@ def test_without_peft_the_line_that_installs_it_is_said(
     assert not config.run.out.joinpath("run").exists()
 
 
-def test_data_that_cannot_be_measured_are_refused_before_anything_is_written(
+def test_data_that_cannot_be_evaluated_are_refused_before_anything_is_written(
     target: DecoderTarget, config: CompareConfig
 ) -> None:
     texts = [{"text": f"number {n} is a plain text of some length"} for n in range(20)]
@@ -271,7 +271,7 @@ def test_data_that_cannot_be_measured_are_refused_before_anything_is_written(
     assert not config.run.out.joinpath("run").exists()
 
 
-def test_a_rate_that_destroys_the_model_is_told(
+def test_a_learning_rate_that_destroys_the_model_is_a_failed_trial(
     target: DecoderTarget, config: CompareConfig
 ) -> None:
     rates = LearningRates(rates=(1e-3, 1e-2), full_rates=(1e-3, 1e30), rate_steps=4)
@@ -281,19 +281,21 @@ def test_a_rate_that_destroys_the_model_is_told(
     assert tried[1e30] is None or tried[1e30] > 100
 
 
-def words(tiny_folder: Path, tmp_path: Path, out: Path, steps: int = 60) -> list[str]:
+def command_words(tiny_folder: Path, tmp_path: Path, out: Path, steps: int = 60) -> list[str]:
     file = tmp_path / "orders.jsonl"
     if not file.is_file():
         file.write_text("".join(json.dumps(row) + "\n" for row in make_orders("train", 40)))
-    told = f"compare --data {file} --model {tiny_folder} --out {out} --name run --steps {steps}"
-    told += " --batch-size 4 --max-length 128 --dropout 0.1 --sample-tokens 4 --save-every-steps 10"
-    return told.split()
+    words = f"compare --data {file} --model {tiny_folder} --out {out} --name run --steps {steps}"
+    words += (
+        " --batch-size 4 --max-length 128 --dropout 0.1 --sample-tokens 4 --save-every-steps 10"
+    )
+    return words.split()
 
 
 def test_the_command_prints_a_table_and_json(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = words(tiny_folder, tmp_path, tmp_path / "out", steps=4)
+    asked = command_words(tiny_folder, tmp_path, tmp_path / "out", steps=4)
     assert main([*asked, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [m["method"] for m in found["members"]] == ["lora", "full"]
@@ -321,7 +323,7 @@ def test_the_command_refuses_without_a_traceback(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     out = tmp_path / "out"
-    assert main([*words(tiny_folder, tmp_path, out), *more]) == 2
+    assert main([*command_words(tiny_folder, tmp_path, out), *more]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
     assert not out.exists()
 
@@ -358,7 +360,7 @@ def child_lives(folder: Path) -> bool:
 @pytest.mark.slow
 def test_kill_9_and_sigterm_change_no_byte(tiny_folder: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
-    assert main(words(tiny_folder, tmp_path, whole)) == 0
+    assert main(command_words(tiny_folder, tmp_path, whole)) == 0
     out = tmp_path / "killed"
     more: list[str] = []
     members = out / "run" / "members"
@@ -368,7 +370,7 @@ def test_kill_9_and_sigterm_change_no_byte(tiny_folder: Path, tmp_path: Path) ->
         ("full", 22, signal.SIGKILL),
     )
     for member, steps, number in moments:
-        process = start([*words(tiny_folder, tmp_path, out), *more])
+        process = start([*command_words(tiny_folder, tmp_path, out), *more])
         wait_for(process, members / member / "metrics.jsonl", steps)
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
@@ -378,7 +380,7 @@ def test_kill_9_and_sigterm_change_no_byte(tiny_folder: Path, tmp_path: Path) ->
             time.sleep(0.02)
         assert not child_lives(members / member)
         more = ["--resume"]
-    process = start([*words(tiny_folder, tmp_path, out), "--resume"])
+    process = start([*command_words(tiny_folder, tmp_path, out), "--resume"])
     _, said = process.communicate(timeout=200)
     assert process.returncode == 0, said
     for name in ("lora/metrics.jsonl", f"lora/{LORA}", "full/metrics.jsonl", f"full/{FULL}"):
@@ -393,7 +395,7 @@ def test_config_faults_are_gathered() -> None:
         EvaluationConfig(metric="exact")  # type: ignore[arg-type]
 
 
-def test_steps_of_a_try_are_a_quarter_and_at_least_twenty() -> None:
+def test_steps_of_a_trial_are_a_quarter_and_at_least_twenty() -> None:
     def steps(asked: int, rate_steps: int = 0) -> int:
         train = TrainConfig(steps=asked)
         return CompareConfig(train=train, rates=LearningRates(rate_steps=rate_steps)).steps_tried
