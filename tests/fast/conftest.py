@@ -1,4 +1,4 @@
-"""Tiny decoders and batches for the fast step's tests."""
+"""Tiny decoders and batches for tests of the hand-written step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS, TOKENS, VOCABULARY = 2, 16, 97
 
 @pytest.fixture
 def tiny_decoder() -> Callable[..., Decoder]:
-    """Make a random Llama with all tensors drawn; its second block has no rotation."""
+    """Make a random Llama with all tensors drawn; its second block has no rotary embedding."""
 
     def make(
         *,
@@ -59,7 +59,7 @@ def tiny_decoder() -> Callable[..., Decoder]:
 
 @pytest.fixture
 def make_batch() -> Callable[..., Batch]:
-    """Make a batch of random tokens: rows of one document, or packed ones with padding."""
+    """Make a batch of random tokens: one document a sequence, or packed ones with padding."""
 
     def make(seed: int, *, packed: bool) -> Batch:
         draw = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The stacked fast step against the plain one, in fp64 on a CPU: losses, values, moments, fates."""
+"""The stacked hand-written step against the plain one, in fp64 on a CPU."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("name", CASES)
-def test_steps_are_the_plain_ones(
+def test_steps_equal_the_plain_steps(
     tiny_decoder: Callable[..., Decoder],
     make_batch: Callable[..., Batch],
     monkeypatch: pytest.MonkeyPatch,
@@ -140,7 +140,7 @@ def test_padding_stays_zero(
             assert not layer.lora_B[k, :, rank:].any()
 
 
-def test_one_adapter_is_trained_as_by_the_fast_step_of_one(
+def test_one_stacked_adapter_trains_as_in_a_step_of_its_own(
     tiny_decoder: Callable[..., Decoder], make_batch: Callable[..., Batch]
 ) -> None:
     adapter, config = configs()[1], TRAIN[0]
@@ -164,7 +164,7 @@ def test_one_adapter_is_trained_as_by_the_fast_step_of_one(
 
 
 @pytest.mark.parametrize(("packed", "own"), [(False, None), (True, True), (True, False)])
-def test_an_adapter_that_is_not_finite_is_stopped_and_leaves_the_bits_of_the_others(
+def test_an_adapter_that_is_not_finite_is_stopped_and_the_others_keep_their_bits(
     tiny_decoder: Callable[..., Decoder],
     make_batch: Callable[..., Batch],
     packed: bool,
@@ -176,16 +176,16 @@ def test_an_adapter_that_is_not_finite_is_stopped_and_leaves_the_bits_of_the_oth
         step, taken = build(model, stacked, TRAIN, own_attention=own), []
         for number in range(5):
             if number == break_at:
-                kept = next(iter(stacked.layers.values())).lora_A
+                lora_a = next(iter(stacked.layers.values())).lora_A
                 with torch.no_grad():
-                    kept[1, 0, 0] = math.nan
+                    lora_a[1, 0, 0] = math.nan
                 step.refresh()
             batch = stack_batches([make_batch(10 * k + number, packed=packed) for k in range(3)])
             step.launch([batch], RATES, number + 1)
             taken.append(step.report[:, 3].tolist())
             if number == break_at:  # whole again, and still stopped
                 with torch.no_grad():
-                    kept[1, 0, 0] = 0.1
+                    lora_a[1, 0, 0] = 0.1
                 step.refresh()
         return step, taken
 

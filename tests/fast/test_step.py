@@ -1,4 +1,4 @@
-"""The fast step against the plain one, in fp64 on a CPU: losses, gradients, parameters, moments."""
+"""The hand-written step against the plain one, in fp64 on a CPU: losses, parameters, moments."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
 @pytest.mark.parametrize("merges", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("name", CASES)
-def test_steps_are_the_plain_ones(
+def test_steps_equal_the_plain_steps(
     tiny_decoder: Callable[..., Decoder],
     make_batch: Callable[..., Batch],
     monkeypatch: pytest.MonkeyPatch,
@@ -75,7 +75,7 @@ def test_steps_are_the_plain_ones(
     )
     optimizer = build_optimizer(plain, 1.0, 0.1)
     for number, rate in enumerate(RATES):
-        batches = [make_batch(10 * number + place, packed=packed) for place in range(n_micro)]
+        batches = [make_batch(10 * number + index, packed=packed) for index in range(n_micro)]
         set_learning_rate(optimizer, rate)
         expected = train_step(plain, batches, loss_for(plain), optimizer)
         step.launch(batches, rate, number + 1)
@@ -96,7 +96,7 @@ def test_steps_are_the_plain_ones(
 
 
 class SharedMask(nn.Module):
-    """Dropout as the fast step draws it, in place of a LoRA layer's own."""
+    """Dropout with the hand-written step's masks, in place of a LoRA layer's own."""
 
     def __init__(self, step: FastStep, number: int, share: float) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class SharedMask(nn.Module):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_dropout_is_the_plain_one_under_the_same_masks(
+def test_dropout_equals_the_plain_one_under_the_same_masks(
     tiny_decoder: Callable[..., Decoder], make_batch: Callable[..., Batch], packed: bool
 ) -> None:
     plain = adapt(tiny_decoder(), {"dropout": 0.3})
@@ -159,7 +159,7 @@ def test_a_step_that_is_not_finite_is_not_taken(
     assert step.report.isfinite().all()
 
 
-def test_a_state_that_was_saved_is_taken_over(
+def test_a_saved_optimizer_state_is_restored(
     tiny_decoder: Callable[..., Decoder], make_batch: Callable[..., Batch]
 ) -> None:
     batches = [make_batch(number, packed=True) for number in range(4)]

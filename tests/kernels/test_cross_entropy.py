@@ -63,7 +63,7 @@ def test_bf16_inputs_give_an_fp32_loss_near_the_exact_one() -> None:
         assert relative(seen.double(), reference) < 2e-2
 
 
-def test_nothing_to_learn_is_zero_everywhere() -> None:
+def test_without_targets_loss_and_gradients_are_zero() -> None:
     hidden, weight, labels = make_inputs(torch.float32, "none")
     loss, count = linear_cross_entropy(hidden, weight, labels)
     assert (loss.item(), count.item()) == (0.0, 0)
@@ -99,31 +99,31 @@ def test_only_what_is_required_gets_a_gradient(trained: str) -> None:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the sizes of all tensors that are made, and which products were."""
+    """Records the sizes of all new tensors, and the matmuls."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sizes: list[int] = []
-        self.n_products = 0
+        self.n_matmuls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
             self.sizes.append(out.numel())
-        self.n_products += func is torch.ops.aten.mm.default
+        self.n_matmuls += func is torch.ops.aten.mm.default
         return out
 
 
-def test_never_more_logits_than_a_chunks() -> None:
+def test_never_more_logits_than_of_a_chunk() -> None:
     hidden, weight, labels = make_inputs(torch.float32, "all")
     weight.requires_grad_(False)
     with Recorder() as recorder:
         linear_cross_entropy(hidden, weight, labels, chunk_tokens=15)[0].backward()
     assert max(recorder.sizes) == 15 * V
-    assert recorder.n_products == 3 * 2  # three chunks: logits, and the hidden gradient
+    assert recorder.n_matmuls == 3 * 2  # three chunks: logits, and the hidden gradient
 
 
-def test_ignored_rows_are_left_out_of_the_products() -> None:
+def test_tokens_without_a_target_are_left_out_of_the_matmuls() -> None:
     hidden, weight, labels = make_inputs(torch.float32)
     n_learned = int((labels != IGNORE).sum())
     assert n_learned * V > V * C  # so that the logits are the largest tensor
@@ -132,16 +132,16 @@ def test_ignored_rows_are_left_out_of_the_products() -> None:
     assert max(recorder.sizes) == n_learned * V
 
 
-def test_without_gradients_only_the_logits_are_made() -> None:
+def test_without_gradients_only_the_logits_are_computed() -> None:
     hidden, weight, labels = make_inputs(torch.float32)
     with torch.no_grad(), Recorder() as recorder:
         loss, _ = linear_cross_entropy(hidden, weight, labels)
-    assert recorder.n_products == 1
+    assert recorder.n_matmuls == 1
     assert not loss.requires_grad
     assert relative(loss, plain_linear_cross_entropy(hidden, weight, labels)[0]) < 1e-5
 
 
-def test_one_row() -> None:
+def test_one_token() -> None:
     hidden, weight, labels = make_inputs(torch.float64, "all")
     loss, count = linear_cross_entropy(hidden[:1], weight, labels[:1])
     wanted, _ = plain_linear_cross_entropy(hidden[:1], weight, labels[:1])
@@ -150,7 +150,7 @@ def test_one_row() -> None:
 
 
 @pytest.mark.parametrize("rows", [31, 127, 508])
-def test_rows_that_are_filled_up_leave_no_trace(rows: int) -> None:
+def test_padded_tokens_leave_no_trace(rows: int) -> None:
     generator = torch.Generator().manual_seed(rows)
     hidden = torch.randn(rows, 24, generator=generator).requires_grad_()
     weight = torch.randn(90, 24, generator=generator)

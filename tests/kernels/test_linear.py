@@ -1,4 +1,4 @@
-"""The LoRA linear as one operation agrees with the plain one, gradients included."""
+"""The LoRA linear as one autograd function agrees with the plain one, gradients included."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def test_linears_together_agree_with_each_alone(
     for together in (True, False):
         x, *trained = (tensor.clone().requires_grad_() for tensor in start)
         layers = [
-            AdaptedLinear(weight, bias, a, b, 0.5 + place)
-            for place, ((weight, bias), a, b) in enumerate(
+            AdaptedLinear(weight, bias, a, b, 0.5 + index)
+            for index, ((weight, bias), a, b) in enumerate(
                 zip(frozen, trained[::2], trained[1::2], strict=True)
             )
         ]

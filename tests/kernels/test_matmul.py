@@ -92,7 +92,7 @@ print(held_mb() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="the system tells no memory")
-def test_row_counts_that_come_once_leave_no_memory_behind() -> None:
+def test_token_counts_that_occur_once_leave_no_memory_behind() -> None:
     done = subprocess.run(
         [sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""RMS norm as one operation agrees with torch's, and so do its gradients."""
+"""RMS norm as one autograd function agrees with torch's, and so do its gradients."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_fp32_is_as_near_to_fp64_as_torchs(shape: tuple[int, ...]) -> None:
         assert relative(seen.double(), wanted) <= 1e-6
 
 
-def test_gradients_that_nobody_needs_are_not_made() -> None:
+def test_gradients_that_are_not_required_are_not_computed() -> None:
     x, weight = torch.randn(3, 8, requires_grad=True), torch.rand(8)
     rms_norm(x, weight, 1e-5).sum().backward()
     assert x.grad is not None

@@ -1,4 +1,4 @@
-"""Linears that read the same input: one operation where they can be that, else each called."""
+"""Linears that read the same input: one operation where possible, else called one by one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_same_as_one_by_one(dtype: torch.dtype) -> None:
         torch.testing.assert_close(y, layer(x))
 
 
-def test_what_is_not_alike_is_called_one_by_one() -> None:
+def test_linears_of_different_classes_are_called_one_by_one() -> None:
     (fused, _), (plain, _) = build(FusedLoRALinear), build(LoRALinear)
     x, linear = torch.randn(5, 6), nn.Linear(6, 2)
     for group in ((fused, plain), (plain, fused), (fused, linear), (linear,)):

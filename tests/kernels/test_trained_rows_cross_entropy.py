@@ -1,4 +1,4 @@
-"""The head with trained rows and its loss in one, against the whole weight and all logits."""
+"""The head with trained rows and its loss, against the full weight and all logits."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_autocast_changes_nothing_for_a_weight_in_bf16() -> None:
     assert torch.equal(seen, other)
 
 
-def test_with_nothing_to_learn_all_is_zero() -> None:
+def test_without_targets_loss_and_gradients_are_zero() -> None:
     hidden, weight, rows, ids, labels = inputs()
     loss, count = trained_rows_cross_entropy(
         hidden, weight, rows, ids, torch.full_like(labels, -100)

@@ -1,4 +1,4 @@
-"""The step by hand: against autograd in fp64, against the plain step, and what it leaves alone."""
+"""The character model's hand-written step against autograd in fp64, and against the plain step."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def gradients_by_hand(
     flat, found = step.update.flat, {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            place = (parameter.data_ptr() - flat.values.data_ptr()) // parameter.element_size()
-            found[name] = flat.gradients.as_strided(parameter.shape, parameter.stride(), place)
+            offset = (parameter.data_ptr() - flat.values.data_ptr()) // parameter.element_size()
+            found[name] = flat.gradients.as_strided(parameter.shape, parameter.stride(), offset)
     return found
 
 
@@ -140,7 +140,7 @@ def test_gradients_agree_in_fp32_at_the_usual_sizes(rank: int | None, width: int
 
 
 @pytest.mark.parametrize("rank", [None, 3])
-def test_many_steps_go_where_autograds_go(rank: int | None) -> None:
+def test_many_steps_agree_with_autograd(rank: int | None) -> None:
     model = build((12, 3, 2, 8), rank)
     by_hand = copy.deepcopy(model)
     optimizer = build_optimizer(model, RATE, DECAY, SHARE)
@@ -169,7 +169,7 @@ def test_the_model_evaluates_with_what_was_trained() -> None:
     assert seen < 2.5
 
 
-def test_moments_move_into_a_new_step_and_it_goes_on_to_the_bit() -> None:
+def test_a_new_step_resumes_from_saved_moments_to_the_bit() -> None:
     model = build((12, 3, 1, 8), 2, dtype=torch.float32)
     first, *others = draw_batches(4, 8, 4)
     config, cpu = TrainConfig(whole_rate_fraction=SHARE), choose_device("cpu", "fp32")
@@ -189,7 +189,7 @@ def test_moments_move_into_a_new_step_and_it_goes_on_to_the_bit() -> None:
 
 
 @pytest.mark.parametrize("rank", [None, 2])
-def test_what_the_plain_step_has_begun_goes_on_by_hand(rank: int | None) -> None:
+def test_a_run_of_the_plain_step_resumes_with_the_hand_written_one(rank: int | None) -> None:
     plain = build((12, 3, 2, 8), rank)
     first, *others = draw_batches(4, 8, 5)
     optimizer = build_optimizer(plain, RATE, DECAY, SHARE)

@@ -1,4 +1,4 @@
-"""The fast step over a base in eight bits against the plain step over the same codes."""
+"""The hand-written step over an fp8 base against the plain step over the same codes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lora.training.optim import build_optimizer, set_learning_rate
 from lora.training.plain_step import train_step
 
 EXACT = replace(PLAIN, fp8_dtype=torch.float64)
-"""Rows that nothing rounds: what is left is the way through the network."""
+"""Operations whose fp8 rows are not rounded: everything else is compared exactly."""
 RATES = (1e-2, 2e-2, 5e-3)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tied": ({}, {"rank_pattern": {"k_proj": 2}}),
@@ -38,7 +38,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def quantised(model: Decoder, **settings: Any) -> Decoder:
-    """Return `model` with its linears in eight bits, LoRA beside them, all of it random."""
+    """Return `model` with fp8 linears and LoRA beside them, all of it random."""
     weights = {n: m.weight.detach() for n, m in model.named_modules() if hasattr(m, "in_features")}
     use_fp8_linears(model)
     for name, module in model.named_modules():
@@ -58,10 +58,10 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).detach().norm() / other.detach().norm().clamp(min=1e-9))
 
 
-@pytest.mark.parametrize("mode", [*MODES, "none, activations made again"])
+@pytest.mark.parametrize("mode", [*MODES, "none, swiglu recomputed"])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("name", CASES)
-def test_steps_are_the_plain_ones_where_rows_are_not_rounded(
+def test_steps_equal_the_plain_ones_where_nothing_is_rounded(
     tiny_decoder: Callable[..., Decoder],
     make_batch: Callable[..., Batch],
     monkeypatch: pytest.MonkeyPatch,
@@ -70,17 +70,19 @@ def test_steps_are_the_plain_ones_where_rows_are_not_rounded(
     mode: str,
 ) -> None:
     sizes, settings = CASES[name]
-    again = mode.endswith("made again")
-    monkeypatch.setattr(buffers, "MAX_STORED_SWIGLU_BYTES", 0 if again else 1e9)
+    recomputes = mode.endswith("recomputed")
+    monkeypatch.setattr(buffers, "MAX_STORED_SWIGLU_BYTES", 0 if recomputes else 1e9)
     monkeypatch.setattr(buffers, "FEED_FORWARD_CHUNK_TOKENS", 20)
     checkpointing = MODES.get(mode)
     plain = quantised(tiny_decoder(**sizes), **settings)
     fast = copy.deepcopy(plain)
     frozen = {n: p.detach().clone() for n, p in plain.named_parameters() if not p.requires_grad}
-    step = FastStep(fast, EXACT, torch.float64, checkpointing=checkpointing, own_attention=again)
+    step = FastStep(
+        fast, EXACT, torch.float64, checkpointing=checkpointing, own_attention=recomputes
+    )
     optimizer = build_optimizer(plain, 1.0, 0.0)
     for number, rate in enumerate(RATES):
-        batches = [make_batch(10 * number + place, packed=packed) for place in range(2)]
+        batches = [make_batch(10 * number + index, packed=packed) for index in range(2)]
         set_learning_rate(optimizer, rate)
         expected = train_step(plain, batches, loss_for(plain), optimizer)
         step.launch(batches, rate, number + 1)
@@ -127,7 +129,7 @@ def test_rounded_rows_change_gradients_by_a_few_hundredths(
 def test_a_fourth_digit_before_rounding_moves_gradients_half_as_far_as_rounding(
     tiny_decoder: Callable[..., Decoder], make_batch: Callable[..., Batch]
 ) -> None:
-    """Why two ways to compute the same step are held against rows not rounded, not each other."""
+    """Why two fp8 steps are compared with an unrounded one, not with each other."""
     draw = torch.Generator().manual_seed(7)
 
     def shaken(*arguments: Any) -> None:
@@ -155,11 +157,11 @@ def test_a_fourth_digit_before_rounding_moves_gradients_half_as_far_as_rounding(
     assert relative(other.flat.gradients, exact.flat.gradients) < 1.3 * of_rounding
 
 
-def test_makers_leave_the_rows_that_products_read(
+def test_norms_and_swiglu_write_the_fp8_rows_that_matmuls_read(
     tiny_decoder: Callable[..., Decoder],
     make_batch: Callable[..., Batch],
 ) -> None:
-    """Rows that no maker left are made for attention's output and its gradient alone."""
+    """Only attention's output and its gradient are quantised in passes of their own."""
     made = []
 
     def counting(x: torch.Tensor, into: Any) -> None:
@@ -173,19 +175,19 @@ def test_makers_leave_the_rows_that_products_read(
     assert sorted(made) == [inner] * n_blocks + [qkv] * (n_blocks - 1)
 
 
-def test_rows_are_read_once() -> None:
+def test_fp8_rows_are_read_once() -> None:
     scratch = Fp8ScratchRows(torch.zeros(64, dtype=FP8), torch.zeros(4, 1))
     x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
     scratch.reserve(x).write(x)
     left = scratch.quantised(x, PLAIN)
     codes, scales = left.codes.float(), left.scales.clone()
     x.mul_(2)
-    again = scratch.quantised(x, PLAIN)
-    assert torch.equal(again.codes.float(), codes)  # twice the values, twice the scale
-    assert torch.equal(again.scales, 2 * scales)
+    recomputes = scratch.quantised(x, PLAIN)
+    assert torch.equal(recomputes.codes.float(), codes)  # twice the values, twice the scale
+    assert torch.equal(recomputes.scales, 2 * scales)
 
 
-def test_rows_may_be_read_in_parts() -> None:
+def test_fp8_rows_may_be_read_in_chunks() -> None:
     scratch = Fp8ScratchRows(torch.zeros(80, dtype=FP8), torch.zeros(5, 1))
     x = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))[:, :16]
     whole = scratch.reserve(x)
@@ -199,7 +201,7 @@ def test_rows_may_be_read_in_parts() -> None:
     assert torch.equal(scratch.quantised(x[2:4], PLAIN).scales, 2 * scales[2:4])
 
 
-def test_memory_counts_codes(tiny_decoder: Callable[..., Decoder]) -> None:
+def test_memory_counts_fp8_codes(tiny_decoder: Callable[..., Decoder]) -> None:
     model = quantised(tiny_decoder(dtype=torch.float32))
     codes = sum(m.weight.numel() for m in model.modules() if isinstance(m, Fp8Weight))
     held = fast_memory(copy.deepcopy(model), 2, 16)

@@ -1,4 +1,4 @@
-"""Every memory mode against mode none, in fp64 on a CPU: losses, parameters and moments."""
+"""Activation checkpointing against none of it, in fp64 on a CPU: losses, parameters, moments."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 
 
 class LateResiduals(OffloadedResiduals):
-    """Copies as late as the waits allow, in the order in which they were begun.
+    """Copies made as late as the waits allow, in the order in which they were begun.
 
     On a CPU copies are made when they are begun, the earliest that a stream could make them.
     """
@@ -102,13 +102,13 @@ class LateResiduals(OffloadedResiduals):
 
 
 class NoRoomResiduals(LateResiduals):
-    """A residual is overwritten before it has been stored."""
+    """A fault: a residual is overwritten before it is on the host."""
 
     waits_for_room = False
 
 
 class StaleResiduals(LateResiduals):
-    """A residual is read before it is back."""
+    """A fault: a residual is read before it is back on the device."""
 
     waits_for_fetched = False
 
@@ -127,7 +127,7 @@ def adapt(model: Decoder, settings: dict[str, Any] | None) -> Decoder:
 def train(
     model: Decoder, steps: Sequence[Sequence[Batch]], **settings: Any
 ) -> tuple[list[list[float]], list[torch.Tensor]]:
-    """Return the reports of all steps, and values and moments after them."""
+    """Return the reports of all steps, and parameters and moments after them."""
     step = FastStep(model, PLAIN, torch.float64, weight_decay=0.1, seed=5, **settings)
     reports = []
     for number, batches in enumerate(steps, 1):
@@ -139,7 +139,7 @@ def train(
 @pytest.mark.parametrize("merges", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_all_modes_are_mode_none(
+def test_all_modes_compute_what_mode_none_does(
     tiny_decoder: Callable[..., Decoder],
     make_batch: Callable[..., Batch],
     monkeypatch: pytest.MonkeyPatch,
@@ -156,7 +156,7 @@ def test_all_modes_are_mode_none(
     base = adapt(tiny_decoder(**sizes), settings)
     n_micro = 2 if packed else 1
     steps = [
-        [make_batch(10 * number + place, packed=packed) for place in range(n_micro)]
+        [make_batch(10 * number + index, packed=packed) for index in range(n_micro)]
         for number in range(3)
     ]
     ways = {"merges": merges, "own_attention": merges}
@@ -177,11 +177,11 @@ def test_copies_may_be_as_late_as_the_waits_allow(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:
-    """The same bits with late copies; others if a wait is left out, so that this would show."""
+    """The same bits with late copies; others where a wait is missing, so that the test can fail."""
     sizes, settings = SETTINGS[name]
     base = adapt(tiny_decoder(**sizes), settings)
     steps = [
-        [make_batch(2 * number + place, packed=True) for place in range(2)] for number in (0, 1)
+        [make_batch(2 * number + index, packed=True) for index in range(2)] for number in (0, 1)
     ]
 
     def values(residuals: type[OffloadedResiduals]) -> torch.Tensor:
@@ -199,28 +199,28 @@ def test_copies_may_be_as_late_as_the_waits_allow(
 def test_residuals_come_back_from_the_host(
     monkeypatch: pytest.MonkeyPatch, residuals: type[OffloadedResiduals]
 ) -> None:
-    """Through six blocks as a pass does it: what is fetched is what was stored."""
+    """Through six blocks, in the order of a pass: what is fetched is what was offloaded."""
     monkeypatch.setattr(checkpointing, "HOST_CHUNK_BYTES", 200)
     stored = residuals(torch.empty(0, dtype=torch.float64), 7, 11, 5)
     assert len(stored.host) == 4
     assert stored.host_bytes == 4 * 11 * 5 * 8
-    for place in range(7):
-        stored.reserve_slot(place)
-        stored[place].fill_(place)
-        if place < 6:
-            stored.offload(place)
-    for place in reversed(range(6)):
-        stored.fetch(place, 0)
-        assert bool((stored[place] == place).all())
-        assert bool((stored[place + 1] == (6 if place == 5 else -place - 1)).all())
-        stored[place].fill_(-place)  # the gradient
+    for index in range(7):
+        stored.reserve_slot(index)
+        stored[index].fill_(index)
+        if index < 6:
+            stored.offload(index)
+    for index in reversed(range(6)):
+        stored.fetch(index, 0)
+        assert bool((stored[index] == index).all())
+        assert bool((stored[index + 1] == (6 if index == 5 else -index - 1)).all())
+        stored[index].fill_(-index)  # the gradient
     stored.join()
 
 
-def test_the_last_blocks_have_tensors_of_their_own() -> None:
+def test_the_last_blocks_store_tensors_of_their_own() -> None:
     tensors = BlockTensors(torch.empty(0), 4, 2, 6, 3, 5)
-    places = [tensors[layer].data_ptr() for layer in range(4)]
-    assert places[0] == places[1] != places[2] != places[3]
+    addresses = [tensors[layer].data_ptr() for layer in range(4)]
+    assert addresses[0] == addresses[1] != addresses[2] != addresses[3]
     assert [tensors.is_stored(layer) for layer in range(4)] == [False, False, True, True]
     assert tensors.chunk(3, slice(2, 5)).data_ptr() == tensors[3][2:5].data_ptr()
     assert tensors.chunk(0, slice(2, 5)).data_ptr() == tensors[0].data_ptr()
@@ -243,7 +243,7 @@ def test_modes_hold_less_and_less(tiny_decoder: Callable[..., Decoder]) -> None:
 
 
 @pytest.mark.parametrize("policy", [MODES["full"], MODES["full+offload"]])
-def test_attention_that_stays_is_not_computed_again(
+def test_stored_attention_is_not_recomputed(
     tiny_decoder: Callable[..., Decoder],
     make_batch: Callable[..., Batch],
     monkeypatch: pytest.MonkeyPatch,
@@ -257,7 +257,7 @@ def test_attention_that_stays_is_not_computed_again(
         return attend(*sizes)
 
     monkeypatch.setattr(attention_pass, "attend_packed_plain", count)
-    # Three blocks forward; the last one's values are still there on the way back.
+    # Three blocks forward; in backward the last one's values are still in scratch.
     for attention_out, expected in enumerate((5, 5, 4, 3)):
         computed.clear()
         model, own = adapt(tiny_decoder(), {}), replace(policy, n_stored_attention=attention_out)
@@ -265,11 +265,11 @@ def test_attention_that_stays_is_not_computed_again(
         assert len(computed) == expected
 
 
-def test_long_rows_keep_attention_before_the_rest_of_a_block(
+def test_long_sequences_store_attention_before_the_rest_of_a_block(
     tiny_decoder: Callable[..., Decoder],
 ) -> None:
     def chosen(tokens: int, policy: ActivationCheckpointing) -> ActivationCheckpointing:
-        """Return what is chosen where the room is what `policy` needs."""
+        """Return what is chosen where the budget is what `policy` needs."""
         model = apply_lora(tiny_decoder(), LoRAConfig(rank=3)).to("meta")
         plan = FastPlan(model, 1, tokens)  # type: ignore[arg-type]
         return fit_memory(plan, "auto", plan.memory(policy).total).checkpointing

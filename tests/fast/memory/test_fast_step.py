@@ -1,4 +1,4 @@
-"""What a fast step is said to hold against what it holds, and against peaks measured on a GPU."""
+"""The planned memory of a hand-written step against a real one, and against peaks of a GPU."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_plans_of_modes_are_near_the_peaks_measured_on_an_h200(
     assert fit.memory.total / 1e9 == pytest.approx(peak_gb, rel=0.02)
 
 
-def test_a_base_in_eight_bits_is_near_the_peak_measured_on_an_h100() -> None:
+def test_an_fp8_base_is_near_the_peak_measured_on_an_h100() -> None:
     path = RESULTS / "gpu_step_fp8_h100.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     (peak_gb,) = (r["peak_gb"] for r in lines if r["variant"] == "ours_lora_fp8_one_copy")
@@ -136,6 +136,6 @@ def test_parts_are_those_of_a_real_step(tiny_decoder: Callable[..., Decoder], fu
     predicted = fast_memory(make(), 2, 16)
     assert predicted.gradients == flat.nbytes()
     assert predicted.optimizer == 2 * flat.nbytes()
-    # The products' own copies of what trains come on top of what the parameters are views of.
+    # The copies in the compute dtype come on top of what the parameters are views of.
     assert predicted.weights >= held
     assert predicted.weights - held <= sum(p.numel() * 2 for p in step.model.parameters()) * 2

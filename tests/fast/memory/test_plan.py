@@ -1,4 +1,4 @@
-"""What a plan says, against counts by hand, against real steps, and against measured runs."""
+"""Memory plans against counts by hand, real steps, and measured runs."""
 
 from __future__ import annotations
 
@@ -65,16 +65,16 @@ def test_fully_trained_modules_count_as_trained() -> None:
     assert planned.trained_parameters == plan(SETTING).trained_parameters + 300 * 32
 
 
-def test_activations_are_what_a_real_forward_keeps() -> None:
-    """Every storage that autograd keeps of a real forward, parameters left out."""
+def test_activations_are_what_a_real_forward_saves() -> None:
+    """Every storage that autograd saves in a real forward pass, parameters left out."""
     model = apply_lora(build_decoder(TINY), LORA)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     ids = torch.zeros(2, 64, dtype=torch.int64)
@@ -82,12 +82,12 @@ def test_activations_are_what_a_real_forward_keeps() -> None:
         hidden = model.hidden_states(ids)
     planned = plan(replace(SETTING, packed=False)).activations
     assert hidden.requires_grad
-    assert 0.95 * sum(kept.values()) <= planned <= 1.3 * sum(kept.values())
+    assert 0.95 * sum(saved.values()) <= planned <= 1.3 * sum(saved.values())
 
 
 @pytest.mark.parametrize("lora", [LORA, None])
 @pytest.mark.parametrize(("device", "fast"), [("cpu", True), ("cuda", True), ("cuda", False)])
-def test_more_rows_tokens_and_rank_take_more(
+def test_more_sequences_tokens_and_rank_take_more(
     device: str, fast: bool, lora: LoRAConfig | None
 ) -> None:
     kind = torch.bfloat16 if device == "cuda" else torch.float32
@@ -149,7 +149,7 @@ def test_the_fastest_mode_that_fits_is_found() -> None:
     assert "may not fit" in tight.reason
 
 
-def test_cheap_makes_as_much_again_as_it_takes() -> None:
+def test_cheap_recomputes_as_much_as_the_budget_demands() -> None:
     most, least = plan(on_gpu(memory="cheap")), plan(on_gpu(memory="cheap", memory_gb=1e-6))
     assert most.checkpointing is not None
     assert least.checkpointing is not None
@@ -163,7 +163,7 @@ def test_cheap_makes_as_much_again_as_it_takes() -> None:
     assert again.total == between.total
 
 
-def test_the_largest_batch_fits_and_one_more_does_not() -> None:
+def test_the_largest_micro_batch_fits_and_one_more_sequence_does_not() -> None:
     available = plan(replace(SETTING, micro_batch_size=7)).total
     rows = largest_micro_batch(SETTING, available, base_bytes=0)
     assert plan(replace(SETTING, micro_batch_size=rows)).total <= available

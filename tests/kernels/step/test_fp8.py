@@ -1,4 +1,4 @@
-"""Rows in eight bits: how exact they are, edge rows, and the plain product."""
+"""FP8 rows: their precision, edge cases, and the plain matmul."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_a_value_keeps_its_first_three_bits_and_tiny_ones_their_place() -> None:
+def test_values_keep_three_bits_and_tiny_ones_an_absolute_error() -> None:
     x = random(64, 200) * torch.logspace(-20, 20, 64)[:, None]
     x[:, ::7] *= 1e-4
     peak = x.abs().amax(1, keepdim=True).double()
@@ -41,7 +41,7 @@ def test_a_value_keeps_its_first_three_bits_and_tiny_ones_their_place() -> None:
     assert (error.norm(dim=1) / x.double().norm(dim=1) < 0.04).all()
 
 
-def test_rows_of_zeros_and_of_hardly_anything_stay_finite() -> None:
+def test_rows_of_zeros_and_of_tiny_values_stay_finite() -> None:
     x = torch.zeros(3, 16)
     x[1], x[2, 3] = 1e-38, 1e38
     rows = code(x)
@@ -73,7 +73,7 @@ def test_wide_codes_round_nothing() -> None:
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_the_product_is_that_of_the_values(with_bias: bool) -> None:
+def test_the_scaled_matmul_is_that_of_the_values(with_bias: bool) -> None:
     x, weight = code(random(7, 48)), code(random(33, 48, seed=1))
     bias = random(33, seed=2) if with_bias else None
     out = torch.full((7, 40), 7.0)
@@ -87,7 +87,7 @@ def test_the_product_is_that_of_the_values(with_bias: bool) -> None:
     assert 0.005 < (expected - exact).norm() / exact.norm() < 0.05
 
 
-def test_turning_moves_codes() -> None:
+def test_transposing_moves_codes() -> None:
     weight = code(random(20, 33)).codes
     out = weight.new_empty(33, 20)
     transpose_codes(weight, out)

@@ -1,4 +1,4 @@
-"""The fast step's Triton kernels against their plain twins: on a GPU, or in Triton's interpreter.
+"""The hand-written step's Triton kernels against their plain twins: on a GPU, or interpreted.
 
 Without a GPU: TRITON_INTERPRET=1 pytest tests/kernels/step/test_step_kernels.py (triton installed).
 """
@@ -64,13 +64,13 @@ def fp8_like(x: Tensor, factors: Tensor | None) -> fp8.Fp8Rows:
 
 
 def assert_fp8(fast: fp8.Fp8Rows, plain: fp8.Fp8Rows) -> None:
-    """Inputs may differ by a rounding of bf16, so a code may be the next one."""
+    """Inputs may differ by one rounding of bf16, so a code may be the neighbouring one."""
     values = [rows.codes.double() * rows.scales.double() for rows in (fast, plain)]
     assert_close(*values, 8e-3 if TYPE is torch.bfloat16 else 2e-3)
 
 
 @pytest.mark.parametrize("with_factors", [True, False])
-def test_rows_in_eight_bits(draw: torch.Generator, with_factors: bool) -> None:
+def test_fp8_rows(draw: torch.Generator, with_factors: bool) -> None:
     x = random(draw, ROWS, WIDTH + 16)[:, :WIDTH]
     x[0], x[1] = 0, 1e-38
     x[2, 3] = float("inf") if CODES is fp8.FP8 else 1e9
@@ -89,7 +89,7 @@ def test_rows_in_eight_bits(draw: torch.Generator, with_factors: bool) -> None:
 
 
 @pytest.mark.parametrize("with_factors", [True, False])
-def test_norms_and_swiglu_put_codes_beside_their_results(
+def test_norms_and_swiglu_write_codes_beside_their_results(
     draw: torch.Generator, with_factors: bool
 ) -> None:
     x, delta, dy = (random(draw, ROWS, WIDTH) for _ in range(3))
@@ -124,7 +124,7 @@ def test_norms_and_swiglu_put_codes_beside_their_results(
         assert_fp8(fast, plain)
 
 
-def test_turning_codes(draw: torch.Generator) -> None:
+def test_transposing_codes(draw: torch.Generator) -> None:
     weight = random(draw, 136, 80).to(fp8.FP8)
     out = torch.zeros(80, 136, dtype=fp8.FP8, device=DEVICE)
     fp8.transpose_codes_triton(weight, out)
@@ -133,10 +133,10 @@ def test_turning_codes(draw: torch.Generator) -> None:
 
 @pytest.mark.skipif(
     not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)),
-    reason="products row by row in fp8 need a GPU of capability 9.0",
+    reason="fp8 matmuls with a scale for each row need a GPU of capability 9.0",
 )
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_the_product_of_codes(draw: torch.Generator, with_bias: bool) -> None:
+def test_the_scaled_matmul_of_codes(draw: torch.Generator, with_bias: bool) -> None:
     x, weight = random(draw, ROWS, 512), random(draw, 272, 512)
     rows, columns = fp8_like(x, None), fp8_like(weight, None)
     rows.write(x)
@@ -176,8 +176,8 @@ def test_norm_and_its_gradients(draw: torch.Generator, with_delta: bool) -> None
     assert_close(norm.norm_weight_gradient_triton(dy, total, rstd), plain, 1e-5)
 
 
-@pytest.mark.parametrize("remade", [True, False])
-def test_swiglu_and_its_gradient(draw: torch.Generator, remade: bool) -> None:
+@pytest.mark.parametrize("recomputes", [True, False])
+def test_swiglu_and_its_gradient(draw: torch.Generator, recomputes: bool) -> None:
     width = 1300
     gate_up = random(draw, ROWS, 2 * width + 16)[:, : 2 * width]
     dy = random(draw, ROWS, width)
@@ -189,14 +189,14 @@ def test_swiglu_and_its_gradient(draw: torch.Generator, remade: bool) -> None:
     for function in (swiglu.swiglu_backward, swiglu.swiglu_backward_triton):
         grads.append(gate_up.clone())
         outs.append(torch.zeros_like(dy))
-        function(grads[-1], dy, outs[-1] if remade else None)
+        function(grads[-1], dy, outs[-1] if recomputes else None)
     assert_close(grads[1], grads[0])
-    if remade:
+    if recomputes:
         assert_close(outs[1], plain)
 
 
 @pytest.mark.parametrize("rotates", [True, False])
-def test_rotation_and_the_way_back(draw: torch.Generator, rotates: bool) -> None:
+def test_rotation_and_its_gradient(draw: torch.Generator, rotates: bool) -> None:
     heads, shared, width = 9, 3, 16
     columns = (heads + 2 * shared) * width
     cos, sin = (torch.randn(ROWS, width // 2, generator=draw).to(DEVICE) for _ in range(2))
@@ -244,7 +244,7 @@ def test_adamw(draw: torch.Generator, taken: bool) -> None:
     assert torch.equal(results[1][0], values) is not taken
 
 
-def test_dropout_makes_the_same_mask_in_both_twins(draw: torch.Generator) -> None:
+def test_dropout_masks_are_the_same_in_both_twins(draw: torch.Generator) -> None:
     x = random(draw, ROWS, 1300)
     seed = torch.tensor(123456789, device=DEVICE)
     plain, fast = torch.zeros_like(x), torch.zeros_like(x)

@@ -1,4 +1,4 @@
-"""The plain twins of the fast step's kernels against autograd."""
+"""The plain twins of the hand-written step's kernels against autograd."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_swiglu_is_autograds(draw: torch.Generator) -> None:
     torch.testing.assert_close(again, out)
 
 
-def test_rotation_is_the_decoders_and_turns_back(draw: torch.Generator) -> None:
+def test_rotation_is_the_decoders_and_can_be_undone(draw: torch.Generator) -> None:
     heads, shared, half = 4, 2, 3
     angles = random(draw, ROWS, half)
     cos, sin = angles.cos(), angles.sin()
@@ -81,7 +81,7 @@ def test_token_loss_is_autograds(draw: torch.Generator) -> None:
     torch.testing.assert_close(changed, logits.grad)
 
 
-def test_dropouts_masks_differ_by_seed_and_place_and_keep_their_share() -> None:
+def test_dropout_masks_differ_by_seed_and_layer_and_keep_the_probability() -> None:
     seed = torch.tensor(5)
     masks = [
         dropout.keep_mask(seed + change, layer, 400, 500, 0.25).double()
