@@ -36,7 +36,7 @@ class Candidate:
 
     learning_rate: float
     steps: int
-    batch_size: int
+    batch_rows: int
     rank: int
     seed: int
 
@@ -44,7 +44,7 @@ class Candidate:
     def train_config(self) -> TrainConfig:
         return TrainConfig(
             steps=self.steps,
-            batch_size=self.batch_size,
+            batch_size=self.batch_rows,
             learning_rate=self.learning_rate,
             seed=self.seed,
             precision="fp32",
@@ -81,7 +81,7 @@ def run_candidate(candidate: Candidate, n_notes: int, device: str) -> dict[str, 
         # No evaluation during training: the validation notes are measured below.
         run = RunConfig(Path(folder), "run", eval_every_steps=candidate.steps, device=device)
         job = FinetuneJob(
-            data=make_orders("train", candidate.steps * candidate.batch_size, candidate.seed),
+            data=make_orders("train", candidate.steps * candidate.batch_rows, candidate.seed),
             eval_data=make_orders("validation", 1),
             lora=LoRAConfig(rank=candidate.rank, alpha=2.0 * candidate.rank),
             train=candidate.train_config,
