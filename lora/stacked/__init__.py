@@ -1,1 +1,1 @@
-"""K adapters on one frozen base in one pass: layers, loss, the plain training step."""
+"""Multi-adapter training: K adapters stacked on one frozen base, trained in one pass."""

@@ -1,7 +1,8 @@
-"""Put K adapters on one model at once, and take each off as it would be alone.
+"""Applies K adapters to one model at once, and reads and writes the values of each.
 
-An adapter's values go by their names on a model of its own (`blocks.0.proj.lora_A`), without
-padding: what `apply_lora` would draw, what `save_adapter` writes.
+The values of one adapter have the names they would have on a model with that adapter alone
+(`blocks.0.proj.lora_A`), and no padding: the values that `apply_lora` draws and `save_adapter`
+writes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Values = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class StackedAdapters:
-    """What `apply_stacked` did to a model."""
+    """The adapters that `apply_stacked` put on a model."""
 
     stack: Stack
     configs: tuple[LoRAConfig, ...]
@@ -41,7 +42,7 @@ class StackedAdapters:
 
     @torch.no_grad()
     def fill(self, k: int, values: Values) -> None:
-        """Changes adapter `k` in place: takes `values`, as `values` returns them."""
+        """Changes adapter `k` in place, to values as `values` returns them."""
         for name, layer in self.layers.items():
             layer.fill(k, values[f"{name}.lora_A"], values[f"{name}.lora_B"])
         for name, embedding in self.embeddings.items():
@@ -51,13 +52,14 @@ class StackedAdapters:
 def apply_stacked(
     model: nn.Module, configs: Sequence[LoRAConfig], dropout_seeds: Sequence[int]
 ) -> StackedAdapters:
-    """Changes `model` in place: adapter k has the values that `apply_lora` gives `configs[k]`.
+    """Changes `model` in place: adapter k gets the values that `apply_lora` gives `configs[k]`.
 
-    Everything else is frozen. `dropout_seeds[k]` stands for torch's global seed of adapter k alone.
+    Everything else is frozen. `dropout_seeds[k]` seeds the dropout of adapter k as torch's global
+    seed would if it trained alone.
 
-    Raises ConfigError if the configs differ in their layers or in what trains whole, or if the base
-    has dropout of its own (which all adapters would draw from one generator), and TargetError for
-    layers other than linears and embeddings; `model` is then as it was, frozen.
+    Raises ConfigError if the configs differ in their layers or fully trained modules, or if the
+    base has dropout of its own (which all adapters would draw from one generator), and TargetError
+    for layers other than linears and embeddings; `model` is then unchanged, but frozen.
     """
     _refuse_dropout(model)
     drawn, plans = [], []
@@ -85,7 +87,7 @@ def apply_stacked(
 
 
 def remove_stacked(model: nn.Module, stacked: StackedAdapters) -> None:
-    """Changes `model` in place: the base as it was before `apply_stacked`, frozen."""
+    """Changes `model` in place: undoes `apply_stacked`; the base stays frozen."""
     for name, module in (stacked.layers | stacked.embeddings).items():
         replace_module(model, name, module.unwrap())
 
@@ -94,7 +96,7 @@ def remove_stacked(model: nn.Module, stacked: StackedAdapters) -> None:
 def stacked_adapters(
     model: nn.Module, configs: Sequence[LoRAConfig], dropout_seeds: Sequence[int]
 ) -> Iterator[StackedAdapters]:
-    """Within the block `model` has these adapters: see `apply_stacked`; removed however it ends."""
+    """Context manager: `model` has these adapters within the block. See `apply_stacked`."""
     stacked = apply_stacked(model, configs, dropout_seeds)
     try:
         yield stacked
@@ -104,7 +106,7 @@ def stacked_adapters(
 
 @contextmanager
 def single_adapter(model: nn.Module, config: LoRAConfig, values: Values) -> Iterator[nn.Module]:
-    """Within the block the plain base `model` has this one adapter, to be saved for example."""
+    """Context manager: the plain base `model` has this one adapter within the block."""
     with _single(model, config), torch.no_grad():
         for name, parameter in _trained(model).items():
             parameter.copy_(values[name])
@@ -114,7 +116,7 @@ def single_adapter(model: nn.Module, config: LoRAConfig, values: Values) -> Iter
 @contextmanager
 def _single(model: nn.Module, config: LoRAConfig) -> Iterator[None]:
     if config.init_seed is None:
-        raise ConfigError("An adapter was to be stacked without init_seed: give each its seed.")
+        raise ConfigError("Cannot stack an adapter without init_seed. Give each adapter a seed.")
     apply_lora(model, config)
     try:
         yield
@@ -132,8 +134,8 @@ def _refuse_other_kinds(model: nn.Module) -> None:
     wrong += [n for n, module in saved.items() if type(module) is not nn.Embedding]
     if wrong:
         raise TargetError(
-            f"Several adapters were to be stacked on {wrong[0]!r}: allowed are linears, and "
-            "embeddings among what trains whole. Leave it out, or train the adapters one by one."
+            f"Cannot stack adapters on {wrong[0]!r}. Allowed: linear layers, and embeddings in "
+            "modules_to_save. Leave it out, or train the adapters one by one."
         )
 
 
@@ -142,8 +144,8 @@ def _refuse_differences(drawn: list[Values]) -> None:
         if values.keys() != drawn[0].keys():
             other = sorted(values.keys() ^ drawn[0].keys())[0]
             raise ConfigError(
-                f"Adapters 0 and {k} were to be stacked, and one of them alone trains {other!r}: "
-                "give all the same targets, layers and modules_to_save."
+                f"Cannot stack adapters 0 and {k}: only one of them trains {other!r}. Give all of "
+                "them the same targets, layers and modules_to_save."
             )
 
 
@@ -151,7 +153,7 @@ def _refuse_dropout(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
             raise ConfigError(
-                f"Several adapters were to train at once on a base with dropout of its own "
-                f"({name!r}: {module.p:g}): it would be drawn for all of them together. Set the "
-                "base's dropout to 0, or train the adapters one by one."
+                f"Cannot train several adapters at once on a base with dropout ({name!r}: "
+                f"{module.p:g}): all adapters would share its random numbers. Set the base's "
+                "dropout to 0, or train the adapters one by one."
             )

@@ -1,11 +1,12 @@
-"""K adapters on one frozen layer: they train, or answer, together.
+"""Layers with K stacked adapters on one frozen weight.
 
-What differs from the textbook: the rows of all adapters go through the frozen product at once, and
-adapter k's low-rank part is batch element k of a batched product, over its own rows only. No sum
-runs over two adapters, forward or backward, so a NaN in one leaves the bits of the others alone.
-Smaller ranks are padded with zero rows of A and columns of B, whose gradients are masked to zero.
+What differs from the textbook: one matmul applies the frozen weight to the sequences of all
+adapters, and the low-rank part of adapter k is batch element k of two batched matmuls, over its own
+sequences only. No sum runs over two adapters, forward or backward, so a NaN in one does not change
+a bit of the others. Smaller ranks are padded with zero rows of A and zero columns of B, whose
+gradients are masked to zero.
 
-The rows of a stacked batch are those of adapter 0, then those of adapter 1, and so on: (K·B, …).
+A stacked batch holds the sequences of adapter 0, then those of adapter 1, and so on: (K·B, …).
 """
 
 from __future__ import annotations
@@ -24,32 +25,34 @@ from lora.lora_module import check_lora_numbers
 
 @dataclass
 class Stack:
-    """What the stacked layers of one model share."""
+    """State that all stacked layers of one model share."""
 
     seeds: Sequence[int]
-    """One for each adapter, of its dropout."""
+    """Of dropout, one for each adapter."""
     batch_size: int = 0
-    """B of the batch that is computed; only tables that are read without a batch need it."""
+    """B of the current batch, of one adapter. Only embeddings read by ids without a batch dimension
+    need it."""
     generators: list[torch.Generator] = field(init=False)
 
     def __post_init__(self) -> None:
-        # Each adapter draws from its own generator what torch's global one would give it alone.
+        # Each adapter has its own generator, so that its masks are those that torch's global one
+        # would give it if it trained alone.
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
 
     @property
     def n_adapters(self) -> int:
-        """K."""
+        """Number of adapters, K."""
         return len(self.seeds)
 
 
 class StackedLoRALinear(nn.Module):
-    """y = x Wᵀ + b + (dropout(x) A_kᵀ) B_kᵀ · scaling_k for the rows of each adapter k.
+    """y = x Wᵀ + b + (dropout(x) A_kᵀ) B_kᵀ · scaling_k for the sequences of each adapter k.
 
     `lora_A` is (K, R, I) and `lora_B` (K, O, R), R the largest rank; both in fp32 or wider.
 
     Args:
-        base: the linear; its parameters are taken over and frozen.
-        stack: what the model's stacked layers share.
+        base: the linear; its parameters are shared, not copied, and frozen.
+        stack: the state that the model's stacked layers share.
         ranks, scalings, dropouts: one for each adapter.
 
     Raises ConfigError for numbers out of range.
@@ -78,28 +81,32 @@ class StackedLoRALinear(nn.Module):
         self.register_parameter("bias", base.bias)
         if base.bias is not None:
             base.bias.requires_grad_(False)
-        n, most = stack.n_adapters, max(ranks)
+        n, max_rank = stack.n_adapters, max(ranks)
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        self.lora_A = nn.Parameter(self.weight.new_zeros(n, most, self.in_features, dtype=wide))
-        self.lora_B = nn.Parameter(self.weight.new_zeros(n, self.out_features, most, dtype=wide))
-        padding = torch.arange(most) >= torch.tensor(self.ranks)[:, None]  # (K, R)
+        self.lora_A = nn.Parameter(self.weight.new_zeros(n, max_rank, self.in_features, dtype=wide))
+        self.lora_B = nn.Parameter(
+            self.weight.new_zeros(n, self.out_features, max_rank, dtype=wide)
+        )
+        padding = torch.arange(max_rank) >= torch.tensor(self.ranks)[:, None]  # (K, R)
         device = self.weight.device
         self.register_buffer("scaling", torch.tensor(scalings, dtype=wide, device=device))
         self.register_buffer("padding", padding.to(device))
         if bool(padding.any()):
+            # The padding's gradient is a sum of products with zeros: zero already, except where
+            # an activation is infinite.
             self.lora_A.register_hook(lambda grad: grad.masked_fill(self.padding[:, :, None], 0))
             self.lora_B.register_hook(lambda grad: grad.masked_fill(self.padding[:, None, :], 0))
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:  # (K·B, ..., I) or (K, B, ..., I) -> (..., O)
         y = F.linear(x, self.weight, self.bias)  # (..., O)
-        rows = self._drop(self._by_adapter(x)).to(self.lora_A.dtype)  # (K, N, I)
-        low = torch.bmm(rows, self.lora_A.mT)  # (K, N, R)
+        own = self._dropout(self._by_adapter(x)).to(self.lora_A.dtype)  # (K, N, I)
+        low = torch.bmm(own, self.lora_A.mT)  # (K, N, R)
         scaled = torch.bmm(low, self.lora_B.mT) * self.scaling[:, None, None]  # (K, N, O)
         return y + scaled.view_as(y).to(y.dtype)
 
     def unwrap(self) -> nn.Linear:
-        """Return the plain linear, sharing `weight` and `bias`."""
+        """Return the plain linear, with the same `weight` and `bias` tensors."""
         with torch.device("meta"):  # no storage: both parameters are replaced at once
             linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
         linear.weight, linear.bias = self.weight, self.bias  # type: ignore[assignment]
@@ -107,7 +114,7 @@ class StackedLoRALinear(nn.Module):
 
     @torch.no_grad()
     def fill(self, k: int, a: Tensor, b: Tensor) -> None:
-        """Changes adapter `k` in place: `a` (R_k, I), `b` (O, R_k); its padding becomes zero."""
+        """Changes adapter `k` in place: A becomes `a` (R_k, I), B `b` (O, R_k), padding zero."""
         rank = self.ranks[k]
         self.lora_A[k].zero_()[:rank].copy_(a)
         self.lora_B[k].zero_()[:, :rank].copy_(b)
@@ -121,32 +128,33 @@ class StackedLoRALinear(nn.Module):
         n_adapters = self.stack.n_adapters
         if len(x) % n_adapters:
             raise ModelError(
-                f"{len(x)} rows were given to {n_adapters} stacked adapters: each needs as many. "
-                "Stack the adapters' batches along the first axis."
+                f"Cannot split a batch of {len(x)} among {n_adapters} stacked adapters: all need "
+                "the same batch size. Concatenate the adapters' batches along the first dimension."
             )
         return x.reshape(n_adapters, -1, self.in_features)  # (K, N, I)
 
-    def _drop(self, rows: Tensor) -> Tensor:
+    def _dropout(self, x: Tensor) -> Tensor:  # (K, N, I) -> (K, N, I)
         if not self.training or not any(self.dropouts):
-            return rows
-        # As nn.Dropout draws on a CPU, adapter by adapter.
-        noise = torch.ones(rows.shape, dtype=rows.dtype)
-        for k, (share, draw) in enumerate(zip(self.dropouts, self.stack.generators, strict=True)):
-            if share:
-                noise[k].bernoulli_(1 - share, generator=draw).div_(1 - share)
-        return rows * noise.to(rows.device)
+            return x
+        # On the CPU and adapter by adapter, in the order in which nn.Dropout draws: each adapter
+        # gets the mask that it would get alone.
+        noise = torch.ones(x.shape, dtype=x.dtype)
+        for k, (p, generator) in enumerate(zip(self.dropouts, self.stack.generators, strict=True)):
+            if p:
+                noise[k].bernoulli_(1 - p, generator=generator).div_(1 - p)
+        return x * noise.to(x.device)
 
 
 class FusedStackedLoRALinear(StackedLoRALinear):
-    """StackedLoRALinear without dropout as one operation: fewer passes, less kept.
+    """StackedLoRALinear without dropout as one autograd function: fewer passes over memory, fewer
+    saved activations.
 
     Agrees with it within 1e-5 in fp32, outputs and gradients (‖difference‖ / ‖reference‖).
     """
 
     def forward(self, x: Tensor) -> Tensor:  # (K·B, ..., I) -> (K·B, ..., O)
-        rows = self._by_adapter(x)  # (K, N, I)
         tensors = self.weight, self.bias, self.lora_A, self.lora_B, self.scaling
-        y = _StackedLoRALinear.apply(rows, *tensors)  # (K, N, O)
+        y = _StackedLoRALinear.apply(self._by_adapter(x), *tensors)  # (K, N, O)
         return y.view(*x.shape[:-1], self.out_features)  # (K·B, ..., O)
 
 
@@ -185,7 +193,7 @@ class _StackedLoRALinear(torch.autograd.Function):
 
 
 class StackedEmbedding(nn.Module):
-    """K copies of an embedding that train apart: `weight` is (K, V, C).
+    """An embedding that each of K adapters trains its own copy of: `weight` is (K, V, C).
 
     Tokens (K·B, T) are looked up in their own adapter's table. Ids without a batch dimension, (T,),
     as of learned positions, give the same rows of each adapter's table to each of its B sequences,
@@ -194,13 +202,15 @@ class StackedEmbedding(nn.Module):
 
     def __init__(self, base: nn.Embedding, stack: Stack) -> None:
         super().__init__()
-        self.stack, self.base = stack, [base]  # in a list: no submodule, its weight is not ours
+        # The base in a list is no submodule: its weight must not count as a parameter of this one.
+        self.stack, self.base = stack, [base]
         repeated = base.weight.detach().expand(stack.n_adapters, -1, -1)  # (K, V, C)
         self.weight = nn.Parameter(repeated.clone())
         self.train(base.training)
 
     def forward(self, ids: Tensor) -> Tensor:  # (K·B, T) or (T,) -> (K·B, T, C)
-        # By two indices: the weight may be a view whose adapters do not lie side by side.
+        # Indexed by adapter and token, not by F.embedding over (K·V, C): the weight may be a view
+        # into the optimizer's flat buffer, where its adapters are not contiguous.
         own = torch.arange(len(self.weight), device=ids.device)[:, None]  # (K, 1)
         if ids.ndim == 1:
             shared = self.weight[own, ids]  # (K, T, C)
@@ -209,14 +219,14 @@ class StackedEmbedding(nn.Module):
         return self.weight[own[:, :, None], by_adapter].flatten(0, 1)  # (K·B, T, C)
 
     def unwrap(self) -> nn.Embedding:
-        """Return the embedding as it was."""
+        """Return the embedding that was given."""
         return self.base[0]
 
     def _batch_size(self) -> int:
         if self.stack.batch_size < 1:
             raise ModelError(
-                "A stacked table was read without a batch, and stack.rows_each is not set: set it "
-                "to the rows of one adapter before the forward."
+                "Cannot read a stacked embedding by ids without a batch dimension: stack.batch_size is "
+                "not set. Set it to one adapter's batch size before the forward pass."
             )
         return self.stack.batch_size
 
@@ -228,7 +238,7 @@ def build_stacked_linear(
     scalings: Sequence[float],
     dropouts: Sequence[float],
 ) -> StackedLoRALinear:
-    """Return the stacked layer that fits: fused in fp32 or fp64 without dropout, else plain."""
+    """Return the fused stacked layer in fp32 or fp64 without dropout, else the plain one."""
     is_wide = base.weight.dtype in (torch.float32, torch.float64)
     fused = is_wide and not any(dropouts)
     kind = FusedStackedLoRALinear if fused else StackedLoRALinear
@@ -239,6 +249,6 @@ def _check_lengths(stack: Stack, *lists: Sequence[float]) -> None:
     seen = [len(values) for values in lists]
     if not stack.n_adapters or seen != [stack.n_adapters] * len(lists):
         raise ConfigError(
-            f"{stack.n_adapters} adapters were to be stacked, with {seen[0]} ranks, {seen[1]} "
-            f"scalings and {seen[2]} dropouts: each adapter needs one of each."
+            f"Cannot stack {stack.n_adapters} adapters with {seen[0]} ranks, {seen[1]} scalings "
+            f"and {seen[2]} dropouts: each adapter needs one of each."
         )

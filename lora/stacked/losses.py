@@ -1,6 +1,6 @@
 """The loss of K stacked adapters on a decoder: (model, batch) -> (sums, target tokens), both (K,).
 
-No sum runs over two adapters: each adapter's rows meet the frozen head apart from the others'.
+No sum runs over two adapters: the output head and the loss are computed for one adapter at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lora.stacked.layers import StackedLoRALinear
 
 
 class StackedDecoderLoss:
-    """Of our decoders with `stacked` on them; a batch is (K·B, T), adapter 0's rows first."""
+    """The loss of a native decoder with `stacked` on it; a batch is (K·B, T), adapter 0's first."""
 
     def __init__(self, stacked: StackedAdapters) -> None:
         self._n_adapters = stacked.stack.n_adapters
@@ -37,11 +37,11 @@ class StackedDecoderLoss:
         head = decoder.output_head()
         if isinstance(head, StackedLoRALinear):
             return _adapted_head(head, hidden, labels)
-        # Unbound, not sliced: K slices would send back K gradients as large as all rows.
-        rows = hidden.flatten(0, 1).unflatten(0, (n, -1)).unbind(0)  # K times (N, C)
+        # Unbound, not sliced: the backward of each of K slices would be a gradient of full size.
+        by_adapter = hidden.flatten(0, 1).unflatten(0, (n, -1)).unbind(0)  # K times (N, C)
         found = [
             linear_cross_entropy(own, head.weight, own_labels)
-            for own, own_labels in zip(rows, labels.unbind(0), strict=True)
+            for own, own_labels in zip(by_adapter, labels.unbind(0), strict=True)
         ]
         sums, counts = zip(*found, strict=True)
         return torch.stack(sums), torch.stack(counts)
@@ -74,7 +74,8 @@ def evaluate_stacked(
 ) -> list[float]:
     """Return each adapter's mean loss in nats over all target tokens of `batches`, dropout off.
 
-    Each batch (B, T) is given to every adapter. The host waits for the device once a batch.
+    Every adapter sees each batch (B, T). The host waits for the device once per batch. NaN where
+    there is no target token.
     """
     was_training = model.training
     model.eval()

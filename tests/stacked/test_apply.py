@@ -60,9 +60,9 @@ def test_each_adapter_begins_and_is_saved_as_alone(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_stacked_is_refused() -> None:
-    with pytest.raises(ConfigError, match="dropout of its own"):
+    with pytest.raises(ConfigError, match="on a base with dropout"):
         apply_stacked(char_model(dropout=0.1), CONFIGS, (1, 2))
     model = char_model()
-    with pytest.raises(ConfigError, match="one of them alone trains"):
+    with pytest.raises(ConfigError, match="only one of them trains"):
         apply_stacked(model, [CONFIGS[0], LoRAConfig(init_seed=1, rank=2)], (1, 2))
     assert apply_lora(model, CONFIGS[0]) is model

@@ -143,11 +143,11 @@ def test_embeddings_train_apart() -> None:
 
 
 def test_errors_say_what_is_wrong() -> None:
-    with pytest.raises(ConfigError, match="3 adapters were to be stacked, with 2 ranks"):
+    with pytest.raises(ConfigError, match="Cannot stack 3 adapters with 2 ranks"):
         StackedLoRALinear(base_linear(torch.float32), Stack(SEEDS), (1, 2), SCALINGS, NO_DROPOUT)
     with pytest.raises(ConfigError, match="rank=9"):
         StackedLoRALinear(base_linear(torch.float32), Stack(SEEDS), (1, 2, 9), SCALINGS, NO_DROPOUT)
-    with pytest.raises(ModelError, match="4 rows were given to 3 stacked adapters"):
+    with pytest.raises(ModelError, match="a batch of 4 among 3 stacked adapters"):
         together(torch.float32)(torch.zeros(4, 2, INPUTS))
-    with pytest.raises(ModelError, match="rows_each is not set"):
+    with pytest.raises(ModelError, match="batch_size is not set"):
         StackedEmbedding(nn.Embedding(5, 3), Stack(SEEDS))(torch.arange(4))
