@@ -183,7 +183,7 @@ def keep(
 ) -> None:
     """Write figures, answers and the picture of the losses into the run's folder."""
     rows = [
-        {"note": old.asked, "before": old.answer, "after": new.answer, "wanted": new.reference}
+        {"note": old.prompt, "before": old.answer, "after": new.answer, "wanted": new.reference}
         for old, new in zip(before, after, strict=True)
     ]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -211,7 +211,7 @@ def show_answers(console: Console, before: list[Answer], after: list[Answer]) ->
     apart = max(1, len(before) // SHOWN)  # spread over the notes, so that phrasings differ
     for old, new in list(zip(before, after, strict=True))[: SHOWN * apart : apart]:
         console.print()
-        console.print(Text(old.asked, "bold"))
+        console.print(Text(old.prompt, "bold"))
         pair = Table.grid(padding=(0, 3), expand=True)
         pair.add_column(ratio=1)
         pair.add_column(ratio=1)

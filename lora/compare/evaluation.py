@@ -88,7 +88,7 @@ class Evaluator:
             self.data.validation_examples,
             tokenizer,
             self.run.samples,
-            most_tokens=min(self.job.data_config.max_length, max_prompt_tokens),
+            max_tokens=min(self.job.data_config.max_length, max_prompt_tokens),
             now=self.data.now,
         )
         if not prompts:

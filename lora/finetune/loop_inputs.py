@@ -82,7 +82,7 @@ def _sampler(
         data.validation_examples,
         data.tokenizer,
         job.run.samples,
-        most_tokens=min(job.data_config.max_length, room_tokens),
+        max_tokens=min(job.data_config.max_length, room_tokens),
         now=data.now,
     )
     return SampleRecorder(model, prompts, data.tokenizer, run, progress, job.run.sample_tokens)

@@ -1,1 +1,1 @@
-"""A model in use: text generation, evaluation on examples, sampled answers during training."""
+"""Inference: text generation, evaluation on examples, samples during training."""

@@ -1,4 +1,4 @@
-"""How well a model does on examples: loss, and answers against references."""
+"""Evaluates a model on examples: loss, and generated answers compared with references."""
 
 from __future__ import annotations
 
@@ -24,31 +24,32 @@ from lora.training.plain_step import evaluate
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer beside what it should have been."""
+    """A generated answer beside its reference."""
 
-    asked: str
+    prompt: str
+    """The last user turn, as text."""
     answer: str
     reference: str
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What was measured; the counts are None where they say nothing of these answers."""
+    """Metrics of a model on examples; counts that do not apply to these examples are None."""
 
     loss: float
-    """Mean over the learned tokens, nats."""
+    """Mean over the target tokens, nats."""
     perplexity: float
     n_answers: int = 0
     n_fields: int | None = None
-    """Fields of the references, where each is a JSON object."""
+    """Fields of all references; None unless each is a JSON object."""
     valid_json: int | None = None
     """Answers that parse as JSON; None unless every reference does."""
     fields_right: int | None = None
-    """Fields, of `n_fields`, that the answers have with the reference's value."""
+    """Fields, of `n_fields`, to which the answers give the reference's value."""
     exact_match: int | None = None
-    """Answers equal to their reference, white space at the ends aside."""
+    """Answers equal to their reference, except for white space at the ends."""
     bleu: float | None = None
-    """Corpus BLEU by sacrebleu, 0 to 100; None unless asked for."""
+    """Corpus BLEU by sacrebleu, 0 to 100; None unless requested."""
 
 
 def measure_loss(
@@ -59,17 +60,17 @@ def measure_loss(
     choice: DeviceChoice,
     batch_size: int = 8,
 ) -> float:
-    """Return the mean loss in nats over the learned tokens of `examples`.
+    """Return the mean loss in nats over the target tokens of `examples`.
 
-    Raises DataError if nothing in them is learned.
+    Raises DataError if there are none.
     """
     encoded = encode_examples(examples, tokenizer, config)
     check_has_targets(encoded, config.learn_on)
     pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
-    rows = build_sequences(
+    sequences = build_sequences(
         encoded.documents, config.max_length, packing=config.packing, pad_id=pad, seed=0
     )
-    batches = ordered_batches(rows, batch_size, choice.device)
+    batches = ordered_batches(sequences, batch_size, choice.device)
     return evaluate(model, batches, loss_for(model), choice.autocast)
 
 
@@ -82,29 +83,29 @@ def answer_examples(
     batch_size: int = 16,
     on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> list[Answer]:
-    """Return the model's answers to the examples that ask something, in their order."""
+    """Return the model's answers to the examples that have a prompt and a reference, in order."""
     found = (example_prompt(example, tokenizer) for example in examples)
     prompts: list[Prompt] = [p for p in found if p is not None and p.reference is not None]
-    # Prompts of like length share a batch, so that little of it is padding.
-    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n].ids))
+    # Sorted by length: prompts of one batch then need little padding.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     answers: dict[int, Answer] = {}
     for first in range(0, len(order), batch_size):
-        numbers = order[first : first + batch_size]
-        ids = [prompts[n].ids for n in numbers]
+        indices = order[first : first + batch_size]
+        ids = [prompts[i].ids for i in indices]
         tokens = generate(model, ids, sampling, stop_ids=tokenizer.stop_ids)
-        for n, new in zip(numbers, tokens, strict=True):
-            text = tokenizer.decode(new)
-            answers[n] = Answer(prompts[n].text, text, prompts[n].reference or "")
+        for i, new_tokens in zip(indices, tokens, strict=True):
+            text = tokenizer.decode(new_tokens)
+            answers[i] = Answer(prompts[i].text, text, prompts[i].reference or "")
         on_progress(len(answers) / len(prompts))
-    return [answers[n] for n in range(len(prompts))]
+    return [answers[i] for i in range(len(prompts))]
 
 
 def score(loss: float, answers: Sequence[Answer], *, bleu: bool = False) -> Scores:
-    """Return the scores of `answers` beside the loss.
+    """Return the loss with the metrics of `answers`.
 
-    Raises DependencyError if BLEU is asked for and sacrebleu is not installed.
+    Raises DependencyError if `bleu` is true and sacrebleu is not installed.
     """
-    perplexity = math.exp(min(loss, 700.0))
+    perplexity = math.exp(min(loss, 700.0))  # exp overflows a float above 709
     if not answers:
         return Scores(loss, perplexity)
     exact = sum(a.answer.strip() == a.reference.strip() for a in answers)
@@ -119,11 +120,11 @@ def score(loss: float, answers: Sequence[Answer], *, bleu: bool = False) -> Scor
 
 
 def wrong_fields(answer: Answer) -> list[str]:
-    """Return which fields of the reference, where it is a JSON object, are not so in `answer`."""
+    """Return the fields of a JSON reference that the answer lacks or gives another value."""
     value, reference = _parse(answer.answer), _parse(answer.reference)
     if not isinstance(reference, dict):
         return []
-    return [name for name, want in reference.items() if not _has(value, name, want)]
+    return [name for name, expected in reference.items() if not _has(value, name, expected)]
 
 
 def _parse(text: str) -> object:
@@ -138,22 +139,22 @@ def _parse(text: str) -> object:
 def _count_fields(
     parsed: Sequence[object], references: Sequence[object]
 ) -> tuple[int, int] | tuple[None, None]:
-    """Return the references' fields and the right ones; None unless all are JSON objects."""
+    """Return the numbers of all and of correct fields; None unless all references are objects."""
     right = total = 0
     for value, reference in zip(parsed, references, strict=True):
         if not isinstance(reference, dict):
             return None, None
         total += len(reference)
-        right += sum(_has(value, name, want) for name, want in reference.items())
+        right += sum(_has(value, name, expected) for name, expected in reference.items())
     return total, right
 
 
-def _has(value: object, name: str, want: object) -> bool:
+def _has(value: object, name: str, expected: object) -> bool:
     if not isinstance(value, dict) or name not in value:
         return False
-    seen = value[name]
-    # To Python true is 1; in JSON it is not.
-    return seen == want and isinstance(seen, bool) is isinstance(want, bool)
+    found = value[name]
+    # In Python True == 1; in JSON they differ.
+    return found == expected and isinstance(found, bool) is isinstance(expected, bool)
 
 
 def _bleu(answers: Sequence[Answer]) -> float:
@@ -161,7 +162,7 @@ def _bleu(answers: Sequence[Answer]) -> float:
         import sacrebleu
     except ImportError:
         raise DependencyError(
-            "BLEU was asked for: sacrebleu is not installed. Run: pip install sacrebleu"
+            "Cannot compute BLEU: sacrebleu is not installed. Run: pip install sacrebleu"
         ) from None
     hypotheses = [answer.answer for answer in answers]
     references = [[answer.reference for answer in answers]]

@@ -1,4 +1,4 @@
-"""Text from a decoder: batched, with a cache, each row as if it were alone."""
+"""Batched text generation with a KV cache; each sequence gets the answer it would get alone."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lora.decoder.decoder import Decoder
 from lora.errors import DataError, ModelError
 
 PADDING_DOCUMENT = -1
+"""Document id of padding: tokens attend within their document, so never to padding."""
 
 
 @torch.inference_mode()
@@ -22,38 +23,39 @@ def generate(
     sampling: SamplingConfig | None = None,
     *,
     stop_ids: Sequence[int] = (),
-    on_token: Callable[[int, int], None] = lambda row, token: None,
+    on_token: Callable[[int, int], None] = lambda prompt, token: None,
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, without the stop token that ended them.
 
-    Prompts of different length share a batch; a row's answer does not depend on its neighbours
-    beyond rounding. `on_token(row, token)` hears of each token as it comes. Raises DataError for
-    an empty prompt or a token that the model does not have, ModelError if its logits are not
-    finite.
+    Prompts of different lengths share a batch; up to rounding, an answer does not depend on the
+    other prompts. `on_token(index of the prompt, token)` is called with each new token.
+
+    Raises DataError for an empty prompt or a token outside the vocabulary, ModelError if the logits
+    are not finite.
     """
     sampling = sampling or SamplingConfig()
     _check_prompts(prompts, model.config.vocab_size)
     if not prompts:
         return []
-    with _evaluating(model):
+    with _eval_mode(model):
         return _generate(model, prompts, sampling, frozenset(stop_ids), on_token)
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
     for number, prompt in enumerate(prompts):
         if not prompt:
-            raise DataError("An answer was asked for to an empty prompt: give it a token at least.")
+            raise DataError(f"Cannot generate from prompt {number}: it is empty. Give it a token.")
         outside = [token for token in (min(prompt), max(prompt)) if not 0 <= token < vocab_size]
         if outside:
             raise DataError(
-                f"Prompt {number} has token {outside[0]}: the model has {vocab_size:,} tokens, "
-                f"from 0. Use the tokenizer that belongs to it."
+                f"Cannot generate from prompt {number}: it has token {outside[0]}. Allowed: 0 to "
+                f"{vocab_size - 1}. Use the model's own tokenizer."
             )
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off for a while; what was switched off before stays so afterwards."""
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block dropout is off; afterwards each module is in the mode it was in."""
     were_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -76,75 +78,83 @@ def _generate(
     logits = _last_logits(
         model, input_ids, position_ids=positions, document_ids=documents, cache=cache
     )
-    draws = [torch.Generator().manual_seed(sampling.seed + row) for row in range(len(prompts))]
+    # A generator for each prompt: its tokens do not depend on how many others are sampled with it.
+    generators = [torch.Generator().manual_seed(sampling.seed + i) for i in range(len(prompts))]
     answers: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # row of the batch -> prompt
-    for made in range(1, sampling.max_new_tokens + 1):
-        tokens = _choose(logits, sampling, [draws[row] for row in rows])
+    active = list(range(len(prompts)))  # index in the batch -> prompt
+    for n_new in range(1, sampling.max_new_tokens + 1):
+        tokens = _choose_tokens(logits, sampling, [generators[i] for i in active])
         kept = []
-        for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+        for index, (prompt, token) in enumerate(zip(active, tokens, strict=True)):
             if token in stop_ids:
                 continue
-            answers[row].append(token)
-            on_token(row, token)
-            kept.append(place)
-        if not kept or made == sampling.max_new_tokens:
+            answers[prompt].append(token)
+            on_token(prompt, token)
+            kept.append(index)
+        if not kept or n_new == sampling.max_new_tokens:
             break
-        if len(kept) < len(rows):  # rows that have ended cost nothing more
+        if len(kept) < len(active):  # a sequence that has ended leaves the batch
             cache.select_sequences(torch.tensor(kept, device=device))
-            rows = [rows[place] for place in kept]
-        following = torch.tensor([[tokens[place]] for place in kept], device=device)  # (B, 1)
-        logits = _last_logits(model, following, cache=cache)
+            active = [active[index] for index in kept]
+        next_ids = torch.tensor([[tokens[index]] for index in kept], device=device)  # (B, 1)
+        logits = _last_logits(model, next_ids, cache=cache)
     return answers
 
 
-def _last_logits(model: Decoder, input_ids: Tensor, **places: object) -> Tensor:
-    hidden = model.hidden_states(input_ids, **places)[:, -1]  # type: ignore[arg-type]  # (B, C)
-    return model.output_head()(hidden)  # (B, V): only the last token's, V is wide
+def _last_logits(model: Decoder, input_ids: Tensor, **inputs: object) -> Tensor:
+    hidden = model.hidden_states(input_ids, **inputs)[:, -1]  # type: ignore[arg-type]  # (B, C)
+    return model.output_head()(hidden)  # (B, V): of the last token alone, V is large
 
 
 def _left_padded(
     prompts: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return token ids, positions and document ids of the prompts, each (B, T).
+
+    Padded on the left, so that the last token of every prompt is in the last column.
+    """
     longest = max(map(len, prompts))
     input_ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
     positions = torch.zeros_like(input_ids)
     documents = torch.full_like(input_ids, PADDING_DOCUMENT)
-    for row, prompt in enumerate(prompts):
+    for i, prompt in enumerate(prompts):
         start = longest - len(prompt)
-        input_ids[row, start:] = torch.tensor(prompt)
-        positions[row, start:] = torch.arange(len(prompt))
-        documents[row, start:] = 0
-    return input_ids.to(device), positions.to(device), documents.to(device)  # each (B, T)
+        input_ids[i, start:] = torch.tensor(prompt)
+        positions[i, start:] = torch.arange(len(prompt))
+        documents[i, start:] = 0
+    return input_ids.to(device), positions.to(device), documents.to(device)
 
 
-def _choose(
-    logits: Tensor, sampling: SamplingConfig, draws: Sequence[torch.Generator]
+def _choose_tokens(
+    logits: Tensor, sampling: SamplingConfig, generators: Sequence[torch.Generator]
 ) -> list[int]:
+    """Return the next token of each sequence from its logits (B, V)."""
     if sampling.temperature == 0:
         best = logits.max(-1)
-        _check_finite(best.values)  # the host waits here
+        _check_finite(best.values)  # the host waits for the device here
         return [int(token) for token in best.indices.tolist()]
-    wide = logits.float().cpu() / sampling.temperature  # (B, V); draws are made on the CPU
+    wide = logits.float().cpu() / sampling.temperature  # (B, V); sampled on the CPU, so that
+    # a seed gives the same tokens on every device
     ordered, order = wide.sort(dim=-1, descending=True, stable=True)  # (B, V)
     _check_finite(ordered[:, 0])
     if sampling.top_k:
         ordered[:, sampling.top_k :] = -torch.inf
-    shares = ordered.softmax(-1)  # (B, V)
+    probabilities = ordered.softmax(-1)  # (B, V)
     if sampling.top_p < 1:
-        # The token that crosses the limit stays in, so there is always one to draw.
-        shares = shares.masked_fill(shares.cumsum(-1) - shares >= sampling.top_p, 0.0)
-    chosen = [
-        torch.multinomial(share, 1, generator=draw)
-        for share, draw in zip(shares, draws, strict=True)
+        # The token that crosses top_p is kept, so there is always one to sample.
+        before = probabilities.cumsum(-1) - probabilities  # (B, V): mass of more likely tokens
+        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+    ranks = [
+        torch.multinomial(own, 1, generator=generator)
+        for own, generator in zip(probabilities, generators, strict=True)
     ]
-    return [int(places[place]) for places, place in zip(order, chosen, strict=True)]
+    return [int(tokens[rank]) for tokens, rank in zip(order, ranks, strict=True)]
 
 
 def _check_finite(largest: Tensor) -> None:
-    """Raise ModelError unless the `largest` logits (B,) are numbers; NaN counts as largest."""
+    """Raise ModelError unless the `largest` logits (B,) are finite; max and sort put NaN first."""
     if not bool(largest.isfinite().all()):
         raise ModelError(
-            "The model's logits are not finite: no token can be chosen from them. Its weights are "
-            "damaged or a training run diverged, or it needs bf16 or fp32 instead of fp16."
+            "Cannot choose a token: the model's logits are not finite. Its weights are damaged, "
+            "its training diverged, or it needs bf16 or fp32 instead of fp16."
         )

@@ -1,7 +1,7 @@
-"""Answers to a few held-out prompts while a run goes on: shown, and kept in the run's folder.
+"""Samples during training: answers to a few validation prompts, shown and recorded.
 
-They are greedy, so nothing is drawn: neither the run's random states nor its result depend on
-whether there are samples, and a second run writes the same file.
+Decoding is greedy and draws no random numbers: a run ends with the same bytes with and without
+samples, and a second run writes the same samples.
 """
 
 from __future__ import annotations
@@ -23,45 +23,45 @@ from lora.runs.progress import Progress, visible
 from lora.runs.record import SampleRow
 
 _MAX_TRIED = 100
+"""Examples that are looked at for prompts."""
 _SHOWN_CHARACTERS = 200
 
 
 def choose_prompts(
     examples: Sequence[Example],
     tokenizer: TextTokenizer,
-    most: int,
+    n_prompts: int,
     *,
-    most_tokens: int,
+    max_tokens: int,
     now: datetime | None = None,
 ) -> list[Prompt]:
-    """Return the first `most` prompts of at most `most_tokens` tokens that `examples` give.
+    """Return the first `n_prompts` prompts of `examples` that have at most `max_tokens` tokens.
 
-    Plain texts give their beginning, to be gone on with; what asks nothing is passed over, and so
-    is what the template (which tells the date `now`) refuses.
+    The prompt of a plain text is its beginning. Examples without a prompt are skipped, and so are
+    those that the chat template (which sees the date `now`) refuses.
     """
     prompts: list[Prompt] = []
-    for example in examples[:_MAX_TRIED] if most else ():
+    for example in examples[:_MAX_TRIED] if n_prompts else ():
         try:
             prompt = (
                 continuation_prompt(example.text, tokenizer)
                 if example.text is not None
                 else example_prompt(example, tokenizer, now=now)
             )
-        except DataError:  # it can be learned, and cannot be asked
+        except DataError:  # fit for training, but its prompt alone is not: skip it
             continue
-        if prompt is not None and len(prompt.ids) <= most_tokens:
+        if prompt is not None and len(prompt.ids) <= max_tokens:
             prompts.append(prompt)
-        if len(prompts) == most:
+        if len(prompts) == n_prompts:
             break
     return prompts
 
 
 @dataclass
 class SampleRecorder:
-    """Answers the same prompts whenever it is called; a failure ends the samples, not the run.
+    """Generates and records answers to the same prompts whenever it is called.
 
-    Rows of `samples.jsonl`: step, prompt (what was asked last), answer, reference (null where there
-    is none), tokens (of the answer) and ended (by a token that ends answers, not by the limit).
+    An error ends the samples, not the run. The rows of `samples.jsonl` are SampleRow.
     """
 
     model: Decoder
@@ -70,10 +70,10 @@ class SampleRecorder:
     run: Run
     progress: Progress
     max_new_tokens: int
-    has_told_cost: bool = False
+    has_reported_cost: bool = False
 
     def __call__(self, step: int) -> None:
-        """Answer the prompts with the model as it is after `step`; it trains on afterwards."""
+        """Answer the prompts with the model after `step`; its training mode is kept."""
         if not self.prompts:
             return
         began_s = time.perf_counter()
@@ -82,18 +82,18 @@ class SampleRecorder:
         try:
             answers = generate(self.model, ids, sampling, stop_ids=self.tokenizer.stop_ids)
             for prompt, tokens in zip(self.prompts, answers, strict=True):
-                self._keep(step, prompt, tokens)
-        except (LoraError, RuntimeError) as error:  # RuntimeError: the device's memory is full
+                self._record(step, prompt, tokens)
+        except (LoraError, RuntimeError) as error:  # RuntimeError: out of memory
             self.progress.message(f"note: no samples from step {step} on: {error}")
             self.prompts = ()
             return
-        if not self.has_told_cost:
-            self.has_told_cost = True
+        if not self.has_reported_cost:
+            self.has_reported_cost = True
             took_s = time.perf_counter() - began_s
-            cost = f"{len(answers)} samples took {took_s:.1f} s, as at each evaluation"
-            self.progress.message(f"({cost}; samples=0 leaves them out)")
+            cost = f"{len(answers)} samples take {took_s:.1f} s at each evaluation"
+            self.progress.message(f"({cost}; samples=0 turns them off)")
 
-    def _keep(self, step: int, prompt: Prompt, tokens: list[int]) -> None:
+    def _record(self, step: int, prompt: Prompt, tokens: list[int]) -> None:
         answer = self.tokenizer.decode(tokens)
         row = SampleRow(
             step=step,
@@ -104,14 +104,14 @@ class SampleRecorder:
             ended=len(tokens) < self.max_new_tokens,
         )
         self.run.append_sample(row)
-        lines = [f"step {step}, asked: {_short(prompt.text)}", f"  answer: {_short(answer)}"]
+        lines = [f"step {step}, prompt: {_short(prompt.text)}", f"  answer: {_short(answer)}"]
         if prompt.reference is not None:
-            lines.append(f"  wanted: {_short(prompt.reference)}")
+            lines.append(f"  reference: {_short(prompt.reference)}")
         self.progress.message("\n".join(lines))
 
 
 def _short(text: str) -> str:
-    """Return the beginning of `text` on one line, with nothing in it that steers a terminal."""
+    """Return the beginning of `text` on one line, with control characters made visible."""
     flat = " ".join(text.split())
-    most = _SHOWN_CHARACTERS
-    return visible(flat if len(flat) <= most else f"{flat[:most]} ...")
+    is_short = len(flat) <= _SHOWN_CHARACTERS
+    return visible(flat if is_short else f"{flat[:_SHOWN_CHARACTERS]} ...")

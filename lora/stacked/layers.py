@@ -225,8 +225,8 @@ class StackedEmbedding(nn.Module):
     def _batch_size(self) -> int:
         if self.stack.batch_size < 1:
             raise ModelError(
-                "Cannot read a stacked embedding by ids without a batch dimension: stack.batch_size is "
-                "not set. Set it to one adapter's batch size before the forward pass."
+                "Cannot read a stacked embedding by ids without a batch dimension: "
+                "stack.batch_size is not set. Set it to the batch size of one adapter."
             )
         return self.stack.batch_size
 

@@ -238,13 +238,13 @@ def test_narrow_draws_are_greedy(model: Decoder, settings: dict[str, Any]) -> No
 
 def test_no_prompts_and_empty_prompts(model: Decoder) -> None:
     assert generate(model, []) == []
-    with pytest.raises(DataError, match=r"empty prompt.*a token at least"):
+    with pytest.raises(DataError, match=r"prompt 1: it is empty.*Give it a token"):
         generate(model, [[1, 2], []])
 
 
 def test_a_prompt_of_tokens_that_the_model_does_not_have(model: Decoder) -> None:
     for token in (VOCAB, -1):
-        with pytest.raises(DataError, match=rf"token {token}.*{VOCAB} tokens.*tokenizer"):
+        with pytest.raises(DataError, match=rf"token {token}.*0 to {VOCAB - 1}.*tokenizer"):
             generate(model, [[1, token]])
 
 

@@ -77,13 +77,13 @@ def examples(*rows: dict[str, Any]) -> list[Any]:
 def test_chats_completions_and_texts_give_prompts(tokenizer: TextTokenizer) -> None:
     text = "The beginning of a text that goes on and on and on to its end, far away."
     given = examples(CHAT, {"prompt": "2 + 3 =", "completion": " 5"}, {"text": text})
-    chat, completion, plain = choose_prompts(given, tokenizer, 9, most_tokens=99)
+    chat, completion, plain = choose_prompts(given, tokenizer, 9, max_tokens=99)
     assert (chat.text, chat.reference) == ("hello", "hi you")
     assert (completion.text, completion.reference) == ("2 + 3 =", " 5")
     assert plain.text == text[:32]
     assert plain.reference == text[32:64]
     assert tokenizer.decode(plain.ids) == plain.text
-    (short,) = choose_prompts(examples({"text": "abcd"}), tokenizer, 1, most_tokens=99)
+    (short,) = choose_prompts(examples({"text": "abcd"}), tokenizer, 1, max_tokens=99)
     assert (short.text, short.reference) == ("ab", "cd")
 
 
@@ -92,15 +92,15 @@ def test_what_cannot_be_asked_is_passed_over(tokenizer: TextTokenizer) -> None:
     silent = {"messages": CHAT["messages"][:1]}
     long = {"prompt": "x" * 50, "completion": "y"}
     given = examples(tools, silent, long, {"text": "a"}, CHAT)
-    chosen = choose_prompts(given, tokenizer, 2, most_tokens=40)
+    chosen = choose_prompts(given, tokenizer, 2, max_tokens=40)
     assert [prompt.text for prompt in chosen] == ["hello"]
-    assert choose_prompts(given, tokenizer, 0, most_tokens=40) == []
-    assert len(choose_prompts(given * 9, tokenizer, 2, most_tokens=40)) == 2
+    assert choose_prompts(given, tokenizer, 0, max_tokens=40) == []
+    assert len(choose_prompts(given * 9, tokenizer, 2, max_tokens=40)) == 2
 
 
 def test_the_template_tells_the_runs_date(tokenizer: TextTokenizer) -> None:
     (prompt,) = choose_prompts(
-        examples(CHAT), tokenizer, 1, most_tokens=99, now=datetime(1987, 5, 4)
+        examples(CHAT), tokenizer, 1, max_tokens=99, now=datetime(1987, 5, 4)
     )
     assert tokenizer.decode(prompt.ids).startswith("1987 user: hello")
 
@@ -128,12 +128,12 @@ def test_answers_are_shown_and_kept(
         "ended": False,
     }
     assert rows[1]["reference"] is None
-    assert "step 0, asked: ab\n  answer: " in heard.said[0]
-    assert "  wanted: \\x1b[2J wanted" in heard.said[0]
+    assert "step 0, prompt: ab\n  answer: " in heard.said[0]
+    assert "  reference: \\x1b[2J wanted" in heard.said[0]
     assert "wanted" not in heard.said[1]
-    told = [line for line in heard.said if "2 samples took" in line]
+    told = [line for line in heard.said if "2 samples take" in line]
     assert len(told) == 1
-    assert "samples=0 leaves them out" in told[0]
+    assert "samples=0 turns them off" in told[0]
 
 
 def test_an_answer_may_end_by_itself(
