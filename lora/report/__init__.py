@@ -1,6 +1,6 @@
 """Pictures, tables and pages of runs, made from what stands in their folders.
 
-    collect     run folders -> records (reading, runs, sweeps, contests, command)
+    collect     run folders -> records (reading, runs, sweeps, comparisons, command)
     records     what a report holds; as JSON it is report.json
     figures     records -> pictures (canvas, curves), as SVG in the page's colours (svg) and PNG
     tables      records -> tables of text (numbers), for page and terminal
