@@ -255,9 +255,9 @@ def build_steps(
     *,
     trains_base: bool,
 ) -> StepRunner:
-    """Return what takes the steps: by hand where that can train `model`, except of a base.
+    """Return the step runner: the hand-written step where it can train `model`, never for a base.
 
-    A base is trained without LoRA's code, which the step by hand knows.
+    A base is trained without importing LoRA's code, which the hand-written step needs.
     """
     config = settings.train_config()
     if trains_base:

@@ -248,14 +248,14 @@ class CharStep:
         self.report = self.update.report
 
     @torch.inference_mode()  # as no_grad, with less to do for every operation
-    def launch(self, batches: Sequence[Pair], rate: float, number: int = 1) -> None:
+    def launch(self, batches: Sequence[Pair], learning_rate: float, number: int = 1) -> None:
         """Train step `number` on micro-batches of inputs and targets, both (B, T)."""
-        self.update.set_learning_rate(rate)
-        for place, (inputs, targets) in enumerate(batches):
-            step = CharPass(self.net, inputs, first=place == 0)
+        self.update.set_learning_rate(learning_rate)
+        for index, (inputs, targets) in enumerate(batches):
+            step = CharPass(self.net, inputs, first=index == 0)
             loss_sum, d_logits = summed_loss(step.run(), targets)
             step.backward(d_logits)
-            self.update.count(loss_sum, torch.tensor(targets.numel()), first=place == 0)
+            self.update.count(loss_sum, torch.tensor(targets.numel()), first=index == 0)
         for linears in self.net.linears:
             linears.finish()
         self.update.run()
@@ -273,7 +273,7 @@ class CharStep:
 
 
 class CharStepRunner(DeviceStepRunner):
-    """Runs the character GPT's hand-written step, if `why_not_by_hand` has nothing against it."""
+    """Runs the character GPT's hand-written step, where `why_not_hand_written` allows it."""
 
     def __init__(
         self, model: BigramLanguageModel, choice: DeviceChoice, config: TrainConfig
@@ -284,27 +284,27 @@ class CharStepRunner(DeviceStepRunner):
             max_grad_norm=config.max_grad_norm,
             embedding_lr_fraction=config.whole_rate_fraction,
         )
-        how = "all weights train" if trains_all_weights(model) else "LoRA merged once a step"
-        super().__init__(model, step, choice, f"step by hand: {how}", bigram_loss)
+        how = "all weights train" if trains_all_weights(model) else "LoRA merged once per step"
+        super().__init__(model, step, choice, f"hand-written step: {how}", bigram_loss)
 
 
-def why_not_by_hand(model: BigramLanguageModel, choice: DeviceChoice) -> str | None:
-    """Return why `model` takes autograd's step, or None if it can take the one by hand."""
+def why_not_hand_written(model: BigramLanguageModel, choice: DeviceChoice) -> str | None:
+    """Return why the hand-written step cannot train `model`, or None if it can."""
     if choice.device.type != "cpu":
-        return "the step by hand is for CPUs"
+        return "the hand-written step runs on CPUs"
     if choice.compute_dtype is not torch.float32:
-        return "the step by hand computes in fp32"
+        return "the hand-written step computes in fp32"
     if model.block_size > MAX_TOKENS:
-        return f"rows of {model.block_size} tokens: at most {MAX_TOKENS} are kept pair by pair"
+        return f"sequences of {model.block_size} tokens are longer than {MAX_TOKENS}"
     dropouts = [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
     if any(dropouts) or model.sizes.dropout:
-        return "there is dropout"
+        return "the hand-written step has no dropout"
     layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
     trained = [p for p in model.parameters() if p.requires_grad]
     tables = model.token_embedding_table.weight, model.position_embedding_table.weight
     n_known = 2 * len(layers) + sum(p.requires_grad for p in tables)
     if not trains_all_weights(model) and len(trained) != n_known:
-        return "something trains beside LoRA and the embeddings"
+        return "other parameters train beside LoRA and the embeddings"
     return None
 
 
@@ -314,8 +314,8 @@ def char_steps(
     config: TrainConfig,
     on_message: Callable[[str], None] = lambda text: None,
 ) -> StepRunner:
-    """Return the step by hand where it can train `model`, else autograd's; report which."""
-    why_not = why_not_by_hand(model, choice)
+    """Return the hand-written step's runner where it can train `model`, else the plain one's."""
+    why_not = why_not_hand_written(model, choice)
     if why_not is not None:
         on_message(f"plain step: {why_not}")
         return PlainStepRunner(model, bigram_loss, choice, config)

@@ -18,7 +18,7 @@ from lora.pretrained.hf_files import read_config
 from lora.pretrained.sources import find_model
 from lora.runs.directory import check_run_directory
 from lora.runs.disk import reading
-from lora.training.out_of_memory import explained
+from lora.training.out_of_memory import explain_out_of_memory
 
 CHILDREN = [
     kind
@@ -83,8 +83,8 @@ def test_what_an_error_says_survives_a_block_that_reads(tmp_path: Path) -> None:
 def test_memory_that_ran_out_is_explained_once() -> None:
     with (
         pytest.raises(TrainingError) as raised,
-        explained(lambda: "again."),
-        explained(lambda: "in the step."),
+        explain_out_of_memory(lambda: "again."),
+        explain_out_of_memory(lambda: "in the step."),
     ):
         raise RuntimeError("CUDA out of memory")
     assert str(raised.value) == "Memory ran out in the step. (torch: CUDA out of memory)"

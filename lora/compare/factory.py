@@ -32,8 +32,8 @@ from lora.runs.progress import Progress
 from lora.runs.read_record import measured_peak, stored_bytes
 from lora.runs.record import DataRecord, Method, RunRecord, RunResult
 from lora.training.job import Stream, TrainingJob
-from lora.training.plain_step import LossFn, PlainStepRunner, evaluate
-from lora.training.step_runner import StepRunner
+from lora.training.plain_step import PlainStepRunner, evaluate
+from lora.training.step_runner import LossFn, StepRunner
 from lora.training.trainer import train as run_training
 
 

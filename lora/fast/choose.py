@@ -24,8 +24,8 @@ from lora.lora_module import LoRALinear
 from lora.stacked.apply import StackedAdapters
 from lora.training.losses import is_transformers, loss_for
 from lora.training.optim import parameter_groups
-from lora.training.plain_step import LossFn, PlainStepRunner
-from lora.training.step_runner import StepRunner
+from lora.training.plain_step import PlainStepRunner
+from lora.training.step_runner import LossFn, StepRunner
 
 MAX_HEAD_WIDTH = 256
 MIN_FP8_CAPABILITY = (9, 0)

@@ -23,8 +23,8 @@ from lora.kernels.step.ops import PLAIN, TRITON
 from lora.training.checkpoint import OptimizerState, restore_training_tensors, training_tensors
 from lora.training.diagnosis import find_nonfinite
 from lora.training.losses import loss_for
-from lora.training.plain_step import LossFn, evaluate, skipped_step
-from lora.training.step_runner import StepOutcome, TrainingState
+from lora.training.plain_step import evaluate, skipped_step
+from lora.training.step_runner import LossFn, StepOutcome, TrainingState
 
 READ_LATE_STEPS = 1
 """The host reads a step's report after it has launched so many more, so that it never waits for
@@ -152,7 +152,7 @@ class DeviceStepRunner:
         batches = [b.to(device) if isinstance(b, Batch) else b for b in launched.micro_batches]
         found = find_nonfinite(self.model, batches, self.loss_fn, self.choice.autocast)
         why = (
-            f"The loss is {loss} and the gradient's norm {norm}: not finite, so the step was not "
+            f"The loss is {loss} and the gradient norm {norm}: not finite, so the step was not "
             f"taken. Lower the learning rate, or look for damaged examples. {found.sentence}"
         )
         return skipped_step(launched.step, launched.learning_rate, why, found)

@@ -1,4 +1,4 @@
-"""What a run on a real model gives the loop: batches, answers meanwhile, names of examples."""
+"""Inputs of the training loop for a pretrained model: batches, samples, names of examples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora.training.out_of_memory import MemoryParts
 from lora.training.step_runner import StepRunner
 
 MAX_NAMED = 8
-"""Examples that a message on a step that is not finite names."""
+"""Examples named in the message on a step that is not finite."""
 
 
 def training_job(
@@ -36,7 +36,7 @@ def training_job(
     steps: StepRunner,
     memory_plan: MemoryParts,
 ) -> TrainingJob:
-    """Return what the loop takes; `train` is the job's, its learning rate known."""
+    """Return the loop's inputs; `train` is the job's, its learning rate resolved."""
     batch_size, validation = train.micro_batch_size, data.validation
     stream = BatchStream(data.train, batch_size, train.seed, steps.batch_device)
     return TrainingJob(
@@ -61,7 +61,7 @@ def training_job(
 def _namer(
     stream: BatchStream, data: PreparedData, train: TrainConfig
 ) -> Callable[[int, Sequence[tuple[int, int]]], str]:
-    """Return what names the examples in sequences of a step: see `TrainingJob.name_examples`."""
+    """Return the function that names the examples in a step: see `TrainingJob.name_examples`."""
     size = train.micro_batch_size
 
     def name(step: int, sequences: Sequence[tuple[int, int]]) -> str:
@@ -69,7 +69,7 @@ def _namer(
         drawn = stream.sequence_indices((step - 1) * train.batch_size + n for n in chosen)
         sources = [data.train_examples[i].source for i in data.train.example_indices(drawn)]
         more = f" and {len(sources) - MAX_NAMED} more" if len(sources) > MAX_NAMED else ""
-        return f"Read there: {', '.join(sources[:MAX_NAMED])}{more}."
+        return f"Examples there: {', '.join(sources[:MAX_NAMED])}{more}."
 
     return name
 

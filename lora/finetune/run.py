@@ -18,6 +18,7 @@ from lora.adapters.added_tokens import add_tokens_to_all, add_tokens_to_lora
 from lora.adapters.apply import apply_lora
 from lora.adapters.fingerprint import base_fingerprint
 from lora.adapters.save_load import load_adapter, read_adapter_config, save_adapter
+from lora.config import TrainConfig
 from lora.data.inspection import inspect_prepared
 from lora.data.inspection_report import DataReport
 from lora.data.prepare import PreparedData, prepare_data
@@ -38,7 +39,8 @@ from lora.runs.disk import reading
 from lora.runs.progress import NoProgress, Progress
 from lora.runs.read_record import read_run_record
 from lora.runs.record import RUN_FILE, RunResult
-from lora.training.out_of_memory import LOADING_ADVICE, advise, explained
+from lora.training.out_of_memory import LOADING_ADVICE, advise, explain_out_of_memory
+from lora.training.step_runner import StepRunner
 from lora.training.trainer import train
 
 
@@ -80,7 +82,9 @@ def _finetune(
     progress.message(planned)
     if memory_plan.reason:
         progress.message(memory_plan.reason)
-    with explained(lambda: f"while the weights were loaded. {planned}. {LOADING_ADVICE}"):
+    with explain_out_of_memory(
+        lambda: f"while the weights were loaded. {planned}. {LOADING_ADVICE}"
+    ):
         model, fingerprint = _load_model(job, source, choice, data.tokenizer, progress)
     train_config = job.train.resolved(full=job.lora is None)
     name = job.run.name or default_name(source.name)
@@ -91,21 +95,7 @@ def _finetune(
         base_fingerprint=fingerprint,
         activation_checkpointing=None if stored is None else stored.to_record(),
     )
-    if job.deterministic:
-        progress.message(
-            "deterministic: torch's algorithms that repeat to the bit, and the plain step"
-        )
-    with explained(lambda: f"while the step was prepared. {planned}. {_advice(job, memory_plan)}"):
-        fast = job.run.fast and not job.deterministic
-        checkpointing = memory_plan.checkpointing
-        steps = choose_steps(
-            model,
-            choice,
-            train_config,
-            fast=fast,
-            checkpointing=checkpointing,
-            on_message=progress.message,
-        )
+    steps = _choose_steps(job, model, choice, train_config, memory_plan, progress)
     with create_run(job.run.out, name, resume=job.resume, record=record) as run:
         if run.note:
             progress.message(run.note)
@@ -121,6 +111,30 @@ def _finetune(
         except CheckpointError as error:  # the disk is full, and what was learned is saved
             progress.message(str(error))
         return FinetuneResult(run.folder, saved, result, memory)
+
+
+def _choose_steps(
+    job: FinetuneJob,
+    model: Decoder,
+    choice: DeviceChoice,
+    train: TrainConfig,
+    plan: MemoryPlan,
+    progress: Progress,
+) -> StepRunner:
+    if job.deterministic:
+        progress.message(
+            "deterministic: torch's algorithms that repeat to the bit, and the plain step"
+        )
+    planned = f"{describe_plan(plan)}. {_advice(job, plan)}"
+    with explain_out_of_memory(lambda: f"while the step was prepared. {planned}"):
+        return choose_steps(
+            model,
+            choice,
+            train,
+            fast=job.run.fast and not job.deterministic,
+            checkpointing=plan.checkpointing,
+            on_message=progress.message,
+        )
 
 
 def check_data(

@@ -9,7 +9,7 @@ to zero and its learning rate is 0 from then on, and the bits of the others do n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -20,9 +20,7 @@ from lora.device import DeviceChoice
 from lora.kernels.step.adamw import AdamWSettings
 from lora.stacked.apply import StackedAdapters
 from lora.stacked.losses import evaluate_stacked
-from lora.training.step_runner import StepOutcome, StepRunner, TrainingState
-
-LossFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+from lora.training.step_runner import LossFn, StepOutcome, StepRunner, TrainingState
 
 
 class StackedStepRunner(StepRunner, Protocol):
@@ -36,11 +34,11 @@ class StackedStepRunner(StepRunner, Protocol):
 
 
 class StackedAdamW:
-    """AdamW over what trains of K stacked adapters, with a rate and a decay for each.
+    """AdamW over K stacked adapters, with a learning rate and a weight decay for each.
 
     Changes the layers: their parameters become views of its buffer. As in
-    `lora.training.optim.parameter_groups`, A and B decay, and embeddings take their share of the
-    rate.
+    `lora.training.optim.parameter_groups`, A and B decay, and embeddings take their fraction of the
+    learning rate.
     """
 
     def __init__(self, stacked: StackedAdapters, configs: Sequence[TrainConfig]) -> None:
@@ -60,7 +58,7 @@ class StackedAdamW:
 
     @torch.no_grad()
     def take_grads(self) -> None:
-        """Move the parameters' gradients into `grads`, which replaces what was there."""
+        """Move the parameters' gradients into `grads`, replacing those of the step before."""
         for p, part in zip(self._parameters, self._grad_parts, strict=True):
             if p.grad is None:
                 part.zero_()
@@ -77,11 +75,11 @@ class StackedAdamW:
         root = self._column([(1 - settings.beta2**step) ** 0.5] * len(learning_rates))
         update = self.mean / self.square.sqrt().div_(root).add_(settings.eps)  # (K, n)
         rate = self._column(learning_rates)  # (K, 1)
-        risen = self._column([1 - settings.beta1**step] * len(learning_rates))  # (K, 1)
+        bias_correction = self._column([1 - settings.beta1**step] * len(learning_rates))  # (K, 1)
         of_lora, whole = slice(0, self._n_lora), slice(self._n_lora, None)
         self.values[:, of_lora].mul_(1 - rate * self._decays)
-        update[:, of_lora].mul_(rate / risen)
-        update[:, whole].mul_(rate * self._shares / risen)
+        update[:, of_lora].mul_(rate / bias_correction)
+        update[:, whole].mul_(rate * self._shares / bias_correction)
         self.values.sub_(update)
 
     def moments(self, k: int) -> dict[str, Tensor]:
@@ -93,7 +91,7 @@ class StackedAdamW:
         }
 
     def _own(self, buffer: Tensor, k: int) -> Iterator[tuple[str, Tensor]]:
-        """Yield adapter `k`'s part of `buffer` (K, n) for each tensor that trains, unpadded."""
+        """Yield adapter `k`'s part of `buffer` (K, n) for each trained tensor, without padding."""
         widths = [p[0].numel() for p in self._parameters]
         parts = iter(buffer[k].split(widths))
         for name, layer in self._stacked.layers.items():
@@ -225,6 +223,6 @@ class PlainStackedRunner:
 def why_stopped(step: int, loss: float, norm: float) -> str:
     """Return why an adapter is stopped whose loss or gradient is not finite at `step` (from 1)."""
     return (
-        f"step {step}: the loss is {loss} and the gradient's norm {norm}, not finite. Lower the "
+        f"step {step}: the loss is {loss} and the gradient norm {norm}, not finite. Lower the "
         "learning rate, or look for damaged examples."
     )

@@ -67,7 +67,7 @@ from lora.sweep.setup import (
 from lora.sweep.wave import TrainedWave, finish_wave, train_wave
 from lora.sweep.wave_checkpoint import TensorState, load_wave, remove_candidate_state, split_wave
 from lora.sweep.wave_loop import WavePlan
-from lora.training.out_of_memory import LOADING_ADVICE, explained
+from lora.training.out_of_memory import LOADING_ADVICE, explain_out_of_memory
 
 BEST = "best"
 """Directory of the best adapter."""
@@ -109,7 +109,7 @@ def sweep(
     if show_data is not None:
         show_data(report)
     progress.message(f"{len(candidates)} candidates on {source.name}, {choice.reason}")
-    with explained(lambda: f"while the weights were loaded. {LOADING_ADVICE}"):
+    with explain_out_of_memory(lambda: f"while the weights were loaded. {LOADING_ADVICE}"):
         model = load_decoder(source.folder, dtype=choice.compute_dtype, device=choice.device)
     model.requires_grad_(False)
     saved = read_saved_record(job, candidates)
@@ -156,7 +156,7 @@ def _train_all(
     try:
         with (
             StopRequests(progress.message) as stop,
-            explained(lambda: _memory_message(context, record)),
+            explain_out_of_memory(lambda: _memory_message(context, record)),
         ):
             while (plan := _next_wave(context, record)) is not None:
                 train_s += _run_wave(context, record, plan, stop, save)

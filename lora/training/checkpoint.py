@@ -1,8 +1,8 @@
-"""A run's state on disk: written whole or not at all, checksummed, read back exactly.
+"""Checkpoints: a run's state on disk, written whole or not at all, checksummed, read back exactly.
 
-A checkpoint is a folder `step-000120/` with `tensors.safetensors` (what trains, the optimizer's
-moments, the states of the random generators), `state.json` (everything else) and `manifest.json`
-(size and SHA-256 of both). It is built under a temporary name and renamed when complete.
+A checkpoint is a directory `step-000120/` with `tensors.safetensors` (trained parameters, optimizer
+moments, random generators' states), `state.json` (everything else) and `manifest.json` (size and
+SHA-256 of both). It is built under a temporary name and renamed when complete.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def save_checkpoint(
         written = {TENSORS_FILE: write_tensors(building / TENSORS_FILE, tensors)}
         atomic_write(building / STATE_FILE, state_file)
         written[STATE_FILE] = digest_file(building / STATE_FILE)
-        manifest = json.dumps({n: _noted(d) for n, d in written.items()}, indent=2) + "\n"
+        manifest = json.dumps({n: _manifest_entry(d) for n, d in written.items()}, indent=2) + "\n"
         atomic_write(building / MANIFEST_FILE, manifest.encode())
         shutil.rmtree(final, ignore_errors=True)
         building.rename(final)
@@ -65,7 +65,7 @@ def save_checkpoint(
         shutil.rmtree(building, ignore_errors=True)
         cause = disk_error(folder, error) if isinstance(error, OSError) else error
         raise CheckpointError(
-            f"The checkpoint of step {step} was not saved, earlier ones are untouched: {cause}"
+            f"Cannot save the checkpoint of step {step}; earlier ones are untouched. {cause}"
         ) from error
     until_here = [path for path in list_checkpoints(folder) if _age(path) <= _age(final)]
     kept = {path.name for path in until_here[-keep:]}
@@ -91,23 +91,24 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
         found = {name: digest_file(path / name) for name in (TENSORS_FILE, STATE_FILE)}
         faults = [
-            f"{name}: {seen.n_bytes} bytes, SHA-256 {seen.sha256[:12]}…, where the manifest says "
+            f"{name}: {seen.n_bytes} bytes, SHA-256 {seen.sha256[:12]}…, the manifest says "
             f"{manifest[name]['bytes']} and {manifest[name]['sha256'][:12]}…"
             for name, seen in found.items()
-            if manifest[name] != _noted(seen)
+            if manifest[name] != _manifest_entry(seen)
         ]
         if faults:
-            raise CheckpointError(gather(faults, f"{path} is damaged:", "Use an earlier one."))
+            what = f"Cannot read {path}, it is damaged:"
+            raise CheckpointError(gather(faults, what, "Use an earlier one."))
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         return load_file(path / TENSORS_FILE), state
     except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. Use an earlier one.") from None
+        raise CheckpointError(f"Cannot read {path}: {error}. Use an earlier one.") from None
 
 
 def load_newest(
-    folder: Path, report: Callable[[str], None]
+    folder: Path, on_message: Callable[[str], None]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the newest checkpoint in `folder` that is whole; `report` hears of broken ones.
+    """Return the newest checkpoint in `folder` that is whole; `on_message` gets the damaged ones.
 
     Raises CheckpointError if there is none.
     """
@@ -115,14 +116,14 @@ def load_newest(
         try:
             return load_checkpoint(path)
         except CheckpointError as error:
-            report(f"{error} Trying the one before.")
+            on_message(f"{error} Trying the one before.")
     raise CheckpointError(
-        f"A run was to be resumed from {folder}: no whole checkpoint is there. Start the run anew."
+        f"Cannot resume from {folder}: there is no whole checkpoint. Start the run anew."
     )
 
 
 def training_tensors(model: nn.Module, optimizer_state: OptimizerState) -> dict[str, Tensor]:
-    """Return what training changes: trainable parameters, optimizer moments, generators' states.
+    """Return what training changes: trained parameters, AdamW's moments, generators' states.
 
     Keys begin with `model.`, `optimizer.` and `random.`; parameters go by their names.
     """
@@ -157,7 +158,9 @@ def restore_training_tensors(
             faults.append(f"{name}: {shapes}")
     if faults:
         advice = "Resume with the settings that the run began with."
-        raise CheckpointError(gather(sorted(faults), "The checkpoint is of another run:", advice))
+        raise CheckpointError(
+            gather(sorted(faults), "Cannot restore a checkpoint of another run:", advice)
+        )
     optimizer_state = {}
     for name, parameter in named.items():
         parameter.copy_(saved[name])
@@ -189,5 +192,5 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _noted(digest: Digest) -> dict[str, Any]:
+def _manifest_entry(digest: Digest) -> dict[str, Any]:
     return {"bytes": digest.n_bytes, "sha256": digest.sha256}

@@ -1,4 +1,4 @@
-"""Where a loss or a gradient that is not finite comes from: which row, which layer first."""
+"""Finds where a loss or gradient that is not finite comes from: which sequence, which layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Finding:
     sequences: tuple[tuple[int, int], ...] = ()
     """(micro-batch, index of the sequence in it), both from 0, where they are known."""
     is_of_data: bool = True
-    """Whether the batch has to do with it: damaged weights are so whatever they read."""
+    """Whether the batch can have caused it: damaged weights are damaged whatever they read."""
 
 
 def find_nonfinite(
@@ -30,20 +30,20 @@ def find_nonfinite(
 ) -> Finding:
     """Return where NaN or infinity appears first when `batches` are run again.
 
-    Weights are looked at first, then each module's output in the order of computation, then the
+    Checks the weights first, then each module's output in the order of computation, then the
     parameters' gradients. The model is left as it was, without gradients.
     """
     for name, parameter in model.named_parameters():
-        # Codes of eight bits have no isfinite, and they were looked at when they were made.
+        # float8 has no isfinite, and fp8 weights were checked when they were quantised.
         if parameter.element_size() > 1 and not bool(torch.isfinite(parameter).all()):
             return Finding(f"The weights themselves are not finite: {name}.", is_of_data=False)
-    for place, batch in enumerate(batches):
+    for micro, batch in enumerate(batches):
         found = _first_output(model, batch, loss_fn, autocast)
         if found is not None:
-            where, rows = found
+            where, sequences = found
             return Finding(
-                f"It appears first in {where}, micro-batch {place + 1} of {len(batches)}.",
-                tuple((place, row) for row in rows),
+                f"It appears first in {where}, micro-batch {micro + 1} of {len(batches)}.",
+                tuple((micro, index) for index in sequences),
             )
     for batch in batches:
         with autocast():
@@ -55,9 +55,9 @@ def find_nonfinite(
         if p.grad is not None and not bool(torch.isfinite(p.grad).all())
     ]
     model.zero_grad(set_to_none=True)
-    if damaged:  # the way back begins at the end
+    if damaged:  # the backward pass begins at the end, so the last one is the first
         return Finding(f"The loss is finite; its gradient is not, first in {damaged[-1]}.")
-    return Finding("It did not appear when the batch was run again step by step.")
+    return Finding("It did not appear again when the batch was run module by module.")
 
 
 def _first_output(
@@ -66,7 +66,7 @@ def _first_output(
     loss_fn: Callable[[nn.Module, Any], tuple[Tensor, Tensor]],
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> tuple[str, list[int]] | None:
-    """Return the module and the rows of `batch` where a value is not finite first, if any is."""
+    """Return the first module whose output is not finite, and the sequences (indices) it is of."""
     found: list[tuple[str, list[int]]] = []
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -74,9 +74,9 @@ def _first_output(
             if not found and isinstance(output, Tensor) and output.is_floating_point():
                 damaged = ~torch.isfinite(output.detach())
                 if bool(damaged.any()):
-                    rows = damaged.flatten(1).any(1).nonzero().flatten().tolist()
-                    where = f"{name or 'the model'} ({_say_rows(rows, len(output))})"
-                    found.append((where, rows))
+                    indices = damaged.flatten(1).any(1).nonzero().flatten().tolist()
+                    where = f"{name or 'the model'} ({_name_sequences(indices, len(output))})"
+                    found.append((where, indices))
 
         return look
 
@@ -92,6 +92,6 @@ def _first_output(
     return found[0] if found else None
 
 
-def _say_rows(rows: list[int], n_rows: int) -> str:
-    shown = ", ".join(str(row + 1) for row in rows[:8])
-    return f"row {shown}{', …' if len(rows) > 8 else ''} of {n_rows}"
+def _name_sequences(indices: list[int], n_sequences: int) -> str:
+    shown = ", ".join(str(index + 1) for index in indices[:8])
+    return f"sequence {shown}{', …' if len(indices) > 8 else ''} of {n_sequences}"

@@ -1,4 +1,4 @@
-"""The loss functions by which real models meet the trainer: (model, batch) -> (sum, tokens), (1,).
+"""Loss functions of decoders and of transformers' models: (model, batch) -> (sum, tokens), (1,).
 
 The loss is in nats, summed over the batch's target tokens.
 """
@@ -18,10 +18,11 @@ from lora.kernels.cross_entropy import linear_cross_entropy
 from lora.kernels.trained_rows_cross_entropy import trained_rows_cross_entropy
 from lora.layers.trainable_tokens import TrainableTokensLinear
 from lora.lora_module import LoRALayer
+from lora.training.step_runner import LossFn
 
 
 def decoder_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Of our decoders with a plain head: the logits are never held all at once."""
+    """Return the loss of one of our decoders with a plain head; logits exist chunk by chunk."""
     decoder = cast(Decoder, model)
     hidden = _hidden(decoder, batch)
     weight = decoder.output_head().weight
@@ -30,7 +31,7 @@ def decoder_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def trainable_tokens_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Of our decoders whose head has rows that train: the logits are never held all at once."""
+    """Return the loss of one of our decoders whose head has trainable rows; logits in chunks."""
     decoder = cast(Decoder, model)
     head = cast(TrainableTokensLinear, decoder.output_head())
     loss, n_tokens = trained_rows_cross_entropy(
@@ -40,7 +41,7 @@ def trainable_tokens_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tenso
 
 
 def adapted_head_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Of our decoders whose head has LoRA: logits of the learned tokens only."""
+    """Return the loss of one of our decoders whose head has LoRA; logits of learned tokens only."""
     decoder, labels = cast(Decoder, model), batch.labels.flatten()
     learned = labels != IGNORE
     logits = decoder.output_head()(_hidden(decoder, batch)[learned])  # (N, V)
@@ -48,14 +49,14 @@ def adapted_head_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def transformers_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Of transformers' causal models: one document a row, padded on either side.
+    """Return the loss of one of transformers' causal models: padded on either side, not packed.
 
-    Raises DataError for rows of several documents, which would see each other.
+    Raises DataError for packed sequences, whose documents would attend to each other.
     """
     if bool((batch.document_ids > 0).any()):  # the host waits for the device
         raise DataError(
-            "Rows of several documents were given to one of transformers' models: there they "
-            "would see each other. Set packing to false, or load the model as lora's Decoder."
+            "Cannot train one of transformers' models on packed sequences: their documents would "
+            "attend to each other. Set packing to false, or load the model as lora's Decoder."
         )
     mask = (batch.document_ids >= 0).long()  # (B, T)
     output: Any = model(
@@ -69,8 +70,8 @@ def transformers_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return _sum_of(output.logits.flatten(0, 1)[learned], labels[learned])
 
 
-def loss_for(model: nn.Module) -> Any:
-    """Return the loss function that fits `model`, chosen once.
+def loss_for(model: nn.Module) -> LossFn:
+    """Return the loss function that fits `model`.
 
     Raises ModelError for a model that is neither a Decoder nor one of transformers' causal models.
     """
@@ -82,8 +83,8 @@ def loss_for(model: nn.Module) -> Any:
     if is_transformers(model):
         return transformers_loss
     raise ModelError(
-        f"A loss was asked for {type(model).__name__}: known are lora's Decoder and transformers' "
-        "causal models. Pass a function (model, batch) -> (loss sum, target tokens) of your own."
+        f"Cannot choose a loss for {type(model).__name__}. Allowed: lora's Decoder, transformers' "
+        "causal models. Pass a loss_fn of your own: (model, batch) -> (loss sum, target tokens)."
     )
 
 

@@ -61,10 +61,10 @@ def schedule_factor(step: int, config: TrainConfig) -> float:
     if config.schedule == "constant":
         return 1.0
     progress = (step - warmup_steps) / max(1, config.steps - warmup_steps)  # 0 to 1
-    least = config.min_rate_fraction
+    end = config.min_rate_fraction
     if config.schedule == "linear":
-        return 1 - (1 - least) * progress
-    return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * progress))
+        return 1 - (1 - end) * progress
+    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -75,12 +75,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 @torch.no_grad()
 def scale_and_clip(gradients: Iterable[Tensor], n_tokens: Tensor, max_norm: float) -> Tensor:
-    """Changes `gradients` in place: sums over tokens become means, then at most `max_norm` long.
+    """Changes `gradients` in place: sums over tokens become means, clipped to norm `max_norm`.
 
     `n_tokens` is () or (1,). Returns the norm of the mean gradient before clipping, ().
     """
     gradients = list(gradients)
-    count = n_tokens.reshape(()).clamp(min=1)
+    count = n_tokens.reshape(()).clamp(min=1)  # a step may have nothing to learn from
     norm = torch.nn.utils.get_total_norm(gradients) / count
     factor = 1 / count
     if max_norm > 0:

@@ -1,4 +1,4 @@
-"""When memory runs out: what took it, and which setting to change. No torch is loaded here."""
+"""Explains running out of memory: what takes it, and which setting to change. No torch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class MemoryParts(Protocol):
 
     @property
     def gradients(self) -> int:
-        """Of what trains."""
+        """Of trained parameters."""
 
     @property
     def optimizer(self) -> int:
@@ -53,11 +53,11 @@ class MemoryParts(Protocol):
 
     @property
     def activations(self) -> int:
-        """They grow with the rows and tokens at once."""
+        """Saved and temporary ones; they grow with the tokens of a micro-batch."""
 
     @property
     def loss(self) -> int:
-        """Logits and what is made of them; it grows as activations do."""
+        """Logits and what is computed from them; it grows as activations do."""
 
     @property
     def other(self) -> int:
@@ -69,8 +69,8 @@ class MemoryParts(Protocol):
 
 
 @dataclass(frozen=True)
-class Counted:
-    """Parts of a run that has no plan, counted from its model and its peak."""
+class MemoryCount:
+    """Memory of a run that has no plan, counted from its model and its peak."""
 
     weights: int
     gradients: int
@@ -86,16 +86,16 @@ class Counted:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def count_parts(model: nn.Module, peak_bytes: int) -> Counted:
+def count_parts(model: nn.Module, peak_bytes: int) -> MemoryCount:
     """Return what training `model` holds whatever the batch is; the rest are activations."""
     weights = sum(p.nbytes for p in model.parameters())
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    return Counted(weights, trained, 2 * trained, max(0, peak_bytes - weights - 3 * trained))
+    return MemoryCount(weights, trained, 2 * trained, max(0, peak_bytes - weights - 3 * trained))
 
 
 @contextmanager
-def explained(explain: Callable[[], str]) -> Iterator[None]:
-    """While entered, memory that runs out becomes a TrainingError with `explain`'s words."""
+def explain_out_of_memory(explain: Callable[[], str]) -> Iterator[None]:
+    """Inside the context, running out of memory becomes a TrainingError with `explain()` in it."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -121,13 +121,13 @@ def describe_parts(parts: MemoryParts) -> str:
 
 
 def advise(parts: MemoryParts, config: TrainConfig, *, has_lora: bool) -> str:
-    """Return what took most, and which settings to change: first what costs nothing and helps."""
-    rows = config.micro_batch_size
+    """Return what takes most, and which settings to change: first those that cost nothing."""
+    size = config.micro_batch_size
     growing, trained = parts.activations + parts.loss, parts.gradients + parts.optimizer
-    at_once = f"activations and loss of {rows} {'row' if rows == 1 else 'rows'} at once"
+    of_batch = f"activations and loss of {size} {'sequence' if size == 1 else 'sequences'} at once"
     sizes = {
-        at_once: growing,
-        "gradients and moments of what trains": trained,
+        of_batch: growing,
+        "gradients and moments of trained parameters": trained,
         "the weights": parts.weights,
     }
     ways = []
@@ -139,13 +139,13 @@ def advise(parts: MemoryParts, config: TrainConfig, *, has_lora: bool) -> str:
     ways.append("a smaller model or a device with more memory")
     most = max(sizes, key=lambda name: sizes[name])
     return (
-        f"Most are {most}. Try, in this order: {'; '.join(ways)}. `lora plan` shows which batch "
+        f"Most of it: {most}. Try, in this order: {'; '.join(ways)}. `lora plan` shows which batch "
         "fits."
     )
 
 
 def _splits(parts: MemoryParts, config: TrainConfig) -> list[str]:
-    """Return the next finer split of the batch, and what it would take; none if rows are single."""
+    """Return the next finer split of the batch and what it would take, or none if there is none."""
     now = config.micro_batches
     finer = (n for n in range(now + 1, config.batch_size + 1) if config.batch_size % n == 0)
     next_finer = next(finer, None)
@@ -156,5 +156,5 @@ def _splits(parts: MemoryParts, config: TrainConfig) -> list[str]:
     less = parts.total - growing * (1 - now / next_finer)
     return [
         f"--micro-batches {next_finer} instead of {now} (the result stays the same, with "
-        f"{split.micro_batch_size} rows at once and about {less / 1e9:.2f} GB)"
+        f"{split.micro_batch_size} sequences at once and about {less / 1e9:.2f} GB)"
     ]

@@ -1,7 +1,7 @@
-"""One optimizer step through autograd, and the mean loss of an evaluation.
+"""The plain step: autograd, clipping and AdamW, and the mean loss of an evaluation.
 
-Models meet both through `loss_fn(model, batch) -> (loss sum, target tokens)`, both (K,), with
-K = 1 unless several adapters train together. Nothing here knows what a batch is.
+Both reach the model through `loss_fn(model, batch) -> (loss sum, target tokens)`, both (1,);
+nothing here knows what a batch is.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from lora.errors import TrainingError
 from lora.training.checkpoint import restore_training_tensors, training_tensors
 from lora.training.diagnosis import Finding, find_nonfinite
 from lora.training.optim import build_optimizer, scale_and_clip, set_learning_rate
-from lora.training.step_runner import StepOutcome, TrainingState
-
-LossFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+from lora.training.step_runner import LossFn, StepOutcome, TrainingState
 
 
 @dataclass(frozen=True)
@@ -31,9 +29,9 @@ class StepResult:
     """What one optimizer step reports; tensors stay on the device until they are read."""
 
     loss: Tensor
-    """Mean over the step's target tokens, in nats, (K,)."""
+    """Mean over the step's target tokens, in nats, (1,)."""
     n_tokens: Tensor
-    """Target tokens, (K,)."""
+    """Target tokens, (1,)."""
     gradient_norm: Tensor
     """Of the mean gradient, before clipping, ()."""
 
@@ -56,12 +54,12 @@ def train_step(
     losses, counts = [], []
     for batch in micro_batches:
         with autocast():
-            loss_sum, n_tokens = loss_fn(model, batch)  # (K,), (K,)
+            loss_sum, n_tokens = loss_fn(model, batch)  # (1,), (1,)
         loss_sum.sum().backward()
         losses.append(loss_sum.detach())
         counts.append(n_tokens)
-    n_tokens = torch.stack(counts).sum(0)  # (K,)
-    loss = torch.stack(losses).sum(0) / n_tokens.clamp(min=1)  # (K,)
+    n_tokens = torch.stack(counts).sum(0)  # (1,)
+    loss = torch.stack(losses).sum(0) / n_tokens.clamp(min=1)  # (1,)
     gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
     norm = scale_and_clip(gradients, n_tokens, max_grad_norm)
     # The host waits for the device here: nothing may move before the check.
@@ -69,7 +67,7 @@ def train_step(
         optimizer.zero_grad(set_to_none=True)
         losses_shown = ", ".join(map(str, loss.tolist()))
         raise TrainingError(
-            f"The loss is {losses_shown} and the gradient's norm {norm.item()}: not finite, so "
+            f"The loss is {losses_shown} and the gradient norm {norm.item()}: not finite, so "
             "the step was not taken. Lower the learning rate, or look for damaged examples."
         )
     optimizer.step()

@@ -6,13 +6,15 @@ the next. The runner owns the optimizer: its state leaves and enters through `st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+LossFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+"""(model, batch) -> (loss sum in nats, target tokens), both (K,): one for each adapter."""
 TrainingState = dict[str, Tensor]
 """All tensors that training changes, by the names that a checkpoint gives them."""
 

@@ -24,7 +24,7 @@ from lora.training.job import (
     save_loop_state,
 )
 from lora.training.optim import learning_rate_at
-from lora.training.out_of_memory import advise, count_parts, describe_parts, explained
+from lora.training.out_of_memory import advise, count_parts, describe_parts, explain_out_of_memory
 from lora.training.step_runner import StepOutcome
 
 SPIKE_WINDOW_STEPS, MIN_SPIKE_STEPS = 32, 8
@@ -46,7 +46,7 @@ def train(job: TrainingJob) -> TrainResult:
     try:
         with (
             StopRequests(job.progress.message) as stop,
-            explained(lambda: _describe_memory(job, state)),
+            explain_out_of_memory(lambda: _describe_memory(job, state)),
             retain_freed_memory(),
         ):
             _loop(job, state, stop)

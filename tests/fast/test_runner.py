@@ -147,4 +147,4 @@ def test_both_kinds_of_step_tell_the_same_of_a_damaged_row(
             run_job(f"run-{fast}", fast=fast, lora=lora, damage=damage)
         messages.append(str(caught.value).split("damaged examples. ")[1])
     assert messages[0] == messages[1]
-    assert "up_proj (row 1, 2 of 2), micro-batch 1 of 2" in messages[0]
+    assert "up_proj (sequence 1, 2 of 2), micro-batch 1 of 2" in messages[0]

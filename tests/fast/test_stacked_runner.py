@@ -92,7 +92,7 @@ def test_one_that_fails_is_reported_late_and_takes_no_step_meanwhile(
     (outcome,) = training.finished(wait=False)
     assert math.isnan(outcome.losses[1])
     assert outcome.not_finite == training.failures == {1: training.failures[1]}
-    assert training.failures[1].startswith("step 2: the loss is nan and the gradient's norm nan")
+    assert training.failures[1].startswith("step 2: the loss is nan and the gradient norm nan")
     training.finished(wait=True)
     assert training.step.update.taken_steps.tolist() == [3.0, 1.0, 3.0]
 

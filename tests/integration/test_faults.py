@@ -338,8 +338,8 @@ def test_the_examples_layer_and_step_are_named(
         finetune(job)
     said = str(caught.value)
     assert re.search(r"Step \d of 12: .* so the step was not taken", said)
-    assert re.search(r"first in model\.embed_tokens \(row \d of 4\)", said)
-    assert said.endswith("Read there: row 7.")
+    assert re.search(r"first in model\.embed_tokens \(sequence \d of 4\)", said)
+    assert said.endswith("Examples there: row 7.")
 
 
 def test_held_out_examples_that_are_not_finite_are_told(

@@ -224,6 +224,6 @@ def test_memory_that_runs_out_quotes_the_plan(tiny_folder: Path, tmp_path: Path,
     print(kind, said)
     assert "Memory ran out" in said
     assert re.search(r"[\d.]+ GB \(weights [\d.]+, gradients [\d.]+, optimizer [\d.]+, act", said)
-    assert "Most are activations and loss of 1024 rows at once" in said
+    assert "Most of it: activations and loss of 1024 sequences at once" in said
     assert "--micro-batches 2 instead of 1" in said
     shutil.rmtree(tmp_path / "run", ignore_errors=True)

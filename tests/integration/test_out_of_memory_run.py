@@ -73,7 +73,7 @@ def test_a_run_that_is_starved_says_what_to_change_and_goes_on(
     planned = re.findall(r"It was planned to take ([\d.]+) GB \(weights [\d.]+, gradients", said)
     assert planned
     assert re.search(r"activations ([\d.]+), loss ([\d.]+), process ([\d.]+)\)", said)
-    assert "Most are activations and loss of 32 rows at once" in said
+    assert "Most of it: activations and loss of 32 sequences at once" in said
     (less,) = re.findall(r"--micro-batches 2 instead of 1 \(.* about ([\d.]+) GB\)", said)
     assert float(less) < float(planned[0])
     assert f"The checkpoint of step {(int(step) - 1) // 2 * 2} is whole" in said

@@ -1,4 +1,4 @@
-"""Members of a comparison of character GPTs: killed in the step by hand, they lose no byte."""
+"""Members of a comparison of character GPTs: killed in the hand-written step, they lose no byte."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from lora.training.optim import build_optimizer
 from lora.training.plain_step import PlainStepRunner, train_step
 from models.bigram_lm_v2 import BigramLanguageModel, bigram_loss
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
-from models.char_step import CharStep, CharStepRunner, char_steps, why_not_by_hand
+from models.char_step import CharStep, CharStepRunner, char_steps, why_not_hand_written
 
 VOCAB, RATE, DECAY, SHARE = 40, 1e-2, 0.1, 0.3
 WIDE = torch.float64
@@ -222,15 +222,15 @@ def test_a_step_that_is_not_finite_is_not_taken_and_says_where_it_came_from() ->
 def test_what_it_cannot_train_takes_the_plain_step() -> None:
     cpu = choose_device("cpu", "fp32")
     model = build((12, 3, 1, 8), 2, dtype=torch.float32)
-    assert why_not_by_hand(model, cpu) is None
+    assert why_not_hand_written(model, cpu) is None
     gpu = DeviceChoice(torch.device("cuda"), torch.float32, "a test")
-    assert "CPUs" in str(why_not_by_hand(model, gpu))
+    assert "CPUs" in str(why_not_hand_written(model, gpu))
     dropped = BigramLanguageModel(VOCAB, 12, 3, 1, 8, dropout=0.1)
-    assert why_not_by_hand(dropped, cpu) == "there is dropout"
+    assert why_not_hand_written(dropped, cpu) == "the hand-written step has no dropout"
     dropped_lora = BigramLanguageModelLoRA(VOCAB, 12, 3, 1, 8, lora_rank=2, lora_dropout=0.1)
-    assert why_not_by_hand(dropped_lora, cpu) == "there is dropout"
+    assert why_not_hand_written(dropped_lora, cpu) == "the hand-written step has no dropout"
     long = BigramLanguageModel(VOCAB, 12, 3, 1, 300)
-    assert "rows of 300 tokens" in str(why_not_by_hand(long, cpu))
+    assert "sequences of 300 tokens" in str(why_not_hand_written(long, cpu))
     model.ln_f.weight.requires_grad_(True)
-    assert "beside LoRA" in str(why_not_by_hand(model, cpu))
+    assert "beside LoRA" in str(why_not_hand_written(model, cpu))
     assert isinstance(char_steps(model, cpu, TrainConfig()), PlainStepRunner)

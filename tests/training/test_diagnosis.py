@@ -49,7 +49,7 @@ def test_the_first_layer_and_the_rows_are_named(model: nn.Sequential) -> None:
     x, y = batch()
     x[1, 2], x[3, 0] = math.inf, math.nan
     found = find_nonfinite(model, [batch(), (x, y)], loss)
-    assert "first in 0 (row 2, 4 of 5), micro-batch 2 of 2" in found.sentence
+    assert "first in 0 (sequence 2, 4 of 5), micro-batch 2 of 2" in found.sentence
     assert found.sequences == ((1, 1), (1, 3))
 
 
@@ -73,4 +73,4 @@ def test_a_gradient_is_named_and_none_is_left() -> None:
 
 def test_nothing_is_made_up(model: nn.Sequential) -> None:
     found = find_nonfinite(model, [batch()], loss)
-    assert "did not appear when the batch was run again" in found.sentence
+    assert "did not appear again when the batch was run module by module" in found.sentence

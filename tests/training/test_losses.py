@@ -154,10 +154,12 @@ def test_both_kinds_of_model_have_the_same_loss(
     torch.testing.assert_close(ours, transformers_loss(theirs, batch), rtol=1e-5, atol=1e-5)
 
 
-def test_packed_rows_are_refused_where_documents_would_see_each_other(
+def test_packed_sequences_are_refused_where_documents_would_attend_to_each_other(
     tiny_model: ModelBuilder,
 ) -> None:
-    with pytest.raises(DataError, match=r"several documents.*see each other.*packing to false"):
+    with pytest.raises(
+        DataError, match=r"packed sequences.*attend to each other.*packing to false"
+    ):
         transformers_loss(tiny_model("llama"), batch_of((5, 4), (12,)))
 
 
@@ -198,5 +200,5 @@ def test_narrow_models_sum_in_fp32(
 
 
 def test_other_models_are_refused() -> None:
-    with pytest.raises(ModelError, match=r"asked for Linear.*lora's Decoder.*of your own"):
+    with pytest.raises(ModelError, match=r"a loss for Linear.*lora's Decoder.*of your own"):
         loss_for(nn.Linear(2, 2))

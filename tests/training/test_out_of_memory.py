@@ -12,11 +12,11 @@ from lora import cli
 from lora.config import TrainConfig
 from lora.errors import TrainingError
 from lora.training.out_of_memory import (
-    Counted,
+    MemoryCount,
     advise,
     count_parts,
     describe_parts,
-    explained,
+    explain_out_of_memory,
     is_out_of_memory,
 )
 
@@ -36,7 +36,7 @@ def test_every_way_in_which_memory_runs_out_is_known(error: Exception) -> None:
     assert is_out_of_memory(error)
     with (
         pytest.raises(TrainingError, match="Memory ran out at step 3"),
-        explained(lambda: "at step 3"),
+        explain_out_of_memory(lambda: "at step 3"),
     ):
         raise error
 
@@ -48,7 +48,7 @@ def test_torch_itself_says_it_so() -> None:
 
 
 def test_other_errors_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), explained(str):
+    with pytest.raises(RuntimeError, match="shapes"), explain_out_of_memory(str):
         raise RuntimeError("shapes do not match")
 
 
@@ -56,9 +56,9 @@ def test_what_is_held_is_counted() -> None:
     model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(8, 2, bias=False).bfloat16())
     model[1].requires_grad_(False)
     parts = count_parts(model, 1000)
-    assert parts == Counted(weights=160, gradients=128, optimizer=256, activations=456)
+    assert parts == MemoryCount(weights=160, gradients=128, optimizer=256, activations=456)
     assert parts.total == 1000
-    said = describe_parts(Counted(4 * GB, GB, 2 * GB, 3 * GB))
+    said = describe_parts(MemoryCount(4 * GB, GB, 2 * GB, 3 * GB))
     assert said.startswith("10.00 GB (weights 4.00, gradients 1.00, optimizer 2.00, activations")
 
 
@@ -66,14 +66,14 @@ def test_what_is_held_is_counted() -> None:
     ("parts", "sizes", "has_lora", "most", "ways"),
     [
         (
-            (2, 0, 0, 8), (8, 1), True, "activations and loss of 8 rows at once",
-            ("--micro-batches 2 instead of 1", "4 rows at once and about 6.00 GB", "--max-length"),
+            (2, 0, 0, 8), (8, 1), True, "activations and loss of 8 sequences at once",
+            ("--micro-batches 2 instead of 1", "4 sequences at once and about 6", "--max-length"),
         ),
         (
-            (1, 0, 0, 9), (6, 2), True, "activations and loss of 3 rows at once",
-            ("--micro-batches 3 instead of 2", "2 rows at once and about 7.00 GB"),
+            (1, 0, 0, 9), (6, 2), True, "activations and loss of 3 sequences at once",
+            ("--micro-batches 3 instead of 2", "2 sequences at once and about 7.00 GB"),
         ),
-        ((2, 0, 0, 8), (4, 4), True, "of 1 row at once", ("a shorter --max-length", "a smaller")),
+        ((2, 0, 0, 8), (4, 4), True, "1 sequence at once", ("a shorter --max-length", "a smaller")),
         ((2, 2, 4, 2), (4, 4), True, "gradients and moments", ("--max-length", "--rank")),
         ((2, 2, 4, 2), (4, 4), False, "gradients and moments", ("LoRA instead of --full",)),
         ((9, 1, 0, 0), (4, 1), True, "the weights", ("a smaller model or a device",)),
@@ -86,11 +86,11 @@ def test_the_advice_is_of_what_took_most_and_begins_with_what_costs_nothing(
     most: str,
     ways: tuple[str, ...],
 ) -> None:
-    counted = Counted(*(part * GB for part in parts))
+    counted = MemoryCount(*(part * GB for part in parts))
     said = advise(
         counted, TrainConfig(batch_size=sizes[0], micro_batches=sizes[1]), has_lora=has_lora
     )
-    assert said.startswith("Most are ")
+    assert said.startswith("Most of it: ")
     assert most in said.partition(". Try")[0]
     rest = said.partition(". Try, in this order: ")[2]
     for way in ways:
@@ -100,7 +100,7 @@ def test_the_advice_is_of_what_took_most_and_begins_with_what_costs_nothing(
 
 
 def test_what_would_not_help_is_left_out() -> None:
-    said = advise(Counted(9 * GB, 0, 0, GB // 2), TrainConfig(batch_size=8), has_lora=True)
+    said = advise(MemoryCount(9 * GB, 0, 0, GB // 2), TrainConfig(batch_size=8), has_lora=True)
     assert "--micro-batches" not in said
     assert "--max-length" not in said
 

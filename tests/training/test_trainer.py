@@ -19,7 +19,8 @@ from lora.errors import CheckpointError, TrainingError
 from lora.runs.directory import create_run
 from lora.training.checkpoint import list_checkpoints, save_checkpoint
 from lora.training.job import TrainingJob, TrainResult
-from lora.training.plain_step import LossFn, PlainStepRunner, evaluate, train_step
+from lora.training.plain_step import PlainStepRunner, evaluate, train_step
+from lora.training.step_runner import LossFn
 from lora.training.trainer import train
 from models.bigram_lm_v2 import BigramLanguageModel, bigram_loss
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
