@@ -46,11 +46,6 @@ class KVCache:
         self.is_one_document = True
         """Whether every sequence is one document without padding: then no mask is needed."""
 
-    @property
-    def max_tokens(self) -> int:
-        """Slots per sequence."""
-        return self.positions.shape[1]
-
     @torch.no_grad()
     def select_sequences(self, indices: Tensor) -> None:
         """Keep only the sequences at `indices` (int64, ≤ B, any order): drops finished ones."""

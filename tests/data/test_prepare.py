@@ -10,7 +10,7 @@ import torch
 
 from lora.config import DataConfig
 from lora.data.prepare import prepare_data
-from lora.data.sequences.batches import BatchStream, ordered_batches
+from lora.data.sequences.batches import IGNORE, BatchStream, ordered_batches
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.errors import DataError
 
@@ -32,7 +32,7 @@ def test_a_file_becomes_training_and_validation_sequences(
     assert data.train.n_target_tokens == data.train_encoded.documents.n_target_tokens
     batch = next(BatchStream(data.train, 4, seed=1))
     assert batch.input_ids.shape == (4, 128)
-    n_validation = sum(b.n_target_tokens for b in ordered_batches(data.validation, 4))
+    n_validation = sum(int((b.labels != IGNORE).sum()) for b in ordered_batches(data.validation, 4))
     assert n_validation == data.validation.n_target_tokens > 0
     assert (batch.input_ids[batch.document_ids < 0] == chatml_tokenizer.pad_id).all()
 

@@ -16,7 +16,6 @@ from lora.errors import ConfigError
 
 Part = Literal["train", "validation", "test"]
 
-FIELDS = ("customer", "city", "item", "quantity", "colour", "express")
 _NUMBER_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 

@@ -48,11 +48,6 @@ class Batch:
         device = torch.device(device)
         return Batch(*(_copy(tensor, device) for tensor in self._tensors()))
 
-    @property
-    def n_target_tokens(self) -> int:
-        """Tokens that count in the loss. The host waits for the device."""
-        return int((self.labels != IGNORE).sum())
-
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.input_ids, self.labels, self.position_ids, self.document_ids
 
@@ -198,11 +193,6 @@ class BatchStream:
         self._device = torch.device(device)
         self._n_drawn = 0
         self._shuffled: tuple[int, Ints] | None = None
-
-    @property
-    def epoch(self) -> float:
-        """Passes over all sequences so far."""
-        return self._n_drawn / len(self._sequences)
 
     def __next__(self) -> Batch:
         indices = self.sequence_indices(range(self._n_drawn, self._n_drawn + self._batch_size))

@@ -63,12 +63,8 @@ class TextTokenizer:
         with _text_errors([text]):
             return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of many texts, tokenised in parallel."""
-        return [list(encoded.ids) for encoded in self.encode_fast(texts)]
-
     def encode_fast(self, texts: Sequence[str]) -> list[Encoding]:
-        """Return the tokens of many texts, without offsets, as the library's own objects."""
+        """Return the tokens of many texts, without offsets, tokenised in parallel."""
         with _text_errors(texts):
             return list(self.backend.encode_batch_fast(list(texts), add_special_tokens=False))
 

@@ -9,8 +9,10 @@ from dataclasses import fields, replace
 
 import pytest
 
-from lora.data.reading.orders import _PARTS, FIELDS, make_orders
+from lora.data.reading.orders import _PARTS, make_orders
 from lora.errors import ConfigError
+
+FIELDS = ("customer", "city", "item", "quantity", "colour", "express")
 
 
 @pytest.mark.parametrize("part", ["train", "validation", "test"])

@@ -76,8 +76,9 @@ def test_offsets_are_characters_and_cover_the_text(make_folder: Callable[..., Pa
 
 def test_a_batch_is_what_its_texts_are_alone(make_folder: Callable[..., Path]) -> None:
     tokenizer = load_tokenizer(make_folder())
-    assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
-    assert tokenizer.encode_batch([]) == []
+    found = [encoded.ids for encoded in tokenizer.encode_fast(TEXTS)]
+    assert found == [tokenizer.encode(text) for text in TEXTS]
+    assert tokenizer.encode_fast([]) == []
 
 
 def test_special_tokens_in_a_text_are_one_token_each(make_folder: Callable[..., Path]) -> None:
@@ -270,11 +271,11 @@ def test_a_padding_token_that_does_not_exist_is_none(make_folder: Callable[..., 
     assert load_tokenizer(make_folder(tokenizer_config={"pad_token": "[PAD]"})).pad_token is None
 
 
-@pytest.mark.parametrize("method", ["encode", "encode_batch"])
+@pytest.mark.parametrize("method", ["encode", "encode_fast"])
 def test_a_lone_surrogate_is_named(make_folder: Callable[..., Path], method: str) -> None:
     tokenizer: TextTokenizer = load_tokenizer(make_folder())
     text = "good \ud83d bad"
-    argument: Any = ["fine", text] if method == "encode_batch" else text
+    argument: Any = ["fine", text] if method == "encode_fast" else text
     with pytest.raises(DataError, match=r"character 5 is a lone surrogate"):
         getattr(tokenizer, method)(argument)
 
@@ -282,7 +283,7 @@ def test_a_lone_surrogate_is_named(make_folder: Callable[..., Path], method: str
 def test_a_text_must_be_a_string(make_folder: Callable[..., Path]) -> None:
     tokenizer = load_tokenizer(make_folder())
     with pytest.raises(DataError, match="of type int"):
-        tokenizer.encode_batch(["a", 3])  # type: ignore[list-item]
+        tokenizer.encode_fast(["a", 3])  # type: ignore[list-item]
 
 
 def test_added_tokens_are_never_split_and_shown(make_folder: Callable[..., Path]) -> None:
