@@ -1,4 +1,4 @@
-"""The environment variables that drive `training.py`: one dataclass, read strictly.
+"""Settings of `training.py`: one dataclass, read strictly from environment variables.
 
 A variable is its field's name in capitals: `LORA_RANK` fills `lora_rank`. No torch here.
 """
@@ -24,86 +24,89 @@ USUAL_RANKS = range(4, 33)
 
 @dataclass(frozen=True)
 class ClassicSettings:
-    """One run of the character model; the text under a field is what the guide says of it."""
+    """Settings of one run of the character model; LORA_USAGE.md has the texts under the fields."""
 
     use_lora: bool = False
-    """Adapt a trained base through LoRA instead of training all of a model."""
+    """Adapt a trained base model with LoRA instead of training all weights."""
     lora_rank: int = LoRAConfig.rank
-    """Rank of A and B; 4 to 32 is usual."""
+    """LoRA rank; typically 4 to 32."""
     lora_alpha: float = LoRAConfig.alpha
-    """LoRA's output is scaled by alpha / rank."""
+    """LoRA alpha: updates are scaled by alpha / rank."""
     lora_dropout: float = LoRAConfig.dropout
-    """Share of LoRA's inputs set to zero in training."""
+    """Dropout probability on LoRA's inputs."""
     train_embeddings: bool = True
-    """With LoRA, whether the two embedding tables train whole."""
+    """With LoRA, whether the two embedding tables are fully trained."""
     compare: bool = False
-    """Adapt a trained base through LoRA and by full fine-tuning, and compare the two."""
+    """Adapt a trained base model with LoRA and with full fine-tuning, and compare the two."""
     compare_rates: str = ""
-    """With COMPARE, rates for LoRA to try, with commas between; empty tries none."""
+    """With COMPARE, learning rates of LoRA to try, comma-separated; empty tries none."""
     compare_full_rates: str = ""
-    """With COMPARE_RATES, those of full fine-tuning; empty takes a tenth of each."""
+    """With COMPARE_RATES, those of full fine-tuning; empty means a tenth of each."""
     test_mode: bool = False
     """A small model and few steps: under 30 seconds on two cores."""
     data_path: str = ""
-    """A text file; empty takes the built-in prose (base) or source code (adaptation)."""
+    """Text file to train on; empty means the built-in prose (base model) or source code
+    (adaptation)."""
     base_checkpoint: str = ""
-    """A saved base: a run's folder, a model's folder or a .pt state dict. `auto` trains or reuses
-    one on the built-in prose, which is also what LoRA does when this is empty."""
+    """Base model: a run directory, a model directory or a .pt state dict. `auto` trains one on the
+    built-in prose or reuses it, which is also the default with LoRA."""
     output_dir: str = "runs"
-    """Folder that holds the runs."""
+    """Directory for run directories."""
     run_name: str = ""
-    """Name of the run's folder; empty takes base, full or lora-rN."""
+    """Name of the run directory; empty means base, full or lora-rN."""
     seed: int = 1337
-    """Seed of weights, order of the text and dropout."""
+    """Random seed of the weights, the data order and dropout."""
     n_embd: int = 128
-    """Model width; of a base, kept in an adaptation."""
+    """Model width; an adaptation keeps that of its base model."""
     n_head: int = 4
     """Attention heads."""
     n_layer: int = 4
-    """Blocks."""
+    """Transformer blocks."""
     block_size: int = 128
-    """Characters the model sees at once."""
+    """Context length, in characters."""
     dropout: float = 0.0
-    """Dropout of the model itself."""
+    """Dropout probability of the model itself."""
     batch_size: int = 8
-    """Rows of one step."""
+    """Batch size: sequences per optimizer step."""
     micro_batches: int = 1
-    """Parts that a step's rows are split into to save memory."""
+    """Gradient accumulation: split each batch into N forward and backward passes to save memory."""
     base_steps: int = 1500
-    """Steps of training a base."""
+    """Optimizer steps when a base model is trained."""
     max_steps: int = 600
-    """Steps of an adaptation."""
+    """Optimizer steps of an adaptation."""
     learning_rate: float = 0.0
-    """Peak rate; 0 takes the tuned one: 5e-3 for LoRA, 1e-3 for full fine-tuning, 2e-3 for a
-    base."""
+    """Peak learning rate; 0 means a tuned one: 5e-3 for LoRA, 1e-3 for full fine-tuning, 2e-3 for
+    a base model."""
     embedding_rate_fraction: float = TrainConfig.whole_rate_fraction
-    """With LoRA, the embeddings' rate as a share of the learning rate."""
+    """With LoRA, learning rate of the embeddings as a fraction of LEARNING_RATE."""
     eval_interval: int = 0
-    """Steps between evaluations; 0 makes at most ten, at least ten steps apart."""
+    """Steps between evaluations; 0 means at most ten in a run, at least ten steps apart."""
     device: str = AUTO
-    """auto, cpu, cuda, cuda:1 …"""
+    """Device: auto, cpu, cuda, cuda:1, ..."""
     precision: str = AUTO
-    """auto, fp32 or bf16."""
+    """Compute dtype: auto, fp32 or bf16."""
 
     def __post_init__(self) -> None:
         faults = []
         for name in ("base_steps", "max_steps", "batch_size"):
             if getattr(self, name) < 1:
-                faults.append(f"{name.upper()}={getattr(self, name)}: allowed is an int ≥ 1")
+                faults.append(f"{name.upper()}={getattr(self, name)}: must be an int ≥ 1")
         if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
-            faults.append(f"LEARNING_RATE={self.learning_rate}: allowed is a number ≥ 0")
+            faults.append(f"LEARNING_RATE={self.learning_rate}: must be a number ≥ 0")
         if self.eval_interval < 0:
-            faults.append(f"EVAL_INTERVAL={self.eval_interval}: allowed is an int ≥ 0")
+            faults.append(f"EVAL_INTERVAL={self.eval_interval}: must be an int ≥ 0")
         if faults:
-            raise ConfigError(gather(faults, "Settings out of range:", "Change them."))
+            raise ConfigError(gather(faults, "Cannot run with these settings:", "Change them."))
         if (self.compare_rates or self.compare_full_rates) and not self.compare:
-            raise ConfigError("COMPARE_RATES is for COMPARE=True. Set that too, or unset this.")
-        self.train_config()  # the library's own checks, before anything is read or written
+            raise ConfigError(
+                "Cannot use COMPARE_RATES without COMPARE=True. Set that, or unset COMPARE_RATES."
+            )
+        self.train_config()  # its checks, before anything is read or written
         LoRAConfig(rank=self.lora_rank, alpha=self.lora_alpha, dropout=self.lora_dropout)
 
     @property
     def adapts(self) -> bool:
-        """Whether the run starts from a trained base."""
+        """Whether the run starts from a trained base model."""
         return self.use_lora or self.compare or bool(self.base_checkpoint)
 
     @property
@@ -115,7 +118,7 @@ class ClassicSettings:
     def _tuned_rate(self) -> float:
         if self.use_lora:
             return 5e-3
-        return 1e-3 if self.adapts else 2e-3  # from random weights more
+        return 1e-3 if self.adapts else 2e-3  # random weights take a higher one
 
     @property
     def steps(self) -> int:
@@ -123,12 +126,12 @@ class ClassicSettings:
 
     @property
     def auto_base_name(self) -> str:
-        """Name of the automatic base: it changes with whatever changes the base."""
+        """Name of the automatic base model, made of all settings that change it."""
         sizes = f"{self.n_embd}x{self.n_layer}x{self.n_head}x{self.block_size}"
         return f"base-{sizes}-{self.base_steps}steps-seed{self.seed}"
 
     def for_base(self) -> ClassicSettings:
-        """Return the settings that train the automatic base: on prose, without LoRA."""
+        """Return the settings that train the automatic base model: on prose, without LoRA."""
         return dataclasses.replace(
             self,
             use_lora=False,
@@ -142,7 +145,7 @@ class ClassicSettings:
         )
 
     def train_config(self) -> TrainConfig:
-        """Return the optimisation's settings."""
+        """Return the settings of the optimization."""
         return TrainConfig(
             steps=self.steps,
             batch_size=self.batch_size,
@@ -154,7 +157,7 @@ class ClassicSettings:
         )
 
     def run_config(self) -> RunConfig:
-        """Return what concerns the run's folder."""
+        """Return the settings of the run directory and the evaluations."""
         return RunConfig(eval_every_steps=self.eval_interval, keep_checkpoints=1)
 
 
@@ -162,9 +165,9 @@ TEST_SIZES = {"n_embd": 64, "n_layer": 2, "block_size": 32, "base_steps": 300, "
 
 
 def read_settings(environment: Mapping[str, str]) -> ClassicSettings:
-    """Return the settings that `environment` asks for; TEST_MODE makes what is not set small.
+    """Return the settings in `environment`; TEST_MODE gives what is not set small values.
 
-    Raises ConfigError for a misspelt variable or a value that does not fit, all of them at once.
+    Raises ConfigError with all misspelt variables and invalid values.
     """
     hints = get_type_hints(ClassicSettings)
     known = {field.name.upper(): field.name for field in fields(ClassicSettings)}
@@ -177,14 +180,16 @@ def read_settings(environment: Mapping[str, str]) -> ClassicSettings:
             except ValueError as error:
                 faults.append(f"{variable}={environment[variable]!r}: {error}")
     if faults:
-        raise ConfigError(gather(faults, "The environment does not fit:", "Mend it, run again."))
+        raise ConfigError(
+            gather(faults, "Cannot use the environment:", "Correct it and run again.")
+        )
     if values.get("test_mode"):
         values = TEST_SIZES | values
     return ClassicSettings(**values)
 
 
 def notes(settings: ClassicSettings) -> list[str]:
-    """Return what a user should hear about settings that are allowed and unusual."""
+    """Return notes on settings that are allowed and unusual."""
     uses_lora = settings.use_lora or settings.compare
     if uses_lora and settings.lora_rank not in USUAL_RANKS:
         usual = f"{USUAL_RANKS.start} to {USUAL_RANKS.stop - 1}"
@@ -198,12 +203,12 @@ def _misspelt(environment: Mapping[str, str], known: list[str]) -> list[str]:
         if variable in known or variable in OTHER_PEOPLES:
             continue
         ours = variable.startswith("LORA_")
-        # Others' variables are left alone unless they are a slip away from a name like ours.
+        # Variables of other programs are ignored, unless one is nearly a name of ours.
         unmistakable = [name for name in known if "_" in name]
         near = difflib.get_close_matches(variable, unmistakable, n=1, cutoff=0.85)
         if ours or near:
             hint = did_you_mean(variable, known) or f" Allowed: {', '.join(known)}."
-            faults.append(f"{variable} is no variable of training.py.{hint}")
+            faults.append(f"{variable}: training.py has no such variable.{hint}")
     return faults
 
 
@@ -213,18 +218,18 @@ def _parse(word: str, kind: type) -> bool | int | float | str:
             return True
         if word.lower() in FALSE_WORDS:
             return False
-        raise ValueError("allowed are True and False (also 1, 0, yes, no, on, off)")
+        raise ValueError("must be True or False (or 1, 0, yes, no, on, off)")
     if kind is int:
         try:
             return int(word)
         except ValueError:
-            raise ValueError("allowed is a whole number") from None
+            raise ValueError("must be an integer") from None
     if kind is float:
         try:
             number = float(word)
         except ValueError:
-            raise ValueError("allowed is a number") from None
+            raise ValueError("must be a number") from None
         if not math.isfinite(number):
-            raise ValueError("allowed is a finite number")
+            raise ValueError("must be a finite number")
         return number
     return word

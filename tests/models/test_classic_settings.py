@@ -31,16 +31,16 @@ def test_words_for_true(word: str) -> None:
     [
         ("LORA_RNAK", "8", "Did you mean 'LORA_RANK'"),
         ("USE_LROA", "True", "Did you mean 'USE_LORA'"),
-        ("LORA_SOMETHING_ELSE", "1", "LORA_SOMETHING_ELSE is no variable"),
-        ("USE_LORA", "maybe", "allowed are True and False"),
-        ("LORA_RANK", "abc", "allowed is a whole number"),
-        ("LORA_RANK", "8.5", "allowed is a whole number"),
+        ("LORA_SOMETHING_ELSE", "1", "LORA_SOMETHING_ELSE: training.py has no such variable"),
+        ("USE_LORA", "maybe", "must be True or False"),
+        ("LORA_RANK", "abc", "must be an integer"),
+        ("LORA_RANK", "8.5", "must be an integer"),
         ("LORA_RANK", "0", "rank=0"),
         ("LORA_ALPHA", "-1", "alpha=-1.0"),
         ("LORA_ALPHA", "nan", "finite"),
         ("LORA_DROPOUT", "1.0", "dropout=1.0"),
         ("MAX_STEPS", "0", "MAX_STEPS=0"),
-        ("LEARNING_RATE", "fast", "allowed is a number"),
+        ("LEARNING_RATE", "fast", "must be a number"),
         ("MICRO_BATCHES", "3", "a divisor of batch_size=8"),
     ],
 )
@@ -54,7 +54,7 @@ def test_all_slips_come_at_once() -> None:
         read_settings({"LORA_RNAK": "1", "USE_LORA": "maybe", "LORA_RANK": "abc"})
 
 
-def test_others_variables_are_left_alone() -> None:
+def test_variables_of_other_programs_are_ignored() -> None:
     read_settings({"LORA_BENCH_DATA": "x", "LORALM_CACHE": "y", "LOG_LEVEL": "debug"})
 
 
