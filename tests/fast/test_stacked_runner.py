@@ -64,7 +64,7 @@ def test_it_stands_in_for_the_plain_training(tiny_decoder: Make, make_batch: Mak
                 assert (own[name] - other[name]).norm() <= 1e-3 * other[name].norm(), name
 
 
-def test_a_restored_training_goes_on_with_the_same_bits(
+def test_restored_training_continues_with_the_same_bits(
     tiny_decoder: Make, make_batch: MakeBatch
 ) -> None:
     whole, half, rest = (begin(tiny_decoder) for _ in range(3))

@@ -1,4 +1,4 @@
-"""Scores of answers: what counts as JSON, which fields count as right, and what is not asked."""
+"""Metrics of answers: which parse as JSON, which fields are correct, which examples have none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generated text against the plainest loop: no cache, no padding, one row."""
+"""Generated text against a simple loop without cache, padding or batches."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def model(fill_random: FillRandom) -> Decoder:
 
 @torch.no_grad()
 def plain_greedy(model: Decoder, prompt: Sequence[int], n_tokens: int) -> list[int]:
-    """Return the likeliest tokens, each from a forward over all that came before."""
+    """Return the most likely tokens, each from a forward pass over all tokens before it."""
     ids = list(prompt)
     for _ in range(n_tokens):
         ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
@@ -83,7 +83,7 @@ def last_shares(model: Decoder, prompt: Sequence[int], temperature: float = 1.0)
 
 
 def first_tokens(model: Decoder, n_draws: int, **settings: Any) -> list[int]:
-    """Return the first token of so many draws after the same prompt."""
+    """Return the first tokens sampled after `count` copies of the same prompt."""
     sampling = SamplingConfig(max_new_tokens=1, **{"temperature": 1.0, **settings})
     return [answer[0] for answer in generate(model, [PROMPTS[0]] * n_draws, sampling)]
 
@@ -95,12 +95,12 @@ def test_greedy_text_is_that_of_a_loop_without_a_cache(any_model: Decoder) -> No
     assert answers == wanted
 
 
-def test_rows_of_a_batch_are_as_if_alone(any_model: Decoder) -> None:
+def test_sequences_of_a_batch_are_as_if_alone(any_model: Decoder) -> None:
     wanted = [plain_greedy(any_model, prompt, 12) for prompt in PROMPTS]
     assert generate(any_model, PROMPTS, SamplingConfig(max_new_tokens=12)) == wanted
 
 
-def test_drawn_rows_are_as_if_alone_with_their_own_seed(model: Decoder) -> None:
+def test_sampled_sequences_are_as_if_alone_with_their_own_seed(model: Decoder) -> None:
     sampling = SamplingConfig(max_new_tokens=10, temperature=1.0, seed=7)
     together = generate(model, PROMPTS, sampling)
     for row, prompt in enumerate(PROMPTS):
@@ -108,7 +108,7 @@ def test_drawn_rows_are_as_if_alone_with_their_own_seed(model: Decoder) -> None:
         assert generate(model, [prompt], own) == [together[row]]
 
 
-def test_a_stop_token_ends_its_row_alone_and_is_left_out(model: Decoder) -> None:
+def test_a_stop_token_ends_its_sequence_alone_and_is_left_out(model: Decoder) -> None:
     wanted = [plain_greedy(model, prompt, 10) for prompt in PROMPTS]
     stop = wanted[0][4]
     ended = [row[: row.index(stop)] if stop in row else row for row in wanted]
@@ -118,13 +118,13 @@ def test_a_stop_token_ends_its_row_alone_and_is_left_out(model: Decoder) -> None
     assert answers == ended
 
 
-def test_a_row_may_end_at_once(model: Decoder) -> None:
+def test_a_sequence_may_end_at_once(model: Decoder) -> None:
     stop = plain_greedy(model, PROMPTS[0], 1)[0]
     assert generate(model, PROMPTS[:1], stop_ids=[stop]) == [[]]
 
 
 class _Counting(Decoder):
-    """Notes how many rows each forward has."""
+    """Records the batch size of each forward pass."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -144,7 +144,9 @@ class _Counting(Decoder):
         )
 
 
-def test_rows_that_ended_are_dropped_and_the_last_token_costs_no_forward(model: Decoder) -> None:
+def test_ended_sequences_leave_the_batch_and_the_last_token_costs_no_forward(
+    model: Decoder,
+) -> None:
     wanted = [plain_greedy(model, prompt, 10) for prompt in PROMPTS]
     stop = wanted[0][4]
     ends = [row.index(stop) if stop in row else 10 for row in wanted]
@@ -157,7 +159,7 @@ def test_rows_that_ended_are_dropped_and_the_last_token_costs_no_forward(model: 
     assert counting.rows[-1] < 3
 
 
-def test_tokens_are_told_as_they_come(model: Decoder) -> None:
+def test_the_callback_gets_each_token_as_it_comes(model: Decoder) -> None:
     told: list[tuple[int, int]] = []
     answers = generate(
         model,
@@ -182,14 +184,14 @@ def test_a_seed_gives_the_same_text_and_another_seed_another(model: Decoder) -> 
     assert text(4) != first
 
 
-def test_drawing_leaves_the_global_generator_alone(model: Decoder) -> None:
+def test_sampling_does_not_use_the_global_generator(model: Decoder) -> None:
     before = torch.get_rng_state()
     first_tokens(model, 3)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
-def test_draws_follow_the_models_distribution(model: Decoder, temperature: float) -> None:
+def test_samples_follow_the_models_distribution(model: Decoder, temperature: float) -> None:
     n_draws = 2000
     shares = last_shares(model, PROMPTS[0], temperature)
     drawn = first_tokens(model, n_draws, temperature=temperature, seed=100)
@@ -198,7 +200,7 @@ def test_draws_follow_the_models_distribution(model: Decoder, temperature: float
     assert bool(((seen - shares).abs() <= 5 * deviations + 1 / n_draws).all())
 
 
-def test_top_k_draws_from_the_k_likeliest(model: Decoder) -> None:
+def test_top_k_samples_the_k_most_likely(model: Decoder) -> None:
     likeliest = set(last_shares(model, PROMPTS[0]).topk(4).indices.tolist())
     assert set(first_tokens(model, 500, temperature=3.0, top_k=4)) == likeliest
 
@@ -208,7 +210,7 @@ def test_a_k_beyond_the_vocabulary_changes_nothing(model: Decoder) -> None:
 
 
 @pytest.mark.parametrize("limit", [0.2, 0.6, 0.95])
-def test_top_p_draws_from_the_fewest_that_reach_it(model: Decoder, limit: float) -> None:
+def test_top_p_samples_the_smallest_set_that_reaches_it(model: Decoder, limit: float) -> None:
     shares, order = last_shares(model, PROMPTS[0], 2.0).sort(descending=True)
     n_kept = 1
     while float(shares[:n_kept].sum()) < limit:
@@ -230,7 +232,7 @@ def test_top_p_counts_what_top_k_left(model: Decoder) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-6}])
-def test_narrow_draws_are_greedy(model: Decoder, settings: dict[str, Any]) -> None:
+def test_narrow_sampling_is_greedy(model: Decoder, settings: dict[str, Any]) -> None:
     sampling = SamplingConfig(max_new_tokens=8, **{"temperature": 1.0, **settings})
     wanted = [plain_greedy(model, prompt, 8) for prompt in PROMPTS]
     assert generate(model, PROMPTS, sampling) == wanted
@@ -267,7 +269,7 @@ def test_equal_logits_are_cut_to_k_all_the_same(fill_random: FillRandom) -> None
     assert len(set(first_tokens(model, 200, top_k=3))) == 3
 
 
-def test_training_mode_is_given_back(fill_random: FillRandom) -> None:
+def test_training_mode_is_restored(fill_random: FillRandom) -> None:
     model = build("llama", fill_random)
     model.train()
     seen: list[bool] = []
@@ -284,7 +286,7 @@ def test_training_mode_is_given_back(fill_random: FillRandom) -> None:
     assert model.training
 
 
-def test_modes_inside_the_model_are_given_back_one_by_one(fill_random: FillRandom) -> None:
+def test_modes_of_submodules_are_restored_one_by_one(fill_random: FillRandom) -> None:
     model = build("llama", fill_random)
     model.train()
     model.trunk.eval()  # as who freezes part of a model leaves it

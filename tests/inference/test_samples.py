@@ -1,4 +1,4 @@
-"""Samples during a run: the right prompts, nothing drawn, nothing lost when they fail."""
+"""Samples during training: the right prompts, no random numbers, no run lost when they fail."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHAT = {
 
 
 class Heard(NoProgress):
-    """Keeps what was said."""
+    """Records the messages."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -45,7 +45,7 @@ class Heard(NoProgress):
 
 @pytest.fixture
 def tokenizer() -> TextTokenizer:
-    """One token a byte."""
+    """A token for each byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -87,7 +87,7 @@ def test_chats_completions_and_texts_give_prompts(tokenizer: TextTokenizer) -> N
     assert (short.text, short.reference) == ("ab", "cd")
 
 
-def test_what_cannot_be_asked_is_passed_over(tokenizer: TextTokenizer) -> None:
+def test_examples_without_a_prompt_are_skipped(tokenizer: TextTokenizer) -> None:
     tools = {"messages": [{"role": "tool", "content": "x"}, CHAT["messages"][1]]}
     silent = {"messages": CHAT["messages"][:1]}
     long = {"prompt": "x" * 50, "completion": "y"}
@@ -98,14 +98,14 @@ def test_what_cannot_be_asked_is_passed_over(tokenizer: TextTokenizer) -> None:
     assert len(choose_prompts(given * 9, tokenizer, 2, max_tokens=40)) == 2
 
 
-def test_the_template_tells_the_runs_date(tokenizer: TextTokenizer) -> None:
+def test_the_template_sees_the_runs_date(tokenizer: TextTokenizer) -> None:
     (prompt,) = choose_prompts(
         examples(CHAT), tokenizer, 1, max_tokens=99, now=datetime(1987, 5, 4)
     )
     assert tokenizer.decode(prompt.ids).startswith("1987 user: hello")
 
 
-def test_answers_are_shown_and_kept(
+def test_answers_are_shown_and_recorded(
     model: Decoder, tokenizer: TextTokenizer, tmp_path: Path
 ) -> None:
     prompts = [Prompt(tokenizer.encode("ab"), "ab", "\x1b[2J wanted"), Prompt([7], "c", None)]
@@ -148,7 +148,7 @@ def test_an_answer_may_end_by_itself(
     assert row["ended"]
 
 
-def test_nothing_is_drawn_and_modes_stay(
+def test_no_random_numbers_are_drawn_and_modes_stay(
     model: Decoder, tokenizer: TextTokenizer, tmp_path: Path
 ) -> None:
     model.train()

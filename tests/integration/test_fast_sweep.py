@@ -20,11 +20,11 @@ from lora.sweep.progress import NoSweepProgress
 
 
 class Killed(Exception):
-    """Stands for a kill."""
+    """Simulates a kill."""
 
 
 class KilledAt(NoSweepProgress):
-    """A sweep that ends without a word after so many steps."""
+    """Raises Killed after `step` steps."""
 
     def __init__(self, step: int) -> None:
         self.left = step
@@ -37,7 +37,7 @@ class KilledAt(NoSweepProgress):
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a CPU take the fast stacked step, read as late as on a GPU."""
+    """Use the fast stacked step on the CPU, read one step late as on a GPU."""
     monkeypatch.setattr(stacked_runner, "why_not_stacked", lambda *_: None)
     begin = FastStackedRunner.__init__
 
@@ -91,7 +91,7 @@ def test_waves_and_halving_end_as_with_the_plain_step(job: SweepJob, fast: None)
     assert names == {path.rsplit("/", 1)[0] for path in files(plain.folder)}
 
 
-def test_a_killed_sweep_goes_on_to_the_same_bytes(job: SweepJob, fast: None) -> None:
+def test_a_killed_sweep_is_resumed_to_the_same_bytes(job: SweepJob, fast: None) -> None:
     whole = sweep(job)
     killed = named(job, "killed")
     with pytest.raises(Killed):
@@ -102,7 +102,7 @@ def test_a_killed_sweep_goes_on_to_the_same_bytes(job: SweepJob, fast: None) -> 
     assert files(again.folder) == files(whole.folder)
 
 
-def test_a_candidate_that_fails_is_dropped_and_the_others_go_on(job: SweepJob, fast: None) -> None:
+def test_a_failed_candidate_does_not_stop_the_others(job: SweepJob, fast: None) -> None:
     grid = Grid(learning_rate=(5e-3, 1e30, 1e-2))
     done = sweep(replace(job, grid=grid))
     by_rate = {candidate.settings["learning_rate"]: candidate for candidate in done.candidates}

@@ -1,4 +1,4 @@
-"""The fast stacked step on a GPU: the plain one's figures, K = 1, fates, resume, a whole sweep."""
+"""The fast stacked step on a GPU: it agrees with the plain one, resumes, and trains a sweep."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def build(hidden: int = 256) -> Decoder:
 
 
 def stack(model: Decoder, adapters: Sequence[LoRAConfig] = ADAPTERS) -> StackedAdapters:
-    """Put the adapters on `model`, every tensor random."""
+    """Apply the adapters to `model` with random values."""
     stacked = apply_stacked(model, adapters, range(len(adapters)))
     for k in range(len(adapters)):
         draw = torch.Generator().manual_seed(30 + k)
@@ -143,7 +143,7 @@ def gradient_of(step: StackedFastStep, parameter: torch.Tensor) -> torch.Tensor:
 def errors_of(
     exact: StackedAdapters, gradient: Callable[[str, str], torch.Tensor]
 ) -> dict[tuple[str, str, int], float]:
-    """Return how far each adapter's gradient of each tensor is from the exact one, relative."""
+    """Return the relative error of each adapter's gradient of each tensor."""
     found = {}
     for name, layer in exact.layers.items():
         for part in ("lora_A", "lora_B"):
@@ -250,7 +250,7 @@ def test_an_adapter_that_is_not_finite_leaves_the_bits_of_the_others(
             assert torch.equal(kept, getattr(broken.flat, name)[k]), (k, name)
 
 
-def test_a_restored_training_goes_on_with_the_same_bits() -> None:
+def test_restored_training_continues_with_the_same_bits() -> None:
     choice = choose_device("cuda")
 
     def begin() -> FastStackedRunner:

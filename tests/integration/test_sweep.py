@@ -154,8 +154,8 @@ class Stopping(NoSweepProgress):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_wave_that_was_stopped_goes_on_in_smaller_ones(job: SweepJob) -> None:
-    """Which is what is left to do when memory runs out."""
+def test_an_interrupted_wave_is_resumed_in_smaller_ones(job: SweepJob) -> None:
+    """As is needed when memory runs out."""
     whole = sweep(replace(job, run=replace(job.run, name="whole")))
     with pytest.raises(Interrupted):
         sweep(job, Stopping(5))
@@ -170,7 +170,7 @@ def test_a_wave_that_was_stopped_goes_on_in_smaller_ones(job: SweepJob) -> None:
         assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
 
 
-def test_a_sweep_goes_on_with_as_many_at_once_as_it_began_with(
+def test_a_resumed_sweep_keeps_its_number_at_once(
     job: SweepJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(Interrupted):
@@ -288,7 +288,7 @@ def results(folder: Path) -> dict[str, bytes]:
 
 
 def kill(process: subprocess.Popen[str], run: Path, draw: random.Random, *, in_save: bool) -> str:
-    """Kill some rows of metrics later, or while something is saved; return what was hit."""
+    """Kill the process some steps later, or during a save; return which it was."""
 
     def is_saving() -> bool:
         return any((run / "checkpoints").glob(".step-*.building"))
@@ -316,7 +316,7 @@ def kill(process: subprocess.Popen[str], run: Path, draw: random.Random, *, in_s
 def test_kill_9_at_eight_random_moments_changes_no_byte(
     tiny_folder: Path, tmp_path: Path, halving: bool
 ) -> None:
-    """One sweep of two waves, killed eight times on its way, four of them in a save."""
+    """One sweep of two waves, killed eight times, four of them during a save."""
     more = ("--halving",) if halving else ()
     file = tmp_path / "orders.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in make_orders("train", 32)))

@@ -1,4 +1,4 @@
-"""K adapters on one model: each begins, computes and is saved as it would alone."""
+"""K adapters on one model: each is initialised, computed and saved as it would be alone."""
 
 from __future__ import annotations
 

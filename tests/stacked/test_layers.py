@@ -1,4 +1,4 @@
-"""K adapters on one linear: each as it would be alone, and none reaches another."""
+"""K adapters on one linear: each computes what it would alone, and none affects another."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_nan_in_one_adapter_leaves_the_bits_of_the_others(dropouts: tuple[floa
         assert not broken[1].isfinite().all()
 
 
-def test_embeddings_train_apart() -> None:
+def test_each_adapter_trains_its_own_embedding() -> None:
     base, stack = nn.Embedding(5, 3), Stack(SEEDS)
     tables = StackedEmbedding(base, stack)
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_embeddings_train_apart() -> None:
     assert torch.equal(places[3], tables.weight[1, :4])
 
 
-def test_errors_say_what_is_wrong() -> None:
+def test_errors_name_the_fault() -> None:
     with pytest.raises(ConfigError, match="Cannot stack 3 adapters with 2 ranks"):
         StackedLoRALinear(base_linear(torch.float32), Stack(SEEDS), (1, 2), SCALINGS, NO_DROPOUT)
     with pytest.raises(ConfigError, match="rank=9"):

@@ -1,4 +1,4 @@
-"""How many candidates fit on a GPU: the fast step's bytes, counted for one and for many."""
+"""How many candidates fit on a GPU: the plan against the bytes that the fast step counts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def setting() -> PlanInputs:
 
 @pytest.fixture
 def memory_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], capacity.StackMemory]:
-    """Plans on a GPU that has nothing on it yet, where `why_not` speaks against the fast step."""
+    """Return a function that plans for an empty GPU; `why_not` is why the fast step cannot run."""
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (FREE, FREE))
 

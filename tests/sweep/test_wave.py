@@ -1,4 +1,4 @@
-"""One wave: trained before it is finished, the base left plain, a candidate's failure its own."""
+"""One wave: it is trained before it is finished, the base stays plain, failures stay their own."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from lora.sweep.context import SweepContext
 from lora.sweep.grid import Grid, build_candidates
 from lora.sweep.progress import NoSweepProgress
 from lora.sweep.wave import finish_wave, train_wave
-from lora.sweep.wave_checkpoint import TensorState, load_wave, split_wave
+from lora.sweep.wave_checkpoint import CHECKPOINTS, TensorState, load_wave, split_wave
 from lora.sweep.wave_loop import WavePlan
+from lora.training.checkpoint import load_newest, save_checkpoint
 from tests.fast.memory.test_plan import TINY
 
 STEPS = 6
@@ -143,6 +144,19 @@ def test_a_saved_wave_ends_as_one_that_was_never_stopped(
     for member, other in zip(wave.members, plain.members, strict=True):
         assert member.tensors.keys() == other.tensors.keys()
         assert all(torch.equal(t, other.tensors[n]) for n, t in member.tensors.items())
+
+
+def test_a_checkpoint_of_version_1_is_read(context: SweepContext, record: SweepRecord) -> None:
+    train_wave(context, deepcopy(record), WavePlan(list(context.candidates), 3), StopAfter(2))
+    expected = load_wave(context, record)
+    folder = context.run.folder / CHECKPOINTS
+    tensors, state = load_newest(folder, lambda text: None)
+    state["standings"] = state.pop("candidates")  # as lora-lm wrote it before
+    save_checkpoint(folder, state.pop("step"), tensors, state, keep=1)
+    found = load_wave(context, record)
+    assert expected is not None
+    assert found is not None
+    assert found.position == expected.position
 
 
 def test_a_split_wave_leaves_every_candidate_where_it_was(
