@@ -5,6 +5,7 @@ No torch here. Fields have Hugging Face's names where Hugging Face has one.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +13,9 @@ from lora.errors import ModelError, gather
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 BlockKind = Literal["pre_norm", "sandwich", "gpt2"]
+
+_CONV1D = re.compile(r".*\.(c_attn|c_fc|c_proj)\.weight")
+"""GPT-2's linears (Conv1D)."""
 
 
 @dataclass(frozen=True)
@@ -154,3 +158,7 @@ class DecoderConfig:
     def head_dim(self) -> int:
         """D."""
         return self.attention.head_dim
+
+    def is_transposed_in_files(self, name: str) -> bool:
+        """Whether files hold the parameter `name` as (I, O): GPT-2's linears, here (O, I)."""
+        return self.block == "gpt2" and _CONV1D.fullmatch(name) is not None

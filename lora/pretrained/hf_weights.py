@@ -33,8 +33,6 @@ _HEAD = "lm_head.weight"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _NO_PARAMETERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias)")
 """Tables in older files that are computed here: rotary frequencies, causal masks."""
-_CONV1D = re.compile(r".*\.(c_attn|c_fc|c_proj)\.weight")
-"""GPT-2's linears (Conv1D), whose weights are stored transposed: (I, O)."""
 
 
 def load_decoder(
@@ -78,7 +76,7 @@ def _match_names(
                 f"{name} {shape} is missing.{did_you_mean(name, set(stored) - set(shapes))}"
             )
             continue
-        wanted = shape[::-1] if _is_transposed(model.config, name) else shape
+        wanted = shape[::-1] if model.config.is_transposed_in_files(name) else shape
         if stored[name].shape != wanted:
             faults.append(
                 f"{name} is {stored[name].shape} in the file: config.json implies {wanted}"
@@ -105,10 +103,6 @@ def _with_prefix(model: Decoder, source: Mapping[str, StoredTensor]) -> dict[str
     return {name if name == _HEAD else prefix + name: tensor for name, tensor in source.items()}
 
 
-def _is_transposed(config: DecoderConfig, name: str) -> bool:
-    return config.block == "gpt2" and _CONV1D.fullmatch(name) is not None
-
-
 def _read(
     config: DecoderConfig,
     stored: Mapping[str, StoredTensor],
@@ -118,7 +112,7 @@ def _read(
     """Yield one parameter after the other, so that at most one is in memory twice."""
     for name, source in stored.items():
         tensor = source.tensor()
-        if _is_transposed(config, name):
+        if config.is_transposed_in_files(name):
             tensor = tensor.T.contiguous()  # (I, O) -> (O, I)
         yield name, tensor.to(device=device, dtype=dtype)
 
@@ -221,7 +215,7 @@ def _split(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[str
 
 
 def _file_layout(config: DecoderConfig, name: str, tensor: Tensor) -> Tensor:
-    return (tensor.T if _is_transposed(config, name) else tensor).contiguous()
+    return (tensor.T if config.is_transposed_in_files(name) else tensor).contiguous()
 
 
 def _config_to_save(model: Decoder) -> dict[str, Any]:

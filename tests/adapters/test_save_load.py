@@ -200,17 +200,27 @@ def test_save_load_save_is_byte_equal(
     assert torch.equal(first(token_ids).logits, third(token_ids).logits)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "llama-untied", "gpt2-tied"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama-tied", {"modules_to_save": ("embed_tokens",)}),
+        ("llama-untied", {"modules_to_save": ("embed_tokens",)}),
+        ("gpt2-tied", {"modules_to_save": ("wte",)}),
+        # Conv1D, square and not, one by one and in a container: files hold them transposed.
+        ("gpt2-tied", {"targets": ("c_attn",), "modules_to_save": ("c_proj", "c_fc")}),
+        ("gpt2-untied", {"targets": ("c_fc",), "modules_to_save": ("attn",)}),
+    ],
+)
 def test_our_decoder_takes_the_same_adapter(
     name: str,
+    options: dict[str, Any],
     adapted: Callable[..., nn.Module],
     tiny_model: Build,
     token_ids: Tensor,
     tmp_path: Path,
 ) -> None:
     tiny_model(name).save_pretrained(tmp_path / "model")  # type: ignore[operator]
-    embedding = "embed_tokens" if name.startswith("llama") else "wte"
-    model = adapted(name, modules_to_save=(embedding,))
+    model = adapted(name, **options)
     save_adapter(model, tmp_path / "adapter")
     decoder = load_adapter(load_decoder(tmp_path / "model"), tmp_path / "adapter")
     with torch.no_grad():
@@ -219,6 +229,8 @@ def test_our_decoder_takes_the_same_adapter(
     there, back = load_file(tmp_path / "adapter" / TENSORS), load_file(tmp_path / "again" / TENSORS)
     assert there.keys() == back.keys()
     assert all(torch.equal(there[key], back[key]) for key in there)
+    again = load_adapter(tiny_model(name), tmp_path / "again")
+    assert torch.equal(again(token_ids).logits, model(token_ids).logits)
 
 
 def test_an_adapter_is_fp32_on_a_bf16_base_too(

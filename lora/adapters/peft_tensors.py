@@ -1,0 +1,123 @@
+"""An adapter's tensors by PEFT's names: those on a model, those a file should hold, and its faults.
+
+The tensors of whole modules have the layout of Hugging Face's files: GPT-2's linears are (I, O).
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lora.adapters.apply import applied_lora, lora_layers
+from lora.adapters.peft_tokens import TokenIds, expected_token_tensors, trainable_token_tensors
+from lora.config import LoRAConfig
+from lora.decoder.decoder import Decoder
+from lora.layers.conv1d import is_conv1d
+from lora.lora_module import LoRALayer
+
+PREFIX = "base_model.model."
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of the adapter on `model`, which can be written to, as a file has them."""
+    tensors: dict[str, Tensor] = {}
+    for name, layer in lora_layers(model).items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
+    for name in applied_lora(model).originals:
+        for key, tensor in model.get_submodule(name).state_dict().items():
+            tensors[f"{PREFIX}{name}.{key}"] = _file_layout(model, f"{name}.{key}", tensor)
+    token_rows = trainable_token_tensors(applied_lora(model))
+    return tensors | {PREFIX + name: tensor for name, tensor in token_rows.items()}
+
+
+def expected_tensors(model: nn.Module, config: LoRAConfig, ids: TokenIds) -> dict[str, Tensor]:
+    """Return, on the meta device, the tensors that the file should hold for `model`."""
+    expected: dict[str, Tensor] = {}
+    for name in config.targets:
+        layer = model.get_submodule(name)
+        rank = config.rank_pattern.get(name, config.rank)
+        outputs, inputs = linear_shape(layer)
+        own = layer.lora_A if isinstance(layer, LoRALayer) else cast(Tensor, layer.weight)
+        for key, shape in (("lora_A", (rank, inputs)), ("lora_B", (outputs, rank))):
+            wide = torch.float64 if own.dtype is torch.float64 else torch.float32
+            meta = torch.empty(shape, dtype=wide, device="meta")
+            expected[f"{PREFIX}{name}.{key}.weight"] = meta
+    for name in config.modules_to_save:
+        for key, tensor in model.get_submodule(name).state_dict().items():
+            meta = tensor.to("meta")
+            expected[f"{PREFIX}{name}.{key}"] = _file_layout(model, f"{name}.{key}", meta)
+    token_rows = expected_token_tensors(model, ids)
+    return expected | {PREFIX + name: meta for name, meta in token_rows.items()}
+
+
+def _file_layout(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """Return the parameter `name` of `model`, or its transposed view, as PEFT's file has it."""
+    transposed = isinstance(model, Decoder) and model.config.is_transposed_in_files(name)
+    return tensor.T if transposed else tensor
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """Return (O, I) of a linear, adapted or not."""
+    if isinstance(layer, LoRALayer):
+        return layer.out_features, layer.in_features
+    outputs, inputs = cast(Tensor, layer.weight).shape
+    return (inputs, outputs) if is_conv1d(layer) else (outputs, inputs)
+
+
+def without_base_copies(
+    model: nn.Module, expected: dict[str, Tensor], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return `tensors` without copies of the base's weights, and a fault for copies that differ.
+
+    PEFT writes the embedding and the head into the file whenever one of them is adapted.
+    """
+    own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for name, layer in applied_lora(model).trainable_tokens.items() if lora_layers(model) else ():
+        own[f"{name}.weight"] = layer.weight[: layer.base_rows]
+    kept, faults = {}, []
+    for key, tensor in tensors.items():
+        base = own.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+        if key in expected or base is None or base.shape != tensor.shape:
+            kept[key] = tensor
+        elif not torch.equal(tensor.to(base.device, base.dtype), base):
+            faults.append(f"{key} is a weight of the base, and its values differ from this base's")
+    return kept, faults
+
+
+def check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:
+    """Return a fault for each tensor that is missing, misshapen, not finite or of another model."""
+    faults = [f"missing: {n} {tuple(t.shape)}" for n, t in expected.items() if n not in tensors]
+    faults += [f"not of this model: {n}" for n in tensors if n not in expected]
+    for name in expected.keys() & tensors.keys():
+        tensor, wanted = tensors[name], expected[name]
+        if tensor.shape != wanted.shape:
+            faults.append(f"{name} has shape {_shape(tensor)}, the model needs {_shape(wanted)}")
+        elif tensor.dtype not in _DTYPES and tensor.dtype != wanted.dtype:
+            faults.append(f"{name} is {tensor.dtype}, allowed are fp32, bf16, fp16 and fp64")
+        elif not is_finite(tensor.to(wanted.dtype)):
+            faults.append(f"{name} has values that are not finite in {wanted.dtype}")
+    return sorted(faults)
+
+
+def check_ranks(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Return a fault for each rank above its linear's smaller side."""
+    faults = []
+    for name in config.targets:
+        rank = config.rank_pattern.get(name, config.rank)
+        highest = min(linear_shape(model.get_submodule(name)))
+        if rank > highest:
+            faults.append(f"{name}: rank {rank}, allowed is at most {highest}, its smaller side")
+    return faults
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
