@@ -146,7 +146,7 @@ def _train_all(
     progress, train_s = context.progress, 0.0
 
     def save(candidate: Candidate, tensors: TensorState) -> None:
-        values = {n.removeprefix("value."): t for n, t in tensors.items() if n[:6] == "value."}
+        values = {n.removeprefix("value."): t for n, t in tensors.items() if n.startswith("value.")}
         folder = candidate_run(context.run, candidate).folder / "adapter"
         with single_adapter(context.model, candidate.lora, values) as adapted:
             save_adapter(adapted, folder, base_name=source.name)
