@@ -53,7 +53,7 @@ class Graphs:
     def clear(self) -> None:
         """Forget all graphs: what they read or write is about to move."""
         self._graphs.clear()
-        self._pool = None
+        self._pool = None  # its memory is free for the tensors to come
 
     def _capture(self, key: tuple[Any, ...], function: Callable[[], Any]) -> None:
         self.is_live.fill_(False)

@@ -96,6 +96,7 @@ class DeviceStepRunner:
         self, step: int, micro_batches: Sequence[Any], learning_rates: Sequence[float]
     ) -> None:
         """Begin step number `step`; on a GPU this returns at once."""
+        # The protocol has one for each of K stacked adapters; here all parameters share one.
         (learning_rate,) = learning_rates
         self._step.launch(micro_batches, learning_rate, step)
         # A copy: the next step writes its own report over this one before the host reads it.
@@ -148,6 +149,8 @@ class DeviceStepRunner:
         """Return the outcome of a step that was not taken: its batches are run again, watched."""
         # The graphs keep no module's output, so autograd's forward is run, with hooks. Batches of
         # other kinds (the character model's pairs) are on the device already.
+        # The step after this one is launched already and may have moved the parameters: the layer
+        # named may be another then, but a damaged example or weight is found all the same.
         device = self.choice.device
         batches = [b.to(device) if isinstance(b, Batch) else b for b in launched.micro_batches]
         found = find_nonfinite(self.model, batches, self.loss_fn, self.choice.autocast)
@@ -211,6 +214,7 @@ class CapturedStepRunner(DeviceStepRunner):
         self.step = CapturedStep(
             model,
             decoder_logits if is_ours else transformers_logits,
+            # AdamW is the one kernel of ours here, and its plain twin can be captured too.
             TRITON if is_cuda and HAS_TRITON else PLAIN,
             choice,
             weight_decay=config.weight_decay,

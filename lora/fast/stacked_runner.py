@@ -151,6 +151,7 @@ class FastStackedRunner:
     def _read(self, launched: _Launched) -> StepOutcome:
         if launched.event is not None:
             launched.event.synchronize()  # the host waits here, for a step that is one behind
+        # A stopped adapter reports "not taken" at each later step too: only the first one counts.
         losses, counts, norms, taken = zip(*launched.report.tolist(), strict=True)
         not_finite = {
             k: why_stopped(launched.step, losses[k], norms[k])

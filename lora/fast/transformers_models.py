@@ -25,6 +25,7 @@ def transformers_logits(model: nn.Module, batch: Batch, packed: bool) -> Tensor:
 
     Raises DataError unless each sequence is one document, padded at its end.
     """
+    # `packed` is known on the host: it is part of the key of the graph that is captured here.
     if packed:
         raise DataError(
             "Cannot train one of transformers' models on packed sequences or on padding in front: "

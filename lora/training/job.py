@@ -30,7 +30,7 @@ class Stream(Protocol):
         """Return the position as values that JSON holds."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to the position that `state_dict` returned."""
+        """Continue from the position that `state_dict` returned."""
 
 
 @dataclass
@@ -39,10 +39,10 @@ class TrainResult:
 
     steps: int
     eval_loss: float
-    """Held-out loss at the end, nats; NaN where nothing was held out."""
+    """Validation loss at the end, nats; NaN without validation data."""
     best_eval_loss: float
     train_s: float
-    """Seconds spent in steps, evaluations and saves left out."""
+    """Seconds spent in steps; evaluations and saves are not in it."""
     n_tokens: int
     peak_memory_bytes: int
     stopped_early: bool
