@@ -143,7 +143,6 @@ def _gradient_scratch_bytes(step: StackedFastStep) -> int:
 class MemoryFit:
     """The activation checkpointing that was chosen for a memory budget, and why."""
 
-    mode: str
     checkpointing: ActivationCheckpointing
     memory: FastMemory
     reason: str
@@ -178,10 +177,7 @@ def fit_with(
     """Return what this activation checkpointing comes to."""
     found, none = plan.memory(checkpointing), plan.memory(MODES["none"])
     totals = found.total + other_bytes, none.total + other_bytes
-    name = checkpointing.mode
-    return MemoryFit(
-        name, checkpointing, found, _explain(name, checkpointing, plan, totals, budget_bytes)
-    )
+    return MemoryFit(checkpointing, found, _explain(checkpointing, plan, totals, budget_bytes))
 
 
 def _candidates(mode: str, n_layers: int, *, is_long: bool) -> list[ActivationCheckpointing]:
@@ -208,13 +204,12 @@ def _candidates(mode: str, n_layers: int, *, is_long: bool) -> list[ActivationCh
 
 
 def _explain(
-    name: str,
     checkpointing: ActivationCheckpointing,
     plan: FastPlan,
     totals: tuple[int, int],
     budget_bytes: int | None,
 ) -> str:
-    total, none = totals
+    name, (total, none) = checkpointing.mode, totals
     n, (gate_up, qkv, attention) = plan.n_layers, checkpointing.n_stored(plan.n_layers)
     recomputed = {
         "none": "nearly all activations are stored",

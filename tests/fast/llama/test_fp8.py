@@ -182,9 +182,9 @@ def test_fp8_rows_are_read_once() -> None:
     left = scratch.quantised(x, PLAIN)
     codes, scales = left.codes.float(), left.scales.clone()
     x.mul_(2)
-    recomputes = scratch.quantised(x, PLAIN)
-    assert torch.equal(recomputes.codes.float(), codes)  # twice the values, twice the scale
-    assert torch.equal(recomputes.scales, 2 * scales)
+    second = scratch.quantised(x, PLAIN)
+    assert torch.equal(second.codes.float(), codes)  # twice the values, twice the scale
+    assert torch.equal(second.scales, 2 * scales)
 
 
 def test_fp8_rows_may_be_read_in_chunks() -> None:
