@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from lora.adapters.targets import find_targets, matches
+from lora.adapters.targets import find_targets, matches, refuse_shared
 from lora.config import LoRAConfig
 from lora.decoder.quantised import has_fp8_base
 from lora.errors import ConfigError, LoraError, TargetError, did_you_mean
@@ -63,8 +63,28 @@ def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
     """
     config = config or LoRAConfig()
     _refuse_second_time(model)
-    names = find_targets(model, config)
-    saved = _find_saved(model, config, names)
+    return _wrap(model, config, find_targets(model, config), _find_saved(model, config))
+
+
+def apply_lora_by_full_names(model: nn.Module, config: LoRAConfig) -> nn.Module:
+    """Changes `model` in place, as `apply_lora`; every name in `config` is a full name.
+
+    So a name that is the ending of another one means itself alone.
+    """
+    _refuse_second_time(model)
+    refuse_shared(model, list(config.targets))
+    order = {name: position for position, (name, _) in enumerate(model.named_modules())}
+    return _wrap(
+        model,
+        config,
+        sorted(config.targets, key=order.__getitem__),
+        sorted(config.modules_to_save, key=order.__getitem__),
+    )
+
+
+def _wrap(model: nn.Module, config: LoRAConfig, names: list[str], saved: list[str]) -> nn.Module:
+    """Changes `model` in place: `names` get LoRA, `saved` train fully, the rest is frozen."""
+    _check_saved(model, saved, names)
     generator = None
     if config.init_seed is not None:
         generator = torch.Generator().manual_seed(config.init_seed)
@@ -202,7 +222,7 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     parent._modules[child] = new  # setattr would refuse the digits of a ModuleList
 
 
-def _find_saved(model: nn.Module, config: LoRAConfig, adapted: list[str]) -> list[str]:
+def _find_saved(model: nn.Module, config: LoRAConfig) -> list[str]:
     modules = [n for n, m in model.named_modules() if n and any(True for _ in m.parameters())]
     saved: list[str] = []
     for wanted in config.modules_to_save:
@@ -215,6 +235,10 @@ def _find_saved(model: nn.Module, config: LoRAConfig, adapted: list[str]) -> lis
                 f"no module with parameters of this name.{near} Name one such as an embedding."
             )
         saved += [name for name in found if name not in saved]
+    return saved
+
+
+def _check_saved(model: nn.Module, saved: list[str], adapted: list[str]) -> None:
     _refuse_fp8(model, saved)
     for outer in saved:
         both = [name for name in adapted if name == outer or name.startswith(outer + ".")]
@@ -229,7 +253,6 @@ def _find_saved(model: nn.Module, config: LoRAConfig, adapted: list[str]) -> lis
                 f"Cannot train both {nested[0]!r} and {outer!r} fully (modules_to_save): the "
                 "second contains the first. Name one of the two."
             )
-    return saved
 
 
 def _refuse_fp8(model: nn.Module, saved: list[str]) -> None:

@@ -151,19 +151,18 @@ def find_described(
         if not any(f"base_model.model.{module}".endswith(name) for module in modules):
             near = did_you_mean(name, {module.rpartition(".")[2] for module in modules})
             faults.append(f"modules_to_save={name!r} is no module of this model.{near}")
-    for name in names + saved:
-        # LoRAConfig matches a full name as an ending too, so it must not be the ending of another.
-        longer = [other for other in modules if other != name and matches(other, name)]
-        faults += [
-            f"{name!r} is the ending of another module's name, {other!r}" for other in longer
-        ]
     return names, saved, faults
 
 
 def build_config(description: PeftDescription, names: list[str], saved: list[str]) -> LoRAConfig:
     """Return the LoRAConfig for the layers `names` and the fully trained modules `saved`."""
-    ranks = {name: description.rank_of(name) for name in names}
-    alphas = {name: description.alpha_of(name) for name in names}
+    # LoRAConfig takes a name for an ending too, and the first match counts: a name that is the
+    # ending of another must come after it, and the other must be listed.
+    is_clear = not any(other != name and matches(other, name) for name in names for other in names)
+    names_first = names if is_clear else sorted(names, key=lambda name: (-len(name), name))
+    ranks = {name: description.rank_of(name) for name in names_first}
+    alphas = {name: description.alpha_of(name) for name in names_first}
+    rank, alpha = (description.rank, description.alpha) if is_clear else (None, None)
     return LoRAConfig(
         rank=description.rank,
         alpha=description.alpha,
@@ -171,8 +170,8 @@ def build_config(description: PeftDescription, names: list[str], saved: list[str
         targets=tuple(names),
         modules_to_save=tuple(saved),
         rslora=description.rslora,
-        rank_pattern={name: rank for name, rank in ranks.items() if rank != description.rank},
-        alpha_pattern={n: alpha for n, alpha in alphas.items() if alpha != description.alpha},
+        rank_pattern={name: own for name, own in ranks.items() if own != rank},
+        alpha_pattern={name: own for name, own in alphas.items() if own != alpha},
     )
 
 
@@ -254,9 +253,9 @@ def _shortest_pattern(values: dict[str, Any], default: float) -> dict[str, Any]:
         short = {key: pattern[key] for key in sorted(pattern) if pattern[key] != default}
         if all(_of_name(name, short, default) == value for name, value in values.items()):
             return short
-    # The first match counts: with all names and the longest first, none matches as an ending of a
-    # longer one.
-    return {key: values[key] for key in sorted(values, key=lambda name: (-len(name), name))}
+    # The first match counts, and PEFT and we write keys in alphabetical order: each key is tied to
+    # its full name, so that the order is of no importance.
+    return {f"^{name}": values[name] for name in sorted(values) if values[name] != default}
 
 
 def _of_name(name: str, pattern: dict[str, Any], default: Any) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora.adapters.apply import (
     applied_lora,
-    apply_lora,
+    apply_lora_by_full_names,
     lora_layers,
     train_token_rows,
     trained_parameters,
@@ -108,7 +108,7 @@ def load_adapter(model: nn.Module, folder: Path | str, *, trainable: bool = Fals
         raise AdapterError(gather(faults, f"Cannot load the adapter {folder}:", _ADVICE))
     if not lora_layers(model):
         # A fixed seed, so that drawing A (overwritten below) leaves torch's global generator alone.
-        apply_lora(model, replace(config, init_seed=0))
+        apply_lora_by_full_names(model, replace(config, init_seed=0))
         applied_lora(model).config = config
         _train_tokens(model, ids, files.folder)
     fill_new_rows(model, fills)

@@ -64,7 +64,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
             f"exclude={config.exclude!r}, layers={config.layers!r}: no linear layer is left. "
             f"{_list_linears(linears)} Select at least one of them."
         )
-    _refuse_shared(model, names)
+    refuse_shared(model, names)
     return names
 
 
@@ -130,7 +130,7 @@ def _refuse_computed_weights(model: nn.Module, names: list[str]) -> None:
     )
 
 
-def _refuse_shared(model: nn.Module, names: list[str]) -> None:
+def refuse_shared(model: nn.Module, names: list[str]) -> None:
     """Raise TargetError for a module with two names: it would be adapted under the first only."""
     chosen = {id(model.get_submodule(name)): name for name in names}
     for name, module in model.named_modules(remove_duplicate=False):
