@@ -25,6 +25,7 @@ from lora.config import DataConfig, LoRAConfig, RunConfig, SamplingConfig, Train
 from lora.device import choose_device
 from lora.runs.directory import create_run, read_start_time
 from lora.runs.progress import NoProgress
+from lora.runs.record import RunRecord
 from lora.runs.sweep_record import CandidateState, read_sweep_record
 from lora.training.checkpoint import load_checkpoint, save_checkpoint
 from lora.training.job import LoopState, resume_loop_state
@@ -137,7 +138,7 @@ def test_any_files_of_a_run(fuzz: Any, make: dict[str, Any], tmp_path: Path) -> 
         "metrics.jsonl": rows,
         "sweep.json": ledger,
     }
-    resumed: dict[str, Any] = {"resume": True, "described": {"train": {"steps": 3}}}
+    resumed: dict[str, Any] = {"resume": True, "record": RunRecord(train={"steps": 3})}
     (folder / "tensors.safetensors").write_bytes(b"")
     (folder / "state.json").write_bytes(b"{}")
 
