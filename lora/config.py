@@ -29,7 +29,7 @@ LORA_LEARNING_RATE = 10 * FULL_LEARNING_RATE
 
 MAX_EVALUATIONS, MIN_EVAL_STEPS = 10, 10
 """Without `eval_every_steps`: evaluations after the initial one, and steps between them."""
-LARGEST_SEED = 2**63 - 1
+MAX_SEED = 2**63 - 1
 
 
 def _check(condition: bool, name: str, seen: object, allowed: str) -> list[str]:
@@ -47,7 +47,7 @@ def _check_counts(owner: object, least: int, *names: str) -> list[str]:
 
 
 def _check_seed(name: str, seed: object) -> list[str]:
-    in_range = _is_int(seed) and 0 <= seed <= LARGEST_SEED  # type: ignore[operator]
+    in_range = _is_int(seed) and 0 <= seed <= MAX_SEED  # type: ignore[operator]
     return _check(in_range, name, seed, "an int from 0 to 2**63 - 1")
 
 

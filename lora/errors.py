@@ -94,13 +94,13 @@ class DependencyError(LoraError, ImportError):
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
-    """Return " Did you mean 'x'?" for the nearest of `allowed`, or "" if none is near."""
+    """Return " Did you mean 'x'?" for the closest match in `allowed`, or "" without one."""
     near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def gather(faults: list[str], heading: str, advice: str, most: int = 12) -> str:
-    """Return one message that lists `faults` under `heading`, `most` of them, then `advice`."""
-    shown = "\n".join(f"  - {fault}" for fault in faults[:most])
-    more = f"\n  … and {len(faults) - most} more" if len(faults) > most else ""
+def gather(faults: list[str], heading: str, advice: str, max_shown: int = 12) -> str:
+    """Return one message: `heading`, the faults (at most `max_shown` of them), `advice`."""
+    shown = "\n".join(f"  - {fault}" for fault in faults[:max_shown])
+    more = f"\n  … and {len(faults) - max_shown} more" if len(faults) > max_shown else ""
     return f"{heading}\n{shown}{more}\n{advice}"

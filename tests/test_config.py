@@ -14,7 +14,7 @@ import torch
 
 from lora.config import (
     FULL_LEARNING_RATE,
-    LARGEST_SEED,
+    MAX_SEED,
     LORA_LEARNING_RATE,
     DataConfig,
     LoRAConfig,
@@ -153,7 +153,7 @@ def test_intervals_follow_from_the_steps_unless_they_are_given(
 
 
 def test_the_largest_seed_is_one_that_generators_take() -> None:
-    config = TrainConfig(seed=LARGEST_SEED)
+    config = TrainConfig(seed=MAX_SEED)
     assert LoRAConfig(init_seed=config.seed).init_seed == 2**63 - 1
     torch.Generator().manual_seed(config.seed)
     np.random.default_rng([config.seed, 3])

@@ -110,7 +110,7 @@ def test_all_faults_are_listed_with_what_to_do() -> None:
 
 
 def test_many_faults_are_cut_off_with_their_number() -> None:
-    message = gather([f"fault {i}" for i in range(15)], "Faults:", "Mend them.", most=3)
+    message = gather([f"fault {i}" for i in range(15)], "Faults:", "Mend them.", max_shown=3)
     assert "fault 2" in message
     assert "fault 3" not in message
     assert "… and 12 more" in message
