@@ -14,8 +14,8 @@ import torch
 
 from lora.config import (
     FULL_LEARNING_RATE,
-    MAX_SEED,
     LORA_LEARNING_RATE,
+    MAX_SEED,
     DataConfig,
     LoRAConfig,
     RunConfig,
