@@ -1,10 +1,10 @@
-"""Pictures, tables and pages of runs, made from what stands in their folders.
+"""Reports on runs: pictures, tables and an HTML page, made from run directories.
 
-    collect     run folders -> records (reading, runs, sweeps, comparisons, command)
-    records     what a report holds; as JSON it is report.json
-    figures     records -> pictures (canvas, curves), as SVG in the page's colours (svg) and PNG
-    tables      records -> tables of text (numbers), for page and terminal
-    page        records, pictures and tables -> one self-contained page
+    records/    run directories -> summaries, which report.json holds
+    figures     summaries -> pictures (canvas, curves), as SVG in the page's colours (svg) and PNG
+    tables      summaries -> tables of text (numbers), for page and terminal
+    page        summaries, pictures and tables -> one self-contained page
+    write       all of the above, and the files
 
 No torch here; matplotlib and jinja2 are loaded when something is drawn.
 """

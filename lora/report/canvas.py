@@ -1,7 +1,7 @@
-"""Drawing with matplotlib, so that one figure serves a page in light and dark, and a PNG.
+"""Draws figures with matplotlib that work in a light page, a dark page and a PNG.
 
-Colours are Okabe and Ito's, told apart by people with any colour vision, and each line has a style
-and a name of its own. The figures are small enough to be read on a telephone.
+Colours are Okabe and Ito's, distinct for people with any colour vision, and each line has its own
+style and name. The figures are small enough to be read on a phone.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ if TYPE_CHECKING:
 
 SERIES = tuple(colour.lower() for colour in COLOURS)
 INK, MUTED, RULE, BAND, PAPER = "#1c1d1f", "#5d6066", "#d4d6da", "#eceef1", "#fdfdfc"
-"""Text, lesser text, lines of the grid, areas, what lies behind: when dark, the page gives each its
-own colour."""
+"""Colours of text, secondary text, grid, areas and background; the dark page replaces each."""
 WIDTH_IN, HEIGHT_IN, DPI = 4.8, 3.0, 160
 FONT_PT = 9.0
 _CHARACTER_PT = 4.8
 _MAX_CHARACTERS = 18
 _LABEL_GAP = 0.062
-"""Of the axes' height: between two names at the ends of lines."""
+"""Between two names at the ends of lines, as a fraction of the axes' height."""
 _CLIP = 1.6
-"""Held-out losses above so many times the highest at the start leave the picture."""
+"""Losses above this many times the highest initial held-out loss are cut off."""
 
 _LOG_FROM = 5
-"""The axis of losses is logarithmic where the highest is more than so many times the lowest."""
+"""The loss axis is logarithmic if the highest loss is more than this many times the lowest."""
 _LOG_TICKS = [digit * 10.0**power for power in range(-6, 4) for digit in (1, 2, 5)]
 
 Points = Sequence[tuple[float, float]]
@@ -41,21 +40,21 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Curve:
-    """A line: its points, x before y."""
+    """A line: its label and (x, y) points."""
 
     label: str
     points: Points
     number: int | None = 0
-    """Which colour and style; None is pale."""
+    """Index of its colour and style; None is pale."""
     training: Points = field(default=())
 
 
 def draw_curves(
     named: Sequence[Curve], pale: Sequence[Curve], x_label: str, *, has_names: bool = True
 ) -> Figure:
-    """Draw held-out loss of `named` with names at the lines' ends, and of `pale` without.
+    """Draw held-out loss of `named` with names at the line ends, and of `pale` without.
 
-    Without `has_names` a line ends with its loss alone: enough where there is but one run.
+    Without `has_names` a line is labelled with its loss alone, which is enough for a single run.
     """
     labels = [_line_label(curve, has_name=has_names) for curve in named]
     low, high = _limits(named, pale)
@@ -83,11 +82,11 @@ def draw_curves(
 
 
 def draw_ranks(tried: Sequence[GridCell], spot: SweetSpot) -> Figure:
-    """Draw the best loss of each rank, the other rates as dots, and what is enough."""
+    """Draw the best loss of each rank, other learning rates as dots, a ring at what is enough."""
     canvas = Canvas([], "held-out loss at the end, nats per token", "rank")
     axes = canvas.axes
     ranks = sorted({one.rank for one in tried})
-    place = {rank: n for n, rank in enumerate(ranks)}
+    x_of = {rank: n for n, rank in enumerate(ranks)}
     best = [min(one.loss for one in tried if one.rank == rank) for rank in ranks]
     low, high = min(best), max(max(best), spot.best_loss + spot.noise)
     room = max(high - low, 1e-3)
@@ -95,16 +94,16 @@ def draw_ranks(tried: Sequence[GridCell], spot: SweetSpot) -> Figure:
     axes.axhspan(spot.best_loss, spot.best_loss + spot.noise, color=BAND, linewidth=0, zorder=0)
     for one in tried:
         if one.loss <= top:
-            axes.plot([place[one.rank]], [one.loss], color=MUTED, marker="o", markersize=3.2,
+            axes.plot([x_of[one.rank]], [one.loss], color=MUTED, marker="o", markersize=3.2,
                       alpha=0.55, zorder=2, clip_on=False)  # fmt: skip
     axes.plot(range(len(ranks)), best, color=SERIES[0], marker="o", markersize=4.5, zorder=3)
-    where = place[spot.rank], spot.loss
+    where = x_of[spot.rank], spot.loss
     axes.plot(*where, marker="o", markersize=11, color=SERIES[1], fillstyle="none",
               markeredgewidth=1.6, zorder=4)  # fmt: skip
     is_last = spot.rank == ranks[-1]
-    told = "is best" if spot.rank == spot.best_rank else "is enough"
+    verdict = "is best" if spot.rank == spot.best_rank else "is enough"
     axes.annotate(
-        f"rank {spot.rank} {told}", where, (8 if is_last else 0, -13), color=INK, va="top",
+        f"rank {spot.rank} {verdict}", where, (8 if is_last else 0, -13), color=INK, va="top",
         textcoords="offset points", fontsize=FONT_PT, ha="right" if is_last else "center",
     )  # fmt: skip
     axes.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
@@ -114,7 +113,7 @@ def draw_ranks(tried: Sequence[GridCell], spot: SweetSpot) -> Figure:
 
 
 def draw_rates(lines: Sequence[Curve], base_loss: float | None) -> Figure:
-    """Draw loss against learning rate, a line each; what lies above the start is cut off."""
+    """Draw loss against learning rate; losses above the base's are cut off."""
     labels = [_cut(line.label) for line in lines]
     losses = [loss for line in lines for _, loss in line.points]
     low, high = min(losses), max(losses)
@@ -142,7 +141,7 @@ def draw_rates(lines: Sequence[Curve], base_loss: float | None) -> Figure:
     shown = rates if len(rates) <= 5 else rates[:: math.ceil(len(rates) / 5)]
     axes.set_xticks(shown, [short(rate) for rate in shown])
     axes.minorticks_off()
-    # A name stands beside the last point that is inside: at the top edge all lines meet.
+    # Label the last point that is inside: at the top edge all lines would meet.
     inside = [[point for point in line.points if point[1] <= top] for line in lines]
     ends = [
         replace(line, points=own or line.points) for line, own in zip(lines, inside, strict=True)
@@ -157,15 +156,15 @@ def draw_bars(bars: Sequence[tuple[str, Memory]]) -> Figure:
     names = [_cut(name) for name, _ in bars]
     canvas = Canvas([], "", "GB", height_in=height, left_labels=names)
     axes = canvas.axes
-    for place, (_, memory) in enumerate(bars):
+    for y, (_, memory) in enumerate(bars):
         left = 0.0
         for number, size in enumerate(memory.planned.values()):
-            axes.barh(place, size / 1e9, 0.56, left / 1e9, color=SERIES[number % len(SERIES)],
+            axes.barh(y, size / 1e9, 0.56, left / 1e9, color=SERIES[number % len(SERIES)],
                       edgecolor=PAPER, linewidth=0.8)  # fmt: skip
             left += size
         if memory.measured is not None:
             at = memory.measured / 1e9
-            axes.plot([at, at], [place - 0.4, place + 0.4], color=INK, linewidth=2, zorder=5)
+            axes.plot([at, at], [y - 0.4, y + 0.4], color=INK, linewidth=2, zorder=5)
     axes.set_yticks(range(len(bars)), names, parse_math=False)
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
@@ -175,7 +174,7 @@ def draw_bars(bars: Sequence[tuple[str, Memory]]) -> Figure:
 
 
 class Canvas:
-    """A figure with one pair of axes, drawn in the page's colours."""
+    """A figure with one pair of axes, in the page's colours."""
 
     def __init__(
         self,
@@ -211,11 +210,11 @@ class Canvas:
                           textcoords="offset points", fontsize=FONT_PT)  # fmt: skip
 
     def label_ends(self, labels: Sequence[str], curves: Sequence[Curve]) -> None:
-        """Write each name beside the end of its line, apart from the others."""
+        """Label the end of each line, without overlap between labels."""
         to_display, to_axes = self.axes.transData, self.axes.transAxes.inverted()
         ends = [(n, curve) for n, curve in enumerate(curves) if curve.points]
-        places = [to_axes.transform(to_display.transform(c.points[-1])) for _, c in ends]
-        wanted = [(float(x), min(1.0, max(0.0, float(y)))) for x, y in places]
+        positions = [to_axes.transform(to_display.transform(c.points[-1])) for _, c in ends]
+        wanted = [(float(x), min(1.0, max(0.0, float(y)))) for x, y in positions]
         apart = spread([y for _, y in wanted], _LABEL_GAP)
         for (n, curve), at, end in zip(ends, apart, wanted, strict=True):
             self.axes.annotate(
@@ -228,16 +227,16 @@ class Canvas:
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Return places near the wanted ones, from 0 to 1, at least `gap` apart where there is room."""
+    """Return positions in 0 … 1 near the wanted ones, at least `gap` apart where there is room."""
     order = sorted(range(len(wanted)), key=lambda n: wanted[n])
     gap = min(gap, 1.0 / max(1, len(wanted) - 1))
     placed: list[float] = []
     for n in order:
         placed.append(max(wanted[n], placed[-1] + gap) if placed else max(0.0, wanted[n]))
     ceiling = 1.0
-    for place in range(len(placed) - 1, -1, -1):
-        placed[place] = min(placed[place], ceiling)
-        ceiling = placed[place] - gap
+    for i in range(len(placed) - 1, -1, -1):
+        placed[i] = min(placed[i], ceiling)
+        ceiling = placed[i] - gap
     found = [0.0] * len(wanted)
     for n, at in zip(order, placed, strict=True):
         found[n] = at
@@ -245,8 +244,8 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
 
 
 def _set_losses(axes: Axes, low: float, high: float, *, is_log: bool) -> None:
-    """Let the axis of losses go from `low` to `high`."""
-    axes.set_ylim(low, high)  # before the scale, which would look at losses that have run away
+    """Set the loss axis to `low` … `high`."""
+    axes.set_ylim(low, high)  # before the scale, which would be chosen from diverged losses too
     if is_log:
         axes.set_yscale("log")
         shown = [tick for tick in _LOG_TICKS if low <= tick <= high]
@@ -255,7 +254,7 @@ def _set_losses(axes: Axes, low: float, high: float, *, is_log: bool) -> None:
 
 
 def _limits(named: Sequence[Curve], pale: Sequence[Curve]) -> tuple[float, float]:
-    """Return where the losses' axis begins and ends: what has run away is cut off."""
+    """Return the range of the loss axis; diverged losses are cut off."""
     curves = [curve for curve in (*named, *pale) if curve.points]
     losses = [loss for curve in curves for _, loss in curve.points]
     losses += [loss for curve in named for _, loss in curve.training[len(curve.training) // 4 :]]
@@ -273,7 +272,7 @@ def _line_label(curve: Curve, *, has_name: bool) -> str:
 
 
 def _cut(name: str) -> str:
-    """Return a name that a picture has room for, its middle left out if need be."""
+    """Return a name shortened in the middle to what fits a picture."""
     plain = "".join(c if c.isprintable() else "�" for c in name)
     if len(plain) <= _MAX_CHARACTERS:
         return plain

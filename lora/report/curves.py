@@ -1,4 +1,4 @@
-"""Pictures and tables of runs, made from what stands in their folders."""
+"""loss.png: training and held-out loss of a few runs against steps; a table of parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lora.lora_module import ParameterCounts
 
-# Okabe and Ito's colours: told apart by people with any colour vision, and in grey by line style.
+# Okabe and Ito's colours: distinct for people with any colour vision; in grey the styles differ.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
 
@@ -25,8 +25,8 @@ def draw_loss_curves(
 ) -> None:
     """Write a PNG of training and held-out loss against steps.
 
-    `curves` pairs a name with the rows of a run's `metrics.jsonl`. Training loss is drawn pale and
-    smoothed over about a fiftieth of the run; held-out loss has a marker at each evaluation.
+    `curves` pairs a name with the rows of a run's metrics.jsonl. Training loss is pale and smoothed
+    over about 2 % of the run; held-out loss has a marker at each evaluation.
     """
     import io
 
@@ -62,7 +62,7 @@ def draw_loss_curves(
 
 
 def parameter_table(counts: ParameterCounts) -> Table:
-    """Return a table of what trains and what does not."""
+    """Return a table of trainable and frozen parameters."""
     from rich.table import Table
 
     table = Table(title="Parameters", title_justify="left")
@@ -81,7 +81,7 @@ def parameter_table(counts: ParameterCounts) -> Table:
 
 
 def smooth(losses: Sequence[float]) -> list[float]:
-    """Return a running mean over about a fiftieth of the losses."""
+    """Return an exponential moving average over about 2 % of the losses."""
     weight = math.exp(-50 / max(50, len(losses)))
     smoothed, value = [], losses[0]
     for loss in losses:

@@ -1,4 +1,4 @@
-"""The pictures of a report: what each shows, and what a reader who cannot see it is told."""
+"""The pictures of a report, each with its caption and alternative text."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 
 MAX_CURVES = len(SERIES)
 MAX_PALE = 60
-"""Further runs, drawn pale and without a name."""
+"""Further runs, pale and unnamed."""
 MAX_BARS = 8
 MINUTE_S, HOUR_S = 60.0, 3600.0
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One drawing."""
+    """A picture of the report."""
 
     name: str
     """Of its file; unique in the report."""
     caption: str
     alt: str
-    """What it shows, for who cannot see it."""
+    """Alternative text."""
     draw: Callable[[], Figure]
 
 
@@ -56,14 +56,16 @@ def loss_pictures(report: Report) -> list[Picture]:
     shown = [_curve(run, number, by_time=False) for number, run in enumerate(named)]
     faint = [_curve(run, None, by_time=False) for run in pale[:MAX_PALE]]
     ends = "; ".join(f"{run.name} ends at {loss_text(run.eval_loss)}" for run in named)
-    left_out = f" The best {len(named)} are named, the others grey." if pale else ""
-    told = f"Dots are evaluations, pale lines the training loss.{left_out}"
-    shared = " Candidates of a sweep share theirs and are not here." if report.sweeps else ""
+    left_out = f" The best {len(named)} runs are named, the others grey." if pale else ""
+    legend = f"Dots are evaluations, pale lines the training loss.{left_out}"
+    shared = ""
+    if report.sweeps:
+        shared = " Candidates of a sweep train together and have no times of their own."
     has_names = len(report.runs) > 1
     pictures = [
         Picture(
             "loss_by_steps",
-            f"Held-out loss against steps. {told}",
+            f"Held-out loss against steps. {legend}",
             f"Held-out loss against optimizer steps: {ends}.",
             lambda: draw_curves(shown, faint, "optimizer steps", has_names=has_names),
         )
@@ -83,10 +85,10 @@ def loss_pictures(report: Report) -> list[Picture]:
         pictures.append(
             Picture(
                 "loss_by_time",
-                f"Held-out loss against {unit} spent in steps; evaluations and saves left out."
+                f"Held-out loss against {unit} of training steps; evaluations and saves left out."
                 f"{shared}",
-                f"Held-out loss against time in steps: {lasted}.",
-                lambda: draw_curves(by_time, [], f"{unit} in steps", has_names=has_names),
+                f"Held-out loss against training time: {lasted}.",
+                lambda: draw_curves(by_time, [], f"{unit} of training steps", has_names=has_names),
             )
         )
     return pictures
@@ -95,25 +97,25 @@ def loss_pictures(report: Report) -> list[Picture]:
 def choose_curves(runs: Sequence[RunSummary]) -> tuple[list[RunSummary], list[RunSummary]]:
     """Return the runs to name in a picture, and those to draw pale.
 
-    Runs that stand alone come first, then members, then candidates (which have no times of their
+    Single runs come first, then members, then candidates (which have no times of their
     own) by their loss at the end.
     """
     measured = [run for run in runs if run.held_out]
     if len(measured) <= MAX_CURVES:
         return measured, []
     alone = [run for run in measured if not run.group]
-    grouped = sorted((run for run in measured if run.group), key=_place)
+    grouped = sorted((run for run in measured if run.group), key=_curve_order)
     ranked = [*alone, *grouped]
     return ranked[:MAX_CURVES], ranked[MAX_CURVES:]
 
 
-def _place(run: RunSummary) -> tuple[bool, bool, bool, float]:
+def _curve_order(run: RunSummary) -> tuple[bool, bool, bool, float]:
     loss = math.inf if run.eval_loss is None else run.eval_loss
     return run.step_s is None, run.status == "failed", run.status == "stopped", loss
 
 
 def sweep_pictures(sweep: SweepSummary, number: int) -> list[Picture]:
-    """Return rank against loss and rate against loss, where several were tried."""
+    """Return loss against rank and against learning rate, where several were tried."""
     pictures = []
     ranks = sorted({tried.rank for tried in sweep.tried})
     suffix = "" if number == 1 else f"_{number}"
@@ -122,9 +124,9 @@ def sweep_pictures(sweep: SweepSummary, number: int) -> list[Picture]:
         pictures.append(
             Picture(
                 f"rank{suffix}",
-                "Best held-out loss at the end, by rank. The band is what counts as noise: "
+                "Best held-out loss at the end, by rank. The band is the noise level: "
                 f"{spot.noise_from}. Small dots are other learning rates "
-                "(far worse ones are left out).",
+                "(much worse ones are left out).",
                 f"Held-out loss by rank: the best is rank {spot.best_rank} with "
                 f"{loss_text(spot.best_loss)}; rank {spot.rank} with {loss_text(spot.loss)} is the "
                 "smallest within noise of it.",
@@ -133,15 +135,15 @@ def sweep_pictures(sweep: SweepSummary, number: int) -> list[Picture]:
         )
     if len({tried.learning_rate for tried in sweep.tried}) > 1:
         lines = []
-        for place, rank in enumerate(ranks):
+        for number_of_rank, rank in enumerate(ranks):
             points = [(t.learning_rate, t.loss) for t in sweep.tried if t.rank == rank]
-            lines.append(Curve(f"rank {rank}", points, place))
+            lines.append(Curve(f"rank {rank}", points, number_of_rank))
         pictures.append(_rate_picture(f"rate{suffix}", lines[-MAX_CURVES:], sweep.base_eval_loss))
     return pictures
 
 
 def comparison_pictures(report: Report, comparison: ComparisonRecord, number: int) -> list[Picture]:
-    """Return rate against loss of each member whose rates were tried."""
+    """Return loss against learning rate of each member with rate trials."""
     lines: list[Curve] = []
     for member in comparison.members:
         points = [
@@ -159,12 +161,12 @@ def comparison_pictures(report: Report, comparison: ComparisonRecord, number: in
 
 
 def memory_picture(report: Report) -> Picture | None:
-    """Return planned memory by part as bars, with a mark where it was measured."""
+    """Return bars of planned memory by part, with a mark at the measured peak."""
     runs = [run for run in report.runs if run.memory is not None][:MAX_BARS]
     if not runs:
         return None
     bars = [(run.label, run.memory) for run in runs if run.memory is not None]
-    told = "; ".join(
+    sizes = "; ".join(
         f"{run.name}: {size_text(run.memory.planned_total)} planned, "
         f"{size_text(run.memory.measured)} measured"
         for run in runs
@@ -172,15 +174,15 @@ def memory_picture(report: Report) -> Picture | None:
     )
     return Picture(
         "memory",
-        "Memory planned before the weights were read, by part; the dark line is the peak that was "
-        "measured.",
-        f"Memory: {told}.",
+        "Memory by part, planned before the weights were loaded; the dark line is the measured "
+        "peak.",
+        f"Memory: {sizes}.",
         lambda: draw_bars(bars),
     )
 
 
 def time_unit(seconds: float) -> tuple[str, float]:
-    """Return the unit that suits a span of time, and its seconds."""
+    """Return a fitting unit for a span of time, and its seconds."""
     if seconds > 3 * HOUR_S:
         return "hours", HOUR_S
     return ("minutes", MINUTE_S) if seconds > 5 * MINUTE_S else ("seconds", 1.0)
@@ -188,15 +190,15 @@ def time_unit(seconds: float) -> tuple[str, float]:
 
 def _rate_picture(name: str, lines: list[Curve], base_loss: float | None) -> Picture:
     best = [min(line.points, key=lambda point: point[1]) for line in lines if line.points]
-    told = "; ".join(
+    best_rates = "; ".join(
         f"{line.label} is best at {short(rate)} with {loss_text(loss)}"
         for line, (rate, loss) in zip(lines, best, strict=True)
     )
     return Picture(
         name,
         "Held-out loss at the end, by learning rate. Rings mark the best; triangles at the top "
-        "edge lie above the loss before training.",
-        f"Held-out loss by learning rate: {told}.",
+        "edge are above the loss before training.",
+        f"Held-out loss by learning rate: {best_rates}.",
         lambda: draw_rates(lines, base_loss),
     )
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them. What is not known is a dash."""
+"""Numbers as text with units; unknown ones are a dash."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DASH = "–"
 
 
 def loss_text(value: float | None, places: int = 4) -> str:
-    """Return a loss in nats, to four digits after the point; one that has run away, in short."""
+    """Return a loss in nats with `places` decimals; a diverged one in three digits."""
     if value is None or not _is_known(value):
         return DASH
     return f"{value:.{places}f}" if abs(value) < 1e4 else short(value, 3)
@@ -29,7 +29,7 @@ def short(value: float | None, digits: int = 6) -> str:
 
 
 def count_text(value: float | None) -> str:
-    """Return a whole number with thousands apart."""
+    """Return a whole number with thousands separators."""
     return DASH if not _is_known(value) else f"{value:,.0f}"
 
 
@@ -54,7 +54,7 @@ def figures(value: float | None, digits: int = 3) -> str:
 
 
 def share_text(value: float | None) -> str:
-    """Return a share of one in percent."""
+    """Return a fraction of one in percent."""
     return DASH if value is None or not _is_known(value) else f"{figures(100 * value)} %"
 
 

@@ -1,4 +1,4 @@
-"""The page: one file with everything in it, for a screen by day and night, a telephone, paper."""
+"""Builds the HTML page of a report: one self-contained file with a light and a dark theme."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from lora.runs.comparison_record import Sample
 TEMPLATE = "page.html.jinja"
 STYLE = "page.css"
 MAX_COLUMNS = 6
-"""Runs that stand side by side in a table of settings."""
+"""Runs shown side by side in a table of settings; more are shown as a list of values."""
 MAX_PROMPTS, MAX_ANSWERS = 6, 8
 _DASHES = ("", "7 3", "7 3 2 3", "2 3", "6 2", "2 2")
-"""The line styles of the pictures, as SVG has them."""
+"""The pictures' line styles as SVG stroke-dasharray values."""
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A picture that is ready to be put into the page."""
+class Drawing:
+    """A picture rendered as SVG."""
 
     name: str
     caption: str
     svg: str
-    """Made by us: not escaped."""
+    """Our own markup: inserted without escaping."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Who said what."""
+    """An answer of one model."""
 
     who: str
     text: str
@@ -50,18 +50,18 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A prompt and what was answered."""
+class PromptAnswers:
+    """A prompt and the answers to it."""
 
     prompt: str
     expected: str | None
     answers: tuple[Answer, ...]
 
 
-def build_page(report: Report, drawn: dict[str, list[Drawn]]) -> str:
-    """Return the page; `drawn` has the pictures by section: loss, memory, and each group's name.
+def build_page(report: Report, drawn: dict[str, list[Drawing]]) -> str:
+    """Return the page as HTML; `drawn` has the pictures of each section.
 
-    Everything that comes from files is escaped.
+    Sections are loss, memory and `group NAME`. All text that comes from files is escaped.
     """
     import jinja2
 
@@ -87,7 +87,7 @@ def build_page(report: Report, drawn: dict[str, list[Drawn]]) -> str:
         comparisons=[(c, tables.members_table(report, c)) for c in report.comparisons],
         describe_sweep=describe_sweep,
         describe_comparison=describe_comparison,
-        asked=find_asked(report),
+        prompts=find_answers(report),
         memory_table=tables.memory_table(report, MAX_BARS),
         differing=tables.differing_table(report, MAX_COLUMNS),
         settings=tables.facts_table("setting", [run.settings for run in report.runs]),
@@ -100,12 +100,12 @@ def build_page(report: Report, drawn: dict[str, list[Drawn]]) -> str:
 
 
 def find_keys(report: Report) -> dict[str, int]:
-    """Return the number of the colour and style that each named run has in the pictures."""
+    """Return the index of the colour and line style of each run that the pictures name."""
     return {run.name: number for number, run in enumerate(choose_curves(report.runs)[0])}
 
 
 def find_findings(report: Report) -> list[str]:
-    """Return what a hurried reader takes away, in sentences."""
+    """Return the main findings, a sentence each."""
     found = [text for one in report.ratios if (text := tables.describe_ratios(report, one))]
     found += [text for sweep in report.sweeps if (text := _sweep_finding(report, sweep))]
     alone = [run for run in report.runs if not run.group]
@@ -141,41 +141,41 @@ def _sweep_finding(report: Report, sweep: SweepSummary) -> str:
     best = next((run for run in report.runs if run.name == sweep.best), None)
     if best is None:
         return ""
-    base = "" if sweep.base_eval_loss is None else f", from {loss_text(sweep.base_eval_loss)}"
+    base_loss = sweep.base_eval_loss
+    base = "" if base_loss is None else f", from {loss_text(base_loss)} without an adapter"
     said = (
-        f"Of {sweep.candidates} candidates, rank {count_text(best.rank)} at rate "
-        f"{short(best.learning_rate)} ends lowest: held-out loss {loss_text(best.eval_loss)}{base} "
-        "without an adapter." if base else ""
-    )  # fmt: skip
+        f"The best of {sweep.candidates} candidates is rank {count_text(best.rank)} at learning "
+        f"rate {short(best.learning_rate)}: held-out loss {loss_text(best.eval_loss)}{base}."
+    )
     spot = sweep.sweet_spot
     if spot is not None and spot.rank != spot.best_rank:
         said += f" Rank {spot.rank} is enough: {loss_text(spot.loss)} is within noise of the best."
     elif spot is not None:
-        said += " No smaller rank comes within noise of it."
+        said += " No smaller rank is within noise of it."
     if spot is not None and all(tried.n_seeds == 1 for tried in sweep.tried):
-        said += " One seed cannot tell ranks from chance: try --seed 0,1,2."
+        said += " With one seed the difference may be chance: try --seed 0,1,2."
     return said
 
 
 def describe_sweep(sweep: SweepSummary) -> str:
-    """Return how a sweep ran, in a sentence."""
+    """Return a sentence on how a sweep ran."""
     parts = [f"{sweep.candidates} candidates"]
     if sweep.at_once:
-        parts.append(f"{sweep.at_once} at once")
+        parts.append(f"{sweep.at_once} trained together")
     if sweep.steps:
         parts.append(f"{count_text(sweep.steps)} steps each")
     if sweep.halving:
-        parts.append("the worse half stopped at a quarter and at half of the steps")
+        parts.append("the worse half stopped at 25 % and 50 % of the steps")
     if sweep.train_s:
-        parts.append(f"{time_text(sweep.train_s)} in steps for all")
+        parts.append(f"{time_text(sweep.train_s)} of training for all")
     if sweep.peak_memory_bytes:
         parts.append(f"peak memory {size_text(sweep.peak_memory_bytes)} for all")
     return ", ".join(parts) + ("." if sweep.status == "finished" else "; unfinished.")
 
 
 def describe_comparison(comparison: ComparisonRecord) -> str:
-    """Return how a comparison was made, in a sentence."""
-    same = {"steps": "the same number of steps", "time": "the same time in steps"}
+    """Return how a comparison was made, in a few sentences."""
+    same = {"steps": "the same number of steps", "time": "the same training time"}
     parts = [f"From the same base, {comparison.base}," if comparison.base else "From the same base"]
     parts.append("on the same data in the same order")
     if comparison.same in same:
@@ -185,14 +185,14 @@ def describe_comparison(comparison: ComparisonRecord) -> str:
         text += f" Held-out loss of the base: {loss_text(comparison.base_eval_loss)}."
     text_name = next((m.forgetting.name for m in comparison.members if m.forgetting), None)
     if text_name:
-        text += f" The other text, which is not learned: {text_name}."
+        text += f" Forgetting is measured on: {text_name}."
     if comparison.rate_steps:
         text += f" Learning rates were tried for {count_text(comparison.rate_steps)} steps each."
     return text if comparison.status == "finished" else f"{text} It is unfinished."
 
 
 def find_facts(report: Report) -> list[tuple[str, str]]:
-    """Return what all of it is about: model, device, data."""
+    """Return model, device and data of the runs."""
     runs = report.runs
     facts = [
         ("model", tables.distinct(run.model for run in runs)),
@@ -208,11 +208,11 @@ def _examples(runs: Sequence[RunSummary]) -> str:
     for run in runs:
         learned, held_out = run.data.get("examples"), run.data.get("held_out_examples")
         if isinstance(learned, int) and isinstance(held_out, int):
-            seen.append(f"{count_text(learned)} to learn, {count_text(held_out)} to measure")
+            seen.append(f"{count_text(learned)} training, {count_text(held_out)} validation")
     return tables.distinct(seen)
 
 
-def find_asked(report: Report) -> list[Asked]:
+def find_answers(report: Report) -> list[PromptAnswers]:
     """Return prompts with the answers of the runs side by side, before training first."""
     by_prompt: dict[str, list[tuple[str, Sample]]] = {}
     for comparison in report.comparisons:
@@ -225,12 +225,11 @@ def find_asked(report: Report) -> list[Asked]:
             said = by_prompt.setdefault(sample.prompt, [])
             if sample.step == 0 and sample is not ends[sample.prompt] and not said:
                 said.append(("before", sample))
-        named = run.label if len(report.runs) > 1 else "after"
         for sample in (*ends.values(), *(s for s in run.samples if s.step is None)):
-            who = named if len(report.runs) > 1 else f"step {sample.step}"
+            who = run.label if len(report.runs) > 1 else f"step {sample.step}"
             by_prompt.setdefault(sample.prompt, []).append((who, sample))
     return [
-        Asked(
+        PromptAnswers(
             prompt=prompt,
             expected=next((s.expected for _, s in said if s.expected is not None), None),
             answers=tuple(
@@ -247,7 +246,7 @@ def _is_expected(sample: Sample) -> bool:
 
 
 def find_commands(report: Report) -> list[tuple[str, str]]:
-    """Return what starts each run, sweep and comparison again, by name."""
+    """Return the commands that repeat each run, sweep and comparison, by name."""
     jobs: list[Any] = [*report.comparisons, *report.sweeps]
     jobs += [run for run in report.runs if not run.group]
     return [(job.name, job.command) for job in jobs if job.command]
@@ -258,8 +257,8 @@ def _machine(run: RunSummary) -> dict[str, Any]:
         "device": run.device,
         **{key.removeprefix("versions."): value for key, value in run.environment.items()},
         "base fingerprint": run.base_fingerprint,
-        "training rows' fingerprint": run.data.get("fingerprint"),
-        "held-out rows' fingerprint": run.data.get("held_out_fingerprint"),
+        "training data fingerprint": run.data.get("fingerprint"),
+        "held-out data fingerprint": run.data.get("held_out_fingerprint"),
     }
 
 
@@ -272,4 +271,4 @@ _ICON = (
     'fill="none" stroke="#0072b2" stroke-width="2.4" stroke-linecap="round"/></svg>'
 )
 
-__all__ = ["LINE_STYLES", "Drawn", "build_page"]
+__all__ = ["LINE_STYLES", "Drawing", "build_page"]

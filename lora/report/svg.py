@@ -1,7 +1,7 @@
-"""A figure's SVG made part of a page: its text in the page's font, its colours the page's.
+"""Turns a figure into SVG that can be embedded in a page, in the page's font and colours.
 
-Matplotlib writes a file that stands alone: with a prologue, addresses of vocabularies, fixed
-colours, and names of elements that meet again in the next figure. Here all of that goes.
+Matplotlib writes a standalone file: with a prologue, namespace URLs, fixed colours, and element ids
+that occur again in the next figure. All of that is removed or made unique here.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", BAND: "--band", PAPER: "--paper"} | {
     colour: f"--series-{number}" for number, colour in enumerate(SERIES)
 }
-"""By colour of a figure: the page's variable that takes its place."""
+"""The CSS variable of the page that replaces each colour of a figure."""
 
 
 def svg_of(figure: Figure, name: str, alt: str) -> str:
-    """Return `figure` as an element of a page; the same figure gives the same text."""
+    """Return `figure` as an <svg> element; the same figure gives the same text."""
     import matplotlib
 
     file = io.StringIO()
-    # Text stays text, and names of clips are made from their content, not drawn at random.
+    # Keep text as text, and derive the ids of clip paths from their content, not at random.
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         _ignore_glyphs()
@@ -46,7 +46,7 @@ def png_of(figure: Figure) -> bytes:
 
 
 def _ignore_glyphs() -> None:
-    # A name may have characters that matplotlib's font lacks; a browser has them.
+    # Names may have characters that matplotlib's font lacks and the browser has.
     warnings.filterwarnings("ignore", message=r"Glyph .* missing from", category=UserWarning)
 
 

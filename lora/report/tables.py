@@ -1,5 +1,4 @@
-"""The tables of a report, for the page and for the terminal: cells of text, columns without any
-figure left out."""
+"""Tables of a report, for page and terminal: text cells; columns without any value are left out."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from lora.report.records.records import (
 from lora.runs.comparison_record import Ratios
 
 SINGLE = "single runs"
-"""Heading of runs that belong to no sweep or comparison, where others do."""
+"""Heading of the runs outside of sweeps and comparisons, where there are both."""
 PART_NAMES = {
     "weights": "weights",
     "gradients": "gradients",
@@ -42,12 +41,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A row: its name, its cells, and what it belongs to."""
+    """A row: its name, its cells, and the group it belongs to."""
 
     name: str
     cells: tuple[str, ...]
     key: int | None = None
-    """Which colour stands for it in the pictures."""
+    """Index of its colour in the pictures."""
     group: str = ""
 
 
@@ -66,22 +65,22 @@ _RUN_CELLS: tuple[Cell, ...] = (
     (Column("method", is_numeric=False), lambda r: _METHOD_CELLS[r.method]),
     (Column("rank"), lambda r: numbers.count_text(r.rank)),
     (Column("alpha"), lambda r: numbers.short(r.alpha)),
-    (Column("rate"), lambda r: numbers.short(r.learning_rate)),
+    (Column("learning rate"), lambda r: numbers.short(r.learning_rate)),
     (Column("seed"), lambda r: DASH if r.seed is None else str(r.seed)),
     (Column("steps"), lambda r: _steps(r)),
     (Column("held-out", "best loss"), lambda r: numbers.loss_text(r.best_eval_loss)),
     (Column("held-out", "at the end"), lambda r: numbers.loss_text(r.eval_loss)),
     (Column("step", "ms"), lambda r: numbers.figures(_times(r.step_s, 1000))),
-    (Column("learned", "tokens/s"), lambda r: numbers.figures(r.tokens_per_s)),
+    (Column("speed", "tokens/s"), lambda r: numbers.figures(r.tokens_per_s)),
     (Column("peak", "GB"), lambda r: numbers.figures(_times(r.peak_memory_bytes, 1e-9))),
-    (Column("trained", "parameters"), lambda r: numbers.parameters_text(r.trainable_parameters)),
-    (Column("trained", "share"), lambda r: numbers.share_text(r.trainable_share)),
+    (Column("trainable", "parameters"), lambda r: numbers.parameters_text(r.trainable_parameters)),
+    (Column("trainable", "share"), lambda r: numbers.share_text(r.trainable_share)),
     (Column("stored", "on disk"), lambda r: numbers.size_text(r.stored_bytes)),
 )
 
 
 def runs_table(report: Report, keys: dict[str, int] | None = None) -> Table:
-    """Return a table with a row for each run; `keys` has the colours of those that are drawn."""
+    """Return a table with a row per run; `keys` has the colours of those in the pictures."""
     runs = report.runs
     same_seed = len({run.seed for run in runs}) == 1
     cells = [cell for cell in _RUN_CELLS if not (cell[0].title == "seed" and same_seed)]
@@ -100,26 +99,26 @@ def runs_table(report: Report, keys: dict[str, int] | None = None) -> Table:
 
 
 def ratios_table(report: Report) -> Table:
-    """Return how each LoRA run stands to those it is compared with."""
+    """Return the ratios of each LoRA run to the runs it is compared with."""
     columns = (
-        Column("speed", "a step"),
+        Column("speed", "per step"),
         Column("speed", "all steps"),
         Column("peak memory", "saved"),
-        Column("trained", "of the other's"),
+        Column("trainable", "of the other's"),
         Column("stored", "of the other's"),
         Column("held-out loss", "difference, nats"),
     )
     rows = tuple(Row(_against(report, one), _ratio_cells(one)) for one in report.ratios)
-    return Table("LoRA against", columns, rows)
+    return Table("LoRA vs.", columns, rows)
 
 
 def members_table(report: Report, comparison: ComparisonRecord) -> Table:
-    """Return what a comparison knows of its members besides: rate, forgetting, task."""
+    """Return learning rate, forgetting and task score of a comparison's members."""
     cells: list[tuple[Column, list[str]]] = []
     members = comparison.members
     runs = [report.run(member.run) for member in members]
     chosen = [_CHOSEN.get(member.rate_chosen, DASH) for member in members]
-    cells.append((Column("rate"), [numbers.short(run.learning_rate) for run in runs]))
+    cells.append((Column("learning rate"), [numbers.short(run.learning_rate) for run in runs]))
     cells.append((Column("chosen", is_numeric=False), chosen))
     for title, changes, shown in (
         ("loss on another text", [m.forgetting for m in members], numbers.loss_text),
@@ -138,7 +137,7 @@ def members_table(report: Report, comparison: ComparisonRecord) -> Table:
 
 
 def memory_table(report: Report, most: int) -> Table | None:
-    """Return planned memory by part, the sum, and what was measured; a column for each run."""
+    """Return planned memory by part, its sum, and measured memory; a column per run."""
     runs = [run for run in report.runs if run.memory is not None][:most]
     known = [(run, run.memory) for run in runs if run.memory is not None]
     if not known:
@@ -149,9 +148,7 @@ def memory_table(report: Report, most: int) -> Table | None:
         rows.append(Row(PART_NAMES.get(part, part), cells, number))
     rows.append(Row("planned", tuple(_gigabytes(memory.planned_total) for _, memory in known)))
     rows.append(Row("measured", tuple(_gigabytes(memory.measured) for _, memory in known)))
-    rows.append(
-        Row("planned too much", tuple(_error(m.planned_total, m.measured) for _, m in known))
-    )
+    rows.append(Row("planning error", tuple(_error(m.planned_total, m.measured) for _, m in known)))
     columns = tuple(Column(run.label, "GB") for run, _ in known)
     return Table("part", columns, tuple(rows))
 
@@ -179,7 +176,7 @@ def dropped_table(runs: Sequence[RunSummary]) -> Table | None:
 
 
 def differing_table(report: Report, most: int) -> Table | None:
-    """Return the settings in which runs differ, a column for each run or, for many, the values."""
+    """Return the settings that differ between runs: a column per run or, for many, the values."""
     by_run = [run.settings for run in report.runs]
     names = [
         name
@@ -197,21 +194,21 @@ def differing_table(report: Report, most: int) -> Table | None:
 
 
 def facts_table(corner: str, facts: Sequence[dict[str, Any]]) -> Table | None:
-    """Return a table of names and the values that they have in all runs together."""
+    """Return a table of names and their distinct values over all runs."""
     names = dict.fromkeys(key for own in facts for key in own)
     rows = tuple(Row(name, (distinct(own.get(name) for own in facts),)) for name in names)
     return Table(corner, (Column("value", is_numeric=False),), rows) if rows else None
 
 
 def distinct(values: Any) -> str:
-    """Return the values that there are, each once, in the order in which they come."""
+    """Return the known values as text, each once, in order of appearance."""
     shown = dict.fromkeys(value_text(value) for value in values)
     known = [text for text in shown if text != DASH]
     return " · ".join(known) if known else DASH
 
 
 def value_text(value: Any) -> str:
-    """Return a setting as a person writes it."""
+    """Return a setting as text."""
     if value is None:
         return DASH
     if isinstance(value, bool):
@@ -224,14 +221,14 @@ def value_text(value: Any) -> str:
 
 
 def describe_ratios(report: Report, one: Ratios) -> str:
-    """Return LoRA against another run in a sentence, of what is known."""
+    """Return a sentence that compares LoRA with another run; "" if nothing is known."""
     parts = []
     if one.step_speed is not None:
-        parts.append(f"{one.step_speed:.2f} times as fast a step")
+        parts.append(f"{one.step_speed:.2f} times the speed per step")
     if one.memory_saved is not None:
         percent = round(100 * abs(one.memory_saved))
         side = "less" if one.memory_saved > 0 else "more"
-        parts.append(f"{percent} % {side} memory at the peak" if percent else "as much memory")
+        parts.append(f"{percent} % {side} peak memory" if percent else "the same peak memory")
     if one.loss_difference is not None:
         side = "lower" if one.loss_difference < 0 else "higher"
         parts.append(f"held-out loss {abs(one.loss_difference):.4f} {side} at the end")
@@ -240,7 +237,7 @@ def describe_ratios(report: Report, one: Ratios) -> str:
 
 def _against(report: Report, one: Ratios) -> str:
     run, other = report.run(one.run), report.run(one.against)
-    return f"{run.label} against {other.label}"
+    return f"{run.label} vs. {other.label}"
 
 
 def _ratio_cells(one: Ratios) -> tuple[str, ...]:
@@ -257,7 +254,7 @@ def _ratio_cells(one: Ratios) -> tuple[str, ...]:
 def _filled(
     cells: Sequence[Cell], runs: Sequence[RunSummary]
 ) -> tuple[tuple[Column, ...], list[tuple[str, ...]]]:
-    """Return the columns in which at least one run has something, and the runs' cells in them."""
+    """Return the columns in which at least one run has a value, and the runs' cells in them."""
     found = [(column, [shown(run) for run in runs]) for column, shown in cells]
     kept = [(column, texts) for column, texts in found if any(text != DASH for text in texts)]
     rows = [tuple(texts[n] for _, texts in kept) for n in range(len(runs))]

@@ -1,4 +1,4 @@
-"""A report as a person reads it in a terminal: what was found, and the runs."""
+"""Prints a report on the terminal: its findings and tables."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MAX_ROWS = 20
-NARROW_COLUMNS = ("method", "rank", "rate", "steps", "held-out", "step", "peak")
-"""What is shown where the terminal has no room for all columns."""
+NARROW_COLUMNS = ("method", "rank", "learning rate", "steps", "held-out", "step", "peak")
+"""Columns shown where the terminal is too narrow for all."""
 WIDE = 140
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print the findings, the runs, LoRA against the others, and what was dropped."""
+    """Print findings, runs, LoRA compared with the others, and stopped or failed candidates."""
     for note in report.notes:
         console.print(f"note: {note}", markup=False)
     for finding in find_findings(report):
@@ -49,9 +49,9 @@ def _print_table(table: Table, console: Console) -> None:
     console.print()
     console.print(shown)
     if len(table.rows) > MAX_ROWS:
-        console.print(f"… and {len(table.rows) - MAX_ROWS} more: the page has them all")
+        console.print(f"… and {len(table.rows) - MAX_ROWS} more: see the page")
 
 
 def _plain(text: str) -> str:
-    """Return `text` with nothing in it that steers a terminal."""
+    """Return `text` without control characters."""
     return "".join(c if c.isprintable() else "�" for c in text)

@@ -1,4 +1,4 @@
-"""From run folders to the files of a report, each written whole or not at all."""
+"""Write the files of a report: page, JSON and pictures, each whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora.report.figures import (
     memory_picture,
     sweep_pictures,
 )
-from lora.report.page import Drawn, build_page
+from lora.report.page import Drawing, build_page
 from lora.report.records.collect import read_report
 from lora.report.records.records import Report
 from lora.report.svg import png_of, svg_of
@@ -29,7 +29,7 @@ LOSS_PICTURE, MAX_CURVES = "loss.png", 6
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """What was written, and what it says."""
+    """The files written, and the report they hold."""
 
     html: Path
     json: Path
@@ -40,9 +40,9 @@ class ReportFiles:
 def write_report(folders: Sequence[Path], out: Path, title: str | None = None) -> ReportFiles:
     """Write `report.html`, `report.json` and `pictures/` into `out`, made if need be.
 
-    `folders` are of finetune runs, sweeps, comparisons, or a mix; what is under way is told as it
-    stands. The same folders give the same bytes. Raises CheckpointError, before anything is
-    written, with all that is missing or damaged in them.
+    `folders` are run directories of finetune runs, sweeps, comparisons, or a mix; unfinished ones
+    are reported as they are. The same directories give the same bytes. Raises CheckpointError,
+    before anything is written, with all that is missing or damaged in them.
     """
     return _write(read_report(folders, out, title), out)
 
@@ -60,7 +60,7 @@ def report_on(
         draw_losses(report, directory)
         return _write(report, directory).html if with_page else None
     except CheckpointError as error:
-        on_message(f"note: no report: {error} lora report {directory} makes it later.")
+        on_message(f"note: no report: {error} Run lora report {directory} later.")
         return None
 
 
@@ -88,13 +88,13 @@ def _write(report: Report, out: Path) -> ReportFiles:
         (out / PICTURES).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(out, error) from error
-    drawn: dict[str, list[Drawn]] = {}
+    drawn: dict[str, list[Drawing]] = {}
     written = []
     for section, pictures in by_section.items():
         for picture in pictures:
             figure = picture.draw()
             svg = svg_of(figure, picture.name, picture.alt)
-            drawn.setdefault(section, []).append(Drawn(picture.name, picture.caption, svg))
+            drawn.setdefault(section, []).append(Drawing(picture.name, picture.caption, svg))
             path = out / PICTURES / f"{picture.name}.png"
             atomic_write(path, png_of(figure))
             written.append(path)

@@ -48,7 +48,7 @@ def test_out_title_and_json(
     ("make", "told"),
     [
         (lambda run: run.with_name("ordrs"), "Did you mean 'orders'?"),
-        (lambda run: run.parent, "it has no run.json. Runs are inside: orders."),
+        (lambda run: run.parent, "it has no run.json. It contains the runs orders."),
         (lambda run: run / "metrics.jsonl", "is a file"),
     ],
 )
@@ -63,7 +63,7 @@ def test_what_is_no_run_is_refused(
 
 def test_no_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report"]) == 2
-    assert "name at least one" in capsys.readouterr().err
+    assert "Give at least one run directory" in capsys.readouterr().err
 
 
 def test_empty_metrics_are_told_as_they_stand(

@@ -64,10 +64,10 @@ def test_one_run_with_times_among_others_is_named(
 ) -> None:
     run, ranks = make_run("single"), make_sweep()
     text = write_report([run, ranks], tmp_path / "out").html.read_text(encoding="utf-8")
-    figure = next(f for f in text.split("<figure>") if "seconds spent in steps" in f)
+    figure = next(f for f in text.split("<figure>") if "seconds of training steps" in f)
     drawn = re.findall(r"<text[^>]*>([^<]*)</text>", figure)
     assert [words for words in drawn if words.startswith("single ")]
-    assert "Candidates of a sweep share theirs and are not here." in figure
+    assert "Candidates of a sweep train together and have no times of their own." in figure
     alone = write_report([run], tmp_path / "alone").html.read_text(encoding="utf-8")
     assert not re.findall(r"<text[^>]*>single ", alone)
     assert "Candidates of a sweep" not in alone
@@ -138,15 +138,16 @@ def test_the_page_says_what_was_found(mixed: tuple[Page, str]) -> None:
     page, _ = mixed
     text = " ".join(page.text.split())
     for words in (
-        "LoRA against full fine-tuning: 2.00 times as fast a step, 60 % less memory at the peak, "
+        "LoRA vs. full fine-tuning: 2.00 times the speed per step, 60 % less peak memory, "
         "held-out loss 0.1000 lower at the end.",
-        "rank 16 at rate 1e-3 ends lowest: held-out loss 0.3500, from 2.0000 without an adapter. "
+        "The best of 6 candidates is rank 16 at learning rate 1e-3: held-out loss 0.3500, "
+        "from 2.0000 without an adapter. "
         "Rank 8 is enough: 0.3520 is within noise of the best. "
-        "One seed cannot tell ranks from chance: try --seed 0,1,2.",
+        "With one seed the difference may be chance: try --seed 0,1,2.",
         "the loss of step 3 is nan",
         "halving at step 10: place 5 of 5",
         "best tried",
-        "The other text, which is not learned: the prose.",
+        "Forgetting is measured on: the prose.",
         "Before comparing The best rate is the highest tried.",
         "✓ as expected",
         "2 examples are there twice",

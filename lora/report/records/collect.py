@@ -1,4 +1,4 @@
-"""Run folders of any kind into one report: runs, sweeps, comparisons, and a mix of them."""
+"""Read run directories of any kind into one report: runs, sweeps, comparisons, or a mix."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from lora.runs.sweep_record import SWEEP_FILE
 from lora.runs.typed_json import Faults
 
 ADVICE = (
-    "Name folders of lora finetune, lora sweep or lora compare (those with run.json). A damaged "
-    "file can be moved away: what it said is then left out."
+    "Give run directories of lora finetune, lora sweep or lora compare (they hold run.json). If a "
+    "file is damaged, move it away: the report then leaves its content out."
 )
 
 
 def read_report(folders: Sequence[Path], out: Path, title: str | None = None) -> Report:
-    """Return what the run folders tell; `out` is where the report will lie.
+    """Return the report on run directories; `out` is the directory it will be written to.
 
-    Raises ConfigError if none or one twice is named, and CheckpointError with everything that is
+    Raises ConfigError for none or for one given twice, and CheckpointError with everything that is
     missing or damaged, each with the file's name.
     """
     if not folders:
-        raise ConfigError("A report was asked for without run folders: name at least one.")
+        raise ConfigError("Cannot make a report of no runs. Give at least one run directory.")
     twice = [str(p) for p, n in Counter(folder.resolve() for folder in folders).items() if n > 1]
     if twice:
-        raise ConfigError(f"A report was asked for with a folder twice: {', '.join(twice)}.")
+        raise ConfigError(f"Cannot report on a run twice: {', '.join(twice)}. Give it once.")
     faults: Faults = []
     runs: list[RunSummary] = []
     sweeps: list[SweepSummary] = []
@@ -55,7 +55,7 @@ def read_report(folders: Sequence[Path], out: Path, title: str | None = None) ->
             found = [replace(read_run(folder, out, faults), name=name, label=name)]
         runs += found
     if faults:
-        heading = "The report cannot be made from these folders:"
+        heading = "Cannot make the report:"
         raise CheckpointError(gather(faults, heading, ADVICE))
     return Report(
         title=title or _title(folders),
@@ -69,7 +69,7 @@ def read_report(folders: Sequence[Path], out: Path, title: str | None = None) ->
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Return a name for each folder: its own, with the folder above where two are called alike."""
+    """Return a name for each directory: its own, preceded by its parent's where two are equal."""
     names = [folder.resolve().name for folder in folders]
     doubled = {name for name, n in Counter(names).items() if n > 1}
     longer = [
@@ -88,8 +88,8 @@ def _not_a_run(folder: Path) -> str | None:
         return f"{folder} {kind}.{did_you_mean(folder.name, near)}"
     if not (folder / RUN_FILE).is_file():
         inside = sorted(path.parent.name for path in folder.glob(f"*/{RUN_FILE}"))
-        hint = f" Runs are inside: {', '.join(inside[:5])}." if inside else ""
-        return f"{folder} is no run: it has no {RUN_FILE}.{hint}"
+        hint = f" It contains the runs {', '.join(inside[:5])}." if inside else ""
+        return f"{folder} is not a run directory: it has no {RUN_FILE}.{hint}"
     return None
 
 
@@ -113,17 +113,17 @@ def _notes_of(comparisons: Sequence[ComparisonRecord]) -> list[str]:
 
 
 def _notes(runs: Sequence[RunSummary]) -> tuple[str, ...]:
-    """Return what forbids, or may forbid, to compare the runs' losses."""
+    """Return what makes the runs' losses, times or memory not comparable."""
     notes = []
     if len({run.base_fingerprint for run in runs if run.base_fingerprint}) > 1:
-        notes.append("The runs do not begin from the same base: their losses differ by that too.")
+        notes.append("The runs started from different bases: their losses differ by that too.")
     prints = [run.data.get("held_out_fingerprint") for run in runs if run.held_out]
     if len({p for p in prints if p is not None}) > 1:
         notes.append(
-            "The runs were not measured on the same held-out rows: their losses cannot be compared."
+            "The runs were evaluated on different held-out data: their losses cannot be compared."
         )
     elif len(prints) > 1 and None in prints and any(prints):
-        notes.append("Of some runs it is not known on which held-out rows they were measured.")
+        notes.append("It is not known for all runs on which held-out data they were evaluated.")
     if len({run.device for run in runs if run.device}) > 1:
-        notes.append("The runs were not all on the same device: times and memory differ by that.")
+        notes.append("The runs used different devices: times and memory differ by that.")
     return tuple(notes)

@@ -16,7 +16,7 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 def count_elements(path: Path, faults: Faults) -> int | None:
-    """Return how many values the tensors of a safetensors file have, from its header alone."""
+    """Return the number of elements of all tensors of a safetensors file, from its header alone."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -24,9 +24,9 @@ def count_elements(path: Path, faults: Faults) -> int | None:
         shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
         return sum(math.prod(shape) for shape in shapes)
     except OSError as error:
-        faults.append(f"{path} cannot be read: {error.strerror}.")
+        faults.append(f"Cannot read {path}: {error.strerror}.")
     except (ValueError, TypeError, KeyError, AttributeError, struct.error, RecursionError):
-        faults.append(f"{path} is no safetensors file.")
+        faults.append(f"{path} is not a safetensors file.")
     return None
 
 
@@ -41,5 +41,5 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def relative(folder: Path, base: Path) -> str:
-    """Return where `folder` lies, seen from `base`."""
+    """Return the path of `folder` relative to `base`."""
     return os.path.relpath(folder.resolve(), base.resolve())

@@ -1,7 +1,7 @@
-"""What a report holds, read from run folders; `report.json` is this, as JSON.
+"""The content of a report, which report.json holds as JSON.
 
-A figure that a folder does not tell is None, and shown as a dash. Losses are in nats per learned
-token, times in seconds, sizes in bytes.
+A value that a run directory does not hold is None, and shown as a dash. Losses are in nats per
+target token, times in seconds, sizes in bytes.
 """
 
 from __future__ import annotations
@@ -13,53 +13,53 @@ from typing import Any, Literal
 from lora.runs.comparison_record import METHOD_NAMES, RateTrial, Ratios, RunFigures, Sample
 
 SCHEMA_VERSION = 1
-"""Of `report.json`; grows when a field changes its meaning or goes."""
+"""Of report.json; grows when a field changes its meaning or is removed."""
 
 Method = Literal["lora", "full", "peft", "unknown"]
 Status = Literal["finished", "unfinished", "stopped", "failed"]
 
 
 def method_name(method: Method) -> str:
-    """Return a method as a person calls it."""
+    """Return a method's name for people."""
     return "unknown" if method == "unknown" else METHOD_NAMES[method]
 
 
 @dataclass(frozen=True)
 class Point:
-    """A loss on the way."""
+    """A loss at a step."""
 
     step: int
     loss: float
     time_s: float | None = None
-    """Seconds spent in steps until then; evaluations and saves left out."""
+    """Training time until then; evaluations and saves left out."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the fullest moment: planned before the weights were read, and measured."""
+    """Peak memory in bytes: planned before the weights were loaded, and measured."""
 
     planned: dict[str, int]
-    """By part, in the order in which they are drawn."""
+    """By part, in the order they are drawn in."""
     planned_total: int
     measured: int | None
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One training run: of lora finetune, a sweep's candidate, a comparison's member."""
+    """A single training run: a finetune job, a candidate of a sweep, a member of a comparison."""
 
     name: str
     """Unique in the report."""
     label: str
     """Short, for pictures."""
     folder: str
-    """Relative to the report's."""
+    """The run directory, relative to the report's."""
     method: Method = "unknown"
     status: Status = "unfinished"
     reason: str = ""
     """Why it was stopped or failed."""
     group: str = ""
-    """The sweep or comparison that it belongs to."""
+    """The sweep or comparison it belongs to."""
     model: str | None = None
     device: str | None = None
     rank: int | None = None
@@ -67,24 +67,24 @@ class RunSummary:
     learning_rate: float | None = None
     seed: int | None = None
     steps: int | None = None
-    """Optimizer steps that were taken."""
+    """Optimizer steps taken."""
     total_steps: int | None = None
-    """That were asked for."""
+    """Optimizer steps configured."""
     eval_loss: float | None = None
-    """Held-out loss, the newest."""
+    """The newest held-out loss."""
     best_eval_loss: float | None = None
     best_step: int | None = None
     step_s: float | None = None
-    """Median of a step."""
+    """Median time of a step."""
     train_s: float | None = None
-    """In steps alone."""
+    """Evaluations and saves left out."""
     tokens_per_s: float | None = None
-    """Learned tokens a second, in steps alone."""
+    """Target tokens per second; evaluations and saves left out."""
     peak_memory_bytes: int | None = None
     trainable_parameters: int | None = None
     total_parameters: int | None = None
     stored_bytes: int | None = None
-    """Of the tensors that were saved: the adapter, or all weights."""
+    """Of the saved tensors: the adapter's, or all weights."""
     held_out: tuple[Point, ...] = ()
     training: tuple[Point, ...] = field(default=(), repr=False)
     memory: Memory | None = None
@@ -92,17 +92,12 @@ class RunSummary:
     settings: dict[str, Any] = field(default_factory=dict)
     """By dotted name."""
     data: dict[str, Any] = field(default_factory=dict)
-    """By dotted name: what was learned from."""
+    """Of the training and validation data, by dotted name."""
     environment: dict[str, Any] = field(default_factory=dict)
     base_fingerprint: str | None = None
     notes: tuple[str, ...] = ()
     command: str | None = None
-    """What starts it again; None where it was not started from the command line."""
-
-    @property
-    def is_measured(self) -> bool:
-        """Whether there is a held-out loss."""
-        return bool(self.held_out)
+    """The command line that repeats it; None if there is none."""
 
     @property
     def figures(self) -> RunFigures:
@@ -119,7 +114,7 @@ class RunSummary:
 
     @property
     def trainable_share(self) -> float | None:
-        """Trained parameters / all."""
+        """Trainable parameters / all parameters."""
         if self.trainable_parameters is None or not self.total_parameters:
             return None
         return self.trainable_parameters / self.total_parameters
@@ -178,7 +173,7 @@ class SweepSummary:
 
 @dataclass(frozen=True)
 class Change:
-    """A measure before training and after."""
+    """A measure before and after training."""
 
     name: str
     before: float
@@ -220,18 +215,18 @@ class ComparisonRecord:
 
 @dataclass(frozen=True)
 class Report:
-    """All that a report tells."""
+    """All of a report."""
 
     title: str
     runs: tuple[RunSummary, ...]
-    """The best of a sweep first."""
+    """A sweep's candidates are in order, the best first."""
     sweeps: tuple[SweepSummary, ...] = ()
     comparisons: tuple[ComparisonRecord, ...] = ()
     ratios: tuple[Ratios, ...] = ()
     notes: tuple[str, ...] = ()
-    """What a reader should know before comparing."""
+    """What a reader should know before comparing runs."""
     command: str = ""
-    """What makes this report again."""
+    """The command line that makes this report."""
 
     def run(self, name: str) -> RunSummary:
         """Return the run of this name."""
@@ -242,7 +237,7 @@ class Report:
         return [run for run in self.runs if run.group == name]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all but the training losses, which `metrics.jsonl` has, as values of JSON.
+        """Return all but the training losses, which metrics.jsonl has, as JSON values.
 
         What is not finite becomes None.
         """

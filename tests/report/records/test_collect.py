@@ -197,8 +197,8 @@ def test_what_forbids_comparing_is_noted(make_run: Make, tmp_path: Path) -> None
     rewrite(other / "run.json", lambda v: v["data"].update(held_out_fingerprint="held-2"))
     rewrite(other / "run.json", lambda v: v.update(base_fingerprint="base-2"))
     notes = read_report([one, other], tmp_path).notes
-    assert any("not measured on the same held-out rows" in note for note in notes)
-    assert any("same base" in note for note in notes)
+    assert any("evaluated on different held-out data" in note for note in notes)
+    assert any("different bases" in note for note in notes)
 
 
 def test_every_fault_of_every_folder_is_told_at_once(make_run: Make, tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_every_fault_of_every_folder_is_told_at_once(make_run: Make, tmp_path: P
         f"{broken / 'run.json'}: it is not valid JSON",
         f"{wrong / 'metrics.jsonl'}, line 2: it is not valid JSON",
         f"{wrong / 'result.json'}: train_s is [1], not a number",
-        "empty is no run: it has no run.json",
+        "empty is not a run directory: it has no run.json",
         "brokn does not exist. Did you mean 'broken'?",
     ):
         assert words in text
@@ -239,7 +239,9 @@ def test_a_damaged_adapter_is_named(make_run: Make, tmp_path: Path) -> None:
     (folder / "result.json").unlink()
     file = folder / "adapter" / "adapter_model.safetensors"
     file.write_bytes(b"\xff" * 20)
-    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is no safetensors file"):
+    with pytest.raises(
+        CheckpointError, match=r"adapter_model\.safetensors is not a safetensors file"
+    ):
         read_report([folder], tmp_path)
 
 
@@ -252,7 +254,7 @@ def test_a_candidate_never_leads_out_of_its_sweep(make_sweep: Make, tmp_path: Pa
 
 def test_nothing_and_twice_are_refused(make_run: Make, tmp_path: Path) -> None:
     folder = make_run()
-    with pytest.raises(ConfigError, match="name at least one"):
+    with pytest.raises(ConfigError, match="Give at least one run directory"):
         read_report([], tmp_path)
-    with pytest.raises(ConfigError, match="a folder twice"):
+    with pytest.raises(ConfigError, match="Cannot report on a run twice"):
         read_report([folder, folder / ".." / folder.name], tmp_path)
