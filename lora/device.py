@@ -55,8 +55,8 @@ def choose_device(requested: str = "auto", precision: str = "auto") -> DeviceCho
         raise ConfigError(f"precision={precision!r}: allowed are auto, fp32, bf16.{near}")
     if precision == "bf16" and not fast_bf16 and os.environ.get(FORCE_BF16) != "1":
         raise ConfigError(
-            f"precision='bf16' was asked for on {device}: {why}. Use precision='fp32' (or auto), "
-            f"or set {FORCE_BF16}=1 to have it all the same."
+            f"Cannot compute in bf16 on {device}: {why}. Use precision='fp32' (or auto), "
+            f"or set {FORCE_BF16}=1 to use bf16 all the same."
         )
     if precision == "fp32" or (precision == "auto" and not fast_bf16):
         asked = "as asked" if precision == "fp32" else why
@@ -133,13 +133,13 @@ def _find_device(requested: str) -> torch.device:
         ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"device={requested!r} was asked for: torch sees {torch.cuda.device_count()} CUDA "
+            f"Cannot use device={requested!r}: torch sees {torch.cuda.device_count()} CUDA "
             "devices. Use device=cpu, or install a torch with CUDA on a machine that has a GPU."
         )
     if device.type == "mps":
         raise ConfigError(
-            f"device={requested!r} was asked for: Apple's GPUs have no fp64, in which losses are "
-            "summed and merges are checked, and nothing here has been tested on one. Allowed are "
+            f"Cannot use device={requested!r}: Apple's GPUs have no fp64, in which losses are "
+            "summed and merges are checked, and nothing here was tested on one. Allowed: "
             "auto, cpu, cuda, cuda:N. Use device=cpu."
         )
     if device.type not in ("cpu", "cuda"):

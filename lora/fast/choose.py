@@ -31,7 +31,7 @@ MAX_HEAD_WIDTH = 256
 MIN_FP8_CAPABILITY = (9, 0)
 """Hopper: older GPUs have no fp8 GEMM with a scale for each row (torch._scaled_mm)."""
 MIN_COMPILED_STEPS = 300
-"""Shorter runs are not compiled: torch.compile takes 14 s and saves 7 to 70 ms a step."""
+"""Shorter runs are not compiled: torch.compile takes 14 s and saves 7 to 70 ms per step."""
 
 
 def choose_steps(

@@ -103,7 +103,7 @@ class FastStackedRunner:
     def drop(self, adapter: int, reason: str) -> None:
         """Stop `adapter` for `reason`: its values stay what they are from now on."""
         self.failures[adapter] = reason
-        # A mask on the device: a graph is not captured anew, and the others keep their bits.
+        # A mask on the device: no graph is captured again, and the others keep their bits.
         self.step.update.is_alive[adapter] = False
 
     def evaluate(self, batches: Iterable[Batch]) -> list[float]:

@@ -150,7 +150,7 @@ class HandWrittenStep:
         starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
         offsets = starts.reshape(-1).nonzero().squeeze(1).to(torch.int32)  # (documents,)
         if len(inputs.bounds) < len(offsets) + 1:
-            # Doubled, since a batch with more documents than there is room for captures anew.
+            # Doubled: a batch with more documents than there is room for needs a new graph.
             room = max(64, 2 << (len(offsets) - 1).bit_length())
             self.graphs.clear()
             inputs.bounds = inputs.bounds.new_full((room + 1,), documents.numel())

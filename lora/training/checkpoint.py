@@ -118,7 +118,7 @@ def load_newest(
         except CheckpointError as error:
             on_message(f"{error} Trying the one before.")
     raise CheckpointError(
-        f"Cannot resume from {folder}: there is no whole checkpoint. Start the run anew."
+        f"Cannot resume from {folder}: there is no complete checkpoint. Start a new run."
     )
 
 

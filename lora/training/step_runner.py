@@ -43,7 +43,7 @@ class StepOutcome:
 
 
 class StepRunner(Protocol):
-    """Takes optimizer steps on one model, and says afterwards what came of them.
+    """Takes optimizer steps on one model, and returns their outcomes afterwards.
 
     Trains one set of parameters, or K stacked adapters; where there is one, `adapter` is 0.
     """
@@ -73,7 +73,7 @@ class StepRunner(Protocol):
         """
 
     def restore(self, state: TrainingState, *, step: int, adapter: int = 0) -> None:
-        """Changes the model, the optimizer and random generators in place: training goes on after
+        """Changes the model, the optimizer and random generators in place: training continues after
         `step` steps as it did where `state` was taken.
 
         Raises CheckpointError if `state` is of another model.

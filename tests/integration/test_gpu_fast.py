@@ -142,7 +142,7 @@ def test_reasons_against_it_are_told() -> None:
     gelu = FeedForwardConfig(512, "gelu")
     assert "gelu" in (why_not_fast(build(feed_forward=gelu), choice) or "")
     odd = AttentionConfig(8, 2, 24)
-    assert "width 24" in (why_not_fast(build(attention=odd), choice) or "")
+    assert "width is 24" in (why_not_fast(build(attention=odd), choice) or "")
     beside = adapt(build(), modules_to_save=("embed_tokens",))
     assert "trains beside LoRA" in (why_not_fast(beside, choice) or "")
     fp32 = choose_device("cuda", "fp32")

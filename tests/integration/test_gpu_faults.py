@@ -1,4 +1,4 @@
-"""On a GPU: killed runs end with the same bytes, memory does not creep, and faults are told."""
+"""On a GPU: killed runs end with the same bytes, memory does not grow, and faults are reported."""
 
 from __future__ import annotations
 

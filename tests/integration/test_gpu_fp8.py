@@ -1,4 +1,4 @@
-"""A base in eight bits on a GPU: the fast step against its plain operations, and a whole run."""
+"""An fp8 base on a GPU: the fast step against its plain operations, and a whole run."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ PLAIN_ROWS = replace(
     scaled_matmul=PLAIN.scaled_matmul,
     transpose_codes=PLAIN.transpose_codes,
 )
-"""The fast step's operations, with the plain twins of all that has to do with eight bits."""
+"""The fast step's operations, with the plain twins of everything in fp8."""
 EXACT = replace(PLAIN, fp8_dtype=torch.float32)
-"""Rows that nothing rounds."""
+"""Activations that are not rounded."""
 
 
 def build() -> Decoder:

@@ -66,7 +66,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def run_member(out: Path, base: Path, text: Path, method: str, kill_at: int) -> int:
-    """Train a member in a process of its own, from its newest checkpoint; return the exit code."""
+    """Train a member in a subprocess, from its newest checkpoint; return the exit code."""
     command = [sys.executable, "-c", MEMBER, str(out), str(base), str(text), method, str(kill_at)]
     # Two threads, which wait without spinning: other tests run on the same cores.
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}

@@ -79,7 +79,7 @@ def test_a_damaged_one_falls_back_to_the_one_before_and_says_so(
 
 
 def test_without_a_whole_one_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
         load_newest(tmp_path, print)
 
 

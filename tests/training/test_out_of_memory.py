@@ -1,4 +1,4 @@
-"""Memory that runs out is told with what took it and what to change, and nothing is lost."""
+"""Running out of memory is reported with what used it and what to change; nothing is lost."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_text_equals_transformers(templates: dict[str, str], name: str, conversa
         "{{ ''.__class__ }}",
         "{{ 'a' + 1 }}",
         "{{ sep_token }}{{ eos_token }}{{ messages[1].reasoning_content }}",
-        "{% macro say(x) %}<{{ x }}>{% endmacro %}{{ say(messages[1].content) | trim }}",
+        "{% macro tag(x) %}<{{ x }}>{% endmacro %}{{ tag(messages[1].content) | trim }}",
     ],
 )
 def test_language_equals_transformers(source: str) -> None:

@@ -104,7 +104,7 @@ def test_tool_calls_get_the_form_that_templates_expect() -> None:
     assert found[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": [1]}}
     assert found[2] == {"role": "tool", "content": "r", "tool_call_id": "1"}
     assert found[3] == assistant("a")
-    assert call["function"] == {"name": "f", "arguments": '{"x": [1]}'}  # the row is left alone
+    assert call["function"] == {"name": "f", "arguments": '{"x": [1]}'}  # the row is unchanged
 
 
 def test_sharegpt_calls_become_tool_calls() -> None:
