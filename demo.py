@@ -256,8 +256,8 @@ def show_scores(console: Console, base: Scores, adapted: Outcome) -> None:
     n, fields = base.n_answers, base.n_fields
     table.add_row("answers that are valid JSON", *(f"{s.valid_json}/{n}" for s in (base, after)))
     table.add_row("fields right", *(f"{s.fields_right}/{fields}" for s in (base, after)))
-    table.add_row("answers right in all", *(f"{s.exact_match}/{n}" for s in (base, after)))
-    table.add_row("loss (nats a token)", *(f"{s.loss:.3f}" for s in (base, after)))
+    table.add_row("answers with all fields right", *(f"{s.exact_match}/{n}" for s in (base, after)))
+    table.add_row("loss (nats per token)", *(f"{s.loss:.3f}" for s in (base, after)))
     console.print(table)
     wrong = [f"{name} {count}" for name, count in count_wrong_fields(adapted.answers).items()]
     if wrong:

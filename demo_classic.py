@@ -1,9 +1,9 @@
-"""The character GPT's story: a base learns prose, then code by full fine-tuning and by LoRA.
+"""The character GPT's demo: a base learns prose, then code by full fine-tuning and by LoRA.
 
     python demo_classic.py              # about four minutes on two cores
-    python demo_classic.py --quick      # a small one, half a minute, to see that it runs
+    python demo_classic.py --quick      # a small version, half a minute
 
-Every run is a process of its own (`training.py`), so that each peak of memory is its own.
+Every run is its own subprocess (`training.py`), so that each peak memory is its own.
 """
 
 from __future__ import annotations
@@ -89,11 +89,11 @@ def main() -> int:
 
 
 def tell_story(out: Path, sizes: dict[str, str]) -> None:
-    """Train the base, adapt it each way, and show what came of it."""
+    """Train the base, adapt it each way, and show the results."""
     began_s = time.perf_counter()
     print("1. A base learns English prose from random weights.")
     run_training(out, {**sizes, "RUN_NAME": "base"})
-    print("2. From that base, source code is learned: by all weights, and through LoRA.")
+    print("2. From that base the model learns source code: full fine-tuning, and LoRA.")
     for variables in ADAPTATIONS:
         base = {"BASE_CHECKPOINT": str(out / "base")}
         run_training(out, {**sizes, **base, **variables})
@@ -107,7 +107,7 @@ def tell_story(out: Path, sizes: dict[str, str]) -> None:
 
 
 def run_training(out: Path, variables: dict[str, str]) -> None:
-    """Run training.py in a process of its own; its talk goes to a file, its progress is shown."""
+    """Run training.py in a subprocess; its output goes to a file, its progress is shown."""
     own = ("LORA_", "USE_LORA", "TEST_MODE")  # a user's own settings would change the story
     environment = {k: v for k, v in os.environ.items() if not k.startswith(own)}
     environment |= {"OUTPUT_DIR": str(out), **variables}
@@ -141,7 +141,7 @@ def show_table(outcomes: list[Outcome]) -> None:
     for column in (
         "trained",
         "on disk",
-        "ms a step",
+        "ms per step",
         "peak memory",
         "loss after",
         "of full's gain",

@@ -278,7 +278,7 @@ def check_reloaded(
     choice: DeviceChoice,
     expected: float,
 ) -> None:
-    """Load the adapter onto the base anew: the held-out loss must be the same to the last digit.
+    """Load the saved adapter onto the base: the validation loss must be equal to the last digit.
 
     Raises AdapterError if it is not.
     """
@@ -333,7 +333,7 @@ def show_sample(
 def finish(
     run: Run, result: TrainResult, sizes: dict[str, int], parameters: ParameterCount
 ) -> None:
-    """Write the result and the picture, and print what a person wants to know."""
+    """Write the result and the picture, and print the summary."""
     from lora.report import draw_loss_curves
 
     run.write_result(RunResult(**vars(result), stored_bytes=sizes, parameters=parameters))
@@ -342,8 +342,8 @@ def finish(
     first = next(row.eval_loss for row in rows if row.eval_loss is not None)
     step_ms = 1000 * result.train_s / max(1, result.steps)
     print(
-        f"held-out loss {first:.4f} -> {result.eval_loss:.4f} nats in {result.steps} steps, "
-        f"{result.train_s:.1f} s ({step_ms:.1f} ms a step), "
+        f"validation loss {first:.4f} -> {result.eval_loss:.4f} nats in {result.steps} steps, "
+        f"{result.train_s:.1f} s ({step_ms:.1f} ms per step), "
         f"peak memory {result.peak_memory_bytes / 1e6:.0f} MB"
     )
     for name, size in sizes.items():

@@ -1,4 +1,4 @@
-"""What `lora.finetune` is asked for, what it gives back, and what its run's folder says of it."""
+"""Fine-tuning: the job's settings, its result, and its run record."""
 
 from __future__ import annotations
 
@@ -31,41 +31,41 @@ class FinetuneJob(Task):
     run: RunConfig = field(default_factory=RunConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     from_adapter: Path | None = None
-    """Go on from this adapter instead of a fresh one; its settings replace `lora`."""
+    """Adapter to continue training, instead of a new one; its settings replace `lora`."""
     resume: bool = False
-    """Go on with the run of this name from its newest checkpoint."""
+    """Resume the run of this name from its newest checkpoint."""
     base_dtype: BaseDtype = "auto"
-    """How the frozen linears are kept: auto in the products' type; fp8 in eight bits, with a scale
-    for each output."""
+    """Storage dtype of the frozen linears: auto is the compute dtype; fp8 is float8 with one scale
+    per output."""
     deterministic: bool = False
-    """Repeat to the bit on a GPU too: torch's deterministic algorithms, and the plain step."""
+    """Reproducible to the bit on a GPU too: deterministic algorithms, and the plain step."""
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """Where the results are, and how the run ended."""
+    """The run directory, what was saved, and the outcome of training."""
 
     folder: Path
-    """The run's folder."""
+    """The run directory."""
     saved: Path
-    """The adapter's folder in it, or the whole model's after full fine-tuning."""
+    """The adapter's directory in it, or the model's after full fine-tuning."""
     result: TrainResult
     memory: RunMemory
-    """What was planned against what was measured."""
+    """Planned and measured memory."""
 
 
 def check_base_dtype(job: FinetuneJob) -> None:
-    """Raise ConfigError for a base dtype that is unknown, or that all weights cannot train in."""
+    """Raise ConfigError for an unknown base dtype, or one that full fine-tuning cannot use."""
     allowed = get_args(BaseDtype)
     if job.base_dtype not in allowed:
         near = did_you_mean(str(job.base_dtype), allowed)
         raise ConfigError(
-            f"base_dtype={job.base_dtype!r}: allowed are {', '.join(allowed)}.{near} Change it."
+            f"Cannot use base_dtype={job.base_dtype!r}. Allowed: {', '.join(allowed)}.{near}"
         )
     if job.base_dtype == "fp8" and job.lora is None and job.from_adapter is None:
         raise ConfigError(
-            "base_dtype='fp8' was asked for with full fine-tuning: weights of eight bits cannot "
-            "train, their steps would be rounded away. Train through LoRA, or leave it out."
+            "Cannot use base_dtype='fp8' with full fine-tuning: updates of float8 weights would be "
+            "rounded away. Train with LoRA, or leave base_dtype out."
         )
 
 

@@ -89,12 +89,12 @@ def _sampler(
 
 
 def find_tensorboard() -> Callable[[Path], Callable[[MetricsRow], None]]:
-    """Return what opens event files in a folder and gives back where rows of metrics go."""
+    """Return a function that opens event files in a directory and returns a metrics callback."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise DependencyError(
-            "tensorboard=True was asked for: tensorboard is not installed. "
+            "Cannot write TensorBoard files: tensorboard is not installed. "
             "Run: pip install 'lora-lm[track]'"
         ) from None
 

@@ -1,7 +1,7 @@
-"""Fine-tune a real model on a file of examples: the whole job, from names to an adapter.
+"""Fine-tune a pretrained model on examples: the whole job, from settings to a saved adapter.
 
-The order is the user's friend: what can be wrong with the settings, the data and the device is
-found before the weights are loaded, and the run's folder is made last.
+Settings, data and device are checked before the weights are loaded; the run directory is created
+last, so a refused job leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def finetune(
 ) -> FinetuneResult:
     """Run `job` to its end and save what was learned.
 
-    `show_data` gets the report on the data before the weights are loaded; left out, `progress`
-    hears what in it is likely not meant.
+    `show_data` is called with the data report before the weights are loaded; without it, the
+    report's notes and warnings go to `progress`.
 
-    Raises ConfigError, DataError or ModelError for what cannot work, before anything is written;
-    TrainingError if the loss is no longer finite (the newest checkpoint is kept).
+    Raises ConfigError, DataError or ModelError before anything is written; TrainingError if the
+    loss is no longer finite (the newest checkpoint is kept).
     """
     with deterministic_algorithms() if job.deterministic else nullcontext():
         return _finetune(job, progress or NoProgress(), show_data)
@@ -74,8 +74,8 @@ def _finetune(
     if show_data is not None:
         show_data(report)
     else:
-        for told in report.notes + report.warnings:
-            progress.message(f"note: {told}")
+        for text in report.notes + report.warnings:
+            progress.message(f"note: {text}")
     progress.message(f"{source.name} on {choice.reason}")
     memory_plan = _plan(job, source, data, choice)
     planned = describe_plan(memory_plan)
@@ -122,9 +122,7 @@ def _choose_steps(
     progress: Progress,
 ) -> StepRunner:
     if job.deterministic:
-        progress.message(
-            "deterministic: torch's algorithms that repeat to the bit, and the plain step"
-        )
+        progress.message("deterministic: torch's deterministic algorithms, and the plain step")
     planned = f"{describe_plan(plan)}. {_advice(job, plan)}"
     with explain_out_of_memory(lambda: f"while the step was prepared. {planned}"):
         return choose_steps(
@@ -140,10 +138,10 @@ def _choose_steps(
 def check_data(
     job: FinetuneJob, model_folder: Path, progress: Progress
 ) -> tuple[PreparedData, DataReport]:
-    """Return `job`'s examples as rows of tokens, and what they are; no weights are loaded.
+    """Return `job`'s examples as token sequences, and the data report; no weights are loaded.
 
-    A resumed run tells chat templates the date on which it began, so that its rows are the same.
-    Raises DataError if nothing can be learned from them.
+    A resumed run gives chat templates the date on which it started, so that its sequences are the
+    same. Raises DataError if no token would get a loss.
     """
     data = prepare_data(
         job.data,
@@ -155,8 +153,8 @@ def check_data(
         on_message=progress.message,
     )
     progress.message(
-        f"{len(data.train_examples)} examples to learn ({data.train.n_target_tokens:,} learned "
-        f"tokens in {len(data.train)} rows), {len(data.validation_examples)} to measure"
+        f"{len(data.train_examples)} training examples ({data.train.n_target_tokens:,} target "
+        f"tokens in {len(data.train)} sequences), {len(data.validation_examples)} for validation"
     )
     return data, inspect_prepared(data, job.data, job.data_config)
 
@@ -166,7 +164,7 @@ def _plan(
 ) -> MemoryPlan:
     lora = job.lora if job.from_adapter is None else read_adapter_config(job.from_adapter)
     fast = job.run.fast and not job.deterministic
-    checkpointing = _kept_before(job)
+    checkpointing = _former_checkpointing(job)
     return plan_run(
         source.folder,
         lora,
@@ -185,8 +183,8 @@ def _advice(job: FinetuneJob, plan: MemoryPlan) -> str:
     return advise(plan, job.train, has_lora=has_lora)
 
 
-def _kept_before(job: FinetuneJob) -> ActivationCheckpointing | None:
-    """Return what a resumed run kept of its blocks: kept otherwise, they would round otherwise."""
+def _former_checkpointing(job: FinetuneJob) -> ActivationCheckpointing | None:
+    """Return a resumed run's activation checkpointing: another mode would round differently."""
     directory = job.run.out / str(job.run.name)
     if not job.resume or not (directory / RUN_FILE).is_file():
         return None  # `create_run` reports what is there, and what is not
@@ -196,7 +194,7 @@ def _kept_before(job: FinetuneJob) -> ActivationCheckpointing | None:
 
 
 def _tokenizer_folder(job: FinetuneJob, model_folder: Path) -> Path:
-    """Return where the tokenizer is: an adapter has its own if it has tokens of its own."""
+    """Return the tokenizer's directory: the adapter's, if it was saved with one."""
     own = job.from_adapter
     return own if own is not None and (own / "tokenizer.json").is_file() else model_folder
 
@@ -208,8 +206,8 @@ def _load_model(
     tokenizer: TextTokenizer,
     progress: Progress,
 ) -> tuple[Decoder, str]:
-    """Return the model as it will train, and the fingerprint of its base."""
-    # What stays frozen is read in the products' type; what trains whole keeps fp32.
+    """Return the model ready to train, and the fingerprint of its base."""
+    # Frozen weights are read in the compute dtype; fully trained ones stay fp32.
     is_frozen = job.lora is not None or job.from_adapter is not None
     dtype = choice.compute_dtype if is_frozen else torch.float32
     fp8 = job.base_dtype == "fp8"
@@ -221,9 +219,9 @@ def _load_model(
         seed = job.train.seed if job.lora.init_seed is None else job.lora.init_seed
         apply_lora(model, replace(job.lora, init_seed=seed))
     add_tokens = add_tokens_to_lora if is_frozen else add_tokens_to_all
-    told = add_tokens(model, tokenizer, job.data_config.special_tokens)
-    if told is not None:
-        progress.message(told)
+    note = add_tokens(model, tokenizer, job.data_config.special_tokens)
+    if note is not None:
+        progress.message(note)
     if not is_frozen:
         model.requires_grad_(True)
     torch.manual_seed(job.train.seed)
