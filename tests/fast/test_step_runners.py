@@ -12,7 +12,7 @@ from torch import nn
 
 from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig, TrainConfig
-from lora.data.sequences.batches import Batch
+from lora.data.sequences.batches import IGNORE, Batch
 from lora.decoder.decoder import Decoder
 from lora.device import choose_device
 from lora.errors import CheckpointError, ModelError
@@ -86,7 +86,7 @@ def test_an_outcome_says_what_was_asked_and_what_came_of_it(
     (first, second) = take(RUNNERS[kind](adapted(tiny_decoder)), make_batch, range(2))
     batches = [make_batch(n, packed=True) for n in (0, 1)]
     assert (first.step, second.step) == (1, 2)
-    assert first.n_tokens == sum(batch.n_target_tokens for batch in batches)
+    assert first.n_tokens == sum(int((batch.labels != IGNORE).sum()) for batch in batches)
     assert first.learning_rates == [1e-2]
     assert not first.not_finite
 
