@@ -156,7 +156,11 @@ def test_any_files_of_a_run(fuzz: Any, make: dict[str, Any], tmp_path: Path) -> 
     }
     whole = {**told, "at_once": 2, "base_eval_loss": 1.5, "steps_taken": 4}
     ledgers = make["object"](whole) | state.map(lambda s: {**whole, "candidates": [s, s]})
-    described = {"train": {"steps": 3}, "data": {"now": "2026-01-01"}, "sweep": {"grid": {}}}
+    described = {
+        "train": {"steps": 3},
+        "data": {"now": "2026-01-01"},
+        "sweep": {"grid": {}, "halving": False, "steps": 3},
+    }
     likely = (ledgers | make["object"](described)).map(lambda value: json.dumps(value).encode())
     fuzz(st.tuples(st.sampled_from(sorted(checks)), values | manifest | likely), check)
 
