@@ -147,7 +147,7 @@ def _report(done: CompareResult, page: Path | None, json: bool) -> int:
     from lora.compare.table import print_comparison
 
     print_comparison(done.comparison, Console(highlight=False))
-    print(f"all of it: {done.folder}")
+    print(f"results: {done.folder}")
     if page is not None:
         print(f"report: {page}")
     return 0

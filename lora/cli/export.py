@@ -59,8 +59,8 @@ def export(
         allowed = f"allowed {report.logits_tolerance:.0e}"
         answers = f"logits differ by {report.logits_error:.1e} ({allowed})"
     print(
-        f"{report.path}: {report.size_bytes / 1e6:,.0f} MB; read back, the worst tensor is "
-        f"{name}, off by {error:.1e} (allowed {report.tolerance:.0e}); {answers}"
+        f"{report.path}: {report.size_bytes / 1e6:,.0f} MB; read back and compared: "
+        f"largest error {error:.1e} in {name} (allowed {report.tolerance:.0e}); {answers}"
     )
     return 0
 

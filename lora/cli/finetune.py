@@ -133,7 +133,7 @@ def _report(done: FinetuneResult, page: Path | None, json: bool) -> int:
         print(json_format.dumps(found))
         return 0
     print(
-        f"held-out loss {result.eval_loss:.4f} after {result.steps} steps, "
+        f"validation loss {result.eval_loss:.4f} after {result.steps} steps, "
         f"{result.train_s:.0f} s of training, peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
     )
     print(done.memory.describe())
