@@ -1,11 +1,11 @@
-"""Where a run computes and in which number format, decided once, with the reason.
+"""The device and the compute dtype of a run, chosen once, with the reason; memory of a process.
 
-Without a GPU, or on one without bf16 matrix units (before capability 8.0: V100, T4), products are
-fp32; fp16 is never computed in, for its range needs a scaled loss. Apple's GPUs are refused.
+The compute dtype is fp32 without a GPU, or on one without bf16 tensor cores (compute capability
+below 8.0: V100, T4). fp16 is never used, because its range requires loss scaling. Apple's GPUs are
+refused.
 
-Reads two environment variables, and nothing else in lora does: `LORALM_FORCE_BF16=1` allows bf16
-where it is slow, `CUDA_VISIBLE_DEVICES` is torch's own. Sets one, `CUBLAS_WORKSPACE_CONFIG`, for
-runs that repeat to the bit.
+Environment variables: `LORALM_FORCE_BF16=1` allows bf16 where it is slow; `CUDA_VISIBLE_DEVICES` is
+PyTorch's own. `CUBLAS_WORKSPACE_CONFIG` is set for bit-for-bit reproducible runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CUBLAS_VARIABLE, CUBLAS_REPEATABLE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 
 @dataclass(frozen=True)
 class DeviceChoice:
-    """A device, the type its products are computed in, and why."""
+    """A device, its compute dtype, and the reason for both."""
 
     device: torch.device
     compute_dtype: torch.dtype
@@ -36,40 +36,40 @@ class DeviceChoice:
     reason: str
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """Return the context that a forward pass runs in."""
+        """Return the context for a forward pass: bf16 autocast, or nothing."""
         if self.compute_dtype is torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
 
 def choose_device(requested: str = "auto", precision: str = "auto") -> DeviceChoice:
-    """Return where to compute and how.
+    """Return the device and the compute dtype to use.
 
-    Raises ConfigError for a device that is not there, an unknown precision, and for bf16 on a
-    device without fast bf16 products unless LORALM_FORCE_BF16=1.
+    Raises ConfigError for a device that this machine does not have, an unknown precision, and for
+    bf16 on a device where it is slow, unless LORALM_FORCE_BF16=1.
     """
     device = _find_device(requested)
     fast_bf16, why = _bf16(device)
     if precision not in ("auto", "fp32", "bf16"):
         near = did_you_mean(precision, ("auto", "fp32", "bf16"))
-        raise ConfigError(f"precision={precision!r}: allowed are auto, fp32, bf16.{near}")
+        raise ConfigError(f"Cannot use precision={precision!r}. Allowed: auto, fp32, bf16.{near}")
     if precision == "bf16" and not fast_bf16 and os.environ.get(FORCE_BF16) != "1":
         raise ConfigError(
-            f"Cannot compute in bf16 on {device}: {why}. Use precision='fp32' (or auto), "
-            f"or set {FORCE_BF16}=1 to use bf16 all the same."
+            f"Cannot use precision='bf16' on {device}: {why}. Use precision='fp32' or auto, or "
+            f"set {FORCE_BF16}=1 to allow it."
         )
     if precision == "fp32" or (precision == "auto" and not fast_bf16):
-        asked = "as asked" if precision == "fp32" else why
-        return DeviceChoice(device, torch.float32, f"{device}, fp32: {asked}")
-    return DeviceChoice(device, torch.bfloat16, f"{device}, bf16 products, fp32 weights: {why}")
+        reason = "precision='fp32'" if precision == "fp32" else why
+        return DeviceChoice(device, torch.float32, f"{device}, compute dtype fp32: {reason}")
+    return DeviceChoice(device, torch.bfloat16, f"{device}, compute dtype bf16: {why}")
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory this process has held: the allocator's on CUDA, resident on a CPU."""
+    """Return the peak memory of this process: PyTorch's allocator on CUDA, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.is_file():  # Linux: a child's ru_maxrss would begin with its parent's
+    if status.is_file():  # on Linux, ru_maxrss of a subprocess starts at its parent's
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -77,7 +77,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def resident_bytes() -> int:
-    """Return the memory this process holds now; its peak where the system does not tell."""
+    """Return the resident memory of this process, or its peak where /proc does not exist."""
     status = Path("/proc/self/statm")
     if status.is_file():
         return int(status.read_text().split()[1]) * resource.getpagesize()
@@ -85,9 +85,9 @@ def resident_bytes() -> int:
 
 
 def available_bytes(device_type: str) -> int | None:
-    """Return how much a run of this process may hold, what it holds already included.
+    """Return the memory that a run in this process can use, including what it uses already.
 
-    None where it cannot be known: a GPU that is not here, or a system that does not tell.
+    None where it is unknown: without a GPU for "cuda", or on a system without /proc/meminfo.
     """
     if device_type == "cuda":
         return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
@@ -101,10 +101,10 @@ def available_bytes(device_type: str) -> int | None:
 
 @contextlib.contextmanager
 def deterministic_algorithms() -> Iterator[None]:
-    """While entered, torch takes only algorithms that repeat to the bit, and raises where none is.
+    """Within the block PyTorch uses deterministic algorithms only, and raises where it has none.
 
-    Sets CUBLAS_WORKSPACE_CONFIG for the process if it is not set, without which cuBLAS may choose
-    otherwise from call to call; that stays, for it counts when CUDA is first used.
+    Sets CUBLAS_WORKSPACE_CONFIG if it is not set: cuBLAS may else choose another algorithm in each
+    call. It stays set after the block, because CUDA reads it when it is first used.
     """
     os.environ.setdefault(CUBLAS_VARIABLE, CUBLAS_REPEATABLE)
     former = torch.are_deterministic_algorithms_enabled()
@@ -116,7 +116,7 @@ def deterministic_algorithms() -> Iterator[None]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given; at once on a CPU."""
+    """Wait until all work queued on the device is done; returns at once on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -129,21 +129,21 @@ def _find_device(requested: str) -> torch.device:
     except RuntimeError:
         near = did_you_mean(requested, ("auto", "cpu", "cuda"))
         raise ConfigError(
-            f"device={requested!r}: allowed are auto, cpu, cuda, cuda:N.{near}"
+            f"Cannot use device={requested!r}. Allowed: auto, cpu, cuda, cuda:N.{near}"
         ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"Cannot use device={requested!r}: torch sees {torch.cuda.device_count()} CUDA "
-            "devices. Use device=cpu, or install a torch with CUDA on a machine that has a GPU."
+            f"Cannot use device={requested!r}: PyTorch sees {torch.cuda.device_count()} CUDA "
+            "devices. Use device=cpu, or a PyTorch build with CUDA on a machine with a GPU."
         )
     if device.type == "mps":
         raise ConfigError(
             f"Cannot use device={requested!r}: Apple's GPUs have no fp64, in which losses are "
-            "summed and merges are checked, and nothing here was tested on one. Allowed: "
-            "auto, cpu, cuda, cuda:N. Use device=cpu."
+            "summed and merges are checked, and are untested. Allowed: auto, cpu, cuda, cuda:N. "
+            "Use device=cpu."
         )
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device={requested!r}: allowed are auto, cpu, cuda, cuda:N.")
+        raise ConfigError(f"Cannot use device={requested!r}. Allowed: auto, cpu, cuda, cuda:N.")
     return device
 
 
@@ -152,6 +152,6 @@ def _bf16(device: torch.device) -> tuple[bool, str]:
         major, minor = torch.cuda.get_device_capability(device)
         name = f"{torch.cuda.get_device_name(device)} (capability {major}.{minor})"
         if major >= 8:
-            return True, f"{name} has bf16 matrix units"
-        return False, f"{name} has no bf16 matrix units, and fp16 would need a scaled loss"
-    return False, "bf16 products on a CPU without its matrix units are tens of times slower"
+            return True, f"{name} has bf16 tensor cores"
+        return False, f"{name} has no bf16 tensor cores, and fp16 would need loss scaling"
+    return False, "bf16 on a CPU without bf16 matrix instructions is tens of times slower"

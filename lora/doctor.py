@@ -1,4 +1,4 @@
-"""Is this machine ready? Versions, device, room on disk and in memory, and a trial in seconds."""
+"""Checks of this machine: packages, device, free memory and disk, a short training and save."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from lora.training.losses import loss_for
 from lora.training.plain_step import PlainStepRunner
 
 MIN_FREE_BYTES = 2**30
-"""On the disk of the runs, and of memory: below that nothing real can be trained."""
+"""Required free disk space and free memory; less is too little for any real model."""
 NEEDED = ("torch", "safetensors", "tokenizers", "numpy", "jinja2", "gguf", "rich")
 OPTIONAL = {
     "transformers": "transformers' own models, and scoring with them",
-    "peft": "comparisons",
+    "peft": "lora compare --peft",
     "pyarrow": "Parquet files: pip install 'lora-lm[data]'",
-    "huggingface_hub": "models by their hub's name: pip install 'lora-lm[hub]'",
+    "huggingface_hub": "models by owner/name on the Hub: pip install 'lora-lm[hub]'",
     "tensorboard": "--tensorboard: pip install 'lora-lm[track]'",
-    "triton": "the GPU's kernels; comes with torch's CUDA builds",
+    "triton": "GPU kernels; part of PyTorch's CUDA builds",
 }
 TRIAL_STEPS, TRIAL_RATE = 8, 2e-2
 _TINY: dict[str, Any] = {
@@ -58,19 +58,19 @@ _TINY: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     seen: str
     is_well: bool = True
     advice: str = ""
-    """What to do if it is not well."""
+    """What to do if the check failed."""
 
 
 def examine(runs: Path = Path("runs")) -> list[Check]:
-    """Return what was found, in the order in which a person would look.
+    """Return the result of every check.
 
-    `runs` is where runs are kept: its disk is the one that matters. Nothing is left behind.
+    `runs` is the directory for run directories, whose disk is checked. No files are left behind.
     """
     checks = [_python(), *_packages()]
     try:
@@ -80,7 +80,7 @@ def examine(runs: Path = Path("runs")) -> list[Check]:
     checks += [_device(choice), _kernels(choice), _memory(choice), _disk("runs", runs)]
     checks += [_disk("model cache", cache_folder()), _cache()]
     for name, trial in (("training", _try_training), ("saving", _try_saving)):
-        checks.append(_try(name, trial, choice))
+        checks.append(_run_trial(name, trial, choice))
     return checks
 
 
@@ -90,7 +90,7 @@ def _python() -> Check:
 
 
 def _packages() -> list[Check]:
-    found = [Check("lora-lm", _version("lora-lm") or "run from its folder, not installed")]
+    found = [Check("lora-lm", _version("lora-lm") or "not installed, run from its source")]
     for name in NEEDED:
         version = _version(name)
         advice = f"Run: pip install {name}"
@@ -111,13 +111,13 @@ def _device(choice: DeviceChoice) -> Check:
     count = torch.cuda.device_count()
     others = f"; {count} CUDA devices" if count > 1 else ""
     if choice.device.type == "cpu":
-        others += f"; {torch.get_num_threads()} threads of {os.cpu_count()} cores"
-        others += "; no CUDA device is seen by torch " + torch.__version__
+        others += f"; {torch.get_num_threads()} threads on {os.cpu_count()} cores"
+        others += f"; PyTorch {torch.__version__} sees no CUDA device"
     return Check("device", choice.reason + others)
 
 
 def _kernels(choice: DeviceChoice) -> Check:
-    """Say which step a usual decoder would take, and why not a faster one."""
+    """Return which training step a common decoder would use here, and why not a faster one."""
     model = _adapted(choice)
     why_not = why_not_fast(model, choice)
     if why_not is None:
@@ -146,16 +146,16 @@ def _host_memory() -> tuple[int, int]:
         kib = [int(lines[name].split()[0]) for name in ("MemAvailable", "MemTotal")]
         return kib[0] * 1024, kib[1] * 1024
     page_bytes, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
-    return page_bytes * pages, page_bytes * pages  # what is free is not told everywhere
+    return page_bytes * pages, page_bytes * pages  # not every system reports what is free
 
 
 def _disk(name: str, folder: Path) -> Check:
-    place = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
-    free_bytes = shutil.disk_usage(place).free
-    advice = f"Free some space there, or choose another folder than {folder}."
-    if not os.access(place, os.W_OK):
-        return Check(f"disk of {name}", f"{place} cannot be written to", False, advice)
-    seen = f"{free_bytes / 1e9:.1f} GB free at {place}"
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
+    free_bytes = shutil.disk_usage(nearest).free
+    advice = f"Free some space there, or use another directory than {folder}."
+    if not os.access(nearest, os.W_OK):
+        return Check(f"disk of {name}", f"{nearest} is not writable", False, advice)
+    seen = f"{free_bytes / 1e9:.1f} GB free at {nearest}"
     return Check(f"disk of {name}", seen, free_bytes >= MIN_FREE_BYTES, advice)
 
 
@@ -170,8 +170,8 @@ def _sizes(paths: Iterable[Path]) -> list[int]:
     return [path.stat().st_size for path in paths if path.is_file()]
 
 
-def _try(name: str, trial: Callable[[DeviceChoice], str], choice: DeviceChoice) -> Check:
-    advice = "Run with --debug, and report what you see."
+def _run_trial(name: str, trial: Callable[[DeviceChoice], str], choice: DeviceChoice) -> Check:
+    advice = "Run with --debug and report the output."
     began_s = time.perf_counter()
     try:
         seen = trial(choice)
@@ -190,17 +190,17 @@ def _adapted(choice: DeviceChoice) -> Decoder:
 
 def _batch() -> Batch:
     ids = torch.randint(0, 256, (4, 33), generator=torch.Generator().manual_seed(2))  # (B, T+1)
-    rows, places = ids.size(0), torch.arange(32)
+    positions = torch.arange(32).repeat(ids.size(0), 1)  # (B, T)
     return Batch(
         input_ids=ids[:, :-1].contiguous(),  # (B, T)
         labels=ids[:, 1:].contiguous(),  # (B, T)
-        position_ids=places.repeat(rows, 1),  # (B, T)
-        document_ids=torch.zeros(rows, 32, dtype=torch.int64),
+        position_ids=positions,
+        document_ids=torch.zeros_like(positions),
     )
 
 
 def _try_training(choice: DeviceChoice) -> str:
-    """Train a few steps with the step that a run would take; the loss must fall."""
+    """Train a few steps as a run would; the loss must fall and frozen weights must not change."""
     model, config = _adapted(choice), TrainConfig(steps=TRIAL_STEPS)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not _trains(p)}
     chosen: list[str] = []
@@ -213,11 +213,11 @@ def _try_training(choice: DeviceChoice) -> str:
     if not losses[-1] < losses[0]:
         raise RuntimeError(f"the loss did not fall: {losses}")
     parameters = dict(model.named_parameters())
-    moved = [name for name, before in frozen.items() if not torch.equal(before, parameters[name])]
-    if moved:
-        raise RuntimeError(f"frozen weights have moved: {', '.join(moved[:3])}")
+    changed = [name for name, before in frozen.items() if not torch.equal(before, parameters[name])]
+    if changed:
+        raise RuntimeError(f"frozen weights have changed: {', '.join(changed[:3])}")
     how = chosen[0].split(":")[0] if chosen else "plain step"
-    return f"{how}: loss {losses[0]:.3f} to {losses[-1]:.3f}, frozen weights as they were"
+    return f"{how}: loss {losses[0]:.3f} to {losses[-1]:.3f}, frozen weights unchanged"
 
 
 def _trains(parameter: torch.Tensor) -> bool:
@@ -225,7 +225,7 @@ def _trains(parameter: torch.Tensor) -> bool:
 
 
 def _try_saving(choice: DeviceChoice) -> str:
-    """Save and load an adapter and a checkpoint; every bit must come back."""
+    """Save and load an adapter and a checkpoint; all values must be bit-identical."""
     model = _adapted(choice)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -244,7 +244,7 @@ def _try_saving(choice: DeviceChoice) -> str:
         path = save_checkpoint(Path(name), 1, tensors, {}, keep=1)
         back, _ = load_checkpoint(path)
     if not same:
-        raise RuntimeError("an adapter that was saved and loaded gives other logits")
+        raise RuntimeError("the adapter gives different logits after saving and loading")
     if any(not torch.equal(back[key], tensor.cpu()) for key, tensor in tensors.items()):
-        raise RuntimeError("a checkpoint that was saved and loaded holds other values")
-    return "an adapter and a checkpoint came back bit for bit"
+        raise RuntimeError("the checkpoint has different values after saving and loading")
+    return "adapter and checkpoint are bit-identical after loading"

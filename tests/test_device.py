@@ -1,4 +1,4 @@
-"""The device and the number format, and why."""
+"""The device, the compute dtype, and the reasons for them."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_bf16_on_a_cpu_is_refused_unless_forced(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     ("device", "precision", "seen"),
-    [("cpux", "auto", "device='cpux'"), ("cpu", "fp16", "allowed are auto, fp32, bf16"),
-     ("meta", "auto", "allowed are auto, cpu"), ("cuda:99", "auto", "CUDA devices")],
+    [("cpux", "auto", "device='cpux'"), ("cpu", "fp16", "Allowed: auto, fp32, bf16"),
+     ("meta", "auto", "Allowed: auto, cpu"), ("cuda:99", "auto", "CUDA devices")],
 )  # fmt: skip
 def test_what_is_not_there_is_named(device: str, precision: str, seen: str) -> None:
     with pytest.raises(ConfigError, match=seen):
@@ -55,10 +55,10 @@ def test_a_gpu_without_bf16_units_computes_in_fp32_and_says_why(
     pretend_gpu(monkeypatch, (7, 5))
     choice = choose_device()
     assert (choice.device.type, choice.compute_dtype) == ("cuda", torch.float32)
-    assert "Tesla T4 (capability 7.5) has no bf16 matrix units" in choice.reason
-    with pytest.raises(ConfigError, match=r"no bf16 matrix units.*Use precision='fp32'"):
+    assert "Tesla T4 (capability 7.5) has no bf16 tensor cores" in choice.reason
+    with pytest.raises(ConfigError, match=r"no bf16 tensor cores.*Use precision='fp32'"):
         choose_device("cuda", "bf16")
-    with pytest.raises(ConfigError, match="allowed are auto, fp32, bf16"):
+    with pytest.raises(ConfigError, match="Allowed: auto, fp32, bf16"):
         choose_device("cuda", "fp16")
     pretend_gpu(monkeypatch, (8, 0))
     assert choose_device().compute_dtype is torch.bfloat16

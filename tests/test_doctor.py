@@ -1,4 +1,4 @@
-"""The doctor finds a well machine well, and each illness by its name."""
+"""The checks pass on a good machine, and each fault fails the check of its name."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def by_name(folder: Path) -> dict[str, Check]:
     return {check.name: check for check in examine(folder)}
 
 
-def test_a_well_machine(tmp_path: Path) -> None:
+def test_a_good_machine(tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     checks = by_name(tmp_path / "runs")
     assert all(check.is_well for check in checks.values()), checks
     assert checks["torch"].seen == torch.__version__.split("+")[0] or checks["torch"].seen
-    assert "frozen weights as they were" in checks["trial of training"].seen
-    assert "bit for bit" in checks["trial of saving"].seen
+    assert "frozen weights unchanged" in checks["trial of training"].seen
+    assert "bit-identical" in checks["trial of saving"].seen
     assert "GB free of" in checks["memory"].seen
     assert str(tmp_path) in checks["disk of runs"].seen
     assert sorted(tmp_path.rglob("*")) == before
@@ -59,7 +59,7 @@ def test_a_full_disk_and_a_missing_package_are_found(
     )
 
 
-def test_a_save_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise CheckpointError("no space")
 
@@ -69,14 +69,16 @@ def test_a_save_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert check.seen == "CheckpointError: no space"
 
 
-def test_an_adapter_that_comes_back_otherwise_is_told(
+def test_an_adapter_that_loads_differently_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "load_adapter", lambda model, folder: model)
-    assert "other logits" in by_name(tmp_path)["trial of saving"].seen
+    assert "different logits" in by_name(tmp_path)["trial of saving"].seen
 
 
-def test_a_loss_that_does_not_fall_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_does_not_fall_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(doctor, "TRIAL_RATE", 0.0)
     check = by_name(tmp_path)["trial of training"]
     assert not check.is_well

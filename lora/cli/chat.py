@@ -7,16 +7,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from lora.cli.flags.from_fields import Flat, config_from
-from lora.cli.flags.shared import Adapter, Device, Model, SamplingFlags, System
+from lora.cli.flags.from_fields import GENERATION, Flat, config_from, flags_from
+from lora.cli.flags.shared import Adapter, Device, Model, System
 from lora.config import SamplingConfig
 from lora.inference.loading import LoadedModel, load_model, load_tokenizer_of
 
 if TYPE_CHECKING:
     from lora.data.reading.messages import Message
 
-TALKATIVE = SamplingConfig(max_new_tokens=512, temperature=0.7, top_p=0.95)
 HELP = "/adapter DIRECTORY (or none) switches, /new clears the conversation, /quit exits"
+
+
+@flags_from(SamplingConfig, GENERATION)
+class ChatSampling:
+    """Generation in a conversation: sampled, and longer than an answer of lora generate."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.7
+    top_p: float = 0.95
 
 
 def chat(
@@ -25,7 +33,7 @@ def chat(
     adapter: Adapter = None,
     system: System = None,
     device: Device = "auto",
-    sampling: Annotated[SamplingFlags | None, Flat] = None,
+    sampling: Annotated[ChatSampling | None, Flat] = None,
 ) -> int:
     """Chat with a model in the terminal.
 
@@ -36,7 +44,7 @@ def chat(
     In the chat, /adapter DIRECTORY switches to another adapter, /adapter none to
     the base model, /new clears the conversation, /quit (or end of input) exits.
     """
-    config = TALKATIVE if sampling is None else config_from(SamplingConfig, sampling)
+    config = config_from(SamplingConfig, sampling or ChatSampling())
     loaded = load_model(model, adapter, device)
     first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     said = list(first)
@@ -50,9 +58,8 @@ def chat(
             said = list(first) if is_new else said
             continue
         if line:
-            own = replace(
-                config, seed=config.seed + len(said)
-            )  # or equal questions get equal answers
+            # Its own seed, or the same question would always get the same answer.
+            own = replace(config, seed=config.seed + len(said))
             said.append({"role": "user", "content": line})
             said.append({"role": "assistant", "content": _answer(loaded, said, own)})
 
