@@ -23,6 +23,7 @@ from lora.errors import DataError
 
 _PREVIEW_TOKENS = 400
 _COMPACT_PREVIEW_TOKENS = 4000  # the compact view leaves out their middle and shows the end
+_MAX_NAMES_CHARACTERS = 1000  # of a note that lists columns
 _MANY = 0.1  # fraction of the examples from which on cut ones are worth a warning
 
 
@@ -91,6 +92,19 @@ def _describe_examples(report: DataReport, examples: Sequence[Example]) -> None:
     )
     report.n_duplicates = len(examples) - len({e.content_key() for e in examples})
     report.n_empty_answers = sum(e.has_empty_answer for e in examples)
+    report.unused_columns = dict(Counter(name for e in examples for name in e.unused_columns))
+    if report.unused_columns:
+        named = ", ".join(f"{name} ({n:,} rows)" for name, n in report.unused_columns.items())
+        report.notes.append(f"columns that are not used: {_shorten(named)}")
+    report.n_flagged = sum(bool(e.off_flags) for e in examples)
+    if report.n_flagged:
+        report.notes.append(
+            f"loss flags make answers of {report.n_flagged} of {len(examples)} examples context"
+        )
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MAX_NAMES_CHARACTERS else f"{text[:_MAX_NAMES_CHARACTERS]} ..."
 
 
 def _count_tokens(report: DataReport, encoded: EncodedExamples, tokenizer: TextTokenizer) -> None:

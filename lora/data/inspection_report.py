@@ -56,6 +56,10 @@ class DataReport:
     n_duplicates: int = 0
     """Examples with exactly the content of an earlier one."""
     n_empty_answers: int = 0
+    unused_columns: dict[str, int] = field(default_factory=dict)
+    """Number of rows by column that has a value and is not used."""
+    n_flagged: int = 0
+    """Examples in which a loss flag turns an answer into context."""
     special_tokens: dict[str, int] = field(default_factory=dict)
     """How often each added special token occurs in the sequences."""
     previews: list[Preview] = field(default_factory=list)

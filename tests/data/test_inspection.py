@@ -231,3 +231,16 @@ def test_a_compact_report_is_short(chatml_tokenizer: TextTokenizer) -> None:
     assert "⟦short<|im_end|>⟧" in shown
     assert "x" * 600 in printed(report).replace("\n", "")
     assert len(shown.splitlines()) < len(printed(report).splitlines())
+
+
+def test_unused_columns_and_loss_flags_are_told_once(chatml_tokenizer: TextTokenizer) -> None:
+    rows = [{**row, "id": n, "source": "x" if n else None} for n, row in enumerate(ROWS)]
+    rows[3]["weight"] = 0
+    report = inspect_data(rows, chatml_tokenizer, DataConfig())
+    assert report.unused_columns == {"id": 20, "source": 19}
+    assert report.notes == [
+        "columns that are not used: id (20 rows), source (19 rows)",
+        "loss flags make answers of 1 of 20 examples context",
+    ]
+    data = prepare_data(rows, chatml_tokenizer, DataConfig(eval_fraction=0), seed=0)
+    assert inspect_prepared(data, rows, DataConfig()).notes == report.notes

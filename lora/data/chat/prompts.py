@@ -56,7 +56,7 @@ def continuation_prompt(text: str, tokenizer: TextTokenizer) -> Prompt | None:
 def example_prompt(
     example: Example, tokenizer: TextTokenizer, *, now: datetime | None = None
 ) -> Prompt | None:
-    """Return the prompt of `example`'s last answer, with that answer; None for plain texts.
+    """Return the prompt of the last answer that is learned, with that answer; None for plain texts.
 
     `now` is the date for chat templates that print one; None uses the clock.
     """
@@ -64,7 +64,7 @@ def example_prompt(
         prompt = plain_prompt(example.prompt or "", tokenizer)
         return Prompt(prompt.ids, prompt.text, example.completion) if prompt.ids else None
     messages = example.messages or ()
-    answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = example.answers
     if not answers or answers[-1] == 0:
         return None
     last = answers[-1]

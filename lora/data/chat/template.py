@@ -18,7 +18,8 @@ from jinja2.sandbox import SecurityError
 
 from lora.data.chat.template_environment import TemplateEnvironment
 from lora.data.chat.template_limits import MAX_CHARACTERS, add_checks
-from lora.data.reading.messages import Message, check_text
+from lora.data.reading.cells import check_text
+from lora.data.reading.messages import Message
 from lora.errors import DataError
 
 Span = tuple[int, int]

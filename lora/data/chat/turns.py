@@ -45,14 +45,14 @@ class ConversationTexts:
 def render_conversation(template: ChatTemplate, example: Example) -> ConversationTexts:
     """Return the texts of an example with messages, at least one, with the targets in each.
 
-    All assistant turns after the prompt's messages are targets. Raises DataError if the template
-    rejects the conversation.
+    All assistant turns after the prompt's messages are targets, except those that a loss flag turns
+    off. Raises DataError if the template rejects the conversation.
     """
     if template.has_generation_blocks:
         return _take_marks(template, example)
     renderer = _Renderer(template, example)
     found, pending = ConversationTexts(), list[_Turn]()
-    for number in _answers(example):
+    for number in example.answers:
         turn = renderer.find_turn(number)
         if turn is None or not _has_content(turn.text[slice(*turn.span)], renderer.content(number)):
             found.n_lost_turns += 1
@@ -74,11 +74,20 @@ def _take_marks(template: ChatTemplate, example: Example) -> ConversationTexts:
     messages, asked = example.messages or (), example.n_prompt_messages
     tools, documents = example.tools, example.documents
     text, spans = template.render_with_spans(messages, tools=tools, documents=documents)
-    if asked:
-        before = template.render_with_spans(messages[:asked], tools=tools, documents=documents)
-        spans = spans[len(before[1]) :]
+
+    def count(n_messages: int) -> int:
+        part = messages[:n_messages]
+        if not part:
+            return 0
+        return len(template.render_with_spans(part, tools=tools, documents=documents)[1])
+
+    skipped = set(range(count(asked)))
+    for number in example.off_flags:
+        if messages[number]["role"] == "assistant":
+            skipped |= set(range(count(number), count(number + 1)))
+    spans = [span for index, span in enumerate(spans) if index not in skipped]
     marked = "".join(text[slice(*span)] for span in spans)
-    answers = [str(messages[number]["content"]) for number in _answers(example)]
+    answers = [str(messages[number]["content"]) for number in example.answers]
     n_lost_turns = sum(not _has_content(marked, answer) for answer in answers)
     if n_lost_turns == len(answers):
         spans = []
@@ -103,12 +112,6 @@ def _has_content(text: str, content: str) -> bool:
     pattern = _WORD if _WORD.search(content) else _SYMBOLS
     words = pattern.finditer(content)  # lazy: the first word mostly decides
     return not content.strip() or any(word[0] in text for word in words)
-
-
-def _answers(example: Example) -> list[int]:
-    """Return the indices of the messages to train on."""
-    numbered = list(enumerate(example.messages or ()))[example.n_prompt_messages :]
-    return [number for number, message in numbered if message["role"] == "assistant"]
 
 
 class _Renderer:

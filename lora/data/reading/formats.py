@@ -5,9 +5,13 @@ Known formats, in the order in which they are tried:
     messages                             chat: role and content, tool_calls; column tools
     conversations                        ShareGPT: from and value
     prompt + completion                  two strings, or two lists of messages
-    instruction + output (or response)   Alpaca, Dolly; optional column input or context
-    question + answer                    unless there is a column text or context
+    instruction + output (or response)   Alpaca, Dolly; optional columns input and context
+    question + answer (or response)      unless there is a column text; optional column context
     text                                 plain text
+
+Conversations of all formats have a system message in a column `system` or `system_prompt`; those
+with a prompt have earlier turns in `history`, which are context. Other columns are not used: those
+that would carry context are refused, the others are reported.
 """
 
 from __future__ import annotations
@@ -15,14 +19,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from lora.data.reading.messages import Message, check_text, kind_of, parse_messages, parse_objects
+from lora.data.reading.cells import is_blank, kind_of
+from lora.data.reading.columns import (
+    SYSTEM,
+    Row,
+    check_columns,
+    history_of,
+    near_names,
+    text_of,
+    with_system,
+)
+from lora.data.reading.loss_flags import read_row_flags, take_message_flags
+from lora.data.reading.messages import Message, parse_messages
+from lora.data.reading.tool_calls import parse_objects, parse_tools
 from lora.errors import DataError
-
-Row = Mapping[str, Any]
 
 FORMATS = (
     "messages",
@@ -33,6 +47,8 @@ FORMATS = (
     "text",
 )
 """Names of the known formats in error messages."""
+_NO_FLAGS: Mapping[int, str] = {}  # one for all examples: there are millions
+_CHAT_COLUMNS = (*SYSTEM, "tools", "functions", "documents")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +70,37 @@ class Example:
     """The text is a whole file, which is always split into sequences."""
     tools: tuple[dict[str, Any], ...] | None = None
     documents: tuple[dict[str, Any], ...] | None = None
+    off_flags: Mapping[int, str] = field(default_factory=lambda: _NO_FLAGS)
+    """Messages that are context because of a loss flag: the flag's name by index of the message;
+    of a plain row, index 0 is the row."""
+    unused_columns: tuple[str, ...] = ()
+    """Columns with a value that is not used."""
+
+    @property
+    def is_context(self) -> bool:
+        """Whether loss flags leave nothing to learn in it."""
+        if not self.off_flags:
+            return False
+        return self.messages is None or not self.answers
+
+    @property
+    def answers(self) -> list[int]:
+        """Indices of the messages to train on."""
+        numbered = list(enumerate(self.messages or ()))[self.n_prompt_messages :]
+        return [
+            number
+            for number, message in numbered
+            if message["role"] == "assistant" and number not in self.off_flags
+        ]
 
     @property
     def has_empty_answer(self) -> bool:
         """Whether an answer to train on is empty."""
         if self.completion is not None:
             return not self.completion.strip()
-        answers = (self.messages or ())[self.n_prompt_messages :]
-        return any(
-            m["role"] == "assistant" and not m["content"].strip() and "tool_calls" not in m
-            for m in answers
-        )
+        messages = self.messages or ()
+        answers = [messages[number] for number in self.answers]
+        return any(not m["content"].strip() and "tool_calls" not in m for m in answers)
 
     @property
     def n_characters(self) -> int:
@@ -83,6 +119,7 @@ class Example:
             self.text,
             self.tools,
             self.documents,
+            sorted(self.off_flags),
         )
         packed = json.dumps(content, sort_keys=True, default=str)
         return hashlib.blake2b(packed.encode(), digest_size=16).digest()
@@ -91,8 +128,8 @@ class Example:
 def example_from_row(row: object, source: str) -> Example:
     """Return the example in a row.
 
-    Raises DataError if the row is not an object, its keys fit no format, or a value has the wrong
-    type; the message does not repeat `source`.
+    Raises DataError if the row is not an object, its keys fit no format, a value has the wrong
+    type, or what it says cannot be used; the message does not repeat `source`.
     """
     if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
         raise DataError(f"the row is {kind_of(row)}: an object with named fields is needed")
@@ -100,7 +137,8 @@ def example_from_row(row: object, source: str) -> Example:
     parse = _find_parser(filled) or _find_parser(frozenset(row))
     if parse is None:
         keys = ", ".join(sorted(row)) or "none"
-        raise DataError(f"the keys {keys} fit no format. Allowed: {'; '.join(FORMATS)}")
+        near = near_names(row)
+        raise DataError(f"the keys {keys} fit no format. Allowed: {'; '.join(FORMATS)}.{near}")
     return parse(row, source)
 
 
@@ -119,29 +157,37 @@ def _find_parser(keys: frozenset[str]) -> Callable[[Row, str], Example] | None:
         return _parse_completion_row
     if "instruction" in keys and keys & {"output", "response"}:
         return _parse_instruction_row
-    if {"question", "answer"} <= keys and not keys & {"text", "context"}:
+    if "question" in keys and keys & {"answer", "response"} and "text" not in keys:
         return _parse_question_row
     return _parse_text_row if "text" in keys else None
 
 
 def _parse_messages_row(row: Row, source: str) -> Example:
-    return _chat(row, source, "messages", parse_messages(row["messages"], "messages"))
+    messages = parse_messages(row["messages"], "messages")
+    return _chat(row, source, "messages", messages, ("messages",))
 
 
 def _parse_conversations_row(row: Row, source: str) -> Example:
     messages = parse_messages(row["conversations"], "conversations")
-    return _chat(row, source, "conversations", _with_system(row, messages))
+    return _chat(row, source, "conversations", messages, ("conversations",))
 
 
 def _parse_completion_row(row: Row, source: str) -> Example:
     prompt, completion = row["prompt"], row["completion"]
+    format, used = "prompt and completion", ("prompt", "completion")
     if isinstance(prompt, str) and isinstance(completion, str):
-        prompt, completion = _text(row, "prompt"), _text(row, "completion")
-        return Example(source, "prompt and completion", prompt=prompt, completion=completion)
+        return Example(
+            source,
+            format,
+            prompt=text_of(row, "prompt"),
+            completion=text_of(row, "completion"),
+            off_flags=read_row_flags(row, ()),
+            unused_columns=check_columns(row, used, f"{format} as plain text"),
+        )
     if isinstance(prompt, list) and isinstance(completion, list):
-        asked = parse_messages(prompt, "prompt")
+        asked = history_of(row) + parse_messages(prompt, "prompt")
         messages = asked + parse_messages(completion, "completion")
-        return _chat(row, source, "prompt and completion", messages, len(asked))
+        return _chat(row, source, format, messages, (*used, "history"), len(asked))
     raise DataError(
         f"prompt is {kind_of(prompt)} and completion {kind_of(completion)}. Allowed: two strings "
         "or two lists of messages"
@@ -149,51 +195,62 @@ def _parse_completion_row(row: Row, source: str) -> Example:
 
 
 def _parse_instruction_row(row: Row, source: str) -> Example:
-    parts = [_text(row, "instruction")]
-    key = "input" if "input" in row else "context"
-    if row.get(key) is not None and _text(row, key).strip():
-        parts.append(row[key])
     answer = "response" if row.get("output") is None and "response" in row else "output"
-    messages = _turns("\n\n".join(parts), _text(row, answer))
-    return _chat(row, source, "instruction and output", _with_system(row, messages))
+    return _question(row, source, "instruction and output", "instruction", answer)
 
 
 def _parse_question_row(row: Row, source: str) -> Example:
-    messages = _turns(_text(row, "question"), _text(row, "answer"))
-    return _chat(row, source, "question and answer", _with_system(row, messages))
+    answer = "response" if row.get("answer") is None and "response" in row else "answer"
+    return _question(row, source, "question and answer", "question", answer)
 
 
 def _parse_text_row(row: Row, source: str) -> Example:
-    return Example(source, "text", text=_text(row, "text"))
+    return Example(
+        source,
+        "text",
+        text=text_of(row, "text"),
+        off_flags=read_row_flags(row, ()),
+        unused_columns=check_columns(row, ("text",), "text"),
+    )
+
+
+def _question(row: Row, source: str, format: str, question: str, answer: str) -> Example:
+    """Return a question with its context and one answer, after the turns in `history`."""
+    parts = [text_of(row, question)]
+    context = ("input", "context") if question == "instruction" else ("context",)
+    parts += [text_of(row, key) for key in context if not is_blank(row.get(key))]
+    history = history_of(row)
+    messages = (
+        *history,
+        {"role": "user", "content": "\n\n".join(parts)},
+        {"role": "assistant", "content": text_of(row, answer)},
+    )
+    used = (question, *context, answer, "history")
+    return _chat(row, source, format, messages, used, len(history) + bool(history))
 
 
 def _chat(
-    row: Row, source: str, format: str, messages: tuple[Message, ...], n_prompt_messages: int = 0
+    row: Row,
+    source: str,
+    format: str,
+    messages: tuple[Message, ...],
+    used: tuple[str, ...],
+    n_prompt_messages: int = 0,
 ) -> Example:
+    """Return a conversation; `used` are the columns that `messages` come from."""
+    name = used[0]
+    n_given = len(messages)
+    off_flags = take_message_flags(messages, name, n_prompt_messages)
+    off_flags |= read_row_flags(row, messages, n_prompt_messages)
+    messages = with_system(row, messages)
+    n_added = len(messages) - n_given
     return Example(
         source,
         format,
         messages=messages,
-        n_prompt_messages=n_prompt_messages,
-        tools=parse_objects(row.get("tools"), "tools"),
+        n_prompt_messages=n_prompt_messages + n_added if n_prompt_messages else 0,
+        tools=parse_tools(row),
         documents=parse_objects(row.get("documents"), "documents"),
+        off_flags={index + n_added: flag for index, flag in off_flags.items()},
+        unused_columns=check_columns(row, (*used, *_CHAT_COLUMNS), format),
     )
-
-
-def _turns(question: str, answer: str) -> tuple[Message, ...]:
-    return {"role": "user", "content": question}, {"role": "assistant", "content": answer}
-
-
-def _with_system(row: Row, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    if row.get("system") is None or messages[0]["role"] == "system":
-        return messages
-    system = _text(row, "system")
-    return ({"role": "system", "content": system}, *messages) if system.strip() else messages
-
-
-def _text(row: Row, key: str) -> str:
-    value = row.get(key)
-    if not isinstance(value, str):
-        raise DataError(f"{key} is {kind_of(value)}: a string is needed")
-    check_text(value, key)
-    return value

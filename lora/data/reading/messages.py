@@ -2,15 +2,16 @@
 
 A message is a dict with `role` and `content` (a string) and any further fields of the row:
 `tool_calls`, `name`, `tool_call_id`, `reasoning_content` … ShareGPT's `from` and `value` are read
-as well.
+as well, with the names that its users give to speakers.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from lora.data.reading.cells import as_plain, check_text, from_json, kind_of
+from lora.data.reading.tool_calls import parse_calls, take_tool_calls, tool_result
 from lora.errors import DataError, did_you_mean
 
 Message = dict[str, Any]
@@ -18,18 +19,17 @@ Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 """Allowed roles of a message."""
 
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "function_call": "assistant",
+_CALLERS = frozenset(("function_call", "tool_call"))
+_SPEAKERS = {
+    **{role: role for role in ROLES},
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(
+        ("gpt", "chatgpt", "bing", "bard", "model", "bot", "chatbot", "ai"), "assistant"
+    ),
+    **dict.fromkeys(("observation", "function_response", "tool_response", "ipython"), "tool"),
+    **dict.fromkeys(_CALLERS, "assistant"),
 }
+"""Role by the name that data sets give to a speaker; upper and lower case are the same."""
 
 
 def parse_messages(value: object, name: str) -> tuple[Message, ...]:
@@ -39,98 +39,62 @@ def parse_messages(value: object, name: str) -> tuple[Message, ...]:
     joined, and a tool call's arguments given as JSON text become the object that templates expect.
     Raises DataError for anything that is not a conversation.
     """
-    value = _from_json(value, name)
+    value = from_json(value, name)
     if not isinstance(value, list | tuple):
         raise DataError(f"{name} is {kind_of(value)}: a list of messages is needed")
     if not value:
         raise DataError(f"{name} is empty: at least one message is needed")
-    return tuple(_parse_message(item, f"{name}[{i}]") for i, item in enumerate(value))
-
-
-def parse_objects(value: object, name: str) -> tuple[dict[str, Any], ...] | None:
-    """Return a column such as `tools`, a list of objects or its JSON text; None if it is empty.
-
-    Raises DataError for anything else.
-    """
-    value = _from_json(value, name)
-    if not value:
-        return None
-    if not isinstance(value, list | tuple) or not all(isinstance(v, Mapping) for v in value):
-        raise DataError(f"{name} is {kind_of(value)}: a list of objects is needed")
-    return tuple(_plain(item, name) for item in value)
-
-
-def check_text(value: str, name: str) -> None:
-    """Raise DataError if `value` has a lone surrogate, which is not a character."""
-    if value.isascii():
-        return
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{name} has {value[error.start]!r} at character {error.start}, which is not a Unicode "
-            "character: correct the text's encoding"
-        ) from None
-
-
-def kind_of(value: object) -> str:
-    """Return a value's type in JSON's terms, for messages."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, str):
-        return "a string"
-    if isinstance(value, int | float):
-        return "a number"
-    if isinstance(value, Mapping):
-        return "an object"
-    return "a list" if isinstance(value, list | tuple) else type(value).__name__
+    messages = tuple(_parse_message(item, f"{name}[{i}]") for i, item in enumerate(value))
+    if any(isinstance(item, Mapping) and item.get("function_call") for item in value):
+        for message in messages:  # the results of legacy calls
+            message["role"] = "tool" if message["role"] == "function" else message["role"]
+    return messages
 
 
 def _parse_message(item: object, name: str) -> Message:
     if not isinstance(item, Mapping):
         raise DataError(f"{name} is {kind_of(item)}: an object with role and content is needed")
-    if "role" not in item and "from" in item:
-        return _parse_sharegpt(item, name)
-    role = item.get("role")
-    if role not in ROLES:
-        near = did_you_mean(str(role), ROLES)
-        raise DataError(f"{name} has the role {role!r}. Allowed: {', '.join(ROLES)}.{near}")
-    message = _plain({k: v for k, v in item.items() if v is not None}, name)
-    if "tool_calls" in message:
-        message["tool_calls"] = _parse_tool_calls(message["tool_calls"], name)
-        if not message["tool_calls"]:
-            del message["tool_calls"]
-    message["content"] = _content(message, name)
+    is_sharegpt = "role" not in item and "from" in item
+    role_key, content_key = ("from", "value") if is_sharegpt else ("role", "content")
+    speaker = item.get(role_key)
+    role = _find_role(speaker, name, is_sharegpt)
+    message: Message = as_plain({k: v for k, v in item.items() if v is not None}, name)
+    content = message.get(content_key)
+    if is_sharegpt:
+        others = {k: v for k, v in message.items() if k not in (role_key, content_key)}
+        message = {"role": role, "content": content, **others}
+    if speaker in _CALLERS:
+        call = from_json(content, f"{name}.{content_key}", always=True)
+        message["tool_calls"] = parse_calls(call if isinstance(call, list) else [call], name)
+        content = None
+    take_tool_calls(message, name)
+    if role in ("tool", "function"):
+        content = tool_result(content)
+    message["role"] = role
+    message["content"] = _content(
+        content, f"{name}.{content_key}", has_calls="tool_calls" in message
+    )
     return message
 
 
-def _parse_sharegpt(item: Mapping[str, Any], name: str) -> Message:
-    speaker, value = item["from"], item.get("value")
-    role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
+def _find_role(speaker: object, name: str, is_sharegpt: bool) -> str:
+    role = _SPEAKERS.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
-        near = did_you_mean(str(speaker), _SHAREGPT_ROLES)
-        allowed = ", ".join(_SHAREGPT_ROLES)
-        raise DataError(f"{name} is from {speaker!r}. Allowed: {allowed}.{near}")
-    if not isinstance(value, str):
-        raise DataError(f"{name}.value is {kind_of(value)}: a string is needed")
-    if speaker == "function_call":
-        call = _from_json(value, f"{name}.value", always=True)
-        calls = _parse_tool_calls(call if isinstance(call, list) else [call], name)
-        return {"role": role, "content": "", "tool_calls": calls}
-    check_text(value, f"{name}.value")
-    return {"role": role, "content": value}
+        allowed = _SPEAKERS if is_sharegpt else ROLES
+        is_named = f"is from {speaker!r}" if is_sharegpt else f"has the role {speaker!r}"
+        near = did_you_mean(str(speaker), allowed)
+        raise DataError(f"{name} {is_named}. Allowed: {', '.join(allowed)}.{near}")
+    return role
 
 
-def _content(message: Message, name: str) -> str:
-    content = message.get("content")
-    if content is None and "tool_calls" in message:
+def _content(content: object, name: str, *, has_calls: bool) -> str:
+    if content is None and has_calls:
         return ""
     if isinstance(content, list):
-        content = "".join(_part(part, f"{name}.content") for part in content)
+        content = "".join(_part(part, name) for part in content)
     if not isinstance(content, str):
-        raise DataError(f"{name}.content is {kind_of(content)}: a string is needed")
+        raise DataError(f"{name} is {kind_of(content)}: a string is needed")
+    check_text(content, name)
     return content
 
 
@@ -139,55 +103,3 @@ def _part(part: object, name: str) -> str:
         return str(part["text"])
     kind = part.get("type") if isinstance(part, dict) else kind_of(part)
     raise DataError(f"{name} has a part of type {kind!r}: only text is supported")
-
-
-def _parse_tool_calls(value: object, name: str) -> list[Message]:
-    calls = _from_json(value, f"{name}.tool_calls")
-    if not isinstance(calls, list):
-        raise DataError(f"{name}.tool_calls is {kind_of(calls)}: a list is needed")
-    return [_parse_call(call, f"{name}.tool_calls[{i}]") for i, call in enumerate(calls)]
-
-
-def _parse_call(call: object, name: str) -> Message:
-    if not isinstance(call, Mapping):
-        raise DataError(f"{name} is {kind_of(call)}: an object is needed")
-    plain: Message = _plain({k: v for k, v in call.items() if v is not None}, name)
-    function = plain.get("function", plain)
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError(f"{name} has no function name: name and arguments are needed")
-    if isinstance(function.get("arguments"), str):
-        function["arguments"] = _from_json(function["arguments"], f"{name}.arguments", always=True)
-    return plain if "function" in plain else {"type": "function", "function": plain}
-
-
-def _from_json(value: object, name: str, *, always: bool = False) -> Any:
-    """Return `value`, read as JSON if it is a string that begins like a list or an object."""
-    if not isinstance(value, str) or not (always or value.lstrip()[:1] in ("[", "{")):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{name} is a string that is not JSON: {error}") from None
-
-
-def _plain(value: Any, name: str) -> Any:
-    """Return a copy of JSON types only: templates are untrusted code and get nothing else."""
-    if isinstance(value, str):
-        check_text(value, name)
-        return value
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(
-        value, dict | Mapping
-    ):  # dict first: isinstance is fast for it and slow for Mapping
-        return {_key(k, name): _plain(v, f"{name}.{k}") for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v, name) for v in value]
-    return f"<{type(value).__name__}>"  # a date, an image …: no template prints them
-
-
-def _key(key: object, name: str) -> str:
-    if not isinstance(key, str):
-        raise DataError(f"{name} has the key {key!r}: a string is needed")
-    check_text(key, name)
-    return key

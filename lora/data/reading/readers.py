@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora.data.reading.cells import kind_of
 from lora.data.reading.formats import Example, example_from_file, example_from_row
-from lora.data.reading.messages import kind_of
 from lora.data.reading.tables import TABLE_READERS, Faults, decode_file, without_nulls
 from lora.errors import DataError, DataNotFoundError, did_you_mean
 

@@ -144,6 +144,8 @@ class _Encoder:
         return EncodedExamples(self._builder.build(), counts, self._lengths)
 
     def _find_texts(self, number: int, example: Example) -> list[_Text]:
+        if example.is_context:
+            return []
         if example.text is not None:
             return [_Text(number, example.text, None, True)] if example.text.strip() else []
         if example.prompt is not None and example.completion is not None:
@@ -159,6 +161,12 @@ class _Encoder:
     def _render(self, example: Example) -> list[SpannedText]:
         template = cast(ChatTemplate, self._template)
         if self._all_are_targets:
+            if example.off_flags:
+                flags = ", ".join(sorted(set(example.off_flags.values())))
+                raise DataError(
+                    f"{flags} turns off a part of it, but learn_on='all' trains on every token: "
+                    "set learn_on to 'assistant'"
+                )
             tools, documents = example.tools, example.documents
             text = template.render(example.messages or (), tools=tools, documents=documents)
             return [SpannedText(text, [])]

@@ -157,3 +157,17 @@ def test_there_are_no_targets_without_answers(templates: dict[str, str]) -> None
 def test_a_rejection_of_the_whole_conversation_is_an_error(templates: dict[str, str]) -> None:
     with pytest.raises(DataError, match="Roles must alternate"):
         learned(templates["gemma"], [*turns("a"), *turns("a", "b")])
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "mistral", "gemma", "zephyr", "marked"])
+def test_an_answer_that_a_loss_flag_turns_off_is_context(
+    templates: dict[str, str], name: str
+) -> None:
+    messages = turns("a", "WRONG", "c", "d", "e", "WRONG", "g", "h")
+    example = Example("f:1", "messages", messages=tuple(messages), off_flags={1: "w", 5: "w"})
+    found = render_conversation(ChatTemplate(templates[name], TOKENS), example)
+    assert found.n_lost_turns == 0
+    (text,) = found.texts
+    assert text.text.count("WRONG") == 2
+    answers = [text.text[slice(*span)] for span in text.spans]
+    assert [answer.strip()[0] for answer in answers] == ["d", "h"]

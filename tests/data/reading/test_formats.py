@@ -136,7 +136,7 @@ def test_parts_of_text_are_joined_and_other_types_become_placeholders() -> None:
         ({}, "keys none fit no format"),
         ([1], "row is a list: an object"),
         ("x", "row is a string"),
-        ({"question": "q", "answer": "a", "context": "c"}, "answer, context, question fit no"),
+        ({"Question": "q", "answer": "a"}, "Question, answer fit no.*Did you mean 'question'"),
         ({"messages": []}, "messages is empty"),
         ({"messages": {"role": "user"}}, "messages is an object: a list"),
         ({"messages": None}, "messages is null"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -255,3 +256,22 @@ def test_large_csv_fields_are_read_and_the_processs_limit_put_back(tmp_path: Pat
     path = write(tmp_path / "a.csv", "text\n" + "x" * (former + 1) + "\n")
     assert len(texts(path)[0] or "") == former + 1
     assert csv.field_size_limit() == former
+
+
+def test_cells_of_a_csv_file_may_hold_python_literals_and_flags(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    turns = "[{'from': 'Human', 'value': \"it's\"}, {'from': 'bard', 'value': 'a', 'weight': None}]"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["conversations", "tools", "weight"], [turns, "None", "0"]])
+    (example,) = read_examples(path)
+    assert [m["content"] for m in example.messages or ()] == ["it's", "a"]
+    assert [m["role"] for m in example.messages or ()] == ["user", "assistant"]
+    assert example.tools is None
+    assert example.is_context
+
+
+def test_a_flag_that_cannot_be_honoured_names_file_line_and_key(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b", "weight": 0.3}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"a.jsonl:2: weight is 0.3: a loss flag must be"):
+        read_examples(path)

@@ -322,3 +322,24 @@ def test_progress_is_reported_after_a_while(
     assert heard == sorted(heard)
     assert heard[-1] == 1.0
     assert len(heard) == 4
+
+
+def test_flagged_answers_and_rows_are_never_targets(chatml_tokenizer: TextTokenizer) -> None:
+    flagged = [CHAT[0], {**CHAT[1], "weight": 0}, *CHAT[2:]]
+    rows = [{"messages": flagged}, {"text": "the dog", "train": False}, {"text": "the fox"}]
+    encoded = encode(rows, chatml_tokenizer)
+    assert encoded.documents.example_indices.tolist() == [0, 2]
+    assert encoded.counts.n_nothing_to_learn == 1
+    targets = "".join(text for is_target, text in pieces(encoded, chatml_tokenizer) if is_target)
+    assert "Lazy" in targets
+    assert "sum" not in targets
+
+
+def test_flags_within_a_conversation_are_refused_if_every_token_is_learned(
+    chatml_tokenizer: TextTokenizer,
+) -> None:
+    rows = [{"messages": CHAT}, {"messages": [CHAT[0], {**CHAT[1], "train": False}, *CHAT[2:]]}]
+    with pytest.raises(DataError, match=r"f:2: messages\[1\].train turns off .*learn_on='all'"):
+        encode(rows, chatml_tokenizer, learn_on="all")
+    skipped = encode([{"messages": CHAT, "weight": 0}], chatml_tokenizer, learn_on="all")
+    assert len(skipped.documents) == 0

@@ -1,0 +1,121 @@
+"""Columns beside the format's own: those that carry context reach the prompt, or are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from lora.data.reading.cells import check_text, from_json, is_blank, is_no_list, kind_of
+from lora.data.reading.loss_flags import FLAGS
+from lora.data.reading.messages import Message, parse_messages
+from lora.errors import DataError
+
+Row = Mapping[str, Any]
+
+SYSTEM = ("system", "system_prompt")
+CONTEXT = (*SYSTEM, "history", "context", "input", "tools", "functions", "documents")
+"""Columns with part of the prompt: each is used, or the row is refused."""
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_LISTS = frozenset(("history", "tools", "functions", "documents", *MEDIA))
+KEYS = (
+    *("messages", "conversations", "prompt", "completion", "instruction", "output", "response"),
+    *("question", "answer", "text"),
+)
+"""Columns of the known formats."""
+
+
+def text_of(row: Row, key: str) -> str:
+    """Return the text in a column; raises DataError if it holds anything else."""
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise DataError(f"{key} is {kind_of(value)}: a string is needed")
+    check_text(value, key)
+    return value
+
+
+def with_system(row: Row, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Return the messages with the row's system column as the first.
+
+    Raises DataError if the conversation has another system message of its own.
+    """
+    found = {key: text_of(row, key) for key in SYSTEM if not is_blank(row.get(key))}
+    if not found:
+        return messages
+    key, system = next(iter(found.items()))
+    if any(other != system for other in found.values()):
+        raise DataError(f"{' and '.join(found)} differ: keep one of them")
+    if messages[0]["role"] not in ("system", "developer"):
+        return {"role": "system", "content": system}, *messages
+    if messages[0]["content"].strip() != system.strip():
+        raise DataError(
+            f"{key} differs from the conversation's own system message: keep one of them"
+        )
+    return messages
+
+
+def history_of(row: Row) -> tuple[Message, ...]:
+    """Return the earlier turns in the column `history`: pairs of texts, or messages.
+
+    Raises DataError for anything else.
+    """
+    if is_no_list(row.get("history")):
+        return ()
+    turns = from_json(row["history"], "history")
+    if not isinstance(turns, list | tuple):
+        raise DataError(f"history is {kind_of(turns)}: a list of pairs of texts is needed")
+    if all(isinstance(turn, Mapping) for turn in turns):
+        return parse_messages(turns, "history")
+    messages: list[Message] = []
+    for number, pair in enumerate(turns):
+        is_pair = isinstance(pair, list | tuple) and len(pair) == 2
+        if not is_pair or not all(isinstance(text, str) for text in pair):
+            raise DataError(f"history[{number}] is {kind_of(pair)}: a pair of texts is needed")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            check_text(text, f"history[{number}]")
+            messages.append({"role": role, "content": text})
+    return tuple(messages)
+
+
+def check_columns(row: Row, used: Sequence[str], format: str) -> tuple[str, ...]:
+    """Return the names of the filled columns that are not used, which carry no part of the prompt.
+
+    Raises DataError for a column with context that this format has no place for, and for images.
+    """
+    keys = frozenset(key for key, value in row.items() if value is not None)
+    rest = _unused(keys, tuple(used))
+    if not rest:
+        return ()
+    filled = [key for key in rest if not _says_nothing(row[key], key)]
+    for key in filled:
+        word = key.strip().lower()
+        if word in MEDIA:
+            raise DataError(
+                f"the column {key} cannot be used: only text is learned, and a placeholder for it "
+                "would be learned as a word; remove these rows, or the column and its placeholders"
+            )
+        if word in CONTEXT and word != key:
+            raise DataError(f"the column {key!r} has no known name. Did you mean {word!r}?")
+        if word in CONTEXT:
+            raise DataError(
+                f"the column {key} has no place in the format {format}: put its text into the "
+                "prompt, or remove the column"
+            )
+    return rest if len(filled) == len(rest) else tuple(filled)
+
+
+def near_names(row: Row) -> str:
+    """Return a hint for columns that differ from known ones in case or spaces, or ""."""
+    known = (*KEYS, *CONTEXT)
+    near = {key: key.strip().lower() for key in row if key not in known}
+    found = [repr(word) for word in near.values() if word in known]
+    return f" Did you mean {', '.join(found)}?" if found else ""
+
+
+def _says_nothing(value: object, key: str) -> bool:
+    return is_no_list(value) if key.strip().lower() in _LISTS else is_blank(value)
+
+
+@lru_cache(maxsize=256)
+def _unused(keys: frozenset[str], used: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(keys.difference(used, FLAGS)))
