@@ -23,7 +23,8 @@ from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice, choose_device
 from lora.errors import DataError
-from lora.finetune.run import check_data, finetune
+from lora.finetune.load_data import load_data
+from lora.finetune.run import finetune
 from lora.lora_module import count_lora_parameters
 from lora.pretrained.hf_weights import load_decoder
 from lora.pretrained.sources import find_model
@@ -46,7 +47,7 @@ def measure_base(
     choice = choose_device(run.device, train.precision)
     source = find_model(job.model)
     finetune_job = job.finetune_job(MemberTask("lora", train, run))
-    data, report = check_data(finetune_job, source.folder, progress)
+    data, report = load_data(finetune_job, source.folder, progress)
     for note in report.notes + report.warnings:
         progress.message(f"note: {note}")
     if data.validation is None:
@@ -76,7 +77,7 @@ def run_member(job: DecoderJob, task: MemberTask, progress: Progress) -> MemberR
         model, tokenizer, parameters = _load_saved(job, task.method, outcome.saved, choice)
         # As resumed: the chat template gets the date on which the run began.
         begun = job.finetune_job(replace(task, resume=True))
-        data, _ = check_data(begun, find_model(job.model).folder, NoProgress())
+        data, _ = load_data(begun, find_model(job.model).folder, NoProgress())
         after = Evaluator(job, task.run, data, choice, progress).evaluate(model, tokenizer)
     return MemberResult(
         steps=outcome.steps,

@@ -24,7 +24,7 @@ from lora.data.record import describe_data
 from lora.data.sequences.batches import IGNORE, Batch, BatchStream, ordered_batches
 from lora.device import DeviceChoice, choose_device
 from lora.errors import ConfigError, DependencyError
-from lora.finetune.run import check_data
+from lora.finetune.load_data import load_data
 from lora.pretrained.sources import find_model
 from lora.runs.directory import Run, create_run
 from lora.runs.progress import Progress
@@ -55,7 +55,7 @@ def train_peft(job: DecoderJob, task: MemberTask, progress: Progress) -> Trainin
     """Train PEFT's adapter in `task.folder`."""
     choice = choose_device(task.run.device, task.train.precision)
     source = find_model(job.model)
-    data, _ = check_data(job.finetune_job(task), source.folder, progress)
+    data, _ = load_data(job.finetune_job(task), source.folder, progress)
     model = build_peft(source.folder, job.lora, task.train.seed, choice)
     record = _describe(job, task, data, choice, source.name)
     with create_run(task.run.out, task.name, resume=task.resume, record=record) as run:

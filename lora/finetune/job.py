@@ -1,4 +1,4 @@
-"""Fine-tuning: the job's settings, its result, and its run record."""
+"""A finetune job's configuration, its result, and its run record."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lora.training.job import TrainResult
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneJob(Task):
-    """What to fine-tune, on what, and how."""
+    """What to fine-tune, on which data, and how."""
 
     lora: LoRAConfig | None = field(default_factory=LoRAConfig)
     """None trains all weights: full fine-tuning."""
@@ -31,38 +31,53 @@ class FinetuneJob(Task):
     run: RunConfig = field(default_factory=RunConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     from_adapter: Path | None = None
-    """Adapter to continue training, instead of a new one; its settings replace `lora`."""
+    """Continue training this adapter instead of a new one; its configuration replaces `lora`."""
     resume: bool = False
-    """Resume the run of this name from its newest checkpoint."""
+    """Continue the run called `run.name` from its newest checkpoint."""
     base_dtype: BaseDtype = "auto"
-    """Storage dtype of the frozen linears: auto is the compute dtype; fp8 is float8 with one scale
-    per output."""
+    """Storage dtype of the frozen linears: auto is the compute dtype; fp8 is float8_e4m3 with a
+    scale per output."""
     deterministic: bool = False
-    """Reproducible to the bit on a GPU too: deterministic algorithms, and the plain step."""
+    """Give the same bits again on a GPU too: torch's deterministic algorithms, the plain step."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all weights train, without LoRA."""
+        return self.lora is None and self.from_adapter is None
+
+    @property
+    def allows_fast_step(self) -> bool:
+        """Whether the hand-written or captured step may train the model."""
+        return self.run.fast and not self.deterministic
+
+    @property
+    def directory(self) -> Path:
+        """The run directory to resume; not where a new run without a name is written."""
+        return self.run.out / str(self.run.name)
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """The run directory, what was saved, and the outcome of training."""
+    """Where the results are, and what was measured."""
 
     folder: Path
     """The run directory."""
     saved: Path
-    """The adapter's directory in it, or the model's after full fine-tuning."""
+    """The directory of the adapter, or of the whole model after full fine-tuning."""
     result: TrainResult
     memory: RunMemory
-    """Planned and measured memory."""
+    """Planned and measured peak memory."""
 
 
 def check_base_dtype(job: FinetuneJob) -> None:
-    """Raise ConfigError for an unknown base dtype, or one that full fine-tuning cannot use."""
+    """Raise ConfigError for a base dtype that is unknown, or impossible in full fine-tuning."""
     allowed = get_args(BaseDtype)
     if job.base_dtype not in allowed:
         near = did_you_mean(str(job.base_dtype), allowed)
         raise ConfigError(
             f"Cannot use base_dtype={job.base_dtype!r}. Allowed: {', '.join(allowed)}.{near}"
         )
-    if job.base_dtype == "fp8" and job.lora is None and job.from_adapter is None:
+    if job.base_dtype == "fp8" and job.is_full:
         raise ConfigError(
             "Cannot use base_dtype='fp8' with full fine-tuning: updates of float8 weights would be "
             "rounded away. Train with LoRA, or leave base_dtype out."
@@ -77,10 +92,9 @@ def describe_job(
     choice: DeviceChoice,
 ) -> RunRecord:
     """Return the record of a run before its model is loaded."""
-    is_full = job.lora is None and job.from_adapter is None
     return RunRecord(
         kind="finetune",
-        method="full" if is_full else "lora",
+        method="full" if job.is_full else "lora",
         model=source.name,
         model_source=job.model,
         device=choice.reason,

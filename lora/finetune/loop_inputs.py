@@ -89,7 +89,10 @@ def _sampler(
 
 
 def find_tensorboard() -> Callable[[Path], Callable[[MetricsRow], None]]:
-    """Return a function that opens event files in a directory and returns a metrics callback."""
+    """Return a function that opens event files in a directory and returns a writer of metrics.
+
+    Raises DependencyError if TensorBoard is not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -78,9 +78,9 @@ def test_a_run_cannot_be_resumed_over_another_kind_of_base(job: FinetuneJob) -> 
 
 
 def test_full_fine_tuning_and_unknown_kinds_are_refused(job: FinetuneJob) -> None:
-    with pytest.raises(ConfigError, match=r"full fine-tuning.*Train through LoRA"):
+    with pytest.raises(ConfigError, match=r"full fine-tuning.*Train with LoRA"):
         finetune(replace(job, lora=None))
-    with pytest.raises(ConfigError, match=r"'fp9': allowed are auto, fp8.*mean 'fp8'"):
+    with pytest.raises(ConfigError, match=r"'fp9'\. Allowed: auto, fp8.*mean 'fp8'"):
         finetune(replace(job, base_dtype="fp9"))  # type: ignore[arg-type]
 
 

@@ -1,0 +1,43 @@
+"""The data of a finetune job: read, encoded and inspected before any weights are loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lora.data.inspection import inspect_prepared
+from lora.data.inspection_report import DataReport
+from lora.data.prepare import PreparedData, prepare_data
+from lora.data.tokenizers.subword import load_tokenizer
+from lora.finetune.job import FinetuneJob
+from lora.runs.directory import read_start_time
+from lora.runs.progress import Progress
+
+
+def load_data(
+    job: FinetuneJob, model_folder: Path, progress: Progress
+) -> tuple[PreparedData, DataReport]:
+    """Return the job's examples as token sequences, and the report on them.
+
+    In a resumed run the chat template sees the date on which the run started, so that its sequences
+    are the same. Raises DataError if no example has a target token.
+    """
+    data = prepare_data(
+        job.data,
+        load_tokenizer(_tokenizer_folder(job, model_folder)),
+        job.data_config,
+        job.train.seed,
+        validation_source=job.eval_data,
+        now=read_start_time(job.directory) if job.resume else None,
+        on_message=progress.message,
+    )
+    progress.message(
+        f"{len(data.train_examples)} training examples ({data.train.n_target_tokens:,} target "
+        f"tokens in {len(data.train)} sequences), {len(data.validation_examples)} for validation"
+    )
+    return data, inspect_prepared(data, job.data, job.data_config)
+
+
+def _tokenizer_folder(job: FinetuneJob, model_folder: Path) -> Path:
+    """Return the directory of the tokenizer: an adapter with added tokens has its own."""
+    own = job.from_adapter
+    return own if own is not None and (own / "tokenizer.json").is_file() else model_folder

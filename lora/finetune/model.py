@@ -1,0 +1,83 @@
+"""The model of a finetune job: loaded and prepared for training, and saved at the end."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lora.adapters.added_tokens import add_tokens_to_all, add_tokens_to_lora
+from lora.adapters.apply import apply_lora
+from lora.adapters.fingerprint import base_fingerprint
+from lora.adapters.save_load import load_adapter, save_adapter
+from lora.data.tokenizers.subword import TextTokenizer
+from lora.decoder.decoder import Decoder
+from lora.device import DeviceChoice
+from lora.errors import CheckpointError
+from lora.finetune.job import FinetuneJob
+from lora.pretrained.hf_weights import load_decoder, save_decoder
+from lora.pretrained.sources import ModelSource
+from lora.runs.directory import Run
+from lora.runs.progress import Progress
+
+
+def load_model(
+    job: FinetuneJob,
+    source: ModelSource,
+    choice: DeviceChoice,
+    tokenizer: TextTokenizer,
+    progress: Progress,
+) -> tuple[Decoder, str]:
+    """Return the model ready to train, and the fingerprint of its base. Sets torch's seed."""
+    # Frozen weights are loaded in the compute dtype; with full fine-tuning they stay in fp32.
+    dtype = torch.float32 if job.is_full else choice.compute_dtype
+    fp8 = job.base_dtype == "fp8"
+    model = load_decoder(source.folder, dtype=dtype, device=choice.device, fp8=fp8)
+    fingerprint = base_fingerprint(model)
+    if job.from_adapter is not None:
+        load_adapter(model, job.from_adapter, trainable=True)
+    elif job.lora is not None:
+        seed = job.train.seed if job.lora.init_seed is None else job.lora.init_seed
+        apply_lora(model, replace(job.lora, init_seed=seed))
+    add_tokens = add_tokens_to_all if job.is_full else add_tokens_to_lora
+    note = add_tokens(model, tokenizer, job.data_config.special_tokens)
+    if note is not None:
+        progress.message(note)
+    if job.is_full:
+        model.requires_grad_(True)
+    torch.manual_seed(
+        job.train.seed
+    )  # dropout's draws depend on this seed alone, not on what loading drew
+    return model, fingerprint
+
+
+def save_model(
+    job: FinetuneJob,
+    model: Decoder,
+    tokenizer: TextTokenizer,
+    source: ModelSource,
+    run: Run,
+    progress: Progress,
+) -> Path:
+    """Save the adapter, or the whole model after full fine-tuning; return its directory.
+
+    It is in the run directory, or in a new temporary one if that cannot be written.
+    """
+    name = "model" if job.is_full else "adapter"
+
+    def save(directory: Path) -> Path:
+        if job.is_full:
+            save_decoder(model, directory)
+        else:
+            save_adapter(model, directory, base_name=source.name)
+        tokenizer.save(directory)  # with the chat template of the training data
+        return directory
+
+    try:
+        return save(run.folder / name)
+    except CheckpointError as error:  # do not lose hours of training to a full disk
+        elsewhere = save(Path(tempfile.mkdtemp(prefix=f"lora-{run.folder.name}-")) / name)
+        progress.message(f"{error} The {name} is saved in {elsewhere}: copy it to a safe place.")
+        return elsewhere
