@@ -10,16 +10,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from lora.adapters.apply import AppliedLoRA, lora_layers
-from lora.adapters.peft_fields import check_fields
+from lora.adapters.patterns import NameMatcher
+from lora.adapters.peft_fields import ANY_LAYER, AT_END, IN_LAYERS, IN_SAVED, check_fields
 from lora.adapters.targets import ALL_LINEAR, matches, output_head_name
 from lora.config import LoRAConfig
-from lora.errors import AdapterError, did_you_mean
+from lora.errors import AdapterError, TargetError, did_you_mean
 from lora.layers.build import is_adaptable
 from lora.layers.conv1d import LoRAConv1D
 from lora.lora_module import LoRALayer
@@ -43,38 +44,42 @@ class PeftDescription:
     layers_pattern: tuple[str, ...] = ()
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    matcher: NameMatcher = field(default_factory=NameMatcher, compare=False, repr=False)
+    """Raises TargetError, as do all methods, when patterns take too long."""
 
     def takes(self, name: str) -> bool:
         """Whether PEFT adapts the module called `name`; not for "all-linear"."""
         if isinstance(self.exclude, str):
-            excluded = re.fullmatch(self.exclude, name) is not None
+            excluded = self.matcher.fullmatch(self.exclude, name)
         else:
             excluded = any(matches(name, ending) for ending in self.exclude)
-        inside = any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in self.saved)
+        find = self.matcher.match
+        inside = any(find(IN_SAVED.format(saved), name) is not None for saved in self.saved)
         if excluded or inside:
             return False
         if isinstance(self.targets, str):
-            return re.fullmatch(self.targets, name) is not None
+            return self.matcher.fullmatch(self.targets, name)
         if name in self.targets:
             return True  # PEFT does not apply `layers` to full names
         return any(matches(name, ending) for ending in self.targets) and self._in_layers(name)
 
     def _in_layers(self, name: str) -> bool:
         found = None
-        for word in self.layers_pattern or (r"[^.]*",):
-            start = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
-            found = found or re.match(rf"{start}{word}\.(\d+)\.", name)
-        return not self.layers or (found is not None and int(found[1]) in self.layers)
+        patterns = [IN_LAYERS.format(word) for word in self.layers_pattern] or [ANY_LAYER]
+        for pattern in patterns:
+            found = found or self.matcher.match(pattern, name)
+        number = (found[0] or "") if found else ""  # a pattern with groups may find no number
+        return not self.layers or (number.isdecimal() and int(number) in self.layers)
 
     def saves(self, name: str) -> bool:
         """Whether PEFT trains the module called `name` fully (`modules_to_save`)."""
         return any(f"base_model.model.{name}".endswith(ending) for ending in self.saved)
 
     def rank_of(self, name: str) -> int:
-        return _of_name(name, self.rank_pattern, self.rank)
+        return _of_name(name, self.rank_pattern, self.rank, self.matcher)
 
     def alpha_of(self, name: str) -> float:
-        return _of_name(name, self.alpha_pattern, self.alpha)
+        return _of_name(name, self.alpha_pattern, self.alpha, self.matcher)
 
     def scaling_of(self, name: str) -> float:
         rank = self.rank_of(name)
@@ -101,8 +106,11 @@ def read_description(
     description, faults = parse_description(described)
     if description is None:
         return None, faults
-    names, saved, faults = find_described(model, description)
-    config = build_config(description, names, saved) if names and not faults else None
+    try:
+        names, saved, faults = find_described(model, description)
+        config = build_config(description, names, saved) if names and not faults else None
+    except TargetError as error:  # of patterns that take too long
+        return None, [str(error)]
     return config, faults
 
 
@@ -113,7 +121,7 @@ def parse_description(values: dict[str, Any]) -> tuple[PeftDescription | None, l
         return None, faults
     layers: Any = values.get("layers_to_transform")
     description = PeftDescription(
-        rank=values["r"],
+        rank=int(values["r"]),
         alpha=float(values["lora_alpha"]),
         dropout=float(values.get("lora_dropout") or 0.0),
         rslora=bool(values.get("use_rslora")),
@@ -122,7 +130,7 @@ def parse_description(values: dict[str, Any]) -> tuple[PeftDescription | None, l
         exclude=_names(values.get("exclude_modules")),
         layers=(layers,) if isinstance(layers, int) else tuple(layers or ()),
         layers_pattern=_as_tuple(values.get("layers_pattern")),
-        rank_pattern=dict(values.get("rank_pattern") or {}),
+        rank_pattern={k: int(v) for k, v in (values.get("rank_pattern") or {}).items()},
         alpha_pattern={k: float(v) for k, v in (values.get("alpha_pattern") or {}).items()},
     )
     return description, []
@@ -135,7 +143,7 @@ def find_described(
     modules = base_modules(model)
     linears = [n for n, m in modules.items() if isinstance(m, LoRALayer) or is_adaptable(m)]
     if description.targets == ALL_LINEAR:
-        outside = PeftDescription(1, 1.0, 0.0, False, r".*", description.saved, description.exclude)
+        outside = replace(description, targets=r".*")
         head = output_head_name(model)
         names = [name for name in linears if name != head and outside.takes(name)]
     else:
@@ -251,15 +259,16 @@ def _shortest_pattern(values: dict[str, Any], default: float) -> dict[str, Any]:
     by_ending = {name.rpartition(".")[2]: value for name, value in values.items()}
     for pattern in (by_ending, values):
         short = {key: pattern[key] for key in sorted(pattern) if pattern[key] != default}
-        if all(_of_name(name, short, default) == value for name, value in values.items()):
+        matcher = NameMatcher()
+        if all(_of_name(name, short, default, matcher) == own for name, own in values.items()):
             return short
     # The first match counts, and PEFT and we write keys in alphabetical order: each key is tied to
     # its full name, so that the order is of no importance.
     return {f"^{name}": values[name] for name in sorted(values) if values[name] != default}
 
 
-def _of_name(name: str, pattern: dict[str, Any], default: Any) -> Any:
-    found = (v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", name))
+def _of_name(name: str, pattern: dict[str, Any], default: Any, matcher: NameMatcher) -> Any:
+    found = (v for key, v in pattern.items() if matcher.match(AT_END.format(key), name) is not None)
     return next(found, default)
 
 

@@ -5,10 +5,10 @@ Source: PEFT's LoraConfig, version 0.21.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable
 from typing import Any
+
+from lora.adapters.patterns import why_not_pattern
 
 _HONOURED = {
     "alpha_pattern",
@@ -41,8 +41,24 @@ _WITHOUT_EFFECT = {  # on what a loaded adapter computes
     "runtime_config",
     "task_type",
 }
-_REPEATED_REPEAT = re.compile(r"[*+}][^()]*\)+\??[*+{]|\([^()]*[*+}][^()]*\)[*+{]")
-"""A repeated group that repeats inside, as in (a+)+: matching can take exponential time."""
+MAX_RANK = 2**16
+MAX_ALPHA = 1e9
+"""Beyond it, fp32 overflows before long."""
+WHOLE, AT_END = "{}", r"(.*\.)?({})$"
+IN_SAVED, IN_LAYERS, ANY_LAYER = (
+    r"(^|.*\.){}($|\..*)",
+    r"(?:^|.*?\.){}\.(\d+)\.",
+    r".*?\.[^.]*\.(\d+)\.",
+)
+"""The expressions that PEFT makes of a pattern in a field."""
+_PATTERN_FORMS = {
+    "target_modules": WHOLE,
+    "exclude_modules": WHOLE,
+    "modules_to_save": IN_SAVED,
+    "layers_pattern": IN_LAYERS,
+    "rank_pattern": AT_END,
+    "alpha_pattern": AT_END,
+}
 _NEUTRAL_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _WHY_REFUSED = {
     "alora_invocation_tokens": "the adapter is active only after certain tokens",
@@ -78,9 +94,9 @@ def check_fields(values: dict[str, Any]) -> list[str]:
 def _wrong_types(values: dict[str, Any]) -> list[str]:
     checks: dict[str, tuple[Callable[[Any], bool], str]] = {
         "peft_type": (lambda v: v == "LORA", "'LORA'"),
-        "r": (lambda v: _is_int(v) and v >= 1, "an int ≥ 1"),
-        "lora_alpha": (_is_positive, "a finite number > 0"),
-        "lora_dropout": (lambda v: not v or (_is_positive(v) and v < 1), "0 ≤ dropout < 1"),
+        "r": (_is_rank, f"an int from 1 to {MAX_RANK}"),
+        "lora_alpha": (_is_alpha, f"a number > 0, at most {MAX_ALPHA:g}"),
+        "lora_dropout": (lambda v: not v or (_is_alpha(v) and v < 1), "0 ≤ dropout < 1"),
         "use_rslora": (lambda v: v is None or isinstance(v, bool), "true or false"),
         "target_modules": (lambda v: bool(v) and _are_names(v), "a pattern or a list of names"),
         "exclude_modules": (lambda v: not v or _are_names(v), "a pattern or a list of names"),
@@ -98,28 +114,42 @@ def _wrong_types(values: dict[str, Any]) -> list[str]:
         ),
         "layers_pattern": (lambda v: not v or _are_names(v), "a name or a list of names"),
         "rank_pattern": (
-            lambda v: not v or _is_pattern(v, lambda rank: _is_int(rank) and rank >= 1),
-            "names with ints ≥ 1",
+            lambda v: not v or _is_pattern(v, _is_rank),
+            f"names with ints from 1 to {MAX_RANK}",
         ),
         "alpha_pattern": (
-            lambda v: not v or _is_pattern(v, _is_positive),
-            "names with numbers > 0",
+            lambda v: not v or _is_pattern(v, _is_alpha),
+            f"names with numbers > 0, at most {MAX_ALPHA:g}",
         ),
     }
-    return [
+    faults = [
         f"{name}={values.get(name)!r}: allowed is {allowed}"
         for name, (is_right, allowed) in checks.items()
         if not is_right(values.get(name))
     ]
+    return faults or _wrong_patterns(values)
+
+
+def _wrong_patterns(values: dict[str, Any]) -> list[str]:
+    """Return a fault for each pattern in a field of the right type that is not accepted."""
+    faults = []
+    for field, form in _PATTERN_FORMS.items():
+        value = values.get(field) or ()
+        if form is WHOLE and not isinstance(value, str):
+            continue  # a list of names, which PEFT compares as they are
+        for pattern in [value] if isinstance(value, str) else value:
+            why = why_not_pattern(pattern) or why_not_pattern(form.format(pattern))
+            faults += [] if why is None else [f"{field}: the pattern {pattern!r}: {why}"]
+    return faults
 
 
 def _are_names(value: Any) -> bool:
     words = [value] if isinstance(value, str) else value
-    return isinstance(words, list) and all(isinstance(w, str) and _compiles(w) for w in words)
+    return isinstance(words, list) and all(isinstance(word, str) for word in words)
 
 
 def _is_pattern(value: Any, is_right: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(_compiles(k) and is_right(v) for k, v in value.items())
+    return isinstance(value, dict) and all(is_right(number) for number in value.values())
 
 
 def _are_rows(value: Any) -> bool:
@@ -127,18 +157,16 @@ def _are_rows(value: Any) -> bool:
     return are_ids and 0 < len(set(value)) == len(value)
 
 
-def _compiles(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return _REPEATED_REPEAT.search(pattern) is None
-
-
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_positive(value: Any) -> bool:
+def _is_rank(value: Any) -> bool:
+    # Some tools write 4.0 for 4.
+    whole = _is_int(value) or (isinstance(value, float) and value.is_integer())
+    return whole and 1 <= value <= MAX_RANK
+
+
+def _is_alpha(value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value > 0
+    return number and 0 < value <= MAX_ALPHA  # false for NaN

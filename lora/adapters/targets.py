@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import nn
 
+from lora.adapters.patterns import NameMatcher
 from lora.config import LoRAConfig
 from lora.errors import TargetError, did_you_mean
 from lora.layers.build import has_computed_weight, is_adaptable
@@ -76,7 +77,8 @@ def matches(name: str, target: str) -> bool:
 def _match_all(verb: str, targets: str | tuple[str, ...], linears: list[str]) -> list[str]:
     """Return the names that `targets` match. Raises TargetError that says what cannot be done."""
     if isinstance(targets, str) and not _PLAIN_NAME.fullmatch(targets):
-        found = {name for name in linears if re.fullmatch(targets, name)}
+        matcher = NameMatcher()
+        found = {name for name in linears if matcher.fullmatch(targets, name)}
         if not found:
             raise _no_match(verb, targets, linears)
         return [name for name in linears if name in found]

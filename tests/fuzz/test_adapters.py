@@ -13,6 +13,7 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import load
 
+from lora.adapters import patterns
 from lora.adapters.apply import apply_lora, lora_layers
 from lora.adapters.save_load import load_adapter, read_adapter_config, save_adapter
 from lora.config import LoRAConfig
@@ -126,10 +127,13 @@ def test_any_json_as_settings(
     fuzz(values, lambda value: try_folder(adapter_config=value))
 
 
-@pytest.mark.parametrize("pattern", [r"(.+)+!", r"(.*)*!", r"(\w+\.?)+!", r"((a|.)+b?)*!"])
-def test_a_pattern_that_would_take_for_ever_is_refused(
-    pattern: str, valid: Path, try_folder: Callable[..., None]
+@pytest.mark.parametrize(
+    "pattern", [r"(.+)+[!?]", r"(.*)*[!?]", r"(\w+\.?)+[!?]", r"((a|.)+b?)*[!?]"]
+)
+def test_a_pattern_never_takes_for_ever(
+    pattern: str, valid: Path, try_folder: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(patterns, "MAX_MATCHING_S", 0.05)
     described = json.loads((valid / "adapter_config.json").read_text())
     for field, value in (
         ("target_modules", pattern),
@@ -138,7 +142,7 @@ def test_a_pattern_that_would_take_for_ever_is_refused(
         ("modules_to_save", [pattern]),
     ):
         text = json.dumps({**described, field: value}).encode()
-        with pytest.raises(AdapterError, match=field):
+        with contextlib.suppress(AdapterError):  # slow ones are refused, others match nothing
             try_folder(adapter_config=text)
 
 
