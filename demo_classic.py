@@ -44,7 +44,7 @@ QUICK = {"TEST_MODE": "True", "BASE_STEPS": "150", "MAX_STEPS": "60"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run left in its folder."""
+    """What the run directory of one run holds."""
 
     name: str
     rows: list[MetricsRow]
@@ -118,28 +118,31 @@ def run_training(out: Path, variables: dict[str, str]) -> None:
     if done.returncode:
         name = variables["RUN_NAME"]
         raise TrainingError(f"The run {name} ended with code {done.returncode}: see above.")
-    said = [line for line in done.stdout.splitlines() if line.startswith(("held-out", "adapter"))]
-    print("\n".join(f"   {variables['RUN_NAME']}: {line}" for line in said))
+    outcome = read_outcome(out / variables["RUN_NAME"])
+    print(
+        f"   {outcome.name}: validation loss {outcome.first_loss:.4f} -> {outcome.last_loss:.4f} "
+        f"nats in {outcome.result.steps} steps; {outcome.stored_bytes / 1e3:,.0f} kB on disk"
+    )
 
 
 def read_outcome(folder: Path) -> Outcome:
-    """Return what the run in `folder` left."""
+    """Return what the run directory `folder` holds."""
     result, samples = read_result(folder), read_json(folder / "samples.json")
     assert result is not None
     return Outcome(folder.name, read_metrics(folder), result, samples)
 
 
 def show_table(outcomes: list[Outcome]) -> None:
-    """Print time, memory, trained parameters, loss and the share of the improvement."""
+    """Print time, memory, trainable parameters, loss, and the share of full fine-tuning's gain."""
     from rich.console import Console
     from rich.table import Table
 
     full = outcomes[0]
     gained = full.first_loss - full.last_loss
-    table = Table(title=f"Held-out loss on code before: {full.first_loss:.3f} nats a character")
+    table = Table(title=f"Validation loss on code before: {full.first_loss:.3f} nats per character")
     table.add_column("run")
     for column in (
-        "trained",
+        "trainable",
         "on disk",
         "ms per step",
         "peak memory",
@@ -162,7 +165,7 @@ def show_table(outcomes: list[Outcome]) -> None:
 
 
 def show_samples(outcomes: list[Outcome]) -> None:
-    """Print what the base and each adapted model write after the same prompt."""
+    """Print the text that the base and each adapted model generate after the same prompt."""
     print(f"--- the base writes ---\n{outcomes[0].samples['before']}")
     for outcome in outcomes:
         print(f"--- {outcome.name} writes ---\n{outcome.samples['after']}")

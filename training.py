@@ -3,7 +3,7 @@
     python training.py                                    # the base, on English prose
     USE_LORA=True LORA_RANK=16 LORA_ALPHA=32.0 LORA_DROPOUT=0.1 python training.py
     USE_LORA=True TEST_MODE=True python training.py       # a small one, under 30 seconds
-    COMPARE=True python training.py                       # LoRA beside full fine-tuning
+    COMPARE=True python training.py                       # LoRA and full fine-tuning, compared
 
 LORA_USAGE.md explains every variable. Exits with 2 and one message when something is wrong.
 """
@@ -51,9 +51,9 @@ def main() -> int:
 
 
 def run_classic(settings: ClassicSettings) -> Run:
-    """Do one run: the base from random weights, or LoRA or full fine-tuning from a base.
+    """Train a base from random weights, or fine-tune a base with LoRA or in full.
 
-    Returns the folder of the run.
+    Returns the run, whose directory holds the results.
     """
     from lora.device import choose_device
 
@@ -70,7 +70,7 @@ def run_classic(settings: ClassicSettings) -> Run:
 
 
 def compare_classic(settings: ClassicSettings) -> CompareResult:
-    """Adapt the base through LoRA and whole, on the same batches, and print both side by side."""
+    """Fine-tune the base with LoRA and in full on the same batches, and print a comparison."""
     from rich.console import Console
 
     from lora.compare import compare
@@ -96,7 +96,7 @@ def compare_classic(settings: ClassicSettings) -> CompareResult:
 
 
 def find_base(settings: ClassicSettings, choice: DeviceChoice) -> Path:
-    """Return the folder (or `.pt` file) of the base, training it on prose if there is none."""
+    """Return the directory (or `.pt` file) of the base; without one, train it on prose first."""
     if settings.base_checkpoint not in ("", AUTO):
         path = Path(settings.base_checkpoint)
         inside = path / "model"
@@ -114,7 +114,7 @@ def find_base(settings: ClassicSettings, choice: DeviceChoice) -> Path:
 
 
 def train_base(settings: ClassicSettings, text: Text, choice: DeviceChoice, name: str) -> Run:
-    """Train all of a new model on `text` and save it with its vocabulary."""
+    """Train a new model on `text` and save it with its vocabulary."""
     import torch
 
     from models.bigram_lm_v2 import BigramLanguageModel
@@ -134,7 +134,7 @@ def train_base(settings: ClassicSettings, text: Text, choice: DeviceChoice, name
 
 
 def adapt(settings: ClassicSettings, base_path: Path, choice: DeviceChoice) -> Run:
-    """Fine-tune the base, through LoRA or whole, and save the adapter or the model."""
+    """Fine-tune the base with LoRA or in full, and save the adapter or the model."""
     import torch
 
     from models.char_text import load_base
@@ -156,7 +156,7 @@ def adapt_with_lora(
     text: Text,
     choice: DeviceChoice,
 ) -> Run:
-    """Train LoRA on `base`, save the adapter alone, and check that it loads to the same loss."""
+    """Train LoRA on `base`, save the adapter, and check that loading it gives the same loss."""
     from lora.adapters.save_load import save_adapter
     from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
@@ -179,7 +179,7 @@ def adapt_with_lora(
 
 
 def save_model(run: Run, model: BigramLanguageModel, text: Text, result: TrainResult) -> None:
-    """Save a whole model with its vocabulary, and finish its run."""
+    """Save a model with its vocabulary, and finish its run."""
     from models.bigram_lm_v2 import save_bigram
 
     save_bigram(model, run.folder / "model")
@@ -189,7 +189,7 @@ def save_model(run: Run, model: BigramLanguageModel, text: Text, result: TrainRe
 
 
 def count_parameters(model: BigramLanguageModel, base: BigramLanguageModel) -> ParameterCount:
-    """Return how many parameters train and how many the base has."""
+    """Return the number of trainable parameters, and that of the base."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return ParameterCount(trainable, base=sum(p.numel() for p in base.parameters()))
 
@@ -203,7 +203,7 @@ def train_on(
     *,
     base: Path | None,
 ) -> tuple[Run, TrainResult]:
-    """Run the one training loop on `text` and return the run's folder and how it ended."""
+    """Train `model` on `text`; return the open run and the result."""
     from lora.data.sequences.blocks import BlockStream, check_length, ordered_blocks
     from lora.runs.directory import create_run
     from lora.runs.progress import RichProgress
@@ -211,7 +211,7 @@ def train_on(
     from lora.training.trainer import train
     from models.char_text import EVAL_TOKENS
 
-    # Everything that can be wrong with the input is found before the folder is made.
+    # Check the input before the run directory is created.
     check_length(text.validation, model.block_size, "the validation text")
     rows = settings.train_config().micro_batch_size
     stream = BlockStream(text.train, model.block_size, rows, settings.seed, choice.device)
@@ -297,15 +297,15 @@ def check_reloaded(
     loss = evaluate(model, blocks, bigram_loss, choice.autocast)
     if loss != expected:
         raise AdapterError(
-            f"The adapter {adapter} was loaded again and gives a held-out loss of {loss!r}, not "
-            f"{expected!r} as before it was saved. Do not use it; please report this."
+            f"Cannot trust the adapter {adapter}: loaded again it gives a validation loss of "
+            f"{loss!r}, not {expected!r} as before it was saved. Do not use it; report this."
         )
-    print(f"adapter loaded again: held-out loss {loss:.6f}, the same to the last digit")
+    print(f"adapter loaded again: validation loss {loss:.6f}, the same to the last digit")
 
 
 def show_parameters(model: BigramLanguageModel, use_lora: bool) -> None:
-    """Print what trains and what does not."""
-    if not use_lora:  # nothing of LoRA is loaded here: plain training needs none of it
+    """Print the numbers of trainable and frozen parameters."""
+    if not use_lora:  # plain training imports no LoRA code
         print(f"parameters: all {sum(p.numel() for p in model.parameters()):,} train")
         return
     from rich.console import Console
@@ -319,7 +319,7 @@ def show_parameters(model: BigramLanguageModel, use_lora: bool) -> None:
 def show_sample(
     run: Run, model: BigramLanguageModel, text: Text, choice: DeviceChoice, when: str
 ) -> None:
-    """Let the model write, print it and keep it in `samples.json`."""
+    """Generate a text, print it and store it in samples.json."""
     from lora.runs.disk import read_json
     from models.char_text import write_sample
 
@@ -355,7 +355,7 @@ def finish(
 
 
 def folder_bytes(path: Path) -> int:
-    """Return the bytes of the tensors in a model's or adapter's folder (or of one file)."""
+    """Return the bytes of the tensors in a model's or adapter's directory (or of one file)."""
     files = list(path.glob("*.safetensors")) if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files)
 

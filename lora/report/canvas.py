@@ -29,7 +29,7 @@ _MAX_CHARACTERS = 18
 _LABEL_GAP = 0.062
 """Between two names at the ends of lines, as a fraction of the axes' height."""
 _CLIP = 1.6
-"""Losses above this many times the highest initial held-out loss are cut off."""
+"""Losses above this many times the highest initial validation loss are cut off."""
 
 _LOG_FROM = 5
 """The loss axis is logarithmic if the highest loss is more than this many times the lowest."""
@@ -52,14 +52,14 @@ class Curve:
 def draw_curves(
     named: Sequence[Curve], pale: Sequence[Curve], x_label: str, *, has_names: bool = True
 ) -> Figure:
-    """Draw held-out loss of `named` with names at the line ends, and of `pale` without.
+    """Draw validation loss of `named` with names at the line ends, and of `pale` without.
 
     Without `has_names` a line is labelled with its loss alone, which is enough for a single run.
     """
     labels = [_line_label(curve, has_name=has_names) for curve in named]
     low, high = _limits(named, pale)
     is_log = low > 0 and high > _LOG_FROM * low
-    y_label = "held-out loss, nats per token" + (", logarithmic" if is_log else "")
+    y_label = "validation loss, nats per token" + (", logarithmic" if is_log else "")
     canvas = Canvas(labels, y_label, x_label)
     axes = canvas.axes
     for curve in pale:
@@ -83,7 +83,7 @@ def draw_curves(
 
 def draw_ranks(tried: Sequence[GridCell], spot: SweetSpot) -> Figure:
     """Draw the best loss of each rank, other learning rates as dots, a ring at what is enough."""
-    canvas = Canvas([], "held-out loss at the end, nats per token", "rank")
+    canvas = Canvas([], "validation loss at the end, nats per token", "rank")
     axes = canvas.axes
     ranks = sorted({one.rank for one in tried})
     x_of = {rank: n for n, rank in enumerate(ranks)}
@@ -120,7 +120,7 @@ def draw_rates(lines: Sequence[Curve], base_loss: float | None) -> Figure:
     if base_loss is not None and base_loss > low:
         high = min(high, base_loss)
     is_log = low > 0 and high > _LOG_FROM * low
-    y_label = "held-out loss at the end, nats per token" + (", logarithmic" if is_log else "")
+    y_label = "validation loss at the end, nats per token" + (", logarithmic" if is_log else "")
     canvas = Canvas(labels, y_label, "learning rate")
     axes = canvas.axes
     room = max(high - low, 1e-3)

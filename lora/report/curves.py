@@ -1,4 +1,4 @@
-"""loss.png: training and held-out loss of a few runs against steps; a table of parameters."""
+"""loss.png: training and validation loss of a few runs against steps; a table of parameters."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
 def draw_loss_curves(
     curves: Sequence[tuple[str, Sequence[MetricsRow]]], path: Path, *, title: str
 ) -> None:
-    """Write a PNG of training and held-out loss against steps.
+    """Write a PNG of training and validation loss against steps.
 
     `curves` pairs a name with the rows of a run's metrics.jsonl. Training loss is pale and smoothed
-    over about 2 % of the run; held-out loss has a marker at each evaluation.
+    over about 2 % of the run; validation loss has a marker at each evaluation.
     """
     import io
 
@@ -55,7 +55,7 @@ def draw_loss_curves(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(title="held-out loss at the end (pale: training)", frameon=False)
+        axes.legend(title="validation loss at the end (pale: training)", frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     atomic_write(path, picture.getvalue())

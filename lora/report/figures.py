@@ -49,7 +49,7 @@ class Picture:
 
 
 def loss_pictures(report: Report) -> list[Picture]:
-    """Return held-out loss against steps, and against time where it is known."""
+    """Return validation loss against steps, and against time where it is known."""
     named, pale = choose_curves(report.runs)
     if not named and not pale:
         return []
@@ -65,8 +65,8 @@ def loss_pictures(report: Report) -> list[Picture]:
     pictures = [
         Picture(
             "loss_by_steps",
-            f"Held-out loss against steps. {legend}",
-            f"Held-out loss against optimizer steps: {ends}.",
+            f"Validation loss against steps. {legend}",
+            f"Validation loss against optimizer steps: {ends}.",
             lambda: draw_curves(shown, faint, "optimizer steps", has_names=has_names),
         )
     ]
@@ -85,9 +85,9 @@ def loss_pictures(report: Report) -> list[Picture]:
         pictures.append(
             Picture(
                 "loss_by_time",
-                f"Held-out loss against {unit} of training steps; evaluations and saves left out."
+                f"Validation loss against {unit} of training steps; evaluations and saves left out."
                 f"{shared}",
-                f"Held-out loss against training time: {lasted}.",
+                f"Validation loss against training time: {lasted}.",
                 lambda: draw_curves(by_time, [], f"{unit} of training steps", has_names=has_names),
             )
         )
@@ -124,10 +124,10 @@ def sweep_pictures(sweep: SweepSummary, number: int) -> list[Picture]:
         pictures.append(
             Picture(
                 f"rank{suffix}",
-                "Best held-out loss at the end, by rank. The band is the noise level: "
+                "Best validation loss at the end, by rank. The band is the noise level: "
                 f"{spot.noise_from}. Small dots are other learning rates "
                 "(much worse ones are left out).",
-                f"Held-out loss by rank: the best is rank {spot.best_rank} with "
+                f"Validation loss by rank: the best is rank {spot.best_rank} with "
                 f"{loss_text(spot.best_loss)}; rank {spot.rank} with {loss_text(spot.loss)} is the "
                 "smallest within noise of it.",
                 lambda: draw_ranks(sweep.tried, spot),
@@ -196,9 +196,9 @@ def _rate_picture(name: str, lines: list[Curve], base_loss: float | None) -> Pic
     )
     return Picture(
         name,
-        "Held-out loss at the end, by learning rate. Rings mark the best; triangles at the top "
+        "Validation loss at the end, by learning rate. Rings mark the best; triangles at the top "
         "edge are above the loss before training.",
-        f"Held-out loss by learning rate: {best_rates}.",
+        f"Validation loss by learning rate: {best_rates}.",
         lambda: draw_rates(lines, base_loss),
     )
 

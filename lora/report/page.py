@@ -123,10 +123,10 @@ def _run_finding(run: RunSummary) -> str:
     took = f" and {time_text(run.train_s)}" if run.train_s else ""
     so_far = "" if run.status == "finished" else f" It is unfinished: {_progress(run)}."
     if first is last:
-        return f"Held-out loss {loss_text(last.loss)} at step {last.step}.{so_far}"
+        return f"Validation loss {loss_text(last.loss)} at step {last.step}.{so_far}"
     return (
-        f"Held-out loss went from {loss_text(first.loss)} to {loss_text(last.loss)} nats per token "
-        f"in {count_text(last.step - first.step)} steps{took}.{so_far}"
+        f"Validation loss went from {loss_text(first.loss)} to {loss_text(last.loss)} nats per "
+        f"token in {count_text(last.step - first.step)} steps{took}.{so_far}"
     )
 
 
@@ -145,7 +145,7 @@ def _sweep_finding(report: Report, sweep: SweepSummary) -> str:
     base = "" if base_loss is None else f", from {loss_text(base_loss)} without an adapter"
     said = (
         f"The best of {sweep.candidates} candidates is rank {count_text(best.rank)} at learning "
-        f"rate {short(best.learning_rate)}: held-out loss {loss_text(best.eval_loss)}{base}."
+        f"rate {short(best.learning_rate)}: validation loss {loss_text(best.eval_loss)}{base}."
     )
     spot = sweep.sweet_spot
     if spot is not None and spot.rank != spot.best_rank:
@@ -182,7 +182,7 @@ def describe_comparison(comparison: ComparisonRecord) -> str:
         parts.append(f"for {same[comparison.same]}")
     text = " ".join(parts) + "."
     if comparison.base_eval_loss is not None:
-        text += f" Held-out loss of the base: {loss_text(comparison.base_eval_loss)}."
+        text += f" Validation loss of the base: {loss_text(comparison.base_eval_loss)}."
     text_name = next((m.forgetting.name for m in comparison.members if m.forgetting), None)
     if text_name:
         text += f" Forgetting is measured on: {text_name}."
@@ -258,7 +258,7 @@ def _machine(run: RunSummary) -> dict[str, Any]:
         **{key.removeprefix("versions."): value for key, value in run.environment.items()},
         "base fingerprint": run.base_fingerprint,
         "training data fingerprint": run.data.get("fingerprint"),
-        "held-out data fingerprint": run.data.get("held_out_fingerprint"),
+        "validation data fingerprint": run.data.get("held_out_fingerprint"),
     }
 
 

@@ -68,8 +68,8 @@ _RUN_CELLS: tuple[Cell, ...] = (
     (Column("learning rate"), lambda r: numbers.short(r.learning_rate)),
     (Column("seed"), lambda r: DASH if r.seed is None else str(r.seed)),
     (Column("steps"), lambda r: _steps(r)),
-    (Column("held-out", "best loss"), lambda r: numbers.loss_text(r.best_eval_loss)),
-    (Column("held-out", "at the end"), lambda r: numbers.loss_text(r.eval_loss)),
+    (Column("validation", "best loss"), lambda r: numbers.loss_text(r.best_eval_loss)),
+    (Column("validation", "final loss"), lambda r: numbers.loss_text(r.eval_loss)),
     (Column("step", "ms"), lambda r: numbers.figures(_times(r.step_s, 1000))),
     (Column("speed", "tokens/s"), lambda r: numbers.figures(r.tokens_per_s)),
     (Column("peak", "GB"), lambda r: numbers.figures(_times(r.peak_memory_bytes, 1e-9))),
@@ -106,7 +106,7 @@ def ratios_table(report: Report) -> Table:
         Column("peak memory", "saved"),
         Column("trainable", "of the other's"),
         Column("stored", "of the other's"),
-        Column("held-out loss", "difference, nats"),
+        Column("validation loss", "difference, nats"),
     )
     rows = tuple(Row(_against(report, one), _ratio_cells(one)) for one in report.ratios)
     return Table("LoRA vs.", columns, rows)
@@ -161,7 +161,7 @@ def dropped_table(runs: Sequence[RunSummary]) -> Table | None:
     columns = (
         Column("ended", is_numeric=False),
         Column("at step"),
-        Column("held-out loss", "newest"),
+        Column("validation loss", "newest"),
         Column("reason", is_numeric=False),
     )
     rows = tuple(
@@ -231,7 +231,7 @@ def describe_ratios(report: Report, one: Ratios) -> str:
         parts.append(f"{percent} % {side} peak memory" if percent else "the same peak memory")
     if one.loss_difference is not None:
         side = "lower" if one.loss_difference < 0 else "higher"
-        parts.append(f"held-out loss {abs(one.loss_difference):.4f} {side} at the end")
+        parts.append(f"validation loss {abs(one.loss_difference):.4f} {side} at the end")
     return f"{_against(report, one)}: {', '.join(parts)}." if parts else ""
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MAX_ROWS = 20
-NARROW_COLUMNS = ("method", "rank", "learning rate", "steps", "held-out", "step", "peak")
+NARROW_COLUMNS = ("method", "rank", "learning rate", "steps", "validation", "step", "peak")
 """Columns shown where the terminal is too narrow for all."""
 WIDE = 140
 

@@ -200,14 +200,14 @@ def _evaluate(job: TrainingJob, state: LoopState) -> bool:
         seen = str(state.eval_loss)
         job.run.append_metrics(MetricsRow(step=state.step, eval_not_finite=seen))
         job.progress.message(
-            f"step {state.step}: the held-out loss is {state.eval_loss}, not finite: look for "
+            f"step {state.step}: the validation loss is {state.eval_loss}, not finite: look for "
             "damaged validation examples, or lower the learning rate"
         )
         state.eval_loss = math.nan
         job.on_eval(state.step)
         return False
     job.run.append_metrics(MetricsRow(step=state.step, eval_loss=state.eval_loss))
-    job.progress.message(f"step {state.step}: held-out loss {state.eval_loss:.4f}")
+    job.progress.message(f"step {state.step}: validation loss {state.eval_loss:.4f}")
     is_best = state.eval_loss < state.best_eval_loss
     state.best_eval_loss = min(state.best_eval_loss, state.eval_loss)
     state.evals_since_best = 0 if is_best else state.evals_since_best + 1

@@ -27,7 +27,7 @@ def test_a_run_gets_its_report_into_its_folder(
 ) -> None:
     assert main(["report", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert "Held-out loss went from 2.0000 to 1.1000" in out
+    assert "Validation loss went from 2.0000 to 1.1000" in out
     assert "3 of 9" in out
     assert str(folder / "report.html") in out.replace("\n", "")
     assert (folder / "report.html").is_file()

@@ -24,7 +24,7 @@ def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_it_refuses_before_it_loads(n_answers: str) -> None:
     done = run_demo("--answers", n_answers)
     assert done.returncode == 2
-    assert f"--answers {n_answers}: allowed are 1 to 1000" in done.stderr
+    assert f"--answers {n_answers}. Allowed: 1 to 1000" in done.stderr
     assert "Traceback" not in done.stderr
 
 

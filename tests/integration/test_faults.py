@@ -357,7 +357,7 @@ def test_held_out_examples_that_are_not_finite_are_told(
     monkeypatch.setattr("lora.fast.choose.loss_for", build)
     heard = Heard()
     done = finetune(job, heard)
-    assert any("the held-out loss is nan, not finite" in line for line in heard.said)
+    assert any("the validation loss is nan, not finite" in line for line in heard.said)
     rows = [row for row in read_rows(done.folder / "metrics.jsonl") if "eval_not_finite" in row]
     assert [row["step"] for row in rows] == [0, 10, 12]
 

@@ -120,10 +120,10 @@ def _notes(runs: Sequence[RunSummary]) -> tuple[str, ...]:
     prints = [run.data.get("held_out_fingerprint") for run in runs if run.held_out]
     if len({p for p in prints if p is not None}) > 1:
         notes.append(
-            "The runs were evaluated on different held-out data: their losses cannot be compared."
+            "The runs were evaluated on different validation data: their losses cannot be compared."
         )
     elif len(prints) > 1 and None in prints and any(prints):
-        notes.append("It is not known for all runs on which held-out data they were evaluated.")
+        notes.append("It is not known for all runs on which validation data they were evaluated.")
     if len({run.device for run in runs if run.device}) > 1:
         notes.append("The runs used different devices: times and memory differ by that.")
     return tuple(notes)

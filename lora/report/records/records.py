@@ -71,7 +71,7 @@ class RunSummary:
     total_steps: int | None = None
     """Optimizer steps configured."""
     eval_loss: float | None = None
-    """The newest held-out loss."""
+    """The newest validation loss."""
     best_eval_loss: float | None = None
     best_step: int | None = None
     step_s: float | None = None

@@ -156,7 +156,7 @@ def _not_finite(metrics: Sequence[MetricsRow]) -> str | None:
     if not evaluated or evaluated[-1].eval_not_finite is None:
         return None
     newest = evaluated[-1]
-    return f"The held-out loss at step {newest.step} is {newest.eval_not_finite}, not finite."
+    return f"The validation loss at step {newest.step} is {newest.eval_not_finite}, not finite."
 
 
 def _speed(

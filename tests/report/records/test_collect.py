@@ -73,7 +73,7 @@ def test_a_last_loss_that_is_not_finite_is_no_earlier_one(make_run: Make, tmp_pa
     (run,) = read_report([folder], tmp_path).runs
     assert run.eval_loss is None
     assert run.best_eval_loss == pytest.approx(0.5)
-    assert "The held-out loss at step 20 is nan, not finite." in run.notes
+    assert "The validation loss at step 20 is nan, not finite." in run.notes
 
 
 def test_a_sweep_knows_its_sweet_spot(make_sweep: Make, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_what_forbids_comparing_is_noted(make_run: Make, tmp_path: Path) -> None
     rewrite(other / "run.json", lambda v: v["data"].update(held_out_fingerprint="held-2"))
     rewrite(other / "run.json", lambda v: v.update(base_fingerprint="base-2"))
     notes = read_report([one, other], tmp_path).notes
-    assert any("evaluated on different held-out data" in note for note in notes)
+    assert any("evaluated on different validation data" in note for note in notes)
     assert any("different bases" in note for note in notes)
 
 
