@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lora.errors import AdapterError, AdapterNotFoundError, did_you_mean
-from lora.runs.disk import atomic_write, disk_error
+from lora.runs.disk import atomic_write, disk_error, os_reason
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
@@ -115,7 +115,7 @@ def _read_config(folder: Path) -> bytes:
         try:
             return path.read_bytes()
         except OSError as error:
-            what = f"Cannot read {path}: {error.strerror}."
+            what = f"Cannot read {path}: {os_reason(error)}."
             raise AdapterError(f"{what} Check its permissions.") from error
     near = ""
     if folder.parent.is_dir() and not folder.exists():

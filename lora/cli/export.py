@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from lora.cli.flags.shared import Adapter, Model
+from lora.cli.flags.shared import Adapter, Model, Overwrite, input_paths
 from lora.inference.loading import checked_ids, load_model
+from lora.runs.outputs import OutputPath
 
 
 def export(
@@ -16,6 +17,7 @@ def export(
     adapter: Adapter = None,
     dtype: Literal["f16", "q8_0", "f32"] = "f16",
     vllm: bool = False,
+    overwrite: Overwrite = False,
 ) -> int:
     """Write a model as a GGUF file, with the adapter merged if one is given.
 
@@ -47,11 +49,19 @@ def export(
         raise ConfigError(
             "Cannot export: no file is named. Name it, as in lora export orders.gguf."
         )
+    inputs = input_paths(model, adapter)
+    OutputPath(out, inputs, overwrite).check()
     loaded = load_model(model, adapter, "cpu")
     if adapter is not None:
         merge_lora(loaded.model, checked_ids(loaded))
     report = export_gguf(
-        loaded.model, out, dtype, tokenizer=loaded.tokenizer, name=loaded.source.name
+        loaded.model,
+        out,
+        dtype,
+        tokenizer=loaded.tokenizer,
+        name=loaded.source.name,
+        overwrite=overwrite,
+        inputs=(*inputs, loaded.source.folder),
     )
     name, error = report.worst
     answers = "not enough memory for a second model, so logits were not compared"

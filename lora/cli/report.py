@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lora.cli.flags.from_fields import OUTPUT
-from lora.cli.flags.shared import Json
+from lora.cli.flags.shared import Json, Overwrite
 
 if TYPE_CHECKING:
     from lora.report import Report
@@ -27,7 +27,13 @@ Title = Annotated[
 ]
 
 
-def report(*runs: Path, out: Out = None, title: Title = None, json: Json = False) -> int:
+def report(
+    *runs: Path,
+    out: Out = None,
+    title: Title = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> int:
     """Write a report of one run, or of several runs side by side.
 
     For example:
@@ -38,7 +44,7 @@ def report(*runs: Path, out: Out = None, title: Title = None, json: Json = False
 
     Run directories of lora finetune, sweep and compare can be mixed; unfinished
     runs are shown as far as they got. Writes report.html (self-contained),
-    report.json and pictures/.
+    report.json and pictures/; a former report there is replaced.
 
     Parameters
     ----------
@@ -49,7 +55,7 @@ def report(*runs: Path, out: Out = None, title: Title = None, json: Json = False
 
     if out is None:
         out = runs[0] if len(runs) == 1 and runs[0].is_dir() else OUT_OF_SEVERAL
-    files = write_report(runs, out, title)
+    files = write_report(runs, out, title, overwrite=overwrite)
     if json:
         print(json_format.dumps(files.report.to_dict(), default=str))
         return 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -35,6 +35,8 @@ from lora.pretrained.gguf_writer import (
     write_gguf,
 )
 from lora.pretrained.hf_weights import load_decoder
+from lora.runs.disk import disk_error
+from lora.runs.outputs import OutputPath
 
 TOLERANCES: dict[str, float] = {"f32": 0.0, "f16": 1e-3, "q8_0": 1e-2}
 """Largest ‖difference‖ / ‖reference‖ of a tensor when read back, by dtype.
@@ -76,19 +78,27 @@ def export_gguf(
     *,
     tokenizer: TextTokenizer | None = None,
     name: str | None = None,
+    overwrite: bool = False,
+    inputs: Sequence[Path] = (),
 ) -> GGUFReport:
     """Write a model as the GGUF file `out`, completely or not at all, and verify it.
 
     `source` is a model's folder, or a decoder without LoRA (merge it first) with its `tokenizer`.
     Matrices are stored as `dtype`; norms and biases as F32. The file is read back: settings and
     tokenizer must be equal, tensors within TOLERANCES and logits within LOGITS_TOLERANCES.
-    Raises ModelError and DataError for what the format cannot store.
+    A file that exists is replaced only with `overwrite`, and never if it is among the `inputs`, of
+    which a `source` that is a folder is one.
+    Raises ModelError and DataError for what the format cannot store, ConfigError if something is
+    in the way.
     """
     out = Path(out)
     if dtype not in get_args(GGUFType):
         near = did_you_mean(str(dtype), get_args(GGUFType))
         allowed = ", ".join(get_args(GGUFType))
         raise ConfigError(f"dtype={dtype!r}: allowed are {allowed}.{near}")
+    read = inputs if isinstance(source, Decoder) else (Path(source), *inputs)
+    output = OutputPath(out, tuple(read), overwrite)
+    output.check()
     if isinstance(source, Decoder):
         model, own_name = source, out.stem
     else:
@@ -101,8 +111,7 @@ def export_gguf(
     metadata |= describe_decoder(model.config)
     metadata |= describe_tokenizer(tokenizer, model.config.vocab_size)
     try:
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-            part = Path(folder) / "model.gguf"
+        with output.building() as part:
             write_gguf(part, model.config, parameters, metadata, dtype)
             errors = _compare(part, model.config, parameters, metadata, TOLERANCES[dtype])
             logits_tolerance = max(
@@ -112,11 +121,8 @@ def export_gguf(
             logits_error = _compare_logits(part, model, logits_tolerance)
             with part.open("rb") as file:
                 os.fsync(file.fileno())
-            os.replace(part, out)
     except OSError as error:
-        raise ModelError(
-            f"Cannot write {out}: {error.strerror}. Free some space, or choose another folder."
-        ) from error
+        raise disk_error(out, error) from error
     size_bytes, tolerance = out.stat().st_size, TOLERANCES[dtype]
     return GGUFReport(out, size_bytes, errors, tolerance, logits_error, logits_tolerance)
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from lora.errors import ModelError
+from lora.runs.disk import os_reason
 
 _MAX_TENSORS, _MAX_KEYS, _MAX_ITEMS = 100_000, 10_000, 4_000_000
 _MAX_HEADER_BYTES = 256 * 1024 * 1024
@@ -53,7 +54,7 @@ class GGUFFile:
                 _check_start(path, start)
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise ModelError(f"Cannot read {path}: {error.strerror}.") from None
+            raise ModelError(f"Cannot read {path}: {os_reason(error)}.") from None
         reader = _HeaderReader(path, self._data)
         n_tensors, n_keys = struct.unpack("<QQ", start[8:])
         self.metadata: dict[str, Any] = {}

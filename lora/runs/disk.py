@@ -40,12 +40,20 @@ def disk_error(path: Path, error: OSError) -> CheckpointError:
     advice = {
         errno.ENOSPC: "Free some space on that disk.",
         errno.EACCES: "Make the directory writable, or choose another output directory.",
+        errno.EDQUOT: "Your quota is used up: free some space, or choose another directory.",
+        errno.ENAMETOOLONG: "Choose a shorter name.",
         errno.EROFS: "The file system is read-only: choose another output directory.",
         errno.ENOENT: "The directory no longer exists: create it again, or choose another.",
         errno.EEXIST: "A file is in the way of the directory: choose another output directory.",
         errno.ENOTDIR: "A file is in the way of the directory: choose another output directory.",
     }.get(error.errno or 0, "Check that disk, or choose another output directory.")
-    return CheckpointError(f"Cannot write {path}: {error.strerror}. {advice}")
+    return CheckpointError(f"Cannot write {path}: {os_reason(error)}. {advice}")
+
+
+def os_reason(error: OSError) -> str:
+    """Return what the system said: some libraries raise an OSError with a text alone, or none."""
+    lines = str(error.strerror or error).splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def read_json(path: Path) -> Any:

@@ -1,12 +1,15 @@
-"""Ctrl-C and SIGTERM during a run: the first stops it after saving, the second at once."""
+"""Ctrl-C and SIGTERM: a run stops after saving, at once after a second one; writing cleans up."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
+
+from lora.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -46,3 +49,36 @@ class StopRequests:
         self.received = signal.Signals(number)
         name = self.received.name
         self._on_message(f"{name}: finishing the step and saving; a second one exits at once")
+
+
+class _Terminated(SystemExit):
+    """Raised where a signal arrived; no library catches it by accident, as it is no Exception."""
+
+
+@contextlib.contextmanager
+def exit_on_signals(what: str) -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that `what` is cleaned up; Interrupted is raised then.
+
+    A handler that somebody else has set stays in charge, as does Python's own for Ctrl-C. Outside
+    the main thread it does nothing.
+    """
+    former: list[signal.Signals] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Terminated(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        former = [number for number in SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
+    for number in former:
+        signal.signal(number, stop)
+    try:
+        yield
+    except _Terminated as error:
+        if not former:
+            raise  # of an outer one, which says what was stopped
+        number = int(str(error.code)) - 128
+        name = signal.Signals(number).name
+        raise Interrupted(f"{name}: stopped {what}; nothing of it is left.", 128 + number) from None
+    finally:
+        for number in former:
+            signal.signal(number, signal.SIG_DFL)

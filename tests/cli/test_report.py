@@ -80,3 +80,36 @@ def test_a_folder_that_cannot_be_written_is_told(
     taken = folder / "run.json"
     assert main(["report", str(folder), "--out", str(taken)]) == 2
     assert "Cannot write " in capsys.readouterr().err
+
+
+def test_a_former_report_is_replaced_and_what_is_none_is_kept(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.html").write_text("my own page")
+    words = ["report", str(folder), "--out", str(out)]
+    assert main(words) == 2
+    assert "the file exists" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["report.html"]
+    assert (out / "report.html").read_text() == "my own page"
+    assert main([*words, "--overwrite"]) == 0
+    assert main(words) == 0
+    assert {path.name for path in out.iterdir()} == {"report.html", "report.json", "pictures"}
+
+
+def test_links_of_a_stranger_s_run_are_not_written_through(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "page").write_text("mine")
+    (folder / "pictures").symlink_to(elsewhere)
+    assert main(["report", str(folder)]) == 2
+    assert "a symbolic link" in capsys.readouterr().err
+    (folder / "pictures").unlink()
+    (folder / "report.html").symlink_to(elsewhere / "page")
+    assert main(["report", str(folder), "--overwrite"]) == 2
+    assert "it is a symbolic link" in capsys.readouterr().err
+    assert [path.name for path in elsewhere.iterdir()] == ["page"]
+    assert (elsewhere / "page").read_text() == "mine"

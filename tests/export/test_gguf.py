@@ -291,7 +291,7 @@ def test_values_beyond_fp16_are_refused_and_nothing_is_left(
     with pytest.raises(
         ModelError, match=r"Cannot store .*layers\.1\.mlp\.up_proj\.weight as f16: .*beyond"
     ):
-        export_gguf(model, out, "f16", tokenizer=build_tokenizer())
+        export_gguf(model, out, "f16", tokenizer=build_tokenizer(), overwrite=True)
     assert [path.name for path in out.parent.iterdir()] == ["m.gguf"]
     assert out.read_bytes() == b"former"
 
@@ -327,8 +327,26 @@ def test_without_room_for_a_second_model_the_logits_are_not_compared(
 
 def test_a_folder_that_is_not_there(make_folder: MakeFolder, tmp_path: Path) -> None:
     folder = make_folder("llama")
-    with pytest.raises(ModelError, match=r"Cannot write .*: No such file"):
+    with pytest.raises(ConfigError, match=r"Cannot write .*: there is no directory .*nowhere"):
         export_gguf(folder, tmp_path / "nowhere" / "out.gguf")
+
+
+def test_what_exists_is_replaced_only_when_told_and_an_input_never(
+    make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    folder, out = make_folder("llama"), tmp_path / "out.gguf"
+    out.write_bytes(b"mine")
+    with pytest.raises(ConfigError, match=r"the file exists.*--overwrite"):
+        export_gguf(folder, out)
+    assert out.read_bytes() == b"mine"
+    export_gguf(folder, out, overwrite=True)
+    assert out.read_bytes()[:4] == b"GGUF"
+    weights = (folder / "model.safetensors").read_bytes()
+    for inside, given in ((folder / "model.safetensors", ()), (out, [out])):
+        with pytest.raises(ConfigError, match="is read by this command"):
+            export_gguf(folder, inside, overwrite=True, inputs=given)
+    assert (folder / "model.safetensors").read_bytes() == weights
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["llama", "out.gguf"]
 
 
 def test_tensors_of_zeros_have_no_error(make_folder: MakeFolder, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import sys
-import time
 from pathlib import Path
 
 import gguf
@@ -19,6 +18,7 @@ from tokenizers import pre_tokenizers
 
 from lora.data.tokenizers.subword import load_tokenizer
 from lora.errors import DependencyError, LoraError, ModelError
+from lora.pretrained import cache as cache_module
 from lora.pretrained import sources
 from lora.pretrained.hf_weights import load_decoder
 from lora.pretrained.sources import CACHE_VARIABLE, cache_folder, find_model
@@ -142,18 +142,61 @@ def test_a_file_that_cannot_be_converted_leaves_nothing(tmp_path: Path, cache: P
     assert list(cache.iterdir()) == []
 
 
-def test_old_leftovers_are_removed_and_fresh_ones_left(tmp_path: Path, cache: Path) -> None:
+def test_what_a_killed_conversion_left_is_removed(tmp_path: Path, cache: Path) -> None:
+    first, second = (write_toy(tmp_path / f"{n}.gguf", seed) for seed, n in enumerate("ab"))
+    folder = find_model(str(first)).folder
+    (cache / f".{folder.name}x.lora-lock").write_text("process 1, since long ago\n")
+    (cache / f".{folder.name}x.lora-part").mkdir()
+    (cache / f".{folder.name}x.lora-part" / "model.safetensors").write_bytes(b"half")
+    other = find_model(str(second)).folder
+    assert sorted(p.name for p in cache.iterdir()) == sorted([folder.name, other.name])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_flipped_bit_in_the_cache_is_found_and_the_model_converted_again(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_toy(tmp_path / "toy.gguf")
-    folder = find_model(str(path)).folder
-    (folder / "conversion.json").unlink()
-    old, fresh = (cache / f".{folder.name}.{word}" for word in ("old", "fresh"))
-    for leftover in (old, fresh):
-        leftover.mkdir()
-    long_ago = time.time() - 3 * 24 * 3600
-    os.utime(old, (long_ago, long_ago))
+    file = find_model(str(path)).folder / name
+    whole, status = file.read_bytes(), file.stat()
+    file.write_bytes(whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:])
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))  # as a disk would: no trace
     find_model(str(path))
-    assert not old.exists()
-    assert fresh.exists()  # another process may be at work there
+    assert file.read_bytes() == whole
+    assert "is damaged: converting" in caplog.text
+
+
+def test_large_files_are_sampled_unless_they_were_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, n_chunks = tmp_path / "folder", 200
+    folder.mkdir()
+    monkeypatch.setattr(cache_module, "CHUNK_BYTES", 10)
+    monkeypatch.setattr(cache_module, "MAX_VERIFIED_BYTES", 100)
+    file = folder / "model.safetensors"
+    file.write_bytes(bytes(10 * n_chunks))
+    cache_module.write_manifest(folder, tmp_path / "x.gguf")
+    read: list[int] = []
+    checksum = cache_module._checksum
+    monkeypatch.setattr(cache_module, "_checksum", lambda p, n: (read.append(n), checksum(p, n))[1])
+    assert cache_module.is_intact(folder)
+    assert len(set(read)) == cache_module.SAMPLED_CHUNKS
+    file.touch()
+    read.clear()
+    assert cache_module.is_intact(folder)
+    assert len(read) == n_chunks
+    file.write_bytes(bytes(10 * n_chunks - 1) + b"x")
+    assert not cache_module.is_intact(folder)
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(CACHE_VARIABLE)
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    with pytest.raises(ModelError, match=f"no home directory. Set {CACHE_VARIABLE}"):
+        cache_folder()
 
 
 def _find(path: str) -> str:

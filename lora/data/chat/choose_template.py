@@ -9,6 +9,7 @@ from pathlib import Path
 from lora.data.chat.template import MAX_TEMPLATE_BYTES, ChatTemplate
 from lora.data.tokenizers.subword import TextTokenizer, find_stop_ids
 from lora.errors import DataError, DataNotFoundError
+from lora.runs.disk import os_reason
 
 PLAIN_TEMPLATE = """\
 {%- for message in messages -%}
@@ -98,7 +99,7 @@ def _read_template(path: Path) -> str:
         return data.decode().removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
     except OSError as error:
         kind = DataNotFoundError if isinstance(error, FileNotFoundError) else DataError
-        raise kind(f"Cannot read the chat template {path}: {error.strerror}.") from None
+        raise kind(f"Cannot read the chat template {path}: {os_reason(error)}.") from None
     except UnicodeDecodeError as error:
         raise DataError(
             f"Cannot read the chat template {path}: it is not UTF-8: {error.reason}."

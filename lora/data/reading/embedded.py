@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lora.data.tokenizers.characters import read_text_file
 from lora.errors import DataError
+from lora.runs.disk import os_reason
 
 VALIDATION_FRACTION = 0.1
 CODE_PACKAGES = ("asyncio", "collections", "concurrent", "email", "http", "json", "logging", "xml")
@@ -85,7 +86,7 @@ def _read_files(paths: list[Path], max_characters: int) -> list[str]:
             texts.append(path.read_text(encoding="utf-8", errors="replace"))
         except OSError as error:
             raise DataError(
-                f"Cannot read {path} of the standard library: {error.strerror}. Give a text file "
+                f"Cannot read {path} of the standard library: {os_reason(error)}. Give a text file "
                 "of your own."
             ) from None
         total += len(texts[-1])

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lora.errors import DataError, DataNotFoundError, did_you_mean
-from lora.runs.disk import atomic_write
+from lora.runs.disk import atomic_write, os_reason
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 FIXED_CHARACTERS = "\n\t" + "".join(chr(code) for code in range(0x20, 0x7F))
@@ -110,7 +110,7 @@ class CharTokenizer:
             value = json.loads(path.read_text(encoding="utf-8"))
             characters = value["characters"]
         except OSError as error:
-            raise DataError(f"Cannot read the vocabulary {path}: {error.strerror}.") from None
+            raise DataError(f"Cannot read the vocabulary {path}: {os_reason(error)}.") from None
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"Cannot read {path} as a character vocabulary: {error!r}.") from None
         if not isinstance(characters, str):
@@ -141,7 +141,7 @@ def read_text_file(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise DataError(f"Cannot read the text {path}: {error.strerror}.") from None
+        raise DataError(f"Cannot read the text {path}: {os_reason(error)}.") from None
     except UnicodeDecodeError as error:
         raise DataError(
             f"Cannot read the text {path}: it is not UTF-8: byte {error.start} is "

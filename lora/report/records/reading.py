@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from lora.runs.disk import os_reason
 from lora.runs.typed_json import Faults
 
 _MAX_HEADER_BYTES = 100_000_000
@@ -24,7 +25,7 @@ def count_elements(path: Path, faults: Faults) -> int | None:
         shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
         return sum(math.prod(shape) for shape in shapes)
     except OSError as error:
-        faults.append(f"Cannot read {path}: {error.strerror}.")
+        faults.append(f"Cannot read {path}: {os_reason(error)}.")
     except (ValueError, TypeError, KeyError, AttributeError, struct.error, RecursionError):
         faults.append(f"{path} is not a safetensors file.")
     return None

@@ -14,6 +14,8 @@ from lora.runs.comparison_record import METHOD_NAMES, RateTrial, Ratios, RunFigu
 
 SCHEMA_VERSION = 1
 """Of report.json; grows when a field changes its meaning or is removed."""
+REPORT_KIND = "report"
+"""The `kind` in report.json."""
 
 Method = Literal["lora", "full", "peft", "unknown"]
 Status = Literal["finished", "unfinished", "stopped", "failed"]
@@ -241,7 +243,7 @@ class Report:
 
         What is not finite becomes None.
         """
-        values = {"kind": "report", "schema_version": SCHEMA_VERSION, **asdict(self)}
+        values = {"kind": REPORT_KIND, "schema_version": SCHEMA_VERSION, **asdict(self)}
         for run in values["runs"]:
             del run["training"]
         plain: dict[str, Any] = _plain(values)
