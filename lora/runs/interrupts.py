@@ -76,9 +76,9 @@ def exit_on_signals(what: str) -> Iterator[None]:
     except _Terminated as error:
         if not former:
             raise  # of an outer one, which says what was stopped
-        number = int(str(error.code)) - 128
-        name = signal.Signals(number).name
-        raise Interrupted(f"{name}: stopped {what}; nothing of it is left.", 128 + number) from None
+        code = int(str(error.code))
+        name = signal.Signals(code - 128).name
+        raise Interrupted(f"{name}: stopped {what}; nothing of it is left.", code) from None
     finally:
         for number in former:
             signal.signal(number, signal.SIG_DFL)
