@@ -1,7 +1,7 @@
 """Chat templates: conversations to text, exactly as transformers renders them.
 
-Templates are untrusted code. They run in jinja2's sandbox, on plain values only, with limits on
-their size, on the text they produce and on the time they take. The environment, its filters and
+Templates are untrusted code. They run in jinja2's sandbox, on plain values only, in a subprocess
+with hard limits on time and memory (`template_workers.py`). The environment, its filters and
 functions follow the documentation of transformers' chat templates.
 """
 
@@ -11,13 +11,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, cast
+from typing import Any
 
-import jinja2
-from jinja2.sandbox import SecurityError
-
-from lora.data.chat.template_environment import TemplateEnvironment
-from lora.data.chat.template_limits import MAX_CHARACTERS, add_checks
+from lora.data.chat.template_renderer import TemplateRenderer, TemplateSource
+from lora.data.chat.template_workers import open_renderer
 from lora.data.reading.cells import check_text
 from lora.data.reading.messages import Message
 from lora.errors import DataError
@@ -26,23 +23,10 @@ Span = tuple[int, int]
 """First character, and the one after the last."""
 
 MAX_TEMPLATE_BYTES = 256 * 1024
-MAX_RENDERED_CHARACTERS = MAX_CHARACTERS
 
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # noncharacters, which Unicode reserves for internal use
 _MARKS = re.compile(f"[{_BEGIN}{_END}]")
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-
-# What a template can raise besides jinja2's errors: it computes with strings, numbers and lists.
-_TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-    RuntimeError,
-    MemoryError,
-)
 
 
 class ChatTemplate:
@@ -53,6 +37,7 @@ class ChatTemplate:
         special_tokens: the template's variables bos_token, eos_token and so on.
         name: its name in error messages.
         now: the time for `strftime_now`; None uses the clock, so the text differs from day to day.
+        renderer: what renders it; None: a subprocess with limits, or this process for known ones.
 
     Raises:
         DataError: the template is too long or not valid jinja2.
@@ -65,6 +50,7 @@ class ChatTemplate:
         *,
         name: str = "the chat template",
         now: datetime | None = None,
+        renderer: TemplateRenderer | None = None,
     ) -> None:
         n_bytes = len(source.encode(errors="replace"))
         if n_bytes > MAX_TEMPLATE_BYTES:
@@ -72,10 +58,9 @@ class ChatTemplate:
                 f"Cannot use {name}: it has {n_bytes:,} bytes. Allowed: {MAX_TEMPLATE_BYTES:,}. "
                 "Give another with chat_template."
             )
-        self.source, self.name = source, name
-        self._special_tokens = dict(special_tokens or {})
-        self._plain = _compile(source, name, now, begin="", end="")
-        self._marked = _compile(source, name, now, begin=_BEGIN, end=_END)
+        self.source, self.name, self.now = source, name, now
+        self.special_tokens = dict(special_tokens or {})
+        self.renderer = renderer or open_renderer(TemplateSource(source, name, now))
         self.has_generation_blocks = bool(re.search(r"\{%-?\s*generation\s*-?%\}", source))
         """Whether the template itself marks what the assistant writes."""
 
@@ -95,7 +80,7 @@ class ChatTemplate:
         Raises DataError with the template's own message if it rejects the conversation, fails, or
         exceeds a limit.
         """
-        return self._render(self._plain, messages, tools, documents, add_generation_prompt)
+        return self._render("", "", messages, tools, documents, add_generation_prompt)
 
     def render_with_spans(
         self,
@@ -114,7 +99,7 @@ class ChatTemplate:
                 "Cannot render the conversation: it has U+FDD0 or U+FDD1, which are not "
                 "characters. Remove them."
             )
-        marked = self._render(self._marked, messages, tools, documents, False)
+        marked = self._render(_BEGIN, _END, messages, tools, documents, False)
         pieces, spans, length = _MARKS.split(marked), [], 0
         for number, mark in enumerate(_MARKS.findall(marked)):
             length += len(pieces[number])
@@ -126,39 +111,23 @@ class ChatTemplate:
 
     def _render(
         self,
-        template: jinja2.Template,
+        begin: str,
+        end: str,
         messages: Sequence[Message],
         tools: Sequence[dict[str, Any]] | None,
         documents: Sequence[dict[str, Any]] | None,
         add_generation_prompt: bool,
     ) -> str:
         values = {
-            **self._special_tokens,
+            **self.special_tokens,
             "messages": [_with_reasoning(message) for message in messages],
             "tools": None if tools is None else list(tools),
             "documents": None if documents is None else list(documents),
             "add_generation_prompt": add_generation_prompt,
         }
-        try:
-            text = _join(template, values)
-        except _TEMPLATE_ERRORS as error:
-            problem = str(error) or type(error).__name__
-            raise DataError(f"{self.name} rejects the conversation: {problem}") from None
+        text = self.renderer.render(values, begin, end)
         check_text(text, f"the output of {self.name}")
         return text
-
-
-def _join(template: jinja2.Template, values: dict[str, Any]) -> str:
-    environment = cast(TemplateEnvironment, template.environment)
-    environment.start_clock()
-    pieces, length = [], 0
-    for piece in template.generate(values):
-        length += len(piece)
-        if length > MAX_RENDERED_CHARACTERS:
-            raise SecurityError(f"it produces more than {MAX_RENDERED_CHARACTERS:,} characters")
-        environment.check_time()
-        pieces.append(piece)
-    return "".join(pieces)
 
 
 def _with_reasoning(message: Message) -> Message:
@@ -169,19 +138,3 @@ def _with_reasoning(message: Message) -> Message:
     if not known:
         return message
     return {"thinking": known[0], **message, "reasoning_content": known[0]}
-
-
-def _compile(
-    source: str, name: str, now: datetime | None, *, begin: str, end: str
-) -> jinja2.Template:
-    environment = TemplateEnvironment(begin, end)
-    environment.globals["strftime_now"] = lambda form: (now or datetime.now()).strftime(form)
-    try:
-        return environment.from_string(add_checks(environment.parse(source), environment))
-    except jinja2.TemplateSyntaxError as error:
-        problem = str(error.message).rstrip(".")
-        raise DataError(
-            f"Cannot parse {name}: line {error.lineno}: {problem}. Give another with chat_template."
-        ) from None
-    except (RecursionError, SyntaxError):  # by jinja2's parser, by the Python code it generates
-        raise DataError(f"Cannot parse {name}: it is nested too deeply.") from None

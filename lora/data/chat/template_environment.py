@@ -23,6 +23,11 @@ from lora.data.chat.template_limits import check_binop, check_method, concat, gu
 MAX_RENDER_S = 5.0
 """CPU time of this thread, so that a busy machine does not refuse a template."""
 
+
+class TimeLimitError(SecurityError):
+    """The template ran for longer than MAX_RENDER_S."""
+
+
 _LOOP_VALUES = frozenset(("index", "index0", "first", "last", "length"))
 _DICT_NAMES = frozenset(dir(dict))
 
@@ -54,7 +59,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             extensions=[_Generation, "jinja2.ext.loopcontrols"],
         )
         self.begin, self.end = begin, end
-        self._deadline_s = 0.0
+        self._limit_s = self._deadline_s = 0.0
         self.filters["tojson"] = _to_json
         guard_filters(self.filters)
         del self.globals["lipsum"]
@@ -74,14 +79,14 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             return obj[attribute]  # not a dict attribute: the sandbox would return the item too
         return super().getattr(obj, attribute)
 
-    def start_clock(self) -> None:
-        """Give the template MAX_RENDER_S from now on."""
-        self._deadline_s = time.thread_time() + MAX_RENDER_S
+    def start_clock(self, limit_s: float) -> None:
+        """Give the template `limit_s` of CPU time from now on."""
+        self._limit_s, self._deadline_s = limit_s, time.thread_time() + limit_s
 
     def check_time(self) -> None:
         """Raise SecurityError if the template has run out of time."""
         if time.thread_time() > self._deadline_s:
-            raise SecurityError(f"it takes more than {MAX_RENDER_S:.0f} s")
+            raise TimeLimitError(f"it takes more than {self._limit_s:.0f} s")
 
     def checked_concat(self, *values: object) -> str:
         """Return the texts of `values`, concatenated."""

@@ -17,6 +17,7 @@ import re
 from dataclasses import dataclass, field
 
 from lora.data.chat.template import ChatTemplate, Span
+from lora.data.chat.template_renderer import TemplateLimitError
 from lora.data.reading.formats import Example
 from lora.data.reading.messages import Message
 from lora.errors import DataError
@@ -68,6 +69,15 @@ def render_conversation(template: ChatTemplate, example: Example) -> Conversatio
     if not found.texts:
         found.texts.append(SpannedText(renderer.whole, []))
     return found
+
+
+def render_example(template: ChatTemplate, example: Example, *, whole: bool) -> ConversationTexts:
+    """Return the texts of a conversation; `whole`: its whole text, without spans."""
+    if not whole:
+        return render_conversation(template, example)
+    tools, documents = example.tools, example.documents
+    text = template.render(example.messages or (), tools=tools, documents=documents)
+    return ConversationTexts([SpannedText(text, [])])
 
 
 def _take_marks(template: ChatTemplate, example: Example) -> ConversationTexts:
@@ -132,6 +142,8 @@ class _Renderer:
                 return _Turn(text, (len(prompt), len(text)))
             # The generation prompt may end in more than an answer begins with ("<think>").
             before = self._render(number)
+        except TemplateLimitError:
+            raise
         except DataError:
             return None  # the template accepts the whole conversation, but not this prefix
         start = _common_prefix_length(prompt, text)

@@ -14,15 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from typing import cast
 
 import numpy as np
 from tokenizers import Encoding
 
 from lora.config import DataConfig
 from lora.data.chat.choose_template import begin_ids, compile_template
-from lora.data.chat.template import ChatTemplate, Span
-from lora.data.chat.turns import SpannedText, render_conversation
+from lora.data.chat.conversations import ConversationRenderer
+from lora.data.chat.template import Span
+from lora.data.chat.template_renderer import TemplateLimitError
+from lora.data.chat.turns import SpannedText
 from lora.data.reading.formats import Example
 from lora.data.reading.tables import Faults
 from lora.data.sequences.documents import DocumentsBuilder
@@ -66,8 +67,9 @@ def encode_examples(
     has_chats = any(example.messages is not None for example in examples)
     template = compile_template(tokenizer, now) if has_chats else None
     throttle = _ProgressThrottle(on_progress, len(examples))
-    encoder = _Encoder(len(examples), tokenizer, config, template, throttle)
-    encoder.add_all(examples)
+    with ConversationRenderer(template, whole=config.learn_on == "all") as conversations:
+        encoder = _Encoder(len(examples), tokenizer, config, conversations, throttle)
+        encoder.add_all(examples)
     return encoder.finish()
 
 
@@ -92,11 +94,11 @@ class _Encoder:
         n_examples: int,
         tokenizer: TextTokenizer,
         config: DataConfig,
-        template: ChatTemplate | None,
+        conversations: ConversationRenderer,
         throttle: _ProgressThrottle,
     ) -> None:
         self._tokenizer, self._config = tokenizer, config
-        self._template, self._throttle = template, throttle
+        self._conversations, self._throttle = conversations, throttle
         self._all_are_targets = config.learn_on == "all"
         self._offsets = OffsetFinder(tokenizer)
         self._begin, self._stops = begin_ids(tokenizer), frozenset(tokenizer.stop_ids)
@@ -112,7 +114,9 @@ class _Encoder:
         has_spans = not self._all_are_targets and any(example.text is None for example in examples)
         work = self._offsets.encode if has_spans else self._tokenizer.encode_fast
         with Prefetcher(work) as prefetcher:
-            for chunk in _chunks(examples):
+            chunks = list(_chunks(examples))
+            self._conversations.prepare(examples[chunks[0].start : chunks[0].stop])
+            for chunk, following in zip(chunks, [*chunks[1:], range(0)], strict=True):
                 texts: list[_Text] = []
                 for number in chunk:
                     if examples[number].is_file:
@@ -122,6 +126,8 @@ class _Encoder:
                         self._add_file(prefetcher, number, examples[number].text or "")
                     else:
                         texts += self._find_texts(number, examples[number])
+                # Rendered while the tokens of this chunk are computed.
+                self._conversations.prepare(examples[following.start : following.stop])
                 self._tokenise(prefetcher, texts)
                 self._throttle.update(chunk.stop)
 
@@ -153,24 +159,21 @@ class _Encoder:
             return [_Text(number, whole, [(len(example.prompt), len(whole))], True)]
         try:
             texts = self._render(example)
+        except TemplateLimitError as error:  # the next one would take as long
+            raise TemplateLimitError(f"{example.source}: {error}") from None
         except DataError as error:
             self._faults.add(example.source, error)
             return []
         return [_Text(number, text.text, text.spans, False) for text in texts]
 
     def _render(self, example: Example) -> list[SpannedText]:
-        template = cast(ChatTemplate, self._template)
-        if self._all_are_targets:
-            if example.off_flags:
-                flags = ", ".join(sorted(set(example.off_flags.values())))
-                raise DataError(
-                    f"{flags} turns off a part of it, but learn_on='all' trains on every token: "
-                    "set learn_on to 'assistant'"
-                )
-            tools, documents = example.tools, example.documents
-            text = template.render(example.messages or (), tools=tools, documents=documents)
-            return [SpannedText(text, [])]
-        found = render_conversation(template, example)
+        found = self._conversations.render(example)
+        if self._all_are_targets and example.off_flags:
+            flags = ", ".join(sorted(set(example.off_flags.values())))
+            raise DataError(
+                f"{flags} turns off a part of it, but learn_on='all' trains on every token: "
+                "set learn_on to 'assistant'"
+            )
         self._n_lost_turns += found.n_lost_turns
         return found.texts
 
