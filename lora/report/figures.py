@@ -19,7 +19,7 @@ from lora.report.canvas import (
 )
 from lora.report.numbers import loss_text, short, size_text
 from lora.report.records.records import (
-    ComparisonRecord,
+    ComparisonSummary,
     Report,
     RunSummary,
     SweepSummary,
@@ -142,7 +142,9 @@ def sweep_pictures(sweep: SweepSummary, number: int) -> list[Picture]:
     return pictures
 
 
-def comparison_pictures(report: Report, comparison: ComparisonRecord, number: int) -> list[Picture]:
+def comparison_pictures(
+    report: Report, comparison: ComparisonSummary, number: int
+) -> list[Picture]:
     """Return loss against learning rate of each member with rate trials."""
     lines: list[Curve] = []
     for member in comparison.members:

@@ -13,7 +13,7 @@ from lora.report.canvas import LINE_STYLES, SERIES
 from lora.report.figures import MAX_BARS, choose_curves
 from lora.report.numbers import count_text, loss_text, short, size_text, time_text
 from lora.report.records.records import (
-    ComparisonRecord,
+    ComparisonSummary,
     Report,
     RunSummary,
     SweepSummary,
@@ -173,7 +173,7 @@ def describe_sweep(sweep: SweepSummary) -> str:
     return ", ".join(parts) + ("." if sweep.status == "finished" else "; unfinished.")
 
 
-def describe_comparison(comparison: ComparisonRecord) -> str:
+def describe_comparison(comparison: ComparisonSummary) -> str:
     """Return how a comparison was made, in a few sentences."""
     same = {"steps": "the same number of steps", "time": "the same training time"}
     parts = [f"From the same base, {comparison.base}," if comparison.base else "From the same base"]

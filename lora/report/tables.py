@@ -9,7 +9,7 @@ from typing import Any
 from lora.report import numbers
 from lora.report.numbers import DASH
 from lora.report.records.records import (
-    ComparisonRecord,
+    ComparisonSummary,
     Method,
     Report,
     RunSummary,
@@ -112,7 +112,7 @@ def ratios_table(report: Report) -> Table:
     return Table("LoRA vs.", columns, rows)
 
 
-def members_table(report: Report, comparison: ComparisonRecord) -> Table:
+def members_table(report: Report, comparison: ComparisonSummary) -> Table:
     """Return learning rate, forgetting and task score of a comparison's members."""
     cells: list[tuple[Column, list[str]]] = []
     members = comparison.members

@@ -1,1 +1,1 @@
-"""The run directory on disk: its files, lock, progress, interrupts, subprocesses."""
+"""Run directories: typed records, locking, progress, interrupts, subprocesses."""

@@ -1,7 +1,7 @@
-"""Tensors into a safetensors file, one at a time: nothing is held twice.
+"""Write a safetensors file tensor by tensor, without a second copy of all tensors in memory.
 
-The format: eight bytes of length, a JSON header with type, shape and place of each tensor, then the
-values. https://huggingface.co/docs/safetensors says more.
+The format: eight bytes with the header's length, a JSON header with dtype, shape and offsets of
+each tensor, then the values. See https://huggingface.co/docs/safetensors.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _KINDS = {
     torch.bool: "BOOL",
 }
 _CHUNK_BYTES = 2**20
-_LINE_BYTES = 8
+_ALIGNMENT_BYTES = 8
 
 
 @dataclass(frozen=True)
 class Digest:
-    """What a manifest says of a file."""
+    """Size and hash of a file, as a checkpoint's manifest holds them."""
 
     n_bytes: int
     sha256: str
@@ -44,12 +44,12 @@ class Digest:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> Digest:
-    """Write `tensors` to `path` as safetensors and return when they are on the disk.
+    """Write `tensors` to `path` as safetensors; return once they are on the disk.
 
-    Those of other devices come over one at a time. The bytes depend on the content alone. Raises
-    OSError if the disk refuses; what was begun stays then.
+    Tensors on a GPU are copied to the host one at a time. The bytes depend on the content alone.
+    Raises OSError if the disk refuses, and leaves a partial file then.
     """
-    # Wide types first, so that every tensor begins at a multiple of its type's size.
+    # Wide dtypes first, so that every tensor starts at a multiple of its element size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     digest, n_bytes = hashlib.sha256(), 0
     with path.open("wb") as file:
@@ -63,7 +63,7 @@ def write_tensors(
 
 
 def digest_file(path: Path) -> Digest:
-    """Return the size and the SHA-256 of a file, read in parts."""
+    """Return the size and the SHA-256 of a file, without loading it whole."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(_CHUNK_BYTES):
@@ -77,7 +77,7 @@ def _pieces(
     yield memoryview(_header(tensors, names, metadata))
     for name in names:
         flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        yield memoryview(flat.view(torch.uint8).numpy().data)
+        yield memoryview(flat.view(torch.uint8).numpy().data)  # as bytes: NumPy has no bfloat16
 
 
 def _header(
@@ -92,5 +92,5 @@ def _header(
         entries[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % _LINE_BYTES)
+    text += b" " * (-len(text) % _ALIGNMENT_BYTES)  # so that the values are aligned too
     return struct.pack("<Q", len(text)) + text

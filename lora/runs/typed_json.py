@@ -16,9 +16,9 @@ from typing import Any, Literal, TypeVar, cast
 
 RecordT = TypeVar("RecordT")
 Faults = list[str]
-"""What is wrong with files, each with the file's name; readers append to it and go on."""
+"""What is wrong with files, each with the file's name; readers append to it and continue."""
 Parser = Callable[[Any, str, Faults], Any]
-"""(JSON value, where it stands, faults) -> the typed value, or `INVALID` after adding a fault."""
+"""(JSON value, its position in the file, faults) -> the typed value, or `INVALID` after adding a fault."""
 INVALID = object()
 WRITES_NULL = {"writes_null": True}
 """Metadata of a field that is written as null, not left out, when it is None."""

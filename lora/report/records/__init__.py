@@ -1,1 +1,1 @@
-"""Run directories read into the records that a report shows."""
+"""Reads run directories into the summaries that a report shows."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lora.errors import CheckpointError, ConfigError, did_you_mean, gather
 from lora.report.records.comparisons import find_ratios, read_comparison_directory
-from lora.report.records.records import ComparisonRecord, Report, RunSummary, SweepSummary
+from lora.report.records.records import ComparisonSummary, Report, RunSummary, SweepSummary
 from lora.report.records.runs import read_run
 from lora.report.records.sweeps import read_sweep
 from lora.runs.comparison_record import COMPARE_FILE
@@ -39,7 +39,7 @@ def read_report(folders: Sequence[Path], out: Path, title: str | None = None) ->
     faults: Faults = []
     runs: list[RunSummary] = []
     sweeps: list[SweepSummary] = []
-    comparisons: list[ComparisonRecord] = []
+    comparisons: list[ComparisonSummary] = []
     for folder, name in zip(folders, _names(folders), strict=True):
         if (fault := _not_a_run(folder)) is not None:
             faults.append(fault)
@@ -103,7 +103,7 @@ def _command(folders: Sequence[Path], title: str | None) -> str:
     return shlex.join([*words, *(["--title", title] if title else [])])
 
 
-def _notes_of(comparisons: Sequence[ComparisonRecord]) -> list[str]:
+def _notes_of(comparisons: Sequence[ComparisonSummary]) -> list[str]:
     several = len(comparisons) > 1
     return [
         f"{one.name}: {note}" if several else f"{note[:1].upper()}{note[1:]}."

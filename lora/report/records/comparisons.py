@@ -12,8 +12,8 @@ from lora.report.records.command import comparison_command
 from lora.report.records.reading import relative
 from lora.report.records.records import (
     Change,
-    ComparisonRecord,
-    MemberRecord,
+    ComparisonSummary,
+    MemberSummary,
     RunSummary,
     SweepSummary,
     method_name,
@@ -36,7 +36,7 @@ from lora.runs.typed_json import Faults
 
 def read_comparison_directory(
     folder: Path, base: Path, name: str, faults: Faults
-) -> tuple[ComparisonRecord, list[RunSummary]]:
+) -> tuple[ComparisonSummary, list[RunSummary]]:
     """Return the comparison in `folder` and its members' runs; `base` is the report's directory.
 
     One that is not finished has no compare.json yet: its members are read as they stand.
@@ -46,7 +46,7 @@ def read_comparison_directory(
     if comparison is None:
         inside = sorted(path.parent for path in (folder / MEMBERS).glob(f"*/{RUN_FILE}"))
         runs = [read_run(own, base, faults, group=name) for own in inside]
-        record = ComparisonRecord(
+        record = ComparisonSummary(
             name=name,
             folder=relative(folder, base),
             status="unfinished",
@@ -60,7 +60,7 @@ def read_comparison_directory(
         run = _member_run(read_run(folder / member.folder, base, faults, group=name), member)
         runs.append(run)
         members.append(_member_record(run, member))
-    record = ComparisonRecord(
+    record = ComparisonSummary(
         name=name,
         folder=relative(folder, base),
         status="finished",
@@ -141,10 +141,10 @@ def _member_run(run: RunSummary, member: Member) -> RunSummary:
     )
 
 
-def _member_record(run: RunSummary, member: Member) -> MemberRecord:
+def _member_record(run: RunSummary, member: Member) -> MemberSummary:
     trials = (RateTrial(t.learning_rate, _finite(t.eval_loss)) for t in member.rates_tried)
     text, score = member.forgetting, member.task_metric
-    return MemberRecord(
+    return MemberSummary(
         run=run.name,
         rate_chosen=member.rate_chosen,
         rates_tried=tuple(sorted(trials, key=lambda trial: trial.learning_rate)),

@@ -183,7 +183,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class MemberRecord:
+class MemberSummary:
     """What a comparison knows of a member beside its run."""
 
     run: str
@@ -198,7 +198,7 @@ class MemberRecord:
 
 
 @dataclass(frozen=True)
-class ComparisonRecord:
+class ComparisonSummary:
     """A comparison: its members are among the report's runs, under its name as group."""
 
     name: str
@@ -209,7 +209,7 @@ class ComparisonRecord:
     """steps or time."""
     base_eval_loss: float | None = None
     rate_steps: int | None = None
-    members: tuple[MemberRecord, ...] = ()
+    members: tuple[MemberSummary, ...] = ()
     base_samples: tuple[Sample, ...] = ()
     notes: tuple[str, ...] = ()
     command: str | None = None
@@ -223,7 +223,7 @@ class Report:
     runs: tuple[RunSummary, ...]
     """A sweep's candidates are in order, the best first."""
     sweeps: tuple[SweepSummary, ...] = ()
-    comparisons: tuple[ComparisonRecord, ...] = ()
+    comparisons: tuple[ComparisonSummary, ...] = ()
     ratios: tuple[Ratios, ...] = ()
     notes: tuple[str, ...] = ()
     """What a reader should know before comparing runs."""

@@ -70,7 +70,7 @@ class _SettingsSection:
 def read_run(folder: Path, base: Path, faults: Faults, *, group: str = "") -> RunSummary:
     """Return the summary of the run in `folder`; `base` is the report's directory.
 
-    An unfinished run is read as it stands. What is damaged is added to `faults`, each with the
+    An unfinished run is read as far as it is. What is damaged is added to `faults`, each with the
     file's name.
     """
     record = read_run_record(folder, faults)
