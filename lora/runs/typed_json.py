@@ -18,7 +18,7 @@ RecordT = TypeVar("RecordT")
 Faults = list[str]
 """What is wrong with files, each with the file's name; readers append to it and continue."""
 Parser = Callable[[Any, str, Faults], Any]
-"""(JSON value, its position in the file, faults) -> the typed value, or `INVALID` after adding a fault."""
+"""(JSON value, its position, faults) -> the typed value, or `INVALID` after adding a fault."""
 INVALID = object()
 WRITES_NULL = {"writes_null": True}
 """Metadata of a field that is written as null, not left out, when it is None."""
