@@ -22,6 +22,7 @@ from lora.runs.disk import atomic_write, disk_error, os_reason
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
+_MLX_FILE = "adapters.safetensors"
 _CONFIG_DIGEST_KEY = "lora_lm_config_sha256"
 _TENSORS_DIGEST_KEY = "lora_lm_tensors_sha256"
 
@@ -57,6 +58,7 @@ def read_adapter_files(folder: Path) -> AdapterFiles:
         seen = type(described).__name__
         what = f"Cannot read {folder / CONFIG_FILE}: it holds a {seen}. Allowed: a JSON object."
         raise AdapterError(f"{what} Copy the adapter again.")
+    _refuse_mlx(folder, described)
     path = folder / TENSORS_FILE
     if not path.is_file():
         return AdapterFiles(folder, described, {}, {}, [_why_missing(folder)])
@@ -117,7 +119,7 @@ def _read_config(folder: Path) -> bytes:
         except OSError as error:
             what = f"Cannot read {path}: {os_reason(error)}."
             raise AdapterError(f"{what} Check its permissions.") from error
-    near = ""
+    near = _inside(folder)
     if folder.parent.is_dir() and not folder.exists():
         near = did_you_mean(folder.name, (p.name for p in folder.parent.iterdir()))
     seen = f"it has no {CONFIG_FILE}" if folder.is_dir() else "there is no such folder"
@@ -126,6 +128,25 @@ def _read_config(folder: Path) -> bytes:
         f"Cannot load an adapter from {folder}: {seen}.{near} "
         f"Name a folder with {CONFIG_FILE} and {TENSORS_FILE}."
     )
+
+
+def _refuse_mlx(folder: Path, described: dict[str, Any]) -> None:
+    is_mlx = "peft_type" not in described and (
+        "lora_parameters" in described or (folder / _MLX_FILE).is_file()
+    )
+    if is_mlx:
+        raise AdapterError(
+            f"Cannot load an adapter from {folder}: it is one of mlx-lm, whose tensors have other "
+            "names and are transposed. Allowed: PEFT's format. Merge it with mlx_lm.fuse and use "
+            "the merged model, or train it again."
+        )
+
+
+def _inside(folder: Path) -> str:
+    """Return " The adapter is in …" if directories in `folder` hold one."""
+    found = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
+    names = ", ".join(map(str, found[:5]))
+    return f" It holds {'adapters' if len(found) > 1 else 'the adapter'} {names}." if found else ""
 
 
 def _why_missing(folder: Path) -> str:

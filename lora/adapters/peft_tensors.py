@@ -5,6 +5,7 @@ The tensors of whole modules have the layout of Hugging Face's files: GPT-2's li
 
 from __future__ import annotations
 
+import os
 from typing import cast
 
 import torch
@@ -81,7 +82,12 @@ def without_base_copies(
     kept, faults = {}, []
     for key, tensor in tensors.items():
         base = own.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
-        if key in expected or base is None or base.shape != tensor.shape:
+        if (
+            not key.startswith(PREFIX)
+            or key in expected
+            or base is None
+            or base.shape != tensor.shape
+        ):
             kept[key] = tensor
         elif not torch.equal(tensor.to(base.device, base.dtype), base):
             faults.append(f"{key} is a weight of the base, and its values differ from this base's")
@@ -90,6 +96,9 @@ def without_base_copies(
 
 def check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:
     """Return a fault for each tensor that is missing, misshapen, not finite or of another model."""
+    renamed = _other_prefix(expected, tensors)
+    if renamed is not None:
+        return [renamed]
     faults = [f"missing: {n} {tuple(t.shape)}" for n, t in expected.items() if n not in tensors]
     faults += [f"not of this model: {n}" for n in tensors if n not in expected]
     for name in expected.keys() & tensors.keys():
@@ -101,6 +110,21 @@ def check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> li
         elif not is_finite(tensor.to(wanted.dtype)):
             faults.append(f"{name} has values that are not finite in {wanted.dtype}")
     return sorted(faults)
+
+
+def _other_prefix(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> str | None:
+    """Return a fault if all names are as expected behind a beginning of their own."""
+    if not tensors or len(tensors) != len(expected) or tensors.keys() == expected.keys():
+        return None
+    seen, wanted = min(tensors), min(expected)
+    same = os.path.commonprefix([seen[::-1], wanted[::-1]])[::-1]  # noqa: RUF071
+    seen_start, wanted_start = seen.removesuffix(same), wanted.removesuffix(same)
+    if {seen_start + name.removeprefix(wanted_start) for name in expected} != tensors.keys():
+        return None
+    return (
+        f"its tensors' names begin with {seen_start!r} where PEFT's begin with {wanted_start!r} "
+        f"for this model: {seen}. Rename them if it is the same model under another name"
+    )
 
 
 def check_ranks(model: nn.Module, config: LoRAConfig) -> list[str]:

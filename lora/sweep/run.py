@@ -149,7 +149,7 @@ def _train_all(
         values = {n.removeprefix("value."): t for n, t in tensors.items() if n.startswith("value.")}
         folder = candidate_run(context.run, candidate).folder / "adapter"
         with single_adapter(context.model, candidate.lora, values) as adapted:
-            save_adapter(adapted, folder, base_name=source.name)
+            save_adapter(adapted, folder, base_name=source.reference)
         data.tokenizer.save(folder)
 
     progress.start(swept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +205,15 @@ def test_a_changed_description_is_logged(folder: Path, caplog: pytest.LogCapture
         assert read_adapter_files(folder).described == {"r": 5}
     assert len(caplog.messages) == 1
     assert "adapter_config.json was changed after it was saved" in caplog.messages[0]
+
+
+def test_a_directory_above_the_adapter_names_it(folder: Path) -> None:
+    with pytest.raises(AdapterError, match=rf"It holds the adapter {re.escape(str(folder))}\."):
+        read_adapter_files(folder.parent)
+
+
+def test_an_adapter_of_mlx_lm_is_named(folder: Path) -> None:
+    described = {"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": {"rank": 8}}
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    with pytest.raises(AdapterError, match=r"it is one of mlx-lm.*Merge it with mlx_lm\.fuse"):
+        read_adapter_files(folder)

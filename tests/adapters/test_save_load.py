@@ -547,3 +547,15 @@ def test_lora_of_other_settings_on_the_model_is_refused(
     with pytest.raises(AdapterError, match=words):
         load_adapter(model, folder)
     assert state_of(model) == before
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model.base_model.model.", "module."])
+def test_other_prefixes_of_names_are_named(prefix: str, folder: Path, tiny_model: Build) -> None:
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[prefix + name.removeprefix("base_model.model.")] = tensors.pop(name)
+
+    edit_tensors(folder, rename)
+    with pytest.raises(AdapterError, match="its tensors' names begin with") as caught:
+        load_adapter(tiny_model("llama-tied"), folder)
+    assert str(caught.value).count("  - ") == 1

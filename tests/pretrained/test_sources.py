@@ -370,3 +370,19 @@ def test_smollm2_loads_in_transformers_with_equal_logits(smollm2: Path) -> None:
         )
     words = transformers.AutoTokenizer.from_pretrained(smollm2)
     assert words.encode("The quick brown fox jumps over it.") == ids[0].tolist()
+
+
+def test_a_model_is_referred_to_as_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert find_model("own").reference == str(tmp_path / "own")
+
+
+def test_an_adapter_is_no_model_and_its_base_is_named(tmp_path: Path) -> None:
+    described = {"peft_type": "LORA", "base_model_name_or_path": "owner/base"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(described))
+    with pytest.raises(ModelError, match=r"it is an adapter for the base 'owner/base'"):
+        find_model(str(tmp_path))
