@@ -217,17 +217,7 @@ def train_on(
     stream = BlockStream(text.train, model.block_size, rows, settings.seed, choice.device)
     show_parameters(model, settings.use_lora)
     run = create_run(Path(settings.output_dir), settings.run_name or name)
-    is_lora = settings.use_lora and base is not None
-    record = RunRecord(
-        kind="character",
-        method="lora" if is_lora else "full",
-        base=str(base) if base else None,
-        device=choice.reason,
-        learning_rate=settings.rate,
-        settings=asdict(settings),
-        data=DataRecord(source=text.described),
-    )
-    run.write_run_record(record)
+    run.write_run_record(describe_run(settings, text, choice, base))
     show_sample(run, model, text, choice, "before")
     job = TrainingJob(
         model=model,
@@ -246,6 +236,22 @@ def train_on(
     result = train(job)
     show_sample(run, model, text, choice, "after")
     return run, result
+
+
+def describe_run(
+    settings: ClassicSettings, text: Text, choice: DeviceChoice, base: Path | None
+) -> RunRecord:
+    """Return what run.json holds."""
+    is_lora = settings.use_lora and base is not None
+    return RunRecord(
+        kind="character",
+        method="lora" if is_lora else "full",
+        base=str(base) if base else None,
+        device=choice.reason,
+        learning_rate=settings.rate,
+        settings=asdict(settings),
+        data=DataRecord(source=text.described),
+    )
 
 
 def build_steps(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from lora.adapters.save_load import read_adapter_config
 from lora.config import TrainConfig
@@ -30,7 +30,7 @@ from lora.runs.directory import check_run_directory, create_run, default_name
 from lora.runs.disk import reading
 from lora.runs.progress import NoProgress, Progress
 from lora.runs.read_record import read_run_record
-from lora.runs.record import RUN_FILE, RunResult
+from lora.runs.record import RUN_FILE, RunRecord, RunResult
 from lora.training.out_of_memory import LOADING_ADVICE, advise, explain_out_of_memory
 from lora.training.step_runner import StepRunner
 from lora.training.trainer import train
@@ -54,38 +54,32 @@ def finetune(
         return _finetune(job, progress or NoProgress(), show_data)
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """All of a job that is known before its weights are loaded."""
+
+    choice: DeviceChoice
+    source: ModelSource
+    data: PreparedData
+    report: DataReport
+    plan: MemoryPlan
+
+
 def _finetune(
     job: FinetuneJob, progress: Progress, show_data: Callable[[DataReport], None] | None
 ) -> FinetuneResult:
     check_base_dtype(job)
     check_run_directory(job.run.out, job.run.name, resume=job.resume)
-    choice = choose_device(job.run.device, job.train.precision)
     open_tensorboard = find_tensorboard() if job.run.tensorboard else None
-    source = find_model(job.model)
-    data, report = load_data(job, source.folder, progress)
-    if show_data is not None:
-        show_data(report)
-    else:
-        for note in report.notes + report.warnings:
-            progress.message(f"note: {note}")
-    progress.message(f"{source.name} on {choice.reason}")
-    plan = _plan_memory(job, source, data, choice)
+    inputs = _find_inputs(job, progress, show_data)
+    choice, source, data, plan = inputs.choice, inputs.source, inputs.data, inputs.plan
     planned = describe_plan(plan)
-    progress.message(planned)
-    if plan.reason:
-        progress.message(plan.reason)
     with explain_out_of_memory(
         lambda: f"while the weights were loaded. {planned}. {LOADING_ADVICE}"
     ):
         model, fingerprint = load_model(job, source, choice, data.tokenizer, progress)
     train_config = job.train.resolved(full=job.lora is None)
-    checkpointing = None if plan.checkpointing is None else plan.checkpointing.to_record()
-    record = replace(
-        describe_job(job, source, data, report, choice),
-        learning_rate=train_config.peak_learning_rate,
-        base_fingerprint=fingerprint,
-        activation_checkpointing=checkpointing,
-    )
+    record = _describe(job, inputs, train_config, fingerprint)
     steps = _choose_steps(job, model, choice, train_config, plan, progress)
     name = job.run.name or default_name(source.name)
     with create_run(job.run.out, name, resume=job.resume, record=record) as run:
@@ -105,10 +99,20 @@ def _finetune(
         return FinetuneResult(run.folder, saved, result, memory)
 
 
-def _plan_memory(
-    job: FinetuneJob, source: ModelSource, data: PreparedData, choice: DeviceChoice
-) -> MemoryPlan:
-    return plan_run(
+def _find_inputs(
+    job: FinetuneJob, progress: Progress, show_data: Callable[[DataReport], None] | None
+) -> _Inputs:
+    """Choose the device, find the model, load the data and plan the memory."""
+    choice = choose_device(job.run.device, job.train.precision)
+    source = find_model(job.model)
+    data, report = load_data(job, source.folder, progress)
+    if show_data is not None:
+        show_data(report)
+    else:
+        for note in report.notes + report.warnings:
+            progress.message(f"note: {note}")
+    progress.message(f"{source.name} on {choice.reason}")
+    plan = plan_run(
         source.folder,
         job.lora if job.from_adapter is None else read_adapter_config(job.from_adapter),
         job.train,
@@ -118,6 +122,23 @@ def _plan_memory(
         memory=job.memory,
         checkpointing=_recorded_checkpointing(job),
         fp8=job.base_dtype == "fp8",
+    )
+    progress.message(describe_plan(plan))
+    if plan.reason:
+        progress.message(plan.reason)
+    return _Inputs(choice, source, data, report, plan)
+
+
+def _describe(
+    job: FinetuneJob, inputs: _Inputs, train_config: TrainConfig, fingerprint: str
+) -> RunRecord:
+    """Return the run's record, with what only the loaded model and the plan tell."""
+    stored = inputs.plan.checkpointing
+    return replace(
+        describe_job(job, inputs.source, inputs.data, inputs.report, inputs.choice),
+        learning_rate=train_config.peak_learning_rate,
+        base_fingerprint=fingerprint,
+        activation_checkpointing=None if stored is None else stored.to_record(),
     )
 
 
