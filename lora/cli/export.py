@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +29,7 @@ def export(
 
     The file is read back and compared with the model: every tensor, and the
     logits. With --vllm nothing is written: the adapter is checked against vLLM's
-    rules, and the command that serves it is printed.
+    rules and its base, and the command that serves it is printed.
 
     Parameters
     ----------
@@ -77,18 +78,23 @@ def export(
 
 def _check_for_vllm(adapter: Path | None, model: str | None) -> int:
     from lora.errors import AdapterError, ConfigError, gather
-    from lora.export.vllm import check_adapter_for_vllm, vllm_command
+    from lora.export.vllm import check_adapter_for_vllm, find_base, vllm_command
+    from lora.pretrained.sources import find_model
 
     if adapter is None:
         raise ConfigError(
             "Cannot check for vLLM: no adapter is named. Name its directory with --adapter."
         )
-    faults = check_adapter_for_vllm(adapter)
+    base = find_base(adapter) if model is None else find_model(model).folder
+    faults = check_adapter_for_vllm(adapter, base)
     if faults:
         raise AdapterError(
             gather(
                 faults, f"vLLM cannot serve {adapter}:", "Train the adapter with other settings."
             )
         )
-    print(vllm_command(adapter, model or "path/to/base"))
+    if base is None:
+        note = "note: the adapter's layers were not compared with its base; name it with --model"
+        print(note, file=sys.stderr)
+    print(vllm_command(adapter, model or (str(base) if base else "path/to/base")))
     return 0

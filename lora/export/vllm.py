@@ -10,9 +10,14 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from lora.adapters.peft_fields import check_fields
 from lora.adapters.peft_files import read_adapter_files
-from lora.errors import AdapterError, gather
+from lora.decoder.decoder import build_empty_decoder
+from lora.decoder.families import decoder_config
+from lora.errors import AdapterError, did_you_mean, gather
+from lora.pretrained.hf_files import read_config
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM's --max-lora-rank may have; adapters up to that rank can be served."""
@@ -43,11 +48,13 @@ _VLLM_REFUSES = {
 }
 
 
-def check_adapter_for_vllm(folder: Path | str) -> list[str]:
+def check_adapter_for_vllm(folder: Path | str, base: Path | None = None) -> list[str]:
     """Return every reason why vLLM cannot serve the adapter in `folder`, and what to do about it.
 
+    Names and shapes are compared with those of the model in the directory `base`, if one is given.
     An empty list means that vLLM accepts it, started as `vllm_command` says. Raises AdapterError if
-    no adapter can be read. Source: vLLM's PEFTHelper, LoRAConfig and LoRAModel.
+    no adapter can be read, and ModelError if `base` is not a model that we know. Source: vLLM's
+    PEFTHelper, LoRAConfig and LoRAModel.
     """
     files = read_adapter_files(Path(folder))
     described, wrong = _valid_fields(files.described)
@@ -70,7 +77,52 @@ def check_adapter_for_vllm(folder: Path | str) -> list[str]:
             "adapter into the model and serve that."
         )
     faults += _rank_faults(described)
+    if base is not None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in files.tensors.items()}
+        faults += _base_faults(shapes, base)
     return faults + _tensor_faults(list(files.tensors), saved)
+
+
+def find_base(folder: Path | str) -> Path | None:
+    """Return the directory on this disk that the adapter names as its base; None if it has none."""
+    name = read_adapter_files(Path(folder)).described.get("base_model_name_or_path")
+    base = Path(name) if isinstance(name, str) and name else None
+    return base if base is not None and (base / "config.json").is_file() else None
+
+
+def _base_faults(shapes: dict[str, tuple[int, ...]], base: Path) -> list[str]:
+    """Return where A (R, I) and B (O, R) do not fit a weight (O, I) of the model in `base`."""
+    weights = _weight_shapes(base)
+    unknown, faults = {}, []
+    for name, shape in shapes.items():
+        found = _VLLM_TENSOR.fullmatch(name)
+        if found is None:
+            continue
+        weight = weights.get(found["module"])
+        if weight is None:
+            unknown[found["module"]] = did_you_mean(found["module"], weights)
+        elif name.endswith((".lora_A.weight", ".lora_B.weight")) and len(shape) == 2:
+            is_a = name.endswith(".lora_A.weight")
+            seen, wanted = (shape[1], weight[1]) if is_a else (shape[0], weight[0])
+            if seen != wanted:
+                side = "inputs" if is_a else "outputs"
+                faults.append(f"{name} is for {seen} {side}, the base's layer has {wanted}.")
+    if unknown:
+        first, near = next(iter(unknown.items()))
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        faults.append(
+            f"{first}{more}: {base} has no such layer.{near} Name the adapter's own base."
+        )
+    return faults
+
+
+def _weight_shapes(base: Path) -> dict[str, tuple[int, int]]:
+    model = build_empty_decoder(decoder_config(read_config(base)))
+    return {
+        name: (module.weight.shape[0], module.weight.shape[1])
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding)
+    }
 
 
 def _valid_fields(described: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from lora.errors import ModelError, ModelNotFoundError, gather
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -43,12 +45,24 @@ def _read_json(path: Path) -> dict[str, Any]:
 class StoredTensor:
     """One tensor in an open safetensors file; nothing is read before `tensor` is called."""
 
-    def __init__(self, file: Any, name: str) -> None:
-        self.file, self.name = file, name
+    def __init__(self, path: Path, file: Any, name: str, n_bytes: int) -> None:
+        self.path, self.file, self.name, self.n_bytes = path, file, name, n_bytes
         header = file.get_slice(name)
         self.shape, self.dtype = tuple(header.get_shape()), str(header.get_dtype())
 
     def tensor(self) -> Tensor:
+        """Return the tensor, mapped from the file. Raises ModelError if the file was cut."""
+        # A mapping of a file that is shorter now ends the process at its first use, without a word.
+        try:
+            seen_bytes = self.path.stat().st_size
+        except OSError:
+            seen_bytes = self.n_bytes  # removed or renamed: what is open stays as it is
+        if seen_bytes != self.n_bytes:
+            raise ModelError(
+                f"Cannot read {self.path}: it had {self.n_bytes:,} bytes when it was opened and "
+                f"has {seen_bytes:,} now. Another program is writing it: try again "
+                "when that has ended."
+            )
         tensor: Tensor = self.file.get_tensor(self.name)
         return tensor
 
@@ -56,18 +70,27 @@ class StoredTensor:
 def open_tensors(folder: Path, files: ExitStack) -> dict[str, StoredTensor]:
     """Return every tensor in `folder` by name; `files` closes what is opened.
 
-    Raises ModelError if there are no safetensors files, or one is damaged or missing.
+    Raises ModelError if there are no safetensors files, one is damaged or missing, or two hold the
+    same tensor.
     """
     tensors: dict[str, StoredTensor] = {}
+    faults = []
     for path in _find_files(folder):
         try:
+            n_bytes = path.stat().st_size
             file = files.enter_context(safe_open(path, framework="pt", device="cpu"))
-            tensors |= {name: StoredTensor(file, name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                if name in tensors:
+                    faults.append(f"{name} is in {tensors[name].path.name} and in {path.name}")
+                tensors[name] = StoredTensor(path, file, name, n_bytes)
         except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"Cannot read {path} as safetensors: {error}. Its download or copy was probably "
                 "incomplete: download it again."
             ) from error
+    if faults:
+        heading = f"Cannot load {folder}: which of two values counts is not clear:"
+        raise ModelError(gather(faults, heading, "Download the folder again, into an empty one."))
     return tensors
 
 
@@ -76,6 +99,9 @@ def _find_files(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
         return _indexed_files(folder)
+    shards = _shards_without_index(folder)
+    if shards:
+        return shards
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     if pickled:
         raise ModelError(
@@ -89,6 +115,33 @@ def _find_files(folder: Path) -> list[Path]:
         f"Cannot load weights from {folder}: model*.safetensors is needed, and the folder has "
         f"{seen}. Download the weights too."
     )
+
+
+def _shards_without_index(folder: Path) -> list[Path]:
+    """Return all shards of the one model in `folder`; none if there are no shards.
+
+    Raises ModelError for shards that are missing, which is as much as an index would tell.
+    """
+    found = [(path, _SHARD.fullmatch(path.name)) for path in sorted(folder.glob("*.safetensors"))]
+    shards = {path.name: match for path, match in found if match is not None}
+    sets = {(match["stem"], match["count"]) for match in shards.values()}
+    if not sets:
+        return []
+    if len(sets) > 1:
+        names = ", ".join(f"{stem}-…-of-{count}" for stem, count in sorted(sets))
+        raise ModelError(
+            f"Cannot load weights from {folder}: it has shards of {len(sets)} models ({names}), "
+            f"and no {INDEX} that says which to use. Move the others elsewhere."
+        )
+    stem, count = sets.pop()
+    wanted = [f"{stem}-{n:05}-of-{count}.safetensors" for n in range(1, int(count) + 1)]
+    missing = [f"{name} is missing" for name in wanted if name not in shards]
+    if missing:
+        heading = (
+            f"Cannot load weights from {folder}: it has some shards of a model, no {INDEX}, and"
+        )
+        raise ModelError(gather(missing, heading, "Download the whole folder again."))
+    return [folder / name for name in wanted]
 
 
 def _indexed_files(folder: Path) -> list[Path]:

@@ -24,7 +24,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from lora.errors import CheckpointError, RunNotFoundError, did_you_mean
-from lora.runs.disk import atomic_write, disk_error, read_rows
+from lora.runs.disk import (
+    atomic_write,
+    check_no_links,
+    disk_error,
+    open_no_link,
+    read_rows,
+)
 from lora.runs.read_record import read_metrics, read_run_record
 from lora.runs.record import (
     METRICS_FILE,
@@ -135,7 +141,7 @@ class Run:
         data = "".join(self._waiting.get(name, ())).encode()
         if not data:
             return
-        with (self.folder / name).open("ab", buffering=0) as file:
+        with open(self.folder / name, "ab", buffering=0, opener=open_no_link) as file:
             end = file.tell()
             try:
                 while data:
@@ -164,7 +170,8 @@ def create_run(
     check_run_directory(out, name, resume=resume)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK_FILE).open("a+", encoding="utf-8")
+        handle = open_no_link(str(folder / LOCK_FILE), os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        lock = os.fdopen(handle, "a+", encoding="utf-8")
         _take(lock, folder)
     except OSError as error:
         raise disk_error(folder, error) from error
@@ -202,6 +209,8 @@ def check_run_directory(out: Path, name: str | None, *, resume: bool) -> None:
             f"{did_you_mean(name or '', runs)}{seen} Give the name of one of them, or start a new "
             "run without --resume."
         )
+    if resume:
+        check_no_links(folder)
     if resume and (folder / LOCK_FILE).is_file():
         with (folder / LOCK_FILE).open(encoding="utf-8") as lock:
             _lock(lock, folder)

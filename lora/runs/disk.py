@@ -6,12 +6,13 @@ import contextlib
 import errno
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora.errors import CheckpointError, LoraError
+from lora.errors import CheckpointError, LoraError, gather
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -42,6 +43,7 @@ def disk_error(path: Path, error: OSError) -> CheckpointError:
         errno.EACCES: "Make the directory writable, or choose another output directory.",
         errno.EDQUOT: "Your quota is used up: free some space, or choose another directory.",
         errno.ENAMETOOLONG: "Choose a shorter name.",
+        errno.ELOOP: "A symbolic link is in the way: remove it.",
         errno.EROFS: "The file system is read-only: choose another output directory.",
         errno.ENOENT: "The directory no longer exists: create it again, or choose another.",
         errno.EEXIST: "A file is in the way of the directory: choose another output directory.",
@@ -54,6 +56,30 @@ def os_reason(error: OSError) -> str:
     """Return what the system said: some libraries raise an OSError with a text alone, or none."""
     lines = str(error.strerror or error).splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def check_no_links(folder: Path) -> None:
+    """Raise CheckpointError unless all that `folder` holds is regular files and directories.
+
+    A stranger's directory may hold a link, or a pipe, under the name of a file that we write.
+    """
+    faults = []
+    for inside, folders, files in os.walk(folder):
+        for name in sorted((*folders, *files)):
+            path = Path(inside, name)
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                faults.append(f"{path.relative_to(folder)} is a symbolic link to {path.readlink()}")
+            elif not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                faults.append(f"{path.relative_to(folder)} is a pipe, a socket or a device")
+    if faults:
+        heading = f"Cannot write into {folder}, what is written would leave it:"
+        raise CheckpointError(gather(faults, heading, "Put files or directories in their place."))
+
+
+def open_no_link(path: str, flags: int) -> int:
+    """Open a file for `open(..., opener=open_no_link)`: a link at `path` is an OSError."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def read_json(path: Path) -> Any:

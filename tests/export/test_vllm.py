@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lora.adapters.apply import apply_lora
 from lora.adapters.save_load import save_adapter
 from lora.config import LoRAConfig
 from lora.errors import AdapterError
-from lora.export.vllm import check_adapter_for_vllm, vllm_command
+from lora.export.vllm import check_adapter_for_vllm, find_base, vllm_command
 
 PLAIN: dict[str, Any] = {
     "peft_type": "LORA",
@@ -57,14 +58,45 @@ def test_our_own_adapters_are_fine(tiny_model: Callable[[str], nn.Module], tmp_p
     assert check_adapter_for_vllm(tmp_path / "adapter") == []
 
 
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def test_the_layers_are_compared_with_the_base(
+    tiny_model: Callable[[str], nn.Module], tmp_path: Path
+) -> None:
+    model = apply_lora(tiny_model("llama-tied"), LoRAConfig(rank=4))
+    save_adapter(model, tmp_path / "adapter", base_name=str(tmp_path / "base"))
+    assert find_base(tmp_path / "adapter") is None
+    base = tmp_path / "base"
+    base.mkdir()
+    for change, words in (
+        ({}, None),
+        ({"num_hidden_layers": 1}, r"model\.layers\.1\.\S+ and 6 more: .*base has no such layer"),
+        ({"hidden_size": 64, "head_dim": 16}, r"q_proj.lora_A.weight is for 32 inputs, .* has 64"),
+        ({"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4}, "and 13 more: "),
+    ):
+        (base / "config.json").write_text(json.dumps({**CONFIG, **change}))
+        faults = check_adapter_for_vllm(tmp_path / "adapter", find_base(tmp_path / "adapter"))
+        assert bool(faults) is (words is not None)
+        assert words is None or re.search(words, faults[0])
+
+
 FAULTS: dict[str, tuple[list[str], dict[str, Any], str]] = {
     "dora": ([], {"use_dora": True}, "DoRA is not supported. Merge"),
     "bias": ([], {"bias": "lora_only"}, "bias='lora_only': only 'none'"),
     "lora_bias": ([], {"lora_bias": True}, "biases of B"),
     "rank": ([], {"r": 600}, "rank 600: at most 512"),
-    "no rank": ([], {"r": None}, "r=None: allowed is an int ≥ 1. Save"),
+    "no rank": ([], {"r": None}, "r=None: allowed is an int from 1 to 65536. Save"),
     "rank of a wrong type": ([], {"r": True}, "r=True: allowed is an int"),
-    "no alpha": ([], {"lora_alpha": None}, "lora_alpha=None: allowed is a finite number > 0"),
+    "no alpha": ([], {"lora_alpha": None}, "lora_alpha=None: allowed is a number > 0, at most 1e+09"),
     "no targets": ([], {"target_modules": None}, "target_modules=None: allowed is a pattern"),
     "odd pattern": ([], {"rank_pattern": [1]}, "rank_pattern=[1]: allowed is names with ints"),
     "odd modules": ([], {"modules_to_save": [["x"]]}, "allowed is a list of names"),
@@ -122,7 +154,7 @@ def test_the_command_asks_for_the_smallest_rank_that_fits(
 
 @pytest.mark.parametrize("changes", [{"r": None}, {"r": 0}, {"r": "8"}])
 def test_no_command_for_an_adapter_without_a_rank(changes: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match=r"Cannot serve.*\n.*r=.*an int ≥ 1"):
+    with pytest.raises(AdapterError, match=r"Cannot serve.*\n.*r=.*an int from 1"):
         vllm_command(write_adapter(tmp_path, **changes), "owner/base")
 
 

@@ -330,3 +330,48 @@ def test_an_untied_copy_of_a_tied_head_is_not_saved(tmp_path: Path) -> None:
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     with pytest.raises(ModelError, match=r"lm_head.weight is not a tensor"):
         save_decoder(model, tmp_path)
+
+
+def shard(folder: Path) -> list[Path]:
+    """Save the model of `folder` again in at least two shards; return them."""
+    model = load_decoder(folder)
+    save_decoder(model, folder, max_shard_bytes=20_000)
+    return sorted(folder.glob("*-of-*.safetensors"))
+
+
+def test_shards_without_an_index_are_loaded(folder: Path) -> None:
+    expected = build_tiny()
+    assert len(shard(folder)) > 1
+    (folder / INDEX).unlink()
+    assert_same(load_decoder(folder), expected)
+
+
+def test_a_missing_shard_is_named_without_an_index(folder: Path) -> None:
+    shards = shard(folder)
+    (folder / INDEX).unlink()
+    shards[1].unlink()
+    told = failure(folder)
+    assert f"no {INDEX}" in told
+    assert f"{shards[1].name} is missing" in told
+
+
+def test_a_tensor_in_two_shards_is_refused(folder: Path) -> None:
+    first, second = shard(folder)[:2]
+    twice = {"model.norm.weight": torch.ones(32)}
+    for path in (first, second):
+        save_file({**load_file(path), **twice}, path)
+    told = failure(folder)
+    assert f"model.norm.weight is in {first.name} and in {second.name}" in told
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_an_error_and_no_crash(folder: Path) -> None:
+    from contextlib import ExitStack
+
+    from lora.pretrained.hf_files import open_tensors
+
+    with ExitStack() as files:
+        tensors = open_tensors(folder, files)
+        path = folder / WEIGHTS
+        os.truncate(path, path.stat().st_size // 2)
+        with pytest.raises(ModelError, match=r"bytes when it was opened and has .* now"):
+            tensors["model.norm.weight"].tensor()

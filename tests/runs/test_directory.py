@@ -116,6 +116,31 @@ def test_a_run_in_use_is_refused_and_free_again_when_its_process_dies(tmp_path: 
     create_run(tmp_path, "run", resume=True).close()
 
 
+@pytest.mark.parametrize("name", ["samples.jsonl", ".lock", "checkpoints", "adapter/x"])
+def test_links_in_a_stranger_s_run_are_never_written_through(tmp_path: Path, name: str) -> None:
+    with create_run(tmp_path, "run", record=RunRecord(model="tiny")) as run:
+        (run.folder / "adapter").mkdir()
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    link = tmp_path / "run" / name
+    link.unlink(missing_ok=True)
+    link.symlink_to(mine)
+    with pytest.raises(CheckpointError, match=f"{name} is a symbolic link to .*mine"):
+        create_run(tmp_path, "run", resume=True)
+    assert mine.read_text() == "mine"
+
+
+def test_a_link_that_appears_during_the_run_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    told: list[str] = []
+    with create_run(tmp_path, "run") as run:
+        run.on_trouble = told.append
+        (run.folder / "metrics.jsonl").symlink_to(tmp_path / "mine")
+        run.append_metrics(MetricsRow(1, loss=1.0))
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert "symbolic link is in the way" in told[0]
+
+
 def test_resuming_what_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="this directory does not exist"):
         create_run(tmp_path, "run", resume=True)

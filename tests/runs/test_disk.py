@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora.errors import CheckpointError
-from lora.runs.disk import atomic_write, read_json, read_rows
+from lora.runs.disk import atomic_write, disk_error, read_json, read_rows
 
 
 def test_atomic_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -38,6 +38,18 @@ def test_atomic_write_keeps_the_former_file_when_the_disk_refuses(
         atomic_write(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError("the library's own words.\nand more"), "the library's own words"),
+        (OSError(), "OSError"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_the_reason_of_a_refused_write_is_never_none(error: OSError, reason: str) -> None:
+    assert f"Cannot write x: {reason}. " in str(disk_error(Path("x"), error))
 
 
 def test_a_last_line_cut_short_is_left_out_and_a_damaged_one_named(tmp_path: Path) -> None:
