@@ -96,7 +96,11 @@ FAULTS: dict[str, tuple[list[str], dict[str, Any], str]] = {
     "rank": ([], {"r": 600}, "rank 600: at most 512"),
     "no rank": ([], {"r": None}, "r=None: allowed is an int from 1 to 65536. Save"),
     "rank of a wrong type": ([], {"r": True}, "r=True: allowed is an int"),
-    "no alpha": ([], {"lora_alpha": None}, "lora_alpha=None: allowed is a number > 0, at most 1e+09"),
+    "no alpha": (
+        [],
+        {"lora_alpha": None},
+        "lora_alpha=None: allowed is a number > 0, at most 1e+09",
+    ),
     "no targets": ([], {"target_modules": None}, "target_modules=None: allowed is a pattern"),
     "odd pattern": ([], {"rank_pattern": [1]}, "rank_pattern=[1]: allowed is names with ints"),
     "odd modules": ([], {"modules_to_save": [["x"]]}, "allowed is a list of names"),
