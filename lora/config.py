@@ -216,7 +216,11 @@ class DataConfig:
     max_eval_examples: int = 200
     """Maximum number of examples split off for validation."""
     chat_template: Path | None = None
-    """Jinja chat template file to use instead of the model's own."""
+    """Jinja chat template file to use instead of the model's own, or smollm2-tools: the default
+    model's format with tools and reasoning."""
+    allow_dropped_fields: bool = False
+    """Learn conversations without the tools, tool calls or reasoning that the chat template has no
+    place for, and count them, instead of refusing the data."""
     special_tokens: tuple[str, ...] = ()
     """Special tokens to add to the vocabulary, comma-separated. Their rows of the embedding and the
     output head are trained (trainable_token_indices), also those of tokens that exist already."""
@@ -228,7 +232,9 @@ class DataConfig:
         in_range = _is_number(self.eval_fraction) and 0 <= self.eval_fraction < 1
         faults += _check(in_range, "eval_fraction", self.eval_fraction, "≥ 0 and < 1")
         faults += _check_counts(self, 1, "max_eval_examples")
-        faults += _check(isinstance(self.packing, bool), "packing", self.packing, "true or false")
+        for name in ("packing", "allow_dropped_fields"):
+            value = getattr(self, name)
+            faults += _check(isinstance(value, bool), name, value, "true or false")
         faults += _check_choice("learn_on", self.learn_on, LearnOn)
         faults += _check_choice("long_examples", self.long_examples, LongExamples)
         _raise_if(faults, self)

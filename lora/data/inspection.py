@@ -110,6 +110,7 @@ def _shorten(text: str) -> str:
 def _count_tokens(report: DataReport, encoded: EncodedExamples, tokenizer: TextTokenizer) -> None:
     documents, lengths = encoded.documents, encoded.lengths
     report.counts = encoded.counts
+    report.dropped_fields = encoded.dropped_fields
     report.n_learned_tokens = documents.n_target_tokens
     report.n_ignored_tokens = len(documents.ids) - report.n_learned_tokens
     values = np.quantile(lengths, [0, 0.5, 0.95, 1], method="nearest").tolist()
@@ -197,6 +198,11 @@ def _warn(report: DataReport) -> None:
         "never comes next": not count
         for token, count in report.special_tokens.items()
     }
+    if report.dropped_fields:
+        named = ", ".join(f"{name} ({count:,})" for name, count in report.dropped_fields.items())
+        report.warnings.append(
+            f"lost, because the chat template has no place for them: {_shorten(named)}"
+        )
     report.warnings += [warning for warning, is_so in found.items() if is_so]
     if 0 < n_cut <= _MANY * n:
         report.notes.append(long)

@@ -58,6 +58,8 @@ class DataReport:
     n_empty_answers: int = 0
     unused_columns: dict[str, int] = field(default_factory=dict)
     """Number of rows by column that has a value and is not used."""
+    dropped_fields: dict[str, int] = field(default_factory=dict)
+    """Number by name of the fields that the chat template has no place for."""
     n_flagged: int = 0
     """Examples in which a loss flag turns an answer into context."""
     special_tokens: dict[str, int] = field(default_factory=dict)

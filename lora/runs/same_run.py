@@ -39,7 +39,9 @@ def check_same_run(former: RunRecord, now: RunRecord, directory: Path) -> None:
     faults = [
         f"{name}: {before.get(name, 'not set')} then, {after.get(name, 'not set')} now"
         for name in sorted(before.keys() | after.keys())
-        if _is_fixed(name) and before.get(name) != after.get(name)
+        if _is_fixed(name)
+        and before.get(name) != after.get(name)
+        and not _is_new(name, before, after)
     ]
     faults = [_with_data(fault, before, after) for fault in faults]
     steps_before, steps_now = before.get("train.steps", 0), after.get("train.steps", 0)
@@ -90,6 +92,11 @@ def _is_fixed(name: str) -> bool:
     if name.startswith("data."):
         return name in FINGERPRINTS
     return name.split(".")[0] in FIXED and name not in FREE
+
+
+def _is_new(name: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Return whether a setting came after the former run was made, and is off, as it was then."""
+    return name not in before and after[name] in (False, None, [])
 
 
 def _flatten(record: RunRecord) -> dict[str, Any]:

@@ -28,6 +28,7 @@ FORMER = RunRecord(
         {"train": {"steps": 20, "micro_batches": 2, "batch_size": 8}},
         {"data": DataRecord(source="moved.jsonl", fingerprint="dd")},
         {"run": {"eval_every_steps": 2}},
+        {"data_config": {"a_later_flag": False, "a_later_file": None}},
         {"lora": {"rank": 8, "targets": ("q_proj",)}},
     ],
 )
@@ -41,6 +42,7 @@ def test_what_may_change(change: dict[str, Any]) -> None:
         ({"lora": {"rank": 4, "targets": ["q_proj"]}}, r"lora\.rank: 8 then, 4 now"),
         ({"lora": None}, r"lora\.rank: 8 then, not set now"),
         ({"data": DataRecord(fingerprint="ee")}, r"data\.fingerprint: dd then, ee now"),
+        ({"data_config": {"a_later_flag": True}}, r"data_config\.a_later_flag: not set then, True"),
         ({"base_fingerprint": "bb"}, "base_fingerprint: aa then, bb now"),
         ({"learning_rate": 1e-4}, "learning_rate"),
         ({"train": {"steps": 5, "micro_batches": 1, "batch_size": 8}}, "10 then, 5 now: fewer"),

@@ -30,12 +30,15 @@ PLAIN_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{- '### Response:\\n' -}}{%- endif -%}
 """
 """Chat template for models without one of their own."""
+SHIPPED_TEMPLATES = {"smollm2-tools": "named SmolLM, trained by Hugging Face"}
+"""Templates that come with the package, by name: for models whose own template has this text."""
 
 
 def choose_template(tokenizer: TextTokenizer, path: Path | None) -> tuple[TextTokenizer, str]:
     """Return the tokenizer with the chosen template, and a description of the template's origin.
 
-    The file `path` takes precedence over the model's own template. A model without one gets
+    `path`, a file or one of SHIPPED_TEMPLATES, takes precedence over the model's own template. A
+    model without one gets
     PLAIN_TEMPLATE; save the returned tokenizer with the model, so that it is prompted as it was
     trained.
 
@@ -53,6 +56,12 @@ def choose_template(tokenizer: TextTokenizer, path: Path | None) -> tuple[TextTo
     return _with_template(
         tokenizer, source
     ), "the plain format, because the model has no chat template"
+
+
+def find_shipped_template(tokenizer: TextTokenizer) -> str | None:
+    """Return the name of a template with tools that comes with the package for this model."""
+    own = tokenizer.chat_template or ""
+    return next((name for name, marker in SHIPPED_TEMPLATES.items() if marker in own), None)
 
 
 def compile_template(tokenizer: TextTokenizer, now: datetime | None = None) -> ChatTemplate:
@@ -91,6 +100,8 @@ def _with_template(tokenizer: TextTokenizer, source: str) -> TextTokenizer:
 
 
 def _read_template(path: Path) -> str:
+    if str(path) in SHIPPED_TEMPLATES and not path.exists():
+        path = Path(__file__).with_name("templates") / f"{path}.jinja"
     try:
         with path.open("rb") as file:
             data = file.read(MAX_TEMPLATE_BYTES + 1)

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
+from lora.data.chat.dropped_fields import DroppedFieldFinder
 from lora.data.chat.template import ChatTemplate
 from lora.data.chat.template_workers import Worker, WorkerRenderer
 from lora.data.chat.turns import ConversationTexts, SpannedText, render_example
@@ -24,6 +25,7 @@ class ConversationRenderer:
 
     def __init__(self, template: ChatTemplate | None, *, whole: bool) -> None:
         self._template, self._whole = template, whole
+        self._finder = DroppedFieldFinder()
         self._worker: Worker | None = None
         self._sent: deque[Example] = deque()
         self._leases = ExitStack()
@@ -66,7 +68,7 @@ class ConversationRenderer:
         if self._template is None:
             raise DataError("Cannot render a conversation: there is no chat template.")
         if not self._sent or self._sent[0] is not example or self._worker is None:
-            return render_example(self._template, example, whole=self._whole)
+            return render_example(self._template, example, self._finder, whole=self._whole)
         self._sent.popleft()
         return _from_json(self._worker.answer())
 

@@ -26,7 +26,8 @@ MAX_TEMPLATE_BYTES = 256 * 1024
 
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # noncharacters, which Unicode reserves for internal use
 _MARKS = re.compile(f"[{_BEGIN}{_END}]")
-_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""Keys of a message that hold its reasoning."""
 
 
 class ChatTemplate:
@@ -132,9 +133,9 @@ class ChatTemplate:
 
 def _with_reasoning(message: Message) -> Message:
     """Return the message with its reasoning under both names that templates use."""
-    if message.keys().isdisjoint(_REASONING_KEYS):
+    if message.keys().isdisjoint(REASONING_KEYS):
         return message
-    known = [message[key] for key in _REASONING_KEYS if message.get(key) is not None]
+    known = [message[key] for key in REASONING_KEYS if message.get(key) is not None]
     if not known:
         return message
     return {"thinking": known[0], **message, "reasoning_content": known[0]}

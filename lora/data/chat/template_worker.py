@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from lora.data.chat import template_environment
+from lora.data.chat.dropped_fields import DroppedFieldFinder
 from lora.data.chat.template import ChatTemplate
 from lora.data.chat.template_renderer import LocalRenderer, TemplateLimitError, TemplateSource
 from lora.data.chat.turns import render_example
@@ -44,6 +45,7 @@ class _Worker:
 
     def __init__(self) -> None:
         self._renderer: _LimitedRenderer | None = None
+        self._finder = DroppedFieldFinder()
 
     def answers(self, kind: str, limits_s: tuple[float, float], request: Any) -> Iterator[Answer]:
         """Yield the answers to one request; `limits_s` are a rendering's and a conversation's."""
@@ -63,7 +65,7 @@ class _Worker:
 
     def _load(self, source: TemplateSource) -> Answer:
         self._renderer = None  # the former one's memory is free before
-        self._renderer = _LimitedRenderer(source)
+        self._renderer, self._finder = _LimitedRenderer(source), DroppedFieldFinder()
         return {}
 
     def _render(self, request: tuple[dict[str, Any], str, str]) -> Answer:
@@ -72,7 +74,8 @@ class _Worker:
 
     def _converse(self, example: Example, request: dict[str, Any]) -> Answer:
         template = ChatTemplate(**request["template"], renderer=self._renderer)
-        return dataclasses.asdict(render_example(template, example, whole=request["whole"]))
+        texts = render_example(template, example, self._finder, whole=request["whole"])
+        return dataclasses.asdict(texts)
 
 
 def _answer(work: Any, *arguments: Any) -> Answer:

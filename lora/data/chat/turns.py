@@ -16,6 +16,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from lora.data.chat.dropped_fields import (
+    DroppedFieldFinder,
+    name_dropped,
+    without_emptied_answers,
+)
 from lora.data.chat.template import ChatTemplate, Span
 from lora.data.chat.template_renderer import TemplateLimitError
 from lora.data.reading.formats import Example
@@ -41,6 +46,8 @@ class ConversationTexts:
     texts: list[SpannedText] = field(default_factory=list)
     n_lost_turns: int = 0
     """Assistant turns that could not be located in any text, and are not trained on."""
+    dropped: list[str] = field(default_factory=list)
+    """Names of the fields that the template has no place for, one for each that is lost."""
 
 
 def render_conversation(template: ChatTemplate, example: Example) -> ConversationTexts:
@@ -71,13 +78,26 @@ def render_conversation(template: ChatTemplate, example: Example) -> Conversatio
     return found
 
 
-def render_example(template: ChatTemplate, example: Example, *, whole: bool) -> ConversationTexts:
-    """Return the texts of a conversation; `whole`: its whole text, without spans."""
-    if not whole:
-        return render_conversation(template, example)
-    tools, documents = example.tools, example.documents
-    text = template.render(example.messages or (), tools=tools, documents=documents)
-    return ConversationTexts([SpannedText(text, [])])
+def render_example(
+    template: ChatTemplate, example: Example, finder: DroppedFieldFinder, *, whole: bool
+) -> ConversationTexts:
+    """Return the texts of a conversation; `whole`: its whole text, without spans.
+
+    Answers that are empty without the fields that the template drops are left out; there is no text
+    if nothing else is in the conversation.
+    """
+    dropped = finder.find(template, example, whole=whole)
+    names = name_dropped(example, dropped)
+    example = without_emptied_answers(example, dropped)
+    if not example.messages:
+        return ConversationTexts(dropped=names)
+    if whole:
+        tools, documents = example.tools, example.documents
+        text = template.render(example.messages, tools=tools, documents=documents)
+        return ConversationTexts([SpannedText(text, [])], dropped=names)
+    found = render_conversation(template, example)
+    found.dropped = names
+    return found
 
 
 def _take_marks(template: ChatTemplate, example: Example) -> ConversationTexts:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,8 +20,9 @@ import numpy as np
 from tokenizers import Encoding
 
 from lora.config import DataConfig
-from lora.data.chat.choose_template import begin_ids, compile_template
+from lora.data.chat.choose_template import begin_ids, compile_template, find_shipped_template
 from lora.data.chat.conversations import ConversationRenderer
+from lora.data.chat.dropped_fields import refuse_dropped
 from lora.data.chat.template import Span
 from lora.data.chat.template_renderer import TemplateLimitError
 from lora.data.chat.turns import SpannedText
@@ -109,6 +111,7 @@ class _Encoder:
             for name in ("kept", "truncated", "split", "dropped")
         }
         self._n_cut_tokens = self._n_lost_turns = 0
+        self._dropped_fields = Counter[str]()
 
     def add_all(self, examples: Sequence[Example]) -> None:
         has_spans = not self._all_are_targets and any(example.text is None for example in examples)
@@ -147,7 +150,8 @@ class _Encoder:
             n_nothing_to_learn=int((~outcomes["kept"] & ~dropped).sum()),
             n_lost_turns=self._n_lost_turns,
         )
-        return EncodedExamples(self._builder.build(), counts, self._lengths)
+        dropped_fields = dict(self._dropped_fields)
+        return EncodedExamples(self._builder.build(), counts, self._lengths, dropped_fields)
 
     def _find_texts(self, number: int, example: Example) -> list[_Text]:
         if example.is_context:
@@ -174,6 +178,9 @@ class _Encoder:
                 f"{flags} turns off a part of it, but learn_on='all' trains on every token: "
                 "set learn_on to 'assistant'"
             )
+        if found.dropped and not self._config.allow_dropped_fields:
+            raise refuse_dropped(found.dropped, find_shipped_template(self._tokenizer))
+        self._dropped_fields.update(found.dropped)
         self._n_lost_turns += found.n_lost_turns
         return found.texts
 

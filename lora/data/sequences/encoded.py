@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,8 @@ class EncodedExamples:
     counts: EncodingCounts
     lengths: NDArray[np.int64]
     """Tokens of each example, before anything was cut, (n_examples,)."""
+    dropped_fields: dict[str, int] = field(default_factory=dict)
+    """Number by name of the fields that the chat template has no place for."""
 
 
 def check_has_targets(encoded: EncodedExamples, learn_on: str) -> None:

@@ -125,13 +125,15 @@ def test_a_worker_changes_no_token(
     monkeypatch: pytest.MonkeyPatch,
     learn_on: Any,
 ) -> None:
-    examples, config = read_examples(ROWS), DataConfig(learn_on=learn_on)
+    examples = read_examples(ROWS)
+    config = DataConfig(learn_on=learn_on, allow_dropped_fields=True)
     tokenizers = [dataclasses.replace(tokenizer, chat_template=t) for t in templates.values()]
     isolated = [encode_examples(examples, chosen, config) for chosen in tokenizers]
     monkeypatch.setattr(template_workers, "_HAS_LIMITS", False)
     for chosen, found in zip(tokenizers, isolated, strict=True):
         here = encode_examples(examples, chosen, config)
         assert here.counts == found.counts
+        assert here.dropped_fields == found.dropped_fields
         for mine, theirs in zip(
             dataclasses.astuple(here.documents), dataclasses.astuple(found.documents), strict=True
         ):
