@@ -81,7 +81,16 @@ def test_the_layers_are_compared_with_the_base(
         ({}, None),
         ({"num_hidden_layers": 1}, r"model\.layers\.1\.\S+ and 6 more: .*base has no such layer"),
         ({"hidden_size": 64, "head_dim": 16}, r"q_proj.lora_A.weight is for 32 inputs, .* has 64"),
-        ({"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4}, "and 13 more: "),
+        (
+            {
+                "model_type": "gpt2",
+                "n_embd": 32,
+                "n_layer": 2,
+                "n_head": 4,
+                "num_key_value_heads": 4,
+            },
+            "and 13 more: ",
+        ),
     ):
         (base / "config.json").write_text(json.dumps({**CONFIG, **change}))
         faults = check_adapter_for_vllm(tmp_path / "adapter", find_base(tmp_path / "adapter"))
