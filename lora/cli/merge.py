@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from lora.cli.flags.from_fields import DEVICE
+from lora.cli.flags.from_fields import DEVICE, OUTPUT
 from lora.cli.flags.shared import Model, Overwrite, input_paths
 from lora.inference.loading import checked_ids, load_model
 from lora.runs.outputs import OutputPath
 
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    Parameter(
+        group=OUTPUT, help="Dtype of the written weights. Default: each tensor's in the base."
+    ),
+]
 MergeDevice = Annotated[str, Parameter(group=DEVICE, help="Device that computes the merge.")]
-
-MODEL_FILES = (
-    *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*chat_template*"),
-    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "LICENSE*", "NOTICE*"),
-)
-"""What a merged model's directory may hold for --overwrite to replace it."""
 
 
 def merge(
@@ -27,6 +26,7 @@ def merge(
     out: Path,
     *,
     model: Model = None,
+    dtype: Dtype = None,
     device: MergeDevice = "cpu",
     overwrite: Overwrite = False,
 ) -> int:
@@ -36,6 +36,8 @@ def merge(
 
         lora merge runs/orders/adapter merged
 
+    The base's generation settings, tokenizer settings and chat templates are kept.
+
     Parameters
     ----------
     adapter
@@ -43,18 +45,26 @@ def merge(
     out
         Directory for the merged model: a new or empty one.
     """
-    from lora.adapters.merge import merge_lora
-    from lora.pretrained.hf_weights import save_decoder
+    from lora.data.tokenizers.subword import load_tokenizer
+    from lora.export.merged import write_merged
+    from lora.pretrained.model_files import MODEL_FILES
 
     inputs = input_paths(model, adapter)
     output = OutputPath(out, inputs, overwrite, is_directory=True, replaceable=MODEL_FILES)
     with output.building() as part:
         loaded = load_model(model, adapter, device)
-        report = merge_lora(loaded.model, checked_ids(loaded))
-        save_decoder(loaded.model, part)
-        loaded.tokenizer.save(part)
+        base = loaded.source.folder
+        has_tokenizer = (adapter / "tokenizer.json").is_file()
+        merged = write_merged(
+            loaded.model,
+            checked_ids(loaded),
+            base=base,
+            tokenizer=load_tokenizer(adapter if has_tokenizer else base),
+            folder=part,
+            dtype=dtype,
+        )
     print(
-        f"merged {report.layers} layers into {out}; logits differ by "
-        f"{report.relative_error:.1e} (allowed {report.tolerance:.0e})"
+        f"merged {merged.merge.layers} layers into {out} ({', '.join(merged.dtypes)}); logits "
+        f"differ by {merged.relative_error:.1e} (allowed {merged.tolerance:.0e})"
     )
     return 0

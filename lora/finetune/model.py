@@ -18,6 +18,7 @@ from lora.device import DeviceChoice
 from lora.errors import CheckpointError
 from lora.finetune.job import FinetuneJob
 from lora.pretrained.hf_weights import load_decoder, save_decoder
+from lora.pretrained.model_files import save_tokenizer_files
 from lora.pretrained.sources import ModelSource
 from lora.runs.directory import Run
 from lora.runs.progress import Progress
@@ -72,7 +73,11 @@ def save_model(
             save_decoder(model, directory)
         else:
             save_adapter(model, directory, base_name=source.reference)
-        tokenizer.save(directory)  # with the chat template of the training data
+        # With the chat template of the training data.
+        if job.is_full:
+            save_tokenizer_files(tokenizer, source.folder, directory)
+        else:
+            tokenizer.save(directory)
         return directory
 
     try:

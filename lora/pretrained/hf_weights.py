@@ -30,7 +30,12 @@ MAX_SHARD_BYTES = 4 * 2**30
 """Largest size of a shard, unless one tensor alone is larger."""
 
 _HEAD = "lm_head.weight"
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+_FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 _NO_PARAMETERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias)")
 """Tables in older files that are computed here: rotary frequencies, causal masks."""
 
@@ -142,10 +147,27 @@ def _check_tied_head(model: Decoder, source: Mapping[str, StoredTensor], folder:
         )
 
 
+def read_stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """Return the dtype of each parameter in the files of the decoder in `folder`.
+
+    Raises ModelError as `load_decoder` does.
+    """
+    model = build_empty_decoder(decoder_config(read_config(folder)))
+    with ExitStack() as files:
+        stored = _match_names(model, open_tensors(folder, files), folder)
+        return {name: _FLOATS[tensor.dtype] for name, tensor in stored.items()}
+
+
 def save_decoder(
-    model: Decoder, folder: Path | str, *, max_shard_bytes: int = MAX_SHARD_BYTES
+    model: Decoder,
+    folder: Path | str,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> None:
     """Write `model` into `folder` as config.json and safetensors that transformers loads.
+
+    `dtypes` are those of the file, by parameter; None writes each as it is.
 
     A tied head is written once. Every file is written under a temporary name and then renamed, so
     a folder can be overwritten while a model is memory-mapped from it. Raises ModelError if
@@ -156,7 +178,7 @@ def save_decoder(
     tensors = _tensors_to_save(model)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_decoder(model, tensors, folder, max_shard_bytes)
+        _write_decoder(model, tensors, folder, max_shard_bytes, dtypes or {})
     except OSError as error:
         for part in folder.glob(".*.part"):
             part.unlink(missing_ok=True)
@@ -164,25 +186,35 @@ def save_decoder(
 
 
 def _write_decoder(
-    model: Decoder, tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int
+    model: Decoder,
+    tensors: dict[str, Tensor],
+    folder: Path,
+    max_shard_bytes: int,
+    dtypes: Mapping[str, torch.dtype],
 ) -> None:
-    shards = _split(tensors, max_shard_bytes)
+    kinds = {name: dtypes.get(name, tensor.dtype) for name, tensor in tensors.items()}
+    sizes = {name: tensor.numel() * kinds[name].itemsize for name, tensor in tensors.items()}
+    shards = _split(sizes, max_shard_bytes)
     n = len(shards)
     names = [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)] if n > 1 else [SINGLE]
     for file_name, shard in zip(names, shards, strict=True):
-        ready = {name: _file_layout(model.config, name, tensors[name]) for name in shard}
+        ready = {
+            name: _file_layout(model.config, name, tensors[name].to(kinds[name])) for name in shard
+        }
         temporary = folder / f".{file_name}.part"
         write_tensors(temporary, ready, {"format": "pt"})
         os.replace(temporary, folder / file_name)
     if n > 1:
-        total = sum(tensor.nbytes for tensor in tensors.values())
+        total = sum(sizes.values())
         weight_map = {
             name: file for file, shard in zip(names, shards, strict=True) for name in shard
         }
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     # A file of the other layout, left by an earlier save, would be loaded instead of this one.
     (folder / (SINGLE if n > 1 else INDEX)).unlink(missing_ok=True)
-    _write_json(folder / "config.json", _config_to_save(model))
+    found = list(kinds.values())
+    usual = max(dict.fromkeys(found), key=found.count)
+    _write_json(folder / "config.json", _config_to_save(model, usual))
 
 
 def _tensors_to_save(model: Decoder) -> dict[str, Tensor]:
@@ -201,16 +233,16 @@ def _tensors_to_save(model: Decoder) -> dict[str, Tensor]:
     return tensors
 
 
-def _split(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[str]]:
+def _split(sizes_bytes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
     """Return the names in order, cut into shards of at most `max_shard_bytes` where possible."""
     shards: list[list[str]] = [[]]
     filled_bytes = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled_bytes + tensor.nbytes > max_shard_bytes:
+    for name, n_bytes in sizes_bytes.items():
+        if shards[-1] and filled_bytes + n_bytes > max_shard_bytes:
             shards.append([])
             filled_bytes = 0
         shards[-1].append(name)
-        filled_bytes += tensor.nbytes
+        filled_bytes += n_bytes
     return shards
 
 
@@ -218,8 +250,8 @@ def _file_layout(config: DecoderConfig, name: str, tensor: Tensor) -> Tensor:
     return (tensor.T if config.is_transposed_in_files(name) else tensor).contiguous()
 
 
-def _config_to_save(model: Decoder) -> dict[str, Any]:
-    kind = str(next(model.parameters()).dtype).removeprefix("torch.")
+def _config_to_save(model: Decoder, dtype: torch.dtype) -> dict[str, Any]:
+    kind = str(dtype).removeprefix("torch.")
     config = {name: value for name, value in model.config.source.items() if name != "dtype"}
     architecture = FAMILIES[model.config.family].architecture
     return {**config, "architectures": [architecture], "torch_dtype": kind}
