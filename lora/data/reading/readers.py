@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lora.data.reading.cells import kind_of
+from lora.data.reading.faults import Faults, decode_file
 from lora.data.reading.formats import Example, example_from_file, example_from_row
-from lora.data.reading.tables import TABLE_READERS, Faults, decode_file, without_nulls
+from lora.data.reading.tables import TABLE_READERS, without_nulls
 from lora.errors import DataError, DataNotFoundError, did_you_mean
 
 Source = str | Path | Iterable[Mapping[str, Any]]
@@ -91,6 +92,11 @@ def _find_files(path: Path, on_message: OnMessage) -> list[Path]:
     allowed = TABLE_SUFFIXES + TEXT_SUFFIXES
     if path.is_dir():
         return _find_in_folder(path, on_message)
+    if path.exists() and not path.is_file():
+        raise DataError(
+            f"Cannot read examples from {path}: it is a pipe or a device, and the suffix of a file "
+            f"tells its format. Write it to a file first. Allowed: {' '.join(allowed)}."
+        )
     if not path.is_file():
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = did_you_mean(path.name, names)

@@ -26,8 +26,8 @@ from lora.data.chat.dropped_fields import refuse_dropped
 from lora.data.chat.template import Span
 from lora.data.chat.template_renderer import TemplateLimitError
 from lora.data.chat.turns import SpannedText
+from lora.data.reading.faults import Faults
 from lora.data.reading.formats import Example
-from lora.data.reading.tables import Faults
 from lora.data.sequences.documents import DocumentsBuilder
 from lora.data.sequences.encoded import EncodedExamples, EncodingCounts
 from lora.data.sequences.long_texts import PIECE_CHARACTERS, Ids, Mask, SequenceCutter, cut_text

@@ -192,7 +192,7 @@ def test_reading_stops_when_everything_is_wrong() -> None:
         (
             "a.json",
             b'[{"text": "a"}]\n[{"text": "b"}]',
-            r"a\.json:1: not JSON: there is more text after",
+            r"a\.json:2: not JSON: there is more text after",
         ),
         ("a.json", b'{"data": [{"text": "a"}],\n"n": 1', r"a\.json:2: not JSON: .* at character 7"),
         ("a.json", b'{"data": [{"text": "a"}], "train": []}', "two lists of rows, data and train"),
