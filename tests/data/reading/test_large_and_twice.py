@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,12 @@ LIMIT = 2000
 
 
 @pytest.fixture
-def small_limit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the largest example one of 2,000 characters, and pieces of files 64."""
     for module in (faults, json_rows, tables):
         monkeypatch.setattr(module, "MAX_EXAMPLE_CHARACTERS", LIMIT)
     monkeypatch.setattr(json_rows, "_PIECE_CHARACTERS", 64)
     monkeypatch.setattr(tables, "_MAX_BATCH_BYTES", 4 * LIMIT)
-    yield
 
 
 def write(path: Path, content: str | bytes) -> Path:
