@@ -21,7 +21,7 @@ names the path. A disk that refuses a write is a CheckpointError, whose message 
 
 A message says, in this order: what failed, what was seen, what is allowed (nearest match first),
 what to do. The command line prints it without a traceback and exits with 2; after a signal with
-130 or 143.
+129, 130 or 143.
 """
 
 from __future__ import annotations

@@ -115,7 +115,8 @@ class Run:
                 atomic_write(path, "".join(map(_line, rows)).encode())
 
     def close(self) -> None:
-        """Release the lock, so that another process can use the directory."""
+        """Write the rows that wait, and release the lock: another process can use the directory."""
+        self._write_last_rows()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -125,6 +126,16 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _write_last_rows(self) -> None:
+        """Write what a disk without room has kept in memory; report what it still refuses."""
+        for name, rows in self._waiting.items():
+            try:
+                self._write_waiting(name)
+            except OSError as error:
+                cause = disk_error(self.folder / name, error)
+                self.on_trouble(f"{cause} Its last {len(rows)} rows are lost.")
+                self._waiting[name] = []
 
     def _append(self, name: str, row: Any) -> None:
         had_trouble = any(self._waiting.values())

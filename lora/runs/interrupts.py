@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run stops after saving, at once after a second one; writing cleans up."""
+"""Ctrl-C, SIGTERM and SIGHUP: a run saves and stops, at once after a second; writing cleans up."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 
 from lora.errors import Interrupted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""SIGHUP comes when an ssh connection or a terminal is gone."""
 
 
 class StopRequests:
-    """Context manager that catches SIGINT and SIGTERM; `received` is the first signal, or None.
+    """Context manager that catches `SIGNALS`; `received` is the first signal, or None.
 
-    A second signal raises KeyboardInterrupt (SIGINT) or SystemExit(143) (SIGTERM) wherever the run
-    is. Outside the main thread, where Python allows no signal handlers, it does nothing.
+    A second signal raises KeyboardInterrupt (SIGINT) or SystemExit(128 + its number) wherever the
+    run is. A SIGHUP that is ignored, as under nohup, stays ignored. Outside the main thread, where Python allows no signal handlers, it does nothing.
     """
 
     def __init__(self, on_message: Callable[[str], None]) -> None:
@@ -34,7 +35,9 @@ class StopRequests:
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                self._former[number] = signal.signal(number, self._receive)
+                is_ignored = signal.getsignal(number) is signal.SIG_IGN
+                if not (is_ignored and number == signal.SIGHUP):
+                    self._former[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:

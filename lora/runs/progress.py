@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import time
-from typing import Protocol
+from typing import IO, Protocol, TextIO, cast
 
 # Control characters, and those that reverse the direction of the text after them.
 _CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -53,7 +54,7 @@ class RichProgress:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.console = Console(file=sys.stderr, highlight=False)
+        self.console = Console(file=log_stream(), highlight=False)
         self._title = title
         columns = [
             TextColumn("{task.description}"),
@@ -86,6 +87,44 @@ class RichProgress:
 
     def stop(self) -> None:
         self._bar.stop()
+
+
+class LogStream:
+    """A text stream that never raises: what cannot be written is lost, and the run goes on.
+
+    The disk of a log may be full, the reader of a pipe gone, the terminal closed. rich would end
+    the process with code 1 for some of these.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        """None: standard error was closed when Python started."""
+        self.encoding = (stream and stream.encoding) or "utf-8"
+
+    def write(self, text: str) -> int:
+        """Write `text`, or nothing; characters that the encoding lacks are written as escapes."""
+        if self._stream is not None:
+            known = text.encode(self.encoding, "backslashreplace").decode(self.encoding)
+            with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed meanwhile
+                self._stream.write(known)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        if self._stream is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._stream.flush()
+
+    def isatty(self) -> bool:
+        """Whether a person watches it: decides between a bar and lines."""
+        with contextlib.suppress(ValueError):
+            return self._stream is not None and self._stream.isatty()
+        return False
+
+
+def log_stream() -> IO[str]:
+    """Return standard error as a stream that never raises, for messages about a run."""
+    return cast(IO[str], LogStream(sys.stderr))
 
 
 def visible(text: str, is_ascii: bool = False) -> str:

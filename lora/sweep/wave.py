@@ -52,7 +52,10 @@ def train_wave(
     configs = [candidate.lora for candidate in plan.candidates]
     with stacked_adapters(context.model, configs, seeds) as stacked:
         wave = WaveLoop(context, record, plan, stacked)
-        wave.train(stop)
+        try:
+            wave.train(stop)
+        finally:
+            wave.close()
         return TrainedWave(
             members=wave.trained_members(),
             step=wave.step,

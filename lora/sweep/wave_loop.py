@@ -162,6 +162,11 @@ class WaveLoop:
         if self.saved_step != self.step:
             self._save()
 
+    def close(self) -> None:
+        """Write the rows that the candidates' runs still hold in memory."""
+        for member in self.members:
+            member.run.close()
+
     @property
     def is_over(self) -> bool:
         """Whether all candidates have reached the wave's last step, or all have failed."""

@@ -82,6 +82,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(whole, key=_age)
 
 
+def has_checkpoint(folder: Path, step: int) -> bool:
+    """Return whether `folder` has the complete checkpoint of `step`."""
+    return (folder / _name(step) / MANIFEST_FILE).is_file()
+
+
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the state of one checkpoint.
 

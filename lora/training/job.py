@@ -15,7 +15,12 @@ from lora.errors import CheckpointError
 from lora.runs.directory import Run
 from lora.runs.disk import reading
 from lora.runs.progress import NoProgress, Progress
-from lora.training.checkpoint import list_checkpoints, load_newest, save_checkpoint
+from lora.training.checkpoint import (
+    has_checkpoint,
+    list_checkpoints,
+    load_newest,
+    save_checkpoint,
+)
 from lora.training.out_of_memory import MemoryParts
 from lora.training.step_runner import StepRunner
 
@@ -89,6 +94,9 @@ class LoopState:
     skipped_steps: int = 0
     best_step: int | None = None
     """The step of the best evaluation whose checkpoint is on the disk; None: the start is best."""
+    best_saved_loss: float = math.inf
+    """The validation loss of `best_step`, or of the start: above `best_eval_loss` if the disk
+    refused the checkpoint of the best."""
     recent_losses: list[float] = field(default_factory=list)
     """Of the last steps, for spikes."""
     saved_step: int | None = None
@@ -107,8 +115,9 @@ def save_loop_state(job: TrainingJob, state: LoopState, *, is_best: bool = False
     `is_best`: the evaluation of this very step is the best so far, so its checkpoint is kept.
     """
     best_step = state.step if is_best else state.best_step
+    best_saved_loss = state.eval_loss if is_best else state.best_saved_loss
     position = {key: value for key, value in vars(state).items() if key not in _UNSAVED}
-    position["best_step"] = best_step
+    position |= {"best_step": best_step, "best_saved_loss": best_saved_loss}
     try:
         job.run.sync()
         save_checkpoint(
@@ -126,6 +135,7 @@ def save_loop_state(job: TrainingJob, state: LoopState, *, is_best: bool = False
         )
         return  # and the best checkpoint that is on the disk stays the best one
     state.saved_step, state.best_step = state.step, best_step
+    state.best_saved_loss = best_saved_loss
 
 
 def resume_loop_state(job: TrainingJob) -> LoopState:
@@ -140,10 +150,39 @@ def resume_loop_state(job: TrainingJob) -> LoopState:
         return LoopState()
     tensors, saved = load_newest(folder, job.progress.message)
     with reading(folder):
-        state = LoopState(**saved["position"])
+        state = _read_position(saved["position"])
         job.steps.restore(tensors, step=state.step)
         job.stream.load_state_dict(saved["stream"])
+    if state.step == 0:  # nothing was trained: its evaluation and its samples come again
+        job.run.cut_metrics_after(-1)
+        return LoopState()
+    if state.best_step is not None and not has_checkpoint(folder, state.best_step):
+        # Of a damaged newer one, which had pruned it: the next evaluation is the best on disk.
+        state.best_step, state.best_saved_loss = None, math.inf
     state.saved_step = state.step
+    # The patience of this process decides, not that of the one that stopped early.
+    patience = job.run_config.patience
+    state.stopped_early = bool(patience and state.evals_since_best >= patience)
     job.run.cut_metrics_after(state.step)
-    job.progress.message(f"resuming after step {state.step} of {job.train_config.steps}")
+    job.progress.message(_describe_resume(job, state))
     return state
+
+
+def _read_position(position: dict[str, Any]) -> LoopState:
+    """Return the state that a checkpoint's `position` holds; null is a field's default."""
+    state = LoopState(**{key: value for key, value in position.items() if value is not None})
+    if "best_saved_loss" not in position:  # of an older version
+        state.best_saved_loss = state.best_eval_loss
+    return state
+
+
+def _describe_resume(job: TrainingJob, state: LoopState) -> str:
+    total = job.train_config.steps
+    if state.step >= total:
+        return f"nothing to train: all {total} steps are done. Give more --steps to go on"
+    if state.stopped_early:
+        return (
+            f"nothing to train: no better loss in {state.evals_since_best} evaluations, stopped "
+            f"early at step {state.step}. Give a larger --patience, or --patience 0, to go on"
+        )
+    return f"resuming after step {state.step} of {total}"

@@ -36,8 +36,8 @@ SPIKE_DEVIATIONS, SPIKE_FRACTION = 6.0, 0.5
 def train(job: TrainingJob) -> TrainResult:
     """Changes `job.model` in place: run the job to its end, or from its newest checkpoint on.
 
-    Raises TrainingError if one step more than `run_config.skip_nonfinite` is not finite or memory
-    runs out, Interrupted after a signal (the state is saved), CheckpointError if none can be used.
+    Raises TrainingError if one step more than `run_config.skip_nonfinite` is not finite, if all
+    steps were skipped, or if memory runs out, Interrupted after a signal (the state is saved), CheckpointError if none can be used.
     """
     job.model.train()
     job.run.on_trouble = job.progress.message
@@ -52,6 +52,12 @@ def train(job: TrainingJob) -> TrainResult:
             _loop(job, state, stop)
     finally:
         job.progress.stop()
+    if 0 < state.step == state.skipped_steps:
+        raise TrainingError(
+            f"Cannot train: loss or gradient of all {state.step} steps were not finite, so nothing "
+            "was learned and no adapter is saved. Lower the learning rate, or look for damaged "
+            "examples; metrics.jsonl has the steps."
+        )
     if stop.received is not None and not _is_over(job, state):
         raise Interrupted(_describe_interruption(job, state, stop), stop.exit_code)
     return TrainResult(
@@ -101,7 +107,8 @@ def _loop(job: TrainingJob, state: LoopState, stop: StopRequests) -> None:
             state.marked_s = time.perf_counter()  # neither belongs to the next step's time
     for outcome in job.steps.finished(wait=True):  # of an interrupted run
         _record(job, state, outcome)
-    if state.step not in (state.saved_step, tried_step):
+    # At step 0 there is nothing to save: a resumed run begins again.
+    if state.step and state.step not in (state.saved_step, tried_step):
         save_loop_state(job, state)
 
 
@@ -127,7 +134,8 @@ def _describe_memory(job: TrainingJob, state: LoopState) -> str:
 def _describe_interruption(job: TrainingJob, state: LoopState, stop: StopRequests) -> str:
     name = stop.received.name if stop.received else ""
     saved_step, total = state.saved_step, job.train_config.steps
-    saved = "nothing could be saved" if saved_step is None else f"step {saved_step} is saved"
+    saved = "nothing could be saved" if state.step else "nothing was trained yet"
+    saved = saved if saved_step is None else f"step {saved_step} is saved"
     return (
         f"{name} stopped {job.run.folder} after step {state.step} of {total}; {saved}. Give "
         "--resume to go on."
@@ -190,7 +198,7 @@ def _skip(job: TrainingJob, state: LoopState, outcome: StepOutcome) -> None:
 
 
 def _evaluate(job: TrainingJob, state: LoopState) -> bool:
-    """Evaluate and record it; return whether this evaluation is the best of the run so far."""
+    """Evaluate and record it; return whether its checkpoint would be the best on the disk."""
     batches = iter(job.eval_batches())
     first = next(batches, None)
     if first is None:  # there are no validation data
@@ -218,4 +226,7 @@ def _evaluate(job: TrainingJob, state: LoopState) -> bool:
             f"no better loss in {patience} evaluations: stopping at step {state.step}"
         )
     job.on_eval(state.step)
-    return is_best
+    if state.step == 0:  # not saved: the model as it came
+        state.best_saved_loss = state.eval_loss
+    # After a save that the disk refused, one that is not the best of the run may be the best there.
+    return state.eval_loss < state.best_saved_loss

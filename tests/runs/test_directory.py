@@ -34,6 +34,26 @@ def test_rows_are_written_alike_and_cut_after_a_step(tmp_path: Path) -> None:
         assert (run.folder / "metrics.jsonl").read_bytes() == first
 
 
+def test_rows_that_waited_for_room_are_written_at_the_end(
+    tmp_path: Path,
+) -> None:
+    messages: list[str] = []
+    run = create_run(tmp_path, "run")
+    run.on_trouble = messages.append
+    away = run.folder.rename(tmp_path / "away")
+    run.append_metrics(MetricsRow(1))
+    run.append_timing(TimingRow(1, step_s=0.1))
+    away.rename(run.folder)
+    run.close()
+    assert [row.step for row in run.read_metrics()] == [1]
+    run = create_run(tmp_path, "other")
+    run.on_trouble = messages.append
+    run.folder.rename(tmp_path / "away")
+    run.append_metrics(MetricsRow(1))
+    run.close()
+    assert "Its last 1 rows are lost" in messages[-1]
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "../a"])
 def test_a_run_stays_in_the_folder_of_runs(tmp_path: Path, name: str) -> None:
     with pytest.raises(CheckpointError, match="the name of one directory"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +17,11 @@ from lora.adapters.apply import lora_layers
 from lora.config import RunConfig, TrainConfig
 from lora.data.sequences.blocks import BlockStream, ordered_blocks
 from lora.device import choose_device
-from lora.errors import CheckpointError, TrainingError
+from lora.errors import CheckpointError, Interrupted, TrainingError
 from lora.runs.directory import create_run
+from lora.runs.interrupts import SIGNALS
+from lora.runs.progress import NoProgress, Progress
+from lora.runs.read_record import read_metrics
 from lora.training.checkpoint import list_checkpoints, save_checkpoint
 from lora.training.job import TrainingJob, TrainResult
 from lora.training.plain_step import PlainStepRunner, evaluate, train_step
@@ -171,6 +176,7 @@ def train_with_losses(
     run_config: RunConfig,
     *,
     stop_at: int | None = None,
+    progress: Progress | None = None,
     resume: bool = False,
 ) -> list[str]:
     """Train 100 steps whose evaluation after step n is losses[n]; return the checkpoints' names."""
@@ -197,10 +203,11 @@ def train_with_losses(
             run_config=run_config,
             run=run,
             choice=CHOICE,
+            progress=progress or NoProgress(),
             on_eval=stop,
             resume=resume,
         )
-        with contextlib.suppress(Stopped):
+        with contextlib.suppress(Stopped, Interrupted):
             train(job)
     return [path.name for path in list_checkpoints(folder / "run" / "checkpoints")]
 
@@ -259,6 +266,117 @@ def test_the_best_stays_on_the_disk_when_a_better_one_cannot_be_saved(
     run_config = RunConfig(save_every_steps=10, eval_every_steps=30, keep_checkpoints=2)
     names = train_with_losses(tmp_path, {0: 5.0, 30: 2.0, 60: 1.0}, run_config)
     assert names == ["step-000030", "step-000090", "step-000100"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "refused", "kept"),
+    [
+        ({0: 5.0, 30: 1.0, 60: 2.0}, 30, (60, 90, 100)),  # else no best would be on the disk
+        ({0: 5.0, 30: 3.0, 60: 1.0, 90: 2.0}, 60, (90, 100)),  # better than 30, which is kept
+        ({0: 1.0, 30: 3.0}, 30, (90, 100)),
+    ],
+)
+def test_the_best_on_the_disk_follows_a_save_that_was_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    losses: dict[int, float],
+    refused: int,
+    kept: tuple[int, ...],
+) -> None:
+    def refuse(folder: Path, step: int, *arguments: object, **options: object) -> Path:
+        if step == refused:
+            raise CheckpointError("No space left on device.")
+        return save_checkpoint(folder, step, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("lora.training.job.save_checkpoint", refuse)
+    run_config = RunConfig(save_every_steps=10, eval_every_steps=30, keep_checkpoints=2)
+    names = train_with_losses(tmp_path, losses, run_config)
+    assert names == [f"step-{step:06d}" for step in kept]
+
+
+class Signalling(NoProgress):
+    """Sends a signal to this process at the first message or step that is asked for."""
+
+    def __init__(self, at: object = None, number: signal.Signals = signal.SIGTERM) -> None:
+        self.messages: list[str] = []
+        self._at, self._number = at, number
+
+    def message(self, message: str) -> None:
+        self.messages.append(message)
+        if isinstance(self._at, str) and message.startswith(self._at):
+            self._at = None
+            os.kill(os.getpid(), self._number)
+
+    def step(self, step: int, loss: float, tokens_per_s: float, memory_bytes: int) -> None:
+        if step == self._at:
+            os.kill(os.getpid(), self._number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_signal_between_evaluations_keeps_the_best(
+    tmp_path: Path, keep: int, number: signal.Signals
+) -> None:
+    losses, run_config = {0: 5.0, 10: 1.0, 20: 2.0}, RunConfig(keep_checkpoints=keep)
+    whole = train_with_losses(tmp_path / "whole", losses, run_config)
+    stopped = train_with_losses(tmp_path, losses, run_config, progress=Signalling(15, number))
+    assert stopped == ["step-000010", "step-000015"]
+    assert train_with_losses(tmp_path, losses, run_config, resume=True) == whole
+    assert whole[0] == "step-000010"
+
+
+def test_a_signal_in_the_first_evaluation_repeats_no_row(tmp_path: Path) -> None:
+    run_config = RunConfig(patience=1, eval_every_steps=50)
+    losses = {0: 5.0, 50: 4.0, 100: 3.0}
+    progress = Signalling("step 0: validation loss")
+    assert train_with_losses(tmp_path, losses, run_config, progress=progress) == []
+    names = train_with_losses(tmp_path, losses, run_config, resume=True)
+    assert names == ["step-000050", "step-000100"]
+    metrics = read_metrics(tmp_path / "run")
+    assert [row.step for row in metrics if row.eval_loss is not None] == [0, 50, 100]
+
+
+def test_another_patience_goes_on_after_an_early_stop(tmp_path: Path) -> None:
+    losses = {0: 5.0, 10: 1.0}
+    train_with_losses(tmp_path, losses, RunConfig(patience=2))
+    progress = Signalling()
+    same = train_with_losses(
+        tmp_path, losses, RunConfig(patience=2), resume=True, progress=progress
+    )
+    assert same[-1] == "step-000030"
+    assert any("nothing to train" in m and "--patience 0" in m for m in progress.messages)
+    names = train_with_losses(tmp_path, losses, RunConfig(patience=0), resume=True)
+    assert names == ["step-000010", "step-000090", "step-000100"]
+
+
+def test_the_best_that_a_damaged_checkpoint_had_pruned_names_nothing(tmp_path: Path) -> None:
+    every = RunConfig(save_every_steps=10, eval_every_steps=10, keep_checkpoints=2)
+    losses = {0: 5.0, 10: 3.0, 30: 1.0}
+    train_with_losses(tmp_path, losses, every, stop_at=40)
+    (tmp_path / "run" / "checkpoints" / "step-000030" / "tensors.safetensors").write_bytes(b"")
+    names = train_with_losses(tmp_path, {30: 4.0}, every, resume=True)
+    assert names == ["step-000030", "step-000090", "step-000100"]
+
+
+def test_a_run_whose_steps_were_all_skipped_is_no_success(tmp_path: Path) -> None:
+    def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        total, n_tokens = bigram_loss(model, batch)
+        return (total * math.nan if model.training else total), n_tokens
+
+    model, config = char_model("lora"), TrainConfig(steps=3, batch_size=2, learning_rate=1e-3)
+    with create_run(tmp_path, "run") as run:
+        job = TrainingJob(
+            model=model,
+            steps=plain_steps(model, config, loss_fn),
+            stream=BlockStream(torch.arange(20).repeat(9), 8, 2, seed=1, device=CPU),
+            eval_batches=list,
+            train_config=config,
+            run_config=RunConfig(skip_nonfinite=5),
+            run=run,
+            choice=CHOICE,
+        )
+        with pytest.raises(TrainingError, match="all 3 steps were not finite, so nothing"):
+            train(job)
 
 
 def test_lora_training_leaves_every_frozen_tensor_as_it_was(tmp_path: Path) -> None:
