@@ -104,7 +104,7 @@ def _show_default(value: object) -> str | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, or 2 for a user error.
 
-    After Ctrl-C it is 130 and after SIGTERM 143, once a run has saved its state.
+    After Ctrl-C it is 130, after SIGTERM 143, after SIGHUP 129, once a run has saved its state.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     is_debugging = "--debug" in words

@@ -37,7 +37,8 @@ def train(job: TrainingJob) -> TrainResult:
     """Changes `job.model` in place: run the job to its end, or from its newest checkpoint on.
 
     Raises TrainingError if one step more than `run_config.skip_nonfinite` is not finite, if all
-    steps were skipped, or if memory runs out, Interrupted after a signal (the state is saved), CheckpointError if none can be used.
+    steps were skipped, or if memory runs out, Interrupted after a signal (the state is
+    saved), CheckpointError if none can be used.
     """
     job.model.train()
     job.run.on_trouble = job.progress.message

@@ -28,7 +28,7 @@ def test_a_broken_standard_error_stops_nothing(kind: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)  # whoever read the messages is gone
     where = {"full": "2>/dev/full", "gone": f"2>&{writer}", "closed": "2>&-"}[kind]
-    command = f'"{sys.executable}" -c \'{CODE}\' {where}'
+    command = f"\"{sys.executable}\" -c '{CODE}' {where}"
     done = subprocess.run(
         ["bash", "-c", command], stdout=subprocess.PIPE, text=True, pass_fds=(writer,)
     )
@@ -54,7 +54,7 @@ def test_a_narrow_encoding_and_a_closed_stream_lose_no_run(
 
 def test_the_bar_of_a_terminal_that_is_gone_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     main, terminal = os.openpty()
-    stream = open(terminal, "w", encoding="utf-8")
+    stream = os.fdopen(terminal, "w", encoding="utf-8")
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
     progress = RichProgress("run")
