@@ -41,6 +41,7 @@ from lora.runs.directory import default_name
 from lora.runs.disk import atomic_write, read_rows
 from lora.runs.progress import NoProgress, RichProgress
 from lora.runs.read_record import read_metrics
+from lora.runs.typed_json import json_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -126,7 +127,7 @@ def tell_story(arguments: argparse.Namespace) -> None:
     }
     save_results(done, figures, base.answers, adapted.answers)
     if arguments.json:
-        print(json.dumps({**figures, "metrics": read_rows(done.folder / "metrics.jsonl")}))
+        print(json_text({**figures, "metrics": read_rows(done.folder / "metrics.jsonl")}))
     else:
         show_end(console, figures, done)
 
@@ -190,7 +191,7 @@ def save_results(
     ]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     atomic_write(done.folder / "answers.jsonl", lines.encode())
-    atomic_write(done.folder / "figures.json", json.dumps(figures, indent=2).encode())
+    atomic_write(done.folder / "figures.json", json_text(figures, indent=2).encode())
     curve = ("order notes", read_metrics(done.folder))
     draw_loss_curves([curve], done.folder / "loss.png", title="SmolLM2-135M learns order notes")
 

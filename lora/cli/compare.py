@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +26,7 @@ from lora.errors import ConfigError
 from lora.runs.comparison_record import COMPARE_FILE, Same
 from lora.runs.disk import read_json
 from lora.runs.record import Method
+from lora.runs.typed_json import json_text
 
 if TYPE_CHECKING:
     from lora.compare.run import CompareResult
@@ -140,7 +140,7 @@ def _report(done: CompareResult, page: Path | None, json: bool) -> int:
     if json:
         found = read_json(done.folder / COMPARE_FILE)
         report = None if page is None else str(page)
-        print(json_format.dumps({"folder": str(done.folder), "report": report, **found}))
+        print(json_text({"folder": str(done.folder), "report": report, **found}))
         return 0
     from rich.console import Console
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ from cyclopts import Parameter
 
 from lora.cli.flags.from_fields import OUTPUT
 from lora.cli.flags.shared import Json
+from lora.runs.typed_json import json_text
 
 Out = Annotated[
     Path, Parameter(group=OUTPUT, help="Directory for run directories; its disk is checked.")
@@ -34,7 +34,7 @@ def doctor(*, out: Out = Path("runs"), json: Json = False) -> int:
     is_well = all(check.is_well for check in checks)
     if json:
         found = {"is_well": is_well, "checks": [asdict(check) for check in checks]}
-        print(json_format.dumps(found))
+        print(json_text(found))
         return 0 if is_well else 1
     width = max(len(check.name) for check in checks)
     for check in checks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,7 @@ from lora.cli.flags.from_fields import Flat, config_from
 from lora.cli.flags.shared import Adapter, DataFlags, Device, Json, Model
 from lora.config import DataConfig, SamplingConfig
 from lora.inference.loading import LoadedModel, load_model
+from lora.runs.typed_json import json_text
 
 if TYPE_CHECKING:
     from lora.data.reading.formats import Example
@@ -67,7 +67,7 @@ def evaluate(
             scores["base"] = _measure(loaded, examples, config, *sizes)
     scores["adapter" if adapter else "base"] = _measure(loaded, examples, config, *sizes)
     if json:
-        print(json_format.dumps({name: asdict(found) for name, found in scores.items()}))
+        print(json_text({name: asdict(found) for name, found in scores.items()}))
     else:
         _print_table(scores, len(examples))
     return 0

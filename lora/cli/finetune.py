@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json as json_format
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,6 +26,7 @@ from lora.cli.flags.shared import (
 )
 from lora.config import DataConfig, LoRAConfig, MemoryConfig, RunConfig, TrainConfig
 from lora.errors import ConfigError
+from lora.runs.typed_json import json_text
 
 if TYPE_CHECKING:
     from lora.finetune.job import FinetuneResult
@@ -130,10 +131,15 @@ def _report(done: FinetuneResult, page: Path | None, json: bool) -> int:
         found = {"folder": str(done.folder), "saved": str(done.saved), **asdict(result)}
         found["memory"] = done.memory.to_dict()
         found["report"] = None if page is None else str(page)
-        print(json_format.dumps(found))
+        print(json_text(found))
         return 0
+    loss = (
+        "no finite validation loss"
+        if math.isnan(result.eval_loss)
+        else f"validation loss {result.eval_loss:.4f}"
+    )
     print(
-        f"validation loss {result.eval_loss:.4f} after {result.steps} steps, "
+        f"{loss} after {result.steps} steps, "
         f"{result.train_s:.0f} s of training, peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
     )
     print(done.memory.describe())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from lora.cli.flags.from_fields import GENERATION, Flat, config_from
 from lora.cli.flags.shared import Adapter, Device, Json, Model, SamplingFlags, System
 from lora.config import SamplingConfig
 from lora.inference.loading import load_model
+from lora.runs.typed_json import json_text
 
 Raw = Annotated[
     bool,
@@ -74,7 +74,7 @@ def generate(
 def _print(asked: list[str], written: list[str], json: bool) -> None:
     if json:
         for prompt, answer in zip(asked, written, strict=True):
-            print(json_format.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False))
+            print(json_text({"prompt": prompt, "answer": answer}, ensure_ascii=False))
     elif len(asked) == 1:
         print(written[0])
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +11,7 @@ from lora.cli.flags.from_fields import DATA, DEVICE, TRAINING, Flat, config_from
 from lora.cli.flags.shared import BaseWeights, Json, LoRAFlags, Model
 from lora.config import DataConfig, LoRAConfig, MemoryConfig, MemoryMode, TrainConfig
 from lora.errors import ConfigError
+from lora.runs.typed_json import json_text
 
 if TYPE_CHECKING:
     from lora.fast.memory.plan import MemoryPlan, PlanInputs
@@ -117,7 +117,7 @@ def plan(
     if mode == "auto":
         savings = {name: _savings(both[name], plans[name], room) for name in both}
     if json:
-        print(json_format.dumps(_as_json(source.name, inputs, plans, room, fits, savings)))
+        print(json_text(_as_json(source.name, inputs, plans, room, fits, savings)))
     else:
         _show(source.name, inputs, plans, room, fits, savings)
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +9,7 @@ from cyclopts import Parameter
 
 from lora.cli.flags.from_fields import OUTPUT
 from lora.cli.flags.shared import Json, Overwrite
+from lora.runs.typed_json import json_text
 
 if TYPE_CHECKING:
     from lora.report import Report
@@ -57,7 +57,7 @@ def report(
         out = runs[0] if len(runs) == 1 and runs[0].is_dir() else OUT_OF_SEVERAL
     files = write_report(runs, out, title, overwrite=overwrite)
     if json:
-        print(json_format.dumps(files.report.to_dict(), default=str))
+        print(json_text(files.report.to_dict(), default=str))
         return 0
     _print(files.report)
     print(f"report: {files.html}\npictures: {files.html.parent / 'pictures'}")

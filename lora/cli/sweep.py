@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +29,7 @@ from lora.cli.flags.shared import (
 )
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.errors import ConfigError
+from lora.runs.typed_json import json_text
 from lora.sweep.grid import SWEPT, Grid
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def _report(
             "full": None if full is None else _full_values(full),
             "report": None if page is None else str(page),
         }
-        print(json_format.dumps({**found, **found_all}))
+        print(json_text({**found, **found_all}))
         return 0
     from rich.console import Console
 

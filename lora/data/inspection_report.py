@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 
 from lora.data.sequences.encoded import EncodingCounts
+from lora.runs.typed_json import json_text
 
 
 @dataclass(frozen=True)
@@ -68,4 +68,4 @@ class DataReport:
 
     def to_json(self) -> str:
         """Return the report as JSON text."""
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
+        return json_text(dataclasses.asdict(self), indent=2, ensure_ascii=False)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import datetime
 import errno
 import fcntl
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -45,7 +44,7 @@ from lora.runs.record import (
     describe_environment,
 )
 from lora.runs.same_run import check_same_run, find_changed_machine
-from lora.runs.typed_json import to_json
+from lora.runs.typed_json import json_text, to_json
 
 LOCK_FILE = ".lock"
 
@@ -66,7 +65,7 @@ class Run:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` as the JSON file `name` of the directory, whole or not at all."""
-        text = json.dumps(value, indent=2, sort_keys=True, default=str) + "\n"
+        text = json_text(value, indent=2, sort_keys=True, default=str) + "\n"
         atomic_write(self.folder / name, text.encode())
 
     def write_run_record(self, record: RunRecord) -> None:
@@ -297,4 +296,4 @@ def _free_folder(out: Path, name: str) -> Path:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, sort_keys=True) + "\n"
+    return json_text(row, sort_keys=True) + "\n"

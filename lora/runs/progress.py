@@ -90,7 +90,7 @@ class RichProgress:
 
 
 class LogStream:
-    """A text stream that never raises: what cannot be written is lost, and the run goes on.
+    """A text stream that never raises: what cannot be written is lost, and the run continues.
 
     The disk of a log may be full, the reader of a pipe gone, the terminal closed. rich would end
     the process with code 1 for some of these.

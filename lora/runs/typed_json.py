@@ -2,13 +2,16 @@
 
 A record is a dataclass whose fields are JSON values, records, lists, tuples or dicts of these.
 Fields that are None are left out of the file unless they have `WRITES_NULL`; keys of a file that no
-field has are ignored.
+field has are ignored. NaN and infinity, which JSON does not have, are written as null; null is read
+as NaN where a float is required.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import math
 import types
 import typing
 from collections.abc import Callable, Hashable, Mapping
@@ -33,6 +36,24 @@ def to_json(record: Any) -> dict[str, Any]:
     }
 
 
+def json_text(value: Any, **options: Any) -> str:
+    """Return `value` as JSON text; NaN and infinity are null. `options` are those of json.dumps."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:  # rare, so that rows of finite numbers are not walked twice
+        return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value
+
+
 @functools.cache
 def _written_fields(kind: Any) -> tuple[tuple[str, bool], ...]:
     """Return each field's name, and whether it is written as null. Cached: rows come every step."""
@@ -55,6 +76,8 @@ def parse(kind: type[RecordT], value: object, where: str, faults: Faults) -> Rec
         if given is None:
             if is_required and may_be_none:
                 found[name] = None
+            elif name in value and parser is _parse_float and is_required:
+                found[name] = math.nan
             elif is_required:
                 faults.append(f"{where}: {name} is missing")
         elif (parsed := parser(given, f"{where}: {name}", faults)) is not INVALID:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lora.errors import CheckpointError, gather
 from lora.runs.disk import atomic_write, disk_error
 from lora.runs.tensor_files import Digest, digest_file, write_tensors
+from lora.runs.typed_json import json_text
 
 TENSORS_FILE, STATE_FILE, MANIFEST_FILE = "tensors.safetensors", "state.json", "manifest.json"
 OPTIMIZER_KEYS = ("step", "exp_avg", "exp_avg_sq")
@@ -47,7 +48,7 @@ def save_checkpoint(
     """
     final = folder / _name(step)
     building = folder / f".{final.name}.building"
-    state_file = (json.dumps({**state, "step": step}, sort_keys=True) + "\n").encode()
+    state_file = (json_text({**state, "step": step}, sort_keys=True) + "\n").encode()
     try:
         folder.mkdir(exist_ok=True)  # not its parents: a run that was removed stays removed
         for left in folder.glob(".step-*.building"):  # by a process that was killed

@@ -12,6 +12,7 @@ import torch
 
 from lora.adapters.apply import apply_lora
 from lora.adapters.save_load import load_adapter
+from lora.cli import main
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.inspection_report import DataReport
 from lora.data.prepare import prepare_data
@@ -330,3 +331,17 @@ def test_tensorboard_gets_the_metrics(job: FinetuneJob) -> None:
     data = events.read_bytes()
     assert b"eval_loss" in data
     assert b"learning_rate" in data
+
+
+def test_without_validation_data_the_validation_loss_is_null(
+    tiny_folder: Path, orders_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"finetune --data {orders_file} --model {tiny_folder} --out {tmp_path} --name run"
+    words += " --steps 2 --batch-size 2 --eval-fraction 0 --device cpu --no-report"
+    assert main(words.split()) == 0
+    assert "no finite validation loss after 2 steps" in capsys.readouterr().out
+    assert main([*words.split(), "--resume", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert printed["eval_loss"] is None
+    for file in (tmp_path / "run").rglob("*.json"):
+        json.loads(file.read_text(encoding="utf-8"), parse_constant=pytest.fail)
