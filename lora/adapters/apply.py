@@ -46,10 +46,10 @@ class AppliedLoRA:
     trainable_tokens: dict[str, TrainableTokensLayer] = field(default_factory=dict)
     """By full name, the embedding and the head if some of their rows train (`train_token_rows`)."""
 
-    @property
-    def base_vocab_size(self) -> int | None:
-        """Rows of the base's token tables before any were added; None without trainable tokens."""
-        return next((layer.base_rows for layer in self.trainable_tokens.values()), None)
+    base_vocab_size: int | None = None
+    """Rows of the base's token tables before any were added; None if they could not grow."""
+    filled_tables: tuple[str, ...] = ()
+    """Full names of tables whose added rows came from a file, and not from their mean."""
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
@@ -151,8 +151,10 @@ def train_token_rows(
     n_rows = max(base_rows, *(max(chosen) + 1 for chosen in by_name.values()))
     resize_vocabulary(model, n_rows)
     known = base_rows if n_known is None else min(n_known, n_rows)
+    if applied.base_vocab_size is None:
+        applied.base_vocab_size = base_rows
     applied.trainable_tokens = build_trainable_tokens(
-        find_token_tables(model), by_name, known, base_rows
+        find_token_tables(model), by_name, known, applied.base_vocab_size
     )
     for name, layer in applied.trainable_tokens.items():
         replace_module(model, name, layer)
@@ -213,6 +215,30 @@ def disabled_adapter(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for name, module in adapted.items():
             replace_module(model, name, module)
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module, grows_from: int | None = None) -> Iterator[None]:
+    """An error within the block leaves `model`, which has no LoRA, as it was before.
+
+    `grows_from`: the rows of the vocabulary, if it grows within the block.
+    """
+    modules = [(module, dict(module._modules)) for module in model.modules()]
+    trains = {name: p.requires_grad for name, p in model.named_parameters()}
+    is_done = False
+    try:
+        yield
+        is_done = True
+    finally:
+        if not is_done:
+            vars(model).pop("applied_lora", None)
+            for module, children in modules:
+                module._modules.clear()
+                module._modules.update(children)
+            if grows_from is not None:
+                resize_vocabulary(model, grows_from)
+            for name, parameter in model.named_parameters():  # the tables' may be new ones
+                parameter.requires_grad_(trains[name])
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

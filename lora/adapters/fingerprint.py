@@ -18,6 +18,7 @@ from lora.adapters.apply import AppliedLoRA
 from lora.decoder.quantised import Fp8Weight, sample_values
 from lora.errors import ModelError
 from lora.layers.conv1d import LoRAConv1D, is_conv1d
+from lora.layers.token_tables import find_token_tables
 from lora.lora_module import LoRALayer
 
 
@@ -49,6 +50,8 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Size, Tensor]]:
     applied = vars(model).get("applied_lora")
     originals = applied.originals if isinstance(applied, AppliedLoRA) else {}
     tokens = applied.trainable_tokens if isinstance(applied, AppliedLoRA) else {}
+    base_rows = applied.base_vocab_size if isinstance(applied, AppliedLoRA) else None
+    tables = {} if base_rows is None else find_token_tables(model).by_name
     seen: set[int] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         base = _before_training(name, originals) or module
@@ -59,7 +62,8 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Size, Tensor]]:
                 continue
             seen.add(id(parameter))
             value = parameter.T if transposed and key == "weight" else parameter
-            value = value[: tokens[name].base_rows] if name in tokens else value
+            # All tables grow with one, whichever trains.
+            value = value[:base_rows] if name in tables and key == "weight" else value
             coded = isinstance(base, Fp8Weight) and key == "weight"
             sample = cast(Fp8Weight, base).sample if coded else sample_values(value)
             yield f"{name}.{key}" if name else key, value.shape, sample

@@ -148,7 +148,8 @@ def find_described(
         names = [name for name in linears if name != head and outside.takes(name)]
     else:
         names = [name for name in modules if description.takes(name)]
-    saved = [name for name in modules if description.saves(name)]
+    # Our decoder has modules without parameters where another family has a norm.
+    saved = [n for n, m in modules.items() if description.saves(n) and has_state(m)]
     faults = (
         [] if names else [f"target_modules={description.targets!r} matches no layer of this model"]
     )
@@ -201,7 +202,8 @@ def _describe(model: nn.Module, applied: AppliedLoRA) -> PeftDescription:
         alpha_pattern=_shortest_pattern({n: x.alpha for n, x in layers.items()}, config.alpha),
     )
     faults = [n for n in modules if description.takes(n) != (n in layers)]
-    faults += [n for n in modules if description.saves(n) != (n in saved)]
+    with_state = [n for n, m in modules.items() if has_state(m)]
+    faults += [n for n in with_state if description.saves(n) != (n in saved)]
     faults += [n for n in layers if not math.isclose(description.scaling_of(n), layers[n].scaling)]
     faults += [n for n in layers if description.rank_of(n) != layers[n].rank]
     if faults:
@@ -237,6 +239,11 @@ def _to_dict(
         "use_dora": False,
         "use_rslora": description.rslora,
     }
+
+
+def has_state(module: nn.Module) -> bool:
+    """Whether `module` has parameters or buffers that a file would hold."""
+    return next(iter(module.state_dict()), None) is not None
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:

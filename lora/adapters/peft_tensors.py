@@ -6,19 +6,27 @@ The tensors of whole modules have the layout of Hugging Face's files: GPT-2's li
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lora.adapters.apply import applied_lora, lora_layers
-from lora.adapters.peft_tokens import TokenIds, expected_token_tensors, trainable_token_tensors
+from lora.adapters.peft_tokens import (
+    FileRows,
+    TokenIds,
+    expected_token_tensors,
+    trainable_token_tensors,
+)
 from lora.config import LoRAConfig
 from lora.decoder.decoder import Decoder
 from lora.layers.conv1d import is_conv1d
 from lora.lora_module import LoRALayer
 
 PREFIX = "base_model.model."
+_ADAPTER_NAME = re.compile(r"(\.(lora_A|lora_B|modules_to_save|trainable_tokens_delta))\.default\.")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -35,13 +43,42 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors | {PREFIX + name: tensor for name, tensor in token_rows.items()}
 
 
-def expected_tensors(model: nn.Module, config: LoRAConfig, ids: TokenIds) -> dict[str, Tensor]:
-    """Return, on the meta device, the tensors that the file should hold for `model`."""
+def without_peft_wrappers(
+    tensors: dict[str, Tensor], saved: Sequence[str]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return `tensors` by the names that PEFT writes as a rule, and a fault for each contradiction.
+
+    With `save_embedding_layers` PEFT writes a fully trained table (one of `saved`) as it trained
+    (modules_to_save), as it was (original_module, here base_layer) and once more; other programs
+    write the adapter's name, "default".
+    """
+    kept: dict[str, Tensor] = {}
+    faults = []
+    for key, tensor in tensors.items():
+        name = _ADAPTER_NAME.sub(r"\1.", key)
+        for module in saved:
+            start = f"{PREFIX}{module}."
+            name = name.replace(f"{start}modules_to_save.", start)
+            name = name.replace(f"{start}original_module.", f"{start}base_layer.")
+        before = kept.setdefault(name, tensor)
+        if before.shape != tensor.shape or not torch.equal(before, tensor):
+            faults.append(f"{name} is there twice, and its values differ: {key} is one of them")
+    return kept, faults
+
+
+def expected_tensors(
+    model: nn.Module, config: LoRAConfig, ids: TokenIds, rows: FileRows
+) -> dict[str, Tensor]:
+    """Return, on the meta device, the tensors that the file should hold for `model`.
+
+    Token tables count with the rows they will have.
+    """
     expected: dict[str, Tensor] = {}
     for name in config.targets:
         layer = model.get_submodule(name)
         rank = config.rank_pattern.get(name, config.rank)
         outputs, inputs = linear_shape(layer)
+        outputs = rows.of(name, outputs)
         own = layer.lora_A if isinstance(layer, LoRALayer) else cast(Tensor, layer.weight)
         for key, shape in (("lora_A", (rank, inputs)), ("lora_B", (outputs, rank))):
             wide = torch.float64 if own.dtype is torch.float64 else torch.float32
@@ -50,6 +87,8 @@ def expected_tensors(model: nn.Module, config: LoRAConfig, ids: TokenIds) -> dic
     for name in config.modules_to_save:
         for key, tensor in model.get_submodule(name).state_dict().items():
             meta = tensor.to("meta")
+            if key == "weight" and rows.of(name, len(meta)) != len(meta):
+                meta = meta.new_empty(rows.needed, *meta.shape[1:])
             expected[f"{PREFIX}{name}.{key}"] = _file_layout(model, f"{name}.{key}", meta)
     token_rows = expected_token_tensors(model, ids)
     return expected | {PREFIX + name: meta for name, meta in token_rows.items()}
@@ -70,28 +109,34 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def without_base_copies(
-    model: nn.Module, expected: dict[str, Tensor], tensors: dict[str, Tensor]
+    model: nn.Module, expected: dict[str, Tensor], tensors: dict[str, Tensor], rows: FileRows
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return `tensors` without copies of the base's weights, and a fault for copies that differ.
 
     PEFT writes the embedding and the head into the file whenever one of them is adapted.
     """
     own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    for name, layer in applied_lora(model).trainable_tokens.items() if lora_layers(model) else ():
-        own[f"{name}.weight"] = layer.weight[: layer.base_rows]
+    applied = applied_lora(model) if lora_layers(model) else None
+    if rows.tables is not None:  # as the base has them, if an adapter made them grow
+        for name, table in rows.tables.by_name.items():
+            table = applied.originals.get(name, table) if applied is not None else table
+            own[f"{name}.weight"] = cast(Tensor, table.weight)[: rows.base]
     kept, faults = {}, []
     for key, tensor in tensors.items():
         base = own.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
-        if (
-            not key.startswith(PREFIX)
-            or key in expected
-            or base is None
-            or base.shape != tensor.shape
-        ):
+        is_copy = key.startswith(PREFIX) and key not in expected
+        if not is_copy or base is None or base.shape != tensor.shape:
             kept[key] = tensor
-        elif not torch.equal(tensor.to(base.device, base.dtype), base):
+        elif not _same_values(tensor, base):
             faults.append(f"{key} is a weight of the base, and its values differ from this base's")
     return kept, faults
+
+
+def _same_values(copy: Tensor, base: Tensor) -> bool:
+    """Whether both are equal in the coarser of their dtypes: the copy may be of a bf16 base."""
+    copy = copy.to(base.device)
+    coarse = copy.dtype if copy.dtype.itemsize < base.dtype.itemsize else base.dtype
+    return torch.equal(copy.to(coarse), base.to(coarse))
 
 
 def check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:

@@ -7,18 +7,19 @@ write copies of whole resized tables: rows beyond the base's are then taken from
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lora.adapters.apply import AppliedLoRA
+from lora.adapters.apply import AppliedLoRA, applied_lora
 from lora.config import LoRAConfig
 from lora.errors import ConfigError, TargetError
 from lora.layers.token_tables import TokenTables, find_token_tables, token_ids_by_table
-from lora.layers.trainable_tokens import TrainableTokensEmbedding
 from lora.layers.vocabulary import MAX_NEW_ROWS
+from lora.lora_module import LoRALayer
 
 FIELD = "trainable_token_indices"
 ENDING = ".token_adapter.trainable_tokens_delta"
@@ -88,25 +89,77 @@ def expected_token_tensors(model: nn.Module, ids: TokenIds) -> dict[str, Tensor]
     return expected
 
 
+@dataclass(frozen=True)
+class FileRows:
+    """How many rows the token tables have in the base and with an adapter's file."""
+
+    tables: TokenTables | None
+    """None: the model does not name its tables, or they cannot grow."""
+    base: int = 0
+    needed: int = 0
+
+    @property
+    def grows(self) -> bool:
+        return self.needed > self.base
+
+    def of(self, name: str, rows: int) -> int:
+        """Return the rows of the table called `name`, `rows` if it is no table that grows."""
+        is_table = self.tables is not None and name in self.tables.by_name
+        return self.needed if is_table and self.grows else rows
+
+
+def rows_in_file(model: nn.Module, ids: TokenIds, tensors: Mapping[str, Tensor]) -> FileRows:
+    """Return the rows that `ids` and the whole tables among `tensors` need.
+
+    Names are without PEFT's prefix. A table of another width, or with more new rows than a
+    vocabulary may gain, asks for nothing and is then refused for its shape.
+    """
+    try:
+        tables = find_token_tables(model)
+    except TargetError:
+        return FileRows(None)
+    applied = vars(model).get("applied_lora")
+    now = tables.embedding.num_embeddings
+    grown_from = applied.base_vocab_size if isinstance(applied, AppliedLoRA) else None
+    base = now if grown_from is None else grown_from
+    rows = [max(chosen) + 1 for chosen in ids.values()]
+    for name, table in tables.by_name.items():
+        width = cast(Tensor, table.weight).shape[1]
+        copies = (tensors.get(key) for key in _copy_names(name))
+        rows += [len(c) for c in copies if c is not None and c.dim() == 2 and c.shape[1] == width]
+    return FileRows(tables, base, max([base, *(n for n in rows if n <= base + MAX_NEW_ROWS)]))
+
+
+def _copy_names(table: str) -> tuple[str, ...]:
+    return tuple(
+        f"{table}{layer}.weight" for layer in (".token_adapter.base_layer", ".base_layer", "")
+    )
+
+
 def split_copies(
-    model: nn.Module, ids: TokenIds, tensors: Mapping[str, Tensor]
+    rows: FileRows, saved: Sequence[str], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return `tensors` without PEFT's copies of whole tables, and the new rows of these copies.
 
     Names are without PEFT's prefix. A copy is cut to the base's rows; those beyond are returned by
-    name of the table. The trained rows of a tied head are dropped if they equal the embedding's.
+    name of the table. Tables in `saved` train fully and are no copies. The trained rows of a tied
+    head are dropped if they equal the embedding's.
     """
-    if not ids:
-        return dict(tensors), {}
-    tables, kept, fills = find_token_tables(model), dict(tensors), {}
-    base_rows = _base_rows(tables)
+    tables, kept = rows.tables, dict(tensors)
+    fills: dict[str, Tensor] = {}
+    if tables is None:
+        return kept, fills
     for name, table in tables.by_name.items():
         width = cast(Tensor, table.weight).shape[1]
-        for key in (f"{name}.token_adapter.base_layer.weight", f"{name}.weight"):
-            copy = kept.get(key)
-            if copy is not None and copy.dim() == 2 and copy.shape[1] == width:
+        for key in _copy_names(name):
+            copy = tensors.get(key)
+            if copy is None or copy.dim() != 2 or copy.shape[1] != width:
+                continue
+            if name not in saved:
                 del kept[key]
-                kept[f"{name}.weight"], fills[name] = copy[:base_rows], copy[base_rows:]
+                kept[f"{name}.weight"], fills[name] = copy[: rows.base], copy[rows.base :]
+            elif key != f"{name}.weight":
+                kept[key] = copy[: rows.base]
     first, second = (f"{name}{ENDING}" for name in (tables.embedding_name, tables.head_name))
     if tables.is_tied and first in kept and second in kept and _equal(kept[first], kept[second]):
         del kept[second]
@@ -114,20 +167,35 @@ def split_copies(
 
 
 @torch.no_grad()
-def fill_new_rows(model: nn.Module, fills: Mapping[str, Tensor]) -> None:
-    """Changes `model` in place: rows beyond the base's get the values from the file."""
+def fill_new_rows(model: nn.Module, fills: Mapping[str, Tensor], base_rows: int) -> None:
+    """Changes `model` in place: rows beyond the base's get the values from the file.
+
+    Tables that get other values than the mean are noted, so that saving writes them again.
+    """
+    applied = applied_lora(model)
     for name, values in fills.items():
-        layer = model.get_submodule(name)
-        weight, start = cast(Tensor, layer.weight), _base_rows(find_token_tables(model))
-        n_rows = min(len(values), len(weight) - start)
-        weight[start : start + n_rows] = values[:n_rows].to(weight)
+        weight = cast(Tensor, model.get_submodule(name).weight)[base_rows:]
+        n_rows = min(len(values), len(weight))
+        given = values[:n_rows].to(weight)
+        if not torch.equal(weight[:n_rows], given):
+            weight[:n_rows] = given
+            if name not in applied.filled_tables:
+                applied.filled_tables = (*applied.filled_tables, name)
 
 
-def _base_rows(tables: TokenTables) -> int:
-    embedding = tables.embedding
-    if isinstance(embedding, TrainableTokensEmbedding):
-        return embedding.base_rows
-    return embedding.num_embeddings
+def table_copies(model: nn.Module, applied: AppliedLoRA) -> dict[str, Tensor]:
+    """Return, by PEFT's names without its prefix, the tables whose added rows a file gave."""
+    copies: dict[str, Tensor] = {}
+    for name in applied.filled_tables:
+        table = model.get_submodule(name)
+        weight = cast(Tensor, table.weight)
+        if any(weight is other for other in copies.values()):
+            continue  # a tied head
+        of_tokens, of_lora, plain = _copy_names(name)
+        is_adapted = isinstance(table, LoRALayer)
+        key = of_tokens if name in applied.trainable_tokens else of_lora if is_adapted else plain
+        copies[key] = weight
+    return copies
 
 
 def _by_full_name(value: Any, tables: TokenTables) -> TokenIds:

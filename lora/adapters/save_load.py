@@ -21,6 +21,7 @@ from lora.adapters.apply import (
     lora_layers,
     train_token_rows,
     trained_parameters,
+    unchanged_on_error,
 )
 from lora.adapters.fingerprint import base_fingerprint
 from lora.adapters.peft_config import (
@@ -38,17 +39,22 @@ from lora.adapters.peft_tensors import (
     expected_tensors,
     is_finite,
     without_base_copies,
+    without_peft_wrappers,
 )
 from lora.adapters.peft_tokens import (
     FIELD,
+    FileRows,
     TokenIds,
     describe_trainable_tokens,
     fill_new_rows,
     find_trainable_tokens,
+    rows_in_file,
     split_copies,
+    table_copies,
 )
 from lora.config import LoRAConfig
-from lora.errors import AdapterError, gather
+from lora.errors import AdapterError, LoraError, gather
+from lora.layers.vocabulary import resize_vocabulary
 
 FINGERPRINT_KEY = "lora_lm_base_fingerprint"
 _ADVICE = "Load it onto the base it was trained on, with both files as they were saved."
@@ -71,7 +77,10 @@ def save_adapter(model: nn.Module, folder: Path | str, *, base_name: str | None 
     )
     tensors = {
         name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in adapter_tensors(model).items()
+        for name, tensor in (
+            adapter_tensors(model)
+            | {PREFIX + name: tensor for name, tensor in table_copies(model, applied).items()}
+        ).items()
     }
     faults = [f"{n} has values that are not finite" for n, t in tensors.items() if not is_finite(t)]
     if faults:
@@ -97,21 +106,33 @@ def load_adapter(model: nn.Module, folder: Path | str, *, trainable: bool = Fals
     config, faults = read_description(files.described, model)
     faults = files.faults + faults + _check_fingerprint(files, model)
     tensors, ids, fills = files.tensors, cast(TokenIds, {}), cast(dict[str, Tensor], {})
+    rows = FileRows(None)
     if config is not None and not files.faults:
         ids, wrong = find_trainable_tokens(model, files.described.get(FIELD), config)
-        tensors, fills = _split_copies(model, ids, tensors)
-        expected = expected_tensors(model, config, ids)
-        tensors, changed = without_base_copies(model, expected, tensors)
-        faults += check_ranks(model, config) + wrong + changed + check_tensors(expected, tensors)
+        tensors, doubled = without_peft_wrappers(tensors, config.modules_to_save)
+        rows, tensors, fills = _split_copies(model, config, ids, tensors)
+        expected = expected_tensors(model, config, ids, rows)
+        tensors, changed = without_base_copies(model, expected, tensors, rows)
+        faults += (
+            check_ranks(model, config)
+            + wrong
+            + doubled
+            + changed
+            + check_tensors(expected, tensors)
+        )
         faults += _check_same_layers(model, config, ids) if lora_layers(model) else []
     if config is None or faults:
         raise AdapterError(gather(faults, f"Cannot load the adapter {folder}:", _ADVICE))
     if not lora_layers(model):
-        # A fixed seed, so that drawing A (overwritten below) leaves torch's global generator alone.
-        apply_lora_by_full_names(model, replace(config, init_seed=0))
-        applied_lora(model).config = config
-        _train_tokens(model, ids, files.folder)
-    fill_new_rows(model, fills)
+        try:
+            _apply(model, config, ids, rows)
+        except LoraError as error:
+            fault = gather([str(error)], f"Cannot load the adapter {folder}:", _ADVICE)
+            raise AdapterError(fault) from None
+        if rows.grows:
+            words = "%s adds tokens: the vocabulary grows from %d to %d%s"
+            log.warning(words, folder, rows.base, rows.needed, _unknown_rows(rows, tensors, fills))
+    fill_new_rows(model, fills, rows.base)
     model.requires_grad_(False)
     with torch.no_grad():
         for name, tensor in adapter_tensors(model).items():
@@ -140,23 +161,43 @@ def read_adapter_config(folder: Path | str) -> LoRAConfig:
     return build_config(description, names, list(description.saved))
 
 
-def _train_tokens(model: nn.Module, ids: TokenIds, folder: Path) -> None:
-    if not ids:
-        return
-    train_token_rows(model, ids)
-    layer = next(iter(applied_lora(model).trainable_tokens.values()))
-    if len(layer.weight) > layer.base_rows:
-        words = "%s adds tokens: the vocabulary grows from %d to %d"
-        log.warning(words, folder, layer.base_rows, len(layer.weight))
+def _apply(model: nn.Module, config: LoRAConfig, ids: TokenIds, rows: FileRows) -> None:
+    """Changes `model` in place unless it raises: LoRA, new rows and trainable tokens."""
+    with unchanged_on_error(model, rows.base if rows.grows else None):
+        if rows.grows:  # before LoRA, whose B has a row for each of an adapted head's
+            resize_vocabulary(model, rows.needed)
+        # A fixed seed, so that drawing A (overwritten later) leaves torch's global generator alone.
+        apply_lora_by_full_names(model, replace(config, init_seed=0))
+        applied = applied_lora(model)
+        applied.config = config
+        applied.base_vocab_size = rows.base if rows.grows else None
+        if ids:
+            train_token_rows(model, ids)
+
+
+def _unknown_rows(rows: FileRows, tensors: dict[str, Tensor], fills: dict[str, Tensor]) -> str:
+    """Return words on the tables whose new rows are not in the file."""
+    tables = rows.tables
+    if tables is None:
+        return ""
+    known = {name for name, values in fills.items() if len(values)}
+    known |= {key.removeprefix(PREFIX).partition(".token_adapter.")[0] for key in tensors}
+    known |= {key.removeprefix(PREFIX).removesuffix(".weight") for key in tensors}
+    if tables.is_tied and known & tables.by_name.keys():
+        return ""
+    unknown = [name for name in tables.by_name if name not in known]
+    words = "; the file does not hold the new rows of %s, which are the mean of the others"
+    return words % ", ".join(unknown) if unknown else ""
 
 
 def _split_copies(
-    model: nn.Module, ids: TokenIds, tensors: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    model: nn.Module, config: LoRAConfig, ids: TokenIds, tensors: dict[str, Tensor]
+) -> tuple[FileRows, dict[str, Tensor], dict[str, Tensor]]:
     inside = {k.removeprefix(PREFIX): t for k, t in tensors.items() if k.startswith(PREFIX)}
     outside = {k: t for k, t in tensors.items() if not k.startswith(PREFIX)}
-    kept, fills = split_copies(model, ids, inside)
-    return {PREFIX + name: tensor for name, tensor in kept.items()} | outside, fills
+    rows = rows_in_file(model, ids, inside)
+    kept, fills = split_copies(rows, config.modules_to_save, inside)
+    return rows, {PREFIX + name: tensor for name, tensor in kept.items()} | outside, fills
 
 
 def _check_fingerprint(files: AdapterFiles, model: nn.Module) -> list[str]:

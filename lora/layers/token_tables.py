@@ -15,6 +15,7 @@ from lora.layers.trainable_tokens import (
     TrainableTokensLayer,
     TrainableTokensLinear,
 )
+from lora.lora_module import LoRALayer
 
 
 @runtime_checkable
@@ -56,7 +57,7 @@ def find_token_tables(model: nn.Module) -> TokenTables:
     """Return the token tables of `model`.
 
     Raises TargetError for a model that does not name them, and for tables whose rows cannot be
-    replaced: adapted or quantised ones, embeddings with a forward of their own, heads with a bias.
+    replaced: quantised ones, embeddings with a forward of their own, heads with a bias.
     """
     if not isinstance(model, HasTokenTables):
         raise TargetError(
@@ -67,13 +68,14 @@ def find_token_tables(model: nn.Module) -> TokenTables:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     for table, plain in ((embedding, nn.Embedding), (head, nn.Linear)):
         allowed = (plain, TrainableTokensEmbedding, TrainableTokensLinear)
-        if table is not None and type(table) not in allowed:
+        of_lora = table is head and isinstance(table, LoRALayer)
+        if table is not None and type(table) not in allowed and not of_lora:
             raise TargetError(
                 f"Cannot train selected tokens in {names.get(id(table))!r}, a "
                 f"{type(table).__name__}. Allowed: a plain {plain.__name__}. Leave it out of "
                 "LoRA's targets, or load the model as lora's Decoder."
             )
-    if isinstance(head, nn.Linear) and head.bias is not None:
+    if isinstance(head, nn.Linear | LoRALayer) and head.bias is not None:
         raise TargetError(
             f"Cannot train selected tokens in {names.get(id(head))!r}: the output head has a bias. "
             "Train the whole module: modules_to_save."
@@ -110,6 +112,12 @@ def token_ids_by_table(
                 "weight. Give both the same ids."
             )
         by_name = dict.fromkeys(names, next(iter(by_name.values()), ()))
+    for name in by_name:
+        if isinstance(names[name], LoRALayer):
+            raise TargetError(
+                f"Cannot train tokens of {name!r}: it is adapted through LoRA too. Leave it out of "
+                "one of the two."
+            )
     for name, chosen in by_name.items():
         is_right = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in chosen)
         if not chosen or not is_right or len(set(chosen)) < len(chosen):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lora.decoder.decoder import Decoder
-from lora.errors import ModelError
+from lora.errors import ModelError, TargetError
 from lora.layers.token_tables import TokenTables, find_token_tables, mean_row
+from lora.lora_module import LoRALayer
 
 MAX_NEW_ROWS = 2**16
 """Rows by which a vocabulary may grow; a file that asks for more is taken for damaged."""
@@ -43,6 +44,11 @@ def resize_vocabulary(model: nn.Module, vocab_size: int) -> None:
         )
     if vocab_size == old:
         return
+    if isinstance(tables.head, LoRALayer):
+        raise TargetError(
+            f"Cannot change the vocabulary's size: the head {tables.head_name!r} has LoRA, whose B "
+            "has a row for each token. Add the tokens before applying LoRA to it, or leave it out."
+        )
     is_tied = tables.is_tied
     means = {name: mean_row(cast(Tensor, t.weight), old) for name, t in tables.by_name.items()}
     if isinstance(model, Resizable):

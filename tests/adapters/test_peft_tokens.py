@@ -15,11 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lora.adapters import save_load
 from lora.adapters.apply import applied_lora, apply_lora, remove_lora, train_token_rows
 from lora.adapters.fingerprint import base_fingerprint
 from lora.adapters.save_load import load_adapter, save_adapter
 from lora.config import LoRAConfig
-from lora.errors import AdapterError
+from lora.errors import AdapterError, TargetError
 from lora.pretrained.hf_weights import load_decoder
 
 Fill = Callable[..., nn.Module]
@@ -224,6 +225,94 @@ def test_faults_of_the_tensors_are_gathered(folder: Path) -> None:
         AdapterError, match=r"(?s)missing: .*embed_tokens.*not of this model: .*norm"
     ):
         load_adapter(load_decoder(folder.parent / "llama-tied"), folder)
+
+
+GROWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "LoRA alone, tied": ("llama-tied", {}),
+    "LoRA alone, untied": ("llama-untied", {}),
+    "tables in full, tied": ("llama-tied", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "tables in full, untied": ("llama-untied", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "embedding in full": ("llama-untied", {"modules_to_save": ["embed_tokens"]}),
+    "LoRA on the head": ("llama-untied", {"target_modules": ["q_proj", "lm_head"]}),
+    "rows of the embedding": ("llama-untied", {"trainable_token_indices": IDS}),
+    "rows of the head": ("llama-untied", {"trainable_token_indices": {"lm_head": IDS}}),
+    "rows, and LoRA on the head": (
+        "llama-untied",
+        {"trainable_token_indices": IDS, "target_modules": ["q_proj", "lm_head"]},
+    ),
+}
+
+
+@pytest.mark.filterwarnings(MEAN)
+@pytest.mark.parametrize("case", GROWN)
+def test_a_vocabulary_that_peft_resized_comes_back_and_is_kept(
+    case: str,
+    base: Callable[[str], Path],
+    tiny_model: Build,
+    fill_random: Fill,
+    peft: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    layout, options = GROWN[case]
+    model = tiny_model(layout)
+    model.resize_token_embeddings(VOCAB + 2)  # type: ignore[operator]
+    with torch.no_grad():
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):  # type: ignore[operator]
+            table.weight[VOCAB:] = torch.randn(2, 32, generator=torch.Generator().manual_seed(4))
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, **{"target_modules": ["q_proj"]} | options)
+    adapted_by_peft = fill_random(
+        peft.get_peft_model(model, config), 6, only_trainable=True, std=0.3
+    ).eval()
+    adapted_by_peft.save_pretrained(tmp_path / "peft", save_embedding_layers=True)
+    tokens = TOKENS
+    if case == "LoRA on the head":  # PEFT then leaves the embedding's new rows out of the file
+        tokens = TOKENS.clamp(max=VOCAB - 1)
+    with torch.no_grad():
+        wanted = adapted_by_peft(tokens).logits
+    trained = load_adapter(load_decoder(base(layout)), tmp_path / "peft", trainable=True)
+    assert f"grows from {VOCAB} to {VOCAB + 2}" in caplog.text
+    assert ("new rows of model.embed_tokens" in caplog.text) == (case == "LoRA on the head")
+    with torch.no_grad():
+        assert (trained(tokens) - wanted).abs().max() <= 1e-5
+    save_adapter(trained, tmp_path / "again")
+    loaded = load_adapter(load_decoder(tmp_path / layout), tmp_path / "again")
+    assert torch.equal(ours(loaded), ours(trained))
+    assert base_fingerprint(loaded) == base_fingerprint(load_decoder(tmp_path / layout))
+    remove_lora(loaded)
+    assert loaded.config.vocab_size == VOCAB
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head"])
+def test_new_rows_in_one_table_only_come_back(
+    name: str, base: Callable[[str], Path], fill_random: Fill, tmp_path: Path
+) -> None:
+    model = adapted(base("llama-untied"), fill_random, {name: IDS})
+    save_adapter(model, tmp_path / "adapter")
+    loaded = load_adapter(load_decoder(tmp_path / "llama-untied"), tmp_path / "adapter")
+    assert torch.equal(ours(loaded), ours(model))
+
+
+def test_an_error_while_lora_is_applied_leaves_the_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_decoder(folder.parent / "llama-tied")
+    before = [(n, id(m)) for n, m in model.named_modules()]
+    values = {n: (p.clone(), p.requires_grad) for n, p in model.named_parameters()}
+
+    def fail(*_: object) -> None:
+        raise TargetError("no tokens today")
+
+    monkeypatch.setattr(save_load, "train_token_rows", fail)
+    with pytest.raises(AdapterError, match="no tokens today"):
+        load_adapter(model, folder)
+    assert [(n, id(m)) for n, m in model.named_modules()] == before
+    assert all(
+        torch.equal(p, values[n][0]) and p.requires_grad == values[n][1]
+        for n, p in model.named_parameters()
+    )
+    assert model.config.vocab_size == VOCAB
+    assert "applied_lora" not in vars(model)
 
 
 def test_other_tokens_than_the_models_are_refused(folder: Path, fill_random: Fill) -> None:

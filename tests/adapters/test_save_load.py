@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -559,3 +560,47 @@ def test_other_prefixes_of_names_are_named(prefix: str, folder: Path, tiny_model
     with pytest.raises(AdapterError, match="its tensors' names begin with") as caught:
         load_adapter(tiny_model("llama-tied"), folder)
     assert str(caught.value).count("  - ") == 1
+
+
+def test_norms_by_ending_are_those_of_peft_in_our_decoder_too(
+    tiny_model: Build, fill_random: Fill, token_ids: Tensor, tmp_path: Path, peft: Any
+) -> None:
+    tiny_model("llama-tied").save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"])
+    theirs = peft.get_peft_model(tiny_model("llama-tied"), config)
+    fill_random(theirs, 6, only_trainable=True, std=0.3)
+    theirs.eval().save_pretrained(tmp_path / "adapter")
+    decoder = load_adapter(load_decoder(tmp_path / "model"), tmp_path / "adapter")
+    assert len(applied_lora(decoder).originals) == 5  # "norm" ends input_layernorm as well
+    with torch.no_grad():
+        assert close(decoder(token_ids), theirs(token_ids).logits)
+
+
+def test_names_with_the_adapters_name_are_read(
+    folder: Path, tiny_model: Build, token_ids: Tensor
+) -> None:
+    wanted = load_adapter(tiny_model("llama-tied"), folder)(token_ids).logits
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[re.sub(r"(lora_[AB])", r"\1.default", name)] = tensors.pop(name)
+
+    edit_tensors(folder, rename)
+    assert torch.equal(load_adapter(tiny_model("llama-tied"), folder)(token_ids).logits, wanted)
+    key = f"base_model.model.{LLAMA_Q}.lora_A.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({key: torch.ones(4, 32)}))
+    with pytest.raises(AdapterError, match="is there twice, and its values differ"):
+        load_adapter(tiny_model("llama-tied"), folder)
+
+
+def test_a_copy_of_a_bf16_base_is_the_fp32_bases(
+    adapted: Callable[..., nn.Module], tiny_model: Build, tmp_path: Path
+) -> None:
+    save_adapter(adapted("llama-untied", targets=("q_proj", "lm_head")), tmp_path)
+    embedding = tiny_model("llama-untied").get_parameter("model.embed_tokens.weight").detach()
+    key = "base_model.model.model.embed_tokens.weight"
+    edit_tensors(tmp_path, lambda tensors: tensors.update({key: embedding.bfloat16()}))
+    load_adapter(tiny_model("llama-untied"), tmp_path)
+    edit_tensors(tmp_path, lambda tensors: tensors.update({key: embedding.bfloat16() + 1}))
+    with pytest.raises(AdapterError, match="its values differ from this base's"):
+        load_adapter(tiny_model("llama-untied"), tmp_path)

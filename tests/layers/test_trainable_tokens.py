@@ -240,7 +240,12 @@ def test_what_cannot_train_is_refused_and_the_model_unchanged(fill_random: Fill)
         return model
 
     cases: list[tuple[Decoder, Any, type[Exception], str]] = [
-        (adapted(targets=("lm_head",)), IDS, TargetError, "'lm_head', a FusedLoRALinear"),
+        (
+            adapted(targets=("lm_head",)),
+            IDS,
+            TargetError,
+            "'lm_head': it is adapted through LoRA too",
+        ),
         (
             adapted(modules_to_save=("embed_tokens",)),
             IDS,
