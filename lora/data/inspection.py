@@ -49,7 +49,7 @@ def inspect_data(
         if any(example.messages is not None for example in examples):
             tokenizer, report.template_origin = choose_template(tokenizer, config.chat_template)
         encoded = encode_examples(examples, tokenizer, config, on_progress)
-        _count_tokens(report, encoded, tokenizer)
+        _count_tokens(report, examples, encoded, tokenizer)
         _count_special_tokens(report, encoded, tokenizer, config)
         _count_sequences(report, encoded, config)
         report.previews = _preview(examples, encoded, tokenizer, n_previews, _PREVIEW_TOKENS)
@@ -71,7 +71,7 @@ def inspect_prepared(
     report = DataReport(_name_of(source), config.max_length, config.learn_on)
     report.template_origin = data.template_origin
     _describe_examples(report, data.train_examples)
-    _count_tokens(report, data.train_encoded, data.tokenizer)
+    _count_tokens(report, data.train_examples, data.train_encoded, data.tokenizer)
     _count_special_tokens(report, data.train_encoded, data.tokenizer, config)
     report.n_rows, report.fill_fraction = len(data.train), data.train.fill_fraction
     report.previews = _preview(
@@ -107,10 +107,24 @@ def _shorten(text: str) -> str:
     return text if len(text) <= _MAX_NAMES_CHARACTERS else f"{text[:_MAX_NAMES_CHARACTERS]} ..."
 
 
-def _count_tokens(report: DataReport, encoded: EncodedExamples, tokenizer: TextTokenizer) -> None:
+def _count_tokens(
+    report: DataReport,
+    examples: Sequence[Example],
+    encoded: EncodedExamples,
+    tokenizer: TextTokenizer,
+) -> None:
     documents, lengths = encoded.documents, encoded.lengths
     report.counts = encoded.counts
     report.dropped_fields = encoded.dropped_fields
+    report.n_parted_prompts = len(encoded.parted_prompts)
+    if encoded.parted_prompts:
+        number, (before, after) = min(encoded.parted_prompts.items())
+        report.notes.append(
+            f"{report.n_parted_prompts} of {report.n_examples} examples have a prompt whose last "
+            f"tokens change with its answer, as in {examples[number].source} with {before!r} and "
+            f"{after!r}: both are tokenised apart, as they are asked and answered; better end "
+            "prompts without white space and begin answers with it"
+        )
     report.n_learned_tokens = documents.n_target_tokens
     report.n_ignored_tokens = len(documents.ids) - report.n_learned_tokens
     values = np.quantile(lengths, [0, 0.5, 0.95, 1], method="nearest").tolist()

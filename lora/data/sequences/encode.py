@@ -28,6 +28,7 @@ from lora.data.chat.template_renderer import TemplateLimitError
 from lora.data.chat.turns import SpannedText
 from lora.data.reading.faults import Faults
 from lora.data.reading.formats import Example
+from lora.data.sequences.boundaries import ApartEncoder, PromptEnds, show_border
 from lora.data.sequences.documents import DocumentsBuilder
 from lora.data.sequences.encoded import EncodedExamples, EncodingCounts
 from lora.data.sequences.long_texts import PIECE_CHARACTERS, Ids, Mask, SequenceCutter, cut_text
@@ -112,6 +113,9 @@ class _Encoder:
         }
         self._n_cut_tokens = self._n_lost_turns = 0
         self._dropped_fields = Counter[str]()
+        self._prompt_ends = PromptEnds(tokenizer, self._offsets)
+        self._apart = ApartEncoder(self._offsets)
+        self._parted_prompts: dict[int, tuple[str, str]] = {}
 
     def add_all(self, examples: Sequence[Example]) -> None:
         has_spans = not self._all_are_targets and any(example.text is None for example in examples)
@@ -150,8 +154,13 @@ class _Encoder:
             n_nothing_to_learn=int((~outcomes["kept"] & ~dropped).sum()),
             n_lost_turns=self._n_lost_turns,
         )
-        dropped_fields = dict(self._dropped_fields)
-        return EncodedExamples(self._builder.build(), counts, self._lengths, dropped_fields)
+        return EncodedExamples(
+            self._builder.build(),
+            counts,
+            self._lengths,
+            dropped_fields=dict(self._dropped_fields),
+            parted_prompts=self._parted_prompts,
+        )
 
     def _find_texts(self, number: int, example: Example) -> list[_Text]:
         if example.is_context:
@@ -196,6 +205,10 @@ class _Encoder:
                 is_target = np.ones(len(ids), np.bool_)
             else:
                 offsets = self._offsets.find(text.text, encoding, ids, tokens)
+                cuts = self._prompt_ends.find_cuts(text.text, text.spans, ids, offsets)
+                if cuts:
+                    self._parted_prompts[text.example] = show_border(text.text, cuts[0])
+                    ids, tokens, offsets = self._apart.encode(text.text, cuts)
                 is_target = find_targets(text.text, text.spans, ids, offsets, self._stops)
             self._add(text, tokens, is_target)
 

@@ -17,7 +17,10 @@ PIECE_CHARACTERS = 1 << 14
 # merge punctuation across a newline): no byte-level tokenizer in use has a token across these, so
 # the tokens equal those of the whole text. A tokenizer that prepends a space to a text prepends it
 # to each piece.
-_BORDER = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=\w)")
+_BETWEEN = r"(?:(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=\w))"
+_BORDER = re.compile(_BETWEEN)
+LAST_BORDER = re.compile(rf"(?s).*{_BETWEEN}")
+"""Matches up to the last place that no token reaches over."""
 
 
 def cut_text(text: str, piece_characters: int) -> Iterator[str]:

@@ -35,11 +35,12 @@ class OffsetFinder:
         # Some tokenizers trim spaces out of their offsets: theirs are used, never computed ones.
         probe = self._backend.encode(_PROBE, add_special_tokens=False)
         own = self._compute(_PROBE, probe.ids, np.asarray(probe.ids, np.int32))
-        self._computes = own is not None and _are_equal(own, as_token_offsets(probe.offsets))
+        self.computes = own is not None and _are_equal(own, as_token_offsets(probe.offsets))
+        """Whether tokens are pieces of the text, whose lengths give the offsets."""
 
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
         """Return the tokens of each text for `find`, tokenised in parallel."""
-        if self._computes:
+        if self.computes:
             return self._tokenizer.encode_fast(texts)
         return self._encode_with_offsets(texts)
 
@@ -49,7 +50,7 @@ class OffsetFinder:
         `ids` and `tokens` are the ids of `encoding`, as a list and as an array (n,): callers have
         both anyway, and each takes time to convert.
         """
-        if not self._computes:
+        if not self.computes:
             return as_token_offsets(encoding.offsets)
         offsets = self._compute(text, ids, tokens)
         return offsets or as_token_offsets(self._encode_with_offsets([text])[0].offsets)

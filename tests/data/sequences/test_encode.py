@@ -161,15 +161,15 @@ def test_completions_are_targets_and_never_templated(chatml_tokenizer: TextToken
     assert everything.documents.n_target_tokens == len(everything.documents.ids) - 1
 
 
-def test_a_token_over_the_border_is_a_target_and_tokens_are_those_of_the_whole(
+def test_a_prompt_that_ends_in_a_word_has_the_tokens_with_which_it_is_asked(
     tokenizer: TextTokenizer,
 ) -> None:
-    whole = "The capital of France"
     encoded = encode([{"prompt": "The cap", "completion": "ital of France"}], tokenizer)
     ids, learned = encoded.documents.tokens(0)
-    assert ids.tolist() == [*tokenizer.encode(whole), tokenizer.eos_id]
+    apart = [*tokenizer.encode("The cap"), *tokenizer.encode("ital of France")]
+    assert ids.tolist() == [*apart, tokenizer.eos_id]
     told = [text for is_learned, text in pieces(encoded, tokenizer) if is_learned]
-    assert told == [" capital of France</s>"]
+    assert told == ["ital of France</s>"]
     assert learned.sum() < len(ids)
 
 
