@@ -20,6 +20,7 @@ from lora.adapters.apply import apply_lora, lora_layers
 from lora.adapters.save_load import load_adapter, save_adapter
 from lora.config import LoRAConfig, TrainConfig
 from lora.data.sequences.batches import Batch
+from lora.data.tokenizers.tokenizer_trial import KNOWN_FOLDER
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.decoder.families import decoder_config
 from lora.device import DeviceChoice, choose_device
@@ -161,7 +162,8 @@ def _disk(name: str, folder: Path) -> Check:
 
 def _cache() -> Check:
     folder = cache_folder()
-    models = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    entries = folder.iterdir() if folder.is_dir() else ()
+    models = [path for path in entries if path.is_dir() and path.name != KNOWN_FOLDER]
     n_bytes = sum(_sizes(path for model in models for path in model.rglob("*")))
     return Check("model cache", f"{len(models)} models, {n_bytes / 1e9:.2f} GB in {folder}")
 

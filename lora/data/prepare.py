@@ -63,6 +63,8 @@ def prepare_data(
         DataError: the data are damaged, the template rejects them, or no token is a target.
         DependencyError: a file's format needs a package that is not installed.
     """
+    for note in tokenizer.notes:
+        on_message(note)
     if config.special_tokens:
         tokenizer = tokenizer.with_tokens(config.special_tokens)
     if validation_source is None:

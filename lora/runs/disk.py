@@ -14,6 +14,13 @@ from typing import Any
 
 from lora.errors import CheckpointError, LoraError, gather
 
+CACHE_VARIABLE = "LORALM_CACHE"
+
+
+def cache_path() -> Path:
+    """Return the cache folder; it need not exist. Raises RuntimeError without a home directory."""
+    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/lora-lm").expanduser()
+
 
 def atomic_write(path: Path, data: bytes) -> None:
     """Write `data` to `path` whole or not at all; return once it is on the disk.

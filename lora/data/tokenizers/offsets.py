@@ -42,7 +42,7 @@ class OffsetFinder:
         """Return the tokens of each text for `find`, tokenised in parallel."""
         if self.computes:
             return self._tokenizer.encode_fast(texts)
-        return self._encode_with_offsets(texts)
+        return self._tokenizer.encode_with_offsets(texts)
 
     def find(self, text: str, encoding: Encoding, ids: list[int], tokens: Ids) -> TokenOffsets:
         """Return the offsets of the tokens of `text`, equal to the tokenizer's own.
@@ -53,10 +53,7 @@ class OffsetFinder:
         if not self.computes:
             return as_token_offsets(encoding.offsets)
         offsets = self._compute(text, ids, tokens)
-        return offsets or as_token_offsets(self._encode_with_offsets([text])[0].offsets)
-
-    def _encode_with_offsets(self, texts: Sequence[str]) -> list[Encoding]:
-        return list(self._backend.encode_batch(list(texts), add_special_tokens=False))
+        return offsets or as_token_offsets(self._tokenizer.encode_with_offsets([text])[0].offsets)
 
     def _compute(self, text: str, ids: list[int], tokens: Ids) -> TokenOffsets | None:
         """Return the tokens' offsets, or None if their bytes are not the text's."""

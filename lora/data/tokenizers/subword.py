@@ -14,14 +14,14 @@ from typing import Any
 
 from tokenizers import AddedToken, Encoding, Tokenizer
 
+from lora.data.tokenizers.model_files import SPECIAL_TOKENS, read_tokenizer_files
+from lora.data.tokenizers.tokenizer_file import load_backend, switch_sampling_off
+from lora.data.tokenizers.tokenizer_trial import is_panic
 from lora.errors import DataError
 from lora.runs.disk import atomic_write
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "</s>")
 """Special tokens that end an assistant's turn in the chat templates in use."""
-_PIECES = {"tokenizer.model", "spiece.model"}
-_OTHER_FILES = _PIECES | {"vocab.json", "merges.txt", "vocab.txt", "tekken.json"}
-_MAX_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class TextTokenizer:
     """Tokens that end an answer: end-of-text and end-of-turn."""
     n_known: int | None = None
     """Number of ids before `with_tokens` added some; None: it added none."""
+    notes: tuple[str, ...] = ()
+    """What of the model's files is not used, for messages."""
 
     @property
     def vocab_size(self) -> int:
@@ -60,17 +62,23 @@ class TextTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Return the ids of `text`; `add_special_tokens` adds those of the model's tokenizer."""
-        with _text_errors([text]):
+        with _library_errors([text]):
             return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def encode_fast(self, texts: Sequence[str]) -> list[Encoding]:
         """Return the tokens of many texts, without offsets, tokenised in parallel."""
-        with _text_errors(texts):
+        with _library_errors(texts):
             return list(self.backend.encode_batch_fast(list(texts), add_special_tokens=False))
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[Encoding]:
+        """Return the tokens of many texts with their offsets, tokenised in parallel."""
+        with _library_errors(texts):
+            return list(self.backend.encode_batch(list(texts), add_special_tokens=False))
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`."""
-        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        with _library_errors(()):
+            return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def with_tokens(self, tokens: Sequence[str]) -> TextTokenizer:
         """Return a tokenizer that never splits `tokens`; this one is not changed.
@@ -139,28 +147,16 @@ def _ids_of(backend: Tokenizer, tokens: Sequence[str]) -> list[int]:
 def load_tokenizer(folder: Path) -> TextTokenizer:
     """Return the tokenizer in a model's folder.
 
-    Raises DataError if `tokenizer.json` is missing or damaged, with how to create one.
+    Raises DataError if `tokenizer.json` is missing or damaged, with how to create one, or another
+    file says something about the tokenizer that cannot be used.
     """
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise DataError(_missing(folder))
-    if path.stat().st_size > _MAX_BYTES:
-        raise DataError(
-            f"Cannot load {path}: it has {path.stat().st_size:,} bytes. Allowed: {_MAX_BYTES:,}."
-        )
-    try:
-        backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:
-        if type(error) is not Exception and not isinstance(error, OSError | ValueError):
-            raise  # the library raises bare Exception for a file that it cannot parse
-        raise DataError(f"Cannot load the tokenizer {path}: {error}.") from None
+    backend = load_backend(path)
     # The file's own truncation and padding would change the training data.
     backend.no_truncation()
     backend.no_padding()
-    config = _read_object(folder / "tokenizer_config.json")
-    special = _read_object(folder / "special_tokens_map.json")
-    words = ("bos_token", "eos_token", "pad_token")
-    named = {word: _token(config.get(word)) or _token(special.get(word)) for word in words}
+    files = read_tokenizer_files(folder)
+    named = dict(files.special_tokens)
     for word, token in named.items():
         if token is None or backend.token_to_id(token) is not None:
             continue
@@ -170,10 +166,12 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
                 f"{token!r}, but {path.name} has no such token. Correct one of the two."
             )
         named[word] = None
-    template = _chat_template(folder, config)
-    stops = find_stop_ids(backend, named["eos_token"], template, _generation_eos(folder))
-    bos, eos, pad = (named[word] for word in words)
-    return TextTokenizer(backend, bos, eos, pad, chat_template=template, stop_ids=stops)
+    stops = find_stop_ids(backend, named["eos_token"], files.chat_template, files.eos_ids)
+    bos, eos, pad = (named[word] for word in SPECIAL_TOKENS)
+    notes = (*switch_sampling_off(backend), *files.notes)
+    return TextTokenizer(
+        backend, bos, eos, pad, chat_template=files.chat_template, stop_ids=stops, notes=notes
+    )
 
 
 def find_stop_ids(
@@ -192,43 +190,17 @@ def find_stop_ids(
     return tuple(sorted(ids if end is None else {*ids, end}))
 
 
-def _missing(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"Cannot load a tokenizer from {folder}: there is no such folder. Name another."
-    names = {path.name for path in folder.iterdir()}
-    found = sorted(names & _OTHER_FILES)
-    seen = f"only {', '.join(found)}, which is not enough" if found else "no tokenizer"
-    needs = " (and pip install sentencepiece protobuf)" if names & _PIECES else ""
-    return (
-        f"Cannot load a tokenizer from {folder}: it has {seen}. tokenizer.json is needed. Create "
-        f"it once with transformers{needs}: AutoTokenizer.from_pretrained({str(folder)!r})"
-        f".save_pretrained({str(folder)!r}). Tokenizers without a fast version in transformers are "
-        "not supported."
-    )
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"Cannot read {path} as JSON: {error}. Copy it again.") from None
-    if not isinstance(value, dict):
-        raise DataError(
-            f"Cannot read {path}: it holds a {type(value).__name__}. A JSON object is needed."
-        )
-    return value
-
-
 def _write_object(path: Path, values: dict[str, Any]) -> None:
     known = {key: value for key, value in values.items() if value is not None}
     atomic_write(path, (json.dumps(known, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 @contextlib.contextmanager
-def _text_errors(texts: Sequence[str]) -> Iterator[None]:
-    """Name the text that cannot be encoded: not a str, or with a lone surrogate (damaged JSON)."""
+def _library_errors(texts: Sequence[str]) -> Iterator[None]:
+    """Name the text that cannot be encoded: not a str, or with a lone surrogate (damaged JSON).
+
+    A panic of the library, which is no Exception, becomes a DataError.
+    """
     try:
         yield
     except (TypeError, UnicodeEncodeError):
@@ -246,29 +218,10 @@ def _text_errors(texts: Sequence[str]) -> Iterator[None]:
                     "surrogate. Remove it, or save the data again as UTF-8."
                 ) from None
         raise
-
-
-def _token(value: Any) -> str | None:
-    if isinstance(value, dict):  # an added token with its flags
-        value = value.get("content")
-    return value if isinstance(value, str) else None
-
-
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"Cannot read {path} as text: {error}. Copy it again.") from None
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name: transformers uses the one called default
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
-
-
-def _generation_eos(folder: Path) -> list[int]:
-    value = _read_object(folder / "generation_config.json").get("eos_token_id")
-    values = value if isinstance(value, list) else [value]
-    return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise DataError(
+            f"Cannot use the tokenizer: the tokenizers library panics: {str(error)[:200]}. Its "
+            "tokenizer.json is damaged: copy it again, or use another."
+        ) from None

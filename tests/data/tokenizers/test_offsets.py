@@ -77,7 +77,9 @@ def test_byte_level_offsets_are_computed(
     tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finder = OffsetFinder(tokenizer)
-    monkeypatch.setattr(finder, "_encode_with_offsets", lambda texts: pytest.fail("asked"))
+    monkeypatch.setattr(
+        TextTokenizer, "encode_with_offsets", lambda self, texts: pytest.fail("asked")
+    )
     check(finder, tokenizer, "The dog is a café — 世界 😀<|im_end|>\n")
 
 
