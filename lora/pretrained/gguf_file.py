@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import struct
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ from lora.runs.disk import os_reason
 
 _MAX_TENSORS, _MAX_KEYS, _MAX_ITEMS = 100_000, 10_000, 4_000_000
 _MAX_HEADER_BYTES = 256 * 1024 * 1024
-_BLOCK_BYTES = 32 * 1024 * 1024  # fp32 bytes of one dequantised block of rows
+_BLOCK_BYTES = 8 * 1024 * 1024  # fp32 bytes of one dequantised block of rows
 _NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 
@@ -52,10 +54,14 @@ class GGUFFile:
             with path.open("rb") as file:
                 start = file.read(24)
                 _check_start(path, start)
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                # Values are read, not mapped: a file that is cut meanwhile is an error then, where
+                # a mapping would end the process, and what was read does not stay in memory.
+                self._handle = os.dup(file.fileno())
+                weakref.finalize(self, os.close, self._handle)
         except OSError as error:
             raise ModelError(f"Cannot read {path}: {os_reason(error)}.") from None
-        reader = _HeaderReader(path, self._data)
+        reader = _HeaderReader(path, data)
         n_tensors, n_keys = struct.unpack("<QQ", start[8:])
         self.metadata: dict[str, Any] = {}
         for _ in range(n_keys):
@@ -84,11 +90,11 @@ class GGUFFile:
         row_length = tensor.shape[-1]
         n_rows = math.prod(tensor.shape[:-1])
         row_bytes = tensor.n_bytes // n_rows
-        at_once = max(1, _BLOCK_BYTES // (4 * row_length))
+        at_once = rows_per_block(row_length)
         for first in range(0, n_rows, at_once):
             rows = min(at_once, n_rows - first)
             start = tensor.offset_bytes + first * row_bytes
-            raw = np.frombuffer(self._data, np.uint8, rows * row_bytes, start)
+            raw = np.frombuffer(self._read(start, rows * row_bytes), np.uint8)
             try:
                 # A flipped bit can make a scale infinite: the check below reports that better.
                 with np.errstate(all="ignore"):
@@ -108,6 +114,19 @@ class GGUFFile:
         tensor = self.tensors[name]
         return np.concatenate(list(self.blocks(name))).reshape(tensor.shape)
 
+    def _read(self, start: int, n_bytes: int) -> bytearray:
+        raw = bytearray(n_bytes)
+        try:
+            n_read = os.preadv(self._handle, [raw], start)
+        except OSError as error:
+            raise ModelError(f"Cannot read {self.path}: {os_reason(error)}.") from error
+        if n_read < n_bytes:
+            raise ModelError(
+                f"Cannot read {self.path}: it became shorter while it was read. Another program "
+                "is writing it: try again when that has ended."
+            )
+        return raw
+
     def _alignment(self) -> int:
         value = self.metadata.get("general.alignment", 32)
         if not isinstance(value, int) or not 1 <= value <= 2**20 or value & (value - 1):
@@ -115,6 +134,11 @@ class GGUFFile:
                 f"Cannot load {self.path}: general.alignment is {value!r}. Copy it again."
             )
         return value
+
+
+def rows_per_block(row_length: int) -> int:
+    """Return how many rows of that length are read, or written, at once."""
+    return max(1, _BLOCK_BYTES // (4 * row_length))
 
 
 def _check_start(path: Path, start: bytes) -> None:

@@ -97,6 +97,29 @@ def read_gguf_decoder(path: Path) -> Decoder:
     return model
 
 
+class GGUFWeights:
+    """The parameters of the model in a GGUF file, read when they are asked for, in fp32.
+
+    Raises ModelError as `convert_gguf` does.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = GGUFFile(path)
+        self._config = gguf_config(self._file)
+        self._names = _match_names(self._file, self._config)
+        self.config = decoder_config(self._config)
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """Yield the parameter `name` (Hugging Face's) in blocks of (rows, row length)."""
+        for block in _blocks(self._file, self._names[name], name, self._config):
+            yield torch.from_numpy(block.reshape(-1, block.shape[-1]))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return the parameter `name` (Hugging Face's)."""
+        shape = self._file.tensors[self._names[name]].shape
+        return torch.cat(list(self.blocks(name))).reshape(shape)
+
+
 def _check_space(folder: Path, n_bytes: int) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if n_bytes > free_bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from lora.decoder.config import DecoderConfig, RopeConfig
 from lora.errors import ModelError, gather
 from lora.pretrained.gguf_config import LLAMA3, ROPE_FACTORS, llama3_factors
+from lora.pretrained.gguf_file import rows_per_block
 from lora.pretrained.gguf_weights import INSIDE, INSIDE_GEMMA3, OUTSIDE, permute
 
 GGUFType = Literal["f32", "f16", "q8_0"]
@@ -153,26 +154,37 @@ def name_tensors(config: DecoderConfig, names: list[str]) -> dict[str, str]:
     return named
 
 
-def file_values(config: DecoderConfig, name: str, tensor: Tensor) -> np.ndarray:
-    """Return the fp32 values that a GGUF file holds for the parameter `name`."""
-    value = tensor.detach().to(device="cpu", dtype=torch.float32).numpy()
+def file_blocks(config: DecoderConfig, name: str, tensor: Tensor) -> Iterator[np.ndarray]:
+    """Yield the fp32 values that a GGUF file holds for the parameter `name`, (rows, row length).
+
+    The blocks have the rows of `GGUFFile.blocks`; only q and k of llama are in fp32 as a whole.
+    """
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     module = name.split(".")[-2]
     if ARCHITECTURES[config.family] == "llama" and module in heads:
-        return permute(value, heads[module])
-    if config.family == "gemma3_text" and module.endswith("norm"):
-        return value + 1
-    return value
+        tensor = torch.from_numpy(permute(_fp32(tensor), heads[module]))
+    rows = tensor.detach().reshape(-1, tensor.shape[-1])  # (rows, row length)
+    for block in rows.split(rows_per_block(tensor.shape[-1])):
+        value = _fp32(block)
+        is_offset = config.family == "gemma3_text" and module.endswith("norm")
+        yield value + 1 if is_offset else value
+
+
+def _fp32(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().to(device="cpu", dtype=torch.float32).numpy()
 
 
 def write_gguf(
     path: Path,
     config: DecoderConfig,
-    parameters: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    value_of: Callable[[str], Tensor],
     metadata: Mapping[str, Any],
     kind: GGUFType,
 ) -> None:
-    """Write `parameters` (Hugging Face's names) and `metadata` to `path`, tensor by tensor.
+    """Write parameters (Hugging Face's names) and `metadata` to `path`, block by block of rows.
+
+    `value_of` is called for one of the `shapes` after the other.
 
     Under q8_0, matrices whose rows do not divide into blocks of 32 are stored as F16. Raises
     ModelError for values that the type cannot hold.
@@ -180,7 +192,7 @@ def write_gguf(
     from gguf import GGUFWriter
     from gguf.quants import quantize
 
-    names = name_tensors(config, list(parameters))
+    names = name_tensors(config, list(shapes))
     factors = _rope_factors(config)
     writer = GGUFWriter(path, str(metadata["general.architecture"]))
     of_file = {"general.file_type": _FILE_TYPES[kind], "general.quantization_version": 2}
@@ -188,7 +200,7 @@ def write_gguf(
         if key != "general.architecture":  # the writer sets it itself
             _add_setting(writer, key, value)
     for old, new in names.items():
-        _announce(writer, new, tuple(parameters[old].shape), kind)
+        _announce(writer, new, shapes[old], kind)
     for new, value in factors.items():
         _announce(writer, new, value.shape, "f32")
     try:
@@ -196,18 +208,32 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for old in names:
-            value = file_values(config, old, parameters[old])
-            own = _type_of(value.shape, kind)
-            if own.name == "F16" and np.abs(value).max() > np.finfo(np.float16).max:
-                raise ModelError(
-                    f"Cannot store {old} as f16: it has values beyond ±65,504. Write the model as "
-                    "f32 instead."
-                )
-            writer.write_tensor_data(quantize(value, own))
+            own = _type_of(shapes[old], kind)
+            blocks = file_blocks(config, old, value_of(old))
+            _write_blocks(writer, (quantize(_checked(b, own, old), own) for b in blocks))
         for value in factors.values():
-            writer.write_tensor_data(value)
+            _write_blocks(writer, iter([value]))
     finally:
         writer.close()
+
+
+def _checked(block: np.ndarray, own: Any, name: str) -> np.ndarray:
+    limit = np.finfo(np.float16).max
+    if own.name == "F16" and (block.max() > limit or block.min() < -limit):
+        raise ModelError(
+            f"Cannot store {name} as f16: it has values beyond ±65,504. Write the model as f32 "
+            "instead."
+        )
+    return block
+
+
+def _write_blocks(writer: Any, blocks: Iterator[np.ndarray]) -> None:
+    # As GGUFWriter.write_tensor_data does, which needs the whole tensor in memory.
+    file = writer.fout[0]
+    writer.write_padding(file, file.tell())
+    for block in blocks:
+        block.tofile(file)
+    writer.write_padding(file, file.tell())
 
 
 def _announce(writer: Any, name: str, shape: tuple[int, ...], kind: GGUFType) -> None:

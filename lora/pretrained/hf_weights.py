@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lora.decoder.families import FAMILIES, decoder_config
 from lora.decoder.quantised import Fp8Linear, has_fp8_base, use_fp8_linears
 from lora.errors import ModelError, did_you_mean, gather
 from lora.pretrained.hf_files import INDEX, SINGLE, StoredTensor, open_tensors, read_config
+from lora.pretrained.mapped import MappedFile
 from lora.runs.disk import disk_error
 from lora.runs.tensor_files import write_tensors
 
@@ -66,6 +68,39 @@ def load_decoder(
         _assign(model, _read(model.config, stored, dtype, device))
         _check_tied_head(model, source, folder)
     return model
+
+
+@dataclass(frozen=True)
+class MappedDecoder:
+    """A decoder whose parameters are views of its files, in the dtypes they have there."""
+
+    model: Decoder
+    files: tuple[MappedFile, ...]
+
+    def release(self) -> None:
+        """Give back the memory of the pages that were read; the model stays as it is."""
+        for file in self.files:
+            file.release()
+
+
+def map_decoder(folder: Path) -> MappedDecoder:
+    """Return the decoder in `folder`, on the CPU; nothing is read before it is used.
+
+    Its parameters must not be changed in place. Raises ModelError as `load_decoder` does.
+    """
+    model = build_empty_decoder(decoder_config(read_config(folder)))
+    with ExitStack() as files:
+        source = open_tensors(folder, files)
+        stored = _match_names(model, source, folder)
+        mapped = {path: MappedFile(path) for path in {tensor.path for tensor in stored.values()}}
+        tensors = ((n, mapped[tensor.path].tensor(tensor.name)) for n, tensor in stored.items())
+        config = model.config
+        assign_parameters(
+            model, ((n, t.T if config.is_transposed_in_files(n) else t) for n, t in tensors)
+        )
+        _check_tied_head(model, source, folder)
+    model.requires_grad_(False)
+    return MappedDecoder(model, tuple(mapped.values()))
 
 
 def _match_names(
