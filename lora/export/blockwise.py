@@ -107,7 +107,7 @@ def logits_by_block(source: BlockSource, ids: Tensor) -> Tensor:
     trunk = cast(LlamaTrunk, model.trunk)
     wanted, places = ids.unique(return_inverse=True)
     table = _pick(source.rows(EMBEDDING), wanted)  # of the tokens that occur
-    trunk.embed_tokens = nn.Embedding(*table.shape, _weight=table)
+    trunk.embed_tokens = nn.Embedding(table.shape[0], table.shape[1], _weight=table)
     norm = torch.cat(list(source.rows(NORM))).flatten()
     trunk.norm.register_parameter("weight", nn.Parameter(norm))
     blocks = trunk.blocks()
