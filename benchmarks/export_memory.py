@@ -73,7 +73,7 @@ def export_model(folder: Path, dtype: str) -> dict[str, float]:
 
 
 def measure(dtype: str, hidden: int, layers: int, vocab: int) -> dict[str, float]:
-    """Return what the export of a random model takes, each step in a process of its own."""
+    """Return what the export of a random model takes, each step in its own process."""
     with tempfile.TemporaryDirectory() as folder:
         for task, inputs in ((build_model, (hidden, layers, vocab)), (export_model, (dtype,))):
             # A new process each: the peak that the system reports is that of a process's life.
