@@ -196,7 +196,7 @@ class PlannedMemory:
     """Which step it is planned for: fast or plain."""
     reason: str | None = None
     """Why the fast step stores what it stores, in words."""
-    keep: dict[str, Any] | None = None
+    keep: dict[str, Any] | None = field(default=None, metadata=WRITES_NULL)
     """As `RunRecord.activation_checkpointing`."""
 
 
