@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from lora.cli.flags.from_fields import GENERATION, Flat, config_from, flags_from
 from lora.cli.flags.shared import Adapter, Device, Model, System
-from lora.config import SamplingConfig
+from lora.config import MAX_SEED, SamplingConfig
 from lora.inference.loading import LoadedModel, load_model, load_tokenizer_of
 
 if TYPE_CHECKING:
     from lora.data.reading.messages import Message
+    from lora.data.tokenizers.subword import TextTokenizer
 
 HELP = "/adapter DIRECTORY (or none) switches, /new clears the conversation, /quit exits"
 
@@ -59,7 +61,7 @@ def chat(
             continue
         if line:
             # Its own seed, or the same question would always get the same answer.
-            own = replace(config, seed=config.seed + len(said))
+            own = replace(config, seed=(config.seed + len(said)) % (MAX_SEED + 1))
             said.append({"role": "user", "content": line})
             said.append({"role": "assistant", "content": _answer(loaded, said, own)})
 
@@ -73,8 +75,6 @@ def _ask() -> str | None:
 
 def _run_command(line: str, loaded: LoadedModel) -> tuple[LoadedModel, bool]:
     """Run a line that starts with a slash; return the model, and whether to clear the chat."""
-    from lora.adapters.apply import lora_layers, remove_lora
-    from lora.adapters.save_load import load_adapter
     from lora.errors import LoraError
 
     command, _, name = line.partition(" ")
@@ -85,20 +85,40 @@ def _run_command(line: str, loaded: LoadedModel) -> tuple[LoadedModel, bool]:
         return loaded, False
     try:
         folder = None if name == "none" else Path(name.strip()).expanduser()
-        if folder is not None:
-            from lora.adapters.save_load import read_adapter_config
-
-            read_adapter_config(folder)  # a faulty adapter must not cost the present one
-        tokenizer = load_tokenizer_of(loaded.source, folder)
-        if lora_layers(loaded.model):
-            remove_lora(loaded.model)
-        if folder is not None:
-            load_adapter(loaded.model, folder)
-    except LoraError as error:
-        print(f"{error}", file=sys.stderr)
+        tokenizer = _switch(loaded, folder)
+    except (LoraError, RuntimeError) as error:  # RuntimeError: a home directory that is not known
+        print(f"{error}\nNothing was switched.", file=sys.stderr)
         return loaded, False
     print("base model" if folder is None else f"adapter: {folder}", file=sys.stderr)
     return replace(loaded, tokenizer=tokenizer), True
+
+
+def _switch(loaded: LoadedModel, folder: Path | None) -> TextTokenizer:
+    """Changes the model in place: the adapter in `folder` instead of its own, or none.
+
+    Returns the tokenizer to ask it with. A fault leaves the model as it was.
+    """
+    from lora.adapters.apply import lora_layers, remove_lora
+    from lora.adapters.save_load import load_adapter, read_adapter_config, save_adapter
+    from lora.errors import LoraError
+
+    if folder is not None:
+        read_adapter_config(folder)
+    tokenizer = load_tokenizer_of(loaded.source, folder)
+    has_former = bool(lora_layers(loaded.model))
+    with tempfile.TemporaryDirectory() as kept:  # as it is in the model: its files may have changed
+        former = Path(kept, "adapter")
+        if has_former:
+            save_adapter(loaded.model, former)
+            remove_lora(loaded.model)
+        try:
+            if folder is not None:
+                load_adapter(loaded.model, folder)
+        except LoraError:
+            if has_former:
+                load_adapter(loaded.model, former)
+            raise
+    return tokenizer
 
 
 def _answer(loaded: LoadedModel, said: list[Message], sampling: SamplingConfig) -> str:

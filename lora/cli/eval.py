@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from lora.cli.flags.from_fields import Flat, config_from
-from lora.cli.flags.shared import Adapter, DataFlags, Device, Json, Model
+from lora.cli.flags.from_fields import DATA, Flat, changed_by, flags_from
+from lora.cli.flags.shared import Adapter, Device, Json, Model
 from lora.config import DataConfig, SamplingConfig
 from lora.inference.loading import LoadedModel, load_model
 from lora.runs.typed_json import json_text
 
 if TYPE_CHECKING:
     from lora.data.reading.formats import Example
+    from lora.data.sequences.encoded import EncodedExamples, EncodingCounts
     from lora.inference.evaluation import Scores
+
+
+@flags_from(DataConfig, DATA, without=("eval_fraction", "max_eval_examples"), unset=True)
+class EvalDataFlags:
+    """Reading and tokenizing of the examples; as in the adapter's run where not given."""
 
 
 def evaluate(
@@ -27,7 +34,7 @@ def evaluate(
     bleu: bool = False,
     device: Device = "auto",
     json: Json = False,
-    data_config: Annotated[DataFlags | None, Flat] = None,
+    data_config: Annotated[EvalDataFlags | None, Flat] = None,
 ) -> int:
     """Evaluate a model on examples: loss, perplexity, and scores of its answers.
 
@@ -35,7 +42,9 @@ def evaluate(
 
         lora eval test.jsonl --adapter runs/orders/adapter --answers 40
 
-    With --adapter the base model is evaluated too, for comparison.
+    With --adapter the base model is evaluated too, for comparison. Settings of the
+    data that are not given are those of the adapter's run (run.json beside it), else
+    the defaults of lora finetune.
 
     Parameters
     ----------
@@ -50,22 +59,29 @@ def evaluate(
     """
     from lora.adapters.apply import disabled_adapter
     from lora.data.reading.readers import read_examples
-    from lora.errors import ConfigError
+    from lora.inference.evaluation import encode_for_loss
 
-    examples = read_examples(data)
-    config = config_from(DataConfig, data_config or DataFlags())
-    if config.special_tokens:
-        raise ConfigError(
-            "Cannot evaluate with --special-tokens: lora finetune adds them, and an adapter has "
-            "its own. Remove the flag."
-        )
+    _check(answers, bleu)
+    sampling = SamplingConfig(max_new_tokens=max_new_tokens)
+    config = _data_config(adapter, data_config)
+    examples = read_examples(data, _tell)
     loaded = load_model(model, adapter, device)
+    if config.chat_template is not None:
+        from lora.data.chat.choose_template import choose_template
+
+        chosen = choose_template(loaded.tokenizer, config.chat_template)[0]
+        loaded = replace(loaded, tokenizer=chosen)
+    encoded = encode_for_loss(examples, loaded.tokenizer, config)
+    _tell_cuts(encoded.counts, config)
     scores = {}
-    sizes = answers, max_new_tokens, bleu
+    given = encoded, examples[:answers], config, sampling, bleu
     if adapter is not None:
         with disabled_adapter(loaded.model):
-            scores["base"] = _measure(loaded, examples, config, *sizes)
-    scores["adapter" if adapter else "base"] = _measure(loaded, examples, config, *sizes)
+            scores["base"] = _measure(loaded, *given)
+    scores["adapter" if adapter else "base"] = _measure(loaded, *given)
+    n_answers = next(iter(scores.values())).n_answers
+    if n_answers < min(answers, len(examples)):
+        _tell(f"{n_answers} of {min(answers, len(examples))} examples have a prompt and an answer")
     if json:
         print(json_text({name: asdict(found) for name, found in scores.items()}))
     else:
@@ -73,21 +89,78 @@ def evaluate(
     return 0
 
 
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _check(answers: int, bleu: bool) -> None:
+    """Raise ConfigError for a number of answers below 0, and for BLEU of no answers."""
+    from lora.errors import ConfigError
+
+    if answers < 0:
+        raise ConfigError(
+            f"Cannot answer {answers} examples. Allowed: 0 (none) or more. Try --answers 40."
+        )
+    if bleu and not answers:
+        raise ConfigError(
+            "Cannot compute BLEU without answers: --answers is 0. Try --answers 40, or leave "
+            "--bleu out."
+        )
+
+
+def _data_config(adapter: Path | None, flags: EvalDataFlags | None) -> DataConfig:
+    """Return the run's data settings, with those that the flags change."""
+    from lora.errors import ConfigError
+    from lora.inference.run_settings import read_run_data_settings
+
+    config = DataConfig()
+    if adapter is not None:
+        settings = read_run_data_settings(adapter)
+        config = settings.config
+        _tell(str(settings))
+    config = changed_by(config, flags)
+    if config.special_tokens:
+        raise ConfigError(
+            "Cannot evaluate with --special-tokens: lora finetune adds them, and an adapter has "
+            "its own. Remove the flag."
+        )
+    return config
+
+
+def _tell_cuts(counts: EncodingCounts, config: DataConfig) -> None:
+    n_cut = counts.n_truncated + counts.n_dropped
+    if n_cut:
+        _tell(
+            f"{n_cut} of {counts.n_examples} examples are longer than max_length="
+            f"{config.max_length}: {counts.n_cut_tokens:,} tokens are not in the loss. Raise "
+            "--max-length, or take --long-examples split."
+        )
+    if counts.n_nothing_to_learn:
+        _tell(
+            f"{counts.n_nothing_to_learn} of {counts.n_examples} examples have no target token and "
+            "are not in the loss"
+        )
+
+
 def _measure(
     loaded: LoadedModel,
-    examples: list[Example],
+    encoded: EncodedExamples,
+    chosen: list[Example],
     config: DataConfig,
-    n_answers: int,
-    max_new_tokens: int,
+    sampling: SamplingConfig,
     bleu: bool,
 ) -> Scores:
-    from lora.inference.evaluation import answer_examples, measure_loss, score
+    from lora.inference.evaluation import answer_examples, loss_of, score
 
-    loss = measure_loss(loaded.model, examples, loaded.tokenizer, config, loaded.choice)
-    sampling = SamplingConfig(max_new_tokens=max_new_tokens)
-    chosen = examples[:n_answers]
+    loss = loss_of(loaded.model, encoded, loaded.tokenizer, config, loaded.choice)
     written = answer_examples(loaded.model, chosen, loaded.tokenizer, sampling)
-    return score(loss, written, bleu=bleu)
+    counts = encoded.counts
+    return replace(
+        score(loss, written, bleu=bleu),
+        max_length=config.max_length,
+        n_cut_examples=counts.n_truncated + counts.n_dropped,
+        n_cut_tokens=counts.n_cut_tokens,
+    )
 
 
 def _print_table(scores: dict[str, Scores], n_examples: int) -> None:

@@ -1,4 +1,4 @@
-"""`lora generate`: answer prompts in one batch."""
+"""`lora generate`: answer prompts in batches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def generate(
     json: Json = False,
     sampling: Annotated[SamplingFlags | None, Flat] = None,
 ) -> int:
-    """Answer prompts; all prompts are one batch.
+    """Answer prompts, as many at a time as memory has room for.
 
     For example:
 
@@ -87,7 +87,9 @@ def _read_lines(path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Line ends of any system, and no others: str.splitlines would cut at form feeds too.
+        with path.open(encoding="utf-8-sig") as file:
+            return [line.rstrip("\n") for line in file if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"Cannot read prompts from {path}: {error}. Name a UTF-8 text file."

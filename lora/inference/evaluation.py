@@ -12,7 +12,7 @@ from lora.data.chat.prompts import Prompt, example_prompt
 from lora.data.reading.formats import Example
 from lora.data.sequences.batches import build_sequences, ordered_batches
 from lora.data.sequences.encode import encode_examples
-from lora.data.sequences.encoded import check_has_targets
+from lora.data.sequences.encoded import EncodedExamples, check_has_targets
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
@@ -50,6 +50,12 @@ class Scores:
     """Answers equal to their reference, except for white space at the ends."""
     bleu: float | None = None
     """Corpus BLEU by sacrebleu, 0 to 100; None unless requested."""
+    max_length: int | None = None
+    """Tokens of the longest sequence on which the loss was measured."""
+    n_cut_examples: int | None = None
+    """Examples longer than `max_length`, of which a part or all is not in the loss."""
+    n_cut_tokens: int | None = None
+    """Tokens of these that are not in the loss."""
 
 
 def measure_loss(
@@ -64,8 +70,28 @@ def measure_loss(
 
     Raises DataError if there are none.
     """
+    encoded = encode_for_loss(examples, tokenizer, config)
+    return loss_of(model, encoded, tokenizer, config, choice, batch_size)
+
+
+def encode_for_loss(
+    examples: Sequence[Example], tokenizer: TextTokenizer, config: DataConfig
+) -> EncodedExamples:
+    """Return the examples as documents. Raises DataError if none of their tokens is a target."""
     encoded = encode_examples(examples, tokenizer, config)
     check_has_targets(encoded, config.learn_on)
+    return encoded
+
+
+def loss_of(
+    model: Decoder,
+    encoded: EncodedExamples,
+    tokenizer: TextTokenizer,
+    config: DataConfig,
+    choice: DeviceChoice,
+    batch_size: int = 8,
+) -> float:
+    """Return the mean loss in nats over the target tokens of encoded examples."""
     pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
     sequences = build_sequences(
         encoded.documents, config.max_length, packing=config.packing, pad_id=pad, seed=0

@@ -10,8 +10,14 @@ from torch import Tensor, nn
 
 from lora.config import SamplingConfig
 from lora.decoder.decoder import Decoder
-from lora.errors import DataError, ModelError
+from lora.device import available_bytes
+from lora.errors import ConfigError, DataError, ModelError
 
+MAX_BATCH_PROMPTS = 256
+MEMORY_FRACTION = 0.25
+"""Of the free memory: what the prompts that are answered together may take."""
+MIN_TEMPERATURE = 1e-30
+"""Below it only the most likely token has a probability, and logits / temperature overflows."""
 PADDING_DOCUMENT = -1
 """Document id of padding: tokens attend within their document, so never to padding."""
 
@@ -27,18 +33,66 @@ def generate(
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, without the stop token that ended them.
 
-    Prompts of different lengths share a batch; up to rounding, an answer does not depend on the
-    other prompts. `on_token(index of the prompt, token)` is called with each new token.
+    Prompts of different lengths share a batch, as many as memory has room for; up to rounding, an
+    answer does not depend on the other prompts. `on_token(index of the prompt, token)` is called
+    with each new token.
 
-    Raises DataError for an empty prompt or a token outside the vocabulary, ModelError if the logits
-    are not finite.
+    Raises DataError for an empty prompt or a token outside the vocabulary, ConfigError if the
+    memory has no room for `max_new_tokens`, ModelError if the logits are not finite.
     """
     sampling = sampling or SamplingConfig()
     _check_prompts(prompts, model.config.vocab_size)
     if not prompts:
         return []
+    batches = _split_by_memory(model, [len(prompt) for prompt in prompts], sampling)
+    answers: list[list[int]] = []
     with _eval_mode(model):
-        return _generate(model, prompts, sampling, frozenset(stop_ids), on_token)
+        for batch in batches:
+
+            def tell(index: int, token: int, first: int = batch.start) -> None:
+                on_token(first + index, token)
+
+            # A generator for each prompt: its tokens do not depend on how many others are sampled
+            # with it.
+            seeds = [sampling.seed + number for number in batch]
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            asked = prompts[batch.start : batch.stop]
+            answers += _generate(model, asked, sampling, generators, frozenset(stop_ids), tell)
+    return answers
+
+
+def _split_by_memory(
+    model: Decoder, lengths: Sequence[int], sampling: SamplingConfig
+) -> list[range]:
+    """Return the prompts that are answered together, in order.
+
+    Raises ConfigError if the cache of one prompt needs more memory than there is.
+    """
+    first, heads = next(model.parameters()), model.config.attention
+    free = available_bytes(first.device.type)
+    token_bytes = 2 * model.config.num_hidden_layers * heads.num_key_value_heads * heads.head_dim
+    token_bytes *= first.element_size()  # of the cache
+    cache_bytes = (max(lengths) + sampling.max_new_tokens) * token_bytes
+    if free is not None and cache_bytes > free:
+        raise ConfigError(
+            f"Cannot generate {sampling.max_new_tokens} tokens after a prompt of {max(lengths)}: "
+            f"their keys and values take {cache_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
+            "free. Lower max_new_tokens."
+        )
+    if free is None:
+        return [range(i, min(i + 16, len(lengths))) for i in range(0, len(lengths), 16)]
+    batches, start, longest = [], 0, 0
+    for number, length in enumerate(lengths):
+        longest = max(longest, length)
+        n_prompts = number + 1 - start
+        # Beside the cache: the mask and scores of padded attention, hidden states, logits.
+        each = (longest + sampling.max_new_tokens) * token_bytes + 8 * longest**2
+        each += 64 * longest * model.config.hidden_size + 32 * model.config.vocab_size
+        is_full = n_prompts * each > free * MEMORY_FRACTION or n_prompts > MAX_BATCH_PROMPTS
+        if is_full and number > start:
+            batches.append(range(start, number))
+            start, longest = number, length
+    return [*batches, range(start, len(lengths))]
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
@@ -69,6 +123,7 @@ def _generate(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingConfig,
+    generators: Sequence[torch.Generator],
     stop_ids: frozenset[int],
     on_token: Callable[[int, int], None],
 ) -> list[list[int]]:
@@ -78,8 +133,6 @@ def _generate(
     logits = _last_logits(
         model, input_ids, position_ids=positions, document_ids=documents, cache=cache
     )
-    # A generator for each prompt: its tokens do not depend on how many others are sampled with it.
-    generators = [torch.Generator().manual_seed(sampling.seed + i) for i in range(len(prompts))]
     answers: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))  # index in the batch -> prompt
     for n_new in range(1, sampling.max_new_tokens + 1):
@@ -129,7 +182,7 @@ def _choose_tokens(
     logits: Tensor, sampling: SamplingConfig, generators: Sequence[torch.Generator]
 ) -> list[int]:
     """Return the next token of each sequence from its logits (B, V)."""
-    if sampling.temperature == 0:
+    if sampling.temperature < MIN_TEMPERATURE:
         best = logits.max(-1)
         _check_finite(best.values)  # the host waits for the device here
         return [int(token) for token in best.indices.tolist()]
@@ -138,12 +191,14 @@ def _choose_tokens(
     ordered, order = wide.sort(dim=-1, descending=True, stable=True)  # (B, V)
     _check_finite(ordered[:, 0])
     if sampling.top_k:
-        ordered[:, sampling.top_k :] = -torch.inf
+        ordered[:, min(sampling.top_k, ordered.shape[-1]) :] = -torch.inf
     probabilities = ordered.softmax(-1)  # (B, V)
     if sampling.top_p < 1:
         # The token that crosses top_p is kept, so there is always one to sample.
         before = probabilities.cumsum(-1) - probabilities  # (B, V): mass of more likely tokens
-        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+        is_out = before >= sampling.top_p
+        is_out[:, 0] = False  # a top_p that is 0 in fp32 would leave none
+        probabilities = probabilities.masked_fill(is_out, 0.0)
     ranks = [
         torch.multinomial(own, 1, generator=generator)
         for own, generator in zip(probabilities, generators, strict=True)

@@ -14,6 +14,7 @@ from lora.decoder.cache import KVCache
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.decoder.families import decoder_config
 from lora.errors import ConfigError, DataError, ModelError
+from lora.inference import generate as generation
 from lora.inference.generate import generate
 
 VOCAB = 53
@@ -236,6 +237,50 @@ def test_narrow_sampling_is_greedy(model: Decoder, settings: dict[str, Any]) -> 
     sampling = SamplingConfig(max_new_tokens=8, **{"temperature": 1.0, **settings})
     wanted = [plain_greedy(model, prompt, 8) for prompt in PROMPTS]
     assert generate(model, PROMPTS, sampling) == wanted
+
+
+@pytest.mark.parametrize("limit", ["number", "memory"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_many_prompts_are_answered_in_batches_as_in_one(
+    model: Decoder, limit: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [PROMPTS[n % 3] for n in range(40)]
+    sampling = SamplingConfig(max_new_tokens=5, temperature=temperature, seed=3)
+    whole = generate(model, prompts, sampling)
+    sizes: list[int] = []
+    begin = model.new_cache
+
+    def counted(batch_size: int, *more: Any) -> KVCache:
+        sizes.append(batch_size)
+        return begin(batch_size, *more)
+
+    monkeypatch.setattr(model, "new_cache", counted)
+    if limit == "number":
+        monkeypatch.setattr(generation, "MAX_BATCH_PROMPTS", 7)
+    else:
+        monkeypatch.setattr(generation, "available_bytes", lambda device_type: 1 << 20)
+    seen: dict[int, list[int]] = {}
+    found = generate(
+        model, prompts, sampling, on_token=lambda row, token: seen.setdefault(row, []).append(token)
+    )
+    assert found == whole == [seen[n] for n in range(40)]
+    assert len(sizes) > 3
+    assert sum(sizes) == 40
+
+
+def test_answers_that_memory_has_no_room_for_are_refused_in_words(model: Decoder) -> None:
+    with pytest.raises(ConfigError, match=r"Cannot generate 1000000000000 tokens after .* free"):
+        generate(model, PROMPTS, SamplingConfig(max_new_tokens=10**12))
+
+
+def test_numbers_at_the_edges_sample_what_they_mean(model: Decoder) -> None:
+    greedy = generate(model, PROMPTS, SamplingConfig(max_new_tokens=4))
+    for narrow in ({"top_p": 1e-320}, {"temperature": 1e-300}, {"temperature": 1e-20}):
+        sampling = SamplingConfig(**{"max_new_tokens": 4, "temperature": 1.0, **narrow})
+        assert generate(model, PROMPTS, sampling) == greedy
+    for wide in ({"temperature": 1e300}, {"top_k": 10**30}, {"seed": 2**63 - 1}):
+        sampling = SamplingConfig(**{"max_new_tokens": 4, "temperature": 1.0, **wide})
+        assert [len(tokens) for tokens in generate(model, PROMPTS, sampling)] == [4, 4, 4]
 
 
 def test_no_prompts_and_empty_prompts(model: Decoder) -> None:

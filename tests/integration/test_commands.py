@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lora.cli import main
+from lora.cli.chat import _run_command
+from lora.inference.loading import load_model
 from lora.pretrained.hf_weights import load_decoder
 
 Read = Callable[[], tuple[str, str]]
@@ -120,6 +124,89 @@ def test_eval_shows_base_beside_adapter(
     assert found["adapter"]["valid_json"] == 0.0
     assert main(words) == 0
     assert "perplexity" in read()[0]
+
+
+def test_eval_takes_the_data_settings_of_the_run_and_tells_what_it_cut(
+    tiny_folder: Path, adapter: Path, orders_file: Path, read: Read
+) -> None:
+    words = ["eval", str(orders_file), "--model", str(tiny_folder), "--adapter", str(adapter)]
+    assert main([*words, "--json"]) == 0
+    out, err = read()
+    as_trained = json.loads(out)["adapter"]
+    assert as_trained["max_length"] == 128
+    assert f"data settings of the run in {adapter.parent}" in err
+    assert main([*words, "--max-length", "128", "--json"]) == 0
+    assert json.loads(read()[0])["adapter"] == as_trained
+    assert main([*words, "--max-length", "60", "--json"]) == 0
+    out, err = read()
+    short = json.loads(out)["adapter"]
+    assert short["n_cut_examples"] > 0
+    said = f"{short['n_cut_examples']} of 40 examples are longer than max_length=60"
+    assert f"{said}: {short['n_cut_tokens']:,} tokens are not in the loss" in err
+    assert main(["eval", str(orders_file), "--model", str(tiny_folder), "--json"]) == 0
+    assert json.loads(read()[0])["base"]["max_length"] == 512
+
+
+def test_eval_asks_with_the_chat_template_that_is_given(
+    tiny_folder: Path, orders_file: Path, tmp_path: Path, read: Read
+) -> None:
+    template = tmp_path / "other.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    words = ["eval", str(orders_file), "--model", str(tiny_folder), "--learn-on", "all", "--json"]
+    assert main(words) == 0
+    own = json.loads(read()[0])["base"]["loss"]
+    assert main([*words, "--chat-template", str(template)]) == 0
+    assert json.loads(read()[0])["base"]["loss"] != own
+
+
+@pytest.mark.parametrize(
+    ("words", "seen"),
+    [
+        (["--answers", "-1"], "Cannot answer -1 examples. Allowed: 0 (none) or more"),
+        (["--bleu"], "Cannot compute BLEU without answers"),
+        (["--max-new-tokens", "0"], "max_new_tokens=0"),
+    ],
+)
+def test_eval_refuses_numbers_that_it_cannot_use(
+    words: list[str], seen: str, orders_file: Path, read: Read
+) -> None:
+    assert main(["eval", str(orders_file), *words]) == 2
+    assert seen in read()[1]
+
+
+def test_prompts_are_the_lines_of_a_file_of_any_system(
+    tiny_folder: Path, tmp_path: Path, read: Read
+) -> None:
+    asked = tmp_path / "asked.txt"
+    asked.write_bytes("\ufeffone\rtwo\r\n\r\nth\u2028r\fee\nfour".encode())
+    words = ["generate", "--model", str(tiny_folder), "--prompts-file", str(asked)]
+    assert main([*words, "--max-new-tokens", "1", "--json"]) == 0
+    rows = [json.loads(line) for line in read()[0].split("\n") if line]
+    assert [row["prompt"] for row in rows] == ["one", "two", "th\u2028r\fee", "four"]
+
+
+def test_an_adapter_that_cannot_be_loaded_leaves_the_chats_own(
+    tiny_folder: Path, adapter: Path, tmp_path: Path, read: Read
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other)
+    tensors = load_file(other / "adapter_model.safetensors")
+    metadata = {"format": "pt", "lora_lm_base_fingerprint": "of another base"}
+    save_file(tensors, other / "adapter_model.safetensors", metadata)
+    loaded = load_model(str(tiny_folder), adapter)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        before = loaded.model(tokens)
+        after, is_new = _run_command(f"/adapter {other}", loaded)
+        assert torch.equal(after.model(tokens), before)
+        assert (after.tokenizer, is_new) == (loaded.tokenizer, False)
+        err = read()[1]
+        assert "of another base" in err
+        assert "Nothing was switched" in err
+        _run_command("/adapter none", loaded)
+        assert not torch.equal(loaded.model(tokens), before)
+        _run_command(f"/adapter {adapter}", loaded)
+        assert torch.equal(loaded.model(tokens), before)
 
 
 def test_merge_writes_a_model_that_answers_the_same_and_never_over_one(

@@ -48,13 +48,19 @@ Flat = Parameter(name="*")
 
 
 def flags_from(
-    config: type, group: Group, *, without: tuple[str, ...] = (), only: tuple[str, ...] = ()
+    config: type,
+    group: Group,
+    *,
+    without: tuple[str, ...] = (),
+    only: tuple[str, ...] = (),
+    unset: bool = False,
 ) -> Callable[[type[FlagsT]], type[FlagsT]]:
     """Return a decorator that turns a class into a dataclass with `config`'s fields as flags.
 
     Fields: all but `without`, or those of `only`. What the class annotates itself replaces the
     field of that name: type, default and, if there is one, text. The result checks nothing;
-    `config_from` makes the config, which checks itself.
+    `config_from` makes the config, which checks itself. With `unset` the flags' own default is
+    None, "not given", for what else supplies the values; see `changed_by`.
     """
 
     def decorate(cls: type[FlagsT]) -> type[FlagsT]:
@@ -67,7 +73,7 @@ def flags_from(
         made = dataclasses.make_dataclass(
             cls.__name__,
             [
-                (name, _annotated(hints[name], name, texts, group), _with_default(each))
+                (name, *_field(hints[name], name, texts, group, each, unset))
                 for name, each in fields.items()
             ],
             namespace={"__doc__": cls.__doc__, "__module__": cls.__module__},
@@ -81,6 +87,25 @@ def flags_from(
 def config_from(config: type[ConfigT], flags: object) -> ConfigT:
     """Return a `config` with the values of `flags`. Raises ConfigError if they are out of range."""
     return config(**vars(flags))
+
+
+def changed_by(config: ConfigT, flags: object | None) -> ConfigT:
+    """Return `config` with the values of those `flags` that are given, made with `unset`."""
+    given = {} if flags is None else {k: v for k, v in vars(flags).items() if v is not None}
+    return dataclasses.replace(config, **given)  # type: ignore[type-var]
+
+
+def _field(
+    hint: Any,
+    name: str,
+    texts: Mapping[str, str],
+    group: Group,
+    field: dataclasses.Field[Any],
+    unset: bool,
+) -> tuple[Any, Any]:
+    if unset:
+        return _annotated(hint | None, name, texts, group), dataclasses.field(default=None)
+    return _annotated(hint, name, texts, group), _with_default(field)
 
 
 def field_texts(owner: type) -> dict[str, str]:

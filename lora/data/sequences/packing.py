@@ -54,7 +54,9 @@ def pack(
     sequences: list[list[int]] = []
     for first in range(0, len(order), window_documents):
         window = order[first : first + window_documents]
-        sequences += _pack_window(window, lengths[window], sequence_length)
+        # Room for more than all documents changes no choice, and would only take memory.
+        room = min(sequence_length, int(lengths[window].sum()))
+        sequences += _pack_window(window, lengths[window], room)
     return _layout(sequences)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -67,3 +68,14 @@ def test_a_hundred_thousand_documents_pack_in_seconds() -> None:
     began_s = time.perf_counter()
     pack(lengths, 2048, seed=0)
     assert time.perf_counter() - began_s < 5
+
+
+def test_a_length_beyond_all_documents_costs_no_memory() -> None:
+    lengths = np.array([5, 3, 9, 1], np.int64)
+    tracemalloc.start()
+    layout = pack(lengths, 10**12, seed=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e6
+    assert layout.n_sequences == 1
+    assert layout.members.tolist() == pack(lengths, 1000, seed=0).members.tolist()
