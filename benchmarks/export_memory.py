@@ -34,8 +34,8 @@ RANK = 16
 
 def build_tokenizer() -> TextTokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {word: number for number, word in enumerate(["</s>", *alphabet])}
-    backend = Tokenizer(models.BPE(vocab, []))
+    vocab = {word: number for number, word in enumerate(["</s>", *alphabet, "th"])}
+    backend = Tokenizer(models.BPE(vocab, [("t", "h")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return TextTokenizer(backend, eos_token="</s>", stop_ids=(0,))

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Protocol, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from lora.errors import ModelError
 from lora.lora_module import LoRALayer
 from lora.pretrained.gguf_file import rows_per_block
 from lora.pretrained.gguf_weights import GGUFWeights
+from lora.pretrained.gguf_writer import file_blocks
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -62,12 +64,18 @@ class DecoderBlocks:
             return self.model.get_parameter(name).detach()
         return cast(Tensor, in_fp32(owner).merge().weight).detach()
 
+    def file_blocks(self, name: str) -> Iterator[np.ndarray]:
+        """Yield a parameter with LoRA merged into it, as a GGUF file holds it."""
+        for block in file_blocks(self.config, name, self.value(name)):
+            yield block
+            self._release()
+
     def rows(self, name: str) -> Iterator[Tensor]:
         parameter = self.model.get_parameter(name).detach()
         table = parameter.reshape(-1, parameter.shape[-1])  # (rows, row length)
         for part in table.split(rows_per_block(table.shape[-1])):
             yield _wide(part).cpu()
-        self._release()
+            self._release()
 
     def block(self, number: int) -> nn.Module:
         self._release()

@@ -28,7 +28,6 @@ from lora.pretrained.gguf_weights import GGUFWeights
 from lora.pretrained.gguf_writer import (
     GGUFType,
     describe_decoder,
-    file_blocks,
     name_tensors,
     write_gguf,
 )
@@ -112,7 +111,7 @@ def export_gguf(
     metadata |= describe_tokenizer(tokenizer, config.vocab_size)
     try:
         with output.building() as part:
-            write_gguf(part, config, blocks.shapes, blocks.value, metadata, dtype)
+            write_gguf(part, config, blocks.shapes, blocks.file_blocks, metadata, dtype)
             errors = _compare(part, blocks, metadata, TOLERANCES[dtype])
             logits_tolerance = LOGITS_TOLERANCES[dtype]
             logits_error = _compare_logits(part, blocks, logits_tolerance)
@@ -139,8 +138,7 @@ def _compare(
     ]
     errors = {}
     for name, new in name_tensors(config, list(blocks.shapes)).items():
-        reference = file_blocks(config, name, blocks.value(name))
-        errors[name] = relative_error(file.blocks(new), reference)
+        errors[name] = relative_error(file.blocks(new), blocks.file_blocks(name))
         if not errors[name] <= tolerance:
             faults.append(f"{name} differs by {errors[name]:.2g}, allowed is {tolerance:g}")
     if faults:

@@ -178,13 +178,13 @@ def write_gguf(
     path: Path,
     config: DecoderConfig,
     shapes: Mapping[str, tuple[int, ...]],
-    value_of: Callable[[str], Tensor],
+    blocks_of: Callable[[str], Iterator[np.ndarray]],
     metadata: Mapping[str, Any],
     kind: GGUFType,
 ) -> None:
     """Write parameters (Hugging Face's names) and `metadata` to `path`, block by block of rows.
 
-    `value_of` is called for one of the `shapes` after the other.
+    `blocks_of` gives those of `file_blocks`, for one of the `shapes` after the other.
 
     Under q8_0, matrices whose rows do not divide into blocks of 32 are stored as F16. Raises
     ModelError for values that the type cannot hold.
@@ -209,8 +209,8 @@ def write_gguf(
         writer.write_ti_data_to_file()
         for old in names:
             own = _type_of(shapes[old], kind)
-            blocks = file_blocks(config, old, value_of(old))
-            _write_blocks(writer, (quantize(_checked(b, own, old), own) for b in blocks))
+            blocks = (_checked(block, own, old) for block in blocks_of(old))
+            _write_blocks(writer, (quantize(block, own) for block in blocks))
         for value in factors.values():
             _write_blocks(writer, iter([value]))
     finally:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from benchmarks import export_memory
 from lora.adapters.apply import apply_lora, lora_layers
 from lora.adapters.merge import merge_lora
 from lora.config import LoRAConfig
@@ -387,3 +388,9 @@ def test_a_file_that_is_cut_while_it_is_read_is_an_error(
     os.truncate(report.path, report.size_bytes // 2)
     with pytest.raises(ModelError, match="it became shorter while it was read"):
         list(file.blocks("output_norm.weight"))
+
+
+@pytest.mark.slow
+def test_an_export_takes_no_more_memory_than_its_file() -> None:
+    taken = export_memory.measure("f16", hidden=768, layers=8, vocab=64_000)
+    assert taken["peak_per_file"] < 1.3
