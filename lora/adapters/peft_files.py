@@ -82,6 +82,16 @@ def read_adapter_files(folder: Path) -> AdapterFiles:
     return AdapterFiles(folder, described, tensors, metadata, [])
 
 
+def fingerprint_adapter(folder: Path) -> str:
+    """Return the SHA-256 of an adapter's settings and tensors: the same wherever it lies.
+
+    Raises AdapterError if it cannot be read.
+    """
+    files = read_adapter_files(folder)
+    settings = json.dumps(files.described, sort_keys=True).encode()
+    return hashlib.sha256(settings + _digest(files.tensors).encode()).hexdigest()
+
+
 def write_adapter_files(
     folder: Path, described: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> None:

@@ -79,7 +79,7 @@ def finetune(
     instruction and output, or plain text. The adapter is saved in PEFT's format.
     """
     run_config = config_from(RunConfig, run or RunFlags())
-    _check_flags(resume and run_config.name is None, full, lora or from_adapter)
+    _check_flags(resume and run_config.name is None, full, lora, from_adapter)
     lora_config = config_from(LoRAConfig, lora or LoRAFlags())
     train_config = config_from(TrainConfig, train or TrainFlags())
     how_read = config_from(DataConfig, data_config or DataFlags())
@@ -115,9 +115,17 @@ def finetune(
     return _report(done, page, json)
 
 
-def _check_flags(is_nameless: bool, full: bool, of_lora: object) -> None:
+def _check_flags(
+    is_nameless: bool, full: bool, lora: LoRAFlags | None, from_adapter: Path | None
+) -> None:
     if is_nameless:
         raise ConfigError("Cannot resume: no run is named. Name it with --name.")
+    if from_adapter is not None and lora is not None:
+        raise ConfigError(
+            "Cannot combine --from-adapter with LoRA flags such as --rank: an adapter is trained "
+            "on with its own rank, alpha, dropout and targets. Remove one or the other."
+        )
+    of_lora = lora or from_adapter
     if full and of_lora is not None:
         raise ConfigError(
             "Cannot combine --full with LoRA flags or --from-adapter: full fine-tuning trains all "

@@ -208,11 +208,14 @@ def _report(
         return 0
     from rich.console import Console
 
-    from lora.sweep.progress import candidates_table
+    from lora.sweep.progress import candidates_table, format_status
 
     names = tuple(dict.fromkeys((*swept, "rank", "learning_rate"))) if full else swept
     states = done.candidates if full is None else [*done.candidates, full.record.candidate]
     Console(highlight=False).print(candidates_table(states, names))
+    for state in states:
+        if state.reason:
+            print(f"{state.name} {format_status(state)}")
     if full is not None:
         print(
             f"full fine-tuning: {full.record.train_s:.0f} s of training, peak memory "

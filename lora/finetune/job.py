@@ -8,6 +8,7 @@ from typing import get_args
 
 import torch
 
+from lora.adapters.peft_files import fingerprint_adapter
 from lora.config import BaseDtype, LoRAConfig, MemoryConfig, RunConfig, TrainConfig
 from lora.data.inspection_report import DataReport
 from lora.data.prepare import PreparedData
@@ -31,7 +32,7 @@ class FinetuneJob(Task):
     run: RunConfig = field(default_factory=RunConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     from_adapter: Path | None = None
-    """Continue training this adapter instead of a new one; its configuration replaces `lora`."""
+    """Continue training this adapter instead of a new one; `lora` is then left as it is."""
     resume: bool = False
     """Continue the run called `run.name` from its newest checkpoint."""
     base_dtype: BaseDtype = "auto"
@@ -84,6 +85,20 @@ def check_base_dtype(job: FinetuneJob) -> None:
         )
 
 
+def check_from_adapter(job: FinetuneJob) -> None:
+    """Raise ConfigError if `job` has LoRA settings beside an adapter, which has its own."""
+    if job.from_adapter is None or job.lora is None:
+        return
+    own, default = vars(job.lora), vars(LoRAConfig())
+    given = [name for name, value in own.items() if value != default[name]]
+    if given:
+        raise ConfigError(
+            f"Cannot use {', '.join(given)} with from_adapter={str(job.from_adapter)!r}: an "
+            "adapter is trained on with its own rank, alpha, dropout and targets. Leave "
+            "them out, or train a new adapter."
+        )
+
+
 def describe_job(
     job: FinetuneJob,
     source: ModelSource,
@@ -100,6 +115,9 @@ def describe_job(
         device=choice.reason,
         threads=torch.get_num_threads(),
         from_adapter=None if job.from_adapter is None else str(job.from_adapter),
+        from_adapter_fingerprint=(
+            None if job.from_adapter is None else fingerprint_adapter(job.from_adapter)
+        ),
         base_dtype=None if job.base_dtype == "auto" else job.base_dtype,
         deterministic=job.deterministic or None,
         lora=None if job.lora is None else asdict(job.lora),

@@ -15,16 +15,24 @@ from lora.config import TrainConfig
 from lora.data.inspection_report import DataReport
 from lora.data.prepare import PreparedData
 from lora.decoder.decoder import Decoder
+from lora.decoder.families import decoder_config
 from lora.device import DeviceChoice, choose_device, deterministic_algorithms
 from lora.errors import CheckpointError
 from lora.fast.choose import choose_steps
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.memory.plan import MemoryPlan
-from lora.finetune.job import FinetuneJob, FinetuneResult, check_base_dtype, describe_job
+from lora.finetune.job import (
+    FinetuneJob,
+    FinetuneResult,
+    check_base_dtype,
+    check_from_adapter,
+    describe_job,
+)
 from lora.finetune.load_data import load_data
 from lora.finetune.loop_inputs import find_tensorboard, training_job
 from lora.finetune.memory import RunMemory, describe_plan, plan_run
 from lora.finetune.model import load_model, save_model
+from lora.pretrained.hf_files import read_config
 from lora.pretrained.sources import ModelSource, find_model
 from lora.runs.directory import check_run_directory, create_run, default_name
 from lora.runs.disk import reading
@@ -69,6 +77,7 @@ def _finetune(
     job: FinetuneJob, progress: Progress, show_data: Callable[[DataReport], None] | None
 ) -> FinetuneResult:
     check_base_dtype(job)
+    check_from_adapter(job)
     check_run_directory(job.run.out, job.run.name, resume=job.resume)
     open_tensorboard = find_tensorboard() if job.run.tensorboard else None
     inputs = _find_inputs(job, progress, show_data)
@@ -78,7 +87,7 @@ def _finetune(
         lambda: f"while the weights were loaded. {planned}. {LOADING_ADVICE}"
     ):
         model, fingerprint = load_model(job, source, choice, data.tokenizer, progress)
-    train_config = job.train.resolved(full=job.lora is None)
+    train_config = job.train.resolved(full=job.is_full)
     record = _describe(job, inputs, train_config, fingerprint)
     steps = _choose_steps(job, model, choice, train_config, plan, progress)
     name = job.run.name or default_name(source.name)
@@ -105,6 +114,7 @@ def _find_inputs(
     """Choose the device, find the model, load the data and plan the memory."""
     choice = choose_device(job.run.device, job.train.precision)
     source = find_model(job.model)
+    decoder_config(read_config(source.folder))  # an unknown architecture is told before the data
     data, report = load_data(job, source.folder, progress)
     if show_data is not None:
         show_data(report)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import datetime
 import errno
-import fcntl
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from lora.runs.disk import (
     atomic_write,
     check_no_links,
     disk_error,
+    lock_file,
     open_no_link,
     read_rows,
 )
@@ -268,7 +268,7 @@ def _take(lock: IO[str], folder: Path) -> None:
 
 def _lock(lock: IO[str], folder: Path) -> None:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it if we die
+        lock_file(lock.fileno())  # the kernel releases it if we die
     except BlockingIOError:
         lock.seek(0)
         holder = lock.read().strip() or "another process"

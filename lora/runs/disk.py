@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora.errors import CheckpointError, LoraError, gather
+from lora.errors import CheckpointError, DependencyError, LoraError, gather
 
 CACHE_VARIABLE = "LORALM_CACHE"
 
@@ -87,6 +87,22 @@ def check_no_links(folder: Path) -> None:
 def open_no_link(path: str, flags: int) -> int:
     """Open a file for `open(..., opener=open_no_link)`: a link at `path` is an OSError."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def lock_file(handle: int, *, wait: bool = False) -> None:
+    """Lock an open file until it is closed or this process dies.
+
+    Raises BlockingIOError if another process holds the lock and we do not `wait`, DependencyError
+    on a system without such locks.
+    """
+    try:
+        import fcntl  # not at import: Windows has none, and `lora --help` works there
+    except ImportError:
+        raise DependencyError(
+            "Cannot lock a file: this system has no fcntl. lora runs on Linux and macOS; on "
+            "Windows use it in WSL 2."
+        ) from None
+    fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def read_json(path: Path) -> Any:

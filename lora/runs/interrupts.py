@@ -11,8 +11,8 @@ from typing import Any
 
 from lora.errors import Interrupted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""SIGHUP comes when an ssh connection or a terminal is gone."""
+SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+"""SIGHUP comes when an ssh connection or a terminal is gone; Windows has none."""
 
 
 class StopRequests:
@@ -37,7 +37,7 @@ class StopRequests:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 is_ignored = signal.getsignal(number) is signal.SIG_IGN
-                if not (is_ignored and number == signal.SIGHUP):
+                if not (is_ignored and number.name == "SIGHUP"):
                     self._former[number] = signal.signal(number, self._receive)
         return self
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
-import fcntl
 import os
 import shutil
 import stat
@@ -24,7 +23,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from lora.errors import CheckpointError, ConfigError
-from lora.runs.disk import disk_error
+from lora.runs.disk import disk_error, lock_file
 from lora.runs.interrupts import exit_on_signals
 
 LOCK_SUFFIX, PART_SUFFIX = ".lora-lock", ".lora-part"
@@ -215,7 +214,7 @@ def _take(lock: Path, path: Path, *, wait: bool) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         handle = os.open(lock, flags, 0o666)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            lock_file(handle, wait=wait)
             if _is_at(handle, lock):
                 started = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
                 os.ftruncate(handle, 0)
@@ -258,7 +257,7 @@ def _remove_abandoned(folder: Path) -> None:
         except OSError:
             continue
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(handle)
         except OSError:
             os.close(handle)  # its process lives
             continue

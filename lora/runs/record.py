@@ -102,6 +102,8 @@ class RunRecord:
     learning_rate: float | None = None
     """The peak, as resolved."""
     from_adapter: str | None = None
+    from_adapter_fingerprint: str | None = None
+    """Of its settings and tensors: a path alone does not tell whether it is the same adapter."""
     base_dtype: str | None = None
     deterministic: bool | None = None
     activation_checkpointing: dict[str, Any] | None = None

@@ -13,6 +13,7 @@ FIXED = (
     "base_fingerprint",
     "learning_rate",
     "from_adapter",
+    "from_adapter_fingerprint",
     "lora",
     "train",
     "data_config",
@@ -25,6 +26,7 @@ FREE = {
     "train.steps": "more steps",
     "train.micro_batches": "another split into micro-batches",
     "train.learning_rate": "",  # the field learning_rate has the value that was used
+    "data_config.chat_template": "",  # a path; the data's fingerprint has what it writes
 }
 FINGERPRINTS = ("data.fingerprint", "data.held_out_fingerprint")
 """The fields of the data that count: a file may be moved."""
@@ -36,6 +38,10 @@ MACHINE = ("device", "threads", "environment.versions.torch")
 def check_same_run(former: RunRecord, now: RunRecord, directory: Path) -> None:
     """Raise CheckpointError with every difference that would make it another run."""
     before, after = _flatten(former), _flatten(now)
+    if former.from_adapter_fingerprint is not None:  # else of an older version: the path tells
+        before["from_adapter"] = after["from_adapter"] = None
+    else:
+        after.pop("from_adapter_fingerprint", None)
     faults = [
         f"{name}: {before.get(name, 'not set')} then, {after.get(name, 'not set')} now"
         for name in sorted(before.keys() | after.keys())

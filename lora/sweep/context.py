@@ -9,6 +9,7 @@ from torch import nn
 from lora.data.sequences.batches import TokenSequences
 from lora.device import DeviceChoice
 from lora.runs.directory import Run
+from lora.runs.disk import disk_error
 from lora.sweep.grid import Candidate
 from lora.sweep.progress import SweepProgress
 
@@ -41,7 +42,13 @@ class SweepContext:
 
 
 def candidate_run(run: Run, candidate: Candidate) -> Run:
-    """Return the candidate's own run directory, made if it is not there."""
+    """Return the candidate's own run directory, made if it is not there.
+
+    Raises CheckpointError if the disk refuses.
+    """
     folder = run.folder / CANDIDATES / candidate.name
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(folder, error) from error
     return Run(folder, on_trouble=run.on_trouble)

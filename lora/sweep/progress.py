@@ -112,7 +112,10 @@ class RichSweepProgress:
 def candidates_table(
     states: Sequence[CandidateState], names: Sequence[str], most: int | None = None
 ) -> Table:
-    """Return a table of candidates, the best first; `names` are the settings to show."""
+    """Return a table of candidates, the best first; `names` are the settings to show.
+
+    The reason of one that failed is not in it: a long text would take the numbers' room.
+    """
     from rich.table import Table
 
     table = Table(title_justify="left", caption_justify="left")
@@ -120,13 +123,13 @@ def candidates_table(
     for name in names:
         table.add_column(SHORT_NAMES.get(name, name), justify="right")
     for title in ("step", "loss", "validation", "best (step)"):
-        table.add_column(title, justify="right")
-    table.add_column("status", overflow="ellipsis", no_wrap=True)
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("status", no_wrap=True)
     ranked = rank(states)
     for place, state in enumerate(ranked[:most], start=1):
         values = [_format_value(state.settings[name]) for name in names]
         row = [str(place), *values, str(state.step), *format_losses(state)]
-        table.add_row(*row, format_status(state), style=_STYLES.get(state.status, ""))
+        table.add_row(*row, state.status, style=_STYLES.get(state.status, ""))
     if most is not None and len(ranked) > most:
         table.add_row("…", *[""] * (len(names) + 4), f"{len(ranked) - most} more")
     return table

@@ -26,19 +26,23 @@ from lora.adapters.save_load import save_adapter
 from lora.data.inspection import inspect_prepared
 from lora.data.inspection_report import DataReport
 from lora.data.prepare import PreparedData
+from lora.decoder.families import decoder_config
 from lora.device import (
     choose_device,
     deterministic_algorithms,
     peak_memory_bytes,
 )
 from lora.errors import (
+    CheckpointError,
     Interrupted,
     TrainingError,
     gather,
 )
+from lora.pretrained.hf_files import read_config
 from lora.pretrained.hf_weights import load_decoder
 from lora.pretrained.sources import ModelSource, find_model
 from lora.runs.directory import check_run_directory, create_run, default_name
+from lora.runs.disk import disk_error
 from lora.runs.interrupts import StopRequests
 from lora.runs.sweep_record import (
     CandidateState,
@@ -104,6 +108,7 @@ def sweep(
     check_same_sweep(job)
     choice = choose_device(job.run.device, job.train.precision)
     source = find_model(job.model)
+    decoder_config(read_config(source.folder))  # an unknown architecture is told before the data
     data = prepare_sweep(job, source.folder, progress)
     report = inspect_prepared(data, job.data, job.data_config)
     if show_data is not None:
@@ -229,11 +234,7 @@ def _choose_best(context: SweepContext, record: SweepRecord, train_s: float) -> 
     own_runs = {c.name: candidate_run(run, c) for c in context.candidates}
     for own in own_runs.values():
         remove_candidate_state(own)
-    building = run.folder / f".{BEST}.building"
-    shutil.rmtree(building, ignore_errors=True)
-    shutil.copytree(own_runs[best.name].folder / "adapter", building)
-    shutil.rmtree(run.folder / BEST, ignore_errors=True)
-    building.rename(run.folder / BEST)
+    _copy_best(own_runs[best.name].folder / "adapter", run.folder / BEST)
     write_outcome(run, SweepOutcome(best.name, best.eval_loss, train_s))
     return SweepResult(
         folder=run.folder,
@@ -242,6 +243,24 @@ def _choose_best(context: SweepContext, record: SweepRecord, train_s: float) -> 
         train_s=train_s,
         peak_memory_bytes=peak_memory_bytes(context.choice.device),
     )
+
+
+def _copy_best(adapter: Path, best: Path) -> None:
+    """Copy the best adapter, whole or not at all. Raises CheckpointError if the disk refuses."""
+    building = best.with_name(f".{BEST}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        building.mkdir()
+        for file in sorted(adapter.iterdir()):  # a copytree collects its errors without a reason
+            shutil.copyfile(file, building / file.name)
+        shutil.rmtree(best, ignore_errors=True)
+        building.rename(best)
+    except OSError as error:
+        shutil.rmtree(building, ignore_errors=True)
+        raise CheckpointError(
+            f"{disk_error(best, error)} All candidates are trained and saved; the best is "
+            f"{adapter}. --resume copies it."
+        ) from error
 
 
 def _interrupted_message(context: SweepContext, wave: TrainedWave, stop: StopRequests) -> str:

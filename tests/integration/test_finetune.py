@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lora.data.reading.orders import make_orders
 from lora.data.sequences.batches import BatchStream, ordered_batches
 from lora.data.tokenizers.subword import load_tokenizer
 from lora.device import choose_device
-from lora.errors import DataError, LoraError
+from lora.errors import CheckpointError, DataError, LoraError, ModelError
 from lora.fast.choose import choose_steps
 from lora.finetune import FinetuneJob, FinetuneResult, finetune
 from lora.pretrained.hf_weights import load_decoder
@@ -156,7 +157,13 @@ def test_going_on_from_an_adapter_starts_where_it_ended(job: FinetuneJob) -> Non
     first = finetune(job)
     slower = replace(job.train, learning_rate=5e-3)  # or the warm-up's jump may undo what was won
     more = finetune(
-        replace(job, from_adapter=first.saved, train=slower, run=replace(job.run, name="more")),
+        replace(
+            job,
+            lora=None,
+            from_adapter=first.saved,
+            train=slower,
+            run=replace(job.run, name="more"),
+        ),
     )
     start = next(r["eval_loss"] for r in read_rows(more.folder / "metrics.jsonl") if not r["step"])
     assert start == pytest.approx(first.result.eval_loss, rel=1e-6)
@@ -196,7 +203,8 @@ def test_the_loss_does_not_depend_on_packing_padding_or_the_split(
         ({"model": "nowhere"}, "no such folder or file"),
         ({"lora": LoRAConfig(targets=("q_prj",))}, "Did you mean 'q_proj'"),
         ({"lora": LoRAConfig(rank=64)}, "rank=64"),
-        ({"from_adapter": Path("nowhere")}, "nowhere"),
+        ({"lora": None, "from_adapter": Path("nowhere")}, "nowhere"),
+        ({"from_adapter": Path("nowhere")}, "Cannot use rank with from_adapter='nowhere'"),
     ],
 )
 def test_what_cannot_work_is_refused_and_leaves_nothing(
@@ -345,3 +353,39 @@ def test_without_validation_data_the_validation_loss_is_null(
     assert printed["eval_loss"] is None
     for file in (tmp_path / "run").rglob("*.json"):
         json.loads(file.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+
+
+def test_lora_flags_beside_an_adapter_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"finetune --data x.jsonl --out {tmp_path} --from-adapter somewhere --rank 8"
+    assert main(words.split()) == 2
+    assert "--from-adapter with LoRA flags such as --rank" in capsys.readouterr().err
+
+
+def test_an_unknown_architecture_is_refused_before_the_data_are_read(
+    tiny_folder: Path, tmp_path: Path, job: FinetuneJob
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "other"))
+    config = read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    with pytest.raises(ModelError, match="mamba"):
+        finetune(replace(job, model=str(folder), data="nowhere.jsonl"))
+
+
+def test_a_resume_knows_the_adapter_it_began_with_by_its_content(
+    job: FinetuneJob, tmp_path: Path
+) -> None:
+    first = finetune(job)
+    train = replace(job.train, steps=4)
+    more = replace(
+        job, lora=None, from_adapter=first.saved, train=train, run=replace(job.run, name="more")
+    )
+    finetune(more)
+    moved = first.saved.rename(tmp_path / "moved")
+    resumed = replace(more, from_adapter=moved, resume=True)
+    assert finetune(resumed).result.steps == 4
+    config = read_json(moved / "adapter_config.json")
+    (moved / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1600}))
+    with pytest.raises(CheckpointError, match=r"from_adapter_fingerprint: \w+ then, \w+ now"):
+        finetune(resumed)

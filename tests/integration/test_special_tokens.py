@@ -209,7 +209,7 @@ def test_a_killed_run_that_is_resumed_ends_with_the_same_bytes(
 def test_a_run_goes_on_from_an_adapter_with_tokens(
     job: FinetuneJob, trained: FinetuneResult, tiny_folder: Path
 ) -> None:
-    job = replace(job, from_adapter=trained.saved, train=replace(job.train, steps=1))
+    job = replace(job, lora=None, from_adapter=trained.saved, train=replace(job.train, steps=1))
     heard = Heard()
     done = finetune(job, heard)
     assert any("<|tool|> 400 (known already)" in said for said in heard.said)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -331,3 +333,18 @@ def test_kill_9_at_eight_random_moments_changes_no_byte(
     assert results(out / "run") == expected, hits
     assert hits.count("save") >= 2, hits
     assert hits.count("step") >= 2, hits
+
+
+def test_a_disk_that_fills_while_the_best_is_copied_loses_no_candidate(
+    job: SweepJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copyfile", refuse)
+        with pytest.raises(CheckpointError, match=r"No space left.*All candidates are trained"):
+            sweep(job)
+    assert not list(job.run.out.glob("sweep/*best*"))
+    done = sweep(replace(job, resume=True))
+    assert (done.best / "adapter_model.safetensors").is_file()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,21 @@ def test_a_damaged_json_file_is_named(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"run\.json: it is not valid JSON"):
         read_json(path)
+
+
+def test_without_fcntl_everything_is_imported_and_a_lock_is_refused(tmp_path: Path) -> None:
+    """As on Windows."""
+    code = f"""
+import pathlib, sys
+sys.modules["fcntl"] = None
+import lora.cli, lora.runs.outputs, lora.runs.subprocesses
+from lora.errors import DependencyError
+from lora.runs.directory import create_run
+assert lora.cli.main(["--help"]) == 0
+try:
+    create_run(pathlib.Path({str(tmp_path)!r}), "run")
+except DependencyError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Linux and macOS; on Windows use it in WSL 2" in done.stdout

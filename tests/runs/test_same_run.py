@@ -51,3 +51,18 @@ def test_what_may_change(change: dict[str, Any]) -> None:
 def test_what_makes_it_another_run_is_shown(change: dict[str, Any], seen: str) -> None:
     with pytest.raises(CheckpointError, match=rf"(?s){seen}.*Allowed to change: more steps"):
         check_same_run(FORMER, replace(FORMER, **change), Path("run"))
+
+
+def test_an_adapter_is_the_same_by_its_content_not_by_its_path() -> None:
+    former = replace(FORMER, from_adapter="a", from_adapter_fingerprint="ff")
+    check_same_run(former, replace(former, from_adapter="moved/a"), Path("run"))
+    with pytest.raises(CheckpointError, match="from_adapter_fingerprint: ff then, ee now"):
+        check_same_run(former, replace(former, from_adapter_fingerprint="ee"), Path("run"))
+    older = replace(FORMER, from_adapter="a")
+    with pytest.raises(CheckpointError, match="from_adapter: a then, b now"):
+        check_same_run(older, replace(former, from_adapter="b"), Path("run"))
+    template = {"chat_template": "here/x.jinja"}
+    moved = {"chat_template": "/there/x.jinja"}
+    check_same_run(
+        replace(FORMER, data_config=template), replace(FORMER, data_config=moved), Path("run")
+    )
