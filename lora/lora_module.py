@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from lora.errors import ConfigError, TargetError
 
+MAX_RANK = 2**16
+
 
 class LoRALayer(nn.Module):
     """Base class of all LoRA layers: the frozen base's parameters, A and B, and the scaling.
@@ -99,7 +101,7 @@ class LoRALinear(LoRALayer):
 
     Args:
         base: the linear to adapt; its parameters are reused and frozen.
-        rank: R, 1 ≤ rank ≤ min(I, O).
+        rank: R, 1 ≤ rank ≤ MAX_RANK; above min(I, O) B A gains nothing more.
         alpha: numerator of the scaling, > 0.
         dropout: probability that an input of A is set to zero in training.
         scaling: factor of the low-rank part; alpha / rank when None.
@@ -160,11 +162,10 @@ def check_lora_numbers(
     in_features: int, out_features: int, rank: int, alpha: float, dropout: float
 ) -> None:
     """Raise ConfigError unless the numbers make sense for a linear (O, I)."""
-    smaller = min(in_features, out_features)
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= smaller:
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
         raise ConfigError(
             f"rank={rank!r} for a linear with {in_features} inputs and {out_features} outputs: "
-            f"allowed is an int from 1 to {smaller}. Choose a smaller rank, or leave this linear "
+            f"allowed is an int from 1 to {MAX_RANK}. Choose a smaller rank, or leave this linear "
             "out of the targets."
         )
     if not (_is_number(alpha) and alpha > 0):

@@ -7,6 +7,7 @@ train is frozen. The names of the base's parameters do not change.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ from lora.layers.trainable_tokens import (
 )
 from lora.layers.vocabulary import resize_vocabulary
 from lora.lora_module import LoRALayer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -96,6 +99,7 @@ def _wrap(model: nn.Module, config: LoRAConfig, names: list[str], saved: list[st
         for parameter in trainable:  # building a layer froze its base
             parameter.requires_grad_(True)
         raise
+    _note_high_ranks(layers)
     model.requires_grad_(False)
     for name, layer in layers.items():
         replace_module(model, name, layer)
@@ -105,6 +109,17 @@ def _wrap(model: nn.Module, config: LoRAConfig, names: list[str], saved: list[st
         replace_module(model, name, _copy_module(applied.originals[name]).requires_grad_(True))
     model.applied_lora = applied  # type: ignore[assignment]
     return model
+
+
+def _note_high_ranks(layers: Mapping[str, LoRALayer]) -> None:
+    high = [n for n, x in layers.items() if x.rank > min(x.in_features, x.out_features)]
+    if high:
+        layer = layers[high[0]]
+        log.warning(
+            "the rank is above the smaller side of %d layers (%s: rank %d, %d inputs, %d outputs): "
+            "the same update needs no more than that side",
+            *(len(high), high[0], layer.rank, layer.in_features, layer.out_features),
+        )
 
 
 def _copy_module(module: nn.Module) -> nn.Module:

@@ -23,7 +23,20 @@ from lora.config import LoRAConfig
 from lora.errors import AdapterError, TargetError, did_you_mean
 from lora.layers.build import is_adaptable
 from lora.layers.conv1d import LoRAConv1D
+from lora.layers.token_tables import find_token_tables
 from lora.lora_module import LoRALayer
+
+_HEADS_OF_TASK = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Names that PEFT adds to modules_to_save, whichever the model has."""
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,10 @@ class PeftDescription:
     layers_pattern: tuple[str, ...] = ()
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    task: str | None = None
+    """task_type."""
+    ties: bool = False
+    """ensure_weight_tying: tied tables that train share what they train."""
     matcher: NameMatcher = field(default_factory=NameMatcher, compare=False, repr=False)
     """Raises TargetError, as do all methods, when patterns take too long."""
 
@@ -131,6 +148,8 @@ def parse_description(values: dict[str, Any]) -> tuple[PeftDescription | None, l
         layers=(layers,) if isinstance(layers, int) else tuple(layers or ()),
         layers_pattern=_as_tuple(values.get("layers_pattern")),
         rank_pattern={k: int(v) for k, v in (values.get("rank_pattern") or {}).items()},
+        task=values.get("task_type"),
+        ties=bool(values.get("ensure_weight_tying")),
         alpha_pattern={k: float(v) for k, v in (values.get("alpha_pattern") or {}).items()},
     )
     return description, []
@@ -156,11 +175,25 @@ def find_described(
     for name in sorted(set(names) - set(linears)):
         kind = type(modules[name]).__name__
         faults.append(f"target {name!r} is of type {kind}, allowed are linear layers")
+    faults += _wrong_ties(model, names + saved) if description.ties else []
+    of_task = _HEADS_OF_TASK.get(str(description.task), ())
     for name in description.saved:
+        if name in of_task and any(s.endswith(other) for s in saved for other in of_task):
+            continue  # PEFT lists all names that such a head may have
         if not any(f"base_model.model.{module}".endswith(name) for module in modules):
             near = did_you_mean(name, {module.rpartition(".")[2] for module in modules})
             faults.append(f"modules_to_save={name!r} is no module of this model.{near}")
     return names, saved, faults
+
+
+def _wrong_ties(model: nn.Module, trained: list[str]) -> list[str]:
+    try:
+        tables = find_token_tables(model)
+    except TargetError:
+        return []
+    shared = [name for name in trained if tables.is_tied and name in tables.by_name]
+    why = "the embedding and the head would share one trained copy"
+    return [f"ensure_weight_tying=True with {', '.join(shared)}: {why}"] if shared else []
 
 
 def build_config(description: PeftDescription, names: list[str], saved: list[str]) -> LoRAConfig:
@@ -235,10 +268,16 @@ def _to_dict(
         "r": description.rank,
         "rank_pattern": description.rank_pattern,
         "target_modules": targets if isinstance(targets, str) else list(targets),
-        "task_type": "CAUSAL_LM",
+        "task_type": _task_of(model),
         "use_dora": False,
         "use_rslora": description.rslora,
     }
+
+
+def _task_of(model: nn.Module) -> str:
+    """Return PEFT's task_type, by the name that transformers gives a class."""
+    kind = type(model).__name__
+    return next((t for ending, t in _TASKS.items() if kind.endswith(ending)), "CAUSAL_LM")
 
 
 def has_state(module: nn.Module) -> bool:

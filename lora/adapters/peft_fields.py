@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 from lora.adapters.patterns import why_not_pattern
+from lora.lora_module import MAX_RANK
 
 _HONOURED = {
     "alpha_pattern",
+    "ensure_weight_tying",  # refused where it has an effect, once the base is known
     "exclude_modules",
     "layers_pattern",
     "layers_to_transform",
@@ -41,7 +43,6 @@ _WITHOUT_EFFECT = {  # on what a loaded adapter computes
     "runtime_config",
     "task_type",
 }
-MAX_RANK = 2**16
 MAX_ALPHA = 1e9
 """Beyond it, fp32 overflows before long."""
 WHOLE, AT_END = "{}", r"(.*\.)?({})$"
@@ -63,7 +64,6 @@ _NEUTRAL_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _WHY_REFUSED = {
     "alora_invocation_tokens": "the adapter is active only after certain tokens",
     "bias": "the base's biases were trained too",
-    "ensure_weight_tying": "two modules share one trained copy",
     "init_lora_weights": "this initialization changes the base's weights (PEFT can convert it:"
     " save_pretrained with path_initial_model_for_weight_conversion)",
     "layer_replication": "blocks of the base are repeated",

@@ -172,17 +172,6 @@ def _other_prefix(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> st
     )
 
 
-def check_ranks(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Return a fault for each rank above its linear's smaller side."""
-    faults = []
-    for name in config.targets:
-        rank = config.rank_pattern.get(name, config.rank)
-        highest = min(linear_shape(model.get_submodule(name)))
-        if rank > highest:
-            faults.append(f"{name}: rank {rank}, allowed is at most {highest}, its smaller side")
-    return faults
-
-
 def is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite."""
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

@@ -34,7 +34,6 @@ from lora.adapters.peft_files import AdapterFiles, read_adapter_files, write_ada
 from lora.adapters.peft_tensors import (
     PREFIX,
     adapter_tensors,
-    check_ranks,
     check_tensors,
     expected_tensors,
     is_finite,
@@ -113,13 +112,7 @@ def load_adapter(model: nn.Module, folder: Path | str, *, trainable: bool = Fals
         rows, tensors, fills = _split_copies(model, config, ids, tensors)
         expected = expected_tensors(model, config, ids, rows)
         tensors, changed = without_base_copies(model, expected, tensors, rows)
-        faults += (
-            check_ranks(model, config)
-            + wrong
-            + doubled
-            + changed
-            + check_tensors(expected, tensors)
-        )
+        faults += wrong + doubled + changed + check_tensors(expected, tensors)
         faults += _check_same_layers(model, config, ids) if lora_layers(model) else []
     if config is None or faults:
         raise AdapterError(gather(faults, f"Cannot load the adapter {folder}:", _ADVICE))

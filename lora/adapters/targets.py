@@ -124,9 +124,12 @@ def _refuse_computed_weights(model: nn.Module, names: list[str]) -> None:
     if not names:
         return
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    kind = type(model.get_submodule(names[0])).__name__
+    module = model.get_submodule(names[0])
+    kind, why = type(module).__name__, "its weight is quantised or computed"
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        why += ", or it has a forward of its own"
     raise TargetError(
-        f"Cannot adapt {names[0]!r}{more}, a {kind}: its weight is quantised or computed. "
+        f"Cannot adapt {names[0]!r}{more}, a {kind}: {why}. "
         "Allowed: plain linears. Load the base without quantisation (GGUF files are dequantised "
         "when lora reads them), or leave these layers out (exclude)."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import cast
 
 import torch
@@ -27,7 +28,14 @@ def is_adaptable(module: nn.Module) -> bool:
     if "weight" not in dict(module.named_parameters(recurse=False)):
         return False
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    plain = plain or _is_falcons(module)
     return plain or is_conv1d(module) or isinstance(module, Fp8Linear)
+
+
+def _is_falcons(module: nn.Module) -> bool:
+    """Whether `module` is a linear of Falcon, whose own forward computes what nn.Linear's does."""
+    loaded = sys.modules.get("transformers.models.falcon.modeling_falcon")
+    return loaded is not None and type(module) is loaded.FalconLinear
 
 
 def has_computed_weight(module: nn.Module) -> bool:
@@ -63,5 +71,7 @@ def build_lora_layer(
     linear = cast(nn.Linear, base)
     # The fused operation takes one dtype for all: beside W in bf16, A and B would be fp32.
     is_wide = linear.weight.dtype in (torch.float32, torch.float64)
-    kind = FusedLoRALinear if dropout == 0 and is_wide else LoRALinear
+    # Falcon adds to a linear's output in place, which autograd forbids for the fused operation's.
+    is_fused = dropout == 0 and is_wide and not _is_falcons(base)
+    kind = FusedLoRALinear if is_fused else LoRALinear
     return kind(linear, rank, alpha, dropout, scaling=scaling, generator=generator)

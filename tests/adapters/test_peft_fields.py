@@ -51,7 +51,6 @@ def test_every_field_of_pefts_is_in_one_of_our_tables_or_refused_when_switched_o
         ({"layer_replication": [[0, 4], [2, 6]]}, "blocks of the base are repeated"),
         ({"target_parameters": ["mlp.experts.down"]}, "parameters outside linear layers"),
         ({"megatron_config": {"tp": 2}}, "Megatron"),
-        ({"ensure_weight_tying": True}, "share one trained copy"),
         *(
             ({"init_lora_weights": start}, "this initialization changes the base's weights")
             for start in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga")

@@ -64,7 +64,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         ),
     ]
     for model in models
-}
+} | {"llama-untied: a rank above a side": ("llama-untied", {"rank": 40})}
 
 
 @pytest.fixture
@@ -466,7 +466,7 @@ def test_copies_of_the_bases_own_weights_are_accepted(
         ({"modules_to_save": ["embed_tokens", "norm"]}, "missing: .*model.norm.weight"),
         ({"r": 3}, r"has shape \(4, 32\), the model needs \(3, 32\)"),
         ({"rank_pattern": {"q_proj": 3}}, r"the model needs \(3, 32\)"),
-        ({"r": 33}, "rank 33, allowed is at most 32, its smaller side"),
+        ({"r": 33}, r"has shape \(4, 32\), the model needs \(33, 32\)"),
         ({"use_dora": True}, "DoRA scales each column"),
         ({"bias": "all"}, "the base's biases were trained too"),
         ({"a_new_switch": True}, "a_new_switch=True: this field is unknown"),
@@ -604,3 +604,55 @@ def test_a_copy_of_a_bf16_base_is_the_fp32_bases(
     edit_tensors(tmp_path, lambda tensors: tensors.update({key: embedding.bfloat16() + 1}))
     with pytest.raises(AdapterError, match="its values differ from this base's"):
         load_adapter(tiny_model("llama-untied"), tmp_path)
+
+
+def test_a_classifier_of_peft_comes_back(fill_random: Fill, tmp_path: Path, peft: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=64, num_labels=3, pad_token_id=0,
+    )  # fmt: skip
+    ids = torch.tensor([[1, 7, 3, 5]])
+
+    def build() -> nn.Module:
+        return fill_random(transformers.LlamaForSequenceClassification(config), 0).eval()
+
+    theirs = peft.get_peft_model(build(), peft.LoraConfig(task_type="SEQ_CLS", r=4))
+    fill_random(theirs, 6, only_trainable=True, std=0.3).eval().save_pretrained(tmp_path / "1")
+    ours = load_adapter(build(), tmp_path / "1")
+    assert close(ours(ids).logits, theirs(ids).logits)
+    save_adapter(ours, tmp_path / "2")
+    assert json.loads((tmp_path / "2" / CONFIG).read_text())["task_type"] == "SEQ_CLS"
+    again = peft.PeftModel.from_pretrained(build(), tmp_path / "2")
+    assert close(ours(ids).logits, again(ids).logits)
+
+
+def test_weight_tying_is_refused_only_where_it_has_an_effect(
+    folder: Path, adapted: Callable[..., nn.Module], tiny_model: Build, tmp_path: Path
+) -> None:
+    edit(folder, ensure_weight_tying=True)
+    with pytest.raises(AdapterError, match="would share one trained copy"):
+        load_adapter(tiny_model("llama-tied"), folder)
+    save_adapter(adapted(targets="q_proj"), tmp_path / "plain")
+    edit(tmp_path / "plain", ensure_weight_tying=True)
+    load_adapter(tiny_model("llama-tied"), tmp_path / "plain")
+
+
+def test_falcons_linears_are_adapted_and_saved_as_peft_has_them(
+    fill_random: Fill, tmp_path: Path, peft: Any
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.FalconConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=64, bias=True
+    )
+    ids = torch.tensor([[1, 7, 3, 5]])
+
+    def build() -> nn.Module:
+        return fill_random(transformers.FalconForCausalLM(config), 0).eval()
+
+    ours = apply_lora(build(), LoRAConfig(rank=4))
+    assert any("query_key_value" in name for name in lora_layers(ours))
+    fill_random(ours, 6, only_trainable=True, std=0.3)
+    save_adapter(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(build(), tmp_path)
+    assert close(ours(ids).logits, theirs(ids).logits)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from lora.errors import ConfigError
 from lora.layers.conv1d import LoRAConv1D, is_conv1d
 
 NUMBERS: dict[str, Any] = {"rank": 3, "alpha": 6.0, "dropout": 0.0, "scaling": 2.0}
@@ -61,6 +60,7 @@ def test_conv1d_gradients_reach_a_and_b_only(adapted: LoRAConv1D) -> None:
     assert [n for n, p in adapted.named_parameters() if p.grad is not None] == ["lora_A", "lora_B"]
 
 
-def test_conv1d_rank_is_limited_by_its_smaller_side(conv1d: nn.Module) -> None:
-    with pytest.raises(ConfigError, match="12 inputs and 7 outputs: allowed is an int from 1 to 7"):
-        LoRAConv1D(conv1d, rank=8)
+def test_a_conv1d_may_have_a_rank_above_its_smaller_side(conv1d: nn.Module) -> None:
+    layer, x = LoRAConv1D(conv1d, rank=8), torch.ones(3, 12)
+    torch.nn.init.normal_(layer.lora_B)
+    torch.testing.assert_close(layer.merge()(x), layer(x), rtol=1e-4, atol=1e-4)
