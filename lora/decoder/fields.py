@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 from lora.decoder.config import RopeConfig
@@ -11,6 +12,8 @@ _MISSING = object()
 MAX_SIZE, MAX_HEADS, MAX_HEAD_DIM = 2**24, 2**16, 2**14
 MAX_LAYERS, MAX_TOKENS = 1000, 2**32
 """Only damaged files exceed these; without bounds a damaged file could ask for endless memory."""
+MAX_SHOWN = 200
+"""Characters of a value in a message."""
 
 
 class Fields:
@@ -36,7 +39,7 @@ class Fields:
 
     def fault(self, name: str, value: object, allowed: str) -> None:
         """Record that field `name` has a `value` that is not allowed."""
-        self.faults.append(f"{self.names.get(name, name)}={value!r}: allowed: {allowed}")
+        self.faults.append(f"{self.names.get(name, name)}={_shown(value)}: allowed: {allowed}")
 
     def count(
         self,
@@ -101,9 +104,15 @@ class Fields:
 
 
 def is_positive_number(value: object) -> bool:
-    """Whether `value` is a finite number > 0."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value > 0  # type: ignore[arg-type,operator]
+    """Whether `value` is a finite number > 0; an int beyond a float's range is not."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return 0 < value <= sys.float_info.max
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
@@ -136,18 +145,18 @@ def read_rope(fields: Fields, where: str, parameters: object, theta: float) -> R
     recorded as faults.
     """
     if not isinstance(parameters, dict):
-        fields.faults.append(f"{where}={parameters!r}: allowed: an object")
+        fields.faults.append(f"{where}={_shown(parameters)}: allowed: an object")
         return RopeConfig(theta)
     values = {name: value for name, value in parameters.items() if value is not None}
     kind = values.get("rope_type", values.get("type", "default"))
-    if kind not in _ROPE_FIELDS:
+    if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
         allowed = ", ".join(_ROPE_FIELDS)
-        fields.faults.append(f"{where}.rope_type={kind!r}: allowed: {allowed}")
+        fields.faults.append(f"{where}.rope_type={_shown(kind)}: allowed: {allowed}")
         return RopeConfig(theta)
     _check_rope_fields(fields, where, kind, values)
     theta = values.get("rope_theta", theta)
     if not is_positive_number(theta):
-        fields.faults.append(f"{where}.rope_theta={theta!r}: allowed: a finite number > 0")
+        fields.faults.append(f"{where}.rope_theta={_shown(theta)}: allowed: a finite number > 0")
         return RopeConfig(1.0)
     if kind != "default":
         values = _rope_numbers(fields, where, kind, values)
@@ -165,7 +174,9 @@ def _check_rope_fields(fields: Fields, where: str, kind: str, values: dict[str, 
         # A field of another rope type has no effect: transformers ignores it too.
         is_of_other_type = any(name in names for names in _ROPE_FIELDS.values())
         if name not in known and not is_of_other_type and harmless.get(name, _MISSING) != value:
-            fields.faults.append(f"{where}.{name}={value!r}: not supported for rope_type {kind!r}")
+            fields.faults.append(
+                f"{where}.{name}={_shown(value)}: not supported for rope_type {kind!r}"
+            )
 
 
 def _rope_numbers(fields: Fields, where: str, kind: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -176,14 +187,15 @@ def _rope_numbers(fields: Fields, where: str, kind: str, values: dict[str, Any])
     values = {name: values[name] for name in _ROPE_FIELDS[kind] if name in values}
     if "original_max_position_embeddings" in _ROPE_FIELDS[kind]:
         values["original_max_position_embeddings"] = original
-    if kind == "yarn" and "factor" not in values and original and context:
+    are_numbers = is_positive_number(original) and is_positive_number(context)
+    if kind == "yarn" and "factor" not in values and are_numbers:
         values["factor"] = context / original
     for name in _ROPE_FIELDS[kind]:
         needed = name not in _ROPE_OPTIONAL and name != "truncate"
         if name not in values and needed:
             fields.faults.append(f"{where}.{name} is missing; rope_type {kind!r} needs it")
         elif name in values and name != "truncate" and not is_positive_number(values[name]):
-            seen = f"{where}.{name}={values.pop(name)!r}"
+            seen = f"{where}.{name}={_shown(values.pop(name))}"
             fields.faults.append(f"{seen}: allowed: a finite number > 0")
     return values
 

@@ -243,3 +243,30 @@ def test_the_source_is_kept_whole(tmp_path: Path) -> None:
     kept = decoder_config(source).source
     assert kept == source
     assert json.loads(json.dumps(kept)) == source
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"rms_norm_eps": 10**400}, r"rms_norm_eps=10{199}…: allowed: a finite number > 0"),
+        ({"rope_theta": 10**400}, r"rope_theta=10"),
+        ({"hidden_size": 10**400}, r"hidden_size=10{199}…: allowed: at most"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope_type=\['yarn'\]: allowed: default"),
+        ({"rope_scaling": {"rope_type": {}}}, r"rope_type={}: allowed: default"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 10**400}}, r"factor=10"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": "x"}},
+            r"original_max_position_embeddings='x': allowed",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn"}, "max_position_embeddings": 10**400},
+            r"max_position_embeddings=10",
+        ),
+    ],
+)
+def test_values_beyond_a_float_or_of_another_type_are_refused_in_words(
+    fields: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ModelError, match=words) as caught:
+        decoder_config(config_of("llama", **fields))
+    assert len(str(caught.value)) < 3000
