@@ -221,6 +221,9 @@ class DataConfig:
     allow_dropped_fields: bool = False
     """Learn conversations without the tools, tool calls or reasoning that the chat template has no
     place for, and count them, instead of refusing the data."""
+    keep_control_tokens: bool = False
+    """Special tokens that are spelt out in messages become special tokens, instead of being split
+    into ordinary ones."""
     special_tokens: tuple[str, ...] = ()
     """Special tokens to add to the vocabulary, comma-separated. Their rows of the embedding and the
     output head are trained (trainable_token_indices), also those of tokens that exist already."""
@@ -232,7 +235,7 @@ class DataConfig:
         in_range = _is_number(self.eval_fraction) and 0 <= self.eval_fraction < 1
         faults += _check(in_range, "eval_fraction", self.eval_fraction, "≥ 0 and < 1")
         faults += _check_counts(self, 1, "max_eval_examples")
-        for name in ("packing", "allow_dropped_fields"):
+        for name in ("packing", "allow_dropped_fields", "keep_control_tokens"):
             value = getattr(self, name)
             faults += _check(isinstance(value, bool), name, value, "true or false")
         faults += _check_choice("learn_on", self.learn_on, LearnOn)

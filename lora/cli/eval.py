@@ -71,6 +71,9 @@ def evaluate(
 
         chosen = choose_template(loaded.tokenizer, config.chat_template)[0]
         loaded = replace(loaded, tokenizer=chosen)
+    if config.keep_control_tokens:
+        meant = loaded.tokenizer.with_control_tokens_in_messages()
+        loaded = replace(loaded, tokenizer=meant)
     encoded = encode_for_loss(examples, loaded.tokenizer, config)
     _tell_cuts(encoded.counts, config)
     scores = {}

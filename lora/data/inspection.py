@@ -44,6 +44,8 @@ def inspect_data(
     try:
         if config.special_tokens:
             tokenizer = tokenizer.with_tokens(config.special_tokens)
+        if config.keep_control_tokens:
+            tokenizer = tokenizer.with_control_tokens_in_messages()
         examples = read_examples(source, report.notes.append)
         _describe_examples(report, examples)
         if any(example.messages is not None for example in examples):
@@ -116,6 +118,14 @@ def _count_tokens(
     documents, lengths = encoded.documents, encoded.lengths
     report.counts = encoded.counts
     report.dropped_fields = encoded.dropped_fields
+    report.n_control_tokens = sum(encoded.control_tokens.values())
+    if encoded.control_tokens:
+        named = examples[min(encoded.control_tokens)].source
+        report.warnings.append(
+            f"special tokens are spelt out {report.n_control_tokens:,} times in the messages of "
+            f"{len(encoded.control_tokens)} examples, as in {named}: they are split into ordinary "
+            "tokens; set keep_control_tokens if the special ones are meant"
+        )
     report.n_parted_prompts = len(encoded.parted_prompts)
     if encoded.parted_prompts:
         number, (before, after) = min(encoded.parted_prompts.items())

@@ -60,6 +60,8 @@ class DataReport:
     """Number of rows by column that has a value and is not used."""
     dropped_fields: dict[str, int] = field(default_factory=dict)
     """Number by name of the fields that the chat template has no place for."""
+    n_control_tokens: int = 0
+    """Special tokens that messages spell out, and that are split into ordinary tokens."""
     n_parted_prompts: int = 0
     """Examples whose prompt is tokenised apart from its answer, as it is when it is asked."""
     n_flagged: int = 0

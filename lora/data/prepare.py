@@ -67,6 +67,8 @@ def prepare_data(
         on_message(note)
     if config.special_tokens:
         tokenizer = tokenizer.with_tokens(config.special_tokens)
+    if config.keep_control_tokens:
+        tokenizer = tokenizer.with_control_tokens_in_messages()
     if validation_source is None:
         sizes = config.eval_fraction, config.max_eval_examples
         train, validation = split_examples(read_examples(source, on_message), *sizes, seed)

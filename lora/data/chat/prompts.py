@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from lora.data.chat.choose_template import begin_ids, compile_template
+from lora.data.chat.control_tokens import ControlTokens, encode_marked
 from lora.data.reading.formats import Example
 from lora.data.reading.messages import Message
 from lora.data.tokenizers.subword import TextTokenizer
@@ -27,11 +28,14 @@ class Prompt:
 def chat_prompt(messages: Sequence[Message], tokenizer: TextTokenizer) -> Prompt:
     """Return the conversation up to the start of the assistant's next turn.
 
-    Raises DataError if the tokenizer has no chat template, or it rejects the messages.
+    Special tokens that the messages spell out are split, as in training. Raises DataError if the
+    tokenizer has no chat template, or it rejects the messages.
     """
     template = compile_template(tokenizer)
-    rendered = template.render(messages, add_generation_prompt=True)
-    return Prompt(tokenizer.encode(rendered), str(messages[-1]["content"]))
+    marked, _ = ControlTokens(tokenizer).mark_messages(messages)
+    rendered = template.render(marked, add_generation_prompt=True)
+    ids = encode_marked(tokenizer, rendered) if marked is not messages else None
+    return Prompt(ids or tokenizer.encode(rendered), str(messages[-1]["content"]))
 
 
 def plain_prompt(text: str, tokenizer: TextTokenizer) -> Prompt:
@@ -69,11 +73,13 @@ def example_prompt(
         return None
     last = answers[-1]
     template = compile_template(tokenizer, now)
+    marked, n_marked = ControlTokens(tokenizer).mark(example)
     rendered = template.render(
-        messages[:last],
-        tools=example.tools,
-        documents=example.documents,
+        (marked.messages or ())[:last],
+        tools=marked.tools,
+        documents=marked.documents,
         add_generation_prompt=True,
     )
+    ids = encode_marked(tokenizer, rendered) if n_marked else tokenizer.encode(rendered)
     asked, reference = str(messages[last - 1]["content"]), str(messages[last]["content"])
-    return Prompt(tokenizer.encode(rendered), asked, reference)
+    return Prompt(ids, asked, reference)

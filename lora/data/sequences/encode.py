@@ -21,6 +21,7 @@ from tokenizers import Encoding
 
 from lora.config import DataConfig
 from lora.data.chat.choose_template import begin_ids, compile_template, find_shipped_template
+from lora.data.chat.control_tokens import ControlTokens, unmark, unmark_offset
 from lora.data.chat.conversations import ConversationRenderer
 from lora.data.chat.dropped_fields import refuse_dropped
 from lora.data.chat.template import Span
@@ -67,6 +68,8 @@ def encode_examples(
     Raises:
         DataError: the template rejects conversations; one message names all of them.
     """
+    if config.keep_control_tokens:
+        tokenizer = tokenizer.with_control_tokens_in_messages()
     has_chats = any(example.messages is not None for example in examples)
     template = compile_template(tokenizer, now) if has_chats else None
     throttle = _ProgressThrottle(on_progress, len(examples))
@@ -87,6 +90,18 @@ class _Text:
     """Target characters; None: all of them."""
     is_plain: bool
     """Begins and ends with the tokenizer's special tokens."""
+    cuts: Sequence[int] = ()
+    """Characters before which it is cut into parts that are tokenised apart."""
+
+
+def _unmarked(example: int, marked: SpannedText) -> _Text:
+    """Return a text without the marks in its control tokens, cut there."""
+    text, cuts = unmark(marked.text)
+    spans = [
+        (unmark_offset(marked.text, first), unmark_offset(marked.text, last))
+        for first, last in marked.spans
+    ]
+    return _Text(example, text, spans, False, cuts)
 
 
 class _Encoder:
@@ -113,11 +128,13 @@ class _Encoder:
         }
         self._n_cut_tokens = self._n_lost_turns = 0
         self._dropped_fields = Counter[str]()
+        self._control_tokens: dict[int, int] = {}
         self._prompt_ends = PromptEnds(tokenizer, self._offsets)
         self._apart = ApartEncoder(self._offsets)
         self._parted_prompts: dict[int, tuple[str, str]] = {}
 
     def add_all(self, examples: Sequence[Example]) -> None:
+        examples = self._mark_control_tokens(examples)
         has_spans = not self._all_are_targets and any(example.text is None for example in examples)
         work = self._offsets.encode if has_spans else self._tokenizer.encode_fast
         with Prefetcher(work) as prefetcher:
@@ -137,6 +154,21 @@ class _Encoder:
                 self._conversations.prepare(examples[following.start : following.stop])
                 self._tokenise(prefetcher, texts)
                 self._throttle.update(chunk.stop)
+
+    def _mark_control_tokens(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """Return the examples with marks in the special tokens that their messages spell out."""
+        control, marked = ControlTokens(self._tokenizer), list(examples)
+        for number, example in enumerate(examples):
+            if example.messages is None:
+                continue
+            try:
+                marked[number], n_found = control.mark(example)
+            except DataError as error:
+                self._faults.add(example.source, error)
+                continue
+            if n_found:
+                self._control_tokens[number] = n_found
+        return marked
 
     def finish(self) -> EncodedExamples:
         self._faults.raise_if_any(
@@ -159,6 +191,7 @@ class _Encoder:
             counts,
             self._lengths,
             dropped_fields=dict(self._dropped_fields),
+            control_tokens=self._control_tokens,
             parted_prompts=self._parted_prompts,
         )
 
@@ -177,6 +210,8 @@ class _Encoder:
         except DataError as error:
             self._faults.add(example.source, error)
             return []
+        if number in self._control_tokens:
+            return [_unmarked(number, text) for text in texts]
         return [_Text(number, text.text, text.spans, False) for text in texts]
 
     def _render(self, example: Example) -> list[SpannedText]:
@@ -201,14 +236,17 @@ class _Encoder:
         for text, encoding in zip(texts, encodings, strict=True):
             ids = encoding.ids
             tokens = np.asarray(ids, np.int32)
+            if text.cuts:
+                ids, tokens, offsets = self._apart.encode(text.text, text.cuts)
             if text.spans is None or self._all_are_targets:
                 is_target = np.ones(len(ids), np.bool_)
             else:
-                offsets = self._offsets.find(text.text, encoding, ids, tokens)
+                if not text.cuts:
+                    offsets = self._offsets.find(text.text, encoding, ids, tokens)
                 cuts = self._prompt_ends.find_cuts(text.text, text.spans, ids, offsets)
                 if cuts:
                     self._parted_prompts[text.example] = show_border(text.text, cuts[0])
-                    ids, tokens, offsets = self._apart.encode(text.text, cuts)
+                    ids, tokens, offsets = self._apart.encode(text.text, [*cuts, *text.cuts])
                 is_target = find_targets(text.text, text.spans, ids, offsets, self._stops)
             self._add(text, tokens, is_target)
 

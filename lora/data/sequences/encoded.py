@@ -40,6 +40,8 @@ class EncodedExamples:
     """Tokens of each example, before anything was cut, (n_examples,)."""
     dropped_fields: dict[str, int] = field(default_factory=dict)
     """Number by name of the fields that the chat template has no place for."""
+    control_tokens: dict[int, int] = field(default_factory=dict)
+    """Number by example of special tokens that messages spell out, and that are split."""
     parted_prompts: dict[int, tuple[str, str]] = field(default_factory=dict)
     """Texts whose prompt is tokenised apart from its answer, because together their tokens are
     others than those that are asked: by example, the characters before and after the border."""

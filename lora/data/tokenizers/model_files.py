@@ -11,6 +11,8 @@ from typing import Any
 from lora.errors import DataError, gather
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
+CONTENT_TOKENS = "content_tokens"
+"""Our own key in tokenizer_config.json."""
 MAX_TOKEN_ID = 2**32 - 1
 _CONFIG, _MAP = "tokenizer_config.json", "special_tokens_map.json"
 _TEMPLATE, _GENERATION = "chat_template.jinja", "generation_config.json"
@@ -27,6 +29,8 @@ class TokenizerFiles:
     """Of generation_config.json."""
     notes: tuple[str, ...]
     """What is not used, for messages."""
+    content_tokens: tuple[str, ...] = ()
+    """Special tokens that messages may spell out: our own key of tokenizer_config.json."""
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
@@ -46,7 +50,9 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     if faults:
         heading = f"Cannot load the tokenizer in {folder}:"
         raise DataError(gather(faults, heading, "Correct these files, or copy them again."))
-    return TokenizerFiles(tokens, template, ids, tuple(notes))
+    meant = config.get(CONTENT_TOKENS)
+    content = [t for t in meant if isinstance(t, str)] if isinstance(meant, list) else []
+    return TokenizerFiles(tokens, template, ids, tuple(notes), tuple(content))
 
 
 def _read_object(path: Path) -> dict[str, Any]:

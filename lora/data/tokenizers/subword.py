@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Encoding, Tokenizer
 
-from lora.data.tokenizers.model_files import SPECIAL_TOKENS, read_tokenizer_files
+from lora.data.tokenizers.model_files import CONTENT_TOKENS, SPECIAL_TOKENS, read_tokenizer_files
 from lora.data.tokenizers.tokenizer_file import load_backend, switch_sampling_off
 from lora.data.tokenizers.tokenizer_trial import is_panic
 from lora.errors import DataError
@@ -42,6 +42,8 @@ class TextTokenizer:
     """Number of ids before `with_tokens` added some; None: it added none."""
     notes: tuple[str, ...] = ()
     """What of the model's files is not used, for messages."""
+    content_tokens: tuple[str, ...] = ()
+    """Special tokens that messages may spell out; all others are split there."""
 
     @property
     def vocab_size(self) -> int:
@@ -108,7 +110,20 @@ class TextTokenizer:
                 )
         n_known = min((numbers[token] for token in unknown), default=None)
         stops = find_stop_ids(backend, self.eos_token, self.chat_template, self.stop_ids)
-        return replace(self, backend=backend, stop_ids=stops, n_known=n_known)
+        special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+        meant = tuple(token for token in tokens if token in special)
+        return replace(
+            self,
+            backend=backend,
+            stop_ids=stops,
+            n_known=n_known,
+            content_tokens=tuple(dict.fromkeys((*self.content_tokens, *meant))),
+        )
+
+    def with_control_tokens_in_messages(self) -> TextTokenizer:
+        """Return a tokenizer with which messages may spell out every special token."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return replace(self, content_tokens=tuple(t.content for t in added if t.special))
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json` into `folder`.
@@ -125,6 +140,7 @@ class TextTokenizer:
             "pad_token": self.pad_token,
             "chat_template": self.chat_template,
             "clean_up_tokenization_spaces": False,
+            CONTENT_TOKENS: list(self.content_tokens) or None,
         }
         _write_object(folder / "tokenizer_config.json", config)
         if self.stop_ids and not (folder / "generation_config.json").exists():
@@ -170,7 +186,14 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     bos, eos, pad = (named[word] for word in SPECIAL_TOKENS)
     notes = (*switch_sampling_off(backend), *files.notes)
     return TextTokenizer(
-        backend, bos, eos, pad, chat_template=files.chat_template, stop_ids=stops, notes=notes
+        backend,
+        bos,
+        eos,
+        pad,
+        chat_template=files.chat_template,
+        stop_ids=stops,
+        notes=notes,
+        content_tokens=files.content_tokens,
     )
 
 
