@@ -30,6 +30,12 @@ LORA_LEARNING_RATE = 10 * FULL_LEARNING_RATE
 MAX_EVALUATIONS, MIN_EVAL_STEPS = 10, 10
 """Without `eval_every_steps`: evaluations after the initial one, and steps between them."""
 MAX_SEED = 2**63 - 1
+MAX_COUNT = 10**9
+"""Steps, tokens, sequences, ranks: more is a slip, and would only fail late."""
+MAX_NUMBER = 1e9
+"""Alphas, learning rates, temperatures: far more than training in fp32 can bear."""
+MIN_FRACTION = 1e-6
+"""Least top_p and temperature (if not 0): less is lost in fp32."""
 
 
 def _check(condition: bool, name: str, seen: object, allowed: str) -> list[str]:
@@ -38,12 +44,17 @@ def _check(condition: bool, name: str, seen: object, allowed: str) -> list[str]:
 
 def _check_counts(owner: object, least: int, *names: str) -> list[str]:
     values = {name: getattr(owner, name) for name in names}
-    allowed = f"an int ≥ {least}"
+    allowed = f"an int ≥ {least} and ≤ {MAX_COUNT:,}"
     return [
         fault
         for name, value in values.items()
-        for fault in _check(_is_int(value) and value >= least, name, value, allowed)
+        for fault in _check(_is_int(value) and least <= value <= MAX_COUNT, name, value, allowed)
     ]
+
+
+def _check_positive(name: str, value: object) -> list[str]:
+    in_range = _is_number(value) and 0 < value <= MAX_NUMBER  # type: ignore[operator]
+    return _check(in_range, name, value, f"a finite number > 0 and ≤ {MAX_NUMBER:g}")
 
 
 def _check_seed(name: str, seed: object) -> list[str]:
@@ -104,8 +115,8 @@ class LoRAConfig:
         for name in ("targets", "exclude", "modules_to_save", "layers"):
             if isinstance(getattr(self, name), list):  # as PEFT's users write them
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        faults = _check(_is_int(self.rank) and self.rank >= 1, "rank", self.rank, "an int ≥ 1")
-        faults += _check(_is_positive(self.alpha), "alpha", self.alpha, "a finite number > 0")
+        faults = _check_counts(self, 1, "rank")
+        faults += _check_positive("alpha", self.alpha)
         in_range = _is_number(self.dropout) and 0 <= self.dropout < 1
         faults += _check(in_range, "dropout", self.dropout, "≥ 0 and < 1")
         in_range = _is_pattern(self.targets) or _is_tuple_of(str, self.targets)
@@ -122,7 +133,7 @@ class LoRAConfig:
         for name, rank in _pairs_of("rank_pattern", self.rank_pattern, faults):
             faults += _check(_is_int(rank) and rank >= 1, f"rank_pattern[{name!r}]", rank, "≥ 1")
         for name, alpha in _pairs_of("alpha_pattern", self.alpha_pattern, faults):
-            faults += _check(_is_positive(alpha), f"alpha_pattern[{name!r}]", alpha, "> 0")
+            faults += _check_positive(f"alpha_pattern[{name!r}]", alpha)
         _raise_if(faults, self)
 
 
@@ -164,13 +175,14 @@ class TrainConfig:
             allowed = f"a divisor of batch_size={self.batch_size}"
             faults += _check(divides, "micro_batches", self.micro_batches, allowed)
         rate = self.learning_rate
-        faults += _check(rate is None or _is_positive(rate), "learning_rate", rate, "> 0")
+        faults += [] if rate is None else _check_positive("learning_rate", rate)
         for name in ("warmup_fraction", "min_rate_fraction", "whole_rate_fraction"):
             value = getattr(self, name)
             faults += _check(_is_number(value) and 0 <= value <= 1, name, value, "from 0 to 1")
         for name in ("weight_decay", "max_grad_norm"):
             value = getattr(self, name)
-            faults += _check(_is_number(value) and value >= 0, name, value, "≥ 0")
+            in_range = _is_number(value) and 0 <= value <= MAX_NUMBER
+            faults += _check(in_range, name, value, f"≥ 0 and ≤ {MAX_NUMBER:g}")
         faults += _check_seed("seed", self.seed)
         faults += _check_choice("schedule", self.schedule, Schedule)
         faults += _check_choice("precision", self.precision, Precision)
@@ -307,7 +319,7 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         faults = _check_choice("memory", self.memory, MemoryMode)
         gb = self.memory_gb
-        faults += _check(gb is None or _is_positive(gb), "memory_gb", gb, "a finite number > 0")
+        faults += [] if gb is None else _check_positive("memory_gb", gb)
         _raise_if(faults, self)
 
 
@@ -330,10 +342,12 @@ class SamplingConfig:
         faults = _check_counts(self, 1, "max_new_tokens")
         faults += _check_counts(self, 0, "top_k")
         faults += _check_seed("seed", self.seed)
-        in_range = _is_number(self.temperature) and self.temperature >= 0
-        faults += _check(in_range, "temperature", self.temperature, "a finite number ≥ 0")
-        in_range = _is_number(self.top_p) and 0 < self.top_p <= 1
-        faults += _check(in_range, "top_p", self.top_p, "> 0 and ≤ 1")
+        heat = self.temperature
+        in_range = _is_number(heat) and (heat == 0 or MIN_FRACTION <= heat <= MAX_NUMBER)
+        allowed = f"0, or a finite number ≥ {MIN_FRACTION:g} and ≤ {MAX_NUMBER:g}"
+        faults += _check(in_range, "temperature", heat, allowed)
+        in_range = _is_number(self.top_p) and MIN_FRACTION <= self.top_p <= 1
+        faults += _check(in_range, "top_p", self.top_p, f"≥ {MIN_FRACTION:g} and ≤ 1")
         _raise_if(faults, self)
 
 
@@ -377,7 +391,3 @@ def _is_number(value: object) -> bool:
         return math.isfinite(value)
     except OverflowError:  # an int beyond a float
         return False
-
-
-def _is_positive(value: object) -> bool:
-    return _is_number(value) and value > 0  # type: ignore[operator]

@@ -28,6 +28,8 @@ from cyclopts import (
 from cyclopts.config import Dict, Env
 
 from lora import __version__
+from lora.cli.flags.values import check_values
+from lora.cli.flags.yaml_file import read_settings
 from lora.errors import ConfigError, Interrupted, LoraError, did_you_mean, gather
 from lora.training.out_of_memory import is_out_of_memory
 
@@ -74,16 +76,17 @@ def build_app(
     """Return the application with all commands, none of them imported yet.
 
     The help of the command `chosen` is its docstring; the others have one line. `settings` are
-    the defaults from the file `source`; flags and environment override them.
+    its defaults from the file `source`; flags and environment override them.
     """
-    files = () if settings is None else (Dict(settings, source=source, use_commands_as_keys=False),)
+    # Under the command's name: cyclopts drops top-level keys that are names of commands.
+    files = () if settings is None else (Dict({str(chosen): settings}, source=source),)
     app = App(
         name="lora",
         help="LoRA fine-tuning of language models.",
         help_epilogue=HELP_END,
         help_format="plaintext",
         version=f"lora {__version__}",
-        config=(_check_environment, Env(ENVIRONMENT_PREFIX), *files),
+        config=(_check_environment, Env(ENVIRONMENT_PREFIX), *files, check_values),
         default_parameter=Parameter(
             show_env_var=False, negative_iterable=(), show_default=_show_default
         ),
@@ -141,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     words, path = _take_config(words)
     _check_command(words)
-    settings, source = (None, "") if path is None else (_read_settings(path), str(path))
+    settings, source = (None, "") if path is None else (read_settings(path), str(path))
     app = build_app(settings, source, words[0] if words else None)
     code = app(words, exit_on_error=False, print_error=False, result_action="return_value")
     return code if isinstance(code, int) else 0
@@ -199,28 +202,6 @@ def _take_config(words: list[str]) -> tuple[list[str], Path | None]:
             "given. Write --config FILE.yaml once."
         )
     return rest, Path(paths[0]) if paths else None
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = did_you_mean(path.name, names)
-        raise ConfigError(
-            f"Cannot read the settings {path}: {error.strerror}.{near} Name a YAML file."
-        ) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"Cannot read the settings {path}: not valid YAML: {error}") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(
-            f"Cannot read the settings {path}: not a mapping. Write `name: value` lines with "
-            "flags without leading dashes as names, for example `rank: 16`."
-        )
-    # As on the command line, `_` and `-` are the same.
-    return {key.replace("_", "-"): value for key, value in values.items()}
 
 
 def _describe(error: LoraError | CycloptsError) -> str:

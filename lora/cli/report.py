@@ -28,7 +28,8 @@ Title = Annotated[
 
 
 def report(
-    *runs: Path,
+    runs: list[Path] | None = None,
+    *,
     out: Out = None,
     title: Title = None,
     overwrite: Overwrite = False,
@@ -53,9 +54,10 @@ def report(
     """
     from lora.report import write_report
 
+    runs = runs or []
     if out is None:
         out = runs[0] if len(runs) == 1 and runs[0].is_dir() else OUT_OF_SEVERAL
-    files = write_report(runs, out, title, overwrite=overwrite)
+    files = write_report(tuple(runs), out, title, overwrite=overwrite)
     if json:
         print(json_text(files.report.to_dict(), default=str))
         return 0
