@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle  # for the name of its error; nothing is unpickled here
+import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from lora.runs.disk import atomic_write
 
 WEIGHTS_FILE = "model.safetensors"
 SIZES_FILE = "config.json"
+MAX_PARAMETERS, MAX_LAYERS = 10**9, 1000
+"""Far above what a character model needs, and within a computer's memory."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,25 @@ class BigramSizes:
         faults = [f"{k}={v!r}: allowed is an int ≥ 1" for k, v in integers.items() if v < 1]
         if not faults and self.n_embd % self.n_head:
             faults.append(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
+        if not faults and self.n_parameters > MAX_PARAMETERS:
+            faults.append(
+                f"{self.n_parameters:,} parameters (n_embd, n_layer, block_size): allowed are "
+                f"{MAX_PARAMETERS:,}"
+            )
+        if not faults and self.n_layer > MAX_LAYERS:
+            faults.append(f"n_layer={self.n_layer}: allowed are {MAX_LAYERS}")
         if not 0 <= self.dropout < 1:
             faults.append(f"dropout={self.dropout!r}: allowed is 0 ≤ dropout < 1")
         if faults:
             raise ConfigError(
                 gather(faults, "Cannot build a model of these sizes:", "Change them.")
             )
+
+    @property
+    def n_parameters(self) -> int:
+        """Weights of the matrices and tables, without norms and biases."""
+        blocks = 12 * self.n_layer * self.n_embd**2
+        return blocks + (2 * self.vocab_size + self.block_size) * self.n_embd
 
 
 class SelfAttention(nn.Module):
@@ -231,6 +247,23 @@ def _read_sizes(path: Path) -> BigramSizes:
         raise ModelError(f"Cannot read the model's sizes from {path}: {error}.") from None
 
 
+_DAMAGED = (
+    SafetensorError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    OSError,
+    struct.error,
+)
+"""What torch.load raises on bytes that are no state dict."""
+
+
 def read_state(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a `.safetensors` file, or of a `.pt` file with `weights_only=True`.
 
@@ -244,13 +277,17 @@ def read_state(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
-            f"Cannot load {path}: it is no plain state dict, and pickles can run code: {error}"
+            f"Cannot load {path}: it is no plain state dict, and pickles can run code: "
+            f"{str(error)[:200].splitlines()[0]}"
         ) from None
-    except (SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except _DAMAGED as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"Cannot load {path}: it is damaged or holds no weights: {error}"
+            f"Cannot load {path}: it is damaged or holds no weights: {reason[:200]}"
         ) from None
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(t, Tensor) for name, t in state.items()
+    ):
         raise ModelError(
             f"Cannot load {path}: it holds no state dict. Allowed: a dict of names and tensors."
         )

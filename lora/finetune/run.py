@@ -114,9 +114,8 @@ def _find_inputs(
     """Choose the device, find the model, load the data and plan the memory."""
     choice = choose_device(job.run.device, job.train.precision)
     source = find_model(job.model)
-    decoder_config(
-        read_config(source.folder)
-    )  # an unknown architecture is refused before data are read
+    # An unknown architecture is refused before the data are read.
+    decoder_config(read_config(source.folder))
     data, report = load_data(job, source.folder, progress)
     if show_data is not None:
         show_data(report)

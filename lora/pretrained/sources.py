@@ -63,7 +63,7 @@ def find_model(
     `on_progress` gets a conversion's progress, 0 to 1. Raises ModelError for a path that does not
     exist (near names offered) or cannot be converted, DependencyError for a missing package.
     """
-    path = Path(name or DEFAULT_NAME).expanduser()
+    path = _expanded(name or DEFAULT_NAME)
     if name is None or (name == DEFAULT_NAME and not path.exists()):
         converted = _converted(_default_file(), on_progress)
         return ModelSource(converted, DEFAULT_NAME, DEFAULT_HUB_NAME)
@@ -81,6 +81,16 @@ def find_model(
     if _HUB_NAME.fullmatch(name) and not looks_local and not path.parent.is_dir():
         return ModelSource(_from_hub(name), name, name)
     raise ModelNotFoundError(_no_such_path(path))
+
+
+def _expanded(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # no such user, or no home directory
+        raise ModelError(
+            f"Cannot load the model {name}: the home directory that ~ stands for is not known. "
+            "Write the whole path, or set HOME."
+        ) from None
 
 
 def cache_folder() -> Path:

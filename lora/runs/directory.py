@@ -30,6 +30,7 @@ from lora.runs.disk import (
     open_no_link,
     read_rows,
 )
+from lora.runs.progress import visible
 from lora.runs.read_record import read_metrics, read_run_record
 from lora.runs.record import (
     METRICS_FILE,
@@ -47,6 +48,8 @@ from lora.runs.same_run import check_same_run, find_changed_machine
 from lora.runs.typed_json import json_text, to_json
 
 LOCK_FILE = ".lock"
+MAX_NAME_BYTES = 200
+"""Of a run's name: file systems have 255, and names are made of it, as those of a second run."""
 
 
 @dataclass
@@ -280,6 +283,14 @@ def _lock(lock: IO[str], folder: Path) -> None:
 
 
 def _check_name(name: str) -> None:
+    # A control character would reach the terminal; NUL and half a character cannot be written.
+    encoded = name.encode(errors="ignore")
+    is_text = visible(encoded.decode()) == name and "\n" not in name
+    if not is_text or len(encoded) > MAX_NAME_BYTES:
+        raise CheckpointError(
+            f"Cannot name a run {name[:40]!r}{'…' if len(name) > 40 else ''}. Allowed: at most "
+            f"{MAX_NAME_BYTES} bytes, without control characters. Choose another name."
+        )
     if name in ("", ".", "..") or Path(name).name != name:
         raise CheckpointError(
             f"Cannot name a run {name!r}. Allowed: the name of one directory, without slashes. "

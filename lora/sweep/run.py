@@ -108,9 +108,8 @@ def sweep(
     check_same_sweep(job)
     choice = choose_device(job.run.device, job.train.precision)
     source = find_model(job.model)
-    decoder_config(
-        read_config(source.folder)
-    )  # an unknown architecture is refused before data are read
+    # An unknown architecture is refused before the data are read.
+    decoder_config(read_config(source.folder))
     data = prepare_sweep(job, source.folder, progress)
     report = inspect_prepared(data, job.data, job.data_config)
     if show_data is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from models.bigram_lm_v2 import (
     BigramSizes,
     bigram_loss,
     load_bigram,
+    read_state,
     save_bigram,
 )
 
@@ -113,6 +115,26 @@ def test_a_state_that_does_not_fit_is_refused_with_every_fault(
     )
     with pytest.raises(ModelError, match=expected):
         load_bigram(path, SIZES)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_random_bytes_are_refused_whatever_they_raise(tmp_path: Path, suffix: str) -> None:
+    draw = random.Random(5)
+    path = tmp_path / f"junk{suffix}"
+    for number in range(200):
+        start = (b"", b"\x80\x02", b"PK\x03\x04", b"c", b"(")[number % 5]
+        path.write_bytes(start + draw.randbytes(1 + number))
+        with pytest.raises(ModelError, match=r"Cannot load .*junk"):
+            read_state(path)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"n_embd": 1_000_000}, {"n_layer": 1_000_000}, {"block_size": 10**9}, {"n_layer": 1001}],
+)
+def test_a_model_beyond_any_memory_is_refused_in_words(sizes: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="Cannot build a model of these sizes"):
+        BigramLanguageModel(vocab_size=100, **sizes)
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"\x10\0\0\0\0\0\0\0{"])

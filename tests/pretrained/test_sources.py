@@ -388,3 +388,8 @@ def test_an_adapter_is_no_model_and_its_base_is_named(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(described))
     with pytest.raises(ModelError, match=r"it is an adapter for the base 'owner/base'"):
         find_model(str(tmp_path))
+
+
+def test_the_home_of_an_unknown_user_is_refused_in_words() -> None:
+    with pytest.raises(ModelError, match=r"~nobody-here/x: the home directory .* is not known"):
+        find_model("~nobody-here/x")

@@ -61,6 +61,15 @@ def test_a_run_stays_in_the_folder_of_runs(tmp_path: Path, name: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["a\0b", "a\nb", "\x1b[31m", "x" * 300, "ü" * 101, "\udc80"])
+def test_a_name_that_no_disk_or_terminal_takes_is_refused(tmp_path: Path, name: str) -> None:
+    for resume in (False, True):
+        with pytest.raises(CheckpointError, match="at most 200 bytes, without control") as caught:
+            check_run_directory(tmp_path, name, resume=resume)
+        assert len(str(caught.value)) < 250
+        assert str(caught.value).isprintable()
+
+
 def test_a_second_run_of_the_same_name_gets_its_own_folder(tmp_path: Path) -> None:
     with create_run(tmp_path, "run", record=RunRecord(model="tiny")) as first:
         assert read_json(first.folder / "run.json")["model"] == "tiny"

@@ -24,7 +24,7 @@ def finetune_command(record: RunRecord, name: str) -> str | None:
     if words is None or record.train is None or record.kind not in ("finetune", "candidate"):
         return None
     if record.from_adapter is not None:
-        words += ["--from-adapter", record.from_adapter]
+        words += _pair("--from-adapter", record.from_adapter)
     elif record.lora is None:
         words += ["--full"]
     else:
@@ -65,10 +65,10 @@ def comparison_command(record: RunRecord, name: str) -> str | None:
     compare = record.compare
     if compare is None or record.data.in_memory or not isinstance(compare.get("data"), str):
         return None
-    words = ["--data", compare["data"]]
+    words = _pair("--data", compare["data"])
     for key in ("model", "eval_data"):
         if isinstance(compare.get(key), str):
-            words += [_flag(key), compare[key]]
+            words += _pair(_flag(key), compare[key])
     if compare.get("same") == "time":
         words += ["--same", "time"]
     methods = compare.get("methods")
@@ -105,7 +105,7 @@ def _measure_flags(measures: Any) -> list[str]:
     words = []
     for key in ("forgetting_data", "metric", "test_data"):
         if isinstance(measures.get(key), str) and measures[key] != "none":
-            words += [_flag(key), measures[key]]
+            words += _pair(_flag(key), measures[key])
     if measures.get("metric") not in (None, "none"):
         for key in ("answers", "answer_tokens"):
             if measures.get(key) is not None:
@@ -118,9 +118,9 @@ def _source_words(record: RunRecord) -> list[str] | None:
     data = record.data
     if data.source is None or data.in_memory:
         return None
-    words = ["--data", data.source]
-    words += [] if record.model_source is None else ["--model", record.model_source]
-    words += [] if data.eval_source is None else ["--eval-data", data.eval_source]
+    words = _pair("--data", data.source)
+    words += [] if record.model_source is None else _pair("--model", record.model_source)
+    words += [] if data.eval_source is None else _pair("--eval-data", data.eval_source)
     return words
 
 
@@ -156,7 +156,12 @@ def _words_of(name: str, value: Any) -> list[str]:
         return [word for item in value for word in (flag, _written(item))]
     if isinstance(value, dict):
         return [w for key, inner in value.items() for w in (f"{flag}.{key}", _written(inner))]
-    return [flag, _written(value)]
+    return _pair(flag, _written(value))
+
+
+def _pair(flag: str, value: str) -> list[str]:
+    """Return a flag with its value; a value like -x would be taken for a flag by itself."""
+    return [f"{flag}={value}"] if value.startswith("-") else [flag, value]
 
 
 def _written(value: Any) -> str:

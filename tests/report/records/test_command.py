@@ -132,3 +132,21 @@ def test_what_was_started_from_python_has_no_command(data: dict[str, Any], tmp_p
     asked = RunRecord(kind="compare", compare={"data": "3 rows"}, data=DataRecord(in_memory=True))
     assert comparison_command(asked, "x") is None
     assert finetune_command(record(tmp_path, {"settings": {}, "data": "prose"}), "x") is None
+
+
+def test_names_that_begin_with_a_dash_are_no_flags(tmp_path: Path) -> None:
+    values = {
+        "schema_version": 1,
+        "kind": "finetune",
+        "method": "lora",
+        "model_source": "--model",
+        "lora": asdict(LoRAConfig()),
+        "train": asdict(TrainConfig()),
+        "data": {"source": "-data.jsonl"},
+    }
+    command = finetune_command(record(tmp_path, values), "--name")
+    assert command is not None
+    found = parsed(command)
+    assert str(found["data"]) == "-data.jsonl"
+    assert found["model"] == "--model"
+    assert found["run"].name == "--name"
