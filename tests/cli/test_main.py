@@ -273,3 +273,29 @@ def test_a_path_that_the_system_refuses_is_told_in_a_line(
 ) -> None:
     assert cli.main(["eval", "9" * 400]) == 2
     assert "File name too long" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("commands")
+@pytest.mark.parametrize("way", ["flag", "file", "environment", "config"])
+def test_a_tilde_in_a_path_is_the_home_directory(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "made_up_commands.py").write_text(
+        "from pathlib import Path\n"
+        "def show(*, out: Path | None = None, text: str = '') -> None:\n"
+        "    print(out, text)\n"
+    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "s.yaml").write_text("out: ~/runs\ntext: ~/x\n")
+    words = {
+        "flag": ["--out=~/runs", "--text=~/x"],
+        "file": ["--config", str(tmp_path / "s.yaml")],
+        "environment": ["--text=~/x"],
+        "config": ["--config=~/s.yaml"],
+    }
+    if way == "environment":
+        monkeypatch.setenv("LORALM_SHOW_OUT", "~/runs")
+    assert cli.main(["show", *words[way]]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "runs"), "~/x"]
+    assert cli.main(["show", "--out=~nobody-of-this-name/x"]) == 2
+    assert "the home directory ~nobody-of-this-name is not known" in capsys.readouterr().err
