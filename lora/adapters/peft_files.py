@@ -50,7 +50,7 @@ def read_adapter_files(folder: Path) -> AdapterFiles:
     """
     text = _read_config(folder)
     try:
-        described = json.loads(text.decode("utf-8"))
+        described = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         what = f"Cannot read {folder / CONFIG_FILE}: it is not JSON ({error})."
         raise AdapterError(f"{what} Copy the adapter again.") from None

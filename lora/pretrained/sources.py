@@ -140,7 +140,7 @@ def _is_adapter(name: str, folder: Path) -> str:
 def _base_of(adapter: Path) -> str:
     """Return " for the base …" if the adapter in the directory names one."""
     try:
-        described = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        described = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8-sig"))
         base = described.get("base_model_name_or_path")
     except (OSError, ValueError, RecursionError, AttributeError):
         return ""

@@ -108,7 +108,7 @@ def lock_file(handle: int, *, wait: bool = False) -> None:
 def read_json(path: Path) -> Any:
     """Return a JSON file's value. Raises CheckpointError if it is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:  # ValueError: also what is not UTF-8

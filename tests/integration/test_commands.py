@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from lora.cli import main
 from lora.cli.chat import _run_command
 from lora.inference.loading import load_model
+from lora.inference.run_settings import read_run_data_settings
 from lora.pretrained.hf_weights import load_decoder
 
 Read = Callable[[], tuple[str, str]]
@@ -266,3 +267,22 @@ def test_export_writes_gguf_that_is_a_model_again_and_checks_for_vllm(
     assert "--max-lora-rank 8" in read()[0]
     assert main(["export"]) == 2
     assert main(["export", "--vllm"]) == 2
+
+
+def test_byte_order_marks_in_any_json_file_change_nothing(
+    tiny_folder: Path, adapter: Path, tmp_path: Path, read: Read
+) -> None:
+    model, run = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(tiny_folder, model)
+    shutil.copytree(adapter.parent, run)
+    words = ["generate", "one", "--max-new-tokens", "4"]
+    assert main([*words, "--model", str(tiny_folder), "--adapter", str(adapter)]) == 0
+    answer = read()[0]
+    for folder in (model, run / "adapter"):
+        for path in folder.glob("*.json"):
+            path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    path = run / "run.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert main([*words, "--model", str(model), "--adapter", str(run / "adapter")]) == 0
+    assert read()[0] == answer
+    assert read_run_data_settings(run / "adapter").config.max_length == 128

@@ -107,7 +107,7 @@ class CharTokenizer:
     def load(cls, path: Path) -> CharTokenizer:
         """Return the vocabulary saved at `path`. Raises DataError if it is missing or damaged."""
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = json.loads(path.read_text(encoding="utf-8-sig"))
             characters = value["characters"]
         except OSError as error:
             raise DataError(f"Cannot read the vocabulary {path}: {os_reason(error)}.") from None

@@ -28,7 +28,7 @@ def load_backend(path: Path) -> Tokenizer:
                 f"Cannot load {path}: it has {size:,} bytes. Allowed: {MAX_TOKENIZER_BYTES:,}."
             )
         data = path.read_bytes()
-        text = data.decode()
+        text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot load the tokenizer {path}: {error}.") from None
     check_tokenizer_file(path, data)
