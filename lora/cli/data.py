@@ -38,10 +38,13 @@ def data(
     from lora.data.inspection import inspect_data
     from lora.data.inspection_view import print_report
     from lora.data.tokenizers.subword import load_tokenizer
+    from lora.pretrained.positions import why_beyond_positions
     from lora.pretrained.sources import find_model
 
-    tokenizer = load_tokenizer(find_model(model).folder)
-    report = inspect_data(path, tokenizer, config)
+    folder = find_model(model).folder
+    report = inspect_data(path, load_tokenizer(folder), config)
+    excess = why_beyond_positions(folder, report.longest_tokens)
+    report.warnings += [excess] if excess else []
     if json:
         print(report.to_json())
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -49,6 +50,7 @@ def generate(
     from lora.data.chat.prompts import chat_prompt, plain_prompt
     from lora.errors import DataError
     from lora.inference.generate import generate as answer
+    from lora.pretrained.positions import describe_excess
 
     asked = [*(prompts or []), *_read_lines(prompts_file)]
     if not asked:
@@ -65,6 +67,10 @@ def generate(
         for text in asked
     ]
     ids = [prompt.ids for prompt in made]
+    n_tokens = max(map(len, ids)) + config.max_new_tokens
+    excess = describe_excess(n_tokens, loaded.model.config.max_position_embeddings)
+    if excess:
+        print(f"note: with its answer {excess}", file=sys.stderr)
     answers = answer(loaded.model, ids, config, stop_ids=loaded.tokenizer.stop_ids)
     written = [loaded.tokenizer.decode(tokens) for tokens in answers]
     _print(asked, written, json)

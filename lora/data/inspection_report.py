@@ -70,6 +70,11 @@ class DataReport:
     """How often each added special token occurs in the sequences."""
     previews: list[Preview] = field(default_factory=list)
 
+    @property
+    def longest_tokens(self) -> int:
+        """Tokens of the longest sequence, cut to `max_length`."""
+        return min(self.max_length, self.quantiles_tokens.get("longest", 0))
+
     def to_json(self) -> str:
         """Return the report as JSON text."""
         return json_text(dataclasses.asdict(self), indent=2, ensure_ascii=False)

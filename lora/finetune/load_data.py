@@ -9,6 +9,7 @@ from lora.data.inspection_report import DataReport
 from lora.data.prepare import PreparedData, prepare_data
 from lora.data.tokenizers.subword import load_tokenizer
 from lora.finetune.job import FinetuneJob
+from lora.pretrained.positions import why_beyond_positions
 from lora.runs.directory import read_start_time
 from lora.runs.progress import Progress
 
@@ -34,7 +35,10 @@ def load_data(
         f"{len(data.train_examples)} training examples ({data.train.n_target_tokens:,} target "
         f"tokens in {len(data.train)} sequences), {len(data.validation_examples)} for validation"
     )
-    return data, inspect_prepared(data, job.data, job.data_config)
+    report = inspect_prepared(data, job.data, job.data_config)
+    excess = why_beyond_positions(model_folder, report.longest_tokens)
+    report.warnings += [excess] if excess else []
+    return data, report
 
 
 def _tokenizer_folder(job: FinetuneJob, model_folder: Path) -> Path:
