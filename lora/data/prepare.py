@@ -12,6 +12,7 @@ from lora.data.reading.formats import Example
 from lora.data.reading.readers import Source, read_examples
 from lora.data.reading.splitting import split_examples
 from lora.data.sequences.batches import TokenSequences, build_sequences
+from lora.data.sequences.embedding_rows import check_ids, choose_pad_id
 from lora.data.sequences.encode import encode_examples
 from lora.data.sequences.encoded import EncodedExamples, check_has_targets
 from lora.data.tokenizers.subword import TextTokenizer
@@ -44,6 +45,7 @@ def prepare_data(
     *,
     validation_source: Source | None = None,
     now: datetime | None = None,
+    n_rows: int | None = None,
     on_message: Callable[[str], None] = lambda message: None,
     on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> PreparedData:
@@ -56,6 +58,7 @@ def prepare_data(
         seed: of the validation split and of the packing.
         validation_source: validation data; None splits off a part of `source`.
         now: the date for chat templates that print one (Llama 3's do); None is today.
+        n_rows: of the model's embedding; None: the tokenizer's ids are not compared with it.
         on_message: called with what was decided: skipped files, the chat template.
         on_progress: called with the tokenised fraction, if that takes over two seconds.
 
@@ -67,8 +70,13 @@ def prepare_data(
         on_message(note)
     if config.special_tokens:
         tokenizer = tokenizer.with_tokens(config.special_tokens)
+        if n_rows is not None:  # the table grows by what is added
+            n_rows = max(n_rows, 1 + max(tokenizer.ids_of(config.special_tokens)))
     if config.keep_control_tokens:
         tokenizer = tokenizer.with_control_tokens_in_messages()
+    pad_id, pad_note = choose_pad_id(tokenizer, n_rows)
+    if pad_note:
+        on_message(pad_note)
     if validation_source is None:
         sizes = config.eval_fraction, config.max_eval_examples
         train, validation = split_examples(read_examples(source, on_message), *sizes, seed)
@@ -84,17 +92,19 @@ def prepare_data(
         on_message(f"conversations are formatted with {origin}")
     encoded = encode_examples(train, tokenizer, config, on_progress, now=now)
     check_has_targets(encoded, config.learn_on)
+    check_ids(encoded.documents, train, tokenizer, n_rows)
     validation_encoded = None
     if validation:
         validation_encoded = encode_examples(validation, tokenizer, config, now=now)
+        check_ids(validation_encoded.documents, validation, tokenizer, n_rows)
     if validation_encoded is not None and not len(validation_encoded.documents):
         on_message("no validation: none of the validation examples has a target token")
         validation_encoded = None
     validation_sequences = None
     if validation_encoded is not None:
-        validation_sequences = _build(validation_encoded, tokenizer, config, seed)
+        validation_sequences = _build(validation_encoded, pad_id, config, seed)
     return PreparedData(
-        train=_build(encoded, tokenizer, config, seed),
+        train=_build(encoded, pad_id, config, seed),
         validation=validation_sequences,
         train_encoded=encoded,
         validation_encoded=validation_encoded,
@@ -118,11 +128,7 @@ def _report_overlap(
         )
 
 
-def _build(
-    encoded: EncodedExamples, tokenizer: TextTokenizer, config: DataConfig, seed: int
-) -> TokenSequences:
-    ids = (tokenizer.pad_id, tokenizer.eos_id, 0)
-    pad_id = next(number for number in ids if number is not None)
+def _build(encoded: EncodedExamples, pad_id: int, config: DataConfig, seed: int) -> TokenSequences:
     return build_sequences(
         encoded.documents, config.max_length, packing=config.packing, pad_id=pad_id, seed=seed
     )

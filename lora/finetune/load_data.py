@@ -8,7 +8,9 @@ from lora.data.inspection import inspect_prepared
 from lora.data.inspection_report import DataReport
 from lora.data.prepare import PreparedData, prepare_data
 from lora.data.tokenizers.subword import load_tokenizer
+from lora.decoder.families import decoder_config
 from lora.finetune.job import FinetuneJob
+from lora.pretrained.hf_files import read_config
 from lora.pretrained.positions import why_beyond_positions
 from lora.runs.directory import read_start_time
 from lora.runs.progress import Progress
@@ -22,13 +24,17 @@ def load_data(
     In a resumed run the chat template sees the date on which the run started, so that its sequences
     are the same. Raises DataError if no example has a target token.
     """
+    folder = _tokenizer_folder(job, model_folder)
+    # An adapter with a tokenizer of its own brings rows for the tokens that it added.
+    is_base = folder == model_folder
     data = prepare_data(
         job.data,
-        load_tokenizer(_tokenizer_folder(job, model_folder)),
+        load_tokenizer(folder),
         job.data_config,
         job.train.seed,
         validation_source=job.eval_data,
         now=read_start_time(job.directory) if job.resume else None,
+        n_rows=decoder_config(read_config(model_folder)).vocab_size if is_base else None,
         on_message=progress.message,
     )
     progress.message(

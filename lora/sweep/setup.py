@@ -10,8 +10,10 @@ from lora.data.prepare import PreparedData, prepare_data
 from lora.data.sequences.batches import ordered_batches
 from lora.data.tokenizers.subword import load_tokenizer
 from lora.decoder.decoder import Decoder
+from lora.decoder.families import decoder_config
 from lora.device import DeviceChoice
 from lora.errors import CheckpointError, DataError
+from lora.pretrained.hf_files import read_config
 from lora.runs.directory import Run, read_start_time
 from lora.runs.read_record import read_run_record
 from lora.runs.sweep_record import (
@@ -40,6 +42,7 @@ def prepare_sweep(job: SweepJob, model_folder: Path, progress: SweepProgress) ->
         int(job.grid.seed[0]),
         validation_source=job.eval_data,
         now=read_start_time(job.run.out / str(job.run.name)) if job.resume else None,
+        n_rows=decoder_config(read_config(model_folder)).vocab_size,
         on_message=progress.message,
     )
     if data.validation is None:

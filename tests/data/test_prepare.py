@@ -110,3 +110,28 @@ def test_data_without_targets_are_refused(tokenizer: TextTokenizer) -> None:
             CONFIG,
             seed=1,
         )
+
+
+def test_tokens_without_an_embedding_row_are_named_before_training(
+    tokenizer: TextTokenizer,
+) -> None:
+    rows = [{"text": f"The quick brown fox <|eot_id|> jumps {n} times."} for n in range(9)]
+    number = tokenizer.ids_of(["<|eot_id|>"])[0]
+    with pytest.raises(
+        DataError, match=rf"token '<.eot_id.>', in row \d, has the id {number}, and"
+    ):
+        prepare_data(rows, tokenizer, DataConfig(), 0, n_rows=number)
+    prepare_data(rows, tokenizer, DataConfig(), 0, n_rows=number + 1)
+    grown = DataConfig(special_tokens=("<|eot_id|>",))
+    prepare_data(rows, tokenizer, grown, 0, n_rows=number)
+
+
+def test_a_pad_token_without_an_embedding_row_pads_nothing(tokenizer: TextTokenizer) -> None:
+    padded = tokenizer.with_tokens(["<new-pad>"])
+    padded = dataclasses.replace(padded, pad_token="<new-pad>")
+    notes = list[str]()
+    n_rows = tokenizer.vocab_size
+    rows = [{"text": f"The quick brown fox {n}."} for n in range(9)]
+    data = prepare_data(rows, padded, DataConfig(), 0, n_rows=n_rows, on_message=notes.append)
+    assert any("'<new-pad>'" in note and "pads" in note for note in notes)
+    assert data.tokenizer.pad_token == "<new-pad>"
