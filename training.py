@@ -10,6 +10,7 @@ LORA_USAGE.md explains every variable. Exits with 2 and one message when somethi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora.errors import Interrupted, LoraError
+from lora.runs.progress import never_raising
 from lora.runs.record import DataRecord, ParameterCount, RunRecord, RunResult
 from models.classic_settings import AUTO, ClassicSettings, notes, read_settings
 
@@ -34,10 +36,12 @@ def main() -> int:
     """Run what the environment asks for; return the exit code."""
     try:
         settings = read_settings(os.environ)
-        if settings.compare:
-            compare_classic(settings)
-        else:
-            run_classic(settings)
+        # A reader that is gone must not end a run before its model is saved.
+        with contextlib.redirect_stdout(never_raising(sys.stdout)):
+            if settings.compare:
+                compare_classic(settings)
+            else:
+                run_classic(settings)
     except Interrupted as stopped:
         print(f"training.py: {stopped}", file=sys.stderr)
         return stopped.exit_code

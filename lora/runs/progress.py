@@ -54,7 +54,7 @@ class RichProgress:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.console = Console(file=log_stream(), highlight=False)
+        self.console = Console(file=never_raising(sys.stderr), highlight=False)
         self._title = title
         columns = [
             TextColumn("{task.description}"),
@@ -122,9 +122,9 @@ class LogStream:
         return False
 
 
-def log_stream() -> IO[str]:
-    """Return standard error as a stream that never raises, for messages about a run."""
-    return cast(IO[str], LogStream(sys.stderr))
+def never_raising(stream: TextIO | None) -> IO[str]:
+    """Return `stream` as one that never raises, for messages about a run."""
+    return cast(IO[str], LogStream(stream))
 
 
 def visible(text: str, is_ascii: bool = False) -> str:

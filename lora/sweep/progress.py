@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from lora.runs.progress import log_stream
+from lora.runs.progress import never_raising
 from lora.runs.sweep_record import CandidateState, rank
 from lora.sweep.grid import SHORT_NAMES, short_number
 
@@ -67,7 +68,7 @@ class RichSweepProgress:
         from rich.console import Console
         from rich.live import Live
 
-        self.console = Console(file=log_stream(), highlight=False)
+        self.console = Console(file=never_raising(sys.stderr), highlight=False)
         self._live = Live(console=self.console, auto_refresh=False, transient=True)
         self._names: Sequence[str] = ()
         self._last_s = 0.0
