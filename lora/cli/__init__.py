@@ -11,6 +11,7 @@ a traceback and the exit code is 2; `--debug` shows the traceback.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from lora.cli.flags.paths import expand_home, expand_home_of_paths
 from lora.cli.flags.values import check_values
 from lora.cli.flags.yaml_file import read_settings
 from lora.errors import ConfigError, Interrupted, LoraError, did_you_mean, gather
+from lora.terminal import drop_output, print_note, soften_encoding
 from lora.training.out_of_memory import is_out_of_memory
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -63,6 +65,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 """By name: the command's function as "module:function", and its line in `lora --help`."""
 
 MEMORY_ADVICE = "Try a smaller batch, a smaller model, or a device with more memory."
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What writing to an output meets; the names of files are in other errors."""
 ENVIRONMENT_PREFIX = "LORALM_"
 HELP_END = (
     "Every command also takes --config FILE.yaml (keys are its flags without leading dashes), "
@@ -116,32 +120,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     is_debugging = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    soften_encoding()
     try:
-        return _run(words)
+        code = _run(words)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except Interrupted as stopped:
-        print(f"lora: {stopped}", file=sys.stderr)
+        print_note(f"lora: {stopped}")
         return stopped.exit_code
     except (LoraError, CycloptsError) as error:
         if is_debugging:
             raise
-        print(f"lora: {_describe(error)}", file=sys.stderr)
+        print_note(f"lora: {_describe(error)}")
         return 2
     except (RuntimeError, MemoryError) as error:
         if is_debugging or not is_out_of_memory(error):
             raise
         first = (str(error) or "MemoryError").splitlines()[0]
-        print(f"lora: out of memory: {first}. {MEMORY_ADVICE}", file=sys.stderr)
+        print_note(f"lora: out of memory: {first}. {MEMORY_ADVICE}")
         return 2
     except KeyboardInterrupt:
-        print("lora: interrupted", file=sys.stderr)
+        print_note("lora: interrupted")
         return 130
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 141
     except OSError as error:
-        if is_debugging or error.filename is None:
+        if is_debugging:
             raise
-        print(f"lora: Cannot use {str(error.filename)[:200]!r}: {error.strerror}.", file=sys.stderr)
+        if error.filename is None:
+            if error.errno not in UNWRITABLE:
+                raise
+            print_note(f"lora: Cannot write the output: {error.strerror}. Write it elsewhere.")
+            drop_output()
+            return 2
+        print_note(f"lora: Cannot use {str(error.filename)[:200]!r}: {error.strerror}.")
         return 2
 
 

@@ -12,6 +12,7 @@ from lora.cli.flags.from_fields import GENERATION, Flat, config_from, flags_from
 from lora.cli.flags.shared import Adapter, Device, Model, System
 from lora.config import MAX_SEED, SamplingConfig
 from lora.inference.loading import LoadedModel, load_model, load_tokenizer_of
+from lora.terminal import print_note
 
 if TYPE_CHECKING:
     from lora.data.reading.messages import Message
@@ -50,7 +51,7 @@ def chat(
     loaded = load_model(model, adapter, device)
     first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     said = list(first)
-    print(f"{loaded.source.name}; {HELP}", file=sys.stderr)
+    print_note(f"{loaded.source.name}; {HELP}")
     while True:
         line = _ask()
         if line is None or line == "/quit":
@@ -81,15 +82,15 @@ def _run_command(line: str, loaded: LoadedModel) -> tuple[LoadedModel, bool]:
     if command == "/new":
         return loaded, True
     if command != "/adapter" or not name:
-        print(f"Unknown command {line!r}: {HELP}", file=sys.stderr)
+        print_note(f"Unknown command {line!r}: {HELP}")
         return loaded, False
     try:
         folder = None if name == "none" else Path(name.strip()).expanduser()
         tokenizer = _switch(loaded, folder)
     except (LoraError, RuntimeError) as error:  # RuntimeError: a home directory that is not known
-        print(f"{error}\nNothing was switched.", file=sys.stderr)
+        print_note(f"{error}\nNothing was switched.")
         return loaded, False
-    print("base model" if folder is None else f"adapter: {folder}", file=sys.stderr)
+    print_note("base model" if folder is None else f"adapter: {folder}")
     return replace(loaded, tokenizer=tokenizer), True
 
 

@@ -27,6 +27,7 @@ from lora.runs.comparison_record import COMPARE_FILE, Same
 from lora.runs.disk import read_json
 from lora.runs.record import Method
 from lora.runs.typed_json import json_text
+from lora.terminal import build_console, print_line
 
 if TYPE_CHECKING:
     from lora.compare.run import CompareResult
@@ -142,12 +143,11 @@ def _report(done: CompareResult, page: Path | None, json: bool) -> int:
         report = None if page is None else str(page)
         print(json_text({"folder": str(done.folder), "report": report, **found}))
         return 0
-    from rich.console import Console
 
     from lora.compare.table import print_comparison
 
-    print_comparison(done.comparison, Console(highlight=False))
-    print(f"results: {done.folder}")
+    print_comparison(done.comparison, build_console())
+    print_line(f"results: {done.folder}")
     if page is not None:
-        print(f"report: {page}")
+        print_line(f"report: {page}")
     return 0

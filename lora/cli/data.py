@@ -8,6 +8,7 @@ from typing import Annotated
 from lora.cli.flags.from_fields import Flat, config_from
 from lora.cli.flags.shared import DataFlags, Json, Model
 from lora.config import DataConfig
+from lora.terminal import build_console
 
 
 def data(
@@ -33,7 +34,6 @@ def data(
         File or directory of examples.
     """
     config = config_from(DataConfig, data_config or DataFlags())
-    from rich.console import Console
 
     from lora.data.inspection import inspect_data
     from lora.data.inspection_view import print_report
@@ -48,5 +48,5 @@ def data(
     if json:
         print(report.to_json())
     else:
-        print_report(report, Console())
+        print_report(report, build_console())
     return 2 if report.errors else 0

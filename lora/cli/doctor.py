@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from lora.cli.flags.from_fields import OUTPUT
 from lora.cli.flags.shared import Json
 from lora.runs.typed_json import json_text
+from lora.terminal import print_line
 
 Out = Annotated[
     Path, Parameter(group=OUTPUT, help="Directory for run directories; its disk is checked.")
@@ -38,9 +39,9 @@ def doctor(*, out: Out = Path("runs"), json: Json = False) -> int:
         return 0 if is_well else 1
     width = max(len(check.name) for check in checks)
     for check in checks:
-        print(f"{'ok' if check.is_well else '!!'}  {check.name:<{width}}  {check.seen}")
+        print_line(f"{'ok' if check.is_well else '!!'}  {check.name:<{width}}  {check.seen}")
         if not check.is_well:
-            print(f"    {'':<{width}}  {check.advice}")
+            print_line(f"    {'':<{width}}  {check.advice}")
     n_ill = sum(not check.is_well for check in checks)
-    print("all checks passed" if is_well else f"{n_ill} of {len(checks)} checks failed")
+    print_line("all checks passed" if is_well else f"{n_ill} of {len(checks)} checks failed")
     return 0 if is_well else 1

@@ -12,6 +12,7 @@ from lora.cli.flags.shared import Adapter, Device, Json, Model
 from lora.config import DataConfig, SamplingConfig
 from lora.inference.loading import LoadedModel, load_model
 from lora.runs.typed_json import json_text
+from lora.terminal import build_console
 
 if TYPE_CHECKING:
     from lora.data.reading.formats import Example
@@ -167,7 +168,6 @@ def _measure(
 
 
 def _print_table(scores: dict[str, Scores], n_examples: int) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{n_examples} examples", title_justify="left")
@@ -178,7 +178,7 @@ def _print_table(scores: dict[str, Scores], n_examples: int) -> None:
     for key in next(iter(rows.values())):
         if any(row[key] is not None for row in rows.values()) and key != "n_fields":
             table.add_row(key.replace("_", " "), *(_shown(row, key) for row in rows.values()))
-    Console().print(table)
+    build_console().print(table)
 
 
 def _shown(row: dict[str, Any], key: str) -> str:

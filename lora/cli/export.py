@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora.cli.flags.shared import Adapter, Model, Overwrite, input_paths
 from lora.inference.loading import checked_ids, load_model, load_tokenizer_of
 from lora.runs.outputs import OutputPath
+from lora.terminal import print_line, print_note
 
 if TYPE_CHECKING:
     from lora.decoder.decoder import Decoder
@@ -70,7 +70,7 @@ def export(
     name, error = report.worst
     allowed = f"allowed {report.logits_tolerance:.0e}"
     answers = f"logits differ by {report.logits_error:.1e} ({allowed})"
-    print(
+    print_line(
         f"{report.path}: {report.size_bytes / 1e6:,.0f} MB; read back and compared: "
         f"largest error {error:.1e} in {name} (allowed {report.tolerance:.0e}); {answers}"
     )
@@ -117,6 +117,6 @@ def _check_for_vllm(adapter: Path | None, model: str | None) -> int:
         )
     if base is None:
         note = "note: the adapter's layers were not compared with its base; name it with --model"
-        print(note, file=sys.stderr)
-    print(vllm_command(adapter, model or (str(base) if base else "path/to/base")))
+        print_note(note)
+    print_line(vllm_command(adapter, model or (str(base) if base else "path/to/base")))
     return 0

@@ -27,6 +27,7 @@ from lora.cli.flags.shared import (
 from lora.config import DataConfig, LoRAConfig, MemoryConfig, RunConfig, TrainConfig
 from lora.errors import ConfigError
 from lora.runs.typed_json import json_text
+from lora.terminal import print_line
 
 if TYPE_CHECKING:
     from lora.finetune.job import FinetuneResult
@@ -146,12 +147,12 @@ def _report(done: FinetuneResult, page: Path | None, json: bool) -> int:
         if math.isnan(result.eval_loss)
         else f"validation loss {result.eval_loss:.4f}"
     )
-    print(
+    print_line(
         f"{loss} after {result.steps} steps, "
         f"{result.train_s:.0f} s of training, peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
     )
-    print(done.memory.describe())
-    print(f"saved: {done.saved}")
+    print_line(done.memory.describe())
+    print_line(f"saved: {done.saved}")
     if page is not None:
-        print(f"report: {page}")
+        print_line(f"report: {page}")
     return 0

@@ -11,6 +11,7 @@ from lora.cli.flags.from_fields import DEVICE, OUTPUT
 from lora.cli.flags.shared import Model, Overwrite, input_paths
 from lora.inference.loading import checked_ids, load_model
 from lora.runs.outputs import OutputPath
+from lora.terminal import print_line
 
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
@@ -63,7 +64,7 @@ def merge(
             folder=part,
             dtype=dtype,
         )
-    print(
+    print_line(
         f"merged {merged.merge.layers} layers into {out} ({', '.join(merged.dtypes)}); logits "
         f"differ by {merged.relative_error:.1e} (allowed {merged.tolerance:.0e})"
     )

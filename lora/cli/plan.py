@@ -12,6 +12,7 @@ from lora.cli.flags.shared import BaseWeights, Json, LoRAFlags, Model
 from lora.config import DataConfig, LoRAConfig, MemoryConfig, MemoryMode, TrainConfig
 from lora.errors import ConfigError
 from lora.runs.typed_json import json_text
+from lora.terminal import build_console
 
 if TYPE_CHECKING:
     from lora.fast.memory.plan import MemoryPlan, PlanInputs
@@ -182,10 +183,9 @@ def _show(
     fits: dict[str, int | None],
     savings: dict[str, str],
 ) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = build_console()
     lora, full = plans["lora"], plans["full"]
     rank = inputs.lora.rank if inputs.lora else 0
     size = f"{_sequences(inputs.micro_batch_size)} of {inputs.tokens} tokens"

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from lora.cli.flags.from_fields import OUTPUT
 from lora.cli.flags.shared import Json, Overwrite
 from lora.runs.typed_json import json_text
+from lora.terminal import build_console, print_line
 
 if TYPE_CHECKING:
     from lora.report import Report
@@ -62,13 +63,12 @@ def report(
         print(json_text(files.report.to_dict(), default=str))
         return 0
     _print(files.report)
-    print(f"report: {files.html}\npictures: {files.html.parent / 'pictures'}")
+    print_line(f"report: {files.html}\npictures: {files.html.parent / 'pictures'}")
     return 0
 
 
 def _print(report: Report) -> None:
-    from rich.console import Console
 
     from lora.report.terminal import print_report
 
-    print_report(report, Console(highlight=False))
+    print_report(report, build_console())

@@ -31,6 +31,7 @@ from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.errors import ConfigError
 from lora.runs.typed_json import json_text
 from lora.sweep.grid import SWEPT, Grid
+from lora.terminal import build_console, print_line
 
 if TYPE_CHECKING:
     from lora.compare.sweep_full import FullResult
@@ -206,27 +207,26 @@ def _report(
         }
         print(json_text({**found, **found_all}))
         return 0
-    from rich.console import Console
 
     from lora.sweep.progress import candidates_table, format_status
 
     names = tuple(dict.fromkeys((*swept, "rank", "learning_rate"))) if full else swept
     states = done.candidates if full is None else [*done.candidates, full.record.candidate]
-    Console(highlight=False).print(candidates_table(states, names))
+    build_console().print(candidates_table(states, names))
     for state in states:
         if state.reason:
-            print(f"{state.name} {format_status(state)}")
+            print_line(f"{state.name} {format_status(state)}")
     if full is not None:
-        print(
+        print_line(
             f"full fine-tuning: {full.record.train_s:.0f} s of training, peak memory "
             f"{full.record.peak_memory_bytes / 1e9:.2f} GB, in {full.folder}"
         )
-    print(
+    print_line(
         f"{done.train_s:.0f} s of training, peak memory {done.peak_memory_bytes / 1e9:.2f} GB\n"
         f"best: {done.best}\nall: {done.folder / 'candidates'}"
     )
     if page is not None:
-        print(f"report: {page}")
+        print_line(f"report: {page}")
     return 0
 
 

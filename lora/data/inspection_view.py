@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora.runs.progress import visible
+from lora.terminal import visible
 
 if TYPE_CHECKING:
     from rich.console import Console

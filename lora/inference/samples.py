@@ -19,8 +19,9 @@ from lora.decoder.decoder import Decoder
 from lora.errors import DataError, LoraError
 from lora.inference.generate import generate
 from lora.runs.directory import Run
-from lora.runs.progress import Progress, visible
+from lora.runs.progress import Progress
 from lora.runs.record import SampleRow
+from lora.terminal import visible
 
 _MAX_TRIED = 100
 """Examples that are looked at for prompts."""

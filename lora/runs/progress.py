@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 import time
 from typing import IO, Protocol, TextIO, cast
 
-# Control characters, and those that reverse the direction of the text after them.
-_CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+from lora.terminal import build_console
 
 
 class Progress(Protocol):
@@ -51,16 +49,15 @@ class RichProgress:
     """
 
     def __init__(self, title: str) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.console = Console(file=never_raising(sys.stderr), highlight=False)
+        self.console = build_console(never_raising(sys.stderr))
         self._title = title
         columns = [
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
             TimeRemainingColumn(),
         ]
         self._bar = Progress(*columns, console=self.console, transient=True)
@@ -125,9 +122,3 @@ class LogStream:
 def never_raising(stream: TextIO | None) -> IO[str]:
     """Return `stream` as one that never raises, for messages about a run."""
     return cast(IO[str], LogStream(stream))
-
-
-def visible(text: str, is_ascii: bool = False) -> str:
-    """Return `text` with control characters written as escapes, and all but ASCII if `is_ascii`."""
-    safe = _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
-    return safe.encode("ascii", "backslashreplace").decode() if is_ascii else safe

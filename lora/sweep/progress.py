@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from lora.runs.progress import never_raising
 from lora.runs.sweep_record import CandidateState, rank
 from lora.sweep.grid import SHORT_NAMES, short_number
+from lora.terminal import build_console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,10 +66,9 @@ class RichSweepProgress:
     """
 
     def __init__(self) -> None:
-        from rich.console import Console
         from rich.live import Live
 
-        self.console = Console(file=never_raising(sys.stderr), highlight=False)
+        self.console = build_console(never_raising(sys.stderr))
         self._live = Live(console=self.console, auto_refresh=False, transient=True)
         self._names: Sequence[str] = ()
         self._last_s = 0.0

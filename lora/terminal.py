@@ -1,0 +1,88 @@
+"""What reaches the terminal: escaped, of limited length, in characters that its encoding has.
+
+Everything that names something from outside (paths, keys, tensors, fields of files, settings) is
+printed through here: control characters could change the terminal, square brackets are markup to
+rich, and a name may have megabytes.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import io
+import os
+import re
+import sys
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MAX_MESSAGE_CHARACTERS = 8_000
+# Control characters, those that reverse the direction of the text after them, and surrogates.
+_CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_PLAIN = str.maketrans("–—‘’“”·…─│╭╮╰╯━┃█", "--''\"\"*.-|++++-|#")
+_ENCODING_ERRORS = "lora.plain"
+
+
+def visible(text: str, is_ascii: bool = False) -> str:
+    """Return `text` with control characters written as escapes, and all but ASCII if `is_ascii`."""
+    safe = _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return safe.encode("ascii", "backslashreplace").decode() if is_ascii else safe
+
+
+def shortened(text: str, max_characters: int = MAX_MESSAGE_CHARACTERS) -> str:
+    """Return `text`, without its middle if it is longer than `max_characters`."""
+    if len(text) <= max_characters:
+        return text
+    head, tail = max_characters * 3 // 4, max_characters // 4
+    left_out = len(text) - head - tail
+    return f"{text[:head]} … ({left_out:,} characters left out) … {text[-tail:]}"
+
+
+def print_line(text: str) -> None:
+    """Print a message with names from outside on standard output."""
+    print(visible(shortened(text)))
+
+
+def print_note(text: str) -> None:
+    """Print a message on standard error; if it cannot be written, it is lost without an error."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
+        print(visible(shortened(text)), file=sys.stderr, flush=True)
+
+
+def build_console(file: IO[str] | None = None) -> Console:
+    """Return a rich console that escapes and shortens strings and parses no markup.
+
+    `file` is standard output by default. Text objects are printed as they are: their maker
+    escapes what is from outside.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    class PlainConsole(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(visible(shortened(text)), **options)
+
+    return PlainConsole(file=file, markup=False, emoji=False, highlight=False)
+
+
+def soften_encoding() -> None:
+    """Make standard output and error replace what their encoding lacks, instead of failing."""
+    codecs.register_error(_ENCODING_ERRORS, _replace)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_ENCODING_ERRORS)
+
+
+def _replace(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    plain = error.object[error.start : error.end].translate(_PLAIN)
+    return plain.encode("ascii", "backslashreplace").decode(), error.end
+
+
+def drop_output() -> None:
+    """Send the rest of standard output nowhere, so that the end of the process meets no error."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,72 @@
+"""What reaches the terminal: escapes, lengths, brackets, narrow encodings, broken outputs."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lora import cli
+from lora.terminal import MAX_MESSAGE_CHARACTERS, build_console, shortened, visible
+
+
+def run_lora(
+    *words: str, encoding: str = "utf-8", stdout: object = None
+) -> subprocess.CompletedProcess[bytes]:
+    """Run `python -m lora` with standard streams of this encoding."""
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    out = subprocess.PIPE if stdout is None else stdout
+    command = [sys.executable, "-m", "lora", *words]
+    return subprocess.run(command, stdout=out, stderr=subprocess.PIPE, env=environment, check=False)  # type: ignore[call-overload,no-any-return]
+
+
+def test_control_characters_and_lone_surrogates_are_escaped() -> None:
+    assert visible("a\x1b[2J\x07\udcff\u202eb\n") == "a\\x1b[2J\\x07\\udcff\\u202eb\n"
+
+
+def test_a_long_message_keeps_its_beginning_and_its_advice() -> None:
+    text = shortened("begin" + "x" * 10**6 + "advice")
+    assert len(text) < MAX_MESSAGE_CHARACTERS + 100
+    assert text.startswith("begin")
+    assert text.endswith("advice")
+    assert "characters left out" in text
+
+
+def test_a_console_parses_no_markup_and_escapes_cells() -> None:
+    from rich.table import Table
+
+    file = io.StringIO()
+    console = build_console(file)
+    table = Table(title="[/INST]\x1b]")
+    table.add_column("[red]")
+    table.add_row("[/b]:smile:")
+    console.print("[/INST] [bold]", table)
+    seen = file.getvalue()
+    assert all(text in seen for text in ("[/INST]\\x1b]", "[red]", "[/b]:smile:", "[bold]"))
+
+
+def test_errors_are_escaped_and_short(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data", "gone\x1b[2J" + "x" * 10_000]) == 2
+    assert cli.main(["\x1b[2J" + "y" * 10**6]) == 2
+    err = capsys.readouterr().err
+    assert "\x1b" not in err
+    assert len(err) < 3 * MAX_MESSAGE_CHARACTERS
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "gbk"])
+@pytest.mark.parametrize("words", [["--help"], ["finetune", "--help"], ["data", "gone–ü😀"]])
+def test_a_narrow_console_gets_replacements(encoding: str, words: list[str]) -> None:
+    done = run_lora(*words, encoding=encoding)
+    assert b"Traceback" not in done.stderr
+    assert done.returncode == (2 if "data" in words else 0)
+
+
+def test_an_output_that_cannot_be_written_is_told() -> None:
+    with open("/dev/full", "wb") as full:
+        done = run_lora("--help", stdout=full)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"lora: Cannot write the output: No space left")
+    assert b"Traceback" not in done.stderr
