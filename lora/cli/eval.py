@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,7 @@ from lora.cli.flags.shared import Adapter, Device, Json, Model
 from lora.config import DataConfig, SamplingConfig
 from lora.inference.loading import LoadedModel, load_model
 from lora.runs.typed_json import json_text
-from lora.terminal import build_console
+from lora.terminal import build_console, print_note
 
 if TYPE_CHECKING:
     from lora.data.reading.formats import Example
@@ -94,7 +93,7 @@ def evaluate(
 
 
 def _tell(message: str) -> None:
-    print(message, file=sys.stderr)
+    print_note(message)
 
 
 def _check(answers: int, bleu: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from lora.cli.flags.shared import Adapter, Device, Json, Model, SamplingFlags, S
 from lora.config import SamplingConfig
 from lora.inference.loading import load_model
 from lora.runs.typed_json import json_text
+from lora.terminal import print_note
 
 Raw = Annotated[
     bool,
@@ -70,7 +70,7 @@ def generate(
     n_tokens = max(map(len, ids)) + config.max_new_tokens
     excess = describe_excess(n_tokens, loaded.model.config.max_position_embeddings)
     if excess:
-        print(f"note: with its answer {excess}", file=sys.stderr)
+        print_note(f"note: with its answer {excess}")
     answers = answer(loaded.model, ids, config, stop_ids=loaded.tokenizer.stop_ids)
     written = [loaded.tokenizer.decode(tokens) for tokens in answers]
     _print(asked, written, json)

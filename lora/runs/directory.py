@@ -30,7 +30,6 @@ from lora.runs.disk import (
     open_no_link,
     read_rows,
 )
-from lora.runs.progress import visible
 from lora.runs.read_record import read_metrics, read_run_record
 from lora.runs.record import (
     METRICS_FILE,
@@ -46,6 +45,7 @@ from lora.runs.record import (
 )
 from lora.runs.same_run import check_same_run, find_changed_machine
 from lora.runs.typed_json import json_text, to_json
+from lora.terminal import visible
 
 LOCK_FILE = ".lock"
 MAX_NAME_BYTES = 200
