@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -89,6 +90,7 @@ def plan(
     from lora.fast.memory.fast_step import USABLE_MEMORY_FRACTION
     from lora.fast.memory.plan import PlanInputs, plan_memory
     from lora.pretrained.hf_files import read_config
+    from lora.pretrained.positions import describe_excess
     from lora.pretrained.sources import find_model
 
     kind = choose_device().device.type if device == "auto" else device
@@ -110,6 +112,9 @@ def plan(
         memory=MemoryConfig("none" if mode == "auto" else mode, room_gb),
         fp8=base_dtype == "fp8",
     )
+    excess = describe_excess(inputs.tokens, inputs.config.max_position_embeddings)
+    if excess:
+        print(f"note: {excess}", file=sys.stderr)
     of_full = replace(inputs, lora=None, fp8=False)
     both = {"lora": inputs, "full": of_full}
     plans = {name: plan_memory(each) for name, each in both.items()}

@@ -23,6 +23,8 @@ OnMessage = Callable[[str], None]
 TEXT_SUFFIXES = (".txt", ".md")
 TABLE_SUFFIXES = tuple(TABLE_READERS)
 
+_DESCRIPTIONS = frozenset(("dataset_info.json", "dataset_infos.json", "dataset_dict.json"))
+"""Files that other tools write beside data."""
 _VALIDATION_WORDS = frozenset(("valid", "validation", "val", "dev", "eval", "test"))
 
 
@@ -120,6 +122,10 @@ def _find_in_folder(folder: Path, on_message: OnMessage) -> list[Path]:
             f"Cannot read examples from {folder}: it has Arrow files, which save_to_disk writes. "
             "Write Parquet files with to_parquet, or pass the result of load_from_disk."
         )
+    described = [p for p in paths if p.name in _DESCRIPTIONS]
+    if described:
+        on_message(f"skipped as descriptions of data: {', '.join(p.name for p in described)}")
+    paths = [p for p in paths if p.name not in _DESCRIPTIONS]
     tables = [p for p in paths if p.suffix.lower() in TABLE_SUFFIXES]
     texts = [p for p in paths if p.suffix.lower() in TEXT_SUFFIXES]
     found = tables or texts  # beside tables, a text is a README

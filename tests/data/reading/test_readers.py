@@ -275,3 +275,11 @@ def test_a_flag_that_cannot_be_honoured_names_file_line_and_key(tmp_path: Path) 
     path.write_text('{"text": "a"}\n{"text": "b", "weight": 0.3}\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"a.jsonl:2: weight is 0.3: a loss flag must be"):
         read_examples(path)
+
+
+def test_descriptions_beside_the_data_are_skipped_and_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", '{"text": "a"}')
+    write(tmp_path / "dataset_info.json", '{"a": {"file_name": "a.jsonl"}}')
+    said: list[str] = []
+    assert [e.text for e in read_examples(tmp_path, said.append)] == ["a"]
+    assert said == ["skipped as descriptions of data: dataset_info.json"]
