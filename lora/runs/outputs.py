@@ -113,7 +113,9 @@ def output_lock(path: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(f".{path.name}{suffix}")
+    # "." has no name of its own, but the directory that it stands for has one.
+    whole = path if path.name else Path(os.path.abspath(path))
+    return whole.parent / f".{whole.name}{suffix}"
 
 
 def _check_file(output: OutputPath) -> None:
