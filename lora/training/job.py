@@ -153,18 +153,18 @@ def resume_loop_state(job: TrainingJob) -> LoopState:
         state = _read_position(saved["position"])
         job.steps.restore(tensors, step=state.step)
         job.stream.load_state_dict(saved["stream"])
-    if state.step == 0:  # nothing was trained: its evaluation and its samples come again
-        job.run.cut_metrics_after(-1)
-        return LoopState()
-    if state.best_step is not None and not has_checkpoint(folder, state.best_step):
-        # Of a damaged newer one, which had pruned it: the next evaluation is the best on disk.
-        state.best_step, state.best_saved_loss = None, math.inf
-    state.saved_step = state.step
-    # The patience of this process decides, not that of the one that stopped early.
-    patience = job.run_config.patience
-    state.stopped_early = bool(patience and state.evals_since_best >= patience)
-    job.run.cut_metrics_after(state.step)
-    job.progress.message(_describe_resume(job, state))
+        if state.step == 0:  # nothing was trained: its evaluation and its samples come again
+            job.run.cut_metrics_after(-1)
+            return LoopState()
+        if state.best_step is not None and not has_checkpoint(folder, state.best_step):
+            # Of a damaged newer one, which had pruned it: the next evaluation is the best on disk.
+            state.best_step, state.best_saved_loss = None, math.inf
+        state.saved_step = state.step
+        # The patience of this process decides, not that of the one that stopped early.
+        patience = job.run_config.patience
+        state.stopped_early = bool(patience and state.evals_since_best >= patience)
+        job.run.cut_metrics_after(state.step)
+        job.progress.message(_describe_resume(job, state))
     return state
 
 
