@@ -38,6 +38,8 @@ _HUB_FILES = (
     "chat_template.jinja",
 )
 _NETWORK = {"huggingface_hub", "httpx", "httpx2", "requests"}
+MAX_HUB_WAIT_S = 8.0
+"""For the hub's first answer."""
 CONVERTER_VERSION = 2
 """Increase it when the converter writes another folder from the same file."""
 
@@ -183,18 +185,31 @@ def _file_key(file: Path) -> str:
 
 def _from_hub(name: str) -> Path:
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import HfApi, snapshot_download
     except ImportError:
         raise DependencyError(
             f"Cannot download the model {name}: huggingface_hub is not installed. "
             "Run: pip install 'lora-lm[hub]' — or name a folder or a .gguf file."
         ) from None
     try:
-        # Never pickles: only files that match these patterns are downloaded.
-        folder = Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+        is_reached = True
+        try:
+            HfApi().model_info(name, timeout=MAX_HUB_WAIT_S)
+        except Exception as error:
+            if not _is_network(error):
+                raise
+            is_reached, unreached = False, error
+        try:
+            # Never pickles: only files that match these patterns are downloaded.
+            patterns = list(_HUB_FILES)
+            kept = not is_reached  # an earlier download serves when the hub does not
+            folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=kept))
+        except OSError:
+            if is_reached:
+                raise
+            raise unreached from None
     except Exception as error:
-        # Which package sends the requests, and so raises, depends on huggingface_hub's version.
-        if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _NETWORK:
+        if not _is_network(error):
             raise
         first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         near = did_you_mean(name.split("/")[0], _names_in(Path.cwd()))
@@ -212,6 +227,11 @@ def _from_hub(name: str) -> Path:
             "copy of the model."
         )
     return _checked_folder(folder)
+
+
+def _is_network(error: Exception) -> bool:
+    # Which package sends the requests, and so raises, depends on huggingface_hub's version.
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _NETWORK
 
 
 def _names_in(folder: Path) -> list[str]:

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -272,8 +274,13 @@ class FakeHub:
         self.result = result
         self.patterns: list[str] = []
         monkeypatch.setattr(hub, "snapshot_download", self.download)
+        monkeypatch.setattr(hub, "HfApi", lambda: self)
 
-    def download(self, name: str, allow_patterns: list[str]) -> str:
+    def model_info(self, name: str, timeout: float) -> None:
+        if isinstance(self.result, Exception):
+            raise self.result
+
+    def download(self, name: str, allow_patterns: list[str], local_files_only: bool) -> str:
         self.patterns = allow_patterns
         if isinstance(self.result, Exception):
             raise self.result
@@ -393,3 +400,24 @@ def test_an_adapter_is_no_model_and_its_base_is_named(tmp_path: Path) -> None:
 def test_the_home_of_an_unknown_user_is_refused_in_words() -> None:
     with pytest.raises(ModelError, match=r"~nobody-here/x: the home directory .* is not known"):
         find_model("~nobody-here/x")
+
+
+def test_a_hub_that_does_not_answer_is_told_in_time() -> None:
+    code = (
+        "import time, lora.pretrained.sources as s\n"
+        "s.MAX_HUB_WAIT_S = 1; start = time.monotonic()\n"
+        "try: s.find_model('some-owner/some-model')\n"
+        "except s.ModelError as error: print(round(time.monotonic() - start), error)"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "HF_ENDPOINT": endpoint},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert "downloading it from the hub failed" in done.stdout, done.stderr
+    assert int(done.stdout.split()[0]) <= 5
