@@ -29,7 +29,6 @@ from cyclopts import (
 from cyclopts.config import Dict, Env
 
 from lora import __version__
-from lora.cli.flags.paths import expand_home, expand_home_of_paths
 from lora.cli.flags.values import check_values
 from lora.cli.flags.yaml_file import read_settings
 from lora.errors import ConfigError, Interrupted, LoraError, did_you_mean, gather
@@ -91,10 +90,7 @@ def build_app(
         help_epilogue=HELP_END,
         help_format="plaintext",
         version=f"lora {__version__}",
-        config=(
-            *(_check_environment, Env(ENVIRONMENT_PREFIX), *files),
-            *(expand_home_of_paths, check_values),
-        ),
+        config=(_check_environment, Env(ENVIRONMENT_PREFIX), *files, check_values),
         default_parameter=Parameter(
             show_env_var=False, negative_iterable=(), show_default=_show_default
         ),
@@ -219,7 +215,7 @@ def _take_config(words: list[str]) -> tuple[list[str], Path | None]:
             f"Cannot read --config: it takes one YAML file, {len([p for p in paths if p])} are "
             "given. Write --config FILE.yaml once."
         )
-    return rest, Path(expand_home(paths[0])) if paths else None
+    return rest, Path(os.path.expanduser(paths[0])) if paths else None
 
 
 def _describe(error: LoraError | CycloptsError) -> str:

@@ -42,9 +42,8 @@ def evaluate(
 
         lora eval test.jsonl --adapter runs/orders/adapter --answers 40
 
-    With --adapter the base model is evaluated too, for comparison. Settings of the
-    data that are not given are those of the adapter's run (run.json beside it), else
-    the defaults of lora finetune.
+    With --adapter the base model is evaluated too, for comparison, and data
+    settings that are not given are those of the adapter's run.
 
     Parameters
     ----------

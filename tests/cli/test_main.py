@@ -298,4 +298,4 @@ def test_a_tilde_in_a_path_is_the_home_directory(
     assert cli.main(["show", *words[way]]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / "runs"), "~/x"]
     assert cli.main(["show", "--out=~nobody-of-this-name/x"]) == 2
-    assert "the home directory ~nobody-of-this-name is not known" in capsys.readouterr().err
+    assert "the home directory that ~ means is not known" in capsys.readouterr().err
