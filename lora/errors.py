@@ -29,6 +29,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MAX_WORD_CHARACTERS = 200
+"""Longer words are compared with nothing."""
+
 
 class LoraError(Exception):
     """Base of all errors that lora raises on purpose."""
@@ -95,6 +98,8 @@ class DependencyError(LoraError, ImportError):
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the closest match in `allowed`, or "" without one."""
+    if len(word) > MAX_WORD_CHARACTERS:  # comparing takes the square of the length
+        return ""
     near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
 

@@ -115,3 +115,7 @@ def test_many_faults_are_cut_off_with_their_number() -> None:
     assert "fault 3" not in message
     assert "… and 12 more" in message
     assert message.endswith("Mend them.")
+
+
+def test_a_word_of_megabytes_is_compared_with_nothing() -> None:
+    assert did_you_mean("x" * 10**7, ["x" * 10**7]) == ""
