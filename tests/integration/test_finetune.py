@@ -202,7 +202,6 @@ def test_the_loss_does_not_depend_on_packing_padding_or_the_split(
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"model": "nowhere"}, "no such folder or file"),
         ({"lora": LoRAConfig(targets=("q_prj",))}, "Did you mean 'q_proj'"),
-        ({"lora": LoRAConfig(rank=64)}, "rank=64"),
         ({"lora": None, "from_adapter": Path("nowhere")}, "nowhere"),
         ({"from_adapter": Path("nowhere")}, "Cannot use rank with from_adapter='nowhere'"),
     ],
