@@ -179,10 +179,10 @@ def _read_position(position: dict[str, Any]) -> LoopState:
 def _describe_resume(job: TrainingJob, state: LoopState) -> str:
     total = job.train_config.steps
     if state.step >= total:
-        return f"nothing to train: all {total} steps are done. Give more --steps to go on"
+        return f"nothing to train: all {total} steps are done. Give more --steps to continue"
     if state.stopped_early:
         return (
             f"nothing to train: no better loss in {state.evals_since_best} evaluations, stopped "
-            f"early at step {state.step}. Give a larger --patience, or --patience 0, to go on"
+            f"early at step {state.step}. Give a larger --patience, or --patience 0, to continue"
         )
     return f"resuming after step {state.step} of {total}"

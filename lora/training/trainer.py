@@ -139,7 +139,7 @@ def _describe_interruption(job: TrainingJob, state: LoopState, stop: StopRequest
     saved = saved if saved_step is None else f"step {saved_step} is saved"
     return (
         f"{name} stopped {job.run.folder} after step {state.step} of {total}; {saved}. Give "
-        "--resume to go on."
+        "--resume to continue."
     )
 
 
