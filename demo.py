@@ -42,6 +42,7 @@ from lora.runs.disk import atomic_write, read_rows
 from lora.runs.progress import NoProgress, RichProgress
 from lora.runs.read_record import read_metrics
 from lora.runs.typed_json import json_text
+from lora.terminal import print_note, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,7 +77,7 @@ def main() -> int:
     try:
         tell_story(parser.parse_args())
     except LoraError as error:
-        print(f"demo: {error}", file=sys.stderr)
+        print_note(f"demo: {error}")
         return 2
     return 0
 
@@ -202,7 +203,7 @@ def show_example(console: Console, row: dict[str, Any]) -> None:
     from rich.text import Text
 
     for turn, style in zip(row["messages"], ("bold", "green"), strict=True):
-        console.print(Padding(Text(turn["content"], style), (0, 0, 0, 3)))
+        console.print(Padding(Text(visible(turn["content"]), style), (0, 0, 0, 3)))
     console.print()
 
 
@@ -214,7 +215,7 @@ def show_answers(console: Console, before: list[Answer], after: list[Answer]) ->
     apart = max(1, len(before) // SHOWN)  # spread over the notes, so that phrasings differ
     for old, new in list(zip(before, after, strict=True))[: SHOWN * apart : apart]:
         console.print()
-        console.print(Text(old.prompt, "bold"))
+        console.print(Text(visible(old.prompt), "bold"))
         pair = Table.grid(padding=(0, 3), expand=True)
         pair.add_column(ratio=1)
         pair.add_column(ratio=1)
@@ -226,7 +227,7 @@ def show_answers(console: Console, before: list[Answer], after: list[Answer]) ->
 
 def shorten(text: str) -> str:
     """Return the beginning of `text`."""
-    flat = " ".join(text.split())
+    flat = visible(" ".join(text.split()))
     return flat if len(flat) <= SHOWN_CHARACTERS else f"{flat[:SHOWN_CHARACTERS]} …"
 
 

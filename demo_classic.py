@@ -22,6 +22,7 @@ from lora.report import draw_loss_curves
 from lora.runs.disk import atomic_write, read_json
 from lora.runs.read_record import read_metrics, read_result
 from lora.runs.record import MetricsRow, RunResult
+from lora.terminal import print_note, printable_answer
 
 HERE = Path(__file__).resolve().parent
 
@@ -83,7 +84,7 @@ def main() -> int:
     try:
         tell_story(out, QUICK if arguments.quick else DEMO)
     except LoraError as error:
-        print(f"demo: {error}", file=sys.stderr)
+        print_note(f"demo: {error}")
         return 2
     return 0
 
@@ -166,9 +167,9 @@ def show_table(outcomes: list[Outcome]) -> None:
 
 def show_samples(outcomes: list[Outcome]) -> None:
     """Print the text that the base and each adapted model generate after the same prompt."""
-    print(f"--- the base writes ---\n{outcomes[0].samples['before']}")
+    print(f"--- the base writes ---\n{printable_answer(outcomes[0].samples['before'])}")
     for outcome in outcomes:
-        print(f"--- {outcome.name} writes ---\n{outcome.samples['after']}")
+        print(f"--- {outcome.name} writes ---\n{printable_answer(outcome.samples['after'])}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from lora.errors import Interrupted, LoraError
 from lora.runs.progress import never_raising
 from lora.runs.record import DataRecord, ParameterCount, RunRecord, RunResult
+from lora.terminal import end_output, print_note, printable_answer
 from models.classic_settings import AUTO, ClassicSettings, notes, read_settings
 
 if TYPE_CHECKING:
@@ -43,14 +44,16 @@ def main() -> int:
             else:
                 run_classic(settings)
     except Interrupted as stopped:
-        print(f"training.py: {stopped}", file=sys.stderr)
+        print_note(f"training.py: {stopped}")
         return stopped.exit_code
     except LoraError as error:
-        print(f"training.py: {error}", file=sys.stderr)
+        print_note(f"training.py: {error}")
         return 2
     except KeyboardInterrupt:
-        print("training.py: interrupted; the last checkpoint is kept", file=sys.stderr)
+        print_note("training.py: interrupted; the last checkpoint is kept")
         return 130
+    finally:
+        end_output()
     return 0
 
 
@@ -337,7 +340,7 @@ def show_sample(
     path = run.folder / "samples.json"
     kept = read_json(path) if path.is_file() else {}
     run.write_json("samples.json", {**kept, when: written})
-    print(f"--- sample {when} training ---\n{written}\n---")
+    print(f"--- sample {when} training ---\n{printable_answer(written)}\n---")
 
 
 def finish(

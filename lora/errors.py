@@ -31,6 +31,8 @@ from collections.abc import Iterable
 
 MAX_WORD_CHARACTERS = 200
 """Longer words are compared with nothing."""
+MAX_FAULTS_CHARACTERS = 6_000
+"""Of all faults in one message; each has the same share and loses its middle beyond it."""
 
 
 class LoraError(Exception):
@@ -106,6 +108,12 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
 
 def gather(faults: list[str], heading: str, advice: str, max_shown: int = 12) -> str:
     """Return one message: `heading`, the faults (at most `max_shown` of them), `advice`."""
-    shown = "\n".join(f"  - {fault}" for fault in faults[:max_shown])
+    share = MAX_FAULTS_CHARACTERS // max(1, min(len(faults), max_shown))
+    shown = "\n".join(f"  - {_without_middle(fault, share)}" for fault in faults[:max_shown])
     more = f"\n  … and {len(faults) - max_shown} more" if len(faults) > max_shown else ""
     return f"{heading}\n{shown}{more}\n{advice}"
+
+
+def _without_middle(text: str, max_characters: int) -> str:
+    half = max_characters // 2
+    return text if len(text) <= max_characters else f"{text[:half]} … {text[-half:]}"

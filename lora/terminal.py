@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import io
+import logging
 import os
 import re
 import sys
@@ -40,6 +41,21 @@ def shortened(text: str, max_characters: int = MAX_MESSAGE_CHARACTERS) -> str:
     return f"{text[:head]} … ({left_out:,} characters left out) … {text[-tail:]}"
 
 
+def printable_answer(text: str) -> str:
+    """Return a model's text as standard output takes it: on a terminal escaped, otherwise as it is.
+
+    Tabs and line ends stay; a file or a pipe gets the bytes that the model wrote.
+    """
+    if sys.stdout is None or not sys.stdout.isatty():
+        return text
+    return "\t".join(map(visible, text.split("\t")))
+
+
+def printable_json(text: str) -> str:
+    """Return a JSON text whose control characters are JSON's escapes: the values stay the same."""
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
 def print_line(text: str) -> None:
     """Print a message with names from outside on standard output."""
     print(visible(shortened(text)))
@@ -49,6 +65,18 @@ def print_note(text: str) -> None:
     """Print a message on standard error; if it cannot be written, it is lost without an error."""
     with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
         print(visible(shortened(text)), file=sys.stderr, flush=True)
+
+
+def escaping_log(name: str) -> logging.Logger:
+    """Return the logger `name`, whose messages are escaped and shortened for every handler."""
+    log = logging.getLogger(name)
+    log.addFilter(_escape_record)
+    return log
+
+
+def _escape_record(record: logging.LogRecord) -> bool:
+    record.msg, record.args = visible(shortened(record.getMessage())), ()
+    return True
 
 
 def build_console(file: IO[str] | None = None) -> Console:
@@ -82,7 +110,24 @@ def _replace(error: UnicodeError) -> tuple[str, int]:
     return plain.encode("ascii", "backslashreplace").decode(), error.end
 
 
+def end_output() -> None:
+    """Flush standard output and error; what cannot be written is dropped.
+
+    Python would end with exit code 120 where it cannot flush a stream at the end.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):  # ValueError: the stream is closed
+            _drop(stream)
+
+
 def drop_output() -> None:
     """Send the rest of standard output nowhere, so that the end of the process meets no error."""
+    _drop(sys.stdout)
+
+
+def _drop(stream: IO[str]) -> None:
     with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

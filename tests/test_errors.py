@@ -18,6 +18,7 @@ from lora.pretrained.hf_files import read_config
 from lora.pretrained.sources import find_model
 from lora.runs.directory import check_run_directory
 from lora.runs.disk import reading
+from lora.terminal import MAX_MESSAGE_CHARACTERS
 from lora.training.out_of_memory import explain_out_of_memory
 
 CHILDREN = [
@@ -115,6 +116,14 @@ def test_many_faults_are_cut_off_with_their_number() -> None:
     assert "fault 3" not in message
     assert "… and 12 more" in message
     assert message.endswith("Mend them.")
+
+
+def test_faults_of_megabytes_leave_room_for_the_others_and_the_advice() -> None:
+    message = gather(["a" * 10**6, "the second"], "Faults:", "Mend them.")
+    assert len(message) < MAX_MESSAGE_CHARACTERS
+    assert "  - the second\nMend them." in message
+    long = "b" * 1000
+    assert long in gather([long], "A fault:", "Mend it.")
 
 
 def test_a_word_of_megabytes_is_compared_with_nothing() -> None:

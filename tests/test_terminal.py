@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import logging
 import os
 import subprocess
 import sys
@@ -10,7 +12,16 @@ import sys
 import pytest
 
 from lora import cli
-from lora.terminal import MAX_MESSAGE_CHARACTERS, build_console, shortened, visible
+from lora.terminal import (
+    MAX_MESSAGE_CHARACTERS,
+    build_console,
+    end_output,
+    escaping_log,
+    printable_answer,
+    printable_json,
+    shortened,
+    visible,
+)
 
 
 def run_lora(
@@ -70,3 +81,55 @@ def test_an_output_that_cannot_be_written_is_told() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith(b"lora: Cannot write the output: No space left")
     assert b"Traceback" not in done.stderr
+
+
+def test_an_answer_is_escaped_on_a_terminal_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answer = "a\x1b]0;title\x07\tb\r\n"
+    assert printable_answer(answer) == answer  # captured: no terminal
+    main, terminal = os.openpty()
+    with os.fdopen(terminal, "w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert printable_answer(answer) == "a\\x1b]0;title\\x07\tb\\r\n"
+        monkeypatch.undo()
+    os.close(main)
+
+
+def test_json_keeps_its_values_without_control_characters() -> None:
+    row = {"answer": "a\x9b2J\x7f\u202e\udcff\n–"}
+    text = printable_json(json.dumps(row, ensure_ascii=False))
+    assert not any(c in text for c in "\x9b\x7f\u202e\udcff\n")
+    assert json.loads(text) == row
+
+
+def test_messages_of_the_log_are_escaped_for_every_handler(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    log = escaping_log("lora.test")
+    assert escaping_log("lora.test") is log
+    with caplog.at_level(logging.WARNING):
+        log.warning("%s is %d", "a\x1b[2J" + "x" * 10**5, 3)
+    (message,) = caplog.messages
+    assert message.startswith("a\\x1b[2J")
+    assert message.endswith("is 3")
+    assert len(message) < MAX_MESSAGE_CHARACTERS + 100
+
+
+@pytest.mark.parametrize("where", [">/dev/full", "2>/dev/full", ">&- 2>&-"])
+def test_a_stream_that_cannot_be_flushed_leaves_the_exit_code(where: str) -> None:
+    code = "import sys\nfrom lora.terminal import end_output\nsys.stdout.write('x')\n"
+    code += "sys.stderr and sys.stderr.write('x')\nend_output()\nsys.exit(3)"
+    if where.startswith(">&-"):
+        code = code.replace("sys.stdout.write", "sys.stdout and sys.stdout.write")
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    command = ["bash", "-c", f'"{sys.executable}" -c "{code}" {where}']
+    assert subprocess.run(command, env=buffered, check=False).returncode == 3
+
+
+def test_a_closed_stream_ends_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO())
+    stream.close()
+    monkeypatch.setattr(sys, "stdout", stream)
+    end_output()
+    monkeypatch.undo()

@@ -7,7 +7,6 @@ train is frozen. The names of the base's parameters do not change.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,8 +32,9 @@ from lora.layers.trainable_tokens import (
 )
 from lora.layers.vocabulary import resize_vocabulary
 from lora.lora_module import LoRALayer
+from lora.terminal import escaping_log
 
-log = logging.getLogger(__name__)
+log = escaping_log(__name__)
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from lora.errors import AdapterError, AdapterNotFoundError, did_you_mean
 from lora.runs.disk import atomic_write, disk_error, os_reason
+from lora.terminal import escaping_log
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
@@ -26,7 +26,7 @@ _MLX_FILE = "adapters.safetensors"
 _CONFIG_DIGEST_KEY = "lora_lm_config_sha256"
 _TENSORS_DIGEST_KEY = "lora_lm_tensors_sha256"
 
-log = logging.getLogger(__name__)
+log = escaping_log(__name__)
 
 
 @dataclass(frozen=True)

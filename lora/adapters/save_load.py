@@ -6,7 +6,6 @@ the model is changed.
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -54,11 +53,12 @@ from lora.adapters.peft_tokens import (
 from lora.config import LoRAConfig
 from lora.errors import AdapterError, LoraError, gather
 from lora.layers.vocabulary import resize_vocabulary
+from lora.terminal import escaping_log
 
 FINGERPRINT_KEY = "lora_lm_base_fingerprint"
 _ADVICE = "Load it onto the base it was trained on, with both files as they were saved."
 
-log = logging.getLogger(__name__)
+log = escaping_log(__name__)
 
 
 def save_adapter(model: nn.Module, folder: Path | str, *, base_name: str | None = None) -> None:

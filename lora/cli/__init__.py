@@ -32,7 +32,8 @@ from lora import __version__
 from lora.cli.flags.values import check_values
 from lora.cli.flags.yaml_file import read_settings
 from lora.errors import ConfigError, Interrupted, LoraError, did_you_mean, gather
-from lora.terminal import drop_output, print_note, soften_encoding
+from lora.runs.disk import os_reason
+from lora.terminal import drop_output, end_output, print_note, soften_encoding
 from lora.training.out_of_memory import is_out_of_memory
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -148,11 +149,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename is None:
             if error.errno not in UNWRITABLE:
                 raise
-            print_note(f"lora: Cannot write the output: {error.strerror}. Write it elsewhere.")
+            print_note(f"lora: Cannot write the output: {os_reason(error)}. Write it elsewhere.")
             drop_output()
             return 2
-        print_note(f"lora: Cannot use {str(error.filename)[:200]!r}: {error.strerror}.")
+        print_note(f"lora: Cannot use {str(error.filename)[:200]!r}: {os_reason(error)}.")
         return 2
+    finally:
+        end_output()
 
 
 def _run(words: list[str]) -> int:

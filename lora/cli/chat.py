@@ -12,7 +12,7 @@ from lora.cli.flags.from_fields import GENERATION, Flat, config_from, flags_from
 from lora.cli.flags.shared import Adapter, Device, Model, System
 from lora.config import MAX_SEED, SamplingConfig
 from lora.inference.loading import LoadedModel, load_model, load_tokenizer_of
-from lora.terminal import print_note
+from lora.terminal import print_note, printable_answer
 
 if TYPE_CHECKING:
     from lora.data.reading.messages import Message
@@ -134,7 +134,7 @@ def _answer(loaded: LoadedModel, said: list[Message], sampling: SamplingConfig) 
         tokens.append(token)
         text = loaded.tokenizer.decode(tokens)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may take several tokens
-            sys.stdout.write(text[len(shown) :])
+            sys.stdout.write(printable_answer(text[len(shown) :]))
             sys.stdout.flush()
             shown = text
 
@@ -143,5 +143,5 @@ def _answer(loaded: LoadedModel, said: list[Message], sampling: SamplingConfig) 
         loaded.model, [prompt.ids], sampling, stop_ids=loaded.tokenizer.stop_ids, on_token=show
     )
     text = loaded.tokenizer.decode(answer[0])
-    print(text[len(shown) :])
+    print(printable_answer(text[len(shown) :]))
     return text

@@ -12,7 +12,7 @@ from lora.cli.flags.shared import Adapter, Device, Json, Model, SamplingFlags, S
 from lora.config import SamplingConfig
 from lora.inference.loading import load_model
 from lora.runs.typed_json import json_text
-from lora.terminal import print_note
+from lora.terminal import print_note, printable_answer, printable_json
 
 Raw = Annotated[
     bool,
@@ -38,6 +38,9 @@ def generate(
 
         lora generate "What is the capital of France?"
         lora generate --adapter runs/orders/adapter --prompts-file asks.txt --json
+
+    On a terminal, control characters in answers are escaped; files and pipes get
+    them as they are.
 
     Parameters
     ----------
@@ -80,11 +83,13 @@ def generate(
 def _print(asked: list[str], written: list[str], json: bool) -> None:
     if json:
         for prompt, answer in zip(asked, written, strict=True):
-            print(json_text({"prompt": prompt, "answer": answer}, ensure_ascii=False))
+            row = {"prompt": prompt, "answer": answer}
+            print(printable_json(json_text(row, ensure_ascii=False)))
     elif len(asked) == 1:
-        print(written[0])
+        print(printable_answer(written[0]))
     else:
-        print("\n".join(f"> {p}\n{a}\n" for p, a in zip(asked, written, strict=True)))
+        shown = "\n".join(f"> {p}\n{a}\n" for p, a in zip(asked, written, strict=True))
+        print(printable_answer(shown))
 
 
 def _read_lines(path: Path | None) -> list[str]:

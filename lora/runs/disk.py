@@ -110,7 +110,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+        raise CheckpointError(f"Cannot read {path}: {os_reason(error)}.") from error
     except (ValueError, RecursionError) as error:  # ValueError: also what is not UTF-8
         raise CheckpointError(f"Cannot read {path}: it is not valid JSON: {error}.") from None
 
@@ -123,7 +123,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+        raise CheckpointError(f"Cannot read {path}: {os_reason(error)}.") from error
     return [_parse_row(line, path, number) for number, line in enumerate(lines[:-1], start=1)]
 
 

@@ -190,16 +190,19 @@ def test_rates_to_compare_want_a_comparison(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-def test_a_reader_that_is_gone_costs_no_model(tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize("unbuffered", ["1", ""])
+def test_a_reader_that_is_gone_costs_no_model(tmp_path: Path, text: Path, unbuffered: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    subprocess.run(
-        [sys.executable, "-u", str(ROOT / "training.py")],
-        env=environment(tmp_path, DATA_PATH=str(text), BASE_STEPS="2"),
+    settings = {"DATA_PATH": str(text), "BASE_STEPS": "2", "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "training.py")],
+        env=environment(tmp_path, **settings),
         stdout=writer,
         stderr=writer,
         check=False,
     )
     os.close(writer)
+    assert done.returncode == 0
     assert (tmp_path / "base" / "model" / "model.safetensors").is_file()
     assert (tmp_path / "base" / "result.json").is_file()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora.errors import ConfigError, did_you_mean, gather
+from lora.runs.disk import os_reason
 
 if TYPE_CHECKING:
     import yaml
@@ -37,7 +38,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     except OSError as error:
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = did_you_mean(path.name, names)
-        raise _fault(path, f"{error.strerror}.{near} Name a YAML file.") from None
+        raise _fault(path, f"{os_reason(error)}.{near} Name a YAML file.") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _fault(path, f"not valid YAML: {error}") from None
     if not isinstance(root, yaml.MappingNode):

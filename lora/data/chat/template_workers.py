@@ -32,6 +32,7 @@ from lora.data.chat.template_renderer import (
     TemplateSource,
 )
 from lora.errors import DataError
+from lora.runs.disk import os_reason
 
 MAX_MEMORY_BYTES = 1 << 30
 """Address space of a worker: its own 30 MB, the conversation, the template's values, the text."""
@@ -113,7 +114,7 @@ class Worker:
             )
         except OSError as error:
             raise DataError(
-                f"Cannot start the subprocess that renders chat templates: {error.strerror}."
+                f"Cannot start the subprocess that renders chat templates: {os_reason(error)}."
             ) from None
         assert self._process.stdin is not None
         assert self._process.stdout is not None

@@ -16,6 +16,7 @@ from lora.data.reading.faults import Faults, decode_file
 from lora.data.reading.formats import Example, example_from_file, example_from_row
 from lora.data.reading.tables import TABLE_READERS, without_nulls
 from lora.errors import DataError, DataNotFoundError, did_you_mean
+from lora.runs.disk import os_reason
 
 Source = str | Path | Iterable[Mapping[str, Any]]
 OnMessage = Callable[[str], None]
@@ -68,7 +69,7 @@ def _read_all(source: Source, on_message: OnMessage, faults: Faults) -> Iterator
         try:
             yield from _read_file(path, faults)
         except OSError as error:
-            faults.add(str(path), f"cannot read the file: {error.strerror or error}")
+            faults.add(str(path), f"cannot read the file: {os_reason(error)}")
 
 
 def _read_file(path: Path, faults: Faults) -> Iterator[Example]:
