@@ -15,7 +15,8 @@ from typing import cast
 import torch
 from torch import nn
 
-from lora.adapters.targets import find_targets, matches, refuse_shared
+from lora.adapters.experts import note_left_out
+from lora.adapters.targets import ALL_LINEAR, find_targets, matches, refuse_shared
 from lora.config import LoRAConfig
 from lora.decoder.quantised import has_fp8_base
 from lora.errors import ConfigError, LoraError, TargetError, did_you_mean
@@ -100,7 +101,7 @@ def _wrap(model: nn.Module, config: LoRAConfig, names: list[str], saved: list[st
             parameter.requires_grad_(True)
         raise
     _note_high_ranks(layers)
-    _note_experts(model)
+    note_left_out(model, names, is_all_linear=config.targets == ALL_LINEAR)
     model.requires_grad_(False)
     for name, layer in layers.items():
         replace_module(model, name, layer)
@@ -110,19 +111,6 @@ def _wrap(model: nn.Module, config: LoRAConfig, names: list[str], saved: list[st
         replace_module(model, name, _copy_module(applied.originals[name]).requires_grad_(True))
     model.applied_lora = applied  # type: ignore[assignment]
     return model
-
-
-def _note_experts(model: nn.Module) -> None:
-    """Log which part of `model` is in stacked experts (E, O, I), which are no linear layers."""
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    stacked = [n for n, p in model.named_parameters() if ".experts." in f".{n}" and p.dim() == 3]
-    if stacked:
-        fraction = sum(sizes[name] for name in stacked) / sum(sizes.values())
-        log.warning(
-            "%d tensors of experts (%s, for one), %.0f%% of the parameters, are not adapted: they "
-            "are no linear layers",
-            *(len(stacked), stacked[0], 100 * fraction),
-        )
 
 
 def _note_high_ranks(layers: Mapping[str, LoRALayer]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from lora.adapters.apply import AppliedLoRA, lora_layers
+from lora.adapters.experts import find_expert_names
 from lora.adapters.patterns import NameMatcher
 from lora.adapters.peft_fields import ANY_LAYER, AT_END, IN_LAYERS, IN_SAVED, check_fields
 from lora.adapters.targets import ALL_LINEAR, matches, output_head_name
@@ -234,7 +235,8 @@ def _describe(model: nn.Module, applied: AppliedLoRA) -> PeftDescription:
         rank_pattern=_shortest_pattern({n: x.rank for n, x in layers.items()}, config.rank),
         alpha_pattern=_shortest_pattern({n: x.alpha for n, x in layers.items()}, config.alpha),
     )
-    faults = [n for n in modules if description.takes(n) != (n in layers)]
+    faults = find_expert_names(model, layers)
+    faults += [n for n in modules if description.takes(n) != (n in layers)]
     with_state = [n for n, m in modules.items() if has_state(m)]
     faults += [n for n in with_state if description.saves(n) != (n in saved)]
     faults += [n for n in layers if not math.isclose(description.scaling_of(n), layers[n].scaling)]

@@ -22,6 +22,7 @@ from lora.adapters.apply import (
     trained_parameters,
     unchanged_on_error,
 )
+from lora.adapters.experts import why_not_expert_tensors
 from lora.adapters.fingerprint import base_fingerprint
 from lora.adapters.peft_config import (
     build_config,
@@ -102,6 +103,9 @@ def load_adapter(model: nn.Module, folder: Path | str, *, trainable: bool = Fals
     unchanged. An adapter without a fingerprint loads, with a warning in the log.
     """
     files = read_adapter_files(Path(folder))
+    why_not = why_not_expert_tensors(model, files.tensors)
+    if why_not is not None:
+        raise AdapterError(gather([why_not], f"Cannot load the adapter {folder}:", _ADVICE))
     config, faults = read_description(files.described, model)
     faults = files.faults + faults + _check_fingerprint(files, model)
     tensors, ids, fills = files.tensors, cast(TokenIds, {}), cast(dict[str, Tensor], {})

@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import nn
 
+from lora.adapters.experts import find_expert_names, refuse_expert_names
 from lora.adapters.patterns import NameMatcher
 from lora.config import LoRAConfig
 from lora.errors import TargetError, did_you_mean
@@ -36,8 +37,10 @@ def output_head_name(model: nn.Module) -> str | None:
 def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Return the full names of the layers that `config` selects, in the model's order.
 
-    Raises TargetError for a target, exclusion or pattern that matches nothing, and for quantised
-    layers among those selected.
+    "all-linear" leaves out the head, and linears that PEFT would take for experts.
+
+    Raises TargetError for a target, exclusion or pattern that matches nothing, and for layers among
+    those selected that are quantised, or that PEFT would take for experts.
     """
     computed = [
         name for name, module in model.named_modules() if name and has_computed_weight(module)
@@ -46,13 +49,15 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     linears += computed  # refused below, unless they are excluded
     if config.targets == ALL_LINEAR:
         head = output_head_name(model)
-        names = [name for name in linears if name != head]
+        mistaken = {head, *find_expert_names(model, linears)}
+        names = [name for name in linears if name not in mistaken]
     else:
         names = _match_all("adapt", config.targets, linears)
     if config.exclude:
         excluded = set(_match_all("exclude", config.exclude, linears))
         names = [name for name in names if name not in excluded]
     _refuse_computed_weights(model, [name for name in names if name in computed])
+    refuse_expert_names(model, names)
     if config.layers is not None:
         _check_layers(config.layers, names)
         names = [name for name in names if _block_number(name) in config.layers]

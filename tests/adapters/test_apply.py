@@ -408,11 +408,3 @@ def test_a_model_on_the_meta_device_can_be_adapted() -> None:
         model = Toy()
     apply_lora(model, LoRAConfig(rank=2))
     assert all(parameter.is_meta for parameter in model.parameters())
-
-
-def test_experts_that_are_not_adapted_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    experts = nn.Module()
-    experts.down_proj = nn.Parameter(torch.zeros(3, 4, 4))
-    model = nn.ModuleDict({"experts": experts, "q_proj": nn.Linear(4, 4, bias=False)})
-    apply_lora(model, LoRAConfig(rank=2))
-    assert "experts.down_proj, for one), 75% of the parameters, are not adapted" in caplog.text

@@ -1,0 +1,102 @@
+"""Experts of mixture-of-experts models: not adapted, and said so; PEFT's readings of their names.
+
+transformers 5 stacks all experts of a block into parameters (E, O, I), which are no linear layers.
+For some architectures PEFT 0.21 turns targets with the names that experts had before into these
+parameters, and so takes a dense or shared linear of such a name for experts. Source: PEFT's
+transformers_weight_conversion.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Iterable
+from typing import Any, cast
+
+from torch import nn
+
+from lora.errors import TargetError
+from lora.layers.build import is_adaptable
+from lora.lora_module import LoRALayer
+
+PEFT_EXPERT_NAMES = {
+    "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
+    "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
+}
+"""Last parts of names that PEFT takes for experts, by the architecture that a model follows."""
+_EXPERTS = re.compile(r"(.*\.)?experts\..*")
+_ONE_EXPERT = re.compile(r"(.*\.)?experts\.\d+\..*\.lora_[AB]\..*")
+
+log = logging.getLogger(__name__)
+
+
+def find_expert_names(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return those of `names` that PEFT takes for the experts of `model`."""
+    endings = _expert_endings(model)
+    return [name for name in names if name.rpartition(".")[2] in endings]
+
+
+def _expert_endings(model: nn.Module) -> frozenset[str]:
+    models = sys.modules.get("transformers.modeling_utils")
+    conversions = sys.modules.get("transformers.conversion_mapping")  # since transformers 5
+    if models is None or conversions is None or not isinstance(model, models.PreTrainedModel):
+        return frozenset()
+    # The table that PEFT reads too, and adds mixtral to.
+    table = {**conversions._MODEL_TO_CONVERSION_PATTERN, "mixtral": "mixtral"}
+    followed = table.get(cast(Any, model).config.model_type, "")
+    return PEFT_EXPERT_NAMES.get(followed, frozenset())
+
+
+def refuse_expert_names(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise TargetError if PEFT would read LoRA on `names` as LoRA on experts."""
+    taken = find_expert_names(model, names)
+    if taken:
+        more = f" and {len(taken) - 1} more" if len(taken) > 1 else ""
+        raise TargetError(
+            f"Cannot adapt {taken[0]!r}{more} of a {type(model).__name__}: PEFT would read their "
+            "LoRA as that of the experts, which have the same names. Allowed: linears of other "
+            'names. Leave these out (exclude), or use targets="all-linear", which does.'
+        )
+
+
+def note_left_out(model: nn.Module, adapted: Iterable[str], *, is_all_linear: bool) -> None:
+    """Log which experts of `model`, and linears named as experts, are not in `adapted`."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    total = sum(sizes.values())
+    experts = [name for name in sizes if _is_stacked(model, name)]
+    if experts:
+        log.warning(
+            "%d tensors of experts (%s, for one), %.0f%% of the parameters, are not adapted: they "
+            "are no linear layers",
+            *(len(experts), experts[0], 100 * sum(map(sizes.__getitem__, experts)) / total),
+        )
+    linears = (name for name, module in model.named_modules() if name and is_adaptable(module))
+    taken = sorted(set(find_expert_names(model, linears)) - set(adapted)) if is_all_linear else []
+    if taken:
+        own = sum(p.numel() for name in taken for p in model.get_submodule(name).parameters())
+        log.warning(
+            "%d linears (%s, for one), %.0f%% of the parameters, are not adapted: PEFT would read "
+            "their LoRA as that of the experts, which have the same names",
+            *(len(taken), taken[0], 100 * own / total),
+        )
+
+
+def _is_stacked(model: nn.Module, name: str) -> bool:
+    """Whether the parameter `name` holds several experts."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, LoRALayer) or is_adaptable(owner):
+        return False  # an expert that is a linear of its own
+    return _EXPERTS.fullmatch(name) is not None or "Experts" in type(owner).__name__
+
+
+def why_not_expert_tensors(model: nn.Module, tensors: Iterable[str]) -> str | None:
+    """Return why the file's `tensors` of single experts do not fit `model`, or None if they do."""
+    single = [name for name in tensors if _ONE_EXPERT.fullmatch(name)]
+    if not single or not any(_is_stacked(model, name) for name, _ in model.named_parameters()):
+        return None
+    return (
+        f"{len(single)} tensors adapt experts one by one ({min(single)}), as transformers before 5 "
+        "had them; this model holds them stacked. PEFT converts such a file when it loads it: "
+        "merge the adapter there (merge_and_unload), or train it again without experts"
+    )
