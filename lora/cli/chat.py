@@ -85,13 +85,25 @@ def _run_command(line: str, loaded: LoadedModel) -> tuple[LoadedModel, bool]:
         print_note(f"Unknown command {line!r}: {HELP}")
         return loaded, False
     try:
-        folder = None if name == "none" else Path(name.strip()).expanduser()
+        folder = None if name.strip() == "none" else _expanded(name.strip())
         tokenizer = _switch(loaded, folder)
-    except (LoraError, RuntimeError) as error:  # RuntimeError: a home directory that is not known
+    except (LoraError, OSError) as error:
         print_note(f"{error}\nNothing was switched.")
         return loaded, False
     print_note("base model" if folder is None else f"adapter: {folder}")
     return replace(loaded, tokenizer=tokenizer), True
+
+
+def _expanded(name: str) -> Path:
+    from lora.errors import AdapterError
+
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # no such user, or no home directory
+        raise AdapterError(
+            f"Cannot load the adapter {name}: the home directory that ~ stands for is not known. "
+            "Write the whole path."
+        ) from None
 
 
 def _switch(loaded: LoadedModel, folder: Path | None) -> TextTokenizer:
@@ -101,7 +113,6 @@ def _switch(loaded: LoadedModel, folder: Path | None) -> TextTokenizer:
     """
     from lora.adapters.apply import lora_layers, remove_lora
     from lora.adapters.save_load import load_adapter, read_adapter_config, save_adapter
-    from lora.errors import LoraError
 
     if folder is not None:
         read_adapter_config(folder)
@@ -112,13 +123,14 @@ def _switch(loaded: LoadedModel, folder: Path | None) -> TextTokenizer:
         if has_former:
             save_adapter(loaded.model, former)
             remove_lora(loaded.model)
+        is_switched = False
         try:
             if folder is not None:
                 load_adapter(loaded.model, folder)
-        except LoraError:
-            if has_former:
+            is_switched = True
+        finally:  # also when memory runs out, or the disk fails
+            if has_former and not is_switched:
                 load_adapter(loaded.model, former)
-            raise
     return tokenizer
 
 

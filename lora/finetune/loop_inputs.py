@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from lora.config import TrainConfig
 from lora.data.prepare import PreparedData
 from lora.data.sequences.batches import BatchStream, ordered_batches
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
-from lora.errors import DependencyError
 from lora.finetune.job import FinetuneJob
 from lora.inference.samples import SampleRecorder, choose_prompts
 from lora.runs.directory import Run
 from lora.runs.progress import Progress
-from lora.runs.record import MetricsRow
-from lora.runs.typed_json import to_json
 from lora.training.job import TrainingJob
 from lora.training.out_of_memory import MemoryParts
 from lora.training.step_runner import StepRunner
@@ -86,29 +82,3 @@ def _sampler(
         now=data.now,
     )
     return SampleRecorder(model, prompts, data.tokenizer, run, progress, job.run.sample_tokens)
-
-
-def find_tensorboard() -> Callable[[Path], Callable[[MetricsRow], None]]:
-    """Return a function that opens event files in a directory and returns a writer of metrics.
-
-    Raises DependencyError if TensorBoard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise DependencyError(
-            "Cannot write TensorBoard files: tensorboard is not installed. "
-            "Run: pip install 'lora-lm[track]'"
-        ) from None
-
-    def open_board(folder: Path) -> Callable[[MetricsRow], None]:
-        writer = SummaryWriter(str(folder), flush_secs=10)
-
-        def write(row: MetricsRow) -> None:
-            values = to_json(row)
-            for name in values.keys() - {"step"}:
-                writer.add_scalar(name, values[name], row.step)
-
-        return write
-
-    return open_board

@@ -7,7 +7,7 @@ the run directory is created last.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 
 from lora.adapters.save_load import read_adapter_config
@@ -21,6 +21,7 @@ from lora.errors import CheckpointError
 from lora.fast.choose import choose_steps
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.memory.plan import MemoryPlan
+from lora.finetune.event_files import check_tensorboard, event_file
 from lora.finetune.job import (
     FinetuneJob,
     FinetuneResult,
@@ -29,7 +30,7 @@ from lora.finetune.job import (
     describe_job,
 )
 from lora.finetune.load_data import load_data
-from lora.finetune.loop_inputs import find_tensorboard, training_job
+from lora.finetune.loop_inputs import training_job
 from lora.finetune.memory import RunMemory, describe_plan, plan_run
 from lora.finetune.model import load_model, save_model
 from lora.pretrained.hf_files import read_config
@@ -79,7 +80,8 @@ def _finetune(
     check_base_dtype(job)
     check_from_adapter(job)
     check_run_directory(job.run.out, job.run.name, resume=job.resume)
-    open_tensorboard = find_tensorboard() if job.run.tensorboard else None
+    if job.run.tensorboard:
+        check_tensorboard()
     inputs = _find_inputs(job, progress, show_data)
     choice, source, data, plan = inputs.choice, inputs.source, inputs.data, inputs.plan
     planned = describe_plan(plan)
@@ -91,11 +93,13 @@ def _finetune(
     record = _describe(job, inputs, train_config, fingerprint)
     steps = _choose_steps(job, model, choice, train_config, plan, progress)
     name = job.run.name or default_name(source.name)
-    with create_run(job.run.out, name, resume=job.resume, record=record) as run:
+    with ExitStack() as opened:
+        run = opened.enter_context(create_run(job.run.out, name, resume=job.resume, record=record))
         if run.note:
             progress.message(run.note)
-        if open_tensorboard is not None:
-            run.on_metrics = open_tensorboard(run.folder / "tensorboard")
+        if job.run.tensorboard:
+            log = event_file(run.folder / "tensorboard", progress.message)
+            run.on_metrics = opened.enter_context(log)
         result = train(
             training_job(job, model, data, choice, train_config, run, progress, steps, plan)
         )

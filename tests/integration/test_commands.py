@@ -242,7 +242,8 @@ def test_chat_switches_adapters_and_outlives_a_wrong_one(
     tiny_folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, read: Read
 ) -> None:
     said = (
-        f"hello\n/adapter none\nhello\n/adapter nowhere\n/adapter {adapter}\n/what\n/new\n/quit\n"
+        "hello\n/adapter none\nhello\n/adapter nowhere\n/adapter ~nobody-here/x\n"
+        f"/adapter {adapter}\n/what\n/new\n/quit\n"
     )
     monkeypatch.setattr("sys.stdin", io.StringIO(said))
     words = ["chat", "--model", str(tiny_folder), "--adapter", str(adapter)]
@@ -251,6 +252,7 @@ def test_chat_switches_adapters_and_outlives_a_wrong_one(
     assert len(out.splitlines()) >= 2
     assert "base model" in err
     assert "nowhere" in err
+    assert "Cannot load the adapter ~nobody-here/x: the home directory" in err
     assert f"adapter: {adapter}" in err
     assert "Unknown command '/what'" in err
 
