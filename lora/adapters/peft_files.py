@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from lora.errors import AdapterError, AdapterNotFoundError, did_you_mean
 from lora.runs.disk import atomic_write, disk_error, os_reason
+from lora.runs.outputs import output_lock, part_path
 from lora.terminal import escaping_log
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_STAGING, _FORMER_STAGING = "adapter", ".saving-*"
 _PICKLE_FILE = "adapter_model.bin"
 _MLX_FILE = "adapters.safetensors"
 _CONFIG_DIGEST_KEY = "lora_lm_config_sha256"
@@ -97,8 +100,9 @@ def write_adapter_files(
 ) -> None:
     """Write both files of an adapter; `tensors` are on the CPU.
 
-    Both are complete on disk before the first replaces a former adapter's. Raises CheckpointError
-    if a file cannot be written; a former adapter is then untouched.
+    Both are complete on disk before the first replaces a former adapter's, and what a killed save
+    left is removed. Raises CheckpointError if a file cannot be written; a former adapter is then
+    untouched.
     """
     text = (json.dumps(described, indent=2, sort_keys=True) + "\n").encode()
     metadata = metadata | {
@@ -106,19 +110,33 @@ def write_adapter_files(
         _TENSORS_DIGEST_KEY: _digest(tensors),
     }
     contents = {TENSORS_FILE: _to_bytes(tensors, metadata), CONFIG_FILE: text}
-    staging = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
-        for name, data in contents.items():
-            atomic_write(staging / name, data)
-        for name in contents:
-            os.replace(staging / name, folder / name)
+        with _created(folder), output_lock(folder / _STAGING, wait=True):
+            for former in folder.glob(_FORMER_STAGING):  # of versions before the lock
+                shutil.rmtree(former, ignore_errors=True)
+            staging = part_path(folder / _STAGING)
+            staging.mkdir()
+            for name, data in contents.items():
+                atomic_write(staging / name, data)
+            for name in contents:
+                os.replace(staging / name, folder / name)
     except OSError as error:
         raise disk_error(folder, error) from error
+
+
+@contextlib.contextmanager
+def _created(folder: Path) -> Iterator[None]:
+    """Create `folder` and its parents; after an error, those that are new are removed again."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    is_done = False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+        is_done = True
     finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
+        for path in () if is_done else new:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def _read_config(folder: Path) -> bytes:

@@ -120,15 +120,28 @@ def _default_file() -> Path:
 
 
 def _checked_folder(path: Path) -> Path:
+    is_adapter = (path / ADAPTER_CONFIG).is_file()
+    if is_adapter and not ((path / "config.json").is_file() and _has_weights(path)):
+        raise ModelError(_is_adapter(str(path), path))
+    if is_adapter:
+        log.warning(
+            "%s holds a model and an adapter%s: the model is loaded without the adapter. To use "
+            "that one too, name it: --adapter %s",
+            *(path, _base_of(path), path),
+        )
     if (path / "config.json").is_file():
         return path
-    if (path / ADAPTER_CONFIG).is_file():
-        raise ModelError(_is_adapter(str(path), path))
     seen = sorted(p.name for p in path.iterdir())[:8]
     raise ModelError(
         f"Cannot load the model {path}: the folder has no config.json; it has "
         f"{', '.join(seen) or 'nothing'}. Name a folder in Hugging Face's layout, or a .gguf file."
     )
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether `folder` holds a model's weights, safetensors or a pickle, besides an adapter's."""
+    files = {path.name for path in (*folder.glob("*.safetensors"), *folder.glob("pytorch*.bin"))}
+    return bool(files - {"adapter_model.safetensors"})
 
 
 def _is_adapter(name: str, folder: Path) -> str:
@@ -218,7 +231,7 @@ def _from_hub(name: str) -> Path:
             f"the hub failed: {first}.{near} Check the name and the network, or name a folder or a "
             ".gguf file."
         ) from None
-    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file() and not any(folder.glob("model*.safetensors")):
         raise ModelError(_is_adapter(name, folder))
     if not any(folder.glob("model*.safetensors")):
         raise ModelError(

@@ -75,7 +75,7 @@ class OutputPath:
         self.check()
         with exit_on_signals(f"writing {self.path}"), output_lock(self.path, wait=wait):
             self.check()
-            folder = _beside(self.path, PART_SUFFIX)
+            folder = part_path(self.path)
             try:
                 folder.mkdir(mode=0o755)
             except OSError as error:
@@ -104,12 +104,17 @@ def output_lock(path: Path, *, wait: bool = False) -> Iterator[None]:
     except OSError as error:
         raise disk_error(path, error) from error
     try:
-        _remove(_beside(path, PART_SUFFIX))
+        _remove(part_path(path))
         _remove_abandoned(path.parent)
         yield
     finally:
-        _remove(_beside(path, PART_SUFFIX))
+        _remove(part_path(path))
         _release(lock, handle)
+
+
+def part_path(path: Path) -> Path:
+    """Return where, under the lock of the output `path`, its parts are written."""
+    return _beside(path, PART_SUFFIX)
 
 
 def _beside(path: Path, suffix: str) -> Path:
@@ -165,7 +170,7 @@ def _check_directory(output: OutputPath) -> None:
 def _status(path: Path) -> os.stat_result | None:
     """Return what is at `path` itself, links not followed; None if there is nothing."""
     try:
-        _beside(path, PART_SUFFIX).lstat()  # the longer name must be possible too
+        part_path(path).lstat()  # the longer name must be possible too
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR):
             raise disk_error(path, error) from error

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +106,37 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         write_adapter_files(tmp_path / "file", DESCRIBED, TENSORS, METADATA)
     with pytest.raises(CheckpointError, match=r"Cannot write .*inside.*: Not a directory"):
         write_adapter_files(tmp_path / "file" / "inside", DESCRIBED, TENSORS, METADATA)
+
+
+def test_an_error_leaves_no_new_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, data: bytes) -> None:
+        raise CheckpointError(f"Cannot write {path}: no space. Free some.")
+
+    monkeypatch.setattr(peft_files, "atomic_write", fail)
+    with pytest.raises(CheckpointError, match="no space"):
+        write_adapter_files(tmp_path / "new" / "adapter", DESCRIBED, TENSORS, METADATA)
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED_SAVE = """
+import os, signal, sys
+from pathlib import Path
+from lora.adapters import peft_files
+def stop(*_): os.kill(os.getpid(), signal.SIGKILL)
+peft_files.os.replace = stop
+peft_files.write_adapter_files(Path(sys.argv[1]), {"r": 9}, {}, {})
+"""
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(folder: Path) -> None:
+    before = contents(folder)
+    (folder / ".saving-abc").mkdir()  # as earlier versions left it
+    words = [sys.executable, "-c", KILLED_SAVE, str(folder)]
+    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+    assert {path.name for path in folder.iterdir()} > set(before)
+    assert read_adapter_files(folder).described == DESCRIBED
+    write_adapter_files(folder, DESCRIBED, TENSORS, METADATA)
+    assert contents(folder) == before
 
 
 def test_a_folder_that_is_not_there_names_the_nearest(folder: Path) -> None:

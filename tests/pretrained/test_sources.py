@@ -397,6 +397,21 @@ def test_an_adapter_is_no_model_and_its_base_is_named(tmp_path: Path) -> None:
         find_model(str(tmp_path))
 
 
+def test_a_directory_with_a_model_and_an_adapter_is_the_model_and_the_adapter_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("adapter_model.safetensors", "training_args.bin"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ModelError, match="it is an adapter for the base 'owner/base'"):
+        find_model(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert find_model(str(tmp_path)).folder == tmp_path
+    assert "loaded without the adapter" in caplog.text
+    assert f"--adapter {tmp_path}" in caplog.text
+
+
 def test_the_home_of_an_unknown_user_is_refused_in_words() -> None:
     with pytest.raises(ModelError, match=r"~nobody-here/x: the home directory .* is not known"):
         find_model("~nobody-here/x")
