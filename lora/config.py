@@ -1,7 +1,9 @@
 """Settings of a run: frozen dataclasses that check themselves when they are made.
 
 Defaults are defined here and nowhere else. Flags, YAML keys and documentation are made from the
-fields and the text under each. No torch here, so that `lora --help` stays quick.
+fields: the metadata name a flag's group in `--help`, the first paragraph under a field its line
+there.
+No torch here, so that `lora --help` stays quick.
 """
 
 from __future__ import annotations
@@ -22,6 +24,23 @@ BaseDtype = Literal["auto", "fp8"]
 LearnOn = Literal["assistant", "all"]
 LongExamples = Literal["truncate", "split", "drop"]
 
+GROUP = "group"
+"""Key of a field's metadata: the heading under which its flag stands in `--help`."""
+MODEL = {GROUP: "Model"}
+DATA = {GROUP: "Data"}
+COMPARED = {GROUP: "What to compare"}
+LORA = {GROUP: "LoRA"}
+TRAINING = {GROUP: "Training"}
+EVALUATION = {GROUP: "Evaluation and checkpoints"}
+GENERATION = {GROUP: "Generation"}
+OUTPUT = {GROUP: "Output"}
+DEVICE = {GROUP: "Device and memory"}
+GROUP_TITLES = tuple(
+    group[GROUP]
+    for group in (MODEL, DATA, COMPARED, LORA, TRAINING, EVALUATION, GENERATION, OUTPUT, DEVICE)
+)
+"""In the order of `--help`."""
+
 FULL_LEARNING_RATE = 1e-4
 """Default learning rate of full fine-tuning; LoRA's is ten times as high."""
 LORA_LEARNING_RATE = 10 * FULL_LEARNING_RATE
@@ -38,6 +57,10 @@ MAX_LEARNING_RATE = 1e30
 """AdamW's first update is as large as this: beyond it, fp32 has no room for its square."""
 MIN_FRACTION = 1e-6
 """Least top_p and temperature (if not 0): less is lost in fp32."""
+
+
+_NAMES = re.compile(r"[\w.-]+(\s*,\s*[\w.-]+)+")
+"""Several names; a regular expression with a comma has other characters as well."""
 
 
 def _check(condition: bool, name: str, seen: object, allowed: str) -> list[str]:
@@ -87,29 +110,31 @@ def _raise_if(faults: list[str], owner: object) -> None:
 class LoRAConfig:
     """The LoRA adapter (arXiv 2106.09685), named as in PEFT where PEFT has the setting."""
 
-    rank: int = 8
+    rank: int = field(default=8, metadata=LORA)
     """LoRA rank (PEFT's r), typically 8 to 64."""
-    alpha: float = 16.0
+    alpha: float = field(default=16.0, metadata=LORA)
     """LoRA alpha (PEFT's lora_alpha): updates are scaled by alpha / rank."""
-    dropout: float = 0.0
+    dropout: float = field(default=0.0, metadata=LORA)
     """Dropout probability on LoRA's inputs (PEFT's lora_dropout)."""
-    targets: str | tuple[str, ...] = "all-linear"
-    """Linear layers to adapt: all-linear (all but the output head), name suffixes such as q_proj,
-    full names, or one regular expression for the whole name."""
-    exclude: tuple[str, ...] = ()
-    """Name suffixes or full names of layers that `targets` selects and that are not adapted."""
-    modules_to_save: tuple[str, ...] = ()
+    targets: str | tuple[str, ...] = field(default="all-linear", metadata=LORA)
+    """Linear layers to adapt: all-linear, name suffixes (q_proj,v_proj), or one regex.
+
+    all-linear is all but the output head. Full names are allowed too; a regular expression must
+    match the whole name."""
+    exclude: tuple[str, ...] = field(default=(), metadata=LORA)
+    """Name suffixes or full names of layers not to adapt, among those of `targets`."""
+    modules_to_save: tuple[str, ...] = field(default=(), metadata=LORA)
     """Name suffixes of modules that are fully trained and saved with the adapter, such as
     embeddings."""
-    rslora: bool = False
+    rslora: bool = field(default=False, metadata=LORA)
     """Rank-stabilized LoRA: scale by alpha / sqrt(rank) (arXiv 2312.03732)."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Rank by name suffix, for layers that do not use `rank`."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Alpha by name suffix, for layers that do not use `alpha`."""
-    layers: tuple[int, ...] | None = None
-    """Indices of the transformer blocks to adapt (PEFT's layers_to_transform). Default: all."""
-    init_seed: int | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata=LORA)
+    """Rank by name suffix, for layers that do not use `rank`: q_proj=4,v_proj=8."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata=LORA)
+    """Alpha by name suffix, for layers that do not use `alpha`: q_proj=8,v_proj=16."""
+    layers: tuple[int, ...] | None = field(default=None, metadata=LORA)
+    """Transformer blocks to adapt, such as 0,1 (PEFT's layers_to_transform). Default: all."""
+    init_seed: int | None = field(default=None, metadata=LORA)
     """Seed of A's initialization. Default: the run's seed; torch's global generator in
     apply_lora."""
 
@@ -117,6 +142,8 @@ class LoRAConfig:
         for name in ("targets", "exclude", "modules_to_save", "layers"):
             if isinstance(getattr(self, name), list):  # as PEFT's users write them
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.targets, str) and _NAMES.fullmatch(self.targets):
+            object.__setattr__(self, "targets", _split_words(self.targets))
         faults = _check_counts(self, 1, "rank")
         faults += _check_positive("alpha", self.alpha)
         in_range = _is_number(self.dropout) and 0 <= self.dropout < 1
@@ -143,31 +170,30 @@ class LoRAConfig:
 class TrainConfig:
     """Optimization: number and size of the steps, learning rate and its schedule."""
 
-    steps: int = 200
+    steps: int = field(default=200, metadata=TRAINING)
     """Optimizer steps."""
-    batch_size: int = 8
-    """Packed sequences per optimizer step, over all micro-batches (effective batch size)."""
-    micro_batches: int = 1
-    """Gradient accumulation: split each batch into N forward and backward passes to save memory;
-    same gradient."""
-    learning_rate: float | None = None
+    batch_size: int = field(default=8, metadata=TRAINING)
+    """Effective batch size: packed sequences per optimizer step, over all micro-batches."""
+    micro_batches: int = field(default=1, metadata=TRAINING)
+    """Gradient accumulation: split each batch into N forward and backward passes to save memory."""
+    learning_rate: float | None = field(default=None, metadata=TRAINING)
     """Peak learning rate. Default: 1e-3 for LoRA, 1e-4 for full fine-tuning."""
-    whole_rate_fraction: float = 0.3
+    whole_rate_fraction: float = field(default=0.3, metadata=TRAINING)
     """Learning rate of fully trained modules (modules_to_save), as a fraction of
     `learning_rate`."""
-    schedule: Schedule = "cosine"
+    schedule: Schedule = field(default="cosine", metadata=TRAINING)
     """Learning rate schedule after the warm-up."""
-    warmup_fraction: float = 0.05
+    warmup_fraction: float = field(default=0.05, metadata=TRAINING)
     """Fraction of `steps` over which the learning rate rises linearly from zero."""
-    min_rate_fraction: float = 0.1
+    min_rate_fraction: float = field(default=0.1, metadata=TRAINING)
     """Final learning rate of cosine and linear, as a fraction of the peak."""
-    weight_decay: float = 0.0
+    weight_decay: float = field(default=0.0, metadata=TRAINING)
     """AdamW's weight decay; not applied to norms, biases and embeddings."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = field(default=1.0, metadata=TRAINING)
     """Gradient clipping norm; 0 disables clipping."""
-    seed: int = 1337
+    seed: int = field(default=1337, metadata=TRAINING)
     """Random seed of A's initialization, dropout, the validation split and the data order."""
-    precision: Precision = "auto"
+    precision: Precision = field(default="auto", metadata=DEVICE)
     """Compute dtype; auto takes bf16 on GPUs that support it, else fp32."""
 
     def __post_init__(self) -> None:
@@ -217,31 +243,33 @@ class TrainConfig:
 class DataConfig:
     """How examples are read, tokenized, packed and split."""
 
-    max_length: int = 512
+    max_length: int = field(default=512, metadata=DATA)
     """Maximum sequence length, in tokens."""
-    packing: bool = True
+    packing: bool = field(default=True, metadata=DATA)
     """Pack several examples into one sequence; attention stays within each example."""
-    learn_on: LearnOn = "assistant"
-    """Tokens that get a loss: assistant (assistant turns or completions, the prompt is masked) or
-    all."""
-    long_examples: LongExamples = "truncate"
+    learn_on: LearnOn = field(default="assistant", metadata=DATA)
+    """Tokens that get a loss: assistant turns or completions (the prompt is masked), or all."""
+    long_examples: LongExamples = field(default="truncate", metadata=DATA)
     """How to handle examples longer than `max_length`."""
-    eval_fraction: float = 0.05
+    eval_fraction: float = field(default=0.05, metadata=DATA)
     """Fraction of the examples split off for validation if no validation data are given."""
-    max_eval_examples: int = 200
+    max_eval_examples: int = field(default=200, metadata=DATA)
     """Maximum number of examples split off for validation."""
-    chat_template: Path | None = None
-    """Jinja chat template file to use instead of the model's own, or smollm2-tools: the default
-    model's format with tools and reasoning."""
-    allow_dropped_fields: bool = False
-    """Learn conversations without the tools, tool calls or reasoning that the chat template has no
-    place for, and count them, instead of refusing the data."""
-    keep_control_tokens: bool = False
-    """Special tokens that are spelt out in messages become special tokens, instead of being split
-    into ordinary ones."""
-    special_tokens: tuple[str, ...] = ()
-    """Special tokens to add to the vocabulary, comma-separated. Their rows of the embedding and the
-    output head are trained (trainable_token_indices), also those of tokens that exist already."""
+    chat_template: Path | None = field(default=None, metadata=DATA)
+    """Jinja chat template to use instead of the model's own: a file, or smollm2-tools.
+
+    smollm2-tools is the default model's format with tools and reasoning."""
+    allow_dropped_fields: bool = field(default=False, metadata=DATA)
+    """Learn without tools, tool calls or reasoning that the chat template has no place for.
+
+    What is left out is counted. Otherwise such data are refused."""
+    keep_control_tokens: bool = field(default=False, metadata=DATA)
+    """Read special tokens spelt out in messages as special tokens, not as ordinary text."""
+    special_tokens: tuple[str, ...] = field(default=(), metadata=DATA)
+    """Special tokens to add; their embedding rows are trained (trainable_token_indices).
+
+    Comma-separated. Rows of the embedding and of the output head are trained, also those of tokens
+    that exist already."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "special_tokens", _split_words(self.special_tokens))
@@ -262,32 +290,32 @@ class DataConfig:
 class RunConfig:
     """Run directory, evaluation, checkpoints and device."""
 
-    out: Path = Path("runs")
+    out: Path = field(default=Path("runs"), metadata=OUTPUT)
     """Directory for run directories."""
-    name: str | None = None
+    name: str | None = field(default=None, metadata=OUTPUT)
     """Name of the run directory. Default: made from the model and the date."""
-    eval_every_steps: int = 0
-    """Steps between evaluations; 0 means at most ten in a run, at least ten steps apart. Start and
-    end are always evaluated."""
-    save_every_steps: int = 0
+    eval_every_steps: int = field(default=0, metadata=EVALUATION)
+    """Steps between evaluations; 0: at most ten in a run, at least ten steps apart.
+
+    Start and end are always evaluated."""
+    save_every_steps: int = field(default=0, metadata=EVALUATION)
     """Steps between checkpoints; 0 saves at each evaluation."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = field(default=2, metadata=EVALUATION)
     """Newest checkpoints to keep; the one with the best validation loss is kept as well."""
-    patience: int = 0
-    """Early stopping: evaluations without a better validation loss before training stops; 0
-    disables it."""
-    samples: int = 2
+    patience: int = field(default=0, metadata=EVALUATION)
+    """Early stopping: evaluations without a better validation loss before it stops; 0: never."""
+    samples: int = field(default=2, metadata=EVALUATION)
     """Validation prompts answered greedily at each evaluation; 0 disables samples."""
-    sample_tokens: int = 48
+    sample_tokens: int = field(default=48, metadata=EVALUATION)
     """Maximum number of tokens of such an answer."""
-    device: str = "auto"
+    device: str = field(default="auto", metadata=DEVICE)
     """Device: auto, cpu, cuda, cuda:1, ..."""
-    fast: bool = True
+    fast: bool = field(default=True, metadata=DEVICE)
     """Use the fused GPU training step where it supports the model; false: always PyTorch
     autograd."""
-    skip_nonfinite: int = 0
+    skip_nonfinite: int = field(default=0, metadata=TRAINING)
     """Steps with a NaN or infinite loss or gradient to skip before the run is aborted."""
-    tensorboard: bool = False
+    tensorboard: bool = field(default=False, metadata=OUTPUT)
     """Also write TensorBoard event files into the run directory."""
 
     def __post_init__(self) -> None:
@@ -312,11 +340,12 @@ class RunConfig:
 class MemoryConfig:
     """GPU memory, and what the fused step stores, recomputes or offloads of the activations."""
 
-    memory: MemoryMode = "auto"
-    """Activation checkpointing: none; cheap recomputes norms and SwiGLU, and gate and up in as many
-    blocks as needed; full stores only block inputs; full+offload moves these to CPU memory. auto:
-    the first that fits."""
-    memory_gb: float | None = None
+    memory: MemoryMode = field(default="auto", metadata=DEVICE)
+    """Activation checkpointing of the fused step; auto is the first mode that fits.
+
+    none stores everything; cheap recomputes norms and SwiGLU, and gate and up in as many blocks as
+    needed; full stores only block inputs; full+offload moves these to CPU memory."""
+    memory_gb: float | None = field(default=None, metadata=DEVICE)
     """GPU memory that the run may use, in GB (10⁹ bytes). Default: nearly all that is free."""
 
     def __post_init__(self) -> None:
@@ -330,15 +359,15 @@ class MemoryConfig:
 class SamplingConfig:
     """How tokens are sampled."""
 
-    max_new_tokens: int = 256
+    max_new_tokens: int = field(default=256, metadata=GENERATION)
     """Maximum number of new tokens."""
-    temperature: float = 0.0
+    temperature: float = field(default=0.0, metadata=GENERATION)
     """Sampling temperature; 0 is greedy decoding."""
-    top_k: int = 0
+    top_k: int = field(default=0, metadata=GENERATION)
     """Sample from the k most likely tokens; 0 disables the limit."""
-    top_p: float = 1.0
+    top_p: float = field(default=1.0, metadata=GENERATION)
     """Nucleus sampling: sample from the most likely tokens with this total probability."""
-    seed: int = 0
+    seed: int = field(default=0, metadata=GENERATION)
     """Sampling seed; prompt n of a batch uses seed + n."""
 
     def __post_init__(self) -> None:

@@ -29,7 +29,8 @@ from cyclopts import (
 from cyclopts.config import Dict, Env
 
 from lora import __version__
-from lora.cli.flags.values import check_values
+from lora.cli.flags.help_page import HelpPage
+from lora.cli.flags.values import check_values, name_pairs
 from lora.cli.flags.yaml_file import read_settings
 from lora.errors import ConfigError, Interrupted, LoraError, did_you_mean, gather
 from lora.runs.disk import os_reason
@@ -90,6 +91,7 @@ def build_app(
         help="LoRA fine-tuning of language models.",
         help_epilogue=HELP_END,
         help_format="plaintext",
+        help_formatter=HelpPage(),
         version=f"lora {__version__}",
         config=(_check_environment, Env(ENVIRONMENT_PREFIX), *files, check_values),
         default_parameter=Parameter(
@@ -104,8 +106,10 @@ def build_app(
 
 def _show_default(value: object) -> str | None:
     # A flag without a default value says in its text what happens then; `()` would say nothing.
-    if value is None or value in ((), {}):
+    if value is None or value is False or value in ((), {}):
         return None
+    if value is True:
+        return "on"
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -163,7 +167,9 @@ def _run(words: list[str]) -> int:
     _check_command(words)
     settings, source = (None, "") if path is None else (read_settings(path), str(path))
     app = build_app(settings, source, words[0] if words else None)
-    code = app(words, exit_on_error=False, print_error=False, result_action="return_value")
+    code = app(
+        name_pairs(words), exit_on_error=False, print_error=False, result_action="return_value"
+    )
     return code if isinstance(code, int) else 0
 
 

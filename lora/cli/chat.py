@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from lora.cli.flags.from_fields import GENERATION, Flat, config_from, flags_from
+from lora.cli.flags.from_fields import Flat, config_from, flags_from
 from lora.cli.flags.shared import Adapter, Device, Model, System
 from lora.config import MAX_SEED, SamplingConfig
 from lora.inference.loading import LoadedModel, load_model, load_tokenizer_of
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 HELP = "/adapter DIRECTORY (or none) switches, /new clears the conversation, /quit exits"
 
 
-@flags_from(SamplingConfig, GENERATION)
+@flags_from(SamplingConfig)
 class ChatSampling:
     """Generation in a conversation: sampled, and longer than an answer of lora generate."""
 

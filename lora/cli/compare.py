@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lora.cli.flags.from_fields import COMPARED, EVALUATION, Flat, config_from, flags_from
+from lora.cli.flags.from_fields import COMPARED, Flat, config_from, flags_from
 from lora.cli.flags.shared import (
     DataFlags,
     Json,
@@ -44,12 +44,12 @@ Peft = Annotated[
 ]
 
 
-@flags_from(LearningRates, COMPARED)
+@flags_from(LearningRates)
 class RateFlags:
     """Learning rates to try."""
 
 
-@flags_from(EvaluationConfig, EVALUATION)
+@flags_from(EvaluationConfig)
 class EvaluationFlags:
     """What is evaluated besides speed, memory and validation loss; on the command line by path."""
 
@@ -59,15 +59,13 @@ class EvaluationFlags:
 
 @flags_from(
     RunConfig,
-    EVALUATION,
     without=("keep_checkpoints", "patience", "skip_nonfinite", "tensorboard"),
 )
 class CompareRun:
     """Evaluation, checkpoints, run directory and device."""
 
     save_every_steps: int = RunConfig.save_every_steps
-    """Steps between checkpoints; 0 saves at each evaluation. A method's checkpoints are deleted
-    when it has finished."""
+    """Steps between checkpoints, deleted when the method has finished; 0: at each evaluation."""
     samples: int = RunConfig.samples
     """Validation prompts that the base model and each method answer greedily; 0 disables
     samples."""

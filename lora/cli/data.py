@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from lora.cli.flags.from_fields import Flat, config_from
+from cyclopts import Parameter
+
+from lora.cli.flags.from_fields import DATA, Flat, config_from
 from lora.cli.flags.shared import DataFlags, Json, Model
 from lora.config import DataConfig
 from lora.terminal import build_console
 
 
 def data(
-    path: Path,
+    path: Annotated[Path, Parameter(group=DATA)],
     *,
     model: Model = None,
     json: Json = False,

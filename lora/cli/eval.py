@@ -6,7 +6,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from lora.cli.flags.from_fields import DATA, Flat, changed_by, flags_from
+from cyclopts import Parameter
+
+from lora.cli.flags.from_fields import DATA, GENERATION, Flat, changed_by, flags_from
 from lora.cli.flags.shared import Adapter, Device, Json, Model
 from lora.config import DataConfig, SamplingConfig
 from lora.inference.loading import LoadedModel, load_model
@@ -19,19 +21,19 @@ if TYPE_CHECKING:
     from lora.inference.evaluation import Scores
 
 
-@flags_from(DataConfig, DATA, without=("eval_fraction", "max_eval_examples"), unset=True)
+@flags_from(DataConfig, without=("eval_fraction", "max_eval_examples"), unset=True)
 class EvalDataFlags:
     """Reading and tokenizing of the examples; as in the adapter's run where not given."""
 
 
 def evaluate(
-    data: Path,
+    data: Annotated[Path, Parameter(group=DATA)],
     *,
     model: Model = None,
     adapter: Adapter = None,
-    answers: int = 0,
-    max_new_tokens: int = 128,
-    bleu: bool = False,
+    answers: Annotated[int, Parameter(group=GENERATION)] = 0,
+    max_new_tokens: Annotated[int, Parameter(group=GENERATION)] = 128,
+    bleu: Annotated[bool, Parameter(group=GENERATION)] = False,
     device: Device = "auto",
     json: Json = False,
     data_config: Annotated[EvalDataFlags | None, Flat] = None,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from cyclopts import Parameter
+
+from lora.cli.flags.from_fields import OUTPUT
 from lora.cli.flags.shared import Adapter, Model, Overwrite, input_paths
 from lora.inference.loading import checked_ids, load_model, load_tokenizer_of
 from lora.runs.outputs import OutputPath
@@ -17,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def export(
-    out: Path | None = None,
+    out: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
     *,
     model: Model = None,
     adapter: Adapter = None,
-    dtype: Literal["f16", "q8_0", "f32"] = "f16",
-    vllm: bool = False,
+    dtype: Annotated[Literal["f16", "q8_0", "f32"], Parameter(group=OUTPUT)] = "f16",
+    vllm: Annotated[bool, Parameter(group=OUTPUT)] = False,
     overwrite: Overwrite = False,
 ) -> int:
     """Write a model as a GGUF file, with the adapter merged if one is given.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lora.cli.flags.from_fields import EVALUATION, LORA, Flat, config_from, flags_from
+from lora.cli.flags.from_fields import LORA, Flat, config_from, flags_from
 from lora.cli.flags.shared import (
     BaseWeights,
     DataFlags,
@@ -44,7 +44,7 @@ FromAdapter = Annotated[
 ]
 
 
-@flags_from(RunConfig, EVALUATION)
+@flags_from(RunConfig)
 class RunFlags:
     """Evaluation, checkpoints, run directory and device."""
 

@@ -21,11 +21,11 @@ Raw = Annotated[
 
 
 def generate(
-    prompts: list[str] | None = None,
+    prompts: Annotated[list[str] | None, Parameter(group=GENERATION)] = None,
     *,
     model: Model = None,
     adapter: Adapter = None,
-    prompts_file: Path | None = None,
+    prompts_file: Annotated[Path | None, Parameter(group=GENERATION)] = None,
     system: System = None,
     raw: Raw = False,
     device: Device = "auto",

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from lora.cli.flags.from_fields import DEVICE, OUTPUT
+from lora.cli.flags.from_fields import DEVICE, MODEL, OUTPUT
 from lora.cli.flags.shared import Model, Overwrite, input_paths
 from lora.inference.loading import checked_ids, load_model
 from lora.runs.outputs import OutputPath
@@ -23,8 +23,8 @@ MergeDevice = Annotated[str, Parameter(group=DEVICE, help="Device that computes 
 
 
 def merge(
-    adapter: Path,
-    out: Path,
+    adapter: Annotated[Path, Parameter(group=MODEL)],
+    out: Annotated[Path, Parameter(group=OUTPUT)],
     *,
     model: Model = None,
     dtype: Dtype = None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from lora.cli.flags.from_fields import DATA, DEVICE, TRAINING, Flat, config_from, flags_from
+from lora.cli.flags.from_fields import DEVICE, Flat, config_from, flags_from
 from lora.cli.flags.shared import BaseWeights, Json, LoRAFlags, Model
 from lora.config import DataConfig, LoRAConfig, MemoryConfig, MemoryMode, TrainConfig
 from lora.errors import ConfigError
@@ -35,23 +35,22 @@ PlanDevice = Annotated[
 ]
 
 
-@flags_from(TrainConfig, TRAINING, only=("batch_size", "micro_batches"))
+@flags_from(TrainConfig, only=("batch_size", "micro_batches"))
 class BatchFlags:
     """Sizes of a step."""
 
 
-@flags_from(DataConfig, DATA, only=("max_length", "packing"))
+@flags_from(DataConfig, only=("max_length", "packing"))
 class SequenceFlags:
     """Sequences of a batch."""
 
 
-@flags_from(MemoryConfig, DEVICE)
+@flags_from(MemoryConfig)
 class PlanMemory:
     """GPU memory."""
 
     memory: MemoryMode = MemoryConfig.memory
-    """Activation checkpointing, as in lora finetune; auto plans none, and names the mode that a run
-    would take if that does not fit."""
+    """Activation checkpointing, as in lora finetune; auto names the mode that a run would take."""
     memory_gb: float | None = None
     """Memory that the run may use, in GB (10⁹ bytes). Default: what is free on this machine."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lora.cli.flags.from_fields import OUTPUT
+from lora.cli.flags.from_fields import DATA, OUTPUT
 from lora.cli.flags.shared import Json, Overwrite
 from lora.runs.typed_json import json_text
 from lora.terminal import build_console, print_line
@@ -29,7 +29,7 @@ Title = Annotated[
 
 
 def report(
-    runs: list[Path] | None = None,
+    runs: Annotated[list[Path] | None, Parameter(group=DATA)] = None,
     *,
     out: Out = None,
     title: Title = None,

@@ -10,9 +10,6 @@ from cyclopts import Parameter
 
 from lora.cli.flags.from_fields import (
     COMPARED,
-    EVALUATION,
-    LORA,
-    TRAINING,
     Flat,
     config_from,
     flags_from,
@@ -50,8 +47,7 @@ Halving = Annotated[
     bool,
     Parameter(
         group=COMPARED,
-        help="Successive halving: stop the worse half of the candidates after a quarter and after "
-        "half of the steps.",
+        help="Successive halving: stop the worse half after a quarter and after half of the steps.",
     ),
 ]
 Full = Annotated[
@@ -67,24 +63,23 @@ FullLearningRate = Annotated[
 ]
 
 
-@flags_from(Grid, COMPARED)
+@flags_from(Grid)
 class GridFlags:
     """The values whose combinations are the candidates."""
 
 
-@flags_from(LoRAConfig, LORA, without=(*SWEPT, "rank_pattern", "alpha_pattern", "init_seed"))
+@flags_from(LoRAConfig, without=(*SWEPT, "rank_pattern", "alpha_pattern", "init_seed"))
 class SweepLoRA:
     """LoRA settings that all candidates share."""
 
 
-@flags_from(TrainConfig, TRAINING, without=SWEPT)
+@flags_from(TrainConfig, without=SWEPT)
 class SweepTrain:
     """Training settings that all candidates share; sizes are those of one candidate."""
 
 
 @flags_from(
     RunConfig,
-    EVALUATION,
     without=(
         *("keep_checkpoints", "patience", "samples", "sample_tokens"),
         *("skip_nonfinite", "tensorboard"),
@@ -94,8 +89,9 @@ class SweepRun:
     """Evaluation, run directory and device."""
 
     eval_every_steps: int = RunConfig.eval_every_steps
-    """Steps between evaluations; 0 means at most ten in a run, at least ten steps apart. The end is
-    always evaluated."""
+    """Steps between evaluations; 0: at most ten in a run, at least ten steps apart.
+
+    The end is always evaluated."""
 
 
 def sweep(

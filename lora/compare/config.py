@@ -7,7 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from lora.config import FULL_LEARNING_RATE, LORA_LEARNING_RATE, RunConfig, TrainConfig
+from lora.config import (
+    COMPARED,
+    FULL_LEARNING_RATE,
+    LORA_LEARNING_RATE,
+    RunConfig,
+    TrainConfig,
+)
 from lora.errors import CheckpointError, ConfigError, did_you_mean, gather
 from lora.runs.comparison_record import Same
 from lora.runs.read_record import read_run_record
@@ -21,13 +27,13 @@ MIN_RATE_STEPS = 20
 class LearningRates:
     """Learning rates of the methods: to try, given, or the defaults."""
 
-    rates: tuple[float | str, ...] = ()
+    rates: tuple[float | str, ...] = field(default=(), metadata=COMPARED)
     """Learning rates of LoRA to try in short runs, the best is used: 3e-4,1e-3,3e-3."""
-    full_rates: tuple[float | str, ...] = ()
+    full_rates: tuple[float | str, ...] = field(default=(), metadata=COMPARED)
     """Learning rates of full fine-tuning to try. Default: a tenth of each of `rates`."""
-    full_learning_rate: float | None = None
+    full_learning_rate: float | None = field(default=None, metadata=COMPARED)
     """Peak learning rate of full fine-tuning, instead of trials. Default: 1e-4."""
-    rate_steps: int = 0
+    rate_steps: int = field(default=0, metadata=COMPARED)
     """Optimizer steps of each trial; 0 means a quarter of the run's steps, at least 20."""
 
     def __post_init__(self) -> None:

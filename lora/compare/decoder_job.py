@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from lora.compare.target import MemberTask
-from lora.config import LoRAConfig
+from lora.config import EVALUATION, LoRAConfig
 from lora.data.reading.readers import Source
 from lora.data.task import Task
 from lora.errors import ConfigError, did_you_mean, gather
@@ -27,17 +27,17 @@ Metric = Literal["none", "exact-match", "json-fields"]
 class EvaluationConfig:
     """What is evaluated besides speed, memory and validation loss."""
 
-    forgetting_data: Source | None = None
-    """Unrelated text whose loss is measured before and after training (forgetting). Default: prose
-    from Python's own documentation."""
-    metric: Metric = "none"
-    """Score of generated answers: exact-match, or json-fields (fraction of the fields of a JSON
-    object that are right)."""
-    test_data: Source | None = None
+    forgetting_data: Source | None = field(default=None, metadata=EVALUATION)
+    """Unrelated text to measure forgetting on. Default: prose from Python's documentation.
+
+    Its loss is measured before and after training."""
+    metric: Metric = field(default="none", metadata=EVALUATION)
+    """Score of generated answers: exact-match, or json-fields (fraction of JSON fields right)."""
+    test_data: Source | None = field(default=None, metadata=EVALUATION)
     """Test examples whose answers are scored by `metric`. Default: the validation examples."""
-    answers: int = 40
+    answers: int = field(default=40, metadata=EVALUATION)
     """Maximum number of examples that are answered for the metric."""
-    answer_tokens: int = 128
+    answer_tokens: int = field(default=128, metadata=EVALUATION)
     """Maximum number of tokens of such an answer."""
 
     def __post_init__(self) -> None:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any, cast
 
-from lora.config import LORA_LEARNING_RATE, LoRAConfig, Schedule, TrainConfig
+from lora.config import COMPARED, LORA_LEARNING_RATE, LoRAConfig, Schedule, TrainConfig
 from lora.errors import ConfigError, LoraError, gather
 
 SWEPT = ("rank", "learning_rate", "alpha", "dropout", "seed", "schedule")
@@ -26,19 +26,20 @@ MAX_CANDIDATES = 999
 class Grid:
     """Values of the settings that a sweep can vary: one each, or several separated by commas."""
 
-    rank: tuple[int | str, ...] = (LoRAConfig.rank,)
+    rank: tuple[int | str, ...] = field(default=(LoRAConfig.rank,), metadata=COMPARED)
     """LoRA ranks to try: 4,8,16."""
-    learning_rate: tuple[float | str, ...] = (LORA_LEARNING_RATE,)
+    learning_rate: tuple[float | str, ...] = field(default=(LORA_LEARNING_RATE,), metadata=COMPARED)
     """Peak learning rates to try: 1e-4,3e-4,1e-3."""
-    alpha: tuple[float | str, ...] = (LoRAConfig.alpha,)
+    alpha: tuple[float | str, ...] = field(default=(LoRAConfig.alpha,), metadata=COMPARED)
     """LoRA alphas to try: numbers, or multiples of the rank such as 2r (same scaling at every
     rank)."""
-    dropout: tuple[float | str, ...] = (LoRAConfig.dropout,)
+    dropout: tuple[float | str, ...] = field(default=(LoRAConfig.dropout,), metadata=COMPARED)
     """Dropout probabilities on LoRA's inputs to try: 0,0.1."""
-    seed: tuple[int | str, ...] = (TrainConfig.seed,)
-    """Random seeds to try: A's initialization, dropout and data order. The first one also decides
-    the validation split and the packing, for all candidates."""
-    schedule: tuple[Schedule | str, ...] = (TrainConfig.schedule,)
+    seed: tuple[int | str, ...] = field(default=(TrainConfig.seed,), metadata=COMPARED)
+    """Random seeds to try: A's initialization, dropout and data order.
+
+    The first one also decides the validation split and the packing, for all candidates."""
+    schedule: tuple[Schedule | str, ...] = field(default=(TrainConfig.schedule,), metadata=COMPARED)
     """Learning rate schedules to try: cosine,linear,constant."""
 
     def __post_init__(self) -> None:

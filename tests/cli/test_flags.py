@@ -12,23 +12,27 @@ import pytest
 from cyclopts import Parameter
 
 from lora.cli import COMMANDS, build_app
-from lora.cli.flags.from_fields import TRAINING, config_from, field_texts, flags_from
-from lora.config import ConfigError, LoRAConfig, TrainConfig
+from lora.cli.flags.from_fields import GROUPS, config_from, field_texts, flags_from
+from lora.config import TRAINING, ConfigError, LoRAConfig, TrainConfig
 
 COLUMNS = 80
+MAX_HELP_CHARACTERS = 104
+"""Of a flag's text, without its default: two lines of a terminal with 80 columns."""
 
 
 @dataclass(frozen=True)
 class Kiln:
     """A made-up config."""
 
-    degrees: int = 900
+    degrees: int = field(default=900, metadata=TRAINING)
     """Temperature, with `hours`
-    and `pots_each`, never `other`."""
-    hours: float | None = None
+    and `pots_each`, never `other`.
+
+    More for who reads the source."""
+    hours: float | None = field(default=None, metadata=TRAINING)
     """Hours."""
     glaze: Literal["matt", "gloss"] = "matt"
-    pots_each: dict[str, int] = field(default_factory=dict)
+    pots_each: dict[str, int] = field(default_factory=dict, metadata=TRAINING)
     """Pots by name."""
 
     def __post_init__(self) -> None:
@@ -36,7 +40,7 @@ class Kiln:
             raise ConfigError("too cold")
 
 
-@flags_from(Kiln, TRAINING, without=("glaze",))
+@flags_from(Kiln, without=("glaze",))
 class KilnFlags:
     """Flags of a kiln."""
 
@@ -57,7 +61,25 @@ def test_flags_have_the_fields_names_defaults_and_texts() -> None:
     hint, parameter = flag(KilnFlags, "pots_each")
     assert hint == dict[str, int]
     assert parameter.help == "Pots by name."
-    assert parameter.group == (TRAINING,)
+    assert parameter.group == (GROUPS["Training"],)
+
+
+def test_a_field_without_a_group_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"flag of glaze: .* Allowed: Model, .*metadata=TRAINING"):
+
+        @flags_from(Kiln)
+        class Some:
+            """No flag."""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_argument_stands_in_one_of_the_groups(command: str) -> None:
+    app = build_app()
+    with app.app_stack([command]):
+        arguments = app[command].assemble_argument_collection()
+    groups = {a.name: {g.name for g in a.parameter.group or ()} for a in arguments if a.name != "*"}
+    faults = {name: found for name, found in groups.items() if not found <= GROUPS.keys()}
+    assert not faults, f"lora {command}: Annotated[…, Parameter(group=DATA)] puts it into a group"
 
 
 def test_what_the_class_says_itself_replaces_type_default_and_text() -> None:
@@ -67,7 +89,7 @@ def test_what_the_class_says_itself_replaces_type_default_and_text() -> None:
 
 
 def test_only_some_fields() -> None:
-    @flags_from(TrainConfig, TRAINING, only=("seed", "steps"))
+    @flags_from(TrainConfig, only=("seed", "steps"))
     class Some:
         """Two flags."""
 
@@ -92,7 +114,7 @@ def test_the_config_made_of_flags_checks_itself() -> None:
 def test_a_field_that_there_is_not_is_an_error() -> None:
     with pytest.raises(KeyError, match="stepps"):
 
-        @flags_from(TrainConfig, TRAINING, only=("stepps",))
+        @flags_from(TrainConfig, only=("stepps",))
         class Some:
             """No flag."""
 
@@ -106,6 +128,8 @@ def test_every_flag_has_a_text_of_whole_sentences_on_one_line(command: str) -> N
     faults = [f"{k}: {v!r}" for k, v in texts.items() if "\n" in v or not v.endswith((".", "..."))]
     assert not faults, "\n".join(faults)
     assert texts
+    long = [f"{k}: {len(v)}" for k, v in texts.items() if len(v) > MAX_HELP_CHARACTERS]
+    assert not long, f"{long}: shorten the first paragraph; a second one is not in the help"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -141,6 +165,29 @@ def test_every_field_of_lora_is_a_flag_of_finetune() -> None:
 def test_groups_are_in_the_order_of_a_users_questions(capsys: pytest.CaptureFixture[str]) -> None:
     build_app(chosen="finetune")(["finetune", "--help"], result_action="return_value")
     printed = capsys.readouterr().out
-    titles = ["Model and data", "LoRA", "Training", "Evaluation", "Run directory", "Device"]
-    places = [printed.index(f"─ {title}") for title in titles]
-    assert places == sorted(places)
+    titles = [line for line in printed.splitlines() if line in GROUPS]
+    assert titles == [title for title in GROUPS if title in titles]
+    assert titles[:4] == ["Model", "Data", "LoRA", "Training"]
+    assert titles[-2:] == ["Output", "Device and memory"]
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_help_page_fits_the_terminal(
+    command: str, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    build_app(chosen=command)([command, "--help"], result_action="return_value")
+    lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if len(line) > columns]
+    assert not [line for line in lines if line.strip() in ("8]", "0]", "on]", "false]")]
+
+
+def test_a_switch_is_one_entry_and_a_list_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    build_app(chosen="finetune")(["finetune", "--help"], result_action="return_value")
+    printed = capsys.readouterr().out
+    assert "--[no-]packing" in printed
+    assert "--no-packing" not in printed
+    assert "[assistant|all, default: assistant]" in " ".join(printed.split())
+    assert "--layers INT,..." in printed
+    assert "--rank-pattern NAME=VALUE,..." in printed

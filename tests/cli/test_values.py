@@ -8,6 +8,7 @@ import pytest
 
 from lora import cli
 from lora.cli import build_app
+from lora.cli.flags.values import name_pairs
 
 
 @pytest.mark.parametrize(
@@ -19,11 +20,13 @@ from lora.cli import build_app
         ("finetune --data x", "--rank 1.0e400", "--rank='1.0e400': must be a whole number"),
         ("finetune --data x", "--layers 1.5", "'1.5': must be a whole number"),
         ("finetune --data x", '--rank-pattern {"q":4.6}', "must be a whole number"),
+        ("finetune --data x", "--rank-pattern 4", "must be name=value, as in q=4,v=8"),
+        ("finetune --data x", "--rank-pattern q=4 --rank-pattern q=5", "multiple times"),
         ("finetune --data x", '--rank-pattern {"q":1e400}', "unable to convert"),
         ("finetune --data x", '--rank-pattern {"q":4,"q":5}', "'q' is given twice"),
         ("finetune --data x", "--rank-pattern.q 4.6", "--rank-pattern[q]='4.6'"),
         ("sweep --data x", "--rank 4.6", "--rank='4.6': must be a whole number"),
-        ("sweep --data x", "--rank 4.6,8", "rank='4.6': must be an int"),
+        ("sweep --data x", "--rank 4.6,8", "--rank='4.6': must be a whole number"),
         ("eval x", "--answers 2.5", "--answers='2.5': must be a whole number"),
         ("generate x", "--top-k 2.5", "--top-k='2.5': must be a whole number"),
         ("finetune", "--data ~nobody-here/x", "the home directory that ~ means is not known"),
@@ -45,6 +48,55 @@ def test_it_is_refused_in_words(
     err = capsys.readouterr().err
     assert seen in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        ("--targets q_proj,v_proj", "targets", ("q_proj", "v_proj")),
+        ("--targets q_proj --targets v_proj", "targets", ("q_proj", "v_proj")),
+        ("--targets a{1,2}", "targets", "a{1,2}"),
+        ("--targets .*(q|v)_proj", "targets", ".*(q|v)_proj"),
+        ("--exclude lm_head,model.layers.0", "exclude", ("lm_head", "model.layers.0")),
+        ("--modules-to-save a --modules-to-save b,c", "modules_to_save", ("a", "b", "c")),
+        ("--layers 0,1", "layers", (0, 1)),
+        ("--layers 0 --layers 1,2", "layers", (0, 1, 2)),
+        ("--layers [0,1]", "layers", (0, 1)),
+        ("--rank-pattern q_proj=4,v_proj=8", "rank_pattern", {"q_proj": 4, "v_proj": 8}),
+        ("--rank-pattern q=4 --rank-pattern v=8", "rank_pattern", {"q": 4, "v": 8}),
+        ("--rank-pattern.q 4 --rank-pattern=v=8", "rank_pattern", {"q": 4, "v": 8}),
+        ("--rank-pattern layers.0.q=4", "rank_pattern", {"layers.0.q": 4}),
+        ("--rank-pattern.layers.0.q 4", "rank_pattern", {"layers.0.q": 4}),
+        ('--rank-pattern {"q":4,"v":8}', "rank_pattern", {"q": 4, "v": 8}),
+        ("--alpha-pattern q=0.5", "alpha_pattern", {"q": 0.5}),
+    ],
+)
+def test_lists_are_written_with_commas_or_by_repetition(
+    words: str, name: str, value: object
+) -> None:
+    given = name_pairs(["finetune", "--data", "x", *words.split()])
+    _, bound, _ = build_app().parse_args(given, exit_on_error=False, print_error=False)
+    assert getattr(bound.arguments["lora"], name) == value
+
+
+@pytest.mark.parametrize("way", ["file", "environment"])
+def test_lists_are_split_from_every_source(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"layers": "0,1", "targets": "q,v", "rank-pattern": "q=4,v=8"}
+    if way == "environment":
+        for key, text in settings.items():
+            monkeypatch.setenv(f"LORALM_FINETUNE_{key.replace('-', '_').upper()}", text)
+    app = build_app(settings if way == "file" else None, "settings.yaml", "finetune")
+    words = ["finetune", "--data", "x"]
+    _, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+    lora = bound.arguments["lora"]
+    assert (lora.layers, lora.targets) == ((0, 1), ("q", "v"))
+    assert lora.rank_pattern == {"q": 4, "v": 8}
+
+
+def test_commas_of_prompts_and_paths_are_kept() -> None:
+    words = ["generate", "red, green", "a,b"]
+    _, bound, _ = build_app().parse_args(words, exit_on_error=False, print_error=False)
+    assert bound.arguments["prompts"] == ["red, green", "a,b"]
 
 
 def test_a_null_character_in_a_file_is_refused(

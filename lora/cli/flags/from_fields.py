@@ -1,6 +1,6 @@
 """Flags made from the fields of configuration dataclasses: names, types, defaults and help texts.
 
-    @flags_from(TrainConfig, TRAINING, without=("seed",))
+    @flags_from(TrainConfig, without=("seed",))
     class SweepTraining:
         "Training settings that all candidates share."
 
@@ -8,7 +8,8 @@
         "Optimizer steps of each candidate."
 
 gives `lora sweep` a flag for each field of TrainConfig but `seed`; what the class's own body states
-(a type, a default, a text) replaces the field's. No torch here.
+(a type, a default, a text) replaces the field's. A flag's group is in the field's metadata.
+No torch here.
 """
 
 from __future__ import annotations
@@ -20,28 +21,19 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter
+
+from lora.config import GROUP, GROUP_TITLES
+from lora.errors import ConfigError
 
 FlagsT = TypeVar("FlagsT")
 ConfigT = TypeVar("ConfigT")
 
-DATA = Group.create_ordered("Model and data")
-COMPARED = Group.create_ordered("What to compare")
-LORA = Group.create_ordered("LoRA")
-TRAINING = Group.create_ordered("Training")
-EVALUATION = Group.create_ordered("Evaluation and checkpoints")
-GENERATION = Group.create_ordered("Generation")
-OUTPUT = Group.create_ordered("Run directory and output")
-DEVICE = Group.create_ordered("Device and memory")
-
-_OWN_GROUPS = {
-    **dict.fromkeys(("precision", "device", "fast"), DEVICE),
-    **dict.fromkeys(("out", "name", "tensorboard"), OUTPUT),
-    "skip_nonfinite": TRAINING,
-}
-"""Fields that a user looks for elsewhere than with the rest of their dataclass."""
+GROUPS = {title: Group.create_ordered(title) for title in GROUP_TITLES}
+MODEL, DATA, COMPARED, LORA, TRAINING, EVALUATION, GENERATION, OUTPUT, DEVICE = GROUPS.values()
+"""The groups of `--help`, for flags that no field stands behind."""
 
 Flat = Parameter(name="*")
 """On a parameter that is a dataclass of flags: they have no prefix."""
@@ -49,7 +41,6 @@ Flat = Parameter(name="*")
 
 def flags_from(
     config: type,
-    group: Group,
     *,
     without: tuple[str, ...] = (),
     only: tuple[str, ...] = (),
@@ -61,6 +52,8 @@ def flags_from(
     field of that name: type, default and, if there is one, text. The result checks nothing;
     `config_from` makes the config, which checks itself. With `unset` the flags' own default is
     None, "not given", for what else supplies the values; see `changed_by`.
+
+    Raises ConfigError for a field whose metadata name no group.
     """
 
     def decorate(cls: type[FlagsT]) -> type[FlagsT]:
@@ -68,12 +61,13 @@ def flags_from(
         known = {f.name: f for f in dataclasses.fields(config)}
         chosen = only or tuple(name for name in known if name not in without)
         fields = {name: known[name] for name in chosen} | own
+        groups = {name: _group_of(known.get(name, each)) for name, each in fields.items()}
         hints = get_type_hints(config) | get_type_hints(cls)
         texts = field_texts(config) | field_texts(cls)
         made = dataclasses.make_dataclass(
             cls.__name__,
             [
-                (name, *_field(hints[name], name, texts, group, each, unset))
+                (name, *_field(hints[name], texts.get(name, ""), groups[name], each, unset))
                 for name, each in fields.items()
             ],
             namespace={"__doc__": cls.__doc__, "__module__": cls.__module__},
@@ -95,28 +89,30 @@ def changed_by(config: ConfigT, flags: object | None) -> ConfigT:
     return dataclasses.replace(config, **given)  # type: ignore[type-var]
 
 
+def _group_of(field: dataclasses.Field[Any]) -> Group:
+    name = field.metadata.get(GROUP)
+    if name not in GROUPS:
+        raise ConfigError(
+            f"Cannot make a flag of {field.name}: its metadata name the group {name!r}. Allowed: "
+            f"{', '.join(GROUPS)}. Write field(default=…, metadata=TRAINING), as in lora/config.py."
+        )
+    return GROUPS[name]
+
+
 def _field(
-    hint: Any,
-    name: str,
-    texts: Mapping[str, str],
-    group: Group,
-    field: dataclasses.Field[Any],
-    unset: bool,
+    hint: Any, text: str, group: Group, field: dataclasses.Field[Any], unset: bool
 ) -> tuple[Any, Any]:
+    metavar = "NAME=VALUE..." if get_origin(hint) is dict else None
+    parameter = Parameter(help=text, group=group, metavar=metavar)
     if unset:
-        return _annotated(hint | None, name, texts, group), dataclasses.field(default=None)
-    return _annotated(hint, name, texts, group), _with_default(field)
+        return Annotated[hint | None, parameter], dataclasses.field(default=None)
+    return Annotated[hint, parameter], _with_default(field)
 
 
 def field_texts(owner: type) -> dict[str, str]:
-    """Return by field the text under it, on one line, with `field` written as --field."""
+    """Return by field the first paragraph under it, on one line, with `field` as --field."""
     texts = _texts_of_module(owner.__module__).get(owner.__name__, {})
     return {name: _as_help(text, texts) for name, text in texts.items()}
-
-
-def _annotated(hint: Any, name: str, texts: Mapping[str, str], group: Group) -> Any:
-    group = _OWN_GROUPS.get(name, group)
-    return Annotated[hint, Parameter(help=texts.get(name, ""), group=group)]
 
 
 def _with_default(field: dataclasses.Field[Any]) -> Any:
@@ -129,7 +125,7 @@ def _as_help(text: str, fields: Mapping[str, str]) -> str:
     def flag(found: re.Match[str]) -> str:
         return "--" + found[1].replace("_", "-") if found[1] in fields else found[1]
 
-    return re.sub(r"`(\w+)`", flag, " ".join(text.split()))
+    return re.sub(r"`(\w+)`", flag, " ".join(text.split("\n\n")[0].split()))
 
 
 @functools.lru_cache

@@ -11,9 +11,8 @@ from lora.cli.flags.from_fields import (
     DATA,
     DEVICE,
     GENERATION,
-    LORA,
+    MODEL,
     OUTPUT,
-    TRAINING,
     flags_from,
 )
 from lora.config import (
@@ -28,9 +27,9 @@ from lora.config import (
 Model = Annotated[
     str | None,
     Parameter(
-        group=DATA,
-        help="Hugging Face model directory, .gguf file, or owner/name on the Hub. Default: "
-        "SmolLM2-135M-Instruct.",
+        group=MODEL,
+        help="Hugging Face directory, .gguf file or owner/name. Default: SmolLM2-135M-Instruct, "
+        "from 4-bit weights.",
     ),
 ]
 TrainingData = Annotated[
@@ -46,15 +45,14 @@ ValidationData = Annotated[
         group=DATA, help="Validation examples. Default: --eval-fraction of --data is split off."
     ),
 ]
-Adapter = Annotated[Path | None, Parameter(group=DATA, help="Adapter directory.")]
+Adapter = Annotated[Path | None, Parameter(group=MODEL, help="Adapter directory.")]
 System = Annotated[str | None, Parameter(group=GENERATION, help="System prompt.")]
 BaseWeights = Annotated[
     BaseDtype,
     Parameter(
         group=DEVICE,
-        help="Storage dtype of the frozen linear layers: auto keeps the compute dtype, fp8 halves "
-        "their memory and is faster on GPUs of compute capability 9.0 (H100, H200), slower on "
-        "others.",
+        help="Storage dtype of the frozen linear layers; fp8 halves their memory (fast on H100 and "
+        "H200).",
     ),
 ]
 Device = Annotated[str, Parameter(group=DEVICE, help="Device: auto, cpu, cuda, cuda:1, ...")]
@@ -62,15 +60,14 @@ Deterministic = Annotated[
     bool,
     Parameter(
         group=DEVICE,
-        help="Bit-for-bit reproducible on a GPU: PyTorch's deterministic algorithms and the "
-        "unfused training step. Slower.",
+        help="Bit-for-bit reproducible on a GPU, with the unfused training step. Slower.",
     ),
 ]
 Report = Annotated[
     bool,
     Parameter(
         group=OUTPUT,
-        help="Write report.html, report.json and pictures into the run directory at the end.",
+        help="Write report.html into the run directory at the end.",
     ),
 ]
 Resume = Annotated[
@@ -92,26 +89,26 @@ def input_paths(*given: Path | str | None) -> tuple[Path, ...]:
     return tuple(Path(path) for path in given if path is not None and Path(path).exists())
 
 
-@flags_from(LoRAConfig, LORA)
+@flags_from(LoRAConfig)
 class LoRAFlags:
     """The adapter."""
 
 
-@flags_from(TrainConfig, TRAINING)
+@flags_from(TrainConfig)
 class TrainFlags:
     """Optimization."""
 
 
-@flags_from(DataConfig, DATA)
+@flags_from(DataConfig)
 class DataFlags:
     """Reading, tokenizing and packing of the examples."""
 
 
-@flags_from(MemoryConfig, DEVICE)
+@flags_from(MemoryConfig)
 class MemoryFlags:
     """GPU memory."""
 
 
-@flags_from(SamplingConfig, GENERATION)
+@flags_from(SamplingConfig)
 class SamplingFlags:
     """Generation."""
