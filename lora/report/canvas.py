@@ -150,6 +150,25 @@ def draw_rates(lines: Sequence[Curve], base_loss: float | None) -> Figure:
     return canvas.figure
 
 
+def draw_lines(
+    lines: Sequence[Curve], y_label: str, x_label: str, *, has_names: bool = True
+) -> Figure:
+    """Draw lines of any quantity from zero up, labelled at their ends if there are several."""
+    labels = [_cut(line.label) if has_names else "" for line in lines]
+    high = max(y for line in lines for _, y in line.points)
+    canvas = Canvas(labels if has_names else [], y_label, x_label)
+    for line in lines:
+        style = LINE_STYLES[(line.number or 0) % len(LINE_STYLES)]
+        _plot(canvas.axes, line.points, color=_colour(line), linestyle=style, linewidth=1.4)
+    canvas.axes.set_xlim(left=0)
+    canvas.axes.locator_params(axis="x", integer=True)
+    canvas.axes.set_ylim(0, 1.1 * high or 1.0)
+    canvas.axes.yaxis.set_major_formatter(lambda value, _: short(value))
+    if has_names:
+        canvas.label_ends(labels, lines)
+    return canvas.figure
+
+
 def draw_bars(bars: Sequence[tuple[str, Memory]]) -> Figure:
     """Draw planned memory by part as stacked bars, and measured memory as a mark."""
     height = 0.85 + 0.42 * len(bars)

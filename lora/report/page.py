@@ -61,7 +61,7 @@ class PromptAnswers:
 def build_page(report: Report, drawn: dict[str, list[Drawing]]) -> str:
     """Return the page as HTML; `drawn` has the pictures of each section.
 
-    Sections are loss, memory and `group NAME`. All text that comes from files is escaped.
+    Sections are loss, course, memory and `group NAME`. All text that comes from files is escaped.
     """
     import jinja2
 
@@ -124,9 +124,24 @@ def _run_finding(run: RunSummary) -> str:
     so_far = "" if run.status == "finished" else f" It is unfinished: {_progress(run)}."
     if first is last:
         return f"Validation loss {loss_text(last.loss)} at step {last.step}.{so_far}"
+    best = min(run.held_out, key=lambda point: point.loss)
+    steps = f"{count_text(last.step - first.step)} steps{took}"
+    if best is last:
+        return (
+            f"Validation loss went from {loss_text(first.loss)} to {loss_text(last.loss)} nats per "
+            f"token, its best, in {steps}.{so_far}"
+        )
+    if best is first:
+        return (
+            f"Training did not help: validation loss is {loss_text(first.loss)} nats per token "
+            f"before training, its best, and {loss_text(last.loss)} after {steps}. Try a lower "
+            f"learning rate.{so_far}"
+        )
+    worse = ", worse than before training" if last.loss > first.loss else ""
     return (
-        f"Validation loss went from {loss_text(first.loss)} to {loss_text(last.loss)} nats per "
-        f"token in {count_text(last.step - first.step)} steps{took}.{so_far}"
+        f"Best validation loss {loss_text(best.loss)} nats per token at step "
+        f"{count_text(best.step)}, from {loss_text(first.loss)} before training; "
+        f"{loss_text(last.loss)} at the end{worse}, after {steps}.{so_far}"
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora.errors import CheckpointError, ConfigError
+from lora.report.course import course_pictures
 from lora.report.curves import draw_loss_curves
 from lora.report.figures import (
     Picture,
@@ -147,6 +148,7 @@ def _pictures(report: Report) -> dict[str, list[Picture]]:
     """Return the pictures of each section of the page."""
     found = {"loss": loss_pictures(report)}
     memory = memory_picture(report)
+    found["course"] = course_pictures(report)
     found["memory"] = [] if memory is None else [memory]
     for number, sweep in enumerate(report.sweeps, start=1):
         found[f"group {sweep.name}"] = sweep_pictures(sweep, number)

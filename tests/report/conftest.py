@@ -97,7 +97,8 @@ def make_run(tmp_path: Path) -> Make:
         losses = [2.0 * (end / 2.0) ** (step / STEPS) for step in range(STEPS + 1)]
         rows: list[dict[str, Any]] = [{"step": 0, "eval_loss": losses[0]}]
         for step in range(1, STEPS + 1):
-            rows.append({"step": step, "loss": losses[step] + 0.05, "tokens": 100 * step})
+            row = {"step": step, "loss": losses[step] + 0.05, "tokens": 100 * step}
+            rows.append(row | {"learning_rate": rate / step, "gradient_norm": 1.0 + step % 3})
             if step % 5 == 0:
                 rows.append({"step": step, "eval_loss": losses[step]})
         write_lines(folder / "metrics.jsonl", rows)

@@ -113,7 +113,7 @@ def test_the_page_has_headings_and_its_pictures_are_told(mixed: tuple[Page, str]
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
     assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
     pictures = [a for a in page.all("svg") if a.get("role") == "img"]
-    assert len(pictures) == len(page.all("figure")) == 6
+    assert len(pictures) == len(page.all("figure")) == 8
     assert all(len(a["aria-label"] or "") > 30 for a in pictures)
     assert all("aria-hidden" in a for a in page.all("svg") if a.get("role") != "img")
     assert all(a.get("scope") for a in page.all("th"))
@@ -155,6 +155,41 @@ def test_the_page_says_what_was_found(mixed: tuple[Page, str]) -> None:
         "held-1",
     ):
         assert words in text, words
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([2.0, 1.5, 1.0], "Validation loss went from 2.0000 to 1.0000 nats per token, its best"),
+        (
+            [2.0, 1.0, 1.5],
+            "Best validation loss 1.0000 nats per token at step 10, from 2.0000 before training; "
+            "1.5000 at the end, after 20 steps",
+        ),
+        ([2.0, 1.0, 2.5], "2.5000 at the end, worse than before training, after 20 steps"),
+        ([2.0, 2.2, 2.5], "Training did not help: validation loss is 2.0000 nats per token before"),
+    ],
+)
+def test_the_headline_has_the_best_loss(
+    make_run: Make, tmp_path: Path, losses: list[float], said: str
+) -> None:
+    folder = make_run()
+    rows = [{"step": 10 * n, "eval_loss": loss} for n, loss in enumerate(losses)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = Page(write_report([folder], tmp_path / "out").html.read_text(encoding="utf-8"))
+    assert said in " ".join(page.text.split())
+
+
+def test_answers_and_steps_come_before_memory_and_settings_are_folded(
+    mixed: tuple[Page, str],
+) -> None:
+    page, text = mixed
+    order = [text.index(f'id="s-{name}"') for name in ("loss", "answers", "course", "memory")]
+    assert order == sorted(order)
+    assert all("open" not in attributes for attributes in page.all("details"))
+    drawn = [attributes.get("aria-label") or "" for attributes in page.all("svg")]
+    assert any(label.startswith("Learning rate against") for label in drawn)
+    assert any(label.startswith("Gradient norm against") for label in drawn)
 
 
 def test_what_comes_from_files_is_shown_as_text(make_run: Make, tmp_path: Path) -> None:
@@ -200,9 +235,10 @@ def test_report_json_says_what_the_page_says(make_run: Make, tmp_path: Path) -> 
     assert run["held_out"][-1] == {"step": 20, "loss": pytest.approx(0.5), "time_s": 5.0}
     assert run["memory"]["planned_total"] == 850_000_000
     assert run["settings"]["lora.rank"] == 8
-    assert "training" not in run
+    assert not {"training", "course"} & set(run)
     assert [path.name for path in files.pictures] == [
-        "loss_by_steps.png", "loss_by_time.png", "memory.png"
+        "loss_by_steps.png", "loss_by_time.png", "learning_rate.png", "gradient_norm.png",
+        "memory.png",
     ]  # fmt: skip
     assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in files.pictures)
 

@@ -37,6 +37,16 @@ class Point:
 
 
 @dataclass(frozen=True)
+class StepState:
+    """What steered an optimizer step."""
+
+    step: int
+    learning_rate: float | None
+    gradient_norm: float | None
+    """Before clipping."""
+
+
+@dataclass(frozen=True)
 class Memory:
     """Peak memory in bytes: planned before the weights were loaded, and measured."""
 
@@ -89,6 +99,7 @@ class RunSummary:
     """Of the saved tensors: the adapter's, or all weights."""
     held_out: tuple[Point, ...] = ()
     training: tuple[Point, ...] = field(default=(), repr=False)
+    course: tuple[StepState, ...] = field(default=(), repr=False)
     memory: Memory | None = None
     samples: tuple[Sample, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
@@ -239,13 +250,13 @@ class Report:
         return [run for run in self.runs if run.group == name]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all but the training losses, which metrics.jsonl has, as JSON values.
+        """Return all but what metrics.jsonl has of each step, as JSON values.
 
         What is not finite becomes None.
         """
         values = {"kind": REPORT_KIND, "schema_version": SCHEMA_VERSION, **asdict(self)}
         for run in values["runs"]:
-            del run["training"]
+            del run["training"], run["course"]
         plain: dict[str, Any] = _plain(values)
         return plain
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from lora.report.records.command import finetune_command
 from lora.report.records.reading import count_elements, flatten, relative
-from lora.report.records.records import Memory, Point, RunSummary
+from lora.report.records.records import Memory, Point, RunSummary, StepState
 from lora.runs.comparison_record import Sample
 from lora.runs.read_record import (
     read_metrics,
@@ -104,6 +104,7 @@ def read_run(folder: Path, base: Path, faults: Faults, *, group: str = "") -> Ru
         stored_bytes=_stored_bytes(folder),
         held_out=held_out,
         training=training,
+        course=_course(metrics),
         memory=_memory(result),
         samples=_samples(folder, faults),
         settings=_settings(record),
@@ -147,6 +148,14 @@ def _points(
         Point(step, loss, elapsed.get(step))
         for step, loss in losses
         if loss is not None and math.isfinite(loss)
+    )
+
+
+def _course(metrics: Sequence[MetricsRow]) -> tuple[StepState, ...]:
+    return tuple(
+        StepState(row.step, row.learning_rate, row.gradient_norm)
+        for row in metrics
+        if row.learning_rate is not None or row.gradient_norm is not None
     )
 
 
