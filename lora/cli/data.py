@@ -44,7 +44,7 @@ def data(
     from lora.pretrained.sources import find_model
 
     folder = find_model(model).folder
-    report = inspect_data(path, load_tokenizer(folder), config)
+    report = inspect_data(path, load_tokenizer(folder), config, n_rows=_embedding_rows(folder))
     excess = why_beyond_positions(folder, report.longest_tokens)
     report.warnings += [excess] if excess else []
     if json:
@@ -52,3 +52,15 @@ def data(
     else:
         print_report(report, build_console())
     return 2 if report.errors else 0
+
+
+def _embedding_rows(folder: Path) -> int | None:
+    """Return the rows of the model's embedding; None without a configuration that says so."""
+    from lora.decoder.families import decoder_config
+    from lora.errors import ModelError
+    from lora.pretrained.hf_files import read_config
+
+    try:
+        return decoder_config(read_config(folder)).vocab_size
+    except ModelError:  # a tokenizer alone, or a model that cannot be trained: its data can be seen
+        return None

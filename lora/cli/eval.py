@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ from lora.terminal import build_console, print_note
 if TYPE_CHECKING:
     from lora.data.reading.formats import Example
     from lora.data.sequences.encoded import EncodedExamples, EncodingCounts
+    from lora.data.tokenizers.subword import TextTokenizer
     from lora.inference.evaluation import Scores
 
 
@@ -60,11 +62,12 @@ def evaluate(
     """
     from lora.adapters.apply import disabled_adapter
     from lora.data.reading.readers import read_examples
+    from lora.data.sequences.embedding_rows import check_ids
     from lora.inference.evaluation import encode_for_loss
 
     _check(answers, bleu)
     sampling = SamplingConfig(max_new_tokens=max_new_tokens)
-    config = _data_config(adapter, data_config)
+    config, now = _data_settings(adapter, data_config)
     examples = read_examples(data, _tell)
     loaded = load_model(model, adapter, device)
     if config.chat_template is not None:
@@ -75,10 +78,11 @@ def evaluate(
     if config.keep_control_tokens:
         meant = loaded.tokenizer.with_control_tokens_in_messages()
         loaded = replace(loaded, tokenizer=meant)
-    encoded = encode_for_loss(examples, loaded.tokenizer, config)
-    _tell_cuts(encoded.counts, config)
+    encoded = encode_for_loss(examples, loaded.tokenizer, config, now)
+    check_ids(encoded.documents, examples, loaded.tokenizer, loaded.model.config.vocab_size)
+    _tell_findings(examples, encoded, loaded.tokenizer, config, now)
     scores = {}
-    given = encoded, examples[:answers], config, sampling, bleu
+    given = encoded, examples[:answers], config, sampling, bleu, now
     if adapter is not None:
         with disabled_adapter(loaded.model):
             scores["base"] = _measure(loaded, *given)
@@ -112,23 +116,44 @@ def _check(answers: int, bleu: bool) -> None:
         )
 
 
-def _data_config(adapter: Path | None, flags: EvalDataFlags | None) -> DataConfig:
-    """Return the run's data settings, with those that the flags change."""
+def _data_settings(
+    adapter: Path | None, flags: EvalDataFlags | None
+) -> tuple[DataConfig, datetime]:
+    """Return the run's data settings, with those that the flags change, and its date."""
     from lora.errors import ConfigError
-    from lora.inference.run_settings import read_run_data_settings
+    from lora.inference.run_settings import RunDataSettings, read_run_data_settings
 
-    config = DataConfig()
+    settings = RunDataSettings(DataConfig(), None)
     if adapter is not None:
         settings = read_run_data_settings(adapter)
-        config = settings.config
         _tell(str(settings))
-    config = changed_by(config, flags)
+    config = changed_by(settings.config, flags)
     if config.special_tokens:
         raise ConfigError(
             "Cannot evaluate with --special-tokens: lora finetune adds them, and an adapter has "
             "its own. Remove the flag."
         )
-    return config
+    return config, settings.now
+
+
+def _tell_findings(
+    examples: list[Example],
+    encoded: EncodedExamples,
+    tokenizer: TextTokenizer,
+    config: DataConfig,
+    now: datetime,
+) -> None:
+    from lora.data.findings import describe_encoding, describe_placeholders
+
+    if "strftime_now" in (tokenizer.chat_template or ""):
+        _tell(f"the chat template prints the date: here {now:%d %B %Y}, in each evaluation")
+    _tell_cuts(encoded.counts, config)
+    warnings, notes = describe_encoding(examples, encoded)
+    _, placeholders = describe_placeholders(examples)
+    for warning in filter(None, [*warnings, placeholders]):
+        _tell(f"warning: {warning}")
+    for note in notes:
+        _tell(f"note: {note}")
 
 
 def _tell_cuts(counts: EncodingCounts, config: DataConfig) -> None:
@@ -153,11 +178,12 @@ def _measure(
     config: DataConfig,
     sampling: SamplingConfig,
     bleu: bool,
+    now: datetime,
 ) -> Scores:
     from lora.inference.evaluation import answer_examples, loss_of, score
 
     loss = loss_of(loaded.model, encoded, loaded.tokenizer, config, loaded.choice)
-    written = answer_examples(loaded.model, chosen, loaded.tokenizer, sampling)
+    written = answer_examples(loaded.model, chosen, loaded.tokenizer, sampling, now=now)
     counts = encoded.counts
     return replace(
         score(loss, written, bleu=bleu),

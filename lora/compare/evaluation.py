@@ -45,7 +45,7 @@ class Evaluator:
         evaluation = self.job.evaluation
         name, examples = _forgetting_text(evaluation.forgetting_data)
         config = replace(self.job.data_config, long_examples="split", special_tokens=())
-        loss = measure_loss(model, examples, tokenizer, config, self.choice)
+        loss = measure_loss(model, examples, tokenizer, config, self.choice, now=self.data.now)
         self.progress.message(f"loss on {name}: {loss:.4f}")
         metric_name = metric = None
         if evaluation.metric != "none":
@@ -63,9 +63,10 @@ class Evaluator:
         evaluation = self.job.evaluation
         examples: Sequence[Example] = self.data.validation_examples
         if evaluation.test_data is not None:
-            examples = read_examples(evaluation.test_data)
+            examples = read_examples(evaluation.test_data, self.progress.message)
         sampling = SamplingConfig(max_new_tokens=evaluation.answer_tokens)
-        answers = answer_examples(model, examples[: evaluation.answers], tokenizer, sampling)
+        chosen = examples[: evaluation.answers]
+        answers = answer_examples(model, chosen, tokenizer, sampling, now=self.data.now)
         found = score(0.0, answers)
         if not found.n_answers or found.exact_match is None:
             raise DataError(

@@ -11,10 +11,12 @@ import numpy as np
 
 from lora.config import DataConfig
 from lora.data.chat.choose_template import choose_template
+from lora.data.findings import describe_encoding, describe_placeholders, shorten_names
 from lora.data.inspection_report import DataReport, Preview
 from lora.data.prepare import PreparedData
 from lora.data.reading.formats import Example
 from lora.data.reading.readers import Source, read_examples
+from lora.data.sequences.embedding_rows import check_ids, grown_rows
 from lora.data.sequences.encode import encode_examples
 from lora.data.sequences.encoded import EncodedExamples, check_has_targets
 from lora.data.sequences.packing import pack, padded_length
@@ -23,7 +25,6 @@ from lora.errors import DataError
 
 _PREVIEW_TOKENS = 400
 _COMPACT_PREVIEW_TOKENS = 4000  # the compact view leaves out their middle and shows the end
-_MAX_NAMES_CHARACTERS = 1000  # of a note that lists columns
 _MANY = 0.1  # fraction of the examples from which on cut ones are worth a warning
 
 
@@ -32,18 +33,21 @@ def inspect_data(
     tokenizer: TextTokenizer,
     config: DataConfig,
     *,
+    n_rows: int | None = None,
     n_previews: int = 3,
     on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> DataReport:
     """Return a report on `source` as training data; faults of the data are in its `errors`.
 
-    No validation split is made: the figures cover all examples. Raises DependencyError if a file's
+    `n_rows` is of the model's embedding, with which the ids are compared; None: with nothing. No
+    validation split is made: the figures cover all examples. Raises DependencyError if a file's
     format needs a package that is not installed.
     """
     report = DataReport(_name_of(source), config.max_length, config.learn_on)
     try:
         if config.special_tokens:
             tokenizer = tokenizer.with_tokens(config.special_tokens)
+            n_rows = grown_rows(n_rows, tokenizer, config.special_tokens)
         if config.keep_control_tokens:
             tokenizer = tokenizer.with_control_tokens_in_messages()
         examples = read_examples(source, report.notes.append)
@@ -56,6 +60,7 @@ def inspect_data(
         _count_sequences(report, encoded, config)
         report.previews = _preview(examples, encoded, tokenizer, n_previews, _PREVIEW_TOKENS)
         _warn(report)
+        check_ids(encoded.documents, examples, tokenizer, n_rows)
         check_has_targets(encoded, config.learn_on)
     except DataError as error:
         report.errors.append(str(error))
@@ -97,16 +102,14 @@ def _describe_examples(report: DataReport, examples: Sequence[Example]) -> None:
     report.unused_columns = dict(Counter(name for e in examples for name in e.unused_columns))
     if report.unused_columns:
         named = ", ".join(f"{name} ({n:,} rows)" for name, n in report.unused_columns.items())
-        report.notes.append(f"columns that are not used: {_shorten(named)}")
+        report.notes.append(f"columns that are not used: {shorten_names(named)}")
+    report.n_media_placeholders, warning = describe_placeholders(examples)
+    report.warnings += [warning] if warning else []
     report.n_flagged = sum(bool(e.off_flags) for e in examples)
     if report.n_flagged:
         report.notes.append(
             f"loss flags make answers of {report.n_flagged} of {len(examples)} examples context"
         )
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= _MAX_NAMES_CHARACTERS else f"{text[:_MAX_NAMES_CHARACTERS]} ..."
 
 
 def _count_tokens(
@@ -119,22 +122,11 @@ def _count_tokens(
     report.counts = encoded.counts
     report.dropped_fields = encoded.dropped_fields
     report.n_control_tokens = sum(encoded.control_tokens.values())
-    if encoded.control_tokens:
-        named = examples[min(encoded.control_tokens)].source
-        report.warnings.append(
-            f"special tokens are spelt out {report.n_control_tokens:,} times in the messages of "
-            f"{len(encoded.control_tokens)} examples, as in {named}: they are split into ordinary "
-            "tokens; set keep_control_tokens if the special ones are meant"
-        )
+    report.n_plain_control_tokens = sum(encoded.plain_control_tokens.values())
     report.n_parted_prompts = len(encoded.parted_prompts)
-    if encoded.parted_prompts:
-        number, (before, after) = min(encoded.parted_prompts.items())
-        report.notes.append(
-            f"{report.n_parted_prompts} of {report.n_examples} examples have a prompt whose last "
-            f"tokens change with its answer, as in {examples[number].source} with {before!r} and "
-            f"{after!r}: both are tokenised apart, as they are asked and answered; better end "
-            "prompts without white space and begin answers with it"
-        )
+    warnings, notes = describe_encoding(examples, encoded)
+    report.warnings += warnings
+    report.notes += notes
     report.n_learned_tokens = documents.n_target_tokens
     report.n_ignored_tokens = len(documents.ids) - report.n_learned_tokens
     values = np.quantile(lengths, [0, 0.5, 0.95, 1], method="nearest").tolist()
@@ -222,11 +214,6 @@ def _warn(report: DataReport) -> None:
         "never comes next": not count
         for token, count in report.special_tokens.items()
     }
-    if report.dropped_fields:
-        named = ", ".join(f"{name} ({count:,})" for name, count in report.dropped_fields.items())
-        report.warnings.append(
-            f"lost, because the chat template has no place for them: {_shorten(named)}"
-        )
     report.warnings += [warning for warning, is_so in found.items() if is_so]
     if 0 < n_cut <= _MANY * n:
         report.notes.append(long)

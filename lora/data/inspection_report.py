@@ -62,6 +62,10 @@ class DataReport:
     """Number by name of the fields that the chat template has no place for."""
     n_control_tokens: int = 0
     """Special tokens that messages spell out, and that are split into ordinary tokens."""
+    n_plain_control_tokens: int = 0
+    """Special tokens that plain texts spell out, and that stay special tokens."""
+    n_media_placeholders: int = 0
+    """Examples with a placeholder of an image, a video or audio, which is learned as a word."""
     n_parted_prompts: int = 0
     """Examples whose prompt is tokenised apart from its answer, as it is when it is asked."""
     n_flagged: int = 0

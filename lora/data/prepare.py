@@ -12,7 +12,7 @@ from lora.data.reading.formats import Example
 from lora.data.reading.readers import Source, read_examples
 from lora.data.reading.splitting import split_examples
 from lora.data.sequences.batches import TokenSequences, build_sequences
-from lora.data.sequences.embedding_rows import check_ids, choose_pad_id
+from lora.data.sequences.embedding_rows import check_ids, choose_pad_id, grown_rows
 from lora.data.sequences.encode import encode_examples
 from lora.data.sequences.encoded import EncodedExamples, check_has_targets
 from lora.data.tokenizers.subword import TextTokenizer
@@ -70,8 +70,7 @@ def prepare_data(
         on_message(note)
     if config.special_tokens:
         tokenizer = tokenizer.with_tokens(config.special_tokens)
-        if n_rows is not None:  # the table grows by what is added
-            n_rows = max(n_rows, 1 + max(tokenizer.ids_of(config.special_tokens)))
+        n_rows = grown_rows(n_rows, tokenizer, config.special_tokens)
     if config.keep_control_tokens:
         tokenizer = tokenizer.with_control_tokens_in_messages()
     pad_id, pad_note = choose_pad_id(tokenizer, n_rows)

@@ -6,11 +6,13 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from lora.config import DataConfig, SamplingConfig
 from lora.data.chat.prompts import Prompt, example_prompt
 from lora.data.reading.formats import Example
 from lora.data.sequences.batches import build_sequences, ordered_batches
+from lora.data.sequences.embedding_rows import choose_pad_id
 from lora.data.sequences.encode import encode_examples
 from lora.data.sequences.encoded import EncodedExamples, check_has_targets
 from lora.data.tokenizers.subword import TextTokenizer
@@ -65,20 +67,26 @@ def measure_loss(
     config: DataConfig,
     choice: DeviceChoice,
     batch_size: int = 8,
+    *,
+    now: datetime | None = None,
 ) -> float:
     """Return the mean loss in nats over the target tokens of `examples`.
 
-    Raises DataError if there are none.
+    `now` is the date for chat templates that print one; None uses the clock. Raises DataError if
+    there are no target tokens.
     """
-    encoded = encode_for_loss(examples, tokenizer, config)
+    encoded = encode_for_loss(examples, tokenizer, config, now)
     return loss_of(model, encoded, tokenizer, config, choice, batch_size)
 
 
 def encode_for_loss(
-    examples: Sequence[Example], tokenizer: TextTokenizer, config: DataConfig
+    examples: Sequence[Example],
+    tokenizer: TextTokenizer,
+    config: DataConfig,
+    now: datetime | None = None,
 ) -> EncodedExamples:
     """Return the examples as documents. Raises DataError if none of their tokens is a target."""
-    encoded = encode_examples(examples, tokenizer, config)
+    encoded = encode_examples(examples, tokenizer, config, now=now)
     check_has_targets(encoded, config.learn_on)
     return encoded
 
@@ -92,7 +100,7 @@ def loss_of(
     batch_size: int = 8,
 ) -> float:
     """Return the mean loss in nats over the target tokens of encoded examples."""
-    pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
+    pad, _ = choose_pad_id(tokenizer, model.config.vocab_size)
     sequences = build_sequences(
         encoded.documents, config.max_length, packing=config.packing, pad_id=pad, seed=0
     )
@@ -107,10 +115,11 @@ def answer_examples(
     sampling: SamplingConfig,
     *,
     batch_size: int = 16,
+    now: datetime | None = None,
     on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> list[Answer]:
     """Return the model's answers to the examples that have a prompt and a reference, in order."""
-    found = (example_prompt(example, tokenizer) for example in examples)
+    found = (example_prompt(example, tokenizer, now=now) for example in examples)
     prompts: list[Prompt] = [p for p in found if p is not None and p.reference is not None]
     # Sorted by length: prompts of one batch then need little padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))

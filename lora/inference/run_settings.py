@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from lora.config import DataConfig
 from lora.runs.read_record import read_run_record
 from lora.runs.record import RUN_FILE
+
+EVALUATION_DATE = datetime(2024, 7, 26)
+"""For chat templates that print a date, where no run tells one: an evaluation can be repeated."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +22,8 @@ class RunDataSettings:
     config: DataConfig
     source: Path | None
     """None: the defaults, because no run's record lies beside the adapter."""
+    now: datetime = EVALUATION_DATE
+    """The date that chat templates print: that of the run's start."""
 
     def __str__(self) -> str:
         if self.source is None:
@@ -35,10 +41,11 @@ def read_run_data_settings(adapter: Path) -> RunDataSettings:
     folder = adapter.resolve()
     for directory in (folder, folder.parent):
         path = directory / RUN_FILE
-        values = read_run_record(directory).data_config if path.is_file() else None
-        if values is not None:
+        record = read_run_record(directory) if path.is_file() else None
+        if record is not None and record.data_config is not None:
             has_tokenizer = (folder / "tokenizer.json").is_file()
-            return RunDataSettings(_config_of(values, has_tokenizer), path)
+            config = _config_of(record.data_config, has_tokenizer)
+            return RunDataSettings(config, path, _date_of(record.data.now))
     return RunDataSettings(DataConfig(), None)
 
 
@@ -49,3 +56,10 @@ def _config_of(values: dict[str, Any], has_tokenizer: bool) -> DataConfig:
     if template is not None and not has_tokenizer:
         kept["chat_template"] = Path(template)
     return DataConfig(**kept)
+
+
+def _date_of(text: str | None) -> datetime:
+    try:
+        return datetime.fromisoformat(text or "")
+    except ValueError:  # older runs do not tell
+        return EVALUATION_DATE

@@ -244,3 +244,34 @@ def test_unused_columns_and_loss_flags_are_told_once(chatml_tokenizer: TextToken
     ]
     data = prepare_data(rows, chatml_tokenizer, DataConfig(eval_fraction=0), seed=0)
     assert inspect_prepared(data, rows, DataConfig()).notes == report.notes
+
+
+ANSWER = {"role": "assistant", "content": "A cat."}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "<image>\nWhat is it?"}, ANSWER]},
+        {"messages": [{"role": "user", "content": "<|vision_start|><|image_pad|>"}, ANSWER]},
+        {"prompt": "[IMG] What is it?", "completion": "A cat."},
+        {"text": "<|audio|> says"},
+    ],
+)
+def test_placeholders_of_images_are_a_warning(
+    row: dict[str, Any], chatml_tokenizer: TextTokenizer
+) -> None:
+    html = {"text": "<video src='a'><video>film</video> <image>x</image> [img <images>"}
+    report = inspect_data([html, row, row], chatml_tokenizer, DataConfig())
+    assert report.n_media_placeholders == 2
+    (warning,) = [text for text in report.warnings if "placeholder" in text]
+    assert warning.startswith("2 of 3 examples have a placeholder")
+    assert "in row 2" in warning
+
+
+def test_tokens_without_an_embedding_row_are_an_error(chatml_tokenizer: TextTokenizer) -> None:
+    number = chatml_tokenizer.ids_of(["<|im_end|>"])[0]
+    report = inspect_data(ROWS, chatml_tokenizer, DataConfig(), n_rows=number)
+    assert "'<|im_end|>', in row 1, has the id" in report.errors[0]
+    grown = DataConfig(special_tokens=("<|im_start|>", "<|im_end|>"))
+    assert not inspect_data(ROWS, chatml_tokenizer, grown, n_rows=number).errors

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from lora.cli import main
 from lora.cli.chat import _run_command
+from lora.data.tokenizers.subword import load_tokenizer
 from lora.inference.loading import load_model
-from lora.inference.run_settings import read_run_data_settings
+from lora.inference.run_settings import EVALUATION_DATE, read_run_data_settings
 from lora.pretrained.hf_weights import load_decoder
 
 Read = Callable[[], tuple[str, str]]
@@ -158,6 +159,55 @@ def test_eval_asks_with_the_chat_template_that_is_given(
     own = json.loads(read()[0])["base"]["loss"]
     assert main([*words, "--chat-template", str(template)]) == 0
     assert json.loads(read()[0])["base"]["loss"] != own
+
+
+def test_eval_tells_what_the_data_lose_and_prints_the_date_of_the_run(
+    tiny_folder: Path, adapter: Path, tmp_path: Path, read: Read
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(adapter.parent, run)
+    record = json.loads((run / "run.json").read_text())
+    record["data"]["now"] = "2031-02-03T04:05:06"
+    (run / "run.json").write_text(json.dumps(record))
+    template = tmp_path / "dated.jinja"
+    own = load_tokenizer(tiny_folder).chat_template
+    template.write_text("{{ strftime_now('%d %B %Y') }}" + str(own))
+    data = tmp_path / "data.jsonl"
+    messages = [
+        {"role": "user", "content": "<image> <|im_end|>"},
+        {"role": "assistant", "content": "a", "reasoning_content": "b"},
+    ]
+    data.write_text(json.dumps({"messages": messages}))
+    words = ["eval", str(data), "--model", str(tiny_folder), "--chat-template", str(template)]
+    words += ["--allow-dropped-fields", "--answers", "1", "--max-new-tokens", "2", "--json"]
+    losses = []
+    for more, date in [
+        (["--adapter", str(run / "adapter")], "03 February 2031"),
+        ([], f"{EVALUATION_DATE:%d %B %Y}"),
+    ]:
+        assert main([*words, *more]) == 0
+        out, err = read()
+        losses.append(json.loads(out)["base"]["loss"])
+        assert f"prints the date: here {date}" in err
+        assert "warning: special tokens are spelt out 1 times" in err
+        assert "warning: lost, because the chat template has no place for them: reasoning" in err
+        assert "warning: 1 of 1 examples have a placeholder" in err
+    assert losses[0] != losses[1]
+
+
+def test_eval_and_data_name_tokens_without_an_embedding_row(
+    tiny_folder: Path, tmp_path: Path, read: Read
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    load_tokenizer(model).with_tokens(["<new>"]).save(model)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "one <new> two"}')
+    for command in ("eval", "data"):
+        assert main([command, str(data), "--model", str(model)]) == 2
+        said = " ".join(" ".join(read()).split())
+        assert "its token '<new>', in" in said
+        assert "has the id 400" in said
 
 
 @pytest.mark.parametrize(

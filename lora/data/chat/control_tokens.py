@@ -15,6 +15,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lora.data.reading.formats import Example
 from lora.data.reading.messages import Message
 from lora.data.tokenizers.subword import TextTokenizer
@@ -28,9 +31,7 @@ class ControlTokens:
     """The spellings of a tokenizer's special tokens, but for its `content_tokens`."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
-        added = tokenizer.backend.get_added_tokens_decoder().values()
-        words = {token.content for token in added if token.special and len(token.content) > 1}
-        words -= set(tokenizer.content_tokens)
+        words = _words(tokenizer)
         longest_first = sorted(words, key=lambda word: (-len(word), word))
         found = "|".join(map(re.escape, longest_first))
         self._pattern = re.compile(found) if words else None
@@ -73,6 +74,20 @@ class ControlTokens:
             items = [self._mark(each) for each in value]
             return type(value)(each for each, _ in items), sum(count for _, count in items)
         return value, 0
+
+
+def special_ids(tokenizer: TextTokenizer) -> NDArray[np.bool_]:
+    """Return which ids are special tokens that no text should spell out, (V,)."""
+    numbers = tokenizer.ids_of(sorted(_words(tokenizer)))
+    table = np.zeros(max([tokenizer.vocab_size, *(number + 1 for number in numbers)]), np.bool_)
+    table[numbers] = True
+    return table
+
+
+def _words(tokenizer: TextTokenizer) -> set[str]:
+    added = tokenizer.backend.get_added_tokens_decoder().values()
+    words = {token.content for token in added if token.special and len(token.content) > 1}
+    return words - set(tokenizer.content_tokens)
 
 
 def unmark(text: str) -> tuple[str, list[int]]:

@@ -7,7 +7,7 @@ and .txt .md as one text per file. A folder is read in the order of its files' n
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ TABLE_SUFFIXES = tuple(TABLE_READERS)
 
 _DESCRIPTIONS = frozenset(("dataset_info.json", "dataset_infos.json", "dataset_dict.json"))
 """Files that other tools write beside data."""
+_MAX_NAMES = 12
+"""Of files, in a message."""
 _VALIDATION_WORDS = frozenset(("valid", "validation", "val", "dev", "eval", "test"))
 
 
@@ -34,7 +36,7 @@ def read_examples(source: Source, on_message: OnMessage = lambda message: None) 
 
     Args:
         source: what to read.
-        on_message: called with the files of a folder that are skipped.
+        on_message: called with the files of a folder that are skipped; hidden ones are not named.
 
     Raises:
         DataError: the source is missing, empty or damaged, or rows of it fit no format. One message
@@ -125,26 +127,38 @@ def _find_in_folder(folder: Path, on_message: OnMessage) -> list[Path]:
         )
     described = [p for p in paths if p.name in _DESCRIPTIONS]
     if described:
-        on_message(f"skipped as descriptions of data: {', '.join(p.name for p in described)}")
+        on_message(f"skipped as descriptions of data: {_list(described)}")
     paths = [p for p in paths if p.name not in _DESCRIPTIONS]
     tables = [p for p in paths if p.suffix.lower() in TABLE_SUFFIXES]
     texts = [p for p in paths if p.suffix.lower() in TEXT_SUFFIXES]
     found = tables or texts  # beside tables, a text is a README
+    rest = [p for p in paths if p not in set(found)]
     if not found:
         allowed = " ".join(TABLE_SUFFIXES + TEXT_SUFFIXES)
+        seen = f" Files there: {_list(rest)}." if rest else ""
         raise DataError(
             f"Cannot read examples from {folder}: none of its {len(paths)} files has a known "
-            f"suffix. Allowed: {allowed}. Give a folder that has such files."
+            f"suffix.{seen} Allowed: {allowed}. Give a folder that has such files."
         )
+    unknown = [p for p in rest if p not in set(texts)]
+    if unknown:
+        on_message(f"skipped, with suffixes of no known format: {_list(unknown)}")
+    if len(unknown) < len(rest):
+        on_message(f"skipped as texts beside tables: {_list(texts)}")
     if any("train" in _words(p) for p in found):
         validation = [
             p for p in found if _words(p) & _VALIDATION_WORDS and "train" not in _words(p)
         ]
         found = [p for p in found if p not in validation]
         if validation:
-            names = ", ".join(p.name for p in validation)
-            on_message(f"skipped as validation or test data: {names}")
+            on_message(f"skipped as validation or test data: {_list(validation)}")
     return found
+
+
+def _list(paths: Sequence[Path]) -> str:
+    names = ", ".join(path.name for path in paths[:_MAX_NAMES])
+    more = len(paths) - _MAX_NAMES
+    return f"{names} and {more:,} more" if more > 0 else names
 
 
 def _words(path: Path) -> set[str]:

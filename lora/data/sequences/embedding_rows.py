@@ -31,6 +31,11 @@ def choose_pad_id(tokenizer: TextTokenizer, n_rows: int | None) -> tuple[int, st
     )
 
 
+def grown_rows(n_rows: int | None, tokenizer: TextTokenizer, added: Sequence[str]) -> int | None:
+    """Return the rows of an embedding that grows by what `added` needs; None stays None."""
+    return None if n_rows is None else max(n_rows, 1 + max(tokenizer.ids_of(added)))
+
+
 def check_ids(
     documents: Documents, examples: Sequence[Example], tokenizer: TextTokenizer, n_rows: int | None
 ) -> None:

@@ -21,7 +21,7 @@ from tokenizers import Encoding
 
 from lora.config import DataConfig
 from lora.data.chat.choose_template import begin_ids, compile_template, find_shipped_template
-from lora.data.chat.control_tokens import ControlTokens, unmark, unmark_offset
+from lora.data.chat.control_tokens import ControlTokens, special_ids, unmark, unmark_offset
 from lora.data.chat.conversations import ConversationRenderer
 from lora.data.chat.dropped_fields import refuse_dropped
 from lora.data.chat.template import Span
@@ -129,6 +129,8 @@ class _Encoder:
         self._n_cut_tokens = self._n_lost_turns = 0
         self._dropped_fields = Counter[str]()
         self._control_tokens: dict[int, int] = {}
+        self._plain_control_tokens = Counter[int]()
+        self._is_special = special_ids(tokenizer)
         self._prompt_ends = PromptEnds(tokenizer, self._offsets)
         self._apart = ApartEncoder(self._offsets)
         self._parted_prompts: dict[int, tuple[str, str]] = {}
@@ -192,6 +194,7 @@ class _Encoder:
             self._lengths,
             dropped_fields=dict(self._dropped_fields),
             control_tokens=self._control_tokens,
+            plain_control_tokens=dict(self._plain_control_tokens),
             parted_prompts=self._parted_prompts,
         )
 
@@ -263,6 +266,7 @@ class _Encoder:
     ) -> None:
         for number, encoding in enumerate(encodings, 1):
             tokens = np.asarray(encoding.ids, np.int32)
+            self._count_special(example, tokens)
             is_target = np.ones(len(tokens), np.bool_)
             if cutter.n_tokens == 0:
                 tokens, is_target = self._with_begin(tokens, is_target)
@@ -277,10 +281,16 @@ class _Encoder:
 
     def _add(self, text: _Text, tokens: Ids, is_target: Mask) -> None:
         if text.is_plain:
+            self._count_special(text.example, tokens)
             tokens, is_target = self._with_end(*self._with_begin(tokens, is_target))
         self._lengths[text.example] += len(tokens)
         for part in self._fit(len(tokens), text.example):
             self._keep(text.example, tokens[part], is_target[part])
+
+    def _count_special(self, example: int, tokens: Ids) -> None:
+        found = int(self._is_special[tokens].sum())
+        if found:
+            self._plain_control_tokens[example] += found
 
     def _keep(self, example: int, tokens: Ids, is_target: Mask) -> None:
         if is_target[1:].any():  # a document's first token is never a target

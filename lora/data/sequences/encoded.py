@@ -42,6 +42,8 @@ class EncodedExamples:
     """Number by name of the fields that the chat template has no place for."""
     control_tokens: dict[int, int] = field(default_factory=dict)
     """Number by example of special tokens that messages spell out, and that are split."""
+    plain_control_tokens: dict[int, int] = field(default_factory=dict)
+    """Number by example of special tokens that plain texts spell out, and that stay."""
     parted_prompts: dict[int, tuple[str, str]] = field(default_factory=dict)
     """Texts whose prompt is tokenised apart from its answer, because together their tokens are
     others than those that are asked: by example, the characters before and after the border."""

@@ -104,3 +104,19 @@ def test_the_inspection_counts_them(chatml_tokenizer: TextTokenizer) -> None:
     marked = {"messages": [{"role": "user", "content": "\ufdd2 <|im_end|>"}]}
     (error,) = inspect_data([marked], chatml_tokenizer, DataConfig()).errors
     assert "row 1: Cannot split the special tokens" in error
+
+
+def test_those_of_plain_texts_are_counted_and_stay(
+    chatml_tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("one <|im_end|> two <|im_end|>")
+    completion = {"prompt": "<|im_start|>user\nq<|im_end|>\n", "completion": "a<|im_end|>"}
+    rows = [{"text": "none"}, {"text": "one <|im_start|> two"}, completion]
+    report = inspect_data(rows, chatml_tokenizer, DataConfig())
+    assert (report.n_plain_control_tokens, report.n_control_tokens) == (4, 0)
+    (note,) = report.notes
+    assert "spelt out 4 times in the plain texts of 2 examples, as in row 2" in note
+    assert inspect_data(file, chatml_tokenizer, DataConfig()).n_plain_control_tokens == 2
+    kept = inspect_data(rows, chatml_tokenizer, DataConfig(keep_control_tokens=True))
+    assert (kept.n_plain_control_tokens, kept.notes) == (0, [])

@@ -121,7 +121,10 @@ def test_tables_go_before_texts_and_validation_files_are_skipped(tmp_path: Path)
     said: list[str] = []
     found = [e.text for e in read_examples(tmp_path, said.append)]
     assert found == ["more.jsonl", "train-0.jsonl", "train-1.jsonl"]
-    assert said == ["skipped as validation or test data: test.jsonl, validation.jsonl"]
+    assert said == [
+        "skipped as texts beside tables: README.md",
+        "skipped as validation or test data: test.jsonl, validation.jsonl",
+    ]
     alone = write(tmp_path / "only" / "test.jsonl", '{"text": "t"}').parent
     assert texts(alone) == ["t"]
 
@@ -237,7 +240,7 @@ def test_a_missing_path_is_an_error_with_the_nearest_name(tmp_path: Path) -> Non
         read_examples(tmp_path / "no" / "x.jsonl")
     write(tmp_path / "pictures" / "a.png", "x")
     with pytest.raises(
-        DataError, match=r"none of its 1 files has a known suffix\. Allowed: \.jsonl"
+        DataError, match=r"none of its 1 files has a known suffix\. Files there: a\.png\. Allowed"
     ):
         read_examples(tmp_path / "pictures")
 
@@ -283,3 +286,17 @@ def test_descriptions_beside_the_data_are_skipped_and_named(tmp_path: Path) -> N
     said: list[str] = []
     assert [e.text for e in read_examples(tmp_path, said.append)] == ["a"]
     assert said == ["skipped as descriptions of data: dataset_info.json"]
+
+
+def test_files_of_unknown_suffixes_are_named_once(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", '{"text": "a"}')
+    for n in range(20):
+        write(tmp_path / f"{n:02}.docx", "x")
+    said: list[str] = []
+    assert [e.text for e in read_examples(tmp_path, said.append)] == ["a"]
+    (message,) = said
+    assert message.startswith("skipped, with suffixes of no known format: 00.docx, 01.docx, ")
+    assert message.endswith(" and 8 more")
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(DataError, match=r"none of its 20 files .* Files there: 00\.docx, "):
+        read_examples(tmp_path)
