@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora.errors import Interrupted, LoraError
+from lora.errors import ConfigError, Interrupted, LoraError
 from lora.runs.progress import never_raising
 from lora.runs.record import DataRecord, ParameterCount, RunRecord, RunResult
 from lora.terminal import end_output, print_note, printable_answer
@@ -106,6 +106,12 @@ def find_base(settings: ClassicSettings, choice: DeviceChoice) -> Path:
     """Return the directory (or `.pt` file) of the base; without one, train it on prose first."""
     if settings.base_checkpoint not in ("", AUTO):
         path = Path(settings.base_checkpoint)
+        if not path.exists():
+            raise ConfigError(
+                f"Cannot use BASE_CHECKPOINT={settings.base_checkpoint}: it does not exist. "
+                "Allowed: a run directory of training.py, its model directory, or a .pt file with "
+                "a state dict. Unset it to train a base on prose first."
+            )
         inside = path / "model"
         return inside if inside.is_dir() else path
     from models.char_text import read_text
@@ -175,6 +181,8 @@ def adapt_with_lora(
         train_embeddings=settings.train_embeddings,
         seed=settings.seed,
     ).to(choice.device)
+    if note := outweighs(model, base):
+        print(note)
     name = f"lora-r{settings.lora_rank}"
     run, result = train_on(settings, model, text, choice, name, base=base_path)
     folder = run.folder / "adapter"
@@ -183,6 +191,18 @@ def adapt_with_lora(
     sizes = {"adapter": folder_bytes(folder), "base": folder_bytes(base_path)}
     finish(run, result, sizes, count_parameters(model, base))
     return run
+
+
+def outweighs(model: BigramLanguageModel, base: BigramLanguageModel) -> str | None:
+    """Return a note if the adapter trains at least as many parameters as the base has."""
+    counts = count_parameters(model, base)
+    if counts.trainable < counts.base:
+        return None
+    return (
+        f"note: the adapter trains {counts.trainable:,} parameters and the base has "
+        f"{counts.base:,}: at this rank LoRA saves nothing over full fine-tuning. Try a lower "
+        "LORA_RANK."
+    )
 
 
 def save_model(run: Run, model: BigramLanguageModel, text: Text, result: TrainResult) -> None:
@@ -346,8 +366,8 @@ def show_sample(
 def finish(
     run: Run, result: TrainResult, sizes: dict[str, int], parameters: ParameterCount
 ) -> None:
-    """Write the result and the picture, and print the summary."""
-    from lora.report import draw_loss_curves
+    """Write the result, the picture and the report, and print the summary."""
+    from lora.report import draw_loss_curves, report_on
 
     run.write_result(RunResult(**vars(result), stored_bytes=sizes, parameters=parameters))
     rows = run.read_metrics()
@@ -364,6 +384,9 @@ def finish(
     if "adapter" in sizes:
         print(f"the adapter is {sizes['adapter'] / sizes['base']:.1%} of the base's size")
     print(f"everything is in {run.folder}")
+    page = report_on(run.folder, print)
+    if page is not None:
+        print(f"report: {page}")
     run.close()
 
 

@@ -47,7 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
 def test_a_base_leaves_a_whole_folder(base: Path) -> None:
     names = {path.name for path in base.iterdir()}
     wanted = {"run.json", "metrics.jsonl", "timings.jsonl", "result.json", "samples.json"}
-    assert wanted | {"loss.png", "model", "checkpoints"} <= names
+    assert wanted | {"loss.png", "model", "checkpoints", "report.html"} <= names
     assert (base / "loss.png").read_bytes()[:4] == b"\x89PNG"
     result = json.loads((base / "result.json").read_text())
     assert result["steps"] == 20
@@ -70,6 +70,7 @@ def test_lora_saves_the_adapter_alone_and_loads_it_again(
     assert done.returncode == 0, done.stderr
     assert "LoRA (A and B)" in done.stdout
     assert "the same to the last digit" in done.stdout
+    assert "saves nothing" not in done.stdout
     folder = tmp_path / "lora-r4"
     assert {path.name for path in (folder / "adapter").iterdir()} == {
         "adapter_config.json",
@@ -79,6 +80,17 @@ def test_lora_saves_the_adapter_alone_and_loads_it_again(
     described = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert (described["r"], described["lora_alpha"], described["lora_dropout"]) == (4, 8, 0.1)
     assert set(json.loads((folder / "samples.json").read_text())) == {"before", "after"}
+
+
+def test_an_adapter_larger_than_its_base_is_noted() -> None:
+    from models.bigram_lm_v2 import BigramLanguageModel
+    from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+    from training import outweighs
+
+    base = BigramLanguageModel(vocab_size=97, n_embd=32, n_head=2, n_layer=1, block_size=16)
+    small, large = (BigramLanguageModelLoRA.from_base(base, lora_rank=r) for r in (8, 200))
+    assert outweighs(small, base) is None
+    assert "Try a lower LORA_RANK" in (outweighs(large, base) or "")
 
 
 def test_two_runs_give_the_same_metrics_to_the_byte(base: Path, text: Path, tmp_path: Path) -> None:
@@ -134,7 +146,11 @@ def test_full_fine_tuning_from_the_same_base(base: Path, text: Path, tmp_path: P
         ("plain " * 100, {"LORA_RNAK": "8"}, "Did you mean 'LORA_RANK'"),
         ("plain " * 100, {"USE_LORA": "maybe"}, "must be True or False"),
         ("plain " * 100, {"USE_LORA": "True", "BASE": "yes", "LORA_RANK": "0"}, "rank=0"),
-        ("plain " * 100, {"BASE_CHECKPOINT": "nowhere"}, "nowhere"),
+        (
+            "plain " * 100,
+            {"BASE_CHECKPOINT": "nowhere"},
+            "BASE_CHECKPOINT=nowhere: it does not exist",
+        ),
         ("plain " * 100, {"DEVICE": "gpu"}, "device='gpu'"),
     ],
 )
