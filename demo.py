@@ -27,14 +27,8 @@ from lora.data.reading.orders import make_orders
 from lora.device import peak_memory_bytes
 from lora.errors import ConfigError, LoraError
 from lora.finetune import FinetuneJob, FinetuneResult, finetune
-from lora.inference.evaluation import (
-    Answer,
-    Scores,
-    answer_examples,
-    measure_loss,
-    score,
-    wrong_fields,
-)
+from lora.inference.answers import Answer, answer_examples
+from lora.inference.evaluation import Scores, measure_loss, score, wrong_fields
 from lora.inference.loading import LoadedModel, load_model
 from lora.report import draw_loss_curves
 from lora.runs.directory import default_name

@@ -23,7 +23,8 @@ from lora.config import DataConfig, LoRAConfig, RunConfig, SamplingConfig, Train
 from lora.data.reading.formats import example_from_row
 from lora.data.reading.orders import make_orders
 from lora.finetune import FinetuneJob, finetune
-from lora.inference.evaluation import answer_examples, measure_loss, score, wrong_fields
+from lora.inference.answers import answer_examples
+from lora.inference.evaluation import measure_loss, score, wrong_fields
 from lora.inference.loading import LoadedModel, load_model
 
 DATA = DataConfig(max_length=192, packing=False)

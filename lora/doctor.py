@@ -41,6 +41,8 @@ OPTIONAL = {
     "pyarrow": "Parquet files: pip install 'lora-lm[data]'",
     "huggingface_hub": "models by owner/name on the Hub: pip install 'lora-lm[hub]'",
     "tensorboard": "--tensorboard: pip install 'lora-lm[track]'",
+    "sacrebleu": "lora eval --metrics bleu: pip install 'lora-lm[eval]'",
+    "rouge_score": "lora eval --metrics rouge-l: pip install 'lora-lm[eval]'",
     "triton": "GPU kernels; part of PyTorch's CUDA builds",
 }
 TRIAL_STEPS, TRIAL_RATE = 8, 2e-2

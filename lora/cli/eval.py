@@ -5,14 +5,25 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lora.cli.flags.from_fields import DATA, GENERATION, Flat, changed_by, flags_from
-from lora.cli.flags.shared import Adapter, Device, Json, Model
+from lora.cli.flags.from_fields import (
+    DATA,
+    GENERATION,
+    OUTPUT,
+    Flat,
+    changed_by,
+    config_from,
+    flags_from,
+)
+from lora.cli.flags.shared import Adapter, Device, Json, Model, Overwrite, input_paths
 from lora.config import DataConfig, SamplingConfig
+from lora.inference.eval_config import EvalConfig
 from lora.inference.loading import LoadedModel, load_model
+from lora.runs.outputs import OutputPath
+from lora.runs.progress import StageProgress
 from lora.runs.typed_json import json_text
 from lora.terminal import build_console, print_note
 
@@ -20,7 +31,7 @@ if TYPE_CHECKING:
     from lora.data.reading.formats import Example
     from lora.data.sequences.encoded import EncodedExamples, EncodingCounts
     from lora.data.tokenizers.subword import TextTokenizer
-    from lora.inference.evaluation import Scores
+    from lora.inference.evaluation import Evaluation, EvaluationData
 
 
 @flags_from(DataConfig, without=("eval_fraction", "max_eval_examples"), unset=True)
@@ -28,48 +39,136 @@ class EvalDataFlags:
     """Reading and tokenizing of the examples; as in the adapter's run where not given."""
 
 
+@flags_from(EvalConfig)
+class EvalFlags:
+    """What is answered, and how it is scored."""
+
+
 def evaluate(
     data: Annotated[Path, Parameter(group=DATA)],
     *,
     model: Model = None,
     adapter: Adapter = None,
-    answers: Annotated[int, Parameter(group=GENERATION)] = 0,
+    predictions: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
     max_new_tokens: Annotated[int, Parameter(group=GENERATION)] = 128,
     bleu: Annotated[bool, Parameter(group=GENERATION)] = False,
     device: Device = "auto",
+    overwrite: Overwrite = False,
     json: Json = False,
     data_config: Annotated[EvalDataFlags | None, Flat] = None,
+    eval_config: Annotated[EvalFlags | None, Flat] = None,
 ) -> int:
     """Evaluate a model on examples: loss, perplexity, and scores of its answers.
 
     For example:
 
-        lora eval test.jsonl --adapter runs/orders/adapter --answers 40
+        lora eval test.jsonl --adapter runs/orders/adapter --answers all
+        lora eval test.csv --adapter runs/tickets/adapter --predictions out.jsonl
+        lora eval test.jsonl --metrics rouge-l,bleu
 
     With --adapter the base model is evaluated too, for comparison, and data
-    settings that are not given are those of the adapter's run.
+    settings that are not given are those of the adapter's run. Of a
+    conversation every assistant turn is asked.
 
     Parameters
     ----------
     data
         File or directory of test examples.
-    answers
-        Number of examples to answer and score: exact match, valid JSON, correct JSON fields.
+    predictions
+        JSONL file to write: each prompt, expected answer, answer and its scores.
     max_new_tokens
         Maximum number of new tokens per answer.
     bleu
-        Also compute BLEU of the answers (needs sacrebleu).
+        Also compute BLEU of the answers; the same as bleu in --metrics.
     """
-    from lora.adapters.apply import disabled_adapter
     from lora.data.reading.readers import read_examples
     from lora.data.sequences.embedding_rows import check_ids
-    from lora.inference.evaluation import encode_for_loss
+    from lora.inference.evaluation import prepare_evaluation
 
-    _check(answers, bleu)
+    chosen = config_from(EvalConfig, eval_config or EvalFlags())
+    if bleu:
+        chosen = replace(chosen, metrics=(*chosen.metrics, "bleu"))
+    output = _output(predictions, chosen, overwrite, input_paths(data, adapter, model))
     sampling = SamplingConfig(max_new_tokens=max_new_tokens)
     config, now = _data_settings(adapter, data_config)
     examples = read_examples(data, _tell)
-    loaded = load_model(model, adapter, device)
+    loaded = _with_template(load_model(model, adapter, device), config)
+    n_answered = chosen.n_to_answer(len(examples), is_default_all=output is not None)
+    ready = prepare_evaluation(
+        examples, loaded.tokenizer, config, n_answered, chosen.metrics, now=now
+    )
+    encoded = ready.encoded
+    check_ids(encoded.documents, examples, loaded.tokenizer, loaded.model.config.vocab_size)
+    _tell_findings(examples, encoded, loaded.tokenizer, config, now)
+    _tell_prompts(ready, n_answered, loaded, sampling)
+    found = _evaluate(ready, loaded, sampling, adapter is not None, chosen.base)
+    _tell_results(found, ready, sampling)
+    if output is not None:
+        from lora.inference.predictions import write_predictions
+
+        with output.building() as part:
+            *base, last = found.values()
+            write_predictions(part, last, *base)
+        _tell(f"predictions: {output.path}")
+    if json:
+        print(json_text({name: asdict(each.scores) for name, each in found.items()}))
+    else:
+        from lora.inference.eval_tables import print_evaluations
+
+        print_evaluations(build_console(), found, len(examples))
+    return 0
+
+
+def _evaluate(
+    ready: EvaluationData,
+    loaded: LoadedModel,
+    sampling: SamplingConfig,
+    has_adapter: bool,
+    has_base: bool,
+) -> dict[str, Evaluation]:
+    """Return the evaluations of "base" (unless there is an adapter and no base) and "adapter"."""
+    from lora.adapters.apply import disabled_adapter
+
+    found = {}
+    with StageProgress() as progress:
+
+        def evaluate_as(name: str) -> Evaluation:
+            def tell(stage: str, done: int, total: int) -> None:
+                progress.update(f"{name}: {stage}", done, total)
+
+            return ready.evaluate(loaded.model, loaded.tokenizer, loaded.choice, sampling, tell)
+
+        if has_adapter and has_base:
+            with disabled_adapter(loaded.model):
+                found["base"] = evaluate_as("base")
+        name = "adapter" if has_adapter else "base"
+        found[name] = evaluate_as(name)
+    return found
+
+
+def _output(
+    predictions: Path | None, config: EvalConfig, overwrite: bool, inputs: tuple[Path, ...]
+) -> OutputPath | None:
+    """Return the predictions file, checked. Raises ConfigError if nothing is answered."""
+    from lora.errors import ConfigError
+
+    if predictions is None:
+        if overwrite:
+            raise ConfigError(
+                "Cannot use --overwrite without --predictions: there is no file to replace. Name "
+                "one, or leave the flag out."
+            )
+        return None
+    if config.answers == 0:
+        raise ConfigError(
+            "Cannot write predictions: --answers is 0. Leave it out to answer every example."
+        )
+    output = OutputPath(predictions, inputs, overwrite)
+    output.check()
+    return output
+
+
+def _with_template(loaded: LoadedModel, config: DataConfig) -> LoadedModel:
     if config.chat_template is not None:
         from lora.data.chat.choose_template import choose_template
 
@@ -78,42 +177,11 @@ def evaluate(
     if config.keep_control_tokens:
         meant = loaded.tokenizer.with_control_tokens_in_messages()
         loaded = replace(loaded, tokenizer=meant)
-    encoded = encode_for_loss(examples, loaded.tokenizer, config, now)
-    check_ids(encoded.documents, examples, loaded.tokenizer, loaded.model.config.vocab_size)
-    _tell_findings(examples, encoded, loaded.tokenizer, config, now)
-    scores = {}
-    given = encoded, examples[:answers], config, sampling, bleu, now
-    if adapter is not None:
-        with disabled_adapter(loaded.model):
-            scores["base"] = _measure(loaded, *given)
-    scores["adapter" if adapter else "base"] = _measure(loaded, *given)
-    n_answers = next(iter(scores.values())).n_answers
-    if n_answers < min(answers, len(examples)):
-        _tell(f"{n_answers} of {min(answers, len(examples))} examples have a prompt and an answer")
-    if json:
-        print(json_text({name: asdict(found) for name, found in scores.items()}))
-    else:
-        _print_table(scores, len(examples))
-    return 0
+    return loaded
 
 
 def _tell(message: str) -> None:
     print_note(message)
-
-
-def _check(answers: int, bleu: bool) -> None:
-    """Raise ConfigError for a number of answers below 0, and for BLEU of no answers."""
-    from lora.errors import ConfigError
-
-    if answers < 0:
-        raise ConfigError(
-            f"Cannot answer {answers} examples. Allowed: 0 (none) or more. Try --answers 40."
-        )
-    if bleu and not answers:
-        raise ConfigError(
-            "Cannot compute BLEU without answers: --answers is 0. Try --answers 40, or leave "
-            "--bleu out."
-        )
 
 
 def _data_settings(
@@ -171,48 +239,29 @@ def _tell_cuts(counts: EncodingCounts, config: DataConfig) -> None:
         )
 
 
-def _measure(
-    loaded: LoadedModel,
-    encoded: EncodedExamples,
-    chosen: list[Example],
-    config: DataConfig,
-    sampling: SamplingConfig,
-    bleu: bool,
-    now: datetime,
-) -> Scores:
-    from lora.inference.evaluation import answer_examples, loss_of, score
+def _tell_prompts(
+    ready: EvaluationData, n_answered: int, loaded: LoadedModel, sampling: SamplingConfig
+) -> None:
+    from lora.pretrained.positions import describe_excess
 
-    loss = loss_of(loaded.model, encoded, loaded.tokenizer, config, loaded.choice)
-    written = answer_examples(loaded.model, chosen, loaded.tokenizer, sampling, now=now)
-    counts = encoded.counts
-    return replace(
-        score(loss, written, bleu=bleu),
-        max_length=config.max_length,
-        n_cut_examples=counts.n_truncated + counts.n_dropped,
-        n_cut_tokens=counts.n_cut_tokens,
-    )
+    n_with = len({prompt.source for prompt in ready.prompts})
+    if n_with < n_answered:
+        _tell(f"{n_with} of {n_answered} examples have a prompt and an answer")
+    if ready.prompts:
+        n_tokens = max(len(prompt.ids) for prompt in ready.prompts) + sampling.max_new_tokens
+        excess = describe_excess(n_tokens, loaded.model.config.max_position_embeddings)
+        if excess:
+            _tell(f"note: with its answer {excess}")
 
 
-def _print_table(scores: dict[str, Scores], n_examples: int) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"{n_examples} examples", title_justify="left")
-    table.add_column("")
-    for name in scores:
-        table.add_column(name, justify="right")
-    rows = {name: asdict(found) for name, found in scores.items()}
-    for key in next(iter(rows.values())):
-        if any(row[key] is not None for row in rows.values()) and key != "n_fields":
-            table.add_row(key.replace("_", " "), *(_shown(row, key) for row in rows.values()))
-    build_console().print(table)
-
-
-def _shown(row: dict[str, Any], key: str) -> str:
-    value = row[key]
-    if value is None:
-        return "–"
-    if key in ("valid_json", "exact_match"):
-        return f"{value}/{row['n_answers']}"
-    if key == "fields_right":
-        return f"{value}/{row['n_fields']}"
-    return str(value) if isinstance(value, int) else f"{value:.4f}"
+def _tell_results(
+    found: dict[str, Evaluation], ready: EvaluationData, sampling: SamplingConfig
+) -> None:
+    for name, each in found.items():
+        if n_cut := each.scores.n_cut_answers:
+            _tell(
+                f"{name}: {n_cut} of {each.scores.n_answers} answers reached --max-new-tokens "
+                f"{sampling.max_new_tokens} and are cut"
+            )
+    if not ready.prompts:
+        _tell("Only the loss was measured. --answers 40, or all, also scores generated answers.")

@@ -17,7 +17,8 @@ from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
 from lora.errors import DataError
-from lora.inference.evaluation import answer_examples, measure_loss, score
+from lora.inference.answers import answer_examples
+from lora.inference.evaluation import measure_loss, score
 from lora.inference.generate import generate
 from lora.inference.samples import choose_prompts
 from lora.runs.comparison_record import Sample

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from lora.config import DataConfig, SamplingConfig
-from lora.data.chat.prompts import Prompt, example_prompt
+from lora.data.chat.prompts import Prompt
 from lora.data.reading.formats import Example
-from lora.data.sequences.batches import build_sequences, ordered_batches
+from lora.data.sequences.batches import Batch, build_sequences, ordered_batches
 from lora.data.sequences.embedding_rows import choose_pad_id
 from lora.data.sequences.encode import encode_examples
 from lora.data.sequences.encoded import EncodedExamples, check_has_targets
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
-from lora.errors import DependencyError
-from lora.inference.generate import generate
+from lora.inference.answers import Answer, answer_prompts, ask_for_all
+from lora.inference.eval_config import choose_metrics
+from lora.inference.json_fields import count_fields, parse_json, right_fields
+from lora.inference.labels import Classification, classify
+from lora.inference.overlap import check_overlap_packages, corpus_bleu, rouge_l
 from lora.training.losses import loss_for
 from lora.training.plain_step import evaluate
 
-
-@dataclass(frozen=True)
-class Answer:
-    """A generated answer beside its reference."""
-
-    prompt: str
-    """The last user turn, as text."""
-    answer: str
-    reference: str
+OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -48,16 +42,96 @@ class Scores:
     """Answers that parse as JSON; None unless every reference does."""
     fields_right: int | None = None
     """Fields, of `n_fields`, to which the answers give the reference's value."""
+    field_accuracy: dict[str, float] | None = None
+    """By field: the fraction of the references with it whose answers give it the same value."""
     exact_match: int | None = None
     """Answers equal to their reference, except for white space at the ends."""
+    classification: Classification | None = None
+    """None unless requested, or the references are few and short."""
+    rouge_l: float | None = None
+    """Mean ROUGE-L F-measure by rouge-score, 0 to 1; None unless requested."""
     bleu: float | None = None
     """Corpus BLEU by sacrebleu, 0 to 100; None unless requested."""
+    n_cut_answers: int | None = None
+    """Answers that reached the maximum number of new tokens."""
     max_length: int | None = None
     """Tokens of the longest sequence on which the loss was measured."""
     n_cut_examples: int | None = None
     """Examples longer than `max_length`, of which a part or all is not in the loss."""
     n_cut_tokens: int | None = None
     """Tokens of these that are not in the loss."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found: the scores, and the answers that they are of."""
+
+    scores: Scores
+    answers: list[Answer]
+    metrics: tuple[str, ...] = ()
+    """Those that were computed of the answers."""
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Examples made ready: encoded for the loss, and the prompts to answer."""
+
+    encoded: EncodedExamples
+    prompts: list[Prompt]
+    metrics: tuple[str, ...]
+    config: DataConfig
+
+    def evaluate(
+        self,
+        model: Decoder,
+        tokenizer: TextTokenizer,
+        choice: DeviceChoice,
+        sampling: SamplingConfig,
+        on_progress: OnProgress = lambda stage, done, total: None,
+    ) -> Evaluation:
+        """Return the loss, and the scores of the model's answers.
+
+        `on_progress(stage, done, total)` is called after each batch.
+        """
+
+        def of_loss(done: int, total: int) -> None:
+            on_progress("loss", done, total)
+
+        def of_answers(done: int, total: int) -> None:
+            on_progress("answers", done, total)
+
+        loss = loss_of(model, self.encoded, tokenizer, self.config, choice, on_progress=of_loss)
+        answers = answer_prompts(model, self.prompts, tokenizer, sampling, on_progress=of_answers)
+        counts = self.encoded.counts
+        scores = replace(
+            score(loss, answers, self.metrics),
+            max_length=self.config.max_length,
+            n_cut_examples=counts.n_truncated + counts.n_dropped,
+            n_cut_tokens=counts.n_cut_tokens,
+        )
+        return Evaluation(scores, answers, self.metrics)
+
+
+def prepare_evaluation(
+    examples: Sequence[Example],
+    tokenizer: TextTokenizer,
+    config: DataConfig,
+    n_answered: int = 0,
+    metrics: Sequence[str] = ("auto",),
+    *,
+    now: datetime | None = None,
+) -> EvaluationData:
+    """Return the examples made ready, the first `n_answered` of them with prompts.
+
+    `now` is the date for chat templates that print one; None uses the clock. Raises DataError if
+    no token is a target, or `metrics` do not fit the references; DependencyError if a package that
+    they need is missing.
+    """
+    encoded = encode_for_loss(examples, tokenizer, config, now)
+    prompts = ask_for_all(examples[:n_answered], tokenizer, now)
+    chosen = choose_metrics(metrics, [prompt.reference or "" for prompt in prompts])
+    check_overlap_packages(chosen)
+    return EvaluationData(encoded, prompts, chosen, config)
 
 
 def measure_loss(
@@ -98,107 +172,58 @@ def loss_of(
     config: DataConfig,
     choice: DeviceChoice,
     batch_size: int = 8,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
-    """Return the mean loss in nats over the target tokens of encoded examples."""
+    """Return the mean loss in nats over the target tokens of encoded examples.
+
+    `on_progress(done, total)` is called with batches.
+    """
     pad, _ = choose_pad_id(tokenizer, model.config.vocab_size)
     sequences = build_sequences(
         encoded.documents, config.max_length, packing=config.packing, pad_id=pad, seed=0
     )
-    batches = ordered_batches(sequences, batch_size, choice.device)
-    return evaluate(model, batches, loss_for(model), choice.autocast)
+    total = math.ceil(len(sequences) / batch_size)
+
+    def batches() -> Iterator[Batch]:
+        for done, batch in enumerate(ordered_batches(sequences, batch_size, choice.device)):
+            on_progress(done, total)
+            yield batch
+
+    return evaluate(model, batches(), loss_for(model), choice.autocast)
 
 
-def answer_examples(
-    model: Decoder,
-    examples: Sequence[Example],
-    tokenizer: TextTokenizer,
-    sampling: SamplingConfig,
-    *,
-    batch_size: int = 16,
-    now: datetime | None = None,
-    on_progress: Callable[[float], None] = lambda fraction: None,
-) -> list[Answer]:
-    """Return the model's answers to the examples that have a prompt and a reference, in order."""
-    found = (example_prompt(example, tokenizer, now=now) for example in examples)
-    prompts: list[Prompt] = [p for p in found if p is not None and p.reference is not None]
-    # Sorted by length: prompts of one batch then need little padding.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    answers: dict[int, Answer] = {}
-    for first in range(0, len(order), batch_size):
-        indices = order[first : first + batch_size]
-        ids = [prompts[i].ids for i in indices]
-        tokens = generate(model, ids, sampling, stop_ids=tokenizer.stop_ids)
-        for i, new_tokens in zip(indices, tokens, strict=True):
-            text = tokenizer.decode(new_tokens)
-            answers[i] = Answer(prompts[i].text, text, prompts[i].reference or "")
-        on_progress(len(answers) / len(prompts))
-    return [answers[i] for i in range(len(prompts))]
+def score(loss: float, answers: Sequence[Answer], metrics: Sequence[str] = ("auto",)) -> Scores:
+    """Return the loss with the metrics of `answers`; auto computes those that fit them.
 
-
-def score(loss: float, answers: Sequence[Answer], *, bleu: bool = False) -> Scores:
-    """Return the loss with the metrics of `answers`.
-
-    Raises DependencyError if `bleu` is true and sacrebleu is not installed.
+    Exact matches, valid JSON and its fields are counted where they can be, whatever is named.
+    Raises DependencyError if a package that `metrics` need is missing.
     """
     perplexity = math.exp(min(loss, 700.0))  # exp overflows a float above 709
     if not answers:
         return Scores(loss, perplexity)
-    exact = sum(a.answer.strip() == a.reference.strip() for a in answers)
-    references = [_parse(answer.reference) for answer in answers]
-    valid = fields = right = None
-    if all(reference is not None for reference in references):
-        parsed = [_parse(answer.answer) for answer in answers]
-        valid = sum(value is not None for value in parsed)
-        fields, right = _count_fields(parsed, references)
-    measured = _bleu(answers) if bleu else None
-    return Scores(loss, perplexity, len(answers), fields, valid, right, exact, measured)
+    texts = [answer.scored for answer in answers]
+    references = [answer.reference for answer in answers]
+    chosen = choose_metrics(metrics, references)
+    fields = count_fields(texts, references)
+    is_json = all(parse_json(reference) is not None for reference in references)
+    overlaps = rouge_l(texts, references) if "rouge-l" in chosen else None
+    return Scores(
+        loss,
+        perplexity,
+        len(answers),
+        n_fields=fields.n_fields if fields else None,
+        valid_json=sum(parse_json(text) is not None for text in texts) if is_json else None,
+        fields_right=fields.n_right if fields else None,
+        field_accuracy=fields.accuracy if fields else None,
+        exact_match=sum(answer.is_exact for answer in answers),
+        classification=classify(texts, references) if "classification" in chosen else None,
+        rouge_l=sum(overlaps) / len(overlaps) if overlaps else None,
+        bleu=corpus_bleu(texts, references) if "bleu" in chosen else None,
+        n_cut_answers=sum(answer.is_cut for answer in answers),
+    )
 
 
 def wrong_fields(answer: Answer) -> list[str]:
     """Return the fields of a JSON reference that the answer lacks or gives another value."""
-    value, reference = _parse(answer.answer), _parse(answer.reference)
-    if not isinstance(reference, dict):
-        return []
-    return [name for name, expected in reference.items() if not _has(value, name, expected)]
-
-
-def _parse(text: str) -> object:
-    """Return the JSON value in `text`; None if it holds none (or null)."""
-    try:
-        value: object = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value
-
-
-def _count_fields(
-    parsed: Sequence[object], references: Sequence[object]
-) -> tuple[int, int] | tuple[None, None]:
-    """Return the numbers of all and of correct fields; None unless all references are objects."""
-    right = total = 0
-    for value, reference in zip(parsed, references, strict=True):
-        if not isinstance(reference, dict):
-            return None, None
-        total += len(reference)
-        right += sum(_has(value, name, expected) for name, expected in reference.items())
-    return total, right
-
-
-def _has(value: object, name: str, expected: object) -> bool:
-    if not isinstance(value, dict) or name not in value:
-        return False
-    found = value[name]
-    # In Python True == 1; in JSON they differ.
-    return found == expected and isinstance(found, bool) is isinstance(expected, bool)
-
-
-def _bleu(answers: Sequence[Answer]) -> float:
-    try:
-        import sacrebleu
-    except ImportError:
-        raise DependencyError(
-            "Cannot compute BLEU: sacrebleu is not installed. Run: pip install sacrebleu"
-        ) from None
-    hypotheses = [answer.answer for answer in answers]
-    references = [[answer.reference for answer in answers]]
-    return float(sacrebleu.corpus_bleu(hypotheses, references).score)
+    found = right_fields(answer.scored, answer.reference)
+    return [name for name, is_right in found.items() if not is_right]

@@ -1,4 +1,4 @@
-"""Progress reporting of a run: a rich progress bar, or nothing."""
+"""Progress reporting of a run, or of a command in stages: a rich progress bar, or nothing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import time
 from typing import IO, Protocol, TextIO, cast
 
 from lora.terminal import build_console
+
+LINE_INTERVAL_S = 10.0
+"""Between two lines where standard error is no terminal."""
 
 
 class Progress(Protocol):
@@ -75,7 +78,7 @@ class RichProgress:
         figures = f"loss {loss:.3f} · {tokens_per_s:,.0f} tokens/s · {memory_bytes / 1e9:.2f} GB"
         if self.console.is_terminal:
             self._bar.update(self._task, completed=step, figures=figures)
-        elif time.monotonic() - self._last_line_s > 10:
+        elif time.monotonic() - self._last_line_s > LINE_INTERVAL_S:
             self._last_line_s = time.monotonic()
             self.console.print(f"{self._title} {step}/{self._total_steps} · {figures}")
 
@@ -84,6 +87,53 @@ class RichProgress:
 
     def stop(self) -> None:
         self._bar.stop()
+
+
+class StageProgress:
+    """A bar on standard error for what goes through parts of known number, stage by stage.
+
+    Use it in a `with` statement. If standard error is not a terminal, prints a plain line every
+    ten seconds instead.
+    """
+
+    def __init__(self) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self._console = build_console(never_raising(sys.stderr))
+        columns = [
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        ]
+        self._bar = Progress(*columns, console=self._console, transient=True)
+        self._stage, self._task = "", self._bar.add_task("", total=None, visible=False)
+        self._last_line_s = time.monotonic()
+
+    def __enter__(self) -> StageProgress:
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._console.is_terminal:
+            self._bar.stop()
+
+    def update(self, stage: str, done: int, total: int) -> None:
+        """Show that `done` of the `total` parts of a stage are done."""
+        if stage != self._stage:  # a new task: the time left is that of this stage
+            self._bar.remove_task(self._task)
+            self._stage, self._task = stage, self._bar.add_task(stage, total=total)
+        self._bar.update(self._task, completed=done)
+        if not self._console.is_terminal and time.monotonic() - self._last_line_s > LINE_INTERVAL_S:
+            self._last_line_s = time.monotonic()
+            self._console.print(f"{stage}: {done}/{total}")
 
 
 class LogStream:

@@ -213,8 +213,8 @@ def test_eval_and_data_name_tokens_without_an_embedding_row(
 @pytest.mark.parametrize(
     ("words", "seen"),
     [
-        (["--answers", "-1"], "Cannot answer -1 examples. Allowed: 0 (none) or more"),
-        (["--bleu"], "Cannot compute BLEU without answers"),
+        (["--answers", "-1"], "answers=-1: must be all, 0 (none)"),
+        (["--bleu", "--answers", "0"], "there are no answers to score"),
         (["--max-new-tokens", "0"], "max_new_tokens=0"),
     ],
 )
