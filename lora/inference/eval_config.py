@@ -22,12 +22,17 @@ class EvalConfig:
     """Which examples are answered, and how the answers are scored."""
 
     answers: int | Literal["all"] | None = field(default=None, metadata=GENERATION)
-    """Number of examples to answer and score, or all. Default: all if `metrics` names some or a
-    predictions file is written, else none: only the loss."""
+    """Examples to answer and score: a number, or all. Default: all with `metrics` or
+    --predictions, else none.
+
+    Without answers only the loss is measured."""
     metrics: tuple[str, ...] = field(default=("auto",), metadata=GENERATION)
-    """Scores of the answers: exact-match, json-fields, classification, rouge-l, bleu, or auto:
-    exact-match, json-fields if each reference is a JSON object, and classification if the
-    references are few and short. rouge-l and bleu need lora-lm[eval]."""
+    """Scores: exact-match, json-fields, classification, rouge-l, bleu; auto: the first three, where
+    they fit.
+
+    auto takes exact-match, json-fields if each reference is a JSON object, and classification if
+    the references are few and short (`lora.inference.labels.looks_like_labels`). rouge-l and bleu
+    need lora-lm[eval]."""
     base: bool = field(default=True, metadata=GENERATION)
     """Evaluate the base model beside its adapter."""
 
