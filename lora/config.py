@@ -265,6 +265,12 @@ class DataConfig:
     What is left out is counted. Otherwise such data are refused."""
     keep_control_tokens: bool = field(default=False, metadata=DATA)
     """Read special tokens spelt out in messages as special tokens, not as ordinary text."""
+    raw: bool | None = field(default=None, metadata=DATA)
+    """Train prompt and completion as plain text. Default: turns if there is a chat template.
+
+    `lora generate` then prompts the adapter the same way."""
+    system: str | None = field(default=None, metadata=DATA)
+    """System prompt of conversations that have none; recorded, and used in generation."""
     special_tokens: tuple[str, ...] = field(default=(), metadata=DATA)
     """Special tokens to add; their embedding rows are trained (trainable_token_indices).
 
@@ -281,6 +287,12 @@ class DataConfig:
         for name in ("packing", "allow_dropped_fields", "keep_control_tokens"):
             value = getattr(self, name)
             faults += _check(isinstance(value, bool), name, value, "true or false")
+        in_range = self.raw is None or isinstance(self.raw, bool)
+        faults += _check(in_range, "raw", self.raw, "true, false or None")
+        in_range = self.system is None or isinstance(self.system, str)
+        faults += _check(in_range, "system", self.system, "a text")
+        if self.raw and self.system:
+            faults += _check(False, "system", self.system, "left out with raw: it needs turns")
         faults += _check_choice("learn_on", self.learn_on, LearnOn)
         faults += _check_choice("long_examples", self.long_examples, LongExamples)
         _raise_if(faults, self)

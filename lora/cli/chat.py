@@ -12,9 +12,12 @@ from lora.cli.flags.from_fields import Flat, config_from, flags_from
 from lora.cli.flags.shared import Adapter, Device, Model, System
 from lora.config import MAX_SEED, SamplingConfig
 from lora.inference.loading import LoadedModel, load_model, load_tokenizer_of
+from lora.inference.run_settings import find_prompt_format
 from lora.terminal import print_note, printable_answer
 
 if TYPE_CHECKING:
+    from lora.data.chat.prompts import Prompt
+    from lora.data.prompting.ask import Asker
     from lora.data.reading.messages import Message
     from lora.data.tokenizers.subword import TextTokenizer
 
@@ -49,22 +52,37 @@ def chat(
     """
     config = config_from(SamplingConfig, sampling or ChatSampling())
     loaded = load_model(model, adapter, device)
-    first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    said = list(first)
+    asker = _asker(loaded, system)
+    said: list[Message] = []
     print_note(f"{loaded.source.name}; {HELP}")
     while True:
         line = _ask()
         if line is None or line == "/quit":
             return 0
         if line.startswith("/"):
-            loaded, is_new = _run_command(line, loaded)
-            said = list(first) if is_new else said
+            loaded, asker, is_new = _run_command(line, loaded, asker)
+            said = [] if is_new else said
             continue
         if line:
             # Its own seed, or the same question would always get the same answer.
-            own = replace(config, seed=(config.seed + len(said)) % (MAX_SEED + 1))
+            n_said = len(said) + (asker.system_prompt is not None)
+            own = replace(config, seed=(config.seed + n_said) % (MAX_SEED + 1))
             said.append({"role": "user", "content": line})
-            said.append({"role": "assistant", "content": _answer(loaded, said, own)})
+            prompt = asker.prompt_after(said, loaded.tokenizer)
+            said.append({"role": "assistant", "content": _answer(loaded, prompt, own)})
+
+
+def _asker(loaded: LoadedModel, system: str | None) -> Asker:
+    """Return what asks as in training, and say what that is."""
+    from lora.data.prompting.ask import Asker
+    from lora.runs.record import PromptFormat
+
+    asker = Asker(loaded.prompts or PromptFormat(), system=system)
+    if asker.describe():
+        print_note(asker.describe())
+    if not asker.takes_turns:
+        print_note("every line is asked by itself, without the earlier ones")
+    return asker
 
 
 def _ask() -> str | None:
@@ -74,24 +92,26 @@ def _ask() -> str | None:
         return None
 
 
-def _run_command(line: str, loaded: LoadedModel) -> tuple[LoadedModel, bool]:
-    """Run a line that starts with a slash; return the model, and whether to clear the chat."""
+def _run_command(line: str, loaded: LoadedModel, asker: Asker) -> tuple[LoadedModel, Asker, bool]:
+    """Run a line that starts with a slash; return the model, what asks it, and whether to clear the chat."""
     from lora.errors import LoraError
 
     command, _, name = line.partition(" ")
     if command == "/new":
-        return loaded, True
+        return loaded, asker, True
     if command != "/adapter" or not name:
         print_note(f"Unknown command {line!r}: {HELP}")
-        return loaded, False
+        return loaded, asker, False
     try:
         folder = None if name.strip() == "none" else _expanded(name.strip())
+        prompts = find_prompt_format(folder, loaded.source.folder)
+        new_asker = _asker(replace(loaded, prompts=prompts), asker.system)
         tokenizer = _switch(loaded, folder)
     except (LoraError, OSError) as error:
         print_note(f"{error}\nNothing was switched.")
-        return loaded, False
+        return loaded, asker, False
     print_note("base model" if folder is None else f"adapter: {folder}")
-    return replace(loaded, tokenizer=tokenizer), True
+    return replace(loaded, tokenizer=tokenizer, prompts=prompts), new_asker, True
 
 
 def _expanded(name: str) -> Path:
@@ -134,8 +154,7 @@ def _switch(loaded: LoadedModel, folder: Path | None) -> TextTokenizer:
     return tokenizer
 
 
-def _answer(loaded: LoadedModel, said: list[Message], sampling: SamplingConfig) -> str:
-    from lora.data.chat.prompts import chat_prompt
+def _answer(loaded: LoadedModel, prompt: Prompt, sampling: SamplingConfig) -> str:
     from lora.inference.generate import generate
 
     tokens: list[int] = []
@@ -150,7 +169,6 @@ def _answer(loaded: LoadedModel, said: list[Message], sampling: SamplingConfig) 
             sys.stdout.flush()
             shown = text
 
-    prompt = chat_prompt(said, loaded.tokenizer)
     answer = generate(
         loaded.model, [prompt.ids], sampling, stop_ids=loaded.tokenizer.stop_ids, on_token=show
     )

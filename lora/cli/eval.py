@@ -84,6 +84,8 @@ def evaluate(
     from lora.data.reading.readers import read_examples
     from lora.data.sequences.embedding_rows import check_ids
     from lora.inference.evaluation import prepare_evaluation
+    from lora.inference.run_settings import find_rules
+    from lora.pretrained.sources import find_model
 
     chosen = config_from(EvalConfig, eval_config or EvalFlags())
     if bleu:
@@ -91,7 +93,8 @@ def evaluate(
     output = _output(predictions, chosen, overwrite, input_paths(data, adapter, model))
     sampling = SamplingConfig(max_new_tokens=max_new_tokens)
     config, now = _data_settings(adapter, data_config)
-    examples = read_examples(data, _tell)
+    rules = find_rules(config, adapter, find_model(model).folder)
+    examples = read_examples(data, _tell, rules=rules)
     loaded = _with_template(load_model(model, adapter, device), config)
     n_answered = chosen.n_to_answer(len(examples), is_default_all=output is not None)
     ready = prepare_evaluation(

@@ -15,8 +15,11 @@ from lora.runs.typed_json import json_text
 from lora.terminal import print_note, printable_answer, printable_json
 
 Raw = Annotated[
-    bool,
-    Parameter(group=GENERATION, help="Continue the text as it is, without the chat template."),
+    bool | None,
+    Parameter(
+        group=GENERATION,
+        help="Continue the text as it is, without the chat template. Default: as in training.",
+    ),
 ]
 
 
@@ -27,7 +30,7 @@ def generate(
     adapter: Adapter = None,
     prompts_file: Annotated[Path | None, Parameter(group=GENERATION)] = None,
     system: System = None,
-    raw: Raw = False,
+    raw: Raw = None,
     device: Device = "auto",
     json: Json = False,
     sampling: Annotated[SamplingFlags | None, Flat] = None,
@@ -50,10 +53,11 @@ def generate(
         Text file with one prompt per line, answered after those on the command line.
     """
     config = config_from(SamplingConfig, sampling or SamplingFlags())
-    from lora.data.chat.prompts import chat_prompt, plain_prompt
+    from lora.data.prompting.ask import Asker
     from lora.errors import DataError
     from lora.inference.generate import generate as answer
     from lora.pretrained.positions import describe_excess
+    from lora.runs.record import PromptFormat
 
     asked = [*(prompts or []), *_read_lines(prompts_file)]
     if not asked:
@@ -62,13 +66,10 @@ def generate(
             "with --prompts-file."
         )
     loaded = load_model(model, adapter, device)
-    first = [{"role": "system", "content": system}] if system is not None else []
-    made = [
-        plain_prompt(text, loaded.tokenizer)
-        if raw
-        else chat_prompt([*first, {"role": "user", "content": text}], loaded.tokenizer)
-        for text in asked
-    ]
+    asker = Asker(loaded.prompts or PromptFormat(), raw, system)
+    if asker.describe():
+        print_note(asker.describe())
+    made = [asker.prompt(text, loaded.tokenizer) for text in asked]
     ids = [prompt.ids for prompt in made]
     n_tokens = max(map(len, ids)) + config.max_new_tokens
     excess = describe_excess(n_tokens, loaded.model.config.max_position_embeddings)

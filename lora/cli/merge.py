@@ -46,6 +46,7 @@ def merge(
     out
         Directory for the merged model: a new or empty one.
     """
+    from lora.data.prompting.prompt_format import save_prompt_format
     from lora.data.tokenizers.subword import load_tokenizer
     from lora.export.merged import write_merged
     from lora.pretrained.model_files import MODEL_FILES
@@ -64,6 +65,8 @@ def merge(
             folder=part,
             dtype=dtype,
         )
+        if loaded.prompts is not None:
+            save_prompt_format(loaded.prompts, part)
     print_line(
         f"merged {merged.merge.layers} layers into {out} ({', '.join(merged.dtypes)}); logits "
         f"differ by {merged.relative_error:.1e} (allowed {merged.tolerance:.0e})"

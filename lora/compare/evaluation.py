@@ -64,7 +64,9 @@ class Evaluator:
         evaluation = self.job.evaluation
         examples: Sequence[Example] = self.data.validation_examples
         if evaluation.test_data is not None:
-            examples = read_examples(evaluation.test_data, self.progress.message)
+            examples = read_examples(
+                evaluation.test_data, self.progress.message, rules=self.data.rules
+            )
         sampling = SamplingConfig(max_new_tokens=evaluation.answer_tokens)
         chosen = examples[: evaluation.answers]
         answers = answer_examples(model, chosen, tokenizer, sampling, now=self.data.now)

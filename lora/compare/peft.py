@@ -20,6 +20,7 @@ from lora.compare.decoder_job import DecoderJob
 from lora.compare.target import MemberTask, TrainingOutcome
 from lora.config import DataConfig, LoRAConfig
 from lora.data.prepare import PreparedData
+from lora.data.prompting.prompt_format import save_prompt_format
 from lora.data.record import describe_data
 from lora.data.sequences.batches import IGNORE, Batch, BatchStream, ordered_batches
 from lora.device import DeviceChoice, choose_device
@@ -65,6 +66,7 @@ def train_peft(job: DecoderJob, task: MemberTask, progress: Progress) -> Trainin
         shutil.rmtree(saved, ignore_errors=True)
         model.save_pretrained(saved)
         data.tokenizer.save(saved)
+        save_prompt_format(data.prompts, saved)
     return TrainingOutcome(
         folder=run.folder,
         saved=saved,

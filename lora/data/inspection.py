@@ -14,7 +14,8 @@ from lora.data.chat.choose_template import choose_template
 from lora.data.findings import describe_encoding, describe_placeholders, shorten_names
 from lora.data.inspection_report import DataReport, Preview
 from lora.data.prepare import PreparedData
-from lora.data.reading.formats import Example
+from lora.data.prompting.rules import rules_for
+from lora.data.reading.formats import COMPLETION, Example
 from lora.data.reading.readers import Source, read_examples
 from lora.data.sequences.embedding_rows import check_ids, grown_rows
 from lora.data.sequences.encode import encode_examples
@@ -44,13 +45,15 @@ def inspect_data(
     format needs a package that is not installed.
     """
     report = DataReport(_name_of(source), config.max_length, config.learn_on)
+    has_template = tokenizer.chat_template is not None
     try:
         if config.special_tokens:
             tokenizer = tokenizer.with_tokens(config.special_tokens)
             n_rows = grown_rows(n_rows, tokenizer, config.special_tokens)
         if config.keep_control_tokens:
             tokenizer = tokenizer.with_control_tokens_in_messages()
-        examples = read_examples(source, report.notes.append)
+        rules = rules_for(config, has_template=has_template)
+        examples = read_examples(source, report.notes.append, rules=rules)
         _describe_examples(report, examples)
         if any(example.messages is not None for example in examples):
             tokenizer, report.template_origin = choose_template(tokenizer, config.chat_template)
@@ -105,6 +108,11 @@ def _describe_examples(report: DataReport, examples: Sequence[Example]) -> None:
         report.notes.append(f"columns that are not used: {shorten_names(named)}")
     report.n_media_placeholders, warning = describe_placeholders(examples)
     report.warnings += [warning] if warning else []
+    if any(e.format == COMPLETION and e.messages and not e.n_prompt_messages for e in examples):
+        report.notes.append(
+            "prompt and completion are a user and an assistant turn, without the white space "
+            "between them; set raw to train them as plain text"
+        )
     report.n_flagged = sum(bool(e.off_flags) for e in examples)
     if report.n_flagged:
         report.notes.append(

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 
 from lora.config import DataConfig
 from lora.data.chat.choose_template import choose_template
+from lora.data.prompting.prompt_format import describe_prompts
+from lora.data.prompting.rules import ReadingRules, rules_for
 from lora.data.reading.formats import Example
 from lora.data.reading.readers import Source, read_examples
 from lora.data.reading.splitting import split_examples
@@ -16,6 +19,7 @@ from lora.data.sequences.embedding_rows import check_ids, choose_pad_id, grown_r
 from lora.data.sequences.encode import encode_examples
 from lora.data.sequences.encoded import EncodedExamples, check_has_targets
 from lora.data.tokenizers.subword import TextTokenizer
+from lora.runs.record import PromptFormat
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,10 @@ class PreparedData:
     """Where the chat template comes from, for messages; None without conversations."""
     now: datetime
     """The date that chat templates printed; pass it again to get the same sequences."""
+    rules: ReadingRules
+    """How the rows were read; read others of the same task with them."""
+    prompts: PromptFormat
+    """How the model is prompted in training; save it with the model."""
 
 
 def prepare_data(
@@ -46,6 +54,7 @@ def prepare_data(
     validation_source: Source | None = None,
     now: datetime | None = None,
     n_rows: int | None = None,
+    trained: PromptFormat | None = None,
     on_message: Callable[[str], None] = lambda message: None,
     on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> PreparedData:
@@ -59,6 +68,7 @@ def prepare_data(
         validation_source: validation data; None splits off a part of `source`.
         now: the date for chat templates that print one (Llama 3's do); None is today.
         n_rows: of the model's embedding; None: the tokenizer's ids are not compared with it.
+        trained: how the adapter or run that is continued was prompted.
         on_message: called with what was decided: skipped files, the chat template.
         on_progress: called with the tokenised fraction, if that takes over two seconds.
 
@@ -76,14 +86,14 @@ def prepare_data(
     pad_id, pad_note = choose_pad_id(tokenizer, n_rows)
     if pad_note:
         on_message(pad_note)
+    has_template = tokenizer.chat_template is not None
+    rules = rules_for(config, has_template=has_template, trained=trained)
+    read = partial(read_examples, on_message=on_message, rules=rules)
     if validation_source is None:
         sizes = config.eval_fraction, config.max_eval_examples
-        train, validation = split_examples(read_examples(source, on_message), *sizes, seed)
+        train, validation = split_examples(read(source), *sizes, seed)
     else:
-        train, validation = (
-            read_examples(source, on_message),
-            read_examples(validation_source, on_message),
-        )
+        train, validation = read(source), read(validation_source)
         _report_overlap(train, validation, on_message)
     origin, now = None, now or datetime.now()
     if any(example.messages is not None for example in train + validation):
@@ -112,6 +122,8 @@ def prepare_data(
         tokenizer=tokenizer,
         template_origin=origin,
         now=now,
+        rules=rules,
+        prompts=describe_prompts(train, rules),
     )
 
 

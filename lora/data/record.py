@@ -20,6 +20,7 @@ def describe_data(data: PreparedData, source: Source, eval_source: Source | None
         rows=len(data.train),
         learned_tokens=data.train.n_target_tokens,
         chat_template=data.template_origin,
+        prompt_format=data.prompts,
         now=data.now.isoformat(),
         fingerprint=data.train.fingerprint(),
         held_out_fingerprint=data.validation.fingerprint() if data.validation else None,

@@ -10,10 +10,12 @@ from lora.data.prepare import PreparedData, prepare_data
 from lora.data.tokenizers.subword import load_tokenizer
 from lora.decoder.families import decoder_config
 from lora.finetune.job import FinetuneJob
+from lora.inference.run_settings import find_prompt_format, prompts_to_resume
 from lora.pretrained.hf_files import read_config
 from lora.pretrained.positions import why_beyond_positions
 from lora.runs.directory import read_start_time
 from lora.runs.progress import Progress
+from lora.runs.record import PromptFormat
 
 
 def load_data(
@@ -34,6 +36,7 @@ def load_data(
         job.train.seed,
         validation_source=job.eval_data,
         now=read_start_time(job.directory) if job.resume else None,
+        trained=_trained(job),
         n_rows=decoder_config(read_config(model_folder)).vocab_size if is_base else None,
         on_message=progress.message,
     )
@@ -45,6 +48,13 @@ def load_data(
     excess = why_beyond_positions(model_folder, report.longest_tokens)
     report.warnings += [excess] if excess else []
     return data, report
+
+
+def _trained(job: FinetuneJob) -> PromptFormat | None:
+    """Return how the run or the adapter that is continued was prompted."""
+    if job.resume:
+        return prompts_to_resume(job.directory)
+    return None if job.from_adapter is None else find_prompt_format(job.from_adapter)
 
 
 def _tokenizer_folder(job: FinetuneJob, model_folder: Path) -> Path:

@@ -12,6 +12,8 @@ from lora.adapters.added_tokens import add_tokens_to_all, add_tokens_to_lora
 from lora.adapters.apply import apply_lora
 from lora.adapters.fingerprint import base_fingerprint
 from lora.adapters.save_load import load_adapter, save_adapter
+from lora.data.prepare import PreparedData
+from lora.data.prompting.prompt_format import save_prompt_format
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
@@ -57,7 +59,7 @@ def load_model(
 def save_model(
     job: FinetuneJob,
     model: Decoder,
-    tokenizer: TextTokenizer,
+    data: PreparedData,
     source: ModelSource,
     run: Run,
     progress: Progress,
@@ -75,9 +77,10 @@ def save_model(
             save_adapter(model, directory, base_name=source.reference)
         # With the chat template of the training data.
         if job.is_full:
-            save_tokenizer_files(tokenizer, source.folder, directory)
+            save_tokenizer_files(data.tokenizer, source.folder, directory)
         else:
-            tokenizer.save(directory)
+            data.tokenizer.save(directory)
+        save_prompt_format(data.prompts, directory)
         return directory
 
     try:

@@ -103,7 +103,7 @@ def _finetune(
         result = train(
             training_job(job, model, data, choice, train_config, run, progress, steps, plan)
         )
-        saved = save_model(job, model, data.tokenizer, source, run, progress)
+        saved = save_model(job, model, data, source, run, progress)
         memory = RunMemory(plan, result.peak_memory_bytes)
         try:
             run.write_result(RunResult(**vars(result), memory=memory.to_record()))

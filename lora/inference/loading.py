@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lora.decoder.decoder import Decoder
     from lora.device import DeviceChoice
     from lora.pretrained.sources import ModelSource
+    from lora.runs.record import PromptFormat
 
 CHECKED_TEXT = "A merged model must answer as the adapted one did. 1 + 1 = 2; def f(x): return x"
 MAX_CHECKED_ROWS = 64
@@ -26,6 +27,8 @@ class LoadedModel:
     model: Decoder
     tokenizer: TextTokenizer
     choice: DeviceChoice
+    prompts: PromptFormat | None = None
+    """How it was prompted in training; None if nothing tells."""
 
 
 def load_model(name: str | None, adapter: Path | None, device: str = "auto") -> LoadedModel:
@@ -35,16 +38,18 @@ def load_model(name: str | None, adapter: Path | None, device: str = "auto") -> 
     """
     from lora.adapters.save_load import load_adapter
     from lora.device import choose_device
+    from lora.inference.run_settings import find_prompt_format
     from lora.pretrained.hf_weights import load_decoder
     from lora.pretrained.sources import find_model
 
     choice = choose_device(device)
     source = find_model(name)
     tokenizer = load_tokenizer_of(source, adapter)
+    prompts = find_prompt_format(adapter, source.folder)
     model = load_decoder(source.folder, device=choice.device)
     if adapter is not None:
         load_adapter(model, adapter)
-    return LoadedModel(source, model.eval(), tokenizer, choice)
+    return LoadedModel(source, model.eval(), tokenizer, choice, prompts)
 
 
 def checked_ids(loaded: LoadedModel) -> Tensor:

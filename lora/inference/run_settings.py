@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from lora.config import DataConfig
+from lora.data.prompting.prompt_format import read_prompt_format
+from lora.data.prompting.rules import ReadingRules, rules_for
+from lora.data.tokenizers.subword import load_tokenizer
 from lora.runs.read_record import read_run_record
-from lora.runs.record import RUN_FILE
+from lora.runs.record import RUN_FILE, PromptFormat
+
+OLDER = PromptFormat(completions="raw")
+"""How adapters and runs without a record of it were trained."""
 
 EVALUATION_DATE = datetime(2024, 7, 26)
 """For chat templates that print a date, where no run tells one: an evaluation can be repeated."""
@@ -47,6 +53,43 @@ def read_run_data_settings(adapter: Path) -> RunDataSettings:
             config = _config_of(record.data_config, has_tokenizer)
             return RunDataSettings(config, path, _date_of(record.data.now))
     return RunDataSettings(DataConfig(), None)
+
+
+def find_prompt_format(
+    adapter: Path | None, model_folder: Path | None = None
+) -> PromptFormat | None:
+    """Return how an adapter, or else the whole model in a directory, was prompted in training.
+
+    From the file in its directory, or else the record of the adapter's run; None if nothing tells.
+    Raises DataError or CheckpointError for a damaged file.
+    """
+    if adapter is None:
+        return None if model_folder is None else read_prompt_format(model_folder)
+    folder = adapter.resolve()
+    found = read_prompt_format(folder)
+    for directory in (folder, folder.parent):
+        if found is None and (directory / RUN_FILE).is_file():
+            found = read_run_record(directory).data.prompt_format
+    return found
+
+
+def find_rules(config: DataConfig, adapter: Path | None, model_folder: Path) -> ReadingRules:
+    """Return how examples are read to evaluate an adapter, or a whole model: as in training.
+
+    `config` has the data settings of the run, changed by what the user gave.
+    """
+    trained = find_prompt_format(adapter, model_folder)
+    if trained is None and adapter is not None:
+        trained = OLDER
+    template = load_tokenizer(model_folder).chat_template
+    return rules_for(config, has_template=template is not None, trained=trained)
+
+
+def prompts_to_resume(run: Path) -> PromptFormat | None:
+    """Return how the examples of a run to be resumed were read; None if there is no record."""
+    if not (run / RUN_FILE).is_file():
+        return None
+    return read_run_record(run).data.prompt_format or OLDER
 
 
 def _config_of(values: dict[str, Any], has_tokenizer: bool) -> DataConfig:

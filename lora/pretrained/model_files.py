@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lora.data.prompting.prompt_format import PROMPT_FORMAT_FILE
 from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
 from lora.runs.disk import atomic_write, disk_error, read_json
 
@@ -21,7 +22,10 @@ KEPT_FILES = (
     *("additional_chat_templates", "LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
 """Patterns of the files, and of one directory, that are copied from the base."""
-MODEL_FILES = (*KEPT_FILES, "config.json", "*.safetensors", "model.safetensors.index.json")
+MODEL_FILES = (
+    *(*KEPT_FILES, PROMPT_FORMAT_FILE),
+    *("config.json", "*.safetensors", "model.safetensors.index.json"),
+)
 """Patterns of all that a saved model's directory holds."""
 _WORDS = ("bos_token", "eos_token", "pad_token")
 

@@ -37,6 +37,18 @@ Method = Literal["lora", "full", "peft"]
 
 
 @dataclass(frozen=True)
+class PromptFormat:
+    """How a model was prompted in training, and is to be prompted in use."""
+
+    style: Literal["chat", "raw"] = "chat"
+    """Through the chat template, or as plain text."""
+    completions: Literal["turns", "raw"] | None = None
+    """What rows of prompt and completion became: a user and an assistant turn, or plain text."""
+    system: str | None = None
+    """System prompt of all training conversations; None if they have none or different ones."""
+
+
+@dataclass(frozen=True)
 class DataRecord:
     """Which examples a run learns from."""
 
@@ -54,6 +66,7 @@ class DataRecord:
     """Of examples that were cut, split or dropped."""
     chat_template: str | None = None
     """Where it comes from, in words."""
+    prompt_format: PromptFormat | None = None
     now: str | None = None
     """The run's start, ISO 8601: the date that the chat template sees, in a resumed run too."""
     fingerprint: str | None = None

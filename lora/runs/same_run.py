@@ -26,7 +26,10 @@ FREE = {
     "train.steps": "more steps",
     "train.micro_batches": "another split into micro-batches",
     "train.learning_rate": "",  # the field learning_rate has the value that was used
-    "data_config.chat_template": "",  # a path; the data's fingerprint has what it writes
+    # The data's fingerprint has what these write.
+    "data_config.chat_template": "",
+    "data_config.raw": "",
+    "data_config.system": "",
 }
 FINGERPRINTS = ("data.fingerprint", "data.held_out_fingerprint")
 """The fields of the data that count: a file may be moved."""

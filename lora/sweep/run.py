@@ -26,6 +26,7 @@ from lora.adapters.save_load import save_adapter
 from lora.data.inspection import inspect_prepared
 from lora.data.inspection_report import DataReport
 from lora.data.prepare import PreparedData
+from lora.data.prompting.prompt_format import save_prompt_format
 from lora.decoder.families import decoder_config
 from lora.device import (
     choose_device,
@@ -157,6 +158,7 @@ def _train_all(
         with single_adapter(context.model, candidate.lora, values) as adapted:
             save_adapter(adapted, folder, base_name=source.reference)
         data.tokenizer.save(folder)
+        save_prompt_format(data.prompts, folder)
 
     progress.start(swept)
     try:

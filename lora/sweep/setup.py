@@ -13,6 +13,7 @@ from lora.decoder.decoder import Decoder
 from lora.decoder.families import decoder_config
 from lora.device import DeviceChoice
 from lora.errors import CheckpointError, DataError
+from lora.inference.run_settings import prompts_to_resume
 from lora.pretrained.hf_files import read_config
 from lora.runs.directory import Run, read_start_time
 from lora.runs.read_record import read_run_record
@@ -42,6 +43,7 @@ def prepare_sweep(job: SweepJob, model_folder: Path, progress: SweepProgress) ->
         int(job.grid.seed[0]),
         validation_source=job.eval_data,
         now=read_start_time(job.run.out / str(job.run.name)) if job.resume else None,
+        trained=prompts_to_resume(job.run.out / str(job.run.name)) if job.resume else None,
         n_rows=decoder_config(read_config(model_folder)).vocab_size,
         on_message=progress.message,
     )

@@ -153,7 +153,7 @@ def test_target_text_is_coloured_and_marked_without_colours_too(
 
 def test_terminals_without_unicode_get_other_marks(chatml_tokenizer: TextTokenizer) -> None:
     rows = [{"prompt": "é", "completion": "The sum is 3."}]
-    report = inspect_data(rows, chatml_tokenizer, DataConfig(), n_previews=1)
+    report = inspect_data(rows, chatml_tokenizer, DataConfig(raw=True), n_previews=1)
     report.errors.append("… and 3 more")
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     print_report(report, Console(file=stream, width=120))
@@ -166,7 +166,7 @@ def test_terminals_without_unicode_get_other_marks(chatml_tokenizer: TextTokeniz
 
 def test_data_cannot_control_the_terminal(chatml_tokenizer: TextTokenizer) -> None:
     rows = [{"prompt": "[red]p[/red]", "completion": "a\x1b[2J\x07\u202eb\tc\r\nd"}]
-    report = inspect_data(rows, chatml_tokenizer, DataConfig())
+    report = inspect_data(rows, chatml_tokenizer, DataConfig(raw=True))
     shown = printed(report, no_color=True)
     assert "[red]p[/red]⟦a\\x1b[2J\\x07\\u202eb\\tc\\r\nd</s>⟧" in shown
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lora.cli import main
 from lora.cli.chat import _run_command
+from lora.data.prompting.ask import Asker
 from lora.data.tokenizers.subword import load_tokenizer
 from lora.inference.loading import load_model
 from lora.inference.run_settings import EVALUATION_DATE, read_run_data_settings
@@ -248,15 +249,16 @@ def test_an_adapter_that_cannot_be_loaded_leaves_the_chats_own(
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         before = loaded.model(tokens)
-        after, is_new = _run_command(f"/adapter {other}", loaded)
+        asker = Asker()
+        after, _, is_new = _run_command(f"/adapter {other}", loaded, asker)
         assert torch.equal(after.model(tokens), before)
         assert (after.tokenizer, is_new) == (loaded.tokenizer, False)
         err = read()[1]
         assert "of another base" in err
         assert "Nothing was switched" in err
-        _run_command("/adapter none", loaded)
+        _run_command("/adapter none", loaded, asker)
         assert not torch.equal(loaded.model(tokens), before)
-        _run_command(f"/adapter {adapter}", loaded)
+        _run_command(f"/adapter {adapter}", loaded, asker)
         assert torch.equal(loaded.model(tokens), before)
 
 

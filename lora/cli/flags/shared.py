@@ -46,7 +46,9 @@ ValidationData = Annotated[
     ),
 ]
 Adapter = Annotated[Path | None, Parameter(group=MODEL, help="Adapter directory.")]
-System = Annotated[str | None, Parameter(group=GENERATION, help="System prompt.")]
+System = Annotated[
+    str | None, Parameter(group=GENERATION, help="System prompt. Default: as in training.")
+]
 BaseWeights = Annotated[
     BaseDtype,
     Parameter(

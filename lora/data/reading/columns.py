@@ -34,18 +34,22 @@ def text_of(row: Row, key: str) -> str:
     return value
 
 
-def with_system(row: Row, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Return the messages with the row's system column as the first.
+def with_system(
+    row: Row, messages: tuple[Message, ...], default: str | None = None
+) -> tuple[Message, ...]:
+    """Return the messages with the row's system column as the first, or else with `default`.
 
     Raises DataError if the conversation has another system message of its own.
     """
     found = {key: text_of(row, key) for key in SYSTEM if not is_blank(row.get(key))}
+    has_own = messages[0]["role"] in ("system", "developer")
     if not found:
-        return messages
+        add = default is not None and not has_own
+        return ({"role": "system", "content": default}, *messages) if add else messages
     key, system = next(iter(found.items()))
     if any(other != system for other in found.values()):
         raise DataError(f"{' and '.join(found)} differ: keep one of them")
-    if messages[0]["role"] not in ("system", "developer"):
+    if not has_own:
         return {"role": "system", "content": system}, *messages
     if messages[0]["content"].strip() != system.strip():
         raise DataError(

@@ -4,7 +4,8 @@ Known formats, in the order in which they are tried:
 
     messages                             chat: role and content, tool_calls; column tools
     conversations                        ShareGPT: from and value
-    prompt + completion                  two strings, or two lists of messages
+    prompt + completion                  two strings (one turn each, or plain text), or two
+                                         lists of messages
     instruction + output (or response)   Alpaca, Dolly; optional columns input and context
     question + answer (or response)      unless there is a column text; optional column context
     text                                 plain text
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from lora.data.prompting.rules import ReadingRules
 from lora.data.reading.cells import is_blank, kind_of
 from lora.data.reading.columns import (
     SYSTEM,
@@ -38,16 +40,20 @@ from lora.data.reading.messages import Message, parse_messages
 from lora.data.reading.tool_calls import parse_objects, parse_tools
 from lora.errors import DataError
 
+COMPLETION = "prompt and completion"
 FORMATS = (
     "messages",
     "conversations",
-    "prompt and completion",
+    COMPLETION,
     "instruction and output",
     "question and answer",
     "text",
 )
 """Names of the known formats in error messages."""
+_RULES = ReadingRules()
 _NO_FLAGS: Mapping[int, str] = {}  # one for all examples: there are millions
+_CONTEXT = {"instruction": ("input", "context"), "question": ("context",)}
+"""By the question's column: columns whose texts follow it."""
 _CHAT_COLUMNS = (*SYSTEM, "tools", "functions", "documents")
 
 
@@ -63,7 +69,7 @@ class Example:
     n_prompt_messages: int = 0
     """Leading messages that belong to the prompt: answers in them are not trained on."""
     prompt: str | None = None
-    """With `completion`: never formatted with a chat template."""
+    """With `completion`: plain text, which no chat template formats."""
     completion: str | None = None
     text: str | None = None
     is_file: bool = False
@@ -125,8 +131,8 @@ class Example:
         return hashlib.blake2b(packed.encode(), digest_size=16).digest()
 
 
-def example_from_row(row: object, source: str) -> Example:
-    """Return the example in a row.
+def example_from_row(row: object, source: str, rules: ReadingRules = _RULES) -> Example:
+    """Return the example in a row, as `rules` say.
 
     Raises DataError if the row is not an object, its keys fit no format, a value has the wrong
     type, or what it says cannot be used; the message does not repeat `source`.
@@ -139,7 +145,7 @@ def example_from_row(row: object, source: str) -> Example:
         keys = ", ".join(sorted(row)) or "none"
         near = near_names(row)
         raise DataError(f"the keys {keys} fit no format. Allowed: {'; '.join(FORMATS)}.{near}")
-    return parse(row, source)
+    return parse(row, source, rules)
 
 
 def example_from_file(text: str, source: str) -> Example:
@@ -148,7 +154,7 @@ def example_from_file(text: str, source: str) -> Example:
 
 
 @lru_cache(maxsize=256)
-def _find_parser(keys: frozenset[str]) -> Callable[[Row, str], Example] | None:
+def _find_parser(keys: frozenset[str]) -> Callable[[Row, str, ReadingRules], Example] | None:
     if "messages" in keys:
         return _parse_messages_row
     if "conversations" in keys:
@@ -162,20 +168,23 @@ def _find_parser(keys: frozenset[str]) -> Callable[[Row, str], Example] | None:
     return _parse_text_row if "text" in keys else None
 
 
-def _parse_messages_row(row: Row, source: str) -> Example:
+def _parse_messages_row(row: Row, source: str, rules: ReadingRules) -> Example:
     messages = parse_messages(row["messages"], "messages")
-    return _chat(row, source, "messages", messages, ("messages",))
+    return _chat(row, source, rules, "messages", messages, ("messages",))
 
 
-def _parse_conversations_row(row: Row, source: str) -> Example:
+def _parse_conversations_row(row: Row, source: str, rules: ReadingRules) -> Example:
     messages = parse_messages(row["conversations"], "conversations")
-    return _chat(row, source, "conversations", messages, ("conversations",))
+    return _chat(row, source, rules, "conversations", messages, ("conversations",))
 
 
-def _parse_completion_row(row: Row, source: str) -> Example:
+def _parse_completion_row(row: Row, source: str, rules: ReadingRules) -> Example:
     prompt, completion = row["prompt"], row["completion"]
-    format, used = "prompt and completion", ("prompt", "completion")
+    format, used = COMPLETION, ("prompt", "completion")
     if isinstance(prompt, str) and isinstance(completion, str):
+        if rules.as_turns:
+            return _question(row, source, rules, format, *used)
+        _refuse_system(rules, format)
         return Example(
             source,
             format,
@@ -187,24 +196,25 @@ def _parse_completion_row(row: Row, source: str) -> Example:
     if isinstance(prompt, list) and isinstance(completion, list):
         asked = history_of(row) + parse_messages(prompt, "prompt")
         messages = asked + parse_messages(completion, "completion")
-        return _chat(row, source, format, messages, (*used, "history"), len(asked))
+        return _chat(row, source, rules, format, messages, (*used, "history"), len(asked))
     raise DataError(
         f"prompt is {kind_of(prompt)} and completion {kind_of(completion)}. Allowed: two strings "
         "or two lists of messages"
     )
 
 
-def _parse_instruction_row(row: Row, source: str) -> Example:
+def _parse_instruction_row(row: Row, source: str, rules: ReadingRules) -> Example:
     answer = "response" if row.get("output") is None and "response" in row else "output"
-    return _question(row, source, "instruction and output", "instruction", answer)
+    return _question(row, source, rules, "instruction and output", "instruction", answer)
 
 
-def _parse_question_row(row: Row, source: str) -> Example:
+def _parse_question_row(row: Row, source: str, rules: ReadingRules) -> Example:
     answer = "response" if row.get("answer") is None and "response" in row else "answer"
-    return _question(row, source, "question and answer", "question", answer)
+    return _question(row, source, rules, "question and answer", "question", answer)
 
 
-def _parse_text_row(row: Row, source: str) -> Example:
+def _parse_text_row(row: Row, source: str, rules: ReadingRules) -> Example:
+    _refuse_system(rules, "text")
     return Example(
         source,
         "text",
@@ -214,35 +224,53 @@ def _parse_text_row(row: Row, source: str) -> Example:
     )
 
 
-def _question(row: Row, source: str, format: str, question: str, answer: str) -> Example:
+def _question(
+    row: Row, source: str, rules: ReadingRules, format: str, question: str, answer: str
+) -> Example:
     """Return a question with its context and one answer, after the turns in `history`."""
-    parts = [text_of(row, question)]
-    context = ("input", "context") if question == "instruction" else ("context",)
-    parts += [text_of(row, key) for key in context if not is_blank(row.get(key))]
+    asked, answered = text_of(row, question), text_of(row, answer)
+    if question == "prompt":  # of a text and what continues it: turns have no space between them
+        asked, answered = asked.rstrip(), answered.lstrip()
+    context = _CONTEXT.get(question, ())
+    parts = [asked, *(text_of(row, key) for key in context if not is_blank(row.get(key)))]
     history = history_of(row)
     messages = (
         *history,
         {"role": "user", "content": "\n\n".join(parts)},
-        {"role": "assistant", "content": text_of(row, answer)},
+        {"role": "assistant", "content": answered},
     )
     used = (question, *context, answer, "history")
-    return _chat(row, source, format, messages, used, len(history) + bool(history))
+    return _chat(row, source, rules, format, messages, used, len(history) + bool(history))
+
+
+def _refuse_system(rules: ReadingRules, format: str) -> None:
+    if rules.system is not None:
+        raise DataError(
+            f"the setting system has no place in the format {format} as plain text: put it into "
+            "the text, or leave it out"
+        )
 
 
 def _chat(
     row: Row,
     source: str,
+    rules: ReadingRules,
     format: str,
     messages: tuple[Message, ...],
     used: tuple[str, ...],
     n_prompt_messages: int = 0,
 ) -> Example:
     """Return a conversation; `used` are the columns that `messages` come from."""
+    if rules.only_raw:
+        raise DataError(
+            f"the setting raw is for prompt and completion or text: {format} needs a chat "
+            "template. Leave raw out"
+        )
     name = used[0]
     n_given = len(messages)
     off_flags = take_message_flags(messages, name, n_prompt_messages)
     off_flags |= read_row_flags(row, messages, n_prompt_messages)
-    messages = with_system(row, messages)
+    messages = with_system(row, messages, rules.system)
     n_added = len(messages) - n_given
     return Example(
         source,

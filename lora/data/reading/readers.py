@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora.data.prompting.rules import ReadingRules
 from lora.data.reading.cells import kind_of
 from lora.data.reading.faults import Faults, decode_file
 from lora.data.reading.formats import Example, example_from_file, example_from_row
@@ -28,15 +29,22 @@ _DESCRIPTIONS = frozenset(("dataset_info.json", "dataset_infos.json", "dataset_d
 """Files that other tools write beside data."""
 _MAX_NAMES = 12
 """Of files, in a message."""
+_RULES = ReadingRules()
 _VALIDATION_WORDS = frozenset(("valid", "validation", "val", "dev", "eval", "test"))
 
 
-def read_examples(source: Source, on_message: OnMessage = lambda message: None) -> list[Example]:
+def read_examples(
+    source: Source,
+    on_message: OnMessage = lambda message: None,
+    *,
+    rules: ReadingRules = _RULES,
+) -> list[Example]:
     """Return the examples of a file, a folder, a `datasets.Dataset` or a list of dicts.
 
     Args:
         source: what to read.
         on_message: called with the files of a folder that are skipped; hidden ones are not named.
+        rules: what rows become.
 
     Raises:
         DataError: the source is missing, empty or damaged, or rows of it fit no format. One message
@@ -54,7 +62,7 @@ def read_examples(source: Source, on_message: OnMessage = lambda message: None) 
             "datasets.Dataset."
         )
     faults = Faults()
-    examples = list(_read_all(source, on_message, faults))
+    examples = list(_read_all(source, on_message, faults, rules))
     heading = f"Cannot use the examples in {_name(source)}:"
     faults.raise_if_any(heading, "Correct or remove these rows; nothing was used.")
     if not examples:
@@ -62,31 +70,35 @@ def read_examples(source: Source, on_message: OnMessage = lambda message: None) 
     return examples
 
 
-def _read_all(source: Source, on_message: OnMessage, faults: Faults) -> Iterator[Example]:
+def _read_all(
+    source: Source, on_message: OnMessage, faults: Faults, rules: ReadingRules
+) -> Iterator[Example]:
     if not isinstance(source, str | Path):
         rows = ((f"row {n}", without_nulls(row)) for n, row in enumerate(source, 1))
-        yield from _parse_rows(rows, faults)
+        yield from _parse_rows(rows, faults, rules)
         return
     for path in _find_files(Path(source), on_message):
         try:
-            yield from _read_file(path, faults)
+            yield from _read_file(path, faults, rules)
         except OSError as error:
             faults.add(str(path), f"cannot read the file: {os_reason(error)}")
 
 
-def _read_file(path: Path, faults: Faults) -> Iterator[Example]:
+def _read_file(path: Path, faults: Faults, rules: ReadingRules) -> Iterator[Example]:
     if path.stat().st_size == 0:
         faults.add(str(path), "the file is empty")
     elif path.suffix.lower() in TEXT_SUFFIXES:
-        yield from _read_text(path, faults)
+        yield from _read_text(path, faults, rules)
     else:
-        yield from _parse_rows(TABLE_READERS[path.suffix.lower()](path, faults), faults)
+        yield from _parse_rows(TABLE_READERS[path.suffix.lower()](path, faults), faults, rules)
 
 
-def _parse_rows(rows: Iterable[tuple[str, object]], faults: Faults) -> Iterator[Example]:
+def _parse_rows(
+    rows: Iterable[tuple[str, object]], faults: Faults, rules: ReadingRules
+) -> Iterator[Example]:
     for where, row in rows:
         try:
-            yield example_from_row(row, where)
+            yield example_from_row(row, where, rules)
         except DataError as error:
             faults.add(where, error)
             if faults.are_too_many:
@@ -165,9 +177,11 @@ def _words(path: Path) -> set[str]:
     return set(re.findall("[a-z]+", path.stem.lower()))
 
 
-def _read_text(path: Path, faults: Faults) -> Iterator[Example]:
+def _read_text(path: Path, faults: Faults, rules: ReadingRules) -> Iterator[Example]:
     text = decode_file(path, faults)
-    if text is not None and text.strip():
+    if rules.system is not None:
+        faults.add(str(path), "the setting system has no place in a text file: leave it out")
+    elif text is not None and text.strip():
         yield example_from_file(text, str(path))
     elif text is not None:
         faults.add(str(path), "the file has only white space")

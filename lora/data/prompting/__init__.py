@@ -1,0 +1,1 @@
+"""What a model is asked: how rows become prompts in training, and texts do in use."""

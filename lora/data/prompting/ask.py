@@ -1,0 +1,76 @@
+"""Prompts in use, as they were in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lora.data.chat.prompts import Prompt, chat_prompt, plain_prompt
+from lora.data.reading.messages import Message
+from lora.data.tokenizers.subword import TextTokenizer
+from lora.errors import ConfigError
+from lora.runs.record import PromptFormat
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Makes prompts of texts the way that a model was trained, unless the user says otherwise."""
+
+    trained: PromptFormat = field(default_factory=PromptFormat)
+    raw: bool | None = None
+    """Plain text instead of a chat; None: as in training."""
+    system: str | None = None
+    """System prompt; None: as in training, "": none."""
+
+    def __post_init__(self) -> None:
+        if self.system and self.is_raw:
+            why = "" if self.raw else ", as the adapter was trained on"
+            raise ConfigError(
+                f"Cannot use a system prompt with plain text{why}: it needs the chat template. "
+                "Put it into the prompt, or take --no-raw."
+            )
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether texts are continued as they are."""
+        return self.trained.style == "raw" if self.raw is None else self.raw
+
+    @property
+    def system_prompt(self) -> str | None:
+        """The system prompt in use."""
+        if self.is_raw:
+            return None
+        return (self.trained.system if self.system is None else self.system) or None
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether a conversation of several turns is like the training data."""
+        return not self.is_raw
+
+    def prompt(self, text: str, tokenizer: TextTokenizer) -> Prompt:
+        """Return the prompt for `text`. Raises DataError if the chat template rejects it."""
+        if self.is_raw:
+            return plain_prompt(text, tokenizer)
+        return chat_prompt([*self._first(), {"role": "user", "content": text}], tokenizer)
+
+    def prompt_after(self, said: Sequence[Message], tokenizer: TextTokenizer) -> Prompt:
+        """Return the prompt for the last of the messages of a conversation without its system.
+
+        The earlier ones are left out where the model did not learn from conversations.
+        """
+        if not self.takes_turns:
+            return self.prompt(str(said[-1]["content"]), tokenizer)
+        return chat_prompt([*self._first(), *said], tokenizer)
+
+    def _first(self) -> list[Message]:
+        system = self.system_prompt
+        return [] if system is None else [{"role": "system", "content": system}]
+
+    def describe(self) -> str:
+        """Return what is taken from training, in words; "" for a chat without a system prompt."""
+        parts = []
+        if self.raw is None and self.is_raw:
+            parts.append("plain text is continued (--no-raw: the chat template)")
+        if self.system is None and self.system_prompt is not None:
+            parts.append(f"with the system prompt {self.system_prompt!r} (--system replaces it)")
+        return f"prompted as in training: {'; '.join(parts)}" if parts else ""
