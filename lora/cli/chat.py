@@ -93,7 +93,10 @@ def _ask() -> str | None:
 
 
 def _run_command(line: str, loaded: LoadedModel, asker: Asker) -> tuple[LoadedModel, Asker, bool]:
-    """Run a line that starts with a slash; return the model, what asks it, and whether to clear the chat."""
+    """Run a line that starts with a slash.
+
+    Returns the model, what asks it, and whether to clear the chat.
+    """
     from lora.errors import LoraError
 
     command, _, name = line.partition(" ")

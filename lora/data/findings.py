@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from lora.data.reading.formats import Example
+from lora.data.reading.formats import COMPLETION, Example
 from lora.data.sequences.encoded import EncodedExamples
 
 _MAX_NAMES_CHARACTERS = 1000  # of a message that lists columns or fields
@@ -24,10 +24,12 @@ def describe_encoding(
     warnings, notes = [], []
     if encoded.control_tokens:
         n_found, named = _count(encoded.control_tokens, examples)
+        are_pairs = any(examples[number].format == COMPLETION for number in encoded.control_tokens)
+        raw = ", or raw if prompts and completions are formatted already" if are_pairs else ""
         warnings.append(
             f"special tokens are spelt out {n_found:,} times in the messages of "
             f"{len(encoded.control_tokens)} examples, as in {named}: they are split into ordinary "
-            "tokens; set keep_control_tokens if the special ones are meant"
+            f"tokens; set keep_control_tokens if the special ones are meant{raw}"
         )
     if encoded.plain_control_tokens:
         n_found, named = _count(encoded.plain_control_tokens, examples)

@@ -275,3 +275,14 @@ def test_tokens_without_an_embedding_row_are_an_error(chatml_tokenizer: TextToke
     assert "'<|im_end|>', in row 1, has the id" in report.errors[0]
     grown = DataConfig(special_tokens=("<|im_start|>", "<|im_end|>"))
     assert not inspect_data(ROWS, chatml_tokenizer, grown, n_rows=number).errors
+
+
+def test_prompts_that_are_formatted_already_are_told_of_plain_text(
+    chatml_tokenizer: TextTokenizer,
+) -> None:
+    prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    rows = [{"prompt": prompt, "completion": "Hello!<|im_end|>"}]
+    report = inspect_data(rows, chatml_tokenizer, DataConfig())
+    assert any("or raw if prompts and completions are formatted" in w for w in report.warnings)
+    assert any("are a user and an assistant turn" in note for note in report.notes)
+    assert not inspect_data(rows, chatml_tokenizer, DataConfig(raw=True)).warnings
