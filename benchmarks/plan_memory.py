@@ -121,7 +121,7 @@ def train_config(case: Case) -> TrainConfig:
     """Return the training settings of `case`."""
     from lora.config import TrainConfig
 
-    return TrainConfig(steps=2, batch_size=case.rows, micro_batches=case.micro_batches)
+    return TrainConfig(steps=2, batch_size=case.rows, gradient_accumulation=case.micro_batches)
 
 
 def run_child(case: Case, device: str) -> dict[str, Any]:

@@ -9,13 +9,18 @@ No torch here, so that `lora --help` stays quick.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from lora.errors import ConfigError, did_you_mean, gather
+from lora.settings.peers import FORMER_NAMES
+
+ConfigT = TypeVar("ConfigT")
 
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -100,6 +105,29 @@ def _pairs_of(name: str, value: object, faults: list[str]) -> list[tuple[str, An
     return []
 
 
+def _with_former_names(config: type[ConfigT]) -> type[ConfigT]:
+    """Let a config be made with the former names of its settings, and be read by them."""
+    fields = {each.name for each in dataclasses.fields(config)}  # type: ignore[arg-type]
+    former = {old: new for old, new in FORMER_NAMES.items() if new in fields}
+    made = config.__init__
+
+    @functools.wraps(made)
+    def init(self: ConfigT, *args: Any, **settings: Any) -> None:
+        for old, new in former.items():
+            if old in settings and new in settings:
+                raise ConfigError(
+                    f"Cannot use {config.__name__}: {old} is the former name of {new}. Give one."
+                )
+            if old in settings:
+                settings[new] = settings.pop(old)
+        made(self, *args, **settings)
+
+    config.__init__ = init  # type: ignore[assignment,method-assign]
+    for old, new in former.items():
+        setattr(config, old, property(operator.attrgetter(new)))
+    return config
+
+
 def _raise_if(faults: list[str], owner: object) -> None:
     if faults:
         kind = type(owner).__name__
@@ -166,6 +194,7 @@ class LoRAConfig:
         _raise_if(faults, self)
 
 
+@_with_former_names
 @dataclass(frozen=True)
 class TrainConfig:
     """Optimization: number and size of the steps, learning rate and its schedule."""
@@ -174,7 +203,7 @@ class TrainConfig:
     """Optimizer steps."""
     batch_size: int = field(default=8, metadata=TRAINING)
     """Effective batch size: packed sequences per optimizer step, over all micro-batches."""
-    micro_batches: int = field(default=1, metadata=TRAINING)
+    gradient_accumulation: int = field(default=1, metadata=TRAINING)
     """Gradient accumulation: split each batch into N forward and backward passes to save memory."""
     learning_rate: float | None = field(default=None, metadata=TRAINING)
     """Peak learning rate. Default: 1e-3 for LoRA, 1e-4 for full fine-tuning."""
@@ -197,11 +226,12 @@ class TrainConfig:
     """Compute dtype; auto takes bf16 on GPUs that support it, else fp32."""
 
     def __post_init__(self) -> None:
-        faults = _check_counts(self, 1, "steps", "batch_size", "micro_batches")
+        faults = _check_counts(self, 1, "steps", "batch_size", "gradient_accumulation")
         if not faults:
-            divides = self.batch_size % self.micro_batches == 0
+            parts = self.gradient_accumulation
             allowed = f"a divisor of batch_size={self.batch_size}"
-            faults += _check(divides, "micro_batches", self.micro_batches, allowed)
+            divides = self.batch_size % parts == 0
+            faults += _check(divides, "gradient_accumulation", parts, allowed)
         rate = self.learning_rate
         if rate is not None:
             faults += _check_positive("learning_rate", rate, MAX_LEARNING_RATE)
@@ -220,7 +250,7 @@ class TrainConfig:
     @property
     def micro_batch_size(self) -> int:
         """Sequences of one micro-batch."""
-        return self.batch_size // self.micro_batches
+        return self.batch_size // self.gradient_accumulation
 
     def resolved(self, *, full: bool) -> TrainConfig:
         """Return the same settings, with the method's default where no learning rate is given."""

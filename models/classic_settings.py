@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 
 from lora.config import LoRAConfig, RunConfig, TrainConfig
 from lora.errors import ConfigError, did_you_mean, gather
+from lora.settings.peers import FORMER_NAMES
 
 AUTO = "auto"
 TRUE_WORDS = ("true", "1", "yes", "on")
@@ -68,7 +69,7 @@ class ClassicSettings:
     """Dropout probability of the model itself."""
     batch_size: int = 8
     """Batch size: sequences per optimizer step."""
-    micro_batches: int = 1
+    gradient_accumulation: int = 1
     """Gradient accumulation: split each batch into N forward and backward passes to save memory."""
     base_steps: int = 1500
     """Optimizer steps when a base model is trained."""
@@ -149,7 +150,7 @@ class ClassicSettings:
         return TrainConfig(
             steps=self.steps,
             batch_size=self.batch_size,
-            micro_batches=self.micro_batches,
+            gradient_accumulation=self.gradient_accumulation,
             learning_rate=self.rate,
             whole_rate_fraction=self.embedding_rate_fraction,
             weight_decay=0.0 if self.use_lora else 0.01,
@@ -169,6 +170,7 @@ def read_settings(environment: Mapping[str, str]) -> ClassicSettings:
 
     Raises ConfigError with all misspelt variables and invalid values.
     """
+    environment = _with_new_names(environment)
     hints = get_type_hints(ClassicSettings)
     known = {field.name.upper(): field.name for field in fields(ClassicSettings)}
     faults = _misspelt(environment, list(known))
@@ -186,6 +188,20 @@ def read_settings(environment: Mapping[str, str]) -> ClassicSettings:
     if values.get("test_mode"):
         values = TEST_SIZES | values
     return ClassicSettings(**values)
+
+
+def _with_new_names(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return `environment` with settings under their former names under those of today."""
+    renamed = dict(environment)
+    for former, name in ((old.upper(), new.upper()) for old, new in FORMER_NAMES.items()):
+        if former in renamed and name in renamed:
+            raise ConfigError(
+                f"Cannot use {former} together with {name}: it is the former name of the same "
+                "setting. Unset one."
+            )
+        if former in renamed:
+            renamed[name] = renamed.pop(former)
+    return renamed
 
 
 def notes(settings: ClassicSettings) -> list[str]:

@@ -62,8 +62,8 @@ REFUSED: list[tuple[type, str, Any, str]] = [
     (LoRAConfig, "rslora", "no", "true or false"),
     *((TrainConfig, "steps", value, "an int ≥ 1") for value in (0, 1.5, "200", True)),
     (TrainConfig, "batch_size", "8", "an int ≥ 1"),
-    (TrainConfig, "micro_batches", 0, "an int ≥ 1"),
-    (TrainConfig, "micro_batches", 3, "a divisor of batch_size=8"),
+    (TrainConfig, "gradient_accumulation", 0, "an int ≥ 1"),
+    (TrainConfig, "gradient_accumulation", 3, "a divisor of batch_size=8"),
     *((TrainConfig, "learning_rate", v, "> 0") for v in (0, -1e-4, math.nan, "1e-4")),
     *(
         (TrainConfig, "warmup_fraction", value, "from 0 to 1")
@@ -132,8 +132,17 @@ def test_a_learning_rate_that_is_not_given_is_the_methods() -> None:
         _ = TrainConfig().peak_learning_rate
 
 
-def test_micro_batches_split_the_batch() -> None:
-    assert TrainConfig(batch_size=12, micro_batches=3).micro_batch_size == 4
+def test_a_former_name_is_taken_and_read() -> None:
+    config = TrainConfig(batch_size=12, micro_batches=3)
+    assert (config.gradient_accumulation, config.micro_batches) == (3, 3)
+    assert "micro_batches" not in dataclasses.asdict(config)
+    assert dataclasses.replace(config, steps=3).gradient_accumulation == 3
+    with pytest.raises(ConfigError, match="former name of gradient_accumulation"):
+        TrainConfig(micro_batches=2, gradient_accumulation=2)
+
+
+def test_gradient_accumulation_splits_the_batch() -> None:
+    assert TrainConfig(batch_size=12, gradient_accumulation=3).micro_batch_size == 4
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from typing import Any
 
 from cyclopts import (
     App,
-    ArgumentCollection,
     CycloptsError,
     Parameter,
     UnknownOptionError,
@@ -29,14 +28,22 @@ from cyclopts import (
 from cyclopts.config import Dict, Env
 
 from lora import __version__
+from lora.cli.flags.environment import (
+    ENVIRONMENT_PREFIX,
+    aliases_in_environment,
+    check_environment,
+    known_settings,
+)
 from lora.cli.flags.help_page import HelpPage
+from lora.cli.flags.translate import translate_settings, translate_words
 from lora.cli.flags.values import check_values, name_pairs
 from lora.cli.flags.yaml_file import read_settings
-from lora.errors import ConfigError, Interrupted, LoraError, did_you_mean, gather
+from lora.errors import ConfigError, Interrupted, LoraError, did_you_mean
 from lora.runs.disk import os_reason
 from lora.terminal import drop_output, end_output, print_note, soften_encoding
 from lora.training.out_of_memory import is_out_of_memory
 
+Settings = dict[str, Any]
 COMMANDS: dict[str, tuple[str, str]] = {
     "finetune": (
         "lora.cli.finetune:finetune",
@@ -68,7 +75,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
 MEMORY_ADVICE = "Try a smaller batch, a smaller model, or a device with more memory."
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """What writing to an output meets; the names of files are in other errors."""
-ENVIRONMENT_PREFIX = "LORALM_"
 HELP_END = (
     "Every command also takes --config FILE.yaml (keys are its flags without leading dashes), "
     f"environment variables {ENVIRONMENT_PREFIX}COMMAND_FLAG, and --debug (show the traceback of "
@@ -77,15 +83,21 @@ HELP_END = (
 
 
 def build_app(
-    settings: dict[str, Any] | None = None, source: str = "", chosen: str | None = None
+    settings: Settings | None = None,
+    source: str = "",
+    chosen: str | None = None,
+    *,
+    environment: Settings | None = None,
 ) -> App:
     """Return the application with all commands, none of them imported yet.
 
     The help of the command `chosen` is its docstring; the others have one line. `settings` are
-    its defaults from the file `source`; flags and environment override them.
+    its defaults from the file `source`; flags and environment override them. `environment` are
+    those of its settings that variables give under names of other tools.
     """
     # Under the command's name: cyclopts drops top-level keys that are names of commands.
-    files = () if settings is None else (Dict({str(chosen): settings}, source=source),)
+    sources = ((environment, "environment"), (settings, source))
+    files = (Dict({str(chosen): s}, source=name) for s, name in sources if s is not None)
     app = App(
         name="lora",
         help="LoRA fine-tuning of language models.",
@@ -93,7 +105,7 @@ def build_app(
         help_format="plaintext",
         help_formatter=HelpPage(),
         version=f"lora {__version__}",
-        config=(_check_environment, Env(ENVIRONMENT_PREFIX), *files, check_values),
+        config=(check_environment, Env(ENVIRONMENT_PREFIX), *files, check_values),
         default_parameter=Parameter(
             show_env_var=False, negative_iterable=(), show_default=_show_default
         ),
@@ -166,11 +178,24 @@ def _run(words: list[str]) -> int:
     words, path = _take_config(words)
     _check_command(words)
     settings, source = (None, "") if path is None else (read_settings(path), str(path))
-    app = build_app(settings, source, words[0] if words else None)
+    environment: Settings = {}
+    if words and words[0] in COMMANDS:
+        command, known = words[0], _known_settings(words[0])
+        words = [command, *translate_words(f"lora {command}", words[1:], known, print_note)]
+        environment = aliases_in_environment(command, known, print_note)
+        if settings is not None:
+            settings = translate_settings(source, settings, known, print_note)
+    app = build_app(settings, source, words[0] if words else None, environment=environment)
     code = app(
         name_pairs(words), exit_on_error=False, print_error=False, result_action="return_value"
     )
     return code if isinstance(code, int) else 0
+
+
+def _known_settings(command: str) -> set[str]:
+    app = build_app()
+    with app.app_stack([command]):
+        return known_settings(app[command].assemble_argument_collection())
 
 
 def _check_command(words: list[str]) -> None:
@@ -182,30 +207,6 @@ def _check_command(words: list[str]) -> None:
     kind = "option" if word.startswith("-") else "command"
     near = did_you_mean(word, [*COMMANDS, "--help", "--version"])
     raise ConfigError(f"Unknown {kind} {word!r}.{near} Commands: {known}. See `lora --help`.")
-
-
-def _check_environment(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    # cyclopts ignores misspelt variables.
-    prefix = ENVIRONMENT_PREFIX + "".join(f"{command.upper()}_" for command in commands)
-    if not commands:
-        return
-    faults = []
-    for variable in sorted(name for name in os.environ if name.startswith(prefix)):
-        try:
-            arguments.match(variable.removeprefix(prefix), transform=_to_variable, delimiter="_")
-        except ValueError:
-            flags = (name for argument in arguments for name in argument.names)
-            known = [prefix + _to_variable(flag) for flag in flags if flag.startswith("--")]
-            faults.append(f"{variable}.{did_you_mean(variable, known)}")
-    if faults:
-        command = f"lora {' '.join(commands)}"
-        what = f"Cannot run {command}: it has no flags for these environment variables:"
-        advice = f"Correct or unset them; `{command} --help` lists the flags."
-        raise ConfigError(gather(faults, what, advice))
-
-
-def _to_variable(flag: str) -> str:
-    return flag.lstrip("-").replace("-", "_").upper()
 
 
 def _take_config(words: list[str]) -> tuple[list[str], Path | None]:

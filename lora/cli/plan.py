@@ -35,7 +35,7 @@ PlanDevice = Annotated[
 ]
 
 
-@flags_from(TrainConfig, only=("batch_size", "micro_batches"))
+@flags_from(TrainConfig, only=("batch_size", "gradient_accumulation"))
 class BatchFlags:
     """Sizes of a step."""
 
@@ -72,7 +72,7 @@ def plan(
 
         lora plan
         lora plan --model ./llama --device cuda --memory-gb 24 --max-length 2048
-        lora plan --batch-size 32 --micro-batches 4 --json
+        lora plan --batch-size 32 --gradient-accumulation 4 --json
 
     Only the model's config.json is read, no weights. lora finetune prints its
     plan too, and at the end the measured peak.
@@ -106,7 +106,7 @@ def plan(
         tokens=how_read.max_length,
         device_type=kind,
         compute_dtype=torch.bfloat16 if kind == "cuda" else torch.float32,
-        micro_batches=train.micro_batches,
+        micro_batches=train.gradient_accumulation,
         packed=how_read.packing,
         memory=MemoryConfig("none" if mode == "auto" else mode, room_gb),
         fp8=base_dtype == "fp8",

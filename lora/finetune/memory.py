@@ -84,7 +84,7 @@ def plan_run(
         tokens=sequences.sequence_length,
         device_type=choice.device.type,
         compute_dtype=choice.compute_dtype,
-        micro_batches=train.micro_batches,
+        micro_batches=train.gradient_accumulation,
         packed=sequences.fill_fraction < 1 or len(sequences) < len(data.train_examples),
         learned_fraction=sequences.n_target_tokens / max(1, n_tokens),
         fast=fast,
@@ -97,7 +97,7 @@ def plan_run(
         raise ConfigError(
             f"Cannot use activation checkpointing (memory={memory.memory!r}): only the fast step "
             f"has it, and this run on {choice.device.type} takes the {plan.step} step. Allowed "
-            "here: auto, none. To save memory in any step, raise micro_batches."
+            "here: auto, none. To save memory in any step, raise gradient_accumulation."
         )
     return plan
 

@@ -29,6 +29,7 @@ from lora.runs.record import (
     TimingRow,
 )
 from lora.runs.typed_json import Faults, parse
+from lora.settings.peers import FORMER_NAMES
 
 RecordT = TypeVar("RecordT")
 Upgrade = Callable[[dict[str, Any], str, Faults], dict[str, Any]]
@@ -49,7 +50,7 @@ def read_run_record(directory: Path, faults: Faults | None = None) -> RunRecord:
         found.append(str(error))
     else:
         if isinstance(values, dict):
-            values = _upgraded(values, str(path), found)
+            values = _upgraded(_with_new_names(values), str(path), found)
         record = parse(RunRecord, values, str(path), found) or record
     _settle(path, found, faults)
     return record
@@ -167,6 +168,14 @@ def _upgraded(values: dict[str, Any], where: str, faults: Faults) -> dict[str, A
     elif isinstance(data, dict) and data.get("source") == IN_MEMORY:
         upgraded["data"] = {**data, "in_memory": True}
     return upgraded
+
+
+def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a run.json with the names that its settings have today."""
+    return {
+        FORMER_NAMES.get(key, key): _with_new_names(inner) if isinstance(inner, dict) else inner
+        for key, inner in values.items()
+    }
 
 
 def _kind_before_1(values: dict[str, Any]) -> Kind:

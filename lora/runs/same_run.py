@@ -24,7 +24,7 @@ FIXED = (
 """Fields of the record that a resumed run must share."""
 FREE = {
     "train.steps": "more steps",
-    "train.micro_batches": "another split into micro-batches",
+    "train.gradient_accumulation": "another split into micro-batches",
     "train.learning_rate": "",  # the field learning_rate has the value that was used
     # The data's fingerprint has what these write.
     "data_config.chat_template": "",

@@ -279,8 +279,8 @@ def _memory_message(context: SweepContext, record: SweepRecord) -> str:
     fewer = max(1, record.at_once // 2)
     return (
         f"with {record.at_once} candidates at once, after a peak of {peak_bytes / 1e9:.2f} GB. "
-        f"{context.memory_plan}. Try, in this order: --at-once {fewer}; more --micro-batches than "
-        f"{context.micro_batches} (the result stays the same); in a new sweep a shorter "
-        "--max-length. --resume continues from the newest checkpoint, in smaller waves if "
-        "--at-once asks for them."
+        f"{context.memory_plan}. Try, in this order: --at-once {fewer}; more "
+        f"--gradient-accumulation than {context.micro_batches} (the result stays the same); in a "
+        "new sweep a shorter --max-length. --resume continues from the newest checkpoint, in "
+        "smaller waves if --at-once asks for them."
     )

@@ -95,7 +95,8 @@ def choose_stack_size(
     if memory.n_fit is not None and at_once > memory.n_fit:
         progress.message(
             f"note: {at_once} candidates at once may not fit into memory. --at-once "
-            f"{max(1, memory.n_fit)}, more --micro-batches or a shorter --max-length need less"
+            f"{max(1, memory.n_fit)}, more --gradient-accumulation or a shorter --max-length need "
+            "less"
         )
     return at_once, memory.describe()
 
@@ -118,7 +119,7 @@ def build_context(
         train=data.train,
         validation=data.validation,
         micro_batch_size=job.train.micro_batch_size,
-        micro_batches=job.train.micro_batches,
+        micro_batches=job.train.gradient_accumulation,
         eval_every_steps=job.run.eval_interval(job.train.steps),
         save_every_steps=job.run.save_interval(job.train.steps),
         choice=choice,

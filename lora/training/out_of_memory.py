@@ -146,15 +146,15 @@ def advise(parts: MemoryParts, config: TrainConfig, *, has_lora: bool) -> str:
 
 def _splits(parts: MemoryParts, config: TrainConfig) -> list[str]:
     """Return the next finer split of the batch and what it would take, or none if there is none."""
-    now = config.micro_batches
+    now = config.gradient_accumulation
     finer = (n for n in range(now + 1, config.batch_size + 1) if config.batch_size % n == 0)
     next_finer = next(finer, None)
     if next_finer is None:
         return []
-    split = replace(config, micro_batches=next_finer)
+    split = replace(config, gradient_accumulation=next_finer)
     growing = parts.activations + parts.loss
     less = parts.total - growing * (1 - now / next_finer)
     return [
-        f"--micro-batches {next_finer} instead of {now} (the result stays the same, with "
+        f"--gradient-accumulation {next_finer} instead of {now} (the result stays the same, with "
         f"{split.micro_batch_size} sequences at once and about {less / 1e9:.2f} GB)"
     ]

@@ -147,7 +147,7 @@ def _take_step(job: TrainingJob, state: LoopState, *, wait: bool) -> None:
     """Launch the next step and record those that are done: all of them if `wait`."""
     learning_rate = learning_rate_at(state.step, job.train_config)
     state.step += 1
-    micro_batches = [next(job.stream) for _ in range(job.train_config.micro_batches)]
+    micro_batches = [next(job.stream) for _ in range(job.train_config.gradient_accumulation)]
     job.steps.launch(state.step, micro_batches, [learning_rate])
     for outcome in job.steps.finished(wait=wait):
         _record(job, state, outcome)

@@ -63,7 +63,11 @@ def run_job(
         model = tiny_decoder(dtype=torch.float32)
         apply_lora(model, lora) if lora is not None else model.requires_grad_(True)
         config = TrainConfig(
-            steps=STEPS, batch_size=4, micro_batches=2, weight_decay=0.01, learning_rate=5e-3
+            steps=STEPS,
+            batch_size=4,
+            gradient_accumulation=2,
+            weight_decay=0.01,
+            learning_rate=5e-3,
         )
         damage(model)
         steps: StepRunner = PlainStepRunner(model, loss_for(model), choice, config)

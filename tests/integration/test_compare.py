@@ -60,7 +60,7 @@ def target(tiny_folder: Path) -> DecoderTarget:
 @pytest.fixture
 def config(tmp_path: Path) -> CompareConfig:
     return CompareConfig(
-        train=TrainConfig(steps=12, batch_size=4, micro_batches=2),
+        train=TrainConfig(steps=12, batch_size=4, gradient_accumulation=2),
         run=RunConfig(
             out=tmp_path, name="run", eval_every_steps=4, save_every_steps=3, sample_tokens=6
         ),

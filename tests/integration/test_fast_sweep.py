@@ -54,7 +54,7 @@ def job(tiny_folder: Path, tmp_path: Path) -> SweepJob:
         data=make_orders("train", 32),
         grid=Grid(rank=(2, 4), learning_rate=(5e-3, 1e-2)),
         model=str(tiny_folder),
-        train=TrainConfig(steps=12, batch_size=4, micro_batches=2),
+        train=TrainConfig(steps=12, batch_size=4, gradient_accumulation=2),
         data_config=DataConfig(max_length=128),
         run=RunConfig(out=tmp_path, name="whole", eval_every_steps=4, save_every_steps=3),
         at_once=3,

@@ -27,7 +27,7 @@ def job(tiny_folder: Path, tmp_path: Path) -> FinetuneJob:
         data=make_orders("train", 24),
         model=str(tiny_folder),
         lora=LoRAConfig(rank=4),
-        train=TrainConfig(steps=12, batch_size=4, micro_batches=2, learning_rate=2e-2),
+        train=TrainConfig(steps=12, batch_size=4, gradient_accumulation=2, learning_rate=2e-2),
         data_config=DataConfig(max_length=128),
         run=RunConfig(out=tmp_path, name="run", eval_every_steps=4, save_every_steps=3),
         base_dtype="fp8",

@@ -155,7 +155,7 @@ def job(tiny_folder: Path, tmp_path: Path) -> FinetuneJob:
         data=make_orders("train", 48),
         model=str(tiny_folder),
         lora=LoRAConfig(rank=4),
-        train=TrainConfig(steps=40, batch_size=8, micro_batches=2, learning_rate=2e-2),
+        train=TrainConfig(steps=40, batch_size=8, gradient_accumulation=2, learning_rate=2e-2),
         data_config=DataConfig(max_length=128),
         run=RunConfig(out=tmp_path, name="fast", device="cuda", eval_every_steps=10),
     )

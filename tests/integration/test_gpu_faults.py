@@ -189,12 +189,12 @@ from lora.finetune import FinetuneJob
 total = torch.cuda.get_device_properties(0).total_memory
 fast = sys.argv[3] == "fast"
 
-def job(micro_batches, resume):
+def job(parts, resume):
     return FinetuneJob(
         data=make_orders("train", 4000),
         model=sys.argv[1],
         lora=LoRAConfig(rank=4),
-        train=TrainConfig(steps=4, batch_size=1024, micro_batches=micro_batches),
+        train=TrainConfig(steps=4, batch_size=1024, gradient_accumulation=parts),
         data_config=DataConfig(max_length=512),
         run=RunConfig(out=Path(sys.argv[2]), name="run", save_every_steps=2, samples=0,
                       device="cuda", eval_every_steps=4, fast=fast),
@@ -225,5 +225,5 @@ def test_memory_that_runs_out_quotes_the_plan(tiny_folder: Path, tmp_path: Path,
     assert "Memory ran out" in said
     assert re.search(r"[\d.]+ GB \(weights [\d.]+, gradients [\d.]+, optimizer [\d.]+, act", said)
     assert "Most of it: activations and loss of 1024 sequences at once" in said
-    assert "--micro-batches 2 instead of 1" in said
+    assert "--gradient-accumulation 2 instead of 1" in said
     shutil.rmtree(tmp_path / "run", ignore_errors=True)

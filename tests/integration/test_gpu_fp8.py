@@ -171,7 +171,7 @@ def test_a_whole_run_says_what_it_does_and_stays_near_its_plan(
             data=make_orders("train", 48),
             model=str(tiny_folder),
             lora=LoRAConfig(rank=4),
-            train=TrainConfig(steps=40, batch_size=8, micro_batches=2, learning_rate=2e-2),
+            train=TrainConfig(steps=40, batch_size=8, gradient_accumulation=2, learning_rate=2e-2),
             data_config=DataConfig(max_length=128),
             run=RunConfig(out=tmp_path, name=f"{kind}-{fast}", device="cuda", fast=fast),
             base_dtype=kind,  # type: ignore[arg-type]

@@ -34,12 +34,12 @@ class Starve(NoProgress):
             except RuntimeError:
                 del self.hoard[-16:]
 
-def job(micro_batches, resume):
+def job(parts, resume):
     return FinetuneJob(
         data=make_orders("train", 400),
         model=sys.argv[1],
         lora=LoRAConfig(rank=4),
-        train=TrainConfig(steps=8, batch_size=32, micro_batches=micro_batches),
+        train=TrainConfig(steps=8, batch_size=32, gradient_accumulation=parts),
         data_config=DataConfig(max_length=512),
         run=RunConfig(out=Path(sys.argv[2]), name="run", save_every_steps=2, samples=0,
                       device="cpu", eval_every_steps=8),
@@ -74,7 +74,7 @@ def test_a_run_that_is_starved_says_what_to_change_and_goes_on(
     assert planned
     assert re.search(r"activations ([\d.]+), loss ([\d.]+), process ([\d.]+)\)", said)
     assert "Most of it: activations and loss of 32 sequences at once" in said
-    (less,) = re.findall(r"--micro-batches 2 instead of 1 \(.* about ([\d.]+) GB\)", said)
+    (less,) = re.findall(r"--gradient-accumulation 2 instead of 1 \(.* about ([\d.]+) GB\)", said)
     assert float(less) < float(planned[0])
     assert f"The checkpoint of step {(int(step) - 1) // 2 * 2} is whole" in said
     assert "can't allocate memory" in said

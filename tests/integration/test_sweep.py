@@ -191,7 +191,12 @@ def test_memory_that_runs_out_names_the_plan_and_smaller_waves(
     monkeypatch.setattr("lora.sweep.wave_loop.stack_batches", refuse)
     with pytest.raises(TrainingError) as caught:
         sweep(job)
-    for words in ("with 4 candidates at once", "GB for each", "--at-once 2", "--micro-batches"):
+    for words in (
+        "with 4 candidates at once",
+        "GB for each",
+        "--at-once 2",
+        "--gradient-accumulation",
+    ):
         assert words in str(caught.value)
 
 

@@ -38,7 +38,7 @@ class Kill(NoProgress):
 
 settings = ClassicSettings(
     data_path=text, base_checkpoint=base, use_lora=method == "lora", batch_size=4,
-    micro_batches=2, lora_rank=4, max_steps={STEPS},
+    gradient_accumulation=2, lora_rank=4, max_steps={STEPS},
 )
 run = RunConfig(out=Path(out), name="member", eval_every_steps=6, save_every_steps=3)
 target = FactoryTarget(CharFactory(settings, Path(base)))

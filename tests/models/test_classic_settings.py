@@ -86,3 +86,9 @@ def test_the_automatic_base_has_another_name_when_its_settings_differ() -> None:
     }
     assert len(names) == 4
     assert ClassicSettings(use_lora=True).for_base().adapts is False
+
+
+def test_a_former_variable_still_sets_what_it_did() -> None:
+    assert read_settings({"MICRO_BATCHES": "4"}).gradient_accumulation == 4
+    with pytest.raises(ConfigError, match="MICRO_BATCHES together with GRADIENT_ACCUMULATION"):
+        read_settings({"MICRO_BATCHES": "4", "GRADIENT_ACCUMULATION": "4"})

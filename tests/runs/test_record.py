@@ -20,6 +20,8 @@ from lora.runs.read_record import (
     step_times,
 )
 from lora.runs.record import (
+    RUN_FILE,
+    SCHEMA_VERSION,
     DataRecord,
     MemoryResult,
     MetricsRow,
@@ -161,3 +163,16 @@ def test_the_environment_names_versions_and_not_the_machine() -> None:
     assert "torch" in found.versions
     assert found.python is not None
     assert os.uname().nodename not in str(found)
+
+
+def test_settings_of_an_old_record_have_the_names_of_today(tmp_path: Path) -> None:
+    old = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "finetune",
+        "train": {"micro_batches": 2},
+        "compare": {"train": {"micro_batches": 4}},
+    }
+    (tmp_path / RUN_FILE).write_text(json.dumps(old))
+    record = read_run_record(tmp_path)
+    assert record.train == {"gradient_accumulation": 2}
+    assert record.compare == {"train": {"gradient_accumulation": 4}}

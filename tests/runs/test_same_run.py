@@ -16,7 +16,7 @@ FORMER = RunRecord(
     base_fingerprint="aa",
     learning_rate=1e-3,
     lora={"rank": 8, "targets": ["q_proj"]},
-    train={"steps": 10, "micro_batches": 1, "batch_size": 8},
+    train={"steps": 10, "gradient_accumulation": 1, "batch_size": 8},
     data=DataRecord(source="a.jsonl", fingerprint="dd"),
     run={"eval_every_steps": 5},
 )
@@ -25,7 +25,7 @@ FORMER = RunRecord(
 @pytest.mark.parametrize(
     "change",
     [
-        {"train": {"steps": 20, "micro_batches": 2, "batch_size": 8}},
+        {"train": {"steps": 20, "gradient_accumulation": 2, "batch_size": 8}},
         {"data": DataRecord(source="moved.jsonl", fingerprint="dd")},
         {"run": {"eval_every_steps": 2}},
         {"data_config": {"a_later_flag": False, "a_later_file": None}},
@@ -45,7 +45,10 @@ def test_what_may_change(change: dict[str, Any]) -> None:
         ({"data_config": {"a_later_flag": True}}, r"data_config\.a_later_flag: not set then, True"),
         ({"base_fingerprint": "bb"}, "base_fingerprint: aa then, bb now"),
         ({"learning_rate": 1e-4}, "learning_rate"),
-        ({"train": {"steps": 5, "micro_batches": 1, "batch_size": 8}}, "10 then, 5 now: fewer"),
+        (
+            {"train": {"steps": 5, "gradient_accumulation": 1, "batch_size": 8}},
+            "10 then, 5 now: fewer",
+        ),
     ],
 )
 def test_what_makes_it_another_run_is_shown(change: dict[str, Any], seen: str) -> None:

@@ -67,11 +67,15 @@ def test_what_is_held_is_counted() -> None:
     [
         (
             (2, 0, 0, 8), (8, 1), True, "activations and loss of 8 sequences at once",
-            ("--micro-batches 2 instead of 1", "4 sequences at once and about 6", "--max-length"),
+            (
+                "--gradient-accumulation 2 instead of 1",
+                "4 sequences at once and about 6",
+                "--max-length",
+            ),
         ),
         (
             (1, 0, 0, 9), (6, 2), True, "activations and loss of 3 sequences at once",
-            ("--micro-batches 3 instead of 2", "2 sequences at once and about 7.00 GB"),
+            ("--gradient-accumulation 3 instead of 2", "2 sequences at once and about 7.00 GB"),
         ),
         ((2, 0, 0, 8), (4, 4), True, "1 sequence at once", ("a shorter --max-length", "a smaller")),
         ((2, 2, 4, 2), (4, 4), True, "gradients and moments", ("--max-length", "--rank")),
@@ -88,7 +92,7 @@ def test_the_advice_is_of_what_took_most_and_begins_with_what_costs_nothing(
 ) -> None:
     counted = MemoryCount(*(part * GB for part in parts))
     said = advise(
-        counted, TrainConfig(batch_size=sizes[0], micro_batches=sizes[1]), has_lora=has_lora
+        counted, TrainConfig(batch_size=sizes[0], gradient_accumulation=sizes[1]), has_lora=has_lora
     )
     assert said.startswith("Most of it: ")
     assert most in said.partition(". Try")[0]
@@ -101,7 +105,7 @@ def test_the_advice_is_of_what_took_most_and_begins_with_what_costs_nothing(
 
 def test_what_would_not_help_is_left_out() -> None:
     said = advise(MemoryCount(9 * GB, 0, 0, GB // 2), TrainConfig(batch_size=8), has_lora=True)
-    assert "--micro-batches" not in said
+    assert "--gradient-accumulation" not in said
     assert "--max-length" not in said
 
 

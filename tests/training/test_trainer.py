@@ -131,7 +131,9 @@ def run_job(
     model = char_model(kind)
     torch.manual_seed(7)
     tokens = torch.randint(0, 20, (400,), generator=torch.Generator().manual_seed(0))
-    config = TrainConfig(steps=steps, batch_size=4, micro_batches=2, seed=1, learning_rate=1e-2)
+    config = TrainConfig(
+        steps=steps, batch_size=4, gradient_accumulation=2, seed=1, learning_rate=1e-2
+    )
 
     def stop(step: int) -> None:
         if step == stop_at:

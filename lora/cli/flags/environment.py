@@ -1,0 +1,63 @@
+"""Settings from environment variables: LORALM_COMMAND_FLAG."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from cyclopts import App, ArgumentCollection
+
+from lora.cli.flags.translate import Notes, is_alias, translate_settings
+from lora.errors import ConfigError, did_you_mean, gather
+
+ENVIRONMENT_PREFIX = "LORALM_"
+
+
+def known_settings(arguments: ArgumentCollection) -> set[str]:
+    """Return the names of a command's flags, with underscores."""
+    names = (name for argument in arguments for name in argument.names)
+    return {name[2:].replace("-", "_") for name in names if name.startswith("--")}
+
+
+def check_environment(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Raise ConfigError for variables of a command that has no such flag: cyclopts ignores them."""
+    if not commands:
+        return
+    known, prefix = known_settings(arguments), _prefix(*commands)
+    faults = []
+    for variable in sorted(_variables(*commands)):
+        name = variable.removeprefix(prefix)
+        try:
+            arguments.match(name, transform=_to_variable, delimiter="_")
+        except ValueError:
+            if not is_alias(name, known):
+                near = did_you_mean(variable, [prefix + each.upper() for each in known])
+                faults.append(f"{variable}.{near}")
+    if faults:
+        command = f"lora {' '.join(commands)}"
+        what = f"Cannot run {command}: it has no flags for these environment variables:"
+        advice = f"Correct or unset them; `{command} --help` lists the flags."
+        raise ConfigError(gather(faults, what, advice))
+
+
+def aliases_in_environment(command: str, known: set[str], on_note: Notes) -> dict[str, Any]:
+    """Return the settings that variables of `command` give under names of other tools."""
+    given = {
+        name.removeprefix(_prefix(command)).lower().replace("_", "-"): text
+        for name, text in _variables(command).items()
+    }
+    named = translate_settings("the environment", given, known, on_note)
+    return {name: text for name, text in named.items() if name not in given}
+
+
+def _variables(*commands: str) -> dict[str, str]:
+    prefix = _prefix(*commands)
+    return {name: text for name, text in os.environ.items() if name.startswith(prefix)}
+
+
+def _prefix(*commands: str) -> str:
+    return ENVIRONMENT_PREFIX + "".join(f"{command.upper()}_" for command in commands)
+
+
+def _to_variable(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_").upper()

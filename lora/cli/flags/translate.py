@@ -1,0 +1,179 @@
+"""Flags, keys and variables under the names that other tools and older versions have for them.
+
+--lr 1e-4                          --learning-rate 1e-4
+--train-on-inputs                  --learn-on all
+--per-device-train-batch-size 4    refused, with the flags to write instead
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lora.errors import ConfigError, gather
+from lora.settings.peers import PeerSetting, Settings, find_peer
+
+Notes = Callable[[str], None]
+
+
+def translate_words(
+    command: str, words: list[str], known: set[str], on_note: Notes = lambda note: None
+) -> list[str]:
+    """Return a command's `words` with the names of its own flags, which are `known`.
+
+    Raises ConfigError with all flags that mean something else here, and what to write for each.
+    """
+    given = _given(words)
+    found: list[str] = []
+    faults: list[str] = []
+    followers = [*words, None][1:]
+    taken = False
+    for word, follower in zip(words, followers, strict=True):
+        if taken:
+            taken = False
+            continue
+        name, is_off = _name(word.partition("=")[0])
+        peer = _peer_of(name, known) if word.startswith("--") else None
+        if peer is None:
+            found.append(word)
+            continue
+        value = None if follower is None or follower.startswith("--") else follower
+        if peer.because:
+            taken = value is not None and "=" not in word
+            faults.append(_refused_words(word, value, peer, given, known))
+            continue
+        if peer.note:
+            on_note(f"note: {word} is {_as_flag(str(peer.ours))}: {_named(peer.note, _as_flag)}")
+        renamed, taken = _renamed(word, is_off, value, peer)
+        found += renamed
+    _raise_if(faults, command)
+    return found
+
+
+def _renamed(
+    word: str, is_off: bool, follower: str | None, peer: PeerSetting
+) -> tuple[list[str], bool]:
+    """Return an alias as our flag, and whether the word after it is its value."""
+    _, equals, text = word.partition("=")
+    flag = _as_flag(str(peer.ours))
+    if equals:
+        return [f"{flag}={peer.values.get(text.lower(), text)}"], False
+    if "true" in peer.values:  # a switch elsewhere: alone, or with true or false
+        is_value = (follower or "").lower() in (*peer.values, "true", "false")
+        text = str(follower).lower() if is_value else "false" if is_off else "true"
+        return [f"{flag}={peer.values.get(text, text)}"], is_value
+    if follower is None or is_off:
+        return [_as_flag(str(peer.ours), "no-" if is_off else "")], False
+    return [flag, peer.values.get(follower.lower(), follower)], True
+
+
+def translate_settings(
+    source: str, settings: Mapping[str, Any], known: set[str], on_note: Notes = lambda note: None
+) -> dict[str, Any]:
+    """Return the `settings` of a file or of the environment with our names, as `translate_words`.
+
+    A setting that is given under two names is an error.
+    """
+    given = {_name(key)[0]: v for key, v in settings.items() if isinstance(v, str)}
+    found: dict[str, Any] = {}
+    faults: list[str] = []
+    names: dict[str, str] = {}
+    for key, value in settings.items():
+        peer = _peer_of(_name(key)[0], known)
+        if peer is not None and peer.because:
+            text = value if isinstance(value, str) else ""
+            shown = f"{_as_key(key)}: {value}" if text else _as_key(key)
+            faults.append(f"{shown}: {_advice(peer, text, given, known, _as_key)}")
+            continue
+        ours = key if peer is None else str(peer.ours).replace("_", "-")
+        if ours in names:
+            faults.append(f"{_as_key(key)} is {_as_key(names[ours])}: both are given. Keep one")
+        names[ours] = key
+        if peer is not None and peer.note:
+            on_note(f"note: {_as_key(key)} is {peer.ours}: {_named(peer.note, _as_key)}")
+        is_other = peer is not None and isinstance(value, str)
+        found[ours] = peer.values.get(value.lower(), value) if peer and is_other else value
+    _raise_if(faults, source)
+    return found
+
+
+def is_alias(name: str, known: set[str]) -> bool:
+    """Whether `name` is another tool's name of a setting that is `known`."""
+    peer = _peer_of(_name(name)[0], known)
+    return peer is not None and not peer.because
+
+
+def _peer_of(name: str, known: set[str]) -> PeerSetting | None:
+    """Return what `name` is, if it is no setting of the command itself and is of use to it."""
+    if name in known:
+        return None
+    peer = find_peer(name)
+    if peer is None or peer.because:
+        return peer if peer and _named_settings(peer) <= known else None
+    return peer if peer.ours in known else None
+
+
+def _named_settings(peer: PeerSetting) -> set[str]:
+    """Return our settings that a refusal names; one of training where it names none."""
+    return set(re.findall(r"`(\w+)`", peer.because)) or {"rank"}
+
+
+def _given(words: list[str]) -> Settings:
+    """Return the flags among `words` with their values."""
+    pairs = zip(words, [*words, ""][1:], strict=True)
+    return {
+        _name(word.partition("=")[0])[0]: word.partition("=")[2] or following
+        for word, following in pairs
+        if word.startswith("--")
+    }
+
+
+def _name(flag: str) -> tuple[str, bool]:
+    """Return a flag's name with underscores, and whether it switches off: --no-packing."""
+    name = flag.lstrip("-").replace("-", "_").lower()
+    is_off = flag.startswith("--no-") or flag.startswith("--no_")
+    return (name.removeprefix("no_"), True) if is_off else (name, False)
+
+
+def _refused_words(
+    word: str, follower: str | None, peer: PeerSetting, given: Settings, known: set[str]
+) -> str:
+    flag, equals, text = word.partition("=")
+    value = text if equals else follower or ("false" if _name(flag)[1] else "true")
+    shown = word if equals or follower is None else f"{word} {follower}"
+    return f"{shown}: {_advice(peer, value, given, known, _as_flag)}"
+
+
+def _advice(
+    peer: PeerSetting, value: str, given: Settings, known: set[str], written: Callable[[str], str]
+) -> str:
+    """Return why a setting is not taken, and what to write instead."""
+    instead = peer.instead(value, given)
+    pairs = [_pair(name, text, written) for name, text in instead.items() if name in known]
+    joined = (" " if written is _as_flag else ", ").join(pairs)
+    return _named(peer.because, written) + (f". Write {joined}" if pairs else "")
+
+
+def _pair(name: str, text: str, written: Callable[[str], str]) -> str:
+    if written is _as_key:
+        return f"{name}: {text}"
+    return written(name) if text == "true" else f"{written(name)} {text}"
+
+
+def _named(text: str, written: Callable[[str], str]) -> str:
+    return re.sub(r"`(\w+)`", lambda found: written(found[1]), text)
+
+
+def _as_flag(name: str, prefix: str = "") -> str:
+    return f"--{prefix}{name.replace('_', '-')}"
+
+
+def _as_key(name: str) -> str:
+    return name.replace("-", "_")
+
+
+def _raise_if(faults: list[str], what: str) -> None:
+    if faults:
+        heading = f"Cannot use {what}: these settings mean something else here, or nothing:"
+        raise ConfigError(gather(faults, heading, "Change them."))

@@ -1,0 +1,1 @@
+"""Names of settings: former ones, and those of other tools."""

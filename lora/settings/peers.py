@@ -1,0 +1,242 @@
+"""Settings of PEFT, TRL, LLaMA-Factory, axolotl and mlx-lm by name, and what they are here.
+
+One table for flags, YAML keys and converted files. A setting with the same meaning is an alias; one
+with another meaning is refused with the settings to write instead. In texts, `name` is a setting of
+ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+FORMER_NAMES = {"micro_batches": "gradient_accumulation"}
+"""Settings by their name in older versions, which flags, files and run records may still have."""
+
+Settings = Mapping[str, str]
+"""Setting to its value as text, names with underscores."""
+
+
+@dataclass(frozen=True)
+class PeerSetting:
+    """What a setting of another tool is here: an alias of `ours`, or, with `because`, refused."""
+
+    ours: str | None = None
+    values: Settings = field(default_factory=dict)
+    """Its values that are written otherwise here; others stay."""
+    note: str = ""
+    """Of an alias: what its user should know."""
+    because: str = ""
+    """Why it is not taken."""
+    instead: Callable[[str, Settings], Settings] = lambda value, others: {}
+    """(its value, the other settings given) -> what to write instead; empty where there is none."""
+
+
+def _whole(text: str | None) -> int:
+    """Return the number in `text`, 0 if there is none."""
+    return int(text) if text is not None and text.strip().isdigit() else 0
+
+
+def _first(others: Settings, *names: str) -> int:
+    return next((n for name in names if (n := _whole(others.get(name)))), 0)
+
+
+def _effective_batch(value: str, others: Settings) -> Settings:
+    per_device, parts = _whole(value), _first(others, *_ACCUMULATIONS, "gradient_accumulation") or 1
+    if not per_device:
+        return {}
+    size = {"batch_size": str(per_device * parts)}
+    return size if parts == 1 else {**size, "gradient_accumulation": str(parts)}
+
+
+def _warmup_fraction(value: str, others: Settings) -> Settings:
+    steps = _first(others, "steps", "max_steps", "iters")
+    return {"warmup_fraction": f"{_whole(value) / steps:.3g}"} if steps else {}
+
+
+def _directory_and_name(value: str, others: Settings) -> Settings:
+    parent, _, name = value.rstrip("/").rpartition("/")
+    return {"out": parent or ("/" if value.startswith("/") else "."), "name": name} if name else {}
+
+
+def _trackers(value: str, others: Settings) -> Settings:
+    return {"tensorboard": "true"} if value in ("tensorboard", "all") else {}
+
+
+def _whole_model(value: str, others: Settings) -> Settings:
+    return {"full": "true"} if value in ("full", "none") else {}
+
+
+def _fp8(value: str, others: Settings) -> Settings:
+    return {} if value.lower() == "false" else {"base_dtype": "fp8"}
+
+
+def _resumed(value: str, others: Settings) -> Settings:
+    parts = value.rstrip("/").split("/checkpoint")[0]
+    return {"resume": "true", **_directory_and_name(parts, others)} if "/" in value else {}
+
+
+_BOOLS = {"true": "true", "false": "false"}
+_ACCUMULATIONS = (
+    "gradient_accumulation_steps",
+    "grad_accumulation_steps",
+    "grad_accum_steps",
+    *FORMER_NAMES,
+)
+_SPLIT = "`batch_size` is the effective batch size: it is split into these passes, not multiplied"
+_ALIASES: dict[str, tuple[str, ...]] = {
+    "model": ("model_name_or_path", "base_model", "model_name", "model_id", "model_path"),
+    "data": ("dataset", "dataset_path", "train_file", "train_data", "data_path", "dataset_name"),
+    "eval_data": ("validation_file", "eval_file", "eval_dataset", "validation_data"),
+    "max_length": (
+        *("cutoff_len", "max_seq_length", "max_seq_len", "sequence_len", "model_max_length"),
+    ),
+    "eval_fraction": ("val_size", "val_set_size"),
+    "special_tokens": ("new_special_tokens",),
+    "rank": ("r", "lora_r", "lora_rank"),
+    "alpha": ("lora_alpha",),
+    "dropout": ("lora_dropout",),
+    "exclude": ("exclude_modules",),
+    "modules_to_save": ("lora_modules_to_save", "additional_target"),
+    "layers": ("layers_to_transform", "peft_layers_to_transform"),
+    "from_adapter": ("adapter_name_or_path", "lora_model_dir", "resume_adapter_file"),
+    "epochs": ("num_train_epochs", "num_epochs"),
+    "steps": ("max_steps", "iters"),
+    "learning_rate": ("lr",),
+    "warmup_fraction": ("warmup_ratio",),
+    "schedule": ("lr_scheduler_type", "lr_scheduler"),
+    "min_rate_fraction": ("cosine_min_lr_ratio", "min_lr_ratio", "min_lr_rate"),
+    "max_grad_norm": ("gradient_clipping", "grad_clip", "clip_grad_norm"),
+    "eval_every_steps": ("eval_steps", "steps_per_eval"),
+    "save_every_steps": ("save_steps", "save_every"),
+    "keep_checkpoints": ("save_total_limit",),
+    "patience": ("early_stopping_patience",),
+    "name": ("run_name",),
+    "max_new_tokens": ("max_tokens", "max_gen_toks"),
+    "temperature": ("temp",),
+}
+"""By setting of ours: the same setting with the same values elsewhere."""
+_RESPELT: dict[str, PeerSetting] = {
+    **dict.fromkeys(
+        ("lora_target", "lora_target_modules", "target_modules"),
+        PeerSetting("targets", {"all": "all-linear"}),
+    ),
+    "lora_target_linear": PeerSetting("targets", {"true": "all-linear"}),
+    **dict.fromkeys(
+        ("train_on_inputs", "train_on_prompt"),
+        PeerSetting("learn_on", {"true": "all", "false": "assistant"}),
+    ),
+    **dict.fromkeys(
+        ("assistant_only_loss", "completion_only_loss", "mask_prompt"),
+        PeerSetting("learn_on", {"true": "assistant", "false": "all"}),
+    ),
+    **dict.fromkeys(
+        ("gradient_checkpointing", "grad_checkpoint"),
+        PeerSetting("memory", {"true": "full", "false": "none", "unsloth": "full+offload"}),
+    ),
+    "disable_gradient_checkpointing": PeerSetting("memory", {"true": "none", "false": "full"}),
+    "bf16": PeerSetting("precision", {"true": "bf16", "false": "fp32"}),
+    **dict.fromkeys(("use_rslora", "peft_use_rslora"), PeerSetting("rslora", _BOOLS)),
+    **dict.fromkeys(("sample_packing", "pack_sequences"), PeerSetting("packing", _BOOLS)),
+    **dict.fromkeys(_ACCUMULATIONS[:3], PeerSetting("gradient_accumulation", note=_SPLIT)),
+}
+_NO_4_BIT = (
+    "there is no bitsandbytes quantization (QLoRA) here; `base_dtype` fp8 halves the memory of the "
+    "frozen weights"
+)
+_ADAMW = "the optimizer is AdamW with betas 0.9 and 0.99"
+_REFUSED: dict[str, PeerSetting] = {
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_batch_size", "micro_batch_size"),
+        PeerSetting(
+            because="`batch_size` is the effective batch size, over all passes of a step",
+            instead=_effective_batch,
+        ),
+    ),
+    "per_device_eval_batch_size": PeerSetting(
+        because="evaluation takes the sequences of one pass of a training step; leave it out"
+    ),
+    "warmup_steps": PeerSetting(
+        because="`warmup_fraction` is the fraction of the steps", instead=_warmup_fraction
+    ),
+    **dict.fromkeys(
+        ("output_dir", "adapter_path", "save_path"),
+        PeerSetting(
+            because="`out` is the directory for all runs and `name` that of this one",
+            instead=_directory_and_name,
+        ),
+    ),
+    **dict.fromkeys(
+        ("resume_from_checkpoint", "auto_resume_from_checkpoints"),
+        PeerSetting(
+            because="`resume` continues the run called `name` from its newest checkpoint",
+            instead=_resumed,
+        ),
+    ),
+    "report_to": PeerSetting(
+        because="TensorBoard is the only tracker; `report` is the HTML page of the run",
+        instead=_trackers,
+    ),
+    **dict.fromkeys(
+        ("wandb_project", "wandb_name", "use_wandb", "use_swanlab", "mlflow_tracking_uri"),
+        PeerSetting(
+            because="TensorBoard is the only tracker",
+            instead=lambda value, others: {"tensorboard": "true"},
+        ),
+    ),
+    "logging_steps": PeerSetting(because="every step is in metrics.jsonl; leave it out"),
+    **dict.fromkeys(
+        ("eval_strategy", "evaluation_strategy", "save_strategy"),
+        PeerSetting(because="`eval_every_steps` and `save_every_steps` say when"),
+    ),
+    **dict.fromkeys(
+        ("load_in_4bit", "load_in_8bit", "quantization_bit", "qlora", "use_qlora"),
+        PeerSetting(because=_NO_4_BIT, instead=_fp8),
+    ),
+    **dict.fromkeys(
+        ("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant"),
+        PeerSetting(because=_NO_4_BIT),
+    ),
+    "fp16": PeerSetting(
+        because="there is no fp16 training, which needs loss scaling",
+        instead=lambda value, others: {} if value == "false" else {"precision": "bf16"},
+    ),
+    **dict.fromkeys(
+        ("torch_dtype", "dtype"),
+        PeerSetting(because="`precision` is the compute dtype, `base_dtype` that of the weights"),
+    ),
+    **dict.fromkeys(("optim", "optimizer"), PeerSetting(because=f"{_ADAMW}; leave it out")),
+    **dict.fromkeys(
+        ("adam_beta1", "adam_beta2", "adam_epsilon"),
+        PeerSetting(because=f"{_ADAMW}, which cannot be changed"),
+    ),
+    "finetuning_type": PeerSetting(
+        because="LoRA is what trains; `full` trains all weights", instead=_whole_model
+    ),
+    **dict.fromkeys(("use_dora", "peft_use_dora"), PeerSetting(because="there is no DoRA here")),
+    "neftune_noise_alpha": PeerSetting(because="there is no NEFTune here"),
+    "num_layers": PeerSetting(
+        because="`layers` lists the transformer blocks to adapt, such as 0,1"
+    ),
+    "add_special_tokens": PeerSetting(because="`special_tokens` lists the tokens to add"),
+    "data_seed": PeerSetting(because="`seed` is that of the data order too"),
+    "device_map": PeerSetting(because="`device` is the one device of a run"),
+    "max_samples": PeerSetting(because="all examples are used; name a file with fewer"),
+    "datasets": PeerSetting(because="`data` is one file or directory"),
+    "do_sample": PeerSetting(
+        because="a `temperature` above 0 samples, 0 is greedy",
+        instead=lambda value, others: {"temperature": "0" if value == "false" else "0.7"},
+    ),
+}
+PEER_SETTINGS: dict[str, PeerSetting] = {
+    **{name: PeerSetting(ours) for ours, names in _ALIASES.items() for name in names},
+    **{name: PeerSetting(ours) for name, ours in FORMER_NAMES.items()},
+    **_RESPELT,
+    **_REFUSED,
+}
+"""By name with underscores: the settings of other tools and older versions that are known."""
+
+
+def find_peer(name: str) -> PeerSetting | None:
+    """Return what the setting `name` of another tool is here; None if it is not known."""
+    return PEER_SETTINGS.get(name.lower().replace("-", "_"))

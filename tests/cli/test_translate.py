@@ -1,0 +1,130 @@
+"""Names of other tools are taken where they mean the same, else refused with what to write."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora import cli
+from lora.cli import build_app
+from lora.cli.flags.translate import translate_settings, translate_words
+from lora.errors import ConfigError
+
+KNOWN = cli._known_settings("finetune")
+
+
+def bound_by(words: list[str]) -> inspect.BoundArguments:
+    """Return a finetune's arguments as the command gets them."""
+    words = translate_words("lora finetune", words, KNOWN)
+    given = ["finetune", "--data", "x", *words]
+    _, bound, _ = build_app().parse_args(given, exit_on_error=False, print_error=False)
+    return bound
+
+
+@pytest.mark.parametrize(
+    ("words", "section", "name", "value"),
+    [
+        ("--lr 1e-4", "train", "learning_rate", 1e-4),
+        ("--lr=1e-4", "train", "learning_rate", 1e-4),
+        ("--learning_rate 1e-4", "train", "learning_rate", 1e-4),
+        ("--lora-r 4", "lora", "rank", 4),
+        ("--lora_rank 4", "lora", "rank", 4),
+        ("--r 4", "lora", "rank", 4),
+        ("--lora-alpha 4", "lora", "alpha", 4.0),
+        ("--lora-dropout 0.1", "lora", "dropout", 0.1),
+        ("--lora-target-modules q_proj,v_proj", "lora", "targets", ("q_proj", "v_proj")),
+        ("--lora-target all", "lora", "targets", "all-linear"),
+        ("--lora-target-linear true", "lora", "targets", "all-linear"),
+        ("--use-rslora", "lora", "rslora", True),
+        ("--gradient-accumulation-steps 4", "train", "gradient_accumulation", 4),
+        ("--micro-batches 4", "train", "gradient_accumulation", 4),
+        ("--max-steps 9", "train", "steps", 9),
+        ("--warmup-ratio 0.1", "train", "warmup_fraction", 0.1),
+        ("--lr-scheduler-type linear", "train", "schedule", "linear"),
+        ("--bf16", "train", "precision", "bf16"),
+        ("--cutoff-len 64", "data_config", "max_length", 64),
+        ("--sample-packing false", "data_config", "packing", False),
+        ("--no-sample-packing", "data_config", "packing", False),
+        ("--train-on-inputs", "data_config", "learn_on", "all"),
+        ("--train-on-inputs False", "data_config", "learn_on", "assistant"),
+        ("--no-train-on-inputs", "data_config", "learn_on", "assistant"),
+        ("--assistant-only-loss=True", "data_config", "learn_on", "assistant"),
+        ("--gradient-checkpointing", "memory", "memory", "full"),
+        ("--save-total-limit 1", "run", "keep_checkpoints", 1),
+        ("--eval-steps 5", "run", "eval_every_steps", 5),
+    ],
+)
+def test_an_alias_is_taken(words: str, section: str, name: str, value: Any) -> None:
+    assert vars(bound_by(words.split()).arguments[section])[name] == value
+
+
+def test_the_word_after_a_switch_stays_where_it_is_no_value_of_it() -> None:
+    assert translate_words("x", ["--train-on-inputs", "out"], KNOWN) == ["--learn-on=all", "out"]
+
+
+def test_what_means_something_else_is_refused_together_with_what_to_write(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = "--per-device-train-batch-size 4 --gradient-accumulation-steps 8 --output-dir out/my"
+    more = "--load_in_4bit True --report-to wandb --no-fp16 --optim adamw --use-dora"
+    assert cli.main(["finetune", "--data", "x", *words.split(), *more.split()]) == 2
+    seen = capsys.readouterr().err
+    assert "note: --gradient-accumulation-steps is --gradient-accumulation" in seen
+    assert "Cannot use lora finetune" in seen
+    assert "--per-device-train-batch-size 4: --batch-size is the effective batch size" in seen
+    assert "Write --batch-size 32 --gradient-accumulation 8" in seen
+    assert "--output-dir out/my: " in seen
+    assert "Write --out out --name my" in seen
+    assert "--load_in_4bit True: there is no bitsandbytes quantization" in seen
+    assert "--report-to wandb: TensorBoard is the only tracker" in seen
+    assert "--optim adamw: the optimizer is AdamW" in seen
+    assert "--use-dora: there is no DoRA" in seen
+
+
+def test_a_command_is_not_told_of_what_it_has_nothing_to_do_with(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["generate", "x", "--lora-r", "4"]) == 2
+    assert "Unknown option: --lora-r" in capsys.readouterr().err
+    assert cli.main(["merge", "a", "b", "--output-dir", "c"]) == 2
+    assert "Unknown option: --output-dir" in capsys.readouterr().err
+
+
+def test_keys_of_a_file_are_translated_as_flags_are() -> None:
+    given = {"lora-r": "4", "train-on-inputs": "true", "lora-target": ["q_proj"], "steps": "9"}
+    assert translate_settings("f.yaml", given, KNOWN) == {
+        "rank": "4",
+        "learn-on": "all",
+        "targets": ["q_proj"],
+        "steps": "9",
+    }
+    with pytest.raises(
+        ConfigError, match=r"Cannot use f\.yaml.*\n.*micro_batch_size: 2: batch_size"
+    ):
+        translate_settings("f.yaml", {"micro-batch-size": "2"}, KNOWN)
+    with pytest.raises(ConfigError, match="lr is learning_rate: both are given"):
+        translate_settings("f.yaml", {"learning-rate": "1", "lr": "2"}, KNOWN)
+
+
+def test_a_file_and_the_environment_may_use_other_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("data: gone.jsonl\nlora_r: many\n")
+    assert cli.main(["finetune", "--config", str(file)]) == 2
+    assert 'unable to convert "many" into int' in capsys.readouterr().err
+    file.write_text("data: gone.jsonl\nmicro_batches: 3\n")
+    assert cli.main(["finetune", "--config", str(file)]) == 2
+    assert "gradient_accumulation=3: must be a divisor" in capsys.readouterr().err
+    file.write_text("data: gone.jsonl\nper_device_train_batch_size: 3\n")
+    assert cli.main(["finetune", "--config", str(file)]) == 2
+    assert "Write batch_size: 3" in capsys.readouterr().err
+    monkeypatch.setenv("LORALM_FINETUNE_MICRO_BATCHES", "3")
+    assert cli.main(["finetune", "--data", "gone.jsonl"]) == 2
+    assert "gradient_accumulation=3: must be a divisor" in capsys.readouterr().err
+    monkeypatch.setenv("LORALM_FINETUNE_GRADIENT_ACCUMULATION", "4")
+    assert cli.main(["finetune", "--data", "gone.jsonl"]) == 2
+    assert "both are given" in capsys.readouterr().err

@@ -1,0 +1,77 @@
+"""The table of other tools' settings: every name leads to a setting that there is."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from lora.config import (
+    DataConfig,
+    LoRAConfig,
+    MemoryConfig,
+    RunConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+from lora.settings.peers import FORMER_NAMES, PEER_SETTINGS, find_peer
+
+CONFIGS = (LoRAConfig, TrainConfig, DataConfig, RunConfig, MemoryConfig, SamplingConfig)
+OURS = {each.name for config in CONFIGS for each in dataclasses.fields(config)} | {
+    *("model", "data", "eval_data", "from_adapter", "base_dtype", "report", "resume", "full"),
+    "epochs",
+}
+
+
+def test_every_name_leads_to_a_setting_of_ours_and_is_none() -> None:
+    assert not PEER_SETTINGS.keys() & OURS
+    for name, peer in PEER_SETTINGS.items():
+        assert name == name.lower().replace("-", "_")
+        assert bool(peer.ours) != bool(peer.because), name
+        assert peer.ours is None or peer.ours in OURS, name
+        named = set(re.findall(r"`(\w+)`", peer.because + peer.note))
+        assert named <= OURS | {"fp8"}, name
+
+
+def test_former_names_are_aliases() -> None:
+    for former, name in FORMER_NAMES.items():
+        assert PEER_SETTINGS[former].ours == name
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "others", "instead"),
+    [
+        ("per_device_train_batch_size", "4", {}, {"batch_size": "4"}),
+        (
+            "micro_batch_size",
+            "4",
+            {"gradient_accumulation_steps": "8"},
+            {"batch_size": "32", "gradient_accumulation": "8"},
+        ),
+        ("per_device_train_batch_size", "four", {}, {}),
+        ("warmup_steps", "10", {"max_steps": "200"}, {"warmup_fraction": "0.05"}),
+        ("warmup_steps", "10", {}, {}),
+        ("output_dir", "out/my/", {}, {"out": "out", "name": "my"}),
+        ("output_dir", "my", {}, {"out": ".", "name": "my"}),
+        ("output_dir", "/my", {}, {"out": "/", "name": "my"}),
+        (
+            "resume_from_checkpoint",
+            "runs/x/checkpoint-100",
+            {},
+            {"resume": "true", "out": "runs", "name": "x"},
+        ),
+        ("report_to", "tensorboard", {}, {"tensorboard": "true"}),
+        ("report_to", "wandb", {}, {}),
+        ("load_in_4bit", "true", {}, {"base_dtype": "fp8"}),
+        ("load_in_4bit", "False", {}, {}),
+        ("finetuning_type", "full", {}, {"full": "true"}),
+        ("finetuning_type", "lora", {}, {}),
+    ],
+)
+def test_what_to_write_instead(
+    name: str, value: str, others: dict[str, str], instead: dict[str, str]
+) -> None:
+    peer = find_peer(name.replace("_", "-"))
+    assert peer is not None
+    assert peer.instead(value, others) == instead
