@@ -187,7 +187,7 @@ def adapt_with_lora(
     run, result = train_on(settings, model, text, choice, name, base=base_path)
     folder = run.folder / "adapter"
     save_adapter(model, folder, base_name=base_path.name)
-    check_reloaded(settings, base_path, folder, text, choice, result.eval_loss)
+    check_reloaded(settings, base_path, folder, text, choice, result.saved_eval_loss)
     sizes = {"adapter": folder_bytes(folder), "base": folder_bytes(base_path)}
     finish(run, result, sizes, count_parameters(model, base))
     return run

@@ -28,6 +28,7 @@ MemoryMode = Literal["auto", "none", "cheap", "full", "full+offload"]
 BaseDtype = Literal["auto", "fp8"]
 LearnOn = Literal["assistant", "all"]
 LongExamples = Literal["truncate", "split", "drop"]
+SavedWeights = Literal["best", "last"]
 
 GROUP = "group"
 """Key of a field's metadata: the heading under which its flag stands in `--help`."""
@@ -344,6 +345,8 @@ class RunConfig:
     """Steps between checkpoints; 0 saves at each evaluation."""
     keep_checkpoints: int = field(default=2, metadata=EVALUATION)
     """Newest checkpoints to keep; the one with the best validation loss is kept as well."""
+    save: SavedWeights = field(default="best", metadata=EVALUATION)
+    """Weights to save at the end: best (lowest validation loss, if there is one) or last."""
     patience: int = field(default=0, metadata=EVALUATION)
     """Early stopping: evaluations without a better validation loss before it stops; 0: never."""
     samples: int = field(default=2, metadata=EVALUATION)
@@ -367,6 +370,7 @@ class RunConfig:
         for name in ("fast", "tensorboard"):
             value = getattr(self, name)
             faults += _check(isinstance(value, bool), name, value, "true or false")
+        faults += _check_choice("save", self.save, SavedWeights)
         _raise_if(faults, self)
 
     def eval_interval(self, steps: int) -> int:

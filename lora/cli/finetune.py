@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,6 +30,9 @@ from lora.terminal import print_line
 
 if TYPE_CHECKING:
     from lora.finetune.job import FinetuneResult
+
+DIVERGED_EXIT_CODE = 1
+"""The run came to its end, and the loss of what it saved is far above that of the start."""
 
 Full = Annotated[
     bool, Parameter(group=LORA, help="Full fine-tuning: train all weights, without LoRA.")
@@ -77,7 +79,9 @@ def finetune(
         lora finetune --data chats.jsonl --max-length 8192 --memory full
 
     Data formats: chats (messages, ShareGPT), prompt and completion,
-    instruction and output, or plain text. The adapter is saved in PEFT's format.
+    instruction and output, or plain text. The adapter is saved in PEFT's format:
+    the weights with the lowest validation loss, or with --save last the last ones.
+    The exit code is 1 if the loss of what was saved diverged.
     """
     run_config = config_from(RunConfig, run or RunFlags())
     _check_flags(resume and run_config.name is None, full, lora, from_adapter)
@@ -136,23 +140,19 @@ def _check_flags(
 
 def _report(done: FinetuneResult, page: Path | None, json: bool) -> int:
     result = done.result
+    code = DIVERGED_EXIT_CODE if result.diverged else 0
     if json:
         found = {"folder": str(done.folder), "saved": str(done.saved), **asdict(result)}
         found["memory"] = done.memory.to_dict()
         found["report"] = None if page is None else str(page)
         print(json_text(found))
-        return 0
-    loss = (
-        "no finite validation loss"
-        if math.isnan(result.eval_loss)
-        else f"validation loss {result.eval_loss:.4f}"
-    )
-    print_line(
-        f"{loss} after {result.steps} steps, "
-        f"{result.train_s:.0f} s of training, peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
-    )
+        return code
+    from lora.training.outcome import describe_result, describe_saved
+
+    for line in describe_result(result):
+        print_line(line)
     print_line(done.memory.describe())
-    print_line(f"saved: {done.saved}")
+    print_line(f"saved: {done.saved} ({describe_saved(result)})")
     if page is not None:
         print_line(f"report: {page}")
-    return 0
+    return code

@@ -150,6 +150,8 @@ class FactoryTarget:
                 final_eval_loss=result.eval_loss,
                 best_eval_loss=result.best_eval_loss,
                 after=_evaluate(setup) if task.evaluate else ModelEvaluation(),
+                saved_step=result.saved_step,
+                saved_eval_loss=result.saved_eval_loss,
             )
 
     def try_rates(

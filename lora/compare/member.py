@@ -90,6 +90,8 @@ def run_member(job: DecoderJob, task: MemberTask, progress: Progress) -> MemberR
         final_eval_loss=outcome.eval_loss,
         best_eval_loss=outcome.best_eval_loss,
         after=after,
+        saved_step=outcome.saved_step,
+        saved_eval_loss=outcome.saved_eval_loss,
     )
 
 
@@ -137,6 +139,8 @@ def _finetune(job: DecoderJob, task: MemberTask, progress: Progress) -> Training
         planned_memory_bytes=done.memory.plan.total,
         eval_loss=result.eval_loss,
         best_eval_loss=result.best_eval_loss,
+        saved_step=result.saved_step,
+        saved_eval_loss=result.saved_eval_loss,
     )
 
 

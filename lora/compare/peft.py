@@ -76,6 +76,8 @@ def train_peft(job: DecoderJob, task: MemberTask, progress: Progress) -> Trainin
         planned_memory_bytes=None,  # `lora plan` plans lora's own steps only
         eval_loss=result.eval_loss,
         best_eval_loss=result.best_eval_loss,
+        saved_step=result.saved_step,
+        saved_eval_loss=result.saved_eval_loss,
     )
 
 

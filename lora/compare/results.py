@@ -96,6 +96,9 @@ class MemberResult:
     final_eval_loss: float
     best_eval_loss: float
     after: ModelEvaluation
+    saved_step: int | None = None
+    """The step whose weights were saved and evaluated; None in files of older versions."""
+    saved_eval_loss: float | None = None
 
 
 def build_member(

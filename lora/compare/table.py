@@ -87,6 +87,12 @@ def _gigabytes(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:.2f} GB"
 
 
+def _saved(member: Member) -> str:
+    if member.saved_step is None:
+        return ""
+    return "the last step" if member.saved_step == member.steps else f"step {member.saved_step:,}"
+
+
 def _forgetting(member: Member) -> str:
     loss = member.forgetting
     return "" if loss is None else f"{loss.before:.3f} → {loss.after:.3f}"
@@ -108,6 +114,7 @@ _ROWS: tuple[tuple[str, Callable[[Member], str]], ...] = (
     ("on disk", lambda m: f"{m.stored_bytes / 1e6:,.2f} MB"),
     ("validation loss at the end", lambda m: f"{m.final_eval_loss:.4f}"),
     ("best validation loss", lambda m: f"{m.best_eval_loss:.4f}"),
+    ("saved and evaluated", _saved),
     ("loss on another text", _forgetting),
     ("task", _metric),
 )

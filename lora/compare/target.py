@@ -64,6 +64,8 @@ class TrainingOutcome:
     planned_memory_bytes: int | None
     eval_loss: float
     best_eval_loss: float
+    saved_step: int
+    saved_eval_loss: float
 
 
 class ComparisonTarget(Protocol):

@@ -51,7 +51,15 @@ def training_job(
         name_examples=_namer(stream, data, train),
         resume=job.resume,
         memory_plan=memory_plan,
+        start_name=_start_name(job),
     )
+
+
+def _start_name(job: FinetuneJob) -> str:
+    """Return in words what the run starts from."""
+    if job.from_adapter is not None:
+        return "the adapter that training continued from"
+    return "the model before fine-tuning" if job.is_full else "the model without an adapter"
 
 
 def _namer(

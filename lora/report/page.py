@@ -122,6 +122,8 @@ def _run_finding(run: RunSummary) -> str:
     first, last = run.held_out[0], run.held_out[-1]
     took = f" and {time_text(run.train_s)}" if run.train_s else ""
     so_far = "" if run.status == "finished" else f" It is unfinished: {_progress(run)}."
+    so_far += " It stopped early." if run.stopped_early else ""
+    so_far += f" Saved: step {count_text(run.saved_step)}." if run.saved_step is not None else ""
     if first is last:
         return f"Validation loss {loss_text(last.loss)} at step {last.step}.{so_far}"
     best = min(run.held_out, key=lambda point: point.loss)

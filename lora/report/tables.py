@@ -70,6 +70,7 @@ _RUN_CELLS: tuple[Cell, ...] = (
     (Column("steps"), lambda r: _steps(r)),
     (Column("validation", "best loss"), lambda r: numbers.loss_text(r.best_eval_loss)),
     (Column("validation", "final loss"), lambda r: numbers.loss_text(r.eval_loss)),
+    (Column("saved", "step"), lambda r: numbers.count_text(r.saved_step)),
     (Column("step", "ms"), lambda r: numbers.figures(_times(r.step_s, 1000))),
     (Column("speed", "tokens/s"), lambda r: numbers.figures(r.tokens_per_s)),
     (Column("peak", "GB"), lambda r: numbers.figures(_times(r.peak_memory_bytes, 1e-9))),
@@ -231,7 +232,7 @@ def describe_ratios(report: Report, one: Ratios) -> str:
         parts.append(f"{percent} % {side} peak memory" if percent else "the same peak memory")
     if one.loss_difference is not None:
         side = "lower" if one.loss_difference < 0 else "higher"
-        parts.append(f"validation loss {abs(one.loss_difference):.4f} {side} at the end")
+        parts.append(f"validation loss {abs(one.loss_difference):.4f} {side}")
     return f"{_against(report, one)}: {', '.join(parts)}." if parts else ""
 
 

@@ -6,6 +6,7 @@ token, times in seconds, sizes in bytes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -96,6 +97,10 @@ class Member:
     final_eval_loss: float
     """Validation loss after the last step."""
     best_eval_loss: float
+    saved_step: int | None = None
+    """The step whose weights were saved and evaluated; None in files of older versions, which saved
+    the last."""
+    saved_eval_loss: float | None = None
     forgetting: Forgetting | None = None
     task_metric: TaskMetric | None = None
     samples: tuple[Sample, ...] = ()
@@ -103,6 +108,7 @@ class Member:
     @property
     def figures(self) -> RunFigures:
         """What the ratios to other members are computed from."""
+        has_saved_loss = self.saved_eval_loss is not None and math.isfinite(self.saved_eval_loss)
         return RunFigures(
             name=self.name,
             step_s=self.step_s_median,
@@ -110,7 +116,7 @@ class Member:
             peak_memory_bytes=self.peak_memory_bytes,
             trainable_parameters=self.trainable_parameters,
             stored_bytes=self.stored_bytes,
-            eval_loss=self.final_eval_loss,
+            eval_loss=self.saved_eval_loss if has_saved_loss else self.final_eval_loss,
         )
 
 
@@ -153,7 +159,7 @@ class RunFigures:
     trainable_parameters: int | None
     stored_bytes: int | None
     eval_loss: float | None
-    """Validation loss at the end."""
+    """Validation loss of the weights that were saved."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,7 @@ class Ratios:
     stored_fraction: float | None
     """LoRA's stored bytes / the other's."""
     loss_difference: float | None
-    """LoRA's validation loss at the end - the other's, nats."""
+    """LoRA's validation loss, of the weights that were saved, - the other's, nats."""
 
 
 def ratios(one: RunFigures, other: RunFigures) -> Ratios:

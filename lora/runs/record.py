@@ -246,6 +246,17 @@ class RunResult:
     peak_memory_bytes: int
     best_eval_loss: float = math.nan
     stopped_early: bool = False
+    start_eval_loss: float | None = None
+    """Before the first step."""
+    best_step: int | None = None
+    """Of `best_eval_loss`; 0 is the start."""
+    saved_step: int | None = None
+    """The step whose weights are in adapter/ or model/; None in files of older versions, which
+    saved the last."""
+    saved_eval_loss: float | None = None
+    diverged: bool = False
+    """Whether the loss of the saved weights is far above that of the start."""
+    warnings: tuple[str, ...] = ()
     memory: MemoryResult | None = None
     stored_bytes: dict[str, int] | None = None
     """Of the tensors in the directories adapter, model and base."""

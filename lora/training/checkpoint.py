@@ -7,15 +7,16 @@ SHA-256 of both). It is built under a temporary name and renamed when complete.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -79,13 +80,23 @@ def save_checkpoint(
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints in `folder`, oldest first."""
-    whole = (p for p in folder.glob("step-*") if (p / MANIFEST_FILE).is_file())
-    return sorted(whole, key=_age)
+    named = (p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdecimal())
+    return sorted((p for p in named if (p / MANIFEST_FILE).is_file()), key=_age)
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return where `folder` has the checkpoint of `step`, if it has it."""
+    return folder / _name(step)
+
+
+def checkpoint_step(path: Path) -> int:
+    """Return the step of a checkpoint that `list_checkpoints` found."""
+    return int(path.name.removeprefix("step-"))
 
 
 def has_checkpoint(folder: Path, step: int) -> bool:
     """Return whether `folder` has the complete checkpoint of `step`."""
-    return (folder / _name(step) / MANIFEST_FILE).is_file()
+    return (checkpoint_path(folder, step) / MANIFEST_FILE).is_file()
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -93,22 +104,47 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises CheckpointError if a file is missing or its size or SHA-256 is not the manifest's.
     """
-    try:
-        manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
-        found = {name: digest_file(path / name) for name in (TENSORS_FILE, STATE_FILE)}
-        faults = [
-            f"{name}: {seen.n_bytes} bytes, SHA-256 {seen.sha256[:12]}…, the manifest says "
-            f"{manifest[name]['bytes']} and {manifest[name]['sha256'][:12]}…"
-            for name, seen in found.items()
-            if manifest[name] != _manifest_entry(seen)
-        ]
-        if faults:
-            what = f"Cannot read {path}, it is damaged:"
-            raise CheckpointError(gather(faults, what, "Use an earlier one."))
+    with _reading(path):
+        _check_digests(path, TENSORS_FILE, STATE_FILE)
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         return load_file(path / TENSORS_FILE), state
-    except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError) as error:
-        raise CheckpointError(f"Cannot read {path}: {error}. Use an earlier one.") from None
+
+
+def read_checkpoint_state(path: Path) -> dict[str, Any]:
+    """Return the state of one checkpoint without its tensors.
+
+    Raises CheckpointError if the file is missing or its size or SHA-256 is not the manifest's.
+    """
+    with _reading(path):
+        _check_digests(path, STATE_FILE)
+        state: dict[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        return state
+
+
+def read_trained_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the trained parameters of one checkpoint by their names, without AdamW's moments.
+
+    Raises CheckpointError as `load_checkpoint` does.
+    """
+    with _reading(path):
+        _check_digests(path, TENSORS_FILE)
+        with safe_open(path / TENSORS_FILE, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith("model.")]  # noqa: SIM118
+            return {name.removeprefix("model."): file.get_tensor(name) for name in names}
+
+
+@torch.no_grad()
+def load_trained_tensors(model: nn.Module, path: Path) -> None:
+    """Changes `model` in place: what trains gets the values of the checkpoint at `path`.
+
+    The optimizer and torch's generators stay as they are. Raises CheckpointError for a checkpoint
+    that is damaged or of another model; `model` is then unchanged.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    saved = read_trained_tensors(path)
+    _check_parameters(named, saved)
+    for name, parameter in named.items():
+        parameter.copy_(saved[name])
 
 
 def load_newest(
@@ -156,17 +192,7 @@ def restore_training_tensors(
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     saved = {key.removeprefix("model."): t for key, t in tensors.items() if key[:6] == "model."}
-    faults = [f"missing: {name}" for name in named if name not in saved]
-    faults += [f"not trained here: {name}" for name in saved if name not in named]
-    for name in named.keys() & saved.keys():
-        if named[name].shape != saved[name].shape:
-            shapes = f"{tuple(saved[name].shape)} saved, {tuple(named[name].shape)} here"
-            faults.append(f"{name}: {shapes}")
-    if faults:
-        advice = "Resume with the settings that the run began with."
-        raise CheckpointError(
-            gather(sorted(faults), "Cannot restore a checkpoint of another run:", advice)
-        )
+    _check_parameters(named, saved)
     optimizer_state = {}
     for name, parameter in named.items():
         parameter.copy_(saved[name])
@@ -180,6 +206,45 @@ def restore_training_tensors(
         states = [tensors.get(f"random.cuda.{number}") for number in range(count)]
         torch.cuda.set_rng_state_all([state for state in states if state is not None])
     return optimizer_state
+
+
+def _check_parameters(named: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError with every name and shape that differs from the model's."""
+    faults = [f"missing: {name}" for name in named if name not in saved]
+    faults += [f"not trained here: {name}" for name in saved if name not in named]
+    for name in named.keys() & saved.keys():
+        if named[name].shape != saved[name].shape:
+            shapes = f"{tuple(saved[name].shape)} saved, {tuple(named[name].shape)} here"
+            faults.append(f"{name}: {shapes}")
+    if faults:
+        advice = "Resume with the settings that the run began with."
+        raise CheckpointError(
+            gather(sorted(faults), "Cannot restore a checkpoint of another run:", advice)
+        )
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what reading a damaged checkpoint raises into a CheckpointError."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"Cannot read {path}: {error}. Use an earlier one.") from None
+
+
+def _check_digests(path: Path, *names: str) -> None:
+    """Raise CheckpointError for files whose size or SHA-256 is not the manifest's."""
+    manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+    found = {name: digest_file(path / name) for name in names}
+    faults = [
+        f"{name}: {seen.n_bytes} bytes, SHA-256 {seen.sha256[:12]}…, the manifest says "
+        f"{manifest[name]['bytes']} and {manifest[name]['sha256'][:12]}…"
+        for name, seen in found.items()
+        if manifest[name] != _manifest_entry(seen)
+    ]
+    if faults:
+        what = f"Cannot read {path}, it is damaged:"
+        raise CheckpointError(gather(faults, what, "Use an earlier one."))
 
 
 def _name(step: int) -> str:

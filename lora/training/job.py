@@ -15,6 +15,7 @@ from lora.errors import CheckpointError
 from lora.runs.directory import Run
 from lora.runs.disk import reading
 from lora.runs.progress import NoProgress, Progress
+from lora.runs.record import MetricsRow
 from lora.training.checkpoint import (
     has_checkpoint,
     list_checkpoints,
@@ -51,6 +52,18 @@ class TrainResult:
     n_tokens: int
     peak_memory_bytes: int
     stopped_early: bool
+    start_eval_loss: float
+    """Validation loss before the first step, nats; NaN without validation data."""
+    best_step: int | None
+    """The step of `best_eval_loss`; 0 if no step improved on the start, None without validation."""
+    saved_step: int
+    """The step whose weights the model has now, which are those to save."""
+    saved_eval_loss: float
+    """Validation loss of these weights."""
+    diverged: bool
+    """Whether the loss of these weights is far above that of the start, or not finite."""
+    warnings: tuple[str, ...]
+    """What makes the result doubtful, in words."""
 
 
 @dataclass
@@ -78,6 +91,8 @@ class TrainingJob:
     """(step, (micro-batch, index of a sequence in it) …; () for all) -> the examples' names."""
     memory_plan: MemoryParts | None = None
     """What a step was planned to hold, quoted if memory runs out."""
+    start_name: str = "the model before training"
+    """What is evaluated before the first step, in words."""
 
 
 @dataclass
@@ -92,11 +107,17 @@ class LoopState:
     eval_loss: float = math.nan
     stopped_early: bool = False
     skipped_steps: int = 0
+    start_eval_loss: float = math.nan
+    """Validation loss before the first step."""
+    best_eval_step: int | None = None
+    """The step of `best_eval_loss`, 0 for the start."""
     best_step: int | None = None
-    """The step of the best evaluation whose checkpoint is on the disk; None: the start is best."""
+    """The step of the best evaluation after the start whose checkpoint is on the disk."""
     best_saved_loss: float = math.inf
-    """The validation loss of `best_step`, or of the start: above `best_eval_loss` if the disk
-    refused the checkpoint of the best."""
+    """The validation loss of `best_step`: above `best_eval_loss` if the start is better, or if the
+    disk refused the checkpoint of the best."""
+    first_loss: float | None = None
+    """Training loss of the first step."""
     recent_losses: list[float] = field(default_factory=list)
     """Of the last steps, for spikes."""
     saved_step: int | None = None
@@ -150,7 +171,7 @@ def resume_loop_state(job: TrainingJob) -> LoopState:
         return LoopState()
     tensors, saved = load_newest(folder, job.progress.message)
     with reading(folder):
-        state = _read_position(saved["position"])
+        state = _read_position(saved["position"], job.run.read_metrics)
         job.steps.restore(tensors, step=state.step)
         job.stream.load_state_dict(saved["stream"])
         if state.step == 0:  # nothing was trained: its evaluation and its samples come again
@@ -168,11 +189,20 @@ def resume_loop_state(job: TrainingJob) -> LoopState:
     return state
 
 
-def _read_position(position: dict[str, Any]) -> LoopState:
+def _read_position(
+    position: dict[str, Any], read_metrics: Callable[[], list[MetricsRow]]
+) -> LoopState:
     """Return the state that a checkpoint's `position` holds; null is a field's default."""
     state = LoopState(**{key: value for key, value in position.items() if value is not None})
-    if "best_saved_loss" not in position:  # of an older version
-        state.best_saved_loss = state.best_eval_loss
+    if "start_eval_loss" not in position:  # of an older version: the metrics have it
+        rows = [row for row in read_metrics() if row.step <= state.step]
+        evaluated = {r.step: r.eval_loss for r in rows if r.eval_loss is not None}
+        state.start_eval_loss = evaluated.get(0, math.nan)
+        state.best_eval_step = min(evaluated, key=lambda step: evaluated[step], default=None)
+        state.first_loss = next((row.loss for row in rows if row.loss is not None), None)
+        state.best_saved_loss = math.inf
+        if state.best_step is not None:
+            state.best_saved_loss = evaluated.get(state.best_step, state.best_eval_loss)
     return state
 
 

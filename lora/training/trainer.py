@@ -24,6 +24,7 @@ from lora.training.job import (
     save_loop_state,
 )
 from lora.training.optim import learning_rate_at
+from lora.training.outcome import finish_run
 from lora.training.out_of_memory import advise, count_parts, describe_parts, explain_out_of_memory
 from lora.training.step_runner import StepOutcome
 
@@ -35,6 +36,9 @@ SPIKE_DEVIATIONS, SPIKE_FRACTION = 6.0, 0.5
 
 def train(job: TrainingJob) -> TrainResult:
     """Changes `job.model` in place: run the job to its end, or from its newest checkpoint on.
+
+    At the end the model has the best weights by validation loss, or with `run_config.save` "last"
+    those of the last step.
 
     Raises TrainingError if one step more than `run_config.skip_nonfinite` is not finite, if all
     steps were skipped, or if memory runs out, Interrupted after a signal (the state is
@@ -61,15 +65,7 @@ def train(job: TrainingJob) -> TrainResult:
         )
     if stop.received is not None and not _is_over(job, state):
         raise Interrupted(_describe_interruption(job, state, stop), stop.exit_code)
-    return TrainResult(
-        steps=state.step,
-        eval_loss=state.eval_loss,
-        best_eval_loss=state.best_eval_loss,
-        train_s=state.train_s,
-        n_tokens=state.n_tokens,
-        peak_memory_bytes=peak_memory_bytes(job.choice.device),
-        stopped_early=state.stopped_early,
-    )
+    return finish_run(job, state)
 
 
 def is_spike(loss: float, recent: list[float]) -> bool:
@@ -88,7 +84,6 @@ def is_spike(loss: float, recent: list[float]) -> bool:
 def _loop(job: TrainingJob, state: LoopState, stop: StopRequests) -> None:
     """Take steps, evaluate and save until the run is over or a signal asks to stop."""
     if state.step == 0:
-        # Nothing is trained yet, so even the best evaluation needs no checkpoint here.
         _evaluate(job, state)
     n_steps = job.train_config.steps
     eval_every = job.run_config.eval_interval(n_steps)
@@ -169,6 +164,7 @@ def _record(job: TrainingJob, state: LoopState, outcome: StepOutcome) -> None:
         usual = statistics.median(state.recent_losses)
         job.progress.message(f"step {step}: the loss jumps to {loss:.4g} from {usual:.4g}")
     state.recent_losses = [*state.recent_losses, loss][-SPIKE_WINDOW_STEPS:]
+    state.first_loss = loss if state.first_loss is None else state.first_loss
     job.run.append_metrics(
         MetricsRow(
             step=step,
@@ -218,7 +214,8 @@ def _evaluate(job: TrainingJob, state: LoopState) -> bool:
     job.run.append_metrics(MetricsRow(step=state.step, eval_loss=state.eval_loss))
     job.progress.message(f"step {state.step}: validation loss {state.eval_loss:.4f}")
     is_best = state.eval_loss < state.best_eval_loss
-    state.best_eval_loss = min(state.best_eval_loss, state.eval_loss)
+    if is_best:
+        state.best_eval_loss, state.best_eval_step = state.eval_loss, state.step
     state.evals_since_best = 0 if is_best else state.evals_since_best + 1
     patience = job.run_config.patience
     if patience and state.evals_since_best >= patience:
@@ -228,6 +225,7 @@ def _evaluate(job: TrainingJob, state: LoopState) -> bool:
         )
     job.on_eval(state.step)
     if state.step == 0:  # not saved: the model as it came
-        state.best_saved_loss = state.eval_loss
+        state.start_eval_loss = state.eval_loss
+        return False
     # After a save that the disk refused, one that is not the best of the run may be the best there.
     return state.eval_loss < state.best_saved_loss

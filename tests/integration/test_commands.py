@@ -340,3 +340,25 @@ def test_byte_order_marks_in_any_json_file_change_nothing(
     assert main([*words, "--model", str(model), "--adapter", str(run / "adapter")]) == 0
     assert read()[0] == answer
     assert read_run_data_settings(run / "adapter").config.max_length == 128
+
+
+def test_training_that_diverges_exits_with_one_and_says_why(
+    tiny_folder: Path, orders_file: Path, tmp_path: Path, read: Read
+) -> None:
+    words = ["finetune", "--model", str(tiny_folder), "--data", str(orders_file), "--no-report"]
+    words += ["--steps", "8", "--batch-size", "4", "--max-length", "128", "--samples", "0"]
+    words += ["--out", str(tmp_path), "--learning-rate", "10", "--full"]
+    assert main(words) == 1
+    out, err = read()
+    assert "best is the start" in out
+    assert "what was saved is worse than the model before fine-tuning" in err
+    assert "Lower the learning rate (it was 10)" in err
+    assert main([*words, "--json"]) == 1
+    out, _ = read()
+    found = json.loads(out)
+    assert found["diverged"] is True
+    assert (found["best_step"], found["saved_step"], found["stopped_early"]) == (0, 8, False)
+    assert found["start_eval_loss"] == found["best_eval_loss"] < found["saved_eval_loss"]
+    kept = json.loads(Path(found["folder"], "result.json").read_text(encoding="utf-8"))
+    assert kept["saved_step"] == 8
+    assert kept["warnings"] == found["warnings"]

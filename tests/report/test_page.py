@@ -139,7 +139,7 @@ def test_the_page_says_what_was_found(mixed: tuple[Page, str]) -> None:
     text = " ".join(page.text.split())
     for words in (
         "LoRA vs. full fine-tuning: 2.00 times the speed per step, 60 % less peak memory, "
-        "validation loss 0.1000 lower at the end.",
+        "validation loss 0.1000 lower.",
         "The best of 6 candidates is rank 16 at learning rate 1e-3: validation loss 0.3500, "
         "from 2.0000 without an adapter. "
         "Rank 8 is enough: 0.3520 is within noise of the best. "

@@ -223,7 +223,8 @@ def train_with_losses(
         (20, 30, {0: 5.0, 30: 1.0}, (30, 80, 100)),  # seldom on the same steps
         (20, 30, {0: 5.0, 30: 2.0, 90: 1.0}, (90, 100)),
         (10, 30, {0: 5.0, 100: 1.0}, (90, 100)),  # the last is the best
-        (10, 30, {0: 1.0}, (90, 100)),  # nothing is better than the start, which is not saved
+        (10, 30, {0: 1.0}, (30, 90, 100)),  # nothing is better than the start, which is not saved
+        (10, 30, {0: 1.0, 60: 2.0}, (60, 90, 100)),  # but the best of what was trained is
         (10, 30, {0: 5.0, 30: 1.0, 60: math.nan}, (30, 90, 100)),
     ],
 )
@@ -275,7 +276,7 @@ def test_the_best_stays_on_the_disk_when_a_better_one_cannot_be_saved(
     [
         ({0: 5.0, 30: 1.0, 60: 2.0}, 30, (60, 90, 100)),  # else no best would be on the disk
         ({0: 5.0, 30: 3.0, 60: 1.0, 90: 2.0}, 60, (90, 100)),  # better than 30, which is kept
-        ({0: 1.0, 30: 3.0}, 30, (90, 100)),
+        ({0: 1.0, 30: 3.0}, 30, (60, 90, 100)),
     ],
 )
 def test_the_best_on_the_disk_follows_a_save_that_was_refused(

@@ -130,8 +130,9 @@ def _member_run(run: RunSummary, member: Member) -> RunSummary:
         "stored_bytes": member.stored_bytes,
         "eval_loss": member.final_eval_loss,
         "best_eval_loss": member.best_eval_loss,
+        "saved_eval_loss": member.saved_eval_loss,
     }
-    known = {name: value for name, value in measured.items() if math.isfinite(value)}
+    known = {n: v for n, v in measured.items() if v is not None and math.isfinite(v)}
     return replace(
         run,
         label=method_name(member.method),

@@ -86,6 +86,12 @@ class RunSummary:
     """The newest validation loss."""
     best_eval_loss: float | None = None
     best_step: int | None = None
+    start_eval_loss: float | None = None
+    saved_step: int | None = None
+    """The step whose weights were saved; None for an unfinished run, and in files of older
+    versions, which saved the last."""
+    saved_eval_loss: float | None = None
+    stopped_early: bool = False
     step_s: float | None = None
     """Median time of a step."""
     train_s: float | None = None
@@ -122,7 +128,7 @@ class RunSummary:
             peak_memory_bytes=self.peak_memory_bytes,
             trainable_parameters=self.trainable_parameters,
             stored_bytes=self.stored_bytes,
-            eval_loss=self.eval_loss,
+            eval_loss=self.eval_loss if self.saved_eval_loss is None else self.saved_eval_loss,
         )
 
     @property

@@ -97,6 +97,8 @@ def read_run(folder: Path, base: Path, faults: Faults, *, group: str = "") -> Ru
         eval_loss=held_out[-1].loss if held_out and not_finite is None else None,
         best_eval_loss=best.loss if best else None,
         best_step=best.step if best else None,
+        start_eval_loss=next((point.loss for point in held_out if point.step == 0), None),
+        **_saved(result),
         **_speed(metrics, timings, result),
         peak_memory_bytes=_peak(timings, result),
         trainable_parameters=trained,
@@ -111,7 +113,9 @@ def read_run(folder: Path, base: Path, faults: Faults, *, group: str = "") -> Ru
         data=_data(record),
         environment={} if record.environment is None else flatten(_sorted(record.environment)),
         base_fingerprint=record.base_fingerprint,
-        notes=(record.data.warnings or ()) + (() if not_finite is None else (not_finite,)),
+        notes=(record.data.warnings or ())
+        + (() if not_finite is None else (not_finite,))
+        + (result.warnings if result else ()),
         command=None if group else finetune_command(record, folder.name),
     )
 
@@ -139,6 +143,18 @@ def _elapsed(timings: Sequence[TimingRow]) -> dict[int, float]:
     sums = itertools.accumulate(seconds for _, seconds in known)
     found = {step: total for (step, _), total in zip(known, sums, strict=True)}
     return {0: 0.0, **found} if found else {}
+
+
+def _saved(result: RunResult | None) -> dict[str, Any]:
+    """Return which weights were saved, and whether the run stopped early."""
+    if result is None:
+        return {}
+    loss = result.saved_eval_loss
+    return {
+        "saved_step": result.saved_step,
+        "saved_eval_loss": loss if loss is not None and math.isfinite(loss) else None,
+        "stopped_early": result.stopped_early,
+    }
 
 
 def _points(
