@@ -129,7 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, or 2 for a user error.
 
     It is 1 where a command ran to its end and its result is bad: training that diverged, a failed
-    check of `lora doctor`. After Ctrl-C it is 130, after SIGTERM 143, after SIGHUP 129, once a run has saved its state.
+    check of `lora doctor`. After Ctrl-C it is 130, after SIGTERM 143, after SIGHUP 129, once a run
+    has saved its state.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     is_debugging = "--debug" in words

@@ -46,7 +46,11 @@ def _leave_best(job: TrainingJob, state: LoopState) -> tuple[int, float]:
 
     The best is that of the evaluations after training began; the start itself is never saved.
     """
-    last, best_step, best_loss = (state.step, state.eval_loss), state.best_step, state.best_saved_loss
+    last, best_step, best_loss = (
+        (state.step, state.eval_loss),
+        state.best_step,
+        state.best_saved_loss,
+    )
     is_last_worse = math.isnan(state.eval_loss) or best_loss < state.eval_loss
     if job.run_config.save == "last" or best_step in (None, state.step) or not is_last_worse:
         return last
@@ -54,9 +58,7 @@ def _leave_best(job: TrainingJob, state: LoopState) -> tuple[int, float]:
     try:
         # From the disk: a copy in memory would cost as much again as the weights that train, and a
         # resumed run would not have it.
-        load_trained_tensors(
-            job.model, checkpoint_path(job.run.folder / "checkpoints", best_step)
-        )
+        load_trained_tensors(job.model, checkpoint_path(job.run.folder / "checkpoints", best_step))
     except CheckpointError as error:
         job.progress.message(
             f"{error} So what is saved is the end of the run, step {state.step}, not its best, "

@@ -24,8 +24,8 @@ from lora.training.job import (
     save_loop_state,
 )
 from lora.training.optim import learning_rate_at
-from lora.training.outcome import finish_run
 from lora.training.out_of_memory import advise, count_parts, describe_parts, explain_out_of_memory
+from lora.training.outcome import finish_run
 from lora.training.step_runner import StepOutcome
 
 SPIKE_WINDOW_STEPS, MIN_SPIKE_STEPS = 32, 8
