@@ -1,6 +1,13 @@
 """LoRA fine-tuning of language models (arXiv 2106.09685).
 
-Public names are loaded on first use, so `import lora` is quick and brings no torch.
+    import lora
+
+    done = lora.finetune("orders.jsonl", rank=16, steps=300)
+    model, tokenizer = lora.load_model(adapter=done.saved)
+    print(lora.generate(model, tokenizer, "Please send 3 lamps to Anna in Rome."))
+
+Public names are loaded on first use, so `import lora` is quick
+and brings no torch.
 
 The letters of tensor shapes, here and in every module:
 
@@ -13,11 +20,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lora.public.packages import load_name
+
 if TYPE_CHECKING:
     from lora.adapters.apply import apply_lora, disabled_adapter, remove_lora
     from lora.adapters.merge import merge_lora
     from lora.adapters.save_load import load_adapter, save_adapter
-    from lora.config import DataConfig, LoRAConfig, MemoryConfig, RunConfig, TrainConfig
+    from lora.compare.run import compare
+    from lora.config import (
+        DataConfig,
+        LoRAConfig,
+        MemoryConfig,
+        RunConfig,
+        SamplingConfig,
+        TrainConfig,
+    )
     from lora.errors import (
         AdapterError,
         CheckpointError,
@@ -29,12 +46,16 @@ if TYPE_CHECKING:
         TargetError,
         TrainingError,
     )
+    from lora.export.run import export, merge
+    from lora.finetune.from_settings import finetune
+    from lora.inference.api import evaluate, generate, load_model
     from lora.lora_module import (
         LoRALinear,
         ParameterCounts,
         apply_lora_to_linear,
         count_lora_parameters,
     )
+    from lora.sweep.run import sweep
 
 __version__ = "0.1.0"
 
@@ -52,18 +73,29 @@ _HOMES = {
     "ModelError": "lora.errors",
     "ParameterCounts": "lora.lora_module",
     "RunConfig": "lora.config",
+    "SamplingConfig": "lora.config",
     "TargetError": "lora.errors",
     "TrainConfig": "lora.config",
     "TrainingError": "lora.errors",
     "apply_lora": "lora.adapters.apply",
     "apply_lora_to_linear": "lora.lora_module",
+    "compare": "lora.compare.run",
     "count_lora_parameters": "lora.lora_module",
     "disabled_adapter": "lora.adapters.apply",
+    "evaluate": "lora.inference.api",
+    "export": "lora.export.run",
+    "finetune": "lora.finetune.from_settings",
+    "generate": "lora.inference.api",
     "load_adapter": "lora.adapters.save_load",
+    "load_model": "lora.inference.api",
+    "merge": "lora.export.run",
     "merge_lora": "lora.adapters.merge",
     "remove_lora": "lora.adapters.apply",
     "save_adapter": "lora.adapters.save_load",
+    "sweep": "lora.sweep.run",
 }
+_PACKAGES = ("compare", "export", "finetune", "sweep")
+"""Names that are packages too, and callable: see lora/public/packages.py."""
 
 __all__ = [
     "AdapterError",
@@ -79,27 +111,36 @@ __all__ = [
     "ModelError",
     "ParameterCounts",
     "RunConfig",
+    "SamplingConfig",
     "TargetError",
     "TrainConfig",
     "TrainingError",
     "apply_lora",
     "apply_lora_to_linear",
+    "compare",
     "count_lora_parameters",
     "disabled_adapter",
+    "evaluate",
+    "export",
+    "finetune",
+    "generate",
     "load_adapter",
+    "load_model",
+    "merge",
     "merge_lora",
     "remove_lora",
     "save_adapter",
+    "sweep",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'lora' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _PACKAGES:
+        return importlib.import_module(f"lora.{name}")
+    value = load_name(__name__, name, _HOMES)
     globals()[name] = value  # found at once the next time
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return __all__

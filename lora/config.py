@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 
 from lora.errors import ConfigError, did_you_mean, gather
+from lora.public.field_texts import documented
+from lora.settings.base import Settings
 from lora.settings.peers import FORMER_NAMES
 
 ConfigT = TypeVar("ConfigT")
@@ -135,8 +137,9 @@ def _raise_if(faults: list[str], owner: object) -> None:
         raise ConfigError(gather(faults, f"Cannot use {kind}:", "Change these settings."))
 
 
+@documented
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(Settings):
     """The LoRA adapter (arXiv 2106.09685), named as in PEFT where PEFT has the setting."""
 
     rank: int = field(default=8, metadata=LORA)
@@ -195,9 +198,10 @@ class LoRAConfig:
         _raise_if(faults, self)
 
 
+@documented
 @_with_former_names
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Optimization: number and size of the steps, learning rate and its schedule."""
 
     steps: int = field(default=200, metadata=TRAINING)
@@ -270,8 +274,9 @@ class TrainConfig:
         return self.learning_rate
 
 
+@documented
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """How examples are read, tokenized, packed and split."""
 
     max_length: int = field(default=512, metadata=DATA)
@@ -310,7 +315,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "special_tokens", _split_words(self.special_tokens))
-        faults = _check_counts(self, 2, "max_length")
+        faults = _take_paths(self, "chat_template")
+        faults += _check_counts(self, 2, "max_length")
         faults += _check_special_tokens(self.special_tokens)
         in_range = _is_number(self.eval_fraction) and 0 <= self.eval_fraction < 1
         faults += _check(in_range, "eval_fraction", self.eval_fraction, "≥ 0 and < 1")
@@ -329,8 +335,9 @@ class DataConfig:
         _raise_if(faults, self)
 
 
+@documented
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Settings):
     """Run directory, evaluation, checkpoints and device."""
 
     out: Path = field(default=Path("runs"), metadata=OUTPUT)
@@ -365,8 +372,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         counts = ("eval_every_steps", "save_every_steps", "patience", "samples", "skip_nonfinite")
-        faults = _check_counts(self, 0, *counts)
+        faults = _take_paths(self, "out")
+        faults += _check_counts(self, 0, *counts)
         faults += _check_counts(self, 1, "keep_checkpoints", "sample_tokens")
+        is_name = self.name is None or isinstance(self.name, str)
+        faults += _check(is_name, "name", self.name, "a string")
         for name in ("fast", "tensorboard"):
             value = getattr(self, name)
             faults += _check(isinstance(value, bool), name, value, "true or false")
@@ -382,8 +392,9 @@ class RunConfig:
         return self.save_every_steps or self.eval_interval(steps)
 
 
+@documented
 @dataclass(frozen=True)
-class MemoryConfig:
+class MemoryConfig(Settings):
     """GPU memory, and what the fused step stores, recomputes or offloads of the activations."""
 
     memory: MemoryMode = field(default="auto", metadata=DEVICE)
@@ -401,8 +412,9 @@ class MemoryConfig:
         _raise_if(faults, self)
 
 
+@documented
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Settings):
     """How tokens are sampled."""
 
     max_new_tokens: int = field(default=256, metadata=GENERATION)
@@ -427,6 +439,18 @@ class SamplingConfig:
         in_range = _is_number(self.top_p) and MIN_FRACTION <= self.top_p <= 1
         faults += _check(in_range, "top_p", self.top_p, f"≥ {MIN_FRACTION:g} and ≤ 1")
         _raise_if(faults, self)
+
+
+def _take_paths(owner: object, *names: str) -> list[str]:
+    """Changes `owner` in place: a path that is given as a string becomes a Path."""
+    faults: list[str] = []
+    for name in names:
+        value = getattr(owner, name)
+        if isinstance(value, str):
+            object.__setattr__(owner, name, Path(value))
+        elif value is not None:
+            faults += _check(isinstance(value, Path), name, value, "a path")
+    return faults
 
 
 def _split_words(value: object) -> object:

@@ -2,6 +2,7 @@
 
     LoraError
     ├── ConfigError (ValueError)       a setting: unknown, of the wrong type, out of range
+    │   └── UnknownSettingError (TypeError)   a keyword that is no setting
     ├── TargetError (ValueError)       what LoRA should adapt does not fit the model
     ├── ModelError (ValueError)        a model's directory, architecture, names or shapes
     │   └── ModelNotFoundError (FileNotFoundError)
@@ -41,6 +42,10 @@ class LoraError(Exception):
 
 class ConfigError(LoraError, ValueError):
     """A setting is unknown, of the wrong type or out of range."""
+
+
+class UnknownSettingError(ConfigError, TypeError):
+    """A keyword argument is no setting; Python's own error for it is a TypeError."""
 
 
 class TargetError(LoraError, ValueError):

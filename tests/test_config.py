@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from lora.config import (
     SamplingConfig,
     TrainConfig,
 )
-from lora.errors import ConfigError
+from lora.errors import ConfigError, UnknownSettingError
 
 KINDS = (LoRAConfig, TrainConfig, DataConfig, RunConfig)
 
@@ -171,3 +173,44 @@ def test_the_largest_seed_is_one_that_generators_take() -> None:
 def test_settings_load_no_torch() -> None:
     code = "import sys, lora.config; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "words"),
+    [
+        (LoRAConfig, "r", "there is no setting 'r': here it is 'rank'"),
+        (LoRAConfig, "lora_alpha", "here it is 'alpha'"),
+        (LoRAConfig, "lora_dropout", "here it is 'dropout'"),
+        (LoRAConfig, "target_modules", "here it is 'targets'"),
+        (LoRAConfig, "use_rslora", "here it is 'rslora'"),
+        (LoRAConfig, "lr", "it is 'learning_rate', a setting of TrainConfig"),
+        (LoRAConfig, "steps", "it is a setting of TrainConfig"),
+        (LoRAConfig, "rnak", "Did you mean 'rank'"),
+        (TrainConfig, "max_steps", "here it is 'steps'"),
+        (DataConfig, "cutoff_len", "here it is 'max_length'"),
+        (DataConfig, "train_on_inputs", "here it is 'learn_on'"),
+        (RunConfig, "output_dir", "out is the directory for all runs and name that of this one"),
+        (TrainConfig, "per_device_train_batch_size", "Write batch_size=4."),
+        (LoRAConfig, "use_dora", "there is no DoRA here"),
+    ],
+)
+def test_a_peers_name_of_a_setting_is_answered_with_ours(kind: type, name: str, words: str) -> None:
+    with pytest.raises(UnknownSettingError) as caught:
+        kind(**{name: 4})
+    assert isinstance(caught.value, ConfigError)
+    assert isinstance(caught.value, TypeError)
+    assert words in str(caught.value)
+    assert "Allowed: " in str(caught.value)
+
+
+def test_settings_can_be_copied() -> None:
+    config = LoRAConfig(rank=4)
+    assert copy.deepcopy(config) == copy.copy(config) == config
+    assert dataclasses.replace(config, rank=5).rank == 5
+
+
+def test_a_path_may_be_a_string() -> None:
+    assert RunConfig(out="here").out == Path("here")  # type: ignore[arg-type]
+    assert DataConfig(chat_template="a.jinja").chat_template == Path("a.jinja")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="out=3: must be a path"):
+        RunConfig(out=3)  # type: ignore[arg-type]

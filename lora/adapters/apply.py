@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -52,6 +53,8 @@ class AppliedLoRA:
 
     base_vocab_size: int | None = None
     """Rows of the base's token tables before any were added; None if they could not grow."""
+    folder: Path | None = None
+    """Directory that the adapter was loaded from."""
     filled_tables: tuple[str, ...] = ()
     """Full names of tables whose added rows came from a file, and not from their mean."""
 

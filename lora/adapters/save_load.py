@@ -129,6 +129,7 @@ def load_adapter(model: nn.Module, folder: Path | str, *, trainable: bool = Fals
         if rows.grows:
             words = "%s adds tokens: the vocabulary grows from %d to %d%s"
             log.warning(words, folder, rows.base, rows.needed, _unknown_rows(rows, tensors, fills))
+    applied_lora(model).folder = files.folder
     fill_new_rows(model, fills, rows.base)
     model.requires_grad_(False)
     with torch.no_grad():

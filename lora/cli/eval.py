@@ -18,11 +18,11 @@ from lora.cli.flags.from_fields import (
     config_from,
     flags_from,
 )
-from lora.cli.flags.shared import Adapter, Device, Json, Model, Overwrite, input_paths
+from lora.cli.flags.shared import Adapter, Device, Json, Model, Overwrite
 from lora.config import DataConfig, SamplingConfig
 from lora.inference.eval_config import EvalConfig
 from lora.inference.loading import LoadedModel, load_model
-from lora.runs.outputs import OutputPath
+from lora.runs.outputs import OutputPath, input_paths
 from lora.runs.progress import StageProgress
 from lora.runs.typed_json import json_text
 from lora.terminal import build_console, print_note

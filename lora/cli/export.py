@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from lora.cli.flags.from_fields import OUTPUT
-from lora.cli.flags.shared import Adapter, Model, Overwrite, input_paths
-from lora.inference.loading import checked_ids, load_model, load_tokenizer_of
-from lora.runs.outputs import OutputPath
+from lora.cli.flags.shared import Adapter, Model, Overwrite
 from lora.terminal import print_line, print_note
-
-if TYPE_CHECKING:
-    from lora.decoder.decoder import Decoder
-    from lora.pretrained.hf_weights import MappedDecoder
-    from lora.pretrained.sources import ModelSource
 
 
 def export(
@@ -49,8 +42,7 @@ def export(
         Check the adapter for vLLM instead of writing a file.
     """
     from lora.errors import ConfigError
-    from lora.export.gguf import export_gguf
-    from lora.pretrained.sources import find_model
+    from lora.export.run import export as write
 
     if vllm:
         return _check_for_vllm(adapter, model)
@@ -58,18 +50,7 @@ def export(
         raise ConfigError(
             "Cannot export: no file is named. Name it, as in lora export orders.gguf."
         )
-    inputs = input_paths(model, adapter)
-    OutputPath(out, inputs, overwrite).check()
-    source = find_model(model)
-    report = export_gguf(
-        _open(source, model, adapter),
-        out,
-        dtype,
-        tokenizer=load_tokenizer_of(source, adapter),
-        name=source.name,
-        overwrite=overwrite,
-        inputs=(*inputs, source.folder),
-    )
+    report = write(out, model=model, adapter=adapter, dtype=dtype, overwrite=overwrite)
     name, error = report.worst
     allowed = f"allowed {report.logits_tolerance:.0e}"
     answers = f"logits differ by {report.logits_error:.1e} ({allowed})"
@@ -78,27 +59,6 @@ def export(
         f"largest error {error:.1e} in {name} (allowed {report.tolerance:.0e}); {answers}"
     )
     return 0
-
-
-def _open(source: ModelSource, model: str | None, adapter: Path | None) -> Decoder | MappedDecoder:
-    """Return the model, mapped from its files in their dtypes, with the adapter on it.
-
-    An adapter that changes more than layers inside the blocks is merged in fp32 in memory instead.
-    """
-    from lora.adapters.merge import merge_lora
-    from lora.adapters.save_load import load_adapter
-    from lora.export.blockwise import is_simple
-    from lora.pretrained.hf_weights import map_decoder
-
-    mapped = map_decoder(source.folder)
-    if adapter is None:
-        return mapped
-    load_adapter(mapped.model, adapter)
-    if is_simple(mapped.model):
-        return mapped
-    loaded = load_model(model, adapter, "cpu")
-    merge_lora(loaded.model, checked_ids(loaded))
-    return loaded.model
 
 
 def _check_for_vllm(adapter: Path | None, model: str | None) -> int:

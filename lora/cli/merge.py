@@ -8,9 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from lora.cli.flags.from_fields import DEVICE, MODEL, OUTPUT
-from lora.cli.flags.shared import Model, Overwrite, input_paths
-from lora.inference.loading import checked_ids, load_model
-from lora.runs.outputs import OutputPath
+from lora.cli.flags.shared import Model, Overwrite
 from lora.terminal import print_line
 
 Dtype = Annotated[
@@ -46,27 +44,9 @@ def merge(
     out
         Directory for the merged model: a new or empty one.
     """
-    from lora.data.prompting.prompt_format import save_prompt_format
-    from lora.data.tokenizers.subword import load_tokenizer
-    from lora.export.merged import write_merged
-    from lora.pretrained.model_files import MODEL_FILES
+    from lora.export.run import merge as write
 
-    inputs = input_paths(model, adapter)
-    output = OutputPath(out, inputs, overwrite, is_directory=True, replaceable=MODEL_FILES)
-    with output.building() as part:
-        loaded = load_model(model, adapter, device)
-        base = loaded.source.folder
-        has_tokenizer = (adapter / "tokenizer.json").is_file()
-        merged = write_merged(
-            loaded.model,
-            checked_ids(loaded),
-            base=base,
-            tokenizer=load_tokenizer(adapter if has_tokenizer else base),
-            folder=part,
-            dtype=dtype,
-        )
-        if loaded.prompts is not None:
-            save_prompt_format(loaded.prompts, part)
+    merged = write(adapter, out, model=model, dtype=dtype, device=device, overwrite=overwrite)
     print_line(
         f"merged {merged.merge.layers} layers into {out} ({', '.join(merged.dtypes)}); logits "
         f"differ by {merged.relative_error:.1e} (allowed {merged.tolerance:.0e})"

@@ -5,8 +5,10 @@ from lora.compare import CompareConfig, compare
 
 from __future__ import annotations
 
-import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+from lora.public.packages import CallablePackage, load_name
 
 if TYPE_CHECKING:
     from lora.compare.config import CompareConfig
@@ -22,7 +24,8 @@ __all__ = ["CompareConfig", "CompareResult", "compare"]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: the command line reads the settings, without torch, for its help.
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    # Resolved on first use: the job's settings are read without torch, by `--help` for one.
+    return load_name(__name__, name, _HOMES)
+
+
+sys.modules[__name__].__class__ = CallablePackage  # lora.compare(...), as well as a package

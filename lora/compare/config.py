@@ -15,9 +15,11 @@ from lora.config import (
     TrainConfig,
 )
 from lora.errors import CheckpointError, ConfigError, did_you_mean, gather
+from lora.public.field_texts import documented
 from lora.runs.comparison_record import Same
 from lora.runs.read_record import read_run_record
 from lora.runs.record import RUN_FILE, Method
+from lora.settings.base import Settings
 
 MIN_RATE_STEPS = 20
 """Of a trial of a learning rate, unless the comparison itself has fewer."""
@@ -62,8 +64,9 @@ class LearningRates:
         return given or tuple(_round(rate / 10) for rate in rates)
 
 
+@documented
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(Settings):
     """What all members share, and how the comparison is run."""
 
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 from lora.config import DataConfig
 from lora.data.reading.readers import Source
+from lora.settings.base import Settings
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Settings):
     """Training and validation data, and the base model; what every kind of job begins with."""
 
     data: Source

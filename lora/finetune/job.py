@@ -9,7 +9,14 @@ from typing import get_args
 import torch
 
 from lora.adapters.peft_files import fingerprint_adapter
-from lora.config import BaseDtype, LoRAConfig, MemoryConfig, RunConfig, TrainConfig
+from lora.config import (
+    BaseDtype,
+    DataConfig,
+    LoRAConfig,
+    MemoryConfig,
+    RunConfig,
+    TrainConfig,
+)
 from lora.data.inspection_report import DataReport
 from lora.data.prepare import PreparedData
 from lora.data.record import describe_data
@@ -18,10 +25,22 @@ from lora.device import DeviceChoice
 from lora.errors import ConfigError, did_you_mean
 from lora.finetune.memory import RunMemory
 from lora.pretrained.sources import ModelSource
+from lora.public.field_texts import documented
 from lora.runs.record import RunRecord
+from lora.settings.base import Settings
 from lora.training.job import TrainResult
 
+GROUPS: dict[str, type[Settings]] = {
+    "lora": LoRAConfig,
+    "train": TrainConfig,
+    "data_config": DataConfig,
+    "run": RunConfig,
+    "memory": MemoryConfig,
+}
+"""The fields of a job that are groups of settings. `memory` is also a field of MemoryConfig."""
 
+
+@documented
 @dataclass(frozen=True, kw_only=True)
 class FinetuneJob(Task):
     """What to fine-tune, on which data, and how."""
@@ -40,6 +59,15 @@ class FinetuneJob(Task):
     scale per output."""
     deterministic: bool = False
     """Give the same bits again on a GPU too: torch's deterministic algorithms, the plain step."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.from_adapter, str):  # a path as Python's users write it
+            object.__setattr__(self, "from_adapter", Path(self.from_adapter))
+        for name, kind in GROUPS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) and not (name == "lora" and value is None):
+                allowed = f"a {kind.__name__}" + (", or None" if name == "lora" else "")
+                raise ConfigError(f"Cannot use {name}={value!r}. Allowed: {allowed}.")
 
     @property
     def is_full(self) -> bool:

@@ -286,3 +286,8 @@ def _remove(part: Path) -> None:
             part.unlink()
     else:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def input_paths(*given: Path | str | None) -> tuple[Path, ...]:
+    """Return those of a command's inputs that are on this disk: no output may replace them."""
+    return tuple(Path(path) for path in given if path is not None and Path(path).exists())

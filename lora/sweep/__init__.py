@@ -5,8 +5,10 @@ from lora.sweep import SweepJob, sweep
 
 from __future__ import annotations
 
-import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+from lora.public.packages import CallablePackage, load_name
 
 if TYPE_CHECKING:
     from lora.sweep.job import SweepJob
@@ -23,6 +25,7 @@ __all__ = ["SweepJob", "SweepResult", "sweep"]
 
 def __getattr__(name: str) -> Any:
     # Resolved on first use: the job's settings are read without torch, by `--help` for one.
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return load_name(__name__, name, _HOMES)
+
+
+sys.modules[__name__].__class__ = CallablePackage  # lora.sweep(...), as well as a package

@@ -13,11 +13,13 @@ from lora.data.task import Task
 from lora.device import DeviceChoice
 from lora.errors import CheckpointError, ConfigError, gather
 from lora.pretrained.sources import ModelSource
+from lora.public.field_texts import documented
 from lora.runs.read_record import read_run_record
 from lora.runs.record import RUN_FILE, RunRecord, SweepSettings
 from lora.sweep.grid import Candidate, Grid
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class SweepJob(Task):
     """A sweep: the task, the candidates, and how they train."""

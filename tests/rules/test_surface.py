@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
+import inspect
+import pydoc
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -89,10 +93,50 @@ def test_the_help_is_there_at_once() -> None:
 
 
 def test_public_names_are_sorted_and_there() -> None:
-    assert lora.__all__ == sorted(set(lora.__all__))
+    assert lora.__all__ == sorted(set(lora.__all__)) == sorted(lora._HOMES)
     for name in lora.__all__:
-        assert getattr(lora, name) is getattr(importlib.import_module(lora._HOMES[name]), name)
-    assert set(lora.__all__) <= set(dir(lora))
+        found = getattr(importlib.import_module(lora._HOMES[name]), name)
+        own = getattr(lora, name)
+        assert getattr(own, name, None) is found if name in lora._PACKAGES else own is found
+
+
+def test_dir_lists_the_public_names_and_nothing_else() -> None:
+    importlib.import_module("lora.finetune.run")  # sets lora.finetune, lora.config … as attributes
+    assert dir(lora) == lora.__all__
+    for name in lora._PACKAGES:
+        assert dir(getattr(lora, name)) == sorted(getattr(lora, name).__all__)
+
+
+@pytest.mark.parametrize("name", lora._PACKAGES)
+def test_a_package_is_called_like_its_function(name: str) -> None:
+    package = importlib.import_module(f"lora.{name}")
+    assert getattr(lora, name) is package
+    assert isinstance(package, ModuleType)
+    assert inspect.signature(package) == inspect.signature(getattr(package, name))
+    with pytest.raises(TypeError, match=rf"{name}\(\).*nothing_like_this|positional argument"):
+        package(nothing_like_this=1)
+
+
+def test_the_name_stays_callable_after_any_import() -> None:
+    code = (
+        "import lora.finetune.job, lora; from lora.finetune import FinetuneJob; "
+        "assert callable(lora.finetune) and lora.finetune.FinetuneJob is FinetuneJob; "
+        "import lora.export.gguf as gguf; assert lora.export.gguf is gguf"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_help_of_settings_has_the_fields_texts() -> None:
+    for owner in (lora.LoRAConfig, lora.TrainConfig, lora.DataConfig, lora.RunConfig):
+        text = pydoc.render_doc(owner, renderer=pydoc.plaintext)
+        for field in dataclasses.fields(owner):
+            assert f"{field.name}: " in text
+    text = pydoc.render_doc(lora.LoRAConfig, renderer=pydoc.plaintext)
+    assert "rank: int = 8\n" in text
+    assert "LoRA rank (PEFT's r), typically 8 to 64." in text
+    assert "alpha_pattern: dict[str, float] = dict()" in text
+    job = pydoc.render_doc(lora.finetune.FinetuneJob, renderer=pydoc.plaintext)  # type: ignore[attr-defined]
+    assert "A file or directory of examples, or a list of dicts." in job  # of its parent
 
 
 def test_type_checkers_see_the_same_names(trees: Trees) -> None:

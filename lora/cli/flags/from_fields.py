@@ -14,12 +14,8 @@ No torch here.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import functools
-import inspect
 import re
-import sys
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
@@ -27,6 +23,7 @@ from cyclopts import Group, Parameter
 
 from lora.config import GROUP, GROUP_TITLES
 from lora.errors import ConfigError
+from lora.public.field_texts import texts_of_module
 
 FlagsT = TypeVar("FlagsT")
 ConfigT = TypeVar("ConfigT")
@@ -111,7 +108,7 @@ def _field(
 
 def field_texts(owner: type) -> dict[str, str]:
     """Return by field the first paragraph under it, on one line, with `field` as --field."""
-    texts = _texts_of_module(owner.__module__).get(owner.__name__, {})
+    texts = texts_of_module(owner.__module__).get(owner.__name__, {})
     return {name: _as_help(text, texts) for name, text in texts.items()}
 
 
@@ -126,22 +123,3 @@ def _as_help(text: str, fields: Mapping[str, str]) -> str:
         return "--" + found[1].replace("_", "-") if found[1] in fields else found[1]
 
     return re.sub(r"`(\w+)`", flag, " ".join(text.split("\n\n")[0].split()))
-
-
-@functools.lru_cache
-def _texts_of_module(name: str) -> dict[str, dict[str, str]]:
-    """Return by class, then by field, the string that stands under the field."""
-    tree = ast.parse(inspect.getsource(sys.modules[name]))
-    return {
-        owner.name: {
-            field.target.id: text.value.value
-            for field, text in zip(owner.body, owner.body[1:], strict=False)
-            if isinstance(field, ast.AnnAssign)
-            and isinstance(field.target, ast.Name)
-            and isinstance(text, ast.Expr)
-            and isinstance(text.value, ast.Constant)
-            and isinstance(text.value.value, str)
-        }
-        for owner in tree.body
-        if isinstance(owner, ast.ClassDef)
-    }

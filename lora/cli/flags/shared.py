@@ -86,11 +86,6 @@ Overwrite = Annotated[
 Json = Annotated[bool, Parameter(group=OUTPUT, help="Print the result as JSON.")]
 
 
-def input_paths(*given: Path | str | None) -> tuple[Path, ...]:
-    """Return those of a command's inputs that are on this disk: no output may replace them."""
-    return tuple(Path(path) for path in given if path is not None and Path(path).exists())
-
-
 @flags_from(LoRAConfig)
 class LoRAFlags:
     """The adapter."""

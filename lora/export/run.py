@@ -1,0 +1,147 @@
+"""An adapter or a model as files for other programs: a GGUF file, or a merged model's directory.
+
+lora.export("orders.gguf", adapter="runs/orders/adapter", dtype="q8_0")
+lora.merge("runs/orders/adapter", "merged")
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from lora.adapters.merge import merge_lora
+from lora.adapters.save_load import load_adapter
+from lora.data.prompting.prompt_format import save_prompt_format
+from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
+from lora.decoder.decoder import Decoder
+from lora.errors import ConfigError
+from lora.export.blockwise import is_simple
+from lora.export.gguf import GGUFReport, export_gguf
+from lora.export.merged import MergedDtype, MergedModel, write_merged
+from lora.inference.loading import checked_ids, load_model, load_tokenizer_of
+from lora.pretrained.gguf_writer import GGUFType
+from lora.pretrained.hf_weights import MappedDecoder, map_decoder
+from lora.pretrained.model_files import MODEL_FILES
+from lora.pretrained.sources import ModelSource, find_model
+from lora.runs.outputs import OutputPath, input_paths
+
+
+def export(
+    out: str | Path,
+    *,
+    model: str | Path | Decoder | None = None,
+    tokenizer: TextTokenizer | None = None,
+    adapter: str | Path | None = None,
+    dtype: GGUFType = "f16",
+    overwrite: bool = False,
+) -> GGUFReport:
+    """Write a model as the GGUF file `out`, with the adapter merged, and verify what was written.
+
+    Every tensor and the logits of the file are compared with the model; nothing is left behind if
+    they differ by more than rounding allows.
+
+    Args:
+        out: the file to write.
+        model: a directory, a .gguf file or a hub's owner/name; None: SmolLM2-135M-Instruct. Or a
+            model in memory, as `lora.load_model` returns it, whose LoRA is merged in the file.
+        tokenizer: of a model in memory.
+        adapter: directory of an adapter for a model that is not in memory.
+        dtype: storage type of the weight matrices: f16, q8_0 or f32.
+        overwrite: replace a file that exists.
+    """
+    path = Path(out)
+    if isinstance(model, Decoder):
+        if adapter is not None:
+            raise ConfigError(
+                "Cannot export a model in memory with adapter=…: it has the adapter that is on it. "
+                "Call load_adapter(model, folder) first, or give the model's name."
+            )
+        return export_gguf(model, path, dtype, tokenizer=tokenizer, overwrite=overwrite)
+    if tokenizer is not None:
+        raise ConfigError(
+            "Cannot export with tokenizer=…: the files of the model or of the adapter have one. "
+            "Give it with a model in memory, or leave it out."
+        )
+    name, folder = _as_given(model, adapter)
+    inputs = input_paths(name, folder)
+    OutputPath(path, inputs, overwrite).check()
+    source = find_model(name)
+    return export_gguf(
+        _open(source, name, folder),
+        path,
+        dtype,
+        tokenizer=load_tokenizer_of(source, folder),
+        name=source.name,
+        overwrite=overwrite,
+        inputs=(*inputs, source.folder),
+    )
+
+
+def merge(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    model: str | Path | None = None,
+    dtype: MergedDtype | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> MergedModel:
+    """Merge an adapter into its base, compare the logits, and write the model as a directory.
+
+    transformers loads it. The base's generation settings, tokenizer settings and chat templates are
+    kept.
+
+    Args:
+        adapter: directory of the adapter.
+        out: directory to write: a new or empty one.
+        model: the base; see `export`.
+        dtype: of the weights: float32, bfloat16 or float16; None: each tensor's in the base.
+        device: where the merge is computed.
+        overwrite: replace a merged model that exists.
+    """
+    name, folder = _as_given(model, adapter)
+    folder = cast(Path, folder)
+    output = OutputPath(
+        Path(out),
+        input_paths(name, folder),
+        overwrite,
+        is_directory=True,
+        replaceable=MODEL_FILES,
+    )
+    with output.building() as part:
+        loaded = load_model(name, folder, device)
+        base = loaded.source.folder
+        has_tokenizer = (folder / "tokenizer.json").is_file()
+        merged = write_merged(
+            loaded.model,
+            checked_ids(loaded),
+            base=base,
+            tokenizer=load_tokenizer(folder if has_tokenizer else base),
+            folder=part,
+            dtype=dtype,
+        )
+        if loaded.prompts is not None:
+            save_prompt_format(loaded.prompts, part)
+    return merged
+
+
+def _as_given(
+    model: str | Path | None, adapter: str | Path | None
+) -> tuple[str | None, Path | None]:
+    return None if model is None else str(model), None if adapter is None else Path(adapter)
+
+
+def _open(source: ModelSource, model: str | None, adapter: Path | None) -> Decoder | MappedDecoder:
+    """Return the model, mapped from its files in their dtypes, with the adapter on it.
+
+    An adapter that changes more than layers inside the blocks is merged in fp32 in memory instead.
+    """
+    mapped = map_decoder(source.folder)
+    if adapter is None:
+        return mapped
+    load_adapter(mapped.model, adapter)
+    if is_simple(mapped.model):
+        return mapped
+    loaded = load_model(model, adapter, "cpu")
+    merge_lora(loaded.model, checked_ids(loaded))
+    return loaded.model
