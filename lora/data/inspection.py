@@ -20,7 +20,7 @@ from lora.data.reading.readers import Source, read_examples
 from lora.data.sequences.embedding_rows import check_ids, grown_rows
 from lora.data.sequences.encode import encode_examples
 from lora.data.sequences.encoded import EncodedExamples, check_has_targets
-from lora.data.sequences.packing import pack, padded_length
+from lora.data.sequences.packing import pack, packed_length, padded_length
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.errors import DataError
 
@@ -158,9 +158,12 @@ def _count_special_tokens(
 
 def _count_sequences(report: DataReport, encoded: EncodedExamples, config: DataConfig) -> None:
     sizes = np.diff(encoded.documents.starts)
-    width = config.max_length if config.packing else padded_length(sizes, config.max_length)
-    packed = config.packing and len(sizes)
-    report.n_rows = pack(sizes, width, seed=0).n_sequences if packed else len(sizes)
+    if config.packing and len(sizes):
+        layout = pack(sizes, config.max_length, seed=0)
+        width = packed_length(layout, sizes, config.max_length)
+        report.n_rows = layout.n_sequences
+    else:
+        width, report.n_rows = padded_length(sizes, config.max_length), len(sizes)
     report.fill_fraction = len(encoded.documents.ids) / max(1, report.n_rows * width)
 
 

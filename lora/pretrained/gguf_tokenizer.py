@@ -7,6 +7,7 @@ the tokenizers that the models were trained with (it never normalises), those ar
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +108,21 @@ def build_gguf_tokenizer(metadata: dict[str, Any]) -> TextTokenizer:
         chat_template=template,
         stop_ids=find_stop_ids(backend, named["eos"], template, ends),
     )
+
+
+def find_fault(text: str) -> str | None:
+    """Build the tokenizer of metadata in JSON; what the library does then is seen from outside."""
+    try:
+        build_gguf_tokenizer(json.loads(text)).backend.to_str()
+    except Exception as error:
+        if not is_ordinary(error):
+            raise
+    return None  # an ordinary error is raised again where the file is converted
+
+
+def is_ordinary(error: Exception) -> bool:
+    """Whether it is an error of ours, or the library's about a value that it cannot use."""
+    return type(error) is Exception or isinstance(error, DataError | ValueError | TypeError)
 
 
 def _tokens(metadata: dict[str, Any]) -> list[str]:

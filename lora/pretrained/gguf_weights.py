@@ -22,12 +22,13 @@ import numpy as np
 import torch
 
 from lora.data.tokenizers.subword import TextTokenizer
+from lora.data.tokenizers.tokenizer_trial import check_tokenizer
 from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
 from lora.decoder.families import decoder_config
-from lora.errors import DataError, ModelError, gather
+from lora.errors import ModelError, gather
 from lora.pretrained.gguf_config import ROPE_FACTORS, gguf_config
 from lora.pretrained.gguf_file import GGUFFile
-from lora.pretrained.gguf_tokenizer import build_gguf_tokenizer
+from lora.pretrained.gguf_tokenizer import build_gguf_tokenizer, is_ordinary
 
 OnProgress = Callable[[float], None]
 """Called with the fraction of the work that is done, 0 to 1."""
@@ -131,9 +132,14 @@ def _check_space(folder: Path, n_bytes: int) -> None:
 
 
 def _build_tokenizer(file: GGUFFile, vocab_size: int) -> TextTokenizer:
+    own = {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.")}
     try:
-        tokenizer = build_gguf_tokenizer(file.metadata)
-    except DataError as error:
+        # In a subprocess first: the tokenizers library panics on some vocabularies, or never ends.
+        check_tokenizer(file.path, json.dumps(own).encode(), build_gguf_tokenizer.__module__)
+        tokenizer = build_gguf_tokenizer(own)
+    except Exception as error:
+        if not is_ordinary(error):
+            raise
         raise ModelError(f"Cannot use the tokenizer in {file.path}: {error}") from None
     if tokenizer.vocab_size > vocab_size:
         raise ModelError(

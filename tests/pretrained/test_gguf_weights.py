@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -17,10 +17,13 @@ from gguf.quants import dequantize, quantize
 from safetensors.numpy import load_file
 from tokenizers import pre_tokenizers
 
+from lora.data.tokenizers import tokenizer_trial
 from lora.data.tokenizers.subword import load_tokenizer
 from lora.errors import ModelError
+from lora.pretrained import gguf_weights
 from lora.pretrained.gguf_weights import convert_gguf, permute, unpermute
 from lora.pretrained.hf_weights import load_decoder
+from lora.runs.disk import CACHE_VARIABLE
 
 TOKENS = ["<s>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
 VOCAB = len(TOKENS)
@@ -484,6 +487,37 @@ def test_an_unknown_tokenizer_is_an_error_of_the_file(make_file: MakeFile, tmp_p
         ModelError, match=r"Cannot use the tokenizer in .*'smo11m'.*Did you mean 'smollm'"
     ):
         convert_gguf(path, tmp_path)
+
+
+class OpenFile(NamedTuple):
+    """What the tokenizer is built from."""
+
+    path: Path
+    metadata: dict[str, Any]
+
+
+def test_vocabularies_that_the_library_cannot_take_are_errors_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    metadata = {
+        "model": "gpt2",
+        "pre": "smollm",
+        "tokens": ["a:b", *TOKENS[1:]],
+        "merges": ["t h"],
+        "bos_token_id": 0,
+        "add_bos_token": True,
+    }
+    file = OpenFile(tmp_path / "x.gguf", {f"tokenizer.ggml.{k}": v for k, v in metadata.items()})
+    with pytest.raises(ModelError, match=r"tokenizer in .*x\.gguf: Cannot build Piece"):
+        gguf_weights._build_tokenizer(file, VOCAB)  # type: ignore[arg-type]
+    # Every way to cut a token is tried: of a long one in a time that grows with its square.
+    shorter = "import lora.data.tokenizers.tokenizer_trial as t; t.MAX_TRIAL_S = 1; from"
+    monkeypatch.setattr(tokenizer_trial, "_START", tokenizer_trial._START.replace("from", shorter))
+    metadata |= {"model": "llama", "tokens": ["<s>", "t" * 10**6], "scores": [0.0, 0.0]}
+    file = OpenFile(tmp_path / "x.gguf", {f"tokenizer.ggml.{k}": v for k, v in metadata.items()})
+    with pytest.raises(ModelError, match=r"x\.gguf: loading and trying it takes more than"):
+        gguf_weights._build_tokenizer(file, VOCAB)  # type: ignore[arg-type]
 
 
 def test_a_full_disk_is_foreseen(

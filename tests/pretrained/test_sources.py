@@ -60,6 +60,11 @@ def write_toy(path: Path, seed: int = 0) -> Path:
     return path
 
 
+def models_in(cache: Path) -> list[str]:
+    """Return the names of what the cache holds, but for the digests of known tokenizers."""
+    return sorted({path.name for path in cache.iterdir()} - {KNOWN_FOLDER})
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
@@ -96,7 +101,7 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path, cache: Path) -> None:
     assert find_model(str(path), shares.append) == first
     assert shares == []
     assert (first.folder / "model.safetensors").stat().st_mtime_ns == stamp
-    left = {path.name for path in cache.iterdir()} - {KNOWN_FOLDER}
+    left = set(models_in(cache))
     assert left == {first.folder.name}  # nothing half-made
 
 
@@ -135,7 +140,7 @@ def test_a_damaged_cache_is_rebuilt(tmp_path: Path, damage: str, cache: Path) ->
     assert find_model(str(path)).folder == folder
     assert weights.read_bytes() == whole
     assert json.loads((folder / "conversion.json").read_text())["source"] == str(path)
-    assert [p.name for p in cache.iterdir()] == [folder.name]
+    assert models_in(cache) == [folder.name]
 
 
 def test_a_file_that_cannot_be_converted_leaves_nothing(tmp_path: Path, cache: Path) -> None:
@@ -153,7 +158,7 @@ def test_what_a_killed_conversion_left_is_removed(tmp_path: Path, cache: Path) -
     (cache / f".{folder.name}x.lora-part").mkdir()
     (cache / f".{folder.name}x.lora-part" / "model.safetensors").write_bytes(b"half")
     other = find_model(str(second)).folder
-    assert sorted(p.name for p in cache.iterdir()) == sorted([folder.name, other.name])
+    assert models_in(cache) == sorted([folder.name, other.name])
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
@@ -214,7 +219,7 @@ def test_many_processes_at_once_end_with_one_complete_folder(tmp_path: Path, cac
         folders = pool.map(_find, [str(path)] * 8)
     assert len(set(folders)) == 1
     load_decoder(Path(folders[0]))
-    assert [p.name for p in cache.iterdir()] == [Path(folders[0]).name]
+    assert models_in(cache) == [Path(folders[0]).name]
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lora.data.sequences.documents import IGNORE, Documents
-from lora.data.sequences.packing import Layout, pack, padded_length, unpacked_layout
+from lora.data.sequences.packing import Layout, pack, packed_length, padded_length, unpacked_layout
 from lora.errors import DataError
 
 __all__ = [
@@ -149,14 +149,16 @@ def build_sequences(
 ) -> TokenSequences:
     """Return the documents as sequences.
 
-    With packing, every sequence has exactly `sequence_length` tokens. Without, each document gets
+    With packing, every sequence has exactly `sequence_length` tokens, unless these are far more
+    than the documents fill: see `packed_length`. Without, each document gets
     its own sequence, as long as the longest document (rounded up to a multiple of 8), at most
     `sequence_length`.
     """
     lengths = np.diff(documents.starts)
     if packing:
         layout = pack(lengths, sequence_length, seed)
-        return TokenSequences(documents, layout, sequence_length, pad_id)
+        packed = packed_length(layout, lengths, sequence_length)
+        return TokenSequences(documents, layout, packed, pad_id)
     padded = padded_length(lengths, sequence_length)
     return TokenSequences(documents, unpacked_layout(lengths, padded), padded, pad_id)
 

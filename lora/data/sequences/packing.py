@@ -15,6 +15,8 @@ WINDOW_DOCUMENTS = 8192
 """Documents sorted by length together. Larger windows fill sequences slightly better; smaller ones
 spread long and short documents more evenly over the epoch."""
 
+MAX_FULL_TOKENS = 1 << 16
+"""Longer sequences are only as long as the fullest of them: the rest would be padding."""
 _PADDED_TO = 8
 
 
@@ -67,6 +69,14 @@ def padded_length(lengths: Ints, sequence_length: int) -> int:
     """
     longest = int(lengths.max()) if len(lengths) else sequence_length
     return min(sequence_length, -(-longest // _PADDED_TO) * _PADDED_TO)
+
+
+def packed_length(layout: Layout, lengths: Ints, sequence_length: int) -> int:
+    """Return T with packing: `sequence_length`; beyond MAX_FULL_TOKENS, what `layout` takes."""
+    if sequence_length <= MAX_FULL_TOKENS or not layout.n_sequences:
+        return sequence_length
+    tokens = np.add.reduceat(lengths[layout.members], layout.starts[:-1])
+    return padded_length(tokens, sequence_length)
 
 
 def unpacked_layout(lengths: Ints, sequence_length: int) -> Layout:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models
 
-from lora.data.tokenizers.tokenizer_trial import check_tokenizer_file
+from lora.data.tokenizers.tokenizer_trial import check_tokenizer
 from lora.errors import DataError
 
 MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
@@ -31,7 +31,7 @@ def load_backend(path: Path) -> Tokenizer:
         text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot load the tokenizer {path}: {error}.") from None
-    check_tokenizer_file(path, data)
+    check_tokenizer(path, data)
     try:
         return Tokenizer.from_str(text)
     except Exception as error:

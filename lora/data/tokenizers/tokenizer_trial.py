@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -15,7 +16,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ TRIAL_VERSION = 1
 
 _HAS_LIMITS = importlib.util.find_spec("resource") is not None
 _START = (
-    "import sys; path, limit, sys.path[:] = sys.argv[1], int(sys.argv[2]), sys.argv[3:]; "
-    "from lora.data.tokenizers.tokenizer_trial import main; main(path, limit)"
+    "import sys; module, limit, sys.path[:] = sys.argv[1], int(sys.argv[2]), sys.argv[3:]; "
+    "from lora.data.tokenizers.tokenizer_trial import main; main(module, limit)"
 )
 _TEXTS = (
     "",
@@ -51,21 +52,22 @@ _TEXTS = (
 _MAX_LITERALS, _MAX_TRIED_IDS = 2000, 5000
 
 
-def check_tokenizer_file(path: Path, data: bytes) -> None:
-    """Raise DataError if loading or trying the tokenizer ends in a panic, an abort or a limit.
+def check_tokenizer(path: Path, data: bytes, module: str = __name__) -> None:
+    """Raise DataError if loading or trying a tokenizer ends in a panic, an abort or a limit.
 
-    `data` is the content of `path`. An ordinary error while it is loaded is not reported here.
+    `data` is what the file at `path` holds of it, and goes to the function `find_fault` of a
+    module, in a subprocess. An ordinary error while it is loaded is not reported here.
     """
     if not (_HAS_LIMITS and sys.executable):
         return
-    version = f"{importlib.metadata.version('tokenizers')} {TRIAL_VERSION}"
+    version = f"{importlib.metadata.version('tokenizers')} {TRIAL_VERSION} {module}"
     digest = hashlib.sha256(version.encode() + b"\0" + data).hexdigest()
     known: Path | None = None
     with contextlib.suppress(RuntimeError):  # no home directory: nothing is remembered
         known = cache_path() / KNOWN_FOLDER / digest
     if known is not None and known.is_file():
         return
-    fault = _try_in_subprocess(path, MIN_MEMORY_BYTES + MEMORY_PER_BYTE * len(data))
+    fault = _try_in_subprocess(module, data, MIN_MEMORY_BYTES + MEMORY_PER_BYTE * len(data))
     if fault:
         raise DataError(
             f"Cannot load the tokenizer {path}: {fault}. Copy the file again, or use another."
@@ -81,14 +83,14 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
-def _try_in_subprocess(path: Path, max_memory_bytes: int) -> str | None:
+def _try_in_subprocess(module: str, data: bytes, max_memory_bytes: int) -> str | None:
     places = [entry or os.getcwd() for entry in sys.path]
-    command = [sys.executable, "-I", "-S", "-c", _START, str(path), str(max_memory_bytes), *places]
+    command = [sys.executable, "-I", "-S", "-c", _START, module, str(max_memory_bytes), *places]
     # One thread and one arena: others take address space for themselves.
     alone = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "1"}
     found = subprocess.run(
         command,
-        stdin=subprocess.DEVNULL,
+        input=data,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env={**os.environ, **alone, "RUST_BACKTRACE": "0"},
@@ -107,9 +109,11 @@ def _try_in_subprocess(path: Path, max_memory_bytes: int) -> str | None:
     )
 
 
-def main(path: str, max_memory_bytes: int) -> None:
-    """Try the tokenizer at `path` within limits; print what is wrong with it as JSON, or null."""
+def main(module: str, max_memory_bytes: int) -> None:
+    """Try the tokenizer on standard input within limits; print its fault as JSON, or null."""
     import resource
+
+    find: Callable[[str], str | None] = importlib.import_module(module).find_fault
 
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_PROF, MAX_TRIAL_S)
@@ -119,9 +123,9 @@ def main(path: str, max_memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (max_memory_bytes, max_memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.setrecursionlimit(5000)
-    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
+    text = sys.stdin.buffer.read().decode("utf-8-sig", "replace")
     try:
-        fault = _find_fault(text)
+        fault = find(text)
     except BaseException as error:
         if not is_panic(error):
             raise
@@ -129,7 +133,8 @@ def main(path: str, max_memory_bytes: int) -> None:
     json.dump(fault, sys.stdout)
 
 
-def _find_fault(text: str) -> str | None:
+def find_fault(text: str) -> str | None:
+    """Return what is wrong with the text of a tokenizer.json, or None."""
     try:
         parts = json.loads(text)
     except (ValueError, RecursionError):

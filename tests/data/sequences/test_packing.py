@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora.data.sequences.packing import pack, unpacked_layout
+from lora.data.sequences.packing import MAX_FULL_TOKENS, pack, packed_length, unpacked_layout
 from lora.errors import DataError
 
 LENGTH = 40
@@ -79,3 +79,13 @@ def test_a_length_beyond_all_documents_costs_no_memory() -> None:
     assert peak < 1e6
     assert layout.n_sequences == 1
     assert layout.members.tolist() == pack(lengths, 1000, seed=0).members.tolist()
+
+
+def test_sequences_far_longer_than_the_documents_are_cut_to_what_these_fill() -> None:
+    lengths = np.full(20_000, 50)
+    layout = pack(lengths, 10**8, seed=0)
+    assert layout.n_sequences == 3  # windows of 8,192 documents
+    assert packed_length(layout, lengths, 10**8) == 8192 * 50
+    assert packed_length(layout, lengths, MAX_FULL_TOKENS) == MAX_FULL_TOKENS
+    few = pack(lengths[:10], 10**8, seed=0)
+    assert packed_length(few, lengths[:10], 10**8) == 504  # a multiple of 8

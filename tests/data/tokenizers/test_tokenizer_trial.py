@@ -169,12 +169,12 @@ def test_junk_for_a_normalizer_is_left_to_the_library(junk: Any) -> None:
 def test_a_file_is_tried_once(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tries = list[Path]()
+    tries = list[bytes]()
     run = tokenizer_trial._try_in_subprocess
 
-    def count(path: Path, limit: int) -> str | None:
-        tries.append(path)
-        return run(path, limit)
+    def count(module: str, data: bytes, limit: int) -> str | None:
+        tries.append(data)
+        return run(module, data, limit)
 
     monkeypatch.setattr(tokenizer_trial, "_try_in_subprocess", count)
     first, copy = write(tmp_path / "a"), write(tmp_path / "b")
@@ -196,9 +196,8 @@ def test_without_a_place_for_digests_it_is_tried_each_time(
 def test_a_trial_that_takes_too_long_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = tokenizer_trial._START.replace("main(path", "t.MAX_TRIAL_S = 0.01; main(path").replace(
-        "from", "import lora.data.tokenizers.tokenizer_trial as t; from"
-    )
+    shorter = "import lora.data.tokenizers.tokenizer_trial as t; t.MAX_TRIAL_S = 0.01; from"
+    start = tokenizer_trial._START.replace("from", shorter)
     monkeypatch.setattr(tokenizer_trial, "_START", start)
     began_s = time.monotonic()
     with pytest.raises(DataError, match="takes more than 120 s"):
