@@ -54,7 +54,7 @@ def chat(
     loaded = load_model(model, adapter, device)
     asker = _asker(loaded, system)
     said: list[Message] = []
-    print_note(f"{loaded.source.name}; {HELP}")
+    print_note(f"{loaded.source.description}; {HELP}")
     while True:
         line = _ask()
         if line is None or line == "/quit":

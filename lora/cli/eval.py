@@ -84,8 +84,8 @@ def evaluate(
     from lora.data.reading.readers import read_examples
     from lora.data.sequences.embedding_rows import check_ids
     from lora.inference.evaluation import prepare_evaluation
+    from lora.inference.loading import find_model_of
     from lora.inference.run_settings import find_rules
-    from lora.pretrained.sources import find_model
 
     chosen = config_from(EvalConfig, eval_config or EvalFlags())
     if bleu:
@@ -93,9 +93,11 @@ def evaluate(
     output = _output(predictions, chosen, overwrite, input_paths(data, adapter, model))
     sampling = SamplingConfig(max_new_tokens=max_new_tokens)
     config, now = _data_settings(adapter, data_config)
-    rules = find_rules(config, adapter, find_model(model).folder)
+    rules = find_rules(config, adapter, find_model_of(model, adapter).folder)
     examples = read_examples(data, _tell, rules=rules)
     loaded = _with_template(load_model(model, adapter, device), config)
+    if model is None:
+        _tell(f"model: {loaded.source.description}")
     n_answered = chosen.n_to_answer(len(examples), is_default_all=output is not None)
     ready = prepare_evaluation(
         examples, loaded.tokenizer, config, n_answered, chosen.metrics, now=now

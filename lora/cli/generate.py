@@ -66,6 +66,8 @@ def generate(
             "with --prompts-file."
         )
     loaded = load_model(model, adapter, device)
+    if model is None:
+        print_note(f"model: {loaded.source.description}")
     asker = Asker(loaded.prompts or PromptFormat(), raw, system)
     if asker.describe():
         print_note(asker.describe())

@@ -55,7 +55,7 @@ def measure_base(
             "Cannot compare without validation data: nothing is held out from training. Give more "
             "examples, --eval-data, or an --eval-fraction above 0."
         )
-    progress.message(f"{source.name} on {choice.reason}")
+    progress.message(f"{source.description} on {choice.reason}")
     model = load_decoder(source.folder, device=choice.device).eval()
     loss = _validation_loss(model, data, train, choice)
     progress.message(f"validation loss of the base: {loss:.4f}")

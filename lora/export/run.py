@@ -14,15 +14,21 @@ from lora.adapters.save_load import load_adapter
 from lora.data.prompting.prompt_format import save_prompt_format
 from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
 from lora.decoder.decoder import Decoder
-from lora.errors import ConfigError
+from lora.errors import AdapterError, ConfigError
 from lora.export.blockwise import is_simple
 from lora.export.gguf import GGUFReport, export_gguf
 from lora.export.merged import MergedDtype, MergedModel, write_merged
-from lora.inference.loading import checked_ids, load_model, load_tokenizer_of
+from lora.inference.loading import (
+    checked_ids,
+    describe_other_base,
+    find_model_of,
+    load_model,
+    load_tokenizer_of,
+)
 from lora.pretrained.gguf_writer import GGUFType
 from lora.pretrained.hf_weights import MappedDecoder, map_decoder
 from lora.pretrained.model_files import MODEL_FILES
-from lora.pretrained.sources import ModelSource, find_model
+from lora.pretrained.sources import ModelSource
 from lora.runs.outputs import OutputPath, input_paths
 
 
@@ -42,8 +48,9 @@ def export(
 
     Args:
         out: the file to write.
-        model: a directory, a .gguf file or a hub's owner/name; None: SmolLM2-135M-Instruct. Or a
-            model in memory, as `lora.load_model` returns it, whose LoRA is merged in the file.
+        model: a directory, a .gguf file or a hub's owner/name; None: the base that the adapter
+            names, else SmolLM2-135M-Instruct. Or a model in memory, as `lora.load_model` returns
+            it, whose LoRA is merged in the file.
         tokenizer: of a model in memory.
         adapter: directory of an adapter for a model that is not in memory.
         dtype: storage type of the weight matrices: f16, q8_0 or f32.
@@ -65,7 +72,7 @@ def export(
     name, folder = _as_given(model, adapter)
     inputs = input_paths(name, folder)
     OutputPath(path, inputs, overwrite).check()
-    source = find_model(name)
+    source = find_model_of(name, folder)
     return export_gguf(
         _open(source, name, folder),
         path,
@@ -139,7 +146,10 @@ def _open(source: ModelSource, model: str | None, adapter: Path | None) -> Decod
     mapped = map_decoder(source.folder)
     if adapter is None:
         return mapped
-    load_adapter(mapped.model, adapter)
+    try:
+        load_adapter(mapped.model, adapter)
+    except AdapterError as error:
+        raise AdapterError(f"{error}{describe_other_base(model, adapter, source)}") from None
     if is_simple(mapped.model):
         return mapped
     loaded = load_model(model, adapter, "cpu")

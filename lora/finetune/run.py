@@ -33,8 +33,9 @@ from lora.finetune.load_data import load_data
 from lora.finetune.loop_inputs import training_job
 from lora.finetune.memory import RunMemory, describe_plan, plan_run
 from lora.finetune.model import load_model, save_model
+from lora.inference.loading import find_model_of
 from lora.pretrained.hf_files import read_config
-from lora.pretrained.sources import ModelSource, find_model
+from lora.pretrained.sources import ModelSource
 from lora.runs.directory import check_run_directory, create_run, default_name
 from lora.runs.disk import reading
 from lora.runs.progress import NoProgress, Progress
@@ -117,7 +118,7 @@ def _find_inputs(
 ) -> _Inputs:
     """Choose the device, find the model, load the data and plan the memory."""
     choice = choose_device(job.run.device, job.train.precision)
-    source = find_model(job.model)
+    source = find_model_of(job.model, job.from_adapter)
     # An unknown architecture is refused before the data are read.
     decoder_config(read_config(source.folder))
     data, report = load_data(job, source.folder, progress)
@@ -126,7 +127,7 @@ def _find_inputs(
     else:
         for note in report.notes + report.warnings:
             progress.message(f"note: {note}")
-    progress.message(f"{source.name} on {choice.reason}")
+    progress.message(f"{source.description} on {choice.reason}")
     plan = plan_run(
         source.folder,
         job.lora if job.from_adapter is None else read_adapter_config(job.from_adapter),

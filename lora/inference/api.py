@@ -49,7 +49,8 @@ def load_model(
     """Return a model ready to answer, with an adapter on it if one is given, and its tokenizer.
 
     Args:
-        name: a directory, a .gguf file or a hub's owner/name; None: SmolLM2-135M-Instruct.
+        name: a directory, a .gguf file or a hub's owner/name; None: the base that the adapter
+            names, else SmolLM2-135M-Instruct, from 4-bit weights.
         adapter: directory of an adapter; its tokenizer, if it has one, is the one returned.
         device: auto, cpu, cuda, cuda:1 ...
 

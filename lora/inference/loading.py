@@ -34,21 +34,25 @@ class LoadedModel:
 def load_model(name: str | None, adapter: Path | None, device: str = "auto") -> LoadedModel:
     """Return the model called `name` with `adapter` on it, and its tokenizer.
 
-    An adapter that brings a tokenizer (with the chat template it learned) is asked with that one.
+    Without a name it is the base that the adapter names, else the default model. An adapter that
+    brings a tokenizer (with the chat template it learned) is asked with that one.
     """
     from lora.adapters.save_load import load_adapter
     from lora.device import choose_device
+    from lora.errors import AdapterError
     from lora.inference.run_settings import find_prompt_format
     from lora.pretrained.hf_weights import load_decoder
-    from lora.pretrained.sources import find_model
 
     choice = choose_device(device)
-    source = find_model(name)
+    source = find_model_of(name, adapter)
     tokenizer = load_tokenizer_of(source, adapter)
     prompts = find_prompt_format(adapter, source.folder)
     model = load_decoder(source.folder, device=choice.device)
     if adapter is not None:
-        load_adapter(model, adapter)
+        try:
+            load_adapter(model, adapter)
+        except AdapterError as error:
+            raise AdapterError(f"{error}{describe_other_base(name, adapter, source)}") from None
     return LoadedModel(source, model.eval(), tokenizer, choice, prompts)
 
 
@@ -74,3 +78,59 @@ def load_tokenizer_of(source: ModelSource, adapter: Path | None) -> TextTokenize
     is_own = adapter is not None and (adapter / "tokenizer.json").is_file()
     folder = adapter if adapter is not None and is_own else source.folder
     return choose_template(load_tokenizer(folder), None)[0]
+
+
+def find_model_of(name: str | None, adapter: Path | None) -> ModelSource:
+    """Return the model called `name`; without a name the base of `adapter`, else the default model.
+
+    Raises ModelError, also for a base that is named and not found.
+    """
+    from lora.errors import ModelError, ModelNotFoundError
+    from lora.pretrained.sources import find_model
+
+    base = None if name is not None or adapter is None else find_base_name(adapter)
+    if base is None:
+        return find_model(name)
+    try:
+        return find_model(base)
+    except ModelError as error:
+        kind = ModelNotFoundError if isinstance(error, ModelNotFoundError) else ModelError
+        raise kind(
+            f"Cannot load the base of the adapter {adapter}: it names {base!r}. {error} If the "
+            "base is elsewhere now, give it with --model."
+        ) from None
+
+
+def find_base_name(adapter: Path) -> str | None:
+    """Return the base that an adapter names; None for the default model, or if it names none."""
+    from lora.errors import LoraError
+    from lora.pretrained.sources import DEFAULT_HUB_NAME, base_named_by
+    from lora.runs.disk import read_json
+    from lora.runs.record import RUN_FILE
+
+    base = base_named_by(adapter)
+    if base != DEFAULT_HUB_NAME:
+        return base
+    # The hub's weights and the default model's, which come from 4 bits, have the same name.
+    for directory in (adapter, adapter.resolve().parent):
+        if (directory / RUN_FILE).is_file():
+            try:
+                record = read_json(directory / RUN_FILE)
+            except LoraError:
+                return None
+            given = record.get("model_source") if isinstance(record, dict) else None
+            return given if isinstance(given, str) else None
+    return None
+
+
+def describe_other_base(name: str | None, adapter: Path, source: ModelSource) -> str:
+    """Return which --model to give, if `source` is not what the adapter names as its base."""
+    from lora.pretrained.sources import base_named_by
+
+    base = base_named_by(adapter)
+    if base is None:
+        return " The adapter does not name its base: give that with --model."
+    if base == source.reference:
+        return ""
+    way = "leave --model out, or give" if name is not None else "give"
+    return f" The adapter names {base!r} as its base: {way} --model {base}."

@@ -55,6 +55,13 @@ class ModelSource:
     reference: str
     """What an adapter names as its base: the absolute path that was given, or the hub's
     owner/name."""
+    is_default: bool = False
+    """Whether it is the built-in default model, whose weights come from a 4-bit file."""
+
+    @property
+    def description(self) -> str:
+        """The name, and what should be known of the default model."""
+        return f"{self.name} (the default, from 4-bit weights)" if self.is_default else self.name
 
 
 def find_model(
@@ -68,7 +75,7 @@ def find_model(
     path = _expanded(name or DEFAULT_NAME)
     if name is None or (name == DEFAULT_NAME and not path.exists()):
         converted = _converted(_default_file(), on_progress)
-        return ModelSource(converted, DEFAULT_NAME, DEFAULT_HUB_NAME)
+        return ModelSource(converted, DEFAULT_NAME, DEFAULT_HUB_NAME, is_default=True)
     given = str(path.absolute())
     if path.is_dir():
         return ModelSource(_checked_folder(path), path.resolve().name, given)
@@ -152,14 +159,19 @@ def _is_adapter(name: str, folder: Path) -> str:
     )
 
 
-def _base_of(adapter: Path) -> str:
-    """Return " for the base …" if the adapter in the directory names one."""
+def base_named_by(adapter: Path) -> str | None:
+    """Return the path or hub name that an adapter names as its base; None if it names none."""
     try:
         described = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8-sig"))
         base = described.get("base_model_name_or_path")
     except (OSError, ValueError, RecursionError, AttributeError):
-        return ""
-    return f" for the base {base!r}" if isinstance(base, str) and base else ""
+        return None
+    return base if isinstance(base, str) and base else None
+
+
+def _base_of(adapter: Path) -> str:
+    base = base_named_by(adapter)
+    return "" if base is None else f" for the base {base!r}"
 
 
 def _converted(file: Path, on_progress: Callable[[float], None]) -> Path:

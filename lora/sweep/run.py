@@ -115,7 +115,7 @@ def sweep(
     report = inspect_prepared(data, job.data, job.data_config)
     if show_data is not None:
         show_data(report)
-    progress.message(f"{len(candidates)} candidates on {source.name}, {choice.reason}")
+    progress.message(f"{len(candidates)} candidates on {source.description}, {choice.reason}")
     with explain_out_of_memory(lambda: f"while the weights were loaded. {LOADING_ADVICE}"):
         model = load_decoder(source.folder, dtype=choice.compute_dtype, device=choice.device)
     model.requires_grad_(False)

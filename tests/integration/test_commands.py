@@ -362,3 +362,34 @@ def test_training_that_diverges_exits_with_one_and_says_why(
     kept = json.loads(Path(found["folder"], "result.json").read_text(encoding="utf-8"))
     assert kept["saved_step"] == 8
     assert kept["warnings"] == found["warnings"]
+
+
+def test_the_base_is_found_from_the_adapter(
+    tiny_folder: Path, adapter: Path, orders_file: Path, tmp_path: Path, read: Read
+) -> None:
+    given = ["generate", "first", "--adapter", str(adapter), "--max-new-tokens", "3"]
+    assert main([*given, "--model", str(tiny_folder)]) == 0
+    named = read()[0]
+    assert main(given) == 0
+    out, err = read()
+    assert out == named
+    assert "model: tiny" in err
+    assert main(["eval", str(orders_file), "--adapter", str(adapter)]) == 0
+    assert main(["merge", str(adapter), str(tmp_path / "merged")]) == 0
+    assert main(["export", str(tmp_path / "tiny.gguf"), "--adapter", str(adapter)]) in (0, 2)
+    err = read()[1]
+    assert "fingerprint" not in err
+
+
+def test_another_base_is_refused_with_the_one_to_give(
+    tiny_folder: Path, adapter: Path, tmp_path: Path, read: Read
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder, other)
+    tensors = load_file(other / "model.safetensors")
+    first = next(iter(tensors))
+    tensors[first] = tensors[first] + 1
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    words = ["--adapter", str(adapter), "--model", str(other)]
+    assert main(["generate", "first", *words]) == 2
+    assert f"leave --model out, or give --model {tiny_folder}" in read()[1]

@@ -45,7 +45,10 @@ ValidationData = Annotated[
         group=DATA, help="Validation examples. Default: --eval-fraction of --data is split off."
     ),
 ]
-Adapter = Annotated[Path | None, Parameter(group=MODEL, help="Adapter directory.")]
+Adapter = Annotated[
+    Path | None,
+    Parameter(group=MODEL, help="Adapter directory. Without --model its base is loaded."),
+]
 System = Annotated[
     str | None, Parameter(group=GENERATION, help="System prompt. Default: as in training.")
 ]
