@@ -16,7 +16,7 @@ from lora.runs.typed_json import json_text
 from lora.terminal import build_console
 
 if TYPE_CHECKING:
-    from lora.fast.memory.plan import MemoryPlan, PlanInputs
+    from lora.fast.memory.plan import MemoryPlan, MemoryPlanner, PlanInputs
 
 MAX_MEMORY_GB = 1e6
 PARTS = {
@@ -87,7 +87,7 @@ def plan(
     from lora.decoder.families import decoder_config
     from lora.device import available_bytes, choose_device
     from lora.fast.memory.fast_step import USABLE_MEMORY_FRACTION
-    from lora.fast.memory.plan import PlanInputs, plan_memory
+    from lora.fast.memory.plan import MemoryPlanner, PlanInputs
     from lora.pretrained.hf_files import read_config
     from lora.pretrained.positions import describe_excess
     from lora.pretrained.sources import find_model
@@ -115,12 +115,15 @@ def plan(
     if excess:
         print(f"note: {excess}", file=sys.stderr)
     of_full = replace(inputs, lora=None, fp8=False)
-    both = {"lora": inputs, "full": of_full}
-    plans = {name: plan_memory(each) for name, each in both.items()}
-    fits = {name: _fit(each, room) for name, each in both.items()}
+    planners = {"lora": MemoryPlanner(inputs), "full": MemoryPlanner(of_full)}
+    plans = {name: planner.plan() for name, planner in planners.items()}
+    fits = {
+        name: None if room is None else planner.largest_micro_batch(room)
+        for name, planner in planners.items()
+    }
     savings = {}
     if mode == "auto":
-        savings = {name: _savings(both[name], plans[name], room) for name in both}
+        savings = {name: _savings(planners[name], plans[name], room) for name in planners}
     if json:
         print(json_text(_as_json(source.name, inputs, plans, room, fits, savings)))
     else:
@@ -136,25 +139,17 @@ def _check_memory(memory_gb: float | None) -> None:
         )
 
 
-def _fit(inputs: PlanInputs, room: int | None) -> int | None:
-    from lora.fast.memory.plan import largest_micro_batch
-
-    return None if room is None else largest_micro_batch(inputs, room)
-
-
-def _savings(inputs: PlanInputs, planned: MemoryPlan, room: int | None) -> str:
+def _savings(planner: MemoryPlanner, planned: MemoryPlan, room: int | None) -> str:
     """Return how a run can save memory and the largest batch that then fits; "" if it cannot."""
     if room is None or planned.step != "fast":
         return ""
-    from lora.fast.memory.plan import plan_memory
-
-    gb = inputs.memory.memory_gb
-    largest = _fit(replace(inputs, memory=MemoryConfig("full+offload", gb)), room) or 0
+    gb = planner.inputs.memory.memory_gb
+    largest = planner.largest_micro_batch(room, MemoryConfig("full+offload", gb))
     text = "not even one sequence with --memory full+offload"
     if largest:
         text = f"up to {_sequences(largest)} with --memory full+offload"
     if planned.total > room:
-        text = f"{plan_memory(replace(inputs, memory=MemoryConfig('auto', gb))).reason}; {text}"
+        text = f"{planner.plan(memory=MemoryConfig('auto', gb)).reason}; {text}"
     return text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -65,6 +66,12 @@ class FastPlan:
             self.step = FastStep(model, PLAIN, torch.bfloat16)
         self.batch_size, self.tokens, self.packed = batch_size, tokens, packed
         self.n_layers = self.step.network.qkv.n_layers
+
+    def resized(self, batch_size: int) -> FastPlan:
+        """Return the plan of the same step over so many sequences."""
+        plan = copy.copy(self)
+        plan.batch_size = batch_size
+        return plan
 
     @torch.no_grad()
     def memory(self, checkpointing: ActivationCheckpointing) -> FastMemory:

@@ -7,11 +7,11 @@ planned as the step that it will take and measured by torch's allocator.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig, MemoryConfig
@@ -23,7 +23,7 @@ from lora.errors import ConfigError
 from lora.fast.choose import why_not_hand_written
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.memory.fast_step import CUBLAS_WORKSPACE_BYTES, FastPlan, fit_memory, fit_with
-from lora.fast.memory.trace import StepMemory, trace_step
+from lora.fast.memory.trace import StepMemory, StepTracer
 from lora.lora_module import ParameterCounts, count_lora_parameters
 
 CPU_SLACK = 0.3
@@ -31,6 +31,10 @@ CPU_SLACK = 0.3
 allocation (measured in docs/memory.md)."""
 CAPTURED_LOSS_BYTES = 14
 """Of a logit in a captured step: bf16 and fp32 values, log-softmax, and parts of two gradients."""
+
+
+MIN_FAR_TOKENS = 2048
+"""Of the micro-batches from which larger ones are estimated."""
 
 
 @dataclass(frozen=True)
@@ -105,22 +109,7 @@ def plan_memory(inputs: PlanInputs, base_bytes: int | None = None) -> MemoryPlan
     now. Raises ConfigError for sizes too small to train on, TargetError for LoRA that fits no
     layer.
     """
-    if inputs.micro_batch_size < 1 or inputs.tokens < 2:
-        raise ConfigError(
-            f"Cannot plan a micro-batch of {inputs.micro_batch_size} sequences of {inputs.tokens} "
-            "tokens. Allowed: at least 1 sequence of 2 tokens."
-        )
-    model = _adapted(inputs)
-    counts = count_lora_parameters(model)
-    on_gpu = inputs.device_type == "cuda"
-    if on_gpu and inputs.fast and inputs.compute_dtype is torch.bfloat16:
-        if why_not_hand_written(model) is None:
-            return _plan_fast(inputs, model, counts)
-        return _plan_traced(inputs, counts, "captured", CUBLAS_WORKSPACE_BYTES)
-    if on_gpu:
-        return _plan_traced(inputs, counts, "plain", CUBLAS_WORKSPACE_BYTES)
-    base = resident_bytes() if base_bytes is None else base_bytes
-    return _plan_traced(inputs, counts, "plain", base)
+    return MemoryPlanner(inputs, base_bytes).plan()
 
 
 def largest_micro_batch(
@@ -128,121 +117,206 @@ def largest_micro_batch(
 ) -> int:
     """Return the most sequences of a micro-batch that fit into `available_bytes`; 0: not even one.
 
-    Memory is linear in the micro-batch size: two plans give the line, a third one checks.
+    Raises what `plan_memory` does.
     """
-
-    def total(micro_batch_size: int) -> int:
-        return plan_memory(_resized(inputs, micro_batch_size), base_bytes).total
-
-    first = total(1)
-    if first > available_bytes:
-        return 0
-    # Far apart, because the loss takes its tokens in chunks: it grows only until the first is full.
-    far = max(2, -(-8192 // inputs.tokens))
-    slope = (total(far) - first) / (far - 1)
-    size = max(1, int(1 + (available_bytes - first) / max(1.0, slope)))
-    while size > 1 and total(size) > available_bytes:
-        size = min(size - 1, int(size * 0.97))
-    return size
-
-
-def _resized(inputs: PlanInputs, micro_batch_size: int) -> PlanInputs:
-    return replace(inputs, micro_batch_size=micro_batch_size)
-
-
-def _adapted(inputs: PlanInputs) -> Decoder:
-    model = build_empty_decoder(inputs.config)
-    # Full fine-tuning trains fp32 weights; LoRA's frozen base is stored in the compute dtype.
-    if inputs.lora is not None and inputs.compute_dtype is torch.bfloat16:
-        model = model.bfloat16()
-    _prepare(inputs)(model)
-    return model
-
-
-def _prepare(inputs: PlanInputs) -> Callable[[Decoder], nn.Module]:
-    if inputs.lora is None:
-        return lambda model: model.requires_grad_(True)
-    lora = inputs.lora
-
-    def adapt(model: Decoder) -> nn.Module:
-        if inputs.fp8:
-            use_fp8_linears(model)
-        return apply_lora(model, lora)
-
-    return adapt
-
-
-def _plan_fast(inputs: PlanInputs, model: Decoder, counts: ParameterCounts) -> MemoryPlan:
-    plan = FastPlan(model, inputs.micro_batch_size, inputs.tokens, packed=inputs.packed)
-    # A validation pass runs beside the buffers, which a graph never gives back.
-    evaluation, gb = evaluation_bytes(inputs), inputs.memory.memory_gb
-    if inputs.checkpointing is not None:
-        fit = fit_with(plan, inputs.checkpointing, evaluation)
-    else:
-        budget = None if gb is None else round(gb * 1e9)
-        fit = fit_memory(plan, inputs.memory.memory, budget, evaluation)
-    parts = {**vars(fit.memory), "other": fit.memory.other + evaluation}
-    return MemoryPlan(
-        "fast",
-        counts.trainable,
-        counts.total,
-        **parts,
-        checkpointing=fit.checkpointing,
-        reason=fit.reason,
-    )
-
-
-def _plan_traced(inputs: PlanInputs, counts: ParameterCounts, step: str, base: int) -> MemoryPlan:
-    traced = _trace(inputs)
-    trained = counts.trainable * 4  # fp32
-    gradients, loss = traced.gradients, traced.loss
-    if step == "captured":
-        loss = (
-            CAPTURED_LOSS_BYTES * inputs.micro_batch_size * inputs.tokens * inputs.config.vocab_size
-        )
-        base += evaluation_bytes(inputs)  # the graph holds its memory pool meanwhile
-    if step == "captured" or inputs.micro_batches > 1 or inputs.lora is not None:
-        gradients = trained  # of the micro-batches before, or in one flat buffer
-    return MemoryPlan(
-        step=step,
-        trained_parameters=counts.trainable,
-        parameters=counts.total,
-        weights=_frozen_bytes(inputs, counts) + trained,
-        gradients=gradients,
-        optimizer=2 * trained,
-        activations=traced.activations,
-        loss=loss,
-        other=base + _slack(inputs, traced),
-    )
-
-
-def _frozen_bytes(inputs: PlanInputs, counts: ParameterCounts) -> int:
-    """Return the bytes of what does not train, in its storage dtype."""
-    if not inputs.fp8:
-        return counts.frozen * _base_dtype(inputs).itemsize
-    model = _adapted(inputs)
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    return sum(t.numel() * t.element_size() for t in (*frozen, *model.buffers()))
+    return MemoryPlanner(inputs, base_bytes).largest_micro_batch(available_bytes)
 
 
 def evaluation_bytes(inputs: PlanInputs) -> int:
     """Return what a validation pass takes; beside a graph, which holds its buffers, it adds up."""
-    traced = _trace(inputs, learns=False)
+    return MemoryPlanner(inputs).evaluation_bytes(inputs.micro_batch_size)
+
+
+class _Traced(Protocol):
+    """What a step of this many sequences holds, traced or estimated."""
+
+    def __call__(self, size: int, *, learns: bool = True) -> StepMemory: ...
+
+
+class MemoryPlanner:
+    """Plans one run at any size of its micro-batch and in any mode of activation checkpointing.
+
+    The model is built once and traced once for each size, so that more plans of a run cost little.
+    Raises what `plan_memory` does.
+    """
+
+    def __init__(self, inputs: PlanInputs, base_bytes: int | None = None) -> None:
+        if inputs.micro_batch_size < 1 or inputs.tokens < 2:
+            raise ConfigError(
+                f"Cannot plan a micro-batch of {inputs.micro_batch_size} sequences of "
+                f"{inputs.tokens} tokens. Allowed: at least 1 sequence of 2 tokens."
+            )
+        self.inputs = inputs
+        model = _adapted(inputs)
+        self._counts = count_lora_parameters(model)
+        self._frozen = _frozen_bytes(inputs, model, self._counts)
+        on_gpu, self._step, self._fast = inputs.device_type == "cuda", "plain", None
+        if on_gpu and inputs.fast and inputs.compute_dtype is torch.bfloat16:
+            self._step = "fast" if why_not_hand_written(model) is None else "captured"
+        if self._step == "fast":
+            # Changes the model, so nothing else may read it from here on.
+            self._fast = FastPlan(
+                model, inputs.micro_batch_size, inputs.tokens, packed=inputs.packed
+            )
+        if on_gpu:
+            base_bytes = CUBLAS_WORKSPACE_BYTES
+        self._base = resident_bytes() if base_bytes is None else base_bytes
+        self._traces: dict[tuple[int, bool], StepMemory] = {}
+
+    def plan(
+        self, micro_batch_size: int | None = None, memory: MemoryConfig | None = None
+    ) -> MemoryPlan:
+        """Return the plan with these settings in place of the inputs' own."""
+        size = self.inputs.micro_batch_size if micro_batch_size is None else micro_batch_size
+        return self._plan(size, memory, self._trace)
+
+    def largest_micro_batch(self, available_bytes: int, memory: MemoryConfig | None = None) -> int:
+        """Return the most sequences that fit into `available_bytes`; 0: not even one.
+
+        What was not traced is estimated from what was, and traced where that decides.
+        """
+        # Sizes of many tokens, because the loss takes its tokens in chunks: it grows only until the
+        # first is full.
+        far = max(self.inputs.micro_batch_size, -(-MIN_FAR_TOKENS // self.inputs.tokens))
+        for size in (far, 2 * far):
+            self.plan(size, memory)
+
+        def fits(size: int) -> bool:
+            return self._plan(size, memory, self._estimate).total <= available_bytes
+
+        def really_fits(size: int) -> bool:
+            return self.plan(size, memory).total <= available_bytes
+
+        largest, too_large = 0, None
+        while too_large is None or too_large - largest > 1:
+            size = largest_that_fits(fits, largest, too_large)
+            size = max(size, largest + 1)
+            if really_fits(size):
+                largest = size
+            else:
+                too_large = size
+        return largest
+
+    def evaluation_bytes(self, micro_batch_size: int) -> int:
+        """Return what a validation pass of this many sequences takes."""
+        return _evaluation_bytes(self._trace(micro_batch_size, learns=False))
+
+    def _plan(self, size: int, memory: MemoryConfig | None, traced: _Traced) -> MemoryPlan:
+        if self._fast is None:
+            return self._plan_traced(size, traced)
+        evaluation = _evaluation_bytes(traced(size, learns=False))
+        return self._plan_fast(self._fast.resized(size), memory or self.inputs.memory, evaluation)
+
+    def _plan_fast(self, plan: FastPlan, memory: MemoryConfig, evaluation: int) -> MemoryPlan:
+        # A validation pass runs beside the buffers, which a graph never gives back.
+        gb = memory.memory_gb
+        if self.inputs.checkpointing is not None:
+            fit = fit_with(plan, self.inputs.checkpointing, evaluation)
+        else:
+            budget = None if gb is None else round(gb * 1e9)
+            fit = fit_memory(plan, memory.memory, budget, evaluation)
+        parts = {**vars(fit.memory), "other": fit.memory.other + evaluation}
+        return MemoryPlan(
+            "fast",
+            self._counts.trainable,
+            self._counts.total,
+            **parts,
+            checkpointing=fit.checkpointing,
+            reason=fit.reason,
+        )
+
+    def _plan_traced(self, size: int, traced: _Traced) -> MemoryPlan:
+        inputs, base, held = self.inputs, self._base, traced(size)
+        trained = self._counts.trainable * 4  # fp32
+        gradients, loss = held.gradients, held.loss
+        if self._step == "captured":
+            loss = CAPTURED_LOSS_BYTES * size * inputs.tokens * inputs.config.vocab_size
+            # The graph holds its memory pool meanwhile.
+            base += _evaluation_bytes(traced(size, learns=False))
+        if self._step == "captured" or inputs.micro_batches > 1 or inputs.lora is not None:
+            gradients = trained  # of the micro-batches before, or in one flat buffer
+        return MemoryPlan(
+            step=self._step,
+            trained_parameters=self._counts.trainable,
+            parameters=self._counts.total,
+            weights=self._frozen + trained,
+            gradients=gradients,
+            optimizer=2 * trained,
+            activations=held.activations,
+            loss=loss,
+            other=base + _slack(inputs, held),
+        )
+
+    @cached_property
+    def _tracer(self) -> StepTracer:
+        # A model of its own: the fast plan and the tracer both change theirs.
+        return StepTracer(_adapted(self.inputs), compute_dtype=self.inputs.compute_dtype)
+
+    def _trace(self, size: int, *, learns: bool = True) -> StepMemory:
+        key = size, learns
+        if key not in self._traces:
+            self._traces[key] = self._tracer.trace(
+                size,
+                self.inputs.tokens,
+                packed=self.inputs.packed,
+                learned_fraction=self.inputs.learned_fraction,
+                learns=learns,
+            )
+        return self._traces[key]
+
+    def _estimate(self, size: int, *, learns: bool = True) -> StepMemory:
+        """Return what `_trace` would, on the line through the nearest two sizes that were traced.
+
+        A step holds as much as the fullest of its moments, each of which grows in a straight line.
+        """
+        known = {at: held for (at, kind), held in self._traces.items() if kind is learns}
+        if size in known:
+            return known[size]
+        below, above = (sorted(x for x in known if (x < size) is side) for side in (True, False))
+        start, end = [*below[-1:], *above[:1]] if below and above else (below[-2:] or above[:2])
+        fraction = (size - start) / (end - start)
+        parts = zip(vars(known[start]).values(), vars(known[end]).values(), strict=True)
+        return StepMemory(*(max(0, round(a + fraction * (b - a))) for a, b in parts))
+
+
+def largest_that_fits(fits: Callable[[int], bool], lowest: int, too_large: int | None) -> int:
+    """Return the largest size in `lowest` … `too_large` − 1 that fits; `lowest` is taken to."""
+    reach = 1
+    while too_large is None:
+        if fits(lowest + reach):
+            lowest, reach = lowest + reach, 2 * reach
+        else:
+            too_large = lowest + reach
+    while too_large - lowest > 1:
+        middle = (lowest + too_large) // 2
+        lowest, too_large = (middle, too_large) if fits(middle) else (lowest, middle)
+    return lowest
+
+
+def _evaluation_bytes(traced: StepMemory) -> int:
     return traced.activations + traced.loss
 
 
-def _trace(inputs: PlanInputs, *, learns: bool = True) -> StepMemory:
-    return trace_step(
-        inputs.config,
-        _prepare(inputs),
-        inputs.micro_batch_size,
-        inputs.tokens,
-        dtype=_base_dtype(inputs),
-        compute_dtype=inputs.compute_dtype,
-        packed=inputs.packed,
-        learned_fraction=inputs.learned_fraction,
-        learns=learns,
-    )
+def _adapted(inputs: PlanInputs) -> Decoder:
+    """Return the model that trains, without values."""
+    model = build_empty_decoder(inputs.config)
+    if inputs.lora is None:
+        return model.requires_grad_(True)
+    # Full fine-tuning trains fp32 weights; LoRA's frozen base is stored in the compute dtype.
+    if inputs.compute_dtype is torch.bfloat16:
+        model = model.bfloat16()
+    if inputs.fp8:
+        use_fp8_linears(model)
+    apply_lora(model, inputs.lora)
+    return model
+
+
+def _frozen_bytes(inputs: PlanInputs, model: Decoder, counts: ParameterCounts) -> int:
+    """Return the bytes of what does not train, in its storage dtype."""
+    if not inputs.fp8:
+        return counts.frozen * _base_dtype(inputs).itemsize
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return sum(t.numel() * t.element_size() for t in (*frozen, *model.buffers()))
 
 
 def _base_dtype(inputs: PlanInputs) -> torch.dtype:
