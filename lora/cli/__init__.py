@@ -25,13 +25,14 @@ from cyclopts import (
     UnknownOptionError,
     UnusedCliTokensError,
 )
-from cyclopts.config import Dict, Env
+from cyclopts.config import Dict
 
 from lora import __version__
 from lora.cli.flags.environment import (
     ENVIRONMENT_PREFIX,
     aliases_in_environment,
     check_environment,
+    environment_reader,
     known_settings,
 )
 from lora.cli.flags.help_page import HelpPage
@@ -67,6 +68,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "merge": (
         "lora.cli.merge:merge",
         "Merge an adapter into its base model and verify the result.",
+    ),
+    "convert-config": (
+        "lora.cli.convert_config:convert_config",
+        "Convert a settings file of axolotl, LLaMA-Factory or torchtune.",
     ),
     "doctor": ("lora.cli.doctor:doctor", "Check this machine: packages, device, memory, disk."),
 }
@@ -105,7 +110,7 @@ def build_app(
         help_format="plaintext",
         help_formatter=HelpPage(),
         version=f"lora {__version__}",
-        config=(check_environment, Env(ENVIRONMENT_PREFIX), *files, check_values),
+        config=(check_environment, environment_reader(chosen), *files, check_values),
         default_parameter=Parameter(
             show_env_var=False, negative_iterable=(), show_default=_show_default
         ),

@@ -6,11 +6,20 @@ import os
 from typing import Any
 
 from cyclopts import App, ArgumentCollection
+from cyclopts.config import Env
 
 from lora.cli.flags.translate import Notes, is_alias, translate_settings
 from lora.errors import ConfigError, did_you_mean, gather
 
 ENVIRONMENT_PREFIX = "LORALM_"
+
+
+def environment_reader(command: str | None) -> Env:
+    """Return cyclopts' reader of variables, for `command` where it is known."""
+    if command is None:
+        return Env(ENVIRONMENT_PREFIX)
+    # Without its own handling of commands, which keeps the "-" of a name: no variable has one.
+    return Env(_prefix(command), command=False)
 
 
 def known_settings(arguments: ArgumentCollection) -> set[str]:
@@ -56,7 +65,7 @@ def _variables(*commands: str) -> dict[str, str]:
 
 
 def _prefix(*commands: str) -> str:
-    return ENVIRONMENT_PREFIX + "".join(f"{command.upper()}_" for command in commands)
+    return ENVIRONMENT_PREFIX + "".join(f"{_to_variable(command)}_" for command in commands)
 
 
 def _to_variable(flag: str) -> str:

@@ -1,0 +1,1 @@
+"""Configuration files of axolotl, LLaMA-Factory and torchtune as settings of ours."""

@@ -1,0 +1,259 @@
+"""axolotl's configuration files (a YAML file of top-level keys, with a list `datasets`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora.conversion.common_rules import (
+    CACHES,
+    KERNELS,
+    NO_QUANTIZATION,
+    NO_TRACKER,
+    ONE_GPU,
+    SHARED,
+    batch,
+    per_epoch,
+    validation_size,
+    words,
+)
+from lora.conversion.convert import (
+    Keys,
+    Outcome,
+    Rule,
+    Tool,
+    is_off,
+    is_on,
+    missing,
+    nothing,
+    number,
+    refused,
+    same,
+)
+
+_READ_TYPES = ("alpaca", "chat_template", "completion", "sharegpt", "input_output", "oasst")
+_FILES = "the model's own files say it"
+_COLUMNS = "columns are found by their names: rename this one, see docs/formats.md"
+_USUAL = {"split": "train", "field_messages": "messages"}
+"""Keys of a data set that say what is read anyway."""
+
+
+def _datasets(ours: str) -> Rule:
+    def rule(value: Any, keys: Keys) -> Outcome:
+        entries = value if isinstance(value, list) else [value]
+        lost: dict[str, str] = {}
+        if len(entries) > 1:
+            lost[""] = f"{ours} is one file or directory: put the files into one directory"
+        for number_, entry in enumerate(entries):
+            if isinstance(entry, dict):
+                lost |= {f"[{number_}].{k}": why for k, why in _lost_of_entry(entry)}
+        first = entries[0]
+        path = first if isinstance(first, str) else _path_of(first)
+        return Outcome({ours: path} if path and len(entries) == 1 else {}, missing=lost)
+
+    return rule
+
+
+def _path_of(entry: Any) -> str | None:
+    files = entry.get("data_files")
+    files = files[0] if isinstance(files, list) and len(files) == 1 else files
+    path = files if isinstance(files, str) else entry.get("path")
+    return str(path) if path is not None else None
+
+
+def _lost_of_entry(entry: dict[str, Any]) -> list[tuple[str, str]]:
+    found = []
+    for key, value in entry.items():
+        if key in ("path", "data_files", "ds_type") or is_off(value) or _USUAL.get(key) == value:
+            continue
+        if key == "type":
+            kind = value if isinstance(value, str) else "of its own"
+            if kind.partition(".")[0].partition(":")[0] not in _READ_TYPES:
+                found.append(("type", f"the format {kind}: {_COLUMNS}"))
+        elif key in ("message_field_role", "message_field_content", "message_property_mappings"):
+            if not _is_usual(value):
+                found.append((key, _COLUMNS))
+        elif key in ("roles", "roles_to_train", "train_on_eos"):
+            if not _is_usual(value):
+                found.append(
+                    (key, "the assistant's turns are learned, with the token that ends them")
+                )
+        else:
+            found.append((key, _COLUMNS if key.startswith("field") else "has no equal here"))
+    return found
+
+
+def _is_usual(value: Any) -> bool:
+    """Whether a mapping of roles or fields only says what is read anyway."""
+    usual = {"role", "content", "from", "value", "user", "human", "assistant", "gpt", "system"}
+    usual |= {"tool", "turn", "input", "output"}
+    if isinstance(value, dict):
+        return all(_is_usual(part) for pair in value.items() for part in pair)
+    return all(word in usual for word in words(value))
+
+
+def _adapter(value: Any, keys: Keys) -> Outcome:
+    if value in ("lora", "qlora"):
+        lost = {"": NO_QUANTIZATION} if value == "qlora" else {}
+        return Outcome(note="LoRA is what trains", missing=lost)
+    if value == "none, all weights":
+        return Outcome({"full": "true"}, "without adapter: all weights train")
+    return Outcome(missing={"": "LoRA and full fine-tuning are what there is"})
+
+
+def _target_modules(value: Any, keys: Keys) -> Outcome:
+    if is_on(keys.get("lora_target_linear")):
+        return Outcome(note="lora_target_linear takes all of them")
+    return Outcome({"targets": words(value)})
+
+
+def _target_linear(value: Any, keys: Keys) -> Outcome:
+    return Outcome({"targets": "all-linear"}) if is_on(value) else Outcome(note="off")
+
+
+def _special_tokens(value: Any, keys: Keys) -> Outcome:
+    named = value if isinstance(value, dict) else {}
+    lost = {
+        f".{name}": "the tokens of the model's tokenizer are used"
+        for name, token in named.items()
+        if name != "pad_token" and not is_off(token)
+    }
+    return Outcome(note="padding has no loss and is not attended to", missing=lost)
+
+
+def _chat_template(value: Any, keys: Keys) -> Outcome:
+    if value == "tokenizer_default":
+        return Outcome(note="the model's own chat template is used")
+    if value == "jinja":
+        return Outcome(note="see chat_template_jinja")
+    why = f"the model's own template is used; look with lora data whether it is {value}"
+    return Outcome(missing={"": f"{why}, or give a file with chat_template"})
+
+
+def _jinja(value: Any, keys: Keys) -> Outcome:
+    if str(value).endswith((".jinja", ".jinja2", ".j2")):
+        return Outcome({"chat_template": value})
+    return Outcome(missing={"": "chat_template is a file: save the template, and name the file"})
+
+
+def _plugins(value: Any, keys: Keys) -> Outcome:
+    lost = {
+        f": {name}": "there are no plugins"
+        for name in words(value)
+        if "liger" not in name.lower() and "cut_cross_entropy" not in name.lower()
+    }
+    return Outcome(note=KERNELS, missing=lost)
+
+
+def _epochs(value: Any, keys: Keys) -> Outcome:
+    if number(keys.get("max_steps")) is not None:
+        return Outcome(note="max_steps ends the run first")
+    return Outcome({"epochs": str(value)})
+
+
+def _deduplicate(value: Any, keys: Keys) -> Outcome:
+    return Outcome(note="off") if is_off(value) else Outcome(missing={"": "lora data counts them"})
+
+
+_RULES: dict[str, Rule] = {
+    **SHARED,
+    "base_model": same("model"),
+    **dict.fromkeys(
+        ("base_model_config", "tokenizer_config", "model_type", "tokenizer_type"), nothing(_FILES)
+    ),
+    **dict.fromkeys(
+        ("is_mistral_derived_model", "is_llama_derived_model", "is_qwen_derived_model"),
+        nothing(_FILES),
+    ),
+    **dict.fromkeys(("tokenizer_use_fast", "tokenizer_legacy", "strict"), nothing(_FILES)),
+    "revision_of_model": missing("download that revision, and name its directory as model"),
+    "adapter": _adapter,
+    "lora_model_dir": same("from_adapter"),
+    "lora_target_modules": _target_modules,
+    "lora_target_linear": _target_linear,
+    "lora_fan_in_fan_out": nothing("layers of that kind are found"),
+    "lora_on_cpu": nothing("an adapter takes little memory"),
+    "peft_init_lora_weights": missing("A is Kaiming-uniform and B zero, as PEFT's default"),
+    "loraplus_lr_ratio": missing("A and B have one learning rate"),
+    "datasets": _datasets("data"),
+    "test_datasets": _datasets("eval_data"),
+    "dataset_prepared_path": nothing(CACHES),
+    "dataset_processes": nothing(CACHES),
+    "dataset_exact_deduplication": _deduplicate,
+    "shuffle_merged_datasets": nothing("examples are shuffled by seed"),
+    "val_set_size": validation_size,
+    "sample_packing": same("packing"),
+    "eval_sample_packing": nothing("validation is packed as training"),
+    "pad_to_sequence_len": nothing("padding has no loss and is not attended to"),
+    "micro_batch_size": batch("gradient_accumulation_steps", "micro_batch_size"),
+    "gradient_accumulation_steps": batch("gradient_accumulation_steps", "micro_batch_size"),
+    "batch_size": nothing("micro_batch_size and gradient_accumulation_steps say it"),
+    "eval_batch_size": nothing("evaluation takes the sequences of one pass"),
+    "num_epochs": _epochs,
+    "evals_per_epoch": per_epoch("eval_every_steps"),
+    "saves_per_epoch": per_epoch("save_every_steps"),
+    "cosine_min_lr_ratio": same("min_rate_fraction"),
+    "loss_watchdog_threshold": missing(
+        "jumps of the loss and divergence are reported; they end no run"
+    ),
+    "loss_watchdog_patience": nothing("see loss_watchdog_threshold"),
+    "special_tokens": _special_tokens,
+    "tokens": same("special_tokens", note="their embedding rows are trained"),
+    "chat_template": _chat_template,
+    "chat_template_jinja": _jinja,
+    "plugins": _plugins,
+    "rl": refused("it is preference training"),
+    "reward_model": refused("it is the training of a reward model"),
+    "eval_max_new_tokens": same("sample_tokens", note="of the answers during training"),
+    "eval_table_size": nothing("samples answers are shown at each evaluation"),
+    "use_tensorboard": same("tensorboard"),
+    "debug": nothing("lora data shows what is learned"),
+    "local_rank": nothing(ONE_GPU),
+}
+_PREFIXES: dict[str, Rule] = {
+    "wandb_": missing(NO_TRACKER),
+    "mlflow_": missing(NO_TRACKER),
+    "comet_": missing(NO_TRACKER),
+    "flash_attention": nothing(KERNELS),
+    "flash_attn": nothing(KERNELS),
+    "xformers_attention": nothing(KERNELS),
+    "sdp_attention": nothing(KERNELS),
+    "attn_implementation": nothing(KERNELS),
+    "liger_": nothing(KERNELS),
+    "unsloth_": nothing(KERNELS),
+    "torch_compile": nothing(KERNELS),
+    "lora_mlp_kernel": nothing(KERNELS),
+    "lora_qkv_kernel": nothing(KERNELS),
+    "lora_o_kernel": nothing(KERNELS),
+    "cut_cross_entropy": nothing(KERNELS),
+    "fsdp": missing(ONE_GPU),
+    "ddp": missing(ONE_GPU),
+    "tensor_parallel": missing(ONE_GPU),
+    "context_parallel": missing(ONE_GPU),
+    "sequence_parallel": missing(ONE_GPU),
+}
+AXOLOTL = Tool(
+    "axolotl",
+    frozenset(
+        (
+            *("base_model", "datasets", "sequence_len", "micro_batch_size", "val_set_size"),
+            *("adapter", "sample_packing", "lora_r", "lora_target_linear", "dataset_prepared_path"),
+            *("num_epochs"),
+        )
+    ),
+    _RULES,
+    _PREFIXES,
+    defaults={
+        "adapter": "none, all weights",
+        "micro_batch_size": "1",
+        "num_epochs|max_steps": "1",
+        "warmup_ratio|warmup_steps": "0.03",
+        "sequence_len": "512",
+        "sample_packing": "false",
+        "val_set_size": "0",
+        "lora_dropout": "0",
+        "weight_decay": "0",
+        "cosine_min_lr_ratio": "0",
+        "seed": "42",
+    },
+)
+"""Defaults: axolotl.utils.schemas, version of 2026."""
