@@ -10,13 +10,16 @@ from lora.config import LoRAConfig, MemoryConfig, TrainConfig
 from lora.data.prepare import PreparedData
 from lora.decoder.families import decoder_config
 from lora.device import DeviceChoice, available_bytes
-from lora.errors import ConfigError
+from lora.errors import ConfigError, TrainingError
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.memory.fast_step import USABLE_MEMORY_FRACTION
 from lora.fast.memory.plan import MemoryPlan, PlanInputs, plan_memory
 from lora.pretrained.hf_files import read_config
 from lora.runs.record import MemoryResult, PlannedMemory
-from lora.training.out_of_memory import describe_parts
+from lora.training.out_of_memory import advise, describe_parts
+
+MAX_OVERCOMMIT = 1.5
+"""Planned / free memory of a CPU: plans are a few percent off, and there may be swap."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,22 @@ def plan_run(
             f"has it, and this run on {choice.device.type} takes the {plan.step} step. Allowed "
             "here: auto, none. To save memory in any step, raise gradient_accumulation."
         )
+    if choice.device.type == "cpu":
+        _check_room(plan, train, has_lora=lora is not None)
     return plan
+
+
+def _check_room(plan: MemoryPlan, train: TrainConfig, *, has_lora: bool) -> None:
+    """Raise TrainingError if the kernel would kill the run, which says nothing then.
+
+    The weights do not count: they are mapped from their file where they stay as they are.
+    """
+    free, needed = available_bytes("cpu"), plan.total - plan.weights
+    if free is not None and needed > MAX_OVERCOMMIT * free:
+        raise TrainingError(
+            f"Cannot train: beside its weights the run takes {needed / 1e9:,.1f} GB of memory, and "
+            f"{free / 1e9:,.1f} GB are free. {advise(plan, train, has_lora=has_lora)}"
+        )
 
 
 def describe_plan(plan: MemoryPlan) -> str:

@@ -211,6 +211,22 @@ def test_eval_and_data_name_tokens_without_an_embedding_row(
         assert "has the id 400" in said
 
 
+def test_a_run_that_no_memory_holds_is_refused_before_the_weights_are_loaded(
+    tiny_folder: Path,
+    orders_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    read: Read,
+) -> None:
+    monkeypatch.setattr("lora.finetune.memory.available_bytes", lambda device: 10**6)
+    words = ["finetune", "--model", str(tiny_folder), "--data", str(orders_file)]
+    assert main([*words, "--batch-size", "64", "--out", str(tmp_path)]) == 2
+    said = read()[1]
+    assert "Cannot train: beside its weights the run takes" in said
+    assert "GB are free. Most of it: activations and loss of 64 sequences at once" in said
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("words", "seen"),
     [
