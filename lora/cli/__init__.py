@@ -59,6 +59,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "lora.cli.data:data",
         "Check training data: formats, lengths, which tokens get a loss.",
     ),
+    "checkpoint": (
+        "lora.cli.checkpoint:checkpoint",
+        "List a run's checkpoints, or write one as an adapter.",
+    ),
     "generate": ("lora.cli.generate:generate", "Answer prompts in one batch."),
     "chat": ("lora.cli.chat:chat", "Chat with a model; switch adapters at any time."),
     "eval": ("lora.cli.eval:evaluate", "Evaluate a model or adapter: loss, perplexity, answers."),

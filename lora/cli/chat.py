@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from lora.cli.flags.from_fields import Flat, config_from, flags_from
 from lora.cli.flags.shared import Adapter, Device, Model, System
 from lora.config import MAX_SEED, SamplingConfig
+from lora.inference.checkpoints.find import find_adapter
 from lora.inference.loading import LoadedModel, load_model, load_tokenizer_of
 from lora.inference.run_settings import find_prompt_format
 from lora.terminal import print_note, printable_answer
@@ -106,7 +107,7 @@ def _run_command(line: str, loaded: LoadedModel, asker: Asker) -> tuple[LoadedMo
         print_note(f"Unknown command {line!r}: {HELP}")
         return loaded, asker, False
     try:
-        folder = None if name.strip() == "none" else _expanded(name.strip())
+        folder = None if name.strip() == "none" else find_adapter(_expanded(name.strip()))
         prompts = find_prompt_format(folder, loaded.source.folder)
         new_asker = _asker(replace(loaded, prompts=prompts), asker.system)
         tokenizer = _switch(loaded, folder)

@@ -41,7 +41,7 @@ FromAdapter = Annotated[
     Path | None,
     Parameter(
         group=LORA,
-        help="Adapter directory to continue training from; its rank and targets are used.",
+        help="Adapter to continue training from (also runs/x@500); its rank and targets are used.",
     ),
 ]
 

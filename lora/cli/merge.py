@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from lora.cli.flags.from_fields import DEVICE, MODEL, OUTPUT
-from lora.cli.flags.shared import Model, Overwrite
+from lora.cli.flags.shared import Model, Overwrite, open_adapter
 from lora.terminal import print_line
 
 Dtype = Annotated[
@@ -21,7 +21,7 @@ MergeDevice = Annotated[str, Parameter(group=DEVICE, help="Device that computes 
 
 
 def merge(
-    adapter: Annotated[Path, Parameter(group=MODEL)],
+    adapter: Annotated[Path, Parameter(group=MODEL, converter=open_adapter)],
     out: Annotated[Path, Parameter(group=OUTPUT)],
     *,
     model: Model = None,
@@ -40,7 +40,7 @@ def merge(
     Parameters
     ----------
     adapter
-        Adapter directory.
+        Adapter: its directory, a run (runs/x), or a checkpoint (runs/x@500, @best, @last).
     out
         Directory for the merged model: a new or empty one.
     """

@@ -18,6 +18,7 @@ from lora.errors import AdapterError, ConfigError
 from lora.export.blockwise import is_simple
 from lora.export.gguf import GGUFReport, export_gguf
 from lora.export.merged import MergedDtype, MergedModel, write_merged
+from lora.inference.checkpoints.find import find_adapter
 from lora.inference.loading import (
     checked_ids,
     describe_other_base,
@@ -135,7 +136,8 @@ def merge(
 def _as_given(
     model: str | Path | None, adapter: str | Path | None
 ) -> tuple[str | None, Path | None]:
-    return None if model is None else str(model), None if adapter is None else Path(adapter)
+    folder = None if adapter is None else find_adapter(adapter)
+    return None if model is None else str(model), folder
 
 
 def _open(source: ModelSource, model: str | None, adapter: Path | None) -> Decoder | MappedDecoder:

@@ -11,6 +11,7 @@ import torch
 from lora.adapters.added_tokens import add_tokens_to_all, add_tokens_to_lora
 from lora.adapters.apply import apply_lora
 from lora.adapters.fingerprint import base_fingerprint
+from lora.adapters.peft_files import CONFIG_FILE
 from lora.adapters.save_load import load_adapter, save_adapter
 from lora.data.prepare import PreparedData
 from lora.data.prompting.prompt_format import save_prompt_format
@@ -19,6 +20,7 @@ from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
 from lora.errors import CheckpointError
 from lora.finetune.job import FinetuneJob
+from lora.inference.checkpoints.listing import CHECKPOINTS, START
 from lora.pretrained.hf_weights import load_decoder, save_decoder
 from lora.pretrained.model_files import save_tokenizer_files
 from lora.pretrained.sources import ModelSource
@@ -71,15 +73,11 @@ def save_model(
     name = "model" if job.is_full else "adapter"
 
     def save(directory: Path) -> Path:
-        if job.is_full:
-            save_decoder(model, directory)
-        else:
-            save_adapter(model, directory, base_name=source.reference)
+        if not job.is_full:
+            return _save_adapter(model, data, source, directory)
+        save_decoder(model, directory)
         # With the chat template of the training data.
-        if job.is_full:
-            save_tokenizer_files(data.tokenizer, source.folder, directory)
-        else:
-            data.tokenizer.save(directory)
+        save_tokenizer_files(data.tokenizer, source.folder, directory)
         save_prompt_format(data.prompts, directory)
         return directory
 
@@ -89,3 +87,33 @@ def save_model(
         elsewhere = save(Path(tempfile.mkdtemp(prefix=f"lora-{run.folder.name}-")) / name)
         progress.message(f"{error} The {name} is saved in {elsewhere}: copy it to a safe place.")
         return elsewhere
+
+
+def save_start(
+    job: FinetuneJob,
+    model: Decoder,
+    data: PreparedData,
+    source: ModelSource,
+    run: Run,
+    progress: Progress,
+) -> None:
+    """Save the adapter as it is before training: what opens a checkpoint as one is made after it.
+
+    If the disk refuses, a message says so: checkpoints then open once the run has ended.
+    """
+    directory = run.folder / CHECKPOINTS / START
+    if job.is_full or (directory / CONFIG_FILE).is_file():
+        return
+    try:
+        _save_adapter(model, data, source, directory)
+    except CheckpointError as error:
+        progress.message(
+            f"{error} Checkpoints can be used as adapters only when the run has ended."
+        )
+
+
+def _save_adapter(model: Decoder, data: PreparedData, source: ModelSource, directory: Path) -> Path:
+    save_adapter(model, directory, base_name=source.reference)
+    data.tokenizer.save(directory)  # with the chat template of the training data
+    save_prompt_format(data.prompts, directory)
+    return directory

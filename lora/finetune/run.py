@@ -32,7 +32,8 @@ from lora.finetune.job import (
 from lora.finetune.load_data import load_data
 from lora.finetune.loop_inputs import training_job
 from lora.finetune.memory import RunMemory, describe_plan, plan_run
-from lora.finetune.model import load_model, save_model
+from lora.finetune.model import load_model, save_model, save_start
+from lora.inference.checkpoints.find import find_adapter
 from lora.inference.loading import find_model_of
 from lora.pretrained.hf_files import read_config
 from lora.pretrained.sources import ModelSource
@@ -80,6 +81,8 @@ def _finetune(
 ) -> FinetuneResult:
     check_base_dtype(job)
     check_from_adapter(job)
+    if job.from_adapter is not None:
+        job = replace(job, from_adapter=find_adapter(job.from_adapter))
     check_run_directory(job.run.out, job.run.name, resume=job.resume)
     if job.run.tensorboard:
         check_tensorboard()
@@ -101,6 +104,7 @@ def _finetune(
         if job.run.tensorboard:
             log = event_file(run.folder / "tensorboard", progress.message)
             run.on_metrics = opened.enter_context(log)
+        save_start(job, model, data, source, run, progress)
         result = train(
             training_job(job, model, data, choice, train_config, run, progress, steps, plan)
         )

@@ -40,10 +40,12 @@ def load_model(name: str | None, adapter: Path | None, device: str = "auto") -> 
     from lora.adapters.save_load import load_adapter
     from lora.device import choose_device
     from lora.errors import AdapterError
+    from lora.inference.checkpoints.find import find_adapter
     from lora.inference.run_settings import find_prompt_format
     from lora.pretrained.hf_weights import load_decoder
 
     choice = choose_device(device)
+    adapter = None if adapter is None else find_adapter(adapter)
     source = find_model_of(name, adapter)
     tokenizer = load_tokenizer_of(source, adapter)
     prompts = find_prompt_format(adapter, source.folder)

@@ -40,12 +40,13 @@ class RunDataSettings:
 def read_run_data_settings(adapter: Path) -> RunDataSettings:
     """Return the data settings of the run that made the adapter in a directory.
 
-    The run's record lies in that directory or the one above it. Special tokens are left out, and
-    the chat template where the adapter has its own tokenizer: they are in that. Raises
+    The run's record lies in that directory or the one above it, or above the checkpoints. Special
+    tokens are left out, and the chat template where the adapter has its own tokenizer: they are in
+    that. Raises
     CheckpointError for a damaged record, ConfigError for settings in it that are out of range.
     """
     folder = adapter.resolve()
-    for directory in (folder, folder.parent):
+    for directory in _run_directories(folder):
         path = directory / RUN_FILE
         record = read_run_record(directory) if path.is_file() else None
         if record is not None and record.data_config is not None:
@@ -67,7 +68,7 @@ def find_prompt_format(
         return None if model_folder is None else read_prompt_format(model_folder)
     folder = adapter.resolve()
     found = read_prompt_format(folder)
-    for directory in (folder, folder.parent):
+    for directory in _run_directories(folder):
         if found is None and (directory / RUN_FILE).is_file():
             found = read_run_record(directory).data.prompt_format
     return found
@@ -90,6 +91,13 @@ def prompts_to_resume(run: Path) -> PromptFormat | None:
     if not (run / RUN_FILE).is_file():
         return None
     return read_run_record(run).data.prompt_format or OLDER
+
+
+def _run_directories(folder: Path) -> list[Path]:
+    """Return where the record of the run that made the adapter in `folder` can lie."""
+    # An adapter of a checkpoint is in checkpoints/step-000500/adapter/ of the run directory.
+    runs = [above.parent for above in folder.parents[:2] if above.name == "checkpoints"]
+    return [folder, folder.parent, *runs]
 
 
 def _config_of(values: dict[str, Any], has_tokenizer: bool) -> DataConfig:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
 from lora.cli.flags.from_fields import (
     DATA,
@@ -23,6 +24,7 @@ from lora.config import (
     SamplingConfig,
     TrainConfig,
 )
+from lora.inference.checkpoints.find import find_adapter
 
 Model = Annotated[
     str | None,
@@ -45,9 +47,20 @@ ValidationData = Annotated[
         group=DATA, help="Validation examples. Default: --eval-fraction of --data is split off."
     ),
 ]
+
+
+def open_adapter(kind: object, tokens: Sequence[Token]) -> Path:
+    """Return the directory of the adapter that a flag names; cyclopts calls it."""
+    return find_adapter(tokens[0].value)
+
+
 Adapter = Annotated[
     Path | None,
-    Parameter(group=MODEL, help="Adapter directory. Without --model its base is loaded."),
+    Parameter(
+        group=MODEL,
+        help="Adapter: directory, run, or checkpoint (runs/x@500, @best). Brings its base.",
+        converter=open_adapter,
+    ),
 ]
 System = Annotated[
     str | None, Parameter(group=GENERATION, help="System prompt. Default: as in training.")
