@@ -60,7 +60,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Check training data: formats, lengths, which tokens get a loss.",
     ),
     "checkpoint": (
-        "lora.cli.checkpoint:checkpoint",
+        "lora.cli.results.checkpoint:checkpoint",
         "List a run's checkpoints, or write one as an adapter.",
     ),
     "generate": ("lora.cli.generate:generate", "Answer prompts in one batch."),
