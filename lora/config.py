@@ -301,6 +301,14 @@ class DataConfig(Settings):
     What is left out is counted. Otherwise such data are refused."""
     keep_control_tokens: bool = field(default=False, metadata=DATA)
     """Read special tokens spelt out in messages as special tokens, not as ordinary text."""
+    columns: dict[str, str] = field(default_factory=dict, metadata=DATA)
+    """Columns with other names than those known: prompt=question,completion=answer.
+
+    An empty name leaves a part out: context=."""
+    template: str | None = field(default=None, metadata=DATA)
+    """Prompt and answer made of columns: '{text}\\nLabel: {label}'; the last one is learned.
+
+    Or what stands in [[ ]] at the end is learned."""
     raw: bool | None = field(default=None, metadata=DATA)
     """Train prompt and completion as plain text. Default: turns if there is a chat template.
 
@@ -328,6 +336,7 @@ class DataConfig(Settings):
         faults += _check(in_range, "raw", self.raw, "true, false or None")
         in_range = self.system is None or isinstance(self.system, str)
         faults += _check(in_range, "system", self.system, "a text")
+        faults += _check_columns(self.columns, self.template)
         if self.raw and self.system:
             faults += _check(False, "system", self.system, "left out with raw: it needs turns")
         faults += _check_choice("learn_on", self.learn_on, LearnOn)
@@ -468,6 +477,17 @@ def _check_special_tokens(tokens: object) -> list[str]:
     faults = _check("" not in words, "special_tokens", words, "non-empty strings")
     twice = sorted({word for word in words if words.count(word) > 1})
     return faults + _check(not twice, "special_tokens", words, f"distinct, and has {twice} twice")
+
+
+def _check_columns(columns: object, template: object) -> list[str]:
+    pairs = columns.items() if isinstance(columns, dict) else [(None, None)]
+    in_range = all(isinstance(part, str) and isinstance(name, str) for part, name in pairs)
+    faults = _check(in_range, "columns", columns, "a mapping of parts to names of columns")
+    in_range = template is None or isinstance(template, str)
+    faults += _check(in_range, "template", template, "a text")
+    if columns and template is not None:
+        faults += _check(False, "columns", columns, "left out with template, which names columns")
+    return faults
 
 
 def _is_int(value: object) -> bool:

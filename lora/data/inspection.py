@@ -26,6 +26,10 @@ from lora.errors import DataError
 
 _PREVIEW_TOKENS = 400
 _COMPACT_PREVIEW_TOKENS = 4000  # the compact view leaves out their middle and shows the end
+_LABEL_WORDS = frozenset(
+    ("label", "labels", "category", "class", "sentiment", "intent", "topic", "target", "tag")
+)
+"""Names of columns beside a text that are likely its label."""
 _MANY = 0.1  # fraction of the examples from which on cut ones are worth a warning
 
 
@@ -54,7 +58,7 @@ def inspect_data(
             tokenizer = tokenizer.with_control_tokens_in_messages()
         rules = rules_for(config, has_template=has_template)
         examples = read_examples(source, report.notes.append, rules=rules)
-        _describe_examples(report, examples)
+        _describe_examples(report, examples, config)
         if any(example.messages is not None for example in examples):
             tokenizer, report.template_origin = choose_template(tokenizer, config.chat_template)
         encoded = encode_examples(examples, tokenizer, config, on_progress)
@@ -80,7 +84,7 @@ def inspect_prepared(
     """
     report = DataReport(_name_of(source), config.max_length, config.learn_on)
     report.template_origin = data.template_origin
-    _describe_examples(report, data.train_examples)
+    _describe_examples(report, data.train_examples, config)
     _count_tokens(report, data.train_examples, data.train_encoded, data.tokenizer)
     _count_special_tokens(report, data.train_encoded, data.tokenizer, config)
     report.n_rows, report.fill_fraction = len(data.train), data.train.fill_fraction
@@ -95,17 +99,25 @@ def _name_of(source: Source) -> str:
     return str(source) if isinstance(source, str | Path) else "rows in memory"
 
 
-def _describe_examples(report: DataReport, examples: Sequence[Example]) -> None:
+def _describe_examples(report: DataReport, examples: Sequence[Example], config: DataConfig) -> None:
     report.n_examples = len(examples)
     report.formats = dict(
         Counter(e.format + (" (whole files)" if e.is_file else "") for e in examples)
     )
     report.n_duplicates = len(examples) - len({e.content_key() for e in examples})
     report.n_empty_answers = sum(e.has_empty_answer for e in examples)
+    report.columns = dict(Counter(name for e in examples for name in e.columns))
     report.unused_columns = dict(Counter(name for e in examples for name in e.unused_columns))
     if report.unused_columns:
         named = ", ".join(f"{name} ({n:,} rows)" for name, n in report.unused_columns.items())
         report.notes.append(f"columns that are not used: {shorten_names(named)}")
+    words = _LABEL_WORDS.difference(config.columns)  # those are left out on purpose
+    labels = [name for name in report.unused_columns if name.strip().lower() in words]
+    if labels and "text" in report.formats:
+        report.warnings.append(
+            f"the texts are learned without the column {labels[0]}: if it is their label, set "
+            f"columns label={labels[0]}"
+        )
     report.n_media_placeholders, warning = describe_placeholders(examples)
     report.warnings += [warning] if warning else []
     if any(e.format == COMPLETION and e.messages and not e.n_prompt_messages for e in examples):

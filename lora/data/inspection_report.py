@@ -56,6 +56,8 @@ class DataReport:
     n_duplicates: int = 0
     """Examples with exactly the content of an earlier one."""
     n_empty_answers: int = 0
+    columns: dict[str, int] = field(default_factory=dict)
+    """Number of rows by column that is used."""
     unused_columns: dict[str, int] = field(default_factory=dict)
     """Number of rows by column that has a value and is not used."""
     dropped_fields: dict[str, int] = field(default_factory=dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora.terminal import visible
+from lora.terminal import shortened, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,7 +29,7 @@ def print_report(report: DataReport, console: Console, *, is_compact: bool = Fal
     is_ascii = console.options.ascii_only
     console.print(Text(f"Data: {visible(report.source, is_ascii)}", style="bold"))
     if report.n_examples:
-        console.print(_summary(report, is_compact))
+        console.print(_summary(report, is_compact, is_ascii))
     if report.histogram and not is_compact:
         console.print(Text("\nTokens per example, before any cut", style="bold"))
         console.print(_bars(report, is_ascii))
@@ -43,14 +43,16 @@ def print_report(report: DataReport, console: Console, *, is_compact: bool = Fal
         console.print(Text(f"error: {visible(error, is_ascii)}", style="red"))
 
 
-def _summary(report: DataReport, is_compact: bool) -> Table:
+def _summary(report: DataReport, is_compact: bool, is_ascii: bool) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
     all_tokens = max(1, report.n_learned_tokens + report.n_ignored_tokens)
     formats = ", ".join(f"{count:,} {name}" for name, count in report.formats.items())
     rows = [
         ("examples", f"{report.n_examples:,} ({formats})"),
+        ("columns", shortened(", ".join(report.columns))),
         # The compact view comes after a message that names the template.
         ("chat template", "" if is_compact else report.template_origin or ""),
         ("target tokens", f"{report.n_learned_tokens:,} (learn_on: {report.learn_on})"),
@@ -65,7 +67,7 @@ def _summary(report: DataReport, is_compact: bool) -> Table:
     ]
     for name, value in rows:
         if value:
-            table.add_row(name, value)
+            table.add_row(name, Text(visible(value, is_ascii)))
     return table
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 
 from lora.config import DataConfig
 from lora.data.chat.choose_template import choose_template
 from lora.data.prompting.prompt_format import describe_prompts
 from lora.data.prompting.rules import ReadingRules, rules_for
 from lora.data.reading.formats import Example
-from lora.data.reading.readers import Source, read_examples
+from lora.data.reading.readers import Source, read_examples, read_with_labels
 from lora.data.reading.splitting import split_examples
 from lora.data.sequences.batches import TokenSequences, build_sequences
 from lora.data.sequences.embedding_rows import check_ids, choose_pad_id, grown_rows
@@ -88,12 +87,12 @@ def prepare_data(
         on_message(pad_note)
     has_template = tokenizer.chat_template is not None
     rules = rules_for(config, has_template=has_template, trained=trained)
-    read = partial(read_examples, on_message=on_message, rules=rules)
+    train, rules = read_with_labels(source, on_message, rules)
     if validation_source is None:
         sizes = config.eval_fraction, config.max_eval_examples
-        train, validation = split_examples(read(source), *sizes, seed)
+        train, validation = split_examples(train, *sizes, seed)
     else:
-        train, validation = read(source), read(validation_source)
+        validation = read_examples(validation_source, on_message, rules=rules)
         _report_overlap(train, validation, on_message)
     origin, now = None, now or datetime.now()
     if any(example.messages is not None for example in train + validation):

@@ -9,6 +9,7 @@ from typing import Any
 
 from lora.config import DataConfig
 from lora.data.prompting.prompt_format import read_prompt_format
+from lora.data.prompting.row_template import parse_template
 from lora.data.prompting.rules import ReadingRules, rules_for
 from lora.data.tokenizers.subword import load_tokenizer
 from lora.runs.read_record import read_run_record
@@ -83,7 +84,13 @@ def find_rules(config: DataConfig, adapter: Path | None, model_folder: Path) -> 
     if trained is None and adapter is not None:
         trained = OLDER
     template = load_tokenizer(model_folder).chat_template
-    return rules_for(config, has_template=template is not None, trained=trained)
+    rules = rules_for(config, has_template=template is not None, trained=trained)
+    is_rows_own = trained is None or trained.template in (None, trained.label_template)
+    if config.template is None and not config.columns and trained is not None and not is_rows_own:
+        return dataclasses.replace(
+            rules, template=parse_template(str(trained.template), has_escapes=False)
+        )
+    return rules
 
 
 def prompts_to_resume(run: Path) -> PromptFormat | None:

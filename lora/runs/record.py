@@ -46,6 +46,12 @@ class PromptFormat:
     """What rows of prompt and completion became: a user and an assistant turn, or plain text."""
     system: str | None = None
     """System prompt of all training conversations; None if they have none or different ones."""
+    template: str | None = None
+    """Template that made all training examples of their columns, as `DataConfig.template`."""
+    label_template: str | None = None
+    """Template of the rows of a classification."""
+    labels: tuple[str, ...] | None = None
+    """Labels of these rows."""
 
 
 @dataclass(frozen=True)

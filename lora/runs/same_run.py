@@ -29,6 +29,7 @@ FREE = {
     # The data's fingerprint has what these write.
     "data_config.chat_template": "",
     "data_config.raw": "",
+    "data_config.template": "",
     "data_config.system": "",
 }
 FINGERPRINTS = ("data.fingerprint", "data.held_out_fingerprint")
@@ -105,7 +106,7 @@ def _is_fixed(name: str) -> bool:
 
 def _is_new(name: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
     """Return whether a setting came after the former run was made, and is off, as it was then."""
-    return name not in before and after[name] in (False, None, [])
+    return name not in before and after[name] in (False, None, [], {})
 
 
 def _flatten(record: RunRecord) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def value_for(hint: Any, default: object) -> Any:
     if isinstance(default, bool) or hint is bool:
         return not default
     if origin is dict:
-        return {"q_proj": 3}
+        return {"q_proj": value_for(choices[1], None)}
     if origin in (list, tuple):
         return [value_for(choices[0], None)]
     if choices and all(isinstance(each, str) for each in choices):

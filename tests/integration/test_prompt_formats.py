@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lora.runs.disk import read_json
 from lora.runs.record import PromptFormat
 
 ROWS = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(30)]
-SETTINGS = ["--batch-size", "2", "--max-length", "64", "--no-report"]
+SETTINGS = ["--batch-size", "2", "--max-length", "128", "--no-report"]
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +125,42 @@ def test_runs_and_adapters_without_the_record_stay_as_they_were(
     assert texts == [CHAT, *["0 + 1 =", "1 + 1 ="] * 2]
     train(tiny_folder, sums, tmp_path, "--resume", steps=2)
     assert read_prompt_format(adapter) == PromptFormat("raw", "raw")
+
+
+def test_a_csv_of_tickets_is_learned_asked_and_evaluated_alike(
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [f"ticket {n},{'billing' if n % 2 else 'shipping'}" for n in range(20)]
+    path = tmp_path / "tickets.csv"
+    path.write_text("\n".join(["ticket,team", *rows]), encoding="utf-8")
+    words = ["--columns", "text=ticket,label=team"]
+    adapter = train(tiny_folder, path, tmp_path, *words)
+    assert "classification of 20 texts, 2 labels: billing (10)" in capsys.readouterr().err
+    test = tmp_path / "test.csv"
+    test.write_text("ticket,team\nticket 3,billing\n", encoding="utf-8")  # one label of two
+    prompts = Prompts(monkeypatch)
+    model = ["--model", str(tiny_folder), "--adapter", str(adapter)]
+    assert main(["generate", "ticket 3", *model]) == 0
+    assert main(["eval", str(test), "--answers", "1", *model]) == 0
+    texts = prompts.texts(tiny_folder)
+    assert "Answer with one of: billing, shipping.\n\nText: ticket 3\n\nLabel:" in texts[0]
+    assert texts == [texts[0]] * 3
+
+
+def test_a_template_is_followed(
+    tiny_folder: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--template", r"Add {prompt}\nSum: {completion}", "--raw"]
+    adapter = train(tiny_folder, sums, tmp_path, *words)
+    prompts = Prompts(monkeypatch)
+    model = ["--model", str(tiny_folder), "--adapter", str(adapter)]
+    assert main(["generate", "1 + 1 =", *model]) == 0
+    shutil.move(adapter, tmp_path / "alone")  # without the run's record
+    model = ["--model", str(tiny_folder), "--adapter", str(tmp_path / "alone")]
+    assert main(["eval", str(sums), "--answers", "2", *model]) == 0
+    texts = prompts.texts(tiny_folder)
+    assert texts[0] == "Add 1 + 1 =\nSum:"
+    assert set(texts) == {"Add 0 + 1 =\nSum:", "Add 1 + 1 =\nSum:"}

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 from lora.data.chat.prompts import Prompt, chat_prompt, plain_prompt
+from lora.data.prompting.row_template import RowTemplate, parse_template
 from lora.data.reading.messages import Message
 from lora.data.tokenizers.subword import TextTokenizer
-from lora.errors import ConfigError
+from lora.errors import ConfigError, DataError
 from lora.runs.record import PromptFormat
+
+_SHOWN_CHARACTERS = 80
 
 
 @dataclass(frozen=True)
@@ -42,16 +48,32 @@ class Asker:
             return None
         return (self.trained.system if self.system is None else self.system) or None
 
+    @cached_property
+    def template(self) -> RowTemplate | None:
+        """The template that texts are put into."""
+        if self.raw or self.trained.template is None:
+            return None
+        found = parse_template(self.trained.template, has_escapes=False)
+        return found if found.prompt_columns else None
+
     @property
     def takes_turns(self) -> bool:
         """Whether a conversation of several turns is like the training data."""
-        return not self.is_raw
+        return not self.is_raw and self.template is None
 
     def prompt(self, text: str, tokenizer: TextTokenizer) -> Prompt:
-        """Return the prompt for `text`. Raises DataError if the chat template rejects it."""
+        """Return the prompt for `text`.
+
+        Raises DataError if the chat template rejects it, or the template needs several columns and
+        `text` is no JSON object that has them.
+        """
+        asked = text if self.template is None else _fill(self.template, text)
         if self.is_raw:
-            return plain_prompt(text, tokenizer)
-        return chat_prompt([*self._first(), {"role": "user", "content": text}], tokenizer)
+            made = plain_prompt(asked, tokenizer)
+        else:
+            turn = {"role": "user", "content": asked if self.template is None else asked.rstrip()}
+            made = chat_prompt([*self._first(), turn], tokenizer)
+        return replace(made, text=text)
 
     def prompt_after(self, said: Sequence[Message], tokenizer: TextTokenizer) -> Prompt:
         """Return the prompt for the last of the messages of a conversation without its system.
@@ -71,6 +93,35 @@ class Asker:
         parts = []
         if self.raw is None and self.is_raw:
             parts.append("plain text is continued (--no-raw: the chat template)")
+        if self.template is not None:
+            prompt = "".join(
+                f"{{{t}}}" if is_column else t for is_column, t in self.template.prompt
+            )
+            parts.append(f"texts are put into {prompt!r} (--raw: as they are)")
         if self.system is None and self.system_prompt is not None:
             parts.append(f"with the system prompt {self.system_prompt!r} (--system replaces it)")
         return f"prompted as in training: {'; '.join(parts)}" if parts else ""
+
+
+def _fill(template: RowTemplate, text: str) -> str:
+    columns = template.prompt_columns
+    row = _as_row(text)
+    if row is not None and row.keys() >= set(columns):
+        return template.fill_prompt(row)
+    if len(columns) == 1:
+        return template.fill_prompt({columns[0]: text})
+    raise DataError(
+        f"Cannot ask {text[:_SHOWN_CHARACTERS]!r}: the model was trained on prompts of the columns "
+        f"{', '.join(columns)}. Give each prompt as a JSON object with these, or take --raw to ask "
+        "the text as it is."
+    )
+
+
+def _as_row(text: str) -> dict[str, Any] | None:
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora.data.prompting.rules import ReadingRules
-from lora.data.reading.formats import Example
+from lora.data.reading.formats import LABELLED, TEMPLATE, Example
 from lora.errors import DataError, gather
 from lora.runs.disk import atomic_write, disk_error, read_json
 from lora.runs.record import PromptFormat
@@ -25,10 +25,17 @@ def describe_prompts(examples: Sequence[Example], rules: ReadingRules) -> Prompt
     """Return how a model that is trained on `examples` is prompted."""
     chats = [example for example in examples if example.messages is not None]
     systems = {_system_of(example) for example in chats}
+    formats = {example.format for example in examples}
+    template = rules.template if formats == {TEMPLATE} else None
+    if formats == {LABELLED}:
+        template = rules.label_template
     return PromptFormat(
         style="chat" if chats else "raw",
         completions="turns" if rules.as_turns else "raw",
         system=next(iter(systems)) if len(systems) == 1 else None,
+        template=None if template is None else template.source,
+        label_template=None if rules.label_template is None else rules.label_template.source,
+        labels=rules.labels,
     )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from lora.config import DataConfig
+from lora.data.prompting.column_map import check_column_map
+from lora.data.prompting.row_template import RowTemplate, parse_template
 from lora.runs.record import PromptFormat
 
 
@@ -18,6 +21,14 @@ class ReadingRules:
     """The setting raw is true: what needs a chat template is refused."""
     system: str | None = None
     """System prompt of conversations that have none of their own."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """The column of each part that has another name, or "" for one that is left out."""
+    template: RowTemplate | None = None
+    """What makes the prompt and the completion of every row."""
+    label_template: RowTemplate | None = None
+    """The same for rows with the columns text and label; None: it is made of their labels."""
+    labels: tuple[str, ...] | None = None
+    """Labels that training had; None before they are known."""
 
 
 def rules_for(
@@ -36,6 +47,18 @@ def rules_for(
         is_raw = trained.completions == "raw"
     if is_raw is None:
         is_raw = not has_template and config.chat_template is None
+    check_column_map(config.columns)
+    template = parse_template(config.template) if config.template else None
     return ReadingRules(
-        as_turns=not is_raw, only_raw=config.raw is True, system=config.system or None
+        as_turns=not is_raw,
+        only_raw=config.raw is True,
+        system=config.system or None,
+        columns=config.columns,
+        template=template,
+        label_template=None if trained is None else _recorded(trained.label_template),
+        labels=None if trained is None else trained.labels,
     )
+
+
+def _recorded(source: str | None) -> RowTemplate | None:
+    return None if source is None else parse_template(source, has_escapes=False)

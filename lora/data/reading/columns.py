@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from lora.data.prompting.pairs import PAIR_COLUMNS
 from lora.data.reading.cells import check_text, from_json, is_blank, is_no_list, kind_of
 from lora.data.reading.loss_flags import FLAGS
 from lora.data.reading.messages import Message, parse_messages
@@ -18,10 +19,9 @@ CONTEXT = (*SYSTEM, "history", "context", "input", "tools", "functions", "docume
 """Columns with part of the prompt: each is used, or the row is refused."""
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _LISTS = frozenset(("history", "tools", "functions", "documents", *MEDIA))
-KEYS = (
-    *("messages", "conversations", "prompt", "completion", "instruction", "output", "response"),
-    *("question", "answer", "text"),
-)
+TEXT, LABEL = ("text", "sentence"), ("label_text", "label")
+"""Columns of a classification: a text, and the name of its class; the first that is there."""
+KEYS = ("messages", "conversations", "prompt", "completion", *PAIR_COLUMNS, *TEXT, *LABEL)
 """Columns of the known formats."""
 
 
@@ -103,9 +103,14 @@ def check_columns(row: Row, used: Sequence[str], format: str) -> tuple[str, ...]
         if word in CONTEXT:
             raise DataError(
                 f"the column {key} has no place in the format {format}: put its text into the "
-                "prompt, or remove the column"
+                f"prompt, name it in a template, or leave it out (columns {key}=)"
             )
     return rest if len(filled) == len(rest) else tuple(filled)
+
+
+def used_columns(row: Row, unused: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of the columns with a value that are not among the unused ones."""
+    return _used(tuple(key for key, value in row.items() if value is not None), unused)
 
 
 def near_names(row: Row) -> str:
@@ -118,6 +123,11 @@ def near_names(row: Row) -> str:
 
 def _says_nothing(value: object, key: str) -> bool:
     return is_no_list(value) if key.strip().lower() in _LISTS else is_blank(value)
+
+
+@lru_cache(maxsize=256)
+def _used(keys: tuple[str, ...], unused: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(key for key in keys if key not in unused)  # one tuple for millions of rows
 
 
 @lru_cache(maxsize=256)

@@ -6,9 +6,13 @@ Known formats, in the order in which they are tried:
     conversations                        ShareGPT: from and value
     prompt + completion                  two strings (one turn each, or plain text), or two
                                          lists of messages
-    instruction + output (or response)   Alpaca, Dolly; optional columns input and context
-    question + answer (or response)      unless there is a column text; optional column context
+    a question and its answer            in the columns of `lora.data.prompting.pairs`: instruction
+                                         and output (Alpaca, Dolly), question and answer, prompt and
+                                         response, input and output …, with their context
+    text + label                         classification; see `lora.data.prompting.labels`
     text                                 plain text
+
+The setting `columns` gives columns these names; a `template` takes the place of all formats.
 
 Conversations of all formats have a system message in a column `system` or `system_prompt`; those
 with a prompt have earlier turns in `history`, which are context. Other columns are not used: those
@@ -17,43 +21,49 @@ that would carry context are refused, the others are reported.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
+from lora.data.prompting.column_map import left_out, map_columns
+from lora.data.prompting.pairs import PAIRS, Pair, find_pair
+from lora.data.prompting.row_template import RowTemplate, text_of_value
 from lora.data.prompting.rules import ReadingRules
-from lora.data.reading.cells import is_blank, kind_of
+from lora.data.reading.cells import check_text, is_blank, kind_of
 from lora.data.reading.columns import (
+    LABEL,
     SYSTEM,
+    TEXT,
     Row,
     check_columns,
     history_of,
     near_names,
     text_of,
+    used_columns,
     with_system,
 )
-from lora.data.reading.loss_flags import read_row_flags, take_message_flags
+from lora.data.reading.loss_flags import FLAGS, read_row_flags, take_message_flags
 from lora.data.reading.messages import Message, parse_messages
 from lora.data.reading.tool_calls import parse_objects, parse_tools
 from lora.errors import DataError
 
-COMPLETION = "prompt and completion"
+COMPLETION, LABELLED, TEMPLATE = "prompt and completion", "text and label", "template"
 FORMATS = (
-    "messages",
-    "conversations",
-    COMPLETION,
-    "instruction and output",
-    "question and answer",
-    "text",
+    *("messages", "conversations", COMPLETION),
+    *(pair.format for pair in PAIRS[:5]),
+    *(LABELLED, "text"),
 )
-"""Names of the known formats in error messages."""
+"""Names of the usual formats in error messages."""
 _RULES = ReadingRules()
 _NO_FLAGS: Mapping[int, str] = {}  # one for all examples: there are millions
-_CONTEXT = {"instruction": ("input", "context"), "question": ("context",)}
-"""By the question's column: columns whose texts follow it."""
+_NEEDS_LABEL = (
+    "a row of a classification needs its label. Fill it in, remove the row, or learn the texts "
+    "alone (columns label=)"
+)
 _CHAT_COLUMNS = (*SYSTEM, "tools", "functions", "documents")
 
 
@@ -64,7 +74,7 @@ class Example:
     source: str
     """Where it comes from: "file:line", or "row n"."""
     format: str
-    """One of FORMATS."""
+    """One of FORMATS, the format of one of PAIRS, or TEMPLATE."""
     messages: tuple[Message, ...] | None = None
     n_prompt_messages: int = 0
     """Leading messages that belong to the prompt: answers in them are not trained on."""
@@ -79,6 +89,8 @@ class Example:
     off_flags: Mapping[int, str] = field(default_factory=lambda: _NO_FLAGS)
     """Messages that are context because of a loss flag: the flag's name by index of the message;
     of a plain row, index 0 is the row."""
+    columns: tuple[str, ...] = ()
+    """Columns that it comes from, with the part's name where that is another."""
     unused_columns: tuple[str, ...] = ()
     """Columns with a value that is not used."""
 
@@ -139,13 +151,11 @@ def example_from_row(row: object, source: str, rules: ReadingRules = _RULES) -> 
     """
     if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
         raise DataError(f"the row is {kind_of(row)}: an object with named fields is needed")
-    filled = frozenset(key for key, value in row.items() if value is not None)
-    parse = _find_parser(filled) or _find_parser(frozenset(row))
-    if parse is None:
-        keys = ", ".join(sorted(row)) or "none"
-        near = near_names(row)
-        raise DataError(f"the keys {keys} fit no format. Allowed: {'; '.join(FORMATS)}.{near}")
-    return parse(row, source, rules)
+    if rules.template is not None:
+        return _parse_template_row(row, source, rules, rules.template)
+    if rules.columns:
+        return _parse_mapped_row(row, source, rules)
+    return _find_parser_of(row)(row, source, rules)
 
 
 def example_from_file(text: str, source: str) -> Example:
@@ -153,19 +163,82 @@ def example_from_file(text: str, source: str) -> Example:
     return Example(source, "text", text=text, is_file=True)
 
 
+Parser = Callable[[Row, str, ReadingRules], Example]
+
+
+def _find_parser_of(row: Row) -> Parser:
+    filled = frozenset(key for key, value in row.items() if value is not None)
+    parse = _find_parser(filled) or _find_parser(frozenset(row))
+    if parse is None:
+        raise DataError(_fits_none(row))
+    return parse
+
+
 @lru_cache(maxsize=256)
-def _find_parser(keys: frozenset[str]) -> Callable[[Row, str, ReadingRules], Example] | None:
+def _find_parser(keys: frozenset[str]) -> Parser | None:
     if "messages" in keys:
         return _parse_messages_row
     if "conversations" in keys:
         return _parse_conversations_row
     if {"prompt", "completion"} <= keys:
         return _parse_completion_row
-    if "instruction" in keys and keys & {"output", "response"}:
-        return _parse_instruction_row
-    if "question" in keys and keys & {"answer", "response"} and "text" not in keys:
-        return _parse_question_row
+    pair = find_pair(keys)
+    if pair is not None:
+        return partial(_parse_pair_row, pair)
+    if not keys.isdisjoint(TEXT) and not keys.isdisjoint(LABEL):
+        return _parse_labelled_row
     return _parse_text_row if "text" in keys else None
+
+
+def _fits_none(row: Row) -> str:
+    keys = list(row)
+    text = (
+        f"the keys {', '.join(sorted(row)) or 'none'} fit no format. Allowed: {'; '.join(FORMATS)}."
+    )
+    if {"chosen", "rejected"} & row.keys():
+        text += " chosen and rejected are preference data, which lora does not train on."
+    elif len(keys) > 1:
+        text += (
+            f" Or say which columns to learn, as in columns prompt={keys[0]},completion={keys[1]} "
+            f"or template '{{{keys[0]}}}\\n{{{keys[1]}}}'."
+        )
+    return text + near_names(row)
+
+
+def _parse_mapped_row(row: Row, source: str, rules: ReadingRules) -> Example:
+    mapped = map_columns(row, rules.columns)
+    named = frozenset(part for part, column in rules.columns.items() if column)
+    parse = _find_parser(named) or _find_parser_of(mapped)
+    example = parse(mapped, source, rules)
+    lost = named.difference(example.columns, (k for k in named if is_blank(mapped[k])))
+    if lost:
+        raise DataError(
+            f"the setting columns gives {', '.join(sorted(lost))}, and the format {example.format} "
+            "has no place for it: leave it out, or take a template"
+        )
+    return dataclasses.replace(
+        example,
+        columns=_with_parts(example.columns, tuple(rules.columns.items())),
+        unused_columns=(*example.unused_columns, *left_out(row, rules.columns)),
+    )
+
+
+@lru_cache(maxsize=256)
+def _with_parts(columns: tuple[str, ...], pairs: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    named = {part: column for part, column in pairs if column}
+    return tuple(f"{named[key]} (as {key})" if key in named else key for key in columns)
+
+
+def _parse_template_row(
+    row: Row, source: str, rules: ReadingRules, template: RowTemplate
+) -> Example:
+    prompt, completion = template.fill(row)
+    # What a template leaves out was left out on purpose.
+    rest = {k: v for k, v in row.items() if k in (*template.columns, *_CHAT_COLUMNS, *FLAGS)}
+    example = _exchange(rest, source, rules, TEMPLATE, (prompt, completion), template.columns)
+    chosen = set(rest)
+    unused = tuple(k for k, v in row.items() if k not in chosen and not is_blank(v))
+    return dataclasses.replace(example, unused_columns=unused) if unused else example
 
 
 def _parse_messages_row(row: Row, source: str, rules: ReadingRules) -> Example:
@@ -180,67 +253,111 @@ def _parse_conversations_row(row: Row, source: str, rules: ReadingRules) -> Exam
 
 def _parse_completion_row(row: Row, source: str, rules: ReadingRules) -> Example:
     prompt, completion = row["prompt"], row["completion"]
-    format, used = COMPLETION, ("prompt", "completion")
-    if isinstance(prompt, str) and isinstance(completion, str):
-        if rules.as_turns:
-            return _question(row, source, rules, format, *used)
-        _refuse_system(rules, format)
-        return Example(
-            source,
-            format,
-            prompt=text_of(row, "prompt"),
-            completion=text_of(row, "completion"),
-            off_flags=read_row_flags(row, ()),
-            unused_columns=check_columns(row, used, f"{format} as plain text"),
+    if isinstance(row.get("label"), bool):
+        raise DataError(
+            "label is true or false beside prompt and completion: preference data, which lora does "
+            "not train on. Keep the rows to learn, and leave label out (columns label=)"
         )
+    used = ("prompt", "completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return _exchange(row, source, rules, COMPLETION, (prompt, completion), used)
     if isinstance(prompt, list) and isinstance(completion, list):
         asked = history_of(row) + parse_messages(prompt, "prompt")
         messages = asked + parse_messages(completion, "completion")
-        return _chat(row, source, rules, format, messages, (*used, "history"), len(asked))
+        return _chat(row, source, rules, COMPLETION, messages, (*used, "history"), len(asked))
     raise DataError(
         f"prompt is {kind_of(prompt)} and completion {kind_of(completion)}. Allowed: two strings "
         "or two lists of messages"
     )
 
 
-def _parse_instruction_row(row: Row, source: str, rules: ReadingRules) -> Example:
-    answer = "response" if row.get("output") is None and "response" in row else "output"
-    return _question(row, source, rules, "instruction and output", "instruction", answer)
+def _exchange(
+    row: Row,
+    source: str,
+    rules: ReadingRules,
+    format: str,
+    texts: tuple[str, str],
+    used: tuple[str, ...],
+) -> Example:
+    """Return a prompt and what follows it: as two turns after those in `history`, or plain text."""
+    prompt, completion = texts
+    for key in used:
+        if isinstance(row.get(key), str):
+            check_text(row[key], key)
+    if rules.as_turns:
+        asked = history_of(row)
+        # Turns have no space between them.
+        texts = prompt.rstrip(), completion.lstrip()
+        messages = (*asked, *_turns(*texts))
+        used = (*used, "history")
+        return _chat(row, source, rules, format, messages, used, len(asked) + bool(asked))
+    _refuse_system(rules, format)
+    unused = check_columns(row, used, f"{format} as plain text")
+    return Example(
+        source,
+        format,
+        prompt=prompt,
+        completion=completion,
+        off_flags=read_row_flags(row, ()),
+        columns=used_columns(row, unused),
+        unused_columns=unused,
+    )
 
 
-def _parse_question_row(row: Row, source: str, rules: ReadingRules) -> Example:
-    answer = "response" if row.get("answer") is None and "response" in row else "answer"
-    return _question(row, source, rules, "question and answer", "question", answer)
+def _turns(asked: str, answered: str) -> tuple[Message, Message]:
+    return {"role": "user", "content": asked}, {"role": "assistant", "content": answered}
+
+
+def _parse_pair_row(pair: Pair, row: Row, source: str, rules: ReadingRules) -> Example:
+    """Return a question with its context and one answer, after the turns in `history`."""
+    present = [key for key in pair.answers if key in row]
+    answer = next((key for key in present if row[key] is not None), present[0])
+    parts = [text_of(row, pair.question)]
+    parts += [text_of(row, key) for key in pair.context if not is_blank(row.get(key))]
+    history = history_of(row)
+    messages = (*history, *_turns("\n\n".join(parts), text_of(row, answer)))
+    used = (pair.question, *pair.context, answer, "history")
+    return _chat(row, source, rules, pair.format, messages, used, len(history) + bool(history))
+
+
+def _parse_labelled_row(row: Row, source: str, rules: ReadingRules) -> Example:
+    """Return a text and its label, which `ask_for_labels` makes a question and its answer."""
+    text = next(key for key in TEXT if row.get(key) is not None)
+    label = next(key for key in LABEL if row.get(key) is not None)
+    name = text_of_value(row, label).strip()
+    if not name:
+        raise DataError(f"{label} is empty: {_NEEDS_LABEL}")
+    texts = text_of(row, text), name
+    used = (text, *(key for key in LABEL if key in row)) if label == LABEL[0] else (text, label)
+    return _exchange(row, source, rules, LABELLED, texts, used)
+
+
+def ask_for_labels(example: Example, template: RowTemplate) -> Example:
+    """Return a LABELLED example with the question of `template` around its text."""
+    if example.messages is None:
+        row = {"text": example.prompt, "label": example.completion}
+        prompt, completion = template.fill(row)
+        return dataclasses.replace(example, prompt=prompt, completion=completion)
+    *before, asked, answered = example.messages
+    prompt, completion = template.fill({"text": asked["content"], "label": answered["content"]})
+    turns = {**asked, "content": prompt.rstrip()}, {**answered, "content": completion.lstrip()}
+    return dataclasses.replace(example, messages=(*before, *turns))
 
 
 def _parse_text_row(row: Row, source: str, rules: ReadingRules) -> Example:
     _refuse_system(rules, "text")
+    nulls = [key for key in LABEL if key in row and row[key] is None]
+    if nulls:
+        raise DataError(f"{nulls[0]} is null: {_NEEDS_LABEL}")
+    unused = check_columns(row, ("text",), "text")
     return Example(
         source,
         "text",
         text=text_of(row, "text"),
         off_flags=read_row_flags(row, ()),
-        unused_columns=check_columns(row, ("text",), "text"),
+        columns=used_columns(row, unused),
+        unused_columns=unused,
     )
-
-
-def _question(
-    row: Row, source: str, rules: ReadingRules, format: str, question: str, answer: str
-) -> Example:
-    """Return a question with its context and one answer, after the turns in `history`."""
-    asked, answered = text_of(row, question), text_of(row, answer)
-    if question == "prompt":  # of a text and what continues it: turns have no space between them
-        asked, answered = asked.rstrip(), answered.lstrip()
-    context = _CONTEXT.get(question, ())
-    parts = [asked, *(text_of(row, key) for key in context if not is_blank(row.get(key)))]
-    history = history_of(row)
-    messages = (
-        *history,
-        {"role": "user", "content": "\n\n".join(parts)},
-        {"role": "assistant", "content": answered},
-    )
-    used = (question, *context, answer, "history")
-    return _chat(row, source, rules, format, messages, used, len(history) + bool(history))
 
 
 def _refuse_system(rules: ReadingRules, format: str) -> None:
@@ -272,6 +389,7 @@ def _chat(
     off_flags |= read_row_flags(row, messages, n_prompt_messages)
     messages = with_system(row, messages, rules.system)
     n_added = len(messages) - n_given
+    unused = check_columns(row, (*used, *_CHAT_COLUMNS), format)
     return Example(
         source,
         format,
@@ -280,5 +398,6 @@ def _chat(
         tools=parse_tools(row),
         documents=parse_objects(row.get("documents"), "documents"),
         off_flags={index + n_added: flag for index, flag in off_flags.items()},
-        unused_columns=check_columns(row, (*used, *_CHAT_COLUMNS), format),
+        columns=used_columns(row, unused),
+        unused_columns=unused,
     )

@@ -7,14 +7,23 @@ and .txt .md as one text per file. A folder is read in the order of its files' n
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lora.data.prompting.labels import label_template, sort_labels
 from lora.data.prompting.rules import ReadingRules
 from lora.data.reading.cells import kind_of
 from lora.data.reading.faults import Faults, decode_file
-from lora.data.reading.formats import Example, example_from_file, example_from_row
+from lora.data.reading.formats import (
+    LABELLED,
+    Example,
+    ask_for_labels,
+    example_from_file,
+    example_from_row,
+)
 from lora.data.reading.tables import TABLE_READERS, without_nulls
 from lora.errors import DataError, DataNotFoundError, did_you_mean
 from lora.runs.disk import os_reason
@@ -51,6 +60,10 @@ def read_examples(
             lists all faults of all files, with their lines.
         DependencyError: pyarrow is needed for a Parquet file and not installed.
     """
+    return read_with_labels(source, on_message, rules)[0]
+
+
+def _read(source: Source, on_message: OnMessage, rules: ReadingRules) -> list[Example]:
     if isinstance(source, Mapping):
         raise DataError(
             f"Cannot read examples from a {type(source).__name__} with the keys "
@@ -68,6 +81,45 @@ def read_examples(
     if not examples:
         raise DataError(f"Cannot use the examples in {_name(source)}: it has none. Add some rows.")
     return examples
+
+
+def read_with_labels(
+    source: Source, on_message: OnMessage, rules: ReadingRules
+) -> tuple[list[Example], ReadingRules]:
+    """Return the examples as `read_examples` does, and the rules with the labels that were found.
+
+    Other data of the same task are read with these rules.
+    """
+    examples = _read(source, on_message, rules)
+    named = [n for n, example in enumerate(examples) if example.format == LABELLED]
+    if not named:
+        return examples, rules
+    found = Counter(_label_of(examples[n]) for n in named)
+    if rules.label_template is None:
+        labels = sort_labels(found)
+        rules = replace(rules, labels=labels, label_template=label_template(labels))
+        counts = ", ".join(f"{label} ({found[label]:,})" for label in labels[:_MAX_NAMES])
+        more = len(labels) - _MAX_NAMES
+        counts += f" and {more:,} more" if more > 0 else ""
+        on_message(f"classification of {len(named):,} texts, {len(labels):,} labels: {counts}")
+    elif rules.labels is not None:
+        unknown = {label: n for label, n in found.items() if label not in rules.labels}
+        if unknown:
+            names = ", ".join(list(unknown)[:_MAX_NAMES])
+            on_message(
+                f"note: {sum(unknown.values()):,} of {len(named):,} texts have a label that the "
+                f"training data did not have: {names}"
+            )
+    template = rules.label_template
+    if template is not None:  # always so by now
+        for n in named:
+            examples[n] = ask_for_labels(examples[n], template)
+    return examples, rules
+
+
+def _label_of(example: Example) -> str:
+    answer = example.messages[-1]["content"] if example.messages else example.completion
+    return str(answer)
 
 
 def _read_all(

@@ -113,10 +113,11 @@ def test_those_of_plain_texts_are_counted_and_stay(
     file.write_text("one <|im_end|> two <|im_end|>")
     completion = {"prompt": "<|im_start|>user\nq<|im_end|>\n", "completion": "a<|im_end|>"}
     rows = [{"text": "none"}, {"text": "one <|im_start|> two"}, completion]
-    report = inspect_data(rows, chatml_tokenizer, DataConfig())
+    report = inspect_data(rows, chatml_tokenizer, DataConfig(raw=True))
     assert (report.n_plain_control_tokens, report.n_control_tokens) == (4, 0)
     (note,) = report.notes
     assert "spelt out 4 times in the plain texts of 2 examples, as in row 2" in note
     assert inspect_data(file, chatml_tokenizer, DataConfig()).n_plain_control_tokens == 2
-    kept = inspect_data(rows, chatml_tokenizer, DataConfig(keep_control_tokens=True))
+    config = DataConfig(keep_control_tokens=True, raw=True)
+    kept = inspect_data(rows, chatml_tokenizer, config)
     assert (kept.n_plain_control_tokens, kept.notes) == (0, [])
