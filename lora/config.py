@@ -332,13 +332,6 @@ class DataConfig(Settings):
         for name in ("packing", "allow_dropped_fields", "keep_control_tokens"):
             value = getattr(self, name)
             faults += _check(isinstance(value, bool), name, value, "true or false")
-        in_range = self.raw is None or isinstance(self.raw, bool)
-        faults += _check(in_range, "raw", self.raw, "true, false or None")
-        in_range = self.system is None or isinstance(self.system, str)
-        faults += _check(in_range, "system", self.system, "a text")
-        faults += _check_columns(self.columns, self.template)
-        if self.raw and self.system:
-            faults += _check(False, "system", self.system, "left out with raw: it needs turns")
         faults += _check_choice("learn_on", self.learn_on, LearnOn)
         faults += _check_choice("long_examples", self.long_examples, LongExamples)
         _raise_if(faults, self)
@@ -477,17 +470,6 @@ def _check_special_tokens(tokens: object) -> list[str]:
     faults = _check("" not in words, "special_tokens", words, "non-empty strings")
     twice = sorted({word for word in words if words.count(word) > 1})
     return faults + _check(not twice, "special_tokens", words, f"distinct, and has {twice} twice")
-
-
-def _check_columns(columns: object, template: object) -> list[str]:
-    pairs = columns.items() if isinstance(columns, dict) else [(None, None)]
-    in_range = all(isinstance(part, str) and isinstance(name, str) for part, name in pairs)
-    faults = _check(in_range, "columns", columns, "a mapping of parts to names of columns")
-    in_range = template is None or isinstance(template, str)
-    faults += _check(in_range, "template", template, "a text")
-    if columns and template is not None:
-        faults += _check(False, "columns", columns, "left out with template, which names columns")
-    return faults
 
 
 def _is_int(value: object) -> bool:

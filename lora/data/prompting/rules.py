@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from lora.config import DataConfig
 from lora.data.prompting.column_map import check_column_map
 from lora.data.prompting.row_template import RowTemplate, parse_template
+from lora.errors import ConfigError, gather
 from lora.runs.record import PromptFormat
 
 
@@ -41,13 +42,15 @@ def rules_for(
         has_template: whether the model comes with a chat template, that is, is a chat model.
         trained: how an adapter was trained: examples are read the same way where `config` does not
             say otherwise.
+
+    Raises ConfigError for settings of the wrong type, or that exclude each other.
     """
+    _check(config)
     is_raw = config.raw
     if is_raw is None and trained is not None and trained.completions is not None:
         is_raw = trained.completions == "raw"
     if is_raw is None:
         is_raw = not has_template and config.chat_template is None
-    check_column_map(config.columns)
     template = parse_template(config.template) if config.template else None
     return ReadingRules(
         as_turns=not is_raw,
@@ -58,6 +61,24 @@ def rules_for(
         label_template=None if trained is None else _recorded(trained.label_template),
         labels=None if trained is None else trained.labels,
     )
+
+
+def _check(config: DataConfig) -> None:
+    faults = []
+    for name, kind in (("raw", bool), ("system", str), ("template", str)):
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, kind):
+            faults.append(f"{name}={value!r}: must be of type {kind.__name__}, or None")
+    pairs = config.columns.items() if isinstance(config.columns, dict) else [(None, None)]
+    if not all(isinstance(part, str) and isinstance(name, str) for part, name in pairs):
+        faults.append(f"columns={config.columns!r}: must be a mapping of parts to columns")
+    if config.raw and config.system:
+        faults.append(f"system={config.system!r}: it needs turns, so leave it out with raw")
+    if config.columns and config.template:
+        faults.append(f"columns={config.columns!r}: leave them out with template, which names some")
+    if faults:
+        raise ConfigError(gather(faults, "Cannot use DataConfig:", "Change these settings."))
+    check_column_map(config.columns)
 
 
 def _recorded(source: str | None) -> RowTemplate | None:

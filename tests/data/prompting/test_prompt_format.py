@@ -77,9 +77,24 @@ def test_the_setting_goes_before_the_adapter_and_that_before_the_model(
     assert found.as_turns is as_turns
 
 
-def test_settings_that_exclude_each_other_are_refused() -> None:
-    with pytest.raises(ConfigError, match="system='s': must be left out with raw"):
-        DataConfig(raw=True, system="s")
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"raw": True, "system": "s"}, "system='s': it needs turns, so leave it out with raw"),
+        (
+            {"template": "{a}{b}", "columns": {"text": "a"}},
+            "columns=.*leave them out with template",
+        ),
+        ({"columns": {"text": 3}}, "columns=.*must be a mapping of parts to columns"),
+        (
+            {"raw": "yes", "template": 3},
+            "raw='yes': must be of type bool(.|\n)*template=3: must be",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(settings: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        rules_for(DataConfig(**settings), has_template=True)
 
 
 @pytest.mark.parametrize(

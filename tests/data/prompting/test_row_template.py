@@ -94,11 +94,6 @@ def test_a_template_makes_turns_of_a_chat_model_and_plain_text_else() -> None:
     assert read({"messages": 3, **TICKET}, template).format == "template"
 
 
-def test_a_template_and_columns_exclude_each_other() -> None:
-    with pytest.raises(ConfigError, match=r"columns=.*left out with template"):
-        DataConfig(template="{a}{b}", columns={"text": "a"})
-
-
 def mapped(row: Any, **columns: str) -> Example:
     return example_from_row(row, "f:1", ReadingRules(as_turns=True, columns=columns))
 
