@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     )
     from lora.export.run import export, merge
     from lora.finetune.from_settings import finetune
+    from lora.finetune.own_model import train
     from lora.inference.api import evaluate, generate, load_model
     from lora.lora_module import (
         LoRALinear,
@@ -93,6 +94,7 @@ _HOMES = {
     "remove_lora": "lora.adapters.apply",
     "save_adapter": "lora.adapters.save_load",
     "sweep": "lora.sweep.run",
+    "train": "lora.finetune.own_model",
 }
 _PACKAGES = ("compare", "export", "finetune", "sweep")
 """Names that are packages too, and callable: see lora/public/packages.py."""
@@ -131,6 +133,7 @@ __all__ = [
     "remove_lora",
     "save_adapter",
     "sweep",
+    "train",
 ]
 
 

@@ -7,9 +7,10 @@ the model is changed.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,15 +67,16 @@ def save_adapter(model: nn.Module, folder: Path | str, *, base_name: str | None 
     """Write the adapter on `model`: A and B, fully trained modules, and trained embedding rows.
 
     Both files are complete on disk before they replace a former adapter's, so a failed save leaves
-    that as it was. `base_name` is the base that PEFT should load.
+    that as it was. `base_name` is the base that PEFT should load; None: the name under which
+    transformers loaded it, if it did.
 
     Raises AdapterError for values that are not finite, and CheckpointError if a file cannot be
     written.
     """
     folder, applied = Path(folder), applied_lora(model)
-    described = describe_adapter(model, applied, base_name) | describe_trainable_tokens(
-        model, applied
-    )
+    described = describe_adapter(
+        model, applied, base_name or _loaded_name(model)
+    ) | describe_trainable_tokens(model, applied)
     tensors = {
         name: tensor.detach().cpu().contiguous().clone()
         for name, tensor in (
@@ -88,6 +90,14 @@ def save_adapter(model: nn.Module, folder: Path | str, *, base_name: str | None 
         raise AdapterError(gather(faults, f"Cannot save the adapter to {folder}:", advice))
     metadata = {"format": "pt", FINGERPRINT_KEY: base_fingerprint(model)}
     write_adapter_files(folder, described, tensors, metadata)
+
+
+def _loaded_name(model: nn.Module) -> str | None:
+    """Return the name or path from which transformers loaded `model`, if it did."""
+    transformers = sys.modules.get("transformers.modeling_utils")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return None
+    return str(cast(Any, model).config.name_or_path) or None
 
 
 def load_adapter(model: nn.Module, folder: Path | str, *, trainable: bool = False) -> nn.Module:

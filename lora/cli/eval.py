@@ -83,9 +83,11 @@ def evaluate(
     """
     from lora.data.reading.readers import read_examples
     from lora.data.sequences.embedding_rows import check_ids
+    from lora.decoder.families import decoder_config
     from lora.inference.evaluation import prepare_evaluation
     from lora.inference.loading import find_model_of
     from lora.inference.run_settings import find_rules
+    from lora.pretrained.hf_files import read_config
 
     chosen = config_from(EvalConfig, eval_config or EvalFlags())
     if bleu:
@@ -93,7 +95,9 @@ def evaluate(
     output = _output(predictions, chosen, overwrite, input_paths(data, adapter, model))
     sampling = SamplingConfig(max_new_tokens=max_new_tokens)
     config, now = _data_settings(adapter, data_config)
-    rules = find_rules(config, adapter, find_model_of(model, adapter).folder)
+    folder = find_model_of(model, adapter).folder
+    decoder_config(read_config(folder))  # an unknown architecture is refused before data are read
+    rules = find_rules(config, adapter, folder)
     examples = read_examples(data, _tell, rules=rules)
     loaded = _with_template(load_model(model, adapter, device), config)
     if model is None:

@@ -65,6 +65,12 @@ _NEUTRAL: dict[str, Any] = {
 """Fields that change the result, with the value at which they do not; checked if the family does
 not read them."""
 
+OTHER_MODELS_ADVICE = (
+    "load it with transformers, call lora.apply_lora(model) and lora.train(model, tokenizer, "
+    "data). docs/python.md has a complete example."
+)
+"""What to do with a model that has no native decoder."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -114,10 +120,7 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     _check_unsupported(fields)
     if fields.faults:
         heading = f"Cannot build this {model_type!r} model: config.json has unsupported fields:"
-        advice = (
-            "Correct a field that is wrong. If the model needs it, load the model with "
-            "transformers and adapt the object with lora.apply_lora(model, config)."
-        )
+        advice = f"Correct a field that is wrong. If the model needs it: {OTHER_MODELS_ADVICE}"
         raise ModelError(gather(fields.faults, heading, advice))
     return DecoderConfig(
         family=model_type,
@@ -147,8 +150,7 @@ def _find_family(config: dict[str, Any]) -> str:
     near = did_you_mean(model_type or str(named), known)
     raise ModelError(
         f"Cannot build a decoder: config.json says {seen}. Supported: {', '.join(known)}.{near} "
-        "Load a model of another architecture with transformers and adapt it in Python: "
-        "lora.apply_lora(model, LoRAConfig())."
+        f"A model of another architecture is trained from Python: {OTHER_MODELS_ADVICE}"
     )
 
 

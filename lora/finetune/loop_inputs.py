@@ -48,7 +48,7 @@ def training_job(
         choice=choice,
         progress=progress,
         on_eval=_sampler(job, model, data, run, progress),
-        name_examples=_namer(stream, data, train),
+        name_examples=example_namer(stream, data, train),
         resume=job.resume,
         memory_plan=memory_plan,
         start_name=_start_name(job),
@@ -62,7 +62,7 @@ def _start_name(job: FinetuneJob) -> str:
     return "the model before fine-tuning" if job.is_full else "the model without an adapter"
 
 
-def _namer(
+def example_namer(
     stream: BatchStream, data: PreparedData, train: TrainConfig
 ) -> Callable[[int, Sequence[tuple[int, int]]], str]:
     """Return the function that names the examples in a step: see `TrainingJob.name_examples`."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -70,23 +72,32 @@ def save_model(
 
     It is in the run directory, or in a new temporary one if that cannot be written.
     """
-    name = "model" if job.is_full else "adapter"
 
-    def save(directory: Path) -> Path:
+    def save(directory: Path) -> None:
         if not job.is_full:
-            return _save_adapter(model, data, source, directory)
+            _save_adapter(model, data, source, directory)
+            return
         save_decoder(model, directory)
         # With the chat template of the training data.
         save_tokenizer_files(data.tokenizer, source.folder, directory)
         save_prompt_format(data.prompts, directory)
-        return directory
 
+    return save_in_run(run, "model" if job.is_full else "adapter", save, progress)
+
+
+def save_in_run(run: Run, name: str, save: Callable[[Path], None], progress: Progress) -> Path:
+    """Call `save` with the directory `name` of the run, and return it.
+
+    If that cannot be written, with one in a new temporary directory.
+    """
+    directory = run.folder / name
     try:
-        return save(run.folder / name)
+        save(directory)
     except CheckpointError as error:  # do not lose hours of training to a full disk
-        elsewhere = save(Path(tempfile.mkdtemp(prefix=f"lora-{run.folder.name}-")) / name)
-        progress.message(f"{error} The {name} is saved in {elsewhere}: copy it to a safe place.")
-        return elsewhere
+        directory = Path(tempfile.mkdtemp(prefix=f"lora-{run.folder.name}-")) / name
+        save(directory)
+        progress.message(f"{error} The {name} is saved in {directory}: copy it to a safe place.")
+    return directory
 
 
 def save_start(
@@ -97,23 +108,29 @@ def save_start(
     run: Run,
     progress: Progress,
 ) -> None:
-    """Save the adapter as it is before training: what opens a checkpoint as one is made after it.
+    """Save the adapter as it is before training: see `save_start_in_run`."""
+    if not job.is_full:
+        save = partial(_save_adapter, model, data, source)
+        save_start_in_run(run, save, progress)
+
+
+def save_start_in_run(run: Run, save: Callable[[Path], None], progress: Progress) -> None:
+    """Call `save` before training: what opens a checkpoint as an adapter is made after it.
 
     If the disk refuses, a message says so: checkpoints then open once the run has ended.
     """
     directory = run.folder / CHECKPOINTS / START
-    if job.is_full or (directory / CONFIG_FILE).is_file():
+    if (directory / CONFIG_FILE).is_file():
         return
     try:
-        _save_adapter(model, data, source, directory)
+        save(directory)
     except CheckpointError as error:
         progress.message(
             f"{error} Checkpoints can be used as adapters only when the run has ended."
         )
 
 
-def _save_adapter(model: Decoder, data: PreparedData, source: ModelSource, directory: Path) -> Path:
+def _save_adapter(model: Decoder, data: PreparedData, source: ModelSource, directory: Path) -> None:
     save_adapter(model, directory, base_name=source.reference)
     data.tokenizer.save(directory)  # with the chat template of the training data
     save_prompt_format(data.prompts, directory)
-    return directory

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lora.decoder.families import OTHER_MODELS_ADVICE
 from lora.decoder.fields import Fields
 from lora.errors import ModelError, did_you_mean, gather
 from lora.pretrained.gguf_file import GGUFFile
@@ -82,8 +83,8 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
         near = did_you_mean(str(known), _ARCHITECTURES)
         raise ModelError(
             f"Cannot load {file.path}: general.architecture is {known!r}. Supported: "
-            f"{', '.join(_ARCHITECTURES)}.{near} Load the model with transformers and adapt the "
-            "object with lora.apply_lora(model, config)."
+            f"{', '.join(_ARCHITECTURES)}.{near} Or take the model's Hugging Face folder: "
+            f"{OTHER_MODELS_ADVICE}"
         )
     row = _ARCHITECTURES[known]
     names = {ours: f"{known}.{key}" for ours, key in _KEYS.items()}

@@ -1,0 +1,291 @@
+"""`lora.train(...)`: our loop on a model that is in memory and has LoRA, one of transformers' too.
+
+model = AutoModelForCausalLM.from_pretrained("my-model")
+lora.apply_lora(model, lora.LoRAConfig(rank=16))
+done = lora.train(model, AutoTokenizer.from_pretrained("my-model"), "orders.jsonl", steps=300)
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from lora.adapters.apply import applied_lora, trained_parameters
+from lora.adapters.fingerprint import base_fingerprint
+from lora.adapters.save_load import save_adapter
+from lora.config import DataConfig, RunConfig, TrainConfig
+from lora.data.inspection import inspect_prepared
+from lora.data.prepare import PreparedData, prepare_data
+from lora.data.prompting.prompt_format import save_prompt_format
+from lora.data.reading.readers import Source
+from lora.data.record import describe_data
+from lora.data.sequences.batches import BatchStream, ordered_batches
+from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
+from lora.decoder.decoder import Decoder
+from lora.device import DeviceChoice, choose_device
+from lora.errors import CheckpointError, ConfigError, ModelError, UnknownSettingError
+from lora.fast.choose import choose_steps
+from lora.finetune.event_files import check_tensorboard, event_file
+from lora.finetune.loop_inputs import example_namer
+from lora.finetune.model import save_in_run, save_start_in_run
+from lora.inference.run_settings import prompts_to_resume
+from lora.pretrained.positions import describe_excess
+from lora.runs.directory import (
+    Run,
+    check_run_directory,
+    create_run,
+    default_name,
+    read_start_time,
+)
+from lora.runs.progress import NoProgress, Progress
+from lora.runs.record import RunRecord, RunResult
+from lora.settings.base import describe_unknown, names_of
+from lora.settings.peers import FORMER_NAMES
+from lora.training.job import TrainingJob, TrainResult
+from lora.training.losses import is_transformers, loss_for
+from lora.training.trainer import train as run_loop
+
+GROUPS = (TrainConfig, DataConfig, RunConfig)
+NOT_HERE = {
+    "device": "the model is used where it is: move it with model.to(...)",
+    "samples": "sample answers need a model of lora.load_model; ask it with its own generate()",
+    "sample_tokens": "there are no sample answers here",
+    "special_tokens": "add them to the model and the tokenizer first, with train_token_rows(model, "
+    "ids)",
+}
+"""Settings that mean nothing for a model in memory, and why."""
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """Where the results are, and what was measured."""
+
+    folder: Path
+    """The run directory."""
+    saved: Path
+    """The directory of the adapter."""
+    result: TrainResult
+
+
+@dataclass(frozen=True)
+class _Settings:
+    train: TrainConfig
+    data: DataConfig
+    run: RunConfig
+
+
+def train(
+    model: nn.Module,
+    tokenizer: Any,
+    data: Source,
+    progress: Progress | None = None,
+    *,
+    eval_data: Source | None = None,
+    resume: bool = False,
+    **settings: Any,
+) -> TrainedAdapter:
+    """Changes `model` in place: train the LoRA on it, and save the adapter in a run directory.
+
+    The same loop as `lora.finetune`: evaluations, early stopping, checkpoints, exact resume.
+
+    Args:
+        model: with LoRA (`apply_lora` or `load_adapter(..., trainable=True)`): one of transformers'
+            causal language models, or one that `lora.load_model` returned. It stays on its device.
+        tokenizer: the model's: of transformers (a fast one), of `lora.load_model`, or the directory
+            of a tokenizer.json.
+        data: a file or directory of examples, or a list of dicts.
+        progress: called with steps and messages; None shows nothing.
+        eval_data: validation examples; None splits some off `data`.
+        resume: continue the run called `name`; the model must be prepared as it was for that run.
+        settings: fields of TrainConfig, DataConfig and RunConfig, by their names. Examples are not
+            packed for transformers' models: their attention would mix them.
+
+    Raises ConfigError, DataError, ModelError or TargetError before anything is written or trained;
+    TrainingError if the loss is no longer finite; Interrupted after a signal.
+    """
+    progress = progress or NoProgress()
+    chosen = _take_settings(settings, is_ours=isinstance(model, Decoder))
+    _check_trains(model)
+    loss_for(model)  # raises for a model that no loss fits
+    check_run_directory(chosen.run.out, chosen.run.name, resume=resume)
+    if chosen.run.tensorboard:
+        check_tensorboard()
+    device = next(model.parameters()).device
+    choice = choose_device(str(device), chosen.train.precision)
+    prepared = _load_data(model, tokenizer, data, eval_data, chosen, resume, progress)
+    train_config = chosen.train.resolved(full=False)
+    record = _describe(model, prepared, data, eval_data, chosen, train_config, choice)
+    torch.manual_seed(train_config.seed)  # of dropout
+    fast = chosen.run.fast
+    steps = choose_steps(model, choice, train_config, fast=fast, on_message=progress.message)
+    name = chosen.run.name or default_name(record.model or "model")
+    with create_run(chosen.run.out, name, resume=resume, record=record) as run:
+        if run.note:
+            progress.message(run.note)
+        size = train_config.micro_batch_size
+        stream = BatchStream(prepared.train, size, train_config.seed, steps.batch_device)
+        validation = prepared.validation
+        job = TrainingJob(
+            model=model,
+            steps=steps,
+            stream=stream,
+            eval_batches=lambda: (
+                [] if validation is None else ordered_batches(validation, size, choice.device)
+            ),
+            train_config=train_config,
+            run_config=chosen.run,
+            run=run,
+            choice=choice,
+            progress=progress,
+            name_examples=example_namer(stream, prepared, train_config),
+            resume=resume,
+            start_name="the model before training",
+        )
+        return _run(job, model, prepared, run, progress)
+
+
+def _run(
+    job: TrainingJob, model: nn.Module, data: PreparedData, run: Run, progress: Progress
+) -> TrainedAdapter:
+    def save(folder: Path) -> None:
+        save_adapter(model, folder)
+        data.tokenizer.save(folder)  # with the chat template of the training data
+        save_prompt_format(data.prompts, folder)
+
+    save_start_in_run(run, save, progress)
+    with ExitStack() as opened:
+        if job.run_config.tensorboard:
+            log = event_file(run.folder / "tensorboard", progress.message)
+            run.on_metrics = opened.enter_context(log)
+        result = run_loop(job)
+    saved = save_in_run(run, "adapter", save, progress)
+    try:
+        run.write_result(RunResult(**vars(result)))
+    except CheckpointError as error:  # the disk is full, but the adapter is saved
+        progress.message(str(error))
+    return TrainedAdapter(run.folder, saved, result)
+
+
+def _take_settings(given: dict[str, Any], *, is_ours: bool) -> _Settings:
+    """Return the settings in their groups. Raises ConfigError for those that cannot be used."""
+    settings = {FORMER_NAMES.get(name, name): value for name, value in given.items()}
+    refused = [name for name in settings if name in NOT_HERE]
+    if refused:
+        raise ConfigError(f"Cannot train with {refused[0]}=…: {NOT_HERE[refused[0]]}.")
+    known = [name for kind in GROUPS for name in names_of(kind) if name not in NOT_HERE]
+    wrong = describe_unknown(settings, known)
+    if wrong:
+        raise UnknownSettingError(f"Cannot train: {wrong}")
+    if not is_ours and settings.setdefault("packing", False) is True:
+        raise ConfigError(
+            "Cannot train one of transformers' models with packing=True: the examples of a packed "
+            "sequence would attend to each other. Leave packing out."
+        )
+    parts = [
+        kind(**{name: settings[name] for name in names_of(kind) if name in settings})
+        for kind in GROUPS
+    ]
+    train_config, data, run = parts
+    return _Settings(
+        cast(TrainConfig, train_config),
+        cast(DataConfig, data),
+        replace(cast(RunConfig, run), samples=0),
+    )
+
+
+def _check_trains(model: nn.Module) -> None:
+    applied_lora(model)  # raises without LoRA
+    if not any(parameter.requires_grad for parameter in trained_parameters(model)):
+        raise ConfigError(
+            f"Cannot train this {type(model).__name__}: none of its parameters has requires_grad. "
+            "Call apply_lora(model), or load_adapter(model, folder, trainable=True)."
+        )
+
+
+def _load_data(
+    model: nn.Module,
+    tokenizer: Any,
+    data: Source,
+    eval_data: Source | None,
+    chosen: _Settings,
+    resume: bool,
+    progress: Progress,
+) -> PreparedData:
+    folder = chosen.run.out / str(chosen.run.name)
+    theirs = cast(Any, model)
+    prepared = prepare_data(
+        data,
+        as_text_tokenizer(tokenizer),
+        chosen.data,
+        chosen.train.seed,
+        validation_source=eval_data,
+        now=read_start_time(folder) if resume else None,
+        n_rows=theirs.get_input_embeddings().num_embeddings,
+        trained=prompts_to_resume(folder) if resume else None,
+        on_message=progress.message,
+    )
+    report = inspect_prepared(prepared, data, chosen.data)
+    excess = describe_excess(report.longest_tokens, _positions_of(model))
+    for note in [*report.notes, *report.warnings, *([excess] if excess else [])]:
+        progress.message(f"note: {note}")
+    return prepared
+
+
+def _positions_of(model: nn.Module) -> int:
+    if isinstance(model, Decoder):
+        return model.config.max_position_embeddings
+    config: dict[str, Any] = cast(Any, model).config.to_dict()
+    return int(config.get("max_position_embeddings") or config.get("n_positions") or sys.maxsize)
+
+
+def as_text_tokenizer(tokenizer: Any) -> TextTokenizer:
+    """Return a tokenizer of transformers, or the one in a directory, as one of ours.
+
+    Raises ModelError for anything else, DataError for one that has no tokenizer.json.
+    """
+    if isinstance(tokenizer, TextTokenizer):
+        return tokenizer
+    if isinstance(tokenizer, str | Path):
+        return load_tokenizer(Path(tokenizer))
+    if not is_transformers(tokenizer):
+        raise ModelError(
+            f"Cannot use a {type(tokenizer).__name__} as tokenizer. Allowed: a tokenizer of "
+            "transformers or of lora.load_model, or the directory of a tokenizer.json."
+        )
+    with tempfile.TemporaryDirectory(prefix="lora-tokenizer-") as folder:
+        tokenizer.save_pretrained(folder)
+        return load_tokenizer(Path(folder))
+
+
+def _describe(
+    model: nn.Module,
+    data: PreparedData,
+    source: Source,
+    eval_source: Source | None,
+    chosen: _Settings,
+    train_config: TrainConfig,
+    choice: DeviceChoice,
+) -> RunRecord:
+    return RunRecord(
+        kind="finetune",
+        method="lora",
+        model=type(model).__name__,
+        device=choice.reason,
+        threads=torch.get_num_threads(),
+        learning_rate=train_config.peak_learning_rate,
+        base_fingerprint=base_fingerprint(model),
+        lora=asdict(applied_lora(model).config),
+        train=asdict(chosen.train),
+        data_config=asdict(chosen.data),
+        run=asdict(chosen.run),
+        data=replace(
+            describe_data(data, source, eval_source), counts=asdict(data.train_encoded.counts)
+        ),
+    )
