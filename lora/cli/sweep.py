@@ -123,8 +123,8 @@ def sweep(
         lora sweep --data orders.jsonl --rank 4,8,16 --full
 
     Each candidate is the adapter that lora finetune trains with these settings.
-    The one with the lowest final validation loss is saved in best/, all of them
-    in candidates/; the report is report.html.
+    Of each the weights with its lowest validation loss are saved, in candidates/,
+    and the adapter with the lowest of all in best/; the report is report.html.
     """
     run_config = config_from(RunConfig, run or SweepRun())
     if resume and run_config.name is None:

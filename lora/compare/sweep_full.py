@@ -142,6 +142,8 @@ def _train(job: FinetuneJob, progress: Progress) -> FullRecord:
         eval_loss=done.result.eval_loss,
         best_eval_loss=best_loss,
         best_step=best_step,
+        saved_step=done.result.saved_step,
+        saved_eval_loss=done.result.saved_eval_loss,
         row=done.result.steps * job.train.batch_size,
     )
     return FullRecord(

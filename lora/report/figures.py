@@ -110,7 +110,7 @@ def choose_curves(runs: Sequence[RunSummary]) -> tuple[list[RunSummary], list[Ru
 
 
 def _curve_order(run: RunSummary) -> tuple[bool, bool, bool, float]:
-    loss = math.inf if run.eval_loss is None else run.eval_loss
+    loss = math.inf if run.result_loss is None else run.result_loss
     return run.step_s is None, run.status == "failed", run.status == "stopped", loss
 
 
@@ -124,7 +124,7 @@ def sweep_pictures(sweep: SweepSummary, number: int) -> list[Picture]:
         pictures.append(
             Picture(
                 f"rank{suffix}",
-                "Best validation loss at the end, by rank. The band is the noise level: "
+                "Best validation loss by rank. The band is the noise level: "
                 f"{spot.noise_from}. Small dots are other learning rates "
                 "(much worse ones are left out).",
                 f"Validation loss by rank: the best is rank {spot.best_rank} with "

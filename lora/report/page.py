@@ -162,7 +162,7 @@ def _sweep_finding(report: Report, sweep: SweepSummary) -> str:
     base = "" if base_loss is None else f", from {loss_text(base_loss)} without an adapter"
     said = (
         f"The best of {sweep.candidates} candidates is rank {count_text(best.rank)} at learning "
-        f"rate {short(best.learning_rate)}: validation loss {loss_text(best.eval_loss)}{base}."
+        f"rate {short(best.learning_rate)}: validation loss {loss_text(best.result_loss)}{base}."
     )
     spot = sweep.sweet_spot
     if spot is not None and spot.rank != spot.best_rank:

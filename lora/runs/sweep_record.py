@@ -51,8 +51,12 @@ class CandidateState:
     """Newest validation loss, nats."""
     best_eval_loss: float | None = None
     best_step: int | None = None
-    """The step of `best_eval_loss`. No checkpoint of it is kept: candidates are compared and saved
-    as they are at the end."""
+    """The step of `best_eval_loss`."""
+    saved_step: int | None = None
+    """The step whose weights its adapter has; None until it is saved, and in files of older
+    versions, which saved the last."""
+    saved_eval_loss: float | None = None
+    """Validation loss of these weights, nats."""
     row: int = 0
     """Training sequences consumed: the position of its batch stream."""
 
@@ -69,11 +73,24 @@ class CandidateState:
         """Whether it may be trained further."""
         return self.status in ("waiting", "training")
 
-    def note_eval(self, loss: float) -> None:
-        """Record a validation loss at the present step."""
+    def note_eval(self, loss: float) -> bool:
+        """Record a validation loss at the present step; return whether it is the best so far."""
         self.eval_loss = loss
-        if self.best_eval_loss is None or loss < self.best_eval_loss:
+        is_best = self.best_eval_loss is None or loss < self.best_eval_loss
+        if is_best:
             self.best_eval_loss, self.best_step = loss, self.step
+        return is_best
+
+    @property
+    def result_loss(self) -> float | None:
+        """Validation loss of its adapter once it has finished, the newest before."""
+        has_saved = self.status == "done" and self.saved_eval_loss is not None
+        return self.saved_eval_loss if has_saved else self.eval_loss
+
+    def note_saved(self, *, best: bool) -> None:
+        """Record that its adapter was saved, with the best weights or those of the present step."""
+        self.saved_step = self.best_step if best else self.step
+        self.saved_eval_loss = self.best_eval_loss if best else self.eval_loss
 
     def fail(self, reason: str) -> None:
         """Stop training it: its loss or gradient is not finite."""
@@ -131,9 +148,9 @@ class SweepOutcome:
     """All of result.json of a sweep."""
 
     best: str
-    """Name of the candidate with the lowest validation loss at the end."""
+    """Name of the candidate whose saved adapter has the lowest validation loss."""
     eval_loss: float | None
-    """Of that candidate, nats."""
+    """Of that adapter, nats."""
     train_s: float
     """Seconds in steps of the process that finished the sweep."""
 
@@ -181,13 +198,16 @@ def rank(candidates: Iterable[CandidateState]) -> list[CandidateState]:
 
 
 def loss_order(candidate: CandidateState) -> tuple[float, str]:
-    """Return the key that sorts candidates by validation loss, those without one last."""
-    loss = candidate.eval_loss
+    """Return the key that sorts candidates by validation loss, those without one last.
+
+    The loss of a finished one is that of its adapter, of the others the newest.
+    """
+    loss = candidate.result_loss
     return (math.inf if loss is None or math.isnan(loss) else loss, candidate.name)
 
 
 def find_best(candidates: Sequence[CandidateState]) -> CandidateState | None:
-    """Return the finished candidate with the lowest validation loss; None if none has finished."""
+    """Return the finished candidate with the lowest loss; None if none has finished."""
     done = [c for c in candidates if c.status == "done"]
     return min(done, key=loss_order, default=None)
 

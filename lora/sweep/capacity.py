@@ -22,9 +22,10 @@ from lora.sweep.grid import Candidate
 
 RESERVED_FRACTION = 0.1
 """Of the free memory: kept in reserve, because a plan is an estimate."""
-STATE_COPIES = 3
+STATE_COPIES = 4
 """Copies of the trained parameters that the plain step of a stack holds beside values, gradients
-and moments: the gathered gradients, the update, and the copy that a checkpoint is written from."""
+and moments: the gathered gradients, the update, the copy that a checkpoint is written from, and the
+best values."""
 
 
 @dataclass(frozen=True)

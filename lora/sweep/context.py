@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lora.config import SavedWeights
 from lora.data.sequences.batches import TokenSequences
 from lora.device import DeviceChoice
 from lora.runs.directory import Run
@@ -35,6 +36,8 @@ class SweepContext:
     choice: DeviceChoice
     run: Run
     progress: SweepProgress
+    save: SavedWeights = "best"
+    """Which weights of a candidate become its adapter."""
     memory_plan: str = ""
     """How many candidates were planned to fit, in words: quoted if memory runs out."""
     fast: bool = True

@@ -31,7 +31,7 @@ class SweepJob(Task):
     train: TrainConfig = field(default_factory=TrainConfig)
     """Shared by all candidates; the grid's values replace those given here."""
     run: RunConfig = field(default_factory=RunConfig)
-    """A sweep uses out, name, device, fast, and the evaluation and save intervals."""
+    """A sweep uses out, name, device, fast, save, and the evaluation and save intervals."""
     at_once: int | None = None
     """Candidates trained together; None: as many as fit into memory."""
     halving: bool = False

@@ -70,7 +70,13 @@ from lora.sweep.setup import (
     read_saved_record,
 )
 from lora.sweep.wave import TrainedWave, finish_wave, train_wave
-from lora.sweep.wave_checkpoint import TensorState, load_wave, remove_candidate_state, split_wave
+from lora.sweep.wave_checkpoint import (
+    TensorState,
+    load_wave,
+    remove_candidate_state,
+    split_wave,
+    values_to_save,
+)
 from lora.sweep.wave_loop import WavePlan
 from lora.training.out_of_memory import LOADING_ADVICE, explain_out_of_memory
 
@@ -153,7 +159,7 @@ def _train_all(
     progress, train_s = context.progress, 0.0
 
     def save(candidate: Candidate, tensors: TensorState) -> None:
-        values = {n.removeprefix("value."): t for n, t in tensors.items() if n.startswith("value.")}
+        values = values_to_save(tensors)[0]
         folder = candidate_run(context.run, candidate).folder / "adapter"
         with single_adapter(context.model, candidate.lora, values) as adapted:
             save_adapter(adapted, folder, base_name=source.reference)
@@ -238,7 +244,7 @@ def _choose_best(context: SweepContext, record: SweepRecord, train_s: float) -> 
     for own in own_runs.values():
         remove_candidate_state(own)
     _copy_best(own_runs[best.name].folder / "adapter", run.folder / BEST)
-    write_outcome(run, SweepOutcome(best.name, best.eval_loss, train_s))
+    write_outcome(run, SweepOutcome(best.name, best.result_loss, train_s))
     return SweepResult(
         folder=run.folder,
         best=run.folder / BEST,

@@ -125,6 +125,7 @@ def build_context(
         choice=choice,
         run=run,
         progress=progress,
+        save=job.run.save,
         memory_plan=memory_plan,
         fast=takes_fast(job),
     )

@@ -19,6 +19,7 @@ from lora.sweep.wave_checkpoint import (
     close_wave,
     remove_candidate_state,
     save_candidate,
+    values_to_save,
 )
 from lora.sweep.wave_loop import TrainedMember, WaveLoop, WavePlan
 
@@ -85,6 +86,7 @@ def finish_wave(
     for member in wave.members:
         if member.state.status == "training":
             save_adapter(member.candidate, member.tensors)
+            member.state.note_saved(best=values_to_save(member.tensors)[1])
     for member in wave.members:
         state = member.state
         if state.status == "training" and wave.until == record.rungs[-1]:

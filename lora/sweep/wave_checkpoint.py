@@ -3,7 +3,8 @@
     runs/NAME/checkpoints/                 the wave: all of its candidates' tensors together
     runs/NAME/candidates/NAME/state/       one candidate's tensors, from one wave to the next
 
-Only the newest checkpoint is kept: a sweep compares candidates as they are at the end.
+Only the newest checkpoint is kept. A candidate whose best evaluation was at an earlier step has the
+values of that step in it too.
 """
 
 from __future__ import annotations
@@ -29,7 +30,29 @@ from lora.training.checkpoint import list_checkpoints, load_newest, save_checkpo
 
 CHECKPOINTS, STATE = "checkpoints", "state"
 TensorState = dict[str, Tensor]
-"""One adapter's values, optimizer moments and dropout generator, by name: StackedTrainer.state."""
+"""One adapter's values, optimizer moments and dropout generator, by name: StackedTrainer.state.
+
+With `best.` before their names, the values of its best evaluation, if that was at another step."""
+VALUE, BEST = "value.", "best."
+"""How the names of values begin, and those of the best ones."""
+
+
+def with_best(tensors: TensorState, best: TensorState) -> TensorState:
+    """Return a candidate's tensors together with the values of its best evaluation."""
+    return tensors | {BEST + name: tensor for name, tensor in best.items()}
+
+
+def split_best(tensors: TensorState) -> tuple[TensorState, TensorState]:
+    """Return a candidate's tensors as the trainer restores them, and those of `with_best`."""
+    best = {n.removeprefix(BEST): t for n, t in tensors.items() if n.startswith(BEST)}
+    return {n: t for n, t in tensors.items() if not n.startswith(BEST)}, best
+
+
+def values_to_save(tensors: TensorState) -> tuple[TensorState, bool]:
+    """Return the values that become the adapter, by parameter, and whether they are of the best."""
+    own, best = split_best(tensors)
+    chosen = best or own
+    return {n.removeprefix(VALUE): t for n, t in chosen.items() if n.startswith(VALUE)}, bool(best)
 
 
 @dataclass(frozen=True)

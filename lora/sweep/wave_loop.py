@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lora.data.sequences.batches import BatchStream, ordered_batches
 from lora.device import peak_memory_bytes
@@ -24,11 +24,14 @@ from lora.stacked.losses import stack_batches
 from lora.sweep.context import SweepContext, candidate_run
 from lora.sweep.grid import Candidate
 from lora.sweep.wave_checkpoint import (
+    VALUE,
     SavedWave,
     TensorState,
     WavePosition,
     load_candidate,
     save_wave,
+    split_best,
+    with_best,
 )
 from lora.training.optim import learning_rate_at
 from lora.training.step_runner import StepOutcome
@@ -55,6 +58,8 @@ class WaveMember:
     run: Run
     """Its own run directory."""
     stream: BatchStream
+    best: TensorState = field(default_factory=dict)
+    """On the CPU, the values of its best evaluation; none where only the last are saved."""
 
     def skip_to(self, row: int) -> None:
         """Move the stream to the batch after the first `row` sequences."""
@@ -67,10 +72,20 @@ class WaveMember:
         self.state.row += n_sequences
         self.run.append_metrics(MetricsRow(outcome.step, loss, rate))
 
-    def note_eval(self, step: int, loss: float) -> None:
-        """Record a validation loss."""
-        self.state.note_eval(loss)
+    def note_eval(self, step: int, loss: float) -> bool:
+        """Record a validation loss; return whether it is the best so far."""
         self.run.append_metrics(MetricsRow(step, eval_loss=loss))
+        return self.state.note_eval(loss)
+
+    def keep_best(self, tensors: TensorState) -> None:
+        """Hold the values among `tensors`, those of this step, as the best."""
+        values = {n: t for n, t in tensors.items() if n.startswith(VALUE)}
+        self.best = {n: t.detach().to("cpu", copy=True) for n, t in values.items()}
+
+    def with_best(self, tensors: TensorState) -> TensorState:
+        """Return `tensors`, those of this step, with the best values if they are of another."""
+        is_now = self.state.best_step == self.state.step
+        return tensors if is_now else with_best(tensors, self.best)
 
 
 @dataclass(frozen=True)
@@ -172,10 +187,14 @@ class WaveLoop:
         """Whether all candidates have reached the wave's last step, or all have failed."""
         return self.step >= self.until or len(self.runner.failures) == len(self.members)
 
+    @property
+    def _keeps_best(self) -> bool:
+        return self.context.save == "best"
+
     def trained_members(self) -> list[TrainedMember]:
         """Return the candidates with the state that continues their training."""
         return [
-            TrainedMember(m.candidate, m.state, m.run, self.runner.state(m.index))
+            TrainedMember(m.candidate, m.state, m.run, m.with_best(self.runner.state(m.index)))
             for m in self.members
         ]
 
@@ -196,8 +215,12 @@ class WaveLoop:
 
     def _restore(self, member: WaveMember, tensors: TensorState) -> None:
         with reading(self.context.run.folder):
-            self.runner.restore(tensors, step=member.state.step, adapter=member.index)
+            own, best = split_best(tensors)
+            self.runner.restore(own, step=member.state.step, adapter=member.index)
             member.skip_to(member.state.row)
+            member.best = best
+            if self._keeps_best and member.state.best_step == member.state.step:
+                member.keep_best(own)
 
     def _save(self) -> None:
         """Save the whole wave; if the disk refuses, report it: the next save tries again."""
@@ -208,7 +231,8 @@ class WaveLoop:
             wave_step=self.step,
             steps_before=self.record.steps_taken,
         )
-        saved = SavedWave(position, [self.runner.state(m.index) for m in self.members])
+        tensors = [m.with_best(self.runner.state(m.index)) for m in self.members]
+        saved = SavedWave(position, tensors)
         number = self.record.steps_taken + self.step - self.first_step
         try:
             for member in self.members:
@@ -268,7 +292,8 @@ class WaveLoop:
             if not math.isfinite(loss):
                 self._drop(member, f"step {self.step}: the validation loss is {loss}, not finite.")
                 continue
-            member.note_eval(self.step, loss)
+            if member.note_eval(self.step, loss) and self._keeps_best:
+                member.keep_best(self.runner.state(member.index))
         context.progress.evaluated(self._title(), self.record.candidates)
 
     def _message_first(self, text: str) -> None:

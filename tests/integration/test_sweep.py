@@ -73,6 +73,9 @@ def test_each_candidate_is_what_finetune_makes_and_the_best_is_chosen(job: Sweep
         rows = read_rows(done.folder / "candidates" / name / "metrics.jsonl")
         losses[name] = [row["eval_loss"] for row in rows if "eval_loss" in row][-1]
         assert losses[name] == pytest.approx(alone.result.eval_loss, rel=1e-4)
+        (state,) = (s for s in done.candidates if s.name == name)
+        assert state.saved_step == alone.result.saved_step
+        assert state.saved_eval_loss == pytest.approx(alone.result.saved_eval_loss, rel=1e-4)
     best = min(losses, key=lambda name: losses[name])
     chosen = load_file(done.best / "adapter_model.safetensors")
     assert all(torch.equal(chosen[key], tensor) for key, tensor in together[best].items())

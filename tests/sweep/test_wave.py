@@ -19,13 +19,19 @@ from lora.errors import CheckpointError
 from lora.runs.directory import Run
 from lora.runs.disk import read_rows
 from lora.runs.interrupts import StopRequests
-from lora.runs.sweep_record import CandidateState, SweepRecord, read_sweep_record
+from lora.runs.sweep_record import CandidateState, SweepRecord, find_best, read_sweep_record
 from lora.sweep import wave_loop
 from lora.sweep.context import SweepContext
 from lora.sweep.grid import Grid, build_candidates
 from lora.sweep.progress import NoSweepProgress
 from lora.sweep.wave import finish_wave, train_wave
-from lora.sweep.wave_checkpoint import CHECKPOINTS, TensorState, load_wave, split_wave
+from lora.sweep.wave_checkpoint import (
+    CHECKPOINTS,
+    TensorState,
+    load_wave,
+    split_wave,
+    values_to_save,
+)
 from lora.sweep.wave_loop import WavePlan
 from lora.training.checkpoint import load_newest, save_checkpoint
 from tests.fast.memory.test_plan import TINY
@@ -213,3 +219,75 @@ def test_a_candidate_that_fails_keeps_its_slot_and_is_not_saved(
     assert [c.status for c in record.candidates] == ["done", "failed", "done", "done"]
     assert "not finite" in record.candidates[1].reason
     assert saved == [c.name for c in candidates if c is not broken]
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, losses: dict[int, list[float]]) -> None:
+    """The validation losses of the four candidates after each step that evaluates are these."""
+    evaluate = wave_loop.WaveLoop._evaluate
+
+    def scripted_evaluate(loop: wave_loop.WaveLoop) -> None:
+        loop.runner.evaluate = lambda batches: losses[loop.step]  # type: ignore[method-assign]
+        evaluate(loop)
+
+    monkeypatch.setattr(wave_loop.WaveLoop, "_evaluate", scripted_evaluate)
+
+
+LOSSES = {2: [3.0, 3.0, 5.0, 4.0], 3: [4.0, 2.5, 4.0, 4.5], 4: [4.0] * 4, 6: [4.5, 2.0, 3.0, 5.0]}
+
+
+@pytest.mark.parametrize("stop_after", [100, 1, 2, 4])
+def test_each_candidate_saves_its_best_also_after_a_stop(
+    context: SweepContext,
+    record: SweepRecord,
+    monkeypatch: pytest.MonkeyPatch,
+    stop_after: int,
+) -> None:
+    scripted(monkeypatch, LOSSES)
+    plans = WavePlan(list(context.candidates), 3), WavePlan(list(context.candidates), STEPS)
+    values: dict[int, list[TensorState]] = {}
+    adapters: dict[str, TensorState] = {}
+    saves = wave_loop.WaveLoop._save
+
+    def watched(loop: wave_loop.WaveLoop) -> None:
+        states = [loop.runner.state(k) for k in range(4)]
+        values[loop.step] = [
+            {n.removeprefix("value."): t.clone() for n, t in s.items() if n.startswith("value.")}
+            for s in states
+        ]
+        saves(loop)
+
+    monkeypatch.setattr(wave_loop.WaveLoop, "_save", watched)
+    for plan in plans:
+        wave = train_wave(context, record, plan, StopAfter(stop_after))
+        if not wave.is_over:
+            saved = load_wave(context, record)
+            assert saved is not None
+            wave = train_wave(context, record, replace(plan, saved=saved), StopAfter(100))
+        finish_wave(
+            context,
+            record,
+            wave,
+            lambda candidate, tensors: adapters.update(
+                {candidate.name: values_to_save(tensors)[0]}
+            ),
+        )
+    best_steps = [2, 6, 6, 2]
+    for number, (state, step) in enumerate(zip(record.candidates, best_steps, strict=True)):
+        assert (state.saved_step, state.best_step) == (step, step)
+        assert state.saved_eval_loss == state.best_eval_loss == LOSSES[step][number]
+        expected = values[step][number]
+        assert adapters[state.name].keys() == expected.keys()
+        assert all(torch.equal(adapters[state.name][n], t) for n, t in expected.items())
+    assert find_best(record.candidates) is record.candidates[1]
+
+
+def test_the_last_values_are_saved_on_request(
+    context: SweepContext, record: SweepRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, LOSSES)
+    last = replace(context, save="last")
+    wave = train_wave(last, record, WavePlan(list(last.candidates), STEPS), StopAfter(100))
+    finish_wave(last, record, wave, lambda candidate, tensors: None)
+    assert not any(name.startswith("best.") for m in wave.members for name in m.tensors)
+    assert [c.saved_step for c in record.candidates] == [STEPS] * 4
+    assert [c.result_loss for c in record.candidates] == LOSSES[STEPS]

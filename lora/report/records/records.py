@@ -119,6 +119,11 @@ class RunSummary:
     """The command line that repeats it; None if there is none."""
 
     @property
+    def result_loss(self) -> float | None:
+        """Validation loss of the weights that were saved, else the newest."""
+        return self.eval_loss if self.saved_eval_loss is None else self.saved_eval_loss
+
+    @property
     def figures(self) -> RunFigures:
         """What the ratios to other runs are computed from."""
         return RunFigures(
@@ -128,7 +133,7 @@ class RunSummary:
             peak_memory_bytes=self.peak_memory_bytes,
             trainable_parameters=self.trainable_parameters,
             stored_bytes=self.stored_bytes,
-            eval_loss=self.eval_loss if self.saved_eval_loss is None else self.saved_eval_loss,
+            eval_loss=self.result_loss,
         )
 
     @property
@@ -146,7 +151,7 @@ class GridCell:
     rank: int
     learning_rate: float
     loss: float
-    """Final validation loss: the mean over seeds, the best over the values of other settings."""
+    """Validation loss of what was saved: the mean over seeds, the best over other settings."""
     n_seeds: int
 
 

@@ -109,6 +109,8 @@ def _candidate(
         status=_STATUSES.get(state.status, "unfinished"),
         reason=state.reason,
         steps=max(state.step, run.steps or 0),  # sweep.json is written after whole waves only
+        saved_step=state.saved_step,
+        saved_eval_loss=_finite(state.saved_eval_loss),
     )
 
 
@@ -140,16 +142,16 @@ Key = tuple[int, float, str]
 
 
 def _by_setting(runs: Sequence[RunSummary]) -> dict[Key, list[float]]:
-    """Return the final losses, grouped by all settings but the seed."""
+    """Return the losses of what was saved, grouped by all settings but the seed."""
     found: dict[Key, list[float]] = defaultdict(list)
     for run in runs:
-        if run.status != "finished" or run.eval_loss is None:
+        if run.status != "finished" or run.result_loss is None:
             continue
         if run.rank is None or run.learning_rate is None:  # full fine-tuning
             continue
         rest = {k: v for k, v in run.settings.items() if k not in ("train.seed", "lora.init_seed")}
         found[(run.rank, run.learning_rate, repr(sorted(rest.items(), key=str)))].append(
-            run.eval_loss
+            run.result_loss
         )
     return found
 
