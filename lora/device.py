@@ -99,6 +99,18 @@ def available_bytes(device_type: str) -> int | None:
     return free + resident_bytes()
 
 
+def free_bytes(device: torch.device) -> int:
+    """Return the memory of a GPU that a large tensor can have: cached blocks are given back first.
+
+    Without a GPU it is what `available_bytes` returns, or no limit.
+    """
+    if device.type != "cuda":
+        known = available_bytes("cpu")
+        return sys.maxsize if known is None else known
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
 @contextlib.contextmanager
 def deterministic_algorithms() -> Iterator[None]:
     """Within the block PyTorch uses deterministic algorithms only, and raises where it has none.

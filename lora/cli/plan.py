@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -86,7 +86,6 @@ def plan(
 
     from lora.decoder.families import decoder_config
     from lora.device import available_bytes, choose_device
-    from lora.fast.memory.fast_step import USABLE_MEMORY_FRACTION
     from lora.fast.memory.plan import MemoryPlanner, PlanInputs
     from lora.pretrained.hf_files import read_config
     from lora.pretrained.positions import describe_excess
@@ -96,9 +95,6 @@ def plan(
     source = find_model(model)
     mode, memory_gb = memory_config.memory, memory_config.memory_gb
     room = available_bytes(kind) if memory_gb is None else round(memory_gb * 1e9)
-    room_gb = (
-        None if room is None else room / 1e9 * (USABLE_MEMORY_FRACTION if memory_gb is None else 1)
-    )
     inputs = PlanInputs(
         config=decoder_config(read_config(source.folder)),
         lora=lora_config,
@@ -108,7 +104,7 @@ def plan(
         compute_dtype=torch.bfloat16 if kind == "cuda" else torch.float32,
         micro_batches=train.gradient_accumulation,
         packed=how_read.packing,
-        memory=MemoryConfig("none" if mode == "auto" else mode, room_gb),
+        memory=MemoryConfig("none" if mode == "auto" else mode, memory_gb),
         fp8=base_dtype == "fp8",
     )
     excess = describe_excess(inputs.tokens, inputs.config.max_position_embeddings)
@@ -117,17 +113,23 @@ def plan(
     of_full = replace(inputs, lora=None, fp8=False)
     planners = {"lora": MemoryPlanner(inputs), "full": MemoryPlanner(of_full)}
     plans = {name: planner.plan() for name, planner in planners.items()}
+    rooms = {
+        # What finetune would plan with: some of what is free is left for fragments.
+        name: planner.usable_bytes(room) if room and memory_gb is None and kind == "cuda" else room
+        for name, planner in planners.items()
+    }
     fits = {
-        name: None if room is None else planner.largest_micro_batch(room)
+        name: None if (own := rooms[name]) is None else planner.largest_micro_batch(own)
         for name, planner in planners.items()
     }
     savings = {}
     if mode == "auto":
-        savings = {name: _savings(planners[name], plans[name], room) for name in planners}
+        savings = {name: _savings(planners[name], plans[name], rooms[name]) for name in planners}
     if json:
-        print(json_text(_as_json(source.name, inputs, plans, room, fits, savings)))
+        ways = {name: saving.text for name, saving in savings.items()}
+        print(json_text(_as_json(source.name, inputs, plans, room, fits, ways)))
     else:
-        _show(source.name, inputs, plans, room, fits, savings)
+        _show(source.name, inputs, plans, rooms, fits, savings)
     return 0
 
 
@@ -139,18 +141,27 @@ def _check_memory(memory_gb: float | None) -> None:
         )
 
 
-def _savings(planner: MemoryPlanner, planned: MemoryPlan, room: int | None) -> str:
-    """Return how a run can save memory and the largest batch that then fits; "" if it cannot."""
+@dataclass(frozen=True)
+class _Saving:
+    """How activation checkpointing helps."""
+
+    largest: int = 0
+    """Sequences that fit in the leanest mode."""
+    text: str = ""
+
+
+def _savings(planner: MemoryPlanner, planned: MemoryPlan, room: int | None) -> _Saving:
+    """Return how a run can save memory and the largest batch that then fits, if it can."""
     if room is None or planned.step != "fast":
-        return ""
-    gb = planner.inputs.memory.memory_gb
-    largest = planner.largest_micro_batch(room, MemoryConfig("full+offload", gb))
+        return _Saving()
+    leanest, auto = MemoryConfig("full+offload"), MemoryConfig("auto", room / 1e9)
+    largest = planner.largest_micro_batch(room, leanest)
     text = "not even one sequence with --memory full+offload"
     if largest:
         text = f"up to {_sequences(largest)} with --memory full+offload"
     if planned.total > room:
-        text = f"{planner.plan(memory=MemoryConfig('auto', gb)).reason}; {text}"
-    return text
+        text = f"{planner.plan(memory=auto).reason}; {text}"
+    return _Saving(largest, text)
 
 
 def _as_json(
@@ -178,9 +189,9 @@ def _show(
     name: str,
     inputs: PlanInputs,
     plans: dict[str, MemoryPlan],
-    room: int | None,
+    rooms: dict[str, int | None],
     fits: dict[str, int | None],
-    savings: dict[str, str],
+    savings: dict[str, _Saving],
 ) -> None:
     from rich.table import Table
 
@@ -209,23 +220,28 @@ def _show(
         + (f"saves {saved:.0f}% of the memory." if saved > 0 else "saves no memory here.")
     )
     console.print(f"Training step: LoRA {STEPS[lora.step]}, full {STEPS[full.step]}.")
-    if room is None:
-        console.print("Largest batch: unknown, this machine has no such GPU. Give --memory-gb.")
-        return
     for kind, words in (("lora", "LoRA"), ("full", "full fine-tuning")):
-        console.print(_describe_fit(words, fits[kind] or 0, room, inputs))
-        if savings.get(kind):
-            console.print(f"  {savings[kind]}.")
+        room, saving = rooms[kind], savings.get(kind, _Saving())
+        if room is None:
+            console.print("Largest batch: unknown, this machine has no such GPU. Give --memory-gb.")
+            return
+        console.print(_describe_fit(words, fits[kind] or 0, room, inputs, saving))
+        if saving.text:
+            console.print(f"  {saving.text}.")
 
 
-def _describe_fit(words: str, n_sequences: int, room: int, inputs: PlanInputs) -> str:
+def _describe_fit(
+    words: str, n_sequences: int, room: int, inputs: PlanInputs, saving: _Saving
+) -> str:
     of_tokens = f"of {inputs.tokens} tokens"
     if n_sequences:
         return f"{words}: up to {_sequences(n_sequences)} {of_tokens} fit into {_gb(room)}."
-    advice = "Try a shorter --max-length or a smaller model"
-    if words != "LoRA":
-        advice += ", or LoRA"
-    return f"{words}: not even one sequence {of_tokens} fits into {_gb(room)}. {advice}."
+    # What changes nothing but the time of a step comes first.
+    ways = ["--memory full+offload"] if saving.largest else []
+    ways += ["a shorter --max-length", "a smaller model"] + (["LoRA"] if words != "LoRA" else [])
+    advice = f"Try {', '.join(ways[:-1])} or {ways[-1]}"
+    stored = " without activation checkpointing" if saving.largest else ""
+    return f"{words}: not even one sequence {of_tokens} fits into {_gb(room)}{stored}. {advice}."
 
 
 def _sequences(count: int) -> str:

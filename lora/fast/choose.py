@@ -41,6 +41,7 @@ def choose_steps(
     *,
     fast: bool = True,
     checkpointing: ActivationCheckpointing | None = None,
+    leaner: Callable[[], ActivationCheckpointing | None] = lambda: None,
     on_message: Callable[[str], None] = lambda text: None,
     loss_fn: LossFn | None = None,
 ) -> StepRunner:
@@ -55,6 +56,7 @@ def choose_steps(
         config: of the run; short runs are not compiled.
         fast: False takes the plain step.
         checkpointing: which activations the fast step recomputes; None: hardly any.
+        leaner: called if the fast step's first one runs out of memory; returns what to try next.
         on_message: gets one line.
         loss_fn: the plain step's; None: what fits `model`.
     """
@@ -71,7 +73,7 @@ def choose_steps(
     why_not = why_not_fast(model, choice)
     if why_not is None:
         steps: DeviceStepRunner = FastStepRunner(
-            cast(Decoder, model), choice, config, checkpointing=checkpointing
+            cast(Decoder, model), choice, config, checkpointing=checkpointing, leaner=leaner
         )
         on_message(steps.describe())
         return steps

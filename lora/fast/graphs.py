@@ -56,8 +56,19 @@ class Graphs:
         self._pool = None  # its memory is free for the tensors to come
 
     def _capture(self, key: tuple[Any, ...], function: Callable[[], Any]) -> None:
+        drawn, current = torch.cuda.get_rng_state(self.device), torch.cuda.current_stream()
         self.is_live.fill_(False)
-        drawn = torch.cuda.get_rng_state(self.device)
+        try:
+            self._rehearse(function)
+            torch.cuda.set_rng_state(drawn, self.device)  # as if the rehearsal had drawn nothing
+            self._record(key, function)
+        finally:
+            # Where memory runs out, a smaller step is tried next: all is as it was.
+            torch.cuda.set_stream(current)
+            torch.cuda.set_rng_state(drawn, self.device)
+            self.is_live.fill_(True)
+
+    def _rehearse(self, function: Callable[[], Any]) -> None:
         # On a side stream, as torch asks of what runs before a capture.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -65,12 +76,16 @@ class Graphs:
             for _ in range(WARM_UP_PASSES):
                 function()
         torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.set_rng_state(drawn, self.device)  # as if the rehearsal had drawn nothing
+
+    def _record(self, key: tuple[Any, ...], function: Callable[[], Any]) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool):
                 function()
         except torch.AcceleratorError as error:
+            if isinstance(error.__context__, torch.OutOfMemoryError):
+                # Memory ran out inside the capture, which therefore could not be ended.
+                raise error.__context__ from None
             # CUDA refuses whatever synchronises inside a capture. The step is called from now on.
             self.clear()
             self.why_not = str(error).splitlines()[0]
@@ -78,4 +93,3 @@ class Graphs:
             # One pool: graphs run one after the other, so they may reuse each other's memory.
             self._pool = self._pool or graph.pool()
             self._graphs[key] = graph
-        self.is_live.fill_(True)

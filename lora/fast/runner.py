@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from lora.kernels.step.ops import PLAIN, TRITON
 from lora.training.checkpoint import OptimizerState, restore_training_tensors, training_tensors
 from lora.training.diagnosis import find_nonfinite
 from lora.training.losses import loss_for
+from lora.training.out_of_memory import is_out_of_memory
 from lora.training.plain_step import evaluate, skipped_step
 from lora.training.step_runner import LossFn, StepOutcome, TrainingState
 
@@ -169,6 +171,8 @@ class FastStepRunner(DeviceStepRunner):
         choice: where it runs, and the compute dtype.
         config: of AdamW, clipping and dropout's seed.
         checkpointing: which activations are recomputed; None: hardly any.
+        leaner: called if the first step runs out of memory; returns what to store instead, or None
+            to give up.
     """
 
     def __init__(
@@ -178,7 +182,9 @@ class FastStepRunner(DeviceStepRunner):
         config: TrainConfig,
         *,
         checkpointing: ActivationCheckpointing | None = None,
+        leaner: Callable[[], ActivationCheckpointing | None] = lambda: None,
     ) -> None:
+        self._leaner, self._has_launched = leaner, False
         self.step = FastStep(
             model,
             # On a CPU the plain twins of the kernels: for tests, since no run chooses this there.
@@ -190,6 +196,40 @@ class FastStepRunner(DeviceStepRunner):
             checkpointing=checkpointing,
         )
         super().__init__(model, self.step, choice, _about_fast(self.step, choice))
+
+    def launch(
+        self, step: int, micro_batches: Sequence[Any], learning_rates: Sequence[float]
+    ) -> None:
+        """Begin step number `step`; the first one is tried again with less memory if it must."""
+        if self._has_launched:
+            super().launch(step, micro_batches, learning_rates)
+            return
+        while not self._launch_first(step, micro_batches, learning_rates):
+            # What a failed step held is free when its frames are gone, which the handled error
+            # kept alive.
+            gc.collect()
+            if self.is_cuda:
+                torch.cuda.empty_cache()
+        self._has_launched = True
+
+    def _launch_first(
+        self, step: int, micro_batches: Sequence[Any], learning_rates: Sequence[float]
+    ) -> bool:
+        """Return whether the step was launched; else the next try stores less."""
+        taken = self.step.taken_steps.clone()
+        try:
+            super().launch(step, micro_batches, learning_rates)
+        except (RuntimeError, MemoryError) as error:
+            # Another mode rounds differently, so it is taken before anything was trained, or never.
+            was_updated = not torch.equal(self.step.taken_steps, taken)
+            if was_updated or not is_out_of_memory(error):
+                raise
+            checkpointing = self._leaner()
+            if checkpointing is None:
+                raise
+            self.step.restart(checkpointing)
+            return False
+        return True
 
 
 class CapturedStepRunner(DeviceStepRunner):

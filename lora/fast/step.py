@@ -103,6 +103,14 @@ class HandWrittenStep:
         if len(batches) > 1:
             self.graphs.run(("update",), self._update)
 
+    def restart(self, checkpointing: ActivationCheckpointing) -> None:
+        """Free what a step holds beside weights and optimizer; the next one stores this."""
+        self.checkpointing = checkpointing
+        self.graphs.clear()  # they hold memory of their own
+        self.buffers = self.inputs = None
+        if self.network.fp8_buffers is not None:
+            self.network.fp8_buffers.release()
+
     def _seed_dropout(self, number: int, index: int) -> None:
         """Seed what is random in micro-batch `index` of step `number`."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,17 @@ from lora.decoder.families import decoder_config
 from lora.device import DeviceChoice, available_bytes
 from lora.errors import ConfigError, TrainingError
 from lora.fast.llama.checkpointing import ActivationCheckpointing
-from lora.fast.memory.fast_step import USABLE_MEMORY_FRACTION
-from lora.fast.memory.plan import MemoryPlan, PlanInputs, plan_memory
+from lora.fast.memory.plan import MemoryPlan, MemoryPlanner, PlanInputs
 from lora.pretrained.hf_files import read_config
 from lora.runs.record import MemoryResult, PlannedMemory
 from lora.training.out_of_memory import advise, describe_parts
 
 MAX_OVERCOMMIT = 1.5
 """Planned / free memory of a CPU: plans are a few percent off, and there may be swap."""
+
+CAPTURE_BYTES = 1.5e9
+"""What a captured step takes beside its buffers: graphs, code that CUDA loads when it is first
+called, and workspaces of the streams that rehearse and capture."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,63 @@ class RunMemory:
         return asdict(self.to_record())
 
 
+@dataclass
+class ChosenMemory:
+    """The plan of a run, and leaner ones for a first step that runs out of memory."""
+
+    planner: MemoryPlanner
+    plan: MemoryPlan
+    may_change: bool
+    """Whether the mode is ours to choose: no user named it, and no earlier part of the run had
+    it."""
+    ran_out: tuple[str, ...] = ()
+    """What ran out of memory before `plan`, in words."""
+    on_change: Callable[[], None] = lambda: None
+    """Called when `plan` has become another."""
+    on_message: Callable[[str], None] = lambda message: None
+
+    def take_leaner(self) -> ActivationCheckpointing | None:
+        """Change to the next leaner plan and return what it stores; None if there is none."""
+        leaner = self.planner.plan_leaner(self.plan) if self.may_change else None
+        if leaner is None or leaner.checkpointing is None:
+            return None
+        policy = self.plan.checkpointing
+        mode = "none" if policy is None else policy.mode
+        self.ran_out += (f"{mode}, {self.plan.total / 1e9:.1f} GB planned",)
+        self._change(
+            leaner,
+            f"memory ran out in the first step ({self.ran_out[-1]}), before anything was trained; "
+            "trying again",
+        )
+        return leaner.checkpointing
+
+    def refit(self, free_bytes: int) -> ActivationCheckpointing | None:
+        """Return what to store, given the memory that is free beside weights and optimizer.
+
+        Weights that lie there in pieces leave less than was planned with.
+        """
+        plan = self.plan
+        while self.may_change and _step_bytes(plan) + CAPTURE_BYTES > free_bytes:
+            leaner = self.planner.plan_leaner(plan)
+            if leaner is None:
+                break
+            plan = leaner
+        if plan is not self.plan:
+            beside = f"beside weights and optimizer {free_bytes / 1e9:.1f} GB are free"
+            self._change(plan, f"{beside}, too little for {_step_bytes(self.plan) / 1e9:.1f}")
+        return plan.checkpointing
+
+    def _change(self, plan: MemoryPlan, why: str) -> None:
+        self.plan = plan
+        self.on_message(f"{why}: {plan.reason}")
+        self.on_change()
+
+
+def _step_bytes(plan: MemoryPlan) -> int:
+    """Return what a step allocates beside weights, gradients and moments."""
+    return plan.activations + plan.loss + plan.other
+
+
 def plan_run(
     model_folder: Path,
     lora: LoRAConfig | None,
@@ -68,16 +129,12 @@ def plan_run(
     memory: MemoryConfig,
     checkpointing: ActivationCheckpointing | None = None,
     fp8: bool = False,
-) -> MemoryPlan:
-    """Return the plan of a run on these data, made in its process before the model is loaded.
+) -> ChosenMemory:
+    """Return the memory of a run on these data, planned before its process loads the model.
 
     `checkpointing` is what a resumed run began with. Raises ConfigError for a mode of activation
     checkpointing that the run's step does not have.
     """
-    if memory.memory_gb is None:
-        free = available_bytes(choice.device.type)
-        usable_gb = None if free is None else USABLE_MEMORY_FRACTION * free / 1e9
-        memory = replace(memory, memory_gb=usable_gb)
     sequences = data.train
     n_tokens = len(sequences) * sequences.sequence_length
     inputs = PlanInputs(
@@ -95,7 +152,11 @@ def plan_run(
         checkpointing=checkpointing,
         fp8=fp8,
     )
-    plan = plan_memory(inputs)
+    planner = MemoryPlanner(inputs)
+    free = available_bytes(choice.device.type)
+    if memory.memory_gb is None and free is not None:
+        memory = replace(memory, memory_gb=planner.usable_bytes(free) / 1e9)
+    plan = planner.plan(memory=memory)
     if plan.step != "fast" and memory.memory not in ("auto", "none"):
         raise ConfigError(
             f"Cannot use activation checkpointing (memory={memory.memory!r}): only the fast step "
@@ -104,7 +165,8 @@ def plan_run(
         )
     if choice.device.type == "cpu":
         _check_room(plan, train, has_lora=lora is not None)
-    return plan
+    is_free = memory.memory == "auto" and checkpointing is None
+    return ChosenMemory(planner, plan, may_change=is_free)
 
 
 def _check_room(plan: MemoryPlan, train: TrainConfig, *, has_lora: bool) -> None:

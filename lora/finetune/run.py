@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 from lora.adapters.save_load import read_adapter_config
 from lora.config import TrainConfig
@@ -16,11 +17,11 @@ from lora.data.inspection_report import DataReport
 from lora.data.prepare import PreparedData
 from lora.decoder.decoder import Decoder
 from lora.decoder.families import decoder_config
-from lora.device import DeviceChoice, choose_device, deterministic_algorithms
+from lora.device import DeviceChoice, choose_device, deterministic_algorithms, free_bytes
 from lora.errors import CheckpointError
 from lora.fast.choose import choose_steps
 from lora.fast.llama.checkpointing import ActivationCheckpointing
-from lora.fast.memory.plan import MemoryPlan
+from lora.fast.runner import FastStepRunner
 from lora.finetune.event_files import check_tensorboard, event_file
 from lora.finetune.job import (
     FinetuneJob,
@@ -31,7 +32,7 @@ from lora.finetune.job import (
 )
 from lora.finetune.load_data import load_data
 from lora.finetune.loop_inputs import training_job
-from lora.finetune.memory import RunMemory, describe_plan, plan_run
+from lora.finetune.memory import ChosenMemory, RunMemory, describe_plan, plan_run
 from lora.finetune.model import load_model, save_model, save_start
 from lora.inference.checkpoints.find import find_adapter
 from lora.inference.loading import find_model_of
@@ -42,6 +43,7 @@ from lora.runs.disk import reading
 from lora.runs.progress import NoProgress, Progress
 from lora.runs.read_record import read_run_record
 from lora.runs.record import RUN_FILE, RunRecord, RunResult
+from lora.training.job import TrainingJob
 from lora.training.out_of_memory import LOADING_ADVICE, advise, explain_out_of_memory
 from lora.training.step_runner import StepRunner
 from lora.training.trainer import train
@@ -73,7 +75,7 @@ class _Inputs:
     source: ModelSource
     data: PreparedData
     report: DataReport
-    plan: MemoryPlan
+    memory: ChosenMemory
 
 
 def _finetune(
@@ -87,15 +89,15 @@ def _finetune(
     if job.run.tensorboard:
         check_tensorboard()
     inputs = _find_inputs(job, progress, show_data)
-    choice, source, data, plan = inputs.choice, inputs.source, inputs.data, inputs.plan
-    planned = describe_plan(plan)
+    choice, source, data, memory = inputs.choice, inputs.source, inputs.data, inputs.memory
+    planned = describe_plan(memory.plan)
     with explain_out_of_memory(
         lambda: f"while the weights were loaded. {planned}. {LOADING_ADVICE}"
     ):
         model, fingerprint = load_model(job, source, choice, data.tokenizer, progress)
     train_config = job.train.resolved(full=job.is_full)
+    steps = _choose_steps(job, model, choice, train_config, memory, progress)
     record = _describe(job, inputs, train_config, fingerprint)
-    steps = _choose_steps(job, model, choice, train_config, plan, progress)
     name = job.run.name or default_name(source.name)
     with ExitStack() as opened:
         run = opened.enter_context(create_run(job.run.out, name, resume=job.resume, record=record))
@@ -105,16 +107,18 @@ def _finetune(
             log = event_file(run.folder / "tensorboard", progress.message)
             run.on_metrics = opened.enter_context(log)
         save_start(job, model, data, source, run, progress)
-        result = train(
-            training_job(job, model, data, choice, train_config, run, progress, steps, plan)
+        loop = training_job(
+            job, model, data, choice, train_config, run, progress, steps, memory.plan
         )
+        memory.on_change = partial(_record_change, memory, loop)
+        result = train(loop)
         saved = save_model(job, model, data, source, run, progress)
-        memory = RunMemory(plan, result.peak_memory_bytes)
+        measured = RunMemory(memory.plan, result.peak_memory_bytes)
         try:
-            run.write_result(RunResult(**vars(result), memory=memory.to_record()))
+            run.write_result(RunResult(**vars(result), memory=measured.to_record()))
         except CheckpointError as error:  # the disk is full, but the adapter is saved
             progress.message(str(error))
-        return FinetuneResult(run.folder, saved, result, memory)
+        return FinetuneResult(run.folder, saved, result, measured)
 
 
 def _find_inputs(
@@ -132,7 +136,7 @@ def _find_inputs(
         for note in report.notes + report.warnings:
             progress.message(f"note: {note}")
     progress.message(f"{source.description} on {choice.reason}")
-    plan = plan_run(
+    memory = plan_run(
         source.folder,
         job.lora if job.from_adapter is None else read_adapter_config(job.from_adapter),
         job.train,
@@ -143,23 +147,36 @@ def _find_inputs(
         checkpointing=_recorded_checkpointing(job),
         fp8=job.base_dtype == "fp8",
     )
-    progress.message(describe_plan(plan))
-    if plan.reason:
-        progress.message(plan.reason)
-    return _Inputs(choice, source, data, report, plan)
+    memory.on_message, memory.ran_out = progress.message, _recorded_failures(job)
+    progress.message(describe_plan(memory.plan))
+    if memory.plan.reason:
+        progress.message(memory.plan.reason)
+    return _Inputs(choice, source, data, report, memory)
 
 
 def _describe(
     job: FinetuneJob, inputs: _Inputs, train_config: TrainConfig, fingerprint: str
 ) -> RunRecord:
     """Return the run's record, with what only the loaded model and the plan tell."""
-    stored = inputs.plan.checkpointing
+    stored = inputs.memory.plan.checkpointing
     return replace(
         describe_job(job, inputs.source, inputs.data, inputs.report, inputs.choice),
         learning_rate=train_config.peak_learning_rate,
         base_fingerprint=fingerprint,
         activation_checkpointing=None if stored is None else stored.to_record(),
+        ran_out_of_memory=inputs.memory.ran_out or None,
     )
+
+
+def _record_change(memory: ChosenMemory, loop: TrainingJob) -> None:
+    """Changes `loop` and its run.json: a leaner mode was taken, and a resumed run must take it."""
+    loop.memory_plan, stored = memory.plan, memory.plan.checkpointing
+    record = replace(
+        read_run_record(loop.run.folder),
+        activation_checkpointing=None if stored is None else stored.to_record(),
+        ran_out_of_memory=memory.ran_out,
+    )
+    loop.run.write_run_record(record)
 
 
 def _recorded_checkpointing(job: FinetuneJob) -> ActivationCheckpointing | None:
@@ -171,25 +188,39 @@ def _recorded_checkpointing(job: FinetuneJob) -> ActivationCheckpointing | None:
         return None if recorded is None else ActivationCheckpointing.from_record(recorded)
 
 
+def _recorded_failures(job: FinetuneJob) -> tuple[str, ...]:
+    """Return what ran out of memory in a resumed run before its mode was found."""
+    if not job.resume or not (job.directory / RUN_FILE).is_file():
+        return ()
+    return read_run_record(job.directory).ran_out_of_memory or ()
+
+
 def _choose_steps(
     job: FinetuneJob,
     model: Decoder,
     choice: DeviceChoice,
     train_config: TrainConfig,
-    plan: MemoryPlan,
+    memory: ChosenMemory,
     progress: Progress,
 ) -> StepRunner:
     if job.deterministic:
         progress.message("deterministic: torch's deterministic algorithms, and the plain step")
+    plan = memory.plan
     advice = advise(plan, job.train, has_lora=not job.is_full)
     with explain_out_of_memory(
         lambda: f"while the step was prepared. {describe_plan(plan)}. {advice}"
     ):
-        return choose_steps(
+        steps = choose_steps(
             model,
             choice,
             train_config,
             fast=job.allows_fast_step,
             checkpointing=plan.checkpointing,
+            leaner=memory.take_leaner,
             on_message=progress.message,
         )
+    if isinstance(steps, FastStepRunner):
+        steps.step.checkpointing = (
+            memory.refit(free_bytes(choice.device)) or steps.step.checkpointing
+        )
+    return steps

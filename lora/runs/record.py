@@ -127,6 +127,9 @@ class RunRecord:
     deterministic: bool | None = None
     activation_checkpointing: dict[str, Any] | None = None
     """What the fast step stores of each block's activations: a resumed run must do the same."""
+    ran_out_of_memory: tuple[str, ...] | None = None
+    """What `memory: auto` tried before that: modes with which the first step ran out of memory,
+    each with the memory planned for it."""
     at_once: int | None = None
     lora: dict[str, Any] | None = None
     train: dict[str, Any] | None = None

@@ -64,6 +64,10 @@ class MemoryParts(Protocol):
         """Of the process."""
 
     @property
+    def leaner_modes(self) -> tuple[tuple[str, int], ...]:
+        """Modes of activation checkpointing that would hold less, and how much with each."""
+
+    @property
     def total(self) -> int:
         """All of them."""
 
@@ -79,6 +83,7 @@ class MemoryCount:
     """All that is not counted otherwise."""
     loss: int = 0
     other: int = 0
+    leaner_modes: tuple[tuple[str, int], ...] = ()
 
     @property
     def total(self) -> int:
@@ -130,7 +135,10 @@ def advise(parts: MemoryParts, config: TrainConfig, *, has_lora: bool) -> str:
         "gradients and moments of trained parameters": trained,
         "the weights": parts.weights,
     }
-    ways = []
+    # None of these changes the result but for its rounding.
+    ways = [
+        f"--memory {mode} (about {n_bytes / 1e9:.2f} GB)" for mode, n_bytes in parts.leaner_modes
+    ]
     if growing > _SMALL_SHARE * parts.total:
         ways += _splits(parts, config)
         ways.append("a shorter --max-length")

@@ -180,7 +180,7 @@ def test_a_step_that_is_not_finite_is_not_taken(
 STARVED = """
 import sys, torch
 from pathlib import Path
-from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.config import DataConfig, LoRAConfig, MemoryConfig, RunConfig, TrainConfig
 from lora.data.reading.orders import make_orders
 from lora.errors import TrainingError
 from lora.finetune import finetune
@@ -198,6 +198,7 @@ def job(parts, resume):
         data_config=DataConfig(max_length=512),
         run=RunConfig(out=Path(sys.argv[2]), name="run", save_every_steps=2, samples=0,
                       device="cuda", eval_every_steps=4, fast=fast),
+        memory=MemoryConfig("none" if fast else "auto"),  # a mode that is named stays
         resume=resume,
     )
 

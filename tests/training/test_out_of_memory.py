@@ -103,6 +103,15 @@ def test_the_advice_is_of_what_took_most_and_begins_with_what_costs_nothing(
     assert "`lora plan` shows which batch fits" in said
 
 
+def test_leaner_memory_modes_come_first() -> None:
+    leaner = (("full", 4 * GB), ("full+offload", 3 * GB))
+    counted = MemoryCount(2 * GB, 0, 0, 8 * GB, leaner_modes=leaner)
+    said = advise(counted, TrainConfig(batch_size=8), has_lora=True)
+    first = "--memory full (about 4.00 GB); --memory full+offload (about 3.00 GB); "
+    assert f"Try, in this order: {first}" in said
+    assert said.index("--max-length") < said.index("a smaller model")
+
+
 def test_what_would_not_help_is_left_out() -> None:
     said = advise(MemoryCount(9 * GB, 0, 0, GB // 2), TrainConfig(batch_size=8), has_lora=True)
     assert "--gradient-accumulation" not in said

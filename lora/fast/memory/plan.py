@@ -21,8 +21,16 @@ from lora.decoder.quantised import use_fp8_linears
 from lora.device import resident_bytes
 from lora.errors import ConfigError
 from lora.fast.choose import why_not_hand_written
-from lora.fast.llama.checkpointing import ActivationCheckpointing
-from lora.fast.memory.fast_step import CUBLAS_WORKSPACE_BYTES, FastPlan, fit_memory, fit_with
+from lora.fast.llama.checkpointing import MODES, ActivationCheckpointing
+from lora.fast.memory.fast_step import (
+    CUBLAS_WORKSPACE_BYTES,
+    FRAGMENTED_WEIGHTS_FRACTION,
+    USABLE_MEMORY_FRACTION,
+    FastPlan,
+    MemoryFit,
+    fit_memory,
+    fit_with,
+)
 from lora.fast.memory.trace import StepMemory, StepTracer
 from lora.lora_module import ParameterCounts, count_lora_parameters
 
@@ -33,6 +41,8 @@ CAPTURED_LOSS_BYTES = 14
 """Of a logit in a captured step: bf16 and fp32 values, log-softmax, and parts of two gradients."""
 
 
+LEANER_FRACTION = 0.9
+"""Of the plan that ran out of memory: what the next one may hold."""
 MIN_FAR_TOKENS = 2048
 """Of the micro-batches from which larger ones are estimated."""
 
@@ -86,6 +96,8 @@ class MemoryPlan:
     """What the fast step stores of its blocks."""
     reason: str = ""
     """The same in one line, with the reason."""
+    leaner_modes: tuple[tuple[str, int], ...] = ()
+    """Modes of activation checkpointing that hold less, and the bytes planned for each."""
 
     @property
     def total(self) -> int:
@@ -96,7 +108,7 @@ class MemoryPlan:
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as values that JSON holds, under the names of the first version."""
         record = {**asdict(self), "total": self.total}
-        del record["checkpointing"]
+        del record["checkpointing"], record["leaner_modes"]
         policy = self.checkpointing
         record["keep"] = None if policy is None else policy.to_record()
         return record
@@ -170,6 +182,28 @@ class MemoryPlanner:
         size = self.inputs.micro_batch_size if micro_batch_size is None else micro_batch_size
         return self._plan(size, memory, self._trace)
 
+    def plan_leaner(self, planned: MemoryPlan) -> MemoryPlan | None:
+        """Return the fastest plan that is clearly leaner than `planned`, or the leanest.
+
+        None if there is none: in another step than the fast one, or after its leanest.
+        """
+        if self._fast is None or planned.checkpointing is None:
+            return None
+        evaluation = self.evaluation_bytes(self._fast.batch_size)
+        budget = round(LEANER_FRACTION * planned.total)
+        fit = fit_memory(self._fast, "auto", budget, evaluation)
+        # Explained without the budget, which is no limit of the user or the device.
+        fit = fit_with(self._fast, fit.checkpointing, evaluation)
+        leaner = self._planned(self._fast, fit, evaluation)
+        return leaner if leaner.total < planned.total else None
+
+    def usable_bytes(self, free_bytes: int) -> int:
+        """Return how much of the free memory may be planned for: see docs/memory.md."""
+        weights = 0 if self._fast is None else self._fast.memory(MODES["none"]).weights
+        return max(
+            1, round(USABLE_MEMORY_FRACTION * free_bytes - FRAGMENTED_WEIGHTS_FRACTION * weights)
+        )
+
     def largest_micro_batch(self, available_bytes: int, memory: MemoryConfig | None = None) -> int:
         """Return the most sequences that fit into `available_bytes`; 0: not even one.
 
@@ -215,6 +249,15 @@ class MemoryPlanner:
         else:
             budget = None if gb is None else round(gb * 1e9)
             fit = fit_memory(plan, memory.memory, budget, evaluation)
+        return self._planned(plan, fit, evaluation)
+
+    def _planned(self, plan: FastPlan, fit: MemoryFit, evaluation: int) -> MemoryPlan:
+        names = list(MODES)
+        leaner = [
+            (name, plan.memory(MODES[name]).total + evaluation)
+            for name in names[names.index(fit.checkpointing.mode) + 1 :]
+        ]
+        total = fit.memory.total + evaluation
         parts = {**vars(fit.memory), "other": fit.memory.other + evaluation}
         return MemoryPlan(
             "fast",
@@ -223,6 +266,7 @@ class MemoryPlanner:
             **parts,
             checkpointing=fit.checkpointing,
             reason=fit.reason,
+            leaner_modes=tuple((name, size) for name, size in leaner if size < total),
         )
 
     def _plan_traced(self, size: int, traced: _Traced) -> MemoryPlan:
