@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -409,3 +412,30 @@ def test_another_base_is_refused_with_the_one_to_give(
     words = ["--adapter", str(adapter), "--model", str(other)]
     assert main(["generate", "first", *words]) == 2
     assert f"leave --model out, or give --model {tiny_folder}" in read()[1]
+
+
+def test_brackets_and_all_that_ascii_lacks_are_printed_on_a_terminal_of_ascii(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "größe[b].jsonl"
+    messages = [
+        {"role": "user", "content": "[/INST] [red]é\x1b[2J"},
+        {"role": "assistant", "content": "ok"},
+    ]
+    data.write_text(json.dumps({"messages": messages}))
+    ascii_only = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    shown = {
+        ("data", str(data), "--model", str(tiny_folder), "--special-tokens", "[/INST]"): (
+            "[/INST] [red]\\xe9\\x1b[2J"
+        ),
+        ("doctor", "--out", str(tmp_path)): "all checks passed",
+    }
+    for words, text in shown.items():
+        done = subprocess.run(
+            [sys.executable, "-m", "lora", *words],
+            env={**os.environ, **ascii_only},
+            capture_output=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, b""), done
+        assert text in done.stdout.decode("ascii")
