@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from lora.errors import ConfigError, Interrupted, LoraError
 from lora.runs.progress import never_raising
 from lora.runs.record import DataRecord, ParameterCount, RunRecord, RunResult
-from lora.terminal import end_output, print_note, printable_answer
+from lora.terminal import end_output, print_note, printable_answer, report_crashes
 from models.classic_settings import AUTO, ClassicSettings, notes, read_settings
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """Run what the environment asks for; return the exit code."""
+    report_crashes()
     try:
         settings = read_settings(os.environ)
         # A reader that is gone must not end a run before its model is saved.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import faulthandler
 import io
 import logging
 import os
@@ -108,6 +109,16 @@ def _replace(error: UnicodeError) -> tuple[str, int]:
         raise error
     plain = error.object[error.start : error.end].translate(_PLAIN)
     return plain.encode("ascii", "backslashreplace").decode(), error.end
+
+
+def report_crashes() -> None:
+    """Make the end of the process by a fault print where it was: the shell says "Bus error" alone.
+
+    A mapped file that becomes shorter ends it so, and no handler in Python can say more.
+    """
+    if sys.stderr is not None and not faulthandler.is_enabled():
+        with contextlib.suppress(OSError, ValueError):  # a stream without a file
+            faulthandler.enable(all_threads=False)
 
 
 def end_output() -> None:

@@ -6,8 +6,10 @@ import io
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -133,3 +135,24 @@ def test_a_closed_stream_ends_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", stream)
     end_output()
     monkeypatch.undo()
+
+
+def test_a_file_that_is_cut_while_it_is_mapped_says_where_it_was_read(tmp_path: Path) -> None:
+    code = """
+import mmap, os, sys
+import lora.cli
+def read_weights(words):
+    with open(sys.argv[1], "r+b") as file:
+        data = mmap.mmap(file.fileno(), 0)
+        os.truncate(sys.argv[1], 0)
+        return data[0]
+lora.cli._run = read_weights
+lora.cli.main(["finetune"])
+"""
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(10_000))
+    command = [sys.executable, "-c", code, str(file)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == -signal.SIGBUS
+    assert "Bus error" in done.stderr
+    assert "in read_weights" in done.stderr

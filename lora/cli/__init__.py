@@ -41,7 +41,7 @@ from lora.cli.flags.values import check_values, name_pairs
 from lora.cli.flags.yaml_file import read_settings
 from lora.errors import ConfigError, Interrupted, LoraError, did_you_mean
 from lora.runs.disk import os_reason
-from lora.terminal import drop_output, end_output, print_note, soften_encoding
+from lora.terminal import drop_output, end_output, print_note, report_crashes, soften_encoding
 from lora.training.out_of_memory import is_out_of_memory
 
 Settings = dict[str, Any]
@@ -145,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_debugging = "--debug" in words
     words = [word for word in words if word != "--debug"]
     soften_encoding()
+    report_crashes()
     try:
         code = _run(words)
         if sys.stdout is not None:
