@@ -3,6 +3,7 @@
 #   make demo-classic   the same story with a character GPT, next to full fine-tuning
 #   make test       the quick tests, on two cores; make test-all adds the slow ones
 #   make check      what a change must pass: format, lint, types, quick tests
+#   make docs       the documentation as a site, in build/site
 #   make bench-cpu  the benchmarks that need no GPU
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist load
 CPU_BENCHMARKS := $(wildcard benchmarks/cpu_*.py)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo demo-classic test test-all check format bench-cpu clean
+.PHONY: demo demo-classic test test-all check format docs bench-cpu clean
 
 demo: $(STAMP)
 	$(BIN)/python demo.py
@@ -40,6 +41,10 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(STAMP)
+	$(PIP) --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench-cpu: $(STAMP)
 	@test -n "$(CPU_BENCHMARKS)" || { echo "there is no benchmarks/cpu_*.py yet"; exit 2; }

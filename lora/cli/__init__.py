@@ -74,7 +74,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Merge an adapter into its base model and verify the result.",
     ),
     "convert-config": (
-        "lora.cli.convert_config:convert_config",
+        "lora.cli.settings.convert_config:convert_config",
         "Convert a settings file of axolotl, LLaMA-Factory or torchtune.",
     ),
     "doctor": ("lora.cli.doctor:doctor", "Check this machine: packages, device, memory, disk."),

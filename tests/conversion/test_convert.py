@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from lora.cli.convert_config import finetune_settings
 from lora.cli.flags.yaml_file import read_settings
+from lora.cli.settings.convert_config import finetune_settings
 from lora.conversion.axolotl import AXOLOTL
 from lora.conversion.convert import Conversion, convert_settings, flatten
 from lora.conversion.converted_file import report_lines, yaml_text

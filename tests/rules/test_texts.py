@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cyclopts import CycloptsError, MissingArgumentError
 
 from lora import cli
+from lora.cli.flags.values import name_pairs
+from lora.errors import LoraError
 
 # Written in pieces, so that this file keeps its own rule.
 REGISTRY_HOSTS = (
@@ -138,34 +141,48 @@ def fault_of(words: list[str], root: Path, make_targets: set[str]) -> str | None
 
 
 def fault_of_lora(words: list[str]) -> str | None:
-    """Return what is wrong with the arguments of a `lora` command, or None."""
+    """Return what is wrong with the arguments of a `lora` command, or None.
+
+    They are parsed as a call would parse them, values too; the command is not run.
+    """
     if not words or words[0] in ("--help", "--version", "COMMAND"):
         return None
     if words[0] not in cli.COMMANDS:
         return f"lora has no command {words[0]}"
-    flags = {re.split("[= ]", word)[0] for word in words[1:] if word.startswith("--")}
-    known = help_of(words[0])
-    # A flag of a switch also has its opposite in the help, `--no-packing`.
-    missing = [f for f in flags if not re.search(rf"{re.escape(f)}(?![\w-])", known)]
-    return f"lora {words[0]} has no {', '.join(sorted(missing))}" if missing else None
+    if "--help" in words:
+        return None
+    given, has_config = without_config(words)
+    is_part = has_config or "…" in given or "..." in given
+    given = [word for word in given if word not in ("…", "...", "--debug")]
+    app = cli.build_app(None, "", words[0])
+    try:
+        app.parse_args(name_pairs(given), exit_on_error=False, print_error=False)
+    except MissingArgumentError as error:  # the rest is in the file, or left out
+        return None if is_part else str(error)
+    except (CycloptsError, LoraError) as error:
+        return str(error)
+    return None
 
 
-def help_of(command: str) -> str:
-    """Return the help of one command of ours, with the flags that all have."""
-    import contextlib
-    import io
+def without_config(words: list[str]) -> tuple[list[str], bool]:
+    """Return the words without `--config FILE`, and whether it is there."""
+    if "--config" not in words:
+        return words, False
+    index = words.index("--config")
+    return words[:index] + words[index + 2 :], True
 
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        assert cli.main([command, "--help"]) == 0
-    known = re.sub(r"--\[no-\]([\w-]+)", r"--\1 --no-\1", out.getvalue())
-    return known + " --config --debug --help"
+
+def inline_commands(text: str) -> str:
+    """Return the commands in a module's texts, in a block of their own."""
+    found = re.findall(r"[`\"](lora [a-z-]+ [^`{}]*?)(?:`|\"$)", text, flags=re.M)
+    return "```\n" + "\n".join(line for line in found if "FILE" not in line) + "\n```\n"
 
 
 def test_every_command_in_the_documentation_exists(
     root: Path, texts: dict[str, str], make_targets: set[str]
 ) -> None:
     documents = {path: text for path, text in texts.items() if path.endswith(".md")}
+    documents["coming_from.py"] = inline_commands(texts["docs/site/coming_from.py"])
     assert "LORA_USAGE.md" in documents
     faults = [
         f"{path}: `{shlex.join(words)}`: {fault}"
@@ -183,6 +200,9 @@ def test_every_command_in_the_documentation_exists(
         ("USE_LORA=True .venv/bin/python trainings.py", "no trainings.py"),
         (".venv/bin/lora fientune --rank 3", "no command fientune"),
         ("python -m lora fientune", "no command fientune"),
+        ("lora finetune --data x --rnak 3", "rnak"),
+        ("lora finetune --data x --rank many", "many"),
+        ("lora finetune --rank 3", "requires an argument"),
     ],
 )
 def test_a_wrong_command_is_found(line: str, seen: str, root: Path, make_targets: set[str]) -> None:
