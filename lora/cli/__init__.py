@@ -3,6 +3,7 @@
     lora --help
     lora COMMAND --help
     lora COMMAND … --config FILE.yaml     settings from a file, under the flags' names
+    lora finetune FILE.yaml               the same
     LORALM_COMMAND_FLAG=…                 settings from the environment
 
 Flags override the environment, the environment overrides the file. A LoraError is printed without
@@ -33,18 +34,22 @@ from lora.cli.flags.environment import (
     aliases_in_environment,
     check_environment,
     environment_reader,
+    given_in_environment,
     known_settings,
 )
+from lora.cli.flags.from_fields import GROUP_KEYS
 from lora.cli.flags.help_page import HelpPage
-from lora.cli.flags.translate import translate_settings, translate_words
+from lora.cli.flags.resumed import settings_to_resume
+from lora.cli.flags.translate import given_in, translate_settings, translate_words
 from lora.cli.flags.values import check_values, name_pairs
-from lora.cli.flags.yaml_file import read_settings
+from lora.cli.flags.yaml_file import flatten_groups, read_settings
 from lora.errors import ConfigError, Interrupted, LoraError, did_you_mean
 from lora.runs.disk import os_reason
 from lora.terminal import drop_output, end_output, print_note, report_crashes, soften_encoding
 from lora.training.out_of_memory import is_out_of_memory
 
-Settings = dict[str, Any]
+Sources = list[tuple[dict[str, Any], str]]
+"""Settings of a command, and what they come from."""
 COMMANDS: dict[str, tuple[str, str]] = {
     "finetune": (
         "lora.cli.finetune:finetune",
@@ -81,6 +86,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """By name: the command's function as "module:function", and its line in `lora --help`."""
 
+WITH_FILE = ("finetune", "sweep", "compare")
+"""Commands whose first word may be a settings file, as with --config."""
 MEMORY_ADVICE = "Try a smaller batch, a smaller model, or a device with more memory."
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """What writing to an output meets; the names of files are in other errors."""
@@ -91,22 +98,15 @@ HELP_END = (
 )
 
 
-def build_app(
-    settings: Settings | None = None,
-    source: str = "",
-    chosen: str | None = None,
-    *,
-    environment: Settings | None = None,
-) -> App:
+def build_app(chosen: str | None = None, sources: Sequence[tuple[dict[str, Any], str]] = ()) -> App:
     """Return the application with all commands, none of them imported yet.
 
-    The help of the command `chosen` is its docstring; the others have one line. `settings` are
-    its defaults from the file `source`; flags and environment override them. `environment` are
-    those of its settings that variables give under names of other tools.
+    The help of the command `chosen` is its docstring; the others have one line. `sources` are
+    settings for it, each with what they come from; the first has precedence, after flags and
+    environment.
     """
     # Under the command's name: cyclopts drops top-level keys that are names of commands.
-    sources = ((environment, "environment"), (settings, source))
-    files = (Dict({str(chosen): s}, source=name) for s, name in sources if s is not None)
+    files = (Dict({str(chosen): settings}, source=name) for settings, name in sources)
     app = App(
         name="lora",
         help="LoRA fine-tuning of language models.",
@@ -189,22 +189,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     words, path = _take_config(words)
     _check_command(words)
-    settings, source = (None, "") if path is None else (read_settings(path), str(path))
-    environment: Settings = {}
+    sources: Sources = [] if path is None else [(read_settings(path), str(path))]
     if words and words[0] in COMMANDS:
         command, known = words[0], _known_settings(words[0])
         words = [command, *translate_words(f"lora {command}", words[1:], known, print_note)]
+        sources = [
+            (translate_settings(name, flatten_groups(each, known, name), known, print_note), name)
+            for each, name in sources
+        ]
         environment = aliases_in_environment(command, known, print_note)
-        if settings is not None:
-            settings = translate_settings(source, settings, known, print_note)
-    app = build_app(settings, source, words[0] if words else None, environment=environment)
+        sources.insert(0, (environment, "environment"))
+        sources.append(settings_to_resume(command, _given(words, sources)))
+    app = build_app(words[0] if words else None, sources)
     code = app(
         name_pairs(words), exit_on_error=False, print_error=False, result_action="return_value"
     )
     return code if isinstance(code, int) else 0
 
 
-def _known_settings(command: str) -> set[str]:
+def _given(words: list[str], sources: Sources) -> dict[str, str]:
+    """Return what a call gives on its own, by name: from files, the environment and flags."""
+    given: dict[str, str] = {}
+    for settings, _ in reversed(sources):
+        given |= {key.replace("-", "_"): v for key, v in settings.items() if isinstance(v, str)}
+    return given | given_in_environment(words[0]) | given_in(words[1:])
+
+
+def _known_settings(command: str) -> dict[str, str]:
     app = build_app()
     with app.app_stack([command]):
         return known_settings(app[command].assemble_argument_collection())
@@ -224,6 +235,9 @@ def _check_command(words: list[str]) -> None:
 def _take_config(words: list[str]) -> tuple[list[str], Path | None]:
     rest: list[str] = []
     paths: list[str] = []
+    is_file = len(words) > 1 and words[0] in WITH_FILE and words[1].endswith((".yaml", ".yml"))
+    if is_file and not words[1].startswith("-"):
+        paths, words = [words[1]], [words[0], *words[2:]]
     remaining = iter(words)
     for word in remaining:
         if word == "--config":
@@ -251,10 +265,10 @@ def _describe(error: LoraError | CycloptsError) -> str:
     key = (error.token.keyword or "") if isinstance(error, UnknownOptionError) else ""
     if not (isinstance(error, UnknownOptionError) and key.startswith("[")):
         return f"{error} {advice}"
-    key = key.strip("[]")  # cyclopts writes a key of a file as [key]
+    key = key.strip("[]").split("][")[0]  # cyclopts writes a key of a file as [key], or [a][b]
     names = [name for argument in error.argument_collection or () for name in argument.names]
     allowed = sorted(name.removeprefix("--") for name in names if name.startswith("--"))
-    near = did_you_mean(key, allowed)
+    near = did_you_mean(key, [*allowed, *GROUP_KEYS])
     return (
         f"Cannot use {error.token.source}: unknown setting {key!r}.{near} "
         f"Allowed: {', '.join(allowed)}."

@@ -72,8 +72,8 @@ class CompareRun:
 
 
 def compare(
-    *,
     data: TrainingData,
+    *,
     model: Model = None,
     eval_data: ValidationData = None,
     same: SameAmount = CompareConfig.same,
@@ -95,7 +95,7 @@ def compare(
         lora compare --data orders.jsonl
         lora compare --data orders.jsonl --rates 3e-4,1e-3,3e-3 --peft
         lora compare --data orders.jsonl --same time --name fair
-        lora compare --data orders.jsonl --same time --name fair --resume
+        lora compare --name fair --resume
 
     Reports training time, peak memory, sizes on disk, validation loss, loss on
     an unrelated text (forgetting), sample answers and, with --metric, a score.

@@ -52,8 +52,8 @@ class RunFlags:
 
 
 def finetune(
-    *,
     data: TrainingData,
+    *,
     model: Model = None,
     eval_data: ValidationData = None,
     full: Full = False,
@@ -73,9 +73,10 @@ def finetune(
 
     For example:
 
-        lora finetune --data orders.jsonl
+        lora finetune orders.jsonl
         lora finetune --data chats.jsonl --model ./llama --rank 16 --steps 500
-        lora finetune --data orders.jsonl --name orders --resume
+        lora finetune --name orders --resume
+        lora finetune run.yaml --steps 500
         lora finetune --data chats.jsonl --max-length 8192 --memory full
 
     Data formats: chats (messages, ShareGPT), prompt and completion,

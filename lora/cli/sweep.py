@@ -95,8 +95,8 @@ class SweepRun:
 
 
 def sweep(
-    *,
     data: TrainingData,
+    *,
     model: Model = None,
     eval_data: ValidationData = None,
     at_once: AtOnce = None,
@@ -119,7 +119,7 @@ def sweep(
 
         lora sweep --data orders.jsonl --rank 4,8,16 --learning-rate 3e-4,1e-3
         lora sweep --data orders.jsonl --rank 4,16 --alpha 2r --seed 0,1 --halving
-        lora sweep --data orders.jsonl --rank 4,8 --name ranks --resume
+        lora sweep --name ranks --resume
         lora sweep --data orders.jsonl --rank 4,8,16 --full
 
     Each candidate is the adapter that lora finetune trains with these settings.

@@ -41,7 +41,7 @@ def test_the_file_is_taken_by_finetune(
     assert f"wrote {out}: lora finetune --config {out}" in told
     assert "wandb_project: " in told
     settings = read_settings(out)
-    app = build_app(settings, str(out), "finetune")
+    app = build_app("finetune", [(settings, str(out))])
     _, bound, _ = app.parse_args(name_pairs(["finetune"]), exit_on_error=False)
     given = bound.arguments
     assert given["data"] == Path("data/my tickets: all.jsonl")

@@ -85,7 +85,7 @@ def test_lists_are_split_from_every_source(way: str, monkeypatch: pytest.MonkeyP
     if way == "environment":
         for key, text in settings.items():
             monkeypatch.setenv(f"LORALM_FINETUNE_{key.replace('-', '_').upper()}", text)
-    app = build_app(settings if way == "file" else None, "settings.yaml", "finetune")
+    app = build_app("finetune", [(settings if way == "file" else {}, "settings.yaml")])
     words = ["finetune", "--data", "x"]
     _, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
     lora = bound.arguments["lora"]
@@ -111,7 +111,7 @@ def test_a_null_character_in_a_file_is_refused(
 def test_what_means_the_same_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     settings = {"data": "~/x", "report": "off", "rank": "4.0"}
-    app = build_app(settings, "settings.yaml", "finetune")
+    app = build_app("finetune", [(settings, "settings.yaml")])
     _, bound, _ = app.parse_args(["finetune"], exit_on_error=False, print_error=False)
     assert bound.arguments["data"] == tmp_path / "x"
     assert bound.arguments["report"] is False

@@ -62,7 +62,7 @@ def test_every_flag_of_every_command_works_from_a_file(
     content[flag.replace("-", "_")] = given
     file = tmp_path / "settings.yaml"
     file.write_text(yaml.safe_dump(content))
-    app = build_app(read_settings(file), str(file), command)
+    app = build_app(command, [(read_settings(file), str(file))])
     _, bound, _ = app.parse_args([command], exit_on_error=False, print_error=False)
     seen = found_in(bound, flag.replace("-", "_"))
     expected = Path(given) if isinstance(seen, Path) else given
@@ -131,3 +131,55 @@ def test_values_are_texts_as_on_the_command_line(tmp_path: Path) -> None:
     )
     expected = {"name": "2024-01-01", "seed": "010", "rate": "1e-3", "model": None, "x": ["y", "1"]}
     assert read_settings(file) == expected
+
+
+GROUPED = """\
+data:
+  data: {data}
+  cutoff_len: 64
+lora:
+  r: 4
+  rank_pattern: {{q_proj: 2}}
+training: {{steps: 5, lr: 1e-3}}
+evaluation:
+device: {{device: cpu}}
+"""
+
+
+@pytest.mark.parametrize("words", [["{file}"], ["--config", "{file}"]])
+def test_settings_may_stand_under_their_groups(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(GROUPED.format(data="x.jsonl"))
+    seen: list[Any] = []
+    monkeypatch.setattr("lora.finetune.run.finetune", lambda job, *_, **__: seen.append(job) or 1)
+    with pytest.raises(AttributeError):  # there is no result to report
+        cli.main(["finetune", *(word.format(file=file) for word in words), "--steps", "6"])
+    (job,) = seen
+    assert (job.data, job.data_config.max_length) == (Path("x.jsonl"), 64)
+    assert (job.lora.rank, job.lora.rank_pattern) == (4, {"q_proj": 2})
+    assert (job.train.steps, job.train.learning_rate, job.run.device) == (6, 1e-3, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("training: {rank: 4}", "'rank' belongs under 'lora', not under 'training'"),
+        ("model: {name: x}", "'name' belongs under 'output', not under 'model'"),
+        ("training: {lora_r: 4}", "'lora_r' belongs under 'lora'"),
+        ("rank: 4\nlora: {rank: 5}", "'rank' is given twice"),
+        ("lora: {batch_size: 4, batch-size: 5}", "belongs under 'training'"),
+        ("lora: {rank: 4, r: 5}", "r is rank: both are given"),
+        ("lora: {rnak: 4}", "unknown setting 'rnak'. Did you mean 'rank'?"),
+        ("trainig: {steps: 4}", "unknown setting 'trainig'. Did you mean"),
+        ("lora: 4", "unknown setting 'lora'"),
+    ],
+)
+def test_what_stands_under_another_group_is_refused(
+    content: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yml"
+    file.write_text(f"data: x\n{content}\n")
+    assert cli.main(["finetune", str(file)]) == 2
+    assert words in capsys.readouterr().err

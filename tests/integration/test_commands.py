@@ -439,3 +439,30 @@ def test_brackets_and_all_that_ascii_lacks_are_printed_on_a_terminal_of_ascii(
         )
         assert (done.returncode, done.stderr) == (0, b""), done
         assert text in done.stdout.decode("ascii")
+
+
+def test_a_run_is_resumed_by_its_name_alone(
+    tiny_folder: Path, orders_file: Path, tmp_path: Path, read: Read
+) -> None:
+    words = [
+        "--model",
+        str(tiny_folder),
+        "--rank",
+        "3",
+        "--targets",
+        "q_proj,v_proj",
+        "--seed",
+        "4",
+    ]
+    words += ["--steps", "2", "--batch-size", "2", "--max-length", "64", "--samples", "0"]
+    named = ["--out", str(tmp_path), "--name", "run"]
+    assert main(["finetune", str(orders_file), *words, *named, "--no-report"]) == 0
+    before = json.loads((tmp_path / "run" / "run.json").read_text())
+    read()
+    assert main(["finetune", *named, "--resume", "--steps", "3", "--no-report", "--json"]) == 0
+    assert json.loads(read()[0])["steps"] == 3
+    after = json.loads((tmp_path / "run" / "run.json").read_text())
+    for part in ("lora", "data_config"):
+        assert after[part] == before[part]
+    assert main(["finetune", *named, "--resume", "--rank", "4"]) == 2
+    assert "lora.rank: 3 then, 4 now" in read()[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from typing import Any
 
 from cyclopts import App, ArgumentCollection
@@ -22,10 +23,14 @@ def environment_reader(command: str | None) -> Env:
     return Env(_prefix(command), command=False)
 
 
-def known_settings(arguments: ArgumentCollection) -> set[str]:
-    """Return the names of a command's flags, with underscores."""
-    names = (name for argument in arguments for name in argument.names)
-    return {name[2:].replace("-", "_") for name in names if name.startswith("--")}
+def known_settings(arguments: ArgumentCollection) -> dict[str, str]:
+    """Return the names of a command's flags, with underscores, and the group of each."""
+    return {
+        name[2:].replace("-", "_"): argument.parameter.group[0].name  # type: ignore[index]
+        for argument in arguments
+        for name in argument.names
+        if name.startswith("--") and argument.parameter.group
+    }
 
 
 def check_environment(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -49,12 +54,15 @@ def check_environment(app: App, commands: tuple[str, ...], arguments: ArgumentCo
         raise ConfigError(gather(faults, what, advice))
 
 
-def aliases_in_environment(command: str, known: set[str], on_note: Notes) -> dict[str, Any]:
+def given_in_environment(command: str) -> dict[str, str]:
+    """Return the settings that variables of `command` give, by name with underscores."""
+    prefix = _prefix(command)
+    return {name.removeprefix(prefix).lower(): text for name, text in _variables(command).items()}
+
+
+def aliases_in_environment(command: str, known: Collection[str], on_note: Notes) -> dict[str, Any]:
     """Return the settings that variables of `command` give under names of other tools."""
-    given = {
-        name.removeprefix(_prefix(command)).lower().replace("_", "-"): text
-        for name, text in _variables(command).items()
-    }
+    given = {name.replace("_", "-"): text for name, text in given_in_environment(command).items()}
     named = translate_settings("the environment", given, known, on_note)
     return {name: text for name, text in named.items() if name not in given}
 

@@ -32,6 +32,13 @@ GROUPS = {title: Group.create_ordered(title) for title in GROUP_TITLES}
 MODEL, DATA, COMPARED, LORA, TRAINING, EVALUATION, GENERATION, OUTPUT, DEVICE = GROUPS.values()
 """The groups of `--help`, for flags that no field stands behind."""
 
+GROUP_KEYS = {
+    **{"model": MODEL.name, "data": DATA.name, "compare": COMPARED.name, "lora": LORA.name},
+    **{"training": TRAINING.name, "evaluation": EVALUATION.name, "generation": GENERATION.name},
+    **{"output": OUTPUT.name, "device": DEVICE.name},
+}
+"""By key of a settings file under which flags may stand: the group that they belong to."""
+
 Flat = Parameter(name="*")
 """On a parameter that is a dataclass of flags: they have no prefix."""
 

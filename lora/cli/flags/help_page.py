@@ -60,7 +60,7 @@ def _lines(label: str, text: str, width: int, n_columns: int) -> list[str]:
 def _label(entry: HelpEntry) -> str:
     """Return a flag with its value; `--[no-]x` for a flag that can be switched off."""
     if entry.positional_label:
-        return entry.positional_label
+        return ", ".join([entry.positional_label, *entry.positive_names[:1]])
     names = [*entry.positive_names, *entry.positive_shorts]
     first = names[0] if names else ""
     if f"--no-{first[2:]}" in entry.negative_names:

@@ -90,7 +90,10 @@ Report = Annotated[
 ]
 Resume = Annotated[
     bool,
-    Parameter(group=OUTPUT, help="Resume the run called --name from its newest checkpoint."),
+    Parameter(
+        group=OUTPUT,
+        help="Resume the run --name from its newest checkpoint, with its settings.",
+    ),
 ]
 Overwrite = Annotated[
     bool,

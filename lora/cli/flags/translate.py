@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from lora.errors import ConfigError, gather
@@ -18,13 +18,13 @@ Notes = Callable[[str], None]
 
 
 def translate_words(
-    command: str, words: list[str], known: set[str], on_note: Notes = lambda note: None
+    command: str, words: list[str], known: Collection[str], on_note: Notes = lambda note: None
 ) -> list[str]:
     """Return a command's `words` with the names of its own flags, which are `known`.
 
     Raises ConfigError with all flags that mean something else here, and what to write for each.
     """
-    given = _given(words)
+    given = given_in(words)
     found: list[str] = []
     faults: list[str] = []
     followers = [*words, None][1:]
@@ -69,7 +69,10 @@ def _renamed(
 
 
 def translate_settings(
-    source: str, settings: Mapping[str, Any], known: set[str], on_note: Notes = lambda note: None
+    source: str,
+    settings: Mapping[str, Any],
+    known: Collection[str],
+    on_note: Notes = lambda note: None,
 ) -> dict[str, Any]:
     """Return the `settings` of a file or of the environment with our names, as `translate_words`.
 
@@ -98,19 +101,19 @@ def translate_settings(
     return found
 
 
-def is_alias(name: str, known: set[str]) -> bool:
+def is_alias(name: str, known: Collection[str]) -> bool:
     """Whether `name` is another tool's name of a setting that is `known`."""
     peer = _peer_of(_name(name)[0], known)
     return peer is not None and not peer.because
 
 
-def _peer_of(name: str, known: set[str]) -> PeerSetting | None:
+def _peer_of(name: str, known: Collection[str]) -> PeerSetting | None:
     """Return what `name` is, if it is no setting of the command itself and is of use to it."""
     if name in known:
         return None
     peer = find_peer(name)
     if peer is None or peer.because:
-        return peer if peer and _named_settings(peer) <= known else None
+        return peer if peer and _named_settings(peer) <= set(known) else None
     return peer if peer.ours in known else None
 
 
@@ -119,14 +122,16 @@ def _named_settings(peer: PeerSetting) -> set[str]:
     return set(re.findall(r"`(\w+)`", peer.because)) or {"rank"}
 
 
-def _given(words: list[str]) -> Settings:
-    """Return the flags among `words` with their values."""
-    pairs = zip(words, [*words, ""][1:], strict=True)
-    return {
-        _name(word.partition("=")[0])[0]: word.partition("=")[2] or following
-        for word, following in pairs
-        if word.startswith("--")
-    }
+def given_in(words: list[str]) -> dict[str, str]:
+    """Return the flags among `words` with their values; true or false for those without."""
+    found = {}
+    for word, following in zip(words, [*words, "--"][1:], strict=True):
+        flag, equals, text = word.partition("=")
+        if word.startswith("--"):
+            name, is_off = _name(flag)
+            alone = "false" if is_off else "true"
+            found[name] = text if equals else alone if following.startswith("--") else following
+    return found
 
 
 def _name(flag: str) -> tuple[str, bool]:
@@ -137,7 +142,7 @@ def _name(flag: str) -> tuple[str, bool]:
 
 
 def _refused_words(
-    word: str, follower: str | None, peer: PeerSetting, given: Settings, known: set[str]
+    word: str, follower: str | None, peer: PeerSetting, given: Settings, known: Collection[str]
 ) -> str:
     flag, equals, text = word.partition("=")
     value = text if equals else follower or ("false" if _name(flag)[1] else "true")
@@ -146,7 +151,11 @@ def _refused_words(
 
 
 def _advice(
-    peer: PeerSetting, value: str, given: Settings, known: set[str], written: Callable[[str], str]
+    peer: PeerSetting,
+    value: str,
+    given: Settings,
+    known: Collection[str],
+    written: Callable[[str], str],
 ) -> str:
     """Return why a setting is not taken, and what to write instead."""
     instead = peer.instead(value, given)

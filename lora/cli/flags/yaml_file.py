@@ -1,16 +1,20 @@
 """Settings from a YAML file: names of flags, each once, with values as on the command line.
 
 Values are read as they are written: `1e-3` is a number for a flag that takes numbers and a text for
-one that takes texts, as on the command line. `null` and `~` mean no value.
+one that takes texts, as on the command line. `null` and `~` mean no value. Settings may stand under
+the group that they have in `--help` (`lora: {rank: 4}`), or flat.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora.cli.flags.from_fields import GROUP_KEYS
 from lora.errors import ConfigError, did_you_mean, gather
 from lora.runs.disk import os_reason
+from lora.settings.peers import find_peer
 
 if TYPE_CHECKING:
     import yaml
@@ -48,6 +52,41 @@ def read_settings(path: Path) -> dict[str, Any]:
     if reader.faults:
         raise ConfigError(gather(reader.faults, f"Cannot read the settings {path}:", _NEEDED))
     return settings
+
+
+def flatten_groups(
+    settings: dict[str, Any], group_of: Mapping[str, str], source: str
+) -> dict[str, Any]:
+    """Return `settings` with those that stand under a group (`lora: {rank: 4}`) on the top level.
+
+    `group_of` has the group of each flag by its name with underscores. Raises ConfigError for a
+    setting that stands under another group, or is given twice.
+    """
+    found: dict[str, Any] = {}
+    faults: list[str] = []
+    for key, value in settings.items():
+        is_group = key in GROUP_KEYS and (value is None or isinstance(value, dict))
+        if not is_group:
+            pairs = {key: value}
+        else:
+            pairs = {name.replace("_", "-"): inner for name, inner in (value or {}).items()}
+            faults += _misplaced(key, pairs, group_of)
+        faults += [f"{name!r} is given twice. Keep one." for name in pairs.keys() & found.keys()]
+        found |= pairs
+    if faults:
+        raise ConfigError(gather(faults, f"Cannot use {source}:", "Change these settings."))
+    return found
+
+
+def _misplaced(key: str, names: Iterable[str], group_of: Mapping[str, str]) -> list[str]:
+    titles = {title: key for key, title in GROUP_KEYS.items()}
+    faults = []
+    for name in (each.replace("-", "_") for each in names):
+        peer = None if name in group_of else find_peer(name)
+        title = group_of.get(name if peer is None else str(peer.ours))
+        if title is not None and title != GROUP_KEYS[key]:
+            faults.append(f"{name!r} belongs under {titles[title]!r}, not under {key!r}.")
+    return faults
 
 
 def _read(path: Path) -> str:

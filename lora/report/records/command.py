@@ -1,7 +1,7 @@
-"""The command line that repeats a run, from its record.
+"""The settings of a run, and the command line that repeats it, from its record.
 
-It has only what differs from the defaults. A run that was started from Python on rows in memory has
-none.
+The command has only what differs from the defaults. A run that was started from Python on rows in
+memory has none.
 """
 
 from __future__ import annotations
@@ -14,26 +14,16 @@ from lora.config import FULL_LEARNING_RATE, DataConfig, LoRAConfig, RunConfig, T
 from lora.runs.record import RunRecord
 from lora.sweep.grid import SWEPT, Grid, short_number
 
-_OF_SWEEP = ("out", "name", "eval_every_steps", "save_every_steps", "device")
-_OF_COMPARISON = (*_OF_SWEEP, "samples", "sample_tokens", "fast")
+Settings = dict[str, Any]
+"""Flags by their names with underscores, in the order of a command; no value is None."""
+_OF_SWEEP = ("out", "name", "eval_every_steps", "save_every_steps", "device", "fast")
+_OF_COMPARISON = (*_OF_SWEEP, "samples", "sample_tokens")
+_NOT_OF_SWEEP = (*SWEPT, "rank_pattern", "alpha_pattern", "init_seed")
 
 
 def finetune_command(record: RunRecord, name: str) -> str | None:
     """Return the `lora finetune` of a run; None if it was not one, or not on files."""
-    words = _source_words(record)
-    if words is None or record.train is None or record.kind not in ("finetune", "candidate"):
-        return None
-    if record.from_adapter is not None:
-        words += _pair("--from-adapter", record.from_adapter)
-    elif record.lora is None:
-        words += ["--full"]
-    else:
-        words += _flags(record.lora, LoRAConfig)
-    words += ["--deterministic"] if record.deterministic else []
-    words += _flags(record.train, TrainConfig)
-    words += _flags(record.data_config, DataConfig)
-    words += _run_flags(record.run, name)
-    return shlex.join(["lora", "finetune", *words])
+    return _command("finetune", finetune_settings(record, name))
 
 
 def sweep_command(record: RunRecord, name: str, full_rate: float | None = None) -> str | None:
@@ -41,117 +31,168 @@ def sweep_command(record: RunRecord, name: str, full_rate: float | None = None) 
 
     `full_rate` is the learning rate of full fine-tuning beside it; None: there was none.
     """
-    words, sweep = _source_words(record), record.sweep
-    if words is None or sweep is None:
-        return None
-    for key in SWEPT:
-        values = sweep.grid.get(key)
-        if values is not None and values != list(getattr(Grid(), key)):
-            words += [_flag(key), ",".join(_written(value) for value in values)]
-    if full_rate is not None:
-        words += ["--full"]
-        is_default = full_rate == FULL_LEARNING_RATE
-        words += [] if is_default else ["--full-learning-rate", _written(full_rate)]
-    words += ["--halving"] if sweep.halving else []
-    words += _flags(record.lora, LoRAConfig, without=SWEPT)
-    words += _flags(record.train, TrainConfig, without=SWEPT)
-    words += _flags(record.data_config, DataConfig)
-    words += _run_flags(record.run, name, only=_OF_SWEEP)
-    return shlex.join(["lora", "sweep", *words])
+    return _command("sweep", sweep_settings(record, name, full_rate))
 
 
 def comparison_command(record: RunRecord, name: str) -> str | None:
     """Return the `lora compare` of a run; None if it was not on files."""
+    return _command("compare", comparison_settings(record, name))
+
+
+def finetune_settings(record: RunRecord, name: str, *, defaults: bool = False) -> Settings | None:
+    """Return the settings of a `lora finetune`, with `defaults` also those that are the defaults.
+
+    None if it was not one, or not on files.
+    """
+    found = _sources(record)
+    if found is None or record.train is None or record.kind not in ("finetune", "candidate"):
+        return None
+    if record.from_adapter is not None:
+        found["from_adapter"] = record.from_adapter
+    elif record.lora is None:
+        found["full"] = True
+    else:
+        found |= _changed(record.lora, LoRAConfig, defaults=defaults)
+    if record.base_dtype is not None:
+        found["base_dtype"] = record.base_dtype
+    if record.deterministic:
+        found["deterministic"] = True
+    found |= _changed(record.train, TrainConfig, defaults=defaults)
+    found |= _changed(record.data_config, DataConfig, defaults=defaults)
+    return found | _run_settings(record.run, name, defaults=defaults)
+
+
+def sweep_settings(
+    record: RunRecord, name: str, full_rate: float | None = None, *, defaults: bool = False
+) -> Settings | None:
+    """Return the settings of a `lora sweep`, as `finetune_settings`; see `sweep_command`."""
+    found, sweep = _sources(record), record.sweep
+    if found is None or sweep is None:
+        return None
+    for key in SWEPT:
+        values = sweep.grid.get(key)
+        if values is not None and (defaults or values != list(getattr(Grid(), key))):
+            found[key] = tuple(values)
+    if full_rate is not None:
+        found["full"] = True
+        if full_rate != FULL_LEARNING_RATE:
+            found["full_learning_rate"] = full_rate
+    if sweep.halving:
+        found["halving"] = True
+    if record.deterministic and defaults:
+        found["deterministic"] = True
+    found |= _changed(record.lora, LoRAConfig, without=_NOT_OF_SWEEP, defaults=defaults)
+    found |= _changed(record.train, TrainConfig, without=SWEPT, defaults=defaults)
+    found |= _changed(record.data_config, DataConfig, defaults=defaults)
+    return found | _run_settings(record.run, name, only=_OF_SWEEP, defaults=defaults)
+
+
+def comparison_settings(record: RunRecord, name: str, *, defaults: bool = False) -> Settings | None:
+    """Return the settings of a `lora compare`, as `finetune_settings`."""
     compare = record.compare
     if compare is None or record.data.in_memory or not isinstance(compare.get("data"), str):
         return None
-    words = _pair("--data", compare["data"])
+    found: Settings = {"data": compare["data"]}
     for key in ("model", "eval_data"):
         if isinstance(compare.get(key), str):
-            words += _pair(_flag(key), compare[key])
+            found[key] = compare[key]
     if compare.get("same") == "time":
-        words += ["--same", "time"]
+        found["same"] = "time"
     methods = compare.get("methods")
-    words += ["--peft"] if isinstance(methods, list) and "peft" in methods else []
-    words += _rate_flags(compare.get("rates"))
-    words += _measure_flags(compare.get("measures"))
-    words += _flags(compare.get("lora"), LoRAConfig)
-    words += _flags(compare.get("train"), TrainConfig)
-    words += _flags(compare.get("data_config"), DataConfig)
-    words += _run_flags(record.run, name, only=_OF_COMPARISON)
-    return shlex.join(["lora", "compare", *words])
+    if isinstance(methods, list) and "peft" in methods:
+        found["peft"] = True
+    found |= _rates(compare.get("rates")) | _measures(compare.get("measures"))
+    found |= _changed(compare.get("lora"), LoRAConfig, defaults=defaults)
+    found |= _changed(compare.get("train"), TrainConfig, defaults=defaults)
+    found |= _changed(compare.get("data_config"), DataConfig, defaults=defaults)
+    return found | _run_settings(record.run, name, only=_OF_COMPARISON, defaults=defaults)
 
 
-def _rate_flags(rates: Any) -> list[str]:
-    """Return the flags of the learning rates that a comparison tries or is given."""
+def _rates(rates: Any) -> Settings:
+    """Return the learning rates that a comparison tries or is given."""
     if not isinstance(rates, dict):
-        return []
-    words = []
+        return {}
+    found: Settings = {}
     for key in ("rates", "full_rates"):
         values = rates.get(key)
         if isinstance(values, list) and values:
-            words += [_flag(key), ",".join(_written(value) for value in values)]
+            found[key] = tuple(values)
     if rates.get("full_learning_rate") is not None:
-        words += ["--full-learning-rate", _written(rates["full_learning_rate"])]
+        found["full_learning_rate"] = rates["full_learning_rate"]
     if rates.get("rates") and rates.get("rate_steps"):
-        words += ["--rate-steps", str(rates["rate_steps"])]
-    return words
+        found["rate_steps"] = rates["rate_steps"]
+    return found
 
 
-def _measure_flags(measures: Any) -> list[str]:
-    """Return the flags of what a comparison measures besides loss, speed and memory."""
+def _measures(measures: Any) -> Settings:
+    """Return what a comparison measures besides loss, speed and memory."""
     if not isinstance(measures, dict):
-        return []
-    words = []
+        return {}
+    found: Settings = {}
     for key in ("forgetting_data", "metric", "test_data"):
         if isinstance(measures.get(key), str) and measures[key] != "none":
-            words += _pair(_flag(key), measures[key])
+            found[key] = measures[key]
     if measures.get("metric") not in (None, "none"):
         for key in ("answers", "answer_tokens"):
             if measures.get(key) is not None:
-                words += [_flag(key), _written(measures[key])]
-    return words
+                found[key] = measures[key]
+    return found
 
 
-def _source_words(record: RunRecord) -> list[str] | None:
-    """Return the flags of data and model; None where the rows were given in Python."""
+def _sources(record: RunRecord) -> Settings | None:
+    """Return data and model; None where the rows were given in Python."""
     data = record.data
     if data.source is None or data.in_memory:
         return None
-    words = _pair("--data", data.source)
-    words += [] if record.model_source is None else _pair("--model", record.model_source)
-    words += [] if data.eval_source is None else _pair("--eval-data", data.eval_source)
-    return words
+    given = {"data": data.source, "model": record.model_source, "eval_data": data.eval_source}
+    return {name: value for name, value in given.items() if value is not None}
 
 
-def _run_flags(
-    values: dict[str, Any] | None, name: str, only: tuple[str, ...] | None = None
-) -> list[str]:
-    kept = {k: v for k, v in (values or {}).items() if only is None or k in only}
-    return _flags({**kept, "name": name}, RunConfig)
+def _run_settings(
+    values: dict[str, Any] | None,
+    name: str,
+    only: tuple[str, ...] | None = None,
+    *,
+    defaults: bool = False,
+) -> Settings:
+    found = _changed({**(values or {}), "name": name}, RunConfig, defaults=defaults)
+    return {key: value for key, value in found.items() if only is None or key in only}
 
 
-def _flags(values: Any, kind: type, without: tuple[str, ...] = ()) -> list[str]:
-    """Return the flags of a config's values that are not its defaults."""
+def _changed(
+    values: Any, kind: type, without: tuple[str, ...] = (), *, defaults: bool = False
+) -> Settings:
+    """Return a config's values that are not its defaults, `defaults`: all but empty ones."""
     if not isinstance(values, dict):
-        return []
-    words: list[str] = []
+        return {}
+    found: Settings = {}
     for field in dataclasses.fields(kind):
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         value = values.get(field.name, default)
         plain = list(default) if isinstance(default, tuple) else default
-        if field.name in without or value is None or value in (plain, str(default)):
+        is_default = value in (plain, str(default))
+        if field.name in without or value is None or (is_default and not defaults):
             continue
-        words += _words_of(field.name, value)
-    return words
+        if value not in ([], {}, ()):
+            found[field.name] = value
+    return found
+
+
+def _command(command: str, settings: Settings | None) -> str | None:
+    if settings is None:
+        return None
+    words = [word for name, value in settings.items() for word in _words_of(name, value)]
+    return shlex.join(["lora", command, *words])
 
 
 def _words_of(name: str, value: Any) -> list[str]:
     flag = _flag(name)
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag[2:]}"]
+    if isinstance(value, tuple):  # values to try
+        return [flag, ",".join(_written(item) for item in value)]
     if isinstance(value, list):
         return [word for item in value for word in (flag, _written(item))]
     if isinstance(value, dict):

@@ -1,0 +1,88 @@
+"""The settings of a run that is resumed: from its record, so that `--resume --name x` is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora.config import FULL_LEARNING_RATE, RunConfig
+from lora.errors import CheckpointError
+from lora.report.records.command import (
+    Settings,
+    comparison_settings,
+    finetune_settings,
+    sweep_settings,
+)
+from lora.runs.directory import check_run_directory
+from lora.runs.read_record import read_run_record
+from lora.runs.record import RUN_FILE, Kind, RunRecord
+
+COMMAND_OF: dict[Kind, str] = {"finetune": "finetune", "sweep": "sweep", "compare": "compare"}
+"""By kind of run: the command that resumes it."""
+FULL = "full"
+"""Of a sweep: the run directory of full fine-tuning on the same batches."""
+_OFF = ("false", "no", "off", "0")
+_LENGTHS = {"steps", "epochs"}
+"""Either says how long a run is: what is given replaces what was recorded."""
+
+
+def settings_to_resume(command: str, given: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """Return the recorded settings of the run that `given` resumes, and the file they come from.
+
+    `given` are the settings of a call by name, with underscores. Nothing is returned for a new run,
+    and for one on rows in memory. Raises RunNotFoundError for a run that does not exist, and
+    CheckpointError for one that another command started.
+    """
+    name = given.get("name")
+    if (
+        command not in COMMAND_OF.values()
+        or not name
+        or given.get("resume", "false").lower() in _OFF
+    ):
+        return {}, ""
+    out = Path(given.get("out", RunConfig.out)).expanduser()
+    check_run_directory(out, name, resume=True)
+    path = out / name / RUN_FILE
+    if not path.is_file():
+        return {}, ""
+    record = read_run_record(path.parent)
+    theirs = COMMAND_OF.get(record.kind)
+    if theirs is not None and theirs != command:
+        raise CheckpointError(
+            f"Cannot resume {path.parent} with lora {command}: lora {theirs} started it. Use lora "
+            f"{theirs} --resume."
+        )
+    found = _recorded(command, record, path.parent) or {}
+    replaced = {"name", "out"} | (_LENGTHS if _LENGTHS & given.keys() else set())
+    return {
+        key.replace("_", "-"): _as_text(value)
+        for key, value in found.items()
+        if key not in replaced
+    }, str(path)
+
+
+def _recorded(command: str, record: RunRecord, directory: Path) -> Settings | None:
+    name = directory.name
+    if command == "sweep":
+        return sweep_settings(record, name, _full_rate(directory), defaults=True)
+    if command == "compare":
+        return comparison_settings(record, name, defaults=True)
+    return finetune_settings(record, name, defaults=True)
+
+
+def _full_rate(sweep: Path) -> float | None:
+    """Return the learning rate of the full fine-tuning beside a sweep; None if none has begun."""
+    if not (sweep / FULL / RUN_FILE).is_file():
+        return None
+    return read_run_record(sweep / FULL).learning_rate or FULL_LEARNING_RATE
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return [_as_text(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _as_text(inner) for key, inner in value.items()}
+    return str(value)

@@ -1,0 +1,102 @@
+"""`--resume --name x` takes the settings of the run that it resumes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora import cli
+from lora.cli import build_app
+from lora.cli.flags.from_fields import config_from
+from lora.cli.flags.resumed import settings_to_resume
+from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.errors import CheckpointError, RunNotFoundError
+from lora.runs.record import SCHEMA_VERSION
+from lora.sweep.grid import Grid
+
+LORA = LoRAConfig(rank=4, alpha=2.5, targets=("q_proj", "v_proj"), rank_pattern={"q_proj": 2})
+TRAIN = TrainConfig(steps=7, learning_rate=0.0123456789, schedule="linear")
+DATA = DataConfig(max_length=64, packing=False, special_tokens=("<a>", "<b>"))
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> dict[str, str]:
+    """What resumes the run."""
+    return {"resume": "true", "name": "run", "out": str(tmp_path)}
+
+
+def write(folder: Path, kind: str, **values: Any) -> None:
+    """Write the record of a run."""
+    (folder / "run").mkdir()
+    record = {"schema_version": SCHEMA_VERSION, "kind": kind, "data": {"source": "a b.jsonl"}}
+    text = json.dumps({**record, **values}, default=str)
+    (folder / "run" / "run.json").write_text(text)
+
+
+def bound(command: str, given: dict[str, str]) -> dict[str, Any]:
+    """Return a command's arguments from the record alone."""
+    app = build_app(command, [settings_to_resume(command, given)])
+    return app.parse_args([command], exit_on_error=False, print_error=False)[1].arguments
+
+
+def test_a_finetune_has_all_settings_that_it_had(tmp_path: Path, given: dict[str, str]) -> None:
+    run = asdict(RunConfig(out=tmp_path, name="run", patience=3, fast=False))
+    values = {"lora": asdict(LORA), "train": asdict(TRAIN), "data_config": asdict(DATA), "run": run}
+    write(tmp_path, "finetune", **values, deterministic=True, base_dtype="fp8", model_source="m")
+    found = bound("finetune", given)
+    assert (found["data"], found["model"]) == (Path("a b.jsonl"), "m")
+    assert (found["deterministic"], found["base_dtype"]) == (True, "fp8")
+    assert config_from(LoRAConfig, found["lora"]) == LORA
+    assert config_from(TrainConfig, found["train"]) == TRAIN
+    assert config_from(DataConfig, found["data_config"]) == DATA
+    assert (found["run"].patience, found["run"].fast) == (3, False)
+    assert "steps" not in settings_to_resume("finetune", {**given, "steps": "9"})[0]
+
+
+def test_a_sweep_has_its_grid_and_full_fine_tuning(tmp_path: Path, given: dict[str, str]) -> None:
+    grid = Grid(rank=(4, 8), learning_rate=(3e-4, 0.0123456789), alpha=("2r",))
+    write(
+        tmp_path,
+        "sweep",
+        sweep={"grid": asdict(grid), "halving": True, "steps": 9},
+        lora=asdict(LoRAConfig(rslora=True)),
+        train=asdict(TrainConfig(steps=9)),
+        run=asdict(RunConfig(fast=False)),
+    )
+    (tmp_path / "run" / "full").mkdir()
+    record = {"schema_version": SCHEMA_VERSION, "kind": "finetune", "learning_rate": 2e-5}
+    (tmp_path / "run" / "full" / "run.json").write_text(json.dumps(record))
+    found = bound("sweep", given)
+    assert config_from(Grid, found["grid"]) == grid
+    assert (found["full"], found["full_learning_rate"], found["halving"]) == (True, 2e-5, True)
+    assert (found["lora"].rslora, found["train"].steps, found["run"].fast) == (True, 9, False)
+
+
+def test_a_comparison_has_its_methods(tmp_path: Path, given: dict[str, str]) -> None:
+    compare = {"data": "a b.jsonl", "methods": ["lora", "full", "peft"], "train": asdict(TRAIN)}
+    write(tmp_path, "compare", compare={**compare, "same": "time"})
+    found = bound("compare", given)
+    assert (found["peft"], found["same"], found["train"].steps) == (True, "time", 7)
+
+
+def test_other_commands_and_runs_are_told(tmp_path: Path, given: dict[str, str]) -> None:
+    with pytest.raises(RunNotFoundError, match="Cannot resume the run"):
+        settings_to_resume("finetune", given)
+    write(tmp_path, "sweep")
+    with pytest.raises(CheckpointError, match="Use lora sweep --resume"):
+        settings_to_resume("finetune", given)
+    assert settings_to_resume("finetune", {**given, "resume": "false"}) == ({}, "")
+    assert settings_to_resume("finetune", {"name": "run"}) == ({}, "")
+    assert settings_to_resume("generate", given) == ({}, "")
+
+
+def test_the_command_line_says_what_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["finetune", "--out", str(tmp_path), "--resume"]
+    assert cli.main([*words, "--name", "gone"]) == 2
+    assert "Cannot resume the run" in capsys.readouterr().err
