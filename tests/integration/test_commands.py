@@ -414,6 +414,21 @@ def test_another_base_is_refused_with_the_one_to_give(
     assert f"leave --model out, or give --model {tiny_folder}" in read()[1]
 
 
+def test_sequences_beyond_the_positions_are_named(
+    tiny_folder: Path, tmp_path: Path, read: Read
+) -> None:
+    text = "word " * 600
+    data = tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"text": text}))
+    for words in (
+        ["data", str(data), "--max-length", "1000"],
+        ["plan", "--max-length", "1000", "--memory-gb", "0.001"],
+        ["generate", text, "--max-new-tokens", "1"],
+    ):
+        assert main([*words, "--model", str(tiny_folder)]) == 0
+        assert "the model has 512 positions" in " ".join(" ".join(read()).split())
+
+
 def test_brackets_and_all_that_ascii_lacks_are_printed_on_a_terminal_of_ascii(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
