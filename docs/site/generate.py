@@ -48,7 +48,7 @@ def generated_pages() -> dict[str, str]:
     """Return by path inside the site: the Markdown of each generated page."""
     pages = {f"commands/{name}.md": command_page(name) for name in COMMANDS}
     pages["commands/index.md"] = commands_page()
-    pages["python.md"] = python_page()
+    pages["python-reference.md"] = python_page()
     pages |= coming_from_pages()
     found = {path: WARNING + text for path, text in pages.items()}
     for name, path in ROOT_PAGES.items():
@@ -206,7 +206,7 @@ def python_page() -> str:
     errors = {n: v for n, v in names.items() if isinstance(v, type) and issubclass(v, Exception)}
     configs = {n: v for n, v in names.items() if dataclasses.is_dataclass(v)}
     others = {n: v for n, v in names.items() if n not in errors and n not in configs}
-    parts = ["# Python\n\n```python\n" + example_of_package() + "```\n"]
+    parts = ["# Python reference\n\n```python\n" + example_of_package() + "```\n"]
     parts.append("## Functions and layers\n")
     parts += [name_section(name, value) for name, value in others.items()]
     parts.append(

@@ -50,6 +50,7 @@ def site(root: Path, generate: ModuleType) -> dict[str, str]:
     for path in sorted(docs.rglob("*.md")):
         inside = path.relative_to(docs).as_posix()
         text = path.read_text(encoding="utf-8")
+        assert inside not in pages, f"docs/{inside} has the path of a generated page"
         pages[inside] = generate.with_site_links(text, PurePosixPath("docs", inside).parent)
     return pages
 
@@ -77,7 +78,7 @@ def test_every_flag_of_every_command_is_in_the_reference(
 
 
 def test_every_public_name_and_field_is_in_the_reference(site: dict[str, str]) -> None:
-    page = site["python.md"]
+    page = site["python-reference.md"]
     for name in lora.__all__:
         assert f"### {name}\n" in page or f"| `{name}` |" in page, name
         value = getattr(lora, name)
