@@ -33,7 +33,7 @@ def data(
     Parameters
     ----------
     path
-        File or directory of examples.
+        File or directory of examples, or owner/name[:split] of a data set on the Hub.
     """
     config = config_from(DataConfig, data_config or DataFlags())
 

@@ -73,7 +73,7 @@ def evaluate(
     Parameters
     ----------
     data
-        File or directory of test examples.
+        File or directory of test examples, or owner/name[:split] of a data set on the Hub.
     predictions
         JSONL file to write: each prompt, expected answer, answer and its scores.
     max_new_tokens
@@ -98,7 +98,7 @@ def evaluate(
     folder = find_model_of(model, adapter).folder
     decoder_config(read_config(folder))  # an unknown architecture is refused before data are read
     rules = find_rules(config, adapter, folder)
-    examples = read_examples(data, _tell, rules=rules)
+    examples = read_examples(data, _tell, rules=rules, part="test")
     loaded = _with_template(load_model(model, adapter, device), config)
     if model is None:
         _tell(f"model: {loaded.source.description}")

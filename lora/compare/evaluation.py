@@ -65,7 +65,7 @@ class Evaluator:
         examples: Sequence[Example] = self.data.validation_examples
         if evaluation.test_data is not None:
             examples = read_examples(
-                evaluation.test_data, self.progress.message, rules=self.data.rules
+                evaluation.test_data, self.progress.message, rules=self.data.rules, part="test"
             )
         sampling = SamplingConfig(max_new_tokens=evaluation.answer_tokens)
         chosen = examples[: evaluation.answers]

@@ -11,7 +11,12 @@ from lora.data.chat.choose_template import choose_template
 from lora.data.prompting.prompt_format import describe_prompts
 from lora.data.prompting.rules import ReadingRules, rules_for
 from lora.data.reading.formats import Example
-from lora.data.reading.readers import Source, read_examples, read_with_labels
+from lora.data.reading.readers import (
+    Source,
+    has_part,
+    read_examples,
+    read_with_labels,
+)
 from lora.data.reading.splitting import split_examples
 from lora.data.sequences.batches import TokenSequences, build_sequences
 from lora.data.sequences.embedding_rows import check_ids, choose_pad_id, grown_rows
@@ -88,11 +93,18 @@ def prepare_data(
     has_template = tokenizer.chat_template is not None
     rules = rules_for(config, has_template=has_template, trained=trained)
     train, rules = read_with_labels(source, on_message, rules)
-    if validation_source is None:
+    has_validation = validation_source is None and has_part(source, "validation")
+    if has_validation and not config.eval_fraction:
+        on_message("validation data are not used: eval_fraction is 0")
+    if has_validation and config.eval_fraction:
+        validation = read_examples(source, on_message, rules=rules, part="validation")
+        on_message(f"validation data: those of {source}; nothing is split off")
+        _report_overlap(train, validation, on_message)
+    elif validation_source is None:
         sizes = config.eval_fraction, config.max_eval_examples
         train, validation = split_examples(train, *sizes, seed)
     else:
-        validation = read_examples(validation_source, on_message, rules=rules)
+        validation = read_examples(validation_source, on_message, rules=rules, part="validation")
         _report_overlap(train, validation, on_message)
     origin, now = None, now or datetime.now()
     if any(example.messages is not None for example in train + validation):

@@ -178,7 +178,7 @@ def evaluate(
         tokenizer = choose_template(tokenizer, config.chat_template)[0]
     if config.keep_control_tokens:
         tokenizer = tokenizer.with_control_tokens_in_messages()
-    examples = read_examples(data, rules=rules)
+    examples = read_examples(data, rules=rules, part="test")
     ready = prepare_evaluation(
         examples,
         tokenizer,

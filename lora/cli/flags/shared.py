@@ -38,13 +38,14 @@ TrainingData = Annotated[
     Path,
     Parameter(
         group=DATA,
-        help="Training examples: a JSONL, JSON, CSV, Parquet or text file, or a directory of them.",
+        help="JSONL, JSON, CSV, Parquet or text file, directory, or owner/name[:split] on the Hub.",
     ),
 ]
 ValidationData = Annotated[
     Path | None,
     Parameter(
-        group=DATA, help="Validation examples. Default: --eval-fraction of --data is split off."
+        group=DATA,
+        help="Validation examples. Default: those of --data, or --eval-fraction of it, split off.",
     ),
 ]
 

@@ -6,9 +6,8 @@ and .txt .md as one text per file. A folder is read in the order of its files' n
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,21 +24,16 @@ from lora.data.reading.formats import (
     example_from_row,
 )
 from lora.data.reading.tables import TABLE_READERS, without_nulls
-from lora.errors import DataError, DataNotFoundError, did_you_mean
+from lora.data.sources.files import TEXT_SUFFIXES, OnMessage, Part, find_files, list_parts
+from lora.data.sources.hub import parse_hub_name, read_hub_rows
+from lora.errors import DataError
 from lora.runs.disk import os_reason
 
 Source = str | Path | Iterable[Mapping[str, Any]]
-OnMessage = Callable[[str], None]
 
-TEXT_SUFFIXES = (".txt", ".md")
-TABLE_SUFFIXES = tuple(TABLE_READERS)
-
-_DESCRIPTIONS = frozenset(("dataset_info.json", "dataset_infos.json", "dataset_dict.json"))
-"""Files that other tools write beside data."""
 _MAX_NAMES = 12
-"""Of files, in a message."""
+"""Of labels, in a message."""
 _RULES = ReadingRules()
-_VALIDATION_WORDS = frozenset(("valid", "validation", "val", "dev", "eval", "test"))
 
 
 def read_examples(
@@ -47,6 +41,7 @@ def read_examples(
     on_message: OnMessage = lambda message: None,
     *,
     rules: ReadingRules = _RULES,
+    part: Part = "train",
 ) -> list[Example]:
     """Return the examples of a file, a folder, a `datasets.Dataset` or a list of dicts.
 
@@ -54,16 +49,17 @@ def read_examples(
         source: what to read.
         on_message: called with the files of a folder that are skipped; hidden ones are not named.
         rules: what rows become.
+        part: which files of a folder, or which split of a data set of the hub.
 
     Raises:
         DataError: the source is missing, empty or damaged, or rows of it fit no format. One message
             lists all faults of all files, with their lines.
         DependencyError: pyarrow is needed for a Parquet file and not installed.
     """
-    return read_with_labels(source, on_message, rules)[0]
+    return read_with_labels(source, on_message, rules, part)[0]
 
 
-def _read(source: Source, on_message: OnMessage, rules: ReadingRules) -> list[Example]:
+def _read(source: Source, on_message: OnMessage, rules: ReadingRules, part: Part) -> list[Example]:
     if isinstance(source, Mapping):
         raise DataError(
             f"Cannot read examples from a {type(source).__name__} with the keys "
@@ -75,7 +71,7 @@ def _read(source: Source, on_message: OnMessage, rules: ReadingRules) -> list[Ex
             "datasets.Dataset."
         )
     faults = Faults()
-    examples = list(_read_all(source, on_message, faults, rules))
+    examples = list(_read_all(source, part, on_message, faults, rules))
     heading = f"Cannot use the examples in {_name(source)}:"
     faults.raise_if_any(heading, "Correct or remove these rows; nothing was used.")
     if not examples:
@@ -84,13 +80,13 @@ def _read(source: Source, on_message: OnMessage, rules: ReadingRules) -> list[Ex
 
 
 def read_with_labels(
-    source: Source, on_message: OnMessage, rules: ReadingRules
+    source: Source, on_message: OnMessage, rules: ReadingRules, part: Part = "train"
 ) -> tuple[list[Example], ReadingRules]:
     """Return the examples as `read_examples` does, and the rules with the labels that were found.
 
     Other data of the same task are read with these rules.
     """
-    examples = _read(source, on_message, rules)
+    examples = _read(source, on_message, rules, part)
     named = [n for n, example in enumerate(examples) if example.format == LABELLED]
     if not named:
         return examples, rules
@@ -122,14 +118,29 @@ def _label_of(example: Example) -> str:
     return str(answer)
 
 
+def has_part(source: Source, part: Part) -> bool:
+    """Return whether a folder, or a data set of the hub, has a part of its own."""
+    if not isinstance(source, str | Path):
+        return False
+    name = parse_hub_name(source)
+    if name is not None:
+        return name.has_part(part)
+    path = Path(source)
+    return path.is_dir() and bool(list_parts(path).files[part])
+
+
 def _read_all(
-    source: Source, on_message: OnMessage, faults: Faults, rules: ReadingRules
+    source: Source, part: Part, on_message: OnMessage, faults: Faults, rules: ReadingRules
 ) -> Iterator[Example]:
     if not isinstance(source, str | Path):
         rows = ((f"row {n}", without_nulls(row)) for n, row in enumerate(source, 1))
         yield from _parse_rows(rows, faults, rules)
         return
-    for path in _find_files(Path(source), on_message):
+    name = parse_hub_name(source)
+    if name is not None:
+        yield from _parse_rows(read_hub_rows(name, part, on_message), faults, rules)
+        return
+    for path in find_files(Path(source), part, on_message):
         try:
             yield from _read_file(path, faults, rules)
         except OSError as error:
@@ -155,78 +166,6 @@ def _parse_rows(
             faults.add(where, error)
             if faults.are_too_many:
                 return
-
-
-def _find_files(path: Path, on_message: OnMessage) -> list[Path]:
-    allowed = TABLE_SUFFIXES + TEXT_SUFFIXES
-    if path.is_dir():
-        return _find_in_folder(path, on_message)
-    if path.exists() and not path.is_file():
-        raise DataError(
-            f"Cannot read examples from {path}: it is a pipe or a device, and the suffix of a file "
-            f"tells its format. Write it to a file first. Allowed: {' '.join(allowed)}."
-        )
-    if not path.is_file():
-        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = did_you_mean(path.name, names)
-        raise DataNotFoundError(
-            f"Cannot read examples from {path}: there is no such file or folder.{near}"
-        )
-    if path.suffix.lower() not in allowed:
-        raise DataError(
-            f"Cannot read examples from {path}: its suffix is {path.suffix or 'empty'!r}. Allowed: "
-            f"{' '.join(allowed)}.{did_you_mean(path.suffix, allowed)} Convert it, or rename it if "
-            "it has one of these formats."
-        )
-    return [path]
-
-
-def _find_in_folder(folder: Path, on_message: OnMessage) -> list[Path]:
-    paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    paths = [p for p in paths if not any(n.startswith(".") for n in p.relative_to(folder).parts)]
-    if any(p.suffix == ".arrow" for p in paths):
-        raise DataError(
-            f"Cannot read examples from {folder}: it has Arrow files, which save_to_disk writes. "
-            "Write Parquet files with to_parquet, or pass the result of load_from_disk."
-        )
-    described = [p for p in paths if p.name in _DESCRIPTIONS]
-    if described:
-        on_message(f"skipped as descriptions of data: {_list(described)}")
-    paths = [p for p in paths if p.name not in _DESCRIPTIONS]
-    tables = [p for p in paths if p.suffix.lower() in TABLE_SUFFIXES]
-    texts = [p for p in paths if p.suffix.lower() in TEXT_SUFFIXES]
-    found = tables or texts  # beside tables, a text is a README
-    rest = [p for p in paths if p not in set(found)]
-    if not found:
-        allowed = " ".join(TABLE_SUFFIXES + TEXT_SUFFIXES)
-        seen = f" Files there: {_list(rest)}." if rest else ""
-        raise DataError(
-            f"Cannot read examples from {folder}: none of its {len(paths)} files has a known "
-            f"suffix.{seen} Allowed: {allowed}. Give a folder that has such files."
-        )
-    unknown = [p for p in rest if p not in set(texts)]
-    if unknown:
-        on_message(f"skipped, with suffixes of no known format: {_list(unknown)}")
-    if len(unknown) < len(rest):
-        on_message(f"skipped as texts beside tables: {_list(texts)}")
-    if any("train" in _words(p) for p in found):
-        validation = [
-            p for p in found if _words(p) & _VALIDATION_WORDS and "train" not in _words(p)
-        ]
-        found = [p for p in found if p not in validation]
-        if validation:
-            on_message(f"skipped as validation or test data: {_list(validation)}")
-    return found
-
-
-def _list(paths: Sequence[Path]) -> str:
-    names = ", ".join(path.name for path in paths[:_MAX_NAMES])
-    more = len(paths) - _MAX_NAMES
-    return f"{names} and {more:,} more" if more > 0 else names
-
-
-def _words(path: Path) -> set[str]:
-    return set(re.findall("[a-z]+", path.stem.lower()))
 
 
 def _read_text(path: Path, faults: Faults, rules: ReadingRules) -> Iterator[Example]:

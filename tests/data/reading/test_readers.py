@@ -114,7 +114,7 @@ def test_folders_of_texts_are_read_in_order(tmp_path: Path) -> None:
     assert texts(tmp_path) == ["a.md", "b.txt", "sub/c.txt"]
 
 
-def test_tables_go_before_texts_and_validation_files_are_skipped(tmp_path: Path) -> None:
+def test_tables_go_before_texts_and_other_parts_are_named(tmp_path: Path) -> None:
     for name in ("train-0.jsonl", "train-1.jsonl", "test.jsonl", "validation.jsonl", "more.jsonl"):
         write(tmp_path / name, json.dumps({"text": name}))
     write(tmp_path / "README.md", "read me")
@@ -123,10 +123,9 @@ def test_tables_go_before_texts_and_validation_files_are_skipped(tmp_path: Path)
     assert found == ["more.jsonl", "train-0.jsonl", "train-1.jsonl"]
     assert said == [
         "skipped as texts beside tables: README.md",
-        "skipped as validation or test data: test.jsonl, validation.jsonl",
+        "validation data, not trained on: validation.jsonl",
+        "test data, never trained on: test.jsonl; lora eval takes them",
     ]
-    alone = write(tmp_path / "only" / "test.jsonl", '{"text": "t"}').parent
-    assert texts(alone) == ["t"]
 
 
 def test_all_faults_of_all_files_are_in_one_error(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Where rows come from: files, directories with parts, data sets of the hub."""
