@@ -1,10 +1,11 @@
-"""How much memory `lora export` and the file that it writes take, on a random model.
+"""How much memory `lora merge` and `lora export` take beside the file that they write.
 
     python benchmarks/export_memory.py                                 # 150 million parameters
     python benchmarks/export_memory.py --hidden 896 --layers 24 --vocab 151936     # 0.5B
 
-Prints one JSON line: the peak of resident memory above what the imports take, the file's size, and
-their ratio, for a bf16 model with LoRA on all linears of its blocks. CPU only.
+Prints a JSON line for each command and kind of adapter: the peak of resident memory above what the
+imports take, the file's size, and their ratio, for a random bf16 model. CPU only. What is fully
+trained is fp32 in the adapter, as training on a CPU writes it.
 """
 
 from __future__ import annotations
@@ -12,24 +13,36 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from lora.adapters.apply import apply_lora
+from lora.adapters.apply import apply_lora, train_token_rows
+from lora.adapters.save_load import save_adapter
 from lora.config import LoRAConfig
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.decoder import build_decoder
 from lora.decoder.families import decoder_config
-from lora.device import resident_bytes
+from lora.device import peak_memory_bytes, resident_bytes
 from lora.export.gguf import export_gguf
-from lora.pretrained.hf_weights import map_decoder, save_decoder
+from lora.export.merged import write_merged
+from lora.inference.loading import checked_ids, map_adapted
+from lora.pretrained.hf_weights import load_decoder, save_decoder
+from lora.pretrained.sources import find_model
 
 RANK = 16
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "linears": {},
+    "head": {"targets": r".*(lm_head|mlp\..*)"},
+    "new tokens": {},
+    "embedding": {"modules_to_save": ("embed_tokens",)},
+    "both tables": {"modules_to_save": ("embed_tokens", "lm_head")},
+}
+"""Kind of adapter -> settings of LoRA; "new tokens" trains 16 added rows too."""
 
 
 def build_tokenizer() -> TextTokenizer:
@@ -41,8 +54,8 @@ def build_tokenizer() -> TextTokenizer:
     return TextTokenizer(backend, eos_token="</s>", stop_ids=(0,))
 
 
-def build_model(folder: Path, hidden: int, layers: int, vocab: int) -> None:
-    """Write a random bf16 model of the Qwen 2 family into `folder`."""
+def build_model(folder: Path, adapter: str, hidden: int, layers: int, vocab: int) -> None:
+    """Write a random bf16 model of the Qwen 2 family, and an adapter for it, into `folder`."""
     config = {
         "model_type": "qwen2",
         "hidden_size": hidden,
@@ -53,29 +66,44 @@ def build_model(folder: Path, hidden: int, layers: int, vocab: int) -> None:
         "vocab_size": vocab,
         "tie_word_embeddings": True,
     }
-    save_decoder(build_decoder(decoder_config(config), dtype=torch.bfloat16), folder)
+    save_decoder(build_decoder(decoder_config(config), dtype=torch.bfloat16), folder / "base")
+    build_tokenizer().save(folder / "base")
+    model = load_decoder(folder / "base")
+    apply_lora(model, LoRAConfig(rank=RANK, init_seed=0, **ADAPTERS[adapter]))
+    if adapter == "new tokens":
+        train_token_rows(model, range(vocab - 8, vocab + 8))
+    save_adapter(model, folder / "adapter")
 
 
-def export_model(folder: Path, dtype: str) -> dict[str, float]:
-    """Export the model in `folder`, with LoRA on it, and return what that took."""
+def run_command(folder: Path, command: str, dtype: str) -> dict[str, float]:
+    """Merge or export the model in `folder`, and return what that took."""
     tokenizer = build_tokenizer()
     before_bytes, start_s = resident_bytes(), time.perf_counter()
-    mapped = map_decoder(folder)
-    apply_lora(mapped.model, LoRAConfig(rank=RANK, init_seed=0))
-    report = export_gguf(mapped, folder / "out.gguf", dtype, tokenizer=tokenizer)  # type: ignore[arg-type]
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before_bytes
+    source = find_model(str(folder / "base"))
+    mapped = map_adapted(source, folder / "adapter")
+    if command == "merge":
+        ids, out = checked_ids(mapped.model, tokenizer), folder / "out"
+        write_merged(mapped, ids, base=source.folder, tokenizer=tokenizer, folder=out)
+        size_bytes = (out / "model.safetensors").stat().st_size
+    else:
+        report = export_gguf(mapped, folder / "out.gguf", dtype, tokenizer=tokenizer)  # type: ignore[arg-type]
+        size_bytes = report.size_bytes
+    peak_bytes = peak_memory_bytes(torch.device("cpu")) - before_bytes
     return {
-        "file_mb": round(report.size_bytes / 1e6, 1),
+        "file_mb": round(size_bytes / 1e6, 1),
         "peak_mb": round(peak_bytes / 1e6, 1),
-        "peak_per_file": round(peak_bytes / report.size_bytes, 3),
-        "export_s": round(time.perf_counter() - start_s, 1),
+        "peak_per_file": round(peak_bytes / size_bytes, 3),
+        "wall_s": round(time.perf_counter() - start_s, 1),
     }
 
 
-def measure(dtype: str, hidden: int, layers: int, vocab: int) -> dict[str, float]:
-    """Return what the export of a random model takes, each step in its own process."""
+def measure(
+    command: str, adapter: str, dtype: str, hidden: int, layers: int, vocab: int
+) -> dict[str, float]:
+    """Return what a command takes on a random model, each step in its own process."""
     with tempfile.TemporaryDirectory() as folder:
-        for task, inputs in ((build_model, (hidden, layers, vocab)), (export_model, (dtype,))):
+        steps = ((build_model, (adapter, hidden, layers, vocab)), (run_command, (command, dtype)))
+        for task, inputs in steps:
             # A new process each: the peak that the system reports is that of a process's life.
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 result = pool.apply(task, (Path(folder), *inputs))
@@ -84,12 +112,19 @@ def measure(dtype: str, hidden: int, layers: int, vocab: int) -> dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", default="f16", choices=("f16", "q8_0", "f32"))
+    parser.add_argument("--command", choices=("merge", "export"), default=None)
+    parser.add_argument("--adapter", choices=ADAPTERS, default=None)
+    parser.add_argument("--dtype", default="f16", choices=("f16", "q8_0", "f32"), help="of GGUF")
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=64_000)
     chosen = vars(parser.parse_args())
-    print(json.dumps({**chosen, **measure(**chosen)}))
+    command, adapter = chosen.pop("command"), chosen.pop("adapter")
+    for one in [command] if command else ["merge", "export"]:
+        for kind in [adapter] if adapter else ADAPTERS:
+            case = {"command": one, "adapter": kind, **chosen}
+            of_file = {} if one == "export" else {"dtype": "bf16"}  # the base's
+            print(json.dumps({**case, **of_file, **measure(**case)}), flush=True)
 
 
 if __name__ == "__main__":

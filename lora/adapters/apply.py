@@ -74,9 +74,10 @@ def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
 
 
 def apply_lora_by_full_names(model: nn.Module, config: LoRAConfig) -> nn.Module:
-    """Changes `model` in place, as `apply_lora`; every name in `config` is a full name.
+    """Changes `model` in place, as `apply_lora`, for values that are loaded next.
 
-    So a name that is the ending of another one means itself alone.
+    Every name in `config` is a full name, so one that is the ending of another means itself alone.
+    The parameters of fully trained modules have no values yet.
     """
     _refuse_second_time(model)
     refuse_shared(model, list(config.targets))
@@ -86,10 +87,18 @@ def apply_lora_by_full_names(model: nn.Module, config: LoRAConfig) -> nn.Module:
         config,
         sorted(config.targets, key=order.__getitem__),
         sorted(config.modules_to_save, key=order.__getitem__),
+        has_values=False,
     )
 
 
-def _wrap(model: nn.Module, config: LoRAConfig, names: list[str], saved: list[str]) -> nn.Module:
+def _wrap(
+    model: nn.Module,
+    config: LoRAConfig,
+    names: list[str],
+    saved: list[str],
+    *,
+    has_values: bool = True,
+) -> nn.Module:
     """Changes `model` in place: `names` get LoRA, `saved` train fully, the rest is frozen."""
     _check_saved(model, saved, names)
     generator = None
@@ -111,7 +120,8 @@ def _wrap(model: nn.Module, config: LoRAConfig, names: list[str], saved: list[st
     applied = AppliedLoRA(config, tuple(names))
     for name in saved:
         applied.originals[name] = model.get_submodule(name)
-        replace_module(model, name, _copy_module(applied.originals[name]).requires_grad_(True))
+        copied = _copy_module(applied.originals[name], has_values=has_values)
+        replace_module(model, name, copied.requires_grad_(True))
     model.applied_lora = applied  # type: ignore[assignment]
     return model
 
@@ -127,11 +137,12 @@ def _note_high_ranks(layers: Mapping[str, LoRALayer]) -> None:
         )
 
 
-def _copy_module(module: nn.Module) -> nn.Module:
-    """Return a copy with tensors of its own."""
+def _copy_module(module: nn.Module, *, has_values: bool = True) -> nn.Module:
+    """Return a copy with tensors of its own; without values it takes no memory yet."""
     # Tensors are copied by value: deepcopy would also copy the mode that the fake tensors of a
     # memory plan belong to, and tensors of two modes do not mix.
-    memo: dict[int, object] = {id(p): nn.Parameter(p.detach().clone()) for p in module.parameters()}
+    copied = torch.clone if has_values else torch.empty_like
+    memo: dict[int, object] = {id(p): nn.Parameter(copied(p.detach())) for p in module.parameters()}
     memo |= {id(b): b.detach().clone() for b in module.buffers()}
     return copy.deepcopy(module, memo)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
@@ -23,15 +23,21 @@ from lora.lora_module import LoRALayer
 
 
 @torch.no_grad()
-def base_fingerprint(model: nn.Module) -> str:
+def base_fingerprint(model: nn.Module, release: Callable[[], None] | None = None) -> str:
     """Return 32 hexadecimal digits that distinguish this base from others.
 
     At most 64 evenly spaced values of each parameter are read. LoRA's own tensors are left out,
     fully trained modules count as they were before training, token tables as they were before rows
     were added, a tensor with two names counts once, and Conv1D's weights count as (O, I). Buffers
-    do not count. Raises ModelError for a model on the meta device.
+    do not count. `release` gives back what was read of a mapped model. Raises ModelError for a
+    model on the meta device.
     """
-    tensors = sorted(_base_tensors(model), key=lambda item: item[0])
+    tensors = []
+    for tensor in _base_tensors(model):
+        tensors.append(tensor)
+        if release is not None:
+            release()
+    tensors.sort(key=lambda item: item[0])
     digest = hashlib.sha256()
     for name, shape, sample in tensors:
         if sample.is_meta:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora.adapters.apply import AppliedLoRA, applied_lora, lora_layers, replace_module
 from lora.adapters.targets import output_head_name
+from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
 from lora.errors import AdapterError, ModelError
 from lora.layers.conv1d import LoRAConv1D
@@ -223,11 +224,29 @@ def _is_embedding_of(head: nn.Module, module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) and module.weight is head.weight
 
 
+def has_tied_head(model: Decoder) -> bool:
+    """Whether head and embedding would share one weight once the adapter on `model` is merged."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(head, LoRALayer) or head.weight is not embedding.weight:
+        return False
+    head_rows, rows = (_token_rows(table) for table in (head, embedding))
+    return head_rows is rows
+
+
+def _token_rows(table: nn.Module) -> Tensor | None:
+    return table.token_rows if isinstance(table, TrainableTokensLayer) else None
+
+
+def untied_config(config: DecoderConfig) -> DecoderConfig:
+    """Return `config` for a model whose head has a weight of its own."""
+    source = {**config.source, "tie_word_embeddings": False}
+    return dataclasses.replace(config, tie_word_embeddings=False, source=source)
+
+
 def _untie_config(model: nn.Module) -> None:
     """Changes the config of `model`, or saving would drop the head and loading tie it again."""
     if isinstance(model, Decoder):
-        source = {**model.config.source, "tie_word_embeddings": False}
-        model.config = dataclasses.replace(model.config, tie_word_embeddings=False, source=source)
+        model.config = untied_config(model.config)
         return
     transformers = sys.modules.get("transformers.modeling_utils")
     if transformers is not None and isinstance(model, transformers.PreTrainedModel):

@@ -27,6 +27,7 @@ from lora.lora_module import LoRALayer
 
 PREFIX = "base_model.model."
 _ADAPTER_NAME = re.compile(r"(\.(lora_A|lora_B|modules_to_save|trainable_tokens_delta))\.default\.")
+_CHECKED_VALUES = 2**22
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -94,6 +95,32 @@ def expected_tensors(
     return expected | {PREFIX + name: meta for name, meta in token_rows.items()}
 
 
+def widened(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `expected` in the dtypes of `tensors` where these are wider."""
+    kinds = {n: t.dtype for n, t in tensors.items() if t.dtype in _DTYPES}
+    return {
+        name: meta.to(torch.promote_types(meta.dtype, kinds.get(name, meta.dtype)))
+        for name, meta in expected.items()
+    }
+
+
+def take_saved_modules(model: nn.Module, tensors: dict[str, Tensor]) -> set[str]:
+    """Changes `model` in place: parameters of fully trained modules become the file's tensors.
+
+    They are not copied, and so not for training. Returns their names in the file.
+    """
+    taken = set()
+    for name in applied_lora(model).originals:
+        module = model.get_submodule(name)
+        for key, _ in list(module.named_parameters()):
+            owner, _, leaf = key.rpartition(".")
+            value = _file_layout(model, f"{name}.{key}", tensors[f"{PREFIX}{name}.{key}"])
+            parameter = nn.Parameter(value, requires_grad=False)
+            module.get_submodule(owner).register_parameter(leaf, parameter)
+            taken.add(f"{PREFIX}{name}.{key}")
+    return taken
+
+
 def _file_layout(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """Return the parameter `name` of `model`, or its transposed view, as PEFT's file has it."""
     transposed = isinstance(model, Decoder) and model.config.is_transposed_in_files(name)
@@ -152,7 +179,7 @@ def check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> li
             faults.append(f"{name} has shape {_shape(tensor)}, the model needs {_shape(wanted)}")
         elif tensor.dtype not in _DTYPES and tensor.dtype != wanted.dtype:
             faults.append(f"{name} is {tensor.dtype}, allowed are fp32, bf16, fp16 and fp64")
-        elif not is_finite(tensor.to(wanted.dtype)):
+        elif not is_finite(tensor, wanted.dtype):
             faults.append(f"{name} has values that are not finite in {wanted.dtype}")
     return sorted(faults)
 
@@ -172,9 +199,13 @@ def _other_prefix(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> st
     )
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite."""
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+def is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether no value is NaN or infinite, also when it is cast to `dtype`."""
+    if not tensor.is_floating_point():
+        return True
+    rows = max(1, _CHECKED_VALUES // max(1, tensor[:1].numel())) if tensor.dim() else 1
+    parts = tensor.split(rows) if tensor.dim() else (tensor,)  # the check copies what it checks
+    return all(bool(torch.isfinite(part.to(dtype or part.dtype)).all()) for part in parts)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

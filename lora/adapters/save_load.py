@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -38,6 +39,8 @@ from lora.adapters.peft_tensors import (
     check_tensors,
     expected_tensors,
     is_finite,
+    take_saved_modules,
+    widened,
     without_base_copies,
     without_peft_wrappers,
 )
@@ -100,13 +103,21 @@ def _loaded_name(model: nn.Module) -> str | None:
     return str(cast(Any, model).config.name_or_path) or None
 
 
-def load_adapter(model: nn.Module, folder: Path | str, *, trainable: bool = False) -> nn.Module:
+def load_adapter(
+    model: nn.Module,
+    folder: Path | str,
+    *,
+    trainable: bool = False,
+    release: Callable[[], None] | None = None,
+) -> nn.Module:
     """Changes `model` in place: load the adapter in `folder` onto it. Returns `model`.
 
     A model without LoRA is wrapped as the adapter's config says; one with LoRA must have the same
     layers, ranks and scalings, and its values are overwritten. With `trainable`, what the adapter
     trained can train again; everything else is frozen either way. Values are cast to the model's
     dtypes. A vocabulary too small for the adapter's tokens grows, with a warning in the log.
+    `release` is of a mapped base that is merged next: it gives back pages that were read, and fully
+    trained modules then are the file's tensors, in its dtypes.
 
     Raises AdapterError that lists every fault: another base (by its fingerprint), missing, extra
     or misshapen tensors, and settings that change the result and are not supported. `model` is then
@@ -117,7 +128,7 @@ def load_adapter(model: nn.Module, folder: Path | str, *, trainable: bool = Fals
     if why_not is not None:
         raise AdapterError(gather([why_not], f"Cannot load the adapter {folder}:", _ADVICE))
     config, faults = read_description(files.described, model)
-    faults = files.faults + faults + _check_fingerprint(files, model)
+    faults = files.faults + faults + _check_fingerprint(files, model, release)
     tensors, ids, fills = files.tensors, cast(TokenIds, {}), cast(dict[str, Tensor], {})
     rows = FileRows(None)
     if config is not None and not files.faults:
@@ -125,6 +136,7 @@ def load_adapter(model: nn.Module, folder: Path | str, *, trainable: bool = Fals
         tensors, doubled = without_peft_wrappers(tensors, config.modules_to_save)
         rows, tensors, fills = _split_copies(model, config, ids, tensors)
         expected = expected_tensors(model, config, ids, rows)
+        expected = widened(expected, tensors) if release is not None else expected
         tensors, changed = without_base_copies(model, expected, tensors, rows)
         faults += wrong + doubled + changed + check_tensors(expected, tensors)
         faults += _check_same_layers(model, config, ids) if lora_layers(model) else []
@@ -142,9 +154,11 @@ def load_adapter(model: nn.Module, folder: Path | str, *, trainable: bool = Fals
     applied_lora(model).folder = files.folder
     fill_new_rows(model, fills, rows.base)
     model.requires_grad_(False)
+    taken = take_saved_modules(model, tensors) if release is not None else set()
     with torch.no_grad():
         for name, tensor in adapter_tensors(model).items():
-            tensor.copy_(tensors[name])
+            if name not in taken:
+                tensor.copy_(tensors[name])
     for parameter in trained_parameters(model):
         parameter.requires_grad_(trainable)
     return model
@@ -208,14 +222,16 @@ def _split_copies(
     return rows, {PREFIX + name: tensor for name, tensor in kept.items()} | outside, fills
 
 
-def _check_fingerprint(files: AdapterFiles, model: nn.Module) -> list[str]:
+def _check_fingerprint(
+    files: AdapterFiles, model: nn.Module, release: Callable[[], None] | None
+) -> list[str]:
     trained_on = files.metadata.get(FINGERPRINT_KEY)
     if files.faults:
         return []
     if trained_on is None:
         log.warning("%s has no base fingerprint: the base could not be checked", files.folder)
         return []
-    seen = base_fingerprint(model)
+    seen = base_fingerprint(model, release)
     name = files.described.get("base_model_name_or_path")
     called = f" ({name})" if name else ""
     fault = f"it was trained on a base{called} with fingerprint {trained_on}, this one has {seen}"

@@ -48,7 +48,7 @@ def merge(
 
     merged = write(adapter, out, model=model, dtype=dtype, device=device, overwrite=overwrite)
     print_line(
-        f"merged {merged.merge.layers} layers into {out} ({', '.join(merged.dtypes)}); logits "
+        f"merged {merged.layers} layers into {out} ({', '.join(merged.dtypes)}); logits "
         f"differ by {merged.relative_error:.1e} (allowed {merged.tolerance:.0e})"
     )
     return 0

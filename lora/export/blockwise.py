@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Protocol, TypeVar, cast
 
@@ -14,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora.adapters.apply import applied_lora, lora_layers
+from lora.adapters.apply import replace_module
+from lora.adapters.merge import has_tied_head, untied_config
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder, LlamaTrunk, build_empty_decoder
 from lora.errors import ModelError
+from lora.layers.trainable_tokens import TrainableTokensEmbedding, TrainableTokensLinear
 from lora.lora_module import LoRALayer
 from lora.pretrained.gguf_file import rows_per_block
 from lora.pretrained.gguf_weights import GGUFWeights
@@ -25,6 +28,7 @@ from lora.pretrained.gguf_writer import file_blocks
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+CPU = torch.device("cpu")
 
 
 class BlockSource(Protocol):
@@ -32,29 +36,69 @@ class BlockSource(Protocol):
 
     config: DecoderConfig
 
-    def rows(self, name: str) -> Iterator[Tensor]:
-        """Yield a parameter outside the blocks in slices of (rows, row length)."""
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return the embedding's rows (N, C) of `ids` (N,), sorted and each once."""
+
+    def outside(self) -> dict[str, nn.Module]:
+        """Return the trunk's other modules outside the blocks, by name."""
 
     def block(self, number: int) -> nn.Module:
         """Return one block."""
 
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return the logits (T, V) of hidden states (T, C)."""
+
 
 class DecoderBlocks:
-    """A decoder in memory, mapped or not, plain or with LoRA on layers inside its blocks."""
+    """A decoder in memory, mapped or not, with an adapter or without.
 
-    def __init__(self, model: Decoder, release: Callable[[], None] = lambda: None) -> None:
-        self.model, self.config, self._release = model, model.config, release
-        wanted = build_empty_decoder(model.config).named_parameters()
+    Its logits are those of the adapted model, its values those of the merged one.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        release: Callable[[], None] = lambda: None,
+        device: torch.device = CPU,
+    ) -> None:
+        self.model, self._release, self._device = model, release, device
+        is_tied = model.config.tie_word_embeddings and has_tied_head(model)
+        self.config = model.config if is_tied else untied_config(model.config)
+        wanted = build_empty_decoder(self.config).named_parameters()
         self.shapes = {name: tuple(parameter.shape) for name, parameter in wanted}
-        layers = lora_layers(model)
-        own = {f"{name}.{part}" for name in layers for part in ("lora_A", "lora_B")}
-        seen = {n: tuple(p.shape) for n, p in model.named_parameters() if n not in own}
-        if seen != self.shapes or any(not name.startswith("model.layers.") for name in layers):
+        self._embedding, self._head = model.get_input_embeddings(), model.get_output_embeddings()
+        own = ("lora_A", "lora_B", "token_rows")
+        adapted = {n for n, m in model.named_modules() if isinstance(m, _ADAPTED)}
+        seen = {
+            name: tuple(parameter.shape)
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if not (name.endswith(own) and name.rpartition(".")[0] in adapted)
+        }
+        if is_tied:
+            seen.pop(HEAD, None)  # it is the embedding's
+        if seen != self.shapes:
             odd = sorted(seen.keys() ^ self.shapes.keys())[:3]
             raise ModelError(
                 f"Cannot export the model: a plain {model.config.family!r} model has other tensors "
                 f"({', '.join(odd) or 'of other shapes'}). Merge its LoRA first: merge_lora(model)."
             )
+
+    def trained_ids(self) -> list[int]:
+        """Return the tokens whose embedding rows an adapter trained."""
+        tables = [m for m in (self._embedding, self._head) if isinstance(m, _TOKEN_TABLES)]
+        return sorted({number for table in tables for number in table.ids})
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """Yield the rows of a parameter of the merged model; plain ones in their own dtype."""
+        owner = self.model.get_submodule(name.rpartition(".")[0])
+        if owner in (self._embedding, self._head):
+            for first, rows in self._slices(owner):
+                if isinstance(owner, LoRALayer):
+                    b, a = (x.detach().to(rows) for x in (owner.lora_B, owner.lora_A))
+                    rows = rows + (b[first : first + len(rows)] @ a) * owner.scaling
+                yield rows.cpu()
+        else:
+            yield self.value(name)
 
     def value(self, name: str) -> Tensor:
         """Return a parameter with LoRA merged into it; plain ones in their own dtype."""
@@ -62,24 +106,69 @@ class DecoderBlocks:
         owner = self.model.get_submodule(name.rpartition(".")[0])
         if not isinstance(owner, LoRALayer) or not name.endswith(".weight"):
             return self.model.get_parameter(name).detach()
-        return cast(Tensor, in_fp32(owner).merge().weight).detach()
+        return cast(Tensor, in_fp32(owner).to(self._device).merge().weight).detach().cpu()
 
     def file_blocks(self, name: str) -> Iterator[np.ndarray]:
-        """Yield a parameter with LoRA merged into it, as a GGUF file holds it."""
-        for block in file_blocks(self.config, name, self.value(name)):
-            yield block
-            self._release()
+        """Yield a parameter with the adapter merged into it, as a GGUF file holds it."""
+        for part in self.parts(name):
+            for block in file_blocks(self.config, name, part):
+                yield block
+                self._release()
 
-    def rows(self, name: str) -> Iterator[Tensor]:
-        parameter = self.model.get_parameter(name).detach()
-        table = parameter.reshape(-1, parameter.shape[-1])  # (rows, row length)
-        for part in table.split(rows_per_block(table.shape[-1])):
-            yield _wide(part).cpu()
-            self._release()
+    def embed(self, ids: Tensor) -> Tensor:
+        weight = cast(Tensor, self._embedding.weight).detach()
+        rows = _wide(weight[ids.to(weight.device)])
+        return _with_token_rows(rows, self._embedding, ids.tolist()).to(self._device)
+
+    def outside(self) -> dict[str, nn.Module]:
+        trunk, own = self.model.trunk, (self._embedding, self.model.trunk.blocks())
+        plain = {name: child for name, child in trunk.named_children() if child not in own}
+        return {name: in_fp32(child).to(self._device).eval() for name, child in plain.items()}
 
     def block(self, number: int) -> nn.Module:
         self._release()
-        return in_fp32(self.model.trunk.blocks()[number]).cpu().eval()
+        return in_fp32(self.model.trunk.blocks()[number]).to(self._device).eval()
+
+    def head(self, hidden: Tensor) -> Tensor:
+        head = self._head
+        low = None
+        if isinstance(head, LoRALayer):  # as its forward computes it, not as it is merged
+            low = (hidden @ head.lora_A.detach().to(hidden).T) * head.scaling  # (T, R)
+        # Parts kept one by one would lie between freed slices, and the heap would grow by each.
+        logits = hidden.new_empty(len(hidden), self.config.vocab_size)  # (T, V)
+        for first, rows in self._slices(head):
+            part = logits[:, first : first + len(rows)]
+            part.copy_(hidden @ rows.to(hidden).T)  # (T, rows)
+            if low is not None and isinstance(head, LoRALayer):
+                part += low @ head.lora_B.detach()[first : first + len(rows)].to(hidden).T
+        return logits
+
+    def _slices(self, table: nn.Module) -> Iterator[tuple[int, Tensor]]:
+        """Yield the number of the first row and some rows; what an adapter changed is fp32."""
+        weight = cast(Tensor, table.weight).detach()
+        for first in range(0, len(weight), rows_per_block(weight.shape[1])):
+            self._release()
+            rows = weight[first : first + rows_per_block(weight.shape[1])].to(self._device)
+            if isinstance(table, _ADAPTED):
+                rows = _with_token_rows(_wide(rows), table, range(first, first + len(rows)))
+            yield first, rows
+
+
+_TOKEN_TABLES = (TrainableTokensEmbedding, TrainableTokensLinear)
+_ADAPTED = (LoRALayer, *_TOKEN_TABLES)
+
+
+def _with_token_rows(rows: Tensor, table: nn.Module, ids: list[int] | range) -> Tensor:
+    """Return `rows` of the tokens `ids` in `table`, trained ones in their place."""
+    if not isinstance(table, _TOKEN_TABLES):
+        return rows
+    index = {number: position for position, number in enumerate(table.ids)}
+    found = [(row, index[number]) for row, number in enumerate(ids) if number in index]
+    if not found:
+        return rows
+    into, of = (torch.tensor(numbers, device=rows.device) for numbers in zip(*found, strict=True))
+    trained = table.token_rows.detach()[of.to(table.token_rows.device)]
+    return rows.index_copy(0, into, trained.to(rows))
 
 
 class GGUFBlocks:
@@ -89,8 +178,14 @@ class GGUFBlocks:
         self.config, self._weights = weights.config, weights
         self._empty = build_empty_decoder(weights.config)
 
-    def rows(self, name: str) -> Iterator[Tensor]:
-        return self._weights.blocks(name)
+    def embed(self, ids: Tensor) -> Tensor:
+        return _pick(self._weights.blocks(EMBEDDING), ids)
+
+    def outside(self) -> dict[str, nn.Module]:
+        norm = copy.deepcopy(cast(LlamaTrunk, self._empty.trunk).norm)
+        weight = torch.cat(list(self._weights.blocks(NORM))).flatten()
+        norm.register_parameter("weight", nn.Parameter(weight))
+        return {"norm": norm}
 
     def block(self, number: int) -> nn.Module:
         block = copy.deepcopy(self._empty.trunk.blocks()[number])
@@ -100,30 +195,40 @@ class GGUFBlocks:
             block.get_submodule(owner).register_parameter(leaf, nn.Parameter(value))
         return block.eval()
 
-
-def is_simple(model: Decoder) -> bool:
-    """Whether all that the adapter on `model` changes are layers inside its blocks."""
-    applied = applied_lora(model)
-    is_inside = all(name.startswith("model.layers.") for name in lora_layers(model))
-    return is_inside and not applied.originals and not applied.trainable_tokens
+    def head(self, hidden: Tensor) -> Tensor:
+        name, first = EMBEDDING if self.config.tie_word_embeddings else HEAD, 0
+        logits = hidden.new_empty(len(hidden), self.config.vocab_size)  # (T, V)
+        for rows in self._weights.blocks(name):
+            logits[:, first : first + len(rows)] = hidden @ rows.T
+            first += len(rows)
+        return logits
 
 
 @torch.no_grad()
 def logits_by_block(source: BlockSource, ids: Tensor) -> Tensor:
-    """Return the logits (T, V) of `ids` (1, T), computed in fp32 or wider on the CPU."""
+    """Return the logits (T, V) of `ids` (1, T), computed in fp32 or wider."""
     model = build_empty_decoder(source.config).eval()
-    trunk = cast(LlamaTrunk, model.trunk)
-    wanted, places = ids.unique(return_inverse=True)
-    table = _pick(source.rows(EMBEDDING), wanted)  # of the tokens that occur
-    trunk.embed_tokens = nn.Embedding(table.shape[0], table.shape[1], _weight=table)
-    norm = torch.cat(list(source.rows(NORM))).flatten()
-    trunk.norm.register_parameter("weight", nn.Parameter(norm))
+    trunk = model.trunk
+    wanted, indices = ids.unique(return_inverse=True)
+    table = source.embed(wanted)  # of the tokens that occur
+    embedding = next(n for n, m in trunk.named_children() if m is trunk.embedding())
+    replace_module(trunk, embedding, nn.Embedding(len(table), table.shape[1], _weight=table))
+    for name, module in source.outside().items():
+        replace_module(trunk, name, module)
     blocks = trunk.blocks()
     for number in range(len(blocks)):
         blocks[number] = _OnDemand(functools.partial(source.block, number))
-    hidden = model.hidden_states(places)[0]  # (T, C)
-    head = EMBEDDING if source.config.tie_word_embeddings else HEAD
-    return torch.cat([hidden @ rows.T for rows in source.rows(head)], dim=-1)  # (T, V)
+    hidden = model.hidden_states(indices.to(table.device))[0]  # (T, C)
+    return source.head(hidden).cpu()
+
+
+def logits_error(after: Tensor, before: Tensor) -> float:
+    """Return ‖after - before‖ / ‖before‖ of logits (T, V), summed in fp64 a token at a time."""
+    difference = scale = 0.0  # squared norms
+    for new, old in zip(after, before, strict=True):
+        difference += float((new.double() - old.double()).norm()) ** 2
+        scale += float(old.double().norm()) ** 2
+    return math.sqrt(difference / scale) if scale else math.sqrt(difference)
 
 
 class _OnDemand(nn.Module):

@@ -20,7 +20,7 @@ from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
 from lora.decoder.decoder import Decoder
 from lora.decoder.families import decoder_config
 from lora.errors import ConfigError, ModelError, did_you_mean, gather
-from lora.export.blockwise import DecoderBlocks, GGUFBlocks, logits_by_block
+from lora.export.blockwise import DecoderBlocks, GGUFBlocks, logits_by_block, logits_error
 from lora.pretrained.gguf_config import gguf_config
 from lora.pretrained.gguf_file import GGUFFile
 from lora.pretrained.gguf_vocabulary import describe_tokenizer
@@ -78,8 +78,8 @@ def export_gguf(
 ) -> GGUFReport:
     """Write a model as the GGUF file `out`, completely or not at all, and verify it.
 
-    `source` is a model's folder, or a decoder with its `tokenizer`; LoRA inside its blocks is
-    merged into the file, in fp32, and no more than one block is held beside `source`. Matrices
+    `source` is a model's folder, or a decoder with its `tokenizer`; an adapter on it is merged
+    into the file, in fp32, and no more than one block is held beside `source`. Matrices
     are stored as `dtype`; norms and biases as F32. The file is read back: settings and tokenizer
     must be equal, tensors within TOLERANCES and logits within LOGITS_TOLERANCES.
     A file that exists is replaced only with `overwrite`, and never if it is among the `inputs`, of
@@ -148,16 +148,17 @@ def _compare(
 
 
 def _compare_logits(path: Path, blocks: DecoderBlocks, tolerance: float) -> float:
-    """Return the error of the file's logits against the model's; LoRA is not merged in the latter.
+    """Return the error of the file's logits against the model's, whose adapter is not merged.
 
     Raises ModelError if it is above `tolerance`.
     """
     draw = torch.Generator().manual_seed(0)
     length = min(CHECKED_TOKENS, blocks.config.max_position_embeddings)
     ids = torch.randint(0, blocks.config.vocab_size, (1, length), generator=draw)
-    before = logits_by_block(blocks, ids).double()
-    after = logits_by_block(GGUFBlocks(GGUFWeights(path)), ids).double()
-    error = float((after - before).norm() / before.norm())
+    trained = blocks.trained_ids()[: length // 2]  # an adapter's new tokens, for one
+    ids[0, : len(trained)] = torch.tensor(trained, dtype=torch.int64)
+    before = logits_by_block(blocks, ids)
+    error = logits_error(logits_by_block(GGUFBlocks(GGUFWeights(path)), ids), before)
     if not error <= tolerance:  # NaN is refused too
         raise ModelError(
             f"Cannot write the model as GGUF: the file's logits differ by {error:.2e} "

@@ -1,11 +1,11 @@
 """A merged model written as a Hugging Face directory, in the base's dtypes and with its settings.
 
-report = write_merged(model, ids, base=Path("base"), tokenizer=tokenizer, folder=Path("merged"))
+report = write_merged(mapped, ids, base=Path("base"), tokenizer=tokenizer, folder=Path("merged"))
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,11 +13,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora.adapters.merge import TOLERANCES, MergeReport, merge_lora
+from lora.adapters.apply import lora_layers
+from lora.adapters.merge import TOLERANCES
 from lora.data.tokenizers.subword import TextTokenizer
-from lora.decoder.decoder import Decoder
 from lora.errors import AdapterError
-from lora.pretrained.hf_weights import read_stored_dtypes, save_decoder
+from lora.export.blockwise import CPU, DecoderBlocks, logits_by_block, logits_error
+from lora.pretrained.hf_weights import (
+    MappedDecoder,
+    map_decoder,
+    read_stored_dtypes,
+    write_decoder,
+)
 from lora.pretrained.model_files import save_tokenizer_files
 
 MergedDtype = Literal["float32", "bfloat16", "float16"]
@@ -28,7 +34,8 @@ _BY_NAME = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": tor
 class MergedModel:
     """What was written, and how far its logits are from the adapted model's."""
 
-    merge: MergeReport
+    layers: int
+    """Number of merged layers."""
     dtypes: tuple[str, ...]
     """Dtypes of the file, the most frequent first."""
     relative_error: float
@@ -38,27 +45,36 @@ class MergedModel:
 
 @torch.no_grad()
 def write_merged(
-    model: Decoder,
+    mapped: MappedDecoder,
     ids: Tensor,
     *,
     base: Path,
     tokenizer: TextTokenizer,
     folder: Path,
     dtype: MergedDtype | None = None,
+    device: torch.device = CPU,
 ) -> MergedModel:
-    """Changes `model` (fp32, adapted) in place: merge it, and write it into `folder`.
+    """Write the model `mapped`, which has an adapter, merged into `folder`, and verify it.
 
-    Each tensor gets the dtype that it has in the directory `base`, or `dtype`. The logits on `ids`
-    (1, T) with the rounded weights are compared with the adapted model's.
+    Weights are summed in fp32, a layer at a time, and rounded once: each tensor to the dtype that
+    it has in the directory `base`, or to `dtype`. The logits of the written files on `ids` (1, T)
+    are compared with the adapted model's, both computed in fp32 on `device`.
 
-    Raises AdapterError if they differ by more than the dtype's tolerance, before anything is
-    written.
+    Raises AdapterError if they differ by more than the dtype's tolerance, or if a value is beyond
+    its dtype; `folder` then holds an incomplete model (write to the path of an OutputPath).
     """
-    before = model(ids).double()
-    report = merge_lora(model, ids)
-    dtypes = _dtypes_to_write(model, base, dtype)
-    _round(model, dtypes)
-    error = float((model(ids).double() - before).norm() / before.norm().clamp(min=1e-30))
+    blocks = DecoderBlocks(mapped.model, mapped.release, device)
+    before = logits_by_block(blocks, ids)
+    dtypes = _dtypes_to_write(blocks, base, dtype)
+
+    def parts(name: str) -> Iterator[Tensor]:
+        for part in blocks.parts(name):
+            yield _rounded(part, dtypes[name], name)
+
+    write_decoder(blocks.config, dtypes, parts, folder)
+    written = map_decoder(folder)
+    after = logits_by_block(DecoderBlocks(written.model, written.release, device), ids)
+    error = logits_error(after, before)
     tolerance = max(TOLERANCES[kind] for kind in dtypes.values())
     if not error <= tolerance:  # NaN is refused too
         raise AdapterError(
@@ -66,33 +82,29 @@ def write_merged(
             f"(‖difference‖ / ‖reference‖), allowed is {tolerance:.2g}. Nothing was written. Use "
             "--dtype float32."
         )
-    save_decoder(model, folder, dtypes=dtypes)
     save_tokenizer_files(tokenizer, base, folder)
     kinds = list(dtypes.values())
     by_count = sorted(set(kinds), key=kinds.count, reverse=True)
     names = tuple(str(kind).removeprefix("torch.") for kind in by_count)
-    return MergedModel(report, names, error, tolerance)
+    return MergedModel(len(lora_layers(mapped.model)), names, error, tolerance)
 
 
 def _dtypes_to_write(
-    model: Decoder, base: Path, dtype: MergedDtype | None
+    blocks: DecoderBlocks, base: Path, dtype: MergedDtype | None
 ) -> dict[str, torch.dtype]:
-    names = [name for name, _ in model.named_parameters()]
     if dtype is not None:
-        return dict.fromkeys(names, _BY_NAME[dtype])
+        return dict.fromkeys(blocks.shapes, _BY_NAME[dtype])
     stored = read_stored_dtypes(base)
     kinds = list(stored.values())
     usual = max(set(kinds), key=kinds.count)  # for a head that had no weight of its own before
-    return {name: stored.get(name, usual) for name in names}
+    return {name: stored.get(name, usual) for name in blocks.shapes}
 
 
-def _round(model: Decoder, dtypes: Mapping[str, torch.dtype]) -> None:
-    for name, parameter in model.named_parameters():
-        rounded = parameter.to(dtypes[name])
-        if not torch.isfinite(rounded).all():
-            raise AdapterError(
-                f"Cannot write the merged model: {name} has values beyond {dtypes[name]}. Nothing "
-                "was written. Use --dtype float32."
-            )
-        if rounded.dtype != parameter.dtype:
-            parameter.data = rounded.to(parameter.dtype)
+def _rounded(part: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    rounded = part.to(dtype)
+    if not torch.isfinite(rounded).all():
+        raise AdapterError(
+            f"Cannot write the merged model: {name} has values beyond {dtype}. Nothing was "
+            "written. Use --dtype float32."
+        )
+    return rounded

@@ -9,13 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-from lora.adapters.merge import merge_lora
-from lora.adapters.save_load import load_adapter
 from lora.data.prompting.prompt_format import save_prompt_format
 from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
 from lora.decoder.decoder import Decoder
+from lora.device import choose_device
 from lora.errors import AdapterError, ConfigError
-from lora.export.blockwise import is_simple
 from lora.export.gguf import GGUFReport, export_gguf
 from lora.export.merged import MergedDtype, MergedModel, write_merged
 from lora.inference.checkpoints.find import find_adapter
@@ -23,9 +21,10 @@ from lora.inference.loading import (
     checked_ids,
     describe_other_base,
     find_model_of,
-    load_model,
     load_tokenizer_of,
+    map_adapted,
 )
+from lora.inference.run_settings import find_prompt_format
 from lora.pretrained.gguf_writer import GGUFType
 from lora.pretrained.hf_weights import MappedDecoder, map_decoder
 from lora.pretrained.model_files import MODEL_FILES
@@ -117,19 +116,21 @@ def merge(
         replaceable=MODEL_FILES,
     )
     with output.building() as part:
-        loaded = load_model(name, folder, device)
-        base = loaded.source.folder
+        choice, source = choose_device(device), find_model_of(name, folder)
+        mapped, base = _open(source, name, folder), source.folder
         has_tokenizer = (folder / "tokenizer.json").is_file()
         merged = write_merged(
-            loaded.model,
-            checked_ids(loaded),
+            mapped,
+            checked_ids(mapped.model, load_tokenizer_of(source, folder)),
             base=base,
             tokenizer=load_tokenizer(folder if has_tokenizer else base),
             folder=part,
             dtype=dtype,
+            device=choice.device,
         )
-        if loaded.prompts is not None:
-            save_prompt_format(loaded.prompts, part)
+        prompts = find_prompt_format(folder, base)
+        if prompts is not None:
+            save_prompt_format(prompts, part)
     return merged
 
 
@@ -140,20 +141,11 @@ def _as_given(
     return None if model is None else str(model), folder
 
 
-def _open(source: ModelSource, model: str | None, adapter: Path | None) -> Decoder | MappedDecoder:
-    """Return the model, mapped from its files in their dtypes, with the adapter on it.
-
-    An adapter that changes more than layers inside the blocks is merged in fp32 in memory instead.
-    """
-    mapped = map_decoder(source.folder)
+def _open(source: ModelSource, model: str | None, adapter: Path | None) -> MappedDecoder:
+    """Return the model, mapped from its files in their dtypes, with the adapter on it."""
     if adapter is None:
-        return mapped
+        return map_decoder(source.folder)
     try:
-        load_adapter(mapped.model, adapter)
+        return map_adapted(source, adapter)
     except AdapterError as error:
         raise AdapterError(f"{error}{describe_other_base(model, adapter, source)}") from None
-    if is_simple(mapped.model):
-        return mapped
-    loaded = load_model(model, adapter, "cpu")
-    merge_lora(loaded.model, checked_ids(loaded))
-    return loaded.model

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lora.data.tokenizers.subword import TextTokenizer
     from lora.decoder.decoder import Decoder
     from lora.device import DeviceChoice
+    from lora.pretrained.hf_weights import MappedDecoder
     from lora.pretrained.sources import ModelSource
     from lora.runs.record import PromptFormat
 
@@ -58,7 +59,18 @@ def load_model(name: str | None, adapter: Path | None, device: str = "auto") -> 
     return LoadedModel(source, model.eval(), tokenizer, choice, prompts)
 
 
-def checked_ids(loaded: LoadedModel) -> Tensor:
+def map_adapted(source: ModelSource, adapter: Path) -> MappedDecoder:
+    """Return the model with `adapter` on it, for merging: its weights stay in their files."""
+    from lora.adapters.save_load import load_adapter
+    from lora.pretrained.hf_weights import map_decoder
+
+    mapped = map_decoder(source.folder)
+    load_adapter(mapped.model, adapter, release=mapped.release)
+    mapped.model.eval()
+    return mapped
+
+
+def checked_ids(model: Decoder, tokenizer: TextTokenizer) -> Tensor:
     """Return tokens, (1, T), on which an adapted model is compared with the merged one.
 
     A text, and the tokens whose rows trained.
@@ -67,9 +79,9 @@ def checked_ids(loaded: LoadedModel) -> Tensor:
 
     from lora.adapters.apply import applied_lora
 
-    rows = {n for layer in applied_lora(loaded.model).trainable_tokens.values() for n in layer.ids}
-    tokens = loaded.tokenizer.encode(CHECKED_TEXT) + sorted(rows)[:MAX_CHECKED_ROWS]
-    return torch.tensor([tokens], device=loaded.choice.device)
+    rows = {n for layer in applied_lora(model).trainable_tokens.values() for n in layer.ids}
+    tokens = sorted(rows)[:MAX_CHECKED_ROWS] + tokenizer.encode(CHECKED_TEXT)
+    return torch.tensor([tokens[: model.config.max_position_embeddings]])
 
 
 def load_tokenizer_of(source: ModelSource, adapter: Path | None) -> TextTokenizer:

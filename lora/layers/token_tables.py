@@ -17,6 +17,9 @@ from lora.layers.trainable_tokens import (
 )
 from lora.lora_module import LoRALayer
 
+_SUMMED_AT_ONCE, _SUMMED_VALUES = 2**25, 2**20
+"""Values of tables that are summed as one, and of the fp64 copies of larger ones."""
+
 
 @runtime_checkable
 class HasTokenTables(Protocol):
@@ -154,7 +157,13 @@ def build_trainable_tokens(
 
 def mean_row(weight: Tensor, n_rows: int) -> Tensor:
     """Return the mean (C,) of the first `n_rows` rows, summed in fp64."""
-    return weight.detach()[:n_rows].mean(0, dtype=torch.float64)
+    known = weight.detach()[:n_rows]
+    if known.numel() <= _SUMMED_AT_ONCE:
+        return known.mean(0, dtype=torch.float64)
+    total = torch.zeros(known.shape[1], dtype=torch.float64, device=known.device)
+    for part in known.split(max(1, _SUMMED_VALUES // known.shape[1])):
+        total += part.sum(0, dtype=torch.float64)
+    return total / len(known)
 
 
 @torch.no_grad()

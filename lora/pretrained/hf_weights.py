@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from lora.errors import ModelError, did_you_mean, gather
 from lora.pretrained.hf_files import INDEX, SINGLE, StoredTensor, open_tensors, read_config
 from lora.pretrained.mapped import MappedFile
 from lora.runs.disk import disk_error
-from lora.runs.tensor_files import write_tensors
+from lora.runs.tensor_files import TensorParts, write_tensor_parts
 
 MAX_SHARD_BYTES = 4 * 2**30
 """Largest size of a shard, unless one tensor alone is larger."""
@@ -194,26 +194,41 @@ def read_stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
 
 
 def save_decoder(
-    model: Decoder,
-    folder: Path | str,
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    dtypes: Mapping[str, torch.dtype] | None = None,
+    model: Decoder, folder: Path | str, *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Write `model` into `folder` as config.json and safetensors that transformers loads.
-
-    `dtypes` are those of the file, by parameter; None writes each as it is.
 
     A tied head is written once. Every file is written under a temporary name and then renamed, so
     a folder can be overwritten while a model is memory-mapped from it. Raises ModelError if
     `model` has tensors that the format cannot hold (LoRA that was not merged), and
     CheckpointError if writing fails.
     """
-    folder = Path(folder)
     tensors = _tensors_to_save(model)
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+
+    def parts(name: str) -> Iterator[Tensor]:
+        yield tensors[name]
+
+    write_decoder(model.config, dtypes, parts, folder, max_shard_bytes=max_shard_bytes)
+
+
+def write_decoder(
+    config: DecoderConfig,
+    dtypes: Mapping[str, torch.dtype],
+    parts: Callable[[str], Iterator[Tensor]],
+    folder: Path | str,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a model into `folder` as `save_decoder` does, part by part of its parameters.
+
+    `parts` yields the rows of a parameter, called by name, in order; they are cast to its dtype.
+    Raises CheckpointError if writing fails.
+    """
+    folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_decoder(model, tensors, folder, max_shard_bytes, dtypes or {})
+        _write_decoder(config, dtypes, parts, folder, max_shard_bytes)
     except OSError as error:
         for part in folder.glob(".*.part"):
             part.unlink(missing_ok=True)
@@ -221,23 +236,23 @@ def save_decoder(
 
 
 def _write_decoder(
-    model: Decoder,
-    tensors: dict[str, Tensor],
+    config: DecoderConfig,
+    dtypes: Mapping[str, torch.dtype],
+    parts: Callable[[str], Iterator[Tensor]],
     folder: Path,
     max_shard_bytes: int,
-    dtypes: Mapping[str, torch.dtype],
 ) -> None:
-    kinds = {name: dtypes.get(name, tensor.dtype) for name, tensor in tensors.items()}
-    sizes = {name: tensor.numel() * kinds[name].itemsize for name, tensor in tensors.items()}
+    empty = dict(build_empty_decoder(config).named_parameters())
+    sizes = {name: tensor.numel() * dtypes[name].itemsize for name, tensor in empty.items()}
     shards = _split(sizes, max_shard_bytes)
     n = len(shards)
     names = [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)] if n > 1 else [SINGLE]
     for file_name, shard in zip(names, shards, strict=True):
         ready = {
-            name: _file_layout(model.config, name, tensors[name].to(kinds[name])) for name in shard
+            name: _file_layout(config, name, empty[name], dtypes[name], parts) for name in shard
         }
         temporary = folder / f".{file_name}.part"
-        write_tensors(temporary, ready, {"format": "pt"})
+        write_tensor_parts(temporary, ready, {"format": "pt"})
         os.replace(temporary, folder / file_name)
     if n > 1:
         total = sum(sizes.values())
@@ -247,9 +262,9 @@ def _write_decoder(
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     # A file of the other layout, left by an earlier save, would be loaded instead of this one.
     (folder / (SINGLE if n > 1 else INDEX)).unlink(missing_ok=True)
-    found = list(kinds.values())
+    found = list(dtypes.values())
     usual = max(dict.fromkeys(found), key=found.count)
-    _write_json(folder / "config.json", _config_to_save(model, usual))
+    _write_json(folder / "config.json", _config_to_save(config, usual))
 
 
 def _tensors_to_save(model: Decoder) -> dict[str, Tensor]:
@@ -281,15 +296,26 @@ def _split(sizes_bytes: Mapping[str, int], max_shard_bytes: int) -> list[list[st
     return shards
 
 
-def _file_layout(config: DecoderConfig, name: str, tensor: Tensor) -> Tensor:
-    return (tensor.T if config.is_transposed_in_files(name) else tensor).contiguous()
+def _file_layout(
+    config: DecoderConfig,
+    name: str,
+    empty: Tensor,
+    dtype: torch.dtype,
+    parts: Callable[[str], Iterator[Tensor]],
+) -> TensorParts:
+    """Return the parameter `name`, of the shape of `empty`, as a file holds it."""
+    if config.is_transposed_in_files(name):
+        return TensorParts(
+            dtype, tuple(empty.shape[::-1]), lambda: iter((torch.cat([*parts(name)]).to(dtype).T,))
+        )
+    return TensorParts(dtype, tuple(empty.shape), lambda: (part.to(dtype) for part in parts(name)))
 
 
-def _config_to_save(model: Decoder, dtype: torch.dtype) -> dict[str, Any]:
+def _config_to_save(config: DecoderConfig, dtype: torch.dtype) -> dict[str, Any]:
     kind = str(dtype).removeprefix("torch.")
-    config = {name: value for name, value in model.config.source.items() if name != "dtype"}
-    architecture = FAMILIES[model.config.family].architecture
-    return {**config, "architectures": [architecture], "torch_dtype": kind}
+    kept = {name: value for name, value in config.source.items() if name != "dtype"}
+    architecture = FAMILIES[config.family].architecture
+    return {**kept, "architectures": [architecture], "torch_dtype": kind}
 
 
 def _write_json(path: Path, contents: dict[str, Any]) -> None:

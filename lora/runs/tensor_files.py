@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,16 @@ class Digest:
     sha256: str
 
 
+@dataclass(frozen=True)
+class TensorParts:
+    """A tensor that need not be in memory as a whole."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: Callable[[], Iterator[Tensor]]
+    """Yields its values in order, each part of `dtype`."""
+
+
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> Digest:
@@ -49,8 +60,19 @@ def write_tensors(
     Tensors on a GPU are copied to the host one at a time. The bytes depend on the content alone.
     Raises OSError if the disk refuses, and leaves a partial file then.
     """
+    return write_tensor_parts(path, {name: _whole(t) for name, t in tensors.items()}, metadata)
+
+
+def _whole(tensor: Tensor) -> TensorParts:
+    return TensorParts(tensor.dtype, tuple(tensor.shape), lambda: iter((tensor,)))
+
+
+def write_tensor_parts(
+    path: Path, tensors: Mapping[str, TensorParts], metadata: Mapping[str, str] | None = None
+) -> Digest:
+    """Write `tensors` as `write_tensors` does; no more than one part is in memory."""
     # Wide dtypes first, so that every tensor starts at a multiple of its element size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     digest, n_bytes = hashlib.sha256(), 0
     with path.open("wb") as file:
         for piece in _pieces(tensors, names, metadata):
@@ -72,24 +94,25 @@ def digest_file(path: Path) -> Digest:
 
 
 def _pieces(
-    tensors: Mapping[str, Tensor], names: list[str], metadata: Mapping[str, str] | None
+    tensors: Mapping[str, TensorParts], names: list[str], metadata: Mapping[str, str] | None
 ) -> Iterator[memoryview]:
     yield memoryview(_header(tensors, names, metadata))
     for name in names:
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        yield memoryview(flat.view(torch.uint8).numpy().data)  # as bytes: NumPy has no bfloat16
+        for part in tensors[name].parts():
+            flat = part.detach().cpu().contiguous().reshape(-1)
+            yield memoryview(flat.view(torch.uint8).numpy().data)  # as bytes: NumPy has no bfloat16
 
 
 def _header(
-    tensors: Mapping[str, Tensor], names: list[str], metadata: Mapping[str, str] | None
+    tensors: Mapping[str, TensorParts], names: list[str], metadata: Mapping[str, str] | None
 ) -> bytes:
     entries: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     start = 0
     for name in names:
-        tensor = tensors[name]
-        end = start + tensor.numel() * tensor.element_size()
-        kind = _KINDS[tensor.dtype]
-        entries[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        kind, shape = tensors[name].dtype, tensors[name].shape
+        end = start + math.prod(shape) * kind.itemsize
+        offsets = [start, end]
+        entries[name] = {"dtype": _KINDS[kind], "shape": list(shape), "data_offsets": offsets}
         start = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT_BYTES)  # so that the values are aligned too

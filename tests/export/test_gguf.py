@@ -12,7 +12,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from benchmarks import export_memory
 from lora.adapters.apply import apply_lora, lora_layers
 from lora.adapters.merge import merge_lora
 from lora.config import LoRAConfig
@@ -239,13 +238,6 @@ def test_lora_inside_the_blocks_is_merged_into_the_file(
     assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
 
 
-def test_lora_on_the_head_must_be_merged_first(make_folder: MakeFolder, tmp_path: Path) -> None:
-    model = load_decoder(make_folder("qwen3"))
-    apply_lora(model, LoRAConfig(rank=2, targets=("lm_head",)))
-    with pytest.raises(ModelError, match="Merge its LoRA first"):
-        export_gguf(model, tmp_path / "out.gguf", tokenizer=build_tokenizer())
-
-
 def test_an_unknown_type_and_its_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'q8': allowed are f32, f16, q8_0. Did you mean 'q8_0'"):
         export_gguf(tmp_path, tmp_path / "out.gguf", "q8")  # type: ignore[arg-type]
@@ -388,9 +380,3 @@ def test_a_file_that_is_cut_while_it_is_read_is_an_error(
     os.truncate(report.path, report.size_bytes // 2)
     with pytest.raises(ModelError, match="it became shorter while it was read"):
         list(file.blocks("output_norm.weight"))
-
-
-@pytest.mark.slow
-def test_an_export_takes_no_more_memory_than_its_file() -> None:
-    taken = export_memory.measure("f16", hidden=768, layers=8, vocab=64_000)
-    assert taken["peak_per_file"] < 1.3
