@@ -64,7 +64,7 @@ def test_the_adapter_answers_is_evaluated_exported_and_merged(
     in_memory = lora.export(tmp_path / "b.gguf", model=model, tokenizer=tokenizer, dtype="f32")
     assert report.errors.keys() == in_memory.errors.keys()
     merged = lora.merge(done.saved, tmp_path / "merged", model=tiny_folder)
-    assert merged.merge.layers == 14
+    assert merged.layers == 14
     plain, same = lora.load_model(tmp_path / "merged")
     assert lora.generate(plain, same, "3 lamps", max_new_tokens=4) == answer
 
