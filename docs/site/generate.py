@@ -50,11 +50,18 @@ def generated_pages() -> dict[str, str]:
     pages["commands/index.md"] = commands_page()
     pages["python-reference.md"] = python_page()
     pages |= coming_from_pages()
-    found = {path: WARNING + text for path, text in pages.items()}
+    found = {path: WARNING + with_wide_tables(text) for path, text in pages.items()}
     for name, path in ROOT_PAGES.items():
         text = (ROOT / name).read_text(encoding="utf-8")
         found[path] = with_site_links(text, PurePosixPath(name).parent)
     return found
+
+
+def with_wide_tables(text: str) -> str:
+    """Return a page's text with its tables in a class in which names stay whole."""
+    return re.sub(
+        r"((?:^\|.*\n)+)", r'<div class="names" markdown>\n\n\1\n</div>\n', text, flags=re.MULTILINE
+    )
 
 
 def with_site_links(text: str, folder: PurePosixPath) -> str:
