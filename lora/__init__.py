@@ -57,16 +57,19 @@ if TYPE_CHECKING:
         count_lora_parameters,
     )
     from lora.sweep.run import sweep
+    from lora.training.callbacks import Callback, EvalEvent, SaveEvent, StepEvent, StopTraining
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AdapterError": "lora.errors",
+    "Callback": "lora.training.callbacks",
     "CheckpointError": "lora.errors",
     "ConfigError": "lora.errors",
     "DataConfig": "lora.config",
     "DataError": "lora.errors",
     "DependencyError": "lora.errors",
+    "EvalEvent": "lora.training.callbacks",
     "LoRAConfig": "lora.config",
     "LoRALinear": "lora.lora_module",
     "LoraError": "lora.errors",
@@ -75,6 +78,9 @@ _HOMES = {
     "ParameterCounts": "lora.lora_module",
     "RunConfig": "lora.config",
     "SamplingConfig": "lora.config",
+    "SaveEvent": "lora.training.callbacks",
+    "StepEvent": "lora.training.callbacks",
+    "StopTraining": "lora.training.callbacks",
     "TargetError": "lora.errors",
     "TrainConfig": "lora.config",
     "TrainingError": "lora.errors",
@@ -101,11 +107,13 @@ _PACKAGES = ("compare", "export", "finetune", "sweep")
 
 __all__ = [
     "AdapterError",
+    "Callback",
     "CheckpointError",
     "ConfigError",
     "DataConfig",
     "DataError",
     "DependencyError",
+    "EvalEvent",
     "LoRAConfig",
     "LoRALinear",
     "LoraError",
@@ -114,6 +122,9 @@ __all__ = [
     "ParameterCounts",
     "RunConfig",
     "SamplingConfig",
+    "SaveEvent",
+    "StepEvent",
+    "StopTraining",
     "TargetError",
     "TrainConfig",
     "TrainingError",

@@ -15,6 +15,7 @@ from lora.finetune.run import finetune as run_job
 from lora.runs.progress import Progress
 from lora.settings.base import describe_unknown, names_of
 from lora.settings.peers import FORMER_NAMES
+from lora.training.callbacks import Callbacks
 
 
 def finetune(
@@ -22,6 +23,7 @@ def finetune(
     progress: Progress | None = None,
     *,
     show_data: Callable[[DataReport], None] | None = None,
+    callbacks: Callbacks = (),
     **settings: Any,
 ) -> FinetuneResult:
     """Fine-tune a model on `data`; save the adapter, or the whole model after full fine-tuning.
@@ -34,6 +36,7 @@ def finetune(
         data: a file or directory of examples, a list of dicts, or a whole FinetuneJob.
         progress: called with steps and messages; None shows nothing.
         show_data: called with the report on the data before the weights are loaded.
+        callbacks: a `lora.Callback`, or a list of them, called after steps, evaluations and saves.
         settings: fields of FinetuneJob (`model`, `eval_data`, `from_adapter`, `resume` …) and of
             its groups LoRAConfig, TrainConfig, DataConfig, RunConfig and MemoryConfig, by their
             names, which are those of the flags of `lora finetune`; `full=True` trains all weights.
@@ -43,13 +46,14 @@ def finetune(
     loss is no longer finite (the newest checkpoint is kept); Interrupted after a signal.
     """
     if not isinstance(data, FinetuneJob):
-        return run_job(build_job(data, settings), progress, show_data=show_data)
+        job = build_job(data, settings)
+        return run_job(job, progress, show_data=show_data, callbacks=callbacks)
     if settings:
         raise ConfigError(
             f"Cannot use {', '.join(settings)} beside a FinetuneJob, which has all settings. Put "
             "them into the job, or give data instead of a job."
         )
-    return run_job(data, progress, show_data=show_data)
+    return run_job(data, progress, show_data=show_data, callbacks=callbacks)
 
 
 def build_job(data: Source, settings: dict[str, Any]) -> FinetuneJob:

@@ -48,6 +48,7 @@ from lora.runs.progress import NoProgress, Progress
 from lora.runs.record import RunRecord, RunResult
 from lora.settings.base import describe_unknown, names_of
 from lora.settings.peers import FORMER_NAMES
+from lora.training.callbacks import Callbacks, as_callbacks
 from lora.training.job import TrainingJob, TrainResult
 from lora.training.losses import is_transformers, loss_for
 from lora.training.trainer import train as run_loop
@@ -89,6 +90,7 @@ def train(
     *,
     eval_data: Source | None = None,
     resume: bool = False,
+    callbacks: Callbacks = (),
     **settings: Any,
 ) -> TrainedAdapter:
     """Changes `model` in place: train the LoRA on it, and save the adapter in a run directory.
@@ -104,13 +106,14 @@ def train(
         progress: called with steps and messages; None shows nothing.
         eval_data: validation examples; None splits some off `data`.
         resume: continue the run called `name`; the model must be prepared as it was for that run.
+        callbacks: a `lora.Callback`, or a list of them, called after steps, evaluations and saves.
         settings: fields of TrainConfig, DataConfig and RunConfig, by their names. Examples are not
             packed for transformers' models: their attention would mix them.
 
     Raises ConfigError, DataError, ModelError or TargetError before anything is written or trained;
     TrainingError if the loss is no longer finite; Interrupted after a signal.
     """
-    progress = progress or NoProgress()
+    progress, called = progress or NoProgress(), as_callbacks(callbacks)
     chosen = _take_settings(settings, is_ours=isinstance(model, Decoder))
     _check_trains(model)
     loss_for(model)  # raises for a model that no loss fits
@@ -146,6 +149,7 @@ def train(
             progress=progress,
             name_examples=example_namer(stream, prepared, train_config),
             resume=resume,
+            callbacks=called,
             start_name="the model before training",
         )
         return _run(job, model, prepared, run, progress)

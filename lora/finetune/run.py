@@ -6,7 +6,7 @@ the run directory is created last.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,6 +43,7 @@ from lora.runs.disk import reading
 from lora.runs.progress import NoProgress, Progress
 from lora.runs.read_record import read_run_record
 from lora.runs.record import RUN_FILE, RunRecord, RunResult
+from lora.training.callbacks import Callback, Callbacks, as_callbacks
 from lora.training.job import TrainingJob
 from lora.training.out_of_memory import LOADING_ADVICE, advise, explain_out_of_memory
 from lora.training.step_runner import StepRunner
@@ -54,17 +55,19 @@ def finetune(
     progress: Progress | None = None,
     *,
     show_data: Callable[[DataReport], None] | None = None,
+    callbacks: Callbacks = (),
 ) -> FinetuneResult:
     """Run `job` to its end and save the adapter, or the whole model after full fine-tuning.
 
     `show_data` is called with the report on the data before the weights are loaded; without it,
-    the report's notes and warnings are messages to `progress`.
+    the report's notes and warnings are messages to `progress`. `callbacks` are called after steps,
+    evaluations and saves.
 
     Raises ConfigError, DataError or ModelError before anything is written; TrainingError if the
     loss is no longer finite (the newest checkpoint is kept); Interrupted after a signal.
     """
     with deterministic_algorithms() if job.deterministic else nullcontext():
-        return _finetune(job, progress or NoProgress(), show_data)
+        return _finetune(job, progress or NoProgress(), show_data, as_callbacks(callbacks))
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,10 @@ class _Inputs:
 
 
 def _finetune(
-    job: FinetuneJob, progress: Progress, show_data: Callable[[DataReport], None] | None
+    job: FinetuneJob,
+    progress: Progress,
+    show_data: Callable[[DataReport], None] | None,
+    callbacks: Sequence[Callback],
 ) -> FinetuneResult:
     check_base_dtype(job)
     check_from_adapter(job)

@@ -16,6 +16,7 @@ from lora.runs.directory import Run
 from lora.runs.disk import reading
 from lora.runs.progress import NoProgress, Progress
 from lora.runs.record import MetricsRow
+from lora.training.callbacks import Callback
 from lora.training.checkpoint import (
     has_checkpoint,
     list_checkpoints,
@@ -91,6 +92,8 @@ class TrainingJob:
     """(step, (micro-batch, index of a sequence in it) …; () for all) -> the examples' names."""
     memory_plan: MemoryParts | None = None
     """What a step was planned to hold, quoted if memory runs out."""
+    callbacks: Sequence[Callback] = ()
+    """Called after steps, evaluations and saves."""
     start_name: str = "the model before training"
     """What is evaluated before the first step, in words."""
 
@@ -122,11 +125,15 @@ class LoopState:
     """Of the last steps, for spikes."""
     saved_step: int | None = None
     """The newest that is on the disk."""
+    evaluated_step: int | None = None
+    """The newest that this process evaluated."""
+    stop_asked: bool = False
+    """Whether a callback has asked to end the run."""
     marked_s: float = 0.0
     """Clock when the last step was recorded, or when steps began again after an evaluation."""
 
 
-_UNSAVED = ("marked_s", "saved_step")
+_UNSAVED = ("marked_s", "saved_step", "evaluated_step", "stop_asked")
 """Fields of `LoopState` that mean nothing to another process."""
 
 

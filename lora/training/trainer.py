@@ -10,11 +10,19 @@ import itertools
 import math
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from torch import nn
 
 from lora.device import peak_memory_bytes
 from lora.errors import Interrupted, TrainingError
 from lora.runs.interrupts import StopRequests
 from lora.runs.record import MetricsRow, TimingRow
+from lora.training.callbacks import Callback, EvalEvent, SaveEvent, StepEvent, call_all
+from lora.training.checkpoint import checkpoint_path
 from lora.training.heap import retain_freed_memory
 from lora.training.job import (
     LoopState,
@@ -42,7 +50,8 @@ def train(job: TrainingJob) -> TrainResult:
 
     Raises TrainingError if one step more than `run_config.skip_nonfinite` is not finite, if all
     steps were skipped, or if memory runs out, Interrupted after a signal (the state is
-    saved), CheckpointError if none can be used.
+    saved), CheckpointError if none can be used. What a callback raises, StopTraining apart, comes
+    out after a checkpoint is saved.
     """
     job.model.train()
     job.run.on_trouble = job.progress.message
@@ -94,22 +103,66 @@ def _loop(job: TrainingJob, state: LoopState, stop: StopRequests) -> None:
         evaluates = step % eval_every == 0 or step == n_steps
         saves = step % save_every == 0 or step == n_steps
         _take_step(job, state, wait=evaluates or saves)
+        if state.stop_asked:  # by a callback: the end of a run is evaluated
+            _finish_steps(job, state)
+            evaluates = state.stopped_early = True
         is_best = evaluates and _evaluate(job, state)
         # The best is saved when it is found: the next regular save would be of other weights.
         if saves or is_best or state.stopped_early:
-            save_loop_state(job, state, is_best=is_best)
+            _save(job, state, is_best=is_best)
             tried_step = state.step
         if evaluates or saves:
             state.marked_s = time.perf_counter()  # neither belongs to the next step's time
-    for outcome in job.steps.finished(wait=True):  # of an interrupted run
-        _record(job, state, outcome)
+    _finish_steps(job, state)  # of an interrupted run
     # At step 0 there is nothing to save: a resumed run begins again.
     if state.step and state.step not in (state.saved_step, tried_step):
-        save_loop_state(job, state)
+        _save(job, state)
 
 
 def _is_over(job: TrainingJob, state: LoopState) -> bool:
     return state.step >= job.train_config.steps or state.stopped_early
+
+
+def _save(job: TrainingJob, state: LoopState, *, is_best: bool = False) -> None:
+    save_loop_state(job, state, is_best=is_best)
+    if job.callbacks and state.saved_step == state.step:
+        path = checkpoint_path(job.run.folder / "checkpoints", state.step)
+        event = SaveEvent(*_place(job, state.step), path, is_best)
+        _notify(job, state, lambda callback: callback.on_save(event))
+
+
+def _place(job: TrainingJob, step: int) -> tuple[int, int, Path, nn.Module]:
+    """Return what every event has."""
+    return step, job.train_config.steps, job.run.folder, job.model
+
+
+def _notify(job: TrainingJob, state: LoopState, call: Callable[[Callback], None]) -> None:
+    """Call the callbacks; if one raises, save what was learned before the exception goes on."""
+    is_done = False
+    try:
+        why = call_all(job.callbacks, call)
+        is_done = True
+    finally:
+        if not is_done:
+            _save_after_error(job, state)
+    if why is not None and not state.stop_asked:
+        state.stop_asked = True
+        job.progress.message(f"step {state.step}: {why}")
+
+
+def _save_after_error(job: TrainingJob, state: LoopState) -> None:
+    quiet = replace(job, callbacks=())
+    _finish_steps(quiet, state)
+    if not state.step or state.saved_step == state.step:
+        return
+    is_best = state.best_eval_step == state.step and state.eval_loss < state.best_saved_loss
+    n_steps = job.train_config.steps
+    is_due = state.step % job.run_config.eval_interval(n_steps) == 0 or state.step == n_steps
+    if is_due and state.evaluated_step != state.step:  # a resumed run would not make it
+        is_best = _evaluate(quiet, state)
+    save_loop_state(quiet, state, is_best=is_best)
+    if state.saved_step == state.step:
+        job.progress.message(f"a callback failed: step {state.step} is saved, resume continues it")
 
 
 def _describe_memory(job: TrainingJob, state: LoopState) -> str:
@@ -144,18 +197,40 @@ def _take_step(job: TrainingJob, state: LoopState, *, wait: bool) -> None:
     state.step += 1
     micro_batches = [next(job.stream) for _ in range(job.train_config.gradient_accumulation)]
     job.steps.launch(state.step, micro_batches, [learning_rate])
-    for outcome in job.steps.finished(wait=wait):
-        _record(job, state, outcome)
+    _finish_steps(job, state, wait=wait)
 
 
-def _record(job: TrainingJob, state: LoopState, outcome: StepOutcome) -> None:
+def _finish_steps(job: TrainingJob, state: LoopState, *, wait: bool = True) -> None:
+    """Record the steps that are done, all of them if `wait`; then tell the callbacks."""
+    outcomes = job.steps.finished(wait=wait)
+    totals = [_record(job, state, outcome) for outcome in outcomes]
+    if not job.callbacks:
+        return
+    for outcome, n_tokens in zip(outcomes, totals, strict=True):
+        if not outcome.not_finite:
+            event = StepEvent(
+                *_place(job, outcome.step),
+                outcome.losses[0],
+                outcome.learning_rates[0],
+                outcome.gradient_norms[0],
+                n_tokens,
+            )
+            _notify(job, state, partial(_call_on_step, event))
+
+
+def _call_on_step(event: StepEvent, callback: Callback) -> None:
+    callback.on_step(event)
+
+
+def _record(job: TrainingJob, state: LoopState, outcome: StepOutcome) -> int:
+    """Write the rows of a step; return the target tokens of the run so far."""
     # A step's time is that from one record to the next: on a GPU steps are read one late, so
     # neither the launch nor the wait alone says how long one takes.
     now_s = time.perf_counter()
     step_s, state.marked_s = now_s - state.marked_s, now_s
     if outcome.not_finite:
         _skip(job, state, outcome)
-        return
+        return state.n_tokens
     state.n_tokens += outcome.n_tokens
     state.train_s += step_s
     (loss,), step = outcome.losses, outcome.step
@@ -178,6 +253,7 @@ def _record(job: TrainingJob, state: LoopState, outcome: StepOutcome) -> None:
     memory = peak_memory_bytes(job.choice.device)
     job.run.append_timing(TimingRow(step=step, step_s=step_s, peak_memory_bytes=memory))
     job.progress.step(step, loss, state.n_tokens / state.train_s, memory)
+    return state.n_tokens
 
 
 def _skip(job: TrainingJob, state: LoopState, outcome: StepOutcome) -> None:
@@ -200,6 +276,7 @@ def _evaluate(job: TrainingJob, state: LoopState) -> bool:
     first = next(batches, None)
     if first is None:  # there are no validation data
         return False
+    state.evaluated_step = state.step
     (state.eval_loss,) = job.steps.evaluate(itertools.chain((first,), batches))
     if not math.isfinite(state.eval_loss):
         seen = str(state.eval_loss)
@@ -210,6 +287,7 @@ def _evaluate(job: TrainingJob, state: LoopState) -> bool:
         )
         state.eval_loss = math.nan
         job.on_eval(state.step)
+        _tell_of_evaluation(job, state, is_best=False)
         return False
     job.run.append_metrics(MetricsRow(step=state.step, eval_loss=state.eval_loss))
     job.progress.message(f"step {state.step}: validation loss {state.eval_loss:.4f}")
@@ -226,6 +304,16 @@ def _evaluate(job: TrainingJob, state: LoopState) -> bool:
     job.on_eval(state.step)
     if state.step == 0:  # not saved: the model as it came
         state.start_eval_loss = state.eval_loss
+    _tell_of_evaluation(job, state, is_best=is_best)
+    if state.step == 0:
         return False
     # After a save that the disk refused, one that is not the best of the run may be the best there.
     return state.eval_loss < state.best_saved_loss
+
+
+def _tell_of_evaluation(job: TrainingJob, state: LoopState, *, is_best: bool) -> None:
+    if job.callbacks:
+        losses = state.eval_loss, state.best_eval_loss
+        event = EvalEvent(*_place(job, state.step), *losses, is_best)
+        _notify(job, state, lambda callback: callback.on_eval(event))
+        state.stopped_early |= state.stop_asked
