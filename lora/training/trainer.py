@@ -223,7 +223,7 @@ def _call_on_step(event: StepEvent, callback: Callback) -> None:
 
 
 def _record(job: TrainingJob, state: LoopState, outcome: StepOutcome) -> int:
-    """Write the rows of a step; return the target tokens of the run so far."""
+    """Record the outcome of a step; return the target tokens of the run so far."""
     # A step's time is that from one record to the next: on a GPU steps are read one late, so
     # neither the launch nor the wait alone says how long one takes.
     now_s = time.perf_counter()
