@@ -21,7 +21,7 @@ from lora.training.out_of_memory import advise, describe_parts
 MAX_OVERCOMMIT = 1.5
 """Planned / free memory of a CPU: plans are a few percent off, and there may be swap."""
 
-CAPTURE_BYTES = 1.5e9
+CAPTURE_BYTES = 1_500_000_000
 """What a captured step takes beside its buffers: graphs, code that CUDA loads when it is first
 called, and workspaces of the streams that rehearse and capture."""
 
@@ -96,16 +96,14 @@ class ChosenMemory:
 
         Weights that lie there in pieces leave less than was planned with.
         """
-        plan = self.plan
-        while self.may_change and _step_bytes(plan) + CAPTURE_BYTES > free_bytes:
-            leaner = self.planner.plan_leaner(plan)
-            if leaner is None:
-                break
-            plan = leaner
-        if plan is not self.plan:
-            beside = f"beside weights and optimizer {free_bytes / 1e9:.1f} GB are free"
-            self._change(plan, f"{beside}, too little for {_step_bytes(self.plan) / 1e9:.1f}")
-        return plan.checkpointing
+        excess = _step_bytes(self.plan) + CAPTURE_BYTES - free_bytes
+        if self.may_change and excess > 0:
+            leaner = self.planner.plan_leaner(self.plan, max(1, self.plan.total - excess))
+            if leaner is not None:
+                beside = f"beside weights and optimizer {free_bytes / 1e9:.1f} GB are free"
+                needed = _step_bytes(self.plan) / 1e9
+                self._change(leaner, f"{beside}, too little for {needed:.1f}")
+        return self.plan.checkpointing
 
     def _change(self, plan: MemoryPlan, why: str) -> None:
         self.plan = plan

@@ -182,15 +182,18 @@ class MemoryPlanner:
         size = self.inputs.micro_batch_size if micro_batch_size is None else micro_batch_size
         return self._plan(size, memory, self._trace)
 
-    def plan_leaner(self, planned: MemoryPlan) -> MemoryPlan | None:
-        """Return the fastest plan that is clearly leaner than `planned`, or the leanest.
+    def plan_leaner(
+        self, planned: MemoryPlan, budget_bytes: int | None = None
+    ) -> MemoryPlan | None:
+        """Return the fastest plan within `budget_bytes`, or the leanest.
 
-        None if there is none: in another step than the fast one, or after its leanest.
+        Without a budget it is one that is clearly leaner than `planned`. None if there is none: in
+        another step than the fast one, or after its leanest.
         """
         if self._fast is None or planned.checkpointing is None:
             return None
         evaluation = self.evaluation_bytes(self._fast.batch_size)
-        budget = round(LEANER_FRACTION * planned.total)
+        budget = round(LEANER_FRACTION * planned.total) if budget_bytes is None else budget_bytes
         fit = fit_memory(self._fast, "auto", budget, evaluation)
         # Explained without the budget, which is no limit of the user or the device.
         fit = fit_with(self._fast, fit.checkpointing, evaluation)
