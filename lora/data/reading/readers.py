@@ -24,6 +24,7 @@ from lora.data.reading.formats import (
     example_from_row,
 )
 from lora.data.reading.tables import TABLE_READERS, without_nulls
+from lora.data.sources.dataset_info import describe_file
 from lora.data.sources.files import TEXT_SUFFIXES, OnMessage, Part, find_files, list_parts
 from lora.data.sources.hub import parse_hub_name, read_hub_rows
 from lora.errors import DataError
@@ -142,18 +143,26 @@ def _read_all(
         return
     for path in find_files(Path(source), part, on_message):
         try:
-            yield from _read_file(path, faults, rules)
+            yield from _read_file(path, faults, rules, on_message)
         except OSError as error:
             faults.add(str(path), f"cannot read the file: {os_reason(error)}")
 
 
-def _read_file(path: Path, faults: Faults, rules: ReadingRules) -> Iterator[Example]:
+def _read_file(
+    path: Path, faults: Faults, rules: ReadingRules, on_message: OnMessage
+) -> Iterator[Example]:
     if path.stat().st_size == 0:
         faults.add(str(path), "the file is empty")
     elif path.suffix.lower() in TEXT_SUFFIXES:
         yield from _read_text(path, faults, rules)
     else:
-        yield from _parse_rows(TABLE_READERS[path.suffix.lower()](path, faults), faults, rules)
+        rows = TABLE_READERS[path.suffix.lower()](path, faults)
+        says_itself = rules.columns or rules.template is not None
+        described = None if says_itself else describe_file(path, on_message)
+        if described is not None:
+            convert = described.convert
+            rows = ((where, convert(row)) for where, row in rows)
+        yield from _parse_rows(rows, faults, rules)
 
 
 def _parse_rows(
