@@ -46,11 +46,12 @@ class Origin:
     note: str = ""
 
 
-_FINETUNE = "lora finetune --data train.jsonl --name run1"
+_FINETUNE = "lora finetune train.jsonl --name run1"
+_RESUME = "lora finetune --name run1 --resume"
 _MERGE = "lora merge runs/run1/adapter merged"
 _CONVERT = (
     "`lora convert-config FILE --out run.yaml` turns a whole file into one for "
-    "`lora finetune --config run.yaml`, and lists each key that has no equal here."
+    "`lora finetune run.yaml`, and lists each key that has no equal here."
 )
 _TRAINER = (
     "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps "
@@ -80,8 +81,8 @@ ORIGINS = {
         "the same: messages, prompt and completion, text.",
         (
             ("`SFTTrainer(...).train()`", f"`{_FINETUNE}`"),
-            ("`trl sft --config FILE`", "`lora finetune --config run.yaml`"),
-            ("`trainer.train(resume_from_checkpoint=True)`", f"`{_FINETUNE} --resume`"),
+            ("`trl sft --config FILE`", "`lora finetune run.yaml`"),
+            ("`trainer.train(resume_from_checkpoint=True)`", f"`{_RESUME}`"),
             ("`trainer.evaluate()`", "`lora eval test.jsonl --adapter runs/run1/adapter`"),
             ("`pipeline(...)`", '`lora generate "Hello" --adapter runs/run1/adapter`'),
         ),
@@ -110,7 +111,7 @@ ORIGINS = {
         "axolotl",
         _CONVERT,
         (
-            ("`axolotl train FILE`", "`lora finetune --config run.yaml`"),
+            ("`axolotl train FILE`", "`lora finetune run.yaml`"),
             ("`axolotl preprocess FILE --debug`", "`lora data train.jsonl`"),
             ("`axolotl inference FILE`", "`lora chat --adapter runs/run1/adapter`"),
             ("`axolotl merge-lora FILE`", f"`{_MERGE}`"),
@@ -127,7 +128,7 @@ ORIGINS = {
         "LLaMA-Factory",
         _CONVERT,
         (
-            ("`llamafactory-cli train FILE`", "`lora finetune --config run.yaml`"),
+            ("`llamafactory-cli train FILE`", "`lora finetune run.yaml`"),
             ("`llamafactory-cli chat FILE`", "`lora chat --adapter runs/run1/adapter`"),
             ("`llamafactory-cli export FILE`", f"`{_MERGE}`"),
             (

@@ -38,7 +38,7 @@ def test_the_file_is_taken_by_finetune(
     assert main(["convert-config", str(other), "--out", str(out)]) == 0
     printed, told = capsys.readouterr()
     assert printed == ""
-    assert f"wrote {out}: lora finetune --config {out}" in told
+    assert f"wrote {out}: lora finetune {out}" in told
     assert "wandb_project: " in told
     settings = read_settings(out)
     app = build_app("finetune", [(settings, str(out))])

@@ -154,7 +154,7 @@ def fault_of_lora(words: list[str]) -> str | None:
     given, has_config = without_config(words)
     is_part = has_config or "…" in given or "..." in given
     given = [word for word in given if word not in ("…", "...", "--debug")]
-    app = cli.build_app(None, "", words[0])
+    app = cli.build_app(words[0])
     try:
         app.parse_args(name_pairs(given), exit_on_error=False, print_error=False)
     except MissingArgumentError as error:  # the rest is in the file, or left out
@@ -165,11 +165,11 @@ def fault_of_lora(words: list[str]) -> str | None:
 
 
 def without_config(words: list[str]) -> tuple[list[str], bool]:
-    """Return the words without `--config FILE`, and whether it is there."""
-    if "--config" not in words:
+    """Return the words without a file of settings, and whether there is one or a `--resume`."""
+    found = [word for word in words if word != "--config" and not word.endswith((".yaml", ".yml"))]
+    if words[0] == "convert-config":
         return words, False
-    index = words.index("--config")
-    return words[:index] + words[index + 2 :], True
+    return found, found != words or "--resume" in words
 
 
 def inline_commands(text: str) -> str:

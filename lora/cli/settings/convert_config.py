@@ -25,7 +25,7 @@ def convert_config(
     For example:
 
         lora convert-config axolotl.yml --out run.yaml
-        lora finetune --config run.yaml
+        lora finetune run.yaml
 
     The tool is recognized by its keys. Each key is listed: what it becomes, why
     nothing is needed, or that it has no equal here and what to do. The tool's
@@ -64,7 +64,7 @@ def convert_config(
         return 0
     with output.building() as part:
         part.write_text(text, encoding="utf-8")
-    print_note(f"wrote {output.path}: lora finetune --config {output.path}")
+    print_note(f"wrote {output.path}: lora finetune {output.path}")
     return 0
 
 
