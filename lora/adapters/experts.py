@@ -8,7 +8,6 @@ transformers_weight_conversion.
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ from torch import nn
 from lora.errors import TargetError
 from lora.layers.build import is_adaptable
 from lora.lora_module import LoRALayer
+from lora.terminal import escaping_log
 
 PEFT_EXPERT_NAMES = {
     "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
@@ -28,7 +28,7 @@ PEFT_EXPERT_NAMES = {
 _EXPERTS = re.compile(r"(.*\.)?experts\..*")
 _ONE_EXPERT = re.compile(r"(.*\.)?experts\.\d+\..*\.lora_[AB]\..*")
 
-log = logging.getLogger(__name__)
+log = escaping_log(__name__)
 
 
 def find_expert_names(model: nn.Module, names: Iterable[str]) -> list[str]:

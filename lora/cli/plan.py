@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,7 +12,7 @@ from lora.cli.flags.shared import BaseWeights, Json, LoRAFlags, Model
 from lora.config import DataConfig, LoRAConfig, MemoryConfig, MemoryMode, TrainConfig
 from lora.errors import ConfigError
 from lora.runs.typed_json import json_text
-from lora.terminal import build_console
+from lora.terminal import build_console, print_note
 
 if TYPE_CHECKING:
     from lora.fast.memory.plan import MemoryPlan, MemoryPlanner, PlanInputs
@@ -109,7 +108,7 @@ def plan(
     )
     excess = describe_excess(inputs.tokens, inputs.config.max_position_embeddings)
     if excess:
-        print(f"note: {excess}", file=sys.stderr)
+        print_note(f"note: {excess}")
     of_full = replace(inputs, lora=None, fp8=False)
     planners = {"lora": MemoryPlanner(inputs), "full": MemoryPlanner(of_full)}
     plans = {name: planner.plan() for name, planner in planners.items()}

@@ -212,6 +212,28 @@ def test_modules_are_of_a_size_that_can_be_read(root: Path, trees: Trees) -> Non
     assert not faults, "\n".join([*faults, f"{MAX_MODULE_LINES} is the most: split it by owner."])
 
 
+def unescaped_messages(tree: ast.Module) -> Iterator[Fault]:
+    """Messages go through lora/terminal.py, which escapes what is from outside; an OSError's
+    text comes from `os_reason`, because some have none."""
+    for node in ast.walk(tree):
+        if called_name(node) == "logging.getLogger":
+            yield node.lineno, "take escaping_log of lora/terminal.py"  # type: ignore[attr-defined]
+        if called_name(node) == "print" and "file=sys.stderr" in ast.unparse(node):
+            yield node.lineno, "take print_note of lora/terminal.py"  # type: ignore[attr-defined]
+        is_reason = isinstance(node, ast.Attribute) and node.attr == "strerror"
+        if is_reason and ast.unparse(node) != "os.strerror":
+            yield node.lineno, "take os_reason of lora/runs/disk.py"  # type: ignore[attr-defined]
+
+
+def test_messages_are_escaped(product: Trees) -> None:
+    own = ("lora/terminal.py", "lora/runs/disk.py")
+    trees = {path: tree for path, tree in product.items() if path not in own}
+    faults = faults_in(trees, unescaped_messages)
+    assert not faults, f"{unescaped_messages.__doc__}\n{faults}"
+    bad = "log = logging.getLogger(n)\n\nprint(x, file=sys.stderr)\n\nf'{error.strerror}'"
+    check_rule(unescaped_messages, bad, "print(x)\nos.strerror(n)\nescaping_log(n)")
+
+
 def test_modules_have_names_that_say_something(trees: Trees) -> None:
     faults = [path for path in trees if Path(path).name in VAGUE_NAMES]
     assert not faults, f"{faults}: put each function beside what it serves"
