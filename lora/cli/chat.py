@@ -55,6 +55,7 @@ def chat(
     loaded = load_model(model, adapter, device)
     asker = _asker(loaded, system)
     said: list[Message] = []
+    is_beyond = False
     print_note(f"{loaded.source.description}; {HELP}")
     while True:
         line = _ask()
@@ -62,7 +63,7 @@ def chat(
             return 0
         if line.startswith("/"):
             loaded, asker, is_new = _run_command(line, loaded, asker)
-            said = [] if is_new else said
+            said, is_beyond = ([], False) if is_new else (said, is_beyond)
             continue
         if line:
             # Its own seed, or the same question would always get the same answer.
@@ -70,6 +71,10 @@ def chat(
             own = replace(config, seed=(config.seed + n_said) % (MAX_SEED + 1))
             said.append({"role": "user", "content": line})
             prompt = asker.prompt_after(said, loaded.tokenizer)
+            excess = _describe_excess(loaded, prompt, own)
+            if excess and not is_beyond:  # said once: every later question is beyond them too
+                print_note(f"note: with its answer {excess}, or begin again with /new")
+            is_beyond = excess is not None
             said.append({"role": "assistant", "content": _answer(loaded, prompt, own)})
 
 
@@ -156,6 +161,13 @@ def _switch(loaded: LoadedModel, folder: Path | None) -> TextTokenizer:
             if has_former and not is_switched:
                 load_adapter(loaded.model, former)
     return tokenizer
+
+
+def _describe_excess(loaded: LoadedModel, prompt: Prompt, sampling: SamplingConfig) -> str | None:
+    from lora.pretrained.positions import describe_excess
+
+    n_tokens = len(prompt.ids) + sampling.max_new_tokens
+    return describe_excess(n_tokens, loaded.model.config.max_position_embeddings)
 
 
 def _answer(loaded: LoadedModel, prompt: Prompt, sampling: SamplingConfig) -> str:

@@ -41,6 +41,7 @@ from lora.errors import (
 )
 from lora.pretrained.hf_files import read_config
 from lora.pretrained.hf_weights import load_decoder
+from lora.pretrained.positions import why_beyond_positions
 from lora.pretrained.sources import ModelSource, find_model
 from lora.runs.directory import check_run_directory, create_run, default_name
 from lora.runs.disk import disk_error
@@ -119,8 +120,12 @@ def sweep(
     decoder_config(read_config(source.folder))
     data = prepare_sweep(job, source.folder, progress)
     report = inspect_prepared(data, job.data, job.data_config)
+    excess = why_beyond_positions(source.folder, report.longest_tokens)
+    report.warnings += [excess] if excess else []
     if show_data is not None:
         show_data(report)
+    elif excess:
+        progress.message(f"note: {excess}")
     progress.message(f"{len(candidates)} candidates on {source.description}, {choice.reason}")
     with explain_out_of_memory(lambda: f"while the weights were loaded. {LOADING_ADVICE}"):
         model = load_decoder(source.folder, dtype=choice.compute_dtype, device=choice.device)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -17,11 +18,15 @@ from safetensors.torch import load_file, save_file
 
 from lora.cli import main
 from lora.cli.chat import _run_command
+from lora.compare.decoder_job import DecoderJob, EvaluationConfig
+from lora.compare.member import measure_base
+from lora.config import DataConfig, RunConfig, TrainConfig
 from lora.data.prompting.ask import Asker
 from lora.data.tokenizers.subword import load_tokenizer
 from lora.inference.loading import load_model
 from lora.inference.run_settings import EVALUATION_DATE, read_run_data_settings
 from lora.pretrained.hf_weights import load_decoder
+from lora.runs.progress import NoProgress
 
 Read = Callable[[], tuple[str, str]]
 
@@ -415,18 +420,42 @@ def test_another_base_is_refused_with_the_one_to_give(
 
 
 def test_sequences_beyond_the_positions_are_named(
-    tiny_folder: Path, tmp_path: Path, read: Read
+    tiny_folder: Path, tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "word " * 600
     data = tmp_path / "long.jsonl"
-    data.write_text(json.dumps({"text": text}))
+    data.write_text("".join(json.dumps({"text": text + end}) + "\n" for end in "abcd"))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{text}\n{text}\n/quit\n"))
+    swept = ["--name", "s", "--out", str(tmp_path), "--eval-fraction", "0.5", "--no-report"]
     for words in (
         ["data", str(data), "--max-length", "1000"],
         ["plan", "--max-length", "1000", "--memory-gb", "0.001"],
         ["generate", text, "--max-new-tokens", "1"],
+        ["chat", "--max-new-tokens", "1"],
+        ["sweep", str(data), "--max-length", "1000", "--steps", "1", "--rank", "1,2", *swept],
     ):
         assert main([*words, "--model", str(tiny_folder)]) == 0
         assert "the model has 512 positions" in " ".join(" ".join(read()).split())
+
+
+def test_a_comparison_names_sequences_beyond_the_positions(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    class Told(NoProgress):
+        lines: ClassVar[list[str]] = []
+
+        def message(self, text: str) -> None:
+            self.lines.append(text)
+
+    job = DecoderJob(
+        data=[{"text": "word " * 600 + end} for end in "abcd"],
+        model=str(tiny_folder),
+        data_config=DataConfig(max_length=1000, eval_fraction=0.5),
+        evaluation=EvaluationConfig(forgetting_data=[{"text": "a word"}]),
+    )
+    run = RunConfig(out=tmp_path, device="cpu", samples=0)
+    measure_base(job, TrainConfig(steps=1, batch_size=1), run, Told())
+    assert any("the model has 512 positions" in line for line in Told.lines)
 
 
 def test_brackets_and_all_that_ascii_lacks_are_printed_on_a_terminal_of_ascii(
