@@ -32,53 +32,87 @@ from lora.conversion.convert import (
 
 _READ_TYPES = ("alpaca", "chat_template", "completion", "sharegpt", "input_output", "oasst")
 _FILES = "the model's own files say it"
-_COLUMNS = "columns are found by their names: rename this one, see docs/formats.md"
-_USUAL = {"split": "train", "field_messages": "messages"}
-"""Keys of a data set that say what is read anyway."""
+_COLUMNS = "give template: with the columns of the data, as in lora finetune --template"
+_TURNS = "the assistant's turns are learned, with the token that ends them"
+_PARTS = {
+    "field": "text",
+    "field_messages": "messages",
+    "field_tools": "tools",
+    "field_system": "system",
+    "field_instruction": "instruction",
+    "field_input": "input",
+    "field_output": "output",
+}
+"""Parts of an example by the key that names their column."""
+_TURN_KEYS = ("message_field_role", "message_field_content", "message_property_mappings")
 
 
 def _datasets(ours: str) -> Rule:
     def rule(value: Any, keys: Keys) -> Outcome:
         entries = value if isinstance(value, list) else [value]
-        lost: dict[str, str] = {}
+        described = [e if isinstance(e, dict) else {"path": e} for e in entries]
+        lost = {
+            f"[{number}].{key}": why
+            for number, entry in enumerate(described)
+            for key, why in _lost_of_entry(entry)
+        }
         if len(entries) > 1:
-            lost[""] = f"{ours} is one file or directory: put the files into one directory"
-        for number_, entry in enumerate(entries):
-            if isinstance(entry, dict):
-                lost |= {f"[{number_}].{k}": why for k, why in _lost_of_entry(entry)}
-        first = entries[0]
-        path = first if isinstance(first, str) else _path_of(first)
-        return Outcome({ours: path} if path and len(entries) == 1 else {}, missing=lost)
+            why = f"{ours} is one file or directory: put the files into one directory"
+            return Outcome(missing={**lost, "": why})
+        path, columns = _path_of(described[0]), _columns_of(described[0])
+        settings: dict[str, Any] = {ours: path} if path else {}
+        if columns and ours == "data":
+            settings["columns"] = columns
+        return Outcome(settings, missing=lost)
 
     return rule
 
 
-def _path_of(entry: Any) -> str | None:
+def _path_of(entry: dict[str, Any]) -> str | None:
     files = entry.get("data_files")
     files = files[0] if isinstance(files, list) and len(files) == 1 else files
-    path = files if isinstance(files, str) else entry.get("path")
-    return str(path) if path is not None else None
+    if isinstance(files, str):
+        return files
+    path = entry.get("path")
+    if path is None:
+        return None
+    split = entry.get("split")
+    is_hub = str(path).count("/") == 1 and "." not in str(path).rpartition("/")[2][-6:]
+    named = [entry.get("name"), split] if is_hub and split not in (None, "train") else []
+    return ":".join([str(path), *(str(part) for part in named if part)])
+
+
+def _columns_of(entry: dict[str, Any]) -> dict[str, str]:
+    """Return the columns that an entry names, by part, where they are not the usual ones."""
+    kind = entry.get("type")
+    fields = {**entry, **(kind if isinstance(kind, dict) else {})}
+    return {
+        part: str(fields[key])
+        for key, part in _PARTS.items()
+        if isinstance(fields.get(key), str) and fields[key] != part
+    }
 
 
 def _lost_of_entry(entry: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the keys of an entry that have no equal, with what to do."""
     found = []
     for key, value in entry.items():
-        if key in ("path", "data_files", "ds_type") or is_off(value) or _USUAL.get(key) == value:
+        is_read = key in ("path", "data_files", "ds_type", *_PARTS)
+        if is_read or is_off(value) or (key in ("split", "name") and _path_of(entry)):
             continue
-        if key == "type":
-            kind = value if isinstance(value, str) else "of its own"
-            if kind.partition(".")[0].partition(":")[0] not in _READ_TYPES:
-                found.append(("type", f"the format {kind}: {_COLUMNS}"))
-        elif key in ("message_field_role", "message_field_content", "message_property_mappings"):
+        if key == "type" and isinstance(value, dict):
+            found += [(f"type.{k}", _COLUMNS) for k, v in value.items() if k not in _PARTS and v]
+        elif key == "type":
+            if value.partition(".")[0].partition(":")[0] not in _READ_TYPES:
+                found.append(("type", f"the format {value}: {_COLUMNS}"))
+        elif key in _TURN_KEYS:
             if not _is_usual(value):
-                found.append((key, _COLUMNS))
+                found.append((key, "turns have role and content, or from and value"))
         elif key in ("roles", "roles_to_train", "train_on_eos"):
             if not _is_usual(value):
-                found.append(
-                    (key, "the assistant's turns are learned, with the token that ends them")
-                )
+                found.append((key, _TURNS))
         else:
-            found.append((key, _COLUMNS if key.startswith("field") else "has no equal here"))
+            found.append((key, "has no equal here"))
     return found
 
 
@@ -235,9 +269,17 @@ AXOLOTL = Tool(
     "axolotl",
     frozenset(
         (
-            *("base_model", "datasets", "sequence_len", "micro_batch_size", "val_set_size"),
-            *("adapter", "sample_packing", "lora_r", "lora_target_linear", "dataset_prepared_path"),
-            *("num_epochs"),
+            "base_model",
+            "datasets",
+            "sequence_len",
+            "micro_batch_size",
+            "val_set_size",
+            "adapter",
+            "sample_packing",
+            "lora_r",
+            "lora_target_linear",
+            "dataset_prepared_path",
+            "num_epochs",
         )
     ),
     _RULES,

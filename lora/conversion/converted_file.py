@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora.conversion.convert import Conversion
@@ -57,6 +57,8 @@ def _written(value: Any) -> str:
     """Return a value as YAML on one line."""
     if isinstance(value, list):
         return f"[{', '.join(map(_written, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_written(inner)}' for key, inner in value.items())}}}"
     text = str(value)
     is_plain = _PLAIN.fullmatch(text) and text.lower() not in ("null", "~")
     return text if is_plain else json.dumps(text, ensure_ascii=False)

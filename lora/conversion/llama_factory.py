@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from lora.conversion.common_rules import (
@@ -28,6 +30,7 @@ from lora.conversion.convert import (
     same,
 )
 
+INFO_FILE, MAX_INFO_BYTES = "dataset_info.json", 1 << 22
 _EVALUATES = "after training: lora eval DATA --adapter ADAPTER --predictions FILE"
 
 
@@ -60,13 +63,32 @@ def _alpha(value: Any, keys: Keys) -> Outcome:
 def _dataset(ours: str) -> Rule:
     def rule(value: Any, keys: Keys) -> Outcome:
         names = words(value)
-        folder = keys.get("dataset_dir") or "data"
-        why = f"{ours} is a file: the file_name of {', '.join(names)} in {folder}/dataset_info.json"
+        folder = Path(str(keys.get("dataset_dir") or "data"))
+        files = [_file_of(name, folder) for name in names]
+        if len(files) == 1 and files[0] is not None:
+            return Outcome({ours: files[0]}, f"as {folder / INFO_FILE} says, columns included")
+        why = f"{ours} is a file: the file_name of {', '.join(names)} in {folder / INFO_FILE}"
         if len(names) > 1:
             why += "; put several into one directory"
         return Outcome(missing={"": why})
 
     return rule
+
+
+def _file_of(name: str, folder: Path) -> str | None:
+    """Return the file or hub's name that `dataset_info.json` gives for a data set, if it is here.
+
+    It is looked for in `folder`, from where the command runs, as LLaMA-Factory does.
+    """
+    path = folder / INFO_FILE
+    try:
+        if path.stat().st_size > MAX_INFO_BYTES:
+            return None
+        entry = json.loads(path.read_text(encoding="utf-8"))[name]
+        found = folder / entry["file_name"] if "file_name" in entry else entry["hf_hub_url"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not here, or not as LLaMA-Factory writes it: then the user names the file
+    return str(found)
 
 
 def _template(value: Any, keys: Keys) -> Outcome:
@@ -182,9 +204,20 @@ LLAMA_FACTORY = Tool(
     "LLaMA-Factory",
     frozenset(
         (
-            *("finetuning_type", "stage", "template", "cutoff_len", "lora_rank", "lora_target"),
-            *("dataset_dir", "val_size", "do_train", "model_name_or_path", "plot_loss"),
-            *("overwrite_output_dir", "quantization_bit", "per_device_train_batch_size"),
+            "finetuning_type",
+            "stage",
+            "template",
+            "cutoff_len",
+            "lora_rank",
+            "lora_target",
+            "dataset_dir",
+            "val_size",
+            "do_train",
+            "model_name_or_path",
+            "plot_loss",
+            "overwrite_output_dir",
+            "quantization_bit",
+            "per_device_train_batch_size",
         )
     ),
     _RULES,

@@ -88,6 +88,17 @@ def _split(value: Any, keys: Keys) -> Outcome:
     return Outcome(missing={"": "name a file with these examples"})
 
 
+def _column(value: Any, keys: Keys) -> Outcome:
+    prefix = "dataset.column_map."
+    names = {key.removeprefix(prefix): v for key, v in keys.items() if key.startswith(prefix)}
+    parts = {"input": "instruction", "output": "output"}
+    if "instruct" in str(keys.get("dataset._component_")) and names.keys() <= parts.keys():
+        return Outcome({"columns": {parts[name]: str(column) for name, column in names.items()}})
+    if names.keys() <= {"instruction", "input", "output", "text"}:
+        return Outcome({"columns": {name: str(column) for name, column in names.items()}})
+    return Outcome(missing={"": "name the column in columns: or template:"})
+
+
 def _loss(value: Any, keys: Keys) -> Outcome:
     name = str(value).rpartition(".")[2]
     if name.startswith(("CE", "CrossEntropy", "LinearCrossEntropy", "ForwardKL")):
@@ -150,7 +161,6 @@ _RULES: dict[str, Rule] = {
     "dataset.packed": same("packing"),
     "dataset.split": _split,
     "dataset.train_on_input": same("learn_on", {"true": "all", "false": "assistant"}),
-    "dataset.column_map": missing("columns are found by their names: rename these"),
     "dataset.new_system_prompt": missing("put it into the column system of each row"),
     "dataset.conversation_column": nothing("messages and conversations are read"),
     "dataset.conversation_style": nothing("messages and ShareGPT's form are read"),
@@ -193,6 +203,7 @@ _PREFIXES: dict[str, Rule] = {
     "profiler.": _profiler,
     "metric_logger.": nothing("logs are in the run directory"),
     "loss.": nothing("cross-entropy, in chunks of the vocabulary"),
+    "dataset.column_map.": _column,
     "dataset._component_": _dataset("data", "dataset"),
     "dataset.source": _dataset("data", "dataset"),
     "dataset.data_files": _dataset("data", "dataset"),
@@ -204,9 +215,14 @@ TORCHTUNE = Tool(
     "torchtune",
     frozenset(
         (
-            *("_component_", "checkpointer", "checkpoint_dir", "metric_logger"),
-            *("lora_attn_modules", "enable_activation_checkpointing", "max_steps_per_epoch"),
-            *("apply_lora_to_mlp"),
+            "_component_",
+            "checkpointer",
+            "checkpoint_dir",
+            "metric_logger",
+            "lora_attn_modules",
+            "enable_activation_checkpointing",
+            "max_steps_per_epoch",
+            "apply_lora_to_mlp",
         )
     ),
     _RULES,

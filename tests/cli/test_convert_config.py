@@ -12,7 +12,7 @@ from lora.cli.flags.yaml_file import read_settings
 
 FILE = """\
 base_model: some/llama
-datasets: [{path: "data/my tickets: all.jsonl", type: alpaca}]
+datasets: [{path: "data/my tickets: all.jsonl", field_messages: talk}]
 adapter: lora
 lora_r: 4
 lora_target_modules: [q_proj, v_proj]
@@ -45,6 +45,7 @@ def test_the_file_is_taken_by_finetune(
     _, bound, _ = app.parse_args(name_pairs(["finetune"]), exit_on_error=False)
     given = bound.arguments
     assert given["data"] == Path("data/my tickets: all.jsonl")
+    assert given["data_config"].columns == {"messages": "talk"}
     assert given["lora"].targets == ("q_proj", "v_proj")
     assert (given["train"].batch_size, given["train"].learning_rate) == (6, 1e-4)
 

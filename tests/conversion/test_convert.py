@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,14 @@ def convert(text: str, folder: Path, known: tuple[str, ...]) -> tuple[Conversion
     return convert_settings(keys, (AXOLOTL, LLAMA_FACTORY, TORCHTUNE), known), keys
 
 
+def test_the_marks_of_a_tool_are_no_keys_of_another() -> None:
+    for tool in (AXOLOTL, LLAMA_FACTORY, TORCHTUNE):
+        assert min(map(len, tool.marks)) > 3
+    assert not AXOLOTL.marks & LLAMA_FACTORY.marks
+    assert not AXOLOTL.marks & TORCHTUNE.marks
+    assert not LLAMA_FACTORY.marks & TORCHTUNE.marks
+
+
 @pytest.mark.parametrize("tool", FILES)
 def test_no_key_is_lost(tool: str, tmp_path: Path, known: tuple[str, ...]) -> None:
     found, keys = convert(FILES[tool], tmp_path, known)
@@ -173,6 +182,7 @@ def test_axolotl_s_settings_are_ours(tmp_path: Path, known: tuple[str, ...]) -> 
     found, _ = convert(AXOLOTL_FILE, tmp_path, (*known, "epochs"))
     assert found.settings == {
         "data": "data/tickets.jsonl",
+        "columns": {"messages": "dialogue"},
         "model": "some/llama-1b",
         "rank": "16",
         "alpha": "32",
@@ -197,7 +207,7 @@ def test_axolotl_s_settings_are_ours(tmp_path: Path, known: tuple[str, ...]) -> 
     }
     assert found.missing.keys() == {
         *("load_in_4bit", "adapter", "wandb_project", "warmup_steps", "evals_per_epoch"),
-        *("datasets[0].field_messages", "special_tokens.eos_token", "a_new_key"),
+        *("special_tokens.eos_token", "a_new_key"),
     }
     assert "write 10 / the number of steps" in found.missing["warmup_steps"]
     assert found.origins["seed"] == ["seed, axolotl's default 42"]
@@ -228,6 +238,50 @@ def test_llama_factory_s_settings_are_ours(tmp_path: Path, known: tuple[str, ...
     assert "tickets in data/dataset_info.json" in found.missing["dataset"]
     assert {"trust_remote_code", "template", "max_samples"} <= found.missing.keys()
     assert "add data: FILE" in "\n".join(report_lines(found))
+
+
+def test_data_sets_are_found_by_their_descriptions(
+    tmp_path: Path, known: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    info = {"tickets": {"file_name": "tickets.json"}, "hub": {"hf_hub_url": "some/tickets"}}
+    Path("data").mkdir()
+    Path("data", "dataset_info.json").write_text(json.dumps(info))
+    text = "model_name_or_path: a\nstage: sft\ndataset: "
+    for name, path in (("tickets", "data/tickets.json"), ("hub", "some/tickets")):
+        found, _ = convert(f"{text}{name}\n", tmp_path, known)
+        assert found.settings["data"] == path
+    for names in ("other", "tickets,hub"):
+        found, _ = convert(f"{text}{names}\n", tmp_path, known)
+        assert "data" not in found.settings
+        assert "dataset" in found.missing
+
+
+@pytest.mark.parametrize(
+    ("entry", "data", "columns"),
+    [
+        ("{path: some/set, split: test, type: alpaca}", "some/set:test", None),
+        ("{path: some/set, name: small, split: test, type: alpaca}", "some/set:small:test", None),
+        (
+            "{path: some/set, split: train, field: body, type: completion}",
+            "some/set",
+            {"text": "body"},
+        ),
+        (
+            "{path: json, data_files: [a.jsonl], type: {field_output: b}}",
+            "a.jsonl",
+            {"output": "b"},
+        ),
+        ("a.jsonl", "a.jsonl", None),
+    ],
+)
+def test_data_sets_of_axolotl_keep_their_columns_and_splits(
+    entry: str, data: str, columns: dict[str, str] | None, tmp_path: Path, known: tuple[str, ...]
+) -> None:
+    text = f"base_model: some/llama\nadapter: lora\ndatasets:\n  - {entry}\n"
+    found, _ = convert(text, tmp_path, known)
+    assert (found.settings["data"], found.settings.get("columns")) == (data, columns)
+    assert not found.missing.keys() - {"num_epochs, axolotl's default 1"}
 
 
 def test_torchtune_s_settings_are_ours(tmp_path: Path, known: tuple[str, ...]) -> None:
@@ -267,7 +321,9 @@ def test_full_fine_tuning_has_no_adapter_s_settings(tmp_path: Path, known: tuple
     ("line", "seen"),
     [
         ("datasets: [{path: a.jsonl}, {path: b.jsonl}]", "one file or directory"),
-        ("datasets: [{path: a, type: {field_instruction: q}}]", "the format of its own"),
+        ("datasets: [{path: a, type: {format: '[INST] {instruction}'}}]", "give template: with"),
+        ("datasets: [{path: a, type: pygmalion}]", "the format pygmalion"),
+        ("datasets: [{path: a, message_field_role: speaker}]", "turns have role and content"),
         ("optimizer: lion_8bit", "the optimizer is AdamW"),
         ("lr_scheduler: one_cycle", "there is no schedule one_cycle"),
         ("val_set_size: 500", "write 500 / the number of examples"),
