@@ -63,7 +63,7 @@ def test_the_wheel_holds_every_file_that_is_no_module(
 
 
 def test_the_command_is_lora(project: dict[str, Any]) -> None:
-    assert project["project"]["scripts"] == {"lora": "lora.cli:main"}
+    assert project["project"]["scripts"] == {"lora": "lora.__main__:main"}
     assert callable(lora.cli.main)
 
 
