@@ -26,7 +26,7 @@ from lora.cli.flags.shared import (
 from lora.config import DataConfig, LoRAConfig, MemoryConfig, RunConfig, TrainConfig
 from lora.errors import ConfigError
 from lora.runs.typed_json import json_text
-from lora.terminal import print_line
+from lora.terminal import print_line, print_note
 
 if TYPE_CHECKING:
     from lora.finetune.job import FinetuneResult
@@ -118,7 +118,14 @@ def finetune(
         show_data=lambda report: print_report(report, progress.console, is_compact=True),
     )
     page = report_on(done.folder, progress.message) if report else None
-    return _report(done, page, json)
+    code = _report(done, page, json)
+    if done.folder not in done.saved.parents:
+        print_note(
+            f"lora: Cannot write {done.folder / done.saved.name}: see above. It is saved in "
+            f"{done.saved} instead: copy it to a safe place."
+        )
+        return 2
+    return code
 
 
 def _check_flags(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -88,16 +89,37 @@ def save_model(
 def save_in_run(run: Run, name: str, save: Callable[[Path], None], progress: Progress) -> Path:
     """Call `save` with the directory `name` of the run, and return it.
 
-    If that cannot be written, with one in a new temporary directory.
+    If that cannot be written, with one in a new directory on another disk. Raises CheckpointError
+    if there is none either.
     """
     directory = run.folder / name
     try:
         save(directory)
     except CheckpointError as error:  # do not lose hours of training to a full disk
-        directory = Path(tempfile.mkdtemp(prefix=f"lora-{run.folder.name}-")) / name
-        save(directory)
+        directory = _save_elsewhere(run, name, save, error)
         progress.message(f"{error} The {name} is saved in {directory}: copy it to a safe place.")
     return directory
+
+
+def _save_elsewhere(
+    run: Run, name: str, save: Callable[[Path], None], cause: CheckpointError
+) -> Path:
+    places = []
+    for place in (tempfile.gettempdir, Path.cwd, Path.home, lambda: "/dev/shm"):
+        try:
+            places.append(str(place()))
+            folder = Path(tempfile.mkdtemp(prefix=f"lora-{run.folder.name}-", dir=places[-1]))
+        except (OSError, RuntimeError):  # no such directory, or no home
+            continue
+        try:
+            save(folder / name)
+            return folder / name
+        except CheckpointError:
+            shutil.rmtree(folder, ignore_errors=True)
+    raise CheckpointError(
+        f"{cause} The {name} could not be saved in {', '.join(dict.fromkeys(places))} either. Free "
+        "some space, then resume the run: it saves what the newest checkpoint has."
+    )
 
 
 def save_start(

@@ -299,3 +299,28 @@ def test_a_tilde_in_a_path_is_the_home_directory(
     assert capsys.readouterr().out.split() == [str(tmp_path / "runs"), "~/x"]
     assert cli.main(["show", "--out=~nobody-of-this-name/x"]) == 2
     assert "the home directory that ~ means is not known" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("swallows", [False, True])
+@pytest.mark.parametrize("when", ["the command line", "a command"])
+def test_an_interrupt_while_importing_is_clean(tmp_path: Path, when: str, swallows: bool) -> None:
+    kill = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    if swallows:  # as packages with optional parts do
+        kill = f"try:\n    {kill.replace(chr(10), '; ')}pass\nexcept BaseException:\n    pass\n"
+    (tmp_path / "slow.py").write_text(kill + "def slow(): pass\n")
+    early = "import slow" if when == "the command line" else "pass"
+    code = (
+        "import sys, lora.__main__ as entry, builtins; real = builtins.__import__\n"
+        "def load(name, *rest, **given):\n"
+        f"    if name == 'lora.cli': {early}\n"
+        "    return real(name, *rest, **given)\n"
+        "builtins.__import__ = load; sys.argv = ['lora', 'slow']\n"
+        "def with_slow():\n"
+        "    from lora import cli\n"
+        "    cli.COMMANDS['slow'] = ('slow:slow', 'Slow.')\n"
+        f"{'' if early == 'import slow' else 'with_slow()'}\n"
+        "sys.exit(entry.main())\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (130, "lora: interrupted\n")

@@ -270,6 +270,45 @@ def test_what_was_learned_goes_elsewhere_if_the_disk_has_no_room_at_the_end(
     assert not list((runs / done.saved.name).glob(".*"))
 
 
+def test_a_disk_that_is_full_at_the_end_ends_the_command_with_2(
+    tiny_folder: Path,
+    orders_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from lora.cli import main
+    from lora.finetune import model
+
+    save = model.save_adapter
+    full = [tmp_path / "runs", tmp_path / "temporary"]
+    (tmp_path / "temporary").mkdir()
+
+    def refuse(adapted: Any, folder: Path, **given: Any) -> None:
+        if any(place in folder.parents for place in full):
+            raise CheckpointError(f"Cannot write {folder}: No space left on device.")
+        save(adapted, folder, **given)
+
+    monkeypatch.setattr(model, "save_adapter", refuse)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", str(tiny_folder), "--out", str(tmp_path / "runs"), "--name", "run"]
+    words += ["--steps", "2", "--batch-size", "2", "--samples", "0", "--no-report"]
+    assert main(["finetune", str(orders_file), *words]) == 2
+    seen = capsys.readouterr().err
+    (saved,) = tmp_path.glob("lora-run-*/adapter")
+    assert (saved / "adapter_model.safetensors").is_file()
+    assert f"It is saved in {saved} instead" in " ".join(seen.split())
+    assert not list((tmp_path / "temporary").iterdir())
+    full.append(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(
+        model, "save_adapter", lambda *_, **__: refuse(None, tmp_path / "runs" / "x")
+    )
+    assert main(["finetune", str(orders_file), *words]) == 2
+    assert "could not be saved in" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.fixture
 def spoilt_losses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of the training batches whose loss is NaN."""
