@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from lora.errors import ConfigError, TargetError
 
 MAX_RANK = 2**16
+MAX_ALPHA = 1e9
+"""Beyond it, fp32 overflows before long."""
 
 
 class LoRALayer(nn.Module):
@@ -168,8 +170,11 @@ def check_lora_numbers(
             f"allowed is an int from 1 to {MAX_RANK}. Choose a smaller rank, or leave this linear "
             "out of the targets."
         )
-    if not (_is_number(alpha) and alpha > 0):
-        raise ConfigError(f"alpha={alpha!r}: allowed is a finite number > 0 (usual: 2 · rank).")
+    if not (_is_number(alpha) and 0 < alpha <= MAX_ALPHA):
+        raise ConfigError(
+            f"alpha={alpha!r}: allowed is a finite number > 0, at most {MAX_ALPHA:g} (usual: "
+            "2 · rank)."
+        )
     if not (_is_number(dropout) and 0 <= dropout < 1):
         raise ConfigError(f"dropout={dropout!r}: allowed is 0 ≤ dropout < 1 (usual: 0 to 0.1).")
 

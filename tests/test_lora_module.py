@@ -190,7 +190,7 @@ def test_a_rank_out_of_range_is_refused(rank: object) -> None:
     assert "from 1 to 65536" in message
 
 
-@pytest.mark.parametrize("alpha", [0, -1.0, math.nan, math.inf, "16", True])
+@pytest.mark.parametrize("alpha", [0, -1.0, math.nan, math.inf, 1e308, "16", True])
 def test_an_alpha_out_of_range_is_refused(alpha: object) -> None:
     with pytest.raises(ConfigError, match=r"alpha=.*finite number > 0"):
         LoRALinear(build_linear(12, 7), rank=2, alpha=alpha)  # type: ignore[arg-type]

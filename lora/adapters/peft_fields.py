@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lora.adapters.patterns import why_not_pattern
-from lora.lora_module import MAX_RANK
+from lora.lora_module import MAX_ALPHA, MAX_RANK
 
 _HONOURED = {
     "alpha_pattern",
@@ -43,8 +43,6 @@ _WITHOUT_EFFECT = {  # on what a loaded adapter computes
     "runtime_config",
     "task_type",
 }
-MAX_ALPHA = 1e9
-"""Beyond it, fp32 overflows before long."""
 WHOLE, AT_END = "{}", r"(.*\.)?({})$"
 IN_SAVED, IN_LAYERS, ANY_LAYER = (
     r"(^|.*\.){}($|\..*)",

@@ -35,6 +35,7 @@ CASES: dict[str, tuple[str, dict[str, Any], list[int]]] = {
     for models, what, options, rows in [
         (("llama-tied", "llama-untied", "gpt2-tied"), "all linear", {}, []),
         (("llama-tied", "gpt2-untied"), "head", {"targets": r".*(lm_head|mlp\..*)"}, []),
+        (("llama-untied",), "a rank above a side", {"rank": 40}, []),
         (("llama-tied", "llama-untied"), "rows", {}, [3, 200]),
         (("llama-tied", "llama-untied"), "new rows", {}, [3, VOCAB, VOCAB + 1]),
         (("llama-tied",), "embedding", {"modules_to_save": ("embed_tokens", "norm")}, []),
@@ -77,7 +78,7 @@ def make(tmp_path: Path, fill_random: Fill) -> Callable[..., tuple[Path, Path]]:
             model = transformers.GPT2LMHeadModel(config)
         fill_random(model, 0).to(dtype).save_pretrained(tmp_path / "base")  # type: ignore[operator]
         build_tokenizer().save(tmp_path / "base")
-        adapted = apply_lora(load_decoder(tmp_path / "base"), LoRAConfig(rank=4, **options))
+        adapted = apply_lora(load_decoder(tmp_path / "base"), LoRAConfig(**{"rank": 4} | options))
         if rows:
             train_token_rows(adapted, rows)
         fill_random(adapted, 5, only_trainable=True, std=0.3)
