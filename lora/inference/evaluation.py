@@ -26,6 +26,8 @@ from lora.training.losses import loss_for
 from lora.training.plain_step import evaluate
 
 OnProgress = Callable[[str, int, int], None]
+CPU_ANSWERS, GPU_ANSWERS = 16, 128
+"""Prompts that are answered together, if memory has room for them."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,14 @@ class EvaluationData:
             on_progress("answers", done, total)
 
         loss = loss_of(model, self.encoded, tokenizer, self.config, choice, on_progress=of_loss)
-        answers = answer_prompts(model, self.prompts, tokenizer, sampling, on_progress=of_answers)
+        answers = answer_prompts(
+            model,
+            self.prompts,
+            tokenizer,
+            sampling,
+            batch_size=GPU_ANSWERS if choice.device.type == "cuda" else CPU_ANSWERS,
+            on_progress=of_answers,
+        )
         counts = self.encoded.counts
         scores = replace(
             score(loss, answers, self.metrics),
