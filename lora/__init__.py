@@ -25,6 +25,12 @@ from lora.public.packages import load_name
 if TYPE_CHECKING:
     from lora.adapters.apply import apply_lora, disabled_adapter, remove_lora
     from lora.adapters.merge import merge_lora
+    from lora.adapters.named.switch import (
+        active_adapter,
+        adapter_names,
+        delete_adapter,
+        set_adapter,
+    )
     from lora.adapters.save_load import load_adapter, save_adapter
     from lora.compare.run import compare
     from lora.config import (
@@ -84,10 +90,13 @@ _HOMES = {
     "TargetError": "lora.errors",
     "TrainConfig": "lora.config",
     "TrainingError": "lora.errors",
+    "active_adapter": "lora.adapters.named.switch",
+    "adapter_names": "lora.adapters.named.switch",
     "apply_lora": "lora.adapters.apply",
     "apply_lora_to_linear": "lora.lora_module",
     "compare": "lora.compare.run",
     "count_lora_parameters": "lora.lora_module",
+    "delete_adapter": "lora.adapters.named.switch",
     "disabled_adapter": "lora.adapters.apply",
     "evaluate": "lora.inference.api",
     "export": "lora.export.run",
@@ -99,6 +108,7 @@ _HOMES = {
     "merge_lora": "lora.adapters.merge",
     "remove_lora": "lora.adapters.apply",
     "save_adapter": "lora.adapters.save_load",
+    "set_adapter": "lora.adapters.named.switch",
     "sweep": "lora.sweep.run",
     "train": "lora.finetune.own_model",
 }
@@ -128,10 +138,13 @@ __all__ = [
     "TargetError",
     "TrainConfig",
     "TrainingError",
+    "active_adapter",
+    "adapter_names",
     "apply_lora",
     "apply_lora_to_linear",
     "compare",
     "count_lora_parameters",
+    "delete_adapter",
     "disabled_adapter",
     "evaluate",
     "export",
@@ -143,6 +156,7 @@ __all__ = [
     "merge_lora",
     "remove_lora",
     "save_adapter",
+    "set_adapter",
     "sweep",
     "train",
 ]

@@ -55,6 +55,10 @@ class AppliedLoRA:
     """Rows of the base's token tables before any were added; None if they could not grow."""
     folder: Path | None = None
     """Directory that the adapter was loaded from."""
+    name: str = "default"
+    """Of several adapters on the model: see `lora.adapters.named.switch`."""
+    is_disabled: bool = False
+    """Whether `disabled_adapter` has taken it off for a while."""
     filled_tables: tuple[str, ...] = ()
     """Full names of tables whose added rows came from a file, and not from their mean."""
 
@@ -210,7 +214,10 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 
 def remove_lora(model: nn.Module) -> nn.Module:
-    """Changes `model` in place: the base as it was before `apply_lora`, all of it frozen."""
+    """Changes `model` in place: the base as it was before `apply_lora`, all of it frozen.
+
+    Adapters that were loaded beside the active one are forgotten.
+    """
     applied = applied_lora(model)
     for name, layer in lora_layers(model).items():
         replace_module(model, name, layer.unwrap())
@@ -221,6 +228,7 @@ def remove_lora(model: nn.Module) -> nn.Module:
     if applied.base_vocab_size is not None:
         resize_vocabulary(model, applied.base_vocab_size)
     del model.applied_lora
+    vars(model).pop("stored_adapters", None)
     return model
 
 
@@ -231,21 +239,35 @@ def disabled_adapter(model: nn.Module) -> Iterator[nn.Module]:
     Added tokens exist in the base too: their rows are the mean of its own.
     """
     applied = applied_lora(model)
-    adapted = {name: model.get_submodule(name) for name in applied.target_names}
-    adapted |= {
-        name: model.get_submodule(name) for name in [*applied.originals, *applied.trainable_tokens]
-    }
+    if applied.is_disabled:  # a block within a block
+        yield model
+        return
+    names = [*applied.target_names, *applied.originals, *applied.trainable_tokens]
+    adapted = {name: model.get_submodule(name) for name in names}
     for name, module in adapted.items():
-        if isinstance(module, LoRALayer | TrainableTokensEmbedding | TrainableTokensLinear):
-            plain = module.unwrap()
-        else:
-            plain = _moved_beside(applied.originals[name], module)
-        replace_module(model, name, plain.train(module.training))
+        replace_module(model, name, plain_module(applied, name, module))
+    applied.is_disabled = True
     try:
         yield model
     finally:
+        applied.is_disabled = False
         for name, module in adapted.items():
             replace_module(model, name, module)
+
+
+def plain_module(applied: AppliedLoRA, name: str, adapted: nn.Module) -> nn.Module:
+    """Return the base's module in place of one that is `adapted`, in the same mode."""
+    if isinstance(adapted, LoRALayer | TrainableTokensEmbedding | TrainableTokensLinear):
+        plain: nn.Module = adapted.unwrap()
+    else:
+        plain = _moved_beside(applied.originals[name], adapted)
+    return plain.train(adapted.training)
+
+
+def stored_adapters(model: nn.Module) -> dict[str, object]:
+    """Return the adapters of `model` that are not active, by name; changes to it are kept."""
+    stored = vars(model).setdefault("stored_adapters", {})
+    return cast("dict[str, object]", stored)
 
 
 @contextmanager

@@ -12,7 +12,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora.adapters.apply import AppliedLoRA, applied_lora, lora_layers, replace_module
+from lora.adapters.apply import (
+    AppliedLoRA,
+    applied_lora,
+    lora_layers,
+    replace_module,
+    stored_adapters,
+)
 from lora.adapters.targets import output_head_name
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
@@ -65,9 +71,11 @@ def merge_lora(
     weight is no longer the embedding's is untied in the model's config too, so that it is saved.
 
     Raises AdapterError if the logits differ by more than `tolerance` (by default TOLERANCES of the
-    weights' dtype) or a merged weight is not finite; `model` is then adapted as before.
+    weights' dtype), a merged weight is not finite, or other adapters are loaded beside the active
+    one; `model` is then adapted as before.
     """
     applied, layers = applied_lora(model), lora_layers(model)
+    _refuse_others(model)
     was_tied = _is_tied_before(model, applied)
     if tolerance is None:
         tolerance = max(TOLERANCES.get(layer.weight.dtype, 1e-4) for layer in layers.values())
@@ -140,6 +148,15 @@ def default_forward(model: nn.Module, inputs: Any) -> Tensor:
             "and inputs that returns the logits."
         )
     return output
+
+
+def _refuse_others(model: nn.Module) -> None:
+    others = sorted(stored_adapters(model))
+    if others:
+        raise AdapterError(
+            f"Cannot merge the active adapter: {', '.join(others)} are loaded beside it, and "
+            "belong to the base as it is now. Call delete_adapter(model, name) for each first."
+        )
 
 
 def _replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

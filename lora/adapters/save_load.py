@@ -26,6 +26,12 @@ from lora.adapters.apply import (
 )
 from lora.adapters.experts import why_not_expert_tensors
 from lora.adapters.fingerprint import base_fingerprint
+from lora.adapters.named.switch import (
+    active,
+    check_adapter_name,
+    loading_beside,
+    refuse_disabled,
+)
 from lora.adapters.peft_config import (
     build_config,
     describe_adapter,
@@ -66,8 +72,16 @@ _ADVICE = "Load it onto the base it was trained on, with both files as they were
 log = escaping_log(__name__)
 
 
-def save_adapter(model: nn.Module, folder: Path | str, *, base_name: str | None = None) -> None:
-    """Write the adapter on `model`: A and B, fully trained modules, and trained embedding rows.
+def save_adapter(
+    model: nn.Module,
+    folder: Path | str,
+    *,
+    base_name: str | None = None,
+    name: str | None = None,
+) -> None:
+    """Write an adapter of `model`: A and B, fully trained modules, and trained embedding rows.
+
+    It is the active one, or the one called `name`.
 
     Both files are complete on disk before they replace a former adapter's, so a failed save leaves
     that as it was. `base_name` is the base that PEFT should load; None: the name under which
@@ -76,7 +90,12 @@ def save_adapter(model: nn.Module, folder: Path | str, *, base_name: str | None 
     Raises AdapterError for values that are not finite, and CheckpointError if a file cannot be
     written.
     """
-    folder, applied = Path(folder), applied_lora(model)
+    with active(model, name):
+        _save_active(model, Path(folder), base_name)
+
+
+def _save_active(model: nn.Module, folder: Path, base_name: str | None) -> None:
+    applied = applied_lora(model)
     described = describe_adapter(
         model, applied, base_name or _loaded_name(model)
     ) | describe_trainable_tokens(model, applied)
@@ -107,6 +126,7 @@ def load_adapter(
     model: nn.Module,
     folder: Path | str,
     *,
+    name: str | None = None,
     trainable: bool = False,
     release: Callable[[], None] | None = None,
 ) -> nn.Module:
@@ -119,10 +139,29 @@ def load_adapter(
     `release` is of a mapped base that is merged next: it gives back pages that were read, and fully
     trained modules then are the file's tensors, in its dtypes.
 
+    With a `name`, a model that has LoRA keeps its active adapter and gets this one beside it, to be
+    switched to by `set_adapter(model, name)`; on a model without LoRA it is active under that name.
+
     Raises AdapterError that lists every fault: another base (by its fingerprint), missing, extra
     or misshapen tensors, and settings that change the result and are not supported. `model` is then
     unchanged. An adapter without a fingerprint loads, with a warning in the log.
     """
+    name = None if name is None else check_adapter_name(name)
+    has_lora = "applied_lora" in vars(model)
+    if has_lora:
+        refuse_disabled(model, "load an adapter")
+    if has_lora and name is not None:
+        with loading_beside(model, name):
+            return _load(model, folder, trainable, release)
+    _load(model, folder, trainable, release)
+    if name is not None:
+        applied_lora(model).name = name
+    return model
+
+
+def _load(
+    model: nn.Module, folder: Path | str, trainable: bool, release: Callable[[], None] | None
+) -> nn.Module:
     files = read_adapter_files(Path(folder))
     why_not = why_not_expert_tensors(model, files.tensors)
     if why_not is not None:

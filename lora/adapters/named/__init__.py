@@ -1,0 +1,1 @@
+"""Several adapters on one model, under names: one is active, the others wait beside the model."""
