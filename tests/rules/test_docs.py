@@ -93,7 +93,7 @@ def test_every_page_is_in_the_navigation(
     nav: list[Any], site: dict[str, str], generate: ModuleType
 ) -> None:
     listed = list(generate.pages_in(nav))
-    assert sorted(listed) == sorted(site), "mkdocs.yml lists a page that is not there"
+    assert sorted(listed) == sorted(site), "mkdocs.yml lists a page twice, or one that is not there"
 
 
 def test_every_link_leads_to_a_page_or_a_file(root: Path, site: dict[str, str]) -> None:
