@@ -39,7 +39,7 @@ def main() -> int:
         apply_lora(model, LoRAConfig(rank=RANK, alpha=2.0 * RANK, init_seed=0))
     choice = choose_device("cuda")
     fit = None if full else fit_mode(shape, arguments.variant)
-    config = TrainConfig(batch_size=shape.rows, seed=0)
+    config = TrainConfig(steps=200, batch_size=shape.rows, seed=0)
     steps = build_steps(model, choice, arguments.variant, fit, config)
     assert isinstance(steps, DeviceStepRunner)
     print(steps.describe(), file=sys.stderr)

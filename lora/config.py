@@ -56,6 +56,10 @@ LORA_LEARNING_RATE = 10 * FULL_LEARNING_RATE
 
 MAX_EVALUATIONS, MIN_EVAL_STEPS = 10, 10
 """Without `eval_every_steps`: evaluations after the initial one, and steps between them."""
+DEFAULT_EPOCHS, DEFAULT_STEPS = 3.0, (100, 2_000)
+"""Length of training where neither steps nor epochs are given: passes over the data, in at least
+and at most so many steps."""
+MAX_EPOCHS = 10**6
 MAX_SEED = 2**63 - 1
 MAX_COUNT = 10**9
 """Steps, tokens, sequences, ranks: more is a slip, and would only fail late."""
@@ -88,6 +92,16 @@ def _check_counts(owner: object, least: int, *names: str) -> list[str]:
 def _check_positive(name: str, value: object, most: float = MAX_NUMBER) -> list[str]:
     in_range = _is_number(value) and 0 < value <= most  # type: ignore[operator]
     return _check(in_range, name, value, f"a finite number > 0 and ≤ {most:g}")
+
+
+def _check_length(steps: object, epochs: object) -> list[str]:
+    """Return what is wrong with the length of training: two of them, or one out of range."""
+    if steps is not None and epochs is not None:
+        return [f"epochs={epochs!r} together with steps={steps!r}: must be only one of them"]
+    if epochs is not None:
+        return _check_positive("epochs", epochs, MAX_EPOCHS)
+    in_range = steps is None or (_is_int(steps) and 1 <= steps <= MAX_COUNT)  # type: ignore[operator]
+    return _check(in_range, "steps", steps, f"an int ≥ 1 and ≤ {MAX_COUNT:,}")
 
 
 def _check_seed(name: str, seed: object) -> list[str]:
@@ -204,8 +218,10 @@ class LoRAConfig(Settings):
 class TrainConfig(Settings):
     """Optimization: number and size of the steps, learning rate and its schedule."""
 
-    steps: int = field(default=200, metadata=TRAINING)
-    """Optimizer steps."""
+    steps: int | None = field(default=None, metadata=TRAINING)
+    """Optimizer steps. Default: as many as `epochs` take."""
+    epochs: float | None = field(default=None, metadata=TRAINING)
+    """Passes over the training data, instead of `steps`. Default: 3, in 100 to 2,000 steps."""
     batch_size: int = field(default=8, metadata=TRAINING)
     """Effective batch size: packed sequences per optimizer step, over all micro-batches."""
     gradient_accumulation: int = field(default=1, metadata=TRAINING)
@@ -231,12 +247,13 @@ class TrainConfig(Settings):
     """Compute dtype; auto takes bf16 on GPUs that support it, else fp32."""
 
     def __post_init__(self) -> None:
-        faults = _check_counts(self, 1, "steps", "batch_size", "gradient_accumulation")
+        faults = _check_counts(self, 1, "batch_size", "gradient_accumulation")
         if not faults:
             parts = self.gradient_accumulation
             allowed = f"a divisor of batch_size={self.batch_size}"
             divides = self.batch_size % parts == 0
             faults += _check(divides, "gradient_accumulation", parts, allowed)
+        faults += _check_length(self.steps, self.epochs)
         rate = self.learning_rate
         if rate is not None:
             faults += _check_positive("learning_rate", rate, MAX_LEARNING_RATE)
@@ -262,6 +279,33 @@ class TrainConfig(Settings):
         default = FULL_LEARNING_RATE if full else LORA_LEARNING_RATE
         rate = default if self.learning_rate is None else self.learning_rate
         return dataclasses.replace(self, learning_rate=rate)
+
+    def with_steps(self, n_sequences: int, *, recorded: int | None = None) -> TrainConfig:
+        """Return the same settings with a number of steps, for `n_sequences` training sequences.
+
+        An epoch has each sequence once, packed or not. `recorded` is the number of steps of the run
+        that is resumed, which stays where neither steps nor epochs are given.
+        """
+        steps = self.steps
+        if steps is None and self.epochs is None:
+            steps = recorded
+        if steps is None:
+            wanted = DEFAULT_EPOCHS if self.epochs is None else self.epochs
+            # Less than a millionth of a step is what floats make of a whole number.
+            steps = math.ceil(wanted * n_sequences / self.batch_size - 1e-6)
+            least, most = (1, MAX_COUNT) if self.epochs is not None else DEFAULT_STEPS
+            steps = min(max(steps, least), most)
+        return dataclasses.replace(self, steps=steps, epochs=None)
+
+    @property
+    def n_steps(self) -> int:
+        """`steps`, once it is known. Raises ConfigError where it is still None."""
+        if self.steps is None:
+            raise ConfigError(
+                "Cannot train: steps is None, and its default depends on the data. Give a number, "
+                "or take TrainConfig.with_steps(n_sequences)."
+            )
+        return self.steps
 
     @property
     def peak_learning_rate(self) -> float:

@@ -39,7 +39,7 @@ def test_the_defaults_of_lora() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_setting_has_its_default_and_cannot_be_changed(kind: type) -> None:
     config = kind()
-    assert len(dataclasses.fields(kind)) <= 12
+    assert len(dataclasses.fields(kind)) <= 14
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(config, dataclasses.fields(kind)[0].name, 3)
 
@@ -214,3 +214,40 @@ def test_a_path_may_be_a_string() -> None:
     assert DataConfig(chat_template="a.jinja").chat_template == Path("a.jinja")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="out=3: must be a path"):
         RunConfig(out=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_sequences", "expected"),
+    [
+        ({"steps": 7}, 1000, 7),
+        ({"epochs": 3}, 16, 6),
+        ({"epochs": 3}, 17, 7),  # 51 sequences are six steps of 8, and one more
+        ({"epochs": 0.1}, 80, 1),
+        ({"epochs": 0.3, "batch_size": 1}, 10, 3),  # 0.3 * 10 is 3.0000000000000004 in floats
+        ({"epochs": 1}, 1, 1),
+        ({"epochs": 10}, 40_000, 50_000),
+        ({}, 10, 100),  # three epochs would be four steps
+        ({}, 400, 150),
+        ({}, 100_000, 2_000),
+        ({"batch_size": 4}, 400, 300),
+    ],
+)
+def test_the_length_is_in_steps_in_epochs_or_three_epochs_within_bounds(
+    settings: dict[str, Any], n_sequences: int, expected: int
+) -> None:
+    config = TrainConfig(**settings)
+    found = config.with_steps(n_sequences)
+    assert (found.n_steps, found.epochs) == (expected, None)
+    assert found.with_steps(1) == found
+    assert config.with_steps(n_sequences, recorded=42).n_steps == (expected if settings.keys() & {
+        "steps", "epochs"} else 42)  # fmt: skip
+
+
+def test_a_length_that_is_given_twice_or_out_of_range_is_refused() -> None:
+    with pytest.raises(ConfigError, match="epochs=3 together with steps=500: must be only one"):
+        TrainConfig(steps=500, epochs=3)
+    for epochs in (0, -1, math.nan, math.inf, "3", True, 1e9):
+        with pytest.raises(ConfigError, match="epochs="):
+            TrainConfig(epochs=epochs)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"steps is None.*with_steps\(n_sequences\)"):
+        _ = TrainConfig().n_steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -17,7 +17,7 @@ from lora.config import (
 from lora.errors import CheckpointError, ConfigError, did_you_mean, gather
 from lora.public.field_texts import documented
 from lora.runs.comparison_record import Same
-from lora.runs.read_record import read_run_record
+from lora.runs.read_record import read_run_record, recorded_steps
 from lora.runs.record import RUN_FILE, Method
 from lora.settings.base import Settings
 
@@ -100,7 +100,7 @@ class CompareConfig(Settings):
             faults.append(f"methods={self.methods!r}. Allowed: lora first, then at least one other")
         if self.rates.rates and self.train.learning_rate is not None:
             faults.append("learning_rate together with rates: give one or the other")
-        if self.rates.rate_steps > self.train.steps:
+        if self.train.steps is not None and self.rates.rate_steps > self.train.steps:
             faults.append(
                 f"rate_steps={self.rates.rate_steps}. Allowed: at most the {self.train.steps} "
                 "steps of the comparison"
@@ -113,8 +113,9 @@ class CompareConfig(Settings):
     @property
     def steps_tried(self) -> int:
         """Steps of each trial of a learning rate."""
-        quarter = max(MIN_RATE_STEPS, math.ceil(self.train.steps / 4))
-        return self.rates.rate_steps or min(self.train.steps, quarter)
+        steps = self.train.n_steps
+        quarter = max(MIN_RATE_STEPS, math.ceil(steps / 4))
+        return self.rates.rate_steps or min(steps, quarter)
 
     def described(self) -> dict[str, Any]:
         """Return the settings that must be equal for this comparison to be resumed."""
@@ -122,8 +123,19 @@ class CompareConfig(Settings):
             "methods": list(self.methods),
             "same": self.same,
             "rates": {**asdict(self.rates), "rate_steps": self.steps_tried},
-            "train": asdict(self.train),
+            # Steps stand for epochs, and a record of an older version has no such key.
+            "train": {k: v for k, v in asdict(self.train).items() if k != "epochs"},
         }
+
+
+def with_recorded_steps(config: CompareConfig) -> CompareConfig:
+    """Return the settings of a resumed comparison that gives neither steps nor epochs with those of
+    its record."""
+    train = config.train
+    if not config.resume or train.steps is not None or train.epochs is not None:
+        return config
+    steps = recorded_steps(config.run.out / str(config.run.name))
+    return config if steps is None else replace(config, train=replace(train, steps=steps))
 
 
 def check_same_comparison(config: CompareConfig, described: dict[str, Any]) -> None:

@@ -60,7 +60,7 @@ def measure_base(
     loss = _validation_loss(model, data, train, choice)
     progress.message(f"validation loss of the base: {loss:.4f}")
     measured = Evaluator(job, run, data, choice, progress).evaluate(model, data.tokenizer)
-    return BaseResult(source.name, choice.reason, loss, measured)
+    return BaseResult(source.name, choice.reason, loss, measured, n_sequences=len(data.train))
 
 
 def run_member(job: DecoderJob, task: MemberTask, progress: Progress) -> MemberResult:
@@ -119,10 +119,10 @@ def run_stacked_rate_trials(
         lora=lora,
         train=train,
         data_config=job.data_config,
-        run=short_run(task.run, name, train.steps),
+        run=short_run(task.run, name, train.n_steps),
         resume=resume,
     )
-    states = sweep(sweep_job, _SweepProgressBridge(progress, train.steps)).candidates
+    states = sweep(sweep_job, _SweepProgressBridge(progress, train.n_steps)).candidates
     losses = {s.settings["learning_rate"]: s.eval_loss for s in states if s.status == "done"}
     return [RateTrial(rate, losses.get(rate)) for rate in rates]
 

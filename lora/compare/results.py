@@ -78,6 +78,8 @@ class BaseResult:
     eval_loss: float
     """Validation loss, nats."""
     measured: ModelEvaluation
+    n_sequences: int | None = None
+    """For training; None where only the caller's factory knows."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora.compare.config import CompareConfig, check_same_comparison
+from lora.compare.config import CompareConfig, check_same_comparison, with_recorded_steps
 from lora.compare.results import (
     BaseResult,
     MemberResult,
@@ -35,7 +35,7 @@ from lora.compare.results import (
     start_loss_notes,
 )
 from lora.compare.target import ComparisonTarget, MemberTask, remove_weights, short_run
-from lora.errors import TrainingError
+from lora.errors import ConfigError, TrainingError
 from lora.runs.comparison_record import (
     MEMBERS,
     METHOD_NAMES,
@@ -103,9 +103,13 @@ def compare(
     """
     config = config or CompareConfig()
     target.check(config.methods, config.train)
+    config = with_recorded_steps(config)
+    if config.train.steps is not None:  # else once the data have told how many there are
+        check_same_comparison(config, {**config.described(), **target.described()})
+    base = _measure_base(target, config, progress_of)
+    config = _with_steps(config, base)
     described = {**config.described(), **target.described()}
     check_same_comparison(config, described)
-    base = _measure_base(target, config, progress_of)
     name = config.run.name or default_name(f"compare-{base.name}")
     record = RunRecord(
         kind="compare",
@@ -124,6 +128,18 @@ def compare(
             steps = _choose_steps(job, method, rates[method], members)
             members.append(_run_member(job, method, rates[method], steps, base))
         return _finish(job, base, members, rates)
+
+
+def _with_steps(config: CompareConfig, base: BaseResult) -> CompareConfig:
+    """Return the settings with the number of steps, which all members share."""
+    if config.train.steps is not None:
+        return config
+    if base.n_sequences is None:
+        raise ConfigError(
+            f"Cannot compare on {base.name}: the number of training sequences is not known, and no "
+            "number of steps is given. Give steps."
+        )
+    return replace(config, train=config.train.with_steps(base.n_sequences))
 
 
 def _measure_base(
@@ -193,7 +209,7 @@ def _choose_steps(
     """Return the member's steps: the comparison's, or as many as take LoRA's time."""
     config = job.config
     if config.same == "steps" or method == "lora":
-        return config.train.steps
+        return config.train.n_steps
 
     def measure() -> StepTiming:
         task = MemberTask(

@@ -111,7 +111,7 @@ def run_rate_trials(
         trial = MemberTask(
             method=task.method,
             train=replace(task.train, learning_rate=rate),
-            run=short_run(task.run, name, task.train.steps),
+            run=short_run(task.run, name, task.train.n_steps),
             evaluate=False,
         )
         path = trial.folder / RATE_TRIAL_FILE

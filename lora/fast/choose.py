@@ -83,7 +83,7 @@ def choose_steps(
         on_message(f"plain step: {why_not}; {why_not_either}")
         return plain()
     # torch.compile needs Triton for its kernels.
-    compiles = HAS_TRITON and config.steps >= MIN_COMPILED_STEPS
+    compiles = HAS_TRITON and (config.steps or 0) >= MIN_COMPILED_STEPS
     steps = CapturedStepRunner(model, choice, config, compiles=compiles)
     on_message(f"{steps.describe()} (the fast step cannot: {why_not})")
     return steps

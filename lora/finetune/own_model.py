@@ -45,6 +45,7 @@ from lora.runs.directory import (
     read_start_time,
 )
 from lora.runs.progress import NoProgress, Progress
+from lora.runs.read_record import recorded_steps
 from lora.runs.record import RunRecord, RunResult
 from lora.settings.base import describe_unknown, names_of
 from lora.settings.peers import FORMER_NAMES
@@ -123,7 +124,10 @@ def train(
     device = next(model.parameters()).device
     choice = choose_device(str(device), chosen.train.precision)
     prepared = _load_data(model, tokenizer, data, eval_data, chosen, resume, progress)
-    train_config = chosen.train.resolved(full=False)
+    recorded = recorded_steps(chosen.run.out / str(chosen.run.name)) if resume else None
+    train_config = chosen.train.with_steps(len(prepared.train), recorded=recorded)
+    chosen = replace(chosen, train=train_config)
+    train_config = train_config.resolved(full=False)
     record = _describe(model, prepared, data, eval_data, chosen, train_config, choice)
     torch.manual_seed(train_config.seed)  # of dropout
     fast = chosen.run.fast

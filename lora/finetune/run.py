@@ -41,7 +41,7 @@ from lora.pretrained.sources import ModelSource
 from lora.runs.directory import check_run_directory, create_run, default_name
 from lora.runs.disk import reading
 from lora.runs.progress import NoProgress, Progress
-from lora.runs.read_record import read_run_record
+from lora.runs.read_record import read_run_record, recorded_steps
 from lora.runs.record import RUN_FILE, RunRecord, RunResult
 from lora.training.callbacks import Callback, Callbacks, as_callbacks
 from lora.training.job import TrainingJob
@@ -95,6 +95,7 @@ def _finetune(
     if job.run.tensorboard:
         check_tensorboard()
     inputs = _find_inputs(job, progress, show_data)
+    job = _with_steps(job, inputs.data)
     choice, source, data, memory = inputs.choice, inputs.source, inputs.data, inputs.memory
     planned = describe_plan(memory.plan)
     with explain_out_of_memory(
@@ -125,6 +126,12 @@ def _finetune(
         except CheckpointError as error:  # the disk is full, but the adapter is saved
             progress.message(str(error))
         return FinetuneResult(run.folder, saved, result, measured)
+
+
+def _with_steps(job: FinetuneJob, data: PreparedData) -> FinetuneJob:
+    """Return the job with its number of steps; a resumed run has what its record says."""
+    recorded = recorded_steps(job.directory) if job.resume else None
+    return replace(job, train=job.train.with_steps(len(data.train), recorded=recorded))
 
 
 def _find_inputs(

@@ -133,6 +133,19 @@ def file_version(
     return newest
 
 
+def recorded_steps(directory: Path) -> int | None:
+    """Return the optimizer steps that the run in `directory` was to take; None if no record tells.
+
+    Of a comparison they are in its own settings.
+    """
+    if not (directory / RUN_FILE).is_file():
+        return None
+    record = read_run_record(directory)
+    own = record.train or (record.compare or {}).get("train")
+    steps = own.get("steps") if isinstance(own, dict) else None
+    return steps if isinstance(steps, int) else None
+
+
 def step_times(directory: Path) -> list[float]:
     """Return the seconds of each optimizer step of the run in `directory`.
 

@@ -24,6 +24,7 @@ FIXED = (
 """Fields of the record that a resumed run must share."""
 FREE = {
     "train.steps": "more steps",
+    "train.epochs": "",  # given in place of steps, which are what is recorded
     "train.gradient_accumulation": "another split into micro-batches",
     "train.learning_rate": "",  # the field learning_rate has the value that was used
     # The data's fingerprint has what these write.

@@ -66,11 +66,24 @@ def check_job(job: SweepJob, candidates: list[Candidate]) -> None:
 def sweep_settings(job: SweepJob) -> SweepSettings:
     """Return the settings that a resumed sweep must share."""
     grid = {name: list(values) for name, values in asdict(job.grid).items()}
-    return SweepSettings(grid, job.halving, job.train.steps)
+    return SweepSettings(grid, job.halving, job.train.steps or 0)
+
+
+def with_recorded_steps(job: SweepJob) -> SweepJob:
+    """Return a resumed job that gives neither steps nor epochs with those of its record."""
+    folder = job.run.out / str(job.run.name)
+    is_given = job.train.steps is not None or job.train.epochs is not None
+    if not job.resume or is_given or not (folder / RUN_FILE).is_file():
+        return job
+    saved = read_run_record(folder).sweep
+    return job if saved is None else replace(job, train=replace(job.train, steps=saved.steps))
 
 
 def check_same_sweep(job: SweepJob) -> None:
-    """Raise CheckpointError if `job` resumes a run that is not the same sweep."""
+    """Raise CheckpointError if `job` resumes a run that is not the same sweep.
+
+    Its number of steps is compared once it is known.
+    """
     folder = job.run.out / str(job.run.name)
     if not job.resume or not (folder / RUN_FILE).is_file():
         return
@@ -83,7 +96,7 @@ def check_same_sweep(job: SweepJob) -> None:
     faults = [
         f"{key}: {value} then, {now[key]} now"
         for key, value in asdict(saved).items()
-        if value != now[key]
+        if value != now[key] and (key != "steps" or job.train.steps is not None)
     ]
     if faults:
         advice = "Resume with the values it started with, or start a new sweep."

@@ -61,7 +61,7 @@ from lora.stacked.apply import single_adapter
 from lora.sweep.context import SweepContext, candidate_run
 from lora.sweep.grid import Candidate, build_candidates
 from lora.sweep.halving import halve_reached_rungs, next_group
-from lora.sweep.job import SweepJob, check_job, check_same_sweep, describe_job
+from lora.sweep.job import SweepJob, check_job, check_same_sweep, describe_job, with_recorded_steps
 from lora.sweep.progress import NoSweepProgress, SweepProgress
 from lora.sweep.setup import (
     build_context,
@@ -113,12 +113,16 @@ def sweep(
     candidates = build_candidates(job.grid, job.lora, job.train)
     check_job(job, candidates)
     check_run_directory(job.run.out, job.run.name, resume=job.resume)
+    job = with_recorded_steps(job)
     check_same_sweep(job)
     choice = choose_device(job.run.device, job.train.precision)
     source = find_model(job.model)
     # An unknown architecture is refused before the data are read.
     decoder_config(read_config(source.folder))
     data = prepare_sweep(job, source.folder, progress)
+    job = replace(job, train=job.train.with_steps(len(data.train)))
+    check_same_sweep(job)  # with the steps that the epochs take
+    candidates = build_candidates(job.grid, job.lora, job.train)
     report = inspect_prepared(data, job.data, job.data_config)
     excess = why_beyond_positions(source.folder, report.longest_tokens)
     report.warnings += [excess] if excess else []

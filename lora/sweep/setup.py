@@ -120,8 +120,8 @@ def build_context(
         validation=data.validation,
         micro_batch_size=job.train.micro_batch_size,
         micro_batches=job.train.gradient_accumulation,
-        eval_every_steps=job.run.eval_interval(job.train.steps),
-        save_every_steps=job.run.save_interval(job.train.steps),
+        eval_every_steps=job.run.eval_interval(job.train.n_steps),
+        save_every_steps=job.run.save_interval(job.train.n_steps),
         choice=choice,
         run=run,
         progress=progress,
@@ -158,7 +158,7 @@ def open_record(
     context.progress.message(f"validation loss without an adapter: {loss:.4f}")
     record = SweepRecord(
         candidates=[CandidateState(c.name, c.settings()) for c in context.candidates],
-        rungs=find_rungs(job.train.steps, halving=job.halving),
+        rungs=find_rungs(job.train.n_steps, halving=job.halving),
         at_once=at_once,
         base_eval_loss=loss,
     )

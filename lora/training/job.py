@@ -214,7 +214,7 @@ def _read_position(
 
 
 def _describe_resume(job: TrainingJob, state: LoopState) -> str:
-    total = job.train_config.steps
+    total = job.train_config.n_steps
     if state.step >= total:
         return f"nothing to train: all {total} steps are done. Give more --steps to continue"
     if state.stopped_early:

@@ -55,12 +55,12 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
 
 def schedule_factor(step: int, config: TrainConfig) -> float:
     """Return the fraction of the peak learning rate after `step` steps: warm-up, then schedule."""
-    warmup_steps = round(config.warmup_fraction * config.steps)
+    warmup_steps = round(config.warmup_fraction * config.n_steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if config.schedule == "constant":
         return 1.0
-    progress = (step - warmup_steps) / max(1, config.steps - warmup_steps)  # 0 to 1
+    progress = (step - warmup_steps) / max(1, config.n_steps - warmup_steps)  # 0 to 1
     end = config.min_rate_fraction
     if config.schedule == "linear":
         return 1 - (1 - end) * progress

@@ -56,7 +56,7 @@ def train(job: TrainingJob) -> TrainResult:
     job.model.train()
     job.run.on_trouble = job.progress.message
     state = resume_loop_state(job) if job.resume else LoopState()
-    job.progress.start(job.train_config.steps, state.step)
+    job.progress.start(job.train_config.n_steps, state.step)
     try:
         with (
             StopRequests(job.progress.message) as stop,
@@ -94,7 +94,7 @@ def _loop(job: TrainingJob, state: LoopState, stop: StopRequests) -> None:
     """Take steps, evaluate and save until the run is over or a signal asks to stop."""
     if state.step == 0:
         _evaluate(job, state)
-    n_steps = job.train_config.steps
+    n_steps = job.train_config.n_steps
     eval_every = job.run_config.eval_interval(n_steps)
     save_every = job.run_config.save_interval(n_steps)
     state.marked_s, tried_step = time.perf_counter(), None
@@ -120,7 +120,7 @@ def _loop(job: TrainingJob, state: LoopState, stop: StopRequests) -> None:
 
 
 def _is_over(job: TrainingJob, state: LoopState) -> bool:
-    return state.step >= job.train_config.steps or state.stopped_early
+    return state.step >= job.train_config.n_steps or state.stopped_early
 
 
 def _save(job: TrainingJob, state: LoopState, *, is_best: bool = False) -> None:
@@ -174,7 +174,7 @@ def _describe_memory(job: TrainingJob, state: LoopState) -> str:
     if state.saved_step is not None:
         saved = f"The checkpoint of step {state.saved_step} is whole: --resume goes on from there."
     return (
-        f"at step {state.step} of {config.steps} on {job.choice.device}, after a peak of "
+        f"at step {state.step} of {config.n_steps} on {job.choice.device}, after a peak of "
         f"{peak_bytes / 1e9:.2f} GB. It was {kind} to take {describe_parts(parts)}. "
         f"{advise(parts, config, has_lora=has_lora)} {saved}"
     )
@@ -182,7 +182,7 @@ def _describe_memory(job: TrainingJob, state: LoopState) -> str:
 
 def _describe_interruption(job: TrainingJob, state: LoopState, stop: StopRequests) -> str:
     name = stop.received.name if stop.received else ""
-    saved_step, total = state.saved_step, job.train_config.steps
+    saved_step, total = state.saved_step, job.train_config.n_steps
     saved = "nothing could be saved" if state.step else "nothing was trained yet"
     saved = saved if saved_step is None else f"step {saved_step} is saved"
     return (
@@ -260,7 +260,7 @@ def _skip(job: TrainingJob, state: LoopState, outcome: StepOutcome) -> None:
     """Count a step that was not taken. Raises TrainingError if that is one too many."""
     state.skipped_steps += 1
     step, bad = outcome.step, outcome.bad_sequences
-    allowed, total = job.run_config.skip_nonfinite, job.train_config.steps
+    allowed, total = job.run_config.skip_nonfinite, job.train_config.n_steps
     message = f"Step {step} of {total}: {outcome.not_finite[0]}"
     if bad is not None and (named := job.name_examples(step, bad)):
         message += f" {named}"

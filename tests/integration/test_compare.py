@@ -410,3 +410,18 @@ def test_a_full_model_moves_everywhere_and_lora_s_base_nowhere(
     base = load_decoder(tiny_folder).state_dict()
     full = load_decoder(done.folder / "members" / "full" / "model").state_dict()
     assert all(not torch.equal(base[name], full[name]) for name in base)
+
+
+def test_a_comparison_takes_epochs_and_a_resume_keeps_its_steps(
+    target: DecoderTarget, config: CompareConfig
+) -> None:
+    train = replace(config.train, steps=None, epochs=0.2)
+    done = compare(target, replace(config, train=train))
+    asked = read_json(done.folder / "run.json")["compare"]["train"]
+    assert 1 <= asked["steps"] < 12
+    assert "epochs" not in asked
+    assert {member.steps for member in done.comparison.members} == {asked["steps"]}
+    again = replace(config, train=replace(train, epochs=None), resume=True)
+    assert compare(target, again).comparison.members == done.comparison.members
+    with pytest.raises(CheckpointError, match=r"train\.steps: "):
+        compare(target, replace(again, train=replace(train, epochs=9.0)))

@@ -35,8 +35,9 @@ CASES: dict[str, list[Case]] = {
     "layers": [("--layers 1", [1])],
     "init_seed": [("--init-seed 7", 7)],
     "steps": [("--steps 2", 2)],
+    "epochs": [("--epochs 0.05", None)],  # recorded as the steps that they take
     "batch_size": [("--batch-size 3", 3)],
-    "micro_batches": [("--micro-batches 2", 2)],
+    "gradient_accumulation": [("--gradient-accumulation 2", 2)],
     "learning_rate": [("--learning-rate 0.002", 0.002)],
     "whole_rate_fraction": [("--whole-rate-fraction 0.5 --modules-to-save norm", 0.5)],
     "schedule": [("--schedule linear", "linear"), ("--schedule constant", "constant")],
@@ -49,10 +50,14 @@ CASES: dict[str, list[Case]] = {
 }
 TOGETHER = (
     "--rank 3 --alpha 5 --dropout 0.25 --exclude gate_proj --rslora --rank-pattern.q_proj 2 "
-    "--alpha-pattern.q_proj 4 --layers 1 --init-seed 7 --batch-size 4 --micro-batches 2"
+    "--alpha-pattern.q_proj 4 --layers 1 --init-seed 7 --batch-size 4 "
+    "--gradient-accumulation 2"
 )
 """For plans, of which each takes a second."""
-NOT_PLANNED = {f.name for f in dataclasses.fields(TrainConfig)} - {"batch_size", "micro_batches"}
+NOT_PLANNED = {f.name for f in dataclasses.fields(TrainConfig)} - {
+    "batch_size",
+    "gradient_accumulation",
+}
 """Fields that change no memory."""
 
 
@@ -84,7 +89,8 @@ def test_a_run_uses_it(
     command = ["finetune", "--model", str(tiny_folder), "--data", str(orders_file)]
     given = words.split()
     for flag, default in (("--steps", "1"), ("--batch-size", "2")):
-        given += [] if flag in given else [flag, default]
+        is_given = flag in given or (flag == "--steps" and "--epochs" in given)
+        given += [] if is_given else [flag, default]
     given += ["--max-length", "128", "--samples", "0", "--out", str(tmp_path), "--no-report"]
     assert main([*command, *given, "--json"]) == 0, capsys.readouterr().err
     found = json.loads(capsys.readouterr().out)

@@ -27,7 +27,7 @@ from lora.data.tokenizers.subword import load_tokenizer
 from lora.errors import CheckpointError, TrainingError
 from lora.finetune import FinetuneJob, finetune
 from lora.runs.directory import create_run
-from lora.runs.disk import read_rows
+from lora.runs.disk import read_json, read_rows
 from lora.runs.progress import NoProgress
 from lora.runs.record import MetricsRow
 from lora.training.checkpoint import list_checkpoints
@@ -416,6 +416,22 @@ def test_another_rank_data_or_rate_cannot_resume_a_run_and_more_steps_can(
     assert (job.run.out / "run" / "run.json").read_bytes() == before
     more = replace(job.train, steps=15)
     assert finetune(replace(job, resume=True, train=more)).result.steps == 15
+
+
+def test_a_resume_without_a_length_keeps_that_of_its_record(job: FinetuneJob) -> None:
+    train = replace(job.train, steps=None, epochs=0.5)
+    first = finetune(replace(job, train=train))
+    n_sequences = read_json(first.folder / "run.json")["data"]["rows"]
+    steps = -(-n_sequences // (2 * train.batch_size))  # half of the sequences
+    recorded = read_json(first.folder / "run.json")["train"]
+    assert (recorded["steps"], recorded["epochs"]) == (steps, None)
+    assert first.result.steps == steps
+    open_ended = replace(job, resume=True, train=replace(train, epochs=None))
+    assert finetune(open_ended).result.steps == steps  # the default would be a hundred
+    longer = replace(job, resume=True, train=replace(train, epochs=1.0))
+    assert finetune(longer).result.steps == -(-n_sequences // train.batch_size)
+    with pytest.raises(CheckpointError, match=r"train\.steps: .* then, 1 now: fewer"):
+        finetune(replace(job, resume=True, train=replace(train, epochs=0.01)))
 
 
 def test_a_deterministic_run_says_so_and_is_resumed_as_one(job: FinetuneJob) -> None:

@@ -212,6 +212,19 @@ def test_a_damaged_sweep_record_is_refused(job: SweepJob, text: str) -> None:
         sweep(replace(job, resume=True))
 
 
+def test_a_sweep_takes_epochs_and_a_resume_keeps_its_steps(job: SweepJob) -> None:
+    train = replace(job.train, steps=None, epochs=0.1)
+    done = sweep(replace(job, train=train))
+    record = read_json(done.folder / "run.json")
+    steps = record["sweep"]["steps"]
+    assert steps == -(-record["data"]["rows"] // (10 * train.batch_size))
+    assert all(state.step == steps for state in done.candidates)
+    again = sweep(replace(job, resume=True, train=replace(train, epochs=None)))
+    assert all(state.step == steps for state in again.candidates)
+    with pytest.raises(CheckpointError, match=f"steps: {steps} then"):
+        sweep(replace(job, resume=True, train=replace(train, epochs=5.0)))
+
+
 def test_another_grid_is_not_resumed(job: SweepJob) -> None:
     sweep(job)
     changed = replace(job, grid=Grid(rank=(2, 8)), resume=True)

@@ -4,7 +4,7 @@
     class SweepTraining:
         "Training settings that all candidates share."
 
-        steps: int = TrainConfig.steps
+        batch_size: int = TrainConfig.batch_size
         "Optimizer steps of each candidate."
 
 gives `lora sweep` a flag for each field of TrainConfig but `seed`; what the class's own body states
