@@ -133,7 +133,7 @@ def _save(job: TrainingJob, state: LoopState, *, is_best: bool = False) -> None:
 
 def _place(job: TrainingJob, step: int) -> tuple[int, int, Path, nn.Module]:
     """Return what every event has."""
-    return step, job.train_config.steps, job.run.folder, job.model
+    return step, job.train_config.n_steps, job.run.folder, job.model
 
 
 def _notify(job: TrainingJob, state: LoopState, call: Callable[[Callback], None]) -> None:
@@ -156,7 +156,7 @@ def _save_after_error(job: TrainingJob, state: LoopState) -> None:
     if not state.step or state.saved_step == state.step:
         return
     is_best = state.best_eval_step == state.step and state.eval_loss < state.best_saved_loss
-    n_steps = job.train_config.steps
+    n_steps = job.train_config.n_steps
     is_due = state.step % job.run_config.eval_interval(n_steps) == 0 or state.step == n_steps
     if is_due and state.evaluated_step != state.step:  # a resumed run would not make it
         is_best = _evaluate(quiet, state)
