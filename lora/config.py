@@ -15,11 +15,31 @@ import operator
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar
 
-from lora.errors import ConfigError, did_you_mean, gather
+from lora.errors import ConfigError
 from lora.public.field_texts import documented
 from lora.settings.base import Settings
+from lora.settings.checks import MAX_COUNT as MAX_COUNT
+from lora.settings.checks import MAX_NUMBER as MAX_NUMBER
+from lora.settings.checks import MAX_SEED as MAX_SEED
+from lora.settings.checks import (
+    check,
+    check_choice,
+    check_counts,
+    check_length,
+    check_positive,
+    check_seed,
+    check_special_tokens,
+    is_int,
+    is_number,
+    is_pattern,
+    is_tuple_of,
+    pairs_of,
+    raise_if,
+    split_words,
+    take_paths,
+)
 from lora.settings.peers import FORMER_NAMES
 
 ConfigT = TypeVar("ConfigT")
@@ -59,12 +79,6 @@ MAX_EVALUATIONS, MIN_EVAL_STEPS = 10, 10
 DEFAULT_EPOCHS, DEFAULT_STEPS = 3.0, (100, 2_000)
 """Length of training where neither steps nor epochs are given: passes over the data, in at least
 and at most so many steps."""
-MAX_EPOCHS = 10**6
-MAX_SEED = 2**63 - 1
-MAX_COUNT = 10**9
-"""Steps, tokens, sequences, ranks: more is a slip, and would only fail late."""
-MAX_NUMBER = 1e9
-"""Alphas, temperatures, gigabytes: far more than fp32 can bear or a machine has."""
 MAX_LEARNING_RATE = 1e30
 """AdamW's first update is as large as this: beyond it, fp32 has no room for its square."""
 MIN_FRACTION = 1e-6
@@ -73,53 +87,6 @@ MIN_FRACTION = 1e-6
 
 _NAMES = re.compile(r"[\w.-]+(\s*,\s*[\w.-]+)+")
 """Several names; a regular expression with a comma has other characters as well."""
-
-
-def _check(condition: bool, name: str, seen: object, allowed: str) -> list[str]:
-    return [] if condition else [f"{name}={seen!r}: must be {allowed}"]
-
-
-def _check_counts(owner: object, least: int, *names: str) -> list[str]:
-    values = {name: getattr(owner, name) for name in names}
-    allowed = f"an int ≥ {least} and ≤ {MAX_COUNT:,}"
-    return [
-        fault
-        for name, value in values.items()
-        for fault in _check(_is_int(value) and least <= value <= MAX_COUNT, name, value, allowed)
-    ]
-
-
-def _check_positive(name: str, value: object, most: float = MAX_NUMBER) -> list[str]:
-    in_range = _is_number(value) and 0 < value <= most  # type: ignore[operator]
-    return _check(in_range, name, value, f"a finite number > 0 and ≤ {most:g}")
-
-
-def _check_length(steps: object, epochs: object) -> list[str]:
-    """Return what is wrong with the length of training: two of them, or one out of range."""
-    if steps is not None and epochs is not None:
-        return [f"epochs={epochs!r} together with steps={steps!r}: must be only one of them"]
-    if epochs is not None:
-        return _check_positive("epochs", epochs, MAX_EPOCHS)
-    in_range = steps is None or (_is_int(steps) and 1 <= steps <= MAX_COUNT)  # type: ignore[operator]
-    return _check(in_range, "steps", steps, f"an int ≥ 1 and ≤ {MAX_COUNT:,}")
-
-
-def _check_seed(name: str, seed: object) -> list[str]:
-    in_range = _is_int(seed) and 0 <= seed <= MAX_SEED  # type: ignore[operator]
-    return _check(in_range, name, seed, "an int from 0 to 2**63 - 1")
-
-
-def _check_choice(name: str, seen: object, choices: object) -> list[str]:
-    words: tuple[str, ...] = get_args(choices)
-    near = did_you_mean(str(seen), words)
-    return _check(seen in words, name, seen, f"one of {', '.join(words)}.{near}")
-
-
-def _pairs_of(name: str, value: object, faults: list[str]) -> list[tuple[str, Any]]:
-    if isinstance(value, dict):
-        return list(value.items())
-    faults += _check(False, name, value, "a mapping of name suffixes to numbers")
-    return []
 
 
 def _with_former_names(config: type[ConfigT]) -> type[ConfigT]:
@@ -143,12 +110,6 @@ def _with_former_names(config: type[ConfigT]) -> type[ConfigT]:
     for old, new in former.items():
         setattr(config, old, property(operator.attrgetter(new)))
     return config
-
-
-def _raise_if(faults: list[str], owner: object) -> None:
-    if faults:
-        kind = type(owner).__name__
-        raise ConfigError(gather(faults, f"Cannot use {kind}:", "Change these settings."))
 
 
 @documented
@@ -189,27 +150,27 @@ class LoRAConfig(Settings):
             if isinstance(getattr(self, name), list):  # as PEFT's users write them
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.targets, str) and _NAMES.fullmatch(self.targets):
-            object.__setattr__(self, "targets", _split_words(self.targets))
-        faults = _check_counts(self, 1, "rank")
-        faults += _check_positive("alpha", self.alpha)
-        in_range = _is_number(self.dropout) and 0 <= self.dropout < 1
-        faults += _check(in_range, "dropout", self.dropout, "≥ 0 and < 1")
-        in_range = _is_pattern(self.targets) or _is_tuple_of(str, self.targets)
+            object.__setattr__(self, "targets", split_words(self.targets))
+        faults = check_counts(self, 1, "rank")
+        faults += check_positive("alpha", self.alpha)
+        in_range = is_number(self.dropout) and 0 <= self.dropout < 1
+        faults += check(in_range, "dropout", self.dropout, "≥ 0 and < 1")
+        in_range = is_pattern(self.targets) or is_tuple_of(str, self.targets)
         in_range = in_range and bool(self.targets)
-        faults += _check(in_range, "targets", self.targets, "a regex or at least one name")
+        faults += check(in_range, "targets", self.targets, "a regex or at least one name")
         for name in ("exclude", "modules_to_save"):
             names = getattr(self, name)
-            faults += _check(_is_tuple_of(str, names), name, names, "a tuple of names")
-        in_range = self.layers is None or _is_tuple_of(int, self.layers)
-        faults += _check(in_range, "layers", self.layers, "a tuple of ints")
-        faults += _check(isinstance(self.rslora, bool), "rslora", self.rslora, "true or false")
+            faults += check(is_tuple_of(str, names), name, names, "a tuple of names")
+        in_range = self.layers is None or is_tuple_of(int, self.layers)
+        faults += check(in_range, "layers", self.layers, "a tuple of ints")
+        faults += check(isinstance(self.rslora, bool), "rslora", self.rslora, "true or false")
         if self.init_seed is not None:
-            faults += _check_seed("init_seed", self.init_seed)
-        for name, rank in _pairs_of("rank_pattern", self.rank_pattern, faults):
-            faults += _check(_is_int(rank) and rank >= 1, f"rank_pattern[{name!r}]", rank, "≥ 1")
-        for name, alpha in _pairs_of("alpha_pattern", self.alpha_pattern, faults):
-            faults += _check_positive(f"alpha_pattern[{name!r}]", alpha)
-        _raise_if(faults, self)
+            faults += check_seed("init_seed", self.init_seed)
+        for name, rank in pairs_of("rank_pattern", self.rank_pattern, faults):
+            faults += check(is_int(rank) and rank >= 1, f"rank_pattern[{name!r}]", rank, "≥ 1")
+        for name, alpha in pairs_of("alpha_pattern", self.alpha_pattern, faults):
+            faults += check_positive(f"alpha_pattern[{name!r}]", alpha)
+        raise_if(faults, self)
 
 
 @documented
@@ -247,27 +208,27 @@ class TrainConfig(Settings):
     """Compute dtype; auto takes bf16 on GPUs that support it, else fp32."""
 
     def __post_init__(self) -> None:
-        faults = _check_counts(self, 1, "batch_size", "gradient_accumulation")
+        faults = check_counts(self, 1, "batch_size", "gradient_accumulation")
         if not faults:
             parts = self.gradient_accumulation
             allowed = f"a divisor of batch_size={self.batch_size}"
             divides = self.batch_size % parts == 0
-            faults += _check(divides, "gradient_accumulation", parts, allowed)
-        faults += _check_length(self.steps, self.epochs)
+            faults += check(divides, "gradient_accumulation", parts, allowed)
+        faults += check_length(self.steps, self.epochs)
         rate = self.learning_rate
         if rate is not None:
-            faults += _check_positive("learning_rate", rate, MAX_LEARNING_RATE)
+            faults += check_positive("learning_rate", rate, MAX_LEARNING_RATE)
         for name in ("warmup_fraction", "min_rate_fraction", "whole_rate_fraction"):
             value = getattr(self, name)
-            faults += _check(_is_number(value) and 0 <= value <= 1, name, value, "from 0 to 1")
+            faults += check(is_number(value) and 0 <= value <= 1, name, value, "from 0 to 1")
         for name in ("weight_decay", "max_grad_norm"):
             value = getattr(self, name)
-            in_range = _is_number(value) and 0 <= value <= MAX_NUMBER
-            faults += _check(in_range, name, value, f"≥ 0 and ≤ {MAX_NUMBER:g}")
-        faults += _check_seed("seed", self.seed)
-        faults += _check_choice("schedule", self.schedule, Schedule)
-        faults += _check_choice("precision", self.precision, Precision)
-        _raise_if(faults, self)
+            in_range = is_number(value) and 0 <= value <= MAX_NUMBER
+            faults += check(in_range, name, value, f"≥ 0 and ≤ {MAX_NUMBER:g}")
+        faults += check_seed("seed", self.seed)
+        faults += check_choice("schedule", self.schedule, Schedule)
+        faults += check_choice("precision", self.precision, Precision)
+        raise_if(faults, self)
 
     @property
     def micro_batch_size(self) -> int:
@@ -366,19 +327,19 @@ class DataConfig(Settings):
     that exist already."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "special_tokens", _split_words(self.special_tokens))
-        faults = _take_paths(self, "chat_template")
-        faults += _check_counts(self, 2, "max_length")
-        faults += _check_special_tokens(self.special_tokens)
-        in_range = _is_number(self.eval_fraction) and 0 <= self.eval_fraction < 1
-        faults += _check(in_range, "eval_fraction", self.eval_fraction, "≥ 0 and < 1")
-        faults += _check_counts(self, 1, "max_eval_examples")
+        object.__setattr__(self, "special_tokens", split_words(self.special_tokens))
+        faults = take_paths(self, "chat_template")
+        faults += check_counts(self, 2, "max_length")
+        faults += check_special_tokens(self.special_tokens)
+        in_range = is_number(self.eval_fraction) and 0 <= self.eval_fraction < 1
+        faults += check(in_range, "eval_fraction", self.eval_fraction, "≥ 0 and < 1")
+        faults += check_counts(self, 1, "max_eval_examples")
         for name in ("packing", "allow_dropped_fields", "keep_control_tokens"):
             value = getattr(self, name)
-            faults += _check(isinstance(value, bool), name, value, "true or false")
-        faults += _check_choice("learn_on", self.learn_on, LearnOn)
-        faults += _check_choice("long_examples", self.long_examples, LongExamples)
-        _raise_if(faults, self)
+            faults += check(isinstance(value, bool), name, value, "true or false")
+        faults += check_choice("learn_on", self.learn_on, LearnOn)
+        faults += check_choice("long_examples", self.long_examples, LongExamples)
+        raise_if(faults, self)
 
 
 @documented
@@ -418,16 +379,16 @@ class RunConfig(Settings):
 
     def __post_init__(self) -> None:
         counts = ("eval_every_steps", "save_every_steps", "patience", "samples", "skip_nonfinite")
-        faults = _take_paths(self, "out")
-        faults += _check_counts(self, 0, *counts)
-        faults += _check_counts(self, 1, "keep_checkpoints", "sample_tokens")
+        faults = take_paths(self, "out")
+        faults += check_counts(self, 0, *counts)
+        faults += check_counts(self, 1, "keep_checkpoints", "sample_tokens")
         is_name = self.name is None or isinstance(self.name, str)
-        faults += _check(is_name, "name", self.name, "a string")
+        faults += check(is_name, "name", self.name, "a string")
         for name in ("fast", "tensorboard"):
             value = getattr(self, name)
-            faults += _check(isinstance(value, bool), name, value, "true or false")
-        faults += _check_choice("save", self.save, SavedWeights)
-        _raise_if(faults, self)
+            faults += check(isinstance(value, bool), name, value, "true or false")
+        faults += check_choice("save", self.save, SavedWeights)
+        raise_if(faults, self)
 
     def eval_interval(self, steps: int) -> int:
         """Return the steps between evaluations of a run of `steps` steps."""
@@ -452,10 +413,10 @@ class MemoryConfig(Settings):
     """GPU memory that the run may use, in GB (10⁹ bytes). Default: nearly all that is free."""
 
     def __post_init__(self) -> None:
-        faults = _check_choice("memory", self.memory, MemoryMode)
+        faults = check_choice("memory", self.memory, MemoryMode)
         gb = self.memory_gb
-        faults += [] if gb is None else _check_positive("memory_gb", gb)
-        _raise_if(faults, self)
+        faults += [] if gb is None else check_positive("memory_gb", gb)
+        raise_if(faults, self)
 
 
 @documented
@@ -475,67 +436,13 @@ class SamplingConfig(Settings):
     """Sampling seed; prompt n of a batch uses seed + n."""
 
     def __post_init__(self) -> None:
-        faults = _check_counts(self, 1, "max_new_tokens")
-        faults += _check_counts(self, 0, "top_k")
-        faults += _check_seed("seed", self.seed)
+        faults = check_counts(self, 1, "max_new_tokens")
+        faults += check_counts(self, 0, "top_k")
+        faults += check_seed("seed", self.seed)
         heat = self.temperature
-        in_range = _is_number(heat) and (heat == 0 or MIN_FRACTION <= heat <= MAX_NUMBER)
+        in_range = is_number(heat) and (heat == 0 or MIN_FRACTION <= heat <= MAX_NUMBER)
         allowed = f"0, or a finite number ≥ {MIN_FRACTION:g} and ≤ {MAX_NUMBER:g}"
-        faults += _check(in_range, "temperature", heat, allowed)
-        in_range = _is_number(self.top_p) and MIN_FRACTION <= self.top_p <= 1
-        faults += _check(in_range, "top_p", self.top_p, f"≥ {MIN_FRACTION:g} and ≤ 1")
-        _raise_if(faults, self)
-
-
-def _take_paths(owner: object, *names: str) -> list[str]:
-    """Changes `owner` in place: a path that is given as a string becomes a Path."""
-    faults: list[str] = []
-    for name in names:
-        value = getattr(owner, name)
-        if isinstance(value, str):
-            object.__setattr__(owner, name, Path(value))
-        elif value is not None:
-            faults += _check(isinstance(value, Path), name, value, "a path")
-    return faults
-
-
-def _split_words(value: object) -> object:
-    """Return the strings in `value` split at commas, as a tuple; anything else unchanged."""
-    words = [value] if isinstance(value, str) else value
-    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
-        return value
-    return tuple(part.strip() for word in words for part in word.split(","))
-
-
-def _check_special_tokens(tokens: object) -> list[str]:
-    if not _is_tuple_of(str, tokens):
-        return _check(False, "special_tokens", tokens, "a list of strings")
-    words = cast(tuple[str, ...], tokens)
-    faults = _check("" not in words, "special_tokens", words, "non-empty strings")
-    twice = sorted({word for word in words if words.count(word) > 1})
-    return faults + _check(not twice, "special_tokens", words, f"distinct, and has {twice} twice")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_tuple_of(kind: type, value: object) -> bool:
-    right = isinstance(value, tuple) and all(isinstance(item, kind) for item in value)
-    return right and not any(isinstance(item, bool) for item in value)  # type: ignore[attr-defined]
-
-
-def _is_pattern(value: object) -> bool:
-    try:
-        return isinstance(value, str) and bool(re.compile(value))
-    except (re.error, OverflowError, RecursionError):
-        return False
-
-
-def _is_number(value: object) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int beyond a float
-        return False
+        faults += check(in_range, "temperature", heat, allowed)
+        in_range = is_number(self.top_p) and MIN_FRACTION <= self.top_p <= 1
+        faults += check(in_range, "top_p", self.top_p, f"≥ {MIN_FRACTION:g} and ≤ 1")
+        raise_if(faults, self)
