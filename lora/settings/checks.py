@@ -18,10 +18,12 @@ MAX_NUMBER = 1e9
 
 
 def check(condition: bool, name: str, seen: object, allowed: str) -> list[str]:
+    """Return the fault of a field unless `condition` holds; `allowed` is what it must be."""
     return [] if condition else [f"{name}={seen!r}: must be {allowed}"]
 
 
 def check_counts(owner: object, least: int, *names: str) -> list[str]:
+    """Return the faults of fields of `owner` that must be whole numbers from `least` on."""
     values = {name: getattr(owner, name) for name in names}
     allowed = f"an int ≥ {least} and ≤ {MAX_COUNT:,}"
     return [
@@ -32,6 +34,7 @@ def check_counts(owner: object, least: int, *names: str) -> list[str]:
 
 
 def check_positive(name: str, value: object, most: float = MAX_NUMBER) -> list[str]:
+    """Return the fault of a field that must be a finite number above 0."""
     in_range = is_number(value) and 0 < value <= most  # type: ignore[operator]
     return check(in_range, name, value, f"a finite number > 0 and ≤ {most:g}")
 
@@ -47,17 +50,20 @@ def check_length(steps: object, epochs: object) -> list[str]:
 
 
 def check_seed(name: str, seed: object) -> list[str]:
+    """Return the fault of a seed that torch would not take."""
     in_range = is_int(seed) and 0 <= seed <= MAX_SEED  # type: ignore[operator]
     return check(in_range, name, seed, "an int from 0 to 2**63 - 1")
 
 
 def check_choice(name: str, seen: object, choices: object) -> list[str]:
+    """Return the fault of a field that must be one of the words of a Literal."""
     words: tuple[str, ...] = get_args(choices)
     near = did_you_mean(str(seen), words)
     return check(seen in words, name, seen, f"one of {', '.join(words)}.{near}")
 
 
 def pairs_of(name: str, value: object, faults: list[str]) -> list[tuple[str, Any]]:
+    """Return the items of a mapping; for anything else none, after adding a fault."""
     if isinstance(value, dict):
         return list(value.items())
     faults += check(False, name, value, "a mapping of name suffixes to numbers")
@@ -65,6 +71,7 @@ def pairs_of(name: str, value: object, faults: list[str]) -> list[tuple[str, Any
 
 
 def raise_if(faults: list[str], owner: object) -> None:
+    """Raise ConfigError with all faults of the settings `owner`, if there are any."""
     if faults:
         kind = type(owner).__name__
         raise ConfigError(gather(faults, f"Cannot use {kind}:", "Change these settings."))
@@ -91,6 +98,7 @@ def split_words(value: object) -> object:
 
 
 def check_special_tokens(tokens: object) -> list[str]:
+    """Return the faults of `special_tokens`."""
     if not is_tuple_of(str, tokens):
         return check(False, "special_tokens", tokens, "a list of strings")
     words = cast(tuple[str, ...], tokens)
@@ -100,15 +108,18 @@ def check_special_tokens(tokens: object) -> list[str]:
 
 
 def is_int(value: object) -> bool:
+    """Whether `value` is a whole number, and no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_tuple_of(kind: type, value: object) -> bool:
+    """Whether `value` is a tuple of this type."""
     right = isinstance(value, tuple) and all(isinstance(item, kind) for item in value)
     return right and not any(isinstance(item, bool) for item in value)  # type: ignore[attr-defined]
 
 
 def is_pattern(value: object) -> bool:
+    """Whether `value` is a regular expression that compiles."""
     try:
         return isinstance(value, str) and bool(re.compile(value))
     except (re.error, OverflowError, RecursionError):
@@ -116,6 +127,7 @@ def is_pattern(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
+    """Whether `value` is a finite number, and no bool."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     try:
