@@ -6,6 +6,7 @@ planned as the step that it will take and measured by torch's allocator.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -165,8 +166,10 @@ class MemoryPlanner:
         on_gpu, self._step, self._fast = inputs.device_type == "cuda", "plain", None
         if on_gpu and inputs.fast and inputs.compute_dtype is torch.bfloat16:
             self._step = "fast" if why_not_hand_written(model) is None else "captured"
+        # The tracer and the fast plan both change their model. A copy, because applying LoRA again
+        # would say again what there is to say about it.
+        self._traced_model = copy.deepcopy(model) if self._step == "fast" else model
         if self._step == "fast":
-            # Changes the model, so nothing else may read it from here on.
             self._fast = FastPlan(
                 model, inputs.micro_batch_size, inputs.tokens, packed=inputs.packed
             )
@@ -296,8 +299,7 @@ class MemoryPlanner:
 
     @cached_property
     def _tracer(self) -> StepTracer:
-        # A model of its own: the fast plan and the tracer both change theirs.
-        return StepTracer(_adapted(self.inputs), compute_dtype=self.inputs.compute_dtype)
+        return StepTracer(self._traced_model, compute_dtype=self.inputs.compute_dtype)
 
     def _trace(self, size: int, *, learns: bool = True) -> StepMemory:
         key = size, learns
