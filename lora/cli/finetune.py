@@ -23,6 +23,7 @@ from lora.cli.flags.shared import (
     TrainingData,
     ValidationData,
 )
+from lora.cli.results.program import program
 from lora.config import DataConfig, LoRAConfig, MemoryConfig, RunConfig, TrainConfig
 from lora.errors import ConfigError
 from lora.runs.typed_json import json_text
@@ -95,6 +96,7 @@ def finetune(
     from lora.finetune.job import FinetuneJob
     from lora.finetune.run import finetune as run_job
     from lora.report import report_on
+    from lora.report.records.next_commands import next_commands
     from lora.runs.progress import RichProgress
 
     job = FinetuneJob(
@@ -118,7 +120,7 @@ def finetune(
         show_data=lambda report: print_report(report, progress.console, is_compact=True),
     )
     page = report_on(done.folder, progress.message) if report else None
-    code = _report(done, page, json)
+    code = _report(done, page, next_commands(done.saved, model, program()), json)
     if done.folder not in done.saved.parents:
         print_note(
             f"lora: Cannot write {done.folder / done.saved.name}: see above. It is saved in "
@@ -146,13 +148,14 @@ def _check_flags(
         )
 
 
-def _report(done: FinetuneResult, page: Path | None, json: bool) -> int:
+def _report(done: FinetuneResult, page: Path | None, commands: list[str], json: bool) -> int:
     result = done.result
     code = DIVERGED_EXIT_CODE if result.diverged else 0
     if json:
         found = {"folder": str(done.folder), "saved": str(done.saved), **asdict(result)}
         found["memory"] = done.memory.to_dict()
         found["report"] = None if page is None else str(page)
+        found["next"] = commands
         print(json_text(found))
         return code
     from lora.training.outcome import describe_result, describe_saved
@@ -163,4 +166,5 @@ def _report(done: FinetuneResult, page: Path | None, json: bool) -> int:
     print_line(f"saved: {done.saved} ({describe_saved(result)})")
     if page is not None:
         print_line(f"report: {page}")
+    print_line("\n".join(["next:", *(f"  {command}" for command in commands)]))
     return code

@@ -24,6 +24,7 @@ from lora.cli.flags.shared import (
     TrainingData,
     ValidationData,
 )
+from lora.cli.results.program import program
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.errors import ConfigError
 from lora.runs.typed_json import json_text
@@ -138,6 +139,7 @@ def sweep(
     from lora.compare.sweep_full import sweep_with_full
     from lora.data.inspection_view import print_report
     from lora.report import report_on
+    from lora.report.records.next_commands import next_commands
     from lora.runs.progress import RichProgress
     from lora.sweep.job import SweepJob
     from lora.sweep.progress import RichSweepProgress
@@ -171,7 +173,8 @@ def sweep(
     else:
         done = run_job(job, progress, show_data=show_data)
     page = report_on(done.folder, progress.message, with_page=report)
-    return _report(done, beside, job.grid.swept(), page, json)
+    commands = next_commands(done.best, model, program())
+    return _report(done, beside, job.grid.swept(), page, commands, json)
 
 
 def _check_full(full: bool, rate: float | None) -> None:
@@ -190,6 +193,7 @@ def _report(
     full: FullResult | None,
     swept: tuple[str, ...],
     page: Path | None,
+    commands: list[str],
     json: bool,
 ) -> int:
     if json:
@@ -200,6 +204,7 @@ def _report(
             "peak_memory_bytes": done.peak_memory_bytes,
             "full": None if full is None else _full_values(full),
             "report": None if page is None else str(page),
+            "next": commands,
         }
         print(json_text({**found, **found_all}))
         return 0
@@ -223,6 +228,7 @@ def _report(
     )
     if page is not None:
         print_line(f"report: {page}")
+    print_line("\n".join(["next:", *(f"  {command}" for command in commands)]))
     return 0
 
 
