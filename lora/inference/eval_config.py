@@ -8,8 +8,8 @@ from typing import Literal, get_args
 
 from lora.config import GENERATION, MAX_COUNT
 from lora.errors import ConfigError, DataError, did_you_mean, gather
-from lora.inference.json_fields import count_fields
-from lora.inference.labels import looks_like_labels
+from lora.inference.scoring.json_fields import count_fields
+from lora.inference.scoring.labels import looks_like_labels
 
 AnswerMetric = Literal["auto", "exact-match", "json-fields", "classification", "rouge-l", "bleu"]
 METRICS: tuple[AnswerMetric, ...] = get_args(AnswerMetric)
@@ -31,8 +31,8 @@ class EvalConfig:
     they fit.
 
     auto takes exact-match, json-fields if each reference is a JSON object, and classification if
-    the references are few and short (`lora.inference.labels.looks_like_labels`). rouge-l and bleu
-    need lora-lm[eval]."""
+    the references are few and short: see `lora.inference.scoring.labels`. rouge-l and bleu need
+    lora-lm[eval]."""
     base: bool = field(default=True, metadata=GENERATION)
     """Evaluate the base model beside its adapter."""
 

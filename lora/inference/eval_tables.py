@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lora.inference.evaluation import Evaluation, Scores
-from lora.inference.labels import Classification
+from lora.inference.scoring.labels import Classification
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -19,9 +19,9 @@ from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
 from lora.inference.answers import Answer, answer_prompts, ask_for_all
 from lora.inference.eval_config import choose_metrics
-from lora.inference.json_fields import count_fields, parse_json, right_fields
-from lora.inference.labels import Classification, classify
-from lora.inference.overlap import check_overlap_packages, corpus_bleu, rouge_l
+from lora.inference.scoring.json_fields import count_fields, parse_json, right_fields
+from lora.inference.scoring.labels import Classification, classify
+from lora.inference.scoring.overlap import check_overlap_packages, corpus_bleu, rouge_l
 from lora.training.losses import loss_for
 from lora.training.plain_step import evaluate
 

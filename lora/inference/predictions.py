@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lora.inference.evaluation import Evaluation
-from lora.inference.json_fields import parse_json, right_fields
-from lora.inference.labels import label_finder
-from lora.inference.overlap import rouge_l, sentence_bleu
+from lora.inference.scoring.json_fields import parse_json, right_fields
+from lora.inference.scoring.labels import label_finder
+from lora.inference.scoring.overlap import rouge_l, sentence_bleu
 from lora.runs.typed_json import json_text
 
 

@@ -7,7 +7,12 @@ import sys
 import pytest
 
 from lora.errors import DependencyError
-from lora.inference.overlap import check_overlap_packages, corpus_bleu, rouge_l, sentence_bleu
+from lora.inference.scoring.overlap import (
+    check_overlap_packages,
+    corpus_bleu,
+    rouge_l,
+    sentence_bleu,
+)
 
 
 def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence() -> None:

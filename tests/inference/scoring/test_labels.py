@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora.inference.labels import classify, label_finder, looks_like_labels
+from lora.inference.scoring.labels import classify, label_finder, looks_like_labels
 
 REFERENCES = ["refund", "refund", "refund", "bug", "bug", "question"]
 ANSWERS = ["Refund.", "refund", "bug", " bug\n", "I think it is a bug", "bug"]

@@ -1,0 +1,1 @@
+"""Scores of answers: labels, JSON fields, overlap with the references."""
