@@ -101,7 +101,7 @@ class DecoderJob(Task):
 
 def _json_value(value: object) -> object:
     """Return a source or setting as run.json has it; of rows in memory only their number."""
-    if value is None or isinstance(value, str | int | float | tuple):
+    if value is None or isinstance(value, str | int | float | tuple | dict):
         return value
     if isinstance(value, Path):
         return str(value)

@@ -148,6 +148,8 @@ def test_a_csv_of_tickets_is_learned_asked_and_evaluated_alike(
     texts = prompts.texts(tiny_folder)
     assert "Answer with one of: billing, shipping.\n\nText: ticket 3\n\nLabel:" in texts[0]
     assert texts == [texts[0]] * 3
+    resume = ["finetune", "--resume", "--name", "run", "--out", str(tmp_path), "--steps", "2"]
+    assert main([*resume, "--no-report"]) == 0  # columns and labels are those of the record
 
 
 def test_a_template_is_followed(

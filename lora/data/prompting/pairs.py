@@ -24,9 +24,12 @@ class Pair:
         return f"{self.question} and {self.answers[0]}"
 
 
+CHOICES = ("choices", "options")
+"""Columns of a question with the answers to choose from: a list, or texts with their labels."""
+_QUESTION_CONTEXT = ("context", "article", *CHOICES)
 PAIRS = (
     Pair("instruction", ("output", "response", "answer"), ("input", "context"), True),
-    Pair("question", ("answer", "response", "output"), ("context", "article")),
+    Pair("question", ("answer", "response", "output", "answerKey"), _QUESTION_CONTEXT),
     Pair("prompt", ("response", "output", "answer"), ("context",)),
     Pair("query", ("response", "answer", "output"), ("context",)),
     Pair("input", ("output", "response", "target"), ("context",)),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from string import ascii_uppercase
 from typing import Any
 
-from lora.data.prompting.pairs import PAIR_COLUMNS
+from lora.data.prompting.pairs import CHOICES, PAIR_COLUMNS
 from lora.data.reading.cells import check_text, from_json, is_blank, is_no_list, kind_of
 from lora.data.reading.loss_flags import FLAGS
 from lora.data.reading.messages import Message, parse_messages
@@ -32,6 +33,34 @@ def text_of(row: Row, key: str) -> str:
         raise DataError(f"{key} is {kind_of(value)}: a string is needed")
     check_text(value, key)
     return value
+
+
+def context_of(row: Row, key: str) -> str:
+    """Return the text in a column that follows a question; choices are a line each, with a letter.
+
+    Raises DataError if it holds anything else.
+    """
+    value = from_json(row.get(key), key) if key in CHOICES else row.get(key)
+    if key not in CHOICES or isinstance(value, str):
+        return text_of(row, key)
+    texts, labels = _texts(value, key), list(ascii_uppercase)
+    if isinstance(value, Mapping):  # as in ARC
+        texts, labels = _texts(value.get("text"), key), _texts(value.get("label"), key)
+    if not texts or len(texts) > len(labels):
+        raise DataError(
+            f"{key} is {kind_of(value)}: a list of at most {len(ascii_uppercase)} texts is needed, "
+            "or an object with the lists text and label"
+        )
+    return "\n".join(f"{label}. {text}" for label, text in zip(labels, texts, strict=False))
+
+
+def _texts(value: object, name: str) -> list[str]:
+    """Return the texts in a list; none if it is something else."""
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        return []
+    for text in value:
+        check_text(text, name)
+    return list(value)
 
 
 def with_system(

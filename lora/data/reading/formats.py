@@ -40,6 +40,7 @@ from lora.data.reading.columns import (
     TEXT,
     Row,
     check_columns,
+    context_of,
     history_of,
     near_names,
     text_of,
@@ -313,7 +314,7 @@ def _parse_pair_row(pair: Pair, row: Row, source: str, rules: ReadingRules) -> E
     present = [key for key in pair.answers if key in row]
     answer = next((key for key in present if row[key] is not None), present[0])
     parts = [text_of(row, pair.question)]
-    parts += [text_of(row, key) for key in pair.context if not is_blank(row.get(key))]
+    parts += [context_of(row, key) for key in pair.context if not is_blank(row.get(key))]
     history = history_of(row)
     messages = (*history, *_turns("\n\n".join(parts), text_of(row, answer)))
     used = (pair.question, *pair.context, answer, "history")

@@ -57,6 +57,18 @@ def contents(row: Any) -> list[str]:
         ),
         ({"question": "When?", "context": "In 753.", "answer": "753"}, ["When?\n\nIn 753.", "753"]),
         (
+            {"question": "When?", "choices": ["753", "509"], "answer": "A"},
+            ["When?\n\nA. 753\nB. 509", "A"],
+        ),
+        (
+            {
+                "question": "When?",
+                "choices": {"text": ["753", "509"], "label": ["1", "2"]},
+                "answerKey": "1",
+            },
+            ["When?\n\n1. 753\n2. 509", "1"],
+        ),
+        (
             {"instruction": "hi", "input": "there", "output": None, "response": "Ave"},
             ["hi\n\nthere", "Ave"],
         ),
@@ -117,3 +129,9 @@ def test_what_would_be_lost_is_refused_by_name(row: dict[str, Any], words: str) 
 def test_other_columns_are_named() -> None:
     row = {"messages": [HI, AVE], "id": 3, "source": "x", "score": None, "note": "", "prompt": "hi"}
     assert read(row).unused_columns == ("id", "prompt", "source")
+
+
+@pytest.mark.parametrize("choices", [[1, 2], {"text": ["a"], "label": []}, 3, ["a"] * 27])
+def test_choices_that_are_no_texts_are_refused(choices: Any) -> None:
+    with pytest.raises(DataError, match=r"choices is .*: a list of at most 26 texts is needed"):
+        read({"question": "When?", "choices": choices, "answer": "A"})
