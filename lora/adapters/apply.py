@@ -171,9 +171,10 @@ def train_token_rows(
     """Changes `model`, which has LoRA, in place: the rows of token `ids` train too.
 
     They are PEFT's `trainable_token_indices`: rows of the embedding and of the output head. A plain
-    list is for both tables, a mapping for those it names; a tied head always trains the embedding's
-    rows. Tables that are too small grow first. Ids from `n_known` on (by default the table's rows)
-    are new tokens, whose rows start at the mean of those before; the others start as they are.
+    list is for both tables, a mapping for those it names; a tied head shares the embedding's rows
+    unless it is given others, or is given alone. Tables that are too small grow first. Ids from
+    `n_known` on (by default the table's rows) are new tokens, whose rows start at the mean of those
+    before; the others start as they are.
     Returns `model`.
 
     Raises TargetError for tables that train in another way already or cannot be wrapped, and

@@ -122,7 +122,7 @@ def _merge_token_tables(applied: AppliedLoRA) -> dict[str, nn.Module]:
         if (
             first is not None
             and isinstance(layer, TrainableTokensLinear)
-            and layer.weight is first.weight
+            and layer.token_rows is first.token_rows
         ):
             shared = cast(nn.Embedding, next(iter(merged.values()))).weight
             merged[name] = plain_linear(shared, layer)

@@ -1,8 +1,9 @@
 """Trainable tokens in PEFT's format: the field `trainable_token_indices` and its tensors.
 
 Source of the format: PEFT 0.21, TrainableTokensWrapper. A list of ids means the embedding, an
-object maps table names to ids; a head tied to the embedding has no tensor of its own. PEFT may also
-write copies of whole resized tables: rows beyond the base's are then taken from these copies.
+object maps table names to ids; a tied head with the embedding's ids has no tensor of its own. PEFT
+may also write copies of whole resized tables: rows beyond the base's are then taken from these
+copies.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from torch import Tensor, nn
 from lora.adapters.apply import AppliedLoRA, applied_lora
 from lora.config import LoRAConfig
 from lora.errors import ConfigError, TargetError
-from lora.layers.token_tables import TokenTables, find_token_tables, token_ids_by_table
+from lora.layers.token_tables import (
+    TokenTables,
+    find_token_tables,
+    shares_rows,
+    token_ids_by_table,
+)
 from lora.layers.vocabulary import MAX_NEW_ROWS
 from lora.lora_module import LoRALayer
 
@@ -32,7 +38,8 @@ def describe_trainable_tokens(model: nn.Module, applied: AppliedLoRA) -> dict[st
     if not applied.trainable_tokens:
         return {}
     tables, names = find_token_tables(model), [name for name, _ in model.named_modules()]
-    if tables.is_tied or list(applied.trainable_tokens) == [tables.embedding_name]:
+    by_name = {name: layer.ids for name, layer in applied.trainable_tokens.items()}
+    if shares_rows(by_name, tables) or list(by_name) == [tables.embedding_name]:
         return {FIELD: list(next(iter(applied.trainable_tokens.values())).ids)}
     described = {}
     for name, layer in applied.trainable_tokens.items():
@@ -81,7 +88,7 @@ def expected_token_tensors(model: nn.Module, ids: TokenIds) -> dict[str, Tensor]
     tables = find_token_tables(model) if ids else None
     for name, chosen in ids.items():
         weight = cast(Tensor, model.get_submodule(name).weight)
-        if tables is None or (tables.is_tied and expected):
+        if tables is None or (expected and shares_rows(ids, tables)):
             continue
         wide = torch.promote_types(weight.dtype, torch.float32)
         shape = len(chosen), weight.shape[1]

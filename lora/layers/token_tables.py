@@ -96,8 +96,8 @@ def token_ids_by_table(
 ) -> dict[str, tuple[int, ...]]:
     """Return the token ids by full name of the table, embedding first; a plain list is for both.
 
-    A tied head always gets the embedding's. Raises TargetError for other names, and ConfigError
-    for ids that are negative or repeated, or an empty list.
+    A tied head gets the embedding's unless it has its own. Raises TargetError for other names, and
+    ConfigError for ids that are negative or repeated, or an empty list.
     """
     names = tables.by_name
     by_name = dict(ids) if isinstance(ids, Mapping) else dict.fromkeys(names, ids)
@@ -108,13 +108,8 @@ def token_ids_by_table(
             f"Cannot train tokens of {unknown[0]!r}: it is no token table. "
             f"Allowed: {', '.join(names)}.{near}"
         )
-    if tables.is_tied:
-        if len({tuple(chosen) for chosen in by_name.values()}) > 1:
-            raise TargetError(
-                "Cannot train different tokens in the embedding and the head: they share one "
-                "weight. Give both the same ids."
-            )
-        by_name = dict.fromkeys(names, next(iter(by_name.values()), ()))
+    if tables.is_tied and tables.embedding_name in by_name:  # as PEFT, a head alone stays alone
+        by_name = dict.fromkeys(names, by_name[tables.embedding_name]) | by_name
     for name in by_name:
         if isinstance(names[name], LoRALayer):
             raise TargetError(
@@ -131,6 +126,11 @@ def token_ids_by_table(
     return {name: tuple(by_name[name]) for name in names if name in by_name}
 
 
+def shares_rows(ids: Mapping[str, Sequence[int]], tables: TokenTables) -> bool:
+    """Whether `ids`, by table, are the same rows of one weight, so that one tensor trains."""
+    return tables.is_tied and len(ids) == 2 and len({tuple(chosen) for chosen in ids.values()}) == 1
+
+
 def build_trainable_tokens(
     tables: TokenTables, ids: Mapping[str, Sequence[int]], n_known: int, base_rows: int
 ) -> dict[str, TrainableTokensLayer]:
@@ -144,7 +144,7 @@ def build_trainable_tokens(
     for name, chosen in ids.items():
         table = tables.by_name[name]
         weight = cast(Tensor, table.weight)
-        if tables.is_tied and layers:
+        if layers and shares_rows(ids, tables):
             rows = next(iter(layers.values())).token_rows
         else:
             rows = nn.Parameter(_initial_rows(weight, chosen, n_known))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lora.adapters import save_load
 from lora.adapters.apply import applied_lora, apply_lora, remove_lora, train_token_rows
 from lora.adapters.fingerprint import base_fingerprint
+from lora.adapters.merge import merge_lora
 from lora.adapters.save_load import load_adapter, save_adapter
 from lora.config import LoRAConfig
 from lora.errors import AdapterError, TargetError
@@ -291,6 +292,37 @@ def test_new_rows_in_one_table_only_come_back(
     save_adapter(model, tmp_path / "adapter")
     loaded = load_adapter(load_decoder(tmp_path / "llama-untied"), tmp_path / "adapter")
     assert torch.equal(ours(loaded), ours(model))
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [{"lm_head": [7, 3]}, {"embed_tokens": [7, 3], "lm_head": [5]}, {"embed_tokens": [7, 3]}],
+    ids=["the head's alone", "others", "the embedding's"],
+)
+def test_a_tied_head_with_rows_of_its_own_comes_back_as_in_peft(
+    indices: dict[str, list[int]],
+    base: Callable[[str], Path],
+    tiny_model: Build,
+    fill_random: Fill,
+    peft: Any,
+    tmp_path: Path,
+) -> None:
+    tokens, folder = TOKENS.clamp(max=VOCAB - 1), base("llama-tied")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], trainable_token_indices=indices
+    )
+    by_peft = peft.get_peft_model(tiny_model("llama-tied"), config)
+    fill_random(by_peft, 6, only_trainable=True, std=0.3).eval()
+    by_peft.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
+    with torch.no_grad():
+        wanted = by_peft(tokens).logits
+        model = load_adapter(load_decoder(folder), tmp_path / "peft").eval()
+        assert (model(tokens) - wanted).abs().max() <= 1e-5
+        save_adapter(model, tmp_path / "ours")
+        again = peft.PeftModel.from_pretrained(tiny_model("llama-tied"), tmp_path / "ours")
+        assert (again(tokens).logits - wanted).abs().max() <= 1e-5
+        assert merge_lora(model, tokens).untied_head == ("lm_head" in indices)
+        assert (model(tokens) - wanted).abs().max() <= 1e-5
 
 
 def test_an_error_while_lora_is_applied_leaves_the_model(

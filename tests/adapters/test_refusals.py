@@ -128,7 +128,6 @@ ADAPTED: dict[str, Act] = {
     "a negative id": rows([-1]),
     "an id twice": rows([3, 3]),
     "no such table": rows({"norm": [3]}),
-    "other rows of a tied head": rows({EMBEDDING: [3], "lm_head": [4]}),
     "ids beyond any table": rows([10**7]),
     "other layers on the model": lambda model, folder: load_adapter(model, folder),
     "saving over a file": save_over_a_file,

@@ -30,13 +30,15 @@ from tests.export.test_gguf import build_tokenizer
 Fill = Callable[..., nn.Module]
 VOCAB = 300
 IDS = torch.tensor([[1, 7, 3, 5, 9, 200, 299]])
-CASES: dict[str, tuple[str, dict[str, Any], list[int]]] = {
+HEAD_ALONE = {"lm_head": [3, 200]}
+CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
     f"{model}: {what}": (model, options, rows)
     for models, what, options, rows in [
         (("llama-tied", "llama-untied", "gpt2-tied"), "all linear", {}, []),
         (("llama-tied", "gpt2-untied"), "head", {"targets": r".*(lm_head|mlp\..*)"}, []),
         (("llama-untied",), "a rank above a side", {"rank": 40}, []),
         (("llama-tied", "llama-untied"), "rows", {}, [3, 200]),
+        (("llama-tied", "llama-untied"), "rows of the head", {}, HEAD_ALONE),
         (("llama-tied", "llama-untied"), "new rows", {}, [3, VOCAB, VOCAB + 1]),
         (("llama-tied",), "embedding", {"modules_to_save": ("embed_tokens", "norm")}, []),
         (
