@@ -119,6 +119,8 @@ def _commands_of(line: str) -> Iterator[list[str]]:
             continue  # prose or a drawing, not a command
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             words = words[1:]
+        if ">" in words:  # into a file
+            words = words[: words.index(">")]
         if words:
             yield words
 
