@@ -83,6 +83,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Convert a settings file of axolotl, LLaMA-Factory or torchtune.",
     ),
     "doctor": ("lora.cli.doctor:doctor", "Check this machine: packages, device, memory, disk."),
+    "demo": ("lora.cli.start.demo:demo", "See a small model learn a real task in minutes."),
     "example": ("lora.cli.start.example:example", "Write example data to try the commands with."),
 }
 """By name: the command's function as "module:function", and its line in `lora --help`."""

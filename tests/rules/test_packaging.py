@@ -62,6 +62,16 @@ def test_the_wheel_holds_every_file_that_is_no_module(
     assert not left_out, f"pip would leave out {left_out}: name them in setuptools.package-data"
 
 
+def test_the_project_says_whose_it_is_and_what_for(project: dict[str, Any]) -> None:
+    about = project["project"]
+    assert all(author["name"] for author in about["authors"])
+    assert about["urls"]
+    assert all(url.startswith("https://") for url in about["urls"].values())
+    needed = {"Typing :: Typed", "Environment :: Console", "Programming Language :: Python :: 3.11"}
+    assert needed <= set(about["classifiers"])
+    assert not [each for each in about["classifiers"] if each.startswith("License ::")]
+
+
 def test_the_command_is_lora(project: dict[str, Any]) -> None:
     assert project["project"]["scripts"] == {"lora": "lora.__main__:main"}
     assert callable(lora.cli.main)
