@@ -220,7 +220,7 @@ def _tell_findings(
     config: DataConfig,
     now: datetime,
 ) -> None:
-    from lora.data.findings import describe_encoding, describe_placeholders
+    from lora.data.findings import describe_columns, describe_encoding, describe_placeholders
 
     if "strftime_now" in (tokenizer.chat_template or ""):
         _tell(f"the chat template prints the date: here {now:%d %B %Y}, in each evaluation")
@@ -229,7 +229,7 @@ def _tell_findings(
     _, placeholders = describe_placeholders(examples)
     for warning in filter(None, [*warnings, placeholders]):
         _tell(f"warning: {warning}")
-    for note in notes:
+    for note in [*describe_columns(examples)[1], *notes]:
         _tell(f"note: {note}")
 
 

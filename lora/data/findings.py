@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from lora.data.reading.formats import COMPLETION, Example
@@ -52,6 +53,15 @@ def describe_encoding(
             f"lost, because the chat template has no place for them: {shorten_names(named)}"
         )
     return warnings, notes
+
+
+def describe_columns(examples: Sequence[Example]) -> tuple[dict[str, int], list[str]]:
+    """Return the number of rows by column that is not used, and notes on these columns."""
+    unused = dict(Counter(name for example in examples for name in example.unused_columns))
+    if not unused:
+        return {}, []
+    named = ", ".join(f"{name} ({n:,} rows)" for name, n in unused.items())
+    return unused, [f"columns that are not used: {shorten_names(named)}"]
 
 
 def describe_placeholders(examples: Sequence[Example]) -> tuple[int, str]:

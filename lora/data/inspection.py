@@ -11,7 +11,7 @@ import numpy as np
 
 from lora.config import DataConfig
 from lora.data.chat.choose_template import choose_template
-from lora.data.findings import describe_encoding, describe_placeholders, shorten_names
+from lora.data.findings import describe_columns, describe_encoding, describe_placeholders
 from lora.data.inspection_report import DataReport, Preview
 from lora.data.prepare import PreparedData
 from lora.data.prompting.rules import rules_for
@@ -107,10 +107,8 @@ def _describe_examples(report: DataReport, examples: Sequence[Example], config: 
     report.n_duplicates = len(examples) - len({e.content_key() for e in examples})
     report.n_empty_answers = sum(e.has_empty_answer for e in examples)
     report.columns = dict(Counter(name for e in examples for name in e.columns))
-    report.unused_columns = dict(Counter(name for e in examples for name in e.unused_columns))
-    if report.unused_columns:
-        named = ", ".join(f"{name} ({n:,} rows)" for name, n in report.unused_columns.items())
-        report.notes.append(f"columns that are not used: {shorten_names(named)}")
+    report.unused_columns, notes = describe_columns(examples)
+    report.notes += notes
     words = _LABEL_WORDS.difference(config.columns)  # those are left out on purpose
     labels = [name for name in report.unused_columns if name.strip().lower() in words]
     if labels and "text" in report.formats:

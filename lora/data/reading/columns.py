@@ -22,7 +22,16 @@ MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _LISTS = frozenset(("history", "tools", "functions", "documents", *MEDIA))
 TEXT, LABEL = ("text", "sentence"), ("label_text", "label")
 """Columns of a classification: a text, and the name of its class; the first that is there."""
-KEYS = ("messages", "conversations", "prompt", "completion", *PAIR_COLUMNS, *TEXT, *LABEL)
+KEYS = (
+    "messages",
+    "conversations",
+    "prompt",
+    "completion",
+    *PAIR_COLUMNS,
+    *TEXT,
+    *LABEL,
+    "segments",
+)
 """Columns of the known formats."""
 
 

@@ -11,6 +11,7 @@ Known formats, in the order in which they are tried:
                                          response, input and output …, with their context
     text + label                         classification; see `lora.data.prompting.labels`
     text                                 plain text
+    segments                             axolotl's plain text in parts; the last are learned
 
 The setting `columns` gives columns these names; a `template` takes the place of all formats.
 
@@ -33,7 +34,7 @@ from lora.data.prompting.column_map import left_out, map_columns
 from lora.data.prompting.pairs import PAIRS, Pair, find_pair
 from lora.data.prompting.row_template import RowTemplate, text_of_value
 from lora.data.prompting.rules import ReadingRules
-from lora.data.reading.cells import check_text, is_blank, kind_of
+from lora.data.reading.cells import check_text, from_json, is_blank, kind_of
 from lora.data.reading.columns import (
     LABEL,
     SYSTEM,
@@ -53,10 +54,11 @@ from lora.data.reading.tool_calls import parse_objects, parse_tools
 from lora.errors import DataError
 
 COMPLETION, LABELLED, TEMPLATE = "prompt and completion", "text and label", "template"
+SEGMENTS = "segments"
 FORMATS = (
     *("messages", "conversations", COMPLETION),
     *(pair.format for pair in PAIRS[:5]),
-    *(LABELLED, "text"),
+    *(LABELLED, "text", SEGMENTS),
 )
 """Names of the usual formats in error messages."""
 _RULES = ReadingRules()
@@ -188,7 +190,9 @@ def _find_parser(keys: frozenset[str]) -> Parser | None:
         return partial(_parse_pair_row, pair)
     if not keys.isdisjoint(TEXT) and not keys.isdisjoint(LABEL):
         return _parse_labelled_row
-    return _parse_text_row if "text" in keys else None
+    if "text" in keys:
+        return _parse_text_row
+    return _parse_segments_row if "segments" in keys else None
 
 
 def _fits_none(row: Row) -> str:
@@ -359,6 +363,32 @@ def _parse_text_row(row: Row, source: str, rules: ReadingRules) -> Example:
         columns=used_columns(row, unused),
         unused_columns=unused,
     )
+
+
+def _parse_segments_row(row: Row, source: str, rules: ReadingRules) -> Example:
+    """Return parts of a plain text, each with its label: whether it is learned."""
+    parts = from_json(row["segments"], "segments")
+    is_list = isinstance(parts, list | tuple) and all(isinstance(part, Mapping) for part in parts)
+    if not is_list or not all(
+        isinstance(part.get("text"), str) and isinstance(part.get("label"), bool) for part in parts
+    ):
+        raise DataError(
+            f"segments is {kind_of(parts)}: a list of objects with text and label (true or false) "
+            "is needed"
+        )
+    labels = [part["label"] for part in parts]
+    if not any(labels) or labels != sorted(labels):
+        raise DataError(
+            "segments must be context first (label false) and what is learned last (label true): "
+            "make one row for each part to learn"
+        )
+    texts = [part["text"] for part in parts]
+    for text in texts:
+        check_text(text, "segments")
+    n_context = labels.index(True)
+    halves = "".join(texts[:n_context]), "".join(texts[n_context:])
+    plain = dataclasses.replace(rules, as_turns=False)
+    return _exchange(row, source, plain, SEGMENTS, halves, ("segments",))
 
 
 def _refuse_system(rules: ReadingRules, format: str) -> None:

@@ -172,6 +172,15 @@ def test_parts_of_text_are_joined_and_other_types_become_placeholders() -> None:
         ({"instruction": "q", "output": None}, "output is null: a string"),
         ({"instruction": 1, "output": "a"}, "instruction is a number"),
         ({"question": "q", "answer": 42}, "answer is a number"),
+        (
+            {"segments": [{"text": "a"}]},
+            "segments is a list: a list of objects with text and",
+        ),
+        (
+            {"segments": [{"text": "a", "label": True}, {"text": "b", "label": False}]},
+            "context first .label false. and what is learned last",
+        ),
+        ({"prompt": "p", "completion": "c", "label": False}, "label is true or false.*preference"),
         ({"text": True}, "text is true or false"),
         ({"text": "a\udc80"}, "'.udc80' at character 1"),
     ],
