@@ -27,7 +27,13 @@ from lora.device import DeviceChoice, choose_device
 from lora.errors import LoraError
 from lora.fast.choose import choose_steps, why_not_captured, why_not_fast
 from lora.kernels.step.jit import HAS_TRITON
-from lora.pretrained.sources import cache_folder
+from lora.pretrained.sources import (
+    DEFAULT_INSTALL,
+    DEFAULT_NAME,
+    cache_folder,
+    find_default_file,
+)
+from lora.settings.install import install, install_extra
 from lora.training.checkpoint import load_checkpoint, save_checkpoint
 from lora.training.losses import loss_for
 from lora.training.plain_step import PlainStepRunner
@@ -36,15 +42,17 @@ MIN_FREE_BYTES = 2**30
 """Required free disk space and free memory; less is too little for any real model."""
 NEEDED = ("torch", "safetensors", "tokenizers", "numpy", "jinja2", "gguf", "rich")
 OPTIONAL = {
-    "transformers": "transformers' own models, and scoring with them",
-    "peft": "lora compare --peft",
-    "pyarrow": "Parquet files: pip install 'lora-lm[data]'",
-    "huggingface_hub": "models by owner/name on the Hub: pip install 'lora-lm[hub]'",
-    "tensorboard": "--tensorboard: pip install 'lora-lm[track]'",
-    "sacrebleu": "lora eval --metrics bleu: pip install 'lora-lm[eval]'",
-    "rouge_score": "lora eval --metrics rouge-l: pip install 'lora-lm[eval]'",
-    "triton": "GPU kernels; part of PyTorch's CUDA builds",
+    "transformers": ("transformers' own models, and scoring with them", "bench"),
+    "peft": ("lora compare --peft", "bench"),
+    "pyarrow": ("Parquet files", "data"),
+    "datasets": ("data sets by owner/name on the hub", "data"),
+    "huggingface_hub": ("models by owner/name on the hub", "hub"),
+    "tensorboard": ("--tensorboard", "track"),
+    "sacrebleu": ("lora eval --metrics bleu", "eval"),
+    "rouge_score": ("lora eval --metrics rouge-l", "eval"),
+    "triton": ("GPU kernels; part of PyTorch's CUDA builds", None),
 }
+"""By package: what needs it, and the extra that installs it."""
 TRIAL_STEPS, TRIAL_RATE = 8, 2e-2
 _TINY: dict[str, Any] = {
     "model_type": "llama",
@@ -67,7 +75,9 @@ class Check:
     seen: str
     is_well: bool = True
     advice: str = ""
-    """What to do if the check failed."""
+    """What to do if the check failed, or to get what is missing."""
+    is_missing: bool = False
+    """Whether it is a part that some runs need and that is not installed."""
 
 
 def examine(runs: Path = Path("runs")) -> list[Check]:
@@ -75,7 +85,7 @@ def examine(runs: Path = Path("runs")) -> list[Check]:
 
     `runs` is the directory for run directories, whose disk is checked. No files are left behind.
     """
-    checks = [_python(), *_packages()]
+    checks = [_python(), *_packages(), _default_model()]
     try:
         choice = choose_device()
     except LoraError as error:
@@ -96,11 +106,26 @@ def _packages() -> list[Check]:
     found = [Check("lora-lm", _version("lora-lm") or "not installed, run from its source")]
     for name in NEEDED:
         version = _version(name)
-        advice = f"Run: pip install {name}"
+        advice = f"Run: {install(name)}"
         found.append(Check(name, version or "missing", version is not None, advice))
-    for name, use in OPTIONAL.items():
-        found.append(Check(name, _version(name) or f"not installed; needed for {use}"))
-    return found
+    return [*found, *(_optional(name, *needed) for name, needed in OPTIONAL.items())]
+
+
+def _optional(name: str, use: str, extra: str | None) -> Check:
+    version = _version(name)
+    if version is not None:
+        return Check(name, version)
+    advice = "" if extra is None else f"Run: {install_extra(extra)}"
+    return Check(name, f"not installed; needed for {use}", advice=advice, is_missing=True)
+
+
+def _default_model() -> Check:
+    file = find_default_file()
+    if file is None:
+        seen = f"{DEFAULT_NAME} is not installed; needed where no --model is given"
+        advice = f"Run: {install(DEFAULT_INSTALL)}"
+        return Check("default model", seen, advice=advice, is_missing=True)
+    return Check("default model", f"{file.stem}, {file.stat().st_size / 1e6:.0f} MB")
 
 
 def _version(name: str) -> str | None:

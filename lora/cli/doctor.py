@@ -39,9 +39,13 @@ def doctor(*, out: Out = Path("runs"), json: Json = False) -> int:
         return 0 if is_well else 1
     width = max(len(check.name) for check in checks)
     for check in checks:
-        print_line(f"{'ok' if check.is_well else '!!'}  {check.name:<{width}}  {check.seen}")
-        if not check.is_well:
+        mark = "!!" if not check.is_well else "--" if check.is_missing else "ok"
+        print_line(f"{mark}  {check.name:<{width}}  {check.seen}")
+        if mark != "ok" and check.advice:
             print_line(f"    {'':<{width}}  {check.advice}")
     n_ill = sum(not check.is_well for check in checks)
-    print_line("all checks passed" if is_well else f"{n_ill} of {len(checks)} checks failed")
+    n_missing = sum(check.is_missing for check in checks)
+    missing = f"; optional and not installed (--): {n_missing}" if n_missing else ""
+    passed = "all checks passed" if is_well else f"{n_ill} of {len(checks)} checks failed"
+    print_line(f"{passed}{missing}")
     return 0 if is_well else 1

@@ -30,6 +30,7 @@ from lora.pretrained.sources import find_model
 from lora.runs.directory import Run, create_run
 from lora.runs.progress import Progress
 from lora.runs.record import RunRecord, RunResult
+from lora.settings.install import install_extra
 from lora.training.job import TrainingJob
 from lora.training.plain_step import PlainStepRunner
 from lora.training.trainer import train
@@ -43,7 +44,7 @@ def check_peft(lora: LoRAConfig, data_config: DataConfig) -> None:
     if missing:
         raise DependencyError(
             f"Cannot compare with PEFT: not installed: {', '.join(missing)}. "
-            "Run: pip install 'lora-lm[bench]' — or leave --peft out."
+            f"Run: {install_extra('bench')} — or leave --peft out."
         )
     if data_config.special_tokens:
         raise ConfigError(

@@ -67,7 +67,7 @@ not read them."""
 
 OTHER_MODELS_ADVICE = (
     "load it with transformers, call lora.apply_lora(model) and lora.train(model, tokenizer, "
-    "data). docs/python.md has a complete example."
+    "data). The documentation has a complete example."
 )
 """What to do with a model that has no native decoder."""
 

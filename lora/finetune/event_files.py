@@ -15,6 +15,7 @@ from lora.errors import DependencyError
 from lora.runs.disk import disk_error
 from lora.runs.record import MetricsRow
 from lora.runs.typed_json import to_json
+from lora.settings.install import install_extra
 
 FLUSH_INTERVAL_S = 10.0
 
@@ -26,7 +27,7 @@ def check_tensorboard() -> None:
     except ImportError:
         raise DependencyError(
             "Cannot write TensorBoard files: tensorboard is not installed. "
-            "Run: pip install 'lora-lm[track]'"
+            f"Run: {install_extra('track')}"
         ) from None
 
 

@@ -221,7 +221,7 @@ def _check_model(model: object, tokenizer: object) -> None:
     if not isinstance(model, Decoder):
         raise ModelError(
             f"Cannot use a {type(model).__name__} here. Allowed: a model that lora.load_model "
-            "returned. One of transformers answers through its own generate(); see docs/python.md."
+            "returned. One of transformers answers through its own generate()."
         )
     if not isinstance(tokenizer, TextTokenizer):
         raise ModelError(

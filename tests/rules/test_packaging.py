@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 import warnings
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from setuptools import find_namespace_packages, find_packages
 
 import lora.cli
+from lora import doctor
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +103,24 @@ def test_every_extra_that_an_error_offers_exists(project: dict[str, Any], root: 
 def extras_named_in(text: str) -> set[str]:
     """Return the extras that install lines in `text` ask for: lora-lm[a,b]."""
     parts = [part.split("]")[0] for part in text.split("lora-lm[")[1:]]
-    return {name.strip() for part in parts for name in part.split(",") if "{" not in name}
+    named = {name.strip() for part in parts for name in part.split(",") if "{" not in name}
+    return named | set(re.findall(r"install_extra\(['\"](\w+)['\"]\)", text))
 
 
 def test_the_extras_of_an_install_line_are_found() -> None:
     assert extras_named_in("pip install 'lora-lm[data, hub]' x[y]") == {"data", "hub"}
+    assert extras_named_in("Run: {install_extra('track')}") == {"track"}
+
+
+def test_the_extras_that_doctor_names_exist(project: dict[str, Any]) -> None:
+    extras = {extra for _, extra in doctor.OPTIONAL.values()} - {None}
+    assert extras <= set(project["project"]["optional-dependencies"])
+
+
+def test_install_lines_are_made_for_this_python(root: Path) -> None:
+    by_hand = {
+        path.relative_to(root).as_posix()
+        for path in (root / "lora").rglob("*.py")
+        if "Run: pip install" in path.read_text(encoding="utf-8")
+    }
+    assert not by_hand, "use install() or install_extra() of lora/settings/install.py"

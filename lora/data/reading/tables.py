@@ -22,6 +22,7 @@ from lora.data.reading.faults import (
 )
 from lora.data.reading.json_rows import Rows, read_json, read_json_lines
 from lora.errors import DependencyError
+from lora.settings.install import install_extra
 
 _MAX_BATCH_ROWS, _MAX_BATCH_BYTES = 1024, 1 << 26
 
@@ -117,7 +118,7 @@ def _read_parquet(path: Path, faults: Faults) -> Rows:
         from pyarrow import parquet
     except ImportError:
         raise DependencyError(
-            f"Cannot read {path}: pyarrow is not installed. Run: pip install 'lora-lm[data]'"
+            f"Cannot read {path}: pyarrow is not installed. Run: {install_extra('data')}"
         ) from None
     number = 0
     try:

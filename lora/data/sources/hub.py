@@ -16,6 +16,7 @@ from typing import Any
 
 from lora.data.sources.files import PART_WORDS, SUFFIXES, OnMessage, Part
 from lora.errors import DataError, DataNotFoundError, DependencyError, did_you_mean
+from lora.settings.install import install_extra
 
 MAX_HUB_WAIT_S = 8.0
 """For the hub's first answer."""
@@ -102,7 +103,7 @@ def load_splits(name: str, config: str | None) -> Splits:
     if importlib.util.find_spec("datasets") is None:
         raise DependencyError(
             f"Cannot read examples from {name}: there is no such path here, and for data sets of "
-            "the hub the package datasets is not installed. Run: pip install 'lora-lm[data]'"
+            f"the hub the package datasets is not installed. Run: {install_extra('data')}"
         )
     unreached = _why_not_reached(name)
     if unreached is None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora.errors import DependencyError
+from lora.settings.install import install_extra
 
 # Letters and digits of any script; Chinese and Japanese, which put no spaces between words, by
 # character. rouge-score's own tokenizer drops everything but a to z and digits, so that texts in
@@ -68,5 +69,5 @@ def _rouge_scorer() -> Any:
 
 def _missing(metric: str, package: str) -> DependencyError:
     return DependencyError(
-        f"Cannot compute {metric}: {package} is not installed. Run: pip install 'lora-lm[eval]'"
+        f"Cannot compute {metric}: {package} is not installed. Run: {install_extra('eval')}"
     )
