@@ -33,13 +33,23 @@ def batch(passes: str, rows: str) -> Rule:
     """Return the rule of the keys `rows` (of one pass) and `passes` (of one step)."""
 
     def rule(value: Any, keys: Keys) -> Outcome:
-        n_rows, n_passes = number(keys.get(rows)) or 1, number(keys.get(passes)) or 1
-        size = int(n_rows * n_passes)
-        settings = {"batch_size": str(size), **accumulation(int(n_passes))}
-        note = f"batch_size is that of a whole step: {n_rows:.0f} x {n_passes:.0f} = {size}"
+        n_rows, n_passes = _count(keys.get(rows)), _count(keys.get(passes))
+        if n_rows is None or n_passes is None:
+            return Outcome(missing={"": "write a whole number as batch_size"})
+        size = n_rows * n_passes
+        settings = {"batch_size": str(size), **accumulation(n_passes)}
+        note = f"batch_size is that of a whole step: {n_rows} x {n_passes} = {size}"
         return Outcome(settings, f"{note}; with several GPUs multiply by their number")
 
     return rule
+
+
+def _count(value: Any) -> int | None:
+    """Return a whole number ≥ 1; 1 where no value is given, None for any other value."""
+    if value in (None, ""):
+        return 1
+    found = number(value)
+    return int(found) if found is not None and found >= 1 and found.is_integer() else None
 
 
 def accumulation(n_passes: int) -> Mapping[str, str]:

@@ -7,6 +7,7 @@ here. Values are texts, as they are written in the file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -201,11 +202,12 @@ def is_off(value: Any) -> bool:
 
 
 def number(value: Any) -> float | None:
-    """Return the number that a value of a YAML file is, or None."""
+    """Return the finite number that a value of a YAML file is, or None."""
     try:
-        return float(value) if isinstance(value, str) else None
+        found = float(value) if isinstance(value, str) else math.nan
     except ValueError:
         return None
+    return found if math.isfinite(found) else None
 
 
 def same(ours: str, values: Mapping[str, str] | None = None, note: str = "") -> Rule:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lora.cli.flags.yaml_file import read_settings
 from lora.cli.settings.convert_config import finetune_settings
 from lora.conversion.axolotl import AXOLOTL
-from lora.conversion.convert import Conversion, convert_settings, flatten
+from lora.conversion.convert import Conversion, Tool, convert_settings, flatten
 from lora.conversion.converted_file import report_lines, yaml_text
 from lora.conversion.llama_factory import LLAMA_FACTORY
 from lora.conversion.torchtune import TORCHTUNE, without_interpolation
@@ -356,3 +357,18 @@ def test_another_training_and_another_tool_are_refused(
     with pytest.raises(ConfigError, match="Cannot convert these settings") as caught:
         convert(text, tmp_path, known)
     assert seen in str(caught.value)
+
+
+@pytest.mark.parametrize("tool", [AXOLOTL, LLAMA_FACTORY, TORCHTUNE], ids=lambda tool: tool.name)
+def test_values_of_any_kind_are_converted_or_listed(tool: Tool, known: tuple[str, ...]) -> None:
+    mark = next(iter(sorted(tool.marks)))
+    values = ("x: y", "-1", "1e999", "/", [{"a": "b"}], {"a": "b"}, [["a"]])
+    for key in (*tool.rules, *tool.prefixes):
+        for value in values:
+            keys = {mark: "x", key: value}
+            try:
+                found = convert_settings(keys, (AXOLOTL, LLAMA_FACTORY, TORCHTUNE), known)
+            except ConfigError:
+                continue  # another kind of training
+            assert yaml.safe_load(yaml_text(found, "x")) is not None
+            assert list(report_lines(found))
