@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from lora.config import DataConfig
@@ -123,8 +123,11 @@ def prepare_data(
     validation_sequences = None
     if validation_encoded is not None:
         validation_sequences = _build(validation_encoded, pad_id, config, seed)
+    train_sequences = _build(encoded, pad_id, config, seed)
+    if validation_sequences is not None and config.packing:
+        train_sequences, validation_sequences = _alike(train_sequences, validation_sequences)
     return PreparedData(
-        train=_build(encoded, pad_id, config, seed),
+        train=train_sequences,
         validation=validation_sequences,
         train_encoded=encoded,
         validation_encoded=validation_encoded,
@@ -136,6 +139,12 @@ def prepare_data(
         rules=rules,
         prompts=describe_prompts(train, rules),
     )
+
+
+def _alike(one: TokenSequences, other: TokenSequences) -> tuple[TokenSequences, TokenSequences]:
+    """Return both with the longer T: a compiled model takes one shape for steps and evaluations."""
+    length = max(one.sequence_length, other.sequence_length)
+    return replace(one, sequence_length=length), replace(other, sequence_length=length)
 
 
 def _report_overlap(

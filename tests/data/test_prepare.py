@@ -135,3 +135,13 @@ def test_a_pad_token_without_an_embedding_row_pads_nothing(tokenizer: TextTokeni
     data = prepare_data(rows, padded, DataConfig(), 0, n_rows=n_rows, on_message=notes.append)
     assert any("'<new-pad>'" in note and "pads" in note for note in notes)
     assert data.tokenizer.pad_token == "<new-pad>"
+
+
+def test_training_and_validation_sequences_have_one_length(tokenizer: TextTokenizer) -> None:
+    rows = [{"text": "a few words of text " * n} for n in (1, 2, 3)]
+    short = prepare_data(rows[:1], tokenizer, DataConfig(), 0, validation_source=rows)
+    assert short.validation is not None
+    assert short.train.sequence_length == short.validation.sequence_length < 512
+    assert short.train.sequence_length % 64 == 0
+    batch = short.train.batch([0])
+    assert batch.input_ids.shape[1] == short.train.sequence_length

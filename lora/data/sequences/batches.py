@@ -149,10 +149,9 @@ def build_sequences(
 ) -> TokenSequences:
     """Return the documents as sequences.
 
-    With packing, every sequence has exactly `sequence_length` tokens, unless these are far more
-    than the documents fill: see `packed_length`. Without, each document gets
-    its own sequence, as long as the longest document (rounded up to a multiple of 8), at most
-    `sequence_length`.
+    With packing, all sequences are as long as the fullest, rounded up to a multiple of 64. Without,
+    each document gets its own sequence, as long as the longest document, rounded up to a multiple
+    of 8. Both have at most `sequence_length` tokens.
     """
     lengths = np.diff(documents.starts)
     if packing:

@@ -15,9 +15,9 @@ WINDOW_DOCUMENTS = 8192
 """Documents sorted by length together. Larger windows fill sequences slightly better; smaller ones
 spread long and short documents more evenly over the epoch."""
 
-MAX_FULL_TOKENS = 1 << 16
-"""Longer sequences are only as long as the fullest of them: the rest would be padding."""
-_PADDED_TO = 8
+_PADDED_TO, _PACKED_TO = 8, 64
+"""Multiples that T is rounded up to. The larger one is that of attention's blocks on a GPU, and
+leaves data that fill their sequences to nine tenths with the T that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,24 @@ def padded_length(lengths: Ints, sequence_length: int) -> int:
 
     It is at most `sequence_length`, and exactly that if there are no documents.
     """
-    longest = int(lengths.max()) if len(lengths) else sequence_length
-    return min(sequence_length, -(-longest // _PADDED_TO) * _PADDED_TO)
+    return _rounded_length(lengths, sequence_length, _PADDED_TO)
 
 
 def packed_length(layout: Layout, lengths: Ints, sequence_length: int) -> int:
-    """Return T with packing: `sequence_length`; beyond MAX_FULL_TOKENS, what `layout` takes."""
-    if sequence_length <= MAX_FULL_TOKENS or not layout.n_sequences:
+    """Return T with packing: the fullest sequence's tokens, rounded up to a multiple of 64.
+
+    It is at most `sequence_length`, and exactly that if there are no sequences. So data that fill
+    their sequences have `sequence_length`, and short data are not padded to it.
+    """
+    if not layout.n_sequences:
         return sequence_length
     tokens = np.add.reduceat(lengths[layout.members], layout.starts[:-1])
-    return padded_length(tokens, sequence_length)
+    return _rounded_length(tokens, sequence_length, _PACKED_TO)
+
+
+def _rounded_length(lengths: Ints, sequence_length: int, multiple: int) -> int:
+    longest = int(lengths.max()) if len(lengths) else sequence_length
+    return min(sequence_length, -(-longest // multiple) * multiple)
 
 
 def unpacked_layout(lengths: Ints, sequence_length: int) -> Layout:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora.data.sequences.packing import MAX_FULL_TOKENS, pack, packed_length, unpacked_layout
+from lora.data.sequences.packing import pack, packed_length, unpacked_layout
 from lora.errors import DataError
 
 LENGTH = 40
@@ -86,6 +86,22 @@ def test_sequences_far_longer_than_the_documents_are_cut_to_what_these_fill() ->
     layout = pack(lengths, 10**8, seed=0)
     assert layout.n_sequences == 3  # windows of 8,192 documents
     assert packed_length(layout, lengths, 10**8) == 8192 * 50
-    assert packed_length(layout, lengths, MAX_FULL_TOKENS) == MAX_FULL_TOKENS
     few = pack(lengths[:10], 10**8, seed=0)
-    assert packed_length(few, lengths[:10], 10**8) == 504  # a multiple of 8
+    assert packed_length(few, lengths[:10], 10**8) == 512  # a multiple of 64
+
+
+@pytest.mark.parametrize(
+    ("longest", "n_documents", "asked", "expected"),
+    [
+        (20, 3, 512, 64),  # all in one sequence of 60 tokens
+        (20, 6, 512, 128),
+        (150, 40, 512, 512),  # sequences of 450 tokens are full
+        (150, 40, 500, 500),  # never more than was asked for
+        (20, 3, 32, 32),
+    ],
+)
+def test_short_data_are_not_padded_to_the_maximum(
+    longest: int, n_documents: int, asked: int, expected: int
+) -> None:
+    lengths = np.full(n_documents, longest)
+    assert packed_length(pack(lengths, asked, seed=0), lengths, asked) == expected
