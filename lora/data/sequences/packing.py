@@ -17,7 +17,7 @@ spread long and short documents more evenly over the epoch."""
 
 _PADDED_TO, _PACKED_TO = 8, 64
 """Multiples that T is rounded up to. The larger one is that of attention's blocks on a GPU, and
-leaves data that fill their sequences to nine tenths with the T that was asked for."""
+leaves data that fill their sequences to nine tenths with the T that is given."""
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def test_sequences_far_longer_than_the_documents_are_cut_to_what_these_fill() ->
         (20, 3, 512, 64),  # all in one sequence of 60 tokens
         (20, 6, 512, 128),
         (150, 40, 512, 512),  # sequences of 450 tokens are full
-        (150, 40, 500, 500),  # never more than was asked for
+        (150, 40, 500, 500),  # never more than is given
         (20, 3, 32, 32),
     ],
 )
