@@ -85,16 +85,17 @@ def evaluate(
     from lora.data.sequences.embedding_rows import check_ids
     from lora.decoder.families import decoder_config
     from lora.inference.evaluation import prepare_evaluation
-    from lora.inference.loading import find_model_of
+    from lora.inference.loading import find_model_of, model_inputs
     from lora.inference.run_settings import find_rules
     from lora.pretrained.hf_files import read_config
 
     chosen = config_from(EvalConfig, eval_config or EvalFlags())
     if bleu:
         chosen = replace(chosen, metrics=(*chosen.metrics, "bleu"))
-    output = _output(predictions, chosen, overwrite, input_paths(data, adapter, model))
     sampling = SamplingConfig(max_new_tokens=max_new_tokens)
     config, now = _data_settings(adapter, data_config)
+    inputs = (*input_paths(data, config.chat_template), *model_inputs(model, adapter))
+    output = _output(predictions, chosen, overwrite, inputs)
     folder = find_model_of(model, adapter).folder
     decoder_config(read_config(folder))  # an unknown architecture is refused before data are read
     rules = find_rules(config, adapter, folder)

@@ -23,13 +23,14 @@ from lora.inference.loading import (
     find_model_of,
     load_tokenizer_of,
     map_adapted,
+    model_inputs,
 )
 from lora.inference.run_settings import find_prompt_format
 from lora.pretrained.gguf_writer import GGUFType
 from lora.pretrained.hf_weights import MappedDecoder, map_decoder
 from lora.pretrained.model_files import MODEL_FILES
 from lora.pretrained.sources import ModelSource
-from lora.runs.outputs import OutputPath, input_paths
+from lora.runs.outputs import OutputPath
 
 
 def export(
@@ -70,7 +71,7 @@ def export(
             "Give it with a model in memory, or leave it out."
         )
     name, folder = _as_given(model, adapter)
-    inputs = input_paths(name, folder)
+    inputs = model_inputs(name, folder)
     OutputPath(path, inputs, overwrite).check()
     source = find_model_of(name, folder)
     return export_gguf(
@@ -110,7 +111,7 @@ def merge(
     folder = cast(Path, folder)
     output = OutputPath(
         Path(out),
-        input_paths(name, folder),
+        model_inputs(name, folder),
         overwrite,
         is_directory=True,
         replaceable=MODEL_FILES,

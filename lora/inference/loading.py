@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora.runs.outputs import input_paths
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -135,6 +137,20 @@ def find_base_name(adapter: Path) -> str | None:
             given = record.get("model_source") if isinstance(record, dict) else None
             return given if isinstance(given, str) else None
     return None
+
+
+def model_inputs(model: str | None, adapter: Path | str | None) -> tuple[Path, ...]:
+    """Return what is read of a model and an adapter: the adapter's base too, where none is named.
+
+    No output may replace them. A checkpoint's name (`runs/x@500`) stands for its run directory.
+    """
+    from lora.inference.checkpoints.find import find_adapter, split_name
+
+    if adapter is None:
+        return input_paths(model)
+    found = find_adapter(adapter)
+    base = find_base_name(found) if model is None else model
+    return input_paths(base, found, split_name(Path(adapter))[0])
 
 
 def describe_other_base(name: str | None, adapter: Path, source: ModelSource) -> str:

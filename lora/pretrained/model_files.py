@@ -27,6 +27,11 @@ MODEL_FILES = (
     *("config.json", "*.safetensors", "model.safetensors.index.json"),
 )
 """Patterns of all that a saved model's directory holds."""
+ADAPTER_FILES = (
+    *(*KEPT_FILES, PROMPT_FORMAT_FILE),
+    *("adapter_config.json", "adapter_model.safetensors"),
+)
+"""Patterns of all that a saved adapter's directory holds: never a model's config or weights."""
 _WORDS = ("bos_token", "eos_token", "pad_token")
 
 

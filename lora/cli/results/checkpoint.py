@@ -71,15 +71,17 @@ def checkpoint(
 
 def _write(run: Path, entry: CheckpointEntry, out: Path, overwrite: bool) -> None:
     from lora.inference.checkpoints.extract import extract_adapter, extract_model
-    from lora.pretrained.model_files import MODEL_FILES
-    from lora.runs.outputs import OutputPath
+    from lora.pretrained.model_files import ADAPTER_FILES, MODEL_FILES
+    from lora.runs.outputs import OutputPath, input_paths
     from lora.runs.read_record import read_run_record
 
     record = read_run_record(run)
-    files = (*MODEL_FILES, "adapter_config.json")
-    output = OutputPath(out, (run, entry.path), overwrite, is_directory=True, replaceable=files)
+    write, files = extract_adapter, ADAPTER_FILES
+    if record.method == "full":
+        write, files = extract_model, MODEL_FILES
+    inputs = (run, entry.path, *input_paths(record.model_source))
+    output = OutputPath(out, inputs, overwrite, is_directory=True, replaceable=files)
     with output.building() as part:
-        write = extract_model if record.method == "full" else extract_adapter
         write(run, entry, part)
 
 
