@@ -50,12 +50,12 @@ def checkpoint(
     from lora.inference.checkpoints.listing import find_entry, list_entries
 
     folder, word = split_name(run)
+    entries = list_entries(folder) if word is None else [find_entry(folder, word)]
     if out is not None and word is None:
         raise ConfigError(
             f"Cannot write a checkpoint of {folder}: none is named. Name a step, or best or last: "
             f"lora checkpoint {folder}@best --out {out}."
         )
-    entries = list_entries(folder) if word is None else [find_entry(folder, word)]
     if out is not None:
         _write(folder, entries[0], out, overwrite)
     found = [_as_json(entry) for entry in entries]
@@ -76,12 +76,12 @@ def _write(run: Path, entry: CheckpointEntry, out: Path, overwrite: bool) -> Non
     from lora.runs.read_record import read_run_record
 
     record = read_run_record(run)
-    write, files = extract_adapter, ADAPTER_FILES
-    if record.method == "full":
-        write, files = extract_model, MODEL_FILES
+    is_full = record.method == "full"
+    files = MODEL_FILES if is_full else ADAPTER_FILES
     inputs = (run, entry.path, *input_paths(record.model_source))
     output = OutputPath(out, inputs, overwrite, is_directory=True, replaceable=files)
     with output.building() as part:
+        write = extract_model if is_full else extract_adapter
         write(run, entry, part)
 
 
