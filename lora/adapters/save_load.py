@@ -85,7 +85,7 @@ def save_adapter(
 
     Both files are complete on disk before they replace a former adapter's, so a failed save leaves
     that as it was. `base_name` is the base that PEFT should load; None: the name under which
-    transformers loaded it, if it did.
+    transformers or `lora.load_model` loaded it, if they did.
 
     Raises AdapterError for values that are not finite, and CheckpointError if a file cannot be
     written.
@@ -115,7 +115,10 @@ def _save_active(model: nn.Module, folder: Path, base_name: str | None) -> None:
 
 
 def _loaded_name(model: nn.Module) -> str | None:
-    """Return the name or path from which transformers loaded `model`, if it did."""
+    """Return the name or path from which transformers or `lora.load_model` loaded `model`."""
+    reference = vars(model).get("model_reference")
+    if isinstance(reference, str):
+        return reference
     transformers = sys.modules.get("transformers.modeling_utils")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return None

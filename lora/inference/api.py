@@ -59,8 +59,9 @@ def load_model(
     """
     folder = None if adapter is None else Path(adapter)
     loaded = loading.load_model(None if name is None else str(name), folder, device)
-    # Beside the adapter's own directory: where what a whole model learned on is recorded.
+    # Where what a whole model learned on is recorded, and what adapters of it name as their base.
     loaded.model.model_folder = loaded.source.folder  # type: ignore[assignment]
+    loaded.model.model_reference = loaded.source.reference  # type: ignore[assignment]
     return loaded.model, loaded.tokenizer
 
 

@@ -69,6 +69,21 @@ def test_the_adapter_answers_is_evaluated_exported_and_merged(
     assert lora.generate(plain, same, "3 lamps", max_new_tokens=4) == answer
 
 
+def test_a_model_in_memory_trains_to_the_same_bytes_as_by_name(
+    done: FinetuneResult, tiny_folder: Path, orders_file: Path, tmp_path: Path
+) -> None:
+    model, tokenizer = lora.load_model(tiny_folder, device="cpu")
+    lora.apply_lora(model, lora.LoRAConfig(rank=4, init_seed=lora.TrainConfig().seed))
+    settings: dict[str, Any] = {"steps": 4, "batch_size": 2, "max_length": 128, "out": tmp_path}
+    trained = lora.train(model, tokenizer, orders_file, name="x", **settings)
+    name = "adapter_model.safetensors"
+    assert (trained.saved / name).read_bytes() == (done.saved / name).read_bytes()
+    assert trained.result.eval_loss == done.result.eval_loss
+    answer = lora.generate(model, tokenizer, "3 lamps", max_new_tokens=4)
+    loaded = lora.load_model(tiny_folder, adapter=trained.saved, device="cpu")
+    assert lora.generate(*loaded, "3 lamps", max_new_tokens=4) == answer
+
+
 def test_export_refuses_what_it_would_ignore(done: FinetuneResult, tiny_folder: Path) -> None:
     model, tokenizer = lora.load_model(tiny_folder)
     with pytest.raises(ConfigError, match="a model in memory with adapter="):

@@ -91,20 +91,20 @@ def test_the_first_hour_from_another_directory(
 ) -> None:
     where = run(environment, tmp_path, "-c", "import lora; print(lora.__file__)", program="python")
     assert Path(where.stdout.strip()).is_relative_to(environment)
-    for part, name in (("train", "orders.jsonl"), ("test", "test.jsonl")):
-        rows = run(environment, tmp_path, "example", "orders", "--part", part, "--rows", "24")
+    for part, name in (("train", "tickets.csv"), ("test", "test.csv")):
+        rows = run(environment, tmp_path, "example", "tickets", "--part", part, "--rows", "24")
         (tmp_path / name).write_text(rows.stdout, encoding="utf-8")
     model = ("--model", str(tiny_folder))
-    run(environment, tmp_path, "data", "orders.jsonl", *model)
-    settings = ("--steps", "4", "--batch-size", "2", "--max-length", "256", "--name", "orders")
-    run(environment, tmp_path, "finetune", "--data", "orders.jsonl", *model, *settings)
-    assert (tmp_path / "runs" / "orders" / "report.html").is_file()
-    adapter = ("--adapter", "runs/orders/adapter")
-    scores = run(environment, tmp_path, "eval", "test.jsonl", *model, *adapter, "--json")
+    run(environment, tmp_path, "data", "tickets.csv", *model)
+    settings = ("--steps", "4", "--batch-size", "2", "--max-length", "256", "--name", "tickets")
+    run(environment, tmp_path, "finetune", "tickets.csv", *model, *settings)
+    assert (tmp_path / "runs" / "tickets" / "report.html").is_file()
+    adapter = ("--adapter", "runs/tickets/adapter")
+    scores = run(environment, tmp_path, "eval", "test.csv", *adapter, "--answers", "2", "--json")
     assert json.loads(scores.stdout).keys() == {"base", "adapter"}
-    run(environment, tmp_path, "generate", "3 lamps", *model, *adapter, "--max-new-tokens", "4")
-    run(environment, tmp_path, "merge", "runs/orders/adapter", "merged", *model)
-    run(environment, tmp_path, "export", "orders.gguf", *model, *adapter)
+    run(environment, tmp_path, "generate", "Where is my kettle?", *adapter, "--max-new-tokens", "4")
+    run(environment, tmp_path, "merge", "runs/tickets/adapter", "merged")
+    run(environment, tmp_path, "export", "tickets.gguf", *adapter)
     assert (tmp_path / "merged" / "config.json").is_file()
 
 
