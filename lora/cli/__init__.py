@@ -78,6 +78,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "lora.cli.merge:merge",
         "Merge an adapter into its base model and verify the result.",
     ),
+    "init": (
+        "lora.cli.settings.init:init",
+        "Write a settings file for lora finetune, with every default.",
+    ),
     "convert-config": (
         "lora.cli.settings.convert_config:convert_config",
         "Convert a settings file of axolotl, LLaMA-Factory or torchtune.",

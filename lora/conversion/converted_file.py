@@ -18,7 +18,7 @@ def yaml_text(found: Conversion, source: str) -> str:
     head = f"# Settings of lora finetune, converted from {found.tool.name}'s {source}.\n"
     lines = []
     for name, value in found.settings.items():
-        line = f"{name}: {_written(value)}"
+        line = f"{name}: {yaml_value(value)}"
         lines.append(f"{line:<40}  # {', '.join(found.origins[name])}")
     if found.missing:
         lines += ["", "# No equal here:"]
@@ -31,7 +31,7 @@ def report_lines(found: Conversion) -> Iterator[str]:
     width = max(map(len, found.settings), default=0)
     yield f"{found.tool.name}: {len(found.settings)} settings converted"
     for name, value in found.settings.items():
-        yield f"  {name:<{width}}  {_written(value)}  from {', '.join(found.origins[name])}"
+        yield f"  {name:<{width}}  {yaml_value(value)}  from {', '.join(found.origins[name])}"
     if found.empty:
         yield f"empty there: {', '.join(found.empty)}"
     nothing = [f"{key}: {why}" for key, why in found.nothing.items()]
@@ -53,12 +53,12 @@ def _section(title: str, lines: list[str]) -> Iterator[str]:
         yield from (f"  {line}" for line in lines)
 
 
-def _written(value: Any) -> str:
+def yaml_value(value: Any) -> str:
     """Return a value as YAML on one line."""
     if isinstance(value, list):
-        return f"[{', '.join(map(_written, value))}]"
+        return f"[{', '.join(map(yaml_value, value))}]"
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{key}: {_written(inner)}' for key, inner in value.items())}}}"
+        return f"{{{', '.join(f'{key}: {yaml_value(inner)}' for key, inner in value.items())}}}"
     text = str(value)
     is_plain = _PLAIN.fullmatch(text) and text.lower() not in ("null", "~")
     return text if is_plain else json.dumps(text, ensure_ascii=False)
