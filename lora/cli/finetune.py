@@ -81,8 +81,8 @@ def finetune(
         lora finetune --data chats.jsonl --max-length 8192 --memory full
 
     Data formats: chats (messages, ShareGPT), prompt and completion,
-    instruction and output, or plain text. The adapter is saved in PEFT's format:
-    the weights with the lowest validation loss, or with --save last the last ones.
+    instruction and output, text and label, or plain text; for columns of other
+    names --columns or --template. The adapter is saved in PEFT's format: the weights with the lowest validation loss, or with --save last the last ones.
     The exit code is 1 if the loss of what was saved diverged.
     """
     run_config = config_from(RunConfig, run or RunFlags())

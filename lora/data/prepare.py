@@ -98,7 +98,6 @@ def prepare_data(
         on_message("validation data are not used: eval_fraction is 0")
     if has_validation and config.eval_fraction:
         validation = read_examples(source, on_message, rules=rules, part="validation")
-        on_message(f"validation data: those of {source}; nothing is split off")
         _report_overlap(train, validation, on_message)
     elif validation_source is None:
         sizes = config.eval_fraction, config.max_eval_examples

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from lora.data.inspection import inspect_prepared
@@ -55,9 +54,7 @@ def _trained(job: FinetuneJob) -> PromptFormat | None:
     """Return how the run or the adapter that is continued was prompted."""
     if job.resume:
         return prompts_to_resume(job.directory)
-    found = None if job.from_adapter is None else find_prompt_format(job.from_adapter)
-    # The labels are those of the new data.
-    return None if found is None else replace(found, label_template=None, labels=None)
+    return None if job.from_adapter is None else find_prompt_format(job.from_adapter)
 
 
 def _tokenizer_folder(job: FinetuneJob, model_folder: Path) -> Path:

@@ -176,7 +176,7 @@ def test_notes_of_reading_are_kept(tokenizer: TextTokenizer, tmp_path: Path) -> 
         (tmp_path / name).write_text("the dog", encoding="utf-8")
     report = inspect_data(tmp_path, tokenizer, DataConfig())
     assert report.formats == {"text (whole files)": 1}
-    assert "note: test data, never trained on: test.txt" in printed(report)
+    assert "note: never trained on, as test data: test.txt" in printed(report)
 
 
 def lossy(tokenizer: TextTokenizer) -> TextTokenizer:

@@ -7,7 +7,7 @@ and .txt .md as one text per file. A folder is read in the order of its files' n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,26 +92,30 @@ def read_with_labels(
     if not named:
         return examples, rules
     found = Counter(_label_of(examples[n]) for n in named)
-    if rules.label_template is None:
-        labels = sort_labels(found)
+    known = rules.labels or ()
+    unknown = {label: n for label, n in found.items() if label not in known}
+    if rules.label_template is None or (part == "train" and unknown):
+        labels = sort_labels((*known, *found))
         rules = replace(rules, labels=labels, label_template=label_template(labels))
-        counts = ", ".join(f"{label} ({found[label]:,})" for label in labels[:_MAX_NAMES])
-        more = len(labels) - _MAX_NAMES
-        counts += f" and {more:,} more" if more > 0 else ""
-        on_message(f"classification of {len(named):,} texts, {len(labels):,} labels: {counts}")
-    elif rules.labels is not None:
-        unknown = {label: n for label, n in found.items() if label not in rules.labels}
-        if unknown:
-            names = ", ".join(list(unknown)[:_MAX_NAMES])
-            on_message(
-                f"note: {sum(unknown.values()):,} of {len(named):,} texts have a label that the "
-                f"training data did not have: {names}"
-            )
+    elif unknown and known:
+        on_message(
+            f"note: {sum(unknown.values()):,} of {len(named):,} texts have a label that the "
+            f"training data did not have: {', '.join(list(unknown)[:_MAX_NAMES])}"
+        )
+    if part == "train":
+        on_message(_count_labels(rules.labels or (), found))
     template = rules.label_template
     if template is not None:  # always so by now
         for n in named:
             examples[n] = ask_for_labels(examples[n], template)
     return examples, rules
+
+
+def _count_labels(labels: Sequence[str], found: Mapping[str, int]) -> str:
+    counts = ", ".join(f"{label} ({found.get(label, 0):,})" for label in labels[:_MAX_NAMES])
+    more = f" and {len(labels) - _MAX_NAMES:,} more" if len(labels) > _MAX_NAMES else ""
+    n_texts = sum(found.values())
+    return f"classification of {n_texts:,} texts, {len(labels):,} labels: {counts}{more}"
 
 
 def _label_of(example: Example) -> str:

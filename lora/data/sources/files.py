@@ -77,10 +77,10 @@ class FolderParts:
         validation, test = self.files["validation"], self.files["test"]
         notes = []
         if validation:
-            notes.append(f"validation data, not trained on: {list_names(validation)}")
+            notes.append(f"not trained on, as validation data: {list_names(validation)}")
         if test:
             names = list_names(test)
-            notes.append(f"test data, never trained on: {names}; lora eval takes them")
+            notes.append(f"never trained on, as test data: {names} (lora eval takes them)")
         return notes
 
 
@@ -94,7 +94,8 @@ def find_files(
     if path.is_dir():
         parts = list_parts(path)
         found = parts.find(part, on_message)
-        for note in (*parts.notes, *(parts.describe() if part == "train" else ())):
+        notes = parts.describe() if part == "train" else _name_part(found, parts.files[part], part)
+        for note in (*parts.notes, *notes):
             on_message(note)
         return found
     if path.exists() and not path.is_file():
@@ -115,6 +116,11 @@ def find_files(
             "if it has one of these formats."
         )
     return [path]
+
+
+def _name_part(found: Sequence[Path], own: Sequence[Path], part: Part) -> list[str]:
+    """Return a note on the files of a part, where the directory has some of its own."""
+    return [f"{part} data: {list_names(found)}"] if own else []
 
 
 def list_parts(folder: Path) -> FolderParts:

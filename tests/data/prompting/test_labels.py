@@ -84,10 +84,16 @@ def test_other_data_of_the_task_are_asked_with_the_labels_of_training(tickets: P
     _, rules = read_with_labels(tickets, lambda message: None, TURNS)
     said: list[str] = []
     rows = [{"text": "Hello", "label": "other"}, {"text": "Late", "label": "shipping"}]
-    examples = read_examples(rows, said.append, rules=rules)
+    examples = read_examples(rows, said.append, rules=rules, part="test")
     assert (examples[0].messages or ())[0]["content"] == ASKED.format("Hello")
     (note,) = said
     assert "1 of 2 texts have a label that the training data did not have: other" in note
+    # Training that is continued learns the new label beside the former ones.
+    _, continued = read_with_labels(rows, said.append, rules)
+    assert continued.labels == ("billing", "other", "shipping")
+    _, continued = read_with_labels(rows[1:], said.append, rules)
+    assert continued == rules
+    assert said[-1] == "classification of 1 texts, 2 labels: billing (0), shipping (1)"
 
 
 def test_the_prompt_depends_on_the_labels_alone() -> None:

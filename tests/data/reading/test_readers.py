@@ -123,8 +123,8 @@ def test_tables_go_before_texts_and_other_parts_are_named(tmp_path: Path) -> Non
     assert found == ["more.jsonl", "train-0.jsonl", "train-1.jsonl"]
     assert said == [
         "skipped as texts beside tables: README.md",
-        "validation data, not trained on: validation.jsonl",
-        "test data, never trained on: test.jsonl; lora eval takes them",
+        "not trained on, as validation data: validation.jsonl",
+        "never trained on, as test data: test.jsonl (lora eval takes them)",
     ]
 
 

@@ -70,9 +70,9 @@ def test_validation_files_are_for_validation(tmp_path: Path, tokenizer: TextToke
         "the dog of train.jsonl",
     ]
     assert [e.text for e in data.validation_examples] == ["the dog of validation.jsonl"]
-    assert "validation data, not trained on: validation.jsonl" in said
-    assert "nothing is split off" in said
-    assert "test data, never trained on: test.jsonl; lora eval takes them" in said
+    assert "not trained on, as validation data: validation.jsonl" in said
+    assert "\nvalidation data: validation.jsonl" in said
+    assert "never trained on, as test data: test.jsonl (lora eval takes them)" in said
     data, said = prepared(tmp_path, tokenizer, eval_fraction=0)
     assert (len(data.train_examples), data.validation_examples) == (2, [])
     assert "validation data are not used: eval_fraction is 0" in said
