@@ -82,7 +82,8 @@ def finetune(
 
     Data formats: chats (messages, ShareGPT), prompt and completion,
     instruction and output, text and label, or plain text; for columns of other
-    names --columns or --template. The adapter is saved in PEFT's format: the weights with the lowest validation loss, or with --save last the last ones.
+    names --columns or --template. The adapter is saved in PEFT's format:
+    the weights with the lowest validation loss, or with --save last the last ones.
     The exit code is 1 if the loss of what was saved diverged.
     """
     run_config = config_from(RunConfig, run or RunFlags())
