@@ -117,6 +117,8 @@ def _commands_of(line: str) -> Iterator[list[str]]:
             words = shlex.split(part, comments=True)
         except ValueError:
             continue  # prose or a drawing, not a command
+        if ">" in words:  # what follows is a file of the shell's, not of the command's
+            words = words[: words.index(">")]
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             words = words[1:]
         if ">" in words:  # into a file
