@@ -192,6 +192,18 @@ def test_answers_and_steps_come_before_memory_and_settings_are_folded(
     assert any(label.startswith("Gradient norm against") for label in drawn)
 
 
+def test_the_page_says_where_the_adapter_is_and_what_to_run_next(
+    make_run: Make, make_sweep: Make, tmp_path: Path
+) -> None:
+    files = write_report([folder := make_run(), make_sweep()], tmp_path / "out")
+    text = Page(files.html.read_text(encoding="utf-8")).text
+    adapter = folder / "adapter"
+    assert f"saved in {adapter}" in text
+    for command in (f"generate 'Your prompt' --adapter {adapter}", f"merge {adapter} ", "export "):
+        assert f"lora {command}" in text
+    assert text.count("lora merge") == 1
+
+
 def test_what_comes_from_files_is_shown_as_text(make_run: Make, tmp_path: Path) -> None:
     folder = make_run(f"a & b <i>{'$x_1$'}")
     rows = [

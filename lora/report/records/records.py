@@ -117,6 +117,10 @@ class RunSummary:
     notes: tuple[str, ...] = ()
     command: str | None = None
     """The command line that repeats it; None if there is none."""
+    saved: str | None = None
+    """Directory of the adapter or model, as the report was given the run's directory."""
+    next_commands: tuple[str, ...] = ()
+    """Commands that use what was saved."""
 
     @property
     def result_loss(self) -> float | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora.report.records.command import finetune_command
+from lora.report.records.next_commands import next_commands
 from lora.report.records.reading import count_elements, flatten, relative
 from lora.report.records.records import Memory, Point, RunSummary, StepState
 from lora.runs.comparison_record import Sample
@@ -117,7 +118,19 @@ def read_run(folder: Path, base: Path, faults: Faults, *, group: str = "") -> Ru
         + (() if not_finite is None else (not_finite,))
         + (result.warnings if result else ()),
         command=None if group else finetune_command(record, folder.name),
+        **({} if group or result is None else _next(folder, record)),
     )
+
+
+def _next(folder: Path, record: RunRecord) -> dict[str, Any]:
+    """Return where a finished run of lora finetune saved, and the commands that use it."""
+    saved = next((path for name in ("adapter", "model") if (path := folder / name).is_dir()), None)
+    if saved is None or record.kind != "finetune":
+        return {}
+    return {
+        "saved": str(saved),
+        "next_commands": tuple(next_commands(saved, record.model_source)),
+    }
 
 
 def _configuration(record: RunRecord, path: str, faults: Faults) -> dict[str, Any]:
