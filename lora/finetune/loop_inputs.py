@@ -10,6 +10,7 @@ from lora.data.sequences.batches import BatchStream, ordered_batches
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
 from lora.finetune.job import FinetuneJob
+from lora.finetune.outline import tokens_per_step
 from lora.inference.samples import SampleRecorder, choose_prompts
 from lora.runs.directory import Run
 from lora.runs.progress import Progress
@@ -51,6 +52,7 @@ def training_job(
         name_examples=example_namer(stream, data, train),
         resume=job.resume,
         memory_plan=memory_plan,
+        tokens_per_step=tokens_per_step(data.train, train.batch_size),
         start_name=_start_name(job),
     )
 

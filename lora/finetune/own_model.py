@@ -35,6 +35,7 @@ from lora.fast.choose import choose_steps
 from lora.finetune.event_files import check_tensorboard, event_file
 from lora.finetune.loop_inputs import example_namer
 from lora.finetune.model import save_in_run, save_start_in_run
+from lora.finetune.outline import tokens_per_step
 from lora.inference.run_settings import prompts_to_resume
 from lora.pretrained.positions import describe_excess
 from lora.runs.directory import (
@@ -154,6 +155,7 @@ def train(
             name_examples=example_namer(stream, prepared, train_config),
             resume=resume,
             callbacks=called,
+            tokens_per_step=tokens_per_step(prepared.train, train_config.batch_size),
             start_name="the model before training",
         )
         return _run(job, model, prepared, run, progress)

@@ -34,6 +34,7 @@ from lora.finetune.load_data import load_data
 from lora.finetune.loop_inputs import training_job
 from lora.finetune.memory import ChosenMemory, RunMemory, describe_plan, plan_run
 from lora.finetune.model import load_model, save_model, save_start
+from lora.finetune.outline import outline
 from lora.inference.checkpoints.find import find_adapter
 from lora.inference.loading import find_model_of
 from lora.pretrained.hf_files import read_config
@@ -161,7 +162,7 @@ def _find_inputs(
         fp8=job.base_dtype == "fp8",
     )
     memory.on_message, memory.ran_out = progress.message, _recorded_failures(job)
-    progress.message(describe_plan(memory.plan))
+    progress.message(outline(_with_steps(job, data), job.train, data, memory.plan))
     if memory.plan.reason:
         progress.message(memory.plan.reason)
     return _Inputs(choice, source, data, report, memory)

@@ -10,6 +10,8 @@ from typing import IO, Protocol, TextIO, cast
 from lora.terminal import build_console
 
 LINE_INTERVAL_S = 10.0
+MEASURED_STEPS = 2
+"""After the first: what the time left is estimated from at the start."""
 """Between two lines where standard error is no terminal."""
 
 
@@ -27,6 +29,34 @@ class Progress(Protocol):
 
     def stop(self) -> None:
         """Called when the run ends, also after an error."""
+
+
+class TokenRate(float):
+    """Learned tokens per second, with the rate of all tokens beside it."""
+
+    processed: float | None
+
+    def __new__(cls, learned: float, processed: float | None = None) -> TokenRate:
+        """`processed`: tokens per second, learned or not, padding left out; None: not known."""
+        rate = super().__new__(cls, learned)
+        rate.processed = processed
+        return rate
+
+
+def describe_rate(tokens_per_s: float) -> str:
+    """Return a rate in words; of a TokenRate both."""
+    processed = tokens_per_s.processed if isinstance(tokens_per_s, TokenRate) else None
+    if processed is None:
+        return f"{tokens_per_s:,.0f} tokens/s"
+    return f"{processed:,.0f} tokens/s ({tokens_per_s:,.0f} learned)"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration in words: 45 s, 12 min, 3 h 20 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 class NoProgress:
@@ -67,20 +97,43 @@ class RichProgress:
         self._task = self._bar.add_task(title, total=None, figures="")
         self._total_steps = 0
         self._last_line_s = 0.0
+        self._first: tuple[int, float] | None = None
+        """The first step of this process, and when it was done: what it compiles is left out."""
 
     def start(self, total_steps: int, done_steps: int) -> None:
         self._total_steps, self._last_line_s = total_steps, time.monotonic()
+        self._first = None
         self._bar.update(self._task, total=total_steps, completed=done_steps)
         if self.console.is_terminal:
             self._bar.start()
 
     def step(self, step: int, loss: float, tokens_per_s: float, memory_bytes: int) -> None:
-        figures = f"loss {loss:.3f} · {tokens_per_s:,.0f} tokens/s · {memory_bytes / 1e9:.2f} GB"
+        rate = describe_rate(tokens_per_s)
+        figures = f"loss {loss:.3f} · {rate} · {memory_bytes / 1e9:.2f} GB"
+        left_s = self._time_left(step)
         if self.console.is_terminal:
             self._bar.update(self._task, completed=step, figures=figures)
         elif time.monotonic() - self._last_line_s > LINE_INTERVAL_S:
             self._last_line_s = time.monotonic()
-            self.console.print(f"{self._title} {step}/{self._total_steps} · {figures}")
+            left = "" if left_s is None else f" · {duration_text(left_s)} left"
+            self.console.print(f"{self._title} {step}/{self._total_steps} · {figures}{left}")
+
+    def _time_left(self, step: int) -> float | None:
+        """Return the seconds that the other steps will take; say so once, after a few steps."""
+        now_s = time.monotonic()
+        if self._first is None:
+            self._first = step, now_s
+        first, began_s = self._first
+        if step <= first:
+            return None
+        step_s = (now_s - began_s) / (step - first)
+        left_s = (self._total_steps - step) * step_s
+        if step - first == MEASURED_STEPS and left_s > LINE_INTERVAL_S:
+            self.message(
+                f"estimated time: {duration_text(left_s)} for {self._total_steps - step:,} more "
+                f"steps, {step_s:.2g} s each, evaluations left out"
+            )
+        return left_s
 
     def message(self, message: str) -> None:
         self.console.print(message, markup=False)

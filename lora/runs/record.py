@@ -266,6 +266,8 @@ class RunResult:
     diverged: bool = False
     """Whether the loss of the saved weights is far above that of the start."""
     warnings: tuple[str, ...] = ()
+    n_processed_tokens: int | None = None
+    """Learned or not, padding left out."""
     memory: MemoryResult | None = None
     stored_bytes: dict[str, int] | None = None
     """Of the tensors in the directories adapter, model and base."""

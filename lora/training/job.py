@@ -65,6 +65,8 @@ class TrainResult:
     """Whether the loss of these weights is far above that of the start, or not finite."""
     warnings: tuple[str, ...]
     """What makes the result doubtful, in words."""
+    n_processed_tokens: int | None = None
+    """Of all steps, learned or not, padding left out; None: not known."""
 
 
 @dataclass
@@ -94,6 +96,8 @@ class TrainingJob:
     """What a step was planned to hold, quoted if memory runs out."""
     callbacks: Sequence[Callback] = ()
     """Called after steps, evaluations and saves."""
+    tokens_per_step: float | None = None
+    """Tokens of a step, learned or not, padding left out: the mean. None: not known."""
     start_name: str = "the model before training"
     """What is evaluated before the first step, in words."""
 

@@ -7,6 +7,7 @@ import statistics
 
 from lora.device import peak_memory_bytes
 from lora.errors import CheckpointError
+from lora.runs.progress import TokenRate, describe_rate
 from lora.training.checkpoint import checkpoint_path, load_trained_tensors
 from lora.training.job import LoopState, TrainingJob, TrainResult
 
@@ -38,7 +39,21 @@ def finish_run(job: TrainingJob, state: LoopState) -> TrainResult:
         saved_eval_loss=saved_loss,
         diverged=diverged,
         warnings=warnings,
+        n_processed_tokens=n_processed_tokens(job, state),
     )
+
+
+def n_processed_tokens(job: TrainingJob, state: LoopState) -> int | None:
+    """Return the tokens of the steps so far, learned or not; None where that is not known."""
+    taken = state.step - state.skipped_steps
+    return None if job.tokens_per_step is None else round(taken * job.tokens_per_step)
+
+
+def token_rate(job: TrainingJob, state: LoopState) -> TokenRate:
+    """Return the tokens per second of the steps so far: learned ones, and all of them."""
+    n_tokens = n_processed_tokens(job, state)
+    train_s = max(state.train_s, 1e-9)
+    return TokenRate(state.n_tokens / train_s, None if n_tokens is None else n_tokens / train_s)
 
 
 def _leave_best(job: TrainingJob, state: LoopState) -> tuple[int, float]:
@@ -128,9 +143,11 @@ def describe_result(result: TrainResult) -> list[str]:
             f"validation loss: {_loss_text(result.start_eval_loss)} at the start, {best}, "
             f"{_loss_text(result.eval_loss)} at the end (step {result.steps}{early})"
         )
+    train_s, n_tokens = max(result.train_s, 1e-9), result.n_processed_tokens
+    rate = TokenRate(result.n_tokens / train_s, None if n_tokens is None else n_tokens / train_s)
     return [
         losses,
-        f"{result.steps} steps, {result.train_s:.0f} s of training, "
+        f"{result.steps} steps, {result.train_s:.0f} s of training, {describe_rate(rate)}, "
         f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB",
     ]
 

@@ -33,7 +33,7 @@ from lora.training.job import (
 )
 from lora.training.optim import learning_rate_at
 from lora.training.out_of_memory import advise, count_parts, describe_parts, explain_out_of_memory
-from lora.training.outcome import finish_run
+from lora.training.outcome import finish_run, token_rate
 from lora.training.step_runner import StepOutcome
 
 SPIKE_WINDOW_STEPS, MIN_SPIKE_STEPS = 32, 8
@@ -252,7 +252,7 @@ def _record(job: TrainingJob, state: LoopState, outcome: StepOutcome) -> int:
     )
     memory = peak_memory_bytes(job.choice.device)
     job.run.append_timing(TimingRow(step=step, step_s=step_s, peak_memory_bytes=memory))
-    job.progress.step(step, loss, state.n_tokens / state.train_s, memory)
+    job.progress.step(step, loss, token_rate(job, state), memory)
     return state.n_tokens
 
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import subprocess
 import sys
 
 import pytest
 
-from lora.runs.progress import LogStream, RichProgress
+from lora.runs.progress import (
+    LogStream,
+    RichProgress,
+    TokenRate,
+    describe_rate,
+    duration_text,
+)
 from lora.sweep.progress import RichSweepProgress
 
 CODE = """
@@ -67,3 +74,37 @@ def test_the_bar_of_a_terminal_that_is_gone_stops_nothing(monkeypatch: pytest.Mo
     progress.stop()
     with pytest.raises(OSError, match="Input/output error"):
         stream.close()
+
+
+def test_a_rate_has_both_kinds_of_tokens_in_a_subprocess_too() -> None:
+    rate = pickle.loads(pickle.dumps(TokenRate(430.0, 1200.0)))
+    assert rate == 430.0
+    assert describe_rate(rate) == "1,200 tokens/s (430 learned)"
+    assert describe_rate(430.0) == describe_rate(TokenRate(430.0)) == "430 tokens/s"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0.2, "0 s"), (99, "99 s"), (100, "2 min"), (5000, "83 min"), (7300, "2 h 2 min")],
+)
+def test_a_duration_has_units_of_its_size(seconds: float, expected: str) -> None:
+    assert duration_text(seconds) == expected
+
+
+def test_without_a_terminal_lines_say_how_much_time_is_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("lora.runs.progress.time.monotonic", lambda: clock[0])
+    progress = RichProgress("finetune")
+    progress.start(100, 40)
+    clock[0] = 60.0  # the first step compiles
+    for step in range(41, 47):
+        progress.step(step, 1.5, TokenRate(10.0, 30.0), 10**9)
+        clock[0] += 6.0
+    progress.stop()
+    err = " ".join(capsys.readouterr().err.split())
+    assert "estimated time: 6 min for 57 more steps, 6 s each" in err
+    assert "finetune 41/100 · loss 1.500 · 30 tokens/s (10 learned) · 1.00 GB finetune" not in err
+    assert "finetune 43/100 · loss 1.500 · 30 tokens/s (10 learned) · 1.00 GB · 6 min left" in err
+    assert err.count("estimated time") == 1
