@@ -84,6 +84,8 @@ def finetune(
     instruction and output, text and label, or plain text; for columns of other
     names --columns or --template. The adapter is saved in PEFT's format:
     the weights with the lowest validation loss, or with --save last the last ones.
+    Flags have the names of PEFT, TRL, LLaMA-Factory and axolotl too, where they
+    mean the same; lora init writes a settings file with all of them.
     The exit code is 1 if the loss of what was saved diverged.
     """
     run_config = config_from(RunConfig, run or RunFlags())
