@@ -13,6 +13,10 @@ from hypothesis import strategies as st
 from lora.config import DataConfig
 from lora.data.chat.template import ChatTemplate
 from lora.data.prepare import prepare_data
+from lora.data.prompting.ask import Asker
+from lora.data.prompting.prompt_format import PROMPT_FORMAT_FILE, read_prompt_format
+from lora.data.prompting.row_template import parse_template
+from lora.data.prompting.rules import rules_for
 from lora.data.reading.formats import Example
 from lora.data.reading.orders import make_orders
 from lora.data.reading.readers import read_examples
@@ -21,6 +25,7 @@ from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
 KEYS = (
     *("messages", "prompt", "completion", "instruction", "input", "output", "text", "chosen"),
     *("conversations", "from", "value", "role", "content", "tools", "system", "rejected", "data"),
+    *("label", "question", "answer", "choices", "history", "segments"),
 )
 ROLES = ("system", "user", "assistant", "tool", "human", "gpt", "", "x")
 ROWS = [
@@ -29,6 +34,9 @@ ROWS = [
     {"instruction": "a", "input": "b", "output": "c"},
     {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
     {"text": "a text"},
+    {"text": "a text", "label": "b"},
+    {"question": "a", "choices": ["b", "c"], "answer": "B"},
+    {"segments": [{"text": "a", "label": False}, {"text": "b", "label": True}]},
 ]
 
 
@@ -137,3 +145,65 @@ def test_any_chat_template(fuzz: Any) -> None:
         ChatTemplate("".join(pieces)).render(messages)
 
     fuzz(st.lists(st.sampled_from(PIECES) | st.text(max_size=6), max_size=12), check)
+
+
+TEMPLATE_PARTS = (
+    "{text}",
+    "{label}",
+    "{",
+    "}",
+    "{{",
+    "}}",
+    "[[",
+    "]]",
+    " ",
+    "a",
+    r"\n",
+    "{ }",
+    "é",
+)
+
+
+def test_any_template_makes_texts_or_is_refused(fuzz: Any) -> None:
+    def check(parts: list[str]) -> None:
+        config = DataConfig(template="".join(parts))
+        rules = rules_for(config, has_template=True)
+        (example,) = read_examples([{"text": "a {x} [[b]]", "label": 1}], rules=rules)
+        assert len(example.answers) == 1
+        again = parse_template(str(rules.template and rules.template.source), has_escapes=False)
+        assert again == rules.template
+
+    fuzz(st.lists(st.sampled_from(TEMPLATE_PARTS), max_size=9), check)
+
+
+def test_any_description_beside_the_data(fuzz: Any, make: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([{"a": [{"r": "u", "c": "hi"}, {"r": "b", "c": "ho"}], "b": "c"}]))
+    names = st.sampled_from(["prompt", "response", "messages", "role_tag", "user_tag", "a", "b"])
+    words = st.dictionaries(names, names | make["json"](), max_size=4) | make["json"]()
+    entry = st.fixed_dictionaries(
+        {"file_name": st.just("x.json")},
+        optional={"columns": words, "tags": words, "formatting": st.just("sharegpt") | words},
+    )
+
+    def check(described: Any) -> None:
+        text = json.dumps({"mine": described})
+        (tmp_path / "dataset_info.json").write_text(text, encoding="utf-8")
+        read_examples(path)
+
+    fuzz(entry | make["json"](), check)
+
+
+def test_any_record_of_the_prompts(fuzz: Any, make: dict[str, Any], tmp_path: Path) -> None:
+    names = ("format_version", "style", "completions", "system", "template", "labels")
+    values = st.sampled_from([1, "raw", "chat", "{a}", "{a} {b}", ["a"]]) | make["json"]()
+
+    def check(record: Any) -> None:
+        text = json.dumps(record)
+        (tmp_path / PROMPT_FORMAT_FILE).write_text(text, encoding="utf-8")
+        trained = read_prompt_format(tmp_path)
+        rules_for(DataConfig(), has_template=True, trained=trained)
+        assert trained is not None
+        assert Asker(trained).describe() is not None
+
+    fuzz(st.dictionaries(st.sampled_from(names), values, max_size=5) | make["json"](), check)

@@ -315,8 +315,7 @@ def _turns(asked: str, answered: str) -> tuple[Message, Message]:
 
 def _parse_pair_row(pair: Pair, row: Row, source: str, rules: ReadingRules) -> Example:
     """Return a question with its context and one answer, after the turns in `history`."""
-    present = [key for key in pair.answers if key in row]
-    answer = next((key for key in present if row[key] is not None), present[0])
+    answer = _first_filled(row, pair.answers)
     parts = [text_of(row, pair.question)]
     parts += [context_of(row, key) for key in pair.context if not is_blank(row.get(key))]
     history = history_of(row)
@@ -327,14 +326,19 @@ def _parse_pair_row(pair: Pair, row: Row, source: str, rules: ReadingRules) -> E
 
 def _parse_labelled_row(row: Row, source: str, rules: ReadingRules) -> Example:
     """Return a text and its label, which `ask_for_labels` makes a question and its answer."""
-    text = next(key for key in TEXT if row.get(key) is not None)
-    label = next(key for key in LABEL if row.get(key) is not None)
+    text, label = _first_filled(row, TEXT), _first_filled(row, LABEL)
     name = text_of_value(row, label).strip()
     if not name:
         raise DataError(f"{label} is empty: {_NEEDS_LABEL}")
     texts = text_of(row, text), name
     used = (text, *(key for key in LABEL if key in row)) if label == LABEL[0] else (text, label)
     return _exchange(row, source, rules, LABELLED, texts, used)
+
+
+def _first_filled(row: Row, keys: tuple[str, ...]) -> str:
+    """Return the first of `keys` that has a value, or else the first that is there."""
+    present = [key for key in keys if key in row]
+    return next((key for key in present if row[key] is not None), present[0])
 
 
 def ask_for_labels(example: Example, template: RowTemplate) -> Example:

@@ -22,6 +22,7 @@ from lora.adapters.peft_files import (
 )
 from lora.adapters.peft_tensors import PREFIX
 from lora.adapters.peft_tokens import ENDING
+from lora.data.prompting.prompt_format import save_prompt_format
 from lora.errors import AdapterError, CheckpointError, gather
 from lora.inference.checkpoints.listing import CHECKPOINTS, START, CheckpointEntry
 from lora.runs.disk import disk_error
@@ -77,6 +78,8 @@ def extract_model(run: Path, entry: CheckpointEntry, folder: Path) -> None:
     load_trained_tensors(model, entry.path)
     save_decoder(model, folder)
     save_tokenizer_files(tokenizer, source.folder, folder)
+    if record.data.prompt_format is not None:
+        save_prompt_format(record.data.prompt_format, folder)
 
 
 def _find_template(run: Path) -> Path:

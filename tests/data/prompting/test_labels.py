@@ -73,6 +73,8 @@ def test_labels_are_words_numbers_or_names(row: dict[str, Any], label: str) -> N
         ({"text": "fine", "label": None}, "label is null: a row of a classification needs"),
         ({"text": "fine", "label": ["a", "b"]}, "label is a list: a text or a number"),
         ({"text": 3, "label": "a"}, "text is a number"),
+        ({"text": None, "label": "a"}, "text is null: a string"),
+        ({"text": None, "label": None}, "label is empty"),
     ],
 )
 def test_rows_without_a_label_are_refused(row: dict[str, Any], words: str) -> None:
