@@ -67,7 +67,8 @@ not read them."""
 
 OTHER_MODELS_ADVICE = (
     "load it with transformers, call lora.apply_lora(model) and lora.train(model, tokenizer, "
-    "data). The documentation has a complete example."
+    "data). help(lora.train) shows how, and the documentation's page docs/python.md has a complete "
+    "example."
 )
 """What to do with a model that has no native decoder."""
 

@@ -12,7 +12,7 @@ from lora.data.reading.readers import Source
 from lora.errors import ConfigError, UnknownSettingError
 from lora.finetune.job import GROUPS, FinetuneJob, FinetuneResult
 from lora.finetune.run import finetune as run_job
-from lora.runs.progress import Progress
+from lora.runs.progress import Progress, as_progress
 from lora.settings.base import describe_unknown, names_of
 from lora.settings.peers import FORMER_NAMES
 from lora.training.callbacks import Callbacks
@@ -20,7 +20,7 @@ from lora.training.callbacks import Callbacks
 
 def finetune(
     data: Source | FinetuneJob,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     *,
     show_data: Callable[[DataReport], None] | None = None,
     callbacks: Callbacks = (),
@@ -34,7 +34,8 @@ def finetune(
 
     Args:
         data: a file or directory of examples, a list of dicts, or a whole FinetuneJob.
-        progress: called with steps and messages; None shows nothing.
+        progress: True shows a bar and messages on standard error, None nothing; or what is called
+            with them.
         show_data: called with the report on the data before the weights are loaded.
         callbacks: a `lora.Callback`, or a list of them, called after steps, evaluations and saves.
         settings: fields of FinetuneJob (`model`, `eval_data`, `from_adapter`, `resume` …) and of
@@ -45,15 +46,16 @@ def finetune(
     Raises ConfigError, DataError or ModelError before anything is written; TrainingError if the
     loss is no longer finite (the newest checkpoint is kept); Interrupted after a signal.
     """
+    shown = as_progress(progress, "finetune")
     if not isinstance(data, FinetuneJob):
         job = build_job(data, settings)
-        return run_job(job, progress, show_data=show_data, callbacks=callbacks)
+        return run_job(job, shown, show_data=show_data, callbacks=callbacks)
     if settings:
         raise ConfigError(
             f"Cannot use {', '.join(settings)} beside a FinetuneJob, which has all settings. Put "
             "them into the job, or give data instead of a job."
         )
-    return run_job(data, progress, show_data=show_data, callbacks=callbacks)
+    return run_job(data, shown, show_data=show_data, callbacks=callbacks)
 
 
 def build_job(data: Source, settings: dict[str, Any]) -> FinetuneJob:

@@ -45,7 +45,7 @@ from lora.runs.directory import (
     default_name,
     read_start_time,
 )
-from lora.runs.progress import NoProgress, Progress
+from lora.runs.progress import Progress, as_progress
 from lora.runs.read_record import recorded_steps
 from lora.runs.record import RunRecord, RunResult
 from lora.settings.base import describe_unknown, names_of
@@ -88,7 +88,7 @@ def train(
     model: nn.Module,
     tokenizer: Any,
     data: Source,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     *,
     eval_data: Source | None = None,
     resume: bool = False,
@@ -99,13 +99,24 @@ def train(
 
     The same loop as `lora.finetune`: evaluations, early stopping, checkpoints, exact resume.
 
+        model = AutoModelForCausalLM.from_pretrained("my-model")
+        tokenizer = AutoTokenizer.from_pretrained("my-model")
+        lora.apply_lora(model, lora.LoRAConfig(rank=16))
+        done = lora.train(model, tokenizer, "orders.jsonl", steps=300, name="orders")
+
+        model = AutoModelForCausalLM.from_pretrained("my-model")    # later
+        lora.load_adapter(model, done.saved)
+        lora.merge_lora(model)
+        model.save_pretrained("merged")
+
     Args:
         model: with LoRA (`apply_lora` or `load_adapter(..., trainable=True)`): one of transformers'
             causal language models, or one that `lora.load_model` returned. It stays on its device.
         tokenizer: the model's: of transformers (a fast one), of `lora.load_model`, or the directory
             of a tokenizer.json.
         data: a file or directory of examples, or a list of dicts.
-        progress: called with steps and messages; None shows nothing.
+        progress: True shows a bar and messages on standard error, None nothing; or what is called
+            with them.
         eval_data: validation examples; None splits some off `data`.
         resume: continue the run called `name`; the model must be prepared as it was for that run.
         callbacks: a `lora.Callback`, or a list of them, called after steps, evaluations and saves.
@@ -115,7 +126,7 @@ def train(
     Raises ConfigError, DataError, ModelError or TargetError before anything is written or trained;
     TrainingError if the loss is no longer finite; Interrupted after a signal.
     """
-    progress, called = progress or NoProgress(), as_callbacks(callbacks)
+    progress, called = as_progress(progress, "train"), as_callbacks(callbacks)
     chosen = _take_settings(settings, is_ours=isinstance(model, Decoder))
     _check_trains(model)
     loss_for(model)  # raises for a model that no loss fits

@@ -44,11 +44,35 @@ class CallablePackage(ModuleType):
         return function
 
 
+PEFT_NAMES = {
+    "LoraConfig": "LoRAConfig",
+    "LoraModel": "apply_lora",
+    "PeftModel": "load_adapter",
+    "PeftModelForCausalLM": "load_adapter",
+    "get_peft_model": "apply_lora",
+    "inject_adapter_in_model": "apply_lora",
+    "add_adapter": "apply_lora",
+    "disable_adapter": "disabled_adapter",
+    "merge_and_unload": "merge_lora",
+    "merge_adapter": "merge_lora",
+    "unload": "remove_lora",
+    "save_pretrained": "save_adapter",
+    "from_pretrained": "load_model",
+    "SFTTrainer": "finetune",
+    "SFTConfig": "TrainConfig",
+    "TrainerCallback": "Callback",
+}
+"""Names that users of PEFT and TRL look for, and what is here instead."""
+
+
 def load_name(package: str, name: str, homes: Mapping[str, str]) -> Any:
     """Return the public name of a package from the module that `homes` gives for it.
 
-    For the `__getattr__` of a package (PEP 562). Raises AttributeError for any other name.
+    For the `__getattr__` of a package (PEP 562). Raises AttributeError for any other name, with
+    what it is called here if it is one of PEFT's.
     """
     if name not in homes:
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        ours = PEFT_NAMES.get(name)
+        hint = f": here it is {ours!r}" if ours in homes else ""
+        raise AttributeError(f"module {package!r} has no attribute {name!r}{hint}", name=name)
     return getattr(importlib.import_module(homes[name]), name)

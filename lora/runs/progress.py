@@ -75,6 +75,13 @@ class NoProgress:
         pass
 
 
+def as_progress(given: Progress | bool | None, title: str) -> Progress:
+    """Return `given`; for True a progress bar on standard error, for False and None nothing."""
+    if given is True:
+        return RichProgress(title)
+    return NoProgress() if given is None or given is False else given
+
+
 class RichProgress:
     """A progress bar on standard error: loss, tokens per second, memory and time left.
 

@@ -97,7 +97,7 @@ def test_what_cannot_be_asked_is_refused(
 
 
 def test_another_librarys_objects_are_refused(model: Decoder, tokenizer: TextTokenizer) -> None:
-    with pytest.raises(ModelError, match=r"Cannot use a Linear here.*docs/python\.md"):
+    with pytest.raises(ModelError, match=r"Cannot use a Linear here.*its own generate\(\)"):
         lora.generate(nn.Linear(2, 2), tokenizer, "x")  # type: ignore[call-overload]
     with pytest.raises(ModelError, match="Cannot use a str as tokenizer"):
         lora.generate(model, "gpt2", "x")  # type: ignore[call-overload]

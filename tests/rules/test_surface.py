@@ -16,6 +16,7 @@ from types import ModuleType
 import pytest
 
 import lora
+from lora.public.packages import PEFT_NAMES
 
 HEAVY = [
     "transformers",
@@ -155,6 +156,13 @@ def test_type_checkers_see_the_same_names(trees: Trees) -> None:
 def test_an_unknown_name_is_the_usual_error() -> None:
     with pytest.raises(AttributeError, match="module 'lora' has no attribute 'LoRALinaer'"):
         lora.LoRALinaer  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_a_name_of_peft_is_answered_with_ours() -> None:
+    with pytest.raises(AttributeError, match="'get_peft_model': here it is 'apply_lora'"):
+        lora.get_peft_model  # type: ignore[attr-defined]  # noqa: B018
+    assert set(PEFT_NAMES.values()) <= set(lora.__all__)
+    assert not PEFT_NAMES.keys() & set(lora.__all__)
 
 
 def test_the_version_is_that_of_the_project_file(root: Path) -> None:

@@ -12,8 +12,10 @@ import pytest
 
 from lora.runs.progress import (
     LogStream,
+    NoProgress,
     RichProgress,
     TokenRate,
+    as_progress,
     describe_rate,
     duration_text,
 )
@@ -108,3 +110,11 @@ def test_without_a_terminal_lines_say_how_much_time_is_left(
     assert "finetune 41/100 · loss 1.500 · 30 tokens/s (10 learned) · 1.00 GB finetune" not in err
     assert "finetune 43/100 · loss 1.500 · 30 tokens/s (10 learned) · 1.00 GB · 6 min left" in err
     assert err.count("estimated time") == 1
+
+
+def test_true_is_a_bar_and_nothing_is_silent() -> None:
+    assert isinstance(as_progress(True, "x"), RichProgress)
+    assert isinstance(as_progress(None, "x"), NoProgress)
+    assert isinstance(as_progress(False, "x"), NoProgress)
+    own = NoProgress()
+    assert as_progress(own, "x") is own
