@@ -36,6 +36,7 @@ def bound_by(words: list[str]) -> inspect.BoundArguments:
         ("--lora-alpha 4", "lora", "alpha", 4.0),
         ("--lora-dropout 0.1", "lora", "dropout", 0.1),
         ("--lora-target-modules q_proj,v_proj", "lora", "targets", ("q_proj", "v_proj")),
+        ("--lora_target_modules q_proj v_proj", "lora", "targets", ("q_proj", "v_proj")),
         ("--lora-target all", "lora", "targets", "all-linear"),
         ("--lora-target-linear true", "lora", "targets", "all-linear"),
         ("--use-rslora", "lora", "rslora", True),
@@ -59,6 +60,19 @@ def bound_by(words: list[str]) -> inspect.BoundArguments:
 )
 def test_an_alias_is_taken(words: str, section: str, name: str, value: Any) -> None:
     assert vars(bound_by(words.split()).arguments[section])[name] == value
+
+
+def test_a_list_of_words_ends_at_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "orders").mkdir()
+    words = ["--target-modules", "q_proj", "v_proj", "orders", "--layers-to-transform", "0", "1"]
+    expected = ["--targets", "q_proj,v_proj", "orders", "--layers", "0,1"]
+    assert translate_words("x", words, KNOWN) == expected
+    assert translate_words("x", ["--r", "4", "orders.jsonl"], KNOWN) == [
+        "--rank",
+        "4",
+        "orders.jsonl",
+    ]
 
 
 def test_the_word_after_a_switch_stays_where_it_is_no_value_of_it() -> None:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from lora.errors import ConfigError, gather
 from lora.settings.peers import PeerSetting, Settings, find_peer
 
+LISTS = ("targets", "exclude", "modules_to_save", "layers", "special_tokens")
+"""Our settings that other tools take as several words."""
 Notes = Callable[[str], None]
 
 
@@ -24,6 +27,7 @@ def translate_words(
 
     Raises ConfigError with all flags that mean something else here, and what to write for each.
     """
+    words = _joined(words, known)
     given = given_in(words)
     found: list[str] = []
     faults: list[str] = []
@@ -48,6 +52,26 @@ def translate_words(
         renamed, taken = _renamed(word, is_off, value, peer)
         found += renamed
     _raise_if(faults, command)
+    return found
+
+
+def _joined(words: list[str], known: Collection[str]) -> list[str]:
+    """Return `words` with the values of other tools' lists joined: q_proj v_proj as q_proj,v_proj.
+
+    A word that is a path on this disk is none of them.
+    """
+    found: list[str] = []
+    in_list = False
+    for word in words:
+        if word.startswith("--"):
+            peer = _peer_of(_name(word.partition("=")[0])[0], known)
+            in_list = peer is not None and peer.ours in LISTS and "=" not in word
+        elif in_list and not found[-1].startswith("--"):
+            if re.fullmatch(r"[\w,]+", word) and not Path(word).exists():
+                found[-1] += f",{word}"
+                continue
+            in_list = False
+        found.append(word)
     return found
 
 
