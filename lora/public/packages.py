@@ -12,10 +12,12 @@ access"): a module's `__class__` may be set to a subclass of ModuleType, here on
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import inspect
 
 
 class CallablePackage(ModuleType):
@@ -33,6 +35,8 @@ class CallablePackage(ModuleType):
     @property
     def __signature__(self) -> inspect.Signature:
         """That of the function, for `inspect.signature` and what editors show."""
+        import inspect  # here, because `import lora` would take twice as long with it
+
         return inspect.signature(self._function)
 
     def __dir__(self) -> list[str]:
