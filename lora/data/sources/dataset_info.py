@@ -76,7 +76,7 @@ def describe_file(path: Path, on_message: OnMessage) -> FileDescription | None:
     """
     entries = {
         name: entry
-        for folder in (path.parent, path.parent.parent)
+        for folder in path.absolute().parents[:2]
         for name, entry in _read(folder / INFO_FILE, on_message).items()
         if _is_of(entry, folder, path)
     }

@@ -85,6 +85,17 @@ def test_what_is_no_description_changes_nothing(tmp_path: Path) -> None:
         assert contents(path) == ["user: q", "assistant: a"]
 
 
+def test_a_description_one_directory_above_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = {"file_name": "sub/mine.json", "columns": {"prompt": "a", "response": "b"}}
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, entry).unlink()
+    (tmp_path / "sub" / "mine.json").write_text('[{"a": "q", "b": "r"}]', encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "sub")
+    assert contents(Path("mine.json")) == ["user: q", "assistant: r"]
+
+
 def test_the_settings_go_before_it(tmp_path: Path) -> None:
     path = write(tmp_path, {"columns": {"prompt": "b", "response": "a"}}, {"a": "x", "b": "y"})
     rules = ReadingRules(as_turns=True, columns={"prompt": "a", "completion": "b"})
