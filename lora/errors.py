@@ -107,7 +107,8 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the closest match in `allowed`, or "" without one."""
     if len(word) > MAX_WORD_CHARACTERS:  # comparing takes the square of the length
         return ""
-    near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    others = [each for each in allowed if each != word]  # itself, it is wrong for another reason
+    near = difflib.get_close_matches(word, others, n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 

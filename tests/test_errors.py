@@ -98,6 +98,7 @@ def test_the_nearest_word_is_offered() -> None:
 def test_nothing_is_offered_when_nothing_is_near() -> None:
     assert did_you_mean("q_prj", ["embedding"]) == ""
     assert did_you_mean("q_prj", []) == ""
+    assert did_you_mean("data", ["data", "path"]) == ""  # itself is no advice
 
 
 def test_the_allowed_words_may_be_any_iterable() -> None:

@@ -275,6 +275,8 @@ def _describe(error: LoraError | CycloptsError) -> str:
     names = [name for argument in error.argument_collection or () for name in argument.names]
     allowed = sorted(name.removeprefix("--") for name in names if name.startswith("--"))
     near = did_you_mean(key, [*allowed, *GROUP_KEYS])
+    if key in GROUP_KEYS:
+        near = " This is a group, which has settings under it."
     return (
         f"Cannot use {error.token.source}: unknown setting {key!r}.{near} "
         f"Allowed: {', '.join(allowed)}."

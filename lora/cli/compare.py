@@ -130,6 +130,8 @@ def compare(
         data_config=how_read,
         evaluation=evaluation,
     )
+    if not resume:
+        target.check_split()
     done = run_comparison(target, config, RichProgress)  # told on standard error
     page = report_on(done.folder, RichProgress("report").message, with_page=report)
     return _report(done, page, json)

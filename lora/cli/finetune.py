@@ -98,6 +98,7 @@ def finetune(
     from lora.data.inspection_view import print_report
     from lora.finetune.job import FinetuneJob
     from lora.finetune.run import finetune as run_job
+    from lora.finetune.unused import check_unused
     from lora.report import report_on
     from lora.report.records.next_commands import next_commands
     from lora.runs.progress import RichProgress
@@ -116,6 +117,7 @@ def finetune(
         base_dtype=base_dtype,
         deterministic=deterministic,
     )
+    check_unused(job)
     progress = RichProgress("finetune")  # on standard error: the result alone goes to the other
     done = run_job(
         job,

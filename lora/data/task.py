@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 
 from lora.config import DataConfig
 from lora.data.reading.readers import Source
+from lora.errors import ConfigError, gather
 from lora.settings.base import Settings
+
+UNUSED_ADVICE = "Leave them out."
 
 
 @dataclass(frozen=True)
@@ -20,3 +23,20 @@ class Task(Settings):
     eval_data: Source | None = None
     """Validation examples; None splits some off `data`."""
     data_config: DataConfig = field(default_factory=DataConfig, kw_only=True)
+
+    def why_split_is_unused(self) -> list[str]:
+        """Return what was given for a split of `data` that `eval_data` makes needless."""
+        if self.eval_data is None:
+            return []
+        default, own = vars(DataConfig()), vars(self.data_config)
+        return [
+            f"{name}={own[name]!r}: nothing is split off, because eval_data is given"
+            for name in ("eval_fraction", "max_eval_examples")
+            if own[name] not in (default[name], 0)
+        ]
+
+    def check_split(self) -> None:
+        """Raise ConfigError if a split was asked for and `eval_data` given too."""
+        faults = self.why_split_is_unused()
+        if faults:
+            raise ConfigError(gather(faults, "Cannot use all of these settings:", UNUSED_ADVICE))

@@ -12,6 +12,7 @@ from lora.data.reading.readers import Source
 from lora.errors import ConfigError, UnknownSettingError
 from lora.finetune.job import GROUPS, FinetuneJob, FinetuneResult
 from lora.finetune.run import finetune as run_job
+from lora.finetune.unused import check_unused
 from lora.runs.progress import Progress, as_progress
 from lora.settings.base import describe_unknown, names_of
 from lora.settings.peers import FORMER_NAMES
@@ -81,7 +82,9 @@ def build_job(data: Source, settings: dict[str, Any]) -> FinetuneJob:
         own[name] = GROUPS[name](**values) if given is None else replace(given, **values)
     if is_full:
         own["lora"] = None
-    return FinetuneJob(data=data, **own)
+    job = FinetuneJob(data=data, **own)
+    check_unused(job)
+    return job
 
 
 def _sort(settings: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:

@@ -35,6 +35,7 @@ from lora.finetune.loop_inputs import training_job
 from lora.finetune.memory import ChosenMemory, RunMemory, describe_plan, plan_run
 from lora.finetune.model import load_model, save_model, save_start
 from lora.finetune.outline import outline
+from lora.finetune.unused import check_patience
 from lora.inference.checkpoints.find import find_adapter
 from lora.inference.loading import find_model_of
 from lora.pretrained.hf_files import read_config
@@ -96,6 +97,7 @@ def _finetune(
     if job.run.tensorboard:
         check_tensorboard()
     inputs = _find_inputs(job, progress, show_data)
+    check_patience(job, has_validation=inputs.data.validation is not None)
     job = _with_steps(job, inputs.data)
     choice, source, data, memory = inputs.choice, inputs.source, inputs.data, inputs.memory
     planned = describe_plan(memory.plan)

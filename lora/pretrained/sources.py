@@ -19,6 +19,7 @@ from lora.pretrained.cache import MANIFEST, is_intact, write_manifest
 from lora.runs import disk
 from lora.runs.disk import os_reason
 from lora.runs.outputs import OutputPath
+from lora.runs.record import RUN_FILE
 from lora.settings.install import install, install_extra
 from lora.terminal import escaping_log
 
@@ -273,6 +274,13 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def _no_such_path(path: Path) -> str:
+    before = path.name.rpartition("@")[0]
+    if before and (path.parent / before / RUN_FILE).is_file():
+        return (
+            f"Cannot load the model {path}: it is a checkpoint of a run. Give it as the adapter "
+            f"(--adapter {path}), or after full fine-tuning write it as a model: lora checkpoint "
+            f"{path} --out DIRECTORY."
+        )
     near = did_you_mean(path.name, _names_in(path.parent))
     return (
         f"Cannot load the model {path}: there is no such folder or file.{near} Allowed: a folder "

@@ -51,6 +51,8 @@ def check_job(job: SweepJob, candidates: list[Candidate]) -> None:
     """Raise ConfigError for settings that a sweep cannot have."""
     if job.at_once is not None and job.at_once < 1:
         raise ConfigError(f"Cannot sweep with at_once={job.at_once!r}. Allowed: an int ≥ 1.")
+    if not job.resume:
+        job.check_split()
     if job.data_config.special_tokens:
         raise ConfigError(
             "Cannot sweep with special_tokens: the embedding rows of added tokens cannot train for "

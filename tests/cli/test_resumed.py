@@ -57,6 +57,12 @@ def test_a_finetune_has_all_settings_that_it_had(tmp_path: Path, given: dict[str
     assert "steps" not in settings_to_resume("finetune", {**given, "steps": "9"})[0]
 
 
+def test_a_resume_without_a_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("finetune", "sweep", "compare"):
+        assert cli.main([command, "--resume"]) == 2
+        assert "no run is named. Name it with --name" in capsys.readouterr().err
+
+
 def test_a_sweep_has_its_grid_and_full_fine_tuning(tmp_path: Path, given: dict[str, str]) -> None:
     grid = Grid(rank=(4, 8), learning_rate=(3e-4, 0.0123456789), alpha=("2r",))
     write(

@@ -183,3 +183,12 @@ def test_what_stands_under_another_group_is_refused(
     file.write_text(f"data: x\n{content}\n")
     assert cli.main(["finetune", str(file)]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_group_without_settings_under_it_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("lora: 5\n")
+    assert cli.main(["finetune", str(path), "--data", "a.jsonl"]) == 2
+    assert "unknown setting 'lora'. This is a group" in capsys.readouterr().err

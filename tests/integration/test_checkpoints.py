@@ -189,8 +189,9 @@ def test_the_command_lists_and_writes(
     assert main(["checkpoint", at(copied, 8), "--out", str(target), "--overwrite"]) == 0
     assert main(["checkpoint", str(copied), "--out", str(tmp_path / "more")]) == 2
     assert "@best" in capsys.readouterr().err
-    assert main(["checkpoint", str(tmp_path)]) == 2
-    assert "no run directory" in capsys.readouterr().err
+    for missing in (tmp_path, at(tmp_path / "nobody", 8)):
+        assert main(["checkpoint", str(missing), "--out", str(tmp_path / "more")]) == 2
+        assert "no run directory" in capsys.readouterr().err
 
 
 def test_commands_open_a_checkpoint_by_its_name(
@@ -205,6 +206,8 @@ def test_commands_open_a_checkpoint_by_its_name(
     assert len(set(answers)) == 1
     assert main([*words, "--adapter", at(run, 5)]) == 2
     assert "no checkpoint of step 5. Allowed: the steps 4" in capsys.readouterr().err
+    assert main(["generate", "hi", "--model", at(run, 8)]) == 2
+    assert f"--adapter {at(run, 8)}" in capsys.readouterr().err
     assert main(["merge", at(run, 8), str(tmp_path / "merged"), *model]) == 0
     assert main(["export", str(tmp_path / "a.gguf"), "--adapter", at(run, 8), *model]) == 0
 

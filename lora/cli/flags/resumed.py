@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora.config import FULL_LEARNING_RATE, RunConfig
-from lora.errors import CheckpointError
+from lora.errors import CheckpointError, ConfigError
 from lora.report.records.command import (
     Settings,
     comparison_settings,
@@ -31,16 +31,14 @@ def settings_to_resume(command: str, given: Mapping[str, str]) -> tuple[dict[str
     """Return the recorded settings of the run that `given` resumes, and the file they come from.
 
     `given` are the settings of a call by name, with underscores. Nothing is returned for a new run,
-    and for one on rows in memory. Raises RunNotFoundError for a run that does not exist, and
-    CheckpointError for one that another command started.
+    and for one on rows in memory. Raises ConfigError without a name, RunNotFoundError for a run
+    that does not exist, and CheckpointError for one that another command started.
     """
     name = given.get("name")
-    if (
-        command not in COMMAND_OF.values()
-        or not name
-        or given.get("resume", "false").lower() in _OFF
-    ):
+    if command not in COMMAND_OF.values() or given.get("resume", "false").lower() in _OFF:
         return {}, ""
+    if not name:
+        raise ConfigError("Cannot resume: no run is named. Name it with --name.")
     out = Path(given.get("out", RunConfig.out)).expanduser()
     check_run_directory(out, name, resume=True)
     path = out / name / RUN_FILE

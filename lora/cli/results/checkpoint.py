@@ -92,6 +92,8 @@ def _as_json(entry: CheckpointEntry) -> dict[str, Any]:
 def _print(run: Path, entries: list[CheckpointEntry]) -> None:
     from rich.table import Table
 
+    from lora.runs.read_record import read_run_record
+
     if not entries:
         print_line(f"{run} has no checkpoints.")
         return
@@ -105,6 +107,8 @@ def _print(run: Path, entries: list[CheckpointEntry]) -> None:
         shown = ", ".join(word for word, is_so in marks.items() if is_so)
         table.add_row(str(entry.step), loss, f"{entry.size_bytes / 1e6:,.1f} MB", shown)
     build_console().print(table)
-    print_line(
-        f"Open one with --adapter {run}@{entries[-1].step}, or write it with --out DIRECTORY."
-    )
+    name = f"{run}@{entries[-1].step}"
+    if read_run_record(run).method == "full":
+        print_line(f"Write one as a model: lora checkpoint {name} --out DIRECTORY.")
+    else:
+        print_line(f"Open one with --adapter {name}, or write it with --out DIRECTORY.")

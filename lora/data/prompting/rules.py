@@ -74,6 +74,10 @@ def _check(config: DataConfig) -> None:
         faults.append(f"columns={config.columns!r}: must be a mapping of parts to columns")
     if config.raw and config.system:
         faults.append(f"system={config.system!r}: it needs turns, so leave it out with raw")
+    if config.raw and config.chat_template is not None:
+        faults.append(f"chat_template={str(config.chat_template)!r}: leave it out with raw")
+    if config.template is not None and not config.template:
+        faults.append("template='': it names no column; leave it out, or write one")
     if config.columns and config.template:
         faults.append(f"columns={config.columns!r}: leave them out with template, which names some")
     if faults:

@@ -183,8 +183,11 @@ def _parse_rows(
 
 def _read_text(path: Path, faults: Faults, rules: ReadingRules) -> Iterator[Example]:
     text = decode_file(path, faults)
-    if rules.system is not None:
-        faults.add(str(path), "the setting system has no place in a text file: leave it out")
+    of_rows = {"system": rules.system, "columns": rules.columns, "template": rules.template}
+    given = [name for name, value in of_rows.items() if value]
+    if given:
+        what = f"the setting {given[0]} has no place in a text file: leave it out"
+        faults.add(str(path), what)
     elif text is not None and text.strip():
         yield example_from_file(text, str(path))
     elif text is not None:

@@ -19,6 +19,7 @@ from lora.data.prompting.prompt_format import (
 )
 from lora.data.prompting.rules import ReadingRules, rules_for
 from lora.data.reading.formats import Example, example_from_row
+from lora.data.reading.readers import read_examples
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.errors import ConfigError, DataError
 from lora.runs.record import PromptFormat
@@ -60,6 +61,21 @@ def test_plain_text_that_is_asked_for_refuses_conversations() -> None:
 
 
 @pytest.mark.parametrize(
+    "config",
+    [
+        DataConfig(columns={"prompt": "text"}),
+        DataConfig(template="{a}: {b}"),
+        DataConfig(system="Be brief."),
+    ],
+)
+def test_settings_of_rows_are_refused_with_text_files(tmp_path: Path, config: DataConfig) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("A text.")
+    with pytest.raises(DataError, match="has no place in a text file: leave it out"):
+        read_examples(path, rules=rules_for(config, has_template=True))
+
+
+@pytest.mark.parametrize(
     ("raw", "has_template", "trained", "as_turns"),
     [
         (None, True, None, True),
@@ -81,6 +97,8 @@ def test_the_setting_goes_before_the_adapter_and_that_before_the_model(
     ("settings", "words"),
     [
         ({"raw": True, "system": "s"}, "system='s': it needs turns, so leave it out with raw"),
+        ({"raw": True, "chat_template": Path("a.jinja")}, "chat_template='a.jinja': leave it out"),
+        ({"template": ""}, "template='': it names no column"),
         (
             {"template": "{a}{b}", "columns": {"text": "a"}},
             "columns=.*leave them out with template",
