@@ -36,7 +36,7 @@ class Task(Settings):
         ]
 
     def check_split(self) -> None:
-        """Raise ConfigError if a split was asked for and `eval_data` given too."""
+        """Raise ConfigError for settings of a split beside `eval_data`."""
         faults = self.why_split_is_unused()
         if faults:
             raise ConfigError(gather(faults, "Cannot use all of these settings:", UNUSED_ADVICE))
