@@ -369,6 +369,7 @@ def finish(
 ) -> None:
     """Write the result, the picture and the report, and print the summary."""
     from lora.report import draw_loss_curves, report_on
+    from lora.training.outcome import describe_saved
 
     run.write_result(RunResult(**vars(result), stored_bytes=sizes, parameters=parameters))
     rows = run.read_metrics()
@@ -380,6 +381,7 @@ def finish(
         f"{result.train_s:.1f} s ({step_ms:.1f} ms per step), "
         f"peak memory {result.peak_memory_bytes / 1e6:.0f} MB"
     )
+    print(f"saved: {describe_saved(result)}, validation loss {result.saved_eval_loss:.4f}")
     for name, size in sizes.items():
         print(f"{name}: {size / 1e3:,.0f} kB on disk")
     if "adapter" in sizes:

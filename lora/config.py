@@ -258,6 +258,11 @@ class TrainConfig(Settings):
             steps = min(max(steps, least), most)
         return dataclasses.replace(self, steps=steps, epochs=None)
 
+    def describe_length(self, n_sequences: int) -> str:
+        """Return the number of steps in words, with the epochs over `n_sequences` that they are."""
+        epochs = self.n_steps * self.batch_size / n_sequences
+        return f"{self.n_steps:,} steps of {self.batch_size:,} sequences, {epochs:,.4g} epochs"
+
     @property
     def n_steps(self) -> int:
         """`steps`, once it is known. Raises ConfigError where it is still None."""

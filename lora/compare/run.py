@@ -108,6 +108,8 @@ def compare(
         check_same_comparison(config, {**config.described(), **target.described()})
     base = _measure_base(target, config, progress_of)
     config = _with_steps(config, base)
+    if base.n_sequences is not None:
+        progress_of("compare").message(config.train.describe_length(base.n_sequences))
     described = {**config.described(), **target.described()}
     check_same_comparison(config, described)
     name = config.run.name or default_name(f"compare-{base.name}")

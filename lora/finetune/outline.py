@@ -46,8 +46,7 @@ def outline(job: FinetuneJob, given: TrainConfig, data: PreparedData, plan: Memo
 
 
 def _describe_length(train: TrainConfig, given: TrainConfig, n_sequences: int) -> str:
-    epochs = train.n_steps * train.batch_size / n_sequences
-    text = f"{train.n_steps:,} steps of {train.batch_size:,} sequences, {epochs:,.4g} epochs"
+    text = train.describe_length(n_sequences)
     if given.steps is not None or given.epochs is not None:
         return text
     least, most = DEFAULT_STEPS

@@ -138,7 +138,7 @@ class RichProgress:
         if step - first == MEASURED_STEPS and left_s > LINE_INTERVAL_S:
             self.message(
                 f"estimated time: {duration_text(left_s)} for {self._total_steps - step:,} more "
-                f"steps, {step_s:.2g} s each, evaluations left out"
+                f"steps, {step_s:.2g} s each so far"
             )
         return left_s
 

@@ -122,6 +122,7 @@ def sweep(
     data = prepare_sweep(job, source.folder, progress)
     job = replace(job, train=job.train.with_steps(len(data.train)))
     check_same_sweep(job)  # with the steps that the epochs take
+    progress.message(job.train.describe_length(len(data.train)))
     candidates = build_candidates(job.grid, job.lora, job.train)
     report = inspect_prepared(data, job.data, job.data_config)
     excess = why_beyond_positions(source.folder, report.longest_tokens)

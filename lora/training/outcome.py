@@ -154,9 +154,10 @@ def describe_result(result: TrainResult) -> list[str]:
 
 def describe_saved(result: TrainResult) -> str:
     """Return in words which weights were saved."""
-    if result.saved_step == result.steps:
-        return f"the last, of step {result.saved_step}"
-    return f"the best, of step {result.saved_step}"
+    step, is_last = result.saved_step, result.saved_step == result.steps
+    if step == result.best_step:
+        return f"step {step}, the best and the last" if is_last else f"step {step}, the best"
+    return f"step {step}, the last" if is_last else f"step {step}, the best after the start"
 
 
 def _loss_text(loss: float) -> str:

@@ -106,7 +106,7 @@ def test_without_a_terminal_lines_say_how_much_time_is_left(
         clock[0] += 6.0
     progress.stop()
     err = " ".join(capsys.readouterr().err.split())
-    assert "estimated time: 6 min for 57 more steps, 6 s each" in err
+    assert "estimated time: 6 min for 57 more steps, 6 s each so far" in err
     assert "finetune 41/100 · loss 1.500 · 30 tokens/s (10 learned) · 1.00 GB finetune" not in err
     assert "finetune 43/100 · loss 1.500 · 30 tokens/s (10 learned) · 1.00 GB · 6 min left" in err
     assert err.count("estimated time") == 1

@@ -109,7 +109,7 @@ def test_the_model_ends_with_the_best_weights(tmp_path: Path) -> None:
     assert first == (
         "validation loss: 5.3000 at the start, best 4.3000 at step 20, 5.6000 at the end (step 50)"
     )
-    assert describe_saved(result) == "the best, of step 20"
+    assert describe_saved(result) == "step 20, the best"
     (warning,) = result.warnings
     assert "the end of the run is worse than the model without an adapter" in warning
     assert "5.6000 after step 50, and 5.3000 before training. Saved is step 20" in warning
@@ -124,7 +124,7 @@ def test_the_last_weights_are_saved_on_request(tmp_path: Path) -> None:
     assert run.holds(50)
     assert (result.saved_step, result.best_step) == (50, 20)
     assert "what was saved is worse than the model without an adapter" in result.warnings[0]
-    assert describe_saved(result) == "the last, of step 50"
+    assert describe_saved(result) == "step 50, the last"
 
 
 def test_patience_saves_the_best_and_says_that_it_stopped(tmp_path: Path) -> None:
@@ -162,6 +162,7 @@ def test_a_start_that_is_never_reached_is_told_and_the_best_trained_saved(tmp_pa
     assert run.holds(20)
     assert (result.best_step, result.saved_step) == (0, 20)
     assert "best is the start" in describe_result(result)[0]
+    assert describe_saved(result) == "step 20, the best after the start"
     assert "4.3000 after step 20, and 4.0000 before training" in result.warnings[0]
 
 
