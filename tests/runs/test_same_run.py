@@ -73,5 +73,8 @@ def test_an_adapter_is_the_same_by_its_content_not_by_its_path() -> None:
 
 def test_settings_of_reading_may_be_written_otherwise() -> None:
     """The data's fingerprint tells whether they give the same examples."""
-    now = {"columns": {"label": ""}, "raw": True, "template": "{a}{b}", "system": "s"}
-    check_same_run(replace(FORMER, data_config={}), replace(FORMER, data_config=now), Path("run"))
+    before = replace(FORMER, data_config={"max_length": 64})
+    settings = {"columns": {"label": ""}, "raw": True, "template": "{a}{b}", "system": "s"}
+    now = replace(FORMER, data_config={"max_length": 64, **settings})
+    check_same_run(before, now, Path("run"))
+    check_same_run(now, before, Path("run"))
