@@ -30,6 +30,8 @@ class PeerSetting:
     """Why it is not taken."""
     instead: Callable[[str, Settings], Settings] = lambda value, others: {}
     """(its value, the other settings given) -> what to write instead; empty where there is none."""
+    beside: str | None = None
+    """What it is in commands that answer, and so do not have `ours` or what `because` names."""
 
 
 def _whole(text: str | None) -> int:
@@ -99,7 +101,6 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "exclude": ("exclude_modules",),
     "modules_to_save": ("lora_modules_to_save", "additional_target"),
     "layers": ("layers_to_transform", "peft_layers_to_transform"),
-    "from_adapter": ("adapter_name_or_path", "lora_model_dir", "resume_adapter_file"),
     "epochs": ("num_train_epochs", "num_epochs"),
     "steps": ("max_steps", "iters"),
     "learning_rate": ("lr",),
@@ -123,6 +124,10 @@ _RESPELT: dict[str, PeerSetting] = {
     ),
     "lora_target_linear": PeerSetting("targets", {"true": "all-linear"}),
     **dict.fromkeys(
+        ("adapter_name_or_path", "lora_model_dir", "resume_adapter_file"),
+        PeerSetting("from_adapter", beside="adapter"),
+    ),
+    **dict.fromkeys(
         ("train_on_inputs", "train_on_prompt"),
         PeerSetting("learn_on", {"true": "all", "false": "assistant"}),
     ),
@@ -144,6 +149,7 @@ _NO_4_BIT = (
     "there is no bitsandbytes quantization (QLoRA) here; `base_dtype` fp8 halves the memory of the "
     "frozen weights"
 )
+_TWO_PATHS = "`out` is the directory for all runs and `name` that of this one"
 _ADAMW = "the optimizer is AdamW with betas 0.9 and 0.99"
 _REFUSED: dict[str, PeerSetting] = {
     **dict.fromkeys(
@@ -160,12 +166,10 @@ _REFUSED: dict[str, PeerSetting] = {
         because="`warmup_fraction` is the fraction of the steps", instead=_warmup_fraction
     ),
     **dict.fromkeys(
-        ("output_dir", "adapter_path", "save_path"),
-        PeerSetting(
-            because="`out` is the directory for all runs and `name` that of this one",
-            instead=_directory_and_name,
-        ),
+        ("output_dir", "save_path"),
+        PeerSetting(because=_TWO_PATHS, instead=_directory_and_name),
     ),
+    "adapter_path": PeerSetting(because=_TWO_PATHS, instead=_directory_and_name, beside="adapter"),
     **dict.fromkeys(
         ("resume_from_checkpoint", "auto_resume_from_checkpoints"),
         PeerSetting(

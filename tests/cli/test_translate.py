@@ -75,6 +75,14 @@ def test_a_list_of_words_ends_at_a_path(tmp_path: Path, monkeypatch: pytest.Monk
     ]
 
 
+def test_an_adapter_to_answer_with_is_one_to_train_on_elsewhere() -> None:
+    known = cli._known_settings("generate")
+    for name in ("--adapter-path", "--adapter_name_or_path"):
+        assert translate_words("x", [name, "a"], known) == ["--adapter", "a"]
+    words = translate_words("x", ["--adapter-name-or-path", "a"], KNOWN)
+    assert words == ["--from-adapter", "a"]
+
+
 def test_the_word_after_a_switch_stays_where_it_is_no_value_of_it() -> None:
     assert translate_words("x", ["--train-on-inputs", "out"], KNOWN) == ["--learn-on=all", "out"]
 

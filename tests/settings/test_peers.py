@@ -30,6 +30,7 @@ def test_every_name_leads_to_a_setting_of_ours_and_is_none() -> None:
         assert name == name.lower().replace("-", "_")
         assert bool(peer.ours) != bool(peer.because), name
         assert peer.ours is None or peer.ours in OURS, name
+        assert peer.beside in (None, "adapter"), name
         named = set(re.findall(r"`(\w+)`", peer.because + peer.note))
         assert named <= OURS | {"fp8"}, name
 

@@ -136,6 +136,8 @@ def _peer_of(name: str, known: Collection[str]) -> PeerSetting | None:
     if name in known:
         return None
     peer = find_peer(name)
+    if peer is not None and peer.beside in known:
+        return PeerSetting(peer.beside)
     if peer is None or peer.because:
         return peer if peer and _named_settings(peer) <= set(known) else None
     return peer if peer.ours in known else None
