@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +152,26 @@ def test_both_kinds_of_step_tell_the_same_of_a_damaged_row(
         messages.append(str(caught.value).split("damaged examples. ")[1])
     assert messages[0] == messages[1]
     assert "up_proj (sequence 1, 2 of 2), micro-batch 1 of 2" in messages[0]
+
+
+@pytest.mark.parametrize("lora", [LoRAConfig(rank=4, init_seed=0), None], ids=["lora", "full"])
+def test_the_best_weights_are_in_the_model_at_the_end(
+    run_job: Callable[..., tuple[TrainResult, Path, Decoder]],
+    make_batch: Callable[..., Batch],
+    monkeypatch: pytest.MonkeyPatch,
+    lora: LoRAConfig | None,
+) -> None:
+    losses: list[float] = []
+    evaluate = FastStepRunner.evaluate
+
+    def rising(runner: FastStepRunner, batches: Iterable[Any]) -> list[float]:
+        losses.extend(evaluate(runner, batches))
+        return [100.0 + len(losses)]  # after steps 0, 4, 8 and 12
+
+    monkeypatch.setattr(FastStepRunner, "evaluate", rising)
+    result, _, model = run_job("run", fast=True, lora=lora)
+    assert (result.saved_step, result.saved_eval_loss) == (4, 102.0)
+    # The model's parameters are views of the step's own tensors, and hold the values of step 4.
+    loss_sum, n_tokens = loss_for(model)(model.eval(), make_batch(1000, packed=True))
+    assert (loss_sum / n_tokens).item() == pytest.approx(losses[1], rel=1e-6)
+    assert losses[1] != pytest.approx(losses[3], rel=1e-3)
