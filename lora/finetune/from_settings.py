@@ -91,7 +91,7 @@ def _sort(settings: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str
     """Return the settings by group, and those of the job itself. Raises ConfigError for others."""
     of_job = [name for name in names_of(FinetuneJob) if name != "data"]
     owners = {name: group for group, kind in GROUPS.items() for name in names_of(kind)}
-    known = [*of_job, "full", *owners]
+    known = list(dict.fromkeys([*of_job, "full", *owners]))
     wrong = describe_unknown(settings, known)
     if wrong:
         raise UnknownSettingError(f"Cannot fine-tune: {wrong}")
