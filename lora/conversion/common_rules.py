@@ -189,7 +189,6 @@ SHARED: dict[str, Rule] = {
     "save_steps": every("save_every_steps", "max_steps"),
     "logging_steps": nothing("every step is in metrics.jsonl"),
     "logging_dir": nothing("logs are in the run directory"),
-    "load_best_model_at_end": nothing("the best checkpoint is kept and saved"),
     "save_safetensors": nothing("safetensors is the only format"),
     "dataloader_num_workers": nothing("batches are prepared in the background"),
     "dataloader_pin_memory": nothing("batches are prepared in the background"),

@@ -141,6 +141,7 @@ _RESPELT: dict[str, PeerSetting] = {
     ),
     "disable_gradient_checkpointing": PeerSetting("memory", {"true": "none", "false": "full"}),
     "bf16": PeerSetting("precision", {"true": "bf16", "false": "fp32"}),
+    "load_best_model_at_end": PeerSetting("save", {"true": "best", "false": "last"}),
     **dict.fromkeys(("use_rslora", "peft_use_rslora"), PeerSetting("rslora", _BOOLS)),
     **dict.fromkeys(("sample_packing", "pack_sequences"), PeerSetting("packing", _BOOLS)),
     **dict.fromkeys(_ACCUMULATIONS[:3], PeerSetting("gradient_accumulation", note=_SPLIT)),

@@ -76,3 +76,9 @@ def test_what_to_write_instead(
     peer = find_peer(name.replace("_", "-"))
     assert peer is not None
     assert peer.instead(value, others) == instead
+
+
+def test_the_best_model_at_the_end_is_what_is_saved() -> None:
+    peer = find_peer("load_best_model_at_end")
+    assert peer is not None
+    assert (peer.ours, peer.values) == ("save", {"true": "best", "false": "last"})
