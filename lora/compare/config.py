@@ -17,10 +17,12 @@ from lora.config import (
 from lora.errors import CheckpointError, ConfigError, did_you_mean, gather
 from lora.public.field_texts import documented
 from lora.runs.comparison_record import Same
-from lora.runs.read_record import read_run_record, recorded_steps
+from lora.runs.read_record import describe_changes, read_run_record, recorded_steps
 from lora.runs.record import RUN_FILE, Method
 from lora.settings.base import Settings
 
+ANSWERS = ("save", "samples", "sample_tokens")
+"""What decides on the weights and answers that members have: a resume cannot change it."""
 MIN_RATE_STEPS = 20
 """Of a trial of a learning rate, unless the comparison itself has fewer."""
 
@@ -143,7 +145,8 @@ def check_same_comparison(config: CompareConfig, described: dict[str, Any]) -> N
     directory = config.run.out / str(config.run.name)
     if not config.resume or not (directory / RUN_FILE).is_file():
         return
-    former = read_run_record(directory).compare
+    record = read_run_record(directory)
+    former = record.compare
     if former is None:
         raise CheckpointError(
             f"Cannot resume {directory} as a comparison: it is another kind of run. Name a "
@@ -155,6 +158,7 @@ def check_same_comparison(config: CompareConfig, described: dict[str, Any]) -> N
         for key in sorted(then.keys() | now.keys())
         if then.get(key) != now.get(key)
     ]
+    faults += describe_changes(record.run, vars(config.run), ANSWERS)
     if faults:
         heading = f"Cannot resume the comparison {directory} with other settings:"
         advice = "Resume with the settings it started with, or start a new comparison."

@@ -224,8 +224,9 @@ def _take(lock: Path, path: Path, *, wait: bool) -> int:
             lock_file(handle, wait=wait)
             if _is_at(handle, lock):
                 started = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, f"process {os.getpid()}, since {started}\n".encode(), 0)
+                with contextlib.suppress(OSError):  # a full disk, which the output itself will meet
+                    os.ftruncate(handle, 0)
+                    os.pwrite(handle, f"process {os.getpid()}, since {started}\n".encode(), 0)
                 return handle
         except BlockingIOError:
             holder = os.pread(handle, 200, 0).decode(errors="replace").strip()

@@ -6,7 +6,7 @@ Without it the reader raises a CheckpointError that lists all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,6 +54,17 @@ def read_run_record(directory: Path, faults: Faults | None = None) -> RunRecord:
         record = parse(RunRecord, values, str(path), found) or record
     _settle(path, found, faults)
     return record
+
+
+def describe_changes(
+    then: Mapping[str, Any] | None, now: Mapping[str, Any], names: Iterable[str]
+) -> list[str]:
+    """Return which of the settings called `names` differ from those that are recorded."""
+    return [
+        f"{name}: {then[name]} then, {now[name]} now"
+        for name in names
+        if then is not None and name in then and then[name] != now[name]
+    ]
 
 
 def read_result(directory: Path, faults: Faults | None = None) -> RunResult | None:

@@ -14,7 +14,7 @@ from lora.device import DeviceChoice
 from lora.errors import CheckpointError, ConfigError, gather
 from lora.pretrained.sources import ModelSource
 from lora.public.field_texts import documented
-from lora.runs.read_record import read_run_record
+from lora.runs.read_record import describe_changes, read_run_record
 from lora.runs.record import RUN_FILE, RunRecord, SweepSettings
 from lora.sweep.grid import Candidate, Grid
 
@@ -89,7 +89,8 @@ def check_same_sweep(job: SweepJob) -> None:
     folder = job.run.out / str(job.run.name)
     if not job.resume or not (folder / RUN_FILE).is_file():
         return
-    saved, now = read_run_record(folder).sweep, asdict(sweep_settings(job))
+    record, now = read_run_record(folder), asdict(sweep_settings(job))
+    saved = record.sweep
     if saved is None:
         raise CheckpointError(
             f"Cannot resume {folder} as a sweep: its run.json is of another kind of run. Give the "
@@ -100,6 +101,7 @@ def check_same_sweep(job: SweepJob) -> None:
         for key, value in asdict(saved).items()
         if value != now[key] and (key != "steps" or job.train.steps is not None)
     ]
+    faults += describe_changes(record.run, vars(job.run), ["save"])
     if faults:
         advice = "Resume with the values it started with, or start a new sweep."
         heading = f"Cannot resume the sweep {folder} with other values:"

@@ -106,3 +106,28 @@ def test_the_command_line_says_what_is_not_there(
     words = ["finetune", "--out", str(tmp_path), "--resume"]
     assert cli.main([*words, "--name", "gone"]) == 2
     assert "Cannot resume the run" in capsys.readouterr().err
+
+
+def test_every_setting_of_the_run_that_a_command_has_comes_back(
+    tmp_path: Path, given: dict[str, str]
+) -> None:
+    values = {
+        "eval_every_steps": 7,
+        "save_every_steps": 3,
+        "save": "last",
+        "samples": 5,
+        "sample_tokens": 9,
+        "device": "cpu",
+        "fast": False,
+    }
+    grid = {"grid": asdict(Grid(rank=(2, 4))), "halving": False, "steps": 4}
+    kinds = {"sweep": {"sweep": grid}, "compare": {"compare": {"data": "a b.jsonl"}}}
+    for kind, of_kind in kinds.items():
+        out = tmp_path / kind
+        out.mkdir()
+        run = {**asdict(RunConfig(out=out, name="run")), **values}
+        write(out, kind, **of_kind, run=run)
+        found = vars(bound(kind, {**given, "out": str(out)})["run"])
+        flags = found.keys() - {"out", "name"}
+        assert flags <= values.keys()
+        assert {name: found[name] for name in flags} == {name: values[name] for name in flags}

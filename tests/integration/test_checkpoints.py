@@ -17,10 +17,12 @@ from lora.data.reading.orders import make_orders
 from lora.errors import CheckpointError
 from lora.finetune import FinetuneJob, finetune
 from lora.inference.checkpoints.find import find_adapter
+from lora.inference.checkpoints.listing import list_entries
 from lora.inference.run_settings import read_run_data_settings
 from lora.pretrained.hf_weights import load_decoder
 from lora.runs.disk import read_rows
 from lora.runs.progress import NoProgress
+from lora.runs.record import SCHEMA_VERSION
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -224,3 +226,19 @@ def test_a_checkpoint_of_full_fine_tuning_is_a_model(
     tokens = torch.arange(3, 15)[None]
     with torch.no_grad():
         assert torch.equal(load_decoder(target)(tokens), load_decoder(done.saved)(tokens))
+
+
+@pytest.mark.parametrize(
+    ("kind", "saved"), [("sweep", "best"), ("compare", "members/lora/adapter")]
+)
+def test_a_sweep_and_a_comparison_name_the_adapters_that_they_keep(
+    tmp_path: Path, kind: str, saved: str
+) -> None:
+    (tmp_path / saved).mkdir(parents=True)
+    text = json.dumps({"schema_version": SCHEMA_VERSION, "kind": kind})
+    (tmp_path / "run.json").write_text(text)
+    (tmp_path / "result.json").write_text("{}")  # of another form than that of a single run
+    with pytest.raises(CheckpointError, match=f"keeps none of its(.|\n)*{saved}"):
+        list_entries(tmp_path)
+    with pytest.raises(CheckpointError, match="keeps none of its"):
+        find_adapter(at(tmp_path, "best"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -160,3 +161,16 @@ def test_a_signal_inside_becomes_one_error(tmp_path: Path) -> None:
     assert caught.value.exit_code == 143
     assert names(tmp_path) == []
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_disk_that_is_full_when_the_lock_is_written_keeps_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with pytest.raises(CheckpointError, match="No space left"):  # as the output itself meets
+        with OutputPath(tmp_path / "out").building():
+            raise CheckpointError("No space left")
+    assert names(tmp_path) == []

@@ -64,8 +64,9 @@ def _open_checkpoint(run: Path, word: str) -> Path:
     _refuse_whole_models(run, word)
     # These modules import torch, which a name without @ does not need.
     from lora.inference.checkpoints.extract import extract_adapter
-    from lora.inference.checkpoints.listing import find_entry
+    from lora.inference.checkpoints.listing import check_keeps_checkpoints, find_entry
 
+    check_keeps_checkpoints(run)
     try:
         entry = find_entry(run, word)
     except CheckpointError:
@@ -98,11 +99,6 @@ def _is_saved(run: Path, word: str) -> bool:
 
 def _refuse_whole_models(run: Path, word: str) -> None:
     record = read_run_record(run)
-    if record.kind == "sweep":
-        raise CheckpointError(
-            f"Cannot open {run}@{word}: a sweep keeps no checkpoints. Name the adapter of one of "
-            f"its candidates, such as {run / 'best'}."
-        )
     if record.method == "full":
         raise CheckpointError(
             f"Cannot open {run}@{word} as an adapter: the run is full fine-tuning, and its "

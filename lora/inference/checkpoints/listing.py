@@ -13,6 +13,13 @@ from lora.training.checkpoint import checkpoint_step, list_checkpoints
 
 CHECKPOINTS, START = "checkpoints", "start"
 """Names in a run directory: of its checkpoints, and among them of the adapter before training."""
+KEEPS_NONE = {
+    "sweep": "a sweep keeps none of its candidates",
+    "compare": "a comparison keeps none of its members",
+}
+"""By kind of run: why it has no checkpoints to open."""
+MAX_SHOWN = 8
+"""Adapters in an error message."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ def list_entries(run: Path) -> list[CheckpointEntry]:
             f"Cannot list the checkpoints of {run}: it has no {RUN_FILE}, so it is no run "
             "directory. Name one that lora finetune wrote, such as runs/orders."
         )
-    read_run_record(run)  # a damaged one is refused
+    check_keeps_checkpoints(run)
     losses = {
         row.step: row.eval_loss
         for row in read_metrics(run)
@@ -63,6 +70,22 @@ def list_entries(run: Path) -> list[CheckpointEntry]:
         )
         for step, path in paths.items()
     ]
+
+
+def check_keeps_checkpoints(run: Path) -> None:
+    """Raise CheckpointError for a damaged run.json, and for a run of a kind that keeps none."""
+    kind = read_run_record(run).kind
+    if kind in KEEPS_NONE:
+        raise CheckpointError(
+            f"Cannot open checkpoints of {run}: {KEEPS_NONE[kind]}. Adapters there: "
+            f"{', '.join(map(str, _adapters_in(run))) or 'none yet'}."
+        )
+
+
+def _adapters_in(run: Path) -> list[Path]:
+    patterns = ("best", "candidates/*/adapter", "members/*/adapter")
+    found = [path for pattern in patterns for path in sorted(run.glob(pattern)) if path.is_dir()]
+    return found[:MAX_SHOWN]
 
 
 def find_entry(run: Path, word: str) -> CheckpointEntry:

@@ -16,7 +16,7 @@ from lora.sweep.grid import SWEPT, Grid, short_number
 
 Settings = dict[str, Any]
 """Flags by their names with underscores, in the order of a command; no value is None."""
-_OF_SWEEP = ("out", "name", "eval_every_steps", "save_every_steps", "device", "fast")
+_OF_SWEEP = ("out", "name", "eval_every_steps", "save_every_steps", "save", "device", "fast")
 _OF_COMPARISON = (*_OF_SWEEP, "samples", "sample_tokens")
 _NOT_OF_SWEEP = (*SWEPT, "rank_pattern", "alpha_pattern", "init_seed")
 
