@@ -230,6 +230,8 @@ def test_another_grid_is_not_resumed(job: SweepJob) -> None:
     changed = replace(job, grid=Grid(rank=(2, 8)), resume=True)
     with pytest.raises(CheckpointError, match="rank"):
         sweep(changed)
+    with pytest.raises(CheckpointError, match="save: best then, last now"):
+        sweep(replace(job, run=replace(job.run, save="last"), resume=True))
 
 
 @pytest.mark.parametrize("words", [("0",), ("a", 4), (4, 4)])

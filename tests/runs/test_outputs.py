@@ -163,14 +163,12 @@ def test_a_signal_inside_becomes_one_error(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_a_disk_that_is_full_when_the_lock_is_written_keeps_no_lock(
+def test_a_disk_that_is_full_when_the_lock_is_written_leaves_no_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*given: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", refuse)
-    with pytest.raises(CheckpointError, match="No space left"):  # as the output itself meets
-        with OutputPath(tmp_path / "out").building():
-            raise CheckpointError("No space left")
-    assert names(tmp_path) == []
+    write(OutputPath(tmp_path / "out"))  # what the lock says is for people, it holds without
+    assert names(tmp_path) == ["out"]
