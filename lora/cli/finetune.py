@@ -89,7 +89,7 @@ def finetune(
     The exit code is 1 if the loss of what was saved diverged.
     """
     run_config = config_from(RunConfig, run or RunFlags())
-    _check_flags(resume and run_config.name is None, full, lora, from_adapter)
+    _check_flags(resume, run_config.name, full, lora, from_adapter)
     lora_config = config_from(LoRAConfig, lora or LoRAFlags())
     train_config = config_from(TrainConfig, train or TrainFlags())
     how_read = config_from(DataConfig, data_config or DataFlags())
@@ -136,20 +136,25 @@ def finetune(
 
 
 def _check_flags(
-    is_nameless: bool, full: bool, lora: LoRAFlags | None, from_adapter: Path | None
+    resume: bool,
+    name: str | None,
+    full: bool,
+    lora: LoRAFlags | None,
+    from_adapter: Path | None,
 ) -> None:
-    if is_nameless:
+    if resume and name is None:
         raise ConfigError("Cannot resume: no run is named. Name it with --name.")
+    recorded = f" What the run {name} recorded counts as given." if resume else ""
     if from_adapter is not None and lora is not None:
         raise ConfigError(
             "Cannot combine --from-adapter with LoRA flags such as --rank: an adapter is trained "
-            "on with its own rank, alpha, dropout and targets. Remove one or the other."
+            f"on with its own rank, alpha, dropout and targets. Remove one or the other.{recorded}"
         )
     of_lora = lora or from_adapter
     if full and of_lora is not None:
         raise ConfigError(
             "Cannot combine --full with LoRA flags or --from-adapter: full fine-tuning trains all "
-            "weights, without an adapter. Remove one or the other."
+            f"weights, without an adapter. Remove one or the other.{recorded}"
         )
 
 

@@ -485,6 +485,14 @@ def test_brackets_and_all_that_ascii_lacks_are_printed_on_a_terminal_of_ascii(
         assert text in done.stdout.decode("ascii")
 
 
+def test_flags_that_exclude_what_a_run_recorded_are_refused(adapter: Path, read: Read) -> None:
+    run = adapter.parent
+    words = ["finetune", "--resume", "--name", run.name, "--out", str(run.parent)]
+    for flags in (["--full"], ["--from-adapter", str(adapter)]):
+        assert main([*words, *flags]) == 2
+        assert f"What the run {run.name} recorded counts as given" in read()[1].replace("\n", " ")
+
+
 def test_a_run_is_resumed_by_its_name_alone(
     tiny_folder: Path, orders_file: Path, tmp_path: Path, read: Read
 ) -> None:
