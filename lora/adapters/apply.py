@@ -266,9 +266,8 @@ def plain_module(applied: AppliedLoRA, name: str, adapted: nn.Module) -> nn.Modu
 
 
 def stored_adapters(model: nn.Module) -> dict[str, object]:
-    """Return the adapters of `model` that are not active, by name; changes to it are kept."""
-    stored = vars(model).setdefault("stored_adapters", {})
-    return cast("dict[str, object]", stored)
+    """Return the adapters of `model` that are not active, by name. Asking changes nothing."""
+    return cast("dict[str, object]", vars(model).get("stored_adapters", {}))
 
 
 @contextmanager

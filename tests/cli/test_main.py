@@ -310,6 +310,8 @@ def test_an_interrupt_while_importing_is_clean(tmp_path: Path, when: str, swallo
     (tmp_path / "slow.py").write_text(kill + "def slow(): pass\n")
     early = "import slow" if when == "the command line" else "pass"
     code = (
+        # Where the tests run in the background, SIGINT is ignored, and a subprocess inherits that.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys, lora.__main__ as entry, builtins; real = builtins.__import__\n"
         "def load(name, *rest, **given):\n"
         f"    if name == 'lora.cli': {early}\n"

@@ -121,7 +121,8 @@ def loading_beside(model: nn.Module, name: str) -> Iterator[None]:
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(trains[key])
         attach(model, former)
-        model.stored_adapters = stored  # type: ignore[assignment]
+        if stored:  # a first adapter that was refused leaves nothing
+            model.stored_adapters = stored  # type: ignore[assignment]
 
 
 def detach(model: nn.Module) -> StoredAdapter:
