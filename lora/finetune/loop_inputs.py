@@ -14,6 +14,7 @@ from lora.finetune.outline import tokens_per_step
 from lora.inference.samples import SampleRecorder, choose_prompts
 from lora.runs.directory import Run
 from lora.runs.progress import Progress
+from lora.training.callbacks import Callback
 from lora.training.job import TrainingJob
 from lora.training.out_of_memory import MemoryParts
 from lora.training.step_runner import StepRunner
@@ -32,6 +33,7 @@ def training_job(
     progress: Progress,
     steps: StepRunner,
     memory_plan: MemoryParts,
+    callbacks: Sequence[Callback],
 ) -> TrainingJob:
     """Return the loop's inputs; `train` is the job's, its learning rate resolved."""
     batch_size, validation = train.micro_batch_size, data.validation
@@ -54,6 +56,7 @@ def training_job(
         memory_plan=memory_plan,
         tokens_per_step=tokens_per_step(data.train, train.batch_size),
         start_name=_start_name(job),
+        callbacks=callbacks,
     )
 
 

@@ -118,7 +118,7 @@ def _finetune(
             run.on_metrics = opened.enter_context(log)
         save_start(job, model, data, source, run, progress)
         loop = training_job(
-            job, model, data, choice, train_config, run, progress, steps, memory.plan
+            job, model, data, choice, train_config, run, progress, steps, memory.plan, callbacks
         )
         memory.on_change = partial(_record_change, memory, loop)
         result = train(loop)

@@ -84,6 +84,30 @@ def test_a_model_in_memory_trains_to_the_same_bytes_as_by_name(
     assert lora.generate(*loaded, "3 lamps", max_new_tokens=4) == answer
 
 
+class Hearing(lora.Callback):
+    """Keeps the steps and evaluations that it was called after."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, int]] = []
+
+    def on_step(self, event: lora.StepEvent) -> None:
+        self.heard.append(("step", event.step))
+
+    def on_eval(self, event: lora.EvalEvent) -> None:
+        self.heard.append(("eval", event.step))
+
+
+def test_callbacks_of_a_model_by_name_hear_the_run(
+    tiny_folder: Path, orders_file: Path, tmp_path: Path
+) -> None:
+    hearing = Hearing()
+    settings: dict[str, Any] = {"steps": 2, "batch_size": 2, "eval_data": str(orders_file)}
+    lora.finetune(
+        str(orders_file), model=str(tiny_folder), out=tmp_path, callbacks=hearing, **settings
+    )
+    assert hearing.heard == [("eval", 0), ("step", 1), ("step", 2), ("eval", 2)]
+
+
 def test_export_refuses_what_it_would_ignore(done: FinetuneResult, tiny_folder: Path) -> None:
     model, tokenizer = lora.load_model(tiny_folder)
     with pytest.raises(ConfigError, match="a model in memory with adapter="):
