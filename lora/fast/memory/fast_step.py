@@ -29,9 +29,9 @@ USABLE_MEMORY_FRACTION = 0.95
 """Of the free memory: what may be planned for. The rest is for what CUDA and captured graphs hold
 outside the allocator's count, and for small fragments."""
 FRAGMENTED_WEIGHTS_FRACTION = 0.1
-"""Of the weights: memory that loading them leaves in pieces too small for the step's buffers. A 70B
-shape in fp8, 74 GB of weights, planned at 141.7 GB, ran out of 149.6 GB: more than 7.9 GB; an 8B
-shape with 9 GB of weights, planned at 140.7, ran."""
+"""Of the weights: left free because loading them leaves memory in pieces too small for the step's
+largest buffers. Less than what was measured beside 74 GB of a 70B shape in fp8 (12.3 GB in pieces),
+but enough there, because smaller tensors go into the pieces (docs/memory.md)."""
 
 
 @dataclass(frozen=True)
