@@ -97,12 +97,19 @@ def sweep_with_full(
 
 
 def _full_job(job: SweepJob, folder: Path, rate: float | None) -> FinetuneJob:
-    """Return a job with the settings that all candidates share, and the first seed and schedule."""
+    """Return a job with the settings that all candidates share, and the first seed and schedule.
+
+    Its steps are those of the sweep in `folder`: a resumed one may have taken them from its record.
+    """
     resume = (folder / FULL / RUN_FILE).is_file()
     if not resume:
         shutil.rmtree(folder / FULL, ignore_errors=True)
+    recorded = read_run_record(folder).sweep
+    assert recorded is not None  # `sweep` has written it
     train: TrainConfig = replace(
         job.train,
+        steps=recorded.steps,
+        epochs=None,
         seed=int(job.grid.seed[0]),
         schedule=job.grid.schedule[0],  # type: ignore[arg-type]
         learning_rate=rate or FULL_LEARNING_RATE,
@@ -117,6 +124,7 @@ def _full_job(job: SweepJob, folder: Path, rate: float | None) -> FinetuneJob:
         data_config=job.data_config,
         run=run,
         resume=resume,
+        deterministic=job.deterministic,
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora.cli import main
-from lora.compare.sweep_full import sweep_with_full
+from lora.compare.sweep_full import _full_job, sweep_with_full
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.reading.orders import make_orders
 from lora.errors import CheckpointError, ConfigError, Interrupted, TrainingError
@@ -272,6 +272,9 @@ def test_full_fine_tuning_joins_the_sweep_and_is_what_finetune_makes(job: SweepJ
     ranked = rank([*done.candidates, full.record.candidate])
     losses = [candidate.eval_loss for candidate in ranked]
     assert losses == sorted(losses)  # type: ignore[type-var]
+    unnamed = replace(job, train=replace(TRAIN, steps=None), deterministic=True)
+    resumed = _full_job(unnamed, done.folder, None)  # a sweep resumed without its steps
+    assert (resumed.train.steps, resumed.deterministic) == (TRAIN.steps, True)
 
 
 def test_the_command_shows_full_fine_tuning_in_the_table(
