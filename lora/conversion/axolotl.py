@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from lora.conversion.common_rules import (
@@ -12,6 +13,7 @@ from lora.conversion.common_rules import (
     ONE_GPU,
     SHARED,
     batch,
+    epochs,
     per_epoch,
     validation_size,
     words,
@@ -25,12 +27,13 @@ from lora.conversion.convert import (
     is_on,
     missing,
     nothing,
-    number,
     refused,
     same,
 )
 
 _READ_TYPES = ("alpaca", "chat_template", "completion", "sharegpt", "input_output", "oasst")
+_LOADERS = ("json", "csv", "parquet", "text", "arrow")
+"""Names in `path` that say how `data_files` are read."""
 _FILES = "the model's own files say it"
 _COLUMNS = "give template: with the columns of the data, as in lora finetune --template"
 _TURNS = "the assistant's turns are learned, with the token that ends them"
@@ -49,37 +52,59 @@ _TURN_KEYS = ("message_field_role", "message_field_content", "message_property_m
 
 def _datasets(ours: str) -> Rule:
     def rule(value: Any, keys: Keys) -> Outcome:
-        entries = value if isinstance(value, list) else [value]
-        described = [e if isinstance(e, dict) else {"path": e} for e in entries]
+        described = _entries(value)
         lost = {
             f"[{number}].{key}": why
             for number, entry in enumerate(described)
             for key, why in _lost_of_entry(entry)
         }
-        if len(entries) > 1:
+        if len(described) > 1:
             why = f"{ours} is one file or directory: put the files into one directory"
             return Outcome(missing={**lost, "": why})
-        path, columns = _path_of(described[0]), _columns_of(described[0])
+        path, columns = _path_of(described[0], ours), _columns_of(described[0])
         settings: dict[str, Any] = {ours: path} if path else {}
         if columns and ours == "data":
             settings["columns"] = columns
+        elif ours != "data" and columns != _columns_of(_entries(keys.get("datasets"))[0]):
+            why = "columns are the same for training and validation: rename those of one"
+            lost["[0].field"] = why
         return Outcome(settings, missing=lost)
 
     return rule
 
 
-def _path_of(entry: dict[str, Any]) -> str | None:
-    files = entry.get("data_files")
-    files = files[0] if isinstance(files, list) and len(files) == 1 else files
-    if isinstance(files, str):
-        return files
-    path = entry.get("path")
-    if path is None:
+def _entries(value: Any) -> list[dict[str, Any]]:
+    """Return the data sets of a list, or the only one; a path alone becomes an entry."""
+    entries = value if isinstance(value, list) and value else [value]
+    return [entry if isinstance(entry, dict) else {"path": entry} for entry in entries]
+
+
+def _path_of(entry: dict[str, Any], ours: str = "data") -> str | None:
+    """Return the file, the directory or the hub's name of an entry; None if it names no such."""
+    path, files = entry.get("path"), entry.get("data_files")
+    if not is_off(files):
+        files = files[0] if isinstance(files, list) and len(files) == 1 else files
+        if not isinstance(files, str) or _is_hub(path):
+            return None
+        return files if path is None or path in _LOADERS else f"{path}/{files}"
+    if path is None or path in _LOADERS:
         return None
-    split = entry.get("split")
-    is_hub = str(path).count("/") == 1 and "." not in str(path).rpartition("/")[2][-6:]
-    named = [entry.get("name"), split] if is_hub and split not in (None, "train") else []
-    return ":".join([str(path), *(str(part) for part in named if part)])
+    name, split = entry.get("name"), entry.get("split")
+    usual = (None, "", "train") if ours == "data" else (None, "")
+    if not _is_hub(path) or not _is_split(split) or (not name and split in usual):
+        return str(path)
+    return ":".join(str(part) for part in (path, name, split or "train") if part)
+
+
+def _is_hub(path: Any) -> bool:
+    text = str(path)
+    is_name = text.count("/") == 1 and text[0] not in "./~"
+    return is_name and "." not in text.rpartition("/")[2][-6:]
+
+
+def _is_split(split: Any) -> bool:
+    """Whether a split has a name alone, without rows in brackets."""
+    return is_off(split) or re.fullmatch(r"[\w.-]+", str(split)) is not None
 
 
 def _columns_of(entry: dict[str, Any]) -> dict[str, str]:
@@ -97,10 +122,12 @@ def _lost_of_entry(entry: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the keys of an entry that have no equal, with what to do."""
     found = []
     for key, value in entry.items():
-        is_read = key in ("path", "data_files", "ds_type", *_PARTS)
-        if is_read or is_off(value) or (key in ("split", "name") and _path_of(entry)):
+        is_read = key in ("path", "ds_type", *_PARTS)
+        if is_read or is_off(value):
             continue
-        if key == "type" and isinstance(value, dict):
+        if key in ("data_files", "split", "name"):
+            found += [(key, why) for why in _why_not_named(entry, key)]
+        elif key == "type" and isinstance(value, dict):
             found += [(f"type.{k}", _COLUMNS) for k, v in value.items() if k not in _PARTS and v]
         elif key == "type":
             if value.partition(".")[0].partition(":")[0] not in _READ_TYPES:
@@ -114,6 +141,19 @@ def _lost_of_entry(entry: dict[str, Any]) -> list[tuple[str, str]]:
         else:
             found.append((key, "has no equal here"))
     return found
+
+
+def _why_not_named(entry: dict[str, Any], key: str) -> list[str]:
+    """Return why the files, the split or the configuration of an entry are not in its path."""
+    is_hub = _is_hub(entry.get("path"))
+    if key == "data_files":
+        why = "put these files into one directory, and name that"
+        return [] if _path_of(entry) else [f"download and {why}" if is_hub else why]
+    if is_hub and is_off(entry.get("data_files")):
+        is_named = _is_split(entry.get("split"))
+        return [] if is_named else ["a split has a name alone: write its rows to a file"]
+    is_whole = key == "split" and entry[key] == "train"
+    return [] if is_whole else ["only data sets of the hub have it: name the file itself"]
 
 
 def _is_usual(value: Any) -> bool:
@@ -178,12 +218,6 @@ def _plugins(value: Any, keys: Keys) -> Outcome:
     return Outcome(note=KERNELS, missing=lost)
 
 
-def _epochs(value: Any, keys: Keys) -> Outcome:
-    if number(keys.get("max_steps")) is not None:
-        return Outcome(note="max_steps ends the run first")
-    return Outcome({"epochs": str(value)})
-
-
 def _deduplicate(value: Any, keys: Keys) -> Outcome:
     return Outcome(note="off") if is_off(value) else Outcome(missing={"": "lora data counts them"})
 
@@ -222,7 +256,7 @@ _RULES: dict[str, Rule] = {
     "gradient_accumulation_steps": batch("gradient_accumulation_steps", "micro_batch_size"),
     "batch_size": nothing("micro_batch_size and gradient_accumulation_steps say it"),
     "eval_batch_size": nothing("evaluation takes the sequences of one pass"),
-    "num_epochs": _epochs,
+    "num_epochs": epochs,
     "evals_per_epoch": per_epoch("eval_every_steps"),
     "saves_per_epoch": per_epoch("save_every_steps"),
     "cosine_min_lr_ratio": same("min_rate_fraction"),

@@ -93,6 +93,13 @@ def warmup_steps(steps: str) -> Rule:
     return rule
 
 
+def epochs(value: Any, keys: Keys) -> Outcome:
+    """Rule of the number of epochs, beside max_steps."""
+    if (number(keys.get("max_steps")) or 0) > 0:
+        return Outcome(note="max_steps ends the run first")
+    return Outcome({"epochs": str(value)})
+
+
 def output_dir(value: Any, keys: Keys) -> Outcome:
     """Rule of the output directory."""
     path = PurePath(str(value))

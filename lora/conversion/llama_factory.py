@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from lora.conversion.common_rules import (
     NO_TRACKER,
     SHARED,
     batch,
+    epochs,
     validation_size,
     words,
 )
@@ -29,8 +29,10 @@ from lora.conversion.convert import (
     refused,
     same,
 )
+from lora.data.sources.dataset_info import INFO_FILE, PARTS, read_info
 
-INFO_FILE, MAX_INFO_BYTES = "dataset_info.json", 1 << 22
+_OF_HUB = {"hf_hub_url", "ms_hub_url", "om_hub_url", "subset", "split", "columns", "formatting"}
+"""What of an entry of `dataset_info.json` is used, or needs nothing, for a data set of the hub."""
 _EVALUATES = "after training: lora eval DATA --adapter ADAPTER --predictions FILE"
 
 
@@ -63,11 +65,14 @@ def _alpha(value: Any, keys: Keys) -> Outcome:
 def _dataset(ours: str) -> Rule:
     def rule(value: Any, keys: Keys) -> Outcome:
         names = words(value)
-        folder = Path(str(keys.get("dataset_dir") or "data"))
-        files = [_file_of(name, folder) for name in names]
-        if len(files) == 1 and files[0] is not None:
-            return Outcome({ours: files[0]}, f"as {folder / INFO_FILE} says, columns included")
-        why = f"{ours} is a file: the file_name of {', '.join(names)} in {folder / INFO_FILE}"
+        path = Path(str(keys.get("dataset_dir") or "data")) / INFO_FILE
+        entry = read_info(path).get(names[0]) if len(names) == 1 else None
+        if isinstance(entry, dict) and isinstance(entry.get("file_name"), str):
+            file = str(path.parent / entry["file_name"])
+            return Outcome({ours: file}, f"as {path} says, columns included")
+        if isinstance(entry, dict) and isinstance(entry.get("hf_hub_url"), str):
+            return _hub_dataset(entry, ours)
+        why = f"{ours} is a file: the file_name of {', '.join(names)} in {path}"
         if len(names) > 1:
             why += "; put several into one directory"
         return Outcome(missing={"": why})
@@ -75,20 +80,32 @@ def _dataset(ours: str) -> Rule:
     return rule
 
 
-def _file_of(name: str, folder: Path) -> str | None:
-    """Return the file or hub's name that `dataset_info.json` gives for a data set, if it is here.
+def _hub_dataset(entry: dict[str, Any], ours: str) -> Outcome:
+    """Return what an entry of `dataset_info.json` for a data set of the hub becomes.
 
-    It is looked for in `folder`, from where the command runs, as LLaMA-Factory does.
+    The file is read beside data only, so its columns become settings.
     """
-    path = folder / INFO_FILE
-    try:
-        if path.stat().st_size > MAX_INFO_BYTES:
-            return None
-        entry = json.loads(path.read_text(encoding="utf-8"))[name]
-        found = folder / entry["file_name"] if "file_name" in entry else entry["hf_hub_url"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # not here, or not as LLaMA-Factory writes it: then the user names the file
-    return str(found)
+    subset, split = entry.get("subset"), entry.get("split", "train")
+    is_usual = ours == "data" and not subset and split == "train"
+    parts = [entry["hf_hub_url"], *([] if is_usual else [subset, split])]
+    settings: dict[str, Any] = {ours: ":".join(str(part) for part in parts if part)}
+    lost = {
+        f": {key} in {INFO_FILE}": "is read for files only: download the data, and name the file"
+        for key in sorted(entry.keys() - _OF_HUB)
+        if not is_off(entry[key])
+    }
+    given = entry.get("columns")
+    named: dict[str, Any] = given if isinstance(given, dict) else {}
+    columns = {PARTS[part]: str(named[part]) for part in named if part in PARTS}
+    columns = {part: column for part, column in columns.items() if part != column}
+    lost |= {
+        f": columns.{part} in {INFO_FILE}": "has no equal here" for part in named.keys() - PARTS
+    }
+    if columns and ours == "data":
+        settings["columns"] = columns
+    elif columns:
+        lost[f": columns in {INFO_FILE}"] = "columns are those of the training data"
+    return Outcome(settings, missing=lost)
 
 
 def _template(value: Any, keys: Keys) -> Outcome:
@@ -115,12 +132,6 @@ def _report_to(value: Any, keys: Keys) -> Outcome:
     lost = {f": {n}": NO_TRACKER for n in names if n not in ("none", "tensorboard", "all")}
     settings = {"tensorboard": "true"} if set(names) & {"tensorboard", "all"} else {}
     return Outcome(settings, "" if settings or lost else "no tracker", lost)
-
-
-def _epochs(value: Any, keys: Keys) -> Outcome:
-    if (number(keys.get("max_steps")) or 0) > 0:
-        return Outcome(note="max_steps ends the run first")
-    return Outcome({"epochs": str(value)})
 
 
 def _strategy(ours: str) -> Rule:
@@ -182,7 +193,7 @@ _RULES: dict[str, Rule] = {
         "gradient_accumulation_steps", "per_device_train_batch_size"
     ),
     "per_device_eval_batch_size": nothing("evaluation takes the sequences of one pass"),
-    "num_train_epochs": _epochs,
+    "num_train_epochs": epochs,
     "eval_strategy": _strategy("eval_every_steps"),
     "save_strategy": _strategy("save_every_steps"),
     "pure_bf16": same("precision", {"true": "bf16", "false": "auto"}),

@@ -258,6 +258,25 @@ def test_data_sets_are_found_by_their_descriptions(
         assert "dataset" in found.missing
 
 
+def test_what_a_description_says_of_a_data_set_of_the_hub_is_kept(
+    tmp_path: Path, known: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    entry = {
+        **{"hf_hub_url": "some/tickets", "subset": "small", "split": "dev", "num_samples": 9},
+        "columns": {"prompt": "ask", "response": "output", "spam": "eggs"},
+    }
+    Path("data").mkdir()
+    Path("data", "dataset_info.json").write_text(json.dumps({"hub": entry}))
+    found, _ = convert("model_name_or_path: a\nstage: sft\ndataset: hub\n", tmp_path, known)
+    assert found.settings["data"] == "some/tickets:small:dev"
+    assert found.settings["columns"] == {"instruction": "ask"}
+    assert {key for key in found.missing if key.startswith("dataset")} == {
+        "dataset: num_samples in dataset_info.json",
+        "dataset: columns.spam in dataset_info.json",
+    }
+
+
 @pytest.mark.parametrize(
     ("entry", "data", "columns"),
     [
@@ -274,6 +293,9 @@ def test_data_sets_are_found_by_their_descriptions(
             {"output": "b"},
         ),
         ("a.jsonl", "a.jsonl", None),
+        ("{path: some/set, name: small, type: alpaca}", "some/set:small:train", None),
+        ("{path: some/set, name: small, split: train}", "some/set:small:train", None),
+        ("{path: ./rows, data_files: a.jsonl}", "./rows/a.jsonl", None),
     ],
 )
 def test_data_sets_of_axolotl_keep_their_columns_and_splits(
@@ -283,6 +305,37 @@ def test_data_sets_of_axolotl_keep_their_columns_and_splits(
     found, _ = convert(text, tmp_path, known)
     assert (found.settings["data"], found.settings.get("columns")) == (data, columns)
     assert not found.missing.keys() - {"num_epochs, axolotl's default 1"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "data", "lost"),
+    [
+        ("{path: json, data_files: [a.jsonl, b.jsonl]}", None, "[0].data_files"),
+        ("{path: some/set, data_files: a.jsonl}", None, "[0].data_files"),
+        ("{path: a.jsonl, split: dev}", "a.jsonl", "[0].split"),
+        ("{path: a.jsonl, name: small}", "a.jsonl", "[0].name"),
+        ("{path: some/set, split: 'train[:9]'}", "some/set", "[0].split"),
+    ],
+)
+def test_what_of_a_data_set_of_axolotl_is_not_read_is_told(
+    entry: str, data: str | None, lost: str, tmp_path: Path, known: tuple[str, ...]
+) -> None:
+    text = f"base_model: some/llama\nadapter: lora\ndatasets: [{entry}]\n"
+    found, _ = convert(text, tmp_path, known)
+    assert found.settings.get("data") == data
+    assert f"datasets{lost}" in found.missing
+
+
+def test_validation_data_of_axolotl_are_those_that_it_names(
+    tmp_path: Path, known: tuple[str, ...]
+) -> None:
+    train = "base_model: some/llama\nadapter: lora\ndatasets: [{path: a.jsonl, field: body}]\n"
+    text = f"{train}test_datasets: [{{path: some/set, split: train}}]\n"
+    found, _ = convert(text, tmp_path, known)
+    assert found.settings["eval_data"] == "some/set:train"  # not its validation split
+    assert "rename those of one" in found.missing["test_datasets[0].field"]
+    found, _ = convert(f"{train}test_datasets: [{{path: b.jsonl, field: body}}]\n", tmp_path, known)
+    assert not [key for key in found.missing if key.startswith("test_datasets")]
 
 
 def test_torchtune_s_settings_are_ours(tmp_path: Path, known: tuple[str, ...]) -> None:

@@ -14,11 +14,11 @@ from lora.runs.disk import read_json
 
 INFO_FILE = "dataset_info.json"
 MAX_INFO_BYTES = 1 << 22
-_PARTS = {
+PARTS = {
     **{"prompt": "instruction", "query": "input", "response": "output", "messages": "messages"},
     **{name: name for name in ("system", "history", "tools", "images", "videos", "audios")},
 }
-"""Part by its name there."""
+"""Part of an example by its name there."""
 _ROLES = {
     "user_tag": ("human", "user"),
     "assistant_tag": ("gpt", "assistant"),
@@ -77,7 +77,7 @@ def describe_file(path: Path, on_message: OnMessage) -> FileDescription | None:
     entries = {
         name: entry
         for folder in path.absolute().parents[:2]
-        for name, entry in _read(folder / INFO_FILE, on_message).items()
+        for name, entry in read_info(folder / INFO_FILE, on_message).items()
         if _is_of(entry, folder, path)
     }
     if not entries:
@@ -99,7 +99,8 @@ def describe_file(path: Path, on_message: OnMessage) -> FileDescription | None:
     return found[0]
 
 
-def _read(path: Path, on_message: OnMessage) -> Mapping[str, Any]:
+def read_info(path: Path, on_message: OnMessage = lambda message: None) -> Mapping[str, Any]:
+    """Return the entries of a `dataset_info.json` by name; none if it is missing or damaged."""
     if not path.is_file() or path.stat().st_size > MAX_INFO_BYTES:
         return {}
     try:
@@ -132,12 +133,12 @@ def _describe(name: str, entry: Mapping[str, Any]) -> FileDescription:
         raise DataError(
             f"Cannot train on {name} of {INFO_FILE}: it is preference data. Name another file."
         )
-    unknown = sorted(set(columns) - set(_PARTS))
+    unknown = sorted(set(columns) - set(PARTS))
     if unknown:
         raise DataError(
             f"Cannot use {name} of {INFO_FILE}: it has columns for {', '.join(unknown)}. Allowed: "
-            f"{', '.join(_PARTS)}. Correct it, or give columns or a template."
+            f"{', '.join(PARTS)}. Correct it, or give columns or a template."
         )
     usual = {} if entry.get("formatting") in (None, "alpaca") else {"messages": "conversations"}
-    parts = {_PARTS[part]: column for part, column in columns.items()}
+    parts = {PARTS[part]: column for part, column in columns.items()}
     return FileDescription(name, {**usual, **parts}, tags)
