@@ -7,10 +7,15 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from lora.cli.flags.from_fields import DATA, Flat, config_from
-from lora.cli.flags.shared import DataFlags, Json, Model
+from lora.cli.flags.from_fields import DATA, Flat, config_from, flags_from
+from lora.cli.flags.shared import Json, Model
 from lora.config import DataConfig
 from lora.terminal import build_console
+
+
+@flags_from(DataConfig, without=("eval_fraction", "max_eval_examples"))
+class InspectedData:
+    """Reading, tokenizing and packing of the examples; all are inspected, none is split off."""
 
 
 def data(
@@ -18,7 +23,7 @@ def data(
     *,
     model: Model = None,
     json: Json = False,
-    data_config: Annotated[DataFlags | None, Flat] = None,
+    data_config: Annotated[InspectedData | None, Flat] = None,
 ) -> int:
     """Check training data: formats, lengths, and which tokens get a loss.
 
@@ -35,7 +40,7 @@ def data(
     path
         File or directory of examples, or owner/name[:split] of a data set on the Hub.
     """
-    config = config_from(DataConfig, data_config or DataFlags())
+    config = config_from(DataConfig, data_config or InspectedData())
 
     from lora.data.inspection import inspect_data
     from lora.data.inspection_view import print_report

@@ -18,7 +18,7 @@ from lora.cli.flags.from_fields import (
     config_from,
     flags_from,
 )
-from lora.cli.flags.shared import Adapter, Device, Json, Model, Overwrite
+from lora.cli.flags.shared import Adapter, Device, Json, Model, Overwrite, check_overwrite
 from lora.config import DataConfig, SamplingConfig
 from lora.inference.eval_config import EvalConfig
 from lora.inference.loading import LoadedModel, load_model
@@ -162,12 +162,8 @@ def _output(
     """Return the predictions file, checked. Raises ConfigError if nothing is answered."""
     from lora.errors import ConfigError
 
+    check_overwrite(overwrite, predictions, "--predictions")
     if predictions is None:
-        if overwrite:
-            raise ConfigError(
-                "Cannot use --overwrite without --predictions: there is no file to replace. Name "
-                "one, or leave the flag out."
-            )
         return None
     if config.answers == 0:
         raise ConfigError(

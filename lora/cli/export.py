@@ -45,6 +45,7 @@ def export(
     from lora.export.run import export as write
 
     if vllm:
+        _check_writes_nothing(out, dtype, overwrite)
         return _check_for_vllm(adapter, model)
     if out is None:
         raise ConfigError(
@@ -59,6 +60,18 @@ def export(
         f"largest error {error:.1e} in {name} (allowed {report.tolerance:.0e}); {answers}"
     )
     return 0
+
+
+def _check_writes_nothing(out: Path | None, dtype: str, overwrite: bool) -> None:
+    from lora.errors import ConfigError
+
+    given = {"a file to write": out is not None, "--dtype": dtype != "f16"}
+    unused = [name for name, is_given in {**given, "--overwrite": overwrite}.items() if is_given]
+    if unused:
+        raise ConfigError(
+            f"Cannot combine --vllm with {', '.join(unused)}: it checks an adapter and writes "
+            "nothing. Leave one or the other out."
+        )
 
 
 def _check_for_vllm(adapter: Path | None, model: str | None) -> int:

@@ -53,6 +53,8 @@ class LearningRates:
             faults.append("full_learning_rate together with rates: give one or the other")
         if not isinstance(self.rate_steps, int) or self.rate_steps < 0:
             faults.append(f"rate_steps={self.rate_steps!r}. Allowed: an int ≥ 0")
+        if self.rate_steps and not self.rates:
+            faults.append("rate_steps without rates: they are the steps of each trial, name rates")
         if faults:
             advice = "Separate several values by commas, as in --rates 3e-4,1e-3."
             raise ConfigError(gather(faults, "Cannot use these learning rates:", advice))

@@ -49,8 +49,9 @@ class EvaluationConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 faults.append(f"{name}={value!r}. Allowed: an int ≥ 1")
-        if self.test_data is not None and self.metric == "none":
-            faults.append("test_data without metric: name the metric to compute on it")
+        for name in ("test_data", "answers", "answer_tokens"):
+            if self.metric == "none" and getattr(self, name) != getattr(EvaluationConfig, name):
+                faults.append(f"{name} without metric: name the metric that it is for")
         if faults:
             heading = "Cannot evaluate the members with these settings:"
             raise ConfigError(gather(faults, heading, "Change them."))

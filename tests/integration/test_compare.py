@@ -398,7 +398,9 @@ def test_config_faults_are_gathered() -> None:
 def test_steps_of_a_trial_are_a_quarter_and_at_least_twenty() -> None:
     def steps(asked: int, rate_steps: int = 0) -> int:
         train = TrainConfig(steps=asked)
-        return CompareConfig(train=train, rates=LearningRates(rate_steps=rate_steps)).steps_tried
+        return CompareConfig(
+            train=train, rates=LearningRates((1e-3,), rate_steps=rate_steps)
+        ).steps_tried
 
     assert [steps(200), steps(60), steps(12), steps(200, 7)] == [50, 20, 12, 7]
 

@@ -24,6 +24,7 @@ from lora.config import (
     SamplingConfig,
     TrainConfig,
 )
+from lora.errors import ConfigError
 from lora.inference.checkpoints.find import find_adapter
 
 Model = Annotated[
@@ -104,6 +105,15 @@ Overwrite = Annotated[
     ),
 ]
 Json = Annotated[bool, Parameter(group=OUTPUT, help="Print the result as JSON.")]
+
+
+def check_overwrite(overwrite: bool, output: Path | None, flag: str) -> None:
+    """Raise ConfigError for --overwrite where `flag` names no `output` that it could replace."""
+    if overwrite and output is None:
+        raise ConfigError(
+            f"Cannot use --overwrite without {flag}: there is no file to replace. Name one, or "
+            "leave the flag out."
+        )
 
 
 @flags_from(LoRAConfig)

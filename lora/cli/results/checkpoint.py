@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from lora.cli.flags.from_fields import MODEL, OUTPUT
-from lora.cli.flags.shared import Json, Overwrite
+from lora.cli.flags.shared import Json, Overwrite, check_overwrite
 from lora.runs.typed_json import json_text
 from lora.terminal import build_console, print_line
 
@@ -49,6 +49,7 @@ def checkpoint(
     from lora.inference.checkpoints.find import split_name
     from lora.inference.checkpoints.listing import find_entry, list_entries
 
+    check_overwrite(overwrite, out, "--out")
     folder, word = split_name(run)
     entries = list_entries(folder) if word is None else [find_entry(folder, word)]
     if out is not None and word is None:

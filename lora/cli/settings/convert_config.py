@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from lora.cli.flags.from_fields import MODEL, OUTPUT
-from lora.cli.flags.shared import Overwrite
+from lora.cli.flags.shared import Overwrite, check_overwrite
 from lora.cli.flags.yaml_file import read_settings
 from lora.runs.outputs import OutputPath
 from lora.terminal import print_note
@@ -43,13 +43,8 @@ def convert_config(
     from lora.conversion.converted_file import report_lines, yaml_text
     from lora.conversion.llama_factory import LLAMA_FACTORY
     from lora.conversion.torchtune import TORCHTUNE, without_interpolation
-    from lora.errors import ConfigError
 
-    if overwrite and out is None:
-        raise ConfigError(
-            "Cannot use --overwrite without --out: there is no file to replace. Name one, or "
-            "leave the flag out."
-        )
+    check_overwrite(overwrite, out, "--out")
     output = None if out is None else OutputPath(out, inputs=(path,), overwrite=overwrite)
     if output is not None:
         output.check()

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from cyclopts.argument import Argument
 
-from lora.cli.finetune import FromAdapter
-from lora.cli.flags.from_fields import DATA, LORA, OUTPUT, Flat, changed_by, flags_from
+from lora.cli.finetune import FromAdapter, Full
+from lora.cli.flags.from_fields import DATA, OUTPUT, Flat, changed_by, flags_from
 from lora.cli.flags.shared import (
     BaseWeights,
     Deterministic,
@@ -31,9 +31,6 @@ NOT_IN_FILE = ("resume", "json")
 ANSWERS = {"y": True, "yes": True, "n": False, "no": False}
 
 Data = Annotated[Path | None, Parameter(group=DATA, help="Training examples, as in lora finetune.")]
-Full = Annotated[
-    bool, Parameter(group=LORA, help="Full fine-tuning: train all weights, without LoRA.")
-]
 
 
 @flags_from(LoRAConfig, unset=True)
@@ -190,6 +187,8 @@ def _ask() -> dict[str, Any]:
     """Return the answers to the questions; an empty answer is the default."""
     given: dict[str, Any] = {}
     for name, question, default, read in _questions():
+        if name == "rank" and given.get("full"):
+            continue
         while True:
             shown = f" [{default}]" if default else ""
             try:
@@ -206,8 +205,6 @@ def _ask() -> dict[str, Any]:
             except (KeyError, ValueError) as error:
                 reason = "answer y or n" if isinstance(error, KeyError) else error
                 print_note(f"{text}: {reason}")
-    if given.get("full"):
-        given.pop("rank", None)
     return {name: value for name, value in given.items() if value is not False}
 
 
