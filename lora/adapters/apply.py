@@ -20,7 +20,7 @@ from lora.adapters.experts import note_left_out
 from lora.adapters.targets import ALL_LINEAR, find_targets, matches, refuse_shared
 from lora.config import LoRAConfig
 from lora.decoder.quantised import has_fp8_base
-from lora.errors import ConfigError, LoraError, TargetError, did_you_mean
+from lora.errors import AdapterError, ConfigError, LoraError, TargetError, did_you_mean
 from lora.layers.build import build_lora_layer
 from lora.layers.token_tables import (
     build_trainable_tokens,
@@ -58,7 +58,7 @@ class AppliedLoRA:
     name: str = "default"
     """Of several adapters on the model: see `lora.adapters.named.switch`."""
     is_disabled: bool = False
-    """Whether `disabled_adapter` has taken it off for a while."""
+    """Whether this is within `disabled_adapter`."""
     filled_tables: tuple[str, ...] = ()
     """Full names of tables whose added rows came from a file, and not from their mean."""
 
@@ -70,7 +70,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
     with them (a tied head) stays frozen. Returns `model`.
 
     Raises TargetError if a name matches nothing, if nothing is left to adapt or if `model` has LoRA
-    already, and ConfigError for a rank too large for a layer; `model` is then unchanged.
+    already, AdapterError within `disabled_adapter`, and ConfigError for a rank too large for a
+    layer; `model` is then unchanged.
     """
     config = config or LoRAConfig()
     _refuse_second_time(model)
@@ -177,9 +178,11 @@ def train_token_rows(
     before; the others start as they are.
     Returns `model`.
 
-    Raises TargetError for tables that train in another way already or cannot be wrapped, and
-    ConfigError for invalid ids; `model` is then unchanged.
+    Raises TargetError for tables that train in another way already or cannot be wrapped,
+    ConfigError for invalid ids, and AdapterError within `disabled_adapter`; `model` is then
+    unchanged.
     """
+    refuse_disabled(model, "train tokens")
     applied, tables = applied_lora(model), find_token_tables(model)
     by_name = token_ids_by_table(ids, tables)
     _refuse_other_training(by_name, applied)
@@ -217,8 +220,10 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 def remove_lora(model: nn.Module) -> nn.Module:
     """Changes `model` in place: the base as it was before `apply_lora`, all of it frozen.
 
-    Adapters that were loaded beside the active one are forgotten.
+    Adapters that were loaded beside the active one are forgotten. Raises AdapterError within
+    `disabled_adapter`; `model` is then unchanged.
     """
+    refuse_disabled(model, "remove LoRA")
     applied = applied_lora(model)
     for name, layer in lora_layers(model).items():
         replace_module(model, name, layer.unwrap())
@@ -263,6 +268,15 @@ def plain_module(applied: AppliedLoRA, name: str, adapted: nn.Module) -> nn.Modu
     else:
         plain = _moved_beside(applied.originals[name], adapted)
     return plain.train(adapted.training)
+
+
+def refuse_disabled(model: nn.Module, what: str) -> None:
+    """Raise AdapterError within `disabled_adapter`, which puts back what it took off."""
+    if applied_lora(model).is_disabled:
+        raise AdapterError(
+            f"Cannot {what} within disabled_adapter(model), which brings back the adapter that was "
+            "active. Do it before or after the block."
+        )
 
 
 def stored_adapters(model: nn.Module) -> dict[str, object]:
@@ -390,6 +404,8 @@ def _token_layer(model: nn.Module, name: str) -> TrainableTokensLayer:
 
 
 def _refuse_second_time(model: nn.Module) -> None:
+    if "applied_lora" in vars(model):
+        refuse_disabled(model, "apply LoRA")
     wrapped = next(iter(lora_layers(model)), None)
     if wrapped is not None:
         raise TargetError(

@@ -16,6 +16,7 @@ from lora.adapters.apply import (
     AppliedLoRA,
     applied_lora,
     lora_layers,
+    refuse_disabled,
     replace_module,
     stored_adapters,
 )
@@ -71,9 +72,10 @@ def merge_lora(
     weight is no longer the embedding's is untied in the model's config too, so that it is saved.
 
     Raises AdapterError if the logits differ by more than `tolerance` (by default TOLERANCES of the
-    weights' dtype), a merged weight is not finite, or other adapters are loaded beside the active
-    one; `model` is then adapted as before.
+    weights' dtype), a merged weight is not finite, other adapters are loaded beside the active one,
+    or within `disabled_adapter`; `model` is then adapted as before.
     """
+    refuse_disabled(model, "merge")
     applied, layers = applied_lora(model), lora_layers(model)
     _refuse_others(model)
     was_tied = _is_tied_before(model, applied)

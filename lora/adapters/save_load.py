@@ -20,6 +20,7 @@ from lora.adapters.apply import (
     applied_lora,
     apply_lora_by_full_names,
     lora_layers,
+    refuse_disabled,
     train_token_rows,
     trained_parameters,
     unchanged_on_error,
@@ -30,7 +31,6 @@ from lora.adapters.named.switch import (
     active,
     check_adapter_name,
     loading_beside,
-    refuse_disabled,
 )
 from lora.adapters.peft_config import (
     build_config,
@@ -87,9 +87,10 @@ def save_adapter(
     that as it was. `base_name` is the base that PEFT should load; None: the name under which
     transformers or `lora.load_model` loaded it, if they did.
 
-    Raises AdapterError for values that are not finite, and CheckpointError if a file cannot be
-    written.
+    Raises AdapterError for values that are not finite and within `disabled_adapter`, and
+    CheckpointError if a file cannot be written.
     """
+    refuse_disabled(model, "save an adapter")
     with active(model, name):
         _save_active(model, Path(folder), base_name)
 

@@ -4,9 +4,9 @@
     load_adapter(model, "runs/x/adapter", name="x")   # loaded beside it, not active
     set_adapter(model, "x")
 
-The layers of the active adapter stand in the model, as those of a single adapter do, so neither
-numerics nor speed change. The layers of the others wait in `model.stored_adapters`; they share the
-base's tensors, and are put into the model's places when they become active.
+The layers of the active adapter are in the model, as those of a single adapter are, so neither
+numerics nor speed change. The layers of the others are in `model.stored_adapters`; they share the
+base's tensors, and replace the model's layers when they become active.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lora.adapters.apply import (
     AppliedLoRA,
     applied_lora,
     plain_module,
+    refuse_disabled,
     remove_lora,
     replace_module,
     stored_adapters,
@@ -161,15 +162,6 @@ def attach(model: nn.Module, stored: StoredAdapter) -> None:
             module.to(first.dtype)
         replace_module(model, name, module)
     model.applied_lora = applied  # type: ignore[assignment]
-
-
-def refuse_disabled(model: nn.Module, what: str) -> None:
-    """Raise AdapterError within `disabled_adapter`, which puts back what it took off."""
-    if applied_lora(model).is_disabled:
-        raise AdapterError(
-            f"Cannot {what} within disabled_adapter(model), which brings back the adapter that was "
-            "active. Do it before or after the block."
-        )
 
 
 def _first_tensor(module: nn.Module) -> Tensor:

@@ -205,6 +205,11 @@ def test_what_would_break_while_disabled_is_refused(several: nn.Module, tmp_path
             lambda: set_adapter(several, "some"),
             lambda: load_adapter(several, tmp_path / "all", name="new"),
             lambda: load_adapter(several, tmp_path / "all"),
+            lambda: save_adapter(several, tmp_path / "all"),
+            lambda: apply_lora(several, LoRAConfig()),
+            lambda: remove_lora(several),
+            lambda: merge_lora(several),
+            lambda: train_token_rows(several, [3]),
         ):
             with pytest.raises(AdapterError, match=r"within disabled_adapter\(model\)"):
                 call()
