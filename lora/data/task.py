@@ -26,17 +26,22 @@ class Task(Settings):
 
     def why_split_is_unused(self) -> list[str]:
         """Return what was given for a split of `data` that `eval_data` makes needless."""
-        if self.eval_data is None:
-            return []
-        default, own = vars(DataConfig()), vars(self.data_config)
-        return [
-            f"{name}={own[name]!r}: nothing is split off, because eval_data is given"
-            for name in ("eval_fraction", "max_eval_examples")
-            if own[name] not in (default[name], 0)
-        ]
+        return why_split_is_unused(self.data_config, self.eval_data)
 
     def check_split(self) -> None:
         """Raise ConfigError for settings of a split beside `eval_data`."""
         faults = self.why_split_is_unused()
         if faults:
             raise ConfigError(gather(faults, "Cannot use all of these settings:", UNUSED_ADVICE))
+
+
+def why_split_is_unused(config: DataConfig, eval_data: Source | None) -> list[str]:
+    """Return the settings of a split that `eval_data` makes needless."""
+    if eval_data is None:
+        return []
+    default, own = vars(DataConfig()), vars(config)
+    return [
+        f"{name}={own[name]!r}: nothing is split off, because eval_data is given"
+        for name in ("eval_fraction", "max_eval_examples")
+        if own[name] not in (default[name], 0)
+    ]

@@ -27,6 +27,7 @@ from lora.data.prompting.prompt_format import save_prompt_format
 from lora.data.reading.readers import Source
 from lora.data.record import describe_data
 from lora.data.sequences.batches import BatchStream, ordered_batches
+from lora.data.task import why_split_is_unused
 from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice, choose_device
@@ -36,6 +37,7 @@ from lora.finetune.event_files import check_tensorboard, event_file
 from lora.finetune.loop_inputs import example_namer
 from lora.finetune.model import save_in_run, save_start_in_run
 from lora.finetune.outline import tokens_per_step
+from lora.finetune.unused import check_patience, refuse_unused
 from lora.inference.run_settings import prompts_to_resume
 from lora.pretrained.positions import describe_excess
 from lora.runs.directory import (
@@ -129,6 +131,9 @@ def train(
     progress, called = as_progress(progress, "train"), as_callbacks(callbacks)
     chosen = _take_settings(settings, is_ours=isinstance(model, Decoder))
     _check_trains(model)
+    if not resume:
+        faults = why_split_is_unused(chosen.data, eval_data)
+        refuse_unused(faults, chosen.train, trains_modules=_trains_modules(model))
     loss_for(model)  # raises for a model that no loss fits
     check_run_directory(chosen.run.out, chosen.run.name, resume=resume)
     if chosen.run.tensorboard:
@@ -136,6 +141,8 @@ def train(
     device = next(model.parameters()).device
     choice = choose_device(str(device), chosen.train.precision)
     prepared = _load_data(model, tokenizer, data, eval_data, chosen, resume, progress)
+    has_validation = prepared.validation is not None
+    check_patience(chosen.run, resume=resume, has_validation=has_validation)
     recorded = recorded_steps(chosen.run.out / str(chosen.run.name)) if resume else None
     train_config = chosen.train.with_steps(len(prepared.train), recorded=recorded)
     chosen = replace(chosen, train=train_config)
@@ -228,6 +235,12 @@ def _check_trains(model: nn.Module) -> None:
             f"Cannot train this {type(model).__name__}: none of its parameters has requires_grad. "
             "Call apply_lora(model), or load_adapter(model, folder, trainable=True)."
         )
+
+
+def _trains_modules(model: nn.Module) -> bool:
+    """Whether more than A and B trains: embedding rows, or whole modules."""
+    trained = (name for name, p in model.named_parameters() if p.requires_grad)
+    return not all(name.endswith(("lora_A", "lora_B")) for name in trained)
 
 
 def _load_data(

@@ -97,7 +97,8 @@ def _finetune(
     if job.run.tensorboard:
         check_tensorboard()
     inputs = _find_inputs(job, progress, show_data)
-    check_patience(job, has_validation=inputs.data.validation is not None)
+    has_validation = inputs.data.validation is not None
+    check_patience(job.run, resume=job.resume, has_validation=has_validation)
     job = _with_steps(job, inputs.data)
     choice, source, data, memory = inputs.choice, inputs.source, inputs.data, inputs.memory
     planned = describe_plan(memory.plan)

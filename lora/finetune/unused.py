@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora.config import LoRAConfig, TrainConfig
+from lora.config import LoRAConfig, RunConfig, TrainConfig
 from lora.data.task import UNUSED_ADVICE
 from lora.errors import ConfigError, gather
 from lora.finetune.job import FinetuneJob
@@ -16,27 +16,35 @@ def check_unused(job: FinetuneJob) -> None:
     if job.resume:
         return
     faults = job.why_split_is_unused()
-    train, default = job.train, TrainConfig()
-    if train.whole_rate_fraction != default.whole_rate_fraction and not _trains_modules(job):
-        faults.append(
+    refuse_unused(faults, job.train, trains_modules=_trains_modules(job))
+
+
+def refuse_unused(faults: list[str], train: TrainConfig, *, trains_modules: bool) -> None:
+    """Raise ConfigError for `faults` and for what cannot apply in `train`, all of it at once.
+
+    `trains_modules`: whether modules are fully trained beside LoRA.
+    """
+    found, default = list(faults), TrainConfig()
+    if train.whole_rate_fraction != default.whole_rate_fraction and not trains_modules:
+        found.append(
             f"whole_rate_fraction={train.whole_rate_fraction!r}: it is for modules that are "
             "fully trained beside LoRA (modules_to_save, special_tokens), and there are none"
         )
     has_minimum = train.min_rate_fraction != default.min_rate_fraction
     if train.schedule == "constant" and has_minimum:
-        faults.append(
+        found.append(
             f"min_rate_fraction={train.min_rate_fraction!r}: the schedule constant stays at "
             "the peak. Allowed with cosine and linear"
         )
-    if faults:
-        raise ConfigError(gather(faults, "Cannot use all of these settings:", UNUSED_ADVICE))
+    if found:
+        raise ConfigError(gather(found, "Cannot use all of these settings:", UNUSED_ADVICE))
 
 
-def check_patience(job: FinetuneJob, *, has_validation: bool) -> None:
+def check_patience(run: RunConfig, *, resume: bool, has_validation: bool) -> None:
     """Raise ConfigError for early stopping without a validation loss."""
-    if job.run.patience and not has_validation and not job.resume:
+    if run.patience and not has_validation and not resume:
         raise ConfigError(
-            f"Cannot stop early (patience={job.run.patience}): there are no validation data. Give "
+            f"Cannot stop early (patience={run.patience}): there are no validation data. Give "
             "eval_data, more examples or an eval_fraction above 0, or leave patience out."
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +45,9 @@ def test_what_can_apply_is_taken(settings: dict[str, Any]) -> None:
 def test_early_stopping_needs_a_validation_loss() -> None:
     job = build_job(Path("a.jsonl"), {"patience": 3})
     with pytest.raises(ConfigError, match=r"patience=3.*no validation data"):
-        check_patience(job, has_validation=False)
-    check_patience(job, has_validation=True)
-    check_patience(replace(job, resume=True), has_validation=False)
+        check_patience(job.run, resume=False, has_validation=False)
+    check_patience(job.run, resume=False, has_validation=True)
+    check_patience(job.run, resume=True, has_validation=False)
 
 
 def test_all_of_them_are_named_at_once() -> None:
