@@ -84,6 +84,7 @@ def evaluate(
     from lora.data.reading.readers import read_examples
     from lora.data.sequences.embedding_rows import check_ids
     from lora.decoder.families import decoder_config
+    from lora.errors import ConfigError
     from lora.inference.evaluation import prepare_evaluation
     from lora.inference.loading import find_model_of, model_inputs
     from lora.inference.run_settings import find_rules
@@ -92,6 +93,11 @@ def evaluate(
     chosen = config_from(EvalConfig, eval_config or EvalFlags())
     if bleu:
         chosen = replace(chosen, metrics=(*chosen.metrics, "bleu"))
+    if adapter is None and not chosen.base:
+        raise ConfigError(
+            "Cannot use --no-base without --adapter: the base is all that would be evaluated. Name "
+            "an adapter, or leave the flag out."
+        )
     sampling = SamplingConfig(max_new_tokens=max_new_tokens)
     config, now = _data_settings(adapter, data_config)
     inputs = (*input_paths(data, config.chat_template), *model_inputs(model, adapter))

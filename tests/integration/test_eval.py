@@ -73,6 +73,8 @@ def test_predictions_have_each_answer_with_its_scores(
     assert list(json.loads(out)) == ["adapter"]
     row = json.loads(written.read_text(encoding="utf-8").splitlines()[0])
     assert "base_answer" not in row
+    assert main(["eval", str(labels_file), "--model", str(tiny_folder), "--no-base"]) == 2
+    assert "Cannot use --no-base without --adapter" in capsys.readouterr().err
 
 
 def test_tables_show_labels_fields_and_cut_answers(
