@@ -14,6 +14,7 @@ from lora.adapters.save_load import load_adapter
 from lora.cli import main
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.reading.orders import make_orders
+from lora.data.tokenizers.subword import load_tokenizer
 from lora.errors import CheckpointError
 from lora.finetune import FinetuneJob, finetune
 from lora.inference.checkpoints.find import find_adapter
@@ -190,6 +191,7 @@ def test_the_command_lists_and_writes(
     assert "--overwrite" in capsys.readouterr().err
     assert main(["checkpoint", at(copied, 8), "--out", str(target), "--overwrite"]) == 0
     assert main(["checkpoint", str(copied), "--out", str(tmp_path / "more")]) == 2
+    assert main(["checkpoint", str(copied), "--overwrite"]) == 2
     assert "@best" in capsys.readouterr().err
     for missing in (tmp_path, at(tmp_path / "nobody", 8)):
         assert main(["checkpoint", str(missing), "--out", str(tmp_path / "more")]) == 2
@@ -226,6 +228,26 @@ def test_a_checkpoint_of_full_fine_tuning_is_a_model(
     tokens = torch.arange(3, 15)[None]
     with torch.no_grad():
         assert torch.equal(load_decoder(target)(tokens), load_decoder(done.saved)(tokens))
+
+
+def test_the_model_of_a_killed_run_has_the_chat_template_that_was_given(
+    job: FinetuneJob, tmp_path: Path
+) -> None:
+    template = "{% for m in messages %}{{ m.role + '> ' + m.content + '\\n' }}{% endfor %}"
+    (given := tmp_path / "chat.jinja").write_text(template, encoding="utf-8")
+    own = replace(
+        job,
+        lora=None,
+        train=replace(job.train, steps=4, learning_rate=1e-3),
+        data_config=replace(job.data_config, chat_template=given, learn_on="all"),
+        run=replace(job.run, out=tmp_path),
+    )
+    done = finetune(own)
+    assert load_tokenizer(done.saved).chat_template == template
+    shutil.rmtree(done.saved)  # as where the run was killed before its end
+    target = tmp_path / "written"
+    assert main(["checkpoint", at(done.folder, 4), "--out", str(target)]) == 0
+    assert load_tokenizer(target).chat_template == template
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ def extract_model(run: Path, entry: CheckpointEntry, folder: Path) -> None:
     run's base cannot be loaded.
     """
     from lora.adapters.added_tokens import add_tokens_to_all
+    from lora.data.chat.choose_template import choose_template
     from lora.data.tokenizers.subword import load_tokenizer
     from lora.pretrained.hf_weights import load_decoder, save_decoder
     from lora.pretrained.model_files import save_tokenizer_files
@@ -69,11 +70,14 @@ def extract_model(run: Path, entry: CheckpointEntry, folder: Path) -> None:
     record = read_run_record(run)
     source = find_model(record.model_source)
     model = load_decoder(source.folder, dtype=torch.float32).requires_grad_(True)
-    tokens = tuple((record.data_config or {}).get("special_tokens") or ())
+    settings = record.data_config or {}
+    tokens, template = tuple(settings.get("special_tokens") or ()), settings.get("chat_template")
     saved = run / "model"
     tokenizer = load_tokenizer(saved if saved.is_dir() else source.folder)
     if tokens and not saved.is_dir():
         tokenizer = tokenizer.with_tokens(tokens)
+    if template is not None and not saved.is_dir():
+        tokenizer = choose_template(tokenizer, Path(template))[0]
     add_tokens_to_all(model, tokenizer, tokens)
     load_trained_tensors(model, entry.path)
     save_decoder(model, folder)
