@@ -17,7 +17,7 @@ from lora.data.prepare import PreparedData
 from lora.data.prompting.rules import rules_for
 from lora.data.reading.formats import COMPLETION, Example
 from lora.data.reading.readers import Source, read_examples
-from lora.data.sequences.embedding_rows import check_ids, grown_rows
+from lora.data.sequences.embedding_rows import check_ids, tokenizer_for
 from lora.data.sequences.encode import encode_examples
 from lora.data.sequences.encoded import EncodedExamples, check_has_targets
 from lora.data.sequences.packing import pack, packed_length, padded_length
@@ -51,11 +51,8 @@ def inspect_data(
     report = DataReport(_name_of(source), config.max_length, config.learn_on)
     has_template = tokenizer.chat_template is not None
     try:
-        if config.special_tokens:
-            tokenizer = tokenizer.with_tokens(config.special_tokens)
-            n_rows = grown_rows(n_rows, tokenizer, config.special_tokens)
-        if config.keep_control_tokens:
-            tokenizer = tokenizer.with_control_tokens_in_messages()
+        report.notes += tokenizer.notes
+        tokenizer, n_rows = tokenizer_for(tokenizer, config, n_rows)
         rules = rules_for(config, has_template=has_template)
         examples = read_examples(source, report.notes.append, rules=rules)
         _describe_examples(report, examples, config)

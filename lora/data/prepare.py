@@ -17,9 +17,9 @@ from lora.data.reading.readers import (
     read_examples,
     read_with_labels,
 )
-from lora.data.reading.splitting import split_examples
+from lora.data.reading.splitting import settings_of_split, split_examples
 from lora.data.sequences.batches import TokenSequences, build_sequences
-from lora.data.sequences.embedding_rows import check_ids, choose_pad_id, grown_rows
+from lora.data.sequences.embedding_rows import check_ids, choose_pad_id, tokenizer_for
 from lora.data.sequences.encode import encode_examples
 from lora.data.sequences.encoded import EncodedExamples, check_has_targets
 from lora.data.tokenizers.subword import TextTokenizer
@@ -82,29 +82,16 @@ def prepare_data(
     """
     for note in tokenizer.notes:
         on_message(note)
-    if config.special_tokens:
-        tokenizer = tokenizer.with_tokens(config.special_tokens)
-        n_rows = grown_rows(n_rows, tokenizer, config.special_tokens)
-    if config.keep_control_tokens:
-        tokenizer = tokenizer.with_control_tokens_in_messages()
+    tokenizer, n_rows = tokenizer_for(tokenizer, config, n_rows)
     pad_id, pad_note = choose_pad_id(tokenizer, n_rows)
     if pad_note:
         on_message(pad_note)
     has_template = tokenizer.chat_template is not None
     rules = rules_for(config, has_template=has_template, trained=trained)
     train, rules = read_with_labels(source, on_message, rules)
-    has_validation = validation_source is None and has_part(source, "validation")
-    if has_validation and not config.eval_fraction:
-        on_message("validation data are not used: eval_fraction is 0")
-    if has_validation and config.eval_fraction:
-        validation = read_examples(source, on_message, rules=rules, part="validation")
-        _report_overlap(train, validation, on_message)
-    elif validation_source is None:
-        sizes = config.eval_fraction, config.max_eval_examples
-        train, validation = split_examples(train, *sizes, seed)
-    else:
-        validation = read_examples(validation_source, on_message, rules=rules, part="validation")
-        _report_overlap(train, validation, on_message)
+    train, validation = _find_validation(
+        train, source, validation_source, config, seed, rules, on_message
+    )
     origin, now = None, now or datetime.now()
     if any(example.messages is not None for example in train + validation):
         tokenizer, origin = choose_template(tokenizer, config.chat_template)
@@ -116,15 +103,14 @@ def prepare_data(
     if validation:
         validation_encoded = encode_examples(validation, tokenizer, config, now=now)
         check_ids(validation_encoded.documents, validation, tokenizer, n_rows)
-    if validation_encoded is not None and not len(validation_encoded.documents):
-        on_message("no validation: none of the validation examples has a target token")
-        validation_encoded = None
-    validation_sequences = None
+        if not len(validation_encoded.documents):
+            on_message("no validation: none of the validation examples has a target token")
+            validation_encoded = None
+    train_sequences, validation_sequences = _build(encoded, pad_id, config, seed), None
     if validation_encoded is not None:
         validation_sequences = _build(validation_encoded, pad_id, config, seed)
-    train_sequences = _build(encoded, pad_id, config, seed)
-    if validation_sequences is not None and config.packing:
-        train_sequences, validation_sequences = _alike(train_sequences, validation_sequences)
+        if config.packing:
+            train_sequences, validation_sequences = _alike(train_sequences, validation_sequences)
     return PreparedData(
         train=train_sequences,
         validation=validation_sequences,
@@ -138,6 +124,30 @@ def prepare_data(
         rules=rules,
         prompts=describe_prompts(train, rules),
     )
+
+
+def _find_validation(
+    train: list[Example],
+    source: Source,
+    given: Source | None,
+    config: DataConfig,
+    seed: int,
+    rules: ReadingRules,
+    on_message: Callable[[str], None],
+) -> tuple[list[Example], list[Example]]:
+    """Return the training and the validation examples: given, of `source`, or split off `train`."""
+    has_own = given is None and has_part(source, "validation")
+    if has_own and config.eval_fraction:
+        given = source
+        for setting in settings_of_split(config):
+            on_message(f"{setting} is not used: the data have validation examples of their own")
+    elif has_own:
+        on_message("validation data are not used: eval_fraction is 0")
+    if given is None:
+        return split_examples(train, config.eval_fraction, config.max_eval_examples, seed)
+    validation = read_examples(given, on_message, rules=rules, part="validation")
+    _report_overlap(train, validation, on_message)
+    return train, validation
 
 
 def _alike(one: TokenSequences, other: TokenSequences) -> tuple[TokenSequences, TokenSequences]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from lora.config import DataConfig
 from lora.data.reading.readers import Source
+from lora.data.reading.splitting import settings_of_split
 from lora.errors import ConfigError, gather
 from lora.settings.base import Settings
 
@@ -39,9 +40,7 @@ def why_split_is_unused(config: DataConfig, eval_data: Source | None) -> list[st
     """Return the settings of a split that `eval_data` makes needless."""
     if eval_data is None:
         return []
-    default, own = vars(DataConfig()), vars(config)
     return [
-        f"{name}={own[name]!r}: nothing is split off, because eval_data is given"
-        for name in ("eval_fraction", "max_eval_examples")
-        if own[name] not in (default[name], 0)
+        f"{setting}: nothing is split off, because eval_data is given"
+        for setting in settings_of_split(config)
     ]

@@ -25,6 +25,11 @@ def printed(report: DataReport, **options: Any) -> str:
     return stream.getvalue()
 
 
+def test_notes_on_the_tokenizer_are_shown(chatml_tokenizer: TextTokenizer) -> None:
+    noted = dataclasses.replace(chatml_tokenizer, notes=("BPE dropout is off",))
+    assert inspect_data(ROWS, noted, DataConfig()).notes == ["BPE dropout is off"]
+
+
 def test_figures_are_those_of_training(chatml_tokenizer: TextTokenizer) -> None:
     for packing in (True, False):
         config = DataConfig(max_length=128, eval_fraction=0, packing=packing)

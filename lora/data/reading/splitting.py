@@ -8,11 +8,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lora.config import DataConfig
 from lora.data.reading.formats import Example
 from lora.errors import DataError
 
 _FILE_CHARACTERS_FOR_AN_EXAMPLE = 2000
 _SEARCHED_CHARACTERS = 100_000
+
+
+def settings_of_split(config: DataConfig) -> list[str]:
+    """Return what was given for the split, as `name=value`: needless where nothing is split off."""
+    default, own = vars(DataConfig()), vars(config)
+    names = ("eval_fraction", "max_eval_examples")
+    return [f"{name}={own[name]!r}" for name in names if own[name] not in (default[name], 0)]
 
 
 def split_examples(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lora.config import DataConfig
 from lora.data.reading.formats import Example
 from lora.data.sequences.documents import Documents
 from lora.data.tokenizers.subword import TextTokenizer
@@ -31,9 +32,20 @@ def choose_pad_id(tokenizer: TextTokenizer, n_rows: int | None) -> tuple[int, st
     )
 
 
-def grown_rows(n_rows: int | None, tokenizer: TextTokenizer, added: Sequence[str]) -> int | None:
-    """Return the rows of an embedding that grows by what `added` needs; None stays None."""
-    return None if n_rows is None else max(n_rows, 1 + max(tokenizer.ids_of(added)))
+def tokenizer_for(
+    tokenizer: TextTokenizer, config: DataConfig, n_rows: int | None
+) -> tuple[TextTokenizer, int | None]:
+    """Return the tokenizer with what `config` adds, and the embedding's rows, which grow with it.
+
+    None rows stay None.
+    """
+    added = config.special_tokens
+    if added:
+        tokenizer = tokenizer.with_tokens(added)
+        n_rows = None if n_rows is None else max(n_rows, 1 + max(tokenizer.ids_of(added)))
+    if config.keep_control_tokens:
+        tokenizer = tokenizer.with_control_tokens_in_messages()
+    return tokenizer, n_rows
 
 
 def check_ids(

@@ -73,6 +73,8 @@ def test_validation_files_are_for_validation(tmp_path: Path, tokenizer: TextToke
     assert "not trained on, as validation data: validation.jsonl" in said
     assert "\nvalidation data: validation.jsonl" in said
     assert "never trained on, as test data: test.jsonl (lora eval takes them)" in said
+    assert "not used" not in said
+    assert "eval_fraction=0.3 is not used" in prepared(tmp_path, tokenizer, eval_fraction=0.3)[1]
     data, said = prepared(tmp_path, tokenizer, eval_fraction=0)
     assert (len(data.train_examples), data.validation_examples) == (2, [])
     assert "validation data are not used: eval_fraction is 0" in said
