@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import math
 import operator
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -34,6 +33,7 @@ from lora.settings.checks import (
     is_int,
     is_number,
     is_pattern,
+    is_several_names,
     is_tuple_of,
     pairs_of,
     raise_if,
@@ -83,10 +83,6 @@ MAX_LEARNING_RATE = 1e30
 """AdamW's first update is as large as this: beyond it, fp32 has no room for its square."""
 MIN_FRACTION = 1e-6
 """Least top_p and temperature (if not 0): less is lost in fp32."""
-
-
-_NAMES = re.compile(r"[\w.-]+(\s*,\s*[\w.-]+)+")
-"""Several names; a regular expression with a comma has other characters as well."""
 
 
 def _with_former_names(config: type[ConfigT]) -> type[ConfigT]:
@@ -149,7 +145,7 @@ class LoRAConfig(Settings):
         for name in ("targets", "exclude", "modules_to_save", "layers"):
             if isinstance(getattr(self, name), list):  # as PEFT's users write them
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        if isinstance(self.targets, str) and _NAMES.fullmatch(self.targets):
+        if isinstance(self.targets, str) and is_several_names(self.targets):
             object.__setattr__(self, "targets", split_words(self.targets))
         faults = check_counts(self, 1, "rank")
         faults += check_positive("alpha", self.alpha)

@@ -21,6 +21,7 @@ from typing import Any
 
 from cyclopts import (
     App,
+    ArgumentCollection,
     CycloptsError,
     Parameter,
     UnknownOptionError,
@@ -221,10 +222,15 @@ def _given(words: list[str], sources: Sources) -> dict[str, str]:
     return given | given_in_environment(words[0]) | given_in(words[1:])
 
 
-def _known_settings(command: str) -> dict[str, str]:
+def arguments_of(command: str) -> ArgumentCollection:
+    """Return the arguments of a command, in the order of its signature."""
     app = build_app()
     with app.app_stack([command]):
-        return known_settings(app[command].assemble_argument_collection())
+        return app[command].assemble_argument_collection()
+
+
+def _known_settings(command: str) -> dict[str, str]:
+    return known_settings(arguments_of(command))
 
 
 def _check_command(words: list[str]) -> None:

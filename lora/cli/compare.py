@@ -22,7 +22,6 @@ from lora.cli.flags.shared import (
 from lora.compare.config import CompareConfig, LearningRates
 from lora.compare.decoder_job import EvaluationConfig
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
-from lora.errors import ConfigError
 from lora.runs.comparison_record import COMPARE_FILE, Same
 from lora.runs.disk import read_json
 from lora.runs.record import Method
@@ -102,8 +101,6 @@ def compare(
     Each method is trained in a subprocess, so that its peak memory is its own.
     """
     run_config = config_from(RunConfig, run or CompareRun())
-    if resume and run_config.name is None:
-        raise ConfigError("Cannot resume: no comparison is named. Name it with --name.")
     evaluation = config_from(EvaluationConfig, measures or EvaluationFlags())
     methods: tuple[Method, ...] = ("lora", "full", "peft") if peft else ("lora", "full")
     config = CompareConfig(

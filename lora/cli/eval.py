@@ -20,6 +20,7 @@ from lora.cli.flags.from_fields import (
 )
 from lora.cli.flags.shared import Adapter, Device, Json, Model, Overwrite, check_overwrite
 from lora.config import DataConfig, SamplingConfig
+from lora.errors import ConfigError
 from lora.inference.eval_config import EvalConfig
 from lora.inference.loading import LoadedModel, load_model
 from lora.runs.outputs import OutputPath, input_paths
@@ -91,6 +92,11 @@ def evaluate(
     from lora.pretrained.hf_files import read_config
 
     chosen = config_from(EvalConfig, eval_config or EvalFlags())
+    if adapter is None and not chosen.base:
+        raise ConfigError(
+            "Cannot leave out the base model (--no-base): no adapter is named, so there is nothing "
+            "else to evaluate. Name one with --adapter, or leave the flag out."
+        )
     if bleu:
         chosen = replace(chosen, metrics=(*chosen.metrics, "bleu"))
     if adapter is None and not chosen.base:
@@ -166,8 +172,6 @@ def _output(
     predictions: Path | None, config: EvalConfig, overwrite: bool, inputs: tuple[Path, ...]
 ) -> OutputPath | None:
     """Return the predictions file, checked. Raises ConfigError if nothing is answered."""
-    from lora.errors import ConfigError
-
     check_overwrite(overwrite, predictions, "--predictions")
     if predictions is None:
         return None

@@ -142,8 +142,6 @@ def _check_flags(
     lora: LoRAFlags | None,
     from_adapter: Path | None,
 ) -> None:
-    if resume and name is None:
-        raise ConfigError("Cannot resume: no run is named. Name it with --name.")
     recorded = f" What the run {name} recorded counts as given." if resume else ""
     if from_adapter is not None and lora is not None:
         raise ConfigError(

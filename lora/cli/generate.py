@@ -59,6 +59,11 @@ def generate(
     from lora.pretrained.positions import describe_excess
     from lora.runs.record import PromptFormat
 
+    if config.temperature == 0 and (config.top_k or config.top_p < 1):
+        print_note(
+            "note: --top-k and --top-p have no effect at --temperature 0, which is greedy "
+            "decoding. Add --temperature 0.7 to sample."
+        )
     asked = [*(prompts or []), *_read_lines(prompts_file)]
     if not asked:
         raise DataError(

@@ -128,8 +128,6 @@ def sweep(
     and the adapter with the lowest of all in best/; the report is report.html.
     """
     run_config = config_from(RunConfig, run or SweepRun())
-    if resume and run_config.name is None:
-        raise ConfigError("Cannot resume: no sweep is named. Name it with --name.")
     _check_full(full, full_learning_rate)
     candidates = config_from(Grid, grid or GridFlags())
     lora_config = config_from(LoRAConfig, lora or SweepLoRA())

@@ -16,6 +16,9 @@ MAX_COUNT = 10**9
 MAX_NUMBER = 1e9
 """Alphas, temperatures, gigabytes: far more than fp32 can bear or a machine has."""
 
+_SEVERAL_NAMES = re.compile(r"[\w.-]+(\s*,\s*[\w.-]+)+")
+"""A regular expression with a comma has other characters as well."""
+
 
 def check(condition: bool, name: str, seen: object, allowed: str) -> list[str]:
     """Return the fault of a field unless `condition` holds; `allowed` is what it must be."""
@@ -95,6 +98,11 @@ def split_words(value: object) -> object:
     if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
         return value
     return tuple(part.strip() for word in words for part in word.split(","))
+
+
+def is_several_names(text: str) -> bool:
+    """Whether `text` is names with commas between them, and not one regular expression."""
+    return _SEVERAL_NAMES.fullmatch(text) is not None
 
 
 def check_special_tokens(tokens: object) -> list[str]:

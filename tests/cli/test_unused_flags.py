@@ -17,6 +17,8 @@ from lora.cli.flags.yaml_file import read_settings
         ("export model.gguf --vllm --adapter .", "Cannot combine --vllm with a file to write:"),
         ("export --vllm --dtype q8_0 --overwrite", "--vllm with --dtype, --overwrite:"),
         ("checkpoint runs/x@500 --overwrite", "Cannot use --overwrite without --out"),
+        ("eval x.jsonl --no-base", "Cannot leave out the base model (--no-base)"),
+        ("generate --top-p 0.9", "--top-p have no effect at --temperature 0"),
         ("data x.jsonl --eval-fraction 0.1", "--eval-fraction"),
         ("data x.jsonl --max-eval-examples 5", "--max-eval-examples"),
         ("compare x.jsonl --rate-steps 5", "rate_steps without rates"),

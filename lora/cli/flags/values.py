@@ -21,11 +21,10 @@ from cyclopts.argument import Argument
 
 from lora.config import DataConfig, LoRAConfig
 from lora.errors import ConfigError, gather
+from lora.settings.checks import is_several_names
 
 _WHOLE = re.compile(r"[+-]?\d[\d_]*\.0*")
 _NOT_WHOLE = "must be a whole number"
-_NAMES = re.compile(r"[\w.-]+(\s*,\s*[\w.-]+)+")
-"""Several names. A regular expression with a comma has other characters as well."""
 _YAML_BOOLS = {"on": "true", "off": "false"}
 
 
@@ -92,7 +91,7 @@ def _split(tokens: Iterable[Token], kinds: set[Any], faults: list[str]) -> list[
 
 
 def _items(token: Token, kinds: set[Any]) -> list[Token]:
-    is_one = str in kinds and not _NAMES.fullmatch(token.value.strip())
+    is_one = str in kinds and not is_several_names(token.value.strip())
     if is_one or "," not in token.value or token.value.lstrip().startswith(("[", "{")):
         return [token]
     return [token.evolve(value=part.strip()) for part in token.value.split(",")]

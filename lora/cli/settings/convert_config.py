@@ -65,10 +65,7 @@ def convert_config(
 
 def finetune_settings() -> tuple[str, ...]:
     """Return the settings of `lora finetune` in the order of its help, names with underscores."""
-    from lora.cli import build_app
+    from lora.cli import arguments_of
 
-    app = build_app()
-    with app.app_stack(["finetune"]):
-        arguments = app["finetune"].assemble_argument_collection()
-    names = (argument.name.removeprefix("--") for argument in arguments)
+    names = (argument.name.removeprefix("--") for argument in arguments_of("finetune"))
     return tuple(name.replace("-", "_") for name in names if name != "*")

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from cyclopts.argument import Argument
 
 from lora.cli.finetune import FromAdapter, Full
-from lora.cli.flags.from_fields import DATA, OUTPUT, Flat, changed_by, flags_from
+from lora.cli.flags.from_fields import DATA, GROUPS, OUTPUT, Flat, changed_by, flags_from
 from lora.cli.flags.shared import (
     BaseWeights,
     Deterministic,
@@ -147,14 +147,14 @@ def _with_keys(text: str) -> str:
 
 def _arguments() -> list[Argument]:
     """Return the flags of `lora finetune` that a file may have, in the order of its help."""
-    from lora.cli import build_app
-    from lora.cli.flags.from_fields import GROUPS
+    from lora.cli import arguments_of
 
-    app = build_app()
-    with app.app_stack(["finetune"]):
-        arguments = app["finetune"].assemble_argument_collection()
     order = list(GROUPS)
-    kept = [a for a in arguments if a.name != "*" and a.name.removeprefix("--") not in NOT_IN_FILE]
+    kept = [
+        a
+        for a in arguments_of("finetune")
+        if a.name != "*" and a.name.removeprefix("--") not in NOT_IN_FILE
+    ]
     return sorted(kept, key=lambda a: order.index(a.parameter.group[0].name))  # type: ignore[index]
 
 
