@@ -51,7 +51,7 @@ _RESUME = "lora finetune --name run1 --resume"
 _MERGE = "lora merge runs/run1/adapter merged"
 _CONVERT = (
     "`lora convert-config FILE --out run.yaml` turns a whole file into one for "
-    "`lora finetune run.yaml`, and lists each key that has no equal here."
+    "`lora finetune run.yaml`, and lists each key that has no equivalent here."
 )
 _TRAINER = (
     "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps "

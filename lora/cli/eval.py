@@ -68,8 +68,8 @@ def evaluate(
         lora eval test.jsonl --metrics rouge-l,bleu
 
     With --adapter the base model is evaluated too, for comparison, and data
-    settings that are not given are those of the adapter's run. Of a
-    conversation every assistant turn is asked.
+    settings that are not given are those of the adapter's run. In a
+    conversation every assistant turn is generated.
 
     Parameters
     ----------

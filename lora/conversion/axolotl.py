@@ -119,7 +119,7 @@ def _columns_of(entry: dict[str, Any]) -> dict[str, str]:
 
 
 def _lost_of_entry(entry: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the keys of an entry that have no equal, with what to do."""
+    """Return the keys of an entry that have no equivalent, with what to do."""
     found = []
     for key, value in entry.items():
         is_read = key in ("path", "ds_type", *_PARTS)
@@ -139,7 +139,7 @@ def _lost_of_entry(entry: dict[str, Any]) -> list[tuple[str, str]]:
             if not _is_usual(value):
                 found.append((key, _TURNS))
         else:
-            found.append((key, "has no equal here"))
+            found.append((key, "has no equivalent here"))
     return found
 
 

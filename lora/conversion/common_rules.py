@@ -104,7 +104,7 @@ def output_dir(value: Any, keys: Keys) -> Outcome:
     """Rule of the output directory."""
     path = PurePath(str(value))
     if not path.name:
-        return Outcome(missing={"": "name has no equal in it; write out: and name:"})
+        return Outcome(missing={"": "name has no equivalent in it; write out: and name:"})
     return Outcome({"out": str(path.parent), "name": path.name}, "a run is the directory out/name")
 
 

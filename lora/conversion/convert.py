@@ -1,7 +1,7 @@
 """Settings of another tool's YAML file as ours, with what becomes of every key.
 
 A tool is a `Tool`: marks to know it by, a rule for each of its keys, its defaults where they differ
-from ours. A rule turns a value into an `Outcome`: settings of ours, nothing to do, or no equal
+from ours. A rule turns a value into an `Outcome`: settings of ours, nothing to do, or no equivalent
 here. Values are texts, as they are written in the file.
 """
 
@@ -27,13 +27,13 @@ LORA_SETTINGS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What becomes of a key: settings of ours, something that has no equal, or nothing to do."""
+    """What becomes of a key: settings of ours, one without an equivalent, or nothing to do."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     """Of the settings: what differs; without any: why nothing is needed."""
     missing: Mapping[str, str] = field(default_factory=dict)
-    """By part of the key, "" for the whole: what has no equal here, and what to do."""
+    """By part of the key, "" for the whole: what has no equivalent here, and what to do."""
 
 
 Rule = Callable[[Any, Keys], Outcome]
@@ -70,7 +70,7 @@ class Conversion:
     nothing: dict[str, str] = field(default_factory=dict)
     """By key: why nothing is needed for it."""
     missing: dict[str, str] = field(default_factory=dict)
-    """By key: what has no equal here, and what to do."""
+    """By key: what has no equivalent here, and what to do."""
     empty: list[str] = field(default_factory=list)
     """Keys without a value."""
 

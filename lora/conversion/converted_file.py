@@ -42,7 +42,7 @@ def report_lines(found: Conversion) -> Iterator[str]:
     notes = [f"{', '.join(names)}: {note}" for note, names in keys.items()]
     yield from _section("what differs", [*notes, _ALWAYS])
     missing = [f"{key}: {why}" for key, why in found.missing.items()]
-    yield from _section(f"no equal here: {len(missing)}", missing)
+    yield from _section(f"no equivalent here: {len(missing)}", missing)
     if "data" not in found.settings:
         yield "The training data are not among the settings: add data: FILE, or give --data."
 

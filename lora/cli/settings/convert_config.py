@@ -28,7 +28,7 @@ def convert_config(
         lora finetune run.yaml
 
     The tool is recognized by its keys. Each key is listed: what it becomes, why
-    nothing is needed, or that it has no equal here and what to do. The tool's
+    nothing is needed, or that it has no equivalent here and what to do. The tool's
     own defaults are written where ours differ.
 
     Parameters

@@ -1,4 +1,4 @@
-"""Prompts of examples: every learned answer is asked, after the turns before it."""
+"""Prompts of examples: every learned answer has a prompt, after the turns before it."""
 
 from __future__ import annotations
 
