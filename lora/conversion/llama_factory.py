@@ -99,7 +99,8 @@ def _hub_dataset(entry: dict[str, Any], ours: str) -> Outcome:
     columns = {PARTS[part]: str(named[part]) for part in named if part in PARTS}
     columns = {part: column for part, column in columns.items() if part != column}
     lost |= {
-        f": columns.{part} in {INFO_FILE}": "has no equal here" for part in named.keys() - PARTS
+        f": columns.{part} in {INFO_FILE}": "has no equivalent here"
+        for part in named.keys() - PARTS
     }
     if columns and ours == "data":
         settings["columns"] = columns
