@@ -14,7 +14,7 @@ from lora.fast.memory.plan import PlanInputs
 from lora.sweep import capacity
 from lora.sweep.capacity import RESERVED_FRACTION, fast_stack_bytes, plan_stack_memory
 from lora.sweep.grid import Candidate
-from tests.fast.memory.test_plan import TINY
+from tests.fast.memory.conftest import TINY
 
 ROWS, TOKENS, FREE = 2, 64, 50_000_000
 CHOICE = DeviceChoice(torch.device("cuda"), torch.bfloat16, "a test")

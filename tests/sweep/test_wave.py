@@ -34,7 +34,7 @@ from lora.sweep.wave_checkpoint import (
 )
 from lora.sweep.wave_loop import WavePlan
 from lora.training.checkpoint import load_newest, save_checkpoint
-from tests.fast.memory.test_plan import TINY
+from tests.fast.memory.conftest import TINY
 
 STEPS = 6
 

@@ -11,32 +11,14 @@ import torch
 
 from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig, MemoryConfig
-from lora.decoder.config import (
-    AttentionConfig,
-    DecoderConfig,
-    FeedForwardConfig,
-    LayerConfig,
-    RopeConfig,
-)
+from lora.decoder.config import AttentionConfig, FeedForwardConfig, LayerConfig, RopeConfig
 from lora.decoder.decoder import build_decoder
 from lora.errors import ConfigError
 from lora.fast.memory.plan import PlanInputs, largest_micro_batch, plan_memory
 from lora.lora_module import count_lora_parameters
+from tests.fast.memory.conftest import TINY
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
-TINY = DecoderConfig(
-    family="llama",
-    vocab_size=300,
-    hidden_size=32,
-    max_position_embeddings=256,
-    norm_eps=1e-5,
-    block="pre_norm",
-    embedding_scale=1.0,
-    tie_word_embeddings=True,
-    attention=AttentionConfig(4, 2, 8),
-    feed_forward=FeedForwardConfig(48, "silu"),
-    layers=(LayerConfig(RopeConfig(1e4), None, 8**-0.5),) * 2,
-)
 LORA = LoRAConfig(rank=4)
 SETTING = PlanInputs(TINY, LORA, 2, 64, "cpu", torch.float32)
 

@@ -9,37 +9,20 @@ import torch
 
 from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig, MemoryConfig
-from lora.decoder.config import (
-    AttentionConfig,
-    DecoderConfig,
-    FeedForwardConfig,
-    LayerConfig,
-    RopeConfig,
-)
+from lora.decoder.config import AttentionConfig, DecoderConfig, LayerConfig, RopeConfig
 from lora.decoder.decoder import Decoder, build_empty_decoder
 from lora.decoder.quantised import use_fp8_linears
 from lora.fast.memory import plan as plan_module
 from lora.fast.memory.plan import MemoryPlanner, PlanInputs
 from lora.fast.memory.sections import block_kinds, representatives
 from lora.fast.memory.trace import StepTracer
+from tests.fast.memory.conftest import TINY
 
 TOLERANCE = 0.001
 """Of the peak: blocks that follow a block of another kind may free a small tensor later."""
 GLOBAL = LayerConfig(RopeConfig(1e4), None, 8**-0.5)
 LOCAL = LayerConfig(RopeConfig(1e3), 16, 8**-0.5)
-LLAMA = DecoderConfig(
-    family="llama",
-    vocab_size=7000,
-    hidden_size=32,
-    max_position_embeddings=2048,
-    norm_eps=1e-5,
-    block="pre_norm",
-    embedding_scale=1.0,
-    tie_word_embeddings=True,
-    attention=AttentionConfig(4, 2, 8),
-    feed_forward=FeedForwardConfig(48, "silu"),
-    layers=(GLOBAL,) * 7,
-)
+LLAMA = replace(TINY, vocab_size=7000, max_position_embeddings=2048, layers=(GLOBAL,) * 7)
 GEMMA = replace(
     LLAMA,
     family="gemma3_text",
