@@ -7,10 +7,8 @@ planned as the step that it will take and measured by torch's allocator.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -32,7 +30,8 @@ from lora.fast.memory.fast_step import (
     fit_memory,
     fit_with,
 )
-from lora.fast.memory.trace import StepMemory, StepTracer
+from lora.fast.memory.trace import StepMemory
+from lora.fast.memory.traces import StepTraces, Traced, largest_that_fits
 from lora.lora_module import ParameterCounts, count_lora_parameters
 
 CPU_SLACK = 0.3
@@ -140,12 +139,6 @@ def evaluation_bytes(inputs: PlanInputs) -> int:
     return MemoryPlanner(inputs).evaluation_bytes(inputs.micro_batch_size)
 
 
-class _Traced(Protocol):
-    """What a step of this many sequences holds, traced or estimated."""
-
-    def __call__(self, size: int, *, learns: bool = True) -> StepMemory: ...
-
-
 class MemoryPlanner:
     """Plans one run at any size of its micro-batch and in any mode of activation checkpointing.
 
@@ -168,7 +161,13 @@ class MemoryPlanner:
             self._step = "fast" if why_not_hand_written(model) is None else "captured"
         # The tracer and the fast plan both change their model. A copy, because applying LoRA again
         # would say again what there is to say about it.
-        self._traced_model = copy.deepcopy(model) if self._step == "fast" else model
+        self._traces = StepTraces(
+            copy.deepcopy(model) if self._step == "fast" else model,
+            inputs.tokens,
+            compute_dtype=inputs.compute_dtype,
+            packed=inputs.packed,
+            learned_fraction=inputs.learned_fraction,
+        )
         if self._step == "fast":
             self._fast = FastPlan(
                 model, inputs.micro_batch_size, inputs.tokens, packed=inputs.packed
@@ -176,14 +175,13 @@ class MemoryPlanner:
         if on_gpu:
             base_bytes = CUBLAS_WORKSPACE_BYTES
         self._base = resident_bytes() if base_bytes is None else base_bytes
-        self._traces: dict[tuple[int, bool], StepMemory] = {}
 
     def plan(
         self, micro_batch_size: int | None = None, memory: MemoryConfig | None = None
     ) -> MemoryPlan:
         """Return the plan with these settings in place of the inputs' own."""
         size = self.inputs.micro_batch_size if micro_batch_size is None else micro_batch_size
-        return self._plan(size, memory, self._trace)
+        return self._plan(size, memory, self._traces.trace)
 
     def plan_leaner(
         self, planned: MemoryPlan, budget_bytes: int | None = None
@@ -222,7 +220,7 @@ class MemoryPlanner:
             self.plan(size, memory)
 
         def fits(size: int) -> bool:
-            return self._plan(size, memory, self._estimate).total <= available_bytes
+            return self._plan(size, memory, self._traces.estimate).total <= available_bytes
 
         def really_fits(size: int) -> bool:
             return self.plan(size, memory).total <= available_bytes
@@ -239,9 +237,9 @@ class MemoryPlanner:
 
     def evaluation_bytes(self, micro_batch_size: int) -> int:
         """Return what a validation pass of this many sequences takes."""
-        return _evaluation_bytes(self._trace(micro_batch_size, learns=False))
+        return _evaluation_bytes(self._traces.trace(micro_batch_size, learns=False))
 
-    def _plan(self, size: int, memory: MemoryConfig | None, traced: _Traced) -> MemoryPlan:
+    def _plan(self, size: int, memory: MemoryConfig | None, traced: Traced) -> MemoryPlan:
         if self._fast is None:
             return self._plan_traced(size, traced)
         evaluation = _evaluation_bytes(traced(size, learns=False))
@@ -275,7 +273,7 @@ class MemoryPlanner:
             leaner_modes=tuple((name, size) for name, size in leaner if size < total),
         )
 
-    def _plan_traced(self, size: int, traced: _Traced) -> MemoryPlan:
+    def _plan_traced(self, size: int, traced: Traced) -> MemoryPlan:
         inputs, base, held = self.inputs, self._base, traced(size)
         trained = self._counts.trainable * 4  # fp32
         gradients, loss = held.gradients, held.loss
@@ -296,50 +294,6 @@ class MemoryPlanner:
             loss=loss,
             other=base + _slack(inputs, held),
         )
-
-    @cached_property
-    def _tracer(self) -> StepTracer:
-        return StepTracer(self._traced_model, compute_dtype=self.inputs.compute_dtype)
-
-    def _trace(self, size: int, *, learns: bool = True) -> StepMemory:
-        key = size, learns
-        if key not in self._traces:
-            self._traces[key] = self._tracer.trace(
-                size,
-                self.inputs.tokens,
-                packed=self.inputs.packed,
-                learned_fraction=self.inputs.learned_fraction,
-                learns=learns,
-            )
-        return self._traces[key]
-
-    def _estimate(self, size: int, *, learns: bool = True) -> StepMemory:
-        """Return what `_trace` would, on the line through the nearest two sizes that were traced.
-
-        A step holds as much as the fullest of its moments, each of which grows in a straight line.
-        """
-        known = {at: held for (at, kind), held in self._traces.items() if kind is learns}
-        if size in known:
-            return known[size]
-        below, above = (sorted(x for x in known if (x < size) is side) for side in (True, False))
-        start, end = [*below[-1:], *above[:1]] if below and above else (below[-2:] or above[:2])
-        fraction = (size - start) / (end - start)
-        parts = zip(vars(known[start]).values(), vars(known[end]).values(), strict=True)
-        return StepMemory(*(max(0, round(a + fraction * (b - a))) for a, b in parts))
-
-
-def largest_that_fits(fits: Callable[[int], bool], lowest: int, too_large: int | None) -> int:
-    """Return the largest size in `lowest` … `too_large` − 1 that fits; `lowest` is taken to."""
-    reach = 1
-    while too_large is None:
-        if fits(lowest + reach):
-            lowest, reach = lowest + reach, 2 * reach
-        else:
-            too_large = lowest + reach
-    while too_large - lowest > 1:
-        middle = (lowest + too_large) // 2
-        lowest, too_large = (middle, too_large) if fits(middle) else (lowest, middle)
-    return lowest
 
 
 def _evaluation_bytes(traced: StepMemory) -> int:

@@ -12,7 +12,7 @@ from lora.config import LoRAConfig, MemoryConfig
 from lora.decoder.config import AttentionConfig, DecoderConfig, LayerConfig, RopeConfig
 from lora.decoder.decoder import Decoder, build_empty_decoder
 from lora.decoder.quantised import use_fp8_linears
-from lora.fast.memory import plan as plan_module
+from lora.fast.memory import traces as traces_module
 from lora.fast.memory.plan import MemoryPlanner, PlanInputs
 from lora.fast.memory.sections import block_kinds, representatives
 from lora.fast.memory.trace import StepTracer
@@ -103,7 +103,7 @@ def test_plans_of_every_mode_are_those_of_whole_traces(
             def __init__(self, model: Decoder, *, compute_dtype: torch.dtype) -> None:
                 super().__init__(model, compute_dtype=compute_dtype, whole=whole)  # noqa: B023
 
-        monkeypatch.setattr(plan_module, "StepTracer", Tracer)
+        monkeypatch.setattr(traces_module, "StepTracer", Tracer)
         planned = MemoryPlanner(inputs).plan(memory=memory)
         assert planned.step == "fast"
         totals.append(planned.total)

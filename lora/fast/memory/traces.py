@@ -1,0 +1,83 @@
+"""What one model's steps hold by their size: each size is traced once, others are estimated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Protocol
+
+import torch
+
+from lora.decoder.decoder import Decoder
+from lora.fast.memory.trace import StepMemory, StepTracer
+
+
+class Traced(Protocol):
+    """What a step of this many sequences holds, traced or estimated."""
+
+    def __call__(self, size: int, *, learns: bool = True) -> StepMemory: ...
+
+
+class StepTraces:
+    """The traces of a model's steps over sequences of `tokens` tokens, by their number.
+
+    Changes `model` in place at the first trace, as StepTracer does, whose arguments these are.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokens: int,
+        *,
+        compute_dtype: torch.dtype,
+        packed: bool,
+        learned_fraction: float,
+    ) -> None:
+        self._model, self._tokens, self._compute_dtype = model, tokens, compute_dtype
+        self._packed, self._learned_fraction = packed, learned_fraction
+        self._traces: dict[tuple[int, bool], StepMemory] = {}
+
+    @cached_property
+    def _tracer(self) -> StepTracer:
+        return StepTracer(self._model, compute_dtype=self._compute_dtype)
+
+    def trace(self, size: int, *, learns: bool = True) -> StepMemory:
+        """Return what a step of `size` sequences holds; without `learns`, a validation pass."""
+        key = size, learns
+        if key not in self._traces:
+            self._traces[key] = self._tracer.trace(
+                size,
+                self._tokens,
+                packed=self._packed,
+                learned_fraction=self._learned_fraction,
+                learns=learns,
+            )
+        return self._traces[key]
+
+    def estimate(self, size: int, *, learns: bool = True) -> StepMemory:
+        """Return what `trace` would, on the line through the nearest two sizes that were traced.
+
+        A step holds as much as the fullest of its moments, each of which grows in a straight line.
+        """
+        known = {at: held for (at, kind), held in self._traces.items() if kind is learns}
+        if size in known:
+            return known[size]
+        below, above = (sorted(x for x in known if (x < size) is side) for side in (True, False))
+        start, end = [*below[-1:], *above[:1]] if below and above else (below[-2:] or above[:2])
+        fraction = (size - start) / (end - start)
+        parts = zip(vars(known[start]).values(), vars(known[end]).values(), strict=True)
+        return StepMemory(*(max(0, round(a + fraction * (b - a))) for a, b in parts))
+
+
+def largest_that_fits(fits: Callable[[int], bool], lowest: int, too_large: int | None) -> int:
+    """Return the largest size in `lowest` … `too_large` − 1 that fits; `lowest` is taken to."""
+    reach = 1
+    while too_large is None:
+        if fits(lowest + reach):
+            lowest, reach = lowest + reach, 2 * reach
+        else:
+            too_large = lowest + reach
+    while too_large - lowest > 1:
+        middle = (lowest + too_large) // 2
+        lowest, too_large = (middle, too_large) if fits(middle) else (lowest, middle)
+    return lowest
