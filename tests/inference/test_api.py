@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 import lora
 from lora.data.prompting.prompt_format import save_prompt_format
 from lora.data.tokenizers.subword import TextTokenizer
-from lora.decoder.decoder import Decoder, build_decoder
-from lora.decoder.families import decoder_config
+from lora.decoder.decoder import Decoder
 from lora.errors import ConfigError, DataError, ModelError, UnknownSettingError
 from lora.runs.directory import create_run
 from lora.runs.record import PromptFormat, RunRecord
@@ -28,30 +26,13 @@ ROWS = [
 
 
 @pytest.fixture
-def tokenizer() -> TextTokenizer:
-    """A token for each byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return TextTokenizer(backend, chat_template=TEMPLATE)
+def tokenizer(byte_tokenizer: Callable[[str], TextTokenizer]) -> TextTokenizer:
+    return byte_tokenizer(TEMPLATE)
 
 
 @pytest.fixture
-def model(fill_random: Callable[..., Any]) -> Decoder:
-    config = {
-        "model_type": "llama",
-        "vocab_size": 256,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-    }
-    decoder = build_decoder(decoder_config(config))
-    fill_random(decoder, 1, std=0.5)
-    return decoder
+def model(byte_model: Callable[[int], Decoder]) -> Decoder:
+    return byte_model(1)
 
 
 def test_a_string_gives_a_string_and_a_list_a_list(

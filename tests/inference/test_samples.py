@@ -9,14 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lora.config import SamplingConfig
 from lora.data.chat.prompts import Prompt
 from lora.data.reading.formats import example_from_row
 from lora.data.tokenizers.subword import TextTokenizer
-from lora.decoder.decoder import Decoder, build_decoder
-from lora.decoder.families import decoder_config
+from lora.decoder.decoder import Decoder
 from lora.errors import CheckpointError, ModelError
 from lora.inference.generate import generate
 from lora.inference.samples import SampleRecorder, choose_prompts
@@ -44,30 +42,13 @@ class Heard(NoProgress):
 
 
 @pytest.fixture
-def tokenizer() -> TextTokenizer:
-    """A token for each byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return TextTokenizer(backend, chat_template=TEMPLATE)
+def tokenizer(byte_tokenizer: Callable[[str], TextTokenizer]) -> TextTokenizer:
+    return byte_tokenizer(TEMPLATE)
 
 
 @pytest.fixture
-def model(fill_random: Callable[..., Any]) -> Decoder:
-    config = {
-        "model_type": "llama",
-        "vocab_size": 256,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-    }
-    decoder = build_decoder(decoder_config(config))
-    fill_random(decoder, 1, std=0.5)
-    return decoder
+def model(byte_model: Callable[[int], Decoder]) -> Decoder:
+    return byte_model(2)
 
 
 def examples(*rows: dict[str, Any]) -> list[Any]:
