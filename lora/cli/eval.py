@@ -22,7 +22,7 @@ from lora.cli.flags.shared import Adapter, Device, Json, Model, Overwrite, check
 from lora.config import DataConfig, SamplingConfig
 from lora.errors import ConfigError
 from lora.inference.eval_config import EvalConfig
-from lora.inference.loading import LoadedModel, load_model
+from lora.inference.loading import LoadedModel, load_model, tokenizer_for
 from lora.runs.outputs import OutputPath, input_paths
 from lora.runs.progress import StageProgress
 from lora.runs.typed_json import json_text
@@ -112,7 +112,8 @@ def evaluate(
     decoder_config(read_config(folder))  # an unknown architecture is refused before data are read
     rules = find_rules(config, adapter, folder)
     examples = read_examples(data, _tell, rules=rules, part="test")
-    loaded = _with_template(load_model(model, adapter, device), config)
+    loaded = load_model(model, adapter, device)
+    loaded = replace(loaded, tokenizer=tokenizer_for(config, loaded.tokenizer))
     if model is None:
         _tell(f"model: {loaded.source.description}")
     n_answered = chosen.n_to_answer(len(examples), is_default_all=output is not None)
@@ -182,18 +183,6 @@ def _output(
     output = OutputPath(predictions, inputs, overwrite)
     output.check()
     return output
-
-
-def _with_template(loaded: LoadedModel, config: DataConfig) -> LoadedModel:
-    if config.chat_template is not None:
-        from lora.data.chat.choose_template import choose_template
-
-        chosen = choose_template(loaded.tokenizer, config.chat_template)[0]
-        loaded = replace(loaded, tokenizer=chosen)
-    if config.keep_control_tokens:
-        meant = loaded.tokenizer.with_control_tokens_in_messages()
-        loaded = replace(loaded, tokenizer=meant)
-    return loaded
 
 
 def _tell(message: str) -> None:

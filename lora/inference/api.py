@@ -12,9 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from torch import nn
-
-from lora.adapters.apply import AppliedLoRA
 from lora.config import DataConfig, SamplingConfig
 from lora.data.chat.choose_template import choose_template
 from lora.data.chat.prompts import chat_prompt
@@ -118,7 +115,7 @@ def generate(
     config = SamplingConfig(**settings) if sampling is None else replace(sampling, **settings)
     tokenizer = choose_template(tokenizer, None)[0]
     many: Sequence[str | Chat] = [prompts] if isinstance(prompts, str) else prompts
-    adapter, folder = _folders(model)
+    adapter, folder = loading.folders_of(model)
     trained = find_prompt_format(adapter, folder) or PromptFormat()
     asker = Asker(trained, raw, system)
     ids = [_prompt_ids(prompt, tokenizer, asker) for prompt in many]
@@ -161,10 +158,9 @@ def evaluate(
     """
     _check_model(model, tokenizer)
     chosen = EvalConfig(answers=answers, metrics=metrics)  # type: ignore[arg-type]
-    adapter, folder = _folders(model)
-    of_run = RunDataSettings(DataConfig(), None)
-    if adapter is not None:
-        of_run = read_run_data_settings(adapter)
+    adapter, folder = loading.folders_of(model)
+    defaults = RunDataSettings(DataConfig(), None)
+    of_run = defaults if adapter is None else read_run_data_settings(adapter)
     config = replace(data_config or of_run.config, **settings)
     if config.special_tokens:
         raise ConfigError(
@@ -175,10 +171,7 @@ def evaluate(
         rules = find_rules(config, adapter, folder)
     else:
         rules = rules_for(config, has_template=tokenizer.chat_template is not None)
-    if config.chat_template is not None or tokenizer.chat_template is None:
-        tokenizer = choose_template(tokenizer, config.chat_template)[0]
-    if config.keep_control_tokens:
-        tokenizer = tokenizer.with_control_tokens_in_messages()
+    tokenizer = loading.tokenizer_for(config, tokenizer)
     examples = read_examples(data, rules=rules, part="test")
     ready = prepare_evaluation(
         examples,
@@ -191,13 +184,6 @@ def evaluate(
     check_ids(ready.encoded.documents, examples, tokenizer, model.config.vocab_size)
     choice = choose_device(str(next(model.parameters()).device))
     return ready.evaluate(model, tokenizer, choice, sampling or SamplingConfig(), on_progress)
-
-
-def _folders(model: nn.Module) -> tuple[Path | None, Path | None]:
-    """Return the directories that the adapter on `model`, and `model`, were loaded from."""
-    applied, folder = vars(model).get("applied_lora"), vars(model).get("model_folder")
-    adapter = applied.folder if isinstance(applied, AppliedLoRA) else None
-    return adapter, folder if isinstance(folder, Path) else None
 
 
 def _prompt_ids(prompt: str | Chat, tokenizer: TextTokenizer, asker: Asker) -> list[int]:

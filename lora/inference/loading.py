@@ -11,6 +11,7 @@ from lora.runs.outputs import input_paths
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lora.config import DataConfig
     from lora.data.tokenizers.subword import TextTokenizer
     from lora.decoder.decoder import Decoder
     from lora.device import DeviceChoice
@@ -94,6 +95,23 @@ def load_tokenizer_of(source: ModelSource, adapter: Path | None) -> TextTokenize
     is_own = adapter is not None and (adapter / "tokenizer.json").is_file()
     folder = adapter if adapter is not None and is_own else source.folder
     return choose_template(load_tokenizer(folder), None)[0]
+
+
+def tokenizer_for(config: DataConfig, tokenizer: TextTokenizer) -> TextTokenizer:
+    """Return `tokenizer` with the chat template and control tokens of an evaluation's settings."""
+    from lora.data.chat.choose_template import choose_template
+
+    chosen = choose_template(tokenizer, config.chat_template)[0]
+    return chosen.with_control_tokens_in_messages() if config.keep_control_tokens else chosen
+
+
+def folders_of(model: Decoder) -> tuple[Path | None, Path | None]:
+    """Return the directories that the adapter on `model`, and `model`, were loaded from."""
+    from lora.adapters.apply import AppliedLoRA
+
+    applied, folder = vars(model).get("applied_lora"), vars(model).get("model_folder")
+    adapter = applied.folder if isinstance(applied, AppliedLoRA) else None
+    return adapter, folder if isinstance(folder, Path) else None
 
 
 def find_model_of(name: str | None, adapter: Path | None) -> ModelSource:

@@ -67,6 +67,11 @@ def test_the_adapter_answers_is_evaluated_exported_and_merged(
     assert merged.layers == 14
     plain, same = lora.load_model(tmp_path / "merged")
     assert lora.generate(plain, same, "3 lamps", max_new_tokens=4) == answer
+    weights = tmp_path / "merged" / "model.safetensors"
+    before = weights.read_bytes()
+    with pytest.raises(ConfigError, match="Cannot write"):  # what it was loaded from
+        lora.export(weights, model=plain, tokenizer=same, overwrite=True)
+    assert weights.read_bytes() == before
 
 
 def test_a_model_in_memory_trains_to_the_same_bytes_as_by_name(
