@@ -28,6 +28,7 @@ from lora.settings.checks import (
     check_counts,
     check_length,
     check_positive,
+    check_reading,
     check_seed,
     check_special_tokens,
     is_int,
@@ -340,6 +341,9 @@ class DataConfig(Settings):
             faults += check(isinstance(value, bool), name, value, "true or false")
         faults += check_choice("learn_on", self.learn_on, LearnOn)
         faults += check_choice("long_examples", self.long_examples, LongExamples)
+        faults += check_reading(
+            self.raw, self.system, self.template, self.columns, self.chat_template
+        )
         raise_if(faults, self)
 
 

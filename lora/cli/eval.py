@@ -85,18 +85,12 @@ def evaluate(
     from lora.data.reading.readers import read_examples
     from lora.data.sequences.embedding_rows import check_ids
     from lora.decoder.families import decoder_config
-    from lora.errors import ConfigError
     from lora.inference.evaluation import prepare_evaluation
     from lora.inference.loading import find_model_of, model_inputs
     from lora.inference.run_settings import find_rules
     from lora.pretrained.hf_files import read_config
 
     chosen = config_from(EvalConfig, eval_config or EvalFlags())
-    if adapter is None and not chosen.base:
-        raise ConfigError(
-            "Cannot leave out the base model (--no-base): no adapter is named, so there is nothing "
-            "else to evaluate. Name one with --adapter, or leave the flag out."
-        )
     if bleu:
         chosen = replace(chosen, metrics=(*chosen.metrics, "bleu"))
     if adapter is None and not chosen.base:
@@ -193,7 +187,6 @@ def _data_settings(
     adapter: Path | None, flags: EvalDataFlags | None
 ) -> tuple[DataConfig, datetime]:
     """Return the run's data settings, with those that the flags change, and its date."""
-    from lora.errors import ConfigError
     from lora.inference.run_settings import RunDataSettings, read_run_data_settings
 
     settings = RunDataSettings(DataConfig(), None)

@@ -115,6 +115,32 @@ def check_special_tokens(tokens: object) -> list[str]:
     return faults + check(not twice, "special_tokens", words, f"distinct, and has {twice} twice")
 
 
+def check_reading(
+    raw: object, system: object, template: object, columns: object, chat_template: object
+) -> list[str]:
+    """Return the faults of the settings that say what rows become."""
+    faults = []
+    for name, value, kind in (
+        ("raw", raw, bool),
+        ("system", system, str),
+        ("template", template, str),
+    ):
+        is_right = value is None or isinstance(value, kind)
+        faults += check(is_right, name, value, f"of type {kind.__name__}, or None")
+    pairs = columns.items() if isinstance(columns, dict) else [(None, None)]
+    is_map = all(isinstance(part, str) and isinstance(name, str) for part, name in pairs)
+    faults += check(is_map, "columns", columns, "a mapping of parts to columns")
+    if raw and system:
+        faults.append(f"system={system!r}: it needs turns, so leave it out with raw")
+    if raw and chat_template is not None:
+        faults.append(f"chat_template={str(chat_template)!r}: leave it out with raw")
+    if template == "":
+        faults.append("template='': it names no column; leave it out, or write one")
+    if columns and template:
+        faults.append(f"columns={columns!r}: leave them out with template, which names some")
+    return faults
+
+
 def is_int(value: object) -> bool:
     """Whether `value` is a whole number, and no bool."""
     return isinstance(value, int) and not isinstance(value, bool)

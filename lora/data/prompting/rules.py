@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from lora.config import DataConfig
 from lora.data.prompting.column_map import check_column_map
 from lora.data.prompting.row_template import RowTemplate, parse_template
-from lora.errors import ConfigError, gather
 from lora.runs.record import PromptFormat
 
 
@@ -45,7 +44,7 @@ def rules_for(
 
     Raises ConfigError for settings of the wrong type, or that exclude each other.
     """
-    _check(config)
+    check_column_map(config.columns)
     is_raw = config.raw
     if is_raw is None and trained is not None and trained.completions is not None:
         is_raw = trained.completions == "raw"
@@ -61,28 +60,6 @@ def rules_for(
         label_template=None if trained is None else _recorded(trained.label_template),
         labels=None if trained is None else trained.labels,
     )
-
-
-def _check(config: DataConfig) -> None:
-    faults = []
-    for name, kind in (("raw", bool), ("system", str), ("template", str)):
-        value = getattr(config, name)
-        if value is not None and not isinstance(value, kind):
-            faults.append(f"{name}={value!r}: must be of type {kind.__name__}, or None")
-    pairs = config.columns.items() if isinstance(config.columns, dict) else [(None, None)]
-    if not all(isinstance(part, str) and isinstance(name, str) for part, name in pairs):
-        faults.append(f"columns={config.columns!r}: must be a mapping of parts to columns")
-    if config.raw and config.system:
-        faults.append(f"system={config.system!r}: it needs turns, so leave it out with raw")
-    if config.raw and config.chat_template is not None:
-        faults.append(f"chat_template={str(config.chat_template)!r}: leave it out with raw")
-    if config.template is not None and not config.template:
-        faults.append("template='': it names no column; leave it out, or write one")
-    if config.columns and config.template:
-        faults.append(f"columns={config.columns!r}: leave them out with template, which names some")
-    if faults:
-        raise ConfigError(gather(faults, "Cannot use DataConfig:", "Change these settings."))
-    check_column_map(config.columns)
 
 
 def _recorded(source: str | None) -> RowTemplate | None:
