@@ -16,7 +16,7 @@ from lora.decoder.decoder import Decoder, build_empty_decoder
 from lora.device import DeviceChoice, available_bytes, resident_bytes
 from lora.fast.choose import why_not_stacked
 from lora.fast.memory.fast_step import stacked_memory
-from lora.fast.memory.plan import PlanInputs, evaluation_bytes, plan_memory
+from lora.fast.memory.plan import MemoryPlanner, PlanInputs, evaluation_bytes
 from lora.stacked.apply import apply_stacked
 from lora.sweep.grid import Candidate
 
@@ -112,8 +112,8 @@ def _why_not_fast(
 
 def _plain_step_bytes(setting: PlanInputs) -> int:
     """Return the bytes that each candidate adds."""
-    one = plan_memory(setting, 0)
-    two = plan_memory(replace(setting, micro_batch_size=2 * setting.micro_batch_size), 0)
+    planner = MemoryPlanner(setting, 0)
+    one, two = planner.plan(), planner.plan(2 * setting.micro_batch_size)
     # Values, gradients and two moments in fp32, then the copies: the plan with twice the batch size
     # counts the activations of two candidates, but the trained parameters of one.
     return max(0, two.total - one.total) + (4 + STATE_COPIES) * 4 * one.trained_parameters
