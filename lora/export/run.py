@@ -21,6 +21,7 @@ from lora.inference.loading import (
     checked_ids,
     describe_other_base,
     find_model_of,
+    folders_of,
     load_tokenizer_of,
     map_adapted,
     model_inputs,
@@ -30,7 +31,7 @@ from lora.pretrained.gguf_writer import GGUFType
 from lora.pretrained.hf_weights import MappedDecoder, map_decoder
 from lora.pretrained.model_files import MODEL_FILES
 from lora.pretrained.sources import ModelSource
-from lora.runs.outputs import OutputPath
+from lora.runs.outputs import OutputPath, input_paths
 
 
 def export(
@@ -64,7 +65,10 @@ def export(
                 "Cannot export a model in memory with adapter=…: it has the adapter that is on it. "
                 "Call load_adapter(model, folder) first, or give the model's name."
             )
-        return export_gguf(model, path, dtype, tokenizer=tokenizer, overwrite=overwrite)
+        read = input_paths(vars(model).get("model_reference"), *folders_of(model))
+        return export_gguf(
+            model, path, dtype, tokenizer=tokenizer, overwrite=overwrite, inputs=read
+        )
     if tokenizer is not None:
         raise ConfigError(
             "Cannot export with tokenizer=…: the files of the model or of the adapter have one. "
