@@ -17,6 +17,7 @@ from lora.data.prepare import PreparedData
 from lora.data.prompting.rules import rules_for
 from lora.data.reading.formats import COMPLETION, Example
 from lora.data.reading.readers import Source, read_examples
+from lora.data.reading.splitting import settings_of_split
 from lora.data.sequences.embedding_rows import check_ids, tokenizer_for
 from lora.data.sequences.encode import encode_examples
 from lora.data.sequences.encoded import EncodedExamples, check_has_targets
@@ -52,6 +53,8 @@ def inspect_data(
     has_template = tokenizer.chat_template is not None
     try:
         report.notes += tokenizer.notes
+        for setting in settings_of_split(config):
+            report.notes.append(f"{setting} is not used here: the figures cover all examples")
         tokenizer, n_rows = tokenizer_for(tokenizer, config, n_rows)
         rules = rules_for(config, has_template=has_template)
         examples = read_examples(source, report.notes.append, rules=rules)

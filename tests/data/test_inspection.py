@@ -30,6 +30,11 @@ def test_notes_on_the_tokenizer_are_shown(chatml_tokenizer: TextTokenizer) -> No
     assert inspect_data(ROWS, noted, DataConfig()).notes == ["BPE dropout is off"]
 
 
+def test_settings_of_a_split_are_not_ignored_in_silence(chatml_tokenizer: TextTokenizer) -> None:
+    report = inspect_data(ROWS, chatml_tokenizer, DataConfig(eval_fraction=0.2))
+    assert report.notes == ["eval_fraction=0.2 is not used here: the figures cover all examples"]
+
+
 def test_figures_are_those_of_training(chatml_tokenizer: TextTokenizer) -> None:
     for packing in (True, False):
         config = DataConfig(max_length=128, eval_fraction=0, packing=packing)

@@ -124,7 +124,7 @@ def _why_not_reached(name: str) -> str | None:
 
     try:
         HfApi().dataset_info(name, timeout=MAX_HUB_WAIT_S)
-    except Exception as error:
+    except Exception as error:  # network faults have no common class: see _is_network
         if not _is_network(error):
             raise
         return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -136,7 +136,10 @@ def _load(name: str, config: str | None) -> Splits:
 
     try:
         return dict(datasets.load_dataset(name, config))
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # the connection can also end during the download
+        is_known = isinstance(error, ValueError | datasets.exceptions.DatasetsError)
+        if not is_known and not _is_network(error):
+            raise
         first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise DataError(
             f"Cannot read examples from {name}: {first}. Name a configuration as in "

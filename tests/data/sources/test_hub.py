@@ -120,3 +120,21 @@ def test_other_faults_of_the_package_are_told_with_the_way_out(
     monkeypatch.setattr("datasets.load_dataset", fail)
     with pytest.raises(DataError, match=r"Config name is missing. Name a conf.*name:CONFIG:SPLIT"):
         read_examples("owner/name")
+
+
+def test_a_connection_that_ends_during_the_download_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("datasets")
+    broken = type("ReadError", (Exception,), {"__module__": "httpx"})
+    errors = [broken("peer closed"), RuntimeError("a fault of ours")]
+
+    def fail(name: str, config: str | None) -> None:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(hub, "_why_not_reached", lambda name: None)
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(DataError, match=r"peer closed.*download the files"):
+        read_examples("owner/name")
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        read_examples("owner/name")
