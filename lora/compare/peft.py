@@ -22,10 +22,11 @@ from lora.config import DataConfig, LoRAConfig
 from lora.data.prepare import PreparedData
 from lora.data.prompting.prompt_format import save_prompt_format
 from lora.data.record import describe_data
-from lora.data.sequences.batches import IGNORE, Batch, BatchStream, ordered_batches
+from lora.data.sequences.batches import IGNORE, Batch
 from lora.device import DeviceChoice, choose_device
 from lora.errors import ConfigError, DependencyError
 from lora.finetune.load_data import load_data
+from lora.finetune.loop_inputs import data_inputs
 from lora.pretrained.sources import find_model
 from lora.runs.directory import Run, create_run
 from lora.runs.progress import Progress
@@ -146,17 +147,14 @@ def _training_job(
     choice: DeviceChoice,
     progress: Progress,
 ) -> TrainingJob:
-    micro_batch_size, validation = task.train.micro_batch_size, data.validation
-    assert validation is not None
     is_packed = len(data.train) < len(data.train_examples)
     loss_fn = packed_peft_loss if is_packed else peft_loss
     steps = PlainStepRunner(model, loss_fn, choice, task.train)
     torch.manual_seed(task.train.seed)
     return TrainingJob(
+        **data_inputs(data, task.train, steps, choice),
         model=model,
         steps=steps,
-        stream=BatchStream(data.train, micro_batch_size, task.train.seed, steps.batch_device),
-        eval_batches=lambda: ordered_batches(validation, micro_batch_size, choice.device),
         train_config=task.train,
         run_config=task.run,
         run=run,

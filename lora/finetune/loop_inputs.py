@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypedDict
 
 from lora.config import TrainConfig
 from lora.data.prepare import PreparedData
-from lora.data.sequences.batches import BatchStream, ordered_batches
+from lora.data.sequences.batches import Batch, BatchStream, ordered_batches
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
 from lora.finetune.job import FinetuneJob
@@ -23,6 +24,31 @@ MAX_NAMED = 8
 """Examples named in the message on a step that is not finite."""
 
 
+class DataInputs(TypedDict):
+    """The arguments of a `TrainingJob` that follow from its data."""
+
+    stream: BatchStream
+    eval_batches: Callable[[], Iterable[Batch]]
+    name_examples: Callable[[int, Sequence[tuple[int, int]]], str]
+    tokens_per_step: float
+
+
+def data_inputs(
+    data: PreparedData, train: TrainConfig, steps: StepRunner, choice: DeviceChoice
+) -> DataInputs:
+    """Return batches, names and sizes of `data`, trained with `steps`."""
+    size, validation = train.micro_batch_size, data.validation
+    stream = BatchStream(data.train, size, train.seed, steps.batch_device)
+    return DataInputs(
+        stream=stream,
+        eval_batches=lambda: (
+            [] if validation is None else ordered_batches(validation, size, choice.device)
+        ),
+        name_examples=_example_namer(stream, data, train),
+        tokens_per_step=tokens_per_step(data.train, train.batch_size),
+    )
+
+
 def training_job(
     job: FinetuneJob,
     model: Decoder,
@@ -36,25 +62,18 @@ def training_job(
     callbacks: Sequence[Callback],
 ) -> TrainingJob:
     """Return the loop's inputs; `train` is the job's, its learning rate resolved."""
-    batch_size, validation = train.micro_batch_size, data.validation
-    stream = BatchStream(data.train, batch_size, train.seed, steps.batch_device)
     return TrainingJob(
+        **data_inputs(data, train, steps, choice),
         model=model,
         steps=steps,
-        stream=stream,
-        eval_batches=lambda: (
-            [] if validation is None else ordered_batches(validation, batch_size, choice.device)
-        ),
         train_config=train,
         run_config=job.run,
         run=run,
         choice=choice,
         progress=progress,
         on_eval=_sampler(job, model, data, run, progress),
-        name_examples=example_namer(stream, data, train),
         resume=job.resume,
         memory_plan=memory_plan,
-        tokens_per_step=tokens_per_step(data.train, train.batch_size),
         start_name=_start_name(job),
         callbacks=callbacks,
     )
@@ -67,7 +86,7 @@ def _start_name(job: FinetuneJob) -> str:
     return "the model before fine-tuning" if job.is_full else "the model without an adapter"
 
 
-def example_namer(
+def _example_namer(
     stream: BatchStream, data: PreparedData, train: TrainConfig
 ) -> Callable[[int, Sequence[tuple[int, int]]], str]:
     """Return the function that names the examples in a step: see `TrainingJob.name_examples`."""

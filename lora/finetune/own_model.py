@@ -26,7 +26,6 @@ from lora.data.prepare import PreparedData, prepare_data
 from lora.data.prompting.prompt_format import save_prompt_format
 from lora.data.reading.readers import Source
 from lora.data.record import describe_data
-from lora.data.sequences.batches import BatchStream, ordered_batches
 from lora.data.task import why_split_is_unused
 from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
 from lora.decoder.decoder import Decoder
@@ -34,9 +33,8 @@ from lora.device import DeviceChoice, choose_device
 from lora.errors import CheckpointError, ConfigError, ModelError, UnknownSettingError
 from lora.fast.choose import choose_steps
 from lora.finetune.event_files import check_tensorboard, event_file
-from lora.finetune.loop_inputs import example_namer
+from lora.finetune.loop_inputs import data_inputs
 from lora.finetune.model import save_in_run, save_start_in_run
-from lora.finetune.outline import tokens_per_step
 from lora.finetune.unused import check_patience, refuse_unused
 from lora.inference.run_settings import prompts_to_resume
 from lora.pretrained.positions import describe_excess
@@ -155,26 +153,17 @@ def train(
     with create_run(chosen.run.out, name, resume=resume, record=record) as run:
         if run.note:
             progress.message(run.note)
-        size = train_config.micro_batch_size
-        stream = BatchStream(prepared.train, size, train_config.seed, steps.batch_device)
-        validation = prepared.validation
         job = TrainingJob(
+            **data_inputs(prepared, train_config, steps, choice),
             model=model,
             steps=steps,
-            stream=stream,
-            eval_batches=lambda: (
-                [] if validation is None else ordered_batches(validation, size, choice.device)
-            ),
             train_config=train_config,
             run_config=chosen.run,
             run=run,
             choice=choice,
             progress=progress,
-            name_examples=example_namer(stream, prepared, train_config),
             resume=resume,
             callbacks=called,
-            tokens_per_step=tokens_per_step(prepared.train, train_config.batch_size),
-            start_name="the model before training",
         )
         return _run(job, model, prepared, run, progress)
 
