@@ -6,6 +6,7 @@ the run directory is created last.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -69,7 +70,11 @@ def finetune(
     loss is no longer finite (the newest checkpoint is kept); Interrupted after a signal.
     """
     with deterministic_algorithms() if job.deterministic else nullcontext():
-        return _finetune(job, progress or NoProgress(), show_data, as_callbacks(callbacks))
+        done = _finetune(job, progress or NoProgress(), show_data, as_callbacks(callbacks))
+    # Cycles of references (the plan and the loop; frames of torch's imports) hold the weights: a
+    # caller that loads the model next would have them twice.
+    gc.collect()
+    return done
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,12 @@ from lora.data.prepare import prepare_data
 from lora.data.reading.orders import make_orders
 from lora.data.sequences.batches import BatchStream, ordered_batches
 from lora.data.tokenizers.subword import load_tokenizer
+from lora.decoder.decoder import Decoder
 from lora.device import choose_device
 from lora.errors import CheckpointError, DataError, LoraError, ModelError
 from lora.fast.choose import choose_steps
 from lora.finetune import FinetuneJob, FinetuneResult, finetune
+from lora.finetune.model import load_model
 from lora.pretrained.hf_weights import load_decoder
 from lora.runs.directory import create_run
 from lora.runs.disk import read_json, read_rows
@@ -80,6 +84,25 @@ def test_it_learns_and_leaves_a_whole_folder(job: FinetuneJob, tiny_folder: Path
     assert described["base_fingerprint"]
     assert read_json(done.folder / "result.json")["steps"] == 12
     assert load_tokenizer(done.saved).chat_template is not None
+
+
+def test_nothing_holds_the_model_when_the_run_has_ended(
+    job: FinetuneJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[weakref.ref[torch.nn.Module]] = []
+
+    def load(*arguments: Any) -> tuple[Decoder, str]:
+        model, fingerprint = load_model(*arguments)
+        trained.append(weakref.ref(model))
+        return model, fingerprint
+
+    monkeypatch.setattr("lora.finetune.run.load_model", load)
+    gc.disable()  # else the garbage collector may come by itself
+    try:
+        finetune(job)
+    finally:
+        gc.enable()
+    assert trained[0]() is None
 
 
 @PEFTS_OWN
