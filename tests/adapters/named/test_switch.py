@@ -12,12 +12,21 @@ import torch
 from torch import Tensor, nn
 
 import lora
-from lora.adapters.apply import apply_lora, disabled_adapter, remove_lora, train_token_rows
+from lora.adapters.apply import (
+    apply_lora,
+    disabled_adapter,
+    remove_lora,
+    train_token_rows,
+    trained_parameters,
+)
 from lora.adapters.merge import merge_lora
 from lora.adapters.named.switch import active_adapter, adapter_names, delete_adapter, set_adapter
 from lora.adapters.save_load import load_adapter, save_adapter
 from lora.config import LoRAConfig
+from lora.decoder.decoder import Decoder, build_decoder
+from lora.decoder.quantised import Fp8Linear, use_fp8_linears
 from lora.errors import AdapterError, TargetError
+from tests.fast.memory.conftest import TINY
 
 Build = Callable[[str], nn.Module]
 Fill = Callable[..., nn.Module]
@@ -266,3 +275,33 @@ def test_a_model_without_lora_has_no_adapters(tiny_model: Build) -> None:
         with pytest.raises(TargetError, match="has no LoRA"):
             call(tiny_model("llama-tied"))
     assert lora.set_adapter is set_adapter
+
+
+def test_adapters_switch_over_an_fp8_base(token_ids: Tensor, tmp_path: Path) -> None:
+    def build() -> Decoder:
+        model = build_decoder(TINY, 1, dtype=torch.bfloat16)
+        linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        use_fp8_linears(model)
+        for name, module in model.named_modules():
+            if isinstance(module, Fp8Linear):
+                module.load(linears[name].weight.detach(), name)
+        return model
+
+    expected = {}
+    for seed, targets in enumerate((("q_proj", "down_proj"), ("v_proj",))):
+        model, name = build(), targets[0]
+        apply_lora(model, LoRAConfig(rank=2, targets=targets))
+        draw = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in trained_parameters(model):
+                parameter.copy_(torch.randn(parameter.shape, generator=draw))
+            expected[name] = model(token_ids)
+        save_adapter(model, tmp_path / name)
+    assert not torch.equal(*expected.values())
+    several = build()
+    for name in expected:
+        load_adapter(several, tmp_path / name, name=name)
+    for name in ("v_proj", "q_proj", "v_proj"):
+        set_adapter(several, name)
+        with torch.no_grad():
+            assert torch.equal(several(token_ids), expected[name])
