@@ -27,8 +27,9 @@ def course_pictures(report: Report) -> list[Picture]:
     Steps without the value, and norms that are not finite, are left out.
     """
     runs = choose_curves(report.runs)[0]
-    rates = _lines(runs, lambda state: state.learning_rate)
-    norms = [_smoothed(line) for line in _lines(runs, lambda state: state.gradient_norm)]
+    rates = [_thinned(line) for line in _lines(runs, lambda state: state.learning_rate)]
+    # Smoothed before points are left out, or a rise between two of them would not be seen.
+    norms = [_thinned(_smoothed(line)) for line in _lines(runs, lambda state: state.gradient_norm)]
     found = []
     if rates:
         peaks = "; ".join(f"{line.label} peaks at {short(_highest(line))}" for line in rates)
@@ -69,7 +70,7 @@ def _lines(runs: Sequence[RunSummary], value: Value) -> list[Curve]:
         ]
         if len(points) > 1:
             found.append(Curve(run.label, points, number))
-    return [_thinned(line) for line in found]
+    return found
 
 
 def _thinned(line: Curve) -> Curve:
