@@ -53,6 +53,12 @@ def check_job(job: SweepJob, candidates: list[Candidate]) -> None:
         raise ConfigError(f"Cannot sweep with at_once={job.at_once!r}. Allowed: an int ≥ 1.")
     if not job.resume:
         job.check_split()
+        unused = [n for n in ("patience", "tensorboard") if getattr(job.run, n)]
+        if unused:
+            raise ConfigError(
+                f"Cannot sweep with {' and '.join(unused)}: candidates train together to their "
+                "last step, and have no TensorBoard files. Leave it out, or use lora finetune."
+            )
     if job.data_config.special_tokens:
         raise ConfigError(
             "Cannot sweep with special_tokens: the embedding rows of added tokens cannot train for "

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -275,6 +276,13 @@ def test_full_fine_tuning_joins_the_sweep_and_is_what_finetune_makes(job: SweepJ
     unnamed = replace(job, train=replace(TRAIN, steps=None), deterministic=True)
     resumed = _full_job(unnamed, done.folder, None)  # a sweep resumed without its steps
     assert (resumed.train.steps, resumed.deterministic) == (TRAIN.steps, True)
+
+
+@pytest.mark.parametrize("settings", [{"patience": 2}, {"tensorboard": True}])
+def test_what_a_sweep_has_no_use_for_is_refused(job: SweepJob, settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"Cannot sweep with {next(iter(settings))}"):
+        sweep(replace(job, run=replace(job.run, **settings)))
+    assert not (job.run.out / "sweep").exists()
 
 
 def test_the_command_shows_full_fine_tuning_in_the_table(
