@@ -56,6 +56,7 @@ def finetune(
             f"Cannot use {', '.join(settings)} beside a FinetuneJob, which has all settings. Put "
             "them into the job, or give data instead of a job."
         )
+    check_unused(data)
     return run_job(data, shown, show_data=show_data, callbacks=callbacks)
 
 

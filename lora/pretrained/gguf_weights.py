@@ -23,7 +23,7 @@ import torch
 
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.data.tokenizers.tokenizer_trial import check_tokenizer
-from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
+from lora.decoder.decoder import build_empty_decoder
 from lora.decoder.families import decoder_config
 from lora.errors import ModelError, gather
 from lora.pretrained.gguf_config import ROPE_FACTORS, gguf_config
@@ -76,26 +76,6 @@ def convert_gguf(path: Path, folder: Path, on_progress: OnProgress = lambda frac
     shapes = {new: file.tensors[old].shape for new, old in names.items()}
     blocks = (block for new, old in names.items() for block in _blocks(file, old, new, config))
     _write_fp32(folder / "model.safetensors", shapes, blocks, on_progress)
-
-
-def read_gguf_decoder(path: Path) -> Decoder:
-    """Return the model in the GGUF file `path`, in fp32, wholly in memory.
-
-    Raises ModelError as `convert_gguf` does.
-    """
-    file = GGUFFile(path)
-    config = gguf_config(file)
-    names = _match_names(file, config)
-    model = build_empty_decoder(decoder_config(config))
-    values = (
-        (
-            new,
-            np.concatenate(list(_blocks(file, old, new, config))).reshape(file.tensors[old].shape),
-        )
-        for new, old in names.items()
-    )
-    assign_parameters(model, ((name, torch.from_numpy(value)) for name, value in values))
-    return model
 
 
 class GGUFWeights:

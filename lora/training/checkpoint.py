@@ -110,17 +110,6 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return load_file(path / TENSORS_FILE), state
 
 
-def read_checkpoint_state(path: Path) -> dict[str, Any]:
-    """Return the state of one checkpoint without its tensors.
-
-    Raises CheckpointError if the file is missing or its size or SHA-256 is not the manifest's.
-    """
-    with _reading(path):
-        _check_digests(path, STATE_FILE)
-        state: dict[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        return state
-
-
 def read_trained_tensors(path: Path) -> dict[str, Tensor]:
     """Return the trained parameters of one checkpoint by their names, without AdamW's moments.
 

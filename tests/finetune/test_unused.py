@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import lora
 from lora.errors import ConfigError
 from lora.finetune.from_settings import build_job
 from lora.finetune.unused import check_patience, check_unused
@@ -25,7 +27,9 @@ from lora.finetune.unused import check_patience, check_unused
 def test_it_is_refused_by_name(settings: dict[str, Any], name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name}=.*\nLeave them out"):
         build_job(Path("a.jsonl"), settings)
-    build_job(Path("a.jsonl"), {**settings, "resume": True})
+    job = build_job(Path("a.jsonl"), {**settings, "resume": True})
+    with pytest.raises(ConfigError, match=f"{name}=.*\nLeave them out"):
+        lora.finetune(replace(job, resume=False))  # a whole job is checked as settings are
 
 
 @pytest.mark.parametrize(
