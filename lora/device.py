@@ -42,6 +42,26 @@ class DeviceChoice:
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of process `rank` among `size` processes; alone it is everything."""
+
+    rank: int = 0
+    """From 0."""
+    size: int = 1
+    """Processes, N (torch's world size)."""
+
+    def largest(self, count: int) -> int:
+        """Return the most of `count` items that one process takes: all of them hold so many."""
+        return -(-count // self.size)
+
+    def part(self, count: int) -> slice:
+        """Return which of `count` items this process takes; sizes differ by at most one."""
+        each, left = divmod(count, self.size)
+        start = self.rank * each + min(self.rank, left)
+        return slice(start, start + each + (self.rank < left))
+
+
 def choose_device(requested: str = "auto", precision: str = "auto") -> DeviceChoice:
     """Return the device and the compute dtype to use.
 

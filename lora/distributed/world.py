@@ -1,0 +1,98 @@
+"""The processes of one run as each of them sees it: its rank, and what they do together.
+
+Collectives are PyTorch's own. Every process calls them in the same order; each call says what it
+waits for, so that a run which stands still can say where. A process that runs alone calls the same
+methods, which then do nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from lora.device import Share
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among N; made by `lora.distributed.start.joined`."""
+
+    rank: int = 0
+    """Of this process, from 0; rank 0 writes files and shows progress."""
+    size: int = 1
+    """Processes, N."""
+    local_rank: int = 0
+    """Of this process on its machine: the number of its GPU."""
+    local_size: int = 1
+    """Processes on this machine."""
+    host_group: dist.ProcessGroup | None = None
+    """Gloo's, for objects and tensors in host memory; None alone."""
+    device_group: dist.ProcessGroup | None = None
+    """NCCL's where the processes have GPUs, else gloo's; None alone."""
+    waits: Callable[[str], AbstractContextManager[object]] = nullcontext
+    """Called with what is waited for; the context of a collective."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.size == 1
+
+    @property
+    def share(self) -> Share:
+        """This process's part of a batch."""
+        return Share(self.rank, self.size)
+
+    def sum(self, tensor: Tensor, what: str) -> None:
+        """Changes `tensor` in place: the sum of all processes' tensors, the same bits in each.
+
+        `what` is waited for, in words ("the gradients of step 3"). On a GPU it is queued: the host
+        does not wait.
+        """
+        if not self.is_alone:
+            with self.waits(what):
+                dist.all_reduce(tensor, group=self._group_of(tensor))
+
+    def broadcast(self, tensor: Tensor, what: str) -> None:
+        """Changes `tensor` in place: it becomes that of rank 0."""
+        if not self.is_alone:
+            with self.waits(what):
+                dist.broadcast(tensor, 0, group=self._group_of(tensor))
+
+    def gather(self, value: Any, what: str) -> list[Any]:
+        """Return what every process gave, by rank. Values are pickled: small ones only."""
+        if self.is_alone:
+            return [value]
+        values = [None] * self.size
+        with self.waits(what):
+            dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def from_main(self, value: Any, what: str) -> Any:
+        """Return the value that rank 0 gave."""
+        if self.is_alone:
+            return value
+        values = [value]
+        with self.waits(what):
+            dist.broadcast_object_list(values, 0, group=self.host_group)
+        return values[0]
+
+    def any(self, value: bool, what: str) -> bool:
+        """Return whether any process gave True."""
+        return any(self.gather(value, what))
+
+    def _group_of(self, tensor: Tensor) -> dist.ProcessGroup | None:
+        return self.device_group if tensor.is_cuda else self.host_group
+
+
+ALONE = World()
+"""A process without others."""
