@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.adapters.apply import AppliedLoRA
+from lora.decoder.decoder import Decoder
 from lora.decoder.quantised import Fp8Weight, sample_values
 from lora.errors import ModelError
 from lora.layers.conv1d import LoRAConv1D, is_conv1d
@@ -29,9 +30,11 @@ def base_fingerprint(model: nn.Module, release: Callable[[], None] | None = None
     At most 64 evenly spaced values of each parameter are read. LoRA's own tensors are left out,
     fully trained modules count as they were before training, token tables as they were before rows
     were added, a tensor with two names counts once, and Conv1D's weights count as (O, I). Buffers
-    do not count. `release` gives back what was read of a mapped model. Raises ModelError for a
-    model on the meta device.
+    do not count. `release` gives back what was read of a mapped model. A sharded decoder has its
+    own noted. Raises ModelError for a model on the meta device.
     """
+    if isinstance(model, Decoder) and model.known_fingerprint is not None:
+        return model.known_fingerprint
     tensors = []
     for tensor in _base_tensors(model):
         tensors.append(tensor)

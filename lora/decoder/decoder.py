@@ -171,6 +171,8 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.known_fingerprint: str | None = None
+        """Of the base whose values are not all in this process; None: it follows from them."""
         self.trunk_name, trunk = _TRUNKS[config.block]
         self.add_module(self.trunk_name, trunk(config))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -44,6 +44,14 @@ def load_model(
     fp8 = job.base_dtype == "fp8"
     model = load_decoder(source.folder, dtype=dtype, device=choice.device, fp8=fp8)
     fingerprint = base_fingerprint(model)
+    prepare_model(job, model, tokenizer, progress)
+    return model, fingerprint
+
+
+def prepare_model(
+    job: FinetuneJob, model: Decoder, tokenizer: TextTokenizer, progress: Progress
+) -> None:
+    """Changes the base `model` in place: LoRA and added tokens, as `job` says. Sets torch's seed."""
     if job.from_adapter is not None:
         load_adapter(model, job.from_adapter, trainable=True)
     elif job.lora is not None:
@@ -58,7 +66,6 @@ def load_model(
     torch.manual_seed(
         job.train.seed
     )  # dropout's draws depend on this seed alone, not on what loading drew
-    return model, fingerprint
 
 
 def save_model(

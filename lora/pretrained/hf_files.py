@@ -52,19 +52,25 @@ class StoredTensor:
 
     def tensor(self) -> Tensor:
         """Return the tensor, mapped from the file. Raises ModelError if the file was cut."""
-        # A mapping of a file that is shorter now ends the process at its first use, without a word.
-        try:
-            seen_bytes = self.path.stat().st_size
-        except OSError:
-            seen_bytes = self.n_bytes  # removed or renamed: what is open stays as it is
-        if seen_bytes != self.n_bytes:
-            raise ModelError(
-                f"Cannot read {self.path}: it had {self.n_bytes:,} bytes when it was opened and "
-                f"has {seen_bytes:,} now. Another program is writing it: try again "
-                "when that has ended."
-            )
+        check_size(self.path, self.n_bytes)
         tensor: Tensor = self.file.get_tensor(self.name)
         return tensor
+
+
+def check_size(path: Path, n_bytes: int) -> None:
+    """Raise ModelError if the file at `path`, which is mapped, no longer has `n_bytes`.
+
+    A mapping of a file that is shorter now ends the process at its first use, without a word.
+    """
+    try:
+        seen_bytes = path.stat().st_size
+    except OSError:
+        return  # removed or renamed: what is open stays as it is
+    if seen_bytes != n_bytes:
+        raise ModelError(
+            f"Cannot read {path}: it had {n_bytes:,} bytes when it was opened and has "
+            f"{seen_bytes:,} now. Another program is writing it: try again when that has ended."
+        )
 
 
 def open_tensors(folder: Path, files: ExitStack) -> dict[str, StoredTensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora.errors import ModelError
+from lora.pretrained.hf_files import check_size
 
 _KINDS = {
     "F64": torch.float64,
@@ -51,6 +52,10 @@ class MappedFile:
             raw = bytearray(self._data[start : start + values * kind.itemsize])
             return torch.frombuffer(raw, dtype=kind).reshape(shape)
         return torch.frombuffer(self._data, dtype=kind, count=values, offset=start).reshape(shape)
+
+    def check_size(self) -> None:
+        """Raise ModelError if the file was cut since: reading it would end the process."""
+        check_size(self.path, len(self._data))
 
     def release(self) -> None:
         """Give the memory of what was read back; it is read again when it is needed."""
