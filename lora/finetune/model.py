@@ -51,7 +51,7 @@ def load_model(
 def prepare_model(
     job: FinetuneJob, model: Decoder, tokenizer: TextTokenizer, progress: Progress
 ) -> None:
-    """Changes the base `model` in place: LoRA and added tokens, as `job` says. Sets torch's seed."""
+    """Changes the base `model` in place: LoRA and added tokens of `job`. Sets torch's seed."""
     if job.from_adapter is not None:
         load_adapter(model, job.from_adapter, trainable=True)
     elif job.lora is not None:

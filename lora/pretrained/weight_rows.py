@@ -38,6 +38,10 @@ class WeightRows:
         for file in self._mapped.files:
             file.check_size()
         # Copied, so that the pages can be given back: a shard then needs its own memory alone.
-        read = self.model.get_parameter(name).detach()[rows].clone(memory_format=torch.contiguous_format)
+        read = (
+            self.model.get_parameter(name)
+            .detach()[rows]
+            .clone(memory_format=torch.contiguous_format)
+        )
         self.release()
         return read
