@@ -24,9 +24,9 @@ from lora.device import DeviceChoice
 from lora.distributed.shards import ALL_ROWS, Rows
 from lora.finetune.job import FinetuneJob
 from lora.finetune.model import prepare_model
+from lora.finetune.weight_rows import WeightRows
 from lora.layers.token_tables import find_token_tables
 from lora.pretrained.sources import ModelSource
-from lora.pretrained.weight_rows import WeightRows
 from lora.runs.progress import Progress
 
 

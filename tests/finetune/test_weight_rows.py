@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora.errors import ModelError
+from lora.finetune.weight_rows import WeightRows
 from lora.pretrained.hf_weights import load_decoder
-from lora.pretrained.weight_rows import WeightRows
 from tests.finetune.tiny_models import FAMILIES, save_tiny
 
 WEIGHTS = "model.safetensors"
