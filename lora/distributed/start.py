@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -16,6 +18,8 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 """What torchrun sets for each process, beside the address of the first."""
 MAX_WAIT = timedelta(minutes=30)
 """For the others in one collective: longer than rank 0 takes to write a large model."""
+_joins = itertools.count()
+"""Numbers the groups of this process: all processes join the same ones in the same order."""
 
 
 def world_size() -> int:
@@ -41,7 +45,12 @@ def joined(device: torch.device) -> Iterator[World]:
     is_owner = not dist.is_initialized()
     if is_owner:
         kind = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(kind, timeout=MAX_WAIT)
+        # Addresses of an earlier group are still in the store: a second one must not read them.
+        store = dist.PrefixStore(f"group-{next(_joins)}", _store())
+        size = ranks["WORLD_SIZE"]
+        dist.init_process_group(
+            kind, store=store, rank=ranks["RANK"], world_size=size, timeout=MAX_WAIT
+        )
     try:
         yield World(
             rank=ranks["RANK"],
@@ -54,3 +63,10 @@ def joined(device: torch.device) -> Iterator[World]:
     finally:
         if is_owner:
             dist.destroy_process_group()
+
+
+@functools.cache  # where rank 0 serves it, it must outlive the first group
+def _store() -> dist.Store:
+    """Return where the processes leave their addresses for each other."""
+    store: dist.Store = next(dist.rendezvous("env://", timeout=MAX_WAIT))[0]
+    return store
