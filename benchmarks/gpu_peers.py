@@ -17,8 +17,10 @@ class PeerMissing(Exception):
     """A peer's package is not installed; the message names it."""
 
 
-def build_llama(shape: Any) -> Any:
-    """Return transformers' Llama of this shape in bf16 on the GPU, random."""
+def build_llama(
+    shape: Any, device: str | torch.device = "cuda", dtype: torch.dtype = torch.bfloat16
+) -> Any:
+    """Return transformers' Llama of this shape, random."""
     import transformers
 
     config = transformers.LlamaConfig(
@@ -32,8 +34,8 @@ def build_llama(shape: Any) -> Any:
         max_position_embeddings=max(4096, shape.tokens),
         use_cache=False,
     )
-    with torch.device("cuda"):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.device(device):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def add_peft(model: Any, rank: int) -> Any:
@@ -108,14 +110,14 @@ def peft_compiled(shape: Any, rank: int) -> dict[str, Any]:
 
 def peft_liger(shape: Any, rank: int) -> dict[str, Any]:
     """PEFT's LoRA on transformers' model with Liger's kernels in it."""
-    _use_liger()
+    use_liger()
     model, build_s = _timed(lambda: add_peft(build_llama(shape), rank))
     return measure(model, shape, build_s)
 
 
 def peft_liger_recompute(shape: Any, rank: int) -> dict[str, Any]:
     """The same with transformers' gradient checkpointing: whole blocks are recomputed."""
-    _use_liger()
+    use_liger()
 
     def build() -> Any:
         model = add_peft(build_llama(shape), rank)
@@ -127,7 +129,8 @@ def peft_liger_recompute(shape: Any, rank: int) -> dict[str, Any]:
     return measure(model, shape, build_s)
 
 
-def _use_liger() -> None:
+def use_liger() -> None:
+    """Put Liger's kernels into transformers' Llama. Raises PeerMissing without the package."""
     try:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
     except ImportError as error:

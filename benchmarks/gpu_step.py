@@ -143,15 +143,17 @@ def build_empty(shape: Shape) -> Decoder:
     return build_empty_decoder(config)
 
 
-def build_model(shape: Shape, dtype: torch.dtype, *, fp8: bool = False) -> Decoder:
+def build_model(
+    shape: Shape, dtype: torch.dtype, *, fp8: bool = False, device: str = "cuda"
+) -> Decoder:
     """Return a decoder of this shape with random values, on the GPU; `fp8` as the base dtype."""
     model = build_empty(shape)
-    draw = torch.Generator("cuda").manual_seed(0)
+    draw = torch.Generator(device).manual_seed(0)
 
     def value(parameter: torch.Tensor) -> torch.Tensor:
         if parameter.ndim == 1:
-            return torch.ones(parameter.shape, dtype=dtype, device="cuda")
-        drawn = torch.randn(tuple(parameter.shape), dtype=dtype, device="cuda", generator=draw)
+            return torch.ones(parameter.shape, dtype=dtype, device=device)
+        drawn = torch.randn(tuple(parameter.shape), dtype=dtype, device=device, generator=draw)
         return drawn.mul_(0.02)
 
     if fp8:

@@ -1,0 +1,1 @@
+"""Cases, processes and peers of `gpu_many.py`: training steps on several GPUs."""

@@ -1,0 +1,94 @@
+"""The results of `gpu_many.py` as tables in a page, between two marks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from devices.cases import NEMO_70B_TOKENS_PER_S
+
+START, END = "<!-- gpu_many:start -->", "<!-- gpu_many:end -->"
+NAMES = {
+    "ours": "LoRA, bf16 base",
+    "ours_fp8": "LoRA, fp8 base",
+    "ours_full": "full fine-tuning",
+    "peft_liger": "PEFT + Liger",
+    "peft_liger_recompute": "PEFT + Liger, blocks recomputed",
+    "transformers_full": "full, transformers",
+    "transformers_full_recompute": "full, transformers, blocks recomputed",
+}
+HOW = {"ddp": "DDP", "fsdp": "sharded", "none": "one device"}
+Row = dict[str, Any]
+
+
+def read_rows(files: Iterable[Path]) -> list[Row]:
+    """Return the measured rows; of one case on one machine the last one counts."""
+    found: dict[tuple[str, str], Row] = {}
+    for path in files:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if "step_ms" in row and "blocks" not in row and "top" not in row:
+                found[row["hardware"], row["case"]] = row
+    return list(found.values())
+
+
+def scaling_table(rows: list[Row]) -> list[str]:
+    """Return the lines of the table of what is the same on one device and on several."""
+    lines = [
+        "| a step on each device | | hardware | one device | all | ratio | wanted |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["parallel"] == "ddp" and "ratio" in row:
+            rate = round(row["tokens_per_s"] / row["ratio"])
+            wanted = f"{row['target']}x" if "target" in row else ""
+            lines.append(
+                f"| {_shape(row)} | {NAMES.get(row['variant'], row['variant'])} | "
+                f"{row['hardware']} | {rate:,} tokens/s | {row['tokens_per_s']:,} tokens/s, "
+                f"{row['peak_gb']:.1f} GB | {row['ratio']:.2f}x | {wanted} |"
+            )
+    return lines
+
+
+def sharded_table(rows: list[Row]) -> list[str]:
+    """Return the lines of the table of sharded models."""
+    lines = [
+        "| a step on each device | | hardware | ms per step | tokens/s of a device | GB of a device |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["parallel"] != "fsdp":
+            continue
+        rate = f"{row['tokens_per_s_device']:,}"
+        if row["shape"] == "70B-1x4096":
+            rate += f" ({row['tokens_per_s_device'] / NEMO_70B_TOKENS_PER_S:.2f}x NeMo's)"
+        planned = f", {row['planned_gb']:.1f} planned" if "planned_gb" in row else ""
+        lines.append(
+            f"| {_shape(row)} | {NAMES.get(row['variant'], row['variant'])} | {row['hardware']} | "
+            f"{row['step_ms']:,.0f} | {rate} | {row['peak_gb']:.1f}{planned} |"
+        )
+    return lines
+
+
+def make_tables(rows: list[Row]) -> str:
+    """Return both tables in Markdown."""
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    rows = sorted(rows, key=lambda row: (shapes.index(row["shape"]), row["devices"]))
+    return "\n".join([*scaling_table(rows), "", *sharded_table(rows)])
+
+
+def write_tables(page: Path, files: Iterable[Path]) -> None:
+    """Change `page`: the tables of `files` between its two marks."""
+    text = page.read_text(encoding="utf-8")
+    before, mark, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not (mark and end):
+        raise SystemExit(f"{page} has no {START} and {END}, between which the tables go")
+    tables = make_tables(read_rows(files))
+    page.write_text(f"{before}{START}\n{tables}\n{END}{after}", encoding="utf-8")
+
+
+def _shape(row: Row) -> str:
+    return row["shape"].replace("-", ", ").replace("x", "×")
