@@ -100,6 +100,8 @@ def profile_ours(case: Case, world: World, smoke: bool) -> dict[str, Any]:
 
 def prepare(case: Case, shape: Shape, world: World, *, smoke: bool) -> Prepared:
     """Return a run of this rank before its first step: planned, built and chosen."""
+    if not world.is_alone:
+        raise NotImplementedError("several processes on one run")
     full, fp8 = case.variant == "ours_full", "fp8" in case.variant
     choice = choose_device("cpu" if smoke else "cuda")
     config = TrainConfig(

@@ -10,6 +10,7 @@ import faulthandler
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -115,6 +116,10 @@ class Running:
         found = [self._result(rank) for rank in range(self.case.devices)]
         return [one for one in found if one]
 
+    def clear(self) -> None:
+        """Remove its files."""
+        shutil.rmtree(self.folder)
+
     def logs(self) -> Iterator[str]:
         """Yield the end of each rank's output."""
         for rank in range(self.case.devices):
@@ -169,6 +174,7 @@ def run_cases(
             if problem and log is not None:
                 with log.open("a", encoding="utf-8") as file:
                     file.write("\n".join([f"=== {one.case.name}: {problem}", *one.logs(), ""]))
+            one.clear()
             if problem and one.case.variant == "probe" and machine.method == "forkserver":
                 machine.method = "spawn"  # if a fork of imported modules cannot open a GPU
             yield {**row, "failed": problem} if problem else {**row, "ranks": ranks}
