@@ -75,7 +75,8 @@ def summarise(kernels: list[Kernel]) -> dict[str, Any]:
 
 def kernels_of(profile: torch.profiler.profile) -> list[Kernel]:
     """Return what ran on the device while `profile` watched."""
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    assert profile.profiler is not None
+    assert profile.profiler.kineto_results is not None
     return [
         Kernel(event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
         for event in profile.profiler.kineto_results.events()

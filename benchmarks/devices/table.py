@@ -55,7 +55,7 @@ def scaling_table(rows: list[Row]) -> list[str]:
 def sharded_table(rows: list[Row]) -> list[str]:
     """Return the lines of the table of sharded models."""
     lines = [
-        "| a step on each device | | hardware | ms per step | tokens/s of a device | GB of a device |",
+        "| a step on each device | | hardware | ms per step | tokens/s, each | GB, each |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
