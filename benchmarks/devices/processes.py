@@ -1,4 +1,4 @@
-"""Runs cases on the machine's devices: each in processes of its own, with a time limit.
+"""Runs cases on the devices of a machine, each in its own processes, with a time limit.
 
 What fails or hangs is a row with its error, and the next case begins. Cases run at the same time
 where their devices suffice.
