@@ -1,13 +1,14 @@
-"""Runs a function in several processes that form one process group, on the CPU."""
+"""Runs a function in several processes that form one process group, on the CPU or on GPUs."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -15,23 +16,31 @@ _CONTEXT.set_forkserver_preload(["torch", "lora.finetune.run"])  # once, not in 
 
 
 def run_processes(
-    count: int, task: Callable[..., Any], *arguments: Any, timeout_s: float = 120
+    count: int,
+    task: Callable[..., Any],
+    *arguments: Any,
+    timeout_s: float = 120,
+    device_type: str = "cpu",
 ) -> list[Any]:
     """Return what `task(world, *arguments)` returned in each of `count` processes, by rank.
 
-    `task` is a function of an importable module. Raises AssertionError with the traceback of the
-    process that failed, or where one did not answer in time.
+    `task` is a function of an importable module. With "cuda" each process has a GPU. Raises
+    AssertionError with the traceback of the process that failed, or where one did not answer in
+    time.
     """
     port = _free_port()
     pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(count)]
     processes = [
-        _CONTEXT.Process(target=_run, args=(rank, count, port, pipes[rank][1], task, arguments))
+        _CONTEXT.Process(
+            target=_run,
+            args=(rank, count, port, pipes[rank][1], device_type, task, arguments),
+        )
         for rank in range(count)
     ]
     for process in processes:
         process.start()
     try:
-        return [_receive(receiver, rank, timeout_s) for rank, (receiver, _) in enumerate(pipes)]
+        return _receive([receiver for receiver, _ in pipes], timeout_s)
     finally:
         for process in processes:
             process.join(timeout=5)
@@ -39,11 +48,20 @@ def run_processes(
                 process.kill()
 
 
-def _receive(receiver: Connection, rank: int, timeout_s: float) -> Any:
-    assert receiver.poll(timeout_s), f"rank {rank} gave no answer in {timeout_s} s"
-    failure, answer = receiver.recv()
-    assert failure is None, f"rank {rank} failed:\n{failure}"
-    return answer
+def _receive(receivers: list[Connection], timeout_s: float) -> list[Any]:
+    """Return the answers by rank; the first failure ends the waiting."""
+    answers: dict[int, Any] = {}
+    ends_s = time.monotonic() + timeout_s
+    while len(answers) < len(receivers):
+        waiting = [one for rank, one in enumerate(receivers) if rank not in answers]
+        ready = wait(waiting, max(0, ends_s - time.monotonic()))
+        silent = [rank for rank in range(len(receivers)) if rank not in answers]
+        assert ready, f"ranks {silent} gave no answer in {timeout_s} s"
+        for receiver in ready:
+            rank = receivers.index(receiver)  # type: ignore[arg-type]
+            failure, answers[rank] = receivers[rank].recv()
+            assert failure is None, f"rank {rank} failed:\n{failure}"
+    return [answers[rank] for rank in range(len(receivers))]
 
 
 def _run(
@@ -51,6 +69,7 @@ def _run(
     count: int,
     port: int,
     sender: Connection,
+    device_type: str,
     task: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
@@ -62,8 +81,9 @@ def _run(
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in {**ranks, **address}.items()})
     torch.set_num_threads(1)
+    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
     try:
-        with joined(torch.device("cpu")) as world:
+        with joined(device) as world:
             sender.send((None, task(world, *arguments)))
     except BaseException:
         sender.send((traceback.format_exc(), None))
