@@ -22,6 +22,9 @@ from lora.fast.llama.buffers import Buffers, Inputs
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.llama.network import FastNetwork
 from lora.fast.llama.passes import FastPass
+from lora.fast.sharded.base import ShardedBase, load_small
+from lora.fast.sharded.hooks import gather_in_forward
+from lora.fast.sharded.ring import ShardRing
 from lora.fast.weights.adapted import DropoutMasks
 from lora.fast.weights.flat import FlatParameters, accumulate
 from lora.fast.weights.update import FlatUpdate
@@ -119,7 +122,9 @@ class HandWrittenStep:
         if self.buffers is not None and (self.buffers.batch_size, self.buffers.tokens) == shape:
             return
         self.graphs.clear()  # they read and write the addresses of the old buffers
-        self.graphs.captures = batch_size * tokens < CAPTURE_BELOW_TOKENS
+        # Gathers are collectives: a rehearsal on one process alone would wait for the others.
+        is_sharded = self.network.ring is not None
+        self.graphs.captures = not is_sharded and batch_size * tokens < CAPTURE_BELOW_TOKENS
         self.buffers = None  # released before the new ones are allocated
         if self.device.type == "cuda":
             # Cached blocks of other sizes serve neither the buffers nor a graph's private pool.
@@ -186,6 +191,7 @@ class HandWrittenStep:
     def _head_and_loss(self, labels: Tensor, buffers: Buffers, first: bool) -> None:
         """Changes `buffers.hidden` in place: the gradient of `buffers.final`; sums the loss."""
         head = self.network.head
+        self.network.use_head()
         weight, n_chunk = head.tensors[0], len(buffers.logits)  # (V, C)
         # By chunks of tokens: forward and backward of one before the logits of the next.
         for start in range(0, buffers.n_tokens, n_chunk):
@@ -219,6 +225,7 @@ class FastStep(HandWrittenStep):
         merges: merge s·B·A into the weights once a step; None decides by the model's width.
         own_attention: our own kernels for packed sequences; None decides by their length.
         checkpointing: which activations are stored; None: nearly all.
+        base: where frozen weights come from that are sharded, and on the meta device in `model`.
     """
 
     def __init__(
@@ -233,9 +240,10 @@ class FastStep(HandWrittenStep):
         merges: bool | None = None,
         own_attention: bool | None = None,
         checkpointing: ActivationCheckpointing | None = None,
+        base: ShardedBase | None = None,
     ) -> None:
         self.seed = seed
-        device = next(model.parameters()).device
+        device = next(model.parameters()).device if base is None else base.device
         # Values, gradients and moments in fp32: steps of the learning rate's size vanish in bf16.
         wide = torch.promote_types(dtype, torch.float32)
         self.flat = FlatParameters(device, wide)
@@ -243,6 +251,11 @@ class FastStep(HandWrittenStep):
         # fp8 weights stay codes: merging would need a second base in the compute dtype.
         narrow = model.config.hidden_size < MERGE_BELOW_WIDTH and not has_fp8_base(model)
         self.merges = narrow if merges is None else merges
+        ring = None
+        if base is not None:
+            self.merges = False  # the sum would have to be gathered in every step
+            load_small(model, base, dtype)
+            ring = ShardRing(base, model)
         with torch.no_grad():
             network = FastNetwork(
                 model,
@@ -253,9 +266,12 @@ class FastStep(HandWrittenStep):
                 merges=self.merges,
                 masks=self.masks,
                 own_attention=own_attention,
+                ring=ring,
             )
             self.flat.allocate()
             network.fill()
+        if ring is not None:
+            gather_in_forward(model, ring)
         self.update = FlatUpdate(
             self.flat, ops.adamw, weight_decay=weight_decay, max_grad_norm=max_grad_norm
         )

@@ -20,6 +20,8 @@ from lora.decoder.rope import Rope
 from lora.fast.llama.buffers import Buffers, Widths
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.llama.fp8 import Fp8Buffers, fp8_projection
+from lora.fast.sharded.projections import ShardedProjection, ShardedTable, sharded_projection
+from lora.fast.sharded.ring import EMBEDDING, ShardRing, block_unit
 from lora.fast.weights.adapted import (
     ConcatenatedLoRAProjection,
     DropoutMasks,
@@ -56,6 +58,7 @@ class FastNetwork:
         merges: LoRA is merged into the weights once a step.
         masks: dropout on LoRA's inputs; None: none.
         own_attention: our own kernels for packed sequences; None decides by their length.
+        ring: gathers the frozen weights, which are sharded; None: this process has all of them.
     """
 
     def __init__(
@@ -69,7 +72,9 @@ class FastNetwork:
         merges: bool,
         masks: DropoutMasks | None = None,
         own_attention: bool | None = None,
+        ring: ShardRing | None = None,
     ) -> None:
+        self.ring = ring
         self.model, self.config, self.ops, self.dtype = model, model.config, ops, dtype
         self.flat, self.masks, self.merges = flat, masks, merges
         self.trains_all, self.own_attention = trains_all, own_attention
@@ -87,19 +92,31 @@ class FastNetwork:
         self.projections = (self.qkv, self.output, self.gate_up, self.down)
         norms = [m for b in blocks for m in (b.input_layernorm, b.post_attention_layernorm)]
         self.norms = WeightGroup([*norms, trunk.norm], flat, dtype, trains=trains_all)
-        self.embedding = WeightGroup([trunk.embed_tokens], flat, dtype, trains=trains_all)
-        self.head = self.embedding  # tied: one slot, to which both gradients are added
-        if not model.config.tie_word_embeddings:
-            self.head = WeightGroup([model.lm_head], flat, dtype, trains=trains_all, decays=True)
+        self.embedding, self.head = self._tables(trunk.embed_tokens, model.lm_head)
         self.weights = [self.norms, self.embedding]
         if self.head is not self.embedding:
             self.weights.append(self.head)
         self.ropes = trunk.ropes
         self.first_trained = 0 if trains_all else self._first_adapted(heads, feeds)
 
+    def _tables(self, embedding: nn.Module, head: nn.Module) -> tuple[WeightGroup, WeightGroup]:
+        """Return the embedding and the output head: tied, they are one."""
+        flat, dtype, is_tied = self.flat, self.dtype, self.config.tie_word_embeddings
+        if self.ring is not None:
+            table = ShardedTable(embedding, dtype, self.ring)
+            return table, ShardedTable(head, dtype, self.ring, table if is_tied else None)
+        group = WeightGroup([embedding], flat, dtype, trains=self.trains_all)
+        if is_tied:
+            return group, group  # one slot, to which both gradients are added
+        return group, WeightGroup([head], flat, dtype, trains=self.trains_all, decays=True)
+
     def _project(self, blocks: list[list[nn.Module]]) -> Projection:
         """Return the projection of linears that read the same input, given by block."""
         flat, dtype, ops = self.flat, self.dtype, self.ops
+        if self.ring is not None and isinstance(flat, FlatParameters):
+            return sharded_projection(
+                blocks, flat, dtype, ops, self.masks, self.fp8_buffers, self.ring
+            )
         # Stacked adapters over an fp8 base take the plain step (`lora.fast.choose`).
         if self.fp8_buffers is not None and isinstance(flat, FlatParameters):
             return fp8_projection(blocks, flat, dtype, ops, self.masks, self.fp8_buffers)
@@ -128,10 +145,19 @@ class FastNetwork:
 
     def fill(self) -> None:
         """Put all values into their slots, once these are allocated."""
+        if self.ring is not None:
+            self._load_shards(self.ring)
         for projection in self.projections:
             projection.fill()
         for weights in self.weights:
             weights.fill()
+
+    def _load_shards(self, ring: ShardRing) -> None:
+        ring.allocate()
+        for owner in (*self.projections, *self.weights):
+            if isinstance(owner, ShardedProjection | ShardedTable):
+                owner.load()
+        ring.connect()
 
     def refresh(self) -> None:
         """Bring everything that matmuls and norms read up to date with the slots."""
@@ -139,6 +165,26 @@ class FastNetwork:
             projection.refresh()
         for weights in self.weights:
             weights.refresh()
+        if self.ring is not None:
+            self.ring.refresh()
+
+    def use_embedding(self) -> None:
+        """Before the embedding is read: it is gathered, where the weights are sharded."""
+        if self.ring is not None:
+            self.ring.enter(EMBEDDING, block_unit(0))
+
+    def use_block(self, layer: int, then: int) -> None:
+        """Before a block is computed; `then` is the block that follows, L the head.
+
+        −1 or less: none follows in this pass.
+        """
+        if self.ring is not None:
+            self.ring.enter(block_unit(layer), block_unit(then) if then >= 0 else EMBEDDING)
+
+    def use_head(self) -> None:
+        """Before the output head is read."""
+        if self.ring is not None:
+            self.ring.enter(self.ring.head, self.ring.head - 1)
 
     def buffers(
         self, batch_size: int, tokens: int, checkpointing: ActivationCheckpointing | None = None

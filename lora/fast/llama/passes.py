@@ -28,9 +28,11 @@ class FastPass:
         """Forward: through all blocks, up to the final norm."""
         net, buffers = self.net, self.buffers
         c, n_layers = net.config.hidden_size, net.qkv.n_layers
+        net.use_embedding()
         embedded = net.embedding.tensors[0].index_select(0, self.inputs.input_ids)  # (N, C)
         self._add_norm(embedded, None, 0, buffers.residuals[0], buffers.attention_in[0], net.qkv)
         for layer in range(n_layers):
+            net.use_block(layer, layer + 1)
             self._attention(layer)
             buffers.residuals.offload(layer)  # its last reader, the sum after attention, has run
             self._feed_forward(layer)
@@ -109,6 +111,7 @@ class FastPass:
         )
         # Below the first adapted block nothing needs a gradient.
         for layer in reversed(range(net.first_trained, n_layers)):
+            net.use_block(layer, layer - 1 if layer > net.first_trained else -1)
             buffers.residuals.fetch(layer, net.first_trained)
             self._recompute(layer)
             self._feed_forward_backward(layer, first)

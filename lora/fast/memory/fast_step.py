@@ -14,6 +14,7 @@ from lora.decoder.decoder import Decoder, build_empty_decoder
 from lora.fast.llama.buffers import Buffers
 from lora.fast.llama.checkpointing import MODES, ActivationCheckpointing, OffloadedResiduals
 from lora.fast.llama.network import FastNetwork
+from lora.fast.sharded.base import planned_base
 from lora.fast.stacked_step import StackedFastStep
 from lora.fast.step import FastStep, HandWrittenStep
 from lora.fast.weights.flat import FlatParameters
@@ -60,15 +61,24 @@ class FastPlan:
     """Sizes of the hand-written step of `model` under any activation checkpointing.
 
     Changes `model` in place: it is moved to the meta device. LoRA is applied, or all of it trains.
+    `shards`: among how many processes the frozen weights are split, of which this plans one; None:
+    they are not sharded.
     """
 
     def __init__(
-        self, model: Decoder, batch_size: int, tokens: int, *, packed: bool = True
+        self,
+        model: Decoder,
+        batch_size: int,
+        tokens: int,
+        *,
+        packed: bool = True,
+        shards: int | None = None,
     ) -> None:
         if not all(p.is_meta for p in model.parameters()):
             model = model.to("meta")
         with torch.no_grad():
-            self.step = FastStep(model, PLAIN, torch.bfloat16)
+            base = None if shards is None else planned_base(shards)
+            self.step = FastStep(model, PLAIN, torch.bfloat16, base=base)
         self.batch_size, self.tokens, self.packed = batch_size, tokens, packed
         self.n_layers = self.step.network.qkv.n_layers
 
@@ -282,7 +292,7 @@ def _torch_attention_bytes(step: HandWrittenStep, buffers: Buffers, *, packed: b
 
 def _frozen_bytes(network: FastNetwork, flat: FlatParameters | StackedFlat) -> int:
     """Return the bytes of all tensors that projections and norms hold, each storage once."""
-    owners = (*network.projections, *network.weights)
+    owners = (*network.projections, *network.weights, *([network.ring] if network.ring else []))
     storages = {}
     # By storage, not by tensor: parameters, blocks' weights and members' weights are views.
     for owner in owners:

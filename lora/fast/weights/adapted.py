@@ -51,6 +51,7 @@ class _LoRAProjection(Projection):
         self, blocks: Sequence[Sequence[nn.Module]], flat: FlatParameters, dtype: torch.dtype
     ) -> None:
         super().__init__(blocks, dtype)
+        self.device = flat.device  # sharded weights are on no device at first
         self.adapted: list[tuple[Member, slice, Slot, Tensor]] = []
         start = 0
         for member in self.members:
@@ -124,7 +125,11 @@ class ConcatenatedLoRAProjection(_LoRAProjection):
         """Blocks, and their [[W, s·B], [A, 0]]: (blocks, O + R, I + R)."""
         self.wholes: list[Tensor] = []
         """The same by block, (O + R, I + R)."""
-        a_block = (self.outputs + self.width) * (self.inputs + self.width) * dtype.itemsize
+        self.bind_base()
+
+    def bind_base(self) -> None:
+        """Changes the modules in place: the base's weights become views of `wholes`."""
+        a_block = (self.outputs + self.width) * (self.inputs + self.width) * self.dtype.itemsize
         at_once = max(1, int(GROUP_BYTES / a_block))
         for start in range(0, self.n_layers, at_once):
             layers = slice(start, min(start + at_once, self.n_layers))

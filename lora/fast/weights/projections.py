@@ -146,6 +146,10 @@ class FrozenProjection(Projection):
     def __init__(self, blocks: Sequence[Sequence[nn.Module]], dtype: torch.dtype) -> None:
         super().__init__(blocks, dtype)
         self.weights: list[Tensor] = []
+        self.bind_base()
+
+    def bind_base(self) -> None:
+        """Changes the modules in place: their weights become views of `weights`."""
         for layer in range(self.n_layers):  # one by one, so that a large base is never there twice
             self.weights.append(self.empty(self.outputs, self.inputs))
             self.bind_layers(self.weights[layer:], slice(layer, layer + 1))

@@ -1,0 +1,1 @@
+"""The hand-written step over frozen weights that are split over processes."""

@@ -1,0 +1,121 @@
+"""The frozen weights of a sharded model: where they come from, and filling this process's shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lora.decoder.decoder import Decoder
+from lora.device import Share
+from lora.distributed.shards import Rows
+from lora.distributed.world import ALONE, World
+from lora.errors import ModelError
+from lora.fast.sharded.layout import ShardedMatrix
+from lora.kernels.step.fp8 import Fp8Rows
+
+READ_BYTES = 2**27
+"""Rows that are read at once, so that a shard is filled without a second one beside it."""
+
+
+@dataclass(frozen=True)
+class ShardedBase:
+    """What the sharded step needs of a model whose frozen parameters are on the meta device."""
+
+    rows: Rows
+    """Reads rows of the frozen parameters."""
+    device: torch.device
+    """Of this process."""
+    world: World = ALONE
+    share: Share | None = None
+    """Among how many processes; None: those of `world`. For plans, which have no processes."""
+
+    @property
+    def split(self) -> Share:
+        """How the weights are split."""
+        return self.share or self.world.share
+
+
+def planned_base(size: int, device: torch.device | None = None) -> ShardedBase:
+    """Return a base without values, for sizes: as the first of `size` processes holds it."""
+    return ShardedBase(_no_rows, device or torch.device("meta"), share=Share(0, size))
+
+
+def _no_rows(name: str, rows: slice) -> Tensor:
+    raise ModelError(f"Cannot read {name}: this model was made to be planned, not trained.")
+
+
+def load_small(model: Decoder, base: ShardedBase, dtype: torch.dtype) -> None:
+    """Changes `model` in place: norms and biases, which every process holds whole, are read."""
+    if base.device.type == "meta":
+        return
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta and parameter.ndim == 1:
+            owner, _, leaf = name.rpartition(".")
+            values = base.rows(name, slice(0, len(parameter))).to(device=base.device, dtype=dtype)
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=False))
+
+
+def fill_part(matrix: ShardedMatrix, unit: int, shard: Tensor, base: ShardedBase) -> None:
+    """Changes `shard`, the unit's bytes of this process, in place: its rows of W."""
+    own = matrix.own_part(shard)[:, : matrix.inputs]
+    for name, rows, target in _reads(matrix, unit):
+        own[target].copy_(base.rows(name, rows))
+
+
+def fill_fp8_part(
+    matrix: ShardedMatrix,
+    unit: int,
+    shard: Tensor,
+    base: ShardedBase,
+    dtype: torch.dtype,
+    scales: Tensor,
+) -> list[str]:
+    """The same with codes; `scales` (rows, 1), of this process, become theirs.
+
+    Values are rounded to `dtype` first, as those of an unsharded model are. Returns the names of
+    parameters with a value that is not finite.
+    """
+    own, damaged = matrix.own_part(shard), []
+    for name, rows, target in _reads(matrix, unit):
+        values = base.rows(name, rows).to(device=base.device, dtype=dtype)
+        # Rows are quantised one by one, so that a part of them gets the codes of the whole.
+        Fp8Rows(own[target], scales[target]).write(values)
+        if not bool(torch.isfinite(scales[target]).all()) or bool(values.isnan().any()):
+            damaged.append(name)
+    return damaged
+
+
+def _reads(matrix: ShardedMatrix, unit: int) -> Iterator[tuple[str, slice, slice]]:
+    """Yield a parameter's name, its rows to read, and which of this process's rows they are."""
+    own, at_once = matrix.own_rows, max(1, READ_BYTES // max(1, 4 * matrix.inputs))
+    for name, rows in matrix.sources[unit]:
+        start, stop = max(own.start, rows.start), min(own.stop, rows.stop)
+        for begin in range(start, stop, at_once):
+            end = min(begin + at_once, stop)
+            here = slice(begin - rows.start, end - rows.start)
+            yield name, here, slice(begin - own.start, end - own.start)
+
+
+def gather_scales(matrix: ShardedMatrix, own: Tensor, base: ShardedBase) -> Tensor:
+    """Return the scales (L, O, 1) of all processes; `own` (L, rows, 1) are this one's, padded."""
+    world = base.world
+    if world.is_alone:
+        return own[:, : matrix.outputs]
+    whole = own.new_empty(world.size, *own.shape)
+    with world.waits("scales of the fp8 weights"):
+        dist.all_gather_into_tensor(whole.view(-1), own.view(-1), group=world.device_group)
+    return whole.transpose(0, 1).flatten(1, 2)[:, : matrix.outputs].contiguous()  # (L, O, 1)
+
+
+def refuse_damaged(damaged: list[str], base: ShardedBase) -> None:
+    """Raise ModelError in every process if one has found a value that is not finite."""
+    found = [name for names in base.world.gather(damaged, "fp8 weights") for name in names]
+    if found:
+        raise ModelError(
+            f"Cannot quantise {', '.join(list(dict.fromkeys(found))[:8])} to fp8: values that are "
+            "not finite. float8_e4m3fn has no infinity. Download the weights again."
+        )

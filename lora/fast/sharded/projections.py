@@ -1,0 +1,257 @@
+"""Projections whose frozen weights are gathered for each block: views of the ring's slots.
+
+They compute what their unsharded twins in `lora.fast.weights` do, with the same matmuls. LoRA's A
+and B are whole in every process; where they are part of the weight's tensor they are written into
+the slot after each gather, from copies in the compute dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lora.decoder.quantised import Fp8Weight
+from lora.fast.llama.fp8 import Fp8BaseProjection, Fp8Buffers, Fp8Projection, FrozenFp8Projection
+from lora.fast.sharded.base import fill_fp8_part, fill_part, gather_scales
+from lora.fast.sharded.layout import ShardedMatrix, Source
+from lora.fast.sharded.ring import ShardRing
+from lora.fast.weights.adapted import (
+    ConcatenatedLoRAProjection,
+    DropoutMasks,
+    SeparateLoRAProjection,
+)
+from lora.fast.weights.flat import FlatParameters
+from lora.fast.weights.norms_and_embeddings import WeightGroup
+from lora.fast.weights.projections import FrozenProjection, Projection
+from lora.kernels.step.fp8 import FP8
+from lora.kernels.step.ops import Ops
+from lora.lora_module import LoRALayer
+
+
+class ShardedProjection(Projection):
+    """What the sharded projections share: a matrix of every block in the ring.
+
+    Room is reserved when they are made; `load` follows when the ring is allocated.
+    """
+
+    ring: ShardRing
+    matrix: ShardedMatrix
+
+    def bind_base(self) -> None:
+        """Called by the unsharded twins where they allocate: here the ring does."""
+        self.device = self.ring.device
+
+    def reserve(self, dtype: torch.dtype, extra: int = 0) -> None:
+        """Ask the ring for room, with `extra` rows and columns for LoRA."""
+        sources: list[list[Source]] = [
+            [(self.ring.name_of(m.modules[layer]), m.rows) for m in self.members]
+            for layer in range(self.n_layers)
+        ]
+        self.matrix = self.ring.reserve_block_matrix(
+            self.outputs, self.inputs, dtype, sources, extra=extra
+        )
+
+    def load(self) -> None:
+        """Fill this process's shard; the modules' weights become views of the slots."""
+        for layer in range(self.n_layers):
+            self.load_block(layer)
+            weight = self.matrix.views[layer][: self.outputs, : self.inputs]  # (O, I)
+            for member in self.members:
+                module = member.modules[layer]
+                # A new parameter: one on the meta device cannot become a view of memory.
+                module.weight = nn.Parameter(weight[member.rows], requires_grad=False)
+        self._bind_biases()
+
+    def load_block(self, layer: int) -> None:
+        """Fill this process's shard of one block."""
+        if self.device.type != "meta":
+            fill_part(self.matrix, layer, self.ring.part_of_block(layer), self.ring.base)
+
+
+class ShardedFrozenProjection(ShardedProjection, FrozenProjection):
+    """No linear of it trains."""
+
+    def __init__(
+        self, blocks: Sequence[Sequence[nn.Module]], dtype: torch.dtype, ring: ShardRing
+    ) -> None:
+        self.ring = ring
+        super().__init__(blocks, dtype)
+        self.reserve(dtype)
+
+    def load(self) -> None:
+        super().load()
+        self.weights = self.matrix.views
+
+
+class ShardedConcatenatedProjection(ShardedProjection, ConcatenatedLoRAProjection):
+    """LoRA's matrices in the same tensor as W, written there after every gather."""
+
+    def __init__(
+        self,
+        blocks: Sequence[Sequence[nn.Module]],
+        flat: FlatParameters,
+        dtype: torch.dtype,
+        ring: ShardRing,
+    ) -> None:
+        self.ring = ring
+        super().__init__(blocks, flat, dtype)
+        self.reserve(dtype, self.width)
+        self.a = self.empty(self.n_layers, self.width, self.inputs)
+        # Zeros in the blocks of B that pair one member's outputs with another's ranks.
+        self.b = self.empty(self.n_layers, self.outputs, self.width).zero_()
+
+    def load(self) -> None:
+        super().load()
+        self.wholes = self.matrix.views
+        self.matrix.add_adapters = self._add_adapters
+
+    def refresh(self) -> None:
+        self.copy_adapters(self.a, self.b)
+
+    def _add_adapters(self, layer: int, whole: Tensor) -> None:
+        """Changes `whole` (O + R, I + R) in place: [[W, s·B], [A, …]]; nothing reads the corner."""
+        whole[self.outputs :, : self.inputs].copy_(self.a[layer])
+        whole[: self.outputs, self.inputs :].copy_(self.b[layer])
+
+
+class ShardedSeparateProjection(ShardedProjection, SeparateLoRAProjection):
+    """LoRA in matmuls of its own, for dropout on its inputs."""
+
+    def __init__(
+        self,
+        blocks: Sequence[Sequence[nn.Module]],
+        flat: FlatParameters,
+        dtype: torch.dtype,
+        ops: Ops,
+        masks: DropoutMasks | None,
+        ring: ShardRing,
+    ) -> None:
+        self.ring = ring
+        super().__init__(blocks, flat, dtype, ops, masks)
+        self.reserve(dtype)
+
+    def base_forward(self, layer: int, x: Tensor, out: Tensor) -> None:
+        self.matmul(layer, x, self.matrix.views[layer], out)
+
+    def base_backward(self, layer: int, dy: Tensor, dx: Tensor) -> None:
+        torch.mm(dy, self.matrix.views[layer], out=dx)
+
+
+class _ShardedFp8Base(ShardedProjection, Fp8BaseProjection):
+    """Codes are gathered; the scales of all rows are in every process."""
+
+    def load(self) -> None:
+        rank_rows = self.matrix.rank_rows
+        self._own_scales = torch.ones(
+            self.n_layers, rank_rows, 1, dtype=torch.float32, device=self.device
+        )
+        super().load()
+        self.weights = self.matrix.views
+        if self.device.type == "meta":
+            self.scales = self._own_scales.new_empty(self.n_layers, self.outputs, 1)
+        else:
+            self.scales = gather_scales(self.matrix, self._own_scales, self.ring.base)
+        del self._own_scales
+        for member in self.members:
+            for layer, module in enumerate(member.modules):
+                cast(Fp8Weight, module).weight_scale = self.scales[layer, member.rows]
+
+    def load_block(self, layer: int) -> None:
+        if self.device.type != "meta":
+            part, scales = self.ring.part_of_block(layer), self._own_scales[layer]
+            self.ring.damaged += fill_fp8_part(
+                self.matrix, layer, part, self.ring.base, self.dtype, scales
+            )
+
+
+class ShardedFp8Projection(_ShardedFp8Base, Fp8Projection):
+    """LoRA in the compute dtype, beside weights in fp8."""
+
+    def __init__(
+        self,
+        blocks: Sequence[Sequence[nn.Module]],
+        flat: FlatParameters,
+        dtype: torch.dtype,
+        ops: Ops,
+        masks: DropoutMasks | None,
+        fp8: Fp8Buffers,
+        ring: ShardRing,
+    ) -> None:
+        self.ring = ring
+        super().__init__(blocks, flat, dtype, ops, masks, fp8)
+        self.reserve(FP8)
+
+
+class ShardedFrozenFp8Projection(_ShardedFp8Base, FrozenFp8Projection):
+    """No linear of it trains."""
+
+    def __init__(
+        self,
+        blocks: Sequence[Sequence[nn.Module]],
+        dtype: torch.dtype,
+        fp8: Fp8Buffers,
+        ring: ShardRing,
+    ) -> None:
+        self.ring = ring
+        super().__init__(blocks, dtype, fp8)
+        self.reserve(FP8)
+
+
+class ShardedTable(WeightGroup):
+    """The embedding or the output head: a unit of the ring by itself.
+
+    Args:
+        module: whose weight it is.
+        dtype: compute dtype.
+        ring: where it gets its room.
+        tied: the embedding, for a head that is tied to it: the same rows, maybe in the other slot.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        dtype: torch.dtype,
+        ring: ShardRing,
+        tied: ShardedTable | None = None,
+    ) -> None:
+        self.module, self.ring, self.slot, self.is_tied = module, ring, None, tied is not None
+        rows, columns = module.get_parameter("weight").shape
+        self.matrix: ShardedMatrix = (
+            ring.reserve_table(rows, columns, dtype, ring.name_of(module))
+            if tied is None
+            else tied.matrix
+        )
+
+    def load(self) -> None:
+        """Fill this process's shard; the module's weight becomes a view of its slot."""
+        ring, matrix = self.ring, self.matrix
+        if ring.device.type != "meta" and not self.is_tied:
+            fill_part(matrix, 0, ring.part_of_table(matrix), ring.base)
+        self.tensors = [matrix.views[-1 if self.is_tied else 0]]
+        self.module.weight = nn.Parameter(self.tensors[0], requires_grad=False)
+
+
+def sharded_projection(
+    blocks: Sequence[Sequence[nn.Module]],
+    flat: FlatParameters,
+    dtype: torch.dtype,
+    ops: Ops,
+    masks: DropoutMasks | None,
+    fp8: Fp8Buffers | None,
+    ring: ShardRing,
+) -> ShardedProjection:
+    """Return the projection of linears that read the same input, given by block."""
+    is_adapted = any(isinstance(module, LoRALayer) for block in blocks for module in block)
+    if fp8 is not None:
+        if is_adapted:
+            return ShardedFp8Projection(blocks, flat, dtype, ops, masks, fp8, ring)
+        return ShardedFrozenFp8Projection(blocks, dtype, fp8, ring)
+    if not is_adapted:
+        return ShardedFrozenProjection(blocks, dtype, ring)
+    if masks is not None:
+        # Dropout is on LoRA's inputs alone, so LoRA needs matmuls of its own.
+        return ShardedSeparateProjection(blocks, flat, dtype, ops, masks, ring)
+    return ShardedConcatenatedProjection(blocks, flat, dtype, ring)

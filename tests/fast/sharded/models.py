@@ -1,0 +1,147 @@
+"""Tiny models for the sharded step: whole, and as it takes them, with a base on the meta device."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora.adapters.apply import apply_lora, lora_layers
+from lora.config import LoRAConfig
+from lora.data.sequences.batches import Batch
+from lora.decoder.config import (
+    AttentionConfig,
+    DecoderConfig,
+    FeedForwardConfig,
+    LayerConfig,
+    RopeConfig,
+)
+from lora.decoder.decoder import Decoder, build_decoder, build_empty_decoder
+from lora.decoder.quantised import Fp8Linear, use_fp8_linears
+from lora.distributed.shards import Rows
+
+VOCABULARY, TOKENS = 101, 12
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how it is adapted."""
+
+    tied: bool = True
+    bias: bool = False
+    n_layers: int = 3
+    fp8: bool = False
+    lora: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float64
+
+
+CASES = {
+    "tied": Case(lora={"rank_pattern": {"k_proj": 2}}),
+    "untied, biases, four blocks": Case(tied=False, bias=True, n_layers=4),
+    "tied, four blocks": Case(n_layers=4),
+    "last block": Case(lora={"layers": (2,)}),
+    "middle block": Case(tied=False, lora={"layers": (1,)}),
+    "two targets": Case(lora={"targets": ("q_proj", "down_proj")}),
+    "dropout": Case(lora={"dropout": 0.3}),
+    "fp8": Case(fp8=True, tied=False),
+    "fp8, biases, two targets, dropout": Case(
+        fp8=True, bias=True, lora={"targets": ("k_proj", "up_proj"), "dropout": 0.3}
+    ),
+}
+
+
+def config_of(case: Case) -> DecoderConfig:
+    """Return a config whose sizes divide by neither two nor three processes."""
+    rope = RopeConfig(10000.0)
+    return DecoderConfig(
+        family="llama",
+        vocab_size=VOCABULARY,
+        hidden_size=40,
+        max_position_embeddings=256,
+        norm_eps=1e-5,
+        block="pre_norm",
+        embedding_scale=1.0,
+        tie_word_embeddings=case.tied,
+        attention=AttentionConfig(5, 1, 8, qkv_bias=case.bias),
+        feed_forward=FeedForwardConfig(56, "silu"),
+        layers=(LayerConfig(rope, None, 8**-0.5),) * case.n_layers,
+    )
+
+
+def base_values(case: Case) -> dict[str, Tensor]:
+    """Return the base's parameters, all random."""
+    model = build_decoder(config_of(case), 1, dtype=case.dtype)
+    draw = torch.Generator().manual_seed(2)
+    return {
+        name: p.detach() + 0.2 * torch.randn(p.shape, generator=draw, dtype=p.dtype)
+        for name, p in model.named_parameters()
+    }
+
+
+def whole_model(case: Case) -> Decoder:
+    """Return the model as one process loads it."""
+    model, values = build_empty_decoder(config_of(case)), base_values(case)
+    if case.fp8:
+        use_fp8_linears(model)
+    for name, value in values.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(module, Fp8Linear) and leaf == "weight":
+            module.load(value, name)
+        else:
+            setattr(module, leaf, nn.Parameter(value.clone()))
+    model.tie_head()
+    return _adapted(model, case)
+
+
+def empty_model(case: Case) -> Decoder:
+    """Return the model as the sharded step takes it: LoRA is real, the base on the meta device."""
+    model = build_empty_decoder(config_of(case)).to(case.dtype)
+    if case.fp8:
+        use_fp8_linears(model)
+    adapted = _adapted(model, case)
+    whole = dict(whole_model(case).named_parameters())
+    for name, parameter in list(adapted.named_parameters()):
+        if parameter.requires_grad:
+            owner, _, leaf = name.rpartition(".")
+            value = nn.Parameter(whole[name].detach().clone())
+            setattr(adapted.get_submodule(owner), leaf, value)
+    return adapted
+
+
+def _adapted(model: Decoder, case: Case) -> Decoder:
+    apply_lora(model, LoRAConfig(**{"rank": 3, "alpha": 6.0, "init_seed": 0, **case.lora}))
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            drawn = 0.3 * torch.randn(layer.lora_B.shape, generator=draw, dtype=torch.float64)
+            layer.lora_A.data = layer.lora_A.to(case.dtype)
+            layer.lora_B.data = drawn.to(layer.lora_A)
+    return model
+
+
+def rows_of(case: Case) -> Rows:
+    """Return what reads rows of the base, and never all of a large one at once."""
+    values = base_values(case)
+    return lambda name, rows: values[name][rows]
+
+
+def batch_of(seed: int, n_sequences: int, *, packed: bool) -> Batch:
+    """Return random tokens: one document a sequence, or several."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, VOCABULARY, (n_sequences, TOKENS), generator=draw)
+    labels = ids.roll(-1, 1)
+    labels[:, ::5] = -100
+    documents = torch.zeros_like(ids)
+    positions = torch.arange(TOKENS).expand(n_sequences, -1).clone()
+    if packed:
+        documents[0, 5:], positions[0, 5:] = 1, torch.arange(TOKENS - 5)
+    return Batch(ids, labels, positions, documents)
+
+
+def copy_of(batch: Batch) -> Batch:
+    """Return a batch of its own memory."""
+    return copy.deepcopy(batch)
