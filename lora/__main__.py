@@ -16,8 +16,9 @@ def main() -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     from lora.cli import main as run
+    from lora.distributed.errors import run_rank
 
-    return run()
+    return run_rank(run)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -44,7 +44,9 @@ from lora.cli.flags.resumed import settings_to_resume
 from lora.cli.flags.translate import given_in, translate_settings, translate_words
 from lora.cli.flags.values import check_values, name_pairs
 from lora.cli.flags.yaml_file import flatten_groups, read_settings
-from lora.errors import ConfigError, Interrupted, LoraError, did_you_mean
+from lora.distributed.errors import quiet_unless_main, tell, tell_lost, tell_once
+from lora.distributed.launch import Processes, launch
+from lora.errors import ConfigError, Interrupted, LoraError, LostProcessError, did_you_mean
 from lora.runs.disk import os_reason
 from lora.terminal import drop_output, end_output, print_note, report_crashes, soften_encoding
 from lora.training.out_of_memory import is_out_of_memory
@@ -148,32 +150,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     check of `lora doctor`. After Ctrl-C it is 130, after SIGTERM 143, after SIGHUP 129, once a run
     has saved its state.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = given = list(sys.argv[1:] if argv is None else argv)
     is_debugging = "--debug" in words
     words = [word for word in words if word != "--debug"]
     soften_encoding()
     report_crashes()
     try:
-        code = _run(words)
+        with quiet_unless_main():
+            code = _run(words)
+        if isinstance(code, Processes):
+            return launch(code, given)
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
     except Interrupted as stopped:
-        print_note(f"lora: {stopped}")
+        tell_once(str(stopped))
         return stopped.exit_code
+    except LostProcessError as error:
+        if is_debugging:
+            raise
+        tell_lost(str(error))
+        return 2
     except (LoraError, CycloptsError) as error:
         if is_debugging:
             raise
-        print_note(f"lora: {_describe(error)}")
+        tell(_describe(error))
         return 2
     except (RuntimeError, MemoryError) as error:
         if is_debugging or not is_out_of_memory(error):
             raise
         first = (str(error) or "MemoryError").splitlines()[0]
-        print_note(f"lora: out of memory: {first}. {MEMORY_ADVICE}")
+        tell(f"out of memory: {first}. {MEMORY_ADVICE}")
         return 2
     except KeyboardInterrupt:
-        print_note("lora: interrupted")
+        tell_once("interrupted")
         return 130
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         drop_output()
@@ -184,16 +194,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename is None:
             if error.errno not in UNWRITABLE:
                 raise
-            print_note(f"lora: Cannot write the output: {os_reason(error)}. Write it elsewhere.")
+            tell(f"Cannot write the output: {os_reason(error)}. Write it elsewhere.")
             drop_output()
             return 2
-        print_note(f"lora: Cannot use {str(error.filename)[:200]!r}: {os_reason(error)}.")
+        tell(f"Cannot use {str(error.filename)[:200]!r}: {os_reason(error)}.")
         return 2
     finally:
         end_output()
 
 
-def _run(words: list[str]) -> int:
+def _run(words: list[str]) -> int | Processes:
     words, path = _take_config(words)
     _check_command(words)
     sources: Sources = [] if path is None else [(read_settings(path), str(path))]
@@ -211,7 +221,7 @@ def _run(words: list[str]) -> int:
     code = app(
         name_pairs(words), exit_on_error=False, print_error=False, result_action="return_value"
     )
-    return code if isinstance(code, int) else 0
+    return code if isinstance(code, (int, Processes)) else 0
 
 
 def _given(words: list[str], sources: Sources) -> dict[str, str]:

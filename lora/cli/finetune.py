@@ -13,6 +13,7 @@ from lora.cli.flags.shared import (
     BaseWeights,
     DataFlags,
     Deterministic,
+    Devices,
     Json,
     LoRAFlags,
     MemoryFlags,
@@ -25,6 +26,8 @@ from lora.cli.flags.shared import (
 )
 from lora.cli.results.program import program
 from lora.config import DataConfig, LoRAConfig, MemoryConfig, RunConfig, TrainConfig
+from lora.distributed.launch import Processes, processes_to_start
+from lora.distributed.ranks import is_main_process
 from lora.errors import ConfigError
 from lora.runs.typed_json import json_text
 from lora.terminal import print_line, print_note
@@ -62,6 +65,7 @@ def finetune(
     resume: Resume = False,
     base_dtype: BaseWeights = "auto",
     report: Report = True,
+    devices: Devices = None,
     deterministic: Deterministic = False,
     json: Json = False,
     lora: Annotated[LoRAFlags | None, Flat] = None,
@@ -69,7 +73,7 @@ def finetune(
     data_config: Annotated[DataFlags | None, Flat] = None,
     run: Annotated[RunFlags | None, Flat] = None,
     memory: Annotated[MemoryFlags | None, Flat] = None,
-) -> int:
+) -> int | Processes:
     """Fine-tune a model with LoRA, or with --full all of its weights.
 
     For example:
@@ -79,6 +83,7 @@ def finetune(
         lora finetune --name orders --resume
         lora finetune run.yaml --steps 500
         lora finetune --data chats.jsonl --max-length 8192 --memory full
+        lora finetune --data chats.jsonl --devices 4
 
     Data formats: chats (messages, ShareGPT), prompt and completion,
     instruction and output, text and label, or plain text; for columns of other
@@ -118,13 +123,15 @@ def finetune(
         deterministic=deterministic,
     )
     check_unused(job)
+    if processes := processes_to_start(devices, run_config.device):
+        return processes
     progress = RichProgress("finetune")  # on standard error: the result alone goes to the other
     done = run_job(
         job,
         progress,
         show_data=lambda report: print_report(report, progress.console, is_compact=True),
     )
-    page = report_on(done.folder, progress.message) if report else None
+    page = report_on(done.folder, progress.message) if report and is_main_process() else None
     code = _report(done, page, next_commands(done.saved, model, program()), json)
     if done.folder not in done.saved.parents:
         print_note(

@@ -12,24 +12,19 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from lora.distributed.ranks import this_rank, world_size
+from lora.distributed.store import shared_store
+from lora.distributed.watch import Times, Watch
 from lora.distributed.world import ALONE, World
+from lora.errors import ConfigError
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-"""What torchrun sets for each process, beside the address of the first."""
-MAX_WAIT = timedelta(minutes=30)
-"""For the others in one collective: longer than rank 0 takes to write a large model."""
+WAIT_VARIABLE = "LORALM_MAX_WAIT_S"
+"""Environment variable: seconds after which a wait for the other processes ends the run."""
+MAX_LIMIT_S = 7 * 24 * 3600
+SPARE = timedelta(minutes=5)
+"""PyTorch's own limit is so much longer: it prints stacks, the watch a sentence."""
 _joins = itertools.count()
 """Numbers the groups of this process: all processes join the same ones in the same order."""
-
-
-def world_size() -> int:
-    """Return how many processes torchrun has started for this run; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main_process() -> bool:
-    """Whether this process is rank 0, or not one of several."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextlib.contextmanager
@@ -41,26 +36,26 @@ def joined(device: torch.device) -> Iterator[World]:
     if world_size() == 1:
         yield ALONE
         return
-    ranks = {name: int(os.environ[name]) for name in VARIABLES}
-    is_owner = not dist.is_initialized()
-    if is_owner:
-        kind = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        # Addresses of an earlier group are still in the store: a second one must not read them.
-        store = dist.PrefixStore(f"group-{next(_joins)}", _store())
-        size = ranks["WORLD_SIZE"]
-        dist.init_process_group(
-            kind, store=store, rank=ranks["RANK"], world_size=size, timeout=MAX_WAIT
-        )
-    try:
+    here, is_owner, times = this_rank(), not dist.is_initialized(), _times()
+    limit = timedelta(seconds=times.limit) + SPARE
+    with Watch(here.rank, here.size, shared_store(_store()), times) as watch:
+        if is_owner:
+            kind = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            # Addresses of an earlier group are still in the store: a second must not read them.
+            store = dist.PrefixStore(f"group-{next(_joins)}", _store())
+            with watch.waits("all processes to start"):
+                dist.init_process_group(
+                    kind, store=store, rank=here.rank, world_size=here.size, timeout=limit
+                )
+        with watch.waits("all processes to start"):
+            host_group = dist.new_group(backend="gloo", timeout=limit)
         yield World(
-            rank=ranks["RANK"],
-            size=ranks["WORLD_SIZE"],
-            local_rank=ranks["LOCAL_RANK"],
-            local_size=ranks["LOCAL_WORLD_SIZE"],
-            host_group=dist.new_group(backend="gloo", timeout=MAX_WAIT),
+            **vars(here),
+            host_group=host_group,
             device_group=dist.group.WORLD,
+            waits=watch.waits,
         )
-    finally:
+        # Not after an error: the others may be elsewhere and never leave with this one.
         if is_owner:
             dist.destroy_process_group()
 
@@ -68,5 +63,23 @@ def joined(device: torch.device) -> Iterator[World]:
 @functools.cache  # where rank 0 serves it, it must outlive the first group
 def _store() -> dist.Store:
     """Return where the processes leave their addresses for each other."""
-    store: dist.Store = next(dist.rendezvous("env://", timeout=MAX_WAIT))[0]
+    limit = timedelta(seconds=_times().limit)
+    store: dist.Store = next(dist.rendezvous("env://", timeout=limit))[0]
     return store
+
+
+def _times() -> Times:
+    """Return the times of the watch; a low limit lowers all of them."""
+    usual, text = Times(), os.environ.get(WAIT_VARIABLE)
+    if not text:
+        return usual
+    try:
+        limit_s = float(text)
+    except ValueError:
+        limit_s = 0.0
+    if not 1 <= limit_s <= MAX_LIMIT_S:
+        raise ConfigError(
+            f"Cannot use {WAIT_VARIABLE}={text[:40]!r}. Allowed: seconds, 1 to {MAX_LIMIT_S}."
+        )
+    each = {name: min(seconds, limit_s / 4) for name, seconds in vars(usual).items()}
+    return Times(**{**each, "post": min(usual.post, limit_s / 20), "limit": limit_s})

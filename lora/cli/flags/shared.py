@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter, Token
 
@@ -76,6 +76,14 @@ BaseWeights = Annotated[
     ),
 ]
 Device = Annotated[str, Parameter(group=DEVICE, help="Device: auto, cpu, cuda, cuda:1, ...")]
+Devices = Annotated[
+    int | Literal["all"] | None,
+    Parameter(
+        group=DEVICE,
+        help="GPUs of this machine to use, one process each: a number, or all. Default: 1, or "
+        "what torchrun started.",
+    ),
+]
 Deterministic = Annotated[
     bool,
     Parameter(

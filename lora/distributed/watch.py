@@ -1,0 +1,261 @@
+"""What each process waits for, told when it takes long, and an end for what never comes.
+
+A thread posts every few seconds what its process does to the store of the run. Nothing is posted
+in a step. While a process waits for long, its thread reads what the others posted:
+
+    lora: rank 0 has waited 60 s for the gradients of step 7. Rank 1: busy for 58 s, after the
+    gradients of step 6. Rank 2: not heard from for 57 s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from lora.distributed.errors import first_line, stand_until_told, write_error_file
+from lora.distributed.ranks import is_started_by_torchrun
+from lora.distributed.store import ERROR, STATE, read
+from lora.errors import LostProcessError
+from lora.terminal import shortened, visible
+
+MAX_NAMED_RANKS = 8
+HUNG_EXIT_CODE = 2
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds."""
+
+    post: float = 5.0
+    """Between two posts."""
+    told: float = 60.0
+    """Of a wait, until it is reported; again when it is twice as long."""
+    silent: float = 300.0
+    """Without a post of a process that is waited for, until it counts as gone."""
+    failed: float = 30.0
+    """After the error of another process, until the wait for it ends; a launcher is faster."""
+    limit: float = 1800.0
+    """Of any wait."""
+
+
+@dataclass(frozen=True)
+class Doing:
+    """What a process does: waits for something, or works on after something."""
+
+    what: str
+    since: float
+    """Seconds of the clock (time.time)."""
+    is_waiting: bool
+    posted: float = 0.0
+    """When this was posted."""
+
+    def describe(self, waited_for: str, now: float) -> str:
+        """Return it in words, for a process that waits for `waited_for`."""
+        seconds = f"{max(0.0, now - self.since):.0f} s"
+        if self.is_waiting:
+            what = "the same" if self.what == waited_for else self.what
+            return f"waits for {what}, {seconds}"
+        return f"busy for {seconds}, after {self.what}"
+
+
+class Watch:
+    """Context manager: a thread that posts what this process does, and tells of long waits.
+
+    Args:
+        rank: of this process, among `size`.
+        store: a connection that no other thread uses.
+        on_message: called with a sentence for the user.
+        on_end: called with the exit code where waiting has no use any more.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        store: dist.Store,
+        times: Times | None = None,
+        on_message: Callable[[str], None] | None = None,
+        on_end: Callable[[int], None] = os._exit,
+    ) -> None:
+        self.rank, self.size, self.times = rank, size, times or Times()
+        self._store, self._tell, self._end = store, on_message or _print, on_end
+        self._doing = Doing("the start", time.time(), is_waiting=False)
+        self._reached = time.time()
+        """When the store last answered."""
+        self._next_told_s = self.times.told
+        self._parent = os.getppid() if is_started_by_torchrun() else None
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lora watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join(timeout=self.times.post)
+
+    @contextlib.contextmanager
+    def waits(self, what: str) -> Iterator[None]:
+        """Within the block this process waits for `what`, in words.
+
+        Raises LostProcessError where the connection to another process breaks.
+        """
+        self._doing = Doing(what, time.time(), is_waiting=True)
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_of_connection(error):
+                raise
+            stand_until_told()
+            raise LostProcessError(_describe_lost(what, error)) from error
+        finally:
+            self._doing = Doing(what, time.time(), is_waiting=False)
+
+    def _run(self) -> None:
+        while not self._is_over.wait(self.times.post):
+            self.look()
+
+    def look(self) -> None:
+        """Post, and tell or end a wait that is due; the thread calls it."""
+        doing, now = self._doing, time.time()
+        self._follow_launcher()
+        try:
+            content = {"what": doing.what, "since": doing.since, "is_waiting": doing.is_waiting}
+            self._store.set(f"{STATE}/{self.rank}", json.dumps({**content, "posted": now}))
+            others = self._others() if self._is_long(doing, now) else {}
+            failed = self._failed() if others else None
+            self._reached = now
+        except RuntimeError:  # the process that has the store is gone
+            others, failed = {}, None
+        if doing.is_waiting:
+            self._judge(doing, others, failed, now)
+
+    def _is_long(self, doing: Doing, now: float) -> bool:
+        return doing.is_waiting and now - doing.since >= min(self.times.told, self.times.failed)
+
+    def _others(self) -> dict[int, Doing | None]:
+        posts = {rank: read(self._store, STATE, rank) for rank in range(self.size)}
+        return {
+            rank: None if text is None else Doing(**json.loads(text))
+            for rank, text in posts.items()
+            if rank != self.rank
+        }
+
+    def _failed(self) -> tuple[int, str] | None:
+        for rank in range(self.size):
+            message = read(self._store, ERROR, rank)
+            if message is not None:
+                return rank, message
+        return None
+
+    def _judge(
+        self,
+        doing: Doing,
+        others: dict[int, Doing | None],
+        failed: tuple[int, str] | None,
+        now: float,
+    ) -> None:
+        waited_s = now - doing.since
+        if waited_s < self.times.told:
+            self._next_told_s = self.times.told
+        sentence = (
+            f"rank {self.rank} has waited {waited_s:.0f} s for {doing.what}."
+            f"{_describe_others(doing, others, self.times.told / 2, now)}"
+        )
+        why = self._why_hopeless(waited_s, others, failed, now)
+        is_teller = self._is_teller(others, now)
+        if why:
+            if is_teller:
+                message = f"{sentence} {why} The run ends; --resume continues it."
+                write_error_file(message)
+                self._tell(message)
+            else:
+                time.sleep(2 * self.times.post)  # the other one speaks first
+            self._end(HUNG_EXIT_CODE)
+        elif waited_s >= self._next_told_s:
+            self._next_told_s *= 2
+            if is_teller:
+                self._tell(sentence)
+
+    def _why_hopeless(
+        self,
+        waited_s: float,
+        others: dict[int, Doing | None],
+        failed: tuple[int, str] | None,
+        now: float,
+    ) -> str:
+        times = self.times
+        if failed is not None and waited_s >= times.failed:
+            return f"Rank {failed[0]} has failed: {shortened(failed[1], 400)}"
+        if now - self._reached >= times.silent:
+            return "The process that connects all of them is gone."
+        silent = [r for r, each in others.items() if each and now - each.posted >= times.silent]
+        if silent and waited_s >= times.silent:
+            return f"Rank {silent[0]} counts as gone."
+        return f"That is the limit, {times.limit:.0f} s." if waited_s >= times.limit else ""
+
+    def _is_teller(self, others: dict[int, Doing | None], now: float) -> bool:
+        """Whether no lower rank waits too, which would tell the same."""
+        fresh_s = 3 * self.times.post
+        return not any(
+            rank < self.rank and each and each.is_waiting and now - each.posted < fresh_s
+            for rank, each in others.items()
+        )
+
+    def _follow_launcher(self) -> None:
+        """Stop as after SIGTERM if the launcher was killed: nobody else would end this process."""
+        if self._parent is not None and os.getppid() != self._parent:
+            self._parent = None
+            if self.rank == 0:
+                self._tell("the process that started this run is gone: stopping")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _describe_others(
+    doing: Doing, others: dict[int, Doing | None], silent_s: float, now: float
+) -> str:
+    """Return what the others do, those that wait for the same last and together."""
+    told, same = [], []
+    for rank, each in others.items():
+        if each is None:
+            told.append(f"Rank {rank}: never heard from.")
+        elif now - each.posted >= silent_s:
+            told.append(f"Rank {rank}: not heard from for {now - each.posted:.0f} s.")
+        elif each.is_waiting and each.what == doing.what:
+            same.append(rank)
+        else:
+            told.append(f"Rank {rank}: {each.describe(doing.what, now)}.")
+    more = f" {len(told) - MAX_NAMED_RANKS} more." if len(told) > MAX_NAMED_RANKS else ""
+    shown = "".join(f" {text}" for text in told[:MAX_NAMED_RANKS]) + more
+    count = f"{len(same)} other rank{'s' if len(same) > 1 else ''}"
+    return f"{shown} The same: {count}." if same else shown
+
+
+def _is_of_connection(error: RuntimeError) -> bool:
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo/" in text or "NCCL" in text
+
+
+def _describe_lost(what: str, error: RuntimeError) -> str:
+    is_closed = any(word in str(error) for word in ("closed by peer", "reset by peer"))
+    how = "has ended" if is_closed else f"does not answer ({first_line(error)})"
+    return (
+        f"Another process {how}, while this one waited for {what}. The run ends; its newest "
+        "checkpoint is whole: --resume continues it."
+    )
+
+
+def _print(message: str) -> None:
+    # Not sys.stderr: all ranks but 0 have it closed to what they print.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(visible(shortened(f"lora: {message}")), file=sys.__stderr__, flush=True)
