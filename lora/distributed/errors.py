@@ -1,4 +1,4 @@
-"""The end of one process among several: its error is reported once, and it never waits for the others.
+"""The end of one process among several: reported once, and it never waits for the others.
 
     lora: Cannot use …               all of them failed alike
     lora: rank 2: Cannot use …       one did
