@@ -62,6 +62,10 @@ class Share:
         return slice(start, start + each + (self.rank < left))
 
 
+WHOLE = Share()
+"""Of a process that is alone."""
+
+
 def choose_device(requested: str = "auto", precision: str = "auto") -> DeviceChoice:
     """Return the device and the compute dtype to use.
 

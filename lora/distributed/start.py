@@ -40,6 +40,8 @@ def joined(device: torch.device) -> Iterator[World]:
     limit = timedelta(seconds=times.limit) + SPARE
     with Watch(here.rank, here.size, shared_store(_store()), times) as watch:
         if is_owner:
+            if device.type == "cuda":  # Triton and NCCL take the current one
+                torch.cuda.set_device(device)
             kind = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             # Addresses of an earlier group are still in the store: a second must not read them.
             store = dist.PrefixStore(f"group-{next(_joins)}", _store())

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
 from lora.device import Share
+from lora.distributed.stops import StopFlags
+from lora.errors import LoraError
+
+ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class World:
     """NCCL's where the processes have GPUs, else gloo's; None alone."""
     waits: Callable[[str], AbstractContextManager[object]] = nullcontext
     """Called with what is waited for; the context of a collective."""
+    asked: StopFlags = field(default_factory=StopFlags, compare=False)
+    """What this process asks of all of them: the sum of the next step carries it."""
 
     @property
     def is_main(self) -> bool:
@@ -85,6 +91,29 @@ class World:
         with self.waits(what):
             dist.broadcast_object_list(values, 0, group=self.host_group)
         return values[0]
+
+    def on_main(self, function: Callable[[], ValueT], what: str) -> ValueT:
+        """Return what `function` returns on rank 0, which alone calls it: a small value.
+
+        An error that lora raises on purpose is raised on every rank.
+        """
+        if self.is_alone:
+            return function()
+        value: Any = None
+        failure: tuple[type[LoraError], str] | None = None
+        if self.is_main:
+            try:
+                value = function()
+            except LoraError as error:
+                failure = type(error), str(error)
+                self.from_main((None, failure), what)
+                raise
+        value, failure = self.from_main((value, failure), what)
+        if failure is not None:
+            kind, text = failure
+            raise kind(text)
+        done: ValueT = value
+        return done
 
     def any(self, value: bool, what: str) -> bool:
         """Return whether any process gave True."""

@@ -13,6 +13,7 @@ from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
 from lora.decoder.quantised import has_fp8_base
 from lora.device import DeviceChoice
+from lora.distributed.world import ALONE, World
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.runner import CapturedStepRunner, DeviceStepRunner, FastStepRunner
 from lora.fast.step import trains_all_weights
@@ -44,6 +45,7 @@ def choose_steps(
     leaner: Callable[[], ActivationCheckpointing | None] = lambda: None,
     on_message: Callable[[str], None] = lambda text: None,
     loss_fn: LossFn | None = None,
+    world: World = ALONE,
 ) -> StepRunner:
     """Return the runner of the fastest step that can train `model`; report on a GPU which, and why.
 
@@ -59,16 +61,20 @@ def choose_steps(
         leaner: called if the fast step's first one runs out of memory; returns what to try next.
         on_message: gets one line.
         loss_fn: the plain step's; None: what fits `model`.
+        world: the processes that train together.
     """
 
     def plain() -> StepRunner:
-        return PlainStepRunner(model, loss_fn or loss_for(model), choice, config)
+        return PlainStepRunner(model, loss_fn or loss_for(model), choice, config, world)
 
     # Triton kernels and CUDA graphs are what makes the other steps fast.
     if choice.device.type != "cuda":
         return plain()
     if not fast:
         on_message("plain step: as asked")
+        return plain()
+    if not world.is_alone:
+        on_message("plain step: several processes")
         return plain()
     why_not = why_not_fast(model, choice)
     if why_not is None:

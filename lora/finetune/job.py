@@ -22,6 +22,7 @@ from lora.data.prepare import PreparedData
 from lora.data.record import describe_data
 from lora.data.task import Task
 from lora.device import DeviceChoice
+from lora.distributed.world import ALONE, World
 from lora.errors import ConfigError, did_you_mean
 from lora.finetune.memory import RunMemory
 from lora.pretrained.sources import ModelSource
@@ -133,6 +134,7 @@ def describe_job(
     data: PreparedData,
     report: DataReport,
     choice: DeviceChoice,
+    world: World = ALONE,
 ) -> RunRecord:
     """Return the record of a run before its model is loaded."""
     return RunRecord(
@@ -148,6 +150,8 @@ def describe_job(
         ),
         base_dtype=None if job.base_dtype == "auto" else job.base_dtype,
         deterministic=job.deterministic or None,
+        world_size=None if world.is_alone else world.size,
+        parallel=None if world.is_alone else "ddp",
         lora=None if job.lora is None else asdict(job.lora),
         train=asdict(job.train),
         data_config=asdict(job.data_config),

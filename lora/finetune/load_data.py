@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 from lora.data.inspection import inspect_prepared
@@ -9,6 +10,7 @@ from lora.data.inspection_report import DataReport
 from lora.data.prepare import PreparedData, prepare_data
 from lora.data.tokenizers.subword import load_tokenizer
 from lora.decoder.families import decoder_config
+from lora.distributed.world import ALONE, World
 from lora.finetune.job import FinetuneJob
 from lora.inference.run_settings import find_prompt_format, prompts_to_resume
 from lora.pretrained.hf_files import read_config
@@ -19,12 +21,13 @@ from lora.runs.record import PromptFormat
 
 
 def load_data(
-    job: FinetuneJob, model_folder: Path, progress: Progress
+    job: FinetuneJob, model_folder: Path, progress: Progress, world: World = ALONE
 ) -> tuple[PreparedData, DataReport]:
     """Return the job's examples as token sequences, and the report on them.
 
     In a resumed run the chat template sees the date on which the run started, so that its sequences
-    are the same. Raises DataError if no example has a target token.
+    are the same; in several processes it sees rank 0's. Raises DataError if no example has a target
+    token.
     """
     folder = _tokenizer_folder(job, model_folder)
     # An adapter with a tokenizer of its own brings rows for the tokens that it added.
@@ -35,8 +38,8 @@ def load_data(
         job.data_config,
         job.train.seed,
         validation_source=job.eval_data,
-        now=read_start_time(job.directory) if job.resume else None,
-        trained=_trained(job),
+        now=world.on_main(lambda: _start_time(job, world), "the start time"),
+        trained=world.on_main(lambda: _trained(job), "the prompts of the run"),
         n_rows=decoder_config(read_config(model_folder)).vocab_size if is_base else None,
         on_message=progress.message,
     )
@@ -48,6 +51,11 @@ def load_data(
     excess = why_beyond_positions(model_folder, report.longest_tokens)
     report.warnings += [excess] if excess else []
     return data, report
+
+
+def _start_time(job: FinetuneJob, world: World) -> datetime | None:
+    known = read_start_time(job.directory) if job.resume else None
+    return known if world.is_alone or known is not None else datetime.now()
 
 
 def _trained(job: FinetuneJob) -> PromptFormat | None:

@@ -10,11 +10,13 @@ from lora.data.prepare import PreparedData
 from lora.data.sequences.batches import Batch, BatchStream, ordered_batches
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
+from lora.distributed.world import ALONE, World
 from lora.finetune.job import FinetuneJob
 from lora.finetune.outline import tokens_per_step
 from lora.inference.samples import SampleRecorder, choose_prompts
 from lora.runs.directory import Run
 from lora.runs.progress import Progress
+from lora.runs.record import RunRecord
 from lora.training.callbacks import Callback
 from lora.training.job import TrainingJob
 from lora.training.out_of_memory import MemoryParts
@@ -34,15 +36,22 @@ class DataInputs(TypedDict):
 
 
 def data_inputs(
-    data: PreparedData, train: TrainConfig, steps: StepRunner, choice: DeviceChoice
+    data: PreparedData,
+    train: TrainConfig,
+    steps: StepRunner,
+    choice: DeviceChoice,
+    world: World = ALONE,
 ) -> DataInputs:
-    """Return batches, names and sizes of `data`, trained with `steps`."""
-    size, validation = train.micro_batch_size, data.validation
-    stream = BatchStream(data.train, size, train.seed, steps.batch_device)
+    """Return batches, names and sizes of `data`, trained with `steps`: this process's share."""
+    size, validation, share = train.micro_batch_size, data.validation, world.share
+    stream = BatchStream(data.train, size, train.seed, steps.batch_device, share)
+    own_size = share.largest(size)
     return DataInputs(
         stream=stream,
         eval_batches=lambda: (
-            [] if validation is None else ordered_batches(validation, size, choice.device)
+            []
+            if validation is None
+            else ordered_batches(validation, own_size, choice.device, share)
         ),
         name_examples=_example_namer(stream, data, train),
         tokens_per_step=tokens_per_step(data.train, train.batch_size),
@@ -60,10 +69,12 @@ def training_job(
     steps: StepRunner,
     memory_plan: MemoryParts,
     callbacks: Sequence[Callback],
+    world: World = ALONE,
 ) -> TrainingJob:
     """Return the loop's inputs; `train` is the job's, its learning rate resolved."""
     return TrainingJob(
-        **data_inputs(data, train, steps, choice),
+        **data_inputs(data, train, steps, choice, world),
+        world=world,
         model=model,
         steps=steps,
         train_config=train,
@@ -71,12 +82,25 @@ def training_job(
         run=run,
         choice=choice,
         progress=progress,
-        on_eval=_sampler(job, model, data, run, progress),
+        on_eval=_sampler(job, model, data, run, progress) if world.is_main else _no_samples,
         resume=job.resume,
         memory_plan=memory_plan,
         start_name=_start_name(job),
         callbacks=callbacks,
     )
+
+
+def alike(record: RunRecord, choice: DeviceChoice, steps: StepRunner) -> dict[str, object]:
+    """Return what must be the same in all processes, by name."""
+    named = ("base_fingerprint", "from_adapter_fingerprint", "base_dtype", "deterministic", "lora")
+    return {
+        **{name: getattr(record, name) for name in (*named, "train", "data_config")},
+        "data": record.data.fingerprint,
+        "validation data": record.data.held_out_fingerprint,
+        "activation checkpointing": record.activation_checkpointing,
+        "compute dtype": str(choice.compute_dtype),
+        "step": type(steps).__name__,
+    }
 
 
 def _start_name(job: FinetuneJob) -> str:
@@ -100,6 +124,10 @@ def _example_namer(
         return f"Examples there: {', '.join(sources[:MAX_NAMED])}{more}."
 
     return name
+
+
+def _no_samples(step: int) -> None:
+    """Sample nothing: rank 0 does."""
 
 
 def _sampler(

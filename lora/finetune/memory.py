@@ -11,6 +11,7 @@ from lora.config import LoRAConfig, MemoryConfig, TrainConfig
 from lora.data.prepare import PreparedData
 from lora.decoder.families import decoder_config
 from lora.device import DeviceChoice, available_bytes
+from lora.distributed.world import ALONE, World
 from lora.errors import ConfigError, TrainingError
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.memory.plan import MemoryPlan, MemoryPlanner, PlanInputs
@@ -128,18 +129,20 @@ def plan_run(
     memory: MemoryConfig,
     checkpointing: ActivationCheckpointing | None = None,
     fp8: bool = False,
+    world: World = ALONE,
 ) -> ChosenMemory:
     """Return the memory of a run on these data, planned before its process loads the model.
 
-    `checkpointing` is what a resumed run began with. Raises ConfigError for a mode of activation
-    checkpointing that the run's step does not have.
+    `checkpointing` is what a resumed run began with. All processes of `world` get the same plan,
+    for the largest share of a micro-batch and the least free memory of any. Raises ConfigError for
+    a mode of activation checkpointing that the run's step does not have.
     """
     sequences = data.train
     n_tokens = len(sequences) * sequences.sequence_length
     inputs = PlanInputs(
         config=decoder_config(read_config(model_folder)),
         lora=lora,
-        micro_batch_size=train.micro_batch_size,
+        micro_batch_size=world.share.largest(train.micro_batch_size),
         tokens=sequences.sequence_length,
         device_type=choice.device.type,
         compute_dtype=choice.compute_dtype,
@@ -152,7 +155,7 @@ def plan_run(
         fp8=fp8,
     )
     planner = MemoryPlanner(inputs)
-    free = available_bytes(choice.device.type)
+    free = _least(available_bytes(choice.device.type), world)
     if memory.memory_gb is None and free is not None:
         memory = replace(memory, memory_gb=planner.usable_bytes(free) / 1e9)
     plan = planner.plan(memory=memory)
@@ -166,6 +169,11 @@ def plan_run(
         _check_room(plan, train, has_lora=lora is not None)
     is_free = memory.memory == "auto" and checkpointing is None
     return ChosenMemory(planner, plan, may_change=is_free)
+
+
+def _least(free_bytes: int | None, world: World) -> int | None:
+    known = [each for each in world.gather(free_bytes, "free memory") if each is not None]
+    return min(known, default=None)
 
 
 def _check_room(plan: MemoryPlan, train: TrainConfig, *, has_lora: bool) -> None:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,10 +33,15 @@ from lora.data.task import why_split_is_unused
 from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice, choose_device
+from lora.distributed.devices import check_batch, check_own_device
+from lora.distributed.one_run import check_alike, shared_run
+from lora.distributed.start import joined
+from lora.distributed.tensors import broadcast_trained
+from lora.distributed.world import World
 from lora.errors import CheckpointError, ConfigError, ModelError, UnknownSettingError
 from lora.fast.choose import choose_steps
 from lora.finetune.event_files import check_tensorboard, event_file
-from lora.finetune.loop_inputs import data_inputs
+from lora.finetune.loop_inputs import alike, data_inputs
 from lora.finetune.model import save_in_run, save_start_in_run
 from lora.finetune.unused import check_patience, refuse_unused
 from lora.inference.run_settings import prompts_to_resume
@@ -45,12 +53,12 @@ from lora.runs.directory import (
     default_name,
     read_start_time,
 )
-from lora.runs.progress import Progress, as_progress
+from lora.runs.progress import NoProgress, Progress, as_progress
 from lora.runs.read_record import recorded_steps
-from lora.runs.record import RunRecord, RunResult
+from lora.runs.record import PromptFormat, RunRecord, RunResult
 from lora.settings.base import describe_unknown, names_of
 from lora.settings.peers import FORMER_NAMES
-from lora.training.callbacks import Callbacks, as_callbacks
+from lora.training.callbacks import Callback, Callbacks, as_callbacks
 from lora.training.job import TrainingJob, TrainResult
 from lora.training.losses import is_transformers, loss_for
 from lora.training.trainer import train as run_loop
@@ -125,36 +133,63 @@ def train(
 
     Raises ConfigError, DataError, ModelError or TargetError before anything is written or trained;
     TrainingError if the loss is no longer finite; Interrupted after a signal.
+
+    In a script that torchrun started, the processes train together; each has the model on its own
+    GPU, and rank 0 writes, and has the progress and the callbacks.
     """
     progress, called = as_progress(progress, "train"), as_callbacks(callbacks)
+    device = next(model.parameters()).device
+    check_own_device(device)
+    with joined(device) as world:
+        if not world.is_main:
+            progress, called = NoProgress(), ()
+        return _train(model, tokenizer, data, progress, eval_data, resume, called, settings, world)
+
+
+def _train(
+    model: nn.Module,
+    tokenizer: Any,
+    data: Source,
+    progress: Progress,
+    eval_data: Source | None,
+    resume: bool,
+    called: Sequence[Callback],
+    settings: dict[str, Any],
+    world: World,
+) -> TrainedAdapter:
     chosen = _take_settings(settings, is_ours=isinstance(model, Decoder))
     _check_trains(model)
     if not resume:
         faults = why_split_is_unused(chosen.data, eval_data)
         refuse_unused(faults, chosen.train, trains_modules=_trains_modules(model))
     loss_for(model)  # raises for a model that no loss fits
-    check_run_directory(chosen.run.out, chosen.run.name, resume=resume)
+    check_batch(chosen.train, world)
+    out, given = chosen.run.out, chosen.run.name
+    world.on_main(lambda: check_run_directory(out, given, resume=resume), "the run directory")
     if chosen.run.tensorboard:
         check_tensorboard()
-    device = next(model.parameters()).device
-    choice = choose_device(str(device), chosen.train.precision)
-    prepared = _load_data(model, tokenizer, data, eval_data, chosen, resume, progress)
+    choice = choose_device(str(next(model.parameters()).device), chosen.train.precision)
+    recorded = world.on_main(lambda: _recorded(chosen.run, resume, world), "the run's record")
+    prepared = _load_data(model, tokenizer, data, eval_data, chosen, recorded, progress)
     has_validation = prepared.validation is not None
     check_patience(chosen.run, resume=resume, has_validation=has_validation)
-    recorded = recorded_steps(chosen.run.out / str(chosen.run.name)) if resume else None
-    train_config = chosen.train.with_steps(len(prepared.train), recorded=recorded)
+    train_config = chosen.train.with_steps(len(prepared.train), recorded=recorded.steps)
     chosen = replace(chosen, train=train_config)
     train_config = train_config.resolved(full=False)
-    record = _describe(model, prepared, data, eval_data, chosen, train_config, choice)
+    record = _describe(model, prepared, data, eval_data, chosen, train_config, choice, world)
+    broadcast_trained(model, world, "the adapter before training")  # each drew another A
     torch.manual_seed(train_config.seed)  # of dropout
-    fast = chosen.run.fast
-    steps = choose_steps(model, choice, train_config, fast=fast, on_message=progress.message)
-    name = chosen.run.name or default_name(record.model or "model")
-    with create_run(chosen.run.out, name, resume=resume, record=record) as run:
+    fast, tell = chosen.run.fast, progress.message
+    steps = choose_steps(model, choice, train_config, fast=fast, on_message=tell, world=world)
+    check_alike(alike(record, choice, steps), world)
+    name = given or default_name(record.model or "model")
+    create = partial(create_run, out, name, resume=resume, record=record)
+    with shared_run(world, create) as run:
         if run.note:
             progress.message(run.note)
         job = TrainingJob(
-            **data_inputs(prepared, train_config, steps, choice),
+            **data_inputs(prepared, train_config, steps, choice, world),
+            world=world,
             model=model,
             steps=steps,
             train_config=train_config,
@@ -176,18 +211,37 @@ def _run(
         data.tokenizer.save(folder)  # with the chat template of the training data
         save_prompt_format(data.prompts, folder)
 
-    save_start_in_run(run, save, progress)
+    world = job.world
+    world.on_main(lambda: save_start_in_run(run, save, progress), "the start")
     with ExitStack() as opened:
-        if job.run_config.tensorboard:
+        if job.run_config.tensorboard and world.is_main:
             log = event_file(run.folder / "tensorboard", progress.message)
             run.on_metrics = opened.enter_context(log)
         result = run_loop(job)
-    saved = save_in_run(run, "adapter", save, progress)
+    saved = world.on_main(lambda: save_in_run(run, "adapter", save, progress), "the final save")
     try:
         run.write_result(RunResult(**vars(result)))
     except CheckpointError as error:  # the disk is full, but the adapter is saved
         progress.message(str(error))
     return TrainedAdapter(run.folder, saved, result)
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """What a resumed run's record says."""
+
+    now: datetime | None
+    """The date that the chat template sees."""
+    prompts: PromptFormat | None
+    steps: int | None
+
+
+def _recorded(run: RunConfig, resume: bool, world: World) -> _Recorded:
+    if not resume:
+        return _Recorded(None if world.is_alone else datetime.now(), None, None)
+    folder = run.out / str(run.name)
+    steps = recorded_steps(folder)
+    return _Recorded(read_start_time(folder), prompts_to_resume(folder), steps)
 
 
 def _take_settings(given: dict[str, Any], *, is_ours: bool) -> _Settings:
@@ -238,10 +292,9 @@ def _load_data(
     data: Source,
     eval_data: Source | None,
     chosen: _Settings,
-    resume: bool,
+    recorded: _Recorded,
     progress: Progress,
 ) -> PreparedData:
-    folder = chosen.run.out / str(chosen.run.name)
     theirs = cast(Any, model)
     prepared = prepare_data(
         data,
@@ -249,9 +302,9 @@ def _load_data(
         chosen.data,
         chosen.train.seed,
         validation_source=eval_data,
-        now=read_start_time(folder) if resume else None,
+        now=recorded.now,
         n_rows=theirs.get_input_embeddings().num_embeddings,
-        trained=prompts_to_resume(folder) if resume else None,
+        trained=recorded.prompts,
         on_message=progress.message,
     )
     report = inspect_prepared(prepared, data, chosen.data)
@@ -295,6 +348,7 @@ def _describe(
     chosen: _Settings,
     train_config: TrainConfig,
     choice: DeviceChoice,
+    world: World,
 ) -> RunRecord:
     return RunRecord(
         kind="finetune",
@@ -302,6 +356,8 @@ def _describe(
         model=type(model).__name__,
         device=choice.reason,
         threads=torch.get_num_threads(),
+        world_size=None if world.is_alone else world.size,
+        parallel=None if world.is_alone else "ddp",
         learning_rate=train_config.peak_learning_rate,
         base_fingerprint=base_fingerprint(model),
         lora=asdict(applied_lora(model).config),

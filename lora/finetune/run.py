@@ -19,6 +19,10 @@ from lora.data.prepare import PreparedData
 from lora.decoder.decoder import Decoder
 from lora.decoder.families import decoder_config
 from lora.device import DeviceChoice, choose_device, deterministic_algorithms, free_bytes
+from lora.distributed.devices import check_batch, own_device
+from lora.distributed.one_run import check_alike, shared_run
+from lora.distributed.start import joined
+from lora.distributed.world import World
 from lora.errors import CheckpointError
 from lora.fast.choose import choose_steps
 from lora.fast.llama.checkpointing import ActivationCheckpointing
@@ -32,7 +36,7 @@ from lora.finetune.job import (
     describe_job,
 )
 from lora.finetune.load_data import load_data
-from lora.finetune.loop_inputs import training_job
+from lora.finetune.loop_inputs import alike, training_job
 from lora.finetune.memory import ChosenMemory, RunMemory, describe_plan, plan_run
 from lora.finetune.model import load_model, save_model, save_start
 from lora.finetune.outline import outline
@@ -68,9 +72,18 @@ def finetune(
 
     Raises ConfigError, DataError or ModelError before anything is written; TrainingError if the
     loss is no longer finite (the newest checkpoint is kept); Interrupted after a signal.
+
+    Processes that torchrun has started train together, each on its own GPU; rank 0 writes, and has
+    the progress and the callbacks.
     """
+    called = as_callbacks(callbacks)
     with deterministic_algorithms() if job.deterministic else nullcontext():
-        done = _finetune(job, progress or NoProgress(), show_data, as_callbacks(callbacks))
+        choice = choose_device(own_device(job.run.device), job.train.precision)
+        with joined(choice.device) as world:
+            if world.is_main:
+                done = _finetune(job, choice, world, progress or NoProgress(), show_data, called)
+            else:
+                done = _finetune(job, choice, world, NoProgress(), None, ())
     # Cycles of references (the plan and the loop; frames of torch's imports) hold the weights: a
     # caller that loads the model next would have them twice.
     gc.collect()
@@ -90,45 +103,47 @@ class _Inputs:
 
 def _finetune(
     job: FinetuneJob,
+    choice: DeviceChoice,
+    world: World,
     progress: Progress,
     show_data: Callable[[DataReport], None] | None,
     callbacks: Sequence[Callback],
 ) -> FinetuneResult:
-    check_base_dtype(job)
-    check_from_adapter(job)
-    if job.from_adapter is not None:
-        job = replace(job, from_adapter=find_adapter(job.from_adapter))
-    check_run_directory(job.run.out, job.run.name, resume=job.resume)
-    if job.run.tensorboard:
-        check_tensorboard()
-    inputs = _find_inputs(job, progress, show_data)
+    job = _check(job, world)
+    inputs = _find_inputs(job, choice, world, progress, show_data)
     has_validation = inputs.data.validation is not None
     check_patience(job.run, resume=job.resume, has_validation=has_validation)
-    job = _with_steps(job, inputs.data)
-    choice, source, data, memory = inputs.choice, inputs.source, inputs.data, inputs.memory
+    job = _with_steps(job, inputs.data, world)
+    source, data, memory = inputs.source, inputs.data, inputs.memory
     planned = describe_plan(memory.plan)
     with explain_out_of_memory(
         lambda: f"while the weights were loaded. {planned}. {LOADING_ADVICE}"
     ):
         model, fingerprint = load_model(job, source, choice, data.tokenizer, progress)
     train_config = job.train.resolved(full=job.is_full)
-    steps = _choose_steps(job, model, choice, train_config, memory, progress)
-    record = _describe(job, inputs, train_config, fingerprint)
+    steps = _choose_steps(job, model, choice, train_config, memory, progress, world)
+    record = _describe(job, inputs, train_config, fingerprint, world)
+    check_alike(alike(record, choice, steps), world)
     name = job.run.name or default_name(source.name)
     with ExitStack() as opened:
-        run = opened.enter_context(create_run(job.run.out, name, resume=job.resume, record=record))
+        create = partial(create_run, job.run.out, name, resume=job.resume, record=record)
+        run = opened.enter_context(shared_run(world, create))
         if run.note:
             progress.message(run.note)
-        if job.run.tensorboard:
+        if job.run.tensorboard and world.is_main:
             log = event_file(run.folder / "tensorboard", progress.message)
             run.on_metrics = opened.enter_context(log)
-        save_start(job, model, data, source, run, progress)
+        world.on_main(lambda: save_start(job, model, data, source, run, progress), "the start")
+        plan = memory.plan
         loop = training_job(
-            job, model, data, choice, train_config, run, progress, steps, memory.plan, callbacks
+            job, model, data, choice, train_config, run, progress, steps, plan, callbacks, world
         )
-        memory.on_change = partial(_record_change, memory, loop)
+        if world.is_main:
+            memory.on_change = partial(_record_change, memory, loop)
         result = train(loop)
-        saved = save_model(job, model, data, source, run, progress)
+        saved = world.on_main(
+            lambda: save_model(job, model, data, source, run, progress), "the final save"
+        )
         measured = RunMemory(memory.plan, result.peak_memory_bytes)
         try:
             run.write_result(RunResult(**vars(result), memory=measured.to_record()))
@@ -137,21 +152,46 @@ def _finetune(
         return FinetuneResult(run.folder, saved, result, measured)
 
 
-def _with_steps(job: FinetuneJob, data: PreparedData) -> FinetuneJob:
+def _check(job: FinetuneJob, world: World) -> FinetuneJob:
+    """Return the job with the path of its adapter. Raises for what can be wrong before all else."""
+    check_base_dtype(job)
+    check_from_adapter(job)
+    check_batch(job.train, world)
+    name = job.from_adapter
+    if name is not None:  # a checkpoint is made an adapter, once
+        path = world.on_main(lambda: find_adapter(name), "the adapter to continue")
+        job = replace(job, from_adapter=path)
+    run = job.run
+    world.on_main(
+        lambda: check_run_directory(run.out, run.name, resume=job.resume), "the run directory"
+    )
+    if run.tensorboard:
+        check_tensorboard()
+    return job
+
+
+def _with_steps(job: FinetuneJob, data: PreparedData, world: World) -> FinetuneJob:
     """Return the job with its number of steps; a resumed run has what its record says."""
-    recorded = recorded_steps(job.directory) if job.resume else None
+
+    def read() -> int | None:
+        return recorded_steps(job.directory) if job.resume else None
+
+    recorded = world.on_main(read, "the steps of the run")
     return replace(job, train=job.train.with_steps(len(data.train), recorded=recorded))
 
 
 def _find_inputs(
-    job: FinetuneJob, progress: Progress, show_data: Callable[[DataReport], None] | None
+    job: FinetuneJob,
+    choice: DeviceChoice,
+    world: World,
+    progress: Progress,
+    show_data: Callable[[DataReport], None] | None,
 ) -> _Inputs:
-    """Choose the device, find the model, load the data and plan the memory."""
-    choice = choose_device(job.run.device, job.train.precision)
+    """Find the model, load the data and plan the memory."""
     source = find_model_of(job.model, job.from_adapter)
     # An unknown architecture is refused before the data are read.
     decoder_config(read_config(source.folder))
-    data, report = load_data(job, source.folder, progress)
+    data, report = load_data(job, source.folder, progress, world)
     if show_data is not None:
         show_data(report)
     else:
@@ -166,23 +206,25 @@ def _find_inputs(
         choice,
         fast=job.allows_fast_step,
         memory=job.memory,
-        checkpointing=_recorded_checkpointing(job),
+        checkpointing=world.on_main(lambda: _recorded_checkpointing(job), "the recorded memory"),
         fp8=job.base_dtype == "fp8",
+        world=world,
     )
-    memory.on_message, memory.ran_out = progress.message, _recorded_failures(job)
-    progress.message(outline(_with_steps(job, data), job.train, data, memory.plan))
+    memory.on_message = progress.message
+    memory.ran_out = world.on_main(lambda: _recorded_failures(job), "the recorded memory")
+    progress.message(outline(_with_steps(job, data, world), job.train, data, memory.plan))
     if memory.plan.reason:
         progress.message(memory.plan.reason)
     return _Inputs(choice, source, data, report, memory)
 
 
 def _describe(
-    job: FinetuneJob, inputs: _Inputs, train_config: TrainConfig, fingerprint: str
+    job: FinetuneJob, inputs: _Inputs, train_config: TrainConfig, fingerprint: str, world: World
 ) -> RunRecord:
     """Return the run's record, with what only the loaded model and the plan tell."""
     stored = inputs.memory.plan.checkpointing
     return replace(
-        describe_job(job, inputs.source, inputs.data, inputs.report, inputs.choice),
+        describe_job(job, inputs.source, inputs.data, inputs.report, inputs.choice, world),
         learning_rate=train_config.peak_learning_rate,
         base_fingerprint=fingerprint,
         activation_checkpointing=None if stored is None else stored.to_record(),
@@ -224,6 +266,7 @@ def _choose_steps(
     train_config: TrainConfig,
     memory: ChosenMemory,
     progress: Progress,
+    world: World,
 ) -> StepRunner:
     if job.deterministic:
         progress.message("deterministic: torch's deterministic algorithms, and the plain step")
@@ -240,6 +283,7 @@ def _choose_steps(
             checkpointing=plan.checkpointing,
             leaner=memory.take_leaner,
             on_message=progress.message,
+            world=world,
         )
     if isinstance(steps, FastStepRunner):
         steps.step.checkpointing = (

@@ -64,10 +64,14 @@ class Run:
     """Called once when rows cannot be written and are kept in memory until they can."""
     note: str = ""
     """A message for the user: the directory got another name, or the run resumes elsewhere."""
+    writes: bool = True
+    """False in all but one of the processes that train together: nothing is written then."""
     _waiting: dict[str, list[str]] = field(default_factory=dict, repr=False)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` as the JSON file `name` of the directory, whole or not at all."""
+        if not self.writes:
+            return
         text = json_text(value, indent=2, sort_keys=True, default=str) + "\n"
         atomic_write(self.folder / name, text.encode())
 
@@ -98,6 +102,8 @@ class Run:
 
     def sync(self) -> None:
         """Return when every row is on the disk. Raises CheckpointError if the disk refuses."""
+        if not self.writes:
+            return
         for name in (METRICS_FILE, TIMINGS_FILE, SAMPLES_FILE):
             path = self.folder / name
             try:
@@ -110,6 +116,8 @@ class Run:
 
     def cut_metrics_after(self, step: int) -> None:
         """Drop the rows of later steps, which a resumed run will write again."""
+        if not self.writes:
+            return
         for name in (METRICS_FILE, TIMINGS_FILE, SAMPLES_FILE):
             path = self.folder / name
             if path.is_file():
@@ -140,6 +148,8 @@ class Run:
                 self._waiting[name] = []
 
     def _append(self, name: str, row: Any) -> None:
+        if not self.writes:
+            return
         had_trouble = any(self._waiting.values())
         self._waiting.setdefault(name, []).append(_line(to_json(row)))
         try:

@@ -130,6 +130,10 @@ class RunRecord:
     ran_out_of_memory: tuple[str, ...] | None = None
     """What `memory: auto` tried before that: modes with which the first step ran out of memory,
     each with the memory planned for it."""
+    world_size: int | None = None
+    """Processes that trained together; None: one."""
+    parallel: str | None = None
+    """What they divide: ddp the data, fsdp the weights too; None with one process."""
     at_once: int | None = None
     lora: dict[str, Any] | None = None
     train: dict[str, Any] | None = None

@@ -36,7 +36,7 @@ FREE = {
 FINGERPRINTS = ("data.fingerprint", "data.held_out_fingerprint")
 """The fields of the data that count: a file may be moved."""
 
-MACHINE = ("device", "threads", "environment.versions.torch")
+MACHINE = ("device", "threads", "environment.versions.torch", "world_size", "parallel")
 """Fields that may change, at the price of different last bits."""
 
 
@@ -73,6 +73,8 @@ def check_same_run(former: RunRecord, now: RunRecord, directory: Path) -> None:
 def find_changed_machine(former: RunRecord, now: RunRecord) -> str:
     """Return a note if the last bits may differ on this machine, or "" if nothing changed."""
     before, after = _flatten(former), _flatten(now)
+    for values in (before, after):
+        values.setdefault("world_size", 1)  # one process does not write it
     changed = [
         f"{name.rpartition('.')[2]}: {before[name]} then, {after[name]} now"
         for name in MACHINE

@@ -156,7 +156,8 @@ def load_newest(
 def training_tensors(model: nn.Module, optimizer_state: OptimizerState) -> dict[str, Tensor]:
     """Return what training changes: trained parameters, AdamW's moments, generators' states.
 
-    Keys begin with `model.`, `optimizer.` and `random.`; parameters go by their names.
+    Keys begin with `model.`, `optimizer.` and `random.`; parameters go by their names. Of GPUs it
+    is the model's: a process has one, and another process's can have another number.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     tensors = {f"model.{name}": p.detach() for name, p in named.items()}
@@ -164,9 +165,9 @@ def training_tensors(model: nn.Module, optimizer_state: OptimizerState) -> dict[
         for key, value in optimizer_state.get(name, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
     tensors["random.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        for number, state in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"random.cuda.{number}"] = state
+    device = _device_of(named)
+    if device.type == "cuda":
+        tensors["random.cuda.0"] = torch.cuda.get_rng_state(device)
     return tensors
 
 
@@ -190,11 +191,17 @@ def restore_training_tensors(
         if moments:  # a parameter that never had a gradient has none
             optimizer_state[name] = moments
     torch.set_rng_state(tensors["random.cpu"])
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        states = [tensors.get(f"random.cuda.{number}") for number in range(count)]
-        torch.cuda.set_rng_state_all([state for state in states if state is not None])
+    device = _device_of(named)
+    if device.type == "cuda":
+        # Older checkpoints have the states of all GPUs of their machine.
+        state = tensors.get(f"random.cuda.{device.index or 0}", tensors.get("random.cuda.0"))
+        if state is not None:
+            torch.cuda.set_rng_state(state, device)
     return optimizer_state
+
+
+def _device_of(trained: Mapping[str, Tensor]) -> torch.device:
+    return next((tensor.device for tensor in trained.values()), torch.device("cpu"))
 
 
 def _check_parameters(named: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lora.distributed.world import World
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class Finding:
     """(micro-batch, index of the sequence in it), both from 0, where they are known."""
     is_of_data: bool = True
     """Whether the batch can have caused it: damaged weights are damaged whatever they read."""
+    is_certain: bool = True
+    """Whether it appeared again when the batch was run again."""
 
 
 def find_nonfinite(
@@ -57,7 +61,31 @@ def find_nonfinite(
     model.zero_grad(set_to_none=True)
     if damaged:  # the backward pass begins at the end, so the last one is the first
         return Finding(f"The loss is finite; its gradient is not, first in {damaged[-1]}.")
-    return Finding("It did not appear again when the batch was run module by module.")
+    return Finding(
+        "It did not appear again when the batch was run module by module.", is_certain=False
+    )
+
+
+def gather_findings(found: Finding, n_sequences: int, world: World) -> Finding:
+    """Return what all processes found: the first of them in words, the sequences of all.
+
+    `found` is of this process's part of micro-batches of `n_sequences`; the sequences that are
+    returned are counted in the whole micro-batch.
+    """
+    if world.is_alone:
+        return found
+    first = world.share.part(n_sequences).start
+    own = tuple((micro, first + index) for micro, index in found.sequences)
+    findings = world.gather(replace(found, sequences=own), "where the loss is not finite")
+    certain = [(rank, each) for rank, each in enumerate(findings) if each.is_certain]
+    if not certain:
+        return found
+    rank, chosen = certain[0]
+    return replace(
+        chosen,
+        sentence=f"On rank {rank}: {chosen.sentence}",
+        sequences=tuple(sorted(pair for _, each in certain for pair in each.sequences)),
+    )
 
 
 def _first_output(

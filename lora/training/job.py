@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora.config import RunConfig, TrainConfig
 from lora.device import DeviceChoice
+from lora.distributed.tensors import broadcast_tensors
+from lora.distributed.world import ALONE, World
 from lora.errors import CheckpointError
 from lora.runs.directory import Run
 from lora.runs.disk import reading
@@ -100,6 +103,9 @@ class TrainingJob:
     """Tokens of a step, learned or not, padding left out: the mean. None: not known."""
     start_name: str = "the model before training"
     """What is evaluated before the first step, in words."""
+    world: World = ALONE
+    """The processes that train together, each with its own job: `stream`, `eval_batches` and
+    `steps` are of this one's share, and only rank 0's `run` writes."""
 
 
 @dataclass
@@ -133,11 +139,13 @@ class LoopState:
     """The newest that this process evaluated."""
     stop_asked: bool = False
     """Whether a callback has asked to end the run."""
+    agreed_signal: int = 0
+    """The number of the signal at which several processes have agreed to stop; 0: none."""
     marked_s: float = 0.0
     """Clock when the last step was recorded, or when steps began again after an evaluation."""
 
 
-_UNSAVED = ("marked_s", "saved_step", "evaluated_step", "stop_asked")
+_UNSAVED = ("marked_s", "saved_step", "evaluated_step", "stop_asked", "agreed_signal")
 """Fields of `LoopState` that mean nothing to another process."""
 
 
@@ -150,16 +158,21 @@ def save_loop_state(job: TrainingJob, state: LoopState, *, is_best: bool = False
     best_saved_loss = state.eval_loss if is_best else state.best_saved_loss
     position = {key: value for key, value in vars(state).items() if key not in _UNSAVED}
     position |= {"best_step": best_step, "best_saved_loss": best_saved_loss}
-    try:
+    tensors = job.steps.state()  # by every process: a part of them may be elsewhere
+
+    def save() -> None:
         job.run.sync()
         save_checkpoint(
             job.run.folder / "checkpoints",
             state.step,
-            job.steps.state(),
+            tensors,
             {"position": position, "stream": job.stream.state_dict()},
             keep=job.run_config.keep_checkpoints,
             best_step=best_step,
         )
+
+    try:
+        job.world.on_main(save, f"the checkpoint of step {state.step}")
     except CheckpointError as error:
         newest = "none" if state.saved_step is None else f"step {state.saved_step}"
         job.progress.message(
@@ -176,21 +189,29 @@ def resume_loop_state(job: TrainingJob) -> LoopState:
     Raises CheckpointError if there are checkpoints and none of them can be used.
     """
     folder = job.run.folder / "checkpoints"
-    if not list_checkpoints(folder):  # stopped before the first was whole
+    tensors: dict[str, Tensor] = {}
+
+    def read() -> tuple[LoopState, dict[str, Any]] | None:
+        if not list_checkpoints(folder):  # stopped before the first was whole
+            return None
+        read_tensors, saved = load_newest(folder, job.progress.message)
+        tensors.update(read_tensors)
+        with reading(folder):
+            return _read_position(saved["position"], job.run.read_metrics, folder), saved["stream"]
+
+    found = job.world.on_main(read, "the newest checkpoint")  # the others may have another disk
+    if found is None:
         job.run.cut_metrics_after(-1)
         job.progress.message("no checkpoint yet: beginning at step 0")
         return LoopState()
-    tensors, saved = load_newest(folder, job.progress.message)
+    state, stream = found
     with reading(folder):
-        state = _read_position(saved["position"], job.run.read_metrics)
-        job.steps.restore(tensors, step=state.step)
-        job.stream.load_state_dict(saved["stream"])
+        everywhere = broadcast_tensors(tensors, job.world, "the newest checkpoint")
+        job.steps.restore(everywhere, step=state.step)
+        job.stream.load_state_dict(stream)
         if state.step == 0:  # nothing was trained: its evaluation and its samples come again
             job.run.cut_metrics_after(-1)
             return LoopState()
-        if state.best_step is not None and not has_checkpoint(folder, state.best_step):
-            # Of a damaged newer one, which had pruned it: the next evaluation is the best on disk.
-            state.best_step, state.best_saved_loss = None, math.inf
         state.saved_step = state.step
         # The patience of this process decides, not that of the one that stopped early.
         patience = job.run_config.patience
@@ -201,9 +222,9 @@ def resume_loop_state(job: TrainingJob) -> LoopState:
 
 
 def _read_position(
-    position: dict[str, Any], read_metrics: Callable[[], list[MetricsRow]]
+    position: dict[str, Any], read_metrics: Callable[[], list[MetricsRow]], folder: Path
 ) -> LoopState:
-    """Return the state that a checkpoint's `position` holds; null is a field's default."""
+    """Return the state that a checkpoint's `position` in `folder` holds; null is a default."""
     state = LoopState(**{key: value for key, value in position.items() if value is not None})
     if "start_eval_loss" not in position:  # of an older version: the metrics have it
         rows = [row for row in read_metrics() if row.step <= state.step]
@@ -214,6 +235,9 @@ def _read_position(
         state.best_saved_loss = math.inf
         if state.best_step is not None:
             state.best_saved_loss = evaluated.get(state.best_step, state.best_eval_loss)
+    if state.best_step is not None and not has_checkpoint(folder, state.best_step):
+        # Of a damaged newer one, which had pruned it: the next evaluation is the best on disk.
+        state.best_step, state.best_saved_loss = None, math.inf
     return state
 
 

@@ -6,6 +6,7 @@ import math
 import statistics
 
 from lora.device import peak_memory_bytes
+from lora.distributed.tensors import broadcast_trained
 from lora.errors import CheckpointError
 from lora.runs.progress import TokenRate, describe_rate
 from lora.training.checkpoint import checkpoint_path, load_trained_tensors
@@ -31,7 +32,7 @@ def finish_run(job: TrainingJob, state: LoopState) -> TrainResult:
         best_eval_loss=state.best_eval_loss,
         train_s=state.train_s,
         n_tokens=state.n_tokens,
-        peak_memory_bytes=peak_memory_bytes(job.choice.device),
+        peak_memory_bytes=max(job.world.gather(peak_memory_bytes(job.choice.device), "the end")),
         stopped_early=state.stopped_early,
         start_eval_loss=state.start_eval_loss,
         best_step=state.best_eval_step,
@@ -70,16 +71,18 @@ def _leave_best(job: TrainingJob, state: LoopState) -> tuple[int, float]:
     if job.run_config.save == "last" or best_step in (None, state.step) or not is_last_worse:
         return last
     assert best_step is not None
+    path = checkpoint_path(job.run.folder / "checkpoints", best_step)
     try:
         # From the disk: a copy in memory would cost as much again as the weights that train, and a
         # resumed run would not have it.
-        load_trained_tensors(job.model, checkpoint_path(job.run.folder / "checkpoints", best_step))
+        job.world.on_main(lambda: load_trained_tensors(job.model, path), "the best checkpoint")
     except CheckpointError as error:
         job.progress.message(
             f"{error} So what is saved is the end of the run, step {state.step}, not its best, "
             f"step {best_step}."
         )
         return last
+    broadcast_trained(job.model, job.world, "the best checkpoint")
     return best_step, best_loss
 
 

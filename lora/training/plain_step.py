@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,9 +17,12 @@ from torch import Tensor, nn
 
 from lora.config import TrainConfig
 from lora.device import DeviceChoice, synchronize
+from lora.distributed.stops import StopFlags
+from lora.distributed.tensors import sum_gradients
+from lora.distributed.world import ALONE, World
 from lora.errors import TrainingError
 from lora.training.checkpoint import restore_training_tensors, training_tensors
-from lora.training.diagnosis import Finding, find_nonfinite
+from lora.training.diagnosis import Finding, find_nonfinite, gather_findings
 from lora.training.optim import build_optimizer, scale_and_clip, set_learning_rate
 from lora.training.step_runner import LossFn, StepOutcome, TrainingState
 
@@ -34,6 +37,8 @@ class StepResult:
     """Target tokens, (1,)."""
     gradient_norm: Tensor
     """Of the mean gradient, before clipping, ()."""
+    stops: StopFlags = field(default_factory=StopFlags)
+    """What several processes have agreed on."""
 
 
 def train_step(
@@ -44,11 +49,14 @@ def train_step(
     *,
     max_grad_norm: float = 1.0,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    world: World = ALONE,
+    what: str = "the gradients of a step",
 ) -> StepResult:
     """Changes `model` and `optimizer` in place: one step on the mean loss of all micro-batches.
 
-    The loss is the mean over the target tokens of the whole step, however it is split. Raises
-    TrainingError before anything is changed if the loss or the gradient is not finite.
+    The loss is the mean over the target tokens of the whole step, however it is split into
+    micro-batches and over the processes of `world`, which wait for `what`. Raises TrainingError
+    before anything is changed if the loss or the gradient is not finite.
     """
     optimizer.zero_grad(set_to_none=True)
     losses, counts = [], []
@@ -59,7 +67,10 @@ def train_step(
         losses.append(loss_sum.detach())
         counts.append(n_tokens)
     n_tokens = torch.stack(counts).sum(0)  # (1,)
-    loss = torch.stack(losses).sum(0) / n_tokens.clamp(min=1)  # (1,)
+    loss_sum, stops = torch.stack(losses).sum(0), StopFlags()  # (1,)
+    if not world.is_alone:
+        loss_sum, n_tokens, stops = _sum_over(world, loss_sum, n_tokens, optimizer, what)
+    loss = loss_sum / n_tokens.clamp(min=1)  # (1,)
     gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
     norm = scale_and_clip(gradients, n_tokens, max_grad_norm)
     # The host waits for the device here: nothing may move before the check.
@@ -71,7 +82,19 @@ def train_step(
             "the step was not taken. Lower the learning rate, or look for damaged examples."
         )
     optimizer.step()
-    return StepResult(loss=loss, n_tokens=n_tokens, gradient_norm=norm)
+    return StepResult(loss=loss, n_tokens=n_tokens, gradient_norm=norm, stops=stops)
+
+
+def _sum_over(
+    world: World, loss_sum: Tensor, n_tokens: Tensor, optimizer: torch.optim.Optimizer, what: str
+) -> tuple[Tensor, Tensor, StopFlags]:
+    """Changes gradients in place: sums over processes; return loss, tokens and flags of all."""
+    flags = loss_sum.new_tensor(world.asked.numbers(), dtype=torch.float64)
+    totals = torch.cat((loss_sum.double(), n_tokens.double(), flags))  # in fp64: counts are exact
+    parameters = [p for g in optimizer.param_groups for p in g["params"]]
+    sums = sum_gradients(parameters, totals, world, what)
+    stops = StopFlags.from_sums(sums[2:].tolist())
+    return sums[:1].to(loss_sum.dtype), sums[1:2].to(n_tokens.dtype), stops
 
 
 @torch.no_grad()
@@ -80,17 +103,26 @@ def evaluate(
     batches: Iterable[Any],
     loss_fn: LossFn,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    world: World = ALONE,
+    what: str = "an evaluation",
 ) -> float:
-    """Return the mean loss in nats over all target tokens of `batches`, dropout off."""
+    """Return the mean loss in nats over all target tokens of `batches`, dropout off.
+
+    Several processes have as many batches each, dealt in turn; all get the same bits.
+    """
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
+    own = []
     for batch in batches:
         with autocast():
             loss_sum, n_tokens = loss_fn(model, batch)
-        total += loss_sum.double().sum().item()
-        count += int(n_tokens.sum().item())
+        own.append((loss_sum.double().sum().item(), int(n_tokens.sum().item())))
     model.train(was_training)
+    total, count = 0.0, 0
+    for of_all in zip(*world.gather(own, what), strict=True):  # in the order of the batches
+        for loss, n in of_all:
+            total += loss
+            count += n
     return total / count if count else math.nan
 
 
@@ -104,10 +136,16 @@ class PlainStepRunner:
         loss_fn: (model, batch) -> (loss sum, target tokens), both (1,).
         choice: where it runs, and the compute dtype.
         config: of AdamW and clipping.
+        world: processes that have parts of each micro-batch.
     """
 
     def __init__(
-        self, model: nn.Module, loss_fn: LossFn, choice: DeviceChoice, config: TrainConfig
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        choice: DeviceChoice,
+        config: TrainConfig,
+        world: World = ALONE,
     ) -> None:
         self.batch_device = choice.device
         self.optimizer = build_optimizer(
@@ -115,6 +153,7 @@ class PlainStepRunner:
         )
         self._model, self._loss_fn, self._choice = model, loss_fn, choice
         self._max_grad_norm = config.max_grad_norm
+        self._world, self._micro_batch_size = world, config.micro_batch_size
         self._outcomes: list[StepOutcome] = []
 
     def launch(
@@ -132,9 +171,12 @@ class PlainStepRunner:
                 self.optimizer,
                 max_grad_norm=self._max_grad_norm,
                 autocast=autocast,
+                world=self._world,
+                what=f"the gradients of step {step}",
             )
         except TrainingError as error:
             found = find_nonfinite(model, micro_batches, loss_fn, autocast)
+            found = gather_findings(found, self._micro_batch_size, self._world)
             why = f"{error} {found.sentence}"
             self._outcomes.append(skipped_step(step, learning_rate, why, found))
             return
@@ -146,6 +188,7 @@ class PlainStepRunner:
                 n_tokens=int(result.n_tokens.sum()),
                 gradient_norms=[result.gradient_norm.item()],
                 learning_rates=[learning_rate],
+                stops=result.stops,
             )
         )
 
@@ -156,7 +199,8 @@ class PlainStepRunner:
 
     def evaluate(self, batches: Iterable[Any]) -> list[float]:
         """Return the mean loss in nats over all target tokens of `batches`, dropout off."""
-        return [evaluate(self._model, batches, self._loss_fn, self._choice.autocast)]
+        autocast, world = self._choice.autocast, self._world
+        return [evaluate(self._model, batches, self._loss_fn, autocast, world)]
 
     def state(self, adapter: int = 0) -> TrainingState:
         """Return what trains, AdamW's moments and the states of random generators."""

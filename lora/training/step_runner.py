@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lora.distributed.stops import StopFlags
+
 LossFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 """(model, batch) -> (loss sum in nats, target tokens), both (K,): one for each adapter."""
 TrainingState = dict[str, Tensor]
@@ -40,6 +42,8 @@ class StepOutcome:
     bad_sequences: tuple[tuple[int, int], ...] | None = None
     """Where that began: (micro-batch, index of the sequence in it), from 0; () if it can be any of
     them; None where the batch has nothing to do with it."""
+    stops: StopFlags = field(default_factory=StopFlags)
+    """What several processes have agreed on in this step."""
 
 
 class StepRunner(Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import signal
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from pathlib import Path
 from torch import nn
 
 from lora.device import peak_memory_bytes
+from lora.distributed.world import ALONE
 from lora.errors import Interrupted, TrainingError
 from lora.runs.interrupts import StopRequests
 from lora.runs.record import MetricsRow, TimingRow
@@ -55,6 +57,7 @@ def train(job: TrainingJob) -> TrainResult:
     """
     job.model.train()
     job.run.on_trouble = job.progress.message
+    job.world.asked.clear()  # of a run before
     state = resume_loop_state(job) if job.resume else LoopState()
     job.progress.start(job.train_config.n_steps, state.step)
     try:
@@ -72,8 +75,9 @@ def train(job: TrainingJob) -> TrainResult:
             "was learned and no adapter is saved. Lower the learning rate, or look for damaged "
             "examples; metrics.jsonl has the steps."
         )
-    if stop.received is not None and not _is_over(job, state):
-        raise Interrupted(_describe_interruption(job, state, stop), stop.exit_code)
+    number = _signal_to_stop_at(job, state, stop)
+    if number and not _is_over(job, state):
+        raise Interrupted(_describe_interruption(job, state, number), 128 + number)
     return finish_run(job, state)
 
 
@@ -98,11 +102,11 @@ def _loop(job: TrainingJob, state: LoopState, stop: StopRequests) -> None:
     eval_every = job.run_config.eval_interval(n_steps)
     save_every = job.run_config.save_interval(n_steps)
     state.marked_s, tried_step = time.perf_counter(), None
-    while not _is_over(job, state) and stop.received is None:
+    while not _is_over(job, state) and not _signal_to_stop_at(job, state, stop):
         step = state.step + 1
         evaluates = step % eval_every == 0 or step == n_steps
         saves = step % save_every == 0 or step == n_steps
-        _take_step(job, state, wait=evaluates or saves)
+        _take_step(job, state, stop, wait=evaluates or saves)
         if state.stop_asked:  # by a callback: the end of a run is evaluated
             _finish_steps(job, state)
             evaluates = state.stopped_early = True
@@ -121,6 +125,14 @@ def _loop(job: TrainingJob, state: LoopState, stop: StopRequests) -> None:
 
 def _is_over(job: TrainingJob, state: LoopState) -> bool:
     return state.step >= job.train_config.n_steps or state.stopped_early
+
+
+def _signal_to_stop_at(job: TrainingJob, state: LoopState, stop: StopRequests) -> int:
+    """Return the number of the signal that ends the run, 0 without one.
+
+    Several processes end in the same step: at what they have agreed on, not at what one received.
+    """
+    return (stop.received or 0) if job.world.is_alone else state.agreed_signal
 
 
 def _save(job: TrainingJob, state: LoopState, *, is_best: bool = False) -> None:
@@ -145,19 +157,25 @@ def _notify(job: TrainingJob, state: LoopState, call: Callable[[Callback], None]
     finally:
         if not is_done:
             _save_after_error(job, state)
-    if why is not None and not state.stop_asked:
-        state.stop_asked = True
+    asked = job.world.asked
+    if why is not None and not (state.stop_asked or asked.callback):
+        if job.world.is_alone:
+            state.stop_asked = True
+        else:  # the others learn of it with the next step
+            asked.callback = True
         job.progress.message(f"step {state.step}: {why}")
 
 
 def _save_after_error(job: TrainingJob, state: LoopState) -> None:
-    quiet = replace(job, callbacks=())
+    # Alone: the other processes do not know of the error, and wait for the next step.
+    quiet = replace(job, callbacks=(), world=ALONE)
     _finish_steps(quiet, state)
     if not state.step or state.saved_step == state.step:
         return
     is_best = state.best_eval_step == state.step and state.eval_loss < state.best_saved_loss
     n_steps = job.train_config.n_steps
     is_due = state.step % job.run_config.eval_interval(n_steps) == 0 or state.step == n_steps
+    is_due = is_due and job.world.is_alone
     if is_due and state.evaluated_step != state.step:  # a resumed run would not make it
         is_best = _evaluate(quiet, state)
     save_loop_state(quiet, state, is_best=is_best)
@@ -180,8 +198,8 @@ def _describe_memory(job: TrainingJob, state: LoopState) -> str:
     )
 
 
-def _describe_interruption(job: TrainingJob, state: LoopState, stop: StopRequests) -> str:
-    name = stop.received.name if stop.received else ""
+def _describe_interruption(job: TrainingJob, state: LoopState, number: int) -> str:
+    name = signal.Signals(number).name
     saved_step, total = state.saved_step, job.train_config.n_steps
     saved = "nothing could be saved" if state.step else "nothing was trained yet"
     saved = saved if saved_step is None else f"step {saved_step} is saved"
@@ -191,8 +209,10 @@ def _describe_interruption(job: TrainingJob, state: LoopState, stop: StopRequest
     )
 
 
-def _take_step(job: TrainingJob, state: LoopState, *, wait: bool) -> None:
+def _take_step(job: TrainingJob, state: LoopState, stop: StopRequests, *, wait: bool) -> None:
     """Launch the next step and record those that are done: all of them if `wait`."""
+    if not job.world.is_alone:
+        job.world.asked.signal = stop.received or 0
     learning_rate = learning_rate_at(state.step, job.train_config)
     state.step += 1
     micro_batches = [next(job.stream) for _ in range(job.train_config.gradient_accumulation)]
@@ -228,6 +248,8 @@ def _record(job: TrainingJob, state: LoopState, outcome: StepOutcome) -> int:
     # neither the launch nor the wait alone says how long one takes.
     now_s = time.perf_counter()
     step_s, state.marked_s = now_s - state.marked_s, now_s
+    state.stop_asked |= outcome.stops.callback
+    state.agreed_signal = state.agreed_signal or outcome.stops.signal
     if outcome.not_finite:
         _skip(job, state, outcome)
         return state.n_tokens
@@ -312,8 +334,10 @@ def _evaluate(job: TrainingJob, state: LoopState) -> bool:
 
 
 def _tell_of_evaluation(job: TrainingJob, state: LoopState, *, is_best: bool) -> None:
+    world = job.world
     if job.callbacks:
         losses = state.eval_loss, state.best_eval_loss
         event = EvalEvent(*_place(job, state.step), *losses, is_best)
         _notify(job, state, lambda callback: callback.on_eval(event))
-        state.stopped_early |= state.stop_asked
+    asks = state.stop_asked or world.asked.callback
+    state.stopped_early |= world.from_main(asks, f"callbacks after step {state.step}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora.data.sequences.documents import IGNORE, Documents
 from lora.data.sequences.packing import Layout, pack, packed_length, padded_length, unpacked_layout
+from lora.device import WHOLE, Share
 from lora.errors import DataError
 
 __all__ = [
@@ -168,13 +169,15 @@ class BatchStream:
     The n-th sequence of a run depends on the seed and n alone, so neither the batch size nor the
     split into micro-batches changes which sequences a run sees, and a resumed run continues
     exactly. Every batch has B sequences: a batch that the end of an epoch would leave short is
-    filled from the next epoch.
+    filled from the next epoch. One of several processes gets its part of each batch; parts have one
+    size, so smaller ones end with a sequence of padding.
 
     Args:
         sequences: at least one.
-        batch_size: B.
+        batch_size: B, of all processes together.
         seed: of the order.
         device: of the batches.
+        share: this process's part of each batch.
 
     Raises:
         DataError: there are no sequences.
@@ -186,19 +189,22 @@ class BatchStream:
         batch_size: int,
         seed: int,
         device: torch.device | str = "cpu",
+        share: Share = WHOLE,
     ) -> None:
         if not len(sequences):
             raise DataError("Cannot build batches: there are no sequences. Give more examples.")
         self._sequences, self._batch_size, self._seed = sequences, batch_size, seed
         self._fingerprint = sequences.fingerprint()
-        self._device = torch.device(device)
+        self._device, self._share = torch.device(device), share
         self._n_drawn = 0
         self._shuffled: tuple[int, Ints] | None = None
 
     def __next__(self) -> Batch:
-        indices = self.sequence_indices(range(self._n_drawn, self._n_drawn + self._batch_size))
+        drawn = range(self._n_drawn, self._n_drawn + self._batch_size)
+        indices = self.sequence_indices(drawn[self._share.part(self._batch_size)])
+        padding = self._share.largest(self._batch_size) - len(indices)
         self._n_drawn += self._batch_size
-        return self._sequences.batch(indices).to(self._device)
+        return self._sequences.batch(indices + padding * [-1]).to(self._device)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -246,10 +252,17 @@ class BatchStream:
 
 
 def ordered_batches(
-    sequences: TokenSequences, batch_size: int, device: torch.device | str = "cpu"
+    sequences: TokenSequences,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    share: Share = WHOLE,
 ) -> Iterator[Batch]:
-    """Yield every sequence once, in order, `batch_size` at a time; padding fills the last batch."""
-    for first in range(0, len(sequences), batch_size):
-        indices = np.arange(first, first + batch_size)
+    """Yield every sequence once, in order, `batch_size` at a time; padding fills the last batch.
+
+    Several processes get batches in turn, the same number each: the last ones may be padding only.
+    """
+    for first in range(0, len(sequences), batch_size * share.size):
+        start = first + share.rank * batch_size
+        indices = np.arange(start, start + batch_size)
         indices[indices >= len(sequences)] = -1
         yield sequences.batch(indices).to(device)
