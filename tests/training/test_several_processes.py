@@ -1,0 +1,178 @@
+"""Steps and runs of several processes equal those of one, whatever each of them gets to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora.adapters.apply import train_token_rows
+from lora.config import TrainConfig
+from lora.data.sequences.batches import Batch, ordered_batches
+from lora.decoder.decoder import Decoder
+from lora.distributed.world import ALONE, World
+from lora.training.losses import loss_for
+from lora.training.plain_step import PlainStepRunner
+from tests.distributed.models import (
+    Steps,
+    cpu_choice,
+    random_sequences,
+    take_steps,
+    tiny_decoder,
+    train_config,
+    trained_copies,
+    with_lora,
+    worst_difference,
+)
+from tests.distributed.processes import run_processes
+
+FP32_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """What trains, on which batches."""
+
+    model: Callable[[torch.dtype], Decoder]
+    config: TrainConfig
+    packing: bool = True
+
+
+def _lora(dtype: torch.dtype) -> Decoder:
+    return with_lora(tiny_decoder(dtype))
+
+
+def _full(dtype: torch.dtype) -> Decoder:
+    return tiny_decoder(dtype).requires_grad_(True)
+
+
+def _modules(dtype: torch.dtype) -> Decoder:
+    return with_lora(tiny_decoder(dtype, tied=False), modules_to_save=("embed_tokens",))
+
+
+def _token_rows(dtype: torch.dtype) -> Decoder:
+    model = with_lora(tiny_decoder(dtype))
+    train_token_rows(model, [3, 5, 90])
+    return model
+
+
+CASES = {
+    "packed": Case(_lora, train_config(8)),
+    "one document a sequence": Case(_lora, train_config(8), packing=False),
+    "gradient accumulation": Case(_lora, train_config(16, 2)),
+    "all weights": Case(_full, train_config(8)),
+    "modules to save": Case(_modules, train_config(8)),
+    "token rows": Case(_token_rows, train_config(8)),
+}
+LONG = ("packed", "all weights")
+
+
+def run_case(world: World, name: str, dtype: torch.dtype, n_steps: int) -> Steps:
+    """Return what steps of a case come to on this process, and the loss after them."""
+    case = CASES[name]
+    torch.manual_seed(11)
+    model = case.model(dtype)
+    sequences = random_sequences(packing=case.packing)
+    runner = PlainStepRunner(model, loss_for(model), cpu_choice(torch.float32), case.config, world)
+    done = take_steps(runner, sequences, case.config, n_steps, world)
+    size = world.share.largest(3)
+    (done.eval_loss,) = runner.evaluate(ordered_batches(sequences, size, share=world.share))
+    done.trained = trained_copies(model)
+    return done
+
+
+class Poisoned(nn.Module):
+    """A model whose second layer gives NaN for the token 5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Embedding(97, 4), Poison()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden: Tensor = self.second(self.first(ids), ids)
+        return hidden
+
+
+class Poison(nn.Module):
+    """Gives NaN where the token is 5."""
+
+    def forward(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        return torch.where((ids == 5)[..., None], torch.nan, hidden)
+
+
+def _sum_of_squares(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    return (model(batch.input_ids) ** 2).sum()[None], (batch.labels != -100).sum()[None]
+
+
+def run_poisoned(world: World) -> Steps:
+    """Return what three steps come to where a few sequences give NaN."""
+    torch.manual_seed(0)
+    model, config = Poisoned().double(), train_config(6)
+    runner = PlainStepRunner(model, _sum_of_squares, cpu_choice(torch.float32), config, world)
+    done = take_steps(runner, random_sequences(packing=False), config, 3, world)
+    done.trained = trained_copies(model)
+    return done
+
+
+def run_all(world: World) -> dict[str, Steps]:
+    """Return all cases: one step in fp64, and for some many in fp32."""
+    done = {name: run_case(world, name, torch.float64, 1) for name in CASES}
+    done |= {f"{n}, long": run_case(world, n, torch.float32, FP32_STEPS) for n in LONG}
+    return {**done, "poisoned": run_poisoned(world)}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Steps]:
+    return run_all(ALONE)
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def together(request: pytest.FixtureRequest) -> list[dict[str, Steps]]:
+    return run_processes(request.param, run_all)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_is_that_of_one_process(
+    name: str, alone: dict[str, Steps], together: list[dict[str, Steps]]
+) -> None:
+    for done in together:
+        assert done[name].n_tokens == alone[name].n_tokens
+        assert worst_difference(done[name], alone[name]) < 1e-12
+        assert done[name].eval_loss == pytest.approx(alone[name].eval_loss, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_twenty_steps_in_fp32_are_those_of_one_process(
+    name: str, alone: dict[str, Steps], together: list[dict[str, Steps]]
+) -> None:
+    for done in together:
+        assert worst_difference(done[f"{name}, long"], alone[f"{name}, long"]) < 1e-6
+
+
+def test_all_processes_have_the_same_bits(together: list[dict[str, Steps]]) -> None:
+    first = together[0]
+    for other in together[1:]:
+        for name, done in other.items():
+            assert str(done.losses) == str(first[name].losses)  # as text: NaN is NaN
+            assert done.eval_loss == first[name].eval_loss
+            for key, values in done.trained.items():
+                assert np.array_equal(values, first[name].trained[key]), (name, key)
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_taken_on_none(
+    alone: dict[str, Steps], together: list[dict[str, Steps]]
+) -> None:
+    expected = alone["poisoned"]
+    assert any(bad for bad in expected.bad)
+    for done in together:
+        found = done["poisoned"]
+        assert found.bad == expected.bad
+        assert found.notes == together[0]["poisoned"].notes
+        assert "On rank " in found.notes[0]
+        assert "second (sequence" in found.notes[0]
+        for name, values in found.trained.items():
+            np.testing.assert_allclose(values, expected.trained[name], rtol=1e-12)
