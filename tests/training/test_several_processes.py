@@ -66,7 +66,7 @@ CASES = {
     "gradient accumulation": Case(_lora, train_config(16, 2)),
     "all weights": Case(_full, train_config(8)),
     "modules to save": Case(_modules, train_config(8)),
-    "token rows": Case(_token_rows, train_config(8)),
+    "embedding rows": Case(_token_rows, train_config(8)),
 }
 LONG = ("packed", "all weights")
 
