@@ -53,14 +53,15 @@ class Messages(NoProgress):
 
 @dataclass
 class SignalAt(Callback):
-    """Sends SIGTERM to its own process after a step."""
+    """Sends SIGTERM to a process after a step."""
 
     step: int
+    process_id: int
 
     def on_step(self, event: StepEvent) -> None:
         """Send it, if this is the step."""
         if event.step == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(self.process_id, signal.SIGTERM)
 
 
 @pytest.fixture
@@ -77,8 +78,9 @@ def job(tiny_folder: Path, tmp_path: Path) -> FinetuneJob:
 
 def _run(world: World, job: FinetuneJob, signal_at: int = 0) -> tuple[list[str], int]:
     """Return what the run said in this process, and the code with which it was interrupted."""
-    said = Messages()
-    callbacks = [SignalAt(signal_at)] if signal_at and world.rank == world.size - 1 else []
+    said, process_ids = Messages(), world.gather(os.getpid(), "process ids")
+    # Callbacks are rank 0's; the signal goes to the last rank.
+    callbacks = [SignalAt(signal_at, process_ids[-1])] if signal_at else []
     try:
         finetune(job, said, callbacks=callbacks)
     except Interrupted as interrupted:
