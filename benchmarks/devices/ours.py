@@ -8,26 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_step import RANK, Shape, build_empty, build_model, build_stream
+from gpu_step import Shape, build_stream
 
 from devices.cases import Case
 from devices.profile import kernels_of, summarise
-from lora.adapters.apply import apply_lora
-from lora.config import LoRAConfig, MemoryConfig, RunConfig, TrainConfig
+from devices.sharded import build_sharded, shard_bytes
+from devices.whole import GB, Planned, build_whole
+from lora.config import RunConfig, TrainConfig
 from lora.data.sequences.batches import BatchStream
-from lora.device import DeviceChoice, available_bytes, choose_device, synchronize
+from lora.device import DeviceChoice, choose_device, synchronize
 from lora.distributed.world import World
-from lora.fast.memory.plan import MemoryPlan, MemoryPlanner, PlanInputs
-from lora.fast.runner import FastStepRunner
 from lora.runs.directory import create_run
 from lora.runs.disk import read_rows
 from lora.training.job import TrainingJob
 from lora.training.step_runner import StepRunner
 from lora.training.trainer import train
-
-GB = 1e9
-SMOKE_BYTES = int(8e9)
-"""Where a CPU stands for a GPU."""
 
 
 @dataclass
@@ -36,10 +31,10 @@ class Prepared:
 
     model: Any
     steps: StepRunner
+    planned: Planned
     stream: BatchStream
     config: TrainConfig
     choice: DeviceChoice
-    plan: MemoryPlan
 
 
 def time_ours(case: Case, world: World, smoke: bool) -> dict[str, Any]:
@@ -69,12 +64,19 @@ def time_ours(case: Case, world: World, smoke: bool) -> dict[str, Any]:
     return {
         "step_ms": 1000 * timed[len(timed) // 2],
         "fastest_and_slowest_ms": [round(1000 * s, 2) for s in (timed[0], timed[-1])],
-        "peak_gb": result.peak_memory_bytes / GB,
+        "peak_gb": (result.peak_memory_bytes + shard_bytes(prepared.steps)) / GB,
+        **({} if smoke else {"device_gb": used_bytes() / GB}),
         "start_s": seconds[0],
         "first_and_last_loss": [round(losses[0], 4), round(losses[-1], 4)],
-        "planned_gb": prepared.plan.total / GB,
-        "mode": prepared.plan.reason,
+        "planned_gb": prepared.planned.n_bytes / GB,
+        "mode": prepared.planned.mode,
     }
+
+
+def used_bytes() -> int:
+    """Return what is in use on this process's device, by whatever."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
 def profile_ours(case: Case, world: World, smoke: bool) -> dict[str, Any]:
@@ -100,9 +102,6 @@ def profile_ours(case: Case, world: World, smoke: bool) -> dict[str, Any]:
 
 def prepare(case: Case, shape: Shape, world: World, *, smoke: bool) -> Prepared:
     """Return a run of this rank before its first step: planned, built and chosen."""
-    if not world.is_alone:
-        raise NotImplementedError("several processes on one run")
-    full, fp8 = case.variant == "ours_full", "fp8" in case.variant
     choice = choose_device("cpu" if smoke else "cuda")
     config = TrainConfig(
         steps=shape.warm_up_steps + shape.timed_steps,
@@ -111,32 +110,6 @@ def prepare(case: Case, shape: Shape, world: World, *, smoke: bool) -> Prepared:
         learning_rate=1e-4,
         seed=0,
     )
-    plan = plan_case(shape, full=full, fp8=fp8, smoke=smoke)
-    model = build_model(
-        shape, torch.float32 if full else choice.compute_dtype, fp8=fp8, device=choice.device.type
-    )
-    if full:
-        model.requires_grad_(True)
-    else:
-        apply_lora(model, lora_config())
+    build = build_sharded if case.parallel == "fsdp" else build_whole
     stream = build_stream(shape, "cpu", packed=False)
-    steps = FastStepRunner(model, choice, config, checkpointing=plan.checkpointing)
-    return Prepared(model, steps, stream, config, choice, plan)
-
-
-def lora_config() -> LoRAConfig:
-    """Return the settings of all cases' adapters."""
-    return LoRAConfig(rank=RANK, alpha=2.0 * RANK, init_seed=0)
-
-
-def plan_case(shape: Shape, *, full: bool, fp8: bool, smoke: bool) -> MemoryPlan:
-    """Return the memory plan with --memory auto, made as `lora finetune` makes it."""
-    inputs = PlanInputs(
-        build_empty(shape).config, None if full else lora_config(), shape.rows, shape.tokens,
-        "cuda", torch.bfloat16, packed=False, fp8=fp8,
-    )  # fmt: skip
-    planner = MemoryPlanner(inputs)
-    free = SMOKE_BYTES if smoke else available_bytes("cuda")
-    assert free is not None
-    budget = planner.usable_bytes(free) / GB
-    return planner.plan(memory=MemoryConfig("auto", budget))
+    return Prepared(*build(case, shape, world, choice, config), stream, config, choice)

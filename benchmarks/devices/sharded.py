@@ -1,0 +1,99 @@
+"""Our sharded step over random weights: each process draws the rows of its shard on its GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from gpu_step import Shape, build_empty
+from torch import Tensor
+
+from devices.cases import Case
+from devices.whole import Planned, free_memory, lora_config
+from lora.adapters.apply import apply_lora, lora_layers
+from lora.config import TrainConfig
+from lora.decoder.decoder import Decoder
+from lora.decoder.quantised import use_fp8_linears
+from lora.device import DeviceChoice
+from lora.distributed.shards import Rows
+from lora.distributed.world import World
+from lora.fast.memory.fast_step import USABLE_MEMORY_FRACTION, FastPlan, fit_memory
+from lora.fast.runner import DeviceStepRunner
+from lora.fast.sharded.base import ShardedBase
+from lora.fast.sharded.gather import PulledGather
+from lora.fast.step import FastStep
+from lora.kernels.step.ops import PLAIN, TRITON
+from lora.training.step_runner import StepRunner
+
+SPREAD = 0.02
+
+
+def build_sharded(
+    case: Case, shape: Shape, world: World, choice: DeviceChoice, config: TrainConfig
+) -> tuple[Any, StepRunner, Planned]:
+    """Return a model of which every process has its rows, its step and its plan."""
+    fp8, is_cuda = "fp8" in case.variant, choice.device.type == "cuda"
+    dtype = choice.compute_dtype
+    planned = plan_sharded(shape, world.size, fp8=fp8, is_cuda=is_cuda)
+    model = empty_model(shape, dtype, fp8=fp8)
+    rows = random_rows({name: p.shape for name, p in model.named_parameters()}, choice.device)
+    for layer in lora_layers(model).values():
+        layer.lora_A = torch.nn.Parameter(SPREAD * _drawn(layer.lora_A.shape, dtype, choice.device))
+        layer.lora_B = torch.nn.Parameter(
+            torch.zeros(layer.lora_B.shape, dtype=dtype, device=choice.device)
+        )
+    step = FastStep(
+        model,
+        TRITON if is_cuda else PLAIN,
+        dtype,
+        checkpointing=planned.checkpointing,
+        base=ShardedBase(rows, choice.device, world),
+    )
+    return model, DeviceStepRunner(model, step, choice, "sharded"), planned
+
+
+def plan_sharded(shape: Shape, processes: int, *, fp8: bool, is_cuda: bool) -> Planned:
+    """Return what one of the processes holds, in the mode that `auto` takes."""
+    plan = FastPlan(
+        empty_model(shape, torch.bfloat16, fp8=fp8),
+        shape.rows,
+        shape.tokens,
+        packed=False,
+        shards=processes,
+    )
+    fit = fit_memory(plan, "auto", int(free_memory(is_cuda=is_cuda) * USABLE_MEMORY_FRACTION))
+    return Planned(fit.memory.total, fit.reason, fit.checkpointing)
+
+
+def empty_model(shape: Shape, dtype: torch.dtype, *, fp8: bool) -> Decoder:
+    """Return an adapted decoder of this shape on the meta device."""
+    model = build_empty(shape).to(dtype)
+    if fp8:
+        use_fp8_linears(model)
+    apply_lora(model, lora_config())
+    return model
+
+
+def random_rows(shapes: Mapping[str, torch.Size], device: torch.device) -> Rows:
+    """Return what stands for the files: random rows of matrices, and norms of 1."""
+
+    def read(name: str, rows: slice) -> Tensor:
+        sizes = (len(range(*rows.indices(shapes[name][0]))), *shapes[name][1:])
+        if len(sizes) == 1:
+            return torch.ones(sizes, device=device)
+        return _drawn(sizes, torch.bfloat16, device).mul_(SPREAD)
+
+    return read
+
+
+def shard_bytes(steps: StepRunner) -> int:
+    """Return the bytes of this process's shard that torch's allocator does not count."""
+    step = steps._step if isinstance(steps, DeviceStepRunner) else None
+    ring = step.network.ring if isinstance(step, FastStep) else None
+    is_outside = ring is not None and isinstance(ring.gather, PulledGather)
+    return ring.gather.shard.nbytes if ring is not None and is_outside else 0
+
+
+def _drawn(sizes: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(sizes, dtype=dtype, device=device)

@@ -1,0 +1,74 @@
+"""The model of a case, whole in every process; what every case's model has alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gpu_step import RANK, Shape, build_empty, build_model
+
+from devices.cases import Case
+from lora.adapters.apply import apply_lora
+from lora.config import LoRAConfig, MemoryConfig, TrainConfig
+from lora.device import DeviceChoice, available_bytes
+from lora.distributed.world import World
+from lora.fast.llama.checkpointing import ActivationCheckpointing
+from lora.fast.memory.plan import MemoryPlanner, PlanInputs
+from lora.fast.runner import FastStepRunner
+from lora.training.step_runner import StepRunner
+
+GB = 1e9
+SMOKE_BYTES = int(8e9)
+"""Where a CPU stands for a GPU."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a step was planned to hold on this rank's device."""
+
+    n_bytes: int
+    mode: str
+    """Of activation checkpointing, with the reason."""
+    checkpointing: ActivationCheckpointing | None
+
+
+def lora_config() -> LoRAConfig:
+    """Return the settings of all cases' adapters."""
+    return LoRAConfig(rank=RANK, alpha=2.0 * RANK, init_seed=0)
+
+
+def build_whole(
+    case: Case, shape: Shape, world: World, choice: DeviceChoice, config: TrainConfig
+) -> tuple[Any, StepRunner, Planned]:
+    """Return a model that every process has whole, its step and its plan."""
+    if not world.is_alone:
+        raise NotImplementedError("several processes on one run")
+    full, fp8 = case.variant == "ours_full", "fp8" in case.variant
+    fit = plan_whole(shape, full=full, fp8=fp8, is_cuda=choice.device.type == "cuda")
+    model = build_model(
+        shape, torch.float32 if full else choice.compute_dtype, fp8=fp8, device=choice.device.type
+    )
+    if full:
+        model.requires_grad_(True)
+    else:
+        apply_lora(model, lora_config())
+    steps = FastStepRunner(model, choice, config, checkpointing=fit.checkpointing)
+    return model, steps, fit
+
+
+def plan_whole(shape: Shape, *, full: bool, fp8: bool, is_cuda: bool) -> Planned:
+    """Return the memory plan with --memory auto, made as `lora finetune` makes it."""
+    inputs = PlanInputs(
+        build_empty(shape).config, None if full else lora_config(), shape.rows, shape.tokens,
+        "cuda", torch.bfloat16, packed=False, fp8=fp8,
+    )  # fmt: skip
+    planner = MemoryPlanner(inputs)
+    budget = planner.usable_bytes(free_memory(is_cuda=is_cuda)) / GB
+    plan = planner.plan(memory=MemoryConfig("auto", budget))
+    return Planned(plan.total, plan.reason, plan.checkpointing)
+
+
+def free_memory(*, is_cuda: bool) -> int:
+    """Return what is free on this process's device, in bytes."""
+    return (available_bytes("cuda") or 0) if is_cuda else SMOKE_BYTES
