@@ -43,7 +43,7 @@ from lora.decoder.config import (
 )
 from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
 from lora.decoder.quantised import Fp8Linear, use_fp8_linears
-from lora.device import DeviceChoice, choose_device
+from lora.device import WHOLE, DeviceChoice, Share, choose_device
 from lora.fast.choose import why_not_fast
 from lora.fast.memory.fast_step import USABLE_MEMORY_FRACTION, FastPlan, MemoryFit, fit_memory
 from lora.fast.runner import CapturedStepRunner, FastStepRunner
@@ -171,12 +171,17 @@ def build_model(
     return model
 
 
-def build_stream(shape: Shape, device: torch.device | str, *, packed: bool) -> BatchStream:
-    """Return the real loader over random tokens: one document per sequence, or packed ones."""
+def build_stream(
+    shape: Shape, device: torch.device | str, *, packed: bool, share: Share = WHOLE
+) -> BatchStream:
+    """Return the real loader over random tokens: one document per sequence, or packed ones.
+
+    The shape's sequences are those of each process.
+    """
     import numpy as np
 
     draw = np.random.default_rng(0)
-    n_rows = 64 * shape.rows
+    n_rows = 64 * shape.rows * share.size
     if packed:
         lengths = draw.integers(40, 400, n_rows * shape.tokens // 200)
     else:
@@ -186,7 +191,7 @@ def build_stream(shape: Shape, device: torch.device | str, *, packed: bool) -> B
     labels = np.roll(ids, -1)
     documents = Documents(ids, labels, starts, np.arange(len(lengths)))
     rows = build_sequences(documents, shape.tokens, packing=packed, pad_id=0, seed=0)
-    return BatchStream(rows, shape.rows, 0, device)
+    return BatchStream(rows, shape.rows * share.size, 0, device, share)
 
 
 def time_ours(shape: Shape, variant: str) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from devices.whole import GB, Planned, build_whole
 from lora.config import RunConfig, TrainConfig
 from lora.data.sequences.batches import BatchStream
 from lora.device import DeviceChoice, choose_device, synchronize
-from lora.distributed.world import World
+from lora.distributed.one_run import shared_run
+from lora.distributed.world import ALONE, World
 from lora.runs.directory import create_run
 from lora.runs.disk import read_rows
 from lora.training.job import TrainingJob
@@ -35,6 +36,8 @@ class Prepared:
     stream: BatchStream
     config: TrainConfig
     choice: DeviceChoice
+    world: World
+    """Those whose gradients are summed."""
 
 
 def time_ours(case: Case, world: World, smoke: bool) -> dict[str, Any]:
@@ -44,8 +47,12 @@ def time_ours(case: Case, world: World, smoke: bool) -> dict[str, Any]:
     if not smoke:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    with tempfile.TemporaryDirectory() as folder, create_run(Path(folder), "run") as run:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        shared_run(prepared.world, lambda: create_run(Path(folder), "run")) as run,
+    ):
         job = TrainingJob(
+            world=prepared.world,
             model=prepared.model,
             steps=prepared.steps,
             stream=prepared.stream,
@@ -56,8 +63,11 @@ def time_ours(case: Case, world: World, smoke: bool) -> dict[str, Any]:
             choice=prepared.choice,
         )
         result = train(job)
-        rows = read_rows(run.folder / "timings.jsonl")
-        losses = [row["loss"] for row in read_rows(run.folder / "metrics.jsonl")]
+        names = ("timings.jsonl", "metrics.jsonl")
+        rows, metrics = prepared.world.on_main(
+            lambda: [read_rows(run.folder / name) for name in names], "what rank 0 wrote"
+        )
+    losses = [row["loss"] for row in metrics]
     seconds = [row["step_s"] for row in rows]
     # A step's result is read while the next one runs, so the last row's time is too short.
     timed = sorted(seconds[shape.warm_up_steps : -1])
@@ -111,5 +121,8 @@ def prepare(case: Case, shape: Shape, world: World, *, smoke: bool) -> Prepared:
         seed=0,
     )
     build = build_sharded if case.parallel == "fsdp" else build_whole
-    stream = build_stream(shape, "cpu", packed=False)
-    return Prepared(*build(case, shape, world, choice, config), stream, config, choice)
+    model, steps, planned = build(case, shape, world, choice, config)
+    stream = build_stream(shape, steps.batch_device, packed=False, share=world.share)
+    # The sharded step does not sum gradients yet.
+    together = ALONE if case.parallel == "fsdp" else world
+    return Prepared(model, steps, planned, stream, config, choice, together)

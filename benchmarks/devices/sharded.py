@@ -33,6 +33,8 @@ def build_sharded(
     case: Case, shape: Shape, world: World, choice: DeviceChoice, config: TrainConfig
 ) -> tuple[Any, StepRunner, Planned]:
     """Return a model of which every process has its rows, its step and its plan."""
+    if case.variant == "ours_full":
+        raise NotImplementedError("full fine-tuning, sharded")
     fp8, is_cuda = "fp8" in case.variant, choice.device.type == "cuda"
     dtype = choice.compute_dtype
     planned = plan_sharded(shape, world.size, fp8=fp8, is_cuda=is_cuda)

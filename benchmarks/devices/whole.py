@@ -13,6 +13,7 @@ from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig, MemoryConfig, TrainConfig
 from lora.device import DeviceChoice, available_bytes
 from lora.distributed.world import World
+from lora.fast.choose import choose_steps
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.memory.plan import MemoryPlanner, PlanInputs
 from lora.fast.runner import FastStepRunner
@@ -42,8 +43,6 @@ def build_whole(
     case: Case, shape: Shape, world: World, choice: DeviceChoice, config: TrainConfig
 ) -> tuple[Any, StepRunner, Planned]:
     """Return a model that every process has whole, its step and its plan."""
-    if not world.is_alone:
-        raise NotImplementedError("several processes on one run")
     full, fp8 = case.variant == "ours_full", "fp8" in case.variant
     fit = plan_whole(shape, full=full, fp8=fp8, is_cuda=choice.device.type == "cuda")
     model = build_model(
@@ -53,7 +52,13 @@ def build_whole(
         model.requires_grad_(True)
     else:
         apply_lora(model, lora_config())
-    steps = FastStepRunner(model, choice, config, checkpointing=fit.checkpointing)
+    steps: StepRunner
+    if choice.device.type == "cuda" or not world.is_alone:
+        steps = choose_steps(
+            model, choice, config, checkpointing=fit.checkpointing, on_message=print, world=world
+        )
+    else:  # the fast step's plain twins: a run on a CPU would not choose them
+        steps = FastStepRunner(model, choice, config, checkpointing=fit.checkpointing)
     return model, steps, fit
 
 
