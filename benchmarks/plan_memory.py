@@ -68,6 +68,8 @@ ON_GPU = {
     "1B-full-1x512": Case(1, 512, rank=None, shape="1B"),
 }
 SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256},
     "wide": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6,
              "num_attention_heads": 16, "num_key_value_heads": 4},
     "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
