@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from devices.cases import NEMO_70B_TOKENS_PER_S
+from devices.cases import NEMO_70B_TOKENS_PER_S, SWEEP
 
 START, END = "<!-- gpu_many:start -->", "<!-- gpu_many:end -->"
 NAMES = {
@@ -19,7 +19,6 @@ NAMES = {
     "transformers_full": "full, transformers",
     "transformers_full_recompute": "full, transformers, blocks recomputed",
 }
-HOW = {"ddp": "DDP", "fsdp": "sharded", "none": "one device"}
 Row = dict[str, Any]
 
 
@@ -46,7 +45,7 @@ def scaling_table(rows: list[Row]) -> list[str]:
             wanted = f"{row['target']}x" if "target" in row else ""
             lines.append(
                 f"| {_shape(row)} | {NAMES.get(row['variant'], row['variant'])} | "
-                f"{row['hardware']} | {rate:,} tokens/s | {row['tokens_per_s']:,} tokens/s, "
+                f"{_hardware(row)} | {rate:,} tokens/s | {row['tokens_per_s']:,} tokens/s, "
                 f"{row['peak_gb']:.1f} GB | {row['ratio']:.2f}x | {wanted} |"
             )
     return lines
@@ -55,21 +54,31 @@ def scaling_table(rows: list[Row]) -> list[str]:
 def sharded_table(rows: list[Row]) -> list[str]:
     """Return the lines of the table of sharded models."""
     lines = [
-        "| a step on each device | | hardware | ms per step | tokens/s, each | GB, each |",
-        "|---|---|---|---|---|---|",
+        "| a step on each device | | hardware | ms per step | tokens/s, each | GB, each | to peer |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        if row["parallel"] != "fsdp":
-            continue
+    sharded = [row for row in rows if row["parallel"] == "fsdp"]
+    for row in sharded:
         rate = f"{row['tokens_per_s_device']:,}"
         if row["shape"] == "70B-1x4096":
             rate += f" ({row['tokens_per_s_device'] / NEMO_70B_TOKENS_PER_S:.2f}x NeMo's)"
         planned = f", {row['planned_gb']:.1f} planned" if "planned_gb" in row else ""
         lines.append(
-            f"| {_shape(row)} | {NAMES.get(row['variant'], row['variant'])} | {row['hardware']} | "
-            f"{row['step_ms']:,.0f} | {rate} | {row['peak_gb']:.1f}{planned} |"
+            f"| {_shape(row)} | {NAMES.get(row['variant'], row['variant'])} | {_hardware(row)} | "
+            f"{row['step_ms']:,.0f} | {rate} | {row['peak_gb']:.1f}{planned} | "
+            f"{_to_peer(row, sharded)} |"
         )
     return lines
+
+
+def _to_peer(row: Row, rows: list[Row]) -> str:
+    """Return how many times as fast as the fastest peer that trains the same, on this hardware."""
+    if not row["variant"].startswith("ours"):
+        return ""
+    peer = "transformers_full" if row["variant"] == "ours_full" else "peft"
+    same = [r for r in rows if all(r[k] == row[k] for k in ("shape", "devices", "hardware"))]
+    rates = [r["tokens_per_s"] for r in same if r["variant"].startswith(peer)]
+    return f"{row['tokens_per_s'] / max(rates):.2f}x" if rates else ""
 
 
 def make_tables(rows: list[Row]) -> str:
@@ -90,5 +99,11 @@ def write_tables(page: Path, files: Iterable[Path]) -> None:
     page.write_text(f"{before}{START}\n{tables}\n{END}{after}", encoding="utf-8")
 
 
+def _hardware(row: Row) -> str:
+    return row["hardware"].replace("NVIDIA ", "").replace(" 80GB HBM3", "")
+
+
 def _shape(row: Row) -> str:
+    if row["shape"] == SWEEP:
+        return "135M, sweep of eight candidates, 4×512 tokens each"
     return row["shape"].replace("-", ", ").replace("x", "×")
