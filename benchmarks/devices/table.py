@@ -54,7 +54,7 @@ def scaling_table(rows: list[Row]) -> list[str]:
 def sharded_table(rows: list[Row]) -> list[str]:
     """Return the lines of the table of sharded models."""
     lines = [
-        "| a step on each device | | hardware | ms per step | tokens/s, each | GB, each | to peer |",
+        "| a step on each device | | hardware | ms per step | tokens/s, each | GB, each | peer |",
         "|---|---|---|---|---|---|---|",
     ]
     sharded = [row for row in rows if row["parallel"] == "fsdp"]
