@@ -19,6 +19,7 @@ from lora.data.sequences.batches import BatchStream
 from lora.device import DeviceChoice, choose_device, synchronize
 from lora.distributed.one_run import shared_run
 from lora.distributed.world import ALONE, World
+from lora.fast.runner import DeviceStepRunner
 from lora.runs.directory import create_run
 from lora.runs.disk import read_rows
 from lora.training.job import TrainingJob
@@ -80,7 +81,13 @@ def time_ours(case: Case, world: World, smoke: bool) -> dict[str, Any]:
         "first_and_last_loss": [round(losses[0], 4), round(losses[-1], 4)],
         "planned_gb": prepared.planned.n_bytes / GB,
         "mode": prepared.planned.mode,
+        "step": about(prepared.steps),
     }
+
+
+def about(steps: StepRunner) -> str:
+    """Return what a step says of itself, or its kind."""
+    return steps.describe() if isinstance(steps, DeviceStepRunner) else type(steps).__name__
 
 
 def used_bytes() -> int:
