@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lora.decoder.decoder import Decoder
 from lora.device import Share
-from lora.distributed.shards import Rows
+from lora.distributed.shards import Rows, gather_shards
 from lora.distributed.world import ALONE, World
 from lora.errors import ModelError
 from lora.fast.sharded.layout import ShardedMatrix
@@ -103,11 +102,8 @@ def _reads(matrix: ShardedMatrix, unit: int) -> Iterator[tuple[str, slice, slice
 def gather_scales(matrix: ShardedMatrix, own: Tensor, base: ShardedBase) -> Tensor:
     """Return the scales (L, O, 1) of all processes; `own` (L, rows, 1) are this one's, padded."""
     world = base.world
-    if world.is_alone:
-        return own[:, : matrix.outputs]
-    whole = own.new_empty(world.size, *own.shape)
-    with world.waits("scales of the fp8 weights"):
-        dist.all_gather_into_tensor(whole.view(-1), own.view(-1), group=world.device_group)
+    whole = own.new_empty(world.size, *own.shape)  # (N, L, rows, 1)
+    gather_shards(whole.view(-1), own.view(-1), world, "the scales of fp8 weights")
     return whole.transpose(0, 1).flatten(1, 2)[:, : matrix.outputs].contiguous()  # (L, O, 1)
 
 

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from lora.distributed.shards import gather_shards
 from lora.distributed.world import World
 from lora.fast.sharded.layout import Span
 
@@ -53,12 +53,7 @@ class CollectiveGather:
         for span in spans:
             own = self.shard[span.shard_offset : span.shard_offset + span.n_bytes]
             whole = slot[span.slot_offset : span.slot_offset + size * span.n_bytes]
-            if self.world.is_alone:
-                whole.copy_(own)
-                continue
-            # Bytes, whatever they hold: gloo knows no float8.
-            with self.world.waits(what):
-                dist.all_gather_into_tensor(whole, own, group=self.world.device_group)
+            gather_shards(whole, own, self.world, what)  # bytes: gloo knows no float8
 
 
 class PulledGather:

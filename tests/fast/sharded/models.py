@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +35,11 @@ class Case:
     fp8: bool = False
     lora: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
+    heads: tuple[int, int, int] = (5, 1, 8)
+    """Query heads, key/value heads, width."""
+    feed_forward: int = 56
+    vocabulary: int = VOCABULARY
+    std: float = 0.2
 
 
 CASES = {
@@ -54,20 +58,20 @@ CASES = {
 
 
 def config_of(case: Case) -> DecoderConfig:
-    """Return a config whose sizes divide by neither two nor three processes."""
+    """Return a config; by default its sizes divide by neither two nor three processes."""
     rope = RopeConfig(10000.0)
     return DecoderConfig(
         family="llama",
-        vocab_size=VOCABULARY,
-        hidden_size=40,
+        vocab_size=case.vocabulary,
+        hidden_size=case.heads[0] * case.heads[2],
         max_position_embeddings=256,
         norm_eps=1e-5,
         block="pre_norm",
         embedding_scale=1.0,
         tie_word_embeddings=case.tied,
-        attention=AttentionConfig(5, 1, 8, qkv_bias=case.bias),
-        feed_forward=FeedForwardConfig(56, "silu"),
-        layers=(LayerConfig(rope, None, 8**-0.5),) * case.n_layers,
+        attention=AttentionConfig(*case.heads, qkv_bias=case.bias),
+        feed_forward=FeedForwardConfig(case.feed_forward, "silu"),
+        layers=(LayerConfig(rope, None, case.heads[2] ** -0.5),) * case.n_layers,
     )
 
 
@@ -76,12 +80,12 @@ def base_values(case: Case) -> dict[str, Tensor]:
     model = build_decoder(config_of(case), 1, dtype=case.dtype)
     draw = torch.Generator().manual_seed(2)
     return {
-        name: p.detach() + 0.2 * torch.randn(p.shape, generator=draw, dtype=p.dtype)
+        name: p.detach() + case.std * torch.randn(p.shape, generator=draw, dtype=p.dtype)
         for name, p in model.named_parameters()
     }
 
 
-def whole_model(case: Case) -> Decoder:
+def whole_model(case: Case, device: torch.device | str = "cpu") -> Decoder:
     """Return the model as one process loads it."""
     model, values = build_empty_decoder(config_of(case)), base_values(case)
     if case.fp8:
@@ -90,9 +94,9 @@ def whole_model(case: Case) -> Decoder:
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if isinstance(module, Fp8Linear) and leaf == "weight":
-            module.load(value, name)
+            module.load(value.to(device), name)
         else:
-            setattr(module, leaf, nn.Parameter(value.clone()))
+            setattr(module, leaf, nn.Parameter(value.to(device, copy=True)))
     model.tie_head()
     return _adapted(model, case)
 
@@ -129,19 +133,14 @@ def rows_of(case: Case) -> Rows:
     return lambda name, rows: values[name][rows]
 
 
-def batch_of(seed: int, n_sequences: int, *, packed: bool) -> Batch:
+def batch_of(seed: int, n_sequences: int, *, packed: bool, tokens: int = TOKENS) -> Batch:
     """Return random tokens: one document a sequence, or several."""
     draw = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, VOCABULARY, (n_sequences, TOKENS), generator=draw)
+    ids = torch.randint(0, VOCABULARY, (n_sequences, tokens), generator=draw)
     labels = ids.roll(-1, 1)
     labels[:, ::5] = -100
     documents = torch.zeros_like(ids)
-    positions = torch.arange(TOKENS).expand(n_sequences, -1).clone()
+    positions = torch.arange(tokens).expand(n_sequences, -1).clone()
     if packed:
-        documents[0, 5:], positions[0, 5:] = 1, torch.arange(TOKENS - 5)
+        documents[0, 5:], positions[0, 5:] = 1, torch.arange(tokens - 5)
     return Batch(ids, labels, positions, documents)
-
-
-def copy_of(batch: Batch) -> Batch:
-    """Return a batch of its own memory."""
-    return copy.deepcopy(batch)
