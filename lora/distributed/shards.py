@@ -8,11 +8,6 @@ from torch import Tensor
 
 from lora.distributed.world import World
 
-try:
-    from torch.distributed import all_gather_single as _gather
-except ImportError:  # its name before torch 2.13
-    from torch.distributed import all_gather_into_tensor as _gather
-
 Rows = Callable[[str, slice], Tensor]
 """(a parameter's full name, rows along its first dimension) -> those rows, on the CPU.
 
@@ -30,5 +25,9 @@ def gather_shards(whole: Tensor, own: Tensor, world: World, what: str) -> None:
     if world.is_alone:
         whole.copy_(own)
         return
+    try:
+        from torch.distributed import all_gather_single as gather
+    except ImportError:  # its name before torch 2.13
+        from torch.distributed import all_gather_into_tensor as gather
     with world.waits(what):
-        _gather(whole, own, group=world.device_group)
+        gather(whole, own, group=world.device_group)
