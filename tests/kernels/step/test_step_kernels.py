@@ -124,6 +124,28 @@ def test_norms_and_swiglu_write_codes_beside_their_results(
         assert_fp8(fast, plain)
 
 
+@pytest.mark.parametrize("recomputes", [True, False])
+@pytest.mark.parametrize("with_factors", [True, False])
+def test_gradients_of_wide_rows_in_chunks(
+    draw: torch.Generator, recomputes: bool, with_factors: bool
+) -> None:
+    width = 16400  # beyond what stays in registers, and no multiple of a chunk
+    gate_up, dy = random(draw, 3, 2 * width + 16)[:, : 2 * width], random(draw, 3, width)
+    factors = torch.rand(2 * width, generator=draw).to(DEVICE) if with_factors else None
+    grads, rows, outs = [], [], []
+    for function in (swiglu.swiglu_backward, swiglu.swiglu_backward_triton):
+        grads.append(gate_up.clone())
+        rows.append(fp8_like(gate_up, factors))
+        outs.append(torch.zeros_like(dy))
+        function(grads[-1], dy, outs[-1] if recomputes else None, rows[-1])
+    assert_close(grads[1], grads[0])
+    if recomputes:
+        assert_close(outs[1], outs[0])
+    expected = fp8_like(grads[1], factors)
+    expected.write(grads[1])
+    assert_fp8(rows[1], expected)
+
+
 def test_transposing_codes(draw: torch.Generator) -> None:
     weight = random(draw, 136, 80).to(fp8.FP8)
     out = torch.zeros(80, 136, dtype=fp8.FP8, device=DEVICE)

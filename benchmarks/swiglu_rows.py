@@ -1,0 +1,74 @@
+"""SwiGLU's gradient with fp8 codes beside it: whole rows in registers against chunks of rows.
+
+    python benchmarks/swiglu_rows.py [--out results/swiglu_rows_h100.jsonl]     on a GPU
+
+Both give the same bits; which one a width takes is MAX_BLOCK_IN_REGISTERS in
+lora/kernels/step/swiglu.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora.kernels.step import swiglu
+from lora.kernels.step.fp8 import FP8, Fp8Rows
+
+WIDTHS = {"1B": 8192, "8B": 14336, "70B": 28672}
+TOKENS, REPEATS = 4096, 10
+
+
+def main() -> int:
+    """Print one line for each width: milliseconds of both, and whether their results are equal."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("swiglu_rows: there is no GPU here", file=sys.stderr)
+        return 2
+    for shape, width in WIDTHS.items():
+        whole_ms, whole = _measure(width, max_block=2**20)
+        chunks_ms, chunks = _measure(width, max_block=0)
+        row = {
+            "shape": shape,
+            "width": width,
+            "tokens": TOKENS,
+            "whole_rows_ms": round(whole_ms, 3),
+            "chunks_ms": round(chunks_ms, 3),
+            "equal": all(map(torch.equal, whole, chunks)),
+            "hardware": torch.cuda.get_device_name(),
+        }
+        print(json.dumps(row))
+        if arguments.out is not None:
+            with arguments.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    return 0
+
+
+def _measure(width: int, max_block: int) -> tuple[float, list[Tensor]]:
+    """Return the time of one call and what the first one wrote."""
+    swiglu.MAX_BLOCK_IN_REGISTERS = max_block
+    torch.manual_seed(0)
+    kind = {"device": "cuda", "dtype": torch.bfloat16}
+    gate_up, dy = torch.randn(TOKENS, 2 * width, **kind), torch.randn(TOKENS, width, **kind)
+    out, codes = torch.empty_like(dy), torch.empty(TOKENS, 2 * width, device="cuda", dtype=FP8)
+    scales, factors = torch.empty(TOKENS, 1, device="cuda"), torch.rand(2 * width, device="cuda")
+    rows = Fp8Rows(codes, scales, factors)
+    swiglu.swiglu_backward_triton(gate_up, dy, out, rows)
+    found = [tensor.clone() for tensor in (gate_up, out, codes.view(torch.uint8), scales)]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(REPEATS):
+        swiglu.swiglu_backward_triton(gate_up, dy, out, rows)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / REPEATS, found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
