@@ -18,8 +18,17 @@ from lora.cli.flags.from_fields import (
     config_from,
     flags_from,
 )
-from lora.cli.flags.shared import Adapter, Device, Json, Model, Overwrite, check_overwrite
+from lora.cli.flags.shared import (
+    Adapter,
+    Device,
+    Devices,
+    Json,
+    Model,
+    Overwrite,
+    check_overwrite,
+)
 from lora.config import DataConfig, SamplingConfig
+from lora.distributed.launch import Processes, processes_to_start
 from lora.errors import ConfigError
 from lora.inference.eval_config import EvalConfig
 from lora.inference.loading import LoadedModel, load_model, tokenizer_for
@@ -32,6 +41,7 @@ if TYPE_CHECKING:
     from lora.data.reading.formats import Example
     from lora.data.sequences.encoded import EncodedExamples, EncodingCounts
     from lora.data.tokenizers.subword import TextTokenizer
+    from lora.distributed.world import World
     from lora.inference.evaluation import Evaluation, EvaluationData
 
 
@@ -54,11 +64,12 @@ def evaluate(
     max_new_tokens: Annotated[int, Parameter(group=GENERATION)] = 128,
     bleu: Annotated[bool, Parameter(group=GENERATION)] = False,
     device: Device = "auto",
+    devices: Devices = None,
     overwrite: Overwrite = False,
     json: Json = False,
     data_config: Annotated[EvalDataFlags | None, Flat] = None,
     eval_config: Annotated[EvalFlags | None, Flat] = None,
-) -> int:
+) -> int | Processes:
     """Evaluate a model on examples: loss, perplexity, and scores of its answers.
 
     For example:
@@ -66,10 +77,12 @@ def evaluate(
         lora eval test.jsonl --adapter runs/orders/adapter --answers all
         lora eval test.csv --adapter runs/tickets/adapter --predictions out.jsonl
         lora eval test.jsonl --metrics rouge-l,bleu
+        lora eval test.jsonl --answers all --devices 4
 
     With --adapter the base model is evaluated too, for comparison, and data
     settings that are not given are those of the adapter's run. In a
-    conversation every assistant turn is generated.
+    conversation every assistant turn is generated. Several devices share the
+    examples.
 
     Parameters
     ----------
@@ -85,6 +98,7 @@ def evaluate(
     from lora.data.reading.readers import read_examples
     from lora.data.sequences.embedding_rows import check_ids
     from lora.decoder.families import decoder_config
+    from lora.distributed.start import joined
     from lora.inference.evaluation import prepare_evaluation
     from lora.inference.loading import find_model_of, model_inputs
     from lora.inference.run_settings import find_rules
@@ -99,6 +113,8 @@ def evaluate(
             "an adapter, or leave the flag out."
         )
     sampling = SamplingConfig(max_new_tokens=max_new_tokens)
+    if processes := processes_to_start(devices, device):
+        return processes
     config, now = _data_settings(adapter, data_config)
     inputs = (*input_paths(data, config.chat_template), *model_inputs(model, adapter))
     output = _output(predictions, chosen, overwrite, inputs)
@@ -118,15 +134,12 @@ def evaluate(
     check_ids(encoded.documents, examples, loaded.tokenizer, loaded.model.config.vocab_size)
     _tell_findings(examples, encoded, loaded.tokenizer, config, now)
     _tell_prompts(ready, n_answered, loaded, sampling)
-    found = _evaluate(ready, loaded, sampling, adapter is not None, chosen.base)
-    _tell_results(found, ready, sampling)
-    if output is not None:
-        from lora.inference.predictions import write_predictions
-
-        with output.building() as part:
-            *base, last = found.values()
-            write_predictions(part, last, *base)
-        _tell(f"predictions: {output.path}")
+    with joined(loaded.choice.device) as world:
+        found = _evaluate(ready, loaded, sampling, adapter is not None, chosen.base, world)
+        _tell_results(found, ready, sampling)
+        if output is not None:
+            world.on_main(lambda: _write(output, found), "the predictions file")
+            _tell(f"predictions: {output.path}")
     if json:
         print(json_text({name: asdict(each.scores) for name, each in found.items()}))
     else:
@@ -142,6 +155,7 @@ def _evaluate(
     sampling: SamplingConfig,
     has_adapter: bool,
     has_base: bool,
+    world: World,
 ) -> dict[str, Evaluation]:
     """Return the evaluations of "base" (unless there is an adapter and no base) and "adapter"."""
     from lora.adapters.apply import disabled_adapter
@@ -153,7 +167,9 @@ def _evaluate(
             def tell(stage: str, done: int, total: int) -> None:
                 progress.update(f"{name}: {stage}", done, total)
 
-            return ready.evaluate(loaded.model, loaded.tokenizer, loaded.choice, sampling, tell)
+            return ready.evaluate(
+                loaded.model, loaded.tokenizer, loaded.choice, sampling, tell, world
+            )
 
         if has_adapter and has_base:
             with disabled_adapter(loaded.model):
@@ -161,6 +177,14 @@ def _evaluate(
         name = "adapter" if has_adapter else "base"
         found[name] = evaluate_as(name)
     return found
+
+
+def _write(output: OutputPath, found: dict[str, Evaluation]) -> None:
+    from lora.inference.predictions import write_predictions
+
+    with output.building() as part:
+        *base, last = found.values()
+        write_predictions(part, last, *base)
 
 
 def _output(

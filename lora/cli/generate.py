@@ -8,8 +8,9 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from lora.cli.flags.from_fields import GENERATION, Flat, config_from
-from lora.cli.flags.shared import Adapter, Device, Json, Model, SamplingFlags, System
+from lora.cli.flags.shared import Adapter, Device, Devices, Json, Model, SamplingFlags, System
 from lora.config import SamplingConfig
+from lora.distributed.launch import Processes, processes_to_start
 from lora.inference.loading import load_model
 from lora.runs.typed_json import json_text
 from lora.terminal import print_note, printable_answer, printable_json
@@ -32,16 +33,19 @@ def generate(
     system: System = None,
     raw: Raw = None,
     device: Device = "auto",
+    devices: Devices = None,
     json: Json = False,
     sampling: Annotated[SamplingFlags | None, Flat] = None,
-) -> int:
+) -> int | Processes:
     """Answer prompts, as many at a time as memory has room for.
 
     For example:
 
         lora generate "What is the capital of France?"
         lora generate --adapter runs/orders/adapter --prompts-file asks.txt --json
+        lora generate --prompts-file asks.txt --devices 4
 
+    Several devices share the prompts; the answers come in the prompts' order.
     On a terminal, control characters in answers are escaped; files and pipes get
     them as they are.
 
@@ -54,8 +58,9 @@ def generate(
     """
     config = config_from(SamplingConfig, sampling or SamplingFlags())
     from lora.data.prompting.ask import Asker
+    from lora.distributed.start import joined
     from lora.errors import DataError
-    from lora.inference.generate import generate as answer
+    from lora.inference.shared import generate_shared
     from lora.pretrained.positions import describe_excess
     from lora.runs.record import PromptFormat
 
@@ -70,6 +75,8 @@ def generate(
             "Cannot generate: no prompt is given. Write prompts after the command, or name a file "
             "with --prompts-file."
         )
+    if processes := processes_to_start(devices, device):
+        return processes
     loaded = load_model(model, adapter, device)
     if model is None:
         print_note(f"model: {loaded.source.description}")
@@ -82,7 +89,9 @@ def generate(
     excess = describe_excess(n_tokens, loaded.model.config.max_position_embeddings)
     if excess:
         print_note(f"note: with its answer {excess}")
-    answers = answer(loaded.model, ids, config, stop_ids=loaded.tokenizer.stop_ids)
+    stop_ids = loaded.tokenizer.stop_ids
+    with joined(loaded.choice.device) as world:
+        answers = generate_shared(loaded.model, ids, config, world, stop_ids=stop_ids)
     written = [loaded.tokenizer.decode(tokens) for tokens in answers]
     _print(asked, written, json)
     return 0

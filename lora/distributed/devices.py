@@ -15,9 +15,9 @@ from lora.errors import ConfigError
 def own_device(requested: str) -> str:
     """Return the device of this process: `requested`, or its own GPU if it is one of several.
 
-    Raises ConfigError for one numbered GPU for several processes, and for more of them than GPUs.
+    Raises ConfigError for the numbered GPU of another process, and for more of them than GPUs.
     """
-    if world_size() == 1 or requested == "cpu":
+    if world_size() == 1 or requested in ("cpu", f"cuda:{_local_rank()}"):
         return requested
     if requested.startswith("cuda:"):
         raise ConfigError(
@@ -31,7 +31,7 @@ def own_device(requested: str) -> str:
     n_here = int(os.environ["LOCAL_WORLD_SIZE"])
     if requested in ("auto", "cuda") and n_here > n_gpus > 0:
         raise ConfigError(
-            f"Cannot train with {n_here} processes on this machine: PyTorch sees {n_gpus} "
+            f"Cannot use {n_here} processes on this machine: PyTorch sees {n_gpus} "
             f"{'GPU' if n_gpus == 1 else 'GPUs'}, and each process needs one. Start {n_gpus}, or "
             "use device=cpu."
         )

@@ -11,7 +11,9 @@ from lora.data.chat.prompts import Prompt, example_prompts
 from lora.data.reading.formats import Example
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.decoder import Decoder
+from lora.distributed.world import ALONE, World
 from lora.inference.generate import generate
+from lora.inference.shared import dealt, in_order
 
 REASONING_END = "</think>"
 """Ends the reasoning in the answers of released reasoning models."""
@@ -88,21 +90,28 @@ def answer_prompts(
     *,
     batch_size: int = 16,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    world: World = ALONE,
 ) -> list[Answer]:
-    """Return the model's answers, in the order of `prompts`.
+    """Return the model's answers, in the order of `prompts`; several processes share them.
 
     `on_progress(answered, all)` is called after each batch.
     """
     # Sorted by length: prompts of one batch then need little padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    answers: dict[int, Answer] = {}
-    for first in range(0, len(order), batch_size):
-        indices = order[first : first + batch_size]
-        ids = [prompts[i].ids for i in indices]
-        written = generate(model, ids, sampling, stop_ids=tokenizer.stop_ids)
-        for i, tokens in zip(indices, written, strict=True):
-            answers[i] = _answer(prompts[i], tokens, tokenizer, sampling.max_new_tokens)
-        on_progress(len(answers), len(prompts))
+    own, written = dealt(len(prompts), world), list[list[int]]()
+    for first in range(0, len(own), batch_size):
+        places = own[first : first + batch_size]  # in `order`
+        ids = [prompts[order[place]].ids for place in places]
+        # Their seeds are those that they have in one process.
+        numbers = [place % batch_size for place in places]
+        written += generate(model, ids, sampling, stop_ids=tokenizer.stop_ids, numbers=numbers)
+        # The other processes are taken to be as far as this one.
+        on_progress(len(prompts) * len(written) // len(own), len(prompts))
+    written = in_order(world.gather(written, "the answers of all processes"))
+    answers = {
+        i: _answer(prompts[i], tokens, tokenizer, sampling.max_new_tokens)
+        for i, tokens in zip(order, written, strict=True)
+    }
     return [answers[i] for i in range(len(prompts))]
 
 

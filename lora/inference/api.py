@@ -34,6 +34,7 @@ from lora.inference.run_settings import (
     find_rules,
     read_run_data_settings,
 )
+from lora.inference.shared import generate_shared, sharing
 from lora.runs.record import PromptFormat
 
 Chat = Sequence[Message]
@@ -97,7 +98,8 @@ def generate(
     """Return the model's answers to `prompts`, or its answer if `prompts` is one string.
 
     Prompts share batches, as many as memory has room for; answers are greedy unless
-    `temperature` is given.
+    `temperature` is given. Under torchrun all processes call it with the same list of prompts, each
+    answers a part of them, and all get all answers; in a callback one process answers by itself.
 
     Args:
         model: as `load_model` returns it.
@@ -119,9 +121,12 @@ def generate(
     trained = find_prompt_format(adapter, folder) or PromptFormat()
     asker = Asker(trained, raw, system)
     ids = [_prompt_ids(prompt, tokenizer, asker) for prompt in many]
-    answers = generate_tokens(model, ids, config, stop_ids=tokenizer.stop_ids)
-    texts = [tokenizer.decode(tokens) for tokens in answers]
-    return texts[0] if isinstance(prompts, str) else texts
+    if isinstance(prompts, str):  # nothing to share, and one process may ask it alone
+        (answer,) = generate_tokens(model, ids, config, stop_ids=tokenizer.stop_ids)
+        return tokenizer.decode(answer)
+    with sharing(next(model.parameters()).device) as world:
+        answers = generate_shared(model, ids, config, world, stop_ids=tokenizer.stop_ids)
+    return [tokenizer.decode(tokens) for tokens in answers]
 
 
 def evaluate(
@@ -138,7 +143,9 @@ def evaluate(
 ) -> Evaluation:
     """Return the model's loss and perplexity on examples, its answers, and their scores.
 
-    With `disabled_adapter(model)` around it, the base is evaluated.
+    With `disabled_adapter(model)` around it, the base is evaluated. Under torchrun all processes
+    call it with the same arguments, each evaluates a part of the examples, and all get the whole;
+    in a callback one process evaluates by itself.
 
     Args:
         model: as `load_model` returns it.
@@ -183,7 +190,9 @@ def evaluate(
     )
     check_ids(ready.encoded.documents, examples, tokenizer, model.config.vocab_size)
     choice = choose_device(str(next(model.parameters()).device))
-    return ready.evaluate(model, tokenizer, choice, sampling or SamplingConfig(), on_progress)
+    with sharing(choice.device) as world:
+        asked = sampling or SamplingConfig()
+        return ready.evaluate(model, tokenizer, choice, asked, on_progress, world)
 
 
 def _prompt_ids(prompt: str | Chat, tokenizer: TextTokenizer, asker: Asker) -> list[int]:

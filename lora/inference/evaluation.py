@@ -17,6 +17,7 @@ from lora.data.sequences.encoded import EncodedExamples, check_has_targets
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
+from lora.distributed.world import ALONE, World
 from lora.inference.answers import Answer, answer_prompts, ask_for_all
 from lora.inference.eval_config import choose_metrics
 from lora.inference.scoring.json_fields import count_fields, parse_json, right_fields
@@ -90,8 +91,9 @@ class EvaluationData:
         choice: DeviceChoice,
         sampling: SamplingConfig,
         on_progress: OnProgress = lambda stage, done, total: None,
+        world: World = ALONE,
     ) -> Evaluation:
-        """Return the loss, and the scores of the model's answers.
+        """Return the loss, and the scores of the model's answers; several processes share them.
 
         `on_progress(stage, done, total)` is called after each batch.
         """
@@ -102,7 +104,9 @@ class EvaluationData:
         def of_answers(done: int, total: int) -> None:
             on_progress("answers", done, total)
 
-        loss = loss_of(model, self.encoded, tokenizer, self.config, choice, on_progress=of_loss)
+        loss = loss_of(
+            model, self.encoded, tokenizer, self.config, choice, on_progress=of_loss, world=world
+        )
         answers = answer_prompts(
             model,
             self.prompts,
@@ -110,6 +114,7 @@ class EvaluationData:
             sampling,
             batch_size=GPU_ANSWERS if choice.device.type == "cuda" else CPU_ANSWERS,
             on_progress=of_answers,
+            world=world,
         )
         counts = self.encoded.counts
         scores = replace(
@@ -182,23 +187,26 @@ def loss_of(
     choice: DeviceChoice,
     batch_size: int = 8,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    world: World = ALONE,
 ) -> float:
     """Return the mean loss in nats over the target tokens of encoded examples.
 
-    `on_progress(done, total)` is called with batches.
+    Several processes get batches in turn; the loss has the bits of one process's. `on_progress(
+    done, total)` is called with batches.
     """
     pad, _ = choose_pad_id(tokenizer, model.config.vocab_size)
     sequences = build_sequences(
         encoded.documents, config.max_length, packing=config.packing, pad_id=pad, seed=0
     )
-    total = math.ceil(len(sequences) / batch_size)
+    total, device = math.ceil(len(sequences) / (batch_size * world.size)), choice.device
 
     def batches() -> Iterator[Batch]:
-        for done, batch in enumerate(ordered_batches(sequences, batch_size, choice.device)):
+        for done, batch in enumerate(ordered_batches(sequences, batch_size, device, world.share)):
             on_progress(done, total)
             yield batch
 
-    return evaluate(model, batches(), loss_for(model), choice.autocast)
+    what = "the losses of all processes"
+    return evaluate(model, batches(), loss_for(model), choice.autocast, world, what)
 
 
 def score(loss: float, answers: Sequence[Answer], metrics: Sequence[str] = ("auto",)) -> Scores:

@@ -30,20 +30,23 @@ def generate(
     *,
     stop_ids: Sequence[int] = (),
     on_token: Callable[[int, int], None] = lambda prompt, token: None,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, without the stop token that ended them.
 
     Prompts of different lengths share a batch, as many as memory has room for; up to rounding, an
     answer does not depend on the other prompts. `on_token(index of the prompt, token)` is called
-    with each new token.
+    with each new token. A prompt is sampled with the seed of `sampling` plus its number: of
+    `numbers`, else its index.
 
     Raises DataError for an empty prompt or a token outside the vocabulary, ConfigError if the
     memory has no room for `max_new_tokens`, ModelError if the logits are not finite.
     """
     sampling = sampling or SamplingConfig()
-    _check_prompts(prompts, model.config.vocab_size)
+    check_prompts(prompts, model.config.vocab_size)
     if not prompts:
         return []
+    numbers = range(len(prompts)) if numbers is None else numbers
     batches = _split_by_memory(model, [len(prompt) for prompt in prompts], sampling)
     answers: list[list[int]] = []
     with _eval_mode(model):
@@ -54,7 +57,7 @@ def generate(
 
             # A generator for each prompt: its tokens do not depend on how many others are sampled
             # with it.
-            seeds = [sampling.seed + number for number in batch]
+            seeds = [sampling.seed + numbers[index] for index in batch]
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             asked = prompts[batch.start : batch.stop]
             answers += _generate(model, asked, sampling, generators, frozenset(stop_ids), tell)
@@ -95,7 +98,8 @@ def _split_by_memory(
     return [*batches, range(start, len(lengths))]
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raise DataError for an empty prompt, or one with a token outside the vocabulary."""
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise DataError(f"Cannot generate from prompt {number}: it is empty. Give it a token.")

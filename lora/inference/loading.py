@@ -39,16 +39,18 @@ def load_model(name: str | None, adapter: Path | None, device: str = "auto") -> 
     """Return the model called `name` with `adapter` on it, and its tokenizer.
 
     Without a name it is the base that the adapter names, else the default model. An adapter that
-    brings a tokenizer (with the chat template it learned) is asked with that one.
+    brings a tokenizer (with the chat template it learned) is asked with that one. Each of several
+    processes loads the model on its own GPU.
     """
     from lora.adapters.save_load import load_adapter
     from lora.device import choose_device
+    from lora.distributed.devices import own_device
     from lora.errors import AdapterError
     from lora.inference.checkpoints.find import find_adapter
     from lora.inference.run_settings import find_prompt_format
     from lora.pretrained.hf_weights import load_decoder
 
-    choice = choose_device(device)
+    choice = choose_device(own_device(device))
     adapter = None if adapter is None else find_adapter(adapter)
     source = find_model_of(name, adapter)
     tokenizer = load_tokenizer_of(source, adapter)

@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 from lora.errors import CheckpointError
+from lora.runs.outputs import output_lock
 from lora.runs.read_record import read_result, read_run_record
 from lora.runs.record import RUN_FILE
 
@@ -77,7 +78,9 @@ def _open_checkpoint(run: Path, word: str) -> Path:
     if (folder / ADAPTER_CONFIG).is_file():
         return folder
     try:
-        extract_adapter(run, entry, folder)
+        with output_lock(folder, wait=True):  # the processes of one command all come here
+            if not (folder / ADAPTER_CONFIG).is_file():
+                extract_adapter(run, entry, folder)
     except CheckpointError:
         if folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)
