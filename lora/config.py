@@ -49,6 +49,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "fp32", "bf16"]
 MemoryMode = Literal["auto", "none", "cheap", "full", "full+offload"]
 BaseDtype = Literal["auto", "fp8"]
+Parallel = Literal["auto", "ddp", "fsdp"]
 LearnOn = Literal["assistant", "all"]
 LongExamples = Literal["truncate", "split", "drop"]
 SavedWeights = Literal["best", "last"]
@@ -374,6 +375,9 @@ class RunConfig(Settings):
     """Maximum number of tokens of such an answer."""
     device: str = field(default="auto", metadata=DEVICE)
     """Device: auto, cpu, cuda, cuda:1, ..."""
+    parallel: Parallel = field(default="auto", metadata=DEVICE)
+    """Several processes: ddp replicates the base on each device, fsdp shards it; auto is ddp if it
+    fits."""
     fast: bool = field(default=True, metadata=DEVICE)
     """Use the fused GPU training step where it supports the model; false: always PyTorch
     autograd."""
@@ -393,6 +397,7 @@ class RunConfig(Settings):
             value = getattr(self, name)
             faults += check(isinstance(value, bool), name, value, "true or false")
         faults += check_choice("save", self.save, SavedWeights)
+        faults += check_choice("parallel", self.parallel, Parallel)
         raise_if(faults, self)
 
     def eval_interval(self, steps: int) -> int:

@@ -58,7 +58,7 @@ class EvaluationFlags:
 
 @flags_from(
     RunConfig,
-    without=("keep_checkpoints", "patience", "skip_nonfinite", "tensorboard"),
+    without=("keep_checkpoints", "patience", "skip_nonfinite", "tensorboard", "parallel"),
 )
 class CompareRun:
     """Evaluation, checkpoints, run directory and device."""

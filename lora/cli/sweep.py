@@ -83,7 +83,7 @@ class SweepTrain:
     RunConfig,
     without=(
         *("keep_checkpoints", "patience", "samples", "sample_tokens"),
-        *("skip_nonfinite", "tensorboard"),
+        *("skip_nonfinite", "tensorboard", "parallel"),
     ),
 )
 class SweepRun:

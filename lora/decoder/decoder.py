@@ -173,6 +173,10 @@ class Decoder(nn.Module):
         self.config = config
         self.known_fingerprint: str | None = None
         """Of the base whose values are not all in this process; None: it follows from them."""
+        self.is_sharded = False
+        """Whether several processes share its weights out: all of them then run it together."""
+        self.cache_dtype: torch.dtype | None = None
+        """Of keys and values, if it is not that of the parameters."""
         self.trunk_name, trunk = _TRUNKS[config.block]
         self.add_module(self.trunk_name, trunk(config))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -232,11 +236,12 @@ class Decoder(nn.Module):
     ) -> KVCache:
         """Return an empty cache for `batch_size` sequences of up to `max_tokens` tokens each.
 
-        `dtype` and `device` default to those of the model's first parameter.
+        `dtype` and `device` default to those of the model's first parameter, or `cache_dtype`.
         """
         first = next(self.parameters())
         device = first.device if device is None else torch.device(device)
-        return KVCache(self.config, batch_size, max_tokens, dtype or first.dtype, device)
+        kind = dtype or self.cache_dtype or first.dtype
+        return KVCache(self.config, batch_size, max_tokens, kind, device)
 
 
 def build_empty_decoder(config: DecoderConfig) -> Decoder:

@@ -80,24 +80,34 @@ class Fp8Linear(Fp8Weight):
 
         Raises ModelError if a value is not finite.
         """
-        rows = Fp8Rows(
-            torch.empty_like(weight, dtype=FP8),
-            weight.new_empty(len(weight), 1, dtype=torch.float32),
-        )
-        rows.write(weight)
-        # The host waits once per tensor. A row with a value that is not finite has no scale.
-        if not bool(torch.isfinite(rows.scales).all()) or bool(weight.isnan().any()):
-            damaged = (~torch.isfinite(weight)).any(1).nonzero().flatten().tolist()
-            raise ModelError(
-                f"Cannot quantise {name} to fp8: it has values that are not finite, in rows "
-                f"{', '.join(map(str, damaged[:8]))}{' …' if len(damaged) > 8 else ''}. "
-                "float8_e4m3fn has no infinity. Download the weights again."
-            )
+        rows = quantise_weight(weight, name)
         self.weight = nn.Parameter(rows.codes, requires_grad=False)
         self.weight_scale, self.sample = rows.scales, sample_values(weight)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, fp8"
+
+
+def quantise_weight(weight: Tensor, name: str, *, first_row: int = 0) -> Fp8Rows:
+    """Return codes and scales of `weight` (O, I), or of its rows from `first_row` on.
+
+    Raises ModelError if a value is not finite.
+    """
+    rows = Fp8Rows(
+        torch.empty_like(weight, dtype=FP8),
+        weight.new_empty(len(weight), 1, dtype=torch.float32),
+    )
+    rows.write(weight)
+    # The host waits once per tensor. A row with a value that is not finite has no scale.
+    if not bool(torch.isfinite(rows.scales).all()) or bool(weight.isnan().any()):
+        damaged = (~torch.isfinite(weight)).any(1).nonzero().flatten() + first_row
+        shown = ", ".join(map(str, damaged[:8].tolist()))
+        raise ModelError(
+            f"Cannot quantise {name} to fp8: it has values that are not finite, in rows "
+            f"{shown}{' …' if len(damaged) > 8 else ''}. "
+            "float8_e4m3fn has no infinity. Download the weights again."
+        )
+    return rows
 
 
 def use_fp8_linears(model: Decoder) -> None:

@@ -68,11 +68,11 @@ class World:
             with self.waits(what):
                 dist.all_reduce(tensor, group=self._group_of(tensor))
 
-    def broadcast(self, tensor: Tensor, what: str) -> None:
-        """Changes `tensor` in place: it becomes that of rank 0."""
+    def broadcast(self, tensor: Tensor, what: str, source: int = 0) -> None:
+        """Changes `tensor` in place: it becomes that of rank 0, or of rank `source`."""
         if not self.is_alone:
             with self.waits(what):
-                dist.broadcast(tensor, 0, group=self._group_of(tensor))
+                dist.broadcast(tensor, source, group=self._group_of(tensor))
 
     def gather(self, value: Any, what: str) -> list[Any]:
         """Return what every process gave, by rank. Values are pickled: small ones only."""

@@ -13,6 +13,7 @@ from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
 from lora.decoder.quantised import has_fp8_base
 from lora.device import DeviceChoice
+from lora.distributed.shards import Rows
 from lora.distributed.world import ALONE, World
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.runner import CapturedStepRunner, DeviceStepRunner, FastStepRunner
@@ -26,6 +27,7 @@ from lora.stacked.apply import StackedAdapters
 from lora.training.losses import is_transformers, loss_for
 from lora.training.optim import parameter_groups
 from lora.training.plain_step import PlainStepRunner
+from lora.training.sharded_step import ShardedStepRunner
 from lora.training.step_runner import LossFn, StepRunner
 
 MAX_HEAD_WIDTH = 256
@@ -46,6 +48,7 @@ def choose_steps(
     on_message: Callable[[str], None] = lambda text: None,
     loss_fn: LossFn | None = None,
     world: World = ALONE,
+    rows: Rows | None = None,
 ) -> StepRunner:
     """Return the runner of the fastest step that can train `model`; report on a GPU which, and why.
 
@@ -62,7 +65,11 @@ def choose_steps(
         on_message: gets one line.
         loss_fn: the plain step's; None: what fits `model`.
         world: the processes that train together.
+        rows: the values of what `model`, a Decoder, has on the meta device: it is sharded over
+            the processes.
     """
+    if rows is not None:
+        return _choose_sharded(cast(Decoder, model), rows, choice, config, world, on_message)
 
     def plain() -> StepRunner:
         return PlainStepRunner(model, loss_fn or loss_for(model), choice, config, world)
@@ -93,6 +100,26 @@ def choose_steps(
     steps = CapturedStepRunner(model, choice, config, compiles=compiles)
     on_message(f"{steps.describe()} (the fast step cannot: {why_not})")
     return steps
+
+
+def _choose_sharded(
+    model: Decoder,
+    rows: Rows,
+    choice: DeviceChoice,
+    config: TrainConfig,
+    world: World,
+    on_message: Callable[[str], None],
+) -> StepRunner:
+    """Changes `model` in place: its weights are sharded and loaded; return the runner for it."""
+    from lora.distributed.fsdp import shard_decoder  # its import takes longer than a second
+
+    is_gpu = choice.device.type == "cuda"
+    shard_decoder(model, rows, world, choice, recompute=is_gpu)
+    if is_gpu:
+        on_message("plain step with FSDP2, blocks are recomputed in the backward pass")
+    if trains_all_weights(model):
+        return ShardedStepRunner(model, loss_for(model), choice, config, world)
+    return PlainStepRunner(model, loss_for(model), choice, config, world)
 
 
 def why_not_fast(model: nn.Module, choice: DeviceChoice) -> str | None:

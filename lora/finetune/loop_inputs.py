@@ -82,7 +82,11 @@ def training_job(
         run=run,
         choice=choice,
         progress=progress,
-        on_eval=_sampler(job, model, data, run, progress) if world.is_main else _no_samples,
+        on_eval=(
+            _sampler(job, model, data, run, progress)
+            if world.is_main or model.is_sharded
+            else _no_samples
+        ),
         resume=job.resume,
         memory_plan=memory_plan,
         start_name=_start_name(job),

@@ -21,10 +21,12 @@ from lora.data.prompting.prompt_format import save_prompt_format
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
+from lora.distributed.shards import ShardReader, gathered_tables
+from lora.distributed.world import ALONE, World
 from lora.errors import CheckpointError
 from lora.finetune.job import FinetuneJob
 from lora.inference.checkpoints.listing import CHECKPOINTS, START
-from lora.pretrained.hf_weights import load_decoder, save_decoder
+from lora.pretrained.hf_weights import load_decoder, save_decoder, write_decoder
 from lora.pretrained.model_files import save_tokenizer_files
 from lora.pretrained.sources import ModelSource
 from lora.runs.directory import Run
@@ -40,7 +42,8 @@ def load_model(
 ) -> tuple[Decoder, str]:
     """Return the model ready to train, and the fingerprint of its base. Sets torch's seed."""
     # Frozen weights are loaded in the compute dtype; with full fine-tuning they stay in fp32.
-    dtype = torch.float32 if job.is_full else choice.compute_dtype
+    wide = torch.promote_types(choice.compute_dtype, torch.float32)
+    dtype = wide if job.is_full else choice.compute_dtype
     fp8 = job.base_dtype == "fp8"
     model = load_decoder(source.folder, dtype=dtype, device=choice.device, fp8=fp8)
     fingerprint = base_fingerprint(model)
@@ -75,22 +78,33 @@ def save_model(
     source: ModelSource,
     run: Run,
     progress: Progress,
+    world: World = ALONE,
 ) -> Path:
     """Save the adapter, or the whole model after full fine-tuning; return its directory.
 
-    It is in the run directory, or in a new temporary one if that cannot be written.
+    It is in the run directory, or in a new temporary one if that cannot be written. Rank 0 writes
+    it; of a sharded model it has no more than parts of one tensor at a time.
     """
+    if not job.is_full:
+        save = partial(_save_adapter, model, data, source)
+        with gathered_tables(model):
+            return world.on_main(
+                lambda: save_in_run(run, "adapter", save, progress), "the final save"
+            )
+    reader = ShardReader.of_model(model, world) if model.is_sharded else None
 
-    def save(directory: Path) -> None:
-        if not job.is_full:
-            _save_adapter(model, data, source, directory)
-            return
-        save_decoder(model, directory)
+    def save_all(directory: Path) -> None:
+        if reader is None:
+            save_decoder(model, directory)
+        else:
+            dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+            write_decoder(model.config, dtypes, reader.read, directory)
         # With the chat template of the training data.
         save_tokenizer_files(data.tokenizer, source.folder, directory)
         save_prompt_format(data.prompts, directory)
 
-    return save_in_run(run, "model" if job.is_full else "adapter", save, progress)
+    on_main = world.on_main if reader is None else reader.on_main
+    return on_main(lambda: save_in_run(run, "model", save_all, progress), "the final save")
 
 
 def save_in_run(run: Run, name: str, save: Callable[[Path], None], progress: Progress) -> Path:

@@ -66,6 +66,7 @@ from lora.training.trainer import train as run_loop
 GROUPS = (TrainConfig, DataConfig, RunConfig)
 NOT_HERE = {
     "device": "the model is used where it is: move it with model.to(...)",
+    "parallel": "the model is whole in every process; lora.finetune(...) can shard one",
     "samples": "sample answers need a model of lora.load_model; ask it with its own generate()",
     "sample_tokens": "there are no sample answers here",
     "special_tokens": "add them to the model and the tokenizer first, with train_token_rows(model, "

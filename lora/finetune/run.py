@@ -21,6 +21,7 @@ from lora.decoder.families import decoder_config
 from lora.device import DeviceChoice, choose_device, deterministic_algorithms, free_bytes
 from lora.distributed.devices import check_batch, own_device
 from lora.distributed.one_run import check_alike, shared_run
+from lora.distributed.shards import Rows, gathered_tables
 from lora.distributed.start import joined
 from lora.distributed.world import World
 from lora.errors import CheckpointError
@@ -33,13 +34,16 @@ from lora.finetune.job import (
     FinetuneResult,
     check_base_dtype,
     check_from_adapter,
+    check_parallel,
     describe_job,
+    is_sharded,
 )
 from lora.finetune.load_data import load_data
 from lora.finetune.loop_inputs import alike, training_job
 from lora.finetune.memory import ChosenMemory, RunMemory, describe_plan, plan_run
 from lora.finetune.model import load_model, save_model, save_start
 from lora.finetune.outline import outline
+from lora.finetune.sharded_model import build_sharded_model
 from lora.finetune.unused import check_patience
 from lora.inference.checkpoints.find import find_adapter
 from lora.inference.loading import find_model_of
@@ -119,9 +123,14 @@ def _finetune(
     with explain_out_of_memory(
         lambda: f"while the weights were loaded. {planned}. {LOADING_ADVICE}"
     ):
-        model, fingerprint = load_model(job, source, choice, data.tokenizer, progress)
+        if is_sharded(job, world):
+            built = build_sharded_model(job, source, choice, data.tokenizer, progress)
+            model, fingerprint, rows = built.model, built.fingerprint, built.rows
+        else:
+            model, fingerprint = load_model(job, source, choice, data.tokenizer, progress)
+            rows = None
     train_config = job.train.resolved(full=job.is_full)
-    steps = _choose_steps(job, model, choice, train_config, memory, progress, world)
+    steps = _choose_steps(job, model, choice, train_config, memory, progress, world, rows)
     record = _describe(job, inputs, train_config, fingerprint, world)
     check_alike(alike(record, choice, steps), world)
     name = job.run.name or default_name(source.name)
@@ -133,7 +142,8 @@ def _finetune(
         if job.run.tensorboard and world.is_main:
             log = event_file(run.folder / "tensorboard", progress.message)
             run.on_metrics = opened.enter_context(log)
-        world.on_main(lambda: save_start(job, model, data, source, run, progress), "the start")
+        with gathered_tables(model):
+            world.on_main(lambda: save_start(job, model, data, source, run, progress), "the start")
         plan = memory.plan
         loop = training_job(
             job, model, data, choice, train_config, run, progress, steps, plan, callbacks, world
@@ -141,9 +151,7 @@ def _finetune(
         if world.is_main:
             memory.on_change = partial(_record_change, memory, loop)
         result = train(loop)
-        saved = world.on_main(
-            lambda: save_model(job, model, data, source, run, progress), "the final save"
-        )
+        saved = save_model(job, model, data, source, run, progress, world)
         measured = RunMemory(memory.plan, result.peak_memory_bytes)
         try:
             run.write_result(RunResult(**vars(result), memory=measured.to_record()))
@@ -156,6 +164,7 @@ def _check(job: FinetuneJob, world: World) -> FinetuneJob:
     """Return the job with the path of its adapter. Raises for what can be wrong before all else."""
     check_base_dtype(job)
     check_from_adapter(job)
+    check_parallel(job, world)
     check_batch(job.train, world)
     name = job.from_adapter
     if name is not None:  # a checkpoint is made an adapter, once
@@ -267,6 +276,7 @@ def _choose_steps(
     memory: ChosenMemory,
     progress: Progress,
     world: World,
+    rows: Rows | None,
 ) -> StepRunner:
     if job.deterministic:
         progress.message("deterministic: torch's deterministic algorithms, and the plain step")
@@ -284,6 +294,7 @@ def _choose_steps(
             leaner=memory.take_leaner,
             on_message=progress.message,
             world=world,
+            rows=rows,
         )
     if isinstance(steps, FastStepRunner):
         steps.step.checkpointing = (

@@ -59,7 +59,8 @@ def build_sharded_model(
     fingerprint = base_fingerprint(files.model, files.release)
     model = build_empty_decoder(files.model.config)
     # In full fine-tuning what is stored stays in fp32; the base of LoRA has the compute dtype.
-    model.to(torch.float32 if job.is_full else choice.compute_dtype)
+    wide = torch.promote_types(choice.compute_dtype, torch.float32)
+    model.to(wide if job.is_full else choice.compute_dtype)
     if job.base_dtype == "fp8":
         use_fp8_linears(model)
     _each_tensor(model, lambda tensor: _stand_in(tensor, choice.device))
@@ -71,8 +72,13 @@ def build_sharded_model(
     if job.from_adapter is None and not job.is_full:
         _load_saved_modules(model, files)
     changed = _changed_tables(model, files, tokenizer) if has_tables else {}
-    _each_tensor(model, lambda t: t if t.requires_grad and not job.is_full else _on_meta(t))
+    drop_values(model, keep_trained=not job.is_full)
     return ShardedModel(model, _with_changed(files, changed), fingerprint)
+
+
+def drop_values(model: Decoder, *, keep_trained: bool) -> None:
+    """Changes `model` in place: its tensors move to the meta device, but for what trains if kept."""
+    _each_tensor(model, lambda t: t if t.requires_grad and keep_trained else _on_meta(t))
 
 
 def _each_tensor(model: Decoder, change: Callable[[Tensor], Tensor]) -> None:

@@ -53,7 +53,9 @@ class TensorParts:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor | TensorParts],
+    metadata: Mapping[str, str] | None = None,
 ) -> Digest:
     """Write `tensors` to `path` as safetensors; return once they are on the disk.
 
@@ -63,7 +65,9 @@ def write_tensors(
     return write_tensor_parts(path, {name: _whole(t) for name, t in tensors.items()}, metadata)
 
 
-def _whole(tensor: Tensor) -> TensorParts:
+def _whole(tensor: Tensor | TensorParts) -> TensorParts:
+    if isinstance(tensor, TensorParts):
+        return tensor
     return TensorParts(tensor.dtype, tuple(tensor.shape), lambda: iter((tensor,)))
 
 

@@ -59,6 +59,11 @@ def check_job(job: SweepJob, candidates: list[Candidate]) -> None:
                 f"Cannot sweep with {' and '.join(unused)}: candidates train together to their "
                 "last step, and have no TensorBoard files. Leave it out, or use lora finetune."
             )
+        if job.run.parallel != "auto":
+            raise ConfigError(
+                f"Cannot sweep with parallel={job.run.parallel!r}: each candidate trains on one "
+                "device. Leave it out, or use lora finetune."
+            )
     if job.data_config.special_tokens:
         raise ConfigError(
             "Cannot sweep with special_tokens: the embedding rows of added tokens cannot train for "

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lora.errors import CheckpointError, gather
 from lora.runs.disk import atomic_write, disk_error
-from lora.runs.tensor_files import Digest, digest_file, write_tensors
+from lora.runs.tensor_files import Digest, TensorParts, digest_file, write_tensors
 from lora.runs.typed_json import json_text
 
 TENSORS_FILE, STATE_FILE, MANIFEST_FILE = "tensors.safetensors", "state.json", "manifest.json"
@@ -35,7 +35,7 @@ OptimizerState = Mapping[str, Mapping[str, Tensor]]
 def save_checkpoint(
     folder: Path,
     step: int,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor | TensorParts],
     state: dict[str, Any],
     *,
     keep: int,
@@ -131,7 +131,7 @@ def load_trained_tensors(model: nn.Module, path: Path) -> None:
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     saved = read_trained_tensors(path)
-    _check_parameters(named, saved)
+    check_parameters(named, saved)
     for name, parameter in named.items():
         parameter.copy_(saved[name])
 
@@ -164,11 +164,15 @@ def training_tensors(model: nn.Module, optimizer_state: OptimizerState) -> dict[
     for name in named:
         for key, value in optimizer_state.get(name, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
-    tensors["random.cpu"] = torch.get_rng_state()
-    device = _device_of(named)
+    return tensors | random_states(_device_of(named))
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of the generators that training on `device` draws from."""
+    states = {"random.cpu": torch.get_rng_state()}
     if device.type == "cuda":
-        tensors["random.cuda.0"] = torch.cuda.get_rng_state(device)
-    return tensors
+        states["random.cuda.0"] = torch.cuda.get_rng_state(device)
+    return states
 
 
 @torch.no_grad()
@@ -182,7 +186,7 @@ def restore_training_tensors(
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     saved = {key.removeprefix("model."): t for key, t in tensors.items() if key[:6] == "model."}
-    _check_parameters(named, saved)
+    check_parameters(named, saved)
     optimizer_state = {}
     for name, parameter in named.items():
         parameter.copy_(saved[name])
@@ -190,21 +194,25 @@ def restore_training_tensors(
         moments = {key: tensors[f"optimizer.{key}.{name}"] for key in keys}
         if moments:  # a parameter that never had a gradient has none
             optimizer_state[name] = moments
+    restore_random_states(tensors, _device_of(named))
+    return optimizer_state
+
+
+def restore_random_states(tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Changes torch's generators in place, to what was saved."""
     torch.set_rng_state(tensors["random.cpu"])
-    device = _device_of(named)
     if device.type == "cuda":
         # Older checkpoints have the states of all GPUs of their machine.
         state = tensors.get(f"random.cuda.{device.index or 0}", tensors.get("random.cuda.0"))
         if state is not None:
             torch.cuda.set_rng_state(state, device)
-    return optimizer_state
 
 
 def _device_of(trained: Mapping[str, Tensor]) -> torch.device:
     return next((tensor.device for tensor in trained.values()), torch.device("cpu"))
 
 
-def _check_parameters(named: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+def check_parameters(named: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError with every name and shape that differs from the model's."""
     faults = [f"missing: {name}" for name in named if name not in saved]
     faults += [f"not trained here: {name}" for name in saved if name not in named]

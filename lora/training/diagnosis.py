@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora.distributed.world import World
+from lora.distributed.shards import local_part
+from lora.distributed.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -26,29 +27,44 @@ class Finding:
     """Whether it appeared again when the batch was run again."""
 
 
+_NOTHING = Finding(
+    "It did not appear again when the batch was run module by module.", is_certain=False
+)
+
+
 def find_nonfinite(
     model: nn.Module,
     batches: Sequence[Any],
     loss_fn: Callable[[nn.Module, Any], tuple[Tensor, Tensor]],
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    together: World = ALONE,
 ) -> Finding:
     """Return where NaN or infinity appears first when `batches` are run again.
 
     Checks the weights first, then each module's output in the order of computation, then the
-    parameters' gradients. The model is left as it was, without gradients.
+    parameters' gradients. The model is left as it was, without gradients. The processes of
+    `together` share the weights out: each runs the model as often as the others.
     """
-    for name, parameter in model.named_parameters():
-        # float8 has no isfinite, and fp8 weights were checked when they were quantised.
-        if parameter.element_size() > 1 and not bool(torch.isfinite(parameter).all()):
+    what = "where the loss is not finite"
+    # float8 has no isfinite, and fp8 weights were checked when they were quantised.
+    own = ((n, local_part(p)) for n, p in model.named_parameters() if p.element_size() > 1)
+    named = next((name for name, part in own if not bool(torch.isfinite(part).all())), None)
+    for name in together.gather(named, what):
+        if name is not None:
             return Finding(f"The weights themselves are not finite: {name}.", is_of_data=False)
+    seen = None
     for micro, batch in enumerate(batches):
         found = _first_output(model, batch, loss_fn, autocast)
-        if found is not None:
+        if found is not None and seen is None:
             where, sequences = found
-            return Finding(
+            seen = Finding(
                 f"It appears first in {where}, micro-batch {micro + 1} of {len(batches)}.",
                 tuple((micro, index) for index in sequences),
             )
+        if seen is not None and together.is_alone:
+            break
+    if together.any(seen is not None, what):
+        return seen or _NOTHING
     for batch in batches:
         with autocast():
             loss_sum, _ = loss_fn(model, batch)
@@ -56,14 +72,12 @@ def find_nonfinite(
     damaged = [
         name
         for name, p in model.named_parameters()
-        if p.grad is not None and not bool(torch.isfinite(p.grad).all())
+        if p.grad is not None and not bool(torch.isfinite(local_part(p.grad)).all())
     ]
     model.zero_grad(set_to_none=True)
     if damaged:  # the backward pass begins at the end, so the last one is the first
         return Finding(f"The loss is finite; its gradient is not, first in {damaged[-1]}.")
-    return Finding(
-        "It did not appear again when the batch was run module by module.", is_certain=False
-    )
+    return _NOTHING
 
 
 def gather_findings(found: Finding, n_sequences: int, world: World) -> Finding:

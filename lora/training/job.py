@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora.config import RunConfig, TrainConfig
 from lora.device import DeviceChoice
+from lora.distributed.shards import on_main_with
 from lora.distributed.tensors import broadcast_tensors
 from lora.distributed.world import ALONE, World
 from lora.errors import CheckpointError
@@ -27,6 +28,7 @@ from lora.training.checkpoint import (
     save_checkpoint,
 )
 from lora.training.out_of_memory import MemoryParts
+from lora.training.sharded_step import ShardedStepRunner
 from lora.training.step_runner import StepRunner
 
 
@@ -172,7 +174,7 @@ def save_loop_state(job: TrainingJob, state: LoopState, *, is_best: bool = False
         )
 
     try:
-        job.world.on_main(save, f"the checkpoint of step {state.step}")
+        on_main_with(tensors.values(), job.world, save, f"the checkpoint of step {state.step}")
     except CheckpointError as error:
         newest = "none" if state.saved_step is None else f"step {state.saved_step}"
         job.progress.message(
@@ -206,8 +208,9 @@ def resume_loop_state(job: TrainingJob) -> LoopState:
         return LoopState()
     state, stream = found
     with reading(folder):
-        everywhere = broadcast_tensors(tensors, job.world, "the newest checkpoint")
-        job.steps.restore(everywhere, step=state.step)
+        if not isinstance(job.steps, ShardedStepRunner):  # which sends each process its rows
+            tensors = broadcast_tensors(tensors, job.world, "the newest checkpoint")
+        job.steps.restore(tensors, step=state.step)
         job.stream.load_state_dict(stream)
         if state.step == 0:  # nothing was trained: its evaluation and its samples come again
             job.run.cut_metrics_after(-1)

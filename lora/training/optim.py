@@ -42,7 +42,11 @@ def build_optimizer(
     model: nn.Module, learning_rate: float, weight_decay: float, whole_rate_fraction: float = 1.0
 ) -> torch.optim.AdamW:
     """Return AdamW (fused: one pass over each tensor) over what trains in `model`."""
-    groups = parameter_groups(model, weight_decay, whole_rate_fraction)
+    return adamw(parameter_groups(model, weight_decay, whole_rate_fraction), learning_rate)
+
+
+def adamw(groups: list[dict[str, Any]], learning_rate: float) -> torch.optim.AdamW:
+    """Return AdamW over the groups that `parameter_groups` returned."""
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), fused=True)
     set_learning_rate(optimizer, learning_rate)
     return optimizer
@@ -74,14 +78,17 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 @torch.no_grad()
-def scale_and_clip(gradients: Iterable[Tensor], n_tokens: Tensor, max_norm: float) -> Tensor:
+def scale_and_clip(
+    gradients: Iterable[Tensor], n_tokens: Tensor, max_norm: float, *, norm: Tensor | None = None
+) -> Tensor:
     """Changes `gradients` in place: sums over tokens become means, clipped to norm `max_norm`.
 
-    `n_tokens` is () or (1,). Returns the norm of the mean gradient before clipping, ().
+    `n_tokens` is () or (1,); `norm` is that of the sums, (), if there are more than `gradients`.
+    Returns the norm of the mean gradient before clipping, ().
     """
     gradients = list(gradients)
     count = n_tokens.reshape(()).clamp(min=1)  # a step may have nothing to learn from
-    norm = torch.nn.utils.get_total_norm(gradients) / count
+    norm = (torch.nn.utils.get_total_norm(gradients) if norm is None else norm) / count
     factor = 1 / count
     if max_norm > 0:
         factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1.0)

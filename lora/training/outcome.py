@@ -11,6 +11,7 @@ from lora.errors import CheckpointError
 from lora.runs.progress import TokenRate, describe_rate
 from lora.training.checkpoint import checkpoint_path, load_trained_tensors
 from lora.training.job import LoopState, TrainingJob, TrainResult
+from lora.training.sharded_step import ShardedStepRunner
 
 DIVERGED_FACTOR, DIVERGED_NATS = 1.5, 0.5
 """A loss has diverged where it is above its start by this factor, and by this much."""
@@ -75,14 +76,17 @@ def _leave_best(job: TrainingJob, state: LoopState) -> tuple[int, float]:
     try:
         # From the disk: a copy in memory would cost as much again as the weights that train, and a
         # resumed run would not have it.
-        job.world.on_main(lambda: load_trained_tensors(job.model, path), "the best checkpoint")
+        if isinstance(job.steps, ShardedStepRunner):
+            job.steps.load_trained(path)
+        else:
+            job.world.on_main(lambda: load_trained_tensors(job.model, path), "the best checkpoint")
+            broadcast_trained(job.model, job.world, "the best checkpoint")
     except CheckpointError as error:
         job.progress.message(
             f"{error} So what is saved is the end of the run, step {state.step}, not its best, "
             f"step {best_step}."
         )
         return last
-    broadcast_trained(job.model, job.world, "the best checkpoint")
     return best_step, best_loss
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.config import TrainConfig
+from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice, synchronize
 from lora.distributed.stops import StopFlags
 from lora.distributed.tensors import sum_gradients
@@ -59,6 +60,28 @@ def train_step(
     before anything is changed if the loss or the gradient is not finite.
     """
     optimizer.zero_grad(set_to_none=True)
+    loss_sum, n_tokens = backward_sums(model, micro_batches, loss_fn, autocast)
+    stops = StopFlags()
+    if not world.is_alone:
+        loss_sum, n_tokens, stops = _sum_over(world, loss_sum, n_tokens, optimizer, what)
+    loss = loss_sum / n_tokens.clamp(min=1)  # (1,)
+    gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    norm = scale_and_clip(gradients, n_tokens, max_grad_norm)
+    check_finite(loss, norm, optimizer)
+    optimizer.step()
+    return StepResult(loss=loss, n_tokens=n_tokens, gradient_norm=norm, stops=stops)
+
+
+def backward_sums(
+    model: nn.Module,
+    micro_batches: Sequence[Any],
+    loss_fn: LossFn,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> tuple[Tensor, Tensor]:
+    """Add the gradients of all micro-batches to those of `model`.
+
+    Returns the sum of their losses and the number of their target tokens, both (1,).
+    """
     losses, counts = [], []
     for batch in micro_batches:
         with autocast():
@@ -66,13 +89,11 @@ def train_step(
         loss_sum.sum().backward()
         losses.append(loss_sum.detach())
         counts.append(n_tokens)
-    n_tokens = torch.stack(counts).sum(0)  # (1,)
-    loss_sum, stops = torch.stack(losses).sum(0), StopFlags()  # (1,)
-    if not world.is_alone:
-        loss_sum, n_tokens, stops = _sum_over(world, loss_sum, n_tokens, optimizer, what)
-    loss = loss_sum / n_tokens.clamp(min=1)  # (1,)
-    gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-    norm = scale_and_clip(gradients, n_tokens, max_grad_norm)
+    return torch.stack(losses).sum(0), torch.stack(counts).sum(0)
+
+
+def check_finite(loss: Tensor, norm: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Raise TrainingError, without gradients left, if the loss or the gradient is not finite."""
     # The host waits for the device here: nothing may move before the check.
     if not torch.isfinite(norm + loss.sum()):
         optimizer.zero_grad(set_to_none=True)
@@ -81,8 +102,6 @@ def train_step(
             f"The loss is {losses_shown} and the gradient norm {norm.item()}: not finite, so "
             "the step was not taken. Lower the learning rate, or look for damaged examples."
         )
-    optimizer.step()
-    return StepResult(loss=loss, n_tokens=n_tokens, gradient_norm=norm, stops=stops)
 
 
 def _sum_over(
@@ -175,7 +194,9 @@ class PlainStepRunner:
                 what=f"the gradients of step {step}",
             )
         except TrainingError as error:
-            found = find_nonfinite(model, micro_batches, loss_fn, autocast)
+            is_sharded = isinstance(model, Decoder) and model.is_sharded
+            together = self._world if is_sharded else ALONE
+            found = find_nonfinite(model, micro_batches, loss_fn, autocast, together)
             found = gather_findings(found, self._micro_batch_size, self._world)
             why = f"{error} {found.sentence}"
             self._outcomes.append(skipped_step(step, learning_rate, why, found))

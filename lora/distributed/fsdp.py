@@ -1,0 +1,143 @@
+"""A decoder sharded with PyTorch's FSDP2: every process stores some rows of each weight.
+
+The blocks are units of their own: a block's weights are gathered just before it computes and let
+go after it. Embedding, final norm and head belong to the whole model, and stay gathered from its
+forward pass until its backward pass has ended. Gradients are summed over the processes, never
+averaged: a step divides once, by all target tokens.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from lora.decoder.decoder import Decoder
+from lora.decoder.quantised import Fp8Weight, quantise_weight
+from lora.device import DeviceChoice
+from lora.distributed.shards import Rows, shard_of
+from lora.distributed.world import World
+from lora.errors import ModelError
+
+
+@torch.no_grad()
+def shard_decoder(
+    model: Decoder, rows: Rows, world: World, choice: DeviceChoice, *, recompute: bool = False
+) -> None:
+    """Changes `model` in place: what is on the meta device becomes this process's shards of `rows`.
+
+    What is on a device already stays whole in every process: LoRA's A and B. With `recompute` the
+    blocks' activations are computed again in the backward pass. Raises ModelError, the same in
+    every process, if one of them cannot read or quantise its rows.
+    """
+    whole = {p for p in model.parameters() if not p.is_meta}
+    mesh = DeviceMesh.from_group(_group(world), choice.device.type)
+    policy = _policy(model, choice)
+    shard = partial(fully_shard, mesh=mesh, mp_policy=policy, ignored_params=whole)
+    for block in model.trunk.blocks():
+        if recompute:
+            # The method, not the module: FSDP's hooks gather the weights once for both.
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        shard(block)
+    shard(model)
+    register_fsdp_forward_method(model, "hidden_states")
+    model.is_sharded = True
+    # The loss and the head read hidden states and never write into them.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    if policy.param_dtype is not None:
+        model.cache_dtype = policy.param_dtype
+    _load_shards(model, rows, world, choice.device, choice.compute_dtype)
+    for module in sharded_modules(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+        # FSDP takes over the shards, padded to one size, when it gathers for the first time.
+        module.unshard()
+        module.reshard()
+
+
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """Return the units of a model that is sharded with FSDP2, and none of another."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _group(world: World) -> torch.distributed.ProcessGroup:
+    if world.device_group is None:
+        raise ModelError("Cannot shard a model in one process. Start several: --devices N.")
+    return world.device_group
+
+
+def _policy(model: Decoder, choice: DeviceChoice) -> MixedPrecisionPolicy:
+    trains_all = all(p.requires_grad for p in model.parameters())
+    if not trains_all or choice.compute_dtype is not torch.bfloat16:
+        return MixedPrecisionPolicy()
+    # Weights travel in the compute dtype, gradients are summed in that of the weights.
+    return MixedPrecisionPolicy(param_dtype=choice.compute_dtype, reduce_dtype=torch.float32)
+
+
+def _load_shards(
+    model: Decoder, rows: Rows, world: World, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Changes `model` in place: its sharded parameters get their values, read one by one."""
+    quantised: list[tuple[Fp8Weight, Tensor]] = []
+    faults = []
+    try:
+        for name, owners, parameter in _sharded_parameters(model):
+            module, _ = owners[0]
+            part = shard_of(len(parameter), world.share)
+            values = rows(name, part).to(device)
+            if isinstance(module, Fp8Weight) and values.dim() == 2:
+                own = quantise_weight(values.to(dtype), name, first_row=part.start)
+                values = own.codes
+                scales = torch.zeros(len(parameter), 1, device=device)
+                scales[part] = own.scales
+                quantised.append((module, scales))
+            _set_shard(owners, parameter, values)
+    except ModelError as error:
+        faults.append(str(error))
+    # All processes end with the error of one: the others would wait for it in the next collective.
+    said = world.gather(faults, "the shards of all processes")
+    for fault in (text for texts in said for text in texts):
+        raise ModelError(fault)
+    for module, scales in quantised:
+        world.sum(scales, "the scales of fp8 weights")  # each process has zeros for others' rows
+        module.weight_scale = scales
+
+
+def _sharded_parameters(
+    model: nn.Module,
+) -> Iterator[tuple[str, list[tuple[nn.Module, str]], DTensor]]:
+    """Yield each sharded parameter once: its name, the modules that hold it, and itself."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((module, key))
+    for name, parameter in list(model.named_parameters()):
+        if isinstance(parameter, DTensor):
+            yield name, owners[id(parameter)], parameter
+
+
+def _set_shard(owners: list[tuple[nn.Module, str]], former: DTensor, values: Tensor) -> None:
+    """Changes the modules of `owners` in place: their parameter's own rows become `values`."""
+    whole = DTensor.from_local(
+        values.to(former.dtype),
+        former.device_mesh,
+        former.placements,
+        run_check=False,
+        shape=former.shape,
+        stride=former.stride(),
+    )
+    new = nn.Parameter(whole, requires_grad=former.requires_grad)
+    for module, key in owners:
+        setattr(module, key, new)

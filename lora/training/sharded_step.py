@@ -1,0 +1,212 @@
+"""The plain step of a model whose every weight is sharded and trains: full fine-tuning with FSDP2.
+
+The backward pass leaves each process the summed gradients of its own rows. AdamW updates these rows
+alone, and the norm for clipping is summed over the processes with the loss: one small all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora.config import TrainConfig
+from lora.device import DeviceChoice, synchronize
+from lora.distributed.shards import ShardReader, let_go_tables, local_part, scatter_rows
+from lora.distributed.stops import StopFlags
+from lora.distributed.tensors import broadcast_tensors
+from lora.distributed.world import World
+from lora.errors import TrainingError
+from lora.training.checkpoint import (
+    OPTIMIZER_KEYS,
+    check_parameters,
+    random_states,
+    read_trained_tensors,
+    restore_random_states,
+)
+from lora.training.diagnosis import find_nonfinite, gather_findings
+from lora.training.optim import adamw, parameter_groups, scale_and_clip, set_learning_rate
+from lora.training.plain_step import (
+    StepResult,
+    backward_sums,
+    check_finite,
+    evaluate,
+    skipped_step,
+)
+from lora.training.step_runner import LossFn, StepOutcome, TrainingState
+
+
+class ShardedStepRunner:
+    """Takes steps of full fine-tuning on a model that `lora.distributed.fsdp` has sharded.
+
+    A `lora.training.step_runner.StepRunner`.
+
+    Args:
+        model: sharded; all of it trains.
+        loss_fn: (model, batch) -> (loss sum, target tokens), both (1,).
+        choice: where it runs, and the compute dtype.
+        config: of AdamW and clipping.
+        world: the processes, each with its part of every micro-batch and of every weight.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        choice: DeviceChoice,
+        config: TrainConfig,
+        world: World,
+    ) -> None:
+        self.batch_device = choice.device
+        self._model, self._loss_fn, self._choice = model, loss_fn, choice
+        self._max_grad_norm = config.max_grad_norm
+        self._world, self._micro_batch_size = world, config.micro_batch_size
+        self._outcomes: list[StepOutcome] = []
+        # Plain parameters over the same memory as the shards: what AdamW does to each of them is
+        # one kernel, without a distributed tensor's bookkeeping.
+        named = dict(model.named_parameters())
+        self._own = {name: nn.Parameter(local_part(p).detach()) for name, p in named.items()}
+        of_whole = {id(parameter): self._own[name] for name, parameter in named.items()}
+        groups = parameter_groups(model, config.weight_decay)
+        for group in groups:
+            group["params"] = [of_whole[id(parameter)] for parameter in group["params"]]
+        self.optimizer = adamw(groups, 0.0)
+
+    def launch(
+        self, step: int, micro_batches: Sequence[Any], learning_rates: Sequence[float]
+    ) -> None:
+        """Take step number `step`."""
+        (learning_rate,) = learning_rates
+        set_learning_rate(self.optimizer, learning_rate)
+        model, loss_fn, autocast = self._model, self._loss_fn, self._choice.autocast
+        try:
+            result = self._take_step(micro_batches, f"the loss of step {step}")
+        except TrainingError as error:
+            found = find_nonfinite(model, micro_batches, loss_fn, autocast, self._world)
+            found = gather_findings(found, self._micro_batch_size, self._world)
+            why = f"{error} {found.sentence}"
+            self._outcomes.append(skipped_step(step, learning_rate, why, found))
+            return
+        synchronize(self._choice.device)  # so that the step's time is its own
+        self._outcomes.append(
+            StepOutcome(
+                step,
+                losses=result.loss.tolist(),
+                n_tokens=int(result.n_tokens.sum()),
+                gradient_norms=[result.gradient_norm.item()],
+                learning_rates=[learning_rate],
+                stops=result.stops,
+            )
+        )
+
+    def _take_step(self, micro_batches: Sequence[Any], what: str) -> StepResult:
+        """Changes this process's rows in place. All processes raise TrainingError, or none."""
+        model, world = self._model, self._world
+        model.zero_grad(set_to_none=True)
+        loss_sum, n_tokens = backward_sums(
+            model, micro_batches, self._loss_fn, self._choice.autocast
+        )
+        gradients = []
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                self._own[name].grad = local_part(parameter.grad)
+                gradients.append(local_part(parameter.grad))
+        squares = torch.nn.utils.get_total_norm(gradients).double().square()
+        sums = torch.cat(
+            (
+                loss_sum.double(),
+                n_tokens.double(),  # in fp64: counts are exact
+                squares.reshape(1),
+                loss_sum.new_tensor(world.asked.numbers(), dtype=torch.float64),
+            )
+        )
+        world.sum(sums, what)
+        loss_sum, n_tokens = sums[:1].to(loss_sum.dtype), sums[1:2].to(n_tokens.dtype)
+        loss, norm = loss_sum / n_tokens.clamp(min=1), sums[2].sqrt().to(loss_sum.dtype)
+        norm = scale_and_clip(gradients, n_tokens, self._max_grad_norm, norm=norm)
+        model.zero_grad(set_to_none=True)
+        # The host waits for the device here: nothing may move before the check.
+        check_finite(loss, norm, self.optimizer)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss, n_tokens, norm, StopFlags.from_sums(sums[3:].tolist()))
+
+    def finished(self, *, wait: bool) -> list[StepOutcome]:
+        """Return the steps taken since the last call."""
+        outcomes, self._outcomes = self._outcomes, []
+        return outcomes
+
+    def evaluate(self, batches: Iterable[Any]) -> list[float]:
+        """Return the mean loss in nats over all target tokens of `batches`, dropout off."""
+        autocast, world = self._choice.autocast, self._world
+        loss = evaluate(self._model, batches, self._loss_fn, autocast, world)
+        let_go_tables(self._model)
+        return [loss]
+
+    def state(self, adapter: int = 0) -> TrainingState:
+        """Return what trains, AdamW's moments and the states of random generators.
+
+        Rank 0 reads the tensors whole, as one process would have them, within
+        `lora.distributed.shards.on_main_with`.
+        """
+        own: dict[str, Tensor] = {}
+        counts: dict[str, Tensor] = {}
+        n_rows: dict[str, int] = {}
+        for name, whole in self._model.named_parameters():
+            own[f"model.{name}"] = self._own[name].detach()
+            for key, value in self.optimizer.state.get(self._own[name], {}).items():
+                kept = counts if value.dim() == 0 else own
+                kept[f"optimizer.{key}.{name}"] = value
+            n_rows |= {key: len(whole) for key in own if key not in n_rows}
+        reader = ShardReader(own, n_rows, self._world)
+        shards = {name: reader.whole(name) for name in own}
+        # A checkpoint's writer takes tensors in parts too.
+        return cast(TrainingState, {**shards, **counts, **random_states(self._choice.device)})
+
+    def restore(self, state: TrainingState, *, step: int, adapter: int = 0) -> None:
+        """Changes model, optimizer and generators in place; AdamW's own step number is in `state`.
+
+        `state` is rank 0's; what the others give is not used. Raises CheckpointError in all
+        processes if it is of another model.
+        """
+        world = self._world
+        tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
+        self._load_trained({n[6:]: t for n, t in tensors.items() if n.startswith("model.")})
+        small = {n: t for n, t in tensors.items() if t.dim() == 0 or n.startswith("random.")}
+        names = world.from_main(list(tensors), "the names in the checkpoint")
+        small = broadcast_tensors(small, world, "the newest checkpoint")
+        for name, own in self._own.items():
+            moments = {}
+            for key in OPTIMIZER_KEYS:
+                saved = f"optimizer.{key}.{name}"
+                if saved in small:
+                    moments[key] = small[saved].to(own.device)
+                elif saved in names:  # a parameter that never had a gradient has none
+                    moments[key] = torch.empty_like(own)
+                    self._scatter(name, tensors.get(saved), moments[key])
+            if moments:
+                self.optimizer.state[own] = moments
+        restore_random_states(small, self._choice.device)
+
+    def load_trained(self, path: Path) -> None:
+        """Changes the model in place: what trains gets the values of rank 0's checkpoint at `path`.
+
+        Raises CheckpointError in all processes for one that is damaged or of another model.
+        """
+        saved = {}
+        self._world.on_main(lambda: saved.update(read_trained_tensors(path)), "the checkpoint")
+        self._load_trained(saved)
+
+    def _load_trained(self, saved: Mapping[str, Tensor]) -> None:
+        let_go_tables(self._model)
+        named = dict(self._model.named_parameters())
+        self._world.on_main(lambda: check_parameters(named, saved), "the checkpoint's names")
+        for name, own in self._own.items():
+            self._scatter(name, saved.get(name), own)
+
+    def _scatter(self, name: str, whole: Tensor | None, own: Tensor) -> None:
+        count = len(self._model.get_parameter(name))
+        scatter_rows(whole, own.detach(), count, self._world, f"{name} of the checkpoint")
