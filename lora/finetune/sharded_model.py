@@ -77,7 +77,7 @@ def build_sharded_model(
 
 
 def drop_values(model: Decoder, *, keep_trained: bool) -> None:
-    """Changes `model` in place: its tensors move to the meta device, but for what trains if kept."""
+    """Changes `model` in place: its tensors move to the meta device, or all that do not train."""
     _each_tensor(model, lambda t: t if t.requires_grad and keep_trained else _on_meta(t))
 
 

@@ -1,9 +1,9 @@
-"""Steps of a model that is sharded with FSDP2 equal those of one process, and its memory is divided."""
+"""Steps of a model sharded with FSDP2 equal those of one process, and its memory is divided."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from lora.data.sequences.batches import ordered_batches
 from lora.decoder.decoder import Decoder
 from lora.device import Share
 from lora.distributed.shards import (
-    ShardedParts,
     ShardReader,
     local_part,
     on_main_with,
@@ -60,7 +59,7 @@ class Case:
 
     family: str
     prepare: Callable[[Decoder], Decoder]
-    config: TrainConfig = train_config(8)
+    config: TrainConfig = field(default_factory=lambda: train_config(8))
 
     def model(self, dtype: torch.dtype) -> Decoder:
         """Return the model as one process has it."""
