@@ -9,15 +9,25 @@ from cyclopts import Parameter
 
 from lora.cli.flags.from_fields import DEVICE, Flat, config_from, flags_from
 from lora.cli.flags.shared import BaseWeights, Json, LoRAFlags, Model
-from lora.config import DataConfig, LoRAConfig, MemoryConfig, MemoryMode, TrainConfig
+from lora.config import (
+    DataConfig,
+    LoRAConfig,
+    MemoryConfig,
+    MemoryMode,
+    Parallel,
+    TrainConfig,
+)
 from lora.errors import ConfigError
 from lora.runs.typed_json import json_text
 from lora.terminal import build_console, print_note
 
 if TYPE_CHECKING:
+    from lora.fast.memory.parallel import ParallelPlan
     from lora.fast.memory.plan import MemoryPlan, MemoryPlanner, PlanInputs
 
 MAX_MEMORY_GB = 1e6
+MAX_DEVICES = 4096
+KINDS = {"lora": "LoRA", "full": "full fine-tuning"}
 PARTS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -31,6 +41,20 @@ STEPS = {"plain": "PyTorch autograd", "captured": "CUDA graph", "fast": "fused G
 PlanDevice = Annotated[
     Literal["auto", "cpu", "cuda"],
     Parameter(group=DEVICE, help="Device of the run; cuda works without a GPU, with --memory-gb."),
+]
+PlanDevices = Annotated[
+    int,
+    Parameter(
+        group=DEVICE,
+        help="Devices that train together; the plan is of each, with its part of the batch.",
+    ),
+]
+PlanParallel = Annotated[
+    Parallel,
+    Parameter(
+        group=DEVICE,
+        help="Weights on several devices: ddp (all on each) or fsdp (sharded); auto: what suits.",
+    ),
 ]
 
 
@@ -51,13 +75,15 @@ class PlanMemory:
     memory: MemoryMode = MemoryConfig.memory
     """Activation checkpointing, as in lora finetune; auto names the mode that a run would take."""
     memory_gb: float | None = None
-    """Memory that the run may use, in GB (10⁹ bytes). Default: what is free on this machine."""
+    """Memory of each device, in GB (10⁹ bytes). Default: what is free on this machine."""
 
 
 def plan(
     *,
     model: Model = None,
     device: PlanDevice = "auto",
+    devices: PlanDevices = 1,
+    parallel: PlanParallel = "auto",
     base_dtype: BaseWeights = "auto",
     json: Json = False,
     sequences: Annotated[SequenceFlags | None, Flat] = None,
@@ -71,6 +97,7 @@ def plan(
 
         lora plan
         lora plan --model ./llama --device cuda --memory-gb 24 --max-length 2048
+        lora plan --model ./llama-70b --device cuda --memory-gb 80 --devices 4
         lora plan --batch-size 32 --gradient-accumulation 4 --json
 
     Only the model's config.json is read, no weights. lora finetune prints its
@@ -81,54 +108,47 @@ def plan(
     lora_config = config_from(LoRAConfig, lora or LoRAFlags())
     memory_config = config_from(MemoryConfig, memory or PlanMemory())
     _check_memory(memory_config.memory_gb)
+    _check_devices(devices)
     import torch
 
     from lora.decoder.families import decoder_config
     from lora.device import available_bytes, choose_device
-    from lora.fast.memory.plan import MemoryPlanner, PlanInputs
+    from lora.distributed.devices import check_batch
+    from lora.distributed.world import World
+    from lora.fast.memory.plan import PlanInputs
     from lora.pretrained.hf_files import read_config
     from lora.pretrained.positions import describe_excess
     from lora.pretrained.sources import find_model
 
+    world = World(size=devices)  # what is planned is its first process
+    check_batch(train, world)
     kind = choose_device().device.type if device == "auto" else device
     source = find_model(model)
     mode, memory_gb = memory_config.memory, memory_config.memory_gb
     room = available_bytes(kind) if memory_gb is None else round(memory_gb * 1e9)
+    if room is not None and memory_gb is None and kind == "cpu":
+        room //= devices  # processes of one machine
     inputs = PlanInputs(
         config=decoder_config(read_config(source.folder)),
         lora=lora_config,
-        micro_batch_size=train.micro_batch_size,
+        micro_batch_size=world.share.largest(train.micro_batch_size),
         tokens=how_read.max_length,
         device_type=kind,
         compute_dtype=torch.bfloat16 if kind == "cuda" else torch.float32,
         micro_batches=train.gradient_accumulation,
         packed=how_read.packing,
-        memory=MemoryConfig("none" if mode == "auto" else mode, memory_gb),
         fp8=base_dtype == "fp8",
+        devices=devices,
     )
     excess = describe_excess(inputs.tokens, inputs.config.max_position_embeddings)
     if excess:
         print_note(f"note: {excess}")
-    of_full = replace(inputs, lora=None, fp8=False)
-    planners = {"lora": MemoryPlanner(inputs), "full": MemoryPlanner(of_full)}
-    plans = {name: planner.plan() for name, planner in planners.items()}
-    rooms = {
-        # What finetune would plan with: some of what is free is left for fragments.
-        name: planner.usable_bytes(room) if room and memory_gb is None and kind == "cuda" else room
-        for name, planner in planners.items()
-    }
-    fits = {
-        name: None if (own := rooms[name]) is None else planner.largest_micro_batch(own)
-        for name, planner in planners.items()
-    }
-    savings = {}
-    if mode == "auto":
-        savings = {name: _savings(planners[name], plans[name], rooms[name]) for name in planners}
+    each = {"lora": inputs, "full": replace(inputs, lora=None, fp8=False)}
+    planned = {name: _plan_kind(one, parallel, memory_config, room) for name, one in each.items()}
     if json:
-        ways = {name: saving.text for name, saving in savings.items()}
-        print(json_text(_as_json(source.name, inputs, plans, room, fits, ways)))
+        print(json_text(_as_json(source.name, inputs, planned, room, mode)))
     else:
-        _show(source.name, inputs, plans, rooms, fits, savings)
+        _show(source.name, inputs, planned)
     return 0
 
 
@@ -140,6 +160,13 @@ def _check_memory(memory_gb: float | None) -> None:
         )
 
 
+def _check_devices(devices: int) -> None:
+    if not 1 <= devices <= MAX_DEVICES:
+        raise ConfigError(
+            f"Cannot plan for --devices {devices}. Allowed: an integer ≥ 1 and ≤ {MAX_DEVICES:,}."
+        )
+
+
 @dataclass(frozen=True)
 class _Saving:
     """How activation checkpointing helps."""
@@ -147,6 +174,38 @@ class _Saving:
     largest: int = 0
     """Sequences that fit in the leanest mode."""
     text: str = ""
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """The plan of LoRA or of full fine-tuning."""
+
+    chosen: ParallelPlan
+    """Planned as a run would be, for ddp or fsdp."""
+    plan: MemoryPlan
+    """In the mode that was named; for auto without activation checkpointing."""
+    room: int | None
+    """What a device may hold, in bytes."""
+    largest: int | None
+    """Sequences that fit on a device in this mode; None where `room` is not known."""
+    saving: _Saving
+
+
+def _plan_kind(
+    inputs: PlanInputs, parallel: Parallel, memory: MemoryConfig, free: int | None
+) -> _Planned:
+    from lora.fast.memory.parallel import plan_parallel
+
+    chosen = plan_parallel(inputs, parallel, memory, free)
+    planner, room = chosen.planner, free
+    if free and memory.memory_gb is None and inputs.device_type == "cuda":
+        # What finetune would plan with: some of what is free is left for fragments.
+        room = planner.usable_bytes(free)
+    shown = MemoryConfig("none" if memory.memory == "auto" else memory.memory, memory.memory_gb)
+    plan = planner.plan(memory=shown)
+    largest = None if room is None else planner.largest_micro_batch(room, shown)
+    saving = _savings(planner, plan, room) if memory.memory == "auto" else _Saving()
+    return _Planned(chosen, plan, room, largest, saving)
 
 
 def _savings(planner: MemoryPlanner, planned: MemoryPlan, room: int | None) -> _Saving:
@@ -164,42 +223,34 @@ def _savings(planner: MemoryPlanner, planned: MemoryPlan, room: int | None) -> _
 
 
 def _as_json(
-    name: str,
-    inputs: PlanInputs,
-    plans: dict[str, MemoryPlan],
-    room: int | None,
-    fits: dict[str, int | None],
-    savings: dict[str, str],
+    name: str, inputs: PlanInputs, planned: dict[str, _Planned], room: int | None, mode: MemoryMode
 ) -> dict[str, Any]:
+    ways = {kind: one.saving.text for kind, one in planned.items()}
     return {
         "model": name,
         "device": inputs.device_type,
+        "devices": inputs.devices,
+        "parallel": {kind: one.chosen.parallel for kind, one in planned.items()},
+        "parallel_reason": {kind: one.chosen.reason for kind, one in planned.items()},
         "rows": inputs.micro_batch_size,
         "tokens": inputs.tokens,
         "rank": inputs.lora.rank if inputs.lora else None,
-        **{kind: plan.to_dict() for kind, plan in plans.items()},
+        **{kind: one.plan.to_dict() for kind, one in planned.items()},
         "available_bytes": room,
-        "largest_rows": fits,
-        "ways_to_save": savings,
+        "largest_rows": {kind: one.largest for kind, one in planned.items()},
+        "ways_to_save": ways if mode == "auto" else {},
     }
 
 
-def _show(
-    name: str,
-    inputs: PlanInputs,
-    plans: dict[str, MemoryPlan],
-    rooms: dict[str, int | None],
-    fits: dict[str, int | None],
-    savings: dict[str, _Saving],
-) -> None:
+def _show(name: str, inputs: PlanInputs, planned: dict[str, _Planned]) -> None:
     from rich.table import Table
 
     console = build_console()
-    lora, full = plans["lora"], plans["full"]
+    lora, full = planned["lora"].plan, planned["full"].plan
     rank = inputs.lora.rank if inputs.lora else 0
     size = f"{_sequences(inputs.micro_batch_size)} of {inputs.tokens} tokens"
     table = Table(
-        title=f"{name} on {inputs.device_type}: {size}",
+        title=f"{name} on {_describe_devices(inputs)}: {size}",
         title_justify="left",
     )
     for head in ("", f"LoRA, rank {rank}", "full fine-tuning"):
@@ -219,14 +270,24 @@ def _show(
         + (f"saves {saved:.0f}% of the memory." if saved > 0 else "saves no memory here.")
     )
     console.print(f"Training step: LoRA {STEPS[lora.step]}, full {STEPS[full.step]}.")
-    for kind, words in (("lora", "LoRA"), ("full", "full fine-tuning")):
-        room, saving = rooms[kind], savings.get(kind, _Saving())
-        if room is None:
+    for kind, words in KINDS.items():
+        if reason := planned[kind].chosen.reason:
+            console.print(f"{words}: {reason}.")
+    for kind, words in KINDS.items():
+        one = planned[kind]
+        if one.room is None:
             console.print("Largest batch: unknown, this machine has no such GPU. Give --memory-gb.")
             return
-        console.print(_describe_fit(words, fits[kind] or 0, room, inputs, saving))
-        if saving.text:
-            console.print(f"  {saving.text}.")
+        console.print(_describe_fit(words, one.largest or 0, one.room, inputs, one.saving))
+        if one.saving.text:
+            console.print(f"  {one.saving.text}.")
+
+
+def _describe_devices(inputs: PlanInputs) -> str:
+    kind, devices = inputs.device_type, inputs.devices
+    if devices == 1:
+        return kind
+    return f"each of {devices} GPUs" if kind == "cuda" else f"{kind}, each of {devices} processes"
 
 
 def _describe_fit(
@@ -234,10 +295,16 @@ def _describe_fit(
 ) -> str:
     of_tokens = f"of {inputs.tokens} tokens"
     if n_sequences:
-        return f"{words}: up to {_sequences(n_sequences)} {of_tokens} fit into {_gb(room)}."
+        on_each = f" on each device ({n_sequences * inputs.devices} together)"
+        return (
+            f"{words}: up to {_sequences(n_sequences)} {of_tokens} fit into {_gb(room)}"
+            f"{'' if inputs.devices == 1 else on_each}."
+        )
     # What changes nothing but the time of a step comes first.
     ways = ["--memory full+offload"] if saving.largest else []
-    ways += ["a shorter --max-length", "a smaller model"] + (["LoRA"] if words != "LoRA" else [])
+    ways += ["a shorter --max-length"]
+    ways += ["more --devices"] if inputs.device_type == "cuda" else []
+    ways += ["a smaller model"] + (["LoRA"] if words != "LoRA" else [])
     advice = f"Try {', '.join(ways[:-1])} or {ways[-1]}"
     stored = " without activation checkpointing" if saving.largest else ""
     return f"{words}: not even one sequence {of_tokens} fits into {_gb(room)}{stored}. {advice}."

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora.config import LoRAConfig, MemoryConfig, TrainConfig
+from lora.config import LoRAConfig, MemoryConfig, Parallel, TrainConfig
 from lora.data.prepare import PreparedData
 from lora.decoder.families import decoder_config
-from lora.device import DeviceChoice, available_bytes
+from lora.device import DeviceChoice, available_bytes, resident_bytes
+from lora.distributed.links import measure_link
 from lora.distributed.world import ALONE, World
 from lora.errors import ConfigError, TrainingError
 from lora.fast.llama.checkpointing import ActivationCheckpointing
+from lora.fast.memory.parallel import Kind, plan_parallel
 from lora.fast.memory.plan import MemoryPlan, MemoryPlanner, PlanInputs
 from lora.pretrained.hf_files import read_config
 from lora.runs.record import MemoryResult, PlannedMemory
@@ -72,6 +75,12 @@ class ChosenMemory:
     may_change: bool
     """Whether the mode is ours to choose: no user named it, and no earlier part of the run had
     it."""
+    parallel: Kind | None = None
+    """How several processes train the model; None for one alone."""
+    parallel_reason: str = ""
+    """The same in one line, with the reason."""
+    world: World = ALONE
+    """The processes, which all take the same plan."""
     ran_out: tuple[str, ...] = ()
     """What ran out of memory before `plan`, in words."""
     on_change: Callable[[], None] = lambda: None
@@ -96,8 +105,10 @@ class ChosenMemory:
     def refit(self, free_bytes: int) -> ActivationCheckpointing | None:
         """Return what to store, given the memory that is free beside weights and optimizer.
 
-        Weights that lie there in pieces leave less than was planned with.
+        Weights that lie there in pieces leave less than was planned with. Called by all processes
+        at once; the one with the least memory decides.
         """
+        free_bytes = min(self.world.gather(free_bytes, "the free memory of each device"))
         excess = _step_bytes(self.plan) + CAPTURE_BYTES - free_bytes
         if self.may_change and excess > 0:
             leaner = self.planner.plan_leaner(self.plan, max(1, self.plan.total - excess))
@@ -130,12 +141,14 @@ def plan_run(
     checkpointing: ActivationCheckpointing | None = None,
     fp8: bool = False,
     world: World = ALONE,
+    parallel: Parallel = "ddp",
 ) -> ChosenMemory:
     """Return the memory of a run on these data, planned before its process loads the model.
 
     `checkpointing` is what a resumed run began with. All processes of `world` get the same plan,
     for the largest share of a micro-batch and the least free memory of any. Raises ConfigError for
-    a mode of activation checkpointing that the run's step does not have.
+    a mode of activation checkpointing that the run's step does not have, and for fsdp with one
+    process.
     """
     sequences = data.train
     n_tokens = len(sequences) * sequences.sequence_length
@@ -153,12 +166,20 @@ def plan_run(
         memory=memory,
         checkpointing=checkpointing,
         fp8=fp8,
+        devices=world.size,
     )
-    planner = MemoryPlanner(inputs)
-    free = _least(available_bytes(choice.device.type), world)
-    if memory.memory_gb is None and free is not None:
-        memory = replace(memory, memory_gb=planner.usable_bytes(free) / 1e9)
-    plan = planner.plan(memory=memory)
+    on_gpus, free = choice.device.type == "cuda", _free_bytes(choice, world)
+    # Processes that planned with a few bytes more or less could choose otherwise.
+    base = max(world.gather(resident_bytes(), "the memory of each process"))
+    chosen = plan_parallel(
+        inputs,
+        parallel,
+        memory,
+        free,
+        partial(measure_link, world, choice.device) if on_gpus else None,
+        None if world.is_alone else base,
+    )
+    plan = chosen.plan
     if plan.step != "fast" and memory.memory not in ("auto", "none"):
         raise ConfigError(
             f"Cannot use activation checkpointing (memory={memory.memory!r}): only the fast step "
@@ -166,22 +187,32 @@ def plan_run(
             "here: auto, none. To save memory in any step, raise gradient_accumulation."
         )
     if choice.device.type == "cpu":
-        _check_room(plan, train, has_lora=lora is not None)
-    is_free = memory.memory == "auto" and checkpointing is None
-    return ChosenMemory(planner, plan, may_change=is_free)
+        _check_room(plan, train, free, has_lora=lora is not None)
+    return ChosenMemory(
+        chosen.planner,
+        plan,
+        may_change=memory.memory == "auto" and checkpointing is None,
+        parallel=chosen.parallel,
+        parallel_reason=chosen.reason,
+        world=world,
+    )
 
 
-def _least(free_bytes: int | None, world: World) -> int | None:
-    known = [each for each in world.gather(free_bytes, "free memory") if each is not None]
-    return min(known, default=None)
+def _free_bytes(choice: DeviceChoice, world: World) -> int | None:
+    """Return the memory that each process can use, the least of all; None: not known."""
+    own = available_bytes(choice.device.type)
+    if own is not None and choice.device.type == "cpu":
+        own //= world.local_size  # the processes of a machine share it
+    known = world.gather(own, "the free memory of each process")
+    return None if None in known else min(known)
 
 
-def _check_room(plan: MemoryPlan, train: TrainConfig, *, has_lora: bool) -> None:
+def _check_room(plan: MemoryPlan, train: TrainConfig, free: int | None, *, has_lora: bool) -> None:
     """Raise TrainingError if the kernel would kill the run, which says nothing then.
 
     The weights do not count: they are mapped from their file where they stay as they are.
     """
-    free, needed = available_bytes("cpu"), plan.total - plan.weights
+    needed = plan.total - plan.weights
     if free is not None and needed > MAX_OVERCOMMIT * free:
         raise TrainingError(
             f"Cannot train: beside its weights the run takes {needed / 1e9:,.1f} GB of memory, and "

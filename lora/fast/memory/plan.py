@@ -1,14 +1,15 @@
 """The memory plan of a training run, by part, and the batch that fits, before weights are read.
 
 A CPU run is planned as the plain step and measured as the process's resident memory; a GPU run is
-planned as the step that it will take and measured by torch's allocator.
+planned as the step that it will take and measured by torch's allocator. Of a run on several devices
+the plan is of one of them, and `lora.fast.memory.parallel` chooses between ddp and fsdp.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 
@@ -30,6 +31,7 @@ from lora.fast.memory.fast_step import (
     fit_memory,
     fit_with,
 )
+from lora.fast.memory.fsdp import FsdpWeights, fsdp_weights
 from lora.fast.memory.trace import StepMemory
 from lora.fast.memory.traces import StepTraces, Traced, largest_that_fits
 from lora.lora_module import ParameterCounts, count_lora_parameters
@@ -39,8 +41,8 @@ CPU_SLACK = 0.3
 allocation (measured in docs/memory.md)."""
 CAPTURED_LOSS_BYTES = 14
 """Of a logit in a captured step: bf16 and fp32 values, log-softmax, and parts of two gradients."""
-
-
+NCCL_BYTES = 500_000_000
+"""What several processes leave free on each GPU: NCCL's buffers, outside of torch's allocator."""
 LEANER_FRACTION = 0.9
 """Of the plan that ran out of memory: what the next one may hold."""
 MIN_FAR_TOKENS = 2048
@@ -55,7 +57,7 @@ class PlanInputs:
     lora: LoRAConfig | None
     """None: all weights train."""
     micro_batch_size: int
-    """Sequences, B."""
+    """Sequences of one device, B."""
     tokens: int
     """Of a sequence, T."""
     device_type: str
@@ -73,11 +75,15 @@ class PlanInputs:
     """The same where it is decided already, as in a resumed run."""
     fp8: bool = False
     """Store the frozen linears in fp8."""
+    devices: int = 1
+    """Processes that train together, each with a device and `micro_batch_size` sequences."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Whether each device has all weights, or they are sharded."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes at the peak of a step, by part."""
+    """Bytes at the peak of a step on one device, by part."""
 
     step: str
     """Which step was planned: plain, fast or captured."""
@@ -153,12 +159,15 @@ class MemoryPlanner:
                 f"{inputs.tokens} tokens. Allowed: at least 1 sequence of 2 tokens."
             )
         self.inputs = inputs
-        model = _adapted(inputs)
+        model, shards = _adapted(inputs), inputs.parallel == "fsdp"
         self._counts = count_lora_parameters(model)
         self._frozen = _frozen_bytes(inputs, model, self._counts)
         on_gpu, self._step, self._fast = inputs.device_type == "cuda", "plain", None
         if on_gpu and inputs.fast and inputs.compute_dtype is torch.bfloat16:
             self._step = "fast" if why_not_hand_written(model) is None else "captured"
+        if shards and (self._step != "fast" or inputs.lora is None):
+            self._step = "plain"  # with FSDP2
+        self._fsdp = fsdp_weights(model) if shards and self._step == "plain" else None
         # The tracer and the fast plan both change their model. A copy, because applying LoRA again
         # would say again what there is to say about it.
         self._traces = StepTraces(
@@ -167,14 +176,22 @@ class MemoryPlanner:
             compute_dtype=inputs.compute_dtype,
             packed=inputs.packed,
             learned_fraction=inputs.learned_fraction,
+            # A gradient of sharded weights is gone when each device has its share of the sum.
+            holds_gradients=not (shards and inputs.lora is None),
         )
         if self._step == "fast":
-            self._fast = FastPlan(
-                model, inputs.micro_batch_size, inputs.tokens, packed=inputs.packed
-            )
+            self._fast = _fast_plan(inputs, model)
         if on_gpu:
             base_bytes = CUBLAS_WORKSPACE_BYTES
         self._base = resident_bytes() if base_bytes is None else base_bytes
+
+    def on_devices(self, devices: int) -> MemoryPlanner:
+        """Return the planner of the same run on so many devices, of as many sequences each."""
+        planner = copy.copy(self)
+        planner.inputs = replace(self.inputs, devices=devices)
+        if self._fast is not None and self.inputs.parallel == "fsdp":
+            planner._fast = _fast_plan(planner.inputs, _adapted(planner.inputs))
+        return planner
 
     def plan(
         self, micro_batch_size: int | None = None, memory: MemoryConfig | None = None
@@ -204,9 +221,10 @@ class MemoryPlanner:
     def usable_bytes(self, free_bytes: int) -> int:
         """Return how much of the free memory may be planned for: see docs/memory.md."""
         weights = 0 if self._fast is None else self._fast.memory(MODES["none"]).weights
-        return max(
-            1, round(USABLE_MEMORY_FRACTION * free_bytes - FRAGMENTED_WEIGHTS_FRACTION * weights)
-        )
+        reserved = FRAGMENTED_WEIGHTS_FRACTION * weights
+        if self.inputs.devices > 1 and self.inputs.device_type == "cuda":
+            reserved += NCCL_BYTES
+        return max(1, round(USABLE_MEMORY_FRACTION * free_bytes - reserved))
 
     def largest_micro_batch(self, available_bytes: int, memory: MemoryConfig | None = None) -> int:
         """Return the most sequences that fit into `available_bytes`; 0: not even one.
@@ -241,7 +259,8 @@ class MemoryPlanner:
 
     def _plan(self, size: int, memory: MemoryConfig | None, traced: Traced) -> MemoryPlan:
         if self._fast is None:
-            return self._plan_traced(size, traced)
+            plan = self._plan_traced(size, traced)
+            return plan if self._fsdp is None else self._plan_fsdp(plan, self._fsdp)
         evaluation = _evaluation_bytes(traced(size, learns=False))
         return self._plan_fast(self._fast.resized(size), memory or self.inputs.memory, evaluation)
 
@@ -295,15 +314,44 @@ class MemoryPlanner:
             other=base + _slack(inputs, held),
         )
 
+    def _plan_fsdp(self, whole: MemoryPlan, sharded: FsdpWeights) -> MemoryPlan:
+        """Return `whole`, the plan of a plain step, with the weights sharded by FSDP2."""
+        inputs = self.inputs
+        if inputs.lora is not None:
+            rest = whole.weights - sharded.n_bytes
+            held = sharded.shard_bytes(inputs.devices) + sharded.gathered_bytes()
+            return replace(whole, weights=rest + held)
+        share, dtype = -(-4 * whole.parameters // inputs.devices), inputs.compute_dtype
+        # Gradients become more as activations become fewer, unless micro-batches add to them.
+        gradients = share
+        if inputs.micro_batches == 1:
+            gradients = max(0, share - whole.activations - whole.loss)
+        return replace(
+            whole,
+            weights=share + sharded.gathered_bytes(dtype),
+            gradients=gradients + sharded.reduced_bytes(dtype),
+            optimizer=2 * share,
+        )
+
 
 def _evaluation_bytes(traced: StepMemory) -> int:
     return traced.activations + traced.loss
+
+
+def _fast_plan(inputs: PlanInputs, model: Decoder) -> FastPlan:
+    """Return the plan of the hand-written step; changes `model`, as FastPlan does."""
+    shards = inputs.devices if inputs.parallel == "fsdp" else None
+    sizes = inputs.micro_batch_size, inputs.tokens
+    return FastPlan(model, *sizes, packed=inputs.packed, shards=shards)
 
 
 def _adapted(inputs: PlanInputs) -> Decoder:
     """Return the model that trains, without values."""
     model = build_empty_decoder(inputs.config)
     if inputs.lora is None:
+        # FSDP2 gathers weights in the compute dtype; else autocast copies them, which is traced.
+        if inputs.parallel == "fsdp":
+            model = model.to(inputs.compute_dtype)
         return model.requires_grad_(True)
     # Full fine-tuning trains fp32 weights; LoRA's frozen base is stored in the compute dtype.
     if inputs.compute_dtype is torch.bfloat16:

@@ -62,12 +62,22 @@ class StepTracer:
     Args:
         model: on the meta device, with LoRA applied or all of it trained.
         compute_dtype: of matmuls, through autocast where it is bf16.
+        holds_gradients: False drops each gradient of a parameter as soon as it is there, as sharded
+            training does.
         whole: run every block and every chunk of the loss, not one of each kind. The result is the
             same; it is for tests.
     """
 
-    def __init__(self, model: Decoder, *, compute_dtype: torch.dtype, whole: bool = False) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        compute_dtype: torch.dtype,
+        holds_gradients: bool = True,
+        whole: bool = False,
+    ) -> None:
         self.model, self.compute_dtype, self.whole = model, compute_dtype, whole
+        self.holds_gradients = holds_gradients
         kinds = block_kinds(model)
         self._stands_for = list(range(len(kinds))) if whole else representatives(kinds)
         """For each block of the model: which of them is traced in its place."""
@@ -101,7 +111,7 @@ class StepTracer:
             ids = torch.zeros(batch_size, tokens, dtype=torch.int64)  # (B, T)
             n_tokens = batch_size * tokens
             n_learned = max(1, round(learned_fraction * n_tokens))
-            live = _Live(self.model)
+            live = _Live(self.model, holds_gradients=self.holds_gradients)
             with live, _marked(self.model.trunk.blocks(), self._traced, live):
                 hidden = _hidden(self.model, ids, packed=packed)
                 live.phase = "loss"
@@ -192,8 +202,9 @@ def _mark_block(
 class _Live(TorchDispatchMode):
     """Counts the bytes of all live storages that operations allocated, by phase and section."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, holds_gradients: bool) -> None:
         super().__init__()
+        self.holds_gradients = holds_gradients
         self.phase: Phase = "forward"
         self.bytes_in: dict[Phase, int] = {"forward": 0, "loss": 0, "backward": 0}
         self.gradients = 0
@@ -244,6 +255,9 @@ class _Live(TorchDispatchMode):
 
     def _note_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
+        if not self.holds_gradients:
+            parameter.grad = None  # its storage is forgotten; at its fullest it was counted
+            return
         self.gradients += parameter.grad.untyped_storage().nbytes()
         self._look()
 

@@ -32,14 +32,18 @@ class StepTraces:
         compute_dtype: torch.dtype,
         packed: bool,
         learned_fraction: float,
+        holds_gradients: bool = True,
     ) -> None:
         self._model, self._tokens, self._compute_dtype = model, tokens, compute_dtype
+        self._holds_gradients = holds_gradients
         self._packed, self._learned_fraction = packed, learned_fraction
         self._traces: dict[tuple[int, bool], StepMemory] = {}
 
     @cached_property
     def _tracer(self) -> StepTracer:
-        return StepTracer(self._model, compute_dtype=self._compute_dtype)
+        return StepTracer(
+            self._model, compute_dtype=self._compute_dtype, holds_gradients=self._holds_gradients
+        )
 
     def trace(self, size: int, *, learns: bool = True) -> StepMemory:
         """Return what a step of `size` sequences holds; without `learns`, a validation pass."""

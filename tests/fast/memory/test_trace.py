@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,18 @@ def test_a_trace_of_few_blocks_is_that_of_all(
             assert abs(value - vars(other)[part]) <= TOLERANCE * total
 
 
+def test_gradients_that_are_sharded_do_not_stay() -> None:
+    few, whole, held = (
+        StepTracer(
+            adapted(LLAMA, None), compute_dtype=torch.float32, holds_gradients=holds, whole=is_whole
+        ).trace(1, 16, packed=False)
+        for holds, is_whole in ((False, False), (False, True), (True, False))
+    )
+    assert few == whole
+    assert few.gradients == 0
+    assert few.activations + few.loss < held.activations + held.loss + held.gradients
+
+
 def test_blocks_that_differ_are_of_other_kinds() -> None:
     assert representatives(block_kinds(adapted(LLAMA, LORA))) == [0, 1, 1, 1, 1, 1, 6]
     # LOCAL and GLOBAL; the first and the last stand for themselves.
@@ -100,8 +113,8 @@ def test_plans_of_every_mode_are_those_of_whole_traces(
     for whole in (False, True):
 
         class Tracer(StepTracer):
-            def __init__(self, model: Decoder, *, compute_dtype: torch.dtype) -> None:
-                super().__init__(model, compute_dtype=compute_dtype, whole=whole)  # noqa: B023
+            def __init__(self, model: Decoder, **settings: Any) -> None:
+                super().__init__(model, **settings, whole=whole)  # noqa: B023
 
         monkeypatch.setattr(traces_module, "StepTracer", Tracer)
         planned = MemoryPlanner(inputs).plan(memory=memory)

@@ -1,0 +1,37 @@
+"""How fast the devices of a run exchange data, measured."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.distributed as dist
+
+from lora.device import synchronize
+from lora.distributed.world import World
+
+PROBE_BYTES = 64 * 2**20
+"""What each process sends: so much that latency hardly counts, and little memory."""
+N_PROBES = 3
+
+
+def measure_link(world: World, device: torch.device, n_bytes: int = PROBE_BYTES) -> float:
+    """Return the bytes per second that a device receives from all others, of the slowest one.
+
+    Called by all processes of `world`, which are several. The first exchange opens the connections
+    and does not count.
+    """
+    own = torch.zeros(n_bytes, dtype=torch.uint8, device=device)
+    everyones = own.new_empty(world.size * n_bytes)
+    group = world.device_group if device.type == "cuda" else world.host_group
+    seconds = []
+    for _ in range(1 + N_PROBES):
+        synchronize(device)
+        start_s = time.perf_counter()
+        with world.waits("the speed of the links between devices"):
+            dist.all_gather_into_tensor(everyones, own, group=group)
+            synchronize(device)
+        seconds.append(time.perf_counter() - start_s)
+    speed = (world.size - 1) * n_bytes / min(seconds[1:])
+    slowest: float = min(world.gather(speed, "the speed of all links"))
+    return slowest
