@@ -12,12 +12,12 @@ from lora.config import LoRAConfig, MemoryConfig, Parallel, TrainConfig
 from lora.data.prepare import PreparedData
 from lora.decoder.families import decoder_config
 from lora.device import DeviceChoice, available_bytes, resident_bytes
-from lora.distributed.links import measure_link
 from lora.distributed.world import ALONE, World
 from lora.errors import ConfigError, TrainingError
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.memory.parallel import Kind, plan_parallel
 from lora.fast.memory.plan import MemoryPlan, MemoryPlanner, PlanInputs
+from lora.fast.sharded.links import measure_link
 from lora.pretrained.hf_files import read_config
 from lora.runs.record import MemoryResult, PlannedMemory
 from lora.training.out_of_memory import advise, describe_parts

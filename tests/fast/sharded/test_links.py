@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lora.distributed.links import measure_link
 from lora.distributed.world import World
+from lora.fast.sharded.links import measure_link
 from tests.distributed.processes import run_processes
 
 
