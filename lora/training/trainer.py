@@ -36,6 +36,7 @@ from lora.training.job import (
 from lora.training.optim import learning_rate_at
 from lora.training.out_of_memory import advise, count_parts, describe_parts, explain_out_of_memory
 from lora.training.outcome import finish_run, token_rate
+from lora.training.sharded_step import ShardedStepRunner
 from lora.training.step_runner import StepOutcome
 
 SPIKE_WINDOW_STEPS, MIN_SPIKE_STEPS = 32, 8
@@ -171,6 +172,12 @@ def _save_after_error(job: TrainingJob, state: LoopState) -> None:
     quiet = replace(job, callbacks=(), world=ALONE)
     _finish_steps(quiet, state)
     if not state.step or state.saved_step == state.step:
+        return
+    if isinstance(job.steps, ShardedStepRunner):
+        job.progress.message(
+            f"a callback failed: step {state.step} is not saved, because the other processes have "
+            "parts of the weights; resume continues from the newest checkpoint"
+        )
         return
     is_best = state.best_eval_step == state.step and state.eval_loss < state.best_saved_loss
     n_steps = job.train_config.n_steps
