@@ -1,4 +1,4 @@
-"""Whole runs with --parallel fsdp: they end as those of one process, and each resumes the other's."""
+"""Whole runs with --parallel fsdp end as those of one process, and each resumes the other's."""
 
 from __future__ import annotations
 
