@@ -43,7 +43,7 @@ class Enough(Callback):
 
 
 @dataclass(frozen=True)
-class Ended:
+class RunOutcome:
     """How a run ended in one process."""
 
     folder: Path
@@ -65,10 +65,10 @@ def make_job(folder: Path, out: Path, name: str, **changes: Any) -> FinetuneJob:
     )
 
 
-def run_job(job: FinetuneJob, *callbacks: Callback) -> Ended:
+def run_job(job: FinetuneJob, *callbacks: Callback) -> RunOutcome:
     """Return how `job` ended."""
     done = finetune(job, callbacks=callbacks)
-    return Ended(done.folder, done.saved, done.result.steps, done.result.eval_loss)
+    return RunOutcome(done.folder, done.saved, done.result.steps, done.result.eval_loss)
 
 
 def interrupt(job: FinetuneJob) -> str:
@@ -79,14 +79,16 @@ def interrupt(job: FinetuneJob) -> str:
     return str(raised.value)
 
 
-def train_own(folder: Path, out: Path) -> tuple[Ended, list[float]]:
+def train_own(folder: Path, out: Path) -> tuple[RunOutcome, list[float]]:
     """Train a model in memory whose A every process drew with another seed."""
     model, tokenizer = lora.load_model(folder)
     torch.manual_seed(int(os.environ["RANK"]))
     lora.apply_lora(model, LoRAConfig(rank=4))
     done = lora.train(model, tokenizer, make_orders("train", 24), steps=2, out=out, name="own")
-    ended = Ended(done.folder, done.saved, done.result.steps, done.result.eval_loss)
-    return ended, [p.detach().double().sum().item() for p in model.parameters() if p.requires_grad]
+    outcome = RunOutcome(done.folder, done.saved, done.result.steps, done.result.eval_loss)
+    return outcome, [
+        p.detach().double().sum().item() for p in model.parameters() if p.requires_grad
+    ]
 
 
 def refuse(job: FinetuneJob) -> str:
@@ -125,7 +127,7 @@ def together(tiny_folder: Path, out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def one(tiny_folder: Path, out: Path, together: object) -> Ended:
+def one(tiny_folder: Path, out: Path, together: object) -> RunOutcome:
     return run_job(make_job(tiny_folder, out, "one"))
 
 
@@ -150,7 +152,7 @@ def assert_same_bytes(found: Path, expected: Path) -> None:
         assert (found / name).read_bytes() == (expected / name).read_bytes(), name
 
 
-def test_two_processes_make_the_run_of_one(together: list[dict[str, Any]], one: Ended) -> None:
+def test_two_processes_make_the_run_of_one(together: list[dict[str, Any]], one: RunOutcome) -> None:
     for done in together:
         assert done["whole"].folder.name == "whole"
         assert_same_run(done["whole"].folder, one.folder)
@@ -176,7 +178,7 @@ def test_resumed_by_as_many_processes_it_ends_with_the_same_bytes(
 
 
 def test_resumed_by_another_number_of_processes_it_is_the_same_run(
-    tiny_folder: Path, out: Path, together: list[dict[str, Any]], one: Ended
+    tiny_folder: Path, out: Path, together: list[dict[str, Any]], one: RunOutcome
 ) -> None:
     assert_same_run(together[0]["alone"].folder, one.folder)
     cut = run_job(make_job(tiny_folder, out, "cut", resume=True))

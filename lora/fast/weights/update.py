@@ -56,7 +56,7 @@ class FlatUpdate:
         self.control = torch.zeros(4, dtype=torch.float32, device=device)
         self.loss_sum = torch.zeros((), dtype=flat.dtype, device=device)
         self.n_learned = torch.zeros((), dtype=torch.int64, device=device)
-        if not world.is_alone:  # in fp32 counts are exact up to 16 million tokens a step
+        if not world.is_alone:  # in fp32 counts are exact up to 16 million tokens per step
             self.loss_sum, self.n_learned = flat.totals[0], flat.totals[1]
         self.flags = flat.totals[2:]
         """What processes ask of each other, which the host writes before a step."""
