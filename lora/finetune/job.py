@@ -99,20 +99,6 @@ class FinetuneResult:
     """Planned and measured peak memory."""
 
 
-def is_sharded(job: FinetuneJob, world: World) -> bool:
-    """Whether the processes share the weights out, each with its rows of every one."""
-    return job.run.parallel == "fsdp" and not world.is_alone
-
-
-def check_parallel(job: FinetuneJob, world: World) -> None:
-    """Raise ConfigError for weights to be sharded over one process."""
-    if job.run.parallel == "fsdp" and world.is_alone:
-        raise ConfigError(
-            "Cannot use parallel='fsdp' with one process: weights are sharded over several. "
-            "Allowed: auto, ddp. Give --devices N, or start the run with torchrun."
-        )
-
-
 def check_base_dtype(job: FinetuneJob) -> None:
     """Raise ConfigError for a base dtype that is unknown, or impossible in full fine-tuning."""
     allowed = get_args(BaseDtype)
@@ -165,7 +151,6 @@ def describe_job(
         base_dtype=None if job.base_dtype == "auto" else job.base_dtype,
         deterministic=job.deterministic or None,
         world_size=None if world.is_alone else world.size,
-        parallel=None if world.is_alone else "fsdp" if is_sharded(job, world) else "ddp",
         lora=None if job.lora is None else asdict(job.lora),
         train=asdict(job.train),
         data_config=asdict(job.data_config),

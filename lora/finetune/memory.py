@@ -141,7 +141,7 @@ def plan_run(
     checkpointing: ActivationCheckpointing | None = None,
     fp8: bool = False,
     world: World = ALONE,
-    parallel: Parallel = "ddp",
+    parallel: Parallel = "auto",
 ) -> ChosenMemory:
     """Return the memory of a run on these data, planned before its process loads the model.
 

@@ -27,6 +27,7 @@ from lora.distributed.world import World
 from lora.errors import CheckpointError
 from lora.fast.choose import choose_steps
 from lora.fast.llama.checkpointing import ActivationCheckpointing
+from lora.fast.memory.parallel import check_parallel
 from lora.fast.runner import FastStepRunner
 from lora.finetune.event_files import check_tensorboard, event_file
 from lora.finetune.job import (
@@ -34,9 +35,7 @@ from lora.finetune.job import (
     FinetuneResult,
     check_base_dtype,
     check_from_adapter,
-    check_parallel,
     describe_job,
-    is_sharded,
 )
 from lora.finetune.load_data import load_data
 from lora.finetune.loop_inputs import alike, training_job
@@ -123,7 +122,7 @@ def _finetune(
     with explain_out_of_memory(
         lambda: f"while the weights were loaded. {planned}. {LOADING_ADVICE}"
     ):
-        if is_sharded(job, world):
+        if memory.parallel == "fsdp":
             built = build_sharded_model(job, source, choice, data.tokenizer, progress)
             model, fingerprint, rows = built.model, built.fingerprint, built.rows
         else:
@@ -164,7 +163,7 @@ def _check(job: FinetuneJob, world: World) -> FinetuneJob:
     """Return the job with the path of its adapter. Raises for what can be wrong before all else."""
     check_base_dtype(job)
     check_from_adapter(job)
-    check_parallel(job, world)
+    check_parallel(job.run.parallel, world.size)
     check_batch(job.train, world)
     name = job.from_adapter
     if name is not None:  # a checkpoint is made an adapter, once
@@ -218,10 +217,13 @@ def _find_inputs(
         checkpointing=world.on_main(lambda: _recorded_checkpointing(job), "the recorded memory"),
         fp8=job.base_dtype == "fp8",
         world=world,
+        parallel=job.run.parallel,
     )
     memory.on_message = progress.message
     memory.ran_out = world.on_main(lambda: _recorded_failures(job), "the recorded memory")
     progress.message(outline(_with_steps(job, data, world), job.train, data, memory.plan))
+    if memory.parallel_reason:
+        progress.message(memory.parallel_reason)
     if memory.plan.reason:
         progress.message(memory.plan.reason)
     return _Inputs(choice, source, data, report, memory)
@@ -235,6 +237,7 @@ def _describe(
     return replace(
         describe_job(job, inputs.source, inputs.data, inputs.report, inputs.choice, world),
         learning_rate=train_config.peak_learning_rate,
+        parallel=inputs.memory.parallel,
         base_fingerprint=fingerprint,
         activation_checkpointing=None if stored is None else stored.to_record(),
         ran_out_of_memory=inputs.memory.ran_out or None,

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lora.decoder.decoder import Decoder
 
@@ -59,12 +61,24 @@ class FsdpWeights:
 
         return GATHERED_BLOCKS * max(map(size, self.blocks)) + sum(map(size, self.others))
 
-    def reduced_bytes(self, dtype: torch.dtype) -> int:
-        """Return what the gradients of a block take until this device's share of the sum is there.
+    def gradient_bytes(self, dtype: torch.dtype) -> tuple[int, int]:
+        """Return what gradients take beside a device's share of their sums, computed in `dtype`.
 
-        They are computed in `dtype`.
+        First while blocks compute: those of a block until they are summed, and those of what is
+        outside of the blocks, which waits for the end of the backward pass. Then at that end.
         """
-        return max(unit.n_elements for unit in self.blocks) * (dtype.itemsize + REDUCED_BYTES)
+        block = max(unit.n_elements for unit in self.blocks)
+        others = sum(unit.n_elements for unit in self.others)
+        summed = dtype.itemsize + REDUCED_BYTES
+        return block * summed + others * dtype.itemsize, others * summed
+
+
+def recompute_blocks(model: Decoder) -> None:
+    """Changes `model` in place: its blocks are recomputed in the backward pass, as on a GPU."""
+    for block in model.trunk.blocks():
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
 
 
 def fsdp_weights(model: Decoder) -> FsdpWeights:

@@ -31,7 +31,7 @@ from lora.fast.memory.fast_step import (
     fit_memory,
     fit_with,
 )
-from lora.fast.memory.fsdp import FsdpWeights, fsdp_weights
+from lora.fast.memory.fsdp import FsdpWeights, fsdp_weights, recompute_blocks
 from lora.fast.memory.trace import StepMemory
 from lora.fast.memory.traces import StepTraces, Traced, largest_that_fits
 from lora.lora_module import ParameterCounts, count_lora_parameters
@@ -168,6 +168,8 @@ class MemoryPlanner:
         if shards and (self._step != "fast" or inputs.lora is None):
             self._step = "plain"  # with FSDP2
         self._fsdp = fsdp_weights(model) if shards and self._step == "plain" else None
+        if self._fsdp is not None and on_gpu:
+            recompute_blocks(model)
         # The tracer and the fast plan both change their model. A copy, because applying LoRA again
         # would say again what there is to say about it.
         self._traces = StepTraces(
@@ -322,14 +324,13 @@ class MemoryPlanner:
             held = sharded.shard_bytes(inputs.devices) + sharded.gathered_bytes()
             return replace(whole, weights=rest + held)
         share, dtype = -(-4 * whole.parameters // inputs.devices), inputs.compute_dtype
-        # Gradients become more as activations become fewer, unless micro-batches add to them.
-        gradients = share
-        if inputs.micro_batches == 1:
-            gradients = max(0, share - whole.activations - whole.loss)
+        within, at_end = sharded.gradient_bytes(dtype)
+        # Shares become more as activations become fewer, unless micro-batches add to them.
+        first = within + (share if inputs.micro_batches > 1 else 0)
         return replace(
             whole,
             weights=share + sharded.gathered_bytes(dtype),
-            gradients=gradients + sharded.reduced_bytes(dtype),
+            gradients=max(first, share + at_end - whole.activations - whole.loss),
             optimizer=2 * share,
         )
 

@@ -16,6 +16,7 @@ from lora.decoder.quantised import use_fp8_linears
 from lora.errors import ConfigError
 from lora.fast.memory.fsdp import GATHERED_BLOCKS, fsdp_weights
 from lora.fast.memory.parallel import (
+    BLOCKS,
     DOES_NOT_FIT,
     MIN_HIDDEN_TOKENS,
     MIN_LINK_BYTES_PER_S,
@@ -109,7 +110,8 @@ def test_full_fine_tuning_shards_weights_gradients_and_moments() -> None:
     assert plan.step == "plain"
     assert plan.parameters == plan.trained_parameters == parameters
     assert plan.optimizer == 8 * parameters / 4
-    assert plan.gradients == parameters + (2 + 4) * block
+    # Beside its share: of a block until they are summed, and of the tables until the end.
+    assert plan.gradients == parameters + (2 + 4) * block + 2 * (TABLE + 2048)
     assert plan.weights == parameters + 2 * (GATHERED_BLOCKS * block + TABLE + 2048)
     # One micro-batch: gradients come as activations go, so that fewer of them count.
     one = planned("fsdp", lora=None)
@@ -117,6 +119,8 @@ def test_full_fine_tuning_shards_weights_gradients_and_moments() -> None:
     # No gradient hides the activations: those of few tokens are a part of those of many.
     few = planner("fsdp", lora=None).plan(16)
     assert few.activations == pytest.approx(one.activations / 2, rel=0.2)
+    assert one.activations < planned("ddp", lora=None, fast=False).activations / 3
+    assert plan_within(planner("fsdp", lora=None), MemoryConfig(), None).recomputes == BLOCKS
 
 
 @pytest.mark.parametrize("full", [False, True])
