@@ -37,10 +37,11 @@ from lora.cli.flags.environment import (
     environment_reader,
     given_in_environment,
     known_settings,
+    settings_in_environment,
 )
 from lora.cli.flags.from_fields import GROUP_KEYS
 from lora.cli.flags.help_page import HelpPage
-from lora.cli.flags.resumed import settings_to_resume
+from lora.cli.flags.resumed import settings_to_resume, settings_to_scale
 from lora.cli.flags.translate import given_in, translate_settings, translate_words
 from lora.cli.flags.values import check_values, name_pairs
 from lora.cli.flags.yaml_file import flatten_groups, read_settings
@@ -85,6 +86,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "lora.cli.settings.init:init",
         "Write a settings file for lora finetune, with every default.",
     ),
+    "scale": (
+        "lora.cli.settings.scale:scale",
+        "Write a file that starts a run on several machines: torchrun, Slurm, SkyPilot.",
+    ),
     "convert-config": (
         "lora.cli.settings.convert_config:convert_config",
         "Convert a settings file of axolotl, LLaMA-Factory or torchtune.",
@@ -95,7 +100,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """By name: the command's function as "module:function", and its line in `lora --help`."""
 
-WITH_FILE = ("finetune", "sweep", "compare")
+WITH_FILE = ("finetune", "sweep", "compare", "scale")
 """Commands whose first word may be a settings file, as with --config."""
 MEMORY_ADVICE = "Try a smaller batch, a smaller model, or a device with more memory."
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -215,7 +220,10 @@ def _run(words: list[str]) -> int | Processes:
             for each, name in sources
         ]
         environment = aliases_in_environment(command, known, print_note)
+        if command == "scale":  # other machines have no variables of lora finetune
+            environment = settings_in_environment("finetune", known, print_note) | environment
         sources.insert(0, (environment, "environment"))
+        sources.append(settings_to_scale(command, _given(words, sources)))
         sources.append(settings_to_resume(command, _given(words, sources)))
     app = build_app(words[0] if words else None, sources)
     code = app(

@@ -188,7 +188,7 @@ def create_run(
     `name-3` … `record` becomes `run.json`. Raises CheckpointError for a name with slashes, if
     the disk refuses, if another process uses the directory, or if there is nothing to resume.
     """
-    _check_name(name)
+    check_run_name(name)
     folder = out / name if resume else _free_folder(out, name)
     check_run_directory(out, name, resume=resume)
     try:
@@ -222,7 +222,7 @@ def check_run_directory(out: Path, name: str | None, *, resume: bool) -> None:
     For the start of a job, which creates its directory only once all else is checked.
     """
     if name is not None:
-        _check_name(name)
+        check_run_name(name)
     folder = out / (name or "")
     if resume and not folder.is_dir():
         runs = sorted(p.parent.name for p in out.glob(f"*/{RUN_FILE}")) if out.is_dir() else []
@@ -292,7 +292,8 @@ def _lock(lock: IO[str], folder: Path) -> None:
         ) from None
 
 
-def _check_name(name: str) -> None:
+def check_run_name(name: str) -> None:
+    """Raise CheckpointError for a name that cannot be that of one directory."""
     # A control character would reach the terminal; NUL and half a character cannot be written.
     encoded = name.encode(errors="ignore")
     is_text = visible(encoded.decode()) == name and "\n" not in name

@@ -57,6 +57,7 @@ def test_every_flag_of_every_command_works_from_a_file(
     flag = argument.name.removeprefix("--")
     given = value_for(argument.hint, argument.field_info.default)
     needed = {"data": "x", "adapter": "x", "out": "x", "path": "x", "run": "x"}
+    needed |= {"to": "slurm", "devices": "2"}
     names = {each.name.removeprefix("--"): each for c, each in flags() if c == command}
     content = {k: v for k, v in needed.items() if k in names and names[k].required}
     content[flag.replace("-", "_")] = given

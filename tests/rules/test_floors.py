@@ -15,7 +15,7 @@ LORA_CODE = {"lora_module", "layers", "stacked", "adapters", "fast"}
 NO_LORA = ("lora/data/", "lora/decoder/", "lora/kernels/", "models/bigram_lm_v2.py")
 NO_TORCH = (
     *("lora/errors.py", "lora/config.py", "lora/runs/directory.py", "lora/runs/progress.py"),
-    *("lora/report/", "models/classic_settings.py"),
+    *("lora/report/", "lora/scale/", "models/classic_settings.py"),
 )
 MAX_FOLDER_MODULES, MAX_FLAT_MODULES, MAX_LEVELS = 13, 8, 11
 ADVICE = "See the table of floors in docs/architecture.md; a new module gets its place there."

@@ -62,9 +62,15 @@ def given_in_environment(command: str) -> dict[str, str]:
 
 def aliases_in_environment(command: str, known: Collection[str], on_note: Notes) -> dict[str, Any]:
     """Return the settings that variables of `command` give under names of other tools."""
+    named = settings_in_environment(command, known, on_note)
+    given = given_in_environment(command)
+    return {name: text for name, text in named.items() if name.replace("-", "_") not in given}
+
+
+def settings_in_environment(command: str, known: Collection[str], on_note: Notes) -> dict[str, Any]:
+    """Return all settings that variables of `command` give, by our names, with dashes."""
     given = {name.replace("_", "-"): text for name, text in given_in_environment(command).items()}
-    named = translate_settings("the environment", given, known, on_note)
-    return {name: text for name, text in named.items() if name not in given}
+    return translate_settings("the environment", given, known, on_note)
 
 
 def _variables(*commands: str) -> dict[str, str]:

@@ -60,6 +60,27 @@ def settings_to_resume(command: str, given: Mapping[str, str]) -> tuple[dict[str
     }, str(path)
 
 
+def settings_to_scale(command: str, given: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """Return the settings of the run that `lora scale --run` names, and the file they come from.
+
+    They are without its name, unless it is resumed. Raises what reading a run raises, and
+    ConfigError for a run that `lora finetune` cannot repeat.
+    """
+    if command != "scale" or not given.get("run"):
+        return {}, ""
+    directory = Path(given["run"]).expanduser()
+    settings = finetune_settings(read_run_record(directory), directory.name)
+    if settings is None:
+        raise ConfigError(
+            f"Cannot scale the run {directory}: lora finetune did not start it, or its rows were "
+            "given in Python. Allowed: a run of lora finetune on files."
+        )
+    if given.get("resume", "false").lower() in _OFF:
+        del settings["name"]
+    texts = {key.replace("_", "-"): _as_text(value) for key, value in settings.items()}
+    return texts, str(directory / RUN_FILE)
+
+
 def _recorded(command: str, record: RunRecord, directory: Path) -> Settings | None:
     name = directory.name
     if command == "sweep":

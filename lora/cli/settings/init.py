@@ -94,26 +94,34 @@ def init(
     """
     output = OutputPath(file, overwrite=overwrite)
     output.check()
-    parts = (lora, train, data_config, run, memory)
-    kinds = (LoRAConfig, TrainConfig, DataConfig, RunConfig, MemoryConfig)
-    for kind, flags in zip(kinds, parts, strict=True):
-        changed_by(kind(), flags)  # checks itself
-    given: dict[str, Any] = {
+    given = given_settings(
+        *(lora, train, data_config, run, memory),
         **{"data": data, "model": model, "eval_data": eval_data, "from_adapter": from_adapter},
         **{"full": full or None, "deterministic": deterministic or None},
         **{"base_dtype": None if base_dtype == "auto" else base_dtype},
         **{"report": None if report else False},
-        **{name: value for flags in parts if flags for name, value in vars(flags).items()},
-    }
-    given = {name: value for name, value in given.items() if value is not None}
+    )
     if not given and sys.stdin is not None and sys.stdin.isatty():
         given = _ask()
-    _check(given)
+    check_method(given)
     with output.building() as part:
         part.write_text(settings_file(given), encoding="utf-8")
     more = "" if "data" in given else " --data FILE"
     print_line(f"wrote {file}. Start with: lora finetune {file}{more}")
     return 0
+
+
+def given_settings(*flags: object | None, **more: Any) -> dict[str, Any]:
+    """Return the settings that are given by name: those of `more`, then those of `flags`.
+
+    `flags` are InitLoRA, InitTrain, InitData, InitRun and InitMemory, or None. Raises ConfigError
+    for values that are out of range.
+    """
+    kinds = (LoRAConfig, TrainConfig, DataConfig, RunConfig, MemoryConfig)
+    for kind, each in zip(kinds, flags, strict=True):
+        changed_by(kind(), each)  # checks itself
+    given = more | {name: value for each in flags if each for name, value in vars(each).items()}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def settings_file(given: dict[str, Any]) -> str:
@@ -173,7 +181,8 @@ def _yaml(value: Any) -> str:
     return yaml_value(list(value) if isinstance(value, tuple) else value)
 
 
-def _check(given: dict[str, Any]) -> None:
+def check_method(given: dict[str, Any]) -> None:
+    """Raise ConfigError for settings of LoRA, of an adapter and of full fine-tuning together."""
     lora = [name for name in given if name in vars(LoRAConfig())]
     whole = [name for name in ("full", "from_adapter") if name in given]
     if len(whole) > 1 or (whole and lora):
