@@ -130,6 +130,6 @@ def prepare(case: Case, shape: Shape, world: World, *, smoke: bool) -> Prepared:
     build = build_sharded if case.parallel == "fsdp" else build_whole
     model, steps, planned = build(case, shape, world, choice, config)
     stream = build_stream(shape, steps.batch_device, packed=False, share=world.share)
-    # The sharded step does not sum gradients yet.
-    together = ALONE if case.parallel == "fsdp" else world
+    # The hand-written sharded step does not sum gradients yet.
+    together = ALONE if isinstance(steps, DeviceStepRunner) and not world.is_alone else world
     return Prepared(model, steps, planned, stream, config, choice, together)

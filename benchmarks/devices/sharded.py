@@ -10,7 +10,7 @@ from gpu_step import Shape, build_empty
 from torch import Tensor
 
 from devices.cases import Case
-from devices.whole import Planned, free_memory, lora_config
+from devices.whole import Planned, lora_config, plan_case
 from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import TrainConfig
 from lora.decoder.decoder import Decoder
@@ -18,7 +18,7 @@ from lora.decoder.quantised import use_fp8_linears
 from lora.device import DeviceChoice
 from lora.distributed.shards import Rows
 from lora.distributed.world import World
-from lora.fast.memory.fast_step import USABLE_MEMORY_FRACTION, FastPlan, fit_memory
+from lora.fast.choose import choose_steps
 from lora.fast.runner import DeviceStepRunner
 from lora.fast.sharded.base import ShardedBase
 from lora.fast.sharded.gather import PulledGather
@@ -33,13 +33,14 @@ def build_sharded(
     case: Case, shape: Shape, world: World, choice: DeviceChoice, config: TrainConfig
 ) -> tuple[Any, StepRunner, Planned]:
     """Return a model of which every process has its rows, its step and its plan."""
-    if case.variant == "ours_full":
-        raise NotImplementedError("full fine-tuning, sharded")
-    fp8, is_cuda = "fp8" in case.variant, choice.device.type == "cuda"
-    dtype = choice.compute_dtype
-    planned = plan_sharded(shape, world.size, fp8=fp8, is_cuda=is_cuda)
-    model = empty_model(shape, dtype, fp8=fp8)
-    rows = random_rows({name: p.shape for name, p in model.named_parameters()}, choice.device)
+    full, fp8 = case.variant == "ours_full", "fp8" in case.variant
+    is_cuda, dtype = choice.device.type == "cuda", choice.compute_dtype
+    planned = plan_case(case, shape, is_cuda=is_cuda)
+    model = empty_model(shape, torch.float32 if full else dtype, full=full, fp8=fp8)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    rows = random_rows(shapes, choice.device)
+    if full:
+        return model, choose_steps(model, choice, config, world=world, rows=rows), planned
     for layer in lora_layers(model).values():
         layer.lora_A = torch.nn.Parameter(SPREAD * _drawn(layer.lora_A.shape, dtype, choice.device))
         layer.lora_B = torch.nn.Parameter(
@@ -55,22 +56,11 @@ def build_sharded(
     return model, DeviceStepRunner(model, step, choice, "sharded"), planned
 
 
-def plan_sharded(shape: Shape, processes: int, *, fp8: bool, is_cuda: bool) -> Planned:
-    """Return what one of the processes holds, in the mode that `auto` takes."""
-    plan = FastPlan(
-        empty_model(shape, torch.bfloat16, fp8=fp8),
-        shape.rows,
-        shape.tokens,
-        packed=False,
-        shards=processes,
-    )
-    fit = fit_memory(plan, "auto", int(free_memory(is_cuda=is_cuda) * USABLE_MEMORY_FRACTION))
-    return Planned(fit.memory.total, fit.reason, fit.checkpointing)
-
-
-def empty_model(shape: Shape, dtype: torch.dtype, *, fp8: bool) -> Decoder:
-    """Return an adapted decoder of this shape on the meta device."""
+def empty_model(shape: Shape, dtype: torch.dtype, *, full: bool, fp8: bool) -> Decoder:
+    """Return a decoder of this shape on the meta device: adapted, or with all of it trained."""
     model = build_empty(shape).to(dtype)
+    if full:
+        return model.requires_grad_(True)
     if fp8:
         use_fp8_linears(model)
     apply_lora(model, lora_config())

@@ -44,7 +44,7 @@ def build_whole(
 ) -> tuple[Any, StepRunner, Planned]:
     """Return a model that every process has whole, its step and its plan."""
     full, fp8 = case.variant == "ours_full", "fp8" in case.variant
-    fit = plan_whole(shape, full=full, fp8=fp8, is_cuda=choice.device.type == "cuda")
+    fit = plan_case(case, shape, is_cuda=choice.device.type == "cuda")
     model = build_model(
         shape, torch.float32 if full else choice.compute_dtype, fp8=fp8, device=choice.device.type
     )
@@ -62,18 +62,21 @@ def build_whole(
     return model, steps, fit
 
 
-def plan_whole(shape: Shape, *, full: bool, fp8: bool, is_cuda: bool) -> Planned:
+def plan_case(case: Case, shape: Shape, *, is_cuda: bool) -> Planned:
     """Return the memory plan with --memory auto, made as `lora finetune` makes it."""
     inputs = PlanInputs(
-        build_empty(shape).config, None if full else lora_config(), shape.rows, shape.tokens,
-        "cuda", torch.bfloat16, packed=False, fp8=fp8,
-    )  # fmt: skip
+        build_empty(shape).config,
+        None if case.variant == "ours_full" else lora_config(),
+        shape.rows,
+        shape.tokens,
+        "cuda",
+        torch.bfloat16,
+        packed=False,
+        fp8="fp8" in case.variant,
+        devices=case.devices,
+        parallel="fsdp" if case.parallel == "fsdp" else "ddp",
+    )
     planner = MemoryPlanner(inputs)
-    budget = planner.usable_bytes(free_memory(is_cuda=is_cuda)) / GB
-    plan = planner.plan(memory=MemoryConfig("auto", budget))
+    free = (available_bytes("cuda") or 0) if is_cuda else SMOKE_BYTES
+    plan = planner.plan(memory=MemoryConfig("auto", planner.usable_bytes(free) / GB))
     return Planned(plan.total, plan.reason, plan.checkpointing)
-
-
-def free_memory(*, is_cuda: bool) -> int:
-    """Return what is free on this process's device, in bytes."""
-    return (available_bytes("cuda") or 0) if is_cuda else SMOKE_BYTES

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from lora.config import TrainConfig
-from lora.distributed.start import world_size
+from lora.distributed.ranks import this_rank, world_size
 from lora.distributed.world import World
 from lora.errors import ConfigError
 
@@ -17,7 +15,7 @@ def own_device(requested: str) -> str:
 
     Raises ConfigError for the numbered GPU of another process, and for more of them than GPUs.
     """
-    if world_size() == 1 or requested in ("cpu", f"cuda:{_local_rank()}"):
+    if world_size() == 1 or requested in ("cpu", f"cuda:{this_rank().local_rank}"):
         return requested
     if requested.startswith("cuda:"):
         raise ConfigError(
@@ -28,7 +26,8 @@ def own_device(requested: str) -> str:
     n_gpus = torch.cuda.device_count()
     if requested == "auto" and not n_gpus:
         return "cpu"
-    n_here = int(os.environ["LOCAL_WORLD_SIZE"])
+    here = this_rank()
+    n_here = here.local_size
     if requested in ("auto", "cuda") and n_here > n_gpus > 0:
         raise ConfigError(
             f"Cannot use {n_here} processes on this machine: PyTorch sees {n_gpus} "
@@ -36,15 +35,18 @@ def own_device(requested: str) -> str:
             "use device=cpu."
         )
     is_gpu = requested in ("auto", "cuda") and n_gpus
-    return f"cuda:{os.environ['LOCAL_RANK']}" if is_gpu else requested
+    return f"cuda:{here.local_rank}" if is_gpu else requested
 
 
 def check_own_device(device: torch.device) -> None:
     """Raise ConfigError for a model on another GPU than that of this process."""
-    if world_size() > 1 and device.type == "cuda" and str(device.index or 0) != _local_rank():
+    if world_size() == 1 or device.type != "cuda":
+        return
+    own = this_rank().local_rank
+    if (device.index or 0) != own:
         raise ConfigError(
-            f"Cannot train a model on {device} in the process with LOCAL_RANK={_local_rank()}: "
-            "each process trains on the GPU of its own number. Move the model: "
+            f"Cannot train a model on {device} in the process with LOCAL_RANK={own}: each process "
+            "trains on the GPU of its own number. Move the model: "
             "model.to(f\"cuda:{os.environ['LOCAL_RANK']}\")."
         )
 
@@ -66,7 +68,3 @@ def check_batch(train: TrainConfig, world: World) -> None:
         f"gradient_accumulation={train.gradient_accumulation}), and each process takes at least "
         f"one. Allowed: at most {size} processes. Use {way}."
     )
-
-
-def _local_rank() -> str:
-    return os.environ["LOCAL_RANK"]

@@ -26,7 +26,8 @@ def sum_gradients(
     has_gradient = totals.new_tensor([p.grad is not None for p in parameters])
     sums = torch.cat((totals, has_gradient))
     world.sum(sums, what)
-    counts = sums[len(totals) :].tolist()  # the host waits for the device here
+    with world.waits(what):  # on a GPU the host waits here, not where the sum was queued
+        counts = sums[len(totals) :].tolist()
     gradients = []
     for parameter, count in zip(parameters, counts, strict=True):
         if count:

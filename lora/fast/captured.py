@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from lora.data.sequences.batches import IGNORE, Batch
 from lora.device import DeviceChoice
+from lora.distributed.world import ALONE, World
 from lora.fast.graphs import Graphs
 from lora.fast.transformers_models import unmasked_attention
 from lora.fast.weights.flat import FlatParameters, Slot
-from lora.fast.weights.update import FlatUpdate
+from lora.fast.weights.update import N_TOTALS, FlatUpdate
 from lora.kernels.step.ops import Ops
+from lora.layers.shared_dropout import SharedDropouts
 from lora.training.checkpoint import OptimizerState
 from lora.training.optim import parameter_groups
 
@@ -43,6 +45,8 @@ class CapturedStep:
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
         compiles: send the repeated blocks and the loss through torch.compile.
         unmasked: one of transformers' models that needs no masks of its own.
+        world: processes that have parts of each micro-batch.
+        dropouts: the model's, whose masks the processes draw together; None: each draws its own.
     """
 
     def __init__(
@@ -56,14 +60,21 @@ class CapturedStep:
         max_grad_norm: float = 1.0,
         compiles: bool = False,
         unmasked: bool = False,
+        world: World = ALONE,
+        dropouts: SharedDropouts | None = None,
     ) -> None:
         self.model, self.forward, self.choice = model, forward, choice
         self.compiles, self.unmasked = compiles, unmasked
         self.device = choice.device
-        self.flat = flatten_trained(model, self.device)
+        self.flat = flatten_trained(model, self.device, 0 if world.is_alone else N_TOTALS)
         self.update = FlatUpdate(
-            self.flat, ops.adamw, weight_decay=weight_decay, max_grad_norm=max_grad_norm
+            self.flat,
+            ops.adamw,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            world=world,
         )
+        self._is_shared, self._dropouts = not world.is_alone, dropouts
         self.report = self.update.report
         self.graphs = Graphs(self.device, self.update.is_live)
         # In one kernel the logits of a large vocabulary are read and written fewer times.
@@ -79,13 +90,14 @@ class CapturedStep:
         self.update.set_learning_rate(learning_rate)
         for index, batch in enumerate(batches):
             packed = self._copy_in(batch)
-            if len(batches) == 1:
+            if len(batches) == 1 and not self._is_shared:
                 # With one micro-batch the update is in the same graph: one launch a step.
                 self._run(("step", packed), partial(self._whole, packed))
             else:
                 first = index == 0
                 self._run(("micro", first, packed), partial(self._micro, packed, first=first))
-        if len(batches) > 1:
+        if len(batches) > 1 or self._is_shared:
+            self.update.sum_over_processes(f"the gradients of step {number}")
             self.graphs.run(("update",), self._update)
 
     def optimizer_state(self) -> OptimizerState:
@@ -123,6 +135,8 @@ class CapturedStep:
             if not self.graphs.has(key):
                 if self.unmasked:
                     entered.enter_context(unmasked_attention(self.model))
+                if self._dropouts is not None:
+                    entered.enter_context(self._dropouts.drawn_together(0))
                 if self.compiles:
                     entered.enter_context(compiled_blocks(self.model))
             self.graphs.run(key, function)
@@ -158,10 +172,10 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def flatten_trained(model: nn.Module, device: torch.device) -> FlatParameters:
+def flatten_trained(model: nn.Module, device: torch.device, n_totals: int = 0) -> FlatParameters:
     """Changes what trains in `model` in place: fp32 views of one flat buffer, values kept.
 
-    Slots are in the order of `trained(model)`.
+    Slots are in the order of `trained(model)`; `n_totals` as in FlatParameters.
     """
     parameters = trained(model)
     wide = torch.float64 if all(p.dtype == torch.float64 for p in parameters) else torch.float32
@@ -171,7 +185,7 @@ def flatten_trained(model: nn.Module, device: torch.device) -> FlatParameters:
         id(p) for group in parameter_groups(model, 1.0) if group["weight_decay"] > 0
         for p in group["params"]
     }  # fmt: skip
-    flat = FlatParameters(device, wide)
+    flat = FlatParameters(device, wide, n_totals)
     slots: list[Slot] = [flat.reserve(tuple(p.shape), decays=id(p) in decaying) for p in parameters]
     flat.allocate()
     for slot, parameter in zip(slots, parameters, strict=True):
@@ -183,12 +197,13 @@ def flatten_trained(model: nn.Module, device: torch.device) -> FlatParameters:
 def needs_mask(batch: Batch) -> bool:
     """Whether `batch` needs more than a causal mask: several documents, or padding in front.
 
-    Padding at the end needs none: no learned token attends to it. The batch is read on the host,
-    where it still is.
+    Padding at the end needs none, nor does a sequence of padding: no learned token attends to it.
+    The batch is read on the host, where it still is.
     """
     documents = batch.document_ids
     before, after = documents[:, :-1], documents[:, 1:]
-    return bool((documents[:, 0] != 0).any() or ((after != before) & (after != -1)).any())
+    begins_late = (documents[:, 0] != 0) & (documents != -1).any(1)
+    return bool(begins_late.any() or ((after != before) & (after != -1)).any())
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:

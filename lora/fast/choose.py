@@ -80,13 +80,15 @@ def choose_steps(
     if not fast:
         on_message("plain step: as asked")
         return plain()
-    if not world.is_alone:
-        on_message("plain step: several processes")
-        return plain()
     why_not = why_not_fast(model, choice)
     if why_not is None:
         steps: DeviceStepRunner = FastStepRunner(
-            cast(Decoder, model), choice, config, checkpointing=checkpointing, leaner=leaner
+            cast(Decoder, model),
+            choice,
+            config,
+            checkpointing=checkpointing,
+            leaner=leaner,
+            world=world,
         )
         on_message(steps.describe())
         return steps
@@ -97,7 +99,7 @@ def choose_steps(
         return plain()
     # torch.compile needs Triton for its kernels.
     compiles = HAS_TRITON and (config.steps or 0) >= MIN_COMPILED_STEPS
-    steps = CapturedStepRunner(model, choice, config, compiles=compiles)
+    steps = CapturedStepRunner(model, choice, config, compiles=compiles, world=world)
     on_message(f"{steps.describe()} (the fast step cannot: {why_not})")
     return steps
 

@@ -15,14 +15,17 @@ from lora.config import TrainConfig
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
+from lora.distributed.stops import StopFlags
+from lora.distributed.world import ALONE, World
 from lora.fast.captured import CapturedStep, decoder_logits
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.step import MERGE_BELOW_WIDTH, FastStep, trains_all_weights
 from lora.fast.transformers_models import transformers_logits, why_masked
 from lora.kernels.step.jit import HAS_TRITON
 from lora.kernels.step.ops import PLAIN, TRITON
+from lora.layers.shared_dropout import SharedDropouts
 from lora.training.checkpoint import OptimizerState, restore_training_tensors, training_tensors
-from lora.training.diagnosis import find_nonfinite
+from lora.training.diagnosis import find_in_all
 from lora.training.losses import loss_for
 from lora.training.out_of_memory import is_out_of_memory
 from lora.training.plain_step import evaluate, skipped_step
@@ -71,6 +74,8 @@ class DeviceStepRunner:
         choice: where it runs, and the compute dtype.
         about: one line for the user.
         loss_fn: for evaluations, and to find where a NaN came from; None: what fits `model`.
+        world: processes that have parts of micro-batches of `micro_batch_size` sequences.
+        micro_batch_size: of all processes together; of no use alone.
     """
 
     batch_device = torch.device("cpu")
@@ -83,8 +88,11 @@ class DeviceStepRunner:
         choice: DeviceChoice,
         about: str,
         loss_fn: LossFn | None = None,
+        world: World = ALONE,
+        micro_batch_size: int = 0,
     ) -> None:
         self.loss_fn = loss_fn or loss_for(model)
+        self.world, self._micro_batch_size = world, micro_batch_size
         self.model, self.choice, self.about = model, choice, about
         self.is_cuda = choice.device.type == "cuda"
         self._step = step
@@ -120,7 +128,8 @@ class DeviceStepRunner:
 
     def evaluate(self, batches: Iterable[Any]) -> list[float]:
         """Return the mean loss in nats over all target tokens of `batches`, dropout off."""
-        return [evaluate(self.model, batches, self.loss_fn, self.choice.autocast)]
+        autocast = self.choice.autocast
+        return [evaluate(self.model, batches, self.loss_fn, autocast, self.world)]
 
     def state(self, adapter: int = 0) -> TrainingState:
         """Return what trains, AdamW's moments and the states of random generators; views."""
@@ -135,8 +144,9 @@ class DeviceStepRunner:
 
     def _read(self, launched: _Launched) -> StepOutcome:
         if launched.event is not None:
-            launched.event.synchronize()  # the host waits here, for a step that is one behind
-        loss, n_tokens, norm, is_taken = launched.report.tolist()
+            with self.world.waits(f"the gradients of step {launched.step}"):
+                launched.event.synchronize()  # the host waits here, for a step that is one behind
+        loss, n_tokens, norm, is_taken, *flags = launched.report.tolist()
         if not is_taken:
             return self._explain(launched, loss, norm)
         return StepOutcome(
@@ -145,6 +155,7 @@ class DeviceStepRunner:
             n_tokens=int(n_tokens),
             gradient_norms=[norm],
             learning_rates=[launched.learning_rate],
+            stops=StopFlags.from_sums(flags) if flags else StopFlags(),
         )
 
     def _explain(self, launched: _Launched, loss: float, norm: float) -> StepOutcome:
@@ -155,7 +166,8 @@ class DeviceStepRunner:
         # named may be another then, but a damaged example or weight is found all the same.
         device = self.choice.device
         batches = [b.to(device) if isinstance(b, Batch) else b for b in launched.micro_batches]
-        found = find_nonfinite(self.model, batches, self.loss_fn, self.choice.autocast)
+        autocast, size = self.choice.autocast, self._micro_batch_size
+        found = find_in_all(self.model, batches, self.loss_fn, autocast, size, self.world)
         why = (
             f"The loss is {loss} and the gradient norm {norm}: not finite, so the step was not "
             f"taken. Lower the learning rate, or look for damaged examples. {found.sentence}"
@@ -173,6 +185,7 @@ class FastStepRunner(DeviceStepRunner):
         checkpointing: which activations are recomputed; None: hardly any.
         leaner: called if the first step runs out of memory; returns what to store instead, or None
             to give up.
+        world: processes that have parts of each micro-batch; all of them go leaner together.
     """
 
     def __init__(
@@ -183,6 +196,7 @@ class FastStepRunner(DeviceStepRunner):
         *,
         checkpointing: ActivationCheckpointing | None = None,
         leaner: Callable[[], ActivationCheckpointing | None] = lambda: None,
+        world: World = ALONE,
     ) -> None:
         self._leaner, self._has_launched = leaner, False
         self.step = FastStep(
@@ -194,8 +208,11 @@ class FastStepRunner(DeviceStepRunner):
             max_grad_norm=config.max_grad_norm,
             seed=config.seed,
             checkpointing=checkpointing,
+            world=world,
+            first_sequence=world.share.part(config.micro_batch_size).start,
         )
-        super().__init__(model, self.step, choice, _about_fast(self.step, choice))
+        about, size = _about_fast(self.step, choice), config.micro_batch_size
+        super().__init__(model, self.step, choice, about, world=world, micro_batch_size=size)
 
     def launch(
         self, step: int, micro_batches: Sequence[Any], learning_rates: Sequence[float]
@@ -222,6 +239,7 @@ class FastStepRunner(DeviceStepRunner):
         except (RuntimeError, MemoryError) as error:
             # Another mode rounds differently, so it is taken before anything was trained, or never.
             was_updated = not torch.equal(self.step.taken_steps, taken)
+            was_updated |= self.step.has_agreed  # the other processes have gone on
             if was_updated or not is_out_of_memory(error):
                 raise
             checkpointing = self._leaner()
@@ -240,10 +258,17 @@ class CapturedStepRunner(DeviceStepRunner):
         choice: where it runs, and the compute dtype.
         config: of AdamW and clipping.
         compiles: send blocks and loss through torch.compile: faster steps, a later first one.
+        world: processes that have parts of each micro-batch.
     """
 
     def __init__(
-        self, model: nn.Module, choice: DeviceChoice, config: TrainConfig, *, compiles: bool
+        self,
+        model: nn.Module,
+        choice: DeviceChoice,
+        config: TrainConfig,
+        *,
+        compiles: bool,
+        world: World = ALONE,
     ) -> None:
         is_cuda = choice.device.type == "cuda"
         # transformers' models read values on the host to build masks, which no capture allows.
@@ -251,6 +276,7 @@ class CapturedStepRunner(DeviceStepRunner):
         why_mask = None if is_ours else why_masked(model)
         # A mask that is only built during capture would make torch.compile start over there.
         compiles = compiles and why_mask is None
+        size = config.micro_batch_size
         self.step = CapturedStep(
             model,
             decoder_logits if is_ours else transformers_logits,
@@ -261,6 +287,8 @@ class CapturedStepRunner(DeviceStepRunner):
             max_grad_norm=config.max_grad_norm,
             compiles=compiles,
             unmasked=not is_ours and why_mask is None,
+            world=world,
+            dropouts=SharedDropouts(model, world.share, size, config.seed),
         )
         kind = str(choice.compute_dtype).removeprefix("torch.")
         blocks = "compiled blocks" if compiles else "blocks as they are"
@@ -268,7 +296,7 @@ class CapturedStepRunner(DeviceStepRunner):
         about = f"captured step: {graph}, autograd, {blocks}, {kind} matmuls"
         if why_mask is not None:
             about += f"; attention takes masks, because {why_mask}"
-        super().__init__(model, self.step, choice, about)
+        super().__init__(model, self.step, choice, about, world=world, micro_batch_size=size)
 
 
 def _about_fast(step: FastStep, choice: DeviceChoice) -> str:

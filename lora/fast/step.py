@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora.data.sequences.batches import IGNORE, Batch
 from lora.decoder.decoder import Decoder
 from lora.decoder.quantised import has_fp8_base
+from lora.distributed.world import ALONE, World
 from lora.fast.graphs import Graphs
 from lora.fast.llama.buffers import Buffers, Inputs
 from lora.fast.llama.checkpointing import ActivationCheckpointing
@@ -27,9 +28,10 @@ from lora.fast.sharded.hooks import gather_in_forward
 from lora.fast.sharded.ring import ShardRing
 from lora.fast.weights.adapted import DropoutMasks
 from lora.fast.weights.flat import FlatParameters, accumulate
-from lora.fast.weights.update import FlatUpdate
+from lora.fast.weights.update import N_TOTALS, FlatUpdate
 from lora.kernels.step.ops import Ops
 from lora.lora_module import LoRALayer
+from lora.training.out_of_memory import is_out_of_memory
 
 MERGE_BELOW_WIDTH = 1024
 """Models narrower than this merge W + s·B·A once a step, wider ones keep LoRA in the matmul of W.
@@ -83,6 +85,8 @@ class HandWrittenStep:
         self.optimizer_update = update
         self.report = update.report
         self.graphs = Graphs(self.device, update.is_live)
+        self._is_shared = False
+        """Whether other processes have parts of each batch: the update waits for all of them."""
         self.buffers: Buffers | None = None
         self.inputs: Inputs | None = None
 
@@ -92,19 +96,27 @@ class HandWrittenStep:
 
         All batches of a run have one shape (B, T). On a GPU this returns before the step is done.
         """
+        self._run_passes(batches, lr, number)
+        if len(batches) > 1 or self._is_shared:
+            self._sum_over_processes(number)
+            self.graphs.run(("update",), self._update)
+
+    def _run_passes(self, batches: Sequence[Batch], lr: Any, number: int) -> None:
+        """Run forward and backward of all micro-batches, and the update of one that is alone."""
         self._allocate(batches[0])
         self.optimizer_update.set_learning_rate(lr)
         for index, batch in enumerate(batches):
             key = self._copy_in(batch)
             self._seed_dropout(number, index)
-            if len(batches) == 1:
+            if len(batches) == 1 and not self._is_shared:
                 # Without gradient accumulation the update is in the same graph: one launch a step.
                 self.graphs.run(("step", *key), partial(self._whole, key))
             else:
                 first = index == 0
                 self.graphs.run(("micro", first, *key), partial(self._micro, key, first=first))
-        if len(batches) > 1:
-            self.graphs.run(("update",), self._update)
+
+    def _sum_over_processes(self, number: int) -> None:
+        """Changes gradients in place, between backward and update; alone there is nothing to do."""
 
     def restart(self, checkpointing: ActivationCheckpointing) -> None:
         """Free what a step holds beside weights and optimizer; the next one stores this."""
@@ -226,6 +238,8 @@ class FastStep(HandWrittenStep):
         own_attention: our own kernels for packed sequences; None decides by their length.
         checkpointing: which activations are stored; None: nearly all.
         base: where frozen weights come from that are sharded, and on the meta device in `model`.
+        world: processes that have parts of each micro-batch.
+        first_sequence: of this process's part in the micro-batch, for dropout's masks.
     """
 
     def __init__(
@@ -241,12 +255,16 @@ class FastStep(HandWrittenStep):
         own_attention: bool | None = None,
         checkpointing: ActivationCheckpointing | None = None,
         base: ShardedBase | None = None,
+        world: World = ALONE,
+        first_sequence: int = 0,
     ) -> None:
-        self.seed = seed
+        self.seed, self.world, self._first_sequence = seed, world, first_sequence
+        self.has_agreed = False
+        """Whether all processes have had the memory for the passes of a step."""
         device = next(model.parameters()).device if base is None else base.device
         # Values, gradients and moments in fp32: steps of the learning rate's size vanish in bf16.
         wide = torch.promote_types(dtype, torch.float32)
-        self.flat = FlatParameters(device, wide)
+        self.flat = FlatParameters(device, wide, 0 if world.is_alone else N_TOTALS)
         self.masks = _find_masks(model, device)
         # fp8 weights stay codes: merging would need a second base in the compute dtype.
         narrow = model.config.hidden_size < MERGE_BELOW_WIDTH and not has_fp8_base(model)
@@ -273,10 +291,15 @@ class FastStep(HandWrittenStep):
         if ring is not None:
             gather_in_forward(model, ring)
         self.update = FlatUpdate(
-            self.flat, ops.adamw, weight_decay=weight_decay, max_grad_norm=max_grad_norm
+            self.flat,
+            ops.adamw,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            world=world,
         )
         self.taken_steps = self.update.taken_steps
         super().__init__(model, ops, network, self.update, checkpointing)
+        self._is_shared = not world.is_alone
 
     def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
         """Return AdamW's state by parameter name, views of the step's tensors."""
@@ -287,6 +310,33 @@ class FastStep(HandWrittenStep):
         """Changes AdamW's state in place, after the model's parameters were restored."""
         self.update.load_optimizer_state(self.model, saved)
         self.network.refresh()  # merged weights are of the parameters before
+
+    def _run_passes(self, batches: Sequence[Batch], lr: Any, number: int) -> None:
+        """Run forward and backward; in the first step all processes have memory for it, or none.
+
+        Raises what ran out of memory, here or in another process: nothing was trained then.
+        """
+        if self.world.is_alone or self.has_agreed:
+            super()._run_passes(batches, lr, number)
+            return
+        failure: Exception | None = None
+        try:
+            super()._run_passes(batches, lr, number)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = error
+        if self.world.any(failure is not None, "the memory of the first step"):
+            raise failure or torch.OutOfMemoryError("out of memory in another process")
+        self.has_agreed = True
+
+    def _sum_over_processes(self, number: int) -> None:
+        self.update.sum_over_processes(f"the gradients of step {number}")
+
+    def _allocate(self, batch: Batch) -> None:
+        super()._allocate(batch)
+        if self.masks is not None:
+            self.masks.first_row = self._first_sequence * batch.input_ids.shape[1]
 
     def _seed_dropout(self, number: int, index: int) -> None:
         if self.masks is not None:

@@ -301,6 +301,7 @@ def _choose_steps(
         )
     if isinstance(steps, FastStepRunner):
         steps.step.checkpointing = (
-            memory.refit(free_bytes(choice.device)) or steps.step.checkpointing
+            memory.refit(min(world.gather(free_bytes(choice.device), "free memory")))
+            or steps.step.checkpointing
         )
     return steps

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora.decoder.decoder import Decoder
 from lora.distributed.shards import local_part
 from lora.distributed.world import ALONE, World
 
@@ -80,14 +81,28 @@ def find_nonfinite(
     return _NOTHING
 
 
-def gather_findings(found: Finding, n_sequences: int, world: World) -> Finding:
-    """Return what all processes found: the first of them in words, the sequences of all.
+def find_in_all(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss_fn: Callable[[nn.Module, Any], tuple[Tensor, Tensor]],
+    autocast: Callable[[], AbstractContextManager[object]],
+    n_sequences: int,
+    world: World,
+) -> Finding:
+    """Return what `find_nonfinite` finds in all processes: the first in words, all sequences.
 
-    `found` is of this process's part of micro-batches of `n_sequences`; the sequences that are
+    `batches` are this process's parts of micro-batches of `n_sequences`; the sequences that are
     returned are counted in the whole micro-batch.
     """
     if world.is_alone:
-        return found
+        return find_nonfinite(model, batches, loss_fn, autocast)
+    # Each process stops at what it finds: what dropout draws there must not tell them apart.
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        # Where weights are gathered, every process runs the model as often as the others.
+        is_sharded = isinstance(model, Decoder) and model.is_sharded
+        together = world if is_sharded else ALONE
+        found = find_nonfinite(model, batches, loss_fn, autocast, together)
     first = world.share.part(n_sequences).start
     own = tuple((micro, first + index) for micro, index in found.sequences)
     findings = world.gather(replace(found, sequences=own), "where the loss is not finite")

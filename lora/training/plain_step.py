@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from lora.config import TrainConfig
-from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice, synchronize
 from lora.distributed.stops import StopFlags
 from lora.distributed.tensors import sum_gradients
 from lora.distributed.world import ALONE, World
 from lora.errors import TrainingError
+from lora.layers.shared_dropout import SharedDropouts
 from lora.training.checkpoint import restore_training_tensors, training_tensors
-from lora.training.diagnosis import Finding, find_nonfinite, gather_findings
+from lora.training.diagnosis import Finding, find_in_all
 from lora.training.optim import build_optimizer, scale_and_clip, set_learning_rate
 from lora.training.step_runner import LossFn, StepOutcome, TrainingState
 
@@ -173,6 +173,8 @@ class PlainStepRunner:
         self._model, self._loss_fn, self._choice = model, loss_fn, choice
         self._max_grad_norm = config.max_grad_norm
         self._world, self._micro_batch_size = world, config.micro_batch_size
+        size, seed = config.micro_batch_size, config.seed
+        self._dropouts = SharedDropouts(model, world.share, size, seed)
         self._outcomes: list[StepOutcome] = []
 
     def launch(
@@ -183,21 +185,20 @@ class PlainStepRunner:
         set_learning_rate(self.optimizer, learning_rate)
         model, loss_fn, autocast = self._model, self._loss_fn, self._choice.autocast
         try:
-            result = train_step(
-                model,
-                micro_batches,
-                loss_fn,
-                self.optimizer,
-                max_grad_norm=self._max_grad_norm,
-                autocast=autocast,
-                world=self._world,
-                what=f"the gradients of step {step}",
-            )
+            with self._dropouts.drawn_together(step):
+                result = train_step(
+                    model,
+                    micro_batches,
+                    loss_fn,
+                    self.optimizer,
+                    max_grad_norm=self._max_grad_norm,
+                    autocast=autocast,
+                    world=self._world,
+                    what=f"the gradients of step {step}",
+                )
         except TrainingError as error:
-            is_sharded = isinstance(model, Decoder) and model.is_sharded
-            together = self._world if is_sharded else ALONE
-            found = find_nonfinite(model, micro_batches, loss_fn, autocast, together)
-            found = gather_findings(found, self._micro_batch_size, self._world)
+            size, world = self._micro_batch_size, self._world
+            found = find_in_all(model, micro_batches, loss_fn, autocast, size, world)
             why = f"{error} {found.sentence}"
             self._outcomes.append(skipped_step(step, learning_rate, why, found))
             return

@@ -27,7 +27,7 @@ from lora.training.checkpoint import (
     read_trained_tensors,
     restore_random_states,
 )
-from lora.training.diagnosis import find_nonfinite, gather_findings
+from lora.training.diagnosis import find_in_all
 from lora.training.optim import adamw, parameter_groups, scale_and_clip, set_learning_rate
 from lora.training.plain_step import (
     StepResult,
@@ -85,8 +85,8 @@ class ShardedStepRunner:
         try:
             result = self._take_step(micro_batches, f"the loss of step {step}")
         except TrainingError as error:
-            found = find_nonfinite(model, micro_batches, loss_fn, autocast, self._world)
-            found = gather_findings(found, self._micro_batch_size, self._world)
+            size, world = self._micro_batch_size, self._world
+            found = find_in_all(model, micro_batches, loss_fn, autocast, size, world)
             why = f"{error} {found.sentence}"
             self._outcomes.append(skipped_step(step, learning_rate, why, found))
             return

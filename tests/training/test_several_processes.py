@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lora.adapters.apply import train_token_rows
-from lora.config import TrainConfig
+from lora.adapters.apply import apply_lora, train_token_rows
+from lora.config import LoRAConfig, TrainConfig
 from lora.data.sequences.batches import Batch, ordered_batches
 from lora.decoder.decoder import Decoder
 from lora.distributed.world import ALONE, World
+from lora.fast.runner import CapturedStepRunner, FastStepRunner
 from lora.training.losses import loss_for
 from lora.training.plain_step import PlainStepRunner
+from lora.training.step_runner import StepRunner
 from tests.distributed.models import (
     Steps,
     cpu_choice,
@@ -33,13 +36,32 @@ from tests.distributed.processes import run_processes
 FP32_STEPS = 20
 
 
+Runner = Callable[[nn.Module, torch.dtype, TrainConfig, World], StepRunner]
+
+
+def plain(model: nn.Module, dtype: torch.dtype, config: TrainConfig, world: World) -> StepRunner:
+    return PlainStepRunner(model, loss_for(model), cpu_choice(torch.float32), config, world)
+
+
+def fast(model: nn.Module, dtype: torch.dtype, config: TrainConfig, world: World) -> StepRunner:
+    runner = FastStepRunner(cast(Decoder, model), cpu_choice(dtype), config, world=world)
+    runner.choice = cpu_choice(torch.float32)  # autocast knows no fp64
+    return runner
+
+
+def captured(model: nn.Module, dtype: torch.dtype, config: TrainConfig, world: World) -> StepRunner:
+    choice = cpu_choice(torch.float32)
+    return CapturedStepRunner(model, choice, config, compiles=False, world=world)
+
+
 @dataclass(frozen=True)
 class Case:
-    """What trains, on which batches."""
+    """What trains, on which batches, with which step."""
 
-    model: Callable[[torch.dtype], Decoder]
+    model: Callable[[torch.dtype], nn.Module]
     config: TrainConfig
     packing: bool = True
+    runner: Runner = plain
 
 
 def _lora(dtype: torch.dtype) -> Decoder:
@@ -60,6 +82,27 @@ def _token_rows(dtype: torch.dtype) -> Decoder:
     return model
 
 
+def _dropout(dtype: torch.dtype) -> Decoder:
+    return with_lora(tiny_decoder(dtype), dropout=0.3)
+
+
+def _transformers(dtype: torch.dtype) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=97,
+        max_position_embeddings=32,
+    )
+    model = transformers.LlamaForCausalLM(config).to(dtype)
+    apply_lora(model, LoRAConfig(rank=4, init_seed=3, dropout=0.3))
+    return cast(nn.Module, model)
+
+
+UNCLIPPED = train_config(16, 2, whole_rate_fraction=1.0, max_grad_norm=0.0)
+"""The flat update has its norm in fp32: the factor of clipping would have that rounding."""
 CASES = {
     "packed": Case(_lora, train_config(8)),
     "one document a sequence": Case(_lora, train_config(8), packing=False),
@@ -67,8 +110,16 @@ CASES = {
     "all weights": Case(_full, train_config(8)),
     "modules to save": Case(_modules, train_config(8)),
     "embedding rows": Case(_token_rows, train_config(8)),
+    "dropout": Case(_dropout, train_config(16, 2)),
+    "hand-written": Case(_lora, train_config(8), runner=fast),
+    "hand-written, accumulation": Case(_lora, train_config(16, 2), packing=False, runner=fast),
+    "hand-written, all weights": Case(_full, train_config(8), runner=fast),
+    "hand-written, dropout": Case(_dropout, train_config(16, 2), runner=fast),
+    "captured": Case(_modules, UNCLIPPED, runner=captured),
+    "captured, dropout": Case(_transformers, train_config(8), packing=False, runner=captured),
+    "transformers": Case(_transformers, train_config(8), packing=False),
 }
-LONG = ("packed", "all weights")
+LONG = ("packed", "all weights", "hand-written")
 
 
 def run_case(world: World, name: str, dtype: torch.dtype, n_steps: int) -> Steps:
@@ -77,7 +128,8 @@ def run_case(world: World, name: str, dtype: torch.dtype, n_steps: int) -> Steps
     torch.manual_seed(11)
     model = case.model(dtype)
     sequences = random_sequences(packing=case.packing)
-    runner = PlainStepRunner(model, loss_for(model), cpu_choice(torch.float32), case.config, world)
+    runner = case.runner(model, dtype, case.config, world)
+    torch.manual_seed(12)  # of dropout
     done = take_steps(runner, sequences, case.config, n_steps, world)
     size = world.share.largest(3)
     (done.eval_loss,) = runner.evaluate(ordered_batches(sequences, size, share=world.share))

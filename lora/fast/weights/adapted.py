@@ -34,6 +34,8 @@ class DropoutMasks:
         self.p, self._next = p, 0
         # On the device, so that a replayed graph draws other masks in every step.
         self.seed = torch.zeros((), dtype=torch.int64, device=device)
+        self.first_row = 0
+        """Of the tokens here among those of the micro-batch, of which others may have a part."""
 
     def reserve(self, count: int) -> int:
         """Return the first of `count` indices that no other projection has."""
@@ -255,7 +257,8 @@ class SeparateLoRAProjection(_LoRAProjection):
         # Recomputed wherever it is needed: the mask is a function of seed and index, so neither it
         # nor the result is stored.
         out = torch.empty_like(x)
-        self.ops.drop(x, out, self.masks.seed, self.first_mask + layer, self.masks.p)
+        masks = self.masks
+        self.ops.drop(x, out, masks.seed, self.first_mask + layer, masks.p, masks.first_row)
         return out
 
     def forward(self, layer: int, x: Tensor, out: Tensor) -> None:
@@ -275,7 +278,8 @@ class SeparateLoRAProjection(_LoRAProjection):
             return
         # The mask lies between A and x, so this part cannot be added by the matmul itself.
         low = dh @ self.a[layer]  # (N, I)
-        self.ops.add_dropped(low, dx, self.masks.seed, self.first_mask + layer, self.masks.p)
+        masks, mask = self.masks, self.first_mask + layer
+        self.ops.add_dropped(low, dx, masks.seed, mask, masks.p, masks.first_row)
 
     def accumulate_gradients(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:
         if self.masks is None:

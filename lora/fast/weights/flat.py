@@ -30,10 +30,17 @@ class Slot:
 
 
 class FlatParameters:
-    """Reserves slots, then allocates all: those with one weight decay and learning rate adjoin."""
+    """Reserves slots, then allocates all: those with one weight decay and learning rate adjoin.
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    Args:
+        device: of all tensors.
+        dtype: of all tensors.
+        n_totals: numbers of a step that are summed over processes with its gradients.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, n_totals: int = 0) -> None:
         self.device, self.dtype = device, dtype
+        self._n_totals = n_totals
         self.slots: list[Slot] = []
 
     def reserve(self, shape: tuple[int, ...], *, decays: bool, lr_fraction: float = 1.0) -> Slot:
@@ -48,9 +55,13 @@ class FlatParameters:
         ordered = sorted(self.slots, key=lambda slot: (not slot.decays, slot.lr_fraction))
         sizes = [torch.Size(slot.shape).numel() for slot in ordered]
         self._stops: dict[tuple[bool, float], int] = {}
-        self.values, self.gradients, self.mean, self.square = (
-            torch.zeros(sum(sizes), dtype=self.dtype, device=self.device) for _ in range(4)
-        )  # each (n,)
+        n = sum(sizes)
+        # What travels between processes lies together, so that it is one sum.
+        self.values, self.sums, self.mean, self.square = (
+            torch.zeros(count, dtype=self.dtype, device=self.device)
+            for count in (n, n + self._n_totals, n, n)
+        )
+        self.gradients, self.totals = self.sums[:n], self.sums[n:]  # (n,), (n_totals,)
         start = 0
         for slot, size in zip(ordered, sizes, strict=True):
             part = slice(start, start + size)

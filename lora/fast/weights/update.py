@@ -12,11 +12,16 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from lora.distributed.stops import N_FLAGS
+from lora.distributed.world import ALONE, World
 from lora.fast.weights.flat import FlatParameters
 from lora.kernels.step.adamw import AdamWSettings, adamw, adamw_host
 
 REPORT = ("loss", "tokens", "gradient_norm", "taken")
-"""What the device reports of a step, in this order; "taken" is 0 or 1."""
+"""What the device reports of a step, in this order; "taken" is 0 or 1. With several processes what
+they ask of each other follows."""
+N_TOTALS = 2 + N_FLAGS
+"""Numbers that several processes sum with their gradients: loss, target tokens, flags."""
 
 
 class FlatUpdate:
@@ -27,6 +32,7 @@ class FlatUpdate:
         adamw: the operation, `lora.kernels.step.adamw.adamw` or its fast twin.
         weight_decay: of matrices.
         max_grad_norm: for gradient clipping; 0: no clipping.
+        world: processes whose gradients are summed; `flat` has room for N_TOTALS numbers then.
     """
 
     def __init__(
@@ -36,8 +42,9 @@ class FlatUpdate:
         *,
         weight_decay: float,
         max_grad_norm: float,
+        world: World = ALONE,
     ) -> None:
-        self.flat, self.adamw = flat, adamw
+        self.flat, self.adamw, self.world = flat, adamw, world
         self.weight_decay, self.max_grad_norm = weight_decay, max_grad_norm
         self.settings = AdamWSettings()
         device = flat.device
@@ -49,11 +56,27 @@ class FlatUpdate:
         self.control = torch.zeros(4, dtype=torch.float32, device=device)
         self.loss_sum = torch.zeros((), dtype=flat.dtype, device=device)
         self.n_learned = torch.zeros((), dtype=torch.int64, device=device)
-        self.report = torch.zeros(len(REPORT), dtype=torch.float32, device=device)
+        if not world.is_alone:  # in fp32 counts are exact up to 16 million tokens per step
+            self.loss_sum, self.n_learned = flat.totals[0], flat.totals[1]
+        self.flags = flat.totals[2:]
+        """What processes ask of each other, which the host writes before a step."""
+        n_report = len(REPORT) + len(self.flags)
+        self.report = torch.zeros(n_report, dtype=torch.float32, device=device)
 
     def set_learning_rate(self, lr: float) -> None:
-        """Take the next step at this learning rate."""
+        """Take the next step at this learning rate; what this process asks travels with it."""
         self.learning_rate.fill_(lr)  # a kernel with an immediate: no copy that the host waits for
+        if self.world.is_alone:
+            return
+        self.flags.zero_()
+        for index, number in enumerate(self.world.asked.numbers()):
+            if number:
+                self.flags[index].fill_(number)
+
+    def sum_over_processes(self, what: str) -> None:
+        """Changes gradients, loss, tokens and flags in place: they become the sums of all."""
+        # Called between two graphs, never inside one: processes capture at different times.
+        self.world.sum(self.flat.sums, what)
 
     def count_tokens(self, losses: Tensor, is_learned: Tensor, *, first: bool) -> None:
         """Add a micro-batch's losses (N,), and which of its tokens have a target (N,)."""
@@ -91,7 +114,8 @@ class FlatUpdate:
                 flat.values[part], flat.gradients[part], flat.mean[part], flat.square[part],
                 control, decay, self.settings,
             )  # fmt: skip
-        self.report.copy_(torch.stack((loss, self.n_learned.float(), norm, taken.float())))
+        report = torch.stack((loss, self.n_learned.float(), norm, taken.float()))
+        self.report.copy_(report if self.world.is_alone else torch.cat((report, self.flags)))
 
     def _slower(self, lr_fraction: float) -> Tensor:
         """Return `control` with this fraction of the learning rate."""

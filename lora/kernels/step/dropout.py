@@ -16,9 +16,14 @@ _MASK = 0xFFFFFFFF
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
 
 
-def keep_mask(seed: Tensor, layer: int, rows: int, width: int, p: float) -> Tensor:
-    """Return (rows, width) bool, true with probability 1 − `p`; `seed` is () int64."""
-    index = torch.arange(rows * width, device=seed.device).view(rows, width)
+def keep_mask(
+    seed: Tensor, layer: int, rows: int, width: int, p: float, first_row: int = 0
+) -> Tensor:
+    """Return (rows, width) bool, true with probability 1 − `p`; `seed` is () int64.
+
+    The rows are those from `first_row` on of a larger mask.
+    """
+    index = torch.arange(rows * width, device=seed.device).view(rows, width) + first_row * width
     # int64 masked to 32 bits: torch's uint32 lacks most operations.
     x = (index + (seed + layer * _GOLDEN) * _FIRST) & _MASK  # (rows, width)
     for shift, factor in ((16, _FIRST), (15, _SECOND)):
@@ -27,15 +32,17 @@ def keep_mask(seed: Tensor, layer: int, rows: int, width: int, p: float) -> Tens
     return x >= int(p * 2**32)
 
 
-def drop(x: Tensor, out: Tensor, seed: Tensor, layer: int, p: float) -> None:
+def drop(x: Tensor, out: Tensor, seed: Tensor, layer: int, p: float, first_row: int = 0) -> None:
     """Changes `out` (N, I) in place: `x` / (1 − p) where the mask keeps it, 0 elsewhere."""
-    mask = keep_mask(seed, layer, len(x), x.shape[1], p)
+    mask = keep_mask(seed, layer, len(x), x.shape[1], p, first_row)
     out.copy_(torch.where(mask, x * (1 / (1 - p)), 0))
 
 
-def add_dropped(low: Tensor, out: Tensor, seed: Tensor, layer: int, p: float) -> None:
+def add_dropped(
+    low: Tensor, out: Tensor, seed: Tensor, layer: int, p: float, first_row: int = 0
+) -> None:
     """Changes `out` (N, I) in place: adds the gradient `low` (N, I) through `drop`'s mask."""
-    mask = keep_mask(seed, layer, len(low), low.shape[1], p)
+    mask = keep_mask(seed, layer, len(low), low.shape[1], p, first_row)
     out.add_(torch.where(mask, low * (1 / (1 - p)), 0))
 
 
@@ -55,13 +62,13 @@ def _keeps(seed, layer, row, columns, width, threshold):
 
 @jit
 def _drop_kernel(
-    x, out, seed, x_stride, out_stride, layer, width, threshold, factor,
+    x, out, seed, x_stride, out_stride, layer, first_row, width, threshold, factor,
     ADDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    keeps = _keeps(seed, layer, row, columns, width, threshold)
+    keeps = _keeps(seed, layer, row + first_row, columns, width, threshold)
     value = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32) * factor
     value = tl.where(keeps, value, 0.0)  # not a product with the mask: 0 · ∞ would be NaN
     at = out + row * out_stride + columns
@@ -70,19 +77,25 @@ def _drop_kernel(
     tl.store(at, value.to(out.dtype.element_ty), mask=inside)
 
 
-def drop_triton(x: Tensor, out: Tensor, seed: Tensor, layer: int, p: float) -> None:
+def drop_triton(
+    x: Tensor, out: Tensor, seed: Tensor, layer: int, p: float, first_row: int = 0
+) -> None:
     """The fast twin of `drop`: the same mask, values within one rounding of bf16."""
-    _launch(x, out, seed, layer, p, adds=False)
+    _launch(x, out, seed, layer, p, first_row, adds=False)
 
 
-def add_dropped_triton(low: Tensor, out: Tensor, seed: Tensor, layer: int, p: float) -> None:
+def add_dropped_triton(
+    low: Tensor, out: Tensor, seed: Tensor, layer: int, p: float, first_row: int = 0
+) -> None:
     """The fast twin of `add_dropped`: the same mask, values within one rounding of bf16."""
-    _launch(low, out, seed, layer, p, adds=True)
+    _launch(low, out, seed, layer, p, first_row, adds=True)
 
 
-def _launch(x: Tensor, out: Tensor, seed: Tensor, layer: int, p: float, *, adds: bool) -> None:
+def _launch(
+    x: Tensor, out: Tensor, seed: Tensor, layer: int, p: float, first_row: int, *, adds: bool
+) -> None:
     rows, width = x.shape
     _drop_kernel[(rows, -(-width // BLOCK_COLUMNS))](
-        x, out, seed, row_stride(x), row_stride(out), layer, width, int(p * 2**32),
-        1 / (1 - p), ADDS=adds, BLOCK=BLOCK_COLUMNS,
+        x, out, seed, row_stride(x), row_stride(out), layer, first_row, width,
+        int(p * 2**32), 1 / (1 - p), ADDS=adds, BLOCK=BLOCK_COLUMNS,
     )  # fmt: skip
