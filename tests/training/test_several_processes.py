@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,10 +14,14 @@ from torch import Tensor, nn
 
 from lora.adapters.apply import apply_lora, train_token_rows
 from lora.config import LoRAConfig, TrainConfig
-from lora.data.sequences.batches import Batch, ordered_batches
+from lora.data.sequences.batches import Batch, BatchStream, ordered_batches
 from lora.decoder.decoder import Decoder
+from lora.distributed.stops import StopFlags
 from lora.distributed.world import ALONE, World
-from lora.fast.runner import CapturedStepRunner, FastStepRunner
+from lora.fast.captured import CapturedStep, summed_loss
+from lora.fast.llama.checkpointing import MODES
+from lora.fast.runner import CapturedStepRunner, DeviceStepRunner, FastStepRunner
+from lora.kernels.step.ops import PLAIN
 from lora.training.losses import loss_for
 from lora.training.plain_step import PlainStepRunner
 from lora.training.step_runner import StepRunner
@@ -170,11 +175,74 @@ def run_poisoned(world: World) -> Steps:
     return done
 
 
+def _poisoned_logits(model: nn.Module, batch: Batch, packed: bool) -> Tensor:
+    logits: Tensor = model(batch.input_ids).repeat_interleave(25, 2)  # (B, T, 100)
+    return logits
+
+
+def _poisoned_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    loss = summed_loss(_poisoned_logits(model, batch, packed=False), batch.labels)
+    return loss[None], (batch.labels != -100).sum()[None]
+
+
+def run_poisoned_on_device(world: World) -> Steps:
+    """Return the same with a step that leaves its report on the device."""
+    torch.manual_seed(0)
+    model, config, choice = Poisoned().double(), train_config(6), cpu_choice(torch.float32)
+    step = CapturedStep(model, _poisoned_logits, PLAIN, choice, world=world)
+    runner = DeviceStepRunner(model, step, choice, "", _poisoned_loss, world, 6)
+    done = take_steps(runner, random_sequences(packing=False), config, 3, world)
+    done.trained = trained_copies(model)
+    return done
+
+
+def run_out_of_memory(world: World, failing_rank: int) -> Steps:
+    """Return two steps of the hand-written step, the first of which one rank has no memory for."""
+    model, config = with_lora(tiny_decoder(torch.float32)), train_config(8)
+    left = [MODES["full"]]
+    runner = FastStepRunner(
+        model, cpu_choice(torch.float32), config, leaner=lambda: left.pop(0), world=world
+    )
+    allocate = runner.step.network.buffers
+
+    def fail(*arguments: Any) -> Any:
+        if left and world.rank == failing_rank:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return allocate(*arguments)
+
+    with patch.object(runner.step.network, "buffers", fail):
+        done = take_steps(runner, random_sequences(packing=True), config, 2, world)
+    done.trained = trained_copies(model)
+    done.notes = [runner.step.checkpointing.mode]
+    return done
+
+
+def run_asked(world: World, runner: Runner) -> list[StopFlags]:
+    """Return what three steps agree on: rank 0 asks in the second, the last rank in the third."""
+    model, config = with_lora(tiny_decoder(torch.float32)), train_config(8)
+    steps = runner(model, torch.float32, config, world)
+    stream = BatchStream(random_sequences(packing=True), 8, 7, share=world.share)
+    agreed = []
+    for step in (1, 2, 3):
+        world.asked.callback = step == 2 and world.rank == 0
+        world.asked.signal = 15 if step == 3 and world.rank == world.size - 1 else 0
+        steps.launch(step, [next(stream)], [1e-3])
+        agreed += [outcome.stops for outcome in steps.finished(wait=True)]
+    world.asked.clear()
+    return agreed
+
+
 def run_all(world: World) -> dict[str, Steps]:
     """Return all cases: one step in fp64, and for some many in fp32."""
     done = {name: run_case(world, name, torch.float64, 1) for name in CASES}
     done |= {f"{n}, long": run_case(world, n, torch.float32, FP32_STEPS) for n in LONG}
-    return {**done, "poisoned": run_poisoned(world)}
+    done |= {"poisoned": run_poisoned(world), "on device": run_poisoned_on_device(world)}
+    return {**done, "lean": run_out_of_memory(world, failing_rank=world.size - 1)}
+
+
+def run_together(world: World) -> tuple[dict[str, Steps], list[list[StopFlags]]]:
+    """Return all cases, and what processes agreed on with both kinds of step."""
+    return run_all(world), [run_asked(world, runner) for runner in (plain, fast)]
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +251,13 @@ def alone() -> dict[str, Steps]:
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def together(request: pytest.FixtureRequest) -> list[dict[str, Steps]]:
-    return run_processes(request.param, run_all)
+def answers(request: pytest.FixtureRequest) -> list[Any]:
+    return run_processes(request.param, run_together)
+
+
+@pytest.fixture(scope="module")
+def together(answers: list[Any]) -> list[dict[str, Steps]]:
+    return [steps for steps, _ in answers]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -215,16 +288,30 @@ def test_all_processes_have_the_same_bits(together: list[dict[str, Steps]]) -> N
                 assert np.array_equal(values, first[name].trained[key]), (name, key)
 
 
-def test_a_step_that_is_not_finite_on_one_rank_is_taken_on_none(
+def test_what_several_processes_ask_all_of_them_learn_in_the_same_step(answers: list[Any]) -> None:
+    expected = [StopFlags(), StopFlags(callback=True), StopFlags(signal=15)]
+    assert [agreed for _, agreed in answers] == [[expected] * 2] * len(answers)
+
+
+def test_where_one_rank_runs_out_of_memory_all_go_leaner(
     alone: dict[str, Steps], together: list[dict[str, Steps]]
 ) -> None:
-    expected = alone["poisoned"]
+    for done in (alone, *together):
+        assert done["lean"].notes == ["full"]
+        assert worst_difference(done["lean"], alone["lean"]) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["poisoned", "on device"])
+def test_a_step_that_is_not_finite_on_one_rank_is_taken_on_none(
+    name: str, alone: dict[str, Steps], together: list[dict[str, Steps]]
+) -> None:
+    expected = alone[name]
     assert any(bad for bad in expected.bad)
     for done in together:
-        found = done["poisoned"]
+        found = done[name]
         assert found.bad == expected.bad
-        assert found.notes == together[0]["poisoned"].notes
+        assert found.notes == together[0][name].notes
         assert "On rank " in found.notes[0]
         assert "second (sequence" in found.notes[0]
-        for name, values in found.trained.items():
-            np.testing.assert_allclose(values, expected.trained[name], rtol=1e-12)
+        for key, values in found.trained.items():
+            np.testing.assert_allclose(values, expected.trained[key], rtol=1e-12)

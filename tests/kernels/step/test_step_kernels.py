@@ -279,6 +279,16 @@ def test_dropout_masks_are_the_same_in_both_twins(draw: torch.Generator) -> None
     assert_close(fast, plain, 2 * TOLERANCE)
 
 
+def test_dropout_masks_of_a_part_are_rows_of_the_whole(draw: torch.Generator) -> None:
+    x = random(draw, ROWS, 1300)
+    seed = torch.tensor(123456789, device=DEVICE)
+    for drop in (dropout.drop, dropout.drop_triton):
+        whole, part = torch.zeros_like(x), torch.zeros_like(x[5:])
+        drop(x, whole, seed, 7, 0.1)
+        drop(x[5:], part, seed, 7, 0.1, 5)
+        assert torch.equal(part, whole[5:])
+
+
 @pytest.mark.parametrize("adapters", [1, 3])
 def test_adding_low_rank_to_all_blocks(draw: torch.Generator, adapters: int) -> None:
     many = 2 * adapters
