@@ -14,6 +14,7 @@ import contextlib
 import os
 import resource
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,10 @@ from lora.errors import ConfigError, did_you_mean
 
 FORCE_BF16 = "LORALM_FORCE_BF16"
 CUBLAS_VARIABLE, CUBLAS_REPEATABLE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+
+
+_outside_bytes: dict[int, int] = {}
+"""Of GPU tensors that another allocator made, by id, as long as they exist."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +93,20 @@ def choose_device(requested: str = "auto", precision: str = "auto") -> DeviceCho
     return DeviceChoice(device, torch.bfloat16, f"{device}, compute dtype bf16: {why}")
 
 
+def count_outside(tensor: torch.Tensor) -> None:
+    """Count `tensor` as memory of this process: PyTorch's allocator does not know of it."""
+    key = id(tensor)
+    _outside_bytes[key] = tensor.nbytes
+    weakref.finalize(tensor, _outside_bytes.pop, key, None)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak memory of this process: PyTorch's allocator on CUDA, resident on a CPU."""
+    """Return the peak memory of this process: PyTorch's allocator on CUDA, resident on a CPU.
+
+    On CUDA with the tensors of `count_outside` that still exist.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device) + sum(_outside_bytes.values())
     status = Path("/proc/self/status")
     if status.is_file():  # on Linux, ru_maxrss of a subprocess starts at its parent's
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora import device
-from lora.device import FORCE_BF16, choose_device, peak_memory_bytes
+from lora.device import FORCE_BF16, choose_device, count_outside, peak_memory_bytes
 from lora.errors import ConfigError
 
 
@@ -105,3 +105,14 @@ def test_deterministic_algorithms_are_on_inside_and_as_before_outside(
     monkeypatch.setenv(device.CUBLAS_VARIABLE, ":16:8")
     with device.deterministic_algorithms():
         assert os.environ[device.CUBLAS_VARIABLE] == ":16:8"
+
+
+def test_memory_of_another_allocator_is_counted_while_it_exists(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 100)
+    outside = torch.empty(7, dtype=torch.uint8)
+    count_outside(outside)
+    assert peak_memory_bytes(torch.device("cuda")) == 107
+    del outside
+    assert peak_memory_bytes(torch.device("cuda")) == 100

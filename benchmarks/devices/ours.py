@@ -12,7 +12,7 @@ from gpu_step import Shape, build_stream
 
 from devices.cases import Case
 from devices.profile import kernels_of, summarise
-from devices.sharded import build_sharded, shard_bytes
+from devices.sharded import build_sharded
 from devices.whole import GB, Planned, build_whole
 from lora.config import RunConfig, TrainConfig
 from lora.data.sequences.batches import BatchStream
@@ -75,7 +75,7 @@ def time_ours(case: Case, world: World, smoke: bool) -> dict[str, Any]:
     return {
         "step_ms": 1000 * timed[len(timed) // 2],
         "fastest_and_slowest_ms": [round(1000 * s, 2) for s in (timed[0], timed[-1])],
-        "peak_gb": (result.peak_memory_bytes + shard_bytes(prepared.steps)) / GB,
+        "peak_gb": result.peak_memory_bytes / GB,
         **({} if smoke else {"device_gb": used_bytes() / GB}),
         "start_s": seconds[0],
         "first_and_last_loss": [round(losses[0], 4), round(losses[-1], 4)],

@@ -21,7 +21,6 @@ from lora.distributed.world import World
 from lora.fast.choose import choose_steps
 from lora.fast.runner import DeviceStepRunner
 from lora.fast.sharded.base import ShardedBase
-from lora.fast.sharded.gather import PulledGather
 from lora.fast.step import FastStep
 from lora.kernels.step.ops import PLAIN, TRITON
 from lora.training.step_runner import StepRunner
@@ -77,14 +76,6 @@ def random_rows(shapes: Mapping[str, torch.Size], device: torch.device) -> Rows:
         return _drawn(sizes, torch.bfloat16, device).mul_(SPREAD)
 
     return read
-
-
-def shard_bytes(steps: StepRunner) -> int:
-    """Return the bytes of this process's shard that torch's allocator does not count."""
-    step = steps._step if isinstance(steps, DeviceStepRunner) else None
-    ring = step.network.ring if isinstance(step, FastStep) else None
-    is_outside = ring is not None and isinstance(ring.gather, PulledGather)
-    return ring.gather.shard.nbytes if ring is not None and is_outside else 0
 
 
 def _drawn(sizes: Any, dtype: torch.dtype, device: torch.device) -> Tensor:

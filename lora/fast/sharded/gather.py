@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lora.device import count_outside
 from lora.distributed.shards import gather_shards
 from lora.distributed.world import World
 from lora.fast.sharded.layout import Span
@@ -27,6 +28,8 @@ class Gather(Protocol):
     """For the line that says how a run trains."""
     shard: Tensor
     """This process's bytes; they never change once `connect` was called."""
+    is_collective: bool
+    """Whether every process must gather in the same order and as often as the others."""
 
     def connect(self) -> None:
         """Make the shards readable for each other, once all are filled. Every process calls it."""
@@ -40,6 +43,8 @@ class Gather(Protocol):
 
 class CollectiveGather:
     """One all-gather for each matrix."""
+
+    is_collective = True
 
     def __init__(self, world: World, shard: Tensor) -> None:
         self.world, self.shard = world, shard
@@ -63,6 +68,7 @@ class PulledGather:
     """
 
     name = "copied from the other GPUs"
+    is_collective = False
 
     def __init__(self, world: World, shard: Tensor) -> None:
         self.world, self.shard = world, shard
@@ -81,6 +87,7 @@ class PulledGather:
         assert group is not None
         with self.world.waits("the other processes' shards"):
             handle = symmetric.rendezvous(self.shard, group)
+        self._handle = handle  # the mappings are its
         shape, kind = tuple(self.shard.shape), self.shard.dtype
         self.peers = [handle.get_buffer(rank, shape, kind) for rank in range(self.world.size)]
         self.world.gather(None, "the other processes' shards")
@@ -104,6 +111,7 @@ def choose_gather(world: World, n_bytes: int, device: torch.device) -> Gather:
 
         own = torch.device("cuda", _index(device))
         shard = symmetric.empty(n_bytes, dtype=torch.uint8, device=own)
+        count_outside(shard)
         return PulledGather(world, shard)
     return CollectiveGather(world, torch.empty(n_bytes, dtype=torch.uint8, device=device))
 

@@ -8,6 +8,7 @@ still lies there is not gathered again: at the end of the forward pass the last 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -54,6 +55,7 @@ class ShardRing:
         self.units: list[Unit] = []
         self.slots: list[Tensor] = []
         self.shard = torch.empty(0, dtype=torch.uint8, device=self.device)
+        self._expected: deque[tuple[int, int]] = deque()
         self.damaged: list[str] = []
         """Parameters that this process could not quantise."""
         self._held: list[Unit | None] = [None] * N_SLOTS
@@ -149,12 +151,32 @@ class ShardRing:
         """
         if self.gather is None:
             return
+        if self._expected:
+            assert self._expected.popleft() == (number, then), "units are out of order"
         self._need(number)
         event = self._arrivals[number % N_SLOTS]
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
         if then % N_SLOTS != number % N_SLOTS:
             self._need(then)
+
+    def expect(self, n_passes: int, first_trained: int) -> None:
+        """Before forward and backward passes: what they will enter, the same in all processes."""
+        lowest = block_unit(first_trained)
+        forward = [(number, number + 1) for number in range(self.head)]
+        backward = [
+            (number, number - 1 if number > lowest else EMBEDDING)
+            for number in range(self.head - 1, lowest - 1, -1)
+        ]
+        one_pass = [*forward, (self.head, self.head - 1), *backward]
+        self._expected = deque(one_pass * n_passes)
+
+    def catch_up(self) -> None:
+        """After passes that failed in this process: gather what the others gather in theirs."""
+        expected, self._expected = self._expected, deque()
+        if self.gather is not None and self.gather.is_collective:
+            for number, then in expected:
+                self.enter(number, then)
 
     def refresh(self) -> None:
         """After an optimizer step: bring the adapters in the slots up to date."""
