@@ -175,6 +175,8 @@ class Decoder(nn.Module):
         """Of the base whose values are not all in this process; None: it follows from them."""
         self.is_sharded = False
         """Whether several processes share its weights out: all of them then run it together."""
+        self.is_forward_only = False
+        """Whether its frozen weights are there while it computes alone: no backward pass then."""
         self.cache_dtype: torch.dtype | None = None
         """Of keys and values, if it is not that of the parameters."""
         self.trunk_name, trunk = _TRUNKS[config.block]

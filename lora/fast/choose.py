@@ -17,6 +17,7 @@ from lora.distributed.shards import Rows
 from lora.distributed.world import ALONE, World
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.runner import CapturedStepRunner, DeviceStepRunner, FastStepRunner
+from lora.fast.sharded.base import ShardedBase
 from lora.fast.step import trains_all_weights
 from lora.kernels.step.fp8 import FP8_GEMM_MULTIPLE
 from lora.kernels.step.jit import HAS_TRITON
@@ -69,7 +70,23 @@ def choose_steps(
             the processes.
     """
     if rows is not None:
-        return _choose_sharded(cast(Decoder, model), rows, choice, config, world, on_message)
+        decoder, base = cast(Decoder, model), ShardedBase(rows, choice.device, world)
+        why_not = why_not_fast(decoder, choice) if fast else "as asked"
+        if trains_all_weights(decoder):
+            why_not = "all weights train"
+        if why_not is not None:
+            return _shard_with_fsdp2(decoder, base, choice, config, on_message, why_not)
+        sharded = FastStepRunner(
+            decoder,
+            choice,
+            config,
+            checkpointing=checkpointing,
+            leaner=leaner,
+            world=world,
+            base=base,
+        )
+        on_message(sharded.describe())
+        return sharded
 
     def plain() -> StepRunner:
         return PlainStepRunner(model, loss_fn or loss_for(model), choice, config, world)
@@ -104,21 +121,25 @@ def choose_steps(
     return steps
 
 
-def _choose_sharded(
+def _shard_with_fsdp2(
     model: Decoder,
-    rows: Rows,
+    base: ShardedBase,
     choice: DeviceChoice,
     config: TrainConfig,
-    world: World,
     on_message: Callable[[str], None],
+    why: str,
 ) -> StepRunner:
-    """Changes `model` in place: its weights are sharded and loaded; return the runner for it."""
+    """Changes `model` in place: its weights are sharded and loaded; return the runner for it.
+
+    `why` says why not the hand-written step.
+    """
     from lora.distributed.fsdp import shard_decoder  # its import takes longer than a second
 
-    is_gpu = choice.device.type == "cuda"
-    shard_decoder(model, rows, world, choice, recompute=is_gpu)
+    world, is_gpu = base.world, choice.device.type == "cuda"
+    shard_decoder(model, base.rows, world, choice, recompute=is_gpu)
     if is_gpu:
-        on_message("plain step with FSDP2, blocks are recomputed in the backward pass")
+        how = "blocks are recomputed in the backward pass"
+        on_message(f"plain step with FSDP2: {why}; {how}")
     if trains_all_weights(model):
         return ShardedStepRunner(model, loss_for(model), choice, config, world)
     return PlainStepRunner(model, loss_for(model), choice, config, world)

@@ -19,6 +19,7 @@ from lora.distributed.stops import StopFlags
 from lora.distributed.world import ALONE, World
 from lora.fast.captured import CapturedStep, decoder_logits
 from lora.fast.llama.checkpointing import ActivationCheckpointing
+from lora.fast.sharded.base import ShardedBase
 from lora.fast.step import MERGE_BELOW_WIDTH, FastStep, trains_all_weights
 from lora.fast.transformers_models import transformers_logits, why_masked
 from lora.kernels.step.jit import HAS_TRITON
@@ -186,6 +187,7 @@ class FastStepRunner(DeviceStepRunner):
         leaner: called if the first step runs out of memory; returns what to store instead, or None
             to give up.
         world: processes that have parts of each micro-batch; all of them go leaner together.
+        base: where frozen weights come from that are sharded, and on the meta device in `model`.
     """
 
     def __init__(
@@ -197,6 +199,7 @@ class FastStepRunner(DeviceStepRunner):
         checkpointing: ActivationCheckpointing | None = None,
         leaner: Callable[[], ActivationCheckpointing | None] = lambda: None,
         world: World = ALONE,
+        base: ShardedBase | None = None,
     ) -> None:
         self._leaner, self._has_launched = leaner, False
         self.step = FastStep(
@@ -210,6 +213,7 @@ class FastStepRunner(DeviceStepRunner):
             checkpointing=checkpointing,
             world=world,
             first_sequence=world.share.part(config.micro_batch_size).start,
+            base=base,
         )
         about, size = _about_fast(self.step, choice), config.micro_batch_size
         super().__init__(model, self.step, choice, about, world=world, micro_batch_size=size)
@@ -311,6 +315,10 @@ def _about_fast(step: FastStep, choice: DeviceChoice) -> str:
         how = "LoRA beside the weights, with dropout"
     elif step.merges:
         how = f"LoRA merged once a step (width {width} < {MERGE_BELOW_WIDTH})"
-    graph = "one CUDA graph" if choice.device.type == "cuda" else "no graph"
+    ring = step.network.ring
+    graph = "one CUDA graph" if choice.device.type == "cuda" and ring is None else "no graph"
     kind = str(choice.compute_dtype).removeprefix("torch.")
-    return f"fast step: {graph}, {step.ops.name} kernels, {kind} matmuls; {how}"
+    about = f"fast step: {graph}, {step.ops.name} kernels, {kind} matmuls; {how}"
+    if ring is not None:
+        about += f"; {ring.describe()}"
+    return about

@@ -103,6 +103,7 @@ class HandWrittenStep:
 
     def _run_passes(self, batches: Sequence[Batch], lr: Any, number: int) -> None:
         """Run forward and backward of all micro-batches, and the update of one that is alone."""
+        self.network.expect(len(batches))
         self._allocate(batches[0])
         self.optimizer_update.set_learning_rate(lr)
         for index, batch in enumerate(batches):
@@ -326,6 +327,7 @@ class FastStep(HandWrittenStep):
             if not is_out_of_memory(error):
                 raise
             failure = error
+            self.network.catch_up()  # the others are waiting, or will be
         if self.world.any(failure is not None, "the memory of the first step"):
             raise failure or torch.OutOfMemoryError("out of memory in another process")
         self.has_agreed = True

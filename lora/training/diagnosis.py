@@ -31,6 +31,11 @@ class Finding:
 _NOTHING = Finding(
     "It did not appear again when the batch was run module by module.", is_certain=False
 )
+_ONLY_FORWARD = Finding(
+    "The outputs of all modules are finite when the batch is run again, so it seems to begin in "
+    "the backward pass, which sharded weights do not allow to be run module by module.",
+    is_certain=False,
+)
 
 
 def find_nonfinite(
@@ -47,8 +52,14 @@ def find_nonfinite(
     `together` share the weights out: each runs the model as often as the others.
     """
     what = "where the loss is not finite"
+    # Whose frozen weights are gathered block by block has others' in their memory between passes.
+    is_forward_only = isinstance(model, Decoder) and model.is_forward_only
     # float8 has no isfinite, and fp8 weights were checked when they were quantised.
-    own = ((n, local_part(p)) for n, p in model.named_parameters() if p.element_size() > 1)
+    own = (
+        (name, local_part(p))
+        for name, p in model.named_parameters()
+        if p.element_size() > 1 and (p.requires_grad or not is_forward_only)
+    )
     named = next((name for name, part in own if not bool(torch.isfinite(part).all())), None)
     for name in together.gather(named, what):
         if name is not None:
@@ -66,6 +77,8 @@ def find_nonfinite(
             break
     if together.any(seen is not None, what):
         return seen or _NOTHING
+    if is_forward_only:
+        return _ONLY_FORWARD
     for batch in batches:
         with autocast():
             loss_sum, _ = loss_fn(model, batch)

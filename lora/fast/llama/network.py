@@ -168,6 +168,16 @@ class FastNetwork:
         if self.ring is not None:
             self.ring.refresh()
 
+    def expect(self, n_passes: int) -> None:
+        """Before forward and backward passes over so many micro-batches."""
+        if self.ring is not None:
+            self.ring.expect(n_passes, self.first_trained)
+
+    def catch_up(self) -> None:
+        """After passes that ran out of memory here: gather what other processes gather."""
+        if self.ring is not None:
+            self.ring.catch_up()
+
     def use_embedding(self) -> None:
         """Before the embedding is read: it is gathered, where the weights are sharded."""
         if self.ring is not None:

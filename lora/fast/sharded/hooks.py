@@ -19,6 +19,7 @@ def gather_in_forward(model: Decoder, ring: ShardRing) -> None:
     With a collective gather every process must call the model as often as the others. Without
     gradients only: the hooks raise ModelError where autograd would save weights for later.
     """
+    model.is_sharded = model.is_forward_only = True
     trunk = model.trunk
     _before(trunk.embedding(), ring, EMBEDDING, block_unit(0))
     for layer, block in enumerate(trunk.blocks()):

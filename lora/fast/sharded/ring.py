@@ -139,6 +139,11 @@ class ShardRing:
             refuse_damaged(self.damaged, self.base)
             self.gather.connect()
 
+    def describe(self) -> str:
+        """Return in words how the weights are sharded."""
+        how = "" if self.gather is None else f", {self.gather.name} one block ahead"
+        return f"frozen weights sharded over {self.base.split.size} processes{how}"
+
     @property
     def head(self) -> int:
         """The unit of the output head."""
@@ -151,8 +156,8 @@ class ShardRing:
         """
         if self.gather is None:
             return
-        if self._expected:
-            assert self._expected.popleft() == (number, then), "units are out of order"
+        if self._expected and self._expected[0] == (number, then):
+            self._expected.popleft()
         self._need(number)
         event = self._arrivals[number % N_SLOTS]
         if event is not None:
