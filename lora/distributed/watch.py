@@ -122,6 +122,7 @@ class Watch:
             self._doing = Doing(what, time.time(), is_waiting=False)
 
     def _run(self) -> None:
+        self.look()
         while not self._is_over.wait(self.times.post):
             self.look()
 

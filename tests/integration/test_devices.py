@@ -1,0 +1,193 @@
+"""`lora finetune` in several processes on the CPU, as --devices and torchrun start them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora import cli
+from lora.runs.disk import read_json, read_rows
+from lora.training.checkpoint import list_checkpoints
+
+STEPS = 12
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+AT_RANK_1 = """
+import os
+if os.environ.get("RANK") == "1":
+    os.environ.update({changed!r})
+"""
+"""Python runs it when it starts: the processes of one run get different environments."""
+
+
+class Start:
+    """Starts runs of a tiny model."""
+
+    def __init__(self, model: Path, data: Path, folder: Path) -> None:
+        self.model, self.data, self.folder = model, data, folder
+
+    def words(self, *more: str) -> list[str]:
+        words = (
+            f"finetune --data {self.data} --model {self.model} --out {self.folder} --device cpu "
+            f"--batch-size 4 --max-length 128 --samples 0 --rank 4 --dropout 0.1 --no-report "
+            "--eval-every-steps 6 --save-every-steps 3"
+        )
+        return [*words.split(), *more]
+
+    def here(self, *more: str) -> int:
+        """Run in this process."""
+        return cli.main(self.words(*more))
+
+    def several(
+        self, *more: str, by: tuple[str, ...] = (), at_rank_1: dict[str, str] | None = None
+    ) -> subprocess.Popen[str]:
+        """Run in two processes, which `by` starts; by default the command itself."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+        if at_rank_1:
+            code = AT_RANK_1.format(changed=at_rank_1)
+            (self.folder / "sitecustomize.py").write_text(code)
+            environment["PYTHONPATH"] += f"{os.pathsep}{self.folder}"
+        words = self.words(*more, *(() if by else ("--devices", "2")))
+        return subprocess.Popen(
+            [sys.executable, *by, "-m", "lora", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+
+@pytest.fixture
+def start(tiny_folder: Path, orders_file: Path, tmp_path: Path) -> Start:
+    return Start(tiny_folder, orders_file, tmp_path)
+
+
+def end(process: subprocess.Popen[str], code: int, within_s: float = 60) -> tuple[str, str]:
+    out, said = process.communicate(timeout=within_s)
+    assert process.returncode == code, (process.returncode, out, said)
+    return out, said
+
+
+def errors(said: str) -> list[str]:
+    assert "Traceback" not in said, said
+    return [line for line in said.splitlines() if line.startswith("lora: ")]
+
+
+def ranks(process: subprocess.Popen[str]) -> list[int]:
+    """Return the process numbers of a launcher's ranks, in order."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int(folder.joinpath("stat").read_text().rpartition(")")[2].split()[1])
+            variables = folder.joinpath("environ").read_bytes().split(b"\0")
+        except (OSError, ValueError):
+            continue
+        numbers = [v for v in variables if v.startswith(b"RANK=")]
+        if parent == process.pid and numbers:
+            found[int(numbers[0].removeprefix(b"RANK="))] = int(folder.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 60
+    while not is_so():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def steps_in(run: Path) -> int:
+    metrics = run / "metrics.jsonl"
+    return metrics.read_bytes().count(b"gradient_norm") if metrics.is_file() else 0
+
+
+def assert_same(run: Path, other: Path, tolerance: float) -> None:
+    """Compare the metrics of two runs."""
+    rows, others = read_rows(run / "metrics.jsonl"), read_rows(other / "metrics.jsonl")
+    assert [row.keys() for row in rows] == [row.keys() for row in others]
+    for row, expected in zip(rows, others, strict=True):
+        for name, value in row.items():
+            assert math.isclose(value, expected[name], rel_tol=tolerance), (name, row, expected)
+
+
+def test_two_processes_train_like_one_and_report_once(
+    start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = start.several("--steps", str(STEPS), "--name", "two", "--json")
+    assert start.here("--steps", str(STEPS), "--name", "one") == 0
+    out, said = end(process, 0)
+    assert json.loads(out)["steps"] == STEPS
+    assert errors(said) == []
+    assert said.count("estimated") <= 1
+    assert said.count("validation loss") == 3, said
+    assert_same(start.folder / "two", start.folder / "one", 1e-6)
+    assert read_json(start.folder / "two" / "run.json")["world_size"] == 2
+    assert "world_size" not in read_json(start.folder / "one" / "run.json")
+    assert sorted(path.name for path in start.folder.iterdir()) == ["one", "two"]
+    capsys.readouterr()
+
+
+def test_an_error_of_one_rank_ends_both_with_one_line(start: Start) -> None:
+    process = start.several(
+        "--steps", "3", "--name", "x", at_rank_1={"LORALM_FINETUNE_SEED": "many"}
+    )
+    _, said = end(process, 2)
+    (line,) = errors(said)
+    assert line.startswith("lora: rank 1: ")
+    assert "many" in line
+    assert not (start.folder / "x").exists()
+
+
+@pytest.mark.slow
+def test_an_error_of_all_ranks_is_one_line_without_a_rank(start: Start) -> None:
+    # They differ in a setting, which all of them find out.
+    other = start.several("--steps", "3", at_rank_1={"LORALM_FINETUNE_SEED": "7"})
+    _, said = end(other, 2)
+    (line,) = errors(said)
+    assert line.startswith("lora: Cannot train together: the processes differ.")
+    start.data = start.folder / "nothing.jsonl"
+    process = start.several(by=TORCHRUN)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    told = [line for line in said.splitlines() if line.startswith("lora: ")]
+    assert told == [
+        f"lora: Cannot read examples from {start.data}: there is no such file or folder."
+    ]
+    assert f"traceback : {told[0].removeprefix('lora: ')}" in said  # torchrun's own summary
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", [(), TORCHRUN])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_run_which_one_process_resumes(
+    start: Start, by: tuple[str, ...], rank: int
+) -> None:
+    process = start.several("--steps", "4000", "--name", "run", by=by)
+    run = start.folder / "run"
+    wait_until(lambda: steps_in(run) >= 8, process)
+    os.kill(ranks(process)[rank], signal.SIGKILL)
+    began_s = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert time.monotonic() - began_s < 40
+    told = [line for line in said.splitlines() if line.startswith("lora: ")]
+    assert told[0].startswith(f"lora: rank {1 - rank}: Another process has ended, while this one")
+    assert "for the gradients of step" in told[0]
+    if by:
+        assert process.returncode == 1
+        assert "Signal 9 (SIGKILL) received" in said.partition("Root Cause")[2]
+    else:
+        assert process.returncode == 137
+        assert "Traceback" not in said
+        assert told[1].startswith(f"lora: rank {rank} was ended by SIGKILL by hand, or by")
+    done = list_checkpoints(run / "checkpoints")[-1]
+    steps = str(done.step + 3) if hasattr(done, "step") else "20"
+    assert start.here("--steps", steps, "--name", "run", "--resume") == 0
