@@ -13,7 +13,7 @@
     ├── CheckpointError (RuntimeError) a run directory or a checkpoint in it
     │   └── RunNotFoundError (FileNotFoundError)
     ├── TrainingError (RuntimeError)   training cannot continue: loss or gradient not finite
-    │   └── LostProcessError           another process of the same run has ended
+    ├── LostProcessError (RuntimeError)   another process of the same run has ended
     ├── Interrupted                    a signal stopped a run, its state saved
     └── DependencyError (ImportError)  an optional package that is not installed
 
@@ -92,7 +92,7 @@ class TrainingError(LoraError, RuntimeError):
     """Training cannot continue, for example because the loss is no longer finite."""
 
 
-class LostProcessError(TrainingError):
+class LostProcessError(LoraError, RuntimeError):
     """Another process of the same run has ended or does not answer: the cause is there."""
 
 
