@@ -1,4 +1,7 @@
-"""One run of several processes: a directory that rank 0 writes, and what all must have alike."""
+"""One run of several processes: a directory that rank 0 writes, and what all must have alike.
+
+torchrun --max-restarts starts the processes again after a failure: they continue their run.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lora.config import RunConfig
+from lora.distributed.ranks import max_restarts, restart_count
 from lora.distributed.world import World
 from lora.errors import ConfigError, gather
 from lora.runs.directory import Run
+from lora.runs.record import RUN_FILE
 
 
 @contextmanager
@@ -49,3 +55,39 @@ def check_alike(values: Mapping[str, Any], world: World) -> None:
                 "Give all of them the same settings, and the same files of data and weights.",
             )
         )
+
+
+def resumes(run: RunConfig, resume: bool, world: World, on_message: Callable[[str], None]) -> bool:
+    """Return whether the run `run` is to be resumed: if `resume` says so, or after a restart.
+
+    Raises ConfigError where a restart could not find the run again: it has no name, or the name is
+    that of an earlier run, so that a new one would get another.
+    """
+    allowed, count, folder = max_restarts(), restart_count(), run.out / (run.name or "")
+    if not allowed:
+        return resume
+    if run.name is None:
+        raise ConfigError(
+            f"Cannot use torchrun --max-restarts {allowed} without a name: processes that are "
+            "started again find the run by its name. Give --name, one that is not taken."
+        )
+    if resume:
+        return True
+    if count:
+        is_begun = world.on_main(
+            lambda: (folder / RUN_FILE).is_file(), "rank 0 to look for the run"
+        )
+        if is_begun:
+            on_message(f"restart {count} of {allowed}: resuming {folder}")
+        return bool(is_begun)
+    is_taken = world.on_main(
+        lambda: folder.exists() and (not folder.is_dir() or any(folder.iterdir())),
+        "rank 0 to look for the run",
+    )
+    if is_taken:
+        raise ConfigError(
+            f"Cannot start the run {folder} under torchrun --max-restarts {allowed}: it exists, "
+            "and a restart would continue it in place of this one. Give another --name, or "
+            "--resume to continue it now."
+        )
+    return False

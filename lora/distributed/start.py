@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from lora.distributed.ranks import this_rank, world_size
+from lora.distributed.ranks import restart_count, this_rank, world_size
 from lora.distributed.store import shared_store
 from lora.distributed.watch import Times, Watch
 from lora.distributed.world import ALONE, World
@@ -43,8 +43,10 @@ def joined(device: torch.device) -> Iterator[World]:
             if device.type == "cuda":  # Triton and NCCL take the current one
                 torch.cuda.set_device(device)
             kind = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            # Addresses of an earlier group are still in the store: a second must not read them.
-            store = dist.PrefixStore(f"group-{next(_joins)}", _store())
+            # Addresses of an earlier group are still in the store, also those of processes that
+            # torchrun has replaced by these: another group must not read them.
+            name = f"group-{restart_count()}-{next(_joins)}"
+            store = dist.PrefixStore(name, _store())
             with watch.waits("all processes to start"):
                 dist.init_process_group(
                     kind, store=store, rank=here.rank, world_size=here.size, timeout=limit

@@ -34,7 +34,7 @@ from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice, choose_device
 from lora.distributed.devices import check_batch, check_own_device
-from lora.distributed.one_run import check_alike, shared_run
+from lora.distributed.one_run import check_alike, resumes, shared_run
 from lora.distributed.start import joined
 from lora.distributed.tensors import broadcast_trained
 from lora.distributed.world import World
@@ -160,6 +160,7 @@ def _train(
 ) -> TrainedAdapter:
     chosen = _take_settings(settings, is_ours=isinstance(model, Decoder))
     _check_trains(model)
+    resume = resumes(chosen.run, resume, world, progress.message)
     if not resume:
         faults = why_split_is_unused(chosen.data, eval_data)
         refuse_unused(faults, chosen.train, trains_modules=_trains_modules(model))

@@ -20,7 +20,7 @@ from lora.decoder.decoder import Decoder
 from lora.decoder.families import decoder_config
 from lora.device import DeviceChoice, choose_device, deterministic_algorithms, free_bytes
 from lora.distributed.devices import check_batch, own_device
-from lora.distributed.one_run import check_alike, shared_run
+from lora.distributed.one_run import check_alike, resumes, shared_run
 from lora.distributed.shards import Rows, gathered_tables
 from lora.distributed.start import joined
 from lora.distributed.world import World
@@ -112,6 +112,7 @@ def _finetune(
     show_data: Callable[[DataReport], None] | None,
     callbacks: Sequence[Callback],
 ) -> FinetuneResult:
+    job = replace(job, resume=resumes(job.run, job.resume, world, progress.message))
     job = _check(job, world)
     inputs = _find_inputs(job, choice, world, progress, show_data)
     has_validation = inputs.data.validation is not None

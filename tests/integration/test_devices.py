@@ -223,3 +223,17 @@ def test_a_signal_to_any_process_saves_once_and_ends_all(
     again = start.several("--steps", str(LONG), "--name", "run", "--resume")
     end(again, 0)
     assert_same(run, whole, 1e-5)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_the_run_where_it_was_and_says_so(start: Start, whole: Path) -> None:
+    by = (*TORCHRUN, "--max-restarts", "2")
+    process = start.several("--steps", str(LONG), "--name", "run", by=by)
+    run = start.folder / "run"
+    wait_until(lambda: steps_in(run) >= 8, process)
+    os.kill(ranks(process)[1], signal.SIGKILL)
+    _, said = end(process, 0)
+    assert "restart 1 of 2: resuming" in said
+    assert "resuming after step " in said
+    assert_same(run, whole, 1e-5)
+    assert sorted(path.name for path in start.folder.iterdir()) == ["run"]
