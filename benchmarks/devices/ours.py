@@ -18,7 +18,7 @@ from lora.config import RunConfig, TrainConfig
 from lora.data.sequences.batches import BatchStream
 from lora.device import DeviceChoice, choose_device, synchronize
 from lora.distributed.one_run import shared_run
-from lora.distributed.world import ALONE, World
+from lora.distributed.world import World
 from lora.fast.runner import DeviceStepRunner
 from lora.runs.directory import create_run
 from lora.runs.disk import read_rows
@@ -37,8 +37,6 @@ class Prepared:
     stream: BatchStream
     config: TrainConfig
     choice: DeviceChoice
-    world: World
-    """Those whose gradients are summed."""
 
 
 def time_ours(case: Case, world: World, smoke: bool) -> dict[str, Any]:
@@ -50,10 +48,10 @@ def time_ours(case: Case, world: World, smoke: bool) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     with (
         tempfile.TemporaryDirectory() as folder,
-        shared_run(prepared.world, lambda: create_run(Path(folder), "run")) as run,
+        shared_run(world, lambda: create_run(Path(folder), "run")) as run,
     ):
         job = TrainingJob(
-            world=prepared.world,
+            world=world,
             model=prepared.model,
             steps=prepared.steps,
             stream=prepared.stream,
@@ -65,7 +63,7 @@ def time_ours(case: Case, world: World, smoke: bool) -> dict[str, Any]:
         )
         result = train(job)
         names = ("timings.jsonl", "metrics.jsonl")
-        rows, metrics = prepared.world.on_main(
+        rows, metrics = world.on_main(
             lambda: [read_rows(run.folder / name) for name in names], "what rank 0 wrote"
         )
     losses = [row["loss"] for row in metrics]
@@ -130,6 +128,4 @@ def prepare(case: Case, shape: Shape, world: World, *, smoke: bool) -> Prepared:
     build = build_sharded if case.parallel == "fsdp" else build_whole
     model, steps, planned = build(case, shape, world, choice, config)
     stream = build_stream(shape, steps.batch_device, packed=False, share=world.share)
-    # The hand-written sharded step does not sum gradients yet.
-    together = ALONE if isinstance(steps, DeviceStepRunner) and not world.is_alone else world
-    return Prepared(model, steps, planned, stream, config, choice, together)
+    return Prepared(model, steps, planned, stream, config, choice)

@@ -40,6 +40,7 @@ def build_sharded(
     rows = random_rows(shapes, choice.device)
     if full:
         return model, choose_steps(model, choice, config, world=world, rows=rows), planned
+    torch.manual_seed(0)  # A is the same in every process
     for layer in lora_layers(model).values():
         layer.lora_A = torch.nn.Parameter(SPREAD * _drawn(layer.lora_A.shape, dtype, choice.device))
         layer.lora_B = torch.nn.Parameter(
@@ -51,8 +52,14 @@ def build_sharded(
         dtype,
         checkpointing=planned.checkpointing,
         base=ShardedBase(rows, choice.device, world),
+        world=world,
+        first_sequence=world.share.part(config.micro_batch_size).start,
     )
-    return model, DeviceStepRunner(model, step, choice, "sharded"), planned
+    size = config.micro_batch_size
+    runner = DeviceStepRunner(
+        model, step, choice, "sharded fast step", world=world, micro_batch_size=size
+    )
+    return model, runner, planned
 
 
 def empty_model(shape: Shape, dtype: torch.dtype, *, full: bool, fp8: bool) -> Decoder:

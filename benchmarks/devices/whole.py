@@ -53,12 +53,12 @@ def build_whole(
     else:
         apply_lora(model, lora_config())
     steps: StepRunner
-    if choice.device.type == "cuda" or not world.is_alone:
+    if choice.device.type == "cuda":
         steps = choose_steps(
             model, choice, config, checkpointing=fit.checkpointing, on_message=print, world=world
         )
     else:  # the fast step's plain twins: a run on a CPU would not choose them
-        steps = FastStepRunner(model, choice, config, checkpointing=fit.checkpointing)
+        steps = FastStepRunner(model, choice, config, checkpointing=fit.checkpointing, world=world)
     return model, steps, fit
 
 
