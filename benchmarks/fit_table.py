@@ -1,0 +1,176 @@
+"""What fits where: models on 1, 2, 4 and 8 GPUs of 80 and 141 GB, as `lora plan` plans them.
+
+    python benchmarks/fit_table.py                       # plans all, prints the tables
+    python benchmarks/fit_table.py --write               # and writes them into docs/scale.md
+    python benchmarks/fit_table.py --out benchmarks/results/fit_table.jsonl --write
+
+One packed sequence of 4,096 tokens on each GPU, `--memory auto`, `--parallel auto`; LoRA of rank 16
+on all linears over a bf16 or an fp8 base, and full fine-tuning. No GPU is needed, and no weights:
+the shapes are those of the config.json of meta-llama/Llama-3.1-8B, Qwen/Qwen2.5-32B and
+meta-llama/Llama-3.1-70B. `planned_gb` is of one GPU, in GB (10⁹ bytes).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora.config import LoRAConfig, MemoryConfig
+from lora.decoder.families import decoder_config
+from lora.fast.memory.parallel import (
+    DOES_NOT_FIT,
+    STORED,
+    ParallelPlan,
+    choose_parallel,
+    plan_within,
+)
+from lora.fast.memory.plan import MemoryPlanner, PlanInputs
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256,
+    "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+    "rope_theta": 5e5, "hidden_act": "silu", "tie_word_embeddings": False,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama-3.1-8B": {**LLAMA, "hidden_size": 4096, "intermediate_size": 14336,
+                     "num_hidden_layers": 32, "num_attention_heads": 32},
+    "Qwen2.5-32B": {**LLAMA, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"],
+                    "vocab_size": 152064, "rope_theta": 1e6, "hidden_size": 5120,
+                    "intermediate_size": 27648, "num_hidden_layers": 64,
+                    "num_attention_heads": 40},
+    "Llama-3.1-70B": {**LLAMA, "hidden_size": 8192, "intermediate_size": 28672,
+                      "num_hidden_layers": 80, "num_attention_heads": 64},
+}  # fmt: skip
+METHODS = {"LoRA, bf16": (True, False), "LoRA, fp8": (True, True), "full": (False, False)}
+"""Whether LoRA, and whether over an fp8 base."""
+FREE_BYTES = {80: round(84.4e9), 141: round(149.6e9)}
+"""Of a GPU with nothing on it, by the size in its name in GB: an H100 and an H200, measured."""
+DEVICES = (1, 2, 4, 8)
+TOKENS, RANK = 4096, 16
+DOCUMENT = Path(__file__).parents[1] / "docs" / "scale.md"
+BEGIN, END = "<!-- benchmarks/fit_table.py: begin -->", "<!-- benchmarks/fit_table.py: end -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one model, trained one way, takes of each of so many GPUs."""
+
+    model: str
+    method: str
+    gpu_gb: int
+    devices: int
+    fits: bool
+    parallel: str | None
+    step: str
+    mode: str | None
+    """Of activation checkpointing in the fused step."""
+    planned_gb: float
+    usable_gb: float
+
+
+def plan_rows(model: str, method: str) -> Iterator[Row]:
+    """Yield the rows of one model and method."""
+    has_lora, fp8 = METHODS[method]
+    inputs = PlanInputs(
+        decoder_config(MODELS[model]),
+        LoRAConfig(rank=RANK) if has_lora else None,
+        1,
+        TOKENS,
+        "cuda",
+        torch.bfloat16,
+        fp8=fp8,
+    )
+    ddp, sharded = MemoryPlanner(inputs), dict[int, MemoryPlanner]()
+    for gpu_gb, free in FREE_BYTES.items():
+        for devices in DEVICES:
+            chosen = plan_within(ddp.on_devices(devices), MemoryConfig(), free)
+            if devices > 1 and chosen.recomputes != STORED:
+                if devices not in sharded:
+                    sharded[devices] = _fsdp(inputs, devices, sharded)
+                fsdp = plan_within(sharded[devices], MemoryConfig(), free)
+                chosen = choose_parallel(chosen, fsdp)
+            yield _row(model, method, gpu_gb, chosen)
+
+
+def _fsdp(inputs: PlanInputs, devices: int, known: dict[int, MemoryPlanner]) -> MemoryPlanner:
+    """Return the planner of fsdp on so many devices, with the traces of those that are known."""
+    if known:
+        return next(iter(known.values())).on_devices(devices)
+    return MemoryPlanner(PlanInputs(**{**vars(inputs), "devices": devices, "parallel": "fsdp"}))
+
+
+def _row(model: str, method: str, gpu_gb: int, chosen: ParallelPlan) -> Row:
+    stored, budget_gb = chosen.plan.checkpointing, chosen.memory.memory_gb
+    assert budget_gb is not None
+    return Row(
+        model,
+        method,
+        gpu_gb,
+        chosen.planner.inputs.devices,
+        fits=chosen.recomputes != DOES_NOT_FIT,
+        parallel=chosen.parallel,
+        step=chosen.plan.step,
+        mode=None if stored is None else stored.mode,
+        planned_gb=round(chosen.plan.total / 1e9, 1),
+        usable_gb=round(budget_gb, 1),
+    )
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Return the rows as Markdown: a table for each size of GPU."""
+    by_cell = {(r.model, r.method, r.gpu_gb, r.devices): r for r in rows}
+    texts = []
+    for gpu_gb in FREE_BYTES:
+        heads = [f"{n} × {gpu_gb} GB" for n in DEVICES]
+        lines = [f"| | | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
+        for model in MODELS:
+            for method in METHODS:
+                cells = [_cell(by_cell[model, method, gpu_gb, n]) for n in DEVICES]
+                lines.append(f"| {model} | {method} | {' | '.join(cells)} |")
+        texts.append("\n".join(lines))
+    return "\n\n".join(texts)
+
+
+def _cell(row: Row) -> str:
+    if not row.fits:
+        return f"– ({row.planned_gb:,.0f})"
+    words = [row.parallel] if row.parallel else []
+    # FSDP2 recomputes whole blocks, and has no modes.
+    words.append(f"`{row.mode}`" if row.mode else "recomputed")
+    return f"{', '.join(words)}: {row.planned_gb:.0f}"
+
+
+def with_tables(text: str, made: str) -> str:
+    """Return a page with the tables in place of those between its markers."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"Cannot write the tables: {DOCUMENT} has no {BEGIN} … {END}.")
+    return f"{before}{BEGIN}\n{made}\n{END}{after}"
+
+
+def main() -> None:
+    """Plan all and print, write and save what is asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="write the tables into docs/scale.md")
+    parser.add_argument("--out", type=Path, help="also write the rows to this file")
+    arguments = parser.parse_args()
+    rows = [row for model in MODELS for method in METHODS for row in plan_rows(model, method)]
+    made = tables(rows)
+    print(made)
+    if arguments.out:
+        lines = [json.dumps(asdict(row)) for row in rows]
+        arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if arguments.write:
+        text = DOCUMENT.read_text(encoding="utf-8")
+        DOCUMENT.write_text(with_tables(text, made), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
