@@ -9,8 +9,10 @@ averaged: a step divides once, by all target tokens.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from lora.decoder.attention import AttentionInputs
 from lora.decoder.decoder import Decoder
 from lora.decoder.quantised import Fp8Weight, quantise_weight
 from lora.device import DeviceChoice
@@ -31,25 +34,37 @@ from lora.distributed.shards import Rows, shard_of
 from lora.distributed.world import World
 from lora.errors import ModelError
 
+GATHERED_BLOCKS = 3
+"""Blocks whose whole weights or gradients exist at once: one computes, its neighbours move."""
+RESERVED_FRACTION = 0.08
+"""Of a GPU's memory: for NCCL, libraries, and what the allocator loses between blocks of memory."""
+
 
 @torch.no_grad()
 def shard_decoder(
-    model: Decoder, rows: Rows, world: World, choice: DeviceChoice, *, recompute: bool = False
+    model: Decoder,
+    rows: Rows,
+    world: World,
+    choice: DeviceChoice,
+    *,
+    recompute: bool = False,
+    compiles: bool = False,
 ) -> None:
     """Changes `model` in place: what is on the meta device becomes this process's shards of `rows`.
 
     What is on a device already stays whole in every process: LoRA's A and B. With `recompute` the
-    blocks' activations are computed again in the backward pass. Raises ModelError, the same in
-    every process, if one of them cannot read or quantise its rows.
+    blocks' activations are computed again in the backward pass, with `compiles` their training goes
+    through torch.compile. Raises ModelError, the same in every process, if one of them cannot read
+    or quantise its rows.
     """
     whole = {p for p in model.parameters() if not p.is_meta}
     mesh = DeviceMesh.from_group(_group(world), choice.device.type)
     policy = _policy(model, choice)
     shard = partial(fully_shard, mesh=mesh, mp_policy=policy, ignored_params=whole)
     for block in model.trunk.blocks():
-        if recompute:
-            # The method, not the module: FSDP's hooks gather the weights once for both.
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if recompute or compiles:
+            # The method, not the module: FSDP's hooks gather the weights for both passes, outside.
+            block.forward = BlockForward(block, recompute=recompute, compiles=compiles)
         shard(block)
     shard(model)
     register_fsdp_forward_method(model, "hidden_states")
@@ -65,6 +80,76 @@ def shard_decoder(
         # FSDP takes over the shards, padded to one size, when it gathers for the first time.
         module.unshard()
         module.reshard()
+
+
+class BlockForward:
+    """A block's forward pass in training: recomputed in the backward pass, or compiled, or both.
+
+    Without gradients the block computes as it is: shapes then change from call to call.
+    """
+
+    def __init__(self, block: nn.Module, *, recompute: bool, compiles: bool) -> None:
+        self.recompute = recompute
+        self._plain = block.forward
+        stored, recomputed = MethodType(type(block).forward, block), MethodType(_recomputed, block)
+        # Blocks of one kind share a compilation.
+        of = partial(torch.compile, dynamic=False) if compiles else _unchanged
+        self._stored, self._recomputed = of(stored), of(recomputed)
+
+    def __call__(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self._plain(x, inputs)
+        y: Tensor = (self._recomputed if self.recompute else self._stored)(x, inputs)
+        return y
+
+
+def _recomputed(block: nn.Module, x: Tensor, inputs: AttentionInputs) -> Any:
+    return checkpoint(type(block).forward, block, x, inputs, use_reentrant=False)
+
+
+def _unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+def fit_recompute(model: Decoder, n_tokens: int, world: World, device: torch.device) -> int:
+    """Changes `model` in place: as many of its blocks recompute as the GPU's memory demands.
+
+    Called before the first step of full fine-tuning, with the tokens of a micro-batch of each
+    process. Returns how many blocks recompute, the same number in every process.
+    """
+    forwards = [vars(block)["forward"] for block in model.trunk.blocks()]
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    room = free - RESERVED_FRACTION * total - _step_bytes(model, n_tokens)
+    stored = int(max(0, room) / _stored_bytes(model, n_tokens))
+    n = len(forwards) - min(len(forwards), *world.gather(stored, "the free memory of each device"))
+    for number, forward in enumerate(forwards):
+        # The last blocks are first in the backward pass: what they store is let go soon.
+        forward.recompute = number < n
+    return n
+
+
+def _step_bytes(model: Decoder, n_tokens: int) -> int:
+    """Return what a step allocates beside what blocks store that do not recompute."""
+    width, blocks = model.config.hidden_size, model.trunk.blocks()
+    own = sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor))
+    of_block = max(sum(p.numel() for p in block.parameters()) for block in blocks)
+    others = sum(p.numel() for p in model.parameters()) - of_block * len(blocks)
+    gradients_and_moments = 3 * 4 * own
+    # Gathered in bf16, with gradients in bf16 that are summed in fp32. Embedding and head are whole
+    # for a step, and the loss forms the head's gradient in fp32; of blocks there are three.
+    gathered = (2 + 2 + 4) * others + 4 * others + GATHERED_BLOCKS * (2 + 2 + 4) * of_block
+    inputs = len(blocks) * n_tokens * width * 2
+    return gradients_and_moments + gathered + inputs + 2 * _stored_bytes(model, n_tokens)
+
+
+def _stored_bytes(model: Decoder, n_tokens: int) -> int:
+    """Return what a block stores for its backward pass, in bf16: inputs of matmuls and of norms."""
+    config = model.config
+    heads = config.attention
+    of_heads = (2 * heads.num_attention_heads + 4 * heads.num_key_value_heads) * heads.head_dim
+    widths = 6 * config.hidden_size + of_heads + 4 * config.feed_forward.intermediate_size
+    return 2 * n_tokens * widths
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.data.sequences.batches import IGNORE, Batch
+from lora.data.sequences.batches import IGNORE, Batch, needs_mask
 from lora.device import DeviceChoice
 from lora.distributed.world import ALONE, World
 from lora.fast.graphs import Graphs
@@ -192,18 +192,6 @@ def flatten_trained(model: nn.Module, device: torch.device, n_totals: int = 0) -
         slot.values.copy_(parameter)
         parameter.data = slot.values
     return flat
-
-
-def needs_mask(batch: Batch) -> bool:
-    """Whether `batch` needs more than a causal mask: several documents, or padding in front.
-
-    Padding at the end needs none, nor does a sequence of padding: no learned token attends to it.
-    The batch is read on the host, where it still is.
-    """
-    documents = batch.document_ids
-    before, after = documents[:, :-1], documents[:, 1:]
-    begins_late = (documents[:, 0] != 0) & (documents != -1).any(1)
-    return bool(begins_late.any() or ((after != before) & (after != -1)).any())
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:

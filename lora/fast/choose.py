@@ -133,16 +133,26 @@ def _shard_with_fsdp2(
 
     `why` says why not the hand-written step.
     """
-    from lora.distributed.fsdp import shard_decoder  # its import takes longer than a second
+    from lora.distributed.fsdp import (  # its import takes longer than a second
+        fit_recompute,
+        shard_decoder,
+    )
 
-    world, is_gpu = base.world, choice.device.type == "cuda"
-    shard_decoder(model, base.rows, world, choice, recompute=is_gpu)
-    if is_gpu:
-        how = "blocks are recomputed in the backward pass"
-        on_message(f"plain step with FSDP2: {why}; {how}")
-    if trains_all_weights(model):
-        return ShardedStepRunner(model, loss_for(model), choice, config, world)
-    return PlainStepRunner(model, loss_for(model), choice, config, world)
+    world, device, is_gpu = base.world, choice.device, choice.device.type == "cuda"
+    compiles = is_gpu and HAS_TRITON and (config.steps or 0) >= MIN_COMPILED_STEPS
+    shard_decoder(model, base.rows, world, choice, recompute=is_gpu, compiles=compiles)
+    how = "FSDP2, blocks through torch.compile" if compiles else "FSDP2"
+    if not trains_all_weights(model):
+        if is_gpu:
+            on_message(f"plain step with {how}, recomputed in the backward pass: {why}")
+        return PlainStepRunner(model, loss_for(model), choice, config, world)
+
+    def fit(n_tokens: int) -> None:
+        n, n_blocks = fit_recompute(model, n_tokens, world, device), len(model.trunk.blocks())
+        on_message(f"plain step with {how}, {n} of {n_blocks} recomputed in the backward pass")
+
+    on_first = fit if is_gpu else None
+    return ShardedStepRunner(model, loss_for(model), choice, config, world, on_first)
 
 
 def why_not_fast(model: nn.Module, choice: DeviceChoice) -> str | None:

@@ -102,6 +102,8 @@ def _sum_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _hidden(decoder: Decoder, batch: Batch) -> Tensor:
     hidden = decoder.hidden_states(
-        batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids
+        batch.input_ids,
+        position_ids=batch.position_ids,
+        document_ids=None if batch.is_causal else batch.document_ids,
     )
     return hidden.flatten(0, 1)  # (B·T, C)

@@ -6,7 +6,8 @@ alone, and the norm for clipping is summed over the processes with the loss: one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.config import TrainConfig
+from lora.data.sequences.batches import Batch, needs_mask
 from lora.device import DeviceChoice, synchronize
 from lora.distributed.shards import ShardReader, let_go_tables, local_part, scatter_rows
 from lora.distributed.stops import StopFlags
@@ -50,6 +52,7 @@ class ShardedStepRunner:
         choice: where it runs, and the compute dtype.
         config: of AdamW and clipping.
         world: the processes, each with its part of every micro-batch and of every weight.
+        on_first: called with the tokens of the first micro-batch, before it is run.
     """
 
     def __init__(
@@ -59,8 +62,10 @@ class ShardedStepRunner:
         choice: DeviceChoice,
         config: TrainConfig,
         world: World,
+        on_first: Callable[[int], None] | None = None,
     ) -> None:
-        self.batch_device = choice.device
+        self.batch_device = torch.device("cpu")  # `launch` looks at a batch before it goes on
+        self._on_first = on_first
         self._model, self._loss_fn, self._choice = model, loss_fn, choice
         self._max_grad_norm = config.max_grad_norm
         self._world, self._micro_batch_size = world, config.micro_batch_size
@@ -76,12 +81,16 @@ class ShardedStepRunner:
         self.optimizer = adamw(groups, 0.0)
 
     def launch(
-        self, step: int, micro_batches: Sequence[Any], learning_rates: Sequence[float]
+        self, step: int, micro_batches: Sequence[Batch], learning_rates: Sequence[float]
     ) -> None:
         """Take step number `step`."""
         (learning_rate,) = learning_rates
         set_learning_rate(self.optimizer, learning_rate)
         model, loss_fn, autocast = self._model, self._loss_fn, self._choice.autocast
+        micro_batches = [_on_device(batch, self._choice.device) for batch in micro_batches]
+        if self._on_first is not None:
+            self._on_first(micro_batches[0].input_ids.numel())
+            self._on_first = None
         try:
             result = self._take_step(micro_batches, f"the loss of step {step}")
         except TrainingError as error:
@@ -102,7 +111,7 @@ class ShardedStepRunner:
             )
         )
 
-    def _take_step(self, micro_batches: Sequence[Any], what: str) -> StepResult:
+    def _take_step(self, micro_batches: Sequence[Batch], what: str) -> StepResult:
         """Changes this process's rows in place. All processes raise TrainingError, or none."""
         model, world = self._model, self._world
         model.zero_grad(set_to_none=True)
@@ -210,3 +219,10 @@ class ShardedStepRunner:
     def _scatter(self, name: str, whole: Tensor | None, own: Tensor) -> None:
         count = len(self._model.get_parameter(name))
         scatter_rows(whole, own.detach(), count, self._world, f"{name} of the checkpoint")
+
+
+def _on_device(batch: Batch, device: torch.device) -> Batch:
+    """Return `batch` on a GPU, where attention without a mask is several times faster."""
+    if device.type == "cpu":
+        return batch
+    return replace(batch, is_causal=not needs_mask(batch)).to(device)

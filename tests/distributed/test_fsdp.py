@@ -60,6 +60,7 @@ class Case:
     family: str
     prepare: Callable[[Decoder], Decoder]
     config: TrainConfig = field(default_factory=lambda: train_config(8))
+    recompute: bool = False
 
     def model(self, dtype: torch.dtype) -> Decoder:
         """Return the model as one process has it."""
@@ -89,6 +90,8 @@ CASES = {
     "modules to save": Case("tied", _modules),
     "embedding rows": Case("llama", _token_rows),
     "a rank without a sequence": Case("llama", with_lora, train_config(2)),
+    "recomputed": Case("llama", with_lora, recompute=True),
+    "all weights, recomputed": Case("gemma3", _full, recompute=True),
     "all weights": Case("llama", _full, train_config(16, 2)),
     "all weights, tied": Case("tied", _full),
     "all weights, gpt2": Case("gpt2", _full),
@@ -106,7 +109,7 @@ def run_case(world: World, name: str, dtype: torch.dtype, n_steps: int) -> Steps
             model, loss_for(model), cpu_choice(torch.float32), case.config
         )
     else:
-        runner = shard(model, case.config, world)
+        runner = shard(model, case.config, world, recompute=case.recompute)
     sequences = random_sequences(packing=True)
     done = take_steps(runner, sequences, case.config, n_steps, world)
     size = world.share.largest(3)
@@ -116,13 +119,27 @@ def run_case(world: World, name: str, dtype: torch.dtype, n_steps: int) -> Steps
     return done
 
 
-def shard(model: Decoder, config: TrainConfig, world: World, *, rows: Any = None) -> Any:
+def shard(
+    model: Decoder,
+    config: TrainConfig,
+    world: World,
+    *,
+    rows: Any = None,
+    recompute: bool = False,
+) -> Any:
     """Changes a whole `model` in place: it is sharded; return the runner of its steps."""
     values = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     trains_all = all(p.requires_grad for p in model.parameters())
     drop_values(model, keep_trained=not trains_all)
     read = rows or (lambda name, part: values[name][part].clone())
-    return choose_steps(model, cpu_choice(torch.float32), config, world=world, rows=read)
+    if not recompute:
+        return choose_steps(model, cpu_choice(torch.float32), config, world=world, rows=read)
+    from lora.distributed.fsdp import shard_decoder
+
+    choice = cpu_choice(torch.float32)
+    shard_decoder(model, read, world, choice, recompute=True)
+    runner = ShardedStepRunner if trains_all else PlainStepRunner
+    return runner(model, loss_for(model), choice, config, world)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ from torch import nn
 
 from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import LoRAConfig, TrainConfig
-from lora.data.sequences.batches import Batch
+from lora.data.sequences.batches import Batch, needs_mask
 from lora.decoder.decoder import Decoder
 from lora.device import choose_device
 from lora.errors import DataError
-from lora.fast.captured import compiled_blocks, needs_mask
+from lora.fast.captured import compiled_blocks
 from lora.fast.choose import choose_steps, why_not_captured
 from lora.fast.runner import CapturedStepRunner
 from lora.training.losses import loss_for

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,14 +43,30 @@ class Batch:
     """Start at 0 in each document; 0 on padding."""
     document_ids: Tensor
     """0, 1, 2 … within a sequence; -1 on padding."""
+    is_causal: bool = field(default=False, kw_only=True)
+    """Known to need no more than a causal mask: see `needs_mask`."""
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on `device`; a copy to a GPU does not block the host."""
         device = torch.device(device)
-        return Batch(*(_copy(tensor, device) for tensor in self._tensors()))
+        return Batch(
+            *(_copy(tensor, device) for tensor in self._tensors()), is_causal=self.is_causal
+        )
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.input_ids, self.labels, self.position_ids, self.document_ids
+
+
+def needs_mask(batch: Batch) -> bool:
+    """Whether `batch` needs more than a causal mask: several documents, or padding in front.
+
+    Padding at the end needs none, nor does a sequence of padding: no learned token attends to it.
+    The batch is read on the host, where it still is.
+    """
+    documents = batch.document_ids
+    before, after = documents[:, :-1], documents[:, 1:]
+    begins_late = (documents[:, 0] != 0) & (documents != -1).any(1)
+    return bool(begins_late.any() or ((after != before) & (after != -1)).any())
 
 
 def _copy(tensor: Tensor, device: torch.device) -> Tensor:
