@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from lora.decoder.quantised import use_fp8_linears
 from lora.device import DeviceChoice
 from lora.distributed.shards import Rows
 from lora.distributed.world import World
-from lora.fast.choose import choose_steps
+from lora.fast.choose import MIN_COMPILED_STEPS, choose_steps
 from lora.fast.runner import DeviceStepRunner
 from lora.fast.sharded.base import ShardedBase
 from lora.fast.step import FastStep
@@ -39,7 +40,10 @@ def build_sharded(
     shapes = {name: p.shape for name, p in model.named_parameters()}
     rows = random_rows(shapes, choice.device)
     if full:
-        return model, choose_steps(model, choice, config, world=world, rows=rows), planned
+        # As in a run that is long enough for torch.compile.
+        long = replace(config, steps=MIN_COMPILED_STEPS)
+        steps = choose_steps(model, choice, long, on_message=print, world=world, rows=rows)
+        return model, steps, planned
     torch.manual_seed(0)  # A is the same in every process
     for layer in lora_layers(model).values():
         layer.lora_A = torch.nn.Parameter(SPREAD * _drawn(layer.lora_A.shape, dtype, choice.device))
