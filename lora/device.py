@@ -150,6 +150,11 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
+def visible_gpus(device: torch.device) -> int:
+    """Return how many GPUs a run on `device` could be spread over on this machine; a CPU: none."""
+    return torch.cuda.device_count() if device.type == "cuda" else 0
+
+
 @contextlib.contextmanager
 def deterministic_algorithms() -> Iterator[None]:
     """Within the block PyTorch uses deterministic algorithms only, and raises where it has none.

@@ -18,7 +18,13 @@ from lora.data.inspection_report import DataReport
 from lora.data.prepare import PreparedData
 from lora.decoder.decoder import Decoder
 from lora.decoder.families import decoder_config
-from lora.device import DeviceChoice, choose_device, deterministic_algorithms, free_bytes
+from lora.device import (
+    DeviceChoice,
+    choose_device,
+    deterministic_algorithms,
+    free_bytes,
+    visible_gpus,
+)
 from lora.distributed.devices import check_batch, own_device
 from lora.distributed.one_run import check_alike, resumes, shared_run
 from lora.distributed.shards import Rows, gathered_tables
@@ -55,7 +61,12 @@ from lora.runs.read_record import read_run_record, recorded_steps
 from lora.runs.record import RUN_FILE, RunRecord, RunResult
 from lora.training.callbacks import Callback, Callbacks, as_callbacks
 from lora.training.job import TrainingJob
-from lora.training.out_of_memory import LOADING_ADVICE, advise, explain_out_of_memory
+from lora.training.out_of_memory import (
+    LOADING_ADVICE,
+    SHARDED_ADVICE,
+    advise,
+    explain_out_of_memory,
+)
 from lora.training.step_runner import StepRunner
 from lora.training.trainer import train
 
@@ -121,7 +132,7 @@ def _finetune(
     source, data, memory = inputs.source, inputs.data, inputs.memory
     planned = describe_plan(memory.plan)
     with explain_out_of_memory(
-        lambda: f"while the weights were loaded. {planned}. {LOADING_ADVICE}"
+        lambda: f"while the weights were loaded. {planned}. {_loading_advice(memory, choice)}"
     ):
         if memory.parallel == "fsdp":
             built = build_sharded_model(job, source, choice, data.tokenizer, progress)
@@ -177,6 +188,11 @@ def _check(job: FinetuneJob, world: World) -> FinetuneJob:
     if run.tensorboard:
         check_tensorboard()
     return job
+
+
+def _loading_advice(memory: ChosenMemory, choice: DeviceChoice) -> str:
+    can_shard = choice.device.type == "cuda" and memory.parallel != "fsdp"
+    return SHARDED_ADVICE if can_shard else LOADING_ADVICE
 
 
 def _with_steps(job: FinetuneJob, data: PreparedData, world: World) -> FinetuneJob:
@@ -285,7 +301,8 @@ def _choose_steps(
     if job.deterministic:
         progress.message("deterministic: torch's deterministic algorithms, and the plain step")
     plan = memory.plan
-    advice = advise(plan, job.train, has_lora=not job.is_full)
+    n_gpus = visible_gpus(choice.device)
+    advice = advise(plan, job.train, has_lora=not job.is_full, n_gpus=n_gpus)
     with explain_out_of_memory(
         lambda: f"while the step was prepared. {describe_plan(plan)}. {advice}"
     ):

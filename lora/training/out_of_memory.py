@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from lora.config import TrainConfig
@@ -25,6 +25,8 @@ LOADING_ADVICE = (
     "The weights alone do not fit: close other programs that use this memory, or take a smaller "
     "model or a device with more of it."
 )
+SHARDED_ADVICE = f"{LOADING_ADVICE} Several devices can share them: --devices N --parallel fsdp."
+"""Where the weights are whole and may be sharded."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -68,6 +70,14 @@ class MemoryParts(Protocol):
         """Modes of activation checkpointing that would hold less, and how much with each."""
 
     @property
+    def devices(self) -> int:
+        """Processes that train together; the bytes are of one of them."""
+
+    @property
+    def parallel(self) -> str | None:
+        """How: ddp or fsdp; None for a process alone."""
+
+    @property
     def total(self) -> int:
         """All of them."""
 
@@ -84,6 +94,8 @@ class MemoryCount:
     loss: int = 0
     other: int = 0
     leaner_modes: tuple[tuple[str, int], ...] = ()
+    devices: int = 1
+    parallel: str | None = None
 
     @property
     def total(self) -> int:
@@ -125,9 +137,12 @@ def describe_parts(parts: MemoryParts) -> str:
     return f"{parts.total / 1e9:.2f} GB ({shown})"
 
 
-def advise(parts: MemoryParts, config: TrainConfig, *, has_lora: bool) -> str:
-    """Return what takes most, and which settings to change: first those that cost nothing."""
-    size = config.micro_batch_size
+def advise(parts: MemoryParts, config: TrainConfig, *, has_lora: bool, n_gpus: int = 0) -> str:
+    """Return what takes most, and which settings to change: first those that cost nothing.
+
+    `n_gpus` are those of the machine that a run could be spread over; 0: it could not.
+    """
+    size = _sequences(config.micro_batch_size, parts.devices)
     growing, trained = parts.activations + parts.loss, parts.gradients + parts.optimizer
     of_batch = f"activations and loss of {size} {'sequence' if size == 1 else 'sequences'} at once"
     sizes = {
@@ -139,12 +154,14 @@ def advise(parts: MemoryParts, config: TrainConfig, *, has_lora: bool) -> str:
     ways = [
         f"--memory {mode} (about {n_bytes / 1e9:.2f} GB)" for mode, n_bytes in parts.leaner_modes
     ]
+    ways += _with_devices(parts, config, n_gpus, has_lora=has_lora)
     if growing > _SMALL_SHARE * parts.total:
         ways += _splits(parts, config)
         ways.append("a shorter --max-length")
     if trained > _LARGE_SHARE * parts.total:
         ways.append("a smaller --rank or fewer --targets" if has_lora else "LoRA instead of --full")
-    ways.append("a smaller model or a device with more memory")
+    more = ", or more of them with --devices" if parts.devices > 1 or n_gpus == 1 else ""
+    ways.append(f"a smaller model or a device with more memory{more}")
     most = max(sizes, key=lambda name: sizes[name])
     return (
         f"Most of it: {most}. Try, in this order: {'; '.join(ways)}. `lora plan` shows which batch "
@@ -152,17 +169,59 @@ def advise(parts: MemoryParts, config: TrainConfig, *, has_lora: bool) -> str:
     )
 
 
+def _sequences(micro_batch_size: int, devices: int) -> int:
+    """Return how many sequences of a micro-batch the device with the most of them takes."""
+    return -(-micro_batch_size // devices)
+
+
+def _with_devices(
+    parts: MemoryParts, config: TrainConfig, n_gpus: int, *, has_lora: bool
+) -> list[str]:
+    """Return what several devices save: of the batch, and of the weights where these are large."""
+    flags, devices = "", parts.devices
+    ways = []
+    if devices == 1 and min(n_gpus, config.batch_size) > 1:
+        devices = min(n_gpus, config.batch_size)
+        now = config.gradient_accumulation
+        # Each device takes at least one sequence of each pass.
+        passes = max(
+            n
+            for n in range(1, now + 1)
+            if config.batch_size % n == 0 and config.batch_size // n >= devices
+        )
+        flags = f"--devices {devices} "
+        flags += "" if passes == now else f"--gradient-accumulation {passes} "
+        before, share = config.micro_batch_size, _sequences(config.batch_size // passes, devices)
+        if share < before:
+            less = parts.total - (parts.activations + parts.loss) * (1 - share / before)
+            ways.append(
+                f"{flags}(the result stays the same, with {share} "
+                f"{'sequence' if share == 1 else 'sequences'} at once on each and about "
+                f"{less / 1e9:.2f} GB)"
+            )
+    sharded = parts.weights if has_lora else parts.total - parts.activations - parts.loss
+    if devices > 1 and parts.parallel != "fsdp" and sharded > _LARGE_SHARE * parts.total:
+        what = "frozen weights" if has_lora else "weights, gradients and moments"
+        ways.append(f"{flags}--parallel fsdp (each of {devices} devices has a part of the {what})")
+    return ways
+
+
 def _splits(parts: MemoryParts, config: TrainConfig) -> list[str]:
     """Return the next finer split of the batch and what it would take, or none if there is none."""
-    now = config.gradient_accumulation
-    finer = (n for n in range(now + 1, config.batch_size + 1) if config.batch_size % n == 0)
+    now, devices = config.gradient_accumulation, parts.devices
+    before = _sequences(config.micro_batch_size, devices)
+    # Each device takes at least one sequence of each pass, and has fewer at once than now.
+    finer = (
+        n
+        for n in range(now + 1, config.batch_size // devices + 1)
+        if config.batch_size % n == 0 and _sequences(config.batch_size // n, devices) < before
+    )
     next_finer = next(finer, None)
     if next_finer is None:
         return []
-    split = replace(config, gradient_accumulation=next_finer)
-    growing = parts.activations + parts.loss
-    less = parts.total - growing * (1 - now / next_finer)
+    share = _sequences(config.batch_size // next_finer, devices)
+    less = parts.total - (parts.activations + parts.loss) * (1 - share / before)
     return [
         f"--gradient-accumulation {next_finer} instead of {now} (the result stays the same, with "
-        f"{split.micro_batch_size} sequences at once and about {less / 1e9:.2f} GB)"
+        f"{share} sequences at once and about {less / 1e9:.2f} GB)"
     ]

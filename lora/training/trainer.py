@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lora.device import peak_memory_bytes
+from lora.device import peak_memory_bytes, visible_gpus
 from lora.distributed.world import ALONE
 from lora.errors import Interrupted, TrainingError
 from lora.runs.interrupts import StopRequests
@@ -195,13 +195,15 @@ def _describe_memory(job: TrainingJob, state: LoopState) -> str:
     parts = job.memory_plan or count_parts(job.model, peak_bytes)
     kind = "counted" if job.memory_plan is None else "planned"
     has_lora = not all(p.requires_grad for p in job.model.parameters())
+    # Only jobs with a plan are commands, which --devices spreads over GPUs.
+    n_gpus = 0 if job.memory_plan is None else visible_gpus(job.choice.device)
     saved = "No checkpoint was written yet."
     if state.saved_step is not None:
         saved = f"The checkpoint of step {state.saved_step} is whole: --resume goes on from there."
     return (
         f"at step {state.step} of {config.n_steps} on {job.choice.device}, after a peak of "
         f"{peak_bytes / 1e9:.2f} GB. It was {kind} to take {describe_parts(parts)}. "
-        f"{advise(parts, config, has_lora=has_lora)} {saved}"
+        f"{advise(parts, config, has_lora=has_lora, n_gpus=n_gpus)} {saved}"
     )
 
 

@@ -112,6 +112,60 @@ def test_leaner_memory_modes_come_first() -> None:
     assert said.index("--max-length") < said.index("a smaller model")
 
 
+@pytest.mark.parametrize(
+    ("parts", "given", "n_gpus", "has_lora", "ways"),
+    [
+        (  # a batch that several GPUs share
+            MemoryCount(2 * GB, 0, 0, 8 * GB), (8, 1), 4, True,
+            ("--devices 4 (the result stays the same, with 2 sequences at once on each and about "
+             "4.00 GB)", "--gradient-accumulation 2 instead of 1"),
+        ),
+        (  # weights that are more than the rest, and a micro-batch of fewer sequences than GPUs
+            MemoryCount(9 * GB, 0, 0, GB), (8, 8), 4, True,
+            ("--devices 4 --gradient-accumulation 2 --parallel fsdp (each of 4 devices has a part "
+             "of the frozen weights)",),
+        ),
+        (  # several devices already
+            MemoryCount(9 * GB, 0, 0, 3 * GB, devices=2, parallel="ddp"), (8, 1), 4, True,
+            ("--parallel fsdp (each of 2 devices", "--gradient-accumulation 2 instead of 1 (the "
+             "result stays the same, with 2 sequences at once and about 10.50 GB)",
+             "a device with more memory, or more of them with --devices"),
+        ),
+        (
+            MemoryCount(2 * GB, 2 * GB, 4 * GB, GB, devices=2, parallel="ddp"), (2, 1), 2, False,
+            ("--parallel fsdp (each of 2 devices has a part of the weights, gradients and moments)",
+             "LoRA instead of --full"),
+        ),
+        (MemoryCount(9 * GB, 0, 0, GB), (8, 8), 1, True, ("or more of them with --devices",)),
+    ],
+)  # fmt: skip
+def test_several_devices_are_advised_where_they_help(
+    parts: MemoryCount,
+    given: tuple[int, int],
+    n_gpus: int,
+    has_lora: bool,
+    ways: tuple[str, ...],
+) -> None:
+    config = TrainConfig(batch_size=given[0], gradient_accumulation=given[1])
+    rest = advise(parts, config, has_lora=has_lora, n_gpus=n_gpus).partition("in this order: ")[2]
+    for way in ways:
+        assert way in rest
+        rest = rest.partition(way)[2]
+
+
+def test_several_devices_are_not_advised_where_they_do_not_help() -> None:
+    of_weights = MemoryCount(9 * GB, 0, 0, GB)
+    one = TrainConfig(batch_size=1)
+    assert "--devices" not in advise(of_weights, one, has_lora=True, n_gpus=4)
+    assert "--devices" not in advise(of_weights, TrainConfig(), has_lora=True)  # on a CPU
+    sharded = MemoryCount(9 * GB, 0, 0, 9 * GB, devices=2, parallel="fsdp")
+    said = advise(sharded, TrainConfig(batch_size=2), has_lora=True)
+    assert "--parallel" not in said
+    # Each device has at least one sequence of a pass.
+    assert "--gradient-accumulation" not in said
+    assert "of 1 sequence at once" in said or "the weights" in said
+
+
 def test_what_would_not_help_is_left_out() -> None:
     said = advise(MemoryCount(9 * GB, 0, 0, GB // 2), TrainConfig(batch_size=8), has_lora=True)
     assert "--gradient-accumulation" not in said

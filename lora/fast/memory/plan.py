@@ -104,6 +104,10 @@ class MemoryPlan:
     """The same in one line, with the reason."""
     leaner_modes: tuple[tuple[str, int], ...] = ()
     """Modes of activation checkpointing that hold less, and the bytes planned for each."""
+    devices: int = 1
+    """Processes that train together, of which this plans one."""
+    parallel: str | None = None
+    """How: ddp or fsdp; None for a process alone."""
 
     @property
     def total(self) -> int:
@@ -114,7 +118,8 @@ class MemoryPlan:
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as values that JSON holds, under the names of the first version."""
         record = {**asdict(self), "total": self.total}
-        del record["checkpointing"], record["leaner_modes"]
+        for name in ("checkpointing", "leaner_modes", "devices", "parallel"):
+            del record[name]
         policy = self.checkpointing
         record["keep"] = None if policy is None else policy.to_record()
         return record
@@ -259,6 +264,10 @@ class MemoryPlanner:
         """Return what a validation pass of this many sequences takes."""
         return _evaluation_bytes(self._traces.trace(micro_batch_size, learns=False))
 
+    @property
+    def _parallel(self) -> str | None:
+        return None if self.inputs.devices == 1 else self.inputs.parallel
+
     def _plan(self, size: int, memory: MemoryConfig | None, traced: Traced) -> MemoryPlan:
         if self._fast is None:
             plan = self._plan_traced(size, traced)
@@ -292,6 +301,8 @@ class MemoryPlanner:
             checkpointing=fit.checkpointing,
             reason=fit.reason,
             leaner_modes=tuple((name, size) for name, size in leaner if size < total),
+            devices=self.inputs.devices,
+            parallel=self._parallel,
         )
 
     def _plan_traced(self, size: int, traced: Traced) -> MemoryPlan:
@@ -314,6 +325,8 @@ class MemoryPlanner:
             activations=held.activations,
             loss=loss,
             other=base + _slack(inputs, held),
+            devices=inputs.devices,
+            parallel=self._parallel,
         )
 
     def _plan_fsdp(self, whole: MemoryPlan, sharded: FsdpWeights) -> MemoryPlan:
