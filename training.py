@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora.distributed.ranks import is_one_of_several
 from lora.errors import ConfigError, Interrupted, LoraError
 from lora.runs.progress import never_raising
 from lora.runs.record import DataRecord, ParameterCount, RunRecord, RunResult
@@ -37,6 +38,11 @@ def main() -> int:
     """Run what the environment asks for; return the exit code."""
     report_crashes()
     try:
+        if is_one_of_several():
+            raise ConfigError(
+                "Cannot run training.py in several processes: the character model trains in one. "
+                "Start it without torchrun; lora finetune trains in several."
+            )
         settings = read_settings(os.environ)
         # A reader that is gone must not end a run before its model is saved.
         with contextlib.redirect_stdout(never_raising(sys.stdout)):

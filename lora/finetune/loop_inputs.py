@@ -98,7 +98,7 @@ def alike(record: RunRecord, choice: DeviceChoice, steps: StepRunner) -> dict[st
     """Return what must be the same in all processes, by name."""
     named = ("base_fingerprint", "from_adapter_fingerprint", "base_dtype", "deterministic", "lora")
     return {
-        **{name: getattr(record, name) for name in (*named, "train", "data_config")},
+        **{name: getattr(record, name) for name in (*named, "train", "data_config", "parallel")},
         "data": record.data.fingerprint,
         "validation data": record.data.held_out_fingerprint,
         "activation checkpointing": record.activation_checkpointing,

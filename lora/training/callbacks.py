@@ -76,6 +76,9 @@ class Callback:
     Raise `StopTraining` to end the run as early stopping does. Any other exception ends it too: a
     checkpoint of what was learned is saved first, then the exception goes on to the caller, and
     `resume` continues the run.
+
+    Of several processes that train together rank 0 calls them. All processes end in the same step:
+    `StopTraining` in `on_step` ends the run one step later than in one process.
     """
 
     def on_step(self, event: StepEvent) -> None:

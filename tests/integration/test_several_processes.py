@@ -17,7 +17,7 @@ import lora
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.reading.orders import make_orders
 from lora.distributed.world import World
-from lora.errors import ConfigError, Interrupted
+from lora.errors import ConfigError, Interrupted, LostProcessError
 from lora.finetune import FinetuneJob, finetune
 from lora.runs.read_record import read_metrics, read_run_record
 from lora.training.callbacks import Callback, StepEvent, StopTraining
@@ -89,6 +89,21 @@ def train_own(folder: Path, out: Path) -> tuple[RunOutcome, list[float]]:
     return outcome, [
         p.detach().double().sum().item() for p in model.parameters() if p.requires_grad
     ]
+
+
+class Fail(Callback):
+    """Raises after a step."""
+
+    def on_step(self, event: StepEvent) -> None:
+        if event.step == KILLED_STEP:
+            raise ValueError("a fault of the user's")
+
+
+def fail(world: World, folder: Path, out: Path) -> str:
+    """Return what ends this process's part of a run whose callback raises on rank 0."""
+    with pytest.raises((ValueError, LostProcessError)) as raised:
+        finetune(make_job(folder, out, "failed"), callbacks=Fail())
+    return type(raised.value).__name__
 
 
 def refuse(job: FinetuneJob) -> str:
@@ -187,6 +202,14 @@ def test_resumed_by_another_number_of_processes_it_is_the_same_run(
 
 def test_a_callback_of_rank_0_ends_the_run_of_all(together: list[dict[str, Any]]) -> None:
     assert [done["enough"].steps for done in together] == [KILLED_STEP + 1] * 2
+
+
+def test_a_callback_that_raises_on_rank_0_loses_nothing(
+    tiny_folder: Path, out: Path, one: RunOutcome
+) -> None:
+    assert run_processes(2, fail, tiny_folder, out) == ["ValueError", "LostProcessError"]
+    resumed = run_job(make_job(tiny_folder, out, "failed", resume=True))
+    assert_same_run(resumed.folder, one.folder)
 
 
 def test_a_run_without_a_name_has_one(together: list[dict[str, Any]], out: Path) -> None:

@@ -92,7 +92,7 @@ def read_run(folder: Path, base: Path, faults: Faults, *, group: str = "") -> Ru
         status="unfinished" if result is None else "finished",
         group=group,
         model=record.model or record.base,
-        device=record.device,
+        device=_device(record),
         **_configuration(record, str(folder / RUN_FILE), faults),
         steps=result.steps if result else max((row.step for row in metrics), default=None),
         eval_loss=held_out[-1].loss if held_out and not_finite is None else None,
@@ -148,6 +148,12 @@ def _configuration(record: RunRecord, path: str, faults: Faults) -> dict[str, An
         "seed": train.seed if train.seed is not None else own.seed,
         "total_steps": train.steps or own.steps,
     }
+
+
+def _device(record: RunRecord) -> str | None:
+    if record.world_size is None or record.device is None:
+        return record.device
+    return f"{record.world_size} processes ({record.parallel}), rank 0 on {record.device}"
 
 
 def _elapsed(timings: Sequence[TimingRow]) -> dict[int, float]:
