@@ -21,6 +21,7 @@ from lora.data.reading.orders import make_orders
 from lora.distributed.world import World
 from lora.errors import Interrupted
 from lora.finetune import FinetuneJob, finetune
+from lora.finetune.job import BaseDtype
 from lora.kernels.step.jit import HAS_TRITON
 from lora.runs.disk import read_json, read_rows
 from lora.runs.progress import NoProgress
@@ -178,6 +179,24 @@ def test_full_fine_tuning(job: FinetuneJob) -> None:
 
 def test_the_plain_step(job: FinetuneJob) -> None:
     assert_same_course(replace(job, run=replace(job.run, fast=False)), "plain step")
+
+
+@pytest.mark.parametrize("base_dtype", ["auto", "fp8"])
+def test_sharded_weights(job: FinetuneJob, base_dtype: BaseDtype) -> None:
+    if base_dtype == "fp8" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("fp8 matmuls need capability 9.0")
+    job = replace(job, base_dtype=base_dtype, run=replace(job.run, samples=2, sample_tokens=8))
+    sharded = replace(job, run=replace(job.run, parallel="fsdp"))
+    _, folder = run_on(1, job, "one")
+    two, other = run_on(2, sharded, "two")
+    for texts, _ in two:
+        assert any("frozen weights sharded over 2 processes" in text for text in texts), texts
+    assert read_json(other / "run.json")["parallel"] == "fsdp"
+    assert_near(folder, other)
+    # One process goes on with what two have trained.
+    longer = replace(job, train=replace(job.train, steps=24), resume=True)
+    outcomes, _ = run_on(1, longer, "two")
+    assert outcomes[0][1] == 0
 
 
 def test_a_signal_to_one_process_stops_all_and_one_resumes(job: FinetuneJob) -> None:

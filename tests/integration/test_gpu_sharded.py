@@ -79,9 +79,19 @@ def _compare(world: World, name: str, mode: str, tokens: int) -> dict[str, Any]:
     assert ring.gather is not None
     kind = ring.gather.name
     weights = _same_weights(ring, whole, empty)
+    _copy_trained(whole, empty)  # so that the forwards compute the same, but for rounding
+    forward = {kind: _forward_difference(whole, empty, device)}
     ring.gather = CollectiveGather(world, ring.shard)
-    forward = _same_forward(whole, empty, device)
-    return {"expected": expected, "found": found, "gather": kind, **weights, **forward}
+    forward[ring.gather.name] = _forward_difference(whole, empty, device)
+    return {"expected": expected, "found": found, "forward": forward, **weights}
+
+
+@torch.no_grad()
+def _copy_trained(source: Any, target: Any) -> None:
+    others = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(others[name])
 
 
 @torch.no_grad()
@@ -101,12 +111,16 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _same_forward(whole: Any, empty: Any, device: torch.device) -> dict[str, bool]:
-    batch = batch_of(7, 2, packed=False).to(device)
+def _forward_difference(whole: Any, empty: Any, device: torch.device) -> list[float]:
+    """Return the relative difference of the logits of the models' own forwards, several times."""
     whole.eval(), empty.eval()
-    with torch.autocast("cuda", torch.bfloat16):
-        one, other = whole(batch.input_ids), empty(batch.input_ids)
-    return {"forward": torch.allclose(one, other, rtol=0.05, atol=0.05)}
+    differences = []
+    for seed in range(4):  # one after the other, so that slots are overwritten while they are used
+        batch = batch_of(seed, 2, packed=False, tokens=64).to(device)
+        with torch.autocast("cuda", torch.bfloat16):
+            one, other = whole(batch.input_ids).float(), empty(batch.input_ids).float()
+        differences.append(float((one - other).norm() / one.norm()))
+    return differences
 
 
 PAIRS = [(name, "none", 64) for name in CASES]
@@ -122,12 +136,13 @@ def test_two_gpus_train_as_one_with_all_weights() -> None:
     for found in run_processes(2, _compare_all, timeout_s=LIMIT_S, device_type="cuda"):
         for pair, one in zip(PAIRS, found, strict=True):
             assert one["weights"], pair
-            assert one["forward"], pair
+            assert max(max(each) for each in one["forward"].values()) < 1e-2, (pair, one["forward"])
             for report, expected in zip(one["found"], one["expected"], strict=True):
-                assert report[0] == pytest.approx(expected[0], rel=2e-3), pair
-                assert report[1] == expected[1], pair
-                assert report[2] == pytest.approx(expected[2], rel=2e-2), pair
-                assert report[3] == 1.0, pair
+                told = pair, one["expected"], one["found"]
+                assert report[0] == pytest.approx(expected[0], rel=5e-3), told
+                assert report[1] == expected[1], told
+                assert report[2] == pytest.approx(expected[2], rel=5e-2), told
+                assert report[3] == 1.0, told
 
 
 def _both_gathers(world: World) -> dict[str, Any]:

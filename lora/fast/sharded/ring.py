@@ -161,7 +161,7 @@ class ShardRing:
         self._need(number)
         event = self._arrivals[number % N_SLOTS]
         if event is not None:
-            torch.cuda.current_stream().wait_event(event)
+            torch.cuda.current_stream(self.device).wait_event(event)
         if then % N_SLOTS != number % N_SLOTS:
             self._need(then)
 
@@ -187,7 +187,7 @@ class ShardRing:
         """After an optimizer step: bring the adapters in the slots up to date."""
         for event in self._arrivals:
             if event is not None:
-                torch.cuda.current_stream().wait_event(event)
+                torch.cuda.current_stream(self.device).wait_event(event)
         for unit, slot in zip(self._held, self.slots, strict=True):
             if unit is not None:
                 self._add_adapters(unit, slot)
@@ -202,7 +202,7 @@ class ShardRing:
             self._fill(unit, self.slots[slot])
         else:
             # The slot's last readers and the newest adapters are queued on the current stream.
-            self.stream.wait_stream(torch.cuda.current_stream())
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):
                 self._fill(unit, self.slots[slot])
             self._arrivals[slot] = self.stream.record_event()
