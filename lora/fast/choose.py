@@ -139,7 +139,10 @@ def _shard_with_fsdp2(
     )
 
     world, device, is_gpu = base.world, choice.device, choice.device.type == "cuda"
-    compiles = is_gpu and HAS_TRITON and (config.steps or 0) >= MIN_COMPILED_STEPS
+    # A compiled block draws other dropout masks than one process does.
+    draws = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
+    is_long = (config.steps or 0) >= MIN_COMPILED_STEPS
+    compiles = is_gpu and HAS_TRITON and is_long and not draws
     shard_decoder(model, base.rows, world, choice, recompute=is_gpu, compiles=compiles)
     how = "FSDP2, blocks through torch.compile" if compiles else "FSDP2"
     if not trains_all_weights(model):

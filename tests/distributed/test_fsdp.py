@@ -73,6 +73,10 @@ def _full(model: Decoder) -> Decoder:
     return model.requires_grad_(True)
 
 
+def _dropout(model: Decoder) -> Decoder:
+    return with_lora(model, dropout=0.3)
+
+
 def _modules(model: Decoder) -> Decoder:
     return with_lora(model, modules_to_save=("embed_tokens", "norm"))
 
@@ -90,7 +94,8 @@ CASES = {
     "modules to save": Case("tied", _modules),
     "embedding rows": Case("llama", _token_rows),
     "a rank without a sequence": Case("llama", with_lora, train_config(2)),
-    "recomputed": Case("llama", with_lora, recompute=True),
+    "dropout": Case("tied", _dropout, train_config(16, 2)),
+    "dropout, recomputed": Case("llama", _dropout, recompute=True),
     "all weights, recomputed": Case("gemma3", _full, recompute=True),
     "all weights": Case("llama", _full, train_config(16, 2)),
     "all weights, tied": Case("tied", _full),
@@ -103,6 +108,7 @@ LONG = ("tied", "all weights, tied")
 def run_case(world: World, name: str, dtype: torch.dtype, n_steps: int) -> Steps:
     """Return what steps of a case come to on this process, and the loss after them."""
     case = CASES[name]
+    torch.manual_seed(11)
     model = case.model(dtype)
     if world.is_alone:
         runner: Any = PlainStepRunner(
