@@ -82,6 +82,12 @@ class FastPlan:
         self.batch_size, self.tokens, self.packed = batch_size, tokens, packed
         self.n_layers = self.step.network.qkv.n_layers
 
+    @property
+    def loaded_bytes(self) -> int:
+        """Weights whose loading leaves memory in pieces; a shard is read into its final place."""
+        weights, ring = self.memory(MODES["none"]).weights, self.step.network.ring
+        return weights if ring is None else weights - ring.held_bytes
+
     def resized(self, batch_size: int) -> FastPlan:
         """Return the plan of the same step over so many sequences."""
         plan = copy.copy(self)

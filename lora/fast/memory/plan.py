@@ -227,8 +227,8 @@ class MemoryPlanner:
 
     def usable_bytes(self, free_bytes: int) -> int:
         """Return how much of the free memory may be planned for: see docs/memory.md."""
-        weights = 0 if self._fast is None else self._fast.memory(MODES["none"]).weights
-        reserved = FRAGMENTED_WEIGHTS_FRACTION * weights
+        loaded = 0 if self._fast is None else self._fast.loaded_bytes
+        reserved = FRAGMENTED_WEIGHTS_FRACTION * loaded
         if self.inputs.devices > 1 and self.inputs.device_type == "cuda":
             reserved += NCCL_BYTES
         return max(1, round(USABLE_MEMORY_FRACTION * free_bytes - reserved))

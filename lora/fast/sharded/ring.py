@@ -145,6 +145,11 @@ class ShardRing:
         return f"frozen weights sharded over {self.base.split.size} processes{how}"
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes of this process's shard and of the slots."""
+        return self.shard.nbytes + sum(slot.nbytes for slot in self.slots)
+
+    @property
     def head(self) -> int:
         """The unit of the output head."""
         return len(self.units) - 1
