@@ -109,7 +109,7 @@ class SweepRecord:
     rungs: tuple[int, ...]
     """Steps at which candidates are compared; the last ends the sweep."""
     at_once: int
-    """Candidates in a stack, at most."""
+    """Candidates in a stack, at most; each process has one."""
     base_eval_loss: float | None = None
     """Validation loss of the model without an adapter, nats."""
     steps_taken: int = 0
@@ -141,6 +141,8 @@ class WaveTiming:
     """Their names."""
     until: int | None = None
     """The step that the wave led to."""
+    rank: int | None = None
+    """The process that trained it; None: the only one."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,8 @@ class SweepOutcome:
     eval_loss: float | None
     """Of that adapter, nats."""
     train_s: float
-    """Seconds in steps of the process that finished the sweep."""
+    """Seconds in steps of the process that finished the sweep; of several, of the slowest in each
+    round."""
 
 
 def write_sweep_record(run: Run, record: SweepRecord) -> None:

@@ -68,6 +68,7 @@ def plan_stack_memory(
     learned_fraction: float,
     choice: DeviceChoice,
     fast: bool = True,
+    processes_here: int = 1,
 ) -> StackMemory:
     """Return the memory of a stack of these candidates, planned for the one with the largest rank.
 
@@ -80,6 +81,7 @@ def plan_stack_memory(
         learned_fraction: of the tokens, those with a target in the loss.
         choice: where it runs.
         fast: whether the fast stacked step may be taken.
+        processes_here: which share the memory of this machine's CPU.
     """
     largest = max(candidates, key=lambda c: c.lora.rank)
     setting = PlanInputs(
@@ -99,7 +101,10 @@ def plan_stack_memory(
         allocated = torch.cuda.memory_allocated(choice.device)  # the base
         free = torch.cuda.mem_get_info(choice.device)[0] + allocated
         return StackMemory(max(allocated, shared), each, free)
-    return StackMemory(resident_bytes(), each, available_bytes("cpu"))
+    own, free_here = resident_bytes(), available_bytes("cpu")
+    if free_here is not None:
+        free_here = own + (free_here - own) // processes_here
+    return StackMemory(own, each, free_here)
 
 
 def _why_not_fast(

@@ -9,6 +9,7 @@ from torch import nn
 from lora.config import SavedWeights
 from lora.data.sequences.batches import TokenSequences
 from lora.device import DeviceChoice
+from lora.distributed.world import ALONE, World
 from lora.runs.directory import Run
 from lora.runs.disk import disk_error
 from lora.sweep.grid import Candidate
@@ -42,6 +43,8 @@ class SweepContext:
     """How many candidates were planned to fit, in words: quoted if memory runs out."""
     fast: bool = True
     """Take the fastest step that can train the candidates; false: the plain one."""
+    world: World = ALONE
+    """The processes that share the candidates."""
 
 
 def candidate_run(run: Run, candidate: Candidate) -> Run:

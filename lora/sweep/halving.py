@@ -22,10 +22,10 @@ def find_rungs(steps: int, *, halving: bool) -> tuple[int, ...]:
     return (*sorted(point for point in points if 0 < point < steps), steps)
 
 
-def next_group(record: SweepRecord) -> tuple[list[int], int] | None:
-    """Return which candidates train together next, by index, and to which step; None at the end.
+def next_group(record: SweepRecord, n_processes: int = 1) -> tuple[list[int], int] | None:
+    """Return which candidates train next, by index, and to which step; None at the end.
 
-    Call `halve_reached_rungs` first.
+    Each of several processes trains a part of them. Call `halve_reached_rungs` first.
     """
     for rung in record.rungs:
         left = [n for n, c in enumerate(record.candidates) if c.is_alive and c.step < rung]
@@ -34,7 +34,7 @@ def next_group(record: SweepRecord) -> tuple[list[int], int] | None:
             # half-way: only candidates at the same step can share a wave.
             step = record.candidates[left[0]].step
             alike = [n for n in left if record.candidates[n].step == step]
-            return alike[: record.at_once], rung
+            return alike[: record.at_once * n_processes], rung
     return None
 
 

@@ -11,6 +11,7 @@ from lora.data.prepare import PreparedData
 from lora.data.record import describe_data
 from lora.data.task import Task
 from lora.device import DeviceChoice
+from lora.distributed.world import ALONE, World
 from lora.errors import CheckpointError, ConfigError, gather
 from lora.pretrained.sources import ModelSource
 from lora.public.field_texts import documented
@@ -33,7 +34,7 @@ class SweepJob(Task):
     run: RunConfig = field(default_factory=RunConfig)
     """A sweep uses out, name, device, fast, save, and the evaluation and save intervals."""
     at_once: int | None = None
-    """Candidates trained together; None: as many as fit into memory."""
+    """Candidates trained together, on each device; None: as many as fit into memory."""
     halving: bool = False
     """Stop the worse half at a quarter and at half of the steps."""
     resume: bool = False
@@ -120,7 +121,12 @@ def check_same_sweep(job: SweepJob) -> None:
 
 
 def describe_job(
-    job: SweepJob, source: ModelSource, data: PreparedData, choice: DeviceChoice, at_once: int
+    job: SweepJob,
+    source: ModelSource,
+    data: PreparedData,
+    choice: DeviceChoice,
+    at_once: int,
+    world: World = ALONE,
 ) -> RunRecord:
     """Return the sweep's record, without its base; the grid's settings are in `sweep` alone."""
     settings = sweep_settings(job)
@@ -131,6 +137,7 @@ def describe_job(
         device=choice.reason,
         threads=torch.get_num_threads(),
         deterministic=job.deterministic or None,
+        world_size=None if world.is_alone else world.size,
         at_once=at_once,
         lora={k: v for k, v in asdict(job.lora).items() if k not in settings.grid},
         train={k: v for k, v in asdict(job.train).items() if k not in settings.grid},
@@ -139,6 +146,25 @@ def describe_job(
         sweep=settings,
         data=describe_data(data, job.data, job.eval_data),
     )
+
+
+def alike(record: RunRecord, choice: DeviceChoice) -> dict[str, object]:
+    """Return what must be the same in all processes, by name."""
+    named = (
+        "base_fingerprint",
+        "deterministic",
+        "at_once",
+        "lora",
+        "train",
+        "data_config",
+        "sweep",
+    )
+    return {
+        **{name: getattr(record, name) for name in named},
+        "data": record.data.fingerprint,
+        "validation data": record.data.held_out_fingerprint,
+        "compute dtype": str(choice.compute_dtype),
+    }
 
 
 def describe_candidate(sweep: RunRecord, candidate: Candidate) -> RunRecord:
@@ -151,4 +177,5 @@ def describe_candidate(sweep: RunRecord, candidate: Candidate) -> RunRecord:
         lora=asdict(candidate.lora),
         train=asdict(candidate.train),
         sweep=None,
+        world_size=None,  # one process has trained it
     )

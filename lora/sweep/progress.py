@@ -58,6 +58,21 @@ class NoSweepProgress:
         pass
 
 
+class KeptMessages(NoSweepProgress):
+    """Of a process that is not rank 0: shows nothing, and keeps the messages for rank 0."""
+
+    def __init__(self) -> None:
+        self._kept: list[str] = []
+
+    def message(self, message: str) -> None:
+        self._kept.append(message)
+
+    def take(self) -> list[str]:
+        """Return the messages since the last call."""
+        kept, self._kept = self._kept, []
+        return kept
+
+
 class RichSweepProgress:
     """A live table on standard error, the best candidate first.
 

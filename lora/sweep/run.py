@@ -15,10 +15,10 @@ floating-point noise.
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from lora.adapters.fingerprint import base_fingerprint
@@ -29,16 +29,16 @@ from lora.data.prepare import PreparedData
 from lora.data.prompting.prompt_format import save_prompt_format
 from lora.decoder.families import decoder_config
 from lora.device import (
+    DeviceChoice,
     choose_device,
     deterministic_algorithms,
     peak_memory_bytes,
 )
-from lora.errors import (
-    CheckpointError,
-    Interrupted,
-    TrainingError,
-    gather,
-)
+from lora.distributed.devices import own_device
+from lora.distributed.one_run import check_alike, shared_run
+from lora.distributed.start import joined
+from lora.distributed.world import World
+from lora.errors import CheckpointError, TrainingError, gather
 from lora.pretrained.hf_files import read_config
 from lora.pretrained.hf_weights import load_decoder
 from lora.pretrained.positions import why_beyond_positions
@@ -50,35 +50,32 @@ from lora.runs.sweep_record import (
     CandidateState,
     SweepOutcome,
     SweepRecord,
-    WaveTiming,
-    append_wave_timing,
     find_best,
     rank,
     write_outcome,
-    write_sweep_record,
 )
 from lora.stacked.apply import single_adapter
 from lora.sweep.context import SweepContext, candidate_run
 from lora.sweep.grid import Candidate, build_candidates
-from lora.sweep.halving import halve_reached_rungs, next_group
-from lora.sweep.job import SweepJob, check_job, check_same_sweep, describe_job, with_recorded_steps
-from lora.sweep.progress import NoSweepProgress, SweepProgress
+from lora.sweep.job import (
+    SweepJob,
+    alike,
+    check_job,
+    check_same_sweep,
+    describe_job,
+    with_recorded_steps,
+)
+from lora.sweep.progress import KeptMessages, NoSweepProgress, SweepProgress
+from lora.sweep.rounds import train_rounds
 from lora.sweep.setup import (
     build_context,
+    check_is_shared,
     choose_stack_size,
     open_record,
     prepare_sweep,
     read_saved_record,
 )
-from lora.sweep.wave import TrainedWave, finish_wave, train_wave
-from lora.sweep.wave_checkpoint import (
-    TensorState,
-    load_wave,
-    remove_candidate_state,
-    split_wave,
-    values_to_save,
-)
-from lora.sweep.wave_loop import WavePlan
+from lora.sweep.wave_checkpoint import TensorState, remove_candidate_state, values_to_save
 from lora.training.out_of_memory import LOADING_ADVICE, explain_out_of_memory
 
 BEST = "best"
@@ -94,8 +91,9 @@ class SweepResult:
     """Directory of the best candidate's adapter."""
     candidates: list[CandidateState]
     train_s: float
-    """Seconds in steps of this process."""
+    """Seconds in steps of this process; of several, of the slowest in each round."""
     peak_memory_bytes: int
+    """Of the process that took the most."""
 
 
 def sweep(
@@ -108,22 +106,80 @@ def sweep(
 
     Raises ConfigError, DataError or ModelError for a job that cannot run, before anything is
     written; TrainingError if every candidate failed; Interrupted after a signal, the state saved.
+
+    Processes that torchrun has started share the candidates, each on its own GPU; rank 0 has the
+    progress, and writes all but the candidates' directories.
     """
-    progress = progress or NoSweepProgress()
-    candidates = build_candidates(job.grid, job.lora, job.train)
-    check_job(job, candidates)
-    check_run_directory(job.run.out, job.run.name, resume=job.resume)
+    check_job(job, build_candidates(job.grid, job.lora, job.train))
+    with deterministic_algorithms() if job.deterministic else nullcontext():
+        choice = choose_device(own_device(job.run.device), job.train.precision)
+        with joined(choice.device) as world:
+            if world.is_main:
+                return _sweep(job, choice, world, progress or NoSweepProgress(), show_data)
+            return _sweep(job, choice, world, KeptMessages(), None)
+
+
+def _sweep(
+    job: SweepJob,
+    choice: DeviceChoice,
+    world: World,
+    progress: SweepProgress,
+    show_data: Callable[[DataReport], None] | None,
+) -> SweepResult:
+    given = job.run
+    world.on_main(
+        lambda: check_run_directory(given.out, given.name, resume=job.resume), "the run directory"
+    )
     job = with_recorded_steps(job)
     check_same_sweep(job)
-    choice = choose_device(job.run.device, job.train.precision)
     source = find_model(job.model)
     # An unknown architecture is refused before the data are read.
     decoder_config(read_config(source.folder))
-    data = prepare_sweep(job, source.folder, progress)
+    data = prepare_sweep(job, source.folder, progress, world)
     job = replace(job, train=job.train.with_steps(len(data.train)))
     check_same_sweep(job)  # with the steps that the epochs take
     progress.message(job.train.describe_length(len(data.train)))
     candidates = build_candidates(job.grid, job.lora, job.train)
+    _show_data(job, source, data, progress, show_data)
+    progress.message(f"{len(candidates)} candidates on {source.description}, {choice.reason}")
+    _tell_idle(len(candidates), world, progress)
+    with explain_out_of_memory(lambda: f"while the weights were loaded. {LOADING_ADVICE}"):
+        model = load_decoder(source.folder, dtype=choice.compute_dtype, device=choice.device)
+    model.requires_grad_(False)
+    saved = read_saved_record(job, candidates)
+    at_once, memory_plan = choose_stack_size(
+        job, model, candidates, data, choice, progress, saved, world
+    )
+    described = replace(
+        describe_job(job, source, data, choice, at_once, world),
+        base_fingerprint=base_fingerprint(model),
+        base_parameters=sum(p.numel() for p in model.parameters()),
+    )
+    check_alike(alike(described, choice), world)
+    name = job.run.name or default_name(source.name)
+    if job.deterministic:
+        progress.message("deterministic: PyTorch's deterministic algorithms, and the plain step")
+    create = partial(create_run, job.run.out, name, resume=job.resume, record=described)
+    with shared_run(world, create) as run:
+        check_is_shared(run, world)
+        run.on_trouble = progress.message
+        if run.note:
+            progress.message(run.note)
+        context = build_context(
+            job, candidates, model, data, choice, run, progress, memory_plan, world
+        )
+        record = open_record(job, context, at_once, saved)
+        train_s = _train_all(context, record, data, source, job.grid.swept())
+        return _choose_best(context, record, train_s)
+
+
+def _show_data(
+    job: SweepJob,
+    source: ModelSource,
+    data: PreparedData,
+    progress: SweepProgress,
+    show_data: Callable[[DataReport], None] | None,
+) -> None:
     report = inspect_prepared(data, job.data, job.data_config)
     excess = why_beyond_positions(source.folder, report.longest_tokens)
     report.warnings += [excess] if excess else []
@@ -131,31 +187,14 @@ def sweep(
         show_data(report)
     elif excess:
         progress.message(f"note: {excess}")
-    progress.message(f"{len(candidates)} candidates on {source.description}, {choice.reason}")
-    with explain_out_of_memory(lambda: f"while the weights were loaded. {LOADING_ADVICE}"):
-        model = load_decoder(source.folder, dtype=choice.compute_dtype, device=choice.device)
-    model.requires_grad_(False)
-    saved = read_saved_record(job, candidates)
-    at_once, memory_plan = choose_stack_size(job, model, candidates, data, choice, progress, saved)
-    described = replace(
-        describe_job(job, source, data, choice, at_once),
-        base_fingerprint=base_fingerprint(model),
-        base_parameters=sum(p.numel() for p in model.parameters()),
-    )
-    name = job.run.name or default_name(source.name)
-    if job.deterministic:
-        progress.message("deterministic: PyTorch's deterministic algorithms, and the plain step")
-    with (
-        deterministic_algorithms() if job.deterministic else nullcontext(),
-        create_run(job.run.out, name, resume=job.resume, record=described) as run,
-    ):
-        run.on_trouble = progress.message
-        if run.note:
-            progress.message(run.note)
-        context = build_context(job, candidates, model, data, choice, run, progress, memory_plan)
-        record = open_record(job, context, at_once, saved)
-        train_s = _train_all(context, record, data, source, job.grid.swept())
-        return _choose_best(context, record, train_s)
+
+
+def _tell_idle(n_candidates: int, world: World, progress: SweepProgress) -> None:
+    if world.size > n_candidates:
+        progress.message(
+            f"note: {world.size - n_candidates} of {world.size} processes have nothing to train: "
+            f"there are {n_candidates} candidates"
+        )
 
 
 def _train_all(
@@ -165,8 +204,8 @@ def _train_all(
     source: ModelSource,
     swept: tuple[str, ...],
 ) -> float:
-    """Train wave after wave until no candidate is left; return the seconds of their steps."""
-    progress, train_s = context.progress, 0.0
+    """Train all candidates; return the seconds of their steps."""
+    progress = context.progress
 
     def save(candidate: Candidate, tensors: TensorState) -> None:
         values = values_to_save(tensors)[0]
@@ -182,60 +221,9 @@ def _train_all(
             StopRequests(progress.message) as stop,
             explain_out_of_memory(lambda: _memory_message(context, record)),
         ):
-            while (plan := _next_wave(context, record)) is not None:
-                train_s += _run_wave(context, record, plan, stop, save)
+            return train_rounds(context, record, stop, save)
     finally:
         progress.stop()
-    return train_s
-
-
-def _next_wave(context: SweepContext, record: SweepRecord) -> WavePlan | None:
-    """Return the wave to train next, an interrupted one first; None when all is done."""
-    candidates, message = context.candidates, context.progress.message
-    saved = load_wave(context, record)
-    if saved is not None and len(saved.position.numbers) > record.at_once:
-        split_wave(context, record, saved)
-    elif saved is not None:
-        position = saved.position
-        message(f"resuming {len(position.numbers)} candidates at step {position.wave_step}")
-        return WavePlan([candidates[n - 1] for n in position.numbers], position.until, saved)
-    stopped = halve_reached_rungs(record)
-    if stopped:
-        message(f"halving stops {', '.join(c.name for c in stopped)}")
-        write_sweep_record(context.run, record)
-    group = next_group(record)
-    return None if group is None else WavePlan([candidates[n] for n in group[0]], group[1])
-
-
-def _run_wave(
-    context: SweepContext,
-    record: SweepRecord,
-    plan: WavePlan,
-    stop: StopRequests,
-    save: Callable[[Candidate, TensorState], None],
-) -> float:
-    """Train one wave and record it; return the seconds of its steps.
-
-    Raises Interrupted after a signal, the state saved.
-    """
-    began_s = time.perf_counter()
-    wave = train_wave(context, record, plan, stop)
-    if not wave.is_over:
-        raise Interrupted(_interrupted_message(context, wave, stop), stop.exit_code)
-    finish_wave(context, record, wave, save)
-    timing = WaveTiming(
-        step=record.steps_taken,
-        train_s=wave.train_s,
-        timed_steps=wave.timed_steps,
-        peak_memory_bytes=peak_memory_bytes(context.choice.device),
-        wave_s=time.perf_counter() - began_s,
-        candidates=[candidate.name for candidate in plan.candidates],
-        until=plan.until,
-    )
-    append_wave_timing(context.run, timing)
-    if stop.received is not None and next_group(record) is not None:
-        raise Interrupted(_interrupted_message(context, wave, stop), stop.exit_code)
-    return wave.train_s
 
 
 def _choose_best(context: SweepContext, record: SweepRecord, train_s: float) -> SweepResult:
@@ -243,25 +231,30 @@ def _choose_best(context: SweepContext, record: SweepRecord, train_s: float) -> 
 
     Raises TrainingError if every candidate has failed.
     """
-    run, best = context.run, find_best(record.candidates)
+    run, world, best = context.run, context.world, find_best(record.candidates)
     if best is None:
         reasons = [f"{c.name}: {c.reason}" for c in record.candidates if c.reason]
         heading = f"Cannot choose the best of {run.folder}: every candidate has failed."
         raise TrainingError(
             gather(reasons, heading, "Lower the learning rates, or look for damaged examples.")
         )
-    own_runs = {c.name: candidate_run(run, c) for c in context.candidates}
-    for own in own_runs.values():
-        remove_candidate_state(own)
-    _copy_best(own_runs[best.name].folder / "adapter", run.folder / BEST)
-    write_outcome(run, SweepOutcome(best.name, best.result_loss, train_s))
+    world.on_main(lambda: _write_best(context, best, train_s), "the best adapter")
+    peaks = world.gather(peak_memory_bytes(context.choice.device), "the memory of all")
     return SweepResult(
         folder=run.folder,
         best=run.folder / BEST,
         candidates=rank(record.candidates),
         train_s=train_s,
-        peak_memory_bytes=peak_memory_bytes(context.choice.device),
+        peak_memory_bytes=max(peaks),
     )
+
+
+def _write_best(context: SweepContext, best: CandidateState, train_s: float) -> None:
+    own_runs = {c.name: candidate_run(context.run, c) for c in context.candidates}
+    for own in own_runs.values():
+        remove_candidate_state(own)
+    _copy_best(own_runs[best.name].folder / "adapter", context.run.folder / BEST)
+    write_outcome(context.run, SweepOutcome(best.name, best.result_loss, train_s))
 
 
 def _copy_best(adapter: Path, best: Path) -> None:
@@ -280,14 +273,6 @@ def _copy_best(adapter: Path, best: Path) -> None:
             f"{disk_error(best, error)} All candidates are trained and saved; the best is "
             f"{adapter}. --resume copies it."
         ) from error
-
-
-def _interrupted_message(context: SweepContext, wave: TrainedWave, stop: StopRequests) -> str:
-    name = stop.received.name if stop.received else ""
-    return (
-        f"{name} stopped {context.run.folder} after step {wave.step} of a wave of "
-        f"{len(wave.members)} candidates; its state is saved. Resume with --resume."
-    )
 
 
 def _memory_message(context: SweepContext, record: SweepRecord) -> str:

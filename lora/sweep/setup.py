@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 from lora.data.prepare import PreparedData, prepare_data
@@ -12,11 +13,13 @@ from lora.data.tokenizers.subword import load_tokenizer
 from lora.decoder.decoder import Decoder
 from lora.decoder.families import decoder_config
 from lora.device import DeviceChoice
-from lora.errors import CheckpointError, DataError
+from lora.distributed.world import ALONE, World
+from lora.errors import CheckpointError, ConfigError, DataError
 from lora.inference.run_settings import prompts_to_resume
 from lora.pretrained.hf_files import read_config
 from lora.runs.directory import Run, read_start_time
 from lora.runs.read_record import read_run_record
+from lora.runs.record import RUN_FILE
 from lora.runs.sweep_record import (
     SWEEP_FILE,
     CandidateState,
@@ -34,15 +37,20 @@ from lora.training.losses import decoder_loss
 from lora.training.plain_step import evaluate
 
 
-def prepare_sweep(job: SweepJob, model_folder: Path, progress: SweepProgress) -> PreparedData:
-    """Return the examples as sequences; raises DataError if there is no validation data."""
+def prepare_sweep(
+    job: SweepJob, model_folder: Path, progress: SweepProgress, world: World = ALONE
+) -> PreparedData:
+    """Return the examples as sequences; raises DataError if there is no validation data.
+
+    The chat template sees the date on which the sweep started, in all processes the same.
+    """
     data = prepare_data(
         job.data,
         load_tokenizer(model_folder),
         job.data_config,
         int(job.grid.seed[0]),
         validation_source=job.eval_data,
-        now=read_start_time(job.run.out / str(job.run.name)) if job.resume else None,
+        now=world.on_main(lambda: _start_time(job, world), "the start time"),
         trained=prompts_to_resume(job.run.out / str(job.run.name)) if job.resume else None,
         n_rows=decoder_config(read_config(model_folder)).vocab_size,
         on_message=progress.message,
@@ -60,6 +68,11 @@ def prepare_sweep(job: SweepJob, model_folder: Path, progress: SweepProgress) ->
     return data
 
 
+def _start_time(job: SweepJob, world: World) -> datetime | None:
+    known = read_start_time(job.run.out / str(job.run.name)) if job.resume else None
+    return known if world.is_alone or known is not None else datetime.now()
+
+
 def choose_stack_size(
     job: SweepJob,
     model: Decoder,
@@ -68,8 +81,9 @@ def choose_stack_size(
     choice: DeviceChoice,
     progress: SweepProgress,
     saved: SweepRecord | None,
+    world: World = ALONE,
 ) -> tuple[int, str]:
-    """Return how many candidates train together, and the memory plan in words.
+    """Return how many candidates train together in each process, and the memory plan in words.
 
     A resumed sweep keeps the number it began with unless the job gives one: other waves would have
     matmuls of other shapes, and other last bits.
@@ -84,13 +98,18 @@ def choose_stack_size(
         / (len(data.train) * data.train.sequence_length),
         choice=choice,
         fast=takes_fast(job),
+        processes_here=world.local_size,
     )
-    fit = len(candidates) if memory.n_fit is None else max(1, memory.n_fit)
+    each = math.ceil(len(candidates) / world.size)  # of the largest part
+    counts = [n for n in world.gather(memory.n_fit, "the memory of all") if n is not None]
+    fit = max(1, min(counts, default=each))
     given = job.at_once or (saved.at_once if saved else None)
-    at_once = min(given or fit, len(candidates))
-    waves = math.ceil(len(candidates) / at_once)
-    at_once = at_once if given else math.ceil(len(candidates) / waves)  # waves of equal size
+    at_once = min(given or fit, each)
+    waves = math.ceil(each / at_once)
+    at_once = at_once if given else math.ceil(each / waves)  # waves of equal size
     in_waves = f"{at_once} at once, {waves} {'wave' if waves == 1 else 'waves'}"
+    if not world.is_alone:
+        in_waves += f" on each of {world.size} devices"
     progress.message(f"memory: {memory.describe()}; {in_waves}")
     if memory.n_fit is not None and at_once > memory.n_fit:
         progress.message(
@@ -110,6 +129,7 @@ def build_context(
     run: Run,
     progress: SweepProgress,
     memory_plan: str,
+    world: World = ALONE,
 ) -> SweepContext:
     """Return what all waves share."""
     assert data.validation is not None  # prepare_sweep refuses data without
@@ -128,6 +148,7 @@ def build_context(
         save=job.run.save,
         memory_plan=memory_plan,
         fast=takes_fast(job),
+        world=world,
     )
 
 
@@ -153,8 +174,10 @@ def open_record(
     """Return the sweep's record: the saved one, or a new one, with the base's validation loss."""
     if saved is not None:
         return replace(saved, at_once=at_once)
-    batches = ordered_batches(context.validation, context.micro_batch_size, context.choice.device)
-    loss = evaluate(context.model, batches, decoder_loss, context.choice.autocast)
+    world, choice = context.world, context.choice
+    size, device = context.micro_batch_size, choice.device
+    batches = ordered_batches(context.validation, size, device, world.share)
+    loss = evaluate(context.model, batches, decoder_loss, choice.autocast, world)
     context.progress.message(f"validation loss without an adapter: {loss:.4f}")
     record = SweepRecord(
         candidates=[CandidateState(c.name, c.settings()) for c in context.candidates],
@@ -162,9 +185,25 @@ def open_record(
         at_once=at_once,
         base_eval_loss=loss,
     )
+    world.on_main(lambda: _write_records(context, record), "the records of the candidates")
+    return record
+
+
+def _write_records(context: SweepContext, record: SweepRecord) -> None:
     sweep = read_run_record(context.run.folder)
     for candidate in context.candidates:
         own = candidate_run(context.run, candidate)
         own.write_run_record(describe_candidate(sweep, candidate))
     write_sweep_record(context.run, record)
-    return record
+
+
+def check_is_shared(run: Run, world: World) -> None:
+    """Raise ConfigError if a process does not see the directory that rank 0 has made."""
+    is_seen = world.gather((run.folder / RUN_FILE).is_file(), "the run directory")
+    blind = [str(rank) for rank, sees in enumerate(is_seen) if not sees]
+    if blind:
+        raise ConfigError(
+            f"Cannot sweep on several machines: {run.folder} is not there for the processes of "
+            f"rank {', '.join(blind)}, and each process saves the candidates that it trains. Give "
+            "an --out on a file system that all machines share."
+        )

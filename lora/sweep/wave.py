@@ -6,7 +6,7 @@ wave cannot be driven in another order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lora.runs.interrupts import StopRequests
@@ -76,23 +76,43 @@ def finish_wave(
 ) -> None:
     """Save the adapters and what the next rung needs, then the record; remove the checkpoint.
 
-    Raises ValueError for a wave that is not complete: it has to be resumed.
+    In several processes all call it, those without a wave by `finish_idle`. Raises ValueError for a
+    wave that is not complete: it has to be resumed.
     """
     if not wave.is_over:
         raise ValueError(
             f"Cannot finish a wave at step {wave.step} of {wave.until}: it was interrupted. "
             "Resume it with its checkpoint."
         )
-    for member in wave.members:
+    save_members(wave.members, save_adapter, is_last=wave.until == record.rungs[-1])
+    numbers = [member.candidate.number for member in wave.members]
+    close_wave(context, record, numbers, wave.n_steps)
+
+
+def finish_idle(context: SweepContext, record: SweepRecord) -> None:
+    """Finish the wave of a process that had no candidate, together with the others'."""
+    close_wave(context, record, (), 0)
+
+
+def save_members(
+    members: Sequence[TrainedMember],
+    save_adapter: Callable[[Candidate, TensorState], None],
+    *,
+    is_last: bool,
+) -> None:
+    """Save the adapters of a complete wave and, unless it is their last, what the next one needs.
+
+    Changes the members' states in place.
+    """
+    for member in members:
         if member.state.status == "training":
             save_adapter(member.candidate, member.tensors)
             member.state.note_saved(best=values_to_save(member.tensors)[1])
-    for member in wave.members:
+    for member in members:
         state = member.state
-        if state.status == "training" and wave.until == record.rungs[-1]:
+        if state.status == "training" and is_last:
             state.status = "done"
             remove_candidate_state(member.run)
         elif state.status == "training":
             state.status = "waiting"
             save_candidate(member.run, state, member.tensors)
-    close_wave(context, record, wave.n_steps)

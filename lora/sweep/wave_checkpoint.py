@@ -1,6 +1,7 @@
 """The checkpoint of an unfinished wave, and each candidate's state between two waves.
 
     runs/NAME/checkpoints/                 the wave: all of its candidates' tensors together
+    runs/NAME/checkpoints-1/               of several processes, that of rank 1
     runs/NAME/candidates/NAME/state/       one candidate's tensors, from one wave to the next
 
 Only the newest checkpoint is kept. A candidate whose best evaluation was at an earlier step has the
@@ -10,6 +11,7 @@ values of that step in it too.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,22 +85,29 @@ class SavedWave:
     """One for each candidate."""
 
 
+def wave_folder(run: Run, rank: int) -> Path:
+    """Return the directory of the checkpoint of the wave that process `rank` trains."""
+    return run.folder / (f"{CHECKPOINTS}-{rank}" if rank else CHECKPOINTS)
+
+
 def save_wave(context: SweepContext, saved: SavedWave, number: int) -> None:
-    """Write the wave's checkpoint as that of step `number` of the sweep.
+    """Write the checkpoint of this process's wave as that of step `number` of the sweep.
 
     Raises CheckpointError if the disk refuses; the former checkpoint is then untouched.
     """
     tensors = {f"{k}.{name}": t for k, own in enumerate(saved.tensors) for name, t in own.items()}
-    folder = context.run.folder / CHECKPOINTS
+    folder = wave_folder(context.run, context.world.rank)
     save_checkpoint(folder, number, tensors, to_json(saved.position), keep=1)
 
 
-def load_wave(context: SweepContext, record: SweepRecord) -> SavedWave | None:
-    """Return the checkpoint of the unfinished wave, or None if there is none.
+def load_wave(
+    context: SweepContext, record: SweepRecord, rank: int | None = None
+) -> SavedWave | None:
+    """Return the checkpoint of the unfinished wave of `rank` (None: this process), if there is one.
 
     Raises CheckpointError if there are checkpoints and none of them can be used.
     """
-    folder = context.run.folder / CHECKPOINTS
+    folder = wave_folder(context.run, context.world.rank if rank is None else rank)
     if not list_checkpoints(folder):
         return None
     tensors, state = load_newest(folder, context.progress.message)
@@ -109,17 +118,28 @@ def load_wave(context: SweepContext, record: SweepRecord) -> SavedWave | None:
             f"Cannot resume from {folder}: its candidates {position.numbers} are not those of this "
             "sweep. Use a copy of the run directory, or start a new sweep."
         )
-    if position.steps_before != record.steps_taken:  # killed between the two lines of `close_wave`
+    if position.steps_before != record.steps_taken:  # killed before the last line of `close_wave`
         shutil.rmtree(folder, ignore_errors=True)
         return None
     own = [_own_tensors(tensors, k) for k in range(len(position.numbers))]
     return SavedWave(position, own)
 
 
-def split_wave(context: SweepContext, record: SweepRecord, saved: SavedWave) -> None:
-    """Save each candidate of a saved wave by itself, so that smaller waves can continue.
+def load_waves(context: SweepContext, record: SweepRecord) -> dict[int, SavedWave]:
+    """Return the unfinished waves of all processes that the sweep had, by rank."""
+    found = {}
+    for folder in context.run.folder.glob(f"{CHECKPOINTS}*"):
+        rank = folder.name.removeprefix(CHECKPOINTS).removeprefix("-") or "0"
+        saved = load_wave(context, record, int(rank)) if rank.isdecimal() else None
+        if saved is not None:
+            found[int(rank)] = saved
+    return dict(sorted(found.items()))
 
-    Changes `record` in place, and on disk.
+
+def split_wave(context: SweepContext, record: SweepRecord, saved: SavedWave) -> int:
+    """Save each candidate of a saved wave by itself, so that other waves can continue.
+
+    Changes the states in `record` in place; `remove_waves` writes it. Returns the wave's steps.
     """
     position = saved.position
     first_step = record.candidates[position.numbers[0] - 1].step
@@ -131,20 +151,36 @@ def split_wave(context: SweepContext, record: SweepRecord, saved: SavedWave) -> 
             state.status = "waiting"
             run = candidate_run(context.run, context.candidates[number - 1])
             save_candidate(run, state, own)
-    close_wave(context, record, position.wave_step - first_step)
     context.progress.message(
         f"splitting the wave of {len(position.numbers)} that was at step {position.wave_step}"
     )
+    return position.wave_step - first_step
 
 
-def close_wave(context: SweepContext, record: SweepRecord, n_steps: int) -> None:
-    """Write the record with `n_steps` steps more, then remove the wave's checkpoint.
-
-    In this order: a kill between the two leaves a checkpoint that `load_wave` recognises as done.
-    """
+def remove_waves(context: SweepContext, record: SweepRecord, n_steps: int) -> None:
+    """Write the record with `n_steps` steps more, then remove the checkpoints of all waves."""
     record.steps_taken += n_steps
     write_sweep_record(context.run, record)
-    shutil.rmtree(context.run.folder / CHECKPOINTS, ignore_errors=True)
+    for folder in context.run.folder.glob(f"{CHECKPOINTS}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def close_wave(
+    context: SweepContext, record: SweepRecord, numbers: Sequence[int], n_steps: int
+) -> None:
+    """Write the record with the wave of these candidates, then remove its checkpoint.
+
+    Changes `record` in place: every process gets the states of the others' candidates. In this
+    order: a kill between the two leaves checkpoints that `load_wave` recognises as done.
+    """
+    world, what = context.world, "the candidates of all processes"
+    own = {number: record.candidates[number - 1] for number in numbers}
+    for states, steps in world.gather((own, n_steps), what):
+        record.steps_taken += steps
+        for number, state in states.items():
+            record.candidates[number - 1] = state
+    world.on_main(lambda: write_sweep_record(context.run, record), "the record of the sweep")
+    shutil.rmtree(wave_folder(context.run, world.rank), ignore_errors=True)
 
 
 def save_candidate(run: Run, state: CandidateState, tensors: TensorState) -> None:

@@ -297,14 +297,16 @@ class WaveLoop:
         context.progress.evaluated(self._title(), self.record.candidates)
 
     def _message_first(self, text: str) -> None:
-        """Report `text`, unless an earlier wave has reported it."""
-        if self.record.steps_taken == 0:
+        """Report `text`, unless an earlier wave, or that of another process, reports it."""
+        if self.record.steps_taken == 0 and self.context.world.is_main:
             self.context.progress.message(text)
 
     def _title(self) -> str:
         speed = self._n_tokens / max(self.train_s, 1e-9)
         memory = peak_memory_bytes(self.context.choice.device) / 1e9
+        world = self.context.world
+        of_all = "" if world.is_alone else f" on rank {world.rank} of {world.size}"
         return (
-            f"{len(self.members)} at once · step {self.step}/{self.until} · "
+            f"{len(self.members)} at once{of_all} · step {self.step}/{self.until} · "
             f"{speed:,.0f} tokens/s · {memory:.2f} GB"
         )

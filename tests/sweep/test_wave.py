@@ -24,11 +24,13 @@ from lora.sweep import wave_loop
 from lora.sweep.context import SweepContext
 from lora.sweep.grid import Grid, build_candidates
 from lora.sweep.progress import NoSweepProgress
+from lora.sweep.rounds import train_rounds
 from lora.sweep.wave import finish_wave, train_wave
 from lora.sweep.wave_checkpoint import (
     CHECKPOINTS,
     TensorState,
     load_wave,
+    remove_waves,
     split_wave,
     values_to_save,
 )
@@ -171,13 +173,28 @@ def test_a_split_wave_leaves_every_candidate_where_it_was(
     train_wave(context, deepcopy(record), WavePlan(list(context.candidates), 3), StopAfter(2))
     saved = load_wave(context, record)
     assert saved is not None
-    split_wave(context, record, saved)
+    remove_waves(context, record, split_wave(context, record, saved))
     assert load_wave(context, record) is None
     assert {(c.status, c.step) for c in record.candidates} == {("waiting", 2)}
     assert record.steps_taken == 2
     half = WavePlan(list(context.candidates[:2]), 3)
     wave = train_wave(context, record, half, StopAfter(100))
     assert (wave.step, wave.n_steps, len(wave.members)) == (3, 1, 2)
+
+
+def test_a_complete_wave_that_was_never_closed_is_finished_when_others_follow(
+    context: SweepContext, record: SweepRecord
+) -> None:
+    whole = WavePlan(list(context.candidates[:3]), STEPS)
+    train_wave(context, deepcopy(record), whole, StopAfter(100))  # killed before it is finished
+    saved: list[str] = []
+    smaller = replace(record, at_once=2)
+    train_rounds(context, smaller, StopAfter(100), lambda c, tensors: saved.append(c.name))
+    assert {c.status for c in smaller.candidates} == {"done"}
+    # The fourth is saved at the first rung too.
+    assert saved == [c.name for c in (*context.candidates, context.candidates[3])]
+    assert smaller.steps_taken == 2 * STEPS
+    assert not (context.run.folder / CHECKPOINTS).exists()
 
 
 def test_the_base_is_plain_again_after_an_error(
