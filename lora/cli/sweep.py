@@ -17,6 +17,7 @@ from lora.cli.flags.from_fields import (
 from lora.cli.flags.shared import (
     DataFlags,
     Deterministic,
+    Devices,
     Json,
     Model,
     Report,
@@ -26,6 +27,8 @@ from lora.cli.flags.shared import (
 )
 from lora.cli.results.program import program
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.distributed.launch import Processes, processes_to_start
+from lora.distributed.ranks import is_main_process
 from lora.errors import ConfigError
 from lora.runs.typed_json import json_text
 from lora.sweep.grid import SWEPT, Grid
@@ -40,8 +43,8 @@ AtOnce = Annotated[
     int | None,
     Parameter(
         group=COMPARED,
-        help="Candidates trained together; the others follow in waves. Default: as many as fit "
-        "into memory.",
+        help="Candidates trained together, on each device; the others follow in waves. Default: as "
+        "many as fit into memory.",
     ),
 ]
 Halving = Annotated[
@@ -106,6 +109,7 @@ def sweep(
     full_learning_rate: FullLearningRate = None,
     resume: Resume = False,
     report: Report = True,
+    devices: Devices = None,
     deterministic: Deterministic = False,
     json: Json = False,
     grid: Annotated[GridFlags | None, Flat] = None,
@@ -113,7 +117,7 @@ def sweep(
     train: Annotated[SweepTrain | None, Flat] = None,
     data_config: Annotated[DataFlags | None, Flat] = None,
     run: Annotated[SweepRun | None, Flat] = None,
-) -> int:
+) -> int | Processes:
     """Train an adapter for every combination of values, many in one pass.
 
     For example:
@@ -122,10 +126,12 @@ def sweep(
         lora sweep --data orders.jsonl --rank 4,16 --alpha 2r --seed 0,1 --halving
         lora sweep --name ranks --resume
         lora sweep --data orders.jsonl --rank 4,8,16 --full
+        lora sweep --data orders.jsonl --rank 4,8 --seed 0,1,2,3 --devices 2
 
     Each candidate is the adapter that lora finetune trains with these settings.
     Of each the weights with its lowest validation loss are saved, in candidates/,
     and the adapter with the lowest of all in best/; the report is report.html.
+    Several devices share the candidates.
     """
     run_config = config_from(RunConfig, run or SweepRun())
     _check_full(full, full_learning_rate)
@@ -157,6 +163,8 @@ def sweep(
         resume=resume,
         deterministic=deterministic,
     )
+    if processes := processes_to_start(devices, run_config.device):
+        return processes
     progress = RichSweepProgress()  # on standard error: the result alone goes to the other
 
     def show_data(report: DataReport) -> None:
@@ -170,7 +178,8 @@ def sweep(
         )
     else:
         done = run_job(job, progress, show_data=show_data)
-    page = report_on(done.folder, progress.message, with_page=report)
+    is_main = is_main_process()
+    page = report_on(done.folder, progress.message, with_page=report) if is_main else None
     commands = next_commands(done.best, model, program())
     return _report(done, beside, job.grid.swept(), page, commands, json)
 
