@@ -39,19 +39,19 @@ class Meeting:
     ) -> bool:
         """Return True once all processes have come; False as soon as `is_over()`, without them.
 
-        `on_message` is told of `what` this process waits for, if that takes long.
+        `on_message` is called with `what` this process waits for, if that takes long.
         """
         if self._world.is_alone:
             return True
         came = dist.all_reduce(torch.zeros(1), group=self._group, async_op=True)
         assert came is not None  # this process is one of the group
-        since, poll_s, is_told = time.monotonic(), MIN_POLL_S, False
+        since, poll_s, has_told = time.monotonic(), MIN_POLL_S, False
         while not came.is_completed():
             if is_over():
                 return False
-            if not is_told and time.monotonic() - since > TOLD_S:
+            if not has_told and time.monotonic() - since > TOLD_S:
                 on_message(f"waiting for {what}")
-                is_told = True
+                has_told = True
             time.sleep(poll_s)
             poll_s = min(2 * poll_s, MAX_POLL_S)
         with self._world.waits(what):

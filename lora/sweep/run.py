@@ -35,7 +35,7 @@ from lora.device import (
     peak_memory_bytes,
 )
 from lora.distributed.devices import own_device
-from lora.distributed.one_run import check_alike, shared_run
+from lora.distributed.one_run import check_alike, resumes, shared_run
 from lora.distributed.start import joined
 from lora.distributed.world import World
 from lora.errors import CheckpointError, TrainingError, gather
@@ -127,6 +127,7 @@ def _sweep(
     show_data: Callable[[DataReport], None] | None,
 ) -> SweepResult:
     given = job.run
+    job = replace(job, resume=resumes(given, job.resume, world, progress.message))
     world.on_main(
         lambda: check_run_directory(given.out, given.name, resume=job.resume), "the run directory"
     )
