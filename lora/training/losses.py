@@ -58,7 +58,9 @@ def transformers_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
             "Cannot train one of transformers' models on packed sequences: their documents would "
             "attend to each other. Set packing to false, or load the model as lora's Decoder."
         )
-    mask = (batch.document_ids >= 0).long()  # (B, T)
+    is_token = batch.document_ids >= 0  # (B, T)
+    # Attention over nothing may be NaN: a sequence of padding, which is not learned, has itself.
+    mask = (is_token | ~is_token.any(1, keepdim=True)).long()  # (B, T)
     output: Any = model(
         input_ids=batch.input_ids,
         attention_mask=mask,

@@ -349,4 +349,4 @@ def _tell_of_evaluation(job: TrainingJob, state: LoopState, *, is_best: bool) ->
         event = EvalEvent(*_place(job, state.step), *losses, is_best)
         _notify(job, state, lambda callback: callback.on_eval(event))
     asks = state.stop_asked or world.asked.callback
-    state.stopped_early |= world.from_main(asks, f"callbacks after step {state.step}")
+    state.stopped_early |= world.from_main(asks, f"samples and callbacks after step {state.step}")

@@ -113,6 +113,9 @@ def test_a_run_that_goes_on_elsewhere_is_told(tmp_path: Path) -> None:
     with create_run(tmp_path, "run", record=elsewhere, resume=True) as run:
         assert "device: cuda:0, bf16 then, cpu, fp32 now" in run.note
         assert "not with the same bytes" in run.note
+    together = replace(elsewhere, world_size=2, parallel="ddp")
+    with create_run(tmp_path, "run", record=together, resume=True) as run:
+        assert "world_size: 1 then, 2 now" in run.note
 
 
 @pytest.mark.parametrize("text", ["3", '{"data": 3}', '{"data": {"now": "x"}}', "{"])
