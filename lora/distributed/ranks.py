@@ -6,12 +6,13 @@ import os
 from dataclasses import dataclass
 
 from lora.errors import ConfigError
+from lora.runs.interrupts import LAUNCHER_VARIABLE
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 """What torchrun sets for each process, beside the address of the first."""
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 """Of the store through which the processes find each other."""
-RUN_ID, USES_AGENT_STORE = "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE"
+RUN_ID, USES_AGENT_STORE = LAUNCHER_VARIABLE, "TORCHELASTIC_USE_AGENT_STORE"
 RESTART_COUNT, MAX_RESTARTS = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -14,17 +16,24 @@ from lora.errors import Interrupted
 SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 """SIGHUP comes when an ssh connection or a terminal is gone; Windows has none."""
 
+LAUNCHER_VARIABLE = "TORCHELASTIC_RUN_ID"
+"""In the environment of a process that a launcher of PyTorch started."""
+REPEAT_S = 2.0
+"""Under a launcher: a scheduler sends a signal to all processes, and the launcher passes it on."""
+
 
 class StopRequests:
     """Context manager that catches `SIGNALS`; `received` is the first signal, or None.
 
     A second signal raises KeyboardInterrupt (SIGINT) or SystemExit(128 + its number) wherever the
-    run is. A SIGHUP that is ignored, as under nohup, stays ignored. Outside
+    run is; under a launcher one that comes within `REPEAT_S` is the first one again. A
+    SIGHUP that is ignored, as under nohup, stays ignored. Outside
     the main thread, where Python allows no signal handlers, it does nothing.
     """
 
     def __init__(self, on_message: Callable[[str], None]) -> None:
         self.received: signal.Signals | None = None
+        self._received_s = 0.0
         self._on_message = on_message
         self._former: dict[signal.Signals, Any] = {}
 
@@ -47,10 +56,13 @@ class StopRequests:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
+            since_s = time.monotonic() - self._received_s
+            if LAUNCHER_VARIABLE in os.environ and since_s < REPEAT_S:
+                return
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             raise SystemExit(128 + number)
-        self.received = signal.Signals(number)
+        self.received, self._received_s = signal.Signals(number), time.monotonic()
         name = self.received.name
         self._on_message(f"{name}: finishing the step and saving; a second one exits at once")
 
