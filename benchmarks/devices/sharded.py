@@ -20,10 +20,8 @@ from lora.device import DeviceChoice
 from lora.distributed.shards import Rows
 from lora.distributed.world import World
 from lora.fast.choose import MIN_COMPILED_STEPS, choose_steps
-from lora.fast.runner import DeviceStepRunner
+from lora.fast.runner import FastStepRunner
 from lora.fast.sharded.base import ShardedBase
-from lora.fast.step import FastStep
-from lora.kernels.step.ops import PLAIN, TRITON
 from lora.training.step_runner import StepRunner
 
 SPREAD = 0.02
@@ -39,31 +37,29 @@ def build_sharded(
     model = empty_model(shape, torch.float32 if full else dtype, full=full, fp8=fp8)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     rows = random_rows(shapes, choice.device)
-    if full:
+    if not full:
+        fill_adapters(model, choice)
+    stored = planned.checkpointing
+    if full or is_cuda:
         # As in a run that is long enough for torch.compile.
         long = replace(config, steps=MIN_COMPILED_STEPS)
-        steps = choose_steps(model, choice, long, on_message=print, world=world, rows=rows)
-        return model, steps, planned
-    torch.manual_seed(0)  # A is the same in every process
-    for layer in lora_layers(model).values():
-        layer.lora_A = torch.nn.Parameter(SPREAD * _drawn(layer.lora_A.shape, dtype, choice.device))
-        layer.lora_B = torch.nn.Parameter(
-            torch.zeros(layer.lora_B.shape, dtype=dtype, device=choice.device)
+        steps = choose_steps(
+            model, choice, long, checkpointing=stored, on_message=print, world=world, rows=rows
         )
-    step = FastStep(
-        model,
-        TRITON if is_cuda else PLAIN,
-        dtype,
-        checkpointing=planned.checkpointing,
-        base=ShardedBase(rows, choice.device, world),
-        world=world,
-        first_sequence=world.share.part(config.micro_batch_size).start,
-    )
-    size = config.micro_batch_size
-    runner = DeviceStepRunner(
-        model, step, choice, "sharded fast step", world=world, micro_batch_size=size
-    )
-    return model, runner, planned
+        return model, steps, planned
+    # On a CPU no run chooses the hand-written step: its plain twins are taken by name.
+    base = ShardedBase(rows, choice.device, world)
+    fast = FastStepRunner(model, choice, config, checkpointing=stored, world=world, base=base)
+    return model, fast, planned
+
+
+def fill_adapters(model: Decoder, choice: DeviceChoice) -> None:
+    """Changes `model` in place: LoRA's A and B exist, the same in every process."""
+    torch.manual_seed(0)
+    for layer in lora_layers(model).values():
+        a, b = layer.lora_A, layer.lora_B
+        layer.lora_A = torch.nn.Parameter(SPREAD * _drawn(a.shape, a.dtype, choice.device))
+        layer.lora_B = torch.nn.Parameter(torch.zeros_like(b, device=choice.device))
 
 
 def empty_model(shape: Shape, dtype: torch.dtype, *, full: bool, fp8: bool) -> Decoder:

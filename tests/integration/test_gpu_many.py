@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.config import DataConfig, LoRAConfig, Parallel, RunConfig, TrainConfig
 from lora.data.reading.orders import make_orders
 from lora.distributed.world import World
 from lora.errors import Interrupted
@@ -96,12 +96,21 @@ def run_on(gpus: int, job: FinetuneJob, name: str, *, signal_at: int = 0) -> tup
     return outcomes, job.directory
 
 
-def assert_same_course(job: FinetuneJob, step: str) -> None:
-    """Fail unless two GPUs and one give the same losses, taking the step that says `step`."""
-    (one, folder), (two, other) = run_on(1, job, "one"), run_on(2, job, "two")
+def assert_same_course(
+    job: FinetuneJob, step: str, *, parallel: Parallel = "ddp", says: str = ""
+) -> None:
+    """Fail unless two GPUs and one give the same losses, taking the step that says `step`.
+
+    `says`: what the line about the step on two GPUs holds, too.
+    """
+    one, folder = run_on(1, job, "one")
+    two, other = run_on(2, replace(job, run=replace(job.run, parallel=parallel)), "two")
     for texts, _ in (*one, *two):
         assert any(text.startswith(step) for text in texts), texts
-    assert read_json(other / "run.json")["world_size"] == 2
+    for texts, _ in two:
+        assert any(text.startswith(step) and says in text for text in texts), texts
+    record = read_json(other / "run.json")
+    assert (record["world_size"], record["parallel"]) == (2, parallel)
     assert_near(folder, other)
 
 
@@ -175,6 +184,23 @@ def test_an_fp8_base(job: FinetuneJob) -> None:
 def test_full_fine_tuning(job: FinetuneJob) -> None:
     train = replace(job.train, learning_rate=2e-4)
     assert_same_course(replace(job, lora=None, train=train), "fast step")
+
+
+def test_sharded_lora(job: FinetuneJob) -> None:
+    assert_same_course(job, "fast step", parallel="fsdp", says="sharded over 2 processes")
+
+
+def test_sharded_fp8(job: FinetuneJob) -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("fp8 matmuls need capability 9.0")
+    job = replace(job, base_dtype="fp8")
+    assert_same_course(job, "fast step", parallel="fsdp", says="sharded over 2 processes")
+
+
+def test_sharded_full_fine_tuning(job: FinetuneJob) -> None:
+    train, run = replace(job.train, learning_rate=2e-4), replace(job.run, fast=False)
+    job = replace(job, lora=None, train=train, run=run)
+    assert_same_course(job, "plain step", parallel="fsdp", says="FSDP2")
 
 
 def test_the_plain_step(job: FinetuneJob) -> None:
