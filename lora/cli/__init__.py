@@ -47,6 +47,7 @@ from lora.cli.flags.values import check_values, name_pairs
 from lora.cli.flags.yaml_file import flatten_groups, read_settings
 from lora.distributed.errors import quiet_unless_main, tell, tell_lost, tell_once
 from lora.distributed.launch import Processes, launch
+from lora.distributed.ranks import is_one_of_several, world_size
 from lora.errors import ConfigError, Interrupted, LoraError, LostProcessError, did_you_mean
 from lora.runs.disk import os_reason
 from lora.terminal import drop_output, end_output, print_note, report_crashes, soften_encoding
@@ -102,6 +103,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 WITH_FILE = ("finetune", "sweep", "compare", "scale")
 """Commands whose first word may be a settings file, as with --config."""
+SHARED = ("finetune", "sweep", "compare", "eval", "generate")
+"""Commands that several processes share; one does the whole of the others."""
 MEMORY_ADVICE = "Try a smaller batch, a smaller model, or a device with more memory."
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """What writing to an output meets; the names of files are in other errors."""
@@ -211,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int | Processes:
     words, path = _take_config(words)
     _check_command(words)
+    _check_processes(words)
     sources: Sources = [] if path is None else [(read_settings(path), str(path))]
     if words and words[0] in COMMANDS:
         command, known = words[0], _known_settings(words[0])
@@ -260,6 +264,16 @@ def _check_command(words: list[str]) -> None:
     kind = "option" if word.startswith("-") else "command"
     near = did_you_mean(word, [*COMMANDS, "--help", "--version"])
     raise ConfigError(f"Unknown {kind} {word!r}.{near} Commands: {known}. See `lora --help`.")
+
+
+def _check_processes(words: list[str]) -> None:
+    command = words[0] if words else ""
+    asks = {"--help", "-h"} & set(words)
+    if command in COMMANDS and command not in SHARED and not asks and is_one_of_several():
+        raise ConfigError(
+            f"Cannot run `lora {command}` in {world_size()} processes: each would do the whole of "
+            f"it. Run it without torchrun. Commands for several: {', '.join(SHARED)}."
+        )
 
 
 def _take_config(words: list[str]) -> tuple[list[str], Path | None]:

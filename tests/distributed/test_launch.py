@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora import cli
 from lora.distributed import errors, launch
 from lora.distributed.launch import Processes, processes_to_start
 from lora.distributed.ranks import is_main_process, this_rank
@@ -97,3 +98,14 @@ def test_a_process_starts_others_as_it_was_started(
     for called, expected in [(script, [str(script)]), (tmp_path / "__main__.py", ["-m", "lora"])]:
         monkeypatch.setattr("sys.argv", [str(called), "finetune"])
         assert launch._call() == expected
+
+
+def test_commands_for_one_process_are_refused_in_several(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {**WORLD, "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for command in cli.COMMANDS.keys() - set(cli.SHARED):
+        assert cli.main([command]) == 2
+        assert f"Cannot run `lora {command}` in 2 processes" in capsys.readouterr().err
+    assert cli.main(["merge", "--help"]) == 0
