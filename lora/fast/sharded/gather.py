@@ -20,6 +20,8 @@ from lora.distributed.shards import gather_shards
 from lora.distributed.world import World
 from lora.fast.sharded.layout import Span
 
+SAMPLE_BYTES, N_SAMPLES = 4096, 16
+
 
 class Gather(Protocol):
     """Holds this process's shard and fills slots with those of all."""
@@ -31,8 +33,11 @@ class Gather(Protocol):
     is_collective: bool
     """Whether every process must gather in the same order and as often as the others."""
 
-    def connect(self) -> None:
-        """Make the shards readable for each other, once all are filled. Every process calls it."""
+    def connect(self) -> Gather:
+        """Make the shards readable for each other, once all are filled. Every process calls it.
+
+        Returns what gathers them: itself, or another if that cannot be.
+        """
 
     def gather(self, spans: Sequence[Span], slot: Tensor, what: str) -> None:
         """Changes `slot` in place: the bytes of `spans`, of all processes, in order of rank.
@@ -46,12 +51,12 @@ class CollectiveGather:
 
     is_collective = True
 
-    def __init__(self, world: World, shard: Tensor) -> None:
+    def __init__(self, world: World, shard: Tensor, why: str = "") -> None:
         self.world, self.shard = world, shard
-        self.name = "gathered by NCCL" if shard.is_cuda else "gathered by gloo"
+        self.name = f"gathered by {'NCCL' if shard.is_cuda else 'gloo'}{why}"
 
-    def connect(self) -> None:
-        """Nothing to do: the collectives connect the processes."""
+    def connect(self) -> Gather:
+        return self
 
     def gather(self, spans: Sequence[Span], slot: Tensor, what: str) -> None:
         size = self.world.size
@@ -75,22 +80,45 @@ class PulledGather:
         self.peers: list[Tensor] = []
         """All processes' shards, by rank."""
 
-    def connect(self) -> None:
+    def connect(self) -> Gather:
+        failure, what = "", "the other processes' shards"
+        # The shards are whole before anybody reads them.
+        torch.cuda.synchronize(self.shard.device)
+        try:
+            with self.world.waits(what):
+                self._map_peers()
+        except RuntimeError as error:  # a system that forbids it; all processes are alike in that
+            failure = str(error).splitlines()[0]
+        failures = self.world.gather(failure, what)
+        if not any(failures):
+            failures = self.world.gather(self.find_fault(), what)
+        why = next((each for each in failures if each), None)
+        if why is None:
+            return self
+        return CollectiveGather(self.world, self.shard, f" (GPUs cannot read each other: {why})")
+
+    def _map_peers(self) -> None:
         # Multicast is of no use here, and a program that leaves it behind can block the machine's
         # switches for others.
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
         from torch.distributed import _symmetric_memory as symmetric
 
-        # The shards are whole before anybody reads them.
-        torch.cuda.synchronize(self.shard.device)
         group = self.world.device_group
         assert group is not None
-        with self.world.waits("the other processes' shards"):
-            handle = symmetric.rendezvous(self.shard, group)
-        self._handle = handle  # the mappings are its
+        self._handle = symmetric.rendezvous(self.shard, group)  # the mappings are its
         shape, kind = tuple(self.shard.shape), self.shard.dtype
-        self.peers = [handle.get_buffer(rank, shape, kind) for rank in range(self.world.size)]
-        self.world.gather(None, "the other processes' shards")
+        self.peers = [self._handle.get_buffer(rank, shape, kind) for rank in range(self.world.size)]
+
+    def find_fault(self) -> str:
+        """Return "" if copies from all peers arrive as they are there, else which do not.
+
+        Where an IOMMU translates addresses between GPUs, they may arrive as garbage without an
+        error.
+        """
+        told = self.world.gather(_samples(self.shard), "samples of the shards")
+        own = [_samples(peer) for peer in self.peers]
+        wrong = [str(rank) for rank, sample in enumerate(told) if sample != own[rank]]
+        return f"bytes of rank {', '.join(wrong)} arrive changed" if wrong else ""
 
     def gather(self, spans: Sequence[Span], slot: Tensor, what: str) -> None:
         size = self.world.size
@@ -105,15 +133,37 @@ class PulledGather:
 
 def choose_gather(world: World, n_bytes: int, device: torch.device) -> Gather:
     """Return the fastest gather that these processes have, with room for `n_bytes` of a shard."""
+    shard = _shared_memory(n_bytes, device) if _can_pull(world, device) else None
     # All processes must come to the same answer: they would wait for each other in vain.
-    if not world.any(not _can_pull(world, device), "whether GPUs can read each other's memory"):
-        from torch.distributed import _symmetric_memory as symmetric
-
-        own = torch.device("cuda", _index(device))
-        shard = symmetric.empty(n_bytes, dtype=torch.uint8, device=own)
-        count_outside(shard)
+    if not world.any(shard is None, "whether GPUs can read each other's memory"):
+        assert shard is not None
         return PulledGather(world, shard)
+    del shard
     return CollectiveGather(world, torch.empty(n_bytes, dtype=torch.uint8, device=device))
+
+
+def _shared_memory(n_bytes: int, device: torch.device) -> Tensor | None:
+    """Return memory that other processes can map, or None if this system has none."""
+    from torch.distributed import _symmetric_memory as symmetric
+
+    try:
+        shard = symmetric.empty(
+            n_bytes, dtype=torch.uint8, device=torch.device("cuda", _index(device))
+        )
+    except RuntimeError:  # where it is short of memory, so is the other allocator, which says so
+        return None
+    count_outside(shard)
+    return shard
+
+
+def _samples(shard: Tensor) -> bytes:
+    """Return some bytes of a shard, copied as `gather` copies."""
+    last = max(0, len(shard) - SAMPLE_BYTES)
+    starts = [last * index // (N_SAMPLES - 1) for index in range(N_SAMPLES)]
+    samples = shard.new_empty(N_SAMPLES, min(SAMPLE_BYTES, len(shard)))
+    for sample, start in zip(samples, starts, strict=True):
+        sample.copy_(shard[start : start + len(sample)])
+    return samples.cpu().numpy().tobytes()
 
 
 def _can_pull(world: World, device: torch.device) -> bool:

@@ -137,7 +137,7 @@ class ShardRing:
         """
         if self.gather is not None:
             refuse_damaged(self.damaged, self.base)
-            self.gather.connect()
+            self.gather = self.gather.connect()
 
     def describe(self) -> str:
         """Return in words how the weights are sharded."""
