@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,6 @@ def _full(model: Decoder) -> Decoder:
     return model.requires_grad_(True)
 
 
-def _dropout(model: Decoder) -> Decoder:
-    return with_lora(model, dropout=0.3)
-
-
 def _modules(model: Decoder) -> Decoder:
     return with_lora(model, modules_to_save=("embed_tokens", "norm"))
 
@@ -91,11 +88,13 @@ CASES = {
     "tied": Case("tied", with_lora, train_config(16, 2)),
     "gemma3": Case("gemma3", with_lora),
     "gpt2": Case("gpt2", with_lora),
+    "a frozen block": Case("llama", partial(with_lora, layers=(1,))),
+    "a frozen last block": Case("tied", partial(with_lora, layers=(0,)), recompute=True),
     "modules to save": Case("tied", _modules),
     "embedding rows": Case("llama", _token_rows),
     "a rank without a sequence": Case("llama", with_lora, train_config(2)),
-    "dropout": Case("tied", _dropout, train_config(16, 2)),
-    "dropout, recomputed": Case("llama", _dropout, recompute=True),
+    "dropout": Case("tied", partial(with_lora, dropout=0.3), train_config(16, 2)),
+    "dropout, recomputed": Case("llama", partial(with_lora, dropout=0.3), recompute=True),
     "all weights, recomputed": Case("gemma3", _full, recompute=True),
     "all weights": Case("llama", _full, train_config(16, 2)),
     "all weights, tied": Case("tied", _full),
@@ -137,7 +136,12 @@ def shard(
     values = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     trains_all = all(p.requires_grad for p in model.parameters())
     drop_values(model, keep_trained=not trains_all)
-    read = rows or (lambda name, part: values[name][part].clone())
+
+    def own(name: str, part: slice) -> Tensor:
+        assert part == shard_of(len(values[name]), world.share)  # no process reads more
+        return values[name][part].clone()
+
+    read = rows or own
     if not recompute:
         return choose_steps(model, cpu_choice(torch.float32), config, world=world, rows=read)
     from lora.distributed.fsdp import shard_decoder
