@@ -9,8 +9,9 @@ from lora.conversion.common_rules import (
     CACHES,
     KERNELS,
     NO_QUANTIZATION,
+    NO_TENSOR_PARALLEL,
     NO_TRACKER,
-    ONE_GPU,
+    SHARDING,
     SHARED,
     batch,
     epochs,
@@ -275,7 +276,7 @@ _RULES: dict[str, Rule] = {
     "eval_table_size": nothing("samples answers are shown at each evaluation"),
     "use_tensorboard": same("tensorboard"),
     "debug": nothing("lora data shows what is learned"),
-    "local_rank": nothing(ONE_GPU),
+    "local_rank": nothing("torchrun and --devices say it"),
 }
 _PREFIXES: dict[str, Rule] = {
     "wandb_": missing(NO_TRACKER),
@@ -293,11 +294,11 @@ _PREFIXES: dict[str, Rule] = {
     "lora_qkv_kernel": nothing(KERNELS),
     "lora_o_kernel": nothing(KERNELS),
     "cut_cross_entropy": nothing(KERNELS),
-    "fsdp": missing(ONE_GPU),
-    "ddp": missing(ONE_GPU),
-    "tensor_parallel": missing(ONE_GPU),
-    "context_parallel": missing(ONE_GPU),
-    "sequence_parallel": missing(ONE_GPU),
+    "fsdp": nothing(SHARDING),
+    "ddp": nothing("gradients are summed without torch's DDP"),
+    "tensor_parallel": missing(NO_TENSOR_PARALLEL),
+    "context_parallel": missing(NO_TENSOR_PARALLEL),
+    "sequence_parallel": missing(NO_TENSOR_PARALLEL),
 }
 AXOLOTL = Tool(
     "axolotl",

@@ -17,7 +17,14 @@ from lora.conversion.convert import (
     number,
 )
 
-ONE_GPU = "a run trains on one GPU: there is no sharding over several"
+SHARDING = (
+    "parallel: auto shards the weights where they do not fit on each GPU; lora finetune --devices "
+    "says how many GPUs train"
+)
+NO_TENSOR_PARALLEL = (
+    "there is no tensor, context or sequence parallelism: several GPUs divide the batch and the "
+    "weights (parallel)"
+)
 NO_QUANTIZATION = (
     "there is no 4-bit or 8-bit training; base_dtype: fp8 halves the memory of the frozen weights "
     "on an H100 or H200"
@@ -202,10 +209,10 @@ SHARED: dict[str, Rule] = {
     "dataloader_prefetch_factor": nothing("batches are prepared in the background"),
     "remove_unused_columns": nothing("lora data lists the columns that are not used"),
     "group_by_length": nothing("short examples are packed, or padded no further than needed"),
-    "ddp_timeout": nothing(ONE_GPU),
-    "deepspeed": missing(ONE_GPU),
-    "fsdp": missing(ONE_GPU),
-    "fsdp_config": missing(ONE_GPU),
+    "ddp_timeout": nothing("the environment variable LORALM_MAX_WAIT_S limits what processes wait"),
+    "deepspeed": nothing(SHARDING),
+    "fsdp": nothing(SHARDING),
+    "fsdp_config": nothing(SHARDING),
     "hub_model_id": missing("nothing is uploaded; upload the directory adapter/ yourself"),
     "push_to_hub": missing("nothing is uploaded; upload the directory adapter/ yourself"),
     "load_in_8bit": missing(NO_QUANTIZATION),

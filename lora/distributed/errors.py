@@ -53,10 +53,10 @@ def quiet_unless_main() -> Iterator[None]:
 
 def tell(message: str) -> None:
     """Print why this process ends: once for all processes that end for the same reason."""
+    write_error_file(message)
     if not is_one_of_several():
         print_note(f"lora: {message}")
         return
-    write_error_file(message)
     who = _who_fails_alike(message)
     if who[0] == this_rank().rank:
         print_note(f"lora: {_named(who)}{message}")
@@ -108,6 +108,9 @@ def run_rank(run: Callable[[], int]) -> int:
     """
     if not is_one_of_several():
         return run()
+    # Ignored under nohup; but a terminal's SIGHUP does not come here: torchrun passes on its own,
+    # and kills 30 s later what has not ended.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with _Rank():
         code = run()
     if code:

@@ -93,6 +93,8 @@ class Watch:
         """When the store last answered."""
         self._next_told_s = self.times.told
         self._parent = os.getppid() if is_started_by_torchrun() else None
+        self._seen_gone = 0
+        """Looks at which the launcher was gone."""
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lora watch", daemon=True)
 
@@ -215,10 +217,11 @@ class Watch:
 
     def _follow_launcher(self) -> None:
         """Stop as after SIGTERM if the launcher was killed: nobody else would end this process."""
-        if self._parent is not None and os.getppid() != self._parent:
-            self._parent = None
-            if self.rank == 0:
-                self._tell("the process that started this run is gone: stopping")
+        if self._parent is None or os.getppid() == self._parent:
+            return
+        self._seen_gone += 1
+        if self._seen_gone == (1 if self.rank == 0 else 2):  # rank 0 speaks, for all on its machine
+            self._tell("the process that started this run is gone: stopping")
             os.kill(os.getpid(), signal.SIGTERM)
 
 

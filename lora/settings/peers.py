@@ -113,6 +113,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "keep_checkpoints": ("save_total_limit",),
     "patience": ("early_stopping_patience",),
     "name": ("run_name",),
+    "devices": ("num_processes", "nproc_per_node", "num_gpus", "n_gpus", "num_devices"),
     "max_new_tokens": ("max_tokens", "max_gen_toks"),
     "temperature": ("temp",),
 }
@@ -225,6 +226,21 @@ _REFUSED: dict[str, PeerSetting] = {
     ),
     "add_special_tokens": PeerSetting(because="`special_tokens` lists the tokens to add"),
     "data_seed": PeerSetting(because="`seed` is that of the data order too"),
+    **dict.fromkeys(
+        ("fsdp", "fsdp_config", "fsdp_version", "deepspeed", "use_fsdp"),
+        PeerSetting(
+            because="`parallel` fsdp shards the weights, by PyTorch's FSDP2 or a step of our own",
+            instead=lambda value, others: {} if value == "false" else {"parallel": "fsdp"},
+        ),
+    ),
+    **dict.fromkeys(
+        ("ddp_find_unused_parameters", "ddp_backend", "ddp_bucket_cap_mb"),
+        PeerSetting(because="`parallel` ddp sums gradients without torch's DDP; leave it out"),
+    ),
+    "ddp_timeout": PeerSetting(
+        because="processes wait for each other for at most 1800 s; the environment variable "
+        "LORALM_MAX_WAIT_S changes that"
+    ),
     "device_map": PeerSetting(because="`device` is the one device of a run"),
     "max_samples": PeerSetting(because="all examples are used; name a file with fewer"),
     "datasets": PeerSetting(because="`data` is one file or directory"),

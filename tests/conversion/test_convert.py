@@ -371,6 +371,12 @@ def test_full_fine_tuning_has_no_adapter_s_settings(tmp_path: Path, known: tuple
     assert "has its own" in found.nothing["lora_r"]
 
 
+@pytest.mark.parametrize("line", ["deepspeed: zero3.json", "fsdp: [full_shard, auto_wrap]"])
+def test_sharding_needs_no_setting(line: str, tmp_path: Path, known: tuple[str, ...]) -> None:
+    found, _ = convert(f"base_model: some/llama\nadapter: lora\n{line}\n", tmp_path, known)
+    assert "parallel: auto shards the weights" in found.nothing[line.partition(":")[0]]
+
+
 @pytest.mark.parametrize(
     ("line", "seen"),
     [
@@ -381,7 +387,7 @@ def test_full_fine_tuning_has_no_adapter_s_settings(tmp_path: Path, known: tuple
         ("optimizer: lion_8bit", "the optimizer is AdamW"),
         ("lr_scheduler: one_cycle", "there is no schedule one_cycle"),
         ("val_set_size: 500", "write 500 / the number of examples"),
-        ("deepspeed: zero3.json", "one GPU"),
+        ("tensor_parallel_size: 4", "several GPUs divide the batch and the weights"),
         ("plugins: [axolotl.integrations.spectrum.SpectrumPlugin]", "there are no plugins"),
         ("chat_template: llama3", "look with lora data whether it is llama3"),
         ("peft_use_dora: true", "there is no DoRA here"),

@@ -1,10 +1,11 @@
-"""`lora finetune` in several processes on the CPU, as --devices and torchrun start them."""
+"""`lora finetune` in two processes, as --devices and torchrun start them, on the CPU or on GPUs."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,11 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora import cli
 from lora.runs.disk import read_json, read_rows
 
-STEPS, LONG = 12, 60
+STEPS = 12
+LONG = {"cpu": 60, "cuda": 1200}
+EVERY = {"cpu": "--eval-every-steps 6 --save-every-steps 3", "cuda": "--eval-every-steps 200"}
+TOLERANCE = {"cpu": 1e-5, "cuda": 0.05}
+"""Of losses and gradient norms, relative: after LONG steps; bf16 on a GPU."""
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
 AT_RANK_1 = """
 import os
@@ -27,19 +33,31 @@ if os.environ.get("RANK") == "1":
 """Python runs it when it starts: the processes of one run get different environments."""
 
 
+IGNORES_HANGUP = """
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+"""What nohup does."""
+
+
 class Start:
     """Starts runs of a tiny model."""
 
-    def __init__(self, model: Path, data: Path, folder: Path) -> None:
-        self.model, self.data, self.folder = model, data, folder
+    def __init__(self, model: Path, data: Path, folder: Path, device: str = "cpu") -> None:
+        self.model, self.data, self.folder, self.device = model, data, folder, device
 
     def words(self, *more: str) -> list[str]:
         words = (
-            f"finetune --data {self.data} --model {self.model} --out {self.folder} --device cpu "
-            f"--batch-size 4 --max-length 128 --samples 0 --rank 4 --no-report "
-            "--eval-every-steps 6 --save-every-steps 3"
+            f"finetune --data {self.data} --model {self.model} --out {self.folder} --rank 4 "
+            f"--batch-size 4 --max-length 128 --samples 0 --no-report --device {self.device} "
+            f"{EVERY[self.device]}"
         )
         return [*words.split(), *more]
+
+    def long(self, *more: str) -> list[str]:
+        """Return the flags of a run that is stopped on its way."""
+        return ["--steps", str(LONG[self.device]), "--name", "run", *more]
 
     def here(self, *more: str) -> int:
         """Run in this process."""
@@ -64,17 +82,35 @@ class Start:
         )
 
 
+HAS_TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.fixture(
+    scope="module", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, HAS_TWO])]
+)
+def device(request: pytest.FixtureRequest) -> str:
+    kind: str = request.param
+    return kind
+
+
 @pytest.fixture
 def start(tiny_folder: Path, orders_file: Path, tmp_path: Path) -> Start:
     return Start(tiny_folder, orders_file, tmp_path)
 
 
+@pytest.fixture
+def on_device(tiny_folder: Path, orders_file: Path, tmp_path: Path, device: str) -> Start:
+    return Start(tiny_folder, orders_file, tmp_path, device)
+
+
 @pytest.fixture(scope="module")
-def whole(tiny_folder: Path, orders_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(
+    tiny_folder: Path, orders_file: Path, tmp_path_factory: pytest.TempPathFactory, device: str
+) -> Path:
     """The run directory of one process that nothing stopped."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert Start(tiny_folder, orders_file, folder).here("--steps", str(LONG), "--name", "x") == 0
-    return folder / "x"
+    alone = Start(tiny_folder, orders_file, tmp_path_factory.mktemp("whole"), device)
+    assert alone.here(*alone.long()) == 0
+    return alone.folder / "run"
 
 
 def end(process: subprocess.Popen[str], code: int, within_s: float = 60) -> tuple[str, str]:
@@ -174,10 +210,10 @@ def test_an_error_of_all_ranks_is_one_line_without_a_rank(start: Start) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("by", "rank"), [((), 1), ((), 0), (TORCHRUN, 0)])
 def test_a_killed_rank_ends_the_run_which_one_process_resumes(
-    start: Start, by: tuple[str, ...], rank: int, whole: Path
+    on_device: Start, by: tuple[str, ...], rank: int, whole: Path
 ) -> None:
-    process = start.several("--steps", str(LONG), "--name", "run", by=by)
-    run = start.folder / "run"
+    start, run = on_device, on_device.folder / "run"
+    process = start.several(*start.long(), by=by)
     wait_until(lambda: steps_in(run) >= 8, process)
     os.kill(ranks(process)[rank], signal.SIGKILL)
     _, said = process.communicate(timeout=40)
@@ -191,8 +227,8 @@ def test_a_killed_rank_ends_the_run_which_one_process_resumes(
         assert process.returncode == 137
         assert "Traceback" not in said
         assert told[1].startswith(f"lora: rank {rank} was ended by SIGKILL by hand, or by")
-    assert start.here("--steps", str(LONG), "--name", "run", "--resume") == 0
-    assert_same(run, whole, 1e-5)
+    assert start.here(*start.long("--resume")) == 0
+    assert_same(run, whole, TOLERANCE[start.device])
 
 
 @pytest.mark.slow
@@ -205,35 +241,74 @@ def test_a_killed_rank_ends_the_run_which_one_process_resumes(
     ],
 )
 def test_a_signal_to_any_process_saves_once_and_ends_all(
-    start: Start, by: tuple[str, ...], to: str, number: signal.Signals, code: int, whole: Path
+    on_device: Start, by: tuple[str, ...], to: str, number: signal.Signals, code: int, whole: Path
 ) -> None:
-    process = start.several("--steps", str(LONG), "--name", "run", by=by)
-    run = start.folder / "run"
+    start, run = on_device, on_device.folder / "run"
+    process = start.several(*start.long(), by=by)
     wait_until(lambda: steps_in(run) >= 8, process)
     os.kill(process.pid if to == "launcher" else ranks(process)[1], number)
     _, said = process.communicate(timeout=40)
     assert process.returncode == code, said
     (told,) = [line for line in said.splitlines() if line.startswith("lora: ")]
-    steps = steps_in(run)
+    steps, total = steps_in(run), LONG[start.device]
     assert told == (
-        f"lora: {number.name} stopped {run} after step {steps} of {LONG}; step {steps} is saved. "
+        f"lora: {number.name} stopped {run} after step {steps} of {total}; step {steps} is saved. "
         "Give --resume to continue."
     )
     assert by or "Traceback" not in said
-    again = start.several("--steps", str(LONG), "--name", "run", "--resume")
+    again = start.several(*start.long("--resume"))
     end(again, 0)
-    assert_same(run, whole, 1e-5)
+    assert_same(run, whole, TOLERANCE[start.device])
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_the_run_where_it_was_and_says_so(start: Start, whole: Path) -> None:
+def test_torchrun_restarts_the_run_where_it_was_and_says_so(on_device: Start, whole: Path) -> None:
     by = (*TORCHRUN, "--max-restarts", "2")
-    process = start.several("--steps", str(LONG), "--name", "run", by=by)
-    run = start.folder / "run"
+    start, run = on_device, on_device.folder / "run"
+    process = start.several(*start.long(), by=by)
     wait_until(lambda: steps_in(run) >= 8, process)
     os.kill(ranks(process)[1], signal.SIGKILL)
     _, said = end(process, 0)
     assert "restart 1 of 2: resuming" in said
     assert "resuming after step " in said
-    assert_same(run, whole, 1e-5)
+    assert_same(run, whole, TOLERANCE[start.device])
     assert sorted(path.name for path in start.folder.iterdir()) == ["run"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still_is_named_and_ends_the_run(
+    on_device: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORALM_MAX_WAIT_S", "12")
+    start, run = on_device, on_device.folder / "run"
+    process = start.several(*start.long())
+    wait_until(lambda: steps_in(run) >= 8, process)
+    os.kill(ranks(process)[1], signal.SIGSTOP)
+    _, said = end(process, 2)
+    (told,) = errors(said)
+    assert re.match(
+        r"lora: rank 0 has waited \d s for the gradients of step \d+\. Rank 1: not ", told
+    )
+    assert told.endswith("Rank 1 counts as gone. The run ends; --resume continues it.")
+
+
+@pytest.mark.slow
+def test_ranks_save_and_end_when_their_launcher_is_killed(on_device: Start) -> None:
+    start, run = on_device, on_device.folder / "run"
+    process = start.several(*start.long())
+    wait_until(lambda: steps_in(run) >= 8, process)
+    process.kill()
+    _, said = process.communicate(timeout=30)  # until they have closed standard error
+    assert "lora: the process that started this run is gone: stopping" in said
+    told = errors(said)[-1]
+    assert told.startswith(f"lora: SIGTERM stopped {run} after step {steps_in(run)} of")
+
+
+@pytest.mark.slow
+def test_nohup_keeps_a_run_of_several_processes(start: Start) -> None:
+    by = ("-c", IGNORES_HANGUP)
+    process = start.several("--steps", "30", "--name", "run", "--devices", "2", by=by)
+    wait_until(lambda: steps_in(start.folder / "run") >= 8, process)
+    process.send_signal(signal.SIGHUP)
+    end(process, 0)
+    assert steps_in(start.folder / "run") == 30

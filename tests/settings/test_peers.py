@@ -20,7 +20,7 @@ from lora.settings.peers import FORMER_NAMES, PEER_SETTINGS, find_peer
 CONFIGS = (LoRAConfig, TrainConfig, DataConfig, RunConfig, MemoryConfig, SamplingConfig)
 OURS = {each.name for config in CONFIGS for each in dataclasses.fields(config)} | {
     *("model", "data", "eval_data", "from_adapter", "base_dtype", "report", "resume", "full"),
-    "epochs",
+    *("epochs", "devices"),
 }
 
 
