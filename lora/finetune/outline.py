@@ -7,6 +7,7 @@ import statistics
 from lora.config import DEFAULT_EPOCHS, DEFAULT_STEPS, TrainConfig
 from lora.data.prepare import PreparedData
 from lora.data.sequences.batches import TokenSequences
+from lora.device import WHOLE, Share
 from lora.errors import CheckpointError
 from lora.fast.memory.plan import MemoryPlan
 from lora.finetune.job import FinetuneJob
@@ -20,8 +21,17 @@ def tokens_per_step(sequences: TokenSequences, batch_size: int) -> float:
     return batch_size * len(sequences.documents.ids) / max(1, len(sequences))
 
 
-def outline(job: FinetuneJob, given: TrainConfig, data: PreparedData, plan: MemoryPlan) -> str:
-    """Return the block; `job` has its number of steps, `given` what the user gave."""
+def outline(
+    job: FinetuneJob,
+    given: TrainConfig,
+    data: PreparedData,
+    plan: MemoryPlan,
+    share: Share = WHOLE,
+) -> str:
+    """Return the block; `job` has its number of steps, `given` what the user gave.
+
+    `share` is this process's part of a micro-batch.
+    """
     train, sequences = job.train, data.train
     n_tokens = train.n_steps * tokens_per_step(sequences, train.batch_size)
     learned = sequences.n_target_tokens / max(1, len(sequences.documents.ids))
@@ -33,6 +43,7 @@ def outline(job: FinetuneJob, given: TrainConfig, data: PreparedData, plan: Memo
         f"{sequences.fill_fraction:.0%} filled",
         f"length: {_describe_length(train, given, len(sequences))}",
         f"tokens: {n_tokens:,.0f} in all steps, {learned:.0%} of them learned",
+        *_describe_share(train, share),
         describe_plan(plan),
         f"time: {_estimate_time(job)}",
     ]
@@ -43,6 +54,18 @@ def outline(job: FinetuneJob, given: TrainConfig, data: PreparedData, plan: Memo
             "--batch-size or --max-length takes less time"
         )
     return "\n  ".join(["this run", *lines])
+
+
+def _describe_share(train: TrainConfig, share: Share) -> list[str]:
+    """Return how a micro-batch is shared, and what is lost where it cannot be shared evenly."""
+    if share.size == 1:
+        return []
+    size, own = train.micro_batch_size, share.largest(train.micro_batch_size)
+    text = f"processes: {share.size}, each with {own} of the {size} sequences of a micro-batch"
+    if size % share.size:
+        even = own * share.size * train.gradient_accumulation
+        text += f" or fewer; --batch-size {even:,} takes no longer, because those are padded"
+    return [text]
 
 
 def _describe_length(train: TrainConfig, given: TrainConfig, n_sequences: int) -> str:

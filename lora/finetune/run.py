@@ -231,14 +231,17 @@ def _find_inputs(
         choice,
         fast=job.allows_fast_step,
         memory=job.memory,
-        checkpointing=world.on_main(lambda: _recorded_checkpointing(job), "the recorded memory"),
+        checkpointing=world.on_main(
+            lambda: _recorded_checkpointing(job, world), "the recorded memory"
+        ),
         fp8=job.base_dtype == "fp8",
         world=world,
         parallel=job.run.parallel,
     )
     memory.on_message = progress.message
     memory.ran_out = world.on_main(lambda: _recorded_failures(job), "the recorded memory")
-    progress.message(outline(_with_steps(job, data, world), job.train, data, memory.plan))
+    planned = _with_steps(job, data, world)
+    progress.message(outline(planned, job.train, data, memory.plan, world.share))
     if memory.parallel_reason:
         progress.message(memory.parallel_reason)
     if memory.plan.reason:
@@ -272,11 +275,17 @@ def _record_change(memory: ChosenMemory, loop: TrainingJob) -> None:
     loop.run.write_run_record(record)
 
 
-def _recorded_checkpointing(job: FinetuneJob) -> ActivationCheckpointing | None:
-    """Return what a resumed run stored and recomputed: another choice would round differently."""
+def _recorded_checkpointing(job: FinetuneJob, world: World) -> ActivationCheckpointing | None:
+    """Return what a resumed run stored and recomputed: another choice would round differently.
+
+    None where another number of processes resumes it, each with more or less of a batch.
+    """
     if not job.resume or not (job.directory / RUN_FILE).is_file():
         return None  # `create_run` reports what is there, and what is not
-    recorded = read_run_record(job.directory).activation_checkpointing
+    record = read_run_record(job.directory)
+    if (record.world_size or 1) != world.size:
+        return None
+    recorded = record.activation_checkpointing
     with reading(job.directory / RUN_FILE):
         return None if recorded is None else ActivationCheckpointing.from_record(recorded)
 

@@ -19,6 +19,7 @@ from lora.data.reading.orders import make_orders
 from lora.distributed.world import World
 from lora.errors import ConfigError, Interrupted, LostProcessError
 from lora.finetune import FinetuneJob, finetune
+from lora.runs.progress import NoProgress, Progress
 from lora.runs.read_record import read_metrics, read_run_record
 from lora.training.callbacks import Callback, StepEvent, StopTraining
 from tests.distributed.processes import run_processes
@@ -65,9 +66,19 @@ def make_job(folder: Path, out: Path, name: str, **changes: Any) -> FinetuneJob:
     )
 
 
-def run_job(job: FinetuneJob, *callbacks: Callback) -> RunOutcome:
+class Heard(NoProgress):
+    """Keeps what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def message(self, message: str) -> None:
+        self.said.append(message)
+
+
+def run_job(job: FinetuneJob, *callbacks: Callback, progress: Progress | None = None) -> RunOutcome:
     """Return how `job` ended."""
-    done = finetune(job, callbacks=callbacks)
+    done = finetune(job, progress, callbacks=callbacks)
     return RunOutcome(done.folder, done.saved, done.result.steps, done.result.eval_loss)
 
 
@@ -115,7 +126,9 @@ def refuse(job: FinetuneJob) -> str:
 
 def train_together(world: World, folder: Path, out: Path) -> dict[str, Any]:
     """Run all jobs of these tests in one of several processes."""
-    done: dict[str, Any] = {"whole": run_job(make_job(folder, out, "whole"))}
+    heard = Heard()
+    done: dict[str, Any] = {"whole": run_job(make_job(folder, out, "whole"), progress=heard)}
+    done["said"] = "\n".join(heard.said)
     done["message"] = interrupt(make_job(folder, out, "cut"))
     interrupt(make_job(folder, out, "again"))
     done["again"] = run_job(make_job(folder, out, "again", resume=True))
@@ -176,6 +189,13 @@ def test_two_processes_make_the_run_of_one(together: list[dict[str, Any]], one: 
     assert (record.world_size, record.parallel) == (2, "ddp")
     values = json.loads((one.folder / "run.json").read_text())
     assert not {"world_size", "parallel"} & values.keys()
+
+
+def test_rank_0_alone_tells_what_the_run_does(together: list[dict[str, Any]]) -> None:
+    said = [done["said"] for done in together]
+    assert "processes: 2, each with 2 of the 3 sequences of a micro-batch or fewer" in said[0]
+    assert "--batch-size 8 takes no longer" in said[0]
+    assert said[1] == ""
 
 
 def test_a_signal_to_one_rank_stops_all_after_one_step(together: list[dict[str, Any]]) -> None:
