@@ -70,6 +70,8 @@ class Row:
     step: str
     mode: str | None
     """Of activation checkpointing in the fused step."""
+    recomputed_blocks: int | None
+    """By FSDP2."""
     planned_gb: float
     usable_gb: float
 
@@ -117,6 +119,7 @@ def _row(model: str, method: str, gpu_gb: int, chosen: ParallelPlan) -> Row:
         parallel=chosen.parallel,
         step=chosen.plan.step,
         mode=None if stored is None else stored.mode,
+        recomputed_blocks=chosen.plan.recomputed_blocks,
         planned_gb=round(chosen.plan.total / 1e9, 1),
         usable_gb=round(budget_gb, 1),
     )
@@ -141,8 +144,11 @@ def _cell(row: Row) -> str:
     if not row.fits:
         return f"– ({row.planned_gb:,.0f})"
     words = [row.parallel] if row.parallel else []
-    # FSDP2 recomputes whole blocks, and has no modes.
-    words.append(f"`{row.mode}`" if row.mode else "recomputed")
+    if row.mode:
+        words.append(f"`{row.mode}`")
+    else:  # FSDP2 has no modes
+        n_blocks = MODELS[row.model]["num_hidden_layers"]
+        words.append(f"{row.recomputed_blocks}/{n_blocks} recomputed")
     return f"{', '.join(words)}: {row.planned_gb:.0f}"
 
 

@@ -271,8 +271,10 @@ def _show(name: str, inputs: PlanInputs, planned: dict[str, _Planned]) -> None:
     )
     console.print(f"Training step: LoRA {STEPS[lora.step]}, full {STEPS[full.step]}.")
     for kind, words in KINDS.items():
-        if reason := planned[kind].chosen.reason:
-            console.print(f"{words}: {reason}.")
+        chosen = planned[kind].chosen
+        if chosen.reason:
+            mode = f"; {chosen.plan.reason}" if chosen.plan.reason else ""
+            console.print(f"{words}: {chosen.reason}{mode}.")
     for kind, words in KINDS.items():
         one = planned[kind]
         if one.room is None:

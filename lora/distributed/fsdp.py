@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from lora.decoder.attention import AttentionInputs
 from lora.decoder.decoder import Decoder
 from lora.decoder.quantised import Fp8Weight, quantise_weight
+from lora.decoder.sizes import stored_bytes
 from lora.device import DeviceChoice
 from lora.distributed.shards import Rows, shard_of
 from lora.distributed.world import World
@@ -121,8 +122,10 @@ def fit_recompute(model: Decoder, n_tokens: int, world: World, device: torch.dev
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     room = free - RESERVED_FRACTION * total - _step_bytes(model, n_tokens)
-    stored = int(max(0, room) / _stored_bytes(model, n_tokens))
-    n = len(forwards) - min(len(forwards), *world.gather(stored, "the free memory of each device"))
+    n_stored = int(max(0, room) / stored_bytes(model.config, n_tokens))
+    n = len(forwards) - min(
+        len(forwards), *world.gather(n_stored, "the free memory of each device")
+    )
     for number, forward in enumerate(forwards):
         # The last blocks are first in the backward pass: what they store is let go soon.
         forward.recompute = number < n
@@ -140,16 +143,7 @@ def _step_bytes(model: Decoder, n_tokens: int) -> int:
     # for a step, and the loss forms the head's gradient in fp32; of blocks there are three.
     gathered = (2 + 2 + 4) * others + 4 * others + GATHERED_BLOCKS * (2 + 2 + 4) * of_block
     inputs = len(blocks) * n_tokens * width * 2
-    return gradients_and_moments + gathered + inputs + 2 * _stored_bytes(model, n_tokens)
-
-
-def _stored_bytes(model: Decoder, n_tokens: int) -> int:
-    """Return what a block stores for its backward pass, in bf16: inputs of matmuls and of norms."""
-    config = model.config
-    heads = config.attention
-    of_heads = (2 * heads.num_attention_heads + 4 * heads.num_key_value_heads) * heads.head_dim
-    widths = 6 * config.hidden_size + of_heads + 4 * config.feed_forward.intermediate_size
-    return 2 * n_tokens * widths
+    return gradients_and_moments + gathered + inputs + 2 * stored_bytes(model.config, n_tokens)
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:

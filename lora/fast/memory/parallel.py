@@ -53,13 +53,10 @@ class ParallelPlan:
         budget_gb, stored = self.memory.memory_gb, self.plan.checkpointing
         if budget_gb is not None and self.plan.total > round(budget_gb * 1e9):
             return DOES_NOT_FIT
-        inputs = self.planner.inputs
-        if stored is None and inputs.parallel == "fsdp" and inputs.device_type == "cuda":
-            return BLOCKS  # FSDP2
         if stored is None or stored.mode == "none":
-            return STORED
+            return BLOCKS if self.plan.recomputed_blocks else STORED
         if stored.mode == "cheap":
-            n_layers = len(inputs.config.layers)
+            n_layers = len(self.planner.inputs.config.layers)
             return GATE_UP if stored.n_stored(n_layers)[0] < n_layers else STORED
         return BLOCKS if stored.mode == "full" else OFFLOADED
 

@@ -18,6 +18,7 @@ from lora.config import LoRAConfig, MemoryConfig
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder, build_empty_decoder
 from lora.decoder.quantised import use_fp8_linears
+from lora.decoder.sizes import stored_bytes
 from lora.device import resident_bytes
 from lora.errors import ConfigError
 from lora.fast.choose import why_not_hand_written
@@ -108,6 +109,8 @@ class MemoryPlan:
     """Processes that train together, of which this plans one."""
     parallel: str | None = None
     """How: ddp or fsdp; None for a process alone."""
+    recomputed_blocks: int | None = None
+    """How many blocks FSDP2 recomputes on a GPU; None in other steps, and on a CPU."""
 
     @property
     def total(self) -> int:
@@ -118,7 +121,7 @@ class MemoryPlan:
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as values that JSON holds, under the names of the first version."""
         record = {**asdict(self), "total": self.total}
-        for name in ("checkpointing", "leaner_modes", "devices", "parallel"):
+        for name in ("checkpointing", "leaner_modes", "devices", "parallel", "recomputed_blocks"):
             del record[name]
         policy = self.checkpointing
         record["keep"] = None if policy is None else policy.to_record()
@@ -271,7 +274,7 @@ class MemoryPlanner:
     def _plan(self, size: int, memory: MemoryConfig | None, traced: Traced) -> MemoryPlan:
         if self._fast is None:
             plan = self._plan_traced(size, traced)
-            return plan if self._fsdp is None else self._plan_fsdp(plan, self._fsdp)
+            return plan if self._fsdp is None else self._plan_fsdp(plan, self._fsdp, size, memory)
         evaluation = _evaluation_bytes(traced(size, learns=False))
         return self._plan_fast(self._fast.resized(size), memory or self.inputs.memory, evaluation)
 
@@ -329,23 +332,40 @@ class MemoryPlanner:
             parallel=self._parallel,
         )
 
-    def _plan_fsdp(self, whole: MemoryPlan, sharded: FsdpWeights) -> MemoryPlan:
-        """Return `whole`, the plan of a plain step, with the weights sharded by FSDP2."""
+    def _plan_fsdp(
+        self, whole: MemoryPlan, sharded: FsdpWeights, size: int, memory: MemoryConfig | None
+    ) -> MemoryPlan:
+        """Return `whole`, the plan of a plain step, with the weights sharded by FSDP2.
+
+        On a GPU it is one that recomputes all blocks: full fine-tuning stores as many as fit.
+        """
         inputs = self.inputs
+        n_blocks = len(inputs.config.layers) if inputs.device_type == "cuda" else None
+        whole = replace(whole, recomputed_blocks=n_blocks)
         if inputs.lora is not None:
             rest = whole.weights - sharded.n_bytes
-            held = sharded.shard_bytes(inputs.devices) + sharded.gathered_bytes()
-            return replace(whole, weights=rest + held)
+            own = sharded.shard_bytes(inputs.devices) + sharded.gathered_bytes()
+            return replace(whole, weights=rest + own)
         share, dtype = -(-4 * whole.parameters // inputs.devices), inputs.compute_dtype
         within, at_end = sharded.gradient_bytes(dtype)
+        held = replace(
+            whole, weights=share + sharded.gathered_bytes(dtype), gradients=0, optimizer=2 * share
+        )
+        gb = (memory or inputs.memory).memory_gb
+        if n_blocks is not None and gb is not None:
+            each = stored_bytes(inputs.config, size * inputs.tokens)
+            room = round(gb * 1e9) - held.total - within - share
+            n_stored = min(n_blocks, max(0, room) // each)
+            held = replace(
+                held,
+                activations=held.activations + n_stored * each,
+                recomputed_blocks=n_blocks - n_stored,
+                reason=f"FSDP2 recomputes about {n_blocks - n_stored} of {n_blocks} blocks",
+            )
         # Shares become more as activations become fewer, unless micro-batches add to them.
         first = within + (share if inputs.micro_batches > 1 else 0)
-        return replace(
-            whole,
-            weights=share + sharded.gathered_bytes(dtype),
-            gradients=max(first, share + at_end - whole.activations - whole.loss),
-            optimizer=2 * share,
-        )
+        at_end += share - held.activations - held.loss
+        return replace(held, gradients=max(first, at_end))
 
 
 def _evaluation_bytes(traced: StepMemory) -> int:

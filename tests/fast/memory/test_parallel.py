@@ -13,6 +13,7 @@ from lora.config import LoRAConfig, MemoryConfig
 from lora.decoder.config import AttentionConfig, FeedForwardConfig
 from lora.decoder.decoder import Decoder, build_empty_decoder
 from lora.decoder.quantised import use_fp8_linears
+from lora.decoder.sizes import stored_bytes
 from lora.errors import ConfigError
 from lora.fast.memory.fsdp import GATHERED_BLOCKS, fsdp_weights
 from lora.fast.memory.parallel import (
@@ -20,6 +21,7 @@ from lora.fast.memory.parallel import (
     DOES_NOT_FIT,
     MIN_HIDDEN_TOKENS,
     MIN_LINK_BYTES_PER_S,
+    STORED,
     ParallelPlan,
     choose_parallel,
     plan_parallel,
@@ -120,7 +122,20 @@ def test_full_fine_tuning_shards_weights_gradients_and_moments() -> None:
     few = planner("fsdp", lora=None).plan(16)
     assert few.activations == pytest.approx(one.activations / 2, rel=0.2)
     assert one.activations < planned("ddp", lora=None, fast=False).activations / 3
-    assert plan_within(planner("fsdp", lora=None), MemoryConfig(), None).recomputes == BLOCKS
+
+
+def test_full_fine_tuning_on_gpus_stores_as_many_blocks_as_fit() -> None:
+    plans = planner("fsdp", lora=None)
+    leanest = plan_within(plans, MemoryConfig(), None)
+    assert (leanest.plan.recomputed_blocks, leanest.recomputes) == (8, BLOCKS)
+    each = stored_bytes(WIDE, 32 * 64)
+    room = leanest.plan.total + leanest.plan.optimizer // 2  # while the gradients are whole too
+    for extra, n_stored in ((0, 0), (3 * each, 3), (100 * each, 8)):
+        chosen = plan_within(plans, MemoryConfig("auto", (room + extra) / 1e9), None)
+        assert chosen.plan.recomputed_blocks == 8 - n_stored
+        assert chosen.plan.total <= room + extra
+        assert chosen.recomputes == (STORED if n_stored == 8 else BLOCKS)
+    assert planned("fsdp", lora=None, device_type="cpu").recomputed_blocks is None
 
 
 @pytest.mark.parametrize("full", [False, True])
