@@ -23,7 +23,7 @@ from lora.fast.runner import DeviceStepRunner
 from lora.runs.directory import create_run
 from lora.runs.disk import read_rows
 from lora.training.job import TrainingJob
-from lora.training.step_runner import StepRunner
+from lora.training.step_runner import StepRunner, TrainingState
 from lora.training.trainer import train
 
 
@@ -43,6 +43,8 @@ def time_ours(case: Case, world: World, smoke: bool) -> dict[str, Any]:
     """Return the time and memory of this rank's steps."""
     shape = case.sizes(smoke=smoke)
     prepared = prepare(case, shape, world, smoke=smoke)
+    # The loop saves after the last step: 96 GB in full fine-tuning of 8B.
+    prepared.steps.state = _nothing  # type: ignore[method-assign]
     if not smoke:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -92,6 +94,10 @@ def used_bytes() -> int:
     """Return what is in use on this process's device, by whatever."""
     free, total = torch.cuda.mem_get_info()
     return total - free
+
+
+def _nothing(adapter: int = 0) -> TrainingState:
+    return {}
 
 
 def profile_ours(case: Case, world: World, smoke: bool) -> dict[str, Any]:

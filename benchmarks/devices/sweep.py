@@ -17,7 +17,7 @@ from lora.sweep import SweepJob, sweep
 from lora.sweep.grid import Grid
 
 RATES = (1e-5, 3e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3)
-SEQUENCES, TOKENS, STEPS = 4, 512, 100
+SEQUENCES, TOKENS, STEPS = 4, 512, 300
 """Of a candidate's step, and how many steps."""
 SMOKE_TOKENS, SMOKE_STEPS = 32, 4
 

@@ -1,6 +1,8 @@
-"""One run on two GPUs against the same run on one: losses within bf16's rounding, and no hang.
+"""Whole runs on two GPUs against the same runs on one: losses within bf16's rounding, and no hang.
 
-Each test has its own processes and a limit of its own; a process that waits for ever is killed.
+All runs on two GPUs are taken in turn by one pair of processes, those on one GPU by another process
+at the same time. They have a limit together: processes that wait for each other are killed, and
+the runs that were not reached fail.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +22,13 @@ import torch
 
 from lora.config import DataConfig, LoRAConfig, Parallel, RunConfig, TrainConfig
 from lora.data.reading.orders import make_orders
+from lora.decoder.decoder import build_decoder
+from lora.decoder.families import decoder_config
 from lora.distributed.world import World
 from lora.errors import Interrupted
 from lora.finetune import FinetuneJob, finetune
-from lora.finetune.job import BaseDtype
 from lora.kernels.step.jit import HAS_TRITON
+from lora.pretrained.hf_weights import save_decoder
 from lora.runs.disk import read_json, read_rows
 from lora.runs.progress import NoProgress
 from lora.training.callbacks import Callback, StepEvent
@@ -30,10 +36,12 @@ from tests.distributed.processes import run_processes
 
 N_GPUS = torch.cuda.device_count()
 DEVICE = "cuda"
-LIMIT_S = 90
-"""For one run of several processes, their start and compilation included."""
+LIMIT_S = 200
+"""For all runs of a number of processes."""
 ROUNDING = 0.01
 """Relative difference of losses at a low learning rate: bf16 matmuls of other shapes."""
+IS_HOPPER = N_GPUS > 0 and torch.cuda.get_device_capability() >= (9, 0)
+SIGNAL_STEP = 7
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(N_GPUS < 2, reason=f"needs two CUDA devices, there are {N_GPUS}"),
@@ -65,53 +73,140 @@ class SignalAt(Callback):
             os.kill(self.process_id, signal.SIGTERM)
 
 
-@pytest.fixture
-def job(tiny_folder: Path, tmp_path: Path) -> FinetuneJob:
-    return FinetuneJob(
+@dataclass(frozen=True)
+class Case:
+    """A run, how it is parallel on two GPUs, and what its step says of itself."""
+
+    job: FinetuneJob
+    step: str
+    parallel: Parallel = "ddp"
+    says: str = ""
+    """On two GPUs, in the same line."""
+
+
+def _take(world: World, jobs: Sequence[FinetuneJob], signal_at: Sequence[int]) -> list[int]:
+    """Take the runs in turn; return the code with which each was interrupted, 0 if none was."""
+    codes, process_ids = [], world.gather(os.getpid(), "process ids")
+    for job, step in zip(jobs, signal_at, strict=True):
+        said = Messages()
+        # Callbacks are rank 0's; the signal goes to the last rank.
+        callbacks = [SignalAt(step, process_ids[-1])] if step else []
+        try:
+            finetune(job, said, callbacks=callbacks)
+            codes.append(0)
+        except Interrupted as interrupted:
+            codes.append(interrupted.exit_code)
+        if world.is_main:  # what all processes of a failed set leave for the tests
+            (job.directory / "said.json").write_text(json.dumps(said.texts))
+    return codes
+
+
+def _cases(folder: Path, qwen3: Path, out: Path) -> dict[str, Case]:
+    plain = FinetuneJob(
         data=make_orders("train", 48),
-        model=str(tiny_folder),
+        model=str(folder),
         lora=LoRAConfig(rank=4, init_seed=0),
         train=TrainConfig(steps=20, batch_size=8, learning_rate=2e-3, warmup_fraction=0.0),
         data_config=DataConfig(max_length=128),
-        run=RunConfig(out=tmp_path, device=DEVICE, eval_every_steps=10, samples=0),
+        run=RunConfig(out=out, device=DEVICE, eval_every_steps=10, samples=0),
     )
+    low = replace(plain.train, learning_rate=2e-4)
+    full = replace(plain, lora=None, train=low)
+    odd = replace(plain, data=_mixed_texts(), train=replace(plain.train, batch_size=3))
+    accumulated = replace(plain.train, gradient_accumulation=2)
+    dropout = LoRAConfig(rank=4, init_seed=0, dropout=0.3)
+    not_fast = replace(plain.run, fast=False)
+    sharded, fsdp2 = "sharded over 2 processes", "FSDP2"
+    cases = {
+        "packed": Case(plain, "fast step"),
+        "graphs": Case(odd, "fast step"),
+        "sharded": Case(plain, "fast step", "fsdp", sharded),
+        "accumulated": Case(replace(plain, train=accumulated), "fast step"),
+        "dropout": Case(replace(plain, lora=dropout), "fast step"),
+        "captured": Case(replace(plain, model=str(qwen3)), "captured step"),
+        "full": Case(full, "fast step"),
+        "plain": Case(replace(plain, run=not_fast), "plain step"),
+        "full, sharded": Case(replace(full, run=not_fast), "plain step", "fsdp", fsdp2),
+    }
+    if IS_HOPPER:
+        fp8 = replace(plain, base_dtype="fp8")
+        cases["fp8"] = Case(fp8, "fast step")
+        cases["fp8, sharded"] = Case(fp8, "fast step", "fsdp", sharded)
+    return cases
 
 
-def _run(world: World, job: FinetuneJob, signal_at: int = 0) -> tuple[list[str], int]:
-    """Return what the run said in this process, and the code with which it was interrupted."""
-    said, process_ids = Messages(), world.gather(os.getpid(), "process ids")
-    # Callbacks are rank 0's; the signal goes to the last rank.
-    callbacks = [SignalAt(signal_at, process_ids[-1])] if signal_at else []
-    try:
-        finetune(job, said, callbacks=callbacks)
-    except Interrupted as interrupted:
-        return said.texts, interrupted.exit_code
-    return said.texts, 0
+def _mixed_texts() -> list[dict[str, str]]:
+    """Return texts of which some fill a sequence alone and others share one.
 
-
-def run_on(gpus: int, job: FinetuneJob, name: str, *, signal_at: int = 0) -> tuple[list[Any], Path]:
-    """Return what each process of the run came to, and the run directory."""
-    job = replace(job, run=replace(job.run, name=name))
-    outcomes = run_processes(gpus, _run, job, signal_at, timeout_s=LIMIT_S, device_type=DEVICE)
-    return outcomes, job.directory
-
-
-def assert_same_course(
-    job: FinetuneJob, step: str, *, parallel: Parallel = "ddp", says: str = ""
-) -> None:
-    """Fail unless two GPUs and one give the same losses, taking the step that says `step`.
-
-    `says`: what the line about the step on two GPUs holds, too.
+    A graph for packed sequences here, one for a single document there: collectives must agree. Of
+    three sequences for two processes one process gets a sequence of padding, too.
     """
-    one, folder = run_on(1, job, "one")
-    two, other = run_on(2, replace(job, run=replace(job.run, parallel=parallel)), "two")
-    for texts, _ in (*one, *two):
-        assert any(text.startswith(step) for text in texts), texts
-    for texts, _ in two:
-        assert any(text.startswith(step) and says in text for text in texts), texts
-    record = read_json(other / "run.json")
-    assert (record["world_size"], record["parallel"]) == (2, parallel)
-    assert_near(folder, other)
+    texts = [
+        " ".join(turn["content"] for turn in row["messages"]) for row in make_orders("train", 30)
+    ]
+    long = " ".join(texts[:8])
+    mixed = [
+        text for number, short in enumerate(texts[:20]) for text in (short, f"{number} {long}")
+    ]
+    return [{"text": text} for text in mixed]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What became of all runs."""
+
+    cases: dict[str, Case]
+    out: Path
+    failures: dict[int, str]
+    """By number of GPUs: why the processes ended early."""
+    codes: list[list[int]]
+    """Of the two processes, by run; the last one was sent a signal."""
+
+
+def _directory(out: Path, gpus: int, name: str) -> RunConfig:
+    return RunConfig(out=out / str(gpus), name=name.replace(", ", "-"))
+
+
+def _named(job: FinetuneJob, out: Path, gpus: int, name: str, **changes: Any) -> FinetuneJob:
+    place = _directory(out, gpus, name)
+    return replace(job, run=replace(job.run, out=place.out, name=place.name, **changes))
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    out = tmp_path_factory.mktemp("many")
+    qwen3 = out / "qwen3"
+    shutil.copytree(tiny_folder, qwen3)
+    config = json.loads((qwen3 / "config.json").read_text())
+    config |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 8}
+    save_decoder(build_decoder(decoder_config(config), seed=1), qwen3)
+    cases = _cases(tiny_folder, qwen3, out)
+    one = [_named(case.job, out, 1, name) for name, case in cases.items()]
+    two = [_named(c.job, out, 2, name, parallel=c.parallel) for name, c in cases.items()]
+    two.append(_named(cases["packed"].job, out, 2, "signal"))
+    failures: dict[int, str] = {}
+
+    def take(gpus: int, jobs: list[FinetuneJob], last: int) -> list[list[int]]:
+        steps = [0] * (len(jobs) - 1) + [last]
+        try:
+            return run_processes(gpus, _take, jobs, steps, timeout_s=LIMIT_S, device_type=DEVICE)
+        except AssertionError as error:
+            failures[gpus] = str(error)
+            return []
+
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(take, 1, one, 0), pool.submit(take, 2, two, SIGNAL_STEP)]
+        codes = [one.result() for one in waiting][1]
+    return Runs(cases, out, failures, codes)
+
+
+def _read(runs: Runs, gpus: int, name: str) -> tuple[list[str], Path]:
+    """Return what a run said, and its directory; fail with the reason if it was not reached."""
+    place = _directory(runs.out, gpus, name)
+    folder = place.out / str(place.name)
+    if not (folder / "said.json").is_file():
+        pytest.fail(f"not done on {gpus}: {runs.failures.get(gpus, 'no reason known')}")
+    return json.loads((folder / "said.json").read_text()), folder
 
 
 def assert_near(folder: Path, other: Path) -> None:
@@ -131,106 +226,31 @@ def assert_near(folder: Path, other: Path) -> None:
     assert norms[1][0] == pytest.approx(norms[0][0], rel=0.05)
 
 
-def test_the_fast_step_on_packed_sequences(job: FinetuneJob) -> None:
-    assert_same_course(job, "fast step")
-
-
-def test_the_fast_step_with_gradient_accumulation(job: FinetuneJob) -> None:
-    train = replace(job.train, gradient_accumulation=2)
-    assert_same_course(replace(job, train=train), "fast step")
-
-
-def test_processes_whose_batches_take_different_graphs(job: FinetuneJob) -> None:
-    """A graph for packed sequences here, one for a single document there: collectives must agree.
-
-    The last batches of three sequences for two processes hold a sequence of padding, too.
-    """
-    short = make_orders("train", 30)
-    text = " ".join(turn["content"] for row in short[:8] for turn in row["messages"])
-    whole = [{"text": f"{number} {text}"} for number in range(20)]  # longer than a sequence
-    mixed = [row for pair in zip(short, whole, strict=False) for row in pair]
-    texts = [
-        row if "text" in row else {"text": " ".join(t["content"] for t in row["messages"])}
-        for row in mixed
-    ]
-    train = replace(job.train, batch_size=3)
-    assert_same_course(replace(job, data=texts, train=train), "fast step")
-
-
-def test_the_captured_step(job: FinetuneJob, tiny_folder: Path, tmp_path: Path) -> None:
-    from lora.decoder.decoder import build_decoder
-    from lora.decoder.families import decoder_config
-    from lora.pretrained.hf_weights import save_decoder
-
-    folder = tmp_path / "qwen3"
-    shutil.copytree(tiny_folder, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 8}
-    save_decoder(build_decoder(decoder_config(config), seed=1), folder)
-    assert_same_course(replace(job, model=str(folder)), "captured step")
-
-
-def test_dropout_draws_one_processes_masks(job: FinetuneJob) -> None:
-    lora = LoRAConfig(rank=4, init_seed=0, dropout=0.3)
-    assert_same_course(replace(job, lora=lora), "fast step")
-
-
-def test_an_fp8_base(job: FinetuneJob) -> None:
-    if torch.cuda.get_device_capability() < (9, 0):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "packed", "graphs", "sharded", "accumulated", "dropout", "captured", "full", "plain",
+        "full, sharded", "fp8", "fp8, sharded",
+    ],
+)  # fmt: skip
+def test_two_gpus_are_as_one(runs: Runs, name: str) -> None:
+    if name not in runs.cases:
         pytest.skip("fp8 matmuls need capability 9.0")
-    assert_same_course(replace(job, base_dtype="fp8"), "fast step")
-
-
-def test_full_fine_tuning(job: FinetuneJob) -> None:
-    train = replace(job.train, learning_rate=2e-4)
-    assert_same_course(replace(job, lora=None, train=train), "fast step")
-
-
-def test_sharded_lora(job: FinetuneJob) -> None:
-    assert_same_course(job, "fast step", parallel="fsdp", says="sharded over 2 processes")
-
-
-def test_sharded_fp8(job: FinetuneJob) -> None:
-    if torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("fp8 matmuls need capability 9.0")
-    job = replace(job, base_dtype="fp8")
-    assert_same_course(job, "fast step", parallel="fsdp", says="sharded over 2 processes")
-
-
-def test_sharded_full_fine_tuning(job: FinetuneJob) -> None:
-    train, run = replace(job.train, learning_rate=2e-4), replace(job.run, fast=False)
-    job = replace(job, lora=None, train=train, run=run)
-    assert_same_course(job, "plain step", parallel="fsdp", says="FSDP2")
-
-
-def test_the_plain_step(job: FinetuneJob) -> None:
-    assert_same_course(replace(job, run=replace(job.run, fast=False)), "plain step")
-
-
-@pytest.mark.parametrize("base_dtype", ["auto", "fp8"])
-def test_sharded_weights(job: FinetuneJob, base_dtype: BaseDtype) -> None:
-    if base_dtype == "fp8" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("fp8 matmuls need capability 9.0")
-    job = replace(job, base_dtype=base_dtype, run=replace(job.run, samples=2, sample_tokens=8))
-    sharded = replace(job, run=replace(job.run, parallel="fsdp"))
-    _, folder = run_on(1, job, "one")
-    two, other = run_on(2, sharded, "two")
-    for texts, _ in two:
-        assert any("frozen weights sharded over 2 processes" in text for text in texts), texts
-    assert read_json(other / "run.json")["parallel"] == "fsdp"
+    case = runs.cases[name]
+    (one, folder), (two, other) = _read(runs, 1, name), _read(runs, 2, name)
+    assert any(text.startswith(case.step) for text in one), one
+    assert any(text.startswith(case.step) and case.says in text for text in two), two
+    record = read_json(other / "run.json")
+    assert (record["world_size"], record["parallel"]) == (2, case.parallel)
     assert_near(folder, other)
-    # One process goes on with what two have trained.
-    longer = replace(job, train=replace(job.train, steps=24), resume=True)
-    outcomes, _ = run_on(1, longer, "two")
-    assert outcomes[0][1] == 0
 
 
-def test_a_signal_to_one_process_stops_all_and_one_resumes(job: FinetuneJob) -> None:
-    (_, whole) = run_on(2, job, "whole")
-    outcomes, folder = run_on(2, job, "part", signal_at=7)
-    assert [code for _, code in outcomes] == [143, 143]
+def test_a_signal_to_one_process_stops_all_and_one_resumes(runs: Runs) -> None:
+    _, folder = _read(runs, 2, "signal")
+    assert [codes[-1] for codes in runs.codes] == [143, 143]
     steps = [row["step"] for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
-    assert 7 <= steps[-1] < 20
-    outcomes, folder = run_on(1, replace(job, resume=True), "part")
-    assert outcomes[0][1] == 0
-    assert_near(whole, folder)
+    assert SIGNAL_STEP <= steps[-1] < 20
+    job = _named(runs.cases["packed"].job, runs.out, 2, "signal")
+    resumed = [replace(job, resume=True)]
+    assert run_processes(1, _take, resumed, [0], timeout_s=60, device_type=DEVICE) == [[0]]
+    assert_near(_read(runs, 2, "packed")[1], folder)
