@@ -2,7 +2,7 @@
 
     lora: Cannot use …               all of them failed alike
     lora: rank 2: Cannot use …       one did
-    lora: rank 0: another process ended while this one waited for the gradients of step 7 …
+    lora: rank 0: Another process has ended, while this one waited for the gradients of step 7 …
 
 torchrun finds the message in its error file, and quotes it in its own summary.
 """
@@ -33,6 +33,7 @@ MEET_S, MEET_JOINED_S = 8.0, 2.0
 POLL_S = 0.05
 FOUND_S = 1.0
 """A process that lost another ends so much later: its launcher finds the cause first."""
+GO_ON = "A training run continues from its newest checkpoint with --resume."
 UNEXPECTED = 1
 """Exit code of Python after an exception that nobody expected."""
 

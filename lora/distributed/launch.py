@@ -7,6 +7,7 @@ torch is imported here before processes are to be started.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from lora.distributed.errors import GO_ON
 from lora.distributed.ranks import is_started_by_torchrun, world_size
 from lora.errors import ConfigError
 from lora.terminal import print_note
@@ -95,6 +97,8 @@ def launch(processes: Processes, words: Sequence[str]) -> int:
     _set_environment(processes)
     is_hangup_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # nohup
     handled = [name for name in SIGNALS if not (name == "SIGHUP" and is_hangup_ignored)]
+    newer = {"signals_to_handle": ",".join(handled), "shutdown_timeout": SAVE_S}
+    known = {each.name for each in dataclasses.fields(LaunchConfig)}  # PyTorch 2.11 lacks some
     with tempfile.TemporaryDirectory(prefix="lora-processes-") as logs:
         config = LaunchConfig(
             min_nodes=1,
@@ -105,9 +109,8 @@ def launch(processes: Processes, words: Sequence[str]) -> int:
             rdzv_endpoint="127.0.0.1:0",  # not the host's name, which need not resolve
             local_addr="127.0.0.1",
             max_restarts=0,
-            signals_to_handle=",".join(handled),
-            shutdown_timeout=SAVE_S,
             logs_specs=DefaultLogsSpecs(log_dir=logs),
+            **{name: value for name, value in newer.items() if name in known},  # type: ignore[arg-type]
         )
         try:
             elastic_launch(config, sys.executable)(*_call(), *words)
@@ -174,7 +177,7 @@ def _describe_failure(rank: int, failure: ProcessFailure) -> int:
     if number == signal.SIGKILL:
         why = " by hand, or by the system because memory ran out (`dmesg` says so)"
     print_note(
-        f"lora: rank {rank} was ended by {number.name}{why}. The other processes were stopped. The "
-        "newest checkpoint is whole: --resume continues the run."
+        f"lora: rank {rank} was ended by {number.name}{why}. The other processes were stopped. "
+        f"{GO_ON}"
     )
     return 128 + number

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from lora.distributed.errors import first_line, stand_until_told, write_error_file
+from lora.distributed.errors import GO_ON, first_line, stand_until_told, write_error_file
 from lora.distributed.ranks import is_started_by_torchrun
 from lora.distributed.store import ERROR, STATE, read
 from lora.errors import LostProcessError
@@ -131,7 +131,7 @@ class Watch:
     def look(self) -> None:
         """Post, and tell or end a wait that is due; the thread calls it."""
         doing, now = self._doing, time.time()
-        self._follow_launcher()
+        self._follow_launcher(doing, now)
         try:
             content = {"what": doing.what, "since": doing.since, "is_waiting": doing.is_waiting}
             self._store.set(f"{STATE}/{self.rank}", json.dumps({**content, "posted": now}))
@@ -179,7 +179,7 @@ class Watch:
         is_teller = self._is_teller(others, now)
         if why:
             if is_teller:
-                message = f"{sentence} {why} The run ends; --resume continues it."
+                message = f"{sentence} {why} All processes end. {GO_ON}"
                 write_error_file(message)
                 self._tell(message)
             else:
@@ -215,7 +215,7 @@ class Watch:
             for rank, each in others.items()
         )
 
-    def _follow_launcher(self) -> None:
+    def _follow_launcher(self, doing: Doing, now: float) -> None:
         """Stop as after SIGTERM if the launcher was killed: nobody else would end this process."""
         if self._parent is None or os.getppid() == self._parent:
             return
@@ -223,6 +223,8 @@ class Watch:
         if self._seen_gone == (1 if self.rank == 0 else 2):  # rank 0 speaks, for all on its machine
             self._tell("the process that started this run is gone: stopping")
             os.kill(os.getpid(), signal.SIGTERM)
+        elif doing.is_waiting and now - doing.since >= self.times.told:
+            self._end(HUNG_EXIT_CODE)  # in a wait that no signal ends
 
 
 def _describe_others(
@@ -253,10 +255,7 @@ def _is_of_connection(error: RuntimeError) -> bool:
 def _describe_lost(what: str, error: RuntimeError) -> str:
     is_closed = any(word in str(error) for word in ("closed by peer", "reset by peer"))
     how = "has ended" if is_closed else f"does not answer ({first_line(error)})"
-    return (
-        f"Another process {how}, while this one waited for {what}. The run ends; its newest "
-        "checkpoint is whole: --resume continues it."
-    )
+    return f"Another process {how}, while this one waited for {what}: all of them end. {GO_ON}"
 
 
 def _print(message: str) -> None:

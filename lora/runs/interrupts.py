@@ -52,7 +52,8 @@ class StopRequests:
 
     def __exit__(self, *_: object) -> None:
         for number, former in self._former.items():
-            signal.signal(number, former)
+            if signal.getsignal(number) == self._receive:  # nobody has set another meanwhile
+                signal.signal(number, former)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch.distributed as dist
 
+from lora.distributed.errors import GO_ON
 from lora.distributed.store import ERROR, STATE
 from lora.distributed.watch import Times, Watch
 from lora.errors import LostProcessError
@@ -82,7 +83,7 @@ def test_a_hopeless_wait_ends_with_the_reason(
     assert heard.codes == [2]
     (said,) = heard.said
     assert said.startswith(f"rank 0 has waited {waited_s} s for a sum. Rank 1: ")
-    assert said.endswith(f"{why} The run ends; --resume continues it.")
+    assert said.endswith(f"{why} All processes end. {GO_ON}")
 
 
 def test_a_broken_connection_is_an_error_that_says_what_was_waited_for() -> None:

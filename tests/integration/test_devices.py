@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from lora import cli
+from lora.distributed.errors import GO_ON
 from lora.runs.disk import read_json, read_rows
 
 STEPS = 12
@@ -289,7 +290,7 @@ def test_a_rank_that_stands_still_is_named_and_ends_the_run(
     assert re.match(
         r"lora: rank 0 has waited \d s for the gradients of step \d+\. Rank 1: not ", told
     )
-    assert told.endswith("Rank 1 counts as gone. The run ends; --resume continues it.")
+    assert told.endswith(f"Rank 1 counts as gone. All processes end. {GO_ON}")
 
 
 @pytest.mark.slow

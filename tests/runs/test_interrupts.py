@@ -37,3 +37,13 @@ def test_a_launcher_that_passes_a_signal_on_costs_no_save(
         monkeypatch.setattr(interrupts, "REPEAT_S", 0.0)
         with pytest.raises((SystemExit, KeyboardInterrupt)):
             signal.raise_signal(number)
+
+
+def test_a_handler_that_was_set_meanwhile_stays() -> None:
+    former = signal.getsignal(signal.SIGTERM)
+    try:
+        with StopRequests(lambda text: None):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a process that lost another does
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, former)
