@@ -81,7 +81,7 @@ def time_ours(case: Case, world: World, smoke: bool) -> dict[str, Any]:
         "first_and_last_loss": [round(losses[0], 4), round(losses[-1], 4)],
         "planned_gb": prepared.planned.n_bytes / GB,
         "mode": prepared.planned.mode,
-        "step": about(prepared.steps),
+        "step": "; ".join(prepared.planned.said) or about(prepared.steps),
     }
 
 

@@ -39,12 +39,12 @@ def build_sharded(
     rows = random_rows(shapes, choice.device)
     if not full:
         fill_adapters(model, choice)
-    stored = planned.checkpointing
+    stored, say = planned.checkpointing, planned.said.append
     if full or is_cuda:
         # As in a run that is long enough for torch.compile.
         long = replace(config, steps=MIN_COMPILED_STEPS)
         steps = choose_steps(
-            model, choice, long, checkpointing=stored, on_message=print, world=world, rows=rows
+            model, choice, long, checkpointing=stored, on_message=say, world=world, rows=rows
         )
         return model, steps, planned
     # On a CPU no run chooses the hand-written step: its plain twins are taken by name.

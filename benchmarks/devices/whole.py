@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,12 +26,14 @@ SMOKE_BYTES = int(8e9)
 
 @dataclass(frozen=True)
 class Planned:
-    """What a step was planned to hold on this rank's device."""
+    """What a step was planned to hold on this rank's device, and what it says."""
 
     n_bytes: int
     mode: str
     """Of activation checkpointing, with the reason."""
     checkpointing: ActivationCheckpointing | None
+    said: list[str] = field(default_factory=list)
+    """What the step has said of itself."""
 
 
 def lora_config() -> LoRAConfig:
@@ -55,7 +57,12 @@ def build_whole(
     steps: StepRunner
     if choice.device.type == "cuda":
         steps = choose_steps(
-            model, choice, config, checkpointing=fit.checkpointing, on_message=print, world=world
+            model,
+            choice,
+            config,
+            checkpointing=fit.checkpointing,
+            on_message=fit.said.append,
+            world=world,
         )
     else:  # the fast step's plain twins: a run on a CPU would not choose them
         steps = FastStepRunner(model, choice, config, checkpointing=fit.checkpointing, world=world)
