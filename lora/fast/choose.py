@@ -18,6 +18,7 @@ from lora.distributed.world import ALONE, World
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.runner import CapturedStepRunner, DeviceStepRunner, FastStepRunner
 from lora.fast.sharded.base import ShardedBase
+from lora.fast.sharded.machines import machine_world
 from lora.fast.step import trains_all_weights
 from lora.kernels.step.fp8 import FP8_GEMM_MULTIPLE
 from lora.kernels.step.jit import HAS_TRITON
@@ -50,6 +51,7 @@ def choose_steps(
     loss_fn: LossFn | None = None,
     world: World = ALONE,
     rows: Rows | None = None,
+    by_machine: bool = False,
 ) -> StepRunner:
     """Return the runner of the fastest step that can train `model`; report on a GPU which, and why.
 
@@ -68,14 +70,16 @@ def choose_steps(
         world: the processes that train together.
         rows: the values of what `model`, a Decoder, has on the meta device: it is sharded over
             the processes.
+        by_machine: the fast step's weights are sharded over each machine's processes alone.
     """
     if rows is not None:
-        decoder, base = cast(Decoder, model), ShardedBase(rows, choice.device, world)
+        decoder = cast(Decoder, model)
         why_not = why_not_fast(decoder, choice) if fast else "as asked"
         if trains_all_weights(decoder):
             why_not = "all weights train"
         if why_not is not None:
-            return _shard_with_fsdp2(decoder, base, choice, config, on_message, why_not)
+            return _shard_with_fsdp2(decoder, rows, choice, config, on_message, why_not, world)
+        among = machine_world(world) if by_machine else world
         sharded = FastStepRunner(
             decoder,
             choice,
@@ -83,7 +87,7 @@ def choose_steps(
             checkpointing=checkpointing,
             leaner=leaner,
             world=world,
-            base=base,
+            base=ShardedBase(rows, choice.device, among),
         )
         on_message(sharded.describe())
         return sharded
@@ -123,11 +127,12 @@ def choose_steps(
 
 def _shard_with_fsdp2(
     model: Decoder,
-    base: ShardedBase,
+    rows: Rows,
     choice: DeviceChoice,
     config: TrainConfig,
     on_message: Callable[[str], None],
     why: str,
+    world: World,
 ) -> StepRunner:
     """Changes `model` in place: its weights are sharded and loaded; return the runner for it.
 
@@ -138,12 +143,12 @@ def _shard_with_fsdp2(
         shard_decoder,
     )
 
-    world, device, is_gpu = base.world, choice.device, choice.device.type == "cuda"
+    device, is_gpu = choice.device, choice.device.type == "cuda"
     # A compiled block draws other dropout masks than one process does.
     draws = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
     is_long = (config.steps or 0) >= MIN_COMPILED_STEPS
     compiles = is_gpu and HAS_TRITON and is_long and not draws
-    shard_decoder(model, base.rows, world, choice, recompute=is_gpu, compiles=compiles)
+    shard_decoder(model, rows, world, choice, recompute=is_gpu, compiles=compiles)
     how = "FSDP2, blocks through torch.compile" if compiles else "FSDP2"
     if not trains_all_weights(model):
         if is_gpu:

@@ -321,4 +321,6 @@ def _about_fast(step: FastStep, choice: DeviceChoice) -> str:
     about = f"fast step: {graph}, {step.ops.name} kernels, {kind} matmuls; {how}"
     if ring is not None:
         about += f"; {ring.describe()}"
+        if ring.base.world.size < step.world.size:
+            about += ", on each machine"
     return about

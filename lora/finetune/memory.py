@@ -18,6 +18,7 @@ from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.memory.parallel import Kind, plan_parallel
 from lora.fast.memory.plan import MemoryPlan, MemoryPlanner, PlanInputs
 from lora.fast.sharded.links import measure_link
+from lora.fast.sharded.machines import machine_devices, machine_world
 from lora.pretrained.hf_files import read_config
 from lora.runs.record import MemoryResult, PlannedMemory
 from lora.training.out_of_memory import advise, describe_parts
@@ -167,6 +168,7 @@ def plan_run(
         checkpointing=checkpointing,
         fp8=fp8,
         devices=world.size,
+        machine_devices=None if world.is_alone else machine_devices(world),
     )
     on_gpus, free = choice.device.type == "cuda", _free_bytes(choice, world)
     # Processes that planned with a few bytes more or less could choose otherwise.
@@ -176,7 +178,7 @@ def plan_run(
         parallel,
         memory,
         free,
-        partial(measure_link, world, choice.device) if on_gpus else None,
+        partial(_measure_link, inputs, choice, world) if on_gpus else None,
         None if world.is_alone else base,
     )
     plan = chosen.plan
@@ -196,6 +198,13 @@ def plan_run(
         parallel_reason=chosen.reason,
         world=world,
     )
+
+
+def _measure_link(inputs: PlanInputs, choice: DeviceChoice, world: World) -> float:
+    """Return the bytes per second at which sharded weights would arrive, of the slowest device."""
+    among = world if inputs.machine_devices is None else machine_world(world)
+    speed: float = min(world.gather(measure_link(among, choice.device), "the speed of all links"))
+    return speed
 
 
 def _free_bytes(choice: DeviceChoice, world: World) -> int | None:

@@ -325,6 +325,7 @@ def _choose_steps(
             on_message=progress.message,
             world=world,
             rows=rows,
+            by_machine=memory.planner.inputs.machine_devices is not None,
         )
     if isinstance(steps, FastStepRunner):
         steps.step.checkpointing = (

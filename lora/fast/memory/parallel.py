@@ -94,8 +94,13 @@ def plan_parallel(
     check_parallel(parallel, inputs.devices)
 
     def planned(kind: Kind) -> ParallelPlan:
-        planner = MemoryPlanner(replace(inputs, parallel=kind, memory=memory), base_bytes)
-        return plan_within(planner, memory, free_bytes)
+        wanted = replace(inputs, parallel=kind, memory=memory)
+        found = plan_within(MemoryPlanner(wanted, base_bytes), memory, free_bytes)
+        if kind == "ddp" or inputs.machine_devices is None or found.recomputes != DOES_NOT_FIT:
+            return found
+        # Where a machine cannot hold all weights, they have to cross the network.
+        wanted = replace(wanted, machine_devices=None)
+        return plan_within(MemoryPlanner(wanted, base_bytes), memory, free_bytes)
 
     if inputs.devices == 1:
         return planned("ddp")

@@ -80,6 +80,14 @@ class PlanInputs:
     """Processes that train together, each with a device and `micro_batch_size` sequences."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Whether each device has all weights, or they are sharded."""
+    machine_devices: int | None = None
+    """Of one machine, if the fast step shards the weights over each machine's devices alone; None:
+    over all of them."""
+
+    @property
+    def shards(self) -> int:
+        """Among how many devices the fast step's weights are sharded."""
+        return self.machine_devices or self.devices
 
 
 @dataclass(frozen=True)
@@ -374,7 +382,7 @@ def _evaluation_bytes(traced: StepMemory) -> int:
 
 def _fast_plan(inputs: PlanInputs, model: Decoder) -> FastPlan:
     """Return the plan of the hand-written step; changes `model`, as FastPlan does."""
-    shards = inputs.devices if inputs.parallel == "fsdp" else None
+    shards = inputs.shards if inputs.parallel == "fsdp" else None
     sizes = inputs.micro_batch_size, inputs.tokens
     return FastPlan(model, *sizes, packed=inputs.packed, shards=shards)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 import torch
-import torch.distributed as dist
 
 from lora.device import synchronize
+from lora.distributed.shards import gather_shards
 from lora.distributed.world import World
 
 PROBE_BYTES = 64 * 2**20
@@ -23,13 +23,12 @@ def measure_link(world: World, device: torch.device, n_bytes: int = PROBE_BYTES)
     """
     own = torch.zeros(n_bytes, dtype=torch.uint8, device=device)
     everyones = own.new_empty(world.size * n_bytes)
-    group = world.device_group if device.type == "cuda" else world.host_group
-    seconds = []
+    seconds, what = [], "the speed of the links between devices"
     for _ in range(1 + N_PROBES):
         synchronize(device)
         start_s = time.perf_counter()
-        with world.waits("the speed of the links between devices"):
-            dist.all_gather_into_tensor(everyones, own, group=group)
+        gather_shards(everyones, own, world, what)
+        with world.waits(what):
             synchronize(device)
         seconds.append(time.perf_counter() - start_s)
     speed = (world.size - 1) * n_bytes / min(seconds[1:])

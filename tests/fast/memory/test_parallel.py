@@ -225,6 +225,22 @@ def test_what_was_asked_for_is_taken() -> None:
     assert (unknown.parallel, "a device is not known" in unknown.reason) == ("ddp", True)
 
 
+def test_each_machine_has_all_weights_if_they_fit() -> None:
+    machines = replace(SETTING, devices=4, machine_devices=2)
+    whole, by_two, by_four = (
+        planned("fsdp", "full+offload", devices=n).total / 1e9 for n in (1, 2, 4)
+    )
+    assert whole > by_two > by_four
+    asked = {"inputs": machines, "parallel": "fsdp", "free_bytes": None}
+    room = plan_parallel(**asked, memory=MemoryConfig("auto", by_two))  # type: ignore[arg-type]
+    assert room.planner.inputs.shards == 2
+    assert room.plan.total <= by_two * 1e9
+    narrow = (by_two + by_four) / 2
+    tight = plan_parallel(**asked, memory=MemoryConfig("auto", narrow))  # type: ignore[arg-type]
+    assert (tight.planner.inputs.shards, tight.planner.inputs.machine_devices) == (4, None)
+    assert tight.plan.total <= narrow * 1e9
+
+
 def test_alone_there_is_nothing_to_choose() -> None:
     alone = replace(SETTING, devices=1)
     chosen = plan_parallel(alone, "auto", MemoryConfig("auto", 100.0), None)

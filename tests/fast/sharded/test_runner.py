@@ -17,6 +17,7 @@ from lora.fast.llama.checkpointing import MODES
 from lora.fast.llama.passes import FastPass
 from lora.fast.runner import FastStepRunner
 from lora.fast.sharded.base import ShardedBase
+from lora.fast.sharded.machines import machine_devices, machine_world
 from lora.inference.generate import generate
 from tests.distributed.models import (
     Steps,
@@ -79,6 +80,40 @@ def run_case(world: World, name: str, *, whole: bool = False) -> tuple[Steps, li
     done.losses += again.losses
     done.trained = trained_copies(runner.model)
     return done, answers
+
+
+def run_on_machines(world: World) -> tuple[Steps, int | None, int]:
+    """Return steps of processes that are two to a machine, each of which has all weights."""
+    world = replace(world, local_rank=world.rank % 2, local_size=2)
+    case, config, packing = RUNS["accumulation"]
+    found, own = machine_devices(world), machine_world(world)
+    runner = make_runner(case, config, world, base=ShardedBase(rows_of(case), CPU, own))
+    done = take_steps(runner, random_sequences(packing=packing), config, N_STEPS, world)
+    done.trained = trained_copies(runner.model)
+    assert "over 2 processes" in runner.describe()
+    assert "on each machine" in runner.describe()
+    return done, found, own.rank
+
+
+def test_machines_that_each_have_all_weights_train_as_one_process(alone: dict[str, Any]) -> None:
+    expected = alone["accumulation"][0].losses[:N_STEPS]
+    for rank, (done, found, own_rank) in enumerate(run_processes(4, run_on_machines)):
+        assert done.losses == pytest.approx(expected, rel=1e-12)
+        assert (found, own_rank) == (2, rank % 2)
+
+
+def _find_machines(world: World) -> list[int | None]:
+    by_rank = [(0, 4), (1, 4), (2, 4), (3, 4)], [(0, 3), (1, 3), (2, 3), (0, 1)], [(0, 1)] * 4
+    found = []
+    for layout in (*by_rank, [(0, 2), (1, 2), (0, 2), (1, 2)]):
+        local_rank, local_size = layout[world.rank]
+        found.append(machine_devices(replace(world, local_rank=local_rank, local_size=local_size)))
+    return found
+
+
+def test_machines_are_found_where_all_have_as_many_processes() -> None:
+    # All on one machine; three and one; one on each; two on each.
+    assert run_processes(4, _find_machines) == [[None, None, None, 2]] * 4
 
 
 def run_out_of_memory(world: World) -> Steps:
