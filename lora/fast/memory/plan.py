@@ -368,12 +368,17 @@ class MemoryPlanner:
                 held,
                 activations=held.activations + n_stored * each,
                 recomputed_blocks=n_blocks - n_stored,
-                reason=f"FSDP2 recomputes about {n_blocks - n_stored} of {n_blocks} blocks",
             )
         # Shares become more as activations become fewer, unless micro-batches add to them.
         first = within + (share if inputs.micro_batches > 1 else 0)
         at_end += share - held.activations - held.loss
-        return replace(held, gradients=max(first, at_end))
+        held = replace(held, gradients=max(first, at_end))
+        if gb is None or n_blocks is None:
+            return held
+        recomputed = f"FSDP2 recomputes about {held.recomputed_blocks} of {n_blocks} blocks"
+        return replace(
+            held, reason=f"{recomputed}; {held.total / 1e9:.1f} GB planned of {gb:.1f} GB"
+        )
 
 
 def _evaluation_bytes(traced: StepMemory) -> int:
