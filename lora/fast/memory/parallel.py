@@ -153,8 +153,8 @@ def choose_parallel(
 
 
 def _explained(chosen: ParallelPlan, why: str) -> ParallelPlan:
-    inputs, total_gb = chosen.planner.inputs, chosen.plan.total / 1e9
-    budget_gb = chosen.memory.memory_gb
+    inputs, budget_gb = chosen.planner.inputs, chosen.memory.memory_gb
     of = "" if budget_gb is None else f" of {budget_gb:.1f}"
-    devices = f"{inputs.devices} devices, {inputs.parallel}: {why}"
-    return replace(chosen, reason=f"{devices}; {total_gb:.1f} GB{of} planned on each")
+    planned = f"; {chosen.plan.total / 1e9:.1f} GB{of} planned on each"
+    said = "" if chosen.plan.reason else planned  # the plan's own reason says it
+    return replace(chosen, reason=f"{inputs.devices} devices, {inputs.parallel}: {why}{said}")

@@ -168,8 +168,8 @@ def test_ddp_is_taken_where_it_recomputes_no_matmul() -> None:
     for gb in (100.0, room_for("ddp", "none"), room_for("ddp", "cheap")):
         chosen = choose(gb)
         assert (chosen.parallel, chosen.planner.inputs.parallel) == ("ddp", "ddp")
-        assert chosen.reason.startswith("4 devices, ddp: all weights fit on each; ")
-        assert chosen.reason.endswith(f" of {gb:.1f} planned on each")
+        assert chosen.reason == "4 devices, ddp: all weights fit on each"
+        assert chosen.plan.total <= round(gb * 1e9)
 
 
 @pytest.mark.parametrize(("mode", "what"), [("cheap", "gate and up"), ("full", "whole blocks")])
@@ -220,7 +220,7 @@ def test_what_was_asked_for_is_taken() -> None:
     for kind in ("ddp", "fsdp"):
         chosen = plan_parallel(SETTING, kind, MemoryConfig(), None)  # type: ignore[arg-type]
         assert (chosen.parallel, chosen.planner.inputs.parallel) == (kind, kind)
-        assert chosen.reason.startswith(f"4 devices, {kind}: as asked; ")
+        assert chosen.reason == f"4 devices, {kind}: as asked"
     unknown = plan_parallel(SETTING, "auto", MemoryConfig(), None)
     assert (unknown.parallel, "a device is not known" in unknown.reason) == ("ddp", True)
 

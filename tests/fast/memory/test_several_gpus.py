@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -39,9 +38,9 @@ def name_of(row: dict[str, Any]) -> str:
 
 
 @pytest.fixture
-def cases(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def cases(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield importlib.import_module("devices.cases")
+    return importlib.import_module("devices.cases")
 
 
 @cache
