@@ -36,17 +36,18 @@ def read_rows(files: Iterable[Path]) -> list[Row]:
 def scaling_table(rows: list[Row]) -> list[str]:
     """Return the lines of the table of what is the same on one device and on several."""
     lines = [
-        "| a step on each device | | hardware | one device | all | ratio | wanted |",
+        "| on each GPU | | GPUs | one | all together | ratio | GB, each |",
         "|---|---|---|---|---|---|---|",
     ]
+    rates = {(row["hardware"], row["case"]): row["tokens_per_s"] for row in rows}
     for row in rows:
-        if row["parallel"] == "ddp" and "ratio" in row:
-            rate = round(row["tokens_per_s"] / row["ratio"])
-            wanted = f"{row['target']}x" if "target" in row else ""
+        alone = f"{row['shape']}:{row['variant']}:none:1"
+        one = rates.get((row["hardware"], alone))
+        if row["parallel"] == "ddp" and "ratio" in row and one is not None:
             lines.append(
                 f"| {_shape(row)} | {NAMES.get(row['variant'], row['variant'])} | "
-                f"{_hardware(row)} | {rate:,} tokens/s | {row['tokens_per_s']:,} tokens/s, "
-                f"{row['peak_gb']:.1f} GB | {row['ratio']:.2f}x | {wanted} |"
+                f"{_hardware(row)} | {one:,} tokens/s | {row['tokens_per_s']:,} tokens/s | "
+                f"{row['ratio']:.2f}x | {row['peak_gb']:.1f} |"
             )
     return lines
 
@@ -54,7 +55,7 @@ def scaling_table(rows: list[Row]) -> list[str]:
 def sharded_table(rows: list[Row]) -> list[str]:
     """Return the lines of the table of sharded models."""
     lines = [
-        "| a step on each device | | hardware | ms per step | tokens/s, each | GB, each | peer |",
+        "| on each GPU | | GPUs | ms per step | tokens/s, each | GB, each | to the peer |",
         "|---|---|---|---|---|---|---|",
     ]
     sharded = [row for row in rows if row["parallel"] == "fsdp"]

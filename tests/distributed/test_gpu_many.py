@@ -83,6 +83,7 @@ def test_tables_go_between_the_marks(benchmark: Any, tmp_path: Path) -> None:
         "tokens_per_s": 32000, "tokens_per_s_device": 16000, "peak_gb": 48.0, "ratio": 1.97,
         "target": 1.95,
     }  # fmt: skip
+    alone = {**row, "case": "8B-4x2048:ours:none:1", "parallel": "none", "tokens_per_s": 16240}
     sharded = {
         **row, "case": "70B-1x4096:ours:fsdp:2", "shape": "70B-1x4096", "parallel": "fsdp",
         "tokens_per_s_device": 2730, "planned_gb": 47.0,
@@ -90,14 +91,14 @@ def test_tables_go_between_the_marks(benchmark: Any, tmp_path: Path) -> None:
     peer = {**sharded, "variant": "peft_liger_recompute", "tokens_per_s": 16000, "case": "peer"}
     failed = {"case": "x", "failed": "not in 8 s"}
     results, page = tmp_path / "gpu_many_x.jsonl", tmp_path / "page.md"
-    results.write_text("".join(json.dumps(r) + "\n" for r in (failed, row, sharded, peer)))
+    results.write_text("".join(json.dumps(r) + "\n" for r in (failed, alone, row, sharded, peer)))
     page.write_text("before\n<!-- gpu_many:start -->\nold\n<!-- gpu_many:end -->\nafter\n")
     table.write_tables(page, [results])
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert "| 1.97x | 1.95x |" in text
+    assert "| 2 H100 | 16,240 tokens/s | 32,000 tokens/s | 1.97x | 48.0 |" in text
     assert "2,730 (2.50x NeMo's) | 48.0, 47.0 planned | 2.00x |" in text
 
 
