@@ -88,6 +88,19 @@ class CapturedStep:
         """
         # Into a tensor: a graph replays the values of Python's numbers at its capture.
         self.update.set_learning_rate(learning_rate)
+        may_repeat = len(batches) > 1 and self.device.type == "cuda"
+        drawn = torch.cuda.get_rng_state(self.device) if may_repeat else None
+        # Rehearsing a pass that adds to the ones before has added too often: all run again.
+        while self._rehearse_or_run(batches):
+            if drawn is not None:
+                torch.cuda.set_rng_state(drawn, self.device)  # dropout draws the same masks again
+        if len(batches) > 1 or self._is_shared:
+            self.update.sum_over_processes(f"the gradients of step {number}")
+            self.graphs.run(("update",), self._update)
+
+    def _rehearse_or_run(self, batches: Sequence[Batch]) -> bool:
+        """Run the passes; return whether one was rehearsed that adds to those before it."""
+        is_spoilt = False
         for index, batch in enumerate(batches):
             packed = self._copy_in(batch)
             if len(batches) == 1 and not self._is_shared:
@@ -95,10 +108,9 @@ class CapturedStep:
                 self._run(("step", packed), partial(self._whole, packed))
             else:
                 first = index == 0
-                self._run(("micro", first, packed), partial(self._micro, packed, first=first))
-        if len(batches) > 1 or self._is_shared:
-            self.update.sum_over_processes(f"the gradients of step {number}")
-            self.graphs.run(("update",), self._update)
+                run = partial(self._micro, packed, first=first)
+                is_spoilt |= self._run(("micro", first, packed), run) and not first
+        return is_spoilt
 
     def optimizer_state(self) -> OptimizerState:
         """Return AdamW's state by parameter name, views of the flat moments."""
@@ -128,7 +140,7 @@ class CapturedStep:
             target.copy_(staged, non_blocking=True)
         return needs_mask(batch)
 
-    def _run(self, key: tuple[Any, ...], function: Callable[[], None]) -> None:
+    def _run(self, key: tuple[Any, ...], function: Callable[[], None]) -> bool:
         # A replay runs no Python: what changes the model's modules is needed for captures only,
         # and outside of them the model is the user's own, for evaluations and saving.
         with ExitStack() as entered:
@@ -139,7 +151,7 @@ class CapturedStep:
                     entered.enter_context(self._dropouts.drawn_together(0))
                 if self.compiles:
                     entered.enter_context(compiled_blocks(self.model))
-            self.graphs.run(key, function)
+            return self.graphs.run(key, function)
 
     def _whole(self, packed: bool) -> None:
         self._micro(packed, first=True)

@@ -33,18 +33,21 @@ class Graphs:
         self._graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
 
-    def run(self, key: tuple[Any, ...], function: Callable[[], Any]) -> None:
+    def run(self, key: tuple[Any, ...], function: Callable[[], Any]) -> bool:
         """Call `function`, or replay what it launched when `key` was new.
 
         What cannot be captured, because it reads a value back to the host, is called each time.
+        Returns whether `function` was rehearsed first: it has then run more than once.
         """
         captures = self.captures and self.why_not is None and self.device.type == "cuda"
-        if captures and key not in self._graphs:
+        is_new = captures and key not in self._graphs
+        if is_new:
             self._capture(key, function)
         if key in self._graphs:
             self._graphs[key].replay()
         else:
             function()
+        return is_new
 
     def has(self, key: tuple[Any, ...]) -> bool:
         """Whether `run` of this key replays."""

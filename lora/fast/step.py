@@ -106,6 +106,13 @@ class HandWrittenStep:
         self.network.expect(len(batches))
         self._allocate(batches[0])
         self.optimizer_update.set_learning_rate(lr)
+        # Rehearsing a pass that adds to the ones before has added too often: all run again.
+        while self._rehearse_or_run(batches, number):
+            pass
+
+    def _rehearse_or_run(self, batches: Sequence[Batch], number: int) -> bool:
+        """Run the passes; return whether one was rehearsed that adds to those before it."""
+        is_spoilt = False
         for index, batch in enumerate(batches):
             key = self._copy_in(batch)
             self._seed_dropout(number, index)
@@ -114,7 +121,9 @@ class HandWrittenStep:
                 self.graphs.run(("step", *key), partial(self._whole, key))
             else:
                 first = index == 0
-                self.graphs.run(("micro", first, *key), partial(self._micro, key, first=first))
+                run = partial(self._micro, key, first=first)
+                is_spoilt |= self.graphs.run(("micro", first, *key), run) and not first
+        return is_spoilt
 
     def _sum_over_processes(self, number: int) -> None:
         """Changes gradients in place, between backward and update; alone there is nothing to do."""
