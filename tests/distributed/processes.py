@@ -12,7 +12,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "lora.finetune.run"])  # once, not in every process
+# Once, not in every process; the first optimizer imports torch._dynamo, which takes seconds.
+_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "lora.finetune.run"])
 
 
 def run_processes(
