@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from lora.cli.flags.from_fields import COMPARED, Flat, config_from, flags_from
 from lora.cli.flags.shared import (
     DataFlags,
+    Devices,
     Json,
     LoRAFlags,
     Model,
@@ -22,6 +23,8 @@ from lora.cli.flags.shared import (
 from lora.compare.config import CompareConfig, LearningRates
 from lora.compare.decoder_job import EvaluationConfig
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.distributed.launch import Processes, processes_to_start
+from lora.distributed.ranks import is_main_process
 from lora.runs.comparison_record import COMPARE_FILE, Same
 from lora.runs.disk import read_json
 from lora.runs.record import Method
@@ -79,6 +82,7 @@ def compare(
     peft: Peft = False,
     resume: Resume = False,
     report: Report = True,
+    devices: Devices = None,
     json: Json = False,
     rates: Annotated[RateFlags | None, Flat] = None,
     measures: Annotated[EvaluationFlags | None, Flat] = None,
@@ -86,7 +90,7 @@ def compare(
     train: Annotated[TrainFlags | None, Flat] = None,
     data_config: Annotated[DataFlags | None, Flat] = None,
     run: Annotated[CompareRun | None, Flat] = None,
-) -> int:
+) -> int | Processes:
     """Compare LoRA with full fine-tuning: same base model, same batches.
 
     For example:
@@ -95,10 +99,12 @@ def compare(
         lora compare --data orders.jsonl --rates 3e-4,1e-3,3e-3 --peft
         lora compare --data orders.jsonl --same time --name fair
         lora compare --name fair --resume
+        lora compare --data orders.jsonl --devices 2
 
     Reports training time, peak memory, sizes on disk, validation loss, loss on
     an unrelated text (forgetting), sample answers and, with --metric, a score.
     Each method is trained in a subprocess, so that its peak memory is its own.
+    Several devices train each method together.
     """
     run_config = config_from(RunConfig, run or CompareRun())
     evaluation = config_from(EvaluationConfig, measures or EvaluationFlags())
@@ -129,8 +135,11 @@ def compare(
     )
     if not resume:
         target.check_split()
+    if processes := processes_to_start(devices, run_config.device):
+        return processes
     done = run_comparison(target, config, RichProgress)  # told on standard error
-    page = report_on(done.folder, RichProgress("report").message, with_page=report)
+    tell = RichProgress("report").message
+    page = report_on(done.folder, tell, with_page=report) if is_main_process() else None
     return _report(done, page, json)
 
 

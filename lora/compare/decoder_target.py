@@ -11,6 +11,8 @@ from lora.compare.decoder_job import DecoderJob
 from lora.compare.results import BaseResult, MemberResult
 from lora.compare.target import MemberTask, run_rate_trials
 from lora.config import RunConfig, TrainConfig
+from lora.distributed.ranks import is_one_of_several, world_size
+from lora.errors import ConfigError
 from lora.runs.comparison_record import RateTrial
 from lora.runs.progress import Progress
 from lora.runs.record import Method
@@ -21,7 +23,12 @@ class DecoderTarget(DecoderJob):
     """A `DecoderJob` as a `ComparisonTarget`; torch is imported when the first method is called."""
 
     def check(self, methods: tuple[Method, ...], train: TrainConfig) -> None:
-        """Raise ConfigError or DependencyError if the PEFT member cannot be trained."""
+        """Raise ConfigError or DependencyError if the PEFT member cannot be trained here."""
+        if "peft" in methods and is_one_of_several():
+            raise ConfigError(
+                f"Cannot compare with PEFT in {world_size()} processes: its member trains in one, "
+                "so that times would not compare. Leave --peft out, or use one device."
+            )
         if "peft" in methods:
             from lora.compare.peft import check_peft
 

@@ -16,11 +16,12 @@ from lora.data.reading.readers import Source, read_examples
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
+from lora.distributed.world import ALONE, World
 from lora.errors import DataError
 from lora.inference.answers import answer_examples
 from lora.inference.evaluation import measure_loss, score
-from lora.inference.generate import generate
 from lora.inference.samples import choose_prompts
+from lora.inference.shared import generate_shared
 from lora.runs.comparison_record import Sample
 from lora.runs.progress import Progress
 from lora.runs.record import IN_MEMORY
@@ -40,13 +41,17 @@ class Evaluator:
     data: PreparedData
     choice: DeviceChoice
     progress: Progress
+    world: World = ALONE
+    """The processes that share the evaluation."""
 
     def evaluate(self, model: Decoder, tokenizer: TextTokenizer) -> ModelEvaluation:
         """Return the loss on another text, the metric, and a few answers of `model`."""
         evaluation = self.job.evaluation
         name, examples = _forgetting_text(evaluation.forgetting_data)
         config = replace(self.job.data_config, long_examples="split", special_tokens=())
-        loss = measure_loss(model, examples, tokenizer, config, self.choice, now=self.data.now)
+        loss = measure_loss(
+            model, examples, tokenizer, config, self.choice, now=self.data.now, world=self.world
+        )
         self.progress.message(f"loss on {name}: {loss:.4f}")
         metric_name = metric = None
         if evaluation.metric != "none":
@@ -69,7 +74,9 @@ class Evaluator:
             )
         sampling = SamplingConfig(max_new_tokens=evaluation.answer_tokens)
         chosen = examples[: evaluation.answers]
-        answers = answer_examples(model, chosen, tokenizer, sampling, now=self.data.now)
+        answers = answer_examples(
+            model, chosen, tokenizer, sampling, now=self.data.now, world=self.world
+        )
         found = score(0.0, answers)
         if not found.n_answers or found.exact_match is None:
             raise DataError(
@@ -99,7 +106,8 @@ class Evaluator:
             return ()
         sampling = SamplingConfig(max_new_tokens=self.run.sample_tokens)
         ids = [prompt.ids for prompt in prompts]
-        answers = generate(model, ids, sampling, stop_ids=tokenizer.stop_ids)
+        stop_ids = tokenizer.stop_ids
+        answers = generate_shared(model, ids, sampling, self.world, stop_ids=stop_ids)
         return tuple(
             Sample(
                 prompt=prompt.text,

@@ -24,6 +24,7 @@ from lora.compare.results import BaseResult, MemberResult, ModelEvaluation
 from lora.compare.target import MemberTask, run_rate_trials
 from lora.config import RunConfig, TrainConfig
 from lora.device import DeviceChoice
+from lora.distributed.ranks import is_one_of_several, world_size
 from lora.errors import ConfigError
 from lora.lora_module import count_lora_parameters
 from lora.runs.comparison_record import RateTrial, Sample
@@ -91,7 +92,15 @@ class FactoryTarget:
         return DataRecord()
 
     def check(self, methods: tuple[Method, ...], train: TrainConfig) -> None:
-        """Raise ConfigError if PEFT is among the methods: a factory cannot build its member."""
+        """Raise ConfigError for PEFT, whose member a factory cannot build, and several processes.
+
+        What a factory builds trains in one.
+        """
+        if is_one_of_several():
+            raise ConfigError(
+                f"Cannot compare models of a factory in {world_size()} processes: each would train "
+                "on all of its batches. Run it without torchrun."
+            )
         if "peft" in methods:
             raise ConfigError(
                 "Cannot compare with PEFT models that a factory builds: the PEFT member needs a "

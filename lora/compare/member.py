@@ -6,9 +6,9 @@ adapter on the base, or the whole model, loaded again as a user loads it.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from lora.adapters.save_load import load_adapter
@@ -16,15 +16,19 @@ from lora.compare.decoder_job import DecoderJob
 from lora.compare.evaluation import Evaluator
 from lora.compare.results import BaseResult, MemberResult, ModelEvaluation
 from lora.compare.target import MemberTask, TrainingOutcome, short_run
+from lora.compare.together import agreed, is_begun
 from lora.config import RunConfig, TrainConfig
 from lora.data.prepare import PreparedData
 from lora.data.sequences.batches import ordered_batches
 from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice, choose_device
+from lora.distributed.devices import own_device
+from lora.distributed.world import World
 from lora.errors import DataError
 from lora.finetune.load_data import load_data
 from lora.finetune.run import finetune
+from lora.inference.shared import sharing
 from lora.lora_module import count_lora_parameters
 from lora.pretrained.hf_weights import load_decoder
 from lora.pretrained.sources import find_model
@@ -44,10 +48,22 @@ def measure_base(
     job: DecoderJob, train: TrainConfig, run: RunConfig, progress: Progress
 ) -> BaseResult:
     """Evaluate the base model. What does not fit, of data or settings, is found here, first."""
-    choice = choose_device(run.device, train.precision)
+    choice = choose_device(own_device(run.device), train.precision)
+    with sharing(choice.device) as world:
+        return _measure_base(job, train, run, progress, choice, world)
+
+
+def _measure_base(
+    job: DecoderJob,
+    train: TrainConfig,
+    run: RunConfig,
+    progress: Progress,
+    choice: DeviceChoice,
+    world: World,
+) -> BaseResult:
     source = find_model(job.model)
     finetune_job = job.finetune_job(MemberTask("lora", train, run))
-    data, report = load_data(finetune_job, source.folder, progress)
+    data, report = load_data(finetune_job, source.folder, progress, world)
     for note in report.notes + report.warnings:
         progress.message(f"note: {note}")
     if data.validation is None:
@@ -57,9 +73,9 @@ def measure_base(
         )
     progress.message(f"{source.description} on {choice.reason}")
     model = load_decoder(source.folder, device=choice.device).eval()
-    loss = _validation_loss(model, data, train, choice)
+    loss = _validation_loss(model, data, train, choice, world)
     progress.message(f"validation loss of the base: {loss:.4f}")
-    measured = Evaluator(job, run, data, choice, progress).evaluate(model, data.tokenizer)
+    measured = Evaluator(job, run, data, choice, progress, world).evaluate(model, data.tokenizer)
     return BaseResult(source.name, choice.reason, loss, measured, n_sequences=len(data.train))
 
 
@@ -73,12 +89,14 @@ def run_member(job: DecoderJob, task: MemberTask, progress: Progress) -> MemberR
         outcome = _finetune(job, task, progress)
     after, parameters = ModelEvaluation(), (0, 0)
     if task.evaluate:
-        choice = choose_device(task.run.device, task.train.precision)
-        model, tokenizer, parameters = _load_saved(job, task.method, outcome.saved, choice)
-        # As resumed: the chat template gets the date on which the run began.
-        begun = job.finetune_job(replace(task, resume=True))
-        data, _ = load_data(begun, find_model(job.model).folder, NoProgress())
-        after = Evaluator(job, task.run, data, choice, progress).evaluate(model, tokenizer)
+        choice = choose_device(own_device(task.run.device), task.train.precision)
+        with sharing(choice.device) as world:
+            model, tokenizer, parameters = _load_saved(job, task.method, outcome.saved, choice)
+            # As resumed: the chat template gets the date on which the run began.
+            begun = job.finetune_job(replace(task, resume=True))
+            data, _ = load_data(begun, find_model(job.model).folder, NoProgress(), world)
+            evaluator = Evaluator(job, task.run, data, choice, progress, world)
+            after = evaluator.evaluate(model, tokenizer)
     return MemberResult(
         steps=outcome.steps,
         train_s=outcome.train_s,
@@ -101,9 +119,7 @@ def run_stacked_rate_trials(
     """Return LoRA's validation loss at each learning rate: candidates of one sweep, which stays."""
     lora, train = job.lora, task.train
     name = "lora"
-    resume = (task.run.out / name / "run.json").is_file()
-    if not resume:
-        shutil.rmtree(task.run.out / name, ignore_errors=True)
+    resume = agreed(partial(is_begun, task.run.out / name), "the trials of an earlier call")
     sweep_job = SweepJob(
         data=job.data,
         grid=Grid(
@@ -161,11 +177,12 @@ def _load_saved(
 
 
 def _validation_loss(
-    model: Decoder, data: PreparedData, train: TrainConfig, choice: DeviceChoice
+    model: Decoder, data: PreparedData, train: TrainConfig, choice: DeviceChoice, world: World
 ) -> float:
     assert data.validation is not None
-    batches = ordered_batches(data.validation, train.micro_batch_size, choice.device)
-    return evaluate(model, batches, loss_for(model), choice.autocast)
+    size = world.share.largest(train.micro_batch_size)
+    batches = ordered_batches(data.validation, size, choice.device, world.share)
+    return evaluate(model, batches, loss_for(model), choice.autocast, world)
 
 
 class _SweepProgressBridge:

@@ -19,8 +19,11 @@ import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from lora.compare.config import CompareConfig, check_same_comparison, with_recorded_steps
 from lora.compare.results import (
@@ -35,6 +38,11 @@ from lora.compare.results import (
     start_loss_notes,
 )
 from lora.compare.target import ComparisonTarget, MemberTask, remove_weights, short_run
+from lora.compare.together import group_of_subprocesses, is_begun
+from lora.distributed.devices import check_batch
+from lora.distributed.one_run import check_is_shared, shared_run
+from lora.distributed.start import joined
+from lora.distributed.world import World
 from lora.errors import ConfigError, TrainingError
 from lora.runs.comparison_record import (
     MEMBERS,
@@ -47,7 +55,7 @@ from lora.runs.comparison_record import (
 from lora.runs.directory import Run, create_run, default_name
 from lora.runs.progress import NoProgress, Progress
 from lora.runs.read_record import read_record_file, step_times
-from lora.runs.record import RUN_FILE, Method, RunRecord
+from lora.runs.record import Method, RunRecord
 from lora.runs.subprocesses import run_in_subprocess
 
 BASE_FILE, MEMBER_FILE, RATES, TIMING = "base.json", "member.json", "rates", "timing"
@@ -74,20 +82,32 @@ class _ComparisonJob:
     config: CompareConfig
     run: Run
     progress_of: ProgressOf
+    world: World
 
     def call(self, title: str, stage: Callable[..., Any], *arguments: Any) -> Any:
         """Return `stage(*arguments, progress)`, from a subprocess if members are isolated."""
-        return _call(self.config, self.progress_of(title), stage, *arguments)
+        return _call(self.config, self.world, self.progress_of(title), stage, *arguments)
+
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        """Return what `function` returns on rank 0, which alone calls it."""
+        return self.world.on_main(function, "rank 0 in the run directory")
 
     def once(self, name: str, kind: type[RecordT], make: Callable[[], RecordT]) -> RecordT:
-        """Return the record in the JSON file `name`; where there is none, make and write it."""
+        """Return the record in the JSON file `name`; where there is none, make and write it.
+
+        All processes make it together, and that of rank 0 is written.
+        """
         path = self.run.folder / name
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.run.write_json(name, asdict(make()))  # type: ignore[call-overload]
-        record = read_record_file(kind, path)
-        assert record is not None  # the file is there, and a damaged one raises
+        if not self.on_main(path.is_file):
+            made = make()
+            self.on_main(lambda: self._write(path, made))
+        record: RecordT = self.on_main(lambda: read_record_file(kind, path))
         return record
+
+    def _write(self, path: Path, record: object) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        name = str(path.relative_to(self.run.folder))
+        self.run.write_json(name, asdict(record))  # type: ignore[call-overload]
 
 
 def compare(
@@ -100,13 +120,24 @@ def compare(
     Raises ConfigError, DataError, ModelError or DependencyError for what cannot work, before
     anything is written; TrainingError if a member fails; Interrupted after a signal. What is
     finished by then is kept for `resume`.
+
+    Processes that torchrun has started train each member together, each on its own GPU.
     """
     config = config or CompareConfig()
     target.check(config.methods, config.train)
+    with joined(torch.device("cpu")) as world:  # members use the GPUs, in subprocesses
+        shown = progress_of if world.is_main else lambda title: NoProgress()
+        return _compare(target, config, shown, world)
+
+
+def _compare(
+    target: ComparisonTarget, config: CompareConfig, progress_of: ProgressOf, world: World
+) -> CompareResult:
+    _check_processes(config, world)
     config = with_recorded_steps(config)
     if config.train.steps is not None:  # else once the data have told how many there are
         check_same_comparison(config, {**config.described(), **target.described()})
-    base = _measure_base(target, config, progress_of)
+    base = _measure_base(target, config, progress_of, world)
     config = _with_steps(config, base)
     if base.n_sequences is not None:
         progress_of("compare").message(config.train.describe_length(base.n_sequences))
@@ -120,9 +151,12 @@ def compare(
         device=base.device,
         data=target.data_record(),
         run=asdict(config.run),  # directory and intervals: may change when it is resumed
+        world_size=None if world.is_alone else world.size,
     )
-    with create_run(config.run.out, name, resume=config.resume, record=record) as run:
-        job = _ComparisonJob(target, config, run, progress_of)
+    create = partial(create_run, config.run.out, name, resume=config.resume, record=record)
+    with shared_run(world, create) as run:
+        check_is_shared(run, world, "compare")
+        job = _ComparisonJob(target, config, run, progress_of, world)
         job.once(BASE_FILE, BaseResult, lambda: base)
         rates = {method: _choose_rate(job, method) for method in config.methods}
         members: list[Member] = []
@@ -130,6 +164,18 @@ def compare(
             steps = _choose_steps(job, method, rates[method], members)
             members.append(_run_member(job, method, rates[method], steps, base))
         return _finish(job, base, members, rates)
+
+
+def _check_processes(config: CompareConfig, world: World) -> None:
+    """Raise ConfigError for what several processes cannot do."""
+    if world.is_alone:
+        return
+    check_batch(config.train, world)
+    if not config.isolated:
+        raise ConfigError(
+            f"Cannot compare with isolated=False in {world.size} processes: they train each member "
+            "together, in a subprocess each. Leave it out."
+        )
 
 
 def _with_steps(config: CompareConfig, base: BaseResult) -> CompareConfig:
@@ -145,26 +191,34 @@ def _with_steps(config: CompareConfig, base: BaseResult) -> CompareConfig:
 
 
 def _measure_base(
-    target: ComparisonTarget, config: CompareConfig, progress_of: ProgressOf
+    target: ComparisonTarget, config: CompareConfig, progress_of: ProgressOf, world: World
 ) -> BaseResult:
     """Return the evaluation of the base; a resumed comparison reads the one it began with."""
     if config.resume:
         path = config.run.out / str(config.run.name) / BASE_FILE
-        if (former := read_record_file(BaseResult, path)) is not None:
+        former: BaseResult | None = world.on_main(
+            lambda: read_record_file(BaseResult, path), "the evaluation of the base"
+        )
+        if former is not None:
             return former
     base: BaseResult = _call(
-        config, progress_of("base"), target.measure_base, config.train, config.run
+        config, world, progress_of("base"), target.measure_base, config.train, config.run
     )
-    return base
+    return world.from_main(base, "the evaluation of the base")
 
 
 def _call(
-    config: CompareConfig, progress: Progress, stage: Callable[..., Any], *arguments: Any
+    config: CompareConfig,
+    world: World,
+    progress: Progress,
+    stage: Callable[..., Any],
+    *arguments: Any,
 ) -> Any:
     if config.isolated:
-        return run_in_subprocess(stage, *arguments, progress=progress)
-    import torch
-
+        group = group_of_subprocesses(world)
+        result = run_in_subprocess(stage, *arguments, progress=progress, environment=group)
+        world.gather(None, "the subprocesses of all")  # nothing is removed while one reads it
+        return result
     gc.collect()  # the former member's tensors must not count towards this one's peak
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -220,10 +274,11 @@ def _choose_steps(
             run=short_run(replace(config.run, out=job.run.folder / TIMING), method, TIMED_STEPS),
             evaluate=False,
         )
-        shutil.rmtree(task.folder, ignore_errors=True)
+        job.on_main(lambda: shutil.rmtree(task.folder, ignore_errors=True))
         job.call(f"time per step of {METHOD_NAMES[method]}", job.target.run_member, task)
-        step_s = statistics.median(step_times(task.folder)[UNTIMED_STEPS:])
-        remove_weights(task.folder)
+        times: list[float] = job.on_main(lambda: list(step_times(task.folder)))
+        step_s = statistics.median(times[UNTIMED_STEPS:])
+        job.on_main(lambda: remove_weights(task.folder))
         lora = members[0]  # `CompareConfig` sees to it
         return StepTiming(step_s, max(1, round(lora.train_s / step_s)))
 
@@ -237,9 +292,7 @@ def _run_member(
     folder = job.run.folder / MEMBERS / method
 
     def train() -> MemberResult:
-        resume = (folder / RUN_FILE).is_file()
-        if not resume:
-            shutil.rmtree(folder, ignore_errors=True)  # killed before it began
+        resume = job.on_main(lambda: is_begun(folder))
         out = job.run.folder / MEMBERS
         task = MemberTask(
             method=method,
@@ -251,7 +304,7 @@ def _run_member(
         return result
 
     result = job.once(f"{MEMBERS}/{method}/{MEMBER_FILE}", MemberResult, train)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    job.on_main(lambda: shutil.rmtree(folder / "checkpoints", ignore_errors=True))
     return build_member(method, folder, rate, result, base.measured)
 
 
@@ -281,5 +334,5 @@ def _finish(
         rate_steps=config.steps_tried if has_trials else None,
         notes=tuple(dict.fromkeys(notes)),
     )
-    write_comparison(run, comparison)
+    job.on_main(lambda: write_comparison(run, comparison))
     return CompareResult(run.folder, comparison)

@@ -15,8 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lora.compare.together import group_of_subprocesses, is_begun
 from lora.config import FULL_LEARNING_RATE, TrainConfig
 from lora.data.inspection_report import DataReport
+from lora.distributed.devices import check_batch
+from lora.distributed.start import joined
 from lora.errors import CheckpointError
 from lora.finetune.job import FinetuneJob
 from lora.finetune.run import finetune
@@ -30,7 +35,6 @@ from lora.runs.read_record import (
     read_run_record,
     stored_bytes,
 )
-from lora.runs.record import RUN_FILE
 from lora.runs.subprocesses import run_in_subprocess
 from lora.runs.sweep_record import CandidateState
 from lora.runs.typed_json import Faults, to_json
@@ -79,31 +83,47 @@ def sweep_with_full(
     """Run the sweep, then full fine-tuning at learning rate `full_rate` (None: its default).
 
     A sweep that was run without it can be resumed with it. Raises what `sweep` and `finetune`
-    raise, and CheckpointError if the two did not get the same data.
+    raise, and CheckpointError if the two did not get the same data. Several processes share the
+    candidates, then train in full together.
     """
+    with joined(torch.device("cpu")) as world:
+        check_batch(job.train, world)  # of full fine-tuning, before all candidates are trained
     done = sweep(job, progress, show_data=show_data)
     gc.collect()  # frees the sweep's base before the subprocess loads its own
-    path = done.folder / FULL_FILE
-    if not path.is_file():
-        progress.message("full fine-tuning on the same data, in the same order")
-        full_job = _full_job(job, done.folder, full_rate)
-        record = run_in_subprocess(_train, full_job, progress=full_progress or NoProgress())
-        _check_same_data(done.folder)
-        Run(done.folder).write_json(FULL_FILE, to_json(record))
-    shutil.rmtree(done.folder / FULL / "checkpoints", ignore_errors=True)
-    stored = read_record_file(FullRecord, path, upgrade=_upgraded)
-    assert stored is not None  # just written, or seen above
-    return done, FullResult(done.folder / FULL, stored)
+    with joined(torch.device("cpu")) as world:
+        shown = full_progress if world.is_main and full_progress else NoProgress()
+        if not world.on_main((done.folder / FULL_FILE).is_file, "an earlier result"):
+            progress.message("full fine-tuning on the same data, in the same order")
+            resume = world.on_main(lambda: is_begun(done.folder / FULL), "an earlier run")
+            full_job = _full_job(job, done.folder, full_rate, resume=resume)
+            group = group_of_subprocesses(world)
+            record = run_in_subprocess(_train, full_job, progress=shown, environment=group)
+            world.gather(None, "full fine-tuning in all processes")
+            world.on_main(lambda: _write(done.folder, record), "the result")
+        return done, FullResult(
+            done.folder / FULL, world.on_main(lambda: _stored(done.folder), "the result")
+        )
 
 
-def _full_job(job: SweepJob, folder: Path, rate: float | None) -> FinetuneJob:
+def _write(folder: Path, record: FullRecord) -> None:
+    _check_same_data(folder)
+    Run(folder).write_json(FULL_FILE, to_json(record))
+
+
+def _stored(folder: Path) -> FullRecord:
+    shutil.rmtree(folder / FULL / "checkpoints", ignore_errors=True)
+    stored = read_record_file(FullRecord, folder / FULL_FILE, upgrade=_upgraded)
+    assert stored is not None  # just written, or seen before
+    return stored
+
+
+def _full_job(
+    job: SweepJob, folder: Path, rate: float | None, *, resume: bool = False
+) -> FinetuneJob:
     """Return a job with the settings that all candidates share, and the first seed and schedule.
 
     Its steps are those of the sweep in `folder`: a resumed one may have taken them from its record.
     """
-    resume = (folder / FULL / RUN_FILE).is_file()
-    if not resume:
-        shutil.rmtree(folder / FULL, ignore_errors=True)
     recorded = read_run_record(folder).sweep
     assert recorded is not None  # `sweep` has written it
     train: TrainConfig = replace(

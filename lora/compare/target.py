@@ -9,12 +9,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from lora.compare.results import BaseResult, MemberResult
+from lora.compare.together import agreed
 from lora.config import RunConfig, TrainConfig
-from lora.errors import TrainingError
+from lora.errors import LostProcessError, TrainingError
 from lora.runs.comparison_record import RateTrial
 from lora.runs.directory import Run
 from lora.runs.progress import Progress
@@ -105,7 +107,7 @@ def run_rate_trials(
 
     Trials that an interrupted call has finished are read, not repeated.
     """
-    found = []
+    found: list[RateTrial] = []
     for number, rate in enumerate(rates, start=1):
         name = f"{task.method}-{rate:g}"
         trial = MemberTask(
@@ -114,15 +116,30 @@ def run_rate_trials(
             run=short_run(task.run, name, task.train.n_steps),
             evaluate=False,
         )
-        path = trial.folder / RATE_TRIAL_FILE
-        if not path.is_file():
-            shutil.rmtree(trial.folder, ignore_errors=True)  # of a trial that was killed
+        trial_record = agreed(partial(_finished_trial, trial), "a finished trial")
+        if trial_record is None:
             progress.message(f"learning rate {number} of {len(rates)}: {rate:g}")
-            Run(trial.folder).write_json(path.name, asdict(_run_trial(run_member, trial, progress)))
-        trial_record = read_record_file(RateTrial, path)
-        assert trial_record is not None  # just written, or seen above
+            tried = _run_trial(run_member, trial, progress)
+            trial_record = agreed(partial(_finish_trial, trial, tried), "the end of a trial")
         found.append(trial_record)
     return found
+
+
+def _finished_trial(trial: MemberTask) -> RateTrial | None:
+    """Return the record of a finished trial; None where there is none, its directory removed."""
+    path = trial.folder / RATE_TRIAL_FILE
+    if not path.is_file():
+        shutil.rmtree(trial.folder, ignore_errors=True)  # of a trial that was killed
+        return None
+    return read_record_file(RateTrial, path)
+
+
+def _finish_trial(trial: MemberTask, tried: RateTrial) -> RateTrial:
+    remove_weights(trial.folder)
+    Run(trial.folder).write_json(RATE_TRIAL_FILE, asdict(tried))
+    record = _finished_trial(trial)
+    assert record is not None  # just written
+    return record
 
 
 def short_run(run: RunConfig, name: str, steps: int) -> RunConfig:
@@ -137,11 +154,11 @@ def _run_trial(run_member: RunMember, trial: MemberTask, progress: Progress) -> 
     learning_rate = trial.train.peak_learning_rate
     try:
         loss: float | None = run_member(trial, progress).final_eval_loss
+    except LostProcessError:
+        raise
     except TrainingError as error:
         progress.message(f"learning rate {learning_rate:g} failed: {error}")
         loss = None
-    finally:
-        remove_weights(trial.folder)
     return RateTrial(learning_rate, loss)
 
 

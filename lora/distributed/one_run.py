@@ -35,6 +35,21 @@ def shared_run(world: World, create: Callable[[], Run]) -> Iterator[Run]:
         yield run
 
 
+def check_is_shared(run: Run, world: World, command: str) -> None:
+    """Raise ConfigError if a process does not see the directory that rank 0 has made.
+
+    For a `command` whose other processes read or write in it.
+    """
+    is_seen = world.gather((run.folder / RUN_FILE).is_file(), "the run directory")
+    blind = [str(rank) for rank, sees in enumerate(is_seen) if not sees]
+    if blind:
+        raise ConfigError(
+            f"Cannot {command} on several machines: {run.folder} is not there for rank "
+            f"{', '.join(blind)}, and all processes use it. Give an --out on a file system that "
+            "all machines share."
+        )
+
+
 def check_alike(values: Mapping[str, Any], world: World) -> None:
     """Raise ConfigError if these named values differ from process to process.
 

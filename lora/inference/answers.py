@@ -71,6 +71,7 @@ def answer_examples(
     batch_size: int = 16,
     now: datetime | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    world: World = ALONE,
 ) -> list[Answer]:
     """Return the model's answers to the examples that have a prompt and a reference, in order.
 
@@ -78,7 +79,13 @@ def answer_examples(
     """
     prompts = ask_for_all(examples, tokenizer, now)
     return answer_prompts(
-        model, prompts, tokenizer, sampling, batch_size=batch_size, on_progress=on_progress
+        model,
+        prompts,
+        tokenizer,
+        sampling,
+        batch_size=batch_size,
+        on_progress=on_progress,
+        world=world,
     )
 
 

@@ -157,6 +157,7 @@ def measure_loss(
     batch_size: int = 8,
     *,
     now: datetime | None = None,
+    world: World = ALONE,
 ) -> float:
     """Return the mean loss in nats over the target tokens of `examples`.
 
@@ -164,7 +165,7 @@ def measure_loss(
     there are no target tokens.
     """
     encoded = encode_for_loss(examples, tokenizer, config, now)
-    return loss_of(model, encoded, tokenizer, config, choice, batch_size)
+    return loss_of(model, encoded, tokenizer, config, choice, batch_size, world=world)
 
 
 def encode_for_loss(

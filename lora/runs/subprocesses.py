@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -24,15 +24,22 @@ T = TypeVar("T")
 _POLL_S, _GRACE_S = 0.2, 5.0
 
 
-def run_in_subprocess(task: Callable[..., T], *arguments: Any, progress: Progress) -> T:
+def run_in_subprocess(
+    task: Callable[..., T],
+    *arguments: Any,
+    progress: Progress,
+    environment: Mapping[str, str | None] | None = None,
+) -> T:
     """Return `task(*arguments, progress)`, computed in a subprocess.
 
-    Task, arguments and result are pickled: functions and classes of modules, no closures. A
+    Task, arguments and result are pickled: functions and classes of modules, no closures. In the
+    subprocess the variables of `environment` have these values; None: they are not set. A
     LoraError of the task is raised here again. Raises TrainingError if the subprocess dies.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_run_child, args=(theirs, task, arguments))
+    changed = dict(environment or {})
+    process = context.Process(target=_run_child, args=(theirs, task, arguments, changed))
     with StopRequests(progress.message) as stop:
         process.start()
         theirs.close()
@@ -135,8 +142,15 @@ class _ParentProgress:
 
 
 def _run_child(
-    connection: Connection, task: Callable[..., Any], arguments: tuple[Any, ...]
+    connection: Connection,
+    task: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    environment: Mapping[str, str | None],
 ) -> None:
+    for name, value in environment.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
     os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on once
     threading.Thread(target=_die_with_parent, daemon=True).start()
     progress = _ParentProgress(connection)

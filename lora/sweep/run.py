@@ -35,7 +35,7 @@ from lora.device import (
     peak_memory_bytes,
 )
 from lora.distributed.devices import own_device
-from lora.distributed.one_run import check_alike, resumes, shared_run
+from lora.distributed.one_run import check_alike, check_is_shared, resumes, shared_run
 from lora.distributed.start import joined
 from lora.distributed.world import World
 from lora.errors import CheckpointError, TrainingError, gather
@@ -69,7 +69,6 @@ from lora.sweep.progress import KeptMessages, NoSweepProgress, SweepProgress
 from lora.sweep.rounds import train_rounds
 from lora.sweep.setup import (
     build_context,
-    check_is_shared,
     choose_stack_size,
     open_record,
     prepare_sweep,
@@ -162,7 +161,7 @@ def _sweep(
         progress.message("deterministic: PyTorch's deterministic algorithms, and the plain step")
     create = partial(create_run, job.run.out, name, resume=job.resume, record=described)
     with shared_run(world, create) as run:
-        check_is_shared(run, world)
+        check_is_shared(run, world, "sweep")
         run.on_trouble = progress.message
         if run.note:
             progress.message(run.note)

@@ -14,12 +14,11 @@ from lora.decoder.decoder import Decoder
 from lora.decoder.families import decoder_config
 from lora.device import DeviceChoice
 from lora.distributed.world import ALONE, World
-from lora.errors import CheckpointError, ConfigError, DataError
+from lora.errors import CheckpointError, DataError
 from lora.inference.run_settings import prompts_to_resume
 from lora.pretrained.hf_files import read_config
 from lora.runs.directory import Run, read_start_time
 from lora.runs.read_record import read_run_record
-from lora.runs.record import RUN_FILE
 from lora.runs.sweep_record import (
     SWEEP_FILE,
     CandidateState,
@@ -195,15 +194,3 @@ def _write_records(context: SweepContext, record: SweepRecord) -> None:
         own = candidate_run(context.run, candidate)
         own.write_run_record(describe_candidate(sweep, candidate))
     write_sweep_record(context.run, record)
-
-
-def check_is_shared(run: Run, world: World) -> None:
-    """Raise ConfigError if a process does not see the directory that rank 0 has made."""
-    is_seen = world.gather((run.folder / RUN_FILE).is_file(), "the run directory")
-    blind = [str(rank) for rank, sees in enumerate(is_seen) if not sees]
-    if blind:
-        raise ConfigError(
-            f"Cannot sweep on several machines: {run.folder} is not there for the processes of "
-            f"rank {', '.join(blind)}, and each process saves the candidates that it trains. Give "
-            "an --out on a file system that all machines share."
-        )
