@@ -23,7 +23,7 @@ _NOT_OF_SWEEP = (*SWEPT, "rank_pattern", "alpha_pattern", "init_seed")
 
 def finetune_command(record: RunRecord, name: str) -> str | None:
     """Return the `lora finetune` of a run; None if it was not one, or not on files."""
-    return _command("finetune", finetune_settings(record, name))
+    return _command("finetune", _on_devices(record, finetune_settings(record, name)))
 
 
 def sweep_command(record: RunRecord, name: str, full_rate: float | None = None) -> str | None:
@@ -31,7 +31,7 @@ def sweep_command(record: RunRecord, name: str, full_rate: float | None = None) 
 
     `full_rate` is the learning rate of full fine-tuning beside it; None: there was none.
     """
-    return _command("sweep", sweep_settings(record, name, full_rate))
+    return _command("sweep", _on_devices(record, sweep_settings(record, name, full_rate)))
 
 
 def comparison_command(record: RunRecord, name: str) -> str | None:
@@ -178,6 +178,13 @@ def _changed(
         if value not in ([], {}, ()):
             found[field.name] = value
     return found
+
+
+def _on_devices(record: RunRecord, settings: Settings | None) -> Settings | None:
+    """Return `settings` with the number of processes, which is no setting of a run."""
+    if settings is None or record.world_size is None:
+        return settings
+    return {**settings, "devices": record.world_size}
 
 
 def _command(command: str, settings: Settings | None) -> str | None:

@@ -153,7 +153,8 @@ def _configuration(record: RunRecord, path: str, faults: Faults) -> dict[str, An
 def _device(record: RunRecord) -> str | None:
     if record.world_size is None or record.device is None:
         return record.device
-    return f"{record.world_size} processes ({record.parallel}), rank 0 on {record.device}"
+    how = "" if record.parallel is None else f" ({record.parallel})"
+    return f"{record.world_size} processes{how}, rank 0 on {record.device}"
 
 
 def _elapsed(timings: Sequence[TimingRow]) -> dict[int, float]:

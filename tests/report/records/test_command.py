@@ -76,6 +76,8 @@ def test_the_command_of_a_finetune_asks_for_the_same(
     assert (found.get("train") or TrainConfig()) == train
     assert (found.get("data_config") or DataConfig()) == data_config
     assert found["run"] == run
+    together = finetune_command(record(tmp_path, {**asked, "world_size": 4}), "b")
+    assert parsed(str(together)) == {**found, "devices": 4}
 
 
 def test_the_command_of_a_sweep_asks_for_the_same(tmp_path: Path) -> None:
