@@ -20,6 +20,7 @@ from lora.decoder.rope import Rope
 from lora.fast.llama.buffers import Buffers, Widths
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.llama.fp8 import Fp8Buffers, fp8_projection
+from lora.fast.sharded.base import read_in_all
 from lora.fast.sharded.projections import ShardedProjection, ShardedTable, sharded_projection
 from lora.fast.sharded.ring import EMBEDDING, ShardRing, block_unit
 from lora.fast.weights.adapted import (
@@ -154,9 +155,20 @@ class FastNetwork:
 
     def _load_shards(self, ring: ShardRing) -> None:
         ring.allocate()
-        for owner in (*self.projections, *self.weights):
-            if isinstance(owner, ShardedProjection | ShardedTable):
-                owner.load()
+        owners = [
+            owner
+            for owner in (*self.projections, *self.weights)
+            if isinstance(owner, ShardedProjection | ShardedTable)
+        ]
+
+        def read() -> None:
+            for owner in owners:
+                owner.read()
+
+        if ring.device.type != "meta":
+            read_in_all(ring.base, read, "the shards of all processes")
+        for owner in owners:
+            owner.use_slots()
         ring.connect()
 
     def refresh(self) -> None:

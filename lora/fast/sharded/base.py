@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lora.decoder.decoder import Decoder
+from lora.decoder.quantised import quantise_weight
 from lora.device import Share
 from lora.distributed.shards import Rows, gather_shards
 from lora.distributed.world import ALONE, World
 from lora.errors import ModelError
 from lora.fast.sharded.layout import ShardedMatrix
-from lora.kernels.step.fp8 import Fp8Rows
 
 READ_BYTES = 2**27
 """Rows that are read at once, so that a shard is filled without a second one beside it."""
@@ -49,13 +49,18 @@ def _no_rows(name: str, rows: slice) -> Tensor:
 
 def load_small(model: Decoder, base: ShardedBase, dtype: torch.dtype) -> None:
     """Changes `model` in place: norms and biases, which every process holds whole, are read."""
-    if base.device.type == "meta":
-        return
-    for name, parameter in list(model.named_parameters()):
-        if parameter.is_meta and parameter.ndim == 1:
-            owner, _, leaf = name.rpartition(".")
-            values = base.rows(name, slice(0, len(parameter))).to(device=base.device, dtype=dtype)
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=False))
+
+    def read() -> None:
+        for name, parameter in list(model.named_parameters()):
+            if parameter.is_meta and parameter.ndim == 1:
+                owner, _, leaf = name.rpartition(".")
+                values = base.rows(name, slice(0, len(parameter)))
+                values = values.to(device=base.device, dtype=dtype)
+                own = nn.Parameter(values, requires_grad=False)
+                setattr(model.get_submodule(owner), leaf, own)
+
+    if base.device.type != "meta":
+        read_in_all(base, read, "the norms of all processes")
 
 
 def fill_part(matrix: ShardedMatrix, unit: int, shard: Tensor, base: ShardedBase) -> None:
@@ -72,20 +77,18 @@ def fill_fp8_part(
     base: ShardedBase,
     dtype: torch.dtype,
     scales: Tensor,
-) -> list[str]:
+) -> None:
     """The same with codes; `scales` (rows, 1), of this process, become theirs.
 
-    Values are rounded to `dtype` first, as those of an unsharded model are. Returns the names of
-    parameters with a value that is not finite.
+    Values are rounded to `dtype` first, as those of an unsharded model are. Raises ModelError if
+    one is not finite.
     """
-    own, damaged = matrix.own_part(shard), []
+    own = matrix.own_part(shard)
     for name, rows, target in _reads(matrix, unit):
         values = base.rows(name, rows).to(device=base.device, dtype=dtype)
         # Rows are quantised one by one, so that a part of them gets the codes of the whole.
-        Fp8Rows(own[target], scales[target]).write(values)
-        if not bool(torch.isfinite(scales[target]).all()) or bool(values.isnan().any()):
-            damaged.append(name)
-    return damaged
+        found = quantise_weight(values, name, first_row=rows.start)
+        own[target], scales[target] = found.codes, found.scales
 
 
 def _reads(matrix: ShardedMatrix, unit: int) -> Iterator[tuple[str, slice, slice]]:
@@ -107,11 +110,16 @@ def gather_scales(matrix: ShardedMatrix, own: Tensor, base: ShardedBase) -> Tens
     return whole.transpose(0, 1).flatten(1, 2)[:, : matrix.outputs].contiguous()  # (L, O, 1)
 
 
-def refuse_damaged(damaged: list[str], base: ShardedBase) -> None:
-    """Raise ModelError in every process if one has found a value that is not finite."""
-    found = [name for names in base.world.gather(damaged, "fp8 weights") for name in names]
-    if found:
-        raise ModelError(
-            f"Cannot quantise {', '.join(list(dict.fromkeys(found))[:8])} to fp8: values that are "
-            "not finite. float8_e4m3fn has no infinity. Download the weights again."
-        )
+def read_in_all(base: ShardedBase, read: Callable[[], None], what: str) -> None:
+    """Call `read`, which reads rows and waits for nobody.
+
+    Raises ModelError in every process if it did in one: the others would wait for that one.
+    """
+    fault: str | None = None
+    try:
+        read()
+    except ModelError as error:
+        fault = str(error)
+    faults = [text for text in base.world.gather(fault, what) if text is not None]
+    if faults:
+        raise ModelError(faults[0])

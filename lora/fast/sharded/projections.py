@@ -34,7 +34,7 @@ from lora.lora_module import LoRALayer
 class ShardedProjection(Projection):
     """What the sharded projections share: a matrix of every block in the ring.
 
-    Room is reserved when they are made; `load` follows when the ring is allocated.
+    Room is reserved when they are made; when the ring is allocated, `read` and `use_slots` follow.
     """
 
     ring: ShardRing
@@ -54,21 +54,24 @@ class ShardedProjection(Projection):
             self.outputs, self.inputs, dtype, sources, extra=extra
         )
 
-    def load(self) -> None:
-        """Fill this process's shard; the modules' weights become views of the slots."""
+    def read(self) -> None:
+        """Fill this process's shard."""
         for layer in range(self.n_layers):
-            self.load_block(layer)
+            self.read_block(layer, self.ring.part_of_block(layer))
+
+    def read_block(self, layer: int, part: Tensor) -> None:
+        """Changes `part`, the bytes of a block in this process's shard, in place: its rows."""
+        fill_part(self.matrix, layer, part, self.ring.base)
+
+    def use_slots(self) -> None:
+        """Changes the modules in place: their weights become views of the slots."""
+        for layer in range(self.n_layers):
             weight = self.matrix.views[layer][: self.outputs, : self.inputs]  # (O, I)
             for member in self.members:
                 module = member.modules[layer]
                 # A new parameter: one on the meta device cannot become a view of memory.
                 module.weight = nn.Parameter(weight[member.rows], requires_grad=False)
         self._bind_biases()
-
-    def load_block(self, layer: int) -> None:
-        """Fill this process's shard of one block."""
-        if self.device.type != "meta":
-            fill_part(self.matrix, layer, self.ring.part_of_block(layer), self.ring.base)
 
 
 class ShardedFrozenProjection(ShardedProjection, FrozenProjection):
@@ -81,8 +84,8 @@ class ShardedFrozenProjection(ShardedProjection, FrozenProjection):
         super().__init__(blocks, dtype)
         self.reserve(dtype)
 
-    def load(self) -> None:
-        super().load()
+    def use_slots(self) -> None:
+        super().use_slots()
         self.weights = self.matrix.views
 
 
@@ -103,8 +106,8 @@ class ShardedConcatenatedProjection(ShardedProjection, ConcatenatedLoRAProjectio
         # Zeros in the blocks of B that pair one member's outputs with another's ranks.
         self.b = self.empty(self.n_layers, self.outputs, self.width).zero_()
 
-    def load(self) -> None:
-        super().load()
+    def use_slots(self) -> None:
+        super().use_slots()
         self.wholes = self.matrix.views
         self.matrix.add_adapters = self._add_adapters
 
@@ -143,28 +146,27 @@ class ShardedSeparateProjection(ShardedProjection, SeparateLoRAProjection):
 class _ShardedFp8Base(ShardedProjection, Fp8BaseProjection):
     """Codes are gathered; the scales of all rows are in every process."""
 
-    def load(self) -> None:
-        rank_rows = self.matrix.rank_rows
-        self._own_scales = torch.ones(
-            self.n_layers, rank_rows, 1, dtype=torch.float32, device=self.device
-        )
-        super().load()
+    def reserve(self, dtype: torch.dtype, extra: int = 0) -> None:
+        super().reserve(dtype, extra)
+        # Of the rows of this process, padded as its shard is.
+        shape = self.n_layers, self.matrix.rank_rows, 1
+        self.own_scales = torch.ones(shape, dtype=torch.float32, device=self.device)
+
+    def read_block(self, layer: int, part: Tensor) -> None:
+        scales = self.own_scales[layer]
+        fill_fp8_part(self.matrix, layer, part, self.ring.base, self.dtype, scales)
+
+    def use_slots(self) -> None:
+        super().use_slots()
         self.weights = self.matrix.views
         if self.device.type == "meta":
-            self.scales = self._own_scales.new_empty(self.n_layers, self.outputs, 1)
+            self.scales = self.own_scales.new_empty(self.n_layers, self.outputs, 1)
         else:
-            self.scales = gather_scales(self.matrix, self._own_scales, self.ring.base)
-        del self._own_scales
+            self.scales = gather_scales(self.matrix, self.own_scales, self.ring.base)
+        del self.own_scales
         for member in self.members:
             for layer, module in enumerate(member.modules):
                 cast(Fp8Weight, module).weight_scale = self.scales[layer, member.rows]
-
-    def load_block(self, layer: int) -> None:
-        if self.device.type != "meta":
-            part, scales = self.ring.part_of_block(layer), self._own_scales[layer]
-            self.ring.damaged += fill_fp8_part(
-                self.matrix, layer, part, self.ring.base, self.dtype, scales
-            )
 
 
 class ShardedFp8Projection(_ShardedFp8Base, Fp8Projection):
@@ -225,12 +227,14 @@ class ShardedTable(WeightGroup):
             else tied.matrix
         )
 
-    def load(self) -> None:
-        """Fill this process's shard; the module's weight becomes a view of its slot."""
-        ring, matrix = self.ring, self.matrix
-        if ring.device.type != "meta" and not self.is_tied:
-            fill_part(matrix, 0, ring.part_of_table(matrix), ring.base)
-        self.tensors = [matrix.views[-1 if self.is_tied else 0]]
+    def read(self) -> None:
+        """Fill this process's shard."""
+        if not self.is_tied:
+            fill_part(self.matrix, 0, self.ring.part_of_table(self.matrix), self.ring.base)
+
+    def use_slots(self) -> None:
+        """Changes the module in place: its weight becomes a view of its slot."""
+        self.tensors = [self.matrix.views[-1 if self.is_tied else 0]]
         self.module.weight = nn.Parameter(self.tensors[0], requires_grad=False)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.distributed.world import World
-from lora.fast.sharded.base import ShardedBase, refuse_damaged
+from lora.fast.sharded.base import ShardedBase
 from lora.fast.sharded.gather import Gather, choose_gather
 from lora.fast.sharded.layout import ShardedMatrix, Source, Unit, place
 
@@ -56,8 +56,6 @@ class ShardRing:
         self.slots: list[Tensor] = []
         self.shard = torch.empty(0, dtype=torch.uint8, device=self.device)
         self._expected: deque[tuple[int, int]] = deque()
-        self.damaged: list[str] = []
-        """Parameters that this process could not quantise."""
         self._held: list[Unit | None] = [None] * N_SLOTS
         """Whose content lies in the slots, or is being gathered there."""
         self._arrivals: list[torch.cuda.Event | None] = [None] * N_SLOTS
@@ -131,12 +129,8 @@ class ShardRing:
         return self.shard[unit.shard_start : unit.shard_start + unit.shard_bytes]
 
     def connect(self) -> None:
-        """Make the shards readable for each other, once this process's is filled.
-
-        Raises ModelError in all processes if one found values that fp8 cannot hold.
-        """
+        """Make the shards readable for each other, once this process's is filled."""
         if self.gather is not None:
-            refuse_damaged(self.damaged, self.base)
             self.gather = self.gather.connect()
 
     def describe(self) -> str:

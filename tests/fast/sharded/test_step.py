@@ -160,6 +160,31 @@ def test_damaged_weights_are_told_by_all_processes() -> None:
     first, second = run_processes(2, _train_damaged)
     assert first == second
     assert "model.layers.1.mlp.up_proj.weight to fp8" in first
+    assert "rows 0" in first
+
+
+def _train_cut_off(world: World, ending: str) -> str:
+    case = CASES["tied"]
+    read = rows_of(case)
+
+    def cut(name: str, rows: slice) -> torch.Tensor:
+        if world.rank == 1 and name.endswith(ending):
+            raise ModelError(f"Cannot read {name}: the file ends early.")
+        return read(name, rows)
+
+    with pytest.raises(ModelError) as caught:
+        FastStep(empty_model(case), PLAIN, torch.float64, base=ShardedBase(cut, CPU, world))
+    return str(caught.value)
+
+
+def _train_cut_offs(world: World) -> list[str]:
+    return [_train_cut_off(world, ending) for ending in ("norm.weight", "2.mlp.down_proj.weight")]
+
+
+def test_rows_that_one_process_cannot_read_end_all() -> None:
+    first, second = run_processes(2, _train_cut_offs)
+    assert first == second
+    assert first[1] == "Cannot read model.layers.2.mlp.down_proj.weight: the file ends early."
 
 
 def test_gradients_through_the_models_own_forward_are_refused() -> None:
