@@ -22,9 +22,22 @@ from lora.distributed.world import World
 from lora.fast.runner import DeviceStepRunner
 from lora.runs.directory import create_run
 from lora.runs.disk import read_rows
+from lora.runs.progress import NoProgress
 from lora.training.job import TrainingJob
 from lora.training.step_runner import StepRunner, TrainingState
 from lora.training.trainer import train
+
+
+class Printed(NoProgress):
+    """Prints what a run says and each step, so that the log of a case that hangs says where."""
+
+    def message(self, text: str) -> None:
+        """Print it."""
+        print(text, flush=True)
+
+    def step(self, step: int, loss: float, rate: float, memory: int) -> None:
+        """Print a line."""
+        print(f"step {step}: loss {loss:.4f}, {memory / GB:.1f} GB", flush=True)
 
 
 @dataclass
@@ -43,6 +56,7 @@ def time_ours(case: Case, world: World, smoke: bool) -> dict[str, Any]:
     """Return the time and memory of this rank's steps."""
     shape = case.sizes(smoke=smoke)
     prepared = prepare(case, shape, world, smoke=smoke)
+    print(f"built: {prepared.planned.mode}", flush=True)
     # The loop saves after the last step: 96 GB in full fine-tuning of 8B.
     prepared.steps.state = _nothing  # type: ignore[method-assign]
     if not smoke:
@@ -62,6 +76,7 @@ def time_ours(case: Case, world: World, smoke: bool) -> dict[str, Any]:
             run_config=RunConfig(eval_every_steps=10**6, save_every_steps=10**6),
             run=run,
             choice=prepared.choice,
+            progress=Printed(),
         )
         result = train(job)
         names = ("timings.jsonl", "metrics.jsonl")

@@ -79,7 +79,6 @@ class Running:
             context.Process(  # type: ignore[attr-defined]
                 target=_run_rank,
                 args=(task, case, rank, self.gpus, port, self.folder, machine.smoke),
-                daemon=True,
             )
             for rank in range(case.devices)
         ]
@@ -102,8 +101,9 @@ class Running:
             if process.exitcode is not None and not found[rank]:
                 return f"rank {rank} ended with {process.exitcode}: {self._last_line(rank)}"
         if self.age_s > self.case.limit_s:
+            said = self._last_line(0)
             self._dump_stacks()
-            return f"not in {self.case.limit_s} s"
+            return f"not in {self.case.limit_s} s; rank 0 said last: {said}"
         return None
 
     def end(self) -> list[dict[str, Any]]:
@@ -153,6 +153,22 @@ def run_cases(
     A row has "case" and either "ranks", what each rank returned, or "failed" or "not_run".
     """
     waiting, running = deque(cases), list[Running]()
+    try:
+        yield from _run(waiting, running, task, machine, budget_s, log)
+    finally:
+        for one in running:
+            one.end()
+
+
+def _run(
+    waiting: deque[Case],
+    running: list[Running],
+    task: Task,
+    machine: Machine,
+    budget_s: float,
+    log: Path | None,
+) -> Iterator[dict[str, Any]]:
+    """Yield what `run_cases` yields; `running` has the cases whose processes are there."""
     ends_s = time.monotonic() + budget_s
     while waiting or running:
         # In order: a case that waits for more devices is not overtaken for ever.

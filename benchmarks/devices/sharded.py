@@ -31,9 +31,10 @@ def build_sharded(
     case: Case, shape: Shape, world: World, choice: DeviceChoice, config: TrainConfig
 ) -> tuple[Any, StepRunner, Planned]:
     """Return a model of which every process has its rows, its step and its plan."""
-    full, fp8 = case.variant == "ours_full", "fp8" in case.variant
+    full, fp8 = case.variant.startswith("ours_full"), "fp8" in case.variant
     is_cuda, dtype = choice.device.type == "cuda", choice.compute_dtype
     planned = plan_case(case, shape, is_cuda=is_cuda)
+    print("planned", flush=True)
     model = empty_model(shape, torch.float32 if full else dtype, full=full, fp8=fp8)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     rows = random_rows(shapes, choice.device)
@@ -41,10 +42,11 @@ def build_sharded(
         fill_adapters(model, choice)
     stored, say = planned.checkpointing, planned.said.append
     if full or is_cuda:
-        # As in a run that is long enough for torch.compile.
-        long = replace(config, steps=MIN_COMPILED_STEPS)
+        # As in a run that is long enough for torch.compile, or too short.
+        is_long = case.variant != "ours_full_eager"
+        sized = replace(config, steps=MIN_COMPILED_STEPS if is_long else 1)
         steps = choose_steps(
-            model, choice, long, checkpointing=stored, on_message=say, world=world, rows=rows
+            model, choice, sized, checkpointing=stored, on_message=say, world=world, rows=rows
         )
         return model, steps, planned
     # On a CPU no run chooses the hand-written step: its plain twins are taken by name.

@@ -13,7 +13,8 @@ START, END = "<!-- gpu_many:start -->", "<!-- gpu_many:end -->"
 NAMES = {
     "ours": "LoRA, bf16 base",
     "ours_fp8": "LoRA, fp8 base",
-    "ours_full": "full fine-tuning",
+    "ours_full": "full fine-tuning, compiled blocks",
+    "ours_full_eager": "full fine-tuning",
     "peft_liger": "PEFT + Liger",
     "peft_liger_recompute": "PEFT + Liger, blocks recomputed",
     "transformers_full": "full, transformers",
@@ -76,7 +77,7 @@ def _to_peer(row: Row, rows: list[Row]) -> str:
     """Return how many times as fast as the fastest peer that trains the same, on this hardware."""
     if not row["variant"].startswith("ours"):
         return ""
-    peer = "transformers_full" if row["variant"] == "ours_full" else "peft"
+    peer = "transformers_full" if row["variant"].startswith("ours_full") else "peft"
     same = [r for r in rows if all(r[k] == row[k] for k in ("shape", "devices", "hardware"))]
     rates = [r["tokens_per_s"] for r in same if r["variant"].startswith(peer)]
     return f"{row['tokens_per_s'] / max(rates):.2f}x" if rates else ""

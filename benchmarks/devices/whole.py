@@ -45,7 +45,7 @@ def build_whole(
     case: Case, shape: Shape, world: World, choice: DeviceChoice, config: TrainConfig
 ) -> tuple[Any, StepRunner, Planned]:
     """Return a model that every process has whole, its step and its plan."""
-    full, fp8 = case.variant == "ours_full", "fp8" in case.variant
+    full, fp8 = case.variant.startswith("ours_full"), "fp8" in case.variant
     fit = plan_case(case, shape, is_cuda=choice.device.type == "cuda")
     model = build_model(
         shape, torch.float32 if full else choice.compute_dtype, fp8=fp8, device=choice.device.type
@@ -73,7 +73,7 @@ def plan_case(case: Case, shape: Shape, *, is_cuda: bool) -> Planned:
     """Return the memory plan with --memory auto, made as `lora finetune` makes it."""
     inputs = PlanInputs(
         build_empty(shape).config,
-        None if case.variant == "ours_full" else lora_config(),
+        None if case.variant.startswith("ours_full") else lora_config(),
         shape.rows,
         shape.tokens,
         "cuda",

@@ -30,6 +30,7 @@ def _task(case: Any, world: World, smoke: bool) -> dict[str, Any]:
     if case.variant == "raises" and world.rank == 1:
         raise ValueError("as this rank does")
     if case.variant in ("raises", "hangs"):
+        print("sleeping", flush=True)
         time.sleep(60)
     return {"rank": world.rank}
 
@@ -49,7 +50,7 @@ def test_a_case_that_fails_or_hangs_is_a_row(
     machine = processes.Machine(2, smoke=True)
     rows = {r["case"]: r for r in processes.run_cases(planned, _task, machine, 100, log)}
     assert rows["a:raises:ddp:2"]["failed"] == "rank 1 ended with 1: ValueError: as this rank does"
-    assert rows["a:hangs:ddp:2"]["failed"] == "not in 5 s"
+    assert rows["a:hangs:ddp:2"]["failed"] == "not in 5 s; rank 0 said last: sleeping"
     assert rows["a:works:ddp:2"]["ranks"] == [{"rank": 0}, {"rank": 1}]
     assert "were left" in rows["a:late:ddp:2"]["not_run"]
     assert "as this rank does" in log.read_text()
