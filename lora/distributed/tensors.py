@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,10 @@ from lora.distributed.world import World
 MAX_BUCKET_BYTES = 2**25
 """Of small gradients that travel together: enough for a network's full rate, and no second copy of
 all gradients. A larger gradient travels alone, from where it lies."""
+
+
+_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes of a number."""
 
 
 @torch.no_grad()
@@ -66,6 +70,17 @@ def broadcast_trained(model: nn.Module, world: World, what: str) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             world.broadcast(parameter.data, what)
+
+
+@torch.no_grad()
+def ranks_that_differ(tensors: Iterable[Tensor], world: World, what: str) -> list[int]:
+    """Return the ranks whose `tensors` have other bits than rank 0's."""
+    if world.is_alone:
+        return []
+    # Sums of the bits as integers: exact in any order, which those of numbers are not.
+    sums = [t.detach().contiguous().view(_INTEGER[t.element_size()]).sum() for t in tensors]
+    of_all = world.gather([int(each) for each in sums], what)
+    return [rank for rank, of_rank in enumerate(of_all) if of_rank != of_all[0]]
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora.config import RunConfig, TrainConfig
 from lora.device import DeviceChoice
 from lora.distributed.shards import on_main_with
-from lora.distributed.tensors import broadcast_tensors
+from lora.distributed.tensors import broadcast_tensors, ranks_that_differ
 from lora.distributed.world import ALONE, World
 from lora.errors import CheckpointError
 from lora.runs.directory import Run
@@ -161,6 +161,7 @@ def save_loop_state(job: TrainingJob, state: LoopState, *, is_best: bool = False
     position = {key: value for key, value in vars(state).items() if key not in _UNSAVED}
     position |= {"best_step": best_step, "best_saved_loss": best_saved_loss}
     tensors = job.steps.state()  # by every process: a part of them may be elsewhere
+    _tell_of_differences(job, state.step)
 
     def save() -> None:
         job.run.sync()
@@ -183,6 +184,20 @@ def save_loop_state(job: TrainingJob, state: LoopState, *, is_best: bool = False
         return  # and the best checkpoint that is on the disk stays the best one
     state.saved_step, state.best_step = state.step, best_step
     state.best_saved_loss = best_saved_loss
+
+
+def _tell_of_differences(job: TrainingJob, step: int) -> None:
+    """Report processes whose weights are not rank 0's: all have made the same updates."""
+    if job.world.is_alone or isinstance(job.steps, ShardedStepRunner):
+        return
+    trained = (p for p in job.model.parameters() if p.requires_grad)
+    ranks = ranks_that_differ(trained, job.world, f"the checkpoint of step {step}")
+    if ranks:
+        job.progress.message(
+            f"warning: after step {step} the weights that train differ from rank 0's on rank "
+            f"{', '.join(map(str, ranks))}: look for GPUs of another kind, or damaged ones. Rank "
+            "0's are saved"
+        )
 
 
 def resume_loop_state(job: TrainingJob) -> LoopState:

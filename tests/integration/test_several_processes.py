@@ -8,6 +8,7 @@ import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -117,6 +118,22 @@ def fail(world: World, folder: Path, out: Path) -> str:
     return type(raised.value).__name__
 
 
+def train_damaged(world: World, job: FinetuneJob) -> str:
+    """Return what a run says in which the last rank's updates are not those of the others."""
+    update = torch.optim.AdamW.step
+
+    def damaged(optimizer: torch.optim.AdamW) -> None:
+        update(optimizer)
+        if world.rank == world.size - 1:
+            with torch.no_grad():
+                optimizer.param_groups[0]["params"][0][0, 0] += 1e-4
+
+    heard = Heard()
+    with patch.object(torch.optim.AdamW, "step", damaged):
+        run_job(job, progress=heard)
+    return "\n".join(heard.said)
+
+
 def refuse(job: FinetuneJob) -> str:
     """Return why `job` is refused."""
     with pytest.raises(ConfigError) as raised:
@@ -135,6 +152,7 @@ def train_together(world: World, folder: Path, out: Path) -> dict[str, Any]:
     done["alone"] = run_job(make_job(folder, out, "alone", resume=True))
     done["enough"] = run_job(make_job(folder, out, "enough"), Enough())
     done["unnamed"] = run_job(replace(make_job(folder, out, "x"), run=RunConfig(out=out)))
+    done["damaged"] = train_damaged(world, make_job(folder, out, "damaged"))
     done["own"], done["sums"] = train_own(folder, out)
     small = TrainConfig(steps=2, batch_size=2, gradient_accumulation=2)
     done["small"] = refuse(replace(make_job(folder, out, "small"), train=small))
@@ -196,6 +214,14 @@ def test_rank_0_alone_tells_what_the_run_does(together: list[dict[str, Any]]) ->
     assert "processes: 2, each with 2 of the 3 sequences of a micro-batch or fewer" in said[0]
     assert "--batch-size 8 takes no longer" in said[0]
     assert said[1] == ""
+
+
+def test_weights_that_are_not_those_of_rank_0_are_told(together: list[dict[str, Any]]) -> None:
+    assert (
+        "after step 3 the weights that train differ from rank 0's on rank 1"
+        in (together[0]["damaged"])
+    )
+    assert "differ from rank 0's" not in together[0]["said"]
 
 
 def test_a_signal_to_one_rank_stops_all_after_one_step(together: list[dict[str, Any]]) -> None:
