@@ -3,6 +3,7 @@
     python benchmarks/fit_table.py                       # plans all, prints the tables
     python benchmarks/fit_table.py --write               # and writes them into docs/scale.md
     python benchmarks/fit_table.py --out benchmarks/results/fit_table.jsonl --write
+    python benchmarks/fit_table.py --peaks --write       # plans beside what gpu_many.py measured
 
 One packed sequence of 4,096 tokens on each GPU, `--memory auto`, `--parallel auto`; LoRA of rank 16
 on all linears over a bf16 or an fp8 base, and full fine-tuning. No GPU is needed, and no weights:
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from devices.plans import measured_rows, peaks_table, plan_again
 
 from lora.config import LoRAConfig, MemoryConfig
 from lora.decoder.families import decoder_config
@@ -54,7 +56,8 @@ FREE_BYTES = {80: round(84.4e9), 141: round(149.6e9)}
 DEVICES = (1, 2, 4, 8)
 TOKENS, RANK = 4096, 16
 DOCUMENT = Path(__file__).parents[1] / "docs" / "scale.md"
-BEGIN, END = "<!-- benchmarks/fit_table.py: begin -->", "<!-- benchmarks/fit_table.py: end -->"
+FITS, PEAKS = "benchmarks/fit_table.py", "benchmarks/fit_table.py --peaks"
+"""The commands that make the tables, as their markers in the document name them."""
 
 
 @dataclass(frozen=True)
@@ -152,13 +155,14 @@ def _cell(row: Row) -> str:
     return f"{', '.join(words)}: {row.planned_gb:.0f}"
 
 
-def with_tables(text: str, made: str) -> str:
-    """Return a page with the tables in place of those between its markers."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def with_tables(text: str, made: str, command: str = FITS) -> str:
+    """Return a page with the tables in place of those between the markers of `command`."""
+    first, last = f"<!-- {command}: begin -->", f"<!-- {command}: end -->"
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise SystemExit(f"Cannot write the tables: {DOCUMENT} has no {BEGIN} … {END}.")
-    return f"{before}{BEGIN}\n{made}\n{END}{after}"
+        raise SystemExit(f"Cannot write the tables: {DOCUMENT} has no {first} … {last}.")
+    return f"{before}{first}\n{made}\n{last}{after}"
 
 
 def main() -> None:
@@ -166,16 +170,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write the tables into docs/scale.md")
     parser.add_argument("--out", type=Path, help="also write the rows to this file")
+    parser.add_argument("--peaks", action="store_true", help="of what gpu_many.py has measured")
     arguments = parser.parse_args()
-    rows = [row for model in MODELS for method in METHODS for row in plan_rows(model, method)]
-    made = tables(rows)
+    rows: list[Row] = []
+    if arguments.peaks:
+        made, command = peaks_table([plan_again(row) for row in measured_rows()]), PEAKS
+    else:
+        rows = [row for model in MODELS for method in METHODS for row in plan_rows(model, method)]
+        made, command = tables(rows), FITS
     print(made)
-    if arguments.out:
+    if arguments.out and rows:
         lines = [json.dumps(asdict(row)) for row in rows]
         arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if arguments.write:
         text = DOCUMENT.read_text(encoding="utf-8")
-        DOCUMENT.write_text(with_tables(text, made), encoding="utf-8")
+        DOCUMENT.write_text(with_tables(text, made, command), encoding="utf-8")
 
 
 if __name__ == "__main__":
