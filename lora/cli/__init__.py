@@ -47,7 +47,7 @@ from lora.cli.flags.values import check_values, name_pairs
 from lora.cli.flags.yaml_file import flatten_groups, read_settings
 from lora.distributed.errors import quiet_unless_main, tell, tell_lost, tell_once
 from lora.distributed.launch import Processes, launch
-from lora.distributed.ranks import is_one_of_several, world_size
+from lora.distributed.ranks import is_main_process, is_one_of_several, world_size
 from lora.errors import ConfigError, Interrupted, LoraError, LostProcessError, did_you_mean
 from lora.runs.disk import os_reason
 from lora.terminal import drop_output, end_output, print_note, report_crashes, soften_encoding
@@ -170,7 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return launch(code, given)
         if sys.stdout is not None:
             sys.stdout.flush()
-        return code
+        # A result that is bad is rank 0's to report: another that ended with 1 would end it first.
+        return code if is_main_process() else 0
     except Interrupted as stopped:
         tell_once(str(stopped))
         return stopped.exit_code

@@ -32,7 +32,8 @@ MEET_S, MEET_JOINED_S = 8.0, 2.0
 """What a failed process waits for the others to fail alike: while all of them start, and later."""
 POLL_S = 0.05
 FOUND_S = 1.0
-"""A process that lost another ends so much later: its launcher finds the cause first."""
+"""A process that lost another ends so much later, and one that leaves the message to another: the
+launcher ends all of them when it finds that the first has ended."""
 GO_ON = "A training run continues from its newest checkpoint with --resume."
 UNEXPECTED = 1
 """Exit code of Python after an exception that nobody expected."""
@@ -61,6 +62,8 @@ def tell(message: str) -> None:
     who = _who_fails_alike(message)
     if who[0] == this_rank().rank:
         print_note(f"lora: {_named(who)}{message}")
+    else:
+        time.sleep(FOUND_S)
 
 
 def tell_once(message: str) -> None:
@@ -68,6 +71,8 @@ def tell_once(message: str) -> None:
     write_error_file(message)
     if is_main_process():
         print_note(f"lora: {message}")
+    else:
+        time.sleep(FOUND_S)
 
 
 def tell_lost(message: str) -> None:

@@ -231,17 +231,19 @@ def test_a_killed_rank_ends_the_run_which_one_process_resumes(
     process = start.several(*start.long(), by=by)
     wait_until(lambda: steps_in(run) >= 8, process)
     os.kill(ranks(process)[rank], signal.SIGKILL)
-    _, said = process.communicate(timeout=40)
+    _, said = process.communicate(timeout=60)
     told = [line for line in said.splitlines() if line.startswith("lora: ")]
-    assert told[0].startswith(f"lora: rank {1 - rank}: Another process has ended, while this one")
-    assert "not finite" not in told[0]  # the sum that broke is not taken for one of the data
+    assert "not finite" not in said  # the sum that broke is not taken for one of the data
+    if start.device == "cpu":  # in a wait for NCCL the other one cannot speak
+        survivor = f"lora: rank {1 - rank}: Another process has ended, while this one"
+        assert told.pop(0).startswith(survivor)
     if by:
         assert process.returncode == 1
         assert "Signal 9 (SIGKILL) received" in said.partition("Root Cause")[2]
     else:
         assert process.returncode == 137
         assert "Traceback" not in said
-        assert told[1].startswith(f"lora: rank {rank} was ended by SIGKILL by hand, or by")
+        assert told[0].startswith(f"lora: rank {rank} was ended by SIGKILL by hand, or by")
     assert start.here(*start.long("--resume")) == 0
     assert_same(run, whole, TOLERANCE[start.device])
 
