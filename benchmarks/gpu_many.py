@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -149,6 +150,8 @@ def main() -> int:
         arguments.out.mkdir(parents=True, exist_ok=True)
         name = hardware_name(arguments.devices).lower().replace(" ", "_")
         rows, log = arguments.out / f"gpu_many_{name}.jsonl", arguments.out / "gpu_many_failed.log"
+    # Ends the cases' processes too: they would keep the GPUs.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     begun_s = time.monotonic()
     for row in measure(arguments, cases, log):
         line = json.dumps({**row, "at_s": round(time.monotonic() - begun_s)})

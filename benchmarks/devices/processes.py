@@ -33,6 +33,8 @@ PRELOADED = ["torch", "gpu_step", "transformers.models.llama.modeling_llama", "l
 END_S = 20
 """For processes to end after all have written what they measured."""
 TAIL_LINES = 60
+OVERTIME_S = 15
+"""For a case to end after the budget."""
 
 
 @dataclass
@@ -101,10 +103,14 @@ class Running:
             if process.exitcode is not None and not found[rank]:
                 return f"rank {rank} ended with {process.exitcode}: {self._last_line(rank)}"
         if self.age_s > self.case.limit_s:
-            said = self._last_line(0)
-            self._dump_stacks()
-            return f"not in {self.case.limit_s} s; rank 0 said last: {said}"
+            return f"not in {self.case.limit_s} s; {self.said()}"
         return None
+
+    def said(self) -> str:
+        """Return what rank 0 said last; the logs get where each rank is."""
+        said = self._last_line(0)
+        self._dump_stacks()
+        return f"rank 0 said last: {said}"
 
     def end(self) -> list[dict[str, Any]]:
         """Stop what still runs, give the devices back, and return what the ranks wrote."""
@@ -182,6 +188,8 @@ def _run(
             running.append(Running(case, task, machine, beside))
         for one in list(running):
             problem = one.problem()
+            if problem is None and time.monotonic() > ends_s + OVERTIME_S:
+                problem = f"not within the budget of {budget_s:g} s; {one.said()}"
             if problem is None:
                 continue
             running.remove(one)
