@@ -112,24 +112,25 @@ def _unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def fit_recompute(model: Decoder, n_tokens: int, world: World, device: torch.device) -> int:
-    """Changes `model` in place: as many of its blocks recompute as the GPU's memory demands.
+def set_recompute(model: Decoder, n_blocks: int) -> None:
+    """Changes `model` in place: `n_blocks` of its blocks recompute in the backward pass."""
+    for number, block in enumerate(model.trunk.blocks()):
+        # The last blocks are first in the backward pass: what they store is let go soon.
+        vars(block)["forward"].recompute = number < n_blocks
+
+
+def blocks_to_recompute(model: Decoder, n_tokens: int, world: World, device: torch.device) -> int:
+    """Return how many blocks must recompute for a step to fit into the GPU's free memory.
 
     Called before the first step of full fine-tuning, with the tokens of a micro-batch of each
-    process. Returns how many blocks recompute, the same number in every process.
+    process. It is the same number in every process.
     """
-    forwards = [vars(block)["forward"] for block in model.trunk.blocks()]
+    n_blocks = len(model.trunk.blocks())
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     room = free - RESERVED_FRACTION * total - _step_bytes(model, n_tokens)
     n_stored = int(max(0, room) / stored_bytes(model.config, n_tokens))
-    n = len(forwards) - min(
-        len(forwards), *world.gather(n_stored, "the free memory of each device")
-    )
-    for number, forward in enumerate(forwards):
-        # The last blocks are first in the backward pass: what they store is let go soon.
-        forward.recompute = number < n
-    return n
+    return n_blocks - min(n_blocks, *world.gather(n_stored, "the free memory of each device"))
 
 
 def _step_bytes(model: Decoder, n_tokens: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -39,6 +40,16 @@ MIN_COMPILED_STEPS = 300
 """Shorter runs are not compiled: torch.compile takes 14 s and saves 7 to 70 ms per step."""
 
 
+@dataclass(frozen=True)
+class Recompute:
+    """How many blocks recompute their activations in the backward pass of FSDP2's step."""
+
+    n_blocks: int | None = None
+    """As planned; None: no plan was made."""
+    may_be_more: bool = True
+    """Whether those that do not fit then may join them: no user named the number."""
+
+
 def choose_steps(
     model: nn.Module,
     choice: DeviceChoice,
@@ -52,6 +63,7 @@ def choose_steps(
     world: World = ALONE,
     rows: Rows | None = None,
     by_machine: bool = False,
+    recompute: Recompute = Recompute(),
 ) -> StepRunner:
     """Return the runner of the fastest step that can train `model`; report on a GPU which, and why.
 
@@ -71,6 +83,7 @@ def choose_steps(
         rows: the values of what `model`, a Decoder, has on the meta device: it is sharded over
             the processes.
         by_machine: the fast step's weights are sharded over each machine's processes alone.
+        recompute: which blocks of a model that FSDP2 shards recompute, on a GPU.
     """
     if rows is not None:
         decoder = cast(Decoder, model)
@@ -78,7 +91,9 @@ def choose_steps(
         if trains_all_weights(decoder):
             why_not = "all weights train"
         if why_not is not None:
-            return _shard_with_fsdp2(decoder, rows, choice, config, on_message, why_not, world)
+            return _shard_with_fsdp2(
+                decoder, rows, choice, config, on_message, why_not, world, recompute
+            )
         among = machine_world(world) if by_machine else world
         sharded = FastStepRunner(
             decoder,
@@ -133,13 +148,15 @@ def _shard_with_fsdp2(
     on_message: Callable[[str], None],
     why: str,
     world: World,
+    recompute: Recompute,
 ) -> StepRunner:
     """Changes `model` in place: its weights are sharded and loaded; return the runner for it.
 
     `why` says why not the hand-written step.
     """
     from lora.distributed.fsdp import (  # its import takes longer than a second
-        fit_recompute,
+        blocks_to_recompute,
+        set_recompute,
         shard_decoder,
     )
 
@@ -150,14 +167,23 @@ def _shard_with_fsdp2(
     compiles = is_gpu and HAS_TRITON and is_long and not draws
     shard_decoder(model, rows, world, choice, recompute=is_gpu, compiles=compiles)
     how = "FSDP2, blocks through torch.compile" if compiles else "FSDP2"
+    n_blocks = len(model.trunk.blocks())
+
+    def take(n: int) -> None:
+        set_recompute(model, n)
+        words = f"{n} of {n_blocks} recomputed in the backward pass"
+        on_message(f"plain step with {how}, {words}: {why}")
+
     if not trains_all_weights(model):
         if is_gpu:
-            on_message(f"plain step with {how}, recomputed in the backward pass: {why}")
+            take(n_blocks if recompute.n_blocks is None else recompute.n_blocks)
         return PlainStepRunner(model, loss_for(model), choice, config, world)
 
     def fit(n_tokens: int) -> None:
-        n, n_blocks = fit_recompute(model, n_tokens, world, device), len(model.trunk.blocks())
-        on_message(f"plain step with {how}, {n} of {n_blocks} recomputed in the backward pass")
+        planned = recompute.n_blocks or 0
+        if recompute.may_be_more:
+            planned = max(planned, blocks_to_recompute(model, n_tokens, world, device))
+        take(planned)
 
     on_first = fit if is_gpu else None
     return ShardedStepRunner(model, loss_for(model), choice, config, world, on_first)

@@ -182,11 +182,13 @@ def plan_run(
         None if world.is_alone else base,
     )
     plan = chosen.plan
-    if plan.step != "fast" and memory.memory not in ("auto", "none"):
+    # FSDP2 recomputes whole blocks on a GPU.
+    allowed = ("auto", "none") if plan.recomputed_blocks is None else ("auto", "none", "full")
+    if plan.step != "fast" and memory.memory not in allowed:
         raise ConfigError(
             f"Cannot use activation checkpointing (memory={memory.memory!r}): only the fast step "
             f"has it, and this run on {choice.device.type} takes the {plan.step} step. Allowed "
-            "here: auto, none. To save memory in any step, raise gradient_accumulation."
+            f"here: {', '.join(allowed)}. To save memory in any step, raise gradient_accumulation."
         )
     if choice.device.type == "cpu":
         _check_room(plan, train, free, has_lora=lora is not None)

@@ -31,7 +31,7 @@ from lora.distributed.shards import Rows, gathered_tables
 from lora.distributed.start import joined
 from lora.distributed.world import World
 from lora.errors import CheckpointError
-from lora.fast.choose import choose_steps
+from lora.fast.choose import Recompute, choose_steps
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.memory.parallel import check_parallel
 from lora.fast.runner import FastStepRunner
@@ -326,6 +326,7 @@ def _choose_steps(
             world=world,
             rows=rows,
             by_machine=memory.planner.inputs.machine_devices is not None,
+            recompute=Recompute(plan.recomputed_blocks, may_be_more=memory.may_change),
         )
     if isinstance(steps, FastStepRunner):
         steps.step.checkpointing = (

@@ -351,25 +351,24 @@ class MemoryPlanner:
         inputs = self.inputs
         n_blocks = len(inputs.config.layers) if inputs.device_type == "cuda" else None
         whole = replace(whole, recomputed_blocks=n_blocks)
+        asked = memory or inputs.memory
+        each = stored_bytes(inputs.config, size * inputs.tokens)
         if inputs.lora is not None:
             rest = whole.weights - sharded.n_bytes
             own = sharded.shard_bytes(inputs.devices) + sharded.gathered_bytes()
-            return replace(whole, weights=rest + own)
+            held = replace(whole, weights=rest + own)
+            return held if asked.memory != "none" else _storing(held, n_blocks, n_blocks or 0, each)
         share, dtype = -(-4 * whole.parameters // inputs.devices), inputs.compute_dtype
         within, at_end = sharded.gradient_bytes(dtype)
         held = replace(
             whole, weights=share + sharded.gathered_bytes(dtype), gradients=0, optimizer=2 * share
         )
-        gb = (memory or inputs.memory).memory_gb
-        if n_blocks is not None and gb is not None:
-            each = stored_bytes(inputs.config, size * inputs.tokens)
+        gb = asked.memory_gb
+        if asked.memory == "none":
+            held = _storing(held, n_blocks, n_blocks or 0, each)
+        elif n_blocks is not None and gb is not None and asked.memory == "auto":
             room = round(gb * 1e9) - held.total - within - share
-            n_stored = min(n_blocks, max(0, room) // each)
-            held = replace(
-                held,
-                activations=held.activations + n_stored * each,
-                recomputed_blocks=n_blocks - n_stored,
-            )
+            held = _storing(held, n_blocks, min(n_blocks, max(0, room) // each), each)
         # Shares become more as activations become fewer, unless micro-batches add to them.
         first = within + (share if inputs.micro_batches > 1 else 0)
         at_end += share - held.activations - held.loss
@@ -380,6 +379,17 @@ class MemoryPlanner:
         return replace(
             held, reason=f"{recomputed}; {held.total / 1e9:.1f} GB planned of {gb:.1f} GB"
         )
+
+
+def _storing(plan: MemoryPlan, n_blocks: int | None, n_stored: int, each: int) -> MemoryPlan:
+    """Return a plan that recomputes all `n_blocks`, with `n_stored` of them stored instead."""
+    if n_blocks is None:  # on a CPU none is recomputed
+        return plan
+    return replace(
+        plan,
+        activations=plan.activations + n_stored * each,
+        recomputed_blocks=n_blocks - n_stored,
+    )
 
 
 def _evaluation_bytes(traced: StepMemory) -> int:

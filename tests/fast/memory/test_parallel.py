@@ -106,7 +106,7 @@ def test_a_plain_step_gathers_blocks_and_tables() -> None:
 
 
 def test_full_fine_tuning_shards_weights_gradients_and_moments() -> None:
-    plan = planned("fsdp", lora=None, micro_batches=2)
+    plan = planned("fsdp", "full", lora=None, micro_batches=2)
     block = BLOCK + NORMS
     parameters = 8 * block + TABLE + 2048
     assert plan.step == "plain"
@@ -116,7 +116,7 @@ def test_full_fine_tuning_shards_weights_gradients_and_moments() -> None:
     assert plan.gradients == parameters + (2 + 4) * block + 2 * (TABLE + 2048)
     assert plan.weights == parameters + 2 * (GATHERED_BLOCKS * block + TABLE + 2048)
     # One micro-batch: gradients come as activations go, so that fewer of them count.
-    one = planned("fsdp", lora=None)
+    one = planned("fsdp", "full", lora=None)
     assert one.gradients < plan.gradients
     # No gradient hides the activations: those of few tokens are a part of those of many.
     few = planner("fsdp", lora=None).plan(16)
@@ -136,16 +136,20 @@ def test_full_fine_tuning_on_gpus_stores_as_many_blocks_as_fit() -> None:
         assert chosen.plan.total <= room + extra
         assert chosen.recomputes == (STORED if n_stored == 8 else BLOCKS)
     assert planned("fsdp", lora=None, device_type="cpu").recomputed_blocks is None
+    # What the user asks for is taken, whatever the budget.
+    for mode, n_recomputed in (("none", 0), ("full", 8)):
+        for kind in (plans, planner("fsdp", fast=False)):
+            assert kind.plan(memory=MemoryConfig(mode, 1e-3)).recomputed_blocks == n_recomputed
 
 
 @pytest.mark.parametrize("full", [False, True])
 def test_a_planner_is_of_any_number_of_devices(full: bool) -> None:
     more = {"lora": None} if full else {}
-    four = planned("fsdp", **more)
+    four = planned("fsdp", "auto", **more)
     for devices in (2, 8):
         moved = planner("fsdp", **more).on_devices(devices).plan()
-        assert moved == planned("fsdp", devices=devices, **more)
-    assert planned("fsdp", **more) == four  # left as it was
+        assert moved == planned("fsdp", "auto", devices=devices, **more)
+    assert planned("fsdp", "auto", **more) == four  # left as it was
 
 
 def test_the_largest_batch_of_a_device_is_larger_with_sharded_weights() -> None:
