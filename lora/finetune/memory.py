@@ -233,4 +233,5 @@ def _check_room(plan: MemoryPlan, train: TrainConfig, free: int | None, *, has_l
 
 def describe_plan(plan: MemoryPlan) -> str:
     """Return one line for the user: the sum and its parts in GB (10⁹ bytes)."""
-    return f"planned memory: {describe_parts(plan)}"
+    where = "" if plan.devices == 1 else f" of each of {plan.devices} processes"
+    return f"planned memory{where}: {describe_parts(plan)}"

@@ -17,7 +17,7 @@ from lora.data.prepare import PreparedData
 from lora.device import DeviceChoice
 from lora.distributed.world import World
 from lora.errors import ConfigError
-from lora.finetune.memory import ChosenMemory, plan_run
+from lora.finetune.memory import ChosenMemory, describe_plan, plan_run
 
 CPU = DeviceChoice(torch.device("cpu"), torch.float32, "")
 
@@ -80,7 +80,9 @@ def test_a_process_plans_its_part_of_the_batch(
     assert (chosen.parallel, chosen.planner.inputs.devices) == ("ddp", 2)
     # The other process has less free than this one's half of the machine.
     assert f"of {0.95 * 300:.1f} planned on each" in chosen.parallel_reason
+    assert describe_plan(chosen.plan).startswith("planned memory of each of 2 processes: ")
     alone = plan(folder, World())
+    assert describe_plan(alone.plan).startswith("planned memory: ")
     assert (alone.parallel, alone.parallel_reason) == (None, "")
     assert alone.planner.inputs.micro_batch_size == 4
     assert plan(folder, Two(other=10**11), parallel="fsdp").parallel == "fsdp"
