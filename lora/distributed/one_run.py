@@ -78,7 +78,7 @@ def resumes(run: RunConfig, resume: bool, world: World, on_message: Callable[[st
     Raises ConfigError where a restart could not find the run again: it has no name, or the name is
     that of an earlier run, so that a new one would get another.
     """
-    allowed, count, folder = max_restarts(), restart_count(), run.out / (run.name or "")
+    allowed, folder = max_restarts(), run.out / (run.name or "")
     if not allowed:
         return resume
     if run.name is None:
@@ -88,6 +88,8 @@ def resumes(run: RunConfig, resume: bool, world: World, on_message: Callable[[st
         )
     if resume:
         return True
+    # Of several machines' launchers only the one whose process failed counts a restart.
+    count = max(world.gather(restart_count(), "the number of restarts"))
     if count:
         is_begun = world.on_main(
             lambda: (folder / RUN_FILE).is_file(), "rank 0 to look for the run"
