@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from lora.sweep import SweepJob, run, sweep
 from lora.sweep.grid import Grid
 from lora.sweep.progress import NoSweepProgress
 from tests.distributed.processes import run_processes
+from tests.integration.test_devices import end, errors, ranks, wait_until
 
 STEPS = 12
 DATA = DataConfig(max_length=128, packing=False)
@@ -167,3 +172,44 @@ def record_of(folder: Path) -> SweepRecord:
     record = read_sweep_record(folder)
     assert record is not None
     return record
+
+
+def start_two(model: Path, data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    """Start the command in two processes."""
+    words = (
+        f"sweep --data {data} --model {model} --out {out} --rank 2,4 --learning-rate 5e-3,1e-2 "
+        "--steps 60 --batch-size 4 --max-length 128 --eval-every-steps 10 --save-every-steps 3 "
+        "--device cpu --devices 2 --no-report"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    return subprocess.Popen(
+        [sys.executable, "-m", "lora", *words.split(), *more],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+
+
+def rows_in(candidates: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in candidates.glob("*/metrics.jsonl"))
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_stopped_and_killed_ends_as_one_that_is_not(
+    tiny_folder: Path, orders_file: Path, tmp_path: Path
+) -> None:
+    inputs, candidates = (tiny_folder, orders_file, tmp_path), tmp_path / "killed" / "candidates"
+    end(start_two(*inputs, "--name", "whole"), 0)
+    process = start_two(*inputs, "--name", "killed")
+    wait_until(lambda: rows_in(candidates) > 40, process)
+    process.send_signal(signal.SIGTERM)
+    _, said = end(process, 143)
+    assert errors(said) == [line for line in said.splitlines() if "its state is saved" in line]
+    assert len(errors(said)) == 1
+    rows = rows_in(candidates)
+    process = start_two(*inputs, "--name", "killed", "--resume")
+    wait_until(lambda: rows_in(candidates) > rows + 40, process)
+    os.kill(ranks(process)[1], signal.SIGKILL)
+    _, said = end(process, 137)
+    assert "lora: rank 1 was ended by SIGKILL" in said
+    out, _ = end(start_two(*inputs, "--name", "killed", "--resume", "--json"), 0)
+    assert json.loads(out)["best"] == str(tmp_path / "killed" / "best")
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")
