@@ -27,7 +27,7 @@ from lora.sweep.progress import NoSweepProgress
 from tests.distributed.processes import run_processes
 from tests.integration.test_devices import end, errors, ranks, wait_until
 
-STEPS = 12
+STEPS = 8
 DATA = DataConfig(max_length=128, packing=False)
 
 
@@ -128,6 +128,22 @@ def test_two_processes_sweep_as_one_does(job: SweepJob, tmp_path: Path) -> None:
     assert (record["world_size"], record["at_once"]) == (2, 3)
     timings = read_rows(tmp_path / "shared" / "timings.jsonl")
     assert [row["rank"] for row in timings] == [0, 1, 0, 1, 0][: len(timings)]
+
+
+def small_sweep(world: World, job: SweepJob) -> list[str]:
+    progress = Kept()
+    sweep(job, progress)
+    return progress.messages
+
+
+def test_a_process_without_a_candidate_waits_for_the_others(job: SweepJob, tmp_path: Path) -> None:
+    two = replace(job, grid=Grid(rank=(2, 4)), halving=False, train=TrainConfig(steps=2))
+    messages, *others = run_processes(3, small_sweep, two)
+    assert "note: 1 of 3 processes have nothing to train: there are 2 candidates" in messages
+    assert others == [[], []]
+    assert [c.status for c in record_of(tmp_path / "alone").candidates] == ["done", "done"]
+    timings = read_rows(tmp_path / "alone" / "timings.jsonl")
+    assert [row["rank"] for row in timings] == [0, 1]
 
 
 def results(folder: Path) -> dict[str, bytes]:
