@@ -248,7 +248,12 @@ def run_faults(world: World, folder: Path) -> list[str]:
 
     path = folder / "read.safetensors"
     tensors = {"b": reader.whole("b"), "a": reader.whole("a"), "n": torch.ones(2)}
-    on_main_with(tensors.values(), world, lambda: write_tensors(path, tensors), "a save")
+
+    def save_elsewhere() -> None:
+        next(reader.read("b"))  # where the disk was full
+        write_tensors(path, tensors)
+
+    on_main_with(tensors.values(), world, save_elsewhere, "a save")
     if world.is_main:
         saved = load_file(path)
         assert torch.equal(saved["a"], torch.arange(10.0)[:, None].repeat(1, 3))
