@@ -173,6 +173,8 @@ class FastNetwork:
 
     def refresh(self) -> None:
         """Bring everything that matmuls and norms read up to date with the slots."""
+        if self.ring is not None:
+            self.ring.wait()  # a gather may still read the adapters that are written now
         for projection in self.projections:
             projection.refresh()
         for weights in self.weights:

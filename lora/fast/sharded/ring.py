@@ -182,11 +182,14 @@ class ShardRing:
             for number, then in expected:
                 self.enter(number, then)
 
-    def refresh(self) -> None:
-        """After an optimizer step: bring the adapters in the slots up to date."""
+    def wait(self) -> None:
+        """Wait, on the device, for all gathers that have begun."""
         for event in self._arrivals:
             if event is not None:
                 torch.cuda.current_stream(self.device).wait_event(event)
+
+    def refresh(self) -> None:
+        """After an optimizer step and `wait`: bring the adapters in the slots up to date."""
         for unit, slot in zip(self._held, self.slots, strict=True):
             if unit is not None:
                 self._add_adapters(unit, slot)
