@@ -98,9 +98,6 @@ class PulledGather:
         return CollectiveGather(self.world, self.shard, f" (GPUs cannot read each other: {why})")
 
     def _map_peers(self) -> None:
-        # Multicast is of no use here, and a program that leaves it behind can block the machine's
-        # switches for others.
-        os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
         from torch.distributed import _symmetric_memory as symmetric
 
         group = self.world.device_group
@@ -144,6 +141,9 @@ def choose_gather(world: World, n_bytes: int, device: torch.device) -> Gather:
 
 def _shared_memory(n_bytes: int, device: torch.device) -> Tensor | None:
     """Return memory that other processes can map, or None if this system has none."""
+    # Multicast is of no use here, and a program that leaves it behind can block the machine's
+    # switches for others.
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
     from torch.distributed import _symmetric_memory as symmetric
 
     try:
