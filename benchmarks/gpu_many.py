@@ -68,9 +68,11 @@ def combine(case: Case, row: dict[str, Any], *, smoke: bool) -> dict[str, Any]:
     ranks = row.pop("ranks")
     found = dict(ranks[0])
     if "step_ms" in found:
-        shape = case.sizes(smoke=smoke)
         found["step_ms"] = max(rank["step_ms"] for rank in ranks)
-        tokens = found.pop("tokens", shape.rows * shape.tokens * case.devices)
+        tokens = found.pop("tokens", None)
+        if tokens is None:
+            shape = case.sizes(smoke=smoke)
+            tokens = shape.rows * shape.tokens * case.devices
         rate = tokens / (found["step_ms"] * 1e-3)
         found |= {"tokens_per_s": round(rate), "tokens_per_s_device": round(rate / case.devices)}
     if "peak_gb" in found:

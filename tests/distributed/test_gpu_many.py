@@ -76,6 +76,23 @@ def test_communication_that_nothing_hides_is_counted(benchmark: Any) -> None:
     assert found["top"][0] == ["gemm", 10.0, 1]
 
 
+def test_every_case_of_every_machine_has_a_row(benchmark: Any) -> None:
+    """With the real sizes, which the run on CPU processes does not take."""
+    cases, script = benchmark("cases"), importlib.import_module("gpu_many")
+    for devices in (2, 4):
+        for case in cases.cases_for(devices):
+            found = {"step_ms": 100.0, "peak_gb": 1.0}
+            if case.variant == "probe":
+                found = {"gemm_tflops": 1.0}
+            if case.shape == cases.SWEEP:
+                found |= {"tokens": 8 * 4 * 512}
+            else:
+                assert case.variant == "probe" or case.sizes().rows >= 1
+            row = script.combine(case, {"ranks": [found] * case.devices}, smoke=False)
+            assert ("tokens_per_s" in row) == (case.variant != "probe"), case.name
+            assert case.target is None or case.devices > 1
+
+
 def test_tables_go_between_the_marks(benchmark: Any, tmp_path: Path) -> None:
     table = benchmark("table")
     row = {
