@@ -202,6 +202,8 @@ def _plan_kind(
         # What finetune would plan with: some of what is free is left for fragments.
         room = planner.usable_bytes(free)
     shown = MemoryConfig("none" if memory.memory == "auto" else memory.memory, memory.memory_gb)
+    if memory.memory == "auto" and chosen.plan.recomputed_blocks is not None and room is not None:
+        shown = MemoryConfig("auto", room / 1e9)  # FSDP2 always recomputes what does not fit
     plan = planner.plan(memory=shown)
     largest = None if room is None else planner.largest_micro_batch(room, shown)
     saving = _savings(planner, plan, room) if memory.memory == "auto" else _Saving()
