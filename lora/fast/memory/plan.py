@@ -239,11 +239,13 @@ class MemoryPlanner:
 
     def usable_bytes(self, free_bytes: int) -> int:
         """Return how much of the free memory may be planned for: see docs/memory.md."""
-        loaded = 0 if self._fast is None else self._fast.loaded_bytes
+        loaded, usable = 0, USABLE_MEMORY_FRACTION
+        if self._fast is not None:
+            loaded, usable = self._fast.loaded_bytes, self._fast.usable_fraction
         reserved = FRAGMENTED_WEIGHTS_FRACTION * loaded
         if self.inputs.devices > 1 and self.inputs.device_type == "cuda":
             reserved += NCCL_BYTES
-        return max(1, round(USABLE_MEMORY_FRACTION * free_bytes - reserved))
+        return max(1, round(usable * free_bytes - reserved))
 
     def largest_micro_batch(self, available_bytes: int, memory: MemoryConfig | None = None) -> int:
         """Return the most sequences that fit into `available_bytes`; 0: not even one.

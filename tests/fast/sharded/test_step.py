@@ -14,7 +14,7 @@ from lora.decoder.decoder import Decoder
 from lora.distributed.world import ALONE, World
 from lora.errors import ModelError
 from lora.fast.llama.checkpointing import MODES
-from lora.fast.memory.fast_step import FastPlan
+from lora.fast.memory.fast_step import USABLE_SHARDED_FRACTION, FastPlan
 from lora.fast.sharded.base import ShardedBase
 from lora.fast.sharded.ring import N_SLOTS
 from lora.fast.step import FastStep
@@ -222,5 +222,6 @@ def test_a_plan_counts_a_shard_and_two_slots() -> None:
         )
     # Only what is not read into its final place leaves memory in pieces.
     assert all(plan.loaded_bytes < 0.5 * total for plan, total in zip(plans, weights, strict=True))
+    assert {plan.usable_fraction for plan in plans} == {USABLE_SHARDED_FRACTION}
     one, _, four = (ring.shard.nbytes for ring in rings if ring is not None)
     assert four < 0.3 * one
