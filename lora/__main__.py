@@ -25,7 +25,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     """Exit at once from an import, which others may take for a failed one; else as Python does."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            os.write(2, b"lora: interrupted\n")
+            if os.environ.get("RANK", "0") == "0":  # one of several processes says it
+                os.write(2, b"lora: interrupted\n")
             os._exit(INTERRUPTED)
         frame = frame.f_back
     raise KeyboardInterrupt

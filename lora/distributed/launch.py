@@ -7,6 +7,7 @@ torch is imported here before processes are to be started.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -14,15 +15,18 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
 from lora.distributed.errors import GO_ON
 from lora.distributed.ranks import is_started_by_torchrun, world_size
 from lora.errors import ConfigError
+from lora.runs.interrupts import SIGNALS
 from lora.terminal import print_note
 
 if TYPE_CHECKING:
@@ -33,7 +37,8 @@ MAX_CPU_PROCESSES = 16
 SAVE_S = 900
 """After a signal, until processes that are still there are killed: a large model is being saved.
 torchrun's own limit is 30 s."""
-SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+LAST_S = 3.0
+"""After a second signal, until processes that are still there are killed."""
 LOOPBACK = "lo"
 
 
@@ -95,9 +100,8 @@ def launch(processes: Processes, words: Sequence[str]) -> int:
 
     logging.disable(logging.ERROR)  # of the launcher: its findings are reported below, once
     _set_environment(processes)
-    is_hangup_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # nohup
-    handled = [name for name in SIGNALS if not (name == "SIGHUP" and is_hangup_ignored)]
-    newer = {"signals_to_handle": ",".join(handled), "shutdown_timeout": SAVE_S}
+    _catch_signals()
+    newer = {"signals_to_handle": "SIGQUIT", "shutdown_timeout": SAVE_S}
     known = {each.name for each in dataclasses.fields(LaunchConfig)}  # PyTorch 2.11 lacks some
     with tempfile.TemporaryDirectory(prefix="lora-processes-") as logs:
         config = LaunchConfig(
@@ -119,6 +123,48 @@ def launch(processes: Processes, words: Sequence[str]) -> int:
         except SignalException as stopped:
             return 128 + stopped.sigval
     return 0
+
+
+def _catch_signals() -> None:
+    """Pass the first signal on, so that all save; end all processes at a second one.
+
+    A SIGHUP that is ignored, as under nohup, stays ignored.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
+            _end_children()
+        raise SignalException("passed on", signal.Signals(number))
+
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, receive)
+
+
+def _end_children() -> None:
+    """End the processes that this one has started: at once, also those that hang."""
+    for number, limit_s in ((signal.SIGTERM, LAST_S), (signal.SIGKILL, 0.0)):
+        until = time.monotonic() + limit_s
+        for child in _children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, number)
+        while _children() and time.monotonic() < until:
+            time.sleep(0.05)
+
+
+def _children() -> list[int]:
+    """Return the numbers of this process's children that run; none on a system without /proc."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == os.getpid() and state != "Z":
+                found.append(int(path.parent.name))
+    return found
 
 
 def _check_world(devices: int | Literal["all"]) -> None:

@@ -312,7 +312,7 @@ def test_a_rank_that_stands_still_is_named_and_ends_the_run(
 @pytest.mark.slow
 def test_ranks_save_and_end_when_their_launcher_is_killed(on_device: Start) -> None:
     start, run = on_device, on_device.folder / "run"
-    process = start.several(*start.long())
+    process = start.several("--steps", "9000", "--name", "run")  # it has 5 s to notice
     wait_until(lambda: steps_in(run) >= 8, process)
     process.kill()
     _, said = process.communicate(timeout=30)  # until they have closed standard error
@@ -329,3 +329,17 @@ def test_nohup_keeps_a_run_of_several_processes(start: Start) -> None:
     process.send_signal(signal.SIGHUP)
     end(process, 0)
     assert steps_in(start.folder / "run") == 30
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_ends_processes_that_hang(on_device: Start) -> None:
+    start, run = on_device, on_device.folder / "run"
+    process = start.several(*start.long())
+    wait_until(lambda: steps_in(run) >= 8, process)
+    own = ranks(process)
+    os.kill(own[1], signal.SIGSTOP)  # so that nobody comes to save
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    end(process, 130, within_s=30)
+    assert not any(Path(f"/proc/{number}").exists() for number in own)
