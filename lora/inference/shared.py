@@ -28,7 +28,7 @@ def sharing(device: torch.device) -> Iterator[World]:
     `device` is the model's. Processes that train together at the time do not: a callback runs in
     one of them, and the others would never come.
     """
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         yield ALONE
         return
     with joined(device) as world:
