@@ -31,6 +31,9 @@ CAPTURE_BYTES = 1_500_000_000
 called, and workspaces of the streams that rehearse and capture. Outside the allocator 0.6 GB of it
 were measured at 70B, 0.2 GB at 8B and below (docs/memory.md); the rest is a margin."""
 
+LAUNCHED_BYTES = 500_000_000
+"""The same of a step that is not captured, as that over sharded weights: code and workspaces."""
+
 
 @dataclass(frozen=True)
 class RunMemory:
@@ -110,13 +113,14 @@ class ChosenMemory:
         at once; the one with the least memory decides.
         """
         free_bytes = min(self.world.gather(free_bytes, "the free memory of each device"))
-        excess = _step_bytes(self.plan) + CAPTURE_BYTES - free_bytes
+        beside = LAUNCHED_BYTES if self.parallel == "fsdp" else CAPTURE_BYTES
+        excess = _step_bytes(self.plan) + beside - free_bytes
         if self.may_change and excess > 0:
             leaner = self.planner.plan_leaner(self.plan, max(1, self.plan.total - excess))
             if leaner is not None:
-                beside = f"beside weights and optimizer {free_bytes / 1e9:.1f} GB are free"
+                found = f"beside weights and optimizer {free_bytes / 1e9:.1f} GB are free"
                 needed = _step_bytes(self.plan) / 1e9
-                self._change(leaner, f"{beside}, too little for {needed:.1f}")
+                self._change(leaner, f"{found}, too little for {needed:.1f}")
         return self.plan.checkpointing
 
     def _change(self, plan: MemoryPlan, why: str) -> None:

@@ -109,3 +109,11 @@ def test_the_mode_is_fitted_to_the_device_with_the_least_memory(
     assert stored is not None
     assert stored.mode != "none"
     assert "beside weights and optimizer 1.5 GB are free" in messages[0]
+    # Sharded weights have no graph that needs memory of its own.
+    room = memory_module.CAPTURE_BYTES - memory_module.LAUNCHED_BYTES
+    needed = memory_module._step_bytes(chosen.plan)
+    assert needed < room
+    chosen.world = replace(cast(Two, chosen.world), other=needed + memory_module.LAUNCHED_BYTES)
+    chosen.parallel = "fsdp"
+    assert chosen.refit(10**12) == stored
+    assert len(messages) == 1
