@@ -12,8 +12,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from lora.distributed.ranks import restart_count, this_rank, world_size
-from lora.distributed.store import shared_store
+from lora.distributed.ranks import this_rank, world_size
+from lora.distributed.store import meeting_store, shared_store, start_name
 from lora.distributed.watch import Times, Watch
 from lora.distributed.world import ALONE, World
 from lora.errors import ConfigError
@@ -45,7 +45,7 @@ def joined(device: torch.device) -> Iterator[World]:
             kind = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             # Addresses of an earlier group are still in the store, also those of processes that
             # torchrun has replaced by these: another group must not read them.
-            name = f"group-{restart_count()}-{next(_joins)}"
+            name = f"group-{start_name()}-{next(_joins)}"
             store = dist.PrefixStore(name, _store())
             with watch.waits("all processes to start"):
                 dist.init_process_group(
@@ -67,9 +67,7 @@ def joined(device: torch.device) -> Iterator[World]:
 @functools.cache  # where rank 0 serves it, it must outlive the first group
 def _store() -> dist.Store:
     """Return where the processes leave their addresses for each other."""
-    limit = timedelta(seconds=_times().limit)
-    store: dist.Store = next(dist.rendezvous("env://", timeout=limit))[0]
-    return store
+    return meeting_store(_times().limit)
 
 
 def _times() -> Times:

@@ -66,7 +66,7 @@ def _usage(run: ScaledRun, file_name: str) -> list[str]:
             "#",
             f"#     bash {file_name}",
             "#",
-            "# More flags of lora finetune can follow.",
+            "# Flags of lora finetune that are not below can follow.",
         ]
     return [
         f"# Starts the run on {run.nodes} machines, with {run.devices} processes on each. On every",
@@ -74,7 +74,8 @@ def _usage(run: ScaledRun, file_name: str) -> list[str]:
         "#",
         f"#     HEAD=node1 bash {file_name}",
         "#",
-        "# More flags of lora finetune can follow, the same on all: --resume continues the run.",
+        "# Flags of lora finetune that are not below can follow, the same on all: --resume",
+        "# continues the run.",
         "# Data and model are at the same paths everywhere. Rank 0 writes the run directory: it is",
         "# on the machine whose name sorts first.",
     ]
