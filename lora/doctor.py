@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import os
 import platform
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from lora.adapters.apply import apply_lora, lora_layers
 from lora.adapters.save_load import load_adapter, save_adapter
@@ -90,7 +92,8 @@ def examine(runs: Path = Path("runs")) -> list[Check]:
         choice = choose_device()
     except LoraError as error:
         return [*checks, Check("device", str(error), False, "Choose another with --device.")]
-    checks += [_device(choice), _kernels(choice), _memory(choice), _disk("runs", runs)]
+    checks += [_device(choice), _several_devices(), _kernels(choice), _memory(choice)]
+    checks.append(_disk("runs", runs))
     checks += [_disk("model cache", cache_folder()), _cache()]
     for name, trial in (("training", _try_training), ("saving", _try_saving)):
         checks.append(_run_trial(name, trial, choice))
@@ -142,6 +145,31 @@ def _device(choice: DeviceChoice) -> Check:
         others += f"; {torch.get_num_threads()} threads on {os.cpu_count()} cores"
         others += f"; PyTorch {torch.__version__} sees no CUDA device"
     return Check("device", choice.reason + others)
+
+
+def _several_devices() -> Check:
+    """Return how many GPUs a run can use, and how they reach each other."""
+    name, count = "several devices", torch.cuda.device_count()
+    if not dist.is_available():
+        return Check(name, "this PyTorch has no torch.distributed", is_missing=True)
+    if count == 0:
+        return Check(name, "no GPU; --devices N starts processes on the CPU, for trials")
+    gpus = "1 GPU" if count == 1 else f"{count} GPUs"
+    if not dist.is_nccl_available():
+        return Check(name, f"{gpus}, and this PyTorch has no NCCL", is_missing=count > 1)
+    version = ".".join(map(str, torch.cuda.nccl.version()))
+    pairs = [pair for pair in itertools.combinations(range(count), 2) if not _reach(*pair)]
+    seen = f"{gpus}, NCCL {version}"
+    if count > 1 and not pairs:
+        seen += ", each reads the others' memory"
+    if pairs:
+        named = ", ".join(f"{one} and {other}" for one, other in pairs[:4])
+        seen += f"; no direct access between {named}{' …' if len(pairs) > 4 else ''}: slower"
+    return Check(name, seen)
+
+
+def _reach(one: int, other: int) -> bool:
+    return torch.cuda.can_device_access_peer(one, other)
 
 
 def _kernels(choice: DeviceChoice) -> Check:

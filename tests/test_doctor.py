@@ -114,3 +114,22 @@ def test_a_missing_default_model_and_extra_are_found(
     seen = capsys.readouterr().out
     assert "--  default model" in seen
     assert "optional and not installed (--): 2" in seen
+
+
+@pytest.mark.parametrize(
+    ("count", "reach", "seen"),
+    [
+        (0, True, "no GPU; --devices N starts processes on the CPU, for trials"),
+        (1, True, "1 GPU, NCCL 2.27.3"),
+        (2, True, "2 GPUs, NCCL 2.27.3, each reads the others' memory"),
+        (2, False, "2 GPUs, NCCL 2.27.3; no direct access between 0 and 1: slower"),
+    ],
+)
+def test_the_gpus_and_how_they_reach_each_other_are_told(
+    count: int, reach: bool, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 3))
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: reach)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    assert doctor._several_devices() == Check("several devices", seen)
