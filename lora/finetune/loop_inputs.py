@@ -83,7 +83,7 @@ def training_job(
         choice=choice,
         progress=progress,
         on_eval=(
-            _sampler(job, model, data, run, progress)
+            _sampler(job, model, data, run, progress, world if model.is_sharded else ALONE)
             if world.is_main or model.is_sharded
             else _no_samples
         ),
@@ -135,7 +135,12 @@ def _no_samples(step: int) -> None:
 
 
 def _sampler(
-    job: FinetuneJob, model: Decoder, data: PreparedData, run: Run, progress: Progress
+    job: FinetuneJob,
+    model: Decoder,
+    data: PreparedData,
+    run: Run,
+    progress: Progress,
+    together: World,
 ) -> SampleRecorder:
     room_tokens = model.config.max_position_embeddings - job.run.sample_tokens
     prompts = choose_prompts(
@@ -145,4 +150,5 @@ def _sampler(
         max_tokens=min(job.data_config.max_length, room_tokens),
         now=data.now,
     )
-    return SampleRecorder(model, prompts, data.tokenizer, run, progress, job.run.sample_tokens)
+    n_tokens = job.run.sample_tokens
+    return SampleRecorder(model, prompts, data.tokenizer, run, progress, n_tokens, together)

@@ -31,13 +31,14 @@ def generate(
     stop_ids: Sequence[int] = (),
     on_token: Callable[[int, int], None] = lambda prompt, token: None,
     numbers: Sequence[int] | None = None,
+    free_bytes: int | None = None,
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, without the stop token that ended them.
 
     Prompts of different lengths share a batch, as many as memory has room for; up to rounding, an
     answer does not depend on the other prompts. `on_token(index of the prompt, token)` is called
     with each new token. A prompt is sampled with the seed of `sampling` plus its number: of
-    `numbers`, else its index.
+    `numbers`, else its index. `free_bytes` is the memory to count with; None: what is free here.
 
     Raises DataError for an empty prompt or a token outside the vocabulary, ConfigError if the
     memory has no room for `max_new_tokens`, ModelError if the logits are not finite.
@@ -47,7 +48,8 @@ def generate(
     if not prompts:
         return []
     numbers = range(len(prompts)) if numbers is None else numbers
-    batches = _split_by_memory(model, [len(prompt) for prompt in prompts], sampling)
+    lengths = [len(prompt) for prompt in prompts]
+    batches = _split_by_memory(model, lengths, sampling, free_bytes)
     answers: list[list[int]] = []
     with _eval_mode(model):
         for batch in batches:
@@ -65,14 +67,14 @@ def generate(
 
 
 def _split_by_memory(
-    model: Decoder, lengths: Sequence[int], sampling: SamplingConfig
+    model: Decoder, lengths: Sequence[int], sampling: SamplingConfig, free_bytes: int | None
 ) -> list[range]:
     """Return the prompts that are answered together, in order.
 
     Raises ConfigError if the cache of one prompt needs more memory than there is.
     """
     first, heads = next(model.parameters()), model.config.attention
-    free = available_bytes(first.device.type)
+    free = available_bytes(first.device.type) if free_bytes is None else free_bytes
     token_bytes = 2 * model.config.num_hidden_layers * heads.num_key_value_heads * heads.head_dim
     token_bytes *= first.element_size()  # of the cache
     cache_bytes = (max(lengths) + sampling.max_new_tokens) * token_bytes

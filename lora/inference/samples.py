@@ -16,12 +16,15 @@ from lora.data.chat.prompts import Prompt, continuation_prompt, example_prompt
 from lora.data.reading.formats import Example
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.decoder import Decoder
-from lora.errors import DataError, LoraError
+from lora.device import available_bytes
+from lora.distributed.world import ALONE, World
+from lora.errors import DataError, LoraError, TrainingError
 from lora.inference.generate import generate
 from lora.runs.directory import Run
 from lora.runs.progress import Progress
 from lora.runs.record import SampleRow
 from lora.terminal import visible
+from lora.training.out_of_memory import is_out_of_memory
 
 _MAX_TRIED = 100
 """Examples that are looked at for prompts."""
@@ -62,7 +65,9 @@ def choose_prompts(
 class SampleRecorder:
     """Generates and records answers to the same prompts whenever it is called.
 
-    An error ends the samples, not the run. The rows of `samples.jsonl` are SampleRow.
+    An error ends the samples, not the run. Where weights are sharded, running out of memory ends
+    the run: the other processes wait for this one's part of the next block. The rows of
+    `samples.jsonl` are SampleRow.
     """
 
     model: Decoder
@@ -71,6 +76,8 @@ class SampleRecorder:
     run: Run
     progress: Progress
     max_new_tokens: int
+    together: World = ALONE
+    """The processes that answer the prompts at once, each with a part of the weights."""
     has_reported_cost: bool = False
 
     def __call__(self, step: int) -> None:
@@ -81,10 +88,18 @@ class SampleRecorder:
         sampling = SamplingConfig(max_new_tokens=self.max_new_tokens)
         ids = [prompt.ids for prompt in self.prompts]
         try:
-            answers = generate(self.model, ids, sampling, stop_ids=self.tokenizer.stop_ids)
+            answers = generate(
+                self.model,
+                ids,
+                sampling,
+                stop_ids=self.tokenizer.stop_ids,
+                free_bytes=self._free_bytes(step),
+            )
             for prompt, tokens in zip(self.prompts, answers, strict=True):
                 self._record(step, prompt, tokens)
         except (LoraError, RuntimeError) as error:  # RuntimeError: out of memory
+            if not (self.together.is_alone or isinstance(error, LoraError)):
+                raise _explain(error) from error
             self.progress.message(f"note: no samples from step {step} on: {error}")
             self.prompts = ()
             return
@@ -93,6 +108,14 @@ class SampleRecorder:
             took_s = time.perf_counter() - began_s
             cost = f"{len(answers)} samples take {took_s:.1f} s at each evaluation"
             self.progress.message(f"({cost}; samples=0 turns them off)")
+
+    def _free_bytes(self, step: int) -> int | None:
+        """Return what all processes count with, which gather blocks equally often; None alone."""
+        if self.together.is_alone:
+            return None
+        own = available_bytes(next(self.model.parameters()).device.type)
+        known = self.together.gather(own, f"samples after step {step}")
+        return None if None in known else min(known)
 
     def _record(self, step: int, prompt: Prompt, tokens: list[int]) -> None:
         answer = self.tokenizer.decode(tokens)
@@ -109,6 +132,17 @@ class SampleRecorder:
         if prompt.reference is not None:
             lines.append(f"  reference: {_short(prompt.reference)}")
         self.progress.message("\n".join(lines))
+
+
+def _explain(error: RuntimeError) -> RuntimeError:
+    """Return the error of a process that cannot go on with the others."""
+    if not is_out_of_memory(error):
+        return error
+    return TrainingError(
+        "Cannot answer the prompts of the samples with sharded weights: memory ran out in this "
+        "process, and the others wait for its part of the next block. Give --samples 0, or lower "
+        "--samples or --sample-tokens; --resume continues from the newest checkpoint."
+    )
 
 
 def _short(text: str) -> str:

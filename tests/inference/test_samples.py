@@ -15,7 +15,8 @@ from lora.data.chat.prompts import Prompt
 from lora.data.reading.formats import example_from_row
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.decoder import Decoder
-from lora.errors import CheckpointError, ModelError
+from lora.distributed.world import World
+from lora.errors import CheckpointError, ModelError, TrainingError
 from lora.inference.generate import generate
 from lora.inference.samples import SampleRecorder, choose_prompts
 from lora.runs.directory import create_run
@@ -172,6 +173,38 @@ def test_a_failure_ends_the_samples_and_not_the_run(
     assert calls == [1]
     assert heard.said == [f"note: no samples from step 3 on: {error}"]
     assert not (run.folder / "samples.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [ModelError("not finite"), torch.OutOfMemoryError("CUDA out of memory.")]
+)
+def test_with_sharded_weights_all_processes_go_on_or_none(
+    model: Decoder,
+    tokenizer: TextTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    """The logits are those of all processes, memory runs out in one of them."""
+    counted = []
+
+    def fail(*_: object, free_bytes: int, **__: object) -> None:
+        counted.append(free_bytes)
+        raise error
+
+    monkeypatch.setattr("lora.inference.samples.generate", fail)
+    monkeypatch.setattr(World, "gather", lambda _, value, what: [value, 1000])
+    heard = Heard()
+    with create_run(tmp_path, "run") as run:
+        sampler = SampleRecorder(
+            model, [Prompt([5], "x")], tokenizer, run, heard, 4, World(rank=0, size=2)
+        )
+        if isinstance(error, ModelError):
+            sampler(3)
+        else:
+            with pytest.raises(TrainingError, match=r"sharded weights: memory ran out.*samples 0"):
+                sampler(3)
+    assert counted == [1000]
 
 
 def test_bugs_are_not_hidden(
