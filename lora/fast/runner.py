@@ -148,18 +148,21 @@ class DeviceStepRunner:
             with self.world.waits(f"the gradients of step {launched.step}"):
                 launched.event.synchronize()  # the host waits here, for a step that is one behind
         loss, n_tokens, norm, is_taken, *flags = launched.report.tolist()
+        stops = StopFlags.from_sums(flags) if flags else StopFlags()
         if not is_taken:
-            return self._explain(launched, loss, norm)
+            return self._explain(launched, loss, norm, stops)
         return StepOutcome(
             launched.step,
             losses=[loss],
             n_tokens=int(n_tokens),
             gradient_norms=[norm],
             learning_rates=[launched.learning_rate],
-            stops=StopFlags.from_sums(flags) if flags else StopFlags(),
+            stops=stops,
         )
 
-    def _explain(self, launched: _Launched, loss: float, norm: float) -> StepOutcome:
+    def _explain(
+        self, launched: _Launched, loss: float, norm: float, stops: StopFlags
+    ) -> StepOutcome:
         """Return the outcome of a step that was not taken: its batches are run again, watched."""
         # The graphs keep no module's output, so autograd's forward is run, with hooks. Batches of
         # other kinds (the character model's pairs) are on the device already.
@@ -173,7 +176,7 @@ class DeviceStepRunner:
             f"The loss is {loss} and the gradient norm {norm}: not finite, so the step was not "
             f"taken. Lower the learning rate, or look for damaged examples. {found.sentence}"
         )
-        return skipped_step(launched.step, launched.learning_rate, why, found)
+        return skipped_step(launched.step, launched.learning_rate, why, found, stops)
 
 
 class FastStepRunner(DeviceStepRunner):

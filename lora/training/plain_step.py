@@ -42,6 +42,14 @@ class StepResult:
     """What several processes have agreed on."""
 
 
+class StepNotFiniteError(TrainingError):
+    """A step was not taken; `stops` is what several processes have agreed on in it."""
+
+    def __init__(self, message: str, stops: StopFlags) -> None:
+        super().__init__(message)
+        self.stops = stops
+
+
 def train_step(
     model: nn.Module,
     micro_batches: Sequence[Any],
@@ -56,8 +64,8 @@ def train_step(
     """Changes `model` and `optimizer` in place: one step on the mean loss of all micro-batches.
 
     The loss is the mean over the target tokens of the whole step, however it is split into
-    micro-batches and over the processes of `world`, which wait for `what`. Raises TrainingError
-    before anything is changed if the loss or the gradient is not finite.
+    micro-batches and over the processes of `world`, which wait for `what`. Raises
+    StepNotFiniteError before anything is changed if the loss or the gradient is not finite.
     """
     optimizer.zero_grad(set_to_none=True)
     loss_sum, n_tokens = backward_sums(model, micro_batches, loss_fn, autocast)
@@ -67,7 +75,7 @@ def train_step(
     loss = loss_sum / n_tokens.clamp(min=1)  # (1,)
     gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
     norm = scale_and_clip(gradients, n_tokens, max_grad_norm)
-    check_finite(loss, norm, optimizer)
+    check_finite(loss, norm, optimizer, stops)
     optimizer.step()
     return StepResult(loss=loss, n_tokens=n_tokens, gradient_norm=norm, stops=stops)
 
@@ -92,15 +100,18 @@ def backward_sums(
     return torch.stack(losses).sum(0), torch.stack(counts).sum(0)
 
 
-def check_finite(loss: Tensor, norm: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Raise TrainingError, without gradients left, if the loss or the gradient is not finite."""
+def check_finite(
+    loss: Tensor, norm: Tensor, optimizer: torch.optim.Optimizer, stops: StopFlags
+) -> None:
+    """Raise StepNotFiniteError, without gradients left, if loss or gradient are not finite."""
     # The host waits for the device here: nothing may move before the check.
     if not torch.isfinite(norm + loss.sum()):
         optimizer.zero_grad(set_to_none=True)
         losses_shown = ", ".join(map(str, loss.tolist()))
-        raise TrainingError(
+        raise StepNotFiniteError(
             f"The loss is {losses_shown} and the gradient norm {norm.item()}: not finite, so "
-            "the step was not taken. Lower the learning rate, or look for damaged examples."
+            "the step was not taken. Lower the learning rate, or look for damaged examples.",
+            stops,
         )
 
 
@@ -196,11 +207,11 @@ class PlainStepRunner:
                     world=self._world,
                     what=f"the gradients of step {step}",
                 )
-        except TrainingError as error:
+        except StepNotFiniteError as error:
             size, world = self._micro_batch_size, self._world
             found = find_in_all(model, micro_batches, loss_fn, autocast, size, world)
             why = f"{error} {found.sentence}"
-            self._outcomes.append(skipped_step(step, learning_rate, why, found))
+            self._outcomes.append(skipped_step(step, learning_rate, why, found, error.stops))
             return
         synchronize(self._choice.device)  # so that the step's time is its own
         self._outcomes.append(
@@ -242,7 +253,9 @@ class PlainStepRunner:
             self.optimizer.state[parameter] = on_device
 
 
-def skipped_step(step: int, learning_rate: float, why: str, found: Finding) -> StepOutcome:
+def skipped_step(
+    step: int, learning_rate: float, why: str, found: Finding, stops: StopFlags
+) -> StepOutcome:
     """Return the outcome of a step that one model did not take, because of what was `found`."""
     return StepOutcome(
         step,
@@ -252,4 +265,5 @@ def skipped_step(step: int, learning_rate: float, why: str, found: Finding) -> S
         learning_rates=[learning_rate],
         not_finite={0: why},
         bad_sequences=found.sequences if found.is_of_data else None,
+        stops=stops,
     )

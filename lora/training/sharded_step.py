@@ -21,7 +21,6 @@ from lora.distributed.shards import ShardReader, let_go_tables, local_part, scat
 from lora.distributed.stops import StopFlags
 from lora.distributed.tensors import broadcast_tensors
 from lora.distributed.world import World
-from lora.errors import TrainingError
 from lora.training.checkpoint import (
     OPTIMIZER_KEYS,
     check_parameters,
@@ -32,6 +31,7 @@ from lora.training.checkpoint import (
 from lora.training.diagnosis import find_in_all
 from lora.training.optim import adamw, parameter_groups, scale_and_clip, set_learning_rate
 from lora.training.plain_step import (
+    StepNotFiniteError,
     StepResult,
     backward_sums,
     check_finite,
@@ -93,11 +93,11 @@ class ShardedStepRunner:
             self._on_first = None
         try:
             result = self._take_step(micro_batches, f"the loss of step {step}")
-        except TrainingError as error:
+        except StepNotFiniteError as error:
             size, world = self._micro_batch_size, self._world
             found = find_in_all(model, micro_batches, loss_fn, autocast, size, world)
             why = f"{error} {found.sentence}"
-            self._outcomes.append(skipped_step(step, learning_rate, why, found))
+            self._outcomes.append(skipped_step(step, learning_rate, why, found, error.stops))
             return
         synchronize(self._choice.device)  # so that the step's time is its own
         self._outcomes.append(
@@ -112,7 +112,7 @@ class ShardedStepRunner:
         )
 
     def _take_step(self, micro_batches: Sequence[Batch], what: str) -> StepResult:
-        """Changes this process's rows in place. All processes raise TrainingError, or none."""
+        """Changes this process's rows in place. All raise StepNotFiniteError, or none."""
         model, world = self._model, self._world
         model.zero_grad(set_to_none=True)
         loss_sum, n_tokens = backward_sums(
@@ -138,10 +138,11 @@ class ShardedStepRunner:
         norm = scale_and_clip(gradients, n_tokens, self._max_grad_norm, norm=norm)
         model.zero_grad(set_to_none=True)
         # The host waits for the device here: nothing may move before the check.
-        check_finite(loss, norm, self.optimizer)
+        stops = StopFlags.from_sums(sums[3:].tolist())
+        check_finite(loss, norm, self.optimizer, stops)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, n_tokens, norm, StopFlags.from_sums(sums[3:].tolist()))
+        return StepResult(loss, n_tokens, norm, stops)
 
     def finished(self, *, wait: bool) -> list[StepOutcome]:
         """Return the steps taken since the last call."""

@@ -219,9 +219,14 @@ def run_out_of_memory(world: World, failing_rank: int) -> Steps:
     return done
 
 
-def run_asked(world: World, runner: Runner) -> list[StopFlags]:
-    """Return what three steps agree on: rank 0 asks in the second, the last rank in the third."""
+def run_asked(world: World, runner: Runner, *, is_damaged: bool = False) -> list[StopFlags]:
+    """Return what three steps agree on: rank 0 asks in the second, the last rank in the third.
+
+    Steps of a damaged model are not finite, and not taken.
+    """
     model, config = with_lora(tiny_decoder(torch.float32)), train_config(8)
+    if is_damaged:
+        next(p for p in model.parameters() if p.requires_grad).data.fill_(torch.nan)
     steps = runner(model, torch.float32, config, world)
     stream = BatchStream(random_sequences(packing=True), 8, 7, share=world.share)
     agreed = []
@@ -229,7 +234,9 @@ def run_asked(world: World, runner: Runner) -> list[StopFlags]:
         world.asked.callback = step == 2 and world.rank == 0
         world.asked.signal = 15 if step == 3 and world.rank == world.size - 1 else 0
         steps.launch(step, [next(stream)], [1e-3])
-        agreed += [outcome.stops for outcome in steps.finished(wait=True)]
+        outcomes = steps.finished(wait=True)
+        assert all(bool(outcome.not_finite) == is_damaged for outcome in outcomes)
+        agreed += [outcome.stops for outcome in outcomes]
     world.asked.clear()
     return agreed
 
@@ -245,7 +252,10 @@ def run_all(world: World) -> dict[str, Steps]:
 
 def run_together(world: World) -> tuple[dict[str, Steps], list[list[StopFlags]]]:
     """Return all cases, and what processes agreed on with both kinds of step."""
-    return run_all(world), [run_asked(world, runner) for runner in (plain, fast)]
+    asked = [
+        run_asked(world, runner, is_damaged=x) for runner in (plain, fast) for x in (False, True)
+    ]
+    return run_all(world), asked
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +305,7 @@ def test_all_processes_have_the_same_bits(together: list[dict[str, Steps]]) -> N
 
 def test_what_several_processes_ask_all_of_them_learn_in_the_same_step(answers: list[Any]) -> None:
     expected = [StopFlags(), StopFlags(callback=True), StopFlags(signal=15)]
-    assert [agreed for _, agreed in answers] == [[expected] * 2] * len(answers)
+    assert [agreed for _, agreed in answers] == [[expected] * 4] * len(answers)
 
 
 def test_where_one_rank_runs_out_of_memory_all_go_leaner(
