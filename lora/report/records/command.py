@@ -36,7 +36,7 @@ def sweep_command(record: RunRecord, name: str, full_rate: float | None = None) 
 
 def comparison_command(record: RunRecord, name: str) -> str | None:
     """Return the `lora compare` of a run; None if it was not on files."""
-    return _command("compare", comparison_settings(record, name))
+    return _command("compare", _on_devices(record, comparison_settings(record, name)))
 
 
 def finetune_settings(record: RunRecord, name: str, *, defaults: bool = False) -> Settings | None:

@@ -79,11 +79,17 @@ def _finite(value: float | None) -> float | None:
 
 
 def _train_s(timings: Sequence[WaveTiming], record: SweepRecord | None) -> float | None:
-    """Return the seconds of all steps; None if some were not timed, as steps before a kill."""
+    """Return the seconds of all steps; None if some were not timed, as steps before a kill.
+
+    Of waves that several processes trained side by side the slowest counts.
+    """
     timed = sum(row.timed_steps for row in timings)
     if not timings or record is None or timed != record.steps_taken:
         return None
-    return sum(row.train_s for row in timings)
+    slowest: dict[int, float] = {}
+    for row in timings:  # those of one round were recorded at the same step
+        slowest[row.step] = max(row.train_s, slowest.get(row.step, 0.0))
+    return sum(slowest.values())
 
 
 def _sort_key(run: RunSummary) -> tuple[int, float]:

@@ -11,6 +11,8 @@ import pytest
 from lora.errors import CheckpointError, ConfigError
 from lora.report.page import find_findings
 from lora.report.records.collect import read_report
+from lora.runs.directory import Run
+from lora.runs.sweep_record import WaveTiming, append_wave_timing
 
 Make = Callable[..., Path]
 
@@ -95,6 +97,16 @@ def test_a_sweep_knows_its_sweet_spot(make_sweep: Make, tmp_path: Path) -> None:
     assert by_status["stopped"].reason.startswith("halving at step 10")
     assert report.runs[0].total_parameters == 10_000 + 80 * 16
     assert (sweep.train_s, sweep.peak_memory_bytes) == (12.5, 2_000_000_000)
+
+
+def test_of_waves_side_by_side_the_slowest_counts(make_sweep: Make, tmp_path: Path) -> None:
+    folder = make_sweep()
+    (folder / "timings.jsonl").unlink()
+    for step, train_s, rank in ((10, 4.0, 0), (10, 5.0, 1), (20, 7.5, 0)):
+        n_steps = 5 if step == 10 else 10
+        append_wave_timing(Run(folder), WaveTiming(step, train_s, n_steps, 10, rank=rank))
+    (sweep,) = read_report([folder], tmp_path).sweeps
+    assert sweep.train_s == 5.0 + 7.5
 
 
 def test_noise_is_measured_where_there_are_seeds(make_sweep: Make, tmp_path: Path) -> None:

@@ -121,6 +121,8 @@ def test_the_command_of_a_comparison_names_what_was_asked(tmp_path: Path) -> Non
     assert found["rates"] == LearningRates(rates=(3e-4, 1e-3), rate_steps=20)
     assert (found["same"], found["peft"], found["run"].samples) == ("time", True, 3)
     assert found["measures"].metric == "exact-match"
+    on_two = comparison_command(record(tmp_path, {**asked, "world_size": 2}), "fair")
+    assert on_two == f"{command} --devices 2"
 
 
 @pytest.mark.parametrize("data", [{"source": "rows given in Python"}, {"in_memory": True}])
