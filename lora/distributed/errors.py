@@ -35,6 +35,7 @@ FOUND_S = 1.0
 """A process that lost another ends so much later, and one that leaves the message to another: the
 launcher ends all of them when it finds that the first has ended."""
 GO_ON = "A training run continues from its newest checkpoint with --resume."
+LOST_CODE = 2
 UNEXPECTED = 1
 """Exit code of Python after an exception that nobody expected."""
 
@@ -138,9 +139,19 @@ class _Rank:
     ) -> None:
         if error is None or isinstance(error, SystemExit):
             return
+        if isinstance(error, RuntimeError) and is_of_connection(error):
+            stand_until_told()
+            tell_lost(describe_lost(error))
+            _leave(LOST_CODE)
         stack = "".join(traceback.format_exception(kind, error, trace))
-        write_error_file(f"{type(error).__name__}: {error}", stack)
-        print(f"lora: rank {this_rank().rank}:\n{stack}", file=sys.__stderr__, end="")
+        message = f"{type(error).__name__}: {error}"
+        write_error_file(message, stack)
+        who = _who_fails_alike(message)
+        if who[0] == this_rank().rank:
+            name = _named(who) or "all ranks: "
+            print(f"lora: {name.rstrip()}\n{stack}", file=sys.__stderr__, end="", flush=True)
+        else:
+            time.sleep(FOUND_S)
         _leave(UNEXPECTED)
 
 
@@ -190,7 +201,22 @@ def _is_first_to_tell() -> bool:
         return True
 
 
-def first_line(error: BaseException) -> str:
+def is_of_connection(error: RuntimeError) -> bool:
+    """Whether a collective raised `error` because another process does not answer."""
+    text = str(error)
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # without an import of torch
+    return "DistError" in kinds or "gloo/" in text or "NCCL" in text
+
+
+def describe_lost(error: RuntimeError, what: str = "") -> str:
+    """Return in words that another process does not answer, and `what` was waited for, if known."""
+    is_closed = any(word in str(error) for word in ("closed by peer", "reset by peer"))
+    how = "has ended" if is_closed else f"does not answer ({_first_line(error)})"
+    waited = f", while this one waited for {what}" if what else ""
+    return f"Another process {how}{waited}: all of them end. {GO_ON}"
+
+
+def _first_line(error: BaseException) -> str:
     """Return the first line of an error's text, of limited length."""
     text = str(error).strip().splitlines()
     return shortened(text[0], 200) if text else type(error).__name__

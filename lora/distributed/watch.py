@@ -21,14 +21,20 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from lora.distributed.errors import GO_ON, first_line, stand_until_told, write_error_file
+from lora.distributed.errors import (
+    GO_ON,
+    LOST_CODE,
+    describe_lost,
+    is_of_connection,
+    stand_until_told,
+    write_error_file,
+)
 from lora.distributed.ranks import is_started_by_torchrun
 from lora.distributed.store import ERROR, STATE, read
 from lora.errors import LostProcessError
 from lora.terminal import shortened, visible
 
 MAX_NAMED_RANKS = 8
-HUNG_EXIT_CODE = 2
 
 
 @dataclass(frozen=True)
@@ -116,10 +122,10 @@ class Watch:
         try:
             yield
         except RuntimeError as error:
-            if not _is_of_connection(error):
+            if not is_of_connection(error):
                 raise
             stand_until_told()
-            raise LostProcessError(_describe_lost(what, error)) from error
+            raise LostProcessError(describe_lost(error, what)) from error
         finally:
             self._doing = Doing(what, time.time(), is_waiting=False)
 
@@ -184,7 +190,7 @@ class Watch:
                 self._tell(message)
             else:
                 time.sleep(2 * self.times.post)  # the other one speaks first
-            self._end(HUNG_EXIT_CODE)
+            self._end(LOST_CODE)
         elif waited_s >= self._next_told_s:
             self._next_told_s *= 2
             if is_teller:
@@ -224,7 +230,7 @@ class Watch:
             self._tell("the process that started this run is gone: stopping")
             os.kill(os.getpid(), signal.SIGTERM)
         elif doing.is_waiting and now - doing.since >= self.times.told:
-            self._end(HUNG_EXIT_CODE)  # in a wait that no signal ends
+            self._end(LOST_CODE)  # in a wait that no signal ends
 
 
 def _describe_others(
@@ -245,17 +251,6 @@ def _describe_others(
     shown = "".join(f" {text}" for text in told[:MAX_NAMED_RANKS]) + more
     count = f"{len(same)} other rank{'s' if len(same) > 1 else ''}"
     return f"{shown} The same: {count}." if same else shown
-
-
-def _is_of_connection(error: RuntimeError) -> bool:
-    text = str(error)
-    return isinstance(error, dist.DistError) or "gloo/" in text or "NCCL" in text
-
-
-def _describe_lost(what: str, error: RuntimeError) -> str:
-    is_closed = any(word in str(error) for word in ("closed by peer", "reset by peer"))
-    how = "has ended" if is_closed else f"does not answer ({first_line(error)})"
-    return f"Another process {how}, while this one waited for {what}: all of them end. {GO_ON}"
 
 
 def _print(message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,24 @@ def test_commands_for_one_process_are_refused_in_several(
         assert cli.main([command]) == 2
         assert f"Cannot run `lora {command}` in 2 processes" in capsys.readouterr().err
     assert cli.main(["merge", "--help"]) == 0
+
+
+@pytest.mark.usefixtures("world")
+def test_an_unexpected_exception_is_shown_with_its_rank_and_leaves_at_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os._exit", sys.exit)
+    monkeypatch.setattr(errors, "FOUND_S", 0.0)
+
+    def fail(text: str) -> int:
+        raise RuntimeError(text)
+
+    with pytest.raises(SystemExit, match="1"):
+        errors.run_rank(lambda: fail("nobody expected it"))
+    seen = capfd.readouterr().err
+    assert seen.startswith("lora: rank 1:\nTraceback")
+    assert seen.endswith("RuntimeError: nobody expected it\n")
+    with pytest.raises(SystemExit, match="2"):  # of a collective that no wait encloses
+        errors.run_rank(lambda: fail("[gloo/transport/tcp/pair.cc] Connection closed by peer"))
+    seen = capfd.readouterr().err
+    assert seen == f"lora: rank 1: Another process has ended: all of them end. {errors.GO_ON}\n"
