@@ -94,15 +94,25 @@ def training_job(
     )
 
 
-def alike(record: RunRecord, choice: DeviceChoice, steps: StepRunner) -> dict[str, object]:
-    """Return what must be the same in all processes, by name."""
+def alike_before(record: RunRecord, choice: DeviceChoice) -> dict[str, object]:
+    """Return by name what must be the same in all processes before they plan or send weights."""
     named = ("base_fingerprint", "from_adapter_fingerprint", "base_dtype", "deterministic", "lora")
     return {
-        **{name: getattr(record, name) for name in (*named, "train", "data_config", "parallel")},
+        **{name: getattr(record, name) for name in (*named, "train", "data_config")},
         "data": record.data.fingerprint,
         "validation data": record.data.held_out_fingerprint,
-        "activation checkpointing": record.activation_checkpointing,
         "compute dtype": str(choice.compute_dtype),
+    }
+
+
+def alike_in_training(record: RunRecord, steps: StepRunner) -> dict[str, object]:
+    """Return by name what must be the same in all processes when the model and its step are there.
+
+    `record` is whole now.
+    """
+    return {
+        **{name: getattr(record, name) for name in ("base_fingerprint", "train", "parallel")},
+        "activation checkpointing": record.activation_checkpointing,
         "step": type(steps).__name__,
     }
 

@@ -41,7 +41,7 @@ from lora.distributed.world import World
 from lora.errors import CheckpointError, ConfigError, ModelError, UnknownSettingError
 from lora.fast.choose import choose_steps
 from lora.finetune.event_files import check_tensorboard, event_file
-from lora.finetune.loop_inputs import alike, data_inputs
+from lora.finetune.loop_inputs import alike_before, alike_in_training, data_inputs
 from lora.finetune.model import save_in_run, save_start_in_run
 from lora.finetune.unused import check_patience, refuse_unused
 from lora.inference.run_settings import prompts_to_resume
@@ -179,11 +179,12 @@ def _train(
     chosen = replace(chosen, train=train_config)
     train_config = train_config.resolved(full=False)
     record = _describe(model, prepared, data, eval_data, chosen, train_config, choice, world)
+    check_alike(alike_before(record, choice), world)
     broadcast_trained(model, world, "the adapter before training")  # each drew another A
     torch.manual_seed(train_config.seed)  # of dropout
     fast, tell = chosen.run.fast, progress.message
     steps = choose_steps(model, choice, train_config, fast=fast, on_message=tell, world=world)
-    check_alike(alike(record, choice, steps), world)
+    check_alike(alike_in_training(record, steps), world)
     name = given or default_name(record.model or "model")
     create = partial(create_run, out, name, resume=resume, record=record)
     with shared_run(world, create) as run:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from lora.adapters.save_load import read_adapter_config
@@ -44,7 +44,7 @@ from lora.finetune.job import (
     describe_job,
 )
 from lora.finetune.load_data import load_data
-from lora.finetune.loop_inputs import alike, training_job
+from lora.finetune.loop_inputs import alike_before, alike_in_training, training_job
 from lora.finetune.memory import ChosenMemory, RunMemory, describe_plan, plan_run
 from lora.finetune.model import load_model, save_model, save_start
 from lora.finetune.outline import outline
@@ -108,11 +108,11 @@ def finetune(
 class _Inputs:
     """All of a job that is known before its weights are loaded."""
 
-    choice: DeviceChoice
     source: ModelSource
     data: PreparedData
-    report: DataReport
     memory: ChosenMemory
+    record: RunRecord
+    """Without what only the loaded model tells."""
 
 
 def _finetune(
@@ -142,8 +142,8 @@ def _finetune(
             rows = None
     train_config = job.train.resolved(full=job.is_full)
     steps = _choose_steps(job, model, choice, train_config, memory, progress, world, rows)
-    record = _describe(job, inputs, train_config, fingerprint, world)
-    check_alike(alike(record, choice, steps), world)
+    record = _complete_record(job, inputs, train_config, fingerprint)
+    check_alike(alike_in_training(record, steps), world)
     name = job.run.name or default_name(source.name)
     with ExitStack() as opened:
         create = partial(create_run, job.run.out, name, resume=job.resume, record=record)
@@ -223,6 +223,8 @@ def _find_inputs(
         for note in report.notes + report.warnings:
             progress.message(f"note: {note}")
     progress.message(f"{source.description} on {choice.reason}")
+    record = describe_job(job, source, data, report, choice, world)
+    check_alike(alike_before(record, choice), world)  # else the processes plan differently
     memory = plan_run(
         source.folder,
         job.lora if job.from_adapter is None else read_adapter_config(job.from_adapter),
@@ -246,16 +248,17 @@ def _find_inputs(
         progress.message(memory.parallel_reason)
     if memory.plan.reason:
         progress.message(memory.plan.reason)
-    return _Inputs(choice, source, data, report, memory)
+    return _Inputs(source, data, memory, record)
 
 
-def _describe(
-    job: FinetuneJob, inputs: _Inputs, train_config: TrainConfig, fingerprint: str, world: World
+def _complete_record(
+    job: FinetuneJob, inputs: _Inputs, train_config: TrainConfig, fingerprint: str
 ) -> RunRecord:
     """Return the run's record, with what only the loaded model and the plan tell."""
     stored = inputs.memory.plan.checkpointing
     return replace(
-        describe_job(job, inputs.source, inputs.data, inputs.report, inputs.choice, world),
+        inputs.record,
+        train=asdict(job.train),  # with the number of steps
         learning_rate=train_config.peak_learning_rate,
         parallel=inputs.memory.parallel,
         base_fingerprint=fingerprint,
@@ -329,8 +332,6 @@ def _choose_steps(
             recompute=Recompute(plan.recomputed_blocks, may_be_more=memory.may_change),
         )
     if isinstance(steps, FastStepRunner):
-        steps.step.checkpointing = (
-            memory.refit(min(world.gather(free_bytes(choice.device), "free memory")))
-            or steps.step.checkpointing
-        )
+        stored = memory.refit(free_bytes(choice.device))
+        steps.step.checkpointing = stored or steps.step.checkpointing
     return steps

@@ -103,6 +103,15 @@ def train_own(folder: Path, out: Path) -> tuple[RunOutcome, list[float]]:
     ]
 
 
+def refuse_own(world: World, folder: Path, out: Path) -> str:
+    """Return why models in memory are refused whose A and B have another size in each process."""
+    model, tokenizer = lora.load_model(folder)
+    lora.apply_lora(model, LoRAConfig(rank=4 + world.rank))
+    with pytest.raises(ConfigError) as raised:
+        lora.train(model, tokenizer, make_orders("train", 24), steps=2, out=out, name="unlike")
+    return str(raised.value)
+
+
 class Fail(Callback):
     """Raises after a step."""
 
@@ -154,6 +163,7 @@ def train_together(world: World, folder: Path, out: Path) -> dict[str, Any]:
     done["unnamed"] = run_job(replace(make_job(folder, out, "x"), run=RunConfig(out=out)))
     done["damaged"] = train_damaged(world, make_job(folder, out, "damaged"))
     done["own"], done["sums"] = train_own(folder, out)
+    done["unlike"] = refuse_own(world, folder, out)
     small = TrainConfig(steps=2, batch_size=2, gradient_accumulation=2)
     done["small"] = refuse(replace(make_job(folder, out, "small"), train=small))
     other = make_orders("train", 24, seed=world.rank)
@@ -277,5 +287,7 @@ def test_what_cannot_be_shared_is_refused_on_every_rank(
         assert "Use gradient_accumulation=1" in done["small"]
         assert "data: " in done["other"]
         assert "on rank 1" in done["other"]
+        assert "lora: {'rank': 4" in done["unlike"]
+    assert not (out / "unlike").exists()
     assert not (out / "small").exists()
     assert not (out / "other").exists()
