@@ -221,7 +221,7 @@ def _describe_failure(rank: int, failure: ProcessFailure) -> int:
     number = signal.Signals(-failure.exitcode)
     why = ""
     if number == signal.SIGKILL:
-        why = " by hand, or by the system because memory ran out (`dmesg` says so)"
+        why = ": somebody killed it, or the system did because memory ran out (`dmesg` says so)"
     print_note(
         f"lora: rank {rank} was ended by {number.name}{why}. The other processes were stopped. "
         f"{GO_ON}"

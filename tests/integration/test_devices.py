@@ -243,7 +243,7 @@ def test_a_killed_rank_ends_the_run_which_one_process_resumes(
     else:
         assert process.returncode == 137
         assert "Traceback" not in said
-        assert told[0].startswith(f"lora: rank {rank} was ended by SIGKILL by hand, or by")
+        assert told[0].startswith(f"lora: rank {rank} was ended by SIGKILL: somebody killed it")
     assert start.here(*start.long("--resume")) == 0
     assert_same(run, whole, TOLERANCE[start.device])
 
