@@ -50,8 +50,8 @@ class FsdpWeights:
         """Return the bytes of one device's share."""
         return sum(-(-unit.n_bytes // devices) for unit in self.blocks + self.others)
 
-    def gathered_bytes(self, dtype: torch.dtype | None = None) -> int:
-        """Return what is gathered: blocks, and for the whole step what is outside of them.
+    def gathered_bytes(self, dtype: torch.dtype | None = None) -> tuple[int, int]:
+        """Return what is gathered: while blocks compute, and for the whole step the rest.
 
         `dtype` is the one in which weights are gathered; None: that in which they are stored.
         """
@@ -59,18 +59,19 @@ class FsdpWeights:
         def size(unit: Unit) -> int:
             return unit.n_bytes if dtype is None else unit.n_elements * dtype.itemsize
 
-        return GATHERED_BLOCKS * max(map(size, self.blocks)) + sum(map(size, self.others))
+        return GATHERED_BLOCKS * max(map(size, self.blocks)), sum(map(size, self.others))
 
     def gradient_bytes(self, dtype: torch.dtype) -> tuple[int, int]:
         """Return what gradients take beside a device's share of their sums, computed in `dtype`.
 
-        First while blocks compute: those of a block until they are summed, and those of what is
-        outside of the blocks, which waits for the end of the backward pass. Then at that end.
+        First while blocks compute: those of a block until they are summed, and those of the head,
+        which wait for the end of the backward pass. Then at that end, of all outside of the blocks.
         """
         block = max(unit.n_elements for unit in self.blocks)
+        head = max(unit.n_elements for unit in self.others)
         others = sum(unit.n_elements for unit in self.others)
         summed = dtype.itemsize + REDUCED_BYTES
-        return block * summed + others * dtype.itemsize, others * summed
+        return block * summed + head * dtype.itemsize, others * summed
 
 
 def recompute_blocks(model: Decoder) -> None:

@@ -354,22 +354,34 @@ class MemoryPlanner:
         n_blocks = len(inputs.config.layers) if inputs.device_type == "cuda" else None
         whole = replace(whole, recomputed_blocks=n_blocks)
         asked = memory or inputs.memory
-        each = stored_bytes(inputs.config, size * inputs.tokens)
+        # What a block stores beside its input, which it stores when it is recomputed too.
+        each = stored_bytes(inputs.config, size * inputs.tokens) - self._input_bytes(size)
+        blocks, others = sharded.gathered_bytes(
+            None if inputs.lora is not None else inputs.compute_dtype
+        )
         if inputs.lora is not None:
             rest = whole.weights - sharded.n_bytes
-            own = sharded.shard_bytes(inputs.devices) + sharded.gathered_bytes()
-            held = replace(whole, weights=rest + own)
+            held = replace(
+                whole, weights=rest + sharded.shard_bytes(inputs.devices) + blocks + others
+            )
             return held if asked.memory != "none" else _storing(held, n_blocks, n_blocks or 0, each)
-        share, dtype = -(-4 * whole.parameters // inputs.devices), inputs.compute_dtype
-        within, at_end = sharded.gradient_bytes(dtype)
+        share = -(-4 * whole.parameters // inputs.devices)
+        within, at_end = sharded.gradient_bytes(inputs.compute_dtype)
         held = replace(
-            whole, weights=share + sharded.gathered_bytes(dtype), gradients=0, optimizer=2 * share
+            whole, weights=share + blocks + others, gradients=within, optimizer=2 * share
         )
+        if n_blocks is not None:
+            # The trace is of the loss or of a block, whatever takes more. In the loss no block is
+            # gathered and has gradients; a block is recomputed beside its backward pass.
+            traced = whole.activations + whole.loss - blocks - within
+            peak = max(traced, 2 * each + n_blocks * self._input_bytes(size))
+            loss = min(whole.loss, peak)
+            held = replace(held, activations=peak - loss, loss=loss)
         gb = asked.memory_gb
         if asked.memory == "none":
             held = _storing(held, n_blocks, n_blocks or 0, each)
         elif n_blocks is not None and gb is not None and asked.memory == "auto":
-            room = round(gb * 1e9) - held.total - within - share
+            room = round(gb * 1e9) - held.total - share
             held = _storing(held, n_blocks, min(n_blocks, max(0, room) // each), each)
         # Shares become more as activations become fewer, unless micro-batches add to them.
         first = within + (share if inputs.micro_batches > 1 else 0)
@@ -381,6 +393,12 @@ class MemoryPlanner:
         return replace(
             held, reason=f"{recomputed}; {held.total / 1e9:.1f} GB planned of {gb:.1f} GB"
         )
+
+    def _input_bytes(self, size: int) -> int:
+        """Return what the input of a block takes, in the compute dtype."""
+        inputs = self.inputs
+        n_tokens = size * inputs.tokens
+        return n_tokens * inputs.config.hidden_size * inputs.compute_dtype.itemsize
 
 
 def _storing(plan: MemoryPlan, n_blocks: int | None, n_stored: int, each: int) -> MemoryPlan:

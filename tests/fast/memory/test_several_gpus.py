@@ -31,14 +31,16 @@ def rows(plans: ModuleType) -> list[dict[str, Any]]:
     return found
 
 
-def test_plans_of_their_time_were_near_the_peaks(rows: list[dict[str, Any]]) -> None:
-    assert len([row for row in rows if row["devices"] > 1]) >= 6
-    for row in rows:
-        assert row["planned_gb"] == pytest.approx(row["peak_gb"], rel=MAX_ERROR_FRACTION), row
+def test_plans_are_near_the_peaks(plans: ModuleType, rows: list[dict[str, Any]]) -> None:
+    of_several = [row for row in rows if row["devices"] > 1]
+    assert len(of_several) >= 6
+    for row in of_several:
+        checked = plans.plan_again(row)
+        assert abs(checked.error_fraction) <= MAX_ERROR_FRACTION, checked
 
 
 @pytest.mark.slow
-def test_todays_plans_are_near_the_peaks_and_in_the_documentation(
+def test_all_plans_are_near_the_peaks_and_in_the_documentation(
     plans: ModuleType, rows: list[dict[str, Any]]
 ) -> None:
     checked = [plans.plan_again(row) for row in rows]
