@@ -79,6 +79,11 @@ def resumes(run: RunConfig, resume: bool, world: World, on_message: Callable[[st
     that of an earlier run, so that a new one would get another.
     """
     allowed, folder = max_restarts(), run.out / (run.name or "")
+    if len(set(world.gather(resume, "whether the run is resumed"))) > 1:
+        raise ConfigError(
+            "Cannot train together: some processes resume the run, and others start it. Give all "
+            "of them the same resume."
+        )
     if not allowed:
         return resume
     if run.name is None:

@@ -40,6 +40,11 @@ def is_one_of_several() -> bool:
         return False
 
 
+def spans_machines() -> bool:
+    """Whether processes of other machines are among those of this run."""
+    return is_one_of_several() and this_rank().local_size < this_rank().size
+
+
 def is_main_process() -> bool:
     """Whether this process is rank 0, or not one of several."""
     return not is_one_of_several() or this_rank().rank == 0

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,7 @@ from lora.distributed.ranks import this_rank, world_size
 from lora.distributed.store import meeting_store, shared_store, start_name
 from lora.distributed.watch import Times, Watch
 from lora.distributed.world import ALONE, World
-from lora.errors import ConfigError
+from lora.errors import CheckpointError, ConfigError, LoraError
 
 WAIT_VARIABLE = "LORALM_MAX_WAIT_S"
 """Environment variable: seconds after which a wait for the other processes ends the run."""
@@ -62,6 +64,26 @@ def joined(device: torch.device) -> Iterator[World]:
         # Not after an error: the others may be elsewhere and never leave with this one.
         if is_owner:
             dist.destroy_process_group()
+
+
+def from_first(key: str, make: Callable[[], Any]) -> Any:
+    """Return what `make` returns on rank 0, which alone calls it, before the processes join: JSON.
+
+    An error that lora raises on purpose is raised by every rank. `key` is used once.
+    """
+    store = _store()
+    if this_rank().rank > 0:
+        answer = json.loads(store.get(key))
+        if "error" in answer:
+            raise CheckpointError(answer["error"])
+        return answer["value"]
+    try:
+        value = make()
+    except LoraError as error:
+        store.set(key, json.dumps({"error": str(error)}))
+        raise
+    store.set(key, json.dumps({"value": value}))
+    return value
 
 
 @functools.cache  # where rank 0 serves it, it must outlive the first group

@@ -64,13 +64,9 @@ def test_a_process_that_is_killed_on_one_of_two_machines_costs_no_step(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    started = [
-        subprocess.Popen(
-            ["bash", str(write(tmp_path / name, tiny_folder, orders_file, *words))],
-            env=environment(HEAD="localhost", PORT=port, MACHINE=name),
-        )
-        for name in ("a", "b")
-    ]
+    scripts = [write(tmp_path / name, tiny_folder, orders_file, *words) for name in ("a", "b")]
+    env = environment(HEAD="localhost", PORT=port)
+    started = [subprocess.Popen(["bash", str(script)], env=env) for script in scripts]
     runs = [tmp_path / name / "runs" / "two words" for name in ("a", "b")]
     while not any((run / "checkpoints" / "step-000003").is_dir() for run in runs):
         assert all(process.poll() is None for process in started)
@@ -86,6 +82,14 @@ def test_a_process_that_is_killed_on_one_of_two_machines_costs_no_step(
     subprocess.run(["bash", str(whole)], check=True, env=environment(), timeout=120)
     expected = losses(tmp_path / "whole" / "runs" / "two words")
     assert losses(runs[writer]) == pytest.approx(expected, rel=1e-4)
+    # Its machine is rank 0 again if it comes first: they sort by name and then by process.
+    for script in scripts:
+        text = script.read_text().replace(f"--steps {STEPS}", f"--steps {STEPS + 2}")
+        script.write_text(text)
+    order = [scripts[writer], scripts[1 - writer]]
+    started = [subprocess.Popen(["bash", str(script), "--resume"], env=env) for script in order]
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    assert len(losses(runs[writer])) == STEPS + 2
 
 
 def children(pid: int) -> list[int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora.config import FULL_LEARNING_RATE, RunConfig
+from lora.distributed.ranks import spans_machines
 from lora.errors import CheckpointError, ConfigError
 from lora.report.records.command import (
     Settings,
@@ -33,10 +34,29 @@ def settings_to_resume(command: str, given: Mapping[str, str]) -> tuple[dict[str
     `given` are the settings of a call by name, with underscores. Nothing is returned for a new run,
     and for one on rows in memory. Raises ConfigError without a name, RunNotFoundError for a run
     that does not exist, and CheckpointError for one that another command started.
+
+    On several machines rank 0 reads the record for all: the others need not have the run directory,
+    and they resume if rank 0 does.
     """
-    name = given.get("name")
-    if command not in COMMAND_OF.values() or given.get("resume", "false").lower() in _OFF:
+    if command not in COMMAND_OF.values():
         return {}, ""
+    is_resumed = given.get("resume", "false").lower() not in _OFF
+    if not spans_machines():
+        return _settings_here(command, given) if is_resumed else ({}, "")
+    from lora.distributed.start import from_first
+
+    found = from_first("resumed", lambda: _settings_here(command, given) if is_resumed else None)
+    if found is None and is_resumed:
+        raise ConfigError(
+            "Cannot resume: rank 0 was started without --resume. Give it on every machine."
+        )
+    settings, path = found or ({}, "")
+    return (settings | {"resume": "true"} if found else {}), path
+
+
+def _settings_here(command: str, given: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """Return the recorded settings of a run whose directory is on this machine."""
+    name = given.get("name")
     if not name:
         raise ConfigError("Cannot resume: no run is named. Name it with --name.")
     out = Path(given.get("out", RunConfig.out)).expanduser()
