@@ -79,7 +79,8 @@ def ranks_that_differ(tensors: Iterable[Tensor], world: World, what: str) -> lis
         return []
     # Sums of the bits as integers: exact in any order, which those of numbers are not.
     sums = [t.detach().contiguous().view(_INTEGER[t.element_size()]).sum() for t in tensors]
-    of_all = world.gather([int(each) for each in sums], what)
+    # The host waits once for the device, not for every tensor.
+    of_all = world.gather(torch.stack(sums).tolist() if sums else [], what)
     return [rank for rank, of_rank in enumerate(of_all) if of_rank != of_all[0]]
 
 
