@@ -91,25 +91,26 @@ class CapturedStep:
         may_repeat = len(batches) > 1 and self.device.type == "cuda"
         drawn = torch.cuda.get_rng_state(self.device) if may_repeat else None
         # Rehearsing a pass that adds to the ones before has added too often: all run again.
-        while self._rehearse_or_run(batches):
+        while self._rehearse_or_run(batches, number):
             if drawn is not None:
                 torch.cuda.set_rng_state(drawn, self.device)  # dropout draws the same masks again
         if len(batches) > 1 or self._is_shared:
             self.update.sum_over_processes(f"the gradients of step {number}")
             self.graphs.run(("update",), self._update)
 
-    def _rehearse_or_run(self, batches: Sequence[Batch]) -> bool:
+    def _rehearse_or_run(self, batches: Sequence[Batch], number: int) -> bool:
         """Run the passes; return whether one was rehearsed that adds to those before it."""
         is_spoilt = False
         for index, batch in enumerate(batches):
             packed = self._copy_in(batch)
+            draw = number * len(batches) + index  # another one for each micro-batch of the run
             if len(batches) == 1 and not self._is_shared:
                 # With one micro-batch the update is in the same graph: one launch a step.
-                self._run(("step", packed), partial(self._whole, packed))
+                self._run(("step", packed), partial(self._whole, packed), draw)
             else:
                 first = index == 0
                 run = partial(self._micro, packed, first=first)
-                is_spoilt |= self._run(("micro", first, packed), run) and not first
+                is_spoilt |= self._run(("micro", first, packed), run, draw) and not first
         return is_spoilt
 
     def optimizer_state(self) -> OptimizerState:
@@ -140,7 +141,7 @@ class CapturedStep:
             target.copy_(staged, non_blocking=True)
         return needs_mask(batch)
 
-    def _run(self, key: tuple[Any, ...], function: Callable[[], None]) -> bool:
+    def _run(self, key: tuple[Any, ...], function: Callable[[], None], draw: int) -> bool:
         # A replay runs no Python: what changes the model's modules is needed for captures only,
         # and outside of them the model is the user's own, for evaluations and saving.
         with ExitStack() as entered:
@@ -148,7 +149,7 @@ class CapturedStep:
                 if self.unmasked:
                     entered.enter_context(unmasked_attention(self.model))
                 if self._dropouts is not None:
-                    entered.enter_context(self._dropouts.drawn_together(0))
+                    entered.enter_context(self._dropouts.drawn_together(draw))
                 if self.compiles:
                     entered.enter_context(compiled_blocks(self.model))
             return self.graphs.run(key, function)

@@ -37,12 +37,16 @@ class SharedDropouts:
         self._generator: torch.Generator | None = None
 
     @contextmanager
-    def drawn_together(self, step: int) -> Iterator[None]:
-        """Inside the context, of step number `step`, masks are those of the whole micro-batch."""
+    def drawn_together(self, number: int) -> Iterator[None]:
+        """Inside the context masks are those of the whole micro-batch.
+
+        `number` is that of the step, or of what else draws in it: masks of inputs without sequences
+        are of its seed.
+        """
         if not self._found or self._share.size == 1:
             yield
             return
-        self._generator, own_seed = None, self._own_seed(step)
+        self._generator, own_seed = None, self._own_seed(number)
         for parent, name, module in self._found:
             setattr(parent, name, _SharedDropout(module, self, own_seed))
         try:
@@ -67,8 +71,8 @@ class SharedDropouts:
         keeps = torch.full_like(x, 1 - p).bernoulli(generator=self._generator)
         return keeps / (1 - p)
 
-    def _own_seed(self, step: int) -> int:
-        return (self._seed * 1_000_003 + step) * 1_009 + self._share.rank
+    def _own_seed(self, number: int) -> int:
+        return (self._seed * 1_000_003 + number) * 1_009 + self._share.rank
 
 
 class _SharedDropout(nn.Module):

@@ -8,17 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import LoRAConfig, TrainConfig
 from lora.data.sequences.batches import Batch, needs_mask
 from lora.decoder.decoder import Decoder
-from lora.device import choose_device
+from lora.device import Share, choose_device
 from lora.errors import DataError
-from lora.fast.captured import compiled_blocks
+from lora.fast.captured import CapturedStep, compiled_blocks
 from lora.fast.choose import choose_steps, why_not_captured
 from lora.fast.runner import CapturedStepRunner
+from lora.kernels.step.ops import PLAIN
+from lora.layers.shared_dropout import SharedDropouts
 from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer, set_learning_rate
 from lora.training.plain_step import PlainStepRunner, train_step
@@ -167,6 +169,36 @@ def test_the_step_leaves_the_callers_batch_alone(
     for number, batch in enumerate((first, second), 1):
         steps.launch(number, [batch], [1e-2])
     assert torch.equal(first.input_ids, kept)
+
+
+class Expert(nn.Module):
+    """Drops from tokens, which are not sequences; keeps what was left of each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.dropout = nn.Embedding(97, 8), nn.Dropout(0.5)
+        self.kept: list[Tensor] = []
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x: Tensor = self.dropout(self.table(ids).flatten(0, 1))  # (B·T, C)
+        self.kept.append(x.detach() != 0)
+        return x.unflatten(0, ids.shape)
+
+
+def test_experts_of_several_processes_drop_others_in_each_micro_batch(
+    make_batch: Callable[..., Batch],
+) -> None:
+    model = Expert()
+    dropouts = SharedDropouts(model, Share(0, 2), 2 * len(make_batch(0, packed=False).input_ids), seed=1)
+
+    def logits(model: nn.Module, batch: Batch, packed: bool) -> Tensor:
+        return model(batch.input_ids).repeat_interleave(16, 2)  # type: ignore[no-any-return]
+
+    step = CapturedStep(model, logits, PLAIN, CPU, dropouts=dropouts)
+    for number in (1, 2, 3):
+        step.launch([make_batch(0, packed=False)] * 2, 0.0, number)
+    masks = {mask.numpy().tobytes() for mask in model.kept}
+    assert len(masks) == len(model.kept) == 6
 
 
 def test_what_is_not_finite_is_not_taken_and_named(
