@@ -189,7 +189,9 @@ def test_experts_of_several_processes_drop_others_in_each_micro_batch(
     make_batch: Callable[..., Batch],
 ) -> None:
     model = Expert()
-    dropouts = SharedDropouts(model, Share(0, 2), 2 * len(make_batch(0, packed=False).input_ids), seed=1)
+    dropouts = SharedDropouts(
+        model, Share(0, 2), 2 * len(make_batch(0, packed=False).input_ids), seed=1
+    )
 
     def logits(model: nn.Module, batch: Batch, packed: bool) -> Tensor:
         return model(batch.input_ids).repeat_interleave(16, 2)  # type: ignore[no-any-return]
