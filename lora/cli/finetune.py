@@ -101,6 +101,8 @@ def finetune(
     memory_config = config_from(MemoryConfig, memory or MemoryFlags())
 
     from lora.data.inspection_view import print_report
+    from lora.distributed.devices import check_batch
+    from lora.distributed.world import World
     from lora.finetune.job import FinetuneJob
     from lora.finetune.run import finetune as run_job
     from lora.finetune.unused import check_unused
@@ -124,6 +126,7 @@ def finetune(
     )
     check_unused(job)
     if processes := processes_to_start(devices, run_config.device):
+        check_batch(train_config, World(size=processes.count))  # before they have all started
         return processes
     progress = RichProgress("finetune")  # on standard error: the result alone goes to the other
     done = run_job(

@@ -75,15 +75,11 @@ class ScaledRun:
         return self.settings.get("device", "auto") != "cpu"
 
     def _check_batch(self) -> None:
+        from lora.distributed.devices import check_batch
+        from lora.distributed.world import World
+
         sizes = ("batch_size", "gradient_accumulation")
         if self.settings.get("resume") and not set(sizes) & self.settings.keys():
             return  # those of the run's record
         train = TrainConfig(**{key: self.settings[key] for key in sizes if key in self.settings})
-        n_devices = self.nodes * self.devices
-        if train.micro_batch_size < n_devices:
-            raise ConfigError(
-                f"Cannot split {train.micro_batch_size} sequences among {n_devices} devices "
-                f"(batch_size={train.batch_size} in {train.gradient_accumulation} passes). "
-                "Allowed: at least one sequence for each. Raise --batch-size or lower "
-                "--gradient-accumulation."
-            )
+        check_batch(train, World(size=self.nodes * self.devices))

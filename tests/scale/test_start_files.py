@@ -282,7 +282,7 @@ def test_a_file_the_environment_and_a_run_give_settings(
         ("--name a --to skypilot --gpu H100 --resume", "--resume with --to skypilot"),
         ("--name a --to torchrun --gpu H100", "Cannot use --gpu H100"),
         ("--name a --to sge", "sge"),
-        ("--name a --nodes 8", "Cannot split 8 sequences among 16 devices"),
+        ("--name a --nodes 8", "Cannot train with 16 processes: a micro-batch has 8 sequences"),
         ("--name a --full --rank 8", "Cannot combine full, rank"),
         ("--name a --full --base-dtype fp8", "base_dtype='fp8'"),
         ("--name a --eval-data x --eval-fraction 0.5", "eval_fraction=0.5"),

@@ -125,6 +125,10 @@ def _why_not(token: Token, kinds: set[Any]) -> str:
     is_whole = int in kinds and float not in kinds
     if token.value.lstrip().startswith(("{", "[")) and (is_whole or dict in kinds):
         return _why_not_json(token.value, is_whole)
+    words = sorted(kind for kind in kinds if isinstance(kind, str))
+    if is_whole and words and token.value not in words:  # a number or a word: --devices all
+        is_number = re.fullmatch(r"[+-]?\d+(\.0*)?", token.value.strip())
+        return "" if is_number else f"{_NOT_WHOLE}, or {' or '.join(words)}"
     return _NOT_WHOLE if is_whole and _is_fraction(token.value) else ""
 
 
