@@ -43,8 +43,8 @@ AtOnce = Annotated[
     int | None,
     Parameter(
         group=COMPARED,
-        help="Candidates trained together, on each device; the others follow in waves. Default: as "
-        "many as fit into memory.",
+        help="Candidates trained together on each device, the others in waves. Default: as many as "
+        "fit.",
     ),
 ]
 Halving = Annotated[
