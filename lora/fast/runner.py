@@ -20,7 +20,7 @@ from lora.distributed.world import ALONE, World
 from lora.fast.captured import CapturedStep, decoder_logits
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.sharded.base import ShardedBase
-from lora.fast.step import MERGE_BELOW_WIDTH, FastStep, trains_all_weights
+from lora.fast.step import FastStep
 from lora.fast.transformers_models import transformers_logits, why_masked
 from lora.kernels.step.jit import HAS_TRITON
 from lora.kernels.step.ops import PLAIN, TRITON
@@ -218,7 +218,7 @@ class FastStepRunner(DeviceStepRunner):
             first_sequence=world.share.part(config.micro_batch_size).start,
             base=base,
         )
-        about, size = _about_fast(self.step, choice), config.micro_batch_size
+        about, size = self.step.describe(), config.micro_batch_size
         super().__init__(model, self.step, choice, about, world=world, micro_batch_size=size)
 
     def launch(
@@ -304,26 +304,3 @@ class CapturedStepRunner(DeviceStepRunner):
         if why_mask is not None:
             about += f"; attention takes masks, because {why_mask}"
         super().__init__(model, self.step, choice, about, world=world, micro_batch_size=size)
-
-
-def _about_fast(step: FastStep, choice: DeviceChoice) -> str:
-    # The kinds of projection that `FastNetwork` chooses between, most special first.
-    width = step.model.config.hidden_size
-    how = "LoRA inside the weights' matmuls"
-    if trains_all_weights(step.model):
-        how = "all weights train"
-    elif step.network.fp8_buffers is not None:
-        how = "frozen matmuls in fp8, LoRA beside them"
-    elif step.masks is not None:
-        how = "LoRA beside the weights, with dropout"
-    elif step.merges:
-        how = f"LoRA merged once a step (width {width} < {MERGE_BELOW_WIDTH})"
-    ring = step.network.ring
-    graph = "one CUDA graph" if choice.device.type == "cuda" and ring is None else "no graph"
-    kind = str(choice.compute_dtype).removeprefix("torch.")
-    about = f"fast step: {graph}, {step.ops.name} kernels, {kind} matmuls; {how}"
-    if ring is not None:
-        about += f"; {ring.describe()}"
-        if ring.base.world.size < step.world.size:
-            about += ", on each machine"
-    return about

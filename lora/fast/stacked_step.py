@@ -8,8 +8,8 @@ import torch
 
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
+from lora.fast.hand_written import MERGE_BELOW_WIDTH, HandWrittenStep
 from lora.fast.llama.network import FastNetwork
-from lora.fast.step import MERGE_BELOW_WIDTH, HandWrittenStep
 from lora.fast.weights.stacked_flat import StackedFlat
 from lora.fast.weights.stacked_update import StackedUpdate
 from lora.kernels.step.attention_triton import BLOCK_KEYS

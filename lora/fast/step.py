@@ -1,236 +1,33 @@
-"""The hand-written training step: forward, backward and AdamW over fixed buffers, one CUDA graph.
+"""The hand-written training step of one model: LoRA or all weights, alone or in several processes.
 
-What differs from the textbook: the host only copies a batch in and launches. Whether the loss is
-finite is decided on the device, where a step that is not becomes a step not taken, and the host
-reads it one step late.
+Several processes sum their gradients between the backward pass and the update, and decide in the
+first step together whether there is memory for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora.data.sequences.batches import IGNORE, Batch
+from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.decoder.quantised import has_fp8_base
 from lora.distributed.world import ALONE, World
-from lora.fast.graphs import Graphs
-from lora.fast.llama.buffers import Buffers, Inputs
+from lora.fast.hand_written import MERGE_BELOW_WIDTH, HandWrittenStep
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.llama.network import FastNetwork
-from lora.fast.llama.passes import FastPass
 from lora.fast.sharded.base import ShardedBase, load_small
 from lora.fast.sharded.hooks import gather_in_forward
 from lora.fast.sharded.ring import ShardRing
 from lora.fast.weights.adapted import DropoutMasks
-from lora.fast.weights.flat import FlatParameters, accumulate
+from lora.fast.weights.flat import FlatParameters
 from lora.fast.weights.update import N_TOTALS, FlatUpdate
 from lora.kernels.step.ops import Ops
 from lora.lora_module import LoRALayer
 from lora.training.out_of_memory import is_out_of_memory
-
-MERGE_BELOW_WIDTH = 1024
-"""Models narrower than this merge W + s·B·A once a step, wider ones keep LoRA in the matmul of W.
-On an H200 a step takes 6.7 ms merged and 7.6 not at width 576, but 9 and 7 at width 2048."""
-
-CAPTURE_BELOW_TOKENS = 2**15
-"""Larger micro-batches take seconds where models are large: rehearsing them for a capture costs
-more than the launch gaps that a graph saves."""
-
-
-class OptimizerUpdate(Protocol):
-    """The end of a step: counts loss and tokens, then updates what trains."""
-
-    report: Tensor
-    """Loss, tokens, gradient norm, whether the step was taken."""
-    is_live: Tensor
-    """(), bool: false while a step is rehearsed for a capture, which changes nothing."""
-
-    def set_learning_rate(self, lr: Any) -> None:
-        """Take the next step at this learning rate, or at one for each adapter."""
-
-    def count_tokens(self, losses: Tensor, is_learned: Tensor, *, first: bool) -> None:
-        """Add a micro-batch's losses (N,), and which of its tokens have a target (N,)."""
-
-    def run(self) -> None:
-        """Update what trains from its gradients."""
-
-
-class HandWrittenStep:
-    """What the hand-written steps share: copy a batch in, forward, backward, optimizer update.
-
-    Args:
-        model: what trains.
-        ops: operations between the matmuls.
-        network: the tensors that the model's parameters have become views of.
-        update: the optimizer update.
-        checkpointing: which activations are stored; None: nearly all.
-    """
-
-    def __init__(
-        self,
-        model: Decoder,
-        ops: Ops,
-        network: FastNetwork,
-        update: OptimizerUpdate,
-        checkpointing: ActivationCheckpointing | None = None,
-    ) -> None:
-        self.model, self.ops, self.network = model, ops, network
-        self.checkpointing = checkpointing or ActivationCheckpointing()
-        self.device = update.is_live.device
-        self.optimizer_update = update
-        self.report = update.report
-        self.graphs = Graphs(self.device, update.is_live)
-        self._is_shared = False
-        """Whether other processes have parts of each batch: the update waits for all of them."""
-        self.buffers: Buffers | None = None
-        self.inputs: Inputs | None = None
-
-    @torch.no_grad()
-    def launch(self, batches: Sequence[Batch], lr: Any, number: int = 1) -> None:
-        """Train step `number` on the micro-batches; `report` holds its outcome afterwards.
-
-        All batches of a run have one shape (B, T). On a GPU this returns before the step is done.
-        """
-        self._run_passes(batches, lr, number)
-        if len(batches) > 1 or self._is_shared:
-            self._sum_over_processes(number)
-            self.graphs.run(("update",), self._update)
-
-    def _run_passes(self, batches: Sequence[Batch], lr: Any, number: int) -> None:
-        """Run forward and backward of all micro-batches, and the update of one that is alone."""
-        self.network.expect(len(batches))
-        self._allocate(batches[0])
-        self.optimizer_update.set_learning_rate(lr)
-        # Rehearsing a pass that adds to the ones before has added too often: all run again.
-        while self._rehearse_or_run(batches, number):
-            pass
-
-    def _rehearse_or_run(self, batches: Sequence[Batch], number: int) -> bool:
-        """Run the passes; return whether one was rehearsed that adds to those before it."""
-        is_spoilt = False
-        for index, batch in enumerate(batches):
-            key = self._copy_in(batch)
-            self._seed_dropout(number, index)
-            if len(batches) == 1 and not self._is_shared:
-                # Without gradient accumulation the update is in the same graph: one launch a step.
-                self.graphs.run(("step", *key), partial(self._whole, key))
-            else:
-                first = index == 0
-                run = partial(self._micro, key, first=first)
-                is_spoilt |= self.graphs.run(("micro", first, *key), run) and not first
-        return is_spoilt
-
-    def _sum_over_processes(self, number: int) -> None:
-        """Changes gradients in place, between backward and update; alone there is nothing to do."""
-
-    def restart(self, checkpointing: ActivationCheckpointing) -> None:
-        """Free what a step holds beside weights and optimizer; the next one stores this."""
-        self.checkpointing = checkpointing
-        self.graphs.clear()  # they hold memory of their own
-        self.buffers = self.inputs = None
-        if self.network.fp8_buffers is not None:
-            self.network.fp8_buffers.release()
-
-    def _seed_dropout(self, number: int, index: int) -> None:
-        """Seed what is random in micro-batch `index` of step `number`."""
-
-    def _allocate(self, batch: Batch) -> None:
-        shape = batch_size, tokens = batch.input_ids.shape
-        if self.buffers is not None and (self.buffers.batch_size, self.buffers.tokens) == shape:
-            return
-        self.graphs.clear()  # they read and write the addresses of the old buffers
-        # Gathers are collectives: a rehearsal on one process alone would wait for the others.
-        is_sharded = self.network.ring is not None
-        self.graphs.captures = not is_sharded and batch_size * tokens < CAPTURE_BELOW_TOKENS
-        self.buffers = None  # released before the new ones are allocated
-        if self.device.type == "cuda":
-            # Cached blocks of other sizes serve neither the buffers nor a graph's private pool.
-            torch.cuda.empty_cache()
-        self.buffers = self.network.buffers(batch_size, tokens, self.checkpointing)
-        n = batch_size * tokens
-        ids, labels, positions = torch.zeros(
-            3, n, dtype=torch.int64, device=self.device
-        ).unbind()  # (N,) each
-        bounds = torch.full((2,), n, dtype=torch.int32, device=self.device)
-        self.inputs = Inputs(ids, labels, positions, bounds)
-
-    def _copy_in(self, batch: Batch) -> tuple[bool, int]:
-        """Copy `batch` to the addresses that the step reads.
-
-        Returns what decides which graph runs: whether it is packed, and the length of `bounds`.
-        """
-        inputs = cast(Inputs, self.inputs)
-        for target, source in (
-            (inputs.input_ids, batch.input_ids),
-            (inputs.labels, batch.labels),
-            (inputs.position_ids, batch.position_ids),
-        ):
-            target.copy_(_pinned(source.reshape(-1), target.device), non_blocking=True)
-        tokens = batch.input_ids.shape[1]
-        # Asked of the batch on the CPU: asking the device would make the host wait for it.
-        if bool((batch.document_ids == 0).all()) and not self._has_windows(tokens):
-            return False, 0
-        if self.network.uses_own_attention(tokens):
-            return True, 0  # our kernels find the documents from the position ids
-        return True, self._copy_bounds(batch.document_ids, inputs)
-
-    def _copy_bounds(self, documents: Tensor, inputs: Inputs) -> int:
-        """Copy where documents begin, for torch's attention; return the length of `bounds`."""
-        starts = torch.ones_like(documents, dtype=torch.bool)  # (B, T)
-        starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        offsets = starts.reshape(-1).nonzero().squeeze(1).to(torch.int32)  # (documents,)
-        if len(inputs.bounds) < len(offsets) + 1:
-            # Doubled: a batch with more documents than there is room for needs a new graph.
-            room = max(64, 2 << (len(offsets) - 1).bit_length())
-            self.graphs.clear()
-            inputs.bounds = inputs.bounds.new_full((room + 1,), documents.numel())
-        # The rest is N: documents without tokens, so that the length of `bounds` never changes.
-        bounds = torch.full((len(inputs.bounds),), documents.numel(), dtype=torch.int32)
-        bounds[: len(offsets)] = offsets
-        inputs.bounds.copy_(_pinned(bounds, inputs.bounds.device), non_blocking=True)
-        return len(inputs.bounds)
-
-    def _has_windows(self, tokens: int) -> bool:
-        windows = (layer.window_tokens for layer in self.model.config.layers)
-        return any(window is not None and window < tokens for window in windows)
-
-    def _whole(self, key: tuple[bool, int]) -> None:
-        self._micro(key, first=True)
-        self._update()
-
-    def _micro(self, key: tuple[bool, int], *, first: bool) -> None:
-        inputs, buffers = cast(Inputs, self.inputs), cast(Buffers, self.buffers)
-        step = FastPass(self.network, inputs, buffers, packed=key[0])
-        step.run()
-        self._head_and_loss(inputs.labels, buffers, first)
-        step.backward(buffers.hidden, first=first)
-
-    def _head_and_loss(self, labels: Tensor, buffers: Buffers, first: bool) -> None:
-        """Changes `buffers.hidden` in place: the gradient of `buffers.final`; sums the loss."""
-        head = self.network.head
-        self.network.use_head()
-        weight, n_chunk = head.tensors[0], len(buffers.logits)  # (V, C)
-        # By chunks of tokens: forward and backward of one before the logits of the next.
-        for start in range(0, buffers.n_tokens, n_chunk):
-            chunk = slice(start, min(start + n_chunk, buffers.n_tokens))
-            hidden, logits = buffers.final[chunk], buffers.logits[: chunk.stop - chunk.start]
-            torch.mm(hidden, weight.T, out=logits)  # (tokens, V)
-            self.ops.token_loss(logits, labels[chunk], buffers.losses[chunk])
-            # The logits are their gradient now.
-            torch.mm(logits, weight, out=buffers.hidden[chunk])
-            if head.slot is not None:
-                gradient, target = logits.T @ hidden, head.slot.gradients[0]  # (V, C)
-                accumulate(target, gradient, first=first and start == 0)
-        self.optimizer_update.count_tokens(buffers.losses, labels != IGNORE, first=first)
-
-    def _update(self) -> None:
-        self.optimizer_update.run()
-        self.network.refresh()
 
 
 class FastStep(HandWrittenStep):
@@ -311,6 +108,33 @@ class FastStep(HandWrittenStep):
         super().__init__(model, ops, network, self.update, checkpointing)
         self._is_shared = not world.is_alone
 
+    def describe(self) -> str:
+        """Return in words how it is launched, its kernels and dtype, and how LoRA is computed."""
+        ring = self.network.ring
+        graph = "one CUDA graph" if self.device.type == "cuda" and ring is None else "no graph"
+        kind = str(self.network.dtype).removeprefix("torch.")
+        about = (
+            f"fast step: {graph}, {self.ops.name} kernels, {kind} matmuls; {self._describe_lora()}"
+        )
+        if ring is not None:
+            about += f"; {ring.describe()}"
+            if ring.base.world.size < self.world.size:
+                about += ", on each machine"
+        return about
+
+    def _describe_lora(self) -> str:
+        # The kinds of projection that `FastNetwork` chooses between, most special first.
+        if trains_all_weights(self.model):
+            return "all weights train"
+        if self.network.fp8_buffers is not None:
+            return "frozen matmuls in fp8, LoRA beside them"
+        if self.masks is not None:
+            return "LoRA beside the weights, with dropout"
+        if self.merges:
+            width = self.model.config.hidden_size
+            return f"LoRA merged once a step (width {width} < {MERGE_BELOW_WIDTH})"
+        return "LoRA inside the weights' matmuls"
+
     def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
         """Return AdamW's state by parameter name, views of the step's tensors."""
         return self.update.optimizer_state(self.model)
@@ -359,11 +183,6 @@ def _find_masks(model: Decoder, device: torch.device) -> DropoutMasks | None:
     layers = [m for m in model.modules() if isinstance(m, LoRALayer)]
     probabilities = {m.dropout.p for m in layers if isinstance(m.dropout, nn.Dropout)}
     return DropoutMasks(probabilities.pop(), device) if probabilities else None
-
-
-def _pinned(source: Tensor, device: torch.device) -> Tensor:
-    """Return `source` in pinned memory, from which `device` copies while the host goes on."""
-    return source.pin_memory() if device.type == "cuda" and not source.is_cuda else source
 
 
 def _mask_seed(seed: int, step: int, index: int) -> int:

@@ -16,7 +16,7 @@ from lora.decoder.config import (
     RopeConfig,
 )
 from lora.decoder.decoder import Decoder, build_decoder
-from lora.fast import step
+from lora.fast import hand_written
 from lora.fast.llama import buffers, checkpointing
 from lora.fast.llama.checkpointing import MODES, ActivationCheckpointing
 from lora.fast.memory.fast_step import FastPlan
@@ -111,7 +111,7 @@ def test_residuals_are_back_in_time(captures: bool, monkeypatch: pytest.MonkeyPa
     Rows are packed, so that attention is ours: the backward of torch's adds in any order.
     """
     if not captures:
-        monkeypatch.setattr(step, "CAPTURE_BELOW_TOKENS", 0)
+        monkeypatch.setattr(hand_written, "CAPTURE_BELOW_TOKENS", 0)
     batches = [make_batch(4, 2048, packed=True)]
     _, expected = gradients(batches, 1024, MODES["full"])
     _, again = gradients(batches, 1024, MODES["full"])

@@ -11,12 +11,13 @@ import torch
 from lora.config import LoRAConfig
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder, build_empty_decoder
+from lora.fast.hand_written import HandWrittenStep
 from lora.fast.llama.buffers import Buffers
 from lora.fast.llama.checkpointing import MODES, ActivationCheckpointing, OffloadedResiduals
 from lora.fast.llama.network import FastNetwork
 from lora.fast.sharded.base import planned_base
 from lora.fast.stacked_step import StackedFastStep
-from lora.fast.step import FastStep, HandWrittenStep
+from lora.fast.step import FastStep
 from lora.fast.weights.flat import FlatParameters
 from lora.fast.weights.stacked_flat import StackedFlat
 from lora.fast.weights.stacked_projection import StackedProjection
