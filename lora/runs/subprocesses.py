@@ -9,10 +9,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lora import errors
@@ -22,6 +24,14 @@ from lora.runs.progress import Progress
 
 T = TypeVar("T")
 _POLL_S, _GRACE_S = 0.2, 5.0
+
+
+def import_path() -> list[str]:
+    """Return where an isolated Python (-I -S) finds this package and all that this one can import.
+
+    An editable install is found by a hook of Python's start, which -S leaves out.
+    """
+    return [str(Path(__file__).parents[2]), *(entry or os.getcwd() for entry in sys.path)]
 
 
 def run_in_subprocess(

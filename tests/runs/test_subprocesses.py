@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from lora.errors import DataError, Interrupted, TrainingError
+from lora.runs import subprocesses
 from lora.runs.progress import NoProgress
 from lora.runs.subprocesses import run_in_subprocess
 
@@ -106,3 +109,16 @@ def test_a_signal_while_no_step_is_taken_ends_it(tasks: ModuleType) -> None:
         run_in_subprocess(tasks.add, 1, 2, progress=Stops())
     assert stopped.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_an_isolated_python_finds_an_editable_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(subprocesses.__file__).parents[2]
+    monkeypatch.chdir(tmp_path)
+    elsewhere = [entry for entry in sys.path if entry and Path(entry).resolve() != root]
+    monkeypatch.setattr(sys, "path", elsewhere)  # as of `pip install -e`, called in another folder
+    code = "import sys; sys.path[:] = sys.argv[1:]; import lora.errors; print(lora.errors.__file__)"
+    command = [sys.executable, "-I", "-S", "-c", code, *subprocesses.import_path()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert Path(done.stdout.strip()) == root / "lora" / "errors.py", done.stderr

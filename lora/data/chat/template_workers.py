@@ -33,6 +33,7 @@ from lora.data.chat.template_renderer import (
 )
 from lora.errors import DataError
 from lora.runs.disk import os_reason
+from lora.runs.subprocesses import import_path
 
 MAX_MEMORY_BYTES = 1 << 30
 """Address space of a worker: its own 30 MB, the conversation, the template's values, the text."""
@@ -102,8 +103,8 @@ class Worker:
     """One subprocess, and the pipes to it."""
 
     def __init__(self) -> None:
-        path = [entry or os.getcwd() for entry in sys.path]
-        command = [sys.executable, "-I", "-S", "-c", _START, str(MAX_MEMORY_BYTES), *path]
+        limit, path = str(MAX_MEMORY_BYTES), import_path()
+        command = [sys.executable, "-I", "-S", "-c", _START, limit, *path]
         try:
             self._process = subprocess.Popen(
                 command,

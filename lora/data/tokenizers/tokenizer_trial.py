@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 from lora.data.tokenizers.text_growth import why_it_grows
 from lora.errors import DataError
 from lora.runs.disk import cache_path
+from lora.runs.subprocesses import import_path
 
 MAX_TRIAL_S = 120.0
 """CPU time; large tokenizers take about 3 s."""
@@ -84,8 +85,8 @@ def is_panic(error: BaseException) -> bool:
 
 
 def _try_in_subprocess(module: str, data: bytes, max_memory_bytes: int) -> str | None:
-    places = [entry or os.getcwd() for entry in sys.path]
-    command = [sys.executable, "-I", "-S", "-c", _START, module, str(max_memory_bytes), *places]
+    limit, path = str(max_memory_bytes), import_path()
+    command = [sys.executable, "-I", "-S", "-c", _START, module, limit, *path]
     # One thread and one arena: others take address space for themselves.
     alone = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "1"}
     found = subprocess.run(
