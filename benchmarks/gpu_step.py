@@ -44,9 +44,9 @@ from lora.decoder.config import (
 from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
 from lora.decoder.quantised import Fp8Linear, use_fp8_linears
 from lora.device import WHOLE, DeviceChoice, Share, choose_device
-from lora.fast.choose import why_not_fast
 from lora.fast.memory.fast_step import USABLE_MEMORY_FRACTION, FastPlan, MemoryFit, fit_memory
 from lora.fast.runner import CapturedStepRunner, FastStepRunner
+from lora.fast.why_not import why_not_fast
 from lora.runs.directory import create_run
 from lora.runs.disk import read_rows
 from lora.training.job import TrainingJob

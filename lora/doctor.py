@@ -27,7 +27,8 @@ from lora.decoder.decoder import Decoder, build_decoder
 from lora.decoder.families import decoder_config
 from lora.device import DeviceChoice, choose_device
 from lora.errors import LoraError
-from lora.fast.choose import choose_steps, why_not_captured, why_not_fast
+from lora.fast.choose import choose_steps
+from lora.fast.why_not import why_not_captured, why_not_fast
 from lora.kernels.step.jit import HAS_TRITON
 from lora.pretrained.sources import (
     DEFAULT_INSTALL,

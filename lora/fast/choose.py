@@ -6,13 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 from torch import nn
 
 from lora.config import TrainConfig
-from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
-from lora.decoder.quantised import has_fp8_base
 from lora.device import DeviceChoice
 from lora.distributed.shards import Rows
 from lora.distributed.world import ALONE, World
@@ -21,21 +18,13 @@ from lora.fast.runner import CapturedStepRunner, DeviceStepRunner, FastStepRunne
 from lora.fast.sharded.base import ShardedBase
 from lora.fast.sharded.machines import machine_world
 from lora.fast.step import trains_all_weights
-from lora.kernels.step.fp8 import FP8_GEMM_MULTIPLE
+from lora.fast.why_not import why_not_captured, why_not_fast
 from lora.kernels.step.jit import HAS_TRITON
-from lora.layers.fp8 import LoRAFp8Linear
-from lora.layers.trainable_tokens import TrainableTokensEmbedding, TrainableTokensLinear
-from lora.lora_module import LoRALinear
-from lora.stacked.apply import StackedAdapters
-from lora.training.losses import is_transformers, loss_for
-from lora.training.optim import parameter_groups
+from lora.training.losses import loss_for
 from lora.training.plain_step import PlainStepRunner
 from lora.training.sharded_step import ShardedStepRunner
 from lora.training.step_runner import LossFn, StepRunner
 
-MAX_HEAD_WIDTH = 256
-MIN_FP8_CAPABILITY = (9, 0)
-"""Hopper: older GPUs have no fp8 GEMM with a scale for each row (torch._scaled_mm)."""
 MIN_COMPILED_STEPS = 300
 """Shorter runs are not compiled: torch.compile takes 14 s and saves 7 to 70 ms per step."""
 
@@ -187,133 +176,3 @@ def _shard_with_fsdp2(
 
     on_first = fit if is_gpu else None
     return ShardedStepRunner(model, loss_for(model), choice, config, world, on_first)
-
-
-def why_not_fast(model: nn.Module, choice: DeviceChoice) -> str | None:
-    """Return why `model` cannot take the fast step on this device, or None if it can."""
-    if not isinstance(model, Decoder):
-        return _why_not_device(choice) or f"{type(model).__name__} is not lora's Decoder"
-    why = _why_not_device(choice) or why_not_hand_written(model)
-    return why or (why_not_fp8(choice) if has_fp8_base(model) else None)
-
-
-def why_not_stacked(model: nn.Module, stacked: StackedAdapters, choice: DeviceChoice) -> str | None:
-    """Return why the adapters of `stacked` cannot take the fast stacked step, or None."""
-    if not isinstance(model, Decoder):
-        return _why_not_device(choice) or f"{type(model).__name__} is not lora's Decoder"
-    return (
-        _why_not_device(choice)
-        or _why_not_shape(model.config)
-        or why_not_stacked_hand_written(model, stacked)
-    )
-
-
-def why_not_stacked_hand_written(model: Decoder, stacked: StackedAdapters) -> str | None:
-    """Return what of `stacked` the hand-written stacked step cannot train, or None."""
-    if has_fp8_base(model):
-        return "the base is fp8"
-    # The step forms K gradients for linears of the blocks only; embedding and head are shared.
-    blocks = set(model.trunk.blocks().modules())
-    outside = [name for name, layer in stacked.layers.items() if layer not in blocks]
-    if stacked.embeddings or outside:
-        return f"{(*stacked.embeddings, *outside)[0]} trains beside the blocks"
-    # One kernel draws all masks from one seed, and a candidate must see those it would see alone.
-    if any(config.dropout for config in stacked.configs):
-        return "each candidate draws its own dropout"
-    return None
-
-
-def why_not_fp8(choice: DeviceChoice) -> str | None:
-    """Return why this GPU cannot multiply fp8 weights in fp8, or None if it can."""
-    major, minor = torch.cuda.get_device_capability(choice.device)
-    if (major, minor) >= MIN_FP8_CAPABILITY:
-        return None
-    return f"fp8 matmuls need a GPU of compute capability 9.0; this one has {major}.{minor}"
-
-
-def why_not_hand_written(model: Decoder) -> str | None:
-    """Return what in `model` the hand-written step cannot train, or None."""
-    why = _why_not_shape(model.config) or _why_not_trained(model)
-    return why or (_why_not_fp8_shape(model.config) if has_fp8_base(model) else None)
-
-
-def why_not_captured(model: nn.Module, config: TrainConfig) -> str | None:
-    """Return why `model`'s step cannot be captured as it is, or None if it can."""
-    if not isinstance(model, Decoder) and not is_transformers(model):
-        return f"{type(model).__name__} has a loss of its own"
-    # The captured update is one AdamW kernel over one flat buffer at one learning rate.
-    groups = parameter_groups(model, config.weight_decay, config.whole_rate_fraction)
-    if any(group["learning_rate_share"] != 1 for group in groups):
-        return "fully trained modules beside LoRA have a learning rate of their own"
-    return None
-
-
-def _why_not_device(choice: DeviceChoice) -> str | None:
-    if choice.device.type != "cuda":
-        return "the fast step is for CUDA devices"
-    # Buffers, kernels and the tests that compare them with the plain step are of bf16.
-    if choice.compute_dtype is not torch.bfloat16:
-        return "the fast step computes in bf16"
-    if not HAS_TRITON:
-        return "Triton is not installed"
-    return None
-
-
-def _why_not_shape(config: DecoderConfig) -> str | None:
-    half = (
-        config.head_dim // 2
-    )  # the RoPE kernel takes half a head as one tl.arange: a power of two
-    if config.block != "pre_norm":
-        return f"{config.family} places its norms otherwise than Llama"
-    if config.attention.qk_norm:
-        return f"{config.family} normalises queries and keys"
-    if config.feed_forward.activation not in ("silu", "swish"):
-        return f"the activation is {config.feed_forward.activation}, not silu"
-    if config.embedding_scale != 1:
-        return "embeddings are scaled"
-    if config.head_dim > MAX_HEAD_WIDTH or config.head_dim % 2 or half & (half - 1):
-        return f"the head width is {config.head_dim}, not a power of two up to {MAX_HEAD_WIDTH}"
-    # Rows of bf16 tensors must begin at multiples of 16 bytes for cuBLAS's fast kernels.
-    if config.hidden_size % 8 or config.intermediate_size % 8:
-        return "the hidden or feed-forward width is not a multiple of 8"
-    return None
-
-
-def _why_not_fp8_shape(config: DecoderConfig) -> str | None:
-    heads = config.attention
-    # Each width is the inner dimension of a forward or a backward GEMM, which cuBLASLt restricts.
-    columns = {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "heads together": heads.num_attention_heads * heads.head_dim,
-        "queries, keys and values together": heads.head_dim
-        * (heads.num_attention_heads + 2 * heads.num_key_value_heads),
-    }
-    odd = [f"{name} {width}" for name, width in columns.items() if width % FP8_GEMM_MULTIPLE]
-    if not odd:
-        return None
-    return f"fp8 matmuls need widths that are multiples of {FP8_GEMM_MULTIPLE}, not {odd[0]}"
-
-
-def _why_not_trained(model: Decoder) -> str | None:
-    if trains_all_weights(model):
-        return None
-    if any(
-        isinstance(module, TrainableTokensEmbedding | TrainableTokensLinear)
-        for module in model.modules()
-    ):
-        return "single embedding rows train (trainable tokens)"
-    # By identity, because a tied head is the embedding: its name alone says nothing.
-    inside = {id(p) for p in model.trunk.blocks().parameters()}
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    other = [n for n, p in trained if id(p) not in inside or not n.endswith(("lora_A", "lora_B"))]
-    if other:
-        return f"{other[0]} trains beside LoRA"
-    # Other layers (Conv1D) have A and B too, but no projection that reads them.
-    layers = [m for m in model.modules() if isinstance(m, LoRALinear | LoRAFp8Linear)]
-    if len(trained) != 2 * len(layers):
-        return "LoRA wraps layers that are not linear"
-    # One kernel draws the masks of all layers, with one dropout probability.
-    if len({m.dropout.p for m in layers if isinstance(m.dropout, nn.Dropout)}) > 1:
-        return "dropout differs from layer to layer"
-    return None

@@ -14,9 +14,9 @@ from lora.config import TrainConfig
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
-from lora.fast.choose import why_not_stacked
 from lora.fast.runner import READ_LATE_STEPS
 from lora.fast.stacked_step import StackedFastStep
+from lora.fast.why_not import why_not_stacked
 from lora.kernels.step.ops import PLAIN, TRITON
 from lora.stacked.apply import StackedAdapters
 from lora.stacked.losses import StackedDecoderLoss, evaluate_stacked

@@ -17,8 +17,9 @@ from lora.decoder.decoder import Decoder
 from lora.device import Share, choose_device
 from lora.errors import DataError
 from lora.fast.captured import CapturedStep, compiled_blocks
-from lora.fast.choose import choose_steps, why_not_captured
+from lora.fast.choose import choose_steps
 from lora.fast.runner import CapturedStepRunner
+from lora.fast.why_not import why_not_captured
 from lora.kernels.step.ops import PLAIN
 from lora.layers.shared_dropout import SharedDropouts
 from lora.training.losses import loss_for

@@ -12,11 +12,11 @@ from lora.config import LoRAConfig, TrainConfig
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.device import choose_device
-from lora.fast.choose import why_not_hand_written, why_not_stacked_hand_written
 from lora.fast.memory.fast_step import stacked_memory
 from lora.fast.memory.plan import PlanInputs, plan_memory
 from lora.fast.runner import CapturedStepRunner, FastStepRunner
 from lora.fast.stacked_runner import FastStackedRunner
+from lora.fast.why_not import why_not_hand_written, why_not_stacked_hand_written
 from lora.kernels.step import low_rank
 from lora.stacked.apply import apply_stacked
 from lora.stacked.losses import StackedDecoderLoss, stack_batches

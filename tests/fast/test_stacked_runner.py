@@ -12,8 +12,8 @@ from lora.config import LoRAConfig, TrainConfig
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.device import choose_device
-from lora.fast.choose import why_not_stacked_hand_written
 from lora.fast.stacked_runner import FastStackedRunner, choose_stacked_runner
+from lora.fast.why_not import why_not_stacked_hand_written
 from lora.stacked.apply import apply_stacked
 from lora.stacked.losses import StackedDecoderLoss, stack_batches
 from lora.stacked.plain_step import PlainStackedRunner, StackedStepRunner

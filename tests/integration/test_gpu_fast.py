@@ -27,10 +27,11 @@ from lora.decoder.config import (
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.device import choose_device
 from lora.errors import TrainingError
-from lora.fast.choose import choose_steps, why_not_fast
+from lora.fast.choose import choose_steps
 from lora.fast.graphs import Graphs
 from lora.fast.runner import CapturedStepRunner
 from lora.fast.step import FastStep
+from lora.fast.why_not import why_not_fast
 from lora.finetune import FinetuneJob, finetune
 from lora.kernels.step.jit import HAS_TRITON
 from lora.kernels.step.ops import TRITON

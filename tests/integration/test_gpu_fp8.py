@@ -23,10 +23,10 @@ from lora.decoder.config import (
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.decoder.quantised import Fp8Linear, has_fp8_base, use_fp8_linears
 from lora.device import choose_device
-from lora.fast.choose import why_not_fast, why_not_fp8
 from lora.fast.llama import buffers
 from lora.fast.llama.checkpointing import MODES
 from lora.fast.step import FastStep
+from lora.fast.why_not import why_not_fast, why_not_fp8
 from lora.finetune import FinetuneJob, finetune
 from lora.kernels.step.jit import HAS_TRITON
 from lora.kernels.step.ops import PLAIN, TRITON

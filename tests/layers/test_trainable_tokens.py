@@ -23,7 +23,7 @@ from lora.decoder.config import (
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.device import choose_device
 from lora.errors import ConfigError, ModelError, TargetError
-from lora.fast.choose import _why_not_trained
+from lora.fast.why_not import _why_not_trained
 from lora.layers.token_tables import find_token_tables
 from lora.layers.vocabulary import resize_vocabulary
 from lora.lora_module import count_lora_parameters

@@ -118,7 +118,7 @@ class FastNetwork:
             return sharded_projection(
                 blocks, flat, dtype, ops, self.masks, self.fp8_buffers, self.ring
             )
-        # Stacked adapters over an fp8 base take the plain step (`lora.fast.choose`).
+        # Stacked adapters over an fp8 base take the plain step (`lora.fast.why_not`).
         if self.fp8_buffers is not None and isinstance(flat, FlatParameters):
             return fp8_projection(blocks, flat, dtype, ops, self.masks, self.fp8_buffers)
         if not self.trains_all and not any(has_lora(m) for block in blocks for m in block):

@@ -21,7 +21,6 @@ from lora.decoder.quantised import use_fp8_linears
 from lora.decoder.sizes import stored_bytes
 from lora.device import resident_bytes
 from lora.errors import ConfigError
-from lora.fast.choose import why_not_hand_written
 from lora.fast.llama.checkpointing import MODES, ActivationCheckpointing
 from lora.fast.memory.fast_step import (
     CUBLAS_WORKSPACE_BYTES,
@@ -35,6 +34,7 @@ from lora.fast.memory.fast_step import (
 from lora.fast.memory.fsdp import FsdpWeights, fsdp_weights, recompute_blocks
 from lora.fast.memory.trace import StepMemory
 from lora.fast.memory.traces import StepTraces, Traced, largest_that_fits
+from lora.fast.why_not import why_not_hand_written
 from lora.lora_module import ParameterCounts, count_lora_parameters
 
 CPU_SLACK = 0.3
