@@ -120,6 +120,7 @@ def test_tables_go_between_the_marks(benchmark: Any, tmp_path: Path) -> None:
     assert "2,730 (2.50x NeMo's) | 48.0, 47.0 planned | 2.00x |" in text
 
 
+@pytest.mark.slow
 def test_every_kind_of_case_runs_on_cpu_processes(tmp_path: Path) -> None:
     only = ["probe*", "135M-4x512:ours:*", "70B-1x4096:*:fsdp:2", "1B-4x2048:peft*"]
     command = [sys.executable, "benchmarks/gpu_many.py", "--smoke", "--out", str(tmp_path)]

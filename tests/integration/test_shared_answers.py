@@ -9,6 +9,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
+import pytest
+
 from lora.cli import main
 from lora.distributed.world import World
 from tests.distributed.processes import run_processes
@@ -64,6 +66,7 @@ def test_commands_in_two_processes_print_and_write_what_one_does(
     assert "there is no directory" in first[2][2]
 
 
+@pytest.mark.slow
 def test_python_scripts_under_torchrun_share_and_all_get_all(
     tiny_folder: Path, orders_file: Path, tmp_path: Path
 ) -> None:
