@@ -106,7 +106,7 @@ def train_own(folder: Path, out: Path) -> tuple[RunOutcome, list[float]]:
 def refuse_own(world: World, folder: Path, out: Path) -> str:
     """Return why models in memory are refused whose A and B have another size in each process."""
     model, tokenizer = lora.load_model(folder)
-    lora.apply_lora(model, LoRAConfig(rank=4 + world.rank))
+    lora.apply_lora(model, LoRAConfig(rank=5 - world.rank))
     with pytest.raises(ConfigError) as raised:
         lora.train(model, tokenizer, make_orders("train", 24), steps=2, out=out, name="unlike")
     return str(raised.value)
@@ -287,7 +287,7 @@ def test_what_cannot_be_shared_is_refused_on_every_rank(
         assert "Use gradient_accumulation=1" in done["small"]
         assert "data: " in done["other"]
         assert "on rank 1" in done["other"]
-        assert "lora: {'rank': 4" in done["unlike"]
+        assert "lora: {'rank': 5" in done["unlike"]
     assert not (out / "unlike").exists()
     assert not (out / "small").exists()
     assert not (out / "other").exists()
