@@ -88,7 +88,6 @@ def peaks_table(checked: Sequence[Checked]) -> str:
 
 def _lines(checked: Sequence[Checked]) -> Iterator[str]:
     names = {"ours": "LoRA, bf16", "ours_fp8": "LoRA, fp8", "ours_full": "full"}
-    names["ours_full_eager"] = "full, blocks not compiled"
     for one in sorted(checked, key=lambda one: (-one.row["peak_gb"], one.row["case"])):
         row = one.row
         if row["devices"] == 1:

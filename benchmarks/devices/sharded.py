@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from lora.decoder.quantised import use_fp8_linears
 from lora.device import DeviceChoice
 from lora.distributed.shards import Rows
 from lora.distributed.world import World
-from lora.fast.choose import MIN_COMPILED_STEPS, choose_steps
+from lora.fast.choose import choose_steps
 from lora.fast.runner import FastStepRunner
 from lora.fast.sharded.base import ShardedBase
 from lora.training.step_runner import StepRunner
@@ -42,11 +41,8 @@ def build_sharded(
         fill_adapters(model, choice)
     stored, say = planned.checkpointing, planned.said.append
     if full or is_cuda:
-        # As in a run that is long enough for torch.compile, or too short.
-        is_long = case.variant != "ours_full_eager"
-        sized = replace(config, steps=MIN_COMPILED_STEPS if is_long else 1)
         steps = choose_steps(
-            model, choice, sized, checkpointing=stored, on_message=say, world=world, rows=rows
+            model, choice, config, checkpointing=stored, on_message=say, world=world, rows=rows
         )
         return model, steps, planned
     # On a CPU no run chooses the hand-written step: its plain twins are taken by name.

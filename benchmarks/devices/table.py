@@ -13,8 +13,7 @@ START, END = "<!-- gpu_many:start -->", "<!-- gpu_many:end -->"
 NAMES = {
     "ours": "LoRA, bf16 base",
     "ours_fp8": "LoRA, fp8 base",
-    "ours_full": "full fine-tuning, compiled blocks",
-    "ours_full_eager": "full fine-tuning",
+    "ours_full": "full fine-tuning",
     "peft_liger": "PEFT + Liger",
     "peft_liger_recompute": "PEFT + Liger, blocks recomputed",
     "transformers_full": "full, transformers",

@@ -9,9 +9,8 @@ averaged: a step divides once, by all target tokens.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -49,23 +48,21 @@ def shard_decoder(
     choice: DeviceChoice,
     *,
     recompute: bool = False,
-    compiles: bool = False,
 ) -> None:
     """Changes `model` in place: what is on the meta device becomes this process's shards of `rows`.
 
     What is on a device already stays whole in every process: LoRA's A and B. With `recompute` the
-    blocks' activations are computed again in the backward pass, with `compiles` their training goes
-    through torch.compile. Raises ModelError, the same in every process, if one of them cannot read
-    or quantise its rows.
+    blocks' activations are computed again in the backward pass. Raises ModelError, the same in
+    every process, if one of them cannot read or quantise its rows.
     """
     whole = {p for p in model.parameters() if not p.is_meta}
     mesh = DeviceMesh.from_group(_group(world), choice.device.type)
     policy = _policy(model, choice)
     shard = partial(fully_shard, mesh=mesh, mp_policy=policy, ignored_params=whole)
     for block in model.trunk.blocks():
-        if recompute or compiles:
+        if recompute:
             # The method, not the module: FSDP's hooks gather the weights for both passes, outside.
-            block.forward = BlockForward(block, recompute=recompute, compiles=compiles)
+            block.forward = BlockForward(block)
         shard(block)
     shard(model)
     register_fsdp_forward_method(model, "hidden_states")
@@ -84,32 +81,25 @@ def shard_decoder(
 
 
 class BlockForward:
-    """A block's forward pass in training: recomputed in the backward pass, or compiled, or both.
+    """A block's forward pass, recomputed in the backward pass if `recompute`.
 
-    Without gradients the block computes as it is: shapes then change from call to call.
+    Not compiled: of an 8B model the first step with compiled blocks had not ended after a minute.
     """
 
-    def __init__(self, block: nn.Module, *, recompute: bool, compiles: bool) -> None:
-        self.recompute = recompute
-        self._plain = block.forward
-        stored, recomputed = MethodType(type(block).forward, block), MethodType(_recomputed, block)
-        # Blocks of one kind share a compilation.
-        of = partial(torch.compile, dynamic=False) if compiles else _unchanged
-        self._stored, self._recomputed = of(stored), of(recomputed)
+    def __init__(self, block: nn.Module) -> None:
+        self.recompute = True
+        self._block, self._stored = block, block.forward
 
     def __call__(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        if not torch.is_grad_enabled():
-            return self._plain(x, inputs)
-        y: Tensor = (self._recomputed if self.recompute else self._stored)(x, inputs)
+        is_recomputed = self.recompute and torch.is_grad_enabled()
+        y: Tensor = (
+            _recomputed(self._block, x, inputs) if is_recomputed else self._stored(x, inputs)
+        )
         return y
 
 
 def _recomputed(block: nn.Module, x: Tensor, inputs: AttentionInputs) -> Any:
     return checkpoint(type(block).forward, block, x, inputs, use_reentrant=False)
-
-
-def _unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
 
 
 def set_recompute(model: Decoder, n_blocks: int) -> None:

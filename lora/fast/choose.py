@@ -150,18 +150,13 @@ def _shard_with_fsdp2(
     )
 
     device, is_gpu = choice.device, choice.device.type == "cuda"
-    # A compiled block draws other dropout masks than one process does.
-    draws = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
-    is_long = (config.steps or 0) >= MIN_COMPILED_STEPS
-    compiles = is_gpu and HAS_TRITON and is_long and not draws
-    shard_decoder(model, rows, world, choice, recompute=is_gpu, compiles=compiles)
-    how = "FSDP2, blocks through torch.compile" if compiles else "FSDP2"
+    shard_decoder(model, rows, world, choice, recompute=is_gpu)
     n_blocks = len(model.trunk.blocks())
 
     def take(n: int) -> None:
         set_recompute(model, n)
         words = f"{n} of {n_blocks} recomputed in the backward pass"
-        on_message(f"plain step with {how}, {words}: {why}")
+        on_message(f"plain step with FSDP2, {words}: {why}")
 
     if not trains_all_weights(model):
         if is_gpu:
