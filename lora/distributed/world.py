@@ -7,7 +7,7 @@ methods, which then do nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -16,10 +16,36 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lora.device import Share
-from lora.distributed.stops import StopFlags
 from lora.errors import LoraError
+from lora.runs.interrupts import SIGNALS
 
 ValueT = TypeVar("ValueT")
+N_FLAGS = len(SIGNALS) + 1
+"""One for each signal, and one for callbacks."""
+
+
+@dataclass
+class StopFlags:
+    """What one process asks, or what all of them have agreed on."""
+
+    signal: int = 0
+    """The number of the signal that was received; 0: none."""
+    callback: bool = False
+    """Whether a callback ends the run."""
+
+    def numbers(self) -> list[float]:
+        """Return the flags as numbers that can be summed over processes, (N_FLAGS,)."""
+        return [float(self.signal == number) for number in SIGNALS] + [float(self.callback)]
+
+    def clear(self) -> None:
+        """Ask nothing."""
+        self.signal, self.callback = 0, False
+
+    @classmethod
+    def from_sums(cls, sums: Sequence[float]) -> StopFlags:
+        """Return what the summed numbers say: what at least one process asks."""
+        signals = (number for number, asked in zip(SIGNALS, sums, strict=False) if asked)
+        return cls(next(signals, 0), bool(sums[-1]))
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from lora.data.sequences.batches import IGNORE, Batch, needs_mask
 from lora.device import DeviceChoice
+from lora.distributed.dropout import SharedDropouts
 from lora.distributed.world import ALONE, World
 from lora.fast.graphs import Graphs
 from lora.fast.transformers_models import unmasked_attention
 from lora.fast.weights.flat import FlatParameters, Slot
 from lora.fast.weights.update import N_TOTALS, FlatUpdate
 from lora.kernels.step.ops import Ops
-from lora.layers.shared_dropout import SharedDropouts
 from lora.training.checkpoint import OptimizerState
 from lora.training.optim import parameter_groups
 

@@ -15,8 +15,8 @@ from lora.config import TrainConfig
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
-from lora.distributed.stops import StopFlags
-from lora.distributed.world import ALONE, World
+from lora.distributed.dropout import SharedDropouts
+from lora.distributed.world import ALONE, StopFlags, World
 from lora.fast.captured import CapturedStep, decoder_logits
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.sharded.base import ShardedBase
@@ -24,7 +24,6 @@ from lora.fast.step import FastStep
 from lora.fast.transformers_models import transformers_logits, why_masked
 from lora.kernels.step.jit import HAS_TRITON
 from lora.kernels.step.ops import PLAIN, TRITON
-from lora.layers.shared_dropout import SharedDropouts
 from lora.training.checkpoint import OptimizerState, restore_training_tensors, training_tensors
 from lora.training.diagnosis import find_in_all
 from lora.training.losses import loss_for

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from lora.config import TrainConfig
 from lora.device import DeviceChoice, synchronize
-from lora.distributed.stops import StopFlags
+from lora.distributed.dropout import SharedDropouts
 from lora.distributed.tensors import sum_gradients
-from lora.distributed.world import ALONE, World
+from lora.distributed.world import ALONE, StopFlags, World
 from lora.errors import TrainingError
-from lora.layers.shared_dropout import SharedDropouts
 from lora.training.checkpoint import restore_training_tensors, training_tensors
 from lora.training.diagnosis import Finding, find_in_all
 from lora.training.optim import build_optimizer, scale_and_clip, set_learning_rate

@@ -18,9 +18,8 @@ from lora.config import TrainConfig
 from lora.data.sequences.batches import Batch, needs_mask
 from lora.device import DeviceChoice, synchronize
 from lora.distributed.shards import ShardReader, let_go_tables, local_part, scatter_rows
-from lora.distributed.stops import StopFlags
 from lora.distributed.tensors import broadcast_tensors
-from lora.distributed.world import World
+from lora.distributed.world import StopFlags, World
 from lora.training.checkpoint import (
     OPTIMIZER_KEYS,
     check_parameters,

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lora.distributed.stops import StopFlags
+from lora.distributed.world import StopFlags
 
 LossFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 """(model, batch) -> (loss sum in nats, target tokens), both (K,): one for each adapter."""

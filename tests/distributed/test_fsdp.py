@@ -51,6 +51,9 @@ from tests.distributed.models import (
 from tests.distributed.processes import run_processes
 from tests.finetune.tiny_models import build_tiny, save_tiny
 
+# Its processes are started once, in one of the workers that share the tests.
+pytestmark = pytest.mark.xdist_group("fsdp")
+
 FP32_STEPS = 20
 
 

@@ -15,13 +15,13 @@ from lora.config import LoRAConfig, TrainConfig
 from lora.data.sequences.batches import Batch, needs_mask
 from lora.decoder.decoder import Decoder
 from lora.device import Share, choose_device
+from lora.distributed.dropout import SharedDropouts
 from lora.errors import DataError
 from lora.fast.captured import CapturedStep, compiled_blocks
 from lora.fast.choose import choose_steps
 from lora.fast.runner import CapturedStepRunner
 from lora.fast.why_not import why_not_captured
 from lora.kernels.step.ops import PLAIN
-from lora.layers.shared_dropout import SharedDropouts
 from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer, set_learning_rate
 from lora.training.plain_step import PlainStepRunner, train_step

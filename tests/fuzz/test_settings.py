@@ -23,6 +23,7 @@ from torch import nn
 from lora import cli
 from lora.config import DataConfig, LoRAConfig, RunConfig, SamplingConfig, TrainConfig
 from lora.device import choose_device
+from lora.distributed.world import ALONE
 from lora.runs.directory import create_run, read_start_time
 from lora.runs.progress import NoProgress
 from lora.runs.record import RunRecord
@@ -181,7 +182,7 @@ def test_any_state_in_a_checkpoint_whose_digests_are_right(
             int(state["row"])
 
     job = SimpleNamespace(run=run, steps=steps, stream=Rows(), progress=NoProgress())
-    job.train_config = TrainConfig(steps=3)
+    job.train_config, job.world = TrainConfig(steps=3), ALONE
 
     def check(state: Any) -> None:
         save_checkpoint(run.folder / "checkpoints", 1, steps.state(), state, keep=1)

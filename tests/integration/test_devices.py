@@ -20,6 +20,8 @@ from lora import cli
 from lora.distributed.errors import GO_ON
 from lora.runs.disk import read_json, read_rows
 
+# Its models are made once, in one of the workers that share the tests.
+pytestmark = pytest.mark.xdist_group("devices")
 STEPS = 12
 LONG = {"cpu": 60, "cuda": 1200, "fsdp": 1200}
 """By device; fsdp: on GPUs that share the weights."""

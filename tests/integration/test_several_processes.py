@@ -25,6 +25,9 @@ from lora.runs.read_record import read_metrics, read_run_record
 from lora.training.callbacks import Callback, StepEvent, StopTraining
 from tests.distributed.processes import run_processes
 
+# Its processes are started once, in one of the workers that share the tests.
+pytestmark = pytest.mark.xdist_group("runs_of_several")
+
 KILLED_STEP = 3
 
 

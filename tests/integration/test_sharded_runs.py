@@ -23,6 +23,9 @@ from tests.distributed.processes import run_processes
 from tests.finetune.tiny_models import save_tiny
 from tests.integration.conftest import make_tokenizer
 
+# Its processes are started once, in one of the workers that share the tests.
+pytestmark = pytest.mark.xdist_group("sharded_runs")
+
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"lora": LoRAConfig(rank=4)},
     "full": {"lora": None},

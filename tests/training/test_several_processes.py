@@ -16,8 +16,7 @@ from lora.adapters.apply import apply_lora, train_token_rows
 from lora.config import LoRAConfig, TrainConfig
 from lora.data.sequences.batches import Batch, BatchStream, ordered_batches
 from lora.decoder.decoder import Decoder
-from lora.distributed.stops import StopFlags
-from lora.distributed.world import ALONE, World
+from lora.distributed.world import ALONE, StopFlags, World
 from lora.fast.captured import CapturedStep, summed_loss
 from lora.fast.llama.checkpointing import MODES
 from lora.fast.runner import CapturedStepRunner, DeviceStepRunner, FastStepRunner
@@ -37,6 +36,9 @@ from tests.distributed.models import (
     worst_difference,
 )
 from tests.distributed.processes import run_processes
+
+# Its processes are started once, in one of the workers that share the tests.
+pytestmark = pytest.mark.xdist_group("steps_of_several")
 
 FP32_STEPS = 20
 

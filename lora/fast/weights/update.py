@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lora.distributed.stops import N_FLAGS
-from lora.distributed.world import ALONE, World
+from lora.distributed.world import ALONE, N_FLAGS, World
 from lora.fast.weights.flat import FlatParameters
 from lora.kernels.step.adamw import AdamWSettings, adamw, adamw_host
 

@@ -31,6 +31,9 @@ from tests.distributed.models import (
 from tests.distributed.processes import run_processes
 from tests.fast.sharded.models import CASES, Case, empty_model, rows_of, whole_model
 
+# Its processes are started once, in one of the workers that share the tests.
+pytestmark = pytest.mark.xdist_group("sharded_runner")
+
 CPU = torch.device("cpu")
 
 

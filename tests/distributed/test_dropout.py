@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.device import Share
-from lora.layers.shared_dropout import SharedDropouts
+from lora.distributed.dropout import SharedDropouts
 
 SEED = 3
 
