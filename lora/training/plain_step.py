@@ -7,6 +7,7 @@ nothing here knows what a batch is.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -155,16 +156,15 @@ def evaluate(
     return total / count if count else math.nan
 
 
-class PlainStepRunner:
-    """Takes steps through autograd and `train_step`; a step is done when it is launched.
-
-    A `lora.training.step_runner.StepRunner`.
+class AutogradStepRunner(ABC):
+    """Takes steps through autograd; a step is done when it is launched.
 
     Args:
         model: on the device; what trains has `requires_grad`.
         loss_fn: (model, batch) -> (loss sum, target tokens), both (1,).
         choice: where it runs, and the compute dtype.
-        config: of AdamW and clipping.
+        config: of clipping and the micro-batches' size.
+        optimizer: of what trains.
         world: processes that have parts of each micro-batch.
     """
 
@@ -174,18 +174,19 @@ class PlainStepRunner:
         loss_fn: LossFn,
         choice: DeviceChoice,
         config: TrainConfig,
-        world: World = ALONE,
+        optimizer: torch.optim.Optimizer,
+        world: World,
     ) -> None:
         self.batch_device = choice.device
-        self.optimizer = build_optimizer(
-            model, 0.0, config.weight_decay, config.whole_rate_fraction
-        )
+        self.optimizer = optimizer
         self._model, self._loss_fn, self._choice = model, loss_fn, choice
         self._max_grad_norm = config.max_grad_norm
         self._world, self._micro_batch_size = world, config.micro_batch_size
-        size, seed = config.micro_batch_size, config.seed
-        self._dropouts = SharedDropouts(model, world.share, size, seed)
         self._outcomes: list[StepOutcome] = []
+
+    @abstractmethod
+    def _take_step(self, step: int, micro_batches: Sequence[Any]) -> StepResult:
+        """Changes model and optimizer in place. All processes raise StepNotFiniteError, or none."""
 
     def launch(
         self, step: int, micro_batches: Sequence[Any], learning_rates: Sequence[float]
@@ -193,22 +194,17 @@ class PlainStepRunner:
         """Take step number `step`."""
         (learning_rate,) = learning_rates
         set_learning_rate(self.optimizer, learning_rate)
-        model, loss_fn, autocast = self._model, self._loss_fn, self._choice.autocast
         try:
-            with self._dropouts.drawn_together(step):
-                result = train_step(
-                    model,
-                    micro_batches,
-                    loss_fn,
-                    self.optimizer,
-                    max_grad_norm=self._max_grad_norm,
-                    autocast=autocast,
-                    world=self._world,
-                    what=f"the gradients of step {step}",
-                )
+            result = self._take_step(step, micro_batches)
         except StepNotFiniteError as error:
-            size, world = self._micro_batch_size, self._world
-            found = find_in_all(model, micro_batches, loss_fn, autocast, size, world)
+            found = find_in_all(
+                self._model,
+                micro_batches,
+                self._loss_fn,
+                self._choice.autocast,
+                self._micro_batch_size,
+                self._world,
+            )
             why = f"{error} {found.sentence}"
             self._outcomes.append(skipped_step(step, learning_rate, why, found, error.stops))
             return
@@ -233,6 +229,44 @@ class PlainStepRunner:
         """Return the mean loss in nats over all target tokens of `batches`, dropout off."""
         autocast, world = self._choice.autocast, self._world
         return [evaluate(self._model, batches, self._loss_fn, autocast, world)]
+
+
+class PlainStepRunner(AutogradStepRunner):
+    """Takes steps through `train_step`. A `lora.training.step_runner.StepRunner`.
+
+    Args:
+        model: on the device; what trains has `requires_grad`.
+        loss_fn: (model, batch) -> (loss sum, target tokens), both (1,).
+        choice: where it runs, and the compute dtype.
+        config: of AdamW and clipping.
+        world: processes that have parts of each micro-batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        choice: DeviceChoice,
+        config: TrainConfig,
+        world: World = ALONE,
+    ) -> None:
+        optimizer = build_optimizer(model, 0.0, config.weight_decay, config.whole_rate_fraction)
+        super().__init__(model, loss_fn, choice, config, optimizer, world)
+        size, seed = config.micro_batch_size, config.seed
+        self._dropouts = SharedDropouts(model, world.share, size, seed)
+
+    def _take_step(self, step: int, micro_batches: Sequence[Any]) -> StepResult:
+        with self._dropouts.drawn_together(step):
+            return train_step(
+                self._model,
+                micro_batches,
+                self._loss_fn,
+                self.optimizer,
+                max_grad_norm=self._max_grad_norm,
+                autocast=self._choice.autocast,
+                world=self._world,
+                what=f"the gradients of step {step}",
+            )
 
     def state(self, adapter: int = 0) -> TrainingState:
         """Return what trains, AdamW's moments and the states of random generators."""

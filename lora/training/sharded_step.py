@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora.config import TrainConfig
 from lora.data.sequences.batches import Batch, needs_mask
-from lora.device import DeviceChoice, synchronize
+from lora.device import DeviceChoice
 from lora.distributed.shards import ShardReader, let_go_tables, local_part, scatter_rows
 from lora.distributed.tensors import broadcast_tensors
 from lora.distributed.world import StopFlags, World
@@ -27,20 +27,17 @@ from lora.training.checkpoint import (
     read_trained_tensors,
     restore_random_states,
 )
-from lora.training.diagnosis import find_in_all
-from lora.training.optim import adamw, parameter_groups, scale_and_clip, set_learning_rate
+from lora.training.optim import adamw, parameter_groups, scale_and_clip
 from lora.training.plain_step import (
-    StepNotFiniteError,
+    AutogradStepRunner,
     StepResult,
     backward_sums,
     check_finite,
-    evaluate,
-    skipped_step,
 )
-from lora.training.step_runner import LossFn, StepOutcome, TrainingState
+from lora.training.step_runner import LossFn, TrainingState
 
 
-class ShardedStepRunner:
+class ShardedStepRunner(AutogradStepRunner):
     """Takes steps of full fine-tuning on a model that `lora.distributed.fsdp` has sharded.
 
     A `lora.training.step_runner.StepRunner`.
@@ -63,12 +60,6 @@ class ShardedStepRunner:
         world: World,
         on_first: Callable[[int], None] | None = None,
     ) -> None:
-        self.batch_device = torch.device("cpu")  # `launch` looks at a batch before it goes on
-        self._on_first = on_first
-        self._model, self._loss_fn, self._choice = model, loss_fn, choice
-        self._max_grad_norm = config.max_grad_norm
-        self._world, self._micro_batch_size = world, config.micro_batch_size
-        self._outcomes: list[StepOutcome] = []
         # Plain parameters over the same memory as the shards: what AdamW does to each of them is
         # one kernel, without a distributed tensor's bookkeeping.
         named = dict(model.named_parameters())
@@ -77,42 +68,22 @@ class ShardedStepRunner:
         groups = parameter_groups(model, config.weight_decay)
         for group in groups:
             group["params"] = [of_whole[id(parameter)] for parameter in group["params"]]
-        self.optimizer = adamw(groups, 0.0)
+        super().__init__(model, loss_fn, choice, config, adamw(groups, 0.0), world)
+        self.batch_device = torch.device("cpu")  # `launch` looks at a batch before it goes on
+        self._on_first = on_first
 
     def launch(
         self, step: int, micro_batches: Sequence[Batch], learning_rates: Sequence[float]
     ) -> None:
         """Take step number `step`."""
-        (learning_rate,) = learning_rates
-        set_learning_rate(self.optimizer, learning_rate)
-        model, loss_fn, autocast = self._model, self._loss_fn, self._choice.autocast
-        micro_batches = [_on_device(batch, self._choice.device) for batch in micro_batches]
+        on_device = [_on_device(batch, self._choice.device) for batch in micro_batches]
         if self._on_first is not None:
-            self._on_first(micro_batches[0].input_ids.numel())
+            self._on_first(on_device[0].input_ids.numel())
             self._on_first = None
-        try:
-            result = self._take_step(micro_batches, f"the loss of step {step}")
-        except StepNotFiniteError as error:
-            size, world = self._micro_batch_size, self._world
-            found = find_in_all(model, micro_batches, loss_fn, autocast, size, world)
-            why = f"{error} {found.sentence}"
-            self._outcomes.append(skipped_step(step, learning_rate, why, found, error.stops))
-            return
-        synchronize(self._choice.device)  # so that the step's time is its own
-        self._outcomes.append(
-            StepOutcome(
-                step,
-                losses=result.loss.tolist(),
-                n_tokens=int(result.n_tokens.sum()),
-                gradient_norms=[result.gradient_norm.item()],
-                learning_rates=[learning_rate],
-                stops=result.stops,
-            )
-        )
+        super().launch(step, on_device, learning_rates)
 
-    def _take_step(self, micro_batches: Sequence[Batch], what: str) -> StepResult:
-        """Changes this process's rows in place. All raise StepNotFiniteError, or none."""
-        model, world = self._model, self._world
+    def _take_step(self, step: int, micro_batches: Sequence[Batch]) -> StepResult:
+        model, world, what = self._model, self._world, f"the loss of step {step}"
         model.zero_grad(set_to_none=True)
         loss_sum, n_tokens = backward_sums(
             model, micro_batches, self._loss_fn, self._choice.autocast
@@ -143,17 +114,11 @@ class ShardedStepRunner:
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, n_tokens, norm, stops)
 
-    def finished(self, *, wait: bool) -> list[StepOutcome]:
-        """Return the steps taken since the last call."""
-        outcomes, self._outcomes = self._outcomes, []
-        return outcomes
-
     def evaluate(self, batches: Iterable[Any]) -> list[float]:
         """Return the mean loss in nats over all target tokens of `batches`, dropout off."""
-        autocast, world = self._choice.autocast, self._world
-        loss = evaluate(self._model, batches, self._loss_fn, autocast, world)
+        losses = super().evaluate(batches)
         let_go_tables(self._model)
-        return [loss]
+        return losses
 
     def state(self, adapter: int = 0) -> TrainingState:
         """Return what trains, AdamW's moments and the states of random generators.
