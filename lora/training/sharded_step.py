@@ -107,8 +107,8 @@ class ShardedStepRunner(AutogradStepRunner):
         loss, norm = loss_sum / n_tokens.clamp(min=1), sums[2].sqrt().to(loss_sum.dtype)
         norm = scale_and_clip(gradients, n_tokens, self._max_grad_norm, norm=norm)
         model.zero_grad(set_to_none=True)
-        # The host waits for the device here: nothing may move before the check.
-        stops = StopFlags.from_sums(sums[3:].tolist())
+        with world.waits(what):  # on a GPU the host waits here, not where the sum was queued
+            stops = StopFlags.from_sums(sums[3:].tolist())
         check_finite(loss, norm, self.optimizer, stops)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
