@@ -103,6 +103,12 @@ class Interrupted(LoraError):
         super().__init__(message)
         self.exit_code = exit_code
 
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[str, int]]:
+        return type(self), (
+            str(self),
+            self.exit_code,
+        )  # else pickle calls it with the message alone
+
 
 class DependencyError(LoraError, ImportError):
     """An optional package is needed and not installed."""

@@ -126,18 +126,16 @@ class World:
         if self.is_alone:
             return function()
         value: Any = None
-        failure: tuple[type[LoraError], str] | None = None
+        failure: LoraError | None = None
         if self.is_main:
             try:
                 value = function()
             except LoraError as error:
-                failure = type(error), str(error)
-                self.from_main((None, failure), what)
+                self.from_main((None, error), what)
                 raise
         value, failure = self.from_main((value, failure), what)
         if failure is not None:
-            kind, text = failure
-            raise kind(text)
+            raise failure
         done: ValueT = value
         return done
 

@@ -6,6 +6,7 @@ import torch
 
 from lora.device import Share
 from lora.distributed.world import ALONE, World
+from lora.errors import Interrupted, RunNotFoundError
 from tests.distributed.processes import run_processes
 
 
@@ -21,6 +22,30 @@ def _collectives(world: World) -> tuple[float, float, list[int], str, bool]:
 def test_collectives_of_three_processes() -> None:
     expected = (6.0, 0.0, [0, 10, 20], "of 0", True)
     assert run_processes(3, _collectives) == [expected] * 3
+
+
+def _errors_of_rank_0(world: World) -> list[tuple[str, str, int]]:
+    found = []
+    for failure in (RunNotFoundError("no run"), Interrupted("SIGTERM: stopped the save.", 143)):
+
+        def fail(failure: Exception = failure) -> None:
+            raise failure
+
+        try:
+            world.on_main(fail, "an error")
+        except (RunNotFoundError, Interrupted) as error:
+            code = error.exit_code if isinstance(error, Interrupted) else 2
+            found.append((type(error).__name__, str(error), code))
+    return found
+
+
+def test_an_error_of_rank_0_is_the_same_in_all_with_its_exit_code() -> None:
+    expected = [
+        ("RunNotFoundError", "no run", 2),
+        ("Interrupted", "SIGTERM: stopped the save.", 143),
+    ]
+    assert run_processes(2, _errors_of_rank_0) == [expected] * 2
+    assert _errors_of_rank_0(ALONE) == expected
 
 
 def test_alone_collectives_change_nothing() -> None:
