@@ -8,7 +8,7 @@ the slot after each gather, from copies in the compute dtype.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,17 +35,27 @@ class ShardedProjection(Projection):
     """What the sharded projections share: a matrix of every block in the ring.
 
     Room is reserved when they are made; when the ring is allocated, `read` and `use_slots` follow.
+
+    Args:
+        args: those of the unsharded twin's constructor.
+        ring: where they get their room.
     """
 
-    ring: ShardRing
     matrix: ShardedMatrix
+    weights: list[Tensor]
+    """By block, (O + R, I + R): what the unsharded twins multiply by."""
+
+    def __init__(self, *args: Any, ring: ShardRing) -> None:
+        self.ring = ring  # before the twin's constructor, which calls `bind_base`
+        super().__init__(*args)
 
     def bind_base(self) -> None:
-        """Called by the unsharded twins where they allocate: here the ring does."""
-        self.device = self.ring.device
+        """Called by the unsharded twins where they allocate: here the ring does, later."""
+        self.reserve(self.dtype)
 
     def reserve(self, dtype: torch.dtype, extra: int = 0) -> None:
         """Ask the ring for room, with `extra` rows and columns for LoRA."""
+        self.device = self.ring.device
         sources: list[list[Source]] = [
             [(self.ring.name_of(m.modules[layer]), m.rows) for m in self.members]
             for layer in range(self.n_layers)
@@ -65,8 +75,9 @@ class ShardedProjection(Projection):
 
     def use_slots(self) -> None:
         """Changes the modules in place: their weights become views of the slots."""
+        self.weights = self.matrix.views
         for layer in range(self.n_layers):
-            weight = self.matrix.views[layer][: self.outputs, : self.inputs]  # (O, I)
+            weight = self.weights[layer][: self.outputs, : self.inputs]  # (O, I)
             for member in self.members:
                 module = member.modules[layer]
                 # A new parameter: one on the meta device cannot become a view of memory.
@@ -77,38 +88,18 @@ class ShardedProjection(Projection):
 class ShardedFrozenProjection(ShardedProjection, FrozenProjection):
     """No linear of it trains."""
 
-    def __init__(
-        self, blocks: Sequence[Sequence[nn.Module]], dtype: torch.dtype, ring: ShardRing
-    ) -> None:
-        self.ring = ring
-        super().__init__(blocks, dtype)
-        self.reserve(dtype)
-
-    def use_slots(self) -> None:
-        super().use_slots()
-        self.weights = self.matrix.views
-
 
 class ShardedConcatenatedProjection(ShardedProjection, ConcatenatedLoRAProjection):
     """LoRA's matrices in the same tensor as W, written there after every gather."""
 
-    def __init__(
-        self,
-        blocks: Sequence[Sequence[nn.Module]],
-        flat: FlatParameters,
-        dtype: torch.dtype,
-        ring: ShardRing,
-    ) -> None:
-        self.ring = ring
-        super().__init__(blocks, flat, dtype)
-        self.reserve(dtype, self.width)
+    def bind_base(self) -> None:
+        self.reserve(self.dtype, extra=self.width)
         self.a = self.empty(self.n_layers, self.width, self.inputs)
         # Zeros in the blocks of B that pair one member's outputs with another's ranks.
         self.b = self.empty(self.n_layers, self.outputs, self.width).zero_()
 
     def use_slots(self) -> None:
         super().use_slots()
-        self.wholes = self.matrix.views
         self.matrix.add_adapters = self._add_adapters
 
     def refresh(self) -> None:
@@ -123,31 +114,12 @@ class ShardedConcatenatedProjection(ShardedProjection, ConcatenatedLoRAProjectio
 class ShardedSeparateProjection(ShardedProjection, SeparateLoRAProjection):
     """LoRA in matmuls of its own, for dropout on its inputs."""
 
-    def __init__(
-        self,
-        blocks: Sequence[Sequence[nn.Module]],
-        flat: FlatParameters,
-        dtype: torch.dtype,
-        ops: Ops,
-        masks: DropoutMasks | None,
-        ring: ShardRing,
-    ) -> None:
-        self.ring = ring
-        super().__init__(blocks, flat, dtype, ops, masks)
-        self.reserve(dtype)
-
-    def base_forward(self, layer: int, x: Tensor, out: Tensor) -> None:
-        self.matmul(layer, x, self.matrix.views[layer], out)
-
-    def base_backward(self, layer: int, dy: Tensor, dx: Tensor) -> None:
-        torch.mm(dy, self.matrix.views[layer], out=dx)
-
 
 class _ShardedFp8Base(ShardedProjection, Fp8BaseProjection):
     """Codes are gathered; the scales of all rows are in every process."""
 
-    def reserve(self, dtype: torch.dtype, extra: int = 0) -> None:
-        super().reserve(dtype, extra)
+    def bind_base(self) -> None:
+        self.reserve(FP8)
         # Of the rows of this process, padded as its shard is.
         shape = self.n_layers, self.matrix.rank_rows, 1
         self.own_scales = torch.ones(shape, dtype=torch.float32, device=self.device)
@@ -158,7 +130,6 @@ class _ShardedFp8Base(ShardedProjection, Fp8BaseProjection):
 
     def use_slots(self) -> None:
         super().use_slots()
-        self.weights = self.matrix.views
         if self.device.type == "meta":
             self.scales = self.own_scales.new_empty(self.n_layers, self.outputs, 1)
         else:
@@ -172,34 +143,9 @@ class _ShardedFp8Base(ShardedProjection, Fp8BaseProjection):
 class ShardedFp8Projection(_ShardedFp8Base, Fp8Projection):
     """LoRA in the compute dtype, beside weights in fp8."""
 
-    def __init__(
-        self,
-        blocks: Sequence[Sequence[nn.Module]],
-        flat: FlatParameters,
-        dtype: torch.dtype,
-        ops: Ops,
-        masks: DropoutMasks | None,
-        fp8: Fp8Buffers,
-        ring: ShardRing,
-    ) -> None:
-        self.ring = ring
-        super().__init__(blocks, flat, dtype, ops, masks, fp8)
-        self.reserve(FP8)
-
 
 class ShardedFrozenFp8Projection(_ShardedFp8Base, FrozenFp8Projection):
     """No linear of it trains."""
-
-    def __init__(
-        self,
-        blocks: Sequence[Sequence[nn.Module]],
-        dtype: torch.dtype,
-        fp8: Fp8Buffers,
-        ring: ShardRing,
-    ) -> None:
-        self.ring = ring
-        super().__init__(blocks, dtype, fp8)
-        self.reserve(FP8)
 
 
 class ShardedTable(WeightGroup):
@@ -251,11 +197,11 @@ def sharded_projection(
     is_adapted = any(isinstance(module, LoRALayer) for block in blocks for module in block)
     if fp8 is not None:
         if is_adapted:
-            return ShardedFp8Projection(blocks, flat, dtype, ops, masks, fp8, ring)
-        return ShardedFrozenFp8Projection(blocks, dtype, fp8, ring)
+            return ShardedFp8Projection(blocks, flat, dtype, ops, masks, fp8, ring=ring)
+        return ShardedFrozenFp8Projection(blocks, dtype, fp8, ring=ring)
     if not is_adapted:
-        return ShardedFrozenProjection(blocks, dtype, ring)
+        return ShardedFrozenProjection(blocks, dtype, ring=ring)
     if masks is not None:
         # Dropout is on LoRA's inputs alone, so LoRA needs matmuls of its own.
-        return ShardedSeparateProjection(blocks, flat, dtype, ops, masks, ring)
-    return ShardedConcatenatedProjection(blocks, flat, dtype, ring)
+        return ShardedSeparateProjection(blocks, flat, dtype, ops, masks, ring=ring)
+    return ShardedConcatenatedProjection(blocks, flat, dtype, ring=ring)

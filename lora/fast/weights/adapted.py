@@ -125,12 +125,12 @@ class ConcatenatedLoRAProjection(_LoRAProjection):
         self.extra = self.width
         self.groups: list[tuple[slice, Tensor]] = []
         """Blocks, and their [[W, s·B], [A, 0]]: (blocks, O + R, I + R)."""
-        self.wholes: list[Tensor] = []
+        self.weights: list[Tensor] = []
         """The same by block, (O + R, I + R)."""
         self.bind_base()
 
     def bind_base(self) -> None:
-        """Changes the modules in place: the base's weights become views of `wholes`."""
+        """Changes the modules in place: the base's weights become views of `weights`."""
         a_block = (self.outputs + self.width) * (self.inputs + self.width) * self.dtype.itemsize
         at_once = max(1, int(GROUP_BYTES / a_block))
         for start in range(0, self.n_layers, at_once):
@@ -141,7 +141,7 @@ class ConcatenatedLoRAProjection(_LoRAProjection):
             whole[:, : self.outputs, self.inputs :] = 0
             whole[:, self.outputs :, self.inputs :] = 0
             self.groups.append((layers, whole))
-            self.wholes += list(whole)
+            self.weights += list(whole)
             self.bind_layers([w[: self.outputs, : self.inputs] for w in whole], layers)
         self._bind_biases()
 
@@ -152,14 +152,14 @@ class ConcatenatedLoRAProjection(_LoRAProjection):
             self.copy_adapters(a, b, layers)
 
     def forward(self, layer: int, x: Tensor, out: Tensor) -> None:
-        whole = self.wholes[layer]
+        whole = self.weights[layer]
         a = whole[self.outputs :, : self.inputs]  # (R, I)
         # x Aᵀ lands beside x, so the large matmul reads [x, x Aᵀ] as one matrix.
         torch.mm(x[:, : self.inputs], a.T, out=x[:, self.inputs :])  # (N, R)
         self.matmul(layer, x, whole[: self.outputs], out)  # by [W, s·B]
 
     def backward(self, layer: int, dy: Tensor, dx: Tensor | None) -> None:
-        whole = self.wholes[layer]
+        whole = self.weights[layer]
         b = whole[: self.outputs, self.inputs :]  # (O, R), scaled
         # Needed for dA even where dx is not.
         torch.mm(dy[:, : self.outputs], b, out=dy[:, self.outputs :])  # (N, R)
@@ -236,16 +236,18 @@ class SeparateLoRAProjection(_LoRAProjection):
 
     def bind_base(self) -> None:
         """Changes the modules in place: the base's weights become views of one tensor."""
-        self.base = self.empty(self.n_layers, self.outputs, self.inputs)
-        self.bind(self.base)
+        base = self.empty(self.n_layers, self.outputs, self.inputs)
+        self.weights = list(base)
+        """By block, (O, I)."""
+        self.bind(base)
 
     def base_forward(self, layer: int, x: Tensor, out: Tensor) -> None:
         """Changes `out` (N, O) in place: x Wᵀ and the bias, for x (N, I)."""
-        self.matmul(layer, x, self.base[layer], out)
+        self.matmul(layer, x, self.weights[layer], out)
 
     def base_backward(self, layer: int, dy: Tensor, dx: Tensor) -> None:
         """Changes `dx` (N, I) in place: dy W, for dy (N, O)."""
-        torch.mm(dy, self.base[layer], out=dx)
+        torch.mm(dy, self.weights[layer], out=dx)
 
     def refresh(self) -> None:
         self.copy_adapters(self.a, self.b)
