@@ -100,6 +100,37 @@ def swiglu_triton(gate_up: Tensor, out: Tensor, fp8_out: Fp8Rows | None = None) 
 
 
 @jit
+def _differentiate(gate_at, dy_at, out_at, width, inside, WRITES_OUT: tl.constexpr):
+    """Store the gradients of gate and up over them, and return both, rounded as they are stored."""
+    gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_at + width, mask=inside, other=0.0).to(tl.float32)
+    dy = tl.load(dy_at, mask=inside, other=0.0).to(tl.float32)
+    kind = gate_at.dtype.element_ty
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    if WRITES_OUT:  # free here: gate and up are in registers anyway
+        y = (silu * up).to(out_at.dtype.element_ty)
+        tl.store(out_at, y, mask=inside)
+    d_gate = (dy * up * (sigmoid + silu * (1 - sigmoid))).to(kind)
+    d_up = (dy * silu).to(kind)
+    # Over gate and up, which this program alone reads, and has read by now.
+    tl.store(gate_at, d_gate, mask=inside)
+    tl.store(gate_at + width, d_up, mask=inside)
+    return d_gate, d_up
+
+
+@jit
+def _times_factors(d_gate, d_up, factors_at, width, inside, HAS_FACTORS: tl.constexpr):
+    """Return both halves of a row in fp32, from the rounded values, times their factors."""
+    # As bf16 both halves stay in registers until the row's scale is known.
+    left, right = d_gate.to(tl.float32), d_up.to(tl.float32)
+    if HAS_FACTORS:
+        left *= tl.load(factors_at, mask=inside, other=0.0)
+        right *= tl.load(factors_at + width, mask=inside, other=0.0)
+    return left, right
+
+
+@jit
 def _swiglu_backward_kernel(
     gate_up, d_out, out, gate_up_stride, d_out_stride, out_stride, width,
     WRITES_OUT: tl.constexpr, BLOCK: tl.constexpr,
@@ -108,19 +139,8 @@ def _swiglu_backward_kernel(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     gate_at = gate_up + row * gate_up_stride + columns
-    gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_at + width, mask=inside, other=0.0).to(tl.float32)
-    dy = tl.load(d_out + row * d_out_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    if WRITES_OUT:  # free here: gate and up are in registers anyway
-        y = (silu * up).to(out.dtype.element_ty)
-        tl.store(out + row * out_stride + columns, y, mask=inside)
-    d_gate = dy * up * (sigmoid + silu * (1 - sigmoid))
-    kind = gate_up.dtype.element_ty
-    # Over gate and up, which this program alone reads, and has read by now.
-    tl.store(gate_at, d_gate.to(kind), mask=inside)
-    tl.store(gate_at + width, (dy * silu).to(kind), mask=inside)
+    dy_at, out_at = d_out + row * d_out_stride + columns, out + row * out_stride + columns
+    _differentiate(gate_at, dy_at, out_at, width, inside, WRITES_OUT)
 
 
 @jit
@@ -133,25 +153,9 @@ def _swiglu_backward_row_kernel(
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     gate_at = gate_up + row * gate_up_stride + columns
-    gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_at + width, mask=inside, other=0.0).to(tl.float32)
-    dy = tl.load(d_out + row * d_out_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    kind = gate_up.dtype.element_ty
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    if WRITES_OUT:
-        y = (silu * up).to(out.dtype.element_ty)
-        tl.store(out + row * out_stride + columns, y, mask=inside)
-    d_gate = (dy * up * (sigmoid + silu * (1 - sigmoid))).to(kind)
-    d_up = (dy * silu).to(kind)
-    tl.store(gate_at, d_gate, mask=inside)
-    tl.store(gate_at + width, d_up, mask=inside)
-    # Widened again after rounding: as bf16 both halves of the row stay in registers until the
-    # scale is known.
-    left, right = d_gate.to(tl.float32), d_up.to(tl.float32)
-    if HAS_FACTORS:
-        left *= tl.load(factors + columns, mask=inside, other=0.0)
-        right *= tl.load(factors + width + columns, mask=inside, other=0.0)
+    dy_at, out_at = d_out + row * d_out_stride + columns, out + row * out_stride + columns
+    d_gate, d_up = _differentiate(gate_at, dy_at, out_at, width, inside, WRITES_OUT)
+    left, right = _times_factors(d_gate, d_up, factors + columns, width, inside, HAS_FACTORS)
     scale, inverse = scale_of(tl.maximum(tl.max(tl.abs(left), 0), tl.max(tl.abs(right), 0)))
     tl.store(scales + row, scale)
     codes_at = codes + row * 2 * width + columns
@@ -166,28 +170,14 @@ def _swiglu_backward_chunks_kernel(
     WRITES_OUT: tl.constexpr, HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    kind = gate_up.dtype.element_ty
     peaks = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < width
         gate_at = gate_up + row * gate_up_stride + columns
-        gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(gate_at + width, mask=inside, other=0.0).to(tl.float32)
-        dy = tl.load(d_out + row * d_out_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        if WRITES_OUT:
-            y = (silu * up).to(out.dtype.element_ty)
-            tl.store(out + row * out_stride + columns, y, mask=inside)
-        d_gate = (dy * up * (sigmoid + silu * (1 - sigmoid))).to(kind)
-        d_up = (dy * silu).to(kind)
-        tl.store(gate_at, d_gate, mask=inside)
-        tl.store(gate_at + width, d_up, mask=inside)
-        left, right = d_gate.to(tl.float32), d_up.to(tl.float32)
-        if HAS_FACTORS:
-            left *= tl.load(factors + columns, mask=inside, other=0.0)
-            right *= tl.load(factors + width + columns, mask=inside, other=0.0)
+        dy_at, out_at = d_out + row * d_out_stride + columns, out + row * out_stride + columns
+        d_gate, d_up = _differentiate(gate_at, dy_at, out_at, width, inside, WRITES_OUT)
+        left, right = _times_factors(d_gate, d_up, factors + columns, width, inside, HAS_FACTORS)
         peaks = tl.maximum(peaks, tl.maximum(tl.abs(left), tl.abs(right)))
     scale, inverse = scale_of(tl.max(peaks, 0))
     tl.store(scales + row, scale)
