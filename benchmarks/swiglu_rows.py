@@ -1,6 +1,6 @@
 """SwiGLU's gradient with fp8 codes beside it: whole rows in registers against chunks of rows.
 
-    python benchmarks/swiglu_rows.py [--out results/swiglu_rows_h100.jsonl]     on a GPU
+    python benchmarks/swiglu_rows.py [--out FILE]     on a GPU
 
 Both give the same bits; which one a width takes is MAX_BLOCK_IN_REGISTERS in
 lora/kernels/step/swiglu.py.
