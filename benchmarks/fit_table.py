@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from devices.plans import measured_rows, peaks_table, plan_again
+from devices.table import put_between
 
 from lora.config import LoRAConfig, MemoryConfig
 from lora.decoder.families import decoder_config
@@ -157,12 +158,7 @@ def _cell(row: Row) -> str:
 
 def with_tables(text: str, made: str, command: str = FITS) -> str:
     """Return a page with the tables in place of those between the markers of `command`."""
-    first, last = f"<!-- {command}: begin -->", f"<!-- {command}: end -->"
-    before, begin, rest = text.partition(first)
-    _, end, after = rest.partition(last)
-    if not begin or not end:
-        raise SystemExit(f"Cannot write the tables: {DOCUMENT} has no {first} … {last}.")
-    return f"{before}{first}\n{made}\n{last}{after}"
+    return put_between(text, f"<!-- {command}: begin -->", f"<!-- {command}: end -->", made)
 
 
 def main() -> None:

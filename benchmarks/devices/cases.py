@@ -57,6 +57,16 @@ class Case:
         """The name of the same on one device."""
         return f"{self.shape}:{self.variant}:none:1"
 
+    @property
+    def is_full(self) -> bool:
+        """Whether all weights train, ours or a peer's."""
+        return "_full" in self.variant
+
+    @property
+    def has_fp8_base(self) -> bool:
+        """Whether the frozen linears are stored in fp8."""
+        return self.variant == "ours_fp8"
+
     def sizes(self, *, smoke: bool = False) -> Shape:
         """Return the sizes of the model and of a step on each device."""
         shape = SMOKE if smoke else SHAPES[self.shape]

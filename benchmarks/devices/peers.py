@@ -38,7 +38,7 @@ def time_peer(case: Case, world: World, smoke: bool) -> dict[str, Any]:
 
 
 def _build(case: Case, shape: Shape, device: torch.device) -> nn.Module:
-    full, sharded = case.variant.startswith("transformers_full"), case.parallel == "fsdp"
+    full, sharded = case.is_full, case.parallel == "fsdp"
     dtype = torch.float32 if full else torch.bfloat16
     with torch.device("meta" if sharded else device):
         model = build_llama(shape, "meta" if sharded else device, dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,12 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from gpu_step import RANK, build_empty
-
-from devices.cases import SHAPES
-from lora.config import LoRAConfig, MemoryConfig
-from lora.fast.memory.plan import MemoryPlanner, PlanInputs
+from devices.cases import Case
+from devices.table import read_rows
+from devices.whole import planner_of
+from lora.config import MemoryConfig
+from lora.fast.memory.plan import MemoryPlanner
 
 RESULTS = Path(__file__).parents[1] / "results"
 BUDGET = re.compile(r"planned of ([\d.]+) GB")
@@ -38,20 +36,15 @@ class Checked:
 
 
 def measured_rows() -> list[dict[str, Any]]:
-    """Return the rows of our own variants with a peak, the newest of each case and hardware."""
-    rows = {}
-    for path in sorted(RESULTS.glob("gpu_many_*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            is_ours = str(row.get("variant", "")).startswith("ours") and "peak_gb" in row
-            if is_ours and row.get("planned_gb") and row.get("blocks") is None:
-                rows[row["case"], row["hardware"]] = row
-    return list(rows.values())
+    """Return the rows of our own variants with a plan, the newest of each case and hardware."""
+    rows = read_rows(sorted(RESULTS.glob("gpu_many_*.jsonl")))
+    return [row for row in rows if row["variant"].startswith("ours") and "planned_gb" in row]
 
 
 def plan_again(row: dict[str, Any]) -> Checked:
     """Return a row with today's plan within the budget that it was planned for."""
-    planner = _planner(row["shape"], row["variant"], row["parallel"]).on_devices(row["devices"])
+    parallel = "fsdp" if row["parallel"] == "fsdp" else "ddp"
+    planner = _planner(row["shape"], row["variant"], parallel).on_devices(row["devices"])
     found = BUDGET.search(row["mode"])
     memory = MemoryConfig("auto", float(found[1])) if found else MemoryConfig("none")
     plan = planner.plan(memory=memory)
@@ -63,21 +56,8 @@ def plan_again(row: dict[str, Any]) -> Checked:
 
 @cache
 def _planner(shape: str, variant: str, parallel: str) -> MemoryPlanner:
-    sizes = SHAPES[shape]
-    return MemoryPlanner(
-        PlanInputs(
-            build_empty(sizes).config,
-            None if variant.startswith("ours_full") else LoRAConfig(rank=RANK),
-            sizes.rows,
-            sizes.tokens,
-            "cuda",
-            torch.bfloat16,
-            packed=False,
-            fp8="fp8" in variant,
-            devices=2,
-            parallel="fsdp" if parallel == "fsdp" else "ddp",
-        )
-    )
+    case = Case(shape, variant, parallel, devices=2, expected_s=0, limit_s=0)
+    return planner_of(case, case.sizes())
 
 
 def peaks_table(checked: Sequence[Checked]) -> str:

@@ -30,11 +30,10 @@ def build_sharded(
     case: Case, shape: Shape, world: World, choice: DeviceChoice, config: TrainConfig
 ) -> tuple[Any, StepRunner, Planned]:
     """Return a model of which every process has its rows, its step and its plan."""
-    full, fp8 = case.variant.startswith("ours_full"), "fp8" in case.variant
-    is_cuda, dtype = choice.device.type == "cuda", choice.compute_dtype
+    full, is_cuda = case.is_full, choice.device.type == "cuda"
     planned = plan_case(case, shape, is_cuda=is_cuda)
     print("planned", flush=True)
-    model = empty_model(shape, torch.float32 if full else dtype, full=full, fp8=fp8)
+    model = empty_model(shape, torch.float32 if full else choice.compute_dtype, case)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     rows = random_rows(shapes, choice.device)
     if not full:
@@ -60,12 +59,12 @@ def fill_adapters(model: Decoder, choice: DeviceChoice) -> None:
         layer.lora_B = torch.nn.Parameter(torch.zeros_like(b, device=choice.device))
 
 
-def empty_model(shape: Shape, dtype: torch.dtype, *, full: bool, fp8: bool) -> Decoder:
+def empty_model(shape: Shape, dtype: torch.dtype, case: Case) -> Decoder:
     """Return a decoder of this shape on the meta device: adapted, or with all of it trained."""
     model = build_empty(shape).to(dtype)
-    if full:
+    if case.is_full:
         return model.requires_grad_(True)
-    if fp8:
+    if case.has_fp8_base:
         use_fp8_linears(model)
     apply_lora(model, lora_config())
     return model

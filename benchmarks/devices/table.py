@@ -76,7 +76,7 @@ def _to_peer(row: Row, rows: list[Row]) -> str:
     """Return how many times as fast as the fastest peer that trains the same, on this hardware."""
     if not row["variant"].startswith("ours"):
         return ""
-    peer = "transformers_full" if row["variant"].startswith("ours_full") else "peft"
+    peer = "transformers_full" if row["variant"] == "ours_full" else "peft"
     same = [r for r in rows if all(r[k] == row[k] for k in ("shape", "devices", "hardware"))]
     rates = [r["tokens_per_s"] for r in same if r["variant"].startswith(peer)]
     return f"{row['tokens_per_s'] / max(rates):.2f}x" if rates else ""
@@ -91,13 +91,17 @@ def make_tables(rows: list[Row]) -> str:
 
 def write_tables(page: Path, files: Iterable[Path]) -> None:
     """Change `page`: the tables of `files` between its two marks."""
-    text = page.read_text(encoding="utf-8")
-    before, mark, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not (mark and end):
-        raise SystemExit(f"{page} has no {START} and {END}, between which the tables go")
-    tables = make_tables(read_rows(files))
-    page.write_text(f"{before}{START}\n{tables}\n{END}{after}", encoding="utf-8")
+    text = put_between(page.read_text(encoding="utf-8"), START, END, make_tables(read_rows(files)))
+    page.write_text(text, encoding="utf-8")
+
+
+def put_between(page: str, start: str, end: str, made: str) -> str:
+    """Return the page with `made` in place of what is between its two marks."""
+    before, mark, rest = page.partition(start)
+    _, last, after = rest.partition(end)
+    if not (mark and last):
+        raise SystemExit(f"Cannot write the tables: the page has no {start} … {end}.")
+    return f"{before}{start}\n{made}\n{end}{after}"
 
 
 def _hardware(row: Row) -> str:

@@ -45,12 +45,10 @@ def build_whole(
     case: Case, shape: Shape, world: World, choice: DeviceChoice, config: TrainConfig
 ) -> tuple[Any, StepRunner, Planned]:
     """Return a model that every process has whole, its step and its plan."""
-    full, fp8 = case.variant.startswith("ours_full"), "fp8" in case.variant
     fit = plan_case(case, shape, is_cuda=choice.device.type == "cuda")
-    model = build_model(
-        shape, torch.float32 if full else choice.compute_dtype, fp8=fp8, device=choice.device.type
-    )
-    if full:
+    dtype = torch.float32 if case.is_full else choice.compute_dtype
+    model = build_model(shape, dtype, fp8=case.has_fp8_base, device=choice.device.type)
+    if case.is_full:
         model.requires_grad_(True)
     else:
         apply_lora(model, lora_config())
@@ -71,19 +69,24 @@ def build_whole(
 
 def plan_case(case: Case, shape: Shape, *, is_cuda: bool) -> Planned:
     """Return the memory plan with --memory auto, made as `lora finetune` makes it."""
+    planner = planner_of(case, shape)
+    free = (available_bytes("cuda") or 0) if is_cuda else SMOKE_BYTES
+    plan = planner.plan(memory=MemoryConfig("auto", planner.usable_bytes(free) / GB))
+    return Planned(plan.total, plan.reason, plan.checkpointing)
+
+
+def planner_of(case: Case, shape: Shape) -> MemoryPlanner:
+    """Return what plans the memory of one of the case's devices."""
     inputs = PlanInputs(
         build_empty(shape).config,
-        None if case.variant.startswith("ours_full") else lora_config(),
+        None if case.is_full else lora_config(),
         shape.rows,
         shape.tokens,
         "cuda",
         torch.bfloat16,
         packed=False,
-        fp8="fp8" in case.variant,
+        fp8=case.has_fp8_base,
         devices=case.devices,
         parallel="fsdp" if case.parallel == "fsdp" else "ddp",
     )
-    planner = MemoryPlanner(inputs)
-    free = (available_bytes("cuda") or 0) if is_cuda else SMOKE_BYTES
-    plan = planner.plan(memory=MemoryConfig("auto", planner.usable_bytes(free) / GB))
-    return Planned(plan.total, plan.reason, plan.checkpointing)
+    return MemoryPlanner(inputs)
