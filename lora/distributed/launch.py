@@ -24,7 +24,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
 from lora.distributed.errors import GO_ON
-from lora.distributed.ranks import is_started_by_torchrun, world_size
+from lora.distributed.ranks import is_started_by_torchrun, this_rank, world_size
 from lora.errors import ConfigError
 from lora.runs.interrupts import SIGNALS
 from lora.terminal import print_note
@@ -47,7 +47,6 @@ class Processes:
     """What a command returns that is to be run by several processes instead."""
 
     count: int
-    on_gpus: bool
 
 
 def processes_to_start(devices: int | Literal["all"] | None, device: str) -> Processes | None:
@@ -77,7 +76,7 @@ def processes_to_start(devices: int | Literal["all"] | None, device: str) -> Pro
     if n_gpus == 0 and device in ("auto", "cpu"):
         return _on_cpu(devices)
     if devices == "all":
-        return None if n_gpus == 1 else Processes(n_gpus, on_gpus=True)
+        return None if n_gpus == 1 else Processes(n_gpus)
     if devices > n_gpus:
         allowed = "1" if n_gpus < 2 else f"1 to {n_gpus}, or all"
         raise ConfigError(
@@ -85,7 +84,7 @@ def processes_to_start(devices: int | Literal["all"] | None, device: str) -> Pro
             f"GPU{'' if n_gpus == 1 else 's'} on this machine. Allowed: {allowed}. For several "
             "machines start the command with torchrun."
         )
-    return Processes(devices, on_gpus=True)
+    return Processes(devices)
 
 
 def launch(processes: Processes, words: Sequence[str]) -> int:
@@ -168,7 +167,7 @@ def _children() -> list[int]:
 
 
 def _check_world(devices: int | Literal["all"]) -> None:
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    here = this_rank().local_size
     if devices not in ("all", here):
         raise ConfigError(
             f"Cannot use --devices {devices}: torchrun has started {here} "
@@ -192,7 +191,7 @@ def _on_cpu(devices: int | Literal["all"]) -> Processes:
         f"note: {devices} processes share this machine's cores, as PyTorch sees no GPU or "
         "--device is cpu: for trials, not for speed"
     )
-    return Processes(devices, on_gpus=False)
+    return Processes(devices)
 
 
 def _set_environment(processes: Processes) -> None:

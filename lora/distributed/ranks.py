@@ -12,7 +12,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 """What torchrun sets for each process, beside the address of the first."""
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 """Of the store through which the processes find each other."""
-RUN_ID, USES_AGENT_STORE = LAUNCHER_VARIABLE, "TORCHELASTIC_USE_AGENT_STORE"
+USES_AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 RESTART_COUNT, MAX_RESTARTS = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
@@ -52,7 +52,7 @@ def is_main_process() -> bool:
 
 def is_started_by_torchrun() -> bool:
     """Whether a launcher of PyTorch watches over this process, be it one of several or not."""
-    return RUN_ID in os.environ
+    return LAUNCHER_VARIABLE in os.environ
 
 
 def this_rank() -> Ranks:

@@ -34,8 +34,8 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("gpus")
 def test_all_or_some_of_the_gpus_are_used() -> None:
-    assert processes_to_start("all", "auto") == Processes(4, on_gpus=True)
-    assert processes_to_start(3, "cuda") == Processes(3, on_gpus=True)
+    assert processes_to_start("all", "auto") == Processes(4)
+    assert processes_to_start(3, "cuda") == Processes(3)
     assert processes_to_start(1, "cuda:2") is None
     assert processes_to_start(None, "cuda:2") is None
     with pytest.raises(ConfigError, match=r"PyTorch sees 4 GPUs .* Allowed: 1 to 4, or all"):
@@ -45,7 +45,7 @@ def test_all_or_some_of_the_gpus_are_used() -> None:
 
 
 def test_processes_on_a_cpu_are_a_number(capsys: pytest.CaptureFixture[str]) -> None:
-    assert processes_to_start(2, "cpu") == Processes(2, on_gpus=False)
+    assert processes_to_start(2, "cpu") == Processes(2)
     assert "for trials, not for speed" in capsys.readouterr().err
     for wrong in (0, -1, 17):
         with pytest.raises(ConfigError, match=f"--devices {wrong}"):
@@ -61,6 +61,15 @@ def test_under_torchrun_the_number_is_torchrun_s() -> None:
     assert processes_to_start(2, "auto") is None
     assert processes_to_start("all", "auto") is None
     with pytest.raises(ConfigError, match=r"torchrun has started 2 processes.*per-node 4"):
+        processes_to_start(4, "auto")
+
+
+@pytest.mark.usefixtures("gpus")
+def test_devices_beside_a_world_size_of_another_tool_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE is 4, but .* no RANK, .*unset WORLD_SIZE"):
         processes_to_start(4, "auto")
 
 
