@@ -14,7 +14,7 @@ from lora.config import RunConfig
 from lora.distributed.ranks import max_restarts, restart_count
 from lora.distributed.world import World
 from lora.errors import ConfigError, gather
-from lora.runs.directory import Run
+from lora.runs.directory import Run, is_taken
 from lora.runs.record import RUN_FILE
 
 
@@ -96,17 +96,11 @@ def resumes(run: RunConfig, resume: bool, world: World, on_message: Callable[[st
     # Of several machines' launchers only the one whose process failed counts a restart.
     count = max(world.gather(restart_count(), "the number of restarts"))
     if count:
-        is_begun = world.on_main(
-            lambda: (folder / RUN_FILE).is_file(), "rank 0 to look for the run"
-        )
+        is_begun = world.on_main((folder / RUN_FILE).is_file, "rank 0 to look for the run")
         if is_begun:
             on_message(f"restart {count} of {allowed}: resuming {folder}")
-        return bool(is_begun)
-    is_taken = world.on_main(
-        lambda: folder.exists() and (not folder.is_dir() or any(folder.iterdir())),
-        "rank 0 to look for the run",
-    )
-    if is_taken:
+        return is_begun
+    if world.on_main(lambda: is_taken(folder), "rank 0 to look for the run"):
         raise ConfigError(
             f"Cannot start the run {folder} under torchrun --max-restarts {allowed}: it exists, "
             "and a restart would continue it in place of this one. Give another --name, or "

@@ -309,9 +309,14 @@ def check_run_name(name: str) -> None:
         )
 
 
+def is_taken(folder: Path) -> bool:
+    """Whether a new run cannot have this directory: a file is there, or it is not empty."""
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
 def _free_folder(out: Path, name: str) -> Path:
     number, folder = 1, out / name
-    while folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    while is_taken(folder):
         number += 1
         folder = out / f"{name}-{number}"
     return folder
