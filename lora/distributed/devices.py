@@ -13,9 +13,14 @@ from lora.errors import ConfigError
 def own_device(requested: str) -> str:
     """Return the device of this process: `requested`, or its own GPU if it is one of several.
 
-    Raises ConfigError for the numbered GPU of another process, and for more of them than GPUs.
+    Raises ConfigError for the numbered GPU of another process, and where this machine has fewer
+    GPUs than processes.
     """
-    if world_size() == 1 or requested in ("cpu", f"cuda:{this_rank().local_rank}"):
+    if world_size() == 1:
+        return requested
+    here = this_rank()
+    own = f"cuda:{here.local_rank}"
+    if requested in ("cpu", own):
         return requested
     if requested.startswith("cuda:"):
         raise ConfigError(
@@ -24,18 +29,15 @@ def own_device(requested: str) -> str:
             "which GPUs there are."
         )
     n_gpus = torch.cuda.device_count()
-    if requested == "auto" and not n_gpus:
-        return "cpu"
-    here = this_rank()
-    n_here = here.local_size
-    if requested in ("auto", "cuda") and n_here > n_gpus > 0:
+    if requested not in ("auto", "cuda") or not n_gpus:
+        return "cpu" if requested == "auto" else requested
+    if here.local_size > n_gpus:
         raise ConfigError(
-            f"Cannot use {n_here} processes on this machine: PyTorch sees {n_gpus} "
+            f"Cannot use {here.local_size} processes on this machine: PyTorch sees {n_gpus} "
             f"{'GPU' if n_gpus == 1 else 'GPUs'}, and each process needs one. Start {n_gpus}, or "
             "use device=cpu."
         )
-    is_gpu = requested in ("auto", "cuda") and n_gpus
-    return f"cuda:{here.local_rank}" if is_gpu else requested
+    return own
 
 
 def check_own_device(device: torch.device) -> None:

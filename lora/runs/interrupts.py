@@ -26,9 +26,9 @@ class StopRequests:
     """Context manager that catches `SIGNALS`; `received` is the first signal, or None.
 
     A second signal raises KeyboardInterrupt (SIGINT) or SystemExit(128 + its number) wherever the
-    run is; under a launcher one that comes within `REPEAT_S` is the first one again. A
-    SIGHUP that is ignored, as under nohup, stays ignored. Outside
-    the main thread, where Python allows no signal handlers, it does nothing.
+    run is; under a launcher one that comes within `REPEAT_S` is the first one again. A SIGHUP that
+    is ignored, as under nohup, stays ignored. Outside the main thread, where Python allows no
+    signal handlers, it does nothing.
     """
 
     def __init__(self, on_message: Callable[[str], None]) -> None:

@@ -10,9 +10,9 @@ from typing import IO, Protocol, TextIO, cast
 from lora.terminal import build_console
 
 LINE_INTERVAL_S = 10.0
+"""Between two lines where standard error is no terminal."""
 MEASURED_STEPS = 2
 """After the first: what the time left is estimated from at the start."""
-"""Between two lines where standard error is no terminal."""
 
 
 class Progress(Protocol):
