@@ -45,7 +45,7 @@ from lora.cli.flags.resumed import settings_to_resume, settings_to_scale
 from lora.cli.flags.translate import given_in, translate_settings, translate_words
 from lora.cli.flags.values import check_values, name_pairs
 from lora.cli.flags.yaml_file import flatten_groups, read_settings
-from lora.distributed.errors import quiet_unless_main, tell, tell_lost, tell_once
+from lora.distributed.errors import quiet_unless_main, report_error, report_lost, report_stop
 from lora.distributed.launch import Processes, launch
 from lora.distributed.ranks import is_main_process, is_one_of_several, world_size
 from lora.errors import ConfigError, Interrupted, LoraError, LostProcessError, did_you_mean
@@ -173,26 +173,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A result that is bad is rank 0's to report: another that ended with 1 would end it first.
         return code if is_main_process() else 0
     except Interrupted as stopped:
-        tell_once(str(stopped))
+        report_stop(str(stopped))
         return stopped.exit_code
     except LostProcessError as error:
         if is_debugging:
             raise
-        tell_lost(str(error))
+        report_lost(str(error))
         return 2
     except (LoraError, CycloptsError) as error:
         if is_debugging:
             raise
-        tell(_describe(error))
+        report_error(_describe(error))
         return 2
     except (RuntimeError, MemoryError) as error:
         if is_debugging or not is_out_of_memory(error):
             raise
         first = (str(error) or "MemoryError").splitlines()[0]
-        tell(f"out of memory: {first}. {MEMORY_ADVICE}")
+        report_error(f"out of memory: {first}. {MEMORY_ADVICE}")
         return 2
     except KeyboardInterrupt:
-        tell_once("interrupted")
+        report_stop("interrupted")
         return 130
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         drop_output()
@@ -203,10 +203,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename is None:
             if error.errno not in UNWRITABLE:
                 raise
-            tell(f"Cannot write the output: {os_reason(error)}. Write it elsewhere.")
+            report_error(f"Cannot write the output: {os_reason(error)}. Write it elsewhere.")
             drop_output()
             return 2
-        tell(f"Cannot use {str(error.filename)[:200]!r}: {os_reason(error)}.")
+        report_error(f"Cannot use {str(error.filename)[:200]!r}: {os_reason(error)}.")
         return 2
     finally:
         end_output()

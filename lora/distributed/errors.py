@@ -54,7 +54,7 @@ def quiet_unless_main() -> Iterator[None]:
         yield
 
 
-def tell(message: str) -> None:
+def report_error(message: str) -> None:
     """Print why this process ends: once for all processes that end for the same reason."""
     write_error_file(message)
     if not is_one_of_several():
@@ -67,8 +67,8 @@ def tell(message: str) -> None:
         time.sleep(FOUND_S)
 
 
-def tell_once(message: str) -> None:
-    """Print why all processes end, where they have agreed on it: rank 0 alone does."""
+def report_stop(message: str) -> None:
+    """Print why all processes stop, where they have agreed on it: rank 0 alone does."""
     write_error_file(message)
     if is_main_process():
         print_note(f"lora: {message}")
@@ -76,17 +76,17 @@ def tell_once(message: str) -> None:
         time.sleep(FOUND_S)
 
 
-def tell_lost(message: str) -> None:
+def report_lost(message: str) -> None:
     """Print that another process is gone, unless it said why; then give the launcher time to look.
 
     A launcher that finds this process ended first would take it for the cause.
     """
-    if _is_first_to_tell():
+    if _is_first_to_report():
         print_note(f"lora: rank {this_rank().rank}: {message}")
     time.sleep(FOUND_S)
 
 
-def stand_until_told() -> None:
+def outlive_sigterm() -> None:
     """Ignore the SIGTERM with which a launcher ends those that lost a process: they end anyway.
 
     Its default would end the process before it has said anything.
@@ -126,7 +126,7 @@ def run_rank(run: Callable[[], int]) -> int:
 
 
 class _Rank:
-    """Context manager that tells of an exception nobody expected, with its rank, and leaves."""
+    """Context manager that reports an exception nobody expected, with its rank, and leaves."""
 
     def __enter__(self) -> None:
         pass
@@ -140,8 +140,8 @@ class _Rank:
         if error is None or isinstance(error, SystemExit):
             return
         if isinstance(error, RuntimeError) and is_of_connection(error):
-            stand_until_told()
-            tell_lost(describe_lost(error))
+            outlive_sigterm()
+            report_lost(describe_lost(error))
             _leave(LOST_CODE)
         stack = "".join(traceback.format_exception(kind, error, trace))
         message = f"{type(error).__name__}: {error}"
@@ -169,25 +169,25 @@ def _named(ranks: list[int]) -> str:
 
 def _who_fails_alike(message: str) -> list[int]:
     """Return the ranks that fail with this message, this one among them."""
-    from lora.distributed.store import ERROR, STATE, launcher_store, read
+    from lora.distributed.store import ERROR, STATE, launcher_store, read, write
 
     here, store = this_rank(), launcher_store()
     if store is None:
         return [here.rank]
     try:
-        store.set(f"{ERROR}/{here.rank}", message)
+        write(store, ERROR, here.rank, message)
         until = time.monotonic() + (MEET_JOINED_S if read(store, STATE, 0) else MEET_S)
-        missing = [f"{ERROR}/{rank}" for rank in range(here.size)]
+        missing = list(range(here.size))
         while missing and time.monotonic() < until:
             time.sleep(POLL_S)
-            missing = [key for key in missing if not store.check([key])]
+            missing = [rank for rank in missing if read(store, ERROR, rank) is None]
         return [rank for rank in range(here.size) if read(store, ERROR, rank) == message]
     except RuntimeError:  # the launcher is gone
         return [here.rank]
 
 
-def _is_first_to_tell() -> bool:
-    """Whether nobody has told of a failure yet, and this process is the first that will."""
+def _is_first_to_report() -> bool:
+    """Whether nobody has reported a failure yet, and this process is the first that will."""
     from lora.distributed.store import ERROR, LOST, launcher_store, read
 
     here, store = this_rank(), launcher_store()

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from lora.distributed.ranks import this_rank, world_size
 from lora.distributed.store import meeting_store, shared_store, start_name
-from lora.distributed.watch import Times, Watch
+from lora.distributed.watch import WaitLimits, Watch
 from lora.distributed.world import ALONE, World
 from lora.errors import CheckpointError, ConfigError, LoraError
 
@@ -38,9 +38,9 @@ def joined(device: torch.device) -> Iterator[World]:
     if world_size() == 1:
         yield ALONE
         return
-    here, is_owner, times = this_rank(), not dist.is_initialized(), _times()
-    limit = timedelta(seconds=times.limit) + SPARE
-    with Watch(here.rank, here.size, shared_store(_store()), times) as watch:
+    here, is_owner, limits = this_rank(), not dist.is_initialized(), _limits()
+    limit = timedelta(seconds=limits.total_s) + SPARE
+    with Watch(here.rank, here.size, shared_store(_store()), limits) as watch:
         if is_owner:
             if device.type == "cuda":  # Triton and NCCL take the current one
                 torch.cuda.set_device(device)
@@ -89,12 +89,12 @@ def from_first(key: str, make: Callable[[], Any]) -> Any:
 @functools.cache  # where rank 0 serves it, it must outlive the first group
 def _store() -> dist.Store:
     """Return where the processes leave their addresses for each other."""
-    return meeting_store(_times().limit)
+    return meeting_store(_limits().total_s)
 
 
-def _times() -> Times:
-    """Return the times of the watch; a low limit lowers all of them."""
-    usual, text = Times(), os.environ.get(WAIT_VARIABLE)
+def _limits() -> WaitLimits:
+    """Return the limits of all waits; a low total lowers all of them."""
+    usual, text = WaitLimits(), os.environ.get(WAIT_VARIABLE)
     if not text:
         return usual
     try:
@@ -106,4 +106,4 @@ def _times() -> Times:
             f"Cannot use {WAIT_VARIABLE}={text[:40]!r}. Allowed: seconds, 1 to {MAX_LIMIT_S}."
         )
     each = {name: min(seconds, limit_s / 4) for name, seconds in vars(usual).items()}
-    return Times(**{**each, "post": min(usual.post, limit_s / 20), "limit": limit_s})
+    return WaitLimits(**{**each, "post_s": min(usual.post_s, limit_s / 20), "total_s": limit_s})

@@ -81,7 +81,7 @@ def agree(store: dist.Store, rank: int, size: int, limit_s: float) -> str:
                 return own
         elif store.check(["name"]):
             name = store.get("name").decode()
-            store.set(f"answer/{rank}", f"{name} {own}")
+            write(store, "answer", rank, f"{name} {own}")
             accepted = f"accepted/{name}"
             if store.check([accepted]) and own in json.loads(store.get(accepted)):
                 return name
@@ -113,6 +113,11 @@ def _launcher(limit_s: float) -> dist.Store | None:
 
 def _prefix() -> str:
     return f"lora/{start_name()}"
+
+
+def write(store: dist.Store, kind: str, rank: int, text: str) -> None:
+    """Leave `text` in the name of `rank`, in place of what it left before."""
+    store.set(f"{kind}/{rank}", text)
 
 
 def read(store: dist.Store, kind: str, rank: int) -> str | None:

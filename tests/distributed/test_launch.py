@@ -93,8 +93,8 @@ def test_an_error_is_told_with_its_rank_and_left_for_torchrun(
     monkeypatch.setattr(errors, "FOUND_S", 0.0)
     with errors.quiet_unless_main():
         print("a result")
-    errors.tell("Cannot do it.")
-    errors.tell_once("SIGTERM stopped it.")
+    errors.report_error("Cannot do it.")
+    errors.report_stop("SIGTERM stopped it.")
     seen = capsys.readouterr()
     assert (seen.out, seen.err) == ("", "lora: rank 1: Cannot do it.\n")
     left = json.loads((tmp_path / "error.json").read_text())["message"]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from lora.distributed.errors import GO_ON
 from lora.distributed.store import ERROR, STATE
-from lora.distributed.watch import Times, Watch
+from lora.distributed.watch import WaitLimits, Watch
 from lora.errors import LostProcessError
 
 
@@ -20,8 +20,8 @@ class Heard:
     def __init__(self, rank: int, store: dist.HashStore) -> None:
         self.said: list[str] = []
         self.codes: list[int] = []
-        times = Times(post=0.0)
-        self.watch = Watch(rank, 3, store, times, self.said.append, self.codes.append)
+        limits = WaitLimits(post_s=0.0)
+        self.watch = Watch(rank, 3, store, limits, self.said.append, self.codes.append)
 
     def wait_since(self, seconds: float, what: str) -> None:
         """Look as if it had waited for so long."""
@@ -33,7 +33,7 @@ class Heard:
 
 def post(store: dist.HashStore, rank: int, what: str, ago_s: float, **more: object) -> None:
     now = time.time()
-    content = {"what": what, "since": now - ago_s, "is_waiting": False, "posted": now, **more}
+    content = {"what": what, "since_s": now - ago_s, "is_waiting": False, "posted_s": now, **more}
     store.set(f"{STATE}/{rank}", json.dumps(content))
 
 
@@ -49,7 +49,7 @@ def test_a_long_wait_is_told_with_what_each_rank_does() -> None:
         "rank 0 has waited 60 s for the gradients of step 7. Rank 1: busy for 58 s, after the "
         "gradients of step 6. The same: 1 other rank."
     ]
-    post(store, 1, "the gradients of step 6", 118, posted=time.time() - 57)
+    post(store, 1, "the gradients of step 6", 118, posted_s=time.time() - 57)
     heard.wait_since(121, "the gradients of step 7")
     assert heard.said[1].endswith("Rank 1: not heard from for 57 s. The same: 1 other rank.")
     assert heard.codes == []
@@ -58,7 +58,7 @@ def test_a_long_wait_is_told_with_what_each_rank_does() -> None:
 def test_the_lowest_rank_that_waits_tells() -> None:
     store = dist.HashStore()
     other = Heard(1, store)
-    post(store, 0, "a sum", 61, is_waiting=True, posted=time.time() + 10)
+    post(store, 0, "a sum", 61, is_waiting=True, posted_s=time.time() + 10)
     other.wait_since(60, "a sum")
     assert other.said == []
 
@@ -76,7 +76,7 @@ def test_a_hopeless_wait_ends_with_the_reason(
 ) -> None:
     store = dist.HashStore()
     heard = Heard(0, store)
-    post(store, 1, "the start", waited_s, posted=time.time() - silent_s)
+    post(store, 1, "the start", waited_s, posted_s=time.time() - silent_s)
     if failure:
         store.set(f"{ERROR}/1", failure)
     heard.wait_since(waited_s, "a sum")
