@@ -90,28 +90,27 @@ class CapturedStep:
         self.update.set_learning_rate(learning_rate)
         may_repeat = len(batches) > 1 and self.device.type == "cuda"
         drawn = torch.cuda.get_rng_state(self.device) if may_repeat else None
-        # Rehearsing a pass that adds to the ones before has added too often: all run again.
-        while self._rehearse_or_run(batches, number):
+
+        def rewind() -> None:
             if drawn is not None:
                 torch.cuda.set_rng_state(drawn, self.device)  # dropout draws the same masks again
+
+        self.graphs.accumulate(
+            len(batches), lambda index: self._run_pass(batches, index, number), rewind
+        )
         if len(batches) > 1 or self._is_shared:
             self.update.sum_over_processes(f"the gradients of step {number}")
             self.graphs.run(("update",), self._update)
 
-    def _rehearse_or_run(self, batches: Sequence[Batch], number: int) -> bool:
-        """Run the passes; return whether one was rehearsed that adds to those before it."""
-        is_spoilt = False
-        for index, batch in enumerate(batches):
-            packed = self._copy_in(batch)
-            draw = number * len(batches) + index  # another one for each micro-batch of the run
-            if len(batches) == 1 and not self._is_shared:
-                # With one micro-batch the update is in the same graph: one launch a step.
-                self._run(("step", packed), partial(self._whole, packed), draw)
-            else:
-                first = index == 0
-                run = partial(self._micro, packed, first=first)
-                is_spoilt |= self._run(("micro", first, packed), run, draw) and not first
-        return is_spoilt
+    def _run_pass(self, batches: Sequence[Batch], index: int, number: int) -> bool:
+        """Run one micro-batch of step `number`; return whether it was rehearsed."""
+        packed = self._copy_in(batches[index])
+        draw = number * len(batches) + index  # another one for each micro-batch of the run
+        if len(batches) == 1 and not self._is_shared:
+            # With one micro-batch the update is in the same graph: one launch a step.
+            return self._run(("step", packed), partial(self._whole, packed), draw)
+        first = index == 0
+        return self._run(("micro", first, packed), partial(self._micro, packed, first=first), draw)
 
     def optimizer_state(self) -> OptimizerState:
         """Return AdamW's state by parameter name, views of the flat moments."""

@@ -49,6 +49,20 @@ class Graphs:
             function()
         return is_new
 
+    def accumulate(
+        self,
+        n_passes: int,
+        run_pass: Callable[[int], bool],
+        rewind: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Call `run_pass` with 0 … `n_passes` − 1: the first replaces sums, the others add to them.
+
+        It returns what `run` did. A pass that adds and was rehearsed has added too often: then all
+        run again, after `rewind`.
+        """
+        while any([run_pass(index) for index in range(n_passes)][1:]):
+            rewind()
+
     def has(self, key: tuple[Any, ...]) -> bool:
         """Whether `run` of this key replays."""
         return key in self._graphs

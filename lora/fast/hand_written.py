@@ -97,24 +97,17 @@ class HandWrittenStep:
         self.network.expect(len(batches))
         self._allocate(batches[0])
         self.optimizer_update.set_learning_rate(lr)
-        # Rehearsing a pass that adds to the ones before has added too often: all run again.
-        while self._rehearse_or_run(batches, number):
-            pass
+        self.graphs.accumulate(len(batches), lambda index: self._run_pass(batches, index, number))
 
-    def _rehearse_or_run(self, batches: Sequence[Batch], number: int) -> bool:
-        """Run the passes; return whether one was rehearsed that adds to those before it."""
-        is_spoilt = False
-        for index, batch in enumerate(batches):
-            key = self._copy_in(batch)
-            self._seed_dropout(number, index)
-            if len(batches) == 1 and not self._is_shared:
-                # Without gradient accumulation the update is in the same graph: one launch a step.
-                self.graphs.run(("step", *key), partial(self._whole, key))
-            else:
-                first = index == 0
-                run = partial(self._micro, key, first=first)
-                is_spoilt |= self.graphs.run(("micro", first, *key), run) and not first
-        return is_spoilt
+    def _run_pass(self, batches: Sequence[Batch], index: int, number: int) -> bool:
+        """Run one micro-batch of step `number`; return whether it was rehearsed."""
+        key = self._copy_in(batches[index])
+        self._seed_dropout(number, index)
+        if len(batches) == 1 and not self._is_shared:
+            # Without gradient accumulation the update is in the same graph: one launch a step.
+            return self.graphs.run(("step", *key), partial(self._whole, key))
+        first = index == 0
+        return self.graphs.run(("micro", first, *key), partial(self._micro, key, first=first))
 
     def _sum_over_processes(self, number: int) -> None:
         """Changes gradients in place, between backward and update; alone there is nothing to do."""
