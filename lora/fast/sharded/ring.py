@@ -155,14 +155,15 @@ class ShardRing:
         """
         if self.gather is None:
             return
-        if self._expected and self._expected[0] == (number, then):
-            self._expected.popleft()
         self._need(number)
         event = self._arrivals[number % N_SLOTS]
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
         if then % N_SLOTS != number % N_SLOTS:
             self._need(then)
+        # Last: what fails before is left for `catch_up`, which gathers nothing twice.
+        if self._expected and self._expected[0] == (number, then):
+            self._expected.popleft()
 
     def expect(self, n_passes: int, first_trained: int) -> None:
         """Before forward and backward passes: what they will enter, the same in all processes."""
