@@ -96,9 +96,7 @@ def _why_not_device(choice: DeviceChoice) -> str | None:
 
 
 def _why_not_shape(config: DecoderConfig) -> str | None:
-    half = (
-        config.head_dim // 2
-    )  # the RoPE kernel takes half a head as one tl.arange: a power of two
+    half = config.head_dim // 2  # the RoPE kernel's one tl.arange, so it must be a power of two
     if config.block != "pre_norm":
         return f"{config.family} places its norms otherwise than Llama"
     if config.attention.qk_norm:
