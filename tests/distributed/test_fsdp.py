@@ -288,7 +288,8 @@ def alone() -> dict[str, Steps]:
     return run_all(ALONE)
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+# Three share rows unevenly; of two there are whole runs in tests/integration/test_sharded_runs.py.
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 3])
 def together(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Seen]:

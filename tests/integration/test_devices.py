@@ -195,6 +195,9 @@ def test_two_processes_train_like_one_and_report_once(
     capsys.readouterr()
 
 
+# Without a launch: test_launch.py has the line with its rank, and test_several_processes.py the
+# refusals that all ranks make together.
+@pytest.mark.slow
 def test_an_error_of_one_rank_ends_both_with_one_line(start: Start) -> None:
     process = start.several(
         "--steps", "3", "--name", "x", at_rank_1={"LORALM_FINETUNE_SEED": "many"}

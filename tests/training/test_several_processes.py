@@ -126,8 +126,6 @@ CASES = {
     "captured, dropout": Case(_transformers, train_config(8), packing=False, runner=captured),
     "transformers": Case(_transformers, train_config(8), packing=False),
 }
-OF_TRANSFORMERS = ("captured, dropout", "transformers")
-"""Not with two processes: the import takes seconds in each, and three share batches unevenly."""
 LONG = ("packed", "all weights", "hand-written")
 
 
@@ -245,8 +243,7 @@ def run_asked(world: World, runner: Runner, *, is_damaged: bool = False) -> list
 
 def run_all(world: World) -> dict[str, Steps]:
     """Return all cases: one step in fp64, and for some many in fp32."""
-    names = [name for name in CASES if world.size != 2 or name not in OF_TRANSFORMERS]
-    done = {name: run_case(world, name, torch.float64, 1) for name in names}
+    done = {name: run_case(world, name, torch.float64, 1) for name in CASES}
     done |= {f"{n}, long": run_case(world, n, torch.float32, FP32_STEPS) for n in LONG}
     done |= {"poisoned": run_poisoned(world), "on device": run_poisoned_on_device(world)}
     return {**done, "lean": run_out_of_memory(world, failing_rank=world.size - 1)}
@@ -265,7 +262,8 @@ def alone() -> dict[str, Steps]:
     return run_all(ALONE)
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+# Three share batches unevenly; of two there are whole runs in tests/integration.
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 3])
 def answers(request: pytest.FixtureRequest) -> list[Any]:
     return run_processes(request.param, run_together)
 
@@ -279,8 +277,6 @@ def together(answers: list[Any]) -> list[dict[str, Steps]]:
 def test_a_step_is_that_of_one_process(
     name: str, alone: dict[str, Steps], together: list[dict[str, Steps]]
 ) -> None:
-    if name not in together[0]:
-        pytest.skip("with three processes only")
     for done in together:
         assert done[name].n_tokens == alone[name].n_tokens
         assert worst_difference(done[name], alone[name]) < 1e-12

@@ -168,7 +168,8 @@ def alone() -> dict[str, tuple[Steps, list[list[int]]]]:
     return {name: run_case(ALONE, name, whole=True) for name in RUNS}
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+# Three share rows unevenly; steps of two are in test_step.py, and by machines above.
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 3])
 def together(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     return run_processes(request.param, run_all)
 
