@@ -13,42 +13,15 @@ from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig, TrainConfig
 from lora.data.sequences.batches import BatchStream, TokenSequences, build_sequences
 from lora.data.sequences.documents import IGNORE, Documents
-from lora.decoder.config import (
-    AttentionConfig,
-    DecoderConfig,
-    FeedForwardConfig,
-    LayerConfig,
-    RopeConfig,
-)
-from lora.decoder.decoder import Decoder, build_decoder
+from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
 from lora.distributed.world import World
-
-VOCABULARY = 97
+from tests.tiny_llama import VOCABULARY, llama_config, random_decoder
 
 
 def tiny_decoder(dtype: torch.dtype = torch.float64, *, tied: bool = True) -> Decoder:
     """Return a random Llama of two blocks, the same each time, with nothing trained yet."""
-    config = DecoderConfig(
-        family="llama",
-        vocab_size=VOCABULARY,
-        hidden_size=48,
-        max_position_embeddings=256,
-        norm_eps=1e-5,
-        block="pre_norm",
-        embedding_scale=1.0,
-        tie_word_embeddings=tied,
-        attention=AttentionConfig(6, 2, 8),
-        feed_forward=FeedForwardConfig(56, "silu"),
-        layers=tuple(LayerConfig(RopeConfig(10000.0), None, 8**-0.5) for _ in range(2)),
-    )
-    model = build_decoder(config, 1, dtype=dtype)
-    draw = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
-            parameter.add_(0.2 * noise)
-    return model
+    return random_decoder(llama_config(tied=tied), dtype)
 
 
 def with_lora(model: Decoder, **settings: Any) -> Decoder:

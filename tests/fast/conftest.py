@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lora.data.sequences.batches import Batch
-from lora.decoder.config import (
-    AttentionConfig,
-    DecoderConfig,
-    FeedForwardConfig,
-    LayerConfig,
-    RopeConfig,
-)
-from lora.decoder.decoder import Decoder, build_decoder
+from lora.decoder.config import LayerConfig
+from lora.decoder.decoder import Decoder
+from tests.tiny_llama import ROPE, VOCABULARY, llama_config, random_decoder
 
-ROWS, TOKENS, VOCABULARY = 2, 16, 97
+ROWS, TOKENS = 2, 16
 
 
 @pytest.fixture
@@ -31,28 +27,10 @@ def tiny_decoder() -> Callable[..., Decoder]:
         window: int | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> Decoder:
-        rope = RopeConfig(10000.0)
-        ropes = (rope, None, rope)
-        config = DecoderConfig(
-            family="llama",
-            vocab_size=VOCABULARY,
-            hidden_size=48,
-            max_position_embeddings=256,
-            norm_eps=1e-5,
-            block="pre_norm",
-            embedding_scale=1.0,
-            tie_word_embeddings=tied,
-            attention=AttentionConfig(6, 2, 8, qkv_bias=bias),
-            feed_forward=FeedForwardConfig(56, "silu"),
-            layers=tuple(LayerConfig(own, window, 8**-0.5) for own in ropes),
-        )
-        model = build_decoder(config, 1, dtype=dtype)
-        draw = torch.Generator().manual_seed(2)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                noise = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
-                parameter.add_(0.2 * noise)
-        return model
+        ropes = (ROPE, None, ROPE)
+        layers = tuple(LayerConfig(rope, window, 8**-0.5) for rope in ropes)
+        config = replace(llama_config(tied=tied, bias=bias), layers=layers)
+        return random_decoder(config, dtype)
 
     return make
 

@@ -13,13 +13,6 @@ from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.reading.orders import make_orders
 from lora.data.sequences.batches import Batch
-from lora.decoder.config import (
-    AttentionConfig,
-    DecoderConfig,
-    FeedForwardConfig,
-    LayerConfig,
-    RopeConfig,
-)
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.decoder.quantised import Fp8Linear, has_fp8_base, use_fp8_linears
 from lora.device import choose_device
@@ -32,6 +25,7 @@ from lora.kernels.step.jit import HAS_TRITON
 from lora.kernels.step.ops import PLAIN, TRITON
 from lora.runs.disk import read_json, read_rows
 from lora.runs.progress import NoProgress
+from tests.tiny_llama import llama_config
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 pytestmark = [
@@ -57,18 +51,14 @@ EXACT = replace(PLAIN, fp8_dtype=torch.float32)
 
 
 def build() -> Decoder:
-    config = DecoderConfig(
-        family="llama",
+    config = llama_config(
         vocab_size=VOCABULARY,
         hidden_size=256,
+        heads=(8, 2, 32),
+        feed_forward=528,
+        n_layers=4,
         max_position_embeddings=512,
-        norm_eps=1e-5,
-        block="pre_norm",
-        embedding_scale=1.0,
-        tie_word_embeddings=True,
-        attention=AttentionConfig(8, 2, 32, qkv_bias=True),
-        feed_forward=FeedForwardConfig(528, "silu"),
-        layers=(LayerConfig(RopeConfig(1e4), None, 32**-0.5),) * 4,
+        bias=True,
     )
     model = build_decoder(config, 0, dtype=torch.bfloat16, device="cuda")
     draw = torch.Generator("cuda").manual_seed(1)

@@ -8,13 +8,6 @@ import torch
 from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig
 from lora.data.sequences.batches import Batch
-from lora.decoder.config import (
-    AttentionConfig,
-    DecoderConfig,
-    FeedForwardConfig,
-    LayerConfig,
-    RopeConfig,
-)
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.fast import hand_written
 from lora.fast.llama import buffers, checkpointing
@@ -23,6 +16,7 @@ from lora.fast.memory.fast_step import FastPlan
 from lora.fast.step import FastStep
 from lora.kernels.step.jit import HAS_TRITON
 from lora.kernels.step.ops import TRITON
+from tests.tiny_llama import llama_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,18 +37,14 @@ POLICIES = {
 
 
 def build(width: int) -> Decoder:
-    config = DecoderConfig(
-        family="llama",
+    config = llama_config(
         vocab_size=VOCABULARY,
         hidden_size=width,
+        heads=(width // 64, width // 128, 64),
+        feed_forward=2 * width,
+        n_layers=N_LAYERS,
         max_position_embeddings=4096,
-        norm_eps=1e-5,
-        block="pre_norm",
-        embedding_scale=1.0,
-        tie_word_embeddings=False,
-        attention=AttentionConfig(width // 64, width // 128, 64),
-        feed_forward=FeedForwardConfig(2 * width, "silu"),
-        layers=(LayerConfig(RopeConfig(1e4), None, 64**-0.5),) * N_LAYERS,
+        tied=False,
     )
     model = build_decoder(config, 0, dtype=torch.bfloat16, device="cuda")
     apply_lora(model, LoRAConfig(rank=8, init_seed=0))

@@ -16,13 +16,6 @@ from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.reading.orders import make_orders
 from lora.data.sequences.batches import Batch
-from lora.decoder.config import (
-    AttentionConfig,
-    DecoderConfig,
-    FeedForwardConfig,
-    LayerConfig,
-    RopeConfig,
-)
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.device import choose_device
 from lora.fast.stacked_runner import FastStackedRunner, choose_stacked_runner
@@ -36,6 +29,7 @@ from lora.stacked.plain_step import PlainStackedRunner
 from lora.sweep import SweepJob, sweep
 from lora.sweep.grid import Grid
 from lora.training.optim import schedule_factor
+from tests.tiny_llama import llama_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,18 +57,14 @@ def scheduled(step: int) -> list[float]:
 
 
 def build(hidden: int = 256) -> Decoder:
-    config = DecoderConfig(
-        family="llama",
+    config = llama_config(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
+        heads=(8, 2, hidden // 8),
+        feed_forward=2 * hidden,
+        n_layers=4,
         max_position_embeddings=512,
-        norm_eps=1e-5,
-        block="pre_norm",
-        embedding_scale=1.0,
-        tie_word_embeddings=True,
-        attention=AttentionConfig(8, 2, hidden // 8, qkv_bias=True),
-        feed_forward=FeedForwardConfig(2 * hidden, "silu"),
-        layers=(LayerConfig(RopeConfig(1e4), None, (hidden // 8) ** -0.5),) * 4,
+        bias=True,
     )
     model = build_decoder(config, 0)
     draw = torch.Generator().manual_seed(1)

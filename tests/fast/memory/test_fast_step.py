@@ -11,18 +11,12 @@ import torch
 
 from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig
-from lora.decoder.config import (
-    AttentionConfig,
-    DecoderConfig,
-    FeedForwardConfig,
-    LayerConfig,
-    RopeConfig,
-)
 from lora.decoder.decoder import Decoder, build_empty_decoder
 from lora.decoder.quantised import use_fp8_linears
 from lora.fast.memory.fast_step import FastPlan, fast_memory, fit_memory
 from lora.fast.step import FastStep
 from lora.kernels.step.ops import PLAIN
+from tests.tiny_llama import llama_config
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 ROOM_GB = 142.1
@@ -39,19 +33,14 @@ SHAPES = {  # hidden, layers, heads, shared, feed-forward, vocabulary, rows, tok
 
 def build(case: str, *, full: bool, fp8: bool = False) -> Decoder:
     hidden, layers, heads, shared, wide, vocabulary, _, _ = SHAPES[case]
-    width = hidden // heads
-    config = DecoderConfig(
-        family="llama",
+    config = llama_config(
         vocab_size=vocabulary,
         hidden_size=hidden,
+        heads=(heads, shared, hidden // heads),
+        feed_forward=wide,
+        n_layers=layers,
         max_position_embeddings=4096,
-        norm_eps=1e-5,
-        block="pre_norm",
-        embedding_scale=1.0,
-        tie_word_embeddings=hidden < 4096,
-        attention=AttentionConfig(heads, shared, width),
-        feed_forward=FeedForwardConfig(wide, "silu"),
-        layers=(LayerConfig(RopeConfig(1e4), None, width**-0.5),) * layers,
+        tied=hidden < 4096,
     )
     model = build_empty_decoder(config)
     if full:

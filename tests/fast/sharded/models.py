@@ -11,16 +11,11 @@ from torch import Tensor, nn
 from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import LoRAConfig
 from lora.data.sequences.batches import Batch
-from lora.decoder.config import (
-    AttentionConfig,
-    DecoderConfig,
-    FeedForwardConfig,
-    LayerConfig,
-    RopeConfig,
-)
+from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder, build_decoder, build_empty_decoder
 from lora.decoder.quantised import Fp8Linear, use_fp8_linears
 from lora.distributed.shards import Rows
+from tests.tiny_llama import llama_config
 
 VOCABULARY, TOKENS = 101, 12
 
@@ -59,19 +54,14 @@ CASES = {
 
 def config_of(case: Case) -> DecoderConfig:
     """Return a config; by default its sizes divide by neither two nor three processes."""
-    rope = RopeConfig(10000.0)
-    return DecoderConfig(
-        family="llama",
+    return llama_config(
         vocab_size=case.vocabulary,
         hidden_size=case.heads[0] * case.heads[2],
-        max_position_embeddings=256,
-        norm_eps=1e-5,
-        block="pre_norm",
-        embedding_scale=1.0,
-        tie_word_embeddings=case.tied,
-        attention=AttentionConfig(*case.heads, qkv_bias=case.bias),
-        feed_forward=FeedForwardConfig(case.feed_forward, "silu"),
-        layers=(LayerConfig(rope, None, case.heads[2] ** -0.5),) * case.n_layers,
+        heads=case.heads,
+        feed_forward=case.feed_forward,
+        n_layers=case.n_layers,
+        tied=case.tied,
+        bias=case.bias,
     )
 
 
