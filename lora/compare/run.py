@@ -40,7 +40,7 @@ from lora.compare.results import (
 from lora.compare.target import ComparisonTarget, MemberTask, remove_weights, short_run
 from lora.compare.together import group_of_subprocesses, is_begun
 from lora.distributed.devices import check_batch
-from lora.distributed.one_run import check_is_shared, shared_run
+from lora.distributed.one_run import check_is_shared, resumes, shared_run
 from lora.distributed.start import joined
 from lora.distributed.world import World
 from lora.errors import ConfigError, TrainingError
@@ -52,7 +52,7 @@ from lora.runs.comparison_record import (
     RateTrial,
     write_comparison,
 )
-from lora.runs.directory import Run, create_run, default_name
+from lora.runs.directory import Run, check_run_directory, create_run, default_name
 from lora.runs.progress import NoProgress, Progress
 from lora.runs.read_record import read_record_file, step_times
 from lora.runs.record import Method, RunRecord
@@ -134,13 +134,19 @@ def _compare(
     target: ComparisonTarget, config: CompareConfig, progress_of: ProgressOf, world: World
 ) -> CompareResult:
     _check_processes(config, world)
+    message, given = progress_of("compare").message, config.run
+    config = replace(config, resume=resumes(given, config.resume, world, message))
+    world.on_main(
+        lambda: check_run_directory(given.out, given.name, resume=config.resume),
+        "the run directory",
+    )
     config = with_recorded_steps(config)
     if config.train.steps is not None:  # else once the data have told how many there are
         check_same_comparison(config, {**config.described(), **target.described()})
     base = _measure_base(target, config, progress_of, world)
     config = _with_steps(config, base)
     if base.n_sequences is not None:
-        progress_of("compare").message(config.train.describe_length(base.n_sequences))
+        message(config.train.describe_length(base.n_sequences))
     described = {**config.described(), **target.described()}
     check_same_comparison(config, described)
     name = config.run.name or default_name(f"compare-{base.name}")
@@ -154,7 +160,7 @@ def _compare(
         world_size=None if world.is_alone else world.size,
     )
     create = partial(create_run, config.run.out, name, resume=config.resume, record=record)
-    with shared_run(world, create) as run:
+    with shared_run(world, create, message) as run:
         check_is_shared(run, world, "compare")
         job = _ComparisonJob(target, config, run, progress_of, world)
         job.once(BASE_FILE, BaseResult, lambda: base)

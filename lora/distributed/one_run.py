@@ -19,19 +19,24 @@ from lora.runs.record import RUN_FILE
 
 
 @contextmanager
-def shared_run(world: World, create: Callable[[], Run]) -> Iterator[Run]:
+def shared_run(
+    world: World, create: Callable[[], Run], on_message: Callable[[str], None]
+) -> Iterator[Run]:
     """Open the run that `create` makes on rank 0; the other ranks' has its path and writes nothing.
 
-    What `create` raises is raised on every rank.
+    What `create` raises is raised on every rank. `on_message` gets the run's note on rank 0: that
+    it has another name, or goes on with another machine or other versions.
     """
     opened: list[Run] = []
 
-    def make() -> tuple[Path, str]:
+    def make() -> Path:
         opened.append(create())
-        return opened[0].folder, opened[0].note
+        return opened[0].folder
 
-    folder, note = world.on_main(make, "the run directory")
-    with opened[0] if opened else Run(folder, note=note, writes=False) as run:
+    folder = world.on_main(make, "the run directory")
+    with opened[0] if opened else Run(folder, writes=False) as run:
+        if run.note:
+            on_message(run.note)
         yield run
 
 

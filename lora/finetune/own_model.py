@@ -187,9 +187,7 @@ def _train(
     check_alike(alike_in_training(record, steps), world)
     name = given or default_name(record.model or "model")
     create = partial(create_run, out, name, resume=resume, record=record)
-    with shared_run(world, create) as run:
-        if run.note:
-            progress.message(run.note)
+    with shared_run(world, create, progress.message) as run:
         job = TrainingJob(
             **data_inputs(prepared, train_config, steps, choice, world),
             world=world,

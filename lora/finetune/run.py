@@ -147,9 +147,7 @@ def _finetune(
     name = job.run.name or default_name(source.name)
     with ExitStack() as opened:
         create = partial(create_run, job.run.out, name, resume=job.resume, record=record)
-        run = opened.enter_context(shared_run(world, create))
-        if run.note:
-            progress.message(run.note)
+        run = opened.enter_context(shared_run(world, create, progress.message))
         if job.run.tensorboard and world.is_main:
             log = event_file(run.folder / "tensorboard", progress.message)
             run.on_metrics = opened.enter_context(log)

@@ -160,11 +160,9 @@ def _sweep(
     if job.deterministic:
         progress.message("deterministic: PyTorch's deterministic algorithms, and the plain step")
     create = partial(create_run, job.run.out, name, resume=job.resume, record=described)
-    with shared_run(world, create) as run:
+    with shared_run(world, create, progress.message) as run:
         check_is_shared(run, world, "sweep")
         run.on_trouble = progress.message
-        if run.note:
-            progress.message(run.note)
         context = build_context(
             job, candidates, model, data, choice, run, progress, memory_plan, world
         )

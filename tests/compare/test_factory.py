@@ -19,6 +19,7 @@ from lora.config import LoRAConfig, RunConfig, TrainConfig
 from lora.device import choose_device
 from lora.errors import ConfigError
 from lora.runs.comparison_record import Sample
+from lora.runs.progress import NoProgress
 from lora.runs.record import Method
 
 Pair = tuple[Tensor, Tensor]
@@ -111,6 +112,31 @@ def test_what_the_factory_measures_stands_in_the_record(config: CompareConfig) -
         assert member.samples[0].answer != done.comparison.base_samples[0].answer
     assert lora.stored_bytes < full.stored_bytes
     assert done.comparison.rate_steps == 20
+
+
+def test_a_restart_continues_the_comparison_and_another_name_is_told(
+    config: CompareConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    class Told(NoProgress):
+        def message(self, message: str) -> None:
+            told.append(message)
+
+    def run(restart: int) -> Path:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
+        return compare(FactoryTarget(Linears()), config, lambda title: Told()).folder
+
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    folder = run(0)
+    told.clear()
+    assert run(1) == folder
+    assert told == [f"restart 1 of 2: resuming {folder}"]
+    with pytest.raises(ConfigError, match="it exists"):
+        run(0)
+    monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS")
+    assert run(0).name == "run-2"
+    assert any("run exists: this run is" in text for text in told)
 
 
 def test_peft_is_not_built_by_a_factory(config: CompareConfig) -> None:
