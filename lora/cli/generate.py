@@ -64,11 +64,6 @@ def generate(
     from lora.pretrained.positions import describe_excess
     from lora.runs.record import PromptFormat
 
-    if config.temperature == 0 and (config.top_k or config.top_p < 1):
-        print_note(
-            "note: --top-k and --top-p have no effect at --temperature 0, which is greedy "
-            "decoding. Add --temperature 0.7 to sample."
-        )
     asked = [*(prompts or []), *_read_lines(prompts_file)]
     if not asked:
         raise DataError(
@@ -77,6 +72,11 @@ def generate(
         )
     if processes := processes_to_start(devices, device):
         return processes
+    if config.temperature == 0 and (config.top_k or config.top_p < 1):
+        print_note(
+            "note: --top-k and --top-p have no effect at --temperature 0, which is greedy "
+            "decoding. Add --temperature 0.7 to sample."
+        )
     loaded = load_model(model, adapter, device)
     if model is None:
         print_note(f"model: {loaded.source.description}")
@@ -91,6 +91,11 @@ def generate(
         print_note(f"note: with its answer {excess}")
     stop_ids = loaded.tokenizer.stop_ids
     with joined(loaded.choice.device) as world:
+        if world.size > len(ids):
+            print_note(
+                f"note: {world.size - len(ids)} of {world.size} processes have nothing to answer: "
+                f"the number of prompts is {len(ids)}"
+            )
         answers = generate_shared(loaded.model, ids, config, world, stop_ids=stop_ids)
     written = [loaded.tokenizer.decode(tokens) for tokens in answers]
     _print(asked, written, json)

@@ -18,7 +18,7 @@ from lora.cli.flags.yaml_file import read_settings
         ("export --vllm --dtype q8_0 --overwrite", "--vllm with --dtype, --overwrite:"),
         ("checkpoint runs/x@500 --overwrite", "Cannot use --overwrite without --out"),
         ("eval x.jsonl --no-base", "Cannot use --no-base without --adapter"),
-        ("generate --top-p 0.9", "--top-p have no effect at --temperature 0"),
+        ("generate hi --model nowhere --top-p 0.9", "--top-p have no effect at --temperature 0"),
         ("init --raw --system be-brief", "system='be-brief': it needs turns"),
         ("data x.jsonl --eval-fraction 0.1", "--eval-fraction"),
         ("data x.jsonl --max-eval-examples 5", "--max-eval-examples"),
@@ -38,6 +38,15 @@ def test_a_flag_without_use_is_refused(
     (tmp_path / "x.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     assert cli.main(words.split()) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_flag_without_effect_is_told_by_the_processes_alone_that_are_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "launch", lambda processes, words: 0)
+    words = "generate hi --top-p 0.9 --device cpu --devices 2"
+    assert cli.main(words.split()) == 0
+    assert "no effect" not in capsys.readouterr().err
 
 
 def test_init_asks_for_no_rank_where_there_is_none(

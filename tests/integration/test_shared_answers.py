@@ -54,16 +54,19 @@ def test_commands_in_two_processes_print_and_write_what_one_does(
     asks = ["generate", "hi", "--prompts-file", str(lines), "--model", str(tiny_folder)]
     asks += ["--max-new-tokens", "5", "--seed", "3", "--temperature", "0.8", "--json"]
     refused = [*evaluation, "--predictions", str(tmp_path / "nowhere" / "p.jsonl")]
-    calls = [[*evaluation, "--predictions", str(tmp_path / "shared.jsonl")], asks, refused]
-    own = [[*evaluation, "--predictions", str(tmp_path / "alone.jsonl")], asks, refused]
+    one = ["generate", "hi", "--model", str(tiny_folder), "--max-new-tokens", "2", "--json"]
+    more = [asks, refused, one]
+    calls = [[*evaluation, "--predictions", str(tmp_path / "shared.jsonl")], *more]
+    own = [[*evaluation, "--predictions", str(tmp_path / "alone.jsonl")], *more]
     alone = [_printed(None, words) for words in own]
     first, second = run_processes(2, _printed_by_each, calls)
-    assert [code for code, _, _ in alone] == [0, 0, 2]
+    assert [code for code, _, _ in alone] == [0, 0, 2, 0]
     for (code, out, _), (expected, wanted, _) in zip(first, alone, strict=True):
         assert (code, out) == (expected, wanted)
-    assert [(code, out) for code, out, _ in second] == [(0, ""), (0, ""), (2, "")]
+    assert [(code, out) for code, out, _ in second] == [(0, ""), (0, ""), (2, ""), (0, "")]
     assert (tmp_path / "shared.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
     assert "there is no directory" in first[2][2]
+    assert "1 of 2 processes have nothing to answer" in first[3][2]
 
 
 @pytest.mark.slow
