@@ -24,11 +24,11 @@ from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice, choose_device
 from lora.distributed.devices import own_device
+from lora.distributed.start import joined
 from lora.distributed.world import World
 from lora.errors import DataError
 from lora.finetune.load_data import load_data
 from lora.finetune.run import finetune
-from lora.inference.shared import sharing
 from lora.lora_module import count_lora_parameters
 from lora.pretrained.hf_weights import load_decoder
 from lora.pretrained.sources import find_model
@@ -49,7 +49,7 @@ def measure_base(
 ) -> BaseResult:
     """Evaluate the base model. What does not fit, of data or settings, is found here, first."""
     choice = choose_device(own_device(run.device), train.precision)
-    with sharing(choice.device) as world:
+    with joined(choice.device) as world:
         return _measure_base(job, train, run, progress, choice, world)
 
 
@@ -90,7 +90,7 @@ def run_member(job: DecoderJob, task: MemberTask, progress: Progress) -> MemberR
     after, parameters = ModelEvaluation(), (0, 0)
     if task.evaluate:
         choice = choose_device(own_device(task.run.device), task.train.precision)
-        with sharing(choice.device) as world:
+        with joined(choice.device) as world:
             model, tokenizer, parameters = _load_saved(job, task.method, outcome.saved, choice)
             # As resumed: the chat template gets the date on which the run began.
             begun = job.finetune_job(replace(task, resume=True))

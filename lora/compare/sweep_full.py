@@ -21,7 +21,9 @@ from lora.compare.together import group_of_subprocesses, is_begun
 from lora.config import FULL_LEARNING_RATE, TrainConfig
 from lora.data.inspection_report import DataReport
 from lora.distributed.devices import check_batch
+from lora.distributed.ranks import world_size
 from lora.distributed.start import joined
+from lora.distributed.world import World
 from lora.errors import CheckpointError
 from lora.finetune.job import FinetuneJob
 from lora.finetune.run import finetune
@@ -86,14 +88,15 @@ def sweep_with_full(
     raise, and CheckpointError if the two did not get the same data. Several processes share the
     candidates, then train in full together.
     """
-    with joined(torch.device("cpu")) as world:
-        check_batch(job.train, world)  # of full fine-tuning, before all candidates are trained
+    # Of full fine-tuning, before all candidates are trained.
+    check_batch(job.train, World(size=world_size()))
     done = sweep(job, progress, show_data=show_data)
     gc.collect()  # frees the sweep's base before the subprocess loads its own
     with joined(torch.device("cpu")) as world:
         shown = full_progress if world.is_main and full_progress else NoProgress()
         if not world.on_main((done.folder / FULL_FILE).is_file, "an earlier result"):
-            progress.message("full fine-tuning on the same data, in the same order")
+            if world.is_main:
+                progress.message("full fine-tuning on the same data, in the same order")
             resume = world.on_main(lambda: is_begun(done.folder / FULL), "an earlier run")
             full_job = _full_job(job, done.folder, full_rate, resume=resume)
             group = group_of_subprocesses(world)
