@@ -24,14 +24,20 @@ from lora.sweep.grid import Candidate
 from lora.sweep.halving import halve_reached_rungs, next_group
 from lora.sweep.meeting import Meeting
 from lora.sweep.progress import KeptMessages
-from lora.sweep.wave import TrainedWave, finish_idle, finish_wave, save_members, train_wave
+from lora.sweep.wave import (
+    TrainedWave,
+    finish_idle,
+    finish_wave,
+    save_members,
+    split_members,
+    train_wave,
+)
 from lora.sweep.wave_checkpoint import (
     SavedWave,
     TensorState,
     load_wave,
     load_waves,
     remove_waves,
-    split_wave,
 )
 from lora.sweep.wave_loop import TrainedMember, WavePlan
 
@@ -63,12 +69,7 @@ def _settle_saved_waves(context: SweepContext, record: SweepRecord, save: SaveAd
         waves = load_waves(context, record)
         if not waves or _may_continue(record, waves, world.size):
             return record
-        n_steps = 0
-        for saved in waves.values():
-            if saved.position.wave_step >= saved.position.until:
-                n_steps += _finish_saved(context, record, saved, save)
-            else:
-                n_steps += split_wave(context, record, saved)
+        n_steps = sum(settle_wave(context, record, saved, save) for saved in waves.values())
         remove_waves(context, record, n_steps)
         return record
 
@@ -87,10 +88,13 @@ def _may_continue(record: SweepRecord, waves: dict[int, SavedWave], n_processes:
     )
 
 
-def _finish_saved(
+def settle_wave(
     context: SweepContext, record: SweepRecord, saved: SavedWave, save: SaveAdapter
 ) -> int:
-    """Save the candidates of a complete wave that was never closed; return the wave's steps."""
+    """Finish a saved wave that was complete but never closed, and split any other.
+
+    Changes the states in `record` in place; `remove_waves` writes it. Returns the wave's steps.
+    """
     position = saved.position
     first_step = record.candidates[position.numbers[0] - 1].step
     members = []
@@ -101,7 +105,13 @@ def _finish_saved(
         record.candidates[number - 1] = state
         run = candidate_run(context.run, candidate)
         members.append(TrainedMember(candidate, state, run, tensors))
-    save_members(members, save, is_last=position.until == record.rungs[-1])
+    if position.wave_step >= position.until:
+        save_members(members, save, is_last=position.until == record.rungs[-1])
+    else:
+        split_members(members)
+        context.progress.message(
+            f"splitting the wave of {len(members)} that was at step {position.wave_step}"
+        )
     return position.wave_step - first_step
 
 
@@ -114,7 +124,7 @@ def _next_wave(context: SweepContext, record: SweepRecord) -> WavePlan | None:
     stopped = halve_reached_rungs(record)
     if stopped:
         message(f"halving stops {', '.join(c.name for c in stopped)}")
-        write_sweep_record(context.run, record)
+        world.on_main(lambda: write_sweep_record(context.run, record), "the record of the sweep")
     saved = load_wave(context, record)
     if saved is not None:
         position = saved.position

@@ -108,11 +108,21 @@ def save_members(
         if member.state.status == "training":
             save_adapter(member.candidate, member.tensors)
             member.state.note_saved(best=values_to_save(member.tensors)[1])
+    if not is_last:
+        split_members(members)
+        return
     for member in members:
-        state = member.state
-        if state.status == "training" and is_last:
-            state.status = "done"
+        if member.state.status == "training":
+            member.state.status = "done"
             remove_candidate_state(member.run)
-        elif state.status == "training":
-            state.status = "waiting"
-            save_candidate(member.run, state, member.tensors)
+
+
+def split_members(members: Sequence[TrainedMember]) -> None:
+    """Save each candidate of a wave by itself, so that other waves can continue it.
+
+    Changes the members' states in place.
+    """
+    for member in members:
+        if member.state.status == "training":
+            member.state.status = "waiting"
+            save_candidate(member.run, member.state, member.tensors)

@@ -27,7 +27,7 @@ from lora.runs.sweep_record import (
     write_sweep_record,
 )
 from lora.runs.typed_json import Faults, parse, to_json
-from lora.sweep.context import SweepContext, candidate_run
+from lora.sweep.context import SweepContext
 from lora.training.checkpoint import list_checkpoints, load_newest, save_checkpoint
 
 CHECKPOINTS, STATE = "checkpoints", "state"
@@ -134,27 +134,6 @@ def load_waves(context: SweepContext, record: SweepRecord) -> dict[int, SavedWav
         if saved is not None:
             found[int(rank)] = saved
     return dict(sorted(found.items()))
-
-
-def split_wave(context: SweepContext, record: SweepRecord, saved: SavedWave) -> int:
-    """Save each candidate of a saved wave by itself, so that other waves can continue.
-
-    Changes the states in `record` in place; `remove_waves` writes it. Returns the wave's steps.
-    """
-    position = saved.position
-    first_step = record.candidates[position.numbers[0] - 1].step
-    for number, state, own in zip(
-        position.numbers, position.candidates, saved.tensors, strict=True
-    ):
-        record.candidates[number - 1] = state
-        if state.status == "training":
-            state.status = "waiting"
-            run = candidate_run(context.run, context.candidates[number - 1])
-            save_candidate(run, state, own)
-    context.progress.message(
-        f"splitting the wave of {len(position.numbers)} that was at step {position.wave_step}"
-    )
-    return position.wave_step - first_step
 
 
 def remove_waves(context: SweepContext, record: SweepRecord, n_steps: int) -> None:

@@ -24,14 +24,13 @@ from lora.sweep import wave_loop
 from lora.sweep.context import SweepContext
 from lora.sweep.grid import Grid, build_candidates
 from lora.sweep.progress import NoSweepProgress
-from lora.sweep.rounds import train_rounds
+from lora.sweep.rounds import settle_wave, train_rounds
 from lora.sweep.wave import finish_wave, train_wave
 from lora.sweep.wave_checkpoint import (
     CHECKPOINTS,
     TensorState,
     load_wave,
     remove_waves,
-    split_wave,
     values_to_save,
 )
 from lora.sweep.wave_loop import WavePlan
@@ -173,7 +172,10 @@ def test_a_split_wave_leaves_every_candidate_where_it_was(
     train_wave(context, deepcopy(record), WavePlan(list(context.candidates), 3), StopAfter(2))
     saved = load_wave(context, record)
     assert saved is not None
-    remove_waves(context, record, split_wave(context, record, saved))
+    adapters: list[str] = []
+    n_steps = settle_wave(context, record, saved, lambda c, tensors: adapters.append(c.name))
+    remove_waves(context, record, n_steps)
+    assert adapters == []
     assert load_wave(context, record) is None
     assert {(c.status, c.step) for c in record.candidates} == {("waiting", 2)}
     assert record.steps_taken == 2
