@@ -17,8 +17,8 @@ from lora.distributed.world import World
 
 MAX_APART = timedelta(days=30)
 MIN_POLL_S, MAX_POLL_S = 0.005, 0.2
-TOLD_S = 60.0
-"""Of a wait, until it is reported."""
+REPORT_AFTER_S = 60.0
+"""A wait that is longer is reported, once."""
 
 
 class Meeting:
@@ -45,13 +45,13 @@ class Meeting:
             return True
         came = dist.all_reduce(torch.zeros(1), group=self._group, async_op=True)
         assert came is not None  # this process is one of the group
-        since, poll_s, has_told = time.monotonic(), MIN_POLL_S, False
+        since, poll_s, is_reported = time.monotonic(), MIN_POLL_S, False
         while not came.is_completed():
             if is_over():
                 return False
-            if not has_told and time.monotonic() - since > TOLD_S:
+            if not is_reported and time.monotonic() - since > REPORT_AFTER_S:
                 on_message(f"waiting for {what}")
-                has_told = True
+                is_reported = True
             time.sleep(poll_s)
             poll_s = min(2 * poll_s, MAX_POLL_S)
         with self._world.waits(what):
