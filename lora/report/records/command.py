@@ -79,7 +79,7 @@ def sweep_settings(
             found["full_learning_rate"] = full_rate
     if sweep.halving:
         found["halving"] = True
-    if record.deterministic and defaults:
+    if record.deterministic:
         found["deterministic"] = True
     found |= _changed(record.lora, LoRAConfig, without=_NOT_OF_SWEEP, defaults=defaults)
     found |= _changed(record.train, TrainConfig, without=SWEPT, defaults=defaults)

@@ -85,14 +85,14 @@ def test_the_command_of_a_sweep_asks_for_the_same(tmp_path: Path) -> None:
     lora, train = asdict(LoRAConfig(rslora=True)), asdict(TrainConfig(steps=9))
     asked = {"data": DATA, "sweep": {"grid": asdict(grid), "halving": True, "steps": 9}}
     asked |= {"lora": lora, "train": train, "data_config": asdict(DataConfig(max_length=99))}
-    asked |= {"run": asdict(RunConfig(name="s", eval_every_steps=3))}
+    asked |= {"run": asdict(RunConfig(name="s", eval_every_steps=3)), "deterministic": True}
     command = sweep_command(record(tmp_path, asked), "s", 2e-5)
     assert command is not None
     found = parsed(command)
     assert (found["full"], found["full_learning_rate"]) == (True, 2e-5)
     assert "--full-learning-rate" not in (sweep_command(record(tmp_path, asked), "s", 1e-4) or "")
     assert found["grid"] == grid
-    assert found["halving"] is True
+    assert (found["halving"], found["deterministic"]) == (True, True)
     assert found["lora"].rslora is True
     assert found["train"].steps == 9
     assert found["data_config"] == DataConfig(max_length=99)
