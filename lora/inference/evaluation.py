@@ -192,8 +192,8 @@ def loss_of(
 ) -> float:
     """Return the mean loss in nats over the target tokens of encoded examples.
 
-    Several processes get batches in turn; the loss has the bits of one process's. `on_progress(
-    done, total)` is called with batches.
+    Several processes get batches in turn; the loss has the bits of one process's.
+    `on_progress(done, total)` is called with batches.
     """
     pad, _ = choose_pad_id(tokenizer, model.config.vocab_size)
     sequences = build_sequences(
