@@ -161,8 +161,8 @@ def _load_shards(
 ) -> None:
     """Changes `model` in place: its sharded parameters get their values, read one by one."""
     quantised: list[tuple[Fp8Weight, Tensor]] = []
-    faults = []
-    try:
+
+    def read() -> None:
         for name, owners, parameter in _sharded_parameters(model):
             module, _ = owners[0]
             part = shard_of(len(parameter), world.share)
@@ -174,12 +174,8 @@ def _load_shards(
                 scales[part] = own.scales
                 quantised.append((module, scales))
             _set_shard(owners, parameter, values)
-    except ModelError as error:
-        faults.append(str(error))
-    # All processes end with the error of one: the others would wait for it in the next collective.
-    said = world.gather(faults, "the shards of all processes")
-    for fault in (text for texts in said for text in texts):
-        raise ModelError(fault)
+
+    world.on_all(read, "the shards of all processes")
     for module, scales in quantised:
         world.sum(scales, "the scales of fp8 weights")  # each process has zeros for others' rows
         module.weight_scale = scales

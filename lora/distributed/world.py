@@ -139,6 +139,26 @@ class World:
         done: ValueT = value
         return done
 
+    def on_all(self, function: Callable[[], ValueT], what: str) -> ValueT:
+        """Return what `function`, which waits for no other process, returns in this one.
+
+        An error that lora raises on purpose in one process is raised on every rank: the others
+        would wait for that process in vain.
+        """
+        if self.is_alone:
+            return function()
+        value: Any = None
+        failure: LoraError | None = None
+        try:
+            value = function()
+        except LoraError as error:
+            failure = error
+        for each in self.gather(failure, what):
+            if each is not None:
+                raise each
+        done: ValueT = value
+        return done
+
     def any(self, value: bool, what: str) -> bool:
         """Return whether any process gave True."""
         return any(self.gather(value, what))

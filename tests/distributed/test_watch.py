@@ -9,9 +9,11 @@ import pytest
 import torch.distributed as dist
 
 from lora.distributed.errors import GO_ON
+from lora.distributed.start import WAIT_VARIABLE
 from lora.distributed.store import ERROR, STATE
 from lora.distributed.watch import WaitLimits, Watch
 from lora.errors import LostProcessError
+from lora.settings.peers import find_peer
 
 
 class Heard:
@@ -96,3 +98,10 @@ def test_a_broken_connection_is_an_error_that_says_what_was_waited_for() -> None
         raise RuntimeError(text)
     with pytest.raises(RuntimeError, match="out of memory"), watch.waits("a sum"):
         raise RuntimeError("CUDA out of memory")
+
+
+def test_the_limit_is_the_one_that_the_answer_to_ddp_timeout_names() -> None:
+    peer = find_peer("ddp_timeout")
+    assert peer is not None
+    assert f"{WaitLimits().total_s:.0f} s" in peer.because
+    assert WAIT_VARIABLE in peer.because

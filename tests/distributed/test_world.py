@@ -48,6 +48,25 @@ def test_an_error_of_rank_0_is_the_same_in_all_with_its_exit_code() -> None:
     assert _errors_of_rank_0(ALONE) == expected
 
 
+def _errors_of_one_rank(world: World) -> tuple[int, str]:
+    def fail_on_rank_1() -> int:
+        if world.rank == 1:
+            raise RunNotFoundError("no run on rank 1")
+        return world.rank
+
+    own = world.on_all(lambda: world.rank, "no error")
+    try:
+        world.on_all(fail_on_rank_1, "an error")
+    except RunNotFoundError as error:
+        return own, str(error)
+    return own, ""
+
+
+def test_an_error_of_one_rank_is_raised_on_all() -> None:
+    assert run_processes(3, _errors_of_one_rank) == [(n, "no run on rank 1") for n in range(3)]
+    assert _errors_of_one_rank(ALONE) == (0, "")
+
+
 def test_alone_collectives_change_nothing() -> None:
     assert _collectives(ALONE) == (1.0, 0.0, [0], "of 0", False)
 

@@ -20,7 +20,6 @@ from lora.decoder.rope import Rope
 from lora.fast.llama.buffers import Buffers, Widths
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.llama.fp8 import Fp8Buffers, fp8_projection
-from lora.fast.sharded.base import read_in_all
 from lora.fast.sharded.projections import ShardedProjection, ShardedTable, sharded_projection
 from lora.fast.sharded.ring import EMBEDDING, ShardRing, block_unit
 from lora.fast.weights.adapted import (
@@ -166,7 +165,7 @@ class FastNetwork:
                 owner.read()
 
         if ring.device.type != "meta":
-            read_in_all(ring.base, read, "the shards of all processes")
+            ring.base.world.on_all(read, "the shards of all processes")
         for owner in owners:
             owner.use_slots()
         ring.connect()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +60,7 @@ def load_small(model: Decoder, base: ShardedBase, dtype: torch.dtype) -> None:
                 setattr(model.get_submodule(owner), leaf, own)
 
     if base.device.type != "meta":
-        read_in_all(base, read, "the norms of all processes")
+        base.world.on_all(read, "the norms of all processes")
 
 
 def fill_part(matrix: ShardedMatrix, unit: int, shard: Tensor, base: ShardedBase) -> None:
@@ -108,18 +108,3 @@ def gather_scales(matrix: ShardedMatrix, own: Tensor, base: ShardedBase) -> Tens
     whole = own.new_empty(world.size, *own.shape)  # (N, L, rows, 1)
     gather_shards(whole.view(-1), own.view(-1), world, "the scales of fp8 weights")
     return whole.transpose(0, 1).flatten(1, 2)[:, : matrix.outputs].contiguous()  # (L, O, 1)
-
-
-def read_in_all(base: ShardedBase, read: Callable[[], None], what: str) -> None:
-    """Call `read`, which reads rows and waits for nobody.
-
-    Raises ModelError in every process if it did in one: the others would wait for that one.
-    """
-    fault: str | None = None
-    try:
-        read()
-    except ModelError as error:
-        fault = str(error)
-    faults = [text for text in base.world.gather(fault, what) if text is not None]
-    if faults:
-        raise ModelError(faults[0])
