@@ -51,6 +51,7 @@ class ScaledRun:
         faults += check(is_type, "gpu", self.gpu, "a type of GPU such as H100 or A100-80GB")
         if faults:
             raise ConfigError(gather(faults, "Cannot write a start file:", "Change these values."))
+        self._check_device()
         self._check_batch()
 
     @property
@@ -73,6 +74,20 @@ class ScaledRun:
     def uses_gpus(self) -> bool:
         """Whether the processes compute on GPUs; else on the CPU."""
         return self.settings.get("device", "auto") != "cpu"
+
+    def _check_device(self) -> None:
+        device = str(self.settings.get("device", "auto"))
+        if ":" in device and self.nodes * self.devices > 1:
+            raise ConfigError(
+                f"Cannot use --device {device} in several processes: each takes the GPU of its own "
+                "number on its machine. Leave it out; CUDA_VISIBLE_DEVICES chooses which GPUs "
+                "there are."
+            )
+        if self.gpu is not None and not self.uses_gpus:
+            raise ConfigError(
+                f"Cannot combine --gpu {self.gpu} with --device cpu, which uses no GPU. Leave one "
+                "of them out."
+            )
 
     def _check_batch(self) -> None:
         from lora.distributed.devices import check_batch

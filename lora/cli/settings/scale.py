@@ -123,6 +123,8 @@ def scale(
         **{"resume": resume or None, "base_dtype": None if base_dtype == "auto" else base_dtype},
         **{"report": None if report else False},
     )
+    from lora.fast.memory.parallel import check_parallel
+
     _check(given, to, gpu)
     _check_job(given, (lora, train, data_config, run_config, memory))
     scaled = ScaledRun(
@@ -135,6 +137,7 @@ def scale(
         directory=Path.cwd(),
         made_by=f"Written by lora scale --to {to}, lora-lm {__version__}.",
     )
+    check_parallel(given.get("parallel", "auto"), nodes * devices)
     path = file or Path(f"{scaled.job_name}.{ENDINGS[to]}")
     output = OutputPath(path, inputs=input_paths(*map(given.get, INPUTS)), overwrite=overwrite)
     with output.building() as part:
@@ -154,6 +157,11 @@ def _check(given: dict[str, Any], to: Scheduler, gpu: str | None) -> None:
     check_run_name(name)
     if "data" not in given and "resume" not in given:
         raise ConfigError("Cannot write a start file without training data. Give --data or --run.")
+    if to == "skypilot" and given.get("device") == "cpu":
+        raise ConfigError(
+            "Cannot use --device cpu with --to skypilot, whose tasks ask for GPUs. Leave it out. "
+            "Allowed: with torchrun and slurm."
+        )
     if to == "skypilot" and gpu is None:
         raise ConfigError(
             "Cannot write a SkyPilot file without a type of GPU. Give --gpu, such as --gpu H100."
