@@ -420,7 +420,7 @@ class MemoryConfig(Settings):
     none stores everything; cheap recomputes norms and SwiGLU, and gate and up in as many blocks as
     needed; full stores only block inputs; full+offload moves these to CPU memory."""
     memory_gb: float | None = field(default=None, metadata=DEVICE)
-    """Memory to use of each GPU, in GB (10⁹ bytes). Default: nearly all that is free."""
+    """Memory that each GPU may use, in GB (10⁹ bytes). Default: nearly all that is free."""
 
     def __post_init__(self) -> None:
         faults = check_choice("memory", self.memory, MemoryMode)
