@@ -14,8 +14,7 @@ from lora.finetune.job import GROUPS, FinetuneJob, FinetuneResult
 from lora.finetune.run import finetune as run_job
 from lora.finetune.unused import check_unused
 from lora.runs.progress import Progress, as_progress
-from lora.settings.base import describe_unknown, names_of
-from lora.settings.peers import FORMER_NAMES
+from lora.settings.base import by_names_of_today, describe_unknown, names_of
 from lora.training.callbacks import Callbacks
 
 
@@ -98,10 +97,7 @@ def _sort(settings: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str
         raise UnknownSettingError(f"Cannot fine-tune: {wrong}")
     groups: dict[str, dict[str, Any]] = {}
     own: dict[str, Any] = {}
-    for given, value in settings.items():
-        name = FORMER_NAMES.get(given, given)
-        if name != given and name in settings:
-            raise ConfigError(f"Cannot fine-tune: {given} is the former name of {name}. Give one.")
+    for name, value in by_names_of_today(settings, "fine-tune").items():
         is_group = name in GROUPS and isinstance(value, GROUPS[name])
         if name in owners and not is_group:
             groups.setdefault(owners[name], {})[name] = value

@@ -56,8 +56,7 @@ from lora.runs.directory import (
 from lora.runs.progress import NoProgress, Progress, as_progress
 from lora.runs.read_record import recorded_steps
 from lora.runs.record import PromptFormat, RunRecord, RunResult
-from lora.settings.base import describe_unknown, names_of
-from lora.settings.peers import FORMER_NAMES
+from lora.settings.base import by_names_of_today, describe_unknown, names_of
 from lora.training.callbacks import Callback, Callbacks, as_callbacks
 from lora.training.job import TrainingJob, TrainResult
 from lora.training.losses import is_transformers, loss_for
@@ -247,7 +246,7 @@ def _recorded(run: RunConfig, resume: bool, world: World) -> _Recorded:
 
 def _take_settings(given: dict[str, Any], *, is_ours: bool) -> _Settings:
     """Return the settings in their groups. Raises ConfigError for those that cannot be used."""
-    settings = {FORMER_NAMES.get(name, name): value for name, value in given.items()}
+    settings = by_names_of_today(given, "train")
     refused = [name for name in settings if name in NOT_HERE]
     if refused:
         raise ConfigError(f"Cannot train with {refused[0]}=…: {NOT_HERE[refused[0]]}.")

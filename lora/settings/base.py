@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lora.errors import UnknownSettingError, did_you_mean
+from lora.errors import ConfigError, UnknownSettingError, did_you_mean
 from lora.settings.peers import FORMER_NAMES, find_peer
 
 
@@ -35,6 +35,17 @@ def describe_unknown(given: Mapping[str, Any], known: list[str]) -> str:
     others = {name: str(value) for name, value in given.items()}
     faults = " ".join(_unknown(name, others, known) for name in unknown)
     return f"{faults} Allowed: {', '.join(known)}."
+
+
+def by_names_of_today(given: Mapping[str, Any], verb: str) -> dict[str, Any]:
+    """Return the settings by the names that they have in this version.
+
+    Raises ConfigError, as what cannot `verb`, for one that has both its names.
+    """
+    for former, name in FORMER_NAMES.items():
+        if former in given and name in given:
+            raise ConfigError(f"Cannot {verb}: {former} is the former name of {name}. Give one.")
+    return {FORMER_NAMES.get(name, name): value for name, value in given.items()}
 
 
 def _unknown(name: str, given: Mapping[str, str], known: list[str]) -> str:

@@ -130,6 +130,7 @@ def test_the_adapter_names_its_base_and_peft_opens_it(work: Path, neox: Path) ->
         ({"packing": True}, "examples of a packed sequence would attend to each other"),
         ({"lr": 1e-3}, "here it is 'learning_rate'"),
         ({"rank": 4}, "it is a setting of LoRAConfig"),
+        ({"gradient_accumulation": 2, "micro_batches": 4}, "is the former name of"),
         ({"eval_data": "orders.jsonl", "eval_fraction": 0.2}, "eval_fraction=0.2: nothing is spl"),
         ({"schedule": "constant", "min_rate_fraction": 0.2}, "min_rate_fraction=0.2: the schedu"),
         ({"whole_rate_fraction": 0.1}, "whole_rate_fraction=0.1: it is for modules"),
