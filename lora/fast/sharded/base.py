@@ -38,9 +38,9 @@ class ShardedBase:
         return self.share or self.world.share
 
 
-def planned_base(size: int, device: torch.device | None = None) -> ShardedBase:
+def planned_base(size: int) -> ShardedBase:
     """Return a base without values, for sizes: as the first of `size` processes holds it."""
-    return ShardedBase(_no_rows, device or torch.device("meta"), share=Share(0, size))
+    return ShardedBase(_no_rows, torch.device("meta"), share=Share(0, size))
 
 
 def _no_rows(name: str, rows: slice) -> Tensor:

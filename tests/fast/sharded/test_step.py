@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +18,8 @@ from lora.errors import ModelError
 from lora.fast.llama.checkpointing import MODES
 from lora.fast.memory.fast_step import USABLE_SHARDED_FRACTION, FastPlan
 from lora.fast.sharded.base import ShardedBase
+from lora.fast.sharded.gather import CollectiveGather
+from lora.fast.sharded.layout import Span
 from lora.fast.sharded.ring import N_SLOTS
 from lora.fast.step import FastStep
 from lora.inference.generate import generate
@@ -195,6 +199,41 @@ def test_gradients_through_the_models_own_forward_are_refused() -> None:
         model(STEPS[0][0].input_ids)
 
 
+class FailingGather(CollectiveGather):
+    """Notes what it has gathered; one call runs out of memory before it gathers anything."""
+
+    def __init__(self, shard: torch.Tensor, failing_call: int | None) -> None:
+        super().__init__(ALONE, shard)
+        self.failing_call, self.gathered = failing_call, list[str]()
+
+    def gather(self, spans: Sequence[Span], slot: torch.Tensor, what: str) -> None:
+        if len(self.gathered) == self.failing_call:
+            self.failing_call = None
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        super().gather(spans, slot, what)
+        self.gathered.append(what)
+
+
+def _gathered(failing_call: int | None) -> list[str]:
+    """Return what a process gathers in a step, maybe after a gather that runs out of memory."""
+    case = CASES["untied, biases, four blocks"]
+    step = FastStep(empty_model(case), PLAIN, torch.float64, base=ShardedBase(rows_of(case), CPU))
+    ring = step.network.ring
+    assert ring is not None
+    ring.gather = noted = FailingGather(ring.shard, failing_call)
+    with pytest.raises(torch.OutOfMemoryError) if failing_call is not None else nullcontext():
+        step.launch(STEPS[0], 1e-2)
+    step.network.catch_up()
+    return noted.gathered
+
+
+def test_a_process_out_of_memory_gathers_what_the_others_do() -> None:
+    whole = _gathered(None)
+    assert len(whole) > 10
+    for failing_call in (0, 1, 5, len(whole) - 1):
+        assert _gathered(failing_call) == whole, failing_call
+
+
 def test_weights_that_are_stored_wider_are_rounded_as_one_process_does() -> None:
     case = replace(CASES["fp8"], dtype=torch.float32)
     read = rows_of(case)
@@ -215,11 +254,8 @@ def test_a_plan_counts_a_shard_and_two_slots() -> None:
     rings = [plan.step.network.ring for plan in plans]
     for ring, total in zip(rings, weights, strict=True):
         assert ring is not None
-        assert (
-            total
-            > ring.held_bytes
-            > ring.shard.nbytes + 2 * max(u.slot_bytes for u in ring.units) - 1
-        )
+        slots = N_SLOTS * max(unit.slot_bytes for unit in ring.units)
+        assert total > ring.held_bytes == ring.shard.nbytes + slots
     # Only what is not read into its final place leaves memory in pieces.
     assert all(plan.loaded_bytes < 0.5 * total for plan, total in zip(plans, weights, strict=True))
     assert {plan.usable_fraction for plan in plans} == {USABLE_SHARDED_FRACTION}
