@@ -33,7 +33,8 @@ from lora.fast.memory.parallel import (
     choose_parallel,
     plan_within,
 )
-from lora.fast.memory.plan import MemoryPlanner, PlanInputs
+from lora.fast.memory.plan import PlanInputs
+from lora.fast.memory.planner import MemoryPlanner
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256,

@@ -37,7 +37,8 @@ from gpu_step import CASES, RANK, Shape, build_empty, build_model, build_stream
 from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig, MemoryConfig, TrainConfig
 from lora.device import available_bytes, choose_device, free_bytes
-from lora.fast.memory.plan import MemoryPlanner, PlanInputs
+from lora.fast.memory.plan import PlanInputs
+from lora.fast.memory.planner import MemoryPlanner
 from lora.fast.runner import FastStepRunner
 from lora.finetune.memory import ChosenMemory
 

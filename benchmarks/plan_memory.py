@@ -159,7 +159,8 @@ def plan_again(case: Case) -> int:
 
     from lora.config import LoRAConfig
     from lora.decoder.families import decoder_config
-    from lora.fast.memory.plan import PlanInputs, plan_memory
+    from lora.fast.memory.plan import PlanInputs
+    from lora.fast.memory.planner import plan_memory
 
     setting = PlanInputs(
         config=decoder_config({**COMMON, **SHAPES[case.shape]}),

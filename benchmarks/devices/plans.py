@@ -13,7 +13,7 @@ from devices.cases import Case
 from devices.table import read_rows
 from devices.whole import planner_of
 from lora.config import MemoryConfig
-from lora.fast.memory.plan import MemoryPlanner
+from lora.fast.memory.planner import MemoryPlanner
 
 RESULTS = Path(__file__).parents[1] / "results"
 BUDGET = re.compile(r"planned of ([\d.]+) GB")

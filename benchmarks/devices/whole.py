@@ -15,7 +15,8 @@ from lora.device import DeviceChoice, available_bytes
 from lora.distributed.world import World
 from lora.fast.choose import choose_steps
 from lora.fast.llama.checkpointing import ActivationCheckpointing
-from lora.fast.memory.plan import MemoryPlanner, PlanInputs
+from lora.fast.memory.plan import PlanInputs
+from lora.fast.memory.planner import MemoryPlanner
 from lora.fast.runner import FastStepRunner
 from lora.training.step_runner import StepRunner
 

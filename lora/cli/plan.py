@@ -23,7 +23,8 @@ from lora.terminal import build_console, print_note
 
 if TYPE_CHECKING:
     from lora.fast.memory.parallel import ParallelPlan
-    from lora.fast.memory.plan import MemoryPlan, MemoryPlanner, PlanInputs
+    from lora.fast.memory.plan import MemoryPlan, PlanInputs
+    from lora.fast.memory.planner import MemoryPlanner
 
 MAX_MEMORY_GB = 1e6
 MAX_DEVICES = 4096

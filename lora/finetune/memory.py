@@ -16,7 +16,8 @@ from lora.distributed.world import ALONE, World
 from lora.errors import ConfigError, TrainingError
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.memory.parallel import Kind, plan_parallel
-from lora.fast.memory.plan import MemoryPlan, MemoryPlanner, PlanInputs
+from lora.fast.memory.plan import MemoryPlan, PlanInputs
+from lora.fast.memory.planner import MemoryPlanner
 from lora.fast.sharded.links import measure_link
 from lora.fast.sharded.machines import machine_devices, machine_world
 from lora.pretrained.hf_files import read_config

@@ -15,7 +15,8 @@ import torch
 from lora.decoder.decoder import Decoder, build_empty_decoder
 from lora.device import DeviceChoice, available_bytes, resident_bytes
 from lora.fast.memory.fast_step import stacked_memory
-from lora.fast.memory.plan import MemoryPlanner, PlanInputs, evaluation_bytes
+from lora.fast.memory.plan import PlanInputs
+from lora.fast.memory.planner import MemoryPlanner, evaluation_bytes
 from lora.fast.why_not import why_not_stacked
 from lora.stacked.apply import apply_stacked
 from lora.sweep.grid import Candidate

@@ -13,7 +13,8 @@ from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.device import choose_device
 from lora.fast.memory.fast_step import stacked_memory
-from lora.fast.memory.plan import PlanInputs, plan_memory
+from lora.fast.memory.plan import PlanInputs
+from lora.fast.memory.planner import plan_memory
 from lora.fast.runner import CapturedStepRunner, FastStepRunner
 from lora.fast.stacked_runner import FastStackedRunner
 from lora.fast.why_not import why_not_hand_written, why_not_stacked_hand_written

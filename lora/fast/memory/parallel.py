@@ -15,7 +15,8 @@ from typing import Literal
 
 from lora.config import MemoryConfig, Parallel
 from lora.errors import ConfigError
-from lora.fast.memory.plan import MemoryPlan, MemoryPlanner, PlanInputs
+from lora.fast.memory.plan import MemoryPlan, PlanInputs
+from lora.fast.memory.planner import MemoryPlanner
 
 Kind = Literal["ddp", "fsdp"]
 MIN_LINK_BYTES_PER_S = 100e9

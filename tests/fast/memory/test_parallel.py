@@ -27,7 +27,8 @@ from lora.fast.memory.parallel import (
     plan_parallel,
     plan_within,
 )
-from lora.fast.memory.plan import NCCL_BYTES, MemoryPlan, MemoryPlanner, PlanInputs
+from lora.fast.memory.plan import MemoryPlan, PlanInputs
+from lora.fast.memory.planner import NCCL_BYTES, MemoryPlanner
 from tests.fast.memory.conftest import TINY
 
 LORA = LoRAConfig(rank=4)

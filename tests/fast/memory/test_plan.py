@@ -14,7 +14,8 @@ from lora.config import LoRAConfig, MemoryConfig
 from lora.decoder.config import AttentionConfig, FeedForwardConfig, LayerConfig, RopeConfig
 from lora.decoder.decoder import build_decoder
 from lora.errors import ConfigError
-from lora.fast.memory.plan import PlanInputs, largest_micro_batch, plan_memory
+from lora.fast.memory.plan import PlanInputs
+from lora.fast.memory.planner import largest_micro_batch, plan_memory
 from lora.lora_module import count_lora_parameters
 from tests.fast.memory.conftest import TINY
 

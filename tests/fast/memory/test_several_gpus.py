@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lora.fast.memory.plan import NCCL_BYTES
+from lora.fast.memory.planner import NCCL_BYTES
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 MAX_ERROR_FRACTION = 0.10

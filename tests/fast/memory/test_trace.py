@@ -14,7 +14,8 @@ from lora.decoder.config import AttentionConfig, DecoderConfig, LayerConfig, Rop
 from lora.decoder.decoder import Decoder, build_empty_decoder
 from lora.decoder.quantised import use_fp8_linears
 from lora.fast.memory import traces as traces_module
-from lora.fast.memory.plan import MemoryPlanner, PlanInputs
+from lora.fast.memory.plan import PlanInputs
+from lora.fast.memory.planner import MemoryPlanner
 from lora.fast.memory.sections import block_kinds, representatives
 from lora.fast.memory.trace import StepTracer
 from tests.fast.memory.conftest import TINY

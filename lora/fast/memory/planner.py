@@ -1,0 +1,305 @@
+"""The memory plan of a training run, by part, and the batch that fits, before weights are read.
+
+A CPU run is planned as the plain step and measured as the process's resident memory; a GPU run is
+planned as the step that it will take and measured by torch's allocator. Of a run on several devices
+the plan is of one of them, and `lora.fast.memory.parallel` chooses between ddp and fsdp.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+
+from lora.adapters.apply import apply_lora
+from lora.config import MemoryConfig
+from lora.decoder.decoder import Decoder, build_empty_decoder
+from lora.decoder.quantised import use_fp8_linears
+from lora.device import resident_bytes
+from lora.errors import ConfigError
+from lora.fast.llama.checkpointing import MODES
+from lora.fast.memory.fast_step import (
+    CUBLAS_WORKSPACE_BYTES,
+    FRAGMENTED_WEIGHTS_FRACTION,
+    USABLE_MEMORY_FRACTION,
+    FastPlan,
+    MemoryFit,
+    fit_memory,
+    fit_with,
+)
+from lora.fast.memory.fsdp import fsdp_weights, plan_fsdp, recompute_blocks
+from lora.fast.memory.plan import MemoryPlan, PlanInputs
+from lora.fast.memory.trace import StepMemory
+from lora.fast.memory.traces import StepTraces, Traced, largest_that_fits
+from lora.fast.why_not import why_not_hand_written
+from lora.lora_module import ParameterCounts, count_lora_parameters
+
+CPU_SLACK = 0.3
+"""Of activations and loss: what a CPU's allocator holds besides, fragments too small for the next
+allocation (measured in docs/memory.md)."""
+CAPTURED_LOSS_BYTES = 14
+"""Of a logit in a captured step: bf16 and fp32 values, log-softmax, and parts of two gradients."""
+NCCL_BYTES = 1_000_000_000
+"""What several processes leave free on each GPU: NCCL's buffers, outside of torch's allocator. On
+two H200 0.8 GB were measured (`device_gb` in benchmarks/results/gpu_many_2_h200.jsonl)."""
+LEANER_FRACTION = 0.9
+"""Of the plan that ran out of memory: what the next one may hold."""
+MIN_FAR_TOKENS = 2048
+"""Of the micro-batches from which larger ones are estimated."""
+
+
+def plan_memory(inputs: PlanInputs, base_bytes: int | None = None) -> MemoryPlan:
+    """Return the plan of a training run.
+
+    `base_bytes` is what the process holds without the model; left out, it is what this one holds
+    now. Raises ConfigError for sizes too small to train on, TargetError for LoRA that fits no
+    layer.
+    """
+    return MemoryPlanner(inputs, base_bytes).plan()
+
+
+def largest_micro_batch(
+    inputs: PlanInputs, available_bytes: int, base_bytes: int | None = None
+) -> int:
+    """Return the most sequences of a micro-batch that fit into `available_bytes`; 0: not even one.
+
+    Raises what `plan_memory` does.
+    """
+    return MemoryPlanner(inputs, base_bytes).largest_micro_batch(available_bytes)
+
+
+def evaluation_bytes(inputs: PlanInputs) -> int:
+    """Return what a validation pass takes; beside a graph, which holds its buffers, it adds up."""
+    return MemoryPlanner(inputs).evaluation_bytes(inputs.micro_batch_size)
+
+
+class MemoryPlanner:
+    """Plans one run at any size of its micro-batch and in any mode of activation checkpointing.
+
+    The model is built once and traced once for each size, so that more plans of a run cost little.
+    Raises what `plan_memory` does.
+    """
+
+    def __init__(self, inputs: PlanInputs, base_bytes: int | None = None) -> None:
+        if inputs.micro_batch_size < 1 or inputs.tokens < 2:
+            raise ConfigError(
+                f"Cannot plan a micro-batch of {inputs.micro_batch_size} sequences of "
+                f"{inputs.tokens} tokens. Allowed: at least 1 sequence of 2 tokens."
+            )
+        self.inputs = inputs
+        model, shards = _adapted(inputs), inputs.parallel == "fsdp"
+        self._counts = count_lora_parameters(model)
+        self._frozen = _frozen_bytes(inputs, model, self._counts)
+        on_gpu, self._step, self._fast = inputs.device_type == "cuda", "plain", None
+        if on_gpu and inputs.fast and inputs.compute_dtype is torch.bfloat16:
+            self._step = "fast" if why_not_hand_written(model) is None else "captured"
+        if shards and (self._step != "fast" or inputs.lora is None):
+            self._step = "plain"  # with FSDP2
+        self._fsdp = fsdp_weights(model) if shards and self._step == "plain" else None
+        if self._fsdp is not None and on_gpu:
+            recompute_blocks(model)
+        # The tracer and the fast plan both change their model. A copy, because applying LoRA again
+        # would say again what there is to say about it.
+        self._traces = StepTraces(
+            copy.deepcopy(model) if self._step == "fast" else model,
+            inputs.tokens,
+            compute_dtype=inputs.compute_dtype,
+            packed=inputs.packed,
+            learned_fraction=inputs.learned_fraction,
+            # A gradient of sharded weights is gone when each device has its share of the sum.
+            holds_gradients=not (shards and inputs.lora is None),
+        )
+        if self._step == "fast":
+            self._fast = _fast_plan(inputs, model)
+        if on_gpu:
+            base_bytes = CUBLAS_WORKSPACE_BYTES
+        self._base = resident_bytes() if base_bytes is None else base_bytes
+
+    def on_devices(self, devices: int) -> MemoryPlanner:
+        """Return the planner of the same run on so many devices, of as many sequences each."""
+        planner = copy.copy(self)
+        planner.inputs = replace(self.inputs, devices=devices)
+        if self._fast is not None and self.inputs.parallel == "fsdp":
+            planner._fast = _fast_plan(planner.inputs, _adapted(planner.inputs))
+        return planner
+
+    def plan(
+        self, micro_batch_size: int | None = None, memory: MemoryConfig | None = None
+    ) -> MemoryPlan:
+        """Return the plan with these settings in place of the inputs' own."""
+        size = self.inputs.micro_batch_size if micro_batch_size is None else micro_batch_size
+        return self._plan(size, memory, self._traces.trace)
+
+    def plan_leaner(
+        self, planned: MemoryPlan, budget_bytes: int | None = None
+    ) -> MemoryPlan | None:
+        """Return the fastest plan within `budget_bytes`, or the leanest.
+
+        Without a budget it is one that is clearly leaner than `planned`. None if there is none: in
+        another step than the fast one, or after its leanest.
+        """
+        if self._fast is None or planned.checkpointing is None:
+            return None
+        evaluation = self.evaluation_bytes(self._fast.batch_size)
+        budget = round(LEANER_FRACTION * planned.total) if budget_bytes is None else budget_bytes
+        fit = fit_memory(self._fast, "auto", budget, evaluation)
+        # Explained without the budget, which is no limit of the user or the device.
+        fit = fit_with(self._fast, fit.checkpointing, evaluation)
+        leaner = self._planned(self._fast, fit, evaluation)
+        return leaner if leaner.total < planned.total else None
+
+    def usable_bytes(self, free_bytes: int) -> int:
+        """Return how much of the free memory may be planned for: see docs/memory.md."""
+        loaded, usable = 0, USABLE_MEMORY_FRACTION
+        if self._fast is not None:
+            loaded, usable = self._fast.loaded_bytes, self._fast.usable_fraction
+        reserved = FRAGMENTED_WEIGHTS_FRACTION * loaded
+        if self.inputs.devices > 1 and self.inputs.device_type == "cuda":
+            reserved += NCCL_BYTES
+        return max(1, round(usable * free_bytes - reserved))
+
+    def largest_micro_batch(self, available_bytes: int, memory: MemoryConfig | None = None) -> int:
+        """Return the most sequences that fit into `available_bytes`; 0: not even one.
+
+        What was not traced is estimated from what was, and traced where that decides.
+        """
+        # Sizes of many tokens, because the loss takes its tokens in chunks: it grows only until the
+        # first is full.
+        far = max(self.inputs.micro_batch_size, -(-MIN_FAR_TOKENS // self.inputs.tokens))
+        for size in (far, 2 * far):
+            self.plan(size, memory)
+
+        def fits(size: int) -> bool:
+            return self._plan(size, memory, self._traces.estimate).total <= available_bytes
+
+        def really_fits(size: int) -> bool:
+            return self.plan(size, memory).total <= available_bytes
+
+        largest, too_large = 0, None
+        while too_large is None or too_large - largest > 1:
+            size = largest_that_fits(fits, largest, too_large)
+            size = max(size, largest + 1)
+            if really_fits(size):
+                largest = size
+            else:
+                too_large = size
+        return largest
+
+    def evaluation_bytes(self, micro_batch_size: int) -> int:
+        """Return what a validation pass of this many sequences takes."""
+        return _evaluation_bytes(self._traces.trace(micro_batch_size, learns=False))
+
+    @property
+    def _parallel(self) -> str | None:
+        return None if self.inputs.devices == 1 else self.inputs.parallel
+
+    def _plan(self, size: int, memory: MemoryConfig | None, traced: Traced) -> MemoryPlan:
+        if self._fast is None:
+            plan = self._plan_traced(size, traced)
+            if self._fsdp is None:
+                return plan
+            return plan_fsdp(self.inputs, plan, self._fsdp, size, memory or self.inputs.memory)
+        evaluation = _evaluation_bytes(traced(size, learns=False))
+        return self._plan_fast(self._fast.resized(size), memory or self.inputs.memory, evaluation)
+
+    def _plan_fast(self, plan: FastPlan, memory: MemoryConfig, evaluation: int) -> MemoryPlan:
+        # A validation pass runs beside the buffers, which a graph never gives back.
+        gb = memory.memory_gb
+        if self.inputs.checkpointing is not None:
+            fit = fit_with(plan, self.inputs.checkpointing, evaluation)
+        else:
+            budget = None if gb is None else round(gb * 1e9)
+            fit = fit_memory(plan, memory.memory, budget, evaluation)
+        return self._planned(plan, fit, evaluation)
+
+    def _planned(self, plan: FastPlan, fit: MemoryFit, evaluation: int) -> MemoryPlan:
+        names = list(MODES)
+        leaner = [
+            (name, plan.memory(MODES[name]).total + evaluation)
+            for name in names[names.index(fit.checkpointing.mode) + 1 :]
+        ]
+        total = fit.memory.total + evaluation
+        parts = {**vars(fit.memory), "other": fit.memory.other + evaluation}
+        return MemoryPlan(
+            "fast",
+            self._counts.trainable,
+            self._counts.total,
+            **parts,
+            checkpointing=fit.checkpointing,
+            reason=fit.reason,
+            leaner_modes=tuple((name, size) for name, size in leaner if size < total),
+            devices=self.inputs.devices,
+            parallel=self._parallel,
+        )
+
+    def _plan_traced(self, size: int, traced: Traced) -> MemoryPlan:
+        inputs, base, held = self.inputs, self._base, traced(size)
+        trained = self._counts.trainable * 4  # fp32
+        gradients, loss = held.gradients, held.loss
+        if self._step == "captured":
+            loss = CAPTURED_LOSS_BYTES * size * inputs.tokens * inputs.config.vocab_size
+            # The graph holds its memory pool meanwhile.
+            base += _evaluation_bytes(traced(size, learns=False))
+        if self._step == "captured" or inputs.micro_batches > 1 or inputs.lora is not None:
+            gradients = trained  # of the micro-batches before, or in one flat buffer
+        return MemoryPlan(
+            step=self._step,
+            trained_parameters=self._counts.trainable,
+            parameters=self._counts.total,
+            weights=self._frozen + trained,
+            gradients=gradients,
+            optimizer=2 * trained,
+            activations=held.activations,
+            loss=loss,
+            other=base + _slack(inputs, held),
+            devices=inputs.devices,
+            parallel=self._parallel,
+        )
+
+
+def _evaluation_bytes(traced: StepMemory) -> int:
+    return traced.activations + traced.loss
+
+
+def _fast_plan(inputs: PlanInputs, model: Decoder) -> FastPlan:
+    """Return the plan of the hand-written step; changes `model`, as FastPlan does."""
+    shards = inputs.shards if inputs.parallel == "fsdp" else None
+    sizes = inputs.micro_batch_size, inputs.tokens
+    return FastPlan(model, *sizes, packed=inputs.packed, shards=shards)
+
+
+def _adapted(inputs: PlanInputs) -> Decoder:
+    """Return the model that trains, without values."""
+    model = build_empty_decoder(inputs.config)
+    if inputs.lora is None:
+        # FSDP2 gathers weights in the compute dtype; else autocast copies them, which is traced.
+        if inputs.parallel == "fsdp":
+            model = model.to(inputs.compute_dtype)
+        return model.requires_grad_(True)
+    # Full fine-tuning trains fp32 weights; LoRA's frozen base is stored in the compute dtype.
+    if inputs.compute_dtype is torch.bfloat16:
+        model = model.bfloat16()
+    if inputs.fp8:
+        use_fp8_linears(model)
+    apply_lora(model, inputs.lora)
+    return model
+
+
+def _frozen_bytes(inputs: PlanInputs, model: Decoder, counts: ParameterCounts) -> int:
+    """Return the bytes of what does not train, in its storage dtype."""
+    if not inputs.fp8:
+        return counts.frozen * _base_dtype(inputs).itemsize
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return sum(t.numel() * t.element_size() for t in (*frozen, *model.buffers()))
+
+
+def _base_dtype(inputs: PlanInputs) -> torch.dtype:
+    """Return the dtype of the weights that stay frozen; what trains is fp32."""
+    return torch.float32 if inputs.lora is None else inputs.compute_dtype
+
+
+def _slack(inputs: PlanInputs, traced: StepMemory) -> int:
+    if inputs.device_type == "cuda":  # its peak counts live tensors, not what is cached or split
+        return 0
+    return round(CPU_SLACK * (traced.activations + traced.loss))
