@@ -16,12 +16,14 @@ from typing import Any, Protocol
 from lora.compare.results import BaseResult, MemberResult
 from lora.compare.together import agreed
 from lora.config import RunConfig, TrainConfig
+from lora.distributed.ranks import world_size
 from lora.errors import LostProcessError, TrainingError
 from lora.runs.comparison_record import RateTrial
 from lora.runs.directory import Run
 from lora.runs.progress import Progress
 from lora.runs.read_record import read_record_file
 from lora.runs.record import DataRecord, Method
+from lora.training.out_of_memory import is_out_of_memory
 
 RATE_TRIAL_FILE = "tried.json"
 
@@ -136,6 +138,7 @@ def _finished_trial(trial: MemberTask) -> RateTrial | None:
 
 def _finish_trial(trial: MemberTask, tried: RateTrial) -> RateTrial:
     remove_weights(trial.folder)
+    trial.folder.mkdir(parents=True, exist_ok=True)  # of one that failed before it had a run
     Run(trial.folder).write_json(RATE_TRIAL_FILE, asdict(tried))
     record = _finished_trial(trial)
     assert record is not None  # just written
@@ -157,6 +160,8 @@ def _run_trial(run_member: RunMember, trial: MemberTask, progress: Progress) -> 
     except LostProcessError:
         raise
     except TrainingError as error:
+        if error.__cause__ and is_out_of_memory(error.__cause__) and world_size() > 1:
+            raise  # perhaps of this process alone: the others wait for it in their step
         progress.message(f"learning rate {learning_rate:g} failed: {error}")
         loss = None
     return RateTrial(learning_rate, loss)
