@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+# Its base is trained once, in one of the workers that share the tests.
+pytestmark = pytest.mark.xdist_group("training")
+
 ROOT = Path(__file__).parents[2]
 TINY = {"N_EMBD": "32", "N_HEAD": "2", "N_LAYER": "1", "BLOCK_SIZE": "16", "BATCH_SIZE": "4"}
 TINY |= {"BASE_STEPS": "20", "MAX_STEPS": "12", "EVAL_INTERVAL": "6", "OMP_NUM_THREADS": "1"}
@@ -60,18 +63,24 @@ def test_a_base_leaves_a_whole_folder(base: Path) -> None:
     }
 
 
-def test_lora_saves_the_adapter_alone_and_loads_it_again(
-    base: Path, text: Path, tmp_path: Path
-) -> None:
-    variables = {"LORA_RANK": "4", "LORA_ALPHA": "8.0", "LORA_DROPOUT": "0.1"}
-    done = run(
-        tmp_path, USE_LORA="True", BASE_CHECKPOINT=str(base), DATA_PATH=str(text), **variables
-    )
+def adapt(base: Path, text: Path, out: Path) -> tuple[Path, str]:
+    """Return the run directory of an adapter, and what was printed."""
+    variables = {"LORA_RANK": "4", "LORA_ALPHA": "8.0", "LORA_DROPOUT": "0.1", "USE_LORA": "True"}
+    done = run(out, BASE_CHECKPOINT=str(base), DATA_PATH=str(text), **variables)
     assert done.returncode == 0, done.stderr
-    assert "LoRA (A and B)" in done.stdout
-    assert "the same to the last digit" in done.stdout
-    assert "saves nothing" not in done.stdout
-    folder = tmp_path / "lora-r4"
+    return out / "lora-r4", done.stdout
+
+
+@pytest.fixture(scope="module")
+def adapted(base: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    return adapt(base, text, tmp_path_factory.mktemp("adapted"))
+
+
+def test_lora_saves_the_adapter_alone_and_loads_it_again(adapted: tuple[Path, str]) -> None:
+    folder, printed = adapted
+    assert "LoRA (A and B)" in printed
+    assert "the same to the last digit" in printed
+    assert "saves nothing" not in printed
     assert {path.name for path in (folder / "adapter").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -93,12 +102,11 @@ def test_an_adapter_larger_than_its_base_is_noted() -> None:
     assert "Try a lower LORA_RANK" in (outweighs(large, base) or "")
 
 
-def test_two_runs_give_the_same_metrics_to_the_byte(base: Path, text: Path, tmp_path: Path) -> None:
-    variables = {"USE_LORA": "1", "BASE_CHECKPOINT": str(base), "DATA_PATH": str(text)}
-    for name in ("a", "b"):
-        assert run(tmp_path, RUN_NAME=name, **variables).returncode == 0
-    first, second = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("a", "b"))
-    assert first == second
+def test_two_runs_give_the_same_metrics_to_the_byte(
+    base: Path, text: Path, tmp_path: Path, adapted: tuple[Path, str]
+) -> None:
+    again, _ = adapt(base, text, tmp_path)
+    assert (again / "metrics.jsonl").read_bytes() == (adapted[0] / "metrics.jsonl").read_bytes()
 
 
 def test_plain_training_is_the_same_where_loras_code_is_absent(
