@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from lora.errors import ModelError, gather
 
-RopeKind = Literal["default", "linear", "llama3", "yarn"]
-BlockKind = Literal["pre_norm", "sandwich", "gpt2"]
+RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
+BlockKind = Literal["pre_norm", "post_norm", "sandwich", "gpt2"]
+QkNorm = Literal["head", "width"]
 
 _CONV1D = re.compile(r".*\.(c_attn|c_fc|c_proj)\.weight")
 """GPT-2's linears (Conv1D)."""
@@ -41,6 +42,12 @@ class RopeConfig:
     """yarn: turns over the original context below which a frequency is divided by `factor`."""
     truncate: bool = True
     """yarn: round the ramp's ends to whole dimensions."""
+    rotary_dim: int | None = None
+    """Leading dimensions of a head that are rotated; None: all of them."""
+    short_factor: tuple[float, ...] = ()
+    """longrope: divides the frequencies of sequences up to the original context, (D/2,)."""
+    long_factor: tuple[float, ...] = ()
+    """longrope: the same for longer sequences."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +74,13 @@ class AttentionConfig:
     """D, width of one head."""
     qkv_bias: bool = False
     output_bias: bool = False
-    qk_norm: bool = False
-    """RMS norms over D of queries and keys, before the rotary embedding."""
+    qk_norm: QkNorm | None = None
+    """RMS norms of queries and keys before the rotary embedding: over the D of each head, or over
+    the whole width of all heads together (OLMo 2)."""
+    is_fused: bool = False
+    """Whether one linear, qkv_proj, makes queries, keys and values (Phi-3)."""
+    logit_softcap: float | None = None
+    """The attention logits become softcap · tanh(logits / softcap) before the mask (Gemma 2)."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,8 @@ class FeedForwardConfig:
     activation: str
     """Transformers' name: silu, swish, gelu, gelu_new, gelu_pytorch_tanh or relu."""
     bias: bool = False
+    is_fused: bool = False
+    """Whether one linear, gate_up_proj, makes gate and up (Phi-3)."""
 
 
 @dataclass(frozen=True)
@@ -96,15 +110,22 @@ class DecoderConfig:
     """Context length; a hard limit only with learned position embeddings (GPT-2)."""
     norm_eps: float
     block: BlockKind
-    """pre_norm: two RMS norms; sandwich: four, scaled by 1 + weight; gpt2: two layer norms,
-    learned positions, one fused linear for queries, keys and values, no gate."""
+    """pre_norm: two RMS norms; post_norm: two, after each half instead of before; sandwich: four,
+    scaled by 1 + weight; gpt2: two layer norms, learned positions, one fused linear for queries,
+    keys and values, no gate."""
     embedding_scale: float
-    """Multiplies the embeddings (Gemma: √C)."""
+    """Multiplies the embeddings (Gemma: √C; Granite's embedding_multiplier)."""
     tie_word_embeddings: bool
     """Whether the output head shares the embedding's weight."""
     attention: AttentionConfig
     feed_forward: FeedForwardConfig
     layers: tuple[LayerConfig, ...]
+    residual_multiplier: float = 1.0
+    """Multiplies what each half of a block adds to the residual stream (Granite)."""
+    logit_scale: float = 1.0
+    """Multiplies the output head's logits (Granite: 1 / logits_scaling)."""
+    logit_softcap: float | None = None
+    """The scaled logits become softcap · tanh(logits / softcap) (Gemma 2)."""
     source: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """config.json as read; `save_decoder` writes it back."""
 

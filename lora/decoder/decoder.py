@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora.decoder.attention import AttentionInputs, TokenPositions, build_mask, resolve_positions
 from lora.decoder.cache import KVCache
 from lora.decoder.config import DecoderConfig
+from lora.decoder.language_model import LanguageModel
 from lora.decoder.layers import BLOCKS, OffsetRMSNorm, RMSNorm
 from lora.decoder.rope import Rope
 from lora.errors import ModelError
@@ -160,7 +161,7 @@ _TRUNKS: dict[str, tuple[str, type[Trunk]]] = {
 """Kind of block -> Hugging Face's name for the trunk, and its class."""
 
 
-class Decoder(nn.Module):
+class Decoder(LanguageModel):
     """A causal language model whose parameters have exactly Hugging Face's names.
 
     Made by `build_decoder` (random values) or `load_decoder`. `position_ids` and `document_ids`
@@ -168,17 +169,11 @@ class Decoder(nn.Module):
     one document from position 0, or with a filled cache continues its last token.
     """
 
+    config: DecoderConfig
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.known_fingerprint: str | None = None
-        """Of the base whose values are not all in this process; None: it follows from them."""
-        self.is_sharded = False
-        """Whether several processes share its weights out: all of them then run it together."""
-        self.is_forward_only = False
-        """Whether its frozen weights are there while it computes alone: no backward pass then."""
-        self.cache_dtype: torch.dtype | None = None
-        """Of keys and values, if it is not that of the parameters."""
         self.trunk_name, trunk = _TRUNKS[config.block]
         self.add_module(self.trunk_name, trunk(config))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -188,18 +183,6 @@ class Decoder(nn.Module):
     def trunk(self) -> Trunk:
         """Everything but the output head."""
         return cast(Trunk, self._modules[self.trunk_name])
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        *,
-        position_ids: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """Return the logits (B, T, V) of `input_ids` (B, T); `cache` stores the tokens."""
-        x = self.trunk(input_ids, position_ids, document_ids, cache)  # (B, T, C)
-        return self.lm_head(x)
 
     def hidden_states(
         self,
@@ -216,13 +199,19 @@ class Decoder(nn.Module):
         """Return the linear C -> V; its weight is the embedding's where the config ties them."""
         return self.lm_head
 
-    def get_output_embeddings(self) -> nn.Linear:
-        """Return the output head, under the name it has in transformers."""
-        return self.lm_head
-
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embedding, under the name it has in transformers."""
         return self.trunk.embedding()
+
+    def blocks(self) -> nn.ModuleList:
+        """Return the blocks in order."""
+        return self.trunk.blocks()
+
+    def token_cache_bytes(self) -> int:
+        """Return what a cache holds of one token of one sequence, in bytes."""
+        heads, first = self.config.attention, next(self.parameters())
+        each = heads.num_key_value_heads * heads.head_dim
+        return 2 * self.config.num_hidden_layers * each * first.element_size()
 
     def tie_head(self) -> None:
         """Changes the head in place: its weight becomes the embedding's, if the config says so."""

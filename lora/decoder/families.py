@@ -18,6 +18,7 @@ from lora.decoder.config import (
     DecoderConfig,
     FeedForwardConfig,
     LayerConfig,
+    QkNorm,
 )
 from lora.decoder.family_layers import (
     FULL,
@@ -90,7 +91,7 @@ class Family:
     """None: read from the field attention_bias, also for the output projection."""
     mlp_bias: bool | None = False
     """None: read from the field mlp_bias."""
-    qk_norm: bool = False
+    qk_norm: QkNorm | None = None
     embeddings_are_scaled: bool = False
 
 
@@ -223,7 +224,7 @@ FAMILIES: dict[str, Family] = {
         "Qwen3ForCausalLM",
         qwen_layers,
         defaults={**_QWEN_DEFAULTS, "head_dim": 128},
-        qk_norm=True,
+        qk_norm="head",
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM",
@@ -256,7 +257,7 @@ FAMILIES: dict[str, Family] = {
             "tie_word_embeddings": True,
         },
         block="sandwich",
-        qk_norm=True,
+        qk_norm="head",
         embeddings_are_scaled=True,
     ),
     "gpt2": Family(

@@ -101,6 +101,14 @@ def _why_not_shape(config: DecoderConfig) -> str | None:
         return f"{config.family} places its norms otherwise than Llama"
     if config.attention.qk_norm:
         return f"{config.family} normalises queries and keys"
+    if config.attention.logit_softcap is not None or config.logit_softcap is not None:
+        return f"{config.family} caps its logits"
+    if config.attention.is_fused or config.feed_forward.is_fused:
+        return f"{config.family} has fused linears"
+    if config.residual_multiplier != 1 or config.logit_scale != 1:
+        return f"{config.family} scales what its blocks add, or its logits"
+    if any(layer.rope is not None and layer.rope.rotary_dim for layer in config.layers):
+        return f"{config.family} rotates a part of each head"
     if config.feed_forward.activation not in ("silu", "swish"):
         return f"the activation is {config.feed_forward.activation}, not silu"
     if config.embedding_scale != 1:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.config import SamplingConfig
-from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import LanguageModel
 from lora.device import available_bytes
 from lora.errors import ConfigError, DataError, ModelError
 
@@ -24,7 +24,7 @@ PADDING_DOCUMENT = -1
 
 @torch.inference_mode()
 def generate(
-    model: Decoder,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingConfig | None = None,
     *,
@@ -67,16 +67,15 @@ def generate(
 
 
 def _split_by_memory(
-    model: Decoder, lengths: Sequence[int], sampling: SamplingConfig, free_bytes: int | None
+    model: LanguageModel, lengths: Sequence[int], sampling: SamplingConfig, free_bytes: int | None
 ) -> list[range]:
     """Return the prompts that are answered together, in order.
 
     Raises ConfigError if the cache of one prompt needs more memory than there is.
     """
-    first, heads = next(model.parameters()), model.config.attention
+    first = next(model.parameters())
     free = available_bytes(first.device.type) if free_bytes is None else free_bytes
-    token_bytes = 2 * model.config.num_hidden_layers * heads.num_key_value_heads * heads.head_dim
-    token_bytes *= first.element_size()  # of the cache
+    token_bytes = model.token_cache_bytes()
     cache_bytes = (max(lengths) + sampling.max_new_tokens) * token_bytes
     if free is not None and cache_bytes > free:
         raise ConfigError(
@@ -126,7 +125,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _generate(
-    model: Decoder,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingConfig,
     generators: Sequence[torch.Generator],
@@ -160,9 +159,9 @@ def _generate(
     return answers
 
 
-def _last_logits(model: Decoder, input_ids: Tensor, **inputs: object) -> Tensor:
+def _last_logits(model: LanguageModel, input_ids: Tensor, **inputs: object) -> Tensor:
     hidden = model.hidden_states(input_ids, **inputs)[:, -1]  # type: ignore[arg-type]  # (B, C)
-    return model.output_head()(hidden)  # (B, V): of the last token alone, V is large
+    return model.logits_of(hidden)  # (B, V): of the last token alone, V is large
 
 
 def _left_padded(

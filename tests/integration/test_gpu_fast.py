@@ -138,7 +138,7 @@ def test_dropout_stays_and_repeats() -> None:
 
 def test_reasons_against_it_are_told() -> None:
     choice = choose_device("cuda")
-    wide = AttentionConfig(4, 2, 64, qk_norm=True)
+    wide = AttentionConfig(4, 2, 64, qk_norm="head")
     assert "normalises queries" in (why_not_fast(build(attention=wide), choice) or "")
     gelu = FeedForwardConfig(512, "gelu")
     assert "gelu" in (why_not_fast(build(feed_forward=gelu), choice) or "")
@@ -213,7 +213,7 @@ def test_full_fine_tuning_takes_it_too(job: FinetuneJob) -> None:
 def test_other_families_are_captured_and_learn_like_the_plain_step(job: FinetuneJob) -> None:
     """What the fast step refuses: Qwen 3's normalised queries, with packed rows."""
     said = Lines()
-    model = adapt(build(attention=AttentionConfig(4, 2, 64, qk_norm=True)).bfloat16())
+    model = adapt(build(attention=AttentionConfig(4, 2, 64, qk_norm="head")).bfloat16())
     plain = copy.deepcopy(model).cuda()
     choice = choose_device("cuda")
     config = TrainConfig(steps=6, weight_decay=0.0)

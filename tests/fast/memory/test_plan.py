@@ -84,7 +84,7 @@ def test_more_sequences_tokens_and_rank_take_more(
 
 def test_which_step_is_planned() -> None:
     on_gpu = replace(SETTING, device_type="cuda", compute_dtype=torch.bfloat16)
-    normed = replace(TINY, attention=AttentionConfig(4, 2, 8, qk_norm=True))
+    normed = replace(TINY, attention=AttentionConfig(4, 2, 8, qk_norm="head"))
     assert plan(SETTING).step == "plain"
     assert plan(on_gpu).step == "fast"
     assert plan(replace(on_gpu, config=normed)).step == "captured"

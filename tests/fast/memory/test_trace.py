@@ -30,7 +30,7 @@ GEMMA = replace(
     family="gemma3_text",
     block="sandwich",
     vocab_size=300,
-    attention=AttentionConfig(4, 2, 8, qk_norm=True),
+    attention=AttentionConfig(4, 2, 8, qk_norm="head"),
     layers=(LOCAL, LOCAL, LOCAL, GLOBAL) * 3,
 )
 LORA = LoRAConfig(rank=4)
