@@ -64,7 +64,7 @@ def time_ours(case: Case, world: World, smoke: bool) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     with (
         tempfile.TemporaryDirectory() as folder,
-        shared_run(world, lambda: create_run(Path(folder), "run")) as run,
+        shared_run(world, lambda: create_run(Path(folder), "run"), print) as run,
     ):
         job = TrainingJob(
             world=world,
