@@ -11,10 +11,10 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable
-from typing import Any, cast
 
 from torch import nn
 
+from lora.decoder.language_model import transformers_network
 from lora.errors import TargetError
 from lora.layers.build import is_adaptable
 from lora.lora_module import LoRALayer
@@ -38,13 +38,13 @@ def find_expert_names(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def _expert_endings(model: nn.Module) -> frozenset[str]:
-    models = sys.modules.get("transformers.modeling_utils")
+    network = transformers_network(model)
     conversions = sys.modules.get("transformers.conversion_mapping")  # since transformers 5
-    if models is None or conversions is None or not isinstance(model, models.PreTrainedModel):
+    if network is None or conversions is None:
         return frozenset()
     # The table that PEFT reads too, and adds mixtral to.
     table = {**conversions._MODEL_TO_CONVERSION_PATTERN, "mixtral": "mixtral"}
-    followed = table.get(cast(Any, model).config.model_type, "")
+    followed = table.get(network.config.model_type, "")
     return PEFT_EXPERT_NAMES.get(followed, frozenset())
 
 

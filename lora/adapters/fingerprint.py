@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.adapters.apply import AppliedLoRA
-from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import LanguageModel
 from lora.decoder.quantised import Fp8Weight, sample_values
 from lora.errors import ModelError
 from lora.layers.conv1d import LoRAConv1D, is_conv1d
@@ -33,7 +33,7 @@ def base_fingerprint(model: nn.Module, release: Callable[[], None] | None = None
     do not count. `release` gives back what was read of a mapped model. A sharded decoder has its
     own noted. Raises ModelError for a model on the meta device.
     """
-    if isinstance(model, Decoder) and model.known_fingerprint is not None:
+    if isinstance(model, LanguageModel) and model.known_fingerprint is not None:
         return model.known_fingerprint
     tensors = []
     for tensor in _base_tensors(model):

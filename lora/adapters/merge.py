@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,6 +22,7 @@ from lora.adapters.apply import (
 from lora.adapters.targets import output_head_name
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import transformers_network
 from lora.errors import AdapterError, ModelError
 from lora.layers.conv1d import LoRAConv1D
 from lora.layers.trainable_tokens import TrainableTokensLayer, TrainableTokensLinear, plain_linear
@@ -267,8 +267,8 @@ def _untie_config(model: nn.Module) -> None:
     if isinstance(model, Decoder):
         model.config = untied_config(model.config)
         return
-    transformers = sys.modules.get("transformers.modeling_utils")
-    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
-        config = cast(Any, model).config
+    network = transformers_network(model)
+    if network is not None:
+        config = network.config
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = False

@@ -21,7 +21,7 @@ from lora.adapters.peft_tokens import (
     trainable_token_tensors,
 )
 from lora.config import LoRAConfig
-from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import LanguageModel
 from lora.layers.conv1d import is_conv1d
 from lora.lora_module import LoRALayer
 
@@ -123,7 +123,7 @@ def take_saved_modules(model: nn.Module, tensors: dict[str, Tensor]) -> set[str]
 
 def _file_layout(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """Return the parameter `name` of `model`, or its transposed view, as PEFT's file has it."""
-    transposed = isinstance(model, Decoder) and model.config.is_transposed_in_files(name)
+    transposed = isinstance(model, LanguageModel) and model.config.is_transposed_in_files(name)
     return tensor.T if transposed else tensor
 
 

@@ -7,11 +7,10 @@ the model is changed.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +61,7 @@ from lora.adapters.peft_tokens import (
     table_copies,
 )
 from lora.config import LoRAConfig
+from lora.decoder.language_model import transformers_network
 from lora.errors import AdapterError, LoraError, gather
 from lora.layers.vocabulary import resize_vocabulary
 from lora.terminal import escaping_log
@@ -120,10 +120,8 @@ def _loaded_name(model: nn.Module) -> str | None:
     reference = vars(model).get("model_reference")
     if isinstance(reference, str):
         return reference
-    transformers = sys.modules.get("transformers.modeling_utils")
-    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
-        return None
-    return str(cast(Any, model).config.name_or_path) or None
+    network = transformers_network(model)
+    return None if network is None else str(network.config.name_or_path) or None
 
 
 def load_adapter(

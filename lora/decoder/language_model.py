@@ -7,6 +7,7 @@ native decoders can do asks for a `Decoder` and says why not.
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Protocol
 
 import torch
@@ -69,6 +70,9 @@ class LanguageModel(nn.Module):
     """A causal language model: hidden states, and an output head that makes logits of them."""
 
     config: ModelConfig
+
+    theirs: nn.Module | None = None
+    """transformers' model, if this is a view of one; then no child of this module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,6 +149,16 @@ class LanguageModel(nn.Module):
     def token_cache_bytes(self) -> int:
         """Return what a cache holds of one token of one sequence, in bytes."""
         raise NotImplementedError
+
+
+def transformers_network(model: nn.Module) -> Any:
+    """Return the PreTrainedModel that `model` is or is a view of, or None for other networks.
+
+    Never imports transformers.
+    """
+    network = model.theirs if isinstance(model, LanguageModel) else model
+    loaded = sys.modules.get("transformers.modeling_utils")
+    return network if loaded is not None and isinstance(network, loaded.PreTrainedModel) else None
 
 
 def transform_logits(logits: Tensor, config: ModelConfig) -> Tensor:

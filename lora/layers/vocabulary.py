@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import transformers_network
 from lora.errors import ModelError, TargetError
 from lora.layers.token_tables import TokenTables, find_token_tables, mean_row
 from lora.lora_module import LoRALayer
 
 MAX_NEW_ROWS = 2**16
 """Rows by which a vocabulary may grow; a file that asks for more is taken for damaged."""
-
-
-@runtime_checkable
-class Resizable(Protocol):
-    """A model that changes the size of its own tables: transformers' models."""
-
-    def resize_token_embeddings(self, new_num_tokens: int, *, mean_resizing: bool) -> nn.Module:
-        """Change the tables in place."""
 
 
 @torch.no_grad()
@@ -51,8 +44,9 @@ def resize_vocabulary(model: nn.Module, vocab_size: int) -> None:
         )
     is_tied = tables.is_tied
     means = {name: mean_row(cast(Tensor, t.weight), old) for name, t in tables.by_name.items()}
-    if isinstance(model, Resizable):
-        model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    network = transformers_network(model)
+    if network is not None:
+        network.resize_token_embeddings(vocab_size, mean_resizing=False)
     else:
         _resize_tables(tables, vocab_size)
     if isinstance(model, Decoder):
