@@ -49,8 +49,7 @@ class Norms:
     ) -> None:
         self.eps, self.trains = modules[0].eps, trains
         self.weight, self.bias = (
-            WeightGroup(modules, flat, dtype, trains=trains, name=name)
-            for name in ("weight", "bias")
+            WeightGroup(modules, flat, dtype, name=name) for name in ("weight", "bias")
         )
 
     def forward(self, norm: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,8 +93,7 @@ class CharNetwork:
 
         def table(module: nn.Embedding) -> WeightGroup:
             fraction = 1.0 if whole else embedding_lr_fraction
-            trains = module.weight.requires_grad
-            return WeightGroup([module], flat, dtype, trains=trains, lr_fraction=fraction)
+            return WeightGroup([module], flat, dtype, lr_fraction=fraction)
 
         # Slots are reserved in this order, which is the layout of the flat buffer.
         self.qkv = join([[s.query, s.key, s.value] for s in sa])

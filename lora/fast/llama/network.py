@@ -91,7 +91,7 @@ class FastNetwork:
         self.down = self._project([[f.down_proj] for f in feeds])
         self.projections = (self.qkv, self.output, self.gate_up, self.down)
         norms = [m for b in blocks for m in (b.input_layernorm, b.post_attention_layernorm)]
-        self.norms = WeightGroup([*norms, trunk.norm], flat, dtype, trains=trains_all)
+        self.norms = WeightGroup([*norms, trunk.norm], flat, dtype)
         self.embedding, self.head = self._tables(trunk.embed_tokens, model.lm_head)
         self.weights = [self.norms, self.embedding]
         if self.head is not self.embedding:
@@ -105,10 +105,10 @@ class FastNetwork:
         if self.ring is not None:
             table = ShardedTable(embedding, dtype, self.ring)
             return table, ShardedTable(head, dtype, self.ring, table if is_tied else None)
-        group = WeightGroup([embedding], flat, dtype, trains=self.trains_all)
+        group = WeightGroup([embedding], flat, dtype)
         if is_tied:
             return group, group  # one slot, to which both gradients are added
-        return group, WeightGroup([head], flat, dtype, trains=self.trains_all, decays=True)
+        return group, WeightGroup([head], flat, dtype, decays=True)
 
     def _project(self, blocks: list[list[nn.Module]]) -> Projection:
         """Return the projection of linears that read the same input, given by block."""

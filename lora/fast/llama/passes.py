@@ -12,6 +12,7 @@ from torch import Tensor
 from lora.fast.llama.attention_pass import AttentionPass
 from lora.fast.llama.buffers import Buffers, Inputs
 from lora.fast.llama.network import FastNetwork
+from lora.fast.weights.flat import accumulate
 from lora.fast.weights.projections import Projection
 
 
@@ -167,10 +168,9 @@ class FastPass:
         """
         net, c = self.net, self.net.config.hidden_size
         x, rstd = x[:, :c], self.buffers.rstd[norm]
-        if net.norms.slot is not None:  # while x is still there
-            gradient = net.ops.norm_weight_gradient(dy, x, rstd)  # (C,)
-            target = net.norms.slot.gradients[norm]
-            target.copy_(gradient) if first else target.add_(gradient)
+        target = net.norms.gradient(norm)  # (C,)
+        if target is not None:  # while x is still there
+            accumulate(target, net.ops.norm_weight_gradient(dy, x, rstd), first=first)
         d_residual = None if d_residual is None else d_residual[:, :c]
         fp8_out = None if reader is None else reader[0].fp8_gradients(reader[1], x)
         net.ops.norm_backward(dy, x, rstd, net.norms.tensors[norm], d_residual, x, fp8_out)

@@ -1,4 +1,4 @@
-"""Norms and embeddings of the hand-written step: frozen, or in slots of the flat buffer."""
+"""Norms and token tables of the hand-written step: frozen, or in slots of the flat buffer."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from lora.fast.weights.stacked_flat import StackedFlat
 
 
 class WeightGroup:
-    """Parameters of one shape, one from each module: frozen or, where they train, in a slot.
+    """Parameters of one shape, one from each module: those that require gradients have a slot.
 
     Args:
         modules: whose parameters these are.
         flat: where they get their slot.
         dtype: compute dtype.
-        trains: whether they train.
         decays: whether weight decay applies.
         lr_fraction: of the learning rate.
         name: of the parameter in its module.
@@ -30,38 +29,45 @@ class WeightGroup:
         flat: FlatParameters | StackedFlat,
         dtype: torch.dtype,
         *,
-        trains: bool,
         decays: bool = False,
         lr_fraction: float = 1.0,
         name: str = "weight",
     ) -> None:
-        self.parameters = [module.get_parameter(name) for module in modules]
+        parameters = [module.get_parameter(name) for module in modules]
         self.dtype = dtype
-        shape = tuple(self.parameters[0].shape)
+        self.trained = {i: p for i, p in enumerate(parameters) if p.requires_grad}
+        """By its number in the group; the slot has them in this order."""
         self.slot: Slot | None = None
-        if trains:
+        if self.trained:
             assert isinstance(flat, FlatParameters), "with stacked adapters nothing else trains"
-            self.slot = flat.reserve((len(modules), *shape), decays=decays, lr_fraction=lr_fraction)
-        else:
-            self._use([parameter.data.to(dtype) for parameter in self.parameters])
+            shape = len(self.trained), *parameters[0].shape
+            self.slot = flat.reserve(shape, decays=decays, lr_fraction=lr_fraction)
+        self.tensors = [p.data if p.requires_grad else self._convert(p) for p in parameters]
+        """In the compute dtype, as the step reads them; what trains is there after `fill`."""
 
-    def _use(self, tensors: list[Tensor]) -> None:
-        self.tensors = tensors
-        # The modules share the converted tensors, so that the weights are not held twice.
-        for parameter, tensor in zip(self.parameters, tensors, strict=True):
-            parameter.data = tensor
+    def _convert(self, parameter: nn.Parameter) -> Tensor:
+        # The module shares the converted tensor, so that the weight is not held twice.
+        parameter.data = parameter.data.to(self.dtype)
+        return parameter.data
+
+    def gradient(self, number: int) -> Tensor | None:
+        """Return where the gradient of a parameter is summed; None: it is frozen."""
+        if self.slot is None or number not in self.trained:
+            return None
+        return self.slot.gradients[list(self.trained).index(number)]
 
     def fill(self) -> None:
         """Put the values into the slot and make the parameters views of it."""
         if self.slot is None:
             return
-        for parameter, view in zip(self.parameters, self.slot.values, strict=True):
+        for parameter, view in zip(self.trained.values(), self.slot.values, strict=True):
             view.copy_(parameter)
             parameter.data = view
         # `to` returns the values themselves where they have the compute dtype: nothing to refresh
         # then.
         self.copies = self.slot.values.to(self.dtype)
-        self.tensors = list(self.copies)
+        for number, copied in zip(self.trained, self.copies, strict=True):
+            self.tensors[number] = copied
 
     def refresh(self) -> None:
         """Bring the copies in the compute dtype up to date with the slot."""
