@@ -58,7 +58,7 @@ class _LoRALinear(torch.autograd.Function):
             y = matmul_nt(flat, weight, bias).addmm_(low, b.T)  # (N, O)
         ctx.save_for_backward(flat, low, weight, a, b)
         ctx.scaling = scaling
-        return y.view(*x.shape[:-1], weight.shape[0])  # (..., O)
+        return shaped_as(y, x)  # (..., O)
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cuda")
@@ -118,7 +118,7 @@ class _LoRALinears(torch.autograd.Function):
             assert weight is not None
             assert b is not None
             y = matmul_nt(flat, weight, bias).addmm_(low, b.T, alpha=scaling)  # (N, O)
-            outputs.append(y.view(*x.shape[:-1], -1))
+            outputs.append(shaped_as(y, x))
         ctx.save_for_backward(flat, a, *lows, *weights, *all_b)
         ctx.scalings = scalings
         return tuple(outputs)
@@ -147,6 +147,14 @@ class _LoRALinears(torch.autograd.Function):
             db = matmul_tn(low, dy).T.mul_(scaling)  # (O, R)
             found += [None, None, da, db]
         return tuple(found)
+
+
+def shaped_as(y: Tensor, x: Tensor) -> Tensor:
+    """Return y (N, O) with the leading shape of x (..., I)."""
+    # Not y.view: a view that a custom function returns must not be changed in place, and some
+    # models do so (Falcon adds to it, OLMo clamps it). y itself is used nowhere else.
+    shape = [*x.shape[:-1], y.shape[-1]]
+    return cast(Tensor, torch.ops.aten._unsafe_view.default(y, shape))
 
 
 def is_merged_cheaper(x: Tensor, weight: Tensor) -> bool:

@@ -71,7 +71,5 @@ def build_lora_layer(
     linear = cast(nn.Linear, base)
     # The fused operation takes one dtype for all: beside W in bf16, A and B would be fp32.
     is_wide = linear.weight.dtype in (torch.float32, torch.float64)
-    # Falcon adds to a linear's output in place, which autograd forbids for the fused operation's.
-    is_fused = dropout == 0 and is_wide and not _is_falcons(base)
-    kind = FusedLoRALinear if is_fused else LoRALinear
+    kind = FusedLoRALinear if dropout == 0 and is_wide else LoRALinear
     return kind(linear, rank, alpha, dropout, scaling=scaling, generator=generator)

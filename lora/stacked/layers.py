@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.errors import ConfigError, ModelError
+from lora.kernels.linear import shaped_as
 from lora.lora_module import check_lora_numbers
 
 
@@ -172,7 +173,7 @@ class _StackedLoRALinear(torch.autograd.Function):
     ) -> Tensor:
         scaling = scaling[:, None, None]  # (K, 1, 1)
         low = torch.bmm(x, a.mT).mul_(scaling)  # (K, N, R)
-        y = F.linear(x.flatten(0, 1), weight, bias).view(*x.shape[:2], -1)  # (K, N, O)
+        y = shaped_as(F.linear(x.flatten(0, 1), weight, bias), x)  # (K, N, O)
         y.baddbmm_(low, b.mT)
         ctx.save_for_backward(x, low, weight, a, b, scaling)
         return y

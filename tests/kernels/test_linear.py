@@ -137,3 +137,19 @@ def test_together_they_agree_in_fp32_at_a_usual_size() -> None:
         found.append([*outputs, *(leaf.grad for leaf in leaves)])
     for fast, exact in zip(*found, strict=True):
         assert relative(fast.double(), exact) <= 1e-5
+
+
+def test_outputs_may_be_changed_in_place() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(2, 3, 4, generator=generator), torch.randn(6, 4, generator=generator)
+    a, b = torch.randn(2, 4, generator=generator), torch.randn(6, 2, generator=generator)
+    layer = AdaptedLinear(w, None, a.requires_grad_(), b.requires_grad_(), 1.5)
+    outputs = [
+        plain_lora_linear(x, w, None, a, b, 1.5),
+        lora_linear(x, w, None, a, b, 1.5),
+        *(lora_linears(x, [layer, layer])[index] for index in range(2)),
+    ]
+    grads = [torch.autograd.grad(y.clamp_(min=0).mul_(2).sum(), [a, b]) for y in outputs]
+    for da, db in grads[1:]:
+        assert relative(da, grads[0][0]) <= 1e-5
+        assert relative(db, grads[0][1]) <= 1e-5

@@ -151,3 +151,10 @@ def test_errors_name_the_fault() -> None:
         together(torch.float32)(torch.zeros(4, 2, INPUTS))
     with pytest.raises(ModelError, match="batch_size is not set"):
         StackedEmbedding(nn.Embedding(5, 3), Stack(SEEDS))(torch.arange(4))
+
+
+def test_outputs_may_be_changed_in_place() -> None:
+    layer, x = together(torch.float64), draw(9, 4, INPUTS, seed=4)
+    wanted = torch.autograd.grad(layer(x).clamp(min=0).sum(), [layer.lora_A, layer.lora_B])
+    grads = torch.autograd.grad(layer(x).clamp_(min=0).sum(), [layer.lora_A, layer.lora_B])
+    assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
