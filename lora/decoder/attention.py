@@ -8,6 +8,7 @@ mask is empty (softmax would give NaN), and no other token attends to it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from lora.decoder.cache import KVCache, NoCache
 from lora.decoder.config import DecoderConfig, LayerConfig, RopeConfig
 from lora.decoder.rope import Tables, rotate, skip_rotation
+from lora.kernels.capped_attention import capped_attention
 from lora.kernels.shared_input import call_linears
 
 NO_CACHE = NoCache()
@@ -139,6 +141,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -
     return y.transpose(1, 2).flatten(2)  # (B, T, H·D)
 
 
+def attend_capped(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, *, softcap: float
+) -> Tensor:
+    """Return what `attend` does, with logits softcap · tanh(q kᵀ · scale / softcap)."""
+    y = capped_attention(q, k, v, mask.mask, scale, softcap, is_causal=mask.is_causal)
+    return y.transpose(1, 2).flatten(2)  # (B, T, H·D)
+
+
 def repeat_heads(x: Tensor, n_heads: int) -> Tensor:
     """Return x (B, heads, S, D) with every head repeated, (B, n_heads, S, D)."""
     return x.repeat_interleave(n_heads // x.shape[1], dim=1)
@@ -163,6 +173,8 @@ class Attention(nn.Module):
         self.rotate = skip_rotation if layer.rope is None else rotate
         self.q_norm = norm(*sizes) if heads.qk_norm else nn.Identity()
         self.k_norm = norm(*sizes) if heads.qk_norm else nn.Identity()
+        cap = heads.logit_softcap
+        self.attend = attend if cap is None else partial(attend_capped, softcap=cap)
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:  # (B, T, C) -> (B, T, C)
         shape = *x.shape[:-1], -1, self.head_dim
@@ -173,7 +185,7 @@ class Attention(nn.Module):
         q, k = self.rotate(q, k, inputs.tables.get(self.layer.rope))
         k, v = inputs.cache.append(self.index, k.transpose(1, 2), v)  # (B, heads, S, D)
         mask = inputs.masks[self.layer.window_tokens]
-        return self.o_proj(attend(q.transpose(1, 2), k, v, mask, self.layer.scale))
+        return self.o_proj(self.attend(q.transpose(1, 2), k, v, mask, self.layer.scale))
 
 
 class FusedAttention(nn.Module):

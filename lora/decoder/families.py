@@ -22,6 +22,7 @@ from lora.decoder.config import (
 )
 from lora.decoder.family_layers import (
     FULL,
+    gemma2_layers,
     gemma3_layers,
     gpt2_layers,
     mistral_layers,
@@ -93,6 +94,9 @@ class Family:
     """None: read from the field mlp_bias."""
     qk_norm: QkNorm | None = None
     embeddings_are_scaled: bool = False
+    """By √C, rounded to the embedding's dtype."""
+    has_softcaps: bool = False
+    """Whether the fields of capped logits are read."""
 
 
 def decoder_config(config: dict[str, Any]) -> DecoderConfig:
@@ -108,15 +112,14 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     heads = fields.count("num_attention_heads", maximum=MAX_HEADS)
     attention = _attention(fields, family, hidden_size, heads)
     feed_forward = _feed_forward(fields, family, hidden_size)
-    scale = attention.head_dim**-0.5
-    if "query_pre_attn_scalar" in family.defaults:
-        scale = fields.number("query_pre_attn_scalar") ** -0.5
+    scale = _attention_scale(fields, family, attention.head_dim)
     n_layers = fields.count("num_hidden_layers", maximum=MAX_LAYERS)
     parts: dict[str, Any] = {
         "vocab_size": fields.count("vocab_size", maximum=MAX_SIZE),
         "max_position_embeddings": fields.count("max_position_embeddings"),
         "norm_eps": fields.number("rms_norm_eps"),
         "tie_word_embeddings": fields.flag("tie_word_embeddings"),
+        "logit_softcap": _softcap(fields, family, "final_logit_softcapping"),
         "layers": family.layers(fields, n_layers, scale),
     }
     _check_unsupported(fields)
@@ -167,7 +170,24 @@ def _attention(fields: Fields, family: Family, hidden_size: int, heads: int) -> 
         qkv_bias=from_field if family.qkv_bias is None else family.qkv_bias,
         output_bias=from_field or family.block == "gpt2",
         qk_norm=family.qk_norm,
+        logit_softcap=_softcap(fields, family, "attn_logit_softcapping"),
     )
+
+
+def _attention_scale(fields: Fields, family: Family, head_dim: int) -> float:
+    if "query_pre_attn_scalar" in family.defaults:
+        return float(fields.number("query_pre_attn_scalar") ** -0.5)
+    return float(head_dim**-0.5)
+
+
+def _softcap(fields: Fields, family: Family, name: str) -> float | None:
+    # Absent means transformers' default, null means none.
+    if not family.has_softcaps:
+        return None
+    if fields.values.get(name, 0) is None:
+        fields.used.add(name)
+        return None
+    return fields.number(name)
 
 
 def _feed_forward(fields: Fields, family: Family, hidden_size: int) -> FeedForwardConfig:
@@ -238,6 +258,27 @@ FAMILIES: dict[str, Family] = {
             "tie_word_embeddings": True,
         },
         mlp_bias=None,
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        gemma2_layers,
+        names={"hidden_act": "hidden_activation"},
+        defaults={
+            "hidden_act": "gelu_pytorch_tanh",
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10_000.0,
+            "max_position_embeddings": 8192,
+            "head_dim": 256,
+            "num_key_value_heads": 4,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "tie_word_embeddings": True,
+        },
+        block="sandwich",
+        embeddings_are_scaled=True,
+        has_softcaps=True,
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",

@@ -71,6 +71,14 @@ def smollm3_layers(fields: Fields, n_layers: int, scale: float) -> tuple[LayerCo
     )
 
 
+def gemma2_layers(fields: Fields, n_layers: int, scale: float) -> tuple[LayerConfig, ...]:
+    """Return the blocks of Gemma 2: one rope; windowed and global ones in turn."""
+    kinds = [FULL if i % 2 else SLIDING for i in range(n_layers)]
+    windows = _windows_by_type(fields, n_layers, kinds)
+    rope = _one_rope(fields)
+    return tuple(LayerConfig(rope, window, scale) for window in windows)
+
+
 def gemma3_layers(fields: Fields, n_layers: int, scale: float) -> tuple[LayerConfig, ...]:
     """Return the blocks of Gemma 3: windowed and global ones, each kind with its own rope."""
     pattern = fields.count("sliding_window_pattern")

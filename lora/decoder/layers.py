@@ -100,7 +100,7 @@ class PreNormBlock(nn.Module):
 
 
 class SandwichBlock(nn.Module):
-    """Gemma 3's block: a norm before and after each half."""
+    """The block of Gemma 2 and 3: a norm before and after each half."""
 
     def __init__(self, config: DecoderConfig, layer: LayerConfig, index: int) -> None:
         super().__init__()

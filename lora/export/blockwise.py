@@ -19,6 +19,7 @@ from lora.adapters.apply import replace_module
 from lora.adapters.merge import has_tied_head, untied_config
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder, LlamaTrunk, build_empty_decoder
+from lora.decoder.language_model import transform_logits
 from lora.errors import ModelError
 from lora.layers.trainable_tokens import TrainableTokensEmbedding, TrainableTokensLinear
 from lora.lora_module import LoRALayer
@@ -219,7 +220,7 @@ def logits_by_block(source: BlockSource, ids: Tensor) -> Tensor:
     for number in range(len(blocks)):
         blocks[number] = _OnDemand(functools.partial(source.block, number))
     hidden = model.hidden_states(indices.to(table.device))[0]  # (T, C)
-    return source.head(hidden).cpu()
+    return transform_logits(source.head(hidden).cpu(), source.config)
 
 
 def logits_error(after: Tensor, before: Tensor) -> float:

@@ -35,8 +35,10 @@ class StackedDecoderLoss:
         )
         labels = batch.labels.view(n, -1)  # (K, N)
         head = decoder.output_head()
-        if isinstance(head, StackedLoRALinear):
-            return _adapted_head(head, hidden, labels)
+        config = decoder.config
+        is_transformed = config.logit_scale != 1 or config.logit_softcap is not None
+        if is_transformed or isinstance(head, StackedLoRALinear):
+            return _from_logits(decoder.logits_of(hidden), labels)
         # Unbound, not sliced: the backward of each of K slices would be a gradient of full size.
         by_adapter = hidden.flatten(0, 1).unflatten(0, (n, -1)).unbind(0)  # K times (N, C)
         found = [
@@ -47,8 +49,8 @@ class StackedDecoderLoss:
         return torch.stack(sums), torch.stack(counts)
 
 
-def _adapted_head(head: StackedLoRALinear, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    logits = head(hidden).flatten(0, 1)  # (K·N, V)
+def _from_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logits = logits.flatten(0, 1)  # (K·N, V)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(wide, labels.flatten(), ignore_index=IGNORE, reduction="none")
     return losses.view_as(labels).sum(1), (labels != IGNORE).sum(1)

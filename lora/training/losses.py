@@ -41,10 +41,10 @@ def trainable_tokens_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tenso
 
 
 def adapted_head_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the loss of one of our decoders whose head has LoRA; logits of learned tokens only."""
+    """Return the loss of one of our decoders with any head; logits of learned tokens only."""
     decoder, labels = cast(Decoder, model), batch.labels.flatten()
     learned = labels != IGNORE
-    logits = decoder.output_head()(_hidden(decoder, batch)[learned])  # (N, V)
+    logits = decoder.logits_of(_hidden(decoder, batch)[learned])  # (N, V)
     return _sum_of(logits, labels[learned])
 
 
@@ -78,6 +78,8 @@ def loss_for(model: nn.Module) -> LossFn:
     Raises ModelError for a model that is neither a Decoder nor one of transformers' causal models.
     """
     if isinstance(model, Decoder):
+        if model.config.logit_scale != 1 or model.config.logit_softcap is not None:
+            return adapted_head_loss
         if isinstance(model.output_head(), TrainableTokensLinear):
             return trainable_tokens_loss
         adapted = isinstance(model.output_head(), LoRALayer)

@@ -138,7 +138,7 @@ def test_hidden_states_are_what_the_head_gets(pair: Any, make_ids: Callable[...,
     ids = make_ids(2, T)
     hidden = pair.ours.hidden_states(ids)
     assert hidden.shape == (2, T, 48)
-    assert torch.equal(pair.ours.output_head()(hidden), pair.ours(ids))
+    assert torch.equal(pair.ours.logits_of(hidden), pair.ours(ids))
 
 
 def test_names_are_those_of_transformers(pair: Any) -> None:

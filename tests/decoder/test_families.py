@@ -115,6 +115,15 @@ def test_yarns_attention_factor() -> None:
     assert rope.attention_factor == 1.5
 
 
+def test_gemma2_caps_by_default_and_not_where_the_field_is_null() -> None:
+    config = decoder_config(config_of("gemma2"))
+    assert (config.attention.logit_softcap, config.logit_softcap) == (50.0, 30.0)
+    assert [layer.window_tokens for layer in config.layers] == [4096, None] * 3
+    given = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    config = decoder_config(config_of("gemma2", **given))
+    assert (config.attention.logit_softcap, config.logit_softcap) == (None, None)
+
+
 def test_smollm3_blocks_without_rope() -> None:
     config = decoder_config(config_of("smollm3", no_rope_layers=[1, 0, 1, 1, 1, 0]))
     assert [layer.rope is None for layer in config.layers] == [
@@ -179,6 +188,10 @@ def test_a_classifier_is_refused() -> None:
         ("qwen2", {"layer_types": ["sliding_attention"] * 6}, "each 'full_attention'"),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": "2"}, "max_window_layers='2'"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers=[1, 0]"),
+        ("gemma2", {"final_logit_softcapping": -1.0}, "final_logit_softcapping=-1.0: allowed"),
+        ("gemma2", {"attn_logit_softcapping": "no"}, "attn_logit_softcapping='no': allowed"),
+        ("gemma2", {"rope_local_base_freq": 1e4}, "rope_local_base_freq"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),

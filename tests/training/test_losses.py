@@ -107,6 +107,20 @@ def test_the_decoders_loss_is_the_plain_one(fill_random: FillRandom, tied: bool)
     assert_same(model, decoder_loss, batch_of((5, 4), (12,), (3, 3, 3)), 1e-10)
 
 
+GEMMA2 = {"model_type": "gemma2", "head_dim": 8, "final_logit_softcapping": 2.0}
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_capped_logits_are_those_of_the_loss(fill_random: FillRandom, adapted: bool) -> None:
+    config = decoder_config({**_CONFIG, **GEMMA2, "tie_word_embeddings": not adapted})
+    model = build_decoder(config, dtype=torch.float64)
+    fill_random(model, 2)
+    if adapted:
+        apply_lora(model, LoRAConfig(rank=3, targets=("q_proj", "lm_head")))
+        fill_random(model, 8, only_trainable=True)
+    assert_same(model, loss_for(model), batch_of((5, 4), (12,)), 1e-10)
+
+
 def test_a_head_with_lora(fill_random: FillRandom) -> None:
     model = build(fill_random)
     apply_lora(model, LoRAConfig(rank=3, targets=("q_proj", "lm_head")))
