@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 MAX_CHUNK_LOGITS = 2**24
-"""Attention logits that exist at once, over all sequences and heads; a chunk has a query or more."""
+"""Attention logits that exist at once, over sequences and heads; a chunk has a query or more."""
 
 
 def plain_capped_attention(
