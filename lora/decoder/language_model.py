@@ -85,6 +85,16 @@ class LanguageModel(nn.Module):
         self.cache_dtype: torch.dtype | None = None
         """Of keys and values, if it is not that of the parameters."""
 
+    @property
+    def needs_all_logits(self) -> bool:
+        """Whether logits exist only all at once: `hidden_states` then returns them."""
+        return False
+
+    @property
+    def why_not_packed(self) -> str | None:
+        """Why the examples of a packed sequence would see each other; None: they do not."""
+        return None
+
     def forward(
         self,
         input_ids: Tensor,

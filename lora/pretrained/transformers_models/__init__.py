@@ -1,0 +1,1 @@
+"""Causal language models of transformers behind the interface that all jobs know."""

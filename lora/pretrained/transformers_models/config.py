@@ -1,0 +1,99 @@
+"""The sizes of one of transformers' causal models, under the names that all jobs know."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+"""Names of the context length in configurations; some architectures have none."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What was found out about an architecture by trying a small random copy of it."""
+
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    needs_all_logits: bool = False
+    """Whether its logits are more than a linear of the last hidden state, scaled and capped."""
+    why_not_packed: str | None = None
+    """Why the examples of a packed sequence would not have the logits that they have alone."""
+    has_cache: bool = True
+    """Whether a cache of keys and values continues padded sequences."""
+
+
+class TransformersConfig:
+    """A `lora.decoder.language_model.ModelConfig` that reads transformers' configuration.
+
+    Read each time: a vocabulary that grows is seen here at once.
+    """
+
+    def __init__(self, config: Any, traits: Traits) -> None:
+        self.theirs, self.traits = config, traits
+
+    @property
+    def text(self) -> Any:
+        """The configuration of the language model, also where it has a vision part beside it."""
+        return self.theirs.get_text_config()
+
+    @property
+    def family(self) -> str:
+        """model_type in config.json."""
+        return str(self.theirs.model_type)
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return int(self.text.vocab_size)
+
+    @property
+    def hidden_size(self) -> int:
+        """C."""
+        return int(self.text.hidden_size)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of blocks."""
+        return int(self.text.num_hidden_layers)
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Context length in tokens; the largest number for an architecture without one."""
+        found = setting(self.text, *POSITIONS)
+        return int(found) if found else sys.maxsize
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the output head shares the embedding's weight."""
+        return bool(self.theirs.tie_word_embeddings)
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """The contents of config.json."""
+        contents: dict[str, Any] = self.theirs.to_dict()
+        return contents
+
+    @property
+    def logit_scale(self) -> float:
+        """Multiplies the output head's logits."""
+        return self.traits.logit_scale
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """The scaled logits become softcap · tanh(logits / softcap); None: they stay."""
+        return self.traits.logit_softcap
+
+    def is_transposed_in_files(self, name: str) -> bool:
+        """Whether files hold `name` transposed: never, GPT-2's Conv1D is the module here too."""
+        return False
+
+
+def setting(config: Any, *names: str) -> Any:
+    """Return the first of `names` that `config` has a value for, under its own name for it."""
+    contents: Mapping[str, Any] = config.to_dict()
+    own: Mapping[str, str] = config.attribute_map
+    found = (contents.get(own.get(name, name), contents.get(name)) for name in names)
+    return next((value for value in found if value is not None), None)

@@ -1,0 +1,196 @@
+"""One of transformers' causal models as a `LanguageModel`.
+
+The wrapper shares the very tables of modules, parameters and buffers that the model has: names are
+theirs, and what is replaced in one is replaced in both. It adds hidden states without logits,
+documents that do not see each other, and a cache for batches of prompts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora.decoder.attention import positions_within
+from lora.decoder.language_model import LanguageModel, TokenCache
+from lora.pretrained.transformers_models.cache import (
+    RecomputingCache,
+    TransformersCache,
+    each_alone,
+)
+from lora.pretrained.transformers_models.config import Traits, TransformersConfig
+from lora.pretrained.transformers_models.masks import documents_apart
+from lora.terminal import escaping_log
+
+log = escaping_log(__name__)
+
+
+class TransformersModel(LanguageModel):
+    """A view of `theirs`, one of transformers' causal models.
+
+    Args:
+        theirs: the model; it stays usable beside this one.
+        traits: of its architecture, from `probe`.
+    """
+
+    config: TransformersConfig
+    theirs: Any
+
+    def __init__(self, theirs: Any, traits: Traits) -> None:
+        is_training = theirs.training
+        vars(self)["theirs"] = theirs  # no child: its parts are ours already
+        super().__init__()
+        for table in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            vars(self)[table] = vars(theirs)[table]
+        for mark in ("applied_lora", "stored_adapters"):
+            if mark in vars(theirs):
+                vars(self)[mark] = vars(theirs)[mark]
+        self.training = is_training
+        self.config = TransformersConfig(theirs.config, traits)
+        self.traits = traits
+
+    @property
+    def training(self) -> bool:
+        """Whether dropout is on, in both."""
+        return bool(self.theirs.training)
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self.theirs.training = mode
+
+    @property
+    def needs_all_logits(self) -> bool:
+        """Whether its logits exist only all at once: hidden states are then the logits."""
+        return self.traits.needs_all_logits
+
+    @property
+    def why_not_packed(self) -> str | None:
+        """Why the examples of a packed sequence would see each other; None: they do not."""
+        return self.traits.why_not_packed
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: Any = None,
+    ) -> Tensor:
+        """Return the output head's input: (B, T, C) after the final norm.
+
+        Tokens of different documents do not see each other; document −1 is padding. Where
+        `needs_all_logits`, these are the logits (B, T, V).
+        """
+        if isinstance(cache, RecomputingCache):
+            return cache.run(self._each_alone, input_ids, document_ids)
+        if cache is not None:
+            return cache.run(self._run, input_ids, position_ids, document_ids)
+        if document_ids is None:
+            return self._run(input_ids, position_ids)
+        # No value may be read on the host while a CUDA graph is captured: a mask is always right.
+        is_capturing = document_ids.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not is_capturing and is_right_padded(document_ids):
+            # Earlier tokens do not see later ones: padding after them needs no mask.
+            if position_ids is not None:
+                steps = torch.arange(input_ids.shape[1], device=input_ids.device)
+                position_ids = torch.where(document_ids >= 0, position_ids, steps)
+            return self._run(input_ids, position_ids)
+        if self.why_not_packed is not None:
+            return self._each_alone(input_ids, document_ids)
+        if position_ids is None:
+            steps = torch.arange(input_ids.shape[1], device=input_ids.device)
+            position_ids = positions_within(document_ids, steps)
+        with documents_apart(self.config.text, document_ids):
+            return self._run(input_ids, position_ids)
+
+    def _each_alone(self, input_ids: Tensor, document_ids: Tensor) -> Tensor:
+        return each_alone(lambda tokens: self._run(tokens, None), input_ids, document_ids)
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        *,
+        use_cache: bool = False,
+        **more: Any,
+    ) -> Tensor:
+        whole = self.needs_all_logits
+        network = self.theirs if whole else self.theirs.base_model
+        known = inspect.signature(network.forward).parameters
+        inputs: dict[str, Any] = {"position_ids": position_ids, "use_cache": use_cache, **more}
+        given = {n: value for n, value in inputs.items() if n in known and value is not None}
+        output: Any = network(input_ids=input_ids, **given)
+        hidden: Tensor = output.logits if whole else output[0]
+        return hidden
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """Return the logits (…, V) of hidden states (…, C): the head's, scaled and capped."""
+        return hidden if self.needs_all_logits else super().logits_of(hidden)
+
+    def output_head(self) -> nn.Linear:
+        """Return the linear C -> V; its weight is the embedding's where the config ties them."""
+        head: nn.Linear = self.theirs.get_output_embeddings()
+        return head
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the output head."""
+        return self.output_head()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding."""
+        embedding: nn.Module = self.theirs.get_input_embeddings()
+        return embedding
+
+    def resize_token_embeddings(self, new_num_tokens: int, *, mean_resizing: bool) -> nn.Module:
+        """Change the token tables in place, as transformers does."""
+        embedding: nn.Module = self.theirs.resize_token_embeddings(
+            new_num_tokens, mean_resizing=mean_resizing
+        )
+        return embedding
+
+    def blocks(self) -> nn.ModuleList:
+        """Return the blocks in order: the list of modules that is as long as the config says."""
+        n_blocks = self.config.num_hidden_layers
+        lists = [m for m in self.theirs.get_decoder().modules() if isinstance(m, nn.ModuleList)]
+        of_length = [found for found in lists if len(found) == n_blocks]
+        return of_length[0] if of_length else max(lists, key=len, default=nn.ModuleList())
+
+    def new_cache(
+        self,
+        batch_size: int,
+        max_tokens: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> TokenCache:
+        """Return an empty cache for `batch_size` sequences; it grows as it is filled."""
+        if not self.traits.has_cache:
+            log.warning(
+                "a %s cannot continue padded prompts from its own state: each new token costs a "
+                "forward of all before it",
+                self.config.family,
+            )
+            return RecomputingCache()
+        from transformers import DynamicCache
+
+        return TransformersCache(batch_size, DynamicCache(config=self.theirs.config))
+
+    def token_cache_bytes(self) -> int:
+        """Return what a cache holds of one token of one sequence, in bytes; windows count whole."""
+        text, first = self.config.text.to_dict(), next(self.parameters())
+        n_heads = text.get("num_attention_heads") or text.get("n_head") or text.get("n_heads") or 1
+        head_dim = text.get("head_dim") or self.config.hidden_size // n_heads
+        shared = text.get("num_key_value_heads") or text.get("num_kv_heads") or n_heads
+        n_values = 2 * self.config.num_hidden_layers * shared * head_dim
+        return int(n_values * first.element_size())
+
+
+def is_right_padded(document_ids: Tensor) -> bool:
+    """Whether each row of (B, T) is document 0 and then padding, or padding alone.
+
+    The host waits for the device.
+    """
+    before, after = document_ids[:, :-1], document_ids[:, 1:]
+    is_plain = (document_ids <= 0).all() & (after <= before).all()
+    return bool(is_plain)

@@ -1,0 +1,153 @@
+"""What an architecture of transformers does with documents, heads and caches, found out by trying.
+
+No list of architectures: a small random copy of the configuration is run on the CPU, packed and
+alone, and the logits are compared. Found once for each configuration in a process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora.pretrained.transformers_models.config import POSITIONS, Traits, setting
+from lora.pretrained.transformers_models.masks import MASKED_ATTENTIONS
+from lora.pretrained.transformers_models.model import TransformersModel
+from lora.pretrained.transformers_models.quiet import quiet
+from lora.pretrained.transformers_models.small_copy import VOCAB, small_copy
+
+TOLERANCE = 1e-4
+"""Of the largest logit, in fp32: what is more is no rounding."""
+LONG_TOKENS = 300
+"""Of the first document: positions after it no longer fit into bf16, in which some are computed."""
+REFUSALS = (
+    *(RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError),
+    *(ImportError, AssertionError, OSError),
+)
+"""What an architecture may raise for sizes or masks that it does not expect."""
+_found: dict[str, Traits] = {}
+
+
+def probe(config: Any) -> Traits:
+    """Return what is true of the architecture of `config`, transformers' configuration."""
+    key = json.dumps([config.to_dict(), config._attn_implementation], default=str, sort_keys=True)
+    if key not in _found:
+        with quiet():
+            _found[key] = _probe(config)
+    return _found[key]
+
+
+@torch.no_grad()
+def _probe(config: Any) -> Traits:
+    try:
+        model = small_copy(config)
+        traits = _head_of(model)
+    except REFUSALS as error:
+        why = f"a small copy of it, to try this on, could not be run ({_first_line(error)})"
+        return Traits(needs_all_logits=True, why_not_packed=why, has_cache=False)
+    traits = replace(traits, why_not_packed=_why_not_packed(TransformersModel(model, traits)))
+    attention = config.get_text_config()._attn_implementation
+    if attention not in MASKED_ATTENTIONS:
+        why = f"its attention is {attention}: load it with sdpa or eager"
+        traits = replace(traits, why_not_packed=why)
+    return replace(traits, has_cache=_has_cache(TransformersModel(model, traits)))
+
+
+def _head_of(model: Any) -> Traits:
+    """Return how the logits follow from the last hidden state: scale and cap are tried."""
+    ids = _tokens(9)[None]
+    wanted = model(input_ids=ids).logits
+    for traits in _heads(model.config):
+        own = TransformersModel(model, traits)
+        hidden = own.hidden_states(ids)
+        if model.get_output_embeddings() is not None and _is_close(own.logits_of(hidden), wanted):
+            return traits
+    return Traits(needs_all_logits=True)
+
+
+def _heads(config: Any) -> Iterator[Traits]:
+    """Yield the scales and caps that the settings of architectures stand for."""
+    factors = [
+        setting(config, "logit_scale", "lm_head_multiplier"),
+        setting(config, "logits_scaling"),
+    ]
+    scales = [1.0, *(f for f in factors if f), *(1 / f for f in factors if f)]
+    cap = setting(config, "final_logit_softcapping", "logits_soft_cap")
+    for softcap in [cap, None] if cap else [None]:
+        for scale in scales:
+            yield Traits(logit_scale=float(scale), logit_softcap=softcap)
+
+
+def _why_not_packed(own: TransformersModel) -> str | None:
+    """Return why documents in one sequence have other logits than alone; None if they do not."""
+    first = min(LONG_TOKENS, int(setting(own.config.text, *POSITIONS) or LONG_TOKENS) - 31)
+    lengths = [max(first, 2), 11, 1, 17]
+    documents = torch.repeat_interleave(torch.tensor(lengths))
+    padded = torch.full((2, sum(lengths) + 2), -1)
+    padded[0, : len(documents)] = documents
+    padded[1, -11:] = 0  # a document that is padded on the left
+    ids = _tokens(padded.numel()).view(padded.shape)
+    positions = torch.zeros_like(ids)
+    for row, number in [(0, n) for n in range(len(lengths))] + [(1, 0)]:
+        places = padded[row] == number
+        positions[row, places] = torch.arange(int(places.sum()))
+    try:
+        logits = own(ids, position_ids=positions, document_ids=padded)
+    except REFUSALS as error:
+        return f"its masks cannot be told what belongs together ({_first_line(error)})"
+    for row, number in [(0, n) for n in range(len(lengths))] + [(1, 0)]:
+        places = padded[row] == number
+        alone = own.theirs(input_ids=ids[row, places][None]).logits[0]
+        if not _is_close(logits[row, places], alone):
+            return _reason(own)
+    return None
+
+
+def _reason(own: TransformersModel) -> str:
+    if not any("attention" in type(module).__name__.lower() for module in own.modules()):
+        return "its blocks are recurrent: what they carry goes on from one example into the next"
+    kinds = set(setting(own.config.text, "layer_types", "layers_block_type") or ())
+    carrying = sorted(kind for kind in kinds if kind not in ("full_attention", "attention"))
+    if carrying:
+        return f"in some of its blocks ({', '.join(carrying)}) an example would see the one before"
+    return "an example in a packed sequence has other logits there than alone"
+
+
+def _has_cache(own: TransformersModel) -> bool:
+    """Whether a cache continues two prompts, of which one is padded, as if each were alone."""
+    lengths, n_new = (5, 9), 3
+    ids = _tokens(2 * (9 + n_new)).view(2, -1)
+    documents = torch.zeros(2, 9, dtype=torch.int64)
+    documents[0, : 9 - lengths[0]] = -1
+    try:
+        cache = own.new_cache(2, 9 + n_new)
+        logits = [own(ids[:, :9], document_ids=documents, cache=cache)[:, -1]]
+        logits.append(own(ids[:, 9:10], cache=cache)[:, -1])
+        cache.select_sequences(torch.tensor([0]))
+        logits.append(own(ids[:1, 10:11], cache=cache)[:, -1])
+        for row, length, n_steps in ((0, lengths[0], 3), (1, lengths[1], 2)):
+            whole = own.theirs(input_ids=ids[row : row + 1, 9 - length :]).logits[0, length - 1 :]
+            found = torch.stack([logits[step][row] for step in range(n_steps)])
+            if not _is_close(found, whole[:n_steps]):
+                return False
+    except REFUSALS:
+        return False
+    return True
+
+
+def _tokens(n: int) -> Tensor:
+    return torch.randint(1, VOCAB, (n,), generator=torch.Generator().manual_seed(1))
+
+
+def _is_close(found: Tensor, wanted: Tensor) -> bool:
+    if found.shape != wanted.shape:
+        return False
+    return bool((found - wanted).abs().max() <= TOLERANCE * wanted.abs().max())
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

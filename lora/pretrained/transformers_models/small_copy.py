@@ -1,0 +1,110 @@
+"""A small random copy of an architecture: what is found out about it holds for the large model.
+
+The kinds of blocks, windows, caps, multipliers and the width of a head stay; the number of blocks,
+of heads and of words is small.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora.pretrained.transformers_models.config import setting
+from lora.pretrained.transformers_models.masks import MASKED_ATTENTIONS
+
+VOCAB = 64
+WINDOW_TOKENS = 7
+"""Smaller than the documents that are tried, so that a window counts."""
+N_HEADS = 4
+MAX_BLOCKS = 12
+"""Blocks that are kept at most so that each kind is there."""
+_WIDTHS = {"intermediate_size": 64, "ffn_dim": 64, "n_inner": 64, "ffn_hidden_size": 64}
+_EXPERTS = {
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+}
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+
+
+def small_copy(config: Any) -> Any:
+    """Return a model of the language part of `config` in fp32, in eval mode, all of it random.
+
+    What a refusal of transformers raises depends on the architecture.
+    """
+    import transformers
+
+    text = config.get_text_config()
+    small = _small_config(text)
+    attention = text._attn_implementation
+    asked = attention if attention in MASKED_ATTENTIONS else None
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(
+            small, dtype=torch.float32, attn_implementation=asked
+        )
+    _draw(model)
+    return model.eval().requires_grad_(False)
+
+
+def _small_config(text: Any) -> Any:
+    small = copy.deepcopy(text)
+    heads = setting(text, "num_attention_heads") or 1
+    width, n_blocks = int(text.hidden_size), int(text.num_hidden_layers)
+    head_dim = setting(text, "head_dim") or width // heads
+    shared = setting(text, "num_key_value_heads", "num_kv_heads") or heads
+    _change(small, "vocab_size", VOCAB)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(small, name, None)
+    if heads > N_HEADS and width == heads * head_dim:
+        sizes = dict.fromkeys(("hidden_size", "word_embed_proj_dim"), N_HEADS * head_dim)
+        n_shared = N_HEADS if shared == heads else min(shared, 2)
+        sizes |= dict.fromkeys(("num_key_value_heads", "num_kv_heads"), n_shared)
+        for name, value in {"num_attention_heads": N_HEADS, **sizes, **_WIDTHS}.items():
+            _change(small, name, value)
+    for name, value in _EXPERTS.items():
+        _change(small, name, min(value, setting(text, name) or value))
+    for name in _WINDOWS:
+        _change(small, name, WINDOW_TOKENS)
+    _change_blocks(small, n_blocks)
+    return small
+
+
+def _change_blocks(small: Any, n_blocks: int) -> None:
+    """Changes `small` in place: few blocks, and of each kind at least one where that is few."""
+    contents = small.to_dict()
+    lists = {n: v for n, v in contents.items() if isinstance(v, list) and len(v) == n_blocks}
+    kept = min(2, n_blocks)
+    for values in lists.values():
+        kinds = [repr(value) for value in values]
+        needed = max(kinds.index(kind) for kind in set(kinds)) + 1
+        if needed <= MAX_BLOCKS:
+            kept = max(kept, needed)
+    _change(small, "num_hidden_layers", kept)
+    for name, values in lists.items():
+        setattr(small, name, values[:kept])
+
+
+def _change(config: Any, name: str, value: Any) -> None:
+    """Changes `config` in place where it has a setting of this name, under its own name for it."""
+    contents, own = config.to_dict(), config.attribute_map.get(name, name)
+    if contents.get(own, contents.get(name)) is not None:
+        setattr(config, name, value)
+
+
+@torch.no_grad()
+def _draw(model: nn.Module) -> None:
+    """Changes `model` in place: matrices are drawn, vectors move away from where they start."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() > 1:
+            parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+        else:
+            parameter.add_(0.1 * noise)

@@ -1,0 +1,119 @@
+"""transformers' models behind our interface: the logits that they have alone, packed and cached."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora.adapters.apply import apply_lora, lora_layers
+from lora.config import LoRAConfig, SamplingConfig
+from lora.errors import ModelError
+from lora.inference.generate import generate
+from lora.pretrained.transformers_models.load import as_language_model, load_transformers_model
+from lora.pretrained.transformers_models.model import TransformersModel
+from tests.pretrained.tiny_models import VOCAB, tiny_transformers
+
+pytest.importorskip("transformers")
+
+PACKED = (
+    *("llama", "gpt_neox", "gptj", "opt", "bloom", "falcon", "cohere2", "gemma2", "glm4"),
+    *("stablelm", "starcoder2", "phi", "mpt", "granite", "mixtral", "gpt_oss"),
+)
+_made: dict[str, Any] = {}
+
+
+def model_of(name: str) -> TransformersModel:
+    """Return a wrapped model in fp32; tests do not change it."""
+    if name not in _made:
+        _made[name] = as_language_model(tiny_transformers(name))
+    made = _made[name]
+    assert isinstance(made, TransformersModel)
+    return made
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(1, VOCAB, shape, generator=torch.Generator().manual_seed(5))
+
+
+def assert_close(found: Tensor, wanted: Tensor) -> None:
+    assert found.shape == wanted.shape
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("name", [*PACKED, "mamba"])
+@torch.no_grad()
+def test_documents_have_the_logits_that_they_have_alone(name: str) -> None:
+    own, ids = model_of(name), tokens(2, 20)
+    documents = torch.tensor([[0] * 9 + [1] + [2] * 7 + [-1] * 3, [-1] * 8 + [0] * 12])
+    assert_close(own(ids), own.theirs(input_ids=ids).logits)
+    logits = own(ids, document_ids=documents)
+    for row, number in ((0, 0), (0, 1), (0, 2), (1, 0)):
+        places = documents[row] == number
+        alone = own.theirs(input_ids=ids[row, places][None]).logits[0]
+        assert_close(logits[row, places], alone)
+    assert (own.why_not_packed is None) == (name != "mamba")
+
+
+@pytest.mark.parametrize("name", [*PACKED, "mamba"])
+def test_greedy_answers_are_theirs(name: str) -> None:
+    own = model_of(name)
+    prompts = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [5, 9, 3], [7, 7, 8, 2, 4]]
+    answers = generate(own, prompts, SamplingConfig(temperature=0, max_new_tokens=6))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        theirs = own.theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=None
+        )
+        assert answer == theirs[0, len(prompt) :].tolist()
+
+
+def test_the_wrapper_shares_what_the_model_has() -> None:
+    theirs = tiny_transformers("llama")
+    own = as_language_model(theirs)
+    apply_lora(own, LoRAConfig(rank=2, targets=("q_proj", "lm_head")))
+    names = dict(theirs.named_parameters())
+    assert dict(own.named_parameters()).keys() == names.keys()
+    assert all(p is names[name] for name, p in own.named_parameters())
+    assert "lm_head.lora_A" in names
+    assert isinstance(own.output_head(), type(theirs.lm_head))
+    with torch.no_grad():
+        for layer in lora_layers(own).values():
+            layer.lora_B.fill_(0.1)
+        assert_close(own(tokens(1, 5)), theirs(input_ids=tokens(1, 5)).logits)
+    own.train()
+    assert theirs.training
+    assert theirs.model.training
+    other = copy.deepcopy(own)
+    assert isinstance(other, TransformersModel)
+    assert other.theirs is not theirs
+    assert other.lm_head is other.theirs.lm_head
+
+
+def test_sizes_are_those_of_the_language_model() -> None:
+    config = model_of("gpt2").config
+    assert (config.family, config.vocab_size, config.hidden_size) == ("gpt2", VOCAB, 32)
+    assert (config.num_hidden_layers, config.max_position_embeddings) == (2, 64)
+    assert model_of("granite").config.logit_scale == 0.5
+    assert model_of("gemma2").config.logit_softcap == 3.0
+    assert len(model_of("gpt_neox").blocks()) == 2
+
+
+def test_a_saved_model_is_loaded(tmp_path: Any) -> None:
+    theirs = tiny_transformers("stablelm")
+    theirs.save_pretrained(tmp_path)
+    own = load_transformers_model(tmp_path, dtype=torch.float64)
+    assert next(own.parameters()).dtype == torch.float64
+    with torch.no_grad():
+        wanted = theirs.double()(input_ids=tokens(1, 5)).logits
+        assert_close(own(tokens(1, 5)), wanted)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="Cannot load"):
+        load_transformers_model(tmp_path)
+
+
+def test_other_modules_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"a Linear as a language model.*lora's Decoder"):
+        as_language_model(nn.Linear(2, 2))
