@@ -17,13 +17,25 @@ class PeerMissing(Exception):
     """A peer's package is not installed; the message names it."""
 
 
-def build_llama(
+def build_theirs(
     shape: Any, device: str | torch.device = "cuda", dtype: torch.dtype = torch.bfloat16
 ) -> Any:
-    """Return transformers' Llama of this shape, random."""
+    """Return transformers' model of this shape, random: a Llama, or what its config says."""
     import transformers
 
-    config = transformers.LlamaConfig(
+    config: Any
+    if shape.config is not None:
+        config = transformers.AutoConfig.for_model(**shape.config, use_cache=False)
+    else:
+        config = _llama_config(shape)
+    with torch.device(device):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _llama_config(shape: Any) -> Any:
+    import transformers
+
+    return transformers.LlamaConfig(
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
@@ -34,8 +46,6 @@ def build_llama(
         max_position_embeddings=max(4096, shape.tokens),
         use_cache=False,
     )
-    with torch.device(device):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def add_peft(model: Any, rank: int) -> Any:
@@ -86,41 +96,41 @@ def _timed(build: Callable[[], Any]) -> tuple[Any, float]:
 
 def full_transformers(shape: Any, rank: int) -> dict[str, Any]:
     """Full fine-tuning of transformers' model."""
-    model, build_s = _timed(lambda: build_llama(shape))
+    model, build_s = _timed(lambda: build_theirs(shape))
     return measure(model, shape, build_s)
 
 
 def full_transformers_compiled(shape: Any, rank: int) -> dict[str, Any]:
     """The same through torch.compile."""
-    model, build_s = _timed(lambda: build_llama(shape))
+    model, build_s = _timed(lambda: build_theirs(shape))
     return measure(torch.compile(model), shape, build_s)
 
 
 def peft(shape: Any, rank: int) -> dict[str, Any]:
     """PEFT's LoRA on transformers' model."""
-    model, build_s = _timed(lambda: add_peft(build_llama(shape), rank))
+    model, build_s = _timed(lambda: add_peft(build_theirs(shape), rank))
     return measure(model, shape, build_s)
 
 
 def peft_compiled(shape: Any, rank: int) -> dict[str, Any]:
     """PEFT's LoRA through torch.compile."""
-    model, build_s = _timed(lambda: add_peft(build_llama(shape), rank))
+    model, build_s = _timed(lambda: add_peft(build_theirs(shape), rank))
     return measure(torch.compile(model), shape, build_s)
 
 
 def peft_liger(shape: Any, rank: int) -> dict[str, Any]:
     """PEFT's LoRA on transformers' model with Liger's kernels in it."""
-    use_liger()
-    model, build_s = _timed(lambda: add_peft(build_llama(shape), rank))
+    use_liger(shape)
+    model, build_s = _timed(lambda: add_peft(build_theirs(shape), rank))
     return measure(model, shape, build_s)
 
 
 def peft_liger_recompute(shape: Any, rank: int) -> dict[str, Any]:
     """The same with transformers' gradient checkpointing: whole blocks are recomputed."""
-    use_liger()
+    use_liger(shape)
 
     def build() -> Any:
-        model = add_peft(build_llama(shape), rank)
+        model = add_peft(build_theirs(shape), rank)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
         return model
@@ -129,13 +139,19 @@ def peft_liger_recompute(shape: Any, rank: int) -> dict[str, Any]:
     return measure(model, shape, build_s)
 
 
-def use_liger() -> None:
-    """Put Liger's kernels into transformers' Llama. Raises PeerMissing without the package."""
+def use_liger(shape: Any) -> None:
+    """Put Liger's kernels into transformers' model of this family.
+
+    Raises PeerMissing without the package, or where it does not know the family.
+    """
+    family = "llama" if shape.config is None else shape.config["model_type"]
     try:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError as error:
         raise PeerMissing(f"liger-kernel cannot be imported: {error}") from None
-    apply_liger_kernel_to_llama()
+    if family not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise PeerMissing(f"liger-kernel has no kernels for {family}")
+    MODEL_TYPE_TO_APPLY_LIGER_FN[family]()
 
 
 def unsloth(shape: Any, rank: int) -> dict[str, Any]:
@@ -147,7 +163,7 @@ def unsloth(shape: Any, rank: int) -> dict[str, Any]:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        build_llama(shape).save_pretrained(folder)
+        build_theirs(shape).save_pretrained(folder)
         began_s = time.perf_counter()
         model, _ = FastLanguageModel.from_pretrained(
             folder, max_seq_length=shape.tokens, dtype=torch.bfloat16, load_in_4bit=False

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_peers import PEERS, PeerMissing, build_llama
+from gpu_peers import PEERS, PeerMissing, build_theirs
 
 from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig, RunConfig, TrainConfig
@@ -42,6 +42,7 @@ from lora.decoder.config import (
     RopeConfig,
 )
 from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
+from lora.decoder.families import decoder_config
 from lora.decoder.quantised import Fp8Linear, use_fp8_linears
 from lora.device import WHOLE, DeviceChoice, Share, choose_device
 from lora.fast.memory.fast_step import USABLE_MEMORY_FRACTION, FastPlan, MemoryFit, fit_memory
@@ -73,6 +74,8 @@ class Shape:
     tied: bool = True
     warm_up_steps: int = 5
     timed_steps: int = 30
+    config: dict[str, Any] | None = None
+    """config.json of a model that is no Llama of these sizes."""
 
     @property
     def head_dim(self) -> int:
@@ -126,6 +129,8 @@ MODE_OF = {"ours_lora_offload": "full+offload", "ours_lora_fp8_offload": "full+o
 
 def build_empty(shape: Shape) -> Decoder:
     """Return a decoder of this shape on the meta device."""
+    if shape.config is not None:
+        return build_empty_decoder(decoder_config(shape.config))
     layer = LayerConfig(RopeConfig(10000.0), None, shape.head_dim**-0.5)
     config = DecoderConfig(
         family="llama",
@@ -202,7 +207,7 @@ def time_ours(shape: Shape, variant: str) -> dict[str, Any]:
     began_s = time.perf_counter()
     model: Any
     if variant.startswith("theirs"):
-        model = build_llama(shape)
+        model = build_theirs(shape)
     else:
         dtype = torch.float32 if full else torch.bfloat16
         model = build_model(shape, dtype, fp8="fp8" in variant)

@@ -39,7 +39,7 @@ from sweep_drift import loss_sums
 
 from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig, TrainConfig
-from lora.device import choose_device
+from lora.device import choose_device, peak_memory_bytes, synchronize
 from lora.fast.choose import choose_steps
 from lora.fast.memory.fast_step import fast_memory, stacked_memory
 from lora.fast.stacked_runner import choose_stacked_runner
@@ -81,10 +81,10 @@ def configs(n: int) -> list[TrainConfig]:
     return [TrainConfig(steps=1000, seed=k, learning_rate=r) for k, r in enumerate(rates)]
 
 
-def gpu_together(shape: Shape, n: int) -> dict[str, Any]:
+def gpu_together(shape: Shape, n: int, device: str = "cuda") -> dict[str, Any]:
     """Return the time of a step of `n` candidates, with the sweep's step and loader."""
-    choice = choose_device("cuda")
-    model = build_model(shape, torch.bfloat16)
+    choice = choose_device(device)
+    model = build_model(shape, choice.compute_dtype, device=device)
     said: list[str] = []
     stacked = apply_stacked(model, loras(n), range(n))
     candidates = configs(n)
@@ -104,22 +104,22 @@ def gpu_together(shape: Shape, n: int) -> dict[str, Any]:
 
     began_s = time.perf_counter()
     step()
-    torch.cuda.synchronize()
+    synchronize(choice.device)
     start_s = time.perf_counter() - began_s
-    found = {"step_ms": median_ms(step, WARM_UP, TIMED), "start_s": start_s, "step": said[0]}
+    found = {"step_ms": median_ms(step, WARM_UP, TIMED), "start_s": start_s, "step": "; ".join(said)}
     losses.extend(outcome.losses for outcome in training.finished(wait=True))
     assert not training.failures, training.failures
-    peak = torch.cuda.max_memory_allocated() / 1e9
+    peak = peak_memory_bytes(choice.device) / 1e9
     return {**found, "peak_gb": peak, "losses": [round(loss, 3) for loss in losses[-1]]}
 
 
-def gpu_one(shape: Shape, rows: int = 1) -> dict[str, Any]:
+def gpu_one(shape: Shape, rows: int = 1, device: str = "cuda") -> dict[str, Any]:
     """Return the time of a step of one run, batch size `rows`, with finetune's step and loader."""
-    shape, choice = replace(shape, rows=rows), choose_device("cuda")
-    model = apply_lora(build_model(shape, torch.bfloat16), loras(1)[0])
+    shape, choice = replace(shape, rows=rows), choose_device(device)
+    model = apply_lora(build_model(shape, choice.compute_dtype, device=device), loras(1)[0])
     said: list[str] = []
     steps = choose_steps(model, choice, TrainConfig(steps=1000), on_message=said.append)
-    stream, done = build_stream(shape, "cpu", packed=False), 0
+    stream, done = build_stream(shape, steps.batch_device, packed=False), 0
 
     def step() -> None:
         nonlocal done
@@ -127,8 +127,8 @@ def gpu_one(shape: Shape, rows: int = 1) -> dict[str, Any]:
         steps.launch(done, [next(stream)], [1e-4])
         steps.finished(wait=False)
 
-    found = {"step_ms": median_ms(step, WARM_UP, TIMED), "step": said[0]}
-    return {**found, "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+    found = {"step_ms": median_ms(step, WARM_UP, TIMED), "step": "; ".join(said)}
+    return {**found, "peak_gb": peak_memory_bytes(choice.device) / 1e9}
 
 
 def gpu_peft(shape: Shape) -> dict[str, Any]:

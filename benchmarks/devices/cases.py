@@ -63,6 +63,11 @@ class Case:
         return "_full" in self.variant
 
     @property
+    def is_packed(self) -> bool:
+        """Whether sequences hold several documents."""
+        return self.variant.endswith("packed")
+
+    @property
     def has_fp8_base(self) -> bool:
         """Whether the frozen linears are stored in fp8."""
         return self.variant == "ours_fp8"

@@ -13,7 +13,7 @@ from gpu_step import Shape, build_stream
 from devices.cases import Case
 from devices.profile import kernels_of, summarise
 from devices.sharded import build_sharded
-from devices.whole import GB, Planned, build_whole
+from devices.whole import GB, Planned, build_theirs_adapted, build_whole
 from lora.config import RunConfig, TrainConfig
 from lora.data.sequences.batches import BatchStream
 from lora.device import DeviceChoice, choose_device, synchronize
@@ -147,6 +147,8 @@ def prepare(case: Case, shape: Shape, world: World, *, smoke: bool) -> Prepared:
         seed=0,
     )
     build = build_sharded if case.parallel == "fsdp" else build_whole
+    if case.variant.startswith("theirs"):
+        build = build_theirs_adapted
     model, steps, planned = build(case, shape, world, choice, config)
-    stream = build_stream(shape, steps.batch_device, packed=False, share=world.share)
+    stream = build_stream(shape, steps.batch_device, packed=case.is_packed, share=world.share)
     return Prepared(model, steps, planned, stream, config, choice)

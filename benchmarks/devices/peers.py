@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 import torch
-from gpu_peers import add_peft, build_llama, use_liger
+from gpu_peers import add_peft, build_theirs, use_liger
 from gpu_step import RANK, Shape
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -30,7 +30,7 @@ def time_peer(case: Case, world: World, smoke: bool) -> dict[str, Any]:
     """Return the time and memory of this rank's steps of a peer."""
     shape, device = case.sizes(smoke=smoke), torch.device("cpu" if smoke else "cuda")
     if "liger" in case.variant and not smoke:
-        use_liger()
+        use_liger(shape)
     begun_s = time.perf_counter()
     model = _build(case, shape, device)
     build_s = time.perf_counter() - begun_s
@@ -41,7 +41,7 @@ def _build(case: Case, shape: Shape, device: torch.device) -> nn.Module:
     full, sharded = case.is_full, case.parallel == "fsdp"
     dtype = torch.float32 if full else torch.bfloat16
     with torch.device("meta" if sharded else device):
-        model = build_llama(shape, "meta" if sharded else device, dtype)
+        model = build_theirs(shape, "meta" if sharded else device, dtype)
         if not full:
             model = add_peft(model, RANK)
     if case.variant.endswith("recompute"):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from gpu_peers import build_theirs
 from gpu_step import RANK, Shape, build_empty, build_model
 
 from devices.cases import Case
@@ -17,7 +18,8 @@ from lora.fast.choose import choose_steps
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.memory.plan import PlanInputs
 from lora.fast.memory.planner import MemoryPlanner
-from lora.fast.runner import FastStepRunner
+from lora.fast.runner import CapturedStepRunner, FastStepRunner
+from lora.fast.why_not import why_not_hand_written
 from lora.training.step_runner import StepRunner
 
 GB = 1e9
@@ -54,7 +56,7 @@ def build_whole(
     else:
         apply_lora(model, lora_config())
     steps: StepRunner
-    if choice.device.type == "cuda":
+    if choice.device.type == "cuda" or why_not_hand_written(model) is not None:
         steps = choose_steps(
             model,
             choice,
@@ -66,6 +68,19 @@ def build_whole(
     else:  # the fast step's plain twins: a run on a CPU would not choose them
         steps = FastStepRunner(model, choice, config, checkpointing=fit.checkpointing, world=world)
     return model, steps, fit
+
+
+def build_theirs_adapted(
+    case: Case, shape: Shape, world: World, choice: DeviceChoice, config: TrainConfig
+) -> tuple[Any, StepRunner, Planned]:
+    """Return transformers' model with our LoRA, and on a GPU our captured step, compiled or not."""
+    model = build_theirs(shape, choice.device, choice.compute_dtype)
+    apply_lora(model, lora_config())
+    none = Planned(0, "", None)
+    if choice.device.type != "cuda":
+        return model, choose_steps(model, choice, config, world=world), none
+    compiles = case.variant.endswith("compiled")
+    return model, CapturedStepRunner(model, choice, config, compiles=compiles, world=world), none
 
 
 def plan_case(case: Case, shape: Shape, *, is_cuda: bool) -> Planned:
@@ -85,7 +100,7 @@ def planner_of(case: Case, shape: Shape) -> MemoryPlanner:
         shape.tokens,
         "cuda",
         torch.bfloat16,
-        packed=False,
+        packed=case.is_packed,
         fp8=case.has_fp8_base,
         devices=case.devices,
         parallel="fsdp" if case.parallel == "fsdp" else "ddp",

@@ -179,7 +179,11 @@ class MemoryPlanner:
         largest, too_large = 0, None
         while too_large is None or too_large - largest > 1:
             size = largest_that_fits(fits, largest, too_large)
-            size = max(size, largest + 1)
+            if size == largest:
+                size += 1
+                # A step takes at least what the line through two smaller ones says.
+                if size > self._traces.largest_size and not fits(size):
+                    break
             if really_fits(size):
                 largest = size
             else:

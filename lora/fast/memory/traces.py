@@ -45,6 +45,11 @@ class StepTraces:
             self._model, compute_dtype=self._compute_dtype, holds_gradients=self._holds_gradients
         )
 
+    @property
+    def largest_size(self) -> int:
+        """Of those that were traced."""
+        return max(size for size, _ in self._traces)
+
     def trace(self, size: int, *, learns: bool = True) -> StepMemory:
         """Return what a step of `size` sequences holds; without `learns`, a validation pass."""
         key = size, learns

@@ -1,0 +1,1 @@
+"""What `gpu_families.py` measures, and how."""
