@@ -48,10 +48,10 @@ PRELOADED = (
 def row_of(cell: Cell, row: dict[str, Any]) -> dict[str, Any]:
     """Return the row of a cell that ended."""
     found = row.pop("ranks")[0]
-    row |= {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}
+    row |= {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in found.items()}
     if "step_ms" in row:
         row["tokens_per_s"] = round(row["tokens"] / (row["step_ms"] * 1e-3))
-        row["tflops"] = round(row["tflop"] / (row["step_ms"] * 1e-3), 1)
+        row["tflops"] = float(f"{row['tflop'] / (row['step_ms'] * 1e-3):.5g}")
     return row
 
 
@@ -90,7 +90,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--smoke", action="store_true", help="tiny sizes on the CPU")
     add("--method", choices=("forkserver", "spawn"), default="forkserver")
     add("--list", action="store_true", help="print the cells and what they take")
-    add("--write", type=Path, nargs="?", const=PAGE, help="write the tables into this page, and end")
+    add(
+        "--write", type=Path, nargs="?", const=PAGE, help="write the tables into this page, and end"
+    )
     return parser.parse_args(words)
 
 

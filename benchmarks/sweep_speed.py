@@ -106,7 +106,11 @@ def gpu_together(shape: Shape, n: int, device: str = "cuda") -> dict[str, Any]:
     step()
     synchronize(choice.device)
     start_s = time.perf_counter() - began_s
-    found = {"step_ms": median_ms(step, WARM_UP, TIMED), "start_s": start_s, "step": "; ".join(said)}
+    found = {
+        "step_ms": median_ms(step, WARM_UP, TIMED),
+        "start_s": start_s,
+        "step": "; ".join(said),
+    }
     losses.extend(outcome.losses for outcome in training.finished(wait=True))
     assert not training.failures, training.failures
     peak = peak_memory_bytes(choice.device) / 1e9

@@ -155,7 +155,8 @@ class Cell(Case):
             return shape
         config = dict(shape.config or {})
         config |= {name: value for name, value in SMOKE_SIZES.items() if name in config}
-        return shape_of(config, 2, 512, 1, 3)  # packed documents have up to 400
+        tokens = 512 if self.is_packed else 32  # documents to be packed have up to 400
+        return shape_of(config, 2, tokens, 1, 3)
 
 
 START_S = 6
@@ -185,6 +186,8 @@ def _cell(shape: str, variant: str, expected_s: float | None = None) -> Cell:
         sizes = SHAPES[shape]
         step_s = STEP_S.get(shape.removeprefix("Llama-as-"), 0.25 if shape == LLAMA else 0.7)
         expected_s = START_S + step_s * (sizes.warm_up_steps + sizes.timed_steps)
-        expected_s += {"theirs_compiled": 15, "full_transformers_compiled": COMPILE_S}.get(variant, 0)
+        expected_s += {"theirs_compiled": 15, "full_transformers_compiled": COMPILE_S}.get(
+            variant, 0
+        )
     seconds = round(expected_s)
     return Cell(shape, variant, "none", 1, seconds, 2 * seconds + 20)

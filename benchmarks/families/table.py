@@ -118,8 +118,9 @@ def make_tables(machines: list[Rows]) -> str:
     lines: list[str] = []
     for rows in machines:
         about = next(iter(rows.values()))
+        hardware = about["hardware"].replace("NVIDIA ", "")
         packages = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        lines += ["", f"{about['hardware'].replace('NVIDIA ', '').capitalize()}; {packages}:", ""]
+        lines += ["", f"{hardware[0].upper()}{hardware[1:]}; {packages}:", ""]
         lines += [*steps_table(rows), "", *wanted_table(rows), *other_lines(rows)]
     return "\n".join(lines[1:])
 

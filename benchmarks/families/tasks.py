@@ -39,7 +39,7 @@ def run_cell(case: Case, world: World, smoke: bool) -> dict[str, Any]:
         return found
     flops = flops_of(shape, trains_all=case.is_full)
     tokens = found.pop("tokens", shape.rows * shape.tokens)
-    return {**found, "tokens": tokens, "tflop": round(flops / 1e12, 4)}
+    return {**found, "tokens": tokens, "tflop": flops / 1e12}
 
 
 def _measured(
