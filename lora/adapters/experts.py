@@ -17,6 +17,7 @@ from torch import nn
 from lora.decoder.language_model import transformers_network
 from lora.errors import TargetError
 from lora.layers.build import is_adaptable
+from lora.layers.uncalled import find_uncalled
 from lora.lora_module import LoRALayer
 from lora.terminal import escaping_log
 
@@ -61,7 +62,7 @@ def refuse_expert_names(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def note_left_out(model: nn.Module, adapted: Iterable[str], *, is_all_linear: bool) -> None:
-    """Log which experts of `model`, and linears named as experts, are not in `adapted`."""
+    """Log which experts of `model`, and which linears of "all-linear", are not in `adapted`."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     total = sum(sizes.values())
     experts = [name for name in sizes if _is_stacked(model, name)]
@@ -71,15 +72,26 @@ def note_left_out(model: nn.Module, adapted: Iterable[str], *, is_all_linear: bo
             "are no linear layers",
             *(len(experts), experts[0], 100 * sum(map(sizes.__getitem__, experts)) / total),
         )
-    linears = (name for name, module in model.named_modules() if name and is_adaptable(module))
-    taken = sorted(set(find_expert_names(model, linears)) - set(adapted)) if is_all_linear else []
-    if taken:
-        own = sum(p.numel() for name in taken for p in model.get_submodule(name).parameters())
-        log.warning(
-            "%d linears (%s, for one), %.0f%% of the parameters, are not adapted: PEFT would read "
-            "their LoRA as that of the experts, which have the same names",
-            *(len(taken), taken[0], 100 * own / total),
-        )
+    if not is_all_linear:
+        return
+    linears = [name for name, module in model.named_modules() if name and is_adaptable(module)]
+    for names, why in (
+        (
+            find_expert_names(model, linears),
+            "PEFT would read their LoRA as that of the experts, which have the same names",
+        ),
+        (
+            find_uncalled(model, linears),
+            "the model reads their weight without calling them, so that LoRA would have no effect",
+        ),
+    ):
+        left_out = sorted(set(names) - set(adapted))
+        if left_out:
+            own = sum(p.numel() for n in left_out for p in model.get_submodule(n).parameters())
+            log.warning(
+                "%d linears (%s, for one), %.0f%% of the parameters, are not adapted: %s",
+                *(len(left_out), left_out[0], 100 * own / total, why),
+            )
 
 
 def _is_stacked(model: nn.Module, name: str) -> bool:

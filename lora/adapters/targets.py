@@ -12,6 +12,7 @@ from lora.adapters.patterns import NameMatcher
 from lora.config import LoRAConfig
 from lora.errors import TargetError, did_you_mean
 from lora.layers.build import has_computed_weight, is_adaptable
+from lora.layers.uncalled import find_uncalled
 
 ALL_LINEAR = "all-linear"
 
@@ -37,10 +38,11 @@ def output_head_name(model: nn.Module) -> str | None:
 def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Return the full names of the layers that `config` selects, in the model's order.
 
-    "all-linear" leaves out the head, and linears that PEFT would take for experts.
+    "all-linear" leaves out the head, linears that PEFT would take for experts, and linears that
+    the model does not call.
 
     Raises TargetError for a target, exclusion or pattern that matches nothing, and for layers among
-    those selected that are quantised, or that PEFT would take for experts.
+    those selected that are quantised, that PEFT would take for experts, or that are not called.
     """
     computed = [
         name for name, module in model.named_modules() if name and has_computed_weight(module)
@@ -49,7 +51,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     linears += computed  # refused below, unless they are excluded
     if config.targets == ALL_LINEAR:
         head = output_head_name(model)
-        mistaken = {head, *find_expert_names(model, linears)}
+        mistaken = {head, *find_expert_names(model, linears), *find_uncalled(model, linears)}
         names = [name for name in linears if name not in mistaken]
     else:
         names = _match_all("adapt", config.targets, linears)
@@ -58,6 +60,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
         names = [name for name in names if name not in excluded]
     _refuse_computed_weights(model, [name for name in names if name in computed])
     refuse_expert_names(model, names)
+    _refuse_uncalled(model, names)
     if config.layers is not None:
         _check_layers(config.layers, names)
         names = [name for name in names if _block_number(name) in config.layers]
@@ -138,6 +141,18 @@ def _refuse_computed_weights(model: nn.Module, names: list[str]) -> None:
         "Allowed: plain linears. Load the base without quantisation (GGUF files are dequantised "
         "when lora reads them), or leave these layers out (exclude)."
     )
+
+
+def _refuse_uncalled(model: nn.Module, names: list[str]) -> None:
+    uncalled = find_uncalled(model, names)
+    if uncalled:
+        more = f" and {len(uncalled) - 1} more" if len(uncalled) > 1 else ""
+        owner = type(model.get_submodule(uncalled[0].rpartition(".")[0])).__name__
+        raise TargetError(
+            f"Cannot adapt {uncalled[0]!r}{more}: {owner} reads its weight without calling the "
+            "layer, so that LoRA would have no effect. Leave these out (exclude), or use "
+            f'targets="{ALL_LINEAR}", which does.'
+        )
 
 
 def refuse_shared(model: nn.Module, names: list[str]) -> None:
