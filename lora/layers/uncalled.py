@@ -30,7 +30,7 @@ def find_uncalled(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 @functools.cache
-def _weights_read(kind: type[nn.Module]) -> frozenset[str]:
+def _weights_read(kind: type) -> frozenset[str]:
     """Return the names of the children whose weight the methods of `kind` read."""
     methods = (m for name, m in inspect.getmembers(kind, inspect.isfunction) if name != "__init__")
     own = (method for method in methods if method.__module__ == kind.__module__)
