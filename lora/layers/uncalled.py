@@ -6,7 +6,6 @@ on a GPU in training, or multiplies by one itself.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 from collections.abc import Iterable
@@ -20,17 +19,20 @@ _READ = re.compile(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|data)\b)"
 
 def find_uncalled(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Return those of the linears `names` whose mixer in `model` reads their weight itself."""
+    read: dict[str, frozenset[str]] = {}  # by class
     found = []
     for name in names:
         path, _, own = name.rpartition(".")
         owner = model.get_submodule(path)
         if _STATE_MATRIX in dict(owner.named_parameters(recurse=False)):
-            found += [name] if own in _weights_read(type(owner)) else []
+            kind = type(owner).__qualname__
+            if kind not in read:
+                read[kind] = _weights_read(type(owner))
+            found += [name] if own in read[kind] else []
     return found
 
 
-@functools.cache
-def _weights_read(kind: type) -> frozenset[str]:
+def _weights_read(kind: type[nn.Module]) -> frozenset[str]:
     """Return the names of the children whose weight the methods of `kind` read."""
     methods = (m for name, m in inspect.getmembers(kind, inspect.isfunction) if name != "__init__")
     own = (method for method in methods if method.__module__ == kind.__module__)
