@@ -1,11 +1,17 @@
 """SwiGLU, silu(gate) · up (arXiv 2002.05202), on gate and up in one tensor, and its gradient.
 
+GeGLU beside it: gelu(gate) · up, with GELU's tanh approximation (arXiv 1606.08415). Both are
+gate · sigmoid(z) · up: z = gate in SiLU; in GELU twice the argument of the tanh, because
+1 + tanh(a) = 2 sigmoid(2a).
+
 The gradient is written over its input: no concatenation, no second tensor of twice the width. Where
 results are also written in fp8, one program computes a whole row, whose largest value sets the
 scale.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +26,32 @@ MAX_BLOCK_IN_REGISTERS = 16384
 """Gradients of wider rows leave their program's registers: it takes them in chunks, twice."""
 CHUNK_COLUMNS, CHUNK_WARPS = 4096, 8
 """Of such a row, at once."""
+GELU_LINEAR = 2 * (2 / math.pi) ** 0.5
+GELU_CUBIC = 0.044715 * GELU_LINEAR
+"""z = GELU_LINEAR · gate + GELU_CUBIC · gate³."""
 
 
-def swiglu(gate_up: Tensor, out: Tensor, fp8_out: Fp8Rows | None = None) -> None:
+def swiglu(
+    gate_up: Tensor, out: Tensor, fp8_out: Fp8Rows | None = None, *, gelu: bool = False
+) -> None:
     """Changes `out` (N, F) in place: silu(gate) · up of `gate_up` (N, 2F), gate first.
 
-    `fp8_out` also receives `out`, in fp8.
+    `fp8_out` also receives `out`, in fp8. `gelu`: GELU in place of SiLU.
     """
     wide = torch.promote_types(gate_up.dtype, torch.float32)
     gate, up = gate_up.to(wide).chunk(2, -1)  # each (N, F)
-    out.copy_(F.silu(gate) * up)
+    out.copy_((F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up)
     if fp8_out is not None:
         fp8_out.write(out)
 
 
 def swiglu_backward(
-    gate_up: Tensor, d_out: Tensor, out: Tensor | None, fp8_out: Fp8Rows | None = None
+    gate_up: Tensor,
+    d_out: Tensor,
+    out: Tensor | None,
+    fp8_out: Fp8Rows | None = None,
+    *,
+    gelu: bool = False,
 ) -> None:
     """Changes `gate_up` (N, 2F) in place: it becomes its own gradient.
 
@@ -44,31 +60,54 @@ def swiglu_backward(
     """
     wide = torch.promote_types(gate_up.dtype, torch.float32)
     gate, up = gate_up.to(wide).chunk(2, -1)  # each (N, F)
-    sigmoid, dy = gate.sigmoid(), d_out.to(wide)  # each (N, F)
+    z, slope = _argument(gate, gelu=gelu)
+    sigmoid, dy = z.sigmoid(), d_out.to(wide)  # each (N, F)
     if out is not None:  # before gate and up are overwritten
         out.copy_(gate * sigmoid * up)
-    d_gate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))  # (N, F)
+    d_gate = dy * up * sigmoid * (1 + gate * (1 - sigmoid) * slope)  # (N, F)
     gate_up.copy_(torch.cat((d_gate, dy * gate * sigmoid), -1))
     if fp8_out is not None:
         fp8_out.write(gate_up)
 
 
+def _argument(gate: Tensor, *, gelu: bool) -> tuple[Tensor, Tensor | float]:
+    """Return z (N, F), whose sigmoid multiplies the gate, and dz / dgate."""
+    if not gelu:
+        return gate, 1.0
+    square = gate * gate
+    return gate * (GELU_LINEAR + GELU_CUBIC * square), GELU_LINEAR + 3 * GELU_CUBIC * square
+
+
 @jit
-def _swiglu_kernel(gate_up, out, gate_up_stride, out_stride, width, BLOCK: tl.constexpr):
+def _z(gate, GELU: tl.constexpr):
+    if GELU:  # GELU_LINEAR, GELU_CUBIC: kernels read no globals
+        gate = gate * (1.5957691216057308 + 0.07135481627260025 * gate * gate)
+    return gate
+
+
+@jit
+def _silu(gate, GELU: tl.constexpr):
+    return gate * tl.sigmoid(_z(gate, GELU))
+
+
+@jit
+def _swiglu_kernel(
+    gate_up, out, gate_up_stride, out_stride, width, GELU: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     gate_at = gate_up + row * gate_up_stride + columns
     gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_at + width, mask=inside, other=0.0).to(tl.float32)
-    y = gate * tl.sigmoid(gate) * up
+    y = _silu(gate, GELU) * up
     tl.store(out + row * out_stride + columns, y.to(out.dtype.element_ty), mask=inside)
 
 
 @jit
 def _swiglu_row_kernel(
     gate_up, out, codes, scales, factors, gate_up_stride, out_stride, width,
-    HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_FACTORS: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -76,42 +115,50 @@ def _swiglu_row_kernel(
     gate_at = gate_up + row * gate_up_stride + columns
     gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_at + width, mask=inside, other=0.0).to(tl.float32)
-    y = (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty)
+    y = (_silu(gate, GELU) * up).to(out.dtype.element_ty)
     tl.store(out + row * out_stride + columns, y, mask=inside)
     codes_at = codes + row * width + columns
     wide = y.to(tl.float32)  # the rounded values, as quantising `out` later would see them
     store_codes(wide, codes_at, scales + row, factors + columns, inside, HAS_FACTORS)
 
 
-def swiglu_triton(gate_up: Tensor, out: Tensor, fp8_out: Fp8Rows | None = None) -> None:
+def swiglu_triton(
+    gate_up: Tensor, out: Tensor, fp8_out: Fp8Rows | None = None, *, gelu: bool = False
+) -> None:
     """The fast twin of `swiglu`; bf16, on a GPU: agrees within one rounding of bf16."""
     rows, width = out.shape
     if fp8_out is not None:
         block = next_power_of_2(width)
         _swiglu_row_kernel[(rows,)](
             gate_up, out, *fp8_tensors(fp8_out, out), row_stride(gate_up), row_stride(out), width,
-            HAS_FACTORS=fp8_out.factors is not None, BLOCK=block, num_warps=warps_of(block),
+            HAS_FACTORS=fp8_out.factors is not None, GELU=gelu,
+            BLOCK=block, num_warps=warps_of(block),
         )  # fmt: skip
         return
     grid = (rows, -(-width // BLOCK_COLUMNS))
     _swiglu_kernel[grid](
-        gate_up, out, row_stride(gate_up), row_stride(out), width, BLOCK=BLOCK_COLUMNS
+        gate_up, out, row_stride(gate_up), row_stride(out), width, GELU=gelu, BLOCK=BLOCK_COLUMNS
     )
 
 
 @jit
-def _differentiate(gate_at, dy_at, out_at, width, inside, WRITES_OUT: tl.constexpr):
+def _differentiate(
+    gate_at, dy_at, out_at, width, inside, WRITES_OUT: tl.constexpr, GELU: tl.constexpr
+):
     """Store the gradients of gate and up over them, and return both, rounded as they are stored."""
     gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_at + width, mask=inside, other=0.0).to(tl.float32)
     dy = tl.load(dy_at, mask=inside, other=0.0).to(tl.float32)
     kind = gate_at.dtype.element_ty
-    sigmoid = tl.sigmoid(gate)
+    sigmoid = tl.sigmoid(_z(gate, GELU))
     silu = gate * sigmoid
     if WRITES_OUT:  # free here: gate and up are in registers anyway
         y = (silu * up).to(out_at.dtype.element_ty)
         tl.store(out_at, y, mask=inside)
-    d_gate = (dy * up * (sigmoid + silu * (1 - sigmoid))).to(kind)
+    slope = silu * (1 - sigmoid)
+    if GELU:
+        slope *= 1.5957691216057308 + 0.21406444881780073 * gate * gate
+    d_gate = (dy * up * (sigmoid + slope)).to(kind)
     d_up = (dy * silu).to(kind)
     # Over gate and up, which this program alone reads, and has read by now.
     tl.store(gate_at, d_gate, mask=inside)
@@ -133,28 +180,29 @@ def _times_factors(d_gate, d_up, factors_at, width, inside, HAS_FACTORS: tl.cons
 @jit
 def _swiglu_backward_kernel(
     gate_up, d_out, out, gate_up_stride, d_out_stride, out_stride, width,
-    WRITES_OUT: tl.constexpr, BLOCK: tl.constexpr,
+    WRITES_OUT: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     gate_at = gate_up + row * gate_up_stride + columns
     dy_at, out_at = d_out + row * d_out_stride + columns, out + row * out_stride + columns
-    _differentiate(gate_at, dy_at, out_at, width, inside, WRITES_OUT)
+    _differentiate(gate_at, dy_at, out_at, width, inside, WRITES_OUT, GELU)
 
 
 @jit
 def _swiglu_backward_row_kernel(
     gate_up, d_out, out, codes, scales, factors,
     gate_up_stride, d_out_stride, out_stride, width,
-    WRITES_OUT: tl.constexpr, HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr,
+    WRITES_OUT: tl.constexpr, HAS_FACTORS: tl.constexpr, GELU: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     gate_at = gate_up + row * gate_up_stride + columns
     dy_at, out_at = d_out + row * d_out_stride + columns, out + row * out_stride + columns
-    d_gate, d_up = _differentiate(gate_at, dy_at, out_at, width, inside, WRITES_OUT)
+    d_gate, d_up = _differentiate(gate_at, dy_at, out_at, width, inside, WRITES_OUT, GELU)
     left, right = _times_factors(d_gate, d_up, factors + columns, width, inside, HAS_FACTORS)
     scale, inverse = scale_of(tl.maximum(tl.max(tl.abs(left), 0), tl.max(tl.abs(right), 0)))
     tl.store(scales + row, scale)
@@ -167,7 +215,8 @@ def _swiglu_backward_row_kernel(
 def _swiglu_backward_chunks_kernel(
     gate_up, d_out, out, codes, scales, factors,
     gate_up_stride, d_out_stride, out_stride, width,
-    WRITES_OUT: tl.constexpr, HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr,
+    WRITES_OUT: tl.constexpr, HAS_FACTORS: tl.constexpr, GELU: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     peaks = tl.zeros([BLOCK], dtype=tl.float32)
@@ -176,7 +225,7 @@ def _swiglu_backward_chunks_kernel(
         inside = columns < width
         gate_at = gate_up + row * gate_up_stride + columns
         dy_at, out_at = d_out + row * d_out_stride + columns, out + row * out_stride + columns
-        d_gate, d_up = _differentiate(gate_at, dy_at, out_at, width, inside, WRITES_OUT)
+        d_gate, d_up = _differentiate(gate_at, dy_at, out_at, width, inside, WRITES_OUT, GELU)
         left, right = _times_factors(d_gate, d_up, factors + columns, width, inside, HAS_FACTORS)
         peaks = tl.maximum(peaks, tl.maximum(tl.abs(left), tl.abs(right)))
     scale, inverse = scale_of(tl.max(peaks, 0))
@@ -195,7 +244,12 @@ def _swiglu_backward_chunks_kernel(
 
 
 def swiglu_backward_triton(
-    gate_up: Tensor, d_out: Tensor, out: Tensor | None, fp8_out: Fp8Rows | None = None
+    gate_up: Tensor,
+    d_out: Tensor,
+    out: Tensor | None,
+    fp8_out: Fp8Rows | None = None,
+    *,
+    gelu: bool = False,
 ) -> None:
     """The fast twin of `swiglu_backward`; bf16, on a GPU: within one rounding of bf16."""
     rows, width = d_out.shape
@@ -208,7 +262,7 @@ def swiglu_backward_triton(
         kernel[(rows,)](
             gate_up, d_out, out_or_any, *fp8_tensors(fp8_out, d_out),
             row_stride(gate_up), row_stride(d_out), row_stride(out_or_any), width,
-            WRITES_OUT=out is not None, HAS_FACTORS=fp8_out.factors is not None,
+            WRITES_OUT=out is not None, HAS_FACTORS=fp8_out.factors is not None, GELU=gelu,
             BLOCK=block, num_warps=warps,
         )  # fmt: skip
         return
@@ -216,5 +270,5 @@ def swiglu_backward_triton(
     _swiglu_backward_kernel[grid](
         gate_up, d_out, out_or_any,
         row_stride(gate_up), row_stride(d_out), row_stride(out_or_any), width,
-        WRITES_OUT=out is not None, BLOCK=BLOCK_COLUMNS,
+        WRITES_OUT=out is not None, GELU=gelu, BLOCK=BLOCK_COLUMNS,
     )  # fmt: skip

@@ -88,9 +88,10 @@ def test_fp8_rows(draw: torch.Generator, with_factors: bool) -> None:
         assert same[3:].float().mean() > 0.99
 
 
+@pytest.mark.parametrize("gelu", [True, False])
 @pytest.mark.parametrize("with_factors", [True, False])
 def test_norms_and_swiglu_write_codes_beside_their_results(
-    draw: torch.Generator, with_factors: bool
+    draw: torch.Generator, with_factors: bool, gelu: bool
 ) -> None:
     x, delta, dy = (random(draw, ROWS, WIDTH) for _ in range(3))
     weight, gate_up = random(draw, WIDTH), random(draw, ROWS, 2 * WIDTH)
@@ -112,8 +113,8 @@ def test_norms_and_swiglu_write_codes_beside_their_results(
         out, gradient = torch.empty_like(x), gate_up.clone()
         back(dy, total, rstd, weight, delta, out, rows[1])
         activated, again = torch.empty_like(x), torch.empty_like(x)
-        activate(gate_up, activated, rows[2])
-        activate_back(gradient, dy, again, rows[3])
+        activate(gate_up, activated, rows[2], gelu=gelu)
+        activate_back(gradient, dy, again, rows[3], gelu=gelu)
         assert_close(again, activated)
         for made, row in zip((normed, out, activated, gradient), rows, strict=True):
             expected = fp8_like(made, row.factors)
@@ -198,20 +199,65 @@ def test_norm_and_its_gradients(draw: torch.Generator, with_delta: bool) -> None
     assert_close(norm.norm_weight_gradient_triton(dy, total, rstd), plain, 1e-5)
 
 
+BRANCHES = {"norm": (True, 1.0), "factor": (False, 0.22), "norm and factor": (True, 0.7)}
+
+
+@pytest.mark.parametrize("kind", BRANCHES)
+@pytest.mark.parametrize("has_norm", [True, False])
+@pytest.mark.parametrize("offset", [True, False])
+def test_norms_with_a_branch_before_the_sum(
+    draw: torch.Generator, kind: str, has_norm: bool, offset: bool
+) -> None:
+    """Forward and backward of both norms and the sum: total, normed, codes, and their gradients."""
+    x, delta, dy, beside = (random(draw, ROWS, WIDTH) for _ in range(4))
+    weight, own_weight = random(draw, WIDTH), random(draw, WIDTH)
+    is_normed, factor = BRANCHES[kind]
+    results = []
+    for add, back in (
+        (norm.add_norm, norm.norm_backward),
+        (norm.add_norm_triton, norm.norm_backward_triton),
+    ):
+        total, normed = torch.empty_like(x), torch.empty_like(x)
+        rstd, own_rstd = torch.zeros(2, ROWS, device=DEVICE).unbind()
+        own = (own_weight, own_rstd) if is_normed else (None, None)
+        branch = norm.Branch(*own, factor)
+        codes = [fp8_like(x, None) for _ in range(2)]
+        before = (
+            (weight, 1e-5, total, normed, rstd) if has_norm else (None, 1e-5, total, normed, None)
+        )
+        add(x, delta, *before, codes[0], branch=branch, offset=offset)
+        out, d_branch = torch.empty_like(x), torch.full((ROWS, WIDTH + 16), 7.0).to(x)
+        d_branch[:, :WIDTH] = delta
+        source = (total, rstd, weight) if has_norm else (total, None, None)
+        ways = {"branch": branch, "d_branch": d_branch[:, :WIDTH], "offset": offset}
+        back(dy, *source, beside, out, codes[1], **ways)
+        alone = delta.clone()  # the branch's gradient by itself, from the sum's
+        back(out, out, None, None, None, None, **{**ways, "d_branch": alone})
+        assert torch.equal(alone, d_branch[:, :WIDTH])
+        for rows, made in zip(codes, (normed, alone), strict=True):
+            expected = fp8_like(made, None)
+            expected.write(made)
+            assert_fp8(rows, expected)
+        results.append((total, normed, rstd + 1, own_rstd + 1, out, d_branch))
+    for fast, plain in zip(results[1], results[0], strict=True):
+        assert_close(fast, plain)
+
+
+@pytest.mark.parametrize("gelu", [True, False])
 @pytest.mark.parametrize("recomputes", [True, False])
-def test_swiglu_and_its_gradient(draw: torch.Generator, recomputes: bool) -> None:
+def test_swiglu_and_its_gradient(draw: torch.Generator, recomputes: bool, gelu: bool) -> None:
     width = 1300
     gate_up = random(draw, ROWS, 2 * width + 16)[:, : 2 * width]
     dy = random(draw, ROWS, width)
     plain, fast = torch.zeros_like(dy), torch.zeros_like(dy)
-    swiglu.swiglu(gate_up, plain)
-    swiglu.swiglu_triton(gate_up, fast)
+    swiglu.swiglu(gate_up, plain, gelu=gelu)
+    swiglu.swiglu_triton(gate_up, fast, gelu=gelu)
     assert_close(fast, plain)
     grads, outs = [], []
     for function in (swiglu.swiglu_backward, swiglu.swiglu_backward_triton):
         grads.append(gate_up.clone())
         outs.append(torch.zeros_like(dy))
-        function(grads[-1], dy, outs[-1] if recomputes else None)
+        function(grads[-1], dy, outs[-1] if recomputes else None, gelu=gelu)
     assert_close(grads[1], grads[0])
     if recomputes:
         assert_close(outs[1], plain)
@@ -235,16 +281,22 @@ def test_rotation_and_its_gradient(draw: torch.Generator, rotates: bool) -> None
     assert_close(fast, plain)
 
 
-def test_token_loss_and_its_gradient(draw: torch.Generator) -> None:
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.125, None), (0.5, 4.0)])
+def test_token_loss_and_its_gradient(
+    draw: torch.Generator, scale: float, softcap: float | None
+) -> None:
     width = 20001
     plain = 3 * random(draw, ROWS, width)
     fast = plain.clone()
+    scaled = plain.float() * scale
+    capped = scaled if softcap is None else softcap * (scaled / softcap).tanh()
+    ways = {"scale": scale, "softcap": softcap}
     labels = torch.randint(0, width, (ROWS,), generator=draw).to(DEVICE)
     labels[::5] = token_loss.IGNORE
-    expected = torch.nn.functional.cross_entropy(plain.float(), labels, reduction="none")
+    expected = torch.nn.functional.cross_entropy(capped, labels, reduction="none")
     losses = torch.full((2, ROWS), 7.0, device=DEVICE)
-    token_loss.token_loss(plain, labels, losses[0])
-    token_loss.token_loss_triton(fast, labels, losses[1])
+    token_loss.token_loss(plain, labels, losses[0], **ways)
+    token_loss.token_loss_triton(fast, labels, losses[1], **ways)
     assert_close(losses[0], expected, 1e-5)
     assert_close(losses[1], expected, 1e-5)
     assert_close(fast, plain)
