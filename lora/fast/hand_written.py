@@ -75,6 +75,8 @@ class HandWrittenStep:
         self.device = update.is_live.device
         self.optimizer_update = update
         self.report = update.report
+        sizes = model.config
+        self._logits = {"scale": sizes.logit_scale, "softcap": sizes.logit_softcap}
         self.graphs = Graphs(self.device, update.is_live)
         self._is_shared = False
         """Whether other processes have parts of each batch: the update waits for all of them."""
@@ -204,7 +206,7 @@ class HandWrittenStep:
             chunk = slice(start, min(start + n_chunk, buffers.n_tokens))
             hidden, logits = buffers.final[chunk], buffers.logits[: chunk.stop - chunk.start]
             torch.mm(hidden, weight.T, out=logits)  # (tokens, V)
-            self.ops.token_loss(logits, labels[chunk], buffers.losses[chunk])
+            self.ops.token_loss(logits, labels[chunk], buffers.losses[chunk], **self._logits)
             # The logits are their gradient now.
             torch.mm(logits, weight, out=buffers.hidden[chunk])
             if head.slot is not None:

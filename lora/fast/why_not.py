@@ -10,6 +10,8 @@ from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
 from lora.decoder.quantised import has_fp8_base
 from lora.device import DeviceChoice
+from lora.fast.llama.junctions import NORM_NAMES
+from lora.fast.llama.network import GELU_NAMES
 from lora.fast.step import trains_all_weights
 from lora.kernels.step.fp8 import FP8_GEMM_MULTIPLE
 from lora.kernels.step.jit import HAS_TRITON
@@ -97,22 +99,18 @@ def _why_not_device(choice: DeviceChoice) -> str | None:
 
 def _why_not_shape(config: DecoderConfig) -> str | None:
     half = config.head_dim // 2  # the RoPE kernel's one tl.arange, so it must be a power of two
-    if config.block != "pre_norm":
+    if config.block not in NORM_NAMES:
         return f"{config.family} places its norms otherwise than Llama"
     if config.attention.qk_norm:
         return f"{config.family} normalises queries and keys"
-    if config.attention.logit_softcap is not None or config.logit_softcap is not None:
-        return f"{config.family} caps its logits"
+    if config.attention.logit_softcap is not None:
+        return f"{config.family} caps its attention logits"
     if config.attention.is_fused or config.feed_forward.is_fused:
         return f"{config.family} has fused linears"
-    if config.residual_multiplier != 1 or config.logit_scale != 1:
-        return f"{config.family} scales what its blocks add, or its logits"
     if any(layer.rope is not None and layer.rope.rotary_dim for layer in config.layers):
         return f"{config.family} rotates a part of each head"
-    if config.feed_forward.activation not in ("silu", "swish"):
-        return f"the activation is {config.feed_forward.activation}, not silu"
-    if config.embedding_scale != 1:
-        return "embeddings are scaled"
+    if config.feed_forward.activation not in ("silu", "swish", *GELU_NAMES):
+        return f"the activation is {config.feed_forward.activation}, not silu or gelu_pytorch_tanh"
     if config.head_dim > MAX_HEAD_WIDTH or config.head_dim % 2 or half & (half - 1):
         return f"the head width is {config.head_dim}, not a power of two up to {MAX_HEAD_WIDTH}"
     # Rows of bf16 tensors must begin at multiples of 16 bytes for cuBLAS's fast kernels.

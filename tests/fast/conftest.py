@@ -4,21 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from lora.data.sequences.batches import Batch
-from lora.decoder.config import LayerConfig
+from lora.decoder.config import FeedForwardConfig, LayerConfig
 from lora.decoder.decoder import Decoder
 from tests.tiny_llama import ROPE, VOCABULARY, llama_config, random_decoder
 
 ROWS, TOKENS = 2, 16
+GEMMA: dict[str, Any] = {
+    "block": "sandwich",
+    "embedding_scale": 48**0.5,
+    "feed_forward": FeedForwardConfig(56, "gelu_pytorch_tanh"),
+}
+"""Settings of Gemma's blocks, beside those of its attention."""
 
 
 @pytest.fixture
 def tiny_decoder() -> Callable[..., Decoder]:
-    """Make a random Llama with all tensors drawn; its second block has no rotary embedding."""
+    """Make a random Llama with all tensors drawn; its second block has no rotary embedding.
+
+    Other fields of its config are given by name.
+    """
 
     def make(
         *,
@@ -26,10 +36,11 @@ def tiny_decoder() -> Callable[..., Decoder]:
         bias: bool = False,
         window: int | None = None,
         dtype: torch.dtype = torch.float64,
+        **changes: Any,
     ) -> Decoder:
         ropes = (ROPE, None, ROPE)
         layers = tuple(LayerConfig(rope, window, 8**-0.5) for rope in ropes)
-        config = replace(llama_config(tied=tied, bias=bias), layers=layers)
+        config = replace(llama_config(tied=tied, bias=bias), layers=layers, **changes)
         return random_decoder(config, dtype)
 
     return make

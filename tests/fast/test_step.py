@@ -22,6 +22,7 @@ from lora.training.checkpoint import restore_training_tensors, training_tensors
 from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer, set_learning_rate
 from lora.training.plain_step import train_step
+from tests.fast.conftest import GEMMA
 
 RATES = (1e-2, 2e-2, 5e-3)
 LORA = {"rank": 3, "alpha": 6.0, "init_seed": 0}
@@ -31,6 +32,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "biases": ({"bias": True}, {}),
     "window": ({"window": 4}, {}),
     "one block": ({}, {"layers": (1,)}),
+    "Gemma": (GEMMA, {"layers": (1, 2)}),
+    "Gemma, full": (GEMMA, None),
     "two targets": ({}, {"targets": ("q_proj", "down_proj")}),
     "full": ({}, None),
     "full, untied, biases": ({"tied": False, "bias": True}, None),

@@ -3,21 +3,25 @@
 buffer               shape         after forward            after backward           stored in modes
 -------------------  ------------  -----------------------  -----------------------  ---------------
 residuals[l]         (N, C + R)    input of block l, l = L  its gradient, which      all modes;
-                                   of the final norm        down of l − 1 reads      1. offloaded
-attention_in[l]      (N, C + R)    first norm's output      the same                 none
+                                   of the final norm        down of l − 1 reads 6.   1. offloaded
+attention_in[l]      (N, C + R)    first norm's output 7.   the same                 none
 qkv[l]               (N, W + R)    rotated q and k, v       their gradients, before  none, cheap
                                                             the rotation
 attention_out[l]     (N, H·D + R)  attention output         the same                 none, cheap
 lse[l]               (H, N)        log-sum-exp by query     the same                 2. none, cheap
-mid_residual[l]      (N, C + R)    residual after           its gradient, which      none, cheap
-                                   attention                o_proj reads
-feed_forward_in[l]   (N, C + R)    second norm's output     the same                 none
+attention_branch[l]  (N, C + R)    output of o_proj         its gradient, which      6. none, cheap
+                                                            o_proj reads
+mid_residual[l]      (N, C + R)    residual after           its gradient, which      7. none, cheap
+                                   attention                o_proj reads 6.
+feed_forward_in[l]   (N, C + R)    second norm's output 7.  the same                 none
 gate_up[l]           (N, 2F + R)   gate and up              their gradients          none, cheap
 swiglu_out[l]        (N, F + R)    silu(gate) · up          the same                 3. none
+feed_branch[l]       (N, C + R)    output of down           its gradient, which      6. none, cheap
+                                                            down reads
 qkv_low_rank[l]      (N, R)        + R of attention_in      the same                 4. cheap
 gate_up_low_rank[l]  (N, R)        + R of feed_forward_in   the same                 4. cheap
 down_low_rank[l]     (N, R)        + R of swiglu_out        the same                 4. cheap, full
-rstd[i]              (2L + 1, N)   1 / rms at each norm     the same                 all modes
+rstd[i]              (norms, N)    1 / rms at each norm     the same                 all modes
 final                (N, C)        final norm's output      the same                 all modes
 logits               (chunk, V)    logits, then their                                scratch
                                    gradient
@@ -48,6 +52,11 @@ blocks' qkv, attention_out and mid_residual are stored where there is room.
 3. If all blocks' are small; else it is recomputed in every mode.
 4. Where the tensor beside which they lie is recomputed: norms and SwiGLU do not write them.
 5. For an fp8 base only.
+6. Only where a half's output goes through a norm or a factor before it is added to the residual:
+   then o_proj and down read the gradient of what they have written, and residuals have no + R. In
+   blocks without a stored feed_branch the backward pass recomputes it by chunks of tokens. Where
+   there is a factor alone, nothing is needed of forward, and only none stores the gradients.
+7. Where a half has no norm before it: a copy of the residual. none does not store mid_residual.
 
 A gradient overwrites what it is the gradient of. So at the end of the backward pass the inputs and
 the output gradients of all stored linears lie here, and the weight gradients of all blocks are a
@@ -68,6 +77,7 @@ from lora.fast.llama.checkpointing import (
     OffloadedResiduals,
     Residuals,
 )
+from lora.fast.llama.junctions import Branches
 from lora.kernels.step.fp8 import FP8
 
 MAX_STORED_SWIGLU_BYTES = 400e6
@@ -102,6 +112,8 @@ class Buffers:
         widths: columns.
         like: a tensor of the compute dtype, on the device.
         wide: dtype of sums: fp32 or wider.
+        branches: how blocks add what they compute.
+        n_norms: of all blocks, and the final one.
         first_trained: the block at which the backward pass ends; nothing is stored of blocks
             before it.
         checkpointing: what is stored of which blocks; None: nearly all.
@@ -117,6 +129,8 @@ class Buffers:
         like: Tensor,
         wide: torch.dtype,
         *,
+        branches: Branches,
+        n_norms: int,
         first_trained: int = 0,
         checkpointing: ActivationCheckpointing | None = None,
         chunks_feed_forward: bool = True,
@@ -130,7 +144,11 @@ class Buffers:
         feed, feed_extra = widths.feed_forward
         self.recomputes = not checkpointing.stores_norms
         n_gate_up, n_qkv, n_attention = checkpointing.n_stored(n_trained)
-        n_norms = n_trained if checkpointing.stores_norms else 0
+        n_inputs = n_trained if checkpointing.stores_norms else 0
+        n_branches = n_qkv if branches.has_norm else n_inputs
+        n_mid = n_qkv if branches.has_norm_before or self.recomputes else 0
+        # The columns + R of the residuals are for the linears that read their gradients.
+        own_attention, own_feed = (attention_extra, feed_extra) if branches.is_changed else (0, 0)
         in_chunks = self.recomputes and chunks_feed_forward
         chunk = min(n, FEED_FORWARD_CHUNK_TOKENS) if in_chunks else n
         self.chunks = [slice(start, min(start + chunk, n)) for start in range(0, n, chunk)]
@@ -140,21 +158,27 @@ class Buffers:
             return BlockTensors(like, n_layers, n_stored, n, columns, scratch_rows)
 
         residuals = OffloadedResiduals if checkpointing.offloads_residuals else Residuals
-        self.residuals = residuals(like, n_layers + 1, n, c + feed_extra)  # (N, C + R) each
-        self.attention_in = blocks(n_norms, c + qkv_extra)  # (N, C + R)
+        self.residuals = residuals(like, n_layers + 1, n, c + feed_extra - own_feed)
+        self.attention_in = blocks(n_inputs, c + qkv_extra)  # (N, C + R)
         self.qkv = blocks(n_qkv, qkv + qkv_extra)  # (N, W + R)
         self.attention_out = blocks(n_attention, attention + attention_extra)  # (N, H·D + R)
-        self.mid_residual = blocks(n_qkv, c + attention_extra)  # (N, C + R)
-        self.feed_forward_in = blocks(n_norms, c + gate_up_extra)  # (N, C + R)
+        self.mid_residual = blocks(n_mid, c + attention_extra - own_attention)  # (N, C + R)
+        self.feed_forward_in = blocks(n_inputs, c + gate_up_extra)  # (N, C + R)
         self.gate_up = blocks(n_gate_up, gate_up + gate_up_extra, chunk)  # (N or chunk, 2F + R)
         # All blocks count, those before the first trained one too: the bound is a rough one.
         size = n_layers * n * feed * like.element_size()
         self.stores_swiglu = not self.recomputes and size <= MAX_STORED_SWIGLU_BYTES
         n_swiglu = n_trained if self.stores_swiglu else 0
         self.swiglu_out = blocks(n_swiglu, feed + feed_extra, chunk)  # (N or chunk, F + R)
+        none = BlockTensors(like, n_layers, 0, 0, 0, 0)
+        self.attention_branch = self.feed_branch = none
+        if branches.is_changed:
+            self.attention_branch = blocks(n_branches, c + attention_extra)  # (N, C + R)
+            self.feed_branch = blocks(
+                n_branches, c + feed_extra, chunk if self.recomputes else 0
+            )  # (N or chunk, C + R)
         # What a norm or SwiGLU recomputes lacks the + R columns: the matmul that wrote them does
         # not run again. They are narrow, so they are stored.
-        none = BlockTensors(like, n_layers, 0, 0, 0, 0)
         self.qkv_low_rank = blocks(n_qkv, qkv_extra, 0) if self.recomputes else none  # (N, R)
         self.gate_up_low_rank = (
             blocks(n_gate_up, gate_up_extra, 0) if self.recomputes else none
@@ -162,20 +186,26 @@ class Buffers:
         self.down_low_rank = (
             none if self.stores_swiglu else blocks(n_layers, feed_extra, 0)
         )  # (N, R)
-        self.rstd = torch.empty(2 * n_layers + 1, n, dtype=wide, device=like.device)
+        self.rstd = torch.empty(n_norms, n, dtype=wide, device=like.device)
         self.final = like.new_empty(n, c)  # (N, C)
         self.hidden = like.new_empty(n, c)  # (N, C)
+        self._add_scratch(widths, chunk)
+
+    def _add_scratch(self, widths: Widths, chunk: int) -> None:
+        """Add gradients that all blocks share, and logits; `chunk` tokens of a feed-forward."""
+        like, n, feed = self.hidden, self.n_tokens, widths.feed_forward[0]
+        attention = widths.attention[0]
         # One scratch tensor for both: a block's feed-forward is done with it before its attention
         # begins. d_attention_out has the strides of attention_out, because cuDNN's backward wants
         # an output and its gradient laid out alike.
-        columns = attention + attention_extra
+        columns = sum(widths.attention)
         scratch = like.new_empty(max(n * columns, chunk * feed))
         self.d_attention_out = scratch[: n * columns].view(n, columns)[:, :attention]  # (N, H·D)
         self.d_swiglu_out = scratch[: chunk * feed].view(chunk, feed)  # (chunk, F)
         elements = MAX_LOGITS_ELEMENTS_RECOMPUTING if self.recomputes else MAX_LOGITS_ELEMENTS
         n_logits = max(1, min(n, elements // widths.vocabulary))
         self.logits = like.new_empty(n_logits, widths.vocabulary)  # (chunk, V)
-        self.losses = torch.empty(n, dtype=wide, device=like.device)  # (N,)
+        self.losses = torch.empty(n, dtype=self.rstd.dtype, device=like.device)  # (N,)
 
     def add_document_attention(self, n_heads: int, width: int) -> None:
         """Add what our own attention kernels store and use as scratch."""

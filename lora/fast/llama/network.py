@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from lora.decoder.attention import Attention
 from lora.decoder.config import RopeConfig
-from lora.decoder.decoder import Decoder, LlamaTrunk
+from lora.decoder.decoder import Decoder, GemmaTrunk, LlamaTrunk
 from lora.decoder.layers import GatedFeedForward, PreNormBlock
 from lora.decoder.quantised import has_fp8_base
 from lora.decoder.rope import Rope
 from lora.fast.llama.buffers import Buffers, Widths
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.llama.fp8 import Fp8Buffers, fp8_projection
+from lora.fast.llama.junctions import branches_of, list_norms
 from lora.fast.sharded.projections import ShardedProjection, ShardedTable, sharded_projection
 from lora.fast.sharded.ring import EMBEDDING, ShardRing, block_unit
 from lora.fast.weights.adapted import (
@@ -41,6 +42,9 @@ MAX_OWN_ATTENTION_TOKENS = 2048
 """Packed sequences up to this length use our own attention kernels; beyond, torch's are faster."""
 OWN_ATTENTION_WIDTHS = (16, 32, 64, 128)
 """Of a head, for our kernels: powers of two, from the least that Triton's tl.dot takes."""
+
+GELU_NAMES = ("gelu_pytorch_tanh", "gelu_new")
+"""Names of GELU's tanh approximation, which the step computes as it does SiLU."""
 
 HalfTables = tuple[Tensor, Tensor]
 """Cosine and sine, each (N, D/2), fp32 or wider."""
@@ -90,12 +94,15 @@ class FastNetwork:
         self.gate_up = self._project([[f.gate_proj, f.up_proj] for f in feeds])
         self.down = self._project([[f.down_proj] for f in feeds])
         self.projections = (self.qkv, self.output, self.gate_up, self.down)
-        norms = [m for b in blocks for m in (b.input_layernorm, b.post_attention_layernorm)]
-        self.norms = WeightGroup([*norms, trunk.norm], flat, dtype)
+        norms, self.junctions = list_norms(self.config, blocks, trunk.norm)
+        self.norms = WeightGroup(norms, flat, dtype)
+        self.branches = branches_of(self.config)
+        self.has_gelu = self.config.feed_forward.activation in GELU_NAMES
         self.embedding, self.head = self._tables(trunk.embed_tokens, model.lm_head)
         self.weights = [self.norms, self.embedding]
         if self.head is not self.embedding:
             self.weights.append(self.head)
+        self.embedding_scale = _embedding_scale(trunk, dtype)
         self.ropes = trunk.ropes
         self.first_trained = 0 if trains_all else self._first_adapted(heads, feeds)
 
@@ -233,6 +240,8 @@ class FastNetwork:
             widths,
             self.embedding.tensors[0],
             self.wide,
+            branches=self.branches,
+            n_norms=len(self.norms.tensors),
             first_trained=self.first_trained,
             checkpointing=checkpointing,
             # A dropout mask is drawn for all tokens of a batch at once.
@@ -268,6 +277,11 @@ class FastNetwork:
 
         self._all_tables = {config: halves(rope) for config, rope in self.ropes.items()}
 
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Return the first hidden states (N, C)."""
+        embedded = self.embedding.tensors[0].index_select(0, input_ids)  # a copy
+        return embedded if self.embedding_scale == 1 else embedded.mul_(self.embedding_scale)
+
     def rope_tables(self, position_ids: Tensor) -> dict[RopeConfig, HalfTables]:
         """Return cosine and sine for `position_ids` (N,), by kind of rotation."""
         # Looked up: cosines of all positions are computed once a run, not once a step.
@@ -284,17 +298,26 @@ class FastNetwork:
         """
         layers = slice(self.first_trained, self.qkv.n_layers)
         if not buffers.recomputes:
+            is_changed = self.branches.is_changed
+            d_output = buffers.attention_branch if is_changed else buffers.mid_residual
             pairs = (
                 (self.qkv, buffers.attention_in, buffers.qkv),
-                (self.output, buffers.attention_out, buffers.mid_residual),
+                (self.output, buffers.attention_out, d_output),
                 (self.gate_up, buffers.feed_forward_in, buffers.gate_up),
             )
             for projection, x, dy in pairs:
                 projection.accumulate_gradients(layers, x.stored, dy.stored, first=first)
         if buffers.stores_swiglu:
             d_down = buffers.residuals.stored[self.first_trained + 1 :]  # (layers, N, C + R)
+            if self.branches.is_changed:
+                d_down = buffers.feed_branch.stored
             x = buffers.swiglu_out
             self.down.accumulate_gradients(layers, x.stored, d_down, first=first)
+
+
+def _embedding_scale(trunk: LlamaTrunk, dtype: torch.dtype) -> float:
+    """Return what embeddings are multiplied by, as `trunk` does it in this dtype."""
+    return trunk.scales[dtype] if isinstance(trunk, GemmaTrunk) else trunk.config.embedding_scale
 
 
 def has_lora(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from lora.fast.llama.buffers import Buffers, Inputs
 from lora.fast.llama.network import FastNetwork
 from lora.fast.weights.flat import accumulate
 from lora.fast.weights.projections import Projection
+from lora.kernels.step.norm import Branch
 
 
 class FastPass:
@@ -30,7 +31,7 @@ class FastPass:
         net, buffers = self.net, self.buffers
         c, n_layers = net.config.hidden_size, net.qkv.n_layers
         net.use_embedding()
-        embedded = net.embedding.tensors[0].index_select(0, self.inputs.input_ids)  # (N, C)
+        embedded = net.embed(self.inputs.input_ids)  # (N, C)
         self._add_norm(embedded, None, 0, buffers.residuals[0], buffers.attention_in[0], net.qkv)
         for layer in range(n_layers):
             net.use_block(layer, layer + 1)
@@ -43,27 +44,61 @@ class FastPass:
             total, reader = buffers.residuals[layer + 1], None if is_last else net.qkv
             # The block's second residual addition and the next block's first norm in one pass.
             mid_residual = buffers.mid_residual[layer][:, :c]
-            self._add_norm(mid_residual, buffers.hidden, 2 * layer + 2, total, normed, reader)
+            fed = self._feed_out(layer)
+            self._add_norm(mid_residual, fed, 2 * layer + 2, total, normed, reader)
         self.in_scratch = n_layers - 1
 
     def _add_norm(
         self,
         residual: Tensor,
         delta: Tensor | None,
-        norm: int,
+        number: int,
         total: Tensor,
         normed: Tensor,
         reader: Projection | None,
     ) -> None:
-        """Changes `total` and `normed` in place: the sum, and its norm number `norm`.
+        """Changes `total` and `normed` in place: what is added and normed at a junction.
 
-        `reader`: whose inputs `normed` becomes.
+        `delta`: the output of the branch before. `reader`: whose inputs `normed` becomes.
         """
         net, c = self.net, self.net.config.hidden_size
-        weight, eps = net.norms.tensors[norm], net.config.norm_eps
-        normed, rstd = normed[:, :c], self.buffers.rstd[norm]  # without the + R columns
+        normed = normed[:, :c]  # without the + R columns
+        weight, rstd = self._norm(net.junctions[number].before)
         fp8_out = None if reader is None else reader.fp8_inputs(normed)
-        net.ops.add_norm(residual, delta, weight, eps, total[:, :c], normed, rstd, fp8_out)
+        branch = None if delta is None else self._branch(number)
+        net.ops.add_norm(
+            residual, delta, weight, net.config.norm_eps, total[:, :c], normed, rstd, fp8_out,
+            branch=branch, offset=net.branches.offset,
+        )  # fmt: skip
+
+    def _norm(
+        self, norm: int | None, tokens: slice = slice(None)
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the norm's weight (C,) and 1 / rms of `tokens`; None: there is none."""
+        if norm is None:
+            return None, None
+        return self.net.norms.tensors[norm], self.buffers.rstd[norm, tokens]
+
+    def _branch(self, number: int, tokens: slice = slice(None)) -> Branch | None:
+        """Return what the branch before a junction goes through; None: it is added as it is."""
+        net = self.net
+        if not net.branches.is_changed:
+            return None
+        return Branch(*self._norm(net.junctions[number].after, tokens), net.branches.factor)
+
+    def _attention_out(self, layer: int) -> Tensor:
+        """Return where o_proj writes (N, C)."""
+        net, buffers = self.net, self.buffers
+        if not net.branches.is_changed:
+            return buffers.hidden
+        return buffers.attention_branch[layer][:, : net.config.hidden_size]
+
+    def _feed_out(self, layer: int) -> Tensor:
+        """Return where down writes in the forward pass (N, C)."""
+        net, buffers = self.net, self.buffers
+        if not (net.branches.is_changed and buffers.feed_branch.is_stored(layer)):
+            return buffers.hidden
+        return buffers.feed_branch[layer][:, : net.config.hidden_size]
 
     def _attention(self, layer: int, *, recomputes: bool = False) -> None:
         """From the first norm's output to the second norm's."""
@@ -73,24 +108,31 @@ class FastPass:
         if buffers.qkv_low_rank.is_stored(layer):
             buffers.qkv_low_rank[layer].copy_(x[:, net.qkv.inputs :])
         self.attention.forward(layer, recomputes=recomputes)
-        net.output.forward(layer, buffers.attention_out[layer], buffers.hidden)
+        attended = self._attention_out(layer)
+        net.output.forward(layer, buffers.attention_out[layer], attended)
         residual, mid_residual = buffers.residuals[layer][:, :c], buffers.mid_residual[layer]
-        norm, normed = 2 * layer + 1, buffers.feed_forward_in[layer]
-        self._add_norm(residual, buffers.hidden, norm, mid_residual, normed, net.gate_up)
+        normed = buffers.feed_forward_in[layer]
+        self._add_norm(residual, attended, 2 * layer + 1, mid_residual, normed, net.gate_up)
 
     def _feed_forward(self, layer: int) -> None:
-        net, buffers, feed = self.net, self.buffers, self.net.down.inputs
+        net, buffers, out = self.net, self.buffers, self._feed_out(layer)
         for chunk in buffers.chunks:
-            gate_up = self._gate_up(layer, chunk)
-            x = buffers.swiglu_out.chunk(layer, chunk)  # (tokens, F + R)
-            out = x[:, :feed]
-            net.ops.swiglu(gate_up[:, : net.gate_up.outputs], out, net.down.fp8_inputs(out))
-            net.down.forward(layer, x, buffers.hidden[chunk])
+            x = self._activate(layer, chunk, self._gate_up(layer, chunk))
+            net.down.forward(layer, x, out[chunk])
             if buffers.down_low_rank.is_stored(layer):
-                buffers.down_low_rank[layer][chunk].copy_(x[:, feed:])
+                buffers.down_low_rank[layer][chunk].copy_(x[:, net.down.inputs :])
             if buffers.gate_up_low_rank.is_stored(layer):
                 low = buffers.feed_forward_in[layer][chunk, net.gate_up.inputs :]  # (tokens, R)
                 buffers.gate_up_low_rank[layer][chunk].copy_(low)
+
+    def _activate(self, layer: int, chunk: slice, gate_up: Tensor) -> Tensor:
+        """Return down's inputs (tokens of `chunk`, F + R), just computed."""
+        net = self.net
+        x = self.buffers.swiglu_out.chunk(layer, chunk)
+        out = x[:, : net.down.inputs]
+        both = gate_up[:, : net.gate_up.outputs]
+        net.ops.swiglu(both, out, net.down.fp8_inputs(out), gelu=net.has_gelu)
+        return x
 
     def _gate_up(self, layer: int, chunk: slice) -> Tensor:
         """Return gate and up (tokens of `chunk`, 2F + R), just computed."""
@@ -106,9 +148,8 @@ class FastPass:
         """
         net, buffers = self.net, self.buffers
         n_layers = net.qkv.n_layers
-        reader = (net.down, n_layers - 1)
         self._norm_backward(
-            d_hidden, 2 * n_layers, buffers.residuals[n_layers], None, first, reader
+            d_hidden, 2 * n_layers, buffers.residuals[n_layers], None, first, net.down
         )
         # Below the first adapted block nothing needs a gradient.
         for layer in reversed(range(net.first_trained, n_layers)):
@@ -148,61 +189,136 @@ class FastPass:
             x[:, net.gate_up.inputs :].copy_(buffers.gate_up_low_rank[layer])
 
     def _recompute_norm(
-        self, residual: Tensor, norm: int, normed: Tensor, reader: Projection | None
+        self, residual: Tensor, number: int, normed: Tensor, reader: Projection | None
     ) -> None:
         x = residual[:, : self.net.config.hidden_size]
-        self._add_norm(x, None, norm, x, normed, reader)  # the sum is written over itself
+        self._add_norm(x, None, number, x, normed, reader)  # the sum is written over itself
 
     def _norm_backward(
         self,
         dy: Tensor,
-        norm: int,
+        number: int,
         x: Tensor,
         d_residual: Tensor | None,
         first: bool,
-        reader: tuple[Projection, int] | None,
+        reader: Projection | None,
     ) -> None:
-        """Changes `x` in place: the norm's input becomes its gradient, `d_residual` added.
+        """Changes `x` in place: the sum at a junction becomes its gradient, `d_residual` added.
 
-        `reader`: the projection and the block whose outputs' gradient that is.
+        Where the branch before has a stored buffer of its own, its gradient is there afterwards.
+        `reader`: the projection of the block before whose outputs' gradient that is, if there is.
         """
-        net, c = self.net, self.net.config.hidden_size
-        x, rstd = x[:, :c], self.buffers.rstd[norm]
-        target = net.norms.gradient(norm)  # (C,)
-        if target is not None:  # while x is still there
-            accumulate(target, net.ops.norm_weight_gradient(dy, x, rstd), first=first)
+        net, c, junction = self.net, self.net.config.hidden_size, self.net.junctions[number]
+        x, layer, offset = x[:, :c], _block_before(number), self.net.branches.offset
+        weight, rstd = self._norm(junction.before)
+        self._accumulate_norm(junction.before, dy, x, rstd, first)  # while x is still there
         d_residual = None if d_residual is None else d_residual[:, :c]
-        fp8_out = None if reader is None else reader[0].fp8_gradients(reader[1], x)
-        net.ops.norm_backward(dy, x, rstd, net.norms.tensors[norm], d_residual, x, fp8_out)
+        sums = dy, x, rstd, weight, d_residual, x
+        d_branch = None if reader is None else self._d_branch(number)
+        if reader is None or not net.branches.is_changed:
+            fp8_out = None if reader is None else reader.fp8_gradients(layer, x)
+            net.ops.norm_backward(*sums, fp8_out, offset=offset)
+        elif d_branch is not None and not self._trains(junction.after):
+            branch, fp8_out = self._branch(number), reader.fp8_gradients(layer, d_branch)
+            ways = {"branch": branch, "d_branch": d_branch, "offset": offset}
+            net.ops.norm_backward(*sums, fp8_out, **ways)  # both norms in one pass
+        else:
+            net.ops.norm_backward(*sums, offset=offset)
+            if d_branch is not None:
+                self._branch_backward(number, x, d_branch, slice(None), first, reader)
+
+    def _d_branch(self, number: int) -> Tensor | None:
+        """Return the output (N, C) of the branch before a junction, if it is there."""
+        buffers, layer, c = self.buffers, _block_before(number), self.net.config.hidden_size
+        if not self.net.branches.is_changed:
+            return None
+        if number % 2:
+            return buffers.attention_branch[layer][:, :c]
+        return buffers.feed_branch[layer][:, :c] if buffers.feed_branch.is_stored(layer) else None
+
+    def _branch_backward(
+        self,
+        number: int,
+        d_total: Tensor,
+        d_branch: Tensor,
+        tokens: slice,
+        first: bool,
+        reader: Projection,
+    ) -> None:
+        """Changes `d_branch` in place: the output of the branch before becomes its gradient."""
+        net, junction, branch = self.net, self.net.junctions[number], self._branch(number, tokens)
+        assert branch is not None
+        self._accumulate_norm(junction.after, d_total, d_branch, branch.rstd, first, branch.factor)
+        fp8_out = reader.fp8_gradients(_block_before(number), d_branch)
+        net.ops.norm_backward(
+            d_total, d_total, None, None, None, None, fp8_out,
+            branch=branch, d_branch=d_branch, offset=net.branches.offset,
+        )  # fmt: skip
+
+    def _trains(self, norm: int | None) -> bool:
+        return norm is not None and self.net.norms.gradient(norm) is not None
+
+    def _accumulate_norm(
+        self,
+        norm: int | None,
+        dy: Tensor,
+        x: Tensor,
+        rstd: Tensor | None,
+        first: bool,
+        factor: float = 1.0,
+    ) -> None:
+        """Add the gradient of the norm's weight to its slot, if it trains; `x` is its input."""
+        target = None if norm is None else self.net.norms.gradient(norm)  # (C,)
+        if target is not None:
+            gradient = self.net.ops.norm_weight_gradient(dy, x, rstd)
+            accumulate(target, gradient if factor == 1 else gradient * factor, first=first)
 
     def _feed_forward_backward(self, layer: int, first: bool) -> None:
         net, buffers = self.net, self.buffers
-        dy = buffers.residuals[layer + 1]  # (N, C + R), by now the gradient of the block's output
         for chunk in buffers.chunks:
             begins = first and chunk.start == 0  # later chunks add to the weight gradients
             is_stored = buffers.gate_up.is_stored(layer)
             gate_up = (
                 buffers.gate_up.chunk(layer, chunk) if is_stored else self._gate_up(layer, chunk)
             )
-            self._swiglu_backward(layer, chunk, gate_up, begins)
+            dy = self._d_feed(layer, chunk, gate_up, begins)
+            self._swiglu_backward(layer, chunk, gate_up, dy, begins)
             net.gate_up.backward(layer, gate_up, buffers.hidden[chunk])
             if buffers.recomputes:
                 x = buffers.feed_forward_in[layer][chunk]
                 self._accumulate(net.gate_up, layer, x, gate_up, begins)
-        mid_residual, reader = buffers.mid_residual[layer], (net.output, layer)
-        self._norm_backward(buffers.hidden, 2 * layer + 1, mid_residual, dy, first, reader)
+        mid_residual, d_residual = buffers.mid_residual[layer], buffers.residuals[layer + 1]
+        number = 2 * layer + 1
+        self._norm_backward(buffers.hidden, number, mid_residual, d_residual, first, net.output)
 
-    def _swiglu_backward(self, layer: int, chunk: slice, gate_up: Tensor, begins: bool) -> None:
-        """Changes `gate_up` in place: gate and up become their gradients."""
+    def _d_feed(self, layer: int, chunk: slice, gate_up: Tensor, begins: bool) -> Tensor:
+        """Return the gradient of down's outputs (tokens of `chunk`, C + R)."""
+        net, buffers, c = self.net, self.buffers, self.net.config.hidden_size
+        d_residual = buffers.residuals[layer + 1][
+            chunk
+        ]  # by now the gradient of the block's output
+        if not net.branches.is_changed:
+            return d_residual
+        d_feed = buffers.feed_branch.chunk(layer, chunk)
+        if not buffers.feed_branch.is_stored(layer):
+            if net.branches.has_norm:  # whose backward reads what down has written
+                net.down.forward(layer, self._activate(layer, chunk, gate_up), d_feed[:, :c])
+            number = 2 * layer + 2
+            self._branch_backward(number, d_residual[:, :c], d_feed[:, :c], chunk, begins, net.down)
+        return d_feed
+
+    def _swiglu_backward(
+        self, layer: int, chunk: slice, gate_up: Tensor, dy: Tensor, begins: bool
+    ) -> None:
+        """Changes `gate_up` in place: gate and up become their gradients; `dy` is down's."""
         net, buffers, feed = self.net, self.buffers, self.net.down.inputs
-        dy = buffers.residuals[layer + 1][chunk]  # (tokens, C + R)
         d_swiglu_out = buffers.d_swiglu_out[: chunk.stop - chunk.start]  # (tokens, F)
         net.down.backward(layer, dy, d_swiglu_out)
         x = buffers.swiglu_out.chunk(layer, chunk)  # (tokens, F + R)
         out = None if buffers.stores_swiglu else x[:, :feed]
         both = gate_up[:, : net.gate_up.outputs]  # (tokens, 2F)
         fp8_out = net.gate_up.fp8_gradients(layer, both)
-        net.ops.swiglu_backward(both, d_swiglu_out, out, fp8_out)
+        net.ops.swiglu_backward(both, d_swiglu_out, out, fp8_out, gelu=net.has_gelu)
         if out is not None:
             # down's weight gradient now, while its recomputed input is in scratch.
             x[:, feed:].copy_(buffers.down_low_rank[layer][chunk])
@@ -210,7 +326,8 @@ class FastPass:
 
     def _attention_backward(self, layer: int, first: bool) -> None:
         net, buffers = self.net, self.buffers
-        dy, qkv = buffers.mid_residual[layer], buffers.qkv[layer]  # (N, C + R), (N, W + R)
+        is_changed, qkv = net.branches.is_changed, buffers.qkv[layer]  # (N, W + R)
+        dy = (buffers.attention_branch if is_changed else buffers.mid_residual)[layer]  # (N, C + R)
         net.output.backward(layer, dy, buffers.d_attention_out)
         if buffers.recomputes:
             self._accumulate(net.output, layer, buffers.attention_out[layer], dy, first)
@@ -220,9 +337,9 @@ class FastPass:
         if buffers.recomputes:
             self._accumulate(net.qkv, layer, buffers.attention_in[layer], qkv, first)
         if not is_last:
-            reader = (net.down, layer - 1) if layer > net.first_trained else None
-            x = buffers.residuals[layer]
-            self._norm_backward(buffers.hidden, 2 * layer, x, dy, first, reader)
+            reader = net.down if layer > net.first_trained else None
+            x, d_residual = buffers.residuals[layer], buffers.mid_residual[layer]
+            self._norm_backward(buffers.hidden, 2 * layer, x, d_residual, first, reader)
 
     def _accumulate(
         self, projection: Projection, layer: int, x: Tensor, dy: Tensor, first: bool
@@ -238,4 +355,11 @@ class FastPass:
             gradients.zero_()  # a tied head has written its gradient there already
         c = net.config.hidden_size
         rows = self.buffers.residuals[0][:, :c].to(gradients.dtype)  # (N, C)
+        if net.embedding_scale != 1:
+            rows = rows * net.embedding_scale
         gradients.index_add_(0, self.inputs.input_ids, rows)
+
+
+def _block_before(number: int) -> int:
+    """Return the block whose half is before a junction."""
+    return (number - 1) // 2

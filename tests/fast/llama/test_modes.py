@@ -24,6 +24,7 @@ from lora.fast.llama.checkpointing import (
 from lora.fast.memory.fast_step import LONG_SEQUENCE_TOKENS, FastPlan, fit_memory
 from lora.fast.step import FastStep
 from lora.kernels.step.ops import PLAIN
+from tests.fast.conftest import GEMMA
 
 POLICIES = {
     **{name: policy for name, policy in MODES.items() if name != "none"},
@@ -55,6 +56,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "untied, biases": ({"tied": False, "bias": True}, {}),
     "window": ({"window": 4}, {}),
     "last block": ({}, {"layers": (2,)}),
+    "Gemma": (GEMMA, {"layers": (1, 2)}),
+    "Gemma, full": (GEMMA, None),
     "two targets": ({}, {"targets": ("q_proj", "down_proj")}),
     "dropout": ({}, {"dropout": 0.3}),
     "full fine-tuning": ({"tied": False, "bias": True}, None),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder, build_decoder, build_empty_decoder
 from lora.decoder.quantised import Fp8Linear, use_fp8_linears
 from lora.distributed.shards import Rows
+from tests.fast.conftest import GEMMA
 from tests.tiny_llama import llama_config
 
 VOCABULARY, TOKENS = 101, 12
@@ -35,6 +36,8 @@ class Case:
     feed_forward: int = 56
     vocabulary: int = VOCABULARY
     std: float = 0.2
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Other fields of the decoder's config."""
 
 
 CASES = {
@@ -45,6 +48,7 @@ CASES = {
     "middle block": Case(tied=False, lora={"layers": (1,)}),
     "two targets": Case(lora={"targets": ("q_proj", "down_proj")}),
     "dropout": Case(lora={"dropout": 0.3}),
+    "Gemma": Case(changes=GEMMA),
     "fp8": Case(fp8=True, tied=False),
     "fp8, biases, two targets, dropout": Case(
         fp8=True, bias=True, lora={"targets": ("k_proj", "up_proj"), "dropout": 0.3}
@@ -54,7 +58,7 @@ CASES = {
 
 def config_of(case: Case) -> DecoderConfig:
     """Return a config; by default its sizes divide by neither two nor three processes."""
-    return llama_config(
+    config = llama_config(
         vocab_size=case.vocabulary,
         hidden_size=case.heads[0] * case.heads[2],
         heads=case.heads,
@@ -63,6 +67,7 @@ def config_of(case: Case) -> DecoderConfig:
         tied=case.tied,
         bias=case.bias,
     )
+    return replace(config, **case.changes)
 
 
 def base_values(case: Case) -> dict[str, Tensor]:
