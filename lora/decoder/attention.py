@@ -7,6 +7,7 @@ mask is empty (softmax would give NaN), and no other token attends to it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from lora.decoder.cache import KVCache, NoCache
 from lora.decoder.config import DecoderConfig, LayerConfig, RopeConfig
-from lora.decoder.rope import Tables, rotate, skip_rotation
+from lora.decoder.rope import Tables, rotate, rotate_part, skip_rotation
 from lora.kernels.capped_attention import capped_attention
 from lora.kernels.shared_input import call_linears
 
@@ -89,6 +90,18 @@ def positions_within(document_ids: Tensor | None, steps: Tensor) -> Tensor:
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     first = torch.where(starts, steps, 0).cummax(1).values  # (B, T)
     return steps - first
+
+
+def document_lengths(tokens: TokenPositions) -> Tensor:
+    """Return the length of each token's document, (B or 1, T): its last position here, plus 1."""
+    positions, documents = tokens.position_ids, tokens.document_ids
+    if documents is None:
+        return (positions.amax(1, keepdim=True) + 1).expand_as(positions)
+    positions = positions.expand_as(documents)  # (B, T)
+    changes = documents[:, 1:] != documents[:, :-1]
+    number = F.pad(changes.cumsum(1), (1, 0))  # (B, T), of the document in its sequence
+    last = torch.zeros_like(positions).scatter_reduce(1, number, positions, "amax")
+    return last.gather(1, number) + 1
 
 
 def _is_one_document(document_ids: Tensor | None, cache: KVCache | None) -> bool:
@@ -165,27 +178,55 @@ class Attention(nn.Module):
         inner = heads.num_attention_heads * heads.head_dim
         shared = heads.num_key_value_heads * heads.head_dim
         self.layer, self.index, self.head_dim = layer, index, heads.head_dim
-        self.q_proj = nn.Linear(width, inner, bias=heads.qkv_bias)
-        self.k_proj = nn.Linear(width, shared, bias=heads.qkv_bias)
-        self.v_proj = nn.Linear(width, shared, bias=heads.qkv_bias)
+        self._build_projections(width, inner, shared, bias=heads.qkv_bias)
         self.o_proj = nn.Linear(inner, width, bias=heads.output_bias)
-        sizes = heads.head_dim, config.norm_eps
-        self.rotate = skip_rotation if layer.rope is None else rotate
-        self.q_norm = norm(*sizes) if heads.qk_norm else nn.Identity()
-        self.k_norm = norm(*sizes) if heads.qk_norm else nn.Identity()
+        self.rotate = _rotation(layer.rope)
+        widths = (inner, shared) if heads.qk_norm == "width" else (heads.head_dim, heads.head_dim)
+        self.q_norm, self.k_norm = (
+            norm(width, config.norm_eps) if heads.qk_norm else nn.Identity() for width in widths
+        )
+        self.norm_widths = widths
         cap = heads.logit_softcap
         self.attend = attend if cap is None else partial(attend_capped, softcap=cap)
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:  # (B, T, C) -> (B, T, C)
         shape = *x.shape[:-1], -1, self.head_dim
-        q, k, v = call_linears(x, self.q_proj, self.k_proj, self.v_proj)
-        q = self.q_norm(q.view(shape))  # (B, T, H, D)
-        k = self.k_norm(k.view(shape))  # (B, T, heads, D)
+        q, k, v = self.project(x)
+        q_width, k_width = self.norm_widths  # of a head, or of all heads together
+        q = self.q_norm(q.view(*x.shape[:-1], -1, q_width)).view(shape)  # (B, T, H, D)
+        k = self.k_norm(k.view(*x.shape[:-1], -1, k_width)).view(shape)  # (B, T, heads, D)
         v = v.view(shape).transpose(1, 2)  # (B, heads, T, D)
         q, k = self.rotate(q, k, inputs.tables.get(self.layer.rope))
         k, v = inputs.cache.append(self.index, k.transpose(1, 2), v)  # (B, heads, S, D)
         mask = inputs.masks[self.layer.window_tokens]
         return self.o_proj(self.attend(q.transpose(1, 2), k, v, mask, self.layer.scale))
+
+    def _build_projections(self, width: int, inner: int, shared: int, *, bias: bool) -> None:
+        self.q_proj = nn.Linear(width, inner, bias=bias)
+        self.k_proj = nn.Linear(width, shared, bias=bias)
+        self.v_proj = nn.Linear(width, shared, bias=bias)
+
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        """Return queries, keys and values of x (B, T, C): (B, T, H·D), twice (B, T, heads·D)."""
+        return call_linears(x, self.q_proj, self.k_proj, self.v_proj)
+
+
+class OneLinearAttention(Attention):
+    """Phi-3's attention: one linear, qkv_proj, for queries, keys and values."""
+
+    def _build_projections(self, width: int, inner: int, shared: int, *, bias: bool) -> None:
+        self.qkv_widths = inner, shared, shared
+        self.qkv_proj = nn.Linear(width, sum(self.qkv_widths), bias=bias)
+
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        """Return queries, keys and values of x (B, T, C): (B, T, H·D), twice (B, T, heads·D)."""
+        return self.qkv_proj(x).split(self.qkv_widths, -1)
+
+
+def _rotation(rope: RopeConfig | None) -> Callable[..., tuple[Tensor, Tensor]]:
+    if rope is None:
+        return skip_rotation
+    return rotate if rope.rotary_dim is None else rotate_part
 
 
 class FusedAttention(nn.Module):

@@ -42,6 +42,8 @@ class KVCache:
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
         self.positions = torch.zeros(batch_size, max_tokens, dtype=torch.int64, device=device)
         self.documents = torch.zeros(batch_size, max_tokens, dtype=torch.int64, device=device)
+        self.input_ids = torch.zeros_like(self.documents)
+        """Stored by models that may compute all tokens again (longrope)."""
         self.n_tokens = 0
         self.is_one_document = True
         """Whether every sequence is one document without padding: then no mask is needed."""
@@ -54,6 +56,7 @@ class KVCache:
                 tensors[i] = tensor.index_select(0, indices)
         self.positions = self.positions.index_select(0, indices)
         self.documents = self.documents.index_select(0, indices)
+        self.input_ids = self.input_ids.index_select(0, indices)
 
     def continued(self, n_new: int) -> tuple[Tensor, Tensor]:
         """Return the positions and documents (B, n_new) that follow the last stored token."""
@@ -62,6 +65,28 @@ class KVCache:
         return (
             self.positions[:, last, None] + steps,  # (B, n_new)
             self.documents[:, last, None].expand(-1, n_new),  # (B, n_new)
+        )
+
+    def outgrows(self, limit_tokens: int, position_ids: Tensor | None, n_new: int) -> bool:
+        """Whether `n_new` tokens more make a sequence's last document longer than the limit."""
+        if not 0 < self.n_tokens <= self.positions.shape[1] - n_new:
+            return False  # nothing is stored yet, or `begin` will say that the cache is too small
+        last = self.positions[:, self.n_tokens - 1]  # (B,)
+        new = last + n_new if position_ids is None else position_ids[:, -1]
+        return bool(((last < limit_tokens) & (new >= limit_tokens)).any())
+
+    def restart(
+        self, n_new: int, position_ids: Tensor | None, document_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Empties the cache; return positions and documents of its tokens and of `n_new` more."""
+        positions, documents = self.continued(n_new)
+        positions = positions if position_ids is None else position_ids
+        documents = documents if document_ids is None else document_ids
+        n_sequences, n = len(self.positions), self.n_tokens
+        self.n_tokens = 0
+        return (
+            torch.cat((self.positions[:, :n], positions.expand(n_sequences, -1)), 1),  # (B, S)
+            torch.cat((self.documents[:, :n], documents), 1),  # (B, S)
         )
 
     def begin(self, position_ids: Tensor, document_ids: Tensor, *, is_one_document: bool) -> None:

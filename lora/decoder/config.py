@@ -29,13 +29,13 @@ class RopeConfig:
     factor: float = 1.0
     """Context length after scaling over that of pre-training."""
     original_max_position_embeddings: int = 0
-    """Context length of pre-training, for llama3 and yarn."""
+    """Context length of pre-training, for llama3, yarn and longrope."""
     low_freq_factor: float = 1.0
     """llama3: wavelengths longer than original context / this are stretched by `factor`."""
     high_freq_factor: float = 4.0
     """llama3: wavelengths shorter than original context / this are unchanged."""
     attention_factor: float = 1.0
-    """yarn: multiplies both cosine and sine."""
+    """yarn, longrope: multiplies both cosine and sine."""
     beta_fast: float = 32.0
     """yarn: turns over the original context above which a frequency is unchanged."""
     beta_slow: float = 1.0
@@ -60,6 +60,27 @@ class LayerConfig:
     """Sliding window: tokens that a token attends to, itself included; None: all before it."""
     scale: float
     """Multiplies the attention logits."""
+
+
+def _rope_faults(layers: tuple[LayerConfig, ...], head_dim: int) -> list[str]:
+    ropes = {layer.rope for layer in layers if layer.rope is not None}
+    if head_dim % 2 and ropes:
+        return [f"head_dim={head_dim}: the rotary embedding needs an even one"]
+    faults = []
+    for rope in ropes:
+        width = head_dim if rope.rotary_dim is None else rope.rotary_dim
+        if width % 2 or not 0 < width <= head_dim:
+            faults.append(
+                f"partial_rotary_factor: {width} of {head_dim} dimensions of a head would rotate; "
+                f"an even number from 2 to {head_dim} is needed"
+            )
+        for name, factors in (("short", rope.short_factor), ("long", rope.long_factor)):
+            if rope.rope_type == "longrope" and len(factors) != width // 2:
+                faults.append(
+                    f"{name}_factor has {len(factors)} values: {width // 2} frequencies rotate "
+                    f"{width} dimensions of a head"
+                )
+    return faults
 
 
 @dataclass(frozen=True)
@@ -137,8 +158,7 @@ class DecoderConfig:
                 f"num_key_value_heads={heads.num_key_value_heads} does not divide "
                 f"num_attention_heads={heads.num_attention_heads}"
             )
-        if heads.head_dim % 2 and any(layer.rope for layer in self.layers):
-            faults.append(f"head_dim={heads.head_dim}: the rotary embedding needs an even one")
+        faults += _rope_faults(self.layers, heads.head_dim)
         whole = heads.num_attention_heads * heads.head_dim
         if self.block == "gpt2" and whole != self.hidden_size:
             faults.append(f"hidden size {self.hidden_size} is not heads · head width = {whole}")
@@ -154,6 +174,17 @@ class DecoderConfig:
                     faults, "Cannot build the decoder: its sizes conflict:", "Correct config.json."
                 )
             )
+
+    @property
+    def longrope_tokens(self) -> int | None:
+        """Length above which a document's keys rotate by longrope's other factors, if they do."""
+        ropes = {layer.rope for layer in self.layers if layer.rope is not None}
+        limits = {
+            rope.original_max_position_embeddings
+            for rope in ropes
+            if rope.rope_type == "longrope" and rope.long_factor != rope.short_factor
+        }
+        return min(limits, default=None)
 
     @property
     def num_hidden_layers(self) -> int:

@@ -13,7 +13,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lora.decoder.attention import AttentionInputs, TokenPositions, build_mask, resolve_positions
+from lora.decoder.attention import (
+    AttentionInputs,
+    TokenPositions,
+    build_mask,
+    document_lengths,
+    resolve_positions,
+)
 from lora.decoder.cache import KVCache
 from lora.decoder.config import DecoderConfig
 from lora.decoder.language_model import LanguageModel
@@ -37,6 +43,7 @@ class Trunk(nn.Module):
         self.config = config
         distinct = {layer.rope for layer in config.layers if layer.rope is not None}
         self.ropes = {rope: Rope(rope, config.head_dim) for rope in distinct}
+        self.needs_lengths = config.longrope_tokens is not None
         self.windows = {layer.window_tokens for layer in config.layers}
 
     def embedding(self) -> nn.Module:
@@ -69,9 +76,10 @@ class Trunk(nn.Module):
         self, x: Tensor, positions: TokenPositions
     ) -> Tensor:  # (B, T, C) -> (B, T, C)
         """Return the output of the blocks and the final norm, given the embedded tokens."""
+        lengths = document_lengths(positions) if self.needs_lengths else None
         inputs = AttentionInputs(
             tables={
-                config: rope.tables(positions.position_ids, x.dtype)
+                config: rope.tables(positions.position_ids, x.dtype, lengths)
                 for config, rope in self.ropes.items()
             },
             masks={window: build_mask(positions, window) for window in self.windows},
@@ -104,6 +112,13 @@ class LlamaTrunk(Trunk):
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         return self.embed_tokens(input_ids)
+
+
+class ScaledTrunk(LlamaTrunk):
+    """Granite's trunk: embeddings are scaled."""
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.embed_tokens(input_ids) * self.config.embedding_scale  # (B, T, C)
 
 
 class GemmaTrunk(LlamaTrunk):
@@ -153,12 +168,13 @@ class GPT2Trunk(Trunk):
         return self.wte(input_ids) + self.wpe(position_ids)  # (B, T, C)
 
 
-_TRUNKS: dict[str, tuple[str, type[Trunk]]] = {
-    "pre_norm": ("model", LlamaTrunk),
-    "sandwich": ("model", GemmaTrunk),
-    "gpt2": ("transformer", GPT2Trunk),
-}
-"""Kind of block -> Hugging Face's name for the trunk, and its class."""
+def _trunk_of(config: DecoderConfig) -> tuple[str, type[Trunk]]:
+    """Return Hugging Face's name for the trunk, and its class."""
+    if config.block == "gpt2":
+        return "transformer", GPT2Trunk
+    if config.block == "sandwich":
+        return "model", GemmaTrunk
+    return "model", LlamaTrunk if config.embedding_scale == 1 else ScaledTrunk
 
 
 class Decoder(LanguageModel):
@@ -174,7 +190,7 @@ class Decoder(LanguageModel):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.trunk_name, trunk = _TRUNKS[config.block]
+        self.trunk_name, trunk = _trunk_of(config)
         self.add_module(self.trunk_name, trunk(config))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_head()
@@ -193,7 +209,16 @@ class Decoder(LanguageModel):
         cache: KVCache | None = None,
     ) -> Tensor:
         """Return the output head's input: (B, T, C) after the final norm."""
-        return self.trunk(input_ids, position_ids, document_ids, cache)
+        if cache is None or self.config.longrope_tokens is None:
+            return self.trunk(input_ids, position_ids, document_ids, cache)
+        n_new = input_ids.shape[1]
+        if cache.outgrows(self.config.longrope_tokens, position_ids, n_new):
+            # Longer documents rotate otherwise, so that what is stored of all tokens changes.
+            input_ids = torch.cat((cache.input_ids[:, : cache.n_tokens], input_ids), 1)  # (B, S)
+            position_ids, document_ids = cache.restart(n_new, position_ids, document_ids)
+        hidden = self.trunk(input_ids, position_ids, document_ids, cache)
+        cache.input_ids[:, cache.n_tokens - input_ids.shape[1] : cache.n_tokens] = input_ids
+        return hidden[:, -n_new:]
 
     def output_head(self) -> nn.Linear:
         """Return the linear C -> V; its weight is the embedding's where the config ties them."""

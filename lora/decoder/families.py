@@ -26,6 +26,8 @@ from lora.decoder.family_layers import (
     gemma3_layers,
     gpt2_layers,
     mistral_layers,
+    olmo3_layers,
+    phi3_layers,
     plain_layers,
     qwen_layers,
     smollm3_layers,
@@ -97,6 +99,10 @@ class Family:
     """By √C, rounded to the embedding's dtype."""
     has_softcaps: bool = False
     """Whether the fields of capped logits are read."""
+    has_multipliers: bool = False
+    """Whether Granite's multipliers are read."""
+    is_fused: bool = False
+    """Whether one linear makes queries, keys and values, and one gate and up."""
 
 
 def decoder_config(config: dict[str, Any]) -> DecoderConfig:
@@ -119,6 +125,7 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
         "max_position_embeddings": fields.count("max_position_embeddings"),
         "norm_eps": fields.number("rms_norm_eps"),
         "tie_word_embeddings": fields.flag("tie_word_embeddings"),
+        **_multipliers(fields, family, hidden_size),
         "logit_softcap": _softcap(fields, family, "final_logit_softcapping"),
         "layers": family.layers(fields, n_layers, scale),
     }
@@ -131,7 +138,6 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
         family=model_type,
         hidden_size=hidden_size,
         block=family.block,
-        embedding_scale=hidden_size**0.5 if family.embeddings_are_scaled else 1.0,
         attention=attention,
         feed_forward=feed_forward,
         source=dict(config),
@@ -170,6 +176,7 @@ def _attention(fields: Fields, family: Family, hidden_size: int, heads: int) -> 
         qkv_bias=from_field if family.qkv_bias is None else family.qkv_bias,
         output_bias=from_field or family.block == "gpt2",
         qk_norm=family.qk_norm,
+        is_fused=family.is_fused,
         logit_softcap=_softcap(fields, family, "attn_logit_softcapping"),
     )
 
@@ -177,7 +184,19 @@ def _attention(fields: Fields, family: Family, hidden_size: int, heads: int) -> 
 def _attention_scale(fields: Fields, family: Family, head_dim: int) -> float:
     if "query_pre_attn_scalar" in family.defaults:
         return float(fields.number("query_pre_attn_scalar") ** -0.5)
+    if family.has_multipliers:
+        return fields.number("attention_multiplier")
     return float(head_dim**-0.5)
+
+
+def _multipliers(fields: Fields, family: Family, hidden_size: int) -> dict[str, float]:
+    if not family.has_multipliers:
+        return {"embedding_scale": hidden_size**0.5 if family.embeddings_are_scaled else 1.0}
+    return {
+        "embedding_scale": fields.number("embedding_multiplier"),
+        "residual_multiplier": fields.number("residual_multiplier"),
+        "logit_scale": 1 / fields.number("logits_scaling"),
+    }
 
 
 def _softcap(fields: Fields, family: Family, name: str) -> float | None:
@@ -196,6 +215,7 @@ def _feed_forward(fields: Fields, family: Family, hidden_size: int) -> FeedForwa
         intermediate_size=fields.count("intermediate_size", default, maximum=MAX_SIZE),
         activation=fields.choice("hidden_act", ACTIVATION_NAMES),
         bias=fields.flag("mlp_bias") if family.mlp_bias is None else family.mlp_bias,
+        is_fused=family.is_fused,
     )
 
 
@@ -258,6 +278,50 @@ FAMILIES: dict[str, Family] = {
             "tie_word_embeddings": True,
         },
         mlp_bias=None,
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        phi3_layers,
+        defaults={
+            **_LLAMA_DEFAULTS,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+        },
+        qkv_bias=False,
+        is_fused=True,
+    ),
+    "granite": Family(
+        "GraniteForCausalLM",
+        plain_layers,
+        defaults={
+            **_LLAMA_DEFAULTS,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+        mlp_bias=None,
+        has_multipliers=True,
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        plain_layers,
+        defaults={**_LLAMA_DEFAULTS, "rms_norm_eps": 1e-5},
+        block="post_norm",
+        qk_norm="width",
+    ),
+    "olmo3": Family(
+        "Olmo3ForCausalLM",
+        olmo3_layers,
+        defaults={
+            **_LLAMA_DEFAULTS,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500_000.0,
+            "sliding_window": 4096,
+        },
+        block="post_norm",
+        qk_norm="width",
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",

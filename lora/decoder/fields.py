@@ -134,7 +134,15 @@ _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
         "mscale_all_dim",
         "truncate",
     ),
+    "longrope": (
+        "short_factor",
+        "long_factor",
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+    ),
 }
+_LISTS = ("short_factor", "long_factor")
 _ROPE_OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
@@ -162,6 +170,8 @@ def read_rope(fields: Fields, where: str, parameters: object, theta: float) -> R
         values = _rope_numbers(fields, where, kind, values)
     if kind == "yarn":
         values["attention_factor"] = _yarn_attention_factor(values)
+    if kind == "longrope":
+        values["attention_factor"] = _longrope_attention_factor(values)
     known = RopeConfig.__dataclass_fields__
     kept = {name: value for name, value in values.items() if name in known}
     return RopeConfig(**{**kept, "rope_theta": float(theta), "rope_type": kind})
@@ -188,16 +198,40 @@ def _rope_numbers(fields: Fields, where: str, kind: str, values: dict[str, Any])
     if "original_max_position_embeddings" in _ROPE_FIELDS[kind]:
         values["original_max_position_embeddings"] = original
     are_numbers = is_positive_number(original) and is_positive_number(context)
-    if kind == "yarn" and "factor" not in values and are_numbers:
+    if kind in ("yarn", "longrope") and "factor" not in values and are_numbers:
         values["factor"] = context / original
     for name in _ROPE_FIELDS[kind]:
         needed = name not in _ROPE_OPTIONAL and name != "truncate"
         if name not in values and needed:
             fields.faults.append(f"{where}.{name} is missing; rope_type {kind!r} needs it")
+        elif name in values and name in _LISTS:
+            values[name] = _factors(fields, f"{where}.{name}", values[name])
         elif name in values and name != "truncate" and not is_positive_number(values[name]):
             seen = f"{where}.{name}={_shown(values.pop(name))}"
             fields.faults.append(f"{seen}: allowed: a finite number > 0")
     return values
+
+
+def _factors(fields: Fields, name: str, value: object) -> tuple[float, ...]:
+    """Return longrope's factor of each frequency."""
+    if (
+        isinstance(value, list)
+        and len(value) <= MAX_HEAD_DIM
+        and all(map(is_positive_number, value))
+    ):
+        return tuple(float(factor) for factor in value)
+    fields.faults.append(f"{name}={_shown(value)}: allowed: a list of finite numbers > 0")
+    return ()
+
+
+def _longrope_attention_factor(values: dict[str, Any]) -> float:
+    """Return the factor of cosine and sine (LongRoPE, arXiv 2402.13753, as Phi-3 has it)."""
+    if "attention_factor" in values:
+        return float(values["attention_factor"])
+    factor, original = values.get("factor", 1.0), values["original_max_position_embeddings"]
+    if factor <= 1 or not is_positive_number(original) or original <= 1:
+        return 1.0
+    return math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def _yarn_attention_factor(values: dict[str, Any]) -> float:

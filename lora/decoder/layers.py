@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.decoder.attention import Attention, AttentionInputs, FusedAttention
+from lora.decoder.attention import Attention, AttentionInputs, FusedAttention, OneLinearAttention
 from lora.decoder.config import BlockKind, DecoderConfig, LayerConfig
 from lora.kernels.rms_norm import rms_norm
 from lora.kernels.shared_input import call_linears
@@ -69,6 +69,21 @@ class GatedFeedForward(nn.Module):
         return self.down_proj(self.activation(gate) * up)
 
 
+class OneLinearFeedForward(nn.Module):
+    """The same with one linear, gate_up_proj, for gate and up (Phi-3)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        part, width = config.feed_forward, config.hidden_size
+        self.gate_up_proj = nn.Linear(width, 2 * part.intermediate_size, bias=part.bias)
+        self.down_proj = nn.Linear(part.intermediate_size, width, bias=part.bias)
+        self.activation = ACTIVATIONS[part.activation]
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        gate, up = self.gate_up_proj(x).chunk(2, -1)  # each (B, T, F)
+        return self.down_proj(self.activation(gate) * up)
+
+
 class PlainFeedForward(nn.Module):
     """proj(act(fc(x))), GPT-2's."""
 
@@ -83,6 +98,18 @@ class PlainFeedForward(nn.Module):
         return self.c_proj(self.activation(self.c_fc(x)))
 
 
+def _attention(
+    config: DecoderConfig, layer: LayerConfig, index: int, norm: type[nn.Module]
+) -> Attention:
+    kind = OneLinearAttention if config.attention.is_fused else Attention
+    return kind(config, layer, index, norm)
+
+
+def _feed_forward(config: DecoderConfig) -> GatedFeedForward | OneLinearFeedForward:
+    kind = OneLinearFeedForward if config.feed_forward.is_fused else GatedFeedForward
+    return kind(config)
+
+
 class PreNormBlock(nn.Module):
     """Llama's block: a norm before each half."""
 
@@ -90,13 +117,30 @@ class PreNormBlock(nn.Module):
         super().__init__()
         sizes = config.hidden_size, config.norm_eps
         self.input_layernorm = RMSNorm(*sizes)
-        self.self_attn = Attention(config, layer, index, RMSNorm)
+        self.self_attn = _attention(config, layer, index, RMSNorm)
         self.post_attention_layernorm = RMSNorm(*sizes)
-        self.mlp = GatedFeedForward(config)
+        self.mlp = _feed_forward(config)
+        self.add = partial(torch.add, alpha=config.residual_multiplier)
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:  # (B, T, C) -> (B, T, C)
-        x = x + self.self_attn(self.input_layernorm(x), inputs)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = self.add(x, self.self_attn(self.input_layernorm(x), inputs))
+        return self.add(x, self.mlp(self.post_attention_layernorm(x)))
+
+
+class PostNormBlock(nn.Module):
+    """OLMo 2's block: a norm after each half."""
+
+    def __init__(self, config: DecoderConfig, layer: LayerConfig, index: int) -> None:
+        super().__init__()
+        sizes = config.hidden_size, config.norm_eps
+        self.self_attn = _attention(config, layer, index, RMSNorm)
+        self.post_attention_layernorm = RMSNorm(*sizes)
+        self.mlp = _feed_forward(config)
+        self.post_feedforward_layernorm = RMSNorm(*sizes)
+
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:  # (B, T, C) -> (B, T, C)
+        x = x + self.post_attention_layernorm(self.self_attn(x, inputs))
+        return x + self.post_feedforward_layernorm(self.mlp(x))
 
 
 class SandwichBlock(nn.Module):
@@ -106,10 +150,10 @@ class SandwichBlock(nn.Module):
         super().__init__()
         sizes = config.hidden_size, config.norm_eps
         self.input_layernorm = OffsetRMSNorm(*sizes)
-        self.self_attn = Attention(config, layer, index, OffsetRMSNorm)
+        self.self_attn = _attention(config, layer, index, OffsetRMSNorm)
         self.post_attention_layernorm = OffsetRMSNorm(*sizes)
         self.pre_feedforward_layernorm = OffsetRMSNorm(*sizes)
-        self.mlp = GatedFeedForward(config)
+        self.mlp = _feed_forward(config)
         self.post_feedforward_layernorm = OffsetRMSNorm(*sizes)
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:  # (B, T, C) -> (B, T, C)
@@ -135,6 +179,7 @@ class GPT2Block(nn.Module):
 
 BLOCKS: dict[BlockKind, type[nn.Module]] = {
     "pre_norm": PreNormBlock,
+    "post_norm": PostNormBlock,
     "sandwich": SandwichBlock,
     "gpt2": GPT2Block,
 }

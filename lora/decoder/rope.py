@@ -27,14 +27,28 @@ class Rope:
 
     def __init__(self, config: RopeConfig, head_dim: int) -> None:
         self.config = config
-        self._frequencies = {torch.device("cpu"): inverse_frequencies(config, head_dim)}
+        width = head_dim if config.rotary_dim is None else config.rotary_dim
+        self._frequencies = {torch.device("cpu"): inverse_frequencies(config, width)}
 
-    def tables(self, position_ids: Tensor, dtype: torch.dtype) -> Tables:
-        """Return cosine and signed sine for `position_ids` (B or 1, T); angles are fp32."""
+    def tables(
+        self, position_ids: Tensor, dtype: torch.dtype, lengths: Tensor | None = None
+    ) -> Tables:
+        """Return cosine and signed sine for `position_ids` (B or 1, T); angles are fp32.
+
+        `lengths`, (B or 1, T), are those of the documents of the tokens, which longrope needs;
+        None: every sequence is one document.
+        """
         device = position_ids.device
         if device not in self._frequencies:  # copied once per device, not per forward
             self._frequencies[device] = self._frequencies[torch.device("cpu")].to(device)
-        angles = position_ids[..., None].float() * self._frequencies[device]  # (B, T, D/2)
+        frequencies = self._frequencies[device]  # (D/2,), longrope: (2, D/2)
+        if self.config.rope_type == "longrope":
+            if lengths is None:
+                lengths = position_ids.amax(1, keepdim=True) + 1  # (B, 1)
+            is_long = lengths > self.config.original_max_position_embeddings
+            short, long = frequencies
+            frequencies = torch.where(is_long[..., None], long, short)  # (B, T, D/2)
+        angles = position_ids[..., None].float() * frequencies  # (B, T, D/2)
         cos, sin = angles.cos(), angles.sin()
         factor = self.config.attention_factor
         cos = torch.cat((cos, cos), -1).mul_(factor)  # (B, T, D)
@@ -43,7 +57,10 @@ class Rope:
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
-    """Return the angle per position of each pair of dimensions, (D/2,) fp32, on the CPU."""
+    """Return the angle per position of each pair of dimensions, (D/2,) fp32, on the CPU.
+
+    longrope: (2, D/2), of short documents and of long ones.
+    """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim  # (D/2,)
     frequencies = config.rope_theta**-exponents  # (D/2,)
     return _SCALINGS[config.rope_type](frequencies, config)
@@ -83,11 +100,18 @@ def _scale_yarn(frequencies: Tensor, config: RopeConfig) -> Tensor:
     return frequencies * (1 - stretched + stretched / config.factor)
 
 
+def _scale_longrope(frequencies: Tensor, config: RopeConfig) -> Tensor:
+    """Divide each frequency by a factor of its own (LongRoPE, arXiv 2402.13753)."""
+    factors = torch.tensor((config.short_factor, config.long_factor), device="cpu")  # (2, D/2)
+    return frequencies / factors
+
+
 _SCALINGS = {
     "default": _keep,
     "linear": _scale_linear,
     "llama3": _scale_llama3,
     "yarn": _scale_yarn,
+    "longrope": _scale_longrope,
 }
 
 
@@ -122,6 +146,14 @@ def rotate(q: Tensor, k: Tensor, tables: Tables | None) -> tuple[Tensor, Tensor]
     """Return queries and keys (B, T, heads, D) rotated by `tables`."""
     cos, sin = cast(Tables, tables)  # None only for blocks that were built with `skip_rotation`
     return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
+
+
+def rotate_part(q: Tensor, k: Tensor, tables: Tables | None) -> tuple[Tensor, Tensor]:
+    """Return queries and keys with as many of their first dimensions rotated as `tables` has."""
+    width = cast(Tables, tables)[0].shape[-1]
+    rotated = rotate(q[..., :width], k[..., :width], tables)
+    whole = [torch.cat((part, x[..., width:]), -1) for part, x in zip(rotated, (q, k), strict=True)]
+    return whole[0], whole[1]
 
 
 def skip_rotation(q: Tensor, k: Tensor, tables: Tables | None) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,24 @@ _GEMMA3_ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
 }
 _GEMMA3_KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
+_OLMO3_ROPES = {
+    "full_attention": _YARN,
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+
+
+def _longrope(original: int, width: int) -> dict[str, Any]:
+    steps = [i / width for i in range(width // 2)]
+    return {
+        "original_max_position_embeddings": original,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 100.0,
+            "short_factor": [1 + step for step in steps],
+            "long_factor": [3 + 8 * step for step in steps],
+        },
+    }
+
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {"tie_word_embeddings": True}),
@@ -75,6 +93,44 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 16}),
     "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {"no_rope_layer_interval": 2}),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {"sliding_window": 7}),
+    "phi3-partial": (
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        {
+            "head_dim": 24,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_theta": 50.0, "partial_rotary_factor": 0.75},
+        },
+    ),
+    "phi3-longrope": (
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        {"hidden_size": 192, "num_attention_heads": 2, "num_hidden_layers": 2, **_longrope(32, 96)},
+    ),
+    "granite": (
+        "GraniteConfig",
+        "GraniteForCausalLM",
+        {
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.3,
+            "attention_multiplier": 0.4,
+            "logits_scaling": 5.0,
+        },
+    ),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {}),
+    "olmo2-biases": (
+        "Olmo2Config",
+        "Olmo2ForCausalLM",
+        {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": True},
+    ),
+    "olmo3": (
+        "Olmo3Config",
+        "Olmo3ForCausalLM",
+        {"sliding_window": 6, "layer_types": _GEMMA3_KINDS, "rope_parameters": _OLMO3_ROPES},
+    ),
     "gemma2": (
         "Gemma2Config",
         "Gemma2ForCausalLM",
@@ -118,6 +174,12 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 """Name -> transformers' config class, model class, and what differs from the sizes above."""
+LONG_CASE = (
+    "Phi3Config",
+    "Phi3ForCausalLM",
+    {"partial_rotary_factor": 0.5, **_longrope(9, 6)},
+)
+"""Rotates documents of more than 9 tokens otherwise than shorter ones."""
 
 
 @dataclass
@@ -132,7 +194,7 @@ class Pair:
 def build_reference(name: str, **overrides: Any) -> Any:
     """Return transformers' model of case `name`, in eval mode, every tensor random."""
     transformers = pytest.importorskip("transformers")
-    config_class, model_class, differences = CASES[name]
+    config_class, model_class, differences = LONG_CASE if name == "long" else CASES[name]
     sizes = _GPT2_SIZES if name.startswith("gpt2") else _LLAMA_SIZES
     config = getattr(transformers, config_class)(**{**sizes, **differences, **overrides})
     model = getattr(transformers, model_class)(config).eval()

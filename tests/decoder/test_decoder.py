@@ -137,8 +137,61 @@ def test_sequences_of_a_cache_can_be_dropped(pair: Any, make_ids: Callable[..., 
 def test_hidden_states_are_what_the_head_gets(pair: Any, make_ids: Callable[..., Tensor]) -> None:
     ids = make_ids(2, T)
     hidden = pair.ours.hidden_states(ids)
-    assert hidden.shape == (2, T, 48)
+    assert hidden.shape == (2, T, pair.ours.config.hidden_size)
     assert torch.equal(pair.ours.logits_of(hidden), pair.ours(ids))
+
+
+LONG = 9  # tokens, above which the case "long" rotates by other factors
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_tokens", [LONG - 1, LONG, LONG + 1, T])
+def test_longrope_chooses_by_length_as_transformers_does(
+    build_pair: Callable[..., Any], make_ids: Callable[..., Tensor], n_tokens: int
+) -> None:
+    pair, ids = build_pair("long"), make_ids(2, n_tokens)
+    assert pair.ours.config.longrope_tokens == LONG
+    assert_close(pair.ours(ids), reference_logits(pair.reference, ids))
+
+
+@torch.no_grad()
+def test_longrope_chooses_for_each_document(
+    build_pair: Callable[..., Any], make_ids: Callable[..., Tensor]
+) -> None:
+    pair, ids = build_pair("long"), make_ids(2, T)
+    documents = torch.tensor(
+        [[0] * 10 + [1] * 8 + [2] * 2 + [-1], [-1] * 12 + [0] * 9]  # long, short, short; short
+    )
+    packed = pair.ours(ids, document_ids=documents)
+    for row in range(2):
+        for document in range(int(documents[row].max()) + 1):
+            where = documents[row] == document
+            alone = reference_logits(pair.reference, ids[row, where][None])[0]
+            assert_close(packed[row, where], alone)
+
+
+@torch.no_grad()
+def test_a_cache_that_outgrows_longropes_short_factors(
+    build_pair: Callable[..., Any], make_ids: Callable[..., Tensor]
+) -> None:
+    pair, ids = build_pair("long"), make_ids(3, T)
+    starts = (0, 4, 7)
+    documents = torch.zeros_like(ids)
+    for row, start in enumerate(starts):
+        documents[row, :start] = -1
+    cache = pair.ours.new_cache(3, T)
+    parts = [pair.ours(ids[:, :8], document_ids=documents[:, :8], cache=cache)[:, -1:]]
+    for i in range(8, T - 3):
+        parts.append(pair.ours(ids[:, i : i + 1], cache=cache))
+    for i, logits in zip(range(8, T - 2), parts, strict=True):
+        for row, start in enumerate(starts):
+            alone = reference_logits(pair.reference, ids[row : row + 1, start:i])[0, -1]
+            assert_close(logits[row, 0], alone)
+    with pytest.raises(ModelError, match="cache 4 more tokens"):
+        pair.ours(ids[:, :4], cache=cache)
+    cache.select_sequences(torch.tensor([2, 0]))
+    rest = pair.ours(ids[[2, 0], T - 3 :], cache=cache)
+    assert_close(rest[1], reference_logits(pair.reference, ids[:1])[0, -3:])
 
 
 def test_names_are_those_of_transformers(pair: Any) -> None:

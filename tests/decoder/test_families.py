@@ -21,6 +21,13 @@ SIZES: dict[str, Any] = {
 }
 
 
+LONGROPE: dict[str, Any] = {
+    "type": "longrope",
+    "short_factor": [1.0, 2.0],
+    "long_factor": [1.5, 4.0],
+}
+
+
 def config_of(family: str, **fields: Any) -> dict[str, Any]:
     return {"model_type": family, **SIZES, **fields}
 
@@ -115,6 +122,41 @@ def test_yarns_attention_factor() -> None:
     assert rope.attention_factor == 1.5
 
 
+@pytest.mark.parametrize("kind", ["longrope", "su", "yarn"])
+def test_phi3s_longrope(kind: str) -> None:
+    """As Phi-3.5 and Phi-4-mini have it: the context lengths are beside the factors."""
+    fields = {
+        "max_position_embeddings": 131_072,
+        "original_max_position_embeddings": 4096,
+        "partial_rotary_factor": 0.25,
+        "rope_scaling": {**LONGROPE, "type": kind},
+        "sliding_window": 262_144,
+    }
+    config = decoder_config(config_of("phi3", **fields))
+    rope = config.layers[0].rope
+    assert rope is not None
+    assert (rope.rope_type, rope.rotary_dim, rope.factor) == ("longrope", 4, 32.0)
+    assert (rope.short_factor, rope.long_factor) == ((1.0, 2.0), (1.5, 4.0))
+    assert rope.attention_factor == pytest.approx((1 + 5 / 12) ** 0.5)
+    assert config.longrope_tokens == 4096
+    assert (config.attention.is_fused, config.feed_forward.is_fused) == (True, True)
+    assert config.layers[0].window_tokens == 262_144
+
+
+def test_a_window_that_is_null_is_none() -> None:
+    for family in ("qwen2", "phi3"):
+        fields = {"use_sliding_window": True, "max_window_layers": 2} if family == "qwen2" else {}
+        config = decoder_config(config_of(family, sliding_window=None, **fields))
+        assert {layer.window_tokens for layer in config.layers} == {None}
+
+
+def test_granites_multipliers() -> None:
+    fields = {"embedding_multiplier": 12, "logits_scaling": 8, "residual_multiplier": 0.22}
+    config = decoder_config(config_of("granite", attention_multiplier=0.015625, **fields))
+    assert (config.embedding_scale, config.logit_scale) == (12.0, 0.125)
+    assert (config.residual_multiplier, config.layers[0].scale) == (0.22, 0.015625)
+
+
 def test_gemma2_caps_by_default_and_not_where_the_field_is_null() -> None:
     config = decoder_config(config_of("gemma2"))
     assert (config.attention.logit_softcap, config.logit_softcap) == (50.0, 30.0)
@@ -165,7 +207,24 @@ def test_a_classifier_is_refused() -> None:
     ("family", "fields", "words"),
     [
         ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
-        ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "allowed: default, linear"),
+        ("llama", {"rope_scaling": {"rope_type": "su"}}, "allowed: default, linear"),
+        ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "short_factor is missing"),
+        ("phi3", {"rope_scaling": {**LONGROPE, "long_factor": [1, 0]}}, "long_factor=[1, 0]"),
+        ("phi3", {"rope_scaling": {**LONGROPE, "short_factor": 2}}, "short_factor=2: allowed"),
+        ("phi3", {"rope_scaling": {**LONGROPE, "mscale_all": 2}}, "rope_scaling.mscale_all=2"),
+        ("phi3", {"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor=0"),
+        ("phi3", {"partial_rotary_factor": "half"}, "partial_rotary_factor='half'"),
+        ("phi3", {"attention_bias": True}, "attention_bias=True"),
+        ("phi3", {"layer_types": ["sliding_attention"] * 6}, "layer_types"),
+        ("granite", {"logits_scaling": 0}, "logits_scaling=0: allowed"),
+        ("granite", {"attention_multiplier": "x"}, "attention_multiplier='x'"),
+        ("granite", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("granite", {"sliding_window": 8}, "sliding_window=8"),
+        ("olmo2", {"mlp_bias": True}, "mlp_bias=True"),
+        ("olmo2", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
+        ("olmo2", {"sliding_window": 8}, "sliding_window=8"),
+        ("olmo3", {"rope_theta": 1e4}, "rope_theta=10000.0: allowed: in rope_parameters"),
+        ("gemma2", {"sliding_window": None}, "sliding_window=None: allowed: an int"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": -1}}, "factor=-1"),
         ("llama", {"rope_scaling": "linear"}, "rope_scaling='linear'"),
@@ -233,6 +292,9 @@ def test_all_faults_are_raised_together() -> None:
     [
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide"),
         ({"head_dim": 7}, "head_dim=7"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.2}, "3 of 16 dimensions"),
+        ({"model_type": "phi3", "partial_rotary_factor": 1.5}, "24 of 16 dimensions"),
+        ({"model_type": "phi3", "rope_scaling": LONGROPE}, "short_factor has 2 values: 8"),
         ({"num_attention_heads": 5}, "not a multiple of 5 heads"),
     ],
 )
