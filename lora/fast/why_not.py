@@ -109,6 +109,8 @@ def _why_not_shape(config: DecoderConfig) -> str | None:
         return f"{config.family} has fused linears"
     if any(layer.rope is not None and layer.rope.rotary_dim for layer in config.layers):
         return f"{config.family} rotates a part of each head"
+    if config.longrope_tokens is not None:
+        return f"{config.family} rotates each example as its length wants (longrope)"
     if config.feed_forward.activation not in ("silu", "swish", *GELU_NAMES):
         return f"the activation is {config.feed_forward.activation}, not silu or gelu_pytorch_tanh"
     if config.head_dim > MAX_HEAD_WIDTH or config.head_dim % 2 or half & (half - 1):
