@@ -86,7 +86,7 @@ class FastNetwork:
         trunk = cast(LlamaTrunk, model.trunk)
         blocks = [cast(PreNormBlock, block) for block in trunk.layers]
         heads = [block.self_attn for block in blocks]
-        feeds = [block.mlp for block in blocks]
+        feeds = [cast(GatedFeedForward, block.mlp) for block in blocks]
         # Slots are reserved in this order, which is the layout of the flat buffer: in another one
         # the gradient norm would be summed in another order, and differ in its last bits.
         self.qkv = self._project([[a.q_proj, a.k_proj, a.v_proj] for a in heads])
