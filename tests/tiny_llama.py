@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 
 from lora.decoder.config import (
@@ -9,6 +12,7 @@ from lora.decoder.config import (
     DecoderConfig,
     FeedForwardConfig,
     LayerConfig,
+    QkNorm,
     RopeConfig,
 )
 from lora.decoder.decoder import Decoder, build_decoder
@@ -42,6 +46,14 @@ def llama_config(
         feed_forward=FeedForwardConfig(feed_forward, "silu"),
         layers=(LayerConfig(ROPE, None, heads[2] ** -0.5),) * n_layers,
     )
+
+
+def changed(
+    config: DecoderConfig, *, qk_norm: QkNorm | None = None, **changes: Any
+) -> DecoderConfig:
+    """Return `config` with these fields, and norms of queries and keys."""
+    attention = replace(config.attention, qk_norm=qk_norm)
+    return replace(config, **{"attention": attention, **changes})
 
 
 def random_decoder(config: DecoderConfig, dtype: torch.dtype) -> Decoder:

@@ -101,8 +101,8 @@ def _why_not_shape(config: DecoderConfig) -> str | None:
     half = config.head_dim // 2  # the RoPE kernel's one tl.arange, so it must be a power of two
     if config.block not in NORM_NAMES:
         return f"{config.family} places its norms otherwise than Llama"
-    if config.attention.qk_norm:
-        return f"{config.family} normalises queries and keys"
+    if config.attention.qk_norm == "width":
+        return f"{config.family} normalises queries and keys over all heads"
     if config.attention.logit_softcap is not None:
         return f"{config.family} caps its attention logits"
     if config.attention.is_fused or config.feed_forward.is_fused:

@@ -12,22 +12,23 @@ import torch
 from lora.data.sequences.batches import Batch
 from lora.decoder.config import FeedForwardConfig, LayerConfig
 from lora.decoder.decoder import Decoder
-from tests.tiny_llama import ROPE, VOCABULARY, llama_config, random_decoder
+from tests.tiny_llama import ROPE, VOCABULARY, changed, llama_config, random_decoder
 
 ROWS, TOKENS = 2, 16
 GEMMA: dict[str, Any] = {
     "block": "sandwich",
+    "qk_norm": "head",
     "embedding_scale": 48**0.5,
     "feed_forward": FeedForwardConfig(56, "gelu_pytorch_tanh"),
 }
-"""Settings of Gemma's blocks, beside those of its attention."""
+"""Settings of Gemma 3."""
 
 
 @pytest.fixture
 def tiny_decoder() -> Callable[..., Decoder]:
     """Make a random Llama with all tensors drawn; its second block has no rotary embedding.
 
-    Other fields of its config are given by name.
+    Other fields of its config are given by name; `qk_norm` is one of its attention's.
     """
 
     def make(
@@ -40,8 +41,8 @@ def tiny_decoder() -> Callable[..., Decoder]:
     ) -> Decoder:
         ropes = (ROPE, None, ROPE)
         layers = tuple(LayerConfig(rope, window, 8**-0.5) for rope in ropes)
-        config = replace(llama_config(tied=tied, bias=bias), layers=layers, **changes)
-        return random_decoder(config, dtype)
+        config = replace(llama_config(tied=tied, bias=bias), layers=layers)
+        return random_decoder(changed(config, **changes), dtype)
 
     return make
 

@@ -31,6 +31,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "untied": ({"tied": False}, {}),
     "biases": ({"bias": True}, {}),
     "window": ({"window": 4}, {}),
+    "normed heads": ({"qk_norm": "head"}, {}),
+    "normed heads, window, full": ({"qk_norm": "head", "window": 4}, None),
     "one block": ({}, {"layers": (1,)}),
     "Gemma": (GEMMA, {"layers": (1, 2)}),
     "Gemma, full": (GEMMA, None),

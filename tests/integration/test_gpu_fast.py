@@ -29,6 +29,7 @@ from lora.device import choose_device
 from lora.errors import TrainingError
 from lora.fast.choose import choose_steps
 from lora.fast.graphs import Graphs
+from lora.fast.llama.checkpointing import MODES
 from lora.fast.runner import CapturedStepRunner
 from lora.fast.step import FastStep
 from lora.fast.why_not import why_not_fast
@@ -98,14 +99,11 @@ def batch(*, packed: bool, rows: int = 2, tokens: int = 192) -> Batch:
     return Batch(ids, labels, positions, documents)
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("kind", ["merged", "split", "full"])
-def test_gradients_are_the_plain_ones(kind: str, packed: bool) -> None:
-    plain = build()
-    plain = plain.requires_grad_(True) if kind == "full" else adapt(plain)
+def check_gradients(model: Decoder, kind: str, batches: Batch, **settings: Any) -> None:
+    """Check the step's gradients, in bf16, against the plain ones in fp32."""
+    plain = model.requires_grad_(True) if kind == "full" else adapt(model)
     fast, plain = copy.deepcopy(plain).cuda(), plain.cuda()
-    step = FastStep(fast, TRITON, torch.bfloat16, merges=kind == "merged")
-    batches = batch(packed=packed)
+    step = FastStep(fast, TRITON, torch.bfloat16, merges=kind == "merged", **settings)
     step.launch([batches], 0.0)
     loss_sum, n_tokens = loss_for(plain)(plain, batches.to("cuda"))
     loss_sum.sum().backward()
@@ -123,6 +121,40 @@ def test_gradients_are_the_plain_ones(kind: str, packed: bool) -> None:
                 assert (own - reference).norm() <= TOLERANCE * reference.norm(), name
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("kind", ["merged", "split", "full"])
+def test_gradients_are_the_plain_ones(kind: str, packed: bool) -> None:
+    check_gradients(build(), kind, batch(packed=packed))
+
+
+HEADS: dict[str, dict[str, object]] = {
+    "qwen3": {"attention": AttentionConfig(8, 2, 64, qk_norm="head")},
+    "qwen3, windows": {
+        "attention": AttentionConfig(4, 2, 128, qk_norm="head"),
+        "layers": (LayerConfig(RopeConfig(1e4), 40, 128**-0.5), LayerConfig(None, None, 0.1)) * 2,
+    },
+}
+
+
+@pytest.mark.parametrize("way", ["own kernels", "torch's kernels", "unpacked"])
+@pytest.mark.parametrize("kind", ["split", "full"])
+@pytest.mark.parametrize("name", HEADS)
+def test_gradients_through_other_attentions(name: str, kind: str, way: str) -> None:
+    own = {"own kernels": True, "torch's kernels": False, "unpacked": None}[way]
+    batches = batch(packed=way != "unpacked")
+    check_gradients(build(**HEADS[name]), kind, batches, own_attention=own)
+
+
+@pytest.mark.parametrize("mode", ["cheap", "full", "full+offload"])
+def test_normed_heads_are_recomputed(mode: str) -> None:
+    for own in (True, False):
+        checkpointing = replace(MODES[mode], n_stored_attention=2 * (mode == "full"))
+        check_gradients(
+            build(**HEADS["qwen3"]), "split", batch(packed=True), own_attention=own,
+            checkpointing=checkpointing,
+        )  # fmt: skip
+
+
 def test_dropout_stays_and_repeats() -> None:
     reports = []
     for _ in range(2):
@@ -138,8 +170,6 @@ def test_dropout_stays_and_repeats() -> None:
 
 def test_reasons_against_it_are_told() -> None:
     choice = choose_device("cuda")
-    wide = AttentionConfig(4, 2, 64, qk_norm="head")
-    assert "normalises queries" in (why_not_fast(build(attention=wide), choice) or "")
     gelu = FeedForwardConfig(512, "gelu")
     assert "gelu" in (why_not_fast(build(feed_forward=gelu), choice) or "")
     odd = AttentionConfig(8, 2, 24)
@@ -211,9 +241,9 @@ def test_full_fine_tuning_takes_it_too(job: FinetuneJob) -> None:
 
 
 def test_other_families_are_captured_and_learn_like_the_plain_step(job: FinetuneJob) -> None:
-    """What the fast step refuses: Qwen 3's normalised queries, with packed rows."""
+    """What the fast step refuses: another activation, with packed rows."""
     said = Lines()
-    model = adapt(build(attention=AttentionConfig(4, 2, 64, qk_norm="head")).bfloat16())
+    model = adapt(build(feed_forward=FeedForwardConfig(512, "relu")).bfloat16())
     plain = copy.deepcopy(model).cuda()
     choice = choose_device("cuda")
     config = TrainConfig(steps=6, weight_decay=0.0)

@@ -5,8 +5,9 @@ buffer               shape         after forward            after backward      
 residuals[l]         (N, C + R)    input of block l, l = L  its gradient, which      all modes;
                                    of the final norm        down of l − 1 reads 6.   1. offloaded
 attention_in[l]      (N, C + R)    first norm's output 7.   the same                 none
-qkv[l]               (N, W + R)    rotated q and k, v       their gradients, before  none, cheap
+qkv[l]               (N, W + R)    8. rotated q and k, v    their gradients, before  none, cheap
                                                             the rotation
+normed_heads         (N, (H+S)·D)  rotated q and k          8. of queries            scratch
 attention_out[l]     (N, H·D + R)  attention output         the same                 none, cheap
 lse[l]               (H, N)        log-sum-exp by query     the same                 2. none, cheap
 attention_branch[l]  (N, C + R)    output of o_proj         its gradient, which      6. none, cheap
@@ -37,9 +38,10 @@ fp8_scales           (4, N, 1)     its scales               its scales          
 transposed_codes     (I · O,)                               one weight, transposed   5. scratch
 unit_scales          (1, I)        ones                     ones                     5. all modes
 
-N tokens, L blocks, C hidden width, H heads of width D, W columns of q/k/v, F feed-forward width,
-V vocabulary, I inputs and O outputs of the widest linear. + R columns hold LoRA's low-rank
-activations where LoRA is not merged: x Aᵀ beside an input x, s · dy B beside an output gradient dy.
+N tokens, L blocks, C hidden width, H heads of width D, S key/value heads, W columns of q/k/v, F
+feed-forward width, V vocabulary, I inputs and O outputs of the widest linear. + R columns hold
+LoRA's low-rank activations where LoRA is not merged: x Aᵀ beside an input x, s · dy B beside an
+output gradient dy.
 
 none, cheap, full and full+offload are the modes of activation checkpointing, from the fastest to
 the smallest. What a mode does not store is recomputed into one scratch tensor that all blocks
@@ -57,6 +59,8 @@ blocks' qkv, attention_out and mid_residual are stored where there is room.
    blocks without a stored feed_branch the backward pass recomputes it by chunks of tokens. Where
    there is a factor alone, nothing is needed of forward, and only none stores the gradients.
 7. Where a half has no norm before it: a copy of the residual. none does not store mid_residual.
+8. Where queries and keys have norms, qkv[l] holds them raw, and normed_heads what attention reads:
+   normed and rotated, computed again before a block's backward pass.
 
 A gradient overwrites what it is the gradient of. So at the end of the backward pass the inputs and
 the output gradients of all stored linears lie here, and the weight gradients of all blocks are a
@@ -206,6 +210,10 @@ class Buffers:
         n_logits = max(1, min(n, elements // widths.vocabulary))
         self.logits = like.new_empty(n_logits, widths.vocabulary)  # (chunk, V)
         self.losses = torch.empty(n, dtype=self.rstd.dtype, device=like.device)  # (N,)
+
+    def add_head_norms(self, columns: int) -> None:
+        """Add scratch for normed queries and keys, `columns` together."""
+        self.normed_heads = self.hidden.new_empty(self.n_tokens, columns)  # (N, (H + S) · D)
 
     def add_document_attention(self, n_heads: int, width: int) -> None:
         """Add what our own attention kernels store and use as scratch."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora.decoder.attention import Attention
 from lora.decoder.config import RopeConfig
 from lora.decoder.decoder import Decoder, GemmaTrunk, LlamaTrunk
-from lora.decoder.layers import GatedFeedForward, PreNormBlock
+from lora.decoder.layers import GatedFeedForward, OffsetRMSNorm, PreNormBlock
 from lora.decoder.quantised import has_fp8_base
 from lora.decoder.rope import Rope
 from lora.fast.llama.buffers import Buffers, Widths
@@ -98,13 +98,24 @@ class FastNetwork:
         self.norms = WeightGroup(norms, flat, dtype)
         self.branches = branches_of(self.config)
         self.has_gelu = self.config.feed_forward.activation in GELU_NAMES
+        self.head_norms = self._head_norms(heads)
+        self.head_norm_offset = 1.0 if isinstance(heads[0].q_norm, OffsetRMSNorm) else 0.0
+        """Added to the weights of queries' and keys' norms."""
         self.embedding, self.head = self._tables(trunk.embed_tokens, model.lm_head)
-        self.weights = [self.norms, self.embedding]
+        self.weights = [self.norms, *(self.head_norms or ()), self.embedding]
         if self.head is not self.embedding:
             self.weights.append(self.head)
         self.embedding_scale = _embedding_scale(trunk, dtype)
         self.ropes = trunk.ropes
         self.first_trained = 0 if trains_all else self._first_adapted(heads, feeds)
+
+    def _head_norms(self, heads: list[Attention]) -> tuple[WeightGroup, WeightGroup] | None:
+        """Return the norms of queries and of keys, if the model has any."""
+        if self.config.attention.qk_norm is None:
+            return None
+        groups = [a.q_norm for a in heads], [a.k_norm for a in heads]
+        queries, keys = (WeightGroup(group, self.flat, self.dtype) for group in groups)
+        return queries, keys
 
     def _tables(self, embedding: nn.Module, head: nn.Module) -> tuple[WeightGroup, WeightGroup]:
         """Return the embedding and the output head: tied, they are one."""
@@ -247,6 +258,9 @@ class FastNetwork:
             # A dropout mask is drawn for all tokens of a batch at once.
             chunks_feed_forward=self.masks is None,
         )
+        if self.head_norms is not None:
+            shared = sizes.num_key_value_heads * sizes.head_dim
+            buffers.add_head_norms(attention + shared)
         if self.uses_own_attention(tokens):
             buffers.add_document_attention(sizes.num_attention_heads, sizes.head_dim)
         if self.fp8_buffers is not None:

@@ -331,7 +331,7 @@ class FastPass:
         net.output.backward(layer, dy, buffers.d_attention_out)
         if buffers.recomputes:
             self._accumulate(net.output, layer, buffers.attention_out[layer], dy, first)
-        self.attention.backward(layer)
+        self.attention.backward(layer, first=first)
         is_last = layer == net.first_trained and not net.trains_all
         net.qkv.backward(layer, qkv, None if is_last else buffers.hidden)
         if buffers.recomputes:

@@ -14,6 +14,7 @@ from lora.kernels.step import (
     attention_triton,
     dropout,
     fp8,
+    head_norm,
     low_rank,
     norm,
     rotary,
@@ -41,7 +42,10 @@ class Ops:
     add_dropped: Callable[..., None]
     add_low_rank: Callable[..., None]
     attend: Callable[..., None]
+    attend_gradients: Callable[..., None]
     attend_backward: Callable[..., None]
+    norm_heads: Callable[..., None]
+    norm_heads_backward: Callable[..., tuple[Tensor, Tensor] | None]
     stacked_adamw: Callable[..., None]
     quantise_rows: Callable[..., None]
     scaled_matmul: Callable[..., None]
@@ -65,7 +69,10 @@ PLAIN = Ops(
     add_dropped=dropout.add_dropped,
     add_low_rank=low_rank.add_low_rank,
     attend=attention.attend,
+    attend_gradients=attention.attend_gradients,
     attend_backward=attention.attend_backward,
+    norm_heads=head_norm.norm_heads,
+    norm_heads_backward=head_norm.norm_heads_backward,
     quantise_rows=fp8.quantise_rows,
     scaled_matmul=fp8.scaled_matmul,
     transpose_codes=fp8.transpose_codes,
@@ -87,7 +94,10 @@ TRITON = Ops(
     add_dropped=dropout.add_dropped_triton,
     add_low_rank=low_rank.add_low_rank_triton,
     attend=attention_triton.attend_triton,
+    attend_gradients=attention_triton.attend_gradients_triton,
     attend_backward=attention_triton.attend_backward_triton,
+    norm_heads=head_norm.norm_heads_triton,
+    norm_heads_backward=head_norm.norm_heads_backward_triton,
     quantise_rows=fp8.quantise_rows_triton,
     scaled_matmul=fp8.scaled_matmul_device,
     transpose_codes=fp8.transpose_codes_triton,

@@ -55,6 +55,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "tied": ({}, {"rank_pattern": {"k_proj": 2}}),
     "untied, biases": ({"tied": False, "bias": True}, {}),
     "window": ({"window": 4}, {}),
+    "normed heads": ({"qk_norm": "head"}, {"layers": (1, 2)}),
     "last block": ({}, {"layers": (2,)}),
     "Gemma": (GEMMA, {"layers": (1, 2)}),
     "Gemma, full": (GEMMA, None),

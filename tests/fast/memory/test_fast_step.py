@@ -107,6 +107,15 @@ def test_an_fp8_base_is_near_the_peak_measured_on_an_h100() -> None:
     assert planned[False] > 1.1 * planned[True]
 
 
+def test_normed_heads_add_one_scratch_for_all_blocks(tiny_decoder: Callable[..., Decoder]) -> None:
+    normed, plain = (
+        fast_memory(apply_lora(tiny_decoder(qk_norm=kind), LoRAConfig(rank=4)), 2, 16)  # type: ignore[arg-type]
+        for kind in ("head", None)
+    )
+    assert normed.activations - plain.activations == 2 * 16 * (6 + 2) * 8 * 2  # N · (H + S) · D
+    assert normed.weights - plain.weights == 3 * 2 * 8 * 2
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_parts_are_those_of_a_real_step(tiny_decoder: Callable[..., Decoder], full: bool) -> None:
     def make() -> Decoder:

@@ -87,7 +87,9 @@ def test_which_step_is_planned() -> None:
     normed = replace(TINY, attention=AttentionConfig(4, 2, 8, qk_norm="head"))
     assert plan(SETTING).step == "plain"
     assert plan(on_gpu).step == "fast"
-    assert plan(replace(on_gpu, config=normed)).step == "captured"
+    other = replace(TINY, feed_forward=replace(TINY.feed_forward, activation="relu"))
+    assert plan(replace(on_gpu, config=normed)).step == "fast"
+    assert plan(replace(on_gpu, config=other)).step == "captured"
     assert plan(replace(on_gpu, fast=False)).step == "plain"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from lora.decoder.decoder import Decoder, build_decoder, build_empty_decoder
 from lora.decoder.quantised import Fp8Linear, use_fp8_linears
 from lora.distributed.shards import Rows
 from tests.fast.conftest import GEMMA
-from tests.tiny_llama import llama_config
+from tests.tiny_llama import changed, llama_config
 
 VOCABULARY, TOKENS = 101, 12
 
@@ -67,7 +67,7 @@ def config_of(case: Case) -> DecoderConfig:
         tied=case.tied,
         bias=case.bias,
     )
-    return replace(config, **case.changes)
+    return changed(config, **case.changes)
 
 
 def base_values(case: Case) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from lora.kernels.step import (
     attention_triton,
     dropout,
     fp8,
+    head_norm,
     low_rank,
     norm,
     rotary,
@@ -369,17 +370,95 @@ def test_stacked_adamw(draw: torch.Generator) -> None:
         assert not torch.equal(plain[0], plain[1])
 
 
+@pytest.mark.parametrize(("width", "rotated"), [(24, 24), (16, 8), (40, 24)])
+def test_rotation_of_any_width_and_of_a_part(
+    draw: torch.Generator, width: int, rotated: int
+) -> None:
+    heads, shared = 3, 1
+    columns = (heads + 2 * shared) * width
+    cos, sin = (torch.randn(ROWS, rotated // 2, generator=draw).to(DEVICE) for _ in range(2))
+    plain = random(draw, ROWS, columns + 8)
+    fast, before = plain.clone(), plain.clone()
+    rotary.rotate_heads(plain, cos, sin, heads + shared, width)
+    rotary.rotate_heads_triton(fast, cos, sin, heads + shared, width)
+    assert_close(fast, plain)
+    assert torch.equal(fast[:, rotated:width], before[:, rotated:width])
+    dq, dv = random(draw, ROWS, heads, width), random(draw, ROWS, shared, width)
+    dk = random(draw, shared, ROWS, width).transpose(0, 1)
+    rotary.gather_gradients(dq, dk, dv, cos, sin, plain[:, :columns])
+    rotary.gather_gradients_triton(dq, dk, dv, cos, sin, fast[:, :columns])
+    assert_close(fast, plain)
+
+
+@pytest.mark.parametrize("trains", [True, False])
 @pytest.mark.parametrize(
-    ("heads", "count", "window", "rotates"),
+    ("heads", "rotated", "offset", "is_whole"),
     [
-        ((6, 2, 16), 150, 0, True),
-        ((4, 4, 32), 130, 40, True),
-        ((3, 1, 64), 64, 0, False),
-        ((9, 3, 64), 300, 0, True),
+        ((9, 3, 32), 32, 0.0, False),
+        ((4, 1, 24), 24, 1.0, False),
+        ((5, 5, 16), 0, 0.0, False),
+        ((3, 1, 40), 40, 0.0, True),
+        ((4, 2, 16), 8, 1.0, False),
+    ],
+)
+def test_norms_of_heads_and_their_gradients(
+    draw: torch.Generator,
+    heads: tuple[int, int, int],
+    rotated: int,
+    offset: float,
+    is_whole: bool,
+    trains: bool,
+) -> None:
+    n_heads, shared, width = heads
+    group, columns = n_heads // shared, (n_heads + 2 * shared) * width
+    sizes = (n_heads * width, shared * width) if is_whole else (width, width)
+    norms = head_norm.HeadNorms(heads, *(random(draw, n) for n in sizes), 1e-5, offset)
+    tables = None
+    if rotated:
+        cos, sin = (torch.randn(ROWS, rotated // 2, generator=draw).to(DEVICE) for _ in range(2))
+        tables = (cos, sin)
+    whole = random(draw, ROWS, columns + 8)
+    qkv, split = whole[:, :columns], (n_heads + shared) * width
+    plain, fast = (torch.full((ROWS, split + 8), 7.0, device=DEVICE, dtype=TYPE) for _ in range(2))
+    head_norm.norm_heads(qkv, norms, tables, plain[:, :split])
+    head_norm.norm_heads_triton(qkv, norms, tables, fast[:, :split])
+    assert_close(fast, plain)
+    dq = random(draw, ROWS, n_heads, 1, width + 8)[..., :width]
+    partial = torch.randn(ROWS, n_heads, 2, width, generator=draw).to(DEVICE)
+    parts = partial.unflatten(1, (shared, group))
+    gradients = dq, parts[..., 0, :], parts[..., 1, :]
+    expected = whole.clone()
+    found = head_norm.norm_heads_backward(
+        *gradients, norms, tables, expected[:, :columns], trains=trains
+    )
+    own = head_norm.norm_heads_backward_triton(*gradients, norms, tables, qkv, trains=trains)
+    assert_close(whole, expected)
+    assert (own is None) is (found is None) is (not trains)
+    for one, other in zip(own or (), found or (), strict=True):
+        assert_close(one, other, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("heads", "count", "window", "rotated", "softcap"),
+    [
+        ((6, 2, 16), 150, 0, 16, 0.0),
+        ((4, 4, 32), 130, 40, 32, 0.0),
+        ((3, 1, 64), 64, 0, 0, 0.0),
+        ((9, 3, 64), 300, 0, 64, 0.0),
+        ((4, 2, 12), 150, 30, 12, 0.0),
+        ((2, 2, 96), 130, 0, 32, 0.0),
+        ((2, 1, 256), 130, 40, 256, 0.0),
+        ((4, 2, 32), 150, 40, 32, 3.0),
+        ((2, 1, 256), 100, 0, 256, 3.0),
     ],
 )
 def test_attention_and_its_gradient(
-    draw: torch.Generator, heads: tuple[int, int, int], count: int, window: int, rotates: bool
+    draw: torch.Generator,
+    heads: tuple[int, int, int],
+    count: int,
+    window: int,
+    rotated: int,
+    softcap: float,
 ) -> None:
     n_heads, shared, width = heads
     columns, inner = (n_heads + 2 * shared) * width, n_heads * width
@@ -392,23 +471,35 @@ def test_attention_and_its_gradient(
     whole = random(draw, count, columns + 16)
     qkv, dy = whole[:, :columns], random(draw, count, inner)
     tables = None
-    if rotates:
-        cos, sin = (torch.randn(count, width // 2, generator=draw).to(DEVICE) for _ in range(2))
+    if rotated:
+        cos, sin = (torch.randn(count, rotated // 2, generator=draw).to(DEVICE) for _ in range(2))
         tables = (cos, sin)
     expected = qkv.double()
     y = torch.empty(count, inner, device=DEVICE, dtype=torch.float64)
     lse = torch.empty(n_heads, count, device=DEVICE)
-    settings = (heads, width**-0.5, window)
-    attention.attend(expected, begins, *settings, y, lse)
+    settings = attention.AttentionSettings(heads, width**-0.5, window, softcap)
+    split = settings.split
+    attention.attend(expected[:, :split], expected[:, split:], begins, settings, y, lse)
     out = torch.full((count, inner + 16), 7.0, device=DEVICE, dtype=TYPE)
-    attention_triton.attend_triton(qkv, begins, *settings, out[:, :inner], lse)
+    qk, v = qkv[:, :split], qkv[:, split:]
+    attention_triton.attend_triton(qk, v, begins, settings, out[:, :inner], lse)
     assert_close(out[:, :inner], y, 5e-3 if TYPE is torch.bfloat16 else 1e-6)
     assert (out[:, inner:] == 7).all()
     wide = None if tables is None else (tables[0].double(), tables[1].double())
     partial = torch.full((count, n_heads, 2, width), 7.0, device=DEVICE)
-    attention.attend_backward(expected, begins, ends, *settings, y, lse, dy.double(), partial, wide)
+    apart, wide_partial = qk.contiguous(), partial.double()
+    attention.attend_gradients(
+        expected[:, :split].contiguous(), expected[:, split:], begins, ends, settings, y, lse,
+        dy.double(), wide_partial,
+    )  # fmt: skip
+    attention_triton.attend_gradients_triton(
+        apart, v.contiguous(), begins, ends, settings, out[:, :inner], lse, dy, partial
+    )
+    grouped = [x.unflatten(1, (shared, -1)).sum(2) for x in (partial, wide_partial)]
+    assert_close(*grouped, 1e-2 if TYPE is torch.bfloat16 else 1e-6)
+    attention.attend_backward(expected, begins, ends, settings, y, lse, dy.double(), partial, wide)
     attention_triton.attend_backward_triton(
-        qkv, begins, ends, *settings, out[:, :inner], lse, dy, partial, tables
+        qkv, begins, ends, settings, out[:, :inner], lse, dy, partial, tables
     )
     parts = (n_heads * width, shared * width, shared * width)
     for fast, plain in zip(qkv.split(parts, 1), expected.split(parts, 1), strict=True):

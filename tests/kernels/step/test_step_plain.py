@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora.decoder.rope import rotate_plain
 from lora.kernels.step import dropout, norm, rotary, swiglu, token_loss
+from lora.kernels.step.head_norm import HeadNorms, norm_heads, norm_heads_backward
 
 ROWS, WIDTH = 6, 8
 
@@ -67,6 +68,38 @@ def test_rotation_is_the_decoders_and_can_be_undone(draw: torch.Generator) -> No
     split = changed.unflatten(1, (-1, 2 * half)).split((heads, shared, shared), 1)
     rotary.gather_gradients(*split, cos, sin, back)
     torch.testing.assert_close(back, qkv)
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_norms_of_heads_are_autograds(draw: torch.Generator, is_whole: bool) -> None:
+    heads, shared, width, rotated = 4, 2, 8, 4
+    angles = random(draw, ROWS, rotated // 2)
+    cos, sin = angles.cos(), angles.sin()
+    sizes = (heads * width, shared * width) if is_whole else (width, width)
+    weights = [random(draw, size).requires_grad_() for size in sizes]
+    qkv = random(draw, ROWS, (heads + 2 * shared) * width)
+    norms = HeadNorms((heads, shared, width), *(w.detach() for w in weights), 1e-5, 1.0)
+    out = qkv.new_empty(ROWS, (heads + shared) * width)
+    norm_heads(qkv, norms, (cos, sin), out)
+    inputs = qkv.clone().requires_grad_()
+    *parts, v = inputs.unflatten(1, (-1, width)).split((heads, shared, shared), 1)
+    normed = []
+    for x, weight in zip(parts, weights, strict=True):
+        whole = x.flatten(1) if is_whole else x
+        y = F.rms_norm(whole, weight.shape, 1 + weight, 1e-5).view(x.shape)
+        tables = (torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None])
+        turned = rotate_plain(y[..., :rotated], *tables)
+        normed.append(torch.cat((turned, y[..., rotated:]), -1))
+    torch.testing.assert_close(out, torch.cat(normed, 1).flatten(1).detach())
+    # Keys and values in two parts each, as query heads that share them leave their gradients.
+    dq = random(draw, ROWS, heads, 1, width)
+    dk, dv = (random(draw, ROWS, shared, 2, width) for _ in range(2))
+    torch.autograd.backward([*normed, v], [dq.sum(2), dk.sum(2), dv.sum(2)])
+    found = norm_heads_backward(dq, dk, dv, norms, (cos, sin), qkv, trains=True)
+    assert found is not None
+    torch.testing.assert_close(qkv, inputs.grad)
+    for one, weight in zip(found, weights, strict=True):
+        torch.testing.assert_close(one, weight.grad)
 
 
 def test_token_loss_is_autograds(draw: torch.Generator) -> None:
