@@ -10,6 +10,7 @@ from torch import nn
 from lora.adapters.experts import find_expert_names, refuse_expert_names
 from lora.adapters.patterns import NameMatcher
 from lora.config import LoRAConfig
+from lora.decoder.language_model import LanguageModel, transformers_network
 from lora.errors import TargetError, did_you_mean
 from lora.layers.build import has_computed_weight, is_adaptable
 from lora.layers.uncalled import find_uncalled
@@ -38,6 +39,7 @@ def output_head_name(model: nn.Module) -> str | None:
 def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Return the full names of the layers that `config` selects, in the model's order.
 
+    Of a multimodal model behind our interface only the text part is looked at.
     "all-linear" leaves out the head, linears that PEFT would take for experts, and linears that
     the model does not call.
 
@@ -49,8 +51,9 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     ]
     linears = [name for name, module in model.named_modules() if name and is_adaptable(module)]
     linears += computed  # refused below, unless they are excluded
+    text, head = _text_part(model), output_head_name(model)
+    linears = [name for name in linears if name.startswith(text) or name == head]
     if config.targets == ALL_LINEAR:
-        head = output_head_name(model)
         mistaken = {head, *find_expert_names(model, linears), *find_uncalled(model, linears)}
         names = [name for name in linears if name not in mistaken]
     else:
@@ -75,6 +78,15 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
         )
     refuse_shared(model, names)
     return names
+
+
+def _text_part(model: nn.Module) -> str:
+    """Return how the names of the language model in a multimodal one begin; "" for all others."""
+    network = transformers_network(model) if isinstance(model, LanguageModel) else None
+    if network is None or network.config.get_text_config() is network.config:
+        return ""
+    text = network.get_decoder()
+    return next((f"{name}." for name, module in model.named_modules() if module is text), "")
 
 
 def matches(name: str, target: str) -> bool:

@@ -180,3 +180,39 @@ def test_linears_that_a_mixer_never_calls_are_refused(caplog: pytest.LogCaptureF
     apply_lora(model, LoRAConfig(rank=2))
     assert "6 linears (backbone.layers.0.mixer.dt_proj, for one)" in caplog.text
     assert "are not adapted: the model reads their weight without calling them" in caplog.text
+
+
+def multimodal() -> Any:
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = sizes | {"hidden_size": 16, "intermediate_size": 24, "image_size": 8, "patch_size": 4}
+    config = transformers.AutoConfig.for_model(
+        "gemma3",
+        text_config=ARCHITECTURES["gemma3_text"] | {"vocab_size": VOCAB},
+        vision_config=vision,
+        mm_tokens_per_image=1,
+        image_token_index=63,
+        boi_token_index=62,
+        eoi_token_index=61,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_of_a_multimodal_model_the_text_part_is_adapted(tmp_path: Path, peft: Any) -> None:
+    plain = multimodal()
+    model = as_language_model(plain)
+    assert len(find_targets(model, LoRAConfig(rank=2, targets="q_proj"))) == 2
+    with pytest.raises(TargetError, match="no linear layer has this name"):
+        find_targets(model, LoRAConfig(rank=2, targets="out_proj"))  # of the vision tower
+    before = {name: parameter.clone() for name, parameter in plain.named_parameters()}
+    apply_lora(model, LoRAConfig(rank=2, init_seed=0))
+    names = list(lora_layers(model))
+    assert len(names) == 14
+    assert all(name.startswith("model.language_model.layers.") for name in names)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.fill_(0.05)
+    save_adapter(model, tmp_path)
+    wanted = logits(model)
+    remove_lora(model)
+    assert all(torch.equal(p, before[name]) for name, p in plain.named_parameters())
+    assert_close(logits(peft.PeftModel.from_pretrained(plain, tmp_path)), wanted)
