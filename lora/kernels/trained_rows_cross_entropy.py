@@ -14,14 +14,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.kernels.cross_entropy import CHUNK_TOKENS, IGNORE, plain_linear_cross_entropy
+from lora.kernels.cross_entropy import (
+    AS_THEY_ARE,
+    CHUNK_TOKENS,
+    IGNORE,
+    LogitTransform,
+    plain_linear_cross_entropy,
+)
 
 
 def plain_trained_rows_cross_entropy(
-    hidden: Tensor, weight: Tensor, rows: Tensor, ids: Tensor, labels: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    ids: Tensor,
+    labels: Tensor,
+    *,
+    transform: LogitTransform = AS_THEY_ARE,
 ) -> tuple[Tensor, Tensor]:
     """The plain twin: from the whole weight and all logits at once."""
-    return plain_linear_cross_entropy(hidden, weight.index_copy(0, ids, rows.to(weight)), labels)
+    whole = weight.index_copy(0, ids, rows.to(weight))
+    return plain_linear_cross_entropy(hidden, whole, labels, transform=transform)
 
 
 def trained_rows_cross_entropy(
@@ -32,6 +45,7 @@ def trained_rows_cross_entropy(
     labels: Tensor,
     *,
     chunk_tokens: int = CHUNK_TOKENS,
+    transform: LogitTransform = AS_THEY_ARE,
 ) -> tuple[Tensor, Tensor]:
     """Return the summed cross-entropy of hidden · headᵀ, and how many tokens have a target.
 
@@ -42,6 +56,7 @@ def trained_rows_cross_entropy(
         ids: (R,) int64, each once, 0 … V − 1.
         labels: (N,) int64, each 0 … V − 1, or −100 for a token without a target.
         chunk_tokens: at most chunk_tokens × V logits exist at once.
+        transform: a factor and a cap of the logits.
 
     Returns the loss in nats () in fp32 or wider and the count () int64.
     """
@@ -51,7 +66,7 @@ def trained_rows_cross_entropy(
     # Autocast would round the rows and their gradients; their matmuls are small, so they stay wide.
     with torch.autocast(hidden.device.type, enabled=False):
         loss_sum = _TrainedRowsCrossEntropy.apply(
-            learned.to(weight.dtype), weight, rows, ids, labels, chunk_tokens
+            learned.to(weight.dtype), weight, rows, ids, labels, chunk_tokens, transform
         )
     return loss_sum, is_learned.sum()
 
@@ -66,6 +81,7 @@ class _TrainedRowsCrossEntropy(torch.autograd.Function):
         ids: Tensor,
         labels: Tensor,
         chunk_tokens: int,
+        transform: LogitTransform,
     ) -> Tensor:
         loss_sum = rows.new_zeros(())
         needs_grad = any(ctx.needs_input_grad)
@@ -74,7 +90,8 @@ class _TrainedRowsCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels), chunk_tokens):
             part = slice(start, start + chunk_tokens)
             into = None if grad_hidden is None else grad_hidden[part]
-            loss_sum += _learn_chunk(hidden[part], weight, rows, ids, labels[part], into, grad_rows)
+            chunk = hidden[part], weight, rows, ids, labels[part]
+            loss_sum += _learn_chunk(*chunk, transform, into, grad_rows)
         ctx.save_for_backward(grad_hidden, grad_rows)
         return loss_sum
 
@@ -83,7 +100,8 @@ class _TrainedRowsCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_rows = ctx.saved_tensors
         scale = grads[0]
-        return grad_hidden * scale.to(grad_hidden.dtype), None, grad_rows * scale, None, None, None
+        hidden = grad_hidden * scale.to(grad_hidden.dtype)
+        return hidden, None, grad_rows * scale, None, None, None, None
 
 
 def _learn_chunk(
@@ -92,6 +110,7 @@ def _learn_chunk(
     rows: Tensor,
     ids: Tensor,
     labels: Tensor,
+    transform: LogitTransform,
     grad_hidden: Tensor | None,
     grad_rows: Tensor | None,
 ) -> Tensor:
@@ -102,6 +121,7 @@ def _learn_chunk(
     wide = hidden.to(rows.dtype)
     logits = F.linear(hidden, weight).to(rows.dtype)  # (n, V)
     logits.index_copy_(1, ids, F.linear(wide, rows))
+    slopes = transform.apply(logits)
     logits -= logits.amax(1, keepdim=True)
     of_label = logits.gather(1, labels[:, None])  # (n, 1)
     powers = logits.exp_()  # (n, V), in the same memory
@@ -109,10 +129,19 @@ def _learn_chunk(
     if grad_hidden is not None and grad_rows is not None:
         is_trained = labels[:, None] == ids  # (n, R)
         of_rows = powers.index_select(1, ids) / total - is_trained.to(rows.dtype)  # (n, R)
+        if slopes is not None:
+            powers *= slopes
+            of_rows *= slopes.index_select(1, ids)
+        if transform.scale != 1:
+            of_rows *= transform.scale
         grad_rows += of_rows.T @ wide  # (R, C)
         powers.index_fill_(1, ids, 0.0)  # the frozen weight's own rows take no part
         grad = (powers.to(weight.dtype) @ weight).to(rows.dtype).div_(total)  # (n, C)
         of_frozen = (~is_trained.any(1, keepdim=True)).to(weight.dtype)  # (n, 1)
+        if slopes is not None:
+            of_frozen = of_frozen * slopes.gather(1, labels[:, None]).to(weight.dtype)
         grad -= weight.index_select(0, labels) * of_frozen  # the one-hot's part, of frozen labels
+        if transform.scale != 1:
+            grad *= transform.scale
         grad_hidden.copy_(grad.addmm_(of_rows, rows))
     return (total.log() - of_label).sum()

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora.kernels.cross_entropy import IGNORE, linear_cross_entropy, plain_linear_cross_entropy
+from lora.kernels.cross_entropy import (
+    IGNORE,
+    LogitTransform,
+    linear_cross_entropy,
+    plain_linear_cross_entropy,
+)
 
 N, C, V = 37, 12, 53
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -46,6 +51,42 @@ def test_agrees_with_the_plain_twin(dtype: torch.dtype, learned: str, chunk_toke
     wanted_gradients = torch.autograd.grad(wanted * 0.3, (hidden, weight))
     for seen, reference in zip(gradients, wanted_gradients, strict=True):
         assert relative(seen, reference) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("trained", ["hidden", "weight", "bias", "all"])
+def test_factor_cap_and_bias_have_exact_gradients(
+    trained: str, softcap: float | None, scale: float
+) -> None:
+    hidden, weight, labels = make_inputs(torch.float64)
+    bias = torch.randn(V, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    named = {"hidden": hidden, "weight": weight, "bias": bias}
+    for name, tensor in named.items():
+        tensor.requires_grad_(trained in (name, "all"))
+    asked = [tensor for tensor in named.values() if tensor.requires_grad]
+    settings = {"bias": bias, "transform": LogitTransform(scale, softcap)}
+    loss, count = linear_cross_entropy(hidden, weight, labels, chunk_tokens=5, **settings)
+    wanted, wanted_count = plain_linear_cross_entropy(hidden, weight, labels, **settings)
+    assert count == wanted_count
+    assert relative(loss, wanted) < 1e-12
+    seen = torch.autograd.grad(0.7 * loss, asked)
+    for one, other in zip(seen, torch.autograd.grad(0.7 * wanted, asked), strict=True):
+        assert relative(one, other) < 1e-10
+    with torch.no_grad():
+        assert relative(linear_cross_entropy(hidden, weight, labels, **settings)[0], wanted) < 1e-12
+
+
+def test_many_columns_of_a_capped_head_go_through_in_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lora.kernels.cross_entropy.CHUNK_COLUMNS", 10)
+    hidden, weight, labels = make_inputs(torch.float64)
+    settings = {"bias": torch.linspace(-1, 1, V).double(), "transform": LogitTransform(0.5, 3.0)}
+    loss, _ = linear_cross_entropy(hidden, weight.detach(), labels, **settings)
+    wanted, _ = plain_linear_cross_entropy(hidden, weight, labels, **settings)
+    assert relative(loss, wanted) < 1e-12
+    assert relative(*(torch.autograd.grad(each, hidden)[0] for each in (loss, wanted))) < 1e-10
 
 
 def test_bf16_inputs_give_an_fp32_loss_near_the_exact_one() -> None:

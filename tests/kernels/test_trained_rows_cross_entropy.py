@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora.kernels.cross_entropy import AS_THEY_ARE, LogitTransform
 from lora.kernels.trained_rows_cross_entropy import (
     plain_trained_rows_cross_entropy,
     trained_rows_cross_entropy,
@@ -26,11 +27,15 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
     return hidden.requires_grad_(), weight, rows.requires_grad_(), torch.tensor(IDS), labels
 
 
+TRANSFORMS = AS_THEY_ARE, LogitTransform(0.4), LogitTransform(0.4, 1.5)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "scaled", "capped"])
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 512])
-def test_it_agrees_with_its_plain_twin(chunk_tokens: int) -> None:
-    hidden, weight, rows, ids, labels = inputs()
-    fused = trained_rows_cross_entropy(hidden, weight, rows, ids, labels, chunk_tokens=chunk_tokens)
-    plain = plain_trained_rows_cross_entropy(hidden, weight, rows, ids, labels)
+def test_it_agrees_with_its_plain_twin(chunk_tokens: int, transform: LogitTransform) -> None:
+    hidden, weight, rows, ids, labels = given = inputs()
+    fused = trained_rows_cross_entropy(*given, chunk_tokens=chunk_tokens, transform=transform)
+    plain = plain_trained_rows_cross_entropy(*given, transform=transform)
     assert fused[1] == plain[1] == N - 2
     torch.testing.assert_close(fused[0], plain[0], rtol=1e-12, atol=0)
     seen = torch.autograd.grad(3 * fused[0], (hidden, rows))
