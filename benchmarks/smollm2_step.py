@@ -19,16 +19,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig
-from lora.data.sequences.batches import Batch
+from lora.data.sequences.batches import IGNORE, Batch
 from lora.pretrained.hf_weights import load_decoder
 from lora.pretrained.sources import find_model
-from lora.training.losses import loss_for, transformers_loss
+from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer
 from lora.training.plain_step import train_step
+
+
+def full_logits_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the summed loss of a whole batch without padding from all logits, and its tokens."""
+    logits = model(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)  # (N, V)
+    labels = batch.labels.flatten()
+    loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
+    return loss[None], (labels != IGNORE).sum()[None]
+
 
 Variant = tuple[nn.Module, Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]]
 
@@ -48,9 +58,9 @@ def build_variants(folder: Path, rank: int) -> dict[str, Variant]:
         warnings.simplefilter("ignore")
         adapted = peft.get_peft_model(theirs(), settings)
     return {
-        "full, transformers": (theirs(), transformers_loss),
+        "full, transformers": (theirs(), full_logits_loss),
         "full, ours": (full, loss_for(full)),
-        "LoRA, PEFT": (adapted, transformers_loss),
+        "LoRA, PEFT": (adapted, full_logits_loss),
         "LoRA, ours": (lora, loss_for(lora)),
     }
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
 from lora.data.sequences.batches import Batch
-from lora.errors import DataError
+from lora.decoder.language_model import transformers_network
 
 UNMASKED = "lora_unmasked_sdpa"
 
@@ -23,25 +23,21 @@ UNMASKED = "lora_unmasked_sdpa"
 def transformers_logits(model: nn.Module, batch: Batch, packed: bool) -> Tensor:
     """Return the logits (B, T, V) of one of transformers' causal models.
 
-    Raises DataError unless each sequence is one document, padded at its end.
+    Unless it is `packed`, each sequence is one document, padded at its end.
     """
     # `packed` is known on the host: it is part of the key of the graph that is captured here.
-    if packed:
-        raise DataError(
-            "Cannot train one of transformers' models on packed sequences or on padding in front: "
-            "their tokens would attend to each other. Allowed: one document a sequence, padded at "
-            "its end. Set packing to false, or load the model as lora's Decoder."
-        )
-    # A key-value cache would be of no use, and its growth cannot be captured.
-    output: Any = model(input_ids=batch.input_ids, use_cache=False)
-    logits: Tensor = output.logits
+    logits: Tensor = (
+        model(batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids)
+        if packed
+        else model(batch.input_ids)
+    )
     return logits
 
 
 def why_masked(model: nn.Module) -> str | None:
     """Return why `model` needs masks of its own, or None if causal attention is enough."""
     # Models with a vision part have a config in the config, for the text alone.
-    config = cast(Any, model).config.get_text_config()
+    config = transformers_network(model).config.get_text_config()
     attention = config._attn_implementation
     if attention not in ("sdpa", UNMASKED):
         return f"its attention is {attention}, not sdpa"
@@ -60,7 +56,7 @@ def unmasked_attention(model: nn.Module) -> Iterator[None]:
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    theirs: Any = model
+    theirs = transformers_network(model)
     # Through the model's own method, which also sets it in the configs of sub-models.
     # Masks are built by the name of the attention: under an unknown name transformers builds none.
     before = theirs.config._attn_implementation

@@ -8,6 +8,7 @@ from torch import nn
 from lora.config import TrainConfig
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import LanguageModel
 from lora.decoder.quantised import has_fp8_base
 from lora.device import DeviceChoice
 from lora.fast.llama.junctions import NORM_NAMES
@@ -19,7 +20,6 @@ from lora.layers.fp8 import LoRAFp8Linear
 from lora.layers.trainable_tokens import TrainableTokensEmbedding, TrainableTokensLinear
 from lora.lora_module import LoRALinear
 from lora.stacked.apply import StackedAdapters
-from lora.training.losses import is_transformers
 from lora.training.optim import parameter_groups
 
 MAX_HEAD_WIDTH = 256
@@ -77,7 +77,7 @@ def why_not_hand_written(model: Decoder) -> str | None:
 
 def why_not_captured(model: nn.Module, config: TrainConfig) -> str | None:
     """Return why `model`'s step cannot be captured as it is, or None if it can."""
-    if not isinstance(model, Decoder) and not is_transformers(model):
+    if not isinstance(model, LanguageModel):
         return f"{type(model).__name__} has a loss of its own"
     # The captured update is one AdamW kernel over one flat buffer at one learning rate.
     groups = parameter_groups(model, config.weight_decay, config.whole_rate_fraction)

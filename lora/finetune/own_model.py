@@ -7,7 +7,6 @@ done = lora.train(model, AutoTokenizer.from_pretrained("my-model"), "orders.json
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -31,7 +30,7 @@ from lora.data.reading.readers import Source
 from lora.data.record import describe_data
 from lora.data.task import why_split_is_unused
 from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
-from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import LanguageModel
 from lora.device import DeviceChoice, choose_device
 from lora.distributed.devices import check_batch, check_own_device
 from lora.distributed.one_run import check_alike, resumes, shared_run
@@ -46,6 +45,7 @@ from lora.finetune.model import save_in_run, save_start_in_run
 from lora.finetune.unused import check_patience, refuse_unused
 from lora.inference.run_settings import prompts_to_resume
 from lora.pretrained.positions import describe_excess
+from lora.pretrained.transformers_models.load import as_language_model, is_transformers
 from lora.runs.directory import (
     Run,
     check_run_directory,
@@ -54,12 +54,11 @@ from lora.runs.directory import (
     read_start_time,
 )
 from lora.runs.progress import NoProgress, Progress, as_progress
-from lora.runs.read_record import recorded_steps
+from lora.runs.read_record import recorded_packing, recorded_steps
 from lora.runs.record import PromptFormat, RunRecord, RunResult
 from lora.settings.base import by_names_of_today, describe_unknown, names_of
 from lora.training.callbacks import Callback, Callbacks, as_callbacks
 from lora.training.job import TrainingJob, TrainResult
-from lora.training.losses import is_transformers, loss_for
 from lora.training.trainer import train as run_loop
 
 GROUPS = (TrainConfig, DataConfig, RunConfig)
@@ -128,8 +127,8 @@ def train(
         eval_data: validation examples; None splits some off `data`.
         resume: continue the run called `name`; the model must be prepared as it was for that run.
         callbacks: a `lora.Callback`, or a list of them, called after steps, evaluations and saves.
-        settings: fields of TrainConfig, DataConfig and RunConfig, by their names. Examples are not
-            packed for transformers' models: their attention would mix them.
+        settings: fields of TrainConfig, DataConfig and RunConfig, by their names. Examples are
+            packed by default where the model keeps them apart, which is tried first.
 
     Raises ConfigError, DataError, ModelError or TargetError before anything is written or trained;
     TrainingError if the loss is no longer finite; Interrupted after a signal.
@@ -157,13 +156,13 @@ def _train(
     settings: dict[str, Any],
     world: World,
 ) -> TrainedAdapter:
-    chosen = _take_settings(settings, is_ours=isinstance(model, Decoder))
+    chosen = _take_settings(settings)
     _check_trains(model)
+    shown, model = model, as_language_model(model)
     resume = resumes(chosen.run, resume, world, progress.message)
     if not resume:
         faults = why_split_is_unused(chosen.data, eval_data)
         refuse_unused(faults, chosen.train, trains_modules=_trains_modules(model))
-    loss_for(model)  # raises for a model that no loss fits
     check_batch(chosen.train, world)
     out, given = chosen.run.out, chosen.run.name
     world.on_main(lambda: check_run_directory(out, given, resume=resume), "the run directory")
@@ -171,13 +170,17 @@ def _train(
         check_tensorboard()
     choice = choose_device(str(next(model.parameters()).device), chosen.train.precision)
     recorded = world.on_main(lambda: _recorded(chosen.run, resume, world), "the run's record")
+    asked = settings.get("packing", recorded.packing)
+    chosen = _choose_packing(chosen, asked, model.why_not_packed, shown, progress)
     prepared = _load_data(model, tokenizer, data, eval_data, chosen, recorded, progress)
     has_validation = prepared.validation is not None
     check_patience(chosen.run, resume=resume, has_validation=has_validation)
     train_config = chosen.train.with_steps(len(prepared.train), recorded=recorded.steps)
     chosen = replace(chosen, train=train_config)
     train_config = train_config.resolved(full=False)
-    record = _describe(model, prepared, data, eval_data, chosen, train_config, choice, world)
+    record = _describe(
+        model, type(shown).__name__, prepared, data, eval_data, chosen, train_config, choice, world
+    )
     check_alike(alike_before(record, choice), world)
     broadcast_trained(model, world, "the adapter before training")  # each drew another A
     torch.manual_seed(train_config.seed)  # of dropout
@@ -199,6 +202,7 @@ def _train(
             progress=progress,
             resume=resume,
             callbacks=called,
+            shown_model=shown,
         )
         return _run(job, model, prepared, run, progress)
 
@@ -234,17 +238,18 @@ class _Recorded:
     """The date that the chat template sees."""
     prompts: PromptFormat | None
     steps: int | None
+    packing: bool | None = None
 
 
 def _recorded(run: RunConfig, resume: bool, world: World) -> _Recorded:
     if not resume:
         return _Recorded(None if world.is_alone else datetime.now(), None, None)
     folder = run.out / str(run.name)
-    steps = recorded_steps(folder)
-    return _Recorded(read_start_time(folder), prompts_to_resume(folder), steps)
+    steps, packing = recorded_steps(folder), recorded_packing(folder)
+    return _Recorded(read_start_time(folder), prompts_to_resume(folder), steps, packing)
 
 
-def _take_settings(given: dict[str, Any], *, is_ours: bool) -> _Settings:
+def _take_settings(given: dict[str, Any]) -> _Settings:
     """Return the settings in their groups. Raises ConfigError for those that cannot be used."""
     settings = by_names_of_today(given, "train")
     refused = [name for name in settings if name in NOT_HERE]
@@ -254,11 +259,6 @@ def _take_settings(given: dict[str, Any], *, is_ours: bool) -> _Settings:
     wrong = describe_unknown(settings, known)
     if wrong:
         raise UnknownSettingError(f"Cannot train: {wrong}")
-    if not is_ours and settings.setdefault("packing", False) is True:
-        raise ConfigError(
-            "Cannot train one of transformers' models with packing=True: the examples of a packed "
-            "sequence would attend to each other. Leave packing out."
-        )
     parts = [
         kind(**{name: settings[name] for name in names_of(kind) if name in settings})
         for kind in GROUPS
@@ -269,6 +269,25 @@ def _take_settings(given: dict[str, Any], *, is_ours: bool) -> _Settings:
         cast(DataConfig, data),
         replace(cast(RunConfig, run), samples=0),
     )
+
+
+def _choose_packing(
+    chosen: _Settings,
+    asked: bool | None,
+    why_not: str | None,
+    model: nn.Module,
+    progress: Progress,
+) -> _Settings:
+    """Return the settings with packing as asked, or on where the model keeps examples apart."""
+    packing = why_not is None if asked is None else asked
+    if packing and why_not is not None:
+        raise ConfigError(
+            f"Cannot train a {type(model).__name__} with packing=True: {why_not}. Leave packing "
+            "out."
+        )
+    if asked is None and why_not is not None:
+        progress.message(f"note: examples are not packed: {why_not}")
+    return replace(chosen, data=replace(chosen.data, packing=packing))
 
 
 def _check_trains(model: nn.Module) -> None:
@@ -287,7 +306,7 @@ def _trains_modules(model: nn.Module) -> bool:
 
 
 def _load_data(
-    model: nn.Module,
+    model: LanguageModel,
     tokenizer: Any,
     data: Source,
     eval_data: Source | None,
@@ -295,7 +314,7 @@ def _load_data(
     recorded: _Recorded,
     progress: Progress,
 ) -> PreparedData:
-    theirs = cast(Any, model)
+    embedding = cast(nn.Embedding, model.get_input_embeddings())
     prepared = prepare_data(
         data,
         as_text_tokenizer(tokenizer),
@@ -303,22 +322,15 @@ def _load_data(
         chosen.train.seed,
         validation_source=eval_data,
         now=recorded.now,
-        n_rows=theirs.get_input_embeddings().num_embeddings,
+        n_rows=embedding.num_embeddings,
         trained=recorded.prompts,
         on_message=progress.message,
     )
     report = inspect_prepared(prepared, data, chosen.data)
-    excess = describe_excess(report.longest_tokens, _positions_of(model))
+    excess = describe_excess(report.longest_tokens, model.config.max_position_embeddings)
     for note in [*report.notes, *report.warnings, *([excess] if excess else [])]:
         progress.message(f"note: {note}")
     return prepared
-
-
-def _positions_of(model: nn.Module) -> int:
-    if isinstance(model, Decoder):
-        return model.config.max_position_embeddings
-    config: dict[str, Any] = cast(Any, model).config.to_dict()
-    return int(config.get("max_position_embeddings") or config.get("n_positions") or sys.maxsize)
 
 
 def as_text_tokenizer(tokenizer: Any) -> TextTokenizer:
@@ -342,6 +354,7 @@ def as_text_tokenizer(tokenizer: Any) -> TextTokenizer:
 
 def _describe(
     model: nn.Module,
+    name: str,
     data: PreparedData,
     source: Source,
     eval_source: Source | None,
@@ -353,7 +366,7 @@ def _describe(
     return RunRecord(
         kind="finetune",
         method="lora",
-        model=type(model).__name__,
+        model=name,
         device=choice.reason,
         threads=torch.get_num_threads(),
         world_size=None if world.is_alone else world.size,

@@ -235,7 +235,9 @@ def _learn_chunk(
         wide = hidden.to(total.dtype)
         part = powers.T @ (wide / total).to(hidden.dtype)  # (V, C)
         grad_weight += part if transform.scale == 1 else part * transform.scale
-        grad_weight.index_add_(0, labels, wide if own is None else wide * own, alpha=-transform.scale)
+        grad_weight.index_add_(
+            0, labels, wide if own is None else wide * own, alpha=-transform.scale
+        )
     return chunk.loss
 
 

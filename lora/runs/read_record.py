@@ -157,6 +157,14 @@ def recorded_steps(directory: Path) -> int | None:
     return steps if isinstance(steps, int) else None
 
 
+def recorded_packing(directory: Path) -> bool | None:
+    """Return whether the run in `directory` packs its examples; None if no record tells."""
+    if not (directory / RUN_FILE).is_file():
+        return None
+    packing = (read_run_record(directory).data_config or {}).get("packing")
+    return packing if isinstance(packing, bool) else None
+
+
 def step_times(directory: Path) -> list[float]:
     """Return the seconds of each optimizer step of the run in `directory`.
 

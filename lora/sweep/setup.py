@@ -32,7 +32,7 @@ from lora.sweep.grid import Candidate
 from lora.sweep.halving import find_rungs
 from lora.sweep.job import SweepJob, describe_candidate, takes_fast
 from lora.sweep.progress import SweepProgress
-from lora.training.losses import decoder_loss
+from lora.training.losses import loss_for
 from lora.training.plain_step import evaluate
 
 
@@ -176,7 +176,7 @@ def open_record(
     world, choice = context.world, context.choice
     size, device = context.micro_batch_size, choice.device
     batches = ordered_batches(context.validation, size, device, world.share)
-    loss = evaluate(context.model, batches, decoder_loss, choice.autocast, world)
+    loss = evaluate(context.model, batches, loss_for(context.model), choice.autocast, world)
     context.progress.message(f"validation loss without an adapter: {loss:.4f}")
     record = SweepRecord(
         candidates=[CandidateState(c.name, c.settings()) for c in context.candidates],

@@ -105,6 +105,8 @@ class TrainingJob:
     """Tokens of a step, learned or not, padding left out: the mean. None: not known."""
     start_name: str = "the model before training"
     """What is evaluated before the first step, in words."""
+    shown_model: nn.Module | None = None
+    """What callbacks get as the model; None: `model`."""
     world: World = ALONE
     """The processes that train together, each with its own job: `stream`, `eval_batches` and
     `steps` are of this one's share, and only rank 0's `run` writes."""

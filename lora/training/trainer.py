@@ -146,7 +146,7 @@ def _save(job: TrainingJob, state: LoopState, *, is_best: bool = False) -> None:
 
 def _place(job: TrainingJob, step: int) -> tuple[int, int, Path, nn.Module]:
     """Return what every event has."""
-    return step, job.train_config.n_steps, job.run.folder, job.model
+    return step, job.train_config.n_steps, job.run.folder, job.shown_model or job.model
 
 
 def _notify(job: TrainingJob, state: LoopState, call: Callable[[Callback], None]) -> None:

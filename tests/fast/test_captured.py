@@ -16,12 +16,12 @@ from lora.data.sequences.batches import Batch, needs_mask
 from lora.decoder.decoder import Decoder
 from lora.device import Share, choose_device
 from lora.distributed.dropout import SharedDropouts
-from lora.errors import DataError
 from lora.fast.captured import CapturedStep, compiled_blocks
 from lora.fast.choose import choose_steps
 from lora.fast.runner import CapturedStepRunner
 from lora.fast.why_not import why_not_captured
 from lora.kernels.step.ops import PLAIN
+from lora.pretrained.transformers_models.load import as_language_model
 from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer, set_learning_rate
 from lora.training.plain_step import PlainStepRunner, train_step
@@ -66,7 +66,7 @@ def llama() -> nn.Module:
         vocab_size=97,
         max_position_embeddings=64,
     )
-    return draw_weights(transformers.AutoModelForCausalLM.from_config(config))
+    return as_language_model(draw_weights(transformers.AutoModelForCausalLM.from_config(config)))
 
 
 def padded(batch: Batch) -> Batch:
@@ -128,7 +128,8 @@ def test_windows_keep_their_masks(llama: nn.Module, make_batch: Callable[..., Ba
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=48, vocab_size=97, sliding_window=5,
     )  # fmt: skip
-    model = adapt(draw_weights(transformers.AutoModelForCausalLM.from_config(config)))
+    theirs = draw_weights(transformers.AutoModelForCausalLM.from_config(config))
+    model = adapt(as_language_model(theirs))
     assert "has a window" in captured(copy.deepcopy(model)).describe()
     assert "masks" not in captured(llama).describe()
     check(model, [[make_batch(n, packed=False)] for n in range(len(RATES))])
@@ -138,15 +139,13 @@ def test_attention_is_theirs_again_after_a_step(
     llama: nn.Module, make_batch: Callable[..., Batch]
 ) -> None:
     captured(adapt(llama)).launch(1, [make_batch(0, packed=False)], [1e-2])
-    assert llama.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
+    assert llama.config.text._attn_implementation == "sdpa"  # type: ignore[union-attr]
 
 
-def test_transformers_models_refuse_packed_rows(
+def test_packed_rows_of_transformers_models(
     llama: nn.Module, make_batch: Callable[..., Batch]
 ) -> None:
-    steps = captured(adapt(llama))
-    with pytest.raises(DataError, match="packing to false"):
-        steps.launch(1, [make_batch(0, packed=True)], [1e-2])
+    check(adapt(llama), [[make_batch(n, packed=n != 1)] for n in range(len(RATES))])
 
 
 def test_a_mask_is_needed_where_order_does_not_keep_tokens_apart(

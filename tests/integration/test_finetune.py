@@ -29,6 +29,7 @@ from lora.fast.choose import choose_steps
 from lora.finetune import FinetuneJob, FinetuneResult, finetune
 from lora.finetune.model import load_model
 from lora.pretrained.hf_weights import load_decoder
+from lora.pretrained.transformers_models.load import as_language_model
 from lora.runs.directory import create_run
 from lora.runs.disk import read_json, read_rows
 from lora.runs.progress import NoProgress
@@ -296,8 +297,8 @@ def test_a_transformers_model_goes_through_the_same_trainer(
 ) -> None:
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-    apply_lora(model, LoRAConfig(rank=4, init_seed=0))
-    config = DataConfig(max_length=128, packing=False)
+    model = as_language_model(apply_lora(model, LoRAConfig(rank=4, init_seed=0)))
+    config = DataConfig(max_length=128)
     data = prepare_data(make_orders("train", 24), load_tokenizer(tiny_folder), config, 0)
     held_out = data.validation
     assert held_out is not None

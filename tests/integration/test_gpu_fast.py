@@ -36,6 +36,7 @@ from lora.fast.why_not import why_not_fast
 from lora.finetune import FinetuneJob, finetune
 from lora.kernels.step.jit import HAS_TRITON
 from lora.kernels.step.ops import TRITON
+from lora.pretrained.transformers_models.load import as_language_model
 from lora.runs.disk import read_rows
 from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer
@@ -269,16 +270,17 @@ def test_other_families_are_captured_and_learn_like_the_plain_step(job: Finetune
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # both torch's own,
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # while it compiles
 @pytest.mark.parametrize("compiles", [False, True])
-def test_a_transformers_model_is_captured(tiny_folder: Path, compiles: bool) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_transformers_model_is_captured(tiny_folder: Path, packed: bool, compiles: bool) -> None:
     transformers = pytest.importorskip("transformers")
     load = transformers.AutoModelForCausalLM.from_pretrained
-    model = adapt(load(tiny_folder, dtype=torch.bfloat16)).cuda()
-    plain = copy.deepcopy(model)
+    theirs = adapt(load(tiny_folder, dtype=torch.bfloat16)).cuda()
+    plain = as_language_model(copy.deepcopy(theirs))
     choice = choose_device("cuda")
-    steps = CapturedStepRunner(model, choice, TrainConfig(), compiles=compiles)
+    steps = CapturedStepRunner(as_language_model(theirs), choice, TrainConfig(), compiles=compiles)
     optimizer = build_optimizer(plain, 1e-3, 0.0)
-    ids = batch(packed=False).input_ids % 300
-    rows = replace(batch(packed=False), input_ids=ids, labels=ids.roll(-1, 1))
+    ids = batch(packed=packed).input_ids % 300
+    rows = replace(batch(packed=packed), input_ids=ids, labels=ids.roll(-1, 1))
     losses = []
     for number in range(1, 6):
         steps.launch(number, [rows], [1e-3])

@@ -127,7 +127,6 @@ def test_the_adapter_names_its_base_and_peft_opens_it(work: Path, neox: Path) ->
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"packing": True}, "examples of a packed sequence would attend to each other"),
         ({"lr": 1e-3}, "here it is 'learning_rate'"),
         ({"rank": 4}, "it is a setting of LoRAConfig"),
         ({"gradient_accumulation": 2, "micro_batches": 4}, "is the former name of"),
@@ -154,7 +153,7 @@ def test_what_cannot_train_is_refused_before_anything_is_written(work: Path, neo
     with pytest.raises(ConfigError, match="none of its parameters has requires_grad"):
         lora.train(frozen, neox, "orders.jsonl")
     own = lora.apply_lora(torch.nn.Sequential(torch.nn.Linear(4, 4)))
-    with pytest.raises(ModelError, match="Cannot choose a loss for Sequential"):
+    with pytest.raises(ModelError, match="Cannot use a Sequential as a language model"):
         lora.train(own, neox, "orders.jsonl")
     with pytest.raises(ModelError, match="Cannot use a int as tokenizer"):
         lora.train(load(neox), 3, "orders.jsonl")

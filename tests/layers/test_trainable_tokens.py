@@ -27,7 +27,7 @@ from lora.fast.why_not import _why_not_trained
 from lora.layers.token_tables import find_token_tables
 from lora.layers.vocabulary import resize_vocabulary
 from lora.lora_module import count_lora_parameters
-from lora.training.losses import decoder_loss, loss_for, trainable_tokens_loss
+from lora.training.losses import linear_head_loss, loss_for, trainable_tokens_loss
 from lora.training.optim import build_optimizer, parameter_groups
 from lora.training.plain_step import train_step
 
@@ -132,7 +132,7 @@ def test_outputs_and_gradients_are_those_of_a_plain_model_with_the_rows_written_
     with torch.no_grad():
         torch.testing.assert_close(model(TOKENS), plain(TOKENS), rtol=1e-10, atol=1e-10)
     assert loss_for(model) is trainable_tokens_loss
-    for one, loss_fn in ((model, trainable_tokens_loss), (plain, decoder_loss)):
+    for one, loss_fn in ((model, trainable_tokens_loss), (plain, linear_head_loss)):
         loss, count = loss_fn(one, batch())
         assert count.item() == 10
         loss.sum().backward()

@@ -14,8 +14,12 @@ from lora.config import LoRAConfig
 from lora.data.sequences.batches import IGNORE, Batch
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.decoder.families import decoder_config
-from lora.errors import DataError, ModelError
-from lora.training.losses import adapted_head_loss, decoder_loss, loss_for, transformers_loss
+from lora.errors import ModelError
+from lora.pretrained.transformers_models.config import Traits
+from lora.pretrained.transformers_models.load import as_language_model
+from lora.pretrained.transformers_models.model import TransformersModel
+from lora.training.losses import any_head_loss, linear_head_loss, loss_for
+from tests.pretrained.tiny_models import tiny_transformers
 
 VOCAB = 64
 FillRandom = Callable[..., nn.Module]
@@ -103,8 +107,8 @@ def assert_same(model: nn.Module, loss: Any, batch: Batch, tolerance: float) -> 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_decoders_loss_is_the_plain_one(fill_random: FillRandom, tied: bool) -> None:
     model = build(fill_random, tied=tied)
-    assert loss_for(model) is decoder_loss
-    assert_same(model, decoder_loss, batch_of((5, 4), (12,), (3, 3, 3)), 1e-10)
+    assert loss_for(model) is linear_head_loss
+    assert_same(model, linear_head_loss, batch_of((5, 4), (12,), (3, 3, 3)), 1e-10)
 
 
 GEMMA2 = {"model_type": "gemma2", "head_dim": 8, "final_logit_softcapping": 2.0}
@@ -125,31 +129,54 @@ def test_a_head_with_lora(fill_random: FillRandom) -> None:
     model = build(fill_random)
     apply_lora(model, LoRAConfig(rank=3, targets=("q_proj", "lm_head")))
     fill_random(model, 8, only_trainable=True)
-    assert loss_for(model) is adapted_head_loss
-    assert_same(model, adapted_head_loss, batch_of((5, 4), (12,)), 1e-10)
+    assert loss_for(model) is any_head_loss
+    assert_same(model, any_head_loss, batch_of((5, 4), (12,)), 1e-10)
 
 
 def test_lora_elsewhere_and_a_head_trained_whole(fill_random: FillRandom) -> None:
     model = build(fill_random, tied=True)
     apply_lora(model, LoRAConfig(rank=3, modules_to_save=("lm_head", "embed_tokens")))
     fill_random(model, 8, only_trainable=True)
-    assert loss_for(model) is decoder_loss
-    assert_same(model, decoder_loss, batch_of((5, 4), (12,)), 1e-10)
+    assert loss_for(model) is linear_head_loss
+    assert_same(model, linear_head_loss, batch_of((5, 4), (12,)), 1e-10)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "llama-untied", "gpt2"])
-def test_transformers_models(tiny_model: ModelBuilder, name: str) -> None:
-    model = tiny_model(name).double()
-    assert loss_for(model) is transformers_loss
-    assert_same(model, transformers_loss, batch_of((5,), (12,), (8,)), 1e-8)
+THEIRS = ("llama", "gpt2-untied", "gptj", "phi", "granite", "cohere2", "gemma2")
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_transformers_models_packed_and_padded(name: str) -> None:
+    model = as_language_model(tiny_transformers(name)).double()
+    assert loss_for(model) is linear_head_loss
+    assert_same(model, linear_head_loss, batch_of((5, 1, 4), (12,), (8,)), 1e-8)
+
+
+@pytest.mark.parametrize("name", ["cohere2", "phi"])
+def test_transformers_heads_with_lora_or_trained_whole(name: str, fill_random: FillRandom) -> None:
+    for settings, wanted in (
+        ({"targets": ("lm_head",)}, any_head_loss),
+        ({"modules_to_save": ("lm_head",)}, linear_head_loss),
+    ):
+        model = as_language_model(tiny_transformers(name, tie_word_embeddings=False)).double()
+        apply_lora(model, LoRAConfig(rank=3, **settings))  # type: ignore[arg-type]
+        fill_random(model, 8, only_trainable=True)
+        assert loss_for(model) is wanted
+        assert_same(model, wanted, batch_of((5, 4), (12,)), 1e-8)
+
+
+def test_a_model_that_needs_all_logits() -> None:
+    theirs = tiny_transformers("cohere2").double()
+    model = TransformersModel(theirs, Traits(needs_all_logits=True))
+    assert loss_for(model) is any_head_loss
+    assert_same(model, any_head_loss, batch_of((5, 4), (12,)), 1e-8)
 
 
 def test_transformers_rows_padded_on_the_left(tiny_model: ModelBuilder) -> None:
-    model = tiny_model("llama-untied").double()
+    model = as_language_model(tiny_model("llama-untied")).double()
     right = batch_of((5,), (8,), width=8)
     fields = right.input_ids, right.labels, right.position_ids, right.document_ids
     left = Batch(*(_rolled(tensor) for tensor in fields))
-    assert_same(model, transformers_loss, left, 1e-8)
+    assert_same(model, linear_head_loss, left, 1e-8)
 
 
 def _rolled(values: Tensor) -> Tensor:
@@ -165,17 +192,10 @@ def test_both_kinds_of_model_have_the_same_loss(
     folder = tmp_path_factory.mktemp("model")
     theirs.save_pretrained(folder)  # type: ignore[operator]
     batch = batch_of((5,), (12,))
-    ours = decoder_loss(load_decoder(folder), batch)
-    torch.testing.assert_close(ours, transformers_loss(theirs, batch), rtol=1e-5, atol=1e-5)
-
-
-def test_packed_sequences_are_refused_where_documents_would_attend_to_each_other(
-    tiny_model: ModelBuilder,
-) -> None:
-    with pytest.raises(
-        DataError, match=r"packed sequences.*attend to each other.*packing to false"
-    ):
-        transformers_loss(tiny_model("llama"), batch_of((5, 4), (12,)))
+    ours = linear_head_loss(load_decoder(folder), batch)
+    torch.testing.assert_close(
+        ours, linear_head_loss(as_language_model(theirs), batch), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_batch_without_learned_tokens_has_no_loss_and_no_gradient(
@@ -184,7 +204,7 @@ def test_a_batch_without_learned_tokens_has_no_loss_and_no_gradient(
     batch = batch_of((5,), (12,))
     batch.labels.fill_(IGNORE)
     adapted = apply_lora(build(fill_random), LoRAConfig(rank=3, targets=("lm_head",)))
-    for model in (build(fill_random), adapted, tiny_model("llama")):
+    for model in (build(fill_random), adapted, as_language_model(tiny_model("llama"))):
         total, n_tokens = loss_for(model)(model, batch)
         assert total.item() == 0.0
         assert n_tokens.item() == 0
@@ -194,8 +214,8 @@ def test_a_batch_without_learned_tokens_has_no_loss_and_no_gradient(
 
 def test_parts_of_a_batch_add_up(fill_random: FillRandom) -> None:
     model = build(fill_random)
-    whole = decoder_loss(model, batch_of((5, 4), (12,), (2, 9)))
-    parts = [decoder_loss(model, batch_of(row)) for row in ((5, 4), (12,), (2, 9))]
+    whole = linear_head_loss(model, batch_of((5, 4), (12,), (2, 9)))
+    parts = [linear_head_loss(model, batch_of(row)) for row in ((5, 4), (12,), (2, 9))]
     torch.testing.assert_close(whole[0], sum(part[0] for part in parts))
     assert whole[1].item() == sum(part[1].item() for part in parts)
 
@@ -206,7 +226,7 @@ def test_narrow_models_sum_in_fp32(
 ) -> None:
     batch = batch_of((5,), (12,))
     adapted = apply_lora(build(fill_random), LoRAConfig(rank=3, targets=("lm_head",)))
-    for model in (build(fill_random), adapted, tiny_model("llama")):
+    for model in (build(fill_random), adapted, as_language_model(tiny_model("llama"))):
         loss = loss_for(model)
         wide, _ = loss(model.double(), batch)
         narrow, _ = loss(model.to(kind), batch)

@@ -21,6 +21,7 @@ from lora.fast.captured import CapturedStep, summed_loss
 from lora.fast.llama.checkpointing import MODES
 from lora.fast.runner import CapturedStepRunner, DeviceStepRunner, FastStepRunner
 from lora.kernels.step.ops import PLAIN
+from lora.pretrained.transformers_models.load import as_language_model
 from lora.training.losses import loss_for
 from lora.training.plain_step import PlainStepRunner
 from lora.training.step_runner import StepRunner
@@ -103,9 +104,8 @@ def _transformers(dtype: torch.dtype) -> nn.Module:
         vocab_size=97,
         max_position_embeddings=32,
     )
-    model = transformers.LlamaForCausalLM(config).to(dtype)
-    apply_lora(model, LoRAConfig(rank=4, init_seed=3, dropout=0.3))
-    return cast(nn.Module, model)
+    model = as_language_model(transformers.LlamaForCausalLM(config).to(dtype))
+    return apply_lora(model, LoRAConfig(rank=4, init_seed=3, dropout=0.3))
 
 
 UNCLIPPED = train_config(16, 2, whole_rate_fraction=1.0, max_grad_norm=0.0)
@@ -124,7 +124,7 @@ CASES = {
     "hand-written, dropout": Case(_dropout, train_config(16, 2), runner=fast),
     "captured": Case(_modules, UNCLIPPED, runner=captured),
     "captured, dropout": Case(_transformers, train_config(8), packing=False, runner=captured),
-    "transformers": Case(_transformers, train_config(8), packing=False),
+    "transformers": Case(_transformers, train_config(8)),
 }
 LONG = ("packed", "all weights", "hand-written")
 
