@@ -9,42 +9,82 @@ the graph is captured and are left as they were. The model's own code is not tou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.data.sequences.batches import IGNORE, Batch, needs_mask
+from lora.decoder.language_model import LanguageModel
 from lora.device import DeviceChoice
 from lora.distributed.dropout import SharedDropouts
 from lora.distributed.world import ALONE, World
+from lora.fast.bounds import DocumentBounds
+from lora.fast.chunked_loss import ChunkedLoss
 from lora.fast.graphs import Graphs
-from lora.fast.transformers_models import unmasked_attention
 from lora.fast.weights.flat import FlatParameters, Slot
 from lora.fast.weights.update import N_TOTALS, FlatUpdate
 from lora.kernels.step.ops import Ops
+from lora.pretrained.transformers_models.bounded import find_bounds
 from lora.training.checkpoint import OptimizerState
+from lora.training.losses import transform_of
 from lora.training.optim import parameter_groups
 
-Forward = Callable[[nn.Module, Batch, bool], Tensor]
-"""(model, batch, needs a mask) -> logits (B, T, V), without reading a value on the host."""
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(what the forward returns, labels (B, T)) -> summed loss ()."""
+
+
+class Forward(Protocol):
+    """How a captured step gets the loss's input of a batch, reading no value on the host."""
+
+    def takes_bounds(self, packed: bool) -> bool:
+        """Whether a batch is computed by where its documents begin, without a mask."""
+
+    def context(
+        self, packed: bool, bounds: Tensor, max_tokens: int
+    ) -> AbstractContextManager[None]:
+        """Return what a forward of such a batch runs in; documents have ≤ `max_tokens`."""
+
+    def __call__(self, batch: Batch, packed: bool) -> Tensor:
+        """Return hidden states (B, T, C) or logits; `packed`: order alone keeps no tokens apart."""
+
+
+class PlainForward:
+    """A forward that is one function of the batch: one of our decoders', or any other model's."""
+
+    def __init__(self, run: Callable[[Batch, bool], Tensor]) -> None:
+        self.run = run
+
+    def takes_bounds(self, packed: bool) -> bool:
+        """Packed documents go through a mask."""
+        return False
+
+    def context(
+        self, packed: bool, bounds: Tensor, max_tokens: int
+    ) -> AbstractContextManager[None]:
+        """Nothing is changed."""
+        return nullcontext()
+
+    def __call__(self, batch: Batch, packed: bool) -> Tensor:
+        """Return what the function returns."""
+        return self.run(batch, packed)
 
 
 class CapturedStep:
     """Trains `model` on batches of one shape: autograd, captured, and one AdamW kernel.
 
     Args:
-        model: any causal model that `forward` can call; what trains becomes views of one buffer.
-        forward: returns the model's logits.
+        model: any causal model; what trains in it becomes views of one buffer.
+        forward: runs the model.
+        loss: of what `forward` returns.
         ops: has the AdamW kernel.
         choice: the device, and the compute dtype.
         weight_decay: of matrices.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
-        compiles: send the repeated blocks and the loss through torch.compile.
-        unmasked: one of transformers' models that needs no masks of its own.
+        compiles: send the repeated blocks through torch.compile.
         world: processes that have parts of each micro-batch.
         dropouts: the model's, whose masks the processes draw together; None: each draws its own.
     """
@@ -56,15 +96,15 @@ class CapturedStep:
         ops: Ops,
         choice: DeviceChoice,
         *,
+        loss: Loss,
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
         compiles: bool = False,
-        unmasked: bool = False,
         world: World = ALONE,
         dropouts: SharedDropouts | None = None,
     ) -> None:
         self.model, self.forward, self.choice = model, forward, choice
-        self.compiles, self.unmasked = compiles, unmasked
+        self.compiles, self.loss = compiles, loss
         self.device = choice.device
         self.flat = flatten_trained(model, self.device, 0 if world.is_alone else N_TOTALS)
         self.update = FlatUpdate(
@@ -77,9 +117,8 @@ class CapturedStep:
         self._is_shared, self._dropouts = not world.is_alone, dropouts
         self.report = self.update.report
         self.graphs = Graphs(self.device, self.update.is_live)
-        # In one kernel the logits of a large vocabulary are read and written fewer times.
-        self.loss = torch.compile(summed_loss, dynamic=False) if compiles else summed_loss
         self.batch: Batch | None = None
+        self.bounds = DocumentBounds(self.device, 0)
 
     def launch(self, batches: Sequence[Batch], learning_rate: float, number: int = 1) -> None:
         """Train a step on the micro-batches; its outcome is in `report` when it is done.
@@ -108,9 +147,10 @@ class CapturedStep:
         draw = number * len(batches) + index  # another one for each micro-batch of the run
         if len(batches) == 1 and not self._is_shared:
             # With one micro-batch the update is in the same graph: one launch a step.
-            return self._run(("step", packed), partial(self._whole, packed), draw)
+            return self._run(("step",), packed, partial(self._whole, packed), draw)
         first = index == 0
-        return self._run(("micro", first, packed), partial(self._micro, packed, first=first), draw)
+        run = partial(self._micro, packed, first=first)
+        return self._run(("micro", first), packed, run, draw)
 
     def optimizer_state(self) -> OptimizerState:
         """Return AdamW's state by parameter name, views of the flat moments."""
@@ -138,15 +178,26 @@ class CapturedStep:
             # From pageable memory the copy would make the host wait.
             staged = source.pin_memory() if self.device.type == "cuda" else source
             target.copy_(staged, non_blocking=True)
-        return needs_mask(batch)
+        packed = needs_mask(batch)
+        # Asked of the batch on the host: asking the device would make the host wait for it.
+        if self.forward.takes_bounds(packed) and self.bounds.copy_in(
+            find_bounds(batch.document_ids)
+        ):
+            self.graphs.clear()
+        return packed
 
-    def _run(self, key: tuple[Any, ...], function: Callable[[], None], draw: int) -> bool:
+    def _run(
+        self, kind: tuple[Any, ...], packed: bool, function: Callable[[], None], draw: int
+    ) -> bool:
+        assert self.batch is not None
+        key = (*kind, packed)
         # A replay runs no Python: what changes the model's modules is needed for captures only,
         # and outside of them the model is the user's own, for evaluations and saving.
         with ExitStack() as entered:
             if not self.graphs.has(key):
-                if self.unmasked:
-                    entered.enter_context(unmasked_attention(self.model))
+                longest = self.batch.input_ids.shape[1]
+                context = self.forward.context(packed, self.bounds.tensor, longest)
+                entered.enter_context(context)
                 if self._dropouts is not None:
                     entered.enter_context(self._dropouts.drawn_together(draw))
                 if self.compiles:
@@ -167,8 +218,7 @@ class CapturedStep:
             # each time, because whoever calls zero_grad in between sets it to None.
             parameter.grad = slot.gradients
         with self.choice.autocast():
-            logits = self.forward(self.model, fixed, packed)  # (B, T, V)
-            loss_sum = self.loss(logits, fixed.labels)
+            loss_sum = self.loss(self.forward(fixed, packed), fixed.labels)
         loss_sum.backward()
         n_learned = (fixed.labels != IGNORE).sum()
         self.update.count(loss_sum.detach(), n_learned, first=first)
@@ -213,11 +263,31 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(wide, labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
-def decoder_logits(model: nn.Module, batch: Batch, packed: bool) -> Tensor:
-    """Return the logits (B, T, V) of one of our decoders; packed documents through a mask."""
-    documents = batch.document_ids if packed else None
-    logits: Tensor = model(batch.input_ids, position_ids=batch.position_ids, document_ids=documents)
-    return logits
+def loss_of_head(model: LanguageModel, ops: Ops, *, compiles: bool = False) -> Loss:
+    """Return the loss of the hidden states of `model`: all logits at once only where they must be.
+
+    They are for a head that trains, whose gradient is one matmul then, and for any but a plain one.
+    """
+    head = model.output_head()
+    is_frozen = not any(p.requires_grad for p in head.parameters())
+    if type(head) is nn.Linear and is_frozen and not model.needs_all_logits:
+        return ChunkedLoss(head, ops.token_loss, transform_of(model.config))
+    # In one kernel the logits of a large vocabulary are read and written fewer times.
+    summed = torch.compile(summed_loss, dynamic=False) if compiles else summed_loss
+    return lambda hidden, labels: summed(model.logits_of(hidden), labels)
+
+
+def decoder_forward(model: LanguageModel) -> PlainForward:
+    """Return the forward of one of our decoders; packed documents go through a mask."""
+
+    def run(batch: Batch, packed: bool) -> Tensor:
+        return model.hidden_states(
+            batch.input_ids,
+            position_ids=batch.position_ids,
+            document_ids=batch.document_ids if packed else None,
+        )
+
+    return PlainForward(run)
 
 
 @contextmanager

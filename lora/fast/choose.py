@@ -10,6 +10,7 @@ from torch import nn
 
 from lora.config import TrainConfig
 from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import LanguageModel
 from lora.device import DeviceChoice
 from lora.distributed.shards import Rows
 from lora.distributed.world import ALONE, World
@@ -124,7 +125,8 @@ def choose_steps(
         return plain()
     # torch.compile needs Triton for its kernels.
     compiles = HAS_TRITON and (config.steps or 0) >= MIN_COMPILED_STEPS
-    steps = CapturedStepRunner(model, choice, config, compiles=compiles, world=world)
+    language_model = cast(LanguageModel, model)
+    steps = CapturedStepRunner(language_model, choice, config, compiles=compiles, world=world)
     on_message(f"{steps.describe()} (the fast step cannot: {why_not})")
     return steps
 

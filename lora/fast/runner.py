@@ -14,16 +14,18 @@ from torch import Tensor, nn
 from lora.config import TrainConfig
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import LanguageModel
 from lora.device import DeviceChoice
 from lora.distributed.dropout import SharedDropouts
 from lora.distributed.world import ALONE, StopFlags, World
-from lora.fast.captured import CapturedStep, decoder_logits
+from lora.fast.captured import CapturedStep, Forward, decoder_forward, loss_of_head
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.sharded.base import ShardedBase
 from lora.fast.step import FastStep
-from lora.fast.transformers_models import transformers_logits, why_masked
+from lora.fast.transformers_models import TransformersForward
 from lora.kernels.step.jit import HAS_TRITON
 from lora.kernels.step.ops import PLAIN, TRITON
+from lora.pretrained.transformers_models.model import TransformersModel
 from lora.training.checkpoint import OptimizerState, restore_training_tensors, training_tensors
 from lora.training.diagnosis import find_in_all
 from lora.training.losses import loss_for
@@ -269,7 +271,7 @@ class CapturedStepRunner(DeviceStepRunner):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: LanguageModel,
         choice: DeviceChoice,
         config: TrainConfig,
         *,
@@ -277,22 +279,21 @@ class CapturedStepRunner(DeviceStepRunner):
         world: World = ALONE,
     ) -> None:
         is_cuda = choice.device.type == "cuda"
-        # transformers' models read values on the host to build masks, which no capture allows.
-        is_ours = isinstance(model, Decoder)
-        why_mask = None if is_ours else why_masked(model)
-        # A mask that is only built during capture would make torch.compile start over there.
-        compiles = compiles and why_mask is None
+        # AdamW and the loss are kernels of ours, and their plain twins can be captured too.
+        ops = TRITON if is_cuda and HAS_TRITON else PLAIN
+        forward: Forward = decoder_forward(model)
+        if isinstance(model, TransformersModel):
+            forward = TransformersForward(model, choice.compute_dtype)
         size = config.micro_batch_size
         self.step = CapturedStep(
             model,
-            decoder_logits if is_ours else transformers_logits,
-            # AdamW is the one kernel of ours here, and its plain twin can be captured too.
-            TRITON if is_cuda and HAS_TRITON else PLAIN,
+            forward,
+            ops,
             choice,
+            loss=loss_of_head(model, ops, compiles=compiles),
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
             compiles=compiles,
-            unmasked=not is_ours and why_mask is None,
             world=world,
             dropouts=SharedDropouts(model, world.share, size, config.seed),
         )
@@ -300,6 +301,6 @@ class CapturedStepRunner(DeviceStepRunner):
         blocks = "compiled blocks" if compiles else "blocks as they are"
         graph = "one CUDA graph" if is_cuda else "no graph"
         about = f"captured step: {graph}, autograd, {blocks}, {kind} matmuls"
-        if why_mask is not None:
-            about += f"; attention takes masks, because {why_mask}"
+        if isinstance(forward, TransformersForward):
+            about += forward.describe()
         super().__init__(model, self.step, choice, about, world=world, micro_batch_size=size)

@@ -1,43 +1,83 @@
 """transformers' causal models inside a captured step, through their public interfaces alone.
 
 During a capture transformers cannot read on the host whether a mask is needed, so it builds one
-that is not, (B, 1, T, T), and attention takes a slower kernel. Sequences here are one document
-padded at the end, for which causal attention is enough: an attention function registered under a
-name of ours is transformers' own without a mask.
+that is not, (B, 1, T, T), and attention takes a slower kernel. Where a sequence is one document
+padded at the end, causal attention is enough; where it is several, FlashAttention takes where each
+begins. Other architectures get masks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from lora.data.sequences.batches import Batch
-from lora.decoder.language_model import transformers_network
+from lora.pretrained.transformers_models.bounded import (
+    UNMASKED,
+    attention_within,
+    unmasked_attention,
+)
+from lora.pretrained.transformers_models.config import setting
+from lora.pretrained.transformers_models.model import TransformersModel
 
-UNMASKED = "lora_unmasked_sdpa"
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def transformers_logits(model: nn.Module, batch: Batch, packed: bool) -> Tensor:
-    """Return the logits (B, T, V) of one of transformers' causal models.
+class TransformersForward:
+    """Hidden states of a captured step's batches, without reading a value on the host.
 
-    Unless it is `packed`, each sequence is one document, padded at its end.
+    Args:
+        model: one of transformers'.
+        compute_dtype: of the matmuls.
     """
-    # `packed` is known on the host: it is part of the key of the graph that is captured here.
-    logits: Tensor = (
-        model(batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids)
-        if packed
-        else model(batch.input_ids)
-    )
-    return logits
+
+    def __init__(self, model: TransformersModel, compute_dtype: torch.dtype) -> None:
+        self.model = model
+        traits, device = model.traits, next(model.parameters()).device
+        is_flash = device.type != "cuda" or compute_dtype in FLASH_DTYPES
+        drops = setting(model.config.text, "attention_dropout", "attn_pdrop")
+        self.by_bounds = traits.attends_by_bounds and is_flash and not drops
+        """Whether packed sequences need no mask."""
+        self.why_masked = None if traits.why_not_packed else why_masked(model.theirs)
+        """Why a sequence of one document needs a mask, or its bounds."""
+
+    def takes_bounds(self, packed: bool) -> bool:
+        """Whether a batch is computed by where its documents begin."""
+        return self.by_bounds and (packed or self.why_masked is not None)
+
+    def context(
+        self, packed: bool, bounds: Tensor, max_tokens: int
+    ) -> AbstractContextManager[None]:
+        """Return what a forward of such a batch runs in; it changes the model's attention."""
+        theirs = self.model.theirs
+        if self.takes_bounds(packed):
+            return attention_within(theirs, bounds, max_tokens)
+        is_plain = not packed and self.why_masked is None and not self.model.traits.why_not_packed
+        return unmasked_attention(theirs) if is_plain else nullcontext()
+
+    def __call__(self, batch: Batch, packed: bool) -> Tensor:
+        """Return the hidden states (B, T, C), or the logits of a model that needs them all."""
+        if self.takes_bounds(packed):
+            return self.model.run(batch.input_ids, batch.position_ids)
+        if packed or self.why_masked is not None:
+            return self.model.run_masked(batch.input_ids, batch.position_ids, batch.document_ids)
+        return self.model.run(batch.input_ids, None)
+
+    def describe(self) -> str:
+        """Return what is said of attention in the step's line; empty where all is as usual."""
+        if self.why_masked is None:
+            return ""
+        means = "goes by documents" if self.by_bounds else "takes masks"
+        return f"; attention {means}, because {self.why_masked}"
 
 
-def why_masked(model: nn.Module) -> str | None:
-    """Return why `model` needs masks of its own, or None if causal attention is enough."""
+def why_masked(theirs: Any) -> str | None:
+    """Return why `theirs` needs masks of its own, or None if causal attention is enough."""
     # Models with a vision part have a config in the config, for the text alone.
-    config = transformers_network(model).config.get_text_config()
+    config = theirs.config.get_text_config()
     attention = config._attn_implementation
     if attention not in ("sdpa", UNMASKED):
         return f"its attention is {attention}, not sdpa"
@@ -48,21 +88,3 @@ def why_masked(model: nn.Module) -> str | None:
     if not kinds and settings.get("sliding_window"):
         return "its attention has a window"
     return None
-
-
-@contextmanager
-def unmasked_attention(model: nn.Module) -> Iterator[None]:
-    """Inside the context `model`, one of transformers', attends causally without a mask tensor."""
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    theirs = transformers_network(model)
-    # Through the model's own method, which also sets it in the configs of sub-models.
-    # Masks are built by the name of the attention: under an unknown name transformers builds none.
-    before = theirs.config._attn_implementation
-    AttentionInterface.register(UNMASKED, sdpa_attention_forward)
-    theirs.set_attn_implementation(UNMASKED)
-    try:
-        yield
-    finally:
-        theirs.set_attn_implementation(before)

@@ -212,7 +212,7 @@ def _learn_chunk(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> Tensor:
-    """Return the chunk's loss; fill `grad_hidden` (n, C), add to `grad_weight` (V, C) and bias (V,).
+    """Return the chunk's loss; fill `grad_hidden` (n, C), add to `grad_weight` and `grad_bias`.
 
     d loss / d logits = powers / total − one-hot(label) is never formed, only its two matmuls are.
     """

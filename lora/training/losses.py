@@ -62,7 +62,10 @@ def any_head_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def loss_for(model: nn.Module) -> LossFn:
-    """Return the loss function that fits `model`. Raises ModelError unless it is a LanguageModel."""
+    """Return the loss function that fits `model`.
+
+    Raises ModelError unless it is a LanguageModel.
+    """
     if not isinstance(model, LanguageModel):
         raise ModelError(
             f"Cannot choose a loss for {type(model).__name__}. Allowed: lora's Decoder, "

@@ -16,7 +16,7 @@ from lora.data.sequences.batches import Batch, needs_mask
 from lora.decoder.decoder import Decoder
 from lora.device import Share, choose_device
 from lora.distributed.dropout import SharedDropouts
-from lora.fast.captured import CapturedStep, compiled_blocks
+from lora.fast.captured import CapturedStep, PlainForward, compiled_blocks, summed_loss
 from lora.fast.choose import choose_steps
 from lora.fast.runner import CapturedStepRunner
 from lora.fast.why_not import why_not_captured
@@ -25,6 +25,7 @@ from lora.pretrained.transformers_models.load import as_language_model
 from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer, set_learning_rate
 from lora.training.plain_step import PlainStepRunner, train_step
+from tests.pretrained.tiny_models import tiny_transformers
 
 CPU = choose_device("cpu")
 RATES = (1e-2, 3e-2, 1e-2)
@@ -88,7 +89,7 @@ def check(model: nn.Module, batches: list[list[Batch]]) -> None:
         expected = train_step(plain, micro, loss_for(plain), optimizer)
         steps.launch(number, micro, [rate])
         (done,) = steps.finished(wait=True)
-        assert done.losses == [pytest.approx(expected.loss.item(), rel=1e-5)]
+        assert done.losses == [pytest.approx(expected.loss.item(), rel=5e-5)]
         assert done.gradient_norms == [pytest.approx(expected.gradient_norm.item(), rel=1e-4)]
         assert (done.n_tokens, done.not_finite) == (expected.n_tokens.item(), {})
     others = dict(plain.named_parameters())
@@ -122,7 +123,7 @@ def test_transformers_models_step_as_the_plain_step(
     check(adapt(llama), [[whole], [short], [whole, short]])
 
 
-def test_windows_keep_their_masks(llama: nn.Module, make_batch: Callable[..., Batch]) -> None:
+def test_windows_are_kept(llama: nn.Module, make_batch: Callable[..., Batch]) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.MistralConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -130,9 +131,18 @@ def test_windows_keep_their_masks(llama: nn.Module, make_batch: Callable[..., Ba
     )  # fmt: skip
     theirs = draw_weights(transformers.AutoModelForCausalLM.from_config(config))
     model = adapt(as_language_model(theirs))
-    assert "has a window" in captured(copy.deepcopy(model)).describe()
-    assert "masks" not in captured(llama).describe()
-    check(model, [[make_batch(n, packed=False)] for n in range(len(RATES))])
+    told = captured(copy.deepcopy(model)).describe()
+    assert "attention goes by documents, because its attention has a window" in told
+    assert "because" not in captured(llama).describe()
+    check(model, [[make_batch(n, packed=n == 1)] for n in range(len(RATES))])
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi", "bloom"])
+def test_masks_biases_and_caps(name: str, make_batch: Callable[..., Batch]) -> None:
+    model = adapt(as_language_model(tiny_transformers(name, vocab_size=97)))
+    steps = captured(copy.deepcopy(model))
+    assert ("attention takes masks" in steps.describe()) == (name != "phi")
+    check(model, [[make_batch(n, packed=n != 1)] for n in range(len(RATES))])
 
 
 def test_attention_is_theirs_again_after_a_step(
@@ -193,10 +203,11 @@ def test_experts_of_several_processes_drop_others_in_each_micro_batch(
         model, Share(0, 2), 2 * len(make_batch(0, packed=False).input_ids), seed=1
     )
 
-    def logits(model: nn.Module, batch: Batch, packed: bool) -> Tensor:
+    def logits(batch: Batch, packed: bool) -> Tensor:
         return model(batch.input_ids).repeat_interleave(16, 2)  # type: ignore[no-any-return]
 
-    step = CapturedStep(model, logits, PLAIN, CPU, dropouts=dropouts)
+    forward = PlainForward(logits)
+    step = CapturedStep(model, forward, PLAIN, CPU, loss=summed_loss, dropouts=dropouts)
     for number in (1, 2, 3):
         step.launch([make_batch(0, packed=False)] * 2, 0.0, number)
     masks = {mask.numpy().tobytes() for mask in model.kept}

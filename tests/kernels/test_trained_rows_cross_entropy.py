@@ -33,7 +33,7 @@ TRANSFORMS = AS_THEY_ARE, LogitTransform(0.4), LogitTransform(0.4, 1.5)
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "scaled", "capped"])
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 512])
 def test_it_agrees_with_its_plain_twin(chunk_tokens: int, transform: LogitTransform) -> None:
-    hidden, weight, rows, ids, labels = given = inputs()
+    hidden, _, rows, _, _ = given = inputs()
     fused = trained_rows_cross_entropy(*given, chunk_tokens=chunk_tokens, transform=transform)
     plain = plain_trained_rows_cross_entropy(*given, transform=transform)
     assert fused[1] == plain[1] == N - 2

@@ -148,7 +148,8 @@ THEIRS = ("llama", "gpt2-untied", "gptj", "phi", "granite", "cohere2", "gemma2")
 def test_transformers_models_packed_and_padded(name: str) -> None:
     model = as_language_model(tiny_transformers(name)).double()
     assert loss_for(model) is linear_head_loss
-    assert_same(model, linear_head_loss, batch_of((5, 1, 4), (12,), (8,)), 1e-8)
+    # Some of them compute norms and heads in fp32 whatever their dtype.
+    assert_same(model, linear_head_loss, batch_of((5, 1, 4), (12,), (8,)), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["cohere2", "phi"])
@@ -161,14 +162,14 @@ def test_transformers_heads_with_lora_or_trained_whole(name: str, fill_random: F
         apply_lora(model, LoRAConfig(rank=3, **settings))  # type: ignore[arg-type]
         fill_random(model, 8, only_trainable=True)
         assert loss_for(model) is wanted
-        assert_same(model, wanted, batch_of((5, 4), (12,)), 1e-8)
+        assert_same(model, wanted, batch_of((5, 4), (12,)), 1e-5)
 
 
 def test_a_model_that_needs_all_logits() -> None:
     theirs = tiny_transformers("cohere2").double()
     model = TransformersModel(theirs, Traits(needs_all_logits=True))
     assert loss_for(model) is any_head_loss
-    assert_same(model, any_head_loss, batch_of((5, 4), (12,)), 1e-8)
+    assert_same(model, any_head_loss, batch_of((5, 4), (12,)), 1e-5)
 
 
 def test_transformers_rows_padded_on_the_left(tiny_model: ModelBuilder) -> None:

@@ -38,7 +38,7 @@ def token_loss(
     grad = logs.exp_().scatter_add_(1, chosen, -torch.ones_like(logs[:, :1]))
     if softcap is not None:
         grad = grad * (1 - (wide / softcap).square())
-    logits.copy_(grad * learned if scale == 1 else grad * (learned * scale))
+    logits.copy_(grad * learned if scale == 1 else grad * scale * learned)
 
 
 @jit

@@ -21,6 +21,8 @@ class Traits:
     """Whether its logits are more than a linear of the last hidden state, scaled and capped."""
     why_not_packed: str | None = None
     """Why the examples of a packed sequence would not have the logits that they have alone."""
+    attends_by_bounds: bool = False
+    """Whether its attention can be replaced by one that takes where documents begin."""
     has_cache: bool = True
     """Whether a cache of keys and values continues padded sequences."""
 

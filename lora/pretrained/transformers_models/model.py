@@ -86,9 +86,9 @@ class TransformersModel(LanguageModel):
         if isinstance(cache, RecomputingCache):
             return cache.run(self._each_alone, input_ids, document_ids)
         if cache is not None:
-            return cache.run(self._run, input_ids, position_ids, document_ids)
+            return cache.run(self.run, input_ids, position_ids, document_ids)
         if document_ids is None:
-            return self._run(input_ids, position_ids)
+            return self.run(input_ids, position_ids)
         # No value may be read on the host while a CUDA graph is captured: a mask is always right.
         is_capturing = document_ids.is_cuda and torch.cuda.is_current_stream_capturing()
         if not is_capturing and is_right_padded(document_ids):
@@ -96,19 +96,25 @@ class TransformersModel(LanguageModel):
             if position_ids is not None:
                 steps = torch.arange(input_ids.shape[1], device=input_ids.device)
                 position_ids = torch.where(document_ids >= 0, position_ids, steps)
-            return self._run(input_ids, position_ids)
+            return self.run(input_ids, position_ids)
         if self.why_not_packed is not None:
             return self._each_alone(input_ids, document_ids)
         if position_ids is None:
             steps = torch.arange(input_ids.shape[1], device=input_ids.device)
             position_ids = positions_within(document_ids, steps)
+        return self.run_masked(input_ids, position_ids, document_ids)
+
+    def run_masked(
+        self, input_ids: Tensor, position_ids: Tensor | None, document_ids: Tensor
+    ) -> Tensor:
+        """Return the hidden states with a mask of the documents, whether it is needed or not."""
         with documents_apart(self.config.text, document_ids):
-            return self._run(input_ids, position_ids)
+            return self.run(input_ids, position_ids)
 
     def _each_alone(self, input_ids: Tensor, document_ids: Tensor) -> Tensor:
-        return each_alone(lambda tokens: self._run(tokens, None), input_ids, document_ids)
+        return each_alone(lambda tokens: self.run(tokens, None), input_ids, document_ids)
 
-    def _run(
+    def run(
         self,
         input_ids: Tensor,
         position_ids: Tensor | None,

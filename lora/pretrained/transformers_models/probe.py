@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora.pretrained.transformers_models.bounded import attention_within, find_bounds
 from lora.pretrained.transformers_models.config import POSITIONS, Traits, setting
 from lora.pretrained.transformers_models.masks import MASKED_ATTENTIONS
 from lora.pretrained.transformers_models.model import TransformersModel
@@ -49,7 +50,13 @@ def _probe(config: Any) -> Traits:
     except REFUSALS as error:
         why = f"a small copy of it, to try this on, could not be run ({_first_line(error)})"
         return Traits(needs_all_logits=True, why_not_packed=why, has_cache=False)
-    traits = replace(traits, why_not_packed=_why_not_packed(TransformersModel(model, traits)))
+    packed = _Packed(model.config)
+    own = TransformersModel(model, traits)
+    traits = replace(
+        traits,
+        why_not_packed=_why_not_packed(own, packed),
+        attends_by_bounds=_attends_by_bounds(own, packed),
+    )
     attention = config.get_text_config()._attn_implementation
     if attention not in MASKED_ATTENTIONS:
         why = f"its attention is {attention}: load it with sdpa or eager"
@@ -82,29 +89,49 @@ def _heads(config: Any) -> Iterator[Traits]:
             yield Traits(logit_scale=float(scale), logit_softcap=softcap)
 
 
-def _why_not_packed(own: TransformersModel) -> str | None:
+class _Packed:
+    """A packed sequence, and one that is padded on the left."""
+
+    def __init__(self, config: Any) -> None:
+        first = min(LONG_TOKENS, int(setting(config, *POSITIONS) or LONG_TOKENS) - 31)
+        lengths = [max(first, 2), 11, 1, 17]
+        documents = torch.repeat_interleave(torch.tensor(lengths))
+        self.documents = torch.full((2, sum(lengths) + 2), -1)
+        self.documents[0, : len(documents)] = documents
+        self.documents[1, -11:] = 0
+        self.ids = _tokens(self.documents.numel()).view(self.documents.shape)
+        self.places = [(0, self.documents[0] == n) for n in range(len(lengths))]
+        self.places.append((1, self.documents[1] == 0))
+        self.positions = torch.zeros_like(self.ids)
+        for row, places in self.places:
+            self.positions[row, places] = torch.arange(int(places.sum()))
+
+    def is_apart(self, logits: Tensor, model: Any) -> bool:
+        """Whether each document has the logits (2, T, V) that `model` gives it alone."""
+        return all(
+            _is_close(logits[row, places], model(input_ids=self.ids[row, places][None]).logits[0])
+            for row, places in self.places
+        )
+
+
+def _why_not_packed(own: TransformersModel, packed: _Packed) -> str | None:
     """Return why documents in one sequence have other logits than alone; None if they do not."""
-    first = min(LONG_TOKENS, int(setting(own.config.text, *POSITIONS) or LONG_TOKENS) - 31)
-    lengths = [max(first, 2), 11, 1, 17]
-    documents = torch.repeat_interleave(torch.tensor(lengths))
-    padded = torch.full((2, sum(lengths) + 2), -1)
-    padded[0, : len(documents)] = documents
-    padded[1, -11:] = 0  # a document that is padded on the left
-    ids = _tokens(padded.numel()).view(padded.shape)
-    positions = torch.zeros_like(ids)
-    for row, number in [(0, n) for n in range(len(lengths))] + [(1, 0)]:
-        places = padded[row] == number
-        positions[row, places] = torch.arange(int(places.sum()))
     try:
-        logits = own(ids, position_ids=positions, document_ids=padded)
+        hidden = own.run_masked(packed.ids, packed.positions, packed.documents)
     except REFUSALS as error:
         return f"its masks cannot be told what belongs together ({_first_line(error)})"
-    for row, number in [(0, n) for n in range(len(lengths))] + [(1, 0)]:
-        places = padded[row] == number
-        alone = own.theirs(input_ids=ids[row, places][None]).logits[0]
-        if not _is_close(logits[row, places], alone):
-            return _reason(own)
-    return None
+    is_apart = packed.is_apart(own.logits_of(hidden), own.theirs)
+    return None if is_apart else _reason(own)
+
+
+def _attends_by_bounds(own: TransformersModel, packed: _Packed) -> bool:
+    bounds = find_bounds(packed.documents)
+    try:
+        with attention_within(own.theirs, bounds, packed.ids.shape[1]):
+            logits = own.logits_of(own.run(packed.ids, packed.positions))
+    except REFUSALS:
+        return False
+    return packed.is_apart(logits, own.theirs)
 
 
 def _reason(own: TransformersModel) -> str:

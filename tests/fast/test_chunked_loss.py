@@ -1,0 +1,44 @@
+"""The captured step's loss by chunks of all tokens, against the loss from all logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lora.fast.chunked_loss import ChunkedLoss
+from lora.kernels.cross_entropy import IGNORE, LogitTransform, plain_linear_cross_entropy
+from lora.kernels.step.token_loss import token_loss
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_loss_and_gradient_are_those_of_all_logits(
+    monkeypatch: pytest.MonkeyPatch, softcap: float | None, bias: bool
+) -> None:
+    monkeypatch.setattr("lora.fast.chunked_loss.CHUNK_LOGITS", 8 * 31)
+    monkeypatch.setattr("lora.fast.chunked_loss.ROUND_TOKENS", 4)
+    torch.manual_seed(0)
+    head = nn.Linear(6, 31, bias=bias, dtype=torch.float64).requires_grad_(False)
+    hidden = torch.randn(2, 11, 6, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 31, (2, 11))
+    labels[0, :3] = IGNORE
+    transform = LogitTransform(0.7, softcap)
+    loss = ChunkedLoss(head, token_loss, transform)(hidden, labels)
+    wanted, _ = plain_linear_cross_entropy(
+        hidden.flatten(0, 1), head.weight, labels.flatten(), bias=head.bias, transform=transform
+    )
+    torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=0)
+    seen, other = (torch.autograd.grad(0.3 * each, hidden)[0] for each in (loss, wanted))
+    torch.testing.assert_close(seen, other, rtol=1e-10, atol=1e-12)
+
+
+def test_autocast_gives_a_wide_loss() -> None:
+    head = nn.Linear(8, 16, bias=False).requires_grad_(False)
+    hidden = torch.randn(1, 5, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ChunkedLoss(head, token_loss)(hidden, torch.arange(5)[None])
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    assert (loss.dtype, gradient.dtype) == (torch.float32, torch.float32)
+    wanted, _ = plain_linear_cross_entropy(hidden[0], head.weight, torch.arange(5))
+    assert abs(loss - wanted) < 1e-2 * wanted
