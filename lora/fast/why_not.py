@@ -105,8 +105,6 @@ def _why_not_shape(config: DecoderConfig) -> str | None:
         return f"{config.family} normalises queries and keys over all heads"
     if config.attention.logit_softcap is not None:
         return f"{config.family} caps its attention logits"
-    if config.attention.is_fused or config.feed_forward.is_fused:
-        return f"{config.family} has fused linears"
     if any(layer.rope is not None and layer.rope.rotary_dim for layer in config.layers):
         return f"{config.family} rotates a part of each head"
     if config.longrope_tokens is not None:

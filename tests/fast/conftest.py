@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora.data.sequences.batches import Batch
-from lora.decoder.config import FeedForwardConfig, LayerConfig
+from lora.decoder.config import AttentionConfig, FeedForwardConfig, LayerConfig
 from lora.decoder.decoder import Decoder
 from tests.tiny_llama import ROPE, VOCABULARY, changed, llama_config, random_decoder
 
@@ -22,6 +22,13 @@ GEMMA: dict[str, Any] = {
     "feed_forward": FeedForwardConfig(56, "gelu_pytorch_tanh"),
 }
 """Settings of Gemma 3."""
+GRANITE: dict[str, Any] = {"residual_multiplier": 0.22, "logit_scale": 0.25, "embedding_scale": 3.0}
+CAPPED: dict[str, Any] = {"logit_scale": 0.5, "logit_softcap": 5.0}
+OLMO: dict[str, Any] = {"block": "post_norm"}
+PHI: dict[str, Any] = {
+    "attention": AttentionConfig(6, 2, 8, qkv_bias=True, is_fused=True),
+    "feed_forward": FeedForwardConfig(56, "silu", is_fused=True),
+}
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from lora.kernels.step.ops import PLAIN
 from lora.stacked.apply import StackedAdapters, apply_stacked
 from lora.stacked.losses import StackedDecoderLoss, stack_batches
 from lora.stacked.plain_step import PlainStackedRunner
-from tests.fast.conftest import GEMMA
+from tests.fast.conftest import CAPPED, GEMMA, GRANITE, OLMO, PHI
 
 STEPS = 3
 RATES = (1e-2, 2e-2, 5e-3)
@@ -39,6 +39,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one block": ({}, {"layers": (1,)}),
     "two targets": ({}, {"targets": ("q_proj", "down_proj")}),
     "Gemma": (GEMMA, {}),
+    "Granite": (GRANITE, {}),
+    "capped": (CAPPED, {}),
+    "OLMo": (OLMO, {}),
+    "Phi": (PHI, {}),
 }
 
 

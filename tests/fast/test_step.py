@@ -22,7 +22,7 @@ from lora.training.checkpoint import restore_training_tensors, training_tensors
 from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer, set_learning_rate
 from lora.training.plain_step import train_step
-from tests.fast.conftest import GEMMA
+from tests.fast.conftest import CAPPED, GEMMA, GRANITE, OLMO, PHI
 
 RATES = (1e-2, 2e-2, 5e-3)
 LORA = {"rank": 3, "alpha": 6.0, "init_seed": 0}
@@ -36,6 +36,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "one block": ({}, {"layers": (1,)}),
     "Gemma": (GEMMA, {"layers": (1, 2)}),
     "Gemma, full": (GEMMA, None),
+    "Granite, untied": ({**GRANITE, "tied": False}, {"layers": (1, 2)}),
+    "Granite, full": (GRANITE, None),
+    "capped, full": ({**CAPPED, "tied": False}, None),
+    "OLMo": (OLMO, {"layers": (1, 2)}),
+    "OLMo, full": (OLMO, None),
+    "Phi": (PHI, {"rank_pattern": {"gate_up_proj": 2}}),
+    "Phi, two targets": (PHI, {"targets": ("qkv_proj", "down_proj")}),
+    "Phi, full": (PHI, None),
     "two targets": ({}, {"targets": ("q_proj", "down_proj")}),
     "full": ({}, None),
     "full, untied, biases": ({"tied": False, "bias": True}, None),

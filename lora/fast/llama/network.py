@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora.decoder.attention import Attention
 from lora.decoder.config import RopeConfig
 from lora.decoder.decoder import Decoder, GemmaTrunk, LlamaTrunk
-from lora.decoder.layers import GatedFeedForward, OffsetRMSNorm, PreNormBlock
+from lora.decoder.layers import GatedFeedForward, OffsetRMSNorm
 from lora.decoder.quantised import has_fp8_base
 from lora.decoder.rope import Rope
 from lora.fast.llama.buffers import Buffers, Widths
@@ -45,6 +45,11 @@ OWN_ATTENTION_WIDTHS = (16, 32, 64, 128)
 
 GELU_NAMES = ("gelu_pytorch_tanh", "gelu_new")
 """Names of GELU's tanh approximation, which the step computes as it does SiLU."""
+
+QKV_NAMES = ("q_proj", "k_proj", "v_proj"), ("qkv_proj",)
+GATE_UP_NAMES = ("gate_proj", "up_proj"), ("gate_up_proj",)
+"""Linears that read the same input, or the one that stands for all of them: its rows are theirs,
+in the same order."""
 
 HalfTables = tuple[Tensor, Tensor]
 """Cosine and sine, each (N, D/2), fp32 or wider."""
@@ -84,14 +89,14 @@ class FastNetwork:
         self.trains_all, self.own_attention = trains_all, own_attention
         self.fp8_buffers = Fp8Buffers(ops) if has_fp8_base(model) else None
         trunk = cast(LlamaTrunk, model.trunk)
-        blocks = [cast(PreNormBlock, block) for block in trunk.layers]
-        heads = [block.self_attn for block in blocks]
+        blocks = list(trunk.layers)
+        heads = [cast(Attention, block.self_attn) for block in blocks]
         feeds = [cast(GatedFeedForward, block.mlp) for block in blocks]
         # Slots are reserved in this order, which is the layout of the flat buffer: in another one
         # the gradient norm would be summed in another order, and differ in its last bits.
-        self.qkv = self._project([[a.q_proj, a.k_proj, a.v_proj] for a in heads])
+        self.qkv = self._project([_linears(a, QKV_NAMES) for a in heads])
         self.output = self._project([[a.o_proj] for a in heads])
-        self.gate_up = self._project([[f.gate_proj, f.up_proj] for f in feeds])
+        self.gate_up = self._project([_linears(f, GATE_UP_NAMES) for f in feeds])
         self.down = self._project([[f.down_proj] for f in feeds])
         self.projections = (self.qkv, self.output, self.gate_up, self.down)
         norms, self.junctions = list_norms(self.config, blocks, trunk.norm)
@@ -327,6 +332,13 @@ class FastNetwork:
                 d_down = buffers.feed_branch.stored
             x = buffers.swiglu_out
             self.down.accumulate_gradients(layers, x.stored, d_down, first=first)
+
+
+def _linears(module: nn.Module, names: tuple[tuple[str, ...], tuple[str, ...]]) -> list[nn.Module]:
+    """Return the linears that `module` has of `names`: several, or one for all of them."""
+    children = dict(module.named_children())
+    several, one = names
+    return [children[name] for name in (one if one[0] in children else several)]
 
 
 def _embedding_scale(trunk: LlamaTrunk, dtype: torch.dtype) -> float:

@@ -25,7 +25,7 @@ from lora.kernels.step.ops import PLAIN
 from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer, set_learning_rate
 from lora.training.plain_step import train_step
-from tests.fast.conftest import GEMMA
+from tests.fast.conftest import GEMMA, GRANITE
 
 EXACT = replace(PLAIN, fp8_dtype=torch.float64)
 """Operations whose fp8 rows are not rounded: everything else is compared exactly."""
@@ -36,6 +36,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "two targets": ({"window": 4}, {"targets": ("q_proj", "down_proj")}),
     "one block": ({}, {"layers": (1,)}),
     "Gemma": (GEMMA, {"layers": (1, 2)}),
+    "Granite": (GRANITE, {"layers": (1, 2)}),
 }
 
 

@@ -24,7 +24,7 @@ from lora.fast.llama.checkpointing import (
 from lora.fast.memory.fast_step import LONG_SEQUENCE_TOKENS, FastPlan, fit_memory
 from lora.fast.step import FastStep
 from lora.kernels.step.ops import PLAIN
-from tests.fast.conftest import GEMMA
+from tests.fast.conftest import GEMMA, GRANITE, OLMO
 
 POLICIES = {
     **{name: policy for name, policy in MODES.items() if name != "none"},
@@ -59,6 +59,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "last block": ({}, {"layers": (2,)}),
     "Gemma": (GEMMA, {"layers": (1, 2)}),
     "Gemma, full": (GEMMA, None),
+    "Granite": (GRANITE, {"layers": (1, 2)}),
+    "OLMo, full": (OLMO, None),
     "two targets": ({}, {"targets": ("q_proj", "down_proj")}),
     "dropout": ({}, {"dropout": 0.3}),
     "full fine-tuning": ({"tied": False, "bias": True}, None),

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import LoRAConfig
 from lora.data.sequences.batches import Batch
-from lora.decoder.config import DecoderConfig
+from lora.decoder.config import DecoderConfig, FeedForwardConfig
 from lora.decoder.decoder import Decoder, build_decoder, build_empty_decoder
 from lora.decoder.quantised import Fp8Linear, use_fp8_linears
 from lora.distributed.shards import Rows
-from tests.fast.conftest import GEMMA
+from tests.fast.conftest import GEMMA, GRANITE, OLMO
 from tests.tiny_llama import changed, llama_config
 
 VOCABULARY, TOKENS = 101, 12
@@ -49,6 +49,9 @@ CASES = {
     "two targets": Case(lora={"targets": ("q_proj", "down_proj")}),
     "dropout": Case(lora={"dropout": 0.3}),
     "Gemma": Case(changes=GEMMA),
+    "Granite": Case(changes=GRANITE),
+    "OLMo": Case(changes=OLMO),
+    "fused": Case(changes={"feed_forward": FeedForwardConfig(56, "silu", is_fused=True)}),
     "fp8": Case(fp8=True, tied=False),
     "fp8, biases, two targets, dropout": Case(
         fp8=True, bias=True, lora={"targets": ("k_proj", "up_proj"), "dropout": 0.3}
