@@ -51,6 +51,7 @@ from lora.fast.why_not import why_not_fast
 from lora.runs.directory import create_run
 from lora.runs.disk import read_rows
 from lora.training.job import TrainingJob
+from lora.pretrained.transformers_models.load import as_language_model
 from lora.training.losses import loss_for
 from lora.training.plain_step import PlainStepRunner
 from lora.training.step_runner import StepRunner
@@ -121,6 +122,8 @@ OURS = (
     "theirs_lora_plain",
     "theirs_lora_captured",
     "theirs_lora_compiled",
+    "theirs_lora_captured_packed",
+    "theirs_lora_compiled_packed",
 )
 """`theirs` is transformers' model with `apply_lora` and our trainer. auto, cheap, full and offload
 are modes of `lora finetune --memory`; without one it is none. fp8 is `--base-dtype fp8`."""
@@ -207,7 +210,7 @@ def time_ours(shape: Shape, variant: str) -> dict[str, Any]:
     began_s = time.perf_counter()
     model: Any
     if variant.startswith("theirs"):
-        model = build_theirs(shape)
+        model = as_language_model(build_theirs(shape))
     else:
         dtype = torch.float32 if full else torch.bfloat16
         model = build_model(shape, dtype, fp8="fp8" in variant)
@@ -277,8 +280,8 @@ def build_steps(
     """Return the step runner of one of our variants."""
     if variant.endswith("plain"):
         return PlainStepRunner(model, loss_for(model), choice, config)
-    if variant.endswith(("captured", "compiled")):
-        compiles = variant.endswith("compiled")
+    if "captured" in variant or "compiled" in variant:
+        compiles = "compiled" in variant
         return CapturedStepRunner(model, choice, config, compiles=compiles)
     assert why_not_fast(model, choice) is None
     checkpointing = None if fit is None else fit.checkpointing

@@ -25,6 +25,8 @@ NAMES = {
     "theirs_lora_compiled": "LoRA, transformers' model, our captured step, compiled",
     "theirs_lora_captured": "the same, not compiled",
     "theirs_lora_plain": "LoRA, transformers' model, our plain step",
+    "theirs_lora_compiled_packed": "LoRA, transformers' model, compiled, packed examples",
+    "theirs_lora_captured_packed": "the same, not compiled",
     "ours_lora_captured": "LoRA, our decoder, captured step",
     "full_transformers": "full fine-tuning, transformers",
     "full_transformers_compiled": "the same, compiled",

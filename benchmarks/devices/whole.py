@@ -20,6 +20,7 @@ from lora.fast.memory.plan import PlanInputs
 from lora.fast.memory.planner import MemoryPlanner
 from lora.fast.runner import CapturedStepRunner, FastStepRunner
 from lora.fast.why_not import why_not_hand_written
+from lora.pretrained.transformers_models.load import as_language_model
 from lora.training.step_runner import StepRunner
 
 GB = 1e9
@@ -74,7 +75,7 @@ def build_theirs_adapted(
     case: Case, shape: Shape, world: World, choice: DeviceChoice, config: TrainConfig
 ) -> tuple[Any, StepRunner, Planned]:
     """Return transformers' model with our LoRA, and on a GPU our captured step, compiled or not."""
-    model = build_theirs(shape, choice.device, choice.compute_dtype)
+    model = as_language_model(build_theirs(shape, choice.device, choice.compute_dtype))
     apply_lora(model, lora_config())
     none = Planned(0, "", None)
     if choice.device.type != "cuda":
