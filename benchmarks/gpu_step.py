@@ -48,10 +48,10 @@ from lora.device import WHOLE, DeviceChoice, Share, choose_device
 from lora.fast.memory.fast_step import USABLE_MEMORY_FRACTION, FastPlan, MemoryFit, fit_memory
 from lora.fast.runner import CapturedStepRunner, FastStepRunner
 from lora.fast.why_not import why_not_fast
+from lora.pretrained.transformers_models.load import as_language_model
 from lora.runs.directory import create_run
 from lora.runs.disk import read_rows
 from lora.training.job import TrainingJob
-from lora.pretrained.transformers_models.load import as_language_model
 from lora.training.losses import loss_for
 from lora.training.plain_step import PlainStepRunner
 from lora.training.step_runner import StepRunner
