@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {
 
 def adapted(name: str) -> Any:
     own = [key for key in ("n_positions", "max_seq_len") if key in ARCHITECTURES[name]]
-    positions = {key: 128 for key in own or ["max_position_embeddings"]}
+    positions = dict.fromkeys(own or ["max_position_embeddings"], 128)
     model = tiny_transformers(name, vocab_size=400, **positions)
     return lora.apply_lora(model, lora.LoRAConfig(rank=2, dropout=0.1, init_seed=0))
 
