@@ -49,6 +49,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "fp32", "bf16"]
 MemoryMode = Literal["auto", "none", "cheap", "full", "full+offload"]
 BaseDtype = Literal["auto", "fp8"]
+ImplementationName = Literal["auto", "native", "transformers"]
 Parallel = Literal["auto", "ddp", "fsdp"]
 LearnOn = Literal["assistant", "all"]
 LongExamples = Literal["truncate", "split", "drop"]
@@ -289,8 +290,11 @@ class DataConfig(Settings):
 
     max_length: int = field(default=512, metadata=DATA)
     """Maximum sequence length, in tokens."""
-    packing: bool = field(default=True, metadata=DATA)
-    """Pack several examples into one sequence; attention stays within each example."""
+    packing: bool | None = field(default=None, metadata=DATA)
+    """Pack several examples into one sequence; attention stays within each. Default: where the
+    model can.
+
+    Recurrent blocks, for one, cannot keep the examples of a sequence apart."""
     learn_on: LearnOn = field(default="assistant", metadata=DATA)
     """Tokens that get a loss: assistant turns or completions (the prompt is masked), or all."""
     long_examples: LongExamples = field(default="truncate", metadata=DATA)
@@ -337,15 +341,22 @@ class DataConfig(Settings):
         in_range = is_number(self.eval_fraction) and 0 <= self.eval_fraction < 1
         faults += check(in_range, "eval_fraction", self.eval_fraction, "≥ 0 and < 1")
         faults += check_counts(self, 1, "max_eval_examples")
-        for name in ("packing", "allow_dropped_fields", "keep_control_tokens"):
+        for name in ("allow_dropped_fields", "keep_control_tokens"):
             value = getattr(self, name)
             faults += check(isinstance(value, bool), name, value, "true or false")
+        is_packing = self.packing is None or isinstance(self.packing, bool)
+        faults += check(is_packing, "packing", self.packing, "true or false")
         faults += check_choice("learn_on", self.learn_on, LearnOn)
         faults += check_choice("long_examples", self.long_examples, LongExamples)
         faults += check_reading(
             self.raw, self.system, self.template, self.columns, self.chat_template
         )
         raise_if(faults, self)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether examples are packed: as `packing` says, and by default."""
+        return self.packing is not False
 
 
 @documented

@@ -5,7 +5,8 @@
     │   └── UnknownSettingError (TypeError)   a keyword that is no setting
     ├── TargetError (ValueError)       what LoRA should adapt does not fit the model
     ├── ModelError (ValueError)        a model's directory, architecture, names or shapes
-    │   └── ModelNotFoundError (FileNotFoundError)
+    │   ├── ModelNotFoundError (FileNotFoundError)
+    │   └── UnsupportedModelError (NotImplementedError)   no native decoder does what it needs
     ├── AdapterError (ValueError)      an adapter's files: missing, extra, misshapen, other base
     │   └── AdapterNotFoundError (FileNotFoundError)
     ├── DataError (ValueError)         text, examples, chat templates, tokenizers
@@ -59,6 +60,10 @@ class ModelError(LoraError, ValueError):
 
 class ModelNotFoundError(ModelError, FileNotFoundError):
     """The model's path does not exist."""
+
+
+class UnsupportedModelError(ModelError, NotImplementedError):
+    """A model's config.json is in order, and needs what is not implemented."""
 
 
 class AdapterError(LoraError, ValueError):

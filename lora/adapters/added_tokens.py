@@ -10,14 +10,14 @@ from torch import Tensor
 
 from lora.adapters.apply import applied_lora, train_token_rows
 from lora.data.tokenizers.subword import TextTokenizer
-from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import LanguageModel
 from lora.errors import ConfigError
 from lora.layers.token_tables import find_token_tables, mean_row
 from lora.layers.vocabulary import resize_vocabulary
 
 
 def add_tokens_to_lora(
-    model: Decoder, tokenizer: TextTokenizer, tokens: Sequence[str]
+    model: LanguageModel, tokenizer: TextTokenizer, tokens: Sequence[str]
 ) -> str | None:
     """Changes `model`, which has LoRA, in place: the embedding rows of `tokens` train too.
 
@@ -43,7 +43,7 @@ def add_tokens_to_lora(
 
 @torch.no_grad()
 def add_tokens_to_all(
-    model: Decoder, tokenizer: TextTokenizer, tokens: Sequence[str]
+    model: LanguageModel, tokenizer: TextTokenizer, tokens: Sequence[str]
 ) -> str | None:
     """Changes `model`, for full fine-tuning, in place: its tables get a row for each of `tokens`.
 
@@ -64,7 +64,7 @@ def add_tokens_to_all(
 
 
 def _describe(
-    tokenizer: TextTokenizer, tokens: Sequence[str], rows_before: int, model: Decoder
+    tokenizer: TextTokenizer, tokens: Sequence[str], rows_before: int, model: LanguageModel
 ) -> str:
     known = tokenizer.vocab_size if tokenizer.n_known is None else tokenizer.n_known
     named = [

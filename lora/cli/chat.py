@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from lora.cli.flags.from_fields import Flat, config_from, flags_from
-from lora.cli.flags.shared import Adapter, Device, Model, System
+from lora.cli.flags.shared import Adapter, Device, Implementation, Model, System
 from lora.config import MAX_SEED, SamplingConfig
 from lora.inference.checkpoints.find import find_adapter
 from lora.inference.loading import LoadedModel, load_model, load_tokenizer_of
@@ -37,6 +37,7 @@ class ChatSampling:
 def chat(
     *,
     model: Model = None,
+    implementation: Implementation = "auto",
     adapter: Adapter = None,
     system: System = None,
     device: Device = "auto",
@@ -52,7 +53,9 @@ def chat(
     the base model, /new clears the conversation, /quit (or end of input) exits.
     """
     config = config_from(SamplingConfig, sampling or ChatSampling())
-    loaded = load_model(model, adapter, device)
+    loaded = load_model(model, adapter, device, implementation)
+    if loaded.implementation.kind != "native":
+        print_note(loaded.implementation.describe())
     asker = _asker(loaded, system)
     said: list[Message] = []
     is_beyond = False

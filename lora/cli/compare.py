@@ -11,6 +11,7 @@ from lora.cli.flags.from_fields import COMPARED, Flat, config_from, flags_from
 from lora.cli.flags.shared import (
     DataFlags,
     Devices,
+    Implementation,
     Json,
     LoRAFlags,
     Model,
@@ -77,6 +78,7 @@ def compare(
     data: TrainingData,
     *,
     model: Model = None,
+    implementation: Implementation = "auto",
     eval_data: ValidationData = None,
     same: SameAmount = CompareConfig.same,
     peft: Peft = False,
@@ -128,6 +130,7 @@ def compare(
     target = DecoderTarget(
         data=data,
         model=model,
+        implementation=implementation,
         eval_data=eval_data,
         lora=lora_config,
         data_config=how_read,

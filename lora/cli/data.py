@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from lora.cli.flags.from_fields import DATA, Flat, config_from, flags_from
-from lora.cli.flags.shared import Json, Model
-from lora.config import DataConfig
-from lora.terminal import build_console
+from lora.cli.flags.shared import Implementation, Json, Model
+from lora.config import DataConfig, ImplementationName
+from lora.terminal import build_console, print_note
+
+if TYPE_CHECKING:
+    from lora.decoder.language_model import ModelConfig
 
 
 @flags_from(DataConfig, without=("eval_fraction", "max_eval_examples"))
@@ -22,6 +25,7 @@ def data(
     path: Annotated[Path, Parameter(group=DATA)],
     *,
     model: Model = None,
+    implementation: Implementation = "auto",
     json: Json = False,
     data_config: Annotated[InspectedData | None, Flat] = None,
 ) -> int:
@@ -32,8 +36,8 @@ def data(
         lora data orders.jsonl
         lora data chats.parquet --model ./llama --max-length 2048 --json
 
-    Of --model only the tokenizer and the chat template are used. Faulty examples
-    are listed with their lines, and the exit code is then 2.
+    Of --model only the tokenizer, the chat template and config.json are used.
+    Faulty examples are listed with their lines, and the exit code is then 2.
 
     Parameters
     ----------
@@ -45,11 +49,16 @@ def data(
     from lora.data.inspection import inspect_data
     from lora.data.inspection_view import print_report
     from lora.data.tokenizers.subword import load_tokenizer
+    from lora.pretrained.load.task import settled_packing
     from lora.pretrained.positions import why_beyond_positions
     from lora.pretrained.sources import find_model
 
     folder = find_model(model).folder
-    report = inspect_data(path, load_tokenizer(folder), config, n_rows=_embedding_rows(folder))
+    sizes = _sizes(folder, implementation)
+    if sizes is not None:
+        config = settled_packing(config, sizes, print_note)
+    n_rows = None if sizes is None else sizes.vocab_size
+    report = inspect_data(path, load_tokenizer(folder), config, n_rows=n_rows)
     excess = why_beyond_positions(folder, report.longest_tokens)
     report.warnings += [excess] if excess else []
     if json:
@@ -59,13 +68,15 @@ def data(
     return 2 if report.errors else 0
 
 
-def _embedding_rows(folder: Path) -> int | None:
-    """Return the rows of the model's embedding; None without a configuration that says so."""
-    from lora.decoder.families import decoder_config
-    from lora.errors import ModelError
-    from lora.pretrained.hf_files import read_config
+def _sizes(folder: Path, implementation: ImplementationName) -> ModelConfig | None:
+    """Return the sizes of the model; None without a configuration that says them."""
+    from lora.errors import DependencyError, ModelError
+    from lora.pretrained.load.models import model_config
 
     try:
-        return decoder_config(read_config(folder)).vocab_size
-    except ModelError:  # a tokenizer alone, or a model that cannot be trained: its data can be seen
+        return model_config(folder, implementation)
+    except (ModelError, DependencyError):
+        if implementation != "auto":
+            raise
+        # A tokenizer alone, or a model that cannot be trained: its data can be seen.
         return None

@@ -22,6 +22,7 @@ from lora.cli.flags.shared import (
     Adapter,
     Device,
     Devices,
+    Implementation,
     Json,
     Model,
     Overwrite,
@@ -59,6 +60,7 @@ def evaluate(
     data: Annotated[Path, Parameter(group=DATA)],
     *,
     model: Model = None,
+    implementation: Implementation = "auto",
     adapter: Adapter = None,
     predictions: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
     max_new_tokens: Annotated[int, Parameter(group=GENERATION)] = 128,
@@ -97,12 +99,10 @@ def evaluate(
     """
     from lora.data.reading.readers import read_examples
     from lora.data.sequences.embedding_rows import check_ids
-    from lora.decoder.families import decoder_config
     from lora.distributed.start import joined
     from lora.inference.evaluation import prepare_evaluation
-    from lora.inference.loading import find_model_of, model_inputs
+    from lora.inference.loading import find_implementation_of, find_model_of, model_inputs
     from lora.inference.run_settings import find_rules
-    from lora.pretrained.hf_files import read_config
 
     chosen = config_from(EvalConfig, eval_config or EvalFlags())
     if bleu:
@@ -118,11 +118,15 @@ def evaluate(
     config, now = _data_settings(adapter, data_config)
     inputs = (*input_paths(data, config.chat_template), *model_inputs(model, adapter))
     output = _output(predictions, chosen, overwrite, inputs)
-    folder = find_model_of(model, adapter).folder
-    decoder_config(read_config(folder))  # an unknown architecture is refused before data are read
+    source = find_model_of(model, adapter)
+    folder = source.folder
+    # An architecture that nothing runs is refused before the data are read.
+    chosen_code = find_implementation_of(source, adapter, implementation)
+    if chosen_code.kind != "native":
+        _tell(chosen_code.describe())
     rules = find_rules(config, adapter, folder)
     examples = read_examples(data, _tell, rules=rules, part="test")
-    loaded = load_model(model, adapter, device)
+    loaded = load_model(model, adapter, device, chosen_code.kind)
     loaded = replace(loaded, tokenizer=tokenizer_for(config, loaded.tokenizer))
     if model is None:
         _tell(f"model: {loaded.source.description}")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from lora.cli.flags.from_fields import OUTPUT
-from lora.cli.flags.shared import Adapter, Model, Overwrite
+from lora.cli.flags.shared import Adapter, Implementation, Model, Overwrite
 from lora.terminal import print_line, print_note
 
 
@@ -16,6 +16,7 @@ def export(
     out: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
     *,
     model: Model = None,
+    implementation: Implementation = "auto",
     adapter: Adapter = None,
     dtype: Annotated[Literal["f16", "q8_0", "f32"], Parameter(group=OUTPUT)] = "f16",
     vllm: Annotated[bool, Parameter(group=OUTPUT)] = False,
@@ -51,7 +52,14 @@ def export(
         raise ConfigError(
             "Cannot export: no file is named. Name it, as in lora export orders.gguf."
         )
-    report = write(out, model=model, adapter=adapter, dtype=dtype, overwrite=overwrite)
+    report = write(
+        out,
+        model=model,
+        adapter=adapter,
+        dtype=dtype,
+        implementation=implementation,
+        overwrite=overwrite,
+    )
     name, error = report.worst
     allowed = f"allowed {report.logits_tolerance:.0e}"
     answers = f"logits differ by {report.logits_error:.1e} ({allowed})"

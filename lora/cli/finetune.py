@@ -14,6 +14,7 @@ from lora.cli.flags.shared import (
     DataFlags,
     Deterministic,
     Devices,
+    Implementation,
     Json,
     LoRAFlags,
     MemoryFlags,
@@ -59,6 +60,7 @@ def finetune(
     data: TrainingData,
     *,
     model: Model = None,
+    implementation: Implementation = "auto",
     eval_data: ValidationData = None,
     full: Full = False,
     from_adapter: FromAdapter = None,
@@ -113,6 +115,7 @@ def finetune(
     job = FinetuneJob(
         data=data,
         model=model,
+        implementation=implementation,
         eval_data=eval_data,
         lora=None if full else lora_config,
         train=train_config,

@@ -8,7 +8,16 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from lora.cli.flags.from_fields import GENERATION, Flat, config_from
-from lora.cli.flags.shared import Adapter, Device, Devices, Json, Model, SamplingFlags, System
+from lora.cli.flags.shared import (
+    Adapter,
+    Device,
+    Devices,
+    Implementation,
+    Json,
+    Model,
+    SamplingFlags,
+    System,
+)
 from lora.config import SamplingConfig
 from lora.distributed.launch import Processes, processes_to_start
 from lora.inference.loading import load_model
@@ -28,6 +37,7 @@ def generate(
     prompts: Annotated[list[str] | None, Parameter(group=GENERATION)] = None,
     *,
     model: Model = None,
+    implementation: Implementation = "auto",
     adapter: Adapter = None,
     prompts_file: Annotated[Path | None, Parameter(group=GENERATION)] = None,
     system: System = None,
@@ -77,9 +87,11 @@ def generate(
             "note: --top-k and --top-p have no effect at --temperature 0, which is greedy "
             "decoding. Add --temperature 0.7 to sample."
         )
-    loaded = load_model(model, adapter, device)
+    loaded = load_model(model, adapter, device, implementation)
     if model is None:
         print_note(f"model: {loaded.source.description}")
+    if loaded.implementation.kind != "native":
+        print_note(loaded.implementation.describe())
     asker = Asker(loaded.prompts or PromptFormat(), raw, system)
     if asker.describe():
         print_note(asker.describe())

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from lora.cli.flags.from_fields import DEVICE, MODEL, OUTPUT
-from lora.cli.flags.shared import Model, Overwrite, open_adapter
+from lora.cli.flags.shared import Implementation, Model, Overwrite, open_adapter
 from lora.terminal import print_line
 
 Dtype = Annotated[
@@ -25,6 +25,7 @@ def merge(
     out: Annotated[Path, Parameter(group=OUTPUT)],
     *,
     model: Model = None,
+    implementation: Implementation = "auto",
     dtype: Dtype = None,
     device: MergeDevice = "cpu",
     overwrite: Overwrite = False,
@@ -46,7 +47,15 @@ def merge(
     """
     from lora.export.run import merge as write
 
-    merged = write(adapter, out, model=model, dtype=dtype, device=device, overwrite=overwrite)
+    merged = write(
+        adapter,
+        out,
+        model=model,
+        dtype=dtype,
+        device=device,
+        implementation=implementation,
+        overwrite=overwrite,
+    )
     print_line(
         f"merged {merged.layers} layers into {out} ({', '.join(merged.dtypes)}); logits "
         f"differ by {merged.relative_error:.1e} (allowed {merged.tolerance:.0e})"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from lora.cli.flags.from_fields import DEVICE, Flat, config_from, flags_from
-from lora.cli.flags.shared import BaseWeights, Json, LoRAFlags, Model
+from lora.cli.flags.shared import BaseWeights, Implementation, Json, LoRAFlags, Model
 from lora.config import (
     DataConfig,
     LoRAConfig,
@@ -82,6 +82,7 @@ class PlanMemory:
 def plan(
     *,
     model: Model = None,
+    implementation: Implementation = "auto",
     device: PlanDevice = "auto",
     devices: PlanDevices = 1,
     parallel: PlanParallel = "auto",
@@ -112,12 +113,12 @@ def plan(
     _check_devices(devices)
     import torch
 
-    from lora.decoder.families import decoder_config
     from lora.device import available_bytes, choose_device
     from lora.distributed.devices import check_batch
     from lora.distributed.world import World
     from lora.fast.memory.plan import PlanInputs
-    from lora.pretrained.hf_files import read_config
+    from lora.pretrained.load.models import implementation_of, model_config
+    from lora.pretrained.load.task import check_native_only, settled_packing
     from lora.pretrained.positions import describe_excess
     from lora.pretrained.sources import find_model
 
@@ -125,19 +126,25 @@ def plan(
     check_batch(train, world)
     kind = choose_device().device.type if device == "auto" else device
     source = find_model(model)
+    code = implementation_of(source.folder, implementation)
+    config = model_config(source.folder, code.kind)
+    check_native_only(code, config, fp8=base_dtype == "fp8", fsdp=parallel == "fsdp")
+    if code.kind != "native":
+        print_note(code.describe())
+    how_read = settled_packing(how_read, config, print_note)
     mode, memory_gb = memory_config.memory, memory_config.memory_gb
     room = available_bytes(kind) if memory_gb is None else round(memory_gb * 1e9)
     if room is not None and memory_gb is None and kind == "cpu":
         room //= devices  # processes of one machine
     inputs = PlanInputs(
-        config=decoder_config(read_config(source.folder)),
+        config=config,
         lora=lora_config,
         micro_batch_size=world.share.largest(train.micro_batch_size),
         tokens=how_read.max_length,
         device_type=kind,
         compute_dtype=torch.bfloat16 if kind == "cuda" else torch.float32,
         micro_batches=train.gradient_accumulation,
-        packed=how_read.packing,
+        packed=how_read.is_packed,
         fp8=base_dtype == "fp8",
         devices=devices,
     )

@@ -69,8 +69,12 @@ class DecoderJob(Task):
         sources = {"data": self.data, "eval_data": self.eval_data}
         return {
             "model": self.model,
+            **({} if self.implementation == "auto" else {"implementation": self.implementation}),
             "lora": asdict(self.lora),
-            "data_config": {k: _json_value(v) for k, v in asdict(self.data_config).items()},
+            "data_config": {
+                **{k: _json_value(v) for k, v in asdict(self.data_config).items()},
+                "packing": self.data_config.is_packed,
+            },
             **{name: _json_value(source) for name, source in sources.items()},
             "measures": {name: _json_value(v) for name, v in vars(self.evaluation).items()},
         }
@@ -91,6 +95,7 @@ class DecoderJob(Task):
         return FinetuneJob(
             data=self.data,
             model=self.model,
+            implementation=self.implementation,
             eval_data=self.eval_data,
             lora=None if task.method == "full" else self.lora,
             train=task.train,

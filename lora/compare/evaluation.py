@@ -14,7 +14,7 @@ from lora.data.reading.embedded import prose
 from lora.data.reading.formats import Example, example_from_row
 from lora.data.reading.readers import Source, read_examples
 from lora.data.tokenizers.subword import TextTokenizer
-from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import LanguageModel
 from lora.device import DeviceChoice
 from lora.distributed.world import ALONE, World
 from lora.errors import DataError
@@ -44,7 +44,7 @@ class Evaluator:
     world: World = ALONE
     """The processes that share the evaluation."""
 
-    def evaluate(self, model: Decoder, tokenizer: TextTokenizer) -> ModelEvaluation:
+    def evaluate(self, model: LanguageModel, tokenizer: TextTokenizer) -> ModelEvaluation:
         """Return the loss on another text, the metric, and a few answers of `model`."""
         evaluation = self.job.evaluation
         name, examples = _forgetting_text(evaluation.forgetting_data)
@@ -61,7 +61,7 @@ class Evaluator:
         samples = self._samples(model, tokenizer)
         return ModelEvaluation(name, loss, metric_name, metric, samples)
 
-    def _score(self, model: Decoder, tokenizer: TextTokenizer) -> float:
+    def _score(self, model: LanguageModel, tokenizer: TextTokenizer) -> float:
         """Return the fraction of answers, or of JSON fields in them, that are right.
 
         Raises DataError if no example has a question, or a reference answer is not a JSON object.
@@ -92,7 +92,7 @@ class Evaluator:
             )
         return found.fields_right / found.n_fields
 
-    def _samples(self, model: Decoder, tokenizer: TextTokenizer) -> tuple[Sample, ...]:
+    def _samples(self, model: LanguageModel, tokenizer: TextTokenizer) -> tuple[Sample, ...]:
         """Return greedy answers to a few validation prompts, the same ones for every model."""
         max_prompt_tokens = model.config.max_position_embeddings - self.run.sample_tokens
         prompts = choose_prompts(

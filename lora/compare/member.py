@@ -21,7 +21,7 @@ from lora.config import RunConfig, TrainConfig
 from lora.data.prepare import PreparedData
 from lora.data.sequences.batches import ordered_batches
 from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
-from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import LanguageModel
 from lora.device import DeviceChoice, choose_device
 from lora.distributed.devices import own_device
 from lora.distributed.start import joined
@@ -30,7 +30,8 @@ from lora.errors import DataError
 from lora.finetune.load_data import load_data
 from lora.finetune.run import finetune
 from lora.lora_module import count_lora_parameters
-from lora.pretrained.hf_weights import load_decoder
+from lora.pretrained.load.models import load_language_model
+from lora.pretrained.load.task import settled_task
 from lora.pretrained.sources import find_model
 from lora.runs.comparison_record import RateTrial
 from lora.runs.progress import NoProgress, Progress
@@ -62,7 +63,8 @@ def _measure_base(
     world: World,
 ) -> BaseResult:
     source = find_model(job.model)
-    finetune_job = job.finetune_job(MemberTask("lora", train, run))
+    given = job.finetune_job(MemberTask("lora", train, run))
+    finetune_job = settled_task(given, source.folder, None, progress.message)
     data, report = load_data(finetune_job, source.folder, progress, world)
     for note in report.notes + report.warnings:
         progress.message(f"note: {note}")
@@ -72,7 +74,9 @@ def _measure_base(
             "examples, --eval-data, or an --eval-fraction above 0."
         )
     progress.message(f"{source.description} on {choice.reason}")
-    model = load_decoder(source.folder, device=choice.device).eval()
+    model = load_language_model(
+        source.folder, implementation=finetune_job.implementation, device=choice.device
+    ).eval()
     loss = _validation_loss(model, data, train, choice, world)
     progress.message(f"validation loss of the base: {loss:.4f}")
     measured = Evaluator(job, run, data, choice, progress, world).evaluate(model, data.tokenizer)
@@ -93,8 +97,12 @@ def run_member(job: DecoderJob, task: MemberTask, progress: Progress) -> MemberR
         with joined(choice.device) as world:
             model, tokenizer, parameters = _load_saved(job, task.method, outcome.saved, choice)
             # As resumed: the chat template gets the date on which the run began.
-            begun = job.finetune_job(replace(task, resume=True))
-            data, _ = load_data(begun, find_model(job.model).folder, NoProgress(), world)
+            begun, folder = (
+                job.finetune_job(replace(task, resume=True)),
+                find_model(job.model).folder,
+            )
+            begun = settled_task(begun, folder, None, lambda message: None)
+            data, _ = load_data(begun, folder, NoProgress(), world)
             evaluator = Evaluator(job, task.run, data, choice, progress, world)
             after = evaluator.evaluate(model, tokenizer)
     return MemberResult(
@@ -131,6 +139,7 @@ def run_stacked_rate_trials(
             schedule=(train.schedule,),
         ),
         model=job.model,
+        implementation=job.implementation,
         eval_data=job.eval_data,
         lora=lora,
         train=train,
@@ -162,14 +171,15 @@ def _finetune(job: DecoderJob, task: MemberTask, progress: Progress) -> Training
 
 def _load_saved(
     job: DecoderJob, method: Method, saved: Path, choice: DeviceChoice
-) -> tuple[Decoder, TextTokenizer, tuple[int, int]]:
+) -> tuple[LanguageModel, TextTokenizer, tuple[int, int]]:
     """Return the saved model ready for inference, and its trainable and total parameters."""
     if method == "full":
-        model = load_decoder(saved, device=choice.device)
+        model = load_language_model(saved, implementation=job.implementation, device=choice.device)
         n_parameters = sum(p.numel() for p in model.parameters())
         parameters = n_parameters, n_parameters
     else:
-        model = load_decoder(find_model(job.model).folder, device=choice.device)
+        folder = find_model(job.model).folder
+        model = load_language_model(folder, implementation=job.implementation, device=choice.device)
         load_adapter(model, saved, trainable=True)
         counts = count_lora_parameters(model)
         parameters = counts.trainable, counts.total
@@ -177,7 +187,7 @@ def _load_saved(
 
 
 def _validation_loss(
-    model: Decoder, data: PreparedData, train: TrainConfig, choice: DeviceChoice, world: World
+    model: LanguageModel, data: PreparedData, train: TrainConfig, choice: DeviceChoice, world: World
 ) -> float:
     assert data.validation is not None
     size = world.share.largest(train.micro_batch_size)

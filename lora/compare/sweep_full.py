@@ -141,6 +141,7 @@ def _full_job(
     return FinetuneJob(
         data=job.data,
         model=job.model,
+        implementation=job.implementation,
         eval_data=job.eval_data,
         lora=None,
         train=train,

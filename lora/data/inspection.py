@@ -168,7 +168,7 @@ def _count_special_tokens(
 
 def _count_sequences(report: DataReport, encoded: EncodedExamples, config: DataConfig) -> None:
     sizes = np.diff(encoded.documents.starts)
-    if config.packing and len(sizes):
+    if config.is_packed and len(sizes):
         layout = pack(sizes, config.max_length, seed=0)
         width = packed_length(layout, sizes, config.max_length)
         report.n_rows = layout.n_sequences

@@ -109,7 +109,7 @@ def prepare_data(
     train_sequences, validation_sequences = _build(encoded, pad_id, config, seed), None
     if validation_encoded is not None:
         validation_sequences = _build(validation_encoded, pad_id, config, seed)
-        if config.packing:
+        if config.is_packed:
             train_sequences, validation_sequences = _alike(train_sequences, validation_sequences)
     return PreparedData(
         train=train_sequences,
@@ -170,5 +170,5 @@ def _report_overlap(
 
 def _build(encoded: EncodedExamples, pad_id: int, config: DataConfig, seed: int) -> TokenSequences:
     return build_sequences(
-        encoded.documents, config.max_length, packing=config.packing, pad_id=pad_id, seed=seed
+        encoded.documents, config.max_length, packing=config.is_packed, pad_id=pad_id, seed=seed
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lora.config import DataConfig
+from lora.config import DataConfig, ImplementationName
 from lora.data.reading.readers import Source
 from lora.data.reading.splitting import settings_of_split
 from lora.errors import ConfigError, gather
@@ -24,6 +24,11 @@ class Task(Settings):
     eval_data: Source | None = None
     """Validation examples; None splits some off `data`."""
     data_config: DataConfig = field(default_factory=DataConfig, kw_only=True)
+    implementation: ImplementationName = field(default="auto", kw_only=True)
+    """Code that runs the model: native, or transformers for any causal language model; auto:
+    native if it can.
+
+    A resumed run, and commands on an adapter or a run, use what was recorded."""
 
     def why_split_is_unused(self) -> list[str]:
         """Return what was given for a split of `data` that `eval_data` makes needless."""

@@ -33,7 +33,7 @@ from lora.decoder.family_layers import (
     smollm3_layers,
 )
 from lora.decoder.fields import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_SIZE, Fields
-from lora.errors import ModelError, did_you_mean, gather
+from lora.errors import ModelError, UnsupportedModelError, did_you_mean, gather
 
 ACTIVATION_NAMES = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
@@ -70,9 +70,8 @@ _NEUTRAL: dict[str, Any] = {
 not read them."""
 
 OTHER_MODELS_ADVICE = (
-    "load it with transformers, call lora.apply_lora(model) and lora.train(model, tokenizer, "
-    "data). help(lora.train) shows how, and the documentation's page docs/python.md has a complete "
-    "example."
+    "transformers' own code runs it: --implementation transformers, or auto where its package is "
+    "installed."
 )
 """What to do with a model that has no native decoder."""
 
@@ -108,8 +107,9 @@ class Family:
 def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     """Return the architecture that a config.json describes (transformers 4 and 5 layouts).
 
-    Raises ModelError for an architecture that is not supported, and one ModelError that lists
-    every field that is missing, out of range, or asks for something that is not supported.
+    Raises UnsupportedModelError for an architecture that is not supported, and one error that
+    lists every field that is missing, out of range, or asks for something that is not supported:
+    a ModelError if any of them is missing or out of range.
     """
     model_type = _find_family(config)
     family = FAMILIES[model_type]
@@ -133,7 +133,8 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     if fields.faults:
         heading = f"Cannot build this {model_type!r} model: config.json has unsupported fields:"
         advice = f"Correct a field that is wrong. If the model needs it: {OTHER_MODELS_ADVICE}"
-        raise ModelError(gather(fields.faults, heading, advice))
+        kind = ModelError if fields.is_damaged else UnsupportedModelError
+        raise kind(gather(fields.faults, heading, advice))
     return DecoderConfig(
         family=model_type,
         hidden_size=hidden_size,
@@ -159,9 +160,10 @@ def _find_family(config: dict[str, Any]) -> str:
             return model_type
         known, seen = [FAMILIES[model_type].architecture], f"architectures=[{named!r}]"
     near = did_you_mean(model_type or str(named), known)
-    raise ModelError(
+    kind = ModelError if model_type is None and named is None else UnsupportedModelError
+    raise kind(
         f"Cannot build a decoder: config.json says {seen}. Supported: {', '.join(known)}.{near} "
-        f"A model of another architecture is trained from Python: {OTHER_MODELS_ADVICE}"
+        f"If the model is of another architecture, {OTHER_MODELS_ADVICE}"
     )
 
 

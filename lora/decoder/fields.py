@@ -29,6 +29,8 @@ class Fields:
         self.values, self.names, self.defaults = values, names, defaults
         self.used: set[str] = set()
         self.faults: list[str] = []
+        self.is_damaged = False
+        """Whether a field has a value that no model has, or a needed one is missing."""
 
     def get(self, name: str) -> Any:
         """Return the field, or its default if it is absent or null, or None without a default."""
@@ -39,7 +41,16 @@ class Fields:
 
     def fault(self, name: str, value: object, allowed: str) -> None:
         """Record that field `name` has a `value` that is not allowed."""
-        self.faults.append(f"{self.names.get(name, name)}={_shown(value)}: allowed: {allowed}")
+        self.faults.append(f"{self.named(name, value)}: allowed: {allowed}")
+
+    def damage(self, fault: str) -> None:
+        """Record a fault that no implementation of the model could read."""
+        self.is_damaged = True
+        self.faults.append(fault)
+
+    def named(self, name: str, value: object) -> str:
+        """Return a field with its value, under the name that it has in the file."""
+        return f"{self.names.get(name, name)}={_shown(value)}"
 
     def count(
         self,
@@ -53,13 +64,13 @@ class Fields:
         value = self.get(name)
         value = otherwise if value is None else value
         if value is None:
-            self.faults.append(f"{self.names.get(name, name)} is missing")
+            self.damage(f"{self.names.get(name, name)} is missing")
             return 1
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            self.fault(name, value, f"an int ≥ {minimum}")
+            self.damage(f"{self.named(name, value)}: allowed: an int ≥ {minimum}")
             return minimum
         if value > maximum:
-            self.fault(name, value, f"at most {maximum:,}")
+            self.damage(f"{self.named(name, value)}: allowed: at most {maximum:,}")
             return minimum
         return value
 
@@ -68,10 +79,10 @@ class Fields:
         value = self.get(name)
         value = otherwise if value is None else value
         if value is None:
-            self.faults.append(f"{self.names.get(name, name)} is missing")
+            self.damage(f"{self.names.get(name, name)} is missing")
             return 1.0
         if not is_positive_number(value):
-            self.fault(name, value, "a finite number > 0")
+            self.damage(f"{self.named(name, value)}: allowed: a finite number > 0")
             return 1.0
         return float(value)
 
@@ -79,7 +90,7 @@ class Fields:
         """Return true or false; false if the field is absent and has no default."""
         value = self.get(name)
         if value is not None and not isinstance(value, bool):
-            self.fault(name, value, "true or false")
+            self.damage(f"{self.named(name, value)}: allowed: true or false")
         return bool(value)
 
     def choice(self, name: str, allowed: tuple[str, ...]) -> str:

@@ -18,8 +18,9 @@ import torch
 
 from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
 from lora.decoder.decoder import Decoder
-from lora.decoder.families import decoder_config
-from lora.errors import ConfigError, ModelError, did_you_mean, gather
+from lora.decoder.families import FAMILIES, decoder_config
+from lora.decoder.language_model import LanguageModel
+from lora.errors import ConfigError, ModelError, UnsupportedModelError, did_you_mean, gather
 from lora.export.blockwise import DecoderBlocks, GGUFBlocks, logits_by_block, logits_error
 from lora.pretrained.gguf_config import gguf_config
 from lora.pretrained.gguf_file import GGUFFile
@@ -31,7 +32,9 @@ from lora.pretrained.gguf_writer import (
     name_tensors,
     write_gguf,
 )
-from lora.pretrained.hf_weights import MappedDecoder, map_decoder
+from lora.pretrained.hf_weights import map_decoder
+from lora.pretrained.load.implementation import Implementation
+from lora.pretrained.mapped import MappedModel
 from lora.runs.disk import disk_error
 from lora.runs.outputs import OutputPath
 
@@ -67,7 +70,7 @@ class GGUFReport:
 
 
 def export_gguf(
-    source: Decoder | MappedDecoder | Path | str,
+    source: LanguageModel | MappedModel | Path | str,
     out: Path | str,
     dtype: GGUFType = "f16",
     *,
@@ -92,13 +95,13 @@ def export_gguf(
         near = did_you_mean(str(dtype), get_args(GGUFType))
         allowed = ", ".join(get_args(GGUFType))
         raise ConfigError(f"dtype={dtype!r}: allowed are {allowed}.{near}")
-    read = inputs if isinstance(source, Decoder | MappedDecoder) else (Path(source), *inputs)
+    read = inputs if isinstance(source, LanguageModel | MappedModel) else (Path(source), *inputs)
     output = OutputPath(out, tuple(read), overwrite)
     output.check()
-    if isinstance(source, Decoder):
-        blocks, own_name = DecoderBlocks(source), out.stem
-    elif isinstance(source, MappedDecoder):
-        blocks, own_name = DecoderBlocks(source.model, source.release), out.stem
+    if isinstance(source, LanguageModel):
+        blocks, own_name = DecoderBlocks(_native(source)), out.stem
+    elif isinstance(source, MappedModel):
+        blocks, own_name = DecoderBlocks(_native(source.model), source.release), out.stem
     else:
         mapped = map_decoder(Path(source))
         blocks, own_name = DecoderBlocks(mapped.model, mapped.release), Path(source).resolve().name
@@ -121,6 +124,26 @@ def export_gguf(
         raise disk_error(out, error) from error
     size_bytes, tolerance = out.stat().st_size, TOLERANCES[dtype]
     return GGUFReport(out, size_bytes, errors, tolerance, logits_error, logits_tolerance)
+
+
+def check_gguf(implementation: Implementation, config: dict[str, Any]) -> None:
+    """Raise UnsupportedModelError for a model of which no GGUF file can be written."""
+    if implementation.kind != "native":
+        raise UnsupportedModelError(_no_gguf(repr(config.get("model_type"))))
+
+
+def _native(model: LanguageModel) -> Decoder:
+    if isinstance(model, Decoder):
+        return model
+    raise UnsupportedModelError(_no_gguf(repr(model.config.family)))
+
+
+def _no_gguf(family: str) -> str:
+    return (
+        f"Cannot write this {family} model as GGUF: there is no native decoder for it, which would "
+        f"write and check the file. Native here: {', '.join(sorted(FAMILIES))}. Merge the adapter "
+        "(lora merge) and convert the directory with llama.cpp's convert_hf_to_gguf.py."
+    )
 
 
 def _compare(

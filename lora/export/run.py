@@ -9,17 +9,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
+from lora.config import ImplementationName
 from lora.data.prompting.prompt_format import save_prompt_format
 from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
-from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import LanguageModel
 from lora.device import choose_device
 from lora.errors import AdapterError, ConfigError
-from lora.export.gguf import GGUFReport, export_gguf
+from lora.export.gguf import GGUFReport, check_gguf, export_gguf
 from lora.export.merged import MergedDtype, MergedModel, write_merged
 from lora.inference.checkpoints.find import find_adapter
 from lora.inference.loading import (
     checked_ids,
     describe_other_base,
+    find_implementation_of,
     find_model_of,
     folders_of,
     load_tokenizer_of,
@@ -28,7 +30,9 @@ from lora.inference.loading import (
 )
 from lora.inference.run_settings import find_prompt_format
 from lora.pretrained.gguf_writer import GGUFType
-from lora.pretrained.hf_weights import MappedDecoder, map_decoder
+from lora.pretrained.hf_files import read_config
+from lora.pretrained.load.models import implementation_of, map_language_model
+from lora.pretrained.mapped import MappedModel
 from lora.pretrained.model_files import MODEL_FILES
 from lora.pretrained.sources import ModelSource
 from lora.runs.outputs import OutputPath, input_paths
@@ -37,10 +41,11 @@ from lora.runs.outputs import OutputPath, input_paths
 def export(
     out: str | Path,
     *,
-    model: str | Path | Decoder | None = None,
+    model: str | Path | LanguageModel | None = None,
     tokenizer: TextTokenizer | None = None,
     adapter: str | Path | None = None,
     dtype: GGUFType = "f16",
+    implementation: ImplementationName = "auto",
     overwrite: bool = False,
 ) -> GGUFReport:
     """Write a model as the GGUF file `out`, with the adapter merged, and verify what was written.
@@ -56,10 +61,11 @@ def export(
         tokenizer: of a model in memory.
         adapter: directory of an adapter for a model that is not in memory.
         dtype: storage type of the weight matrices: f16, q8_0 or f32.
+        implementation: only a native decoder writes GGUF files: auto or native.
         overwrite: replace a file that exists.
     """
     path = Path(out)
-    if isinstance(model, Decoder):
+    if isinstance(model, LanguageModel):
         if adapter is not None:
             raise ConfigError(
                 "Cannot export a model in memory with adapter=…: it has the adapter that is on it. "
@@ -78,8 +84,10 @@ def export(
     inputs = model_inputs(name, folder)
     OutputPath(path, inputs, overwrite).check()
     source = find_model_of(name, folder)
+    # An adapter fits the native decoder too, whichever code has trained it.
+    check_gguf(implementation_of(source.folder, implementation), read_config(source.folder))
     return export_gguf(
-        _open(source, name, folder),
+        _open(source, name, folder, "native"),
         path,
         dtype,
         tokenizer=load_tokenizer_of(source, folder),
@@ -96,6 +104,7 @@ def merge(
     model: str | Path | None = None,
     dtype: MergedDtype | None = None,
     device: str = "cpu",
+    implementation: ImplementationName = "auto",
     overwrite: bool = False,
 ) -> MergedModel:
     """Merge an adapter into its base, compare the logits, and write the model as a directory.
@@ -109,6 +118,7 @@ def merge(
         model: the base; see `export`.
         dtype: of the weights: float32, bfloat16 or float16; None: each tensor's in the base.
         device: where the merge is computed.
+        implementation: native, transformers, or auto: what the adapter's run recorded.
         overwrite: replace a merged model that exists.
     """
     name, folder = _as_given(model, adapter)
@@ -122,7 +132,8 @@ def merge(
     )
     with output.building() as part:
         choice, source = choose_device(device), find_model_of(name, folder)
-        mapped, base = _open(source, name, folder), source.folder
+        kind = find_implementation_of(source, folder, implementation).kind
+        mapped, base = _open(source, name, folder, kind), source.folder
         has_tokenizer = (folder / "tokenizer.json").is_file()
         merged = write_merged(
             mapped,
@@ -146,11 +157,13 @@ def _as_given(
     return None if model is None else str(model), folder
 
 
-def _open(source: ModelSource, model: str | None, adapter: Path | None) -> MappedDecoder:
+def _open(
+    source: ModelSource, model: str | None, adapter: Path | None, kind: ImplementationName
+) -> MappedModel:
     """Return the model, mapped from its files in their dtypes, with the adapter on it."""
     if adapter is None:
-        return map_decoder(source.folder)
+        return map_language_model(source.folder, kind)
     try:
-        return map_adapted(source, adapter)
+        return map_adapted(source, adapter, kind)
     except AdapterError as error:
         raise AdapterError(f"{error}{describe_other_base(model, adapter, source)}") from None

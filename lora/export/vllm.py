@@ -14,10 +14,8 @@ from torch import nn
 
 from lora.adapters.peft_fields import check_fields
 from lora.adapters.peft_files import read_adapter_files
-from lora.decoder.decoder import build_empty_decoder
-from lora.decoder.families import decoder_config
 from lora.errors import AdapterError, did_you_mean, gather
-from lora.pretrained.hf_files import read_config
+from lora.pretrained.load.models import empty_language_model, model_config
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM's --max-lora-rank may have; adapters up to that rank can be served."""
@@ -117,7 +115,7 @@ def _base_faults(shapes: dict[str, tuple[int, ...]], base: Path) -> list[str]:
 
 
 def _weight_shapes(base: Path) -> dict[str, tuple[int, int]]:
-    model = build_empty_decoder(decoder_config(read_config(base)))
+    model = empty_language_model(model_config(base))
     return {
         name: (module.weight.shape[0], module.weight.shape[1])
         for name, module in model.named_modules()

@@ -149,6 +149,7 @@ def describe_job(
             None if job.from_adapter is None else fingerprint_adapter(job.from_adapter)
         ),
         base_dtype=None if job.base_dtype == "auto" else job.base_dtype,
+        implementation=job.implementation,
         deterministic=job.deterministic or None,
         world_size=None if world.is_alone else world.size,
         lora=None if job.lora is None else asdict(job.lora),

@@ -9,11 +9,10 @@ from lora.data.inspection import inspect_prepared
 from lora.data.inspection_report import DataReport
 from lora.data.prepare import PreparedData, prepare_data
 from lora.data.tokenizers.subword import load_tokenizer
-from lora.decoder.families import decoder_config
 from lora.distributed.world import ALONE, World
 from lora.finetune.job import FinetuneJob
 from lora.inference.run_settings import find_prompt_format, prompts_to_resume
-from lora.pretrained.hf_files import read_config
+from lora.pretrained.load.models import model_config
 from lora.pretrained.positions import why_beyond_positions
 from lora.runs.directory import read_start_time
 from lora.runs.progress import Progress
@@ -40,7 +39,7 @@ def load_data(
         validation_source=job.eval_data,
         now=world.on_main(lambda: _start_time(job, world), "the start time"),
         trained=world.on_main(lambda: _trained(job), "the prompts of the run"),
-        n_rows=decoder_config(read_config(model_folder)).vocab_size if is_base else None,
+        n_rows=model_config(model_folder, job.implementation).vocab_size if is_base else None,
         on_message=progress.message,
     )
     progress.message(

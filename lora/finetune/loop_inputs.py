@@ -8,7 +8,7 @@ from typing import TypedDict
 from lora.config import TrainConfig
 from lora.data.prepare import PreparedData
 from lora.data.sequences.batches import Batch, BatchStream, ordered_batches
-from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import LanguageModel
 from lora.device import DeviceChoice
 from lora.distributed.world import ALONE, World
 from lora.finetune.job import FinetuneJob
@@ -60,7 +60,7 @@ def data_inputs(
 
 def training_job(
     job: FinetuneJob,
-    model: Decoder,
+    model: LanguageModel,
     data: PreparedData,
     choice: DeviceChoice,
     train: TrainConfig,
@@ -97,8 +97,9 @@ def training_job(
 def alike_before(record: RunRecord, choice: DeviceChoice) -> dict[str, object]:
     """Return by name what must be the same in all processes before they plan or send weights."""
     named = ("base_fingerprint", "from_adapter_fingerprint", "base_dtype", "deterministic", "lora")
+    more = ("implementation", "train", "data_config")
     return {
-        **{name: getattr(record, name) for name in (*named, "train", "data_config")},
+        **{name: getattr(record, name) for name in (*named, *more)},
         "data": record.data.fingerprint,
         "validation data": record.data.held_out_fingerprint,
         "compute dtype": str(choice.compute_dtype),
@@ -146,7 +147,7 @@ def _no_samples(step: int) -> None:
 
 def _sampler(
     job: FinetuneJob,
-    model: Decoder,
+    model: LanguageModel,
     data: PreparedData,
     run: Run,
     progress: Progress,

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from lora.config import LoRAConfig, MemoryConfig, Parallel, TrainConfig
 from lora.data.prepare import PreparedData
-from lora.decoder.families import decoder_config
+from lora.decoder.language_model import ModelConfig
 from lora.device import DeviceChoice, available_bytes, resident_bytes
 from lora.distributed.world import ALONE, World
 from lora.errors import ConfigError, TrainingError
@@ -20,7 +19,6 @@ from lora.fast.memory.plan import MemoryPlan, PlanInputs
 from lora.fast.memory.planner import MemoryPlanner
 from lora.fast.sharded.links import measure_link
 from lora.fast.sharded.machines import machine_devices, machine_world
-from lora.pretrained.hf_files import read_config
 from lora.runs.record import MemoryResult, PlannedMemory
 from lora.training.out_of_memory import advise, describe_parts
 
@@ -136,7 +134,7 @@ def _step_bytes(plan: MemoryPlan) -> int:
 
 
 def plan_run(
-    model_folder: Path,
+    config: ModelConfig,
     lora: LoRAConfig | None,
     train: TrainConfig,
     data: PreparedData,
@@ -159,7 +157,7 @@ def plan_run(
     sequences = data.train
     n_tokens = len(sequences) * sequences.sequence_length
     inputs = PlanInputs(
-        config=decoder_config(read_config(model_folder)),
+        config=config,
         lora=lora,
         micro_batch_size=world.share.largest(train.micro_batch_size),
         tokens=sequences.sequence_length,

@@ -19,14 +19,18 @@ from lora.adapters.save_load import load_adapter, save_adapter
 from lora.data.prepare import PreparedData
 from lora.data.prompting.prompt_format import save_prompt_format
 from lora.data.tokenizers.subword import TextTokenizer
-from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import LanguageModel
 from lora.device import DeviceChoice
 from lora.distributed.shards import ShardReader, gathered_tables
 from lora.distributed.world import ALONE, World
 from lora.errors import CheckpointError
 from lora.finetune.job import FinetuneJob
 from lora.inference.checkpoints.listing import CHECKPOINTS, START
-from lora.pretrained.hf_weights import load_decoder, save_decoder, write_decoder
+from lora.pretrained.load.models import (
+    load_language_model,
+    save_language_model,
+    write_sharded_model,
+)
 from lora.pretrained.model_files import save_tokenizer_files
 from lora.pretrained.sources import ModelSource
 from lora.runs.directory import Run
@@ -39,20 +43,26 @@ def load_model(
     choice: DeviceChoice,
     tokenizer: TextTokenizer,
     progress: Progress,
-) -> tuple[Decoder, str]:
+) -> tuple[LanguageModel, str]:
     """Return the model ready to train, and the fingerprint of its base. Sets torch's seed."""
     # Frozen weights are loaded in the compute dtype; with full fine-tuning they stay in fp32.
     wide = torch.promote_types(choice.compute_dtype, torch.float32)
     dtype = wide if job.is_full else choice.compute_dtype
     fp8 = job.base_dtype == "fp8"
-    model = load_decoder(source.folder, dtype=dtype, device=choice.device, fp8=fp8)
+    model = load_language_model(
+        source.folder,
+        implementation=job.implementation,
+        dtype=dtype,
+        device=choice.device,
+        fp8=fp8,
+    )
     fingerprint = base_fingerprint(model)
     prepare_model(job, model, tokenizer, progress)
     return model, fingerprint
 
 
 def prepare_model(
-    job: FinetuneJob, model: Decoder, tokenizer: TextTokenizer, progress: Progress
+    job: FinetuneJob, model: LanguageModel, tokenizer: TextTokenizer, progress: Progress
 ) -> None:
     """Changes the base `model` in place: LoRA and added tokens of `job`. Sets torch's seed."""
     if job.from_adapter is not None:
@@ -73,7 +83,7 @@ def prepare_model(
 
 def save_model(
     job: FinetuneJob,
-    model: Decoder,
+    model: LanguageModel,
     data: PreparedData,
     source: ModelSource,
     run: Run,
@@ -95,10 +105,9 @@ def save_model(
 
     def save_all(directory: Path) -> None:
         if reader is None:
-            save_decoder(model, directory)
+            save_language_model(model, directory)
         else:
-            dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-            write_decoder(model.config, dtypes, reader.read, directory)
+            write_sharded_model(model, reader.read, directory)
         # With the chat template of the training data.
         save_tokenizer_files(data.tokenizer, source.folder, directory)
         save_prompt_format(data.prompts, directory)
@@ -145,7 +154,7 @@ def _save_elsewhere(
 
 def save_start(
     job: FinetuneJob,
-    model: Decoder,
+    model: LanguageModel,
     data: PreparedData,
     source: ModelSource,
     run: Run,
@@ -173,7 +182,9 @@ def save_start_in_run(run: Run, save: Callable[[Path], None], progress: Progress
         )
 
 
-def _save_adapter(model: Decoder, data: PreparedData, source: ModelSource, directory: Path) -> None:
+def _save_adapter(
+    model: LanguageModel, data: PreparedData, source: ModelSource, directory: Path
+) -> None:
     save_adapter(model, directory, base_name=source.reference)
     data.tokenizer.save(directory)  # with the chat template of the training data
     save_prompt_format(data.prompts, directory)

@@ -35,7 +35,7 @@ def outline(
     train, sequences = job.train, data.train
     n_tokens = train.n_steps * tokens_per_step(sequences, train.batch_size)
     learned = sequences.n_target_tokens / max(1, len(sequences.documents.ids))
-    packed = "packed sequences" if job.data_config.packing else "sequences"
+    packed = "packed sequences" if job.data_config.is_packed else "sequences"
     lines = [
         f"examples: {len(data.train_examples):,} for training, "
         f"{len(data.validation_examples):,} for validation",

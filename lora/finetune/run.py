@@ -13,11 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from lora.adapters.save_load import read_adapter_config
-from lora.config import TrainConfig
+from lora.config import ImplementationName, TrainConfig
 from lora.data.inspection_report import DataReport
 from lora.data.prepare import PreparedData
-from lora.decoder.decoder import Decoder
-from lora.decoder.families import decoder_config
+from lora.decoder.language_model import LanguageModel
 from lora.device import (
     DeviceChoice,
     choose_device,
@@ -52,7 +51,9 @@ from lora.finetune.sharded_model import build_sharded_model
 from lora.finetune.unused import check_patience
 from lora.inference.checkpoints.find import find_adapter
 from lora.inference.loading import find_model_of
-from lora.pretrained.hf_files import read_config
+from lora.inference.run_settings import find_implementation, recorded_implementation
+from lora.pretrained.load.models import implementation_of, model_config
+from lora.pretrained.load.task import check_native_only, settled_task
 from lora.pretrained.sources import ModelSource
 from lora.runs.directory import check_run_directory, create_run, default_name
 from lora.runs.disk import reading
@@ -108,7 +109,6 @@ def finetune(
 class _Inputs:
     """All of a job that is known before its weights are loaded."""
 
-    source: ModelSource
     data: PreparedData
     memory: ChosenMemory
     record: RunRecord
@@ -125,21 +125,24 @@ def _finetune(
 ) -> FinetuneResult:
     job = replace(job, resume=resumes(job.run, job.resume, world, progress.message))
     job = _check(job, world)
-    inputs = _find_inputs(job, choice, world, progress, show_data)
+    source = find_model_of(job.model, job.from_adapter)
+    job = _settled(job, source, world, progress)
+    inputs = _find_inputs(job, source, choice, world, progress, show_data)
     has_validation = inputs.data.validation is not None
     check_patience(job.run, resume=job.resume, has_validation=has_validation)
     job = _with_steps(job, inputs.data, world)
-    source, data, memory = inputs.source, inputs.data, inputs.memory
+    data, memory = inputs.data, inputs.memory
     planned = describe_plan(memory.plan)
+    loaded: tuple[LanguageModel, str, Rows | None]
     with explain_out_of_memory(
         lambda: f"while the weights were loaded. {planned}. {_loading_advice(memory, choice)}"
     ):
         if memory.parallel == "fsdp":
             built = build_sharded_model(job, source, choice, data.tokenizer, progress)
-            model, fingerprint, rows = built.model, built.fingerprint, built.rows
+            loaded = built.model, built.fingerprint, built.rows
         else:
-            model, fingerprint = load_model(job, source, choice, data.tokenizer, progress)
-            rows = None
+            loaded = *load_model(job, source, choice, data.tokenizer, progress), None
+        model, fingerprint, rows = loaded
     train_config = job.train.resolved(full=job.is_full)
     steps = _choose_steps(job, model, choice, train_config, memory, progress, world, rows)
     record = _complete_record(job, inputs, train_config, fingerprint)
@@ -203,17 +206,39 @@ def _with_steps(job: FinetuneJob, data: PreparedData, world: World) -> FinetuneJ
     return replace(job, train=job.train.with_steps(len(data.train), recorded=recorded))
 
 
+def _settled(
+    job: FinetuneJob, source: ModelSource, world: World, progress: Progress
+) -> FinetuneJob:
+    """Return the job with the code that runs its model; a resumed run keeps what it began with.
+
+    An architecture that nothing runs is refused here, before the data are read.
+    """
+
+    def read() -> ImplementationName | None:
+        if job.resume and (job.directory / RUN_FILE).is_file():
+            return recorded_implementation(read_run_record(job.directory)) or "native"
+        return find_implementation("auto", job.from_adapter, source.folder)
+
+    recorded = world.on_main(read, "the recorded implementation")
+    settled = settled_task(job, source.folder, recorded, progress.message)
+    check_native_only(
+        implementation_of(source.folder, settled.implementation),
+        model_config(source.folder, settled.implementation),
+        fp8=job.base_dtype == "fp8",
+        fsdp=job.run.parallel == "fsdp",
+    )
+    return settled
+
+
 def _find_inputs(
     job: FinetuneJob,
+    source: ModelSource,
     choice: DeviceChoice,
     world: World,
     progress: Progress,
     show_data: Callable[[DataReport], None] | None,
 ) -> _Inputs:
-    """Find the model, load the data and plan the memory."""
-    source = find_model_of(job.model, job.from_adapter)
-    # An unknown architecture is refused before the data are read.
-    decoder_config(read_config(source.folder))
+    """Load the data and plan the memory."""
     data, report = load_data(job, source.folder, progress, world)
     if show_data is not None:
         show_data(report)
@@ -224,7 +249,7 @@ def _find_inputs(
     record = describe_job(job, source, data, report, choice, world)
     check_alike(alike_before(record, choice), world)  # else the processes plan differently
     memory = plan_run(
-        source.folder,
+        model_config(source.folder, job.implementation),
         job.lora if job.from_adapter is None else read_adapter_config(job.from_adapter),
         job.train,
         data,
@@ -246,7 +271,7 @@ def _find_inputs(
         progress.message(memory.parallel_reason)
     if memory.plan.reason:
         progress.message(memory.plan.reason)
-    return _Inputs(source, data, memory, record)
+    return _Inputs(data, memory, record)
 
 
 def _complete_record(
@@ -300,7 +325,7 @@ def _recorded_failures(job: FinetuneJob) -> tuple[str, ...]:
 
 def _choose_steps(
     job: FinetuneJob,
-    model: Decoder,
+    model: LanguageModel,
     choice: DeviceChoice,
     train_config: TrainConfig,
     memory: ChosenMemory,

@@ -10,7 +10,7 @@ from lora.config import SamplingConfig
 from lora.data.chat.prompts import Prompt, example_prompts
 from lora.data.reading.formats import Example
 from lora.data.tokenizers.subword import TextTokenizer
-from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import LanguageModel
 from lora.distributed.world import ALONE, World
 from lora.inference.generate import generate
 from lora.inference.shared import dealt, in_order
@@ -63,7 +63,7 @@ def ask_for_all(
 
 
 def answer_examples(
-    model: Decoder,
+    model: LanguageModel,
     examples: Sequence[Example],
     tokenizer: TextTokenizer,
     sampling: SamplingConfig,
@@ -90,7 +90,7 @@ def answer_examples(
 
 
 def answer_prompts(
-    model: Decoder,
+    model: LanguageModel,
     prompts: Sequence[Prompt],
     tokenizer: TextTokenizer,
     sampling: SamplingConfig,

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from lora.config import DataConfig, SamplingConfig
+from lora.config import DataConfig, ImplementationName, SamplingConfig
 from lora.data.chat.choose_template import choose_template
 from lora.data.chat.prompts import chat_prompt
 from lora.data.prompting.ask import Asker
@@ -21,7 +21,7 @@ from lora.data.reading.messages import Message
 from lora.data.reading.readers import Source, read_examples
 from lora.data.sequences.embedding_rows import check_ids
 from lora.data.tokenizers.subword import TextTokenizer
-from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import LanguageModel
 from lora.device import choose_device
 from lora.errors import ConfigError, DataError, ModelError
 from lora.inference import loading
@@ -42,8 +42,12 @@ Chat = Sequence[Message]
 
 
 def load_model(
-    name: str | Path | None = None, adapter: str | Path | None = None, *, device: str = "auto"
-) -> tuple[Decoder, TextTokenizer]:
+    name: str | Path | None = None,
+    adapter: str | Path | None = None,
+    *,
+    device: str = "auto",
+    implementation: ImplementationName = "auto",
+) -> tuple[LanguageModel, TextTokenizer]:
     """Return a model ready to answer, with an adapter on it if one is given, and its tokenizer.
 
     Args:
@@ -51,12 +55,15 @@ def load_model(
             names, else SmolLM2-135M-Instruct, from 4-bit weights.
         adapter: directory of an adapter; its tokenizer, if it has one, is the one returned.
         device: auto, cpu, cuda, cuda:1 ...
+        implementation: native, transformers for any causal language model, or auto: what the
+            adapter's run recorded, else native if it can.
 
     Raises ModelError for a model that cannot be loaded, AdapterError for an adapter that does not
     belong to it, DataError for a damaged tokenizer.
     """
     folder = None if adapter is None else Path(adapter)
-    loaded = loading.load_model(None if name is None else str(name), folder, device)
+    given = None if name is None else str(name)
+    loaded = loading.load_model(given, folder, device, implementation)
     # Where what a whole model learned on is recorded, and what adapters of it name as their base.
     loaded.model.model_folder = loaded.source.folder  # type: ignore[assignment]
     loaded.model.model_reference = loaded.source.reference  # type: ignore[assignment]
@@ -65,7 +72,7 @@ def load_model(
 
 @overload
 def generate(
-    model: Decoder,
+    model: LanguageModel,
     tokenizer: TextTokenizer,
     prompts: str,
     *,
@@ -76,7 +83,7 @@ def generate(
 ) -> str: ...
 @overload
 def generate(
-    model: Decoder,
+    model: LanguageModel,
     tokenizer: TextTokenizer,
     prompts: Sequence[str | Chat],
     *,
@@ -86,7 +93,7 @@ def generate(
     **settings: Any,
 ) -> list[str]: ...
 def generate(
-    model: Decoder,
+    model: LanguageModel,
     tokenizer: TextTokenizer,
     prompts: str | Sequence[str | Chat],
     *,
@@ -130,7 +137,7 @@ def generate(
 
 
 def evaluate(
-    model: Decoder,
+    model: LanguageModel,
     tokenizer: TextTokenizer,
     data: Source,
     *,
@@ -214,7 +221,7 @@ def _prompt_ids(prompt: str | Chat, tokenizer: TextTokenizer, asker: Asker) -> l
 
 
 def _check_model(model: object, tokenizer: object) -> None:
-    if not isinstance(model, Decoder):
+    if not isinstance(model, LanguageModel):
         raise ModelError(
             f"Cannot use a {type(model).__name__} here. Allowed: a model that lora.load_model "
             "returned. One of transformers answers through its own generate()."

@@ -15,7 +15,7 @@ from lora.data.sequences.embedding_rows import choose_pad_id
 from lora.data.sequences.encode import encode_examples
 from lora.data.sequences.encoded import EncodedExamples, check_has_targets
 from lora.data.tokenizers.subword import TextTokenizer
-from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import LanguageModel
 from lora.device import DeviceChoice
 from lora.distributed.world import ALONE, World
 from lora.inference.answers import Answer, answer_prompts, ask_for_all
@@ -86,7 +86,7 @@ class EvaluationData:
 
     def evaluate(
         self,
-        model: Decoder,
+        model: LanguageModel,
         tokenizer: TextTokenizer,
         choice: DeviceChoice,
         sampling: SamplingConfig,
@@ -149,7 +149,7 @@ def prepare_evaluation(
 
 
 def measure_loss(
-    model: Decoder,
+    model: LanguageModel,
     examples: Sequence[Example],
     tokenizer: TextTokenizer,
     config: DataConfig,
@@ -181,7 +181,7 @@ def encode_for_loss(
 
 
 def loss_of(
-    model: Decoder,
+    model: LanguageModel,
     encoded: EncodedExamples,
     tokenizer: TextTokenizer,
     config: DataConfig,
@@ -197,7 +197,7 @@ def loss_of(
     """
     pad, _ = choose_pad_id(tokenizer, model.config.vocab_size)
     sequences = build_sequences(
-        encoded.documents, config.max_length, packing=config.packing, pad_id=pad, seed=0
+        encoded.documents, config.max_length, packing=config.is_packed, pad_id=pad, seed=0
     )
     total, device = math.ceil(len(sequences) / (batch_size * world.size)), choice.device
 

@@ -11,11 +11,12 @@ from lora.runs.outputs import input_paths
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lora.config import DataConfig
+    from lora.config import DataConfig, ImplementationName
     from lora.data.tokenizers.subword import TextTokenizer
-    from lora.decoder.decoder import Decoder
+    from lora.decoder.language_model import LanguageModel
     from lora.device import DeviceChoice
-    from lora.pretrained.hf_weights import MappedDecoder
+    from lora.pretrained.load.implementation import Implementation
+    from lora.pretrained.mapped import MappedModel
     from lora.pretrained.sources import ModelSource
     from lora.runs.record import PromptFormat
 
@@ -28,14 +29,20 @@ class LoadedModel:
     """A model ready to answer."""
 
     source: ModelSource
-    model: Decoder
+    model: LanguageModel
     tokenizer: TextTokenizer
     choice: DeviceChoice
+    implementation: Implementation
     prompts: PromptFormat | None = None
     """How it was prompted in training; None if nothing tells."""
 
 
-def load_model(name: str | None, adapter: Path | None, device: str = "auto") -> LoadedModel:
+def load_model(
+    name: str | None,
+    adapter: Path | None,
+    device: str = "auto",
+    implementation: ImplementationName = "auto",
+) -> LoadedModel:
     """Return the model called `name` with `adapter` on it, and its tokenizer.
 
     Without a name it is the base that the adapter names, else the default model. An adapter that
@@ -48,34 +55,51 @@ def load_model(name: str | None, adapter: Path | None, device: str = "auto") -> 
     from lora.errors import AdapterError
     from lora.inference.checkpoints.find import find_adapter
     from lora.inference.run_settings import find_prompt_format
-    from lora.pretrained.hf_weights import load_decoder
+    from lora.pretrained.load.models import load_language_model
 
     choice = choose_device(own_device(device))
     adapter = None if adapter is None else find_adapter(adapter)
     source = find_model_of(name, adapter)
+    chosen = find_implementation_of(source, adapter, implementation)
     tokenizer = load_tokenizer_of(source, adapter)
     prompts = find_prompt_format(adapter, source.folder)
-    model = load_decoder(source.folder, device=choice.device)
+    model = load_language_model(source.folder, implementation=chosen.kind, device=choice.device)
     if adapter is not None:
         try:
             load_adapter(model, adapter)
         except AdapterError as error:
             raise AdapterError(f"{error}{describe_other_base(name, adapter, source)}") from None
-    return LoadedModel(source, model.eval(), tokenizer, choice, prompts)
+    return LoadedModel(source, model.eval(), tokenizer, choice, chosen, prompts)
 
 
-def map_adapted(source: ModelSource, adapter: Path) -> MappedDecoder:
+def find_implementation_of(
+    source: ModelSource, adapter: Path | None, asked: ImplementationName = "auto"
+) -> Implementation:
+    """Return the code that runs a model, as asked, as recorded by its run, or the best there is.
+
+    Raises ModelError for a model that it cannot run, ConfigError for a word that is not allowed.
+    """
+    from lora.inference.run_settings import find_implementation
+    from lora.pretrained.load.models import implementation_of
+
+    name = find_implementation(asked, adapter, source.folder)
+    return implementation_of(source.folder, name, is_recorded=name != asked)
+
+
+def map_adapted(
+    source: ModelSource, adapter: Path, implementation: ImplementationName = "auto"
+) -> MappedModel:
     """Return the model with `adapter` on it, for merging: its weights stay in their files."""
     from lora.adapters.save_load import load_adapter
-    from lora.pretrained.hf_weights import map_decoder
+    from lora.pretrained.load.models import map_language_model
 
-    mapped = map_decoder(source.folder)
+    mapped = map_language_model(source.folder, implementation)
     load_adapter(mapped.model, adapter, release=mapped.release)
     mapped.model.eval()
     return mapped
 
 
-def checked_ids(model: Decoder, tokenizer: TextTokenizer) -> Tensor:
+def checked_ids(model: LanguageModel, tokenizer: TextTokenizer) -> Tensor:
     """Return tokens, (1, T), on which an adapted model is compared with the merged one.
 
     A text, and the tokens whose rows trained.
@@ -107,7 +131,7 @@ def tokenizer_for(config: DataConfig, tokenizer: TextTokenizer) -> TextTokenizer
     return chosen.with_control_tokens_in_messages() if config.keep_control_tokens else chosen
 
 
-def folders_of(model: Decoder) -> tuple[Path | None, Path | None]:
+def folders_of(model: LanguageModel) -> tuple[Path | None, Path | None]:
     """Return the directories that the adapter on `model`, and `model`, were loaded from."""
     from lora.adapters.apply import AppliedLoRA
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from lora.config import DataConfig
+from lora.config import DataConfig, ImplementationName
 from lora.data.prompting.prompt_format import read_prompt_format
 from lora.data.prompting.row_template import parse_template
 from lora.data.prompting.rules import ReadingRules, rules_for
 from lora.data.tokenizers.subword import load_tokenizer
 from lora.runs.read_record import read_run_record
-from lora.runs.record import RUN_FILE, PromptFormat
+from lora.runs.record import RUN_FILE, PromptFormat, RunRecord
 
 OLDER = PromptFormat(completions="raw")
 """How adapters and runs without a record of it were trained."""
@@ -91,6 +91,29 @@ def find_rules(config: DataConfig, adapter: Path | None, model_folder: Path) -> 
             rules, template=parse_template(str(trained.template), has_escapes=False)
         )
     return rules
+
+
+def find_implementation(
+    asked: ImplementationName, adapter: Path | None, model_folder: Path | None = None
+) -> ImplementationName:
+    """Return the code to run a model with: the one asked for; for auto what its run recorded.
+
+    That is the run of the adapter, or else of the whole model in a directory; auto where no record
+    tells. Raises CheckpointError for a damaged record.
+    """
+    folder = model_folder if adapter is None else adapter
+    if asked != "auto" or folder is None:
+        return asked
+    for directory in _run_directories(folder.resolve()):
+        if (directory / RUN_FILE).is_file():
+            return recorded_implementation(read_run_record(directory)) or asked
+    return asked
+
+
+def recorded_implementation(record: RunRecord) -> ImplementationName | None:
+    """Return the code that ran a model, from its run's record; None where that does not tell."""
+    known = {name: name for name in get_args(ImplementationName)}
+    return known.get(record.implementation or "")
 
 
 def prompts_to_resume(run: Path) -> PromptFormat | None:

@@ -15,7 +15,7 @@ from lora.config import SamplingConfig
 from lora.data.chat.prompts import Prompt, continuation_prompt, example_prompt
 from lora.data.reading.formats import Example
 from lora.data.tokenizers.subword import TextTokenizer
-from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import LanguageModel
 from lora.device import available_bytes
 from lora.distributed.world import ALONE, World
 from lora.errors import DataError, LoraError, TrainingError
@@ -70,7 +70,7 @@ class SampleRecorder:
     `samples.jsonl` are SampleRow.
     """
 
-    model: Decoder
+    model: LanguageModel
     prompts: Sequence[Prompt]
     tokenizer: TextTokenizer
     run: Run

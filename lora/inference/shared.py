@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from lora.config import SamplingConfig
-from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import LanguageModel
 from lora.distributed.start import joined
 from lora.distributed.world import ALONE, World
 from lora.inference.generate import check_prompts, generate
@@ -36,7 +36,7 @@ def sharing(device: torch.device) -> Iterator[World]:
 
 
 def generate_shared(
-    model: Decoder,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingConfig,
     world: World,

@@ -24,7 +24,7 @@ from lora.decoder.families import FAMILIES, decoder_config
 from lora.decoder.quantised import Fp8Linear, has_fp8_base, use_fp8_linears
 from lora.errors import ModelError, did_you_mean, gather
 from lora.pretrained.hf_files import INDEX, SINGLE, StoredTensor, open_tensors, read_config
-from lora.pretrained.mapped import MappedFile
+from lora.pretrained.mapped import MappedFile, MappedModel
 from lora.runs.disk import disk_error
 from lora.runs.tensor_files import TensorParts, write_tensor_parts
 
@@ -32,13 +32,13 @@ MAX_SHARD_BYTES = 4 * 2**30
 """Largest size of a shard, unless one tensor alone is larger."""
 
 _HEAD = "lm_head.weight"
-_FLOATS = {
+FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_NO_PARAMETERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias)")
+NO_PARAMETERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)")
 """Tables in older files that are computed here: rotary frequencies, causal masks."""
 
 
@@ -71,16 +71,10 @@ def load_decoder(
 
 
 @dataclass(frozen=True)
-class MappedDecoder:
+class MappedDecoder(MappedModel):
     """A decoder whose parameters are views of its files, in the dtypes they have there."""
 
     model: Decoder
-    files: tuple[MappedFile, ...]
-
-    def release(self) -> None:
-        """Give back the memory of the pages that were read; the model stays as it is."""
-        for file in self.files:
-            file.release()
 
 
 def map_decoder(folder: Path) -> MappedDecoder:
@@ -121,12 +115,12 @@ def _match_names(
             faults.append(
                 f"{name} is {stored[name].shape} in the file: config.json implies {wanted}"
             )
-        elif stored[name].dtype not in _FLOATS:
-            kinds = ", ".join(sorted(_FLOATS))
+        elif stored[name].dtype not in FLOATS:
+            kinds = ", ".join(sorted(FLOATS))
             faults.append(f"{name} has dtype {stored[name].dtype} (allowed: {kinds})")
     for name in stored:
         is_spare_head = name == _HEAD and model.config.tie_word_embeddings
-        if name not in shapes and not is_spare_head and not _NO_PARAMETERS.fullmatch(name):
+        if name not in shapes and not is_spare_head and not NO_PARAMETERS.fullmatch(name):
             faults.append(f"{name} {stored[name].shape} is not a tensor of this architecture")
     if faults:
         heading = f"Cannot load {folder}: its tensors do not match config.json:"
@@ -190,7 +184,7 @@ def read_stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
     model = build_empty_decoder(decoder_config(read_config(folder)))
     with ExitStack() as files:
         stored = _match_names(model, open_tensors(folder, files), folder)
-        return {name: _FLOATS[tensor.dtype] for name, tensor in stored.items()}
+        return {name: FLOATS[tensor.dtype] for name, tensor in stored.items()}
 
 
 def save_decoder(

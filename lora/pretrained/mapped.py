@@ -9,11 +9,13 @@ import json
 import math
 import mmap
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lora.decoder.language_model import LanguageModel
 from lora.errors import ModelError
 from lora.pretrained.hf_files import check_size
 
@@ -60,3 +62,17 @@ class MappedFile:
     def release(self) -> None:
         """Give the memory of what was read back; it is read again when it is needed."""
         self._data.madvise(mmap.MADV_DONTNEED)
+
+
+@dataclass(frozen=True)
+class MappedModel:
+    """A model in the dtypes of its files, to merge or to export: never change it in place."""
+
+    model: LanguageModel
+    files: tuple[MappedFile, ...] = ()
+    """Those that its parameters are views of; none where it is in memory."""
+
+    def release(self) -> None:
+        """Give back the memory of the pages that were read; the model stays as it is."""
+        for file in self.files:
+            file.release()

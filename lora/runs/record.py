@@ -124,6 +124,9 @@ class RunRecord:
     from_adapter_fingerprint: str | None = None
     """Of its settings and tensors: a path alone does not tell whether it is the same adapter."""
     base_dtype: str | None = None
+    implementation: str | None = None
+    """The code that ran the model: native or transformers; None in older files, where it was
+    native, and for models of other code."""
     deterministic: bool | None = None
     activation_checkpointing: dict[str, Any] | None = None
     """What the fast step stores of each block's activations: a resumed run must do the same."""

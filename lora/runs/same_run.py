@@ -19,6 +19,7 @@ FIXED = (
     "data_config",
     "deterministic",
     "base_dtype",
+    "implementation",
     "data",
 )
 """Fields of the record that a resumed run must share."""
@@ -43,6 +44,8 @@ MACHINE = ("device", "threads", "environment.versions.torch", "world_size", "par
 def check_same_run(former: RunRecord, now: RunRecord, directory: Path) -> None:
     """Raise CheckpointError with every difference that would make it another run."""
     before, after = _flatten(former), _flatten(now)
+    if former.implementation is None:  # of an older version
+        after.pop("implementation", None)
     if former.from_adapter_fingerprint is not None:  # else of an older version: the path tells
         before["from_adapter"] = after["from_adapter"] = None
     else:

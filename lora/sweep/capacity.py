@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lora.decoder.decoder import Decoder, build_empty_decoder
+from lora.decoder.language_model import LanguageModel
 from lora.device import DeviceChoice, available_bytes, resident_bytes
 from lora.fast.memory.fast_step import stacked_memory
 from lora.fast.memory.plan import PlanInputs
 from lora.fast.memory.planner import MemoryPlanner, evaluation_bytes
 from lora.fast.why_not import why_not_stacked
+from lora.pretrained.load.models import as_decoder_config, empty_language_model
 from lora.stacked.apply import apply_stacked
 from lora.sweep.grid import Candidate
 
@@ -60,7 +61,7 @@ class StackMemory:
 
 
 def plan_stack_memory(
-    model: Decoder,
+    model: LanguageModel,
     candidates: Sequence[Candidate],
     micro_batch_size: int,
     tokens: int,
@@ -109,9 +110,9 @@ def plan_stack_memory(
 
 
 def _why_not_fast(
-    model: Decoder, candidates: Sequence[Candidate], choice: DeviceChoice
+    model: LanguageModel, candidates: Sequence[Candidate], choice: DeviceChoice
 ) -> str | None:
-    empty = build_empty_decoder(model.config)
+    empty = empty_language_model(model.config)
     stacked = apply_stacked(empty, [c.lora for c in candidates], [0] * len(candidates))
     return why_not_stacked(empty, stacked, choice)
 
@@ -137,7 +138,11 @@ def fast_stack_bytes(setting: PlanInputs, n_adapters: int) -> int:
     lora = replace(setting.lora, init_seed=0)
     batch_size, tokens = setting.micro_batch_size, setting.tokens
     step = stacked_memory(
-        setting.config, [lora] * n_adapters, batch_size, tokens, packed=setting.packed
+        as_decoder_config(setting.config),
+        [lora] * n_adapters,
+        batch_size,
+        tokens,
+        packed=setting.packed,
     )
     stacked = replace(setting, micro_batch_size=n_adapters * batch_size)
     return step.total + evaluation_bytes(stacked)

@@ -27,7 +27,6 @@ from lora.data.inspection import inspect_prepared
 from lora.data.inspection_report import DataReport
 from lora.data.prepare import PreparedData
 from lora.data.prompting.prompt_format import save_prompt_format
-from lora.decoder.families import decoder_config
 from lora.device import (
     DeviceChoice,
     choose_device,
@@ -39,8 +38,8 @@ from lora.distributed.one_run import check_alike, check_is_shared, resumes, shar
 from lora.distributed.start import joined
 from lora.distributed.world import World
 from lora.errors import CheckpointError, TrainingError, gather
-from lora.pretrained.hf_files import read_config
-from lora.pretrained.hf_weights import load_decoder
+from lora.pretrained.load.models import load_language_model
+from lora.pretrained.load.task import settled_task
 from lora.pretrained.positions import why_beyond_positions
 from lora.pretrained.sources import ModelSource, find_model
 from lora.runs.directory import check_run_directory, create_run, default_name
@@ -63,6 +62,7 @@ from lora.sweep.job import (
     check_job,
     check_same_sweep,
     describe_job,
+    recorded_code,
     with_recorded_steps,
 )
 from lora.sweep.progress import KeptMessages, NoSweepProgress, SweepProgress
@@ -133,8 +133,9 @@ def _sweep(
     job = with_recorded_steps(job)
     check_same_sweep(job)
     source = find_model(job.model)
-    # An unknown architecture is refused before the data are read.
-    decoder_config(read_config(source.folder))
+    # An architecture that nothing runs is refused before the data are read.
+    recorded = world.on_main(lambda: recorded_code(job), "the recorded implementation")
+    job = settled_task(job, source.folder, recorded, progress.message)
     data = prepare_sweep(job, source.folder, progress, world)
     job = replace(job, train=job.train.with_steps(len(data.train)))
     check_same_sweep(job)  # with the steps that the epochs take
@@ -144,7 +145,12 @@ def _sweep(
     progress.message(f"{len(candidates)} candidates on {source.description}, {choice.reason}")
     _tell_idle(len(candidates), world, progress)
     with explain_out_of_memory(lambda: f"while the weights were loaded. {LOADING_ADVICE}"):
-        model = load_decoder(source.folder, dtype=choice.compute_dtype, device=choice.device)
+        model = load_language_model(
+            source.folder,
+            implementation=job.implementation,
+            dtype=choice.compute_dtype,
+            device=choice.device,
+        )
     model.requires_grad_(False)
     saved = read_saved_record(job, candidates)
     at_once, memory_plan = choose_stack_size(

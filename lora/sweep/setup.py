@@ -10,13 +10,12 @@ from pathlib import Path
 from lora.data.prepare import PreparedData, prepare_data
 from lora.data.sequences.batches import ordered_batches
 from lora.data.tokenizers.subword import load_tokenizer
-from lora.decoder.decoder import Decoder
-from lora.decoder.families import decoder_config
+from lora.decoder.language_model import LanguageModel
 from lora.device import DeviceChoice
 from lora.distributed.world import ALONE, World
 from lora.errors import CheckpointError, DataError
 from lora.inference.run_settings import prompts_to_resume
-from lora.pretrained.hf_files import read_config
+from lora.pretrained.load.models import model_config
 from lora.runs.directory import Run, read_start_time
 from lora.runs.read_record import read_run_record
 from lora.runs.sweep_record import (
@@ -51,7 +50,7 @@ def prepare_sweep(
         validation_source=job.eval_data,
         now=world.on_main(lambda: _start_time(job, world), "the start time"),
         trained=prompts_to_resume(job.run.out / str(job.run.name)) if job.resume else None,
-        n_rows=decoder_config(read_config(model_folder)).vocab_size,
+        n_rows=model_config(model_folder, job.implementation).vocab_size,
         on_message=progress.message,
     )
     if data.validation is None:
@@ -74,7 +73,7 @@ def _start_time(job: SweepJob, world: World) -> datetime | None:
 
 def choose_stack_size(
     job: SweepJob,
-    model: Decoder,
+    model: LanguageModel,
     candidates: list[Candidate],
     data: PreparedData,
     choice: DeviceChoice,
@@ -92,7 +91,7 @@ def choose_stack_size(
         candidates,
         job.train.micro_batch_size,
         data.train.sequence_length,
-        packed=job.data_config.packing,
+        packed=job.data_config.is_packed,
         learned_fraction=data.train.n_target_tokens
         / (len(data.train) * data.train.sequence_length),
         choice=choice,
@@ -122,7 +121,7 @@ def choose_stack_size(
 def build_context(
     job: SweepJob,
     candidates: list[Candidate],
-    model: Decoder,
+    model: LanguageModel,
     data: PreparedData,
     choice: DeviceChoice,
     run: Run,

@@ -16,6 +16,7 @@ from lora.sweep.job import SweepJob
 
 def test_jobs_hold_the_tasks_fields() -> None:
     given = {"data": "a.jsonl", "model": "m", "eval_data": "b.jsonl", "data_config": DataConfig(64)}
+    given["implementation"] = "native"
     jobs = [FinetuneJob(**given), SweepJob(**given, grid=Grid()), DecoderTarget(**given)]
     for job in jobs:
         assert isinstance(job, Task)

@@ -185,7 +185,7 @@ def test_an_unknown_model_type_says_what_is_supported() -> None:
     assert "model_type='mistrel'" in message
     assert ", ".join(sorted(FAMILIES)) in message
     assert "Did you mean 'mistral'?" in message
-    assert "apply_lora" in message
+    assert "--implementation transformers" in message
 
 
 def test_an_architecture_counts_where_the_model_type_is_absent() -> None:

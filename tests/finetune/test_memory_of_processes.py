@@ -18,6 +18,7 @@ from lora.device import DeviceChoice
 from lora.distributed.world import World
 from lora.errors import ConfigError
 from lora.finetune.memory import ChosenMemory, describe_plan, plan_run
+from lora.pretrained.load.models import model_config
 
 CPU = DeviceChoice(torch.device("cpu"), torch.float32, "")
 
@@ -51,7 +52,7 @@ def plan(folder: Path, world: World, **settings: Any) -> ChosenMemory:
     sequences = SimpleNamespace(sequence_length=32, fill_fraction=1.0, n_target_tokens=100)
     data = SimpleNamespace(train=_Sized(sequences), train_examples=[0] * 8)
     return plan_run(
-        folder,
+        model_config(folder),
         LoRAConfig(rank=2),
         TrainConfig(batch_size=4),
         cast(PreparedData, data),

@@ -452,7 +452,7 @@ def test_memory_that_runs_out_while_loading_names_the_plan(
     def refuse(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("lora.finetune.model.load_decoder", refuse)
+    monkeypatch.setattr("lora.finetune.model.load_language_model", refuse)
     with pytest.raises(TrainingError, match=r"while the weights were loaded\. planned memory:"):
         finetune(job)
     assert not (job.run.out / "run").exists()

@@ -255,7 +255,7 @@ def test_nothing_to_learn_is_known_before_the_weights_are_loaded(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("lora.finetune.model.load_decoder", never)
+    monkeypatch.setattr("lora.finetune.model.load_language_model", never)
     with pytest.raises(DataError, match=seen):
         finetune(replace(job, data=rows))
     assert not job.run.out.exists() or not list(job.run.out.iterdir())
@@ -270,7 +270,7 @@ def test_the_data_are_reported_before_the_weights_are_loaded(
     def refuse(*_: object, **__: object) -> None:
         raise Loading
 
-    monkeypatch.setattr("lora.finetune.model.load_decoder", refuse)
+    monkeypatch.setattr("lora.finetune.model.load_language_model", refuse)
     orders = make_orders("train", 24)
     job = replace(job, data=[*orders, *orders[:3]])
     reports: list[DataReport] = []

@@ -475,7 +475,7 @@ def test_an_unknown_architecture_and_its_nearest(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(ModelError) as caught:
         convert_gguf(path, tmp_path)
-    for word in ("'qwen22'", "llama, qwen2, qwen3, gemma3", "Did you mean 'qwen2'?", "apply_lora"):
+    for word in ("'qwen22'", "llama, qwen2, qwen3, gemma3", "Did you mean 'qwen2'?", "--impl"):
         assert word in str(caught.value)
 
 

@@ -14,16 +14,19 @@ from lora.cli.flags.from_fields import (
     GENERATION,
     MODEL,
     OUTPUT,
+    field_texts,
     flags_from,
 )
 from lora.config import (
     BaseDtype,
     DataConfig,
+    ImplementationName,
     LoRAConfig,
     MemoryConfig,
     SamplingConfig,
     TrainConfig,
 )
+from lora.data.task import Task
 from lora.errors import ConfigError
 from lora.inference.checkpoints.find import find_adapter
 
@@ -34,6 +37,9 @@ Model = Annotated[
         help="Hugging Face directory, .gguf file or owner/name. Default: SmolLM2-135M-Instruct, "
         "from 4-bit weights.",
     ),
+]
+Implementation = Annotated[
+    ImplementationName, Parameter(group=MODEL, help=field_texts(Task)["implementation"])
 ]
 TrainingData = Annotated[
     Path,

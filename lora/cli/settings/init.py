@@ -16,6 +16,7 @@ from lora.cli.flags.from_fields import DATA, GROUPS, OUTPUT, Flat, changed_by, f
 from lora.cli.flags.shared import (
     BaseWeights,
     Deterministic,
+    Implementation,
     Model,
     Overwrite,
     Report,
@@ -63,6 +64,7 @@ def init(
     *,
     data: Data = None,
     model: Model = None,
+    implementation: Implementation = "auto",
     eval_data: ValidationData = None,
     full: Full = False,
     from_adapter: FromAdapter = None,
@@ -100,6 +102,7 @@ def init(
         **{"full": full or None, "deterministic": deterministic or None},
         **{"base_dtype": None if base_dtype == "auto" else base_dtype},
         **{"report": None if report else False},
+        **{"implementation": None if implementation == "auto" else implementation},
     )
     if not given and sys.stdin is not None and sys.stdin.isatty():
         given = _ask()

@@ -15,6 +15,7 @@ from lora.cli.flags.from_fields import DATA, DEVICE, OUTPUT, Flat, changed_by
 from lora.cli.flags.shared import (
     BaseWeights,
     Deterministic,
+    Implementation,
     Model,
     Overwrite,
     Report,
@@ -90,6 +91,7 @@ def scale(
     overwrite: Overwrite = False,
     run: RecordedRun = None,
     model: Model = None,
+    implementation: Implementation = "auto",
     eval_data: ValidationData = None,
     full: Full = False,
     from_adapter: FromAdapter = None,
@@ -122,6 +124,7 @@ def scale(
         **{"full": full or None, "deterministic": deterministic or None},
         **{"resume": resume or None, "base_dtype": None if base_dtype == "auto" else base_dtype},
         **{"report": None if report else False},
+        **{"implementation": None if implementation == "auto" else implementation},
     )
     from lora.fast.memory.parallel import check_parallel
 
@@ -197,6 +200,7 @@ def _check_job(given: dict[str, Any], flags: Sequence[object | None]) -> None:
         from_adapter=given.get("from_adapter"),
         resume="resume" in given,
         base_dtype=given.get("base_dtype", "auto"),
+        implementation=given.get("implementation", "auto"),
         deterministic="deterministic" in given,
     )
     check_base_dtype(job)

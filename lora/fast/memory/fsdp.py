@@ -19,6 +19,7 @@ from lora.config import MemoryConfig
 from lora.decoder.decoder import Decoder
 from lora.decoder.sizes import stored_bytes
 from lora.fast.memory.plan import MemoryPlan, PlanInputs
+from lora.pretrained.load.models import as_decoder_config
 
 GATHERED_BLOCKS = 3
 """Blocks whose whole weights exist at once: of the one that computes, and of the next both what
@@ -110,11 +111,11 @@ def plan_fsdp(
 
     On a GPU it is one that recomputes all blocks: full fine-tuning stores as many as fit.
     """
-    n_blocks = len(inputs.config.layers) if inputs.device_type == "cuda" else None
+    n_blocks = inputs.config.num_hidden_layers if inputs.device_type == "cuda" else None
     whole = replace(whole, recomputed_blocks=n_blocks)
     input_bytes = size * inputs.tokens * inputs.config.hidden_size * inputs.compute_dtype.itemsize
     # What a block stores beside its input, which it stores when it is recomputed too.
-    each = stored_bytes(inputs.config, size * inputs.tokens) - input_bytes
+    each = stored_bytes(as_decoder_config(inputs.config), size * inputs.tokens) - input_bytes
     if inputs.lora is None:
         return _plan_full(inputs, whole, sharded, memory, each, input_bytes)
     weights = whole.weights - sharded.n_bytes + sharded.shard_bytes(inputs.devices)

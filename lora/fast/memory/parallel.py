@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lora.config import MemoryConfig, Parallel
+from lora.decoder.config import DecoderConfig
 from lora.errors import ConfigError
 from lora.fast.memory.plan import MemoryPlan, PlanInputs
 from lora.fast.memory.planner import MemoryPlanner
@@ -57,7 +58,7 @@ class ParallelPlan:
         if stored is None or stored.mode == "none":
             return BLOCKS if self.plan.recomputed_blocks else STORED
         if stored.mode == "cheap":
-            n_layers = len(self.planner.inputs.config.layers)
+            n_layers = self.planner.inputs.config.num_hidden_layers
             return GATE_UP if stored.n_stored(n_layers)[0] < n_layers else STORED
         return BLOCKS if stored.mode == "full" else OFFLOADED
 
@@ -108,6 +109,8 @@ def plan_parallel(
     if parallel != "auto":
         return _explained(planned(parallel), "as asked")
     ddp = planned("ddp")
+    if not isinstance(inputs.config, DecoderConfig):
+        return _explained(ddp, "only native decoders can be sharded")
     if ddp.recomputes == STORED:
         return choose_parallel(ddp, ddp)
     return choose_parallel(ddp, planned("fsdp"), link_bytes_per_s)

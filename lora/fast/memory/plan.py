@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from lora.config import LoRAConfig, MemoryConfig
-from lora.decoder.config import DecoderConfig
+from lora.decoder.language_model import ModelConfig
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 
 
@@ -16,7 +16,7 @@ from lora.fast.llama.checkpointing import ActivationCheckpointing
 class PlanInputs:
     """What a run's memory depends on."""
 
-    config: DecoderConfig
+    config: ModelConfig
     lora: LoRAConfig | None
     """None: all weights train."""
     micro_batch_size: int

@@ -14,11 +14,13 @@ import torch
 
 from lora.adapters.apply import apply_lora
 from lora.config import MemoryConfig
-from lora.decoder.decoder import Decoder, build_empty_decoder
+from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import LanguageModel
 from lora.decoder.quantised import use_fp8_linears
 from lora.device import resident_bytes
 from lora.errors import ConfigError
 from lora.fast.llama.checkpointing import MODES
+from lora.fast.memory.estimate import StepEstimates
 from lora.fast.memory.fast_step import (
     CUBLAS_WORKSPACE_BYTES,
     FRAGMENTED_WEIGHTS_FRACTION,
@@ -34,6 +36,7 @@ from lora.fast.memory.trace import StepMemory
 from lora.fast.memory.traces import StepTraces, Traced, largest_that_fits
 from lora.fast.why_not import why_not_hand_written
 from lora.lora_module import ParameterCounts, count_lora_parameters
+from lora.pretrained.load.models import as_decoder, empty_language_model
 
 CPU_SLACK = 0.3
 """Of activations and loss: what a CPU's allocator holds besides, fragments too small for the next
@@ -89,29 +92,37 @@ class MemoryPlanner:
             )
         self.inputs = inputs
         model, shards = _adapted(inputs), inputs.parallel == "fsdp"
+        decoder = model if isinstance(model, Decoder) else None
         self._counts = count_lora_parameters(model)
         self._frozen = _frozen_bytes(inputs, model, self._counts)
         on_gpu, self._step, self._fast = inputs.device_type == "cuda", "plain", None
         if on_gpu and inputs.fast and inputs.compute_dtype is torch.bfloat16:
-            self._step = "fast" if why_not_hand_written(model) is None else "captured"
+            is_fast = decoder is not None and why_not_hand_written(decoder) is None
+            self._step = "fast" if is_fast else "captured"
         if shards and (self._step != "fast" or inputs.lora is None):
             self._step = "plain"  # with FSDP2
-        self._fsdp = fsdp_weights(model) if shards and self._step == "plain" else None
-        if self._fsdp is not None and on_gpu:
-            recompute_blocks(model)
+        self._fsdp = None
+        if decoder is not None and shards and self._step == "plain":
+            self._fsdp = fsdp_weights(decoder)
+            if on_gpu:
+                recompute_blocks(decoder)
         # The tracer and the fast plan both change their model. A copy, because applying LoRA again
         # would say again what there is to say about it.
-        self._traces = StepTraces(
-            copy.deepcopy(model) if self._step == "fast" else model,
-            inputs.tokens,
-            compute_dtype=inputs.compute_dtype,
-            packed=inputs.packed,
-            learned_fraction=inputs.learned_fraction,
-            # A gradient of sharded weights is gone when each device has its share of the sum.
-            holds_gradients=not (shards and inputs.lora is None),
-        )
-        if self._step == "fast":
-            self._fast = _fast_plan(inputs, model)
+        self._traces: StepTraces | StepEstimates
+        if decoder is None:
+            self._traces = StepEstimates(inputs, self._counts.trainable)
+        else:
+            self._traces = StepTraces(
+                copy.deepcopy(decoder) if self._step == "fast" else decoder,
+                inputs.tokens,
+                compute_dtype=inputs.compute_dtype,
+                packed=inputs.packed,
+                learned_fraction=inputs.learned_fraction,
+                # A gradient of sharded weights is gone when each device has its share of the sum.
+                holds_gradients=not (shards and inputs.lora is None),
+            )
+        if decoder is not None and self._step == "fast":
+            self._fast = _fast_plan(inputs, decoder)
         if on_gpu:
             base_bytes = CUBLAS_WORKSPACE_BYTES
         self._base = resident_bytes() if base_bytes is None else base_bytes
@@ -121,7 +132,8 @@ class MemoryPlanner:
         planner = copy.copy(self)
         planner.inputs = replace(self.inputs, devices=devices)
         if self._fast is not None and self.inputs.parallel == "fsdp":
-            planner._fast = _fast_plan(planner.inputs, _adapted(planner.inputs))
+            adapted = as_decoder(_adapted(planner.inputs), "shard")
+            planner._fast = _fast_plan(planner.inputs, adapted)
         return planner
 
     def plan(
@@ -273,9 +285,9 @@ def _fast_plan(inputs: PlanInputs, model: Decoder) -> FastPlan:
     return FastPlan(model, *sizes, packed=inputs.packed, shards=shards)
 
 
-def _adapted(inputs: PlanInputs) -> Decoder:
+def _adapted(inputs: PlanInputs) -> LanguageModel:
     """Return the model that trains, without values."""
-    model = build_empty_decoder(inputs.config)
+    model = empty_language_model(inputs.config)
     if inputs.lora is None:
         # FSDP2 gathers weights in the compute dtype; else autocast copies them, which is traced.
         if inputs.parallel == "fsdp":
@@ -285,12 +297,12 @@ def _adapted(inputs: PlanInputs) -> Decoder:
     if inputs.compute_dtype is torch.bfloat16:
         model = model.bfloat16()
     if inputs.fp8:
-        use_fp8_linears(model)
+        use_fp8_linears(as_decoder(model, "store fp8 weights of"))
     apply_lora(model, inputs.lora)
     return model
 
 
-def _frozen_bytes(inputs: PlanInputs, model: Decoder, counts: ParameterCounts) -> int:
+def _frozen_bytes(inputs: PlanInputs, model: LanguageModel, counts: ParameterCounts) -> int:
     """Return the bytes of what does not train, in its storage dtype."""
     if not inputs.fp8:
         return counts.frozen * _base_dtype(inputs).itemsize

@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lora.adapters.peft_files import (
@@ -62,14 +61,16 @@ def extract_model(run: Path, entry: CheckpointEntry, folder: Path) -> None:
     from lora.adapters.added_tokens import add_tokens_to_all
     from lora.data.chat.choose_template import choose_template
     from lora.data.tokenizers.subword import load_tokenizer
-    from lora.pretrained.hf_weights import load_decoder, save_decoder
+    from lora.inference.run_settings import recorded_implementation
+    from lora.pretrained.load.models import load_language_model, save_language_model
     from lora.pretrained.model_files import save_tokenizer_files
     from lora.pretrained.sources import find_model
     from lora.training.checkpoint import load_trained_tensors
 
     record = read_run_record(run)
     source = find_model(record.model_source)
-    model = load_decoder(source.folder, dtype=torch.float32).requires_grad_(True)
+    kind = recorded_implementation(record) or "native"
+    model = load_language_model(source.folder, implementation=kind).requires_grad_(True)
     settings = record.data_config or {}
     tokens, template = tuple(settings.get("special_tokens") or ()), settings.get("chat_template")
     saved = run / "model"
@@ -80,7 +81,7 @@ def extract_model(run: Path, entry: CheckpointEntry, folder: Path) -> None:
         tokenizer = choose_template(tokenizer, Path(template))[0]
     add_tokens_to_all(model, tokenizer, tokens)
     load_trained_tensors(model, entry.path)
-    save_decoder(model, folder)
+    save_language_model(model, folder)
     save_tokenizer_files(tokenizer, source.folder, folder)
     if record.data.prompt_format is not None:
         save_prompt_format(record.data.prompt_format, folder)
@@ -139,9 +140,12 @@ def _name_in_checkpoint(key: str) -> str:
 
 def _is_transposed(run: Path, name: str) -> bool:
     """Whether the files of the run's base have this parameter as (I, O): GPT-2's linears."""
-    from lora.decoder.families import decoder_config
-    from lora.pretrained.hf_files import read_config
+    from lora.inference.run_settings import recorded_implementation
+    from lora.pretrained.load.models import model_config
     from lora.pretrained.sources import find_model
 
-    base = find_model(read_run_record(run).model_source)
-    return decoder_config(read_config(base.folder)).is_transposed_in_files(name)
+    record = read_run_record(run)
+    config = model_config(
+        find_model(record.model_source).folder, recorded_implementation(record) or "native"
+    )
+    return config.is_transposed_in_files(name)

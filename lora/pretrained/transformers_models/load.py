@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ from torch import nn
 
 from lora.decoder.language_model import LanguageModel
 from lora.errors import DependencyError, ModelError, gather
+from lora.pretrained.hf_files import open_tensors, read_config
+from lora.pretrained.hf_weights import FLOATS, NO_PARAMETERS
+from lora.pretrained.load.architectures import find_architecture
+from lora.pretrained.transformers_models.config import TransformersConfig
 from lora.pretrained.transformers_models.model import TransformersModel
 from lora.pretrained.transformers_models.probe import REFUSALS, probe
 from lora.pretrained.transformers_models.quiet import quiet
@@ -50,26 +55,65 @@ def load_transformers_model(
 
     transformers builds it and reads its safetensors files; code in the folder is never run.
 
-    Raises DependencyError if transformers is not installed, ModelError for an architecture that it
-    does not know, files that it cannot read, and tensors that are missing or of another shape.
+    Raises DependencyError if transformers is not installed, ModelError for an architecture that
+    `find_architecture` refuses, files that are damaged, and once for all tensors that are missing,
+    unexpected, of another shape or not floating-point.
     """
+    folder = Path(folder)
+    named = find_architecture(read_config(folder)).class_name
+    with ExitStack() as files:  # what is damaged or quantised is said by name, before it is read
+        stored = open_tensors(folder, files)
+        faults = [
+            f"{name} has dtype {tensor.dtype} (allowed: {', '.join(FLOATS)})"
+            for name, tensor in stored.items()
+            if tensor.dtype not in FLOATS and not NO_PARAMETERS.fullmatch(name)
+        ]
+    _refuse(faults, folder)
     with _read_by_transformers(folder) as transformers:
-        theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        theirs, report = class_of(transformers, named).from_pretrained(
             str(folder),
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, all of them
         )
         traits = probe(theirs.config)
     faults = [f"{name} is missing" for name in sorted(report["missing_keys"])]
-    faults += [f"{name} has another shape" for name, *_ in sorted(report["mismatched_keys"])]
+    faults += [
+        f"{name} is {tuple(seen)} in the file: config.json implies {tuple(wanted)}"
+        for name, seen, wanted in sorted(report["mismatched_keys"])
+    ]
+    faults += [
+        f"{name} is not a tensor of this architecture"
+        for name in sorted(report["unexpected_keys"])
+        if not NO_PARAMETERS.fullmatch(name)
+    ]
+    _refuse(faults + list(_untied(theirs)), folder)
+    return TransformersModel(theirs.to(device).eval(), traits)
+
+
+def _refuse(faults: list[str], folder: Path) -> None:
     if faults:
         heading = f"Cannot load {folder}: its tensors do not match config.json:"
         advice = "Check that config.json and the weights belong together; download both again."
         raise ModelError(gather(faults, heading, advice))
-    return TransformersModel(theirs.to(device).eval(), traits)
+
+
+def _untied(theirs: Any) -> Iterator[str]:
+    """Yield what config.json ties and the files have two values for."""
+    for name, source in theirs.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if theirs.get_parameter(name) is not theirs.get_parameter(source):
+            yield (
+                f"{name} differs from {source}, and config.json ties them (tie_word_embeddings): "
+                "set that to false to use both"
+            )
+
+
+def class_of(transformers: Any, name: str) -> Any:
+    """Return the class of transformers called `name`, one that `find_architecture` has found."""
+    return getattr(transformers, name)
 
 
 def empty_transformers_model(
@@ -79,13 +123,24 @@ def empty_transformers_model(
 
     Raises as `load_transformers_model`; no weights are read.
     """
+    named = find_architecture(read_config(Path(folder))).class_name
     with _read_by_transformers(folder) as transformers:
         config = transformers.AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
         with torch.device("meta"):
-            theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+            theirs = class_of(transformers, named)._from_config(config, dtype=dtype)
         return TransformersModel(theirs.eval(), probe(theirs.config))
+
+
+def empty_of_config(config: TransformersConfig) -> TransformersModel:
+    """Return a model of these sizes without values, in fp32; `config` stays as it is."""
+    import transformers
+
+    named, own = find_architecture(config.source).class_name, copy.deepcopy(config.theirs)
+    with quiet(), torch.device("meta"):
+        theirs = class_of(transformers, named)._from_config(own, dtype=torch.float32)
+    return TransformersModel(theirs.eval(), config.traits)
 
 
 @contextmanager

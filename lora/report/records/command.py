@@ -55,10 +55,11 @@ def finetune_settings(record: RunRecord, name: str, *, defaults: bool = False) -
         found |= _changed(record.lora, LoRAConfig, defaults=defaults)
     if record.base_dtype is not None:
         found["base_dtype"] = record.base_dtype
+    found |= _implementation(record.implementation, defaults=defaults)
     if record.deterministic:
         found["deterministic"] = True
     found |= _changed(record.train, TrainConfig, defaults=defaults)
-    found |= _changed(record.data_config, DataConfig, defaults=defaults)
+    found |= _data_settings(record.data_config, defaults=defaults)
     return found | _run_settings(record.run, name, defaults=defaults)
 
 
@@ -79,11 +80,12 @@ def sweep_settings(
             found["full_learning_rate"] = full_rate
     if sweep.halving:
         found["halving"] = True
+    found |= _implementation(record.implementation, defaults=defaults)
     if record.deterministic:
         found["deterministic"] = True
     found |= _changed(record.lora, LoRAConfig, without=_NOT_OF_SWEEP, defaults=defaults)
     found |= _changed(record.train, TrainConfig, without=SWEPT, defaults=defaults)
-    found |= _changed(record.data_config, DataConfig, defaults=defaults)
+    found |= _data_settings(record.data_config, defaults=defaults)
     return found | _run_settings(record.run, name, only=_OF_SWEEP, defaults=defaults)
 
 
@@ -96,6 +98,7 @@ def comparison_settings(record: RunRecord, name: str, *, defaults: bool = False)
     for key in ("model", "eval_data"):
         if isinstance(compare.get(key), str):
             found[key] = compare[key]
+    found |= _implementation(compare.get("implementation"), defaults=defaults)
     if compare.get("same") == "time":
         found["same"] = "time"
     methods = compare.get("methods")
@@ -104,8 +107,21 @@ def comparison_settings(record: RunRecord, name: str, *, defaults: bool = False)
     found |= _rates(compare.get("rates")) | _measures(compare.get("measures"))
     found |= _changed(compare.get("lora"), LoRAConfig, defaults=defaults)
     found |= _changed(compare.get("train"), TrainConfig, defaults=defaults)
-    found |= _changed(compare.get("data_config"), DataConfig, defaults=defaults)
+    found |= _data_settings(compare.get("data_config"), defaults=defaults)
     return found | _run_settings(record.run, name, only=_OF_COMPARISON, defaults=defaults)
+
+
+def _implementation(kind: Any, *, defaults: bool) -> Settings:
+    """Return the code that ran the model; a command that repeats the run finds native itself."""
+    is_told = kind == "transformers" or (kind == "native" and defaults)
+    return {"implementation": kind} if is_told else {}
+
+
+def _data_settings(values: Any, *, defaults: bool) -> Settings:
+    found = _changed(values, DataConfig, defaults=defaults)
+    if found.get("packing") is True:  # the default, as the run has resolved it
+        del found["packing"]
+    return found
 
 
 def _rates(rates: Any) -> Settings:

@@ -1,0 +1,72 @@
+"""What a job leaves open about its model: which code runs it, and whether examples are packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from lora.config import DataConfig, ImplementationName
+from lora.data.task import Task
+from lora.decoder.language_model import ModelConfig
+from lora.errors import ConfigError
+from lora.pretrained.load.implementation import Implementation
+from lora.pretrained.load.models import implementation_of, model_config, why_not_packed
+
+TaskT = TypeVar("TaskT", bound=Task)
+
+
+def settled_task(
+    task: TaskT,
+    folder: Path,
+    recorded: ImplementationName | None,
+    on_message: Callable[[str], None],
+) -> TaskT:
+    """Return a job on the model in `folder` with its implementation, and packing on or off.
+
+    `recorded` is the implementation of the run or the adapter that is continued. A message has
+    what was chosen, and why.
+    Raises ModelError, DependencyError or ConfigError for a model that cannot be run as asked.
+    """
+    asked = task.implementation if task.implementation != "auto" else recorded or "auto"
+    chosen = implementation_of(folder, asked, is_recorded=asked != task.implementation)
+    on_message(chosen.describe())
+    data = settled_packing(task.data_config, model_config(folder, chosen.kind), on_message)
+    return replace(task, implementation=chosen.kind, data_config=data)
+
+
+def settled_packing(
+    data: DataConfig, config: ModelConfig, on_message: Callable[[str], None] = lambda message: None
+) -> DataConfig:
+    """Return the settings with packing on or off; where nobody asked, as the architecture allows.
+
+    Raises ConfigError for packing=True where the architecture has none.
+    """
+    reason = why_not_packed(config)
+    if reason is None or data.packing is False:
+        return replace(data, packing=data.is_packed)
+    if data.packing:
+        raise ConfigError(
+            f"Cannot pack the examples of this {config.family!r} model: {reason}. Leave packing "
+            "out: each example then has a sequence of its own."
+        )
+    on_message(f"packing is off for this {config.family!r} model: {reason}")
+    return replace(data, packing=False)
+
+
+def check_native_only(
+    implementation: Implementation, config: ModelConfig, *, fp8: bool, fsdp: bool
+) -> None:
+    """Raise ConfigError for settings that only native decoders have."""
+    given = {
+        "base_dtype='fp8'": (fp8, "its frozen weights are stored in the compute dtype"),
+        "parallel='fsdp'": (fsdp, "each process has all weights: parallel='ddp'"),
+    }
+    wrong = [f"{name}: {why}" for name, (is_given, why) in given.items() if is_given]
+    if implementation.kind == "native" or not wrong:
+        return
+    raise ConfigError(
+        f"Cannot use {'; '.join(wrong)}. Only native decoders can do that, and transformers runs "
+        f"this {config.family!r} model ({implementation.reason}). Leave it out."
+    )
