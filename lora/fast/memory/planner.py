@@ -120,6 +120,7 @@ class MemoryPlanner:
                 learned_fraction=inputs.learned_fraction,
                 # A gradient of sharded weights is gone when each device has its share of the sum.
                 holds_gradients=not (shards and inputs.lora is None),
+                about=_describe_model(inputs, recomputes=self._fsdp is not None and on_gpu),
             )
         if decoder is not None and self._step == "fast":
             self._fast = _fast_plan(inputs, decoder)
@@ -300,6 +301,11 @@ def _adapted(inputs: PlanInputs) -> LanguageModel:
         use_fp8_linears(as_decoder(model, "store fp8 weights of"))
     apply_lora(model, inputs.lora)
     return model
+
+
+def _describe_model(inputs: PlanInputs, *, recomputes: bool) -> str:
+    """Return in words what `_adapted` has built, and whether its blocks are recomputed."""
+    return f"{inputs.config} {inputs.lora} {inputs.fp8} {inputs.parallel} {recomputes}"
 
 
 def _frozen_bytes(inputs: PlanInputs, model: LanguageModel, counts: ParameterCounts) -> int:

@@ -11,6 +11,10 @@ import torch
 from lora.decoder.decoder import Decoder
 from lora.fast.memory.trace import StepMemory, StepTracer
 
+_TRACED: dict[tuple[str, int, int, bool], StepMemory] = {}
+"""Of this process, by model, tokens, sequences and whether they learn: a sweep's next wave, a trial
+of a comparison and a resumed run plan what was planned before."""
+
 
 class Traced(Protocol):
     """What a step of this many sequences holds, traced or estimated."""
@@ -22,6 +26,7 @@ class StepTraces:
     """The traces of a model's steps over sequences of `tokens` tokens, by their number.
 
     Changes `model` in place at the first trace, as StepTracer does, whose arguments these are.
+    `about` says what `model` is: models of the same words hold the same; None: it is not known.
     """
 
     def __init__(
@@ -33,7 +38,10 @@ class StepTraces:
         packed: bool,
         learned_fraction: float,
         holds_gradients: bool = True,
+        about: str | None = None,
     ) -> None:
+        kind = compute_dtype, packed, learned_fraction, holds_gradients
+        self._about = None if about is None else f"{about} {kind}"
         self._model, self._tokens, self._compute_dtype = model, tokens, compute_dtype
         self._holds_gradients = holds_gradients
         self._packed, self._learned_fraction = packed, learned_fraction
@@ -52,16 +60,24 @@ class StepTraces:
 
     def trace(self, size: int, *, learns: bool = True) -> StepMemory:
         """Return what a step of `size` sequences holds; without `learns`, a validation pass."""
-        key = size, learns
-        if key not in self._traces:
-            self._traces[key] = self._tracer.trace(
-                size,
-                self._tokens,
-                packed=self._packed,
-                learned_fraction=self._learned_fraction,
-                learns=learns,
-            )
-        return self._traces[key]
+        if (size, learns) not in self._traces:
+            self._traces[size, learns] = self._known_or_traced(size, learns=learns)
+        return self._traces[size, learns]
+
+    def _known_or_traced(self, size: int, *, learns: bool) -> StepMemory:
+        key = None if self._about is None else (self._about, self._tokens, size, learns)
+        if key in _TRACED:
+            return _TRACED[key]
+        found = self._tracer.trace(
+            size,
+            self._tokens,
+            packed=self._packed,
+            learned_fraction=self._learned_fraction,
+            learns=learns,
+        )
+        if key is not None:
+            _TRACED[key] = found
+        return found
 
     def estimate(self, size: int, *, learns: bool = True) -> StepMemory:
         """Return what `trace` would, on the line through the nearest two sizes that were traced.
