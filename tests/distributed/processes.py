@@ -12,6 +12,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+# Threads that wait without spinning: other tests run on the same cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Once, not in every process; the first optimizer imports torch._dynamo, which takes seconds.
 _CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "lora.finetune.run"])
@@ -48,6 +50,16 @@ def run_processes(
             process.join(timeout=5)
             if process.is_alive():
                 process.kill()
+
+
+def exit_code_of(task: Callable[..., Any], *arguments: Any) -> int:
+    """Return how a process of its own ends that runs `task(*arguments)`, as subprocess does."""
+    process = _CONTEXT.Process(target=task, args=arguments)
+    process.start()
+    process.join()
+    code: int | None = process.exitcode
+    assert code is not None
+    return code
 
 
 def _receive(receivers: list[Connection], timeout_s: float) -> list[Any]:

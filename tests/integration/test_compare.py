@@ -19,6 +19,7 @@ import torch
 
 from lora.cli import main
 from lora.compare import CompareResult, compare
+from lora.compare import run as compare_run
 from lora.compare.config import CompareConfig, LearningRates
 from lora.compare.decoder_job import EvaluationConfig
 from lora.compare.decoder_target import DecoderTarget
@@ -32,6 +33,7 @@ from lora.runs.comparison_record import read_comparison
 from lora.runs.disk import read_json, read_rows
 from lora.runs.progress import NoProgress
 from lora.runs.read_record import read_run_record
+from tests.compare.in_this_process import run_in_this_process
 
 PEFTS_OWN = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 NAMES = {
@@ -293,8 +295,12 @@ def command_words(tiny_folder: Path, tmp_path: Path, out: Path, steps: int = 60)
 
 
 def test_the_command_prints_a_table_and_json(
-    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(compare_run, "run_in_subprocess", run_in_this_process)
     asked = command_words(tiny_folder, tmp_path, tmp_path / "out", steps=4)
     assert main([*asked, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -7,9 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+import training
+from lora.compare import run as compare_run
+from tests.compare.in_this_process import run_in_this_process
 
 # Its base is trained once, in one of the workers that share the tests.
 pytestmark = pytest.mark.xdist_group("training")
@@ -17,6 +22,7 @@ pytestmark = pytest.mark.xdist_group("training")
 ROOT = Path(__file__).parents[2]
 TINY = {"N_EMBD": "32", "N_HEAD": "2", "N_LAYER": "1", "BLOCK_SIZE": "16", "BATCH_SIZE": "4"}
 TINY |= {"BASE_STEPS": "20", "MAX_STEPS": "12", "EVAL_INTERVAL": "6", "OMP_NUM_THREADS": "1"}
+Runner = Callable[..., subprocess.CompletedProcess[str]]
 LORA_MODULES = ("lora_module", "layers", "adapters", "stacked")
 
 
@@ -30,6 +36,20 @@ def run(out: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, env=environment(out, **variables), capture_output=True, text=True, check=False
     )
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
+    """As `run`, in this process: it need not import torch."""
+
+    def run_here(out: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+        for name, value in environment(out, **variables).items():
+            monkeypatch.setenv(name, value)
+        code = training.main()
+        printed = capsys.readouterr()
+        return subprocess.CompletedProcess("training.py", code, printed.out, printed.err)
+
+    return run_here
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +145,12 @@ def test_plain_training_is_the_same_where_loras_code_is_absent(
     assert metrics == (base / "metrics.jsonl").read_bytes()
 
 
-def test_lora_without_a_base_trains_one_and_reuses_it(tmp_path: Path) -> None:
-    first = run(tmp_path, USE_LORA="True")
+def test_lora_without_a_base_trains_one_and_reuses_it(tmp_path: Path, here: Runner) -> None:
+    # On the text that comes with the project, in batches that are evaluated fast.
+    first = here(tmp_path, USE_LORA="True", BATCH_SIZE="256")
     assert first.returncode == 0, first.stderr
     assert "LoRA on random weights is meaningless" in first.stdout
-    second = run(tmp_path, USE_LORA="True")
+    second = here(tmp_path, USE_LORA="True", BATCH_SIZE="256")
     assert second.returncode == 0, second.stderr
     assert "base: reusing" in second.stdout
     bases = [path.name for path in tmp_path.iterdir() if path.name.startswith("base")]
@@ -137,8 +158,10 @@ def test_lora_without_a_base_trains_one_and_reuses_it(tmp_path: Path) -> None:
     assert {"lora-r8", "lora-r8-2"} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_full_fine_tuning_from_the_same_base(base: Path, text: Path, tmp_path: Path) -> None:
-    done = run(tmp_path, BASE_CHECKPOINT=str(base), DATA_PATH=str(text))
+def test_full_fine_tuning_from_the_same_base(
+    base: Path, text: Path, tmp_path: Path, here: Runner
+) -> None:
+    done = here(tmp_path, BASE_CHECKPOINT=str(base), DATA_PATH=str(text))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "full" / "model" / "model.safetensors").is_file()
 
@@ -163,24 +186,41 @@ def test_full_fine_tuning_from_the_same_base(base: Path, text: Path, tmp_path: P
     ],
 )
 def test_bad_input_ends_with_one_message_and_leaves_nothing(
-    base: Path, tmp_path: Path, content: str | None, variables: dict[str, str], seen: str
+    base: Path,
+    tmp_path: Path,
+    here: Runner,
+    content: str | None,
+    variables: dict[str, str],
+    seen: str,
 ) -> None:
     path, out = tmp_path / "text.txt", tmp_path / "out"
     if content is not None:
         path.write_text(content)
+    variables = {**variables}
     if variables.pop("BASE", None):
         variables["BASE_CHECKPOINT"] = str(base)
-    done = run(out, DATA_PATH=str(path), **variables)
+    ask = run if content is None else here
+    done = ask(out, DATA_PATH=str(path), **variables)
     assert done.returncode == 2
     assert seen in done.stderr
     assert "Traceback" not in done.stderr
     assert not out.exists() or not any(out.iterdir())
 
 
-def test_compare_sets_lora_beside_full_fine_tuning(base: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("isolated", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_compare_sets_lora_beside_full_fine_tuning(
+    base: Path,
+    text: Path,
+    tmp_path: Path,
+    here: Runner,
+    isolated: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not isolated:
+        monkeypatch.setattr(compare_run, "run_in_subprocess", run_in_this_process)
     variables = {"BASE_CHECKPOINT": str(base), "DATA_PATH": str(text)}
     rates = {"COMPARE": "True", "COMPARE_RATES": "5e-3,2e-2", "COMPARE_FULL_RATES": "1e-3,1e-2"}
-    done = run(tmp_path, **variables, **rates)
+    done = here(tmp_path, **variables, **rates)
     assert done.returncode == 0, done.stderr
     assert "LoRA against full fine-tuning" in done.stdout
     folder = tmp_path / "compare-r8"
@@ -197,18 +237,20 @@ def test_compare_sets_lora_beside_full_fine_tuning(base: Path, text: Path, tmp_p
     ]
     assert tokens[0] == tokens[1] == [64 * n for n in range(1, 13)]
     rate = str(lora["learning_rate"])
-    alone = run(tmp_path, **variables, USE_LORA="True", LEARNING_RATE=rate)
+    for name in rates:
+        monkeypatch.delenv(name)
+    alone = here(tmp_path, **variables, USE_LORA="True", LEARNING_RATE=rate)
     assert alone.returncode == 0, alone.stderr
     name = "adapter/adapter_model.safetensors"
     wanted = (tmp_path / "lora-r8" / name).read_bytes()
     assert (folder / "members" / "lora" / name).read_bytes() == wanted
 
 
-def test_rates_to_compare_want_a_comparison(tmp_path: Path) -> None:
-    done = run(tmp_path, COMPARE_RATES="1e-3")
+def test_rates_to_compare_want_a_comparison(tmp_path: Path, here: Runner) -> None:
+    done = here(tmp_path, COMPARE_RATES="1e-3")
     assert done.returncode == 2
     assert "COMPARE=True" in done.stderr
-    done = run(tmp_path, COMPARE="True", COMPARE_RATES="1e-3,x")
+    done = here(tmp_path, COMPARE="True", COMPARE_RATES="1e-3,x")
     assert done.returncode == 2
     assert "'x'" in done.stderr
     assert not any(tmp_path.iterdir())

@@ -4,48 +4,54 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from lora.config import TrainConfig
+from lora.compare.factory import FactoryTarget
+from lora.compare.target import MemberTask
+from lora.config import RunConfig, TrainConfig
 from lora.data.tokenizers.characters import CharTokenizer
+from lora.runs.progress import NoProgress
+from lora.runs.record import Method
 from models.bigram_lm_v2 import BigramLanguageModel, save_bigram
 from models.char_compare import CharFactory
 from models.char_step import CharStepRunner
 from models.classic_settings import ClassicSettings
+from tests.distributed.processes import exit_code_of
 
 STEPS, KILLED_AT = 12, 8
-MEMBER = f"""
-import os, signal, sys
-from pathlib import Path
-from lora.compare.factory import FactoryTarget
-from lora.compare.target import MemberTask
-from lora.config import RunConfig
-from lora.runs.progress import NoProgress
-from models.char_compare import CharFactory
-from models.classic_settings import ClassicSettings
 
-out, base, text, method, kill_at = sys.argv[1:]
 
 class Kill(NoProgress):
-    def step(self, step, loss, tokens_per_s, memory_bytes):
-        if step == int(kill_at):
+    """Kills its process after a step; 0: never."""
+
+    def __init__(self, kill_at: int) -> None:
+        self.kill_at = kill_at
+
+    def step(self, step: int, *numbers: object) -> None:
+        if step == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-settings = ClassicSettings(
-    data_path=text, base_checkpoint=base, use_lora=method == "lora", batch_size=4,
-    gradient_accumulation=2, lora_rank=4, max_steps={STEPS},
-)
-run = RunConfig(out=Path(out), name="member", eval_every_steps=6, save_every_steps=3)
-target = FactoryTarget(CharFactory(settings, Path(base)))
-train = settings.train_config()
-task = MemberTask(method, train, run, resume=Path(out, "member").exists(), evaluate=False)
-target.run_member(task, Kill())
-"""
+
+def train_member(out: Path, base: Path, text: Path, method: Method, kill_at: int) -> None:
+    """Train a member from its newest checkpoint, in two threads."""
+    torch.set_num_threads(2)
+    settings = ClassicSettings(
+        data_path=str(text),
+        base_checkpoint=str(base),
+        use_lora=method == "lora",
+        batch_size=4,
+        gradient_accumulation=2,
+        lora_rank=4,
+        max_steps=STEPS,
+    )
+    run = RunConfig(out=out, name="member", eval_every_steps=6, save_every_steps=3)
+    target = FactoryTarget(CharFactory(settings, base))
+    resumes = (out / "member").exists()
+    task = MemberTask(method, settings.train_config(), run, resume=resumes, evaluate=False)
+    target.run_member(task, Kill(kill_at))
 
 
 @pytest.fixture
@@ -65,14 +71,6 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def run_member(out: Path, base: Path, text: Path, method: str, kill_at: int) -> int:
-    """Train a member in a subprocess, from its newest checkpoint; return the exit code."""
-    command = [sys.executable, "-c", MEMBER, str(out), str(base), str(text), method, str(kill_at)]
-    # Two threads, which wait without spinning: other tests run on the same cores.
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
-    return subprocess.run(command, env=environment, check=False).returncode
-
-
 def results(member: Path) -> dict[str, bytes]:
     paths = [member / "metrics.jsonl", *member.glob("*/*.safetensors")]
     newest = max(member.glob("checkpoints/step-*"))
@@ -81,12 +79,12 @@ def results(member: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_member_killed_between_two_saves_ends_with_the_same_bytes(
-    base: Path, text: Path, tmp_path: Path, method: str
+    base: Path, text: Path, tmp_path: Path, method: Method
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run_member(whole, base, text, method, 0) == 0
-    assert run_member(killed, base, text, method, KILLED_AT) == -signal.SIGKILL
-    assert run_member(killed, base, text, method, 0) == 0
+    assert exit_code_of(train_member, whole, base, text, method, 0) == 0
+    assert exit_code_of(train_member, killed, base, text, method, KILLED_AT) == -signal.SIGKILL
+    assert exit_code_of(train_member, killed, base, text, method, 0) == 0
     expected = results(whole / "member")
     assert len(expected) == 3
     assert results(killed / "member") == expected
