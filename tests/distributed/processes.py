@@ -53,7 +53,7 @@ def run_processes(
 
 
 def exit_code_of(task: Callable[..., Any], *arguments: Any) -> int:
-    """Return how a process of its own ends that runs `task(*arguments)`, as subprocess does."""
+    """Return how another process ends that runs `task(*arguments)`, as subprocess does."""
     process = _CONTEXT.Process(target=task, args=arguments)
     process.start()
     process.join()
