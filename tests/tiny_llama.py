@@ -52,8 +52,8 @@ def changed(
     config: DecoderConfig, *, qk_norm: QkNorm | None = None, **changes: Any
 ) -> DecoderConfig:
     """Return `config` with these fields, and norms of queries and keys."""
-    attention = replace(config.attention, qk_norm=qk_norm)
-    return replace(config, **{"attention": attention, **changes})
+    attention = replace(changes.pop("attention", config.attention), qk_norm=qk_norm)
+    return replace(config, attention=attention, **changes)
 
 
 def random_decoder(config: DecoderConfig, dtype: torch.dtype) -> Decoder:

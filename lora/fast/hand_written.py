@@ -159,7 +159,8 @@ class HandWrittenStep:
             target.copy_(_pinned(source.reshape(-1), target.device), non_blocking=True)
         tokens = batch.input_ids.shape[1]
         # Asked of the batch on the CPU: asking the device would make the host wait for it.
-        if bool((batch.document_ids == 0).all()) and not self._has_windows(tokens):
+        is_plain = not (self._has_windows(tokens) or self.network.needs_own_attention)
+        if is_plain and bool((batch.document_ids == 0).all()):
             return False, 0
         if self.network.uses_own_attention(tokens):
             return True, 0  # our kernels find the documents from the position ids

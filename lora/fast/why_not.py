@@ -12,7 +12,7 @@ from lora.decoder.language_model import LanguageModel
 from lora.decoder.quantised import has_fp8_base
 from lora.device import DeviceChoice
 from lora.fast.llama.junctions import NORM_NAMES
-from lora.fast.llama.network import GELU_NAMES
+from lora.fast.llama.network import GELU_NAMES, needs_own_attention
 from lora.fast.step import trains_all_weights
 from lora.kernels.step.fp8 import FP8_GEMM_MULTIPLE
 from lora.kernels.step.jit import HAS_TRITON
@@ -55,6 +55,9 @@ def why_not_stacked_hand_written(model: Decoder, stacked: StackedAdapters) -> st
     outside = [name for name, layer in stacked.layers.items() if layer not in blocks]
     if stacked.embeddings or outside:
         return f"{(*stacked.embeddings, *outside)[0]} trains beside the blocks"
+    # A tile of our attention kernels may span two candidates, which torch's cannot replace here.
+    if needs_own_attention(model.config):
+        return f"{model.config.family} needs attention kernels that may read two candidates at once"
     # One kernel draws all masks from one seed, and a candidate must see those it would see alone.
     if any(config.dropout for config in stacked.configs):
         return "each candidate draws its own dropout"
@@ -98,24 +101,17 @@ def _why_not_device(choice: DeviceChoice) -> str | None:
 
 
 def _why_not_shape(config: DecoderConfig) -> str | None:
-    half = config.head_dim // 2  # the RoPE kernel's one tl.arange, so it must be a power of two
     if config.block not in NORM_NAMES:
         return f"{config.family} places its norms otherwise than Llama"
-    if config.attention.qk_norm == "width":
-        return f"{config.family} normalises queries and keys over all heads"
-    if config.attention.logit_softcap is not None:
-        return f"{config.family} caps its attention logits"
-    if any(layer.rope is not None and layer.rope.rotary_dim for layer in config.layers):
-        return f"{config.family} rotates a part of each head"
-    if config.longrope_tokens is not None:
-        return f"{config.family} rotates each example as its length wants (longrope)"
     if config.feed_forward.activation not in ("silu", "swish", *GELU_NAMES):
         return f"the activation is {config.feed_forward.activation}, not silu or gelu_pytorch_tanh"
-    if config.head_dim > MAX_HEAD_WIDTH or config.head_dim % 2 or half & (half - 1):
-        return f"the head width is {config.head_dim}, not a power of two up to {MAX_HEAD_WIDTH}"
+    if config.head_dim > MAX_HEAD_WIDTH or config.head_dim % 2:
+        return f"the head width is {config.head_dim}, not an even number up to {MAX_HEAD_WIDTH}"
     # Rows of bf16 tensors must begin at multiples of 16 bytes for cuBLAS's fast kernels.
     if config.hidden_size % 8 or config.intermediate_size % 8:
         return "the hidden or feed-forward width is not a multiple of 8"
+    if config.num_key_value_heads * config.head_dim % 8:
+        return "the width of all key/value heads is not a multiple of 8"
     return None
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora.data.sequences.batches import Batch
-from lora.decoder.config import AttentionConfig, FeedForwardConfig, LayerConfig
+from lora.decoder.config import AttentionConfig, FeedForwardConfig, LayerConfig, RopeConfig
 from lora.decoder.decoder import Decoder
 from tests.tiny_llama import ROPE, VOCABULARY, changed, llama_config, random_decoder
 
@@ -23,9 +23,24 @@ GEMMA: dict[str, Any] = {
 }
 """Settings of Gemma 3."""
 GRANITE: dict[str, Any] = {"residual_multiplier": 0.22, "logit_scale": 0.25, "embedding_scale": 3.0}
-CAPPED: dict[str, Any] = {"logit_scale": 0.5, "logit_softcap": 5.0}
-OLMO: dict[str, Any] = {"block": "post_norm"}
+CAPPED: dict[str, Any] = {
+    "logit_scale": 0.5,
+    "logit_softcap": 5.0,
+    "attention": AttentionConfig(4, 2, 12, logit_softcap=2.0),
+}
+OLMO: dict[str, Any] = {"block": "post_norm", "qk_norm": "width"}
+LONGROPE = RopeConfig(
+    1e4,
+    "longrope",
+    original_max_position_embeddings=6,
+    attention_factor=1.2,
+    rotary_dim=4,
+    short_factor=(1.0, 2.0),
+    long_factor=(3.0, 5.0),
+)
+"""Documents of more than six tokens are long; half of each head is rotated."""
 PHI: dict[str, Any] = {
+    "layers": (LayerConfig(LONGROPE, None, 8**-0.5), LayerConfig(LONGROPE, 4, 8**-0.5)) * 2,
     "attention": AttentionConfig(6, 2, 8, qkv_bias=True, is_fused=True),
     "feed_forward": FeedForwardConfig(56, "silu", is_fused=True),
 }

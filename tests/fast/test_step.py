@@ -38,7 +38,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "Gemma, full": (GEMMA, None),
     "Granite, untied": ({**GRANITE, "tied": False}, {"layers": (1, 2)}),
     "Granite, full": (GRANITE, None),
-    "capped, full": ({**CAPPED, "tied": False}, None),
+    "capped, full": ({**CAPPED, "tied": False, "window": 4}, None),
     "OLMo": (OLMO, {"layers": (1, 2)}),
     "OLMo, full": (OLMO, None),
     "Phi": (PHI, {"rank_pattern": {"gate_up_proj": 2}}),

@@ -31,7 +31,7 @@ class AttentionPass:
     def __init__(self, net: FastNetwork, inputs: Inputs, buffers: Buffers, *, packed: bool) -> None:
         self.net, self.inputs, self.buffers, self.packed = net, inputs, buffers, packed
         self.tables = net.rope_tables(inputs.position_ids)
-        self.uses_own_kernels = packed and net.uses_own_attention(buffers.tokens)
+        self.uses_own_kernels = net.uses_own_attention(buffers.tokens, packed=packed)
         self._graphs: dict[int, AttentionGraph] = {}
         self._in_scratch = -1
         """The block whose normed queries and keys are in scratch."""

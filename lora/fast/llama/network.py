@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.decoder.attention import Attention
-from lora.decoder.config import RopeConfig
+from lora.decoder.config import DecoderConfig, RopeConfig
 from lora.decoder.decoder import Decoder, GemmaTrunk, LlamaTrunk
 from lora.decoder.layers import GatedFeedForward, OffsetRMSNorm
 from lora.decoder.quantised import has_fp8_base
@@ -34,14 +34,17 @@ from lora.fast.weights.norms_and_embeddings import WeightGroup
 from lora.fast.weights.projections import FrozenProjection, FullProjection, Projection
 from lora.fast.weights.stacked_flat import StackedFlat
 from lora.fast.weights.stacked_projection import MergedStackedProjection, StackedProjection
+from lora.kernels.step.attention import find_begins, find_ends
 from lora.kernels.step.ops import Ops
 from lora.lora_module import LoRALayer
 from lora.stacked.layers import StackedLoRALinear
 
 MAX_OWN_ATTENTION_TOKENS = 2048
 """Packed sequences up to this length use our own attention kernels; beyond, torch's are faster."""
-OWN_ATTENTION_WIDTHS = (16, 32, 64, 128)
-"""Of a head, for our kernels: powers of two, from the least that Triton's tl.dot takes."""
+MAX_OWN_ATTENTION_WIDTH = 128
+"""Of a head, for our kernels where torch's can do it too."""
+TORCH_ATTENTION_MULTIPLE = 8
+"""Of a head's width, for torch's kernel for packed sequences."""
 
 GELU_NAMES = ("gelu_pytorch_tanh", "gelu_new")
 """Names of GELU's tanh approximation, which the step computes as it does SiLU."""
@@ -52,7 +55,7 @@ GATE_UP_NAMES = ("gate_proj", "up_proj"), ("gate_up_proj",)
 in the same order."""
 
 HalfTables = tuple[Tensor, Tensor]
-"""Cosine and sine, each (N, D/2), fp32 or wider."""
+"""Cosine and sine, each (N, R/2) for R rotated dimensions, fp32 or wider."""
 
 
 class FastNetwork:
@@ -277,24 +280,45 @@ class FastNetwork:
         """Dtype of sums: fp32, or fp64 where the compute dtype is."""
         return torch.promote_types(self.dtype, torch.float32)
 
-    def uses_own_attention(self, tokens: int) -> bool:
-        """Whether packed sequences of `tokens` tokens go through our own attention kernels."""
+    @property
+    def needs_own_attention(self) -> bool:
+        """Whether torch's attention kernels cannot do what this model's does."""
+        return needs_own_attention(self.config)
+
+    def uses_own_attention(self, tokens: int, *, packed: bool = True) -> bool:
+        """Whether sequences of `tokens` tokens go through our own attention kernels.
+
+        `packed`: of several documents each, or with windows; others only where they have to.
+        """
+        if self.needs_own_attention or not packed:
+            return self.needs_own_attention
         if self.own_attention is not None:
             return self.own_attention
         is_short = tokens <= MAX_OWN_ATTENTION_TOKENS
-        return is_short and self.config.head_dim in OWN_ATTENTION_WIDTHS
+        return is_short and self.config.head_dim <= MAX_OWN_ATTENTION_WIDTH
 
     def _build_rope_tables(self, tokens: int) -> None:
         """Make cosines and sines for all positions of a sequence of `tokens` tokens."""
         positions = torch.arange(tokens, device=self.embedding.tensors[0].device)[None]
 
         def halves(rope: Rope) -> HalfTables:
-            cos, sin = rope.tables(positions, self.wide)  # (1, T, 1, D)
+            cos, sin = rope.tables(positions, self.wide)  # (1, T, 1, R)
+            if self._has_long(rope.config, tokens):
+                # Rows of short documents, then those of long ones.
+                short = rope.tables(positions, self.wide, torch.ones_like(positions))
+                cos, sin = (torch.cat(pair, 1) for pair in zip(short, (cos, sin), strict=True))
             # The kernels take half tables: both halves are alike, but for the sine's sign.
             half = cos.shape[-1] // 2
-            return cos[0, :, 0, :half].contiguous(), sin[0, :, 0, half:].contiguous()  # (T, D/2)
+            return cos[0, :, 0, :half].contiguous(), sin[0, :, 0, half:].contiguous()  # (T, R/2)
 
         self._all_tables = {config: halves(rope) for config, rope in self.ropes.items()}
+        self._table_tokens = tokens
+
+    @staticmethod
+    def _has_long(config: RopeConfig, tokens: int) -> bool:
+        """Whether documents of such sequences can be so long that they rotate otherwise."""
+        is_short = tokens <= config.original_max_position_embeddings
+        return config.rope_type == "longrope" and not is_short
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return the first hidden states (N, C)."""
@@ -304,10 +328,15 @@ class FastNetwork:
     def rope_tables(self, position_ids: Tensor) -> dict[RopeConfig, HalfTables]:
         """Return cosine and sine for `position_ids` (N,), by kind of rotation."""
         # Looked up: cosines of all positions are computed once a run, not once a step.
-        return {
-            config: (cos.index_select(0, position_ids), sin.index_select(0, position_ids))
-            for config, (cos, sin) in self._all_tables.items()
-        }
+        tables = {}
+        for config, (cos, sin) in self._all_tables.items():
+            rows = position_ids
+            if self._has_long(config, self._table_tokens):
+                begins = find_begins(position_ids)
+                is_long = find_ends(begins) - begins > config.original_max_position_embeddings
+                rows = rows + self._table_tokens * is_long  # (N,)
+            tables[config] = cos.index_select(0, rows), sin.index_select(0, rows)
+        return tables
 
     def accumulate_gradients(self, buffers: Buffers, *, first: bool) -> None:
         """After backward: put the weight gradients that waited for it into their slots.
@@ -344,6 +373,12 @@ def _linears(module: nn.Module, names: tuple[tuple[str, ...], tuple[str, ...]]) 
 def _embedding_scale(trunk: LlamaTrunk, dtype: torch.dtype) -> float:
     """Return what embeddings are multiplied by, as `trunk` does it in this dtype."""
     return trunk.scales[dtype] if isinstance(trunk, GemmaTrunk) else trunk.config.embedding_scale
+
+
+def needs_own_attention(config: DecoderConfig) -> bool:
+    """Whether torch's attention kernels cannot do what this decoder's attention does."""
+    is_capped = config.attention.logit_softcap is not None
+    return is_capped or config.head_dim % TORCH_ATTENTION_MULTIPLE != 0
 
 
 def has_lora(module: nn.Module) -> bool:

@@ -292,7 +292,7 @@ def _count(
 
 def _torch_attention_bytes(step: HandWrittenStep, buffers: Buffers, *, packed: bool) -> int:
     """Return what torch's attention saves in all blocks, and allocates in one block's backward."""
-    if packed and step.network.uses_own_attention(buffers.tokens):
+    if step.network.uses_own_attention(buffers.tokens, packed=packed):
         return 0
     sizes = step.model.config
     width = sizes.num_attention_heads * sizes.head_dim  # H · D
