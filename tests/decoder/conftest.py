@@ -15,7 +15,7 @@ from lora.decoder.decoder import Decoder
 from lora.pretrained.hf_weights import load_decoder
 
 VOCAB = 97
-_LLAMA_SIZES: dict[str, Any] = {
+LLAMA_SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
     "intermediate_size": 80,
@@ -27,7 +27,7 @@ _LLAMA_SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_GPT2_SIZES: dict[str, Any] = {
+GPT2_SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "n_embd": 48,
     "n_layer": 2,
@@ -195,7 +195,7 @@ def build_reference(name: str, **overrides: Any) -> Any:
     """Return transformers' model of case `name`, in eval mode, every tensor random."""
     transformers = pytest.importorskip("transformers")
     config_class, model_class, differences = LONG_CASE if name == "long" else CASES[name]
-    sizes = _GPT2_SIZES if name.startswith("gpt2") else _LLAMA_SIZES
+    sizes = GPT2_SIZES if name.startswith("gpt2") else LLAMA_SIZES
     config = getattr(transformers, config_class)(**{**sizes, **differences, **overrides})
     model = getattr(transformers, model_class)(config).eval()
     randomise(model)

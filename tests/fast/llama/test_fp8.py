@@ -160,9 +160,11 @@ def test_a_fourth_digit_before_rounding_moves_gradients_half_as_far_as_rounding(
     assert relative(other.flat.gradients, exact.flat.gradients) < 1.3 * of_rounding
 
 
+@pytest.mark.parametrize("changes", [{}, GEMMA, GRANITE])
 def test_norms_and_swiglu_write_the_fp8_rows_that_matmuls_read(
     tiny_decoder: Callable[..., Decoder],
     make_batch: Callable[..., Batch],
+    changes: dict[str, Any],
 ) -> None:
     """Only attention's output and its gradient are quantised in passes of their own."""
     made = []
@@ -171,7 +173,7 @@ def test_norms_and_swiglu_write_the_fp8_rows_that_matmuls_read(
         made.append(x.shape[1])
         PLAIN.quantise_rows(x, into)
 
-    model = quantised(tiny_decoder(dtype=torch.float32))
+    model = quantised(tiny_decoder(dtype=torch.float32, **changes))
     step = FastStep(model, replace(PLAIN, quantise_rows=counting), torch.float32)
     step.launch([make_batch(0, packed=True)], 0.0)
     n_blocks, inner, qkv = 3, 48, 48 + 2 * 16
