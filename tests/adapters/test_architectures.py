@@ -16,9 +16,11 @@ from lora.adapters.merge import merge_lora
 from lora.adapters.save_load import load_adapter, save_adapter
 from lora.adapters.targets import find_targets
 from lora.config import LoRAConfig
+from lora.data.sequences.batches import IGNORE, Batch
 from lora.errors import TargetError
 from lora.pretrained.transformers_models.load import as_language_model
 from lora.pretrained.transformers_models.quiet import quiet
+from lora.training.losses import loss_for
 from tests.pretrained.tiny_models import ARCHITECTURES, VOCAB, tiny_transformers
 
 transformers = pytest.importorskip("transformers")
@@ -86,6 +88,11 @@ def loss_of(found: Tensor) -> Tensor:
     return nn.functional.cross_entropy(found[:, :-1].flatten(0, 1), wanted, reduction="sum")
 
 
+def batch() -> Batch:
+    labels = torch.cat([ids()[:, 1:], torch.full((2, 1), IGNORE)], 1)
+    return Batch(ids(), labels, torch.arange(9).expand(2, 9), torch.zeros_like(labels))
+
+
 def assert_close(found: Tensor, wanted: Tensor) -> None:
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
@@ -111,8 +118,12 @@ def test_gradients_and_files_are_peft_s(name: str, targets: Any, tmp_path: Path,
         for parameter_name, parameter in same.items():
             parameter.copy_(tensors[parameter_name])
     assert_close(logits(ours), logits(theirs))
-    loss_of(ours(ids())).backward()
-    loss_of(theirs(ids(), use_cache=False).logits).backward()
+    loss, n_tokens = loss_for(ours)(ours, batch())
+    wanted_loss = loss_of(theirs(ids(), use_cache=False).logits)
+    assert n_tokens.item() == 16
+    assert_close(loss[0], wanted_loss)
+    loss.sum().backward()
+    wanted_loss.backward()
     for parameter_name, parameter in same.items():
         grad = tensors[parameter_name].grad
         assert grad is not None, parameter_name
