@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from lora.decoder.language_model import transformers_network
 from lora.errors import TargetError
-from lora.layers.build import is_adaptable
+from lora.layers.build import has_own_forward, is_adaptable
 from lora.layers.uncalled import find_uncalled
 from lora.lora_module import LoRALayer
 from lora.terminal import escaping_log
@@ -61,7 +61,7 @@ def refuse_expert_names(model: nn.Module, names: Iterable[str]) -> None:
         )
 
 
-def note_left_out(model: nn.Module, adapted: Iterable[str], *, is_all_linear: bool) -> None:
+def note_left_out(model: nn.Module, adapted: Sequence[str], *, is_all_linear: bool) -> None:
     """Log which experts of `model`, and which linears of "all-linear", are not in `adapted`."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     total = sum(sizes.values())
@@ -69,12 +69,14 @@ def note_left_out(model: nn.Module, adapted: Iterable[str], *, is_all_linear: bo
     if experts:
         log.warning(
             "%d tensors of experts (%s, for one), %.0f%% of the parameters, are not adapted: they "
-            "are no linear layers",
+            "are no linear layers; LoRA is on %s",
             *(len(experts), experts[0], 100 * sum(map(sizes.__getitem__, experts)) / total),
+            ", ".join(sorted({name.rpartition(".")[2] for name in adapted})),
         )
     if not is_all_linear:
         return
-    linears = [name for name, module in model.named_modules() if name and is_adaptable(module)]
+    modules = {name: module for name, module in model.named_modules() if name}
+    linears = [name for name, module in modules.items() if is_adaptable(module)]
     for names, why in (
         (
             find_expert_names(model, linears),
@@ -83,6 +85,10 @@ def note_left_out(model: nn.Module, adapted: Iterable[str], *, is_all_linear: bo
         (
             find_uncalled(model, linears),
             "the model reads their weight without calling them, so that LoRA would have no effect",
+        ),
+        (
+            [name for name, module in modules.items() if has_own_forward(module)],
+            "they compute something else than a linear layer",
         ),
     ):
         left_out = sorted(set(names) - set(adapted))

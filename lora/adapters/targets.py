@@ -12,7 +12,7 @@ from lora.adapters.patterns import NameMatcher
 from lora.config import LoRAConfig
 from lora.decoder.language_model import LanguageModel, transformers_network
 from lora.errors import TargetError, did_you_mean
-from lora.layers.build import has_computed_weight, is_adaptable
+from lora.layers.build import has_computed_weight, has_own_forward, is_adaptable
 from lora.layers.uncalled import find_uncalled
 
 ALL_LINEAR = "all-linear"
@@ -40,8 +40,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Return the full names of the layers that `config` selects, in the model's order.
 
     Of a multimodal model behind our interface only the text part is looked at.
-    "all-linear" leaves out the head, linears that PEFT would take for experts, and linears that
-    the model does not call.
+    "all-linear" leaves out the head, linears that PEFT would take for experts, linears that the
+    model does not call, and linears of transformers that compute something else.
 
     Raises TargetError for a target, exclusion or pattern that matches nothing, and for layers among
     those selected that are quantised, that PEFT would take for experts, or that are not called.
@@ -55,6 +55,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     linears = [name for name in linears if name.startswith(text) or name == head]
     if config.targets == ALL_LINEAR:
         mistaken = {head, *find_expert_names(model, linears), *find_uncalled(model, linears)}
+        mistaken |= {name for name in computed if has_own_forward(model.get_submodule(name))}
         names = [name for name in linears if name not in mistaken]
     else:
         names = _match_all("adapt", config.targets, linears)

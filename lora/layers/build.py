@@ -49,6 +49,13 @@ def has_computed_weight(module: nn.Module) -> bool:
     return "Linear" in type(module).__name__ and all(isinstance(size, int) for size in sizes)
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether `module` is a linear of transformers that computes something else: a router."""
+    kind = type(module)
+    is_theirs = isinstance(module, nn.Linear) and kind.__module__.startswith("transformers.models.")
+    return is_theirs and not isinstance(module, LoRALayer) and not is_adaptable(module)
+
+
 def build_lora_layer(
     base: nn.Module,
     *,

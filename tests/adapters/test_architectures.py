@@ -41,6 +41,7 @@ SUBSETS = {
 """Targets that are not all linears: fused, transposed, with a bias."""
 LEFT_OUT = {
     "qwen3_moe": {"gate_proj", "up_proj", "down_proj"},
+    "llama4_text": {"router"},
     "mamba": {"dt_proj", "x_proj", "out_proj"},
 }
 """Linears that PEFT's all-linear names and ours leaves out: see docs/models.md for the reasons."""
@@ -191,6 +192,16 @@ def test_linears_that_a_mixer_never_calls_are_refused(caplog: pytest.LogCaptureF
     apply_lora(model, LoRAConfig(rank=2))
     assert "6 linears (backbone.layers.0.mixer.dt_proj, for one)" in caplog.text
     assert "are not adapted: the model reads their weight without calling them" in caplog.text
+
+
+def test_a_router_is_left_out_and_refused_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_transformers("llama4_text")
+    with pytest.raises(TargetError, match=r"router', a Llama4Router: .* it has a forward of its"):
+        apply_lora(model, LoRAConfig(rank=2, targets=("router",)))
+    assert not lora_layers(model)
+    apply_lora(model, LoRAConfig(rank=2))
+    assert "1 linears (model.layers.1.feed_forward.router, for one)" in caplog.text
+    assert "are not adapted: they compute something else" in caplog.text
 
 
 def multimodal() -> Any:

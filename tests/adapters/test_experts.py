@@ -89,6 +89,7 @@ def test_all_linear_is_what_peft_reads(
 ) -> None:
     ours = apply_lora(build(kind), LoRAConfig(rank=4))
     assert re.search(r"tensors of experts \(.*, \d\d% of the parameters, are not", caplog.text)
+    assert "they are no linear layers; LoRA is on " in caplog.text
     assert ("3 linears (model.layers.0.mlp." in caplog.text) == (kind == "qwen3_moe")
     assert ("6 linears (model.layers.0.mlp." in caplog.text) == (
         kind in ("glm4_moe", "deepseek_v3")

@@ -111,6 +111,17 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "sliding_window": 4,
         "layer_types": _LOCAL_AND_GLOBAL,
     },
+    "llama4_text": _EXPERTS
+    | {
+        "num_experts_per_tok": 1,
+        "num_local_experts": 4,
+        "head_dim": 8,
+        "intermediate_size_mlp": 48,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 4,
+        "no_rope_layers": [1, 0],
+        "layer_types": ["chunked_attention", "full_attention"],
+    },
     "mamba": {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 2},
 }
 """Settings by name: model_type, or model_type and, after a hyphen, a variant of it."""
