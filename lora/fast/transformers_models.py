@@ -41,7 +41,7 @@ class TransformersForward:
         drops = setting(model.config.text, "attention_dropout", "attn_pdrop")
         self.by_bounds = traits.attends_by_bounds and is_flash and not drops
         """Whether packed sequences need no mask."""
-        self.why_masked = None if traits.why_not_packed else why_masked(model.theirs)
+        self.why_masked = None if model.why_not_packed else why_masked(model.theirs)
         """Why a sequence of one document needs a mask, or its bounds."""
 
     def takes_bounds(self, packed: bool) -> bool:
@@ -55,7 +55,7 @@ class TransformersForward:
         theirs = self.model.theirs
         if self.takes_bounds(packed):
             return attention_within(theirs, bounds, max_tokens)
-        is_plain = not packed and self.why_masked is None and not self.model.traits.why_not_packed
+        is_plain = not packed and self.why_masked is None and not self.model.why_not_packed
         return unmasked_attention(theirs) if is_plain else nullcontext()
 
     def __call__(self, batch: Batch, packed: bool) -> Tensor:

@@ -19,6 +19,7 @@ from lora.device import DeviceChoice
 from lora.kernels.cross_entropy import linear_cross_entropy
 from lora.stacked.apply import StackedAdapters
 from lora.stacked.layers import StackedLoRALinear
+from lora.training.losses import transform_of
 
 
 class StackedDecoderLoss:
@@ -35,14 +36,13 @@ class StackedDecoderLoss:
         )
         labels = batch.labels.view(n, -1)  # (K, N)
         head = decoder.output_head()
-        config = decoder.config
-        is_transformed = config.logit_scale != 1 or config.logit_softcap is not None
-        if is_transformed or isinstance(head, StackedLoRALinear):
+        if isinstance(head, StackedLoRALinear):
             return _from_logits(decoder.logits_of(hidden), labels)
+        transform = transform_of(decoder.config)
         # Unbound, not sliced: the backward of each of K slices would be a gradient of full size.
         by_adapter = hidden.flatten(0, 1).unflatten(0, (n, -1)).unbind(0)  # K times (N, C)
         found = [
-            linear_cross_entropy(own, head.weight, own_labels)
+            linear_cross_entropy(own, head.weight, own_labels, transform=transform)
             for own, own_labels in zip(by_adapter, labels.unbind(0), strict=True)
         ]
         sums, counts = zip(*found, strict=True)

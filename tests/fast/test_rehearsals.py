@@ -14,7 +14,7 @@ from lora.config import LoRAConfig
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.device import choose_device
-from lora.fast.captured import CapturedStep, decoder_logits
+from lora.fast.captured import CapturedStep, decoder_forward, loss_of_head
 from lora.fast.graphs import WARM_UP_PASSES, Graphs
 from lora.fast.step import FastStep
 from lora.kernels.step.ops import PLAIN
@@ -48,7 +48,8 @@ def _fast(model: Decoder) -> FastStep:
 
 
 def _captured(model: Decoder) -> CapturedStep:
-    return CapturedStep(model, decoder_logits, PLAIN, choose_device("cpu"))
+    loss = loss_of_head(model, PLAIN)
+    return CapturedStep(model, decoder_forward(model), PLAIN, choose_device("cpu"), loss=loss)
 
 
 @pytest.mark.parametrize("build", [_fast, _captured])

@@ -15,7 +15,7 @@ from lora.errors import ModelError
 from lora.inference.generate import generate
 from lora.pretrained.transformers_models.load import as_language_model, load_transformers_model
 from lora.pretrained.transformers_models.model import TransformersModel
-from tests.pretrained.tiny_models import VOCAB, tiny_transformers
+from tests.pretrained.tiny_models import VOCAB, randomise, tiny_transformers
 
 pytest.importorskip("transformers")
 
@@ -90,6 +90,43 @@ def test_the_wrapper_shares_what_the_model_has() -> None:
     assert isinstance(other, TransformersModel)
     assert other.theirs is not theirs
     assert other.lm_head is other.theirs.lm_head
+
+
+def test_rounded_biases_by_position_are_not_packed() -> None:
+    """BLOOM's are fp32 numbers in a model of fp32; Falcon's always have the precision of bf16."""
+    bloom = tiny_transformers("bloom", n_head=8)
+    assert as_language_model(bloom).why_not_packed is None
+    narrow = as_language_model(bloom.to(torch.bfloat16)).why_not_packed
+    assert narrow is not None
+    assert "rounded" in narrow
+    falcon = tiny_transformers("falcon-alibi", max_position_embeddings=2048)
+    assert "rounded" in (as_language_model(falcon).why_not_packed or "")
+
+
+def test_the_text_part_of_a_multimodal_model() -> None:
+    """Qwen 3 VL's text has no class of its own with a head: what the head does is read off it."""
+    transformers = pytest.importorskip("transformers")
+    text = {
+        **{"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCAB},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+    }
+    vision = {
+        **{"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16},
+        **{"out_hidden_size": 64, "patch_size": 4, "deepstack_visual_indexes": [0]},
+    }
+    config = transformers.Qwen3VLConfig(
+        text_config=text, vision_config=vision, image_token_id=2, video_token_id=3
+    )
+    theirs = transformers.Qwen3VLForConditionalGeneration(config).eval()
+    randomise(theirs, 0)
+    own, ids = as_language_model(theirs), tokens(1, 9).clamp(min=5)
+    assert not own.needs_all_logits
+    assert len(own.blocks()) == 2
+    with torch.no_grad():
+        assert_close(own(ids), theirs(input_ids=ids).logits)
+        logits = own(ids, document_ids=torch.tensor([[0] * 4 + [1] * 5]))
+        assert_close(logits[:, 4:], theirs(input_ids=ids[:, 4:]).logits)
 
 
 def test_sizes_are_those_of_the_language_model() -> None:

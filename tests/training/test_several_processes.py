@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -16,8 +17,9 @@ from lora.adapters.apply import apply_lora, train_token_rows
 from lora.config import LoRAConfig, TrainConfig
 from lora.data.sequences.batches import Batch, BatchStream, ordered_batches
 from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import LanguageModel
 from lora.distributed.world import ALONE, StopFlags, World
-from lora.fast.captured import CapturedStep, summed_loss
+from lora.fast.captured import CapturedStep, PlainForward, summed_loss
 from lora.fast.llama.checkpointing import MODES
 from lora.fast.runner import CapturedStepRunner, DeviceStepRunner, FastStepRunner
 from lora.kernels.step.ops import PLAIN
@@ -58,8 +60,8 @@ def fast(model: nn.Module, dtype: torch.dtype, config: TrainConfig, world: World
 
 
 def captured(model: nn.Module, dtype: torch.dtype, config: TrainConfig, world: World) -> StepRunner:
-    choice = cpu_choice(torch.float32)
-    return CapturedStepRunner(model, choice, config, compiles=False, world=world)
+    own, choice = cast(LanguageModel, model), cpu_choice(torch.float32)
+    return CapturedStepRunner(own, choice, config, compiles=False, world=world)
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,8 @@ def run_poisoned_on_device(world: World) -> Steps:
     """Return the same with a step that leaves its report on the device."""
     torch.manual_seed(0)
     model, config, choice = Poisoned().double(), train_config(6), cpu_choice(torch.float32)
-    step = CapturedStep(model, _poisoned_logits, PLAIN, choice, world=world)
+    forward = PlainForward(partial(_poisoned_logits, model))
+    step = CapturedStep(model, forward, PLAIN, choice, loss=summed_loss, world=world)
     runner = DeviceStepRunner(model, step, choice, "", _poisoned_loss, world, 6)
     done = take_steps(runner, random_sequences(packing=False), config, 3, world)
     done.trained = trained_copies(model)

@@ -21,8 +21,12 @@ class Traits:
     """Whether its logits are more than a linear of the last hidden state, scaled and capped."""
     why_not_packed: str | None = None
     """Why the examples of a packed sequence would not have the logits that they have alone."""
+    why_not_packed_narrow: str | None = None
+    """The same in bf16 and fp16."""
     attends_by_bounds: bool = False
     """Whether its attention can be replaced by one that takes where documents begin."""
+    is_head_assumed: bool = False
+    """Whether the head could not be tried on the small copy, and the model itself has to tell."""
     has_cache: bool = True
     """Whether a cache of keys and values continues padded sequences."""
 

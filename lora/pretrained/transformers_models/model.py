@@ -7,6 +7,7 @@ documents that do not see each other, and a cache for batches of prompts.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -25,6 +26,10 @@ from lora.pretrained.transformers_models.masks import documents_apart
 from lora.terminal import escaping_log
 
 log = escaping_log(__name__)
+
+NARROW = (torch.bfloat16, torch.float16)
+HEAD_TOLERANCE = 0.01
+"""Of the largest logit, in any dtype: what a factor or a cap changes is more."""
 
 
 class TransformersModel(LanguageModel):
@@ -48,8 +53,11 @@ class TransformersModel(LanguageModel):
             if mark in vars(theirs):
                 vars(self)[mark] = vars(theirs)[mark]
         self.training = is_training
-        self.config = TransformersConfig(theirs.config, traits)
         self.traits = traits
+        self.config = TransformersConfig(theirs.config, traits)
+        if traits.is_head_assumed and not self._has_plain_head():
+            self.traits = dataclasses.replace(traits, needs_all_logits=True)
+            self.config = TransformersConfig(theirs.config, self.traits)
 
     @property
     def training(self) -> bool:
@@ -68,7 +76,8 @@ class TransformersModel(LanguageModel):
     @property
     def why_not_packed(self) -> str | None:
         """Why the examples of a packed sequence would see each other; None: they do not."""
-        return self.traits.why_not_packed
+        is_narrow = next(self.parameters()).dtype in NARROW
+        return self.traits.why_not_packed_narrow if is_narrow else self.traits.why_not_packed
 
     def hidden_states(
         self,
@@ -123,13 +132,32 @@ class TransformersModel(LanguageModel):
         **more: Any,
     ) -> Tensor:
         whole = self.needs_all_logits
-        network = self.theirs if whole else self.theirs.base_model
+        network = self.theirs if whole else self._network()
         known = inspect.signature(network.forward).parameters
         inputs: dict[str, Any] = {"position_ids": position_ids, "use_cache": use_cache, **more}
         given = {n: value for n, value in inputs.items() if n in known and value is not None}
         output: Any = network(input_ids=input_ids, **given)
         hidden: Tensor = output.logits if whole else output[0]
         return hidden
+
+    def _network(self) -> Any:
+        """Return what makes hidden states: of a multimodal model the part for text."""
+        is_text = self.config.text is self.theirs.config
+        return self.theirs.base_model if is_text else self.theirs.get_decoder()
+
+    @torch.no_grad()
+    def _has_plain_head(self) -> bool:
+        """Whether the head's logits of a few tokens are the model's; assumed without values."""
+        first = next(self.parameters())
+        if first.is_meta:
+            return True
+        was_training = self.training
+        self.theirs.eval()
+        ids = torch.arange(1, 4, device=first.device)[None]
+        found, wanted = self.logits_of(self.run(ids, None)), self.theirs(input_ids=ids).logits
+        self.theirs.train(was_training)
+        tolerance = HEAD_TOLERANCE * wanted.abs().max()
+        return bool((found - wanted).abs().max() <= tolerance)
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         """Return the logits (…, V) of hidden states (…, C): the head's, scaled and capped."""

@@ -6,6 +6,8 @@ alone, and the logits are compared. Found once for each configuration in a proce
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,17 +21,22 @@ from lora.pretrained.transformers_models.config import POSITIONS, Traits, settin
 from lora.pretrained.transformers_models.masks import MASKED_ATTENTIONS
 from lora.pretrained.transformers_models.model import TransformersModel
 from lora.pretrained.transformers_models.quiet import quiet
-from lora.pretrained.transformers_models.small_copy import VOCAB, small_copy
+from lora.pretrained.transformers_models.small_copy import VOCAB, HeadedCopy, small_copy
 
 TOLERANCE = 1e-4
 """Of the largest logit, in fp32: what is more is no rounding."""
-LONG_TOKENS = 300
-"""Of the first document: positions after it no longer fit into bf16, in which some are computed."""
+LONG_TOKENS = 40
+"""Of the first document."""
+BIASED_TOKENS = 1000
+"""The same where attention has biases by position: those after it no longer fit into bf16."""
+MAX_NOISE = 3.0
+"""By how much more than an example alone one in a packed sequence may be off, in bf16."""
 REFUSALS = (
     *(RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError),
     *(ImportError, AssertionError, OSError),
 )
 """What an architecture may raise for sizes or masks that it does not expect."""
+_ROUNDED = "its biases by position are rounded, the more the deeper in a packed sequence"
 _found: dict[str, Traits] = {}
 
 
@@ -46,22 +53,36 @@ def probe(config: Any) -> Traits:
 def _probe(config: Any) -> Traits:
     try:
         model = small_copy(config)
-        traits = _head_of(model)
+        traits = replace(_head_of(model), is_head_assumed=isinstance(model, HeadedCopy))
     except REFUSALS as error:
         why = f"a small copy of it, to try this on, could not be run ({_first_line(error)})"
-        return Traits(needs_all_logits=True, why_not_packed=why, has_cache=False)
-    packed = _Packed(model.config)
-    own = TransformersModel(model, traits)
-    traits = replace(
-        traits,
-        why_not_packed=_why_not_packed(own, packed),
-        attends_by_bounds=_attends_by_bounds(own, packed),
-    )
+        return Traits(
+            needs_all_logits=True, why_not_packed=why, why_not_packed_narrow=why, has_cache=False
+        )
+    own = TransformersModel(model, replace(traits, is_head_assumed=False))
+    packed = _Packed(model.config, LONG_TOKENS)
+    why_not = _why_not_packed(own, packed)
     attention = config.get_text_config()._attn_implementation
     if attention not in MASKED_ATTENTIONS:
-        why = f"its attention is {attention}: load it with sdpa or eager"
-        traits = replace(traits, why_not_packed=why)
-    return replace(traits, has_cache=_has_cache(TransformersModel(model, traits)))
+        why_not = f"its attention is {attention}: load it with sdpa or eager"
+    why_not_narrow = why_not
+    if why_not is None and _is_biased(model):
+        deep = _Packed(model.config, BIASED_TOKENS)
+        why_not = _ROUNDED if _why_not_packed(own, deep) else None
+        why_not_narrow = _ROUNDED if why_not or _is_rounded(own, deep) else None
+    return replace(
+        traits,
+        why_not_packed=why_not,
+        why_not_packed_narrow=why_not_narrow,
+        attends_by_bounds=why_not is None and _attends_by_bounds(own, packed),
+        has_cache=_has_cache(TransformersModel(model, own.traits)),
+    )
+
+
+def _is_biased(model: Any) -> bool:
+    """Whether positions are biases of attention (alibi), and no input or not the only one."""
+    takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+    return not takes_positions or bool(setting(model.config, "alibi"))
 
 
 def _head_of(model: Any) -> Traits:
@@ -92,8 +113,8 @@ def _heads(config: Any) -> Iterator[Traits]:
 class _Packed:
     """A packed sequence, and one that is padded on the left."""
 
-    def __init__(self, config: Any) -> None:
-        first = min(LONG_TOKENS, int(setting(config, *POSITIONS) or LONG_TOKENS) - 31)
+    def __init__(self, config: Any, long_tokens: int) -> None:
+        first = min(long_tokens, int(setting(config, *POSITIONS) or long_tokens) - 31)
         lengths = [max(first, 2), 11, 1, 17]
         documents = torch.repeat_interleave(torch.tensor(lengths))
         self.documents = torch.full((2, sum(lengths) + 2), -1)
@@ -122,6 +143,18 @@ def _why_not_packed(own: TransformersModel, packed: _Packed) -> str | None:
         return f"its masks cannot be told what belongs together ({_first_line(error)})"
     is_apart = packed.is_apart(own.logits_of(hidden), own.theirs)
     return None if is_apart else _reason(own)
+
+
+def _is_rounded(own: TransformersModel, packed: _Packed) -> bool:
+    """Whether a document in bf16 is further from its own logits than one that is alone."""
+    row, places = packed.places[-2]  # deep in the packed sequence
+    ids = packed.ids[row, places][None]
+    wanted = own.theirs(input_ids=ids).logits[0]
+    narrow = TransformersModel(copy.deepcopy(own.theirs).to(torch.bfloat16), own.traits)
+    hidden = narrow.run_masked(packed.ids, packed.positions, packed.documents)
+    found = narrow.logits_of(hidden)[row, places]
+    alone = narrow.theirs(input_ids=ids).logits[0]
+    return bool((found - wanted).abs().max() > MAX_NOISE * (alone - wanted).abs().max())
 
 
 def _attends_by_bounds(own: TransformersModel, packed: _Packed) -> bool:

@@ -7,10 +7,11 @@ of heads and of words is small.
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora.pretrained.transformers_models.config import setting
 from lora.pretrained.transformers_models.masks import MASKED_ATTENTIONS
@@ -33,6 +34,30 @@ _EXPERTS = {
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 
 
+class HeadedCopy(nn.Module):
+    """The text part of a multimodal model, which has no class of its own with a head, and a head.
+
+    What the head of the whole model does with logits is not known of it.
+    """
+
+    def __init__(self, body: Any, vocab_size: int) -> None:
+        super().__init__()
+        self.base_model, self.config = body, body.config
+        self.lm_head = nn.Linear(body.config.hidden_size, vocab_size, bias=False)
+
+    def forward(self, input_ids: Tensor) -> Any:
+        """Return the logits as an attribute, as transformers' models do."""
+        return SimpleNamespace(logits=self.lm_head(self.base_model(input_ids=input_ids)[0]))
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the head."""
+        return self.lm_head
+
+    def set_attn_implementation(self, name: str) -> None:
+        """Change the body's attention."""
+        self.base_model.set_attn_implementation(name)
+
+
 def small_copy(config: Any) -> Any:
     """Return a model of the language part of `config` in fp32, in eval mode, all of it random.
 
@@ -44,11 +69,13 @@ def small_copy(config: Any) -> Any:
     small = _small_config(text)
     attention = text._attn_implementation
     asked = attention if attention in MASKED_ATTENTIONS else None
+    known = type(small) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    kind = transformers.AutoModelForCausalLM if known else transformers.AutoModel
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(
-            small, dtype=torch.float32, attn_implementation=asked
-        )
+        model = kind.from_config(small, dtype=torch.float32, attn_implementation=asked)
+        if not known:
+            model = HeadedCopy(model, VOCAB)
     _draw(model)
     return model.eval().requires_grad_(False)
 
