@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 import sys
 from typing import Any
 
@@ -182,7 +183,10 @@ def read_rope(fields: Fields, where: str, parameters: object, theta: float) -> R
     if kind == "yarn":
         values["attention_factor"] = _yarn_attention_factor(values)
     if kind == "longrope":
-        values["attention_factor"] = _longrope_attention_factor(values)
+        factor = values.pop("factor", 1.0)  # it has no other effect
+        original = values["original_max_position_embeddings"]
+        if "attention_factor" not in values and is_positive_number(original):
+            values["attention_factor"] = longrope_attention_factor(factor, original)
     known = RopeConfig.__dataclass_fields__
     kept = {name: value for name, value in values.items() if name in known}
     return RopeConfig(**{**kept, "rope_theta": float(theta), "rope_type": kind})
@@ -225,24 +229,19 @@ def _rope_numbers(fields: Fields, where: str, kind: str, values: dict[str, Any])
 
 def _factors(fields: Fields, name: str, value: object) -> tuple[float, ...]:
     """Return longrope's factor of each frequency."""
-    if (
-        isinstance(value, list)
-        and len(value) <= MAX_HEAD_DIM
-        and all(map(is_positive_number, value))
-    ):
-        return tuple(float(factor) for factor in value)
+    is_list = isinstance(value, list) and len(value) <= MAX_HEAD_DIM
+    if is_list and all(is_positive_number(item) and item <= MAX_SIZE for item in value):
+        # In fp32, as they are computed with and as GGUF files hold them.
+        return struct.unpack(f"{len(value)}f", struct.pack(f"{len(value)}f", *value))
     fields.faults.append(f"{name}={_shown(value)}: allowed: a list of finite numbers > 0")
     return ()
 
 
-def _longrope_attention_factor(values: dict[str, Any]) -> float:
+def longrope_attention_factor(factor: float, original_tokens: float) -> float:
     """Return the factor of cosine and sine (LongRoPE, arXiv 2402.13753, as Phi-3 has it)."""
-    if "attention_factor" in values:
-        return float(values["attention_factor"])
-    factor, original = values.get("factor", 1.0), values["original_max_position_embeddings"]
-    if factor <= 1 or not is_positive_number(original) or original <= 1:
+    if factor <= 1 or original_tokens <= 1:
         return 1.0
-    return math.sqrt(1 + math.log(factor) / math.log(original))
+    return math.sqrt(1 + math.log(factor) / math.log(original_tokens))
 
 
 def _yarn_attention_factor(values: dict[str, Any]) -> float:

@@ -2,7 +2,7 @@
 
 Values are dequantised to fp32, exactly as the `gguf` package defines them, and written block by
 block, so memory stays far below the model's size. Where the formats differ, values are converted
-back: llama's files hold the rows of q and k in another order, gemma3's hold 1 + w for a norm's
+back: llama's files hold the rows of q and k in another order, gemma's hold 1 + w for a norm's
 weight w. Source of the names: the GGUF specification and its tables of architectures.
 """
 
@@ -26,7 +26,13 @@ from lora.data.tokenizers.tokenizer_trial import check_tokenizer
 from lora.decoder.decoder import build_empty_decoder
 from lora.decoder.families import decoder_config
 from lora.errors import ModelError, gather
-from lora.pretrained.gguf_config import ROPE_FACTORS, gguf_config
+from lora.pretrained.gguf_config import (
+    ARCHITECTURES,
+    OFFSET_NORMS,
+    PERMUTED,
+    SETTING_TENSORS,
+    gguf_config,
+)
 from lora.pretrained.gguf_file import GGUFFile
 from lora.pretrained.gguf_tokenizer import build_gguf_tokenizer, is_ordinary
 
@@ -53,11 +59,24 @@ INSIDE = {
     "ffn_down": "mlp.down_proj",
 }
 """GGUF's names inside a block -> Hugging Face's."""
-INSIDE_GEMMA3 = INSIDE | {
+_POST_NORMS = {
     "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_GEMMA = INSIDE | _POST_NORMS | {"ffn_norm": "pre_feedforward_layernorm"}
+_OLMO2 = {old: new for old, new in INSIDE.items() if old not in ("attn_norm", "ffn_norm")}
+_PHI3 = {
+    old: new
+    for old, new in INSIDE.items()
+    if old not in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")
+}
+INSIDE_OTHERS = {
+    "gemma2": _GEMMA,
+    "gemma3": _GEMMA,
+    "olmo2": _OLMO2 | _POST_NORMS,
+    "phi3": _PHI3 | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+}
+"""By architecture, where the names inside a block are others."""
 
 
 def convert_gguf(path: Path, folder: Path, on_progress: OnProgress = lambda fraction: None) -> None:
@@ -131,8 +150,8 @@ def _build_tokenizer(file: GGUFFile, vocab_size: int) -> TextTokenizer:
 
 def _match_names(file: GGUFFile, config: dict[str, Any]) -> dict[str, str]:
     """Return Hugging Face's name -> the file's; all faults are raised at once."""
-    inside = INSIDE_GEMMA3 if config["model_type"] == "gemma3_text" else INSIDE
-    names = {_hf_name(old, inside): old for old in file.tensors if old != ROPE_FACTORS}
+    inside = INSIDE_OTHERS.get(ARCHITECTURES[config["model_type"]], INSIDE)
+    names = {_hf_name(old, inside): old for old in file.tensors if old not in SETTING_TENSORS}
     model = build_empty_decoder(decoder_config(config))
     wanted = {name: tuple(value.shape) for name, value in model.named_parameters()}
     faults = [f"{name} {wanted[name]} is missing" for name in wanted if name not in names]
@@ -162,10 +181,10 @@ def _hf_name(name: str, inside: dict[str, str]) -> str:
 def _blocks(file: GGUFFile, old: str, new: str, config: dict[str, Any]) -> Iterator[np.ndarray]:
     """Yield the values of one tensor in Hugging Face's convention, in order."""
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    module = new.split(".")[-2]
-    if config["model_type"] == "llama" and module in heads:
+    module, architecture = new.split(".")[-2], ARCHITECTURES[config["model_type"]]
+    if architecture in PERMUTED and module in heads:
         yield unpermute(file.values(old), heads[module])
-    elif config["model_type"] == "gemma3_text" and module.endswith("norm"):
+    elif architecture in OFFSET_NORMS and module.endswith("norm"):
         yield file.values(old) - 1
     else:
         yield from file.blocks(old)

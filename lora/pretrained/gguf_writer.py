@@ -18,23 +18,25 @@ from torch import Tensor
 
 from lora.decoder.config import DecoderConfig, RopeConfig
 from lora.errors import ModelError, gather
-from lora.pretrained.gguf_config import LLAMA3, ROPE_FACTORS, llama3_factors
+from lora.pretrained.gguf_config import (
+    ARCHITECTURES,
+    GEMMA2_27B_LAYERS,
+    GEMMA3_27B_LAYERS,
+    LLAMA3,
+    LONG_FACTORS,
+    OFFSET_NORMS,
+    PERMUTED,
+    ROPE_FACTORS,
+    SHORT_FACTORS,
+    llama3_factors,
+)
 from lora.pretrained.gguf_file import rows_per_block
-from lora.pretrained.gguf_weights import INSIDE, INSIDE_GEMMA3, OUTSIDE, permute
+from lora.pretrained.gguf_weights import INSIDE, INSIDE_OTHERS, OUTSIDE, permute
 
 GGUFType = Literal["f32", "f16", "q8_0"]
 """How matrices are stored; norms and biases are always F32."""
 
-ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma3_text": "gemma3",
-}
-"""Our families -> general.architecture."""
 _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # general.file_type
-_GEMMA_27B_LAYERS = 62
 _Q8_BLOCK = 32
 
 
@@ -62,13 +64,17 @@ def describe_decoder(config: DecoderConfig) -> dict[str, Any]:
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
         "attention.layer_norm_rms_epsilon": float(config.norm_eps),
-        "rope.dimension_count": config.head_dim,
+        "rope.dimension_count": _rotary_dim(config),
         "vocab_size": config.vocab_size,
     }
     if True in ropes:
-        settings |= _rope_settings(ropes[True], faults)
-    if architecture == "gemma3":
-        settings |= _gemma3_settings(config, ropes.get(False), faults)
+        settings |= _rope_settings(ropes[True], architecture, faults)
+    if architecture in _SLIDES and any(la.window_tokens is not None for la in config.layers):
+        settings |= _window_settings(config, ropes.get(False), faults)
+    windows = {layer.window_tokens for layer in config.layers} - {None}
+    if architecture == "phi3" and windows:
+        settings["attention.sliding_window"] = windows.pop()
+    settings |= _scale_settings(config, architecture, faults)
     if faults:
         heading = f"Cannot write the model as GGUF's {architecture!r}:"
         raise ModelError(gather(faults, heading, "Keep the model as a Hugging Face folder."))
@@ -76,27 +82,92 @@ def describe_decoder(config: DecoderConfig) -> dict[str, Any]:
     return {"general.architecture": architecture, **named}
 
 
+_SLIDES = {"gemma2": 2, "gemma3": None, "olmo2": None}
+"""Architectures whose files may say that blocks have a window -> how many blocks follow each other
+until one has none; None: a file says how many."""
+_WITHOUT_BIASES = ("smollm3", "phi3", "olmo2", "gemma2", "gemma3")
+_NO_ROPE_INTERVAL = 4  # every fourth block of smollm3
+
+
 def _faults(config: DecoderConfig) -> list[str]:
-    is_gemma = config.family == "gemma3_text"
-    activation = "gelu_pytorch_tanh" if is_gemma else "silu"
+    architecture = ARCHITECTURES[config.family]
+    activation = "gelu_pytorch_tanh" if architecture in OFFSET_NORMS else "silu"
     faults = []
     if config.feed_forward.activation != activation:
         faults.append(f"its activation is {config.feed_forward.activation}, not {activation}")
     divisor: float = config.head_dim
-    if is_gemma and config.num_hidden_layers == _GEMMA_27B_LAYERS:
+    of_27b = {"gemma2": GEMMA2_27B_LAYERS, "gemma3": GEMMA3_27B_LAYERS}.get(architecture)
+    if config.num_hidden_layers == of_27b:
         divisor = config.hidden_size // config.num_attention_heads
-    if any(not math.isclose(layer.scale, divisor**-0.5) for layer in config.layers):
+    scales = {layer.scale for layer in config.layers}
+    if architecture != "granite" and any(not math.isclose(s, divisor**-0.5) for s in scales):
         faults.append(f"its attention logits are not scaled by 1 / √{divisor}")
-    if not is_gemma and any(layer.window_tokens is not None for layer in config.layers):
-        faults.append("some of its blocks have a sliding window")
-    if len({(layer.rope, layer.window_tokens is None) for layer in config.layers}) > 1 + is_gemma:
+    biases = config.attention.qkv_bias or config.attention.output_bias or config.feed_forward.bias
+    if biases and architecture in _WITHOUT_BIASES:
+        faults.append("its linears have biases")
+    whole = config.num_attention_heads * config.head_dim
+    if architecture in ("olmo2", "phi3") and whole != config.hidden_size:
+        faults.append(f"its heads together have {whole} dimensions, not {config.hidden_size}")
+    if architecture == "olmo2" and config.tie_word_embeddings:
+        faults.append("its output head is tied to the embedding")
+    if architecture == "gemma2" and not config.tie_word_embeddings:
+        faults.append("its output head is not tied to the embedding")
+    return faults + _window_faults(config, architecture) + _rope_faults(config, architecture)
+
+
+def _window_faults(config: DecoderConfig, architecture: str) -> list[str]:
+    windows = {layer.window_tokens for layer in config.layers} - {None}
+    if architecture == "phi3" and all((w or 0) >= config.max_position_embeddings for w in windows):
+        return []  # without effect
+    if windows and architecture not in _SLIDES:
+        return ["some of its blocks have a sliding window, which llama.cpp would not apply"]
+    if not windows and _SLIDES.get(architecture) is not None:
+        return ["none of its blocks has a sliding window"]
+    return []
+
+
+def _rope_faults(config: DecoderConfig, architecture: str) -> list[str]:
+    faults = []
+    kinds = {(layer.rope, layer.window_tokens is None) for layer in config.layers if layer.rope}
+    if len(kinds) > 1 + (architecture in _SLIDES):
         faults.append("its blocks have different rotary embeddings")
-    if any(layer.rope is None for layer in config.layers):
-        faults.append("some of its blocks have no rotary embedding")
+    have_rope = [layer.rope is not None for layer in config.layers]
+    every = _NO_ROPE_INTERVAL if architecture == "smollm3" else len(have_rope) + 1
+    if have_rope != [bool((number + 1) % every) for number in range(len(have_rope))]:
+        where = (
+            f"blocks other than every {every}th"
+            if architecture == "smollm3"
+            else "some of its blocks"
+        )
+        faults.append(f"{where} have no rotary embedding")
     return faults
 
 
-def _rope_settings(rope: RopeConfig | None, faults: list[str]) -> dict[str, Any]:
+def _rotary_dim(config: DecoderConfig) -> int:
+    widths = {layer.rope.rotary_dim for layer in config.layers if layer.rope is not None}
+    return next((width for width in widths if width is not None), config.head_dim)
+
+
+def _scale_settings(config: DecoderConfig, architecture: str, faults: list[str]) -> dict[str, Any]:
+    """Return Granite's multipliers or Gemma 2's soft caps."""
+    if architecture == "granite":
+        return {
+            "attention.scale": float(config.layers[0].scale),
+            "embedding_scale": float(config.embedding_scale),
+            "residual_scale": float(config.residual_multiplier),
+            "logit_scale": 1 / config.logit_scale,
+        }
+    if architecture != "gemma2":
+        return {}
+    caps = {
+        "attn_logit_softcapping": config.attention.logit_softcap,
+        "final_logit_softcapping": config.logit_softcap,
+    }
+    faults.extend(f"{name} is null" for name, cap in caps.items() if cap is None)
+    return {name: float(cap) for name, cap in caps.items() if cap is not None}
+
+
+def _rope_settings(rope: RopeConfig | None, architecture: str, faults: list[str]) -> dict[str, Any]:
     if rope is None:
         return {}
     settings: dict[str, Any] = {"rope.freq_base": float(rope.rope_theta)}
@@ -114,18 +185,31 @@ def _rope_settings(rope: RopeConfig | None, faults: list[str]) -> dict[str, Any]
             )
         if not math.isclose(rope.attention_factor, usual_factor, rel_tol=1e-6):
             faults.append(f"its YaRN scales by {rope.attention_factor}, not by {usual_factor:.6g}")
+    if rope.rope_type == "longrope":
+        settings["rope.scaling.original_context_length"] = rope.original_max_position_embeddings
+        settings["rope.scaling.attn_factor"] = float(rope.attention_factor)
+        if architecture != "phi3":
+            faults.append("its rotary embedding is scaled by longrope")
     usual_llama3 = LLAMA3.items() <= dataclasses.asdict(rope).items()
     if rope.rope_type == "llama3" and not usual_llama3:
         faults.append("its llama3 scaling is not that of Llama 3.1 to 3.3")
+    if rope.rope_type == "llama3" and architecture in _WITHOUT_LLAMA3:
+        faults.append("its rotary embedding has llama3 scaling")
     return settings
 
 
-def _gemma3_settings(
+_WITHOUT_LLAMA3 = ("smollm3", "olmo2", "gemma2", "gemma3", "phi3")
+
+
+def _window_settings(
     config: DecoderConfig, local: RopeConfig | None, faults: list[str]
 ) -> dict[str, Any]:
     slides = [layer.window_tokens is not None for layer in config.layers]
     windows = {layer.window_tokens for layer in config.layers} - {None}
     every = slides.index(False) + 1 if False in slides else len(slides) + 1
+    fixed = _SLIDES[ARCHITECTURES[config.family]]
+    if fixed is not None and every != min(fixed, len(slides) + 1):
+        faults.append(f"its blocks without a window are not those of a period of {fixed}")
     if len(windows) != 1 or slides != [bool((n + 1) % every) for n in range(len(slides))]:
         faults.append("its windows differ in size, or do not follow a regular pattern")
     if local is not None and local.rope_type != "default":
@@ -133,14 +217,16 @@ def _gemma3_settings(
     settings: dict[str, Any] = {"attention.sliding_window_pattern": every}
     if windows:
         settings["attention.sliding_window"] = windows.pop()
-    if local is not None:
+    if local is not None and config.family == "gemma3_text":
         settings["rope.freq_base_swa"] = float(local.rope_theta)
+    elif any(la.rope and la.rope.rope_theta != local.rope_theta for la in config.layers if local):
+        faults.append("its blocks with a window have another rope_theta")
     return settings
 
 
 def name_tensors(config: DecoderConfig, names: list[str]) -> dict[str, str]:
     """Return a dict from Hugging Face's names to GGUF's."""
-    table = INSIDE_GEMMA3 if config.family == "gemma3_text" else INSIDE
+    table = INSIDE_OTHERS.get(ARCHITECTURES[config.family], INSIDE)
     inside = {new: old for old, new in table.items()}
     outside = {new: old for old, new in OUTSIDE.items()}
     named = {}
@@ -160,13 +246,13 @@ def file_blocks(config: DecoderConfig, name: str, tensor: Tensor) -> Iterator[np
     The blocks have the rows of `GGUFFile.blocks`; only q and k of llama are in fp32 as a whole.
     """
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    module = name.split(".")[-2]
-    if ARCHITECTURES[config.family] == "llama" and module in heads:
+    module, architecture = name.split(".")[-2], ARCHITECTURES[config.family]
+    if architecture in PERMUTED and module in heads:
         tensor = torch.from_numpy(permute(_fp32(tensor), heads[module]))
     rows = tensor.detach().reshape(-1, tensor.shape[-1])  # (rows, row length)
     for block in rows.split(rows_per_block(tensor.shape[-1])):
         value = _fp32(block)
-        is_offset = config.family == "gemma3_text" and module.endswith("norm")
+        is_offset = architecture in OFFSET_NORMS and module.endswith("norm")
         yield value + 1 if is_offset else value
 
 
@@ -257,6 +343,9 @@ def _type_of(shape: tuple[int, ...], kind: GGUFType) -> Any:
 
 def _rope_factors(config: DecoderConfig) -> dict[str, np.ndarray]:
     rope = config.layers[0].rope
+    if rope is not None and rope.rope_type == "longrope":
+        named = (LONG_FACTORS, rope.long_factor), (SHORT_FACTORS, rope.short_factor)
+        return {name: np.array(factors, np.float32) for name, factors in named}
     if rope is None or rope.rope_type != "llama3":
         return {}
     factors = llama3_factors(rope.rope_theta, config.head_dim, {**LLAMA3, "factor": rope.factor})

@@ -135,7 +135,7 @@ def test_phi3s_longrope(kind: str) -> None:
     config = decoder_config(config_of("phi3", **fields))
     rope = config.layers[0].rope
     assert rope is not None
-    assert (rope.rope_type, rope.rotary_dim, rope.factor) == ("longrope", 4, 32.0)
+    assert (rope.rope_type, rope.rotary_dim) == ("longrope", 4)
     assert (rope.short_factor, rope.long_factor) == ((1.0, 2.0), (1.5, 4.0))
     assert rope.attention_factor == pytest.approx((1 + 5 / 12) ** 0.5)
     assert config.longrope_tokens == 4096

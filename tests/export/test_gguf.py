@@ -77,7 +77,48 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2-yarn": ("Qwen2Config", "Qwen2ForCausalLM", {"rope_parameters": _YARN}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 32}),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", _GEMMA),
+    "gemma2": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 16,
+            "attn_logit_softcapping": 2.5,
+            "final_logit_softcapping": 4.0,
+        },
+    ),
+    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {"num_hidden_layers": 5}),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {"sliding_window": 64}),
+    "phi3-longrope": (
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        {
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 20,
+            "partial_rotary_factor": 0.75,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "short_factor": [1.1, 1.3, 1.7, 2.0, 2.0, 2.1],
+                "long_factor": [2.0, 4.0, 6.5, 8.0, 8.0, 9.3],
+            },
+        },
+    ),
+    "granite": (
+        "GraniteConfig",
+        "GraniteForCausalLM",
+        {
+            "attention_bias": True,
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.0781,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 7.0,
+        },
+    ),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {}),
+    "olmo3": ("Olmo3Config", "Olmo3ForCausalLM", {"num_hidden_layers": 4, "sliding_window": 7}),
 }
+OFFSET = ("gemma2", "gemma3")
+"""Their norms go through 1 + w in fp32."""
 MakeFolder = Callable[..., Path]
 
 
@@ -140,10 +181,10 @@ def test_f32_gives_the_same_model_back(name: str, make_folder: MakeFolder, tmp_p
     folder = make_folder(name)
     report = export_gguf(folder, tmp_path / "out.gguf", "f32")
     assert report.worst[1] == 0.0
-    assert report.logits_error <= (1e-5 if name == "gemma3" else 0.0)
+    assert report.logits_error <= (1e-5 if name in OFFSET else 0.0)
     assert report.size_bytes == (tmp_path / "out.gguf").stat().st_size
     again = read_back(report.path)
-    if name == "gemma3":  # norms go through 1 + w in fp32
+    if name in OFFSET:
         torch.testing.assert_close(logits_of(again), logits_of(folder), rtol=1e-4, atol=1e-4)
     else:
         assert torch.equal(logits_of(again), logits_of(folder))
@@ -155,7 +196,7 @@ def test_f32_gives_the_same_model_back(name: str, make_folder: MakeFolder, tmp_p
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3", "gemma2"])
 def test_transformers_reads_the_file_as_the_same_model(
     name: str, make_folder: MakeFolder, tmp_path: Path
 ) -> None:
@@ -165,6 +206,13 @@ def test_transformers_reads_the_file_as_the_same_model(
     defaults: dict[str, dict[str, Any]] = {
         "qwen3": {"head_dim": 128},
         "gemma3": {"head_dim": 256, "query_pre_attn_scalar": 256, "rope_parameters": None},
+        "gemma2": {
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "sliding_window": 4096,
+        },
     }
     folder = make_folder(name, **defaults.get(name, {}))
     export_gguf(folder, tmp_path / "out.gguf", "f32")
@@ -258,6 +306,40 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "scales by 2.0",
     ),
     "scale": ("gemma3", {"query_pre_attn_scalar": 20}, "not scaled by 1 / √16"),
+    "phi3's window": ("phi3", {"sliding_window": 8}, "sliding window, which llama.cpp"),
+    "phi3's width": ("phi3", {"head_dim": 32}, "together have 128 dimensions, not 64"),
+    "no rope": ("smollm3", {"no_rope_layer_interval": 2}, "other than every 4th"),
+    "biases": ("smollm3", {"attention_bias": True}, "linears have biases"),
+    "gemma2's heads": ("gemma2", {"tie_word_embeddings": False}, "head is not tied"),
+    "gemma2's cap": ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping is null"),
+    "gemma2's windows": (
+        "gemma2",
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        "not those of a period of 2",
+    ),
+    "olmo2's head": ("olmo2", {"tie_word_embeddings": True}, "head is tied"),
+    "olmo3's ropes": (
+        "olmo3",
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e5},
+            }
+        },
+        "another rope_theta",
+    ),
+    "longrope elsewhere": (
+        "granite",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "short_factor": [1.0] * 8,
+                "long_factor": [2.0] * 8,
+                "original_max_position_embeddings": 16,
+            }
+        },
+        "scaled by longrope",
+    ),
     "pattern": (
         "gemma3",
         {"layer_types": ["sliding_attention"] * 2 + ["full_attention"] * 4},

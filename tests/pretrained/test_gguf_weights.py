@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,11 @@ _GEMMA_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
 }
+_OLMO3_ROPES = {
+    kind: {"rope_type": "default", "rope_theta": 10_000.0}
+    for kind in ("full_attention", "sliding_attention")
+}
+_LONGROPE = {"short_factor": [1.0, 1.1, 1.3, 2.0], "long_factor": [2.0, 3.3, 4.0, 7.7]}
 _GEMMA_KINDS = ["sliding_attention", "full_attention"]
 
 # name -> architecture, transformers' classes, what differs, what the file says of it
@@ -112,6 +118,70 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any], dict[str, Any]]] = {
             "rope.scaling.factor": 8.0,
         },
     ),
+    "gemma2": (
+        "gemma2",
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 16,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 4.0,
+        },
+        {
+            "attention.sliding_window": 6,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 4.0,
+        },
+    ),
+    "smollm3": (
+        "smollm3",
+        "SmolLM3Config",
+        "SmolLM3ForCausalLM",
+        {"num_hidden_layers": 4, "rope_parameters": {"rope_theta": 500.0}},
+        {"rope.freq_base": 500.0},
+    ),
+    "phi3": (
+        "phi3",
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        {
+            "original_max_position_embeddings": 16,
+            "partial_rotary_factor": 0.5,
+            "rope_parameters": {"rope_type": "longrope", **_LONGROPE},
+        },
+        {
+            "rope.dimension_count": 8,
+            "rope.scaling.original_context_length": 16,
+            "rope.scaling.attn_factor": math.sqrt(1.5),
+            "attention.sliding_window": 0,
+        },
+    ),
+    "granite": (
+        "granite",
+        "GraniteConfig",
+        "GraniteForCausalLM",
+        {
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.3,
+            "attention_multiplier": 0.4,
+            "logits_scaling": 5.0,
+        },
+        {
+            "embedding_scale": 6.0,
+            "residual_scale": 0.3,
+            "attention.scale": 0.4,
+            "logit_scale": 5.0,
+        },
+    ),
+    "olmo2": ("olmo2", "Olmo2Config", "Olmo2ForCausalLM", {}, {}),
+    "olmo3": (
+        "olmo2",
+        "Olmo3Config",
+        "Olmo3ForCausalLM",
+        {"sliding_window": 6, "layer_types": _GEMMA_KINDS, "rope_parameters": _OLMO3_ROPES},
+        {"attention.sliding_window": 6, "attention.sliding_window_pattern": [True, False]},
+    ),
 }
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -137,8 +207,17 @@ GEMMA_NAMES = NAMES | {
 MakeFile = Callable[..., tuple[Any, Path]]
 
 
+PHI3_NAMES = NAMES | {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
+OTHER_NAMES = {
+    "gemma2": GEMMA_NAMES,
+    "gemma3": GEMMA_NAMES,
+    "olmo2": GEMMA_NAMES,
+    "phi3": PHI3_NAMES,
+}
+
+
 def gguf_name(name: str, architecture: str) -> str:
-    names = GEMMA_NAMES if architecture == "gemma3" else NAMES
+    names = OTHER_NAMES.get(architecture, NAMES)
     stem, _, ending = name.rpartition(".")
     if stem in names:
         return f"{names[stem]}.{ending}"
@@ -163,11 +242,11 @@ def file_values(model: Any, architecture: str) -> dict[str, np.ndarray]:
     config, values = model.config, {}
     for name, parameter in model.named_parameters():
         value = parameter.detach().numpy()
-        if architecture == "llama" and ".q_proj." in name:
+        if architecture in ("llama", "smollm3", "granite") and ".q_proj." in name:
             value = llama_cpp_order(value, config.num_attention_heads)
-        if architecture == "llama" and ".k_proj." in name:
+        if architecture in ("llama", "smollm3", "granite") and ".k_proj." in name:
             value = llama_cpp_order(value, config.num_key_value_heads)
-        if architecture == "gemma3" and "norm" in name:
+        if architecture in ("gemma2", "gemma3") and "norm" in name:
             value = value + 1
         values[gguf_name(name, architecture)] = value
     return values
@@ -249,6 +328,10 @@ def make_file(tmp_path: Path) -> MakeFile:
         values: dict[str, Any] = file_values(model, architecture)
         if name == "llama3":
             values["rope_freqs.weight"] = llama3_factors(model.config)
+        if name == "phi3":
+            for kind_of, factors in _LONGROPE.items():
+                which = kind_of.removesuffix("_factor")
+                values[f"rope_factors_{which}.weight"] = np.array(factors, np.float32)
         values |= {f"setting {key}": value for key, value in settings.items()}
         if change is not None:
             change(values)
@@ -404,6 +487,14 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], None], list[str]]] = {
         _set("setting final_logit_softcapping", 30.0),
         ["final_logit_softcapping=30.0"],
     ),
+    "longrope in halves": ("phi3", _drop("rope_factors_long.weight"), ["long.weight is missing"]),
+    "longrope, other width": (
+        "phi3",
+        _set("setting rope.dimension_count", 12),
+        ["short_factor has 4 values: 6"],
+    ),
+    "two thetas": ("gemma2", _set("setting rope.freq_base_swa", 5.0), ["freq_base_swa=5.0"]),
+    "no logit scale": ("granite", _set("setting logit_scale", None), ["logit_scale is missing"]),
     "part of the head turns": (
         "llama",
         _set("setting rope.dimension_count", 8),
@@ -448,7 +539,7 @@ def test_unsupported_files_are_refused(fault: str, make_file: MakeFile, tmp_path
     with pytest.raises(ModelError) as caught:
         convert_gguf(path, tmp_path)
     message = str(caught.value)
-    assert str(path) in message
+    assert str(path) in message or "config.json" in message
     assert all(word in message for word in words), message
 
 
@@ -475,7 +566,7 @@ def test_an_unknown_architecture_and_its_nearest(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(ModelError) as caught:
         convert_gguf(path, tmp_path)
-    for word in ("'qwen22'", "llama, qwen2, qwen3, gemma3", "Did you mean 'qwen2'?", "--impl"):
+    for word in ("'qwen22'", "llama, qwen2, qwen3, smollm3", "Did you mean 'qwen2'?", "--impl"):
         assert word in str(caught.value)
 
 
