@@ -115,9 +115,32 @@ def _match_all(verb: str, targets: str | tuple[str, ...], linears: list[str]) ->
 def _no_match(verb: str, target: str, linears: list[str]) -> TargetError:
     is_name = _PLAIN_NAME.fullmatch(target) is not None
     seen = "no linear layer has this name" if is_name else "it matches no linear layer's full name"
-    near = did_you_mean(target.rpartition(".")[2], _endings(linears))
+    near = _fused_hint(target, linears) or did_you_mean(
+        target.rpartition(".")[2], _endings(linears)
+    )
     advice = f' targets="{ALL_LINEAR}" adapts all of them.' if verb == "adapt" else ""
     return TargetError(f"Cannot {verb} {target!r}: {seen}. {_list_linears(linears)}{near}{advice}")
+
+
+def _fused_hint(target: str, linears: list[str]) -> str:
+    """Return which linear here has the target as a part of it, in words; "" if none has."""
+    ending = target.rpartition(".")[2]
+    for parts, wholes, what in _FUSED:
+        whole = next((name for name in wholes if name in _endings(linears)), None)
+        if ending in parts and whole is not None:
+            return f" {what} are one linear here: adapt {whole!r}."
+    return ""
+
+
+_FUSED = (
+    (
+        ("q_proj", "k_proj", "v_proj"),
+        ("qkv_proj", "query_key_value", "c_attn", "Wqkv"),
+        "Queries, keys and values",
+    ),
+    (("gate_proj", "up_proj"), ("gate_up_proj",), "Gate and up"),
+)
+"""Linears of Llama, and what other architectures have in place of several of them."""
 
 
 def _endings(names: list[str]) -> list[str]:

@@ -229,10 +229,12 @@ def _rope_numbers(fields: Fields, where: str, kind: str, values: dict[str, Any])
 
 def _factors(fields: Fields, name: str, value: object) -> tuple[float, ...]:
     """Return longrope's factor of each frequency."""
-    is_list = isinstance(value, list) and len(value) <= MAX_HEAD_DIM
-    if is_list and all(is_positive_number(item) and item <= MAX_SIZE for item in value):
+    items: list[Any] = value if isinstance(value, list) else [None]
+    if len(items) <= MAX_HEAD_DIM and all(
+        is_positive_number(item) and item <= MAX_SIZE for item in items
+    ):
         # In fp32, as they are computed with and as GGUF files hold them.
-        return struct.unpack(f"{len(value)}f", struct.pack(f"{len(value)}f", *value))
+        return struct.unpack(f"{len(items)}f", struct.pack(f"{len(items)}f", *items))
     fields.faults.append(f"{name}={_shown(value)}: allowed: a list of finite numbers > 0")
     return ()
 

@@ -17,6 +17,8 @@ from lora.adapters.apply import (
 )
 from lora.adapters.targets import find_targets, output_head_name
 from lora.config import LoRAConfig
+from lora.decoder.decoder import build_empty_decoder
+from lora.decoder.families import decoder_config
 from lora.errors import ConfigError, TargetError
 from lora.layers.conv1d import LoRAConv1D
 from lora.lora_module import LoRALayer, LoRALinear, count_lora_parameters
@@ -302,6 +304,27 @@ def test_an_unmatched_target_names_the_nearest(toy: nn.Module) -> None:
     assert "Linear layers here: 0, 2, head, q_proj, v_proj." in message
     assert "Did you mean 'q_proj'?" in message
     assert 'targets="all-linear" adapts all of them' in message
+
+
+@pytest.mark.parametrize(
+    ("model_type", "target", "words"),
+    [
+        ("phi3", "q_proj", "Queries, keys and values are one linear here: adapt 'qkv_proj'."),
+        ("phi3", "up_proj", "Gate and up are one linear here: adapt 'gate_up_proj'."),
+        ("gpt2", "v_proj", "Queries, keys and values are one linear here: adapt 'c_attn'."),
+    ],
+)
+def test_a_part_of_a_fused_linear_names_the_linear(
+    model_type: str, target: str, words: str
+) -> None:
+    sizes = {"vocab_size": 9, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
+    if model_type == "gpt2":
+        sizes = {"vocab_size": 9, "n_embd": 16, "n_layer": 1}
+    heads = "n_head" if model_type == "gpt2" else "num_attention_heads"
+    model = build_empty_decoder(decoder_config({"model_type": model_type, **sizes, heads: 2}))
+    with pytest.raises(TargetError) as caught:
+        apply_lora(model, LoRAConfig(targets=(target,)))
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.adapters.apply import apply_lora
+from lora.adapters.merge import merge_lora
 from lora.adapters.save_load import load_adapter, save_adapter
 from lora.config import LoRAConfig
-from lora.pretrained.hf_weights import load_decoder
+from lora.pretrained.hf_weights import load_decoder, save_decoder
 
 T, RANK, ALPHA = 21, 3, 6.0
 # transformers computes some norms, and the softmax of its plain attention, in fp32 whatever the
@@ -70,3 +71,19 @@ def test_gradients_and_adapters_are_those_of_peft(
     again = load_adapter(load_decoder(pair.folder, dtype=torch.float64), tmp_path)
     with torch.no_grad():
         assert torch.equal(again(ids), logits)
+
+
+def test_merged_models_are_transformers_models(
+    pair: Any, make_ids: Callable[..., Tensor], tmp_path: Path, fill_random: Any
+) -> None:
+    ids, model = make_ids(2, T), load_decoder(pair.folder)
+    apply_lora(model, LoRAConfig(rank=RANK, alpha=ALPHA))
+    fill_random(model, 3, only_trainable=True, std=0.1)
+    with torch.no_grad():
+        wanted = model(ids)
+        merge_lora(model)
+        save_decoder(model, tmp_path)
+        theirs = type(pair.reference).from_pretrained(tmp_path)
+        for logits in (load_decoder(tmp_path)(ids), theirs(ids).logits):
+            assert ((logits - wanted).norm() / wanted.norm()).item() < TOLERANCE
+            assert (logits - pair.ours(ids)).norm() > 0.01 * wanted.norm()

@@ -16,6 +16,8 @@ from torch import nn
 from lora.adapters.apply import apply_lora
 from lora.adapters.save_load import save_adapter
 from lora.config import LoRAConfig
+from lora.decoder.decoder import build_decoder
+from lora.decoder.families import decoder_config
 from lora.errors import AdapterError
 from lora.export.vllm import check_adapter_for_vllm, find_base, vllm_command
 
@@ -56,6 +58,21 @@ def test_our_own_adapters_are_fine(tiny_model: Callable[[str], nn.Module], tmp_p
     model = apply_lora(tiny_model("llama-tied"), LoRAConfig(rank=4))
     save_adapter(model, tmp_path / "adapter")
     assert check_adapter_for_vllm(tmp_path / "adapter") == []
+
+
+def test_phi3s_fused_linears_are_fine(tmp_path: Path) -> None:
+    sizes = {**CONFIG, "model_type": "phi3"}
+    model = apply_lora(build_decoder(decoder_config(sizes)), LoRAConfig(rank=4))
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    save_adapter(model, tmp_path / "adapter", base_name=str(tmp_path))
+    files = tmp_path / "adapter"
+    assert json.loads((files / "adapter_config.json").read_text())["target_modules"] == [
+        "down_proj",
+        "gate_up_proj",
+        "o_proj",
+        "qkv_proj",
+    ]
+    assert check_adapter_for_vllm(files, find_base(files)) == []
 
 
 CONFIG = {
