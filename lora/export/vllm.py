@@ -19,8 +19,10 @@ from lora.pretrained.load.models import empty_language_model, model_config
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM's --max-lora-rank may have; adapters up to that rank can be served."""
-_VLLM_LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-_VLLM_LINEARS |= {"qkv_proj", "gate_up_proj"}  # Phi-3's, which its files and vLLM have as one
+_VLLM_LINEARS = {
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("qkv_proj", "gate_up_proj"),  # Phi-3's, which its files and vLLM have as one
+}
 _VLLM_TABLES = {"lm_head", "embed_tokens"}
 _VLLM_TENSOR = re.compile(
     r"base_model\.model\.(?P<module>.+?)\."
