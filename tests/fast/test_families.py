@@ -39,8 +39,10 @@ REFUSED = {
 def build(name: str) -> Decoder:
     transformers = pytest.importorskip("transformers")
     config_class, _, differences = CASES[name]
-    sizes = GPT2_SIZES if name.startswith("gpt2") else LLAMA_SIZES
-    if "hidden_size" not in differences:  # where transformers' default is no power of two
+    is_gpt2 = name.startswith("gpt2")
+    sizes = GPT2_SIZES if is_gpt2 else LLAMA_SIZES
+    if "hidden_size" not in differences and not is_gpt2:
+        # Transformers' default, 48 / 4, is no power of two.
         differences = {"head_dim": 16, **differences}
     config = getattr(transformers, config_class)(**{**sizes, **differences}).to_dict()
     return random_decoder(decoder_config(config), torch.float64)
