@@ -51,7 +51,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     ]
     linears = [name for name, module in model.named_modules() if name and is_adaptable(module)]
     linears += computed  # refused below, unless they are excluded
-    text, head = _text_part(model), output_head_name(model)
+    text, head = text_part(model), output_head_name(model)
     linears = [name for name in linears if name.startswith(text) or name == head]
     if config.targets == ALL_LINEAR:
         mistaken = {head, *find_expert_names(model, linears), *find_uncalled(model, linears)}
@@ -81,7 +81,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     return names
 
 
-def _text_part(model: nn.Module) -> str:
+def text_part(model: nn.Module) -> str:
     """Return how the names of the language model in a multimodal one begin; "" for all others."""
     network = transformers_network(model) if isinstance(model, LanguageModel) else None
     if network is None or network.config.get_text_config() is network.config:

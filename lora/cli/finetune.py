@@ -30,6 +30,7 @@ from lora.config import DataConfig, LoRAConfig, MemoryConfig, RunConfig, TrainCo
 from lora.distributed.launch import Processes, processes_to_start
 from lora.distributed.ranks import is_main_process
 from lora.errors import ConfigError
+from lora.runs.read_record import read_run_record
 from lora.runs.typed_json import json_text
 from lora.terminal import print_line, print_note
 
@@ -138,7 +139,9 @@ def finetune(
         show_data=lambda report: print_report(report, progress.console, is_compact=True),
     )
     page = report_on(done.folder, progress.message) if report and is_main_process() else None
-    code = _report(done, page, next_commands(done.saved, model, program()), json)
+    has_gguf = read_run_record(done.folder).implementation != "transformers"
+    commands = next_commands(done.saved, model, program(), has_gguf=has_gguf)
+    code = _report(done, page, commands, json)
     if done.folder not in done.saved.parents:
         print_note(
             f"lora: Cannot write {done.folder / done.saved.name}: see above. It is saved in "

@@ -128,7 +128,7 @@ def plan(
     source = find_model(model)
     code = implementation_of(source.folder, implementation)
     config = model_config(source.folder, code.kind)
-    check_native_only(code, config, fp8=base_dtype == "fp8", fsdp=parallel == "fsdp")
+    check_native_only(config, fp8=base_dtype == "fp8", fsdp=parallel == "fsdp")
     if code.kind != "native":
         print_note(code.describe())
     how_read = settled_packing(how_read, config, print_note)

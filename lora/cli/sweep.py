@@ -31,6 +31,7 @@ from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.distributed.launch import Processes, processes_to_start
 from lora.distributed.ranks import is_main_process
 from lora.errors import ConfigError
+from lora.runs.read_record import read_run_record
 from lora.runs.typed_json import json_text
 from lora.sweep.grid import SWEPT, Grid
 from lora.terminal import build_console, print_line
@@ -183,7 +184,8 @@ def sweep(
         done = run_job(job, progress, show_data=show_data)
     is_main = is_main_process()
     page = report_on(done.folder, progress.message, with_page=report) if is_main else None
-    commands = next_commands(done.best, model, program())
+    has_gguf = read_run_record(done.folder).implementation != "transformers"
+    commands = next_commands(done.best, model, program(), has_gguf=has_gguf)
     return _report(done, beside, job.grid.swept(), page, commands, json)
 
 

@@ -16,6 +16,7 @@ from lora.adapters.apply import apply_lora
 from lora.adapters.fingerprint import base_fingerprint
 from lora.adapters.peft_files import CONFIG_FILE
 from lora.adapters.save_load import load_adapter, save_adapter
+from lora.adapters.targets import text_part
 from lora.data.prepare import PreparedData
 from lora.data.prompting.prompt_format import save_prompt_format
 from lora.data.tokenizers.subword import TextTokenizer
@@ -75,10 +76,20 @@ def prepare_model(
     if note is not None:
         progress.message(note)
     if job.is_full:
-        model.requires_grad_(True)
+        _train_all(model)
     torch.manual_seed(
         job.train.seed
     )  # dropout's draws depend on this seed alone, not on what loading drew
+
+
+def _train_all(model: LanguageModel) -> None:
+    """Changes `model` in place: its weights train; of a multimodal one those of the text part."""
+    part = text_part(model)
+    model.requires_grad_(not part)
+    if part:
+        tables = (model.get_input_embeddings(), model.get_output_embeddings())
+        for module in (model.get_submodule(part.rstrip(".")), *tables):
+            module.requires_grad_(True)
 
 
 def save_model(

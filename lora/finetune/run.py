@@ -52,7 +52,7 @@ from lora.finetune.unused import check_patience
 from lora.inference.checkpoints.find import find_adapter
 from lora.inference.loading import find_model_of
 from lora.inference.run_settings import find_implementation, recorded_implementation
-from lora.pretrained.load.models import implementation_of, model_config
+from lora.pretrained.load.models import model_config
 from lora.pretrained.load.task import check_native_only, settled_task
 from lora.pretrained.sources import ModelSource
 from lora.runs.directory import check_run_directory, create_run, default_name
@@ -222,7 +222,6 @@ def _settled(
     recorded = world.on_main(read, "the recorded implementation")
     settled = settled_task(job, source.folder, recorded, progress.message)
     check_native_only(
-        implementation_of(source.folder, settled.implementation),
         model_config(source.folder, settled.implementation),
         fp8=job.base_dtype == "fp8",
         fsdp=job.run.parallel == "fsdp",

@@ -72,7 +72,7 @@ def find_architecture(config: dict[str, Any]) -> Architecture:
     if named is not None and named == whole:
         return Architecture(named, is_multimodal=True)
     if named is None or named != causal:
-        raise ModelError(_other_task(described, named, causal))
+        raise ModelError(_other_task(described, named or "", causal))
     if model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and (
         config.get("is_decoder") is not True
     ):
@@ -159,13 +159,15 @@ def _quantised(described: str, settings: object) -> str:
     )
 
 
-def _other_task(described: str, named: str | None, causal: str | None) -> str:
-    if named is None:
+def _other_task(described: str, named: str, causal: str | None) -> str:
+    if causal is None:
         return (
             f"Cannot load this {described}: transformers has no causal language model of this "
             f"type. {_KINDS}"
         )
     kinds = (what for end, what in _HEADS.items() if named.endswith(end))
     seen = f"{named} has {next(kinds, 'another head')}"
-    allowed = "" if causal is None else f" Allowed: {causal}."
-    return f"Cannot load this {described} as a causal language model: {seen}.{allowed} {_KINDS}"
+    return (
+        f"Cannot load this {described} as a causal language model: {seen}. Allowed: {causal}. "
+        f"{_KINDS}"
+    )

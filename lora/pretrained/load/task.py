@@ -9,9 +9,10 @@ from typing import TypeVar
 
 from lora.config import DataConfig, ImplementationName
 from lora.data.task import Task
+from lora.decoder.config import DecoderConfig
+from lora.decoder.families import FAMILIES
 from lora.decoder.language_model import ModelConfig
 from lora.errors import ConfigError
-from lora.pretrained.load.implementation import Implementation
 from lora.pretrained.load.models import implementation_of, model_config, why_not_packed
 
 TaskT = TypeVar("TaskT", bound=Task)
@@ -55,18 +56,18 @@ def settled_packing(
     return replace(data, packing=False)
 
 
-def check_native_only(
-    implementation: Implementation, config: ModelConfig, *, fp8: bool, fsdp: bool
-) -> None:
+def check_native_only(config: ModelConfig, *, fp8: bool, fsdp: bool) -> None:
     """Raise ConfigError for settings that only native decoders have."""
     given = {
         "base_dtype='fp8'": (fp8, "its frozen weights are stored in the compute dtype"),
         "parallel='fsdp'": (fsdp, "each process has all weights: parallel='ddp'"),
     }
     wrong = [f"{name}: {why}" for name, (is_given, why) in given.items() if is_given]
-    if implementation.kind == "native" or not wrong:
+    if isinstance(config, DecoderConfig) or not wrong:
         return
+    way = "Take implementation=native, or leave it out." if config.family in FAMILIES else ""
     raise ConfigError(
-        f"Cannot use {'; '.join(wrong)}. Only native decoders can do that, and transformers runs "
-        f"this {config.family!r} model ({implementation.reason}). Leave it out."
+        f"Cannot use {'; '.join(wrong)}. Only native decoders can do that "
+        f"({', '.join(sorted(FAMILIES))}), and transformers runs this {config.family!r} model. "
+        f"{way or 'Leave it out.'}"
     )

@@ -68,7 +68,7 @@ def load_transformers_model(
             for name, tensor in stored.items()
             if tensor.dtype not in FLOATS and not NO_PARAMETERS.fullmatch(name)
         ]
-    _refuse(faults, folder)
+    _refuse(faults, folder, "It is quantised, in whole or in part: name the unquantised model.")
     with _read_by_transformers(folder) as transformers:
         theirs, report = class_of(transformers, named).from_pretrained(
             str(folder),
@@ -94,10 +94,13 @@ def load_transformers_model(
     return TransformersModel(theirs.to(device).eval(), traits)
 
 
-def _refuse(faults: list[str], folder: Path) -> None:
+def _refuse(
+    faults: list[str],
+    folder: Path,
+    advice: str = "Check that config.json and the weights belong together; download both again.",
+) -> None:
     if faults:
         heading = f"Cannot load {folder}: its tensors do not match config.json:"
-        advice = "Check that config.json and the weights belong together; download both again."
         raise ModelError(gather(faults, heading, advice))
 
 
@@ -153,12 +156,13 @@ def _read_by_transformers(folder: Path | str) -> Iterator[Any]:
             f"Cannot load {folder}: its architecture needs transformers, which is not installed. "
             f"Install it: {install_extra('hf')}"
         ) from error
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         with quiet():  # what it reports of the weights is raised here
             yield transformers
-    except REFUSALS as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(
-            f"Cannot load {folder} with transformers: {str(error).strip() or type(error).__name__}"
-        ) from error
+    except ModelError:
+        raise
+    except (*REFUSALS, StrictDataclassError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"Cannot load {folder} with transformers: {text}") from error

@@ -8,13 +8,16 @@ from pathlib import Path
 PROMPT = "Your prompt"
 
 
-def next_commands(saved: Path, model: str | None, program: str = "lora") -> list[str]:
+def next_commands(
+    saved: Path, model: str | None, program: str = "lora", *, has_gguf: bool = True
+) -> list[str]:
     """Return the commands that ask, merge and export what a run saved, quoted for a shell.
 
     Args:
         saved: directory of the adapter, or of the whole model after full fine-tuning.
         model: the base as the user named it; None: the adapter names it, or it is the default one.
         program: how the command line is called here, already quoted.
+        has_gguf: whether the model can be written as a GGUF file.
     """
     run = saved.parent
     gguf = run / f"{run.name}.gguf"
@@ -26,7 +29,8 @@ def next_commands(saved: Path, model: str | None, program: str = "lora") -> list
         given = ["--adapter", _path(saved), *base]
         merge = ["merge", _path(saved), _path(run / "merged"), *base]
         calls = [["generate", PROMPT, *given], merge, ["export", _path(gguf), *given]]
-    return [f"{program} {shlex.join(words)}" for words in calls]
+    kept = [words for words in calls if has_gguf or words[0] != "export"]
+    return [f"{program} {shlex.join(words)}" for words in kept]
 
 
 def _path(path: Path | str) -> str:

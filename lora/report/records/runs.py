@@ -129,7 +129,13 @@ def _next(folder: Path, record: RunRecord) -> dict[str, Any]:
         return {}
     return {
         "saved": str(saved),
-        "next_commands": tuple(next_commands(saved, record.model_source)),
+        "next_commands": tuple(
+            next_commands(
+                saved,
+                record.model_source,
+                has_gguf=record.implementation != "transformers",
+            )
+        ),
     }
 
 

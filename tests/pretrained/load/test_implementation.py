@@ -1,0 +1,128 @@
+"""Which code runs a config.json: native, transformers, or none, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from typing import Any
+
+import pytest
+
+from lora.errors import ConfigError, DependencyError, LoraError, ModelError, UnsupportedModelError
+from lora.pretrained.load.implementation import choose_implementation
+
+pytest.importorskip("transformers")
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+}
+LLAMA: dict[str, Any] = {"model_type": "llama", **SIZES}
+NEOX: dict[str, Any] = {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], **SIZES}
+
+
+def test_a_native_decoder_comes_first() -> None:
+    chosen = choose_implementation(LLAMA)
+    assert chosen.kind == "native"
+    assert chosen.describe() == "implementation: native decoder (it runs 'llama')"
+    assert choose_implementation(LLAMA, "native").describe().endswith("(as asked)")
+
+
+def test_transformers_runs_what_no_native_decoder_reads() -> None:
+    chosen = choose_implementation(NEOX)
+    version = importlib.metadata.version("transformers")
+    assert chosen.kind == "transformers"
+    reason = "no native decoder for 'gpt_neox'"
+    assert chosen.describe() == f"implementation: transformers {version} ({reason})"
+    assert choose_implementation(LLAMA, "transformers").kind == "transformers"
+
+
+def test_a_family_of_ours_with_a_field_that_it_does_not_have() -> None:
+    chosen = choose_implementation({**LLAMA, "hidden_act": "mish"})
+    assert chosen.kind == "transformers"
+    assert "the native decoder of 'llama' does not have hidden_act='mish'" in chosen.reason
+    with pytest.raises(UnsupportedModelError, match="hidden_act='mish'"):
+        choose_implementation({**LLAMA, "hidden_act": "mish"}, "native")
+
+
+def test_a_damaged_config_is_no_reason_for_transformers_which_fills_in_defaults() -> None:
+    with pytest.raises(ModelError, match="vocab_size is missing") as raised:
+        choose_implementation({**LLAMA, "vocab_size": None})
+    assert not isinstance(raised.value, UnsupportedModelError)
+
+
+def test_the_text_part_of_a_multimodal_model_is_used_and_said() -> None:
+    config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
+    chosen = choose_implementation(config)
+    assert chosen.architecture is not None
+    assert chosen.architecture.is_multimodal
+    assert "of this multimodal model the text part is used" in chosen.describe()
+
+
+def named(model_type: str, architecture: str, **more: Any) -> dict[str, Any]:
+    return {"model_type": model_type, "architectures": [architecture], **SIZES, **more}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (named("t5", "T5ForConditionalGeneration"), ["encoder-decoder", "…ForCausalLM"]),
+        ({"model_type": "t5"}, ["encoder-decoder"]),
+        (named("bart", "BartForConditionalGeneration"), ["encoder-decoder"]),
+        (named("bert", "BertForMaskedLM"), ["masked language model", "Allowed: BertLMHeadModel"]),
+        ({"model_type": "bert"}, ["masked language model", "is_decoder"]),
+        (
+            named("llama", "LlamaForSequenceClassification"),
+            ["classification head", "Allowed: LlamaForCausalLM"],
+        ),
+        (named("gpt_neox", "GPTNeoXForTokenClassification"), ["labels tokens"]),
+        (named("gpt_neox", "GPTNeoXModel"), ["no output head", "Allowed: GPTNeoXForCausalLM"]),
+        (named("vit", "ViTForImageClassification"), ["no causal language model", "vit"]),
+        (named("gpt_neo_x", "X"), ["gpt_neo_x", "Did you mean 'gpt_neox'?", "-U transformers"]),
+        (named("own", "OwnLM", auto_map={"AutoModel": "own.OwnLM"}), ["auto_map", "never run"]),
+        ({**NEOX, "quantization_config": {"quant_method": "gptq"}}, ["quantised by gptq", "GGUF"]),
+        ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, ["quantised by awq"]),
+        ({**LLAMA, "quantization_config": {"load_in_4bit": True}}, ["quantised"]),
+        ({}, ["architectures=None"]),
+    ],
+    ids=lambda each: each[0] if isinstance(each, list) else "",
+)
+def test_what_is_no_causal_language_model_is_refused_by_name(
+    config: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(ModelError) as raised:
+        choose_implementation(config)
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_native_where_there_is_none_says_what_is_native() -> None:
+    with pytest.raises(UnsupportedModelError) as raised:
+        choose_implementation(NEOX, "native")
+    for word in ("gpt_neox", "GPTNeoXForCausalLM", "Native here: ", "llama, mistral"):
+        assert word in str(raised.value)
+
+
+def test_an_unknown_word_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"implementation='nativ'.*Did you mean 'native'?"):
+        choose_implementation(LLAMA, "nativ")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("version", "words"), [(None, "not installed"), ("4.57.6", "5.0 or newer")]
+)
+def test_without_transformers_the_error_has_the_install_line(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, words: str
+) -> None:
+    found = "lora.pretrained.load.architectures.transformers_version"
+    monkeypatch.setattr(found, lambda: version)
+    with pytest.raises(DependencyError) as raised:
+        choose_implementation(NEOX)
+    for word in (words, "GPTNeoXForCausalLM", "Native here: ", "llama, mistral", "[hf]"):
+        assert word in str(raised.value)
+    assert choose_implementation(LLAMA).kind == "native"
+    with pytest.raises(LoraError, match=r"hidden_act='mish'[\s\S]*\[hf\]"):
+        choose_implementation({**LLAMA, "hidden_act": "mish"})
