@@ -19,31 +19,20 @@ from lora.kernels.step.ops import PLAIN
 from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer
 from lora.training.plain_step import train_step
-from tests.decoder.conftest import CASES, GPT2_SIZES, LLAMA_SIZES
+from tests.decoder.conftest import CASES, GPT2_SIZES, LLAMA_SIZES, LONG_CASE
 from tests.tiny_llama import random_decoder
 
 REFUSED = {
     "gpt2": "places its norms otherwise",
     "gpt2-scaled": "places its norms otherwise",
-    "olmo2": "over all heads",
-    "olmo2-biases": "over all heads",
-    "olmo3": "over all heads",
-    "gemma2": "caps its attention logits",
-    "gemma2-uncapped": "head width is 24",
-    "phi3-partial": "a part of each head",
-    "phi3-longrope": "longrope",
 }
 """What the step does not train, and why."""
 
 
 def build(name: str) -> Decoder:
     transformers = pytest.importorskip("transformers")
-    config_class, _, differences = CASES[name]
-    is_gpt2 = name.startswith("gpt2")
-    sizes = GPT2_SIZES if is_gpt2 else LLAMA_SIZES
-    if "hidden_size" not in differences and not is_gpt2:
-        # Transformers' default, 48 / 4, is no power of two.
-        differences = {"head_dim": 16, **differences}
+    config_class, _, differences = LONG_CASE if name == "long" else CASES[name]
+    sizes = GPT2_SIZES if name.startswith("gpt2") else LLAMA_SIZES
     config = getattr(transformers, config_class)(**{**sizes, **differences}).to_dict()
     return random_decoder(decoder_config(config), torch.float64)
 
@@ -53,7 +42,7 @@ def test_every_family_has_a_case() -> None:
     assert covered >= set(FAMILIES)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, "long"])
 @pytest.mark.parametrize("full", [False, True])
 def test_one_step_equals_the_plain_one(
     name: str, full: bool, make_batch: Callable[..., Batch]
