@@ -19,7 +19,7 @@ from lora.fast.runner import CapturedStepRunner, DeviceStepRunner, FastStepRunne
 from lora.fast.sharded.base import ShardedBase
 from lora.fast.sharded.machines import machine_world
 from lora.fast.step import trains_all_weights
-from lora.fast.why_not import why_not_captured, why_not_fast
+from lora.fast.why_not import why_not_captured, why_not_fast, why_not_sharded
 from lora.kernels.step.jit import HAS_TRITON
 from lora.training.losses import loss_for
 from lora.training.plain_step import PlainStepRunner
@@ -78,6 +78,7 @@ def choose_steps(
     if rows is not None:
         decoder = cast(Decoder, model)
         why_not = why_not_fast(decoder, choice) if fast else "as asked"
+        why_not = why_not or why_not_sharded(decoder)
         if trains_all_weights(decoder):
             why_not = "all weights train"
         if why_not is not None:

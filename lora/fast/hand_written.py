@@ -21,7 +21,6 @@ from lora.fast.llama.buffers import Buffers, Inputs
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.llama.network import FastNetwork
 from lora.fast.llama.passes import FastPass
-from lora.fast.weights.flat import accumulate
 from lora.kernels.step.ops import Ops
 
 MERGE_BELOW_WIDTH = 1024
@@ -201,18 +200,16 @@ class HandWrittenStep:
         """Changes `buffers.hidden` in place: the gradient of `buffers.final`; sums the loss."""
         head = self.network.head
         self.network.use_head()
-        weight, n_chunk = head.tensors[0], len(buffers.logits)  # (V, C)
+        n_chunk = len(buffers.logits)
         # By chunks of tokens: forward and backward of one before the logits of the next.
         for start in range(0, buffers.n_tokens, n_chunk):
             chunk = slice(start, min(start + n_chunk, buffers.n_tokens))
             hidden, logits = buffers.final[chunk], buffers.logits[: chunk.stop - chunk.start]
-            torch.mm(hidden, weight.T, out=logits)  # (tokens, V)
+            head.project(hidden, logits)  # (tokens, V)
             self.ops.token_loss(logits, labels[chunk], buffers.losses[chunk], **self._logits)
             # The logits are their gradient now.
-            torch.mm(logits, weight, out=buffers.hidden[chunk])
-            if head.slot is not None:
-                gradient, target = logits.T @ hidden, head.slot.gradients[0]  # (V, C)
-                accumulate(target, gradient, first=first and start == 0)
+            begins = first and start == 0
+            head.project_backward(logits, hidden, buffers.hidden[chunk], first=begins)
         self.optimizer_update.count_tokens(buffers.losses, labels != IGNORE, first=first)
 
     def _update(self) -> None:

@@ -218,6 +218,7 @@ class FastStepRunner(DeviceStepRunner):
             world=world,
             first_sequence=world.share.part(config.micro_batch_size).start,
             base=base,
+            whole_rate_fraction=config.whole_rate_fraction,
         )
         about, size = self.step.describe(), config.micro_batch_size
         super().__init__(model, self.step, choice, about, world=world, micro_batch_size=size)

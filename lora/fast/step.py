@@ -47,6 +47,7 @@ class FastStep(HandWrittenStep):
         base: where frozen weights come from that are sharded, and on the meta device in `model`.
         world: processes that have parts of each micro-batch.
         first_sequence: of this process's part in the micro-batch, for dropout's masks.
+        whole_rate_fraction: of the learning rate, for what trains beside LoRA.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class FastStep(HandWrittenStep):
         base: ShardedBase | None = None,
         world: World = ALONE,
         first_sequence: int = 0,
+        whole_rate_fraction: float = 1.0,
     ) -> None:
         self.seed, self.world, self._first_sequence = seed, world, first_sequence
         self.has_agreed = False
@@ -92,6 +94,7 @@ class FastStep(HandWrittenStep):
                 masks=self.masks,
                 own_attention=own_attention,
                 ring=ring,
+                whole_rate_fraction=whole_rate_fraction,
             )
             self.flat.allocate()
             network.fill()

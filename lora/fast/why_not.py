@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora.config import TrainConfig
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
 from lora.decoder.language_model import LanguageModel
+from lora.decoder.layers import RMSNorm
 from lora.decoder.quantised import has_fp8_base
 from lora.device import DeviceChoice
 from lora.fast.llama.junctions import NORM_NAMES
@@ -78,6 +81,13 @@ def why_not_hand_written(model: Decoder) -> str | None:
     return why or (_why_not_fp8_shape(model.config) if has_fp8_base(model) else None)
 
 
+def why_not_sharded(model: Decoder) -> str | None:
+    """Return why the hand-written step cannot train `model` over sharded weights, or None."""
+    tables = {id(model.get_input_embeddings().weight), id(model.output_head().weight)}
+    whole = [n for n, p in model.named_parameters() if id(p) in tables and p.requires_grad]
+    return f"{whole[0]} trains whole, and is a part of what is sharded" if whole else None
+
+
 def why_not_captured(model: nn.Module, config: TrainConfig) -> str | None:
     """Return why `model`'s step cannot be captured as it is, or None if it can."""
     if not isinstance(model, LanguageModel):
@@ -134,22 +144,32 @@ def _why_not_fp8_shape(config: DecoderConfig) -> str | None:
 def _why_not_trained(model: Decoder) -> str | None:
     if trains_all_weights(model):
         return None
-    if any(
-        isinstance(module, TrainableTokensEmbedding | TrainableTokensLinear)
-        for module in model.modules()
-    ):
-        return "single embedding rows train (trainable tokens)"
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # By identity, because a tied head is the embedding: its name alone says nothing.
     inside = {id(p) for p in model.trunk.blocks().parameters()}
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    other = [n for n, p in trained if id(p) not in inside or not n.endswith(("lora_A", "lora_B"))]
+    of_lora = [n for n, p in trained.items() if n.endswith(("lora_A", "lora_B"))]
+    beside = {id(p) for p in _trains_beside(model)}
+    other = [n for n, p in trained.items() if n not in of_lora and id(p) not in beside]
+    other += [n for n in of_lora if id(trained[n]) not in inside]
     if other:
         return f"{other[0]} trains beside LoRA"
     # Other layers (Conv1D) have A and B too, but no projection that reads them.
     layers = [m for m in model.modules() if isinstance(m, LoRALinear | LoRAFp8Linear)]
-    if len(trained) != 2 * len(layers):
+    if len(of_lora) != 2 * len(layers):
         return "LoRA wraps layers that are not linear"
     # One kernel draws the masks of all layers, with one dropout probability.
     if len({m.dropout.p for m in layers if isinstance(m.dropout, nn.Dropout)}) > 1:
         return "dropout differs from layer to layer"
     return None
+
+
+def _trains_beside(model: Decoder) -> Iterator[Tensor]:
+    """Yield what the hand-written step can train beside LoRA: token tables and norms, or parts."""
+    for table in (model.get_input_embeddings(), model.output_head()):
+        yield table.get_parameter("weight")
+        if isinstance(table, TrainableTokensEmbedding | TrainableTokensLinear):
+            yield table.token_rows
+    for owner in (model.trunk, *model.trunk.blocks()):
+        for norm in owner.children():
+            if isinstance(norm, RMSNorm):
+                yield norm.weight

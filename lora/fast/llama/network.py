@@ -34,6 +34,7 @@ from lora.fast.weights.norms_and_embeddings import WeightGroup
 from lora.fast.weights.projections import FrozenProjection, FullProjection, Projection
 from lora.fast.weights.stacked_flat import StackedFlat
 from lora.fast.weights.stacked_projection import MergedStackedProjection, StackedProjection
+from lora.fast.weights.token_tables import TokenTable
 from lora.kernels.step.attention import find_begins, find_ends
 from lora.kernels.step.ops import Ops
 from lora.lora_module import LoRALayer
@@ -71,6 +72,7 @@ class FastNetwork:
         masks: dropout on LoRA's inputs; None: none.
         own_attention: our own kernels for packed sequences; None decides by their length.
         ring: gathers the frozen weights, which are sharded; None: this process has all of them.
+        whole_rate_fraction: of the learning rate, for what trains beside LoRA.
     """
 
     def __init__(
@@ -85,8 +87,10 @@ class FastNetwork:
         masks: DropoutMasks | None = None,
         own_attention: bool | None = None,
         ring: ShardRing | None = None,
+        whole_rate_fraction: float = 1.0,
     ) -> None:
         self.ring = ring
+        self.lr_fraction = 1.0 if trains_all else whole_rate_fraction
         self.model, self.config, self.ops, self.dtype = model, model.config, ops, dtype
         self.flat, self.masks, self.merges = flat, masks, merges
         self.trains_all, self.own_attention = trains_all, own_attention
@@ -103,38 +107,44 @@ class FastNetwork:
         self.down = self._project([[f.down_proj] for f in feeds])
         self.projections = (self.qkv, self.output, self.gate_up, self.down)
         norms, self.junctions = list_norms(self.config, blocks, trunk.norm)
-        self.norms = WeightGroup(norms, flat, dtype)
+        self.norms = WeightGroup(norms, flat, dtype, lr_fraction=self.lr_fraction)
         self.branches = branches_of(self.config)
         self.has_gelu = self.config.feed_forward.activation in GELU_NAMES
         self.head_norms = self._head_norms(heads)
         self.head_norm_offset = 1.0 if isinstance(heads[0].q_norm, OffsetRMSNorm) else 0.0
         """Added to the weights of queries' and keys' norms."""
         self.embedding, self.head = self._tables(trunk.embed_tokens, model.lm_head)
-        self.weights = [self.norms, *(self.head_norms or ()), self.embedding]
-        if self.head is not self.embedding:
-            self.weights.append(self.head)
+        tables = (self.embedding, self.embedding.rows, self.head, self.head.rows)
+        whole = [self.norms, *(self.head_norms or ()), *(t for t in tables if t is not None)]
+        self.weights = list(dict.fromkeys(whole))
         self.embedding_scale = _embedding_scale(trunk, dtype)
         self.ropes = trunk.ropes
-        self.first_trained = 0 if trains_all else self._first_adapted(heads, feeds)
+        self.first_trained = 0 if self.embedding.trains else self._first_trained(trunk.layers)
 
     def _head_norms(self, heads: list[Attention]) -> tuple[WeightGroup, WeightGroup] | None:
         """Return the norms of queries and of keys, if the model has any."""
         if self.config.attention.qk_norm is None:
             return None
         groups = [a.q_norm for a in heads], [a.k_norm for a in heads]
-        queries, keys = (WeightGroup(group, self.flat, self.dtype) for group in groups)
+        queries, keys = (
+            WeightGroup(group, self.flat, self.dtype, lr_fraction=self.lr_fraction)
+            for group in groups
+        )
         return queries, keys
 
-    def _tables(self, embedding: nn.Module, head: nn.Module) -> tuple[WeightGroup, WeightGroup]:
+    def _tables(self, embedding: nn.Module, head: nn.Module) -> tuple[TokenTable, TokenTable]:
         """Return the embedding and the output head: tied, they are one."""
-        flat, dtype, is_tied = self.flat, self.dtype, self.config.tie_word_embeddings
+        flat, dtype, fraction = self.flat, self.dtype, self.lr_fraction
         if self.ring is not None:
-            table = ShardedTable(embedding, dtype, self.ring)
-            return table, ShardedTable(head, dtype, self.ring, table if is_tied else None)
-        group = WeightGroup([embedding], flat, dtype)
-        if is_tied:
-            return group, group  # one slot, to which both gradients are added
-        return group, WeightGroup([head], flat, dtype, decays=True)
+            first = ShardedTable(embedding, flat, dtype, self.ring, fraction)
+            is_tied = self.config.tie_word_embeddings
+            return first, ShardedTable(head, flat, dtype, self.ring, fraction, first, is_tied)
+        table = TokenTable(embedding, flat, dtype, lr_fraction=fraction)
+        # By identity: a trained copy of one of them is no longer tied to the other.
+        if table.slot is not None and head.weight is embedding.weight:
+            return table, table  # one slot, to which both gradients are added
+        other = TokenTable(head, flat, dtype, decays=True, lr_fraction=fraction, other=table)
+        return table, other
 
     def _project(self, blocks: list[list[nn.Module]]) -> Projection:
         """Return the projection of linears that read the same input, given by block."""
@@ -161,13 +171,15 @@ class FastNetwork:
             return MergedProjection(blocks, flat, dtype, ops)
         return ConcatenatedLoRAProjection(blocks, flat, dtype)
 
-    def _first_adapted(self, heads: list[Attention], feeds: list[GatedFeedForward]) -> int:
+    def _first_trained(self, blocks: nn.ModuleList) -> int:
         """Return the first block in which something trains: the backward pass ends there."""
-        for index, (attention, feed) in enumerate(zip(heads, feeds, strict=True)):
-            modules = (*attention.modules(), *feed.modules())
-            if any(has_lora(module) for module in modules):
-                return index
-        return len(heads)
+        trains = (any(p.requires_grad for p in block.parameters()) for block in blocks)
+        return next((index for index, found in enumerate(trains) if found), len(blocks))
+
+    @property
+    def needs_input_gradient(self) -> bool:
+        """Whether backward goes on to the input of the first trained block, and its norm."""
+        return self.embedding.trains or bool(self.norms.trained)
 
     def fill(self) -> None:
         """Put all values into their slots, once these are allocated."""
@@ -322,7 +334,7 @@ class FastNetwork:
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return the first hidden states (N, C)."""
-        embedded = self.embedding.tensors[0].index_select(0, input_ids)  # a copy
+        embedded = self.embedding.embed(input_ids)  # a copy
         return embedded if self.embedding_scale == 1 else embedded.mul_(self.embedding_scale)
 
     def rope_tables(self, position_ids: Tensor) -> dict[RopeConfig, HalfTables]:

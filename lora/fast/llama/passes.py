@@ -160,7 +160,7 @@ class FastPass:
             self._attention_backward(layer, first)
         buffers.residuals.join()
         net.accumulate_gradients(buffers, first=first)
-        if net.trains_all:
+        if net.embedding.trains:
             self._embedding_backward(first)
 
     def _recompute(self, layer: int) -> None:
@@ -332,7 +332,7 @@ class FastPass:
         if buffers.recomputes:
             self._accumulate(net.output, layer, buffers.attention_out[layer], dy, first)
         self.attention.backward(layer, first=first)
-        is_last = layer == net.first_trained and not net.trains_all
+        is_last = layer == net.first_trained and not net.needs_input_gradient
         net.qkv.backward(layer, qkv, None if is_last else buffers.hidden)
         if buffers.recomputes:
             self._accumulate(net.qkv, layer, buffers.attention_in[layer], qkv, first)
@@ -348,16 +348,13 @@ class FastPass:
         projection.accumulate_gradients(one, x[None], dy[None], first=first)
 
     def _embedding_backward(self, first: bool) -> None:
-        net, slot = self.net, self.net.embedding.slot
-        assert slot is not None
-        gradients = slot.gradients[0]  # (V, C)
-        if first and net.head is not net.embedding:
-            gradients.zero_()  # a tied head has written its gradient there already
-        c = net.config.hidden_size
-        rows = self.buffers.residuals[0][:, :c].to(gradients.dtype)  # (N, C)
-        if net.embedding_scale != 1:
-            rows = rows * net.embedding_scale
-        gradients.index_add_(0, self.inputs.input_ids, rows)
+        net, c = self.net, self.net.config.hidden_size
+        # A tied head has written its gradient there already.
+        first = first and not net.embedding.shares_gradient(net.head)
+        rows = self.buffers.residuals[0][:, :c]  # (N, C)
+        net.embedding.accumulate_embedded(
+            self.inputs.input_ids, rows, first=first, factor=net.embedding_scale
+        )
 
 
 def _block_before(number: int) -> int:

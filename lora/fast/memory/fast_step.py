@@ -79,7 +79,7 @@ class FastPlan:
         shards: int | None = None,
     ) -> None:
         if not all(p.is_meta for p in model.parameters()):
-            model = model.to("meta")
+            _move_to_meta(model)
         with torch.no_grad():
             base = None if shards is None else planned_base(shards)
             self.step = FastStep(model, PLAIN, torch.bfloat16, base=base)
@@ -116,6 +116,18 @@ class FastPlan:
         buffers = self.step.network.buffers(self.batch_size, self.tokens, checkpointing)
         residuals = buffers.residuals
         return residuals.host_bytes if isinstance(residuals, OffloadedResiduals) else 0
+
+
+def _move_to_meta(model: Decoder) -> None:
+    """Changes `model` in place: no tensor has values any more; what was tied stays so."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    model.to("meta")
+    for first, *others in names.values():
+        for name in others:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
 
 
 def fast_memory(

@@ -34,7 +34,7 @@ from lora.fast.memory.fsdp import fsdp_weights, plan_fsdp, recompute_blocks
 from lora.fast.memory.plan import MemoryPlan, PlanInputs
 from lora.fast.memory.trace import StepMemory
 from lora.fast.memory.traces import StepTraces, Traced, largest_that_fits
-from lora.fast.why_not import why_not_hand_written
+from lora.fast.why_not import why_not_hand_written, why_not_sharded
 from lora.lora_module import ParameterCounts, count_lora_parameters
 from lora.pretrained.load.models import as_decoder, empty_language_model
 
@@ -99,7 +99,8 @@ class MemoryPlanner:
         if on_gpu and inputs.fast and inputs.compute_dtype is torch.bfloat16:
             is_fast = decoder is not None and why_not_hand_written(decoder) is None
             self._step = "fast" if is_fast else "captured"
-        if shards and (self._step != "fast" or inputs.lora is None):
+        is_divisible = decoder is not None and why_not_sharded(decoder) is None
+        if shards and (self._step != "fast" or inputs.lora is None or not is_divisible):
             self._step = "plain"  # with FSDP2
         self._fsdp = None
         if decoder is not None and shards and self._step == "plain":

@@ -24,8 +24,9 @@ from lora.fast.weights.adapted import (
     SeparateLoRAProjection,
 )
 from lora.fast.weights.flat import FlatParameters
-from lora.fast.weights.norms_and_embeddings import WeightGroup
 from lora.fast.weights.projections import FrozenProjection, Projection
+from lora.fast.weights.stacked_flat import StackedFlat
+from lora.fast.weights.token_tables import TokenTable
 from lora.kernels.step.fp8 import FP8
 from lora.kernels.step.ops import Ops
 from lora.lora_module import LoRALayer
@@ -148,30 +149,38 @@ class ShardedFrozenFp8Projection(_ShardedFp8Base, FrozenFp8Projection):
     """No linear of it trains."""
 
 
-class ShardedTable(WeightGroup):
-    """The embedding or the output head: a unit of the ring by itself.
+class ShardedTable(TokenTable):
+    """The embedding or the output head: a unit of the ring by itself; rows that train are whole.
 
     Args:
         module: whose weight it is.
+        flat: where its trained rows get their slot.
         dtype: compute dtype.
         ring: where it gets its room.
-        tied: the embedding, for a head that is tied to it: the same rows, maybe in the other slot.
+        lr_fraction: of the learning rate, for its rows.
+        embedding: the other table, for a head.
+        is_tied: the head has the embedding's rows, maybe in the other slot.
     """
 
     def __init__(
         self,
         module: nn.Module,
+        flat: FlatParameters | StackedFlat,
         dtype: torch.dtype,
         ring: ShardRing,
-        tied: ShardedTable | None = None,
+        lr_fraction: float,
+        embedding: ShardedTable | None = None,
+        is_tied: bool = False,
     ) -> None:
-        self.module, self.ring, self.slot, self.is_tied = module, ring, None, tied is not None
+        self.module, self.ring, self.dtype = module, ring, dtype
+        self.slot, self.is_tied = None, is_tied
         rows, columns = module.get_parameter("weight").shape
         self.matrix: ShardedMatrix = (
-            ring.reserve_table(rows, columns, dtype, ring.name_of(module))
-            if tied is None
-            else tied.matrix
+            embedding.matrix
+            if embedding is not None and is_tied
+            else ring.reserve_table(rows, columns, dtype, ring.name_of(module))
         )
+        self.add_rows(module, flat, lr_fraction, embedding)
 
     def read(self) -> None:
         """Fill this process's shard."""

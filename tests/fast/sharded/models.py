@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora.adapters.apply import apply_lora, lora_layers
+from lora.adapters.apply import applied_lora, apply_lora, lora_layers, train_token_rows
 from lora.config import LoRAConfig
 from lora.data.sequences.batches import Batch
 from lora.decoder.config import DecoderConfig, FeedForwardConfig
@@ -38,6 +38,8 @@ class Case:
     std: float = 0.2
     changes: dict[str, Any] = field(default_factory=dict)
     """Other fields of the decoder's config."""
+    rows: tuple[int, ...] = ()
+    """Tokens whose rows train."""
 
 
 CASES = {
@@ -52,6 +54,10 @@ CASES = {
     "Granite": Case(changes=GRANITE),
     "OLMo": Case(changes=OLMO),
     "fused": Case(changes={"feed_forward": FeedForwardConfig(56, "silu", is_fused=True)}),
+    "rows of tied tables, norms": Case(
+        rows=(5, 6, 100), lora={"modules_to_save": ("input_layernorm", "norm")}
+    ),
+    "rows of two tables": Case(rows=(5, 6), tied=False, lora={"layers": (1,)}),
     "fp8": Case(fp8=True, tied=False),
     "fp8, biases, two targets, dropout": Case(
         fp8=True, bias=True, lora={"targets": ("k_proj", "up_proj"), "dropout": 0.3}
@@ -105,12 +111,16 @@ def empty_model(case: Case) -> Decoder:
     if case.fp8:
         use_fp8_linears(model)
     adapted = _adapted(model, case)
-    whole = dict(whole_model(case).named_parameters())
-    for name, parameter in list(adapted.named_parameters()):
+    other = whole_model(case)
+    whole = dict(other.named_parameters(remove_duplicate=False))
+    copied = {id(p): nn.Parameter(p.detach().clone()) for p in whole.values()}
+    for name, parameter in list(adapted.named_parameters(remove_duplicate=False)):
         if parameter.requires_grad:
             owner, _, leaf = name.rpartition(".")
-            value = nn.Parameter(whole[name].detach().clone())
-            setattr(adapted.get_submodule(owner), leaf, value)
+            setattr(adapted.get_submodule(owner), leaf, copied[id(whole[name])])
+    for name in applied_lora(adapted).trainable_tokens:
+        for leaf, buffer in other.get_submodule(name).named_buffers():
+            setattr(adapted.get_submodule(name), leaf, buffer)
     return adapted
 
 
@@ -122,7 +132,7 @@ def _adapted(model: Decoder, case: Case) -> Decoder:
             drawn = 0.3 * torch.randn(layer.lora_B.shape, generator=draw, dtype=torch.float64)
             layer.lora_A.data = layer.lora_A.to(case.dtype)
             layer.lora_B.data = drawn.to(layer.lora_A)
-    return model
+    return train_token_rows(model, case.rows) if case.rows else model  # type: ignore[return-value]
 
 
 def rows_of(case: Case) -> Rows:

@@ -1,0 +1,192 @@
+"""Token rows and whole modules that train beside LoRA: the hand-written step against the plain."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from lora.adapters.apply import apply_lora, lora_layers, train_token_rows
+from lora.config import LoRAConfig
+from lora.data.sequences.batches import Batch
+from lora.decoder.decoder import Decoder
+from lora.fast.llama import buffers
+from lora.fast.llama.checkpointing import MODES
+from lora.fast.memory.fast_step import FastPlan
+from lora.fast.step import FastStep
+from lora.fast.weights import token_tables
+from lora.fast.why_not import why_not_hand_written, why_not_sharded
+from lora.kernels.step.ops import PLAIN
+from lora.training.checkpoint import restore_training_tensors, training_tensors
+from lora.training.losses import loss_for
+from lora.training.optim import build_optimizer, set_learning_rate
+from lora.training.plain_step import train_step
+from tests.tiny_llama import VOCABULARY
+
+RATES = (1e-2, 2e-2, 5e-3)
+SHARE = 0.3
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+MakeModel = Callable[..., Decoder]
+MakeBatch = Callable[..., Batch]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What trains beside LoRA."""
+
+    tied: bool = True
+    rows: Sequence[int] | Mapping[str, Sequence[int]] = ()
+    saved: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+
+
+CASES = {
+    "rows of tied tables": Case(rows=(5, 96, VOCABULARY, VOCABULARY + 1)),
+    "rows of two tables": Case(tied=False, rows=(40, 5, 17)),
+    "other rows of tied tables": Case(rows={EMBEDDING: (5, 6), HEAD: (6, 50, 51)}),
+    "rows of a tied head": Case(rows={HEAD: (7,)}),
+    "rows of an embedding": Case(tied=False, rows={EMBEDDING: (7, 9)}, layers=(2,)),
+    "embedding": Case(saved=("embed_tokens",), layers=(1,)),
+    "head": Case(saved=("lm_head",)),
+    "both tables": Case(tied=False, saved=("embed_tokens", "lm_head")),
+    "copies of tied tables": Case(saved=("embed_tokens", "lm_head", "norm")),
+    "head and rows": Case(tied=False, saved=("lm_head",), rows={EMBEDDING: (7, 9)}),
+    "norms": Case(saved=("input_layernorm", "model.norm")),
+    "a norm above": Case(saved=("model.layers.2.post_attention_layernorm",), layers=(1,)),
+    "a norm below": Case(saved=("model.layers.0.input_layernorm",), layers=(1, 2)),
+}
+
+
+def adapt(model: Decoder, case: Case) -> Decoder:
+    config = LoRAConfig(
+        rank=3, alpha=6.0, init_seed=0, layers=case.layers, modules_to_save=case.saved
+    )
+    apply_lora(model, config)
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.copy_(0.3 * torch.randn(layer.lora_B.shape, generator=draw))
+    if case.rows:
+        train_token_rows(model, case.rows)
+    assert why_not_hand_written(model) is None
+    return model
+
+
+def batches_of(make: MakeBatch, case: Case, number: int, *, packed: bool) -> list[Batch]:
+    """Return two micro-batches if packed, else one; trained tokens are in them more than once."""
+    made = [make(10 * number + index, packed=packed) for index in range(2 if packed else 1)]
+    ids = case.rows.get(EMBEDDING, (5,)) if isinstance(case.rows, Mapping) else case.rows
+    for batch in made:
+        for place, token in enumerate(ids):
+            batch.input_ids[:, place::7] = token
+            batch.labels[:, 6 + place :: 7] = token
+        batch.labels[batch.document_ids < 0] = -100
+    return made
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).detach().norm() / other.detach().norm().clamp(min=1e-9))
+
+
+def check(make_model: MakeModel, make_batch: MakeBatch, case: Case, **settings: Any) -> None:
+    """Train two copies of a model and compare all that comes of it; packed where LoRA is merged."""
+    packed = settings.get("merges", True)
+    plain = adapt(make_model(tied=case.tied), case)
+    fast = copy.deepcopy(plain)
+    frozen = {n: p.detach().clone() for n, p in plain.named_parameters() if not p.requires_grad}
+    step = FastStep(
+        fast, PLAIN, torch.float64, weight_decay=0.1, whole_rate_fraction=SHARE, **settings
+    )
+    optimizer = build_optimizer(plain, 1.0, 0.1, SHARE)
+    for number, rate in enumerate(RATES):
+        micro = batches_of(make_batch, case, number, packed=packed)
+        set_learning_rate(optimizer, rate)
+        expected = train_step(plain, micro, loss_for(plain), optimizer)
+        step.launch(micro, rate, number + 1)
+        loss, _, norm, taken = step.report.tolist()
+        assert loss == pytest.approx(expected.loss.item(), rel=1e-6)
+        assert norm == pytest.approx(expected.gradient_norm.item(), rel=1e-5)
+        assert taken == 1
+    others = dict(plain.named_parameters())
+    for name, parameter in fast.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]), name
+        else:
+            state, own = optimizer.state[others[name]], step.optimizer_state()[name]
+            assert relative(parameter, others[name]) < 1e-5, name
+            assert relative(own["exp_avg"], state["exp_avg"]) < 1e-4, name
+            assert relative(own["exp_avg_sq"], state["exp_avg_sq"]) < 1e-4, name
+    assert {n for n, _ in fast.named_parameters()} == others.keys()
+
+
+@pytest.mark.parametrize("merges", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_it_trains_as_the_plain_step_does(
+    tiny_decoder: MakeModel,
+    make_batch: MakeBatch,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    merges: bool,
+) -> None:
+    monkeypatch.setattr(buffers, "MAX_LOGITS_ELEMENTS", 97 * 20)  # the head in two parts
+    monkeypatch.setattr(token_tables, "MAX_ONE_HOT_ELEMENTS", 4 * 20)
+    check(tiny_decoder, make_batch, CASES[name], merges=merges, own_attention=merges)
+
+
+@pytest.mark.parametrize("mode", ["cheap", "full", "full+offload"])
+@pytest.mark.parametrize("name", ["rows of tied tables", "a norm below"])
+def test_it_trains_with_activation_checkpointing(
+    tiny_decoder: MakeModel, make_batch: MakeBatch, name: str, mode: str
+) -> None:
+    check(tiny_decoder, make_batch, CASES[name], merges=False, checkpointing=MODES[mode])
+
+
+@pytest.mark.parametrize("name", ["rows of tied tables", "copies of tied tables"])
+def test_a_saved_state_is_restored(
+    tiny_decoder: MakeModel, make_batch: MakeBatch, name: str
+) -> None:
+    case, steps = CASES[name], []
+    batches = [batches_of(make_batch, case, number, packed=True) for number in range(4)]
+    for model in (adapt(tiny_decoder(tied=case.tied), case) for _ in range(3)):
+        steps.append(FastStep(model, PLAIN, torch.float64, whole_rate_fraction=SHARE))
+    whole, first, second = steps
+    for number, batch in enumerate(batches):
+        whole.launch(batch, 1e-2, number + 1)
+    for number in (0, 1):
+        first.launch(batches[number], 1e-2, number + 1)
+    saved = copy.deepcopy(training_tensors(first.model, first.optimizer_state()))
+    second.load_optimizer_state(restore_training_tensors(second.model, saved))
+    for number in (2, 3):
+        second.launch(batches[number], 1e-2, number + 1)
+    assert torch.equal(second.flat.values, whole.flat.values)
+    assert torch.equal(second.flat.square, whole.flat.square)
+
+
+@pytest.mark.parametrize("name", ["rows of tied tables", "copies of tied tables"])
+def test_a_plan_counts_what_trains_beside_lora(tiny_decoder: MakeModel, name: str) -> None:
+    case = CASES[name]
+    step = FastStep(adapt(tiny_decoder(), case), PLAIN, torch.bfloat16)
+    plan = FastPlan(adapt(tiny_decoder(), case), 2, 16)
+    held = plan.memory(MODES["none"])
+    assert held.gradients == 4 * step.flat.values.numel()
+    assert plan.step.flat.segments(0.1) == step.flat.segments(0.1)
+
+
+def test_linears_that_train_whole_are_refused_by_name(tiny_decoder: MakeModel) -> None:
+    model = tiny_decoder()
+    config = LoRAConfig(rank=3, targets=("q_proj",), modules_to_save=("down_proj",))
+    apply_lora(model, config)
+    assert why_not_hand_written(model) == "model.layers.0.mlp.down_proj.weight trains beside LoRA"
+
+
+@pytest.mark.parametrize(("name", "why"), [("rows of tied tables", None), ("head", HEAD)])
+def test_whole_tables_are_not_sharded_by_the_step(
+    tiny_decoder: MakeModel, name: str, why: str | None
+) -> None:
+    case = CASES[name]
+    said = why_not_sharded(adapt(tiny_decoder(tied=case.tied), case))
+    assert said is None if why is None else said is not None and said.startswith(why)
