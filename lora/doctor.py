@@ -179,7 +179,7 @@ def _kernels(choice: DeviceChoice) -> Check:
     why_not = why_not_fast(model, choice)
     if why_not is None:
         return Check("kernels", "fast step: Triton kernels, one CUDA graph")
-    either = why_not_captured(model, TrainConfig()) if choice.device.type == "cuda" else None
+    either = why_not_captured(model) if choice.device.type == "cuda" else None
     is_captured = choice.device.type == "cuda" and either is None
     step = "captured step" if is_captured else "plain step"
     triton = "" if HAS_TRITON else "; Triton is not installed"

@@ -33,6 +33,7 @@ from lora.layers.trainable_tokens import (
     TrainableTokensLinear,
 )
 from lora.layers.vocabulary import resize_vocabulary
+from lora.layers.wide import outside_dtype
 from lora.lora_module import LoRALayer
 from lora.terminal import escaping_log
 
@@ -381,8 +382,9 @@ def _by_name(name: str, pattern: dict[str, int] | dict[str, float], default: flo
 
 
 def _moved_beside(original: nn.Module, trained: nn.Module) -> nn.Module:
-    """Changes `original` in place: to the device and dtype that its trained copy has now."""
-    return original.to(next(trained.parameters()))  # in place, so a tied head follows
+    """Changes `original` in place: to the device of its trained copy, and the dtype around it."""
+    device = next(trained.parameters()).device
+    return original.to(device, outside_dtype(trained))  # in place, so a tied head follows
 
 
 def _refuse_other_training(by_name: dict[str, tuple[int, ...]], applied: AppliedLoRA) -> None:

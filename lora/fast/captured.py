@@ -25,9 +25,10 @@ from lora.distributed.world import ALONE, World
 from lora.fast.bounds import DocumentBounds
 from lora.fast.chunked_loss import ChunkedLoss
 from lora.fast.graphs import Graphs
-from lora.fast.weights.flat import FlatParameters, Slot
+from lora.fast.weights.flat import FlatParameters
 from lora.fast.weights.update import N_TOTALS, FlatUpdate
 from lora.kernels.step.ops import Ops
+from lora.layers.wide import keep_outputs_narrow
 from lora.pretrained.transformers_models.bounded import find_bounds
 from lora.training.checkpoint import OptimizerState
 from lora.training.losses import transform_of
@@ -92,6 +93,7 @@ class CapturedStep:
         compiles: send the repeated blocks through torch.compile.
         world: processes that have parts of each micro-batch.
         dropouts: the model's, whose masks the processes draw together; None: each draws its own.
+        whole_rate_fraction: of the learning rate, for what trains beside LoRA.
     """
 
     def __init__(
@@ -107,11 +109,13 @@ class CapturedStep:
         compiles: bool = False,
         world: World = ALONE,
         dropouts: SharedDropouts | None = None,
+        whole_rate_fraction: float = 1.0,
     ) -> None:
         self.model, self.forward, self.choice = model, forward, choice
         self.compiles, self.loss = compiles, loss
         self.device = choice.device
-        self.flat = flatten_trained(model, self.device, 0 if world.is_alone else N_TOTALS)
+        n_totals = 0 if world.is_alone else N_TOTALS
+        self.flat = flatten_trained(model, self.device, n_totals, whole_rate_fraction)
         self.update = FlatUpdate(
             self.flat,
             ops.adamw,
@@ -239,21 +243,27 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def flatten_trained(model: nn.Module, device: torch.device, n_totals: int = 0) -> FlatParameters:
+def flatten_trained(
+    model: nn.Module, device: torch.device, n_totals: int = 0, whole_rate_fraction: float = 1.0
+) -> FlatParameters:
     """Changes what trains in `model` in place: fp32 views of one flat buffer, values kept.
 
     Slots are in the order of `trained(model)`; `n_totals` as in FlatParameters.
     """
     parameters = trained(model)
     wide = torch.float64 if all(p.dtype == torch.float64 for p in parameters) else torch.float32
+    narrow = keep_outputs_narrow(model)
+    if isinstance(model, LanguageModel):
+        model.cache_dtype = narrow or model.cache_dtype
     # Values in fp32 whatever the model's dtype: AdamW's small steps are lost in bf16.
     # Any decay above 0 tells matrices from norms, biases and embeddings; the value is the update's.
-    decaying = {
-        id(p) for group in parameter_groups(model, 1.0) if group["weight_decay"] > 0
-        for p in group["params"]
-    }  # fmt: skip
-    flat = FlatParameters(device, wide, n_totals)
-    slots: list[Slot] = [flat.reserve(tuple(p.shape), decays=id(p) in decaying) for p in parameters]
+    groups = parameter_groups(model, 1.0, whole_rate_fraction)
+    group_of = {id(p): group for group in groups for p in group["params"]}
+    flat, slots = FlatParameters(device, wide, n_totals), []
+    for parameter in parameters:
+        group = group_of[id(parameter)]
+        decays, fraction = group["weight_decay"] > 0, group["learning_rate_share"]
+        slots.append(flat.reserve(tuple(parameter.shape), decays=decays, lr_fraction=fraction))
     flat.allocate()
     for slot, parameter in zip(slots, parameters, strict=True):
         slot.values.copy_(parameter)

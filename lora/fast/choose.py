@@ -120,7 +120,7 @@ def choose_steps(
         on_message(steps.describe())
         return steps
     # Slower than the fast step, but any model's own forward can be captured.
-    why_not_either = why_not_captured(model, config)
+    why_not_either = why_not_captured(model)
     if why_not_either is not None:
         on_message(f"plain step: {why_not}; {why_not_either}")
         return plain()

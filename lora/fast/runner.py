@@ -297,6 +297,7 @@ class CapturedStepRunner(DeviceStepRunner):
             compiles=compiles,
             world=world,
             dropouts=SharedDropouts(model, world.share, size, config.seed),
+            whole_rate_fraction=config.whole_rate_fraction,
         )
         kind = str(choice.compute_dtype).removeprefix("torch.")
         blocks = "compiled blocks" if compiles else "blocks as they are"

@@ -26,6 +26,7 @@ from lora.fast.weights.adapted import DropoutMasks
 from lora.fast.weights.flat import FlatParameters
 from lora.fast.weights.update import N_TOTALS, FlatUpdate
 from lora.kernels.step.ops import Ops
+from lora.layers.wide import keep_outputs_narrow
 from lora.lora_module import LoRALayer
 from lora.training.out_of_memory import is_out_of_memory
 
@@ -34,8 +35,9 @@ class FastStep(HandWrittenStep):
     """Trains `model` on batches of one shape.
 
     Args:
-        model: a decoder whose LoRA parameters, or all of whose parameters, train; they become views
-            of one flat buffer, and frozen weights take `dtype`.
+        model: a decoder of which LoRA trains, maybe with embedding rows, token tables and norms, or
+            all of which trains. What trains becomes views of one flat buffer, and frozen weights
+            take `dtype`.
         ops: operations between the matmuls.
         dtype: compute dtype, and that of the activations.
         weight_decay: of matrices.
@@ -78,6 +80,7 @@ class FastStep(HandWrittenStep):
         # fp8 weights stay codes: merging would need a second base in the compute dtype.
         narrow = model.config.hidden_size < MERGE_BELOW_WIDTH and not has_fp8_base(model)
         self.merges = narrow if merges is None else merges
+        model.cache_dtype = keep_outputs_narrow(model) or model.cache_dtype
         ring = None
         if base is not None:
             self.merges = False  # the sum would have to be gathered in every step

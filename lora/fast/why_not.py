@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from lora.config import TrainConfig
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
 from lora.decoder.language_model import LanguageModel
@@ -23,7 +22,6 @@ from lora.layers.fp8 import LoRAFp8Linear
 from lora.layers.trainable_tokens import TrainableTokensEmbedding, TrainableTokensLinear
 from lora.lora_module import LoRALinear
 from lora.stacked.apply import StackedAdapters
-from lora.training.optim import parameter_groups
 
 MAX_HEAD_WIDTH = 256
 MIN_FP8_CAPABILITY = (9, 0)
@@ -88,14 +86,10 @@ def why_not_sharded(model: Decoder) -> str | None:
     return f"{whole[0]} trains whole, and is a part of what is sharded" if whole else None
 
 
-def why_not_captured(model: nn.Module, config: TrainConfig) -> str | None:
+def why_not_captured(model: nn.Module) -> str | None:
     """Return why `model`'s step cannot be captured as it is, or None if it can."""
     if not isinstance(model, LanguageModel):
         return f"{type(model).__name__} has a loss of its own"
-    # The captured update is one AdamW kernel over one flat buffer at one learning rate.
-    groups = parameter_groups(model, config.weight_decay, config.whole_rate_fraction)
-    if any(group["learning_rate_share"] != 1 for group in groups):
-        return "fully trained modules beside LoRA have a learning rate of their own"
     return None
 
 
@@ -169,7 +163,6 @@ def _trains_beside(model: Decoder) -> Iterator[Tensor]:
         yield table.get_parameter("weight")
         if isinstance(table, TrainableTokensEmbedding | TrainableTokensLinear):
             yield table.token_rows
-    for owner in (model.trunk, *model.trunk.blocks()):
-        for norm in owner.children():
-            if isinstance(norm, RMSNorm):
-                yield norm.weight
+    for norm in model.trunk.modules():
+        if isinstance(norm, RMSNorm):
+            yield norm.weight

@@ -1,25 +1,30 @@
-"""Token rows and whole modules that train beside LoRA: the hand-written step against the plain."""
+"""Embedding rows and whole modules beside LoRA: the hand-written step against the plain one."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lora.adapters.apply import apply_lora, lora_layers, train_token_rows
-from lora.config import LoRAConfig
+from lora.adapters.apply import apply_lora, disabled_adapter, lora_layers, train_token_rows
+from lora.adapters.save_load import load_adapter, save_adapter
+from lora.config import LoRAConfig, SamplingConfig, TrainConfig
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
+from lora.device import DeviceChoice
 from lora.fast.llama import buffers
 from lora.fast.llama.checkpointing import MODES
 from lora.fast.memory.fast_step import FastPlan
+from lora.fast.runner import CapturedStepRunner, DeviceStepRunner, FastStepRunner
 from lora.fast.step import FastStep
 from lora.fast.weights import token_tables
 from lora.fast.why_not import why_not_hand_written, why_not_sharded
+from lora.inference.generate import generate
 from lora.kernels.step.ops import PLAIN
 from lora.training.checkpoint import restore_training_tensors, training_tensors
 from lora.training.losses import loss_for
@@ -27,6 +32,7 @@ from lora.training.optim import build_optimizer, set_learning_rate
 from lora.training.plain_step import train_step
 from tests.tiny_llama import VOCABULARY
 
+CPU = DeviceChoice(torch.device("cpu"), torch.bfloat16, "for a test")
 RATES = (1e-2, 2e-2, 5e-3)
 SHARE = 0.3
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -190,3 +196,35 @@ def test_whole_tables_are_not_sharded_by_the_step(
     case = CASES[name]
     said = why_not_sharded(adapt(tiny_decoder(tied=case.tied), case))
     assert said is None if why is None else said is not None and said.startswith(why)
+
+
+@pytest.mark.parametrize("kind", ["fast", "captured"])
+def test_modules_that_train_in_fp32_fit_a_bf16_model(
+    tiny_decoder: MakeModel, make_batch: MakeBatch, tmp_path: Path, kind: str
+) -> None:
+    case = Case(saved=("embed_tokens", "lm_head", "input_layernorm"))
+    model = adapt(tiny_decoder(dtype=torch.bfloat16), case)
+    before = model(make_batch(0, packed=True).input_ids)
+    config = TrainConfig(max_grad_norm=0.0)
+    step: DeviceStepRunner = (
+        FastStepRunner(model, CPU, config)
+        if kind == "fast"
+        else CapturedStepRunner(model, CPU, config, compiles=False)
+    )
+    kinds = {name: p.dtype for name, p in model.named_parameters()}
+    assert {kinds[n] for n in kinds if n.endswith("q_proj.weight")} == {torch.bfloat16}
+    assert kinds[f"{EMBEDDING}.weight"] == kinds[f"{HEAD}.weight"] == torch.float32
+    for number in range(4):
+        step.launch(number + 1, [make_batch(number, packed=True)], [1e-4])
+    assert len(step.finished(wait=True)) == 4
+    after = model(make_batch(0, packed=True).input_ids)
+    assert after.dtype is before.dtype is torch.bfloat16
+    assert 0 < relative(after.float(), before.float()) < 0.2
+    prompts = [[1, 2, 3], [4]]
+    answers = generate(model, prompts, SamplingConfig(max_new_tokens=3))
+    with disabled_adapter(model):  # a tied head keeps the dtype that the base has
+        assert model(make_batch(0, packed=True).input_ids).dtype is torch.bfloat16
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    save_adapter(model, tmp_path / "adapter")
+    loaded = load_adapter(tiny_decoder(dtype=torch.bfloat16), tmp_path / "adapter")
+    assert generate(loaded, prompts, SamplingConfig(max_new_tokens=3)) == answers

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora.adapters.apply import apply_lora, lora_layers
+from lora.adapters.apply import apply_lora, lora_layers, train_token_rows
 from lora.config import LoRAConfig, TrainConfig
 from lora.data.sequences.batches import Batch, needs_mask
 from lora.decoder.decoder import Decoder
@@ -83,7 +83,7 @@ def check(model: nn.Module, batches: list[list[Batch]]) -> None:
     """Train copies of `model` both ways on the same steps and compare all that comes of it."""
     plain, own = model, copy.deepcopy(model)
     steps = captured(own)
-    optimizer = build_optimizer(plain, 1.0, 0.1)
+    optimizer = build_optimizer(plain, 1.0, 0.1, TrainConfig().whole_rate_fraction)
     for number, (rate, micro) in enumerate(zip(RATES, batches, strict=True), 1):
         set_learning_rate(optimizer, rate)
         expected = train_step(plain, micro, loss_for(plain), optimizer)
@@ -114,6 +114,19 @@ def test_decoders_step_as_the_plain_step(
     prepared = adapt(model) if kind == "lora" else model.requires_grad_(True)
     numbers = [range(10 * n, 10 * n + n_micro) for n in range(len(RATES))]
     check(prepared, [[make_batch(n, packed=packed) for n in step] for step in numbers])
+
+
+@pytest.mark.parametrize("saved", [("embed_tokens",), ("lm_head", "mlp"), ("norm",), ()])
+def test_what_trains_beside_lora_has_a_rate_of_its_own(
+    tiny_decoder: Callable[..., Decoder],
+    make_batch: Callable[..., Batch],
+    saved: tuple[str, ...],
+) -> None:
+    targets = ("q_proj", "v_proj")
+    model = adapt(tiny_decoder(dtype=torch.float32), targets=targets, modules_to_save=saved)
+    if not saved:
+        train_token_rows(model, (5, 96, 97))
+    check(model, [[make_batch(n, packed=True)] for n in range(len(RATES))])
 
 
 def test_transformers_models_step_as_the_plain_step(
@@ -241,11 +254,6 @@ def test_blocks_are_compiled_inside_and_themselves_after(
 
 
 def test_reasons_against_it(tiny_decoder: Callable[..., Decoder]) -> None:
-    config = TrainConfig()
-    assert why_not_captured(adapt(tiny_decoder()), config) is None
-    assert "loss of its own" in (
-        why_not_captured(adapt(nn.Sequential(nn.Linear(8, 8))), config) or ""
-    )
-    beside = adapt(tiny_decoder(), modules_to_save=("embed_tokens",))
-    assert "a learning rate of their own" in (why_not_captured(beside, config) or "")
-    assert isinstance(choose_steps(adapt(tiny_decoder()), CPU, config), PlainStepRunner)
+    assert why_not_captured(adapt(tiny_decoder())) is None
+    assert "loss of its own" in (why_not_captured(adapt(nn.Sequential(nn.Linear(8, 8)))) or "")
+    assert isinstance(choose_steps(adapt(tiny_decoder()), CPU, TrainConfig()), PlainStepRunner)

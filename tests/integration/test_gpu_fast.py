@@ -229,7 +229,7 @@ def test_reasons_against_it_are_told() -> None:
     assert "gelu" in (why_not_fast(build(feed_forward=gelu), choice) or "")
     wide = AttentionConfig(2, 1, 320)
     assert "width is 320" in (why_not_fast(build(attention=wide), choice) or "")
-    beside = adapt(build(), modules_to_save=("embed_tokens",))
+    beside = adapt(build(), targets=("q_proj",), modules_to_save=("down_proj",))
     assert "trains beside LoRA" in (why_not_fast(beside, choice) or "")
     fp32 = choose_device("cuda", "fp32")
     assert "bf16" in (why_not_fast(adapt(build()), fp32) or "")

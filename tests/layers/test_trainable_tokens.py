@@ -23,7 +23,6 @@ from lora.decoder.config import (
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.device import choose_device
 from lora.errors import ConfigError, ModelError, TargetError
-from lora.fast.why_not import _why_not_trained
 from lora.layers.token_tables import find_token_tables
 from lora.layers.vocabulary import resize_vocabulary
 from lora.lora_module import count_lora_parameters
@@ -224,13 +223,6 @@ def test_transformers_models_grow_too(tiny_model: Callable[[str], nn.Module]) ->
         assert find_token_tables(model).is_tied is not name.endswith("untied")
         remove_lora(model)
         assert torch.equal(model(tokens).logits, before)
-
-
-def test_the_fast_step_is_not_taken(fill_random: Fill) -> None:
-    assert (
-        _why_not_trained(with_rows(fill_random, tied=True))
-        == "single embedding rows train (trainable tokens)"
-    )
 
 
 def test_what_cannot_train_is_refused_and_the_model_unchanged(fill_random: Fill) -> None:

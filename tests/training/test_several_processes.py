@@ -110,7 +110,7 @@ def _transformers(dtype: torch.dtype) -> nn.Module:
     return apply_lora(model, LoRAConfig(rank=4, init_seed=3, dropout=0.3))
 
 
-UNCLIPPED = train_config(16, 2, whole_rate_fraction=1.0, max_grad_norm=0.0)
+UNCLIPPED = train_config(16, 2, max_grad_norm=0.0)
 """The flat update has its norm in fp32: the factor of clipping would have that rounding."""
 CASES = {
     "packed": Case(_lora, train_config(8)),
@@ -123,6 +123,8 @@ CASES = {
     "hand-written": Case(_lora, train_config(8), runner=fast),
     "hand-written, accumulation": Case(_lora, train_config(16, 2), packing=False, runner=fast),
     "hand-written, all weights": Case(_full, train_config(8), runner=fast),
+    "hand-written, embedding rows": Case(_token_rows, train_config(16, 2), runner=fast),
+    "hand-written, modules to save": Case(_modules, UNCLIPPED, runner=fast),
     "hand-written, dropout": Case(_dropout, train_config(16, 2), runner=fast),
     "captured": Case(_modules, UNCLIPPED, runner=captured),
     "captured, dropout": Case(_transformers, train_config(8), packing=False, runner=captured),

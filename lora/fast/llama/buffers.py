@@ -90,6 +90,8 @@ MAX_LOGITS_ELEMENTS = 2**28
 """Logits that exist at once."""
 MAX_LOGITS_ELEMENTS_RECOMPUTING = 2**26
 """The same with activation checkpointing, where memory counts for more than long matmuls."""
+ROW_STEP = 8
+"""Columns from one row of logits to the next are a multiple of this."""
 FEED_FORWARD_CHUNK_TOKENS = 4096
 """Tokens that go through a feed-forward at once with activation checkpointing."""
 
@@ -208,7 +210,9 @@ class Buffers:
         self.d_swiglu_out = scratch[: chunk * feed].view(chunk, feed)  # (chunk, F)
         elements = MAX_LOGITS_ELEMENTS_RECOMPUTING if self.recomputes else MAX_LOGITS_ELEMENTS
         n_logits = max(1, min(n, elements // widths.vocabulary))
-        self.logits = like.new_empty(n_logits, widths.vocabulary)  # (chunk, V)
+        # Added tokens make V odd; rows that begin at multiples of 16 bytes keep matmuls fast.
+        columns = -(-widths.vocabulary // ROW_STEP) * ROW_STEP
+        self.logits = like.new_empty(n_logits, columns)[:, : widths.vocabulary]  # (chunk, V)
         self.losses = torch.empty(n, dtype=self.rstd.dtype, device=like.device)  # (N,)
 
     def add_head_norms(self, columns: int) -> None:

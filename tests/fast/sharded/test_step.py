@@ -99,7 +99,8 @@ def _check_all(world: World, pairs: list[tuple[str, str]]) -> bool:
     ("size", "pairs"),
     [
         (2, [("tied", "none"), ("untied, biases, four blocks", "cheap"), ("fp8", "full+offload")]),
-        (3, [("middle block", "full"), ("rows of tied tables, norms", "cheap"), ("fp8, biases, two targets, dropout", "cheap")]),
+        (3, [("middle block", "full"), ("fp8, biases, two targets, dropout", "cheap")]),
+        (3, [("rows of tied tables, norms", "cheap")]),
     ],
 )
 def test_sharded_steps_equal_the_whole_ones(size: int, pairs: list[tuple[str, str]]) -> None:
