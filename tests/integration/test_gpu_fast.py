@@ -104,8 +104,12 @@ def batch(*, packed: bool, rows: int = 2, tokens: int = 192) -> Batch:
 
 
 def check_gradients(model: Decoder, kind: str, batches: Batch, **settings: Any) -> None:
-    """Check the step's gradients, in bf16, against the plain ones in fp32."""
-    plain = model.requires_grad_(True) if kind == "full" else adapt(model)
+    """Check the step's gradients, in bf16, against the plain ones in fp32; LoRA is put on."""
+    if kind == "full":
+        model.requires_grad_(True)
+    elif not lora_layers(model):
+        adapt(model)
+    plain = model
     fast, plain = copy.deepcopy(plain).cuda(), plain.cuda()
     step = FastStep(fast, TRITON, torch.bfloat16, merges=kind == "merged", **settings)
     step.launch([batches], 0.0)
