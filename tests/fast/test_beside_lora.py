@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from lora.training.checkpoint import restore_training_tensors, training_tensors
 from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer, set_learning_rate
 from lora.training.plain_step import train_step
+from tests.fast.conftest import CAPPED, GEMMA, GRANITE, OLMO
 from tests.tiny_llama import VOCABULARY
 
 CPU = DeviceChoice(torch.device("cpu"), torch.bfloat16, "for a test")
@@ -48,6 +49,8 @@ class Case:
     rows: Sequence[int] | Mapping[str, Sequence[int]] = ()
     saved: tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Fields of the decoder's config."""
 
 
 CASES = {
@@ -63,6 +66,13 @@ CASES = {
     "head and rows": Case(tied=False, saved=("lm_head",), rows={EMBEDDING: (7, 9)}),
     "norms": Case(saved=("input_layernorm", "model.norm")),
     "a norm above": Case(saved=("model.layers.2.post_attention_layernorm",), layers=(1,)),
+    "rows in Gemma": Case(rows=(5, 6), changes=GEMMA),
+    "embedding of Granite": Case(saved=("embed_tokens",), changes=GRANITE),
+    "rows under a cap": Case(rows=(5, VOCABULARY), tied=False, changes=CAPPED),
+    "norms behind halves": Case(
+        saved=("post_feedforward_layernorm",), layers=(1, 2), changes={**GEMMA, **OLMO}
+    ),
+    "norms of queries": Case(saved=("q_norm",), layers=(1,), changes={"qk_norm": "head"}),
     "a norm below": Case(saved=("model.layers.0.input_layernorm",), layers=(1, 2)),
 }
 
@@ -101,7 +111,7 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
 def check(make_model: MakeModel, make_batch: MakeBatch, case: Case, **settings: Any) -> None:
     """Train two copies of a model and compare all that comes of it; packed where LoRA is merged."""
     packed = settings.get("merges", True)
-    plain = adapt(make_model(tied=case.tied), case)
+    plain = adapt(make_model(tied=case.tied, **case.changes), case)
     fast = copy.deepcopy(plain)
     frozen = {n: p.detach().clone() for n, p in plain.named_parameters() if not p.requires_grad}
     step = FastStep(
