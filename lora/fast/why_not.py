@@ -83,7 +83,7 @@ def why_not_sharded(model: Decoder) -> str | None:
     """Return why the hand-written step cannot train `model` over sharded weights, or None."""
     tables = {id(model.get_input_embeddings().weight), id(model.output_head().weight)}
     whole = [n for n, p in model.named_parameters() if id(p) in tables and p.requires_grad]
-    return f"{whole[0]} trains whole, and is a part of what is sharded" if whole else None
+    return f"{whole[0]} is fully trained, but sharded tables are frozen" if whole else None
 
 
 def why_not_captured(model: nn.Module) -> str | None:
