@@ -151,9 +151,20 @@ def _refuse_differences(drawn: list[Values]) -> None:
 
 def _refuse_dropout(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            raise ConfigError(
-                f"Cannot train several adapters at once on a base with dropout ({name!r}: "
-                f"{module.p:g}): all adapters would share its random numbers. Set the base's "
-                "dropout to 0, or train the adapters one by one."
-            )
+        for key, probability in _dropouts(module).items():
+            if probability > 0:
+                full_name = ".".join(part for part in (name, key) if part)
+                raise ConfigError(
+                    f"Cannot train several adapters at once on a base with dropout ({full_name!r}: "
+                    f"{probability:g}): all adapters would share its random numbers. Set the "
+                    "base's dropout to 0 in its config.json, or train the adapters one by one."
+                )
+
+
+def _dropouts(module: nn.Module) -> dict[str, float]:
+    """Return the probabilities with which `module` itself drops values, by attribute."""
+    if isinstance(module, nn.Dropout):
+        return {"": module.p}
+    # transformers' models also drop by F.dropout, with a number that they store under such a name.
+    own = {key: value for key, value in vars(module).items() if "drop" in key}
+    return {key: value for key, value in own.items() if isinstance(value, float)}

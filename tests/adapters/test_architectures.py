@@ -122,6 +122,7 @@ def test_gradients_and_files_are_peft_s(name: str, targets: Any, tmp_path: Path,
     loss, n_tokens = loss_for(ours)(ours, batch())
     wanted_loss = loss_of(theirs(ids(), use_cache=False).logits)
     assert n_tokens.item() == 16
+    assert not as_language_model(tiny_transformers(name)).needs_all_logits
     assert_close(loss[0], wanted_loss)
     loss.sum().backward()
     wanted_loss.backward()

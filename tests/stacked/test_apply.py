@@ -11,9 +11,11 @@ from lora.adapters.apply import apply_lora
 from lora.adapters.save_load import save_adapter
 from lora.config import LoRAConfig
 from lora.errors import ConfigError
+from lora.pretrained.transformers_models.load import as_language_model
 from lora.stacked.apply import apply_stacked, remove_stacked, single_adapter
 from models.bigram_lm_v2 import BigramLanguageModel
 from models.bigram_lm_v2_lora import EMBEDDINGS
+from tests.pretrained.tiny_models import VOCAB, tiny_transformers
 
 CONFIGS = [
     LoRAConfig(rank=2, alpha=3.0, modules_to_save=EMBEDDINGS, init_seed=1),
@@ -66,3 +68,32 @@ def test_what_cannot_be_stacked_is_refused() -> None:
     with pytest.raises(ConfigError, match="only one of them trains"):
         apply_stacked(model, [CONFIGS[0], LoRAConfig(init_seed=1, rank=2)], (1, 2))
     assert apply_lora(model, CONFIGS[0]) is model
+
+
+@pytest.mark.parametrize(
+    "name", ["gptj", "falcon-alibi", "bloom", "phi3", "mixtral", "llama4_text", "gpt_oss", "mamba"]
+)
+def test_candidates_on_transformers_models_compute_as_alone(name: str) -> None:
+    pytest.importorskip("transformers")
+    model = as_language_model(tiny_transformers(name))
+    configs = [LoRAConfig(rank=rank, alpha=9.0, init_seed=rank) for rank in (2, 3)]
+    ids = torch.randint(1, VOCAB, (4, 9), generator=torch.Generator().manual_seed(5))
+    stacked = apply_stacked(model, configs, (1, 2))
+    draw = torch.Generator().manual_seed(6)
+    for k in range(2):
+        values = stacked.values(k)
+        stacked.fill(k, {n: torch.randn(t.shape, generator=draw) * 0.1 for n, t in values.items()})
+    kept = [stacked.values(k) for k in range(2)]
+    with torch.no_grad():
+        logits = model(ids).chunk(2)
+        remove_stacked(model, stacked)
+        for k, config in enumerate(configs):
+            with single_adapter(model, config, kept[k]):
+                torch.testing.assert_close(logits[k], model(ids.chunk(2)[k]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_base_that_drops_without_a_dropout_module_is_refused() -> None:
+    pytest.importorskip("transformers")
+    model = as_language_model(tiny_transformers("opt"))  # F.dropout by a number in its blocks
+    with pytest.raises(ConfigError, match=r"base with dropout \('model.decoder.dropout': 0.1\)"):
+        apply_stacked(model, [LoRAConfig(rank=2, init_seed=1)], (1,))

@@ -143,7 +143,13 @@ class TransformersModel(LanguageModel):
     def _network(self) -> Any:
         """Return what makes hidden states: of a multimodal model the part for text."""
         is_text = self.config.text is self.theirs.config
-        return self.theirs.base_model if is_text else self.theirs.get_decoder()
+        found: Any = self.theirs.base_model if is_text else self.theirs.get_decoder()
+        if found is not self.theirs:
+            return found
+        # Its name for it is that of another model (Llama 4): the part that holds the embedding.
+        embedding = self.get_input_embeddings()
+        parts = (m for m in self.theirs.children() if embedding in m.modules() and m != embedding)
+        return next(parts, found)
 
     @torch.no_grad()
     def _has_plain_head(self) -> bool:
