@@ -45,7 +45,7 @@ MIN_FREE_BYTES = 2**30
 """Required free disk space and free memory; less is too little for any real model."""
 NEEDED = ("torch", "safetensors", "tokenizers", "numpy", "jinja2", "gguf", "rich")
 OPTIONAL = {
-    "transformers": ("transformers' own models, and scoring with them", "bench"),
+    "transformers": ("models without a native decoder", "hf"),
     "peft": ("lora compare --peft", "bench"),
     "pyarrow": ("Parquet files", "data"),
     "datasets": ("data sets by owner/name on the hub", "data"),

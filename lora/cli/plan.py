@@ -131,7 +131,8 @@ def plan(
     check_native_only(config, fp8=base_dtype == "fp8", fsdp=parallel == "fsdp")
     if code.kind != "native":
         print_note(code.describe())
-    how_read = settled_packing(how_read, config, print_note)
+    compute_dtype = torch.bfloat16 if kind == "cuda" else torch.float32
+    how_read = settled_packing(how_read, config, print_note, compute_dtype)
     mode, memory_gb = memory_config.memory, memory_config.memory_gb
     room = available_bytes(kind) if memory_gb is None else round(memory_gb * 1e9)
     if room is not None and memory_gb is None and kind == "cpu":
@@ -142,7 +143,7 @@ def plan(
         micro_batch_size=world.share.largest(train.micro_batch_size),
         tokens=how_read.max_length,
         device_type=kind,
-        compute_dtype=torch.bfloat16 if kind == "cuda" else torch.float32,
+        compute_dtype=compute_dtype,
         micro_batches=train.gradient_accumulation,
         packed=how_read.is_packed,
         fp8=base_dtype == "fp8",

@@ -64,7 +64,8 @@ def _measure_base(
 ) -> BaseResult:
     source = find_model(job.model)
     given = job.finetune_job(MemberTask("lora", train, run))
-    finetune_job = settled_task(given, source.folder, None, progress.message)
+    dtype = choice.compute_dtype
+    finetune_job = settled_task(given, source.folder, None, progress.message, dtype)
     data, report = load_data(finetune_job, source.folder, progress, world)
     for note in report.notes + report.warnings:
         progress.message(f"note: {note}")
@@ -101,7 +102,7 @@ def run_member(job: DecoderJob, task: MemberTask, progress: Progress) -> MemberR
                 job.finetune_job(replace(task, resume=True)),
                 find_model(job.model).folder,
             )
-            begun = settled_task(begun, folder, None, lambda message: None)
+            begun = settled_task(begun, folder, None, lambda message: None, choice.compute_dtype)
             data, _ = load_data(begun, folder, NoProgress(), world)
             evaluator = Evaluator(job, task.run, data, choice, progress, world)
             after = evaluator.evaluate(model, tokenizer)

@@ -126,7 +126,7 @@ def _finetune(
     job = replace(job, resume=resumes(job.run, job.resume, world, progress.message))
     job = _check(job, world)
     source = find_model_of(job.model, job.from_adapter)
-    job = _settled(job, source, world, progress)
+    job = _settled(job, source, choice, world, progress)
     inputs = _find_inputs(job, source, choice, world, progress, show_data)
     has_validation = inputs.data.validation is not None
     check_patience(job.run, resume=job.resume, has_validation=has_validation)
@@ -207,7 +207,7 @@ def _with_steps(job: FinetuneJob, data: PreparedData, world: World) -> FinetuneJ
 
 
 def _settled(
-    job: FinetuneJob, source: ModelSource, world: World, progress: Progress
+    job: FinetuneJob, source: ModelSource, choice: DeviceChoice, world: World, progress: Progress
 ) -> FinetuneJob:
     """Return the job with the code that runs its model; a resumed run keeps what it began with.
 
@@ -220,7 +220,7 @@ def _settled(
         return find_implementation("auto", job.from_adapter, source.folder)
 
     recorded = world.on_main(read, "the recorded implementation")
-    settled = settled_task(job, source.folder, recorded, progress.message)
+    settled = settled_task(job, source.folder, recorded, progress.message, choice.compute_dtype)
     check_native_only(
         model_config(source.folder, settled.implementation),
         fp8=job.base_dtype == "fp8",

@@ -23,7 +23,6 @@ from lora.inference.eval_config import choose_metrics
 from lora.inference.scoring.json_fields import count_fields, parse_json, right_fields
 from lora.inference.scoring.labels import Classification, classify
 from lora.inference.scoring.overlap import check_overlap_packages, corpus_bleu, rouge_l
-from lora.pretrained.load.task import settled_packing
 from lora.training.losses import loss_for
 from lora.training.plain_step import evaluate
 
@@ -197,7 +196,7 @@ def loss_of(
     `on_progress(done, total)` is called with batches.
     """
     pad, _ = choose_pad_id(tokenizer, model.config.vocab_size)
-    packing = settled_packing(config, model.config).is_packed
+    packing = config.is_packed and model.why_not_packed is None
     sequences = build_sequences(
         encoded.documents, config.max_length, packing=packing, pad_id=pad, seed=0
     )

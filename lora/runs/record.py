@@ -17,6 +17,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -284,7 +285,8 @@ class RunResult:
 def describe_environment() -> Environment:
     """Return the versions of the packages in use and the kind of this machine."""
     versions = {}
-    for package in ("lora-lm", "torch", "safetensors", "tokenizers", "numpy"):
+    used = ("transformers",) if "transformers" in sys.modules else ()
+    for package in ("lora-lm", "torch", "safetensors", "tokenizers", "numpy", *used):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return Environment(

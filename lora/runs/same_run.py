@@ -37,7 +37,10 @@ FREE = {
 FINGERPRINTS = ("data.fingerprint", "data.held_out_fingerprint")
 """The fields of the data that count: a file may be moved."""
 
-MACHINE = ("device", "threads", "environment.versions.torch", "world_size", "parallel")
+MACHINE = (
+    *("device", "threads", "environment.versions.torch", "environment.versions.transformers"),
+    *("world_size", "parallel"),
+)
 """Fields that may change, at the price of different last bits."""
 
 

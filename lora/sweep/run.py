@@ -135,7 +135,7 @@ def _sweep(
     source = find_model(job.model)
     # An architecture that nothing runs is refused before the data are read.
     recorded = world.on_main(lambda: recorded_code(job), "the recorded implementation")
-    job = settled_task(job, source.folder, recorded, progress.message)
+    job = settled_task(job, source.folder, recorded, progress.message, choice.compute_dtype)
     data = prepare_sweep(job, source.folder, progress, world)
     job = replace(job, train=job.train.with_steps(len(data.train)))
     check_same_sweep(job)  # with the steps that the epochs take

@@ -333,3 +333,19 @@ def test_tables_of_older_files_are_not_parameters(tmp_path: Path) -> None:
     old = {"gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9)}
     rewrite(folder, lambda tensors: {**tensors, **old})
     load_language_model(folder)
+
+
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_a_model_whose_tokens_see_those_after_them_is_refused(
+    is_decoder: bool, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 40}
+    config = transformers.BertGenerationConfig(
+        **sizes, num_attention_heads=2, is_decoder=is_decoder
+    )
+    transformers.BertGenerationDecoder(config).save_pretrained(tmp_path)
+    if is_decoder:
+        load_language_model(tmp_path)
+        return
+    with pytest.raises(ModelError, match=r"tokens see those after them[\s\S]*is_decoder"):
+        load_language_model(tmp_path)

@@ -57,7 +57,7 @@ def find_architecture(config: dict[str, Any]) -> Architecture:
     described = describe_architecture(config)
     if config.get("quantization_config") is not None:
         raise ModelError(_quantised(described, config["quantization_config"]))
-    version = _checked_version(described)
+    version = _checked_version(described, config.get("model_type"))
     model_type = _known_type(config, described, version)
     from transformers.models.auto import modeling_auto
 
@@ -104,22 +104,19 @@ def _class_name(found: Any) -> str | None:
     return found if isinstance(found, str) or found is None else str(found[0])
 
 
-def _checked_version(described: str) -> str:
+def _checked_version(described: str, model_type: object) -> str:
     version, least = transformers_version(), ".".join(map(str, MIN_TRANSFORMERS))
-    native = f"Native here: {', '.join(sorted(FAMILIES))}."
-    if version is None:
-        raise DependencyError(
-            f"Cannot load this {described}: there is no native decoder for it, and transformers, "
-            f"whose code can run it, is not installed. {native} Run: {install_extra('hf')}"
-        )
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers is None or (int(numbers[1]), int(numbers[2])) < MIN_TRANSFORMERS:
-        raise DependencyError(
-            f"Cannot load this {described}: there is no native decoder for it, and transformers "
-            f"{version} is installed; {least} or newer is needed. {native} "
-            f"Run: {install_extra('hf')}"
-        )
-    return version
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    if version and numbers and (int(numbers[1]), int(numbers[2])) >= MIN_TRANSFORMERS:
+        return version
+    found = "not installed" if version is None else f"here in version {version}"
+    native = f"no native decoder is for it (native: {', '.join(sorted(FAMILIES))})"
+    if model_type in FAMILIES:
+        native = "a native decoder is not to run it, or does not have all of its settings"
+    raise DependencyError(
+        f"Cannot load this {described}: {native}, and transformers, whose code can run it, is "
+        f"{found}. Version {least} or newer is needed. Run: {install_extra('hf')}"
+    )
 
 
 def _known_type(config: dict[str, Any], described: str, version: str) -> str:

@@ -59,9 +59,12 @@ def empty_language_model(config: ModelConfig) -> LanguageModel:
     return build_empty_decoder(as_decoder_config(config))
 
 
-def why_not_packed(config: ModelConfig) -> str | None:
+def why_not_packed(config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> str | None:
     """Return why examples in one sequence would see each other; None if they do not."""
-    return config.traits.why_not_packed if isinstance(config, TransformersConfig) else None
+    if not isinstance(config, TransformersConfig):
+        return None
+    traits, is_narrow = config.traits, compute_dtype in (torch.bfloat16, torch.float16)
+    return traits.why_not_packed_narrow if is_narrow else traits.why_not_packed
 
 
 def load_language_model(

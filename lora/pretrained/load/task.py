@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from lora.config import DataConfig, ImplementationName
 from lora.data.task import Task
 from lora.decoder.config import DecoderConfig
@@ -23,6 +25,7 @@ def settled_task(
     folder: Path,
     recorded: ImplementationName | None,
     on_message: Callable[[str], None],
+    compute_dtype: torch.dtype = torch.float32,
 ) -> TaskT:
     """Return a job on the model in `folder` with its implementation, and packing on or off.
 
@@ -33,18 +36,22 @@ def settled_task(
     asked = task.implementation if task.implementation != "auto" else recorded or "auto"
     chosen = implementation_of(folder, asked, is_recorded=asked != task.implementation)
     on_message(chosen.describe())
-    data = settled_packing(task.data_config, model_config(folder, chosen.kind), on_message)
+    config = model_config(folder, chosen.kind)
+    data = settled_packing(task.data_config, config, on_message, compute_dtype)
     return replace(task, implementation=chosen.kind, data_config=data)
 
 
 def settled_packing(
-    data: DataConfig, config: ModelConfig, on_message: Callable[[str], None] = lambda message: None
+    data: DataConfig,
+    config: ModelConfig,
+    on_message: Callable[[str], None] = lambda message: None,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> DataConfig:
     """Return the settings with packing on or off; where nobody asked, as the architecture allows.
 
     Raises ConfigError for packing=True where the architecture has none.
     """
-    reason = why_not_packed(config)
+    reason = why_not_packed(config, compute_dtype)
     if reason is None or data.packing is False:
         return replace(data, packing=data.is_packed)
     if data.packing:

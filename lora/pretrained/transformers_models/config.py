@@ -27,6 +27,8 @@ class Traits:
     """Whether its attention can be replaced by one that takes where documents begin."""
     is_head_assumed: bool = False
     """Whether the head could not be tried on the small copy, and the model itself has to tell."""
+    is_causal: bool = True
+    """Whether no token sees those after it; also where that could not be tried."""
     has_cache: bool = True
     """Whether a cache of keys and values continues padded sequences."""
 

@@ -16,7 +16,7 @@ from lora.errors import DependencyError, ModelError, gather
 from lora.pretrained.hf_files import open_tensors, read_config
 from lora.pretrained.hf_weights import FLOATS, NO_PARAMETERS
 from lora.pretrained.load.architectures import find_architecture
-from lora.pretrained.transformers_models.config import TransformersConfig
+from lora.pretrained.transformers_models.config import Traits, TransformersConfig
 from lora.pretrained.transformers_models.model import TransformersModel
 from lora.pretrained.transformers_models.probe import REFUSALS, probe
 from lora.pretrained.transformers_models.quiet import quiet
@@ -79,7 +79,7 @@ def load_transformers_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, all of them
         )
-        traits = probe(theirs.config)
+        traits = _checked(probe(theirs.config), folder)
     faults = [f"{name} is missing" for name in sorted(report["missing_keys"])]
     faults += [
         f"{name} is {tuple(seen)} in the file: config.json implies {tuple(wanted)}"
@@ -92,6 +92,17 @@ def load_transformers_model(
     ]
     _refuse(faults + list(_untied(theirs)), folder)
     return TransformersModel(theirs.to(device).eval(), traits)
+
+
+def _checked(traits: Traits, folder: Path) -> Traits:
+    """Return `traits`. Raises ModelError if they are not those of a causal language model."""
+    if not traits.is_causal:
+        raise ModelError(
+            f"Cannot load {folder}: with these settings in config.json its tokens see those after "
+            "them, so it would learn to copy. Name a causal language model; some become one with "
+            '"is_decoder": true in config.json.'
+        )
+    return traits
 
 
 def _refuse(
@@ -133,7 +144,7 @@ def empty_transformers_model(
         )
         with torch.device("meta"):
             theirs = class_of(transformers, named)._from_config(config, dtype=dtype)
-        return TransformersModel(theirs.eval(), probe(theirs.config))
+        return TransformersModel(theirs.eval(), _checked(probe(theirs.config), Path(folder)))
 
 
 def empty_of_config(config: TransformersConfig) -> TransformersModel:

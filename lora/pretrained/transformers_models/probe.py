@@ -74,6 +74,7 @@ def _probe(config: Any) -> Traits:
         traits,
         why_not_packed=why_not,
         why_not_packed_narrow=why_not_narrow,
+        is_causal=_is_causal(own),
         attends_by_bounds=why_not is None and _attends_by_bounds(own, packed),
         has_cache=_has_cache(TransformersModel(model, own.traits)),
     )
@@ -155,6 +156,16 @@ def _is_rounded(own: TransformersModel, packed: _Packed) -> bool:
     found = narrow.logits_of(hidden)[row, places]
     alone = narrow.theirs(input_ids=ids).logits[0]
     return bool((found - wanted).abs().max() > MAX_NOISE * (alone - wanted).abs().max())
+
+
+def _is_causal(own: TransformersModel) -> bool:
+    """Whether the first tokens have the logits that they have without those after them."""
+    ids = _tokens(12)[None]
+    try:
+        whole = own.theirs(input_ids=ids).logits[0, :8]
+        return _is_close(own.theirs(input_ids=ids[:, :8]).logits[0], whole)
+    except REFUSALS:  # a length that the architecture does not take
+        return True
 
 
 def _attends_by_bounds(own: TransformersModel, packed: _Packed) -> bool:
