@@ -74,7 +74,10 @@ class StackedFastStep(HandWrittenStep):
         n_tokens = batch.input_ids.numel() // self.flat.n_adapters  # of each adapter
         # A tile of our attention kernels that spans two adapters would carry a NaN from one to the
         # other: masked weights are zero, and 0 · NaN is NaN.
-        self.network.own_attention = self._own_attention if n_tokens % BLOCK_KEYS == 0 else False
+        is_aligned = n_tokens % BLOCK_KEYS == 0
+        self.network.own_attention = self._own_attention if is_aligned else False
+        # Where torch's kernels cannot take over, ours take each adapter's tokens by themselves.
+        self.network.part_tokens = 0 if is_aligned else n_tokens
         super()._allocate(batch)
 
     def describe(self) -> str:

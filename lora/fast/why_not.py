@@ -14,7 +14,7 @@ from lora.decoder.layers import RMSNorm
 from lora.decoder.quantised import has_fp8_base
 from lora.device import DeviceChoice
 from lora.fast.llama.junctions import NORM_NAMES
-from lora.fast.llama.network import GELU_NAMES, needs_own_attention
+from lora.fast.llama.network import GELU_NAMES
 from lora.fast.step import trains_all_weights
 from lora.kernels.step.fp8 import FP8_GEMM_MULTIPLE
 from lora.kernels.step.jit import HAS_TRITON
@@ -56,9 +56,6 @@ def why_not_stacked_hand_written(model: Decoder, stacked: StackedAdapters) -> st
     outside = [name for name, layer in stacked.layers.items() if layer not in blocks]
     if stacked.embeddings or outside:
         return f"{(*stacked.embeddings, *outside)[0]} trains beside the blocks"
-    # A tile of our attention kernels may span two candidates, which torch's cannot replace here.
-    if needs_own_attention(model.config):
-        return f"{model.config.family} needs attention kernels that may read two candidates at once"
     # One kernel draws all masks from one seed, and a candidate must see those it would see alone.
     if any(config.dropout for config in stacked.configs):
         return "each candidate draws its own dropout"

@@ -40,6 +40,30 @@ def _inside(there, lane, WIDTH: tl.constexpr, LANES: tl.constexpr):
 
 
 @jit
+def _values(
+    keys_at, v_at, head,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """Return where the head's values begin: in one tensor with queries and keys, or in their own.
+
+    In one tensor keys and values have the same offsets, which saves registers: with offsets of
+    their own one program less fits on a multiprocessor.
+    """
+    at = v_at + (head // GROUP) * WIDTH
+    if TOGETHER:
+        at = keys_at + (HEADS // GROUP) * WIDTH
+    return at
+
+
+@jit
+def _of_values(at, key, lane, v_stride, TOGETHER: tl.constexpr):
+    """Return the offsets of values, where those of keys are `at`."""
+    if not TOGETHER:
+        at = key.to(tl.int64)[:, None] * v_stride + lane[None, :]
+    return at
+
+
+@jit
 def _capped(logits, cap, CAPS: tl.constexpr):
     """Return cap · tanh(logits / cap)."""
     if CAPS:
@@ -57,15 +81,21 @@ def _times_slope(gradient, capped, cap, CAPS: tl.constexpr):
 
 @jit
 def _forward_kernel(
-    qk, v_at, out, lse, begins, stride, v_stride, out_stride, count, scale, window, cap,
+    qk, v_at, out, lse, begins, stride, v_stride, out_stride, count, scale, window, cap, part,
     HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
-    CAPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    TOGETHER: tl.constexpr, CAPS: tl.constexpr, PARTED: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * QUERIES
+    base, end = 0, count
+    if PARTED:  # every part has tiles of its own, so that no program reads tokens of two
+        tiles = tl.cdiv(part, QUERIES)
+        base = (tl.program_id(0) // tiles) * part
+        first, end = base + (tl.program_id(0) % tiles) * QUERIES, base + part
     head = tl.program_id(1)
     row = first + tl.arange(0, QUERIES)
     lane = tl.arange(0, LANES)
-    real = row < count
+    real = row < end
     wide_row = row.to(tl.int64)
     q = tl.load(
         qk + wide_row[:, None] * stride + head * WIDTH + lane[None, :],
@@ -73,7 +103,7 @@ def _forward_kernel(
     )  # fmt: skip
     begin = tl.load(begins + row, mask=real, other=0)
     keys_at = qk + (HEADS + head // GROUP) * WIDTH
-    values_at = v_at + (head // GROUP) * WIDTH
+    values_at = _values(keys_at, v_at, head, HEADS, GROUP, WIDTH, TOGETHER)
     # Not −inf: a query that sees no key of a tile would compute −inf − −inf, which is NaN.
     highest = tl.full([QUERIES], -1e30, dtype=tl.float32)
     total = tl.zeros([QUERIES], dtype=tl.float32)
@@ -81,13 +111,14 @@ def _forward_kernel(
     # `begins` never decreases, so the tile's first query sees the furthest back.
     low = tl.load(begins + first)
     low = tl.maximum(low, first - window + 1)
-    low = (low // KEYS) * KEYS
-    for start in range(low, tl.minimum(first + QUERIES, count), KEYS):
+    low = base + ((low - base) // KEYS) * KEYS
+    for start in range(low, tl.minimum(first + QUERIES, end), KEYS):
         key = start + tl.arange(0, KEYS)
-        there = _inside((key < count)[:, None], lane, WIDTH, LANES)
-        wide_key = key.to(tl.int64)[:, None]
-        k = tl.load(keys_at + wide_key * stride + lane[None, :], mask=there, other=0.0)
-        v = tl.load(values_at + wide_key * v_stride + lane[None, :], mask=there, other=0.0)
+        there = _inside((key < end)[:, None], lane, WIDTH, LANES)
+        at = key.to(tl.int64)[:, None] * stride + lane[None, :]
+        k = tl.load(keys_at + at, mask=there, other=0.0)
+        at = _of_values(at, key, lane, v_stride, TOGETHER)
+        v = tl.load(values_at + at, mask=there, other=0.0)
         logits = _capped(tl.dot(q, tl.trans(k)) * scale, cap, CAPS)  # (QUERIES, KEYS)
         sees = (key[None, :] >= begin[:, None]) & (key[None, :] <= row[:, None])
         sees &= row[:, None] - key[None, :] < window
@@ -112,29 +143,36 @@ def _forward_kernel(
 @jit
 def _keys_kernel(
     qk, v_at, out, d_out, lse, begins, ends, partial, stride, v_stride, out_stride, d_out_stride,
-    count, scale, window, cap,
+    count, scale, window, cap, part,
     HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
-    CAPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    TOGETHER: tl.constexpr, CAPS: tl.constexpr, PARTED: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * KEYS
+    base, end = 0, count
+    if PARTED:  # every part has tiles of its own, so that no program reads tokens of two
+        tiles = tl.cdiv(part, KEYS)
+        base = (tl.program_id(0) // tiles) * part
+        first, end = base + (tl.program_id(0) % tiles) * KEYS, base + part
     head = tl.program_id(1)
     key = first + tl.arange(0, KEYS)
     lane = tl.arange(0, LANES)
-    there = key < count
+    there = key < end
     keys_at = qk + (HEADS + head // GROUP) * WIDTH
-    values_at = v_at + (head // GROUP) * WIDTH
+    values_at = _values(keys_at, v_at, head, HEADS, GROUP, WIDTH, TOGETHER)
     exists = _inside(there[:, None], lane, WIDTH, LANES)
-    wide_key = key.to(tl.int64)[:, None]
-    k = tl.load(keys_at + wide_key * stride + lane[None, :], mask=exists, other=0.0)
-    v = tl.load(values_at + wide_key * v_stride + lane[None, :], mask=exists, other=0.0)
+    at = key.to(tl.int64)[:, None] * stride + lane[None, :]
+    k = tl.load(keys_at + at, mask=exists, other=0.0)
+    at = _of_values(at, key, lane, v_stride, TOGETHER)
+    v = tl.load(values_at + at, mask=exists, other=0.0)
     dk = tl.zeros([KEYS, LANES], dtype=tl.float32)
     dv = tl.zeros([KEYS, LANES], dtype=tl.float32)
     # Of the tile's keys the last one is seen by the furthest query, in its document or its window.
-    last = tl.minimum(first + KEYS, count) - 1
+    last = tl.minimum(first + KEYS, end) - 1
     high = tl.minimum(tl.load(ends + last), last + window)
-    for start in range((first // QUERIES) * QUERIES, high, QUERIES):
+    for start in range(base + ((first - base) // QUERIES) * QUERIES, high, QUERIES):
         row = start + tl.arange(0, QUERIES)
-        real = row < count
+        real = row < end
         wide_row = row.to(tl.int64)[:, None]
         begin = tl.load(begins + row, mask=real, other=count)  # queries beyond the end see nothing
         inner = head * WIDTH + lane[None, :]
@@ -164,15 +202,21 @@ def _keys_kernel(
 @jit
 def _queries_kernel(
     qk, v_at, out, d_out, lse, begins, stride, v_stride, out_stride, d_out_stride,
-    count, scale, window, cap,
+    count, scale, window, cap, part,
     HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
-    CAPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    TOGETHER: tl.constexpr, CAPS: tl.constexpr, PARTED: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * QUERIES
+    base, end = 0, count
+    if PARTED:  # every part has tiles of its own, so that no program reads tokens of two
+        tiles = tl.cdiv(part, QUERIES)
+        base = (tl.program_id(0) // tiles) * part
+        first, end = base + (tl.program_id(0) % tiles) * QUERIES, base + part
     head = tl.program_id(1)
     row = first + tl.arange(0, QUERIES)
     lane = tl.arange(0, LANES)
-    real = row < count
+    real = row < end
     wide_row = row.to(tl.int64)[:, None]
     inner = head * WIDTH + lane[None, :]
     q_at = qk + wide_row * stride + inner
@@ -184,17 +228,18 @@ def _queries_kernel(
     level = tl.load(lse + head * count + row, mask=real, other=0.0)
     begin = tl.load(begins + row, mask=real, other=0)
     keys_at = qk + (HEADS + head // GROUP) * WIDTH
-    values_at = v_at + (head // GROUP) * WIDTH
+    values_at = _values(keys_at, v_at, head, HEADS, GROUP, WIDTH, TOGETHER)
     dq = tl.zeros([QUERIES, LANES], dtype=tl.float32)
     low = tl.load(begins + first)
     low = tl.maximum(low, first - window + 1)
-    low = (low // KEYS) * KEYS
-    for start in range(low, tl.minimum(first + QUERIES, count), KEYS):
+    low = base + ((low - base) // KEYS) * KEYS
+    for start in range(low, tl.minimum(first + QUERIES, end), KEYS):
         key = start + tl.arange(0, KEYS)
-        there = _inside((key < count)[:, None], lane, WIDTH, LANES)
-        wide_key = key.to(tl.int64)[:, None]
-        k = tl.load(keys_at + wide_key * stride + lane[None, :], mask=there, other=0.0)
-        v = tl.load(values_at + wide_key * v_stride + lane[None, :], mask=there, other=0.0)
+        there = _inside((key < end)[:, None], lane, WIDTH, LANES)
+        at = key.to(tl.int64)[:, None] * stride + lane[None, :]
+        k = tl.load(keys_at + at, mask=there, other=0.0)
+        at = _of_values(at, key, lane, v_stride, TOGETHER)
+        v = tl.load(values_at + at, mask=there, other=0.0)
         logits = _capped(tl.dot(q, tl.trans(k)) * scale, cap, CAPS)
         sees = (key[None, :] >= begin[:, None]) & (key[None, :] <= row[:, None])
         sees &= row[:, None] - key[None, :] < window
@@ -268,22 +313,31 @@ def _tiles(width: int, narrow: dict[str, int], wide: tuple[int, int]) -> dict[st
     return {"QUERIES": wide[0], "KEYS": wide[1], "num_warps": WIDE_WARPS, "num_stages": 2}
 
 
-def _shape(settings: AttentionSettings) -> dict[str, int | bool]:
+def _shape(settings: AttentionSettings, qk: Tensor, v: Tensor) -> dict[str, int | bool]:
     n_heads, shared, width = settings.heads
+    follows = v.data_ptr() == qk.data_ptr() + settings.split * qk.element_size()
     return {
+        "TOGETHER": follows and qk.stride(0) == v.stride(0),
         "HEADS": n_heads,
         "GROUP": n_heads // shared,
         "WIDTH": width,
         # From the least on that tl.dot takes.
         "LANES": max(MIN_LANES, next_power_of_2(width)),
         "CAPS": settings.softcap > 0,
+        "PARTED": settings.part_tokens > 0,
     }
 
 
-def _numbers(settings: AttentionSettings, count: int) -> tuple[int, float, int, float]:
-    """Return tokens, scale, window and cap as the kernels take them."""
-    window = settings.window_tokens or NO_WINDOW
-    return count, settings.scale * LOG2_E, window, settings.softcap * LOG2_E
+def _numbers(settings: AttentionSettings, count: int) -> tuple[int, float, int, float, int]:
+    """Return tokens, scale, window, cap and part as the kernels take them."""
+    window, part = settings.window_tokens or NO_WINDOW, settings.part_tokens or count
+    return count, settings.scale * LOG2_E, window, settings.softcap * LOG2_E, part
+
+
+def _grid(settings: AttentionSettings, count: int, size: int) -> tuple[int, int]:
+    """Return the programs: tiles of `size` tokens, and heads."""
+    part = settings.part_tokens or count
+    return triton.cdiv(part, size) * (count // part), settings.heads[0]
 
 
 def attend_triton(
@@ -293,11 +347,10 @@ def attend_triton(
 
     `lse` is log2 of the softmax's sum, for the backward pass. bf16, on a GPU: within 5e-3.
     """
-    n_heads, _, width = settings.heads
-    count, tiles = len(qk), _tiles(width, {"num_stages": 3}, WIDE_FORWARD)
-    _forward_kernel[(triton.cdiv(count, tiles["QUERIES"]), n_heads)](
+    count, tiles = len(qk), _tiles(settings.heads[2], {"num_stages": 3}, WIDE_FORWARD)
+    _forward_kernel[_grid(settings, count, tiles["QUERIES"])](
         qk, v, out, lse, begins, row_stride(qk), row_stride(v), row_stride(out),
-        *_numbers(settings, count), **_shape(settings), **tiles,
+        *_numbers(settings, count), **_shape(settings, qk, v), **tiles,
     )  # fmt: skip
 
 
@@ -316,16 +369,15 @@ def attend_gradients_triton(
 
     dq is written over the queries. bf16, on a GPU: within 1e-2.
     """
-    n_heads, _, width = settings.heads
-    count, tiles = len(qk), _tiles(width, {"num_stages": 2}, WIDE_BACKWARD)
+    count, tiles = len(qk), _tiles(settings.heads[2], {"num_stages": 2}, WIDE_BACKWARD)
     strides = row_stride(qk), row_stride(v), row_stride(out), row_stride(d_out)
     numbers = *strides, *_numbers(settings, count)
     # First the kernel that still needs q; the next one overwrites it.
-    _keys_kernel[(triton.cdiv(count, tiles["KEYS"]), n_heads)](
-        qk, v, out, d_out, lse, begins, ends, partial, *numbers, **_shape(settings), **tiles
+    _keys_kernel[_grid(settings, count, tiles["KEYS"])](
+        qk, v, out, d_out, lse, begins, ends, partial, *numbers, **_shape(settings, qk, v), **tiles
     )
-    _queries_kernel[(triton.cdiv(count, tiles["QUERIES"]), n_heads)](
-        qk, v, out, d_out, lse, begins, *numbers, **_shape(settings), **tiles
+    _queries_kernel[_grid(settings, count, tiles["QUERIES"])](
+        qk, v, out, d_out, lse, begins, *numbers, **_shape(settings, qk, v), **tiles
     )
 
 
