@@ -57,8 +57,9 @@ blocks' qkv, attention_out and mid_residual are stored where there is room.
 6. Only where a half's output goes through a norm or a factor before it is added to the residual:
    then o_proj and down read the gradient of what they have written, and residuals have no + R. In
    blocks without a stored feed_branch the backward pass recomputes it by chunks of tokens. Where
-   there is a factor alone, nothing is needed of forward, and only none stores the gradients.
-7. Where a half has no norm before it: a copy of the residual. none does not store mid_residual.
+   there is a factor alone, nothing is needed of forward, and the gradients are stored with 3.
+7. Where a half has no norm before it: a copy of the residual. none stores no residual then, and all
+   blocks share one.
 8. Where queries and keys have norms, qkv[l] holds them raw, and normed_heads what attention reads:
    normed and rotated, computed again before a block's backward pass.
 
@@ -151,7 +152,11 @@ class Buffers:
         self.recomputes = not checkpointing.stores_norms
         n_gate_up, n_qkv, n_attention = checkpointing.n_stored(n_trained)
         n_inputs = n_trained if checkpointing.stores_norms else 0
-        n_branches = n_qkv if branches.has_norm else n_inputs
+        # All blocks count, those before the first trained one too: the bound is a rough one.
+        size = n_layers * n * feed * like.element_size()
+        self.stores_swiglu = not self.recomputes and size <= MAX_STORED_SWIGLU_BYTES
+        n_swiglu = n_trained if self.stores_swiglu else 0
+        n_branches = n_qkv if branches.has_norm else n_swiglu
         n_mid = n_qkv if branches.has_norm_before or self.recomputes else 0
         # The columns + R of the residuals are for the linears that read their gradients.
         own_attention, own_feed = (attention_extra, feed_extra) if branches.is_changed else (0, 0)
@@ -164,25 +169,21 @@ class Buffers:
             return BlockTensors(like, n_layers, n_stored, n, columns, scratch_rows)
 
         residuals = OffloadedResiduals if checkpointing.offloads_residuals else Residuals
-        self.residuals = residuals(like, n_layers + 1, n, c + feed_extra - own_feed)
+        n_residuals = n_layers + 1 if branches.has_norm_before or self.recomputes else 1
+        self.residuals = residuals(like, n_residuals, n, c + feed_extra - own_feed)
         self.attention_in = blocks(n_inputs, c + qkv_extra)  # (N, C + R)
         self.qkv = blocks(n_qkv, qkv + qkv_extra)  # (N, W + R)
         self.attention_out = blocks(n_attention, attention + attention_extra)  # (N, H·D + R)
         self.mid_residual = blocks(n_mid, c + attention_extra - own_attention)  # (N, C + R)
         self.feed_forward_in = blocks(n_inputs, c + gate_up_extra)  # (N, C + R)
         self.gate_up = blocks(n_gate_up, gate_up + gate_up_extra, chunk)  # (N or chunk, 2F + R)
-        # All blocks count, those before the first trained one too: the bound is a rough one.
-        size = n_layers * n * feed * like.element_size()
-        self.stores_swiglu = not self.recomputes and size <= MAX_STORED_SWIGLU_BYTES
-        n_swiglu = n_trained if self.stores_swiglu else 0
         self.swiglu_out = blocks(n_swiglu, feed + feed_extra, chunk)  # (N or chunk, F + R)
         none = BlockTensors(like, n_layers, 0, 0, 0, 0)
         self.attention_branch = self.feed_branch = none
         if branches.is_changed:
             self.attention_branch = blocks(n_branches, c + attention_extra)  # (N, C + R)
-            self.feed_branch = blocks(
-                n_branches, c + feed_extra, chunk if self.recomputes else 0
-            )  # (N or chunk, C + R)
+            unstored = 0 if branches.has_norm and not self.recomputes else chunk
+            self.feed_branch = blocks(n_branches, c + feed_extra, unstored)  # (N or chunk, C + R)
         # What a norm or SwiGLU recomputes lacks the + R columns: the matmul that wrote them does
         # not run again. They are narrow, so they are stored.
         self.qkv_low_rank = blocks(n_qkv, qkv_extra, 0) if self.recomputes else none  # (N, R)

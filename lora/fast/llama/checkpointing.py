@@ -119,14 +119,15 @@ class BlockTensors:
 class Residuals:
     """The residual before each block, and after the last: (N, columns) each, on the device.
 
+    Where backward reads no values of them, they may all be in one tensor, and their gradients.
     The methods say when a residual is written and read; nothing has to happen here then.
     """
 
     def __init__(self, like: Tensor, count: int, rows: int, columns: int) -> None:
-        self.stored = like.new_empty(count, rows, columns)  # (L + 1, N, columns)
+        self.stored = like.new_empty(count, rows, columns)  # (L + 1 or 1, N, columns)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.stored[index]
+        return self.stored[index % len(self.stored)]
 
     def reserve_slot(self, index: int) -> None:
         """Forward: residual `index` is about to be written."""

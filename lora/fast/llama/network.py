@@ -368,7 +368,8 @@ class FastNetwork:
                 (self.gate_up, buffers.feed_forward_in, buffers.gate_up),
             )
             for projection, x, dy in pairs:
-                projection.accumulate_gradients(layers, x.stored, dy.stored, first=first)
+                if len(dy.stored):  # a branch's gradient may be in scratch: its block has done so
+                    projection.accumulate_gradients(layers, x.stored, dy.stored, first=first)
         if buffers.stores_swiglu:
             d_down = buffers.residuals.stored[self.first_trained + 1 :]  # (layers, N, C + R)
             if self.branches.is_changed:

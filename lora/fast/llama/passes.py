@@ -228,13 +228,19 @@ class FastPass:
                 self._branch_backward(number, x, d_branch, slice(None), first, reader)
 
     def _d_branch(self, number: int) -> Tensor | None:
-        """Return the output (N, C) of the branch before a junction, if it is there."""
+        """Return where the gradient (N, C) of the branch before a junction belongs.
+
+        None: in the residual, or its chunks of tokens come one by one.
+        """
         buffers, layer, c = self.buffers, _block_before(number), self.net.config.hidden_size
         if not self.net.branches.is_changed:
             return None
         if number % 2:
             return buffers.attention_branch[layer][:, :c]
-        return buffers.feed_branch[layer][:, :c] if buffers.feed_branch.is_stored(layer) else None
+        is_there = not self.net.branches.has_norm and len(buffers.chunks) == 1
+        if not (is_there or buffers.feed_branch.is_stored(layer)):
+            return None
+        return buffers.feed_branch[layer][:, :c]
 
     def _branch_backward(
         self,
@@ -294,16 +300,15 @@ class FastPass:
     def _d_feed(self, layer: int, chunk: slice, gate_up: Tensor, begins: bool) -> Tensor:
         """Return the gradient of down's outputs (tokens of `chunk`, C + R)."""
         net, buffers, c = self.net, self.buffers, self.net.config.hidden_size
-        d_residual = buffers.residuals[layer + 1][
-            chunk
-        ]  # by now the gradient of the block's output
+        # By now the gradient of the block's output.
+        d_residual = buffers.residuals[layer + 1][chunk]
         if not net.branches.is_changed:
             return d_residual
         d_feed = buffers.feed_branch.chunk(layer, chunk)
-        if not buffers.feed_branch.is_stored(layer):
+        number = 2 * layer + 2
+        if self._d_branch(number) is None:
             if net.branches.has_norm:  # whose backward reads what down has written
                 net.down.forward(layer, self._activate(layer, chunk, gate_up), d_feed[:, :c])
-            number = 2 * layer + 2
             self._branch_backward(number, d_residual[:, :c], d_feed[:, :c], chunk, begins, net.down)
         return d_feed
 
@@ -329,7 +334,7 @@ class FastPass:
         is_changed, qkv = net.branches.is_changed, buffers.qkv[layer]  # (N, W + R)
         dy = (buffers.attention_branch if is_changed else buffers.mid_residual)[layer]  # (N, C + R)
         net.output.backward(layer, dy, buffers.d_attention_out)
-        if buffers.recomputes:
+        if buffers.recomputes or (is_changed and not buffers.attention_branch.is_stored(layer)):
             self._accumulate(net.output, layer, buffers.attention_out[layer], dy, first)
         self.attention.backward(layer, first=first)
         is_last = layer == net.first_trained and not net.needs_input_gradient
