@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from lora.data.sequences.batches import Batch
+from lora.data.sequences.batches import IGNORE, Batch
 from lora.decoder.decoder import Decoder
 from lora.fast.hand_written import MERGE_BELOW_WIDTH, HandWrittenStep
 from lora.fast.llama.network import FastNetwork
@@ -70,6 +73,28 @@ class StackedFastStep(HandWrittenStep):
         # No activation checkpointing: a sweep's waves are sized to what fits without.
         super().__init__(model, ops, network, self.update)
 
+    @torch.no_grad()
+    def launch(self, batches: Sequence[Batch], lr: Any, number: int = 1) -> None:
+        """Train step `number` of all adapters on the micro-batches, as the base class does."""
+        if self.network.needs_own_attention:
+            batches = [self._padded(batch) for batch in batches]
+        super().launch(batches, lr, number)
+
+    def _padded(self, batch: Batch) -> Batch:
+        """Return `batch` with padding at the end of each sequence, for whole tiles: see below."""
+        rows, tokens = batch.input_ids.shape
+        n_more = whole_tiles(rows // self.flat.n_adapters, tokens) - tokens
+        ids, labels, positions, documents = (
+            F.pad(tensor, (0, n_more), value=value)
+            for tensor, value in (
+                (batch.input_ids, 0),
+                (batch.labels, IGNORE),
+                (batch.position_ids, 0),  # attention reads here where documents begin
+                (batch.document_ids, -1),
+            )
+        )
+        return Batch(ids, labels, positions, documents)
+
     def _allocate(self, batch: Batch) -> None:
         n_tokens = batch.input_ids.numel() // self.flat.n_adapters  # of each adapter
         # A tile of our attention kernels that spans two adapters would carry a NaN from one to the
@@ -91,3 +116,9 @@ class StackedFastStep(HandWrittenStep):
     def refresh(self) -> None:
         """Bring what matmuls read up to date, after A and B were changed from outside."""
         self.network.refresh()
+
+
+def whole_tiles(batch_size: int, tokens: int) -> int:
+    """Return the least length from `tokens` at which B sequences fill tiles of our attention."""
+    multiple = BLOCK_KEYS // math.gcd(BLOCK_KEYS, batch_size)
+    return -(-tokens // multiple) * multiple

@@ -9,13 +9,18 @@ import pytest
 import torch
 
 from lora.adapters.apply import apply_lora, lora_layers
-from lora.config import LoRAConfig
+from lora.config import LoRAConfig, TrainConfig
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.decoder.families import FAMILIES, decoder_config
+from lora.device import choose_device
+from lora.fast.stacked_step import StackedFastStep
 from lora.fast.step import FastStep
-from lora.fast.why_not import why_not_hand_written
+from lora.fast.why_not import why_not_hand_written, why_not_stacked_hand_written
 from lora.kernels.step.ops import PLAIN
+from lora.stacked.apply import apply_stacked
+from lora.stacked.losses import StackedDecoderLoss, stack_batches
+from lora.stacked.plain_step import PlainStackedRunner
 from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer
 from lora.training.plain_step import train_step
@@ -71,3 +76,38 @@ def test_one_step_equals_the_plain_one(
     for key, parameter in fast.named_parameters():
         difference = (parameter - others[key]).norm()
         assert difference <= 1e-5 * others[key].norm().clamp(min=1e-9), key
+
+
+@pytest.mark.parametrize("name", [name for name in (*CASES, "long") if name not in REFUSED])
+def test_stacked_adapters_step_as_in_the_plain_step(
+    name: str, make_batch: Callable[..., Batch]
+) -> None:
+    plain = build(name)
+    fast, config = copy.deepcopy(plain), TrainConfig(weight_decay=0.1)
+    adapters = [LoRAConfig(rank=rank, alpha=6.0, init_seed=rank) for rank in (3, 2)]
+    reference, stacked = (apply_stacked(model, adapters, (0, 1)) for model in (plain, fast))
+    assert why_not_stacked_hand_written(fast, stacked) is None
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for layer_name, layer in reference.layers.items():
+            for k, rank in enumerate(layer.ranks):
+                layer.lora_B[k, :, :rank] = 0.3 * torch.randn(
+                    len(layer.lora_B[k]), rank, generator=draw
+                )
+            stacked.layers[layer_name].lora_B.copy_(layer.lora_B)
+    loss_fn, choice = StackedDecoderLoss(reference), choose_device("cpu", "fp32")
+    training = PlainStackedRunner(plain, reference, loss_fn, [config, config], choice)
+    step = StackedFastStep(
+        fast, stacked, PLAIN, torch.float64, weight_decays=[0.1, 0.1], max_grad_norms=[1.0, 1.0]
+    )
+    batches = [stack_batches([make_batch(n, packed=n == 0), make_batch(n + 9, packed=True)])
+               for n in (0, 1)]  # fmt: skip
+    training.launch(1, batches, (1e-2, 2e-2))
+    step.launch(batches, (1e-2, 2e-2))
+    (expected,) = training.finished(wait=True)
+    assert step.report[:, 0].tolist() == pytest.approx(expected.losses, rel=1e-6)
+    assert step.report[:, 2].tolist() == pytest.approx(expected.gradient_norms, rel=1e-5)
+    for k in (0, 1):
+        values = stacked.values(k)
+        for key, other in reference.values(k).items():
+            assert (values[key] - other).norm() <= 1e-5 * other.norm(), (k, key)

@@ -16,8 +16,9 @@ from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.device import choose_device
 from lora.fast.llama import buffers
-from lora.fast.stacked_step import StackedFastStep
+from lora.fast.stacked_step import StackedFastStep, whole_tiles
 from lora.fast.step import FastStep
+from lora.fast.why_not import why_not_stacked_hand_written
 from lora.kernels.step.ops import PLAIN
 from lora.stacked.apply import StackedAdapters, apply_stacked
 from lora.stacked.losses import StackedDecoderLoss, stack_batches
@@ -38,6 +39,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "window": ({"window": 4}, {}),
     "one block": ({}, {"layers": (1,)}),
     "two targets": ({}, {"targets": ("q_proj", "down_proj")}),
+    "Qwen": ({"qk_norm": "head"}, {}),
     "Gemma": (GEMMA, {}),
     "Granite": (GRANITE, {}),
     "capped": (CAPPED, {}),
@@ -129,6 +131,20 @@ def test_steps_equal_the_plain_steps(
     for key, parameter in fast.named_parameters():
         if key in frozen:
             assert torch.equal(parameter, frozen[key]), key
+
+
+def test_sequences_of_capped_models_fill_whole_tiles(
+    tiny_decoder: Callable[..., Decoder], make_batch: Callable[..., Batch]
+) -> None:
+    """One tile of our attention kernels, which no other can replace, then reads one adapter."""
+    assert [whole_tiles(size, 65) for size in (1, 2, 3, 64)] == [128, 96, 128, 65]
+    model = tiny_decoder(**CAPPED)
+    stacked = stack(model, configs())
+    assert why_not_stacked_hand_written(model, stacked) is None
+    step = build(model, stacked, TRAIN)
+    step.launch([stack_batches([make_batch(k, packed=True) for k in range(3)])], RATES)
+    assert step.buffers is not None
+    assert (step.buffers.batch_size, step.buffers.tokens) == (6, 32)
 
 
 def test_padding_stays_zero(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.reading.orders import make_orders
 from lora.data.sequences.batches import Batch
+from lora.decoder.config import AttentionConfig, FeedForwardConfig, LayerConfig
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.device import choose_device
 from lora.fast.stacked_runner import FastStackedRunner, choose_stacked_runner
@@ -29,7 +31,7 @@ from lora.stacked.plain_step import PlainStackedRunner
 from lora.sweep import SweepJob, sweep
 from lora.sweep.grid import Grid
 from lora.training.optim import schedule_factor
-from tests.tiny_llama import llama_config
+from tests.tiny_llama import ROPE, changed, llama_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,7 +58,28 @@ def scheduled(step: int) -> list[float]:
     return [rate * schedule_factor(step, config) for rate, config in zip(RATES, TRAIN, strict=True)]
 
 
-def build(hidden: int = 256) -> Decoder:
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Qwen 3": {"qk_norm": "head"},
+    "Gemma 2": {
+        "block": "sandwich",
+        "embedding_scale": 16.0,
+        "feed_forward": FeedForwardConfig(512, "gelu_pytorch_tanh"),
+        "attention": AttentionConfig(8, 2, 32, logit_softcap=20.0),
+        "logit_softcap": 15.0,
+        "layers": (LayerConfig(ROPE, 64, 32**-0.5), LayerConfig(ROPE, None, 32**-0.5)) * 2,
+    },
+    "Granite": {"residual_multiplier": 0.4, "logit_scale": 0.5, "embedding_scale": 4.0},
+    "OLMo 2": {"block": "post_norm", "qk_norm": "width"},
+    "Phi-3": {
+        "attention": AttentionConfig(8, 2, 32, is_fused=True),
+        "feed_forward": FeedForwardConfig(512, "silu", is_fused=True),
+        "layers": (LayerConfig(replace(ROPE, rotary_dim=24), None, 32**-0.5),) * 4,
+    },
+}
+"""Deltas of a Llama."""
+
+
+def build(hidden: int = 256, **changes: Any) -> Decoder:
     config = llama_config(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
@@ -66,7 +89,7 @@ def build(hidden: int = 256) -> Decoder:
         max_position_embeddings=512,
         bias=True,
     )
-    model = build_decoder(config, 0)
+    model = build_decoder(changed(config, **changes), 0)
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -149,7 +172,17 @@ def errors_of(
 def test_gradients_are_as_near_to_those_of_fp32_as_autocast_in_bf16_is(
     packed: bool, merges: bool
 ) -> None:
-    models = wide, half, fast = build(), build(), build()
+    check_gradients(packed=packed, merges=merges)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_of_other_families_are_as_near(name: str) -> None:
+    check_gradients(packed=True, merges=False, **FAMILIES[name])
+
+
+def check_gradients(*, packed: bool, merges: bool, **changes: Any) -> None:
+    """Check the stacked step's gradients against fp32's, by autocast's distance from them."""
+    models = wide, half, fast = build(**changes), build(**changes), build(**changes)
     exact, plain, stacked = (stack(model) for model in models)
     wide.float()  # what fp32 makes of the same values
     step = fast_step(fast, stacked, TRAIN, merges=merges)
@@ -214,13 +247,20 @@ def test_one_adapter_is_trained_as_by_the_fast_step_of_one() -> None:
 
 @pytest.mark.parametrize("merges", [True, False])
 @pytest.mark.parametrize(
-    ("packed", "tokens"), [(False, 192), (True, 192), (True, 200), (False, 200)]
+    ("packed", "tokens", "family"),
+    [
+        (False, 192, {}),
+        (True, 192, {}),
+        (True, 200, {}),
+        (False, 200, {}),
+        (True, 200, FAMILIES["Gemma 2"]),
+    ],
 )
 def test_an_adapter_that_is_not_finite_leaves_the_bits_of_the_others(
-    packed: bool, tokens: int, merges: bool
+    packed: bool, tokens: int, family: dict[str, Any], merges: bool
 ) -> None:
     def train(breaks: bool) -> StackedFastStep:
-        model = build()
+        model = build(**family)
         stacked = stack(model)
         step = fast_step(model, stacked, TRAIN, merges=merges)
         for number in range(4):

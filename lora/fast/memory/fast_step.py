@@ -16,7 +16,7 @@ from lora.fast.llama.buffers import Buffers
 from lora.fast.llama.checkpointing import MODES, ActivationCheckpointing, OffloadedResiduals
 from lora.fast.llama.network import FastNetwork
 from lora.fast.sharded.base import planned_base
-from lora.fast.stacked_step import StackedFastStep
+from lora.fast.stacked_step import StackedFastStep, whole_tiles
 from lora.fast.step import FastStep
 from lora.fast.weights.flat import FlatParameters
 from lora.fast.weights.stacked_flat import StackedFlat
@@ -162,6 +162,8 @@ def stacked_memory(
     step = StackedFastStep(
         model, stacked, PLAIN, torch.bfloat16, weight_decays=none, max_grad_norms=none
     )
+    if step.network.needs_own_attention:
+        tokens = whole_tiles(batch_size, tokens)
     held = _count(
         step,
         step.flat,
