@@ -69,6 +69,8 @@ def describe_decoder(config: DecoderConfig) -> dict[str, Any]:
     }
     if True in ropes:
         settings |= _rope_settings(ropes[True], architecture, faults)
+    elif False in ropes and architecture in ("gemma2", "olmo2"):  # all blocks have a window
+        settings |= _rope_settings(ropes[False], architecture, faults)
     if architecture in _SLIDES and any(la.window_tokens is not None for la in config.layers):
         settings |= _window_settings(config, ropes.get(False), faults)
     windows = {layer.window_tokens for layer in config.layers} - {None}

@@ -116,6 +116,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {}),
     "olmo3": ("Olmo3Config", "Olmo3ForCausalLM", {"num_hidden_layers": 4, "sliding_window": 7}),
+    "olmo3-windows": ("Olmo3Config", "Olmo3ForCausalLM", {"sliding_window": 7}),
 }
 OFFSET = ("gemma2", "gemma3")
 """Their norms go through 1 + w in fp32."""
