@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shutil
@@ -173,20 +174,30 @@ def test_what_cannot_train_is_refused_before_anything_is_written(work: Path, neo
 def test_an_unknown_architecture_is_refused_before_the_data_are_read(
     work: Path, command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*command, "--model", "my-model"]) == 2
+    unknown(work)
+    assert main([*command, "--model", "unknown"]) == 2
     message = capsys.readouterr().err
-    assert "model_type='gpt_neox'" in message
-    assert "docs/python.md has a complete example" in message
-    assert "help(lora.train)" in message
+    assert "this 'gpt_neo_x' model" in message
+    assert "Did you mean 'gpt_neox'?" in message
+    assert "install -U transformers" in message
     assert "missing.jsonl" not in message
 
 
+def unknown(work: Path) -> None:
+    """Write a model whose architecture nobody knows."""
+    folder = Path(shutil.copytree(work / "my-model", work / "unknown"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "gpt_neo_x", "architectures": ["GPTNeoXXForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def test_python_refuses_it_in_the_same_words(work: Path) -> None:
+    unknown(work)
     refused: list[Callable[[], object]] = [
-        lambda: lora.finetune("missing.jsonl", model="my-model"),
-        lambda: lora.load_model("my-model"),
-        lambda: lora.export("x.gguf", model="my-model"),
+        lambda: lora.finetune("missing.jsonl", model="unknown"),
+        lambda: lora.load_model("unknown"),
+        lambda: lora.export("x.gguf", model="unknown"),
     ]
     for call in refused:
-        with pytest.raises(LoraError, match=r"docs/python\.md has a complete example"):
+        with pytest.raises(LoraError, match=r"this 'gpt_neo_x' model"):
             call()
