@@ -60,7 +60,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "Gemma": (GEMMA, {"layers": (1, 2)}),
     "Gemma, full": (GEMMA, None),
     "Granite": (GRANITE, {"layers": (1, 2)}),
-    "OLMo, full": (OLMO, None),
+    "OLMo, dropout": (OLMO, {"dropout": 0.2}),
     "two targets": ({}, {"targets": ("q_proj", "down_proj")}),
     "dropout": ({}, {"dropout": 0.3}),
     "full fine-tuning": ({"tied": False, "bias": True}, None),
