@@ -15,7 +15,7 @@ from lora.fast.hand_written import MERGE_BELOW_WIDTH, HandWrittenStep
 from lora.fast.llama.network import FastNetwork
 from lora.fast.weights.stacked_flat import StackedFlat
 from lora.fast.weights.stacked_update import StackedUpdate
-from lora.kernels.step.attention_triton import BLOCK_KEYS
+from lora.kernels.step.attention_triton import BLOCK_TOKENS
 from lora.kernels.step.ops import Ops
 from lora.stacked.apply import StackedAdapters
 
@@ -99,7 +99,7 @@ class StackedFastStep(HandWrittenStep):
         n_tokens = batch.input_ids.numel() // self.flat.n_adapters  # of each adapter
         # A tile of our attention kernels that spans two adapters would carry a NaN from one to the
         # other: masked weights are zero, and 0 · NaN is NaN.
-        is_aligned = n_tokens % BLOCK_KEYS == 0
+        is_aligned = n_tokens % BLOCK_TOKENS == 0
         self.network.own_attention = self._own_attention if is_aligned else False
         # Where torch's kernels cannot take over, ours take each adapter's tokens by themselves.
         self.network.part_tokens = 0 if is_aligned else n_tokens
@@ -120,5 +120,5 @@ class StackedFastStep(HandWrittenStep):
 
 def whole_tiles(batch_size: int, tokens: int) -> int:
     """Return the least length from `tokens` at which B sequences fill tiles of our attention."""
-    multiple = BLOCK_KEYS // math.gcd(BLOCK_KEYS, batch_size)
+    multiple = BLOCK_TOKENS // math.gcd(BLOCK_TOKENS, batch_size)
     return -(-tokens // multiple) * multiple

@@ -9,20 +9,40 @@ dk sums them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from lora.kernels.step.attention import AttentionSettings
 from lora.kernels.step.jit import jit, next_power_of_2, row_stride, tl, triton
 
-BLOCK_QUERIES, BLOCK_KEYS = 64, 64
-"""Tile sizes: at 135M on an H200 a step takes 6.5 ms so, 7.3 with 128 queries, 7.2 with 32
-keys."""
-WARPS = 4
+
+@dataclass(frozen=True)
+class Tiles:
+    """How much of the batch a kernel's programs take, and how they run."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    """Of loads that are ahead of the loop."""
+
+
+BLOCK_TOKENS = 64
+"""All sizes of tiles divide it."""
+NARROW = {
+    "forward": Tiles(64, 64, 4, 3),
+    "keys": Tiles(64, 64, 4, 2),
+    "queries": Tiles(64, 64, 4, 2),
+}
+"""By kernel. At 135M on an H200 a step takes 6.5 ms so, 7.3 with 128 queries, 7.2 with 32 keys."""
 WIDE_HEAD = 128
-"""Tiles of wider heads are smaller, and their programs have more warps: they leave the registers
-and the shared memory otherwise."""
-WIDE_FORWARD, WIDE_BACKWARD, WIDE_WARPS = (64, 32), (32, 32), 8
-"""Queries and keys of such tiles."""
+WIDE = {
+    "forward": Tiles(64, 32, 8, 2),
+    "keys": Tiles(32, 32, 8, 2),
+    "queries": Tiles(32, 32, 8, 2),
+}
+"""Of heads wider than that: smaller, so that they stay in registers and shared memory."""
 MIN_LANES = 16
 """Columns of a tile that tl.dot takes."""
 NO_WINDOW = 2**30
@@ -306,25 +326,27 @@ def _sum_and_rotate_kernel(
         tl.store(to + shared * WIDTH, v_rest.to(kind), mask=inside)
 
 
-def _tiles(width: int, narrow: dict[str, int], wide: tuple[int, int]) -> dict[str, int]:
-    """Return sizes of tiles, and how programs run: `narrow`, or for wide heads their own."""
-    if width <= WIDE_HEAD:
-        return {"QUERIES": BLOCK_QUERIES, "KEYS": BLOCK_KEYS, "num_warps": WARPS, **narrow}
-    return {"QUERIES": wide[0], "KEYS": wide[1], "num_warps": WIDE_WARPS, "num_stages": 2}
-
-
-def _shape(settings: AttentionSettings, qk: Tensor, v: Tensor) -> dict[str, int | bool]:
+def _launch(
+    name: str, settings: AttentionSettings, qk: Tensor, v: Tensor
+) -> tuple[tuple[int, int], dict[str, int | bool]]:
+    """Return the programs of kernel `name`, tiles and heads, and what they are compiled for."""
     n_heads, shared, width = settings.heads
+    tiles = (NARROW if width <= WIDE_HEAD else WIDE)[name]
+    part, size = settings.part_tokens or len(qk), tiles.keys if name == "keys" else tiles.queries
     follows = v.data_ptr() == qk.data_ptr() + settings.split * qk.element_size()
-    return {
-        "TOGETHER": follows and qk.stride(0) == v.stride(0),
+    return (triton.cdiv(part, size) * (len(qk) // part), n_heads), {
         "HEADS": n_heads,
         "GROUP": n_heads // shared,
         "WIDTH": width,
         # From the least on that tl.dot takes.
         "LANES": max(MIN_LANES, next_power_of_2(width)),
+        "TOGETHER": follows and qk.stride(0) == v.stride(0),
         "CAPS": settings.softcap > 0,
         "PARTED": settings.part_tokens > 0,
+        "QUERIES": tiles.queries,
+        "KEYS": tiles.keys,
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
     }
 
 
@@ -334,12 +356,6 @@ def _numbers(settings: AttentionSettings, count: int) -> tuple[int, float, int, 
     return count, settings.scale * LOG2_E, window, settings.softcap * LOG2_E, part
 
 
-def _grid(settings: AttentionSettings, count: int, size: int) -> tuple[int, int]:
-    """Return the programs: tiles of `size` tokens, and heads."""
-    part = settings.part_tokens or count
-    return triton.cdiv(part, size) * (count // part), settings.heads[0]
-
-
 def attend_triton(
     qk: Tensor, v: Tensor, begins: Tensor, settings: AttentionSettings, out: Tensor, lse: Tensor
 ) -> None:
@@ -347,10 +363,10 @@ def attend_triton(
 
     `lse` is log2 of the softmax's sum, for the backward pass. bf16, on a GPU: within 5e-3.
     """
-    count, tiles = len(qk), _tiles(settings.heads[2], {"num_stages": 3}, WIDE_FORWARD)
-    _forward_kernel[_grid(settings, count, tiles["QUERIES"])](
+    grid, shape = _launch("forward", settings, qk, v)
+    _forward_kernel[grid](
         qk, v, out, lse, begins, row_stride(qk), row_stride(v), row_stride(out),
-        *_numbers(settings, count), **_shape(settings, qk, v), **tiles,
+        *_numbers(settings, len(qk)), **shape,
     )  # fmt: skip
 
 
@@ -369,16 +385,13 @@ def attend_gradients_triton(
 
     dq is written over the queries. bf16, on a GPU: within 1e-2.
     """
-    count, tiles = len(qk), _tiles(settings.heads[2], {"num_stages": 2}, WIDE_BACKWARD)
     strides = row_stride(qk), row_stride(v), row_stride(out), row_stride(d_out)
-    numbers = *strides, *_numbers(settings, count)
+    numbers = *strides, *_numbers(settings, len(qk))
     # First the kernel that still needs q; the next one overwrites it.
-    _keys_kernel[_grid(settings, count, tiles["KEYS"])](
-        qk, v, out, d_out, lse, begins, ends, partial, *numbers, **_shape(settings, qk, v), **tiles
-    )
-    _queries_kernel[_grid(settings, count, tiles["QUERIES"])](
-        qk, v, out, d_out, lse, begins, *numbers, **_shape(settings, qk, v), **tiles
-    )
+    grid, shape = _launch("keys", settings, qk, v)
+    _keys_kernel[grid](qk, v, out, d_out, lse, begins, ends, partial, *numbers, **shape)
+    grid, shape = _launch("queries", settings, qk, v)
+    _queries_kernel[grid](qk, v, out, d_out, lse, begins, *numbers, **shape)
 
 
 def attend_backward_triton(
