@@ -54,6 +54,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phi3": _GROUPED | {"partial_rotary_factor": 0.5},
     "olmo": _GROUPED | {"clip_qkv": 1.5},
     "olmo2": _GROUPED,
+    "olmo3": _GROUPED | {"sliding_window": 4, "layer_types": _LOCAL_AND_GLOBAL},
     "granite": _GROUPED
     | {
         "embedding_multiplier": 3.0,
