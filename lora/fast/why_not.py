@@ -141,9 +141,11 @@ def _why_not_trained(model: Decoder) -> str | None:
     of_lora = [n for n, p in trained.items() if n.endswith(("lora_A", "lora_B"))]
     beside = {id(p) for p in _trains_beside(model)}
     other = [n for n, p in trained.items() if n not in of_lora and id(p) not in beside]
-    other += [n for n in of_lora if id(trained[n]) not in inside]
     if other:
         return f"{other[0]} trains beside LoRA"
+    other = [n for n in of_lora if id(trained[n]) not in inside | beside]
+    if other:
+        return f"LoRA with dropout is on the head ({other[0]})"
     # Other layers (Conv1D) have A and B too, but no projection that reads them.
     layers = [m for m in model.modules() if isinstance(m, LoRALinear | LoRAFp8Linear)]
     if len(of_lora) != 2 * len(layers):
@@ -155,11 +157,15 @@ def _why_not_trained(model: Decoder) -> str | None:
 
 
 def _trains_beside(model: Decoder) -> Iterator[Tensor]:
-    """Yield what the hand-written step can train beside LoRA: token tables and norms, or parts."""
+    """Yield what the step can train beside LoRA in blocks: token tables and norms, or parts."""
     for table in (model.get_input_embeddings(), model.output_head()):
         yield table.get_parameter("weight")
         if isinstance(table, TrainableTokensEmbedding | TrainableTokensLinear):
             yield table.token_rows
+    head = model.output_head()
+    # It takes tokens in chunks, but dropout's masks are drawn for all tokens at once.
+    if isinstance(head, LoRALinear) and not isinstance(head.dropout, nn.Dropout):
+        yield from (head.lora_A, head.lora_B)
     for norm in model.trunk.modules():
         if isinstance(norm, RMSNorm):
             yield norm.weight

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Case:
     rows: Sequence[int] | Mapping[str, Sequence[int]] = ()
     saved: tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
+    targets: tuple[str, ...] = ()
     changes: dict[str, Any] = field(default_factory=dict)
     """Fields of the decoder's config."""
 
@@ -66,6 +67,9 @@ CASES = {
     "head and rows": Case(tied=False, saved=("lm_head",), rows={EMBEDDING: (7, 9)}),
     "norms": Case(saved=("input_layernorm", "model.norm")),
     "a norm above": Case(saved=("model.layers.2.post_attention_layernorm",), layers=(1,)),
+    "LoRA on the head": Case(tied=False, targets=("q_proj", "down_proj", "lm_head")),
+    "LoRA on a tied head": Case(targets=("o_proj", "lm_head"), changes=CAPPED),
+    "LoRA on the head alone": Case(targets=("lm_head",), saved=("norm",), changes=OLMO),
     "rows in Gemma": Case(rows=(5, 6), changes=GEMMA),
     "embedding of Granite": Case(saved=("embed_tokens",), changes=GRANITE),
     "rows under a cap": Case(rows=(5, VOCABULARY), tied=False, changes=CAPPED),
@@ -81,6 +85,7 @@ def adapt(model: Decoder, case: Case) -> Decoder:
     config = LoRAConfig(
         rank=3, alpha=6.0, init_seed=0, layers=case.layers, modules_to_save=case.saved
     )
+    config = replace(config, targets=case.targets) if case.targets else config
     apply_lora(model, config)
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -192,11 +197,14 @@ def test_a_plan_counts_what_trains_beside_lora(tiny_decoder: MakeModel, name: st
     assert plan.step.flat.segments(0.1) == step.flat.segments(0.1)
 
 
-def test_linears_that_train_whole_are_refused_by_name(tiny_decoder: MakeModel) -> None:
+def test_what_it_cannot_train_is_refused_by_name(tiny_decoder: MakeModel) -> None:
     model = tiny_decoder()
     config = LoRAConfig(rank=3, targets=("q_proj",), modules_to_save=("down_proj",))
     apply_lora(model, config)
     assert why_not_hand_written(model) == "model.layers.0.mlp.down_proj.weight trains beside LoRA"
+    model = tiny_decoder()
+    apply_lora(model, LoRAConfig(rank=3, targets=("q_proj", "lm_head"), dropout=0.1))
+    assert "LoRA with dropout is on the head" in (why_not_hand_written(model) or "")
 
 
 @pytest.mark.parametrize(("name", "why"), [("rows of tied tables", None), ("head", HEAD)])

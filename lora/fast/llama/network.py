@@ -114,9 +114,11 @@ class FastNetwork:
         self.head_norm_offset = 1.0 if isinstance(heads[0].q_norm, OffsetRMSNorm) else 0.0
         """Added to the weights of queries' and keys' norms."""
         self.embedding, self.head = self._tables(trunk.embed_tokens, model.lm_head)
-        tables = (self.embedding, self.embedding.rows, self.head, self.head.rows)
+        head = self.head
+        tables = (self.embedding, self.embedding.rows, head, head.rows, head.lora)
         whole = [self.norms, *(self.head_norms or ()), *(t for t in tables if t is not None)]
         self.weights = list(dict.fromkeys(whole))
+        """What is beside the projections, each once."""
         self.embedding_scale = _embedding_scale(trunk, dtype)
         self.ropes = trunk.ropes
         self.part_tokens = 0

@@ -150,7 +150,7 @@ class ShardedFrozenFp8Projection(_ShardedFp8Base, FrozenFp8Projection):
 
 
 class ShardedTable(TokenTable):
-    """The embedding or the output head: a unit of the ring by itself; rows that train are whole.
+    """The embedding or the output head: a unit of the ring by itself; what trains of it is whole.
 
     Args:
         module: whose weight it is.
@@ -180,7 +180,7 @@ class ShardedTable(TokenTable):
             if embedding is not None and is_tied
             else ring.reserve_table(rows, columns, dtype, ring.name_of(module))
         )
-        self.add_rows(module, flat, lr_fraction, embedding)
+        self.find_trained(module, flat, lr_fraction, embedding)
 
     def read(self) -> None:
         """Fill this process's shard."""

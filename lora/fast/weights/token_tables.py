@@ -1,5 +1,7 @@
 """Embedding and output head of the hand-written step: frozen, in a slot, or with rows in a slot.
 
+LoRA on the head is in matmuls of its own, which are narrow.
+
 What differs from the textbook: trained rows (`lora.layers.trainable_tokens`) are not written into
 the frozen table. The embeddings and logits of their tokens take the place of the table's, so the
 table keeps its bytes and no second one is held beside it.
@@ -10,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lora.fast.weights.adapted import RANK_STEP
 from lora.fast.weights.flat import FlatParameters, accumulate
 from lora.fast.weights.norms_and_embeddings import WeightGroup
 from lora.fast.weights.stacked_flat import StackedFlat
@@ -18,6 +21,7 @@ from lora.layers.trainable_tokens import (
     TrainableTokensLayer,
     TrainableTokensLinear,
 )
+from lora.lora_module import LoRALayer
 
 MAX_ONE_HOT_ELEMENTS = 2**24
 """Of the matrix that tells which token has which trained row: longer batches go in parts."""
@@ -57,6 +61,46 @@ class TrainedRows(WeightGroup):
             self.accumulate(gradient, first=first and start == 0)
 
 
+class HeadLoRA:
+    """LoRA's A (R, C) and B (V, R) of the output head, in slots; R is the rank, rounded up."""
+
+    def __init__(self, layer: LoRALayer, flat: FlatParameters, dtype: torch.dtype) -> None:
+        self.layer, self.dtype = layer, dtype
+        width = -(-layer.rank // RANK_STEP) * RANK_STEP  # rows of the copies stay aligned
+        outputs, inputs = layer.out_features, layer.in_features
+        self.a_slot = flat.reserve((width, inputs), decays=True)
+        self.b_slot = flat.reserve((outputs, width), decays=True)
+
+    def fill(self) -> None:
+        """Put the values into the slots and make the parameters views of them."""
+        rank = self.layer.rank  # beyond it A and B are zero, and so are their gradients
+        for parameter, view in (
+            (self.layer.lora_A, self.a_slot.values[:rank]),
+            (self.layer.lora_B, self.b_slot.values[:, :rank]),
+        ):
+            view.copy_(parameter)
+            parameter.data = view
+        self.a = self.a_slot.values.to(self.dtype, copy=True)  # (R, C)
+        self.b = (self.b_slot.values * self.layer.scaling).to(self.dtype)  # s · B, (V, R)
+
+    def refresh(self) -> None:
+        """Bring the copies in the compute dtype up to date with the slots."""
+        self.a.copy_(self.a_slot.values)
+        torch.mul(self.b_slot.values, self.layer.scaling, out=self.b)
+
+    def add_logits(self, hidden: Tensor, logits: Tensor) -> None:
+        """Changes `logits` (n, V) in place: LoRA's, of `hidden` (n, C), are added."""
+        logits.addmm_(hidden @ self.a.T, self.b.T)
+
+    def backward(self, d_logits: Tensor, hidden: Tensor, d_hidden: Tensor, *, first: bool) -> None:
+        """Changes `d_hidden` (n, C) in place, and the gradients of A and B."""
+        low, d_low = hidden @ self.a.T, d_logits @ self.b  # (n, R) each
+        d_hidden.addmm_(d_low, self.a)
+        accumulate(self.a_slot.gradients, d_low.T @ hidden, first=first)
+        gradient = (d_logits.T @ low) * self.layer.scaling  # (V, R)
+        accumulate(self.b_slot.gradients, gradient, first=first)
+
+
 class TokenTable(WeightGroup):
     """The embedding or the output head, (V, C).
 
@@ -71,6 +115,8 @@ class TokenTable(WeightGroup):
 
     rows: TrainedRows | None = None
     """Rows that take the place of the table's."""
+    lora: HeadLoRA | None = None
+    """What is added to the logits."""
 
     def __init__(
         self,
@@ -83,16 +129,19 @@ class TokenTable(WeightGroup):
         other: TokenTable | None = None,
     ) -> None:
         super().__init__([module], flat, dtype, decays=decays, lr_fraction=lr_fraction)
-        self.add_rows(module, flat, lr_fraction, other)
+        self.find_trained(module, flat, lr_fraction, other)
 
-    def add_rows(
+    def find_trained(
         self,
         module: nn.Module,
         flat: FlatParameters | StackedFlat,
         lr_fraction: float,
         other: TokenTable | None,
     ) -> None:
-        """Find the trained rows of `module`, if it has some."""
+        """Find what trains of `module` beside its weight: single rows, or LoRA."""
+        if isinstance(module, LoRALayer):
+            assert isinstance(flat, FlatParameters), "stacked adapters leave the head alone"
+            self.lora = HeadLoRA(module, flat, self.dtype)
         if isinstance(module, TrainableTokensEmbedding):
             self.row_of_id = module.row_of_id  # (V,), −1 for a token without a trained row
         if isinstance(module, TrainableTokensEmbedding | TrainableTokensLinear):
@@ -138,6 +187,8 @@ class TokenTable(WeightGroup):
         torch.mm(hidden, self.tensors[0].T, out=logits)
         if self.rows is not None:
             logits.index_copy_(1, self.rows.ids, hidden @ self.rows.tensors[0].T)
+        if self.lora is not None:
+            self.lora.add_logits(hidden, logits)
 
     def project_backward(
         self, d_logits: Tensor, hidden: Tensor, d_hidden: Tensor, *, first: bool
@@ -156,3 +207,5 @@ class TokenTable(WeightGroup):
         if self.rows is not None and own is not None:
             d_hidden.addmm_(own, self.rows.tensors[0])
             self.rows.accumulate(own.T @ hidden, first=first)
+        if self.lora is not None:
+            self.lora.backward(d_logits, hidden, d_hidden, first=first)

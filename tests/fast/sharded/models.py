@@ -58,6 +58,7 @@ CASES = {
         rows=(5, 6, 100), lora={"modules_to_save": ("input_layernorm", "norm")}
     ),
     "rows of two tables": Case(rows=(5, 6), tied=False, lora={"layers": (1,)}),
+    "LoRA on the head": Case(tied=False, lora={"targets": ("q_proj", "lm_head")}),
     "fp8": Case(fp8=True, tied=False),
     "fp8, biases, two targets, dropout": Case(
         fp8=True, bias=True, lora={"targets": ("k_proj", "up_proj"), "dropout": 0.3}
