@@ -14,13 +14,14 @@ import torch
 
 from lora.adapters.apply import apply_lora
 from lora.config import MemoryConfig
+from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
 from lora.decoder.language_model import LanguageModel
 from lora.decoder.quantised import use_fp8_linears
 from lora.device import resident_bytes
 from lora.errors import ConfigError
 from lora.fast.llama.checkpointing import MODES
-from lora.fast.memory.estimate import StepEstimates
+from lora.fast.memory.estimate import estimate_step
 from lora.fast.memory.fast_step import (
     CUBLAS_WORKSPACE_BYTES,
     FRAGMENTED_WEIGHTS_FRACTION,
@@ -36,13 +37,11 @@ from lora.fast.memory.trace import StepMemory
 from lora.fast.memory.traces import StepTraces, Traced, largest_that_fits
 from lora.fast.why_not import why_not_hand_written, why_not_sharded
 from lora.lora_module import ParameterCounts, count_lora_parameters
-from lora.pretrained.load.models import as_decoder, empty_language_model
+from lora.pretrained.load.models import as_decoder, empty_language_model, why_not_packed
 
 CPU_SLACK = 0.3
 """Of activations and loss: what a CPU's allocator holds besides, fragments too small for the next
 allocation (measured in docs/memory.md)."""
-CAPTURED_LOSS_BYTES = 14
-"""Of a logit in a captured step: bf16 and fp32 values, log-softmax, and parts of two gradients."""
 NCCL_BYTES = 1_000_000_000
 """What several processes leave free on each GPU: NCCL's buffers, outside of torch's allocator. On
 two H200 0.8 GB were measured (`device_gb` in benchmarks/results/gpu_many_2_h200.jsonl)."""
@@ -109,20 +108,20 @@ class MemoryPlanner:
                 recompute_blocks(decoder)
         # The tracer and the fast plan both change their model. A copy, because applying LoRA again
         # would say again what there is to say about it.
-        self._traces: StepTraces | StepEstimates
-        if decoder is None:
-            self._traces = StepEstimates(inputs, self._counts.trainable)
-        else:
-            self._traces = StepTraces(
-                copy.deepcopy(decoder) if self._step == "fast" else decoder,
-                inputs.tokens,
-                compute_dtype=inputs.compute_dtype,
-                packed=inputs.packed,
-                learned_fraction=inputs.learned_fraction,
-                # A gradient of sharded weights is gone when each device has its share of the sum.
-                holds_gradients=not (shards and inputs.lora is None),
-                about=_describe_model(inputs, recomputes=self._fsdp is not None and on_gpu),
-            )
+        self._traces = StepTraces(
+            copy.deepcopy(model) if self._step == "fast" else model,
+            inputs.tokens,
+            compute_dtype=inputs.compute_dtype,
+            packed=inputs.packed,
+            learned_fraction=inputs.learned_fraction,
+            captured=self._step == "captured",
+            # A gradient of sharded weights is gone when each device has its share of the sum.
+            holds_gradients=not (shards and inputs.lora is None),
+            about=_describe_model(inputs, recomputes=self._fsdp is not None and on_gpu),
+            fallback=self._estimate if decoder is None else None,
+            # Recurrent blocks, of which no two examples can share a sequence.
+            may_loop=why_not_packed(inputs.config) is not None,
+        )
         if decoder is not None and self._step == "fast":
             self._fast = _fast_plan(inputs, decoder)
         if on_gpu:
@@ -208,6 +207,9 @@ class MemoryPlanner:
         """Return what a validation pass of this many sequences takes."""
         return _evaluation_bytes(self._traces.trace(micro_batch_size, learns=False))
 
+    def _estimate(self, size: int, learns: bool) -> StepMemory:
+        return estimate_step(self.inputs, self._counts.trainable, size, learns=learns)
+
     @property
     def _parallel(self) -> str | None:
         return None if self.inputs.devices == 1 else self.inputs.parallel
@@ -256,7 +258,6 @@ class MemoryPlanner:
         trained = self._counts.trainable * 4  # fp32
         gradients, loss = held.gradients, held.loss
         if self._step == "captured":
-            loss = CAPTURED_LOSS_BYTES * size * inputs.tokens * inputs.config.vocab_size
             # The graph holds its memory pool meanwhile.
             base += _evaluation_bytes(traced(size, learns=False))
         if self._step == "captured" or inputs.micro_batches > 1 or inputs.lora is not None:
@@ -306,7 +307,9 @@ def _adapted(inputs: PlanInputs) -> LanguageModel:
 
 def _describe_model(inputs: PlanInputs, *, recomputes: bool) -> str:
     """Return in words what `_adapted` has built, and whether its blocks are recomputed."""
-    return f"{inputs.config} {inputs.lora} {inputs.fp8} {inputs.parallel} {recomputes}"
+    kind = inputs.config
+    about = repr(kind) if isinstance(kind, DecoderConfig) else f"{kind.source} {kind.logit_scale}"
+    return f"{about} {inputs.lora} {inputs.fp8} {inputs.parallel} {recomputes}"
 
 
 def _frozen_bytes(inputs: PlanInputs, model: LanguageModel, counts: ParameterCounts) -> int:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import LanguageModel
 
 Label = tuple[str, int]
 """Of a section: before, forward of block i, head, backward of block i, or after."""
@@ -52,21 +52,24 @@ class Section:
     end: Bytes = NOTHING
 
 
-def block_kinds(model: Decoder) -> list[Hashable]:
+def block_kinds(
+    blocks: nn.ModuleList, model: LanguageModel, settings: Sequence[Hashable]
+) -> list[Hashable]:
     """Return a kind for each block: those of one kind hold the same memory in a step.
 
-    The kind is of the block's modules, tensors, rotation and window, and of whether a gradient
-    goes through its input: autograd saves nothing of blocks before the first that trains.
+    The kind is of the block's modules, tensors and `settings` (such as its window), and of whether
+    a gradient goes through its input: autograd saves nothing of blocks before the first that
+    trains.
     """
     kinds: list[Hashable] = []
     has_gradient = any(p.requires_grad for p in model.get_input_embeddings().parameters())
-    for block, layer in zip(model.trunk.blocks(), model.config.layers, strict=True):
+    for block, own in zip(blocks, settings, strict=True):
         modules = tuple((name, type(m), m.extra_repr()) for name, m in block.named_modules())
         tensors = tuple(
             (name, t.shape, t.dtype, t.requires_grad)
             for name, t in (*block.named_parameters(), *block.named_buffers())
         )
-        kinds.append((layer, has_gradient, modules, tensors))
+        kinds.append((own, has_gradient, modules, tensors))
         has_gradient = has_gradient or any(p.requires_grad for p in block.parameters())
     return kinds
 

@@ -21,8 +21,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lora.decoder.attention import NO_CACHE, TokenPositions
-from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import LanguageModel
 from lora.fast.memory.sections import (
     AFTER,
     BEFORE,
@@ -31,12 +30,11 @@ from lora.fast.memory.sections import (
     Bytes,
     Label,
     Section,
-    block_kinds,
     peak_of,
     representatives,
-    retain_blocks,
 )
-from lora.kernels.cross_entropy import CHUNK_TOKENS, learned_cross_entropy
+from lora.fast.memory.traced_model import captured_loss, plain_loss, traced_model
+from lora.kernels.cross_entropy import CHUNK_TOKENS
 
 Phase = str
 """forward, loss or backward: where a tensor was allocated."""
@@ -62,6 +60,7 @@ class StepTracer:
     Args:
         model: on the meta device, with LoRA applied or all of it trained.
         compute_dtype: of matmuls, through autocast where it is bf16.
+        captured: the step is the captured one, whose loss is another.
         holds_gradients: False drops each gradient of a parameter as soon as it is there, as sharded
             training does.
         whole: run every block and every chunk of the loss, not one of each kind. The result is the
@@ -70,19 +69,23 @@ class StepTracer:
 
     def __init__(
         self,
-        model: Decoder,
+        model: LanguageModel,
         *,
         compute_dtype: torch.dtype,
+        captured: bool = False,
         holds_gradients: bool = True,
         whole: bool = False,
     ) -> None:
         self.model, self.compute_dtype, self.whole = model, compute_dtype, whole
-        self.holds_gradients = holds_gradients
-        kinds = block_kinds(model)
+        self.holds_gradients, self.captured = holds_gradients, captured
+        self._traced_model = traced_model(model, compute_dtype, captured=captured)
+        kinds = self._traced_model.kinds()
         self._stands_for = list(range(len(kinds))) if whole else representatives(kinds)
         """For each block of the model: which of them is traced in its place."""
+        self.n_operations = 0
+        """Of the last trace."""
         self._traced = sorted(set(self._stands_for))
-        retain_blocks(model.trunk.blocks(), self._traced)
+        self._traced_model.retain(self._traced)
         # Rotary frequencies are real tensors.
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self._fake:
@@ -107,35 +110,35 @@ class StepTracer:
             learns: False for a validation pass, which saves nothing for backward.
         """
         autocast = _autocast(self.compute_dtype)
+        self.model.train(learns)  # dropout has masks
         with self._fake, autocast, torch.set_grad_enabled(learns):
             ids = torch.zeros(batch_size, tokens, dtype=torch.int64)  # (B, T)
             n_tokens = batch_size * tokens
-            n_learned = max(1, round(learned_fraction * n_tokens))
+            is_captured = self.captured and learns  # a validation pass is the plain one
+            n_learned = n_tokens if is_captured else max(1, round(learned_fraction * n_tokens))
             live = _Live(self.model, holds_gradients=self.holds_gradients)
-            with live, _marked(self.model.trunk.blocks(), self._traced, live):
-                hidden = _hidden(self.model, ids, packed=packed)
+            with live, _marked(self.model.blocks(), self._traced, live):
+                hidden = self._traced_model.hidden(ids, packed=packed)
                 live.phase = "loss"
                 # A copy, as the loss selects the rows of learned tokens: which ones does not
                 # matter.
                 learned = hidden if n_learned == n_tokens else hidden[:n_learned].clone()
-                labels = ids.flatten()[: self._n_labels(n_learned)]
-                weight = self.model.output_head().weight
-                loss = learned_cross_entropy(learned, weight, labels, CHUNK_TOKENS)
+                loss = self._loss(learned, ids.flatten()[:n_learned], is_captured=is_captured)
                 live.phase = "backward"
                 del hidden, learned  # else this function would keep them alive through backward
                 if loss.requires_grad:
                     loss.backward()
             live.finish()
+            self.n_operations = live.n_operations
             self.model.zero_grad()
         return _at_peak(peak_of(live.sections, self._stands_for))
 
-    def _n_labels(self, n_learned: int) -> int:
-        """Return how many labels the loss is traced with.
-
-        Its tensors have a row for each learned token however many labels there are, and one chunk
-        of it holds as much as the next.
-        """
-        return n_learned if self.whole else min(n_learned, CHUNK_TOKENS)
+    def _loss(self, learned: Tensor, labels: Tensor, *, is_captured: bool) -> Tensor:
+        if is_captured:
+            return captured_loss(self.model, learned, labels)
+        # Its tensors have a row for each learned token however many labels there are, and one chunk
+        # of it holds as much as the next.
+        return plain_loss(self.model, learned, labels if self.whole else labels[:CHUNK_TOKENS])
 
 
 def _fill_with_fakes(model: nn.Module) -> None:
@@ -156,13 +159,6 @@ def _at_peak(peak: Bytes) -> StepMemory:
     # Gradients are allocated in backward too, but are a part of their own.
     activations = max(0, peak.forward + peak.backward - peak.gradients)
     return StepMemory(activations, peak.loss, peak.gradients)
-
-
-def _hidden(model: Decoder, ids: Tensor, *, packed: bool) -> Tensor:
-    """Return the head's input (B·T, C), through the mask that packed sequences have."""
-    positions = TokenPositions(torch.zeros_like(ids), ids if packed else None, NO_CACHE)
-    x = model.get_input_embeddings()(ids)  # (B, T, C)
-    return model.trunk.through_blocks(x, positions).flatten(0, 1)  # (B·T, C)
 
 
 def _autocast(dtype: torch.dtype) -> AbstractContextManager[object]:
@@ -186,17 +182,29 @@ def _marked(blocks: nn.ModuleList, labels: Sequence[int], live: _Live) -> Iterat
 def _mark_block(
     block: nn.Module, label: int, live: _Live, *, is_first: bool
 ) -> list[RemovableHandle]:
-    def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if is_first and inputs[0].requires_grad:
-            inputs[0].register_hook(lambda _: live.begin(AFTER))
+    def before(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        states = inputs[0] if inputs else named["hidden_states"]
+        if is_first and states.requires_grad:
+            states.register_hook(lambda _: live.begin(AFTER))
         live.begin(("forward", label))
 
-    def after(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        states = output if isinstance(output, Tensor) else output[0]
         # A hook on a tensor runs when its gradient is there, before the operation that made it.
-        if output.requires_grad:
-            output.register_hook(lambda _: live.begin(("backward", label)))
+        if states.requires_grad:
+            states.register_hook(lambda _: live.begin(("backward", label)))
 
-    return [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
+    return [
+        block.register_forward_pre_hook(before, with_kwargs=True),
+        block.register_forward_hook(after),
+    ]
+
+
+def _grouped_mm(x: Tensor, y: Tensor, offs: Tensor, *_: object, **settings: object) -> Tensor:
+    """Return the output of experts' matmul: torch knows its shape for bf16 alone."""
+    shape = x.shape[0], y.shape[-1]
+    # Two matrices are multiplied expert by expert: the weights' gradients.
+    return x.new_empty(offs.shape + shape if x.ndim == y.ndim == 2 else shape)
 
 
 class _Live(TorchDispatchMode):
@@ -207,7 +215,7 @@ class _Live(TorchDispatchMode):
         self.holds_gradients = holds_gradients
         self.phase: Phase = "forward"
         self.bytes_in: dict[Phase, int] = {"forward": 0, "loss": 0, "backward": 0}
-        self.gradients = 0
+        self.gradients, self.n_operations = 0, 0
         self._section = Section(NOTHING)
         self.sections: dict[Label, Section] = {BEFORE: self._section}
         # Views share a storage: it counts once. Weak keys, so that counting keeps none alive.
@@ -233,7 +241,11 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        results = func(*args, **(kwargs or {}))
+        self.n_operations += 1
+        if func is torch.ops.aten._grouped_mm.default:
+            results = _grouped_mm(*args, **(kwargs or {}))
+        else:
+            results = func(*args, **(kwargs or {}))
         tree_map_only(Tensor, self._note, results)
         return results
 

@@ -8,12 +8,19 @@ from typing import Protocol
 
 import torch
 
-from lora.decoder.decoder import Decoder
+from lora.decoder.language_model import LanguageModel
 from lora.fast.memory.trace import StepMemory, StepTracer
+from lora.pretrained.transformers_models.probe import REFUSALS
 
 _TRACED: dict[tuple[str, int, int, bool], StepMemory] = {}
 """Of this process, by model, tokens, sequences and whether they learn: a sweep's next wave, a trial
 of a comparison and a resumed run plan what was planned before."""
+
+
+FEW_TOKENS = 16, 32
+"""Of a sequence, from which longer ones are estimated where a model goes token by token."""
+MAX_MORE_OPERATIONS = 1.3
+"""Times as many for twice the tokens: in a loop over tokens there are nearly twice as many."""
 
 
 class Traced(Protocol):
@@ -27,30 +34,40 @@ class StepTraces:
 
     Changes `model` in place at the first trace, as StepTracer does, whose arguments these are.
     `about` says what `model` is: models of the same words hold the same; None: it is not known.
+    `fallback` is called with a size and whether it learns where the model's code needs values,
+    which fake tensors do not have; None: it does not. `may_loop`: whether it may go through a
+    sequence token by token.
     """
 
     def __init__(
         self,
-        model: Decoder,
+        model: LanguageModel,
         tokens: int,
         *,
         compute_dtype: torch.dtype,
         packed: bool,
         learned_fraction: float,
+        captured: bool = False,
         holds_gradients: bool = True,
         about: str | None = None,
+        fallback: Callable[[int, bool], StepMemory] | None = None,
+        may_loop: bool = False,
     ) -> None:
-        kind = compute_dtype, packed, learned_fraction, holds_gradients
+        kind = compute_dtype, packed, learned_fraction, captured, holds_gradients
         self._about = None if about is None else f"{about} {kind}"
         self._model, self._tokens, self._compute_dtype = model, tokens, compute_dtype
-        self._holds_gradients = holds_gradients
+        self._captured, self._holds_gradients = captured, holds_gradients
+        self._fallback, self._may_loop = fallback, may_loop
         self._packed, self._learned_fraction = packed, learned_fraction
         self._traces: dict[tuple[int, bool], StepMemory] = {}
 
     @cached_property
     def _tracer(self) -> StepTracer:
         return StepTracer(
-            self._model, compute_dtype=self._compute_dtype, holds_gradients=self._holds_gradients
+            self._model,
+            compute_dtype=self._compute_dtype,
+            captured=self._captured,
+            holds_gradients=self._holds_gradients,
         )
 
     @property
@@ -68,16 +85,43 @@ class StepTraces:
         key = None if self._about is None else (self._about, self._tokens, size, learns)
         if key in _TRACED:
             return _TRACED[key]
-        found = self._tracer.trace(
+        found = self._trace(size, learns=learns)
+        if key is not None:
+            _TRACED[key] = found
+        return found
+
+    def _trace(self, size: int, *, learns: bool) -> StepMemory:
+        if self._fallback is None:
+            return self._traced(size, self._tokens, learns=learns)
+        try:
+            if self._loops_over_tokens:
+                few, more = (self._traced(size, n, learns=learns) for n in FEW_TOKENS)
+                start, end = FEW_TOKENS
+                return _on_line(few, more, (self._tokens - start) / (end - start))
+            return self._traced(size, self._tokens, learns=learns)
+        except REFUSALS:
+            self._loops_over_tokens = False
+            return self._fallback(size, learns)
+
+    def _traced(self, size: int, tokens: int, *, learns: bool) -> StepMemory:
+        return self._tracer.trace(
             size,
-            self._tokens,
+            tokens,
             packed=self._packed,
             learned_fraction=self._learned_fraction,
             learns=learns,
         )
-        if key is not None:
-            _TRACED[key] = found
-        return found
+
+    @cached_property
+    def _loops_over_tokens(self) -> bool:
+        """Whether the model goes through a sequence token by token, which takes long to trace."""
+        if not self._may_loop or self._tokens <= FEW_TOKENS[1]:
+            return False
+        counts = []
+        for tokens in FEW_TOKENS:
+            self._traced(1, tokens, learns=True)
+            counts.append(self._tracer.n_operations)
+        return counts[1] > MAX_MORE_OPERATIONS * counts[0]
 
     def estimate(self, size: int, *, learns: bool = True) -> StepMemory:
         """Return what `trace` would, on the line through the nearest two sizes that were traced.
@@ -90,8 +134,13 @@ class StepTraces:
         below, above = (sorted(x for x in known if (x < size) is side) for side in (True, False))
         start, end = [*below[-1:], *above[:1]] if below and above else (below[-2:] or above[:2])
         fraction = (size - start) / (end - start)
-        parts = zip(vars(known[start]).values(), vars(known[end]).values(), strict=True)
-        return StepMemory(*(max(0, round(a + fraction * (b - a))) for a, b in parts))
+        return _on_line(known[start], known[end], fraction)
+
+
+def _on_line(start: StepMemory, end: StepMemory, fraction: float) -> StepMemory:
+    """Return what lies on the line from `start` to `end`, or beyond it."""
+    parts = zip(vars(start).values(), vars(end).values(), strict=True)
+    return StepMemory(*(max(0, round(a + fraction * (b - a))) for a, b in parts))
 
 
 def largest_that_fits(fits: Callable[[int], bool], lowest: int, too_large: int | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +46,10 @@ def adapted(config: DecoderConfig, lora: LoRAConfig | None, *, fp8: bool = False
     if fp8:
         use_fp8_linears(model)
     return apply_lora(model, lora)  # type: ignore[return-value]
+
+
+def kinds(model: Decoder) -> list[Hashable]:
+    return block_kinds(model.blocks(), model, model.config.layers)
 
 
 @pytest.mark.parametrize(
@@ -93,14 +98,14 @@ def test_gradients_that_are_sharded_do_not_stay() -> None:
 
 
 def test_blocks_that_differ_are_of_other_kinds() -> None:
-    assert representatives(block_kinds(adapted(LLAMA, LORA))) == [0, 1, 1, 1, 1, 1, 6]
+    assert representatives(kinds(adapted(LLAMA, LORA))) == [0, 1, 1, 1, 1, 1, 6]
     # LOCAL and GLOBAL; the first and the last stand for themselves.
     expected = [0, 1, 1, 3, 1, 1, 1, 7]
-    assert representatives(block_kinds(adapted(GEMMA, LORA))) == expected
+    assert representatives(kinds(adapted(GEMMA, LORA))) == expected
     # Frozen blocks before, the first that trains, a frozen one behind it, and so on.
-    assert representatives(block_kinds(adapted(LLAMA, FIRST_TRAINED))) == [0, 1, 2, 3, 4, 3, 6]
+    assert representatives(kinds(adapted(LLAMA, FIRST_TRAINED))) == [0, 1, 2, 3, 4, 3, 6]
     ranks = LoRAConfig(rank=4, rank_pattern={"layers.3.self_attn.q_proj": 8})
-    assert representatives(block_kinds(adapted(LLAMA, ranks))) == [0, 1, 1, 3, 1, 1, 6]
+    assert representatives(kinds(adapted(LLAMA, ranks))) == [0, 1, 1, 3, 1, 1, 6]
     assert representatives(["a"]) == [0]
 
 
