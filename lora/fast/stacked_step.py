@@ -101,8 +101,6 @@ class StackedFastStep(HandWrittenStep):
         # other: masked weights are zero, and 0 · NaN is NaN.
         is_aligned = n_tokens % BLOCK_TOKENS == 0
         self.network.own_attention = self._own_attention if is_aligned else False
-        # Where torch's kernels cannot take over, ours take each adapter's tokens by themselves.
-        self.network.part_tokens = 0 if is_aligned else n_tokens
         super()._allocate(batch)
 
     def describe(self) -> str:

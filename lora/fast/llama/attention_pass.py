@@ -169,7 +169,7 @@ class AttentionPass:
         if window >= self.buffers.tokens:  # covers the sequence, so that it hides nothing
             window = 0
         cap = sizes.attention.logit_softcap or 0.0
-        return AttentionSettings(heads, own.scale, window, cap, self.net.part_tokens)
+        return AttentionSettings(heads, own.scale, window, cap)
 
     def _graph_key(self, layer: int) -> int:
         """Return a key that all blocks share whose output is in the same scratch tensor."""

@@ -121,8 +121,6 @@ class FastNetwork:
         """What is beside the projections, each once."""
         self.embedding_scale = _embedding_scale(trunk, dtype)
         self.ropes = trunk.ropes
-        self.part_tokens = 0
-        """Tokens of each candidate, where attention's programs must not read those of two."""
         self.first_trained = 0 if self.embedding.trains else self._first_trained(trunk.layers)
 
     def _head_norms(self, heads: list[Attention]) -> tuple[WeightGroup, WeightGroup] | None:

@@ -29,9 +29,6 @@ class AttentionSettings:
     """That a token sees, itself included; 0: all of its document before it."""
     softcap: float = 0.0
     """The logits become softcap · tanh(logits / softcap); 0: they stay."""
-    part_tokens: int = 0
-    """No program reads tokens of two such parts of the batch, whose values then stay apart even if
-    they are not finite; 0: it is one part."""
 
     @property
     def split(self) -> int:

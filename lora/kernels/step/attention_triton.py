@@ -101,21 +101,15 @@ def _times_slope(gradient, capped, cap, CAPS: tl.constexpr):
 
 @jit
 def _forward_kernel(
-    qk, v_at, out, lse, begins, stride, v_stride, out_stride, count, scale, window, cap, part,
+    qk, v_at, out, lse, begins, stride, v_stride, out_stride, count, scale, window, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
-    TOGETHER: tl.constexpr, CAPS: tl.constexpr, PARTED: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    TOGETHER: tl.constexpr, CAPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * QUERIES
-    base, end = 0, count
-    if PARTED:  # every part has tiles of its own, so that no program reads tokens of two
-        tiles = tl.cdiv(part, QUERIES)
-        base = (tl.program_id(0) // tiles) * part
-        first, end = base + (tl.program_id(0) % tiles) * QUERIES, base + part
     head = tl.program_id(1)
     row = first + tl.arange(0, QUERIES)
     lane = tl.arange(0, LANES)
-    real = row < end
+    real = row < count
     wide_row = row.to(tl.int64)
     q = tl.load(
         qk + wide_row[:, None] * stride + head * WIDTH + lane[None, :],
@@ -131,10 +125,10 @@ def _forward_kernel(
     # `begins` never decreases, so the tile's first query sees the furthest back.
     low = tl.load(begins + first)
     low = tl.maximum(low, first - window + 1)
-    low = base + ((low - base) // KEYS) * KEYS
-    for start in range(low, tl.minimum(first + QUERIES, end), KEYS):
+    low = (low // KEYS) * KEYS
+    for start in range(low, tl.minimum(first + QUERIES, count), KEYS):
         key = start + tl.arange(0, KEYS)
-        there = _inside((key < end)[:, None], lane, WIDTH, LANES)
+        there = _inside((key < count)[:, None], lane, WIDTH, LANES)
         at = key.to(tl.int64)[:, None] * stride + lane[None, :]
         k = tl.load(keys_at + at, mask=there, other=0.0)
         at = _of_values(at, key, lane, v_stride, TOGETHER)
@@ -163,21 +157,15 @@ def _forward_kernel(
 @jit
 def _keys_kernel(
     qk, v_at, out, d_out, lse, begins, ends, partial, stride, v_stride, out_stride, d_out_stride,
-    count, scale, window, cap, part,
+    count, scale, window, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
-    TOGETHER: tl.constexpr, CAPS: tl.constexpr, PARTED: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    TOGETHER: tl.constexpr, CAPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * KEYS
-    base, end = 0, count
-    if PARTED:  # every part has tiles of its own, so that no program reads tokens of two
-        tiles = tl.cdiv(part, KEYS)
-        base = (tl.program_id(0) // tiles) * part
-        first, end = base + (tl.program_id(0) % tiles) * KEYS, base + part
     head = tl.program_id(1)
     key = first + tl.arange(0, KEYS)
     lane = tl.arange(0, LANES)
-    there = key < end
+    there = key < count
     keys_at = qk + (HEADS + head // GROUP) * WIDTH
     values_at = _values(keys_at, v_at, head, HEADS, GROUP, WIDTH, TOGETHER)
     exists = _inside(there[:, None], lane, WIDTH, LANES)
@@ -188,11 +176,11 @@ def _keys_kernel(
     dk = tl.zeros([KEYS, LANES], dtype=tl.float32)
     dv = tl.zeros([KEYS, LANES], dtype=tl.float32)
     # Of the tile's keys the last one is seen by the furthest query, in its document or its window.
-    last = tl.minimum(first + KEYS, end) - 1
+    last = tl.minimum(first + KEYS, count) - 1
     high = tl.minimum(tl.load(ends + last), last + window)
-    for start in range(base + ((first - base) // QUERIES) * QUERIES, high, QUERIES):
+    for start in range((first // QUERIES) * QUERIES, high, QUERIES):
         row = start + tl.arange(0, QUERIES)
-        real = row < end
+        real = row < count
         wide_row = row.to(tl.int64)[:, None]
         begin = tl.load(begins + row, mask=real, other=count)  # queries beyond the end see nothing
         inner = head * WIDTH + lane[None, :]
@@ -222,21 +210,15 @@ def _keys_kernel(
 @jit
 def _queries_kernel(
     qk, v_at, out, d_out, lse, begins, stride, v_stride, out_stride, d_out_stride,
-    count, scale, window, cap, part,
+    count, scale, window, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
-    TOGETHER: tl.constexpr, CAPS: tl.constexpr, PARTED: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    TOGETHER: tl.constexpr, CAPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * QUERIES
-    base, end = 0, count
-    if PARTED:  # every part has tiles of its own, so that no program reads tokens of two
-        tiles = tl.cdiv(part, QUERIES)
-        base = (tl.program_id(0) // tiles) * part
-        first, end = base + (tl.program_id(0) % tiles) * QUERIES, base + part
     head = tl.program_id(1)
     row = first + tl.arange(0, QUERIES)
     lane = tl.arange(0, LANES)
-    real = row < end
+    real = row < count
     wide_row = row.to(tl.int64)[:, None]
     inner = head * WIDTH + lane[None, :]
     q_at = qk + wide_row * stride + inner
@@ -252,10 +234,10 @@ def _queries_kernel(
     dq = tl.zeros([QUERIES, LANES], dtype=tl.float32)
     low = tl.load(begins + first)
     low = tl.maximum(low, first - window + 1)
-    low = base + ((low - base) // KEYS) * KEYS
-    for start in range(low, tl.minimum(first + QUERIES, end), KEYS):
+    low = (low // KEYS) * KEYS
+    for start in range(low, tl.minimum(first + QUERIES, count), KEYS):
         key = start + tl.arange(0, KEYS)
-        there = _inside((key < end)[:, None], lane, WIDTH, LANES)
+        there = _inside((key < count)[:, None], lane, WIDTH, LANES)
         at = key.to(tl.int64)[:, None] * stride + lane[None, :]
         k = tl.load(keys_at + at, mask=there, other=0.0)
         at = _of_values(at, key, lane, v_stride, TOGETHER)
@@ -332,9 +314,9 @@ def _launch(
     """Return the programs of kernel `name`, tiles and heads, and what they are compiled for."""
     n_heads, shared, width = settings.heads
     tiles = (NARROW if width <= WIDE_HEAD else WIDE)[name]
-    part, size = settings.part_tokens or len(qk), tiles.keys if name == "keys" else tiles.queries
+    size = tiles.keys if name == "keys" else tiles.queries
     follows = v.data_ptr() == qk.data_ptr() + settings.split * qk.element_size()
-    return (triton.cdiv(part, size) * (len(qk) // part), n_heads), {
+    return (triton.cdiv(len(qk), size), n_heads), {
         "HEADS": n_heads,
         "GROUP": n_heads // shared,
         "WIDTH": width,
@@ -342,7 +324,6 @@ def _launch(
         "LANES": max(MIN_LANES, next_power_of_2(width)),
         "TOGETHER": follows and qk.stride(0) == v.stride(0),
         "CAPS": settings.softcap > 0,
-        "PARTED": settings.part_tokens > 0,
         "QUERIES": tiles.queries,
         "KEYS": tiles.keys,
         "num_warps": tiles.warps,
@@ -350,10 +331,10 @@ def _launch(
     }
 
 
-def _numbers(settings: AttentionSettings, count: int) -> tuple[int, float, int, float, int]:
-    """Return tokens, scale, window, cap and part as the kernels take them."""
-    window, part = settings.window_tokens or NO_WINDOW, settings.part_tokens or count
-    return count, settings.scale * LOG2_E, window, settings.softcap * LOG2_E, part
+def _numbers(settings: AttentionSettings, count: int) -> tuple[int, float, int, float]:
+    """Return tokens, scale, window and cap as the kernels take them."""
+    window = settings.window_tokens or NO_WINDOW
+    return count, settings.scale * LOG2_E, window, settings.softcap * LOG2_E
 
 
 def attend_triton(

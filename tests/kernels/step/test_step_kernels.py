@@ -504,31 +504,3 @@ def test_attention_and_its_gradient(
     parts = (n_heads * width, shared * width, shared * width)
     for fast, plain in zip(qkv.split(parts, 1), expected.split(parts, 1), strict=True):
         assert_close(fast, plain, 1e-2 if TYPE is torch.bfloat16 else 1e-6)
-
-
-def test_attention_of_parts_keeps_what_is_not_finite_apart(draw: torch.Generator) -> None:
-    heads, part = (2, 1, 16), 70  # no multiple of a tile
-    columns, count = 4 * 16, 2 * part
-    begins = torch.arange(count, device=DEVICE, dtype=torch.int32) // 35 * 35
-    ends = attention.find_ends(begins)
-    qkv, dy = random(draw, count, columns), random(draw, count, 32)
-    found = []
-    for damaged in (False, True):
-        own = qkv.clone()
-        if damaged:
-            own[:part] = float("nan")
-        settings = attention.AttentionSettings(heads, 0.25, 40, 2.0, part)
-        split = settings.split
-        out, lse = own.new_zeros(count, 32), torch.empty(2, count, device=DEVICE)
-        partial = torch.zeros(count, 2, 2, 16, device=DEVICE)
-        attention_triton.attend_triton(own[:, :split], own[:, split:], begins, settings, out, lse)
-        attention_triton.attend_backward_triton(
-            own, begins, ends, settings, out, lse, dy, partial, None
-        )
-        assert out[:part].isnan().all() == damaged
-        found.append((out[part:], own[part:]))
-    expected, wide = torch.empty(count, 32, dtype=torch.float64, device=DEVICE), qkv.double()
-    attention.attend(wide[:, :split], wide[:, split:], begins, settings, expected, lse)
-    assert_close(found[0][0], expected[part:], 5e-3 if TYPE is torch.bfloat16 else 1e-6)
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
