@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.reading.orders import make_orders
 from lora.data.sequences.batches import Batch
+from lora.decoder.config import FeedForwardConfig
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.decoder.quantised import Fp8Linear, has_fp8_base, use_fp8_linears
 from lora.device import choose_device
@@ -25,7 +27,7 @@ from lora.kernels.step.jit import HAS_TRITON
 from lora.kernels.step.ops import PLAIN, TRITON
 from lora.runs.disk import read_json, read_rows
 from lora.runs.progress import NoProgress
-from tests.tiny_llama import llama_config
+from tests.tiny_llama import changed, llama_config
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 pytestmark = [
@@ -50,7 +52,15 @@ EXACT = replace(PLAIN, fp8_dtype=torch.float32)
 """Activations that are not rounded."""
 
 
-def build() -> Decoder:
+GEMMA: dict[str, Any] = {
+    "block": "sandwich",
+    "qk_norm": "head",
+    "embedding_scale": 16.0,
+    "feed_forward": FeedForwardConfig(528, "gelu_pytorch_tanh"),
+}
+
+
+def build(**changes: Any) -> Decoder:
     config = llama_config(
         vocab_size=VOCABULARY,
         hidden_size=256,
@@ -60,6 +70,7 @@ def build() -> Decoder:
         max_position_embeddings=512,
         bias=True,
     )
+    config = changed(config, **changes)
     model = build_decoder(config, 0, dtype=torch.bfloat16, device="cuda")
     draw = torch.Generator("cuda").manual_seed(1)
     with torch.no_grad():
@@ -99,15 +110,18 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("mode", ["none", "cheap", "full"])
+@pytest.mark.parametrize(
+    ("mode", "changes"),
+    [("none", {}), ("cheap", {}), ("full", {}), ("none", GEMMA), ("full", GEMMA)],
+)
 def test_the_device_is_as_near_to_rows_not_rounded_as_plain_operations(
-    mode: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+    mode: str, changes: dict[str, Any], packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Device and plain twin cannot be near each other: what differs by 1e-4 before a value is
     rounded puts codes on either side of an edge, which moves gradients by as much as rounding does.
     """
     monkeypatch.setattr(buffers, "FEED_FORWARD_CHUNK_TOKENS", 256)
-    model = build()
+    model = build(**changes)
     fast = FastStep(copy.deepcopy(model), TRITON, torch.bfloat16, checkpointing=MODES[mode])
     plain = FastStep(copy.deepcopy(model), PLAIN_ROWS, torch.bfloat16, checkpointing=MODES[mode])
     exact = FastStep(copy.deepcopy(model), EXACT, torch.float32)
