@@ -14,7 +14,10 @@ from torch import nn
 
 from lora.adapters.peft_fields import check_fields
 from lora.adapters.peft_files import read_adapter_files
+from lora.adapters.peft_tensors import linear_shape
 from lora.errors import AdapterError, did_you_mean, gather
+from lora.export.vllm_architectures import Support, lora_support
+from lora.layers.build import is_adaptable
 from lora.pretrained.load.models import empty_language_model, model_config
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -52,7 +55,7 @@ _VLLM_REFUSES = {
 def check_adapter_for_vllm(folder: Path | str, base: Path | None = None) -> list[str]:
     """Return every reason why vLLM cannot serve the adapter in `folder`, and what to do about it.
 
-    Names and shapes are compared with those of the model in the directory `base`, if one is given.
+    Architecture, names and shapes are those of the model in the directory `base`, if one is given.
     An empty list means that vLLM accepts it, started as `vllm_command` says. Raises AdapterError if
     no adapter can be read, and ModelError if `base` is not a model that we know. Source: vLLM's
     PEFTHelper, LoRAConfig and LoRAModel.
@@ -78,10 +81,14 @@ def check_adapter_for_vllm(folder: Path | str, base: Path | None = None) -> list
             "adapter into the model and serve that."
         )
     faults += _rank_faults(described)
+    takes_all = False
     if base is not None:
+        name, support = lora_support(base)
+        takes_all = support == "yes"
+        faults += _architecture_faults(name, support)
         shapes = {name: tuple(tensor.shape) for name, tensor in files.tensors.items()}
         faults += _base_faults(shapes, base)
-    return faults + _tensor_faults(list(files.tensors), saved)
+    return faults + _tensor_faults(list(files.tensors), saved, takes_all=takes_all)
 
 
 def find_base(folder: Path | str) -> Path | None:
@@ -89,6 +96,17 @@ def find_base(folder: Path | str) -> Path | None:
     name = read_adapter_files(Path(folder)).described.get("base_model_name_or_path")
     base = Path(name) if isinstance(name, str) and name else None
     return base if base is not None and (base / "config.json").is_file() else None
+
+
+def _architecture_faults(name: str, support: Support) -> list[str]:
+    if support == "yes":
+        return []
+    why = (
+        "serves it without adapters"
+        if support == "no"
+        else "is not known to serve it with adapters"
+    )
+    return [f"the base is a {name}: vLLM {why}. Merge the adapter into the model and serve that."]
 
 
 def _base_faults(shapes: dict[str, tuple[int, ...]], base: Path) -> list[str]:
@@ -120,9 +138,11 @@ def _base_faults(shapes: dict[str, tuple[int, ...]], base: Path) -> list[str]:
 def _weight_shapes(base: Path) -> dict[str, tuple[int, int]]:
     model = empty_language_model(model_config(base))
     return {
-        name: (module.weight.shape[0], module.weight.shape[1])
+        name: (module.num_embeddings, module.embedding_dim)
+        if isinstance(module, nn.Embedding)
+        else linear_shape(module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Embedding)
+        if isinstance(module, nn.Embedding) or is_adaptable(module)
     }
 
 
@@ -151,7 +171,7 @@ def _rank_faults(described: dict[str, Any]) -> list[str]:
     return faults
 
 
-def _tensor_faults(names: list[str], saved: list[str]) -> list[str]:
+def _tensor_faults(names: list[str], saved: list[str], *, takes_all: bool) -> list[str]:
     modules, unknown = set(), []
     for name in names:
         found = _VLLM_TENSOR.fullmatch(name)
@@ -170,7 +190,7 @@ def _tensor_faults(names: list[str], saved: list[str]) -> list[str]:
             "Llama. Leave them out of targets, or merge the adapter into the model."
         )
     others = sorted(modules - _VLLM_TABLES - _VLLM_LINEARS)
-    if others:
+    if others and not takes_all:
         faults.append(
             f"{', '.join(others)} adapted: of Llama-like models vLLM adapts "
             f"{', '.join(sorted(_VLLM_LINEARS))}. Merge the adapter into the model."

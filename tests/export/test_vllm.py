@@ -20,6 +20,7 @@ from lora.decoder.decoder import build_decoder
 from lora.decoder.families import decoder_config
 from lora.errors import AdapterError
 from lora.export.vllm import check_adapter_for_vllm, find_base, vllm_command
+from tests.pretrained.tiny_models import save_tiny_transformers, tiny_transformers
 
 PLAIN: dict[str, Any] = {
     "peft_type": "LORA",
@@ -113,6 +114,28 @@ def test_the_layers_are_compared_with_the_base(
         faults = check_adapter_for_vllm(tmp_path / "adapter", find_base(tmp_path / "adapter"))
         assert bool(faults) is (words is not None)
         assert words is None or any(re.search(words, fault) for fault in faults)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("opt", None),
+        ("starcoder2", "a Starcoder2ForCausalLM: vLLM serves it without adapters"),
+        ("gpt_bigcode", None),
+        ("olmo2", None),
+        ("gpt_neox", "a GPTNeoXForCausalLM: vLLM serves it without adapters. Merge"),
+        ("mamba", "vLLM serves it without adapters"),
+        ("codegen", "a CodeGenForCausalLM: vLLM is not known to serve it"),
+    ],
+)
+def test_vllm_adapts_some_architectures(name: str, words: str | None, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    save_tiny_transformers(name, tmp_path)
+    model = apply_lora(tiny_transformers(name), LoRAConfig(rank=2))
+    save_adapter(model, tmp_path / "adapter", base_name=str(tmp_path))
+    faults = check_adapter_for_vllm(tmp_path / "adapter", find_base(tmp_path / "adapter"))
+    assert (faults == []) is (words is None)
+    assert words is None or words in faults[0]
 
 
 FAULTS: dict[str, tuple[list[str], dict[str, Any], str]] = {
