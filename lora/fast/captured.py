@@ -305,19 +305,24 @@ def decoder_forward(model: LanguageModel) -> PlainForward:
     return PlainForward(run)
 
 
+def _longest_list(model: nn.Module) -> nn.ModuleList:
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    alike = [m for m in lists if len({type(block) for block in m}) == 1]
+    return max(alike, key=len, default=nn.ModuleList())
+
+
 @contextmanager
 def compiled_blocks(model: nn.Module) -> Iterator[None]:
     """Inside the context the blocks of `model` go through torch.compile; then they are as before.
 
-    Blocks are the modules of its longest ModuleList of one type. They share one compilation. What
+    Blocks of one type share one compilation; of a model that does not name its blocks they are
+    the modules of its longest ModuleList of one type. What
     elementwise operations make (norms' outputs, activations) is computed again in the backward
     pass, in the kernels that read their inputs there anyway, and not kept until then.
     """
     from torch._functorch import config as functorch_config  # torch.compile loads it anyway
 
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
-    alike = [m for m in lists if len({type(block) for block in m}) == 1]
-    blocks = max(alike, key=len, default=nn.ModuleList())
+    blocks = model.blocks() if isinstance(model, LanguageModel) else _longest_list(model)
     plain = list(blocks)
     for index, block in enumerate(plain):
         # Not the whole model: one block compiles in a fraction of the time and is used for all.

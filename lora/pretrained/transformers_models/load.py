@@ -18,8 +18,9 @@ from lora.pretrained.hf_weights import FLOATS, NO_PARAMETERS
 from lora.pretrained.load.architectures import find_architecture
 from lora.pretrained.transformers_models.config import Traits, TransformersConfig
 from lora.pretrained.transformers_models.model import TransformersModel
-from lora.pretrained.transformers_models.probe import REFUSALS, probe
+from lora.pretrained.transformers_models.probe import probe
 from lora.pretrained.transformers_models.quiet import quiet
+from lora.pretrained.transformers_models.small_copy import REFUSALS
 from lora.settings.install import install_extra
 
 

@@ -8,6 +8,7 @@ documents that do not see each other, and a cache for batches of prompts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from typing import Any
 
@@ -206,11 +207,7 @@ class TransformersModel(LanguageModel):
     ) -> TokenCache:
         """Return an empty cache for `batch_size` sequences; it grows as it is filled."""
         if not self.traits.has_cache:
-            log.warning(
-                "a %s cannot continue padded prompts from its own state: each new token costs a "
-                "forward of all before it",
-                self.config.family,
-            )
+            _tell_of_recomputing(self.config.family)
             return RecomputingCache()
         from transformers import DynamicCache
 
@@ -224,6 +221,16 @@ class TransformersModel(LanguageModel):
         shared = text.get("num_key_value_heads") or text.get("num_kv_heads") or n_heads
         n_values = 2 * self.config.num_hidden_layers * shared * head_dim
         return int(n_values * first.element_size())
+
+
+@functools.cache
+def _tell_of_recomputing(family: str) -> None:
+    """Warn, once for each family in a process."""
+    log.warning(
+        "a %s cannot continue padded prompts from its own state: each new token costs a forward of "
+        "all before it",
+        family,
+    )
 
 
 def is_right_padded(document_ids: Tensor) -> bool:

@@ -21,7 +21,7 @@ from lora.pretrained.transformers_models.config import POSITIONS, Traits, settin
 from lora.pretrained.transformers_models.masks import MASKED_ATTENTIONS
 from lora.pretrained.transformers_models.model import TransformersModel
 from lora.pretrained.transformers_models.quiet import quiet
-from lora.pretrained.transformers_models.small_copy import VOCAB, HeadedCopy, small_copy
+from lora.pretrained.transformers_models.small_copy import VOCAB, HeadedCopy, refusals, small_copy
 
 TOLERANCE = 1e-4
 """Of the largest logit, in fp32: what is more is no rounding."""
@@ -31,11 +31,8 @@ BIASED_TOKENS = 1000
 """The same where attention has biases by position: those after it no longer fit into bf16."""
 MAX_NOISE = 3.0
 """By how much more than an example alone one in a packed sequence may be off, in bf16."""
-REFUSALS = (
-    *(RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError),
-    *(ImportError, AssertionError, OSError),
-)
-"""What an architecture may raise for sizes or masks that it does not expect."""
+CARRYING = ("linear", "recurrent", "mamba", "conv", "rwkv", "kda", "delta", "ssm", "hybrid")
+"""Words in the names of kinds of blocks that are recurrent."""
 _ROUNDED = "its biases by position are rounded, the more the deeper in a packed sequence"
 _found: dict[str, Traits] = {}
 
@@ -54,14 +51,14 @@ def _probe(config: Any) -> Traits:
     try:
         model = small_copy(config)
         traits = replace(_head_of(model), is_head_assumed=isinstance(model, HeadedCopy))
-    except REFUSALS as error:
+    except refusals() as error:
         why = f"a small copy of it, to try this on, could not be run ({_first_line(error)})"
         return Traits(
             needs_all_logits=True, why_not_packed=why, why_not_packed_narrow=why, has_cache=False
         )
     own = TransformersModel(model, replace(traits, is_head_assumed=False))
     packed = _Packed(model.config, LONG_TOKENS)
-    why_not = _why_not_packed(own, packed)
+    why_not = _why_carried(model) or _why_not_packed(own, packed)
     attention = config.get_text_config()._attn_implementation
     if attention not in MASKED_ATTENTIONS:
         why_not = f"its attention is {attention}: load it with sdpa or eager"
@@ -140,10 +137,10 @@ def _why_not_packed(own: TransformersModel, packed: _Packed) -> str | None:
     """Return why documents in one sequence have other logits than alone; None if they do not."""
     try:
         hidden = own.run_masked(packed.ids, packed.positions, packed.documents)
-    except REFUSALS as error:
+    except refusals() as error:
         return f"its masks cannot be told what belongs together ({_first_line(error)})"
     is_apart = packed.is_apart(own.logits_of(hidden), own.theirs)
-    return None if is_apart else _reason(own)
+    return None if is_apart else "an example in a packed sequence has other logits than alone"
 
 
 def _is_rounded(own: TransformersModel, packed: _Packed) -> bool:
@@ -173,19 +170,26 @@ def _attends_by_bounds(own: TransformersModel, packed: _Packed) -> bool:
     try:
         with attention_within(own.theirs, bounds, packed.ids.shape[1]):
             logits = own.logits_of(own.run(packed.ids, packed.positions))
-    except REFUSALS:
+    except refusals():
         return False
     return packed.is_apart(logits, own.theirs)
 
 
-def _reason(own: TransformersModel) -> str:
-    if not any("attention" in type(module).__name__.lower() for module in own.modules()):
+def _why_carried(model: Any) -> str | None:
+    """Return which blocks carry what they saw from one example into the next; None: none is known.
+
+    Their configuration tells, so that their slow code need not be tried.
+    """
+    if not any("attention" in type(module).__name__.lower() for module in model.modules()):
         return "its blocks are recurrent: what they carry goes on from one example into the next"
-    kinds = set(setting(own.config.text, "layer_types", "layers_block_type") or ())
-    carrying = sorted(kind for kind in kinds if kind not in ("full_attention", "attention"))
-    if carrying:
-        return f"in some of its blocks ({', '.join(carrying)}) an example would see the one before"
-    return "an example in a packed sequence has other logits there than alone"
+    config = model.config
+    kinds = {str(kind) for kind in setting(config, "layer_types", "layers_block_type") or ()}
+    if not kinds and any(name.startswith(("mamba_", "ssm_")) for name in config.to_dict()):
+        return "some of its blocks (state-space mixers) carry what they saw into the next example"
+    carrying = sorted(kind for kind in kinds if any(word in kind for word in CARRYING))
+    if not carrying:
+        return None
+    return f"some of its blocks ({', '.join(carrying)}) carry what they saw into the next example"
 
 
 def _has_cache(own: TransformersModel) -> bool:
@@ -205,7 +209,7 @@ def _has_cache(own: TransformersModel) -> bool:
             found = torch.stack([logits[step][row] for step in range(n_steps)])
             if not _is_close(found, whole[:n_steps]):
                 return False
-    except REFUSALS:
+    except refusals():
         return False
     return True
 
