@@ -26,7 +26,13 @@ MAX_WIDTH = 2048
 """Of the hidden states, where they cannot be made narrower."""
 MAX_BLOCKS = 12
 """Blocks that are kept at most so that each kind is there."""
-_WIDTHS = {"intermediate_size": 64, "ffn_dim": 64, "n_inner": 64, "ffn_hidden_size": 64}
+_WIDTHS = {
+    "intermediate_size": 64,
+    "intermediate_size_mlp": 64,
+    "ffn_dim": 64,
+    "n_inner": 64,
+    "ffn_hidden_size": 64,
+}
 _EXPERTS = {
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
