@@ -13,6 +13,7 @@ from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import LoRAConfig, SamplingConfig
 from lora.errors import ModelError
 from lora.inference.generate import generate
+from lora.pretrained.transformers_models.config import Traits
 from lora.pretrained.transformers_models.load import as_language_model, load_transformers_model
 from lora.pretrained.transformers_models.model import TransformersModel
 from tests.pretrained.tiny_models import VOCAB, randomise, tiny_transformers
@@ -154,3 +155,19 @@ def test_a_saved_model_is_loaded(tmp_path: Any) -> None:
 def test_other_modules_are_refused() -> None:
     with pytest.raises(ModelError, match=r"a Linear as a language model.*lora's Decoder"):
         as_language_model(nn.Linear(2, 2))
+
+
+def test_a_model_without_a_cache_recomputes() -> None:
+    own = TransformersModel(model_of("stablelm").theirs, Traits(has_cache=False))
+    prompts = [[5, 6, 7, 8], [9, 3]]
+    sampling = SamplingConfig(temperature=0, max_new_tokens=4)
+    assert generate(own, prompts, sampling) == generate(model_of("stablelm"), prompts, sampling)
+
+
+@torch.no_grad()
+def test_documents_of_a_model_that_cannot_tell_them_go_through_one_by_one() -> None:
+    theirs, ids = model_of("phi").theirs, tokens(1, 9)
+    own = TransformersModel(theirs, Traits(why_not_packed="a reason"))
+    logits = own(ids, document_ids=torch.tensor([[-1, -1, 0, 0, 0, 0, 1, 1, -1]]))
+    assert_close(logits[:, 6:8], theirs(input_ids=ids[:, 6:8]).logits)
+    assert_close(logits[:, 2:6], theirs(input_ids=ids[:, 2:6]).logits)

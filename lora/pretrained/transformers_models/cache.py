@@ -25,7 +25,7 @@ class TransformersCache:
 
     def select_sequences(self, indices: Tensor) -> None:
         """Keep only the sequences at `indices` (int64): those that ended are dropped."""
-        self.past.batch_select_indices(indices)
+        self.past.reorder_cache(indices)  # of fewer sequences too, and all kinds of layers have it
         self._is_token = self._is_token.index_select(0, indices)
         self._last = self._last.index_select(0, indices)
         self.batch_size = len(indices)

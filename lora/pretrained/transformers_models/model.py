@@ -137,6 +137,10 @@ class TransformersModel(LanguageModel):
         known = inspect.signature(network.forward).parameters
         inputs: dict[str, Any] = {"position_ids": position_ids, "use_cache": use_cache, **more}
         given = {n: value for n, value in inputs.items() if n in known and value is not None}
+        if "cache_params" in known and "past_key_values" in more:  # Mamba's name for it
+            given["cache_params"] = more["past_key_values"]
+            if input_ids.shape[1] == 1:  # the mask is of the tokens that are given
+                given.pop("attention_mask", None)
         output: Any = network(input_ids=input_ids, **given)
         hidden: Tensor = output.logits if whole else output[0]
         return hidden
