@@ -163,7 +163,7 @@ def _is_causal(own: TransformersModel) -> bool:
     try:
         whole = own.theirs(input_ids=ids).logits[0, :8]
         return _is_close(own.theirs(input_ids=ids[:, :8]).logits[0], whole)
-    except REFUSALS:  # a length that the architecture does not take
+    except refusals():  # a length that the architecture does not take
         return True
 
 
