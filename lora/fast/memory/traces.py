@@ -10,7 +10,7 @@ import torch
 
 from lora.decoder.language_model import LanguageModel
 from lora.fast.memory.trace import StepMemory, StepTracer
-from lora.pretrained.transformers_models.probe import REFUSALS
+from lora.pretrained.transformers_models.small_copy import REFUSALS
 
 _TRACED: dict[tuple[str, int, int, bool], StepMemory] = {}
 """Of this process, by model, tokens, sequences and whether they learn: a sweep's next wave, a trial
