@@ -15,7 +15,7 @@ from lora.decoder.families import FAMILIES
 from lora.errors import DependencyError, ModelError, did_you_mean
 from lora.settings.install import install, install_extra
 
-MIN_TRANSFORMERS = (5, 0)
+MIN_TRANSFORMERS = (5, 4)
 """Of the extra `hf` in pyproject.toml."""
 _HEADS = {
     "ForSequenceClassification": "a classification head",

@@ -111,7 +111,7 @@ def test_an_unknown_word_is_refused() -> None:
         choose_implementation(LLAMA, "nativ")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("version", "words"), [(None, "not installed"), ("4.57.6", "4.57.6")])
+@pytest.mark.parametrize(("version", "words"), [(None, "not installed"), ("5.3.0", "5.3.0")])
 def test_without_transformers_the_error_has_the_install_line(
     monkeypatch: pytest.MonkeyPatch, version: str | None, words: str
 ) -> None:
@@ -119,7 +119,7 @@ def test_without_transformers_the_error_has_the_install_line(
     monkeypatch.setattr(found, lambda: version)
     with pytest.raises(DependencyError) as raised:
         choose_implementation(NEOX)
-    for word in (words, "GPTNeoXForCausalLM", "5.0 or newer", "llama, mistral", "[hf]"):
+    for word in (words, "GPTNeoXForCausalLM", "5.4 or newer", "llama, mistral", "[hf]"):
         assert word in str(raised.value)
     assert choose_implementation(LLAMA).kind == "native"
     with pytest.raises(LoraError, match=r"hidden_act='mish'[\s\S]*\[hf\]"):
