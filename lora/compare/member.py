@@ -81,7 +81,14 @@ def _measure_base(
     loss = _validation_loss(model, data, train, choice, world)
     progress.message(f"validation loss of the base: {loss:.4f}")
     measured = Evaluator(job, run, data, choice, progress, world).evaluate(model, data.tokenizer)
-    return BaseResult(source.name, choice.reason, loss, measured, n_sequences=len(data.train))
+    return BaseResult(
+        source.name,
+        choice.reason,
+        loss,
+        measured,
+        n_sequences=len(data.train),
+        implementation=finetune_job.implementation,
+    )
 
 
 def run_member(job: DecoderJob, task: MemberTask, progress: Progress) -> MemberResult:

@@ -80,6 +80,8 @@ class BaseResult:
     measured: ModelEvaluation
     n_sequences: int | None = None
     """For training; None where only the caller's factory knows."""
+    implementation: str | None = None
+    """The code that runs the model; None for models of a factory."""
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,7 @@ def _compare(
         compare=described,
         model=base.name,
         device=base.device,
+        implementation=base.implementation,
         data=target.data_record(),
         run=asdict(config.run),  # directory and intervals: may change when it is resumed
         world_size=None if world.is_alone else world.size,

@@ -46,10 +46,12 @@ def bound(command: str, given: dict[str, str]) -> dict[str, Any]:
 def test_a_finetune_has_all_settings_that_it_had(tmp_path: Path, given: dict[str, str]) -> None:
     run = asdict(RunConfig(out=tmp_path, name="run", patience=3, fast=False))
     values = {"lora": asdict(LORA), "train": asdict(TRAIN), "data_config": asdict(DATA), "run": run}
-    write(tmp_path, "finetune", **values, deterministic=True, base_dtype="fp8", model_source="m")
+    write(tmp_path, "finetune", **values, deterministic=True, base_dtype="fp8", model_source="m",
+          implementation="native")  # fmt: skip
     found = bound("finetune", given)
     assert (found["data"], found["model"]) == (Path("a b.jsonl"), "m")
     assert (found["deterministic"], found["base_dtype"]) == (True, "fp8")
+    assert found["implementation"] == "native"
     assert config_from(LoRAConfig, found["lora"]) == LORA
     assert config_from(TrainConfig, found["train"]) == TRAIN
     assert config_from(DataConfig, found["data_config"]) == DATA

@@ -181,6 +181,7 @@ def test_all_weights_of_an_opt_train_and_are_compared_with_lora(
     done = compare(target, config)
     losses = {member.method: member.final_eval_loss for member in done.comparison.members}
     assert losses.keys() == {"lora", "full"}
+    assert read_json(here / "both/run.json")["implementation"] == "transformers"
     full = here / "both/members/full/model"
     assert read_json(full.parent / "run.json")["implementation"] == "transformers"
     assert not torch.equal(logits(full), logits(folder))
