@@ -75,5 +75,9 @@ def _learn(
         if bias is not None:
             own += bias
         how.token_loss(own, labels[part], losses[part], scale=scale, softcap=softcap)
-        grad[part] = own @ weight  # the logits are their gradient now
+        # The logits are their gradient now.
+        if grad.dtype == kind:
+            torch.mm(own, weight, out=grad[part])
+        else:
+            grad[part] = own @ weight
     return losses, grad
