@@ -11,10 +11,9 @@ from torch import Tensor
 
 from lora.fast.llama.attention_pass import AttentionPass
 from lora.fast.llama.buffers import Buffers, Inputs
+from lora.fast.llama.junction_pass import JunctionPass
 from lora.fast.llama.network import FastNetwork
-from lora.fast.weights.flat import accumulate
 from lora.fast.weights.projections import Projection
-from lora.kernels.step.norm import Branch
 
 
 class FastPass:
@@ -23,6 +22,7 @@ class FastPass:
     def __init__(self, net: FastNetwork, inputs: Inputs, buffers: Buffers, *, packed: bool) -> None:
         self.net, self.inputs, self.buffers = net, inputs, buffers
         self.attention = AttentionPass(net, inputs, buffers, packed=packed)
+        self.junctions = JunctionPass(net, buffers)
         self.in_scratch = -1
         """The block whose values lie in the scratch tensors that blocks share."""
 
@@ -32,7 +32,9 @@ class FastPass:
         c, n_layers = net.config.hidden_size, net.qkv.n_layers
         net.use_embedding()
         embedded = net.embed(self.inputs.input_ids)  # (N, C)
-        self._add_norm(embedded, None, 0, buffers.residuals[0], buffers.attention_in[0], net.qkv)
+        self.junctions.forward(
+            embedded, None, 0, buffers.residuals[0], buffers.attention_in[0], net.qkv
+        )
         for layer in range(n_layers):
             net.use_block(layer, layer + 1)
             self._attention(layer)
@@ -44,61 +46,9 @@ class FastPass:
             total, reader = buffers.residuals[layer + 1], None if is_last else net.qkv
             # The block's second residual addition and the next block's first norm in one pass.
             mid_residual = buffers.mid_residual[layer][:, :c]
-            fed = self._feed_out(layer)
-            self._add_norm(mid_residual, fed, 2 * layer + 2, total, normed, reader)
+            fed = self.junctions.feed_out(layer)
+            self.junctions.forward(mid_residual, fed, 2 * layer + 2, total, normed, reader)
         self.in_scratch = n_layers - 1
-
-    def _add_norm(
-        self,
-        residual: Tensor,
-        delta: Tensor | None,
-        number: int,
-        total: Tensor,
-        normed: Tensor,
-        reader: Projection | None,
-    ) -> None:
-        """Changes `total` and `normed` in place: what is added and normed at a junction.
-
-        `delta`: the output of the branch before. `reader`: whose inputs `normed` becomes.
-        """
-        net, c = self.net, self.net.config.hidden_size
-        normed = normed[:, :c]  # without the + R columns
-        weight, rstd = self._norm(net.junctions[number].before)
-        fp8_out = None if reader is None else reader.fp8_inputs(normed)
-        branch = None if delta is None else self._branch(number)
-        net.ops.add_norm(
-            residual, delta, weight, net.config.norm_eps, total[:, :c], normed, rstd, fp8_out,
-            branch=branch, offset=net.branches.offset,
-        )  # fmt: skip
-
-    def _norm(
-        self, norm: int | None, tokens: slice = slice(None)
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the norm's weight (C,) and 1 / rms of `tokens`; None: there is none."""
-        if norm is None:
-            return None, None
-        return self.net.norms.tensors[norm], self.buffers.rstd[norm, tokens]
-
-    def _branch(self, number: int, tokens: slice = slice(None)) -> Branch | None:
-        """Return what the branch before a junction goes through; None: it is added as it is."""
-        net = self.net
-        if not net.branches.is_changed:
-            return None
-        return Branch(*self._norm(net.junctions[number].after, tokens), net.branches.factor)
-
-    def _attention_out(self, layer: int) -> Tensor:
-        """Return where o_proj writes (N, C)."""
-        net, buffers = self.net, self.buffers
-        if not net.branches.is_changed:
-            return buffers.hidden
-        return buffers.attention_branch[layer][:, : net.config.hidden_size]
-
-    def _feed_out(self, layer: int) -> Tensor:
-        """Return where down writes in the forward pass (N, C)."""
-        net, buffers = self.net, self.buffers
-        if not (net.branches.is_changed and buffers.feed_branch.is_stored(layer)):
-            return buffers.hidden
-        return buffers.feed_branch[layer][:, : net.config.hidden_size]
 
     def _attention(self, layer: int, *, recomputes: bool = False) -> None:
         """From the first norm's output to the second norm's."""
@@ -108,14 +58,14 @@ class FastPass:
         if buffers.qkv_low_rank.is_stored(layer):
             buffers.qkv_low_rank[layer].copy_(x[:, net.qkv.inputs :])
         self.attention.forward(layer, recomputes=recomputes)
-        attended = self._attention_out(layer)
+        attended = self.junctions.attention_out(layer)
         net.output.forward(layer, buffers.attention_out[layer], attended)
         residual, mid_residual = buffers.residuals[layer][:, :c], buffers.mid_residual[layer]
         normed = buffers.feed_forward_in[layer]
-        self._add_norm(residual, attended, 2 * layer + 1, mid_residual, normed, net.gate_up)
+        self.junctions.forward(residual, attended, 2 * layer + 1, mid_residual, normed, net.gate_up)
 
     def _feed_forward(self, layer: int) -> None:
-        net, buffers, out = self.net, self.buffers, self._feed_out(layer)
+        net, buffers, out = self.net, self.buffers, self.junctions.feed_out(layer)
         for chunk in buffers.chunks:
             x = self._activate(layer, chunk, self._gate_up(layer, chunk))
             net.down.forward(layer, x, out[chunk])
@@ -148,7 +98,7 @@ class FastPass:
         """
         net, buffers = self.net, self.buffers
         n_layers = net.qkv.n_layers
-        self._norm_backward(
+        self.junctions.backward(
             d_hidden, 2 * n_layers, buffers.residuals[n_layers], None, first, net.down
         )
         # Below the first adapted block nothing needs a gradient.
@@ -192,92 +142,7 @@ class FastPass:
         self, residual: Tensor, number: int, normed: Tensor, reader: Projection | None
     ) -> None:
         x = residual[:, : self.net.config.hidden_size]
-        self._add_norm(x, None, number, x, normed, reader)  # the sum is written over itself
-
-    def _norm_backward(
-        self,
-        dy: Tensor,
-        number: int,
-        x: Tensor,
-        d_residual: Tensor | None,
-        first: bool,
-        reader: Projection | None,
-    ) -> None:
-        """Changes `x` in place: the sum at a junction becomes its gradient, `d_residual` added.
-
-        Where the branch before has a stored buffer of its own, its gradient is there afterwards.
-        `reader`: the projection of the block before whose outputs' gradient that is, if there is.
-        """
-        net, c, junction = self.net, self.net.config.hidden_size, self.net.junctions[number]
-        x, layer, offset = x[:, :c], _block_before(number), self.net.branches.offset
-        weight, rstd = self._norm(junction.before)
-        self._accumulate_norm(junction.before, dy, x, rstd, first)  # while x is still there
-        d_residual = None if d_residual is None else d_residual[:, :c]
-        sums = dy, x, rstd, weight, d_residual, x
-        d_branch = None if reader is None else self._d_branch(number)
-        if reader is None or not net.branches.is_changed:
-            fp8_out = None if reader is None else reader.fp8_gradients(layer, x)
-            net.ops.norm_backward(*sums, fp8_out, offset=offset)
-        elif d_branch is not None and not self._trains(junction.after):
-            branch, fp8_out = self._branch(number), reader.fp8_gradients(layer, d_branch)
-            ways = {"branch": branch, "d_branch": d_branch, "offset": offset}
-            net.ops.norm_backward(*sums, fp8_out, **ways)  # both norms in one pass
-        else:
-            net.ops.norm_backward(*sums, offset=offset)
-            if d_branch is not None:
-                self._branch_backward(number, x, d_branch, slice(None), first, reader)
-
-    def _d_branch(self, number: int) -> Tensor | None:
-        """Return where the gradient (N, C) of the branch before a junction belongs.
-
-        None: in the residual, or its chunks of tokens come one by one.
-        """
-        buffers, layer, c = self.buffers, _block_before(number), self.net.config.hidden_size
-        if not self.net.branches.is_changed:
-            return None
-        if number % 2:
-            return buffers.attention_branch[layer][:, :c]
-        is_there = not self.net.branches.has_norm and len(buffers.chunks) == 1
-        if not (is_there or buffers.feed_branch.is_stored(layer)):
-            return None
-        return buffers.feed_branch[layer][:, :c]
-
-    def _branch_backward(
-        self,
-        number: int,
-        d_total: Tensor,
-        d_branch: Tensor,
-        tokens: slice,
-        first: bool,
-        reader: Projection,
-    ) -> None:
-        """Changes `d_branch` in place: the output of the branch before becomes its gradient."""
-        net, junction, branch = self.net, self.net.junctions[number], self._branch(number, tokens)
-        assert branch is not None
-        self._accumulate_norm(junction.after, d_total, d_branch, branch.rstd, first, branch.factor)
-        fp8_out = reader.fp8_gradients(_block_before(number), d_branch)
-        net.ops.norm_backward(
-            d_total, d_total, None, None, None, None, fp8_out,
-            branch=branch, d_branch=d_branch, offset=net.branches.offset,
-        )  # fmt: skip
-
-    def _trains(self, norm: int | None) -> bool:
-        return norm is not None and self.net.norms.gradient(norm) is not None
-
-    def _accumulate_norm(
-        self,
-        norm: int | None,
-        dy: Tensor,
-        x: Tensor,
-        rstd: Tensor | None,
-        first: bool,
-        factor: float = 1.0,
-    ) -> None:
-        """Add the gradient of the norm's weight to its slot, if it trains; `x` is its input."""
-        target = None if norm is None else self.net.norms.gradient(norm)  # (C,)
-        if target is not None:
-            gradient = self.net.ops.norm_weight_gradient(dy, x, rstd)
-            accumulate(target, gradient if factor == 1 else gradient * factor, first=first)
+        self.junctions.forward(x, None, number, x, normed, reader)  # the sum is written over itself
 
     def _feed_forward_backward(self, layer: int, first: bool) -> None:
         net, buffers = self.net, self.buffers
@@ -295,7 +160,7 @@ class FastPass:
                 self._accumulate(net.gate_up, layer, x, gate_up, begins)
         mid_residual, d_residual = buffers.mid_residual[layer], buffers.residuals[layer + 1]
         number = 2 * layer + 1
-        self._norm_backward(buffers.hidden, number, mid_residual, d_residual, first, net.output)
+        self.junctions.backward(buffers.hidden, number, mid_residual, d_residual, first, net.output)
 
     def _d_feed(self, layer: int, chunk: slice, gate_up: Tensor, begins: bool) -> Tensor:
         """Return the gradient of down's outputs (tokens of `chunk`, C + R)."""
@@ -306,10 +171,12 @@ class FastPass:
             return d_residual
         d_feed = buffers.feed_branch.chunk(layer, chunk)
         number = 2 * layer + 2
-        if self._d_branch(number) is None:
+        if self.junctions.d_branch(number) is None:
             if net.branches.has_norm:  # whose backward reads what down has written
                 net.down.forward(layer, self._activate(layer, chunk, gate_up), d_feed[:, :c])
-            self._branch_backward(number, d_residual[:, :c], d_feed[:, :c], chunk, begins, net.down)
+            self.junctions.branch_backward(
+                number, d_residual[:, :c], d_feed[:, :c], chunk, begins, net.down
+            )
         return d_feed
 
     def _swiglu_backward(
@@ -344,7 +211,7 @@ class FastPass:
         if not is_last:
             reader = net.down if layer > net.first_trained else None
             x, d_residual = buffers.residuals[layer], buffers.mid_residual[layer]
-            self._norm_backward(buffers.hidden, 2 * layer, x, d_residual, first, reader)
+            self.junctions.backward(buffers.hidden, 2 * layer, x, d_residual, first, reader)
 
     def _accumulate(
         self, projection: Projection, layer: int, x: Tensor, dy: Tensor, first: bool
@@ -360,8 +227,3 @@ class FastPass:
         net.embedding.accumulate_embedded(
             self.inputs.input_ids, rows, first=first, factor=net.embedding_scale
         )
-
-
-def _block_before(number: int) -> int:
-    """Return the block whose half is before a junction."""
-    return (number - 1) // 2
