@@ -144,6 +144,7 @@ def plan_run(
     memory: MemoryConfig,
     checkpointing: ActivationCheckpointing | None = None,
     fp8: bool = False,
+    embedding_rows: int = 0,
     world: World = ALONE,
     parallel: Parallel = "auto",
 ) -> ChosenMemory:
@@ -170,6 +171,7 @@ def plan_run(
         memory=memory,
         checkpointing=checkpointing,
         fp8=fp8,
+        embedding_rows=embedding_rows,
         devices=world.size,
         machine_devices=None if world.is_alone else machine_devices(world),
     )

@@ -259,6 +259,7 @@ def _find_inputs(
             lambda: _recorded_checkpointing(job, world), "the recorded memory"
         ),
         fp8=job.base_dtype == "fp8",
+        embedding_rows=len(job.data_config.special_tokens),
         world=world,
         parallel=job.run.parallel,
     )

@@ -38,6 +38,8 @@ class PlanInputs:
     """The same where it is decided already, as in a resumed run."""
     fp8: bool = False
     """Store the frozen linears in fp8."""
+    embedding_rows: int = 0
+    """Rows of embedding and head that train beside LoRA: the tokens of `special_tokens`."""
     devices: int = 1
     """Processes that train together, each with a device and `micro_batch_size` sequences."""
     parallel: Literal["ddp", "fsdp"] = "ddp"

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from lora.adapters.apply import apply_lora
+from lora.adapters.apply import apply_lora, train_token_rows
 from lora.config import MemoryConfig
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
@@ -302,6 +302,9 @@ def _adapted(inputs: PlanInputs) -> LanguageModel:
     if inputs.fp8:
         use_fp8_linears(as_decoder(model, "store fp8 weights of"))
     apply_lora(model, inputs.lora)
+    if inputs.embedding_rows:
+        # Which rows does not matter, but gradients have to reach the embedding.
+        train_token_rows(model, range(min(inputs.embedding_rows, inputs.config.vocab_size)))
     return model
 
 
@@ -309,7 +312,8 @@ def _describe_model(inputs: PlanInputs, *, recomputes: bool) -> str:
     """Return in words what `_adapted` has built, and whether its blocks are recomputed."""
     kind = inputs.config
     about = repr(kind) if isinstance(kind, DecoderConfig) else f"{kind.source} {kind.logit_scale}"
-    return f"{about} {inputs.lora} {inputs.fp8} {inputs.parallel} {recomputes}"
+    trained = f"{inputs.lora} {inputs.embedding_rows}"
+    return f"{about} {trained} {inputs.fp8} {inputs.parallel} {recomputes}"
 
 
 def _frozen_bytes(inputs: PlanInputs, model: LanguageModel, counts: ParameterCounts) -> int:

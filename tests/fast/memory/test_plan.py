@@ -93,6 +93,18 @@ def test_which_step_is_planned() -> None:
     assert plan(replace(on_gpu, fast=False)).step == "plain"
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_embedding_rows_take_the_backward_pass_through_all_blocks(kind: str) -> None:
+    deep = replace(TINY, layers=TINY.layers * 3)
+    top = replace(LORA, layers=(len(deep.layers) - 1,))
+    dtype = torch.bfloat16 if kind == "cuda" else torch.float32
+    setting = replace(SETTING, config=deep, lora=top, device_type=kind, compute_dtype=dtype)
+    without, planned = (plan(replace(setting, embedding_rows=n)) for n in (0, 2))
+    assert planned.activations > without.activations
+    assert planned.trained_parameters == without.trained_parameters + 2 * 32
+    assert planned.step == without.step == ("fast" if kind == "cuda" else "plain")
+
+
 def on_gpu(**memory: object) -> PlanInputs:
     config = replace(TINY, layers=TINY.layers * 3)
     return replace(
