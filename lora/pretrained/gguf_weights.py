@@ -23,6 +23,7 @@ import torch
 
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.data.tokenizers.tokenizer_trial import check_tokenizer
+from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import build_empty_decoder
 from lora.decoder.families import decoder_config
 from lora.errors import ModelError, gather
@@ -107,7 +108,7 @@ class GGUFWeights:
         self._file = GGUFFile(path)
         self._config = gguf_config(self._file)
         self._names = _match_names(self._file, self._config)
-        self.config = decoder_config(self._config)
+        self.config = _decoder_config(self._file, self._config)
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
         """Yield the parameter `name` (Hugging Face's) in blocks of (rows, row length)."""
@@ -148,11 +149,22 @@ def _build_tokenizer(file: GGUFFile, vocab_size: int) -> TextTokenizer:
     return tokenizer
 
 
+def _decoder_config(file: GGUFFile, config: dict[str, Any]) -> DecoderConfig:
+    try:
+        return decoder_config(config)
+    except ModelError as error:  # settings that are right one by one, but not together
+        _, _, faults = str(error).partition(":")
+        advice = "Copy it again, or use another file."
+        lines = [line.strip(" -") for line in faults.splitlines() if line.startswith("  - ")]
+        heading = f"Cannot load {file.path}: its settings do not go together:"
+        raise ModelError(gather(lines or [str(error)], heading, advice)) from None
+
+
 def _match_names(file: GGUFFile, config: dict[str, Any]) -> dict[str, str]:
     """Return Hugging Face's name -> the file's; all faults are raised at once."""
     inside = INSIDE_OTHERS.get(ARCHITECTURES[config["model_type"]], INSIDE)
     names = {_hf_name(old, inside): old for old in file.tensors if old not in SETTING_TENSORS}
-    model = build_empty_decoder(decoder_config(config))
+    model = build_empty_decoder(_decoder_config(file, config))
     wanted = {name: tuple(value.shape) for name, value in model.named_parameters()}
     faults = [f"{name} {wanted[name]} is missing" for name in wanted if name not in names]
     for new, old in names.items():

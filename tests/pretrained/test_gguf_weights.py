@@ -539,7 +539,7 @@ def test_unsupported_files_are_refused(fault: str, make_file: MakeFile, tmp_path
     with pytest.raises(ModelError) as caught:
         convert_gguf(path, tmp_path)
     message = str(caught.value)
-    assert str(path) in message or "config.json" in message
+    assert str(path) in message
     assert all(word in message for word in words), message
 
 
@@ -623,16 +623,17 @@ def test_a_full_disk_is_foreseen(
         convert_gguf(path, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3"])
 def test_flipped_bits_give_a_model_or_one_error(
     name: str, make_file: MakeFile, tmp_path: Path
 ) -> None:
     _, path = make_file(name)
     whole = path.read_bytes()
-    header_bytes = whole.index(b"blk.0.attn_q.weight")  # all settings, and some of the tensors
+    first = b"blk.0.attn_qkv.weight" if name == "phi3" else b"blk.0.attn_q.weight"
+    header_bytes = whole.index(first)  # all settings, and some of the tensors
     draw = random.Random(0)
     messages = []
-    for trial in range(150):
+    for trial in range(100):
         damaged = bytearray(whole)
         for _ in range(draw.choice((1, 3))):
             damaged[draw.randrange(24, header_bytes)] ^= 1 << draw.randrange(8)
@@ -643,5 +644,5 @@ def test_flipped_bits_give_a_model_or_one_error(
             convert_gguf(path, folder)
         except ModelError as error:
             messages.append(str(error))
-    assert 30 < len(messages) < 150
+    assert 20 < len(messages) < 100
     assert all(str(path) in message for message in messages)
