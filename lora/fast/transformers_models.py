@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from lora.data.sequences.batches import Batch
+from lora.errors import DataError
 from lora.pretrained.transformers_models.bounded import (
+    FLASH_DTYPES,
     UNMASKED,
     attention_within,
     unmasked_attention,
 )
 from lora.pretrained.transformers_models.config import setting
 from lora.pretrained.transformers_models.model import TransformersModel
-
-FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class TransformersForward:
@@ -62,6 +62,11 @@ class TransformersForward:
         """Return the hidden states (B, T, C), or the logits of a model that needs them all."""
         if self.takes_bounds(packed):
             return self.model.run(batch.input_ids, batch.position_ids)
+        if packed and self.model.why_not_packed is not None:
+            raise DataError(
+                f"Cannot train a {self.model.config.family} on packed sequences, or on padding in "
+                f"front: {self.model.why_not_packed}. Set packing to false, and pad at the end."
+            )
         if packed or self.why_masked is not None:
             return self.model.run_masked(batch.input_ids, batch.position_ids, batch.document_ids)
         return self.model.run(batch.input_ids, None)

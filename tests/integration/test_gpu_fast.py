@@ -327,12 +327,17 @@ def test_other_families_are_captured_and_learn_like_the_plain_step(job: Finetune
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # both torch's own,
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # while it compiles
-@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize(
+    ("compiles", "dtype"),
+    [(False, torch.bfloat16), (True, torch.bfloat16), (False, torch.float32)],
+)
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_transformers_model_is_captured(tiny_folder: Path, packed: bool, compiles: bool) -> None:
+def test_a_transformers_model_is_captured(
+    tiny_folder: Path, packed: bool, compiles: bool, dtype: torch.dtype
+) -> None:
     transformers = pytest.importorskip("transformers")
     load = transformers.AutoModelForCausalLM.from_pretrained
-    theirs = adapt(load(tiny_folder, dtype=torch.bfloat16)).cuda()
+    theirs = adapt(load(tiny_folder, dtype=dtype)).cuda()
     plain = as_language_model(copy.deepcopy(theirs))
     choice = choose_device("cuda")
     steps = CapturedStepRunner(as_language_model(theirs), choice, TrainConfig(), compiles=compiles)

@@ -155,6 +155,9 @@ def test_a_saved_model_is_loaded(tmp_path: Any) -> None:
 def test_other_modules_are_refused() -> None:
     with pytest.raises(ModelError, match=r"a Linear as a language model.*lora's Decoder"):
         as_language_model(nn.Linear(2, 2))
+    for_embeddings = tiny_transformers("llama").model
+    with pytest.raises(ModelError, match=r"a LlamaModel as .*: it is without an output head"):
+        as_language_model(for_embeddings)
 
 
 def test_a_model_without_a_cache_recomputes() -> None:

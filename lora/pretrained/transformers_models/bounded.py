@@ -16,6 +16,7 @@ from torch import Tensor
 
 BOUNDED = "lora_within_bounds"
 UNMASKED = "lora_unmasked_sdpa"
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM, ROUND_HEAD_DIM = 256, 8
 """Widths of a head that FlashAttention takes: multiples of 8 up to 256."""
 
@@ -86,6 +87,8 @@ def _attention(theirs: Any, name: str, function: Any) -> Iterator[None]:
 def _flash(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float, window: int | None
 ) -> Tensor:
+    if q.dtype not in FLASH_DTYPES:  # autocast, which does not know this operation
+        q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
     y: Tensor = torch.ops.aten._flash_attention_forward(
         q, k, v, bounds, bounds, longest, longest, 0.0, True, False,
         scale=scale, window_size_left=-1 if window is None else window - 1, window_size_right=0,

@@ -38,6 +38,14 @@ def as_language_model(model: nn.Module) -> LanguageModel:
             "transformers' causal models."
         )
     theirs: Any = model
+    if theirs.config.is_encoder_decoder or theirs.get_output_embeddings() is None:
+        what = (
+            "an encoder-decoder" if theirs.config.is_encoder_decoder else "without an output head"
+        )
+        raise ModelError(
+            f"Cannot use a {type(model).__name__} as a language model: it is {what}. Allowed: "
+            "transformers' causal language models (…ForCausalLM), and those for images and text."
+        )
     return TransformersModel(theirs, probe(theirs.config))
 
 
