@@ -69,7 +69,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layers": (LayerConfig(ROPE, 64, 32**-0.5), LayerConfig(ROPE, None, 32**-0.5)) * 2,
     },
     "Granite": {"residual_multiplier": 0.4, "logit_scale": 0.5, "embedding_scale": 4.0},
-    "OLMo 2": {"block": "post_norm", "qk_norm": "width"},
+    "OLMo 2": {
+        "block": "post_norm",
+        "qk_norm": "width",
+        "attention": AttentionConfig(8, 8, 32),
+    },
     "Phi-3": {
         "attention": AttentionConfig(8, 2, 32, is_fused=True),
         "feed_forward": FeedForwardConfig(512, "silu", is_fused=True),
