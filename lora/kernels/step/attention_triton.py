@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lora.kernels.step.attention import AttentionSettings
@@ -45,6 +46,8 @@ WIDE = {
 """Of heads wider than that: smaller, so that they stay in registers and shared memory."""
 MIN_LANES = 16
 """Columns of a tile that tl.dot takes."""
+RESERVED_BYTES = 2048
+"""Of a multiprocessor's shared memory: what CUDA keeps, and the kernels' small tensors."""
 NO_WINDOW = 2**30
 """Tokens: more than any sequence has, so that the kernels need no case of their own."""
 LOG2_E = 1.4426950408889634
@@ -308,26 +311,43 @@ def _sum_and_rotate_kernel(
         tl.store(to + shared * WIDTH, v_rest.to(kind), mask=inside)
 
 
+def fitting_stages(name: str, tiles: Tiles, lanes: int, shared_bytes: int) -> int:
+    """Return the stages for which a multiprocessor with so much shared memory has room.
+
+    GPUs without a data centre's shared memory have less than half; results are the same.
+    """
+    own, other = tiles.queries, tiles.keys
+    if name == "keys":
+        own, other = other, own
+    # Rows of bf16: of the program's own tile q, or q and dy, or k and v; and two for each stage.
+    rows = (shared_bytes - RESERVED_BYTES) // (2 * lanes)
+    held = own if name == "forward" else 2 * own
+    return max(1, min(tiles.stages, (rows - held) // (2 * other)))
+
+
 def _launch(
     name: str, settings: AttentionSettings, qk: Tensor, v: Tensor
 ) -> tuple[tuple[int, int], dict[str, int | bool]]:
     """Return the programs of kernel `name`, tiles and heads, and what they are compiled for."""
     n_heads, shared, width = settings.heads
     tiles = (NARROW if width <= WIDE_HEAD else WIDE)[name]
+    lanes, stages = max(MIN_LANES, next_power_of_2(width)), tiles.stages
+    if qk.is_cuda:
+        about = torch.cuda.get_device_properties(qk.device)
+        stages = fitting_stages(name, tiles, lanes, about.shared_memory_per_multiprocessor)
     size = tiles.keys if name == "keys" else tiles.queries
     follows = v.data_ptr() == qk.data_ptr() + settings.split * qk.element_size()
     return (triton.cdiv(len(qk), size), n_heads), {
         "HEADS": n_heads,
         "GROUP": n_heads // shared,
         "WIDTH": width,
-        # From the least on that tl.dot takes.
-        "LANES": max(MIN_LANES, next_power_of_2(width)),
+        "LANES": lanes,
         "TOGETHER": follows and qk.stride(0) == v.stride(0),
         "CAPS": settings.softcap > 0,
         "QUERIES": tiles.queries,
         "KEYS": tiles.keys,
         "num_warps": tiles.warps,
-        "num_stages": tiles.stages,
+        "num_stages": stages,
     }
 
 

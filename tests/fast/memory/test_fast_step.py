@@ -16,6 +16,7 @@ from lora.decoder.quantised import use_fp8_linears
 from lora.fast.memory.fast_step import FastPlan, fast_memory, fit_memory
 from lora.fast.step import FastStep
 from lora.kernels.step.ops import PLAIN
+from tests.fast.conftest import CAPPED
 from tests.tiny_llama import llama_config
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
@@ -114,6 +115,17 @@ def test_normed_heads_add_one_scratch_for_all_blocks(tiny_decoder: Callable[...,
     )
     assert normed.activations - plain.activations == 2 * 16 * (6 + 2) * 8 * 2  # N · (H + S) · D
     assert normed.weights - plain.weights == 3 * 2 * 8 * 2
+
+
+def test_capped_attention_takes_what_packed_sequences_do(
+    tiny_decoder: Callable[..., Decoder],
+) -> None:
+    """Our own kernels serve both, and torch's keep nothing."""
+    packed, unpacked = (
+        fast_memory(apply_lora(tiny_decoder(**CAPPED), LoRAConfig(rank=4)), 2, 16, packed=is_packed)  # type: ignore[arg-type]
+        for is_packed in (True, False)
+    )
+    assert packed == unpacked
 
 
 @pytest.mark.parametrize("full", [False, True])

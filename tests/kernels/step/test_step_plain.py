@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora.decoder.rope import rotate_plain
 from lora.kernels.step import dropout, norm, rotary, swiglu, token_loss
+from lora.kernels.step.attention_triton import NARROW, WIDE, fitting_stages
 from lora.kernels.step.head_norm import HeadNorms, norm_heads, norm_heads_backward
 
 ROWS, WIDTH = 6, 8
@@ -112,6 +113,14 @@ def test_token_loss_is_autograds(draw: torch.Generator) -> None:
     token_loss.token_loss(changed, labels, losses)
     torch.testing.assert_close(losses.sum(), expected.detach())
     torch.testing.assert_close(changed, logits.grad)
+
+
+@pytest.mark.parametrize(("kib", "forward"), [(228, 3), (100, 2)])  # of an H100, an RTX 4090
+def test_attention_fits_the_shared_memory_of_a_gpu(kib: int, forward: int) -> None:
+    for lanes, table in ((64, NARROW), (128, NARROW), (256, WIDE)):
+        for name, tiles in table.items():
+            expected = forward if (name, lanes) == ("forward", 128) else tiles.stages
+            assert fitting_stages(name, tiles, lanes, kib * 1024) == expected
 
 
 def test_dropout_masks_differ_by_seed_and_layer_and_keep_the_probability() -> None:
