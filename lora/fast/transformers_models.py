@@ -53,6 +53,8 @@ class TransformersForward:
     ) -> AbstractContextManager[None]:
         """Return what a forward of such a batch runs in; it changes the model's attention."""
         theirs = self.model.theirs
+        if max_tokens > self.model.rotary_limit:
+            return nullcontext()
         if self.takes_bounds(packed):
             return attention_within(theirs, bounds, max_tokens)
         is_plain = not packed and self.why_masked is None and not self.model.why_not_packed
@@ -60,6 +62,9 @@ class TransformersForward:
 
     def __call__(self, batch: Batch, packed: bool) -> Tensor:
         """Return the hidden states (B, T, C), or the logits of a model that needs them all."""
+        if batch.input_ids.shape[1] > self.model.rotary_limit:
+            # Its documents go through one by one, which no graph can hold: the step is called.
+            return self.model.hidden_states(batch.input_ids, document_ids=batch.document_ids)
         if self.takes_bounds(packed):
             return self.model.run(batch.input_ids, batch.position_ids)
         if packed and self.model.why_not_packed is not None:

@@ -93,6 +93,25 @@ def test_the_wrapper_shares_what_the_model_has() -> None:
     assert other.lm_head is other.theirs.lm_head
 
 
+@torch.no_grad()
+def test_frequencies_by_length_are_those_of_each_document() -> None:
+    rope = {
+        **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 80},
+        **{"short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0], "partial_rotary_factor": 0.5},
+    }
+    theirs = tiny_transformers(
+        "phi3",
+        rope_parameters=rope,
+        original_max_position_embeddings=80,
+        max_position_embeddings=160,
+        num_key_value_heads=4,
+    )
+    own, ids = as_language_model(theirs), tokens(1, 95)
+    logits = own(ids, document_ids=torch.tensor([[0] * 5 + [1] * 90]))
+    assert_close(logits[:, :5], theirs(input_ids=ids[:, :5]).logits)
+    assert_close(logits[:, 5:], theirs(input_ids=ids[:, 5:]).logits)
+
+
 def test_rounded_biases_by_position_are_not_packed() -> None:
     """BLOOM's are fp32 numbers in a model of fp32; Falcon's always have the precision of bf16."""
     bloom = tiny_transformers("bloom", n_head=8)
@@ -158,6 +177,12 @@ def test_other_modules_are_refused() -> None:
     for_embeddings = tiny_transformers("llama").model
     with pytest.raises(ModelError, match=r"a LlamaModel as .*: it is without an output head"):
         as_language_model(for_embeddings)
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=VOCAB
+    )
+    with pytest.raises(ModelError, match="tokens see those after them"):
+        as_language_model(transformers.BertLMHeadModel(config))
 
 
 def test_a_model_without_a_cache_recomputes() -> None:

@@ -99,6 +99,23 @@ class TransformersConfig:
         return False
 
 
+def rotary_limit(config: Any) -> int:
+    """Return the tokens beyond which rotary frequencies are chosen by the longest of a batch.
+
+    The largest number where they are the same for all lengths.
+    """
+    contents: Mapping[str, Any] = config.to_dict()
+    rope = contents.get("rope_parameters") or {}
+    parts = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    name = "original_max_position_embeddings"
+    limits = [
+        part.get(name) or contents.get(name) or contents.get("max_position_embeddings")
+        for part in parts
+        if part.get("rope_type") in ("longrope", "dynamic")
+    ]
+    return min((int(limit) for limit in limits if limit), default=sys.maxsize)
+
+
 def setting(config: Any, *names: str) -> Any:
     """Return the first of `names` that `config` has a value for, under its own name for it."""
     contents: Mapping[str, Any] = config.to_dict()

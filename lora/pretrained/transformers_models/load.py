@@ -46,7 +46,14 @@ def as_language_model(model: nn.Module) -> LanguageModel:
             f"Cannot use a {type(model).__name__} as a language model: it is {what}. Allowed: "
             "transformers' causal language models (…ForCausalLM), and those for images and text."
         )
-    return TransformersModel(theirs, probe(theirs.config))
+    traits = probe(theirs.config)
+    if not traits.is_causal:
+        raise ModelError(
+            f"Cannot use a {type(model).__name__} as a language model: with its settings tokens "
+            "see those after them, so it would learn to copy. Some models become causal with "
+            "is_decoder=True in their configuration."
+        )
+    return TransformersModel(theirs, traits)
 
 
 def is_transformers(model: object) -> bool:

@@ -22,7 +22,7 @@ from lora.pretrained.transformers_models.cache import (
     TransformersCache,
     each_alone,
 )
-from lora.pretrained.transformers_models.config import Traits, TransformersConfig
+from lora.pretrained.transformers_models.config import Traits, TransformersConfig, rotary_limit
 from lora.pretrained.transformers_models.masks import documents_apart
 from lora.terminal import escaping_log
 
@@ -56,6 +56,8 @@ class TransformersModel(LanguageModel):
         self.training = is_training
         self.traits = traits
         self.config = TransformersConfig(theirs.config, traits)
+        self.rotary_limit = rotary_limit(self.config.text)
+        """Longer sequences go through one by one: their length chooses the rotary frequencies."""
         if traits.is_head_assumed and not self._has_plain_head():
             self.traits = dataclasses.replace(traits, needs_all_logits=True)
             self.config = TransformersConfig(theirs.config, self.traits)
@@ -97,6 +99,9 @@ class TransformersModel(LanguageModel):
             return cache.run(self._each_alone, input_ids, document_ids)
         if cache is not None:
             return cache.run(self.run, input_ids, position_ids, document_ids)
+        if input_ids.shape[1] > self.rotary_limit:
+            documents = torch.zeros_like(input_ids) if document_ids is None else document_ids
+            return self._each_alone(input_ids, documents)
         if document_ids is None:
             return self.run(input_ids, position_ids)
         # No value may be read on the host while a CUDA graph is captured: a mask is always right.
