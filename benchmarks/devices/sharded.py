@@ -18,7 +18,7 @@ from lora.decoder.quantised import use_fp8_linears
 from lora.device import DeviceChoice
 from lora.distributed.shards import Rows
 from lora.distributed.world import World
-from lora.fast.choose import choose_steps
+from lora.fast.choose import PlannedStep, choose_steps
 from lora.fast.runner import FastStepRunner
 from lora.fast.sharded.base import ShardedBase
 from lora.training.step_runner import StepRunner
@@ -41,7 +41,13 @@ def build_sharded(
     stored, say = planned.checkpointing, planned.said.append
     if full or is_cuda:
         steps = choose_steps(
-            model, choice, config, checkpointing=stored, on_message=say, world=world, rows=rows
+            model,
+            choice,
+            config,
+            planned=PlannedStep(stored),
+            on_message=say,
+            world=world,
+            rows=rows,
         )
         return model, steps, planned
     # On a CPU no run chooses the hand-written step: its plain twins are taken by name.

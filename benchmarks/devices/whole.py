@@ -14,7 +14,7 @@ from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig, MemoryConfig, TrainConfig
 from lora.device import DeviceChoice, available_bytes
 from lora.distributed.world import World
-from lora.fast.choose import choose_steps
+from lora.fast.choose import PlannedStep, choose_steps
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.memory.plan import PlanInputs
 from lora.fast.memory.planner import MemoryPlanner
@@ -62,7 +62,7 @@ def build_whole(
             model,
             choice,
             config,
-            checkpointing=fit.checkpointing,
+            planned=PlannedStep(fit.checkpointing),
             on_message=fit.said.append,
             world=world,
         )

@@ -40,20 +40,31 @@ class Recompute:
     """Whether those that do not fit then may join them: no user named the number."""
 
 
+@dataclass(frozen=True)
+class PlannedStep:
+    """What a memory plan decides of a step; each kind of step reads what is for it."""
+
+    checkpointing: ActivationCheckpointing | None = None
+    """Which activations the fast step recomputes; None: hardly any."""
+    leaner: Callable[[], ActivationCheckpointing | None] = lambda: None
+    """Called if the fast step's first one runs out of memory; returns what to try next."""
+    by_machine: bool = False
+    """The fast step's weights are sharded over each machine's processes alone."""
+    recompute: Recompute = Recompute()
+    """Which blocks of a model that FSDP2 shards recompute, on a GPU."""
+
+
 def choose_steps(
     model: nn.Module,
     choice: DeviceChoice,
     config: TrainConfig,
     *,
     fast: bool = True,
-    checkpointing: ActivationCheckpointing | None = None,
-    leaner: Callable[[], ActivationCheckpointing | None] = lambda: None,
+    planned: PlannedStep = PlannedStep(),
     on_message: Callable[[str], None] = lambda text: None,
     loss_fn: LossFn | None = None,
     world: World = ALONE,
     rows: Rows | None = None,
-    by_machine: bool = False,
-    recompute: Recompute = Recompute(),
 ) -> StepRunner:
     """Return the runner of the fastest step that can train `model`; report on a GPU which, and why.
 
@@ -65,15 +76,12 @@ def choose_steps(
         choice: where it runs, and the compute dtype.
         config: of the run; short runs are not compiled.
         fast: False takes the plain step.
-        checkpointing: which activations the fast step recomputes; None: hardly any.
-        leaner: called if the fast step's first one runs out of memory; returns what to try next.
+        planned: how it fits into memory.
         on_message: gets one line.
         loss_fn: the plain step's; None: what fits `model`.
         world: the processes that train together.
         rows: the values of what `model`, a Decoder, has on the meta device: it is sharded over
             the processes.
-        by_machine: the fast step's weights are sharded over each machine's processes alone.
-        recompute: which blocks of a model that FSDP2 shards recompute, on a GPU.
     """
     if rows is not None:
         decoder = cast(Decoder, model)
@@ -83,15 +91,15 @@ def choose_steps(
             why_not = "all weights train"
         if why_not is not None:
             return _shard_with_fsdp2(
-                decoder, rows, choice, config, on_message, why_not, world, recompute
+                decoder, rows, choice, config, on_message, why_not, world, planned.recompute
             )
-        among = machine_world(world) if by_machine else world
+        among = machine_world(world) if planned.by_machine else world
         sharded = FastStepRunner(
             decoder,
             choice,
             config,
-            checkpointing=checkpointing,
-            leaner=leaner,
+            checkpointing=planned.checkpointing,
+            leaner=planned.leaner,
             world=world,
             base=ShardedBase(rows, choice.device, among),
         )
@@ -113,8 +121,8 @@ def choose_steps(
             cast(Decoder, model),
             choice,
             config,
-            checkpointing=checkpointing,
-            leaner=leaner,
+            checkpointing=planned.checkpointing,
+            leaner=planned.leaner,
             world=world,
         )
         on_message(steps.describe())

@@ -30,7 +30,7 @@ from lora.distributed.shards import Rows, gathered_tables
 from lora.distributed.start import joined
 from lora.distributed.world import World
 from lora.errors import CheckpointError
-from lora.fast.choose import Recompute, choose_steps
+from lora.fast.choose import PlannedStep, Recompute, choose_steps
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.memory.parallel import check_parallel
 from lora.fast.runner import FastStepRunner
@@ -336,6 +336,12 @@ def _choose_steps(
     if job.deterministic:
         progress.message("deterministic: torch's deterministic algorithms, and the plain step")
     plan = memory.plan
+    planned = PlannedStep(
+        checkpointing=plan.checkpointing,
+        leaner=memory.take_leaner,
+        by_machine=memory.planner.inputs.machine_devices is not None,
+        recompute=Recompute(plan.recomputed_blocks, may_be_more=memory.may_change),
+    )
     n_gpus = visible_gpus(choice.device)
     advice = advise(plan, job.train, has_lora=not job.is_full, n_gpus=n_gpus)
     with explain_out_of_memory(
@@ -346,13 +352,10 @@ def _choose_steps(
             choice,
             train_config,
             fast=job.allows_fast_step,
-            checkpointing=plan.checkpointing,
-            leaner=memory.take_leaner,
+            planned=planned,
             on_message=progress.message,
             world=world,
             rows=rows,
-            by_machine=memory.planner.inputs.machine_devices is not None,
-            recompute=Recompute(plan.recomputed_blocks, may_be_more=memory.may_change),
         )
     if isinstance(steps, FastStepRunner):
         stored = memory.refit(free_bytes(choice.device))

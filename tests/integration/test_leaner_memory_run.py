@@ -43,8 +43,10 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return PlanInputs(**{**values, "device_type": "cuda", "compute_dtype": torch.bfloat16})
 
     def choose(model: Any, choice: Any, config: Any, **settings: Any) -> FastStepRunner:
-        chosen = {name: settings[name] for name in ("checkpointing", "leaner")}
-        return FastStepRunner(model, choice, config, **chosen)
+        planned = settings["planned"]
+        return FastStepRunner(
+            model, choice, config, checkpointing=planned.checkpointing, leaner=planned.leaner
+        )
 
     monkeypatch.setattr(memory_module, "PlanInputs", plan_inputs)
     monkeypatch.setattr(run_module, "choose_steps", choose)
