@@ -199,3 +199,10 @@ def test_documents_of_a_model_that_cannot_tell_them_go_through_one_by_one() -> N
     logits = own(ids, document_ids=torch.tensor([[-1, -1, 0, 0, 0, 0, 1, 1, -1]]))
     assert_close(logits[:, 6:8], theirs(input_ids=ids[:, 6:8]).logits)
     assert_close(logits[:, 2:6], theirs(input_ids=ids[:, 2:6]).logits)
+
+
+@torch.no_grad()
+def test_wide_hidden_states_beside_narrow_weights() -> None:
+    theirs = tiny_transformers("mamba").bfloat16()
+    own = as_language_model(theirs)
+    assert torch.equal(own(tokens(1, 9)), theirs(input_ids=tokens(1, 9)).logits)

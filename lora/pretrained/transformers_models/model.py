@@ -148,7 +148,9 @@ class TransformersModel(LanguageModel):
                 given.pop("attention_mask", None)
         output: Any = network(input_ids=input_ids, **given)
         hidden: Tensor = output.logits if whole else output[0]
-        return hidden
+        if whole or torch.is_autocast_enabled(hidden.device.type):
+            return hidden
+        return hidden.to(self.output_head().weight.dtype)  # Mamba's are fp32 beside bf16 weights
 
     def _network(self) -> Any:
         """Return what makes hidden states: of a multimodal model the part for text."""
