@@ -19,7 +19,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from lora.config import TrainConfig
@@ -39,6 +39,7 @@ class Case:
     packing: bool = True
     shape: str = "smollm2"
     fast: bool = True
+    implementation: Literal["auto", "transformers"] = "auto"
 
 
 ON_CPU = {
@@ -54,6 +55,10 @@ ON_CPU = {
     "full-4x128-in-2": Case(4, 128, rank=None, micro_batches=2),
     "wide-lora-4x128": Case(4, 128, shape="wide"),
     "wide-full-4x128": Case(4, 128, rank=None, shape="wide"),
+    "gemma3-lora-4x128": Case(4, 128, shape="gemma3"),
+    "transformers-lora-4x128": Case(4, 128, shape="wide", implementation="transformers"),
+    "transformers-full-4x128": Case(4, 128, rank=None, shape="wide", implementation="transformers"),
+    "transformers-gemma3-4x128": Case(4, 128, shape="gemma3", implementation="transformers"),
 }
 ON_GPU = {
     "lora-4x512": Case(4, 512, shape="135M"),
@@ -63,6 +68,8 @@ ON_GPU = {
     "plain-lora-4x512": Case(4, 512, shape="135M", fast=False),
     "plain-full-4x512": Case(4, 512, rank=None, shape="135M", fast=False),
     "qwen3-lora-4x512": Case(4, 512, shape="qwen3"),
+    "gemma3-lora-4x512": Case(4, 512, shape="gemma3"),
+    "transformers-lora-4x512": Case(4, 512, shape="135M", implementation="transformers"),
     "1B-lora-1x512": Case(1, 512, rank=16, shape="1B"),
     "1B-lora-4x2048": Case(4, 2048, rank=16, shape="1B"),
     "1B-full-1x512": Case(1, 512, rank=None, shape="1B"),
@@ -77,6 +84,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 16,
               "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64,
               "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
+    "gemma3": {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 12,
+               "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+               "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"],
+               "sliding_window": 64, "rope_local_base_freq": 10000.0, "vocab_size": 65536,
+               "query_pre_attn_scalar": 256, "hidden_activation": "gelu_pytorch_tanh"},
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip
@@ -145,6 +157,7 @@ def run_child(case: Case, device: str) -> dict[str, Any]:
             lora=None if case.rank is None else LoRAConfig(rank=case.rank),
             train=train_config(case),
             data_config=DataConfig(max_length=case.tokens, packing=case.packing),
+            implementation=case.implementation,
             run=RunConfig(
                 out=Path(folder), name="run", device=device, samples=0, fast=case.fast,
                 save_every_steps=1000,

@@ -155,7 +155,8 @@ def plan(
     each = {"lora": inputs, "full": replace(inputs, lora=None, fp8=False)}
     planned = {name: _plan_kind(one, parallel, memory_config, room) for name, one in each.items()}
     if json:
-        print(json_text(_as_json(source.name, inputs, planned, room, mode)))
+        planned_json = _as_json(source.name, inputs, planned, room, mode)
+        print(json_text({**planned_json, "implementation": code.kind}))
     else:
         _show(source.name, inputs, planned)
     return 0
