@@ -19,7 +19,7 @@ class TransformersCache:
 
     def __init__(self, batch_size: int, past: Any) -> None:
         self.batch_size, self.past = batch_size, past
-        self.n_tokens = 0
+        self.n_tokens, self._has_padding = 0, False
         self._is_token = torch.zeros(batch_size, 0, dtype=torch.int64)  # (B, S)
         self._last = torch.full((batch_size,), -1, dtype=torch.int64)  # (B,) positions
 
@@ -46,8 +46,9 @@ class TransformersCache:
             position_ids = steps.clamp(min=0)
         self._last = position_ids[:, -1]
         self.n_tokens += input_ids.shape[1]
+        self._has_padding |= document_ids is not None and not bool(new.all())
         # Without padding attention needs no mask of its own, which is faster.
-        mask = None if bool(self._is_token.all()) else self._is_token
+        mask = self._is_token if self._has_padding else None
         return forward(
             input_ids,
             position_ids,

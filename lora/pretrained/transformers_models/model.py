@@ -139,7 +139,8 @@ class TransformersModel(LanguageModel):
     ) -> Tensor:
         whole = self.needs_all_logits
         network = self.theirs if whole else self._network()
-        known = inspect.signature(network.forward).parameters
+        kind: Any = type(network)
+        known = _inputs_of(kind)
         inputs: dict[str, Any] = {"position_ids": position_ids, "use_cache": use_cache, **more}
         given = {n: value for n, value in inputs.items() if n in known and value is not None}
         if "cache_params" in known and "past_key_values" in more:  # Mamba's name for it
@@ -216,7 +217,10 @@ class TransformersModel(LanguageModel):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> TokenCache:
-        """Return an empty cache for `batch_size` sequences; it grows as it is filled."""
+        """Return an empty cache for `batch_size` sequences; it grows as it is filled.
+
+        Keys and values are stored as they come: where the model is, and in its dtype.
+        """
         if not self.traits.has_cache:
             _tell_of_recomputing(self.config.family)
             return RecomputingCache()
@@ -232,6 +236,12 @@ class TransformersModel(LanguageModel):
         shared = text.get("num_key_value_heads") or text.get("num_kv_heads") or n_heads
         n_values = 2 * self.config.num_hidden_layers * shared * head_dim
         return int(n_values * first.element_size())
+
+
+@functools.cache
+def _inputs_of(kind: Any) -> frozenset[str]:
+    """Return the names of what a class's forward takes."""
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 @functools.cache
