@@ -26,7 +26,10 @@ class DocumentBounds:
             self.tensor = self.tensor.new_empty(room + 1)
         padded = torch.full((len(self.tensor),), n_tokens, dtype=torch.int32)
         padded[: len(offsets)] = offsets
-        # From pageable memory the copy would make the host wait.
-        staged = padded.pin_memory() if self.tensor.is_cuda else padded
-        self.tensor.copy_(staged, non_blocking=True)
+        self.tensor.copy_(pinned(padded, self.tensor.device), non_blocking=True)
         return has_moved
+
+
+def pinned(source: Tensor, device: torch.device) -> Tensor:
+    """Return `source` in pinned memory, from which `device` copies while the host goes on."""
+    return source.pin_memory() if device.type == "cuda" and not source.is_cuda else source

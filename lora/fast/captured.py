@@ -22,7 +22,7 @@ from lora.decoder.language_model import LanguageModel
 from lora.device import DeviceChoice
 from lora.distributed.dropout import SharedDropouts
 from lora.distributed.world import ALONE, World
-from lora.fast.bounds import DocumentBounds
+from lora.fast.bounds import DocumentBounds, pinned
 from lora.fast.chunked_loss import ChunkedLoss
 from lora.fast.graphs import Graphs
 from lora.fast.weights.flat import FlatParameters
@@ -184,9 +184,7 @@ class CapturedStep:
             (fixed.position_ids, batch.position_ids),
             (fixed.document_ids, batch.document_ids),
         ):
-            # From pageable memory the copy would make the host wait.
-            staged = source.pin_memory() if self.device.type == "cuda" else source
-            target.copy_(staged, non_blocking=True)
+            target.copy_(pinned(source, self.device), non_blocking=True)
         packed = needs_mask(batch)
         # Asked of the batch on the host: asking the device would make the host wait for it.
         if self.forward.takes_bounds(packed) and self.bounds.copy_in(

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from lora.data.sequences.batches import IGNORE, Batch
 from lora.decoder.decoder import Decoder
+from lora.fast.bounds import DocumentBounds, pinned
 from lora.fast.graphs import Graphs
 from lora.fast.llama.buffers import Buffers, Inputs
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.llama.network import FastNetwork
 from lora.fast.llama.passes import FastPass
 from lora.kernels.step.ops import Ops
+from lora.pretrained.transformers_models.bounded import find_bounds
 
 MERGE_BELOW_WIDTH = 1024
 """Models narrower than this merge W + s·B·A once a step, wider ones keep LoRA in the matmul of W.
@@ -141,8 +143,8 @@ class HandWrittenStep:
         ids, labels, positions = torch.zeros(
             3, n, dtype=torch.int64, device=self.device
         ).unbind()  # (N,) each
-        bounds = torch.full((2,), n, dtype=torch.int32, device=self.device)
-        self.inputs = Inputs(ids, labels, positions, bounds)
+        self.bounds = DocumentBounds(self.device, n)
+        self.inputs = Inputs(ids, labels, positions, self.bounds.tensor)
 
     def _copy_in(self, batch: Batch) -> tuple[bool, int]:
         """Copy `batch` to the addresses that the step reads.
@@ -155,7 +157,7 @@ class HandWrittenStep:
             (inputs.labels, batch.labels),
             (inputs.position_ids, batch.position_ids),
         ):
-            target.copy_(_pinned(source.reshape(-1), target.device), non_blocking=True)
+            target.copy_(pinned(source.reshape(-1), target.device), non_blocking=True)
         tokens = batch.input_ids.shape[1]
         # Asked of the batch on the CPU: asking the device would make the host wait for it.
         is_plain = not (self._has_windows(tokens) or self.network.needs_own_attention)
@@ -167,18 +169,9 @@ class HandWrittenStep:
 
     def _copy_bounds(self, documents: Tensor, inputs: Inputs) -> int:
         """Copy where documents begin, for torch's attention; return the length of `bounds`."""
-        starts = torch.ones_like(documents, dtype=torch.bool)  # (B, T)
-        starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        offsets = starts.reshape(-1).nonzero().squeeze(1).to(torch.int32)  # (documents,)
-        if len(inputs.bounds) < len(offsets) + 1:
-            # Doubled: a batch with more documents than there is room for needs a new graph.
-            room = max(64, 2 << (len(offsets) - 1).bit_length())
+        if self.bounds.copy_in(find_bounds(documents)):
             self.graphs.clear()
-            inputs.bounds = inputs.bounds.new_full((room + 1,), documents.numel())
-        # The rest is N: documents without tokens, so that the length of `bounds` never changes.
-        bounds = torch.full((len(inputs.bounds),), documents.numel(), dtype=torch.int32)
-        bounds[: len(offsets)] = offsets
-        inputs.bounds.copy_(_pinned(bounds, inputs.bounds.device), non_blocking=True)
+            inputs.bounds = self.bounds.tensor
         return len(inputs.bounds)
 
     def _has_windows(self, tokens: int) -> bool:
@@ -215,8 +208,3 @@ class HandWrittenStep:
     def _update(self) -> None:
         self.optimizer_update.run()
         self.network.refresh()
-
-
-def _pinned(source: Tensor, device: torch.device) -> Tensor:
-    """Return `source` in pinned memory, from which `device` copies while the host goes on."""
-    return source.pin_memory() if device.type == "cuda" and not source.is_cuda else source
