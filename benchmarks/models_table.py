@@ -31,6 +31,7 @@ from lora.config import LoRAConfig
 from lora.decoder.decoder import Decoder
 from lora.decoder.language_model import LanguageModel, ModelConfig
 from lora.errors import LoraError, ModelError
+from lora.export.vllm_architectures import lora_support
 from lora.fast.why_not import why_not_captured, why_not_hand_written
 from lora.pretrained.gguf_writer import describe_decoder
 from lora.pretrained.load.implementation import choose_implementation
@@ -43,6 +44,7 @@ TOLERANCE = 1e-5
 """‖difference‖ / ‖reference‖ of logits and of each gradient, in fp32."""
 HEADINGS = (
     *("models", "`model_type`", "implementation", "packing", "step on a GPU", "sweep", "export"),
+    "adapter in vLLM",
     *("linears of `all-linear`", "equal to transformers' and PEFT's"),
 )
 NAMES = {
@@ -133,6 +135,7 @@ def row_of(name: str) -> tuple[str, ...]:
         theirs.save_pretrained(folder)
         chosen = choose_implementation(theirs.config.to_dict())
         model = load_language_model(Path(folder), implementation=chosen.kind)
+        vllm = lora_support(Path(folder))[1]
     linears = _adapted_linears(model)
     return (
         NAMES[name],
@@ -142,6 +145,7 @@ def row_of(name: str) -> tuple[str, ...]:
         _step(model),
         _sweep(model),
         _export(model),
+        "not known" if vllm == "unknown" else vllm,
         ", ".join(f"`{linear}`" for linear in linears),
         _compare(model, theirs),
     )
