@@ -159,13 +159,8 @@ class DecoderConfig:
                 f"num_attention_heads={heads.num_attention_heads}"
             )
         faults += _rope_faults(self.layers, heads.head_dim)
-        whole = heads.num_attention_heads * heads.head_dim
-        if self.block == "gpt2" and whole != self.hidden_size:
-            faults.append(f"hidden size {self.hidden_size} is not heads · head width = {whole}")
-        if self.block == "gpt2" and heads.num_key_value_heads != heads.num_attention_heads:
-            faults.append(
-                f"num_key_value_heads={heads.num_key_value_heads}: GPT-2 has no grouped-query heads"
-            )
+        if self.block == "gpt2":
+            faults += self._gpt2_faults()
         if not self.layers:
             faults.append("no layers")
         if faults:
@@ -174,6 +169,25 @@ class DecoderConfig:
                     faults, "Cannot build the decoder: its sizes conflict:", "Correct config.json."
                 )
             )
+
+    def _gpt2_faults(self) -> list[str]:
+        """Return what GPT-2's modules, which are its own, do not compute."""
+        heads, faults = self.attention, []
+        whole = heads.num_attention_heads * heads.head_dim
+        if whole != self.hidden_size:
+            faults.append(f"hidden size {self.hidden_size} is not heads · head width = {whole}")
+        if heads.num_key_value_heads != heads.num_attention_heads:
+            faults.append(
+                f"num_key_value_heads={heads.num_key_value_heads}: GPT-2 has no grouped-query heads"
+            )
+        others = {
+            "a rotary embedding": any(layer.rope is not None for layer in self.layers),
+            "norms of queries and keys": heads.qk_norm is not None,
+            "a cap of the attention logits": heads.logit_softcap is not None,
+            "a factor of the embeddings": self.embedding_scale != 1,
+            "a factor of the residual branches": self.residual_multiplier != 1,
+        }
+        return faults + [f"{name}: GPT-2 has none" for name, given in others.items() if given]
 
     @property
     def longrope_tokens(self) -> int | None:

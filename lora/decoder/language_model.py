@@ -1,8 +1,8 @@
 """What every job needs of a causal language model, whoever wrote its network.
 
 Native decoders (`lora.decoder.decoder`) and transformers' models
-(`lora.pretrained.transformers_model`) are both of this class. The jobs know nothing else; what only
-native decoders can do asks for a `Decoder` and says why not.
+(`lora.pretrained.transformers_models.model`) are both of this class. The jobs know nothing else;
+what only native decoders can do asks for a `Decoder` and says why not.
 """
 
 from __future__ import annotations

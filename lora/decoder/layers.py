@@ -137,10 +137,11 @@ class PostNormBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(*sizes)
         self.mlp = _feed_forward(config)
         self.post_feedforward_layernorm = RMSNorm(*sizes)
+        self.add = partial(torch.add, alpha=config.residual_multiplier)
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:  # (B, T, C) -> (B, T, C)
-        x = x + self.post_attention_layernorm(self.self_attn(x, inputs))
-        return x + self.post_feedforward_layernorm(self.mlp(x))
+        x = self.add(x, self.post_attention_layernorm(self.self_attn(x, inputs)))
+        return self.add(x, self.post_feedforward_layernorm(self.mlp(x)))
 
 
 class SandwichBlock(nn.Module):
@@ -155,11 +156,13 @@ class SandwichBlock(nn.Module):
         self.pre_feedforward_layernorm = OffsetRMSNorm(*sizes)
         self.mlp = _feed_forward(config)
         self.post_feedforward_layernorm = OffsetRMSNorm(*sizes)
+        self.add = partial(torch.add, alpha=config.residual_multiplier)
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:  # (B, T, C) -> (B, T, C)
         attended = self.self_attn(self.input_layernorm(x), inputs)
-        x = x + self.post_attention_layernorm(attended)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = self.add(x, self.post_attention_layernorm(attended))
+        fed = self.mlp(self.pre_feedforward_layernorm(x))
+        return self.add(x, self.post_feedforward_layernorm(fed))
 
 
 class GPT2Block(nn.Module):

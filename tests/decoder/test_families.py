@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -448,6 +449,16 @@ def test_gpt2_shares_no_heads_and_fills_its_width() -> None:
         decoder_config({**sizes, "num_key_value_heads": 2})
     with pytest.raises(ModelError, match="hidden size 32 is not heads · head width = 64"):
         decoder_config({**sizes, "head_dim": 16})
+
+
+def test_gpt2_is_refused_what_its_modules_do_not_compute() -> None:
+    sizes = {"model_type": "gpt2", "vocab_size": 9, "n_embd": 32, "n_layer": 1, "n_head": 4}
+    config = decoder_config(sizes)
+    capped = replace(config.attention, qk_norm="head", logit_softcap=5.0)
+    with pytest.raises(ModelError) as error:
+        replace(config, attention=capped, residual_multiplier=0.5, embedding_scale=2.0)
+    for name in ("norms of queries", "a cap of the attention", "embeddings", "residual branches"):
+        assert name in str(error.value)
 
 
 def test_the_source_is_kept_whole(tmp_path: Path) -> None:
