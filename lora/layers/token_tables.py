@@ -76,7 +76,8 @@ def find_token_tables(model: nn.Module) -> TokenTables:
             raise TargetError(
                 f"Cannot train selected tokens in {names.get(id(table))!r}, a "
                 f"{type(table).__name__}. Allowed: a plain {plain.__name__}. Leave it out of "
-                "LoRA's targets, or load the model as lora's Decoder."
+                "LoRA's targets, or take the native decoder of the model (implementation native), "
+                "if it has one."
             )
     if isinstance(head, nn.Linear | LoRALayer) and head.bias is not None:
         raise TargetError(

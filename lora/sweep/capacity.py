@@ -97,7 +97,9 @@ def plan_stack_memory(
         learned_fraction=learned_fraction,
         fast=False,
     )
-    is_fast = fast and _why_not_fast(model, candidates, choice) is None
+    # Asked in any case: what no step can stack is refused here, before anything is written.
+    why_not = _why_not_fast(model, candidates, choice)
+    is_fast = fast and why_not is None
     shared, each = _fast_step_bytes(setting) if is_fast else (0, _plain_step_bytes(setting))
     if choice.device.type == "cuda":
         allocated = torch.cuda.memory_allocated(choice.device)  # the base

@@ -350,3 +350,13 @@ def test_a_model_whose_tokens_see_those_after_them_is_refused(
         return
     with pytest.raises(ModelError, match=r"tokens see those after them[\s\S]*is_decoder"):
         load_language_model(tmp_path)
+
+
+def test_a_sweep_on_a_base_with_dropout_of_its_own_is_refused_before_it_is_written(
+    orders_file: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--data", orders_file, "--model", save_model(here / "gpt2", "gpt2", resid_pdrop=0.1)]
+    words = SHORT.replace("--samples 0", "--implementation transformers")
+    assert run(f"sweep {words} --rank 2,4 --name swept --no-fast", *given) == 2
+    assert not (here / "runs").exists()
+    assert "dropout to 0 in its config.json" in capsys.readouterr().err

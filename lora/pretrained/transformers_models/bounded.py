@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora.pretrained.transformers_models.quiet import quiet
+
 BOUNDED = "lora_within_bounds"
 UNMASKED = "lora_unmasked_sdpa"
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -77,11 +79,13 @@ def _attention(theirs: Any, name: str, function: Any) -> Iterator[None]:
     # built by the name of the attention: under an unknown name transformers builds none.
     before = theirs.config._attn_implementation
     AttentionInterface.register(name, function)
-    theirs.set_attn_implementation(name)
+    with quiet():  # some architectures have one attention, and warn that it stays
+        theirs.set_attn_implementation(name)
     try:
         yield
     finally:
-        theirs.set_attn_implementation(before)
+        with quiet():
+            theirs.set_attn_implementation(before)
 
 
 def _flash(
