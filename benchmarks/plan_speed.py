@@ -1,4 +1,4 @@
-"""How long `lora plan` takes, and what it answers: SmolLM2, an 8B and a 70B shape, CPU and GPU.
+"""How long `lora plan` takes, and what it answers: SmolLM2, shapes of 2.7B to 70B, CPU and GPU.
 
     python benchmarks/plan_speed.py --out benchmarks/results/plan_speed_cpu.jsonl
 
@@ -28,6 +28,10 @@ SHAPES: dict[str, dict[str, Any]] = {
            "num_attention_heads": 32},
     "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
             "num_attention_heads": 64},
+    "Phi-2": {"model_type": "phi", "architectures": ["PhiForCausalLM"], "hidden_size": 2560,
+              "intermediate_size": 10240, "num_hidden_layers": 32, "num_attention_heads": 32,
+              "num_key_value_heads": 32, "partial_rotary_factor": 0.4, "hidden_act": "gelu_new",
+              "vocab_size": 51200, "max_position_embeddings": 2048},
 }  # fmt: skip
 LONG = ["--max-length", "4096", "--batch-size", "1", "--rank", "16"]
 CASES: dict[str, tuple[str | None, list[str]]] = {
@@ -35,6 +39,10 @@ CASES: dict[str, tuple[str | None, list[str]]] = {
     "SmolLM2 on a GPU": (None, ["--device", "cuda", "--memory-gb", "80"]),
     "8B on a CPU": ("8B", ["--device", "cpu", *LONG]),
     "8B on a GPU": ("8B", ["--device", "cuda", "--memory-gb", "142", *LONG]),
+    "Phi-2, by transformers, on a GPU": (
+        "Phi-2",
+        ["--device", "cuda", "--memory-gb", "80", "--max-length", "2048", "--batch-size", "1"],
+    ),
     "70B on a GPU": ("70B", ["--device", "cuda", "--memory-gb", "142", *LONG]),
     "70B on a GPU, fp8 base": (
         "70B",
