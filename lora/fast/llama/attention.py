@@ -1,7 +1,7 @@
-"""Attention through torch's kernels: one document a sequence, or packed documents.
+"""Attention through torch's kernels, and when our own take its place.
 
-Both have an autograd graph of their own, the only ones in the hand-written step. Queries, keys and
-values come as views (N, heads, D) of one tensor.
+Torch's take one document a sequence, or packed documents. Both have an autograd graph of their own,
+the only ones in the hand-written step. Queries, keys and values come as views (N, heads, D).
 """
 
 from __future__ import annotations
@@ -15,7 +15,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from lora.decoder.config import DecoderConfig
+
+MAX_OWN_ATTENTION_TOKENS = 2048
+"""Packed sequences up to this length use our own attention kernels; beyond, torch's are faster."""
+MAX_OWN_ATTENTION_WIDTH = 128
+"""Of a head, for our kernels where torch's can do it too."""
+TORCH_ATTENTION_MULTIPLE = 8
+"""Of a head's width, for torch's kernel for packed sequences."""
+
 Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+def needs_own_attention(config: DecoderConfig) -> bool:
+    """Whether torch's attention kernels cannot do what this decoder's attention does."""
+    is_capped = config.attention.logit_softcap is not None
+    return is_capped or config.head_dim % TORCH_ATTENTION_MULTIPLE != 0
+
+
+def is_own_attention_faster(config: DecoderConfig, tokens: int) -> bool:
+    """Whether our own kernels take packed sequences of `tokens` tokens, where torch's could."""
+    is_short = tokens <= MAX_OWN_ATTENTION_TOKENS
+    return is_short and config.head_dim <= MAX_OWN_ATTENTION_WIDTH
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from lora.fast.llama.buffers import Buffers, Inputs
 from lora.fast.llama.network import FastNetwork
 from lora.fast.weights.flat import accumulate
 from lora.kernels.step.attention import AttentionSettings, find_begins, find_ends
-from lora.kernels.step.head_norm import HeadNorms, RotaryTables
+from lora.kernels.step.head_norm import HeadNorms
+from lora.kernels.step.rotary import RotaryTables
 
 
 class AttentionPass:
@@ -30,7 +31,7 @@ class AttentionPass:
 
     def __init__(self, net: FastNetwork, inputs: Inputs, buffers: Buffers, *, packed: bool) -> None:
         self.net, self.inputs, self.buffers, self.packed = net, inputs, buffers, packed
-        self.tables = net.rope_tables(inputs.position_ids)
+        self.tables = net.rope_tables.look_up(inputs.position_ids)
         self.uses_own_kernels = net.uses_own_attention(buffers.tokens, packed=packed)
         self._graphs: dict[int, AttentionGraph] = {}
         self._in_scratch = -1

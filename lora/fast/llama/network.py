@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from lora.decoder.attention import Attention
-from lora.decoder.config import DecoderConfig, RopeConfig
 from lora.decoder.decoder import Decoder, GemmaTrunk, LlamaTrunk
 from lora.decoder.layers import GatedFeedForward, OffsetRMSNorm
 from lora.decoder.quantised import has_fp8_base
-from lora.decoder.rope import Rope
+from lora.fast.llama.attention import is_own_attention_faster, needs_own_attention
 from lora.fast.llama.buffers import Buffers, Widths
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.llama.fp8 import Fp8Buffers, fp8_projection
 from lora.fast.llama.junctions import branches_of, list_norms
+from lora.fast.llama.rope_tables import RopeTables
 from lora.fast.sharded.projections import ShardedProjection, ShardedTable, sharded_projection
 from lora.fast.sharded.ring import EMBEDDING, ShardRing, block_unit
 from lora.fast.weights.adapted import (
@@ -35,17 +35,9 @@ from lora.fast.weights.projections import FrozenProjection, FullProjection, Proj
 from lora.fast.weights.stacked_flat import StackedFlat
 from lora.fast.weights.stacked_projection import MergedStackedProjection, StackedProjection
 from lora.fast.weights.token_tables import TokenTable
-from lora.kernels.step.attention import find_begins, find_ends
 from lora.kernels.step.ops import Ops
 from lora.lora_module import LoRALayer
 from lora.stacked.layers import StackedLoRALinear
-
-MAX_OWN_ATTENTION_TOKENS = 2048
-"""Packed sequences up to this length use our own attention kernels; beyond, torch's are faster."""
-MAX_OWN_ATTENTION_WIDTH = 128
-"""Of a head, for our kernels where torch's can do it too."""
-TORCH_ATTENTION_MULTIPLE = 8
-"""Of a head's width, for torch's kernel for packed sequences."""
 
 GELU_NAMES = ("gelu_pytorch_tanh", "gelu_new")
 """Names of GELU's tanh approximation, which the step computes as it does SiLU."""
@@ -54,9 +46,6 @@ QKV_NAMES = ("q_proj", "k_proj", "v_proj"), ("qkv_proj",)
 GATE_UP_NAMES = ("gate_proj", "up_proj"), ("gate_up_proj",)
 """Linears that read the same input, or the one that stands for all of them: its rows are theirs,
 in the same order."""
-
-HalfTables = tuple[Tensor, Tensor]
-"""Cosine and sine, each (N, R/2) for R rotated dimensions, fp32 or wider."""
 
 
 class FastNetwork:
@@ -74,6 +63,9 @@ class FastNetwork:
         ring: gathers the frozen weights, which are sharded; None: this process has all of them.
         whole_rate_fraction: of the learning rate, for what trains beside LoRA.
     """
+
+    rope_tables: RopeTables
+    """Of sequences as long as those that `buffers` was last called for."""
 
     def __init__(
         self,
@@ -253,7 +245,8 @@ class FastNetwork:
         self, batch_size: int, tokens: int, checkpointing: ActivationCheckpointing | None = None
     ) -> Buffers:
         """Return the tensors that a step over `batch_size` × `tokens` tokens writes."""
-        self._build_rope_tables(tokens)
+        device = self.embedding.tensors[0].device
+        self.rope_tables = RopeTables(self.ropes, tokens, self.wide, device)
         if self.fp8_buffers is not None:
             self.fp8_buffers.release()  # before new ones are allocated beside them
         sizes = self.config
@@ -308,49 +301,12 @@ class FastNetwork:
             return self.needs_own_attention
         if self.own_attention is not None:
             return self.own_attention
-        is_short = tokens <= MAX_OWN_ATTENTION_TOKENS
-        return is_short and self.config.head_dim <= MAX_OWN_ATTENTION_WIDTH
-
-    def _build_rope_tables(self, tokens: int) -> None:
-        """Make cosines and sines for all positions of a sequence of `tokens` tokens."""
-        positions = torch.arange(tokens, device=self.embedding.tensors[0].device)[None]
-
-        def halves(rope: Rope) -> HalfTables:
-            cos, sin = rope.tables(positions, self.wide)  # (1, T, 1, R)
-            if self._has_long(rope.config, tokens):
-                # Rows of short documents, then those of long ones.
-                short = rope.tables(positions, self.wide, torch.ones_like(positions))
-                cos, sin = (torch.cat(pair, 1) for pair in zip(short, (cos, sin), strict=True))
-            # The kernels take half tables: both halves are alike, but for the sine's sign.
-            half = cos.shape[-1] // 2
-            return cos[0, :, 0, :half].contiguous(), sin[0, :, 0, half:].contiguous()  # (T, R/2)
-
-        self._all_tables = {config: halves(rope) for config, rope in self.ropes.items()}
-        self._table_tokens = tokens
-
-    @staticmethod
-    def _has_long(config: RopeConfig, tokens: int) -> bool:
-        """Whether documents of such sequences can be so long that they rotate otherwise."""
-        is_short = tokens <= config.original_max_position_embeddings
-        return config.rope_type == "longrope" and not is_short
+        return is_own_attention_faster(self.config, tokens)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return the first hidden states (N, C)."""
         embedded = self.embedding.embed(input_ids)  # a copy
         return embedded if self.embedding_scale == 1 else embedded.mul_(self.embedding_scale)
-
-    def rope_tables(self, position_ids: Tensor) -> dict[RopeConfig, HalfTables]:
-        """Return cosine and sine for `position_ids` (N,), by kind of rotation."""
-        # Looked up: cosines of all positions are computed once a run, not once a step.
-        tables = {}
-        for config, (cos, sin) in self._all_tables.items():
-            rows = position_ids
-            if self._has_long(config, self._table_tokens):
-                begins = find_begins(position_ids)
-                is_long = find_ends(begins) - begins > config.original_max_position_embeddings
-                rows = rows + self._table_tokens * is_long  # (N,)
-            tables[config] = cos.index_select(0, rows), sin.index_select(0, rows)
-        return tables
 
     def accumulate_gradients(self, buffers: Buffers, *, first: bool) -> None:
         """After backward: put the weight gradients that waited for it into their slots.
@@ -388,12 +344,6 @@ def _linears(module: nn.Module, names: tuple[tuple[str, ...], tuple[str, ...]]) 
 def _embedding_scale(trunk: LlamaTrunk, dtype: torch.dtype) -> float:
     """Return what embeddings are multiplied by, as `trunk` does it in this dtype."""
     return trunk.scales[dtype] if isinstance(trunk, GemmaTrunk) else trunk.config.embedding_scale
-
-
-def needs_own_attention(config: DecoderConfig) -> bool:
-    """Whether torch's attention kernels cannot do what this decoder's attention does."""
-    is_capped = config.attention.logit_softcap is not None
-    return is_capped or config.head_dim % TORCH_ATTENTION_MULTIPLE != 0
 
 
 def has_lora(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora.kernels.step.rotary import rotate_heads
+from lora.kernels.step.rotary import RotaryTables, rotate_heads
 
 Heads = tuple[int, int, int]
 """Query heads H, key/value heads (fewer where query heads share them), width of a head D."""
@@ -129,7 +129,7 @@ def attend_backward(
     lse: Tensor,
     d_out: Tensor,
     partial: Tensor,
-    tables: tuple[Tensor, Tensor] | None,
+    tables: RotaryTables | None,
 ) -> None:
     """Changes `qkv` (N, W) in place; the plain twin of `attend_backward_triton`, by autograd."""
     # A copy, because `qkv` is overwritten by its gradient.

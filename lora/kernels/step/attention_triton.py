@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora.kernels.step.attention import AttentionSettings
 from lora.kernels.step.jit import jit, next_power_of_2, row_stride, tl, triton
+from lora.kernels.step.rotary import RotaryTables
 
 
 @dataclass(frozen=True)
@@ -405,7 +406,7 @@ def attend_backward_triton(
     lse: Tensor,
     d_out: Tensor,
     partial: Tensor,
-    tables: tuple[Tensor, Tensor] | None,
+    tables: RotaryTables | None,
 ) -> None:
     """Changes `qkv` (N, W) in place: it becomes its gradient, with the rotation undone.
 

@@ -16,15 +16,12 @@ from torch import Tensor
 
 from lora.kernels.step.attention import Heads
 from lora.kernels.step.jit import jit, next_power_of_2, row_stride, tl
-from lora.kernels.step.rotary import rotate_heads
+from lora.kernels.step.rotary import RotaryTables, rotate_heads
 
 ROWS_A_PARTIAL = 16
 """Tokens that one program sums into its partial gradient of the norms' weights."""
 LANES_A_WARP = 512
 """Of a program's tile of queries: 16 values a thread, so that all tiles stay in registers."""
-
-RotaryTables = tuple[Tensor, Tensor]
-"""Cosine and sine, each (N, rotated dimensions / 2)."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from lora.kernels.step.jit import jit, next_power_of_2, row_stride, tl
 
+RotaryTables = tuple[Tensor, Tensor]
+"""Cosine and sine, each (N, R/2) for R rotated dimensions, fp32 or wider."""
+
 
 def rotate_heads(
     qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, width: int | None = None
