@@ -21,7 +21,7 @@ from lora.errors import TargetError
 from lora.pretrained.transformers_models.load import as_language_model
 from lora.pretrained.transformers_models.quiet import quiet
 from lora.training.losses import loss_for
-from tests.pretrained.tiny_models import ARCHITECTURES, VOCAB, tiny_transformers
+from tests.pretrained.tiny_models import ARCHITECTURES, FURTHER, VOCAB, tiny_transformers
 
 transformers = pytest.importorskip("transformers")
 
@@ -99,9 +99,10 @@ def assert_close(found: Tensor, wanted: Tensor) -> None:
 
 
 CASES = [(name, "all-linear") for name in ARCHITECTURES] + list(SUBSETS.items())
+SLOW_CASES = [pytest.param(name, "all-linear", marks=pytest.mark.slow) for name in FURTHER]
 
 
-@pytest.mark.parametrize(("name", "targets"), CASES)
+@pytest.mark.parametrize(("name", "targets"), CASES + SLOW_CASES)
 def test_gradients_and_files_are_peft_s(name: str, targets: Any, tmp_path: Path, peft: Any) -> None:
     ours, tensors = adapted(name, targets)
     wanted = peft.LoraConfig(

@@ -13,7 +13,7 @@ import lora
 from lora.pretrained.transformers_models.quiet import quiet
 from lora.training.checkpoint import list_checkpoints
 from tests.integration.conftest import make_tokenizer
-from tests.pretrained.tiny_models import ARCHITECTURES, tiny_transformers
+from tests.pretrained.tiny_models import ARCHITECTURES, FURTHER, tiny_transformers
 
 transformers = pytest.importorskip("transformers")
 
@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def base(name: str) -> Any:
-    own = [key for key in ("n_positions", "max_seq_len") if key in ARCHITECTURES[name]]
+    own = [k for k in ("n_positions", "max_seq_len") if k in (ARCHITECTURES | FURTHER)[name]]
     positions = dict.fromkeys(own or ["max_position_embeddings"], 128)
     return tiny_transformers(name, vocab_size=400, **positions)
 
@@ -39,7 +39,8 @@ def adapted(name: str) -> Any:
 
 
 def slow_but(*quick: str) -> list[Any]:
-    return [pytest.param(n, marks=[] if n in quick else [pytest.mark.slow]) for n in ARCHITECTURES]
+    names = ARCHITECTURES | FURTHER
+    return [pytest.param(n, marks=[] if n in quick else [pytest.mark.slow]) for n in names]
 
 
 @pytest.mark.parametrize("name", slow_but(*QUICK))

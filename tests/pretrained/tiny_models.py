@@ -126,6 +126,122 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mamba": {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 2},
 }
 """Settings by name: model_type, or model_type and, after a hyphen, a variant of it."""
+_MIXER = {"mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 4, "mamba_d_head": 8}
+_LATENT = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+_SMALL_EXPERTS = _EXPERTS | {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8}
+_ROUTED = _EXPERTS | {
+    "n_routed_experts": 4,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+}
+FURTHER: dict[str, dict[str, Any]] = {
+    "ernie4_5": _GROUPED,
+    "seed_oss": _GROUPED | {"head_dim": 8},
+    "hunyuan_v1_dense": _GROUPED | {"head_dim": 8},
+    "apertus": _GROUPED,
+    "arcee": _GROUPED,
+    "helium": _GROUPED | {"head_dim": 8},
+    "vaultgemma": _GROUPED | {"head_dim": 8, "query_pre_attn_scalar": 8},
+    "persimmon": _COMMON,
+    "biogpt": _COMMON,
+    "xglm": {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4},
+    "qwen2_moe": _EXPERTS
+    | {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    "deepseek_v2": _ROUTED | _LATENT | {"n_shared_experts": 1},
+    "deepseek_v3": _ROUTED | _LATENT,
+    "glm4_moe": _ROUTED | {"head_dim": 8},
+    "ernie4_5_moe": _EXPERTS | {"moe_num_experts": 4, "moe_intermediate_size": 16, "moe_k": 2},
+    "olmoe": _EXPERTS | {"num_experts": 4},
+    "phimoe": _EXPERTS | {"num_local_experts": 4},
+    "granitemoe": _EXPERTS | {"num_local_experts": 4},
+    "qwen3_next": _SMALL_EXPERTS
+    | {
+        "shared_expert_intermediate_size": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "minimax": _EXPERTS
+    | {
+        "num_local_experts": 4,
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 8,
+        "block_size": 4,
+    },
+    "lfm2": _GROUPED
+    | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "granitemoehybrid": _EXPERTS
+    | _MIXER
+    | {
+        "num_local_experts": 4,
+        "shared_intermediate_size": 32,
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 8,
+    },
+    "bamba": _GROUPED | _MIXER | {"attn_layer_indices": [1], "mamba_n_heads": 8},
+    "falcon_h1": _GROUPED | _MIXER | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "head_dim": 8},
+    "jamba": _GROUPED
+    | {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "mamba_d_state": 4,
+        "mamba_dt_rank": 2,
+    },
+    "nemotron_h": _GROUPED
+    | {
+        "hybrid_override_pattern": "M*",
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 4,
+        "n_groups": 1,
+        "chunk_size": 4,
+        "head_dim": 8,
+    },
+    "recurrent_gemma": _GROUPED
+    | {
+        "lru_width": 32,
+        "attention_window_size": 4,
+        "block_types": ["recurrent", "attention"],
+        "head_dim": 8,
+    },
+    "mamba2": {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "state_size": 4,
+        "num_heads": 4,
+        "head_dim": 8,
+        "n_groups": 1,
+        "chunk_size": 4,
+    },
+    "falcon_mamba": {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "state_size": 4,
+        "time_step_rank": 2,
+    },
+    "rwkv": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "attention_hidden_size": 32,
+        "context_length": 64,
+    },
+}
+"""More architectures, whose tests are among the slow ones."""
 
 
 def model_type_of(name: str) -> str:
@@ -137,7 +253,7 @@ def tiny_config(name: str, **settings: Any) -> Any:
     """Return transformers' configuration of the architecture `name`, changed by `settings`."""
     import transformers
 
-    given = {"vocab_size": VOCAB} | _IDS | ARCHITECTURES[name] | settings
+    given = {"vocab_size": VOCAB} | _IDS | (ARCHITECTURES | FURTHER)[name] | settings
     return transformers.AutoConfig.for_model(model_type_of(name), **given)
 
 
