@@ -17,6 +17,7 @@ from lora.errors import CheckpointError, ModelError
 from lora.layers.trainable_tokens import TrainableTokensLayer
 from lora.lora_module import LoRALayer
 from lora.pretrained.hf_files import INDEX, SINGLE
+from lora.pretrained.hf_weights import MAX_SHARD_BYTES
 from lora.pretrained.transformers_models.model import TransformersModel
 from lora.pretrained.transformers_models.quiet import quiet
 from lora.runs.disk import disk_error
@@ -42,7 +43,7 @@ def save_transformers_model(model: TransformersModel, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".model.", dir=folder) as part:
             with quiet(), _plain_generation(model.theirs):
-                model.theirs.save_pretrained(part)
+                model.theirs.save_pretrained(part, max_shard_size=MAX_SHARD_BYTES)
             _replace(Path(part), folder)
     except OSError as error:
         raise disk_error(folder, error) from error
