@@ -13,13 +13,18 @@ from lora.adapters.apply import applied_lora
 from lora.adapters.fingerprint import base_fingerprint
 from lora.adapters.save_load import save_adapter
 from lora.config import DataConfig, LoRAConfig
+from lora.data.sequences.batches import Batch
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.quantised import Fp8Linear
 from lora.device import choose_device
 from lora.errors import AdapterError
+from lora.fast.sharded.base import ShardedBase
+from lora.fast.step import FastStep
+from lora.fast.why_not import why_not_hand_written, why_not_sharded
 from lora.finetune.job import FinetuneJob
 from lora.finetune.model import load_model
 from lora.finetune.sharded_model import ShardedModel, build_sharded_model
+from lora.kernels.step.ops import PLAIN
 from lora.pretrained.sources import ModelSource
 from lora.runs.progress import NoProgress
 from tests.finetune.tiny_models import FAMILIES, save_tiny
@@ -73,6 +78,33 @@ def test_every_family(family: str, is_full: bool, tokenizer: TextTokenizer, tmp_
     sharded, _ = build_both(replace(job, lora=None) if is_full else job, tokenizer)
     tables = sharded.model.get_input_embeddings().weight, sharded.model.output_head().weight
     assert (tables[0] is tables[1]) == sharded.model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("family", ["llama", "tied"])
+def test_the_hand_written_step_trains_added_tokens_over_shards(
+    family: str, tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
+    folder = save_tiny(tmp_path, family, vocab_size=400, intermediate_size=24)
+    lora = LoRAConfig(rank=3, modules_to_save=("norm",))
+    job = job_of(folder, lora=lora, data_config=DataConfig(special_tokens=SPECIAL))
+    added = tokenizer.with_tokens(SPECIAL)
+    arguments = job, ModelSource(folder, "tiny", "tiny"), choose_device("cpu"), added, NoProgress()
+    loaded, _ = load_model(*arguments)
+    sharded = build_sharded_model(*arguments)
+    assert why_not_hand_written(sharded.model) is None is why_not_sharded(sharded.model)
+    base = ShardedBase(sharded.rows, torch.device("cpu"))
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 402, (2, 12), generator=draw)
+    ids[:, ::3] = torch.tensor([400, 401, 5, 400])
+    batch = Batch(ids, ids.roll(-1, 1), torch.arange(12).expand(2, -1), torch.zeros_like(ids))
+    reports = []
+    for model, of in ((loaded, None), (sharded.model, base)):
+        step = FastStep(model, PLAIN, torch.float32, merges=False, base=of)  # type: ignore[arg-type]
+        for number in (1, 2, 3):
+            step.launch([batch], 1e-2, number)
+            reports.append(step.report.tolist())
+    assert reports[:3] == reports[3:]
+    assert reports[2][0] < reports[0][0]
 
 
 @pytest.mark.parametrize("family", ["llama", "tied"])
