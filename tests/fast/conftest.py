@@ -1,17 +1,21 @@
-"""Tiny decoders and batches for tests of the hand-written step."""
+"""Tiny decoders, adapters and batches for tests of the hand-written step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from lora.adapters.apply import apply_lora, lora_layers
+from lora.config import LoRAConfig
 from lora.data.sequences.batches import Batch
 from lora.decoder.config import AttentionConfig, FeedForwardConfig, LayerConfig, RopeConfig
 from lora.decoder.decoder import Decoder
+from lora.stacked.apply import StackedAdapters, apply_stacked
 from tests.tiny_llama import ROPE, VOCABULARY, changed, llama_config, random_decoder
 
 ROWS, TOKENS = 2, 16
@@ -44,6 +48,37 @@ PHI: dict[str, Any] = {
     "attention": AttentionConfig(6, 2, 8, qkv_bias=True, is_fused=True),
     "feed_forward": FeedForwardConfig(56, "silu", is_fused=True),
 }
+
+
+def apply_random_lora(model: Decoder, dtype: torch.dtype | None = None, **settings: Any) -> Decoder:
+    """Changes `model` in place and returns it: LoRA of rank 3 with a random B, in `dtype`."""
+    apply_lora(model, LoRAConfig(**{"rank": 3, "alpha": 6.0, "init_seed": 0, **settings}))
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            if dtype is not None:
+                layer.lora_A.data = layer.lora_A.to(dtype)
+                layer.lora_B.data = layer.lora_B.to(dtype)
+            layer.lora_B.copy_(0.3 * torch.randn(layer.lora_B.shape, generator=draw))
+    return model
+
+
+def apply_random_stacked(model: Decoder, adapters: Sequence[LoRAConfig]) -> StackedAdapters:
+    """Changes `model` in place: these adapters are stacked on it, B random too."""
+    stacked = apply_stacked(model, adapters, range(len(adapters)))
+    for k in range(len(adapters)):
+        draw = torch.Generator().manual_seed(30 + k)
+        values = {
+            name: 0.3 * torch.randn(t.shape, generator=draw) if name.endswith("lora_B") else t
+            for name, t in stacked.values(k).items()
+        }
+        stacked.fill(k, values)
+    return stacked
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    """Return how far `one` is from `other`, over the norm of `other`."""
+    return float((one - other).detach().norm() / other.detach().norm().clamp(min=1e-9))
 
 
 @pytest.fixture

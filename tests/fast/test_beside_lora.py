@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lora.adapters.apply import apply_lora, disabled_adapter, lora_layers, train_token_rows
+from lora.adapters.apply import apply_lora, disabled_adapter, train_token_rows
 from lora.adapters.save_load import load_adapter, save_adapter
 from lora.config import LoRAConfig, SamplingConfig, TrainConfig
 from lora.data.sequences.batches import Batch
@@ -30,7 +30,7 @@ from lora.training.checkpoint import restore_training_tensors, training_tensors
 from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer, set_learning_rate
 from lora.training.plain_step import train_step
-from tests.fast.conftest import CAPPED, GEMMA, GRANITE, OLMO
+from tests.fast.conftest import CAPPED, GEMMA, GRANITE, OLMO, apply_random_lora, relative
 from tests.tiny_llama import VOCABULARY
 
 CPU = DeviceChoice(torch.device("cpu"), torch.bfloat16, "for a test")
@@ -82,15 +82,8 @@ CASES = {
 
 
 def adapt(model: Decoder, case: Case) -> Decoder:
-    config = LoRAConfig(
-        rank=3, alpha=6.0, init_seed=0, layers=case.layers, modules_to_save=case.saved
-    )
-    config = replace(config, targets=case.targets) if case.targets else config
-    apply_lora(model, config)
-    draw = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for layer in lora_layers(model).values():
-            layer.lora_B.copy_(0.3 * torch.randn(layer.lora_B.shape, generator=draw))
+    targets = {"targets": case.targets} if case.targets else {}
+    apply_random_lora(model, layers=case.layers, modules_to_save=case.saved, **targets)
     if case.rows:
         train_token_rows(model, case.rows)
     assert why_not_hand_written(model) is None
@@ -107,10 +100,6 @@ def batches_of(make: MakeBatch, case: Case, number: int, *, packed: bool) -> lis
             batch.labels[:, 6 + place :: 7] = token
         batch.labels[batch.document_ids < 0] = -100
     return made
-
-
-def relative(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).detach().norm() / other.detach().norm().clamp(min=1e-9))
 
 
 def check(make_model: MakeModel, make_batch: MakeBatch, case: Case, **settings: Any) -> None:

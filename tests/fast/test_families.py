@@ -8,7 +8,6 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import LoRAConfig, TrainConfig
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
@@ -18,13 +17,13 @@ from lora.fast.stacked_step import StackedFastStep
 from lora.fast.step import FastStep
 from lora.fast.why_not import why_not_hand_written, why_not_stacked_hand_written
 from lora.kernels.step.ops import PLAIN
-from lora.stacked.apply import apply_stacked
 from lora.stacked.losses import StackedDecoderLoss, stack_batches
 from lora.stacked.plain_step import PlainStackedRunner
 from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer
 from lora.training.plain_step import train_step
 from tests.decoder.conftest import CASES, GPT2_SIZES, LLAMA_SIZES, LONG_CASE
+from tests.fast.conftest import apply_random_lora, apply_random_stacked, relative
 from tests.tiny_llama import random_decoder
 
 REFUSED = {
@@ -60,11 +59,7 @@ def test_one_step_equals_the_plain_one(
         return
     assert why is None
     if not full:
-        apply_lora(plain, LoRAConfig(rank=3, alpha=6.0, init_seed=0))
-        draw = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for layer in lora_layers(plain).values():
-                layer.lora_B.copy_(0.3 * torch.randn(layer.lora_B.shape, generator=draw))
+        apply_random_lora(plain)
     fast = copy.deepcopy(plain)
     step = FastStep(fast, PLAIN, torch.float64, merges=full)
     batches = [make_batch(0, packed=True), make_batch(1, packed=False)]
@@ -74,8 +69,7 @@ def test_one_step_equals_the_plain_one(
     assert step.report[2].item() == pytest.approx(expected.gradient_norm.item(), rel=1e-5)
     others = dict(plain.named_parameters())
     for key, parameter in fast.named_parameters():
-        difference = (parameter - others[key]).norm()
-        assert difference <= 1e-5 * others[key].norm().clamp(min=1e-9), key
+        assert relative(parameter, others[key]) <= 1e-5, key
 
 
 @pytest.mark.parametrize("name", [name for name in (*CASES, "long") if name not in REFUSED])
@@ -85,16 +79,8 @@ def test_stacked_adapters_step_as_in_the_plain_step(
     plain = build(name)
     fast, config = copy.deepcopy(plain), TrainConfig(weight_decay=0.1)
     adapters = [LoRAConfig(rank=rank, alpha=6.0, init_seed=rank) for rank in (3, 2)]
-    reference, stacked = (apply_stacked(model, adapters, (0, 1)) for model in (plain, fast))
+    reference, stacked = (apply_random_stacked(model, adapters) for model in (plain, fast))
     assert why_not_stacked_hand_written(fast, stacked) is None
-    draw = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for layer_name, layer in reference.layers.items():
-            for k, rank in enumerate(layer.ranks):
-                layer.lora_B[k, :, :rank] = 0.3 * torch.randn(
-                    len(layer.lora_B[k]), rank, generator=draw
-                )
-            stacked.layers[layer_name].lora_B.copy_(layer.lora_B)
     loss_fn, choice = StackedDecoderLoss(reference), choose_device("cpu", "fp32")
     training = PlainStackedRunner(plain, reference, loss_fn, [config, config], choice)
     step = StackedFastStep(
@@ -110,4 +96,4 @@ def test_stacked_adapters_step_as_in_the_plain_step(
     for k in (0, 1):
         values = stacked.values(k)
         for key, other in reference.values(k).items():
-            assert (values[key] - other).norm() <= 1e-5 * other.norm(), (k, key)
+            assert relative(values[key], other) <= 1e-5, (k, key)

@@ -20,10 +20,10 @@ from lora.fast.stacked_step import StackedFastStep, whole_tiles
 from lora.fast.step import FastStep
 from lora.fast.why_not import why_not_stacked_hand_written
 from lora.kernels.step.ops import PLAIN
-from lora.stacked.apply import StackedAdapters, apply_stacked
+from lora.stacked.apply import StackedAdapters
 from lora.stacked.losses import StackedDecoderLoss, stack_batches
 from lora.stacked.plain_step import PlainStackedRunner
-from tests.fast.conftest import CAPPED, GEMMA, GRANITE, OLMO, PHI
+from tests.fast.conftest import CAPPED, GEMMA, GRANITE, OLMO, PHI, apply_random_stacked, relative
 
 STEPS = 3
 RATES = (1e-2, 2e-2, 5e-3)
@@ -56,19 +56,6 @@ def configs(**settings: Any) -> list[LoRAConfig]:
     ]
 
 
-def stack(model: Decoder, adapters: list[LoRAConfig]) -> StackedAdapters:
-    """Put the adapters on `model`, every tensor random."""
-    stacked = apply_stacked(model, adapters, range(len(adapters)))
-    for k in range(len(adapters)):
-        draw = torch.Generator().manual_seed(30 + k)
-        values = {
-            name: 0.3 * torch.randn(t.shape, generator=draw) if name.endswith("lora_B") else t
-            for name, t in stacked.values(k).items()
-        }
-        stacked.fill(k, values)
-    return stacked
-
-
 def build(
     model: Decoder, stacked: StackedAdapters, train: list[TrainConfig], **settings: Any
 ) -> StackedFastStep:
@@ -81,10 +68,6 @@ def build(
         max_grad_norms=[config.max_grad_norm for config in train],
         **settings,
     )
-
-
-def relative(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).detach().norm() / other.detach().norm().clamp(min=1e-9))
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -104,7 +87,7 @@ def test_steps_equal_the_plain_steps(
     plain = tiny_decoder(**sizes)
     fast = copy.deepcopy(plain)
     frozen = {n: p.detach().clone() for n, p in plain.named_parameters()}
-    reference, own = stack(plain, adapters), stack(fast, adapters)
+    reference, own = apply_random_stacked(plain, adapters), apply_random_stacked(fast, adapters)
     loss_fn = StackedDecoderLoss(reference)
     training = PlainStackedRunner(plain, reference, loss_fn, TRAIN, choose_device("cpu", "fp32"))
     step = build(fast, own, TRAIN, own_attention=packed, merges=packed)
@@ -139,7 +122,7 @@ def test_sequences_of_capped_models_fill_whole_tiles(
     """One tile of our attention kernels, which no other can replace, then reads one adapter."""
     assert [whole_tiles(size, 65) for size in (1, 2, 3, 64)] == [128, 96, 128, 65]
     model = tiny_decoder(**CAPPED)
-    stacked = stack(model, configs())
+    stacked = apply_random_stacked(model, configs())
     assert why_not_stacked_hand_written(model, stacked) is None
     step = build(model, stacked, TRAIN)
     step.launch([stack_batches([make_batch(k, packed=True) for k in range(3)])], RATES)
@@ -151,7 +134,7 @@ def test_padding_stays_zero(
     tiny_decoder: Callable[..., Decoder], make_batch: Callable[..., Batch]
 ) -> None:
     model = tiny_decoder()
-    stacked = stack(model, configs())
+    stacked = apply_random_stacked(model, configs())
     step = build(model, stacked, TRAIN)
     batch = stack_batches([make_batch(k, packed=False) for k in range(3)])
     for number in range(STEPS):
@@ -167,7 +150,7 @@ def test_one_stacked_adapter_trains_as_in_a_step_of_its_own(
 ) -> None:
     adapter, config = configs()[1], TRAIN[0]
     model, other = tiny_decoder(), apply_lora(tiny_decoder(), configs()[1])
-    stacked = stack(model, [adapter])
+    stacked = apply_random_stacked(model, [adapter])
     values = stacked.values(0)
     with torch.no_grad():
         for name, layer in lora_layers(other).items():
@@ -194,7 +177,7 @@ def test_an_adapter_that_is_not_finite_is_stopped_and_the_others_keep_their_bits
 ) -> None:
     def train(break_at: int) -> tuple[StackedFastStep, list[list[float]]]:
         model = tiny_decoder()
-        stacked = stack(model, configs())
+        stacked = apply_random_stacked(model, configs())
         step, taken = build(model, stacked, TRAIN, own_attention=own), []
         for number in range(5):
             if number == break_at:

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora.adapters.apply import apply_lora, lora_layers
-from lora.config import LoRAConfig
+from lora.adapters.apply import lora_layers
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.fast.llama import buffers
@@ -22,10 +21,9 @@ from lora.training.checkpoint import restore_training_tensors, training_tensors
 from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer, set_learning_rate
 from lora.training.plain_step import train_step
-from tests.fast.conftest import CAPPED, GEMMA, GRANITE, OLMO, PHI
+from tests.fast.conftest import CAPPED, GEMMA, GRANITE, OLMO, PHI, apply_random_lora, relative
 
 RATES = (1e-2, 2e-2, 5e-3)
-LORA = {"rank": 3, "alpha": 6.0, "init_seed": 0}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "tied": ({}, {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"up_proj": 2.0}}),
     "untied": ({"tied": False}, {}),
@@ -51,18 +49,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 
 
 def adapt(model: Decoder, settings: dict[str, Any] | None) -> Decoder:
+    """Return `model` with LoRA of these settings; None: all of it trains."""
     if settings is None:
         return model.requires_grad_(True)
-    apply_lora(model, LoRAConfig(**{**LORA, **settings}))
-    draw = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for layer in lora_layers(model).values():
-            layer.lora_B.copy_(0.3 * torch.randn(layer.lora_B.shape, generator=draw))
-    return model
-
-
-def relative(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).detach().norm() / other.detach().norm().clamp(min=1e-9))
+    return apply_random_lora(model, **settings)
 
 
 @pytest.mark.parametrize("merges", [True, False])

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from lora.adapters.apply import apply_lora, lora_layers
-from lora.config import LoRAConfig
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.decoder.quantised import Fp8Linear, Fp8Weight, use_fp8_linears
@@ -25,7 +23,7 @@ from lora.kernels.step.ops import PLAIN
 from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer, set_learning_rate
 from lora.training.plain_step import train_step
-from tests.fast.conftest import GEMMA, GRANITE
+from tests.fast.conftest import GEMMA, GRANITE, apply_random_lora, relative
 
 EXACT = replace(PLAIN, fp8_dtype=torch.float64)
 """Operations whose fp8 rows are not rounded: everything else is compared exactly."""
@@ -47,18 +45,7 @@ def quantised(model: Decoder, **settings: Any) -> Decoder:
     for name, module in model.named_modules():
         if isinstance(module, Fp8Linear):
             module.load(weights[name], name)
-    apply_lora(model, LoRAConfig(rank=3, alpha=6.0, init_seed=0, **settings))
-    draw = torch.Generator().manual_seed(3)
-    kind = next(model.parameters()).dtype
-    with torch.no_grad():
-        for layer in lora_layers(model).values():
-            layer.lora_A.data = layer.lora_A.to(kind)
-            layer.lora_B.data = 0.3 * torch.randn(layer.lora_B.shape, generator=draw).to(kind)
-    return model
-
-
-def relative(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).detach().norm() / other.detach().norm().clamp(min=1e-9))
+    return apply_random_lora(model, next(model.parameters()).dtype, **settings)
 
 
 @pytest.mark.parametrize("mode", [*MODES, "none, swiglu recomputed"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora.adapters.apply import apply_lora, lora_layers
+from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
@@ -24,7 +24,7 @@ from lora.fast.llama.checkpointing import (
 from lora.fast.memory.fast_step import LONG_SEQUENCE_TOKENS, FastPlan, fit_memory
 from lora.fast.step import FastStep
 from lora.kernels.step.ops import PLAIN
-from tests.fast.conftest import GEMMA, GRANITE, OLMO
+from tests.fast.conftest import GEMMA, GRANITE, OLMO, apply_random_lora
 
 POLICIES = {
     **{name: policy for name, policy in MODES.items() if name != "none"},
@@ -120,14 +120,10 @@ class StaleResiduals(LateResiduals):
 
 
 def adapt(model: Decoder, settings: dict[str, Any] | None) -> Decoder:
+    """Return `model` with LoRA of these settings; None: all of it trains."""
     if settings is None:
         return model.requires_grad_(True)
-    apply_lora(model, LoRAConfig(**{"rank": 3, "alpha": 6.0, "init_seed": 0, **settings}))
-    draw = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for layer in lora_layers(model).values():
-            layer.lora_B.copy_(0.3 * torch.randn(layer.lora_B.shape, generator=draw))
-    return model
+    return apply_random_lora(model, **settings)
 
 
 def train(

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora.adapters.apply import applied_lora, apply_lora, lora_layers, train_token_rows
-from lora.config import LoRAConfig
+from lora.adapters.apply import applied_lora, train_token_rows
 from lora.data.sequences.batches import Batch
 from lora.decoder.config import DecoderConfig, FeedForwardConfig
 from lora.decoder.decoder import Decoder, build_decoder, build_empty_decoder
 from lora.decoder.quantised import Fp8Linear, use_fp8_linears
 from lora.distributed.shards import Rows
-from tests.fast.conftest import GEMMA, GRANITE, OLMO
+from tests.fast.conftest import GEMMA, GRANITE, OLMO, apply_random_lora
 from tests.tiny_llama import changed, llama_config
 
 VOCABULARY, TOKENS = 101, 12
@@ -126,13 +125,7 @@ def empty_model(case: Case) -> Decoder:
 
 
 def _adapted(model: Decoder, case: Case) -> Decoder:
-    apply_lora(model, LoRAConfig(**{"rank": 3, "alpha": 6.0, "init_seed": 0, **case.lora}))
-    draw = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for layer in lora_layers(model).values():
-            drawn = 0.3 * torch.randn(layer.lora_B.shape, generator=draw, dtype=torch.float64)
-            layer.lora_A.data = layer.lora_A.to(case.dtype)
-            layer.lora_B.data = drawn.to(layer.lora_A)
+    apply_random_lora(model, case.dtype, **case.lora)
     return train_token_rows(model, case.rows) if case.rows else model  # type: ignore[return-value]
 
 
