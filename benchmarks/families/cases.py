@@ -108,6 +108,8 @@ FAMILIES = {
     "Gemma-3-1B-4x2048": shape_of(GEMMA3_1B, 4, 2048, 4, 16),
     "Qwen3-8B-4x2048": shape_of(QWEN3_8B, 4, 2048, 3, 16),
 }
+SMALL = "Qwen3-0.6B-1x512"
+"""Of a sweep whose candidates leave most of a GPU idle one by one."""
 LLAMA = "Llama-1B-4x2048"
 """Whose transformers' model takes our captured step."""
 
@@ -120,6 +122,7 @@ def llama_of(shape: str) -> str:
 SHAPES = {
     **FAMILIES,
     **{llama_of(n): replace(s, config=llama_like(s.config or {})) for n, s in FAMILIES.items()},
+    SMALL: shape_of(QWEN3_06B, 1, 512, 6, 20),
     LLAMA: shape_of(LLAMA_1B, 4, 2048, 4, 16),
 }
 SMOKE_SIZES: dict[str, Any] = {
@@ -162,7 +165,7 @@ class Cell(Case):
 START_S = 6
 """Of a process: opening the GPU, random weights, the first kernels."""
 COMPILE_S = 40
-STEP_S = {"Qwen3-0.6B-4x512": 0.2, "Gemma-3-1B-4x512": 0.2, "Gemma-3-1B-4x2048": 0.3}
+STEP_S = {SMALL: 0.1, "Qwen3-0.6B-4x512": 0.2, "Gemma-3-1B-4x512": 0.2, "Gemma-3-1B-4x2048": 0.3}
 """Of a peer, about; 8B takes longer."""
 OUR_STEP_S = {"Qwen3-0.6B-4x512": 0.03, "Gemma-3-1B-4x512": 0.03, "Gemma-3-1B-4x2048": 0.1}
 VARIANTS = ("ours", "ours_packed", "peft_liger", "full_transformers", "peft", "ours_full")
@@ -177,7 +180,9 @@ def cells() -> list[Cell]:
             if variant == "ours":
                 found.append(_cell(llama_of(shape), variant))
         if variant == "peft_liger":
-            found += [_cell("Qwen3-0.6B-4x512", f"sweep_{SWEEP}"), _cell(LLAMA, "theirs_compiled")]
+            sweeps = (SMALL, "Qwen3-0.6B-4x512")
+            found += [_cell(shape, f"sweep_{SWEEP}") for shape in sweeps]
+            found += [_cell(LLAMA, "theirs_compiled")]
     found += [_cell(LLAMA, "theirs_captured")]
     return [*found, *(_cell(shape, "full_transformers_compiled") for shape in FAMILIES)]
 
