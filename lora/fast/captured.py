@@ -28,6 +28,7 @@ from lora.fast.graphs import Graphs
 from lora.fast.weights.flat import FlatParameters
 from lora.fast.weights.update import N_TOTALS, FlatUpdate
 from lora.kernels.step.ops import Ops
+from lora.layers.trainable_tokens import TrainableTokensLinear
 from lora.layers.wide import keep_outputs_narrow
 from lora.pretrained.transformers_models.bounded import find_bounds
 from lora.training.checkpoint import OptimizerState
@@ -279,11 +280,12 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def loss_of_head(model: LanguageModel, ops: Ops, *, compiles: bool = False) -> Loss:
     """Return the loss of the hidden states of `model`: all logits at once only where they must be.
 
-    They are for a head that trains, whose gradient is one matmul then, and for any but a plain one.
+    They are for a head that trains whole, whose gradient is one matmul then, and for LoRA's.
     """
     head = model.output_head()
-    is_frozen = not any(p.requires_grad for p in head.parameters())
-    if type(head) is nn.Linear and is_frozen and not model.needs_all_logits:
+    is_frozen = type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
+    has_rows = isinstance(head, TrainableTokensLinear)
+    if (is_frozen or has_rows) and not model.needs_all_logits:
         return ChunkedLoss(head, ops.token_loss, transform_of(model.config))
     # In one kernel the logits of a large vocabulary are read and written fewer times.
     summed = torch.compile(summed_loss, dynamic=False) if compiles else summed_loss

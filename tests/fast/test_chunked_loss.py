@@ -9,6 +9,8 @@ from torch import nn
 from lora.fast.chunked_loss import ChunkedLoss
 from lora.kernels.cross_entropy import IGNORE, LogitTransform, plain_linear_cross_entropy
 from lora.kernels.step.token_loss import token_loss
+from lora.kernels.trained_rows_cross_entropy import plain_trained_rows_cross_entropy
+from lora.layers.trainable_tokens import TrainableTokensLinear
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -31,6 +33,27 @@ def test_loss_and_gradient_are_those_of_all_logits(
     torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=0)
     seen, other = (torch.autograd.grad(0.3 * each, hidden)[0] for each in (loss, wanted))
     torch.testing.assert_close(seen, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_trained_rows_of_the_head(monkeypatch: pytest.MonkeyPatch, softcap: float | None) -> None:
+    monkeypatch.setattr("lora.fast.chunked_loss.CHUNK_LOGITS", 8 * 31)
+    monkeypatch.setattr("lora.fast.chunked_loss.ROUND_TOKENS", 4)
+    torch.manual_seed(0)
+    base, ids = nn.Linear(6, 31, bias=False, dtype=torch.float64), (30, 4)
+    rows = nn.Parameter(torch.randn(2, 6, dtype=torch.float64))
+    head = TrainableTokensLinear(base, ids, rows, 29)
+    hidden = torch.randn(1, 11, 6, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([[4, 30, IGNORE, 5, 30, 30, 1, 2, 3, 4, 0]])
+    transform = LogitTransform(0.7, softcap)
+    loss = ChunkedLoss(head, token_loss, transform)(hidden, labels)
+    wanted, _ = plain_trained_rows_cross_entropy(
+        hidden[0], head.weight, rows, torch.tensor(ids), labels[0], transform=transform
+    )
+    torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=0)
+    found = torch.autograd.grad(0.3 * loss, (hidden, rows))
+    for one, other in zip(found, torch.autograd.grad(0.3 * wanted, (hidden, rows)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 def test_autocast_gives_a_wide_loss() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora.adapters.apply import apply_lora
+from lora.adapters.apply import apply_lora, train_token_rows
 from lora.config import LoRAConfig
 from lora.data.sequences.batches import IGNORE, Batch
 from lora.decoder.decoder import Decoder, build_decoder
@@ -18,7 +18,12 @@ from lora.errors import ModelError
 from lora.pretrained.transformers_models.config import Traits
 from lora.pretrained.transformers_models.load import as_language_model
 from lora.pretrained.transformers_models.model import TransformersModel
-from lora.training.losses import any_head_loss, linear_head_loss, loss_for
+from lora.training.losses import (
+    any_head_loss,
+    linear_head_loss,
+    loss_for,
+    trainable_tokens_loss,
+)
 from tests.pretrained.tiny_models import tiny_transformers
 
 VOCAB = 64
@@ -163,6 +168,16 @@ def test_transformers_heads_with_lora_or_trained_whole(name: str, fill_random: F
         fill_random(model, 8, only_trainable=True)
         assert loss_for(model) is wanted
         assert_same(model, wanted, batch_of((5, 4), (12,)), 1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_heads_with_trained_rows(tied: bool, fill_random: FillRandom) -> None:
+    model = as_language_model(tiny_transformers("cohere2", tie_word_embeddings=tied)).double()
+    apply_lora(model, LoRAConfig(rank=3, targets=("q_proj",)))
+    train_token_rows(model, [3, 9])
+    fill_random(model, 8, only_trainable=True)
+    assert loss_for(model) is trainable_tokens_loss
+    assert_same(model, trainable_tokens_loss, batch_of((5, 4), (12,)), 1e-5)
 
 
 def test_a_model_that_needs_all_logits() -> None:
