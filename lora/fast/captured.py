@@ -280,7 +280,7 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def loss_of_head(model: LanguageModel, ops: Ops, *, compiles: bool = False) -> Loss:
     """Return the loss of the hidden states of `model`: all logits at once only where they must be.
 
-    They are for a head that trains whole, whose gradient is one matmul then, and for LoRA's.
+    They are for a fully trained head, whose gradient is one matmul then, and for LoRA on it.
     """
     head = model.output_head()
     is_frozen = type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
