@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -73,6 +74,20 @@ def escaping_log(name: str) -> logging.Logger:
     log = logging.getLogger(name)
     log.addFilter(_escape_record)
     return log
+
+
+@contextlib.contextmanager
+def silent(*names: str) -> Iterator[None]:
+    """Within the block the loggers `names` say nothing."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [log.disabled for log in loggers]
+    for log in loggers:
+        log.disabled = True
+    try:
+        yield
+    finally:
+        for log, was_disabled in zip(loggers, before, strict=True):
+            log.disabled = was_disabled
 
 
 def _escape_record(record: logging.LogRecord) -> bool:

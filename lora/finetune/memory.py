@@ -20,6 +20,7 @@ from lora.fast.memory.planner import MemoryPlanner
 from lora.fast.sharded.links import measure_link
 from lora.fast.sharded.machines import machine_devices, machine_world
 from lora.runs.record import MemoryResult, PlannedMemory
+from lora.terminal import silent
 from lora.training.out_of_memory import advise, describe_parts
 
 MAX_OVERCOMMIT = 1.5
@@ -32,6 +33,9 @@ were measured at 70B, 0.2 GB at 8B and below (docs/memory.md); the rest is a mar
 
 LAUNCHED_BYTES = 500_000_000
 """The same of a step that is not captured, as that over sharded weights: code and workspaces."""
+
+ADAPTER_LOGS = ("lora.adapters.apply", "lora.adapters.experts")
+"""Loggers of what is said of a model when LoRA is applied to it, for a plan too."""
 
 
 @dataclass(frozen=True)
@@ -178,14 +182,15 @@ def plan_run(
     on_gpus, free = choice.device.type == "cuda", _free_bytes(choice, world)
     # Processes that planned with a few bytes more or less could choose otherwise.
     base = max(world.gather(resident_bytes(), "the memory of each process"))
-    chosen = plan_parallel(
-        inputs,
-        parallel,
-        memory,
-        free,
-        partial(_measure_link, inputs, choice, world) if on_gpus else None,
-        None if world.is_alone else base,
-    )
+    with silent(*ADAPTER_LOGS):  # the model that trains says what LoRA leaves out, once
+        chosen = plan_parallel(
+            inputs,
+            parallel,
+            memory,
+            free,
+            partial(_measure_link, inputs, choice, world) if on_gpus else None,
+            None if world.is_alone else base,
+        )
     plan = chosen.plan
     # FSDP2 recomputes whole blocks on a GPU.
     allowed = ("auto", "none") if plan.recomputed_blocks is None else ("auto", "none", "full")

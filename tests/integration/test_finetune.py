@@ -396,6 +396,13 @@ def test_an_unknown_architecture_is_refused_before_the_data_are_read(
         finetune(replace(job, model=str(folder), data="nowhere.jsonl"))
 
 
+def test_what_is_said_of_lora_is_said_once(
+    job: FinetuneJob, caplog: pytest.LogCaptureFixture
+) -> None:
+    finetune(replace(job, lora=LoRAConfig(rank=99), train=replace(job.train, steps=1)))
+    assert caplog.text.count("the rank is above the smaller side") == 1
+
+
 def test_a_resume_knows_the_adapter_it_began_with_by_its_content(
     job: FinetuneJob, tmp_path: Path
 ) -> None:
