@@ -10,6 +10,7 @@ import torch
 
 from lora.config import LoRAConfig, TrainConfig
 from lora.data.sequences.batches import Batch
+from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
 from lora.decoder.families import FAMILIES, decoder_config
 from lora.device import choose_device
@@ -33,16 +34,20 @@ REFUSED = {
 """What the step does not train, and why."""
 
 
-def build(name: str) -> Decoder:
+def config_of(name: str) -> DecoderConfig:
     transformers = pytest.importorskip("transformers")
     config_class, _, differences = LONG_CASE if name == "long" else CASES[name]
     sizes = GPT2_SIZES if name.startswith("gpt2") else LLAMA_SIZES
     config = getattr(transformers, config_class)(**{**sizes, **differences}).to_dict()
-    return random_decoder(decoder_config(config), torch.float64)
+    return decoder_config(config)
+
+
+def build(name: str) -> Decoder:
+    return random_decoder(config_of(name), torch.float64)
 
 
 def test_every_family_has_a_case() -> None:
-    covered = {build(name).config.family for name in CASES}
+    covered = {config_of(name).family for name in CASES}
     assert covered >= set(FAMILIES)
 
 

@@ -65,6 +65,13 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "dropout": ({}, {"dropout": 0.3}),
     "full fine-tuning": ({"tied": False, "bias": True}, None),
 }
+WAYS = [
+    *((name, is_both, is_both) for name in SETTINGS for is_both in (True, False)),
+    *((name, packed, not packed) for name in ("tied", "Gemma, full") for packed in (True, False)),
+]
+"""Settings, whether sequences are packed, whether LoRA is merged and attention our own.
+
+The two decide apart: two settings go all four ways."""
 
 
 class LateResiduals(OffloadedResiduals):
@@ -138,9 +145,7 @@ def train(
     return reports, [step.flat.values, step.flat.mean, step.flat.square]
 
 
-@pytest.mark.parametrize("merges", [True, False])
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(("name", "packed", "merges"), WAYS)
 def test_all_modes_compute_what_mode_none_does(
     tiny_decoder: Callable[..., Decoder],
     make_batch: Callable[..., Batch],
