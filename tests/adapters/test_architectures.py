@@ -11,7 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora.adapters.apply import apply_lora, lora_layers, remove_lora
+from lora.adapters.apply import (
+    applied_lora,
+    apply_lora,
+    lora_layers,
+    remove_lora,
+    train_token_rows,
+)
 from lora.adapters.merge import merge_lora
 from lora.adapters.save_load import load_adapter, save_adapter
 from lora.adapters.targets import find_targets
@@ -240,3 +246,31 @@ def test_of_a_multimodal_model_the_text_part_is_adapted(tmp_path: Path, peft: An
     remove_lora(model)
     assert all(torch.equal(p, before[name]) for name, p in plain.named_parameters())
     assert_close(logits(peft.PeftModel.from_pretrained(plain, tmp_path)), wanted)
+
+
+@pytest.mark.parametrize("name", ["opt", "bloom", "mamba", "cohere2", "gpt_neox"])
+def test_rows_of_added_tokens_train_beside_lora(name: str, tmp_path: Path, peft: Any) -> None:
+    model = adapted(name, "all-linear")[0]
+    train_token_rows(model, [3, VOCAB])
+    draw = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for layer in applied_lora(model).trainable_tokens.values():
+            layer.token_rows.add_(torch.randn(layer.token_rows.shape, generator=draw) * 0.1)
+    save_adapter(model, tmp_path)
+    plain = tiny_transformers(name)
+    plain.resize_token_embeddings(VOCAB + 1, mean_resizing=False)
+    opened = peft.PeftModel.from_pretrained(plain, tmp_path)
+    told = opened.load_adapter(tmp_path, "second")
+    assert (told.missing_keys, told.unexpected_keys) == ([], [])
+    assert_close(logits(opened)[..., :VOCAB], logits(model)[..., :VOCAB])
+    loaded = load_adapter(as_language_model(tiny_transformers(name)), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("gptj", "the output head has a bias"), ("gemma", "a GemmaTextScaledWord")]
+)
+def test_rows_that_cannot_be_replaced_are_refused(name: str, words: str) -> None:
+    model = adapted(name, "all-linear")[0]
+    with pytest.raises(TargetError, match=words):
+        train_token_rows(model, [3])
