@@ -90,6 +90,38 @@ def silent(*names: str) -> Iterator[None]:
             log.disabled = was_disabled
 
 
+class _OnceHandler(logging.Handler):
+    """Prints each warning once, on standard error as it is at that moment."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._printed: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message not in self._printed:
+            self._printed.add(message)
+            print_note(message)
+
+
+@contextlib.contextmanager
+def repeats_dropped() -> Iterator[None]:
+    """Context manager: what our loggers warn of is printed once, however often it is logged.
+
+    A plan, a run and each candidate of a sweep apply LoRA to the same model. A program that has
+    given the root logger a handler shows the messages itself.
+    """
+    log, handler = logging.getLogger("lora"), _OnceHandler()
+    if logging.getLogger().handlers:
+        yield
+        return
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
 def _escape_record(record: logging.LogRecord) -> bool:
     record.msg, record.args = visible(shortened(record.getMessage())), ()
     return True

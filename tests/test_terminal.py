@@ -21,6 +21,7 @@ from lora.terminal import (
     escaping_log,
     printable_answer,
     printable_json,
+    repeats_dropped,
     shortened,
     visible,
 )
@@ -156,3 +157,23 @@ lora.cli.main(["finetune"])
     assert done.returncode == -signal.SIGBUS
     assert "Bus error" in done.stderr
     assert "in read_weights" in done.stderr
+
+
+def test_a_warning_that_repeats_is_printed_once_by_a_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    log = escaping_log("lora.trial")
+    for _ in range(2):  # two commands
+        with repeats_dropped():
+            for _ in range(3):
+                log.warning("%d tensors are not adapted", 4)
+            log.warning("5 tensors are not adapted")
+    shown = capsys.readouterr().err.splitlines()
+    assert shown == 2 * ["4 tensors are not adapted", "5 tensors are not adapted"]
+    assert not logging.getLogger("lora").handlers
+
+
+def test_a_program_with_a_handler_of_its_own_gets_each_warning_from_that() -> None:
+    with repeats_dropped():  # pytest's handlers are on the root logger
+        assert not logging.getLogger("lora").handlers

@@ -118,8 +118,9 @@ def _wrap(
         for parameter in trainable:  # building a layer froze its base
             parameter.requires_grad_(True)
         raise
-    _note_high_ranks(layers)
-    note_left_out(model, names, is_all_linear=config.targets == ALL_LINEAR)
+    if has_values:  # an adapter that is loaded was noted when it was made
+        _note_high_ranks(layers)
+        note_left_out(model, names, is_all_linear=config.targets == ALL_LINEAR)
     model.requires_grad_(False)
     for name, layer in layers.items():
         replace_module(model, name, layer)

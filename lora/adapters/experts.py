@@ -61,6 +61,14 @@ def refuse_expert_names(model: nn.Module, names: Iterable[str]) -> None:
         )
 
 
+def describe_experts(model: nn.Module) -> str:
+    """Return in a sentence that the experts of `model` are not adapted; "" if it has none."""
+    name = next((name for name, _ in model.named_parameters() if _is_stacked(model, name)), None)
+    if name is None:
+        return ""
+    return f" Experts and routers here are no linear layers ({name}), and are not adapted."
+
+
 def note_left_out(model: nn.Module, adapted: Sequence[str], *, is_all_linear: bool) -> None:
     """Log which experts of `model`, and which linears of "all-linear", are not in `adapted`."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import nn
 
-from lora.adapters.experts import find_expert_names, refuse_expert_names
+from lora.adapters.experts import describe_experts, find_expert_names, refuse_expert_names
 from lora.adapters.patterns import NameMatcher
 from lora.config import LoRAConfig
 from lora.decoder.language_model import LanguageModel, transformers_network
@@ -58,7 +58,12 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
         mistaken |= {name for name in computed if has_own_forward(model.get_submodule(name))}
         names = [name for name in linears if name not in mistaken]
     else:
-        names = _match_all("adapt", config.targets, linears)
+        if ALL_LINEAR in config.targets and not isinstance(config.targets, str):
+            raise TargetError(_not_alone(config.targets, linears))
+        try:
+            names = _match_all("adapt", config.targets, linears)
+        except TargetError as error:
+            raise TargetError(f"{error}{describe_experts(model)}") from None
     if config.exclude:
         excluded = set(_match_all("exclude", config.exclude, linears))
         names = [name for name in names if name not in excluded]
@@ -120,6 +125,16 @@ def _no_match(verb: str, target: str, linears: list[str]) -> TargetError:
     )
     advice = f' targets="{ALL_LINEAR}" adapts all of them.' if verb == "adapt" else ""
     return TargetError(f"Cannot {verb} {target!r}: {seen}. {_list_linears(linears)}{near}{advice}")
+
+
+def _not_alone(targets: tuple[str, ...], linears: list[str]) -> str:
+    others = ", ".join(repr(name) for name in targets if name != ALL_LINEAR)
+    where = f"beside {others}" if others else "in a list"
+    return (
+        f"Cannot adapt {ALL_LINEAR!r} {where}: it stands alone, as a "
+        f"string, for all linears but the output head. {_list_linears(linears)} Name those to "
+        f"adapt one by one, or use targets={ALL_LINEAR!r}."
+    )
 
 
 def _fused_hint(target: str, linears: list[str]) -> str:

@@ -50,7 +50,14 @@ from lora.distributed.launch import Processes, launch
 from lora.distributed.ranks import is_main_process, is_one_of_several, world_size
 from lora.errors import ConfigError, Interrupted, LoraError, LostProcessError, did_you_mean
 from lora.runs.disk import os_reason
-from lora.terminal import drop_output, end_output, print_note, report_crashes, soften_encoding
+from lora.terminal import (
+    drop_output,
+    end_output,
+    print_note,
+    repeats_dropped,
+    report_crashes,
+    soften_encoding,
+)
 from lora.training.out_of_memory import is_out_of_memory
 
 Sources = list[tuple[dict[str, Any], str]]
@@ -164,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     soften_encoding()
     report_crashes()
     try:
-        with quiet_unless_main():
+        with quiet_unless_main(), repeats_dropped():
             code = _run(words)
         if isinstance(code, Processes):
             return launch(code, given)

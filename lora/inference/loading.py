@@ -199,8 +199,10 @@ def model_inputs(model: str | None, adapter: Path | str | None) -> tuple[Path, .
 
 def describe_other_base(name: str | None, adapter: Path, source: ModelSource) -> str:
     """Return which --model to give, if `source` is not what the adapter names as its base."""
-    from lora.pretrained.sources import base_named_by
+    from lora.pretrained.sources import ADAPTER_CONFIG, base_named_by
 
+    if not (adapter / ADAPTER_CONFIG).is_file():
+        return ""  # there is no adapter to name one
     base = base_named_by(adapter)
     if base is None:
         return " The adapter does not name its base: give that with --model."

@@ -149,9 +149,13 @@ def _checked_folder(path: Path) -> Path:
     if (path / "config.json").is_file():
         return path
     seen = sorted(p.name for p in path.iterdir())[:8]
+    inside = path / "model"  # what full fine-tuning saves in its run directory
+    way = "Name a folder in Hugging Face's layout, or a .gguf file."
+    if (inside / "config.json").is_file():
+        way = f"Its model is {inside}: name that."
     raise ModelError(
         f"Cannot load the model {path}: the folder has no config.json; it has "
-        f"{', '.join(seen) or 'nothing'}. Name a folder in Hugging Face's layout, or a .gguf file."
+        f"{', '.join(seen) or 'nothing'}. {way}"
     )
 
 

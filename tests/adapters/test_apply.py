@@ -306,6 +306,13 @@ def test_an_unmatched_target_names_the_nearest(toy: nn.Module) -> None:
     assert 'targets="all-linear" adapts all of them' in message
 
 
+@pytest.mark.parametrize("targets", [("all-linear", "head"), ("all-linear",)])
+def test_all_linear_stands_alone(toy: nn.Module, targets: tuple[str, ...]) -> None:
+    with pytest.raises(TargetError, match=r"it stands alone.*layers here: 0, 2, head, q_proj"):
+        apply_lora(toy, LoRAConfig(rank=2, targets=targets))
+    assert not lora_layers(toy)
+
+
 @pytest.mark.parametrize(
     ("model_type", "target", "words"),
     [

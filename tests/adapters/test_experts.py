@@ -159,3 +159,17 @@ def test_experts_in_any_model_are_logged(caplog: pytest.LogCaptureFixture) -> No
     model = nn.ModuleDict({"experts": experts, "q_proj": nn.Linear(4, 4, bias=False)})
     apply_lora(model, LoRAConfig(rank=2))
     assert "experts.down_proj, for one), 75% of the parameters, are not adapted" in caplog.text
+
+
+def test_experts_are_no_targets_and_loading_says_nothing_of_them(
+    build: Callable[[str], nn.Module], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build("qwen3_moe")
+    with pytest.raises(TargetError, match=r"'w1'.*Experts and routers here .* are not adapted"):
+        apply_lora(model, LoRAConfig(rank=2, targets=("q_proj", "w1")))
+    assert not lora_layers(model)
+    save_adapter(apply_lora(model, LoRAConfig(rank=2, targets=("q_proj",))), tmp_path)
+    assert "are not adapted" in caplog.text
+    caplog.clear()
+    load_adapter(build("qwen3_moe"), tmp_path)
+    assert "are not adapted" not in caplog.text

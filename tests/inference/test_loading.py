@@ -64,3 +64,10 @@ def test_a_mismatch_says_which_model_to_give(tmp_path: Path, base: Path) -> None
     assert describe_other_base(None, adapter, ModelSource(base, "tiny", str(base))) == ""
     nameless = make_adapter(tmp_path / "nameless", None)
     assert "give that with --model" in describe_other_base(None, nameless, other)
+
+
+def test_an_adapter_that_is_not_there_names_no_base(tmp_path: Path, base: Path) -> None:
+    source = find_model_of(str(base), None)
+    assert describe_other_base(str(base), tmp_path / "gone", source) == ""
+    nameless = make_adapter(tmp_path / "adapter", None)
+    assert "does not name its base" in describe_other_base(str(base), nameless, source)

@@ -441,3 +441,10 @@ def test_a_hub_that_does_not_answer_is_told_in_time() -> None:
         )
     assert "downloading it from the hub failed" in done.stdout, done.stderr
     assert int(done.stdout.split()[0]) <= 5
+
+
+def test_a_run_directory_of_full_fine_tuning_names_its_model(tmp_path: Path) -> None:
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ModelError, match=r"has no config\.json; it has model\. Its model is .*run"):
+        find_model(str(tmp_path / "run"))

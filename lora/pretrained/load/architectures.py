@@ -5,6 +5,7 @@ Only classes that transformers itself has: code beside the weights (auto_map) ne
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import re
@@ -108,6 +109,7 @@ def _checked_version(described: str, model_type: object) -> str:
     version, least = transformers_version(), ".".join(map(str, MIN_TRANSFORMERS))
     numbers = re.match(r"(\d+)\.(\d+)", version or "")
     if version and numbers and (int(numbers[1]), int(numbers[2])) >= MIN_TRANSFORMERS:
+        _check_import(described, version)
         return version
     found = "not installed" if version is None else f"here in version {version}"
     native = f"no native decoder is for it (native: {', '.join(sorted(FAMILIES))})"
@@ -117,6 +119,22 @@ def _checked_version(described: str, model_type: object) -> str:
         f"Cannot load this {described}: {native}, and transformers, whose code can run it, is "
         f"{found}. Version {least} or newer is needed. Run: {install_extra('hf')}"
     )
+
+
+def _check_import(described: str, version: str) -> None:
+    """Raise DependencyError if the installed transformers refuses to be imported.
+
+    It does where a package that it needs is too old or too new.
+    """
+    try:
+        importlib.import_module("transformers.models.auto.modeling_auto")
+    except ImportError as error:
+        lines = str(error).strip().splitlines()
+        raise DependencyError(
+            f"Cannot load this {described}: transformers {version}, whose code runs it, is "
+            f"installed, but cannot be imported: {lines[0] if lines else 'it does not say why'}. "
+            f"Install it again with what it needs: {install_extra('hf')}"
+        ) from None
 
 
 def _known_type(config: dict[str, Any], described: str, version: str) -> str:

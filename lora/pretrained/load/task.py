@@ -34,7 +34,9 @@ def settled_task(
     Raises ModelError, DependencyError or ConfigError for a model that cannot be run as asked.
     """
     asked = task.implementation if task.implementation != "auto" else recorded or "auto"
-    chosen = implementation_of(folder, asked, is_recorded=asked != task.implementation)
+    # The command line passes a resumed run its recorded settings as flags.
+    is_recorded = asked != "auto" and asked == recorded
+    chosen = implementation_of(folder, asked, is_recorded=is_recorded)
     on_message(chosen.describe())
     config = model_config(folder, chosen.kind)
     data = settled_packing(task.data_config, config, on_message, compute_dtype)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lora.config import ImplementationName
 from lora.errors import ConfigError, DependencyError, LoraError, ModelError, UnsupportedModelError
+from lora.finetune.job import FinetuneJob
 from lora.pretrained.load.implementation import choose_implementation
+from lora.pretrained.load.task import settled_task
 
 pytest.importorskip("transformers")
 
@@ -124,3 +130,25 @@ def test_without_transformers_the_error_has_the_install_line(
     assert choose_implementation(LLAMA).kind == "native"
     with pytest.raises(LoraError, match=r"hidden_act='mish'[\s\S]*\[hf\]"):
         choose_implementation({**LLAMA, "hidden_act": "mish"})
+
+
+def test_a_transformers_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.models.auto.modeling_auto", None)
+    for asked in ("auto", "transformers"):
+        with pytest.raises(DependencyError, match=r"cannot be imported: import of .*\[hf\]"):
+            choose_implementation(NEOX, asked)  # type: ignore[arg-type]
+    assert choose_implementation(LLAMA).kind == "native"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "reason"), [("transformers", "as in its run"), (None, "as asked")]
+)
+def test_a_resumed_run_takes_the_implementation_of_its_record(
+    tmp_path: Path, recorded: ImplementationName | None, reason: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8")
+    job = FinetuneJob(data="x.jsonl", implementation="transformers")  # the record's, as a flag
+    said: list[str] = []
+    settled = settled_task(job, tmp_path, recorded, said.append)
+    assert settled.implementation == "transformers"
+    assert said[0].endswith(f"({reason})")
