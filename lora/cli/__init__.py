@@ -312,8 +312,10 @@ def _describe(error: LoraError | CycloptsError) -> str:
     command = " ".join(["lora", *(error.command_chain or ())])
     advice = f"See `{command} --help`."
     if isinstance(error, UnusedCliTokensError):
-        extra = " ".join(error.unused_tokens or ())
-        return f"Unexpected arguments of {command}: {extra!r}. {advice}"
+        unused = list(error.unused_tokens or ())
+        if unused and unused[0].lower() in ("true", "false"):
+            advice = f"A switch takes no word: write --NAME={unused[0]}, or --no-NAME. {advice}"
+        return f"Unexpected arguments of {command}: {' '.join(unused)!r}. {advice}"
     key = (error.token.keyword or "") if isinstance(error, UnknownOptionError) else ""
     if not (isinstance(error, UnknownOptionError) and key.startswith("[")):
         return f"{error} {advice}"

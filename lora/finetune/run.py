@@ -29,7 +29,7 @@ from lora.distributed.one_run import check_alike, resumes, shared_run
 from lora.distributed.shards import Rows, gathered_tables
 from lora.distributed.start import joined
 from lora.distributed.world import World
-from lora.errors import CheckpointError
+from lora.errors import AdapterError, CheckpointError, TargetError
 from lora.fast.choose import PlannedStep, Recompute, choose_steps
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.memory.parallel import check_parallel
@@ -50,7 +50,7 @@ from lora.finetune.outline import outline
 from lora.finetune.sharded_model import build_sharded_model
 from lora.finetune.unused import check_patience
 from lora.inference.checkpoints.find import find_adapter
-from lora.inference.loading import find_model_of
+from lora.inference.loading import describe_other_base, find_model_of
 from lora.inference.run_settings import find_implementation, recorded_implementation
 from lora.pretrained.load.models import model_config
 from lora.pretrained.load.task import check_native_only, settled_task
@@ -247,7 +247,23 @@ def _find_inputs(
     progress.message(f"{source.description} on {choice.reason}")
     record = describe_job(job, source, data, report, choice, world)
     check_alike(alike_before(record, choice), world)  # else the processes plan differently
-    memory = plan_run(
+    memory = _plan_memory(job, source, choice, world, data)
+    memory.on_message = progress.message
+    memory.ran_out = world.on_main(lambda: _recorded_failures(job), "the recorded memory")
+    planned = _with_steps(job, data, world)
+    progress.message(outline(planned, job.train, data, memory.plan, world.share))
+    if memory.parallel_reason:
+        progress.message(memory.parallel_reason)
+    if memory.plan.reason:
+        progress.message(memory.plan.reason)
+    return _Inputs(data, memory, record)
+
+
+def _plan_memory(
+    job: FinetuneJob, source: ModelSource, choice: DeviceChoice, world: World, data: PreparedData
+) -> ChosenMemory:
+    plan = partial(
+        plan_run,
         model_config(source.folder, job.implementation),
         job.lora if job.from_adapter is None else read_adapter_config(job.from_adapter),
         job.train,
@@ -263,15 +279,16 @@ def _find_inputs(
         world=world,
         parallel=job.run.parallel,
     )
-    memory.on_message = progress.message
-    memory.ran_out = world.on_main(lambda: _recorded_failures(job), "the recorded memory")
-    planned = _with_steps(job, data, world)
-    progress.message(outline(planned, job.train, data, memory.plan, world.share))
-    if memory.parallel_reason:
-        progress.message(memory.parallel_reason)
-    if memory.plan.reason:
-        progress.message(memory.plan.reason)
-    return _Inputs(data, memory, record)
+    try:
+        return plan()
+    except TargetError as error:
+        if job.from_adapter is None:
+            raise
+        other = describe_other_base(job.model, find_adapter(job.from_adapter), source)
+        raise AdapterError(
+            f"Cannot train the adapter {job.from_adapter} further on this model: it adapts layers "
+            f"that are not here. {error}{other}"
+        ) from None
 
 
 def _complete_record(

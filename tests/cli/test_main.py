@@ -132,6 +132,7 @@ def test_a_faulty_file_of_settings_is_explained(
         (["show", "m", "--rank", "many"], ["--rank", "many", "int", "`lora show --help`"]),
         (["show", "m", "--rank"], ["--rank", "requires an argument", "`lora show --help`"]),
         (["show", "m", "two", "three"], ["Unexpected arguments of lora show: 'two three'"]),
+        (["show", "m", "true"], ["'true'", "write --NAME=true, or --no-NAME"]),
         (["show"], ["model"]),
         (["show", "bad"], ["The model is bad. Take a good one."]),
         (["show", "m", "--config"], ["it takes one YAML file, 0 are given"]),

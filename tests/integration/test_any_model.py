@@ -206,7 +206,7 @@ def test_what_only_native_decoders_do_is_refused_by_name(
     assert run(f"finetune {SHORT} --base-dtype fp8", *given) == 2
     error = capsys.readouterr().err
     assert "base_dtype='fp8'" in error
-    assert "transformers runs this 'gpt_neox' model" in error
+    assert "with this 'gpt_neox' model: transformers runs it, where the frozen weights" in error
     assert run("plan --devices 2 --parallel fsdp --model", neox) == 2
     assert "parallel='fsdp'" in capsys.readouterr().err
     assert run(f"finetune {SHORT} --implementation native", *given) == 2
@@ -360,3 +360,16 @@ def test_a_sweep_on_a_base_with_dropout_of_its_own_is_refused_before_it_is_writt
     assert run(f"sweep {words} --rank 2,4 --name swept --no-fast", *given) == 2
     assert not (here / "runs").exists()
     assert "dropout to 0 in its config.json" in capsys.readouterr().err
+
+
+def test_an_adapter_of_another_architecture_is_not_trained_further(
+    neox: Path, tiny_folder: Path, orders_file: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama = lora.apply_lora(load_language_model(tiny_folder), LoRAConfig(rank=2))
+    lora.save_adapter(llama, here / "adapter", base_name=str(tiny_folder))
+    given = ["--data", orders_file, "--model", neox, "--from-adapter", here / "adapter"]
+    assert run(f"finetune {SHORT}", *given) == 2
+    error = capsys.readouterr().err
+    assert "it adapts layers that are not here. Cannot adapt 'model.layers.0." in error
+    assert f"leave --model out, or give --model {tiny_folder}" in error
+    assert not (here / "runs").exists()

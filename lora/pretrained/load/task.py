@@ -68,15 +68,15 @@ def settled_packing(
 def check_native_only(config: ModelConfig, *, fp8: bool, fsdp: bool) -> None:
     """Raise ConfigError for settings that only native decoders have."""
     given = {
-        "base_dtype='fp8'": (fp8, "its frozen weights are stored in the compute dtype"),
-        "parallel='fsdp'": (fsdp, "each process has all weights: parallel='ddp'"),
+        "base_dtype='fp8'": (fp8, "the frozen weights are stored in the compute dtype"),
+        "parallel='fsdp'": (fsdp, "each process has all weights, as with parallel='ddp'"),
     }
-    wrong = [f"{name}: {why}" for name, (is_given, why) in given.items() if is_given]
+    wrong = {name: why for name, (is_given, why) in given.items() if is_given}
     if isinstance(config, DecoderConfig) or not wrong:
         return
     way = "Take implementation=native, or leave it out." if config.family in FAMILIES else ""
     raise ConfigError(
-        f"Cannot use {'; '.join(wrong)}. Only native decoders can do that "
-        f"({', '.join(sorted(FAMILIES))}), and transformers runs this {config.family!r} model. "
-        f"{way or 'Leave it out.'}"
+        f"Cannot use {' and '.join(wrong)} with this {config.family!r} model: transformers runs "
+        f"it, where {' and '.join(wrong.values())}. Only native decoders have that "
+        f"({', '.join(sorted(FAMILIES))}). {way or 'Leave it out.'}"
     )
