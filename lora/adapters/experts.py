@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -30,6 +31,8 @@ _EXPERTS = re.compile(r"(.*\.)?experts\..*")
 _ONE_EXPERT = re.compile(r"(.*\.)?experts\.\d+\..*\.lora_[AB]\..*")
 
 log = escaping_log(__name__)
+_told: WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = WeakKeyDictionary()
+"""Layers of a model for which it was logged what is left out."""
 
 
 def find_expert_names(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -70,7 +73,15 @@ def describe_experts(model: nn.Module) -> str:
 
 
 def note_left_out(model: nn.Module, adapted: Sequence[str], *, is_all_linear: bool) -> None:
-    """Log which experts of `model`, and which linears of "all-linear", are not in `adapted`."""
+    """Log which experts of `model`, and which linears of "all-linear", are not in `adapted`.
+
+    Once for a model: the candidates of a sweep adapt the same one. Not of a model without values,
+    which is planned and not trained.
+    """
+    told = _told.setdefault(model, set())
+    if tuple(adapted) in told or any(parameter.is_meta for parameter in model.parameters()):
+        return
+    told.add(tuple(adapted))
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     total = sum(sizes.values())
     experts = [name for name in sizes if _is_stacked(model, name)]

@@ -14,7 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora.adapters.apply import apply_lora, apply_lora_by_full_names, lora_layers
+from lora.adapters.apply import (
+    apply_lora,
+    apply_lora_by_full_names,
+    lora_layers,
+    remove_lora,
+)
 from lora.adapters.experts import PEFT_EXPERT_NAMES
 from lora.adapters.save_load import load_adapter, save_adapter
 from lora.config import LoRAConfig
@@ -159,6 +164,9 @@ def test_experts_in_any_model_are_logged(caplog: pytest.LogCaptureFixture) -> No
     model = nn.ModuleDict({"experts": experts, "q_proj": nn.Linear(4, 4, bias=False)})
     apply_lora(model, LoRAConfig(rank=2))
     assert "experts.down_proj, for one), 75% of the parameters, are not adapted" in caplog.text
+    remove_lora(model)
+    apply_lora(model, LoRAConfig(rank=3))  # another candidate on the same model
+    assert caplog.text.count("are not adapted") == 1
 
 
 def test_experts_are_no_targets_and_loading_says_nothing_of_them(
