@@ -30,6 +30,7 @@ from lora.errors import LoraError
 from lora.fast.choose import choose_steps
 from lora.fast.why_not import why_not_captured, why_not_fast
 from lora.kernels.step.jit import HAS_TRITON
+from lora.pretrained.load.architectures import is_new_enough
 from lora.pretrained.sources import (
     DEFAULT_INSTALL,
     DEFAULT_NAME,
@@ -117,9 +118,11 @@ def _packages() -> list[Check]:
 
 def _optional(name: str, use: str, extra: str | None) -> Check:
     version = _version(name)
+    advice = "" if extra is None else f"Run: {install_extra(extra)}"
+    if version is not None and name == "transformers" and not is_new_enough(version):
+        return Check(name, f"{version} is too old for {use}", advice=advice, is_missing=True)
     if version is not None:
         return Check(name, version)
-    advice = "" if extra is None else f"Run: {install_extra(extra)}"
     return Check(name, f"not installed; needed for {use}", advice=advice, is_missing=True)
 
 

@@ -113,7 +113,7 @@ def test_a_missing_default_model_and_extra_are_found(
     assert cli.main(["doctor", "--out", str(tmp_path)]) == 0
     seen = capsys.readouterr().out
     assert "--  default model" in seen
-    assert "optional and not installed (--): 2" in seen
+    assert "optional and missing or too old (--): 2" in seen
 
 
 @pytest.mark.parametrize(
@@ -133,3 +133,14 @@ def test_the_gpus_and_how_they_reach_each_other_are_told(
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: reach)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
     assert doctor._several_devices() == Check("several devices", seen)
+
+
+def test_a_transformers_that_is_too_old_is_not_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"transformers": "4.57.1"}
+    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, "1.0"))
+    found = {check.name: check for check in doctor._packages()}
+    assert "4.57.1 is too old for models without a native decoder" in found["transformers"].seen
+    assert found["transformers"].is_missing
+    assert "[hf]" in found["transformers"].advice
+    versions["transformers"] = "5.4.0"
+    assert not next(c for c in doctor._packages() if c.name == "transformers").is_missing

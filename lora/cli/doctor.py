@@ -45,7 +45,7 @@ def doctor(*, out: Out = Path("runs"), json: Json = False) -> int:
             print_line(f"    {'':<{width}}  {check.advice}")
     n_ill = sum(not check.is_well for check in checks)
     n_missing = sum(check.is_missing for check in checks)
-    missing = f"; optional and not installed (--): {n_missing}" if n_missing else ""
+    missing = f"; optional and missing or too old (--): {n_missing}" if n_missing else ""
     passed = "all checks passed" if is_well else f"{n_ill} of {len(checks)} checks failed"
     print_line(f"{passed}{missing}")
     return 0 if is_well else 1

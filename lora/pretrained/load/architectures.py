@@ -107,18 +107,26 @@ def _class_name(found: Any) -> str | None:
 
 def _checked_version(described: str, model_type: object) -> str:
     version, least = transformers_version(), ".".join(map(str, MIN_TRANSFORMERS))
-    numbers = re.match(r"(\d+)\.(\d+)", version or "")
-    if version and numbers and (int(numbers[1]), int(numbers[2])) >= MIN_TRANSFORMERS:
+    if version is not None and is_new_enough(version):
         _check_import(described, version)
         return version
     found = "not installed" if version is None else f"here in version {version}"
-    native = f"no native decoder is for it (native: {', '.join(sorted(FAMILIES))})"
+    native, way = f"no native decoder is for it (native: {', '.join(sorted(FAMILIES))})", ""
     if model_type in FAMILIES:
-        native = "a native decoder is not to run it, or does not have all of its settings"
+        native = (
+            "implementation=transformers is set or recorded, or its native decoder lacks a setting"
+        )
+        way = " Or set implementation=native."
     raise DependencyError(
         f"Cannot load this {described}: {native}, and transformers, whose code can run it, is "
-        f"{found}. Version {least} or newer is needed. Run: {install_extra('hf')}"
+        f"{found}. Version {least} or newer is needed. Run: {install_extra('hf')}{way}"
     )
+
+
+def is_new_enough(version: str) -> bool:
+    """Whether transformers of this version can run models here."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) >= MIN_TRANSFORMERS
 
 
 def _check_import(described: str, version: str) -> None:

@@ -127,6 +127,8 @@ def test_without_transformers_the_error_has_the_install_line(
         choose_implementation(NEOX)
     for word in (words, "GPTNeoXForCausalLM", "5.4 or newer", "llama, mistral", "[hf]"):
         assert word in str(raised.value)
+    with pytest.raises(DependencyError, match=r"set or recorded.*Or set implementation=native"):
+        choose_implementation(LLAMA, "transformers")
     assert choose_implementation(LLAMA).kind == "native"
     with pytest.raises(LoraError, match=r"hidden_act='mish'[\s\S]*\[hf\]"):
         choose_implementation({**LLAMA, "hidden_act": "mish"})
