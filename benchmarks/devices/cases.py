@@ -60,7 +60,7 @@ class Case:
     @property
     def is_full(self) -> bool:
         """Whether all weights train, ours or a peer's."""
-        return "_full" in self.variant
+        return "full" in self.variant.split("_")
 
     @property
     def is_packed(self) -> bool:

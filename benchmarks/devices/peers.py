@@ -112,6 +112,7 @@ def measure(model: nn.Module, shape: Shape, world: World, device: torch.device) 
         losses.append(loss.detach())
     return {
         "step_ms": 1000 * statistics.median(seconds[shape.warm_up_steps :]),
+        "trained_parameters": sum(parameter.numel() for parameter in trained),
         "peak_gb": peak_memory_bytes(device if fused else torch.device("cpu")) / 1e9,
         "start_s": seconds[0],
         "first_and_last_loss": [round(losses[0].item(), 4), round(losses[-1].item(), 4)],

@@ -46,6 +46,20 @@ def test_a_cell_measures(shape: str, variant: str, families: Any) -> None:
     assert row["tflop"] > 0
 
 
+def test_what_trains_is_what_the_name_says(families: Any) -> None:
+    pytest.importorskip("peft")
+    cells = {cell.name: cell for cell in families("cases").cells()}
+
+    def trained(variant: str) -> int:
+        cell = cells[f"Qwen3-0.6B-4x512:{variant}"]
+        return int(families("tasks").run_cell(cell, ALONE, True)["trained_parameters"])
+
+    sides = ((64, 64), (64, 32), (64, 32), (64, 64), (64, 96), (64, 96), (96, 64))
+    assert trained("peft") == 2 * 16 * sum(map(sum, sides))
+    block = sum(inputs * outputs for inputs, outputs in sides) + 2 * 64 + 2 * 16
+    assert trained("full_transformers") == 2 * block + 256 * 64 + 64
+
+
 def test_arithmetic_is_counted_by_hand(families: Any) -> None:
     cases, tasks = families("cases"), families("tasks")
 
