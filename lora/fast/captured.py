@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.data.sequences.batches import IGNORE, Batch, needs_mask
+from lora.data.sequences.batches import IGNORE, Batch, find_bounds, needs_mask
 from lora.decoder.language_model import LanguageModel
 from lora.device import DeviceChoice
 from lora.distributed.dropout import SharedDropouts
@@ -30,7 +30,6 @@ from lora.fast.weights.update import N_TOTALS, FlatUpdate
 from lora.kernels.step.ops import Ops
 from lora.layers.trainable_tokens import TrainableTokensLinear
 from lora.layers.wide import keep_outputs_narrow
-from lora.pretrained.transformers_models.bounded import find_bounds
 from lora.training.checkpoint import OptimizerState
 from lora.training.losses import transform_of
 from lora.training.optim import parameter_groups
@@ -315,10 +314,10 @@ def _longest_list(model: nn.Module) -> nn.ModuleList:
 def compiled_blocks(model: nn.Module) -> Iterator[None]:
     """Inside the context the blocks of `model` go through torch.compile; then they are as before.
 
-    Blocks of one type share one compilation; of a model that does not name its blocks they are
-    the modules of its longest ModuleList of one type. What
-    elementwise operations make (norms' outputs, activations) is computed again in the backward
-    pass, in the kernels that read their inputs there anyway, and not kept until then.
+    Blocks of one type share one compilation; of a model that does not name its blocks they are the
+    modules of its longest ModuleList of one type. What elementwise operations make (norms' outputs,
+    activations) is computed again in the backward pass, in the kernels that read their inputs there
+    anyway, and not kept until then.
     """
     from torch._functorch import config as functorch_config  # torch.compile loads it anyway
 

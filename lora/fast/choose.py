@@ -15,7 +15,7 @@ from lora.device import DeviceChoice
 from lora.distributed.shards import Rows
 from lora.distributed.world import ALONE, World
 from lora.fast.llama.checkpointing import ActivationCheckpointing
-from lora.fast.runner import CapturedStepRunner, DeviceStepRunner, FastStepRunner
+from lora.fast.runner import CapturedStepRunner, FastStepRunner
 from lora.fast.sharded.base import ShardedBase
 from lora.fast.sharded.machines import machine_world
 from lora.fast.step import trains_all_weights
@@ -84,27 +84,9 @@ def choose_steps(
             the processes.
     """
     if rows is not None:
-        decoder = cast(Decoder, model)
-        why_not = why_not_fast(decoder, choice) if fast else "as asked"
-        why_not = why_not or why_not_sharded(decoder)
-        if trains_all_weights(decoder):
-            why_not = "all weights train"
-        if why_not is not None:
-            return _shard_with_fsdp2(
-                decoder, rows, choice, config, on_message, why_not, world, planned.recompute
-            )
-        among = machine_world(world) if planned.by_machine else world
-        sharded = FastStepRunner(
-            decoder,
-            choice,
-            config,
-            checkpointing=planned.checkpointing,
-            leaner=planned.leaner,
-            world=world,
-            base=ShardedBase(rows, choice.device, among),
+        return _choose_sharded(
+            cast(Decoder, model), rows, choice, config, fast, planned, on_message, world
         )
-        on_message(sharded.describe())
-        return sharded
 
     def plain() -> StepRunner:
         return PlainStepRunner(model, loss_fn or loss_for(model), choice, config, world)
@@ -117,16 +99,7 @@ def choose_steps(
         return plain()
     why_not = why_not_fast(model, choice)
     if why_not is None:
-        steps: DeviceStepRunner = FastStepRunner(
-            cast(Decoder, model),
-            choice,
-            config,
-            checkpointing=planned.checkpointing,
-            leaner=planned.leaner,
-            world=world,
-        )
-        on_message(steps.describe())
-        return steps
+        return _fast_steps(cast(Decoder, model), choice, config, planned, on_message, world)
     # Slower than the fast step, but any model's own forward can be captured.
     why_not_either = why_not_captured(model)
     if why_not_either is not None:
@@ -138,6 +111,51 @@ def choose_steps(
     steps = CapturedStepRunner(language_model, choice, config, compiles=compiles, world=world)
     on_message(f"{steps.describe()} (the fast step cannot: {why_not})")
     return steps
+
+
+def _fast_steps(
+    model: Decoder,
+    choice: DeviceChoice,
+    config: TrainConfig,
+    planned: PlannedStep,
+    on_message: Callable[[str], None],
+    world: World,
+    base: ShardedBase | None = None,
+) -> FastStepRunner:
+    steps = FastStepRunner(
+        model,
+        choice,
+        config,
+        checkpointing=planned.checkpointing,
+        leaner=planned.leaner,
+        world=world,
+        base=base,
+    )
+    on_message(steps.describe())
+    return steps
+
+
+def _choose_sharded(
+    model: Decoder,
+    rows: Rows,
+    choice: DeviceChoice,
+    config: TrainConfig,
+    fast: bool,
+    planned: PlannedStep,
+    on_message: Callable[[str], None],
+    world: World,
+) -> StepRunner:
+    """Changes `model` in place: its weights are sharded; return the runner for it."""
+    why_not = why_not_fast(model, choice) if fast else "as asked"
+    why_not = why_not or why_not_sharded(model)
+    if trains_all_weights(model):
+        why_not = "all weights train"
+    if why_not is not None:
+        recompute = planned.recompute
+        return _shard_with_fsdp2(model, rows, choice, config, on_message, why_not, world, recompute)
+    among = machine_world(world) if planned.by_machine else world
+    base = ShardedBase(rows, choice.device, among)
+    return _fast_steps(model, choice, config, planned, on_message, world, base)
 
 
 def _shard_with_fsdp2(

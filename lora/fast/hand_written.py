@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from lora.data.sequences.batches import IGNORE, Batch
+from lora.data.sequences.batches import IGNORE, Batch, find_bounds
 from lora.decoder.decoder import Decoder
 from lora.fast.bounds import DocumentBounds, pinned
 from lora.fast.graphs import Graphs
@@ -23,7 +23,6 @@ from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.llama.network import FastNetwork
 from lora.fast.llama.passes import FastPass
 from lora.kernels.step.ops import Ops
-from lora.pretrained.transformers_models.bounded import find_bounds
 
 MERGE_BELOW_WIDTH = 1024
 """Models narrower than this merge W + s·B·A once a step, wider ones keep LoRA in the matmul of W.
@@ -149,7 +148,8 @@ class HandWrittenStep:
     def _copy_in(self, batch: Batch) -> tuple[bool, int]:
         """Copy `batch` to the addresses that the step reads.
 
-        Returns what decides which graph runs: whether it is packed, and the length of `bounds`.
+        Returns what decides which graph runs: whether it needs more than torch's causal attention,
+        as packed sequences and windows do, and the length of `bounds`.
         """
         inputs = cast(Inputs, self.inputs)
         for target, source in (

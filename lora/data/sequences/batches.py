@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -67,6 +68,14 @@ def needs_mask(batch: Batch) -> bool:
     before, after = documents[:, :-1], documents[:, 1:]
     begins_late = (documents[:, 0] != 0) & (documents != -1).any(1)
     return bool(begins_late.any() or ((after != before) & (after != -1)).any())
+
+
+def find_bounds(document_ids: Tensor) -> Tensor:
+    """Return where runs of one document begin among the N tokens of (B, T), and N: int32."""
+    starts = torch.ones_like(document_ids, dtype=torch.bool)  # (B, T)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    offsets = starts.flatten().nonzero().squeeze(1)  # (documents,)
+    return F.pad(offsets, (0, 1), value=document_ids.numel()).to(torch.int32)
 
 
 def _copy(tensor: Tensor, device: torch.device) -> Tensor:

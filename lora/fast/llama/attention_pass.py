@@ -1,7 +1,8 @@
 """The attention of one pass over all blocks: rotary embedding, attention, and their gradients.
 
 Packed sequences of moderate length go through our own kernels, which keep their state in the
-buffers. All others go through torch's kernels, whose state is an autograd graph for each block.
+buffers; so do all sequences of a model whose attention torch's kernels cannot do. All others go
+through torch's kernels, whose state is an autograd graph for each block.
 
 Where queries and keys have norms, the buffers keep them raw, and attention reads the normed ones in
 scratch that all blocks share: they are computed again before a block's backward pass.

@@ -7,7 +7,7 @@ residuals[l]         (N, C + R)    input of block l, l = L  its gradient, which 
 attention_in[l]      (N, C + R)    first norm's output 7.   the same                 none
 qkv[l]               (N, W + R)    8. rotated q and k, v    their gradients, before  none, cheap
                                                             the rotation
-normed_heads         (N, (H+S)·D)  rotated q and k          8. of queries            scratch
+normed_heads         (N, (H+S)·D)  normed, rotated q and k  8. the same              scratch
 attention_out[l]     (N, H·D + R)  attention output         the same                 none, cheap
 lse[l]               (H, N)        log-sum-exp by query     the same                 2. none, cheap
 attention_branch[l]  (N, C + R)    output of o_proj         its gradient, which      6. none, cheap
@@ -16,7 +16,7 @@ mid_residual[l]      (N, C + R)    residual after           its gradient, which 
                                    attention                o_proj reads 6.
 feed_forward_in[l]   (N, C + R)    second norm's output 7.  the same                 none
 gate_up[l]           (N, 2F + R)   gate and up              their gradients          none, cheap
-swiglu_out[l]        (N, F + R)    silu(gate) · up          the same                 3. none
+swiglu_out[l]        (N, F + R)    act(gate) · up           the same                 3. none
 feed_branch[l]       (N, C + R)    output of down           its gradient, which      6. none, cheap
                                                             down reads
 qkv_low_rank[l]      (N, R)        + R of attention_in      the same                 4. cheap
@@ -50,7 +50,7 @@ in cheap, gate_up of the first blocks is recomputed where memory demands it; in 
 blocks' qkv, attention_out and mid_residual are stored where there is room.
 
 1. In full+offload they wait in host memory, three on the device at a time.
-2. For packed sequences through our own attention kernels only.
+2. Where sequences may go through our own attention kernels only.
 3. If all blocks' are small; else it is recomputed in every mode.
 4. Where the tensor beside which they lie is recomputed: norms and SwiGLU do not write them.
 5. For an fp8 base only.
@@ -61,7 +61,8 @@ blocks' qkv, attention_out and mid_residual are stored where there is room.
 7. Where a half has no norm before it: a copy of the residual. none stores no residual then, and all
    blocks share one.
 8. Where queries and keys have norms, qkv[l] holds them raw, and normed_heads what attention reads:
-   normed and rotated, computed again before a block's backward pass.
+   normed and rotated, computed again before a block's backward pass. Our own attention kernels
+   write the gradient of the normed queries over them.
 
 A gradient overwrites what it is the gradient of. So at the end of the backward pass the inputs and
 the output gradients of all stored linears lie here, and the weight gradients of all blocks are a
@@ -70,7 +71,7 @@ few batched matmuls.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +87,7 @@ from lora.fast.llama.junctions import Branches
 from lora.kernels.step.fp8 import FP8
 
 MAX_STORED_SWIGLU_BYTES = 400e6
-"""silu(gate) · up is stored if all blocks' takes no more; recomputing it is one cheap pass."""
+"""act(gate) · up is stored if all blocks' takes no more; recomputing it is one cheap pass."""
 MAX_LOGITS_ELEMENTS = 2**28
 """Logits that exist at once."""
 MAX_LOGITS_ELEMENTS_RECOMPUTING = 2**26
@@ -156,10 +157,11 @@ class Buffers:
         size = n_layers * n * feed * like.element_size()
         self.stores_swiglu = not self.recomputes and size <= MAX_STORED_SWIGLU_BYTES
         n_swiglu = n_trained if self.stores_swiglu else 0
-        n_branches = n_qkv if branches.has_norm else n_swiglu
         n_mid = n_qkv if branches.has_norm_before or self.recomputes else 0
         # The columns + R of the residuals are for the linears that read their gradients.
-        own_attention, own_feed = (attention_extra, feed_extra) if branches.is_changed else (0, 0)
+        attention_beside, feed_beside = (
+            (0, 0) if branches.is_changed else (attention_extra, feed_extra)
+        )
         in_chunks = self.recomputes and chunks_feed_forward
         chunk = min(n, FEED_FORWARD_CHUNK_TOKENS) if in_chunks else n
         self.chunks = [slice(start, min(start + chunk, n)) for start in range(0, n, chunk)]
@@ -170,33 +172,41 @@ class Buffers:
 
         residuals = OffloadedResiduals if checkpointing.offloads_residuals else Residuals
         n_residuals = n_layers + 1 if branches.has_norm_before or self.recomputes else 1
-        self.residuals = residuals(like, n_residuals, n, c + feed_extra - own_feed)
+        self.residuals = residuals(like, n_residuals, n, c + feed_beside)
         self.attention_in = blocks(n_inputs, c + qkv_extra)  # (N, C + R)
         self.qkv = blocks(n_qkv, qkv + qkv_extra)  # (N, W + R)
         self.attention_out = blocks(n_attention, attention + attention_extra)  # (N, H·D + R)
-        self.mid_residual = blocks(n_mid, c + attention_extra - own_attention)  # (N, C + R)
+        self.mid_residual = blocks(n_mid, c + attention_beside)  # (N, C + R)
         self.feed_forward_in = blocks(n_inputs, c + gate_up_extra)  # (N, C + R)
         self.gate_up = blocks(n_gate_up, gate_up + gate_up_extra, chunk)  # (N or chunk, 2F + R)
         self.swiglu_out = blocks(n_swiglu, feed + feed_extra, chunk)  # (N or chunk, F + R)
-        none = BlockTensors(like, n_layers, 0, 0, 0, 0)
-        self.attention_branch = self.feed_branch = none
-        if branches.is_changed:
-            self.attention_branch = blocks(n_branches, c + attention_extra)  # (N, C + R)
-            unstored = 0 if branches.has_norm and not self.recomputes else chunk
-            self.feed_branch = blocks(n_branches, c + feed_extra, unstored)  # (N or chunk, C + R)
-        # What a norm or SwiGLU recomputes lacks the + R columns: the matmul that wrote them does
-        # not run again. They are narrow, so they are stored.
-        self.qkv_low_rank = blocks(n_qkv, qkv_extra, 0) if self.recomputes else none  # (N, R)
-        self.gate_up_low_rank = (
-            blocks(n_gate_up, gate_up_extra, 0) if self.recomputes else none
-        )  # (N, R)
-        self.down_low_rank = (
-            none if self.stores_swiglu else blocks(n_layers, feed_extra, 0)
-        )  # (N, R)
+        # Both are empty where blocks add what they compute as it is.
+        n_branches = n_qkv if branches.has_norm else n_swiglu
+        unstored = 0 if branches.has_norm and not self.recomputes else chunk
+        if not branches.is_changed:
+            n_branches = unstored = 0
+        rows = n if branches.is_changed else 0
+        self.attention_branch = blocks(n_branches, c + attention_extra, rows)  # (N, C + R)
+        self.feed_branch = blocks(n_branches, c + feed_extra, unstored)  # (N or chunk, C + R)
+        self._add_low_rank(blocks, widths, n_qkv)
         self.rstd = torch.empty(n_norms, n, dtype=wide, device=like.device)
         self.final = like.new_empty(n, c)  # (N, C)
         self.hidden = like.new_empty(n, c)  # (N, C)
         self._add_scratch(widths, chunk)
+
+    def _add_low_rank(
+        self, blocks: Callable[[int, int, int], BlockTensors], widths: Widths, n_qkv: int
+    ) -> None:
+        """Add copies of the + R columns of what is recomputed.
+
+        What a norm or SwiGLU recomputes lacks them: the matmul that wrote them does not run again.
+        They are narrow, so they are stored.
+        """
+        n_qkv = n_qkv if self.recomputes else 0
+        n_down = 0 if self.stores_swiglu else self.n_layers
+        self.qkv_low_rank = blocks(n_qkv, widths.qkv[1], 0)  # (N, R)
+        self.gate_up_low_rank = blocks(n_qkv, widths.gate_up[1], 0)  # (N, R)
+        self.down_low_rank = blocks(n_down, widths.feed_forward[1], 0)  # (N, R)
 
     def _add_scratch(self, widths: Widths, chunk: int) -> None:
         """Add gradients that all blocks share, and logits; `chunk` tokens of a feed-forward."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora.kernels.step.attention import AttentionSettings
-from lora.kernels.step.jit import jit, next_power_of_2, row_stride, tl, triton
+from lora.kernels.step.jit import jit, next_power_of_2, row_stride, soft_cap, tl, triton
 from lora.kernels.step.rotary import RotaryTables
 
 
@@ -90,9 +90,8 @@ def _of_values(at, key, lane, v_stride, TOGETHER: tl.constexpr):
 
 @jit
 def _capped(logits, cap, CAPS: tl.constexpr):
-    """Return cap · tanh(logits / cap)."""
     if CAPS:
-        logits = cap * (1 - 2 / (1 + tl.exp(2 * logits / cap)))
+        logits = soft_cap(logits, cap)
     return logits
 
 

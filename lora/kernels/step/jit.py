@@ -35,3 +35,9 @@ def row_stride(x: Any) -> int:
     # Kernels take one stride: views of wider buffers have gaps between rows, never between columns.
     assert x.stride(-1) == 1, "columns must lie side by side"
     return int(x.stride(0))
+
+
+@jit
+def soft_cap(x, cap):
+    """Return cap · tanh(x / cap), in a kernel: Triton has no tanh of its own."""
+    return cap * (1 - 2 / (1 + tl.exp(2 * x / cap)))

@@ -23,14 +23,6 @@ MAX_HEAD_DIM, ROUND_HEAD_DIM = 256, 8
 """Widths of a head that FlashAttention takes: multiples of 8 up to 256."""
 
 
-def find_bounds(document_ids: Tensor) -> Tensor:
-    """Return where runs of one document begin among the N tokens of (B, T), and N: int32."""
-    starts = torch.ones_like(document_ids, dtype=torch.bool)
-    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    offsets = starts.flatten().nonzero().squeeze(1)
-    return F.pad(offsets, (0, 1), value=document_ids.numel()).to(torch.int32)
-
-
 @contextmanager
 def attention_within(theirs: Any, bounds: Tensor, max_tokens: int) -> Iterator[None]:
     """Inside the context `theirs` attends causally within `bounds`, of documents ≤ `max_tokens`.

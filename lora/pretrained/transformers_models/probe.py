@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.pretrained.transformers_models.bounded import attention_within, find_bounds
+from lora.data.sequences.batches import find_bounds
+from lora.pretrained.transformers_models.bounded import attention_within
 from lora.pretrained.transformers_models.config import POSITIONS, Traits, setting
 from lora.pretrained.transformers_models.masks import MASKED_ATTENTIONS
 from lora.pretrained.transformers_models.model import TransformersModel
