@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MIN_ROOM = 64
-"""Documents for which there is room at least."""
+MIN_ROOM_DOCUMENTS = 64
+"""There is room for so many at least."""
 
 
 class DocumentBounds:
@@ -22,7 +22,7 @@ class DocumentBounds:
         """
         n_tokens, has_moved = int(offsets[-1]), len(offsets) > len(self.tensor)
         if has_moved:
-            room = max(MIN_ROOM, 2 << (len(offsets) - 2).bit_length())
+            room = max(MIN_ROOM_DOCUMENTS, 2 << (len(offsets) - 2).bit_length())
             self.tensor = self.tensor.new_empty(room + 1)
         padded = torch.full((len(self.tensor),), n_tokens, dtype=torch.int32)
         padded[: len(offsets)] = offsets

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from lora.config import LoRAConfig, TrainConfig
 from lora.data.sequences.batches import Batch
-from lora.decoder.config import DecoderConfig
-from lora.decoder.decoder import Decoder
+from lora.decoder.config import DecoderConfig, FeedForwardConfig
+from lora.decoder.decoder import Decoder, build_empty_decoder
 from lora.decoder.families import FAMILIES, decoder_config
 from lora.device import choose_device
 from lora.fast.stacked_step import StackedFastStep
@@ -25,7 +26,7 @@ from lora.training.optim import build_optimizer
 from lora.training.plain_step import train_step
 from tests.decoder.conftest import CASES, GPT2_SIZES, LLAMA_SIZES, LONG_CASE
 from tests.fast.conftest import apply_random_lora, apply_random_stacked, relative
-from tests.tiny_llama import random_decoder
+from tests.tiny_llama import changed, llama_config, random_decoder
 
 REFUSED = {
     "gpt2": "places its norms otherwise",
@@ -102,3 +103,23 @@ def test_stacked_adapters_step_as_in_the_plain_step(
         values = stacked.values(k)
         for key, other in reference.values(k).items():
             assert relative(values[key], other) <= 1e-5, (k, key)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "why"),
+    [
+        ({}, {"feed_forward": FeedForwardConfig(56, "gelu")}, "the activation is gelu, not silu"),
+        ({"heads": (2, 1, 264)}, {}, "the head width is 264, not an even number up to 256"),
+        ({"hidden_size": 44}, {}, "the hidden or feed-forward width is not a multiple of 8"),
+        ({"feed_forward": 60}, {}, "the hidden or feed-forward width is not a multiple of 8"),
+        ({"heads": (6, 3, 12)}, {}, "the width of all key/value heads is not a multiple of 8"),
+        ({"heads": (6, 2, 12)}, {}, None),
+        ({"heads": (2, 1, 256)}, {}, None),
+    ],
+)
+def test_sizes_that_kernels_cannot_take_are_refused_by_name(
+    sizes: dict[str, Any], changes: dict[str, Any], why: str | None
+) -> None:
+    model = build_empty_decoder(changed(llama_config(**sizes), **changes))
+    said = why_not_hand_written(model)
+    assert said is None if why is None else said is not None and said.startswith(why)
