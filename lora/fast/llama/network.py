@@ -59,7 +59,8 @@ class FastNetwork:
         trains_all: all weights train.
         merges: LoRA is merged into the weights once a step.
         masks: dropout on LoRA's inputs; None: none.
-        own_attention: our own kernels for packed sequences; None decides by their length.
+        own_attention: our own kernels for packed sequences; None decides by their length and the
+            width of a head. Attention that torch's kernels cannot do goes through ours anyway.
         ring: gathers the frozen weights, which are sharded; None: this process has all of them.
         whole_rate_fraction: of the learning rate, for what trains beside LoRA.
     """
