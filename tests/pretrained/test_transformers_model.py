@@ -206,3 +206,22 @@ def test_wide_hidden_states_beside_narrow_weights() -> None:
     theirs = tiny_transformers("mamba").bfloat16()
     own = as_language_model(theirs)
     assert torch.equal(own(tokens(1, 9)), theirs(input_ids=tokens(1, 9)).logits)
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt_bigcode", "gpt_neo", "gpt2"])
+def test_positions_beyond_a_learned_table_are_refused(name: str) -> None:
+    model, asked = model_of(name), SamplingConfig(max_new_tokens=8, temperature=0)
+    with pytest.raises(ModelError, match="learned position embeddings for 64"):
+        generate(model, [tokens(60).tolist()], asked)
+    with pytest.raises(ModelError, match="Cannot run 65 positions"):
+        model.hidden_states(tokens(1, 65))
+    packed = torch.arange(2).repeat_interleave(50)[None]  # each has positions of its own
+    if name == "gpt_neo":  # its mask has so many rows, whatever the positions are
+        with pytest.raises(ModelError, match="Cannot run 100 positions"):
+            model.hidden_states(tokens(1, 100), document_ids=packed)
+    else:
+        assert model.hidden_states(tokens(1, 100), document_ids=packed).shape[1] == 100
+
+
+def test_positions_that_are_computed_have_no_limit() -> None:
+    assert model_of("llama").hidden_states(tokens(1, 80)).shape[1] == 80

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora.decoder.attention import positions_within
 from lora.decoder.language_model import LanguageModel, TokenCache
+from lora.errors import ModelError
 from lora.pretrained.transformers_models.cache import (
     RecomputingCache,
     TransformersCache,
@@ -137,6 +138,7 @@ class TransformersModel(LanguageModel):
         use_cache: bool = False,
         **more: Any,
     ) -> Tensor:
+        self._check_positions(input_ids, position_ids, is_cached=use_cache)
         whole = self.needs_all_logits
         network = self.theirs if whole else self._network()
         kind: Any = type(network)
@@ -152,6 +154,44 @@ class TransformersModel(LanguageModel):
         if whole or torch.is_autocast_enabled(hidden.device.type):
             return hidden
         return hidden.to(self.output_head().weight.dtype)  # Mamba's are fp32 beside bf16 weights
+
+    def _check_positions(
+        self, input_ids: Tensor, position_ids: Tensor | None, *, is_cached: bool
+    ) -> None:
+        """Raise ModelError for a position that a learned table has no row for."""
+        limit = self._learned_positions
+        if limit is None:
+            return
+        longest = input_ids.shape[1]
+        if position_ids is not None and (longest <= limit or not self._has_stored_mask):
+            if type(position_ids) is not Tensor or (position_ids.is_cuda and not is_cached):
+                return  # a plan's have no values, and reading a GPU's would make the host wait
+            longest = int(position_ids.max()) + 1
+        if longest > limit:
+            raise ModelError(
+                f"Cannot run {longest} positions: this model has learned position embeddings for "
+                f"{limit}. Use sequences of at most {limit} tokens."
+            )
+
+    @functools.cached_property
+    def _has_stored_mask(self) -> bool:
+        """Whether attention reads a mask (P, P) of all positions (GPT-Neo), packed or not."""
+        limit = self.config.max_position_embeddings
+        return any(b.shape == (1, 1, limit, limit) for b in self._network().buffers())
+
+    @functools.cached_property
+    def _learned_positions(self) -> int | None:
+        """How many positions have an embedding that was learned; None: they are computed."""
+        if self.config.text is not self.theirs.config:
+            return None  # a tower for images has tables of positions too
+        limit, of_tokens = (
+            self.config.max_position_embeddings,
+            {*self._network().get_input_embeddings().modules()},
+        )
+        others = (module for module in self._network().modules() if module not in of_tokens)
+        n_rows = [table.num_embeddings for table in others if isinstance(table, nn.Embedding)]
+        # OPT's has two rows more, before those of the positions.
+        return limit if any(limit <= rows <= limit + 2 for rows in n_rows) else None
 
     def _network(self) -> Any:
         """Return what makes hidden states: of a multimodal model the part for text."""
