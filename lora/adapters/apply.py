@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from lora.adapters.experts import note_left_out
+from lora.adapters.experts import is_first_note, note_left_out
 from lora.adapters.targets import ALL_LINEAR, find_targets, matches, refuse_shared
 from lora.config import LoRAConfig
 from lora.decoder.quantised import has_fp8_base
@@ -119,7 +119,7 @@ def _wrap(
             parameter.requires_grad_(True)
         raise
     if has_values:  # an adapter that is loaded was noted when it was made
-        _note_high_ranks(layers)
+        _note_high_ranks(model, layers)
         note_left_out(model, names, is_all_linear=config.targets == ALL_LINEAR)
     model.requires_grad_(False)
     for name, layer in layers.items():
@@ -133,14 +133,15 @@ def _wrap(
     return model
 
 
-def _note_high_ranks(layers: Mapping[str, LoRALayer]) -> None:
+def _note_high_ranks(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
     high = [n for n, x in layers.items() if x.rank > min(x.in_features, x.out_features)]
-    if high:
+    if high and is_first_note(model, "high ranks", *high):
         layer = layers[high[0]]
         log.warning(
-            "the rank is above the smaller side of %d layers (%s: rank %d, %d inputs, %d outputs): "
+            "the rank is above the smaller side of %s (%s: rank %d, %d inputs, %d outputs): "
             "the same update needs no more than that side",
-            *(len(high), high[0], layer.rank, layer.in_features, layer.out_features),
+            "1 layer" if len(high) == 1 else f"{len(high)} layers",
+            *(high[0], layer.rank, layer.in_features, layer.out_features),
         )
 
 

@@ -32,7 +32,7 @@ _ONE_EXPERT = re.compile(r"(.*\.)?experts\.\d+\..*\.lora_[AB]\..*")
 
 log = escaping_log(__name__)
 _told: WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = WeakKeyDictionary()
-"""Layers of a model for which it was logged what is left out."""
+"""What was logged of a model."""
 
 
 def find_expert_names(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -72,16 +72,25 @@ def describe_experts(model: nn.Module) -> str:
     return f" Experts and routers here are no linear layers ({name}), and are not adapted."
 
 
+def is_first_note(model: nn.Module, *note: str) -> bool:
+    """Whether `note` was not yet logged of `model`; from now on it was.
+
+    The candidates of a sweep adapt the same model.
+    """
+    told = _told.setdefault(model, set())
+    is_first = note not in told
+    told.add(note)
+    return is_first
+
+
 def note_left_out(model: nn.Module, adapted: Sequence[str], *, is_all_linear: bool) -> None:
     """Log which experts of `model`, and which linears of "all-linear", are not in `adapted`.
 
-    Once for a model: the candidates of a sweep adapt the same one. Not of a model without values,
-    which is planned and not trained.
+    Once for a model, and not of one without values, which is planned and not trained.
     """
-    told = _told.setdefault(model, set())
-    if tuple(adapted) in told or any(parameter.is_meta for parameter in model.parameters()):
+    is_planned = any(parameter.is_meta for parameter in model.parameters())
+    if is_planned or not is_first_note(model, "left out", *adapted):
         return
-    told.add(tuple(adapted))
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     total = sum(sizes.values())
     experts = [name for name in sizes if _is_stacked(model, name)]
@@ -92,31 +101,39 @@ def note_left_out(model: nn.Module, adapted: Sequence[str], *, is_all_linear: bo
             *(len(experts), experts[0], 100 * sum(map(sizes.__getitem__, experts)) / total),
             ", ".join(sorted({name.rpartition(".")[2] for name in adapted})),
         )
-    if not is_all_linear:
-        return
+    if is_all_linear:
+        _note_linears(model, set(adapted), total)
+
+
+def _note_linears(model: nn.Module, adapted: set[str], total: int) -> None:
+    """Log which linears "all-linear" leaves out, and why; the model has `total` parameters."""
     modules = {name: module for name, module in model.named_modules() if name}
     linears = [name for name, module in modules.items() if is_adaptable(module)]
+    own_forward = [name for name, module in modules.items() if has_own_forward(module)]
     for names, why in (
         (
             find_expert_names(model, linears),
-            "PEFT would read their LoRA as that of the experts, which have the same names",
+            "PEFT would read LoRA there as that of the experts, which have the same names",
         ),
         (
             find_uncalled(model, linears),
-            "the model reads their weight without calling them, so that LoRA would have no effect",
+            "the model reads the weight without calling the layer, so LoRA would have no effect",
         ),
-        (
-            [name for name, module in modules.items() if has_own_forward(module)],
-            "they compute something else than a linear layer",
-        ),
+        (own_forward, "what is computed there is no plain linear layer"),
     ):
-        left_out = sorted(set(names) - set(adapted))
+        left_out = sorted(set(names) - adapted)
         if left_out:
             own = sum(p.numel() for n in left_out for p in model.get_submodule(n).parameters())
             log.warning(
-                "%d linears (%s, for one), %.0f%% of the parameters, are not adapted: %s",
-                *(len(left_out), left_out[0], 100 * own / total, why),
+                "%s, %.0f%% of the parameters: not adapted, because %s",
+                *(_counted(left_out), 100 * own / total, why),
             )
+
+
+def _counted(linears: Sequence[str]) -> str:
+    if len(linears) == 1:
+        return f"1 linear ({linears[0]})"
+    return f"{len(linears)} linears ({linears[0]}, for one)"
 
 
 def _is_stacked(model: nn.Module, name: str) -> bool:

@@ -5,7 +5,7 @@ The members LoRA and full fine-tuning are runs of `lora finetune`, to the byte.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora.compare.decoder_job import DecoderJob
 from lora.compare.results import BaseResult, MemberResult
@@ -39,6 +39,11 @@ class DecoderTarget(DecoderJob):
         from lora.compare.member import measure_base
 
         return measure_base(self, train, run, progress)
+
+    def with_base(self, base: BaseResult) -> DecoderTarget:
+        """Return the target with the implementation that the base was measured with."""
+        # Before it was recorded there was no other than native.
+        return replace(self, implementation=base.implementation or "native")
 
     def run_member(self, task: MemberTask, progress: Progress) -> MemberResult:
         """Train a member in `task.folder` and evaluate what it saved."""

@@ -113,6 +113,10 @@ class FactoryTarget:
         loss = _loss(setup, setup.eval_batches())
         return BaseResult(self.factory.base_name, setup.choice.reason, loss, _evaluate(setup))
 
+    def with_base(self, base: BaseResult) -> FactoryTarget:
+        """Return the target itself: the factory builds the base and the members."""
+        return self
+
     def run_member(self, task: MemberTask, progress: Progress) -> MemberResult:
         """Train a member in `task.folder` and evaluate it."""
         setup = self.factory.build(task.method, task.train)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from lora.config import ImplementationName
 from lora.errors import CheckpointError
 from lora.runs.comparison_record import (
     MEMBERS,
@@ -80,7 +81,7 @@ class BaseResult:
     measured: ModelEvaluation
     n_sequences: int | None = None
     """For training; None where only the caller's factory knows."""
-    implementation: str | None = None
+    implementation: ImplementationName | None = None
     """The code that runs the model; None for models of a factory."""
 
 

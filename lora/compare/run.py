@@ -163,7 +163,7 @@ def _compare(
     create = partial(create_run, config.run.out, name, resume=config.resume, record=record)
     with shared_run(world, create, message) as run:
         check_is_shared(run, world, "compare")
-        job = _ComparisonJob(target, config, run, progress_of, world)
+        job = _ComparisonJob(target.with_base(base), config, run, progress_of, world)
         job.once(BASE_FILE, BaseResult, lambda: base)
         rates = {method: _choose_rate(job, method) for method in config.methods}
         members: list[Member] = []

@@ -87,6 +87,9 @@ class ComparisonTarget(Protocol):
     def measure_base(self, train: TrainConfig, run: RunConfig, progress: Progress) -> BaseResult:
         """Evaluate the base model."""
 
+    def with_base(self, base: BaseResult) -> ComparisonTarget:
+        """Return the target whose members run as `base` did, which may be of an earlier call."""
+
     def run_member(self, task: MemberTask, progress: Progress) -> MemberResult:
         """Train a member in `task.folder` and evaluate what it saved."""
 

@@ -51,7 +51,7 @@ from lora.finetune.sharded_model import build_sharded_model
 from lora.finetune.unused import check_patience
 from lora.inference.checkpoints.find import find_adapter
 from lora.inference.loading import describe_other_base, find_model_of
-from lora.inference.run_settings import find_implementation, recorded_implementation
+from lora.inference.run_settings import find_implementation, implementation_to_resume
 from lora.pretrained.load.models import model_config
 from lora.pretrained.load.task import check_native_only, settled_task
 from lora.pretrained.sources import ModelSource
@@ -215,9 +215,8 @@ def _settled(
     """
 
     def read() -> ImplementationName | None:
-        if job.resume and (job.directory / RUN_FILE).is_file():
-            return recorded_implementation(read_run_record(job.directory)) or "native"
-        return find_implementation("auto", job.from_adapter, source.folder)
+        former = implementation_to_resume(job.directory) if job.resume else None
+        return former or find_implementation("auto", job.from_adapter, source.folder)
 
     recorded = world.on_main(read, "the recorded implementation")
     settled = settled_task(job, source.folder, recorded, progress.message, choice.compute_dtype)

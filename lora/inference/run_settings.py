@@ -116,6 +116,13 @@ def recorded_implementation(record: RunRecord) -> ImplementationName | None:
     return known.get(record.implementation or "")
 
 
+def implementation_to_resume(run: Path) -> ImplementationName | None:
+    """Return the code that a run to be resumed began with; None if there is no record."""
+    if not (run / RUN_FILE).is_file():
+        return None
+    return recorded_implementation(read_run_record(run)) or "native"  # older versions had no other
+
+
 def prompts_to_resume(run: Path) -> PromptFormat | None:
     """Return how the examples of a run to be resumed were read; None if there is no record."""
     if not (run / RUN_FILE).is_file():

@@ -6,14 +6,13 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from lora.config import ImplementationName, LoRAConfig, RunConfig, TrainConfig
+from lora.config import LoRAConfig, RunConfig, TrainConfig
 from lora.data.prepare import PreparedData
 from lora.data.record import describe_data
 from lora.data.task import Task
 from lora.device import DeviceChoice
 from lora.distributed.world import ALONE, World
 from lora.errors import CheckpointError, ConfigError, gather
-from lora.inference.run_settings import recorded_implementation
 from lora.pretrained.sources import ModelSource
 from lora.public.field_texts import documented
 from lora.runs.read_record import describe_changes, read_run_record
@@ -92,14 +91,6 @@ def with_recorded_steps(job: SweepJob) -> SweepJob:
         return job
     saved = read_run_record(folder).sweep
     return job if saved is None else replace(job, train=replace(job.train, steps=saved.steps))
-
-
-def recorded_code(job: SweepJob) -> ImplementationName | None:
-    """Return the implementation that a resumed sweep began with; None for a new one."""
-    folder = job.run.out / str(job.run.name)
-    if not job.resume or not (folder / RUN_FILE).is_file():
-        return None
-    return recorded_implementation(read_run_record(folder)) or "native"
 
 
 def check_same_sweep(job: SweepJob) -> None:

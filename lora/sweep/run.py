@@ -23,6 +23,7 @@ from pathlib import Path
 
 from lora.adapters.fingerprint import base_fingerprint
 from lora.adapters.save_load import save_adapter
+from lora.config import ImplementationName
 from lora.data.inspection import inspect_prepared
 from lora.data.inspection_report import DataReport
 from lora.data.prepare import PreparedData
@@ -38,6 +39,7 @@ from lora.distributed.one_run import check_alike, check_is_shared, resumes, shar
 from lora.distributed.start import joined
 from lora.distributed.world import World
 from lora.errors import CheckpointError, TrainingError, gather
+from lora.inference.run_settings import implementation_to_resume
 from lora.pretrained.load.models import load_language_model
 from lora.pretrained.load.task import settled_task
 from lora.pretrained.positions import why_beyond_positions
@@ -62,7 +64,6 @@ from lora.sweep.job import (
     check_job,
     check_same_sweep,
     describe_job,
-    recorded_code,
     with_recorded_steps,
 )
 from lora.sweep.progress import KeptMessages, NoSweepProgress, SweepProgress
@@ -134,7 +135,7 @@ def _sweep(
     check_same_sweep(job)
     source = find_model(job.model)
     # An architecture that nothing runs is refused before the data are read.
-    recorded = world.on_main(lambda: recorded_code(job), "the recorded implementation")
+    recorded = world.on_main(partial(_recorded_implementation, job), "the recorded implementation")
     job = settled_task(job, source.folder, recorded, progress.message, choice.compute_dtype)
     data = prepare_sweep(job, source.folder, progress, world)
     job = replace(job, train=job.train.with_steps(len(data.train)))
@@ -191,6 +192,11 @@ def _show_data(
         show_data(report)
     elif excess:
         progress.message(f"note: {excess}")
+
+
+def _recorded_implementation(job: SweepJob) -> ImplementationName | None:
+    run = job.run
+    return implementation_to_resume(run.out / str(run.name)) if job.resume else None
 
 
 def _tell_idle(n_candidates: int, world: World, progress: SweepProgress) -> None:

@@ -188,6 +188,16 @@ def test_patterns_change_rank_and_alpha_by_name(toy: nn.Module) -> None:
     assert layers["head"].rank == 4
 
 
+def test_a_rank_above_a_side_is_noted_once_for_a_model(
+    toy: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    for rank in (64, 99):  # candidates of a sweep
+        remove_lora(apply_lora(toy, LoRAConfig(rank=rank, targets=("q_proj",))))
+    assert caplog.text.count("the rank is above the smaller side") == 1
+    apply_lora(toy, LoRAConfig(rank=64, targets=("v_proj",)))
+    assert caplog.text.count("the rank is above the smaller side") == 2
+
+
 def test_rslora_scales_by_the_root_of_the_rank(toy: nn.Module) -> None:
     layers = lora_layers(apply_lora(toy, LoRAConfig(rank=4, alpha=8.0, rslora=True)))
     assert {layer.scaling for layer in layers.values()} == {4.0}

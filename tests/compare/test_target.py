@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lora.compare import target
-from lora.compare.results import MemberResult
+from lora.compare.decoder_target import DecoderTarget
+from lora.compare.results import BaseResult, MemberResult, ModelEvaluation
 from lora.compare.target import MemberTask, run_rate_trials
 from lora.config import RunConfig, TrainConfig
 from lora.errors import TrainingError
@@ -40,3 +41,12 @@ def test_memory_of_one_process_among_several_is_no_failed_trial(
     assert tried("together", diverged) == [RateTrial(1e-3, None)]
     with pytest.raises(TrainingError, match="Memory ran out in a step"):
         tried("without", without_memory)
+
+
+def test_members_run_as_the_base_did_also_when_resumed_elsewhere() -> None:
+    base = BaseResult("tiny", "cpu", 1.0, ModelEvaluation(), implementation="transformers")
+    asked = DecoderTarget("orders.jsonl", "tiny")
+    task = MemberTask("lora", TrainConfig(steps=4), RunConfig(name="lora"))
+    assert asked.with_base(base).finetune_job(task).implementation == "transformers"
+    older = BaseResult("tiny", "cpu", 1.0, ModelEvaluation())  # there was no other then
+    assert asked.with_base(older).implementation == "native"

@@ -74,6 +74,7 @@ def test_the_last_checkpoint_is_the_adapter_that_was_saved(run: Path) -> None:
     assert find_adapter(run) == run / "adapter"
     assert find_adapter(run / "adapter") == run / "adapter"
     assert find_adapter(at(run / "adapter", 12)) == find_adapter(at(run, 12))
+    assert find_adapter(run / "checkpoints/step-000008") == find_adapter(at(run, 8))
 
 
 @pytest.mark.parametrize(

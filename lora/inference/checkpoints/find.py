@@ -5,6 +5,7 @@
     runs/orders@500         its checkpoint of step 500
     runs/orders@best        its checkpoint with the lowest validation loss
     runs/orders@last        its newest checkpoint
+    runs/orders/checkpoints/step-000500     its checkpoint of step 500, by its directory
 
 The adapter of a checkpoint is written beside it once, into `checkpoints/step-000500/adapter/`, and
 goes with it; where the run directory cannot be written, into a temporary directory.
@@ -13,6 +14,7 @@ goes with it; where the run directory cannot be written, into a temporary direct
 from __future__ import annotations
 
 import atexit
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -25,6 +27,8 @@ from lora.runs.record import RUN_FILE
 ADAPTER_CONFIG = "adapter_config.json"
 SAVED = ("adapter", "best")
 """Names of what a run saves: a single run, a sweep."""
+_STEP = re.compile(r"step-(\d+)")
+"""Name of a checkpoint's directory."""
 
 
 def find_adapter(name: Path | str) -> Path:
@@ -34,14 +38,17 @@ def find_adapter(name: Path | str) -> Path:
     what is wrong. Raises CheckpointError for a checkpoint that is not there or cannot be used.
     """
     path = Path(name)
-    if path.exists():
-        return _saved_by(path)
     run, word = split_name(path)
-    return path if word is None else _open_checkpoint(run, word)
+    if word is not None:
+        return _open_checkpoint(run, word)
+    return _saved_by(path) if path.exists() else path
 
 
 def split_name(path: Path) -> tuple[Path, str | None]:
     """Return the run directory and the checkpoint's word of `runs/orders@500`, else None for it."""
+    step, above = _STEP.fullmatch(path.name), path.parent.parent
+    if step is not None and path.is_dir() and (above / RUN_FILE).is_file():
+        return (path, None) if (path / ADAPTER_CONFIG).is_file() else (above, str(int(step[1])))
     before, at, word = path.name.rpartition("@")
     run = path.parent / before
     if not at or not before or path.exists():
