@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,7 +51,7 @@ def data(
     from lora.data.inspection_view import print_report
     from lora.data.tokenizers.subword import load_tokenizer
     from lora.pretrained.load.task import settled_packing
-    from lora.pretrained.positions import why_beyond_positions
+    from lora.pretrained.positions import describe_excess
     from lora.pretrained.sources import find_model
 
     folder = find_model(model).folder
@@ -59,7 +60,8 @@ def data(
         config = settled_packing(config, sizes, print_note)
     n_rows = None if sizes is None else sizes.vocab_size
     report = inspect_data(path, load_tokenizer(folder), config, n_rows=n_rows)
-    excess = why_beyond_positions(folder, report.longest_tokens)
+    limit = sys.maxsize if sizes is None else sizes.max_position_embeddings
+    excess = describe_excess(report.longest_tokens, limit)
     report.warnings += [excess] if excess else []
     if json:
         print(report.to_json())

@@ -19,7 +19,7 @@ from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.decoder import Decoder
 from lora.errors import AdapterError
 from lora.export.blockwise import CPU, DecoderBlocks, logits_by_block, logits_error
-from lora.export.whole import write_whole
+from lora.export.whole import rounded, write_whole
 from lora.pretrained.hf_weights import map_decoder, read_stored_dtypes, write_decoder
 from lora.pretrained.mapped import MappedModel
 from lora.pretrained.model_files import save_tokenizer_files
@@ -100,7 +100,7 @@ def _write_by_block(
 
     def parts(name: str) -> Iterator[Tensor]:
         for part in blocks.parts(name):
-            yield _rounded(part, dtypes[name], name)
+            yield rounded(part, dtypes[name], name)
 
     write_decoder(blocks.config, dtypes, parts, folder)
     written = map_decoder(folder)
@@ -117,13 +117,3 @@ def _dtypes_to_write(
     kinds = list(stored.values())
     usual = max(set(kinds), key=kinds.count)  # for a head that had no weight of its own before
     return {name: stored.get(name, usual) for name in blocks.shapes}
-
-
-def _rounded(part: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    rounded = part.to(dtype)
-    if not torch.isfinite(rounded).all():
-        raise AdapterError(
-            f"Cannot write the merged model: {name} has values beyond {dtype}. Nothing was "
-            "written. Use --dtype float32."
-        )
-    return rounded

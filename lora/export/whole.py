@@ -38,15 +38,22 @@ def write_whole(
     kind_of = _stored_kinds(base) if dtype is None else lambda name: dtype
     kinds = {name: kind_of(name) for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter.detach().to(kinds[name])).all():
-            raise AdapterError(
-                f"Cannot write the merged model: {name} has values beyond {kinds[name]}. Nothing "
-                "was written. Use --dtype float32."
-            )
+        rounded(parameter.detach(), kinds[name], name)
     cast_parameters(model, kind_of)
     save_language_model(model, folder)
     written = load_language_model(folder, implementation="transformers", device=device)
     return before, _logits(written, ids), list(kinds.values())
+
+
+def rounded(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Return `weight` in `dtype`. Raises AdapterError if it has values beyond it."""
+    stored = weight.to(dtype)
+    if not torch.isfinite(stored).all():
+        raise AdapterError(
+            f"Cannot write the merged model: {name} has values beyond {dtype}. Nothing was "
+            "written. Use --dtype float32."
+        )
+    return stored
 
 
 @torch.no_grad()

@@ -90,7 +90,7 @@ class CapturedStep:
         choice: the device, and the compute dtype.
         weight_decay: of matrices.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
-        compiles: send the repeated blocks through torch.compile.
+        compiled: blocks of the model that go through torch.compile.
         world: processes that have parts of each micro-batch.
         dropouts: the model's, whose masks the processes draw together; None: each draws its own.
         whole_rate_fraction: of the learning rate, for what trains beside LoRA.
@@ -106,13 +106,13 @@ class CapturedStep:
         loss: Loss,
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
-        compiles: bool = False,
+        compiled: nn.ModuleList | None = None,
         world: World = ALONE,
         dropouts: SharedDropouts | None = None,
         whole_rate_fraction: float = 1.0,
     ) -> None:
         self.model, self.forward, self.choice = model, forward, choice
-        self.compiles, self.loss = compiles, loss
+        self.compiled, self.loss = compiled, loss
         self.device = choice.device
         n_totals = 0 if world.is_alone else N_TOTALS
         self.flat = flatten_trained(model, self.device, n_totals, whole_rate_fraction)
@@ -207,8 +207,8 @@ class CapturedStep:
                 entered.enter_context(context)
                 if self._dropouts is not None:
                     entered.enter_context(self._dropouts.drawn_together(draw))
-                if self.compiles:
-                    entered.enter_context(compiled_blocks(self.model))
+                if self.compiled is not None:
+                    entered.enter_context(compiled_blocks(self.compiled))
             return self.graphs.run(key, function)
 
     def _whole(self, packed: bool) -> None:
@@ -304,24 +304,16 @@ def decoder_forward(model: LanguageModel) -> PlainForward:
     return PlainForward(run)
 
 
-def _longest_list(model: nn.Module) -> nn.ModuleList:
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
-    alike = [m for m in lists if len({type(block) for block in m}) == 1]
-    return max(alike, key=len, default=nn.ModuleList())
-
-
 @contextmanager
-def compiled_blocks(model: nn.Module) -> Iterator[None]:
-    """Inside the context the blocks of `model` go through torch.compile; then they are as before.
+def compiled_blocks(blocks: nn.ModuleList) -> Iterator[None]:
+    """Inside the context the `blocks` of a model go through torch.compile; then they are as before.
 
-    Blocks of one type share one compilation; of a model that does not name its blocks they are the
-    modules of its longest ModuleList of one type. What elementwise operations make (norms' outputs,
+    Blocks of one type share one compilation. What elementwise operations make (norms' outputs,
     activations) is computed again in the backward pass, in the kernels that read their inputs there
     anyway, and not kept until then.
     """
     from torch._functorch import config as functorch_config  # torch.compile loads it anyway
 
-    blocks = model.blocks() if isinstance(model, LanguageModel) else _longest_list(model)
     plain = list(blocks)
     for index, block in enumerate(plain):
         # Not the whole model: one block compiles in a fraction of the time and is used for all.

@@ -294,7 +294,7 @@ class CapturedStepRunner(DeviceStepRunner):
             loss=loss_of_head(model, ops, compiles=compiles),
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
-            compiles=compiles,
+            compiled=model.blocks() if compiles else None,
             world=world,
             dropouts=SharedDropouts(model, world.share, size, config.seed),
             whole_rate_fraction=config.whole_rate_fraction,

@@ -13,7 +13,7 @@ from lora.distributed.world import ALONE, World
 from lora.finetune.job import FinetuneJob
 from lora.inference.run_settings import find_prompt_format, prompts_to_resume
 from lora.pretrained.load.models import model_config
-from lora.pretrained.positions import why_beyond_positions
+from lora.pretrained.positions import describe_excess
 from lora.runs.directory import read_start_time
 from lora.runs.progress import Progress
 from lora.runs.record import PromptFormat
@@ -30,7 +30,7 @@ def load_data(
     """
     folder = _tokenizer_folder(job, model_folder)
     # An adapter with a tokenizer of its own brings rows for the tokens that it added.
-    is_base = folder == model_folder
+    is_base, sizes = folder == model_folder, model_config(model_folder, job.implementation)
     data = prepare_data(
         job.data,
         load_tokenizer(folder),
@@ -39,7 +39,7 @@ def load_data(
         validation_source=job.eval_data,
         now=world.on_main(lambda: _start_time(job, world), "the start time"),
         trained=world.on_main(lambda: _trained(job), "the prompts of the run"),
-        n_rows=model_config(model_folder, job.implementation).vocab_size if is_base else None,
+        n_rows=sizes.vocab_size if is_base else None,
         on_message=progress.message,
     )
     progress.message(
@@ -47,7 +47,7 @@ def load_data(
         f"tokens in {len(data.train)} sequences), {len(data.validation_examples)} for validation"
     )
     report = inspect_prepared(data, job.data, job.data_config)
-    excess = why_beyond_positions(model_folder, report.longest_tokens)
+    excess = describe_excess(report.longest_tokens, sizes.max_position_embeddings)
     report.warnings += [excess] if excess else []
     return data, report
 

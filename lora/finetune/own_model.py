@@ -44,6 +44,7 @@ from lora.finetune.loop_inputs import alike_before, alike_in_training, data_inpu
 from lora.finetune.model import save_in_run, save_start_in_run
 from lora.finetune.unused import check_patience, refuse_unused
 from lora.inference.run_settings import prompts_to_resume
+from lora.pretrained.load.task import settled_packing
 from lora.pretrained.positions import describe_excess
 from lora.pretrained.transformers_models.load import as_language_model, is_transformers
 from lora.runs.directory import (
@@ -171,7 +172,9 @@ def _train(
     choice = choose_device(str(next(model.parameters()).device), chosen.train.precision)
     recorded = world.on_main(lambda: _recorded(chosen.run, resume, world), "the run's record")
     asked = settings.get("packing", recorded.packing)
-    chosen = _choose_packing(chosen, asked, model.why_not_packed, shown, progress)
+    how_read, kind = replace(chosen.data, packing=asked), next(model.parameters()).dtype
+    how_read = settled_packing(how_read, model.config, progress.message, kind)
+    chosen = replace(chosen, data=how_read)
     prepared = _load_data(model, tokenizer, data, eval_data, chosen, recorded, progress)
     has_validation = prepared.validation is not None
     check_patience(chosen.run, resume=resume, has_validation=has_validation)
@@ -269,25 +272,6 @@ def _take_settings(given: dict[str, Any]) -> _Settings:
         cast(DataConfig, data),
         replace(cast(RunConfig, run), samples=0),
     )
-
-
-def _choose_packing(
-    chosen: _Settings,
-    asked: bool | None,
-    why_not: str | None,
-    model: nn.Module,
-    progress: Progress,
-) -> _Settings:
-    """Return the settings with packing as asked, or on where the model keeps examples apart."""
-    packing = why_not is None if asked is None else asked
-    if packing and why_not is not None:
-        raise ConfigError(
-            f"Cannot train a {type(model).__name__} with packing=True: {why_not}. Leave packing "
-            "out."
-        )
-    if asked is None and why_not is not None:
-        progress.message(f"note: examples are not packed: {why_not}")
-    return replace(chosen, data=replace(chosen.data, packing=packing))
 
 
 def _check_trains(model: nn.Module) -> None:

@@ -40,9 +40,9 @@ from lora.distributed.start import joined
 from lora.distributed.world import World
 from lora.errors import CheckpointError, TrainingError, gather
 from lora.inference.run_settings import implementation_to_resume
-from lora.pretrained.load.models import load_language_model
+from lora.pretrained.load.models import load_language_model, model_config
 from lora.pretrained.load.task import settled_task
-from lora.pretrained.positions import why_beyond_positions
+from lora.pretrained.positions import describe_excess
 from lora.pretrained.sources import ModelSource, find_model
 from lora.runs.directory import check_run_directory, create_run, default_name
 from lora.runs.disk import disk_error
@@ -186,7 +186,8 @@ def _show_data(
     show_data: Callable[[DataReport], None] | None,
 ) -> None:
     report = inspect_prepared(data, job.data, job.data_config)
-    excess = why_beyond_positions(source.folder, report.longest_tokens)
+    sizes = model_config(source.folder, job.implementation)
+    excess = describe_excess(report.longest_tokens, sizes.max_position_embeddings)
     report.warnings += [excess] if excess else []
     if show_data is not None:
         show_data(report)

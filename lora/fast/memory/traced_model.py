@@ -22,6 +22,7 @@ from lora.kernels.step.ops import PLAIN
 from lora.layers.trainable_tokens import TrainableTokensLinear
 from lora.lora_module import LoRALayer
 from lora.pretrained.transformers_models.bounded import unmasked_attention
+from lora.pretrained.transformers_models.config import settings_by_block
 from lora.pretrained.transformers_models.model import TransformersModel
 from lora.training.losses import transform_of
 
@@ -80,23 +81,18 @@ class _TransformersTraced:
 
     def kinds(self) -> list[Hashable]:
         blocks = self.model.blocks()
-        lists = self._lists(len(blocks)).values()
-        settings = list(zip(*lists, strict=True)) or [()] * len(blocks)
+        lists = settings_by_block(self.model.config.text, len(blocks))
+        settings = list(zip(*lists.values(), strict=True)) or [()] * len(blocks)
         own = [(_attributes(block), repr(one)) for block, one in zip(blocks, settings, strict=True)]
         return block_kinds(blocks, self.model, own)
 
     def retain(self, indices: Sequence[int]) -> None:
         blocks, text = self.model.blocks(), self.model.config.text
-        lists = self._lists(len(blocks))
+        lists = settings_by_block(text, len(blocks))
         retain_blocks(blocks, indices)
         setattr(text, "num_hidden_layers", len(blocks))  # noqa: B010 - its own name may be another
         for name, values in lists.items():
             setattr(text, name, [values[index] for index in indices])
-
-    def _lists(self, n_blocks: int) -> dict[str, list[Any]]:
-        """Return the settings that have a value for each block, such as layer_types."""
-        contents: dict[str, Any] = self.model.config.text.to_dict()
-        return {n: v for n, v in contents.items() if isinstance(v, list) and len(v) == n_blocks}
 
     def hidden(self, ids: Tensor, *, packed: bool) -> Tensor:
         with self._context(packed=packed):

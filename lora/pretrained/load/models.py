@@ -61,10 +61,9 @@ def empty_language_model(config: ModelConfig) -> LanguageModel:
 
 def why_not_packed(config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> str | None:
     """Return why examples in one sequence would see each other; None if they do not."""
-    if not isinstance(config, TransformersConfig):
-        return None
-    traits, is_narrow = config.traits, compute_dtype in (torch.bfloat16, torch.float16)
-    return traits.why_not_packed_narrow if is_narrow else traits.why_not_packed
+    if isinstance(config, TransformersConfig):
+        return config.traits.why_not_packed_in(compute_dtype)
+    return None
 
 
 def load_language_model(

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+NARROW = (torch.bfloat16, torch.float16)
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 """Names of the context length in configurations; some architectures have none."""
 
@@ -31,6 +34,10 @@ class Traits:
     """Whether no token sees those after it; also where that could not be tried."""
     has_cache: bool = True
     """Whether a cache of keys and values continues padded sequences."""
+
+    def why_not_packed_in(self, dtype: torch.dtype) -> str | None:
+        """Return why not in `dtype`; None if examples in one sequence do not see each other."""
+        return self.why_not_packed_narrow if dtype in NARROW else self.why_not_packed
 
 
 class TransformersConfig:
@@ -114,6 +121,12 @@ def rotary_limit(config: Any) -> int:
         if part.get("rope_type") in ("longrope", "dynamic")
     ]
     return min((int(limit) for limit in limits if limit), default=sys.maxsize)
+
+
+def settings_by_block(config: Any, n_blocks: int) -> dict[str, list[Any]]:
+    """Return the settings of `config` that have a value for each block, such as layer_types."""
+    contents: Mapping[str, Any] = config.to_dict()
+    return {n: v for n, v in contents.items() if isinstance(v, list) and len(v) == n_blocks}
 
 
 def setting(config: Any, *names: str) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lora.decoder.language_model import LanguageModel
-from lora.errors import DependencyError, ModelError, gather
+from lora.errors import ModelError, gather
 from lora.pretrained.hf_files import open_tensors, read_config
 from lora.pretrained.hf_weights import FLOATS, NO_PARAMETERS
 from lora.pretrained.load.architectures import find_architecture
@@ -20,8 +20,7 @@ from lora.pretrained.transformers_models.config import Traits, TransformersConfi
 from lora.pretrained.transformers_models.model import TransformersModel
 from lora.pretrained.transformers_models.probe import probe
 from lora.pretrained.transformers_models.quiet import quiet
-from lora.pretrained.transformers_models.small_copy import REFUSALS
-from lora.settings.install import install_extra
+from lora.pretrained.transformers_models.small_copy import refusals
 
 
 def as_language_model(model: nn.Module) -> LanguageModel:
@@ -176,20 +175,13 @@ def empty_of_config(config: TransformersConfig) -> TransformersModel:
 @contextmanager
 def _read_by_transformers(folder: Path | str) -> Iterator[Any]:
     """Yield the package; what it refuses inside the context is a ModelError."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise DependencyError(
-            f"Cannot load {folder}: its architecture needs transformers, which is not installed. "
-            f"Install it: {install_extra('hf')}"
-        ) from error
-    from huggingface_hub.errors import StrictDataclassError
+    import transformers  # `find_architecture` has seen that it can be
 
     try:
         with quiet():  # what it reports of the weights is raised here
             yield transformers
     except ModelError:
         raise
-    except (*REFUSALS, StrictDataclassError) as error:
+    except refusals() as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"Cannot load {folder} with transformers: {text}") from error

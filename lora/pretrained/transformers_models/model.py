@@ -23,13 +23,17 @@ from lora.pretrained.transformers_models.cache import (
     TransformersCache,
     each_alone,
 )
-from lora.pretrained.transformers_models.config import Traits, TransformersConfig, rotary_limit
+from lora.pretrained.transformers_models.config import (
+    Traits,
+    TransformersConfig,
+    rotary_limit,
+    setting,
+)
 from lora.pretrained.transformers_models.masks import documents_apart
 from lora.terminal import escaping_log
 
 log = escaping_log(__name__)
 
-NARROW = (torch.bfloat16, torch.float16)
 HEAD_TOLERANCE = 0.01
 """Of the largest logit, in any dtype: what a factor or a cap changes is more."""
 
@@ -80,8 +84,7 @@ class TransformersModel(LanguageModel):
     @property
     def why_not_packed(self) -> str | None:
         """Why the examples of a packed sequence would see each other; None: they do not."""
-        is_narrow = next(self.parameters()).dtype in NARROW
-        return self.traits.why_not_packed_narrow if is_narrow else self.traits.why_not_packed
+        return self.traits.why_not_packed_in(next(self.parameters()).dtype)
 
     def hidden_states(
         self,
@@ -138,6 +141,10 @@ class TransformersModel(LanguageModel):
         use_cache: bool = False,
         **more: Any,
     ) -> Tensor:
+        """Return the hidden states of one forward, each sequence a document, without our masks.
+
+        `more` goes to transformers' forward, where that takes it.
+        """
         self._check_positions(input_ids, position_ids, is_cached=use_cache)
         whole = self.needs_all_logits
         network = self.theirs if whole else self._network()
@@ -184,11 +191,9 @@ class TransformersModel(LanguageModel):
         """How many positions have an embedding that was learned; None: they are computed."""
         if self.config.text is not self.theirs.config:
             return None  # a tower for images has tables of positions too
-        limit, of_tokens = (
-            self.config.max_position_embeddings,
-            {*self._network().get_input_embeddings().modules()},
-        )
-        others = (module for module in self._network().modules() if module not in of_tokens)
+        limit, network = self.config.max_position_embeddings, self._network()
+        of_tokens = set(network.get_input_embeddings().modules())
+        others = (module for module in network.modules() if module not in of_tokens)
         n_rows = [table.num_embeddings for table in others if isinstance(table, nn.Embedding)]
         # OPT's has two rows more, before those of the positions.
         return limit if any(limit <= rows <= limit + 2 for rows in n_rows) else None
@@ -270,10 +275,10 @@ class TransformersModel(LanguageModel):
 
     def token_cache_bytes(self) -> int:
         """Return what a cache holds of one token of one sequence, in bytes; windows count whole."""
-        text, first = self.config.text.to_dict(), next(self.parameters())
-        n_heads = text.get("num_attention_heads") or text.get("n_head") or text.get("n_heads") or 1
-        head_dim = text.get("head_dim") or self.config.hidden_size // n_heads
-        shared = text.get("num_key_value_heads") or text.get("num_kv_heads") or n_heads
+        text, first = self.config.text, next(self.parameters())
+        n_heads = setting(text, "num_attention_heads") or 1
+        head_dim = setting(text, "head_dim") or self.config.hidden_size // n_heads
+        shared = setting(text, "num_key_value_heads", "num_kv_heads") or n_heads
         n_values = 2 * self.config.num_hidden_layers * shared * head_dim
         return int(n_values * first.element_size())
 

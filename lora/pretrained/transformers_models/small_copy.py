@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora.pretrained.transformers_models.config import setting
+from lora.pretrained.transformers_models.config import setting, settings_by_block
 from lora.pretrained.transformers_models.masks import MASKED_ATTENTIONS
 
 VOCAB = 64
@@ -164,8 +164,7 @@ def _change_blocks(small: Any, n_blocks: int, wanted: int | None) -> None:
 
     It has `n_blocks`; with `wanted` it gets so many.
     """
-    contents = small.to_dict()
-    lists = {n: v for n, v in contents.items() if isinstance(v, list) and len(v) == n_blocks}
+    lists = settings_by_block(small, n_blocks)
     kept = min(2, n_blocks)
     for values in lists.values():
         kinds = [repr(value) for value in values]
