@@ -54,8 +54,7 @@ def chat(
     """
     config = config_from(SamplingConfig, sampling or ChatSampling())
     loaded = load_model(model, adapter, device, implementation)
-    if loaded.implementation.kind != "native":
-        print_note(loaded.implementation.describe())
+    loaded.implementation.tell_unless_native(print_note)
     asker = _asker(loaded, system)
     said: list[Message] = []
     is_beyond = False

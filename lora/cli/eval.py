@@ -122,8 +122,7 @@ def evaluate(
     folder = source.folder
     # An architecture that nothing runs is refused before the data are read.
     chosen_code = find_implementation_of(source, adapter, implementation)
-    if chosen_code.kind != "native":
-        _tell(chosen_code.describe())
+    chosen_code.tell_unless_native(_tell)
     rules = find_rules(config, adapter, folder)
     examples = read_examples(data, _tell, rules=rules, part="test")
     loaded = load_model(model, adapter, device, chosen_code.kind)

@@ -139,7 +139,7 @@ def finetune(
         show_data=lambda report: print_report(report, progress.console, is_compact=True),
     )
     page = report_on(done.folder, progress.message) if report and is_main_process() else None
-    has_gguf = read_run_record(done.folder).implementation != "transformers"
+    has_gguf = read_run_record(done.folder).has_gguf
     commands = next_commands(done.saved, model, program(), has_gguf=has_gguf)
     code = _report(done, page, commands, json)
     if done.folder not in done.saved.parents:

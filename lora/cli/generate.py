@@ -90,8 +90,7 @@ def generate(
     loaded = load_model(model, adapter, device, implementation)
     if model is None:
         print_note(f"model: {loaded.source.description}")
-    if loaded.implementation.kind != "native":
-        print_note(loaded.implementation.describe())
+    loaded.implementation.tell_unless_native(print_note)
     asker = Asker(loaded.prompts or PromptFormat(), raw, system)
     if asker.describe():
         print_note(asker.describe())

@@ -129,8 +129,7 @@ def plan(
     code = implementation_of(source.folder, implementation)
     config = model_config(source.folder, code.kind)
     check_native_only(config, fp8=base_dtype == "fp8", fsdp=parallel == "fsdp")
-    if code.kind != "native":
-        print_note(code.describe())
+    code.tell_unless_native(print_note)
     compute_dtype = torch.bfloat16 if kind == "cuda" else torch.float32
     how_read = settled_packing(how_read, config, print_note, compute_dtype)
     mode, memory_gb = memory_config.memory, memory_config.memory_gb

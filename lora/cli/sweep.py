@@ -184,7 +184,7 @@ def sweep(
         done = run_job(job, progress, show_data=show_data)
     is_main = is_main_process()
     page = report_on(done.folder, progress.message, with_page=report) if is_main else None
-    has_gguf = read_run_record(done.folder).implementation != "transformers"
+    has_gguf = read_run_record(done.folder).has_gguf
     commands = next_commands(done.best, model, program(), has_gguf=has_gguf)
     return _report(done, beside, job.grid.swept(), page, commands, json)
 

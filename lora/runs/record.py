@@ -150,6 +150,11 @@ class RunRecord:
     data: DataRecord = field(default_factory=DataRecord)
     environment: Environment | None = None
 
+    @property
+    def has_gguf(self) -> bool:
+        """Whether its model is offered as a GGUF file, which only native decoders write."""
+        return self.implementation != "transformers"
+
     def to_json(self) -> dict[str, Any]:
         """Return what run.json holds."""
         nulls = dict.fromkeys(_NULL_KEYS[self.kind])  # these tell something when they are null

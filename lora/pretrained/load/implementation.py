@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -40,6 +41,11 @@ class Implementation:
         if self.architecture is not None and self.architecture.is_multimodal:
             part = "; of this multimodal model the text part is used, its other towers are not"
         return f"implementation: {name} ({self.reason}{part})"
+
+    def tell_unless_native(self, on_message: Callable[[str], None]) -> None:
+        """Call `on_message` with the line, if it is not the usual native decoder."""
+        if self.kind != "native":
+            on_message(self.describe())
 
     @property
     def _version(self) -> str:

@@ -129,13 +129,7 @@ def _next(folder: Path, record: RunRecord) -> dict[str, Any]:
         return {}
     return {
         "saved": str(saved),
-        "next_commands": tuple(
-            next_commands(
-                saved,
-                record.model_source,
-                has_gguf=record.implementation != "transformers",
-            )
-        ),
+        "next_commands": tuple(next_commands(saved, record.model_source, has_gguf=record.has_gguf)),
     }
 
 
