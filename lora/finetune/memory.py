@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from lora.config import LoRAConfig, MemoryConfig, Parallel, TrainConfig
@@ -19,7 +20,9 @@ from lora.fast.memory.plan import MemoryPlan, PlanInputs
 from lora.fast.memory.planner import MemoryPlanner
 from lora.fast.sharded.links import measure_link
 from lora.fast.sharded.machines import machine_devices, machine_world
-from lora.runs.record import MemoryResult, PlannedMemory
+from lora.runs.disk import reading
+from lora.runs.read_record import read_run_record
+from lora.runs.record import RUN_FILE, MemoryResult, PlannedMemory
 from lora.terminal import silent
 from lora.training.out_of_memory import advise, describe_parts
 
@@ -245,3 +248,25 @@ def describe_plan(plan: MemoryPlan) -> str:
     """Return one line for the user: the sum and its parts in GB (10⁹ bytes)."""
     where = "" if plan.devices == 1 else f" of each of {plan.devices} processes"
     return f"planned memory{where}: {describe_parts(plan)}"
+
+
+def recorded_checkpointing(run: Path, n_processes: int) -> ActivationCheckpointing | None:
+    """Return what a run to be resumed stored and recomputed: another choice would round otherwise.
+
+    None where another number of processes resumes it, each with more or less of a batch.
+    """
+    if not (run / RUN_FILE).is_file():
+        return None  # `create_run` reports what is there, and what is not
+    record = read_run_record(run)
+    if (record.world_size or 1) != n_processes:
+        return None
+    recorded = record.activation_checkpointing
+    with reading(run / RUN_FILE):
+        return None if recorded is None else ActivationCheckpointing.from_record(recorded)
+
+
+def recorded_failures(run: Path) -> tuple[str, ...]:
+    """Return what ran out of memory in a run to be resumed before its mode was found."""
+    if not (run / RUN_FILE).is_file():
+        return ()
+    return read_run_record(run).ran_out_of_memory or ()

@@ -31,7 +31,6 @@ from lora.distributed.start import joined
 from lora.distributed.world import World
 from lora.errors import AdapterError, CheckpointError, TargetError
 from lora.fast.choose import PlannedStep, Recompute, choose_steps
-from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.memory.parallel import check_parallel
 from lora.fast.runner import FastStepRunner
 from lora.finetune.event_files import check_tensorboard, event_file
@@ -44,7 +43,14 @@ from lora.finetune.job import (
 )
 from lora.finetune.load_data import load_data
 from lora.finetune.loop_inputs import alike_before, alike_in_training, training_job
-from lora.finetune.memory import ChosenMemory, RunMemory, describe_plan, plan_run
+from lora.finetune.memory import (
+    ChosenMemory,
+    RunMemory,
+    describe_plan,
+    plan_run,
+    recorded_checkpointing,
+    recorded_failures,
+)
 from lora.finetune.model import load_model, save_model, save_start
 from lora.finetune.outline import outline
 from lora.finetune.sharded_model import build_sharded_model
@@ -56,10 +62,9 @@ from lora.pretrained.load.models import model_config
 from lora.pretrained.load.task import check_native_only, settled_task
 from lora.pretrained.sources import ModelSource
 from lora.runs.directory import check_run_directory, create_run, default_name
-from lora.runs.disk import reading
 from lora.runs.progress import NoProgress, Progress
 from lora.runs.read_record import read_run_record, recorded_steps
-from lora.runs.record import RUN_FILE, RunRecord, RunResult
+from lora.runs.record import RunRecord, RunResult
 from lora.training.callbacks import Callback, Callbacks, as_callbacks
 from lora.training.job import TrainingJob
 from lora.training.out_of_memory import (
@@ -248,7 +253,9 @@ def _find_inputs(
     check_alike(alike_before(record, choice), world)  # else the processes plan differently
     memory = _plan_memory(job, source, choice, world, data)
     memory.on_message = progress.message
-    memory.ran_out = world.on_main(lambda: _recorded_failures(job), "the recorded memory")
+    memory.ran_out = world.on_main(
+        lambda: recorded_failures(job.directory) if job.resume else (), "the recorded memory"
+    )
     planned = _with_steps(job, data, world)
     progress.message(outline(planned, job.train, data, memory.plan, world.share))
     if memory.parallel_reason:
@@ -271,7 +278,8 @@ def _plan_memory(
         fast=job.allows_fast_step,
         memory=job.memory,
         checkpointing=world.on_main(
-            lambda: _recorded_checkpointing(job, world), "the recorded memory"
+            lambda: recorded_checkpointing(job.directory, world.size) if job.resume else None,
+            "the recorded memory",
         ),
         fp8=job.base_dtype == "fp8",
         embedding_rows=len(job.data_config.special_tokens),
@@ -315,28 +323,6 @@ def _record_change(memory: ChosenMemory, loop: TrainingJob) -> None:
         ran_out_of_memory=memory.ran_out,
     )
     loop.run.write_run_record(record)
-
-
-def _recorded_checkpointing(job: FinetuneJob, world: World) -> ActivationCheckpointing | None:
-    """Return what a resumed run stored and recomputed: another choice would round differently.
-
-    None where another number of processes resumes it, each with more or less of a batch.
-    """
-    if not job.resume or not (job.directory / RUN_FILE).is_file():
-        return None  # `create_run` reports what is there, and what is not
-    record = read_run_record(job.directory)
-    if (record.world_size or 1) != world.size:
-        return None
-    recorded = record.activation_checkpointing
-    with reading(job.directory / RUN_FILE):
-        return None if recorded is None else ActivationCheckpointing.from_record(recorded)
-
-
-def _recorded_failures(job: FinetuneJob) -> tuple[str, ...]:
-    """Return what ran out of memory in a resumed run before its mode was found."""
-    if not job.resume or not (job.directory / RUN_FILE).is_file():
-        return ()
-    return read_run_record(job.directory).ran_out_of_memory or ()
 
 
 def _choose_steps(

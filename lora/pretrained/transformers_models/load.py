@@ -37,10 +37,9 @@ def as_language_model(model: nn.Module) -> LanguageModel:
             "transformers' causal models."
         )
     theirs: Any = model
-    if theirs.config.is_encoder_decoder or theirs.get_output_embeddings() is None:
-        what = (
-            "an encoder-decoder" if theirs.config.is_encoder_decoder else "without an output head"
-        )
+    is_two_part = theirs.config.is_encoder_decoder
+    if is_two_part or theirs.get_output_embeddings() is None:
+        what = "an encoder-decoder" if is_two_part else "without an output head"
         raise ModelError(
             f"Cannot use a {type(model).__name__} as a language model: it is {what}. Allowed: "
             "transformers' causal language models (…ForCausalLM), and those for images and text."
