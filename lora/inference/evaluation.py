@@ -23,6 +23,7 @@ from lora.inference.eval_config import choose_metrics
 from lora.inference.scoring.json_fields import count_fields, parse_json, right_fields
 from lora.inference.scoring.labels import Classification, classify
 from lora.inference.scoring.overlap import check_overlap_packages, corpus_bleu, rouge_l
+from lora.pretrained.load.task import settled_packing
 from lora.training.losses import loss_for
 from lora.training.plain_step import evaluate
 
@@ -193,10 +194,12 @@ def loss_of(
     """Return the mean loss in nats over the target tokens of encoded examples.
 
     Several processes get batches in turn; the loss has the bits of one process's.
-    `on_progress(done, total)` is called with batches.
+    `on_progress(done, total)` is called with batches. Raises ConfigError for packing=True where
+    the architecture has none.
     """
     pad, _ = choose_pad_id(tokenizer, model.config.vocab_size)
-    packing = config.is_packed and model.why_not_packed is None
+    dtype = next(model.parameters()).dtype
+    packing = settled_packing(config, model.config, compute_dtype=dtype).is_packed
     sequences = build_sequences(
         encoded.documents, config.max_length, packing=packing, pad_id=pad, seed=0
     )

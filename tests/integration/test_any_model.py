@@ -141,6 +141,8 @@ def test_a_mamba_trains_without_packing_and_chats(
     assert run(f"finetune {SHORT} --packing --name other", *given) == 2
     assert "Cannot pack the examples of this 'mamba' model" in capsys.readouterr().err
     assert not (here / "runs/other").exists()
+    assert run("eval --adapter runs/run --packing --device cpu", orders_file) == 2
+    assert "Cannot pack the examples of this 'mamba' model" in capsys.readouterr().err
     assert run("data --json", orders_file, "--model", here / "mamba") == 0
     assert json.loads(capsys.readouterr().out)["n_rows"] == 40
     monkeypatch.setattr("sys.stdin", io.StringIO("hi\n/adapter none\nagain\n/quit\n"))
