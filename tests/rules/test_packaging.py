@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 import warnings
@@ -124,3 +125,11 @@ def test_install_lines_are_made_for_this_python(root: Path) -> None:
         if "Run: pip install" in path.read_text(encoding="utf-8")
     }
     assert not by_hand, "use install() or install_extra() of lora/settings/install.py"
+
+
+@pytest.mark.xdist_group("groups")
+def test_workers_keep_groups_of_tests_together(request: pytest.FixtureRequest) -> None:
+    # Without it every worker would start the processes that a module's tests share.
+    if "PYTEST_XDIST_WORKER" not in os.environ or not request.config.option.loadgroup:
+        pytest.skip("no workers that keep groups: see `make test`")
+    assert request.node.nodeid.endswith("@groups")
