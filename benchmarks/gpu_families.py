@@ -18,16 +18,14 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
-import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from devices import processes
 from devices.processes import Machine, run_cases
+from devices.rows import print_rows
 from families.cases import Cell, cells
 from families.table import write_tables
 from families.tasks import run_cell
@@ -108,20 +106,10 @@ def main() -> int:
             print(f"{cell.name:45} {cell.expected_s:4} s, at most {cell.limit_s} s")
         print(f"{len(chosen)} cells, {sum(cell.expected_s for cell in chosen)} s")
         return 0
-    rows, failed, begun_s = None, 0, time.monotonic()
+    file = None
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        rows = arguments.out / f"gpu_families_{hardware_name(1).lower().replace(' ', '_')}.jsonl"
-    # Ends the cells' processes too: they would keep the GPU.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    for row in measure(arguments):
-        line = json.dumps({**row, "at_s": round(time.monotonic() - begun_s)})
-        failed += "failed" in row
-        print(line, flush=True)
-        if rows is not None:
-            with rows.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-    return int(failed > 0)
+        file = arguments.out / f"gpu_families_{hardware_name(1).lower().replace(' ', '_')}.jsonl"
+    return print_rows(measure(arguments), file)
 
 
 if __name__ == "__main__":

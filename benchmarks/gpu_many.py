@@ -18,10 +18,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
-import signal
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +27,7 @@ from typing import Any
 import torch
 from devices.cases import Case, cases_for
 from devices.processes import Machine, run_cases
+from devices.rows import print_rows
 from devices.table import write_tables
 from devices.tasks import profile_task, run_task
 
@@ -147,22 +145,11 @@ def main() -> int:
         for case in cases:
             print(f"{case.name:50} {case.expected_s:4} s, at most {case.limit_s} s")
         return 0
-    rows, log, failed = None, None, 0
+    file, log = None, None
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
         name = hardware_name(arguments.devices).lower().replace(" ", "_")
-        rows, log = arguments.out / f"gpu_many_{name}.jsonl", arguments.out / "gpu_many_failed.log"
-    # Ends the cases' processes too: they would keep the GPUs.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    begun_s = time.monotonic()
-    for row in measure(arguments, cases, log):
-        line = json.dumps({**row, "at_s": round(time.monotonic() - begun_s)})
-        failed += "failed" in row
-        print(line, flush=True)
-        if rows is not None:
-            with rows.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-    return int(failed > 0)
+        file, log = arguments.out / f"gpu_many_{name}.jsonl", arguments.out / "gpu_many_failed.log"
+    return print_rows(measure(arguments, cases, log), file)
 
 
 if __name__ == "__main__":

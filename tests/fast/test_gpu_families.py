@@ -26,6 +26,11 @@ def families(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda name: importlib.import_module(f"families.{name}")
 
 
+def cell_of(families: Any, shape: str, variant: str) -> Any:
+    (cell,) = (c for c in families("cases").cells() if c.name == f"{shape}:{variant}")
+    return cell
+
+
 @pytest.mark.parametrize(
     ("shape", "variant"),
     [
@@ -38,7 +43,7 @@ def families(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_cell_measures(shape: str, variant: str, families: Any) -> None:
     if not variant.startswith(("ours", "sweep")):
         pytest.importorskip("peft")
-    (cell,) = (c for c in families("cases").cells() if c.name == f"{shape}:{variant}")
+    cell = cell_of(families, shape, variant)
     script = importlib.import_module("gpu_families")
     row = script.row_of(cell, {"ranks": [families("tasks").run_cell(cell, ALONE, True)]})
     assert row["step_ms"] > 0
@@ -48,10 +53,9 @@ def test_a_cell_measures(shape: str, variant: str, families: Any) -> None:
 
 def test_what_trains_is_what_the_name_says(families: Any) -> None:
     pytest.importorskip("peft")
-    cells = {cell.name: cell for cell in families("cases").cells()}
 
     def trained(variant: str) -> int:
-        cell = cells[f"Qwen3-0.6B-4x512:{variant}"]
+        cell = cell_of(families, "Qwen3-0.6B-4x512", variant)
         return int(families("tasks").run_cell(cell, ALONE, True)["trained_parameters"])
 
     sides = ((64, 64), (64, 32), (64, 32), (64, 64), (64, 96), (64, 96), (96, 64))
@@ -81,7 +85,7 @@ def test_arithmetic_is_counted_by_hand(families: Any) -> None:
 
 def test_a_model_that_does_not_fit_is_skipped(families: Any) -> None:
     tasks = families("tasks")
-    (cell,) = (c for c in families("cases").cells() if c.name == "Qwen3-0.6B-4x512:ours_full")
+    cell = cell_of(families, "Qwen3-0.6B-4x512", "ours_full")
 
     def too_much(*_: object, **__: object) -> object:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
