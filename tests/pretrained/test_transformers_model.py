@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import LoRAConfig, SamplingConfig
 from lora.errors import ModelError
 from lora.inference.generate import generate
+from lora.pretrained.load.models import model_config
 from lora.pretrained.transformers_models.config import Traits
 from lora.pretrained.transformers_models.load import as_language_model, load_transformers_model
 from lora.pretrained.transformers_models.model import TransformersModel
@@ -156,6 +159,15 @@ def test_sizes_are_those_of_the_language_model() -> None:
     assert model_of("granite").config.logit_scale == 0.5
     assert model_of("gemma2").config.logit_softcap == 3.0
     assert len(model_of("gpt_neox").blocks()) == 2
+
+
+def test_sizes_are_read_once_for_each_config_json(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    model_of("stablelm").theirs.config.save_pretrained(tmp_path)
+    first = model_config(tmp_path)
+    assert model_config(tmp_path) is first
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": 99}))
+    assert (first.vocab_size, model_config(tmp_path).vocab_size) == (VOCAB, 99)
 
 
 def test_a_saved_model_is_loaded(tmp_path: Any) -> None:

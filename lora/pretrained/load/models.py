@@ -22,8 +22,8 @@ from lora.pretrained.mapped import MappedModel
 from lora.pretrained.transformers_models.config import TransformersConfig
 from lora.pretrained.transformers_models.load import (
     empty_of_config,
-    empty_transformers_model,
     load_transformers_model,
+    read_transformers_config,
 )
 from lora.pretrained.transformers_models.model import TransformersModel
 from lora.pretrained.transformers_models.save import save_transformers_model
@@ -49,7 +49,7 @@ def model_config(folder: Path, asked: ImplementationName = "auto") -> ModelConfi
     config = read_config(folder)
     if choose_implementation(config, asked).kind == "native":
         return decoder_config(config)
-    return empty_transformers_model(folder).config
+    return read_transformers_config(folder)
 
 
 def empty_language_model(config: ModelConfig) -> LanguageModel:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -144,21 +146,26 @@ def class_of(transformers: Any, name: str) -> Any:
     return getattr(transformers, name)
 
 
-def empty_transformers_model(
-    folder: Path | str, dtype: torch.dtype = torch.float32
-) -> TransformersModel:
-    """Return the model in `folder` without values: all its parameters are on the meta device.
+def read_transformers_config(folder: Path) -> TransformersConfig:
+    """Return the sizes of the model in `folder`, and what was found out about its architecture.
 
-    Raises as `load_transformers_model`; no weights are read.
+    Raises as `load_transformers_model`; no weights are read. Found once for each config.json in a
+    process; the values are shared: never change them.
     """
-    named = find_architecture(read_config(Path(folder))).class_name
+    return _build_config(folder, json.dumps(read_config(folder), sort_keys=True))
+
+
+@functools.cache
+def _build_config(folder: Path, contents: str) -> TransformersConfig:
+    named = find_architecture(json.loads(contents)).class_name
     with _read_by_transformers(folder) as transformers:
         config = transformers.AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
+        # Sizes that do not go together are refused by the model's own code, so it is built.
         with torch.device("meta"):
-            theirs = class_of(transformers, named)._from_config(config, dtype=dtype)
-        return TransformersModel(theirs.eval(), _checked(probe(theirs.config), Path(folder)))
+            theirs = class_of(transformers, named)._from_config(config, dtype=torch.float32)
+        return TransformersConfig(theirs.config, _checked(probe(theirs.config), folder))
 
 
 def empty_of_config(config: TransformersConfig) -> TransformersModel:
