@@ -48,6 +48,12 @@ class PreparedData:
     prompts: PromptFormat
     """How the model is prompted in training; save it with the model."""
 
+    @property
+    def longest_sequence_tokens(self) -> int:
+        """Tokens of the longest sequence that goes through the model, with its padding."""
+        parts = (self.train, self.validation)
+        return max(part.sequence_length for part in parts if part is not None)
+
 
 def prepare_data(
     source: Source,

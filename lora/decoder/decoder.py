@@ -196,6 +196,11 @@ class Decoder(LanguageModel):
         self.tie_head()
 
     @property
+    def learned_positions(self) -> int | None:
+        """How many positions have an embedding that was learned; None: they are computed."""
+        return self.config.max_position_embeddings if self.config.block == "gpt2" else None
+
+    @property
     def trunk(self) -> Trunk:
         """Everything but the output head."""
         return cast(Trunk, self._modules[self.trunk_name])

@@ -95,6 +95,11 @@ class LanguageModel(nn.Module):
         """Why the examples of a packed sequence would see each other; None: they do not."""
         return None
 
+    @property
+    def learned_positions(self) -> int | None:
+        """How many positions have an embedding that was learned; None: they are computed."""
+        return None
+
     def forward(
         self,
         input_ids: Tensor,

@@ -13,6 +13,7 @@ from lora.distributed.world import ALONE, World
 from lora.finetune.job import FinetuneJob
 from lora.inference.run_settings import find_prompt_format, prompts_to_resume
 from lora.pretrained.load.models import model_config
+from lora.pretrained.load.task import check_lengths
 from lora.pretrained.positions import describe_excess
 from lora.runs.directory import read_start_time
 from lora.runs.progress import Progress
@@ -26,7 +27,7 @@ def load_data(
 
     In a resumed run the chat template sees the date on which the run started, so that its sequences
     are the same; in several processes it sees rank 0's. Raises DataError if no example has a target
-    token.
+    token, ConfigError for sequences beyond a learned position table.
     """
     folder = _tokenizer_folder(job, model_folder)
     # An adapter with a tokenizer of its own brings rows for the tokens that it added.
@@ -42,6 +43,7 @@ def load_data(
         n_rows=sizes.vocab_size if is_base else None,
         on_message=progress.message,
     )
+    check_lengths(sizes, data)
     progress.message(
         f"{len(data.train_examples)} training examples ({data.train.n_target_tokens:,} target "
         f"tokens in {len(data.train)} sequences), {len(data.validation_examples)} for validation"

@@ -45,7 +45,7 @@ from lora.finetune.model import save_in_run, save_start_in_run
 from lora.finetune.unused import check_patience, refuse_unused
 from lora.inference.run_settings import prompts_to_resume
 from lora.pretrained.load.task import settled_packing
-from lora.pretrained.positions import describe_excess
+from lora.pretrained.positions import check_positions, describe_excess
 from lora.pretrained.transformers_models.load import as_language_model, is_transformers
 from lora.runs.directory import (
     Run,
@@ -310,6 +310,7 @@ def _load_data(
         trained=recorded.prompts,
         on_message=progress.message,
     )
+    check_positions(model, prepared.longest_sequence_tokens)
     report = inspect_prepared(prepared, data, chosen.data)
     excess = describe_excess(report.longest_tokens, model.config.max_position_embeddings)
     for note in [*report.notes, *report.warnings, *([excess] if excess else [])]:

@@ -16,6 +16,7 @@ from lora.distributed.world import ALONE, World
 from lora.errors import CheckpointError, DataError
 from lora.inference.run_settings import prompts_to_resume
 from lora.pretrained.load.models import model_config
+from lora.pretrained.load.task import check_lengths
 from lora.runs.directory import Run, read_start_time
 from lora.runs.read_record import read_run_record
 from lora.runs.sweep_record import (
@@ -42,6 +43,7 @@ def prepare_sweep(
 
     The chat template sees the date on which the sweep started, in all processes the same.
     """
+    sizes = model_config(model_folder, job.implementation)
     data = prepare_data(
         job.data,
         load_tokenizer(model_folder),
@@ -50,9 +52,10 @@ def prepare_sweep(
         validation_source=job.eval_data,
         now=world.on_main(lambda: _start_time(job, world), "the start time"),
         trained=prompts_to_resume(job.run.out / str(job.run.name)) if job.resume else None,
-        n_rows=model_config(model_folder, job.implementation).vocab_size,
+        n_rows=sizes.vocab_size,
         on_message=progress.message,
     )
+    check_lengths(sizes, data)
     if data.validation is None:
         raise DataError(
             "Cannot sweep without validation data: candidates are compared by validation loss. "

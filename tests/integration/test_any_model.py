@@ -98,6 +98,30 @@ def test_a_gpt_neox_from_data_to_a_merged_model(
     assert not (here / "x.gguf").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "implementation"), [("gpt2", "native"), ("gpt2", "transformers"), ("opt", "auto")]
+)
+def test_sequences_beyond_a_learned_table_are_refused_before_the_weights(
+    name: str,
+    implementation: str,
+    orders_file: Path,
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = save_model(here / name, name)
+    (folder / "model.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config |= {key: 64 for key in POSITIONS if key in config}
+    (folder / "config.json").write_text(json.dumps(config))
+    given = ["--implementation", implementation, "--data", orders_file, "--model", folder]
+    for command in (f"finetune {SHORT}", "sweep --rank 2,4 --max-length 96 --device cpu"):
+        assert run(command, *given) == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert f"this '{name}' model has learned position embeddings for 64" in error
+        assert "Use --max-length 64" in error
+        assert not (here / "runs").exists()
+
+
 def test_a_killed_run_ends_with_the_same_bytes(
     neox: Path, orders_file: Path, tmp_path: Path
 ) -> None:

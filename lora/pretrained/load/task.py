@@ -10,12 +10,19 @@ from typing import TypeVar
 import torch
 
 from lora.config import DataConfig, ImplementationName
+from lora.data.prepare import PreparedData
 from lora.data.task import Task
 from lora.decoder.config import DecoderConfig
 from lora.decoder.families import FAMILIES
 from lora.decoder.language_model import ModelConfig
 from lora.errors import ConfigError
-from lora.pretrained.load.models import implementation_of, model_config, why_not_packed
+from lora.pretrained.load.models import (
+    empty_language_model,
+    implementation_of,
+    model_config,
+    why_not_packed,
+)
+from lora.pretrained.positions import check_positions
 
 TaskT = TypeVar("TaskT", bound=Task)
 
@@ -63,6 +70,13 @@ def settled_packing(
         )
     on_message(f"packing is off for this {config.family!r} model: {reason}")
     return replace(data, packing=False)
+
+
+def check_lengths(config: ModelConfig, data: PreparedData) -> None:
+    """Raise ConfigError if sequences outgrow a learned position table; no weights are read."""
+    n_tokens = data.longest_sequence_tokens
+    if n_tokens > config.max_position_embeddings:
+        check_positions(empty_language_model(config), n_tokens)
 
 
 def check_native_only(config: ModelConfig, *, fp8: bool, fsdp: bool) -> None:

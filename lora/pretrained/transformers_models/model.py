@@ -166,7 +166,7 @@ class TransformersModel(LanguageModel):
         self, input_ids: Tensor, position_ids: Tensor | None, *, is_cached: bool
     ) -> None:
         """Raise ModelError for a position that a learned table has no row for."""
-        limit = self._learned_positions
+        limit = self.learned_positions
         if limit is None:
             return
         longest = input_ids.shape[1]
@@ -187,7 +187,7 @@ class TransformersModel(LanguageModel):
         return any(b.shape == (1, 1, limit, limit) for b in self._network().buffers())
 
     @functools.cached_property
-    def _learned_positions(self) -> int | None:
+    def learned_positions(self) -> int | None:
         """How many positions have an embedding that was learned; None: they are computed."""
         if self.config.text is not self.theirs.config:
             return None  # a tower for images has tables of positions too
