@@ -180,19 +180,31 @@ class Buffers:
         self.feed_forward_in = blocks(n_inputs, c + gate_up_extra)  # (N, C + R)
         self.gate_up = blocks(n_gate_up, gate_up + gate_up_extra, chunk)  # (N or chunk, 2F + R)
         self.swiglu_out = blocks(n_swiglu, feed + feed_extra, chunk)  # (N or chunk, F + R)
-        # Both are empty where blocks add what they compute as it is.
-        n_branches = n_qkv if branches.has_norm else n_swiglu
-        unstored = 0 if branches.has_norm and not self.recomputes else chunk
-        if not branches.is_changed:
-            n_branches = unstored = 0
-        rows = n if branches.is_changed else 0
-        self.attention_branch = blocks(n_branches, c + attention_extra, rows)  # (N, C + R)
-        self.feed_branch = blocks(n_branches, c + feed_extra, unstored)  # (N or chunk, C + R)
+        self._add_branches(blocks, widths, branches, n_qkv, n_swiglu, chunk)
         self._add_low_rank(blocks, widths, n_qkv)
         self.rstd = torch.empty(n_norms, n, dtype=wide, device=like.device)
         self.final = like.new_empty(n, c)  # (N, C)
         self.hidden = like.new_empty(n, c)  # (N, C)
         self._add_scratch(widths, chunk)
+
+    def _add_branches(
+        self,
+        blocks: Callable[[int, int, int], BlockTensors],
+        widths: Widths,
+        branches: Branches,
+        n_qkv: int,
+        n_swiglu: int,
+        chunk: int,
+    ) -> None:
+        """Add what halves of blocks compute; empty where it is added to the residual as it is."""
+        n_stored = n_qkv if branches.has_norm else n_swiglu
+        unstored = 0 if branches.has_norm and not self.recomputes else chunk
+        rows = self.n_tokens
+        if not branches.is_changed:
+            n_stored = unstored = rows = 0
+        c, attention_extra, feed_extra = widths.hidden, widths.attention[1], widths.feed_forward[1]
+        self.attention_branch = blocks(n_stored, c + attention_extra, rows)  # (N, C + R)
+        self.feed_branch = blocks(n_stored, c + feed_extra, unstored)  # (N or chunk, C + R)
 
     def _add_low_rank(
         self, blocks: Callable[[int, int, int], BlockTensors], widths: Widths, n_qkv: int

@@ -44,7 +44,7 @@ WIDE = {
     "keys": Tiles(32, 64, 8, 2),
     "queries": Tiles(64, 32, 8, 2),
 }
-"""Of heads wider than that: smaller, so that they stay in registers and shared memory. Products of
+"""Of heads wider than that: smaller, so that they stay in registers and shared memory. Matmuls of
 64 rows or more have instructions of their own on Hopper."""
 MIN_LANES = 16
 """Columns of a tile that tl.dot takes."""
