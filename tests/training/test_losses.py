@@ -146,15 +146,19 @@ def test_lora_elsewhere_and_a_head_trained_whole(fill_random: FillRandom) -> Non
     assert_same(model, linear_head_loss, batch_of((5, 4), (12,)), 1e-10)
 
 
-THEIRS = ("llama", "gpt2-untied", "gptj", "phi", "granite", "cohere2", "gemma2")
+EXACT, ROUNDED = 1e-8, 1e-6
+"""Tolerances in fp64: of models that compute in their dtype, and of those below."""
+THEIRS = {
+    **dict.fromkeys(("llama", "gpt2-untied", "phi", "granite"), EXACT),
+    **dict.fromkeys(("gptj", "cohere2", "gemma2"), ROUNDED),  # norms or heads always in fp32
+}
 
 
 @pytest.mark.parametrize("name", THEIRS)
 def test_transformers_models_packed_and_padded(name: str) -> None:
     model = as_language_model(tiny_transformers(name)).double()
     assert loss_for(model) is linear_head_loss
-    # Some of them compute norms and heads in fp32 whatever their dtype.
-    assert_same(model, linear_head_loss, batch_of((5, 1, 4), (12,), (8,)), 1e-5)
+    assert_same(model, linear_head_loss, batch_of((5, 1, 4), (12,), (8,)), THEIRS[name])
 
 
 @pytest.mark.parametrize("name", ["cohere2", "phi"])
@@ -167,7 +171,7 @@ def test_transformers_heads_with_lora_or_trained_whole(name: str, fill_random: F
         apply_lora(model, LoRAConfig(rank=3, **settings))  # type: ignore[arg-type]
         fill_random(model, 8, only_trainable=True)
         assert loss_for(model) is wanted
-        assert_same(model, wanted, batch_of((5, 4), (12,)), 1e-5)
+        assert_same(model, wanted, batch_of((5, 4), (12,)), EXACT)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -177,14 +181,14 @@ def test_transformers_heads_with_trained_rows(tied: bool, fill_random: FillRando
     train_token_rows(model, [3, 9])
     fill_random(model, 8, only_trainable=True)
     assert loss_for(model) is trainable_tokens_loss
-    assert_same(model, trainable_tokens_loss, batch_of((5, 4), (12,)), 1e-5)
+    assert_same(model, trainable_tokens_loss, batch_of((5, 4), (12,)), EXACT)
 
 
 def test_a_model_that_needs_all_logits() -> None:
     theirs = tiny_transformers("cohere2").double()
     model = TransformersModel(theirs, Traits(needs_all_logits=True))
     assert loss_for(model) is any_head_loss
-    assert_same(model, any_head_loss, batch_of((5, 4), (12,)), 1e-5)
+    assert_same(model, any_head_loss, batch_of((5, 4), (12,)), ROUNDED)
 
 
 def test_transformers_rows_padded_on_the_left(tiny_model: ModelBuilder) -> None:

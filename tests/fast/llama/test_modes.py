@@ -66,12 +66,17 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "full fine-tuning": ({"tied": False, "bias": True}, None),
 }
 WAYS = [
-    *((name, is_both, is_both) for name in SETTINGS for is_both in (True, False)),
-    *((name, packed, not packed) for name in ("tied", "Gemma, full") for packed in (True, False)),
+    pytest.param(
+        *(name, packed, merges),
+        marks=[] if packed == merges or name in ("tied", "Gemma, full") else pytest.mark.slow,
+    )
+    for name in SETTINGS
+    for packed in (True, False)
+    for merges in (True, False)
 ]
 """Settings, whether sequences are packed, whether LoRA is merged and attention our own.
 
-The two decide apart: two settings go all four ways."""
+The two decide apart: that two settings go all four ways is enough among the quick tests."""
 
 
 class LateResiduals(OffloadedResiduals):
