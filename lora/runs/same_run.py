@@ -47,8 +47,8 @@ MACHINE = (
 def check_same_run(former: RunRecord, now: RunRecord, directory: Path) -> None:
     """Raise CheckpointError with every difference that would make it another run."""
     before, after = _flatten(former), _flatten(now)
-    if former.implementation is None:  # of an older version
-        after.pop("implementation", None)
+    if former.implementation is None and now.implementation is not None:
+        before["implementation"] = "native"  # older versions had no other
     if former.from_adapter_fingerprint is not None:  # else of an older version: the path tells
         before["from_adapter"] = after["from_adapter"] = None
     else:

@@ -71,6 +71,12 @@ def test_an_adapter_is_the_same_by_its_content_not_by_its_path() -> None:
     )
 
 
+def test_a_run_of_an_older_version_was_native() -> None:
+    check_same_run(FORMER, replace(FORMER, implementation="native"), Path("run"))
+    with pytest.raises(CheckpointError, match="implementation: native then, transformers now"):
+        check_same_run(FORMER, replace(FORMER, implementation="transformers"), Path("run"))
+
+
 def test_settings_of_reading_may_be_written_otherwise() -> None:
     """The data's fingerprint tells whether they give the same examples."""
     before = replace(FORMER, data_config={"max_length": 64})
