@@ -96,8 +96,8 @@ def test_the_wrapper_shares_what_the_model_has() -> None:
     assert other.lm_head is other.theirs.lm_head
 
 
-@torch.no_grad()
-def test_frequencies_by_length_are_those_of_each_document() -> None:
+def longrope_model() -> TransformersModel:
+    """Return a Phi-3 whose frequencies are others in documents of more than 80 tokens."""
     rope = {
         **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 80},
         **{"short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0], "partial_rotary_factor": 0.5},
@@ -109,10 +109,30 @@ def test_frequencies_by_length_are_those_of_each_document() -> None:
         max_position_embeddings=160,
         num_key_value_heads=4,
     )
-    own, ids = as_language_model(theirs), tokens(1, 95)
+    own = as_language_model(theirs)
+    assert isinstance(own, TransformersModel)
+    return own
+
+
+@torch.no_grad()
+def test_frequencies_by_length_are_those_of_each_document() -> None:
+    own, ids = longrope_model(), tokens(1, 95)
     logits = own(ids, document_ids=torch.tensor([[0] * 5 + [1] * 90]))
-    assert_close(logits[:, :5], theirs(input_ids=ids[:, :5]).logits)
-    assert_close(logits[:, 5:], theirs(input_ids=ids[:, 5:]).logits)
+    assert_close(logits[:, :5], own.theirs(input_ids=ids[:, :5]).logits)
+    assert_close(logits[:, 5:], own.theirs(input_ids=ids[:, 5:]).logits)
+
+
+@pytest.mark.parametrize("lengths", [(77,), (90, 84), (76, 90, 20, 79), (78, 76)])
+def test_a_cache_across_the_length_that_changes_the_frequencies(lengths: tuple[int, ...]) -> None:
+    own = longrope_model()
+    prompts = [tokens(n).tolist() for n in lengths]
+    answers = generate(own, prompts, SamplingConfig(temperature=0, max_new_tokens=9))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt + answer])
+        with torch.no_grad():  # of all prefixes, since a longer one changes what is before
+            ends = range(len(prompt), ids.shape[1])
+            steps = [own.theirs(input_ids=ids[:, :end]).logits[0, -1] for end in ends]
+        assert answer == [int(logits.argmax()) for logits in steps]
 
 
 def test_rounded_biases_by_position_are_not_packed() -> None:

@@ -77,19 +77,64 @@ class RecomputingCache:
 
     def run(
         self,
-        forward: Callable[[Tensor, Tensor], Tensor],
+        forward: Callable[..., Tensor],
         input_ids: Tensor,
+        position_ids: Tensor | None,
         document_ids: Tensor | None,
     ) -> Tensor:
         """Return the hidden states of new tokens (B, T); `forward` runs each sequence alone."""
+        tokens, documents = self._store(input_ids, document_ids)
+        hidden = each_alone(lambda part: forward(part, None), tokens, documents)
+        return hidden[:, -input_ids.shape[1] :]
+
+    def _store(self, input_ids: Tensor, document_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return all tokens and documents so far, each (B, S)."""
         refuse_documents(document_ids)
         documents = torch.zeros_like(input_ids) if document_ids is None else document_ids
         if self._tokens is not None and self._documents is not None:
             input_ids = torch.cat([self._tokens, input_ids], 1)
             documents = torch.cat([self._documents, documents], 1)
-        n_new = input_ids.shape[1] - self.n_tokens
         self._tokens, self._documents, self.n_tokens = input_ids, documents, input_ids.shape[1]
-        return forward(input_ids, documents)[:, -n_new:]
+        return input_ids, documents
+
+
+class RotaryCache(RecomputingCache):
+    """For frequencies that the longest sequence of a batch chooses: those above a limit differ.
+
+    Keys and values are stored while all sequences are on one side of the limit. They are computed
+    again when the last has crossed it; in between each sequence runs alone.
+    """
+
+    def __init__(self, new_cache: Callable[[int], TransformersCache], limit_tokens: int) -> None:
+        super().__init__()
+        self._new_cache, self._limit_tokens = new_cache, limit_tokens
+        self._cache: TransformersCache | None = None
+        self._is_long = False  # the sequences in `_cache`
+
+    def select_sequences(self, indices: Tensor) -> None:
+        """Keep only the sequences at `indices` (int64): those that ended are dropped."""
+        super().select_sequences(indices)
+        if self._cache is not None:
+            self._cache.select_sequences(indices)
+
+    def run(
+        self,
+        forward: Callable[..., Tensor],
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        document_ids: Tensor | None,
+    ) -> Tensor:
+        """Return the hidden states of new tokens (B, T), which are stored."""
+        n_new = input_ids.shape[1]
+        tokens, documents = self._store(input_ids, document_ids)
+        sides = set(((documents >= 0).sum(1) > self._limit_tokens).tolist())
+        if len(sides) > 1:
+            self._cache = None
+            return each_alone(lambda part: forward(part, None), tokens, documents)[:, -n_new:]
+        if self._cache is not None and sides == {self._is_long}:
+            return self._cache.run(forward, input_ids, None, document_ids)
+        self._cache, self._is_long = self._new_cache(len(tokens)), True in sides
+        return self._cache.run(forward, tokens, None, documents)[:, -n_new:]
 
 
 def refuse_documents(document_ids: Tensor | None) -> None:

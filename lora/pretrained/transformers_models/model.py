@@ -20,6 +20,7 @@ from lora.decoder.language_model import LanguageModel, TokenCache
 from lora.errors import ModelError
 from lora.pretrained.transformers_models.cache import (
     RecomputingCache,
+    RotaryCache,
     TransformersCache,
     each_alone,
 )
@@ -99,8 +100,6 @@ class TransformersModel(LanguageModel):
         Tokens of different documents do not see each other; document −1 is padding. Where
         `needs_all_logits`, these are the logits (B, T, V).
         """
-        if isinstance(cache, RecomputingCache):
-            return cache.run(self._each_alone, input_ids, document_ids)
         if cache is not None:
             return cache.run(self.run, input_ids, position_ids, document_ids)
         if input_ids.shape[1] > self.rotary_limit:
@@ -269,6 +268,11 @@ class TransformersModel(LanguageModel):
         if not self.traits.has_cache:
             _tell_of_recomputing(self.config.family)
             return RecomputingCache()
+        if max_tokens > self.rotary_limit:
+            return RotaryCache(self._new_cache, self.rotary_limit)
+        return self._new_cache(batch_size)
+
+    def _new_cache(self, batch_size: int) -> TransformersCache:
         from transformers import DynamicCache
 
         return TransformersCache(batch_size, DynamicCache(config=self.theirs.config))
