@@ -15,10 +15,16 @@ from lora.config import LoRAConfig
 from lora.data.sequences.batches import Batch
 from lora.decoder.config import AttentionConfig, FeedForwardConfig, LayerConfig, RopeConfig
 from lora.decoder.decoder import Decoder
+from lora.fast.step import FastStep
 from lora.stacked.apply import StackedAdapters, apply_stacked
+from lora.training.losses import loss_for
+from lora.training.optim import set_learning_rate
+from lora.training.plain_step import train_step
 from tests.tiny_llama import ROPE, VOCABULARY, changed, llama_config, random_decoder
 
 ROWS, TOKENS = 2, 16
+RATES = (1e-2, 2e-2, 5e-3)
+"""Of the steps that are compared with the plain ones."""
 GEMMA: dict[str, Any] = {
     "block": "sandwich",
     "qk_norm": "head",
@@ -79,6 +85,37 @@ def apply_random_stacked(model: Decoder, adapters: Sequence[LoRAConfig]) -> Stac
 def relative(one: Tensor, other: Tensor) -> float:
     """Return how far `one` is from `other`, over the norm of `other`."""
     return float((one - other).detach().norm() / other.detach().norm().clamp(min=1e-9))
+
+
+def check_steps(
+    step: FastStep, plain: Decoder, optimizer: torch.optim.Optimizer, batches: list[list[Batch]]
+) -> None:
+    """Train `step`'s model and `plain`, which is equal to it, and compare all that comes of it.
+
+    `batches`: of each step, as many as there are `RATES`.
+    """
+    frozen = {n: p.detach().clone() for n, p in plain.named_parameters() if not p.requires_grad}
+    for number, (rate, micro) in enumerate(zip(RATES, batches, strict=True), 1):
+        set_learning_rate(optimizer, rate)
+        expected = train_step(plain, micro, loss_for(plain), optimizer)
+        step.launch(micro, rate, number)
+        loss, tokens, norm, taken = step.report.tolist()
+        assert loss == pytest.approx(expected.loss.item(), rel=1e-6)
+        assert norm == pytest.approx(expected.gradient_norm.item(), rel=1e-5)
+        assert (tokens, taken) == (expected.n_tokens.item(), 1.0)
+    others, moments = dict(plain.named_parameters()), step.optimizer_state()
+    assert {name for name, _ in step.model.named_parameters()} == others.keys()
+    for name, parameter in step.model.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]), name
+            continue
+        assert relative(parameter, others[name]) < 1e-5, name
+        state, own = optimizer.state[others[name]], moments[name]
+        assert relative(own["exp_avg"], state["exp_avg"]) < 1e-4, name
+        assert relative(own["exp_avg_sq"], state["exp_avg_sq"]) < 1e-4, name
+        assert float(own["step"]) == float(state["step"]) == len(RATES), name
+    for name, buffer in step.model.named_buffers():
+        assert torch.equal(buffer, plain.get_buffer(name)), name
 
 
 @pytest.fixture

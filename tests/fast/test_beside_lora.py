@@ -27,14 +27,20 @@ from lora.fast.why_not import why_not_hand_written, why_not_sharded
 from lora.inference.generate import generate
 from lora.kernels.step.ops import PLAIN
 from lora.training.checkpoint import restore_training_tensors, training_tensors
-from lora.training.losses import loss_for
-from lora.training.optim import build_optimizer, set_learning_rate
-from lora.training.plain_step import train_step
-from tests.fast.conftest import CAPPED, GEMMA, GRANITE, OLMO, apply_random_lora, relative
+from lora.training.optim import build_optimizer
+from tests.fast.conftest import (
+    CAPPED,
+    GEMMA,
+    GRANITE,
+    OLMO,
+    RATES,
+    apply_random_lora,
+    check_steps,
+    relative,
+)
 from tests.tiny_llama import VOCABULARY
 
 CPU = DeviceChoice(torch.device("cpu"), torch.bfloat16, "for a test")
-RATES = (1e-2, 2e-2, 5e-3)
 SHARE = 0.3
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 MakeModel = Callable[..., Decoder]
@@ -106,31 +112,16 @@ def check(make_model: MakeModel, make_batch: MakeBatch, case: Case, **settings: 
     """Train two copies of a model and compare all that comes of it; packed where LoRA is merged."""
     packed = settings.get("merges", True)
     plain = adapt(make_model(tied=case.tied, **case.changes), case)
-    fast = copy.deepcopy(plain)
-    frozen = {n: p.detach().clone() for n, p in plain.named_parameters() if not p.requires_grad}
     step = FastStep(
-        fast, PLAIN, torch.float64, weight_decay=0.1, whole_rate_fraction=SHARE, **settings
+        copy.deepcopy(plain),
+        PLAIN,
+        torch.float64,
+        weight_decay=0.1,
+        whole_rate_fraction=SHARE,
+        **settings,
     )
-    optimizer = build_optimizer(plain, 1.0, 0.1, SHARE)
-    for number, rate in enumerate(RATES):
-        micro = batches_of(make_batch, case, number, packed=packed)
-        set_learning_rate(optimizer, rate)
-        expected = train_step(plain, micro, loss_for(plain), optimizer)
-        step.launch(micro, rate, number + 1)
-        loss, _, norm, taken = step.report.tolist()
-        assert loss == pytest.approx(expected.loss.item(), rel=1e-6)
-        assert norm == pytest.approx(expected.gradient_norm.item(), rel=1e-5)
-        assert taken == 1
-    others = dict(plain.named_parameters())
-    for name, parameter in fast.named_parameters():
-        if name in frozen:
-            assert torch.equal(parameter, frozen[name]), name
-        else:
-            state, own = optimizer.state[others[name]], step.optimizer_state()[name]
-            assert relative(parameter, others[name]) < 1e-5, name
-            assert relative(own["exp_avg"], state["exp_avg"]) < 1e-4, name
-            assert relative(own["exp_avg_sq"], state["exp_avg_sq"]) < 1e-4, name
-    assert {n for n, _ in fast.named_parameters()} == others.keys()
+    batches = [batches_of(make_batch, case, n, packed=packed) for n in range(len(RATES))]
+    check_steps(step, plain, build_optimizer(plain, 1.0, 0.1, SHARE), batches)
 
 
 @pytest.mark.parametrize("merges", [True, False])

@@ -20,14 +20,11 @@ from lora.fast.memory.fast_step import fast_memory
 from lora.fast.step import FastStep
 from lora.kernels.step.fp8 import FP8
 from lora.kernels.step.ops import PLAIN
-from lora.training.losses import loss_for
-from lora.training.optim import build_optimizer, set_learning_rate
-from lora.training.plain_step import train_step
-from tests.fast.conftest import GEMMA, GRANITE, apply_random_lora, relative
+from lora.training.optim import build_optimizer
+from tests.fast.conftest import GEMMA, GRANITE, RATES, apply_random_lora, check_steps, relative
 
 EXACT = replace(PLAIN, fp8_dtype=torch.float64)
 """Operations whose fp8 rows are not rounded: everything else is compared exactly."""
-RATES = (1e-2, 2e-2, 5e-3)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tied": ({}, {"rank_pattern": {"k_proj": 2}}),
     "untied, biases": ({"tied": False, "bias": True}, {}),
@@ -65,29 +62,18 @@ def test_steps_equal_the_plain_ones_where_nothing_is_rounded(
     monkeypatch.setattr(buffers, "FEED_FORWARD_CHUNK_TOKENS", 20)
     checkpointing = MODES.get(mode)
     plain = quantised(tiny_decoder(**sizes), **settings)
-    fast = copy.deepcopy(plain)
-    frozen = {n: p.detach().clone() for n, p in plain.named_parameters() if not p.requires_grad}
     step = FastStep(
-        fast, EXACT, torch.float64, checkpointing=checkpointing, own_attention=recomputes
+        copy.deepcopy(plain),
+        EXACT,
+        torch.float64,
+        checkpointing=checkpointing,
+        own_attention=recomputes,
     )
-    optimizer = build_optimizer(plain, 1.0, 0.0)
-    for number, rate in enumerate(RATES):
-        batches = [make_batch(10 * number + index, packed=packed) for index in range(2)]
-        set_learning_rate(optimizer, rate)
-        expected = train_step(plain, batches, loss_for(plain), optimizer)
-        step.launch(batches, rate, number + 1)
-        loss, _, norm, taken = step.report.tolist()
-        assert loss == pytest.approx(expected.loss.item(), rel=1e-6)
-        assert norm == pytest.approx(expected.gradient_norm.item(), rel=1e-5)
-        assert taken == 1
-    others = dict(plain.named_parameters())
-    for key, parameter in fast.named_parameters():
-        if key in frozen:
-            assert torch.equal(parameter, frozen[key]), key
-        else:
-            assert relative(parameter, others[key]) < 1e-5, key
-    for key, buffer in fast.named_buffers():
-        assert torch.equal(buffer, plain.get_buffer(key)), key
+    batches = [
+        [make_batch(10 * number + index, packed=packed) for index in range(2)]
+        for number in range(len(RATES))
+    ]
+    check_steps(step, plain, build_optimizer(plain, 1.0, 0.0), batches)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
