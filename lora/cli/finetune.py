@@ -107,6 +107,7 @@ def finetune(
     from lora.distributed.devices import check_batch
     from lora.distributed.world import World
     from lora.finetune.job import FinetuneJob
+    from lora.finetune.run import check_before_processes
     from lora.finetune.run import finetune as run_job
     from lora.finetune.unused import check_unused
     from lora.report import report_on
@@ -131,6 +132,7 @@ def finetune(
     check_unused(job)
     if processes := processes_to_start(devices, run_config.device):
         check_batch(train_config, World(size=processes.count))  # before they have all started
+        check_before_processes(job)
         return processes
     progress = RichProgress("finetune")  # on standard error: the result alone goes to the other
     done = run_job(

@@ -218,19 +218,39 @@ def _settled(
 
     An architecture that nothing runs is refused here, before the data are read.
     """
-
-    def read() -> ImplementationName | None:
-        former = implementation_to_resume(job.directory) if job.resume else None
-        return former or find_implementation("auto", job.from_adapter, source.folder)
-
-    recorded = world.on_main(read, "the recorded implementation")
+    recorded = world.on_main(
+        lambda: _recorded_implementation(job, source), "the recorded implementation"
+    )
     settled = settled_task(job, source.folder, recorded, progress.message, choice.compute_dtype)
+    _check_native_only(job, source, settled.implementation)
+    return settled
+
+
+def check_before_processes(job: FinetuneJob) -> None:
+    """Raise ConfigError for what only native decoders have, before processes are started.
+
+    An adapter to continue, which may be a checkpoint that has to be converted, is left to them.
+    """
+    if job.from_adapter is None and (job.base_dtype == "fp8" or job.run.parallel == "fsdp"):
+        source = find_model_of(job.model, None)
+        recorded = _recorded_implementation(job, source)
+        asked = recorded if job.implementation == "auto" else job.implementation
+        _check_native_only(job, source, asked)
+
+
+def _recorded_implementation(job: FinetuneJob, source: ModelSource) -> ImplementationName:
+    former = implementation_to_resume(job.directory) if job.resume else None
+    return former or find_implementation("auto", job.from_adapter, source.folder)
+
+
+def _check_native_only(
+    job: FinetuneJob, source: ModelSource, implementation: ImplementationName
+) -> None:
     check_native_only(
-        model_config(source.folder, settled.implementation),
+        model_config(source.folder, implementation),
         fp8=job.base_dtype == "fp8",
         fsdp=job.run.parallel == "fsdp",
     )
-    return settled
 
 
 def _find_inputs(

@@ -226,7 +226,11 @@ def test_a_plan_has_the_weights_of_the_model(
 
 
 def test_what_only_native_decoders_do_is_refused_by_name(
-    neox: Path, orders_file: Path, here: Path, capsys: pytest.CaptureFixture[str]
+    neox: Path,
+    orders_file: Path,
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = ["--data", orders_file, "--model", neox]
     assert run(f"finetune {SHORT} --base-dtype fp8", *given) == 2
@@ -234,6 +238,9 @@ def test_what_only_native_decoders_do_is_refused_by_name(
     assert "base_dtype='fp8'" in error
     assert "with this 'gpt_neox' model: transformers runs it, where the frozen weights" in error
     assert run("plan --devices 2 --parallel fsdp --model", neox) == 2
+    assert "parallel='fsdp'" in capsys.readouterr().err
+    monkeypatch.setattr("lora.cli.launch", lambda *_: pytest.fail("processes were started"))
+    assert run(f"finetune {SHORT} --devices 2 --parallel fsdp", *given) == 2
     assert "parallel='fsdp'" in capsys.readouterr().err
     assert run(f"finetune {SHORT} --implementation native", *given) == 2
     assert "there is no native decoder for it" in capsys.readouterr().err
