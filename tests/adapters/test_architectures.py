@@ -27,7 +27,13 @@ from lora.errors import TargetError
 from lora.pretrained.transformers_models.load import as_language_model
 from lora.pretrained.transformers_models.quiet import quiet
 from lora.training.losses import loss_for
-from tests.pretrained.tiny_models import ARCHITECTURES, FURTHER, VOCAB, tiny_transformers
+from tests.pretrained.tiny_models import (
+    ARCHITECTURES,
+    FURTHER,
+    VOCAB,
+    tiny_multimodal,
+    tiny_transformers,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -214,23 +220,8 @@ def test_a_router_is_left_out_and_refused_by_name(caplog: pytest.LogCaptureFixtu
     assert "not adapted, because what is computed there is no plain linear layer" in caplog.text
 
 
-def multimodal() -> Any:
-    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2}
-    vision = sizes | {"hidden_size": 16, "intermediate_size": 24, "image_size": 8, "patch_size": 4}
-    config = transformers.AutoConfig.for_model(
-        "gemma3",
-        text_config=ARCHITECTURES["gemma3_text"] | {"vocab_size": VOCAB},
-        vision_config=vision,
-        mm_tokens_per_image=1,
-        image_token_index=63,
-        boi_token_index=62,
-        eoi_token_index=61,
-    )
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
-
-
 def test_of_a_multimodal_model_the_text_part_is_adapted(tmp_path: Path, peft: Any) -> None:
-    plain = multimodal()
+    plain = tiny_multimodal()
     model = as_language_model(plain)
     assert len(find_targets(model, LoRAConfig(rank=2, targets="q_proj"))) == 2
     with pytest.raises(TargetError, match="no linear layer has this name"):

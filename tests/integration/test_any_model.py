@@ -25,7 +25,7 @@ from lora.pretrained.transformers_models.load import load_transformers_model
 from lora.runs.disk import read_json
 from lora.runs.progress import NoProgress
 from tests.integration.conftest import make_tokenizer
-from tests.pretrained.tiny_models import ARCHITECTURES, save_tiny_transformers, tiny_config
+from tests.pretrained.tiny_models import ARCHITECTURES, save_tiny_transformers, tiny_multimodal
 
 transformers = pytest.importorskip("transformers")
 
@@ -272,17 +272,10 @@ def test_a_native_family_runs_by_either_with_the_same_adapter(
 
 
 def multimodal(folder: Path) -> Path:
-    text = {**tiny_config("gemma3_text").to_dict(), "vocab_size": make_tokenizer().vocab_size}
-    text["max_position_embeddings"] = 512
-    vision = {
-        **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1},
-        **{"num_attention_heads": 2, "image_size": 28, "patch_size": 14},
-    }
-    config = transformers.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4
-    )
-    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(folder)
-    make_tokenizer().save(folder)
+    tokenizer = make_tokenizer()
+    settings = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 512}
+    tiny_multimodal(**settings).save_pretrained(folder)
+    tokenizer.save(folder)
     return folder
 
 

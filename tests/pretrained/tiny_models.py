@@ -268,6 +268,24 @@ def tiny_transformers(name: str, *, seed: int = 0, **settings: Any) -> Any:
     return model.eval()
 
 
+def tiny_multimodal(*, seed: int = 0, **settings: Any) -> Any:
+    """Return a Gemma 3 with a vision tower, all tensors random; `settings` are of its text part."""
+    import transformers
+
+    vision = {
+        **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1},
+        **{"num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+    }
+    config = transformers.Gemma3Config(
+        text_config=tiny_config("gemma3_text", **settings).to_dict(),
+        vision_config=vision,
+        mm_tokens_per_image=4,
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    randomise(model, seed)
+    return model.eval()
+
+
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int) -> None:
     """Changes `model` in place: matrices are drawn, vectors move away from where they start.
