@@ -17,10 +17,16 @@ import torch
 from torch import nn
 
 from lora.adapters.experts import is_first_note, note_left_out
-from lora.adapters.targets import ALL_LINEAR, find_targets, matches, refuse_shared
+from lora.adapters.targets import (
+    ALL_LINEAR,
+    check_saved,
+    find_saved,
+    find_targets,
+    matches,
+    refuse_shared,
+)
 from lora.config import LoRAConfig
-from lora.decoder.quantised import has_fp8_base
-from lora.errors import AdapterError, ConfigError, LoraError, TargetError, did_you_mean
+from lora.errors import AdapterError, ConfigError, LoraError, TargetError
 from lora.layers.build import build_lora_layer
 from lora.layers.token_tables import (
     build_trainable_tokens,
@@ -76,7 +82,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
     """
     config = config or LoRAConfig()
     _refuse_second_time(model)
-    return _wrap(model, config, find_targets(model, config), _find_saved(model, config))
+    return _wrap(model, config, find_targets(model, config), find_saved(model, config))
 
 
 def apply_lora_by_full_names(model: nn.Module, config: LoRAConfig) -> nn.Module:
@@ -106,7 +112,7 @@ def _wrap(
     has_values: bool = True,
 ) -> nn.Module:
     """Changes `model` in place: `names` get LoRA, `saved` train fully, the rest is frozen."""
-    _check_saved(model, saved, names)
+    check_saved(model, saved, names)
     generator = None
     if config.init_seed is not None:
         generator = torch.Generator().manual_seed(config.init_seed)
@@ -316,48 +322,6 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     parent._modules[child] = new  # setattr would refuse the digits of a ModuleList
-
-
-def _find_saved(model: nn.Module, config: LoRAConfig) -> list[str]:
-    modules = [n for n, m in model.named_modules() if n and any(True for _ in m.parameters())]
-    saved: list[str] = []
-    for wanted in config.modules_to_save:
-        found = [name for name in modules if matches(name, wanted)]
-        if not found:
-            with_weights = {n.rpartition(".")[0] for n, _ in model.named_parameters()}
-            near = did_you_mean(wanted, {n.rpartition(".")[2] for n in with_weights})
-            raise TargetError(
-                f"Cannot train {wanted!r} fully (modules_to_save): this {type(model).__name__} has "
-                f"no module with parameters of this name.{near} Name one such as an embedding."
-            )
-        saved += [name for name in found if name not in saved]
-    return saved
-
-
-def _check_saved(model: nn.Module, saved: list[str], adapted: list[str]) -> None:
-    _refuse_fp8(model, saved)
-    for outer in saved:
-        both = [name for name in adapted if name == outer or name.startswith(outer + ".")]
-        if both:
-            raise TargetError(
-                f"Cannot adapt {both[0]!r}: it is both a LoRA target and in modules_to_save "
-                f"({outer!r}). A layer trains either fully or through LoRA: remove it from one."
-            )
-        nested = [name for name in saved if name.startswith(outer + ".")]
-        if nested:
-            raise TargetError(
-                f"Cannot train both {nested[0]!r} and {outer!r} fully (modules_to_save): the "
-                "second contains the first. Name one of the two."
-            )
-
-
-def _refuse_fp8(model: nn.Module, saved: list[str]) -> None:
-    for name in saved:
-        if has_fp8_base(model.get_submodule(name)):
-            raise TargetError(
-                f"Cannot train {name!r} fully (modules_to_save): its linears are stored in FP8, "
-                "which cannot train. Adapt it through LoRA, or load the base without fp8."
-            )
 
 
 def _build_layer(

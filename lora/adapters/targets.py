@@ -1,4 +1,7 @@
-"""Find the layers that LoRA adapts: by name ending, full name, regular expression, or all."""
+"""Find the layers that LoRA adapts: by name ending, full name, regular expression, or all.
+
+And the modules that train fully beside it, by name ending or full name.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from lora.adapters.experts import describe_experts, find_expert_names, refuse_ex
 from lora.adapters.patterns import NameMatcher
 from lora.config import LoRAConfig
 from lora.decoder.language_model import LanguageModel, transformers_network
+from lora.decoder.quantised import has_fp8_base
 from lora.errors import TargetError, did_you_mean
 from lora.layers.build import has_computed_weight, has_own_forward, is_adaptable
 from lora.layers.uncalled import find_uncalled
@@ -84,6 +88,53 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
         )
     refuse_shared(model, names)
     return names
+
+
+def find_saved(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Return the full names of the modules that `config` trains fully (`modules_to_save`).
+
+    Raises TargetError for a name that matches none with parameters.
+    """
+    modules = [n for n, m in model.named_modules() if n and any(True for _ in m.parameters())]
+    saved: list[str] = []
+    for wanted in config.modules_to_save:
+        found = [name for name in modules if matches(name, wanted)]
+        if not found:
+            with_weights = {n.rpartition(".")[0] for n, _ in model.named_parameters()}
+            near = did_you_mean(wanted, {n.rpartition(".")[2] for n in with_weights})
+            raise TargetError(
+                f"Cannot train {wanted!r} fully (modules_to_save): this {type(model).__name__} has "
+                f"no module with parameters of this name.{near} Name one such as an embedding."
+            )
+        saved += [name for name in found if name not in saved]
+    return saved
+
+
+def check_saved(model: nn.Module, saved: list[str], adapted: list[str]) -> None:
+    """Raise TargetError for `saved` modules in FP8, or that hold others of them or of `adapted`."""
+    _refuse_fp8(model, saved)
+    for outer in saved:
+        both = [name for name in adapted if name == outer or name.startswith(outer + ".")]
+        if both:
+            raise TargetError(
+                f"Cannot adapt {both[0]!r}: it is both a LoRA target and in modules_to_save "
+                f"({outer!r}). A layer trains either fully or through LoRA: remove it from one."
+            )
+        nested = [name for name in saved if name.startswith(outer + ".")]
+        if nested:
+            raise TargetError(
+                f"Cannot train both {nested[0]!r} and {outer!r} fully (modules_to_save): the "
+                "second contains the first. Name one of the two."
+            )
+
+
+def _refuse_fp8(model: nn.Module, saved: list[str]) -> None:
+    for name in saved:
+        if has_fp8_base(model.get_submodule(name)):
+            raise TargetError(
+                f"Cannot train {name!r} fully (modules_to_save): its linears are stored in FP8, "
+                "which cannot train. Adapt it through LoRA, or load the base without fp8."
+            )
 
 
 def text_part(model: nn.Module) -> str:
