@@ -148,17 +148,8 @@ class LanguageModel(nn.Module):
         """Return the blocks in order."""
         raise NotImplementedError
 
-    def new_cache(
-        self,
-        batch_size: int,
-        max_tokens: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> TokenCache:
-        """Return an empty cache for `batch_size` sequences of up to `max_tokens` tokens each.
-
-        `dtype` and `device` default to those of the model's first parameter, or `cache_dtype`.
-        """
+    def new_cache(self, batch_size: int, max_tokens: int) -> TokenCache:
+        """Return an empty cache for `batch_size` sequences of up to `max_tokens` tokens each."""
         raise NotImplementedError
 
     def token_cache_bytes(self) -> int:

@@ -254,13 +254,7 @@ class TransformersModel(LanguageModel):
         of_length = [found for found in lists if len(found) == n_blocks]
         return of_length[0] if of_length else max(lists, key=len, default=nn.ModuleList())
 
-    def new_cache(
-        self,
-        batch_size: int,
-        max_tokens: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> TokenCache:
+    def new_cache(self, batch_size: int, max_tokens: int) -> TokenCache:
         """Return an empty cache for `batch_size` sequences; it grows as it is filled.
 
         Keys and values are stored as they come: where the model is, and in its dtype.
