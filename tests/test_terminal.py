@@ -174,6 +174,12 @@ def test_a_warning_that_repeats_is_printed_once_by_a_command(
     assert not logging.getLogger("lora").handlers
 
 
-def test_a_program_with_a_handler_of_its_own_gets_each_warning_from_that() -> None:
+def test_a_program_with_a_handler_of_its_own_gets_each_warning_from_that(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = escaping_log("lora.trial")
     with repeats_dropped():  # pytest's handlers are on the root logger
-        assert not logging.getLogger("lora").handlers
+        for _ in range(3):
+            log.warning("4 tensors are not adapted")
+    assert caplog.messages == 3 * ["4 tensors are not adapted"]
+    assert capsys.readouterr().err == ""
