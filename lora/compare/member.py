@@ -105,10 +105,8 @@ def run_member(job: DecoderJob, task: MemberTask, progress: Progress) -> MemberR
         with joined(choice.device) as world:
             model, tokenizer, parameters = _load_saved(job, task.method, outcome.saved, choice)
             # As resumed: the chat template gets the date on which the run began.
-            begun, folder = (
-                job.finetune_job(replace(task, resume=True)),
-                find_model(job.model).folder,
-            )
+            folder = find_model(job.model).folder
+            begun = job.finetune_job(replace(task, resume=True))
             begun = settled_task(begun, folder, None, lambda message: None, choice.compute_dtype)
             data, _ = load_data(begun, folder, NoProgress(), world)
             evaluator = Evaluator(job, task.run, data, choice, progress, world)

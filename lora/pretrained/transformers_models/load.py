@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,6 +24,9 @@ from lora.pretrained.transformers_models.model import TransformersModel
 from lora.pretrained.transformers_models.probe import probe
 from lora.pretrained.transformers_models.quiet import quiet
 from lora.pretrained.transformers_models.small_copy import refusals
+
+_OF_CHECKS = re.compile(r"^(Class v|V)alidation error for (validator|field) '\w+': (\w+Error: )?")
+"""What transformers' checks of a configuration put before the reason."""
 
 
 def as_language_model(model: nn.Module) -> LanguageModel:
@@ -189,5 +193,25 @@ def _read_by_transformers(folder: Path | str) -> Iterator[Any]:
     except ModelError:
         raise
     except refusals() as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"Cannot load {folder} with transformers: {text}") from error
+        raise ModelError(
+            f"Cannot load {folder} with transformers: {_reason(error, folder)}. Check config.json, "
+            "or download it again."
+        ) from error
+
+
+def _reason(error: BaseException, folder: Path | str) -> str:
+    """Return why transformers refused the model in `folder`, in one line without a full stop."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):  # its text is the value alone
+        named = ", ".join(_fields_with(text, read_config(Path(folder))))
+        return f"it does not know {named}" if named else f"KeyError: {text}"
+    return _OF_CHECKS.sub("", text).rstrip(".!")
+
+
+def _fields_with(text: str, config: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the fields of `config` whose value is `text`, as repr writes it, with that value."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _fields_with(text, value, f"{prefix}{name}.")
+        elif repr(value) == text:
+            yield f"{prefix}{name}={text}"

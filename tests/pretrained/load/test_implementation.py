@@ -15,6 +15,7 @@ from lora.config import ImplementationName
 from lora.errors import ConfigError, DependencyError, LoraError, ModelError, UnsupportedModelError
 from lora.finetune.job import FinetuneJob
 from lora.pretrained.load.implementation import choose_implementation
+from lora.pretrained.load.models import model_config
 from lora.pretrained.load.task import settled_task
 
 pytest.importorskip("transformers")
@@ -154,3 +155,23 @@ def test_a_resumed_run_takes_the_implementation_of_its_record(
     settled = settled_task(job, tmp_path, recorded, said.append)
     assert settled.implementation == "transformers"
     assert said[0].endswith(f"({reason})")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_act": "swishy"}, "transformers: it does not know hidden_act='swishy'. Check"),
+        (
+            {"rope_scaling": {"rope_type": "foo"}},
+            "transformers: it does not know rope_scaling.rope_type='foo'. Check",
+        ),
+        ({"hidden_size": "64"}, "transformers: Field 'hidden_size' expected int, got str"),
+    ],
+)
+def test_a_setting_that_transformers_refuses_is_named(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**NEOX, **changes}))
+    with pytest.raises(ModelError, match=r"Check config\.json, or download it again") as raised:
+        model_config(tmp_path)
+    assert words in str(raised.value)
