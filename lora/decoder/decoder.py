@@ -196,8 +196,8 @@ class Decoder(LanguageModel):
         self.tie_head()
 
     @property
-    def learned_positions(self) -> int | None:
-        """How many positions have an embedding that was learned; None: they are computed."""
+    def position_table_rows(self) -> int | None:
+        """How many positions its table has rows for; None: any position can be computed."""
         return self.config.max_position_embeddings if self.config.block == "gpt2" else None
 
     @property

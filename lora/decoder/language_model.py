@@ -96,8 +96,8 @@ class LanguageModel(nn.Module):
         return None
 
     @property
-    def learned_positions(self) -> int | None:
-        """How many positions have an embedding that was learned; None: they are computed."""
+    def position_table_rows(self) -> int | None:
+        """How many positions its table has rows for; None: any position can be computed."""
         return None
 
     def forward(

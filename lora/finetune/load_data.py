@@ -27,7 +27,7 @@ def load_data(
 
     In a resumed run the chat template sees the date on which the run started, so that its sequences
     are the same; in several processes it sees rank 0's. Raises DataError if no example has a target
-    token, ConfigError for sequences beyond a learned position table.
+    token, ConfigError for sequences beyond the table of positions.
     """
     folder = _tokenizer_folder(job, model_folder)
     # An adapter with a tokenizer of its own brings rows for the tokens that it added.

@@ -21,14 +21,14 @@ def describe_excess(n_tokens: int, n_positions: int) -> str | None:
 
 
 def check_positions(model: LanguageModel, n_tokens: int) -> None:
-    """Raise ConfigError if sequences of `n_tokens` outgrow a learned position table.
+    """Raise ConfigError if sequences of `n_tokens` outgrow the table of positions.
 
     A packed sequence counts whole: its padding can have positions beyond those of its examples.
     """
-    limit = model.learned_positions
+    limit = model.position_table_rows
     if limit is not None and n_tokens > limit:
         raise ConfigError(
             f"Cannot train on sequences of {n_tokens:,} tokens: this {model.config.family!r} model "
-            f"has learned position embeddings for {limit:,}. Use --max-length {limit} "
+            f"has position embeddings for {limit:,} only. Use --max-length {limit} "
             f"(max_length={limit}), or a smaller one."
         )

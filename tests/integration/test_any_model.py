@@ -99,9 +99,9 @@ def test_a_gpt_neox_from_data_to_a_merged_model(
 
 
 @pytest.mark.parametrize(
-    ("name", "implementation"), [("gpt2", "native"), ("gpt2", "transformers"), ("opt", "auto")]
+    ("name", "implementation"), [("gpt2", "native"), ("gpt2", "transformers"), ("gptj", "auto")]
 )
-def test_sequences_beyond_a_learned_table_are_refused_before_the_weights(
+def test_sequences_beyond_the_position_table_are_refused_before_the_weights(
     name: str,
     implementation: str,
     orders_file: Path,
@@ -117,7 +117,7 @@ def test_sequences_beyond_a_learned_table_are_refused_before_the_weights(
     for command in (f"finetune {SHORT}", "sweep --rank 2,4 --max-length 96 --device cpu"):
         assert run(command, *given) == 2
         error = " ".join(capsys.readouterr().err.split())
-        assert f"this '{name}' model has learned position embeddings for 64" in error
+        assert f"this '{name}' model has position embeddings for 64 only" in error
         assert "Use --max-length 64" in error
         assert not (here / "runs").exists()
 

@@ -240,10 +240,10 @@ def test_wide_hidden_states_beside_narrow_weights() -> None:
     assert torch.equal(own(tokens(1, 9)), theirs(input_ids=tokens(1, 9)).logits)
 
 
-@pytest.mark.parametrize("name", ["opt", "gpt_bigcode", "gpt_neo", "gpt2"])
-def test_positions_beyond_a_learned_table_are_refused(name: str) -> None:
+@pytest.mark.parametrize("name", ["opt", "gpt_bigcode", "gpt_neo", "gpt2", "gptj", "codegen"])
+def test_positions_beyond_the_table_are_refused(name: str) -> None:
     model, asked = model_of(name), SamplingConfig(max_new_tokens=8, temperature=0)
-    with pytest.raises(ModelError, match="learned position embeddings for 64"):
+    with pytest.raises(ModelError, match="position embeddings for 64 only"):
         generate(model, [tokens(60).tolist()], asked)
     with pytest.raises(ModelError, match="Cannot run 65 positions"):
         model.hidden_states(tokens(1, 65))

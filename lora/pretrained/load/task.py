@@ -73,7 +73,7 @@ def settled_packing(
 
 
 def check_lengths(config: ModelConfig, data: PreparedData) -> None:
-    """Raise ConfigError if sequences outgrow a learned position table; no weights are read."""
+    """Raise ConfigError if sequences outgrow the table of positions; no weights are read."""
     n_tokens = data.longest_sequence_tokens
     if n_tokens > config.max_position_embeddings:
         check_positions(empty_language_model(config), n_tokens)

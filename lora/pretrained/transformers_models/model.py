@@ -164,8 +164,8 @@ class TransformersModel(LanguageModel):
     def _check_positions(
         self, input_ids: Tensor, position_ids: Tensor | None, *, is_cached: bool
     ) -> None:
-        """Raise ModelError for a position that a learned table has no row for."""
-        limit = self.learned_positions
+        """Raise ModelError for a position that the table has no row for."""
+        limit = self.position_table_rows
         if limit is None:
             return
         longest = input_ids.shape[1]
@@ -175,8 +175,8 @@ class TransformersModel(LanguageModel):
             longest = int(position_ids.max()) + 1
         if longest > limit:
             raise ModelError(
-                f"Cannot run {longest} positions: this model has learned position embeddings for "
-                f"{limit}. Use sequences of at most {limit} tokens."
+                f"Cannot run {longest} positions: this model has position embeddings for "
+                f"{limit} only. Use sequences of at most {limit} tokens."
             )
 
     @functools.cached_property
@@ -186,16 +186,18 @@ class TransformersModel(LanguageModel):
         return any(b.shape == (1, 1, limit, limit) for b in self._network().buffers())
 
     @functools.cached_property
-    def learned_positions(self) -> int | None:
-        """How many positions have an embedding that was learned; None: they are computed."""
+    def position_table_rows(self) -> int | None:
+        """How many positions its table has rows for; None: any position can be computed."""
         if self.config.text is not self.theirs.config:
             return None  # a tower for images has tables of positions too
         limit, network = self.config.max_position_embeddings, self._network()
         of_tokens = set(network.get_input_embeddings().modules())
         others = (module for module in network.modules() if module not in of_tokens)
         n_rows = [table.num_embeddings for table in others if isinstance(table, nn.Embedding)]
-        # OPT's has two rows more, before those of the positions.
-        return limit if any(limit <= rows <= limit + 2 for rows in n_rows) else None
+        # OPT's has two rows more, before those of the positions; GPT-J's is computed, but once.
+        has_buffer = any(b.dim() == 2 and len(b) == limit for b in network.buffers())
+        is_table = has_buffer or any(limit <= rows <= limit + 2 for rows in n_rows)
+        return limit if is_table else None
 
     def _network(self) -> Any:
         """Return what makes hidden states: of a multimodal model the part for text."""
