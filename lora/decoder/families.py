@@ -48,7 +48,6 @@ _NEUTRAL: dict[str, Any] = {
     "use_bidirectional_attention": False,
     "is_encoder_decoder": False,
     "add_cross_attention": False,
-    "quantization_config": None,
     "clip_qkv": None,
     "logit_scale": 1.0,
     "logits_scaling": 1.0,
@@ -225,10 +224,7 @@ def _check_unsupported(fields: Fields) -> None:
     for name, neutral in _NEUTRAL.items():
         value = fields.values.get(name)
         if name not in fields.used and value is not None and value != neutral:
-            why = "not supported for this family"
-            if name == "quantization_config":
-                why = "quantised weights cannot be read; use the unquantised model, or a GGUF file"
-            fields.faults.append(f"{name}={value!r}: {why}")
+            fields.faults.append(f"{name}={value!r}: not supported for this family")
     kinds = fields.values.get("layer_types")
     if "layer_types" not in fields.used and kinds is not None:
         fields.listed("layer_types", 0, (FULL,))

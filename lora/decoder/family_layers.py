@@ -35,11 +35,14 @@ def _ropes_by_type(fields: Fields, thetas: dict[str, float]) -> dict[str, RopeCo
     if not isinstance(nested, dict):
         fields.fault("rope_parameters", nested, "an object")
         nested = {}
-    scaling = fields.get("rope_scaling")  # transformers 4: for the global layers only
+    scaling = fields.get("rope_scaling") or {}  # transformers 4: for the global layers only
+    if not isinstance(scaling, dict):
+        fields.fault("rope_scaling", scaling, "an object")
+        scaling = {}
     ropes = {}
     for kind, theta in thetas.items():
         parameters = nested.get(kind) or {}
-        if scaling and kind == FULL:
+        if scaling and kind == FULL and isinstance(parameters, dict):
             parameters = {**parameters, **scaling}
         ropes[kind] = read_rope(fields, f"rope_parameters.{kind}", parameters, theta)
     unknown = sorted(set(nested) - set(thetas))

@@ -6,8 +6,6 @@ copied page by page only where it is written to), so an fp32 file takes its size
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -23,13 +21,18 @@ from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
 from lora.decoder.families import FAMILIES, decoder_config
 from lora.decoder.quantised import Fp8Linear, has_fp8_base, use_fp8_linears
 from lora.errors import ModelError, did_you_mean, gather
-from lora.pretrained.hf_files import INDEX, SINGLE, StoredTensor, open_tensors, read_config
+from lora.pretrained.hf_files import StoredTensor, open_tensors, read_config
+from lora.pretrained.load.architectures import describe_architecture
+from lora.pretrained.load.shards import (
+    MAX_SHARD_BYTES,
+    split_into_shards,
+    write_json,
+    write_shards,
+    writing_into,
+)
 from lora.pretrained.mapped import MappedFile, MappedModel
-from lora.runs.disk import disk_error
-from lora.runs.tensor_files import TensorParts, write_tensor_parts
-
-MAX_SHARD_BYTES = 4 * 2**30
-"""Largest size of a shard, unless one tensor alone is larger."""
+from lora.pretrained.quantised.methods import is_4bit, refuse_tensors, without_settings
+from lora.runs.tensor_files import TensorParts
 
 _HEAD = "lm_head.weight"
 FLOATS = {
@@ -59,7 +62,7 @@ def load_decoder(
     of a wrong shape or not floating-point; with `fp8` for one that is not finite.
     """
     folder = Path(folder)
-    model = build_empty_decoder(decoder_config(read_config(folder)))
+    model = _empty_model(folder)
     if fp8:
         use_fp8_linears(model)
     with ExitStack() as files:
@@ -68,6 +71,16 @@ def load_decoder(
         _assign(model, _read(model.config, stored, dtype, device))
         _check_tied_head(model, source, folder)
     return model
+
+
+def _empty_model(folder: Path) -> Decoder:
+    """Return the decoder that config.json describes, on the meta device.
+
+    Raises ModelError by name for weights that are quantised otherwise than in bitsandbytes' nf4.
+    """
+    config = read_config(folder)
+    is_4bit(config, describe_architecture(config))
+    return build_empty_decoder(decoder_config(config))
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,7 @@ def map_decoder(folder: Path) -> MappedDecoder:
 
     Its parameters must not be changed in place. Raises ModelError as `load_decoder` does.
     """
-    model = build_empty_decoder(decoder_config(read_config(folder)))
+    model = _empty_model(folder)
     with ExitStack() as files:
         source = open_tensors(folder, files)
         stored = _match_names(model, source, folder)
@@ -101,6 +114,7 @@ def _match_names(
     model: Decoder, source: dict[str, StoredTensor], folder: Path
 ) -> dict[str, StoredTensor]:
     """Return the stored tensor of each parameter of `model`; all faults are raised at once."""
+    refuse_tensors(source, str(folder))
     stored = _with_prefix(model, source)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     faults = []
@@ -181,7 +195,7 @@ def read_stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
 
     Raises ModelError as `load_decoder` does.
     """
-    model = build_empty_decoder(decoder_config(read_config(folder)))
+    model = _empty_model(folder)
     with ExitStack() as files:
         stored = _match_names(model, open_tensors(folder, files), folder)
         return {name: FLOATS[tensor.dtype] for name, tensor in stored.items()}
@@ -220,13 +234,8 @@ def write_decoder(
     Raises CheckpointError if writing fails.
     """
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing_into(folder):
         _write_decoder(config, dtypes, parts, folder, max_shard_bytes)
-    except OSError as error:
-        for part in folder.glob(".*.part"):
-            part.unlink(missing_ok=True)
-        raise disk_error(folder, error) from error
 
 
 def _write_decoder(
@@ -238,27 +247,15 @@ def _write_decoder(
 ) -> None:
     empty = dict(build_empty_decoder(config).named_parameters())
     sizes = {name: tensor.numel() * dtypes[name].itemsize for name, tensor in empty.items()}
-    shards = _split(sizes, max_shard_bytes)
-    n = len(shards)
-    names = [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)] if n > 1 else [SINGLE]
-    for file_name, shard in zip(names, shards, strict=True):
-        ready = {
-            name: _file_layout(config, name, empty[name], dtypes[name], parts) for name in shard
-        }
-        temporary = folder / f".{file_name}.part"
-        write_tensor_parts(temporary, ready, {"format": "pt"})
-        os.replace(temporary, folder / file_name)
-    if n > 1:
-        total = sum(sizes.values())
-        weight_map = {
-            name: file for file, shard in zip(names, shards, strict=True) for name in shard
-        }
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    # A file of the other layout, left by an earlier save, would be loaded instead of this one.
-    (folder / (SINGLE if n > 1 else INDEX)).unlink(missing_ok=True)
+
+    def layout(name: str) -> dict[str, TensorParts]:
+        return {name: _file_layout(config, name, empty[name], dtypes[name], parts)}
+
+    shards = split_into_shards(sizes, max_shard_bytes)
+    write_shards(folder, shards, layout, sum(sizes.values()))
     found = list(dtypes.values())
     usual = max(dict.fromkeys(found), key=found.count)
-    _write_json(folder / "config.json", _config_to_save(config, usual))
+    write_json(folder / "config.json", _config_to_save(config, usual))
 
 
 def _tensors_to_save(model: Decoder) -> dict[str, Tensor]:
@@ -275,19 +272,6 @@ def _tensors_to_save(model: Decoder) -> dict[str, Tensor]:
         heading = f"Cannot save the model as a plain {model.config.family!r} model:"
         raise ModelError(gather(faults, heading, "Merge its LoRA first (merge_lora), or untie it."))
     return tensors
-
-
-def _split(sizes_bytes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
-    """Return the names in order, cut into shards of at most `max_shard_bytes` where possible."""
-    shards: list[list[str]] = [[]]
-    filled_bytes = 0
-    for name, n_bytes in sizes_bytes.items():
-        if shards[-1] and filled_bytes + n_bytes > max_shard_bytes:
-            shards.append([])
-            filled_bytes = 0
-        shards[-1].append(name)
-        filled_bytes += n_bytes
-    return shards
 
 
 def _file_layout(
@@ -307,12 +291,7 @@ def _file_layout(
 
 def _config_to_save(config: DecoderConfig, dtype: torch.dtype) -> dict[str, Any]:
     kind = str(dtype).removeprefix("torch.")
-    kept = {name: value for name, value in config.source.items() if name != "dtype"}
+    source = without_settings(config.source)
+    kept = {name: value for name, value in source.items() if name != "dtype"}
     architecture = FAMILIES[config.family].architecture
     return {**kept, "architectures": [architecture], "torch_dtype": kind}
-
-
-def _write_json(path: Path, contents: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

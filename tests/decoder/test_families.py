@@ -373,7 +373,6 @@ def test_a_classifier_is_refused() -> None:
         ("llama", {"hidden_act": "mish"}, "hidden_act='mish': allowed: silu"),
         ("llama", {"sliding_window": 128}, "sliding_window=128"),
         ("llama", {"layer_types": ["sliding_attention"] * 6}, "layer_types"),
-        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("llama", {"vocab_size": None}, "vocab_size is missing"),
         ("llama", {"hidden_size": 64.5}, "hidden_size=64.5"),
         ("llama", {"num_attention_heads": True}, "num_attention_heads=True"),
@@ -394,6 +393,7 @@ def test_a_classifier_is_refused() -> None:
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma3_text", {"rope_parameters": {"rope_theta": 1.0}}, "rope_parameters=['rope_theta']"),
         ("gemma3_text", {"rope_parameters": [1]}, "rope_parameters=[1]"),
+        ("gemma3_text", {"rope_scaling": True}, "rope_scaling=True"),
     ],
 )
 def test_what_changes_the_result_is_refused_by_name(

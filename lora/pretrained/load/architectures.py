@@ -14,6 +14,7 @@ from typing import Any
 
 from lora.decoder.families import FAMILIES
 from lora.errors import DependencyError, ModelError, did_you_mean
+from lora.pretrained.quantised.methods import is_4bit
 from lora.settings.install import install, install_extra
 
 MIN_TRANSFORMERS = (5, 4)
@@ -56,8 +57,8 @@ def find_architecture(config: dict[str, Any]) -> Architecture:
     that is quantised, is no causal language model, or needs code that transformers does not have.
     """
     described = describe_architecture(config)
-    if config.get("quantization_config") is not None:
-        raise ModelError(_quantised(described, config["quantization_config"]))
+    if is_4bit(config, described):
+        raise ModelError(_only_native(described))
     version = _checked_version(described, config.get("model_type"))
     model_type = _known_type(config, described, version)
     from transformers.models.auto import modeling_auto
@@ -172,13 +173,11 @@ def _is_encoder_decoder(config: dict[str, Any], model_type: str) -> bool:
     return bool(CONFIG_MAPPING[model_type].is_encoder_decoder if given is None else given)
 
 
-def _quantised(described: str, settings: object) -> str:
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    by = f" by {method}" if isinstance(method, str) else ""
+def _only_native(described: str) -> str:
     return (
-        f"Cannot load this {described}: its weights are quantised{by} (quantization_config in "
-        "config.json), and LoRA is trained on the weights as they were before. Name the "
-        "unquantised model, or a GGUF file of a native architecture."
+        f"Cannot load this {described}: its weights are in 4 bits by bitsandbytes, which native "
+        f"decoders read ({', '.join(sorted(FAMILIES))}), and transformers runs it. Name the "
+        "unquantised model: --base-dtype nf4 stores it at this size as it is read."
     )
 
 

@@ -21,6 +21,7 @@ from lora.pretrained.load.architectures import (
     find_architecture,
     transformers_version,
 )
+from lora.pretrained.quantised.methods import is_4bit, settings_of
 
 Kind = Literal["native", "transformers"]
 
@@ -59,7 +60,8 @@ def choose_implementation(
 
     auto is a native decoder where there is one that reads this config.json, else transformers.
     Raises ConfigError for another word, UnsupportedModelError for native where there is no native
-    decoder, and what `find_architecture` raises for transformers.
+    decoder, ModelError by name for weights that are quantised otherwise than in bitsandbytes' nf4,
+    and what `find_architecture` raises for transformers.
     """
     allowed = get_args(ImplementationName)
     if asked not in allowed:
@@ -67,6 +69,7 @@ def choose_implementation(
         raise ConfigError(
             f"Cannot use implementation={asked!r}. Allowed: {', '.join(allowed)}.{near}"
         )
+    is_4bit(config, describe_architecture(config))  # another method is refused by its name
     if asked == "transformers":
         return Implementation("transformers", "as asked", find_architecture(config))
     try:
@@ -87,7 +90,7 @@ def _by_transformers(config: dict[str, Any], error: UnsupportedModelError) -> Im
     try:
         return Implementation("transformers", reason, find_architecture(config))
     except (ModelError, DependencyError) as other:
-        if faults and config.get("quantization_config") is None:
+        if faults and settings_of(config) is None:
             raise UnsupportedModelError(f"{error}\n{other}") from None  # ours lists all fields
         raise
 

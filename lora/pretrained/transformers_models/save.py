@@ -17,7 +17,7 @@ from lora.errors import CheckpointError, ModelError
 from lora.layers.trainable_tokens import TrainableTokensLayer
 from lora.lora_module import LoRALayer
 from lora.pretrained.hf_files import INDEX, SINGLE
-from lora.pretrained.hf_weights import MAX_SHARD_BYTES
+from lora.pretrained.load.shards import MAX_SHARD_BYTES
 from lora.pretrained.transformers_models.model import TransformersModel
 from lora.pretrained.transformers_models.quiet import quiet
 from lora.runs.disk import disk_error
