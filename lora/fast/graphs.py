@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora.terminal import escaping_log
+
+log = escaping_log(__name__)
+
 WARM_UP_PASSES = 2
 """Before a capture: kernels compile and libraries set up, which a capture must not do."""
 
@@ -99,13 +103,21 @@ class Graphs:
         try:
             with torch.cuda.graph(graph, pool=self._pool):
                 function()
-        except torch.AcceleratorError as error:
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # CUDA's own are AcceleratorErrors, which are RuntimeErrors
             if isinstance(error.__context__, torch.OutOfMemoryError):
                 # Memory ran out inside the capture, which therefore could not be ended.
                 raise error.__context__ from None
-            # CUDA refuses whatever synchronises inside a capture. The step is called from now on.
+            # CUDA refuses whatever synchronises inside a capture, torch what copies from memory
+            # that is not pinned. The step is called from now on: another fault will show there.
             self.clear()
             self.why_not = str(error).splitlines()[0]
+            log.warning(
+                "The step runs without a CUDA graph, which is slower: the model's code cannot be "
+                "captured. %s",
+                self.why_not,
+            )
         else:
             # One pool: graphs run one after the other, so they may reuse each other's memory.
             self._pool = self._pool or graph.pool()
