@@ -24,7 +24,7 @@ import torch
 from devices.plans import measured_rows, peaks_table, plan_again
 from devices.table import put_between
 
-from lora.config import LoRAConfig, MemoryConfig
+from lora.config import BaseWeights, LoRAConfig, MemoryConfig
 from lora.decoder.families import decoder_config
 from lora.fast.memory.parallel import (
     DOES_NOT_FIT,
@@ -91,7 +91,7 @@ def plan_rows(model: str, method: str) -> Iterator[Row]:
         TOKENS,
         "cuda",
         torch.bfloat16,
-        fp8=fp8,
+        base=BaseWeights("fp8" if fp8 else "auto"),
     )
     ddp, sharded = MemoryPlanner(inputs), dict[int, MemoryPlanner]()
     for gpu_gb, free in FREE_BYTES.items():

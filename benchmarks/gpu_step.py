@@ -31,7 +31,7 @@ import torch
 from gpu_peers import PEERS, PeerMissing, build_theirs
 
 from lora.adapters.apply import apply_lora
-from lora.config import LoRAConfig, RunConfig, TrainConfig
+from lora.config import BaseWeights, LoRAConfig, RunConfig, TrainConfig
 from lora.data.sequences.batches import BatchStream, build_sequences
 from lora.data.sequences.documents import Documents
 from lora.decoder.config import (
@@ -43,11 +43,12 @@ from lora.decoder.config import (
 )
 from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
 from lora.decoder.families import decoder_config
-from lora.decoder.quantised import Fp8Linear, use_fp8_linears
+from lora.decoder.quantised.fp8 import Fp8Linear
 from lora.device import WHOLE, DeviceChoice, Share, choose_device
 from lora.fast.memory.fast_step import USABLE_MEMORY_FRACTION, FastPlan, MemoryFit, fit_memory
 from lora.fast.runner import CapturedStepRunner, FastStepRunner
 from lora.fast.why_not import why_not_fast
+from lora.layers.quantised_model import use_quantised_linears
 from lora.pretrained.transformers_models.load import as_language_model
 from lora.runs.directory import create_run
 from lora.runs.disk import read_rows
@@ -165,7 +166,7 @@ def build_model(
         return drawn.mul_(0.02)
 
     if fp8:
-        use_fp8_linears(model)
+        use_quantised_linears(model, BaseWeights("fp8"))
 
     def values() -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in list(model.named_parameters()):
@@ -262,7 +263,7 @@ def fit_mode(shape: Shape, variant: str) -> MemoryFit | None:
         return None
     model = build_empty(shape).bfloat16()
     if "fp8" in variant:
-        use_fp8_linears(model)
+        use_quantised_linears(model, BaseWeights("fp8"))
     apply_lora(model, LoRAConfig(rank=RANK, alpha=2.0 * RANK, init_seed=0))
     is_packed = kind == "_packed"
     plan = FastPlan(model, shape.rows, shape.tokens, packed=is_packed)

@@ -35,7 +35,7 @@ import torch
 from gpu_step import CASES, RANK, Shape, build_empty, build_model, build_stream
 
 from lora.adapters.apply import apply_lora
-from lora.config import LoRAConfig, MemoryConfig, TrainConfig
+from lora.config import BaseWeights, LoRAConfig, MemoryConfig, TrainConfig
 from lora.device import available_bytes, choose_device, free_bytes
 from lora.fast.memory.plan import PlanInputs
 from lora.fast.memory.planner import MemoryPlanner
@@ -59,7 +59,7 @@ def plan(shape: Shape, mode: str, *, fp8: bool) -> ChosenMemory:
     lora = LoRAConfig(rank=RANK, alpha=2.0 * RANK, init_seed=0)
     inputs = PlanInputs(
         build_empty(shape).config, lora, shape.rows, shape.tokens, "cuda", torch.bfloat16,
-        packed=False, fp8=fp8,
+        packed=False, base=BaseWeights("fp8" if fp8 else "auto"),
     )  # fmt: skip
     planner, free = MemoryPlanner(inputs), available_bytes("cuda")
     assert free is not None

@@ -9,14 +9,12 @@ No torch here, so that `lora --help` stays quick.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import operator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, get_args
 
-from lora.errors import ConfigError
+from lora.errors import ConfigError, did_you_mean
 from lora.public.field_texts import documented
 from lora.settings.base import Settings
 from lora.settings.checks import MAX_COUNT as MAX_COUNT
@@ -41,14 +39,12 @@ from lora.settings.checks import (
     split_words,
     take_paths,
 )
-from lora.settings.peers import FORMER_NAMES
-
-ConfigT = TypeVar("ConfigT")
+from lora.settings.former_names import with_former_names
 
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "fp32", "bf16"]
 MemoryMode = Literal["auto", "none", "cheap", "full", "full+offload"]
-BaseDtype = Literal["auto", "fp8"]
+BaseDtype = Literal["auto", "fp8", "nf4"]
 ImplementationName = Literal["auto", "native", "transformers"]
 Parallel = Literal["auto", "ddp", "fsdp"]
 LearnOn = Literal["assistant", "all"]
@@ -84,31 +80,10 @@ DEFAULT_EPOCHS, DEFAULT_STEPS = 3.0, (100, 2_000)
 and at most so many steps."""
 MAX_LEARNING_RATE = 1e30
 """AdamW's first update is as large as this: beyond it, fp32 has no room for its square."""
+NF4_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Values that may share a scale in nf4, as in bitsandbytes."""
 MIN_FRACTION = 1e-6
 """Least top_p and temperature (if not 0): less is lost in fp32."""
-
-
-def _with_former_names(config: type[ConfigT]) -> type[ConfigT]:
-    """Let a config be made with the former names of its settings, and be read by them."""
-    fields = {each.name for each in dataclasses.fields(config)}  # type: ignore[arg-type]
-    former = {old: new for old, new in FORMER_NAMES.items() if new in fields}
-    made = config.__init__
-
-    @functools.wraps(made)
-    def init(self: ConfigT, *args: Any, **settings: Any) -> None:
-        for old, new in former.items():
-            if old in settings and new in settings:
-                raise ConfigError(
-                    f"Cannot use {config.__name__}: {old} is the former name of {new}. Give one."
-                )
-            if old in settings:
-                settings[new] = settings.pop(old)
-        made(self, *args, **settings)
-
-    config.__init__ = init  # type: ignore[assignment,method-assign]
-    for old, new in former.items():
-        setattr(config, old, property(operator.attrgetter(new)))
-    return config
 
 
 @documented
@@ -173,7 +148,7 @@ class LoRAConfig(Settings):
 
 
 @documented
-@_with_former_names
+@with_former_names
 @dataclass(frozen=True)
 class TrainConfig(Settings):
     """Optimization: number and size of the steps, learning rate and its schedule."""
@@ -438,6 +413,57 @@ class MemoryConfig(Settings):
         gb = self.memory_gb
         faults += [] if gb is None else check_positive("memory_gb", gb)
         raise_if(faults, self)
+
+
+@documented
+@dataclass(frozen=True)
+class BaseWeights(Settings):
+    """How the frozen linears of the base are stored."""
+
+    base_dtype: BaseDtype = field(default="auto", metadata=DEVICE)
+    """Storage dtype of the frozen linears: nf4 (4 bits, QLoRA), fp8, or auto, the compute dtype.
+
+    nf4 is a quarter of bf16 (bitsandbytes' format), fp8 half of it (float8_e4m3 with a scale per
+    output; fast on H100 and H200)."""
+    nf4_block: int = field(default=64, metadata=DEVICE)
+    """Values of an nf4 weight that share a scale: a power of two from 32 to 4096."""
+    nf4_double_quant: bool = field(default=True, metadata=DEVICE)
+    """Double quantization: store nf4's scales in 8 bits (bnb_4bit_use_double_quant)."""
+    nf4_embeddings: bool = field(default=False, metadata=DEVICE)
+    """Store the embedding and the output head in nf4 too."""
+
+    def __post_init__(self) -> None:
+        allowed = get_args(BaseDtype)
+        if self.base_dtype not in allowed:
+            near = did_you_mean(str(self.base_dtype), allowed)
+            raise ConfigError(
+                f"Cannot use base_dtype={self.base_dtype!r}. Allowed: {', '.join(allowed)}.{near}"
+            )
+        allowed_blocks = f"one of {', '.join(map(str, NF4_BLOCKS))}"
+        is_block = is_int(self.nf4_block) and self.nf4_block in NF4_BLOCKS
+        faults = check(is_block, "nf4_block", self.nf4_block, allowed_blocks)
+        for name in ("nf4_double_quant", "nf4_embeddings"):
+            value = getattr(self, name)
+            faults += check(isinstance(value, bool), name, value, "true or false")
+        raise_if(faults, self)
+        own = self.nf4_settings.items()
+        given = {name: value for name, value in own if value != getattr(BaseWeights, name)}
+        if given and self.base_dtype != "nf4":
+            shown = ", ".join(f"{name}={value!r}" for name, value in given.items())
+            raise ConfigError(
+                f"Cannot use {shown} with base_dtype={self.base_dtype!r}: it is for a base in nf4. "
+                "Add base_dtype=nf4, or leave it out."
+            )
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the frozen linears are stored as codes and scales."""
+        return self.base_dtype != "auto"
+
+    @property
+    def nf4_settings(self) -> dict[str, Any]:
+        """The settings of nf4, by name."""
+        return {name: value for name, value in vars(self).items() if name.startswith("nf4_")}
 
 
 @documented

@@ -223,6 +223,12 @@ class ParameterCounts:
         return 1 - self.trainable / base if base else 0.0
 
 
+def n_values(parameter: Tensor) -> int:
+    """Return how many values `parameter` has: two in each byte of a 4-bit weight."""
+    # No other weights are of bytes: see `Nf4Weight` in `lora.decoder.quantised.nf4`.
+    return parameter.numel() * (2 if parameter.dtype is torch.uint8 else 1)
+
+
 def count_lora_parameters(model: nn.Module) -> ParameterCounts:
     """Count the parameters of `model`: LoRA's, other trainable ones, frozen ones."""
     layers = [layer for layer in model.modules() if isinstance(layer, LoRALayer)]
@@ -234,5 +240,5 @@ def count_lora_parameters(model: nn.Module) -> ParameterCounts:
         elif parameter.requires_grad:
             other += parameter.numel()
         else:
-            frozen += parameter.numel()
+            frozen += n_values(parameter)
     return ParameterCounts(lora=lora, other_trainable=other, frozen=frozen)

@@ -12,15 +12,15 @@ from torch import Tensor
 from devices.cases import Case
 from devices.whole import Planned, lora_config, plan_case
 from lora.adapters.apply import apply_lora, lora_layers
-from lora.config import TrainConfig
+from lora.config import BaseWeights, TrainConfig
 from lora.decoder.decoder import Decoder
-from lora.decoder.quantised import use_fp8_linears
 from lora.device import DeviceChoice
 from lora.distributed.shards import Rows
 from lora.distributed.world import World
 from lora.fast.choose import PlannedStep, choose_steps
 from lora.fast.runner import FastStepRunner
 from lora.fast.sharded.base import ShardedBase
+from lora.layers.quantised_model import use_quantised_linears
 from lora.training.step_runner import StepRunner
 
 SPREAD = 0.02
@@ -71,7 +71,7 @@ def empty_model(shape: Shape, dtype: torch.dtype, case: Case) -> Decoder:
     if case.is_full:
         return model.requires_grad_(True)
     if case.has_fp8_base:
-        use_fp8_linears(model)
+        use_quantised_linears(model, BaseWeights("fp8"))
     apply_lora(model, lora_config())
     return model
 

@@ -19,7 +19,7 @@ from lora.decoder.language_model import transformers_network
 from lora.errors import TargetError
 from lora.layers.build import has_own_forward, is_adaptable
 from lora.layers.uncalled import find_uncalled
-from lora.lora_module import LoRALayer
+from lora.lora_module import LoRALayer, n_values
 from lora.terminal import escaping_log
 
 PEFT_EXPERT_NAMES = {
@@ -91,7 +91,7 @@ def note_left_out(model: nn.Module, adapted: Sequence[str], *, is_all_linear: bo
     is_planned = any(parameter.is_meta for parameter in model.parameters())
     if is_planned or not is_first_note(model, "left out", *adapted):
         return
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    sizes = {name: n_values(parameter) for name, parameter in model.named_parameters()}
     total = sum(sizes.values())
     experts = [name for name in sizes if _is_stacked(model, name)]
     if experts:
@@ -123,7 +123,7 @@ def _note_linears(model: nn.Module, adapted: set[str], total: int) -> None:
     ):
         left_out = sorted(set(names) - adapted)
         if left_out:
-            own = sum(p.numel() for n in left_out for p in model.get_submodule(n).parameters())
+            own = sum(n_values(p) for n in left_out for p in model.get_submodule(n).parameters())
             log.warning(
                 "%s, %.0f%% of the parameters: not adapted, because %s",
                 *(_counted(left_out), 100 * own / total, why),

@@ -1,6 +1,6 @@
 """A base model's fingerprint: a hash of names, shapes and sampled values that ignores LoRA.
 
-The sample is rounded to bf16 first, so the same weights loaded as fp32 and as bf16 agree. FP8
+The sample is rounded to bf16 first, so the same weights loaded as fp32 and as bf16 agree. Quantised
 linears store a sample from before they were rounded, so they agree too.
 """
 
@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lora.adapters.apply import AppliedLoRA
 from lora.decoder.language_model import LanguageModel
-from lora.decoder.quantised import Fp8Weight, sample_values
+from lora.decoder.quantised.base import QuantisedWeight, sample_values
 from lora.errors import ModelError
 from lora.layers.conv1d import LoRAConv1D, is_conv1d
 from lora.layers.token_tables import find_token_tables
@@ -73,9 +72,13 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Size, Tensor]]:
             value = parameter.T if transposed and key == "weight" else parameter
             # All tables grow with one, whichever trains.
             value = value[:base_rows] if name in tables and key == "weight" else value
-            coded = isinstance(base, Fp8Weight) and key == "weight"
-            sample = cast(Fp8Weight, base).sample if coded else sample_values(value)
-            yield f"{name}.{key}" if name else key, value.shape, sample
+            shape = value.shape
+            if isinstance(base, QuantisedWeight) and key == "weight":
+                shape = torch.Size((base.out_features, base.in_features))
+                sample = base.sample
+            else:
+                sample = sample_values(value)
+            yield f"{name}.{key}" if name else key, shape, sample
 
 
 def _before_training(name: str, originals: dict[str, nn.Module]) -> nn.Module | None:

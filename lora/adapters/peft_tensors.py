@@ -22,6 +22,7 @@ from lora.adapters.peft_tokens import (
 )
 from lora.config import LoRAConfig
 from lora.decoder.language_model import LanguageModel
+from lora.decoder.quantised.base import QuantisedWeight
 from lora.layers.conv1d import is_conv1d
 from lora.lora_module import LoRALayer
 
@@ -129,7 +130,7 @@ def _file_layout(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
     """Return (O, I) of a linear, adapted or not."""
-    if isinstance(layer, LoRALayer):
+    if isinstance(layer, LoRALayer | QuantisedWeight):
         return layer.out_features, layer.in_features
     outputs, inputs = cast(Tensor, layer.weight).shape
     return (inputs, outputs) if is_conv1d(layer) else (outputs, inputs)

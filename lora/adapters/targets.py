@@ -14,7 +14,7 @@ from lora.adapters.experts import describe_experts, find_expert_names, refuse_ex
 from lora.adapters.patterns import NameMatcher
 from lora.config import LoRAConfig
 from lora.decoder.language_model import LanguageModel, transformers_network
-from lora.decoder.quantised import has_fp8_base
+from lora.decoder.quantised.base import base_kind
 from lora.errors import TargetError, did_you_mean
 from lora.layers.build import has_computed_weight, has_own_forward, is_adaptable
 from lora.layers.uncalled import find_uncalled
@@ -111,8 +111,8 @@ def find_saved(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 
 def check_saved(model: nn.Module, saved: list[str], adapted: list[str]) -> None:
-    """Raise TargetError for `saved` modules in FP8, or that hold others of them or of `adapted`."""
-    _refuse_fp8(model, saved)
+    """Raise TargetError for quantised `saved` modules, or that hold others or `adapted` ones."""
+    _refuse_quantised(model, saved)
     for outer in saved:
         both = [name for name in adapted if name == outer or name.startswith(outer + ".")]
         if both:
@@ -128,12 +128,13 @@ def check_saved(model: nn.Module, saved: list[str], adapted: list[str]) -> None:
             )
 
 
-def _refuse_fp8(model: nn.Module, saved: list[str]) -> None:
+def _refuse_quantised(model: nn.Module, saved: list[str]) -> None:
     for name in saved:
-        if has_fp8_base(model.get_submodule(name)):
+        kind = base_kind(model.get_submodule(name))
+        if kind is not None:
             raise TargetError(
-                f"Cannot train {name!r} fully (modules_to_save): its linears are stored in FP8, "
-                "which cannot train. Adapt it through LoRA, or load the base without fp8."
+                f"Cannot train {name!r} fully (modules_to_save): its linears are stored in {kind}, "
+                f"which cannot train. Adapt it through LoRA, or load the base without {kind}."
             )
 
 

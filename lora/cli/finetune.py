@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from lora.cli.flags.from_fields import LORA, Flat, config_from, flags_from
 from lora.cli.flags.shared import (
-    BaseWeights,
+    BaseFlags,
     DataFlags,
     Deterministic,
     Devices,
@@ -66,7 +66,6 @@ def finetune(
     full: Full = False,
     from_adapter: FromAdapter = None,
     resume: Resume = False,
-    base_dtype: BaseWeights = "auto",
     report: Report = True,
     devices: Devices = None,
     deterministic: Deterministic = False,
@@ -76,6 +75,7 @@ def finetune(
     data_config: Annotated[DataFlags | None, Flat] = None,
     run: Annotated[RunFlags | None, Flat] = None,
     memory: Annotated[MemoryFlags | None, Flat] = None,
+    base: Annotated[BaseFlags | None, Flat] = None,
 ) -> int | Processes:
     """Fine-tune a model with LoRA, or with --full all of its weights.
 
@@ -126,7 +126,7 @@ def finetune(
         memory=memory_config,
         from_adapter=from_adapter,
         resume=resume,
-        base_dtype=base_dtype,
+        **vars(base or BaseFlags()),
         deterministic=deterministic,
     )
     check_unused(job)

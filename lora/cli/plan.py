@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from lora.cli.flags.from_fields import DEVICE, Flat, config_from, flags_from
-from lora.cli.flags.shared import BaseWeights, Implementation, Json, LoRAFlags, Model
+from lora.cli.flags.shared import BaseFlags, Implementation, Json, LoRAFlags, Model
 from lora.config import (
+    BaseWeights,
     DataConfig,
     LoRAConfig,
     MemoryConfig,
@@ -86,12 +87,12 @@ def plan(
     device: PlanDevice = "auto",
     devices: PlanDevices = 1,
     parallel: PlanParallel = "auto",
-    base_dtype: BaseWeights = "auto",
     json: Json = False,
     sequences: Annotated[SequenceFlags | None, Flat] = None,
     lora: Annotated[LoRAFlags | None, Flat] = None,
     batch: Annotated[BatchFlags | None, Flat] = None,
     memory: Annotated[PlanMemory | None, Flat] = None,
+    base: Annotated[BaseFlags | None, Flat] = None,
 ) -> int:
     """Estimate the memory of LoRA and of full fine-tuning, and the largest batch.
 
@@ -109,6 +110,7 @@ def plan(
     train = config_from(TrainConfig, batch or BatchFlags())
     lora_config = config_from(LoRAConfig, lora or LoRAFlags())
     memory_config = config_from(MemoryConfig, memory or PlanMemory())
+    base_weights = config_from(BaseWeights, base or BaseFlags())
     _check_memory(memory_config.memory_gb)
     _check_devices(devices)
     import torch
@@ -128,7 +130,7 @@ def plan(
     source = find_model(model)
     code = implementation_of(source.folder, implementation)
     config = model_config(source.folder, code.kind)
-    check_native_only(config, fp8=base_dtype == "fp8", fsdp=parallel == "fsdp")
+    check_native_only(config, base=base_weights, fsdp=parallel == "fsdp")
     code.tell_unless_native(print_note)
     compute_dtype = torch.bfloat16 if kind == "cuda" else torch.float32
     how_read = settled_packing(how_read, config, print_note, compute_dtype)
@@ -145,13 +147,13 @@ def plan(
         compute_dtype=compute_dtype,
         micro_batches=train.gradient_accumulation,
         packed=how_read.is_packed,
-        fp8=base_dtype == "fp8",
+        base=base_weights,
         devices=devices,
     )
     excess = describe_excess(inputs.tokens, inputs.config.max_position_embeddings)
     if excess:
         print_note(f"note: {excess}")
-    each = {"lora": inputs, "full": replace(inputs, lora=None, fp8=False)}
+    each = {"lora": inputs, "full": replace(inputs, lora=None, base=BaseWeights())}
     planned = {name: _plan_kind(one, parallel, memory_config, room) for name, one in each.items()}
     if json:
         planned_json = _as_json(source.name, inputs, planned, room, mode)

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora.decoder.attention import AttentionInputs
 from lora.decoder.decoder import Decoder
-from lora.decoder.quantised import Fp8Weight, quantise_weight
+from lora.decoder.quantised.fp8 import Fp8Weight, quantise_weight
 from lora.decoder.sizes import stored_bytes
 from lora.device import DeviceChoice
 from lora.distributed.shards import Rows, shard_of

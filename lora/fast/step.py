@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
-from lora.decoder.quantised import has_fp8_base
+from lora.decoder.quantised.fp8 import has_fp8_base
 from lora.distributed.world import ALONE, World
 from lora.fast.hand_written import MERGE_BELOW_WIDTH, HandWrittenStep
 from lora.fast.llama.checkpointing import ActivationCheckpointing

@@ -11,14 +11,15 @@ from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
 from lora.decoder.language_model import LanguageModel
 from lora.decoder.layers import RMSNorm
-from lora.decoder.quantised import has_fp8_base
+from lora.decoder.quantised.base import base_kind
+from lora.decoder.quantised.fp8 import has_fp8_base
 from lora.device import DeviceChoice
 from lora.fast.llama.junctions import NORM_NAMES
 from lora.fast.llama.network import GELU_NAMES
 from lora.fast.step import trains_all_weights
 from lora.kernels.step.fp8 import FP8_GEMM_MULTIPLE
 from lora.kernels.step.jit import HAS_TRITON
-from lora.layers.fp8 import LoRAFp8Linear
+from lora.layers.quantised import LoRAFp8Linear
 from lora.layers.trainable_tokens import TrainableTokensEmbedding, TrainableTokensLinear
 from lora.lora_module import LoRALinear
 from lora.stacked.apply import StackedAdapters
@@ -49,8 +50,9 @@ def why_not_stacked(model: nn.Module, stacked: StackedAdapters, choice: DeviceCh
 
 def why_not_stacked_hand_written(model: Decoder, stacked: StackedAdapters) -> str | None:
     """Return what of `stacked` the hand-written stacked step cannot train, or None."""
-    if has_fp8_base(model):
-        return "the base is fp8"
+    kind = base_kind(model)
+    if kind is not None:
+        return f"the base is {kind}"
     # The step forms K gradients for linears of the blocks only; embedding and head are shared.
     blocks = set(model.trunk.blocks().modules())
     outside = [name for name, layer in stacked.layers.items() if layer not in blocks]
@@ -72,6 +74,9 @@ def why_not_fp8(choice: DeviceChoice) -> str | None:
 
 def why_not_hand_written(model: Decoder) -> str | None:
     """Return what in `model` the hand-written step cannot train, or None."""
+    kind = base_kind(model)
+    if kind not in (None, "fp8"):
+        return f"the base is {kind}"
     why = _why_not_shape(model.config) or _why_not_trained(model)
     return why or (_why_not_fp8_shape(model.config) if has_fp8_base(model) else None)
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import get_args
 
 import torch
 
 from lora.adapters.peft_files import fingerprint_adapter
 from lora.config import (
     BaseDtype,
+    BaseWeights,
     DataConfig,
     LoRAConfig,
     MemoryConfig,
@@ -23,7 +23,7 @@ from lora.data.record import describe_data
 from lora.data.task import Task
 from lora.device import DeviceChoice
 from lora.distributed.world import ALONE, World
-from lora.errors import ConfigError, did_you_mean
+from lora.errors import ConfigError
 from lora.finetune.memory import RunMemory
 from lora.pretrained.sources import ModelSource
 from lora.public.field_texts import documented
@@ -56,8 +56,10 @@ class FinetuneJob(Task):
     resume: bool = False
     """Continue the run called `run.name` from its newest checkpoint."""
     base_dtype: BaseDtype = "auto"
-    """Storage dtype of the frozen linears: auto is the compute dtype; fp8 is float8_e4m3 with a
-    scale per output."""
+    """As in BaseWeights, like the three below."""
+    nf4_block: int = BaseWeights.nf4_block
+    nf4_double_quant: bool = BaseWeights.nf4_double_quant
+    nf4_embeddings: bool = BaseWeights.nf4_embeddings
     deterministic: bool = False
     """Give the same bits again on a GPU too: torch's deterministic algorithms, the plain step."""
 
@@ -74,6 +76,11 @@ class FinetuneJob(Task):
     def is_full(self) -> bool:
         """Whether all weights train, without LoRA."""
         return self.lora is None and self.from_adapter is None
+
+    @property
+    def base_weights(self) -> BaseWeights:
+        """How the frozen linears are stored. Raises ConfigError for what is not allowed."""
+        return BaseWeights(**{each.name: getattr(self, each.name) for each in fields(BaseWeights)})
 
     @property
     def allows_fast_step(self) -> bool:
@@ -100,17 +107,11 @@ class FinetuneResult:
 
 
 def check_base_dtype(job: FinetuneJob) -> None:
-    """Raise ConfigError for a base dtype that is unknown, or impossible in full fine-tuning."""
-    allowed = get_args(BaseDtype)
-    if job.base_dtype not in allowed:
-        near = did_you_mean(str(job.base_dtype), allowed)
+    """Raise ConfigError for a base that is stored as it cannot be, or not in full fine-tuning."""
+    if job.base_weights.is_quantised and job.is_full:
         raise ConfigError(
-            f"Cannot use base_dtype={job.base_dtype!r}. Allowed: {', '.join(allowed)}.{near}"
-        )
-    if job.base_dtype == "fp8" and job.is_full:
-        raise ConfigError(
-            "Cannot use base_dtype='fp8' with full fine-tuning: updates of float8 weights would be "
-            "rounded away. Train with LoRA, or leave base_dtype out."
+            f"Cannot use base_dtype={job.base_dtype!r} with full fine-tuning: updates of weights "
+            f"in {job.base_dtype} would be rounded away. Train with LoRA, or leave base_dtype out."
         )
 
 
@@ -149,6 +150,7 @@ def describe_job(
             None if job.from_adapter is None else fingerprint_adapter(job.from_adapter)
         ),
         base_dtype=None if job.base_dtype == "auto" else job.base_dtype,
+        nf4=job.base_weights.nf4_settings if job.base_dtype == "nf4" else None,
         implementation=job.implementation,
         deterministic=job.deterministic or None,
         world_size=None if world.is_alone else world.size,

@@ -97,7 +97,7 @@ def training_job(
 def alike_before(record: RunRecord, choice: DeviceChoice) -> dict[str, object]:
     """Return by name what must be the same in all processes before they plan or send weights."""
     named = ("base_fingerprint", "from_adapter_fingerprint", "base_dtype", "deterministic", "lora")
-    more = ("implementation", "train", "data_config")
+    more = ("implementation", "train", "data_config", "nf4")
     return {
         **{name: getattr(record, name) for name in (*named, *more)},
         "data": record.data.fingerprint,

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora.config import LoRAConfig, MemoryConfig, Parallel, TrainConfig
+from lora.config import BaseWeights, LoRAConfig, MemoryConfig, Parallel, TrainConfig
 from lora.data.prepare import PreparedData
 from lora.decoder.language_model import ModelConfig
 from lora.device import DeviceChoice, available_bytes, resident_bytes
@@ -150,7 +150,7 @@ def plan_run(
     fast: bool,
     memory: MemoryConfig,
     checkpointing: ActivationCheckpointing | None = None,
-    fp8: bool = False,
+    base: BaseWeights | None = None,
     embedding_rows: int = 0,
     world: World = ALONE,
     parallel: Parallel = "auto",
@@ -177,14 +177,14 @@ def plan_run(
         fast=fast,
         memory=memory,
         checkpointing=checkpointing,
-        fp8=fp8,
+        base=base or BaseWeights(),
         embedding_rows=embedding_rows,
         devices=world.size,
         machine_devices=None if world.is_alone else machine_devices(world),
     )
     on_gpus, free = choice.device.type == "cuda", _free_bytes(choice, world)
     # Processes that planned with a few bytes more or less could choose otherwise.
-    base = max(world.gather(resident_bytes(), "the memory of each process"))
+    resident = max(world.gather(resident_bytes(), "the memory of each process"))
     with silent(*ADAPTER_LOGS):  # the model that trains says what LoRA leaves out, once
         chosen = plan_parallel(
             inputs,
@@ -192,7 +192,7 @@ def plan_run(
             memory,
             free,
             partial(_measure_link, inputs, choice, world) if on_gpus else None,
-            None if world.is_alone else base,
+            None if world.is_alone else resident,
         )
     plan = chosen.plan
     # FSDP2 recomputes whole blocks on a GPU.

@@ -49,13 +49,12 @@ def load_model(
     # Frozen weights are loaded in the compute dtype; with full fine-tuning they stay in fp32.
     wide = torch.promote_types(choice.compute_dtype, torch.float32)
     dtype = wide if job.is_full else choice.compute_dtype
-    fp8 = job.base_dtype == "fp8"
     model = load_language_model(
         source.folder,
         implementation=job.implementation,
         dtype=dtype,
         device=choice.device,
-        fp8=fp8,
+        base=job.base_weights,
     )
     fingerprint = base_fingerprint(model)
     prepare_model(job, model, tokenizer, progress)

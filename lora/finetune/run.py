@@ -231,7 +231,7 @@ def check_before_processes(job: FinetuneJob) -> None:
 
     An adapter to continue, which may be a checkpoint that has to be converted, is left to them.
     """
-    if job.from_adapter is None and (job.base_dtype == "fp8" or job.run.parallel == "fsdp"):
+    if job.from_adapter is None and (job.base_weights.is_quantised or job.run.parallel == "fsdp"):
         source = find_model_of(job.model, None)
         recorded = _recorded_implementation(job, source)
         asked = recorded if job.implementation == "auto" else job.implementation
@@ -248,7 +248,7 @@ def _check_native_only(
 ) -> None:
     check_native_only(
         model_config(source.folder, implementation),
-        fp8=job.base_dtype == "fp8",
+        base=job.base_weights,
         fsdp=job.run.parallel == "fsdp",
     )
 
@@ -301,7 +301,7 @@ def _plan_memory(
             lambda: recorded_checkpointing(job.directory, world.size) if job.resume else None,
             "the recorded memory",
         ),
-        fp8=job.base_dtype == "fp8",
+        base=job.base_weights,
         embedding_rows=len(job.data_config.special_tokens),
         world=world,
         parallel=job.run.parallel,

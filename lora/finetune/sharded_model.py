@@ -19,12 +19,14 @@ from lora.adapters.apply import AppliedLoRA, applied_lora
 from lora.adapters.fingerprint import base_fingerprint
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.decoder import Decoder, build_empty_decoder
-from lora.decoder.quantised import Fp8Weight, use_fp8_linears
+from lora.decoder.quantised.fp8 import Fp8Weight
 from lora.device import DeviceChoice
 from lora.distributed.shards import ALL_ROWS, Rows
+from lora.errors import ConfigError
 from lora.finetune.job import FinetuneJob
 from lora.finetune.model import prepare_model
 from lora.finetune.weight_rows import WeightRows
+from lora.layers.quantised_model import use_quantised_linears
 from lora.layers.token_tables import find_token_tables
 from lora.pretrained.sources import ModelSource
 from lora.runs.progress import Progress
@@ -61,8 +63,11 @@ def build_sharded_model(
     # In full fine-tuning what is stored stays in fp32; the base of LoRA has the compute dtype.
     wide = torch.promote_types(choice.compute_dtype, torch.float32)
     model.to(wide if job.is_full else choice.compute_dtype)
-    if job.base_dtype == "fp8":
-        use_fp8_linears(model)
+    if job.base_dtype == "nf4":
+        raise ConfigError(
+            "Cannot shard a base in nf4 over processes. Each has all of it with parallel=ddp."
+        )
+    use_quantised_linears(model, job.base_weights)
     _each_tensor(model, lambda tensor: _stand_in(tensor, choice.device))
     model.known_fingerprint = fingerprint
     has_tables = bool(job.data_config.special_tokens) or job.from_adapter is not None

@@ -8,11 +8,11 @@ from typing import cast
 import torch
 from torch import nn
 
-from lora.decoder.quantised import Fp8Linear
+from lora.decoder.quantised.base import QuantisedWeight
 from lora.errors import TargetError
 from lora.layers.conv1d import LoRAConv1D, is_conv1d
-from lora.layers.fp8 import LoRAFp8Linear
 from lora.layers.fused import FusedLoRALinear
+from lora.layers.quantised import LORA_LINEARS
 from lora.lora_module import LoRALayer, LoRALinear
 
 
@@ -29,7 +29,12 @@ def is_adaptable(module: nn.Module) -> bool:
         return False
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     plain = plain or _is_falcons(module)
-    return plain or is_conv1d(module) or isinstance(module, Fp8Linear)
+    return plain or is_conv1d(module) or _is_quantised(module)
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """Whether `module` is a quantised linear of ours, which LoRA does not yet wrap."""
+    return isinstance(module, QuantisedWeight) and not isinstance(module, LoRALayer)
 
 
 def _is_falcons(module: nn.Module) -> bool:
@@ -73,8 +78,9 @@ def build_lora_layer(
         )
     if is_conv1d(base):
         return LoRAConv1D(base, rank, alpha, dropout, scaling=scaling, generator=generator)
-    if isinstance(base, Fp8Linear):
-        return LoRAFp8Linear(base, rank, alpha, dropout, scaling=scaling, generator=generator)
+    if isinstance(base, QuantisedWeight):
+        wrapped = LORA_LINEARS[base.kind]
+        return wrapped(base, rank, alpha, dropout, scaling=scaling, generator=generator)
     linear = cast(nn.Linear, base)
     # The fused operation takes one dtype for all: beside W in bf16, A and B would be fp32.
     is_wide = linear.weight.dtype in (torch.float32, torch.float64)

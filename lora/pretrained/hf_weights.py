@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora.config import BaseWeights
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
 from lora.decoder.families import FAMILIES, decoder_config
-from lora.decoder.quantised import Fp8Linear, has_fp8_base, use_fp8_linears
+from lora.decoder.quantised.base import QuantisedWeight, base_kind
 from lora.errors import ModelError, did_you_mean, gather
+from lora.layers.quantised_model import use_quantised_linears
 from lora.pretrained.hf_files import StoredTensor, open_tensors, read_config
 from lora.pretrained.load.architectures import describe_architecture
 from lora.pretrained.load.shards import (
@@ -50,24 +52,23 @@ def load_decoder(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    fp8: bool = False,
+    base: BaseWeights | None = None,
 ) -> Decoder:
     """Return the decoder in `folder`, with parameters of `dtype` on `device`.
 
-    With `fp8` the linears of its blocks are quantised (`lora.decoder.quantised`), one after the
-    other as they are read.
+    The linears of its blocks are stored as `base` says (`lora.decoder.quantised`), quantised one
+    after the other as they are read.
 
     Raises ModelError for a folder without config.json or safetensors files, an unsupported
     architecture or a damaged file, and once for all tensors that are missing, unexpected,
-    of a wrong shape or not floating-point; with `fp8` for one that is not finite.
+    of a wrong shape or not floating-point; for one that is quantised and not finite.
     """
     folder = Path(folder)
     model = _empty_model(folder)
-    if fp8:
-        use_fp8_linears(model)
     with ExitStack() as files:
         source = open_tensors(folder, files)
-        stored = _match_names(model, source, folder)
+        stored = _match_names(model, source, folder)  # by the shapes before quantisation
+        use_quantised_linears(model, base or BaseWeights())
         _assign(model, _read(model.config, stored, dtype, device))
         _check_tied_head(model, source, folder)
     return model
@@ -170,7 +171,7 @@ def _assign(model: Decoder, tensors: Iterator[tuple[str, Tensor]]) -> None:
         for name, tensor in tensors:
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
-            if isinstance(module, Fp8Linear) and leaf == "weight":
+            if isinstance(module, QuantisedWeight) and leaf == "weight":
                 module.load(tensor, name)
             else:
                 yield name, tensor
@@ -259,10 +260,11 @@ def _write_decoder(
 
 
 def _tensors_to_save(model: Decoder) -> dict[str, Tensor]:
-    if has_fp8_base(model):
+    kind = base_kind(model)
+    if kind is not None:
         raise ModelError(
-            "Cannot save a model with fp8 linears: the format cannot hold their scales. Save its "
-            "adapter; the base is where it was loaded from."
+            f"Cannot save a model with {kind} linears: the format cannot hold their scales. Save "
+            "its adapter; the base is where it was loaded from."
         )
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     expected = {name for name, _ in build_empty_decoder(model.config).named_parameters()}

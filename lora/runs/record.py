@@ -125,6 +125,8 @@ class RunRecord:
     from_adapter_fingerprint: str | None = None
     """Of its settings and tensors: a path alone does not tell whether it is the same adapter."""
     base_dtype: str | None = None
+    nf4: dict[str, Any] | None = None
+    """Of a base in nf4: its settings."""
     implementation: str | None = None
     """The code that ran the model: native or transformers; None in older files, where it was
     native, and for models of other code."""

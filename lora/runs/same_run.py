@@ -19,6 +19,7 @@ FIXED = (
     "data_config",
     "deterministic",
     "base_dtype",
+    "nf4",
     "implementation",
     "data",
 )

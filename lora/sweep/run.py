@@ -40,6 +40,7 @@ from lora.distributed.start import joined
 from lora.distributed.world import World
 from lora.errors import CheckpointError, TrainingError, gather
 from lora.inference.run_settings import implementation_to_resume
+from lora.lora_module import n_values
 from lora.pretrained.load.models import load_language_model, model_config
 from lora.pretrained.load.task import settled_task
 from lora.pretrained.positions import describe_excess
@@ -160,7 +161,7 @@ def _sweep(
     described = replace(
         describe_job(job, source, data, choice, at_once, world),
         base_fingerprint=base_fingerprint(model),
-        base_parameters=sum(p.numel() for p in model.parameters()),
+        base_parameters=sum(n_values(p) for p in model.parameters()),
     )
     check_alike(alike(described, choice), world)
     name = job.run.name or default_name(source.name)

@@ -13,7 +13,7 @@ from torch import nn
 from lora.adapters.apply import apply_lora, remove_lora
 from lora.adapters.fingerprint import base_fingerprint
 from lora.config import LoRAConfig
-from lora.decoder.quantised import SAMPLES_PER_TENSOR
+from lora.decoder.quantised.base import SAMPLES_PER_TENSOR
 from lora.errors import ModelError
 from lora.pretrained.hf_weights import load_decoder
 

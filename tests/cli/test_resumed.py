@@ -13,7 +13,7 @@ from lora import cli
 from lora.cli import build_app
 from lora.cli.flags.from_fields import config_from
 from lora.cli.flags.resumed import settings_to_resume
-from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.config import BaseWeights, DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.errors import CheckpointError, RunNotFoundError
 from lora.runs.record import SCHEMA_VERSION
 from lora.sweep.grid import Grid
@@ -46,11 +46,14 @@ def bound(command: str, given: dict[str, str]) -> dict[str, Any]:
 def test_a_finetune_has_all_settings_that_it_had(tmp_path: Path, given: dict[str, str]) -> None:
     run = asdict(RunConfig(out=tmp_path, name="run", patience=3, fast=False))
     values = {"lora": asdict(LORA), "train": asdict(TRAIN), "data_config": asdict(DATA), "run": run}
-    write(tmp_path, "finetune", **values, deterministic=True, base_dtype="fp8", model_source="m",
+    base = BaseWeights("nf4", nf4_block=128, nf4_double_quant=False)
+    values |= {"base_dtype": "nf4", "nf4": base.nf4_settings}
+    write(tmp_path, "finetune", **values, deterministic=True, model_source="m",
           implementation="native")  # fmt: skip
     found = bound("finetune", given)
     assert (found["data"], found["model"]) == (Path("a b.jsonl"), "m")
-    assert (found["deterministic"], found["base_dtype"]) == (True, "fp8")
+    assert found["deterministic"] is True
+    assert config_from(BaseWeights, found["base"]) == base
     assert found["implementation"] == "native"
     assert config_from(LoRAConfig, found["lora"]) == LORA
     assert config_from(TrainConfig, found["train"]) == TRAIN

@@ -12,10 +12,10 @@ from torch import nn
 from lora.adapters.apply import apply_lora
 from lora.adapters.fingerprint import base_fingerprint
 from lora.adapters.merge import merge_lora
-from lora.config import LoRAConfig
+from lora.config import BaseWeights, LoRAConfig
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.decoder.families import decoder_config
-from lora.decoder.quantised import Fp8Linear, has_fp8_base
+from lora.decoder.quantised.fp8 import Fp8Linear, has_fp8_base
 from lora.errors import ModelError, TargetError
 from lora.kernels.step.fp8 import FP8
 from lora.pretrained.hf_weights import load_decoder, save_decoder
@@ -48,7 +48,7 @@ def linears(model: Decoder) -> dict[str, Fp8Linear]:
 
 
 def test_linears_of_blocks_are_rounded_and_nothing_else(folder: Path) -> None:
-    plain, rounded = load_decoder(folder), load_decoder(folder, fp8=True)
+    plain, rounded = load_decoder(folder), load_decoder(folder, base=BaseWeights("fp8"))
     assert has_fp8_base(rounded)
     assert not has_fp8_base(plain)
     layers = linears(rounded)
@@ -65,7 +65,7 @@ def test_linears_of_blocks_are_rounded_and_nothing_else(folder: Path) -> None:
 
 
 def test_a_layer_multiplies_by_the_values_of_its_codes(folder: Path) -> None:
-    layer = next(iter(linears(load_decoder(folder, fp8=True)).values()))
+    layer = next(iter(linears(load_decoder(folder, base=BaseWeights("fp8"))).values()))
     x = torch.randn(3, 5, layer.in_features, generator=torch.Generator().manual_seed(1))
     x.requires_grad_()
     y = layer(x)
@@ -76,7 +76,7 @@ def test_a_layer_multiplies_by_the_values_of_its_codes(folder: Path) -> None:
 
 
 def test_the_base_keeps_its_fingerprint(folder: Path) -> None:
-    plain, rounded = load_decoder(folder), load_decoder(folder, fp8=True)
+    plain, rounded = load_decoder(folder), load_decoder(folder, base=BaseWeights("fp8"))
     assert base_fingerprint(rounded) == base_fingerprint(plain)
     apply_lora(rounded, LoRAConfig(rank=2))
     assert base_fingerprint(rounded) == base_fingerprint(plain)
@@ -90,11 +90,11 @@ def test_a_value_that_is_not_finite_is_named(folder: Path, bad: float) -> None:
     tensors[name][7, 3] = bad
     save_file(tensors, path)
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight.*not finite, in rows 7"):
-        load_decoder(folder, fp8=True)
+        load_decoder(folder, base=BaseWeights("fp8"))
 
 
 def test_fresh_lora_changes_nothing_and_unwraps(folder: Path) -> None:
-    model = load_decoder(folder, fp8=True)
+    model = load_decoder(folder, base=BaseWeights("fp8"))
     with torch.no_grad():
         before = model(IDS)
         apply_lora(model, LoRAConfig(rank=2))
@@ -103,11 +103,12 @@ def test_fresh_lora_changes_nothing_and_unwraps(folder: Path) -> None:
 
 
 def test_what_fp8_cannot_hold_is_refused(folder: Path, tmp_path: Path) -> None:
-    model = load_decoder(folder, fp8=True)
+    model = load_decoder(folder, base=BaseWeights("fp8"))
     with pytest.raises(ModelError, match=r"fp8 linears.*Save its adapter"):
         save_decoder(model, tmp_path / "saved")
-    with pytest.raises(TargetError, match=r"stored in FP8, which cannot train"):
+    with pytest.raises(TargetError, match=r"stored in fp8, which cannot train"):
         apply_lora(model, LoRAConfig(rank=2, targets=("q_proj",), modules_to_save=("up_proj",)))
-    adapted: nn.Module = apply_lora(load_decoder(folder, fp8=True), LoRAConfig(rank=2))
+    model = load_decoder(folder, base=BaseWeights("fp8"))
+    adapted: nn.Module = apply_lora(model, LoRAConfig(rank=2))
     with pytest.raises(TargetError, match=r"base in FP8.*without fp8"):
         merge_lora(adapted)

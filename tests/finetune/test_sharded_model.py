@@ -15,7 +15,7 @@ from lora.adapters.save_load import save_adapter
 from lora.config import DataConfig, LoRAConfig
 from lora.data.sequences.batches import Batch
 from lora.data.tokenizers.subword import TextTokenizer
-from lora.decoder.quantised import Fp8Linear
+from lora.decoder.quantised.fp8 import Fp8Linear
 from lora.device import choose_device
 from lora.errors import AdapterError
 from lora.fast.sharded.base import ShardedBase

@@ -11,7 +11,7 @@ import torch
 
 from lora.adapters.save_load import load_adapter
 from lora.cli import main
-from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.config import BaseWeights, DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.reading.orders import make_orders
 from lora.errors import ConfigError, LoraError
 from lora.finetune import FinetuneJob, finetune
@@ -52,8 +52,8 @@ def test_it_learns_as_over_the_base_as_it_is(job: FinetuneJob, tmp_path: Path) -
 def test_its_adapter_loads_on_the_base_as_it_is(job: FinetuneJob, tiny_folder: Path) -> None:
     done = finetune(job)
     outputs = []
-    for fp8 in (True, False):
-        model = load_decoder(tiny_folder, fp8=fp8)
+    for base in (BaseWeights("fp8"), BaseWeights()):
+        model = load_decoder(tiny_folder, base=base)
         load_adapter(model, done.saved)
         with torch.no_grad():
             outputs.append(model(TOKENS))

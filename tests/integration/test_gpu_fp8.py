@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from lora.adapters.apply import apply_lora, lora_layers
-from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.config import BaseWeights, DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.reading.orders import make_orders
 from lora.data.sequences.batches import Batch
 from lora.decoder.config import FeedForwardConfig
 from lora.decoder.decoder import Decoder, build_decoder
-from lora.decoder.quantised import Fp8Linear, has_fp8_base, use_fp8_linears
+from lora.decoder.quantised.fp8 import Fp8Linear, has_fp8_base
 from lora.device import choose_device
 from lora.fast.llama import buffers
 from lora.fast.llama.checkpointing import MODES
@@ -25,6 +25,7 @@ from lora.fast.why_not import why_not_fast, why_not_fp8
 from lora.finetune import FinetuneJob, finetune
 from lora.kernels.step.jit import HAS_TRITON
 from lora.kernels.step.ops import PLAIN, TRITON
+from lora.layers.quantised_model import use_quantised_linears
 from lora.runs.disk import read_json, read_rows
 from lora.runs.progress import NoProgress
 from tests.tiny_llama import changed, llama_config
@@ -79,7 +80,7 @@ def build(**changes: Any) -> Decoder:
             noise = torch.randn(parameter.shape, generator=draw, device="cuda")
             parameter.add_(spread * noise)
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    use_fp8_linears(model)
+    use_quantised_linears(model, BaseWeights("fp8"))
     for name, module in model.named_modules():
         if isinstance(module, Fp8Linear):
             module.load(weights[f"{name}.weight"], name)

@@ -18,7 +18,7 @@ from lora.cli.flags.from_fields import (
     flags_from,
 )
 from lora.config import (
-    BaseDtype,
+    BaseWeights,
     DataConfig,
     ImplementationName,
     LoRAConfig,
@@ -72,14 +72,6 @@ Adapter = Annotated[
 ]
 System = Annotated[
     str | None, Parameter(group=GENERATION, help="System prompt. Default: as in training.")
-]
-BaseWeights = Annotated[
-    BaseDtype,
-    Parameter(
-        group=DEVICE,
-        help="Storage dtype of the frozen linear layers; fp8 halves their memory (fast on H100 and "
-        "H200).",
-    ),
 ]
 Device = Annotated[str, Parameter(group=DEVICE, help="Device: auto, cpu, cuda, cuda:1, ...")]
 Devices = Annotated[
@@ -148,6 +140,11 @@ class DataFlags:
 @flags_from(MemoryConfig)
 class MemoryFlags:
     """GPU memory."""
+
+
+@flags_from(BaseWeights)
+class BaseFlags:
+    """How the frozen linears are stored."""
 
 
 @flags_from(SamplingConfig)

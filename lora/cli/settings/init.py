@@ -14,7 +14,6 @@ from cyclopts.argument import Argument
 from lora.cli.finetune import FromAdapter, Full
 from lora.cli.flags.from_fields import DATA, GROUPS, OUTPUT, Flat, changed_by, flags_from
 from lora.cli.flags.shared import (
-    BaseWeights,
     Deterministic,
     Implementation,
     Model,
@@ -22,7 +21,15 @@ from lora.cli.flags.shared import (
     Report,
     ValidationData,
 )
-from lora.config import DEFAULT_EPOCHS, DataConfig, LoRAConfig, MemoryConfig, RunConfig, TrainConfig
+from lora.config import (
+    DEFAULT_EPOCHS,
+    BaseWeights,
+    DataConfig,
+    LoRAConfig,
+    MemoryConfig,
+    RunConfig,
+    TrainConfig,
+)
 from lora.errors import ConfigError
 from lora.runs.outputs import OutputPath
 from lora.terminal import print_line, print_note
@@ -59,6 +66,11 @@ class InitMemory:
     """GPU memory."""
 
 
+@flags_from(BaseWeights, unset=True)
+class InitBase:
+    """How the frozen linears are stored."""
+
+
 def init(
     file: Annotated[Path, Parameter(group=OUTPUT)] = Path("run.yaml"),
     *,
@@ -68,7 +80,6 @@ def init(
     eval_data: ValidationData = None,
     full: Full = False,
     from_adapter: FromAdapter = None,
-    base_dtype: BaseWeights = "auto",
     deterministic: Deterministic = False,
     report: Report = True,
     overwrite: Overwrite = False,
@@ -77,6 +88,7 @@ def init(
     data_config: Annotated[InitData | None, Flat] = None,
     run: Annotated[InitRun | None, Flat] = None,
     memory: Annotated[InitMemory | None, Flat] = None,
+    base: Annotated[InitBase | None, Flat] = None,
 ) -> int:
     """Write a settings file for lora finetune, with every setting and its default.
 
@@ -97,10 +109,9 @@ def init(
     output = OutputPath(file, overwrite=overwrite)
     output.check()
     given = given_settings(
-        *(lora, train, data_config, run, memory),
+        *(lora, train, data_config, run, memory, base),
         **{"data": data, "model": model, "eval_data": eval_data, "from_adapter": from_adapter},
         **{"full": full or None, "deterministic": deterministic or None},
-        **{"base_dtype": None if base_dtype == "auto" else base_dtype},
         **{"report": None if report else False},
         **{"implementation": None if implementation == "auto" else implementation},
     )
@@ -117,10 +128,10 @@ def init(
 def given_settings(*flags: object | None, **more: Any) -> dict[str, Any]:
     """Return the settings that are given by name: those of `more`, then those of `flags`.
 
-    `flags` are InitLoRA, InitTrain, InitData, InitRun and InitMemory, or None. Raises ConfigError
-    for values that are out of range.
+    `flags` are InitLoRA, InitTrain, InitData, InitRun, InitMemory and InitBase, or None. Raises
+    ConfigError for values that are out of range.
     """
-    kinds = (LoRAConfig, TrainConfig, DataConfig, RunConfig, MemoryConfig)
+    kinds = (LoRAConfig, TrainConfig, DataConfig, RunConfig, MemoryConfig, BaseWeights)
     for kind, each in zip(kinds, flags, strict=True):
         changed_by(kind(), each)  # checks itself
     given = more | {name: value for each in flags if each for name, value in vars(each).items()}

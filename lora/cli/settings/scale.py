@@ -13,7 +13,6 @@ from lora import __version__
 from lora.cli.finetune import FromAdapter, Full
 from lora.cli.flags.from_fields import DATA, DEVICE, OUTPUT, Flat, changed_by
 from lora.cli.flags.shared import (
-    BaseWeights,
     Deterministic,
     Implementation,
     Model,
@@ -23,6 +22,7 @@ from lora.cli.flags.shared import (
     ValidationData,
 )
 from lora.cli.settings.init import (
+    InitBase,
     InitData,
     InitLoRA,
     InitMemory,
@@ -31,7 +31,7 @@ from lora.cli.settings.init import (
     check_method,
     given_settings,
 )
-from lora.config import DataConfig, LoRAConfig, MemoryConfig, RunConfig, TrainConfig
+from lora.config import BaseWeights, DataConfig, LoRAConfig, MemoryConfig, RunConfig, TrainConfig
 from lora.errors import ConfigError
 from lora.pretrained.sources import DEFAULT_INSTALL
 from lora.runs.directory import check_run_name
@@ -96,7 +96,6 @@ def scale(
     full: Full = False,
     from_adapter: FromAdapter = None,
     resume: Resume = False,
-    base_dtype: BaseWeights = "auto",
     deterministic: Deterministic = False,
     report: Report = True,
     lora: Annotated[InitLoRA | None, Flat] = None,
@@ -104,6 +103,7 @@ def scale(
     data_config: Annotated[InitData | None, Flat] = None,
     run_config: Annotated[InitRun | None, Flat] = None,
     memory: Annotated[InitMemory | None, Flat] = None,
+    base: Annotated[InitBase | None, Flat] = None,
 ) -> int:
     """Write a file that starts a run of lora finetune on several machines.
 
@@ -119,17 +119,17 @@ def scale(
     lora finetune --devices 8 needs no file.
     """
     given = given_settings(
-        *(lora, train, data_config, run_config, memory),
+        *(lora, train, data_config, run_config, memory, base),
         **{"data": data, "model": model, "eval_data": eval_data, "from_adapter": from_adapter},
         **{"full": full or None, "deterministic": deterministic or None},
-        **{"resume": resume or None, "base_dtype": None if base_dtype == "auto" else base_dtype},
+        **{"resume": resume or None},
         **{"report": None if report else False},
         **{"implementation": None if implementation == "auto" else implementation},
     )
     from lora.fast.memory.parallel import check_parallel
 
     _check(given, to, gpu)
-    _check_job(given, (lora, train, data_config, run_config, memory))
+    _check_job(given, (lora, train, data_config, run_config, memory, base))
     scaled = ScaledRun(
         settings=given,
         out=Path(given.get("out", RunConfig.out)),
@@ -187,7 +187,7 @@ def _check_job(given: dict[str, Any], flags: Sequence[object | None]) -> None:
     from lora.finetune.job import FinetuneJob, check_base_dtype
     from lora.finetune.unused import check_unused
 
-    lora, train, data_config, run, memory = flags
+    lora, train, data_config, run, memory, base = flags
     job = FinetuneJob(
         data=given.get("data", ""),
         model=given.get("model"),
@@ -199,7 +199,7 @@ def _check_job(given: dict[str, Any], flags: Sequence[object | None]) -> None:
         memory=changed_by(MemoryConfig(), memory),
         from_adapter=given.get("from_adapter"),
         resume="resume" in given,
-        base_dtype=given.get("base_dtype", "auto"),
+        **vars(changed_by(BaseWeights(), base)),
         implementation=given.get("implementation", "auto"),
         deterministic="deterministic" in given,
     )

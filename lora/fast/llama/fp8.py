@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lora.decoder.quantised import Fp8Weight
+from lora.decoder.quantised.fp8 import Fp8Weight
 from lora.fast.llama.buffers import Buffers
 from lora.fast.weights.adapted import DropoutMasks, SeparateLoRAProjection
 from lora.fast.weights.flat import FlatParameters

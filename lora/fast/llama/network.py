@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora.decoder.attention import Attention
 from lora.decoder.decoder import Decoder, GemmaTrunk, LlamaTrunk
 from lora.decoder.layers import GatedFeedForward, OffsetRMSNorm
-from lora.decoder.quantised import has_fp8_base
+from lora.decoder.quantised.fp8 import has_fp8_base
 from lora.fast.llama.attention import is_own_attention_faster, needs_own_attention
 from lora.fast.llama.buffers import Buffers, Widths
 from lora.fast.llama.checkpointing import ActivationCheckpointing

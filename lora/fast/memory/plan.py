@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from lora.config import LoRAConfig, MemoryConfig
+from lora.config import BaseWeights, LoRAConfig, MemoryConfig
 from lora.decoder.language_model import ModelConfig
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 
@@ -36,8 +36,8 @@ class PlanInputs:
     """The fast step's mode of activation checkpointing; "auto" without `memory_gb` is "none"."""
     checkpointing: ActivationCheckpointing | None = None
     """The same where it is decided already, as in a resumed run."""
-    fp8: bool = False
-    """Store the frozen linears in fp8."""
+    base: BaseWeights = field(default_factory=BaseWeights)
+    """How the frozen linears are stored."""
     embedding_rows: int = 0
     """Rows of embedding and head that train beside LoRA: the tokens of `special_tokens`."""
     devices: int = 1

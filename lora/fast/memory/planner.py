@@ -17,7 +17,6 @@ from lora.config import MemoryConfig
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
 from lora.decoder.language_model import LanguageModel
-from lora.decoder.quantised import use_fp8_linears
 from lora.device import resident_bytes
 from lora.errors import ConfigError
 from lora.fast.llama.checkpointing import MODES
@@ -36,6 +35,7 @@ from lora.fast.memory.plan import MemoryPlan, PlanInputs
 from lora.fast.memory.trace import StepMemory
 from lora.fast.memory.traces import StepTraces, Traced, largest_that_fits
 from lora.fast.why_not import why_not_hand_written, why_not_sharded
+from lora.layers.quantised_model import use_quantised_linears
 from lora.lora_module import ParameterCounts, count_lora_parameters
 from lora.pretrained.load.models import as_decoder, empty_language_model, why_not_packed
 
@@ -299,8 +299,8 @@ def _adapted(inputs: PlanInputs) -> LanguageModel:
     # Full fine-tuning trains fp32 weights; LoRA's frozen base is stored in the compute dtype.
     if inputs.compute_dtype is torch.bfloat16:
         model = model.bfloat16()
-    if inputs.fp8:
-        use_fp8_linears(as_decoder(model, "store fp8 weights of"))
+    if inputs.base.is_quantised:
+        use_quantised_linears(as_decoder(model, "quantise the weights of"), inputs.base)
     apply_lora(model, inputs.lora)
     if inputs.embedding_rows:
         # Which rows does not matter, but gradients have to reach the embedding.
@@ -313,12 +313,12 @@ def _describe_model(inputs: PlanInputs, *, recomputes: bool) -> str:
     kind = inputs.config
     about = repr(kind) if isinstance(kind, DecoderConfig) else f"{kind.source} {kind.logit_scale}"
     trained = f"{inputs.lora} {inputs.embedding_rows}"
-    return f"{about} {trained} {inputs.fp8} {inputs.parallel} {recomputes}"
+    return f"{about} {trained} {inputs.base} {inputs.parallel} {recomputes}"
 
 
 def _frozen_bytes(inputs: PlanInputs, model: LanguageModel, counts: ParameterCounts) -> int:
     """Return the bytes of what does not train, in its storage dtype."""
-    if not inputs.fp8:
+    if not inputs.base.is_quantised:
         return counts.frozen * _base_dtype(inputs).itemsize
     frozen = [p for p in model.parameters() if not p.requires_grad]
     return sum(t.numel() * t.element_size() for t in (*frozen, *model.buffers()))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.decoder.decoder import Decoder
-from lora.decoder.quantised import quantise_weight
+from lora.decoder.quantised.fp8 import quantise_weight
 from lora.device import Share
 from lora.distributed.shards import Rows, gather_shards
 from lora.distributed.world import ALONE, World

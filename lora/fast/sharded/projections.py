@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora.decoder.quantised import Fp8Weight
+from lora.decoder.quantised.fp8 import Fp8Weight
 from lora.fast.llama.fp8 import Fp8BaseProjection, Fp8Buffers, Fp8Projection, FrozenFp8Projection
 from lora.fast.sharded.base import fill_fp8_part, fill_part, gather_scales
 from lora.fast.sharded.layout import ShardedMatrix, Source

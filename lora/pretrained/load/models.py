@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora.config import ImplementationName
+from lora.config import BaseWeights, ImplementationName
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder, build_empty_decoder
 from lora.decoder.families import FAMILIES, decoder_config
@@ -72,15 +72,16 @@ def load_language_model(
     implementation: ImplementationName = "auto",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    fp8: bool = False,
+    base: BaseWeights | None = None,
 ) -> LanguageModel:
     """Return the model in `folder`, with parameters of `dtype` on `device`.
 
-    With `fp8` the linears of a native decoder's blocks are quantised as they are read. Raises what
-    `implementation_of` does, and ModelError for weights that are missing, unexpected or damaged.
+    The linears of a native decoder's blocks are stored as `base` says, quantised as they are read.
+    Raises what `implementation_of` does, and ModelError for weights that are missing, unexpected
+    or damaged.
     """
     if implementation_of(folder, implementation).kind == "native":
-        return load_decoder(folder, dtype=dtype, device=device, fp8=fp8)
+        return load_decoder(folder, dtype=dtype, device=device, base=base)
     return load_transformers_model(folder, dtype=dtype, device=device)
 
 

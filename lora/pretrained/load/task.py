@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from lora.config import DataConfig, ImplementationName
+from lora.config import BaseWeights, DataConfig, ImplementationName
 from lora.data.prepare import PreparedData
 from lora.data.task import Task
 from lora.decoder.config import DecoderConfig
@@ -79,10 +79,13 @@ def check_lengths(config: ModelConfig, data: PreparedData) -> None:
         check_positions(empty_language_model(config), n_tokens)
 
 
-def check_native_only(config: ModelConfig, *, fp8: bool, fsdp: bool) -> None:
+def check_native_only(config: ModelConfig, *, base: BaseWeights, fsdp: bool) -> None:
     """Raise ConfigError for settings that only native decoders have."""
     given = {
-        "base_dtype='fp8'": (fp8, "the frozen weights are stored in the compute dtype"),
+        f"base_dtype={base.base_dtype!r}": (
+            base.is_quantised,
+            "the frozen weights are stored in the compute dtype",
+        ),
         "parallel='fsdp'": (fsdp, "each process has all weights, as with parallel='ddp'"),
     }
     wrong = {name: why for name, (is_given, why) in given.items() if is_given}

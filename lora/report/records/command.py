@@ -10,7 +10,14 @@ import dataclasses
 import shlex
 from typing import Any
 
-from lora.config import FULL_LEARNING_RATE, DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.config import (
+    FULL_LEARNING_RATE,
+    BaseWeights,
+    DataConfig,
+    LoRAConfig,
+    RunConfig,
+    TrainConfig,
+)
 from lora.runs.record import RunRecord
 from lora.sweep.grid import SWEPT, Grid, short_number
 
@@ -55,6 +62,7 @@ def finetune_settings(record: RunRecord, name: str, *, defaults: bool = False) -
         found |= _changed(record.lora, LoRAConfig, defaults=defaults)
     if record.base_dtype is not None:
         found["base_dtype"] = record.base_dtype
+        found |= _changed(record.nf4, BaseWeights, without=("base_dtype",), defaults=defaults)
     found |= _implementation(record.implementation, defaults=defaults)
     if record.deterministic:
         found["deterministic"] = True

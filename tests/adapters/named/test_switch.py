@@ -22,10 +22,11 @@ from lora.adapters.apply import (
 from lora.adapters.merge import merge_lora
 from lora.adapters.named.switch import active_adapter, adapter_names, delete_adapter, set_adapter
 from lora.adapters.save_load import load_adapter, save_adapter
-from lora.config import LoRAConfig
+from lora.config import BaseWeights, LoRAConfig
 from lora.decoder.decoder import Decoder, build_decoder
-from lora.decoder.quantised import Fp8Linear, use_fp8_linears
+from lora.decoder.quantised.fp8 import Fp8Linear
 from lora.errors import AdapterError, TargetError
+from lora.layers.quantised_model import use_quantised_linears
 from tests.fast.memory.conftest import TINY
 
 Build = Callable[[str], nn.Module]
@@ -281,7 +282,7 @@ def test_adapters_switch_over_an_fp8_base(token_ids: Tensor, tmp_path: Path) -> 
     def build() -> Decoder:
         model = build_decoder(TINY, 1, dtype=torch.bfloat16)
         linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-        use_fp8_linears(model)
+        use_quantised_linears(model, BaseWeights("fp8"))
         for name, module in model.named_modules():
             if isinstance(module, Fp8Linear):
                 module.load(linears[name].weight.detach(), name)

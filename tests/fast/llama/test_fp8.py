@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from lora.config import BaseWeights
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
-from lora.decoder.quantised import Fp8Linear, Fp8Weight, use_fp8_linears
+from lora.decoder.quantised.fp8 import Fp8Linear, Fp8Weight
 from lora.fast.llama import buffers
 from lora.fast.llama.checkpointing import MODES
 from lora.fast.llama.fp8 import Fp8ScratchRows
@@ -20,6 +21,7 @@ from lora.fast.memory.fast_step import fast_memory
 from lora.fast.step import FastStep
 from lora.kernels.step.fp8 import FP8
 from lora.kernels.step.ops import PLAIN
+from lora.layers.quantised_model import use_quantised_linears
 from lora.training.optim import build_optimizer
 from tests.fast.conftest import GEMMA, GRANITE, RATES, apply_random_lora, check_steps, relative
 
@@ -38,7 +40,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def quantised(model: Decoder, **settings: Any) -> Decoder:
     """Return `model` with fp8 linears and LoRA beside them, all of it random."""
     weights = {n: m.weight.detach() for n, m in model.named_modules() if hasattr(m, "in_features")}
-    use_fp8_linears(model)
+    use_quantised_linears(model, BaseWeights("fp8"))
     for name, module in model.named_modules():
         if isinstance(module, Fp8Linear):
             module.load(weights[name], name)

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from lora.adapters.apply import apply_lora
-from lora.config import LoRAConfig
+from lora.config import BaseWeights, LoRAConfig
 from lora.decoder.decoder import Decoder, build_empty_decoder
-from lora.decoder.quantised import use_fp8_linears
 from lora.fast.memory.fast_step import FastPlan, fast_memory, fit_memory
 from lora.fast.step import FastStep
 from lora.kernels.step.ops import PLAIN
+from lora.layers.quantised_model import use_quantised_linears
 from tests.fast.conftest import CAPPED
 from tests.tiny_llama import llama_config
 
@@ -48,7 +48,7 @@ def build(case: str, *, full: bool, fp8: bool = False) -> Decoder:
         return model.requires_grad_(True)
     model.bfloat16()
     if fp8:
-        use_fp8_linears(model)
+        use_quantised_linears(model, BaseWeights("fp8"))
     return apply_lora(model, LoRAConfig(rank=16, alpha=32.0))  # type: ignore[return-value]
 
 

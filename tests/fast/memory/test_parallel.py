@@ -9,10 +9,9 @@ from functools import cache
 import pytest
 import torch
 
-from lora.config import LoRAConfig, MemoryConfig
+from lora.config import BaseWeights, LoRAConfig, MemoryConfig
 from lora.decoder.config import AttentionConfig, FeedForwardConfig
 from lora.decoder.decoder import Decoder, build_empty_decoder
-from lora.decoder.quantised import use_fp8_linears
 from lora.decoder.sizes import stored_bytes
 from lora.errors import ConfigError
 from lora.fast.memory.fsdp import GATHERED_BLOCKS, fsdp_weights
@@ -29,6 +28,7 @@ from lora.fast.memory.parallel import (
 )
 from lora.fast.memory.plan import MemoryPlan, PlanInputs
 from lora.fast.memory.planner import NCCL_BYTES, MemoryPlanner
+from lora.layers.quantised_model import use_quantised_linears
 from tests.fast.memory.conftest import TINY
 
 LORA = LoRAConfig(rank=4)
@@ -71,7 +71,7 @@ def test_units_of_fsdp_are_the_blocks_and_each_tensor_outside_of_them_once() -> 
     assert [unit.n_bytes for unit in untied.others] == [2 * TABLE, 2 * 2048, 2 * TABLE]
     assert sharded.n_bytes == sharded.shard_bytes(1) == 2 * (8 * (BLOCK + NORMS) + TABLE + 2048)
     model = built()
-    use_fp8_linears(model)
+    use_quantised_linears(model, BaseWeights("fp8"))
     outputs = 2 * 2048 + 2 * 512 + 2 * 8192 + 2048
     assert {u.n_bytes for u in fsdp_weights(model).blocks} == {BLOCK + 4 * outputs + 2 * NORMS}
 
@@ -86,9 +86,10 @@ def test_ddp_takes_what_one_device_takes() -> None:
 @pytest.mark.parametrize("fp8", [False, True])
 def test_the_fast_step_holds_a_share_and_two_slots_in_every_mode(fp8: bool) -> None:
     matrices, table = 8 * BLOCK * (1 if fp8 else 2), 2 * TABLE
+    base = BaseWeights("fp8" if fp8 else "auto")
     slots = 2 * max(matrices // 8, table)
     for mode in ("none", "cheap", "full", "full+offload"):
-        ddp, fsdp = (planned(kind, mode, fp8=fp8) for kind in ("ddp", "fsdp"))
+        ddp, fsdp = (planned(kind, mode, base=base) for kind in ("ddp", "fsdp"))
         assert (ddp.step, fsdp.step) == ("fast", "fast")
         spared = (matrices + table) * 3 // 4 - slots
         # Slots have room for the adapter beside each matrix.

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from lora.adapters.apply import apply_lora
-from lora.config import LoRAConfig, MemoryConfig
+from lora.config import BaseWeights, LoRAConfig, MemoryConfig
 from lora.decoder.config import AttentionConfig, DecoderConfig, LayerConfig, RopeConfig
 from lora.decoder.decoder import Decoder, build_empty_decoder
-from lora.decoder.quantised import use_fp8_linears
 from lora.fast.memory import traces as traces_module
 from lora.fast.memory.plan import PlanInputs
 from lora.fast.memory.planner import MemoryPlanner
 from lora.fast.memory.sections import block_kinds, representatives
 from lora.fast.memory.trace import StepTracer
+from lora.layers.quantised_model import use_quantised_linears
 from tests.fast.memory.conftest import TINY
 
 TOLERANCE = 0.001
@@ -44,7 +44,7 @@ def adapted(config: DecoderConfig, lora: LoRAConfig | None, *, fp8: bool = False
     if lora is None:
         return model.requires_grad_(True)
     if fp8:
-        use_fp8_linears(model)
+        use_quantised_linears(model, BaseWeights("fp8"))
     return apply_lora(model, lora)  # type: ignore[return-value]
 
 

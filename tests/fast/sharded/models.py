@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lora.adapters.apply import applied_lora, train_token_rows
+from lora.config import BaseWeights
 from lora.data.sequences.batches import Batch
 from lora.decoder.config import DecoderConfig, FeedForwardConfig
 from lora.decoder.decoder import Decoder, build_decoder, build_empty_decoder
-from lora.decoder.quantised import Fp8Linear, use_fp8_linears
+from lora.decoder.quantised.fp8 import Fp8Linear
 from lora.distributed.shards import Rows
+from lora.layers.quantised_model import use_quantised_linears
 from tests.fast.conftest import GEMMA, GRANITE, OLMO, apply_random_lora
 from tests.tiny_llama import changed, llama_config
 
@@ -93,7 +95,7 @@ def whole_model(case: Case, device: torch.device | str = "cpu") -> Decoder:
     """Return the model as one process loads it."""
     model, values = build_empty_decoder(config_of(case)), base_values(case)
     if case.fp8:
-        use_fp8_linears(model)
+        use_quantised_linears(model, BaseWeights("fp8"))
     for name, value in values.items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -109,7 +111,7 @@ def empty_model(case: Case) -> Decoder:
     """Return the model as the sharded step takes it: LoRA is real, the base on the meta device."""
     model = build_empty_decoder(config_of(case)).to(case.dtype)
     if case.fp8:
-        use_fp8_linears(model)
+        use_quantised_linears(model, BaseWeights("fp8"))
     adapted = _adapted(model, case)
     other = whole_model(case)
     whole = dict(other.named_parameters(remove_duplicate=False))

@@ -13,31 +13,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.decoder.decoder import Decoder
-from lora.errors import ModelError
+from lora.decoder.quantised.base import (
+    QuantisedWeight,
+    not_finite,
+    sample_values,
+    with_autocast,
+)
 from lora.kernels.step.fp8 import FP8, Fp8Rows
 
-SAMPLES_PER_TENSOR = 64
 
-
-class Fp8Weight(nn.Module):
+class Fp8Weight(QuantisedWeight):
     """Base of every layer with an fp8 weight: value = weight · weight_scale."""
 
-    weight: nn.Parameter
-    """Codes (O, I), float8_e4m3fn, frozen."""
+    kind = "fp8"
+    packed_names = ("weight_scale",)
     weight_scale: Tensor
     """(O, 1), fp32."""
-    sample: Tensor
-    """Some of the values before quantisation, for the base's fingerprint."""
-    bias: nn.Parameter | None
 
     def multiply(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
-        """Return x Wᵀ + b in autocast's dtype, or without autocast in that of `x`."""
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
-        y: Tensor = _Multiply.apply(x, self.weight, self.weight_scale)
+        y: Tensor = _Multiply.apply(with_autocast(x), self.weight, self.weight_scale)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def unpack_into(self, out: Tensor, first_row: int = 0) -> None:
+        rows = slice(first_row, first_row + len(out))
+        out.copy_(self.weight[rows].float() * self.weight_scale[rows])
+
+    def load(self, weight: Tensor, name: str) -> None:
+        rows = quantise_weight(weight, name)
+        self.weight = nn.Parameter(rows.codes, requires_grad=False)
+        self.weight_scale, self.sample = rows.scales, sample_values(weight)
+        self.value_dtype = weight.dtype
+
+    def plain_twin(self) -> Fp8Linear:
+        with torch.device("meta"):  # no storage: all is replaced at once
+            plain = Fp8Linear(nn.Linear(self.in_features, self.out_features, bias=False))
+        plain.weight, plain.bias = self.weight, self.bias
+        plain.share_packed(self)
+        return plain.train(self.training)
 
 
 class _Multiply(torch.autograd.Function):
@@ -64,25 +76,13 @@ class Fp8Linear(Fp8Weight):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.take_sizes(linear)
         like = linear.weight
         self.weight = nn.Parameter(torch.empty_like(like, dtype=FP8), requires_grad=False)
-        self.register_parameter("bias", linear.bias)
         self.register_buffer("weight_scale", like.new_empty(len(like), 1, dtype=torch.float32))
-        self.register_buffer("sample", like.new_empty(0, dtype=torch.int16), persistent=False)
-        self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
         return self.multiply(x)
-
-    def load(self, weight: Tensor, name: str) -> None:
-        """Changes this layer in place: quantises `weight` (O, I), which is called `name`.
-
-        Raises ModelError if a value is not finite.
-        """
-        rows = quantise_weight(weight, name)
-        self.weight = nn.Parameter(rows.codes, requires_grad=False)
-        self.weight_scale, self.sample = rows.scales, sample_values(weight)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, fp8"
@@ -100,37 +100,10 @@ def quantise_weight(weight: Tensor, name: str, *, first_row: int = 0) -> Fp8Rows
     rows.write(weight)
     # The host waits once per tensor. A row with a value that is not finite has no scale.
     if not bool(torch.isfinite(rows.scales).all()) or bool(weight.isnan().any()):
-        damaged = (~torch.isfinite(weight)).any(1).nonzero().flatten() + first_row
-        shown = ", ".join(map(str, damaged[:8].tolist()))
-        raise ModelError(
-            f"Cannot quantise {name} to fp8: it has values that are not finite, in rows "
-            f"{shown}{' …' if len(damaged) > 8 else ''}. "
-            "float8_e4m3fn has no infinity. Download the weights again."
-        )
+        raise not_finite(weight, name, "fp8", "float8_e4m3fn has no infinity.", first_row)
     return rows
-
-
-def use_fp8_linears(model: Decoder) -> None:
-    """Changes `model` in place: its blocks' linears become Fp8Linears without values.
-
-    The embedding, the output head, norms and biases keep their dtype.
-    """
-    blocks = model.trunk.blocks()
-    for owner in list(blocks.modules()):
-        for name, child in list(owner.named_children()):
-            if isinstance(child, nn.Linear):
-                owner.add_module(name, Fp8Linear(child))
 
 
 def has_fp8_base(model: nn.Module) -> bool:
     """Whether `model` has linears with an fp8 weight."""
     return any(isinstance(module, Fp8Weight) for module in model.modules())
-
-
-def sample_values(tensor: Tensor) -> Tensor:
-    """Return the bits of at most 64 evenly spaced values of `tensor` in bf16, int16."""
-    count = min(SAMPLES_PER_TENSOR, tensor.numel())
-    indices = torch.arange(count, device=tensor.device) * (tensor.numel() - 1) // max(1, count - 1)
-    # By coordinates, so that neither a transposed nor a sliced tensor is copied whole.
-    picked = tensor[torch.unravel_index(indices, tensor.shape)] if tensor.dim() else tensor.view(1)
-    return picked.to(torch.bfloat16).view(torch.int16)

@@ -1,0 +1,112 @@
+"""What all quantised weights share, and how a model is asked for them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lora.errors import ModelError
+
+SAMPLES_PER_TENSOR = 64
+
+
+class QuantisedWeight(nn.Module):
+    """Base of every layer whose frozen weight (O, I) is stored as codes and scales."""
+
+    kind: ClassVar[str]
+    """As in `base_dtype`."""
+    packed_names: ClassVar[tuple[str, ...]]
+    """The buffers beside `weight` that its values are made of."""
+    in_features: int
+    out_features: int
+    weight: nn.Parameter
+    """The codes, frozen."""
+    bias: nn.Parameter | None
+    value_dtype: torch.dtype
+    """That of the weight before it was quantised, and of what it is merged into."""
+    sample: Tensor
+    """Some of the values before quantisation, for the base's fingerprint; none where there were no
+    such values."""
+
+    def take_sizes(self, linear: nn.Linear) -> None:
+        """Changes this layer in place: sizes, bias and dtype are those of `linear`."""
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.value_dtype = linear.weight.dtype
+        self.register_parameter("bias", linear.bias)
+        empty = linear.weight.new_empty(0, dtype=torch.int16)
+        self.register_buffer("sample", empty, persistent=False)
+        self.train(linear.training)
+
+    def share_packed(self, other: QuantisedWeight) -> None:
+        """Changes this layer in place: beside `weight` and `bias`, its tensors are `other`'s."""
+        self.value_dtype = other.value_dtype
+        for name in self.packed_names:
+            self.register_buffer(name, other.get_buffer(name))
+        self.register_buffer("sample", other.sample, persistent=False)
+
+    @abstractmethod
+    def unpack_into(self, out: Tensor, first_row: int = 0) -> None:
+        """Changes `out` (rows, I) in place: the values of the rows from `first_row` on."""
+
+    @torch.no_grad()
+    def unpacked(self, dtype: torch.dtype | None = None) -> Tensor:  # (O, I)
+        """Return the values, in `value_dtype` by default."""
+        shape = self.out_features, self.in_features
+        out = torch.empty(shape, dtype=dtype or self.value_dtype, device=self.weight.device)
+        self.unpack_into(out)
+        return out
+
+    @abstractmethod
+    def multiply(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
+        """Return x Wᵀ + b in autocast's dtype, or without autocast in that of `x`."""
+
+    @abstractmethod
+    def load(self, weight: Tensor, name: str) -> None:
+        """Changes this layer in place: quantises `weight` (O, I), which is called `name`.
+
+        Raises ModelError if a value is not finite.
+        """
+
+    @abstractmethod
+    def plain_twin(self) -> Self:
+        """Return the layer without LoRA that has this one's tensors."""
+
+
+def quantised_modules(model: nn.Module) -> dict[str, QuantisedWeight]:
+    """Return by name the modules of `model` whose weight is quantised, with or without LoRA."""
+    found = model.named_modules()
+    return {name: module for name, module in found if isinstance(module, QuantisedWeight)}
+
+
+def base_kind(model: nn.Module) -> str | None:
+    """Return how the base of `model` is stored (`fp8`, `nf4`), or None if it is not quantised."""
+    kinds = (m.kind for m in model.modules() if isinstance(m, QuantisedWeight))
+    return next(kinds, None)
+
+
+def sample_values(tensor: Tensor) -> Tensor:
+    """Return the bits of at most 64 evenly spaced values of `tensor` in bf16, int16."""
+    count = min(SAMPLES_PER_TENSOR, tensor.numel())
+    indices = torch.arange(count, device=tensor.device) * (tensor.numel() - 1) // max(1, count - 1)
+    # By coordinates, so that neither a transposed nor a sliced tensor is copied whole.
+    picked = tensor[torch.unravel_index(indices, tensor.shape)] if tensor.dim() else tensor.view(1)
+    return picked.to(torch.bfloat16).view(torch.int16)
+
+
+def with_autocast(x: Tensor) -> Tensor:
+    """Return `x` in the dtype in which a linear multiplies it here."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def not_finite(weight: Tensor, name: str, kind: str, why: str, first_row: int = 0) -> ModelError:
+    """Return the error for a `weight` (O, I), or rows of it, that has no values in `kind`."""
+    damaged = (~torch.isfinite(weight)).any(1).nonzero().flatten() + first_row
+    shown = ", ".join(map(str, damaged[:8].tolist()))
+    return ModelError(
+        f"Cannot quantise {name} to {kind}: it has values that are not finite, in rows "
+        f"{shown}{' …' if len(damaged) > 8 else ''}. {why} Download the weights again."
+    )

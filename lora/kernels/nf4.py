@@ -1,0 +1,206 @@
+"""Weights in nf4: 4-bit codes of 16 levels, and one scale for each block of values.
+
+A weight (O, I) is cut row by row into blocks; the last may be shorter. A block's scale is its
+largest magnitude, and value = level · scale. With double quantisation the scales are 8-bit codes
+themselves, in groups of 256: scale = level of the code · the group's scale + the offset, which is
+the mean of all scales. (QLoRA, arXiv 2305.14314; the 8-bit levels: arXiv 2110.02861.) Codes, scales
+and values are those of bitsandbytes on a CPU, to the bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import struct
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NF4_LEVELS = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+"""Quantiles of a normal distribution, of which one is zero (arXiv 2305.14314, appendix E)."""
+GROUP = 256
+"""Blocks whose scales share a scale."""
+MIN_PEAK = 1e-38
+"""Blocks whose largest magnitude is smaller are divided by this: 1 / scale stays finite."""
+PIECE_VALUES = 2**22
+"""Values that are quantised at once: what is temporary is a few times as large."""
+
+
+@dataclass(frozen=True)
+class Nf4Tensor:
+    """A weight (O, I) in nf4."""
+
+    codes: Tensor
+    """(O, I/2), uint8: two values each, the first in the high four bits."""
+    scales: Tensor
+    """(n_blocks,): uint8 with double quantisation, else fp32."""
+    group_scales: Tensor
+    """(n_groups,), fp32; empty without double quantisation."""
+    offset: Tensor
+    """(), fp32: what is added to the scales of double quantisation."""
+    block: int
+    """Values that share a scale."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return self.codes.shape[0], 2 * self.codes.shape[1]
+
+    @property
+    def is_double(self) -> bool:
+        """Whether the scales are 8-bit codes."""
+        return self.scales.dtype is torch.uint8
+
+
+def n_blocks(n_values: int, block: int) -> int:
+    """Return how many blocks `n_values` take."""
+    return -(-n_values // block)
+
+
+def quantise_nf4(weight: Tensor, block: int = 64, *, double_quant: bool = True) -> Nf4Tensor:
+    """Return `weight` (O, I), of any floating dtype, in nf4; I must be even.
+
+    What is temporary does not grow with the weight, but for the scales.
+    """
+    rows, width = weight.shape
+    flat = weight.reshape(-1)
+    codes = flat.new_empty(flat.numel() // 2, dtype=torch.uint8)
+    scales = flat.new_empty(n_blocks(flat.numel(), block), dtype=torch.float32)
+    for start in range(0, flat.numel(), PIECE_VALUES):  # a multiple of every block
+        piece = flat[start : start + PIECE_VALUES]
+        first = start // block
+        found = scales[first : first + n_blocks(piece.numel(), block)]
+        codes[start // 2 : (start + piece.numel()) // 2] = _quantise_piece(piece, block, found)
+    codes = codes.view(rows, width // 2)
+    if not double_quant:
+        return Nf4Tensor(codes, scales, scales.new_empty(0), scales.new_zeros(()), block)
+    # On the CPU, whatever the device: a GPU adds in another order, and its mean is another one.
+    offset = scales.cpu().mean().to(scales.device)
+    scale_codes, group_scales = _quantise_scales(scales - offset)
+    return Nf4Tensor(codes, scale_codes, group_scales, offset, block)
+
+
+def nf4_scales(packed: Nf4Tensor, blocks: slice = slice(None)) -> Tensor:
+    """Return the scales of `blocks`, fp32."""
+    if not packed.is_double:
+        return packed.scales[blocks]
+    start, stop, _ = blocks.indices(len(packed.scales))
+    levels = dynamic_levels(packed.scales)
+    groups = torch.arange(start, stop, device=packed.scales.device) // GROUP
+    scales = levels[packed.scales[start:stop].int()] * packed.group_scales[groups]
+    return scales.add_(packed.offset)
+
+
+def unpack_nf4(packed: Nf4Tensor, out: Tensor, first_row: int = 0) -> None:
+    """Changes `out` (rows, I) in place: the values of the rows from `first_row` on.
+
+    They are computed in fp32 and rounded once to `out`'s dtype; `out` may have a row stride.
+    """
+    rows, width = out.shape
+    start, stop = first_row * width, (first_row + rows) * width
+    codes = packed.codes[first_row : first_row + rows].reshape(-1)
+    values = nf4_pairs(packed.codes)[codes.int()].view(-1)  # (rows · I,)
+    first, last = start // packed.block, n_blocks(stop, packed.block)
+    scales = nf4_scales(packed, slice(first, last))
+    if start % packed.block == 0 and stop % packed.block == 0:
+        values.view(-1, packed.block).mul_(scales[:, None])
+    else:  # rows that begin inside a block
+        skipped = start - first * packed.block
+        values.mul_(scales.repeat_interleave(packed.block)[skipped : skipped + len(values)])
+    out.copy_(values.view(rows, width))
+
+
+def _quantise_piece(values: Tensor, block: int, scales: Tensor) -> Tensor:
+    """Changes `scales` in place: those of `values` (N,). Return their codes, (N/2,)."""
+    values = values.float()
+    whole = values.numel() // block * block
+    blocks = values[:whole].view(-1, block)
+    scales[: len(blocks)] = blocks.abs().amax(-1)
+    inverse = 1.0 / scales[: len(blocks), None].clamp(min=MIN_PEAK)
+    normal = (blocks * inverse).view(-1)
+    if whole < values.numel():  # divided, where whole blocks are multiplied: as in bitsandbytes
+        rest = values[whole:]
+        scales[-1] = rest.abs().amax().clamp(min=MIN_PEAK)
+        normal = torch.cat([normal, rest / scales[-1]])
+    codes = torch.bucketize(normal, _table("midpoints", values), out_int32=True).to(torch.uint8)
+    pairs = codes.view(-1, 2)
+    return (pairs[:, 0] << 4) | pairs[:, 1]
+
+
+def _quantise_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Return 8-bit codes of `scales` (n,), whose mean is about zero, and the groups' scales."""
+    levels = dynamic_levels(scales)
+    n_groups = n_blocks(len(scales), GROUP)
+    padded = scales.new_zeros(n_groups * GROUP)
+    padded[: len(scales)] = scales
+    groups = padded.view(n_groups, GROUP)
+    peaks = groups.abs().amax(-1)
+    normal = groups * (1.0 / peaks.clamp(min=MIN_PEAK))[:, None]
+    middles = (levels[:-1] + levels[1:]) / 2
+    codes = torch.bucketize(normal, middles, out_int32=True).to(torch.uint8)
+    return codes.view(-1)[: len(scales)].clone(), peaks
+
+
+def nf4_pairs(like: Tensor) -> Tensor:
+    """Return the two levels of each byte of codes, (256, 2), fp32, on the device of `like`."""
+    return _table("pairs", like)
+
+
+def dynamic_levels(like: Tensor) -> Tensor:
+    """Return the 256 levels of 8-bit scales, ascending, fp32, on the device of `like`."""
+    return _table("dynamic", like)
+
+
+def _table(name: str, like: Tensor) -> Tensor:
+    # Tensors that a tracer has made go with tables of its own only, which are not to be kept.
+    if type(like) in (Tensor, torch.nn.Parameter):
+        return _kept_table(name, like.device)
+    return _build_table(name, like.device)
+
+
+@functools.cache
+def _kept_table(name: str, device: torch.device) -> Tensor:
+    return _build_table(name, device)
+
+
+def _build_table(name: str, device: torch.device) -> Tensor:
+    if name == "dynamic":
+        return torch.tensor(_dynamic_levels(), dtype=torch.float32, device=device)
+    if name == "pairs":
+        pairs = [(high, low) for high in NF4_LEVELS for low in NF4_LEVELS]
+        return torch.tensor(pairs, dtype=torch.float32, device=device)
+    levels = torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
+    return (levels[:-1] + levels[1:]) / 2
+
+
+@functools.cache
+def _dynamic_levels() -> tuple[float, ...]:
+    """Return the levels of arXiv 2110.02861, section 1.3, each rounded as bitsandbytes rounds it.
+
+    They are the middles of equal parts of seven decades up to 1, each decade with twice as many
+    parts as the one below, with both signs; 0 and 1.
+    """
+    found, low = [0.0, 1.0], _fp32(0.1)
+    for decade in range(7):
+        parts = 2**decade
+        step, half = _fp32(_fp32(1.0 - low) / parts), (parts + 1) // 2
+        edges = [
+            _fp32(low + step * i) if i < half else _fp32(1.0 - step * (parts - i))
+            for i in range(parts + 1)
+        ]
+        for left, right in itertools.pairwise(edges):
+            level = _fp32(_fp32(10.0 ** (decade - 6)) * (_fp32(left + right) / 2))
+            found += [level, -level]
+    return tuple(sorted(found))
+
+
+def _fp32(value: float) -> float:
+    """Return the nearest value that fp32 has."""
+    nearest: float = struct.unpack("f", struct.pack("f", value))[0]
+    return nearest

@@ -1,0 +1,45 @@
+"""A model's linears replaced by quantised ones, before their weights are read."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lora.config import BaseWeights
+from lora.decoder.decoder import Decoder
+from lora.decoder.quantised.base import QuantisedWeight
+from lora.decoder.quantised.fp8 import Fp8Linear
+from lora.decoder.quantised.nf4 import Nf4Linear, check_even
+from lora.errors import ModelError
+
+
+def use_quantised_linears(model: Decoder, base: BaseWeights) -> None:
+    """Changes `model` in place: its blocks' linears become quantised ones without values.
+
+    The embedding, the output head, norms and biases keep their dtype. Nothing changes where
+    `base.base_dtype` is auto. Raises ModelError for a linear that the dtype cannot hold.
+    """
+    if base.base_dtype == "auto":
+        return
+    names = {id(module): name for name, module in model.named_modules()}
+    blocks = model.trunk.blocks()
+    found = [m for m in blocks.modules() if isinstance(m, nn.Linear)]
+    new = {id(linear): build_quantised(linear, names[id(linear)], base) for linear in found}
+    for owner in list(blocks.modules()):
+        for name, child in list(owner.named_children()):
+            if id(child) in new:
+                owner.add_module(name, new[id(child)])
+
+
+def build_quantised(linear: nn.Linear, name: str, base: BaseWeights) -> QuantisedWeight:
+    """Return a quantised linear without values in place of `linear`, which is called `name`."""
+    if base.base_dtype == "fp8":
+        return Fp8Linear(linear)
+    if base.base_dtype == "nf4":
+        if base.nf4_embeddings:
+            raise ModelError(
+                "Cannot store the embedding and the output head in nf4 here (nf4_embeddings). "
+                "Leave nf4_embeddings out."
+            )
+        check_even(linear, name)
+        return Nf4Linear(linear, base.nf4_block, double_quant=base.nf4_double_quant)
+    raise ModelError(f"Cannot store weights in {base.base_dtype!r}. Allowed: fp8, nf4.")
