@@ -15,7 +15,7 @@ OURS = {
     field.name
     for config in (LoRAConfig, TrainConfig, DataConfig, RunConfig, MemoryConfig)
     for field in dataclasses.fields(config)
-} | {"model", "data", "eval_data", "full"}
+} | {"model", "data", "eval_data", "full", "base_dtype", "nf4_double_quant"}
 """Settings of lora finetune."""
 SAMPLES = {
     "per_device_train_batch_size": "4",
@@ -28,7 +28,7 @@ SAMPLES = {
     "iters": "200",
     "finetuning_type": "full",
     "report_to": "tensorboard",
-    "load_in_4bit": "true",
+    "gptq": "true",
 }
 """Values for the examples of settings that are written otherwise here."""
 
@@ -71,9 +71,15 @@ ORIGINS = {
             ("`PeftModel.from_pretrained(...)`", "`lora.load_adapter(model, folder)`"),
             ("`model.merge_and_unload()`", f"`lora.merge_lora(model, ids)` or `{_MERGE}`"),
             ("`print_trainable_parameters()`", "`lora.count_lora_parameters(model)`"),
+            (
+                "`BitsAndBytesConfig(load_in_4bit=True)`, `prepare_model_for_kbit_training`",
+                f"`{_FINETUNE} --base-dtype nf4`",
+            ),
         ),
         "r lora_alpha lora_dropout target_modules exclude_modules modules_to_save use_rslora "
-        "layers_to_transform rank_pattern alpha_pattern use_dora",
+        "layers_to_transform rank_pattern alpha_pattern use_dora load_in_4bit load_in_8bit "
+        "bnb_4bit_quant_type bnb_4bit_use_double_quant bnb_4bit_compute_dtype "
+        "bnb_4bit_quant_storage llm_int8_threshold",
     ),
     "trl": Origin(
         "TRL and transformers",
@@ -88,12 +94,14 @@ ORIGINS = {
         ),
         "model_name_or_path dataset_name max_length packing assistant_only_loss "
         f"completion_only_loss lora_r lora_alpha lora_dropout lora_target_modules {_TRAINER} "
-        "load_in_4bit",
+        "load_in_4bit load_in_8bit bnb_4bit_quant_type use_bnb_nested_quant "
+        "bnb_4bit_quant_storage",
     ),
     "unsloth": Origin(
         "Unsloth",
         "Nothing is patched: `lora finetune` takes its fused training step where it supports the "
-        "model, and says at the start which step it takes and why.",
+        "model, and says at the start which step it takes and why. Unsloth quantises the base to "
+        "4 bits unless told otherwise; here `--base-dtype nf4` does, with the same values.",
         (
             ("`FastLanguageModel.from_pretrained(...)`", "`lora.load_model(name)`"),
             ("`FastLanguageModel.get_peft_model(...)`", "`lora.apply_lora(model, config)`"),
@@ -104,7 +112,8 @@ ORIGINS = {
                 "`lora export run1.gguf --adapter runs/run1/adapter --dtype q8_0`",
             ),
         ),
-        f"model_name max_seq_length load_in_4bit r lora_alpha lora_dropout target_modules "
+        "model_name max_seq_length load_in_4bit load_in_8bit load_in_fp8 load_in_16bit r "
+        "lora_alpha lora_dropout target_modules "
         f"use_rslora {_TRAINER}",
     ),
     "axolotl": Origin(
@@ -122,7 +131,8 @@ ORIGINS = {
         "peft_layers_to_transform peft_use_rslora peft_use_dora lora_model_dir micro_batch_size "
         "gradient_accumulation_steps num_epochs max_steps learning_rate lr_scheduler warmup_steps "
         "warmup_ratio cosine_min_lr_ratio optimizer bf16 gradient_checkpointing load_in_4bit "
-        "load_in_8bit early_stopping_patience eval_steps save_steps output_dir wandb_project",
+        "load_in_8bit bnb_4bit_use_double_quant gptq early_stopping_patience eval_steps save_steps "
+        "output_dir wandb_project",
     ),
     "llama-factory": Origin(
         "LLaMA-Factory",
@@ -138,12 +148,14 @@ ORIGINS = {
         ),
         "model_name_or_path finetuning_type lora_rank lora_alpha lora_dropout lora_target "
         "additional_target use_rslora use_dora adapter_name_or_path dataset cutoff_len "
-        f"train_on_prompt packing val_size max_samples quantization_bit {_TRAINER}",
+        f"train_on_prompt packing val_size max_samples quantization_bit "
+        f"quantization_type quantization_method double_quantization {_TRAINER}",
     ),
     "mlx-lm": Origin(
         "mlx-lm",
         "Linux and NVIDIA GPUs, or a CPU; Apple's GPUs are not supported. `--batch-size` counts "
-        "the sequences of a whole optimizer step.",
+        "the sequences of a whole optimizer step. QLoRA, which `mlx_lm.lora` trains where the "
+        "model is quantised, is the unquantised model with `--base-dtype nf4`.",
         (
             ("`mlx_lm.lora --train --data FOLDER`", f"`{_FINETUNE}`"),
             ("`mlx_lm.lora --test`", "`lora eval test.jsonl --adapter runs/run1/adapter`"),
@@ -223,11 +235,11 @@ def flag_of(ours: str) -> str:
 def values_of(peer: PeerSetting) -> str:
     """Return how values are written here, and what one should know."""
     pairs = [f"`{there}` is `{here}`" for there, here in peer.values.items() if there != here]
-    return (
-        ". ".join(filter(None, [", ".join(pairs), sentence(peer.note)]))
-        if pairs
-        else sentence(peer.note)
-    )
+    refused = [
+        sentence(why) if value == "*" else f"`{value}` is refused: {sentence(why)}"
+        for value, why in peer.refused.items()
+    ]
+    return ". ".join(filter(None, [", ".join(pairs), sentence(peer.note), *refused]))
 
 
 def sentence(text: str) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 from lora.conversion.common_rules import (
     CACHES,
     KERNELS,
-    NO_QUANTIZATION,
     NO_TENSOR_PARALLEL,
     NO_TRACKER,
     SHARDING,
@@ -31,6 +30,7 @@ from lora.conversion.convert import (
     refused,
     same,
 )
+from lora.conversion.quantised import axolotl_double, axolotl_kwargs, axolotl_peft, gptq, nf4
 
 _READ_TYPES = ("alpaca", "chat_template", "completion", "sharegpt", "input_output", "oasst")
 _LOADERS = ("json", "csv", "parquet", "text", "arrow")
@@ -167,9 +167,11 @@ def _is_usual(value: Any) -> bool:
 
 
 def _adapter(value: Any, keys: Keys) -> Outcome:
-    if value in ("lora", "qlora"):
-        lost = {"": NO_QUANTIZATION} if value == "qlora" else {}
-        return Outcome(note="LoRA is what trains", missing=lost)
+    if value == "qlora":  # axolotl's other backend has its dtype in `peft`
+        is_other = isinstance(keys.get("peft"), dict) and "weight_dtype" in keys["peft"]
+        return Outcome(note="see peft") if is_other else nf4(keys)
+    if value == "lora":
+        return Outcome(note="LoRA is what trains")
     if value == "none, all weights":
         return Outcome({"full": "true"}, "without adapter: all weights train")
     return Outcome(missing={"": "LoRA and full fine-tuning are what there is"})
@@ -236,6 +238,12 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("tokenizer_use_fast", "tokenizer_legacy", "strict"), nothing(_FILES)),
     "revision_of_model": missing("download that revision, and name its directory as model"),
     "adapter": _adapter,
+    "bnb_config_kwargs": axolotl_kwargs,
+    "bnb_4bit_use_double_quant": axolotl_double,
+    "peft": axolotl_peft,
+    "gptq": gptq,
+    "gptq_disable_exllama": nothing("see gptq"),
+    "qlora_sharded_model_loading": nothing(SHARDING),
     "lora_model_dir": same("from_adapter"),
     "lora_target_modules": _target_modules,
     "lora_target_linear": _target_linear,

@@ -16,6 +16,7 @@ from lora.conversion.convert import (
     nothing,
     number,
 )
+from lora.conversion.quantised import load_in_4bit, load_in_8bit
 
 SHARDING = (
     "parallel: auto shards the weights where they do not fit on each GPU; lora finetune --devices "
@@ -24,10 +25,6 @@ SHARDING = (
 NO_TENSOR_PARALLEL = (
     "there is no tensor, context or sequence parallelism: several GPUs divide the batch and the "
     "weights (parallel)"
-)
-NO_QUANTIZATION = (
-    "there is no 4-bit or 8-bit training; base_dtype: fp8 halves the memory of the frozen weights "
-    "on an H100 or H200"
 )
 ADAMW = "AdamW with fp32 states, betas 0.9 and 0.99"
 NO_TRACKER = "TensorBoard is the only tracker (tensorboard: true); each run has a report.html"
@@ -215,8 +212,8 @@ SHARED: dict[str, Rule] = {
     "fsdp_config": nothing(SHARDING),
     "hub_model_id": missing("nothing is uploaded; upload the directory adapter/ yourself"),
     "push_to_hub": missing("nothing is uploaded; upload the directory adapter/ yourself"),
-    "load_in_8bit": missing(NO_QUANTIZATION),
-    "load_in_4bit": missing(NO_QUANTIZATION),
+    "load_in_8bit": load_in_8bit,
+    "load_in_4bit": load_in_4bit,
     "adam_beta1": nothing(f"the optimizer is {ADAMW}"),
     "adam_beta2": missing(f"the optimizer is {ADAMW}"),
     "adam_epsilon": missing(f"the optimizer is {ADAMW}"),

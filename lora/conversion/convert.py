@@ -23,6 +23,8 @@ LORA_SETTINGS = (
     *("layers", "rank_pattern", "alpha_pattern"),
 )
 """Settings that only a new adapter has."""
+BASE_SETTINGS = ("base_dtype", "nf4_block", "nf4_double_quant", "nf4_embeddings")
+"""Settings of a frozen base."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,8 @@ def _by_table(key: str, value: Any, given: Keys) -> Outcome:
     if peer is None:
         return Outcome(missing={"": "not known to this converter"})
     text = value if isinstance(value, str) else ""
+    if why := peer.why_refused(text):
+        return Outcome(missing={"": _plain(why)})
     if not peer.because:
         ours = peer.values.get(text.lower(), value)
         return Outcome({str(peer.ours): ours}, note=_plain(peer.note))
@@ -170,15 +174,15 @@ def _record(found: Conversion, key: str, outcome: Outcome, known: tuple[str, ...
 
 
 def _drop_adapter_settings(found: Conversion) -> None:
-    """Leave out the settings of a new adapter where none is made; they would be refused."""
-    why = {
-        "full": "all weights train: there is no adapter",
-        "from_adapter": "the adapter that is continued has its own",
-    }
-    reason = next((text for name, text in why.items() if name in found.settings), None)
-    if reason is None:
-        return
-    for name in LORA_SETTINGS:
+    """Leave out what only a new adapter has, or a frozen base, where there is none: it would be
+    refused."""
+    dropped: dict[str, str] = {}
+    if "from_adapter" in found.settings:
+        dropped |= dict.fromkeys(LORA_SETTINGS, "the adapter that is continued has its own")
+    if "full" in found.settings:
+        dropped |= dict.fromkeys(LORA_SETTINGS, "all weights train: there is no adapter")
+        dropped |= dict.fromkeys(BASE_SETTINGS, "all weights train: none are quantised")
+    for name, reason in dropped.items():
         if found.settings.pop(name, None) is not None:
             for key in found.origins.pop(name):
                 found.notes.pop(key, None)

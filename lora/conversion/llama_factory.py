@@ -8,7 +8,6 @@ from typing import Any
 from lora.conversion.common_rules import (
     CACHES,
     KERNELS,
-    NO_QUANTIZATION,
     NO_TRACKER,
     SHARED,
     batch,
@@ -29,6 +28,7 @@ from lora.conversion.convert import (
     refused,
     same,
 )
+from lora.conversion.quantised import bits, bits_double, bits_method, bits_type
 from lora.data.sources.dataset_info import INFO_FILE, PARTS, read_info
 
 _OF_HUB = {"hf_hub_url", "ms_hub_url", "om_hub_url", "subset", "split", "columns", "formatting"}
@@ -198,9 +198,11 @@ _RULES: dict[str, Rule] = {
     "eval_strategy": _strategy("eval_every_steps"),
     "save_strategy": _strategy("save_every_steps"),
     "pure_bf16": same("precision", {"true": "bf16", "false": "auto"}),
-    "quantization_bit": missing(NO_QUANTIZATION),
-    "quantization_method": missing(NO_QUANTIZATION),
-    "double_quantization": missing(NO_QUANTIZATION),
+    "quantization_bit": bits,
+    "quantization_method": bits_method,
+    "quantization_type": bits_type,
+    "double_quantization": bits_double,
+    "quantization_device_map": nothing("a process has one device, and its weights are there"),
     "upcast_layernorm": nothing("norms are computed in fp32"),
     "rope_scaling": missing("the model's configuration says it"),
     "resize_vocab": nothing("new rows come with special_tokens"),

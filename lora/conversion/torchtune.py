@@ -6,7 +6,6 @@ from typing import Any
 
 from lora.conversion.common_rules import (
     KERNELS,
-    NO_QUANTIZATION,
     NO_TRACKER,
     SHARED,
     batch,
@@ -29,6 +28,7 @@ from lora.conversion.convert import (
     refused,
     same,
 )
+from lora.conversion.quantised import quantize_base
 
 _HUB_DATA = {
     "alpaca_dataset": "tatsu-lab/alpaca",
@@ -44,7 +44,7 @@ _TARGETS = "model.lora_attn_modules"
 def _model(value: Any, keys: Keys) -> Outcome:
     name = str(value).rpartition(".")[2]
     if name.startswith("qlora_"):
-        return Outcome(missing={"": f"{name}: {NO_QUANTIZATION}"})
+        return quantize_base("true", keys)
     if name.startswith("lora_"):
         return Outcome(note="LoRA is what trains; the model is checkpointer.checkpoint_dir")
     if name.startswith("dora_"):
@@ -150,7 +150,7 @@ _RULES: dict[str, Rule] = {
     "model.lora_alpha": same("alpha"),
     "model.lora_dropout": same("dropout"),
     "model.use_dora": missing("there is no DoRA here"),
-    "model.quantize_base": missing(NO_QUANTIZATION),
+    "model.quantize_base": quantize_base,
     "tokenizer.max_seq_len": _max_length,
     "tokenizer.prompt_template": missing("the model's own chat template is used"),
     "checkpointer.checkpoint_dir": same("model"),

@@ -55,6 +55,8 @@ def _unknown(name: str, given: Mapping[str, str], known: list[str]) -> str:
         written = ", ".join(f"{ours}={text}" for ours, text in instead.items())
         because = peer.because.replace("`", "")
         return f"{start}: {because}." + (f" Write {written}." if written else "")
+    if peer is not None and (why := peer.why_refused(given[name])):
+        return f"{start}: {why.replace('`', '')}."
     meant = name if peer is None else str(peer.ours)
     if meant in known:
         return f"{start}: here it is {meant!r}."

@@ -26,12 +26,25 @@ class PeerSetting:
     """Its values that are written otherwise here; others stay."""
     note: str = ""
     """Of an alias: what its user should know."""
+    refused: Settings = field(default_factory=dict)
+    """Of an alias: values that are not taken, each with the reason; "*" is any that is not among
+    `values`."""
+    gives_way: str = ""
+    """Of an alias: the value of ours that another name of the same setting overrides, as
+    load_in_8bit: false beside load_in_4bit: true."""
     because: str = ""
     """Why it is not taken."""
     instead: Callable[[str, Settings], Settings] = lambda value, others: {}
     """(its value, the other settings given) -> what to write instead; empty where there is none."""
     beside: str | None = None
     """What it is in commands that answer, and so do not have `ours` or what `because` names."""
+
+    def why_refused(self, value: str) -> str:
+        """Return why this value of an alias is not taken; "" if it is."""
+        known = value.lower()
+        if not self.refused or known in self.values:
+            return ""
+        return self.refused.get(known, self.refused.get("*", ""))
 
 
 def _whole(text: str | None) -> int:
@@ -69,10 +82,6 @@ def _whole_model(value: str, others: Settings) -> Settings:
     return {"full": "true"} if value in ("full", "none") else {}
 
 
-def _fp8(value: str, others: Settings) -> Settings:
-    return {} if value.lower() == "false" else {"base_dtype": "fp8"}
-
-
 def _resumed(value: str, others: Settings) -> Settings:
     parts = value.rstrip("/").split("/checkpoint")[0]
     return {"resume": "true", **_directory_and_name(parts, others)} if "/" in value else {}
@@ -85,6 +94,23 @@ _ACCUMULATIONS = (
     "grad_accum_steps",
     *FORMER_NAMES,
 )
+NO_FP4 = (
+    "there is no fp4: `base_dtype` nf4 takes the same memory, and its levels fit weights better "
+    "(arXiv 2305.14314)"
+)
+NO_OUTLIERS = (
+    "int8 is one scale for each row of a weight; LLM.int8() of bitsandbytes also quantises "
+    "activations, apart from outlier columns"
+)
+NO_GPTQ = (
+    "weights in GPTQ or AWQ are not loaded: `base_dtype` nf4 quantises the unquantised model while "
+    "it is read"
+)
+_NESTED = (
+    "the blocks' scales are quantised too, which transformers and TRL leave off by default: "
+    "`nf4_double_quant` false switches it off"
+)
+_OF_BASE = {"true": "nf4", "false": "auto"}
 _SPLIT = "`batch_size` is the effective batch size: it is split into these passes, not multiplied"
 _ALIASES: dict[str, tuple[str, ...]] = {
     "model": ("model_name_or_path", "base_model", "model_name", "model_id", "model_path"),
@@ -147,10 +173,40 @@ _RESPELT: dict[str, PeerSetting] = {
     **dict.fromkeys(("sample_packing", "pack_sequences"), PeerSetting("packing", _BOOLS)),
     **dict.fromkeys(_ACCUMULATIONS[:3], PeerSetting("gradient_accumulation", note=_SPLIT)),
 }
-_NO_4_BIT = (
-    "there is no bitsandbytes quantization (QLoRA) here; `base_dtype` fp8 halves the memory of the "
-    "frozen weights"
-)
+_QUANTISED: dict[str, PeerSetting] = {
+    "load_in_4bit": PeerSetting("base_dtype", _OF_BASE, note=_NESTED, gives_way="auto"),
+    **dict.fromkeys(
+        ("qlora", "use_qlora", "quantize_base"),
+        PeerSetting("base_dtype", _OF_BASE, gives_way="auto"),
+    ),
+    "load_in_8bit": PeerSetting(
+        "base_dtype", {"true": "int8", "false": "auto"}, note=NO_OUTLIERS, gives_way="auto"
+    ),
+    "load_in_fp8": PeerSetting("base_dtype", {"true": "fp8", "false": "auto"}, gives_way="auto"),
+    "load_in_16bit": PeerSetting("base_dtype", {"true": "auto"}, gives_way="auto"),
+    "quantization_bit": PeerSetting(
+        "base_dtype",
+        {"4": "nf4", "8": "int8", "none": "auto", "null": "auto"},
+        refused={"*": "`base_dtype` has 4 bits (nf4) and 8 (int8, fp8)"},
+    ),
+    **dict.fromkeys(
+        ("bnb_4bit_quant_type", "quantization_type"),
+        PeerSetting("base_dtype", {"nf4": "nf4"}, refused={"fp4": NO_FP4}),
+    ),
+    **dict.fromkeys(
+        ("bnb_4bit_use_double_quant", "use_bnb_nested_quant", "double_quantization"),
+        PeerSetting("nf4_double_quant", _BOOLS),
+    ),
+    "bnb_4bit_compute_dtype": PeerSetting(
+        "precision",
+        {
+            **dict.fromkeys(("bfloat16", "torch.bfloat16", "bf16"), "bf16"),
+            **dict.fromkeys(("float32", "torch.float32", "fp32"), "fp32"),
+            "auto": "auto",
+        },
+        refused={"*": "`precision` is bf16 or fp32: there is no fp16 training"},
+    ),
+}
 _TWO_PATHS = "`out` is the directory for all runs and `name` that of this one"
 _ADAMW = "the optimizer is AdamW with betas 0.9 and 0.99"
 _REFUSED: dict[str, PeerSetting] = {
@@ -195,13 +251,23 @@ _REFUSED: dict[str, PeerSetting] = {
         ("eval_strategy", "evaluation_strategy", "save_strategy"),
         PeerSetting(because="`eval_every_steps` and `save_every_steps` say when"),
     ),
-    **dict.fromkeys(
-        ("load_in_4bit", "load_in_8bit", "quantization_bit", "qlora", "use_qlora"),
-        PeerSetting(because=_NO_4_BIT, instead=_fp8),
+    "bnb_4bit_quant_storage": PeerSetting(
+        because="the codes of `base_dtype` nf4 are uint8 tensors, sharded or not; leave it out"
+    ),
+    "quantization_method": PeerSetting(
+        because="`base_dtype` nf4 is bitsandbytes' nf4, value by value; there is no HQQ or EETQ. "
+        "Leave it out"
     ),
     **dict.fromkeys(
-        ("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant"),
-        PeerSetting(because=_NO_4_BIT),
+        ("llm_int8_threshold", "llm_int8_skip_modules", "llm_int8_has_fp16_weight"),
+        PeerSetting(because=f"`base_dtype` {NO_OUTLIERS}"),
+    ),
+    **dict.fromkeys(
+        ("gptq", "awq"),
+        PeerSetting(
+            because=NO_GPTQ,
+            instead=lambda value, others: {} if value == "false" else {"base_dtype": "nf4"},
+        ),
     ),
     "fp16": PeerSetting(
         because="there is no fp16 training, which needs loss scaling",
@@ -253,6 +319,7 @@ PEER_SETTINGS: dict[str, PeerSetting] = {
     **{name: PeerSetting(ours) for ours, names in _ALIASES.items() for name in names},
     **{name: PeerSetting(ours) for name, ours in FORMER_NAMES.items()},
     **_RESPELT,
+    **_QUANTISED,
     **_REFUSED,
 }
 """By name with underscores: the settings of other tools and older versions that are known."""

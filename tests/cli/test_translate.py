@@ -62,6 +62,54 @@ def test_an_alias_is_taken(words: str, section: str, name: str, value: Any) -> N
     assert vars(bound_by(words.split()).arguments[section])[name] == value
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--load-in-4bit", "--base-dtype=nf4"),
+        ("--load_in_4bit True --load_in_8bit False", "--base-dtype=nf4"),
+        ("--load-in-8bit false --load-in-4bit", "--base-dtype=nf4"),
+        ("--load-in-4bit orders.jsonl", "--base-dtype=nf4 orders.jsonl"),
+        ("--load-in-4bit --bnb_4bit_quant_type nf4", "--base-dtype=nf4"),
+        ("--no-load-in-4bit", "--base-dtype=auto"),
+        ("--load-in-4bit=false --load-in-8bit=false", "--base-dtype=auto"),
+        ("--base-dtype fp8 --load-in-4bit false", "--base-dtype fp8"),
+        ("--quantization_bit 8", "--base-dtype int8"),
+        ("--use-bnb-nested-quant", "--nf4-double-quant=true"),
+        ("--bnb-4bit-use-double-quant=False", "--nf4-double-quant=false"),
+        ("--bf16 --bnb-4bit-compute-dtype bfloat16", "--precision=bf16"),
+    ],
+)
+def test_names_of_quantisation_are_one_setting(words: str, expected: str) -> None:
+    known = (*KNOWN, "nf4_double_quant")
+    assert translate_words("x", words.split(), known) == expected.split()
+    file = {}
+    for word in words.split():
+        name, _, value = word.partition("=")
+        if word.startswith("--") and not name.startswith("--no-"):
+            file[name.removeprefix("--")] = value or "true"
+        elif file:
+            file[list(file)[-1]] = word
+    if "orders" not in words and file:
+        found = translate_settings("f.yaml", file, known)
+        assert [f"--{k}={v}" for k, v in found.items()] == [expected.replace(" ", "=")]
+
+
+def test_two_ways_to_quantise_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--load-in-4bit is --base-dtype, as --load-in-8bit"):
+        translate_words("x", ["--load-in-8bit", "--load-in-4bit"], KNOWN)
+    with pytest.raises(ConfigError, match="load_in_4bit is load_in_8bit: both are given"):
+        translate_settings("f", {"load-in-8bit": "true", "load-in-4bit": "true"}, KNOWN)
+    with pytest.raises(ConfigError, match="bnb_4bit_quant_type: fp4: there is no fp4"):
+        translate_settings("f", {"bnb-4bit-quant-type": "fp4"}, KNOWN)
+
+
+def test_what_8_bits_are_here_is_told() -> None:
+    notes: list[str] = []
+    translate_words("x", ["--load-in-8bit", "--load-in-4bit=false"], KNOWN, notes.append)
+    assert "outlier columns" in " ".join(notes)
+    assert len(notes) == 1
+
+
 def test_a_list_of_words_ends_at_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "orders").mkdir()
@@ -91,7 +139,7 @@ def test_what_means_something_else_is_refused_together_with_what_to_write(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = "--per-device-train-batch-size 4 --gradient-accumulation-steps 8 --output-dir out/my"
-    more = "--load_in_4bit True --report-to wandb --no-fp16 --optim adamw --use-dora"
+    more = "--quantization_bit 3 --report-to wandb --no-fp16 --optim adamw --use-dora"
     assert cli.main(["finetune", "--data", "x", *words.split(), *more.split()]) == 2
     seen = capsys.readouterr().err
     assert "note: --gradient-accumulation-steps is --gradient-accumulation" in seen
@@ -100,7 +148,7 @@ def test_what_means_something_else_is_refused_together_with_what_to_write(
     assert "Write --batch-size 32 --gradient-accumulation 8" in seen
     assert "--output-dir out/my: " in seen
     assert "Write --out out --name my" in seen
-    assert "--load_in_4bit True: there is no bitsandbytes quantization" in seen
+    assert "--quantization_bit 3: --base-dtype has 4 bits (nf4) and 8 (int8, fp8)" in seen
     assert "--report-to wandb: TensorBoard is the only tracker" in seen
     assert "--optim adamw: the optimizer is AdamW" in seen
     assert "--use-dora: there is no DoRA" in seen

@@ -12,7 +12,13 @@ import yaml
 from lora.cli.flags.yaml_file import read_settings
 from lora.cli.settings.convert_config import finetune_settings
 from lora.conversion.axolotl import AXOLOTL
-from lora.conversion.convert import Conversion, Tool, convert_settings, flatten
+from lora.conversion.convert import (
+    BASE_SETTINGS,
+    Conversion,
+    Tool,
+    convert_settings,
+    flatten,
+)
 from lora.conversion.converted_file import report_lines, yaml_text
 from lora.conversion.llama_factory import LLAMA_FACTORY
 from lora.conversion.torchtune import TORCHTUNE, without_interpolation
@@ -185,6 +191,7 @@ def test_axolotl_s_settings_are_ours(tmp_path: Path, known: tuple[str, ...]) -> 
         "data": "data/tickets.jsonl",
         "columns": {"messages": "dialogue"},
         "model": "some/llama-1b",
+        "base_dtype": "nf4",
         "rank": "16",
         "alpha": "32",
         "dropout": "0.05",
@@ -207,10 +214,11 @@ def test_axolotl_s_settings_are_ours(tmp_path: Path, known: tuple[str, ...]) -> 
         "memory": "auto",
     }
     assert found.missing.keys() == {
-        *("load_in_4bit", "adapter", "wandb_project", "warmup_steps", "evals_per_epoch"),
+        *("wandb_project", "warmup_steps", "evals_per_epoch"),
         *("special_tokens.eos_token", "a_new_key"),
     }
     assert "write 10 / the number of steps" in found.missing["warmup_steps"]
+    assert found.origins["base_dtype"] == ["load_in_4bit", "adapter"]
     assert found.origins["seed"] == ["seed, axolotl's default 42"]
 
 
@@ -369,6 +377,114 @@ def test_full_fine_tuning_has_no_adapter_s_settings(tmp_path: Path, known: tuple
     found, _ = convert(continued, tmp_path, known)
     assert found.settings["from_adapter"] == "old/adapter"
     assert "has its own" in found.nothing["lora_r"]
+
+
+AXOLOTL_BASE = "base_model: some/llama\nadapter: "
+LLAMA_FACTORY_BASE = "model_name_or_path: some/llama\nstage: sft\nfinetuning_type: lora\n"
+TORCHTUNE_BASE = "checkpointer: {checkpoint_dir: a}\nmodel: {_component_: torchtune.models."
+NF4, INT8 = {"base_dtype": "nf4"}, {"base_dtype": "int8"}
+SINGLE = {"base_dtype": "nf4", "nf4_double_quant": "false"}
+
+
+@pytest.mark.parametrize(
+    ("text", "settings"),
+    [
+        # axolotl's and LLaMA-Factory's default is double quantisation, as here.
+        (f"{AXOLOTL_BASE}qlora\nload_in_4bit: true", NF4),
+        (f"{AXOLOTL_BASE}qlora\nload_in_4bit: true\nload_in_8bit: false", NF4),
+        (
+            f"{AXOLOTL_BASE}qlora\nload_in_4bit: true\n"
+            "bnb_config_kwargs: {bnb_4bit_use_double_quant: false}",
+            SINGLE,
+        ),
+        (
+            f"{AXOLOTL_BASE}qlora\nload_in_4bit: true\n"
+            "bnb_config_kwargs: {bnb_4bit_use_double_quant: true, bnb_4bit_quant_type: nf4}",
+            NF4,
+        ),
+        (f"{AXOLOTL_BASE}lora\nload_in_8bit: true", INT8),
+        (f"{AXOLOTL_BASE}lora\nload_in_8bit: false\nload_in_4bit: false", {}),
+        (
+            f"{AXOLOTL_BASE}lora\nbnb_config_kwargs: {{bnb_4bit_use_double_quant: false}}",
+            {},
+        ),
+        (
+            f"{AXOLOTL_BASE}qlora\npeft: {{backend: torchao, weight_dtype: nf4, group_size: 128}}",
+            {**NF4, "nf4_block": "128"},
+        ),
+        (f"{AXOLOTL_BASE}lora\npeft: {{backend: bnb, weight_dtype: int8}}", INT8),
+        ("base_model: u/llama-bnb-4bit\nadapter: qlora\nload_in_4bit: true", {}),
+        ("base_model: some/llama\nsequence_len: 64\nload_in_4bit: true", {}),  # all weights
+        (f"{LLAMA_FACTORY_BASE}quantization_bit: 4", NF4),
+        (f"{LLAMA_FACTORY_BASE}quantization_bit: 4\nquantization_method: bnb", NF4),
+        (f"{LLAMA_FACTORY_BASE}quantization_bit: 4\ndouble_quantization: false", SINGLE),
+        (f"{LLAMA_FACTORY_BASE}quantization_bit: 8\ndouble_quantization: false", INT8),
+        (f"{LLAMA_FACTORY_BASE}double_quantization: false\nquantization_type: fp4", {}),
+        (
+            f"{LLAMA_FACTORY_BASE}quantization_bit: 4\nadapter_name_or_path: old/adapter",
+            NF4,
+        ),
+        (f"{TORCHTUNE_BASE}llama3.qlora_llama3_8b}}", NF4),
+        (f"{TORCHTUNE_BASE}llama3.lora_llama3_8b, quantize_base: True}}", NF4),
+        (f"{TORCHTUNE_BASE}llama3.lora_llama3_8b, quantize_base: False}}", {}),
+    ],
+)
+def test_the_base_is_quantised_as_the_other_tool_would_have_done(
+    text: str, settings: dict[str, str], tmp_path: Path, known: tuple[str, ...]
+) -> None:
+    found, _ = convert(f"{text}\n", tmp_path, known)
+    assert {name: found.settings[name] for name in BASE_SETTINGS if name in found.settings} == (
+        settings
+    )
+    assert not [key for key in found.missing if "s default" not in key]
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "seen"),
+    [
+        (
+            f"{AXOLOTL_BASE}qlora\nload_in_4bit: true\nbnb_config_kwargs: "
+            "{bnb_4bit_quant_type: fp4}",
+            NF4,
+            "there is no fp4: base_dtype nf4",
+        ),
+        (f"{AXOLOTL_BASE}qlora\nload_in_8bit: true", NF4, "quantised once"),
+        (f"{AXOLOTL_BASE}lora\ngptq: true", {}, "base_dtype nf4 quantises the unquantised model"),
+        (f"{AXOLOTL_BASE}lora\npeft: {{weight_dtype: int4}}", {}, "there is no int4"),
+        (
+            f"{AXOLOTL_BASE}qlora\nload_in_4bit: true\nbnb_config_kwargs: "
+            "{llm_int8_skip_modules: [o_proj]}",
+            NF4,
+            "all linears of the blocks are quantised",
+        ),
+        (f"{LLAMA_FACTORY_BASE}quantization_bit: 3", {}, "4 bits (nf4) and 8 (int8, fp8)"),
+        (
+            f"{LLAMA_FACTORY_BASE}quantization_bit: 4\nquantization_type: fp4",
+            NF4,
+            "there is no fp4",
+        ),
+        (
+            f"{LLAMA_FACTORY_BASE}quantization_bit: 4\nquantization_method: hqq",
+            NF4,
+            "there is no hqq",
+        ),
+    ],
+)
+def test_quantisation_that_is_not_here_is_named(
+    text: str, settings: dict[str, str], seen: str, tmp_path: Path, known: tuple[str, ...]
+) -> None:
+    found, _ = convert(f"{text}\n", tmp_path, known)
+    assert seen in " ".join(found.missing.values())
+    assert {name: found.settings[name] for name in BASE_SETTINGS if name in found.settings} == (
+        settings
+    )
+
+
+def test_what_differs_from_8_bits_of_bitsandbytes_is_told(
+    tmp_path: Path, known: tuple[str, ...]
+) -> None:
+    found, _ = convert(f"{AXOLOTL_BASE}lora\nload_in_8bit: true\n", tmp_path, known)
+    assert "outlier columns" in found.notes["load_in_8bit"]
 
 
 @pytest.mark.parametrize("line", ["deepspeed: zero3.json", "fsdp: [full_shard, auto_wrap]"])

@@ -15,12 +15,13 @@ from lora.config import (
     SamplingConfig,
     TrainConfig,
 )
+from lora.errors import UnknownSettingError
 from lora.settings.peers import FORMER_NAMES, PEER_SETTINGS, find_peer
 
 CONFIGS = (LoRAConfig, TrainConfig, DataConfig, RunConfig, MemoryConfig, SamplingConfig)
 OURS = {each.name for config in CONFIGS for each in dataclasses.fields(config)} | {
     *("model", "data", "eval_data", "from_adapter", "base_dtype", "report", "resume", "full"),
-    *("epochs", "devices"),
+    *("epochs", "devices", "nf4_double_quant"),
 }
 
 
@@ -30,8 +31,11 @@ def test_every_name_leads_to_a_setting_of_ours_and_is_none() -> None:
         assert name == name.lower().replace("-", "_")
         assert bool(peer.ours) != bool(peer.because), name
         assert peer.ours is None or peer.ours in OURS, name
+        assert set(peer.refused) <= {"*"} or not set(peer.refused) & peer.values.keys(), name
         assert peer.beside in (None, "adapter"), name
-        named = set(re.findall(r"`(\w+)`", peer.because + peer.note))
+        named = set(
+            re.findall(r"`(\w+)`", " ".join((peer.because, peer.note, *peer.refused.values())))
+        )
         assert named <= OURS | {"fp8"}, name
 
 
@@ -64,8 +68,8 @@ def test_former_names_are_aliases() -> None:
         ),
         ("report_to", "tensorboard", {}, {"tensorboard": "true"}),
         ("report_to", "wandb", {}, {}),
-        ("load_in_4bit", "true", {}, {"base_dtype": "fp8"}),
-        ("load_in_4bit", "False", {}, {}),
+        ("gptq", "true", {}, {"base_dtype": "nf4"}),
+        ("gptq", "false", {}, {}),
         ("finetuning_type", "full", {}, {"full": "true"}),
         ("finetuning_type", "lora", {}, {}),
     ],
@@ -82,3 +86,29 @@ def test_the_best_model_at_the_end_is_what_is_saved() -> None:
     peer = find_peer("load_best_model_at_end")
     assert peer is not None
     assert (peer.ours, peer.values) == ("save", {"true": "best", "false": "last"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "seen"),
+    [
+        ("quantization_bit", "4", ""),
+        ("quantization_bit", "3", "`base_dtype` has 4 bits"),
+        ("bnb_4bit_quant_type", "nf4", ""),
+        ("bnb_4bit_quant_type", "fp4", "there is no fp4"),
+        ("quantization_type", "FP4", "there is no fp4"),
+        ("bnb_4bit_compute_dtype", "bfloat16", ""),
+        ("bnb_4bit_compute_dtype", "float16", "there is no fp16 training"),
+    ],
+)
+def test_values_of_an_alias_may_be_refused(name: str, value: str, seen: str) -> None:
+    peer = find_peer(name)
+    assert peer is not None
+    assert seen in peer.why_refused(value)
+    assert bool(seen) == bool(peer.why_refused(value))
+
+
+def test_python_is_told_what_quantisation_is_here() -> None:
+    with pytest.raises(UnknownSettingError, match="here it is 'precision'"):
+        TrainConfig(bnb_4bit_compute_dtype="bfloat16")  # type: ignore[call-arg]
+    with pytest.raises(UnknownSettingError, match="there is no fp4: base_dtype nf4"):
+        TrainConfig(bnb_4bit_quant_type="fp4")  # type: ignore[call-arg]

@@ -29,8 +29,10 @@ def translate_words(
     """
     words = _joined(words, known)
     given = given_in(words)
+    overridden = _overridden(given, known)
     found: list[str] = []
     faults: list[str] = []
+    names: dict[str, str] = {}
     followers = [*words, None][1:]
     taken = False
     for word, follower in zip(words, followers, strict=True):
@@ -47,10 +49,16 @@ def translate_words(
             taken = value is not None and "=" not in word
             faults.append(_refused_words(word, value, peer, given, known))
             continue
-        if peer.note:
-            on_note(f"note: {word} is {_as_flag(str(peer.ours))}: {_named(peer.note, _as_flag)}")
         renamed, taken = _renamed(word, is_off, value, peer)
-        found += renamed
+        text, ours = _text_of(peer, given[name]), _as_flag(str(peer.ours))
+        if why := peer.why_refused(text):
+            faults.append(f"{_shown(word, value)}: {_named(why, _as_flag)}")
+        elif name not in overridden:
+            if names.setdefault(ours, word) != word:
+                faults.append(f"{word} is {ours}, as {names[ours]}: both are given. Keep one")
+            if _has_note(peer, text):
+                on_note(f"note: {word} is {ours}: {_named(peer.note, _as_flag)}")
+            found += renamed
     _raise_if(faults, command)
     return found
 
@@ -103,6 +111,7 @@ def translate_settings(
     A setting that is given under two names is an error.
     """
     given = {_name(key)[0]: v for key, v in settings.items() if isinstance(v, str)}
+    overridden = _overridden(given, known)
     found: dict[str, Any] = {}
     faults: list[str] = []
     names: dict[str, str] = {}
@@ -113,16 +122,67 @@ def translate_settings(
             shown = f"{_as_key(key)}: {value}" if text else _as_key(key)
             faults.append(f"{shown}: {_advice(peer, text, given, known, _as_key)}")
             continue
+        text = value if isinstance(value, str) else ""
+        if peer is not None and (why := peer.why_refused(text)):
+            faults.append(f"{_as_key(key)}: {value}: {_named(why, _as_key)}")
+            continue
+        if _name(key)[0] in overridden:
+            continue
         ours = key if peer is None else str(peer.ours).replace("_", "-")
         if ours in names:
             faults.append(f"{_as_key(key)} is {_as_key(names[ours])}: both are given. Keep one")
         names[ours] = key
-        if peer is not None and peer.note:
+        if peer is not None and _has_note(peer, text):
             on_note(f"note: {_as_key(key)} is {peer.ours}: {_named(peer.note, _as_key)}")
         is_other = peer is not None and isinstance(value, str)
         found[ours] = peer.values.get(value.lower(), value) if peer and is_other else value
     _raise_if(faults, source)
     return found
+
+
+def _overridden(given: Settings, known: Collection[str]) -> set[str]:
+    """Return the names among `given` that are aliases of a setting given by another name too.
+
+    An alias that says the same as that name, or gives way to it, is left out; others are a fault.
+    """
+    ours: dict[str, list[tuple[str, str, PeerSetting | None]]] = {}
+    for name, text in given.items():
+        peer = _peer_of(name, known)
+        if peer is None or not peer.because:
+            value = text if peer is None else _value_here(peer, text)
+            ours.setdefault(str(name if peer is None else peer.ours), []).append(
+                (name, value, peer)
+            )
+    return {
+        name
+        for same in ours.values()
+        for number, (name, value, peer) in enumerate(same)
+        if peer is not None
+        and any(
+            (text == value and (other is None or earlier < number))
+            or (text != value and value == peer.gives_way)
+            for earlier, (_, text, other) in enumerate(same)
+            if earlier != number
+        )
+    }
+
+
+def _has_note(peer: PeerSetting, text: str) -> bool:
+    """Whether the user of an alias, with this value, should be told something."""
+    is_off = text.lower() == "false" or _value_here(peer, text) == peer.gives_way
+    return bool(peer.note) and not is_off
+
+
+def _value_here(peer: PeerSetting, text: str) -> str:
+    """Return the value of ours that an alias with this text has."""
+    known = _text_of(peer, text)
+    return peer.values.get(known.lower(), known)
+
+
+def _text_of(peer: PeerSetting, text: str) -> str:
+    """Return the text of an alias; a switch before a word that is no value of it is on."""
+    is_switch_alone = "true" in peer.values and text.lower() not in (*peer.values, "false")
+    return "true" if is_switch_alone else text
 
 
 def is_alias(name: str, known: Collection[str]) -> bool:
@@ -172,8 +232,11 @@ def _refused_words(
 ) -> str:
     flag, equals, text = word.partition("=")
     value = text if equals else follower or ("false" if _name(flag)[1] else "true")
-    shown = word if equals or follower is None else f"{word} {follower}"
-    return f"{shown}: {_advice(peer, value, given, known, _as_flag)}"
+    return f"{_shown(word, follower)}: {_advice(peer, value, given, known, _as_flag)}"
+
+
+def _shown(word: str, follower: str | None) -> str:
+    return word if "=" in word or follower is None else f"{word} {follower}"
 
 
 def _advice(
