@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,10 @@ from torch import Tensor, nn
 from lora.adapters.apply import applied_lora, apply_lora, lora_layers, remove_lora, replace_module
 from lora.config import LoRAConfig
 from lora.errors import ConfigError, TargetError
+from lora.layers.quantised import LoRAQuantisedLinear
 from lora.lora_module import LoRALinear
-from lora.stacked.layers import Stack, StackedEmbedding, StackedLoRALinear, build_stacked_linear
+from lora.stacked.layers import Stack, StackedEmbedding, StackedLoRALinear
+from lora.stacked.quantised import build_stacked_linear
 
 Values = dict[str, Tensor]
 
@@ -75,7 +76,7 @@ def apply_stacked(
     layers = {}
     for name in plans[0] if plans else ():
         ranks, scalings = zip(*(plan[name] for plan in plans), strict=True)
-        linear = cast(nn.Linear, model.get_submodule(name))
+        linear = model.get_submodule(name)
         layers[name] = build_stacked_linear(linear, stack, ranks, scalings, dropouts)
     embeddings = {name: StackedEmbedding(model.get_submodule(name), stack) for name in saved}  # type: ignore[arg-type]
     for name, module in (layers | embeddings).items():
@@ -130,7 +131,8 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _refuse_other_kinds(model: nn.Module) -> None:
     saved = {name: model.get_submodule(name) for name in applied_lora(model).originals}
-    wrong = [n for n, layer in lora_layers(model).items() if not isinstance(layer, LoRALinear)]
+    kinds = LoRALinear | LoRAQuantisedLinear
+    wrong = [n for n, layer in lora_layers(model).items() if not isinstance(layer, kinds)]
     wrong += [n for n, module in saved.items() if type(module) is not nn.Embedding]
     if wrong:
         raise TargetError(

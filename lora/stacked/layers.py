@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora.decoder.quantised.base import QuantisedWeight
 from lora.errors import ConfigError, ModelError
 from lora.kernels.linear import shaped_as
 from lora.lora_module import check_lora_numbers
@@ -66,7 +67,7 @@ class StackedLoRALinear(nn.Module):
 
     def __init__(
         self,
-        base: nn.Linear,
+        base: nn.Linear | QuantisedWeight,
         stack: Stack,
         ranks: Sequence[int],
         scalings: Sequence[float],
@@ -83,7 +84,7 @@ class StackedLoRALinear(nn.Module):
         if base.bias is not None:
             base.bias.requires_grad_(False)
         n, max_rank = stack.n_adapters, max(ranks)
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        wide = torch.float64 if self.weight.dtype is torch.float64 else torch.float32
         self.lora_A = nn.Parameter(self.weight.new_zeros(n, max_rank, self.in_features, dtype=wide))
         self.lora_B = nn.Parameter(
             self.weight.new_zeros(n, self.out_features, max_rank, dtype=wide)
@@ -100,13 +101,16 @@ class StackedLoRALinear(nn.Module):
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:  # (K·B, ..., I) or (K, B, ..., I) -> (..., O)
-        y = F.linear(x, self.weight, self.bias)  # (..., O)
+        return self.add_low_rank(F.linear(x, self.weight, self.bias), x)
+
+    def add_low_rank(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return the outputs `y` (..., O) with each adapter's low-rank part for `x` added."""
         own = self._dropout(self._by_adapter(x)).to(self.lora_A.dtype)  # (K, N, I)
         low = torch.bmm(own, self.lora_A.mT)  # (K, N, R)
         scaled = torch.bmm(low, self.lora_B.mT) * self.scaling[:, None, None]  # (K, N, O)
         return y + scaled.view_as(y).to(y.dtype)
 
-    def unwrap(self) -> nn.Linear:
+    def unwrap(self) -> nn.Module:
         """Return the plain linear, with the same `weight` and `bias` tensors."""
         with torch.device("meta"):  # no storage: both parameters are replaced at once
             linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
@@ -230,20 +234,6 @@ class StackedEmbedding(nn.Module):
                 "stack.batch_size is not set. Set it to the batch size of one adapter."
             )
         return self.stack.batch_size
-
-
-def build_stacked_linear(
-    base: nn.Linear,
-    stack: Stack,
-    ranks: Sequence[int],
-    scalings: Sequence[float],
-    dropouts: Sequence[float],
-) -> StackedLoRALinear:
-    """Return the fused stacked layer in fp32 or fp64 without dropout, else the plain one."""
-    is_wide = base.weight.dtype in (torch.float32, torch.float64)
-    fused = is_wide and not any(dropouts)
-    kind = FusedStackedLoRALinear if fused else StackedLoRALinear
-    return kind(base, stack, ranks, scalings, dropouts)
 
 
 def _check_lengths(stack: Stack, *lists: Sequence[float]) -> None:

@@ -15,8 +15,8 @@ from lora.stacked.layers import (
     Stack,
     StackedEmbedding,
     StackedLoRALinear,
-    build_stacked_linear,
 )
+from lora.stacked.quantised import build_stacked_linear
 
 RANKS, SCALINGS, SEEDS = (2, 5, 1), (2.0, 0.4, 3.0), (7, 8, 9)
 NO_DROPOUT, DROPOUTS = (0.0, 0.0, 0.0), (0.1, 0.0, 0.5)
