@@ -1,7 +1,7 @@
 """Rules for keys that quantise the base: bitsandbytes' 4 and 8 bits, torchao's nf4.
 
 What a file's run would have used is what the converted one gets: bitsandbytes' nf4 has the same
-values here, with or without double quantisation. What is not the same is noted, or has no equal.
+values here, with or without double quantisation. Where anything differs, a note says so.
 """
 
 from __future__ import annotations
