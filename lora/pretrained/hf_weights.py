@@ -33,7 +33,15 @@ from lora.pretrained.load.shards import (
     writing_into,
 )
 from lora.pretrained.mapped import MappedFile, MappedModel
-from lora.pretrained.quantised.methods import is_4bit, refuse_tensors, without_settings
+from lora.pretrained.quantised.folder import cannot_load, describe_packed, not_packed
+from lora.pretrained.quantised.linears import load_packed_linears, packable_linears
+from lora.pretrained.quantised.methods import (
+    is_4bit,
+    refuse_tensors,
+    settings_of,
+    without_settings,
+)
+from lora.pretrained.quantised.stored import StoredNf4, collect_packed
 from lora.runs.tensor_files import TensorParts
 
 _HEAD = "lm_head.weight"
@@ -57,19 +65,27 @@ def load_decoder(
     """Return the decoder in `folder`, with parameters of `dtype` on `device`.
 
     The linears of its blocks are stored as `base` says (`lora.decoder.quantised`), quantised one
-    after the other as they are read.
+    after the other as they are read. Of a folder in 4 bits they are packed as they are stored
+    there, and those that it leaves plain stay plain.
 
     Raises ModelError for a folder without config.json or safetensors files, an unsupported
     architecture or a damaged file, and once for all tensors that are missing, unexpected,
-    of a wrong shape or not floating-point; for one that is quantised and not finite.
+    of a wrong shape or not floating-point; for one that is quantised and not finite. ConfigError
+    for a `base` that a folder in 4 bits is not.
     """
     folder = Path(folder)
     model = _empty_model(folder)
     with ExitStack() as files:
         source = open_tensors(folder, files)
         stored = _match_names(model, source, folder)  # by the shapes before quantisation
-        use_quantised_linears(model, base or BaseWeights())
-        _assign(model, _read(model.config, stored, dtype, device))
+        plain, packed = _parted(stored)
+        asked = base or BaseWeights()
+        if packed:
+            describe_packed(folder, packed).settled(asked)  # raises if it is another
+            load_packed_linears(model, packed, dtype=dtype, device=device)
+        else:
+            use_quantised_linears(model, asked)
+        _assign(model, _read(model.config, plain, dtype, device))
         _check_tied_head(model, source, folder)
     return model
 
@@ -99,9 +115,11 @@ def map_decoder(folder: Path) -> MappedDecoder:
     model = _empty_model(folder)
     with ExitStack() as files:
         source = open_tensors(folder, files)
-        stored = _match_names(model, source, folder)
-        mapped = {path: MappedFile(path) for path in {tensor.path for tensor in stored.values()}}
-        tensors = ((n, mapped[tensor.path].tensor(tensor.name)) for n, tensor in stored.items())
+        plain, packed = _parted(_match_names(model, source, folder))
+        stored = [*plain.values(), *(part for w in packed.values() for part in w.stored)]
+        mapped = {path: MappedFile(path) for path in {tensor.path for tensor in stored}}
+        load_packed_linears(model, packed, read=lambda s: mapped[s.path].tensor(s.name))
+        tensors = ((n, mapped[tensor.path].tensor(tensor.name)) for n, tensor in plain.items())
         config = model.config
         assign_parameters(
             model, ((n, t.T if config.is_transposed_in_files(n) else t) for n, t in tensors)
@@ -111,25 +129,43 @@ def map_decoder(folder: Path) -> MappedDecoder:
     return MappedDecoder(model, tuple(mapped.values()))
 
 
+def _parted(
+    stored: Mapping[str, StoredTensor | StoredNf4],
+) -> tuple[dict[str, StoredTensor], dict[str, StoredNf4]]:
+    """Return plain and packed ones apart."""
+    packed = {name: found for name, found in stored.items() if isinstance(found, StoredNf4)}
+    plain = {name: found for name, found in stored.items() if isinstance(found, StoredTensor)}
+    return plain, packed
+
+
 def _match_names(
     model: Decoder, source: dict[str, StoredTensor], folder: Path
-) -> dict[str, StoredTensor]:
+) -> dict[str, StoredTensor | StoredNf4]:
     """Return the stored tensor of each parameter of `model`; all faults are raised at once."""
     refuse_tensors(source, str(folder))
-    stored = _with_prefix(model, source)
+    collected, faults = collect_packed(source)
+    if faults:
+        raise ModelError(cannot_load(folder, faults))
+    stored = _with_prefix(model, collected)
+    is_plain = not any(isinstance(found, StoredNf4) for found in stored.values())
+    if is_plain and settings_of(read_config(folder)) is not None:
+        raise ModelError(not_packed(folder))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    faults = []
+    linears = packable_linears(model)
     for name, shape in shapes.items():
         if name not in stored:
             faults.append(
                 f"{name} {shape} is missing.{did_you_mean(name, set(stored) - set(shapes))}"
             )
             continue
-        wanted = shape[::-1] if model.config.is_transposed_in_files(name) else shape
-        if stored[name].shape != wanted:
-            faults.append(
-                f"{name} is {stored[name].shape} in the file: config.json implies {wanted}"
-            )
+        found = stored[name]
+        is_packed = isinstance(found, StoredNf4)  # as (O, I), whatever a plain one is
+        is_transposed = model.config.is_transposed_in_files(name) and not is_packed
+        wanted = shape[::-1] if is_transposed else shape
+        if found.shape != wanted:
+            faults.append(f"{name} is {found.shape} in the file: config.json implies {wanted}")
+        elif is_packed and name not in linears:
+            faults.append(f"{name} is in 4 bits: only the weights of the blocks' linears can be")
         elif stored[name].dtype not in FLOATS:
             kinds = ", ".join(sorted(FLOATS))
             faults.append(f"{name} has dtype {stored[name].dtype} (allowed: {kinds})")
@@ -144,7 +180,9 @@ def _match_names(
     return {name: stored[name] for name in shapes}
 
 
-def _with_prefix(model: Decoder, source: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _with_prefix(
+    model: Decoder, source: Mapping[str, StoredTensor | StoredNf4]
+) -> dict[str, StoredTensor | StoredNf4]:
     """Return `source` under full names: some files (GPT-2's own) omit the trunk's name."""
     prefix = f"{model.trunk_name}."
     if any(name.startswith(prefix) for name in source):

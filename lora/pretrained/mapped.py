@@ -24,6 +24,8 @@ _KINDS = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+    "I8": torch.int8,
 }
 
 

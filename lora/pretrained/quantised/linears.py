@@ -1,0 +1,54 @@
+"""Linears of a model replaced by packed ones, with the codes and scales of a folder in 4 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from lora.decoder.decoder import Decoder
+from lora.decoder.quantised.nf4 import Nf4Linear
+from lora.errors import ModelError
+from lora.pretrained.hf_files import StoredTensor
+from lora.pretrained.quantised.stored import Read, StoredNf4
+
+VALUE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def load_packed_linears(
+    model: nn.Module,
+    packed: Mapping[str, StoredNf4],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    read: Read = StoredTensor.tensor,
+) -> None:
+    """Changes `model` in place: the linears of these weights become packed ones, one by one.
+
+    Values are merged into `dtype`; None: what each was quantised from. Raises ModelError for
+    scales that are not finite.
+    """
+    for name, weight in packed.items():
+        owner, _, leaf = name.removesuffix(".weight").rpartition(".")
+        parent = model.get_submodule(owner)
+        linear = parent.get_submodule(leaf)
+        assert isinstance(linear, nn.Linear)
+        new = Nf4Linear(linear, weight.block, double_quant=weight.is_double)
+        new.packed = weight.packed(device, read)
+        new.value_dtype = dtype or VALUE_DTYPES[weight.dtype]
+        new.sample = torch.empty(0, dtype=torch.int16, device=device)
+        scales = new.weight_group_scales if new.double_quant else new.weight_scales
+        if not bool(torch.isfinite(scales).all()):
+            raise ModelError(
+                f"Cannot load {weight.path}: {name} has scales that are not finite. Download it "
+                "again."
+            )
+        parent.register_module(leaf, new)
+
+
+def packable_linears(model: Decoder) -> set[str]:
+    """Return the names of the weights that may be packed: those of the linears of the blocks."""
+    inside = set(model.trunk.blocks().modules())
+    found = model.named_modules()
+    return {f"{n}.weight" for n, m in found if isinstance(m, nn.Linear) and m in inside}
