@@ -48,6 +48,7 @@ def run_once(
     *,
     fast: bool = True,
     draw: int = 0,
+    seed: int = 0,
     base_dtype: BaseDtype = "auto",
 ) -> dict:
     """Return training losses, validation losses and times of one run."""
@@ -59,7 +60,7 @@ def run_once(
         model=model,
         base_dtype=base_dtype,
         lora=LoRAConfig(rank=16, alpha=32.0, init_seed=draw),
-        train=TrainConfig(steps=steps, batch_size=4, seed=0),
+        train=TrainConfig(steps=steps, batch_size=4, seed=seed),
         data_config=DataConfig(max_length=512, long_examples="split"),
         run=RunConfig(out=out, name=name, fast=fast, eval_every_steps=steps),
     )

@@ -4,31 +4,36 @@
     python benchmarks/gpu_step.py --cases 135M-4x512 --variants ours_lora peft
     python benchmarks/gpu_step.py --cases 8B-4x2048 --variants ours_lora_cheap --limit-s 60
     python benchmarks/gpu_step.py --out benchmarks/results/gpu_step_h200.jsonl
+    python benchmarks/gpu_step.py --dry-run                    # tiny shapes on a CPU: does it run?
 
 Random Llama-shaped weights in bf16, rank 16 on all linears, AdamW. "Ours" goes through the trainer
-and the real loader; `packed` variants read packed sequences. Prints JSON lines. step_ms is the
-median of steps after the warm-up, peak_gb (10⁹ bytes) the allocator's peak, start_s the time from
-building the step to the end of the first one, its compilation included (for sequences of 32,768
-tokens and more, which have no graph, nearly to the end of the second), planned_gb what
+and the real loader; `packed` variants read packed sequences, all others the same batch in every
+step. Prints JSON lines. step_ms is the median of steps after the warm-up, peak_gb (10⁹ bytes) the
+allocator's peak, build_peak_gb the same while the model was built, start_s the time from building
+the step to the end of the first one, its compilation included (for sequences of 32,768 tokens and
+more, which have no graph, nearly to the end of the second), planned_gb what
 `lora.fast.memory.fast_step` planned. model_tflops counts the matmuls with weights: forward,
-backward and, where weights train, their gradients; neither attention nor recomputation.
+backward and, where weights train, their gradients; neither attention nor recomputation. `doubts`
+says what is wrong with a row: a loss that is not finite or did not fall, a base that is not packed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_peers import PEERS, PeerMissing, build_theirs
+from gpu_peers import LEARNING_RATE, PEERS, PeerMissing, build_theirs, peak_bytes, restart_peak
+from gpu_qlora import QLORA_PEERS
 
 from lora.adapters.apply import apply_lora
 from lora.config import BaseWeights, LoRAConfig, RunConfig, TrainConfig
@@ -43,7 +48,7 @@ from lora.decoder.config import (
 )
 from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
 from lora.decoder.families import decoder_config
-from lora.decoder.quantised.fp8 import Fp8Linear
+from lora.decoder.quantised.base import QuantisedWeight
 from lora.device import WHOLE, DeviceChoice, Share, choose_device
 from lora.fast.memory.fast_step import USABLE_MEMORY_FRACTION, FastPlan, MemoryFit, fit_memory
 from lora.fast.runner import CapturedStepRunner, FastStepRunner
@@ -78,6 +83,7 @@ class Shape:
     timed_steps: int = 30
     config: dict[str, Any] | None = None
     """config.json of a model that is no Llama of these sizes."""
+    device: str = "cuda"
 
     @property
     def head_dim(self) -> int:
@@ -95,6 +101,7 @@ CASES = {
     "135M-4x512": Shape(576, 30, 9, 3, 1536, 49152, 4, 512),
     "1B-1x512": Shape(2048, 16, 32, 8, 8192, 128256, 1, 512),
     "1B-4x2048": Shape(2048, 16, 32, 8, 8192, 128256, 4, 2048),
+    "8B-1x2048": Shape(4096, 32, 32, 8, 14336, 128256, 1, 2048, False, 3, 12),
     "8B-4x2048": Shape(4096, 32, 32, 8, 14336, 128256, 4, 2048, False, 3, 8),
     "8B-1x4096": Shape(4096, 32, 32, 8, 14336, 128256, 1, 4096, False, 3, 10),
     "8B-2x4096": Shape(4096, 32, 32, 8, 14336, 128256, 2, 4096, False, 3, 8),
@@ -103,22 +110,23 @@ CASES = {
     "8B-1x32768": Shape(4096, 32, 32, 8, 14336, 128256, 1, 32768, False, 2, 4),
     "8B-1x131072": Shape(4096, 32, 32, 8, 14336, 128256, 1, 131072, False, 1, 2),
 }
+TINY = {"hidden": 128, "layers": 2, "heads": 4, "shared": 2, "feed_forward": 256,
+        "vocabulary": 512, "tokens": 64, "warm_up_steps": 2, "timed_steps": 6}  # fmt: skip
+"""Sizes of a dry run."""
 MEMORY_GB = {"ours_lora_cheap": 32.0}
 """The memory budget of a mode; the default is the free memory."""
+BASES = {
+    "fp8": BaseWeights("fp8"),
+    "nf4": BaseWeights("nf4"),
+    "nf4_embeddings": BaseWeights("nf4", nf4_embeddings=True),
+}
+MODES = ("", "_auto", "_cheap", "_full", "_offload", "_packed")
 OURS = (
-    "ours_lora",
-    "ours_lora_auto",
-    "ours_lora_cheap",
-    "ours_lora_full",
-    "ours_lora_offload",
-    "ours_lora_packed",
-    "ours_lora_fp8",
-    "ours_lora_fp8_auto",
-    "ours_lora_fp8_full",
-    "ours_lora_fp8_offload",
-    "ours_lora_fp8_packed",
+    *(f"ours_lora{mode}" for mode in MODES),
+    *(f"ours_lora_{base}{mode}" for base in BASES for mode in MODES),
     "ours_lora_captured",
     "ours_lora_plain",
+    "ours_lora_nf4_plain",
     "ours_full",
     "theirs_lora_plain",
     "theirs_lora_captured",
@@ -127,8 +135,19 @@ OURS = (
     "theirs_lora_compiled_packed",
 )
 """`theirs` is transformers' model with `apply_lora` and our trainer. auto, cheap, full and offload
-are modes of `lora finetune --memory`; without one it is none. fp8 is `--base-dtype fp8`."""
-MODE_OF = {"ours_lora_offload": "full+offload", "ours_lora_fp8_offload": "full+offload"}
+are modes of `lora finetune --memory`; without one it is none. fp8, int8 and nf4 are `--base-dtype`,
+nf4_embeddings is nf4 with `--nf4-embeddings`."""
+
+PACKED_DTYPES = (torch.uint8, torch.int8, torch.float8_e4m3fn)
+
+
+def base_and_mode(variant: str) -> tuple[BaseWeights, str]:
+    """Return what stores the base of one of our variants, and its mode or other suffix."""
+    kind = variant.removeprefix("ours_lora")
+    for name in sorted(BASES, key=len, reverse=True):
+        if kind.startswith(f"_{name}"):
+            return BASES[name], kind.removeprefix(f"_{name}")
+    return BaseWeights(), kind
 
 
 def build_empty(shape: Shape) -> Decoder:
@@ -153,44 +172,56 @@ def build_empty(shape: Shape) -> Decoder:
 
 
 def build_model(
-    shape: Shape, dtype: torch.dtype, *, fp8: bool = False, device: str = "cuda"
+    shape: Shape,
+    dtype: torch.dtype,
+    *,
+    base: BaseWeights = BaseWeights(),  # noqa: B008
+    device: str = "cuda",
 ) -> Decoder:
-    """Return a decoder of this shape with random values, on the GPU; `fp8` as the base dtype."""
+    """Return a decoder of this shape with random values, its frozen weights stored as `base` says.
+
+    Each weight is drawn, quantised and dropped before the next.
+    """
     model = build_empty(shape)
     draw = torch.Generator(device).manual_seed(0)
 
-    def value(parameter: torch.Tensor) -> torch.Tensor:
-        if parameter.ndim == 1:
-            return torch.ones(parameter.shape, dtype=dtype, device=device)
-        drawn = torch.randn(tuple(parameter.shape), dtype=dtype, device=device, generator=draw)
-        return drawn.mul_(0.02)
+    def value(size: torch.Size) -> torch.Tensor:
+        if len(size) == 1:
+            return torch.ones(size, dtype=dtype, device=device)
+        return torch.randn(size, dtype=dtype, device=device, generator=draw).mul_(0.02)
 
-    if fp8:
-        use_quantised_linears(model, BaseWeights("fp8"))
+    sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    if base.base_dtype != "auto":
+        use_quantised_linears(model, base)
 
     def values() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in list(model.named_parameters()):
+        for name in [name for name, _ in model.named_parameters()]:
             owner = model.get_submodule(name.rpartition(".")[0])
-            if isinstance(owner, Fp8Linear) and name.endswith("weight"):
-                owner.load(value(parameter), name)
+            if isinstance(owner, QuantisedWeight) and name.endswith("weight"):
+                owner.load(value(sizes[name]), name)
             else:
-                yield name, value(parameter)
+                yield name, value(sizes[name])
 
     assign_parameters(model, values())
     return model
 
 
 def build_stream(
-    shape: Shape, device: torch.device | str, *, packed: bool, share: Share = WHOLE
+    shape: Shape,
+    device: torch.device | str,
+    *,
+    packed: bool,
+    share: Share = WHOLE,
+    n_batches: int = 64,
 ) -> BatchStream:
     """Return the real loader over random tokens: one document per sequence, or packed ones.
 
-    The shape's sequences are those of each process.
+    The shape's sequences are those of each process. With one batch it is that of every step.
     """
     import numpy as np
 
     draw = np.random.default_rng(0)
-    n_rows = 64 * shape.rows * share.size
+    n_rows = n_batches * shape.rows * share.size
     if packed:
         lengths = draw.integers(40, 400, n_rows * shape.tokens // 200)
     else:
@@ -206,27 +237,34 @@ def build_stream(
 def time_ours(shape: Shape, variant: str) -> dict[str, Any]:
     """Return the time and memory of a run through the trainer."""
     full, plain = variant == "ours_full", variant.endswith("plain")
-    choice = choose_device("cuda")
+    choice = choose_device(shape.device)
     fit = None if full else fit_mode(shape, variant)
+    base, _ = base_and_mode(variant)
+    restart_peak(shape.device)
     began_s = time.perf_counter()
     model: Any
     if variant.startswith("theirs"):
-        model = as_language_model(build_theirs(shape))
+        model = as_language_model(build_theirs(shape, dtype=choice.compute_dtype))
     else:
-        dtype = torch.float32 if full else torch.bfloat16
-        model = build_model(shape, dtype, fp8="fp8" in variant)
+        dtype = torch.float32 if full else choice.compute_dtype
+        model = build_model(shape, dtype, base=base, device=shape.device)
     if full:
         model.requires_grad_(True)
     else:
         apply_lora(model, LoRAConfig(rank=RANK, alpha=2.0 * RANK, init_seed=0))
     n_steps = shape.warm_up_steps + shape.timed_steps
     config = TrainConfig(
-        steps=n_steps, batch_size=shape.rows, warmup_fraction=0.0, learning_rate=1e-4, seed=0
+        steps=n_steps,
+        batch_size=shape.rows,
+        warmup_fraction=0.0,
+        learning_rate=LEARNING_RATE,
+        seed=0,
     )
     device = choice.device if plain else "cpu"  # where `batch_device` of its steps will be
-    stream = build_stream(shape, device, packed=variant.endswith("packed"))
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
+    packed = variant.endswith("packed")
+    stream = build_stream(shape, device, packed=packed, n_batches=64 if packed else 1)
+    built_bytes = peak_bytes(shape.device)
+    restart_peak(shape.device)
     built_s = time.perf_counter()
     steps = build_steps(model, choice, variant, fit, config)
     with tempfile.TemporaryDirectory() as folder, create_run(Path(folder), "run") as run:
@@ -246,33 +284,38 @@ def time_ours(shape: Shape, variant: str) -> dict[str, Any]:
     seconds = [row["step_s"] for row in rows]
     # A step's result is read while the next one runs, so the last row's time is too short.
     timed = sorted(seconds[shape.warm_up_steps : -1])
+    packed_weights = [p for p in model.parameters() if p.dtype in PACKED_DTYPES]
     return {
         "step_ms": 1000 * timed[len(timed) // 2],
-        "peak_gb": result.peak_memory_bytes / 1e9,
+        "peak_gb": (result.peak_memory_bytes or peak_bytes(shape.device)) / 1e9,
         "start_s": seconds[0],
         "build_s": built_s - began_s,
+        "build_peak_gb": built_bytes / 1e9,
         "first_and_last_loss": [round(losses[0], 4), round(losses[-1], 4)],
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "packed_linears": len(packed_weights),
         **({} if fit is None else {"planned_gb": fit.memory.total / 1e9, "mode": fit.reason}),
     }
 
 
 def fit_mode(shape: Shape, variant: str) -> MemoryFit | None:
     """Return which activations a variant of the fast step stores, recomputes or offloads."""
-    kind = variant.removeprefix("ours_lora").replace("_fp8", "")
+    base, kind = base_and_mode(variant)
     if not variant.startswith("ours_lora") or kind in ("_captured", "_plain"):
         return None
-    model = build_empty(shape).bfloat16()
-    if "fp8" in variant:
-        use_quantised_linears(model, BaseWeights("fp8"))
+    model = build_empty(shape).to(torch.bfloat16 if shape.device == "cuda" else torch.float32)
+    if base.base_dtype != "auto":
+        use_quantised_linears(model, base)
     apply_lora(model, LoRAConfig(rank=RANK, alpha=2.0 * RANK, init_seed=0))
     is_packed = kind == "_packed"
     plan = FastPlan(model, shape.rows, shape.tokens, packed=is_packed)
     if kind in ("", "_packed"):
         return fit_memory(plan, "none", None)
-    budget = torch.cuda.mem_get_info()[0] * USABLE_MEMORY_FRACTION
+    free = torch.cuda.mem_get_info()[0] if shape.device == "cuda" else 10**12
+    budget = free * USABLE_MEMORY_FRACTION
     if variant in MEMORY_GB:
         budget = MEMORY_GB[variant] * 1e9
-    return fit_memory(plan, MODE_OF.get(variant, kind[1:]), int(budget))
+    return fit_memory(plan, "full+offload" if kind == "_offload" else kind[1:], int(budget))
 
 
 def build_steps(
@@ -284,7 +327,9 @@ def build_steps(
     if "captured" in variant or "compiled" in variant:
         compiles = "compiled" in variant
         return CapturedStepRunner(model, choice, config, compiles=compiles)
-    assert why_not_fast(model, choice) is None
+    # The kernels' plain twins run on a CPU, which no run chooses.
+    why_not = why_not_fast(model, choice) if choice.device.type == "cuda" else None
+    assert why_not is None, why_not
     checkpointing = None if fit is None else fit.checkpointing
     return FastStepRunner(model, choice, config, checkpointing=checkpointing)
 
@@ -304,13 +349,36 @@ def measure_ceiling() -> float:
     return 30 * 2 * size**3 / (begin.elapsed_time(end) * 1e-3) / 1e12
 
 
-def run_child(case: str, variant: str) -> dict[str, Any]:
-    """Return the row of one case and variant, measured in this process."""
+def doubts_about(row: dict[str, Any], variant: str) -> list[str]:
+    """Return what is wrong with a row of measurements."""
+    found = []
+    first, last = row["first_and_last_loss"]
+    if not math.isfinite(first + last):
+        found.append("the loss is not finite")
+    elif last >= first and not variant.endswith("packed"):
+        found.append("the loss of the same batch did not fall")
+    is_packed = any(name in variant for name in (*BASES, "bnb"))
+    if is_packed != bool(row.get("packed_linears")):
+        found.append(f"packed linears: {row.get('packed_linears')}")
+    return found
+
+
+def run_child(case: str, variant: str, *, dry: bool = False) -> dict[str, Any]:
+    """Return the row of one case and variant, measured in this process.
+
+    A dry run is one of the same code on a CPU, of tiny sizes.
+    """
     shape = CASES[case]
+    if dry:
+        shape = replace(shape, **TINY, rows=min(shape.rows, 2), device="cpu")
     if variant in OURS:
         found = time_ours(shape, variant)
     else:
-        found = PEERS[variant](shape, RANK)
+        found = (PEERS | QLORA_PEERS)[variant](shape, RANK)
+    found = {key: round(v, 2) if isinstance(v, float) else v for key, v in found.items()}
+    found["doubts"] = doubts_about(found, variant)
+    if dry:
+        return {"case": case, "variant": variant, "hardware": "a dry run on a CPU", **found}
     ceiling = measure_ceiling()
     tokens = shape.rows * shape.tokens
     trains_all = variant == "ours_full" or variant.startswith("full_")
@@ -328,7 +396,7 @@ def run_child(case: str, variant: str) -> dict[str, Any]:
             "triton": triton.__version__,
             "transformers": transformers.__version__,
         },
-        **{key: round(v, 2) if isinstance(v, float) else v for key, v in found.items()},
+        **found,
         "tokens_per_s": round(tokens / (found["step_ms"] * 1e-3)),
         "model_tflops": round(tflops, 1),
         "share_of_ceiling": round(tflops / ceiling, 3),
@@ -339,15 +407,17 @@ def main() -> int:
     """Measure each case and variant in its own process; print JSON lines."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    variants = [*OURS, *PEERS]
+    variants = [*OURS, *PEERS, *QLORA_PEERS]
     parser.add_argument("--variants", nargs="+", choices=variants, default=variants)
     parser.add_argument("--out", type=Path, help="also append the lines to this file")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
     parser.add_argument("--limit-s", type=float, help="seconds after which a case counts as failed")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         try:
-            row = run_child(arguments.cases[0], arguments.variants[0])
+            case, variant = arguments.cases[0], arguments.variants[0]
+            row = run_child(case, variant, dry=arguments.dry_run)
         except PeerMissing as missing:
             row = {"case": arguments.cases[0], "variant": arguments.variants[0]}
             row["skipped"] = str(missing)
@@ -355,7 +425,7 @@ def main() -> int:
         return 0
     for case in arguments.cases:
         for variant in arguments.variants:
-            line = _in_subprocess(case, variant, arguments.limit_s)
+            line = _in_subprocess(case, variant, arguments.limit_s, dry=arguments.dry_run)
             print(line, flush=True)
             if arguments.out:
                 with arguments.out.open("a", encoding="utf-8") as file:
@@ -363,8 +433,9 @@ def main() -> int:
     return 0
 
 
-def _in_subprocess(case: str, variant: str, limit_s: float | None) -> str:
+def _in_subprocess(case: str, variant: str, limit_s: float | None, *, dry: bool) -> str:
     command = [sys.executable, __file__, "--child", "--cases", case, "--variants", variant]
+    command += ["--dry-run"] if dry else []
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit_s)
     except subprocess.TimeoutExpired:
