@@ -11,7 +11,16 @@ import json
 import sys
 
 import torch
-from gpu_step import CASES, OURS, RANK, build_model, build_steps, build_stream, fit_mode
+from gpu_step import (
+    CASES,
+    OURS,
+    RANK,
+    base_and_mode,
+    build_model,
+    build_steps,
+    build_stream,
+    fit_mode,
+)
 
 from lora.adapters.apply import apply_lora
 from lora.config import LoRAConfig, TrainConfig
@@ -32,7 +41,8 @@ def main() -> int:
     arguments = parser.parse_args()
     shape, full = CASES[arguments.case], arguments.variant == "ours_full"
     dtype = torch.float32 if full else torch.bfloat16
-    model = build_model(shape, dtype, fp8="fp8" in arguments.variant)
+    base, _ = base_and_mode(arguments.variant)
+    model = build_model(shape, dtype, base=base)
     if full:
         model.requires_grad_(True)
     else:

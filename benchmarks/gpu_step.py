@@ -28,6 +28,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +113,7 @@ CASES = {
     "8B-1x131072": Shape(4096, 32, 32, 8, 14336, 128256, 1, 131072, False, 1, 2),
 }
 TINY = {"hidden": 128, "layers": 2, "heads": 4, "shared": 2, "feed_forward": 256,
-        "vocabulary": 512, "tokens": 64, "warm_up_steps": 2, "timed_steps": 6}  # fmt: skip
+        "vocabulary": 512, "tokens": 512, "warm_up_steps": 2, "timed_steps": 6}  # fmt: skip
 """Sizes of a dry run."""
 MEMORY_GB = {"ours_lora_cheap": 32.0}
 """The memory budget of a mode; the default is the free memory."""
@@ -191,8 +193,7 @@ def build_model(
         return torch.randn(size, dtype=dtype, device=device, generator=draw).mul_(0.02)
 
     sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    if base.base_dtype != "auto":
-        use_quantised_linears(model, base)
+    use_quantised_linears(model, base)
 
     def values() -> Iterator[tuple[str, torch.Tensor]]:
         for name in [name for name, _ in model.named_parameters()]:
@@ -304,8 +305,7 @@ def fit_mode(shape: Shape, variant: str) -> MemoryFit | None:
     if not variant.startswith("ours_lora") or kind in ("_captured", "_plain"):
         return None
     model = build_empty(shape).to(torch.bfloat16 if shape.device == "cuda" else torch.float32)
-    if base.base_dtype != "auto":
-        use_quantised_linears(model, base)
+    use_quantised_linears(model, base)
     apply_lora(model, LoRAConfig(rank=RANK, alpha=2.0 * RANK, init_seed=0))
     is_packed = kind == "_packed"
     plan = FastPlan(model, shape.rows, shape.tokens, packed=is_packed)
@@ -384,23 +384,22 @@ def run_child(case: str, variant: str, *, dry: bool = False) -> dict[str, Any]:
     trains_all = variant == "ours_full" or variant.startswith("full_")
     flops = (6 if trains_all else 4) * shape.parameters * tokens
     tflops = flops / (found["step_ms"] * 1e-3) / 1e12
-    import transformers
-    import triton
-
+    packages = ["torch", "triton", "transformers"]
+    packages += [] if variant in OURS else ["peft", "bitsandbytes", "liger-kernel"]
     return {
         "case": case,
         "variant": variant,
         "hardware": f"one {torch.cuda.get_device_name()}",
-        "versions": {
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": {name: version(name) for name in packages if find_spec(_module(name))},
         **found,
         "tokens_per_s": round(tokens / (found["step_ms"] * 1e-3)),
         "model_tflops": round(tflops, 1),
         "share_of_ceiling": round(tflops / ceiling, 3),
     }
+
+
+def _module(package: str) -> str:
+    return package.replace("-", "_")
 
 
 def main() -> int:

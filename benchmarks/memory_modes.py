@@ -54,12 +54,12 @@ MODES_OF = {
 ROWS = [f"{case}:{mode}" for case, modes in MODES_OF.items() for mode in modes]
 
 
-def plan(shape: Shape, mode: str, *, fp8: bool) -> ChosenMemory:
+def plan(shape: Shape, mode: str, base: BaseWeights) -> ChosenMemory:
     """Return the plan of a run on this GPU, made as `lora finetune` makes it."""
     lora = LoRAConfig(rank=RANK, alpha=2.0 * RANK, init_seed=0)
     inputs = PlanInputs(
         build_empty(shape).config, lora, shape.rows, shape.tokens, "cuda", torch.bfloat16,
-        packed=False, base=BaseWeights("fp8" if fp8 else "auto"),
+        packed=False, base=base,
     )  # fmt: skip
     planner, free = MemoryPlanner(inputs), available_bytes("cuda")
     assert free is not None
@@ -77,11 +77,12 @@ def outside_bytes() -> int:
 
 def run_child(case: str, mode: str) -> dict[str, Any]:
     """Return the row of one case and mode, measured in this process."""
-    shape, fp8, choice = CASES[case], case.startswith("70B"), choose_device("cuda")
+    shape, choice = CASES[case], choose_device("cuda")
+    base = BaseWeights("fp8" if case.startswith("70B") else "auto")
     free, messages = available_bytes("cuda") or 0, list[str]()
-    chosen = plan(shape, mode, fp8=fp8)
+    chosen = plan(shape, mode, base)
     first, chosen.on_message = chosen.plan, messages.append
-    model = build_model(shape, torch.bfloat16, fp8=fp8)
+    model = build_model(shape, torch.bfloat16, base=base)
     apply_lora(model, LoRAConfig(rank=RANK, alpha=2.0 * RANK, init_seed=0))
     config = TrainConfig(steps=N_STEPS, batch_size=shape.rows)
     runner = FastStepRunner(

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from gpu_step import CASES as ONE_DEVICE
 from gpu_step import Shape
 
+from lora.config import BaseWeights
+
 SHAPES: dict[str, Shape] = {
     "135M-4x512": replace(ONE_DEVICE["135M-4x512"], warm_up_steps=8, timed_steps=30),
     "1B-4x2048": replace(ONE_DEVICE["1B-4x2048"], warm_up_steps=3, timed_steps=12),
@@ -68,9 +70,9 @@ class Case:
         return self.variant.endswith("packed")
 
     @property
-    def has_fp8_base(self) -> bool:
-        """Whether the frozen linears are stored in fp8."""
-        return self.variant == "ours_fp8"
+    def base(self) -> BaseWeights:
+        """How the frozen linears are stored."""
+        return BaseWeights("fp8" if self.variant == "ours_fp8" else "auto")
 
     def sizes(self, *, smoke: bool = False) -> Shape:
         """Return the sizes of the model and of a step on each device."""

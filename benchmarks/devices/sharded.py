@@ -12,7 +12,7 @@ from torch import Tensor
 from devices.cases import Case
 from devices.whole import Planned, lora_config, plan_case
 from lora.adapters.apply import apply_lora, lora_layers
-from lora.config import BaseWeights, TrainConfig
+from lora.config import TrainConfig
 from lora.decoder.decoder import Decoder
 from lora.device import DeviceChoice
 from lora.distributed.shards import Rows
@@ -70,8 +70,7 @@ def empty_model(shape: Shape, dtype: torch.dtype, case: Case) -> Decoder:
     model = build_empty(shape).to(dtype)
     if case.is_full:
         return model.requires_grad_(True)
-    if case.has_fp8_base:
-        use_quantised_linears(model, BaseWeights("fp8"))
+    use_quantised_linears(model, case.base)
     apply_lora(model, lora_config())
     return model
 

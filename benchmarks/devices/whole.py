@@ -51,7 +51,7 @@ def build_whole(
     """Return a model that every process has whole, its step and its plan."""
     fit = plan_case(case, shape, is_cuda=choice.device.type == "cuda")
     dtype = torch.float32 if case.is_full else choice.compute_dtype
-    model = build_model(shape, dtype, fp8=case.has_fp8_base, device=choice.device.type)
+    model = build_model(shape, dtype, base=case.base, device=choice.device.type)
     if case.is_full:
         model.requires_grad_(True)
     else:
@@ -102,7 +102,7 @@ def planner_of(case: Case, shape: Shape) -> MemoryPlanner:
         "cuda",
         torch.bfloat16,
         packed=case.is_packed,
-        fp8=case.has_fp8_base,
+        base=case.base,
         devices=case.devices,
         parallel="fsdp" if case.parallel == "fsdp" else "ddp",
     )
