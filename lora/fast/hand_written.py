@@ -119,8 +119,7 @@ class HandWrittenStep:
         self.checkpointing = checkpointing
         self.graphs.clear()  # they hold memory of their own
         self.buffers = self.inputs = None
-        if self.network.fp8_buffers is not None:
-            self.network.fp8_buffers.release()
+        self.network.release()
 
     def _seed_dropout(self, number: int, index: int) -> None:
         """Seed what is random in micro-batch `index` of step `number`."""
@@ -184,6 +183,7 @@ class HandWrittenStep:
 
     def _micro(self, key: tuple[bool, int], *, first: bool) -> None:
         inputs, buffers = cast(Inputs, self.inputs), cast(Buffers, self.buffers)
+        self.network.begin_pass()
         step = FastPass(self.network, inputs, buffers, packed=key[0])
         step.run()
         self._head_and_loss(inputs.labels, buffers, first)

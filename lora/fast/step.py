@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
-from lora.decoder.quantised.fp8 import has_fp8_base
+from lora.decoder.quantised.base import base_kind
 from lora.distributed.world import ALONE, World
 from lora.fast.hand_written import MERGE_BELOW_WIDTH, HandWrittenStep
 from lora.fast.llama.checkpointing import ActivationCheckpointing
@@ -77,8 +77,9 @@ class FastStep(HandWrittenStep):
         wide = torch.promote_types(dtype, torch.float32)
         self.flat = FlatParameters(device, wide, 0 if world.is_alone else N_TOTALS)
         self.masks = _find_masks(model, device)
-        # fp8 weights stay codes: merging would need a second base in the compute dtype.
-        narrow = model.config.hidden_size < MERGE_BELOW_WIDTH and not has_fp8_base(model)
+        # Quantised weights stay so: merging would need a base in the compute dtype beside them.
+        self.base_kind = base_kind(model)
+        narrow = model.config.hidden_size < MERGE_BELOW_WIDTH and self.base_kind is None
         self.merges = narrow if merges is None else merges
         model.cache_dtype = keep_outputs_narrow(model) or model.cache_dtype
         ring = None
@@ -122,6 +123,8 @@ class FastStep(HandWrittenStep):
         about = (
             f"fast step: {graph}, {self.ops.name} kernels, {kind} matmuls; {self._describe_lora()}"
         )
+        if self.network.scratch is not None:
+            about += f"; {self.base_kind} weights unpacked for each of them"
         if ring is not None:
             about += f"; {ring.describe()}"
             if ring.base.world.size < self.world.size:

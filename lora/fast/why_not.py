@@ -19,7 +19,7 @@ from lora.fast.llama.network import GELU_NAMES
 from lora.fast.step import trains_all_weights
 from lora.kernels.step.fp8 import FP8_GEMM_MULTIPLE
 from lora.kernels.step.jit import HAS_TRITON
-from lora.layers.quantised import LoRAFp8Linear
+from lora.layers.quantised import LoRAQuantisedLinear
 from lora.layers.trainable_tokens import TrainableTokensEmbedding, TrainableTokensLinear
 from lora.lora_module import LoRALinear
 from lora.stacked.apply import StackedAdapters
@@ -74,9 +74,6 @@ def why_not_fp8(choice: DeviceChoice) -> str | None:
 
 def why_not_hand_written(model: Decoder) -> str | None:
     """Return what in `model` the hand-written step cannot train, or None."""
-    kind = base_kind(model)
-    if kind not in (None, "fp8"):
-        return f"the base is {kind}"
     why = _why_not_shape(model.config) or _why_not_trained(model)
     return why or (_why_not_fp8_shape(model.config) if has_fp8_base(model) else None)
 
@@ -152,7 +149,7 @@ def _why_not_trained(model: Decoder) -> str | None:
     if other:
         return f"LoRA with dropout is on the head ({other[0]})"
     # Other layers (Conv1D) have A and B too, but no projection that reads them.
-    layers = [m for m in model.modules() if isinstance(m, LoRALinear | LoRAFp8Linear)]
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear | LoRAQuantisedLinear)]
     if len(of_lora) != 2 * len(layers):
         return "LoRA wraps layers that are not linear"
     # One kernel draws the masks of all layers, with one dropout probability.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import struct
 from dataclasses import dataclass
 
@@ -114,6 +115,21 @@ def unpack_nf4(packed: Nf4Tensor, out: Tensor, first_row: int = 0) -> None:
         skipped = start - first * packed.block
         values.mul_(scales.repeat_interleave(packed.block)[skipped : skipped + len(values)])
     out.copy_(values.view(rows, width))
+
+
+def unpack_nf4_rows(packed: Nf4Tensor, ids: Tensor, out: Tensor) -> None:
+    """Changes `out` (N, I) in place: the rows `ids` (N,), as `unpack_nf4` has them."""
+    n, width = out.shape
+    cell = math.gcd(width, packed.block)  # values that lie in one row and in one block
+    per_row = width // cell
+    first = (ids * per_row)[:, None]
+    blocks = (first + torch.arange(per_row, device=ids.device)) // (packed.block // cell)
+    scales = packed.scales[blocks]  # (N, per_row)
+    if packed.is_double:
+        scales = dynamic_levels(packed.codes)[scales.int()] * packed.group_scales[blocks // GROUP]
+        scales = scales.add_(packed.offset)
+    values = nf4_pairs(packed.codes)[packed.codes[ids].int()].view(n, per_row, cell)
+    out.copy_(values.mul_(scales[..., None]).view(n, width))
 
 
 def _quantise_piece(values: Tensor, block: int, scales: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from lora.decoder.quantised.base import (
     with_autocast,
 )
 from lora.errors import ModelError
-from lora.kernels.nf4 import GROUP, Nf4Tensor, n_blocks, quantise_nf4, unpack_nf4
+from lora.kernels.nf4 import GROUP, Nf4Tensor, n_blocks, quantise_nf4
+from lora.kernels.unpack.nf4 import unpack_nf4_on_device
 
 
 class Nf4Weight(QuantisedWeight):
@@ -67,7 +68,7 @@ class Nf4Weight(QuantisedWeight):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def unpack_into(self, out: Tensor, first_row: int = 0) -> None:
-        unpack_nf4(self.packed, out, first_row)
+        unpack_nf4_on_device(self.packed, out, first_row)
 
     def load(self, weight: Tensor, name: str) -> None:
         # The host waits once per tensor.
@@ -115,7 +116,7 @@ class _Multiply(torch.autograd.Function):
 
 def _unpacked(packed: Nf4Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(packed.shape, dtype=dtype, device=packed.codes.device)
-    unpack_nf4(packed, out)
+    unpack_nf4_on_device(packed, out)
     return out
 
 

@@ -37,6 +37,8 @@ fp8_codes            (codes,)      a matmul's input         an output's gradient
 fp8_scales           (4, N, 1)     its scales               its scales               5. scratch
 transposed_codes     (I · O,)                               one weight, transposed   5. scratch
 unit_scales          (1, I)        ones                     ones                     5. all modes
+unpacked             (I' · O',)    weights of q/k/v, o_proj or gate/up of one block  9. scratch
+unpacked_down        (I' · O',)    weights of down of one block                      9. scratch
 
 N tokens, L blocks, C hidden width, H heads of width D, S key/value heads, W columns of q/k/v, F
 feed-forward width, V vocabulary, I inputs and O outputs of the widest linear. + R columns hold
@@ -63,6 +65,8 @@ blocks' qkv, attention_out and mid_residual are stored where there is room.
 8. Where queries and keys have norms, qkv[l] holds them raw, and normed_heads what attention reads:
    normed and rotated, computed again before a block's backward pass. Our own attention kernels
    write the gradient of the normed queries over them.
+9. For a packed base only (nf4, int8). I' and O' are I + R and O + R where LoRA's matrices are in
+   the same tensor as W.
 
 A gradient overwrites what it is the gradient of. So at the end of the backward pass the inputs and
 the output gradients of all stored linears lie here, and the weight gradients of all blocks are a
@@ -263,6 +267,11 @@ class Buffers:
         self.fp8_scales = torch.empty(4, self.n_tokens, 1, dtype=torch.float32, device=device)
         self.transposed_codes = torch.empty(n_transposed, dtype=FP8, device=device)
         self.unit_scales = torch.ones(1, inputs, dtype=torch.float32, device=device)
+
+    def add_unpacked(self, n_values: int, n_down: int) -> None:
+        """Add scratch for packed weights: of one block's down, and of one other projection."""
+        self.unpacked = self.hidden.new_empty(n_values)
+        self.unpacked_down = self.hidden.new_empty(n_down)
 
     def storages(self) -> Iterator[torch.UntypedStorage]:
         """Return what is allocated on the device, logits left out; some of it more than once."""

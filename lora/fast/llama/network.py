@@ -35,6 +35,7 @@ from lora.fast.weights.projections import FrozenProjection, FullProjection, Proj
 from lora.fast.weights.stacked_flat import StackedFlat
 from lora.fast.weights.stacked_projection import MergedStackedProjection, StackedProjection
 from lora.fast.weights.token_tables import TokenTable
+from lora.fast.weights.unpacked import WeightScratch, is_packed, unpacked_projection
 from lora.kernels.step.ops import Ops
 from lora.lora_module import LoRALayer
 from lora.stacked.layers import StackedLoRALinear
@@ -88,6 +89,7 @@ class FastNetwork:
         self.flat, self.masks, self.merges = flat, masks, merges
         self.trains_all, self.own_attention = trains_all, own_attention
         self.fp8_buffers = Fp8Buffers(ops) if has_fp8_base(model) else None
+        self.scratch = WeightScratch() if any(map(is_packed, model.modules())) else None
         trunk = cast(LlamaTrunk, model.trunk)
         blocks = list(trunk.layers)
         heads = [cast(Attention, block.self_attn) for block in blocks]
@@ -151,6 +153,9 @@ class FastNetwork:
         # Stacked adapters over an fp8 base take the plain step (`lora.fast.why_not`).
         if self.fp8_buffers is not None and isinstance(flat, FlatParameters):
             return fp8_projection(blocks, flat, dtype, ops, self.masks, self.fp8_buffers)
+        has_packed = any(is_packed(module) for block in blocks for module in block)
+        if self.scratch is not None and has_packed and isinstance(flat, FlatParameters):
+            return unpacked_projection(blocks, flat, dtype, ops, self.masks, self.scratch)
         if not self.trains_all and not any(has_lora(m) for block in blocks for m in block):
             return FrozenProjection(blocks, dtype)
         if isinstance(flat, StackedFlat):
@@ -224,6 +229,18 @@ class FastNetwork:
         if self.ring is not None:
             self.ring.catch_up()
 
+    def release(self) -> None:
+        """Drop the scratch of a former step that projections hold."""
+        if self.fp8_buffers is not None:
+            self.fp8_buffers.release()
+        if self.scratch is not None:
+            self.scratch.release()
+
+    def begin_pass(self) -> None:
+        """Before the forward pass of a micro-batch."""
+        if self.scratch is not None:
+            self.scratch.forget()
+
     def use_embedding(self) -> None:
         """Before the embedding is read: it is gathered, where the weights are sharded."""
         if self.ring is not None:
@@ -248,8 +265,7 @@ class FastNetwork:
         """Return the tensors that a step over `batch_size` × `tokens` tokens writes."""
         device = self.embedding.tensors[0].device
         self.rope_tables = RopeTables(self.ropes, tokens, self.wide, device)
-        if self.fp8_buffers is not None:
-            self.fp8_buffers.release()  # before new ones are allocated beside them
+        self.release()  # before new ones are allocated beside them
         sizes = self.config
         attention = sizes.num_attention_heads * sizes.head_dim
         widths = Widths(
@@ -280,7 +296,9 @@ class FastNetwork:
         if self.uses_own_attention(tokens):
             buffers.add_document_attention(sizes.num_attention_heads, sizes.head_dim)
         if self.fp8_buffers is not None:
-            self.fp8_buffers.allocate(buffers, (self.qkv, self.output, self.gate_up, self.down))
+            self.fp8_buffers.allocate(buffers, self.projections)
+        if self.scratch is not None:
+            self.scratch.allocate(buffers, self.projections)
         return buffers
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,7 @@ from lora.fast.step import FastStep
 from lora.fast.weights.flat import FlatParameters
 from lora.fast.weights.stacked_flat import StackedFlat
 from lora.fast.weights.stacked_projection import StackedProjection
+from lora.fast.weights.unpacked import UnpackedProjection
 from lora.kernels.step.ops import PLAIN
 from lora.stacked.apply import apply_stacked
 
@@ -323,16 +324,26 @@ def _torch_attention_bytes(step: HandWrittenStep, buffers: Buffers, *, packed: b
 def _frozen_bytes(network: FastNetwork, flat: FlatParameters | StackedFlat) -> int:
     """Return the bytes of all tensors that projections and norms hold, each storage once."""
     owners = (*network.projections, *network.weights, *([network.ring] if network.ring else []))
-    storages = {}
     # By storage, not by tensor: parameters, blocks' weights and members' weights are views.
-    for owner in owners:
-        for value in vars(owner).values():
-            for tensor in value if isinstance(value, list) else [value]:
-                if isinstance(tensor, torch.Tensor):
-                    storage = tensor.untyped_storage()
-                    storages[storage._cdata] = storage.nbytes()
+    storages = {
+        storage._cdata: storage.nbytes()
+        for owner in owners
+        for storage in (tensor.untyped_storage() for tensor in _tensors_of(owner))
+    }
     storages.pop(flat.values.untyped_storage()._cdata, None)  # counted as what trains
     return sum(storages.values())
+
+
+def _tensors_of(owner: object) -> Iterator[torch.Tensor]:
+    """Yield the tensors of a projection, a group of weights or a ring."""
+    if isinstance(owner, UnpackedProjection):
+        yield from owner.packed_tensors()
+    for name, value in vars(owner).items():
+        if isinstance(owner, UnpackedProjection) and name == "weights":
+            continue  # scratch, which is among the buffers
+        for tensor in value if isinstance(value, list) else [value]:
+            if isinstance(tensor, torch.Tensor):
+                yield tensor
 
 
 def _bytes_of(buffers: Buffers) -> int:

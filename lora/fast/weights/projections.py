@@ -228,5 +228,5 @@ def bias_of(module: nn.Module) -> nn.Parameter | None:
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
-    rows, columns = weight_of(module).shape
-    return rows, columns
+    # Not of the weight's shape: packed, it has fewer columns.
+    return cast(int, module.out_features), cast(int, module.in_features)

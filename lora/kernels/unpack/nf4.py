@@ -1,0 +1,113 @@
+"""Unpacking of nf4 weights in one pass on a GPU, the fast twin of `lora.kernels.nf4.unpack_nf4`.
+
+A program takes some cells: runs of values that lie in one row and in one block, and so have one
+scale. Each byte of codes is read once, each value written once, and nothing else of the weight's
+size is touched.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lora.kernels.nf4 import (
+    GROUP,
+    Nf4Tensor,
+    dynamic_levels,
+    nf4_pairs,
+    unpack_nf4,
+    unpack_nf4_rows,
+)
+from lora.kernels.step.jit import HAS_TRITON, jit, row_stride, tl
+
+MAX_CELL = 128
+"""Values of a cell at most: longer blocks are several cells with the same scale."""
+VALUES = 2048
+"""Of one program: eight a thread, which it writes 16 bytes at a time."""
+WARPS = 8
+
+
+@jit
+def _unpack_kernel(
+    codes, scales, group_scales, offset, pairs, scale_levels, ids, out,
+    out_stride, cells_per_row, cells_per_block, first_row, n_cells, HAS_IDS: tl.constexpr,
+    IS_DOUBLE: tl.constexpr, GROUP: tl.constexpr, CELL: tl.constexpr, CELLS: tl.constexpr,
+    WORD: tl.constexpr,
+):  # fmt: skip
+    own = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
+    inside = own < n_cells
+    row, in_row = own // cells_per_row, own % cells_per_row
+    if HAS_IDS:
+        source = tl.load(ids + row, mask=inside, other=0).to(tl.int32)
+    else:
+        source = first_row + row
+    cell = source * cells_per_row + in_row
+    block = cell // cells_per_block
+    if IS_DOUBLE:
+        scale_code = tl.load(scales + block, mask=inside, other=0).to(tl.int32)
+        group = tl.load(group_scales + block // GROUP, mask=inside, other=0.0)
+        scale = tl.load(scale_levels + scale_code) * group + tl.load(offset)
+    else:
+        scale = tl.load(scales + block, mask=inside, other=0.0)
+    word = tl.arange(0, CELL // WORD)[None, :, None]
+    value = tl.arange(0, WORD)[None, None, :]
+    at = cell.to(tl.int64)[:, None, None] * (CELL // WORD) + word
+    there = inside[:, None, None]
+    loaded = tl.load(codes + at, mask=there, other=0).to(tl.int32)  # (CELLS, words, 1)
+    # Spread over its values inside a thread, which then writes what it has read: no exchange
+    # between threads. The first of a byte's two values is in the high four bits.
+    code = (loaded >> (4 * (value ^ 1))) & 15  # (CELLS, words, WORD)
+    # The first 16 pairs end in the 16 levels, 128 bytes: a warp's lookups are in one cache line.
+    values = tl.load(pairs + 2 * code + 1) * scale[:, None, None]
+    start = out + row.to(tl.int64) * out_stride + in_row * CELL
+    out_at = start[:, None, None] + word * WORD + value
+    tl.store(out_at, values.to(out.dtype.element_ty), mask=there)
+
+
+def unpack_nf4_triton(packed: Nf4Tensor, out: Tensor, first_row: int = 0) -> None:
+    """The fast twin of `unpack_nf4`, to the bit; `out` may have gaps between its rows."""
+    _launch(packed, out, first_row, None)
+
+
+def unpack_nf4_rows_triton(packed: Nf4Tensor, ids: Tensor, out: Tensor) -> None:
+    """The fast twin of `unpack_nf4_rows`, to the bit."""
+    _launch(packed, out, 0, ids)
+
+
+def _launch(packed: Nf4Tensor, out: Tensor, first_row: int, ids: Tensor | None) -> None:
+    rows, inputs = out.shape
+    # Powers of two, of which the row is a multiple: no cell lies in two rows or in two blocks.
+    cell = min(math.gcd(inputs, packed.block), MAX_CELL)
+    per_row, cells = inputs // cell, max(1, VALUES // cell)
+    n_cells, codes, word = rows * per_row, packed.codes, 2
+    if cell % 8 == 0:
+        codes, word = codes.view(torch.int32), 8
+    _unpack_kernel[(-(-n_cells // cells),)](
+        codes, packed.scales, packed.group_scales, packed.offset,
+        nf4_pairs(packed.codes), dynamic_levels(packed.codes), codes if ids is None else ids, out,
+        row_stride(out), per_row, packed.block // cell, first_row, n_cells,
+        HAS_IDS=ids is not None, IS_DOUBLE=packed.is_double, GROUP=GROUP, CELL=cell, CELLS=cells,
+        WORD=word, num_warps=WARPS,
+        # A product and a sum that are fused round once, where torch rounds twice.
+        enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def unpack_nf4_on_device(packed: Nf4Tensor, out: Tensor, first_row: int = 0) -> None:
+    """Changes `out` (rows, I) in place: by the kernel on a GPU, where Triton is installed."""
+    if not (HAS_TRITON and out.is_cuda):
+        unpack_nf4(packed, out, first_row)
+        return
+    with torch.cuda.device_of(out):  # a kernel is launched on the current device
+        unpack_nf4_triton(packed, out, first_row)
+
+
+def unpack_nf4_rows_on_device(packed: Nf4Tensor, ids: Tensor, out: Tensor) -> None:
+    """Changes `out` (N, I) in place: the rows `ids` (N,), by the kernel on a GPU."""
+    if not (HAS_TRITON and out.is_cuda):
+        unpack_nf4_rows(packed, ids, out)
+        return
+    with torch.cuda.device_of(out):
+        unpack_nf4_rows_triton(packed, ids, out)

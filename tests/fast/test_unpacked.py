@@ -1,0 +1,273 @@
+"""The hand-written step over an nf4 base: against the plain step, and over the unpacked values."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lora.adapters.apply import train_token_rows
+from lora.config import BaseWeights
+from lora.data.sequences.batches import Batch
+from lora.decoder.decoder import Decoder
+from lora.decoder.quantised.base import quantised_modules
+from lora.fast.llama import buffers
+from lora.fast.llama.checkpointing import MODES
+from lora.fast.memory.fast_step import fast_memory
+from lora.fast.step import FastStep
+from lora.fast.weights.unpacked import UnpackedProjection
+from lora.fast.why_not import why_not_hand_written
+from lora.kernels.step.ops import PLAIN
+from lora.layers.quantised_model import use_quantised_linears
+from lora.training.losses import loss_for
+from lora.training.optim import build_optimizer
+from tests.fast.conftest import (
+    GEMMA,
+    GRANITE,
+    OLMO,
+    PHI,
+    RATES,
+    apply_random_lora,
+    check_steps,
+)
+
+DROPOUT: tuple[dict[str, Any], dict[str, Any]] = ({}, {"dropout": 0.3})
+NF4 = BaseWeights(base_dtype="nf4")
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "tied": ({}, {"rank_pattern": {"k_proj": 2}}),
+    "untied, biases": ({"tied": False, "bias": True}, {"rank": 16}),
+    "two targets": ({"window": 4}, {"targets": ("q_proj", "down_proj")}),
+    "one block": ({}, {"layers": (1,)}),
+    "Gemma": (GEMMA, {"layers": (1, 2)}),
+    "Granite": (GRANITE, {"layers": (1, 2)}),
+    "OLMo": (OLMO, {}),
+    "fused": (PHI, {}),
+}
+
+
+def packed(model: Decoder, *, keep: tuple[str, ...] = ()) -> Decoder:
+    """Changes `model` in place and returns it: its linears are nf4, those in `keep` are not."""
+    plain = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    use_quantised_linears(model, NF4)
+    for name, module in quantised_modules(model).items():
+        if name.endswith(keep or (" ",)):
+            parent, _, leaf = name.rpartition(".")
+            model.get_submodule(parent).add_module(leaf, plain[name])
+        else:
+            module.load(plain[name].weight.detach(), name)
+    return model
+
+
+def unpacked(model: Decoder) -> Decoder:
+    """Return a copy of `model`, without LoRA, whose linears have the unpacked values."""
+    twin = copy.deepcopy(model)
+    for name, module in quantised_modules(twin).items():
+        parent, _, leaf = name.rpartition(".")
+        plain = nn.Linear(module.in_features, module.out_features, bias=False)
+        plain.weight = nn.Parameter(module.unpacked(), requires_grad=False)
+        plain.bias = module.bias
+        twin.get_submodule(parent).add_module(leaf, plain)
+    return twin
+
+
+def adapted(model: Decoder, **settings: Any) -> Decoder:
+    return apply_random_lora(model, torch.float64, **settings)
+
+
+def steps_of(make_batch: Callable[..., Batch], *, packed: bool) -> list[list[Batch]]:
+    """Return two micro-batches for each rate."""
+    return [
+        [make_batch(10 * number + index, packed=packed) for index in range(2)]
+        for number in range(len(RATES))
+    ]
+
+
+WAYS = [
+    pytest.param(
+        *(name, mode),
+        marks=[] if mode == "full" or name == "untied, biases" else pytest.mark.slow,
+    )
+    for name in CASES
+    for mode in (*MODES, "none, swiglu recomputed")
+]
+
+
+@pytest.mark.parametrize(("name", "mode"), WAYS)
+def test_steps_equal_the_plain_ones(
+    tiny_decoder: Callable[..., Decoder],
+    make_batch: Callable[..., Batch],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    mode: str,
+) -> None:
+    sizes, settings = CASES[name]
+    recomputes = mode.endswith("recomputed")
+    monkeypatch.setattr(buffers, "MAX_STORED_SWIGLU_BYTES", 0 if recomputes else 1e9)
+    monkeypatch.setattr(buffers, "FEED_FORWARD_CHUNK_TOKENS", 20)
+    plain = adapted(packed(tiny_decoder(**sizes)), **settings)
+    assert why_not_hand_written(plain) is None
+    step = FastStep(
+        copy.deepcopy(plain),
+        PLAIN,
+        torch.float64,
+        checkpointing=MODES.get(mode),
+        own_attention=recomputes,
+    )
+    check_steps(
+        step, plain, build_optimizer(plain, 1.0, 0.0), steps_of(make_batch, packed=not recomputes)
+    )
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize("name", ["untied, biases", "dropout", "one block", "Gemma"])
+def test_steps_equal_those_over_the_unpacked_values_to_the_bit(
+    tiny_decoder: Callable[..., Decoder],
+    make_batch: Callable[..., Batch],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    mode: str,
+) -> None:
+    monkeypatch.setattr(buffers, "FEED_FORWARD_CHUNK_TOKENS", 20)
+    sizes, settings = DROPOUT if name == "dropout" else CASES[name]
+    model = packed(tiny_decoder(dtype=torch.float32, **sizes))
+    found = []
+    for one in (model, unpacked(model)):
+        apply_random_lora(one, **settings)
+        step = FastStep(one, PLAIN, torch.float32, checkpointing=MODES[mode], merges=False, seed=5)
+        for number, batches in enumerate(steps_of(make_batch, packed=True), 1):
+            step.launch(batches, 1e-2, number)
+        found.append((step.report, step.flat.values, step.flat.mean))
+    for own, expected in zip(*found, strict=True):
+        assert torch.equal(own, expected)
+
+
+def test_linears_that_are_not_packed_take_part(
+    tiny_decoder: Callable[..., Decoder], make_batch: Callable[..., Batch]
+) -> None:
+    """As in folders in 4 bits: one member of a projection in one block, and a whole projection."""
+    plain = adapted(
+        packed(tiny_decoder(bias=True), keep=("0.self_attn.k_proj", "2.mlp.up_proj", "o_proj"))
+    )
+    step = FastStep(copy.deepcopy(plain), PLAIN, torch.float64)
+    kinds = [isinstance(p, UnpackedProjection) for p in step.network.projections]
+    assert kinds == [True, False, True, True]
+    batches = steps_of(make_batch, packed=True)
+    check_steps(step, plain, build_optimizer(plain, 1.0, 0.0), batches)
+
+
+@pytest.mark.parametrize(
+    ("rows", "saved"), [((5, 40), ("norm",)), ((), ("embed_tokens", "lm_head", "input_layernorm"))]
+)
+def test_what_trains_beside_lora(
+    tiny_decoder: Callable[..., Decoder],
+    make_batch: Callable[..., Batch],
+    rows: tuple[int, ...],
+    saved: tuple[str, ...],
+) -> None:
+    plain = adapted(packed(tiny_decoder(tied=False)), modules_to_save=saved)
+    if rows:
+        train_token_rows(plain, rows)
+    assert why_not_hand_written(plain) is None
+    step = FastStep(copy.deepcopy(plain), PLAIN, torch.float64)
+    batches = steps_of(make_batch, packed=True)
+    check_steps(step, plain, build_optimizer(plain, 1.0, 0.0), batches)
+
+
+@pytest.mark.parametrize(
+    ("mode", "n_unpacked"),
+    # 4 projections of 3 blocks forward; backward the last block's gate/up and down are there yet.
+    # Recomputing: q/k/v and output again, gate/up once for the recomputation and its gradient.
+    [("none", 24 - 2), ("cheap", 24 - 2), ("full", 24 + 2 * 2 - 2)],
+)
+def test_weights_are_unpacked_once_for_all_chunks(
+    tiny_decoder: Callable[..., Decoder],
+    make_batch: Callable[..., Batch],
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    n_unpacked: int,
+) -> None:
+    monkeypatch.setattr(buffers, "FEED_FORWARD_CHUNK_TOKENS", 7)
+    monkeypatch.setattr(buffers, "MAX_STORED_SWIGLU_BYTES", 0)
+    seen: list[int] = []
+    unpack_base = UnpackedProjection.unpack_base
+
+    def counting(projection: UnpackedProjection, layer: int, out: torch.Tensor) -> None:
+        seen.append(layer)
+        unpack_base(projection, layer, out)
+
+    monkeypatch.setattr(UnpackedProjection, "unpack_base", counting)
+    model = apply_random_lora(packed(tiny_decoder(dtype=torch.float32)))
+    step = FastStep(model, PLAIN, torch.float32, checkpointing=MODES[mode])
+    for number in (1, 2):
+        seen.clear()
+        step.launch([make_batch(number, packed=True)], 1e-2, number)
+        assert len(seen) == n_unpacked
+
+
+def test_an_evaluation_between_steps_changes_nothing(
+    tiny_decoder: Callable[..., Decoder], make_batch: Callable[..., Batch]
+) -> None:
+    found = []
+    for evaluates in (True, False):
+        model = adapted(packed(tiny_decoder()))
+        step = FastStep(model, PLAIN, torch.float64)
+        for number in (1, 2, 3):
+            if evaluates:
+                loss, _ = loss_for(model)(model, make_batch(9, packed=True))
+                assert loss.isfinite()
+            step.launch([make_batch(number, packed=True)], 1e-2, number)
+        found.append(step.flat.values)
+    assert torch.equal(*found)
+
+
+def test_the_step_says_what_it_does(tiny_decoder: Callable[..., Decoder]) -> None:
+    about = FastStep(adapted(packed(tiny_decoder())), PLAIN, torch.float64).describe()
+    assert about.endswith("LoRA inside the weights' matmuls; nf4 weights unpacked for each of them")
+
+
+def test_a_restart_and_another_shape_take_new_scratch(
+    tiny_decoder: Callable[..., Decoder], make_batch: Callable[..., Batch]
+) -> None:
+    model = adapted(packed(tiny_decoder()))
+    step = FastStep(model, PLAIN, torch.float64)
+    step.launch([make_batch(0, packed=True)], 0.0)
+    expected = step.report.clone()
+    first = step.network.qkv
+    assert isinstance(first, UnpackedProjection)
+    step.restart(MODES["full"])
+    assert not first.weights  # or the old scratch would stay beside the new one
+    step.launch([make_batch(0, packed=True)], 0.0)
+    assert step.report.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_scratch", "n_beside"),
+    # Beside W (2·56, 48) of gate/up and (48, 56) of down: 16 rows and columns for LoRA's ranks,
+    # or A and B of all blocks in matmuls of their own.
+    [
+        ({}, (128 * 64, 64 * 72), 0),
+        ({"dropout": 0.3}, (112 * 48, 48 * 56), 3 * 16 * (80 + 48 + 112 + 48 + 3 * 48 + 56)),
+        ({"targets": ("q_proj",)}, (96 * 64, 48 * 56), 0),
+    ],
+)
+def test_memory_counts_packed_weights_and_scratch(
+    tiny_decoder: Callable[..., Decoder],
+    make_batch: Callable[..., Batch],
+    settings: dict[str, Any],
+    n_scratch: tuple[int, int],
+    n_beside: int,
+) -> None:
+    model = apply_random_lora(packed(tiny_decoder(dtype=torch.bfloat16, bias=True)), **settings)
+    held = fast_memory(copy.deepcopy(model), 2, 16)
+    step = FastStep(model, PLAIN, torch.bfloat16)
+    step.launch([make_batch(0, packed=True)], 0.0)
+    assert step.buffers is not None
+    assert (step.buffers.unpacked.numel(), step.buffers.unpacked_down.numel()) == n_scratch
+    tensors = [*model.parameters(), *model.buffers()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    storages[step.flat.values.untyped_storage().data_ptr()] = 4 * step.flat.values.numel()
+    assert held.weights == sum(storages.values()) + 2 * n_beside
