@@ -1,7 +1,8 @@
-"""A base model's fingerprint: a hash of names, shapes and sampled values that ignores LoRA.
+"""A base model's fingerprints: hashes of names, shapes and sampled values that ignore LoRA.
 
 The sample is rounded to bf16 first, so the same weights loaded as fp32 and as bf16 agree. Quantised
-linears store a sample from before they were rounded, so they agree too.
+linears store a sample from before they were rounded, so they agree too; where there were no such
+values, and in the second fingerprint, codes stand in their place.
 """
 
 from __future__ import annotations
@@ -14,12 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from lora.adapters.apply import AppliedLoRA
+from lora.adapters.bases.linears import (
+    block_linears,
+    sample_codes,
+    sample_codes_of,
+    table_names,
+)
 from lora.decoder.language_model import LanguageModel
 from lora.decoder.quantised.base import QuantisedWeight, sample_values
+from lora.decoder.quantised.record import BaseQuantisation
 from lora.errors import ModelError
 from lora.layers.conv1d import LoRAConv1D, is_conv1d
 from lora.layers.token_tables import find_token_tables
 from lora.lora_module import LoRALayer
+
+Sample = Callable[[str, nn.Module, Tensor], Tensor]
+"""Full name of a module, the module, its weight (O, I) -> a sample of it, int16."""
 
 
 @torch.no_grad()
@@ -29,32 +40,73 @@ def base_fingerprint(model: nn.Module, release: Callable[[], None] | None = None
     At most 64 evenly spaced values of each parameter are read. LoRA's own tensors are left out,
     fully trained modules count as they were before training, token tables as they were before rows
     were added, a tensor with two names counts once, and Conv1D's weights count as (O, I). Buffers
-    do not count. `release` gives back what was read of a mapped model. A sharded decoder has its
-    own noted. Raises ModelError for a model on the meta device.
+    do not count, and quantised weights count as before, or as codes where there was no before.
+    `release` gives back what was read of a mapped model. A sharded decoder, or one that was
+    unpacked, has its own noted. Raises ModelError for a model on the meta device.
     """
     if isinstance(model, LanguageModel) and model.known_fingerprint is not None:
         return model.known_fingerprint
+
+    def sample(name: str, module: nn.Module, value: Tensor) -> Tensor:
+        if not isinstance(module, QuantisedWeight):
+            return sample_values(value)
+        return module.sample if len(module.sample) else sample_codes(module)
+
+    return _fingerprint(model, sample, release)
+
+
+@torch.no_grad()
+def code_fingerprint(
+    model: nn.Module,
+    kind: BaseQuantisation | None = None,
+    release: Callable[[], None] | None = None,
+) -> str:
+    """Return the fingerprint of the codes of a quantised base; of its other tensors as above.
+
+    Of a base that is not quantised: that of the codes that it would have in this `kind`.
+    """
+    coded: set[str] = set()
+    if kind is not None:
+        coded = block_linears(model).keys() - set(kind.kept)
+        coded |= set(table_names(model)) if kind.embeddings else set()
+
+    def sample(name: str, module: nn.Module, value: Tensor) -> Tensor:
+        if isinstance(module, QuantisedWeight):
+            return sample_codes(module)
+        if kind is not None and name in coded:
+            return sample_codes_of(value, kind, name)
+        return sample_values(value)
+
+    return _fingerprint(model, sample, release)
+
+
+def _fingerprint(model: nn.Module, sample: Sample, release: Callable[[], None] | None) -> str:
     tensors = []
-    for tensor in _base_tensors(model):
+    for tensor in _base_tensors(model, sample):
         tensors.append(tensor)
         if release is not None:
             release()
     tensors.sort(key=lambda item: item[0])
     digest = hashlib.sha256()
-    for name, shape, sample in tensors:
-        if sample.is_meta:
+    for name, shape, values in tensors:
+        if values.is_meta:
             raise ModelError(
                 f"Cannot compute the base's fingerprint: {name} has no values (meta device). Load "
                 "the weights first."
             )
         digest.update(f"{name}{tuple(shape)};".encode())
-    for sample in _to_cpu([sample for _, _, sample in tensors]):
-        digest.update(sample.numpy().tobytes())
+    for values in _to_cpu([values for _, _, values in tensors]):
+        digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
-def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Size, Tensor]]:
-    """Yield the name, the shape in (O, I) order and the sample of each of the base's tensors."""
+def _base_tensors(
+    model: nn.Module, sample: Sample
+) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+    """Yield the name, the shape in (O, I) order and the sample of each of the base's tensors.
+
+    `sample` is called for the weights of modules, by these modules' names.
+    """
     applied = vars(model).get("applied_lora")
     originals = applied.originals if isinstance(applied, AppliedLoRA) else {}
     tokens = applied.trainable_tokens if isinstance(applied, AppliedLoRA) else {}
@@ -72,13 +124,10 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Size, Tensor]]:
             value = parameter.T if transposed and key == "weight" else parameter
             # All tables grow with one, whichever trains.
             value = value[:base_rows] if name in tables and key == "weight" else value
-            shape = value.shape
-            if isinstance(base, QuantisedWeight) and key == "weight":
-                shape = torch.Size((base.out_features, base.in_features))
-                sample = base.sample
-            else:
-                sample = sample_values(value)
-            yield f"{name}.{key}" if name else key, shape, sample
+            is_coded = isinstance(base, QuantisedWeight) and key == "weight"
+            shape = (base.out_features, base.in_features) if is_coded else tuple(value.shape)
+            taken = sample(name, base, value) if key == "weight" else sample_values(value)
+            yield f"{name}.{key}" if name else key, shape, taken
 
 
 def _before_training(name: str, originals: dict[str, nn.Module]) -> nn.Module | None:

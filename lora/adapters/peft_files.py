@@ -85,6 +85,18 @@ def read_adapter_files(folder: Path) -> AdapterFiles:
     return AdapterFiles(folder, described, tensors, metadata, [])
 
 
+def read_metadata(folder: Path) -> dict[str, str]:
+    """Return what an adapter's tensor file says beside its tensors; nothing of a damaged file.
+
+    What is damaged is said where the adapter is loaded.
+    """
+    try:
+        with safe_open(folder / TENSORS_FILE, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError, ValueError, RuntimeError):
+        return {}
+
+
 def fingerprint_adapter(folder: Path) -> str:
     """Return the SHA-256 of an adapter's settings and tensors: the same wherever it lies.
 

@@ -24,8 +24,9 @@ from lora.adapters.apply import (
     trained_parameters,
     unchanged_on_error,
 )
+from lora.adapters.bases.messages import describe_change
+from lora.adapters.bases.rules import BaseCheck, base_metadata, check_base, read_trained_base
 from lora.adapters.experts import why_not_expert_tensors
-from lora.adapters.fingerprint import base_fingerprint
 from lora.adapters.named.switch import (
     active,
     check_adapter_name,
@@ -66,7 +67,6 @@ from lora.errors import AdapterError, LoraError, gather
 from lora.layers.vocabulary import resize_vocabulary
 from lora.terminal import escaping_log
 
-FINGERPRINT_KEY = "lora_lm_base_fingerprint"
 _ADVICE = "Load it onto the base it was trained on, with both files as they were saved."
 
 log = escaping_log(__name__)
@@ -111,7 +111,7 @@ def _save_active(model: nn.Module, folder: Path, base_name: str | None) -> None:
     if faults:
         advice = "Nothing was written. Go back to a checkpoint from before the loss diverged."
         raise AdapterError(gather(faults, f"Cannot save the adapter to {folder}:", advice))
-    metadata = {"format": "pt", FINGERPRINT_KEY: base_fingerprint(model)}
+    metadata = {"format": "pt"} | base_metadata(model)
     write_adapter_files(folder, described, tensors, metadata)
 
 
@@ -146,7 +146,9 @@ def load_adapter(
 
     Raises AdapterError that lists every fault: another base (by its fingerprint), missing, extra
     or misshapen tensors, and settings that change the result and are not supported. `model` is then
-    unchanged. An adapter without a fingerprint loads, with a warning in the log.
+    unchanged. An adapter without a fingerprint loads, with a warning in the log. So does one that
+    was trained over other values of the same base (one in nf4, or one that is not): the warning
+    says by how much the logits differ, which two passes over a few tokens measure.
     """
     name = None if name is None else check_adapter_name(name)
     has_lora = "applied_lora" in vars(model)
@@ -169,7 +171,8 @@ def _load(
     if why_not is not None:
         raise AdapterError(gather([why_not], f"Cannot load the adapter {folder}:", _ADVICE))
     config, faults = read_description(files.described, model)
-    faults = files.faults + faults + _check_fingerprint(files, model, release)
+    base = _check_base(files, model, release)
+    faults = files.faults + faults + [*base.faults]
     tensors, ids, fills = files.tensors, cast(TokenIds, {}), cast(dict[str, Tensor], {})
     rows = FileRows(None)
     if config is not None and not files.faults:
@@ -200,6 +203,9 @@ def _load(
         for name, tensor in adapter_tensors(model).items():
             if name not in taken:
                 tensor.copy_(tensors[name])
+    if base.is_changed and release is None:  # what is mapped is merged, and compared there
+        trained = read_trained_base(files.metadata).quantisation
+        log.warning("the adapter %s %s", folder, describe_change(model, trained))
     for parameter in trained_parameters(model):
         parameter.requires_grad_(trainable)
     return model
@@ -263,20 +269,20 @@ def _split_copies(
     return rows, {PREFIX + name: tensor for name, tensor in kept.items()} | outside, fills
 
 
-def _check_fingerprint(
+def _check_base(
     files: AdapterFiles, model: nn.Module, release: Callable[[], None] | None
-) -> list[str]:
-    trained_on = files.metadata.get(FINGERPRINT_KEY)
+) -> BaseCheck:
     if files.faults:
-        return []
-    if trained_on is None:
-        log.warning("%s has no base fingerprint: the base could not be checked", files.folder)
-        return []
-    seen = base_fingerprint(model, release)
+        return BaseCheck()
+    try:
+        trained = read_trained_base(files.metadata)
+    except ValueError as error:
+        return BaseCheck((f"what it says of its base's quantisation is damaged: {error}",))
     name = files.described.get("base_model_name_or_path")
-    called = f" ({name})" if name else ""
-    fault = f"it was trained on a base{called} with fingerprint {trained_on}, this one has {seen}"
-    return [] if seen == trained_on else [fault]
+    check = check_base(trained, model, f" ({name})" if name else "", release)
+    if check.warning is not None:
+        log.warning("%s %s", files.folder, check.warning)
+    return check
 
 
 def _check_same_layers(model: nn.Module, config: LoRAConfig, ids: TokenIds) -> list[str]:

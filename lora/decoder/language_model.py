@@ -8,10 +8,13 @@ what only native decoders can do asks for a `Decoder` and says why not.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from lora.decoder.quantised.record import BaseQuantisation
 
 
 class ModelConfig(Protocol):
@@ -77,7 +80,13 @@ class LanguageModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.known_fingerprint: str | None = None
-        """Of the base whose values are not all in this process; None: it follows from them."""
+        """Of the base whose values are not all in this process, or that were unpacked from codes;
+        None: it follows from them."""
+        self.known_quantisation: BaseQuantisation | None = None
+        """Of the same bases; None: it follows from the layers."""
+        self.original_weight: Callable[[str], Tensor] | None = None
+        """Returns the weight (O, I) of a linear, by its name, as it was before the base was
+        quantised; None: not known."""
         self.is_sharded = False
         """Whether several processes share its weights out: all of them then run it together."""
         self.is_forward_only = False

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol, TypeVar, cast
 
 import numpy as np
@@ -20,7 +20,9 @@ from lora.adapters.merge import has_tied_head, untied_config
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder, LlamaTrunk, build_empty_decoder
 from lora.decoder.language_model import transform_logits
+from lora.decoder.quantised.record import BaseQuantisation
 from lora.errors import ModelError
+from lora.export.values import BaseValues
 from lora.layers.trainable_tokens import TrainableTokensEmbedding, TrainableTokensLinear
 from lora.lora_module import LoRALayer
 from lora.pretrained.gguf_file import rows_per_block
@@ -53,7 +55,8 @@ class BlockSource(Protocol):
 class DecoderBlocks:
     """A decoder in memory, mapped or not, with an adapter or without.
 
-    Its logits are those of the adapted model, its values those of the merged one.
+    Its logits are those of the adapted model, its values those of the merged one. Quantised weights
+    are unpacked; with `kind`, plain ones count as they are in a base that is quantised so.
     """
 
     def __init__(
@@ -61,8 +64,10 @@ class DecoderBlocks:
         model: Decoder,
         release: Callable[[], None] = lambda: None,
         device: torch.device = CPU,
+        kind: BaseQuantisation | None = None,
     ) -> None:
         self.model, self._release, self._device = model, release, device
+        self._base = BaseValues(model, kind)
         is_tied = model.config.tie_word_embeddings and has_tied_head(model)
         self.config = model.config if is_tied else untied_config(model.config)
         wanted = build_empty_decoder(self.config).named_parameters()
@@ -71,7 +76,7 @@ class DecoderBlocks:
         own = ("lora_A", "lora_B", "token_rows")
         adapted = {n for n, m in model.named_modules() if isinstance(m, _ADAPTED)}
         seen = {
-            name: tuple(parameter.shape)
+            name: self._base.shape(name, parameter)
             for name, parameter in model.named_parameters(remove_duplicate=False)
             if not (name.endswith(own) and name.rpartition(".")[0] in adapted)
         }
@@ -105,9 +110,13 @@ class DecoderBlocks:
         """Return a parameter with LoRA merged into it; plain ones in their own dtype."""
         self._release()
         owner = self.model.get_submodule(name.rpartition(".")[0])
-        if not isinstance(owner, LoRALayer) or not name.endswith(".weight"):
-            return self.model.get_parameter(name).detach()
-        return cast(Tensor, in_fp32(owner).to(self._device).merge().weight).detach().cpu()
+        if not name.endswith(".weight") or not isinstance(owner, LoRALayer):
+            is_changed = name.endswith(".weight") and self._base.changes(owner)
+            found = self._base.of(owner) if is_changed else self.model.get_parameter(name)
+            return found.detach().cpu()
+        adapted = self._base.plain(owner) if self._base.changes(owner) else in_fp32(owner)
+        merged = cast(LoRALayer, adapted).to(self._device).merge()
+        return cast(Tensor, merged.weight).detach().cpu()
 
     def file_blocks(self, name: str) -> Iterator[np.ndarray]:
         """Yield a parameter with the adapter merged into it, as a GGUF file holds it."""
@@ -117,8 +126,7 @@ class DecoderBlocks:
                 self._release()
 
     def embed(self, ids: Tensor) -> Tensor:
-        weight = cast(Tensor, self._embedding.weight).detach()
-        rows = _wide(weight[ids.to(weight.device)])
+        rows = _wide(self._base.picked_rows(self._embedding, ids))
         return _with_token_rows(rows, self._embedding, ids.tolist()).to(self._device)
 
     def outside(self) -> dict[str, nn.Module]:
@@ -128,7 +136,9 @@ class DecoderBlocks:
 
     def block(self, number: int) -> nn.Module:
         self._release()
-        return in_fp32(self.model.trunk.blocks()[number]).to(self._device).eval()
+        block = self.model.trunk.blocks()[number]
+        plain = {id(m): self._base.plain(m) for m in block.modules() if self._base.changes(m)}
+        return in_fp32(block, plain).to(self._device).eval()
 
     def head(self, hidden: Tensor) -> Tensor:
         head = self._head
@@ -146,10 +156,11 @@ class DecoderBlocks:
 
     def _slices(self, table: nn.Module) -> Iterator[tuple[int, Tensor]]:
         """Yield the number of the first row and some rows; what an adapter changed is fp32."""
-        weight = cast(Tensor, table.weight).detach()
-        for first in range(0, len(weight), rows_per_block(weight.shape[1])):
+        n_rows, width = self._base.shape_of(table)
+        for first in range(0, n_rows, rows_per_block(width)):
             self._release()
-            rows = weight[first : first + rows_per_block(weight.shape[1])].to(self._device)
+            last = min(first + rows_per_block(width), n_rows)
+            rows = self._base.rows(table, first, last).to(self._device)
             if isinstance(table, _ADAPTED):
                 rows = _with_token_rows(_wide(rows), table, range(first, first + len(rows)))
             yield first, rows
@@ -253,11 +264,16 @@ def _pick(blocks: Iterator[Tensor], wanted: Tensor) -> Tensor:
     return torch.cat(picked)
 
 
-def in_fp32(module: ModuleT) -> ModuleT:
-    """Return a copy of `module` whose parameters are fp32, or wider where they are."""
-    memo: dict[int, object] = {
-        id(p): nn.Parameter(_wide(p.detach()), requires_grad=False) for p in module.parameters()
-    }
+def in_fp32(module: ModuleT, others: Mapping[int, nn.Module] | None = None) -> ModuleT:
+    """Return a copy of `module` whose parameters are fp32, or wider where they are.
+
+    `others` stand in it for the modules with these ids.
+    """
+    memo: dict[int, object] = {**(others or {})}
+    for child in module.modules():
+        if id(child) not in memo:
+            for p in child.parameters(recurse=False):
+                memo[id(p)] = nn.Parameter(_wide(p.detach()), requires_grad=False)
     return copy.deepcopy(module, memo)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.adapters.apply import AppliedLoRA, applied_lora
+from lora.adapters.bases.quantisation import quantisation_from
 from lora.adapters.fingerprint import base_fingerprint
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.decoder import Decoder, build_empty_decoder
@@ -70,6 +71,7 @@ def build_sharded_model(
     use_quantised_linears(model, job.base_weights)
     _each_tensor(model, lambda tensor: _stand_in(tensor, choice.device))
     model.known_fingerprint = fingerprint
+    model.known_quantisation = quantisation_from(model, files.model, files.release)
     has_tables = bool(job.data_config.special_tokens) or job.from_adapter is not None
     if has_tables:
         _load_token_tables(model, files)

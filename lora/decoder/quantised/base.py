@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Self
 
 import torch
@@ -89,11 +91,18 @@ def base_kind(model: nn.Module) -> str | None:
 
 def sample_values(tensor: Tensor) -> Tensor:
     """Return the bits of at most 64 evenly spaced values of `tensor` in bf16, int16."""
-    count = min(SAMPLES_PER_TENSOR, tensor.numel())
-    indices = torch.arange(count, device=tensor.device) * (tensor.numel() - 1) // max(1, count - 1)
     # By coordinates, so that neither a transposed nor a sliced tensor is copied whole.
-    picked = tensor[torch.unravel_index(indices, tensor.shape)] if tensor.dim() else tensor.view(1)
+    at = sample_positions(tensor.shape, tensor.device)
+    picked = tensor[at] if tensor.dim() else tensor.view(1)
     return picked.to(torch.bfloat16).view(torch.int16)
+
+
+def sample_positions(shape: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:
+    """Return the coordinates of at most 64 evenly spaced values of a tensor."""
+    n_values = math.prod(shape)
+    count = min(SAMPLES_PER_TENSOR, n_values)
+    indices = torch.arange(count, device=device) * (n_values - 1) // max(1, count - 1)
+    return torch.unravel_index(indices, tuple(shape)) if shape else ()
 
 
 def with_autocast(x: Tensor) -> Tensor:

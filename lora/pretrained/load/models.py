@@ -18,6 +18,7 @@ from lora.errors import UnsupportedModelError
 from lora.pretrained.hf_files import read_config
 from lora.pretrained.hf_weights import load_decoder, map_decoder, save_decoder, write_decoder
 from lora.pretrained.load.implementation import Implementation, choose_implementation
+from lora.pretrained.load.originals import OriginalWeights
 from lora.pretrained.mapped import MappedModel
 from lora.pretrained.transformers_models.config import TransformersConfig
 from lora.pretrained.transformers_models.load import (
@@ -81,7 +82,10 @@ def load_language_model(
     or damaged.
     """
     if implementation_of(folder, implementation).kind == "native":
-        return load_decoder(folder, dtype=dtype, device=device, base=base)
+        model = load_decoder(folder, dtype=dtype, device=device, base=base)
+        if base is not None and base.is_quantised:
+            model.original_weight = OriginalWeights(folder)
+        return model
     return load_transformers_model(folder, dtype=dtype, device=device)
 
 

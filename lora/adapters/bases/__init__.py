@@ -1,0 +1,1 @@
+"""What an adapter was trained over: its base's quantisation, and what another base changes."""

@@ -1,0 +1,83 @@
+"""What is said of an adapter on a base with other values than it was trained over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor, nn
+
+from lora.adapters.apply import AppliedLoRA
+from lora.adapters.bases.change import logits_change
+from lora.adapters.bases.linears import block_linears, linear_values, rounded
+from lora.adapters.bases.quantisation import quantisation_of
+from lora.decoder.language_model import LanguageModel, transformers_network
+from lora.decoder.quantised.record import BaseQuantisation
+
+
+def describe_change(model: nn.Module, trained: BaseQuantisation | None) -> str:
+    """Return what other values the base of `model` has than the adapter on it was trained over.
+
+    And by how much its logits differ from those over these, where both can be computed.
+    """
+    here = quantisation_of(model)
+    over = "a base that is not quantised" if trained is None else f"a base in {trained}"
+    now = "not quantised" if here is None else f"in {here}"
+    change = measured_change(model, trained)
+    far = (
+        "the values before quantisation are not at hand, so how far its logits are from those over "
+        "that base is not measured"
+        if change is None
+        else f"its logits differ by {change:.1e} from those over that base (‖difference‖ / "
+        "‖reference‖, of random tokens)"
+    )
+    way = "without base_dtype" if trained is None else f"with base_dtype={trained.dtype!r}"
+    if trained is not None and here is not None and here.dtype == trained.dtype:
+        way = f"in {trained}"
+    return (
+        f"was trained over {over}, and this one is {now}: {far}. Load the base {way} to have the "
+        "values that it was trained over"
+    )
+
+
+def measured_change(model: nn.Module, trained: BaseQuantisation | None) -> float | None:
+    """Return the relative change of logits from the values trained over to those at hand.
+
+    None where the values before quantisation are not known, or the model has no logits.
+    """
+    before = _values_before(model)
+    size = _vocab_size(model)
+    if before is None or size is None:
+        return None
+    applied = vars(model).get("applied_lora")
+    whole = applied.originals if isinstance(applied, AppliedLoRA) else {}
+    linears = {
+        name: module
+        for name, module in block_linears(model).items()
+        if not any(name == saved or name.startswith(saved + ".") for saved in whole)
+    }
+
+    def others(name: str) -> Tensor:
+        values = before(name)
+        if trained is None or name in trained.kept:
+            return values
+        return rounded(values, trained, name)
+
+    now = {name: partial(linear_values, module) for name, module in linears.items()}
+    return logits_change(model, now, others, size)
+
+
+def _values_before(model: nn.Module) -> Callable[[str], Tensor] | None:
+    """Return what gives the weight (O, I) of a linear as it was before quantisation."""
+    if any(p.is_meta or (p.numel() > 1 and not any(p.stride())) for p in model.parameters()):
+        return None  # its values are not here yet: each process gets its shard of them later
+    if quantisation_of(model) is None:
+        return lambda name: linear_values(model.get_submodule(name))
+    return model.original_weight if isinstance(model, LanguageModel) else None
+
+
+def _vocab_size(model: nn.Module) -> int | None:
+    if isinstance(model, LanguageModel):
+        return model.config.vocab_size
+    network = transformers_network(model)
+    return None if network is None else int(network.config.get_text_config().vocab_size)

@@ -1,0 +1,36 @@
+"""A quantised base as plain linears of the same values: as fast as any other base."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lora.adapters.apply import replace_module
+from lora.adapters.bases.quantisation import quantisation_of
+from lora.adapters.fingerprint import base_fingerprint
+from lora.decoder.language_model import LanguageModel
+from lora.decoder.quantised.base import QuantisedWeight, quantised_modules
+
+
+@torch.no_grad()
+def unpack_base(model: LanguageModel, dtype: torch.dtype) -> None:
+    """Changes `model`, which has no LoRA, in place: its linears are plain, in `dtype`.
+
+    The values are those of the codes, rounded as they are in training. One linear after the other
+    is unpacked, so no more than one of them is in memory twice. Adapters of the model still name
+    the quantisation.
+    """
+    kind, fingerprint = quantisation_of(model), base_fingerprint(model)
+    for name, module in quantised_modules(model).items():
+        replace_module(model, name, plain_linear(module, dtype))
+    model.known_quantisation, model.known_fingerprint = kind, fingerprint
+
+
+def plain_linear(module: QuantisedWeight, dtype: torch.dtype) -> nn.Linear:
+    """Return the linear that `module` stands for, with its values in `dtype` and its bias."""
+    with torch.device("meta"):  # no storage: both parameters are replaced at once
+        linear = nn.Linear(module.in_features, module.out_features, bias=False)
+    values = module.unpacked().to(dtype)
+    linear.weight = nn.Parameter(values, requires_grad=False)
+    linear.bias = module.bias  # type: ignore[assignment]
+    return linear.train(module.training)

@@ -1,0 +1,82 @@
+"""How a base was quantised, as adapters name it in their files.
+
+{"dtype": "nf4", "block": 64, "double_quant": true, "embeddings": false,
+ "compute_dtype": "bfloat16", "kept": [], "fingerprint": "…"}
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+_WEIGHTS: dict[str, Any] = {"compute_dtype": "float32", "fingerprint": ""}
+_SCALES: dict[str, Any] = {**_WEIGHTS, "double_quant": None}
+"""What does not count where values, or codes alone, are compared."""
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+"""By name: what the weights were before they were quantised, and are when they are unpacked."""
+
+
+@dataclass(frozen=True)
+class BaseQuantisation:
+    """The settings that give the values of a quantised base, and a hash of its codes."""
+
+    dtype: str
+    """fp8, nf4 or int8."""
+    block: int | None = None
+    """Values of a block of nf4."""
+    double_quant: bool | None = None
+    """Whether the scales of nf4's blocks are quantised themselves."""
+    embeddings: bool = False
+    """Whether the embedding and the output head are quantised too."""
+    compute_dtype: str = "float32"
+    """Dtype of the weights before they were quantised, and after they are unpacked."""
+    kept: tuple[str, ...] = ()
+    """Linears of the blocks that are not quantised, by full name."""
+    fingerprint: str = ""
+    """As `base_fingerprint`, of codes in place of values; scales do not count."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`compute_dtype` as PyTorch's."""
+        return COMPUTE_DTYPES[self.compute_dtype]
+
+    def __str__(self) -> str:
+        if self.block is None:
+            return self.dtype
+        scales = "double quantisation" if self.double_quant else "no double quantisation"
+        tables = ", embeddings too" if self.embeddings else ""
+        kept = f", {len(self.kept)} linears not quantised" if self.kept else ""
+        return f"{self.dtype} (blocks of {self.block}, {scales}{tables}{kept})"
+
+    def has_values_of(self, other: BaseQuantisation) -> bool:
+        """Whether both give the same values of the same weights, up to the compute dtype."""
+        return replace(self, **_WEIGHTS) == replace(other, **_WEIGHTS)
+
+    def has_codes_of(self, other: BaseQuantisation) -> bool:
+        """Whether the codes of the same weights, and so the fingerprints, are the same."""
+        return replace(self, **_SCALES) == replace(other, **_SCALES)
+
+    def to_json(self) -> str:
+        """Return it as the metadata of an adapter's file has it."""
+        return json.dumps({k: v for k, v in asdict(self).items() if v is not None})
+
+    @classmethod
+    def from_json(cls, text: str) -> BaseQuantisation:
+        """Return what `to_json` wrote; unknown keys are of newer versions and are left out.
+
+        Raises ValueError for a text that it did not write.
+        """
+        read = json.loads(text)
+        if not isinstance(read, dict) or not isinstance(read.get("dtype"), str):
+            raise ValueError("it names no dtype")
+        known = {name: read[name] for name in cls.__dataclass_fields__ if name in read}
+        kept = known.get("kept", ())
+        if not isinstance(kept, list | tuple) or not all(isinstance(name, str) for name in kept):
+            raise ValueError("kept is no list of names")
+        found = cls(**{**known, "kept": tuple(kept)})
+        if found.compute_dtype not in COMPUTE_DTYPES:
+            raise ValueError(f"its compute dtype {found.compute_dtype!r} is not known")
+        return found
