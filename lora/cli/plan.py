@@ -120,7 +120,7 @@ def plan(
     from lora.distributed.world import World
     from lora.fast.memory.plan import PlanInputs
     from lora.pretrained.load.models import implementation_of, model_config
-    from lora.pretrained.load.task import check_native_only, settled_packing
+    from lora.pretrained.load.task import check_native_only, planned_base, settled_packing
     from lora.pretrained.positions import describe_excess
     from lora.pretrained.sources import find_model
 
@@ -130,6 +130,7 @@ def plan(
     source = find_model(model)
     code = implementation_of(source.folder, implementation)
     config = model_config(source.folder, code.kind)
+    base_weights = planned_base(source.folder, base_weights)
     check_native_only(config, base=base_weights, fsdp=parallel == "fsdp")
     code.tell_unless_native(print_note)
     compute_dtype = torch.bfloat16 if kind == "cuda" else torch.float32

@@ -59,7 +59,7 @@ from lora.inference.checkpoints.find import find_adapter
 from lora.inference.loading import describe_other_base, find_model_of
 from lora.inference.run_settings import find_implementation, implementation_to_resume
 from lora.pretrained.load.models import model_config
-from lora.pretrained.load.task import check_native_only, settled_task
+from lora.pretrained.load.task import check_native_only, settled_base, settled_task
 from lora.pretrained.sources import ModelSource
 from lora.runs.directory import check_run_directory, create_run, default_name
 from lora.runs.progress import NoProgress, Progress
@@ -222,7 +222,10 @@ def _settled(
         lambda: _recorded_implementation(job, source), "the recorded implementation"
     )
     settled = settled_task(job, source.folder, recorded, progress.message, choice.compute_dtype)
-    _check_native_only(job, source, settled.implementation)
+    asked, is_full = settled.base_weights, settled.is_full
+    base = settled_base(source.folder, asked, progress.message, is_full=is_full)
+    settled = replace(settled, **vars(base))
+    _check_native_only(settled, source, settled.implementation)
     return settled
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from lora.decoder.decoder import Decoder
+from lora.decoder.quantised.base import base_kind
+from lora.errors import ConfigError
 from lora.pretrained.hf_weights import map_decoder
 
 
@@ -15,11 +17,18 @@ class WeightRows:
     """The parameters of the decoder in a folder, by name and rows (`lora.distributed.shards.Rows`).
 
     Raises ModelError as `load_decoder` does: for tensors that are missing, unexpected, of a wrong
-    shape or not floating-point, a damaged file, a tied head that differs from the embedding.
+    shape or not floating-point, a damaged file, a tied head that differs from the embedding; and
+    ConfigError for a folder in 4 bits, whose codes are not divided by rows.
     """
 
     def __init__(self, folder: Path) -> None:
         self._mapped = map_decoder(folder)
+        if base_kind(self.model) is not None:
+            raise ConfigError(
+                f"Cannot divide the weights of {folder} among processes: it is in 4 bits already "
+                "(bitsandbytes). Use parallel=ddp, in which each process has all of them, or name "
+                "the unquantised model."
+            )
 
     @property
     def model(self) -> Decoder:

@@ -23,6 +23,7 @@ from lora.pretrained.load.models import (
     why_not_packed,
 )
 from lora.pretrained.positions import check_positions
+from lora.pretrained.quantised.folder import find_4bit
 
 TaskT = TypeVar("TaskT", bound=Task)
 
@@ -77,6 +78,41 @@ def check_lengths(config: ModelConfig, data: PreparedData) -> None:
     n_tokens = data.longest_sequence_tokens
     if n_tokens > config.max_position_embeddings:
         check_positions(empty_language_model(config), n_tokens)
+
+
+def settled_base(
+    folder: Path,
+    asked: BaseWeights,
+    on_message: Callable[[str], None] = lambda message: None,
+    *,
+    is_full: bool = False,
+) -> BaseWeights:
+    """Return how the base in `folder` is stored: as asked, or as a folder in 4 bits is already.
+
+    A message has what the folder is. Raises ModelError for weights that are quantised otherwise or
+    damaged, ConfigError for settings that a folder in 4 bits does not have, and for training all
+    of its weights (`is_full`).
+    """
+    found = find_4bit(folder)
+    if found is None:
+        return asked
+    if is_full:
+        raise ConfigError(
+            f"Cannot train all weights of {folder}: it is in 4 bits already (bitsandbytes), and "
+            "updates would be rounded away. Train with LoRA, or name the unquantised model."
+        )
+    settled = found.settled(asked)
+    on_message(found.describe())
+    return settled
+
+
+def planned_base(folder: Path, asked: BaseWeights) -> BaseWeights:
+    """Return how the base in `folder` would be stored; config.json is enough.
+
+    Raises as `settled_base` does.
+    """
+    found = find_4bit(folder, needs_weights=False)
+    return asked if found is None else found.settled(asked)
 
 
 def check_native_only(config: ModelConfig, *, base: BaseWeights, fsdp: bool) -> None:

@@ -12,7 +12,7 @@ from lora.config import BaseWeights
 from lora.errors import ConfigError, ModelError, gather
 from lora.pretrained.hf_files import open_tensors, read_config
 from lora.pretrained.load.architectures import describe_architecture
-from lora.pretrained.quantised.methods import is_4bit
+from lora.pretrained.quantised.methods import is_4bit, settings_of
 from lora.pretrained.quantised.stored import StoredNf4, collect_packed
 
 
@@ -48,14 +48,19 @@ class FolderIn4Bit:
         )
 
 
-def find_4bit(folder: Path) -> FolderIn4Bit | None:
+def find_4bit(folder: Path, *, needs_weights: bool = True) -> FolderIn4Bit | None:
     """Return what `folder` is if it is in 4 bits, else None; no weights are read.
 
-    Raises ModelError for weights that are quantised otherwise, damaged ones, and a config.json
-    that says 4 bits of files without.
+    Without `needs_weights` a folder of config.json alone is what transformers writes by default,
+    blocks of 64. Raises ModelError for weights that are quantised otherwise, damaged ones, and a
+    config.json that says 4 bits of files without.
     """
     config = read_config(folder)
     says_so = is_4bit(config, describe_architecture(config))
+    if not needs_weights and not (says_so and any(folder.glob("*.safetensors"))):
+        is_double = says_so and settings_of(config).get("bnb_4bit_use_double_quant") is True
+        base = BaseWeights("nf4", nf4_double_quant=is_double)
+        return FolderIn4Bit(folder, base, frozenset()) if says_so else None
     with ExitStack() as files:
         stored, faults = collect_packed(open_tensors(folder, files))
         packed = {n: weight for n, weight in stored.items() if isinstance(weight, StoredNf4)}
