@@ -15,10 +15,12 @@ from lora.config import BaseWeights
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder
 from lora.decoder.quantised.base import quantised_modules
+from lora.decoder.quantised.nf4 import Nf4Linear, Nf4Weight
 from lora.fast.llama import buffers
 from lora.fast.llama.checkpointing import MODES
 from lora.fast.memory.fast_step import fast_memory
 from lora.fast.step import FastStep
+from lora.fast.weights import packed_tables
 from lora.fast.weights.unpacked import UnpackedProjection
 from lora.fast.why_not import why_not_hand_written
 from lora.kernels.step.ops import PLAIN
@@ -33,6 +35,7 @@ from tests.fast.conftest import (
     RATES,
     apply_random_lora,
     check_steps,
+    relative,
 )
 
 DROPOUT: tuple[dict[str, Any], dict[str, Any]] = ({}, {"dropout": 0.3})
@@ -222,6 +225,77 @@ def test_an_evaluation_between_steps_changes_nothing(
             step.launch([make_batch(number, packed=True)], 1e-2, number)
         found.append(step.flat.values)
     assert torch.equal(*found)
+
+
+class PackedEmbedding(Nf4Weight):
+    """An embedding in nf4, with the tensors of `linear`."""
+
+    def __init__(self, linear: Nf4Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight
+        self.share_packed(linear)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(x.numel(), self.in_features, dtype=self.value_dtype)
+        self.unpack_rows_into(x.flatten(), out)
+        return out.view(*x.shape, -1)
+
+
+def with_packed_tables(model: Decoder) -> Decoder:
+    """Changes `model` in place and returns it: its embedding and head are nf4."""
+    for name, parent in {"embed_tokens": model.trunk, "lm_head": model}.items():
+        weight = parent.get_parameter(f"{name}.weight").detach()
+        table = Nf4Linear(nn.Linear(weight.shape[1], len(weight), bias=False, dtype=weight.dtype))
+        table.load(weight, name)
+        parent.add_module(name, table if name == "lm_head" else PackedEmbedding(table))
+    return model
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize(
+    ("sizes", "settings"),
+    [
+        ({"tied": False}, {"targets": ("q_proj", "down_proj")}),
+        ({"tied": False, "embedding_scale": 3.0}, {"targets": ("q_proj", "lm_head")}),
+        ({}, {"dropout": 0.2, "targets": ("up_proj", "o_proj")}),
+    ],
+)
+def test_packed_tables_compute_what_their_values_do(
+    tiny_decoder: Callable[..., Decoder],
+    make_batch: Callable[..., Batch],
+    monkeypatch: pytest.MonkeyPatch,
+    sizes: dict[str, Any],
+    settings: dict[str, Any],
+    mode: str,
+) -> None:
+    monkeypatch.setattr(packed_tables, "MIN_UNPACKED_VALUES", 0)
+    monkeypatch.setattr(buffers, "MAX_LOGITS_ELEMENTS", 400 * 20)  # tokens in two parts
+    model = packed(tiny_decoder(vocab_size=401, **sizes))
+    plain = copy.deepcopy(model)
+    with_packed_tables(model)
+    with torch.no_grad():
+        embedding, head = plain.get_input_embeddings(), plain.output_head()
+        embedding.weight.copy_(model.trunk.embed_tokens.unpacked())
+        head.weight.copy_(model.lm_head.unpacked())
+    found = []
+    for one in (model, plain):
+        adapted(one, **settings)
+        step = FastStep(one, PLAIN, torch.float64, checkpointing=MODES[mode], seed=5)
+        for number, batches in enumerate(steps_of(make_batch, packed=True), 1):
+            step.launch(batches, 1e-2, number)
+        found.append(step)
+    own, other = found
+    assert isinstance(own.network.head, packed_tables.PackedTable)
+    assert len(list(own.network.head._slices())) > 3
+    assert own.report.tolist() == pytest.approx(other.report.tolist(), rel=1e-6)
+    assert relative(own.flat.values, other.flat.values) < 1e-12
+    assert relative(own.flat.mean, other.flat.mean) < 1e-12
+    packed_bytes, plain_bytes = (
+        fast_memory(copy.deepcopy(one), 2, 16).weights for one in (model, plain)
+    )
+    n_tables = 401 * 48 * (2 if sizes.get("tied") is False else 1)
+    assert packed_bytes < plain_bytes - 1.4 * n_tables
 
 
 def test_the_step_says_what_it_does(tiny_decoder: Callable[..., Decoder]) -> None:

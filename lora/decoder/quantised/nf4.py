@@ -21,7 +21,7 @@ from lora.decoder.quantised.base import (
 )
 from lora.errors import ModelError
 from lora.kernels.nf4 import GROUP, Nf4Tensor, n_blocks, quantise_nf4
-from lora.kernels.unpack.nf4 import unpack_nf4_on_device
+from lora.kernels.unpack.nf4 import unpack_nf4_on_device, unpack_nf4_rows_on_device
 
 
 class Nf4Weight(QuantisedWeight):
@@ -69,6 +69,10 @@ class Nf4Weight(QuantisedWeight):
 
     def unpack_into(self, out: Tensor, first_row: int = 0) -> None:
         unpack_nf4_on_device(self.packed, out, first_row)
+
+    def unpack_rows_into(self, ids: Tensor, out: Tensor) -> None:
+        """Changes `out` (N, I) in place: the values of the rows `ids` (N,)."""
+        unpack_nf4_rows_on_device(self.packed, ids, out)
 
     def load(self, weight: Tensor, name: str) -> None:
         # The host waits once per tensor.

@@ -37,7 +37,8 @@ fp8_codes            (codes,)      a matmul's input         an output's gradient
 fp8_scales           (4, N, 1)     its scales               its scales               5. scratch
 transposed_codes     (I · O,)                               one weight, transposed   5. scratch
 unit_scales          (1, I)        ones                     ones                     5. all modes
-unpacked             (I' · O',)    weights of q/k/v, o_proj or gate/up of one block  9. scratch
+unpacked             (I' · O',)    weights of q/k/v, o_proj or gate/up of a block,   9. scratch
+                                   or rows of the output head
 unpacked_down        (I' · O',)    weights of down of one block                      9. scratch
 
 N tokens, L blocks, C hidden width, H heads of width D, S key/value heads, W columns of q/k/v, F
@@ -269,7 +270,7 @@ class Buffers:
         self.unit_scales = torch.ones(1, inputs, dtype=torch.float32, device=device)
 
     def add_unpacked(self, n_values: int, n_down: int) -> None:
-        """Add scratch for packed weights: of one block's down, and of one other projection."""
+        """Add scratch for packed weights: of one block's down, and of others in turn."""
         self.unpacked = self.hidden.new_empty(n_values)
         self.unpacked_down = self.hidden.new_empty(n_down)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora.decoder.attention import Attention
 from lora.decoder.decoder import Decoder, GemmaTrunk, LlamaTrunk
 from lora.decoder.layers import GatedFeedForward, OffsetRMSNorm
+from lora.decoder.quantised.base import QuantisedWeight
 from lora.decoder.quantised.fp8 import has_fp8_base
 from lora.fast.llama.attention import is_own_attention_faster, needs_own_attention
 from lora.fast.llama.buffers import Buffers, Widths
@@ -31,11 +32,17 @@ from lora.fast.weights.adapted import (
 )
 from lora.fast.weights.flat import FlatParameters
 from lora.fast.weights.norms_and_embeddings import WeightGroup
+from lora.fast.weights.packed_tables import PackedTable
 from lora.fast.weights.projections import FrozenProjection, FullProjection, Projection
 from lora.fast.weights.stacked_flat import StackedFlat
 from lora.fast.weights.stacked_projection import MergedStackedProjection, StackedProjection
 from lora.fast.weights.token_tables import TokenTable
-from lora.fast.weights.unpacked import WeightScratch, is_packed, unpacked_projection
+from lora.fast.weights.unpacked import (
+    UnpackedProjection,
+    WeightScratch,
+    is_packed,
+    unpacked_projection,
+)
 from lora.kernels.step.ops import Ops
 from lora.lora_module import LoRALayer
 from lora.stacked.layers import StackedLoRALinear
@@ -136,12 +143,20 @@ class FastNetwork:
             first = ShardedTable(embedding, flat, dtype, self.ring, fraction)
             is_tied = self.config.tie_word_embeddings
             return first, ShardedTable(head, flat, dtype, self.ring, fraction, first, is_tied)
-        table = TokenTable(embedding, flat, dtype, lr_fraction=fraction)
+        table = self._table(embedding)
         # By identity: a trained copy of one of them is no longer tied to the other.
         if table.slot is not None and head.weight is embedding.weight:
             return table, table  # one slot, to which both gradients are added
-        other = TokenTable(head, flat, dtype, decays=True, lr_fraction=fraction, other=table)
-        return table, other
+        return table, self._table(head, decays=True, other=table)
+
+    def _table(
+        self, module: nn.Module, *, decays: bool = False, other: TokenTable | None = None
+    ) -> TokenTable:
+        """Return the embedding, or the output head beside the `other` table."""
+        flat, dtype, fraction = self.flat, self.dtype, self.lr_fraction
+        if self.scratch is not None and isinstance(module, QuantisedWeight):
+            return PackedTable(module, flat, dtype, self.scratch)
+        return TokenTable(module, flat, dtype, decays=decays, lr_fraction=fraction, other=other)
 
     def _project(self, blocks: list[list[nn.Module]]) -> Projection:
         """Return the projection of linears that read the same input, given by block."""
@@ -298,7 +313,12 @@ class FastNetwork:
         if self.fp8_buffers is not None:
             self.fp8_buffers.allocate(buffers, self.projections)
         if self.scratch is not None:
-            self.scratch.allocate(buffers, self.projections)
+            packed = [p for p in self.projections if isinstance(p, UnpackedProjection)]
+            tables = [t for t in (self.embedding, self.head) if isinstance(t, PackedTable)]
+            down = [p for p in packed if p is self.down]
+            self.scratch.allocate(
+                buffers, [*(p for p in packed if p is not self.down), *tables], down
+            )
         return buffers
 
     @property

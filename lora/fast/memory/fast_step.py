@@ -19,6 +19,7 @@ from lora.fast.sharded.base import planned_base
 from lora.fast.stacked_step import StackedFastStep, whole_tiles
 from lora.fast.step import FastStep
 from lora.fast.weights.flat import FlatParameters
+from lora.fast.weights.packed_tables import PackedTable
 from lora.fast.weights.stacked_flat import StackedFlat
 from lora.fast.weights.stacked_projection import StackedProjection
 from lora.fast.weights.unpacked import UnpackedProjection
@@ -336,10 +337,10 @@ def _frozen_bytes(network: FastNetwork, flat: FlatParameters | StackedFlat) -> i
 
 def _tensors_of(owner: object) -> Iterator[torch.Tensor]:
     """Yield the tensors of a projection, a group of weights or a ring."""
-    if isinstance(owner, UnpackedProjection):
+    if isinstance(owner, UnpackedProjection | PackedTable):
         yield from owner.packed_tensors()
     for name, value in vars(owner).items():
-        if isinstance(owner, UnpackedProjection) and name == "weights":
+        if isinstance(owner, UnpackedProjection | PackedTable) and name in ("weights", "room"):
             continue  # scratch, which is among the buffers
         for tensor in value if isinstance(value, list) else [value]:
             if isinstance(tensor, torch.Tensor):

@@ -159,9 +159,13 @@ class TokenTable(WeightGroup):
         """Whether both add to one gradient: tied tables, or tables with the same rows."""
         return self is other or (self.rows is not None and self.rows is other.rows)
 
+    def look_up(self, ids: Tensor) -> Tensor:
+        """Return the table's own rows (N, C) of the tokens `ids` (N,), a copy."""
+        return self.tensors[0].index_select(0, ids)
+
     def embed(self, ids: Tensor) -> Tensor:
         """Return the embeddings (N, C) of the tokens `ids` (N,)."""
-        embedded = self.tensors[0].index_select(0, ids)  # (N, C)
+        embedded = self.look_up(ids)
         if self.rows is None:
             return embedded
         row = self.row_of_id.index_select(0, ids)  # (N,)
@@ -182,9 +186,17 @@ class TokenTable(WeightGroup):
             wide = dy.to(target.dtype)
             target.index_add_(0, ids, wide if factor == 1 else wide * factor)
 
+    def multiply(self, hidden: Tensor, logits: Tensor) -> None:
+        """Changes `logits` (n, V) in place: those of `hidden` (n, C) by the table's own rows."""
+        torch.mm(hidden, self.tensors[0].T, out=logits)
+
+    def multiply_back(self, d_logits: Tensor, d_hidden: Tensor) -> None:
+        """Changes `d_hidden` (n, C) in place: what `d_logits` (n, V) come to by these rows."""
+        torch.mm(d_logits, self.tensors[0], out=d_hidden)
+
     def project(self, hidden: Tensor, logits: Tensor) -> None:
         """Changes `logits` (n, V) in place: those of `hidden` (n, C)."""
-        torch.mm(hidden, self.tensors[0].T, out=logits)
+        self.multiply(hidden, logits)
         if self.rows is not None:
             logits.index_copy_(1, self.rows.ids, hidden @ self.rows.tensors[0].T)
         if self.lora is not None:
@@ -200,7 +212,7 @@ class TokenTable(WeightGroup):
         own = None if self.rows is None else d_logits.index_select(1, self.rows.ids)  # (n, R)
         if self.rows is not None:
             d_logits.index_fill_(1, self.rows.ids, 0.0)  # the table's own rows take no part
-        torch.mm(d_logits, self.tensors[0], out=d_hidden)
+        self.multiply_back(d_logits, d_hidden)
         target = self.gradient(0)  # (V, C)
         if target is not None:
             accumulate(target, d_logits.T @ hidden, first=first)

@@ -8,7 +8,7 @@ which all blocks share.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,17 @@ from lora.kernels.step.ops import Ops
 from lora.lora_module import LoRALayer
 
 
+class ScratchUser(Protocol):
+    """What unpacks its weights into scratch."""
+
+    @property
+    def n_unpacked(self) -> int:
+        """Values that have to lie there at once."""
+
+    def use_scratch(self, room: Tensor) -> None:
+        """Unpack into `room`, which is flat, from now on; an empty one is no longer used."""
+
+
 class WeightScratch:
     """Room for the unpacked weights of one projection of one block, and for those of one down.
 
@@ -34,35 +45,32 @@ class WeightScratch:
     """
 
     def __init__(self) -> None:
-        self._held: dict[int, tuple[Projection, int]] = {}
+        self._held: dict[int, tuple[ScratchUser, int]] = {}
         """By the address of a scratch tensor: whose weights lie there, and of which block."""
-        self._users: list[UnpackedProjection] = []
+        self._users: Sequence[ScratchUser] = ()
 
     def release(self) -> None:
         """Drop the tensors of a former step."""
         self.forget()
-        for projection in self._users:
-            projection.weights = []
-        self._users = []
+        for user in self._users:
+            user.use_scratch(torch.empty(0))
+        self._users = ()
 
     def allocate(
-        self, buffers: Buffers, projections: tuple[Projection, Projection, Projection, Projection]
+        self, buffers: Buffers, users: Sequence[ScratchUser], down: Sequence[ScratchUser]
     ) -> None:
-        """Changes `buffers` in place: adds the scratch. `projections`: down is the last."""
-        self._users = packed = [p for p in projections if isinstance(p, UnpackedProjection)]
-        down = projections[-1]
-        sizes = [
-            max((p.n_unpacked for p in packed if (p is down) is is_down), default=0)
-            for is_down in (False, True)
-        ]
-        buffers.add_unpacked(*sizes)
-        for projection in packed:
-            room = buffers.unpacked_down if projection is down else buffers.unpacked
-            projection.use_scratch(room)
+        """Changes `buffers` in place: adds the scratch of all `users`, and of `down` apart."""
+        rooms = [max((user.n_unpacked for user in some), default=0) for some in (users, down)]
+        buffers.add_unpacked(*rooms)
+        self._users = (*users, *down)
+        for user in users:
+            user.use_scratch(buffers.unpacked)
+        for user in down:
+            user.use_scratch(buffers.unpacked_down)
 
-    def holds(self, projection: Projection, layer: int, room: Tensor) -> bool:
-        """Whether `room` has these weights; from now on it counts as having them."""
-        key, wanted = room.data_ptr(), (projection, layer)
+    def holds(self, user: ScratchUser, part: int, room: Tensor) -> bool:
+        """Whether `room` has this part of its weights; from now on it counts as having it."""
+        key, wanted = room.data_ptr(), (user, part)
         held = self._held.get(key) == wanted
         self._held[key] = wanted
         return held
@@ -109,7 +117,8 @@ class UnpackedProjection(Projection):
     def use_scratch(self, room: Tensor) -> None:
         """Take the first values of `room`, which is flat, as the weights of every block."""
         columns = self.inputs + self.extra_weights
-        self.weights = [room[: self.n_unpacked].view(-1, columns)] * self.n_layers
+        weights = room[: self.n_unpacked].view(-1, columns)
+        self.weights = [weights] * self.n_layers if len(weights) else []
 
     def unpack(self, layer: int) -> None:
         """Changes the scratch in place: it has the weights of this block, if it did not."""
