@@ -244,11 +244,17 @@ class PackedEmbedding(Nf4Weight):
 
 def with_packed_tables(model: Decoder) -> Decoder:
     """Changes `model` in place and returns it: its embedding and head are nf4."""
-    for name, parent in {"embed_tokens": model.trunk, "lm_head": model}.items():
-        weight = parent.get_parameter(f"{name}.weight").detach()
-        table = Nf4Linear(nn.Linear(weight.shape[1], len(weight), bias=False, dtype=weight.dtype))
-        table.load(weight, name)
-        parent.add_module(name, table if name == "lm_head" else PackedEmbedding(table))
+    tables = []
+    for weight in (model.get_input_embeddings().weight.detach(), model.lm_head.weight.detach()):
+        linear = nn.Linear(weight.shape[1], len(weight), bias=False, dtype=weight.dtype)
+        tables.append(Nf4Linear(linear))
+        tables[-1].load(weight, "a table")
+    embedding, head = tables
+    if model.config.tie_word_embeddings:
+        embedding.packed = head.packed
+        embedding.weight = head.weight
+    model.trunk.add_module("embed_tokens", PackedEmbedding(embedding))
+    model.add_module("lm_head", head)
     return model
 
 
