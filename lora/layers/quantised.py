@@ -39,17 +39,13 @@ class LoRAQuantisedLinear(LoRALayer, QuantisedWeight):
         return y + (F.linear(low, self.lora_B) * self.scaling).to(y.dtype)
 
     @torch.no_grad()
-    def merge(self) -> nn.Linear:
-        """Return an nn.Linear with the unpacked weight + scaling · B A; this layer stays as it is.
+    def merge(self) -> nn.Module:
+        """Return a plain layer with the unpacked weight + scaling · B A; this one stays as it is.
 
         The sum is fp32 and rounded once, to the dtype of the weight before it was quantised.
         """
-        merged = (self.unpacked(torch.float32) + self.delta_weight()).to(self.value_dtype)
-        with torch.device("meta"):  # no storage: both parameters are replaced at once
-            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        linear.weight = nn.Parameter(merged, requires_grad=False)
-        linear.bias = self.bias  # type: ignore[assignment]
-        return linear.train(self.training)
+        merged = self.unpacked(torch.float32) + self.delta_weight()
+        return self.plain_layer(merged.to(self.value_dtype))
 
     def unwrap(self) -> nn.Module:
         return self.plain_twin()
@@ -62,7 +58,7 @@ class LoRANf4Linear(LoRAQuantisedLinear, Nf4Weight):
 class LoRAFp8Linear(LoRAQuantisedLinear, Fp8Weight):
     """LoRA on an FP8 linear."""
 
-    def merge(self) -> nn.Linear:
+    def merge(self) -> nn.Module:
         """Raise TargetError: rounding W + scaling · B A to FP8 would lose what LoRA learned."""
         raise TargetError(
             "Cannot merge into a base in FP8: rounding W + s·B·A to FP8 would lose most of what "

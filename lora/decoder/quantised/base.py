@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ class QuantisedWeight(nn.Module):
     sample: Tensor
     """Some of the values before quantisation, for the base's fingerprint; none where there were no
     such values."""
+    conv1d: type[nn.Module] | None = None
+    """transformers' Conv1D, if it stands for one, whose weight is (I, O); None: for nn.Linear."""
 
     def take_sizes(self, linear: nn.Linear) -> None:
         """Changes this layer in place: sizes, bias and dtype are those of `linear`."""
@@ -44,10 +46,21 @@ class QuantisedWeight(nn.Module):
 
     def share_packed(self, other: QuantisedWeight) -> None:
         """Changes this layer in place: beside `weight` and `bias`, its tensors are `other`'s."""
-        self.value_dtype = other.value_dtype
+        self.value_dtype, self.conv1d = other.value_dtype, other.conv1d
         for name in self.packed_names:
             self.register_buffer(name, other.get_buffer(name))
         self.register_buffer("sample", other.sample, persistent=False)
+
+    def plain_layer(self, weight: Tensor) -> nn.Module:
+        """Return the layer that this one stands for, with the values `weight` (O, I), frozen."""
+        with torch.device("meta"):  # no storage: both parameters are replaced at once
+            if self.conv1d is None:
+                layer: Any = nn.Linear(self.in_features, self.out_features, self.bias is not None)
+            else:
+                layer = cast(Any, self.conv1d)(self.out_features, self.in_features)
+        own = weight if self.conv1d is None else weight.T.contiguous()
+        layer.weight, layer.bias = nn.Parameter(own, requires_grad=False), self.bias
+        return cast(nn.Module, layer).train(self.training)
 
     @abstractmethod
     def unpack_into(self, out: Tensor, first_row: int = 0) -> None:

@@ -35,9 +35,13 @@ from lora.fast.memory.plan import MemoryPlan, PlanInputs
 from lora.fast.memory.trace import StepMemory
 from lora.fast.memory.traces import StepTraces, Traced, largest_that_fits
 from lora.fast.why_not import why_not_hand_written, why_not_sharded
-from lora.layers.quantised_model import use_quantised_linears
 from lora.lora_module import ParameterCounts, count_lora_parameters
-from lora.pretrained.load.models import as_decoder, empty_language_model, why_not_packed
+from lora.pretrained.load.models import (
+    as_decoder,
+    empty_language_model,
+    quantise_empty_model,
+    why_not_packed,
+)
 
 CPU_SLACK = 0.3
 """Of activations and loss: what a CPU's allocator holds besides, fragments too small for the next
@@ -299,8 +303,7 @@ def _adapted(inputs: PlanInputs) -> LanguageModel:
     # Full fine-tuning trains fp32 weights; LoRA's frozen base is stored in the compute dtype.
     if inputs.compute_dtype is torch.bfloat16:
         model = model.bfloat16()
-    if inputs.base.is_quantised:
-        use_quantised_linears(as_decoder(model, "quantise the weights of"), inputs.base)
+    quantise_empty_model(model, inputs.base)
     apply_lora(model, inputs.lora)
     if inputs.embedding_rows:
         # Which rows does not matter, but gradients have to reach the embedding.

@@ -15,6 +15,7 @@ from lora.decoder.decoder import Decoder, build_empty_decoder
 from lora.decoder.families import FAMILIES, decoder_config
 from lora.decoder.language_model import LanguageModel, ModelConfig
 from lora.errors import UnsupportedModelError
+from lora.layers.quantised_model import use_quantised_linears
 from lora.pretrained.hf_files import read_config
 from lora.pretrained.hf_weights import load_decoder, map_decoder, save_decoder, write_decoder
 from lora.pretrained.load.implementation import Implementation, choose_implementation
@@ -27,6 +28,7 @@ from lora.pretrained.transformers_models.load import (
     read_transformers_config,
 )
 from lora.pretrained.transformers_models.model import TransformersModel
+from lora.pretrained.transformers_models.quantiser import empty_quantised_linears
 from lora.pretrained.transformers_models.save import save_transformers_model
 
 
@@ -60,6 +62,16 @@ def empty_language_model(config: ModelConfig) -> LanguageModel:
     return build_empty_decoder(as_decoder_config(config))
 
 
+def quantise_empty_model(model: LanguageModel, base: BaseWeights) -> None:
+    """Changes `model`, which has no values, in place: its linears are stored as `base` says."""
+    if not base.is_quantised:
+        return
+    if isinstance(model, TransformersModel):
+        empty_quantised_linears(model.theirs, base)
+    else:
+        use_quantised_linears(as_decoder(model, "quantise the weights of"), base)
+
+
 def why_not_packed(config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> str | None:
     """Return why examples in one sequence would see each other; None if they do not."""
     if isinstance(config, TransformersConfig):
@@ -77,7 +89,7 @@ def load_language_model(
 ) -> LanguageModel:
     """Return the model in `folder`, with parameters of `dtype` on `device`.
 
-    The linears of a native decoder's blocks are stored as `base` says, quantised as they are read.
+    The linears of its blocks are stored as `base` says, quantised as they are read.
     Raises what `implementation_of` does, and ModelError for weights that are missing, unexpected
     or damaged.
     """
@@ -86,7 +98,7 @@ def load_language_model(
         if base is not None and base.is_quantised:
             model.original_weight = OriginalWeights(folder)
         return model
-    return load_transformers_model(folder, dtype=dtype, device=device)
+    return load_transformers_model(folder, dtype=dtype, device=device, base=base)
 
 
 def map_language_model(folder: Path, implementation: ImplementationName = "auto") -> MappedModel:

@@ -24,6 +24,8 @@ from lora.pretrained.load.models import (
 )
 from lora.pretrained.positions import check_positions
 from lora.pretrained.quantised.folder import find_4bit
+from lora.pretrained.transformers_models.config import TransformersConfig
+from lora.pretrained.transformers_models.quantiser import why_not_quantised
 
 TaskT = TypeVar("TaskT", bound=Task)
 
@@ -116,10 +118,20 @@ def planned_base(folder: Path, asked: BaseWeights) -> BaseWeights:
 
 
 def check_native_only(config: ModelConfig, *, base: BaseWeights, fsdp: bool) -> None:
-    """Raise ConfigError for settings that only native decoders have."""
+    """Raise ConfigError for settings that only native decoders have.
+
+    Also for a quantised base of an architecture whose code does not take one.
+    """
+    if isinstance(config, TransformersConfig) and base.base_dtype == "nf4":
+        why = why_not_quantised(config.theirs, base)
+        if why is not None:
+            raise ConfigError(
+                f"Cannot use base_dtype={base.base_dtype!r} with this {config.family!r} model: "
+                f"{why}. Leave base_dtype out."
+            )
     given = {
         f"base_dtype={base.base_dtype!r}": (
-            base.is_quantised,
+            base.is_quantised and base.base_dtype != "nf4",
             "the frozen weights are stored in the compute dtype",
         ),
         "parallel='fsdp'": (fsdp, "each process has all weights, as with parallel='ddp'"),

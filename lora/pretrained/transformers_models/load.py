@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora.config import BaseWeights
 from lora.decoder.language_model import LanguageModel
 from lora.errors import ModelError, gather
 from lora.pretrained.hf_files import open_tensors, read_config
@@ -22,8 +23,16 @@ from lora.pretrained.load.architectures import find_architecture
 from lora.pretrained.transformers_models.config import Traits, TransformersConfig
 from lora.pretrained.transformers_models.model import TransformersModel
 from lora.pretrained.transformers_models.probe import probe
+from lora.pretrained.transformers_models.quantiser import (
+    Quantising,
+    forget_quantiser,
+    quantisation_config,
+)
 from lora.pretrained.transformers_models.quiet import quiet
 from lora.pretrained.transformers_models.small_copy import refusals
+from lora.terminal import escaping_log
+
+log = escaping_log(__name__)
 
 _OF_CHECKS = re.compile(r"^(Class v|V)alidation error for (validator|field) '\w+': (\w+Error: )?")
 """What transformers' checks of a configuration put before the reason."""
@@ -70,14 +79,17 @@ def load_transformers_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    base: BaseWeights | None = None,
 ) -> TransformersModel:
     """Return the causal language model in `folder`, with parameters of `dtype` on `device`.
 
-    transformers builds it and reads its safetensors files; code in the folder is never run.
+    transformers builds it and reads its safetensors files; code in the folder is never run. The
+    linears of its blocks are stored as `base` says, quantised one after the other on `device` as
+    they are read; what stays plain is logged.
 
     Raises DependencyError if transformers is not installed, ModelError for an architecture that
     `find_architecture` refuses, files that are damaged, and once for all tensors that are missing,
-    unexpected, of another shape or not floating-point.
+    unexpected, of another shape, not floating-point, or quantised and not finite.
     """
     folder = Path(folder)
     named = find_architecture(read_config(folder)).class_name
@@ -89,6 +101,8 @@ def load_transformers_model(
             if tensor.dtype not in FLOATS and not NO_PARAMETERS.fullmatch(name)
         ]
     _refuse(faults, folder, "It is quantised, in whole or in part: name the unquantised model.")
+    is_plain = base is None or not base.is_quantised
+    how = None if base is None or is_plain else Quantising(base, torch.device(device))
     with _read_by_transformers(folder) as transformers:
         theirs, report = class_of(transformers, named).from_pretrained(
             str(folder),
@@ -98,9 +112,14 @@ def load_transformers_model(
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, all of them
+            quantization_config=None if how is None else quantisation_config(how),
         )
+        if how is not None:
+            forget_quantiser(theirs)
+            how.restore_samples()
         traits = _checked(probe(theirs.config), folder)
-    faults = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    faults = [] if how is None else list(how.faults)
+    faults += [f"{name} is missing" for name in sorted(report["missing_keys"])]
     faults += [
         f"{name} is {tuple(seen)} in the file: config.json implies {tuple(wanted)}"
         for name, seen, wanted in sorted(report["mismatched_keys"])
@@ -111,6 +130,8 @@ def load_transformers_model(
         if not NO_PARAMETERS.fullmatch(name)
     ]
     _refuse(faults + list(_untied(theirs)), folder)
+    if how is not None and how.linears is not None and how.linears.plain:
+        log.warning("not in %s: %s", how.base.base_dtype, how.linears.describe())
     return TransformersModel(theirs.to(device).eval(), traits)
 
 
