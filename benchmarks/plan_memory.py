@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from lora.config import TrainConfig
+    from lora.config import BaseDtype, TrainConfig
 
 WORDS = ("order", "town", "sea", "nobody", "asked", "small", "near", "where", "sent", "had")
 
@@ -40,6 +40,7 @@ class Case:
     shape: str = "smollm2"
     fast: bool = True
     implementation: Literal["auto", "transformers"] = "auto"
+    base: BaseDtype = "auto"
 
 
 ON_CPU = {
@@ -50,6 +51,10 @@ ON_CPU = {
     "lora-2x512": Case(2, 512),
     "lora-8x128-in-4": Case(8, 128, micro_batches=4),
     "lora-1x1024": Case(1, 1024),
+    "nf4-lora-1x128": Case(1, 128, base="nf4"),
+    "nf4-lora-4x128": Case(4, 128, base="nf4"),
+    "nf4-lora-2x512": Case(2, 512, base="nf4"),
+    "wide-nf4-lora-4x128": Case(4, 128, shape="wide", base="nf4"),
     "full-1x128": Case(1, 128, rank=None),
     "full-4x128": Case(4, 128, rank=None),
     "full-4x128-in-2": Case(4, 128, rank=None, micro_batches=2),
@@ -72,6 +77,9 @@ ON_GPU = {
     "transformers-lora-4x512": Case(4, 512, shape="135M", implementation="transformers"),
     "1B-lora-1x512": Case(1, 512, rank=16, shape="1B"),
     "1B-lora-4x2048": Case(4, 2048, rank=16, shape="1B"),
+    "nf4-lora-4x512": Case(4, 512, shape="135M", base="nf4"),
+    "plain-nf4-lora-4x512": Case(4, 512, shape="135M", fast=False, base="nf4"),
+    "1B-nf4-lora-4x2048": Case(4, 2048, rank=16, shape="1B", base="nf4"),
     "1B-full-1x512": Case(1, 512, rank=None, shape="1B"),
 }
 SHAPES: dict[str, dict[str, Any]] = {
@@ -158,6 +166,7 @@ def run_child(case: Case, device: str) -> dict[str, Any]:
             train=train_config(case),
             data_config=DataConfig(max_length=case.tokens, packing=case.packing),
             implementation=case.implementation,
+            base_dtype=case.base,
             run=RunConfig(
                 out=Path(folder), name="run", device=device, samples=0, fast=case.fast,
                 save_every_steps=1000,
@@ -170,7 +179,7 @@ def plan_again(case: Case) -> int:
     """Return the bytes planned now for a GPU case; needs no GPU."""
     import torch
 
-    from lora.config import LoRAConfig
+    from lora.config import BaseWeights, LoRAConfig
     from lora.decoder.families import decoder_config
     from lora.fast.memory.plan import PlanInputs
     from lora.fast.memory.planner import plan_memory
@@ -184,6 +193,7 @@ def plan_again(case: Case) -> int:
         compute_dtype=torch.bfloat16,
         micro_batches=case.micro_batches,
         fast=case.fast,
+        base=BaseWeights(case.base),
     )
     return plan_memory(setting).total
 
