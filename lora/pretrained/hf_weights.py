@@ -85,7 +85,8 @@ def load_decoder(
             load_packed_linears(model, packed, dtype=dtype, device=device)
         else:
             use_quantised_linears(model, asked)
-        _assign(model, _read(model.config, plain, dtype, device))
+        releases = asked.is_quantised and not packed
+        _assign(model, _read(model.config, plain, dtype, device, releases=releases))
         _check_tied_head(model, source, folder)
     return model
 
@@ -195,13 +196,22 @@ def _read(
     stored: Mapping[str, StoredTensor],
     dtype: torch.dtype,
     device: torch.device | str,
+    *,
+    releases: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield one parameter after the other, so that at most one is in memory twice."""
+    """Yield one parameter after the other, so that at most one is in memory twice.
+
+    `releases`: the memory of what was read is given back, for weights that become others.
+    """
+    paths = {source.path for source in stored.values()} if releases else ()
+    mapped = {path: MappedFile(path) for path in paths}
     for name, source in stored.items():
-        tensor = source.tensor()
+        tensor = mapped[source.path].tensor(source.name) if mapped else source.tensor()
         if config.is_transposed_in_files(name):
             tensor = tensor.T.contiguous()  # (I, O) -> (O, I)
         yield name, tensor.to(device=device, dtype=dtype)
+        if mapped:
+            mapped[source.path].release()
 
 
 def _assign(model: Decoder, tensors: Iterator[tuple[str, Tensor]]) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from lora.adapters.apply import apply_lora
 from lora.adapters.fingerprint import base_fingerprint
 from lora.adapters.merge import merge_lora
-from lora.config import BaseWeights, LoRAConfig
+from lora.config import BaseDtype, BaseWeights, LoRAConfig
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.decoder.families import decoder_config
 from lora.decoder.quantised.fp8 import Fp8Linear, has_fp8_base
@@ -112,3 +112,33 @@ def test_what_fp8_cannot_hold_is_refused(folder: Path, tmp_path: Path) -> None:
     adapted: nn.Module = apply_lora(model, LoRAConfig(rank=2))
     with pytest.raises(TargetError, match=r"base in FP8.*without fp8"):
         merge_lora(adapted)
+
+
+def resident_bytes(folder: Path) -> int:
+    """Return how much of the files in `folder` this process has mapped and in memory."""
+    sizes, is_inside = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):  # the head of a mapping, with its path
+            is_inside = str(folder) in line
+        elif is_inside and words[0] == "Rss:":
+            sizes += 1024 * int(words[1])
+    return sizes
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="the kernel has no smaps")
+@pytest.mark.parametrize("kind", ["fp8", "nf4"])
+def test_no_unquantised_weight_stays_in_memory(tmp_path: Path, kind: BaseDtype) -> None:
+    config = {
+        "model_type": "llama",
+        "vocab_size": 50,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    save_decoder(build_decoder(decoder_config(config), seed=2), tmp_path / "wide")
+    n_file = sum(path.stat().st_size for path in (tmp_path / "wide").glob("*.safetensors"))
+    model = load_decoder(tmp_path / "wide", base=BaseWeights(kind))
+    assert resident_bytes(tmp_path / "wide") < n_file / 8
+    model(IDS)  # the embedding is still there
