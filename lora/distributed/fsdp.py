@@ -27,10 +27,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lora.decoder.attention import AttentionInputs
 from lora.decoder.decoder import Decoder
-from lora.decoder.quantised.fp8 import Fp8Weight, quantise_weight
+from lora.decoder.quantised.base import PackedRows, QuantisedWeight
 from lora.decoder.sizes import stored_bytes
 from lora.device import DeviceChoice
-from lora.distributed.shards import Rows, shard_of
+from lora.distributed.shards import Rows, shard_of, whole_scales
 from lora.distributed.world import World
 from lora.errors import ModelError
 
@@ -160,25 +160,23 @@ def _load_shards(
     model: Decoder, rows: Rows, world: World, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Changes `model` in place: its sharded parameters get their values, read one by one."""
-    quantised: list[tuple[Fp8Weight, Tensor]] = []
+    quantised: list[tuple[QuantisedWeight, PackedRows]] = []
 
     def read() -> None:
         for name, owners, parameter in _sharded_parameters(model):
-            module, _ = owners[0]
+            module, key = owners[0]
             part = shard_of(len(parameter), world.share)
-            values = rows(name, part).to(device)
-            if isinstance(module, Fp8Weight) and values.dim() == 2:
-                own = quantise_weight(values.to(dtype), name, first_row=part.start)
-                values = own.codes
-                scales = torch.zeros(len(parameter), 1, device=device)
-                scales[part] = own.scales
-                quantised.append((module, scales))
-            _set_shard(owners, parameter, values)
+            if isinstance(module, QuantisedWeight) and key == "weight":
+                read_rows = rows(name, module.rows_to_read(part)).to(device=device, dtype=dtype)
+                own = module.quantise_rows(read_rows, part, name)
+                quantised.append((module, own))
+                _set_shard(owners, parameter, own.codes)
+            else:
+                _set_shard(owners, parameter, rows(name, part).to(device))
 
     world.on_all(read, "the shards of all processes")
-    for module, scales in quantised:
-        world.sum(scales, "the scales of fp8 weights")  # each process has zeros for others' rows
-        module.weight_scale = scales
+    for module, own in quantised:
+        module.set_scales(whole_scales([own], module.n_scales, device, world))
 
 
 def _sharded_parameters(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from lora.decoder.quantised.base import PackedRows
 from lora.device import Share
 from lora.distributed.world import World
 from lora.runs.tensor_files import TensorParts
@@ -64,6 +65,20 @@ def gather_shards(whole: Tensor, own: Tensor, world: World, what: str) -> None:
         from torch.distributed import all_gather_into_tensor as gather
     with world.waits(what):
         gather(whole, own, group=world.device_group)
+
+
+def whole_scales(
+    own: Sequence[PackedRows], n_scales: int, device: torch.device, world: World
+) -> Tensor:
+    """Return the scales (n_scales,) of all rows of a quantised weight, in every process.
+
+    `own` are the rows that this process has. Called by all processes for the same weight.
+    """
+    whole = torch.zeros(n_scales, device=device)
+    for rows in own:
+        whole[rows.first_scale : rows.first_scale + len(rows.scales)] = rows.scales
+    world.sum(whole, "the scales of quantised weights")  # a process has zeros for others' rows
+    return whole
 
 
 @contextmanager

@@ -20,10 +20,9 @@ from lora.adapters.bases.quantisation import quantisation_from
 from lora.adapters.fingerprint import base_fingerprint
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.decoder import Decoder, build_empty_decoder
-from lora.decoder.quantised.fp8 import Fp8Weight
+from lora.decoder.quantised.base import QuantisedWeight
 from lora.device import DeviceChoice
 from lora.distributed.shards import ALL_ROWS, Rows
-from lora.errors import ConfigError
 from lora.finetune.job import FinetuneJob
 from lora.finetune.model import prepare_model
 from lora.finetune.weight_rows import WeightRows
@@ -39,7 +38,7 @@ class ShardedModel:
 
     model: Decoder
     """What is to be sharded is on the meta device, in the dtype it gets: frozen weights, or all of
-    them in full fine-tuning. FP8 linears have neither codes nor scales."""
+    them in full fine-tuning. Quantised linears have neither codes nor scales."""
     rows: Rows
     """The values of what is on the meta device, by the parameters' names in `model`."""
     fingerprint: str
@@ -64,10 +63,6 @@ def build_sharded_model(
     # In full fine-tuning what is stored stays in fp32; the base of LoRA has the compute dtype.
     wide = torch.promote_types(choice.compute_dtype, torch.float32)
     model.to(wide if job.is_full else choice.compute_dtype)
-    if job.base_dtype == "nf4":
-        raise ConfigError(
-            "Cannot shard a base in nf4 over processes. Each has all of it with parallel=ddp."
-        )
     use_quantised_linears(model, job.base_weights)
     _each_tensor(model, lambda tensor: _stand_in(tensor, choice.device))
     model.known_fingerprint = fingerprint
@@ -89,7 +84,7 @@ def drop_values(model: Decoder, *, keep_trained: bool) -> None:
 
 
 def _each_tensor(model: Decoder, change: Callable[[Tensor], Tensor]) -> None:
-    """Changes `model` in place: every parameter and fp8 scale becomes what `change` returns.
+    """Changes `model` in place: every parameter and scale becomes what `change` returns.
 
     A tensor with two names stays one.
     """
@@ -105,8 +100,9 @@ def _each_tensor(model: Decoder, change: Callable[[Tensor], Tensor]) -> None:
                 changed[id(parameter)] = changed[id(new)] = new
                 former.append(new)
             setattr(module, key, changed[id(parameter)])
-        if isinstance(module, Fp8Weight):
-            module.weight_scale = change(module.weight_scale)
+        if isinstance(module, QuantisedWeight):
+            for key in module.packed_names:
+                setattr(module, key, change(module.get_buffer(key)))
 
 
 def _stand_in(tensor: Tensor, device: torch.device) -> Tensor:

@@ -78,13 +78,18 @@ def quantise_nf4(weight: Tensor, block: int = 64, *, double_quant: bool = True) 
         first = start // block
         found = scales[first : first + n_blocks(piece.numel(), block)]
         codes[start // 2 : (start + piece.numel()) // 2] = _quantise_piece(piece, block, found)
-    codes = codes.view(rows, width // 2)
+    packed = pack_scales(scales, double_quant=double_quant)
+    return Nf4Tensor(codes.view(rows, width // 2), *packed, block)
+
+
+def pack_scales(scales: Tensor, *, double_quant: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the scales, group scales and offset of an Nf4Tensor with these `scales`, fp32."""
     if not double_quant:
-        return Nf4Tensor(codes, scales, scales.new_empty(0), scales.new_zeros(()), block)
+        return scales, scales.new_empty(0), scales.new_zeros(())
     # On the CPU, whatever the device: a GPU adds in another order, and its mean is another one.
     offset = scales.cpu().mean().to(scales.device)
     scale_codes, group_scales = _quantise_scales(scales - offset)
-    return Nf4Tensor(codes, scale_codes, group_scales, offset, block)
+    return scale_codes, group_scales, offset
 
 
 def nf4_scales(packed: Nf4Tensor, blocks: slice = slice(None)) -> Tensor:

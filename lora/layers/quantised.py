@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lora.decoder.quantised.base import QuantisedWeight
 from lora.decoder.quantised.fp8 import Fp8Weight
+from lora.decoder.quantised.int8 import Int8Weight
 from lora.decoder.quantised.nf4 import Nf4Weight
 from lora.errors import TargetError
 from lora.lora_module import LoRALayer
@@ -55,6 +56,10 @@ class LoRANf4Linear(LoRAQuantisedLinear, Nf4Weight):
     """LoRA on an nf4 linear."""
 
 
+class LoRAInt8Linear(LoRAQuantisedLinear, Int8Weight):
+    """LoRA on an int8 linear."""
+
+
 class LoRAFp8Linear(LoRAQuantisedLinear, Fp8Weight):
     """LoRA on an FP8 linear."""
 
@@ -67,5 +72,7 @@ class LoRAFp8Linear(LoRAQuantisedLinear, Fp8Weight):
         )
 
 
-LORA_LINEARS: dict[str, type[LoRAQuantisedLinear]] = {"fp8": LoRAFp8Linear, "nf4": LoRANf4Linear}
+LORA_LINEARS: dict[str, type[LoRAQuantisedLinear]] = {
+    kind.kind: kind for kind in (LoRAFp8Linear, LoRANf4Linear, LoRAInt8Linear)
+}
 """By kind of the weight."""

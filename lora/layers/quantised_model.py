@@ -8,6 +8,7 @@ from lora.config import BaseWeights
 from lora.decoder.decoder import Decoder
 from lora.decoder.quantised.base import QuantisedWeight
 from lora.decoder.quantised.fp8 import Fp8Linear
+from lora.decoder.quantised.int8 import Int8Linear
 from lora.decoder.quantised.nf4 import Nf4Linear, check_even
 from lora.errors import ModelError
 
@@ -34,6 +35,8 @@ def build_quantised(linear: nn.Linear, name: str, base: BaseWeights) -> Quantise
     """Return a quantised linear without values in place of `linear`, which is called `name`."""
     if base.base_dtype == "fp8":
         return Fp8Linear(linear)
+    if base.base_dtype == "int8":
+        return Int8Linear(linear)
     if base.base_dtype == "nf4":
         if base.nf4_embeddings:
             raise ModelError(
@@ -42,4 +45,4 @@ def build_quantised(linear: nn.Linear, name: str, base: BaseWeights) -> Quantise
             )
         check_even(linear, name)
         return Nf4Linear(linear, base.nf4_block, double_quant=base.nf4_double_quant)
-    raise ModelError(f"Cannot store weights in {base.base_dtype!r}. Allowed: fp8, nf4.")
+    raise ModelError(f"Cannot store weights in {base.base_dtype!r}. Allowed: fp8, int8, nf4.")

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora.adapters.apply import train_token_rows
-from lora.config import LoRAConfig, TrainConfig
+from lora.config import BaseWeights, LoRAConfig, TrainConfig
 from lora.data.sequences.batches import ordered_batches
 from lora.decoder.decoder import Decoder
+from lora.decoder.quantised.base import quantised_modules
 from lora.device import Share
 from lora.distributed.shards import (
     ShardReader,
@@ -104,6 +105,13 @@ CASES = {
     "all weights, gpt2": Case("gpt2", _full),
     "all weights, a rank without a sequence": Case("qwen3", _full, train_config(2)),
 }
+BASES = {
+    "fp8": BaseWeights("fp8"),
+    "int8": BaseWeights("int8"),
+    # Of rows of 16 and 20 values: most shards begin inside a block, and last blocks are shorter.
+    "nf4": BaseWeights("nf4"),
+    "nf4, plain scales": BaseWeights("nf4", nf4_block=32, nf4_double_quant=False),
+}
 LONG = ("tied", "all weights, tied")
 
 
@@ -179,13 +187,23 @@ def run_all(world: World) -> dict[str, Steps]:
 
 
 @dataclass
+class Quantised:
+    """Steps over a quantised base beside those of a process alone."""
+
+    difference: float
+    n_bytes: tuple[int, int]
+    """Of the codes here, and of all of them."""
+    differing: list[str]
+    """Names of codes and scales that are not those of a process alone, to the bit."""
+
+
+@dataclass
 class Seen:
     """What one of several processes saw."""
 
     steps: dict[str, Steps]
-    fp8_difference: float
-    fp8_bytes: tuple[int, int]
-    """Of the codes here, and of all of them."""
+    quantised: dict[str, Quantised]
+    """By what they are stored as."""
     said: list[str]
     """Errors."""
     notes: list[str]
@@ -195,17 +213,17 @@ class Seen:
 def run_together(world: World, folder: Path) -> Seen:
     """Return everything that the tests look at: starting processes takes seconds."""
     steps = run_all(world)
-    difference, n_bytes = run_fp8(world, folder)
-    return Seen(steps, difference, n_bytes, run_faults(world, folder), run_damaged(world))
+    quantised = {name: run_quantised(world, folder, base) for name, base in BASES.items()}
+    return Seen(steps, quantised, run_faults(world, folder), run_damaged(world))
 
 
-def run_fp8(world: World, folder: Path) -> tuple[float, tuple[int, int]]:
-    """Return how far a step on an fp8 base is from one process's, and the bytes of the codes."""
+def run_quantised(world: World, folder: Path, base: BaseWeights) -> Quantised:
+    """Return how a step on a quantised base, and this base, differ from one process's."""
     job = FinetuneJob(
         data=[],
         model=str(folder),
         lora=LoRAConfig(rank=2, targets=("q_proj", "down_proj"), dropout=0.0),
-        base_dtype="fp8",
+        **vars(base),
     )
     source, choice = ModelSource(folder, "tiny", "tiny"), cpu_choice(torch.float32)
     arguments: Any = job, source, choice, None, NoProgress()
@@ -218,9 +236,22 @@ def run_fp8(world: World, folder: Path) -> tuple[float, tuple[int, int]]:
         done.append(take_steps(steps, sequences, config, 3, own))
         named = model.named_parameters()
         done[-1].trained = {n: p.detach().numpy() for n, p in named if p.requires_grad}
-    fp8 = [p for p in built.model.parameters() if p.dtype is torch.float8_e4m3fn]
-    n_bytes = sum(local_part(p).numel() for p in fp8), sum(p.numel() for p in fp8)
-    return worst_difference(done[1], done[0]), n_bytes
+    modules, others = quantised_modules(built.model), quantised_modules(alone)
+    differing = []
+    for name, module in modules.items():
+        own = shard_of(module.out_features, world.share)
+        pairs = [(local_part(module.weight), others[name].weight[own])]
+        pairs += [(module.get_buffer(n), others[name].get_buffer(n)) for n in module.packed_names]
+        differing += [name for one, other in pairs if not torch.equal(bits(one), bits(other))]
+    codes = [module.weight for module in modules.values()]
+    n_bytes = sum(local_part(p).numel() for p in codes), sum(p.numel() for p in codes)
+    return Quantised(worst_difference(done[1], done[0]), n_bytes, differing)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Return a tensor's bytes, with its shape and dtype checked on the way."""
+    shape = torch.tensor([*tensor.shape, tensor.element_size()], dtype=torch.uint8)
+    return torch.cat([shape, tensor.detach().reshape(-1).view(torch.uint8)])
 
 
 def run_faults(world: World, folder: Path) -> list[str]:
@@ -324,10 +355,15 @@ def test_all_processes_have_the_same_bits(together: list[Seen]) -> None:
                 assert np.array_equal(values, first.trained[key]), (name, key)
 
 
-def test_an_fp8_base_takes_a_share_of_the_memory(together: list[Seen]) -> None:
-    for seen in together:
-        assert seen.fp8_difference < 1e-6
-    n_here, n_whole = zip(*(seen.fp8_bytes for seen in together), strict=True)
+@pytest.mark.parametrize("name", BASES)
+def test_a_quantised_base_has_the_bits_of_one_process_and_takes_a_share_of_the_memory(
+    name: str, together: list[Seen]
+) -> None:
+    found = [seen.quantised[name] for seen in together]
+    for one in found:
+        assert one.difference < 1e-6
+        assert one.differing == []
+    n_here, n_whole = zip(*(one.n_bytes for one in found), strict=True)
     assert sum(n_here) == n_whole[0]
     assert max(n_here) <= n_whole[0] / len(together) * 1.2  # 16 rows are 6, 6 and 4
 

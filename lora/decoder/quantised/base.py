@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -13,6 +14,18 @@ from torch import Tensor, nn
 from lora.errors import ModelError
 
 SAMPLES_PER_TENSOR = 64
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Some rows of a weight, quantised as the whole weight is."""
+
+    codes: Tensor
+    """(rows, …), as in `weight`."""
+    scales: Tensor
+    """(n,), fp32: those that belong to these rows and to no others."""
+    first_scale: int
+    """Of the whole weight's: where they begin."""
 
 
 class QuantisedWeight(nn.Module):
@@ -84,6 +97,40 @@ class QuantisedWeight(nn.Module):
 
         Raises ModelError if a value is not finite.
         """
+
+    @property
+    @abstractmethod
+    def n_scales(self) -> int:
+        """How many scales the whole weight has."""
+
+    def rows_to_read(self, rows: slice) -> slice:
+        """Return the rows whose values `quantise_rows` takes: `rows`, or a few more."""
+        return rows
+
+    @abstractmethod
+    def quantise_rows(self, values: Tensor, rows: slice, name: str) -> PackedRows:
+        """Return `rows` of a weight of which a process reads no more than it must.
+
+        `values` are those of `rows_to_read(rows)`, in the dtype in which `load` would get them.
+        Raises ModelError if a value is not finite.
+        """
+
+    @abstractmethod
+    def set_scales(self, scales: Tensor) -> None:
+        """Changes this layer in place: `scales` (n_scales,) are those of all rows, fp32."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move as nn.Module does; codes and scales keep their dtypes: other ones are no values."""
+        former = {name: self.get_buffer(name) for name in self.packed_names}
+        codes = self.weight.detach()
+        super()._apply(fn, recurse)
+        for name, buffer in former.items():
+            moved = self.get_buffer(name)
+            if moved.dtype is not buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        if self.weight.dtype is not codes.dtype:  # float8 counts as floating-point
+            self.weight = nn.Parameter(codes.to(self.weight.device), requires_grad=False)
+        return self
 
     @abstractmethod
     def plain_twin(self) -> Self:

@@ -6,21 +6,21 @@ only. The format is in `lora.kernels.nf4`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.decoder.quantised.base import (
+    PackedRows,
     QuantisedWeight,
     not_finite,
     sample_values,
     with_autocast,
 )
 from lora.errors import ModelError
-from lora.kernels.nf4 import GROUP, Nf4Tensor, n_blocks, quantise_nf4
+from lora.kernels.nf4 import GROUP, Nf4Tensor, n_blocks, pack_scales, quantise_nf4
 from lora.kernels.unpack.nf4 import unpack_nf4_on_device, unpack_nf4_rows_on_device
 
 
@@ -75,11 +75,49 @@ class Nf4Weight(QuantisedWeight):
         unpack_nf4_rows_on_device(self.packed, ids, out)
 
     def load(self, weight: Tensor, name: str) -> None:
-        # The host waits once per tensor.
-        if not bool(torch.isfinite(weight).all()):
-            raise not_finite(weight, name, "nf4", "A block's scale would be infinite.")
+        _check_finite(weight, name)
         self.packed = quantise_nf4(weight, self.block, double_quant=self.double_quant)
         self.sample, self.value_dtype = sample_values(weight), weight.dtype
+
+    @property
+    def n_scales(self) -> int:
+        return n_blocks(self.out_features * self.in_features, self.block)
+
+    def rows_to_read(self, rows: slice) -> slice:
+        values = self._values_of_blocks(rows)
+        return slice(values.start // self.in_features, -(-values.stop // self.in_features))
+
+    def quantise_rows(self, values: Tensor, rows: slice, name: str) -> PackedRows:
+        read, width = self.rows_to_read(rows), self.in_features
+        _check_finite(values, name, read.start)
+        blocks = self._values_of_blocks(rows)
+        skipped = blocks.start - read.start * width
+        # As one row: what is a block of the whole weight is one here, the shorter last one too.
+        flat = values.reshape(1, -1)[:, skipped : skipped + blocks.stop - blocks.start]
+        packed = quantise_nf4(flat, self.block, double_quant=False)
+        first, stop = (place * width for place in (rows.start, rows.stop))
+        own = packed.codes[0, (first - blocks.start) // 2 : (stop - blocks.start) // 2]
+        # Of a block that two processes have a part of: the scale is the first one's.
+        scales = slice(n_blocks(first, self.block), n_blocks(stop, self.block))
+        start = blocks.start // self.block
+        return PackedRows(
+            own.view(rows.stop - rows.start, width // 2),
+            packed.scales[scales.start - start : scales.stop - start],
+            scales.start,
+        )
+
+    def _values_of_blocks(self, rows: slice) -> slice:
+        """Return which values of the flattened weight the blocks are that `rows` have part in."""
+        if rows.start == rows.stop:
+            return slice(rows.start * self.in_features, rows.stop * self.in_features)
+        start, stop = rows.start * self.in_features, rows.stop * self.in_features
+        end = n_blocks(stop, self.block) * self.block
+        n_values = self.out_features * self.in_features
+        return slice(start // self.block * self.block, min(end, n_values))
+
+    def set_scales(self, scales: Tensor) -> None:
+        scales, groups, offset = pack_scales(scales, double_quant=self.double_quant)
+        self.weight_scales, self.weight_group_scales, self.weight_offset = scales, groups, offset
 
     def plain_twin(self) -> Nf4Linear:
         with torch.device("meta"):  # no storage: all is replaced at once
@@ -87,16 +125,6 @@ class Nf4Weight(QuantisedWeight):
         plain.weight, plain.bias = self.weight, self.bias
         plain.share_packed(self)
         return plain.train(self.training)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move as nn.Module does; the scales keep their dtype, which is part of the format."""
-        former = {name: self.get_buffer(name) for name in self.packed_names}
-        super()._apply(fn, recurse)
-        for name, buffer in former.items():
-            moved = self.get_buffer(name)
-            if moved.dtype is not buffer.dtype:
-                setattr(self, name, buffer.to(moved.device))
-        return self
 
 
 class _Multiply(torch.autograd.Function):
@@ -154,6 +182,13 @@ class Nf4Linear(Nf4Weight):
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, nf4, block={self.block}, double_quant={self.double_quant}"
+
+
+def _check_finite(weight: Tensor, name: str, first_row: int = 0) -> None:
+    # The host waits once per tensor.
+    if not bool(torch.isfinite(weight).all()):
+        why = "A block's scale would be infinite."
+        raise not_finite(weight, name, "nf4", why, first_row)
 
 
 def check_even(linear: nn.Linear, name: str) -> None:

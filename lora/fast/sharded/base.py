@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.decoder.decoder import Decoder
-from lora.decoder.quantised.fp8 import quantise_weight
+from lora.decoder.quantised.fp8 import Fp8Weight
 from lora.device import Share
 from lora.distributed.shards import Rows, gather_shards
 from lora.distributed.world import ALONE, World
@@ -87,8 +87,7 @@ def fill_fp8_part(
     for name, rows, target in _reads(matrix, unit):
         values = base.rows(name, rows).to(device=base.device, dtype=dtype)
         # Rows are quantised one by one, so that a part of them gets the codes of the whole.
-        found = quantise_weight(values, name, first_row=rows.start)
-        own[target], scales[target] = found.codes, found.scales
+        own[target], scales[target] = Fp8Weight.quantise_finite(values, name, first_row=rows.start)
 
 
 def _reads(matrix: ShardedMatrix, unit: int) -> Iterator[tuple[str, slice, slice]]:

@@ -1,0 +1,51 @@
+"""Frozen int8 linears: codes from −127 to 127 and one fp32 scale per output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lora.decoder.quantised.row_scaled import RowScaledWeight
+from lora.kernels.int8 import quantise_int8, unpack_int8
+
+
+class Int8Weight(RowScaledWeight):
+    """Base of every layer with an int8 weight: value = weight · weight_scale."""
+
+    kind = "int8"
+    code_dtype = torch.int8
+    why_finite = "A row's scale would be infinite."
+
+    @classmethod
+    def quantise(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
+        rows = quantise_int8(weight)
+        return rows.codes, rows.scales
+
+    def unpack_into(self, out: Tensor, first_row: int = 0) -> None:
+        rows = slice(first_row, first_row + len(out))
+        unpack_int8(self.weight[rows], self.weight_scale[rows], out)
+
+    def plain_twin(self) -> Int8Linear:
+        with torch.device("meta"):  # no storage: all is replaced at once
+            plain = Int8Linear(nn.Linear(self.in_features, self.out_features, bias=False))
+        plain.weight, plain.bias = self.weight, self.bias
+        plain.share_packed(self)
+        return plain.train(self.training)
+
+
+class Int8Linear(Int8Weight):
+    """A frozen int8 linear, without values until `load`.
+
+    Args:
+        linear: the one that it replaces, with its sizes, bias and device.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.make_empty(linear)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
+        return self.multiply(x)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, int8"

@@ -1,0 +1,102 @@
+"""Frozen linears of codes with one fp32 scale per output: fp8 and int8.
+
+What differs from the textbook: a layer multiplies by its codes and scales the result, so the only
+temporary copy of the weight is the codes cast to the compute dtype, and autograd saves nothing but
+codes and scales. This runs on any device; fp8 GEMMs are in `lora.fast`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora.decoder.quantised.base import (
+    PackedRows,
+    QuantisedWeight,
+    not_finite,
+    sample_values,
+    with_autocast,
+)
+
+
+class RowScaledWeight(QuantisedWeight):
+    """Base of every layer with a scale for each row: value = weight · weight_scale."""
+
+    code_dtype: ClassVar[torch.dtype]
+    why_finite: ClassVar[str]
+    """Why a value that is not finite has no code, as a sentence."""
+    packed_names = ("weight_scale",)
+    weight_scale: Tensor
+    """(O, 1), fp32."""
+
+    @classmethod
+    @abstractmethod
+    def quantise(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return codes (O, I) and scales (O, 1) of `weight`; not finite where its values are not"""
+
+    @classmethod
+    def quantise_finite(
+        cls, weight: Tensor, name: str, *, first_row: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Return codes and scales of `weight` (O, I), or of its rows from `first_row` on.
+
+        Raises ModelError if a value is not finite.
+        """
+        codes, scales = cls.quantise(weight)
+        # The host waits once per tensor. A row with a value that is not finite has no scale.
+        if not bool(torch.isfinite(scales).all()) or bool(weight.isnan().any()):
+            raise not_finite(weight, name, cls.kind, cls.why_finite, first_row)
+        return codes, scales
+
+    def make_empty(self, linear: nn.Linear) -> None:
+        """Changes this layer in place: it gets the sizes and the bias of `linear`, no values."""
+        self.take_sizes(linear)
+        codes = torch.empty_like(linear.weight, dtype=self.code_dtype)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        scales = codes.new_empty(len(codes), 1, dtype=torch.float32)
+        self.register_buffer("weight_scale", scales)
+
+    def multiply(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
+        y: Tensor = _Multiply.apply(with_autocast(x), self.weight, self.weight_scale)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def unpack_into(self, out: Tensor, first_row: int = 0) -> None:
+        rows = slice(first_row, first_row + len(out))
+        out.copy_(self.weight[rows].float() * self.weight_scale[rows])
+
+    def load(self, weight: Tensor, name: str) -> None:
+        codes, scales = self.quantise_finite(weight, name)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.weight_scale, self.sample = scales, sample_values(weight)
+        self.value_dtype = weight.dtype
+
+    @property
+    def n_scales(self) -> int:
+        return self.out_features
+
+    def quantise_rows(self, values: Tensor, rows: slice, name: str) -> PackedRows:
+        # Rows are quantised one by one, so that a part of them gets the codes of the whole.
+        codes, scales = self.quantise_finite(values, name, first_row=rows.start)
+        return PackedRows(codes, scales.flatten(), rows.start)
+
+    def set_scales(self, scales: Tensor) -> None:
+        self.weight_scale = scales[:, None]
+
+
+class _Multiply(torch.autograd.Function):
+    """x (codes · scale)ᵀ with the scale applied to the outputs; saves codes and scale."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(codes, scale)
+        return F.linear(x, codes.to(x.dtype)).mul_(scale.squeeze(1).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        codes, scale = ctx.saved_tensors
+        (dy,) = grads
+        return (dy * scale.squeeze(1).to(dy.dtype)) @ codes.to(dy.dtype), None, None
