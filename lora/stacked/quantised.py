@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora.decoder.quantised.base import QuantisedWeight
 from lora.decoder.quantised.fp8 import Fp8Weight
+from lora.decoder.quantised.int8 import Int8Weight
 from lora.decoder.quantised.nf4 import Nf4Weight
 from lora.stacked.layers import FusedStackedLoRALinear, Stack, StackedLoRALinear
 
@@ -51,9 +52,12 @@ class StackedFp8Linear(StackedQuantisedLinear, Fp8Weight):
     """Stacked adapters on an fp8 linear."""
 
 
+class StackedInt8Linear(StackedQuantisedLinear, Int8Weight):
+    """Stacked adapters on an int8 linear."""
+
+
 STACKED_LINEARS: dict[str, type[StackedQuantisedLinear]] = {
-    "fp8": StackedFp8Linear,
-    "nf4": StackedNf4Linear,
+    kind.kind: kind for kind in (StackedFp8Linear, StackedNf4Linear, StackedInt8Linear)
 }
 """By kind of the weight."""
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora.decoder.quantised.base import QuantisedWeight
 from lora.decoder.quantised.fp8 import Fp8Linear
+from lora.decoder.quantised.int8 import Int8Linear
 from lora.decoder.quantised.nf4 import Nf4Linear
 from lora.layers.quantised import LORA_LINEARS, LoRAQuantisedLinear
 from lora.stacked.layers import Stack, StackedLoRALinear
@@ -18,7 +19,7 @@ from lora.stacked.quantised import STACKED_LINEARS, StackedQuantisedLinear, buil
 RANKS, SCALINGS, SEEDS = (2, 5, 1), (2.0, 0.4, 3.0), (7, 8, 9)
 NO_DROPOUT, DROPOUTS = (0.0, 0.0, 0.0), (0.1, 0.0, 0.5)
 INPUTS, OUTPUTS = 10, 14
-BASES = ("fp8", "nf4", "nf4 single")
+BASES = ("fp8", "nf4", "nf4 single", "int8")
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -31,8 +32,12 @@ def quantised(base: str, dtype: torch.dtype) -> QuantisedWeight:
     with torch.no_grad():
         linear.weight.copy_(draw(OUTPUTS, INPUTS, seed=1))
         linear.bias.copy_(draw(OUTPUTS, seed=2))
-    double = base == "nf4"
-    made = Fp8Linear(linear) if base == "fp8" else Nf4Linear(linear, 32, double_quant=double)
+    by_row = {"fp8": Fp8Linear, "int8": Int8Linear}
+    made: QuantisedWeight = (
+        by_row[base](linear)
+        if base in by_row
+        else Nf4Linear(linear, 32, double_quant=base == "nf4")
+    )
     made.load(linear.weight.detach(), "a linear")
     return made
 
