@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from lora.cli.flags.from_fields import Flat, config_from, flags_from
-from lora.cli.flags.shared import Adapter, Device, Implementation, Model, System
+from lora.cli.flags.shared import Adapter, AnswerBase, Device, Implementation, Model, System
 from lora.config import MAX_SEED, SamplingConfig
 from lora.inference.checkpoints.find import find_adapter
 from lora.inference.loading import LoadedModel, load_model, load_tokenizer_of
@@ -40,6 +40,7 @@ def chat(
     implementation: Implementation = "auto",
     adapter: Adapter = None,
     system: System = None,
+    base_dtype: AnswerBase = "auto",
     device: Device = "auto",
     sampling: Annotated[ChatSampling | None, Flat] = None,
 ) -> int:
@@ -53,7 +54,9 @@ def chat(
     the base model, /new clears the conversation, /quit (or end of input) exits.
     """
     config = config_from(SamplingConfig, sampling or ChatSampling())
-    loaded = load_model(model, adapter, device, implementation)
+    loaded = load_model(model, adapter, device, implementation, base_dtype)
+    if loaded.note:
+        print_note(f"note: {loaded.note}")
     loaded.implementation.tell_unless_native(print_note)
     asker = _asker(loaded, system)
     said: list[Message] = []

@@ -20,6 +20,7 @@ from lora.cli.flags.from_fields import (
 )
 from lora.cli.flags.shared import (
     Adapter,
+    AnswerBase,
     Device,
     Devices,
     Implementation,
@@ -65,6 +66,7 @@ def evaluate(
     predictions: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
     max_new_tokens: Annotated[int, Parameter(group=GENERATION)] = 128,
     bleu: Annotated[bool, Parameter(group=GENERATION)] = False,
+    base_dtype: AnswerBase = "auto",
     device: Device = "auto",
     devices: Devices = None,
     overwrite: Overwrite = False,
@@ -125,7 +127,9 @@ def evaluate(
     chosen_code.tell_unless_native(_tell)
     rules = find_rules(config, adapter, folder)
     examples = read_examples(data, _tell, rules=rules, part="test")
-    loaded = load_model(model, adapter, device, chosen_code.kind)
+    loaded = load_model(model, adapter, device, chosen_code.kind, base_dtype)
+    if loaded.note:
+        _tell(f"note: {loaded.note}")
     loaded = replace(loaded, tokenizer=tokenizer_for(config, loaded.tokenizer))
     if model is None:
         _tell(f"model: {loaded.source.description}")

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from lora.cli.flags.from_fields import GENERATION, Flat, config_from
 from lora.cli.flags.shared import (
     Adapter,
+    AnswerBase,
     Device,
     Devices,
     Implementation,
@@ -42,6 +43,7 @@ def generate(
     prompts_file: Annotated[Path | None, Parameter(group=GENERATION)] = None,
     system: System = None,
     raw: Raw = None,
+    base_dtype: AnswerBase = "auto",
     device: Device = "auto",
     devices: Devices = None,
     json: Json = False,
@@ -87,7 +89,9 @@ def generate(
             "note: --top-k and --top-p have no effect at --temperature 0, which is greedy "
             "decoding. Add --temperature 0.7 to sample."
         )
-    loaded = load_model(model, adapter, device, implementation)
+    loaded = load_model(model, adapter, device, implementation, base_dtype)
+    if loaded.note:
+        print_note(f"note: {loaded.note}")
     if model is None:
         print_note(f"model: {loaded.source.description}")
     loaded.implementation.tell_unless_native(print_note)

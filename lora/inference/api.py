@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from lora.config import DataConfig, ImplementationName, SamplingConfig
+from lora.config import AnswerDtype, DataConfig, ImplementationName, SamplingConfig
 from lora.data.chat.choose_template import choose_template
 from lora.data.chat.prompts import chat_prompt
 from lora.data.prompting.ask import Asker
@@ -36,6 +36,9 @@ from lora.inference.run_settings import (
 )
 from lora.inference.shared import generate_shared, sharing
 from lora.runs.record import PromptFormat
+from lora.terminal import escaping_log
+
+log = escaping_log(__name__)
 
 Chat = Sequence[Message]
 """The messages of a conversation, each with `role` and `content`; the last is the question."""
@@ -47,6 +50,7 @@ def load_model(
     *,
     device: str = "auto",
     implementation: ImplementationName = "auto",
+    base_dtype: AnswerDtype = "auto",
 ) -> tuple[LanguageModel, TextTokenizer]:
     """Return a model ready to answer, with an adapter on it if one is given, and its tokenizer.
 
@@ -57,13 +61,17 @@ def load_model(
         device: auto, cpu, cuda, cuda:1 ...
         implementation: native, transformers for any causal language model, or auto: what the
             adapter's run recorded, else native if it can.
+        base_dtype: auto, the values of the base that the adapter was trained over (of nf4 or fp8
+            unpacked, where memory has room); nf4 or fp8: packed; original: not quantised.
 
     Raises ModelError for a model that cannot be loaded, AdapterError for an adapter that does not
     belong to it, DataError for a damaged tokenizer.
     """
     folder = None if adapter is None else Path(adapter)
     given = None if name is None else str(name)
-    loaded = loading.load_model(given, folder, device, implementation)
+    loaded = loading.load_model(given, folder, device, implementation, base_dtype)
+    if loaded.note is not None:
+        log.warning(loaded.note)
     # Where what a whole model learned on is recorded, and what adapters of it name as their base.
     loaded.model.model_folder = loaded.source.folder  # type: ignore[assignment]
     loaded.model.model_reference = loaded.source.reference  # type: ignore[assignment]

@@ -11,7 +11,7 @@ from lora.runs.outputs import input_paths
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lora.config import DataConfig, ImplementationName
+    from lora.config import AnswerDtype, DataConfig, ImplementationName
     from lora.data.tokenizers.subword import TextTokenizer
     from lora.decoder.language_model import LanguageModel
     from lora.device import DeviceChoice
@@ -35,6 +35,8 @@ class LoadedModel:
     implementation: Implementation
     prompts: PromptFormat | None = None
     """How it was prompted in training; None if nothing tells."""
+    note: str | None = None
+    """What should be known of its weights."""
 
 
 def load_model(
@@ -42,34 +44,41 @@ def load_model(
     adapter: Path | None,
     device: str = "auto",
     implementation: ImplementationName = "auto",
+    base_dtype: AnswerDtype = "auto",
 ) -> LoadedModel:
     """Return the model called `name` with `adapter` on it, and its tokenizer.
 
     Without a name it is the base that the adapter names, else the default model. An adapter that
     brings a tokenizer (with the chat template it learned) is asked with that one. Each of several
-    processes loads the model on its own GPU.
+    processes loads the model on its own GPU. `base_dtype`: see `lora.inference.base_weights`.
     """
     from lora.adapters.save_load import load_adapter
     from lora.device import choose_device
     from lora.distributed.devices import own_device
     from lora.errors import AdapterError
+    from lora.inference.base_weights import (
+        check_answer_dtype,
+        choose_answer_base,
+        load_answer_base,
+    )
     from lora.inference.checkpoints.find import find_adapter
     from lora.inference.run_settings import find_prompt_format
-    from lora.pretrained.load.models import load_language_model
 
+    check_answer_dtype(base_dtype)
     choice = choose_device(own_device(device))
     adapter = None if adapter is None else find_adapter(adapter)
     source = find_model_of(name, adapter)
     chosen = find_implementation_of(source, adapter, implementation)
     tokenizer = load_tokenizer_of(source, adapter)
     prompts = find_prompt_format(adapter, source.folder)
-    model = load_language_model(source.folder, implementation=chosen.kind, device=choice.device)
+    base = choose_answer_base(base_dtype, adapter, source.folder, choice)
+    model, note = load_answer_base(source.folder, chosen.kind, choice, base)
     if adapter is not None:
         try:
             load_adapter(model, adapter)
         except AdapterError as error:
             raise AdapterError(f"{error}{describe_other_base(name, adapter, source)}") from None
-    return LoadedModel(source, model.eval(), tokenizer, choice, chosen, prompts)
+    return LoadedModel(source, model.eval(), tokenizer, choice, chosen, prompts, note)
 
 
 def find_implementation_of(

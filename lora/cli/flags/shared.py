@@ -18,6 +18,7 @@ from lora.cli.flags.from_fields import (
     flags_from,
 )
 from lora.config import (
+    AnswerDtype,
     BaseWeights,
     DataConfig,
     ImplementationName,
@@ -72,6 +73,14 @@ Adapter = Annotated[
 ]
 System = Annotated[
     str | None, Parameter(group=GENERATION, help="System prompt. Default: as in training.")
+]
+AnswerBase = Annotated[
+    AnswerDtype,
+    Parameter(
+        group=DEVICE,
+        help="Base's linears: auto (as trained over, unpacked if they fit); nf4, fp8: packed; "
+        "original: unquantised.",
+    ),
 ]
 Device = Annotated[str, Parameter(group=DEVICE, help="Device: auto, cpu, cuda, cuda:1, ...")]
 Devices = Annotated[

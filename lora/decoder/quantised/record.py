@@ -15,7 +15,12 @@ import torch
 _WEIGHTS: dict[str, Any] = {"compute_dtype": "float32", "fingerprint": ""}
 _SCALES: dict[str, Any] = {**_WEIGHTS, "double_quant": None}
 """What does not count where values, or codes alone, are compared."""
-COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+COMPUTE_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 """By name: what the weights were before they were quantised, and are when they are unpacked."""
 
 

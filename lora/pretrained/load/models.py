@@ -14,6 +14,7 @@ from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder, build_empty_decoder
 from lora.decoder.families import FAMILIES, decoder_config
 from lora.decoder.language_model import LanguageModel, ModelConfig
+from lora.decoder.quantised.base import quantised_modules
 from lora.errors import UnsupportedModelError
 from lora.layers.quantised_model import use_quantised_linears
 from lora.pretrained.hf_files import read_config
@@ -95,7 +96,7 @@ def load_language_model(
     """
     if implementation_of(folder, implementation).kind == "native":
         model = load_decoder(folder, dtype=dtype, device=device, base=base)
-        if base is not None and base.is_quantised:
+        if any(len(module.sample) for module in quantised_modules(model).values()):
             model.original_weight = OriginalWeights(folder)
         return model
     return load_transformers_model(folder, dtype=dtype, device=device, base=base)

@@ -1,0 +1,137 @@
+"""Which values of the base's weights a model answers with, and whether they stay packed.
+
+auto takes the values that the adapter was trained over. They are unpacked when the model is loaded,
+into the compute dtype, so that answers come as fast as over plain weights; where memory has no room
+for that, they stay packed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from lora.adapters.bases.linears import weights_of
+from lora.adapters.bases.rules import read_trained_base
+from lora.adapters.bases.unpack import round_base, unpack_base
+from lora.adapters.peft_files import read_metadata
+from lora.config import AnswerDtype, BaseWeights, ImplementationName
+from lora.decoder.language_model import LanguageModel
+from lora.decoder.quantised.base import base_kind, quantised_modules
+from lora.decoder.quantised.record import BaseQuantisation
+from lora.device import DeviceChoice, available_bytes
+from lora.errors import ConfigError, did_you_mean
+from lora.pretrained.load.models import empty_language_model, load_language_model, model_config
+from lora.pretrained.load.task import check_native_only
+from lora.pretrained.quantised.folder import find_4bit
+
+MEMORY_FRACTION = 0.8
+"""Of the free memory: what unpacked weights may take."""
+
+
+@dataclass(frozen=True)
+class AnswerBase:
+    """How a base is loaded to answer."""
+
+    weights: BaseWeights
+    load_dtype: torch.dtype
+    """Of the weights as they are read, before they are quantised."""
+    dtype: torch.dtype
+    """Of what is not packed, once all is loaded."""
+    may_unpack: bool = False
+    """Whether quantised weights are unpacked if memory has room."""
+    rounded_as: BaseQuantisation | None = None
+    """Of some linears only: the others are kept plain, so none is packed first."""
+
+
+def choose_answer_base(
+    asked: AnswerDtype, adapter: Path | None, folder: Path, choice: DeviceChoice
+) -> AnswerBase:
+    """Return how the base in `folder` is loaded for `adapter`, which is in a directory, or None.
+
+    Raises ConfigError for a word that is not allowed, or that a folder in 4 bits cannot follow.
+    """
+    check_answer_dtype(asked)
+    trained = None if adapter is None else trained_quantisation(adapter)
+    compute, is_auto = choice.compute_dtype, asked == "auto"
+    if find_4bit(folder) is not None:
+        _refuse_for_4bit(asked, folder)
+        return AnswerBase(BaseWeights(), compute, compute, may_unpack=is_auto)
+    if asked == "original" or (asked == "auto" and trained is None):
+        return AnswerBase(BaseWeights(), torch.float32, torch.float32)
+    if trained is None or asked not in ("auto", trained.dtype):
+        packed = BaseWeights(base_dtype=asked)
+        return AnswerBase(packed, compute, compute)
+    if trained.kept:
+        return AnswerBase(BaseWeights(), trained.torch_dtype, compute, rounded_as=trained)
+    return AnswerBase(weights_of(trained), trained.torch_dtype, compute, may_unpack=is_auto)
+
+
+def check_answer_dtype(asked: str) -> None:
+    """Raise ConfigError for a word that is no base dtype to answer with."""
+    allowed = get_args(AnswerDtype)
+    if asked not in allowed:
+        near = did_you_mean(str(asked), allowed)
+        raise ConfigError(f"Cannot use base_dtype={asked!r}. Allowed: {', '.join(allowed)}.{near}")
+
+
+def _refuse_for_4bit(asked: AnswerDtype, folder: Path) -> None:
+    if asked not in ("auto", "nf4"):
+        raise ConfigError(
+            f"Cannot use base_dtype={asked!r} with {folder}: its weights are in 4 bits, and there "
+            "are no others. Allowed: auto, nf4. Or name the model that it was made from."
+        )
+
+
+def trained_quantisation(adapter: Path) -> BaseQuantisation | None:
+    """Return the quantisation that an adapter was trained over; None: none, or it is not said."""
+    try:
+        return read_trained_base(read_metadata(adapter)).quantisation
+    except ValueError:  # said where the adapter is loaded
+        return None
+
+
+def load_answer_base(
+    folder: Path, implementation: ImplementationName, choice: DeviceChoice, base: AnswerBase
+) -> tuple[LanguageModel, str | None]:
+    """Return the model in `folder`, and a note if it stays packed because memory has no room."""
+    if base.weights.is_quantised:
+        check_native_only(model_config(folder, implementation), base=base.weights, fsdp=False)
+    free = available_bytes(choice.device.type)
+    model = load_language_model(
+        folder,
+        implementation=implementation,
+        dtype=base.load_dtype,
+        device=choice.device,
+        base=base.weights,
+    )
+    note = None
+    if base.rounded_as is not None:
+        round_base(model, base.rounded_as)
+    elif base.may_unpack and base_kind(model) is not None:
+        needed = _unpacked_bytes(folder, implementation, base.dtype)
+        if free is None or needed <= free * MEMORY_FRACTION:
+            unpack_base(model, base.dtype)
+        else:
+            note = (
+                f"the base stays packed in {base_kind(model)}: unpacked it would take "
+                f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. The values are the "
+                "same; answers take longer"
+            )
+    _cast(model, base.dtype)
+    return model, note
+
+
+def _unpacked_bytes(folder: Path, implementation: ImplementationName, dtype: torch.dtype) -> int:
+    empty = empty_language_model(model_config(folder, implementation))
+    return sum(parameter.numel() for parameter in empty.parameters()) * dtype.itemsize
+
+
+def _cast(model: LanguageModel, dtype: torch.dtype) -> None:
+    """Changes `model` in place: parameters that are no codes get `dtype`."""
+    coded = {id(module.weight) for module in quantised_modules(model).values()}
+    for parameter in model.parameters():
+        if id(parameter) not in coded and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
