@@ -8,17 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from lora.config import LoRAConfig, TrainConfig
+from lora.config import BaseWeights, LoRAConfig, TrainConfig
 from lora.data.sequences.batches import Batch
 from lora.decoder.config import DecoderConfig, FeedForwardConfig
 from lora.decoder.decoder import Decoder, build_empty_decoder
 from lora.decoder.families import FAMILIES, decoder_config
+from lora.decoder.quantised.base import quantised_modules
 from lora.device import choose_device
+from lora.fast.llama.checkpointing import MODES
 from lora.fast.stacked_step import StackedFastStep
 from lora.fast.step import FastStep
 from lora.fast.why_not import why_not_hand_written, why_not_stacked_hand_written
 from lora.kernels.step.ops import PLAIN
+from lora.layers.quantised_model import use_quantised_linears
 from lora.stacked.losses import StackedDecoderLoss, stack_batches
 from lora.stacked.plain_step import PlainStackedRunner
 from lora.training.losses import loss_for
@@ -76,6 +80,30 @@ def test_one_step_equals_the_plain_one(
     others = dict(plain.named_parameters())
     for key, parameter in fast.named_parameters():
         assert relative(parameter, others[key]) <= 1e-5, key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in (*CASES, "long") if name not in REFUSED])
+def test_one_step_over_nf4_equals_the_plain_one(
+    name: str, make_batch: Callable[..., Batch]
+) -> None:
+    plain = build(name)
+    weights = {n: m.weight for n, m in plain.named_modules() if isinstance(m, nn.Linear)}
+    use_quantised_linears(plain, BaseWeights("nf4"))
+    for key, module in quantised_modules(plain).items():
+        module.load(weights[key].detach(), key)
+    apply_random_lora(plain, torch.float64)
+    fast = copy.deepcopy(plain)
+    assert why_not_hand_written(plain) is None
+    step = FastStep(fast, PLAIN, torch.float64, checkpointing=MODES["full"])
+    batches = [make_batch(0, packed=True), make_batch(1, packed=False)]
+    step.launch(batches, 1e-2)
+    expected = train_step(plain, batches, loss_for(plain), build_optimizer(plain, 1e-2, 0.0))
+    assert step.report[0].item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    others = dict(plain.named_parameters())
+    for key, parameter in fast.named_parameters():
+        if parameter.requires_grad:
+            assert relative(parameter, others[key]) <= 1e-5, key
 
 
 @pytest.mark.parametrize("name", [name for name in (*CASES, "long") if name not in REFUSED])
