@@ -4,7 +4,8 @@
 
 Prints the microseconds that one weight takes and the bandwidth, of what is read and written, beside
 a copy of as many bytes, and bitsandbytes' kernel where it is installed. VALUES and WARPS in
-lora/kernels/unpack/nf4.py say which sizes are used; the kernel there looks levels up in memory.
+lora/kernels/unpack/nf4.py say which sizes are used; the kernel there looks levels up in shared
+memory, others by selects or in the cache.
 """
 
 from __future__ import annotations
@@ -34,20 +35,18 @@ from lora.kernels.step.jit import jit, tl
 from lora.kernels.unpack import nf4
 
 SHAPES = {
-    "1B q_proj": (2048, 2048),
     "1B k_proj": (512, 2048),
     "1B up_proj": (8192, 2048),
     "8B q_proj": (4096, 4096),
-    "8B k_proj": (1024, 4096),
     "8B up_proj": (14336, 4096),
     "8B down_proj": (4096, 14336),
     "70B up_proj": (28672, 8192),
 }
-SIZES = [(1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (4096, 16), (8192, 8)]
+SIZES = [(1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 8), (8192, 16)]
 """Values and warps of a program."""
 REPEATS, LORA_COLUMNS = 20, 48
-TREE, SHARED = 1, 2
-"""Other ways to look a level up: selects by bit, and a gather from shared memory."""
+SELECTS, CACHE = 1, 2
+"""Other ways to look a level up: by its bits, and from memory, which the cache serves."""
 
 
 def main() -> int:
@@ -102,9 +101,8 @@ def _ways(
         nf4.VALUES, nf4.WARPS = values, warps
         yield f"kernel {values}/{warps}", lambda: nf4.unpack_nf4_triton(packed, out)
     nf4.VALUES, nf4.WARPS = sizes
-    for name, lookup in (("selects", TREE), ("shared memory", SHARED)):
-        for values, warps in ((1024, 4), (2048, 8), (4096, 8)):
-            yield f"{name} {values}/{warps}", _other(packed, out, lookup, values, warps)
+    for name, lookup in (("selects", SELECTS), ("cache", CACHE)):
+        yield f"{name} 1024/4", _other(packed, out, lookup, 1024, 4)
     if importlib.util.find_spec("bitsandbytes") is not None:
         functional: Any = importlib.import_module("bitsandbytes.functional")
         codes, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
@@ -180,10 +178,8 @@ def _other_kernel(
     if LOOKUP == 1:
         high, low = _selected(pair >> 4), _selected(pair & 15)
     else:
-        table = tl.load(pairs + 2 * tl.arange(0, 16) + 1)
-        flat = tl.reshape(pair, [CELLS * CELL // 2])
-        high = tl.reshape(tl.gather(table, flat >> 4, 0), [CELLS, CELL // 2])
-        low = tl.reshape(tl.gather(table, flat & 15, 0), [CELLS, CELL // 2])
+        high = tl.load(pairs + 2 * (pair >> 4) + 1)
+        low = tl.load(pairs + 2 * (pair & 15) + 1)
     values = tl.interleave(high * scale[:, None], low * scale[:, None])
     start = out + (cell // cells_per_row).to(tl.int64) * out_stride + (cell % cells_per_row) * CELL
     tl.store(start[:, None] + tl.arange(0, CELL)[None, :], values.to(out.dtype.element_ty))

@@ -24,8 +24,8 @@ from lora.kernels.step.jit import HAS_TRITON, jit, row_stride, tl
 
 MAX_CELL = 128
 """Values of a cell at most: longer blocks are several cells with the same scale."""
-VALUES = 2048
-"""Of one program: eight a thread, which it writes 16 bytes at a time."""
+VALUES = 4096
+"""Of one program."""
 WARPS = 8
 
 
@@ -34,7 +34,6 @@ def _unpack_kernel(
     codes, scales, group_scales, offset, pairs, scale_levels, ids, out,
     out_stride, cells_per_row, cells_per_block, first_row, n_cells, HAS_IDS: tl.constexpr,
     IS_DOUBLE: tl.constexpr, GROUP: tl.constexpr, CELL: tl.constexpr, CELLS: tl.constexpr,
-    WORD: tl.constexpr,
 ):  # fmt: skip
     own = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
     inside = own < n_cells
@@ -51,19 +50,17 @@ def _unpack_kernel(
         scale = tl.load(scale_levels + scale_code) * group + tl.load(offset)
     else:
         scale = tl.load(scales + block, mask=inside, other=0.0)
-    word = tl.arange(0, CELL // WORD)[None, :, None]
-    value = tl.arange(0, WORD)[None, None, :]
-    at = cell.to(tl.int64)[:, None, None] * (CELL // WORD) + word
-    there = inside[:, None, None]
-    loaded = tl.load(codes + at, mask=there, other=0).to(tl.int32)  # (CELLS, words, 1)
-    # Spread over its values inside a thread, which then writes what it has read: no exchange
-    # between threads. The first of a byte's two values is in the high four bits.
-    code = (loaded >> (4 * (value ^ 1))) & 15  # (CELLS, words, WORD)
-    # The first 16 pairs end in the 16 levels, 128 bytes: a warp's lookups are in one cache line.
-    values = tl.load(pairs + 2 * code + 1) * scale[:, None, None]
+    at = cell.to(tl.int64)[:, None] * (CELL // 2) + tl.arange(0, CELL // 2)[None, :]
+    code = tl.load(codes + at, mask=inside[:, None], other=0).to(tl.int32)
+    # A byte's two values follow one another, the one in its high four bits first.
+    code = tl.interleave(code >> 4, code & 15)  # (CELLS, CELL)
+    # From shared memory, where the levels are in as many banks: half as long again from the cache
+    # (benchmarks/nf4_unpack.py). The first 16 pairs end in the 16 levels.
+    levels = tl.load(pairs + 2 * tl.arange(0, 16) + 1)
+    level = tl.reshape(tl.gather(levels, tl.reshape(code, [CELLS * CELL]), 0), [CELLS, CELL])
+    values = (level * scale[:, None]).to(out.dtype.element_ty)
     start = out + row.to(tl.int64) * out_stride + in_row * CELL
-    out_at = start[:, None, None] + word * WORD + value
-    tl.store(out_at, values.to(out.dtype.element_ty), mask=there)
+    tl.store(start[:, None] + tl.arange(0, CELL)[None, :], values, mask=inside[:, None])
 
 
 def unpack_nf4_triton(packed: Nf4Tensor, out: Tensor, first_row: int = 0) -> None:
@@ -81,15 +78,13 @@ def _launch(packed: Nf4Tensor, out: Tensor, first_row: int, ids: Tensor | None) 
     # Powers of two, of which the row is a multiple: no cell lies in two rows or in two blocks.
     cell = min(math.gcd(inputs, packed.block), MAX_CELL)
     per_row, cells = inputs // cell, max(1, VALUES // cell)
-    n_cells, codes, word = rows * per_row, packed.codes, 2
-    if cell % 8 == 0:
-        codes, word = codes.view(torch.int32), 8
+    n_cells, codes = rows * per_row, packed.codes
     _unpack_kernel[(-(-n_cells // cells),)](
         codes, packed.scales, packed.group_scales, packed.offset,
         nf4_pairs(packed.codes), dynamic_levels(packed.codes), codes if ids is None else ids, out,
         row_stride(out), per_row, packed.block // cell, first_row, n_cells,
         HAS_IDS=ids is not None, IS_DOUBLE=packed.is_double, GROUP=GROUP, CELL=cell, CELLS=cells,
-        WORD=word, num_warps=WARPS,
+        num_warps=WARPS,
         # A product and a sum that are fused round once, where torch rounds twice.
         enable_fp_fusion=False,
     )  # fmt: skip
