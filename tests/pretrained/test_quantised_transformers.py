@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.adapters.apply import apply_lora, lora_layers, replace_module
+from lora.adapters.bases.unpack import unpack_base
 from lora.adapters.fingerprint import base_fingerprint
 from lora.config import BaseWeights, LoRAConfig
 from lora.decoder.quantised.base import QuantisedWeight, quantised_modules
@@ -223,3 +224,13 @@ def test_merged_layers_are_of_the_kind_that_they_were(tmp_path: Path) -> None:
     assert {type(m) for m in merged.modules()} == {type(m) for m in model.modules()}
     with torch.no_grad():
         torch.testing.assert_close(merged(IDS), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_an_unpacked_base_is_saved_as_the_files_have_it(tmp_path: Path) -> None:
+    model = load_transformers_model(save_tiny_transformers("gpt2", tmp_path / "base"), base=NF4)
+    with torch.no_grad():
+        wanted = model(IDS)
+    unpack_base(model, torch.float32)
+    save_transformers_model(model, tmp_path / "plain")
+    with torch.no_grad():
+        assert torch.equal(load_transformers_model(tmp_path / "plain")(IDS), wanted)

@@ -13,7 +13,7 @@ from lora.adapters.bases.linears import block_linears, is_transposed, linear_val
 from lora.adapters.bases.quantisation import quantisation_of
 from lora.adapters.fingerprint import base_fingerprint, code_fingerprint
 from lora.decoder.language_model import LanguageModel
-from lora.decoder.quantised.base import QuantisedWeight, quantised_modules
+from lora.decoder.quantised.base import quantised_modules
 from lora.decoder.quantised.record import BaseQuantisation
 
 
@@ -27,7 +27,7 @@ def unpack_base(model: LanguageModel, dtype: torch.dtype) -> None:
     """
     kind, fingerprint = quantisation_of(model), base_fingerprint(model)
     for name, module in quantised_modules(model).items():
-        replace_module(model, name, plain_linear(module, dtype))
+        replace_module(model, name, module.plain_layer(module.unpacked().to(dtype)))
     model.known_quantisation, model.known_fingerprint = kind, fingerprint
 
 
@@ -45,13 +45,3 @@ def round_base(model: LanguageModel, kind: BaseQuantisation) -> None:
             weight.copy_(values.T if is_transposed(module) else values)
     model.known_quantisation = replace(kind, fingerprint=codes)
     model.known_fingerprint = fingerprint
-
-
-def plain_linear(module: QuantisedWeight, dtype: torch.dtype) -> nn.Linear:
-    """Return the linear that `module` stands for, with its values in `dtype` and its bias."""
-    with torch.device("meta"):  # no storage: both parameters are replaced at once
-        linear = nn.Linear(module.in_features, module.out_features, bias=False)
-    values = module.unpacked().to(dtype)
-    linear.weight = nn.Parameter(values, requires_grad=False)
-    linear.bias = module.bias  # type: ignore[assignment]
-    return linear.train(module.training)
