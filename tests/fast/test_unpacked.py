@@ -52,10 +52,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def packed(model: Decoder, *, keep: tuple[str, ...] = ()) -> Decoder:
+def packed(model: Decoder, *, base: BaseWeights = NF4, keep: tuple[str, ...] = ()) -> Decoder:
     """Changes `model` in place and returns it: its linears are nf4, those in `keep` are not."""
     plain = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    use_quantised_linears(model, NF4)
+    use_quantised_linears(model, base)
     for name, module in quantised_modules(model).items():
         if name.endswith(keep or (" ",)):
             parent, _, leaf = name.rpartition(".")
@@ -146,6 +146,22 @@ def test_steps_equal_those_over_the_unpacked_values_to_the_bit(
         found.append((step.report, step.flat.values, step.flat.mean))
     for own, expected in zip(*found, strict=True):
         assert torch.equal(own, expected)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [BaseWeights("nf4", nf4_block=256, nf4_double_quant=False), BaseWeights("int8")],
+)
+def test_other_ways_to_pack_step_as_the_plain_step_does(
+    tiny_decoder: Callable[..., Decoder], make_batch: Callable[..., Batch], base: BaseWeights
+) -> None:
+    plain = adapted(packed(tiny_decoder(), base=base))
+    assert why_not_hand_written(plain) is None
+    step = FastStep(copy.deepcopy(plain), PLAIN, torch.float64, checkpointing=MODES["full"])
+    assert f"{base.base_dtype} weights unpacked" in step.describe()
+    batches = steps_of(make_batch, packed=True)
+    # The scales of int8 rows multiply its outputs there, the weight here.
+    check_steps(step, plain, build_optimizer(plain, 1.0, 0.0), batches)
 
 
 def test_linears_that_are_not_packed_take_part(

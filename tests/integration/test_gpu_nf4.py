@@ -40,6 +40,7 @@ pytestmark = [
     ),
 ]
 VOCABULARY, WIDTH = 1000, 512
+NF4 = BaseWeights(base_dtype="nf4")
 
 
 def weight(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
@@ -72,7 +73,7 @@ def test_codes_scales_and_values_are_those_of_bitsandbytes(double_quant: bool) -
     assert torch.equal(out, functional.dequantize_4bit(codes, state))
 
 
-def build(width: int = WIDTH, **changes: Any) -> Decoder:
+def build(width: int = WIDTH, base: BaseWeights = NF4, **changes: Any) -> Decoder:
     """Return a packed model without LoRA."""
     config = llama_config(
         vocab_size=VOCABULARY,
@@ -85,7 +86,7 @@ def build(width: int = WIDTH, **changes: Any) -> Decoder:
     )
     model = build_decoder(changed(config, **changes), 0, dtype=torch.bfloat16, device="cuda")
     weights = {n: m.weight.detach() for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    use_quantised_linears(model, BaseWeights(base_dtype="nf4"))
+    use_quantised_linears(model, base)
     for name, module in quantised_modules(model).items():
         module.load(weights[name], name)
     return model
@@ -152,6 +153,16 @@ def test_steps_have_the_bits_of_those_over_the_unpacked_values(
     assert found[0][0] == found[1][0]
     assert torch.equal(found[0][1], found[1][1])
     assert found[0][0][0][0] != found[0][0][-1][0]
+
+
+def test_steps_over_int8_have_the_bits_of_those_over_the_unpacked_values() -> None:
+    model = build(base=BaseWeights(base_dtype="int8"))
+    found = []
+    for one in (model, unpacked(model)):
+        step = FastStep(adapted(one), TRITON, torch.bfloat16, merges=False)
+        found.append((train(step, range(1, 4)), step.flat.values.clone()))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def test_steps_learn_continue_to_the_bit_and_leave_the_codes_alone() -> None:

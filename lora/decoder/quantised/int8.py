@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lora.decoder.quantised.row_scaled import RowScaledWeight
-from lora.kernels.int8 import quantise_int8, unpack_int8
+from lora.kernels.int8 import quantise_int8
+from lora.kernels.unpack.int8 import unpack_int8_on_device
 
 
 class Int8Weight(RowScaledWeight):
@@ -23,7 +24,7 @@ class Int8Weight(RowScaledWeight):
 
     def unpack_into(self, out: Tensor, first_row: int = 0) -> None:
         rows = slice(first_row, first_row + len(out))
-        unpack_int8(self.weight[rows], self.weight_scale[rows], out)
+        unpack_int8_on_device(self.weight[rows], self.weight_scale[rows], out)
 
     def plain_twin(self) -> Int8Linear:
         with torch.device("meta"):  # no storage: all is replaced at once
