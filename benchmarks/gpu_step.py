@@ -3,6 +3,7 @@
     python benchmarks/gpu_step.py                              # all cases and variants, minutes
     python benchmarks/gpu_step.py --cases 135M-4x512 --variants ours_lora peft
     python benchmarks/gpu_step.py --cases 8B-4x2048 --variants ours_lora_cheap --limit-s 60
+    python benchmarks/gpu_step.py --cells 8B-4x2048:ours_lora_nf4 8B-4x2048:peft_bnb_liger
     python benchmarks/gpu_step.py --out benchmarks/results/gpu_step_h200.jsonl
     python benchmarks/gpu_step.py --dry-run                    # tiny shapes on a CPU: does it run?
 
@@ -20,13 +21,16 @@ says what is wrong with a row: a loss that is not finite or did not fall, a base
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -408,40 +412,78 @@ def main() -> int:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     variants = [*OURS, *PEERS, *QLORA_PEERS]
     parser.add_argument("--variants", nargs="+", choices=variants, default=variants)
+    parser.add_argument("--cells", nargs="+", metavar="CASE:VARIANT", help="these, in this order")
     parser.add_argument("--out", type=Path, help="also append the lines to this file")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
     parser.add_argument("--limit-s", type=float, help="seconds after which a case counts as failed")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    known = {f"{case}:{variant}" for case in CASES for variant in variants}
+    if unknown := [cell for cell in arguments.cells or () if cell not in known]:
+        parser.error(f"unknown cells: {', '.join(unknown)}")
     if arguments.child:
+        case, variant = arguments.cases[0], arguments.variants[0]
+        get_ready(variant)
+        if not sys.stdin.readline():  # comes when the cell before this one has been measured
+            return 1
         try:
-            case, variant = arguments.cases[0], arguments.variants[0]
             row = run_child(case, variant, dry=arguments.dry_run)
         except PeerMissing as missing:
-            row = {"case": arguments.cases[0], "variant": arguments.variants[0]}
-            row["skipped"] = str(missing)
+            row = {"case": case, "variant": variant, "skipped": str(missing)}
         print(json.dumps(row), flush=True)
         return 0
-    for case in arguments.cases:
-        for variant in arguments.variants:
-            line = _in_subprocess(case, variant, arguments.limit_s, dry=arguments.dry_run)
-            print(line, flush=True)
-            if arguments.out:
-                with arguments.out.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+    cells = arguments.cells or [
+        f"{case}:{variant}" for case in arguments.cases for variant in arguments.variants
+    ]
+    for line in measure_cells(cells, arguments.limit_s, dry=arguments.dry_run):
+        print(line, flush=True)
+        if arguments.out:
+            with arguments.out.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
     return 0
 
 
-def _in_subprocess(case: str, variant: str, limit_s: float | None, *, dry: bool) -> str:
+def get_ready(variant: str) -> None:
+    """Import what a variant needs and open the GPU, which takes as long as many a measurement."""
+    if variant not in OURS:
+        for name in ("transformers.models.llama.modeling_llama", "peft", "bitsandbytes"):
+            with suppress(ImportError):
+                importlib.import_module(name)
+    if torch.cuda.is_available():
+        torch.cuda.init()
+
+
+def measure_cells(cells: Sequence[str], limit_s: float | None, *, dry: bool) -> Iterator[str]:
+    """Yield the row of each CASE:VARIANT; the process of the next one gets ready meanwhile."""
+    waiting = deque(cells)
+    following = _start(waiting.popleft(), dry=dry) if waiting else None
+    while following is not None:
+        process, cell = following
+        following = _start(waiting.popleft(), dry=dry) if waiting else None
+        yield _finish(process, cell, limit_s)
+
+
+def _start(cell: str, *, dry: bool) -> tuple[subprocess.Popen[str], str]:
+    case, variant = cell.split(":")
     command = [sys.executable, __file__, "--child", "--cases", case, "--variants", variant]
     command += ["--dry-run"] if dry else []
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True), cell
+
+
+def _finish(process: subprocess.Popen[str], cell: str, limit_s: float | None) -> str:
+    case, variant = cell.split(":")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit_s)
+        out, errors = process.communicate("go\n", timeout=limit_s)
     except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
         return json.dumps({"case": case, "variant": variant, "failed": f"not in {limit_s:.0f} s"})
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        failed = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    lines = [line for line in out.splitlines() if line.startswith("{")]
+    if process.returncode or not lines:
+        said = errors.strip().splitlines() or ["no output"]
+        # The last line may be of a library's cleaning up.
+        failed = next((line for line in reversed(said) if "Error" in line), said[-1])
         return json.dumps({"case": case, "variant": variant, "failed": failed[:300]})
     return lines[-1]
 
