@@ -11,7 +11,7 @@ from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
 from lora.decoder.language_model import LanguageModel
 from lora.decoder.layers import RMSNorm
-from lora.decoder.quantised.base import base_kind
+from lora.decoder.quantised.base import QuantisedWeight, base_kind
 from lora.decoder.quantised.fp8 import has_fp8_base
 from lora.device import DeviceChoice
 from lora.fast.llama.junctions import NORM_NAMES
@@ -80,7 +80,11 @@ def why_not_hand_written(model: Decoder) -> str | None:
 
 def why_not_sharded(model: Decoder) -> str | None:
     """Return why the hand-written step cannot train `model` over sharded weights, or None."""
-    tables = {id(model.get_input_embeddings().weight), id(model.output_head().weight)}
+    modules = (model.get_input_embeddings(), model.output_head())
+    packed = [module.kind for module in modules if isinstance(module, QuantisedWeight)]
+    if packed:
+        return f"embedding and head are in {packed[0]}, and it gathers plain ones alone"
+    tables = {id(module.weight) for module in modules}
     whole = [n for n, p in model.named_parameters() if id(p) in tables and p.requires_grad]
     return f"{whole[0]} is fully trained, but sharded tables are frozen" if whole else None
 

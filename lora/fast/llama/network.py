@@ -22,6 +22,7 @@ from lora.fast.llama.checkpointing import ActivationCheckpointing
 from lora.fast.llama.fp8 import Fp8Buffers, fp8_projection
 from lora.fast.llama.junctions import branches_of, list_norms
 from lora.fast.llama.rope_tables import RopeTables
+from lora.fast.sharded.packed import sharded_fp8_projection, sharded_unpacked_projection
 from lora.fast.sharded.projections import ShardedProjection, ShardedTable, sharded_projection
 from lora.fast.sharded.ring import EMBEDDING, ShardRing, block_unit
 from lora.fast.weights.adapted import (
@@ -162,9 +163,7 @@ class FastNetwork:
         """Return the projection of linears that read the same input, given by block."""
         flat, dtype, ops = self.flat, self.dtype, self.ops
         if self.ring is not None and isinstance(flat, FlatParameters):
-            return sharded_projection(
-                blocks, flat, dtype, ops, self.masks, self.fp8_buffers, self.ring
-            )
+            return self._sharded(blocks, flat, self.ring)
         # Stacked adapters over an fp8 base take the plain step (`lora.fast.why_not`).
         if self.fp8_buffers is not None and isinstance(flat, FlatParameters):
             return fp8_projection(blocks, flat, dtype, ops, self.masks, self.fp8_buffers)
@@ -185,6 +184,16 @@ class FastNetwork:
         if self.merges:
             return MergedProjection(blocks, flat, dtype, ops)
         return ConcatenatedLoRAProjection(blocks, flat, dtype)
+
+    def _sharded(
+        self, blocks: list[list[nn.Module]], flat: FlatParameters, ring: ShardRing
+    ) -> ShardedProjection:
+        arguments = blocks, flat, self.dtype, self.ops, self.masks
+        if self.fp8_buffers is not None:
+            return sharded_fp8_projection(*arguments, self.fp8_buffers, ring)
+        if self.scratch is not None:
+            return sharded_unpacked_projection(*arguments, self.scratch, ring)
+        return sharded_projection(*arguments, ring)
 
     def _first_trained(self, blocks: nn.ModuleList) -> int:
         """Return the first block in which something trains: the backward pass ends there."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from lora.decoder.decoder import Decoder
-from lora.decoder.quantised.fp8 import Fp8Weight
+from lora.decoder.quantised.base import PackedRows, QuantisedWeight
 from lora.device import Share
-from lora.distributed.shards import Rows, gather_shards
+from lora.distributed.shards import Rows
 from lora.distributed.world import ALONE, World
 from lora.errors import ModelError
 from lora.fast.sharded.layout import ShardedMatrix
@@ -66,44 +66,41 @@ def load_small(model: Decoder, base: ShardedBase, dtype: torch.dtype) -> None:
 def fill_part(matrix: ShardedMatrix, unit: int, shard: Tensor, base: ShardedBase) -> None:
     """Changes `shard`, the unit's bytes of this process, in place: its rows of W."""
     own = matrix.own_part(shard)[:, : matrix.inputs]
-    for name, rows, target in _reads(matrix, unit):
+    for name, rows, target, _ in _reads(matrix, unit):
         own[target].copy_(base.rows(name, rows))
 
 
-def fill_fp8_part(
+def fill_packed_part(
     matrix: ShardedMatrix,
     unit: int,
     shard: Tensor,
     base: ShardedBase,
     dtype: torch.dtype,
-    scales: Tensor,
-) -> None:
-    """The same with codes; `scales` (rows, 1), of this process, become theirs.
+    modules: Sequence[QuantisedWeight],
+) -> list[list[PackedRows]]:
+    """The same with codes; `modules` are those of the unit's sources, in order.
 
-    Values are rounded to `dtype` first, as those of an unsharded model are. Raises ModelError if
-    one is not finite.
+    Returns for each of them what this process has of its scales. Values are rounded to `dtype`
+    first, as those of an unsharded model are. Raises ModelError if one is not finite.
     """
     own = matrix.own_part(shard)
-    for name, rows, target in _reads(matrix, unit):
-        values = base.rows(name, rows).to(device=base.device, dtype=dtype)
-        # Rows are quantised one by one, so that a part of them gets the codes of the whole.
-        own[target], scales[target] = Fp8Weight.quantise_finite(values, name, first_row=rows.start)
+    found: list[list[PackedRows]] = [[] for _ in modules]
+    for name, rows, target, index in _reads(matrix, unit):
+        module = modules[index]
+        values = base.rows(name, module.rows_to_read(rows)).to(device=base.device, dtype=dtype)
+        part = module.quantise_rows(values, rows, name)
+        own[target] = part.codes
+        found[index].append(replace(part, codes=part.codes.new_empty(0)))
+    return found
 
 
-def _reads(matrix: ShardedMatrix, unit: int) -> Iterator[tuple[str, slice, slice]]:
-    """Yield a parameter's name, its rows to read, and which of this process's rows they are."""
+def _reads(matrix: ShardedMatrix, unit: int) -> Iterator[tuple[str, slice, slice, int]]:
+    """Yield a parameter's name, its rows to read, which of this process's rows they are, and the
+    index of the parameter."""
     own, at_once = matrix.own_rows, max(1, READ_BYTES // max(1, 4 * matrix.inputs))
-    for name, rows in matrix.sources[unit]:
+    for index, (name, rows) in enumerate(matrix.sources[unit]):
         start, stop = max(own.start, rows.start), min(own.stop, rows.stop)
         for begin in range(start, stop, at_once):
             end = min(begin + at_once, stop)
             here = slice(begin - rows.start, end - rows.start)
-            yield name, here, slice(begin - own.start, end - own.start)
-
-
-def gather_scales(matrix: ShardedMatrix, own: Tensor, base: ShardedBase) -> Tensor:
-    """Return the scales (L, O, 1) of all processes; `own` (L, rows, 1) are this one's, padded."""
-    world = base.world
-    whole = own.new_empty(world.size, *own.shape)  # (N, L, rows, 1)
-    gather_shards(whole.view(-1), own.view(-1), world, "the scales of fp8 weights")
-    return whole.transpose(0, 1).flatten(1, 2)[:, : matrix.outputs].contiguous()  # (L, O, 1)
+            yield name, here, slice(begin - own.start, end - own.start), index

@@ -8,14 +8,12 @@ the slot after each gather, from copies in the compute dtype.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora.decoder.quantised.fp8 import Fp8Weight
-from lora.fast.llama.fp8 import Fp8BaseProjection, Fp8Buffers, Fp8Projection, FrozenFp8Projection
-from lora.fast.sharded.base import fill_fp8_part, fill_part, gather_scales
+from lora.fast.sharded.base import fill_part
 from lora.fast.sharded.layout import ShardedMatrix, Source
 from lora.fast.sharded.ring import ShardRing
 from lora.fast.weights.adapted import (
@@ -24,10 +22,9 @@ from lora.fast.weights.adapted import (
     SeparateLoRAProjection,
 )
 from lora.fast.weights.flat import FlatParameters
-from lora.fast.weights.projections import FrozenProjection, Projection
+from lora.fast.weights.projections import FrozenProjection, Projection, weight_of
 from lora.fast.weights.stacked_flat import StackedFlat
 from lora.fast.weights.token_tables import TokenTable
-from lora.kernels.step.fp8 import FP8
 from lora.kernels.step.ops import Ops
 from lora.lora_module import LoRALayer
 
@@ -46,23 +43,23 @@ class ShardedProjection(Projection):
     weights: list[Tensor]
     """By block, (O + R, I + R): what the unsharded twins multiply by."""
 
-    def __init__(self, *args: Any, ring: ShardRing) -> None:
+    def __init__(self, *args: Any, ring: ShardRing, **more: Any) -> None:
         self.ring = ring  # before the twin's constructor, which calls `bind_base`
-        super().__init__(*args)
-
-    def bind_base(self) -> None:
-        """Called by the unsharded twins where they allocate: here the ring does, later."""
-        self.reserve(self.dtype)
+        super().__init__(*args, **more)
 
     def reserve(self, dtype: torch.dtype, extra: int = 0) -> None:
-        """Ask the ring for room, with `extra` rows and columns for LoRA."""
+        """Ask the ring for room, with `extra` rows and columns for LoRA.
+
+        The unsharded twins call `bind_base` where they allocate: here the ring does, later.
+        """
         self.device = self.ring.device
+        columns = weight_of(self.members[0].modules[0]).shape[1]  # of codes there may be fewer
         sources: list[list[Source]] = [
             [(self.ring.name_of(m.modules[layer]), m.rows) for m in self.members]
             for layer in range(self.n_layers)
         ]
         self.matrix = self.ring.reserve_block_matrix(
-            self.outputs, self.inputs, dtype, sources, extra=extra
+            self.outputs, columns, dtype, sources, extra=extra
         )
 
     def read(self) -> None:
@@ -76,18 +73,26 @@ class ShardedProjection(Projection):
 
     def use_slots(self) -> None:
         """Changes the modules in place: their weights become views of the slots."""
-        self.weights = self.matrix.views
+        self.bind_weights()
         for layer in range(self.n_layers):
-            weight = self.weights[layer][: self.outputs, : self.inputs]  # (O, I)
+            # Without the room for LoRA's matrices.
+            weight = self.matrix.views[layer][: self.outputs, : self.matrix.inputs]  # (O, I)
             for member in self.members:
                 module = member.modules[layer]
                 # A new parameter: one on the meta device cannot become a view of memory.
                 module.weight = nn.Parameter(weight[member.rows], requires_grad=False)
         self._bind_biases()
 
+    def bind_weights(self) -> None:
+        """Let the twin multiply by what lies in the slots."""
+        self.weights = self.matrix.views
+
 
 class ShardedFrozenProjection(ShardedProjection, FrozenProjection):
     """No linear of it trains."""
+
+    def bind_base(self) -> None:
+        self.reserve(self.dtype)
 
 
 class ShardedConcatenatedProjection(ShardedProjection, ConcatenatedLoRAProjection):
@@ -115,38 +120,8 @@ class ShardedConcatenatedProjection(ShardedProjection, ConcatenatedLoRAProjectio
 class ShardedSeparateProjection(ShardedProjection, SeparateLoRAProjection):
     """LoRA in matmuls of its own, for dropout on its inputs."""
 
-
-class _ShardedFp8Base(ShardedProjection, Fp8BaseProjection):
-    """Codes are gathered; the scales of all rows are in every process."""
-
     def bind_base(self) -> None:
-        self.reserve(FP8)
-        # Of the rows of this process, padded as its shard is.
-        shape = self.n_layers, self.matrix.rank_rows, 1
-        self.own_scales = torch.ones(shape, dtype=torch.float32, device=self.device)
-
-    def read_block(self, layer: int, part: Tensor) -> None:
-        scales = self.own_scales[layer]
-        fill_fp8_part(self.matrix, layer, part, self.ring.base, self.dtype, scales)
-
-    def use_slots(self) -> None:
-        super().use_slots()
-        if self.device.type == "meta":
-            self.scales = self.own_scales.new_empty(self.n_layers, self.outputs, 1)
-        else:
-            self.scales = gather_scales(self.matrix, self.own_scales, self.ring.base)
-        del self.own_scales
-        for member in self.members:
-            for layer, module in enumerate(member.modules):
-                cast(Fp8Weight, module).weight_scale = self.scales[layer, member.rows]
-
-
-class ShardedFp8Projection(_ShardedFp8Base, Fp8Projection):
-    """LoRA in the compute dtype, beside weights in fp8."""
-
-
-class ShardedFrozenFp8Projection(_ShardedFp8Base, FrozenFp8Projection):
-    """No linear of it trains."""
+        self.reserve(self.dtype)
 
 
 class ShardedTable(TokenTable):
@@ -199,16 +174,10 @@ def sharded_projection(
     dtype: torch.dtype,
     ops: Ops,
     masks: DropoutMasks | None,
-    fp8: Fp8Buffers | None,
     ring: ShardRing,
 ) -> ShardedProjection:
-    """Return the projection of linears that read the same input, given by block."""
-    is_adapted = any(isinstance(module, LoRALayer) for block in blocks for module in block)
-    if fp8 is not None:
-        if is_adapted:
-            return ShardedFp8Projection(blocks, flat, dtype, ops, masks, fp8, ring=ring)
-        return ShardedFrozenFp8Projection(blocks, dtype, fp8, ring=ring)
-    if not is_adapted:
+    """Return the projection of plain linears that read the same input, given by block."""
+    if not any(isinstance(module, LoRALayer) for block in blocks for module in block):
         return ShardedFrozenProjection(blocks, dtype, ring=ring)
     if masks is not None:
         # Dropout is on LoRA's inputs alone, so LoRA needs matmuls of its own.

@@ -13,7 +13,7 @@ from lora.config import BaseWeights
 from lora.data.sequences.batches import Batch
 from lora.decoder.config import DecoderConfig, FeedForwardConfig
 from lora.decoder.decoder import Decoder, build_decoder, build_empty_decoder
-from lora.decoder.quantised.fp8 import Fp8Linear
+from lora.decoder.quantised.base import QuantisedWeight
 from lora.distributed.shards import Rows
 from lora.layers.quantised_model import use_quantised_linears
 from tests.fast.conftest import GEMMA, GRANITE, OLMO, apply_random_lora
@@ -29,7 +29,7 @@ class Case:
     tied: bool = True
     bias: bool = False
     n_layers: int = 3
-    fp8: bool = False
+    base: BaseWeights = BaseWeights()
     lora: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
     heads: tuple[int, int, int] = (5, 1, 8)
@@ -60,10 +60,26 @@ CASES = {
     ),
     "rows of two tables": Case(rows=(5, 6), tied=False, lora={"layers": (1,)}),
     "LoRA on the head": Case(tied=False, lora={"targets": ("q_proj", "lm_head")}),
-    "fp8": Case(fp8=True, tied=False),
+    "fp8": Case(base=BaseWeights("fp8"), tied=False),
     "fp8, biases, two targets, dropout": Case(
-        fp8=True, bias=True, lora={"targets": ("k_proj", "up_proj"), "dropout": 0.3}
+        base=BaseWeights("fp8"),
+        bias=True,
+        lora={"targets": ("k_proj", "up_proj"), "dropout": 0.3},
     ),
+    "nf4": Case(base=BaseWeights("nf4"), lora={"rank_pattern": {"k_proj": 2}}),
+    "nf4, four blocks, two targets": Case(
+        base=BaseWeights("nf4", nf4_block=32, nf4_double_quant=False),
+        tied=False,
+        n_layers=4,
+        lora={"targets": ("k_proj", "up_proj"), "layers": (1, 2)},
+    ),
+    "nf4, biases, dropout": Case(base=BaseWeights("nf4"), bias=True, lora={"dropout": 0.3}),
+    "nf4, rows of tied tables, norms": Case(
+        base=BaseWeights("nf4"),
+        rows=(5, 6, 100),
+        lora={"modules_to_save": ("input_layernorm", "norm")},
+    ),
+    "int8": Case(base=BaseWeights("int8"), tied=False, bias=True),
 }
 
 
@@ -94,12 +110,11 @@ def base_values(case: Case) -> dict[str, Tensor]:
 def whole_model(case: Case, device: torch.device | str = "cpu") -> Decoder:
     """Return the model as one process loads it."""
     model, values = build_empty_decoder(config_of(case)), base_values(case)
-    if case.fp8:
-        use_quantised_linears(model, BaseWeights("fp8"))
+    use_quantised_linears(model, case.base)
     for name, value in values.items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        if isinstance(module, Fp8Linear) and leaf == "weight":
+        if isinstance(module, QuantisedWeight) and leaf == "weight":
             module.load(value.to(device), name)
         else:
             setattr(module, leaf, nn.Parameter(value.to(device, copy=True)))
@@ -110,12 +125,12 @@ def whole_model(case: Case, device: torch.device | str = "cpu") -> Decoder:
 def empty_model(case: Case) -> Decoder:
     """Return the model as the sharded step takes it: LoRA is real, the base on the meta device."""
     model = build_empty_decoder(config_of(case)).to(case.dtype)
-    if case.fp8:
-        use_quantised_linears(model, BaseWeights("fp8"))
+    use_quantised_linears(model, case.base)
     adapted = _adapted(model, case)
     other = whole_model(case)
     whole = dict(other.named_parameters(remove_duplicate=False))
-    copied = {id(p): nn.Parameter(p.detach().clone()) for p in whole.values()}
+    trained = (p for p in whole.values() if p.requires_grad)
+    copied = {id(p): nn.Parameter(p.detach().clone()) for p in trained}
     for name, parameter in list(adapted.named_parameters(remove_duplicate=False)):
         if parameter.requires_grad:
             owner, _, leaf = name.rpartition(".")

@@ -80,7 +80,8 @@ def check(name: str, mode: str, world: World) -> None:
     assert step.report.tolist() == whole.report.tolist()
 
 
-PAIRS = [*((name, "full") for name in CASES), *(("fp8", mode) for mode in MODES)]
+PAIRS = [*((name, "full") for name in CASES)]
+PAIRS += [(name, mode) for name in ("fp8", "nf4", "int8") for mode in MODES]
 PAIRS += [("untied, biases, four blocks", mode) for mode in MODES if mode != "full"]
 
 
@@ -100,7 +101,8 @@ def _check_all(world: World, pairs: list[tuple[str, str]]) -> bool:
     [
         (2, [("tied", "none"), ("untied, biases, four blocks", "cheap"), ("fp8", "full+offload")]),
         (3, [("middle block", "full"), ("fp8, biases, two targets, dropout", "cheap")]),
-        (3, [("rows of tied tables, norms", "cheap")]),
+        (3, [("rows of tied tables, norms", "cheap"), ("nf4", "full")]),
+        (2, [("nf4, four blocks, two targets", "cheap"), ("int8", "none")]),
     ],
 )
 def test_sharded_steps_equal_the_whole_ones(size: int, pairs: list[tuple[str, str]]) -> None:
