@@ -29,7 +29,7 @@ class Case:
     tied: bool = True
     bias: bool = False
     n_layers: int = 3
-    base: BaseWeights = BaseWeights()
+    base: BaseWeights = field(default_factory=BaseWeights)
     lora: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
     heads: tuple[int, int, int] = (5, 1, 8)
