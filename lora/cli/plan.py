@@ -120,7 +120,11 @@ def plan(
     from lora.distributed.world import World
     from lora.fast.memory.plan import PlanInputs
     from lora.pretrained.load.models import implementation_of, model_config
-    from lora.pretrained.load.task import check_native_only, planned_base, settled_packing
+    from lora.pretrained.load.task import (
+        check_native_only,
+        planned_base,
+        settled_packing,
+    )
     from lora.pretrained.positions import describe_excess
     from lora.pretrained.sources import find_model
 
@@ -130,7 +134,7 @@ def plan(
     source = find_model(model)
     code = implementation_of(source.folder, implementation)
     config = model_config(source.folder, code.kind)
-    base_weights = planned_base(source.folder, base_weights)
+    base_weights, quantised = planned_base(source.folder, base_weights)
     check_native_only(config, base=base_weights, fsdp=parallel == "fsdp")
     code.tell_unless_native(print_note)
     compute_dtype = torch.bfloat16 if kind == "cuda" else torch.float32
@@ -149,10 +153,10 @@ def plan(
         micro_batches=train.gradient_accumulation,
         packed=how_read.is_packed,
         base=base_weights,
+        quantised_weights=quantised,
         devices=devices,
     )
-    excess = describe_excess(inputs.tokens, inputs.config.max_position_embeddings)
-    if excess:
+    if excess := describe_excess(inputs.tokens, inputs.config.max_position_embeddings):
         print_note(f"note: {excess}")
     each = {"lora": inputs, "full": replace(inputs, lora=None, base=BaseWeights())}
     planned = {name: _plan_kind(one, parallel, memory_config, room) for name, one in each.items()}

@@ -59,7 +59,7 @@ from lora.inference.checkpoints.find import find_adapter
 from lora.inference.loading import describe_other_base, find_model_of
 from lora.inference.run_settings import find_implementation, implementation_to_resume
 from lora.pretrained.load.models import model_config
-from lora.pretrained.load.task import check_native_only, settled_base, settled_task
+from lora.pretrained.load.task import check_native_only, planned_base, settled_base, settled_task
 from lora.pretrained.sources import ModelSource
 from lora.runs.directory import check_run_directory, create_run, default_name
 from lora.runs.progress import NoProgress, Progress
@@ -305,6 +305,7 @@ def _plan_memory(
             "the recorded memory",
         ),
         base=job.base_weights,
+        quantised_weights=planned_base(source.folder, job.base_weights)[1],
         embedding_rows=len(job.data_config.special_tokens),
         world=world,
         parallel=job.run.parallel,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 
 from lora.config import BaseWeights
@@ -13,22 +15,35 @@ from lora.decoder.quantised.nf4 import Nf4Linear, check_even
 from lora.errors import ModelError
 
 
-def use_quantised_linears(model: Decoder, base: BaseWeights) -> None:
+def use_quantised_linears(
+    model: Decoder, base: BaseWeights, only: Collection[str] | None = None
+) -> None:
     """Changes `model` in place: its blocks' linears become quantised ones without values.
 
-    The embedding, the output head, norms and biases keep their dtype. Nothing changes where
-    `base.base_dtype` is auto. Raises ModelError for a linear that the dtype cannot hold.
+    The embedding, the output head, norms and biases keep their dtype; so do linears whose weights
+    are not named in `only`. Nothing changes where `base.base_dtype` is auto. Raises ModelError for
+    a linear that the dtype cannot hold.
     """
     if base.base_dtype == "auto":
         return
     names = {id(module): name for name, module in model.named_modules()}
     blocks = model.trunk.blocks()
-    found = [m for m in blocks.modules() if isinstance(m, nn.Linear)]
+    linears = (m for m in blocks.modules() if isinstance(m, nn.Linear))
+    found = [m for m in linears if is_weight_in(names[id(m)], only)]
     new = {id(linear): build_quantised(linear, names[id(linear)], base) for linear in found}
     for owner in list(blocks.modules()):
         for name, child in list(owner.named_children()):
             if id(child) in new:
                 owner.add_module(name, new[id(child)])
+
+
+def is_weight_in(module: str, only: Collection[str] | None) -> bool:
+    """Whether the weight of the linear called `module` is in `only`; None: all are.
+
+    Files of some models leave out the first part of a name.
+    """
+    name = f"{module}.weight"
+    return only is None or name in only or name.partition(".")[2] in only
 
 
 def build_quantised(linear: nn.Linear, name: str, base: BaseWeights) -> QuantisedWeight:

@@ -38,6 +38,8 @@ class PlanInputs:
     """The same where it is decided already, as in a resumed run."""
     base: BaseWeights = field(default_factory=BaseWeights)
     """How the frozen linears are stored."""
+    quantised_weights: frozenset[str] | None = None
+    """Names of those that are stored so, where a folder in 4 bits leaves some plain; None: all."""
     embedding_rows: int = 0
     """Rows of embedding and head that train beside LoRA: the tokens of `special_tokens`."""
     devices: int = 1

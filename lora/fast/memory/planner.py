@@ -303,7 +303,7 @@ def _adapted(inputs: PlanInputs) -> LanguageModel:
     # Full fine-tuning trains fp32 weights; LoRA's frozen base is stored in the compute dtype.
     if inputs.compute_dtype is torch.bfloat16:
         model = model.bfloat16()
-    quantise_empty_model(model, inputs.base)
+    quantise_empty_model(model, inputs.base, inputs.quantised_weights)
     apply_lora(model, inputs.lora)
     if inputs.embedding_rows:
         # Which rows does not matter, but gradients have to reach the embedding.

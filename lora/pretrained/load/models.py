@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,14 +63,19 @@ def empty_language_model(config: ModelConfig) -> LanguageModel:
     return build_empty_decoder(as_decoder_config(config))
 
 
-def quantise_empty_model(model: LanguageModel, base: BaseWeights) -> None:
-    """Changes `model`, which has no values, in place: its linears are stored as `base` says."""
+def quantise_empty_model(
+    model: LanguageModel, base: BaseWeights, only: Collection[str] | None = None
+) -> None:
+    """Changes `model`, which has no values, in place: its linears are stored as `base` says.
+
+    Those whose weights are not named in `only` stay as they are.
+    """
     if not base.is_quantised:
         return
     if isinstance(model, TransformersModel):
-        empty_quantised_linears(model.theirs, base)
+        empty_quantised_linears(model.theirs, base, only)
     else:
-        use_quantised_linears(as_decoder(model, "quantise the weights of"), base)
+        use_quantised_linears(as_decoder(model, "quantise the weights of"), base, only)
 
 
 def why_not_packed(config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> str | None:

@@ -108,13 +108,13 @@ def settled_base(
     return settled
 
 
-def planned_base(folder: Path, asked: BaseWeights) -> BaseWeights:
-    """Return how the base in `folder` would be stored; config.json is enough.
+def planned_base(folder: Path, asked: BaseWeights) -> tuple[BaseWeights, frozenset[str] | None]:
+    """Return how the base in `folder` would be stored, and the names of the weights that are so.
 
-    Raises as `settled_base` does.
+    None: all of the blocks' linears. config.json is enough. Raises as `settled_base` does.
     """
     found = find_4bit(folder, needs_weights=False)
-    return asked if found is None else found.settled(asked)
+    return (asked, None) if found is None else (found.settled(asked), found.packed or None)
 
 
 def check_native_only(config: ModelConfig, *, base: BaseWeights, fsdp: bool) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from lora.config import BaseWeights
 from lora.decoder.quantised.base import QuantisedWeight, quantised_modules
 from lora.errors import ModelError, gather
 from lora.layers.conv1d import is_conv1d
-from lora.layers.quantised_model import build_quantised
+from lora.layers.quantised_model import build_quantised, is_weight_in
 from lora.pretrained.transformers_models.quantisable import QuantisableLinears, find_quantisable
 from lora.pretrained.transformers_models.quiet import quiet
 from lora.pretrained.transformers_models.small_copy import HeadedCopy, refusals, small_copy
@@ -90,10 +90,17 @@ def empty_quantised(linear: nn.Module, name: str, base: BaseWeights) -> Quantise
     return quantised
 
 
-def empty_quantised_linears(theirs: Any, base: BaseWeights) -> QuantisableLinears:
-    """Changes `theirs` in place: its quantisable linears become quantised ones without values."""
+def empty_quantised_linears(
+    theirs: Any, base: BaseWeights, only: Collection[str] | None = None
+) -> QuantisableLinears:
+    """Changes `theirs` in place: its quantisable linears become quantised ones without values.
+
+    Those whose weights are not named in `only` stay as they are.
+    """
     found = find_quantisable(theirs)
     for name in found.names:
+        if not is_weight_in(name, only):
+            continue
         linear = theirs.get_submodule(name)
         replace_everywhere(theirs, linear, empty_quantised(linear, name, base))
     return found
