@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from lora.cli.flags.from_fields import COMPARED, Flat, config_from, flags_from
 from lora.cli.flags.shared import (
+    BaseFlags,
     DataFlags,
     Devices,
     Implementation,
@@ -92,6 +93,7 @@ def compare(
     train: Annotated[TrainFlags | None, Flat] = None,
     data_config: Annotated[DataFlags | None, Flat] = None,
     run: Annotated[CompareRun | None, Flat] = None,
+    base: Annotated[BaseFlags | None, Flat] = None,
 ) -> int | Processes:
     """Compare LoRA with full fine-tuning: same base model, same batches.
 
@@ -102,6 +104,7 @@ def compare(
         lora compare --data orders.jsonl --same time --name fair
         lora compare --name fair --resume
         lora compare --data orders.jsonl --devices 2
+        lora compare --data orders.jsonl --base-dtype nf4 --peft
 
     Reports training time, peak memory, sizes on disk, validation loss, loss on
     an unrelated text (forgetting), sample answers and, with --metric, a score.
@@ -135,6 +138,7 @@ def compare(
         lora=lora_config,
         data_config=how_read,
         evaluation=evaluation,
+        **vars(base or BaseFlags()),
     )
     if not resume:
         target.check_split()

@@ -15,6 +15,7 @@ from lora.cli.flags.from_fields import (
     flags_from,
 )
 from lora.cli.flags.shared import (
+    BaseFlags,
     DataFlags,
     Deterministic,
     Devices,
@@ -120,6 +121,7 @@ def sweep(
     train: Annotated[SweepTrain | None, Flat] = None,
     data_config: Annotated[DataFlags | None, Flat] = None,
     run: Annotated[SweepRun | None, Flat] = None,
+    base: Annotated[BaseFlags | None, Flat] = None,
 ) -> int | Processes:
     """Train an adapter for every combination of values, many in one pass.
 
@@ -130,6 +132,7 @@ def sweep(
         lora sweep --name ranks --resume
         lora sweep --data orders.jsonl --rank 4,8,16 --full
         lora sweep --data orders.jsonl --rank 4,8 --seed 0,1,2,3 --devices 2
+        lora sweep --data orders.jsonl --rank 4,8,16 --base-dtype nf4
 
     Each candidate is the adapter that lora finetune trains with these settings.
     Of each the weights with its lowest validation loss are saved, in candidates/,
@@ -165,6 +168,7 @@ def sweep(
         at_once=at_once,
         halving=halving,
         resume=resume,
+        **vars(base or BaseFlags()),
         deterministic=deterministic,
     )
     if processes := processes_to_start(devices, run_config.device):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from lora.compare.target import MemberTask
 from lora.config import EVALUATION, LoRAConfig
 from lora.data.reading.readers import Source
-from lora.data.task import Task
+from lora.data.task import LoRATask
 from lora.errors import ConfigError, did_you_mean, gather
 from lora.runs.record import IN_MEMORY, DataRecord
 
@@ -58,7 +58,7 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderJob(Task):
+class DecoderJob(LoRATask):
     """A pretrained model, the data to train on, LoRA's settings, and what is evaluated."""
 
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -70,6 +70,7 @@ class DecoderJob(Task):
         return {
             "model": self.model,
             **({} if self.implementation == "auto" else {"implementation": self.implementation}),
+            **({} if self.base_dtype == "auto" else {"base": self.base_settings}),
             "lora": asdict(self.lora),
             "data_config": {
                 **{k: _json_value(v) for k, v in asdict(self.data_config).items()},
@@ -97,6 +98,7 @@ class DecoderJob(Task):
             model=self.model,
             implementation=self.implementation,
             eval_data=self.eval_data,
+            **({} if task.method == "full" else self.base_settings),
             lora=None if task.method == "full" else self.lora,
             train=task.train,
             data_config=self.data_config,

@@ -23,7 +23,15 @@ class DecoderTarget(DecoderJob):
     """A `DecoderJob` as a `ComparisonTarget`; torch is imported when the first method is called."""
 
     def check(self, methods: tuple[Method, ...], train: TrainConfig) -> None:
-        """Raise ConfigError or DependencyError if the PEFT member cannot be trained here."""
+        """Raise ConfigError for a base that cannot be, and for a PEFT member that cannot train.
+
+        DependencyError where a package of the latter is missing.
+        """
+        from lora.pretrained.load.task import settled_base
+        from lora.pretrained.sources import find_model
+
+        base, folder = self.base_weights, find_model(self.model).folder
+        settled_base(folder, base, is_full="full" in methods)
         if "peft" in methods and is_one_of_several():
             raise ConfigError(
                 f"Cannot compare with PEFT in {world_size()} processes: its member trains in one, "
@@ -32,7 +40,7 @@ class DecoderTarget(DecoderJob):
         if "peft" in methods:
             from lora.compare.peft import check_peft
 
-            check_peft(self.lora, self.data_config)
+            check_peft(self.lora, self.data_config, base)
 
     def measure_base(self, train: TrainConfig, run: RunConfig, progress: Progress) -> BaseResult:
         """Evaluate the base model."""

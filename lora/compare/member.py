@@ -11,13 +11,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from lora.adapters.save_load import load_adapter
 from lora.compare.decoder_job import DecoderJob
 from lora.compare.evaluation import Evaluator
 from lora.compare.results import BaseResult, MemberResult, ModelEvaluation
 from lora.compare.target import MemberTask, TrainingOutcome, short_run
 from lora.compare.together import agreed, is_begun
-from lora.config import RunConfig, TrainConfig
+from lora.config import ImplementationName, RunConfig, TrainConfig
 from lora.data.prepare import PreparedData
 from lora.data.sequences.batches import ordered_batches
 from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
@@ -30,8 +32,8 @@ from lora.errors import DataError
 from lora.finetune.load_data import load_data
 from lora.finetune.run import finetune
 from lora.lora_module import count_lora_parameters
-from lora.pretrained.load.models import load_language_model
-from lora.pretrained.load.task import settled_task
+from lora.pretrained.load.models import load_language_model, model_config
+from lora.pretrained.load.task import check_native_only, settled_task
 from lora.pretrained.sources import find_model
 from lora.runs.comparison_record import RateTrial
 from lora.runs.progress import NoProgress, Progress
@@ -66,6 +68,8 @@ def _measure_base(
     given = job.finetune_job(MemberTask("lora", train, run))
     dtype = choice.compute_dtype
     finetune_job = settled_task(given, source.folder, None, progress.message, dtype)
+    sizes = model_config(source.folder, finetune_job.implementation)
+    check_native_only(sizes, base=job.base_weights, fsdp=False)
     data, report = load_data(finetune_job, source.folder, progress, world)
     for note in report.notes + report.warnings:
         progress.message(f"note: {note}")
@@ -81,6 +85,12 @@ def _measure_base(
     loss = _validation_loss(model, data, train, choice, world)
     progress.message(f"validation loss of the base: {loss:.4f}")
     measured = Evaluator(job, run, data, choice, progress, world).evaluate(model, data.tokenizer)
+    quantised_loss = None
+    if job.base_weights.is_quantised:
+        del model  # before the same weights are read a second time
+        model = _load_base(job, source.folder, finetune_job.implementation, choice).eval()
+        quantised_loss = _validation_loss(model, data, train, choice, world)
+        progress.message(f"validation loss of the base in {job.base_dtype}: {quantised_loss:.4f}")
     return BaseResult(
         source.name,
         choice.reason,
@@ -88,6 +98,20 @@ def _measure_base(
         measured,
         n_sequences=len(data.train),
         implementation=finetune_job.implementation,
+        quantised_eval_loss=quantised_loss,
+    )
+
+
+def _load_base(
+    job: DecoderJob, folder: Path, implementation: ImplementationName, choice: DeviceChoice
+) -> LanguageModel:
+    """Return the base as LoRA's members store it, from the values that they quantise."""
+    return load_language_model(
+        folder,
+        implementation=implementation,
+        dtype=choice.compute_dtype if job.base_weights.is_quantised else torch.float32,
+        device=choice.device,
+        base=job.base_weights,
     )
 
 
@@ -152,6 +176,7 @@ def run_stacked_rate_trials(
         data_config=job.data_config,
         run=short_run(task.run, name, train.n_steps),
         resume=resume,
+        **job.base_settings,
     )
     states = sweep(sweep_job, _SweepProgressBridge(progress, train.n_steps)).candidates
     losses = {s.settings["learning_rate"]: s.eval_loss for s in states if s.status == "done"}
@@ -184,8 +209,7 @@ def _load_saved(
         n_parameters = sum(p.numel() for p in model.parameters())
         parameters = n_parameters, n_parameters
     else:
-        folder = find_model(job.model).folder
-        model = load_language_model(folder, implementation=job.implementation, device=choice.device)
+        model = _load_base(job, find_model(job.model).folder, job.implementation, choice)
         load_adapter(model, saved, trainable=True)
         counts = count_lora_parameters(model)
         parameters = counts.trainable, counts.total

@@ -1,7 +1,8 @@
 """The PEFT member of a comparison: LoRA by PEFT on transformers' model, as its users train it.
 
 Base, rank, alpha, targets, batches, schedule and AdamW are those of the other members; the initial
-values of A are PEFT's own. The training loop is lora's plain one: forward, backward, clip, AdamW,
+values of A are PEFT's own. A base in nf4 has bitsandbytes' linears, whose values are the same:
+QLoRA as its users run it. The training loop is lora's plain one: forward, backward, clip, AdamW,
 and one wait for the device per step. The loss is transformers' own, summed over target tokens.
 """
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from lora.compare.decoder_job import DecoderJob
 from lora.compare.target import MemberTask, TrainingOutcome
-from lora.config import DataConfig, LoRAConfig
+from lora.config import BaseWeights, DataConfig, LoRAConfig
 from lora.data.prepare import PreparedData
 from lora.data.prompting.prompt_format import save_prompt_format
 from lora.data.record import describe_data
@@ -37,11 +38,15 @@ from lora.training.plain_step import PlainStepRunner
 from lora.training.trainer import train
 
 PACKAGES = ("peft", "transformers")
+QUANTISING = "bitsandbytes"
+"""What a base in nf4 takes besides."""
 
 
-def check_peft(lora: LoRAConfig, data_config: DataConfig) -> None:
+def check_peft(lora: LoRAConfig, data_config: DataConfig, base: BaseWeights) -> None:
     """Raise DependencyError if PEFT is not installed, ConfigError for what its member cannot do."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    _check_base(base)
+    packages = (*PACKAGES, QUANTISING) if base.is_quantised else PACKAGES
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise DependencyError(
             f"Cannot compare with PEFT: not installed: {', '.join(missing)}. "
@@ -54,12 +59,30 @@ def check_peft(lora: LoRAConfig, data_config: DataConfig) -> None:
         )
 
 
+def _check_base(base: BaseWeights) -> None:
+    """Raise ConfigError for a base that bitsandbytes does not have."""
+    why = {
+        "auto": None,
+        "nf4": None,
+        "int8": "8 bits of bitsandbytes have outlier columns, and would be another base",
+    }.get(base.base_dtype, f"it has no base in {base.base_dtype}")
+    if base.nf4_block != BaseWeights.nf4_block:
+        why = f"transformers quantises in blocks of {BaseWeights.nf4_block}, not {base.nf4_block}"
+    if base.nf4_embeddings:
+        why = "transformers leaves the embedding and the output head as they are"
+    if why is not None:
+        raise ConfigError(
+            f"Cannot compare with PEFT over a base in {base.base_dtype}: {why}. Leave out --peft, "
+            "or change how the base is stored."
+        )
+
+
 def train_peft(job: DecoderJob, task: MemberTask, progress: Progress) -> TrainingOutcome:
     """Train PEFT's adapter in `task.folder`."""
     choice = choose_device(task.run.device, task.train.precision)
     source = find_model(job.model)
     data, _ = load_data(job.finetune_job(task), source.folder, progress)
-    model = build_peft(source.folder, job.lora, task.train.seed, choice)
+    model = build_peft(source.folder, job.lora, task.train.seed, choice, job.base_weights)
     record = _describe(job, task, data, choice, source.name)
     with create_run(task.run.out, task.name, resume=task.resume, record=record) as run:
         result = train(_training_job(model, data, task, run, choice, progress))
@@ -83,16 +106,32 @@ def train_peft(job: DecoderJob, task: MemberTask, progress: Progress) -> Trainin
     )
 
 
-def build_peft(folder: Path, lora: LoRAConfig, seed: int, choice: DeviceChoice) -> Any:
-    """Return transformers' model in `folder` with PEFT's LoRA on it, on the device."""
+def build_peft(
+    folder: Path, lora: LoRAConfig, seed: int, choice: DeviceChoice, stored: BaseWeights
+) -> Any:
+    """Return transformers' model in `folder` with PEFT's LoRA on it, on the device.
+
+    Its frozen linears are bitsandbytes' where `stored` says nf4.
+    """
     import peft
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    more: dict[str, Any] = {}
+    if stored.is_quantised:
+        more["device_map"] = {"": choice.device}
+        more["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=stored.nf4_double_quant,
+            bnb_4bit_compute_dtype=choice.compute_dtype,
+        )
     base: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=choice.compute_dtype
+        folder, dtype=choice.compute_dtype, **more
     )
     base.to(choice.device)
+    if stored.is_quantised:
+        _keep_layout(base)
     base.config.use_cache = False
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     described: dict[str, Any] = {
@@ -110,6 +149,18 @@ def build_peft(folder: Path, lora: LoRAConfig, seed: int, choice: DeviceChoice) 
     }
     torch.manual_seed(seed)
     return peft.get_peft_model(base, peft.LoraConfig(**described))
+
+
+def _keep_layout(base: nn.Module) -> None:
+    """Changes the bitsandbytes linears of `base` in place: evaluation leaves their codes as they
+    are."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in base.modules():
+        if isinstance(module, Linear4bit):
+            # On CPUs with bf16 instructions it would lay the codes out differently in the first
+            # evaluation, and read them wrongly in the training steps that follow (0.50).
+            module.support_avx512bf16_for_cpu = False
 
 
 def peft_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -173,6 +224,7 @@ def _describe(
         model=name,
         device=choice.reason,
         learning_rate=task.train.peak_learning_rate,
+        **job.recorded_base,
         lora=asdict(job.lora),
         train=asdict(task.train),
         data_config=asdict(job.data_config),

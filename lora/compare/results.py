@@ -83,6 +83,13 @@ class BaseResult:
     """For training; None where only the caller's factory knows."""
     implementation: ImplementationName | None = None
     """The code that runs the model; None for models of a factory."""
+    quantised_eval_loss: float | None = None
+    """The validation loss over the base as LoRA's members store it; None: as the base is."""
+
+    def start_loss(self, method: Method) -> float:
+        """Return the validation loss that a member of this method should begin with."""
+        is_quantised = self.quantised_eval_loss is not None and method != "full"
+        return cast(float, self.quantised_eval_loss) if is_quantised else self.eval_loss
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,7 @@ def build_member(
         rate_chosen=rate.rate_chosen,
         rates_tried=rate.rates_tried,
         step_s_median=statistics.median(step_times(folder)),
+        base_dtype=read_run_record(folder).base_dtype,
         forgetting=forgetting,
         task_metric=metric,
         samples=after.samples,
@@ -160,13 +168,29 @@ def start_loss_notes(folder: Path, members: list[Member], base: BaseResult) -> l
     notes = []
     for member in members:
         losses = (row.eval_loss for row in read_metrics(folder / member.folder))
-        first = next((loss for loss in losses if loss), base.eval_loss)
-        if abs(first - base.eval_loss) > MAX_START_LOSS_DIFFERENCE * abs(base.eval_loss):
+        expected = base.start_loss(member.method)
+        first = next((loss for loss in losses if loss), expected)
+        if abs(first - expected) > MAX_START_LOSS_DIFFERENCE * abs(expected):
+            stored = "" if member.base_dtype is None else f" in {member.base_dtype}"
             notes.append(
                 f"{METHOD_NAMES[member.method]} starts at a validation loss of {first:.4f}, the "
-                f"base has {base.eval_loss:.4f}: it does not compute what the others compute"
+                f"base{stored} has {expected:.4f}: it does not compute what the others compute"
             )
     return notes
+
+
+def base_notes(members: list[Member], base: BaseResult) -> list[str]:
+    """Return a note on a base that is quantised for some of the members."""
+    stored = [member for member in members if member.base_dtype is not None]
+    if not stored or base.quantised_eval_loss is None:
+        return []
+    names = " and ".join(METHOD_NAMES[member.method] for member in stored)
+    return [
+        f"{names}: over a base in {stored[0].base_dtype}, whose validation loss is "
+        f"{base.quantised_eval_loss:.4f} before training ({base.eval_loss:.4f} in the compute "
+        "dtype); full fine-tuning trains the weights as they are. What is called before is the "
+        "base as it is"
+    ]
 
 
 def check_same_data(folder: Path, members: list[Member]) -> None:

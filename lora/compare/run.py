@@ -31,6 +31,7 @@ from lora.compare.results import (
     MemberResult,
     RateChoice,
     StepTiming,
+    base_notes,
     best_learning_rate,
     build_member,
     check_same_data,
@@ -327,6 +328,7 @@ def _finish(
     has_trials = any(rate.rate_chosen == "sweep" for rate in rates.values())
     own = {method: rate for method, rate in rates.items() if method != "peft"}
     notes = [note for method, rate in own.items() if (note := edge_note(method, rate))]
+    notes += base_notes(members, base)
     notes += start_loss_notes(run.folder, members, base)
     if not config.isolated and "cuda" not in base.device:
         notes.append("all members ran in one process: a peak memory includes the members before")

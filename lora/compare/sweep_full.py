@@ -27,6 +27,8 @@ from lora.distributed.world import World
 from lora.errors import CheckpointError
 from lora.finetune.job import FinetuneJob
 from lora.finetune.run import finetune
+from lora.pretrained.load.task import settled_base
+from lora.pretrained.sources import find_model
 from lora.runs.directory import Run
 from lora.runs.progress import NoProgress, Progress
 from lora.runs.read_record import (
@@ -90,6 +92,7 @@ def sweep_with_full(
     """
     # Of full fine-tuning, before all candidates are trained.
     check_batch(job.train, World(size=world_size()))
+    settled_base(find_model(job.model).folder, job.base_weights, is_full=True)
     done = sweep(job, progress, show_data=show_data)
     gc.collect()  # frees the sweep's base before the subprocess loads its own
     with joined(torch.device("cpu")) as world:

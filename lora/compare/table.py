@@ -104,6 +104,7 @@ def _metric(member: Member) -> str:
 
 
 _ROWS: tuple[tuple[str, Callable[[Member], str]], ...] = (
+    ("frozen base", lambda m: m.base_dtype or ""),
     ("learning rate", _rate),
     ("steps", lambda m: f"{m.steps:,}"),
     ("time per step", lambda m: f"{1000 * m.step_s_median:,.1f} ms"),

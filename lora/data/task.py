@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-from lora.config import DataConfig, ImplementationName
+from lora.config import BaseDtype, BaseWeights, DataConfig, ImplementationName
 from lora.data.reading.readers import Source
 from lora.data.reading.splitting import settings_of_split
 from lora.errors import ConfigError, gather
@@ -39,6 +40,37 @@ class Task(Settings):
         faults = self.why_split_is_unused()
         if faults:
             raise ConfigError(gather(faults, "Cannot use all of these settings:", UNUSED_ADVICE))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRATask(Task):
+    """A task in which LoRA trains: how its frozen base is stored."""
+
+    base_dtype: BaseDtype = "auto"
+    """As in BaseWeights, like the three below."""
+    nf4_block: int = BaseWeights.nf4_block
+    nf4_double_quant: bool = BaseWeights.nf4_double_quant
+    nf4_embeddings: bool = BaseWeights.nf4_embeddings
+
+    @property
+    def base_weights(self) -> BaseWeights:
+        """How the frozen linears are stored. Raises ConfigError for what is not allowed."""
+        return BaseWeights(**self.base_settings)
+
+    @property
+    def recorded_base(self) -> dict[str, Any]:
+        """What a run's record has of the base by field: None where it is not quantised."""
+        base = self.base_weights
+        is_nf4 = base.base_dtype == "nf4"
+        return {
+            "base_dtype": base.base_dtype if base.is_quantised else None,
+            "nf4": base.nf4_settings if is_nf4 else None,
+        }
+
+    @property
+    def base_settings(self) -> dict[str, Any]:
+        """The settings of the base by name, as they were given."""
+        return {each.name: getattr(self, each.name) for each in fields(BaseWeights)}
 
 
 def why_split_is_unused(config: DataConfig, eval_data: Source | None) -> list[str]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from lora.adapters.peft_files import fingerprint_adapter
 from lora.config import (
-    BaseDtype,
-    BaseWeights,
     DataConfig,
     LoRAConfig,
     MemoryConfig,
@@ -20,7 +18,7 @@ from lora.config import (
 from lora.data.inspection_report import DataReport
 from lora.data.prepare import PreparedData
 from lora.data.record import describe_data
-from lora.data.task import Task
+from lora.data.task import LoRATask
 from lora.device import DeviceChoice
 from lora.distributed.world import ALONE, World
 from lora.errors import ConfigError
@@ -43,7 +41,7 @@ GROUPS: dict[str, type[Settings]] = {
 
 @documented
 @dataclass(frozen=True, kw_only=True)
-class FinetuneJob(Task):
+class FinetuneJob(LoRATask):
     """What to fine-tune, on which data, and how."""
 
     lora: LoRAConfig | None = field(default_factory=LoRAConfig)
@@ -55,11 +53,6 @@ class FinetuneJob(Task):
     """Continue training this adapter instead of a new one; `lora` is then left as it is."""
     resume: bool = False
     """Continue the run called `run.name` from its newest checkpoint."""
-    base_dtype: BaseDtype = "auto"
-    """As in BaseWeights, like the three below."""
-    nf4_block: int = BaseWeights.nf4_block
-    nf4_double_quant: bool = BaseWeights.nf4_double_quant
-    nf4_embeddings: bool = BaseWeights.nf4_embeddings
     deterministic: bool = False
     """Give the same bits again on a GPU too: torch's deterministic algorithms, the plain step."""
 
@@ -76,11 +69,6 @@ class FinetuneJob(Task):
     def is_full(self) -> bool:
         """Whether all weights train, without LoRA."""
         return self.lora is None and self.from_adapter is None
-
-    @property
-    def base_weights(self) -> BaseWeights:
-        """How the frozen linears are stored. Raises ConfigError for what is not allowed."""
-        return BaseWeights(**{each.name: getattr(self, each.name) for each in fields(BaseWeights)})
 
     @property
     def allows_fast_step(self) -> bool:
@@ -149,8 +137,7 @@ def describe_job(
         from_adapter_fingerprint=(
             None if job.from_adapter is None else fingerprint_adapter(job.from_adapter)
         ),
-        base_dtype=None if job.base_dtype == "auto" else job.base_dtype,
-        nf4=job.base_weights.nf4_settings if job.base_dtype == "nf4" else None,
+        **job.recorded_base,
         implementation=job.implementation,
         deterministic=job.deterministic or None,
         world_size=None if world.is_alone else world.size,

@@ -104,6 +104,8 @@ class Member:
     forgetting: Forgetting | None = None
     task_metric: TaskMetric | None = None
     samples: tuple[Sample, ...] = ()
+    base_dtype: str | None = None
+    """How its frozen base is stored, if not in the compute dtype."""
 
     @property
     def figures(self) -> RunFigures:

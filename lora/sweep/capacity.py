@@ -12,13 +12,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lora.config import BaseWeights
 from lora.decoder.language_model import LanguageModel
 from lora.device import DeviceChoice, available_bytes, resident_bytes
 from lora.fast.memory.fast_step import stacked_memory
 from lora.fast.memory.plan import PlanInputs
 from lora.fast.memory.planner import MemoryPlanner, evaluation_bytes
 from lora.fast.why_not import why_not_stacked
-from lora.pretrained.load.models import as_decoder_config, empty_language_model
+from lora.pretrained.load.models import (
+    as_decoder_config,
+    empty_language_model,
+    quantise_empty_model,
+)
 from lora.stacked.apply import apply_stacked
 from lora.sweep.grid import Candidate
 
@@ -71,6 +76,7 @@ def plan_stack_memory(
     choice: DeviceChoice,
     fast: bool = True,
     processes_here: int = 1,
+    base: BaseWeights | None = None,
 ) -> StackMemory:
     """Return the memory of a stack of these candidates, planned for the one with the largest rank.
 
@@ -84,6 +90,7 @@ def plan_stack_memory(
         choice: where it runs.
         fast: whether the fast stacked step may be taken.
         processes_here: which share the memory of this machine's CPU.
+        base: how the model's frozen linears are stored; None: in the compute dtype.
     """
     largest = max(candidates, key=lambda c: c.lora.rank)
     setting = PlanInputs(
@@ -96,9 +103,10 @@ def plan_stack_memory(
         packed=packed,
         learned_fraction=learned_fraction,
         fast=False,
+        base=base or BaseWeights(),
     )
     # Asked in any case: what no step can stack is refused here, before anything is written.
-    why_not = _why_not_fast(model, candidates, choice)
+    why_not = _why_not_fast(setting, candidates, choice)
     is_fast = fast and why_not is None
     shared, each = _fast_step_bytes(setting) if is_fast else (0, _plain_step_bytes(setting))
     if choice.device.type == "cuda":
@@ -112,9 +120,10 @@ def plan_stack_memory(
 
 
 def _why_not_fast(
-    model: LanguageModel, candidates: Sequence[Candidate], choice: DeviceChoice
+    setting: PlanInputs, candidates: Sequence[Candidate], choice: DeviceChoice
 ) -> str | None:
-    empty = empty_language_model(model.config)
+    empty = empty_language_model(setting.config)
+    quantise_empty_model(empty, setting.base)
     stacked = apply_stacked(empty, [c.lora for c in candidates], [0] * len(candidates))
     return why_not_stacked(empty, stacked, choice)
 
@@ -145,6 +154,7 @@ def fast_stack_bytes(setting: PlanInputs, n_adapters: int) -> int:
         batch_size,
         tokens,
         packed=setting.packed,
+        base=setting.base,
     )
     stacked = replace(setting, micro_batch_size=n_adapters * batch_size)
     return step.total + evaluation_bytes(stacked)

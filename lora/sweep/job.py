@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import torch
 
-from lora.config import LoRAConfig, RunConfig, TrainConfig
+from lora.config import BaseWeights, LoRAConfig, RunConfig, TrainConfig
 from lora.data.prepare import PreparedData
 from lora.data.record import describe_data
-from lora.data.task import Task
+from lora.data.task import LoRATask
 from lora.device import DeviceChoice
 from lora.distributed.world import ALONE, World
 from lora.errors import CheckpointError, ConfigError, gather
@@ -22,7 +23,7 @@ from lora.sweep.grid import Candidate, Grid
 
 @documented
 @dataclass(frozen=True, kw_only=True)
-class SweepJob(Task):
+class SweepJob(LoRATask):
     """A sweep: the task, the candidates, and how they train."""
 
     grid: Grid
@@ -50,6 +51,7 @@ def takes_fast(job: SweepJob) -> bool:
 
 def check_job(job: SweepJob, candidates: list[Candidate]) -> None:
     """Raise ConfigError for settings that a sweep cannot have."""
+    _ = job.base_weights  # checks itself
     if job.at_once is not None and job.at_once < 1:
         raise ConfigError(f"Cannot sweep with at_once={job.at_once!r}. Allowed: an int ≥ 1.")
     if not job.resume:
@@ -114,6 +116,27 @@ def check_same_sweep(job: SweepJob) -> None:
         if value != now[key] and (key != "steps" or job.train.steps is not None)
     ]
     faults += describe_changes(record.run, vars(job.run), ["save"])
+    _refuse(faults, folder)
+
+
+def check_same_base(job: SweepJob) -> None:
+    """Raise CheckpointError if `job` resumes a sweep whose base was stored otherwise.
+
+    Once it is known how: a model's files may be quantised already.
+    """
+    folder = job.run.out / str(job.run.name)
+    if not job.resume or not (folder / RUN_FILE).is_file():
+        return
+    record = read_run_record(folder)
+    recorded = {"base_dtype": record.base_dtype or "auto", **(record.nf4 or {})}
+    then, now = {**asdict(BaseWeights()), **recorded}, job.base_settings
+    _refuse(
+        [f"{key}: {then[key]} then, {now[key]} now" for key in now if then[key] != now[key]],
+        folder,
+    )
+
+
+def _refuse(faults: list[str], folder: Path) -> None:
     if faults:
         advice = "Resume with the values it started with, or start a new sweep."
         heading = f"Cannot resume the sweep {folder} with other values:"
@@ -136,6 +159,7 @@ def describe_job(
         model_source=job.model,
         device=choice.reason,
         threads=torch.get_num_threads(),
+        **job.recorded_base,
         implementation=job.implementation,
         deterministic=job.deterministic or None,
         world_size=None if world.is_alone else world.size,
@@ -153,6 +177,8 @@ def alike(record: RunRecord, choice: DeviceChoice) -> dict[str, object]:
     """Return what must be the same in all processes, by name."""
     named = (
         "base_fingerprint",
+        "base_dtype",
+        "nf4",
         "implementation",
         "deterministic",
         "at_once",

@@ -42,7 +42,7 @@ from lora.errors import CheckpointError, TrainingError, gather
 from lora.inference.run_settings import implementation_to_resume
 from lora.lora_module import n_values
 from lora.pretrained.load.models import load_language_model, model_config
-from lora.pretrained.load.task import settled_task
+from lora.pretrained.load.task import check_native_only, settled_base, settled_task
 from lora.pretrained.positions import describe_excess
 from lora.pretrained.sources import ModelSource, find_model
 from lora.runs.directory import check_run_directory, create_run, default_name
@@ -63,6 +63,7 @@ from lora.sweep.job import (
     SweepJob,
     alike,
     check_job,
+    check_same_base,
     check_same_sweep,
     describe_job,
     with_recorded_steps,
@@ -138,6 +139,10 @@ def _sweep(
     # An architecture that nothing runs is refused before the data are read.
     recorded = world.on_main(partial(_recorded_implementation, job), "the recorded implementation")
     job = settled_task(job, source.folder, recorded, progress.message, choice.compute_dtype)
+    base = settled_base(source.folder, job.base_weights, progress.message)
+    job = replace(job, **vars(base))
+    check_same_base(job)
+    check_native_only(model_config(source.folder, job.implementation), base=base, fsdp=False)
     data = prepare_sweep(job, source.folder, progress, world)
     job = replace(job, train=job.train.with_steps(len(data.train)))
     check_same_sweep(job)  # with the steps that the epochs take
@@ -152,6 +157,7 @@ def _sweep(
             implementation=job.implementation,
             dtype=choice.compute_dtype,
             device=choice.device,
+            base=job.base_weights,
         )
     model.requires_grad_(False)
     saved = read_saved_record(job, candidates)

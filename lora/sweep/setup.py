@@ -100,6 +100,7 @@ def choose_stack_size(
         choice=choice,
         fast=takes_fast(job),
         processes_here=world.local_size,
+        base=job.base_weights,
     )
     each = math.ceil(len(candidates) / world.size)  # of the largest part
     counts = [n for n in world.gather(memory.n_fit, "the memory of all") if n is not None]

@@ -41,6 +41,7 @@ NAMES = {
     *("train_s", "step_s_median", "peak_memory_bytes", "planned_memory_bytes"),
     *("trainable_parameters", "total_parameters", "stored_bytes", "final_eval_loss"),
     *("best_eval_loss", "forgetting", "task_metric", "samples", "saved_step", "saved_eval_loss"),
+    "base_dtype",
 }
 LORA, FULL = Path("adapter/adapter_model.safetensors"), Path("model/model.safetensors")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lora.config import LoRAConfig
+from lora.config import BaseWeights, LoRAConfig
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder, build_empty_decoder
 from lora.fast.hand_written import HandWrittenStep
@@ -24,6 +24,7 @@ from lora.fast.weights.stacked_flat import StackedFlat
 from lora.fast.weights.stacked_projection import StackedProjection
 from lora.fast.weights.unpacked import UnpackedProjection
 from lora.kernels.step.ops import PLAIN
+from lora.layers.quantised_model import use_quantised_linears
 from lora.stacked.apply import apply_stacked
 
 CUBLAS_WORKSPACE_BYTES = 32 * 2**20
@@ -156,9 +157,12 @@ def stacked_memory(
     tokens: int,
     *,
     packed: bool,
+    base: BaseWeights | None = None,
 ) -> FastMemory:
     """Return what a stacked step holds: `batch_size` × `tokens` tokens for each of `loras`."""
     model = build_empty_decoder(config).bfloat16()
+    if base is not None:
+        use_quantised_linears(model, base)
     stacked = apply_stacked(model, loras, range(len(loras)))
     none = [0.0] * len(loras)
     step = StackedFastStep(

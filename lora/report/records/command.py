@@ -60,9 +60,7 @@ def finetune_settings(record: RunRecord, name: str, *, defaults: bool = False) -
         found["full"] = True
     else:
         found |= _changed(record.lora, LoRAConfig, defaults=defaults)
-    if record.base_dtype is not None:
-        found["base_dtype"] = record.base_dtype
-        found |= _changed(record.nf4, BaseWeights, without=("base_dtype",), defaults=defaults)
+    found |= _base(record.base_dtype, record.nf4, defaults=defaults)
     found |= _implementation(record.implementation, defaults=defaults)
     if record.deterministic:
         found["deterministic"] = True
@@ -88,6 +86,7 @@ def sweep_settings(
             found["full_learning_rate"] = full_rate
     if sweep.halving:
         found["halving"] = True
+    found |= _base(record.base_dtype, record.nf4, defaults=defaults)
     found |= _implementation(record.implementation, defaults=defaults)
     if record.deterministic:
         found["deterministic"] = True
@@ -106,6 +105,9 @@ def comparison_settings(record: RunRecord, name: str, *, defaults: bool = False)
     for key in ("model", "eval_data"):
         if isinstance(compare.get(key), str):
             found[key] = compare[key]
+    base = compare.get("base")
+    if isinstance(base, dict):
+        found |= _base(base.get("base_dtype"), base, defaults=defaults)
     found |= _implementation(compare.get("implementation"), defaults=defaults)
     if compare.get("same") == "time":
         found["same"] = "time"
@@ -117,6 +119,14 @@ def comparison_settings(record: RunRecord, name: str, *, defaults: bool = False)
     found |= _changed(compare.get("train"), TrainConfig, defaults=defaults)
     found |= _data_settings(compare.get("data_config"), defaults=defaults)
     return found | _run_settings(record.run, name, only=_OF_COMPARISON, defaults=defaults)
+
+
+def _base(kind: Any, nf4: Any, *, defaults: bool) -> Settings:
+    """Return how a quantised base was stored; nothing for one in the compute dtype."""
+    if not isinstance(kind, str):
+        return {}
+    of_nf4 = _changed(nf4, BaseWeights, without=("base_dtype",), defaults=defaults)
+    return {"base_dtype": kind, **(of_nf4 if kind == "nf4" else {})}
 
 
 def _implementation(kind: Any, *, defaults: bool) -> Settings:
