@@ -4,7 +4,7 @@ A weight (O, I) is cut row by row into blocks; the last may be shorter. A block'
 largest magnitude, and value = level · scale. With double quantisation the scales are 8-bit codes
 themselves, in groups of 256: scale = level of the code · the group's scale + the offset, which is
 the mean of all scales. (QLoRA, arXiv 2305.14314; the 8-bit levels: arXiv 2110.02861.) Codes, scales
-and values are those of bitsandbytes on a CPU, to the bit.
+and values are those of bitsandbytes' CPU build, to the bit and on every device.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ NF4_LEVELS = (
 """Quantiles of a normal distribution, of which one is zero (arXiv 2305.14314, appendix E)."""
 GROUP = 256
 """Blocks whose scales share a scale."""
+UNPACKED_VALUES = 2**20
+"""Values that are unpacked at once: they and their codes stay in a CPU's cache meanwhile."""
+N_POINTS = 2**16
+"""From -1 to 1: a scale over its group's takes the 8-bit level that is nearest to such a point."""
 MIN_PEAK = 1e-38
 """Blocks whose largest magnitude is smaller are divided by this: 1 / scale stays finite."""
 PIECE_VALUES = 2**22
@@ -109,17 +113,34 @@ def unpack_nf4(packed: Nf4Tensor, out: Tensor, first_row: int = 0) -> None:
     They are computed in fp32 and rounded once to `out`'s dtype; `out` may have a row stride.
     """
     rows, width = out.shape
-    start, stop = first_row * width, (first_row + rows) * width
-    codes = packed.codes[first_row : first_row + rows].reshape(-1)
-    values = nf4_pairs(packed.codes)[codes.int()].view(-1)  # (rows · I,)
-    first, last = start // packed.block, n_blocks(stop, packed.block)
-    scales = nf4_scales(packed, slice(first, last))
-    if start % packed.block == 0 and stop % packed.block == 0:
-        values.view(-1, packed.block).mul_(scales[:, None])
-    else:  # rows that begin inside a block
-        skipped = start - first * packed.block
-        values.mul_(scales.repeat_interleave(packed.block)[skipped : skipped + len(values)])
-    out.copy_(values.view(rows, width))
+    # Two values are written as one of eight bytes: they must be neighbours, and aligned.
+    is_direct = out.dtype is torch.float32 and out.is_contiguous() and out.storage_offset() % 2 == 0
+    n_rows = max(1, UNPACKED_VALUES // width)
+    for row in range(0, rows, n_rows):
+        part = out[row : row + n_rows]
+        values = (
+            part
+            if is_direct
+            else torch.empty_like(part, dtype=torch.float32, memory_format=torch.contiguous_format)
+        )
+        _unpack_flat(packed, (first_row + row) * width, values.view(-1))
+        if not is_direct:
+            part.copy_(values)
+
+
+def _unpack_flat(packed: Nf4Tensor, start: int, values: Tensor) -> None:
+    """Changes `values` (N,), fp32, in place: those from number `start` on; both are even."""
+    stop, block = start + len(values), packed.block
+    codes = packed.codes.view(-1)[start // 2 : stop // 2]
+    pairs = nf4_pairs(packed.codes).view(torch.int64).view(-1)
+    torch.index_select(pairs, 0, codes.int(), out=values.view(torch.int64))
+    first = start // block
+    scales = nf4_scales(packed, slice(first, n_blocks(stop, block)))
+    if start % block == 0 and stop % block == 0:
+        values.view(-1, block).mul_(scales[:, None])
+    else:  # rows that begin or end inside a block
+        skipped = start - first * block
+        values.mul_(scales.repeat_interleave(block)[skipped : skipped + len(values)])
 
 
 def unpack_nf4_rows(packed: Nf4Tensor, ids: Tensor, out: Tensor) -> None:
@@ -156,15 +177,18 @@ def _quantise_piece(values: Tensor, block: int, scales: Tensor) -> Tensor:
 
 def _quantise_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
     """Return 8-bit codes of `scales` (n,), whose mean is about zero, and the groups' scales."""
-    levels = dynamic_levels(scales)
     n_groups = n_blocks(len(scales), GROUP)
     padded = scales.new_zeros(n_groups * GROUP)
     padded[: len(scales)] = scales
     groups = padded.view(n_groups, GROUP)
     peaks = groups.abs().amax(-1)
-    normal = groups * (1.0 / peaks.clamp(min=MIN_PEAK))[:, None]
-    middles = (levels[:-1] + levels[1:]) / 2
-    codes = torch.bucketize(normal, middles, out_int32=True).to(torch.uint8)
+    normal = groups * (1.0 / peaks)[:, None]
+    # Without a peak, or with one whose inverse is infinite, zeros become NaN: they get code 0.
+    normal = normal.nan_to_num_(nan=-1.0).clamp_(-1.0, 1.0)
+    # Not the nearest level but the nearest of 65,536 points and its level, as in bitsandbytes. Its
+    # code multiplies and adds with one rounding; so does fp64 here, rounded once.
+    points = (((normal + 1.0) * 0.5).double() * (N_POINTS - 1) + 0.5).float()
+    codes = _table("points", scales)[points.int()]
     return codes.view(-1)[: len(scales)].clone(), peaks
 
 
@@ -196,6 +220,10 @@ def _build_table(name: str, device: torch.device) -> Tensor:
     if name == "pairs":
         pairs = [(high, low) for high in NF4_LEVELS for low in NF4_LEVELS]
         return torch.tensor(pairs, dtype=torch.float32, device=device)
+    if name == "points":
+        levels = _build_table("dynamic", device)
+        points = 2 * torch.arange(N_POINTS, device=device).float() / (N_POINTS - 1) - 1
+        return torch.bucketize(points, (levels[:-1] + levels[1:]) / 2, out_int32=True).byte()
     levels = torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
     return (levels[:-1] + levels[1:]) / 2
 

@@ -76,7 +76,13 @@ class Nf4Weight(QuantisedWeight):
 
     def load(self, weight: Tensor, name: str) -> None:
         _check_finite(weight, name)
-        self.packed = quantise_nf4(weight, self.block, double_quant=self.double_quant)
+        packed = quantise_nf4(weight, self.block, double_quant=self.double_quant)
+        if not bool(torch.isfinite(packed.offset)):
+            raise ModelError(
+                f"Cannot quantise {name} to nf4: its values are so large that the mean of their "
+                "scales is infinite. Use nf4_double_quant=false, which has no mean."
+            )
+        self.packed = packed
         self.sample, self.value_dtype = sample_values(weight), weight.dtype
 
     @property
