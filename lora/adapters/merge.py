@@ -19,10 +19,12 @@ from lora.adapters.apply import (
     replace_module,
     stored_adapters,
 )
+from lora.adapters.bases.linears import linear_values
 from lora.adapters.targets import output_head_name
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
-from lora.decoder.language_model import transformers_network
+from lora.decoder.language_model import LanguageModel, transformers_network
+from lora.decoder.quantised.base import QuantisedWeight
 from lora.errors import AdapterError, ModelError
 from lora.layers.conv1d import LoRAConv1D
 from lora.layers.trainable_tokens import TrainableTokensLayer, TrainableTokensLinear, plain_linear
@@ -71,6 +73,8 @@ def merge_lora(
     are; trained embedding rows are written into the embedding and the head. A tied head whose
     weight is no longer the embedding's is untied in the model's config too, so that it is saved.
 
+    Layers over a quantised base become plain ones of its unpacked values, in its compute dtype.
+
     Raises AdapterError if the logits differ by more than `tolerance` (by default TOLERANCES of the
     weights' dtype), a merged weight is not finite, other adapters are loaded beside the active one,
     or within `disabled_adapter`; `model` is then adapted as before.
@@ -80,7 +84,7 @@ def merge_lora(
     _refuse_others(model)
     was_tied = _is_tied_before(model, applied)
     if tolerance is None:
-        tolerance = max(TOLERANCES.get(layer.weight.dtype, 1e-4) for layer in layers.values())
+        tolerance = max(TOLERANCES.get(_value_dtype(x), 1e-4) for x in layers.values())
     merged = {name: layer.merge() for name, layer in layers.items()}
     rounding_error, update_error = _rounding(layers, merged)
     merged |= _merge_token_tables(applied)
@@ -97,6 +101,11 @@ def merge_lora(
             tolerance,
         )
     del model.applied_lora
+    if isinstance(model, LanguageModel) and model.known_quantisation is not None:
+        # What was noted of the base before it was unpacked is not of the merged weights.
+        model.known_quantisation = model.known_fingerprint = None
+    if isinstance(model, LanguageModel):
+        model.original_weight = None
     untied_head = was_tied and not _is_tied(model)
     if untied_head:
         _untie_config(model)
@@ -109,6 +118,10 @@ def merge_lora(
         update_error=update_error,
         untied_head=untied_head,
     )
+
+
+def _value_dtype(layer: LoRALayer) -> torch.dtype:
+    return layer.value_dtype if isinstance(layer, QuantisedWeight) else layer.weight.dtype
 
 
 def _merge_token_tables(applied: AppliedLoRA) -> dict[str, nn.Module]:
@@ -213,7 +226,8 @@ def _rounding(layers: dict[str, LoRALayer], merged: dict[str, nn.Module]) -> tup
         wide = torch.float64 if weight.dtype in (torch.float32, torch.float64) else torch.float32
         delta = (layer.lora_B.to(wide) @ layer.lora_A.to(wide)) * layer.scaling  # (O, I)
         delta = delta.T if isinstance(layer, LoRAConv1D) else delta  # (I, O) for Conv1D
-        exact = layer.weight.to(wide) + delta
+        base = linear_values(layer)  # (O, I)
+        exact = (base.T if isinstance(layer, LoRAConv1D) else base).to(wide) + delta
         lost += (weight.to(wide) - exact).norm().item() ** 2
         total += exact.norm().item() ** 2
         update += delta.norm().item() ** 2

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from lora.cli.flags.from_fields import OUTPUT
-from lora.cli.flags.shared import Adapter, Implementation, Model, Overwrite
+from lora.cli.flags.shared import Adapter, Implementation, MergedBase, Model, Overwrite
 from lora.terminal import print_line, print_note
 
 
@@ -19,6 +19,7 @@ def export(
     implementation: Implementation = "auto",
     adapter: Adapter = None,
     dtype: Annotated[Literal["f16", "q8_0", "f32"], Parameter(group=OUTPUT)] = "f16",
+    base_dtype: MergedBase = "auto",
     vllm: Annotated[bool, Parameter(group=OUTPUT)] = False,
     overwrite: Overwrite = False,
 ) -> int:
@@ -46,7 +47,7 @@ def export(
     from lora.export.run import export as write
 
     if vllm:
-        _check_writes_nothing(out, dtype, overwrite)
+        _check_writes_nothing(out, dtype, base_dtype, overwrite)
         return _check_for_vllm(adapter, model)
     if out is None:
         raise ConfigError(
@@ -57,6 +58,7 @@ def export(
         model=model,
         adapter=adapter,
         dtype=dtype,
+        base_dtype=base_dtype,
         implementation=implementation,
         overwrite=overwrite,
     )
@@ -70,10 +72,11 @@ def export(
     return 0
 
 
-def _check_writes_nothing(out: Path | None, dtype: str, overwrite: bool) -> None:
+def _check_writes_nothing(out: Path | None, dtype: str, base_dtype: str, overwrite: bool) -> None:
     from lora.errors import ConfigError
 
     given = {"a file to write": out is not None, "--dtype": dtype != "f16"}
+    given["--base-dtype"] = base_dtype != "auto"
     unused = [name for name, is_given in {**given, "--overwrite": overwrite}.items() if is_given]
     if unused:
         raise ConfigError(
@@ -85,6 +88,7 @@ def _check_writes_nothing(out: Path | None, dtype: str, overwrite: bool) -> None
 def _check_for_vllm(adapter: Path | None, model: str | None) -> int:
     from lora.errors import AdapterError, ConfigError, gather
     from lora.export.vllm import check_adapter_for_vllm, find_base, vllm_command
+    from lora.inference.base_weights import trained_quantisation
     from lora.pretrained.sources import find_model
 
     if adapter is None:
@@ -102,5 +106,11 @@ def _check_for_vllm(adapter: Path | None, model: str | None) -> int:
     if base is None:
         note = "note: the adapter's layers were not compared with its base; name it with --model"
         print_note(note)
+    trained = trained_quantisation(adapter)
+    if trained is not None:
+        print_note(
+            f"note: it was trained over a base in {trained}, and vLLM serves it over the base's "
+            "own weights. lora merge writes a model with the values that it was trained over"
+        )
     print_line(vllm_command(adapter, model or (str(base) if base else "path/to/base")))
     return 0

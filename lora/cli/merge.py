@@ -8,13 +8,20 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from lora.cli.flags.from_fields import DEVICE, MODEL, OUTPUT
-from lora.cli.flags.shared import Implementation, Model, Overwrite, open_adapter
-from lora.terminal import print_line
+from lora.cli.flags.shared import Implementation, MergedBase, Model, Overwrite, open_adapter
+from lora.terminal import print_line, print_note
 
 Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None,
+    Literal["float32", "bfloat16", "float16", "nf4"] | None,
     Parameter(
         group=OUTPUT, help="Dtype of the written weights. Default: each tensor's in the base."
+    ),
+]
+Requantise = Annotated[
+    bool,
+    Parameter(
+        group=OUTPUT,
+        help="With --dtype nf4: accept what rounding to 4 bits again changes, which is said.",
     ),
 ]
 MergeDevice = Annotated[str, Parameter(group=DEVICE, help="Device that computes the merge.")]
@@ -27,6 +34,8 @@ def merge(
     model: Model = None,
     implementation: Implementation = "auto",
     dtype: Dtype = None,
+    requantise: Requantise = False,
+    base_dtype: MergedBase = "auto",
     device: MergeDevice = "cpu",
     overwrite: Overwrite = False,
 ) -> int:
@@ -37,6 +46,9 @@ def merge(
         lora merge runs/orders/adapter merged
 
     The base's generation settings, tokenizer settings and chat templates are kept.
+    After training over nf4 or fp8, the values of that base are merged; --base-dtype
+    original merges into those that are not quantised, and says how far the logits
+    are.
 
     Parameters
     ----------
@@ -53,11 +65,20 @@ def merge(
         model=model,
         dtype=dtype,
         device=device,
+        base_dtype=base_dtype,
+        requantise=requantise,
         implementation=implementation,
         overwrite=overwrite,
     )
+    over = "" if merged.over is None else f", over the values of {merged.over}"
+    allowed = "" if merged.tolerance is None else f" (allowed {merged.tolerance:.0e})"
     print_line(
-        f"merged {merged.layers} layers into {out} ({', '.join(merged.dtypes)}); logits "
-        f"differ by {merged.relative_error:.1e} (allowed {merged.tolerance:.0e})"
+        f"merged {merged.layers} layers into {out} ({', '.join(merged.dtypes)}){over}; logits "
+        f"differ by {merged.relative_error:.1e}{allowed}"
     )
+    if merged.base_change is not None:
+        print_note(
+            f"note: over the original weights the logits differ by {merged.base_change:.1e} from "
+            "those over the quantised base that the adapter was trained over"
+        )
     return 0

@@ -20,6 +20,7 @@ from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
 from lora.decoder.decoder import Decoder
 from lora.decoder.families import FAMILIES, decoder_config
 from lora.decoder.language_model import LanguageModel
+from lora.decoder.quantised.record import BaseQuantisation
 from lora.errors import ConfigError, ModelError, UnsupportedModelError, did_you_mean, gather
 from lora.export.blockwise import DecoderBlocks, GGUFBlocks, logits_by_block, logits_error
 from lora.pretrained.gguf_config import gguf_config
@@ -78,6 +79,7 @@ def export_gguf(
     name: str | None = None,
     overwrite: bool = False,
     inputs: Sequence[Path] = (),
+    rounded_as: BaseQuantisation | None = None,
 ) -> GGUFReport:
     """Write a model as the GGUF file `out`, completely or not at all, and verify it.
 
@@ -85,6 +87,8 @@ def export_gguf(
     into the file, in fp32, and no more than one block is held beside `source`. Matrices
     are stored as `dtype`; norms and biases as F32. The file is read back: settings and tokenizer
     must be equal, tensors within TOLERANCES and logits within LOGITS_TOLERANCES.
+    A quantised base is unpacked; a mapped one gets the values of a base that is `rounded_as` the
+    adapter's was.
     A file that exists is replaced only with `overwrite`, and never if it is among the `inputs`, of
     which a `source` that is a folder is one.
     Raises ModelError and DataError for what the format cannot store, ConfigError if something is
@@ -101,7 +105,8 @@ def export_gguf(
     if isinstance(source, LanguageModel):
         blocks, own_name = DecoderBlocks(_native(source)), out.stem
     elif isinstance(source, MappedModel):
-        blocks, own_name = DecoderBlocks(_native(source.model), source.release), out.stem
+        model, own_name = _native(source.model), out.stem
+        blocks = DecoderBlocks(model, source.release, kind=rounded_as)
     else:
         mapped = map_decoder(Path(source))
         blocks, own_name = DecoderBlocks(mapped.model, mapped.release), Path(source).resolve().name

@@ -6,7 +6,7 @@ report = write_merged(mapped, ids, base=Path("base"), tokenizer=tokenizer, folde
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,17 +14,23 @@ import torch
 from torch import Tensor
 
 from lora.adapters.apply import lora_layers
+from lora.adapters.bases.messages import measured_change
+from lora.adapters.bases.quantisation import quantisation_of
+from lora.adapters.bases.unpack import round_base
 from lora.adapters.merge import TOLERANCES
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.decoder import Decoder
-from lora.errors import AdapterError
+from lora.decoder.quantised.record import BaseQuantisation
+from lora.errors import AdapterError, UnsupportedModelError
 from lora.export.blockwise import CPU, DecoderBlocks, logits_by_block, logits_error
+from lora.export.requantised import RequantisedBlocks
 from lora.export.whole import rounded, write_whole
 from lora.pretrained.hf_weights import map_decoder, read_stored_dtypes, write_decoder
 from lora.pretrained.mapped import MappedModel
 from lora.pretrained.model_files import save_tokenizer_files
 
-MergedDtype = Literal["float32", "bfloat16", "float16"]
+MergedDtype = Literal["float32", "bfloat16", "float16", "nf4"]
+MergeBase = Literal["auto", "original"]
 _BY_NAME = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -38,7 +44,13 @@ class MergedModel:
     """Dtypes of the file, the most frequent first."""
     relative_error: float
     """‖difference‖ / ‖reference‖ of the logits, rounding to the file's dtypes included."""
-    tolerance: float
+    tolerance: float | None
+    """Largest `relative_error` allowed; None where it was merged into nf4 on request."""
+    over: str | None = None
+    """The quantised base whose values were merged, in words; None: they are not rounded."""
+    base_change: float | None = None
+    """Of the logits over the values that were merged against those that the adapter was trained
+    over; None: they are the same."""
 
 
 @torch.no_grad()
@@ -51,6 +63,9 @@ def write_merged(
     folder: Path,
     dtype: MergedDtype | None = None,
     device: torch.device = CPU,
+    trained: BaseQuantisation | None = None,
+    merged_over: MergeBase = "auto",
+    requantise: bool = False,
 ) -> MergedModel:
     """Write the model `mapped`, which has an adapter, merged into `folder`, and verify it.
 
@@ -59,18 +74,42 @@ def write_merged(
     are compared with the adapted model's, both computed in fp32 on `device`. A model that
     transformers runs is merged as a whole, in fp32, in place.
 
-    Raises AdapterError if they differ by more than the dtype's tolerance, or if a value is beyond
-    its dtype; `folder` then holds an incomplete model (write to the path of an OutputPath).
+    Of an adapter that was `trained` over a quantised base, the values of that base are merged, or
+    the original ones, whose change of the logits is measured. In nf4 it is written only if it is to
+    `requantise`.
+
+    Raises AdapterError if the logits differ by more than the dtype's tolerance, or if a value is
+    beyond its dtype; `folder` then holds an incomplete model (write to the path of an OutputPath).
     """
-    n_layers = len(lora_layers(mapped.model))
-    if isinstance(mapped.model, Decoder):
-        before, after, kinds = _write_by_block(
-            DecoderBlocks(mapped.model, mapped.release, device), ids, base, folder, dtype, device
+    n_layers, model = len(lora_layers(mapped.model)), mapped.model
+    coded = quantisation_of(model)
+    over = coded or (trained if merged_over == "auto" else None)
+    compared = trained if merged_over == "original" and coded is None else None
+    change = None
+    if isinstance(model, Decoder):
+        rounded_as = None if coded is not None else over
+        blocks = DecoderBlocks(model, mapped.release, device, rounded_as)
+        before = logits_by_block(blocks, ids)
+        if compared is not None:
+            others = DecoderBlocks(model, mapped.release, device, compared)
+            change = logits_error(before, logits_by_block(others, ids))
+        if dtype == "nf4":
+            error = _write_in_4bit(blocks, before, ids, base, folder, over, requantise=requantise)
+            save_tokenizer_files(tokenizer, base, folder)
+            return MergedModel(n_layers, ("nf4",), error, None, _in_words(over), change)
+        after, kinds = _write_by_block(blocks, ids, base, folder, dtype, device)
+    elif dtype == "nf4":
+        raise UnsupportedModelError(
+            f"Cannot merge this {model.config.family!r} model into nf4: transformers runs it, and "
+            "only native decoders are written in 4 bits. Leave dtype nf4 out."
         )
     else:
+        change = None if compared is None else measured_change(model, compared)
+        if coded is None and over is not None:
+            round_base(model, over)
         kind = None if dtype is None else _BY_NAME[dtype]
         before, after, kinds = write_whole(
-            mapped.model, ids, base=base, folder=folder, dtype=kind, device=device
+            model, ids, base=base, folder=folder, dtype=kind, device=device
         )
     error = logits_error(after, before)
     tolerance = max(TOLERANCES[kind] for kind in kinds)
@@ -83,7 +122,42 @@ def write_merged(
     save_tokenizer_files(tokenizer, base, folder)
     by_count = sorted(set(kinds), key=kinds.count, reverse=True)
     names = tuple(str(kind).removeprefix("torch.") for kind in by_count)
-    return MergedModel(n_layers, names, error, tolerance)
+    return MergedModel(n_layers, names, error, tolerance, _in_words(over), change)
+
+
+def _in_words(kind: BaseQuantisation | None) -> str | None:
+    return None if kind is None else str(kind)
+
+
+def _write_in_4bit(
+    blocks: DecoderBlocks,
+    before: Tensor,
+    ids: Tensor,
+    base: Path,
+    folder: Path,
+    over: BaseQuantisation | None,
+    *,
+    requantise: bool,
+) -> float:
+    """Write the merged decoder in nf4; return the change of the logits (T, V) from `before`.
+
+    With the settings of the base that it was trained over, if that was nf4. Raises AdapterError
+    with the change unless it is to `requantise`.
+    """
+    settings = over if over is not None and over.dtype == "nf4" else None
+    kinds = _dtypes_to_write(blocks, base, None)
+    usual = str(max(set(kinds.values()), key=list(kinds.values()).count)).removeprefix("torch.")
+    kind = settings or BaseQuantisation("nf4", block=64, double_quant=True)
+    requantised = RequantisedBlocks(blocks, replace(kind, embeddings=False, compute_dtype=usual))
+    change = logits_error(logits_by_block(requantised, ids), before)
+    if not requantise:
+        raise AdapterError(
+            f"Cannot merge into nf4 as it is: rounding the merged weights to 4 bits again changes "
+            f"the logits by {change:.1e} (‖difference‖ / ‖reference‖). Nothing was written. Leave "
+            "dtype nf4 out to merge without this loss, or accept it with requantise."
+        )
+    requantised.write(kinds, folder)
+    return change
 
 
 def _write_by_block(
@@ -93,9 +167,8 @@ def _write_by_block(
     folder: Path,
     dtype: MergedDtype | None,
     device: torch.device,
-) -> tuple[Tensor, Tensor, list[torch.dtype]]:
-    """Write the merged decoder; return the logits (T, V) before and after, and the dtypes."""
-    before = logits_by_block(blocks, ids)
+) -> tuple[Tensor, list[torch.dtype]]:
+    """Write the merged decoder; return the logits (T, V) of the files, and their dtypes."""
     dtypes = _dtypes_to_write(blocks, base, dtype)
 
     def parts(name: str) -> Iterator[Tensor]:
@@ -105,7 +178,7 @@ def _write_by_block(
     write_decoder(blocks.config, dtypes, parts, folder)
     written = map_decoder(folder)
     after = logits_by_block(DecoderBlocks(written.model, written.release, device), ids)
-    return before, after, list(dtypes.values())
+    return after, list(dtypes.values())
 
 
 def _dtypes_to_write(

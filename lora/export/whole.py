@@ -9,12 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lora.adapters.bases.unpack import unpack_base
 from lora.adapters.merge import merge_lora
 from lora.decoder.language_model import LanguageModel
+from lora.decoder.quantised.base import base_kind
 from lora.errors import AdapterError
 from lora.pretrained.hf_files import open_tensors
 from lora.pretrained.hf_weights import FLOATS
 from lora.pretrained.load.models import load_language_model, save_language_model
+from lora.pretrained.quantised.folder import find_4bit
 from lora.pretrained.transformers_models.save import cast_parameters
 
 
@@ -35,6 +38,8 @@ def write_whole(
     """
     before = _logits(model.to(device), ids)
     merge_lora(model)
+    if base_kind(model) is not None:  # linears without LoRA, in the codes of a folder in 4 bits
+        unpack_base(model, torch.float32)
     kind_of = _stored_kinds(base) if dtype is None else lambda name: dtype
     kinds = {name: kind_of(name) for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
@@ -68,5 +73,7 @@ def _stored_kinds(base: Path) -> Callable[[str], torch.dtype]:
         stored = open_tensors(base, files)
         kinds = {n: FLOATS[tensor.dtype] for n, tensor in stored.items() if tensor.dtype in FLOATS}
     found = list(kinds.values())
-    usual = max(set(found), key=found.count)
+    # A folder in 4 bits has its weights as codes; its tables of scales are fp32.
+    is_4bit = find_4bit(base) is not None
+    usual = torch.bfloat16 if is_4bit else max(set(found), key=found.count)
     return lambda name: kinds.get(name, usual)

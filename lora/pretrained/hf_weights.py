@@ -298,7 +298,7 @@ def _write_decoder(
     sizes = {name: tensor.numel() * dtypes[name].itemsize for name, tensor in empty.items()}
 
     def layout(name: str) -> dict[str, TensorParts]:
-        return {name: _file_layout(config, name, empty[name], dtypes[name], parts)}
+        return {name: file_layout(config, name, tuple(empty[name].shape), dtypes[name], parts)}
 
     shards = split_into_shards(sizes, max_shard_bytes)
     write_shards(folder, shards, layout, sum(sizes.values()))
@@ -324,19 +324,19 @@ def _tensors_to_save(model: Decoder) -> dict[str, Tensor]:
     return tensors
 
 
-def _file_layout(
+def file_layout(
     config: DecoderConfig,
     name: str,
-    empty: Tensor,
+    shape: tuple[int, ...],
     dtype: torch.dtype,
     parts: Callable[[str], Iterator[Tensor]],
 ) -> TensorParts:
-    """Return the parameter `name`, of the shape of `empty`, as a file holds it."""
+    """Return the parameter `name`, of this shape in the model, as a file holds it."""
     if config.is_transposed_in_files(name):
         return TensorParts(
-            dtype, tuple(empty.shape[::-1]), lambda: iter((torch.cat([*parts(name)]).to(dtype).T,))
+            dtype, shape[::-1], lambda: iter((torch.cat([*parts(name)]).to(dtype).T,))
         )
-    return TensorParts(dtype, tuple(empty.shape), lambda: (part.to(dtype) for part in parts(name)))
+    return TensorParts(dtype, shape, lambda: (part.to(dtype) for part in parts(name)))
 
 
 def _config_to_save(config: DecoderConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -82,6 +82,13 @@ AnswerBase = Annotated[
         "original: unquantised.",
     ),
 ]
+MergedBase = Annotated[
+    Literal["auto", "original"],
+    Parameter(
+        group=MODEL,
+        help="Base's values to merge into: auto (as trained over), or original (unquantised).",
+    ),
+]
 Device = Annotated[str, Parameter(group=DEVICE, help="Device: auto, cpu, cuda, cuda:1, ...")]
 Devices = Annotated[
     int | Literal["all"] | None,
