@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import lora
+from lora.adapters.bases.rules import QUANTISATION_KEY
 from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.reading.orders import make_orders
 from lora.distributed.world import World
@@ -28,12 +31,14 @@ pytestmark = pytest.mark.xdist_group("sharded_runs")
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"lora": LoRAConfig(rank=4)},
+    "nf4": {"lora": LoRAConfig(rank=4), "base_dtype": "nf4"},
     "full": {"lora": None},
     "tokens": {
         "lora": LoRAConfig(rank=2),
         "data_config": DataConfig(max_length=96, special_tokens=("<|note|>",)),
     },
 }
+RESUMED = ("nf4", "full")
 STEPS = 12
 
 
@@ -75,7 +80,7 @@ def run_sharded(world: World, folder: Path) -> list[str]:
     """Run all kinds sharded; leave runs that ddp began and that broke off. Return what was said."""
     for kind in KINDS:
         finetune(job_of(kind, folder / f"fsdp{world.size}", STEPS, parallel="fsdp"))
-    for kind in ("lora", "full"):
+    for kind in RESUMED:
         finetune(job_of(kind, folder / "resumed", 4, parallel="ddp"))
     said: list[str] = []
     job = job_of("full", folder / "failed", STEPS, parallel="fsdp")
@@ -86,7 +91,7 @@ def run_sharded(world: World, folder: Path) -> list[str]:
 
 def resume_sharded(world: World, folder: Path) -> None:
     """Go on where two processes of ddp, or a failed run, ended."""
-    for kind in ("lora", "full"):
+    for kind in RESUMED:
         job = job_of(kind, folder / "resumed", 8, parallel="fsdp")
         finetune(replace(job, resume=True))
 
@@ -116,7 +121,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (said, _) = run_processes(2, run_sharded, folder)
     (folder / "said").write_text("\n".join(said))
     run_processes(3, resume_sharded, folder)
-    for kind in ("lora", "full"):
+    for kind in RESUMED:
         finetune(replace(job_of(kind, folder / "resumed", STEPS), resume=True))
     return folder
 
@@ -160,7 +165,17 @@ def test_a_sharded_run_ends_as_one_of_one_process(kind: str, folder: Path) -> No
     assert record["base_fingerprint"] == alone["base_fingerprint"]
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_adapter_names_the_base_and_its_codes_as_that_of_one_process(folder: Path) -> None:
+    found = []
+    for run in ("one", "fsdp2", "resumed"):
+        with safe_open(folder / run / "nf4/adapter/adapter_model.safetensors", "pt") as file:
+            found.append(file.metadata())
+            del found[-1]["lora_lm_tensors_sha256"]  # they differ in their last bits
+    assert found[0] == found[1] == found[2]
+    assert json.loads(found[0][QUANTISATION_KEY])["dtype"] == "nf4"
+
+
+@pytest.mark.parametrize("kind", RESUMED)
 def test_ddp_fsdp_and_one_process_resume_each_other(kind: str, folder: Path) -> None:
     run, expected = folder / "resumed" / kind, folder / "one" / kind
     assert_close(saved(run), saved(expected))
