@@ -13,6 +13,7 @@ from lora.report.canvas import LINE_STYLES, SERIES
 from lora.report.figures import MAX_BARS, choose_curves
 from lora.report.numbers import count_text, loss_text, short, size_text, time_text
 from lora.report.records.records import (
+    NOT_QUANTISED,
     ComparisonSummary,
     Report,
     RunSummary,
@@ -213,11 +214,18 @@ def find_facts(report: Report) -> list[tuple[str, str]]:
     runs = report.runs
     facts = [
         ("model", tables.distinct(run.model for run in runs)),
+        ("base", tables.distinct(_bases(runs))),
         ("device", tables.distinct(run.device for run in runs)),
         ("data", tables.distinct(run.data.get("source") for run in runs)),
         ("examples", _examples(runs)),
     ]
     return [(name, value) for name, value in facts if value != tables.DASH]
+
+
+def _bases(runs: Sequence[RunSummary]) -> list[str]:
+    """Return how LoRA's bases were stored; nothing where none was quantised."""
+    bases = [run.stored_base for run in runs if run.method != "full"]
+    return bases if set(bases) - {NOT_QUANTISED} else []
 
 
 def _examples(runs: Sequence[RunSummary]) -> str:

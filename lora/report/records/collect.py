@@ -117,6 +117,12 @@ def _notes(runs: Sequence[RunSummary]) -> tuple[str, ...]:
     notes = []
     if len({run.base_fingerprint for run in runs if run.base_fingerprint}) > 1:
         notes.append("The runs started from different bases: their losses differ by that too.")
+    bases = {run.stored_base for run in runs if run.method != "full"}
+    if len(bases) > 1:
+        notes.append(
+            f"LoRA trained over other values of the base ({'; '.join(sorted(bases))}): the losses "
+            "differ by that too."
+        )
     prints = [run.data.get("held_out_fingerprint") for run in runs if run.held_out]
     if len({p for p in prints if p is not None}) > 1:
         notes.append(

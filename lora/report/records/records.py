@@ -17,6 +17,9 @@ SCHEMA_VERSION = 1
 REPORT_KIND = "report"
 """The `kind` in report.json."""
 
+NOT_QUANTISED = "not quantised"
+"""Of a base that is stored in the compute dtype."""
+
 Method = Literal["lora", "full", "peft", "unknown"]
 Status = Literal["finished", "unfinished", "stopped", "failed"]
 
@@ -114,6 +117,8 @@ class RunSummary:
     """Of the training and validation data, by dotted name."""
     environment: dict[str, Any] = field(default_factory=dict)
     base_fingerprint: str | None = None
+    stored_base: str = NOT_QUANTISED
+    """How the frozen weights were stored, in words."""
     notes: tuple[str, ...] = ()
     command: str | None = None
     """The command line that repeats it; None if there is none."""

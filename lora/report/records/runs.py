@@ -13,7 +13,7 @@ from typing import Any
 from lora.report.records.command import finetune_command
 from lora.report.records.next_commands import next_commands
 from lora.report.records.reading import count_elements, flatten, relative
-from lora.report.records.records import Memory, Point, RunSummary, StepState
+from lora.report.records.records import NOT_QUANTISED, Memory, Point, RunSummary, StepState
 from lora.runs.comparison_record import Sample
 from lora.runs.read_record import (
     read_metrics,
@@ -35,6 +35,8 @@ _SETTINGS = (
     "settings",
     "deterministic",
     "from_adapter",
+    "base_dtype",
+    "nf4",
 )
 _NO_SETTINGS = ("run.name", "run.out", "train.learning_rate", "lora.init_seed")
 """Not shown as settings: where the run is stored, and what has a column of its own."""
@@ -114,6 +116,7 @@ def read_run(folder: Path, base: Path, faults: Faults, *, group: str = "") -> Ru
         data=_data(record),
         environment={} if record.environment is None else flatten(_sorted(record.environment)),
         base_fingerprint=record.base_fingerprint,
+        stored_base=_stored_base(record),
         notes=(record.data.warnings or ())
         + (() if not_finite is None else (not_finite,))
         + (result.warnings if result else ()),
@@ -276,6 +279,18 @@ def _samples(folder: Path, faults: Faults) -> tuple[Sample, ...]:
 def _settings(record: RunRecord) -> dict[str, Any]:
     kept = {name: v for name in _SETTINGS if (v := getattr(record, name)) is not None}
     return {k: v for k, v in flatten(kept).items() if k not in _NO_SETTINGS}
+
+
+def _stored_base(record: RunRecord) -> str:
+    """Return in words how the frozen weights were stored."""
+    if record.base_dtype is None:
+        return NOT_QUANTISED
+    nf4 = record.nf4 or {}
+    if "nf4_block" not in nf4:
+        return record.base_dtype
+    scales = "double quantisation" if nf4.get("nf4_double_quant") else "no double quantisation"
+    tables = ", embeddings too" if nf4.get("nf4_embeddings") else ""
+    return f"{record.base_dtype} (blocks of {nf4['nf4_block']}, {scales}{tables})"
 
 
 def _data(record: RunRecord) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lora.errors import CheckpointError, ConfigError
-from lora.report.page import find_findings
+from lora.report.page import find_facts, find_findings
 from lora.report.records.collect import read_report
 from lora.runs.directory import Run
 from lora.runs.sweep_record import WaveTiming, append_wave_timing
@@ -211,6 +211,18 @@ def test_what_forbids_comparing_is_noted(make_run: Make, tmp_path: Path) -> None
     notes = read_report([one, other], tmp_path).notes
     assert any("evaluated on different validation data" in note for note in notes)
     assert any("different bases" in note for note in notes)
+
+
+def test_how_the_base_was_stored_is_shown_and_noted(make_run: Make, tmp_path: Path) -> None:
+    one, other = make_run("one"), make_run("other")
+    assert "base" not in dict(find_facts(read_report([one, other], tmp_path)))
+    nf4 = {"nf4_block": 64, "nf4_double_quant": True, "nf4_embeddings": False}
+    rewrite(other / "run.json", lambda v: v.update(base_dtype="nf4", nf4=nf4))
+    report = read_report([one, other], tmp_path)
+    words = "nf4 (blocks of 64, double quantisation)"
+    assert dict(find_facts(report))["base"] == f"not quantised · {words}"
+    assert any(f"other values of the base ({words}; not quantised)" in n for n in report.notes)
+    assert report.runs[1].settings["base_dtype"] == "nf4"
 
 
 def test_every_fault_of_every_folder_is_told_at_once(make_run: Make, tmp_path: Path) -> None:
