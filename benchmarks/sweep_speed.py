@@ -2,15 +2,17 @@
 
     python benchmarks/sweep_speed.py --cases S                     # two cores, a minute
     python benchmarks/sweep_speed.py --cases 135M-1x512 1B-1x512 8B-memory
+    python benchmarks/sweep_speed.py --cases 1B-4x512 1B-4x2048 --base-dtype nf4
     python benchmarks/sweep_speed.py --out benchmarks/results/sweep_speed_h200.jsonl
 
 Each cell runs in its own process and prints a JSON line. `together` trains K candidates with the
 step of `lora sweep`, `one` trains one with the step of `lora finetune`, both with the real loader
 and reading every loss; `peft` is PEFT's step for one, whose runs one after another take K times as
 long; `one-K` is one run with K times the batch size: the time of K candidates if their adapters
-cost no more than one. Times are medians. Random Llama-shaped weights, random tokens, rank 16 on all
-linears (the character GPT: rank 8, embeddings train too). `8B-memory` compares the peak of eight
-candidates with the plan, and with the base plus eight times what one candidate adds.
+cost no more than one. `--base-dtype nf4` stores the frozen linears so (not PEFT's). Times are
+medians. Random Llama-shaped weights, random tokens, rank 16 on all linears (the character GPT: rank
+8, embeddings train too). `8B-memory` compares the peak of eight candidates with the plan, and with
+the base plus eight times what one candidate adds.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -38,7 +40,7 @@ from gpu_step import Shape, build_empty, build_model, build_stream
 from sweep_drift import loss_sums
 
 from lora.adapters.apply import apply_lora
-from lora.config import LoRAConfig, TrainConfig
+from lora.config import BaseDtype, BaseWeights, LoRAConfig, TrainConfig
 from lora.device import choose_device, peak_memory_bytes, synchronize
 from lora.fast.choose import choose_steps
 from lora.fast.memory.fast_step import fast_memory, stacked_memory
@@ -51,10 +53,13 @@ from models.bigram_lm_v2 import BigramLanguageModel
 from models.bigram_lm_v2_lora import EMBEDDINGS
 
 RANK, WARM_UP, TIMED = 16, 8, 40
+AS_IT_IS = BaseWeights()
 TOGETHER = (1, 2, 4, 8)
 GPU_CASES = {
     "135M-1x512": Shape(576, 30, 9, 3, 1536, 49152, 1, 512),
     "1B-1x512": Shape(2048, 16, 32, 8, 8192, 128256, 1, 512),
+    "1B-4x512": Shape(2048, 16, 32, 8, 8192, 128256, 4, 512),
+    "1B-4x2048": Shape(2048, 16, 32, 8, 8192, 128256, 4, 2048),
 }
 SHAPE_8B = Shape(4096, 32, 32, 8, 14336, 128256, 1, 512, tied=False)
 CASES = ("S", *GPU_CASES, "8B-memory")
@@ -81,10 +86,12 @@ def configs(n: int) -> list[TrainConfig]:
     return [TrainConfig(steps=1000, seed=k, learning_rate=r) for k, r in enumerate(rates)]
 
 
-def gpu_together(shape: Shape, n: int, device: str = "cuda") -> dict[str, Any]:
+def gpu_together(
+    shape: Shape, n: int, device: str = "cuda", base: BaseWeights = AS_IT_IS
+) -> dict[str, Any]:
     """Return the time of a step of `n` candidates, with the sweep's step and loader."""
     choice = choose_device(device)
-    model = build_model(shape, choice.compute_dtype, device=device)
+    model = build_model(shape, choice.compute_dtype, base=base, device=device)
     said: list[str] = []
     stacked = apply_stacked(model, loras(n), range(n))
     candidates = configs(n)
@@ -117,10 +124,13 @@ def gpu_together(shape: Shape, n: int, device: str = "cuda") -> dict[str, Any]:
     return {**found, "peak_gb": peak, "losses": [round(loss, 3) for loss in losses[-1]]}
 
 
-def gpu_one(shape: Shape, rows: int = 1, device: str = "cuda") -> dict[str, Any]:
-    """Return the time of a step of one run, batch size `rows`, with finetune's step and loader."""
-    shape, choice = replace(shape, rows=rows), choose_device(device)
-    model = apply_lora(build_model(shape, choice.compute_dtype, device=device), loras(1)[0])
+def gpu_one(
+    shape: Shape, times: int = 1, device: str = "cuda", base: BaseWeights = AS_IT_IS
+) -> dict[str, Any]:
+    """Return the time of a step of one run, `times` the batch, with finetune's step and loader."""
+    shape, choice = replace(shape, rows=times * shape.rows), choose_device(device)
+    empty = build_model(shape, choice.compute_dtype, base=base, device=device)
+    model = apply_lora(empty, loras(1)[0])
     said: list[str] = []
     steps = choose_steps(model, choice, TrainConfig(steps=1000), on_message=said.append)
     stream, done = build_stream(shape, steps.batch_device, packed=False), 0
@@ -192,10 +202,12 @@ def cpu_peft() -> dict[str, Any]:
     return {"step_ms": median_ms(char_step(CHAR_CASES["S"], "peft"), 50, 300)}
 
 
-def run_child(case: str, cell: str) -> dict[str, Any]:
+def run_child(case: str, cell: str, base_dtype: str = "auto") -> dict[str, Any]:
     """Return the row of one cell, measured in this process."""
     kind, _, number = cell.partition("-")
+    base = BaseWeights(base_dtype)  # type: ignore[arg-type]
     where: dict[str, Any] = {"case": case, "cell": cell}
+    where |= {"base_dtype": base_dtype} if base.is_quantised else {}
     if case == "S":
         one = {"one": cpu_one, "peft": cpu_peft}
         found = one[kind]() if kind in one else cpu_together(int(number))
@@ -205,9 +217,11 @@ def run_child(case: str, cell: str) -> dict[str, Any]:
     else:
         shape = GPU_CASES[case]
         if kind == "one":
-            found = gpu_one(shape, int(number or 1))
+            found = gpu_one(shape, int(number or 1), base=base)
+        elif kind == "peft":
+            found = gpu_peft(shape)
         else:
-            found = gpu_peft(shape) if kind == "peft" else gpu_together(shape, int(number))
+            found = gpu_together(shape, int(number), base=base)
     if case != "S":
         where["hardware"] = f"one {torch.cuda.get_device_name()}"
     rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}
@@ -247,17 +261,25 @@ def main() -> int:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["S"])
     parser.add_argument("--cells", nargs="+", help="only these cells, such as one together-4 peft")
     parser.add_argument("--out", type=Path, help="also append the lines to this file")
+    parser.add_argument("--base-dtype", choices=get_args(BaseDtype), default="auto")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(run_child(*arguments.child)), flush=True)
+        case, cell = arguments.child
+        row = run_child(case, cell, arguments.base_dtype)
+        print(json.dumps(row), flush=True)
         return 0
+    is_plain = arguments.base_dtype == "auto"
+    if not is_plain and {"S", "8B-memory"} & set(arguments.cases):
+        parser.error("--base-dtype is for the GPU's cases of speed")
     rows = []
     for case in arguments.cases:
         for cell in cells_of(case):
             if arguments.cells and cell not in arguments.cells:
                 continue
-            line = _in_subprocess(case, cell)
+            if cell == "peft" and not is_plain:
+                continue  # its QLoRA is in gpu_step.py
+            line = _in_subprocess(case, cell, arguments.base_dtype)
             print(line, flush=True)
             rows.append(json.loads(line))
             if arguments.out:
@@ -267,8 +289,8 @@ def main() -> int:
     return 0
 
 
-def _in_subprocess(case: str, cell: str) -> str:
-    command = [sys.executable, __file__, "--child", case, cell]
+def _in_subprocess(case: str, cell: str, base_dtype: str) -> str:
+    command = [sys.executable, __file__, "--base-dtype", base_dtype, "--child", case, cell]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from lora.data.sequences.batches import IGNORE, Batch
 from lora.decoder.decoder import Decoder
+from lora.decoder.quantised.base import base_kind
 from lora.fast.hand_written import MERGE_BELOW_WIDTH, HandWrittenStep
 from lora.fast.llama.network import FastNetwork
 from lora.fast.weights.stacked_flat import StackedFlat
@@ -47,7 +48,10 @@ class StackedFastStep(HandWrittenStep):
         own_attention: bool | None = None,
     ) -> None:
         self._own_attention = own_attention
-        self.merges = model.config.hidden_size < MERGE_BELOW_WIDTH if merges is None else merges
+        # Packed weights stay so: merged ones would be K in the compute dtype for each of them.
+        self.base_kind = base_kind(model)
+        narrow = model.config.hidden_size < MERGE_BELOW_WIDTH and self.base_kind is None
+        self.merges = narrow if merges is None else merges
         device = next(model.parameters()).device
         # Values, gradients and moments in fp32, as in FastStep.
         wide = torch.promote_types(dtype, torch.float32)
@@ -108,7 +112,10 @@ class StackedFastStep(HandWrittenStep):
         kind = str(self.network.dtype).removeprefix("torch.")
         n = self.flat.n_adapters
         how = "merged once a step, a weight for each" if self.merges else "beside the weights"
-        return f"{self.ops.name} kernels, {kind} matmuls, LoRA of {n} adapters {how}"
+        about = f"{self.ops.name} kernels, {kind} matmuls, LoRA of {n} adapters {how}"
+        if self.network.scratch is not None:
+            about += f"; {self.base_kind} weights unpacked for each of them"
+        return about
 
     @torch.no_grad()
     def refresh(self) -> None:

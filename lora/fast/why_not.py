@@ -11,7 +11,7 @@ from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
 from lora.decoder.language_model import LanguageModel
 from lora.decoder.layers import RMSNorm
-from lora.decoder.quantised.base import QuantisedWeight, base_kind
+from lora.decoder.quantised.base import QuantisedWeight
 from lora.decoder.quantised.fp8 import has_fp8_base
 from lora.device import DeviceChoice
 from lora.fast.llama.junctions import NORM_NAMES
@@ -50,9 +50,8 @@ def why_not_stacked(model: nn.Module, stacked: StackedAdapters, choice: DeviceCh
 
 def why_not_stacked_hand_written(model: Decoder, stacked: StackedAdapters) -> str | None:
     """Return what of `stacked` the hand-written stacked step cannot train, or None."""
-    kind = base_kind(model)
-    if kind is not None:
-        return f"the base is {kind}"
+    if has_fp8_base(model):
+        return "the base is fp8"
     # The step forms K gradients for linears of the blocks only; embedding and head are shared.
     blocks = set(model.trunk.blocks().modules())
     outside = [name for name, layer in stacked.layers.items() if layer not in blocks]

@@ -102,6 +102,16 @@ def test_a_killed_sweep_is_resumed_to_the_same_bytes(job: SweepJob, fast: None) 
     assert files(again.folder) == files(whole.folder)
 
 
+def test_a_killed_sweep_over_nf4_is_resumed_to_the_same_bytes(job: SweepJob, fast: None) -> None:
+    train = replace(job.train, steps=6)
+    job = replace(job, grid=Grid(rank=(2, 4)), train=train, base_dtype="nf4", nf4_block=32)
+    whole = sweep(job)
+    killed = named(job, "killed")
+    with pytest.raises(Killed):
+        sweep(killed, KilledAt(5))
+    assert files(sweep(replace(killed, resume=True)).folder) == files(whole.folder)
+
+
 def test_a_failed_candidate_does_not_stop_the_others(job: SweepJob, fast: None) -> None:
     grid = Grid(learning_rate=(5e-3, 1e30, 1e-2))
     done = sweep(replace(job, grid=grid))

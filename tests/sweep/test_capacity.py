@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
-from lora.config import LoRAConfig, TrainConfig
+from lora.config import BaseWeights, LoRAConfig, TrainConfig
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.device import DeviceChoice
 from lora.fast.memory.plan import PlanInputs
@@ -44,12 +45,14 @@ def memory_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], capacit
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (FREE, FREE))
 
-    def find(why_not: str | None, *, fast: bool = True) -> capacity.StackMemory:
+    def find(
+        why_not: str | None, *, fast: bool = True, base: BaseWeights | None = None
+    ) -> capacity.StackMemory:
         monkeypatch.setattr(capacity, "_why_not_fast", lambda *_: why_not)
         model: Decoder = build_decoder(TINY, 0)
         return plan_stack_memory(
             model, CANDIDATES, ROWS, TOKENS,
-            packed=False, learned_fraction=1.0, choice=CHOICE, fast=fast,
+            packed=False, learned_fraction=1.0, choice=CHOICE, fast=fast, base=base,
         )  # fmt: skip
 
     return find
@@ -71,6 +74,22 @@ def test_the_fast_step_is_planned_as_it_is_built(
     assert line(memory.n_fit) <= (1 - RESERVED_FRACTION) * FREE < line(memory.n_fit + 1)
     base = 2 * sum(p.numel() for p in build_decoder(TINY, 0).parameters())
     assert memory.shared_bytes >= base
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_base_in_nf4_is_planned_as_it_is_stored(
+    memory_of: Callable[..., capacity.StackMemory], fast: bool
+) -> None:
+    nf4 = BaseWeights("nf4")
+    memory = memory_of(None, fast=fast, base=nf4)
+    if fast:
+        for n in (1, 2, 5):
+            held = fast_stack_bytes(replace(setting(), base=nf4), n)
+            assert held <= memory.shared_bytes + n * memory.each_bytes <= 1.05 * held
+        assert memory.shared_bytes < memory_of(None).shared_bytes
+    else:
+        # Unpacked for a moment, and nothing of its values is saved for the backward pass.
+        assert memory.each_bytes == pytest.approx(memory_of("x").each_bytes, rel=0.1)
 
 
 def test_the_plain_step_is_planned_where_the_fast_one_is_not_taken(

@@ -168,7 +168,7 @@ class FastNetwork:
         if self.fp8_buffers is not None and isinstance(flat, FlatParameters):
             return fp8_projection(blocks, flat, dtype, ops, self.masks, self.fp8_buffers)
         has_packed = any(is_packed(module) for block in blocks for module in block)
-        if self.scratch is not None and has_packed and isinstance(flat, FlatParameters):
+        if self.scratch is not None and has_packed:
             return unpacked_projection(blocks, flat, dtype, ops, self.masks, self.scratch)
         if not self.trains_all and not any(has_lora(m) for block in blocks for m in block):
             return FrozenProjection(blocks, dtype)

@@ -58,14 +58,20 @@ class StackedProjection(Projection):
         self.width = self.extra = self.rounded_rank(start)
         """R: all members' ranks together, rounded up."""
         self.a_slot = flat.reserve((self.n_layers, self.width, self.inputs), decays=True)
+        self.bind_base()
+        n_layers, n_adapters = self.n_layers, self.n_adapters
+        self.a = self.empty(n_layers, n_adapters, self.width, self.inputs)
+        self.b = self.empty(n_layers, n_adapters, self.outputs, self.width).zero_()
+
+    def bind_base(self) -> None:
+        """Changes the modules in place: the base's weights become views of one tensor."""
         bound = None if self.device.type == "meta" else self.find_bound()
         self.base = (
             self.empty(self.n_layers, self.outputs, self.inputs) if bound is None else bound
         )  # (L, O, I)
+        self.weights = list(self.base)
+        """By block, (O, I)."""
         self.bind(self.base)  # copies onto themselves in a sweep's second wave
-        n_layers, n_adapters = self.n_layers, self.n_adapters
-        self.a = self.empty(n_layers, n_adapters, self.width, self.inputs)
-        self.b = self.empty(n_layers, n_adapters, self.outputs, self.width).zero_()
 
     def rounded_rank(self, ranks: int) -> int:
         """Return `ranks` rounded up, so that rows of every buffer stay aligned."""
@@ -99,7 +105,7 @@ class StackedProjection(Projection):
         x, low = x[:, : self.inputs], x[:, self.inputs :]
         bias = None if self.bias is None else self.bias[layer]
         _stacked_matmul(
-            self._by_adapter(x), self.base[layer].T, bias, self.a[layer].mT, self.b[layer].mT,
+            self._by_adapter(x), self.weights[layer].T, bias, self.a[layer].mT, self.b[layer].mT,
             self._by_adapter(low), self._by_adapter(out),
         )  # fmt: skip
 
@@ -109,7 +115,7 @@ class StackedProjection(Projection):
             torch.bmm(dy, self.b[layer], out=low)
             return
         _stacked_matmul(
-            dy, self.base[layer], None, self.b[layer], self.a[layer], low, self._by_adapter(dx)
+            dy, self.weights[layer], None, self.b[layer], self.a[layer], low, self._by_adapter(dx)
         )
 
     def accumulate_gradients(self, layers: slice, x: Tensor, dy: Tensor, *, first: bool) -> None:

@@ -22,8 +22,11 @@ from lora.fast.weights.adapted import (
 )
 from lora.fast.weights.flat import FlatParameters
 from lora.fast.weights.projections import FrozenProjection, Projection, weight_of
+from lora.fast.weights.stacked_flat import StackedFlat
+from lora.fast.weights.stacked_projection import StackedProjection
 from lora.kernels.step.ops import Ops
 from lora.lora_module import LoRALayer
+from lora.stacked.layers import StackedLoRALinear
 
 
 class ScratchUser(Protocol):
@@ -175,17 +178,24 @@ class UnpackedSeparateProjection(UnpackedProjection, SeparateLoRAProjection):
     """LoRA in matmuls of its own, for dropout on its inputs."""
 
 
+class UnpackedStackedProjection(UnpackedProjection, StackedProjection):
+    """LoRA of K adapters beside W, which is unpacked once for the rows of all of them."""
+
+
 def unpacked_projection(
     blocks: Sequence[Sequence[nn.Module]],
-    flat: FlatParameters,
+    flat: FlatParameters | StackedFlat,
     dtype: torch.dtype,
     ops: Ops,
     masks: DropoutMasks | None,
     scratch: WeightScratch,
 ) -> Projection:
     """Return the projection of packed linears that read the same input, given by block."""
-    if not any(isinstance(module, LoRALayer) for block in blocks for module in block):
+    adapted = LoRALayer | StackedLoRALinear
+    if not any(isinstance(module, adapted) for block in blocks for module in block):
         return UnpackedFrozenProjection(blocks, dtype, scratch=scratch)
+    if isinstance(flat, StackedFlat):
+        return UnpackedStackedProjection(blocks, flat, dtype, scratch=scratch)
     if masks is not None:
         # Dropout is on LoRA's inputs alone, so LoRA needs matmuls of its own.
         return UnpackedSeparateProjection(blocks, flat, dtype, ops, masks, scratch=scratch)
