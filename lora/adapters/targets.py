@@ -133,7 +133,7 @@ def _refuse_quantised(model: nn.Module, saved: list[str]) -> None:
         kind = base_kind(model.get_submodule(name))
         if kind is not None:
             raise TargetError(
-                f"Cannot train {name!r} fully (modules_to_save): its linears are stored in {kind}, "
+                f"Cannot train {name!r} fully (modules_to_save): its weights are stored in {kind}, "
                 f"which cannot train. Adapt it through LoRA, or load the base without {kind}."
             )
 

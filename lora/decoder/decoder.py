@@ -24,6 +24,7 @@ from lora.decoder.cache import KVCache
 from lora.decoder.config import DecoderConfig
 from lora.decoder.language_model import LanguageModel
 from lora.decoder.layers import BLOCKS, OffsetRMSNorm, RMSNorm
+from lora.decoder.quantised.base import QuantisedWeight, dtype_of
 from lora.decoder.rope import Rope
 from lora.errors import ModelError
 
@@ -239,14 +240,17 @@ class Decoder(LanguageModel):
 
     def token_cache_bytes(self) -> int:
         """Return what a cache holds of one token of one sequence, in bytes."""
-        heads, first = self.config.attention, next(self.parameters())
+        heads = self.config.attention
         each = heads.num_key_value_heads * heads.head_dim
-        return 2 * self.config.num_hidden_layers * each * first.element_size()
+        return 2 * self.config.num_hidden_layers * each * dtype_of(self).itemsize
 
     def tie_head(self) -> None:
         """Changes the head in place: its weight becomes the embedding's, if the config says so."""
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = cast(nn.Embedding, self.trunk.embedding()).weight
+            embedding, head = cast(nn.Embedding, self.trunk.embedding()), self.lm_head
+            head.weight = embedding.weight
+            if isinstance(embedding, QuantisedWeight) and isinstance(head, QuantisedWeight):
+                head.share_packed(embedding)
 
     def new_cache(
         self,
@@ -261,7 +265,7 @@ class Decoder(LanguageModel):
         """
         first = next(self.parameters())
         device = first.device if device is None else torch.device(device)
-        kind = dtype or self.cache_dtype or first.dtype
+        kind = dtype or self.cache_dtype or dtype_of(self)
         return KVCache(self.config, batch_size, max_tokens, kind, device)
 
 

@@ -31,6 +31,7 @@ from lora.data.record import describe_data
 from lora.data.task import why_split_is_unused
 from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
 from lora.decoder.language_model import LanguageModel
+from lora.decoder.quantised.base import dtype_of
 from lora.device import DeviceChoice, choose_device
 from lora.distributed.devices import check_batch, check_own_device
 from lora.distributed.one_run import check_alike, resumes, shared_run
@@ -172,7 +173,7 @@ def _train(
     choice = choose_device(str(next(model.parameters()).device), chosen.train.precision)
     recorded = world.on_main(lambda: _recorded(chosen.run, resume, world), "the run's record")
     asked = settings.get("packing", recorded.packing)
-    how_read, kind = replace(chosen.data, packing=asked), next(model.parameters()).dtype
+    how_read, kind = replace(chosen.data, packing=asked), dtype_of(model)
     how_read = settled_packing(how_read, model.config, progress.message, kind)
     chosen = replace(chosen, data=how_read)
     prepared = _load_data(model, tokenizer, data, eval_data, chosen, recorded, progress)

@@ -28,6 +28,7 @@ from lora.finetune.model import prepare_model
 from lora.finetune.weight_rows import WeightRows
 from lora.layers.quantised_model import use_quantised_linears
 from lora.layers.token_tables import find_token_tables
+from lora.pretrained.load.task import check_native_only
 from lora.pretrained.sources import ModelSource
 from lora.runs.progress import Progress
 
@@ -55,9 +56,10 @@ def build_sharded_model(
 ) -> ShardedModel:
     """Return the model of `job` ready to be sharded. Sets torch's seed.
 
-    Raises ModelError and AdapterError as loading it whole does.
+    Raises ModelError and AdapterError as loading it whole does, ConfigError for tables in nf4.
     """
     files = WeightRows(source.folder)
+    check_native_only(files.model.config, base=job.base_weights, fsdp=True)  # where it was chosen
     fingerprint = base_fingerprint(files.model, files.release)
     model = build_empty_decoder(files.model.config)
     # In full fine-tuning what is stored stays in fp32; the base of LoRA has the compute dtype.

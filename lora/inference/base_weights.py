@@ -21,6 +21,7 @@ from lora.config import AnswerDtype, BaseWeights, ImplementationName
 from lora.decoder.language_model import LanguageModel
 from lora.decoder.quantised.base import base_kind, quantised_modules
 from lora.decoder.quantised.record import BaseQuantisation
+from lora.decoder.quantised.tables import Nf4Embedding
 from lora.device import DeviceChoice, available_bytes
 from lora.errors import ConfigError, did_you_mean
 from lora.pretrained.load.models import empty_language_model, load_language_model, model_config
@@ -130,8 +131,12 @@ def _unpacked_bytes(folder: Path, implementation: ImplementationName, dtype: tor
 
 
 def _cast(model: LanguageModel, dtype: torch.dtype) -> None:
-    """Changes `model` in place: parameters that are no codes get `dtype`."""
-    coded = {id(module.weight) for module in quantised_modules(model).values()}
+    """Changes `model` in place: parameters that are no codes get `dtype`, and what is looked up."""
+    quantised = quantised_modules(model).values()
+    coded = {id(module.weight) for module in quantised}
+    for module in quantised:
+        if isinstance(module, Nf4Embedding):
+            module.out_dtype = dtype
     for parameter in model.parameters():
         if id(parameter) not in coded and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)

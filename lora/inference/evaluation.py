@@ -16,6 +16,7 @@ from lora.data.sequences.encode import encode_examples
 from lora.data.sequences.encoded import EncodedExamples, check_has_targets
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.language_model import LanguageModel
+from lora.decoder.quantised.base import dtype_of
 from lora.device import DeviceChoice
 from lora.distributed.world import ALONE, World
 from lora.inference.answers import Answer, answer_prompts, ask_for_all
@@ -198,7 +199,7 @@ def loss_of(
     the architecture has none.
     """
     pad, _ = choose_pad_id(tokenizer, model.config.vocab_size)
-    dtype = next(model.parameters()).dtype
+    dtype = dtype_of(model)
     packing = settled_packing(config, model.config, compute_dtype=dtype).is_packed
     sequences = build_sequences(
         encoded.documents, config.max_length, packing=packing, pad_id=pad, seed=0

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lora.decoder.quantised.base import QuantisedWeight
+from lora.decoder.quantised.tables import Nf4Embedding
 from lora.errors import TargetError
 from lora.layers.conv1d import LoRAConv1D, is_conv1d
 from lora.layers.fused import FusedLoRALinear
@@ -34,7 +35,8 @@ def is_adaptable(module: nn.Module) -> bool:
 
 def _is_quantised(module: nn.Module) -> bool:
     """Whether `module` is a quantised linear of ours, which LoRA does not yet wrap."""
-    return isinstance(module, QuantisedWeight) and not isinstance(module, LoRALayer)
+    is_other = isinstance(module, LoRALayer | Nf4Embedding)
+    return isinstance(module, QuantisedWeight) and not is_other
 
 
 def _is_falcons(module: nn.Module) -> bool:

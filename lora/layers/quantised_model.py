@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import cast
 
 from torch import nn
 
@@ -12,6 +13,7 @@ from lora.decoder.quantised.base import QuantisedWeight
 from lora.decoder.quantised.fp8 import Fp8Linear
 from lora.decoder.quantised.int8 import Int8Linear
 from lora.decoder.quantised.nf4 import Nf4Linear, check_even
+from lora.decoder.quantised.tables import Nf4Embedding
 from lora.errors import ModelError
 
 
@@ -20,9 +22,10 @@ def use_quantised_linears(
 ) -> None:
     """Changes `model` in place: its blocks' linears become quantised ones without values.
 
-    The embedding, the output head, norms and biases keep their dtype; so do linears whose weights
-    are not named in `only`. Nothing changes where `base.base_dtype` is auto. Raises ModelError for
-    a linear that the dtype cannot hold.
+    Norms and biases keep their dtype, the embedding and the output head too unless
+    `base.nf4_embeddings` says otherwise; so do linears whose weights are not named in `only`.
+    Nothing changes where `base.base_dtype` is auto. Raises ModelError for a linear that the dtype
+    cannot hold.
     """
     if base.base_dtype == "auto":
         return
@@ -35,6 +38,19 @@ def use_quantised_linears(
         for name, child in list(owner.named_children()):
             if id(child) in new:
                 owner.add_module(name, new[id(child)])
+    if base.nf4_embeddings:
+        _use_nf4_tables(model, base)
+
+
+def _use_nf4_tables(model: Decoder, base: BaseWeights) -> None:
+    """Changes `model` in place: embedding and output head become nf4 without values, tied or not"""
+    embedding = cast(nn.Embedding, model.trunk.embedding())
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    owner, _, leaf = name.rpartition(".")
+    table = Nf4Embedding(embedding, base.nf4_block, double_quant=base.nf4_double_quant)
+    model.get_submodule(owner).add_module(leaf, table)
+    model.add_module("lm_head", build_quantised(model.lm_head, "lm_head", base))
+    model.tie_head()
 
 
 def is_weight_in(module: str, only: Collection[str] | None) -> bool:
@@ -53,11 +69,6 @@ def build_quantised(linear: nn.Linear, name: str, base: BaseWeights) -> Quantise
     if base.base_dtype == "int8":
         return Int8Linear(linear)
     if base.base_dtype == "nf4":
-        if base.nf4_embeddings:
-            raise ModelError(
-                "Cannot store the embedding and the output head in nf4 here (nf4_embeddings). "
-                "Leave nf4_embeddings out."
-            )
         check_even(linear, name)
         return Nf4Linear(linear, base.nf4_block, double_quant=base.nf4_double_quant)
     raise ModelError(f"Cannot store weights in {base.base_dtype!r}. Allowed: fp8, int8, nf4.")

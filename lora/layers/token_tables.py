@@ -9,6 +9,7 @@ from typing import Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from lora.decoder.quantised.base import QuantisedWeight
 from lora.errors import ConfigError, TargetError, did_you_mean
 from lora.layers.trainable_tokens import (
     TrainableTokensEmbedding,
@@ -72,6 +73,11 @@ def find_token_tables(model: nn.Module) -> TokenTables:
     for table, plain in ((embedding, nn.Embedding), (head, nn.Linear)):
         allowed = (plain, TrainableTokensEmbedding, TrainableTokensLinear)
         of_lora = table is head and isinstance(table, LoRALayer)
+        if isinstance(table, QuantisedWeight):
+            raise TargetError(
+                f"Cannot train or add tokens in {names.get(id(table))!r}: it is stored in "
+                f"{table.kind}, which cannot train. Leave nf4_embeddings out."
+            )
         if table is not None and type(table) not in allowed and not of_lora:
             raise TargetError(
                 f"Cannot train selected tokens in {names.get(id(table))!r}, a "

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -230,13 +230,24 @@ def _assign(model: Decoder, tensors: Iterator[tuple[str, Tensor]]) -> None:
 def _check_tied_head(model: Decoder, source: Mapping[str, StoredTensor], folder: Path) -> None:
     if not model.config.tie_word_embeddings or _HEAD not in source:
         return
-    head, embedding = source[_HEAD].tensor(), model.lm_head.weight
+    head, embedding = source[_HEAD].tensor(), _embedding_in_file(model, source)
     if head.shape != embedding.shape or not torch.equal(head.to(embedding), embedding):
         raise ModelError(
             f"Cannot load {folder}: config.json says tie_word_embeddings=true, and {_HEAD} in the "
             "file differs from the embedding. Set tie_word_embeddings to false to use the file's "
             "own head."
         )
+
+
+def _embedding_in_file(model: Decoder, source: Mapping[str, StoredTensor]) -> Tensor:
+    """Return the embedding of `model`, or what the file had where it has been quantised."""
+    table = model.get_input_embeddings()
+    if not isinstance(table, QuantisedWeight):
+        return cast(Tensor, table.weight)
+    name = next(name for name, module in model.named_modules() if module is table)
+    found = _with_prefix(model, source)[f"{name}.weight"]
+    assert isinstance(found, StoredTensor)
+    return found.tensor()
 
 
 def read_stored_dtypes(folder: Path) -> dict[str, torch.dtype]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora.data.sequences.batches import IGNORE, Batch
 from lora.decoder.decoder import Decoder
+from lora.decoder.quantised.base import values_of
 from lora.device import DeviceChoice
 from lora.kernels.cross_entropy import linear_cross_entropy
 from lora.stacked.apply import StackedAdapters
@@ -38,11 +39,11 @@ class StackedDecoderLoss:
         head = decoder.output_head()
         if isinstance(head, StackedLoRALinear):
             return _from_logits(decoder.logits_of(hidden), labels)
-        transform = transform_of(decoder.config)
+        transform, weight = transform_of(decoder.config), values_of(head)
         # Unbound, not sliced: the backward of each of K slices would be a gradient of full size.
         by_adapter = hidden.flatten(0, 1).unflatten(0, (n, -1)).unbind(0)  # K times (N, C)
         found = [
-            linear_cross_entropy(own, head.weight, own_labels, transform=transform)
+            linear_cross_entropy(own, weight, own_labels, transform=transform)
             for own, own_labels in zip(by_adapter, labels.unbind(0), strict=True)
         ]
         sums, counts = zip(*found, strict=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora.data.sequences.batches import IGNORE, Batch
 from lora.decoder.language_model import LanguageModel, ModelConfig
+from lora.decoder.quantised.base import QuantisedWeight, values_of
 from lora.errors import ModelError
 from lora.kernels.cross_entropy import LogitTransform, linear_cross_entropy
 from lora.kernels.trained_rows_cross_entropy import trained_rows_cross_entropy
@@ -22,12 +23,12 @@ from lora.training.step_runner import LossFn
 
 
 def linear_head_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the loss of a model whose head is a plain linear; logits exist chunk by chunk."""
+    """Return the loss of a model whose head is a linear without LoRA; logits exist in chunks."""
     own = cast(LanguageModel, model)
     head = own.output_head()
     loss, n_tokens = linear_cross_entropy(
         _hidden(own, batch),
-        head.weight,
+        values_of(head),
         batch.labels.flatten(),
         bias=head.bias,
         transform=transform_of(own.config),
@@ -77,7 +78,7 @@ def loss_for(model: nn.Module) -> LossFn:
         return any_head_loss
     if isinstance(head, TrainableTokensLinear):
         return trainable_tokens_loss
-    is_plain = isinstance(head, nn.Linear) and not isinstance(head, LoRALayer)
+    is_plain = isinstance(head, nn.Linear | QuantisedWeight) and not isinstance(head, LoRALayer)
     return linear_head_loss if is_plain else any_head_loss
 
 

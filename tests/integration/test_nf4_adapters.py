@@ -117,3 +117,25 @@ def test_a_checkpoint_and_a_continued_run_name_the_base_too(
         assert "trained over" not in " ".join(caplog.messages)
         lora.finetune(str(orders_file), name="plain", **settings)
     assert "trained over a base in nf4 (blocks of 32" in " ".join(caplog.messages)
+
+
+def test_tables_in_nf4_go_through_a_whole_run(
+    tiny_folder: Path, orders_file: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"steps": 2, "batch_size": 2, "rank": 4, "max_length": 128}
+    done = lora.finetune(
+        str(orders_file),
+        model=str(tiny_folder),
+        out=str(tmp_path),
+        name="tables",
+        eval_data=str(orders_file),
+        base_dtype="nf4",
+        nf4_embeddings=True,
+        **settings,
+    )
+    for word in ("auto", "nf4"):
+        model, tokenizer = lora.load_model(adapter=done.saved, device="cpu", base_dtype=word)
+        assert (base_kind(model) is None) == (word == "auto")
+        loss = lora.evaluate(model, tokenizer, orders_file).scores.loss
+        assert loss == pytest.approx(done.result.eval_loss, rel=1e-6)
+    assert isinstance(lora.generate(model, tokenizer, "3 lamps", max_new_tokens=2), str)

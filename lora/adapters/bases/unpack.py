@@ -13,7 +13,7 @@ from lora.adapters.bases.linears import block_linears, is_transposed, linear_val
 from lora.adapters.bases.quantisation import quantisation_of
 from lora.adapters.fingerprint import base_fingerprint, code_fingerprint
 from lora.decoder.language_model import LanguageModel
-from lora.decoder.quantised.base import quantised_modules
+from lora.decoder.quantised.base import QuantisedWeight, quantised_modules
 from lora.decoder.quantised.record import BaseQuantisation
 
 
@@ -26,8 +26,16 @@ def unpack_base(model: LanguageModel, dtype: torch.dtype) -> None:
     the quantisation.
     """
     kind, fingerprint = quantisation_of(model), base_fingerprint(model)
+    table = model.get_input_embeddings()
+    codes = table.weight if isinstance(table, QuantisedWeight) else None
     for name, module in quantised_modules(model).items():
-        replace_module(model, name, module.plain_layer(module.unpacked().to(dtype)))
+        # A tied head follows the embedding, which comes before it.
+        is_tied = module is not table and module.weight is codes
+        shared = cast(nn.Parameter, model.get_input_embeddings().weight) if is_tied else None
+        plain = module.plain_layer(module.unpacked().to(dtype) if shared is None else shared)
+        if shared is not None:
+            plain.weight = shared
+        replace_module(model, name, plain)
     model.known_quantisation, model.known_fingerprint = kind, fingerprint
 
 

@@ -57,6 +57,11 @@ class QuantisedWeight(nn.Module):
         self.register_buffer("sample", empty, persistent=False)
         self.train(linear.training)
 
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """The dtype that the layer's results have, unless its input or autocast decides."""
+        return self.value_dtype
+
     def share_packed(self, other: QuantisedWeight) -> None:
         """Changes this layer in place: beside `weight` and `bias`, its tensors are `other`'s."""
         self.value_dtype, self.conv1d = other.value_dtype, other.conv1d
@@ -147,6 +152,21 @@ def base_kind(model: nn.Module) -> str | None:
     """Return how the base of `model` is stored (`fp8`, `nf4`), or None if it is not quantised."""
     kinds = (m.kind for m in model.modules() if isinstance(m, QuantisedWeight))
     return next(kinds, None)
+
+
+def values_of(module: nn.Module) -> Tensor:
+    """Return the weight (O, I) of a linear; unpacked where it is quantised."""
+    if isinstance(module, QuantisedWeight):
+        return module.unpacked()
+    return cast(Tensor, module.weight)
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the first weight of `model`; of a quantised one that of its values."""
+    owner = next(m for m in model.modules() if any(True for _ in m.parameters(recurse=False)))
+    if isinstance(owner, QuantisedWeight):
+        return owner.result_dtype
+    return next(owner.parameters(recurse=False)).dtype
 
 
 def sample_values(tensor: Tensor) -> Tensor:

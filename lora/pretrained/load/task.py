@@ -129,11 +129,17 @@ def check_native_only(config: ModelConfig, *, base: BaseWeights, fsdp: bool) -> 
                 f"Cannot use base_dtype={base.base_dtype!r} with this {config.family!r} model: "
                 f"{why}. Leave base_dtype out."
             )
+    if base.nf4_embeddings and fsdp:
+        raise ConfigError(
+            "Cannot use nf4_embeddings with parallel='fsdp': of a sharded model the embedding and "
+            "the head are in the compute dtype. Leave nf4_embeddings out, or take parallel='ddp'."
+        )
     given = {
         f"base_dtype={base.base_dtype!r}": (
             base.is_quantised and base.base_dtype != "nf4",
             "the frozen weights are stored in the compute dtype",
         ),
+        "nf4_embeddings": (base.nf4_embeddings, "the embedding and the head are as they were"),
         "parallel='fsdp'": (fsdp, "each process has all weights, as with parallel='ddp'"),
     }
     wrong = {name: why for name, (is_given, why) in given.items() if is_given}
