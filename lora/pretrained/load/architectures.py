@@ -57,8 +57,7 @@ def find_architecture(config: dict[str, Any]) -> Architecture:
     that is quantised, is no causal language model, or needs code that transformers does not have.
     """
     described = describe_architecture(config)
-    if is_4bit(config, described):
-        raise ModelError(_only_native(described))
+    is_4bit(config, described)  # raises for every other method
     version = _checked_version(described, config.get("model_type"))
     model_type = _known_type(config, described, version)
     from transformers.models.auto import modeling_auto
@@ -171,14 +170,6 @@ def _is_encoder_decoder(config: dict[str, Any], model_type: str) -> bool:
 
     given = config.get("is_encoder_decoder")
     return bool(CONFIG_MAPPING[model_type].is_encoder_decoder if given is None else given)
-
-
-def _only_native(described: str) -> str:
-    return (
-        f"Cannot load this {described}: its weights are in 4 bits by bitsandbytes, which native "
-        f"decoders read ({', '.join(sorted(FAMILIES))}), and transformers runs it. Name the "
-        "unquantised model: --base-dtype nf4 stores it at this size as it is read."
-    )
 
 
 def _other_task(described: str, named: str, causal: str | None) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lora.decoder.decoder import Decoder
-from lora.decoder.quantised.nf4 import Nf4Linear
+from lora.decoder.quantised.nf4 import Nf4Linear, Nf4Weight
 from lora.errors import ModelError
 from lora.pretrained.hf_files import StoredTensor
 from lora.pretrained.quantised.stored import Read, StoredNf4
@@ -35,16 +35,32 @@ def load_packed_linears(
         linear = parent.get_submodule(leaf)
         assert isinstance(linear, nn.Linear)
         new = Nf4Linear(linear, weight.block, double_quant=weight.is_double)
-        new.packed = weight.packed(device, read)
-        new.value_dtype = dtype or VALUE_DTYPES[weight.dtype]
-        new.sample = torch.empty(0, dtype=torch.int16, device=device)
-        scales = new.weight_group_scales if new.double_quant else new.weight_scales
-        if not bool(torch.isfinite(scales).all()):
-            raise ModelError(
-                f"Cannot load {weight.path}: {name} has scales that are not finite. Download it "
-                "again."
-            )
+        fill_packed(new, weight, dtype=dtype, device=device, read=read)
         parent.register_module(leaf, new)
+
+
+def fill_packed(
+    linear: Nf4Weight,
+    weight: StoredNf4,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    read: Read = StoredTensor.tensor,
+) -> None:
+    """Changes `linear`, of the same sizes, in place: its codes and scales are those of `weight`.
+
+    Values are merged into `dtype`; None: what they were quantised from. Raises ModelError for
+    scales that are not finite.
+    """
+    linear.packed = weight.packed(device, read)
+    linear.value_dtype = dtype or VALUE_DTYPES[weight.dtype]
+    linear.sample = torch.empty(0, dtype=torch.int16, device=device)
+    scales = linear.weight_group_scales if linear.double_quant else linear.weight_scales
+    if not bool(torch.isfinite(scales).all()):
+        raise ModelError(
+            f"Cannot load {weight.path}: {weight.name} has scales that are not finite. Download it "
+            "again."
+        )
 
 
 def packable_linears(model: Decoder) -> set[str]:

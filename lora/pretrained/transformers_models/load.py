@@ -17,10 +17,14 @@ from torch import nn
 from lora.config import BaseWeights
 from lora.decoder.language_model import LanguageModel
 from lora.errors import ModelError, gather
-from lora.pretrained.hf_files import open_tensors, read_config
+from lora.pretrained.hf_files import StoredTensor, open_tensors, read_config
 from lora.pretrained.hf_weights import FLOATS, NO_PARAMETERS
 from lora.pretrained.load.architectures import find_architecture
+from lora.pretrained.quantised.folder import cannot_load, describe_packed, not_packed
+from lora.pretrained.quantised.methods import SETTINGS_KEYS, refuse_tensors, settings_of
+from lora.pretrained.quantised.stored import StoredNf4, collect_packed
 from lora.pretrained.transformers_models.config import Traits, TransformersConfig
+from lora.pretrained.transformers_models.four_bit import PackedWeights
 from lora.pretrained.transformers_models.model import TransformersModel
 from lora.pretrained.transformers_models.probe import probe
 from lora.pretrained.transformers_models.quantiser import (
@@ -94,31 +98,32 @@ def load_transformers_model(
     folder = Path(folder)
     named = find_architecture(read_config(folder)).class_name
     with ExitStack() as files:  # what is damaged or quantised is said by name, before it is read
-        stored = open_tensors(folder, files)
-        faults = [
-            f"{name} has dtype {tensor.dtype} (allowed: {', '.join(FLOATS)})"
-            for name, tensor in stored.items()
-            if tensor.dtype not in FLOATS and not NO_PARAMETERS.fullmatch(name)
-        ]
-    _refuse(faults, folder, "It is quantised, in whole or in part: name the unquantised model.")
-    is_plain = base is None or not base.is_quantised
-    how = None if base is None or is_plain else Quantising(base, torch.device(device))
-    with _read_by_transformers(folder) as transformers:
-        theirs, report = class_of(transformers, named).from_pretrained(
-            str(folder),
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report, all of them
-            quantization_config=None if how is None else quantisation_config(how),
-        )
-        if how is not None:
-            forget_quantiser(theirs)
-            how.restore_samples()
-        traits = _checked(probe(theirs.config), folder)
+        stored = _checked_tensors(folder, files)
+        how, weights = _how_stored(folder, stored, base, dtype, torch.device(device))
+        with _read_by_transformers(folder) as transformers:
+            if weights:
+                weights["config"] = _plain_config(transformers, folder)
+            theirs, report = class_of(transformers, named).from_pretrained(
+                None if weights else str(folder),
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, all of them
+                quantization_config=None if how is None else quantisation_config(how),
+                **weights,
+            )
+            if how is not None:
+                forget_quantiser(theirs)
+                how.restore_samples()
+            traits = _checked(probe(theirs.config), folder)
     faults = [] if how is None else list(how.faults)
+    if how is not None and how.packed is not None:
+        faults += [
+            f"{name} is in 4 bits: only the weights of the blocks' linears can be"
+            for name in how.packed.left()
+        ]
     faults += [f"{name} is missing" for name in sorted(report["missing_keys"])]
     faults += [
         f"{name} is {tuple(seen)} in the file: config.json implies {tuple(wanted)}"
@@ -133,6 +138,59 @@ def load_transformers_model(
     if how is not None and how.linears is not None and how.linears.plain:
         log.warning("not in %s: %s", how.base.base_dtype, how.linears.describe())
     return TransformersModel(theirs.to(device).eval(), traits)
+
+
+def _checked_tensors(folder: Path, files: ExitStack) -> dict[str, StoredTensor | StoredNf4]:
+    """Return the tensors of `folder`. Raises ModelError for those that are quantised or damaged.
+
+    bitsandbytes' nf4 is not.
+    """
+    source = open_tensors(folder, files)
+    refuse_tensors(source, str(folder))
+    stored, faults = collect_packed(source)
+    if faults:
+        raise ModelError(cannot_load(folder, faults))
+    faults = [
+        f"{name} has dtype {tensor.dtype} (allowed: {', '.join(FLOATS)})"
+        for name, tensor in stored.items()
+        if tensor.dtype not in FLOATS and not NO_PARAMETERS.fullmatch(name)
+    ]
+    _refuse(faults, folder, "It is quantised, in whole or in part: name the unquantised model.")
+    return stored
+
+
+def _how_stored(
+    folder: Path,
+    stored: dict[str, StoredTensor | StoredNf4],
+    base: BaseWeights | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Quantising | None, dict[str, Any]]:
+    """Return how the linears are stored, None as they are; and what transformers is to load.
+
+    That is empty where it reads the files itself. Raises ConfigError for a `base` that a folder in
+    4 bits is not.
+    """
+    asked = base or BaseWeights()
+    packed = {name: found for name, found in stored.items() if isinstance(found, StoredNf4)}
+    if not packed:
+        if settings_of(read_config(folder)) is not None:
+            raise ModelError(not_packed(folder))
+        return (Quantising(asked, device) if asked.is_quantised else None), {}
+    settled = describe_packed(folder, packed).settled(asked)
+    weights = PackedWeights(stored, dtype)
+    return Quantising(settled, device, packed=weights), {"state_dict": weights.state_dict()}
+
+
+def _plain_config(transformers: Any, folder: Path) -> Any:
+    """Return transformers' configuration of `folder` without what it says of a quantisation."""
+    config = transformers.AutoConfig.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False
+    )
+    for part in (config, config.get_text_config(decoder=True)):
+        for key in SETTINGS_KEYS:
+            vars(part).pop(key, None)
+    return config
 
 
 def _checked(traits: Traits, folder: Path) -> Traits:
@@ -184,9 +242,7 @@ def read_transformers_config(folder: Path) -> TransformersConfig:
 def _build_config(folder: Path, contents: str) -> TransformersConfig:
     named = find_architecture(json.loads(contents)).class_name
     with _read_by_transformers(folder) as transformers:
-        config = transformers.AutoConfig.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
+        config = _plain_config(transformers, folder)
         # Sizes that do not go together are refused by the model's own code, so it is built.
         with torch.device("meta"):
             theirs = class_of(transformers, named)._from_config(config, dtype=torch.float32)

@@ -18,9 +18,13 @@ from torch import Tensor, nn
 
 from lora.config import BaseWeights
 from lora.decoder.quantised.base import QuantisedWeight, quantised_modules
+from lora.decoder.quantised.nf4 import Nf4Weight
 from lora.errors import ModelError, gather
 from lora.layers.conv1d import is_conv1d
 from lora.layers.quantised_model import build_quantised, is_weight_in
+from lora.pretrained.quantised.linears import fill_packed
+from lora.pretrained.quantised.stored import StoredNf4
+from lora.pretrained.transformers_models.four_bit import PackedWeights
 from lora.pretrained.transformers_models.quantisable import QuantisableLinears, find_quantisable
 from lora.pretrained.transformers_models.quiet import quiet
 from lora.pretrained.transformers_models.small_copy import HeadedCopy, refusals, small_copy
@@ -43,6 +47,8 @@ class Quantising:
     """Which; known when the model was built."""
     faults: list[str] = field(default_factory=list)
     """Why weights could not be."""
+    packed: PackedWeights | None = None
+    """Of a folder in 4 bits: what is quantised already; all else stays plain."""
     samples: dict[QuantisedWeight, Tensor] = field(default_factory=dict)
     """Of the values before they were quantised, by linear."""
 
@@ -55,22 +61,41 @@ class Quantising:
         linear = theirs.get_submodule(owner)
         if isinstance(linear, QuantisedWeight):  # blocks that share it: read under another name
             return {name: linear.weight}
-        wanted = linear.weight.shape
+        stored = None if self.packed is None else self.packed.take(weight)
+        if self.packed is not None and stored is None:
+            return {name: weight}
+        shape = tuple(linear.weight.shape)
+        # A packed weight is (O, I), whatever the plain one is.
+        wanted = shape[::-1] if stored is not None and is_conv1d(linear) else shape
         if weight.shape != wanted:
             self.faults.append(
-                f"{name} is {tuple(weight.shape)} in the file: config.json implies {tuple(wanted)}"
+                f"{name} is {tuple(weight.shape)} in the file: config.json implies {wanted}"
             )
             return {name: linear.weight}
-        values = weight.to(self.device)
         try:
-            quantised = empty_quantised(linear, owner, self.base)
-            quantised.load(values.T.contiguous() if is_conv1d(linear) else values, name)
+            if stored is None:
+                quantised = self._quantised(linear, owner, weight)
+            else:
+                quantised = self._as_stored(linear, owner, stored)
         except ModelError as error:
             self.faults.append(str(error))
             return {name: linear.weight}
         self.samples[quantised] = quantised.sample
         replace_everywhere(theirs, linear, quantised)
         return {name: quantised.weight}
+
+    def _quantised(self, linear: nn.Module, name: str, weight: Tensor) -> QuantisedWeight:
+        quantised, values = empty_quantised(linear, name, self.base), weight.to(self.device)
+        quantised.load(values.T.contiguous() if is_conv1d(linear) else values, f"{name}.weight")
+        return quantised
+
+    def _as_stored(self, linear: nn.Module, name: str, stored: StoredNf4) -> QuantisedWeight:
+        own = BaseWeights("nf4", nf4_block=stored.block, nf4_double_quant=stored.is_double)
+        quantised = empty_quantised(linear, name, own)
+        assert isinstance(quantised, Nf4Weight)
+        assert self.packed is not None
+        fill_packed(quantised, stored, dtype=self.packed.dtype, device=self.device)
+        return quantised
 
     def restore_samples(self) -> None:
         """Changes the linears in place when transformers is done: it empties such buffers."""
