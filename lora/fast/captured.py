@@ -319,7 +319,11 @@ def compiled_blocks(blocks: nn.ModuleList) -> Iterator[None]:
         # Not the whole model: one block compiles in a fraction of the time and is used for all.
         blocks[index] = torch.compile(block, dynamic=False)  # type: ignore[assignment]
     try:
-        with functorch_config.patch(activation_memory_budget=MEMORY_BUDGET):
+        # The second: matmuls over packed weights are operations of ours, which the compiler would
+        # take for free to compute again.
+        with functorch_config.patch(
+            activation_memory_budget=MEMORY_BUDGET, is_non_builtin_to_include=True
+        ):
             yield
     finally:
         for index, block in enumerate(plain):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.adapters.apply import apply_lora, lora_layers, train_token_rows
-from lora.config import LoRAConfig, TrainConfig
+from lora.config import BaseDtype, BaseWeights, LoRAConfig, TrainConfig
 from lora.data.sequences.batches import Batch, needs_mask
 from lora.decoder.decoder import Decoder
 from lora.device import Share, choose_device
@@ -22,6 +22,7 @@ from lora.fast.runner import CapturedStepRunner
 from lora.fast.why_not import why_not_captured
 from lora.kernels.step.ops import PLAIN
 from lora.pretrained.transformers_models.load import as_language_model
+from lora.pretrained.transformers_models.quantiser import quantise_linears
 from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer, set_learning_rate
 from lora.training.plain_step import PlainStepRunner, train_step
@@ -151,6 +152,14 @@ def test_transformers_models_step_as_the_plain_step(
 ) -> None:
     whole, short = make_batch(0, packed=False), padded(make_batch(1, packed=False))
     check(adapt(llama), [[whole], [short], [whole, short]])
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_steps_as_the_plain_step(
+    kind: BaseDtype, llama: nn.Module, make_batch: Callable[..., Batch]
+) -> None:
+    quantise_linears(llama.theirs, BaseWeights(base_dtype=kind))
+    check(adapt(llama), [[make_batch(n, packed=n == 1)] for n in range(len(RATES))])
 
 
 def test_windows_are_kept(llama: nn.Module, make_batch: Callable[..., Batch]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora.adapters.apply import apply_lora, lora_layers, replace_module
 from lora.adapters.bases.unpack import unpack_base
 from lora.adapters.fingerprint import base_fingerprint
-from lora.config import BaseWeights, LoRAConfig
+from lora.config import BaseDtype, BaseWeights, LoRAConfig
 from lora.decoder.quantised.base import QuantisedWeight, quantised_modules
 from lora.errors import ConfigError, ModelError
 from lora.layers.conv1d import is_conv1d
@@ -47,8 +47,9 @@ from lora.pretrained.transformers_models.save import save_transformers_model  # 
 NF4 = BaseWeights(base_dtype="nf4")
 IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 EACH = [
-    *ARCHITECTURES,
-    *(pytest.param(name, marks=pytest.mark.slow) for name in FURTHER),
+    *((name, "nf4") for name in ARCHITECTURES),
+    *((name, kind) for name in ("gpt2", "mixtral") for kind in ("int8", "fp8")),
+    *(pytest.param(name, "nf4", marks=pytest.mark.slow) for name in FURTHER),
 ]
 READ_BY_CODE = {
     "mamba": {"x_proj", "dt_proj", "out_proj"},
@@ -64,11 +65,11 @@ READ_BY_CODE = {
 """Linears whose weight something else than the linear reads, by architecture."""
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_logits_and_gradients_are_those_over_the_same_values(name: str) -> None:
+@pytest.mark.parametrize(("name", "kind"), EACH)
+def test_logits_and_gradients_are_those_over_the_same_values(name: str, kind: BaseDtype) -> None:
     quantised = tiny_transformers(name)
     plain = copy.deepcopy(quantised)
-    found = quantise_linears(quantised, NF4)
+    found = quantise_linears(quantised, BaseWeights(base_dtype=kind))
     read = {name.rpartition(".")[2] for name, why in found.plain.items() if "reads" in why}
     assert read == READ_BY_CODE.get(name, set())
     for module_name, module in quantised_modules(quantised).items():

@@ -6,10 +6,7 @@ only. The format is in `lora.kernels.nf4`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.decoder.quantised.base import (
@@ -21,6 +18,7 @@ from lora.decoder.quantised.base import (
 )
 from lora.errors import ModelError
 from lora.kernels.nf4 import GROUP, Nf4Tensor, n_blocks, pack_scales, quantise_nf4
+from lora.kernels.unpack.matmul import nf4_linear
 from lora.kernels.unpack.nf4 import unpack_nf4_on_device, unpack_nf4_rows_on_device
 
 
@@ -62,9 +60,7 @@ class Nf4Weight(QuantisedWeight):
             self.block, self.double_quant = other.block, other.double_quant
 
     def multiply(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
-        packed = self.packed
-        tensors = packed.codes, packed.scales, packed.group_scales, packed.offset
-        y: Tensor = _Multiply.apply(with_autocast(x), packed.block, *tensors)
+        y = nf4_linear(with_autocast(x), self.packed)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def unpack_into(self, out: Tensor, first_row: int = 0) -> None:
@@ -131,31 +127,6 @@ class Nf4Weight(QuantisedWeight):
         plain.weight, plain.bias = self.weight, self.bias
         plain.share_packed(self)
         return plain.train(self.training)
-
-
-class _Multiply(torch.autograd.Function):
-    """x Wᵀ with W unpacked for it, and again for the backward pass; saves codes and scales."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, block: int, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        ctx.block = block
-        codes, scales, group_scales, offset = tensors
-        packed = Nf4Tensor(codes, scales, group_scales, offset, block)
-        return F.linear(x, _unpacked(packed, x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        codes, scales, group_scales, offset = ctx.saved_tensors
-        packed = Nf4Tensor(codes, scales, group_scales, offset, ctx.block)
-        return dy @ _unpacked(packed, dy.dtype), None, None, None, None, None
-
-
-def _unpacked(packed: Nf4Tensor, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(packed.shape, dtype=dtype, device=packed.codes.device)
-    unpack_nf4_on_device(packed, out)
-    return out
 
 
 class Nf4Linear(Nf4Weight):

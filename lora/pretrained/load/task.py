@@ -122,7 +122,7 @@ def check_native_only(config: ModelConfig, *, base: BaseWeights, fsdp: bool) -> 
 
     Also for a quantised base of an architecture whose code does not take one.
     """
-    if isinstance(config, TransformersConfig) and base.base_dtype == "nf4":
+    if isinstance(config, TransformersConfig) and base.is_quantised:
         why = why_not_quantised(config.theirs, base)
         if why is not None:
             raise ConfigError(
@@ -135,10 +135,6 @@ def check_native_only(config: ModelConfig, *, base: BaseWeights, fsdp: bool) -> 
             "the head are in the compute dtype. Leave nf4_embeddings out, or take parallel='ddp'."
         )
     given = {
-        f"base_dtype={base.base_dtype!r}": (
-            base.is_quantised and base.base_dtype != "nf4",
-            "the frozen weights are stored in the compute dtype",
-        ),
         "nf4_embeddings": (base.nf4_embeddings, "the embedding and the head are as they were"),
         "parallel='fsdp'": (fsdp, "each process has all weights, as with parallel='ddp'"),
     }
