@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.adapters.apply import apply_lora, lora_layers
+from lora.adapters.bases.unpack import unpack_base
 from lora.config import BaseWeights, DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.reading.orders import make_orders
 from lora.data.sequences.batches import Batch
@@ -22,6 +23,7 @@ from lora.fast.llama import buffers
 from lora.fast.llama.checkpointing import MODES
 from lora.fast.memory.fast_step import FastPlan
 from lora.fast.step import FastStep
+from lora.fast.weights import packed_tables
 from lora.fast.why_not import why_not_fast
 from lora.finetune import FinetuneJob, finetune
 from lora.kernels.nf4 import Nf4Tensor, nf4_scales, quantise_nf4
@@ -41,6 +43,7 @@ pytestmark = [
 ]
 VOCABULARY, WIDTH = 1000, 512
 NF4 = BaseWeights(base_dtype="nf4")
+TABLES = BaseWeights("nf4", nf4_embeddings=True)
 
 
 def weight(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
@@ -85,7 +88,8 @@ def build(width: int = WIDTH, base: BaseWeights = NF4, **changes: Any) -> Decode
         bias=True,
     )
     model = build_decoder(changed(config, **changes), 0, dtype=torch.bfloat16, device="cuda")
-    weights = {n: m.weight.detach() for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    kinds = nn.Linear | nn.Embedding
+    weights = {n: m.weight.detach() for n, m in model.named_modules() if isinstance(m, kinds)}
     use_quantised_linears(model, base)
     for name, module in quantised_modules(model).items():
         module.load(weights[name], name)
@@ -163,6 +167,30 @@ def test_steps_over_int8_have_the_bits_of_those_over_the_unpacked_values() -> No
         found.append((train(step, range(1, 4)), step.flat.values.clone()))
     assert found[0][0] == found[1][0]
     assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize(("vocabulary", "is_whole"), [(VOCABULARY, True), (8200, False)])
+def test_tables_in_nf4_are_read_by_rows_and_slices(
+    vocabulary: int, is_whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_tables, "MIN_UNPACKED_VALUES", 0)
+    model = build(base=TABLES, vocab_size=vocabulary, tie_word_embeddings=False)
+    plain = copy.deepcopy(model)
+    unpack_base(plain, torch.bfloat16)
+    found = []
+    for one in (model, plain):
+        step = FastStep(adapted(one), TRITON, torch.bfloat16, merges=False)
+        reports = train(step, range(1, 4))
+        assert step.graphs.why_not is None
+        found.append((step, reports))
+    (own, reports), (other, expected) = found
+    head = own.network.head
+    assert isinstance(head, packed_tables.PackedTable)
+    assert (len(list(head._slices())) == 1) == is_whole
+    if is_whole:
+        assert reports == expected
+        assert torch.equal(own.flat.values, other.flat.values)
+    assert reports[-1] == pytest.approx(expected[-1], rel=1e-2)
 
 
 def test_steps_learn_continue_to_the_bit_and_leave_the_codes_alone() -> None:
