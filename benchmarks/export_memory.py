@@ -23,13 +23,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lora.adapters.apply import apply_lora, train_token_rows
 from lora.adapters.save_load import save_adapter
-from lora.config import LoRAConfig
+from lora.config import BaseWeights, LoRAConfig
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.decoder import build_decoder
 from lora.decoder.families import decoder_config
 from lora.device import peak_memory_bytes, resident_bytes
 from lora.export.gguf import export_gguf
 from lora.export.merged import write_merged
+from lora.inference.base_weights import trained_quantisation
 from lora.inference.loading import checked_ids, map_adapted
 from lora.pretrained.hf_weights import load_decoder, save_decoder
 from lora.pretrained.sources import find_model
@@ -41,6 +42,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "new tokens": {},
     "embedding": {"modules_to_save": ("embed_tokens",)},
     "both tables": {"modules_to_save": ("embed_tokens", "lm_head")},
+    "linears over nf4": {},
 }
 """Kind of adapter -> settings of LoRA; "new tokens" trains 16 added rows too."""
 
@@ -68,7 +70,8 @@ def build_model(folder: Path, adapter: str, hidden: int, layers: int, vocab: int
     }
     save_decoder(build_decoder(decoder_config(config), dtype=torch.bfloat16), folder / "base")
     build_tokenizer().save(folder / "base")
-    model = load_decoder(folder / "base")
+    base = BaseWeights(base_dtype="nf4" if adapter.endswith("nf4") else "auto")
+    model = load_decoder(folder / "base", base=base)
     apply_lora(model, LoRAConfig(rank=RANK, init_seed=0, **ADAPTERS[adapter]))
     if adapter == "new tokens":
         train_token_rows(model, range(vocab - 8, vocab + 8))
@@ -81,12 +84,21 @@ def run_command(folder: Path, command: str, dtype: str) -> dict[str, float]:
     before_bytes, start_s = resident_bytes(), time.perf_counter()
     source = find_model(str(folder / "base"))
     mapped = map_adapted(source, folder / "adapter")
+    trained = trained_quantisation(folder / "adapter")
     if command == "merge":
         ids, out = checked_ids(mapped.model, tokenizer), folder / "out"
-        write_merged(mapped, ids, base=source.folder, tokenizer=tokenizer, folder=out)
+        write_merged(
+            mapped, ids, base=source.folder, tokenizer=tokenizer, folder=out, trained=trained
+        )
         size_bytes = (out / "model.safetensors").stat().st_size
     else:
-        report = export_gguf(mapped, folder / "out.gguf", dtype, tokenizer=tokenizer)  # type: ignore[arg-type]
+        report = export_gguf(
+            mapped,
+            folder / "out.gguf",
+            dtype,  # type: ignore[arg-type]
+            tokenizer=tokenizer,
+            rounded_as=trained,
+        )
         size_bytes = report.size_bytes
     peak_bytes = peak_memory_bytes(torch.device("cpu")) - before_bytes
     return {

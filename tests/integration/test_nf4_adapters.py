@@ -139,3 +139,15 @@ def test_tables_in_nf4_go_through_a_whole_run(
         loss = lora.evaluate(model, tokenizer, orders_file).scores.loss
         assert loss == pytest.approx(done.result.eval_loss, rel=1e-6)
     assert isinstance(lora.generate(model, tokenizer, "3 lamps", max_new_tokens=2), str)
+
+
+def test_transformers_answers_with_the_same_values(
+    done: FinetuneResult, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("transformers")
+    with caplog.at_level(logging.WARNING):
+        native, _ = lora.load_model(adapter=done.saved, device="cpu")
+        theirs, _ = lora.load_model(adapter=done.saved, device="cpu", implementation="transformers")
+    assert caplog.messages == []
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(IDS), native(IDS), rtol=1e-4, atol=1e-5)
