@@ -28,9 +28,9 @@ from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.decoder import build_decoder
 from lora.decoder.families import decoder_config
 from lora.device import peak_memory_bytes, resident_bytes
+from lora.export.chosen import choose_values
 from lora.export.gguf import export_gguf
 from lora.export.merged import write_merged
-from lora.inference.base_weights import trained_quantisation
 from lora.inference.loading import checked_ids, map_adapted
 from lora.pretrained.hf_weights import load_decoder, save_decoder
 from lora.pretrained.sources import find_model
@@ -84,11 +84,11 @@ def run_command(folder: Path, command: str, dtype: str) -> dict[str, float]:
     before_bytes, start_s = resident_bytes(), time.perf_counter()
     source = find_model(str(folder / "base"))
     mapped = map_adapted(source, folder / "adapter")
-    trained = trained_quantisation(folder / "adapter")
+    values = choose_values("auto", folder / "adapter", source.folder)
     if command == "merge":
         ids, out = checked_ids(mapped.model, tokenizer), folder / "out"
         write_merged(
-            mapped, ids, base=source.folder, tokenizer=tokenizer, folder=out, trained=trained
+            mapped, ids, base=source.folder, tokenizer=tokenizer, folder=out, values=values
         )
         size_bytes = (out / "model.safetensors").stat().st_size
     else:
@@ -97,7 +97,7 @@ def run_command(folder: Path, command: str, dtype: str) -> dict[str, float]:
             folder / "out.gguf",
             dtype,  # type: ignore[arg-type]
             tokenizer=tokenizer,
-            rounded_as=trained,
+            rounded_as=values.rounded_as,
         )
         size_bytes = report.size_bytes
     peak_bytes = peak_memory_bytes(torch.device("cpu")) - before_bytes

@@ -48,7 +48,8 @@ def merge(
     The base's generation settings, tokenizer settings and chat templates are kept.
     After training over nf4 or fp8, the values of that base are merged; --base-dtype
     original merges into those that are not quantised, and says how far the logits
-    are.
+    are; --base-dtype nf4 is for QLoRA adapters of other tools, which do not name
+    their base's values.
 
     Parameters
     ----------
@@ -78,7 +79,7 @@ def merge(
     )
     if merged.base_change is not None:
         print_note(
-            f"note: over the original weights the logits differ by {merged.base_change:.1e} from "
-            "those over the quantised base that the adapter was trained over"
+            f"note: the logits differ by {merged.base_change:.1e} from those over the base that "
+            "the adapter was trained over, which has other values"
         )
     return 0

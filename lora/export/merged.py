@@ -23,6 +23,7 @@ from lora.decoder.decoder import Decoder
 from lora.decoder.quantised.record import BaseQuantisation
 from lora.errors import AdapterError, UnsupportedModelError
 from lora.export.blockwise import CPU, DecoderBlocks, logits_by_block, logits_error
+from lora.export.chosen import AS_STORED, MergedValues
 from lora.export.requantised import RequantisedBlocks
 from lora.export.whole import rounded, write_whole
 from lora.pretrained.hf_weights import map_decoder, read_stored_dtypes, write_decoder
@@ -30,7 +31,6 @@ from lora.pretrained.mapped import MappedModel
 from lora.pretrained.model_files import save_tokenizer_files
 
 MergedDtype = Literal["float32", "bfloat16", "float16", "nf4"]
-MergeBase = Literal["auto", "original"]
 _BY_NAME = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -63,8 +63,7 @@ def write_merged(
     folder: Path,
     dtype: MergedDtype | None = None,
     device: torch.device = CPU,
-    trained: BaseQuantisation | None = None,
-    merged_over: MergeBase = "auto",
+    values: MergedValues = AS_STORED,
     requantise: bool = False,
 ) -> MergedModel:
     """Write the model `mapped`, which has an adapter, merged into `folder`, and verify it.
@@ -74,24 +73,19 @@ def write_merged(
     are compared with the adapted model's, both computed in fp32 on `device`. A model that
     transformers runs is merged as a whole, in fp32, in place.
 
-    Of an adapter that was `trained` over a quantised base, the values of that base are merged, or
-    the original ones, whose change of the logits is measured. In nf4 it is written only if it is to
-    `requantise`.
+    The base's weights are merged as `values` says; where the adapter was trained over others, the
+    change of the logits is measured. In nf4 it is written only if it is to `requantise`.
 
     Raises AdapterError if the logits differ by more than the dtype's tolerance, or if a value is
     beyond its dtype; `folder` then holds an incomplete model (write to the path of an OutputPath).
     """
     n_layers, model = len(lora_layers(mapped.model)), mapped.model
-    coded = quantisation_of(model)
-    over = coded or (trained if merged_over == "auto" else None)
-    compared = trained if merged_over == "original" and coded is None else None
-    change = None
+    over, change = quantisation_of(model) or values.rounded_as, None
     if isinstance(model, Decoder):
-        rounded_as = None if coded is not None else over
-        blocks = DecoderBlocks(model, mapped.release, device, rounded_as)
+        blocks = DecoderBlocks(model, mapped.release, device, values.rounded_as)
         before = logits_by_block(blocks, ids)
-        if compared is not None:
-            others = DecoderBlocks(model, mapped.release, device, compared)
+        if values.are_others:
+            others = DecoderBlocks(model, mapped.release, device, values.trained_as)
             change = logits_error(before, logits_by_block(others, ids))
         if dtype == "nf4":
             error = _write_in_4bit(blocks, before, ids, base, folder, over, requantise=requantise)
@@ -104,9 +98,10 @@ def write_merged(
             "only native decoders are written in 4 bits. Leave dtype nf4 out."
         )
     else:
-        change = None if compared is None else measured_change(model, compared)
-        if coded is None and over is not None:
-            round_base(model, over)
+        trained_as, rounded_as = values.trained_as, values.rounded_as
+        change = measured_change(model, trained_as, rounded_as) if values.are_others else None
+        if rounded_as is not None:
+            round_base(model, rounded_as)
         kind = None if dtype is None else _BY_NAME[dtype]
         before, after, kinds = write_whole(
             model, ids, base=base, folder=folder, dtype=kind, device=device

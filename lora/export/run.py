@@ -7,18 +7,17 @@ lora.merge("runs/orders/adapter", "merged")
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast, get_args
+from typing import cast
 
-from lora.config import ImplementationName
+from lora.config import AnswerDtype, ImplementationName
 from lora.data.prompting.prompt_format import save_prompt_format
 from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
 from lora.decoder.language_model import LanguageModel
-from lora.decoder.quantised.record import BaseQuantisation
 from lora.device import choose_device
-from lora.errors import AdapterError, ConfigError, did_you_mean
+from lora.errors import AdapterError, ConfigError
+from lora.export.chosen import choose_values
 from lora.export.gguf import GGUFReport, check_gguf, export_gguf
-from lora.export.merged import MergeBase, MergedDtype, MergedModel, write_merged
-from lora.inference.base_weights import trained_quantisation
+from lora.export.merged import MergedDtype, MergedModel, write_merged
 from lora.inference.checkpoints.find import find_adapter
 from lora.inference.loading import (
     checked_ids,
@@ -36,7 +35,6 @@ from lora.pretrained.hf_files import read_config
 from lora.pretrained.load.models import implementation_of, map_language_model
 from lora.pretrained.mapped import MappedModel
 from lora.pretrained.model_files import MODEL_FILES
-from lora.pretrained.quantised.folder import find_4bit
 from lora.pretrained.sources import ModelSource
 from lora.runs.outputs import OutputPath, input_paths
 
@@ -49,7 +47,7 @@ def export(
     adapter: str | Path | None = None,
     dtype: GGUFType = "f16",
     implementation: ImplementationName = "auto",
-    base_dtype: MergeBase = "auto",
+    base_dtype: AnswerDtype = "auto",
     overwrite: bool = False,
 ) -> GGUFReport:
     """Write a model as the GGUF file `out`, with the adapter merged, and verify what was written.
@@ -67,11 +65,11 @@ def export(
         dtype: storage type of the weight matrices: f16, q8_0 or f32.
         implementation: only a native decoder writes GGUF files: auto or native.
         base_dtype: auto merges into the values of the base that the adapter was trained over (of
-            nf4 or fp8 unpacked), original into those that are not quantised.
+            nf4 or fp8 unpacked), original into those that are not quantised; nf4, int8 or fp8 into
+            the values of that kind, for adapters of other tools, which do not name theirs.
         overwrite: replace a file that exists.
     """
     path = Path(out)
-    _check_base(base_dtype)
     if isinstance(model, LanguageModel):
         if base_dtype != "auto":
             raise ConfigError(
@@ -98,12 +96,12 @@ def export(
     source = find_model_of(name, folder)
     # An adapter fits the native decoder too, whichever code has trained it.
     check_gguf(implementation_of(source.folder, implementation), read_config(source.folder))
-    trained = _trained_over(source, folder, base_dtype)
+    values = choose_values(base_dtype, folder, source.folder)
     return export_gguf(
         _open(source, name, folder, "native"),
         path,
         dtype,
-        rounded_as=trained if base_dtype == "auto" else None,
+        rounded_as=values.rounded_as,
         tokenizer=load_tokenizer_of(source, folder),
         name=source.name,
         overwrite=overwrite,
@@ -119,7 +117,7 @@ def merge(
     dtype: MergedDtype | None = None,
     device: str = "cpu",
     implementation: ImplementationName = "auto",
-    base_dtype: MergeBase = "auto",
+    base_dtype: AnswerDtype = "auto",
     requantise: bool = False,
     overwrite: bool = False,
 ) -> MergedModel:
@@ -136,11 +134,10 @@ def merge(
             nf4, which is refused with what it costs unless `requantise` is given.
         device: where the merge is computed.
         implementation: native, transformers, or auto: what the adapter's run recorded.
-        base_dtype: auto or original; see `export`.
+        base_dtype: see `export`.
         requantise: write 4 bits (dtype nf4) although rounding them again loses accuracy.
         overwrite: replace a merged model that exists.
     """
-    _check_base(base_dtype)
     if requantise and dtype != "nf4":
         raise ConfigError(
             f"Cannot use requantise with dtype={dtype!r}: it is for merging into nf4. Add "
@@ -158,7 +155,7 @@ def merge(
     with output.building() as part:
         choice, source = choose_device(device), find_model_of(name, folder)
         kind = find_implementation_of(source, folder, implementation).kind
-        trained = _trained_over(source, folder, base_dtype)
+        values = choose_values(base_dtype, folder, source.folder)
         mapped, base = _open(source, name, folder, kind), source.folder
         has_tokenizer = (folder / "tokenizer.json").is_file()
         merged = write_merged(
@@ -169,8 +166,7 @@ def merge(
             folder=part,
             dtype=dtype,
             device=choice.device,
-            trained=trained,
-            merged_over=base_dtype,
+            values=values,
             requantise=requantise,
         )
         prompts = find_prompt_format(folder, base)
@@ -184,33 +180,6 @@ def _as_given(
 ) -> tuple[str | None, Path | None]:
     folder = None if adapter is None else find_adapter(adapter)
     return None if model is None else str(model), folder
-
-
-def _check_base(base_dtype: str) -> None:
-    allowed = get_args(MergeBase)
-    if base_dtype not in allowed:
-        near = did_you_mean(str(base_dtype), allowed)
-        raise ConfigError(
-            f"Cannot merge with base_dtype={base_dtype!r}. Allowed: {', '.join(allowed)}.{near}"
-        )
-
-
-def _trained_over(
-    source: ModelSource, adapter: Path | None, base_dtype: MergeBase
-) -> BaseQuantisation | None:
-    """Return how the weights of `source` are rounded to what the adapter was trained over.
-
-    None: they are as they were in training, or in 4 bits already. Raises ConfigError for original
-    values of such a folder.
-    """
-    if find_4bit(source.folder) is None:
-        return None if adapter is None else trained_quantisation(adapter)
-    if base_dtype == "original":
-        raise ConfigError(
-            f"Cannot use base_dtype='original' with {source.folder}: its weights are in 4 bits, "
-            "and there are no others. Leave it out, or name the model that it was made from."
-        )
-    return None
 
 
 def _open(

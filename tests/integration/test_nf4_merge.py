@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora
@@ -14,6 +15,7 @@ from lora.adapters.apply import apply_lora, lora_layers
 from lora.adapters.bases.unpack import unpack_base
 from lora.adapters.fingerprint import base_fingerprint
 from lora.adapters.merge import merge_lora
+from lora.adapters.peft_files import TENSORS_FILE
 from lora.adapters.save_load import load_adapter, save_adapter
 from lora.cli import main
 from lora.config import BaseWeights, LoRAConfig
@@ -97,11 +99,36 @@ def test_the_original_values_are_merged_on_request_and_the_change_is_said(
     plain = logits(adapted(tiny_folder, adapter), ids)
     torch.testing.assert_close(logits(load_decoder(tmp_path / "out"), ids), plain)
     far = change(plain, logits(adapted(tiny_folder, adapter, NF4), ids))
-    assert (
-        f"logits differ by {far:.1e} from those over the quantised base" in capsys.readouterr().err
-    )
-    with pytest.raises(ConfigError, match=r"base_dtype='nf4'\. Allowed: auto, original"):
-        merged(tiny_folder, adapter, tmp_path / "other", base_dtype="nf4")
+    assert f"logits differ by {far:.1e} from those over the base that" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"base_dtype='nf5'\. Allowed: auto.*mean 'nf4'"):
+        merged(tiny_folder, adapter, tmp_path / "other", base_dtype="nf5")
+
+
+@pytest.mark.parametrize("implementation", ["native", "transformers"])
+def test_an_adapter_of_another_tool_is_merged_into_the_kind_that_is_named(
+    tiny_folder: Path, ids: Tensor, tmp_path: Path, implementation: str
+) -> None:
+    base = BaseWeights(base_dtype="nf4")
+    save_adapted(load_decoder(tiny_folder, dtype=torch.bfloat16, base=base), tmp_path / "theirs")
+    path = tmp_path / "theirs" / TENSORS_FILE
+    save_file(load_file(path), path)  # PEFT's file names no base
+    settings = {"base_dtype": "nf4", "implementation": implementation}
+    done = merged(tiny_folder, tmp_path / "theirs", tmp_path / "out", **settings)
+    assert done.base_change is None  # not known
+    packed = load_decoder(tiny_folder, dtype=torch.bfloat16, base=base)
+    for name, parameter in load_decoder(tiny_folder).named_parameters():
+        if name.endswith("norm.weight") or "embed" in name:
+            packed.get_parameter(name).data = parameter.data
+    unpack_base(packed, torch.float32)
+    load_adapter(packed, tmp_path / "theirs")
+    expected = logits(packed.eval(), ids)
+    seen = logits(load_decoder(tmp_path / "out"), ids)
+    torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5)
+    save_adapted(load_decoder(tiny_folder, base=BaseWeights("fp8")), tmp_path / "fp8")
+    done = merged(tiny_folder, tmp_path / "fp8", tmp_path / "other", **settings)
+    assert done.over == "nf4 (blocks of 64, double quantisation)"
+    assert done.base_change is not None
+    assert 1e-3 < done.base_change < 1
 
 
 def test_merging_into_4_bits_again_is_refused_with_its_change_or_done_on_request(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -29,17 +29,23 @@ Values = Callable[[str], Tensor]
 
 @torch.no_grad()
 def logits_change(
-    model: nn.Module, now: Mapping[str, Callable[[], Tensor]], others: Values, vocab_size: int
+    model: nn.Module,
+    now: Mapping[str, Callable[[], Tensor]],
+    others: Values,
+    vocab_size: int,
+    mine: Values | None = None,
 ) -> float:
-    """Return ‖after - before‖ / ‖after‖ of the logits where linears have other values.
+    """Return ‖others' - mine‖ / ‖others'‖ of the logits where linears have other values.
 
-    `now` has, by the full names of these linears, what gives their weights (O, I) as they are.
+    `now` has, by the full names of these linears, what gives their weights (O, I) as they are;
+    `mine` other ones to compare with, if not these.
     """
     ids = probe_ids(model, vocab_size)
     modes = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
-        before = default_forward(model, ids).double()
+        with nullcontext() if mine is None else _replaced(model, now, mine):
+            before = default_forward(model, ids).double()
         with _replaced(model, now, others):
             after = default_forward(model, ids).double()
     finally:

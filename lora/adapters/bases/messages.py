@@ -40,10 +40,13 @@ def describe_change(model: nn.Module, trained: BaseQuantisation | None) -> str:
     )
 
 
-def measured_change(model: nn.Module, trained: BaseQuantisation | None) -> float | None:
+def measured_change(
+    model: nn.Module, trained: BaseQuantisation | None, here: BaseQuantisation | None = None
+) -> float | None:
     """Return the relative change of logits from the values trained over to those at hand.
 
-    None where the values before quantisation are not known, or the model has no logits.
+    With `here`, to those at hand rounded so. None where the values before quantisation are not
+    known, or the model has no logits.
     """
     before = _values_before(model)
     size = _vocab_size(model)
@@ -57,14 +60,13 @@ def measured_change(model: nn.Module, trained: BaseQuantisation | None) -> float
         if not any(name == saved or name.startswith(saved + ".") for saved in whole)
     }
 
-    def others(name: str) -> Tensor:
+    def rounded_as(kind: BaseQuantisation | None, name: str) -> Tensor:
         values = before(name)
-        if trained is None or name in trained.kept:
-            return values
-        return rounded(values, trained, name)
+        return values if kind is None or name in kind.kept else rounded(values, kind, name)
 
+    others, mine = partial(rounded_as, trained), None if here is None else partial(rounded_as, here)
     now = {name: partial(linear_values, module) for name, module in linears.items()}
-    return logits_change(model, now, others, size)
+    return logits_change(model, now, others, size, mine)
 
 
 def _values_before(model: nn.Module) -> Callable[[str], Tensor] | None:

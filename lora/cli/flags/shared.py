@@ -83,10 +83,10 @@ AnswerBase = Annotated[
     ),
 ]
 MergedBase = Annotated[
-    Literal["auto", "original"],
+    AnswerDtype,
     Parameter(
         group=MODEL,
-        help="Base's values to merge into: auto (as trained over), or original (unquantised).",
+        help="Values to merge into: auto (as trained over), original (unquantised), nf4, int8, fp8.",
     ),
 ]
 Device = Annotated[str, Parameter(group=DEVICE, help="Device: auto, cpu, cuda, cuda:1, ...")]

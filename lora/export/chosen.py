@@ -1,0 +1,73 @@
+"""Into which values of a base an adapter is merged: those trained over, or others on request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from lora.adapters.bases.rules import TrainedBase, read_trained_base
+from lora.adapters.peft_files import read_metadata
+from lora.config import AnswerDtype, BaseWeights
+from lora.decoder.quantised.record import BaseQuantisation
+from lora.errors import ConfigError, did_you_mean
+from lora.pretrained.quantised.folder import find_4bit
+
+
+@dataclass(frozen=True)
+class MergedValues:
+    """How the weights of a plain base are rounded before they are merged."""
+
+    rounded_as: BaseQuantisation | None = None
+    """None: as they are in the files, packed or plain."""
+    are_others: bool = False
+    """Whether the adapter is known to have been trained over other values."""
+    trained_as: BaseQuantisation | None = None
+    """How these were rounded, if they were."""
+
+
+AS_STORED = MergedValues()
+"""As in the files, which is what the adapter was trained over, or nothing tells."""
+
+
+def choose_values(asked: AnswerDtype, adapter: Path | None, folder: Path) -> MergedValues:
+    """Return the values of the base in `folder` that an adapter is merged into, in a directory.
+
+    Without an adapter, those of the files, or rounded as asked. Raises ConfigError for a word that
+    is not allowed, or that a folder in 4 bits cannot follow.
+    """
+    allowed = get_args(AnswerDtype)
+    if asked not in allowed:
+        near = did_you_mean(str(asked), allowed)
+        raise ConfigError(
+            f"Cannot merge with base_dtype={asked!r}. Allowed: {', '.join(allowed)}.{near}"
+        )
+    if find_4bit(folder) is not None:
+        if asked not in ("auto", "nf4"):
+            raise ConfigError(
+                f"Cannot use base_dtype={asked!r} with {folder}: its weights are in 4 bits, and "
+                "there are no others. Leave it out, or name the model that it was made from."
+            )
+        return MergedValues()
+    trained = _trained(adapter)
+    kind = trained.quantisation
+    if asked == "auto" or (kind is not None and asked == kind.dtype):
+        return MergedValues(kind)
+    wanted = None if asked == "original" else _default(asked)
+    are_others = trained.is_known and not (wanted is None and kind is None)
+    return MergedValues(wanted, are_others, kind)
+
+
+def _trained(adapter: Path | None) -> TrainedBase:
+    try:
+        return read_trained_base({} if adapter is None else read_metadata(adapter))
+    except ValueError:  # said where the adapter is loaded
+        return TrainedBase(None, None)
+
+
+def _default(dtype: AnswerDtype) -> BaseQuantisation:
+    """Return the usual settings of a kind, as other tools train over it: in bf16."""
+    if dtype != "nf4":
+        return BaseQuantisation(dtype, compute_dtype="bfloat16")
+    block, is_double = BaseWeights.nf4_block, BaseWeights.nf4_double_quant
+    return BaseQuantisation(dtype, block, is_double, compute_dtype="bfloat16")
