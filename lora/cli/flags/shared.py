@@ -86,7 +86,7 @@ MergedBase = Annotated[
     AnswerDtype,
     Parameter(
         group=MODEL,
-        help="Values to merge into: auto (as trained over), original (unquantised), nf4, int8, fp8.",
+        help="Values to merge into: auto (as trained over), original (unquantised), or a kind.",
     ),
 ]
 Device = Annotated[str, Parameter(group=DEVICE, help="Device: auto, cpu, cuda, cuda:1, ...")]
