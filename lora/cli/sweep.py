@@ -153,6 +153,7 @@ def sweep(
     from lora.runs.progress import RichProgress
     from lora.sweep.job import SweepJob
     from lora.sweep.progress import RichSweepProgress
+    from lora.sweep.run import check_before_processes
     from lora.sweep.run import sweep as run_job
 
     job = SweepJob(
@@ -172,6 +173,7 @@ def sweep(
         deterministic=deterministic,
     )
     if processes := processes_to_start(devices, run_config.device):
+        check_before_processes(job)
         return processes
     progress = RichSweepProgress()  # on standard error: the result alone goes to the other
 

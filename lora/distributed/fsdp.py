@@ -30,7 +30,7 @@ from lora.decoder.decoder import Decoder
 from lora.decoder.quantised.base import PackedRows, QuantisedWeight
 from lora.decoder.sizes import stored_bytes
 from lora.device import DeviceChoice
-from lora.distributed.shards import Rows, shard_of, whole_scales
+from lora.distributed.shards import Rows, read_packed, set_whole_scales, shard_of
 from lora.distributed.world import World
 from lora.errors import ModelError
 
@@ -160,23 +160,23 @@ def _load_shards(
     model: Decoder, rows: Rows, world: World, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Changes `model` in place: its sharded parameters get their values, read one by one."""
-    quantised: list[tuple[QuantisedWeight, PackedRows]] = []
+    quantised: list[tuple[QuantisedWeight, str, PackedRows]] = []
+    like = torch.empty(0, dtype=dtype, device=device)
 
     def read() -> None:
         for name, owners, parameter in _sharded_parameters(model):
             module, key = owners[0]
             part = shard_of(len(parameter), world.share)
             if isinstance(module, QuantisedWeight) and key == "weight":
-                read_rows = rows(name, module.rows_to_read(part)).to(device=device, dtype=dtype)
-                own = module.quantise_rows(read_rows, part, name)
-                quantised.append((module, own))
+                own = read_packed(module, name, part, rows, like)
+                quantised.append((module, name, own))
                 _set_shard(owners, parameter, own.codes)
             else:
                 _set_shard(owners, parameter, rows(name, part).to(device))
 
     world.on_all(read, "the shards of all processes")
-    for module, own in quantised:
-        module.set_scales(whole_scales([own], module.n_scales, device, world))
+    for module, name, own in quantised:
+        set_whole_scales(module, name, [own], rows, device, world)
 
 
 def _sharded_parameters(

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from lora.decoder.quantised.base import PackedRows
+from lora.decoder.quantised.base import PackedRows, QuantisedWeight
 from lora.device import Share
 from lora.distributed.world import World
 from lora.runs.tensor_files import TensorParts
@@ -24,7 +24,8 @@ from lora.runs.tensor_files import TensorParts
 Rows = Callable[[str, slice], Tensor]
 """(a parameter's full name, rows along its first dimension) -> those rows, on the CPU.
 
-In any floating-point dtype; the tensor is the caller's own.
+In any floating-point dtype, or codes of a weight that the files have packed, with the buffers that
+its scales are; the tensor is the caller's own.
 """
 ALL_ROWS = slice(None)
 MAX_PART_BYTES = 2**26
@@ -67,18 +68,44 @@ def gather_shards(whole: Tensor, own: Tensor, world: World, what: str) -> None:
         gather(whole, own, group=world.device_group)
 
 
-def whole_scales(
-    own: Sequence[PackedRows], n_scales: int, device: torch.device, world: World
-) -> Tensor:
-    """Return the scales (n_scales,) of all rows of a quantised weight, in every process.
+def read_packed(
+    module: QuantisedWeight, name: str, part: slice, rows: Rows, like: Tensor
+) -> PackedRows:
+    """Return `part` of the rows of a quantised weight, which is called `name`.
 
-    `own` are the rows that this process has. Called by all processes for the same weight.
+    Quantised here from values that were rounded to the dtype of `like`, as the whole weight would
+    be; or as the files have them. They come to the device of `like`. Raises ModelError if a value
+    is not finite.
     """
-    whole = torch.zeros(n_scales, device=device)
-    for rows in own:
-        whole[rows.first_scale : rows.first_scale + len(rows.scales)] = rows.scales
+    if module.comes_packed:
+        codes = rows(name, part).to(like.device)
+        return PackedRows(codes, like.new_empty(0, dtype=torch.float32), 0)
+    values = rows(name, module.rows_to_read(part)).to(like)
+    return module.quantise_rows(values, part, name)
+
+
+def set_whole_scales(
+    module: QuantisedWeight,
+    name: str,
+    own: Sequence[PackedRows],
+    rows: Rows,
+    device: torch.device,
+    world: World,
+) -> None:
+    """Changes `module`, whose weight is called `name`, in place: it gets the scales of all rows.
+
+    `own` are the rows that this process has read. Called by all processes for the same weight.
+    """
+    if module.comes_packed:
+        for key in module.packed_names:
+            buffer = rows(f"{name.removesuffix('weight')}{key}", ALL_ROWS)
+            setattr(module, key, buffer.to(device))
+        return
+    whole = torch.zeros(module.n_scales, device=device)
+    for part in own:
+        whole[part.first_scale : part.first_scale + len(part.scales)] = part.scales
     world.sum(whole, "the scales of quantised weights")  # a process has zeros for others' rows
-    return whole
+    module.set_scales(whole)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from lora.kernels.step.fp8 import FP8_GEMM_MULTIPLE
 from lora.kernels.step.jit import HAS_TRITON
 from lora.layers.quantised import LoRAQuantisedLinear
 from lora.layers.trainable_tokens import TrainableTokensEmbedding, TrainableTokensLinear
-from lora.lora_module import LoRALinear
+from lora.lora_module import LoRALayer, LoRALinear
 from lora.stacked.apply import StackedAdapters
 
 MAX_HEAD_WIDTH = 256
@@ -83,6 +83,9 @@ def why_not_sharded(model: Decoder) -> str | None:
     packed = [module.kind for module in modules if isinstance(module, QuantisedWeight)]
     if packed:
         return f"embedding and head are in {packed[0]}, and it gathers plain ones alone"
+    linears = [m for m in model.trunk.blocks().modules() if isinstance(m, nn.Linear | LoRALayer)]
+    if base_kind(model) is not None and not all(isinstance(m, QuantisedWeight) for m in linears):
+        return "some of the blocks' linears are quantised, and it gathers blocks that are alike"
     tables = {id(module.weight) for module in modules}
     whole = [n for n, p in model.named_parameters() if id(p) in tables and p.requires_grad]
     return f"{whole[0]} is fully trained, but sharded tables are frozen" if whole else None

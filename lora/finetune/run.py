@@ -59,7 +59,13 @@ from lora.inference.checkpoints.find import find_adapter
 from lora.inference.loading import describe_other_base, find_model_of
 from lora.inference.run_settings import find_implementation, implementation_to_resume
 from lora.pretrained.load.models import model_config
-from lora.pretrained.load.task import check_native_only, planned_base, settled_base, settled_task
+from lora.pretrained.load.task import (
+    check_base,
+    check_native_only,
+    planned_base,
+    settled_base,
+    settled_task,
+)
 from lora.pretrained.sources import ModelSource
 from lora.runs.directory import check_run_directory, create_run, default_name
 from lora.runs.progress import NoProgress, Progress
@@ -230,15 +236,18 @@ def _settled(
 
 
 def check_before_processes(job: FinetuneJob) -> None:
-    """Raise ConfigError for what only native decoders have, before processes are started.
+    """Raise before processes are started for what the job's base cannot be; no weights are read.
 
     An adapter to continue, which may be a checkpoint that has to be converted, is left to them.
     """
-    if job.from_adapter is None and (job.base_weights.is_quantised or job.run.parallel == "fsdp"):
-        source = find_model_of(job.model, None)
-        recorded = _recorded_implementation(job, source)
-        asked = recorded if job.implementation == "auto" else job.implementation
-        _check_native_only(job, source, asked)
+    check_base_dtype(job)
+    if job.from_adapter is not None:
+        return
+    source = find_model_of(job.model, None)
+    recorded = _recorded_implementation(job, source)
+    asked = recorded if job.implementation == "auto" else job.implementation
+    fsdp = job.run.parallel == "fsdp"
+    check_base(source.folder, asked, job.base_weights, is_full=job.is_full, fsdp=fsdp)
 
 
 def _recorded_implementation(job: FinetuneJob, source: ModelSource) -> ImplementationName:

@@ -20,7 +20,7 @@ from lora.adapters.bases.quantisation import quantisation_from
 from lora.adapters.fingerprint import base_fingerprint
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.decoder import Decoder, build_empty_decoder
-from lora.decoder.quantised.base import QuantisedWeight
+from lora.decoder.quantised.base import QuantisedWeight, quantised_modules
 from lora.device import DeviceChoice
 from lora.distributed.shards import ALL_ROWS, Rows
 from lora.finetune.job import FinetuneJob
@@ -29,6 +29,7 @@ from lora.finetune.weight_rows import WeightRows
 from lora.layers.quantised_model import use_quantised_linears
 from lora.layers.token_tables import find_token_tables
 from lora.pretrained.load.task import check_native_only
+from lora.pretrained.quantised.linears import use_packed_linears
 from lora.pretrained.sources import ModelSource
 from lora.runs.progress import Progress
 
@@ -65,7 +66,10 @@ def build_sharded_model(
     # In full fine-tuning what is stored stays in fp32; the base of LoRA has the compute dtype.
     wide = torch.promote_types(choice.compute_dtype, torch.float32)
     model.to(wide if job.is_full else choice.compute_dtype)
-    use_quantised_linears(model, job.base_weights)
+    if quantised_modules(files.model):
+        use_packed_linears(model, files.model)
+    else:
+        use_quantised_linears(model, job.base_weights)
     _each_tensor(model, lambda tensor: _stand_in(tensor, choice.device))
     model.known_fingerprint = fingerprint
     model.known_quantisation = quantisation_from(model, files.model, files.release)

@@ -42,7 +42,12 @@ from lora.errors import CheckpointError, TrainingError, gather
 from lora.inference.run_settings import implementation_to_resume
 from lora.lora_module import n_values
 from lora.pretrained.load.models import load_language_model, model_config
-from lora.pretrained.load.task import check_native_only, settled_base, settled_task
+from lora.pretrained.load.task import (
+    check_base,
+    check_native_only,
+    settled_base,
+    settled_task,
+)
 from lora.pretrained.positions import describe_excess
 from lora.pretrained.sources import ModelSource, find_model
 from lora.runs.directory import check_run_directory, create_run, default_name
@@ -200,6 +205,12 @@ def _show_data(
         show_data(report)
     elif excess:
         progress.message(f"note: {excess}")
+
+
+def check_before_processes(job: SweepJob) -> None:
+    """Raise before processes are started for what the job's base cannot be; no weights are read."""
+    recorded = _recorded_implementation(job) if job.implementation == "auto" else None
+    check_base(find_model(job.model).folder, recorded or job.implementation, job.base_weights)
 
 
 def _recorded_implementation(job: SweepJob) -> ImplementationName | None:

@@ -51,6 +51,7 @@ from tests.distributed.models import (
 )
 from tests.distributed.processes import run_processes
 from tests.finetune.tiny_models import build_tiny, save_tiny
+from tests.pretrained.quantised.four_bit import write_4bit
 
 # Its processes are started once, in one of the workers that share the tests.
 pytestmark = pytest.mark.xdist_group("fsdp")
@@ -111,7 +112,10 @@ BASES = {
     # Of rows of 16 and 20 values: most shards begin inside a block, and last blocks are shorter.
     "nf4": BaseWeights("nf4"),
     "nf4, plain scales": BaseWeights("nf4", nf4_block=32, nf4_double_quant=False),
+    "in 4 bits already": BaseWeights(),
 }
+IN_4_BITS = "in-4-bits"
+"""The folder beside the plain one."""
 LONG = ("tied", "all weights, tied")
 
 
@@ -219,6 +223,7 @@ def run_together(world: World, folder: Path) -> Seen:
 
 def run_quantised(world: World, folder: Path, base: BaseWeights) -> Quantised:
     """Return how a step on a quantised base, and this base, differ from one process's."""
+    folder = folder if base.is_quantised else folder.with_name(IN_4_BITS)
     job = FinetuneJob(
         data=[],
         model=str(folder),
@@ -324,7 +329,9 @@ def alone() -> dict[str, Steps]:
 def together(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Seen]:
-    folder = save_tiny(tmp_path_factory.mktemp("models"), "llama", vocab_size=VOCABULARY)
+    folder = save_tiny(tmp_path_factory.mktemp("models") / "plain", "llama", vocab_size=VOCABULARY)
+    in_4_bits = folder.with_name(IN_4_BITS)
+    write_4bit(folder, in_4_bits, skipped=lambda name: "layers.1.mlp.up_proj" in name)
     return run_processes(request.param, run_together, folder)
 
 

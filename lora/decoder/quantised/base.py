@@ -45,6 +45,8 @@ class QuantisedWeight(nn.Module):
     sample: Tensor
     """Some of the values before quantisation, for the base's fingerprint; none where there were no
     such values."""
+    comes_packed: bool = False
+    """Whether the model's files have its codes and scales, which are then read as they are."""
     conv1d: type[nn.Module] | None = None
     """transformers' Conv1D, if it stands for one, whose weight is (I, O); None: for nn.Linear."""
 
@@ -65,6 +67,7 @@ class QuantisedWeight(nn.Module):
     def share_packed(self, other: QuantisedWeight) -> None:
         """Changes this layer in place: beside `weight` and `bias`, its tensors are `other`'s."""
         self.value_dtype, self.conv1d = other.value_dtype, other.conv1d
+        self.comes_packed = other.comes_packed
         for name in self.packed_names:
             self.register_buffer(name, other.get_buffer(name))
         self.register_buffer("sample", other.sample, persistent=False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora.decoder.decoder import Decoder
 from lora.decoder.quantised.base import PackedRows, QuantisedWeight
 from lora.device import Share
-from lora.distributed.shards import Rows
+from lora.distributed.shards import Rows, read_packed
 from lora.distributed.world import ALONE, World
 from lora.errors import ModelError
 from lora.fast.sharded.layout import ShardedMatrix
@@ -83,12 +83,10 @@ def fill_packed_part(
     Returns for each of them what this process has of its scales. Values are rounded to `dtype`
     first, as those of an unsharded model are. Raises ModelError if one is not finite.
     """
-    own = matrix.own_part(shard)
+    own, like = matrix.own_part(shard), torch.empty(0, dtype=dtype, device=base.device)
     found: list[list[PackedRows]] = [[] for _ in modules]
     for name, rows, target, index in _reads(matrix, unit):
-        module = modules[index]
-        values = base.rows(name, module.rows_to_read(rows)).to(device=base.device, dtype=dtype)
-        part = module.quantise_rows(values, rows, name)
+        part = read_packed(modules[index], name, rows, base.rows, like)
         own[target] = part.codes
         found[index].append(replace(part, codes=part.codes.new_empty(0)))
     return found

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora.decoder.quantised.base import PackedRows, QuantisedWeight
 from lora.decoder.quantised.fp8 import Fp8Weight
-from lora.distributed.shards import whole_scales
+from lora.distributed.shards import set_whole_scales
 from lora.fast.llama.fp8 import Fp8BaseProjection, Fp8Buffers, Fp8Projection, FrozenFp8Projection
 from lora.fast.sharded.base import fill_packed_part
 from lora.fast.sharded.projections import ShardedProjection
@@ -49,11 +49,12 @@ class _ShardedCodes(ShardedProjection):
 
     def use_slots(self) -> None:
         super().use_slots()
+        rows, world = self.ring.base.rows, self.ring.base.world
         for layer, of_block in enumerate(self.own_scales):  # none in a plan
-            for member, own in zip(self.members, of_block, strict=True):
+            sources = self.matrix.sources[layer]
+            for member, (name, _), own in zip(self.members, sources, of_block, strict=True):
                 module = cast(QuantisedWeight, member.modules[layer])
-                world = self.ring.base.world
-                module.set_scales(whole_scales(own, module.n_scales, self.device, world))
+                set_whole_scales(module, name, own, rows, self.device, world)
         self.own_scales = []
 
 

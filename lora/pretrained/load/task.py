@@ -20,6 +20,7 @@ from lora.pretrained.load.models import (
     empty_language_model,
     implementation_of,
     model_config,
+    quantise_empty_model,
     why_not_packed,
 )
 from lora.pretrained.positions import check_positions
@@ -115,6 +116,27 @@ def planned_base(folder: Path, asked: BaseWeights) -> tuple[BaseWeights, frozens
     """
     found = find_4bit(folder, needs_weights=False)
     return (asked, None) if found is None else (found.settled(asked), found.packed or None)
+
+
+def check_base(
+    folder: Path,
+    implementation: ImplementationName,
+    asked: BaseWeights,
+    *,
+    is_full: bool = False,
+    fsdp: bool = False,
+) -> None:
+    """Raise for a base in `folder` that cannot be stored as asked; no weights are read.
+
+    Also ConfigError for what only native decoders have, and ModelError for linears that `asked`
+    cannot hold.
+    """
+    base = settled_base(folder, asked, is_full=is_full)
+    config = model_config(folder, implementation)
+    check_native_only(config, base=base, fsdp=fsdp)
+    if isinstance(config, DecoderConfig):
+        _, only = planned_base(folder, asked)
+        quantise_empty_model(empty_language_model(config), base, only)
 
 
 def check_native_only(config: ModelConfig, *, base: BaseWeights, fsdp: bool) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lora.decoder.decoder import Decoder
+from lora.decoder.quantised.base import quantised_modules
 from lora.decoder.quantised.nf4 import Nf4Linear, Nf4Weight
 from lora.errors import ModelError
 from lora.pretrained.hf_files import StoredTensor
@@ -61,6 +62,19 @@ def fill_packed(
             f"Cannot load {weight.path}: {weight.name} has scales that are not finite. Download it "
             "again."
         )
+
+
+def use_packed_linears(model: Decoder, like: Decoder) -> None:
+    """Changes `model` in place: what is packed in `like` is so in it, without values."""
+    for name, module in quantised_modules(like).items():
+        assert isinstance(module, Nf4Weight)
+        owner, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(owner)
+        linear = parent.get_submodule(leaf)
+        assert isinstance(linear, nn.Linear)
+        new = Nf4Linear(linear, module.block, double_quant=module.double_quant)
+        new.comes_packed = True
+        parent.register_module(leaf, new)
 
 
 def packable_linears(model: Decoder) -> set[str]:

@@ -13,7 +13,7 @@ from lora.config import BaseWeights
 from lora.data.sequences.batches import Batch
 from lora.decoder.config import DecoderConfig, FeedForwardConfig
 from lora.decoder.decoder import Decoder, build_decoder, build_empty_decoder
-from lora.decoder.quantised.base import QuantisedWeight
+from lora.decoder.quantised.base import QuantisedWeight, quantised_modules
 from lora.distributed.shards import Rows
 from lora.layers.quantised_model import use_quantised_linears
 from tests.fast.conftest import GEMMA, GRANITE, OLMO, apply_random_lora
@@ -30,6 +30,8 @@ class Case:
     bias: bool = False
     n_layers: int = 3
     base: BaseWeights = field(default_factory=BaseWeights)
+    comes_packed: bool = False
+    """Its codes and scales are in the files."""
     lora: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
     heads: tuple[int, int, int] = (5, 1, 8)
@@ -79,6 +81,7 @@ CASES = {
         rows=(5, 6, 100),
         lora={"modules_to_save": ("input_layernorm", "norm")},
     ),
+    "nf4 in the files": Case(base=BaseWeights("nf4"), comes_packed=True, tied=False),
     "int8": Case(base=BaseWeights("int8"), tied=False, bias=True),
 }
 
@@ -126,6 +129,8 @@ def empty_model(case: Case) -> Decoder:
     """Return the model as the sharded step takes it: LoRA is real, the base on the meta device."""
     model = build_empty_decoder(config_of(case)).to(case.dtype)
     use_quantised_linears(model, case.base)
+    for module in quantised_modules(model).values():
+        module.comes_packed = case.comes_packed
     adapted = _adapted(model, case)
     other = whole_model(case)
     whole = dict(other.named_parameters(remove_duplicate=False))
@@ -149,7 +154,11 @@ def _adapted(model: Decoder, case: Case) -> Decoder:
 def rows_of(case: Case) -> Rows:
     """Return what reads rows of the base, and never all of a large one at once."""
     values = base_values(case)
-    return lambda name, rows: values[name][rows]
+    if case.comes_packed:
+        for owner, module in quantised_modules(whole_model(case)).items():
+            tensors = {"weight": module.weight.detach(), **dict(module.named_buffers())}
+            values |= {f"{owner}.{key}": tensor for key, tensor in tensors.items()}
+    return lambda name, rows: values[name][rows] if values[name].dim() else values[name]
 
 
 def batch_of(seed: int, n_sequences: int, *, packed: bool, tokens: int = TOKENS) -> Batch:

@@ -101,7 +101,14 @@ def _check_all(world: World, pairs: list[tuple[str, str]]) -> bool:
     [
         (2, [("tied", "none"), ("untied, biases, four blocks", "cheap"), ("fp8", "full+offload")]),
         (3, [("middle block", "full"), ("fp8, biases, two targets, dropout", "cheap")]),
-        (3, [("rows of tied tables, norms", "cheap"), ("nf4", "full")]),
+        (
+            3,
+            [
+                ("rows of tied tables, norms", "cheap"),
+                ("nf4", "full"),
+                ("nf4 in the files", "none"),
+            ],
+        ),
         (2, [("nf4, four blocks, two targets", "cheap"), ("int8", "none")]),
     ],
 )
