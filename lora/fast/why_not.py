@@ -11,7 +11,7 @@ from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
 from lora.decoder.language_model import LanguageModel
 from lora.decoder.layers import RMSNorm
-from lora.decoder.quantised.base import QuantisedWeight
+from lora.decoder.quantised.base import QuantisedWeight, base_kind
 from lora.decoder.quantised.fp8 import has_fp8_base
 from lora.device import DeviceChoice
 from lora.fast.llama.junctions import NORM_NAMES

@@ -111,6 +111,8 @@ def plan_parallel(
     ddp = planned("ddp")
     if not isinstance(inputs.config, DecoderConfig):
         return _explained(ddp, "only native decoders can be sharded")
+    if inputs.base.nf4_embeddings:
+        return _explained(ddp, "an embedding and a head in nf4 are not sharded")
     if ddp.recomputes == STORED:
         return choose_parallel(ddp, ddp)
     return choose_parallel(ddp, planned("fsdp"), link_bytes_per_s)
