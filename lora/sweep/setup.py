@@ -180,7 +180,8 @@ def open_record(
     size, device = context.micro_batch_size, choice.device
     batches = ordered_batches(context.validation, size, device, world.share)
     loss = evaluate(context.model, batches, loss_for(context.model), choice.autocast, world)
-    context.progress.message(f"validation loss without an adapter: {loss:.4f}")
+    stored = f" over the base in {job.base_dtype}" if job.base_weights.is_quantised else ""
+    context.progress.message(f"validation loss without an adapter{stored}: {loss:.4f}")
     record = SweepRecord(
         candidates=[CandidateState(c.name, c.settings()) for c in context.candidates],
         rungs=find_rungs(job.train.n_steps, halving=job.halving),

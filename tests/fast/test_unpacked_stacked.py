@@ -34,6 +34,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], BaseWeights]] = {
     "single, biases": ({"tied": False, "bias": True}, {"layers": (1,)},
                        BaseWeights("nf4", nf4_block=32, nf4_double_quant=False)),
     "two targets": ({}, {"targets": ("q_proj", "down_proj")}, BaseWeights("nf4")),
+    "tables": ({}, {}, BaseWeights("nf4", nf4_embeddings=True)),
     "int8, Gemma": (GEMMA, {}, BaseWeights("int8")),
     "fused": (PHI, {}, BaseWeights("nf4")),
 }  # fmt: skip

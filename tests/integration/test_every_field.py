@@ -1,4 +1,4 @@
-"""Every field of LoRAConfig and TrainConfig, from the command line: used in a run and in a plan."""
+"""Every field of the settings of LoRA, training and the base, by flags: in a run, and in a plan."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lora.cli import main
-from lora.config import LoRAConfig, TrainConfig
+from lora.config import BaseWeights, LoRAConfig, TrainConfig
 
 Case = tuple[str, Any]
 """The words of the command line, and the value that the run records."""
@@ -47,11 +47,16 @@ CASES: dict[str, list[Case]] = {
     "max_grad_norm": [("--max-grad-norm 0", 0.0)],
     "seed": [("--seed 3", 3)],
     "precision": [("--precision fp32", "fp32")],
+    "base_dtype": [(f"--base-dtype {kind}", kind) for kind in ("nf4", "fp8", "int8")],
+    "nf4_block": [("--base-dtype nf4 --nf4-block 32", 32)],
+    "nf4_double_quant": [("--base-dtype nf4 --no-nf4-double-quant", False)],
+    "nf4_embeddings": [("--base-dtype nf4 --nf4-embeddings", True)],
 }
 TOGETHER = (
     "--rank 3 --alpha 5 --dropout 0.25 --exclude gate_proj --rslora --rank-pattern.q_proj 2 "
     "--alpha-pattern.q_proj 4 --layers 1 --init-seed 7 --batch-size 4 "
-    "--gradient-accumulation 2"
+    "--gradient-accumulation 2 --base-dtype nf4 --nf4-block 32 --no-nf4-double-quant "
+    "--nf4-embeddings"
 )
 """For plans, of which each takes a second."""
 NOT_PLANNED = {f.name for f in dataclasses.fields(TrainConfig)} - {
@@ -63,7 +68,7 @@ NOT_PLANNED = {f.name for f in dataclasses.fields(TrainConfig)} - {
 
 def fields() -> dict[str, str]:
     """Return every field's name with the section of run.json that holds it."""
-    sections = {"lora": LoRAConfig, "train": TrainConfig}
+    sections = {"lora": LoRAConfig, "train": TrainConfig, "nf4": BaseWeights}
     return {f.name: name for name, kind in sections.items() for f in dataclasses.fields(kind)}
 
 
@@ -95,7 +100,8 @@ def test_a_run_uses_it(
     assert main([*command, *given, "--json"]) == 0, capsys.readouterr().err
     found = json.loads(capsys.readouterr().out)
     record = json.loads(Path(found["folder"], "run.json").read_text(encoding="utf-8"))
-    assert record[fields()[name]][name] == value
+    section = record if name == "base_dtype" else record[fields()[name]]
+    assert section[name] == value
     assert Path(found["saved"], "adapter_model.safetensors").is_file()
 
 
@@ -104,7 +110,8 @@ def test_a_plan_takes_it(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) 
     plan = ["plan", "--model", str(tiny_folder), "--memory-gb", "0.001", "--max-length", "64"]
     alone = ["--modules-to-save", "--targets"]
     planned = {f"--{name.replace('_', '-')}" for name in fields().keys() - NOT_PLANNED}
-    given = {word.partition(".")[0] for word in TOGETHER.split() if word.startswith("--")}
+    words = TOGETHER.replace("--no-", "--").split()
+    given = {word.partition(".")[0] for word in words if word.startswith("--")}
     assert planned == given | set(alone)
     words = [case for name in ("modules_to_save", "targets") for case, _ in CASES[name][:2]]
     trained = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -70,17 +71,31 @@ def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_each_candidate_is_what_finetune_makes_over_the_same_base(job: SweepJob) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"nf4_embeddings": True},
+        pytest.param({"implementation": "transformers"}, marks=pytest.mark.slow),
+        pytest.param({"base_dtype": "int8", "nf4_block": 64}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_each_candidate_is_what_finetune_makes_over_the_same_base(
+    job: SweepJob, settings: dict[str, Any]
+) -> None:
+    job = replace(job, **settings)
     done = sweep(job)
     for name, tensors in adapters(done.folder).items():
         record = read_run_record(done.folder / "candidates" / name)
-        assert record.base_dtype == "nf4"
-        assert record.nf4 == job.base_weights.nf4_settings
+        assert record.base_dtype == job.base_dtype
+        assert record.nf4 == (job.base_weights.nf4_settings if job.base_dtype == "nf4" else None)
         assert record.lora is not None
         assert record.train is not None
         alone = finetune(
             FinetuneJob(
                 data=job.data, model=job.model, data_config=DATA, **job.base_settings,
+                implementation=job.implementation,
                 lora=LoRAConfig(**record.lora), train=TrainConfig(**record.train),
                 run=RunConfig(out=job.run.out, name=name, eval_every_steps=4, samples=0),
             )
