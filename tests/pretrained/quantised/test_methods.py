@@ -9,7 +9,14 @@ import pytest
 
 from lora.errors import ModelError
 from lora.pretrained.load.implementation import choose_implementation
-from lora.pretrained.quantised.methods import METHODS, is_4bit, refuse_tensors, without_settings
+from lora.pretrained.quantised.methods import (
+    FP4,
+    LLM_INT8,
+    METHODS,
+    is_4bit,
+    refuse_tensors,
+    without_settings,
+)
 from tests.pretrained.load.test_implementation import LLAMA, NEOX
 
 BNB = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "quant_method": "bitsandbytes"}
@@ -114,6 +121,11 @@ def test_tensors_of_plain_and_of_4bit_models_are_not_refused() -> None:
         *(f"layers.0.q_proj.weight{e}" for e in endings),
     ]
     refuse_tensors(names, "folder")
+
+
+def test_the_page_on_models_names_every_method() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "models.md").read_text(encoding="utf-8")
+    assert [m.name for m in (*METHODS.values(), FP4, LLM_INT8) if m.name not in page] == []
 
 
 def test_every_known_method_has_a_base_dtype_like_it() -> None:
