@@ -44,11 +44,16 @@ class AnswerBase:
     may_unpack: bool = False
     """Whether quantised weights are unpacked if memory has room."""
     rounded_as: BaseQuantisation | None = None
-    """Of some linears only: the others are kept plain, so none is packed first."""
+    """Of a kind that is not packed here: the weights are loaded plain, and rounded."""
 
 
 def choose_answer_base(
-    asked: AnswerDtype, adapter: Path | None, folder: Path, choice: DeviceChoice
+    asked: AnswerDtype,
+    adapter: Path | None,
+    folder: Path,
+    choice: DeviceChoice,
+    *,
+    is_native: bool = True,
 ) -> AnswerBase:
     """Return how the base in `folder` is loaded for `adapter`, which is in a directory, or None.
 
@@ -65,7 +70,7 @@ def choose_answer_base(
     if trained is None or asked not in ("auto", trained.dtype):
         packed = BaseWeights(base_dtype=asked)
         return AnswerBase(packed, compute, compute)
-    if trained.kept:
+    if is_auto and (trained.kept or (trained.embeddings and not is_native)):
         return AnswerBase(BaseWeights(), trained.torch_dtype, compute, rounded_as=trained)
     return AnswerBase(weights_of(trained), trained.torch_dtype, compute, may_unpack=is_auto)
 

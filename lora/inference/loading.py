@@ -71,7 +71,9 @@ def load_model(
     chosen = find_implementation_of(source, adapter, implementation)
     tokenizer = load_tokenizer_of(source, adapter)
     prompts = find_prompt_format(adapter, source.folder)
-    base = choose_answer_base(base_dtype, adapter, source.folder, choice)
+    base = choose_answer_base(
+        base_dtype, adapter, source.folder, choice, is_native=chosen.kind == "native"
+    )
     model, note = load_answer_base(source.folder, chosen.kind, choice, base)
     if adapter is not None:
         try:

@@ -33,6 +33,7 @@ from lora.pretrained.load.models import load_language_model
 IDS = torch.randint(0, 50, (1, 32), generator=torch.Generator().manual_seed(0))
 PLAIN, FP8, NF4 = BaseWeights(), BaseWeights(base_dtype="fp8"), BaseWeights(base_dtype="nf4")
 SMALL = BaseWeights(base_dtype="nf4", nf4_block=32, nf4_double_quant=False)
+INT8, TABLES = BaseWeights(base_dtype="int8"), BaseWeights(base_dtype="nf4", nf4_embeddings=True)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,8 @@ def adapters(folder: Path, tmp_path: Path) -> Callable[[str], Path]:
         "fp8": lambda: load_decoder(folder, base=FP8),
         "nf4": lambda: load_decoder(folder, base=NF4),
         "small": lambda: load_decoder(folder, base=SMALL),
+        "int8": lambda: load_decoder(folder, base=INT8),
+        "tables": lambda: load_decoder(folder, base=TABLES),
         "4-bit folder": lambda: in_4bit(load_decoder(folder, base=NF4)),
     }
 
@@ -112,7 +115,7 @@ def test_the_file_names_the_base_and_how_it_is_quantised(
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("base", [NF4, SMALL, FP8])
+@pytest.mark.parametrize("base", [NF4, SMALL, FP8, INT8, TABLES])
 def test_the_fingerprint_of_codes_follows_from_the_plain_base(
     folder: Path, base: BaseWeights
 ) -> None:
@@ -127,7 +130,7 @@ def test_the_fingerprint_of_codes_follows_from_the_plain_base(
 
 
 @pytest.mark.parametrize(
-    ("name", "base"), [("plain", PLAIN), ("fp8", FP8), ("nf4", NF4), ("small", SMALL)]
+    ("name", "base"), [("plain", PLAIN), ("int8", INT8), ("nf4", NF4), ("tables", TABLES)]
 )
 def test_nothing_is_said_where_the_values_are_the_same(
     adapters: Callable[[str], Path],
@@ -147,6 +150,9 @@ def test_nothing_is_said_where_the_values_are_the_same(
         ("fp8", FP8, PLAIN),
         ("small", SMALL, NF4),
         ("nf4", NF4, FP8),
+        ("int8", INT8, PLAIN),
+        ("tables", TABLES, PLAIN),
+        ("nf4", NF4, TABLES),
     ],
 )
 def test_other_values_are_said_with_the_change_of_logits(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -202,6 +203,22 @@ def test_a_model_in_memory_is_merged_into_plain_layers(
     load_adapter(other, adapter)
     merge_lora(other)
     assert base_fingerprint(other) != base  # it is another base now
+
+
+@pytest.mark.parametrize("implementation", ["native", "transformers"])
+def test_tables_in_nf4_are_merged_too(
+    tiny_folder: Path, ids: Tensor, tmp_path: Path, implementation: Any
+) -> None:
+    base = BaseWeights(base_dtype="nf4", nf4_embeddings=True)
+    save_adapted(load_decoder(tiny_folder, base=base), tmp_path / "own")
+    expected = logits(adapted(tiny_folder, tmp_path / "own", base), ids)
+    merged(tiny_folder, tmp_path / "own", tmp_path / "out", implementation=implementation)
+    seen = logits(load_decoder(tmp_path / "out"), ids)
+    torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5)
+    model, _ = lora.load_model(
+        tiny_folder, adapter=tmp_path / "own", device="cpu", implementation=implementation
+    )
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_of_transformers_is_merged_over_the_same_values(

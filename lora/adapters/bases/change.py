@@ -90,7 +90,10 @@ def _add_difference(
     weight = own()
     wide = torch.promote_types(weight.dtype, torch.float32)
     difference = other().to(weight.device, wide) - weight.to(wide)  # (O, I)
-    change = F.linear(inputs[0].to(wide), difference)
+    if inputs[0].is_floating_point():
+        change = F.linear(inputs[0].to(wide), difference)
+    else:  # the ids that an embedding gets
+        change = F.embedding(inputs[0], difference)
     return output + change.to(output.dtype)
 
 

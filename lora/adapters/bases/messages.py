@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora.adapters.apply import AppliedLoRA
 from lora.adapters.bases.change import logits_change
-from lora.adapters.bases.linears import block_linears, linear_values, rounded
+from lora.adapters.bases.linears import block_linears, linear_values, rounded, table_names
 from lora.adapters.bases.quantisation import quantisation_of
 from lora.decoder.language_model import LanguageModel, transformers_network
 from lora.decoder.quantised.record import BaseQuantisation
@@ -54,18 +54,22 @@ def measured_change(
         return None
     applied = vars(model).get("applied_lora")
     whole = applied.originals if isinstance(applied, AppliedLoRA) else {}
-    linears = {
-        name: module
-        for name, module in block_linears(model).items()
+    kinds = (trained, here or quantisation_of(model))
+    tables = table_names(model) if any(k is not None and k.embeddings for k in kinds) else []
+    changed = {
+        name: model.get_submodule(name)
+        for name in (*block_linears(model), *tables)
         if not any(name == saved or name.startswith(saved + ".") for saved in whole)
     }
 
     def rounded_as(kind: BaseQuantisation | None, name: str) -> Tensor:
         values = before(name)
-        return values if kind is None or name in kind.kept else rounded(values, kind, name)
+        if kind is None or name in kind.kept or (name in tables and not kind.embeddings):
+            return values
+        return rounded(values, kind, name)
 
     others, mine = partial(rounded_as, trained), None if here is None else partial(rounded_as, here)
-    now = {name: partial(linear_values, module) for name, module in linears.items()}
+    now = {name: partial(linear_values, module) for name, module in changed.items()}
     return logits_change(model, now, others, size, mine)
 
 

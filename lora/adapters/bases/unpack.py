@@ -9,7 +9,13 @@ import torch
 from torch import nn
 
 from lora.adapters.apply import replace_module
-from lora.adapters.bases.linears import block_linears, is_transposed, linear_values, rounded
+from lora.adapters.bases.linears import (
+    block_linears,
+    is_transposed,
+    linear_values,
+    rounded,
+    table_names,
+)
 from lora.adapters.bases.quantisation import quantisation_of
 from lora.adapters.fingerprint import base_fingerprint, code_fingerprint
 from lora.decoder.language_model import LanguageModel
@@ -41,14 +47,18 @@ def unpack_base(model: LanguageModel, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def round_base(model: LanguageModel, kind: BaseQuantisation) -> None:
-    """Changes `model`, which is plain and has no LoRA, in place: its linears get rounded values.
+    """Changes `model`, which is plain, in place: its weights get rounded values.
 
     They are those of a base of this kind, in the same dtype as before.
     """
     fingerprint, codes = base_fingerprint(model), code_fingerprint(model, kind)
-    for name, module in block_linears(model).items():
-        if name not in kind.kept:
-            weight = cast(nn.Parameter, module.weight)
+    names = [*block_linears(model), *(table_names(model) if kind.embeddings else ())]
+    done: set[int] = set()  # a tied head's weight is the embedding's
+    for name in names:
+        module = model.get_submodule(name)
+        weight = cast(nn.Parameter, module.weight)
+        if name not in kind.kept and id(weight) not in done:
+            done.add(id(weight))
             values = rounded(linear_values(module), kind, name)
             weight.copy_(values.T if is_transposed(module) else values)
     model.known_quantisation = replace(kind, fingerprint=codes)
