@@ -205,6 +205,8 @@ class _Planned:
     largest: int | None
     """Sequences that fit on a device in this mode; None where `room` is not known."""
     saving: _Saving
+    over_nf4: MemoryPlan | None = None
+    """Of a run that does not fit: its plan over a base in nf4, if it can have one."""
 
 
 def _plan_kind(
@@ -223,7 +225,14 @@ def _plan_kind(
     plan = planner.plan(memory=shown)
     largest = None if room is None else planner.largest_micro_batch(room, shown)
     saving = _savings(planner, plan, room) if memory.memory == "auto" else _Saving()
-    return _Planned(chosen, plan, room, largest, saving)
+    over_nf4 = None if room is None or largest else _over_nf4(planner, memory, room)
+    return _Planned(chosen, plan, room, largest, saving, over_nf4)
+
+
+def _over_nf4(planner: MemoryPlanner, memory: MemoryConfig, room: int) -> MemoryPlan | None:
+    """Return the plan that a run over nf4 would take in `room`, in the mode that was named."""
+    nf4 = planner.over_nf4()
+    return None if nf4 is None else nf4.plan(memory=replace(memory, memory_gb=room / 1e9))
 
 
 def _savings(planner: MemoryPlanner, planned: MemoryPlan, room: int | None) -> _Saving:
@@ -257,6 +266,10 @@ def _as_json(
         "available_bytes": room,
         "largest_rows": {kind: one.largest for kind, one in planned.items()},
         "ways_to_save": ways if mode == "auto" else {},
+        "over_nf4": {
+            kind: None if one.over_nf4 is None else one.over_nf4.total
+            for kind, one in planned.items()
+        },
     }
 
 
@@ -301,6 +314,8 @@ def _show(name: str, inputs: PlanInputs, planned: dict[str, _Planned]) -> None:
         console.print(_describe_fit(words, one.largest or 0, one.room, inputs, one.saving))
         if one.saving.text:
             console.print(f"  {one.saving.text}.")
+        if one.over_nf4 is not None:
+            console.print(f"  {_describe_over_nf4(one.over_nf4, one.room)}.")
 
 
 def _describe_devices(inputs: PlanInputs) -> str:
@@ -328,6 +343,17 @@ def _describe_fit(
     advice = f"Try {', '.join(ways[:-1])} or {ways[-1]}"
     stored = " without activation checkpointing" if saving.largest else ""
     return f"{words}: not even one sequence {of_tokens} fits into {_gb(room)}{stored}. {advice}."
+
+
+def _describe_over_nf4(plan: MemoryPlan, room: int) -> str:
+    stored = plan.checkpointing
+    mode = (
+        ""
+        if stored is None or stored.mode == "none"
+        else f", with activation checkpointing {stored.mode}"
+    )
+    still = "" if plan.total <= room else ", which does not fit either"
+    return f"with --base-dtype nf4 it would take {_gb(plan.total)}{mode}{still}"
 
 
 def _sequences(count: int) -> str:

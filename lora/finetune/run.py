@@ -204,7 +204,11 @@ def _check(job: FinetuneJob, world: World) -> FinetuneJob:
 
 def _loading_advice(memory: ChosenMemory, choice: DeviceChoice) -> str:
     can_shard = choice.device.type == "cuda" and memory.parallel != "fsdp"
-    return SHARDED_ADVICE if can_shard else LOADING_ADVICE
+    advice, saving = SHARDED_ADVICE if can_shard else LOADING_ADVICE, memory.plan.nf4_saving
+    if not saving:
+        return advice
+    packed_gb = (memory.plan.weights - saving) / 1e9
+    return f"{advice} In 4 bits they take about {packed_gb:.1f} GB: --base-dtype nf4."
 
 
 def _with_steps(job: FinetuneJob, data: PreparedData, world: World) -> FinetuneJob:

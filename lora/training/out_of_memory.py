@@ -70,6 +70,10 @@ class MemoryParts(Protocol):
         """Modes of activation checkpointing that would hold less, and how much with each."""
 
     @property
+    def nf4_saving(self) -> int:
+        """About what a base in nf4 would save; 0 where it has one, or that is not known."""
+
+    @property
     def devices(self) -> int:
         """Processes that train together; the bytes are of one of them."""
 
@@ -94,6 +98,7 @@ class MemoryCount:
     loss: int = 0
     other: int = 0
     leaner_modes: tuple[tuple[str, int], ...] = ()
+    nf4_saving: int = 0
     devices: int = 1
     parallel: str | None = None
 
@@ -150,13 +155,18 @@ def advise(parts: MemoryParts, config: TrainConfig, *, has_lora: bool, n_gpus: i
         "gradients and moments of trained parameters": trained,
         "the weights": parts.weights,
     }
-    # None of these changes the result but for its rounding.
+    # None of the first ones changes the result but for its rounding.
     ways = [
         f"--memory {mode} (about {n_bytes / 1e9:.2f} GB)" for mode, n_bytes in parts.leaner_modes
     ]
     ways += _with_devices(parts, config, n_gpus, has_lora=has_lora)
-    if growing > _SMALL_SHARE * parts.total:
+    does_grow = growing > _SMALL_SHARE * parts.total
+    if does_grow:
         ways += _splits(parts, config)
+    if parts.nf4_saving > _SMALL_SHARE * parts.total:
+        less = (parts.total - parts.nf4_saving) / 1e9
+        ways.append(f"--base-dtype nf4 (frozen weights rounded to 4 bits, about {less:.2f} GB)")
+    if does_grow:
         ways.append("a shorter --max-length")
     if trained > _LARGE_SHARE * parts.total:
         ways.append("a smaller --rank or fewer --targets" if has_lora else "LoRA instead of --full")

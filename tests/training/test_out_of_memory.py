@@ -112,6 +112,16 @@ def test_leaner_memory_modes_come_first() -> None:
     assert said.index("--max-length") < said.index("a smaller model")
 
 
+def test_a_base_in_4_bits_is_advised_after_what_keeps_the_result() -> None:
+    counted = MemoryCount(6 * GB, 0, 0, 2 * GB, nf4_saving=4 * GB)
+    said = advise(counted, TrainConfig(batch_size=8), has_lora=True)
+    rounded = "--base-dtype nf4 (frozen weights rounded to 4 bits, about 4.00 GB)"
+    assert f"about 7.00 GB); {rounded}; a shorter --max-length" in said
+    for saving in (0, GB // 10):  # nothing to pack, or too little to matter
+        counted = MemoryCount(6 * GB, 0, 0, 2 * GB, nf4_saving=saving)
+        assert "nf4" not in advise(counted, TrainConfig(), has_lora=True)
+
+
 @pytest.mark.parametrize(
     ("parts", "given", "n_gpus", "has_lora", "ways"),
     [

@@ -11,6 +11,10 @@ from lora.config import BaseWeights, LoRAConfig, MemoryConfig
 from lora.decoder.language_model import ModelConfig
 from lora.fast.llama.checkpointing import ActivationCheckpointing
 
+NOT_RECORDED = (
+    *("checkpointing", "leaner_modes", "devices", "parallel", "nf4_saving", "recomputed_blocks"),
+)
+
 
 @dataclass(frozen=True)
 class PlanInputs:
@@ -83,6 +87,8 @@ class MemoryPlan:
     """Processes that train together, of which this plans one."""
     parallel: str | None = None
     """How: ddp or fsdp; None for a process alone."""
+    nf4_saving: int = 0
+    """About how many bytes a base in nf4 would save; 0 where it has one, or nothing is frozen."""
     recomputed_blocks: int | None = None
     """How many blocks FSDP2 recomputes on a GPU; None in other steps, and on a CPU."""
 
@@ -95,7 +101,7 @@ class MemoryPlan:
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as values that JSON holds, under the names of the first version."""
         record = {**asdict(self), "total": self.total}
-        for name in ("checkpointing", "leaner_modes", "devices", "parallel", "recomputed_blocks"):
+        for name in NOT_RECORDED:
             del record[name]
         policy = self.checkpointing
         record["keep"] = None if policy is None else policy.to_record()

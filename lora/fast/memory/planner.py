@@ -13,12 +13,12 @@ from dataclasses import replace
 import torch
 
 from lora.adapters.apply import apply_lora, train_token_rows
-from lora.config import MemoryConfig
+from lora.config import BaseWeights, MemoryConfig
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder
 from lora.decoder.language_model import LanguageModel
 from lora.device import resident_bytes
-from lora.errors import ConfigError
+from lora.errors import ConfigError, ModelError, TargetError
 from lora.fast.llama.checkpointing import MODES
 from lora.fast.memory.estimate import estimate_step
 from lora.fast.memory.fast_step import (
@@ -31,6 +31,7 @@ from lora.fast.memory.fast_step import (
     fit_with,
 )
 from lora.fast.memory.fsdp import fsdp_weights, plan_fsdp, recompute_blocks
+from lora.fast.memory.over_nf4 import nf4_saving
 from lora.fast.memory.plan import MemoryPlan, PlanInputs
 from lora.fast.memory.trace import StepMemory
 from lora.fast.memory.traces import StepTraces, Traced, largest_that_fits
@@ -42,6 +43,7 @@ from lora.pretrained.load.models import (
     quantise_empty_model,
     why_not_packed,
 )
+from lora.pretrained.load.task import check_native_only
 
 CPU_SLACK = 0.3
 """Of activations and loss: what a CPU's allocator holds besides, fragments too small for the next
@@ -105,6 +107,7 @@ class MemoryPlanner:
         is_divisible = decoder is not None and why_not_sharded(decoder) is None
         if shards and (self._step != "fast" or inputs.lora is None or not is_divisible):
             self._step = "plain"  # with FSDP2
+        self._nf4_saving = nf4_saving(model, self._step)
         self._fsdp = None
         if decoder is not None and shards and self._step == "plain":
             self._fsdp = fsdp_weights(decoder)
@@ -119,6 +122,7 @@ class MemoryPlanner:
             packed=inputs.packed,
             learned_fraction=inputs.learned_fraction,
             captured=self._step == "captured",
+            on_gpu=on_gpu,
             # A gradient of sharded weights is gone when each device has its share of the sum.
             holds_gradients=not (shards and inputs.lora is None),
             about=_describe_model(inputs, recomputes=self._fsdp is not None and on_gpu),
@@ -165,6 +169,20 @@ class MemoryPlanner:
         fit = fit_with(self._fast, fit.checkpointing, evaluation)
         leaner = self._planned(self._fast, fit, evaluation)
         return leaner if leaner.total < planned.total else None
+
+    def over_nf4(self) -> MemoryPlanner | None:
+        """Return the planner of the same run over a base in nf4; None where that is no choice.
+
+        It is none for a base that is packed already, without LoRA, and for linears that cannot be.
+        """
+        if not self._nf4_saving or self.inputs.lora is None:
+            return None
+        inputs = replace(self.inputs, base=BaseWeights("nf4"))
+        try:
+            check_native_only(inputs.config, base=inputs.base, fsdp=False)
+            return MemoryPlanner(inputs, self._base)
+        except (ConfigError, ModelError, TargetError):  # odd widths, a linear in modules_to_save
+            return None
 
     def usable_bytes(self, free_bytes: int) -> int:
         """Return how much of the free memory may be planned for: see docs/memory.md."""
@@ -215,6 +233,10 @@ class MemoryPlanner:
         return estimate_step(self.inputs, self._counts.trainable, size, learns=learns)
 
     @property
+    def _shards(self) -> int:
+        return self.inputs.shards if self.inputs.parallel == "fsdp" else 1
+
+    @property
     def _parallel(self) -> str | None:
         return None if self.inputs.devices == 1 else self.inputs.parallel
 
@@ -255,6 +277,7 @@ class MemoryPlanner:
             leaner_modes=tuple((name, size) for name, size in leaner if size < total),
             devices=self.inputs.devices,
             parallel=self._parallel,
+            nf4_saving=self._nf4_saving // self._shards,
         )
 
     def _plan_traced(self, size: int, traced: Traced) -> MemoryPlan:
@@ -278,6 +301,7 @@ class MemoryPlanner:
             other=base + _slack(inputs, held),
             devices=inputs.devices,
             parallel=self._parallel,
+            nf4_saving=self._nf4_saving // self._shards,
         )
 
 

@@ -35,6 +35,7 @@ from lora.fast.memory.sections import (
 )
 from lora.fast.memory.traced_model import captured_loss, plain_loss, traced_model
 from lora.kernels.cross_entropy import CHUNK_TOKENS
+from lora.kernels.unpack.tracing import traced_as_on_gpu
 
 Phase = str
 """forward, loss or backward: where a tensor was allocated."""
@@ -61,6 +62,7 @@ class StepTracer:
         model: on the meta device, with LoRA applied or all of it trained.
         compute_dtype: of matmuls, through autocast where it is bf16.
         captured: the step is the captured one, whose loss is another.
+        on_gpu: packed weights are unpacked by a kernel.
         holds_gradients: False drops each gradient of a parameter as soon as it is there, as sharded
             training does.
         whole: run every block and every chunk of the loss, not one of each kind. The result is the
@@ -73,9 +75,11 @@ class StepTracer:
         *,
         compute_dtype: torch.dtype,
         captured: bool = False,
+        on_gpu: bool = False,
         holds_gradients: bool = True,
         whole: bool = False,
     ) -> None:
+        self._unpacking = traced_as_on_gpu if on_gpu else nullcontext
         self.model, self.compute_dtype, self.whole = model, compute_dtype, whole
         self.holds_gradients, self.captured = holds_gradients, captured
         self._traced_model = traced_model(model, compute_dtype, captured=captured)
@@ -111,7 +115,7 @@ class StepTracer:
         """
         autocast = _autocast(self.compute_dtype)
         self.model.train(learns)  # dropout has masks
-        with self._fake, autocast, torch.set_grad_enabled(learns):
+        with self._fake, autocast, torch.set_grad_enabled(learns), self._unpacking():
             ids = torch.zeros(batch_size, tokens, dtype=torch.int64)  # (B, T)
             n_tokens = batch_size * tokens
             is_captured = self.captured and learns  # a validation pass is the plain one

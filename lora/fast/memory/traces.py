@@ -48,15 +48,17 @@ class StepTraces:
         packed: bool,
         learned_fraction: float,
         captured: bool = False,
+        on_gpu: bool = False,
         holds_gradients: bool = True,
         about: str | None = None,
         fallback: Callable[[int, bool], StepMemory] | None = None,
         may_loop: bool = False,
     ) -> None:
-        kind = compute_dtype, packed, learned_fraction, captured, holds_gradients
+        kind = compute_dtype, packed, learned_fraction, captured, on_gpu, holds_gradients
         self._about = None if about is None else f"{about} {kind}"
         self._model, self._tokens, self._compute_dtype = model, tokens, compute_dtype
         self._captured, self._holds_gradients = captured, holds_gradients
+        self._on_gpu = on_gpu
         self._fallback, self._may_loop = fallback, may_loop
         self._packed, self._learned_fraction = packed, learned_fraction
         self._traces: dict[tuple[int, bool], StepMemory] = {}
@@ -67,6 +69,7 @@ class StepTraces:
             self._model,
             compute_dtype=self._compute_dtype,
             captured=self._captured,
+            on_gpu=self._on_gpu,
             holds_gradients=self._holds_gradients,
         )
 

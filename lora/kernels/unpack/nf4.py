@@ -21,6 +21,7 @@ from lora.kernels.nf4 import (
     unpack_nf4_rows,
 )
 from lora.kernels.step.jit import HAS_TRITON, jit, row_stride, tl
+from lora.kernels.unpack.tracing import is_traced_as_on_gpu
 
 MAX_CELL = 128
 """Values of a cell at most: longer blocks are several cells with the same scale."""
@@ -92,6 +93,8 @@ def _launch(packed: Nf4Tensor, out: Tensor, first_row: int, ids: Tensor | None) 
 
 def unpack_nf4_on_device(packed: Nf4Tensor, out: Tensor, first_row: int = 0) -> None:
     """Changes `out` (rows, I) in place: by the kernel on a GPU, where Triton is installed."""
+    if is_traced_as_on_gpu():
+        return
     if not (HAS_TRITON and out.is_cuda):
         unpack_nf4(packed, out, first_row)
         return
@@ -101,6 +104,8 @@ def unpack_nf4_on_device(packed: Nf4Tensor, out: Tensor, first_row: int = 0) -> 
 
 def unpack_nf4_rows_on_device(packed: Nf4Tensor, ids: Tensor, out: Tensor) -> None:
     """Changes `out` (N, I) in place: the rows `ids` (N,), by the kernel on a GPU."""
+    if is_traced_as_on_gpu():
+        return
     if not (HAS_TRITON and out.is_cuda):
         unpack_nf4_rows(packed, ids, out)
         return
