@@ -123,6 +123,7 @@ MEMORY_GB = {"ours_lora_cheap": 32.0}
 """The memory budget of a mode; the default is the free memory."""
 BASES = {
     "fp8": BaseWeights("fp8"),
+    "int8": BaseWeights("int8"),
     "nf4": BaseWeights("nf4"),
     "nf4_embeddings": BaseWeights("nf4", nf4_embeddings=True),
 }

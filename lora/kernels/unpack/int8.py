@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lora.kernels.int8 import unpack_int8
 from lora.kernels.step.jit import HAS_TRITON, jit, row_stride, tl
+from lora.kernels.unpack.tracing import is_traced_as_on_gpu
 
 COLUMNS = 2048
 """Values of one program, all in one row: eight a thread."""
@@ -34,6 +35,8 @@ def unpack_int8_triton(codes: Tensor, scales: Tensor, out: Tensor) -> None:
 
 def unpack_int8_on_device(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     """Changes `out` (O, I) in place: by the kernel on a GPU, where Triton is installed."""
+    if is_traced_as_on_gpu():
+        return
     if not (HAS_TRITON and out.is_cuda):
         unpack_int8(codes, scales, out)
         return
