@@ -37,7 +37,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], BaseWeights]] = {
     "tables": ({}, {}, BaseWeights("nf4", nf4_embeddings=True)),
     "int8, Gemma": (GEMMA, {}, BaseWeights("int8")),
     "fused": (PHI, {}, BaseWeights("nf4")),
-    "tables": ({}, {}, BaseWeights("nf4", nf4_embeddings=True)),
 }  # fmt: skip
 
 
