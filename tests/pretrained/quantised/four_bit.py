@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from lora.kernels.nf4 import quantise_nf4
+from lora.pretrained.quantised.write import PackedWeight, write_4bit_folder
+from lora.runs.tensor_files import TensorParts
 
 QUANTISATION = {
     "quant_method": "bitsandbytes",
@@ -59,6 +64,27 @@ def write_4bit(
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     change_config(folder, quantization_config={**QUANTISATION, "bnb_4bit_quant_type": kind})
     return values
+
+
+def write_4bit_ourselves(
+    plain: Path, folder: Path, *, skipped: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Write the native model in `plain` into `folder` in 4 bits, without bitsandbytes."""
+    weights: dict[str, TensorParts | PackedWeight] = {}
+    tensors = load_file(plain / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.dim() != 2 or ".layers." not in name or skipped(name):
+            weights[name] = TensorParts(tensor.dtype, tuple(tensor.shape), partial(iter, (tensor,)))
+        else:
+            shape = tensor.shape[0], tensor.shape[1]
+            pack = partial(quantise_nf4, tensor)
+            weights[name] = PackedWeight(shape, tensor.dtype, 64, True, pack)
+    shutil.copytree(plain, folder)
+    left = tuple(name.removesuffix(".weight") for name in tensors if skipped(name))
+    config = json.loads((plain / "config.json").read_text())
+    write_4bit_folder(
+        config, weights, folder, plain_linears=("lm_head", *left), compute_dtype=torch.float32
+    )
 
 
 def change_config(folder: Path, **fields: Any) -> None:
