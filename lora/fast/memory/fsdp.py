@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -93,8 +92,8 @@ def fsdp_weights(model: Decoder) -> FsdpWeights:
 
     def take(modules: nn.Module) -> list[Tensor]:
         """Return the tensors of `modules` that no earlier unit has: a tied head has none."""
-        # Scales of fp8 weights are buffers.
-        tensors = chain(modules.parameters(), modules.buffers())
+        # The scales of quantised weights are buffers, which every process has whole.
+        tensors = modules.parameters()
         sharded = (t for t in tensors if t.numel() and (trains_all or not t.requires_grad))
         found = [t for t in sharded if id(t) not in seen]
         seen.update(map(id, found))

@@ -45,6 +45,8 @@ SETTING = PlanInputs(WIDE, LORA, 32, 64, "cuda", torch.bfloat16, devices=4)
 BLOCK = 2 * 2048**2 + 2 * 512 * 2048 + 3 * 2048 * 8192
 """Elements of a block's matrices: q and o, k and v, and the feed-forward."""
 NORMS = 2 * 2048
+CODE_BYTES = {"auto": 2, "fp8": 1, "int8": 1, "nf4": 0.5}
+"""Of a weight's value, by how the base is stored."""
 TABLE = 8000 * 2048
 """Elements of the embedding, which is the head."""
 
@@ -70,10 +72,11 @@ def test_units_of_fsdp_are_the_blocks_and_each_tensor_outside_of_them_once() -> 
     untied = fsdp_weights(built(tie_word_embeddings=False))
     assert [unit.n_bytes for unit in untied.others] == [2 * TABLE, 2 * 2048, 2 * TABLE]
     assert sharded.n_bytes == sharded.shard_bytes(1) == 2 * (8 * (BLOCK + NORMS) + TABLE + 2048)
-    model = built()
-    use_quantised_linears(model, BaseWeights("fp8"))
-    outputs = 2 * 2048 + 2 * 512 + 2 * 8192 + 2048
-    assert {u.n_bytes for u in fsdp_weights(model).blocks} == {BLOCK + 4 * outputs + 2 * NORMS}
+    for kind, code_bytes in CODE_BYTES.items():  # without scales, which are whole everywhere
+        model = built()
+        use_quantised_linears(model, BaseWeights(kind))  # type: ignore[arg-type]
+        codes = round(BLOCK * code_bytes)
+        assert {u.n_bytes for u in fsdp_weights(model).blocks} == {codes + 2 * NORMS}
 
 
 def test_ddp_takes_what_one_device_takes() -> None:
@@ -83,10 +86,10 @@ def test_ddp_takes_what_one_device_takes() -> None:
     assert alone.usable_bytes(free) - planner().usable_bytes(free) == NCCL_BYTES
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_the_fast_step_holds_a_share_and_two_slots_in_every_mode(fp8: bool) -> None:
-    matrices, table = 8 * BLOCK * (1 if fp8 else 2), 2 * TABLE
-    base = BaseWeights("fp8" if fp8 else "auto")
+@pytest.mark.parametrize("kind", CODE_BYTES)
+def test_the_fast_step_holds_a_share_and_two_slots_in_every_mode(kind: str) -> None:
+    matrices, table = round(8 * BLOCK * CODE_BYTES[kind]), 2 * TABLE
+    base = BaseWeights(kind)  # type: ignore[arg-type]
     slots = 2 * max(matrices // 8, table)
     for mode in ("none", "cheap", "full", "full+offload"):
         ddp, fsdp = (planned(kind, mode, base=base) for kind in ("ddp", "fsdp"))
