@@ -120,6 +120,7 @@ def _cases(folder: Path, qwen3: Path, out: Path) -> dict[str, Case]:
     dropout = LoRAConfig(rank=4, init_seed=0, dropout=0.3)
     not_fast = replace(plain.run, fast=False)
     sharded, fsdp2 = "sharded over 2 processes", "FSDP2"
+    nf4 = replace(plain, base_dtype="nf4")
     cases = {
         "packed": Case(plain, "fast step"),
         "graphs": Case(odd, "fast step"),
@@ -130,6 +131,8 @@ def _cases(folder: Path, qwen3: Path, out: Path) -> dict[str, Case]:
         "full": Case(full, "fast step"),
         "plain": Case(replace(plain, run=not_fast), "plain step"),
         "full, sharded": Case(replace(full, run=not_fast), "plain step", "fsdp", fsdp2),
+        "nf4, sharded": Case(nf4, "fast step", "fsdp", sharded),
+        "nf4, FSDP2": Case(replace(nf4, run=not_fast), "plain step", "fsdp", fsdp2),
     }
     if IS_HOPPER:
         fp8 = replace(plain, base_dtype="fp8")
@@ -248,7 +251,7 @@ def assert_near(folder: Path, other: Path) -> None:
     "name",
     [
         "packed", "graphs", "sharded", "accumulated", "dropout", "captured", "full", "plain",
-        "full, sharded", "fp8", "fp8, sharded",
+        "full, sharded", "nf4, sharded", "nf4, FSDP2", "fp8", "fp8, sharded",
     ],
 )  # fmt: skip
 def test_two_gpus_are_as_one(runs: Runs, name: str) -> None:

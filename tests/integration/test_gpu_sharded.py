@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora.config import BaseWeights
 from lora.distributed.world import World
 from lora.fast.llama.checkpointing import MODES
 from lora.fast.sharded.base import ShardedBase
@@ -39,7 +40,9 @@ CASES = {
     "bf16, tied, even blocks": replace(SMALL, tied=True, n_layers=4),
     "bf16, one block": replace(SMALL, lora={"layers": (3,)}),
     "bf16, dropout": replace(SMALL, lora={"dropout": 0.2}),
-    "fp8": replace(SMALL, fp8=True),
+    "fp8": replace(SMALL, base=BaseWeights("fp8")),
+    "nf4": replace(SMALL, base=BaseWeights("nf4")),
+    "int8": replace(SMALL, base=BaseWeights("int8")),
 }
 LONG = 2048
 """Tokens with which the computation takes longer than the gathers."""
@@ -126,6 +129,7 @@ def _forward_difference(whole: Any, empty: Any, device: torch.device) -> list[fl
 PAIRS = [(name, "none", 64) for name in CASES]
 PAIRS += [("bf16", mode, 64) for mode in MODES if mode != "none"]
 PAIRS += [("fp8", "full", 64), ("bf16", "cheap", LONG), ("fp8", "cheap", LONG)]
+PAIRS += [("nf4", "full", 64), ("nf4", "cheap", LONG)]
 
 
 def _compare_all(world: World) -> list[dict[str, Any]]:
