@@ -334,21 +334,3 @@ def test_memory_counts_packed_weights_and_scratch(
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     storages[step.flat.values.untyped_storage().data_ptr()] = 4 * step.flat.values.numel()
     assert held.weights == sum(storages.values()) + 2 * n_beside
-
-
-@pytest.mark.parametrize("mode", ["none", "full"])
-def test_steps_over_int8_equal_the_plain_ones(
-    tiny_decoder: Callable[..., Decoder], make_batch: Callable[..., Batch], mode: str
-) -> None:
-    plain = tiny_decoder(tied=False, bias=True)
-    weights = {n: m.weight.detach() for n, m in plain.named_modules() if isinstance(m, nn.Linear)}
-    use_quantised_linears(plain, BaseWeights("int8"))
-    for name, module in quantised_modules(plain).items():
-        module.load(weights[name], name)
-        # Powers of two: values are then exact, as the plain step's, which scales its outputs.
-        module.set_scales(2.0 ** module.get_buffer("weight_scale").log2().round().flatten())
-    apply_random_lora(plain, torch.float64, rank=16)
-    assert why_not_hand_written(plain) is None
-    step = FastStep(copy.deepcopy(plain), PLAIN, torch.float64, checkpointing=MODES[mode])
-    check_steps(step, plain, build_optimizer(plain, 1.0, 0.0), steps_of(make_batch, packed=True))
-    assert "int8 weights unpacked" in step.describe()

@@ -93,7 +93,7 @@ def fsdp_weights(model: Decoder) -> FsdpWeights:
     def take(modules: nn.Module) -> list[Tensor]:
         """Return the tensors of `modules` that no earlier unit has: a tied head has none."""
         # The scales of quantised weights are buffers, which every process has whole.
-        tensors = modules.parameters()
+        tensors: Iterable[Tensor] = modules.parameters()
         sharded = (t for t in tensors if t.numel() and (trains_all or not t.requires_grad))
         found = [t for t in sharded if id(t) not in seen]
         seen.update(map(id, found))
