@@ -174,7 +174,10 @@ _RESPELT: dict[str, PeerSetting] = {
     **dict.fromkeys(_ACCUMULATIONS[:3], PeerSetting("gradient_accumulation", note=_SPLIT)),
 }
 _QUANTISED: dict[str, PeerSetting] = {
-    "load_in_4bit": PeerSetting("base_dtype", _OF_BASE, note=_NESTED, gives_way="auto"),
+    **dict.fromkeys(
+        ("load_in_4bit", "use_4bit"),
+        PeerSetting("base_dtype", _OF_BASE, note=_NESTED, gives_way="auto"),
+    ),
     **dict.fromkeys(
         ("qlora", "use_qlora", "quantize_base"),
         PeerSetting("base_dtype", _OF_BASE, gives_way="auto"),
@@ -194,7 +197,10 @@ _QUANTISED: dict[str, PeerSetting] = {
         PeerSetting("base_dtype", {"nf4": "nf4"}, refused={"fp4": NO_FP4}),
     ),
     **dict.fromkeys(
-        ("bnb_4bit_use_double_quant", "use_bnb_nested_quant", "double_quantization"),
+        (
+            *("bnb_4bit_use_double_quant", "use_bnb_nested_quant", "double_quantization"),
+            "use_nested_quant",
+        ),
         PeerSetting("nf4_double_quant", _BOOLS),
     ),
     "bnb_4bit_compute_dtype": PeerSetting(
@@ -253,6 +259,14 @@ _REFUSED: dict[str, PeerSetting] = {
     ),
     "bnb_4bit_quant_storage": PeerSetting(
         because="the codes of `base_dtype` nf4 are uint8 tensors, sharded or not; leave it out"
+    ),
+    **dict.fromkeys(
+        ("quantization_config", "bnb_config_kwargs"),
+        PeerSetting(
+            because="`base_dtype` nf4 is BitsAndBytesConfig's nf4, and `nf4_double_quant` its "
+            "bnb_4bit_use_double_quant",
+            instead=lambda value, others: {"base_dtype": "nf4"},
+        ),
     ),
     "quantization_method": PeerSetting(
         because="`base_dtype` nf4 is bitsandbytes' nf4, value by value; there is no HQQ or EETQ. "

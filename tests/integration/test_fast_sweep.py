@@ -104,11 +104,12 @@ def test_a_killed_sweep_is_resumed_to_the_same_bytes(job: SweepJob, fast: None) 
 
 def test_a_killed_sweep_over_nf4_is_resumed_to_the_same_bytes(job: SweepJob, fast: None) -> None:
     train = replace(job.train, steps=6)
-    job = replace(job, grid=Grid(rank=(2, 4)), train=train, base_dtype="nf4", nf4_block=32)
+    grid = Grid(rank=(2, 4))
+    job = replace(job, grid=grid, train=train, base_dtype="nf4", nf4_block=32, at_once=1)
     whole = sweep(job)
     killed = named(job, "killed")
     with pytest.raises(Killed):
-        sweep(killed, KilledAt(5))
+        sweep(killed, KilledAt(10))  # in the second wave
     assert files(sweep(replace(killed, resume=True)).folder) == files(whole.folder)
 
 
