@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lora.data.sequences.batches import IGNORE, Batch, find_bounds, needs_mask
 from lora.decoder.language_model import LanguageModel
+from lora.decoder.quantised.nf4 import Nf4Linear
 from lora.device import DeviceChoice
 from lora.distributed.dropout import SharedDropouts
 from lora.distributed.world import ALONE, World
@@ -282,7 +283,8 @@ def loss_of_head(model: LanguageModel, ops: Ops, *, compiles: bool = False) -> L
     They are for a fully trained head, whose gradient is one matmul then, and for LoRA on it.
     """
     head = model.output_head()
-    is_frozen = type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
+    is_known = type(head) in (nn.Linear, Nf4Linear)
+    is_frozen = is_known and not any(p.requires_grad for p in head.parameters())
     has_rows = isinstance(head, TrainableTokensLinear)
     if (is_frozen or has_rows) and not model.needs_all_logits:
         return ChunkedLoss(head, ops.token_loss, transform_of(model.config))

@@ -2,18 +2,20 @@
 
 What differs from `lora.kernels.cross_entropy`: no token is left out, because which ones are learned
 would have to be read on the host; and each chunk's logits become their gradient in place, by the
-kernel of the hand-written step.
+kernel of the hand-written step. A head in nf4 is unpacked by slices of the vocabulary, twice for
+each chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora.decoder.quantised.nf4 import Nf4Weight
 from lora.kernels.cross_entropy import AS_THEY_ARE, LogitTransform
 from lora.layers.trainable_tokens import TrainableTokensLinear
 
@@ -21,14 +23,18 @@ CHUNK_LOGITS = 2**27
 """Logits that exist at once: 268 MB in bf16."""
 ROUND_TOKENS = 128
 """A chunk's tokens are a multiple of it, as matmuls like them."""
+UNPACKED_VALUES = 2**24
+"""Of a packed head that are unpacked at once: 34 MB in bf16."""
+ROUND_ROWS = 64
+"""Rows of a slice are a multiple of it, so that the columns of its logits are aligned."""
 
 
 @dataclass(frozen=True)
 class ChunkedLoss:
     """Called with hidden states (B, T, C) and labels (B, T): the summed cross-entropy ()."""
 
-    head: nn.Linear
-    """Frozen, its bias too; or with some rows that train, a TrainableTokensLinear."""
+    head: nn.Linear | Nf4Weight
+    """Frozen, its bias too; or a TrainableTokensLinear, some of whose rows train."""
     token_loss: Callable[..., None]
     """Of `lora.kernels.step.ops.Ops`."""
     transform: LogitTransform = AS_THEY_ARE
@@ -47,7 +53,8 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         device = hidden.device.type
         is_cast = torch.is_autocast_enabled(device)
-        kind = torch.get_autocast_dtype(device) if is_cast else how.head.weight.dtype
+        own = hidden.dtype if isinstance(how.head, Nf4Weight) else how.head.weight.dtype
+        kind = torch.get_autocast_dtype(device) if is_cast else own
         with torch.autocast(device, enabled=False):
             losses, *grads = _learn(hidden, labels, how, kind)
         ctx.save_for_backward(*grads)
@@ -66,11 +73,12 @@ def _learn(
     hidden: Tensor, labels: Tensor, how: ChunkedLoss, kind: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return each token's loss (N,) and the gradients of `hidden` (N, C) and of trained rows."""
-    weight = how.head.weight.to(kind)  # (V, C)
+    head = _PackedHead(how.head, kind) if isinstance(how.head, Nf4Weight) else _Head(how.head, kind)
     bias = None if how.head.bias is None else how.head.bias.to(kind)
     rows = _Rows(how.head) if isinstance(how.head, TrainableTokensLinear) else None
-    tokens = max(1, CHUNK_LOGITS // len(weight) // ROUND_TOKENS) * ROUND_TOKENS
-    logits = hidden.new_empty(min(tokens, len(labels)), len(weight), dtype=kind)  # (chunk, V)
+    n_columns = how.head.out_features
+    tokens = max(1, CHUNK_LOGITS // n_columns // ROUND_TOKENS) * ROUND_TOKENS
+    logits = hidden.new_empty(min(tokens, len(labels)), n_columns, dtype=kind)  # (chunk, V)
     losses = hidden.new_empty(len(labels), dtype=torch.promote_types(kind, torch.float32))
     grad = torch.empty_like(hidden)
     scale, softcap = how.transform.scale, how.transform.softcap
@@ -78,7 +86,7 @@ def _learn(
         part = slice(start, start + tokens)
         states = hidden[part].to(kind)
         own = logits[: len(states)]
-        torch.mm(states, weight.T, out=own)
+        head.write_logits(states, own)
         if bias is not None:
             own += bias
         if rows is not None:
@@ -86,13 +94,58 @@ def _learn(
         how.token_loss(own, labels[part], losses[part], scale=scale, softcap=softcap)
         # The logits are their gradient now.
         of_rows = None if rows is None else rows.take_gradient(states, own)
-        if grad.dtype == kind:
-            torch.mm(own, weight, out=grad[part])
-        else:
-            grad[part] = own @ weight
+        head.write_gradient(own, grad[part])
         if of_rows is not None:
             grad[part] += of_rows.to(grad.dtype)
     return losses, grad, None if rows is None else rows.grad
+
+
+class _Head:
+    """The matmuls with a head's weight (V, C)."""
+
+    def __init__(self, head: nn.Linear, kind: torch.dtype) -> None:
+        self.weight = head.weight.to(kind)
+
+    def write_logits(self, states: Tensor, logits: Tensor) -> None:
+        """Fill `logits` (n, V), of tokens `states` (n, C)."""
+        torch.mm(states, self.weight.T, out=logits)
+
+    def write_gradient(self, d_logits: Tensor, into: Tensor) -> None:
+        """Fill `into` (n, C), the gradient of the states, from that of the logits."""
+        if into.dtype == d_logits.dtype:
+            torch.mm(d_logits, self.weight, out=into)
+        else:
+            into.copy_(d_logits @ self.weight)
+
+
+class _PackedHead:
+    """The same with a weight in nf4, of which a slice of rows is unpacked at a time."""
+
+    def __init__(self, head: Nf4Weight, kind: torch.dtype) -> None:
+        rows = max(1, UNPACKED_VALUES // head.in_features // ROUND_ROWS) * ROUND_ROWS
+        shape = min(rows, head.out_features), head.in_features
+        self.head, self.room = head, torch.empty(shape, dtype=kind, device=head.weight.device)
+
+    def write_logits(self, states: Tensor, logits: Tensor) -> None:
+        """Fill `logits` (n, V), of tokens `states` (n, C)."""
+        for rows, weight in self._slices():
+            torch.mm(states, weight.T, out=logits[:, rows])
+
+    def write_gradient(self, d_logits: Tensor, into: Tensor) -> None:
+        """Fill `into` (n, C); summed over slices in fp32 or wider."""
+        wide = torch.promote_types(into.dtype, torch.float32)
+        total = torch.zeros_like(into, dtype=wide)
+        for rows, weight in self._slices():
+            total += d_logits[:, rows] @ weight
+        into.copy_(total)
+
+    def _slices(self) -> Iterator[tuple[slice, Tensor]]:
+        n_rows = self.head.out_features
+        for start in range(0, n_rows, len(self.room)):
+            rows = slice(start, min(start + len(self.room), n_rows))
+            weight = self.room[: rows.stop - start]
+            self.head.unpack_into(weight, start)
+            yield rows, weight
 
 
 class _Rows:

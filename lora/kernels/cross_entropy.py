@@ -5,13 +5,14 @@ are computed in forward, chunk by chunk, while a chunk's logits are still there;
 never normalised over (n, V): its matmul with the weight, which is (n, C), is divided instead. On a
 CPU with a frozen weight the chunks are of the vocabulary (online softmax, arXiv 1805.02867): weight
 and logits are read for the second time while they are in the cache. A bias, a factor and a cap of
-the logits are optional. `plain_linear_cross_entropy` is the twin with full logits.
+the logits are optional. `plain_linear_cross_entropy` is the twin with full logits. A packed weight
+is unpacked by such chunks, on any device.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,23 @@ class LogitTransform:
 AS_THEY_ARE = LogitTransform()
 
 
+class HeadRows(Protocol):
+    """A frozen head's weight (V, C) that is not in memory: some of its rows are, when asked for."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+
+    def __len__(self) -> int:
+        """Return V."""
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return the rows from `start` to `stop`."""
+
+    def select(self, ids: Tensor) -> Tensor:
+        """Return the rows `ids` (n,), as (n, C)."""
+
+
 def plain_linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -76,7 +94,7 @@ def plain_linear_cross_entropy(
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | HeadRows,
     labels: Tensor,
     *,
     chunk_tokens: int = CHUNK_TOKENS,
@@ -87,7 +105,8 @@ def linear_cross_entropy(
 
     Args:
         hidden: (N, C), any floating type.
-        weight: (V, C), of the same dtype; its gradient is computed only if it is required.
+        weight: (V, C), of the same dtype; its gradient is computed only if it is required. Of
+            HeadRows a slice is in memory at once.
         labels: (N,) int64, each 0 … V − 1, or −100 for a token without a target.
         chunk_tokens: at most chunk_tokens × V logits exist at once.
         bias: (V,), of the same dtype; added to the logits.
@@ -106,14 +125,15 @@ def linear_cross_entropy(
 
 def learned_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | HeadRows,
     labels: Tensor,
     chunk_tokens: int,
     bias: Tensor | None = None,
     transform: LogitTransform = AS_THEY_ARE,
 ) -> Tensor:
     """Return the summed cross-entropy () of tokens that all have a target; see above."""
-    trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
+    trains_head = isinstance(weight, Tensor) and weight.requires_grad
+    trains_head |= bias is not None and bias.requires_grad
     if torch.is_grad_enabled() and (hidden.requires_grad or trains_head):
         loss_sum: Tensor = _LinearCrossEntropy.apply(
             hidden, weight, labels, chunk_tokens, bias, transform
@@ -122,7 +142,10 @@ def learned_cross_entropy(
     total = hidden.new_zeros((), dtype=_wide(hidden))
     for start in range(0, len(labels), chunk_tokens):
         part = slice(start, start + chunk_tokens)
-        total += _chunk_loss(hidden[part], weight, labels[part], bias, transform).loss
+        if isinstance(weight, Tensor):
+            total += _chunk_loss(hidden[part], weight, labels[part], bias, transform).loss
+        else:
+            total += _learn_columns(hidden[part], weight, labels[part], bias, transform, None)
     return total
 
 
@@ -131,7 +154,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        weight: Tensor | HeadRows,
         labels: Tensor,
         chunk_tokens: int,
         bias: Tensor | None,
@@ -141,17 +164,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss_sum = hidden.new_zeros((), dtype=wide)
         needs_hidden, needs_weight, _, _, needs_bias, _ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        grad_weight = None
+        if isinstance(weight, Tensor) and needs_weight:
+            grad_weight = torch.zeros_like(weight, dtype=wide)
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs_bias else None
         trains_head = needs_weight or needs_bias
         for start in range(0, len(labels), chunk_tokens):
             part = slice(start, start + chunk_tokens)
             into = None if grad_hidden is None else grad_hidden[part]
-            chunk = hidden[part], weight, labels[part], bias, transform
-            if weight.is_cpu and into is not None and not trains_head:
-                loss_sum += _learn_columns(*chunk, into)
+            own, others = hidden[part], (labels[part], bias, transform)
+            if isinstance(weight, Tensor) and (not weight.is_cpu or into is None or trains_head):
+                loss_sum += _learn_chunk(own, weight, *others, into, grad_weight, grad_bias)
             else:
-                loss_sum += _learn_chunk(*chunk, into, grad_weight, grad_bias)
+                loss_sum += _learn_columns(own, weight, *others, into)
         # The gradients themselves, up to the factor that backward brings.
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight.dtype
@@ -254,18 +279,18 @@ def _finish(
 
 def _learn_columns(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | HeadRows,
     labels: Tensor,
     bias: Tensor | None,
     transform: LogitTransform,
-    grad_hidden: Tensor,
+    grad_hidden: Tensor | None,
 ) -> Tensor:
     """Return the loss of tokens (n, C) and fill `grad_hidden` (n, C), by chunks of the vocabulary.
 
     Sums are taken relative to the largest logit so far, and shrunk when a larger one comes.
     """
     n, wide = len(labels), _wide(hidden)
-    own_weight = weight.index_select(0, labels)  # (n, C), of the labels
+    own_weight = _rows_at(weight, labels)  # (n, C)
     own = (hidden.to(wide) * own_weight).sum(1, keepdim=True)  # (n, 1), their logits
     if bias is not None:
         own += bias.index_select(0, labels)[:, None]
@@ -277,7 +302,7 @@ def _learn_columns(
     total = torch.zeros_like(largest)
     grad = torch.zeros_like(hidden, dtype=wide)
     for start in range(0, len(weight), CHUNK_COLUMNS):
-        columns = weight[start : start + CHUNK_COLUMNS]  # (columns, C)
+        columns = _rows_from(weight, start)  # (columns, C)
         logits = matmul_nt(hidden, columns).to(wide)  # (n, columns)
         if bias is not None:
             logits += bias[start : start + CHUNK_COLUMNS]
@@ -288,7 +313,19 @@ def _learn_columns(
         total.mul_(shrink).add_(powers.sum(1, keepdim=True))
         if slopes is not None:
             powers *= slopes
-        grad.mul_(shrink).add_(matmul_nt(powers.to(weight.dtype), columns.T))  # (n, C)
+        if grad_hidden is not None:
+            grad.mul_(shrink).add_(matmul_nt(powers.to(weight.dtype), columns.T))  # (n, C)
         largest = larger
-    _finish(grad.div_(total)[:n], own_weight, own_slopes, transform, grad_hidden)
+    if grad_hidden is not None:
+        _finish(grad.div_(total)[:n], own_weight, own_slopes, transform, grad_hidden)
     return (total.log_().add_(largest)[:n] - own).sum()
+
+
+def _rows_at(weight: Tensor | HeadRows, ids: Tensor) -> Tensor:
+    return weight.index_select(0, ids) if isinstance(weight, Tensor) else weight.select(ids)
+
+
+def _rows_from(weight: Tensor | HeadRows, start: int) -> Tensor:
+    """Return the rows of a chunk of the vocabulary."""
+    stop = min(start + CHUNK_COLUMNS, len(weight))
+    return weight[start:stop] if isinstance(weight, Tensor) else weight.rows(start, stop)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora.data.sequences.batches import IGNORE, Batch
 from lora.decoder.decoder import Decoder
-from lora.decoder.quantised.base import values_of
+from lora.decoder.quantised.tables import rows_of
 from lora.device import DeviceChoice
 from lora.kernels.cross_entropy import linear_cross_entropy
 from lora.stacked.apply import StackedAdapters
@@ -39,7 +39,7 @@ class StackedDecoderLoss:
         head = decoder.output_head()
         if isinstance(head, StackedLoRALinear):
             return _from_logits(decoder.logits_of(hidden), labels)
-        transform, weight = transform_of(decoder.config), values_of(head)
+        transform, weight = transform_of(decoder.config), rows_of(head, hidden)
         # Unbound, not sliced: the backward of each of K slices would be a gradient of full size.
         by_adapter = hidden.flatten(0, 1).unflatten(0, (n, -1)).unbind(0)  # K times (N, C)
         found = [

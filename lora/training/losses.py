@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lora.data.sequences.batches import IGNORE, Batch
 from lora.decoder.language_model import LanguageModel, ModelConfig
-from lora.decoder.quantised.base import QuantisedWeight, values_of
+from lora.decoder.quantised.base import QuantisedWeight
+from lora.decoder.quantised.tables import rows_of
 from lora.errors import ModelError
 from lora.kernels.cross_entropy import LogitTransform, linear_cross_entropy
 from lora.kernels.trained_rows_cross_entropy import trained_rows_cross_entropy
@@ -25,10 +26,10 @@ from lora.training.step_runner import LossFn
 def linear_head_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the loss of a model whose head is a linear without LoRA; logits exist in chunks."""
     own = cast(LanguageModel, model)
-    head = own.output_head()
+    head, hidden = own.output_head(), _hidden(own, batch)
     loss, n_tokens = linear_cross_entropy(
-        _hidden(own, batch),
-        values_of(head),
+        hidden,
+        rows_of(head, hidden),
         batch.labels.flatten(),
         bias=head.bias,
         transform=transform_of(own.config),

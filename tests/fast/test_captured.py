@@ -27,6 +27,7 @@ from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer, set_learning_rate
 from lora.training.plain_step import PlainStepRunner, train_step
 from tests.fast.conftest import relative
+from tests.fast.test_unpacked import packed
 from tests.pretrained.tiny_models import tiny_transformers
 
 CPU = choose_device("cpu")
@@ -160,6 +161,16 @@ def test_a_quantised_base_steps_as_the_plain_step(
 ) -> None:
     quantise_linears(llama.theirs, BaseWeights(base_dtype=kind))
     check(adapt(llama), [[make_batch(n, packed=n == 1)] for n in range(len(RATES))])
+
+
+@pytest.mark.parametrize("targets", [("q_proj",), ("q_proj", "lm_head")])
+def test_tables_in_nf4_step_as_in_the_plain_step(
+    targets: tuple[str, ...],
+    tiny_decoder: Callable[..., Decoder],
+    make_batch: Callable[..., Batch],
+) -> None:
+    model = packed(tiny_decoder(dtype=torch.float32), base=BaseWeights("nf4", nf4_embeddings=True))
+    check(adapt(model, targets=targets), [[make_batch(n, packed=n == 1)] for n in range(3)])
 
 
 def test_windows_are_kept(llama: nn.Module, make_batch: Callable[..., Batch]) -> None:

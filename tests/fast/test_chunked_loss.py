@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lora.decoder.quantised.nf4 import Nf4Linear
 from lora.fast.chunked_loss import ChunkedLoss
 from lora.kernels.cross_entropy import IGNORE, LogitTransform, plain_linear_cross_entropy
 from lora.kernels.step.token_loss import token_loss
@@ -65,3 +66,33 @@ def test_autocast_gives_a_wide_loss() -> None:
     assert (loss.dtype, gradient.dtype) == (torch.float32, torch.float32)
     wanted, _ = plain_linear_cross_entropy(hidden[0], head.weight, torch.arange(5))
     assert abs(loss - wanted) < 1e-2 * wanted
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_head_in_nf4_is_unpacked_by_slices(
+    softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora.fast.chunked_loss.UNPACKED_VALUES", 64 * 6)
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 150, dtype=torch.float64).requires_grad_(False)
+    head = Nf4Linear(linear)
+    head.load(linear.weight, "head")
+    sizes: list[int] = []
+    unpack = head.unpack_into
+
+    def counted(out: torch.Tensor, first_row: int = 0) -> None:
+        sizes.append(len(out))
+        unpack(out, first_row)
+
+    monkeypatch.setattr(head, "unpack_into", counted)
+    hidden = torch.randn(1, 9, 6, dtype=torch.float64).requires_grad_()
+    labels = torch.randint(0, 150, (1, 9))
+    how = LogitTransform(0.5, softcap)
+    loss = ChunkedLoss(head, token_loss, how)(hidden, labels)
+    assert sizes == [64, 64, 22, 64, 64, 22]  # for the logits, and for the gradient
+    wanted, _ = plain_linear_cross_entropy(
+        hidden[0], head.unpacked(torch.float64), labels[0], bias=head.bias, transform=how
+    )
+    torch.testing.assert_close(loss, wanted)
+    (seen,), (gradient,) = (torch.autograd.grad(each, hidden) for each in (loss, wanted))
+    torch.testing.assert_close(seen, gradient)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora.kernels import cross_entropy
 from lora.kernels.cross_entropy import (
     IGNORE,
     LogitTransform,
@@ -205,3 +206,39 @@ def test_padded_tokens_leave_no_trace(rows: int) -> None:
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
     assert grad.shape == hidden.shape
     assert (grad - wanted_grad).norm() <= 1e-6 * wanted_grad.norm()
+
+
+class PackedRows:
+    """A head's rows that are counted when they are asked for."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, self.dtype, self.most = weight, weight.dtype, 0
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        self.most = max(self.most, stop - start)
+        return self.weight[start:stop]
+
+    def select(self, ids: Tensor) -> Tensor:
+        return self.weight[ids]
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_of_a_packed_weight_slices_are_read(
+    softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK_COLUMNS", 20)
+    hidden, weight, labels = make_inputs(torch.float64)
+    own = {"bias": weight[:, 0].detach(), "transform": LogitTransform(0.5, softcap)}
+    packed = PackedRows(weight.detach())
+    loss, _ = linear_cross_entropy(hidden, packed, labels, chunk_tokens=5, **own)
+    wanted, _ = plain_linear_cross_entropy(hidden, weight, labels, **own)
+    assert relative(loss, wanted) < 1e-10
+    (seen,), (gradient,) = (torch.autograd.grad(each * 0.3, hidden) for each in (loss, wanted))
+    assert relative(seen, gradient) < 1e-10
+    with torch.no_grad():
+        alone, _ = linear_cross_entropy(hidden, packed, labels, chunk_tokens=5, **own)
+    assert relative(alone, wanted) < 1e-10
+    assert packed.most == 20

@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from lora.decoder.quantised.base import values_of
 from lora.decoder.quantised.nf4 import Nf4Linear, Nf4Weight
 
 
@@ -82,3 +83,47 @@ def linear_of(embedding: nn.Embedding) -> nn.Linear:
         linear = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False)
     linear.weight = embedding.weight
     return linear.train(embedding.training)
+
+
+class Nf4Rows:
+    """The rows of an nf4 table, unpacked when they are asked for: the loss takes slices of a head.
+
+    Args:
+        table: whose values they are.
+        dtype: of the values.
+    """
+
+    def __init__(self, table: Nf4Weight, dtype: torch.dtype) -> None:
+        self.table, self._dtype = table, dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self._dtype
+
+    def __len__(self) -> int:
+        return self.table.out_features
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return the rows from `start` to `stop`."""
+        values = self._empty(stop - start)
+        self.table.unpack_into(values, start)
+        return values
+
+    def select(self, ids: Tensor) -> Tensor:
+        """Return the rows `ids` (n,), as (n, C)."""
+        values = self._empty(len(ids))
+        self.table.unpack_rows_into(ids, values)
+        return values
+
+    def _empty(self, n_rows: int) -> Tensor:
+        shape, device = (n_rows, self.table.in_features), self.table.weight.device
+        return torch.empty(shape, dtype=self._dtype, device=device)
+
+
+def rows_of(head: nn.Module, hidden: Tensor) -> Tensor | Nf4Rows:
+    """Return the weight (V, C) of a head.
+
+    Of one in nf4 what unpacks its rows, in the dtype of the `hidden` states that it multiplies.
+    """
+    return Nf4Rows(head, hidden.dtype) if isinstance(head, Nf4Weight) else values_of(head)

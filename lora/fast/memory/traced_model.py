@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from lora.decoder.attention import NO_CACHE, TokenPositions
 from lora.decoder.decoder import Decoder
 from lora.decoder.language_model import LanguageModel
+from lora.decoder.quantised.nf4 import Nf4Weight
+from lora.decoder.quantised.tables import rows_of
 from lora.fast.captured import loss_of_head
 from lora.fast.memory.sections import block_kinds, retain_blocks
 from lora.fast.transformers_models import TransformersForward
@@ -135,13 +137,13 @@ def plain_loss(model: LanguageModel, hidden: Tensor, labels: Tensor) -> Tensor:
     `labels` may be fewer than tokens: one chunk of the loss holds as much as the next.
     """
     head = model.output_head()
-    is_plain = isinstance(head, nn.Linear) and not isinstance(head, LoRALayer)
+    is_plain = isinstance(head, nn.Linear | Nf4Weight) and not isinstance(head, LoRALayer)
     if model.needs_all_logits or not (is_plain or isinstance(head, TrainableTokensLinear)):
         wide = model.logits_of(hidden).float()
         return F.cross_entropy(wide, labels.new_zeros(len(hidden)), reduction="sum")
     bias = head.bias if is_plain else None
     return learned_cross_entropy(
-        hidden, head.weight, labels, CHUNK_TOKENS, bias, transform_of(model.config)
+        hidden, rows_of(head, hidden), labels, CHUNK_TOKENS, bias, transform_of(model.config)
     )
 
 
