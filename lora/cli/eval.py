@@ -130,6 +130,7 @@ def evaluate(
     loaded = load_model(model, adapter, device, chosen_code.kind, base_dtype)
     if loaded.note:
         _tell(f"note: {loaded.note}")
+    _tell_base(loaded, adapter)
     loaded = replace(loaded, tokenizer=tokenizer_for(config, loaded.tokenizer))
     if model is None:
         _tell(f"model: {loaded.source.description}")
@@ -208,6 +209,15 @@ def _output(
     output = OutputPath(predictions, inputs, overwrite)
     output.check()
     return output
+
+
+def _tell_base(loaded: LoadedModel, adapter: Path | None) -> None:
+    """Say that the base beside an adapter has the rounded values that this was trained over."""
+    from lora.adapters.bases.quantisation import quantisation_of
+
+    kind = quantisation_of(loaded.model)
+    if kind is not None and adapter is not None:
+        _tell(f"the base has the values of {kind}, with the adapter and without")
 
 
 def _tell(message: str) -> None:

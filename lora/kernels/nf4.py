@@ -33,8 +33,11 @@ N_POINTS = 2**16
 """From -1 to 1: a scale over its group's takes the 8-bit level that is nearest to such a point."""
 MIN_PEAK = 1e-38
 """Blocks whose largest magnitude is smaller are divided by this: 1 / scale stays finite."""
-PIECE_VALUES = 2**22
-"""Values that are quantised at once: what is temporary is a few times as large."""
+N_CELLS = 2**13
+"""Equal parts from -1 to 1, in which codes are looked up."""
+PIECE_VALUES, CPU_PIECE_VALUES = 2**22, 2**19
+"""Values that are quantised at once: what is temporary is a few times as large. On a CPU it stays
+in the cache."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,9 @@ def quantise_nf4(weight: Tensor, block: int = 64, *, double_quant: bool = True) 
     flat = weight.reshape(-1)
     codes = flat.new_empty(flat.numel() // 2, dtype=torch.uint8)
     scales = flat.new_empty(n_blocks(flat.numel(), block), dtype=torch.float32)
-    for start in range(0, flat.numel(), PIECE_VALUES):  # a multiple of every block
-        piece = flat[start : start + PIECE_VALUES]
+    size = CPU_PIECE_VALUES if flat.device.type == "cpu" else PIECE_VALUES
+    for start in range(0, flat.numel(), size):  # a multiple of every block
+        piece = flat[start : start + size]
         first = start // block
         found = scales[first : first + n_blocks(piece.numel(), block)]
         codes[start // 2 : (start + piece.numel()) // 2] = _quantise_piece(piece, block, found)
@@ -170,9 +174,20 @@ def _quantise_piece(values: Tensor, block: int, scales: Tensor) -> Tensor:
         rest = values[whole:]
         scales[-1] = rest.abs().amax().clamp(min=MIN_PEAK)
         normal = torch.cat([normal, rest / scales[-1]])
-    codes = torch.bucketize(normal, _table("midpoints", values), out_int32=True).to(torch.uint8)
-    pairs = codes.view(-1, 2)
+    pairs = nearest_levels(normal).view(-1, 2)
     return (pairs[:, 0] << 4) | pairs[:, 1]
+
+
+def nearest_levels(values: Tensor) -> Tensor:
+    """Return the codes (N,) of `values`, from -1 to 1, uint8; of a midpoint the lower one.
+
+    A table of cells has the code of each cell's left edge and the midpoint above it, of which a
+    cell has one at most. On a CPU that is a tenth of the time of a search among the midpoints.
+    """
+    cells = ((values + 1.0) * (N_CELLS / 2)).int().clamp_(0, N_CELLS)
+    above = torch.index_select(_table("cell midpoints", values), 0, cells)
+    codes = torch.index_select(_table("cell codes", values), 0, cells)
+    return codes.add_(values > above)
 
 
 def _quantise_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,7 +240,12 @@ def _build_table(name: str, device: torch.device) -> Tensor:
         points = 2 * torch.arange(N_POINTS, device=device).float() / (N_POINTS - 1) - 1
         return torch.bucketize(points, (levels[:-1] + levels[1:]) / 2, out_int32=True).byte()
     levels = torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
-    return (levels[:-1] + levels[1:]) / 2
+    midpoints = (levels[:-1] + levels[1:]) / 2
+    edges = torch.arange(N_CELLS + 1, device=device).float() * (2 / N_CELLS) - 1
+    codes = torch.bucketize(edges, midpoints)
+    if name == "cell codes":
+        return codes.to(torch.uint8)
+    return torch.cat([midpoints, midpoints.new_tensor([torch.inf])])[codes]
 
 
 @functools.cache

@@ -68,10 +68,23 @@ def test_the_8_bit_levels_are_those_of_bitsandbytes() -> None:
     assert torch.equal(dynamic_levels(torch.empty(0)), bnb.create_dynamic_map())
 
 
+def test_codes_from_the_table_are_those_of_a_search() -> None:
+    levels = torch.tensor(nf4.NF4_LEVELS)
+    middles = (levels[:-1] + levels[1:]) / 2
+    beside = [torch.nextafter(middles, torch.tensor(end)) for end in (-2.0, 2.0)]
+    edges = torch.arange(nf4.N_CELLS + 1) * (2 / nf4.N_CELLS) - 1
+    drawn = torch.rand(20_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    values = torch.cat([levels, middles, *beside, edges, drawn, torch.tensor([1.0000001])])
+    expected = torch.bucketize(values, middles).to(torch.uint8)
+    assert torch.equal(nf4.nearest_levels(values), expected)
+    # Rounding moves a value across an edge by less than this, and no midpoint lies there.
+    assert (edges[:, None] - middles).abs().min() > 1e-6
+
+
 def test_a_weight_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = weights((300, 130), torch.bfloat16)[0]
     whole = quantise_nf4(weight)
-    monkeypatch.setattr(nf4, "PIECE_VALUES", 4096)
+    monkeypatch.setattr(nf4, "CPU_PIECE_VALUES", 4096)
     monkeypatch.setattr(nf4, "UNPACKED_VALUES", 1024)
     pieces = quantise_nf4(weight)
     for name in ("codes", "scales", "group_scales", "offset"):

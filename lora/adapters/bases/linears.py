@@ -57,6 +57,12 @@ def is_transposed(module: nn.Module) -> bool:
     return is_conv1d(module) or isinstance(module, LoRAConv1D)
 
 
+def lacks_values(model: nn.Module) -> bool:
+    """Whether each process gets its shard of the weights later, and no values are here yet."""
+    weights = model.parameters()
+    return any(p.is_meta or (p.numel() > 1 and not any(p.stride())) for p in weights)
+
+
 def weights_of(kind: BaseQuantisation) -> BaseWeights:
     """Return the settings that load a base of this kind."""
     given = {"nf4_block": kind.block, "nf4_double_quant": kind.double_quant}

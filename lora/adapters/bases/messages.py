@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from lora.adapters.apply import AppliedLoRA
 from lora.adapters.bases.change import logits_change
-from lora.adapters.bases.linears import block_linears, linear_values, rounded, table_names
+from lora.adapters.bases.linears import (
+    block_linears,
+    lacks_values,
+    linear_values,
+    rounded,
+    table_names,
+)
 from lora.adapters.bases.quantisation import quantisation_of
 from lora.decoder.language_model import LanguageModel, transformers_network
 from lora.decoder.quantised.record import BaseQuantisation
@@ -75,8 +81,8 @@ def measured_change(
 
 def _values_before(model: nn.Module) -> Callable[[str], Tensor] | None:
     """Return what gives the weight (O, I) of a linear as it was before quantisation."""
-    if any(p.is_meta or (p.numel() > 1 and not any(p.stride())) for p in model.parameters()):
-        return None  # its values are not here yet: each process gets its shard of them later
+    if lacks_values(model):
+        return None
     if quantisation_of(model) is None:
         return lambda name: linear_values(model.get_submodule(name))
     return model.original_weight if isinstance(model, LanguageModel) else None

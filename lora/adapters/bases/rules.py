@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lora.adapters.bases.linears import lacks_values
 from lora.adapters.bases.quantisation import quantisation_of
 from lora.adapters.fingerprint import base_fingerprint, code_fingerprint
 from lora.decoder.quantised.record import BaseQuantisation
@@ -76,6 +77,12 @@ def check_base(
     wanted = trained.quantisation
     if trained.fingerprint is not None and has_values:
         pair = trained.fingerprint, fingerprint
+    elif wanted is not None and kind is None and lacks_values(model):
+        warning = (
+            f"was trained over a folder in {wanted}; whether this base is the one that it was made "
+            "from could not be checked, because its weights come in shards"
+        )
+        return BaseCheck(warning=warning, is_changed=True)
     elif wanted is not None and (kind is None or kind.has_codes_of(wanted)):
         own = code_fingerprint(model, wanted, release) if kind is None else kind.fingerprint
         pair = wanted.fingerprint, own
