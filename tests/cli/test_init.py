@@ -10,7 +10,7 @@ import pytest
 
 from lora import cli
 from lora.cli.flags.yaml_file import read_settings
-from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.config import BaseWeights, DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.finetune.job import FinetuneJob
 
 
@@ -62,12 +62,14 @@ def test_what_is_given_is_what_the_run_gets(tmp_path: Path, jobs: list[FinetuneJ
     file = tmp_path / "run.yaml"
     words = "--data x --lora-r 16 --targets q_proj,v_proj --rank-pattern q_proj=4,a.b=2 --lr 1e-3"
     words += " --no-packing --special-tokens <|a|> --deterministic --no-report --name #1 --steps 9"
+    words += " --load-in-4bit --no-nf4-double-quant"
     assert cli.main(["init", str(file), *words.split()]) == 0
     assert cli.main(["finetune", str(file), "--steps", "10"]) == 130
     (job,) = jobs
     targets = ("q_proj", "v_proj")
     assert job.lora == LoRAConfig(16, targets=targets, rank_pattern={"q_proj": 4, "a.b": 2})
     assert job.train == TrainConfig(steps=10, learning_rate=1e-3)
+    assert job.base_weights == BaseWeights("nf4", nf4_double_quant=False)
     assert job.data_config == DataConfig(packing=False, special_tokens=("<|a|>",))
     assert (job.run, job.deterministic) == (RunConfig(name="#1"), True)
 
@@ -77,6 +79,8 @@ def test_what_is_given_is_what_the_run_gets(tmp_path: Path, jobs: list[FinetuneJ
     [
         ("--rank 0", "rank=0"),
         ("--full --rank 8", "Cannot combine full, rank"),
+        ("--full --base-dtype nf4", "base_dtype='nf4' with full fine-tuning"),
+        ("--nf4-block 32", "nf4_block=32 with base_dtype='auto'"),
         ("--steps 5 --micro-batch-size 3", "effective batch size"),
     ],
 )

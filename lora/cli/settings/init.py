@@ -196,13 +196,20 @@ def _yaml(value: Any) -> str:
 
 
 def check_method(given: dict[str, Any]) -> None:
-    """Raise ConfigError for settings of LoRA, of an adapter and of full fine-tuning together."""
+    """Raise ConfigError for settings of LoRA, an adapter or a quantised base, and of full
+    fine-tuning, together."""
     lora = [name for name in given if name in vars(LoRAConfig())]
     whole = [name for name in ("full", "from_adapter") if name in given]
     if len(whole) > 1 or (whole and lora):
         raise ConfigError(
             f"Cannot combine {', '.join((*whole, *lora))}: full fine-tuning has no adapter, and "
             "an adapter that is trained on has its own settings. Leave some out."
+        )
+    kind = given.get("base_dtype", "auto")
+    if "full" in given and kind != "auto":
+        raise ConfigError(
+            f"Cannot use base_dtype={kind!r} with full fine-tuning: updates of weights in {kind} "
+            "would be rounded away. Train with LoRA, or leave base_dtype out."
         )
 
 
