@@ -79,7 +79,7 @@ def _measurements() -> Iterator[dict[str, Any]]:
         n_bytes = rows * columns * 2.5
         for way, call in _ways(packed, weight, out):
             out.zero_()
-            us = _microseconds(call)
+            us = device_microseconds(call)
             equal = torch.equal(out, expected) if way not in ("copy", "bitsandbytes") else None
             yield {
                 "shape": shape,
@@ -185,7 +185,7 @@ def _other_kernel(
     tl.store(start[:, None] + tl.arange(0, CELL)[None, :], values.to(out.dtype.element_ty))
 
 
-def _microseconds(call: Callable[[], Any]) -> float:
+def device_microseconds(call: Callable[[], Any]) -> float:
     """Return the time of one call on the device, in a graph: launches are not counted."""
     for _ in range(3):
         call()
