@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora
-from lora.adapters.apply import apply_lora, lora_layers
+from lora.adapters.apply import apply_lora, lora_layers, replace_module
 from lora.adapters.bases.unpack import unpack_base
 from lora.adapters.fingerprint import base_fingerprint
 from lora.adapters.merge import merge_lora
@@ -166,6 +166,41 @@ def test_a_4_bit_folder_is_merged_into_plain_weights(
         merged(tmp_path / "4bit", tmp_path / "own", tmp_path / "no", base_dtype="original")
     model, _ = lora.load_model(tmp_path / "4bit", adapter=tmp_path / "own", device="cpu")
     assert not quantised_modules(model)
+    torch.testing.assert_close(logits(model, ids), expected)
+
+
+def test_an_adapter_of_a_4_bit_folder_is_used_over_the_model_that_it_was_made_from(
+    tiny_folder: Path, ids: Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    untrained = apply_lora(load_decoder(tiny_folder), LoRAConfig(rank=2, init_seed=0))
+    save_adapter(untrained, tmp_path / "zero")
+    merged(tiny_folder, tmp_path / "zero", tmp_path / "4bit", dtype="nf4", requantise=True)
+    save_adapted(load_decoder(tmp_path / "4bit"), tmp_path / "own")
+    expected = logits(adapted(tmp_path / "4bit", tmp_path / "own"), ids)
+    caplog.clear()
+    for implementation in ("native", "transformers"):
+        out = tmp_path / implementation
+        merged(tiny_folder, tmp_path / "own", out, implementation=implementation)
+        seen = logits(load_decoder(out), ids)
+        torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5)
+    for name in (tiny_folder, tmp_path / "4bit"):
+        model, _ = lora.load_model(name, adapter=tmp_path / "own", device="cpu")
+        torch.testing.assert_close(logits(model, ids), expected)
+    assert caplog.messages == []
+
+
+def test_linears_that_a_4_bit_folder_keeps_plain_stay_plain(
+    tiny_folder: Path, ids: Tensor, tmp_path: Path
+) -> None:
+    mixed, kept = load_decoder(tiny_folder, base=NF4), "model.layers.1.mlp.up_proj"
+    for module in quantised_modules(mixed).values():
+        module.sample = module.sample[:0]  # as from a folder in 4 bits
+    replace_module(mixed, kept, load_decoder(tiny_folder).get_submodule(kept))
+    save_adapted(mixed, tmp_path / "own")
+    expected = logits(mixed.eval(), ids)
+    merged(tiny_folder, tmp_path / "own", tmp_path / "out")
+    torch.testing.assert_close(logits(load_decoder(tmp_path / "out"), ids), expected)
+    model, _ = lora.load_model(tiny_folder, adapter=tmp_path / "own", device="cpu")
     torch.testing.assert_close(logits(model, ids), expected)
 
 
