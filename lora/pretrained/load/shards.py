@@ -63,6 +63,7 @@ def write_shards(
         write_tensor_parts(temporary, ready, {"format": "pt"})
         os.replace(temporary, folder / file_name)
         weight_map.update(dict.fromkeys(ready, file_name))
+        del ready  # may hold the shard's tensors, beside those of the next one
     if n > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         write_json(folder / INDEX, index)

@@ -61,6 +61,14 @@ def packed_names(folder: Path) -> set[str]:
     return set(found.packed)
 
 
+def test_codes_are_mapped_from_the_file_and_not_copied(tmp_path: Path) -> None:
+    write_4bit(save_tiny(tmp_path / "plain", "llama"), tmp_path / "four")
+    model = load_decoder(tmp_path / "four", dtype=torch.bfloat16)
+    addresses = sorted(layer.weight.data_ptr() for layer in quantised_modules(model).values())
+    size = (tmp_path / "four" / "model.safetensors").stat().st_size
+    assert addresses[-1] - addresses[0] < size
+
+
 def test_a_mapped_folder_has_views_of_its_file(tmp_path: Path) -> None:
     values = write_4bit(save_tiny(tmp_path / "plain", "llama"), tmp_path / "four")
     mapped = map_decoder(tmp_path / "four")

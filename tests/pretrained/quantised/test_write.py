@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from lora.decoder.decoder import Decoder
 from lora.decoder.quantised.base import quantised_modules
@@ -17,6 +20,7 @@ from lora.errors import CheckpointError
 from lora.kernels.nf4 import quantise_nf4
 from lora.pretrained.hf_files import read_config
 from lora.pretrained.hf_weights import load_decoder
+from lora.pretrained.load.shards import write_shards
 from lora.pretrained.quantised.write import PackedWeight, write_4bit_folder
 from lora.runs.tensor_files import TensorParts
 from tests.pretrained.quantised.four_bit import QUANTISATION, change_config, write_4bit
@@ -125,3 +129,17 @@ def test_a_disk_that_refuses_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(CheckpointError, match="No space left"):
         write(plain, tmp_path / "four")
     assert not (tmp_path / "four" / "config.json").exists()
+
+
+def test_tensors_are_in_memory_one_shard_at_a_time(tmp_path: Path) -> None:
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    seen = []
+
+    def layout(name: str) -> dict[str, TensorParts]:
+        tensor = torch.zeros(8)
+        alive.add(tensor)
+        seen.append(len(alive))
+        return {name: TensorParts(tensor.dtype, (8,), partial(iter, (tensor,)))}
+
+    write_shards(tmp_path, [["a", "b"], ["c", "d"], ["e"]], layout, 160)
+    assert seen == [1, 2, 1, 2, 1]
