@@ -20,6 +20,8 @@ import torch
 from torch import nn
 
 from lora.adapters.apply import applied_lora, trained_parameters
+from lora.adapters.bases.linears import weights_of
+from lora.adapters.bases.quantisation import quantisation_of
 from lora.adapters.fingerprint import base_fingerprint
 from lora.adapters.save_load import save_adapter
 from lora.config import DataConfig, RunConfig, TrainConfig
@@ -349,10 +351,13 @@ def _describe(
     choice: DeviceChoice,
     world: World,
 ) -> RunRecord:
+    kind = quantisation_of(model)
     return RunRecord(
         kind="finetune",
         method="lora",
         model=name,
+        base_dtype=None if kind is None else kind.dtype,
+        nf4=None if kind is None or kind.dtype != "nf4" else weights_of(kind).nf4_settings,
         device=choice.reason,
         threads=torch.get_num_threads(),
         world_size=None if world.is_alone else world.size,

@@ -12,6 +12,7 @@ import torch
 
 import lora
 from lora.adapters.apply import disabled_adapter
+from lora.adapters.bases.unpack import unpack_base
 from lora.cli import main
 from lora.config import BaseWeights
 from lora.decoder.quantised.base import base_kind, quantised_modules
@@ -117,6 +118,25 @@ def test_a_checkpoint_and_a_continued_run_name_the_base_too(
         assert "trained over" not in " ".join(caplog.messages)
         lora.finetune(str(orders_file), name="plain", **settings)
     assert "trained over a base in nf4 (blocks of 32" in " ".join(caplog.messages)
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_a_model_in_memory_trains_over_nf4_and_names_it(
+    done: FinetuneResult, tiny_folder: Path, orders_file: Path, tmp_path: Path, is_packed: bool
+) -> None:
+    model, tokenizer = lora.load_model(tiny_folder, device="cpu", base_dtype="nf4")
+    if not is_packed:
+        unpack_base(model, torch.float32)
+    lora.apply_lora(model, lora.LoRAConfig(rank=2, init_seed=0))
+    own = lora.train(
+        model, tokenizer, str(orders_file), steps=2, batch_size=2, max_length=64, out=tmp_path
+    )
+    record = read_json(own.folder / "run.json")
+    assert (record["base_dtype"], record["nf4"]["nf4_block"]) == ("nf4", 64)
+    again, _ = lora.load_model(tiny_folder, adapter=own.saved, device="cpu")
+    assert again.known_quantisation is not None
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS), model.eval()(IDS))
 
 
 def test_tables_in_nf4_go_through_a_whole_run(

@@ -221,6 +221,16 @@ def test_a_gguf_file_comes_from_the_values_trained_over(
     torch.testing.assert_close(logits(model, ids), logits(packed, ids))
 
 
+def test_a_check_for_vllm_says_which_values_it_serves(
+    tiny_folder: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--vllm", "--adapter", str(adapter), "--model", str(tiny_folder)]
+    assert main(["export", *flags]) == 0
+    assert "trained over a base in nf4 (blocks of 32" in capsys.readouterr().err
+    assert main(["export", *flags, "--base-dtype", "original"]) != 0
+    assert "Cannot combine --vllm with --base-dtype" in capsys.readouterr().err
+
+
 def test_a_model_in_memory_is_merged_into_plain_layers(
     tiny_folder: Path, adapter: Path, ids: Tensor
 ) -> None:
