@@ -34,7 +34,7 @@ from lora.pretrained.load.shards import (
 )
 from lora.pretrained.mapped import MappedFile, MappedModel
 from lora.pretrained.quantised.folder import cannot_load, describe_packed, not_packed
-from lora.pretrained.quantised.linears import load_packed_linears, packable_linears
+from lora.pretrained.quantised.linears import NOT_PACKABLE, load_packed_linears, packable_linears
 from lora.pretrained.quantised.methods import (
     is_4bit,
     refuse_tensors,
@@ -166,7 +166,7 @@ def _match_names(
         if found.shape != wanted:
             faults.append(f"{name} is {found.shape} in the file: config.json implies {wanted}")
         elif is_packed and name not in linears:
-            faults.append(f"{name} is in 4 bits: only the weights of the blocks' linears can be")
+            faults.append(f"{name} {NOT_PACKABLE}")
         elif stored[name].dtype not in FLOATS:
             kinds = ", ".join(sorted(FLOATS))
             faults.append(f"{name} has dtype {stored[name].dtype} (allowed: {kinds})")

@@ -14,6 +14,7 @@ from lora.errors import ModelError
 from lora.pretrained.hf_files import StoredTensor
 from lora.pretrained.quantised.stored import Read, StoredNf4
 
+NOT_PACKABLE = "is in 4 bits: only the weights of the blocks' linears can be"
 VALUE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

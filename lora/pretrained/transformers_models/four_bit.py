@@ -7,7 +7,8 @@ whatever name, and puts the packed weight there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -46,3 +47,17 @@ class PackedWeights:
     def left(self) -> list[str]:
         """Return the names of the packed weights that nobody took."""
         return [weight.name for weight in self._by_address.values()]
+
+
+def unknown_to(linears: Iterable[str], packed: Iterable[str]) -> list[str]:
+    """Return those of the packed weights that no linear of a model can take, before they are read.
+
+    Files may have other names than the model, so what follows the last number counts: the linear
+    within its block. Of experts, which transformers joins, there is none.
+    """
+    known = {_within_block(f"{linear}.weight") for linear in linears}
+    return [name for name in packed if _within_block(name) not in known]
+
+
+def _within_block(name: str) -> str:
+    return re.split(r"(?:^|\.)\d+\.", name)[-1]

@@ -21,12 +21,14 @@ from lora.pretrained.hf_files import StoredTensor, open_tensors, read_config
 from lora.pretrained.hf_weights import FLOATS, NO_PARAMETERS
 from lora.pretrained.load.architectures import find_architecture
 from lora.pretrained.quantised.folder import cannot_load, describe_packed, not_packed
+from lora.pretrained.quantised.linears import NOT_PACKABLE
 from lora.pretrained.quantised.methods import SETTINGS_KEYS, refuse_tensors, settings_of
 from lora.pretrained.quantised.stored import StoredNf4, collect_packed
 from lora.pretrained.transformers_models.config import Traits, TransformersConfig
-from lora.pretrained.transformers_models.four_bit import PackedWeights
+from lora.pretrained.transformers_models.four_bit import PackedWeights, unknown_to
 from lora.pretrained.transformers_models.model import TransformersModel
 from lora.pretrained.transformers_models.probe import probe
+from lora.pretrained.transformers_models.quantisable import find_quantisable
 from lora.pretrained.transformers_models.quantiser import (
     Quantising,
     forget_quantiser,
@@ -120,10 +122,7 @@ def load_transformers_model(
             traits = _checked(probe(theirs.config), folder)
     faults = [] if how is None else list(how.faults)
     if how is not None and how.packed is not None:
-        faults += [
-            f"{name} is in 4 bits: only the weights of the blocks' linears can be"
-            for name in how.packed.left()
-        ]
+        faults += [f"{name} {NOT_PACKABLE}" for name in how.packed.left()]
     faults += [f"{name} is missing" for name in sorted(report["missing_keys"])]
     faults += [
         f"{name} is {tuple(seen)} in the file: config.json implies {tuple(wanted)}"
@@ -178,6 +177,12 @@ def _how_stored(
             raise ModelError(not_packed(folder))
         return (Quantising(asked, device) if asked.is_quantised else None), {}
     settled = describe_packed(folder, packed).settled(asked)
+    theirs = empty_of_config(read_transformers_config(folder)).theirs
+    _refuse(
+        [f"{name} {NOT_PACKABLE}" for name in unknown_to(find_quantisable(theirs).names, packed)],
+        folder,
+        "Name the unquantised model: --base-dtype nf4 packs what can be.",
+    )
     weights = PackedWeights(stored, dtype)
     return Quantising(settled, device, packed=weights), {"state_dict": weights.state_dict()}
 

@@ -13,6 +13,7 @@ from lora.decoder.quantised.base import quantised_modules
 from lora.errors import ConfigError, ModelError
 from lora.layers.conv1d import is_conv1d
 from lora.pretrained.load.models import load_language_model, model_config
+from lora.pretrained.transformers_models.four_bit import PackedWeights
 from lora.pretrained.transformers_models.load import load_transformers_model
 from tests.pretrained.quantised.four_bit import write_4bit
 from tests.pretrained.tiny_models import save_tiny_transformers, tiny_multimodal
@@ -65,3 +66,16 @@ def test_the_text_part_of_a_multimodal_model(tmp_path: Path) -> None:
     model = load_language_model(tmp_path / "four")
     assert len(quantised_modules(model)) == 14
     assert torch.isfinite(model(IDS)).all()
+
+
+def test_experts_in_4_bits_are_refused_before_they_are_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = save_tiny_transformers("olmoe", tmp_path / "plain")
+    write_4bit(plain, tmp_path / "four", skipped=lambda name: "router" in name or "gate." in name)
+    monkeypatch.setattr(PackedWeights, "state_dict", None)  # nothing is handed to transformers
+    with pytest.raises(ModelError) as raised:
+        load_language_model(tmp_path / "four")
+    for word in ("mlp.experts.3.up_proj.weight is in 4 bits", "--base-dtype nf4"):
+        assert word in str(raised.value)
+    assert "q_proj" not in str(raised.value)
