@@ -32,6 +32,7 @@ from lora.data.sequences.batches import Batch
 from lora.device import peak_memory_bytes, resident_bytes
 from lora.pretrained.hf_weights import load_decoder
 from lora.pretrained.sources import find_model
+from lora.training.heap import retain_freed_memory
 from lora.training.losses import loss_for
 from lora.training.optim import build_optimizer
 from lora.training.plain_step import train_step
@@ -80,11 +81,12 @@ def time_steps(case: str, folder: Path, rounds: int) -> dict[str, float]:
     optimizers = {name: build_optimizer(model, 1e-4, 0.0) for name, (model, _) in built.items()}
     batch = random_batch(*CASES[case])
     seconds: dict[str, list[float]] = {name: [] for name in built}
-    for _ in range(rounds + 1):
-        for name, (model, loss_fn) in built.items():
-            began_s = time.perf_counter()
-            train_step(model, [batch], loss_fn, optimizers[name])
-            seconds[name].append(time.perf_counter() - began_s)
+    with retain_freed_memory():  # as in a run
+        for _ in range(rounds + 1):
+            for name, (model, loss_fn) in built.items():
+                began_s = time.perf_counter()
+                train_step(model, [batch], loss_fn, optimizers[name])
+                seconds[name].append(time.perf_counter() - began_s)
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 

@@ -61,6 +61,11 @@ class Nf4Tensor:
         return self.codes.shape[0], 2 * self.codes.shape[1]
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All that its values are made of, in the order of the fields."""
+        return self.codes, self.scales, self.group_scales, self.offset
+
+    @property
     def is_double(self) -> bool:
         """Whether the scales are 8-bit codes."""
         return self.scales.dtype is torch.uint8
@@ -105,10 +110,15 @@ def nf4_scales(packed: Nf4Tensor, blocks: slice = slice(None)) -> Tensor:
     if not packed.is_double:
         return packed.scales[blocks]
     start, stop, _ = blocks.indices(len(packed.scales))
-    levels = dynamic_levels(packed.scales)
-    groups = torch.arange(start, stop, device=packed.scales.device) // GROUP
-    scales = levels[packed.scales[start:stop].int()] * packed.group_scales[groups]
-    return scales.add_(packed.offset)
+    scales = dynamic_levels(packed.scales).index_select(0, packed.scales[start:stop].int())
+    return scales.mul_(_spread(packed.group_scales, GROUP, start, stop)).add_(packed.offset)
+
+
+def _spread(scales: Tensor, size: int, start: int, stop: int) -> Tensor:
+    """Return for each of the values from `start` to `stop` the scale of its block of `size`."""
+    first = start // size
+    spread = scales[first : n_blocks(stop, size), None].expand(-1, size).reshape(-1)
+    return spread[start - first * size : stop - first * size]
 
 
 def unpack_nf4(packed: Nf4Tensor, out: Tensor, first_row: int = 0) -> None:
@@ -119,32 +129,32 @@ def unpack_nf4(packed: Nf4Tensor, out: Tensor, first_row: int = 0) -> None:
     rows, width = out.shape
     # Two values are written as one of eight bytes: they must be neighbours, and aligned.
     is_direct = out.dtype is torch.float32 and out.is_contiguous() and out.storage_offset() % 2 == 0
+    start = first_row * width
+    first = start // packed.block
+    scales = nf4_scales(packed, slice(first, n_blocks(start + rows * width, packed.block)))
+    codes = packed.codes[first_row : first_row + rows].reshape(-1)
     n_rows = max(1, UNPACKED_VALUES // width)
     for row in range(0, rows, n_rows):
         part = out[row : row + n_rows]
         values = (
-            part
-            if is_direct
-            else torch.empty_like(part, dtype=torch.float32, memory_format=torch.contiguous_format)
+            part if is_direct else torch.empty(part.shape, dtype=torch.float32, device=part.device)
         )
-        _unpack_flat(packed, (first_row + row) * width, values.view(-1))
+        own = codes[row * width // 2 :][: part.numel() // 2]
+        _unpack_flat(own, scales, start - first * packed.block + row * width, packed.block, values)
         if not is_direct:
             part.copy_(values)
 
 
-def _unpack_flat(packed: Nf4Tensor, start: int, values: Tensor) -> None:
-    """Changes `values` (N,), fp32, in place: those from number `start` on; both are even."""
-    stop, block = start + len(values), packed.block
-    codes = packed.codes.view(-1)[start // 2 : stop // 2]
-    pairs = nf4_pairs(packed.codes).view(torch.int64).view(-1)
-    torch.index_select(pairs, 0, codes.int(), out=values.view(torch.int64))
-    first = start // block
-    scales = nf4_scales(packed, slice(first, n_blocks(stop, block)))
+def _unpack_flat(codes: Tensor, scales: Tensor, start: int, block: int, values: Tensor) -> None:
+    """Changes `values`, fp32, in place: those of `codes`, which begin in block start / `block`."""
+    flat = values.view(-1)
+    pairs = nf4_pairs(codes).view(torch.int64).view(-1)
+    torch.index_select(pairs, 0, codes.int(), out=flat.view(torch.int64))
+    stop = start + len(flat)
     if start % block == 0 and stop % block == 0:
-        values.view(-1, block).mul_(scales[:, None])
+        flat.view(-1, block).mul_(scales[start // block : stop // block, None])
     else:  # rows that begin or end inside a block
-        skipped = start - first * block
-        values.mul_(scales.repeat_interleave(block)[skipped : skipped + len(values)])
+        flat.mul_(_spread(scales, block, start, stop))
 
 
 def unpack_nf4_rows(packed: Nf4Tensor, ids: Tensor, out: Tensor) -> None:

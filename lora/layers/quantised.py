@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +15,9 @@ from lora.decoder.quantised.fp8 import Fp8Weight
 from lora.decoder.quantised.int8 import Int8Weight
 from lora.decoder.quantised.nf4 import Nf4Weight
 from lora.errors import TargetError
+from lora.kernels.packed_linear import PackedLinear, packed_lora_linears
+from lora.kernels.shared_input import SharedInputLinear
+from lora.kernels.unpack.matmul import unpacked_nf4
 from lora.lora_module import LoRALayer
 
 
@@ -52,8 +59,30 @@ class LoRAQuantisedLinear(LoRALayer, QuantisedWeight):
         return self.plain_twin()
 
 
-class LoRANf4Linear(LoRAQuantisedLinear, Nf4Weight):
-    """LoRA on an nf4 linear."""
+class LoRANf4Linear(LoRAQuantisedLinear, Nf4Weight, SharedInputLinear):
+    """LoRA on an nf4 linear; without dropout and in one dtype it is one autograd operation."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
+        if not self._is_one_operation(x):
+            return super().forward(x)
+        return packed_lora_linears(x, [self._as_packed()])[0]
+
+    def forward_all(self, layers: Sequence[SharedInputLinear], x: Tensor) -> list[Tensor]:
+        members = cast("Sequence[LoRANf4Linear]", layers)
+        if not all(member._is_one_operation(x) for member in members):
+            return [layer(x) for layer in layers]
+        return packed_lora_linears(x, [member._as_packed() for member in members])
+
+    def _is_one_operation(self, x: Tensor) -> bool:
+        # Beside inputs in bf16, A and B would be fp32; under autocast all would be cast.
+        is_plain = isinstance(self.dropout, nn.Identity) and x.dtype is self.lora_A.dtype
+        is_cast = torch.is_autocast_enabled(x.device.type)
+        return is_plain and not is_cast and not torch.compiler.is_compiling()
+
+    def _as_packed(self) -> PackedLinear:
+        lora = self.lora_A, self.lora_B, self.scaling
+        unpack = partial(unpacked_nf4, block=self.block)
+        return PackedLinear(self.packed.tensors, unpack, self.bias, *lora)
 
 
 class LoRAInt8Linear(LoRAQuantisedLinear, Int8Weight):

@@ -7,6 +7,7 @@ see the same W unpacked twice, and keep it in between.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,6 +48,11 @@ def _forward(x: Tensor, *tensors: Tensor, block: int) -> Tensor:
 
 def _backward(dy: Tensor, *tensors: Tensor, block: int) -> Tensor:
     return dy @ _unpacked(*tensors, block=block, dtype=dy.dtype)
+
+
+def unpacked_nf4(tensors: Sequence[Tensor], dtype: torch.dtype, *, block: int) -> Tensor:
+    """Return W (O, I), of the tensors of an Nf4Tensor."""
+    return _unpacked(*tensors, block=block, dtype=dtype)
 
 
 def _unpacked(*tensors: Tensor, block: int, dtype: torch.dtype) -> Tensor:
