@@ -67,7 +67,7 @@ class DecoderBlocks:
         kind: BaseQuantisation | None = None,
     ) -> None:
         self.model, self._release, self._device = model, release, device
-        self._base = BaseValues(model, kind)
+        self._base = BaseValues(model, kind, device)
         is_tied = model.config.tie_word_embeddings and has_tied_head(model)
         self.config = model.config if is_tied else untied_config(model.config)
         wanted = build_empty_decoder(self.config).named_parameters()

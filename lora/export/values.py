@@ -24,10 +24,11 @@ class BaseValues:
     Args:
         model: the decoder, plain or packed, with LoRA or without.
         kind: how plain weights are rounded; None: they stay as they are.
+        device: where they are rounded.
     """
 
-    def __init__(self, model: Decoder, kind: BaseQuantisation | None) -> None:
-        self._model, self._kind = model, kind
+    def __init__(self, model: Decoder, kind: BaseQuantisation | None, device: torch.device) -> None:
+        self._model, self._kind, self._device = model, kind, device
         self._tables: dict[int, QuantisedWeight] = {}
         plain = set(block_linears(model)) if kind is not None else set()
         plain -= set(kind.kept) if kind is not None else set()
@@ -47,7 +48,8 @@ class BaseValues:
         """Return the weight (O, I) of `module`, in the dtype that it was trained in."""
         if isinstance(module, QuantisedWeight) or self._kind is None or not self.changes(module):
             return linear_values(module)
-        return rounded(linear_values(module), self._kind, self._names[id(module)])
+        weight = linear_values(module).to(self._device)
+        return rounded(weight, self._kind, self._names[id(module)])
 
     def shape(self, name: str, parameter: Tensor) -> tuple[int, ...]:
         """Return the shape of the values of `parameter`, which is called `name`."""
@@ -85,23 +87,25 @@ class BaseValues:
             return table if isinstance(table, QuantisedWeight) else None
         weight = cast(Tensor, table.weight).detach()
         if id(table.weight) not in self._tables:
-            self._tables[id(table.weight)] = packed(weight, self._kind, self._names[id(table)])
+            name = self._names[id(table)]
+            self._tables[id(table.weight)] = packed(weight.to(self._device), self._kind, name)
         return self._tables[id(table.weight)]
 
     def plain(self, module: nn.Module) -> nn.Module:
         """Return a copy of the linear `module` in fp32 with plain values, and its LoRA in fp32."""
         weight = self.of(module)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        with torch.device("meta"):  # no storage: both parameters are replaced at once
+        with torch.device("meta"):  # no storage, and nothing is drawn: all is replaced at once
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None)
-        linear.weight = nn.Parameter(weight.to(wide), requires_grad=False)
-        if module.bias is not None:
-            bias = cast(Tensor, module.bias).detach()
-            linear.bias = nn.Parameter(bias.to(wide), requires_grad=False)
-        if not isinstance(module, LoRALayer):
-            return linear
-        scaling = module.scaling
-        adapted = LoRALinear(linear, module.rank, module.alpha, scaling=scaling)
-        adapted.lora_A = nn.Parameter(module.lora_A.detach().to(wide))
-        adapted.lora_B = nn.Parameter(module.lora_B.detach().to(wide))
-        return adapted
+            plain: nn.Module = linear
+            if isinstance(module, LoRALayer):
+                plain = LoRALinear(linear, module.rank, module.alpha, scaling=module.scaling)
+        plain.register_parameter("weight", nn.Parameter(weight.to(wide), requires_grad=False))
+        beside = {"bias": module.bias}
+        if isinstance(module, LoRALayer):
+            beside |= {"lora_A": module.lora_A, "lora_B": module.lora_B}
+        for name, tensor in beside.items():
+            if isinstance(tensor, Tensor):
+                own = nn.Parameter(tensor.detach().to(wide), requires_grad=False)
+                plain.register_parameter(name, own)
+        return plain

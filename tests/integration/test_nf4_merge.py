@@ -80,7 +80,9 @@ def merged(folder: Path, adapter: Path, out: Path, **settings: object) -> Merged
 def test_the_values_trained_over_are_merged(
     tiny_folder: Path, adapter: Path, ids: Tensor, tmp_path: Path
 ) -> None:
+    state = torch.get_rng_state()
     done = merged(tiny_folder, adapter, tmp_path / "out")
+    assert torch.equal(torch.get_rng_state(), state)
     assert done.over == "nf4 (blocks of 32, double quantisation)"
     assert done.base_change is None
     expected = logits(adapted(tiny_folder, adapter, NF4), ids)

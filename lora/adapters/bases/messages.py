@@ -69,7 +69,7 @@ def measured_change(
     }
 
     def rounded_as(kind: BaseQuantisation | None, name: str) -> Tensor:
-        values = before(name)
+        values = before(name).to(changed[name].get_parameter("weight").device)
         if kind is None or name in kind.kept or (name in tables and not kind.embeddings):
             return values
         return rounded(values, kind, name)
