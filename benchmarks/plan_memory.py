@@ -54,6 +54,8 @@ ON_CPU = {
     "nf4-lora-1x128": Case(1, 128, base="nf4"),
     "nf4-lora-4x128": Case(4, 128, base="nf4"),
     "nf4-lora-2x512": Case(2, 512, base="nf4"),
+    "fp8-lora-4x128": Case(4, 128, base="fp8"),
+    "int8-lora-4x128": Case(4, 128, base="int8"),
     "wide-nf4-lora-4x128": Case(4, 128, shape="wide", base="nf4"),
     "full-1x128": Case(1, 128, rank=None),
     "full-4x128": Case(4, 128, rank=None),

@@ -132,9 +132,7 @@ class MemoryPlanner:
         )
         if decoder is not None and self._step == "fast":
             self._fast = _fast_plan(inputs, decoder)
-        if on_gpu:
-            base_bytes = CUBLAS_WORKSPACE_BYTES
-        self._base = resident_bytes() if base_bytes is None else base_bytes
+        self._base = CUBLAS_WORKSPACE_BYTES if on_gpu else base_bytes
 
     def on_devices(self, devices: int) -> MemoryPlanner:
         """Return the planner of the same run on so many devices, of as many sequences each."""
@@ -281,7 +279,10 @@ class MemoryPlanner:
         )
 
     def _plan_traced(self, size: int, traced: Traced) -> MemoryPlan:
-        inputs, base, held = self.inputs, self._base, traced(size)
+        inputs, held = self.inputs, traced(size)
+        if self._base is None:  # after a trace, which has loaded code that the process keeps
+            self._base = resident_bytes()
+        base = self._base
         trained = self._counts.trainable * 4  # fp32
         gradients, loss = held.gradients, held.loss
         if self._step == "captured":
