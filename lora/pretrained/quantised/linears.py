@@ -14,7 +14,9 @@ from lora.errors import ModelError
 from lora.pretrained.hf_files import StoredTensor
 from lora.pretrained.quantised.stored import Read, StoredNf4
 
-NOT_PACKABLE = "is in 4 bits: only the weights of the blocks' linears can be"
+NOT_PACKABLE = (
+    "is in 4 bits: only the weights of the blocks' linears can be (name the unquantised model)"
+)
 VALUE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.kernels.nf4 import GROUP, NF4_LEVELS, Nf4Tensor, dynamic_levels, n_blocks
+from lora.kernels.nf4 import GROUP, NF4_LEVELS, Nf4Tensor, dynamic_levels, n_blocks, unpack_nf4
 from lora.pretrained.hf_files import StoredTensor
 
 STATE = ".quant_state.bitsandbytes__nf4"
@@ -96,6 +96,12 @@ class StoredNf4:
         levels = read(self.companions[NESTED_MAP]).float()
         wide = levels[scales.int()] * groups.repeat_interleave(self.group)[: len(scales)] + offset
         return _on(device, codes, wide, torch.empty(0), torch.zeros(()), self.block)
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """Return the values (O, I)."""
+        out = torch.empty(self.shape, dtype=dtype)
+        unpack_nf4(self.packed(), out)
+        return out
 
 
 def _on(

@@ -11,10 +11,12 @@ import re
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora.pretrained.hf_files import StoredTensor
 from lora.pretrained.quantised.stored import StoredNf4
+
+_NUMBER = re.compile(r"(?:^|\.)\d+(?=\.)")
 
 
 class PackedWeights:
@@ -44,20 +46,38 @@ class PackedWeights:
         """Return the weight that `tensor` stands for, once; None: it is a plain one."""
         return self._by_address.pop(tensor.data_ptr(), None)
 
+    @torch.no_grad()
+    def unpack_others(self, theirs: nn.Module) -> list[str]:
+        """Changes `theirs` in place: parameters that are stand-ins still get their values.
+
+        They are no linears of the text part's blocks, such as those of a tower for images. Returns
+        their names.
+        """
+        found = []
+        for name, parameter in list(theirs.named_parameters()):
+            stored = self.take(parameter)
+            if stored is not None:
+                owner, _, key = name.rpartition(".")
+                values = nn.Parameter(stored.unpacked(parameter.dtype))
+                setattr(theirs.get_submodule(owner), key, values)
+                found.append(name)
+        return found
+
     def left(self) -> list[str]:
         """Return the names of the packed weights that nobody took."""
         return [weight.name for weight in self._by_address.values()]
 
 
-def unknown_to(linears: Iterable[str], packed: Iterable[str]) -> list[str]:
-    """Return those of the packed weights that no linear of a model can take, before they are read.
+def unknown_to(parameters: Iterable[str], packed: Iterable[str]) -> list[str]:
+    """Return those of the packed weights of experts that no parameter of a model can take.
 
-    Files may have other names than the model, so what follows the last number counts: the linear
-    within its block. Of experts, which transformers joins, there is none.
+    transformers joins experts: of stand-ins it would make one with memory. Files may have other
+    names than the model, so what follows the last number counts: the linear within its expert.
     """
-    known = {_within_block(f"{linear}.weight") for linear in linears}
-    return [name for name in packed if _within_block(name) not in known]
+    known = {_within_block(name) for name in parameters}
+    numbered = (name for name in packed if len(_NUMBER.findall(name)) > 1)
+    return [name for name in numbered if _within_block(name) not in known]
 
 
 def _within_block(name: str) -> str:
-    return re.split(r"(?:^|\.)\d+\.", name)[-1]
+    return _NUMBER.split(name)[-1]

@@ -28,7 +28,6 @@ from lora.pretrained.transformers_models.config import Traits, TransformersConfi
 from lora.pretrained.transformers_models.four_bit import PackedWeights, unknown_to
 from lora.pretrained.transformers_models.model import TransformersModel
 from lora.pretrained.transformers_models.probe import probe
-from lora.pretrained.transformers_models.quantisable import find_quantisable
 from lora.pretrained.transformers_models.quantiser import (
     Quantising,
     forget_quantiser,
@@ -117,8 +116,7 @@ def load_transformers_model(
                 **weights,
             )
             if how is not None:
-                forget_quantiser(theirs)
-                how.restore_samples()
+                _finish(how, theirs)
             traits = _checked(probe(theirs.config), folder)
     faults = [] if how is None else list(how.faults)
     if how is not None and how.packed is not None:
@@ -137,6 +135,16 @@ def load_transformers_model(
     if how is not None and how.linears is not None and how.linears.plain:
         log.warning("not in %s: %s", how.base.base_dtype, how.linears.describe())
     return TransformersModel(theirs.to(device).eval(), traits)
+
+
+def _finish(how: Quantising, theirs: Any) -> None:
+    """Changes `theirs` in place, which transformers has loaded with `how`, while files are open."""
+    forget_quantiser(theirs)
+    how.restore_samples()
+    others = [] if how.packed is None else how.packed.unpack_others(theirs)
+    if others:
+        shown = ", ".join(others[:8]) + (" …" if len(others) > 8 else "")
+        log.warning("unpacked, no linears of the blocks for text: %s", shown)
 
 
 def _checked_tensors(folder: Path, files: ExitStack) -> dict[str, StoredTensor | StoredNf4]:
@@ -178,11 +186,9 @@ def _how_stored(
         return (Quantising(asked, device) if asked.is_quantised else None), {}
     settled = describe_packed(folder, packed).settled(asked)
     theirs = empty_of_config(read_transformers_config(folder)).theirs
-    _refuse(
-        [f"{name} {NOT_PACKABLE}" for name in unknown_to(find_quantisable(theirs).names, packed)],
-        folder,
-        "Name the unquantised model: --base-dtype nf4 packs what can be.",
-    )
+    unknown = unknown_to((name for name, _ in theirs.named_parameters()), packed)
+    advice = "Name the unquantised model: --base-dtype nf4 packs what can be."
+    _refuse([f"{name} {NOT_PACKABLE}" for name in unknown], folder, advice)
     weights = PackedWeights(stored, dtype)
     return Quantising(settled, device, packed=weights), {"state_dict": weights.state_dict()}
 

@@ -50,22 +50,33 @@ def test_values_and_logits_are_those_of_the_unpacked_model(tmp_path: Path, name:
     model(IDS).sum().backward()
 
 
-def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_other_matrices_are_unpacked_and_other_settings_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     plain = save_tiny_transformers("gpt_neox", tmp_path / "plain")
-    write_4bit(plain, tmp_path / "four", also=("embed_out.weight",))
+    values = write_4bit(plain, tmp_path / "four", also=("embed_out.weight",))
     assert "quantization_config" not in model_config(tmp_path / "four").source
-    with pytest.raises(ModelError, match=r"embed_out.weight is in 4 bits: only the weights"):
-        load_language_model(tmp_path / "four")
+    model = load_language_model(tmp_path / "four")
+    assert torch.equal(model.output_head().weight, values["embed_out.weight"])
+    assert "unpacked, no linears of the blocks for text: " in caplog.text
     with pytest.raises(ConfigError, match="base_dtype='fp8'"):
         load_language_model(tmp_path / "four", base=BaseWeights("fp8"))
 
 
-def test_the_text_part_of_a_multimodal_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_the_text_part_of_a_multimodal_model(tmp_path: Path, is_whole: bool) -> None:
+    """Its tower for images is plain, or packed too: then it is unpacked."""
     tiny_multimodal().save_pretrained(tmp_path / "plain")
-    write_4bit(tmp_path / "plain", tmp_path / "four", skipped=lambda name: "vision" in name)
+    values = write_4bit(
+        tmp_path / "plain", tmp_path / "four", skipped=lambda n: "vision" in n and not is_whole
+    )
     model = load_language_model(tmp_path / "four")
     assert len(quantised_modules(model)) == 14
     assert torch.isfinite(model(IDS)).all()
+    tower = {name: p for name, p in model.named_parameters() if "vision" in name and p.dim() == 2}
+    expected = {name.split("vision")[1]: v for name, v in values.items() if "vision" in name}
+    for name, parameter in tower.items():
+        assert torch.equal(parameter, expected[name.split("vision")[1]]), name
 
 
 def test_experts_in_4_bits_are_refused_before_they_are_joined(
