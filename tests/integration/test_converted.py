@@ -39,7 +39,11 @@ output_dir: {out}/converted
 """
 
 
-@pytest.mark.parametrize(("text", "is_double"), [(AXOLOTL, False), (LLAMA_FACTORY, True)])
+@pytest.mark.parametrize(
+    ("text", "is_double"),
+    [(AXOLOTL, False), (LLAMA_FACTORY, True)],
+    ids=["axolotl", "LLaMA-Factory"],
+)
 def test_a_converted_file_trains_over_nf4(
     text: str,
     is_double: bool,

@@ -31,7 +31,7 @@ from tests.integration.test_compare import PEFTS_OWN
 from tests.integration.test_sweep import Stopping, adapters
 from tests.pretrained.quantised.four_bit import write_4bit
 
-TRAIN = TrainConfig(steps=8, batch_size=4)
+TRAIN = TrainConfig(steps=6, batch_size=4)
 DATA = DataConfig(max_length=128, packing=False)
 
 
@@ -43,7 +43,7 @@ def job(tiny_folder: Path, tmp_path: Path) -> SweepJob:
         model=str(tiny_folder),
         train=TRAIN,
         data_config=DATA,
-        run=RunConfig(out=tmp_path, name="sweep", eval_every_steps=4),
+        run=RunConfig(out=tmp_path, name="sweep", eval_every_steps=3),
         base_dtype="nf4",
         nf4_block=32,
     )
@@ -75,7 +75,7 @@ def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "settings",
     [
         {},
-        {"nf4_embeddings": True},
+        pytest.param({"nf4_embeddings": True}, marks=pytest.mark.slow),
         pytest.param({"implementation": "transformers"}, marks=pytest.mark.slow),
         pytest.param({"base_dtype": "int8", "nf4_block": 64}, marks=pytest.mark.slow),
     ],
@@ -97,7 +97,7 @@ def test_each_candidate_is_what_finetune_makes_over_the_same_base(
                 data=job.data, model=job.model, data_config=DATA, **job.base_settings,
                 implementation=job.implementation,
                 lora=LoRAConfig(**record.lora), train=TrainConfig(**record.train),
-                run=RunConfig(out=job.run.out, name=name, eval_every_steps=4, samples=0),
+                run=RunConfig(out=job.run.out, name=name, eval_every_steps=3, samples=0),
             )
         )  # fmt: skip
         for key, expected in load_file(alone.saved / "adapter_model.safetensors").items():
@@ -108,7 +108,7 @@ def test_each_candidate_is_what_finetune_makes_over_the_same_base(
 def test_a_resumed_sweep_ends_with_the_same_bytes(job: SweepJob) -> None:
     whole = sweep(replace(job, run=replace(job.run, name="whole")))
     with pytest.raises(Interrupted):
-        sweep(job, Stopping(5))
+        sweep(job, Stopping(4))
     for other in ({"base_dtype": "auto", "nf4_block": 64}, {"nf4_block": 64}):
         with pytest.raises(CheckpointError, match="nf4_block: 32 then, 64 now"):
             sweep(replace(job, resume=True, **other))  # type: ignore[arg-type]
