@@ -333,3 +333,28 @@ def test_memory_counts_packed_weights_and_scratch(
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     storages[step.flat.values.untyped_storage().data_ptr()] = 4 * step.flat.values.numel()
     assert held.weights == sum(storages.values()) + 2 * n_beside
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_phases_that_follow_one_another_share_scratch(
+    tiny_decoder: Callable[..., Decoder], mode: str
+) -> None:
+    model = apply_random_lora(packed(tiny_decoder(dtype=torch.bfloat16)))
+    network = FastStep(model, PLAIN, torch.bfloat16, own_attention=True).network
+    shared = network.buffers(2, 16, MODES[mode])
+    network.release()
+    network.scratch, scratch = None, network.scratch
+    apart = network.buffers(2, 16, MODES[mode])
+    network.scratch = scratch
+    assert shared.logits.data_ptr() == shared.dkv_partial.data_ptr()
+    assert (shared.logits.data_ptr() == shared.gate_up.scratch.data_ptr()) == ("full" in mode)
+    for name in ("logits", "dkv_partial"):
+        one, other = getattr(shared, name), getattr(apart, name)
+        assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+    for one, other in ((shared.gate_up, apart.gate_up), (shared.swiglu_out, apart.swiglu_out)):
+        assert one.scratch.shape == other.scratch.shape
+    # 2 · 16 tokens: gate, up and act(gate) · up with 16 columns for LoRA; dkv; logits of 97 (104).
+    feed = 32 * (128 + 72) if "full" in mode else 0
+    partial, logits = 2 * 32 * 6 * 2 * 8, 32 * 104
+    assert shared.phases is not None
+    assert shared.phases.tensor.numel() == max(feed, partial, logits)

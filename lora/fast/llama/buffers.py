@@ -67,7 +67,8 @@ blocks' qkv, attention_out and mid_residual are stored where there is room.
    normed and rotated, computed again before a block's backward pass. Our own attention kernels
    write the gradient of the normed queries over them.
 9. For a packed base only (nf4, int8). I' and O' are I + R and O + R where LoRA's matrices are in
-   the same tensor as W.
+   the same tensor as W. Over such a base, taken where memory is short, scratch of phases that
+   follow one another is one tensor: gate_up's and swiglu_out's, dkv_partial, and the logits.
 
 A gradient overwrites what it is the gradient of. So at the end of the backward pass the inputs and
 the output gradients of all stored linears lie here, and the weight gradients of all blocks are a
@@ -76,6 +77,7 @@ few batched matmuls.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -89,6 +91,7 @@ from lora.fast.llama.checkpointing import (
     Residuals,
 )
 from lora.fast.llama.junctions import Branches
+from lora.fast.llama.phases import PhaseScratch
 from lora.kernels.step.fp8 import FP8
 
 MAX_STORED_SWIGLU_BYTES = 400e6
@@ -131,6 +134,9 @@ class Buffers:
             before it.
         checkpointing: what is stored of which blocks; None: nearly all.
         chunks_feed_forward: whether feed-forwards may take their tokens in chunks.
+        shares_phases: whether scratch of feed-forwards, of attention's backward and of the head is
+            one tensor.
+        n_partial: values of `dkv_partial`, if any.
     """
 
     def __init__(
@@ -147,6 +153,8 @@ class Buffers:
         first_trained: int = 0,
         checkpointing: ActivationCheckpointing | None = None,
         chunks_feed_forward: bool = True,
+        shares_phases: bool = False,
+        n_partial: int = 0,
     ) -> None:
         checkpointing = checkpointing or ActivationCheckpointing()
         n, n_trained = batch_size * tokens, n_layers - first_trained
@@ -172,8 +180,10 @@ class Buffers:
         self.chunks = [slice(start, min(start + chunk, n)) for start in range(0, n, chunk)]
         """Tokens that go through a feed-forward together."""
 
-        def blocks(n_stored: int, columns: int, scratch_rows: int = n) -> BlockTensors:
-            return BlockTensors(like, n_layers, n_stored, n, columns, scratch_rows)
+        def blocks(
+            n_stored: int, columns: int, scratch_rows: int = n, scratch: Tensor | None = None
+        ) -> BlockTensors:
+            return BlockTensors(like, n_layers, n_stored, n, columns, scratch_rows, scratch)
 
         residuals = OffloadedResiduals if checkpointing.offloads_residuals else Residuals
         n_residuals = n_layers + 1 if branches.has_norm_before or self.recomputes else 1
@@ -183,14 +193,48 @@ class Buffers:
         self.attention_out = blocks(n_attention, attention + attention_extra)  # (N, H·D + R)
         self.mid_residual = blocks(n_mid, c + attention_beside)  # (N, C + R)
         self.feed_forward_in = blocks(n_inputs, c + gate_up_extra)  # (N, C + R)
-        self.gate_up = blocks(n_gate_up, gate_up + gate_up_extra, chunk)  # (N or chunk, 2F + R)
-        self.swiglu_out = blocks(n_swiglu, feed + feed_extra, chunk)  # (N or chunk, F + R)
+        rows = [chunk if n < n_layers else 0 for n in (n_gate_up, n_swiglu)]
+        self.phases = (
+            self._phase_scratch(like, wide, widths, rows, n_partial) if shares_phases else None
+        )
+        feeding = [(rows[0], gate_up + gate_up_extra), (rows[1], feed + feed_extra)]
+        shared = [self._of_phase("feed-forward", i, *shape) for i, shape in enumerate(feeding)]
+        # (N or chunk, 2F + R), (N or chunk, F + R)
+        self.gate_up = blocks(n_gate_up, gate_up + gate_up_extra, chunk, shared[0])
+        self.swiglu_out = blocks(n_swiglu, feed + feed_extra, chunk, shared[1])
         self._add_branches(blocks, widths, branches, n_qkv, n_swiglu, chunk)
         self._add_low_rank(blocks, widths, n_qkv)
         self.rstd = torch.empty(n_norms, n, dtype=wide, device=like.device)
         self.final = like.new_empty(n, c)  # (N, C)
         self.hidden = like.new_empty(n, c)  # (N, C)
         self._add_scratch(widths, chunk)
+
+    def _phase_scratch(
+        self, like: Tensor, wide: torch.dtype, widths: Widths, rows: list[int], n_partial: int
+    ) -> PhaseScratch:
+        """Return one tensor for feed-forwards, attention's backward and the head.
+
+        A block's feed-forward is done with its scratch before its attention goes backward, and the
+        head comes between the two passes. `rows` are those of gate_up's and swiglu_out's scratch.
+        """
+        feed = [
+            n * sum(pair)
+            for n, pair in zip(rows, (widths.gate_up, widths.feed_forward), strict=True)
+        ]
+        n_partial *= wide.itemsize // like.element_size()
+        head = math.prod(self._logits_shape(widths))
+        phases = {"feed-forward": feed, "attention": [n_partial], "head": [head]}
+        return PhaseScratch(like, phases)
+
+    def _of_phase(self, phase: str, number: int, *shape: int) -> Tensor | None:
+        """Return scratch that other phases share; None: the tensor gets its own."""
+        return None if self.phases is None else self.phases.take(phase, number, *shape)
+
+    def _logits_shape(self, widths: Widths) -> tuple[int, int]:
+        elements = MAX_LOGITS_ELEMENTS_RECOMPUTING if self.recomputes else MAX_LOGITS_ELEMENTS
+        n_logits = max(1, min(self.n_tokens, elements // widths.vocabulary))
+        # Added tokens make V odd; rows that begin at multiples of 16 bytes keep matmuls fast.
+        return n_logits, -(-widths.vocabulary // ROW_STEP) * ROW_STEP
 
     def _add_branches(
         self,
@@ -236,11 +280,10 @@ class Buffers:
         scratch = like.new_empty(max(n * columns, chunk * feed))
         self.d_attention_out = scratch[: n * columns].view(n, columns)[:, :attention]  # (N, H·D)
         self.d_swiglu_out = scratch[: chunk * feed].view(chunk, feed)  # (chunk, F)
-        elements = MAX_LOGITS_ELEMENTS_RECOMPUTING if self.recomputes else MAX_LOGITS_ELEMENTS
-        n_logits = max(1, min(n, elements // widths.vocabulary))
-        # Added tokens make V odd; rows that begin at multiples of 16 bytes keep matmuls fast.
-        columns = -(-widths.vocabulary // ROW_STEP) * ROW_STEP
-        self.logits = like.new_empty(n_logits, columns)[:, : widths.vocabulary]  # (chunk, V)
+        shape = self._logits_shape(widths)
+        logits = self._of_phase("head", 0, *shape)
+        logits = like.new_empty(shape) if logits is None else logits
+        self.logits = logits[:, : widths.vocabulary]  # (chunk, V)
         self.losses = torch.empty(n, dtype=self.rstd.dtype, device=like.device)  # (N,)
 
     def add_head_norms(self, columns: int) -> None:
@@ -252,7 +295,13 @@ class Buffers:
         n_stored = len(self.attention_out.stored)
         # Like `rstd`, not like `attention_out`: logarithms of sums need fp32. (H, N) each.
         self.lse = BlockTensors(self.rstd, self.n_layers, n_stored, n_heads, self.n_tokens, n_heads)
-        self.dkv_partial = self.rstd.new_empty(self.n_tokens, n_heads, 2, width)  # (N, H, 2, D)
+        shape = self.n_tokens, n_heads, 2, width
+        if self.phases is None:
+            self.dkv_partial = self.rstd.new_empty(shape)  # (N, H, 2, D)
+            return
+        narrow = math.prod(shape) * self.rstd.element_size() // self.hidden.element_size()
+        flat = self.phases.take("attention", 0, narrow)
+        self.dkv_partial = flat.view(self.rstd.dtype).view(shape)  # (N, H, 2, D)
 
     def add_fp8(self, n_codes: int, inputs: int, n_transposed: int, dtype: torch.dtype) -> None:
         """Add scratch for a matmul's inputs in fp8, and for one transposed weight.
@@ -275,9 +324,12 @@ class Buffers:
         self.unpacked_down = self.hidden.new_empty(n_down)
 
     def storages(self) -> Iterator[torch.UntypedStorage]:
-        """Return what is allocated on the device, logits left out; some of it more than once."""
+        """Return what is allocated on the device, some of it more than once.
+
+        Logits are left out, unless they are in scratch that other phases share.
+        """
         for name, value in vars(self).items():
-            is_many = isinstance(value, BlockTensors | Residuals)
+            is_many = isinstance(value, BlockTensors | Residuals | PhaseScratch)
             for tensor in vars(value).values() if is_many else [value]:
                 if isinstance(tensor, Tensor) and name != "logits":
                     yield tensor.untyped_storage()

@@ -86,7 +86,10 @@ MODES = {
 
 
 class BlockTensors:
-    """One tensor (N, columns) for each of the last `n_stored` blocks; the others share scratch."""
+    """One tensor (N, columns) for each of the last `n_stored` blocks; the others share scratch.
+
+    `scratch` (scratch_rows, columns) is a part of a larger one; None: it is allocated here.
+    """
 
     def __init__(
         self,
@@ -96,11 +99,15 @@ class BlockTensors:
         rows: int,
         columns: int,
         scratch_rows: int,
+        scratch: Tensor | None = None,
     ) -> None:
         # The last blocks store: those before the first trained one never need to.
         self.first_stored = n_layers - n_stored
         self.stored = like.new_empty(n_stored, rows, columns)  # (stored, N, columns)
-        self.scratch = like.new_empty(scratch_rows if self.first_stored else 0, columns)
+        n_scratch = scratch_rows if self.first_stored else 0
+        self.scratch = (
+            like.new_empty(n_scratch, columns) if scratch is None else scratch[:n_scratch]
+        )
 
     def is_stored(self, layer: int) -> bool:
         """Whether the block has a tensor of its own."""

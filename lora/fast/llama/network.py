@@ -300,6 +300,9 @@ class FastNetwork:
             feed_forward=(sizes.intermediate_size, self.down.extra),
             vocabulary=sizes.vocab_size,
         )
+        n_partial = 0
+        if self.uses_own_attention(tokens):
+            n_partial = batch_size * tokens * 2 * attention
         buffers = Buffers(
             self.qkv.n_layers,
             batch_size,
@@ -313,6 +316,8 @@ class FastNetwork:
             checkpointing=checkpointing,
             # A dropout mask is drawn for all tokens of a batch at once.
             chunks_feed_forward=self.masks is None,
+            shares_phases=self.scratch is not None,
+            n_partial=n_partial,
         )
         if self.head_norms is not None:
             shared = sizes.num_key_value_heads * sizes.head_dim

@@ -300,12 +300,15 @@ def _count(
 ) -> FastMemory:
     buffers = step.network.buffers(batch_size, tokens, checkpointing)
     trained = flat.values.numel() * 4  # fp32
+    logits = buffers.logits.numel() * buffers.logits.element_size()
+    activations = _bytes_of(buffers) + _torch_attention_bytes(step, buffers, packed=packed)
     return FastMemory(
         weights=_frozen_bytes(step.network, flat) + trained,
         gradients=trained,
         optimizer=2 * trained,
-        activations=_bytes_of(buffers) + _torch_attention_bytes(step, buffers, packed=packed),
-        loss=buffers.logits.numel() * buffers.logits.element_size(),
+        # Logits in scratch that other phases share are counted once, as the loss's.
+        activations=activations - (0 if buffers.phases is None else logits),
+        loss=logits,
         other=CUBLAS_WORKSPACE_BYTES,
     )
 
