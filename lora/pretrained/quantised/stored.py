@@ -35,6 +35,7 @@ VALUE_KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 BLOCKS = tuple(2**n for n in range(5, 13))
 """Block sizes that bitsandbytes has."""
 MAX_STATE_BYTES = 2**16
+MAX_OFFSET = torch.finfo(torch.float32).max
 MAP_TOLERANCE = 1e-6
 """Of the 16 levels: bitsandbytes' kernels have their own, whatever the file says."""
 _STORAGE = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8}
@@ -94,7 +95,8 @@ class StoredNf4:
         if self.is_double:
             return _on(device, codes, scales, groups, offset, self.block)
         levels = read(self.companions[NESTED_MAP]).float()
-        wide = levels[scales.int()] * groups.repeat_interleave(self.group)[: len(scales)] + offset
+        of_group = torch.arange(len(scales)) // min(self.group, len(scales))
+        wide = levels[scales.int()] * groups[of_group] + offset
         return _on(device, codes, wide, torch.empty(0), torch.zeros(()), self.block)
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
@@ -213,14 +215,19 @@ def _state_faults(state: Mapping[str, Any]) -> list[str]:
         faults.append(f"shape={shape!r} (allowed: an even number of inputs)")
     if not _is_count(block) or block not in BLOCKS:
         faults.append(f"blocksize={block!r} (allowed: {', '.join(map(str, BLOCKS))})")
-    if state.get("dtype") not in VALUE_KINDS:
+    if str(state.get("dtype")) not in VALUE_KINDS:
         faults.append(f"dtype={state.get('dtype')!r} (allowed: {', '.join(VALUE_KINDS)})")
     if any(name.startswith("nested_") for name in state):
         group, offset = state.get("nested_blocksize"), state.get("nested_offset")
         if not _is_count(group):
             faults.append(f"nested_blocksize={group!r} (allowed: an int from 1 on)")
-        is_number = isinstance(offset, int | float) and not isinstance(offset, bool)
-        if not is_number or not math.isfinite(offset or 0):
+        if (
+            isinstance(offset, bool)
+            or not isinstance(offset, int | float)
+            or not (
+                abs(offset) <= MAX_OFFSET  # not NaN, nor an int beyond any float
+            )
+        ):
             faults.append(f"nested_offset={offset!r} (allowed: a number)")
         if state.get("nested_dtype", "float32") != "float32":
             faults.append(f"nested_dtype={state['nested_dtype']!r} (allowed: 'float32')")

@@ -93,6 +93,15 @@ def test_levels_of_other_files_are_honoured(tmp_path: Path) -> None:
     assert torch.equal(out, unpacked(codes, state))
 
 
+def test_one_group_for_all_scales_costs_no_memory(tmp_path: Path) -> None:
+    tensors, values = quantised(compress_statistics=True)
+    state_with(nested_blocksize=10**40)(tensors)
+    with ExitStack() as files:
+        weight, _ = collected(tensors, tmp_path, files)
+        assert weight is not None
+        assert torch.equal(weight.unpacked(torch.bfloat16), values)
+
+
 def state_with(**fields: Any) -> Callable[[dict[str, Tensor]], None]:
     def change(tensors: dict[str, Tensor]) -> None:
         state = json.loads(bytes(tensors[STATE].tolist()))
@@ -130,6 +139,13 @@ def removed(*names: str) -> Callable[[dict[str, Tensor]], None]:
         (state_with(blocksize=32), "has absmax U8 (30,): U8 (60,) is needed"),
         (state_with(dtype="int8"), "dtype='int8' (allowed: float32"),
         (state_with(nested_offset=float("nan")), "nested_offset=nan"),
+        (state_with(nested_offset=10**400), "nested_offset=1000"),
+        (state_with(nested_offset="0"), "nested_offset='0'"),
+        (state_with(dtype=["float32"]), "dtype=['float32']"),
+        (state_with(shape={"0": 48}), "shape={'0': 48}"),
+        (state_with(blocksize="64"), "blocksize='64'"),
+        (state_with(blocksize=True), "blocksize=True"),
+        (state_with(shape=[10**40, 2]), "bytes of codes"),
         (state_with(nested_blocksize=0), "nested_blocksize=0"),
         (state_with(nested_dtype="float16"), "nested_dtype='float16'"),
         (
