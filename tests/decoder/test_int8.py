@@ -12,9 +12,11 @@ from lora.adapters.fingerprint import base_fingerprint
 from lora.adapters.merge import merge_lora
 from lora.config import BaseWeights, LoRAConfig
 from lora.decoder.decoder import Decoder
+from lora.decoder.quantised import row_scaled
 from lora.decoder.quantised.base import QuantisedWeight, quantised_modules
 from lora.decoder.quantised.int8 import Int8Linear
 from lora.errors import ModelError, TargetError
+from lora.kernels import int8
 from lora.kernels.int8 import quantise_int8
 from lora.pretrained.hf_weights import load_decoder, save_decoder
 from tests.finetune.tiny_models import save_tiny
@@ -44,8 +46,13 @@ def test_linears_of_blocks_have_the_codes_of_their_rows(folder: Path) -> None:
         assert torch.equal(layer.unpacked(), expected.codes * expected.scales)
 
 
+@pytest.mark.parametrize("at_once", [int8.PIECE_ELEMENTS, 40])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_outputs_and_gradients_are_those_of_the_values(folder: Path, dtype: torch.dtype) -> None:
+def test_outputs_and_gradients_are_those_of_the_values(
+    folder: Path, dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (int8, row_scaled):
+        monkeypatch.setattr(module, "PIECE_ELEMENTS", at_once)  # two rows of 16
     layer = a_layer(load_decoder(folder, base=INT8))
     x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
     y = layer(x)
