@@ -206,7 +206,8 @@ def plan_run(
             f"here: {', '.join(allowed)}. To save memory in any step, raise gradient_accumulation."
         )
     if choice.device.type == "cpu":
-        _check_room(plan, train, free, has_lora=lora is not None)
+        is_mapped = not inputs.base.is_quantised
+        _check_room(plan, train, free, has_lora=lora is not None, is_mapped=is_mapped)
     return ChosenMemory(
         chosen.planner,
         plan,
@@ -233,15 +234,18 @@ def _free_bytes(choice: DeviceChoice, world: World) -> int | None:
     return None if None in known else min(known)
 
 
-def _check_room(plan: MemoryPlan, train: TrainConfig, free: int | None, *, has_lora: bool) -> None:
+def _check_room(
+    plan: MemoryPlan, train: TrainConfig, free: int | None, *, has_lora: bool, is_mapped: bool
+) -> None:
     """Raise TrainingError if the kernel would kill the run, which says nothing then.
 
-    The weights do not count: they are mapped from their file where they stay as they are.
+    Weights that are mapped from their file, where they stay as they are, do not count.
     """
-    needed = plan.total - plan.weights
+    needed = plan.total - (plan.weights if is_mapped else 0)
     if free is not None and needed > MAX_OVERCOMMIT * free:
+        beside = "beside its weights " if is_mapped else ""
         raise TrainingError(
-            f"Cannot train: beside its weights the run takes {needed / 1e9:,.1f} GB of memory, and "
+            f"Cannot train: {beside}the run takes {needed / 1e9:,.1f} GB of memory, and "
             f"{free / 1e9:,.1f} GB are free. {advise(plan, train, has_lora=has_lora)}"
         )
 

@@ -21,6 +21,7 @@ from lora.data.prepare import PreparedData
 from lora.data.prompting.prompt_format import save_prompt_format
 from lora.data.tokenizers.subword import TextTokenizer
 from lora.decoder.language_model import LanguageModel
+from lora.decoder.quantised.storage import describe_storage
 from lora.device import DeviceChoice
 from lora.distributed.shards import ShardReader, gathered_tables
 from lora.distributed.world import ALONE, World
@@ -57,6 +58,9 @@ def load_model(
         base=job.base_weights,
     )
     fingerprint = base_fingerprint(model)
+    stored = describe_storage(model)
+    if stored is not None:
+        progress.message(stored)
     prepare_model(job, model, tokenizer, progress)
     return model, fingerprint
 

@@ -20,6 +20,7 @@ from lora.decoder.families import decoder_config
 from lora.decoder.quantised import base as quantised
 from lora.decoder.quantised.base import base_kind, quantised_modules
 from lora.decoder.quantised.nf4 import Nf4Linear, Nf4Weight
+from lora.decoder.quantised.storage import describe_storage
 from lora.errors import ModelError, TargetError
 from lora.lora_module import count_lora_parameters
 from lora.pretrained.hf_weights import load_decoder, save_decoder
@@ -175,6 +176,20 @@ def test_parameters_count_as_they_do_unquantised(folder: Path) -> None:
     for model in (plain, packed):
         apply_lora(model, LoRAConfig(rank=2, targets=("q_proj", "down_proj")))
     assert count_lora_parameters(packed) == count_lora_parameters(plain)
+
+
+def test_what_is_quantised_and_what_is_not_is_said(folder: Path) -> None:
+    assert describe_storage(load_decoder(folder)) is None
+    model = load_decoder(folder, base=NF4)
+    said = describe_storage(model)
+    assert said is not None
+    assert said.startswith("base in nf4: 14 matrices, 4.")
+    assert said.endswith("not quantised: embed_tokens, lm_head, 0.00 GB")
+    config = {**CONFIG, "hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": True}
+    save_decoder(build_decoder(decoder_config(config), seed=2), folder)
+    tied = load_decoder(folder, base=replace(NF4, nf4_embeddings=True))
+    assert (describe_storage(tied) or "").startswith("base in nf4: 15 matrices")
+    assert "not quantised" not in (describe_storage(tied) or "not quantised")
 
 
 def test_the_base_keeps_its_fingerprint(folder: Path) -> None:
