@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 
 from lora.adapters.apply import apply_lora
 from lora.cli import main
-from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.config import BaseWeights, DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.reading.orders import make_orders
 from lora.decoder.quantised.base import quantised_modules
 from lora.errors import ConfigError, LoraError
@@ -21,7 +20,7 @@ from lora.fast.memory.planner import plan_memory
 from lora.finetune import FinetuneJob, finetune
 from lora.pretrained.hf_weights import load_decoder, save_decoder
 from lora.pretrained.load.models import model_config
-from lora.pretrained.quantised.folder import find_4bit
+from lora.pretrained.load.task import planned_base
 from lora.runs.disk import read_json, read_rows
 from tests.pretrained.quantised.four_bit import write_4bit
 
@@ -87,20 +86,19 @@ def test_what_it_cannot_be_is_refused_before_it_is_read(job: FinetuneJob) -> Non
     assert not job.directory.exists()
 
 
-def test_plan_and_data_know_it(four: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--model", str(four), "--max-length", "64", "--json"]) == 0
-    planned = json.loads(capsys.readouterr().out)
-    assert planned["lora"]["weights"] < 0.95 * planned["full"]["weights"]  # both are fp32 here
+def test_a_plan_over_another_kind_of_base_is_refused(
+    four: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", "--model", str(four), "--base-dtype", "fp8"]) == 2
     assert "in 4 bits already" in capsys.readouterr().err
 
 
 def test_a_plan_counts_what_the_folder_leaves_plain(four: Path) -> None:
-    found = find_4bit(four)
-    assert found is not None
+    base, packed = planned_base(four, BaseWeights())
+    assert base.base_dtype == "nf4"
     inputs = PlanInputs(
         model_config(four), LoRAConfig(rank=4), 2, 32, "cpu", torch.float32,
-        base=found.base, quantised_weights=found.packed,
+        base=base, quantised_weights=packed,
     )  # fmt: skip
     model = load_decoder(four)
     apply_lora(model, LoRAConfig(rank=4))
